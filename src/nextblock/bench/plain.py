@@ -1,0 +1,193 @@
+"""XTRA as one would write it from the paper, in one file of plain torch: what the benches compare with.
+
+Parameter names are those of `NextBlockModel`, so its `state_dict` loads as it is and both give the same loss.
+All blocks go through encoder and predictor, in raster order, under a dense block-causal mask; the last
+block's prediction is dropped at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own custom
+
+from nextblock.config import ModelConfig, pair
+
+__all__ = ["PlainModel", "plain_optimizer"]
+
+
+class Attention(nn.Module):
+    """Self-attention under a mask."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, "b n d"]:
+        """Let every token gather from those it may attend to."""
+        q, k, v = rearrange(self.qkv(x), "b n (t h e) -> t b h n e", t=3, h=self.num_heads)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(rearrange(out, "b h n e -> b n (h e)"))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Transform every token by itself."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, "b n d"]:
+        """Attend, then transform."""
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its size."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Embed every patch."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    """A vision transformer without a class token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(config.in_chans, dim, config.patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches, dim))
+        self.blocks = nn.ModuleList(
+            Layer(dim, config.num_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+
+    def forward(self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, "b n d"]:
+        """Encode images."""
+        x = self.patch_embed(images) + self.pos_embed
+        for layer in self.blocks:
+            x = layer(x, mask)
+        return self.norm(x)
+
+
+class Predictor(nn.Module):
+    """Projection, block-causal decoder, and the MLP from a block's tokens to the next block's pixels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.predictor_dim
+        self.block_grid, self.block = config.block_grid, pair(config.block_size)
+        self.projection = nn.Sequential(
+            nn.Linear(config.embed_dim, config.projection_dim),
+            nn.GELU(),
+            nn.Linear(config.projection_dim, dim, bias=False),
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches, dim))
+        self.blocks = nn.ModuleList(
+            Layer(dim, config.predictor_heads, config.predictor_mlp_ratio, config.norm_eps)
+            for _ in range(config.predictor_depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        block_mlp = nn.Sequential(
+            nn.Linear(dim * config.patches_per_block, config.block_mlp_dim),
+            nn.GELU(),
+            nn.Linear(config.block_mlp_dim, config.block_values),
+        )
+        self.block_mlps = nn.ModuleList([block_mlp])
+
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, "b k p"]:
+        """Predict, from every block, the pixels of the one after it."""
+        x = self.projection(x) + self.pos_embed
+        for layer in self.blocks:
+            x = layer(x, mask)
+        joined = rearrange(
+            self.norm(x),
+            "b (r i q j) d -> b (r q) (d i j)",
+            r=self.block_grid[0],
+            i=self.block[0],
+            j=self.block[1],
+        )
+        return self.block_mlps[0](joined)
+
+
+class PlainModel(nn.Module):
+    """The whole; its forward pass returns the loss."""
+
+    may_attend: Bool[Tensor, "n n"]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_predicted_blocks == 1, "the plain model looks one block ahead"
+        assert config.order == "raster", "the plain model goes in raster order"
+        assert config.drop_path == 0, "the plain model drops no paths"
+        assert (config.loss, config.norm_pixels) == ("mse", True), "the plain model's loss is the default"
+        self.block_px = config.block_px
+        self.encoder = Encoder(config)
+        self.predictor = Predictor(config)
+        self.register_buffer("may_attend", block_causal_mask(config), persistent=False)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+        """Mean squared error of every block but the first, predicted from those before it."""
+        predictions = self.predictor(self.encoder(images, self.may_attend), self.may_attend)
+        targets = self.targets(images)
+        return F.mse_loss(predictions[:, :-1].float(), targets[:, 1:])
+
+    def targets(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k p"]:
+        """Every block's pixels, normalised by their own mean and deviation."""
+        height, width = self.block_px
+        pixels = rearrange(images, "b c (r h) (q w) -> b (r q) (c h w)", h=height, w=width)
+        mean, variance = pixels.mean(-1, keepdim=True), pixels.var(-1, keepdim=True)
+        return (pixels - mean) / (variance + 1e-6).sqrt()
+
+
+def block_causal_mask(config: ModelConfig) -> Bool[Tensor, "n n"]:
+    """Which patch may attend to which, in raster order: its own block and those before it."""
+    block = pair(config.block_size)
+    rows, columns = torch.arange(config.grid[0]), torch.arange(config.grid[1])
+    blocks = (rows // block[0])[:, None] * config.block_grid[1] + (columns // block[1])[None, :]
+    blocks = blocks.flatten()
+    return blocks[:, None] >= blocks[None, :]
+
+
+def plain_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    fused: bool = False,
+) -> torch.optim.AdamW:
+    """AdamW that does not decay biases and norms; unless `fused`, in torch's default implementation."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)

@@ -1,0 +1,213 @@
+"""What the processes of `nextblock bench step` do: train ours, train the plain model, multiply matrices.
+
+Each function takes a job as plain values and returns plain values. Both trainings start from the same
+weights, see the same images and use the same settings of the optimizer, so their losses are the same at
+every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from nextblock.bench.measure import Stopwatch, peak_memory_mb
+from nextblock.bench.plain import PlainModel, plain_optimizer
+from nextblock.config import ModelConfig, RunConfig, TrainConfig
+from nextblock.data import Batch, Step, normalize
+from nextblock.models import NextBlockModel
+from nextblock.settings import from_dict
+from nextblock.train.device import autocast, choose_device, device_name
+from nextblock.train.trainer import Trainer
+
+__all__ = ["GemmJob", "StepJob", "measure_gemm", "measure_step", "plain_like"]
+
+LEARNING_RATE = 1e-4
+STEP, FORWARD_BACKWARD, UPDATE = "step", "forward_backward", "update"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepJob:
+    """A training to be measured."""
+
+    variant: Literal["ours", "plain"]
+    model: ModelConfig
+    batch_size: int
+    fused: bool = True
+    """The plain variant's optimizer: fused, or torch's default."""
+    whole_step: bool = True
+    """Clip and update as well, or forward and backward alone."""
+    precision: Literal["fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    threads: int | None
+    steps: int
+    """Measured ones; one more comes first."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """The same as settings of a run."""
+        return TrainConfig(
+            duration=f"{self.steps + 1}st",
+            batch_size=self.batch_size,
+            precision=self.precision,
+            device=self.device,
+        )
+
+    @property
+    def run(self) -> RunConfig:
+        """The run that this would be a part of."""
+        base = RunConfig()
+        size_px = max(self.model.block_grid[i] * self.model.block_px[i] for i in (0, 1))
+        return replace(
+            base, model=self.model, train=self.train, data=replace(base.data, val_resize_px=size_px)
+        )
+
+
+def measure_step(values: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of every step but the first and of its phases, all losses, peak memory."""
+    job: StepJob = from_dict(StepJob, values)
+    device = _set_up(job.device, job.threads)
+    watch = Stopwatch(_synchronizer(device))
+    images = _images(job.model, job.batch_size)
+    prepare = _ours if job.variant == "ours" else _plain
+    step = prepare(job, device, watch)
+    losses = []
+    for index in range(job.steps + 1):
+        with watch.lap(STEP):
+            losses.append(step(index, images))
+    return {
+        "losses": losses,
+        "laps_s": {label: laps[1:] for label, laps in watch.laps_s.items()},
+        "peak_memory_mb": peak_memory_mb(device.type),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+TrainStep = Callable[[int, UInt8[Tensor, "b c h w"]], float]
+"""From the number of the step and its images to the loss before the step."""
+
+
+def _ours(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
+    """The step that `nextblock pretrain` makes; or its forward and backward pass alone."""
+    trainer = Trainer(job.run, device, None)
+
+    def whole_step(index: int, images: UInt8[Tensor, "b c h w"]) -> float:
+        samples = torch.arange(len(images))
+        with watch.watch(trainer, "_backward", FORWARD_BACKWARD), watch.watch(trainer, "_update", UPDATE):
+            return trainer.train_step(Step(index, 0, [Batch(images, samples, ())]), LEARNING_RATE).loss
+
+    def forward_backward(_: int, images: UInt8[Tensor, "b c h w"]) -> float:
+        pixels = trainer.to_model(images)
+        trainer.optimizer.zero_grad()
+        with watch.lap(FORWARD_BACKWARD):
+            with trainer.autocast:
+                loss = trainer.model(pixels).loss
+            loss.backward()
+        return loss.item()
+
+    return whole_step if job.whole_step else forward_backward
+
+
+def _plain(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
+    """The same step as most training scripts have it."""
+    config = job.run
+    trainer = Trainer(config, torch.device("cpu"), None)  # for its weights
+    model = plain_like(trainer.model).to(device)
+    del trainer
+    optim = config.optim
+    optimizer = plain_optimizer(
+        model,
+        lr=LEARNING_RATE,
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=job.fused,
+    )
+    precision = autocast(device, config.train)
+
+    def step(_: int, images: UInt8[Tensor, "b c h w"]) -> float:
+        pixels = normalize(images.to(device), config.data.mean, config.data.std)
+        optimizer.zero_grad()
+        with watch.lap(FORWARD_BACKWARD):
+            with precision:
+                loss = model(pixels)
+            loss.backward()
+        if job.whole_step:
+            with watch.lap(UPDATE):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad or 1.0)
+                optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def plain_like(model: NextBlockModel) -> PlainModel:
+    """The plain model with the very weights of ours."""
+    plain = PlainModel(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    return plain.train()
+
+
+# ----------------------------------------------------------------------------------------- matrix products
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmJob:
+    """Matrix products to be measured: (rows, inner, columns) each."""
+
+    shapes: tuple[tuple[int, int, int], ...]
+    precision: Literal["fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    threads: int | None
+    repeats: int
+
+
+def measure_gemm(values: dict[str, Any]) -> dict[str, Any]:
+    """GFLOP/s of every repetition, by shape."""
+    job = GemmJob(**{**values, "shapes": tuple(tuple(shape) for shape in values["shapes"])})
+    device = _set_up(job.device, job.threads)
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    synchronize = _synchronizer(device)
+    rates: dict[str, list[float]] = {}
+    for rows, inner, columns in job.shapes:
+        left = torch.randn(rows, inner, device=device, dtype=dtype)
+        right = torch.randn(inner, columns, device=device, dtype=dtype)
+        out = left @ right
+        label = f"{rows}x{inner}x{columns}"
+        for _ in range(job.repeats):
+            synchronize()
+            started_s = time.perf_counter()
+            torch.mm(left, right, out=out)
+            synchronize()
+            elapsed_s = time.perf_counter() - started_s
+            rates.setdefault(label, []).append(2 * rows * inner * columns / elapsed_s / 1e9)
+    return {"gflops": rates}
+
+
+# ---------------------------------------------------------------------------------------------------- common
+
+
+def _set_up(device: str, threads: int | None) -> torch.device:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return choose_device(device)
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    if device.type == "cuda":
+        return torch.cuda.synchronize
+    return torch.mps.synchronize if device.type == "mps" else lambda: None
+
+
+def _images(config: ModelConfig, batch_size: int) -> UInt8[Tensor, "b c h w"]:
+    """Noise; how long a step takes does not depend on what is in the images."""
+    rows, columns = (config.block_grid[i] * config.block_px[i] for i in (0, 1))
+    shape = (batch_size, config.in_chans, rows, columns)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,78 @@
+"""The geometry of blocks: which patch lies in which block, which block comes when, who may attend to whom.
+
+Pure functions. A *block* is a rectangle of patches; blocks and patches are numbered in raster order; an
+*order* is a permutation of the blocks, from position in the sequence to block.
+A 4x4 grid of patches in 2x2 blocks:
+
+    patches                blocks
+     0  1 |  2  3           0 0 | 1 1
+     4  5 |  6  7           0 0 | 1 1
+    ------+------          -----+-----
+     8  9 | 10 11           2 2 | 3 3
+    12 13 | 14 15           2 2 | 3 3
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+__all__ = ["may_attend", "patches_of_blocks", "patchify", "random_orders", "raster_orders", "unpatchify"]
+
+
+def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Tensor, "k m"]:
+    """The patches in every block, both in raster order; `grid` and `block` are (rows, columns) of patches."""
+    patches = torch.arange(grid[0] * grid[1], dtype=torch.int64).view(grid)
+    return rearrange(patches, "(r i) (c j) -> (r c) (i j)", i=block[0], j=block[1])
+
+
+def raster_orders(num_blocks: int) -> Int64[Tensor, "1 k"]:
+    """The set that holds one order: blocks row by row."""
+    return torch.arange(num_blocks, dtype=torch.int64)[None]
+
+
+def random_orders(num_blocks: int, seed: int) -> Int64[Tensor, "k k"]:
+    """As many pseudo-random orders as there are blocks, no two of which start with the same block.
+
+    The first is for validation and features; training draws one a step for the whole batch. Drawn one after
+    the other from a generator of its own on the CPU, and drawn again while the first block is taken, as
+    XTRA's official set.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    orders: dict[int, Tensor] = {}
+    while len(orders) < num_blocks:
+        order = torch.randperm(num_blocks, generator=generator, device="cpu")
+        orders.setdefault(int(order[0]), order)
+    return torch.stack(list(orders.values()))
+
+
+def may_attend(
+    positions: Int64[Tensor, " n"], prefix_lengths: Int64[Tensor, " b"] | None = None
+) -> Bool[Tensor, "n n"] | Bool[Tensor, "b 1 n n"]:
+    """Which token (row) may attend to which (column): its own block, earlier blocks, and the prefix.
+
+    `positions` holds each token's block's position in the order, `prefix_lengths` how many blocks along the
+    order every token of an image may attend to. The prefix 0 is the same as 1: all see the first block
+    anyhow. (XTRA's block-causal mask; with a prefix, AIM's section 4.2.)
+    """
+    causal = positions[:, None] >= positions[None, :]
+    if prefix_lengths is None:
+        return causal
+    in_prefix = positions[None, :] < prefix_lengths[:, None]
+    return causal | rearrange(in_prefix, "b n -> b 1 1 n")
+
+
+def patchify(images: Shaped[Tensor, "b c h w"], size_px: tuple[int, int]) -> Shaped[Tensor, "b k p"]:
+    """Cut images into rectangles of `size_px` (height, width), in raster order, each as (c h w)."""
+    return rearrange(images, "b c (r h) (q w) -> b (r q) (c h w)", h=size_px[0], w=size_px[1])
+
+
+def unpatchify(
+    pieces: Shaped[Tensor, "b k p"], grid: tuple[int, int], size_px: tuple[int, int]
+) -> Shaped[Tensor, "b c h w"]:
+    """Put the pieces of `patchify` together; `grid` is their number along the image, (rows, columns)."""
+    return rearrange(
+        pieces, "b (r q) (c h w) -> b c (r h) (q w)", r=grid[0], q=grid[1], h=size_px[0], w=size_px[1]
+    )

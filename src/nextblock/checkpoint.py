@@ -1,0 +1,319 @@
+"""Writing and reading models and training states: whole or not at all.
+
+A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model" or
+"classifier") and `config` (JSON), so the file alone is enough to build the network. A
+checkpoint is a directory `step_00001234` with `model.safetensors` (encoder and predictor) and `state.pt`
+(optimizer, scaler, step), written aside, flushed to disk and renamed.
+
+The promise of `format_version`: every later release reads what an earlier one wrote. A file of a newer
+version than this one knows is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nextblock.config import ModelConfig
+from nextblock.models import NextBlockModel
+from nextblock.models.classifier import ImageClassifier
+from nextblock.models.encoder import resample_positions
+from nextblock.models.heads import HeadConfig
+from nextblock.settings import from_dict, to_dict
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "InitReport",
+    "initialize_from",
+    "is_model_file",
+    "latest_checkpoint",
+    "load_state",
+    "load_strictly",
+    "prune_checkpoints",
+    "read_model",
+    "save_checkpoint",
+    "save_classifier",
+    "save_model",
+    "write_aside",
+]
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says why and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ writing
+# whole
+
+
+@contextmanager
+def write_aside(target: Path) -> Iterator[Path]:
+    """Give a path beside `target` to write a file or directory to, flush it to disk, and move it into place.
+
+    Whatever goes wrong, `target` is either as it was before or complete. (A directory that is replaced has,
+    for the instant between two renames, the name `.before-...`.)
+    """
+    aside = target.with_name(f".writing-{target.name}")
+    _remove(aside)
+    try:
+        yield aside
+        _flush(aside)
+        _move_into_place(aside, target)
+        _flush_alone(target.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"could not write {target}: {error}. What was there before is intact; make room on "
+            "the disk, or choose another place, and run the same command again"
+        ) from error
+    finally:
+        _remove(aside)
+
+
+def _move_into_place(aside: Path, target: Path) -> None:
+    """Rename; a directory in the way steps aside first, and comes back if the renaming fails."""
+    before = target.with_name(f".before-{target.name}")
+    if target.is_dir():
+        _remove(before)
+        target.replace(before)
+    try:
+        aside.replace(target)
+    except OSError:
+        if before.is_dir():
+            before.replace(target)
+        raise
+    _remove(before)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or a directory with all in it."""
+    if path.is_dir():
+        for part in path.iterdir():
+            _flush(part)
+    _flush_alone(path)
+
+
+def _flush_alone(path: Path) -> None:
+    """Flush a file, or the names in a directory: a file whose name is lost is lost as well."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------- model
+# files
+
+
+def save_model(path: Path, model: NextBlockModel | ImageClassifier) -> None:
+    """Write a model or classifier as one safetensors file that `nextblock.load` reads."""
+    if isinstance(model, ImageClassifier):
+        kind = "classifier"
+        settings = {
+            "model": to_dict(model.encoder_model.config),
+            "head": to_dict(model.head_config),
+            "class_names": None if model.class_names is None else list(model.class_names),
+        }
+    else:
+        kind, settings = "model", to_dict(model.config)
+    metadata = {
+        "format": "nextblock",
+        "format_version": str(FORMAT_VERSION),
+        "kind": kind,
+        "config": json.dumps(settings),
+    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, path, metadata=metadata)
+
+
+def save_classifier(directory: Path, classifier: ImageClassifier) -> None:
+    """Write a classifier as `directory/model.safetensors`; the directory appears whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(directory) as aside:
+        aside.mkdir()
+        save_model(aside / MODEL_FILE, classifier)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file is safetensors that this package wrote."""
+    return path.suffix == ".safetensors" and _metadata(path).get("format") == "nextblock"
+
+
+def read_model(path: Path) -> NextBlockModel | ImageClassifier:
+    """Build the network that a model file describes, with its weights, on the CPU in fp32."""
+    metadata = _metadata(path)
+    if metadata.get("format") != "nextblock":
+        raise CheckpointError(f"{path} is safetensors, but was not written by nextblock")
+    if int(metadata["format_version"]) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {metadata['format_version']}, this release reads up to "
+            f"{FORMAT_VERSION}; upgrade nextblock"
+        )
+    settings = json.loads(metadata["config"])
+    if metadata["kind"] == "classifier":
+        encoder_model = NextBlockModel(from_dict(ModelConfig, settings["model"]))
+        head_config = from_dict(HeadConfig, settings["head"])
+        model = ImageClassifier(encoder_model, head_config, settings["class_names"])
+    else:
+        model = NextBlockModel(from_dict(ModelConfig, settings))
+    load_strictly(model, load_file(path), str(path))
+    return model.eval()
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {error}; the file is not complete"
+        ) from error
+
+
+def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load all weights by name, cast to fp32; refuse, by name, what is missing, unexpected or misshapen."""
+    own = model.state_dict()
+    problems = [f"missing: {name}" for name in own if name not in weights]
+    problems += [f"unexpected: {name}" for name in weights if name not in own]
+    problems += [
+        f"shape of {name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        shown = "\n  ".join(
+            problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        )
+        raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {shown}")
+    model.load_state_dict(
+        {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}, strict=True
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(directory: Path, model: NextBlockModel, state: Mapping[str, Any], step: int) -> Path:
+    """Write `directory/step_XXXXXXXX`; `state` holds tensors, numbers, strings, lists and dicts only."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"step_{step:08d}"
+    with write_aside(target) as aside:
+        aside.mkdir()
+        save_model(aside / MODEL_FILE, model)
+        torch.save(dict(state), aside / STATE_FILE)
+    return target
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step, or None; what is half written has another name and is not seen."""
+    found = _checkpoints(directory)
+    return found[-1] if found else None
+
+
+def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
+    """Remove all but the latest `keep` checkpoints and those whose step is to be kept for good."""
+    for path in _checkpoints(directory)[:-keep]:
+        if not keep_for_good(_step(path)):
+            shutil.rmtree(path)
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's training state, on the CPU."""
+    try:
+        return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{checkpoint / STATE_FILE} cannot be read ({type(error).__name__}); "
+            f"remove {checkpoint} to go on from the one before"
+        ) from error
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+# ------------------------------------------------------------------------------------ starting from other
+# weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitReport:
+    """What became of every parameter when a model was given another's weights."""
+
+    origin: str
+    loaded: tuple[str, ...]
+    resampled: tuple[str, ...]
+    """Learned positions brought to another grid."""
+    fresh: tuple[str, ...]
+    """Missing in the other model, or of another shape: as they were initialised."""
+    unused: tuple[str, ...]
+    """In the other model only."""
+
+
+def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
+    """Give a model another's weights: what fits is copied, positions are resampled, the rest stays fresh.
+
+    Raises `CheckpointError` where nothing of the encoder fits, as that is surely not what was meant.
+    """
+    own, theirs = model.state_dict(), other.state_dict()
+    loaded, resampled = [], []
+    for name, tensor in own.items():
+        if name not in theirs:
+            continue
+        if theirs[name].shape == tensor.shape and not _other_grid(name, model, other):
+            tensor.copy_(theirs[name])
+            loaded.append(name)
+        elif name.endswith("pos_embed") and theirs[name].shape[-1] == tensor.shape[-1]:
+            tensor.copy_(resample_positions(theirs[name], other.config.grid, model.config.grid))
+            resampled.append(name)
+    done = {*loaded, *resampled}
+    if not any(name.startswith("encoder.blocks.") for name in done):
+        raise CheckpointError(
+            f"nothing of the encoder in {origin} fits: it is {other.config.embed_dim} wide with "
+            f"{other.config.depth} layers, this model {model.config.embed_dim} wide with "
+            f"{model.config.depth}; set model.embed_dim, model.depth and model.num_heads as there"
+        )
+    return InitReport(
+        origin=origin,
+        loaded=tuple(loaded),
+        resampled=tuple(resampled),
+        fresh=tuple(name for name in own if name not in done),
+        unused=tuple(name for name in theirs if name not in done),
+    )
+
+
+def _other_grid(name: str, model: NextBlockModel, other: NextBlockModel) -> bool:
+    return name.endswith("pos_embed") and model.config.grid != other.config.grid

@@ -1,0 +1,84 @@
+"""The command line: `nextblock VERB ...`, one file a verb.
+
+Each verb module has `run(argv)`; it is imported when its verb is used, and imports torch when it has work to
+do, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+__all__ = ["VERBS", "main"]
+
+VERBS = {
+    "pretrain": "train a vision transformer to predict the next block, or go on with a run",
+    "probe": "measure what a frozen encoder's features are worth",
+    "predict": "draw how a model predicts the blocks of images",
+    "report": "sum up a run: accuracies, speed, losses, pictures",
+    "info": "tell what a run or a weight file holds",
+    "presets": "list the named runs and model sizes",
+    "bench": "measure speed against the plain alternative",
+}
+
+USAGE_ERROR, FAILURE = 2, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0, 1 for a failure, 2 for wrong usage, 128 + signal where that stopped it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return 0
+    if arguments[0] == "--version":
+        from nextblock import __version__
+
+        sys.stdout.write(f"nextblock {__version__}\n")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        from nextblock.settings import nearest_name
+
+        return _complain(
+            "nextblock", f"unknown command {verb!r}; {nearest_name(verb, list(VERBS))}", USAGE_ERROR
+        )
+    debug = "--debug" in rest
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return _run(verb, [argument for argument in rest if argument != "--debug"], debug=debug)
+
+
+def _run(verb: str, argv: list[str], *, debug: bool) -> int:
+    """Run a verb; what a user can get wrong becomes a message, and a traceback only under --debug."""
+    try:
+        return importlib.import_module(f"nextblock.cli.{verb}").run(argv)
+    except SystemExit as stop:  # --help, --print_config
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return _complain(f"nextblock {verb}", "interrupted", 130)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, ValueError):
+            return _complain(f"nextblock {verb}", str(error), USAGE_ERROR)
+        if type(error).__module__.startswith("nextblock."):
+            return _complain(f"nextblock {verb}", str(error), FAILURE)
+        told = f"{type(error).__name__}: {error}"
+        return _complain(f"nextblock {verb}", f"{told}; run it again with --debug to see where", FAILURE)
+
+
+def _complain(who: str, message: str, code: int) -> int:
+    sys.stderr.write(f"{who}: {message}\n")
+    return code
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
+    return (
+        "usage: nextblock COMMAND [--SETTING VALUE ...]\n\n"
+        "Pre-train a vision transformer by predicting the next block of an image.\n\n"
+        f"commands:\n{verbs}\n\n"
+        "nextblock COMMAND --help lists its settings. --debug shows where an error comes from.\n\n"
+        "start:  nextblock pretrain --data.train DIR --out RUN     (the same command again goes on)\n"
+    )

@@ -1,0 +1,134 @@
+"""From words on the command line to settings: the preset, then all --config files, then all flags.
+
+The order on the line does not matter. Whatever is wrong raises `ValueError` with what would be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from nextblock.config import RunConfig
+from nextblock.presets import get_preset
+from nextblock.settings import describe_type, flatten, from_dict, nearest_name, to_dict
+
+__all__ = ["DEFAULT_PRESET", "build_parser", "parse", "parse_run", "resolve"]
+
+DEFAULT_PRESET = "xtra-b16"
+"""What a run starts from when no preset is named."""
+
+
+def build_parser(verb: str, about: str) -> ArgumentParser:
+    """A parser of one verb; its errors are raised, not printed."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(prog=f"nextblock {verb}", description=about, exit_on_error=False)
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Parse words; an unknown or wrong one is refused, the unknown one with the nearest known."""
+    known = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
+    for word in argv:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name.removeprefix("--") not in known:
+            raise ValueError(f"unknown setting {name}; {_nearest(name, known, dashes='--')}")
+    try:
+        return parser.parse_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ValueError(_plainly(parser, _one_line(str(error)))) from error
+
+
+def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
+    """A run's settings, and whatever other flags the parser has."""
+    words, configs, preset = _rearrange(argv)
+    base = (
+        replace(get_preset(DEFAULT_PRESET).config, preset=None)
+        if preset is None
+        else get_preset(preset).config
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    parser.add_class_arguments(RunConfig, None)
+    parser.set_defaults(flatten(to_dict(base)))
+    preset_words = [] if preset is None else ["--preset", preset]
+    config_words = [word for path in configs for word in ("--config", path)]
+    settings = [action.dest for action in parser._actions]
+    for path in configs:
+        for name in flatten(_read_config(path)):
+            if name not in settings:
+                raise ValueError(f"--config {path}: unknown setting {name}; {_nearest(name, settings)}")
+    namespace = parse(parser, [*config_words, *preset_words, *words])
+    names = {name.split(".", 1)[0] for name in to_dict(base)}
+    instantiated = parser.instantiate(namespace)
+    config = RunConfig(**{name: instantiated[name] for name in names})
+    return config, namespace
+
+
+def resolve(base: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """A run's settings with some changed, by dotted name ("optim.lr") or nested dicts; for Python."""
+    values = flatten(to_dict(base))
+    for name, value in flatten(overrides).items():
+        if name not in values:
+            raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(values))}")
+        values[name] = value
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = value
+    return from_dict(RunConfig, nested)
+
+
+def _rearrange(argv: Sequence[str]) -> tuple[list[str], list[str], str | None]:
+    """Take --preset and --config out of the words; a config file's preset counts if no flag names one."""
+    words, found = list(argv), {"--preset": [], "--config": []}
+    i = 0
+    while i < len(words):
+        name, has_value, value = words[i].partition("=")
+        if name in found:
+            if not has_value and i + 1 >= len(words):
+                raise ValueError(f"{name} needs a value")
+            found[name].append(value if has_value else words[i + 1])
+            del words[i : i + (1 if has_value else 2)]
+        else:
+            i += 1
+    in_files = [_read_config(path).get("preset") for path in found["--config"]]
+    presets = found["--preset"] or [preset for preset in in_files if preset is not None]
+    return words, found["--config"], presets[-1] if presets else None
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} is no file")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is no YAML: {_one_line(str(error))}") from error
+    if not isinstance(content, dict):
+        raise ValueError(  # noqa: TRY004 - wrong usage, as all of these
+            f"--config {path} holds no settings; write lines such as `seed: 1`, or see --print_config"
+        )
+    return content
+
+
+def _nearest(name: str, known: list[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(name.removeprefix("--"), known, n=1, cutoff=0.5)
+    return f"did you mean {dashes}{close[0]}?" if close else "--help lists all"
+
+
+def _plainly(parser: ArgumentParser, complaint: str) -> str:
+    """Say a complaint of jsonargparse about a value in our words: the setting, the value, what it must be."""
+    match = re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)$', complaint)
+    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    if match is None or hints.get(match[1]) is None:
+        return complaint
+    return f"{match[1]} is {match[2]}; it must be {describe_type(hints[match[1]])}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,91 @@
+"""`nextblock predict`: draw how a model predicts the blocks of images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nextblock.settings import check_types
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nextblock.visualize import PredictResult
+
+__all__ = ["PredictConfig", "predict", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """What to draw."""
+
+    model: str
+    """A run directory or a file of weights with a predictor."""
+    data: str
+    """Images: a directory, `torchvision:CIFAR10,root=DIR`, or `digits`."""
+    out: str
+    """Directory for predictions.png and predictions.json."""
+    num_images: int = 8
+    """How many images, evenly spaced over the source."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: CUDA, then MPS, then CPU."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the words, draw, print a table of losses."""
+    from rich.console import Console
+
+    from nextblock.cli.arguments import build_parser, parse
+
+    parser = build_parser("predict", "Draw how a model predicts the next blocks of images.")
+    parser.add_class_arguments(PredictConfig, None)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parse(parser, argv)
+    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    result = predict(**values)
+    console = Console()
+    console.print(_table(result))
+    console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True)
+    if options.json:
+        rows = [asdict(row) for row in result.rows]
+        sys.stdout.write(
+            json.dumps({"picture": str(result.picture), "mean_loss": result.mean_loss, "rows": rows}) + "\n"
+        )
+    return 0
+
+
+def predict(**settings: Any) -> PredictResult:
+    """Draw predictions as `nextblock predict` does; `settings` are the fields of `PredictConfig`."""
+    from nextblock.data import open_source
+    from nextblock.evaluate.features import evaluation_data
+    from nextblock.interop import load_model
+    from nextblock.train.device import choose_device
+    from nextblock.visualize import predict as predict_images
+
+    config = PredictConfig(**settings)
+    model = load_model(config.model)
+    data = evaluation_data(config.model, model.config)
+    return predict_images(
+        model,
+        open_source(config.data, data),
+        data,
+        Path(config.out),
+        num_images=config.num_images,
+        device=choose_device(config.device),
+    )
+
+
+def _table(result: PredictResult) -> Table:
+    from rich.table import Table
+
+    table = Table("image", "loss", "predicting zero", "copying the previous block")
+    for row in result.rows:
+        table.add_row(row.name, f"{row.loss:.3f}", f"{row.zero:.3f}", f"{row.copy_previous:.3f}")
+    return table

@@ -1,0 +1,136 @@
+"""`nextblock pretrain`: train on any images, or go on with a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextblock.config import RunConfig
+from nextblock.presets import PRESETS, get_preset
+
+if TYPE_CHECKING:
+    from nextblock.data import Source
+    from nextblock.train import Monitor, Reporter, TrainResult
+
+__all__ = ["pretrain", "run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the words and train; exits with 128 + signal where a signal stopped the run, which is saved."""
+    from nextblock.cli.arguments import build_parser, parse_run
+
+    parser = build_parser("pretrain", "Train a vision transformer to predict the next block of an image.")
+    parser.add_argument(
+        "--out", type=str, required=True, help="run directory; the same command again goes on in it"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="begin anew where --out holds another run")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    config, options = parse_run(parser, argv)
+    result = pretrain(config, out=options.out, overwrite=options.overwrite)
+    if options.json:
+        sys.stdout.write(json.dumps({**vars(result), "run_dir": str(result.run_dir)}) + "\n")
+    if result.stopped_by is None:
+        return 0
+    import signal
+
+    return 128 + signal.Signals[result.stopped_by]
+
+
+def pretrain(
+    preset_or_config: str | RunConfig,
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **overrides: Any,
+) -> TrainResult:
+    """Train, or go on with the run in `out`, as `nextblock pretrain` does.
+
+    `overrides` are settings by dotted name (`**{"optim.lr": 1e-4}`) or section (`data={"train": "DIR"}`).
+    Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
+    """
+    from nextblock.cli.arguments import resolve
+    from nextblock.data import open_source
+    from nextblock.train import ConsoleReporter, train
+
+    base = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
+    config = resolve(base, overrides)
+    reporter = reporter or ConsoleReporter()
+    for hint in _hints(config):
+        reporter.note(hint)
+    sources = {"train": open_source(_train_spec(config), config.data)}
+    if config.data.val is not None:
+        sources["val"] = open_source(config.data.val, config.data)
+    monitors = _monitors(config, sources)
+    result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
+    reporter.note(_conclusion(result))
+    return result
+
+
+def _train_spec(config: RunConfig) -> str:
+    if config.data.train is None:
+        raise ValueError("there is nothing to train on; name a directory of images: --data.train DIR")
+    return config.data.train
+
+
+def _hints(config: RunConfig) -> list[str]:
+    """What a user may not have meant, said and not changed."""
+    from nextblock.cli.arguments import DEFAULT_PRESET
+
+    hints = []
+    if config.preset is None:
+        hints.append(
+            f"no preset named: {DEFAULT_PRESET} with defaults for any folder ({config.train.duration}, batch "
+            f"{config.train.batch_size}, {config.train.precision}); `nextblock presets` lists others"
+        )
+    preset = PRESETS.get(config.preset or "")
+    if preset is not None and preset.config.train.batch_size != config.train.batch_size:
+        meant, batch_size = preset.config.train.batch_size, config.train.batch_size
+        if preset.config.optim.lr == config.optim.lr:
+            hints.append(
+                f"batch {batch_size} instead of {meant}: optim.lr stays {config.optim.lr:g}. It is never "
+                f"scaled for you; in proportion to the batch it would be "
+                f"{config.optim.lr * batch_size / meant:.1e}"
+            )
+    return hints
+
+
+def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
+    """Pictures of the same few images, and kNN accuracy where both sources have labels."""
+    from nextblock.evaluate.knn import KnnMonitor
+    from nextblock.visualize import PredictionMonitor, some_images
+
+    settings, size = config.monitor, config.model.image_size
+    shown = sources.get("val", sources["train"])
+    monitors: list[Monitor] = []
+    if settings.pictures_every is not None:
+        images, _, _ = some_images(shown, config.data, size, settings.pictures)
+        monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
+    if settings.knn_every is not None and "val" in sources and all(s.has_labels for s in sources.values()):
+        monitors.append(
+            KnnMonitor(
+                sources["train"],
+                sources["val"],
+                config.data,
+                image_size=size,
+                every=settings.knn_every,
+                max_samples=settings.knn_samples,
+                seed=config.seed,
+            )
+        )
+    return monitors
+
+
+def _conclusion(result: TrainResult) -> str:
+    unreadable = (
+        f"; {result.num_bad} images could not be read, see quarantine.jsonl" if result.num_bad else ""
+    )
+    if result.stopped_by is not None:
+        return (
+            f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; "
+            f"the same command goes on{unreadable}"
+        )
+    return f"complete: {result.step} steps, in {result.run_dir}{unreadable}"

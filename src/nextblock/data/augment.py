@@ -1,0 +1,114 @@
+"""Crops and flips of uint8 images: pure functions of an image and a generator.
+
+The crop is torchvision's random resized crop and the pixels are those of its v2 functions (bicubic,
+antialiased, on uint8). The kernel is called directly, as torchvision takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from nextblock.config import DataConfig, Size, pair
+
+__all__ = ["eval_crop", "normalize", "random_resized_crop_box", "train_crop"]
+
+Box = tuple[int, int, int, int]
+"""Top, left, height and width, in pixels."""
+
+
+def random_resized_crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """Draw a crop: its share of the area uniformly from `scale`, width over height log-uniformly.
+
+    Of ten draws the first that fits is taken; if none does, the largest centred crop whose ratio is allowed
+    (torchvision's `RandomResizedCrop.get_params`). Only `rng.random` is used, so the stream is a stable one.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(log_low + (log_high - log_low) * rng.random())
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.random() * (height - crop_height + 1))
+            left = int(rng.random() * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    return _centre_box(height, width, ratio)
+
+
+def _centre_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    crop_height, crop_width = height, width
+    if width / height < ratio[0]:
+        crop_height = max(1, min(height, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        crop_width = max(1, min(width, round(height * ratio[1])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def train_crop(
+    image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig, rng: np.random.Generator
+) -> UInt8[Tensor, "c rows columns"]:
+    """A random crop resized to `size`, flipped left to right with probability `data.flip`."""
+    flip = rng.random() < data.flip
+    height, width = image.shape[-2:]
+    top, left, rows, columns = random_resized_crop_box(height, width, data.crop_scale, data.crop_ratio, rng)
+    crop = _resize(image[:, top : top + rows, left : left + columns], pair(size))
+    return crop.flip(-1) if flip else crop
+
+
+def eval_crop(image: UInt8[Tensor, "c h w"], size: Size, resize_px: int) -> UInt8[Tensor, "c rows columns"]:
+    """The centre of the image: the shorter side resized to `resize_px`, then `size` cut out of the middle.
+
+    Where that would leave the picture smaller than the crop along a side, it is enlarged until it covers it.
+    """
+    rows, columns = pair(size)
+    image = _without_far_ends(image)
+    height, width = _covering_size(image.shape[-2], image.shape[-1], (rows, columns), resize_px)
+    resized = _resize(image, (height, width))
+    top, left = round((height - rows) / 2), round((width - columns) / 2)
+    return resized[:, top : top + rows, left : left + columns]
+
+
+def _without_far_ends(image: Tensor, most: int = 32) -> Tensor:
+    """The middle of a strip `most` times as long as wide, or longer, which resized would fill the memory."""
+    height, width = image.shape[-2:]
+    rows, columns = min(height, most * width), min(width, most * height)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[:, top : top + rows, left : left + columns]
+
+
+def _covering_size(height: int, width: int, crop: tuple[int, int], resize_px: int) -> tuple[int, int]:
+    short = min(height, width)
+    # Truncated like torchvision's, so that the pixels agree with it.
+    resized = int(resize_px * height / short), int(resize_px * width / short)
+    if resized[0] >= crop[0] and resized[1] >= crop[1]:
+        return resized
+    scale = max(crop[0] / height, crop[1] / width)
+    return max(crop[0], round(scale * height)), max(crop[1], round(scale * width))
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image[None], size=size, mode="bicubic", align_corners=False, antialias=True)[0]
+
+
+def normalize(
+    images: UInt8[Tensor, "b c h w"], mean: tuple[float | int, ...], std: tuple[float | int, ...]
+) -> Float[Tensor, "b c h w"]:
+    """Scale bytes to [0, 1], subtract each channel's mean and divide by its deviation, on their device."""
+    channels = images.shape[1]
+    if not channels == len(mean) == len(std):
+        raise ValueError(
+            f"the images have {channels} channels, data.mean has {len(mean)} and data.std {len(std)}; give "
+            "one number per channel (every source yields RGB)"
+        )
+    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    return images.float().div_(255).sub_(shift).div_(scale)

@@ -1,0 +1,271 @@
+"""Batches in an order that is a function of the seed alone.
+
+A training step's samples are f(seed, step) and an image's crop is f(seed, visit, sample), so neither hangs on
+the number of worker processes, on the size of the micro-batches, or on where a run was cut: starting at step
+one million costs what starting at step zero does. An unreadable image leaves a hole in its batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nextblock.config import DataConfig, Size, pair
+from nextblock.data.augment import eval_crop, train_crop
+from nextblock.data.decode import BadImageError
+from nextblock.data.keyed import keyed_permutation, keyed_rng
+from nextblock.data.sources import Source
+from nextblock.data.workers import start_worker
+
+__all__ = ["BadSample", "Batch", "Step", "TrainLoader", "eval_batches", "resolve_workers", "step_samples"]
+
+log = logging.getLogger(__name__)
+
+CHUNK = 64
+"""At most this many images travel from a worker at once, so that a large batch neither waits for one worker
+nor fills the shared memory; the main process joins chunks to micro-batches."""
+
+Key = tuple[int, int]
+"""(visit, sample)."""
+
+
+class BadSample(NamedTuple):
+    """An image that could not be read: its number in the source, its name, and why."""
+
+    sample: int
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images, their numbers in the source, and those that are missing because they cannot be read."""
+
+    images: UInt8[Tensor, "b c h w"]
+    samples: Int64[Tensor, " b"]
+    bad: tuple[BadSample, ...]
+
+
+class Step(NamedTuple):
+    """The images of one optimizer step."""
+
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - hides tuple.index, of no use here
+    """Number of the step, from 0."""
+    visit: int
+    """How often the source had been gone through before this step."""
+    micro_batches: list[Batch]
+
+
+def step_samples(seed: int, n: int, batch_size: int, step: int) -> tuple[int, np.ndarray]:
+    """The visit a step belongs to, and the step's samples out of `n`, in order.
+
+    Every visit has an order of its own and drops the last of it, the remainder of n over the batch size.
+    """
+    if not 1 <= batch_size <= n:
+        raise ValueError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
+    visit, place = divmod(step, n // batch_size)
+    order = keyed_permutation(seed, n, "order", visit)
+    return visit, order[place * batch_size : (place + 1) * batch_size]
+
+
+def resolve_workers(workers: int | None, source: Source) -> int:
+    """Worker processes: as asked, else none for a source in memory, else a core each but one, up to 8."""
+    if workers is not None:
+        return workers
+    if source.in_memory:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores - 1)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+class TrainLoader:
+    """Endless iterator over training steps, beginning at `start_step`; each `iter()` begins there again."""
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        *,
+        image_size: Size,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        start_step: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        micro = batch_size if micro_batch_size is None else micro_batch_size
+        _check_at_least(1, batch_size=batch_size, micro_batch_size=micro)
+        _check_at_least(0, start_step=start_step, workers=workers)
+        if len(source) < batch_size:
+            log.warning(
+                "%s has %d images, fewer than the batch of %d: the batch becomes all of them",
+                source.spec,
+                len(source),
+                batch_size,
+            )
+        self.batch_size = min(batch_size, len(source))
+        self.steps_per_epoch = len(source) // self.batch_size
+        self._source = source
+        self._seed = seed
+        self._start_step = start_step
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._crop = TrainCrop(data=data, image_size=image_size, seed=seed)
+        micro = min(micro, self.batch_size)
+        # A step's samples, as slices: of each micro-batch the chunks that the workers make.
+        self._micro_batches = [
+            _slices(start, min(start + micro, self.batch_size), CHUNK if workers else micro)
+            for start in range(0, self.batch_size, micro)
+        ]
+
+    def __iter__(self) -> Iterator[Step]:
+        chunks = iter(_data_loader(self._source, self._crop, self._keys(), self._workers))
+        for index in count(self._start_step):
+            micro_batches = [
+                _join([next(chunks) for _ in slices], pin_memory=self._pin_memory)
+                for slices in self._micro_batches
+            ]
+            yield Step(index=index, visit=index // self.steps_per_epoch, micro_batches=micro_batches)
+
+    def _keys(self) -> Iterator[list[Key]]:
+        for step in count(self._start_step):
+            visit, samples = step_samples(self._seed, len(self._source), self.batch_size, step)
+            for slices in self._micro_batches:
+                for part in slices:
+                    yield [(visit, sample) for sample in samples[part].tolist()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCrop:
+    """The training augmentation of one image, a function of (seed, visit, sample)."""
+
+    data: DataConfig
+    image_size: Size
+    seed: int
+
+    def __call__(self, image: Tensor, key: Key) -> Tensor:
+        return train_crop(image, self.image_size, self.data, keyed_rng(self.seed, "augment", *key))
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+
+def eval_batches(
+    source: Source,
+    data: DataConfig,
+    image_size: Size,
+    batch_size: int,
+    indices: Sequence[int] | np.ndarray | None = None,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Centre crops in the order of the source, or of `indices`; the last batch may be smaller."""
+    _check_at_least(1, batch_size=batch_size)
+    _check_at_least(0, workers=workers)
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(source)):
+        raise ValueError(
+            f"indices run from {chosen.min()} to {chosen.max()}, the source's from 0 to {len(source) - 1}"
+        )
+    chunk = min(batch_size, CHUNK) if workers else batch_size
+    batches = [
+        _slices(start, min(start + batch_size, len(chosen)), chunk)
+        for start in range(0, len(chosen), batch_size)
+    ]
+    keys = ([(0, sample) for sample in chosen[part].tolist()] for slices in batches for part in slices)
+    return _eval_batches(source, EvalCrop(data=data, image_size=image_size), keys, batches, workers)
+
+
+def _eval_batches(
+    source: Source, crop: EvalCrop, keys: Iterable[list[Key]], batches: list[list[slice]], workers: int
+) -> Iterator[Batch]:
+    chunks = iter(_data_loader(source, crop, keys, workers))
+    for slices in batches:
+        yield _join([next(chunks) for _ in slices], pin_memory=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCrop:
+    """The centre crop of one image."""
+
+    data: DataConfig
+    image_size: Size
+
+    def __call__(self, image: Tensor, key: Key) -> Tensor:  # noqa: ARG002 - the same at every visit
+        return eval_crop(image, self.image_size, self.data.val_resize_px)
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+class _Images(Dataset):
+    """What a worker runs: keys in, a batch out."""
+
+    def __init__(self, source: Source, crop: Callable[[Tensor, Key], Tensor], size: tuple[int, int]) -> None:
+        self._source = source
+        self._crop = crop
+        self._size = size
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        images, samples, bad = [], [], []
+        for key in keys:
+            sample = key[1]
+            try:
+                image = self._source.read(sample)
+            except BadImageError as error:
+                bad.append(BadSample(sample, self._source.name(sample), str(error)))
+                continue
+            images.append(self._crop(image, key))
+            samples.append(sample)
+        stacked = torch.stack(images) if images else torch.empty((0, 3, *self._size), dtype=torch.uint8)
+        return Batch(stacked, torch.tensor(samples, dtype=torch.int64), tuple(bad))
+
+
+def _data_loader(
+    source: Source, crop: TrainCrop | EvalCrop, keys: Iterable[list[Key]], workers: int
+) -> DataLoader[Batch]:
+    return DataLoader(
+        _Images(source, crop, pair(crop.image_size)),
+        batch_sampler=keys,  # type: ignore[arg-type] # any iterable of lists of keys will do
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        worker_init_fn=start_worker if workers else None,
+        # Without a generator of its own it draws from the global one.
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _join(chunks: list[Batch], *, pin_memory: bool) -> Batch:
+    samples = torch.cat([chunk.samples for chunk in chunks])
+    bad = tuple(bad for chunk in chunks for bad in chunk.bad)
+    if len(chunks) == 1 and not pin_memory:
+        return Batch(chunks[0].images, samples, bad)
+    shape = (len(samples), *chunks[0].images.shape[1:])
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+    return Batch(torch.cat([chunk.images for chunk in chunks], out=images), samples, bad)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+
+
+def _check_at_least(least: int, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"{name} is {number}; it must be at least {least}")

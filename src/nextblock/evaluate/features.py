@@ -1,0 +1,255 @@
+"""Features of a frozen encoder over a source of images, a batch at a time or all in memory.
+
+An `Extract` turns normalised images into one or more tensors of features: an encoder's, pooled as heads see
+them, or the pixels themselves, the baseline that every encoder has to beat. One pass over the encoder serves
+all heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from einops import rearrange
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, TrainConfig, pair
+from nextblock.data import (
+    BadSample,
+    Batch,
+    Source,
+    TooManyBadImages,
+    eval_batches,
+    normalize,
+    resolve_workers,
+)
+from nextblock.models.classifier import head_features
+from nextblock.models.heads import HeadConfig
+from nextblock.models.next_block import NextBlockModel
+from nextblock.settings import from_dict
+from nextblock.train.device import autocast
+
+__all__ = [
+    "Extract",
+    "FeatureBatch",
+    "Features",
+    "SubsetSource",
+    "check_bad",
+    "check_same_classes",
+    "collect_features",
+    "encoder_extract",
+    "evaluation_data",
+    "features_of_batch",
+    "iterate_features",
+    "pixel_extract",
+    "seeded",
+    "untrained",
+]
+
+log = logging.getLogger(__name__)
+
+Extract = Callable[[Tensor], tuple[Tensor, ...]]
+"""From normalised images (b c h w) to features, each (b n d) or (b d)."""
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class FeatureBatch(NamedTuple):
+    """Features of the readable images of one batch."""
+
+    features: tuple[Float[Tensor, "b *patches f"], ...]
+    """One tensor for each of what the extract gives, fp32; empty where no image of the batch was readable."""
+    samples: Int64[Tensor, " b"]
+    """Which of the source's images these are."""
+    bad: tuple[BadSample, ...]
+    """Images that could not be read, left out."""
+
+
+class Features(NamedTuple):
+    """Features of all readable images of a source, in the order asked for, in main memory."""
+
+    features: tuple[Float[Tensor, "n *patches f"], ...]
+    samples: Int64[Tensor, " n"]
+    bad: tuple[BadSample, ...]
+
+
+# -------------------------------------------------------------------------------------- images to features
+
+
+def encoder_extract(
+    model: NextBlockModel, heads: Sequence[HeadConfig], *, precision: Precision = "fp32", chunk: int = 128
+) -> Extract:
+    """An extract of what each of `heads` sees of the model, from one pass for all with the same attention.
+
+    The model is used as it is: put it in evaluation mode first. `chunk` images at a time go through the
+    encoder, so that all layers of a large batch are never in memory together.
+    """
+    return partial(_encoder_features, model=model, heads=tuple(heads), precision=precision, chunk=chunk)
+
+
+def _encoder_features(
+    images: Float[Tensor, "b c h w"],
+    *,
+    model: NextBlockModel,
+    heads: tuple[HeadConfig, ...],
+    precision: Precision,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    parts = []
+    for some in images.split(chunk):
+        with autocast(images.device, TrainConfig(precision=precision)):
+            kinds: set[Attention] = {head.attention for head in heads}
+            layers = {kind: model.encode(some, attention=kind).layers for kind in kinds}
+            norm = model.encoder.norm
+            parts.append([head_features(layers[head.attention], head, norm).float() for head in heads])
+    return tuple(torch.cat(of_one_head) for of_one_head in zip(*parts, strict=True))
+
+
+def pixel_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
+    """The normalised pixels themselves, as one vector an image."""
+    return (rearrange(images, "b c h w -> b (c h w)"),)
+
+
+def features_of_batch(batch: Batch, extract: Extract, data: DataConfig, device: torch.device) -> FeatureBatch:
+    """Normalise a batch's images on the device and take their features, without gradients."""
+    if not len(batch.samples):
+        return FeatureBatch((), batch.samples, batch.bad)
+    with torch.no_grad():
+        images = normalize(batch.images.to(device, non_blocking=True), data.mean, data.std)
+        return FeatureBatch(extract(images), batch.samples, batch.bad)
+
+
+def iterate_features(
+    extract: Extract,
+    source: Source,
+    data: DataConfig,
+    image_size: Size,
+    *,
+    batch_size: int,
+    indices: Int64[np.ndarray, " n"] | None = None,
+    device: torch.device,
+) -> Iterator[FeatureBatch]:
+    """Take features of the centre crops of a source's images, or of those at `indices` in that order."""
+    workers = resolve_workers(data.workers, source)
+    for batch in eval_batches(source, data, image_size, batch_size, indices=indices, workers=workers):
+        yield features_of_batch(batch, extract, data, device)
+
+
+def collect_features(batches: Iterable[FeatureBatch]) -> Features:
+    """Join these batches to one, in main memory; raises `ValueError` if no image could be read."""
+    parts, samples, bad = [], [], []
+    for batch in batches:
+        bad += batch.bad
+        if batch.features:
+            parts.append([features.cpu() for features in batch.features])
+            samples.append(batch.samples.cpu())
+    if not parts:
+        first = f", the first: {bad[0].name}: {bad[0].reason}" if bad else ""
+        raise ValueError(f"none of the images could be read ({len(bad)} bad{first})")
+    features = tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
+    return Features(features, torch.cat(samples), tuple(bad))
+
+
+# ------------------------------------------------------------------------------------------ what they need
+
+
+def untrained(model: NextBlockModel, seed: int) -> NextBlockModel:
+    """Make the same network with fresh weights drawn from `seed`: frozen, in evaluation mode, same device."""
+    with seeded(seed):
+        fresh = NextBlockModel(replace(model.config, init=None))
+    return fresh.to(next(model.parameters()).device).eval().requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Make weights inside from `seed`, and leave torch's global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+class SubsetSource(Source):
+    """Some of a source's images, as a source."""
+
+    def __init__(self, source: Source, indices: Int64[np.ndarray, " n"]) -> None:
+        self.spec = source.spec
+        self.in_memory = source.in_memory
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the whole source has labels."""
+        return self._source.has_labels
+
+    def _read(self, index: int) -> UInt8[Tensor, "3 h w"]:
+        return self._source.read(int(self._indices[index]))
+
+    def _name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+    def _find_labels(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        return self._source.labels[self._indices], self._source.class_names
+
+    def _make_fingerprint(self) -> str:
+        chosen = hashlib.blake2b(self._indices.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        return f"{self._source.fingerprint}[{len(self)}-{chosen}]"
+
+
+def check_bad(bad: Collection[BadSample], source: Source, data: DataConfig) -> None:
+    """Raise `TooManyBadImages` where more of the source is unreadable than `data.max_bad_fraction` allows."""
+    if len(bad) > data.max_bad_fraction * len(source):
+        first = "".join(f"\n  {one.name}: {one.reason}" for one in list(bad)[:10])
+        raise TooManyBadImages(
+            f"{len(bad)} of the {len(source)} images of {source.spec} cannot be read, more than "
+            f"data.max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
+            "Repair or remove them."
+        )
+
+
+def check_same_classes(train: Source, other: Source) -> None:
+    """Refuse two sources whose labels do not mean the same classes, and say where they differ."""
+    ours, theirs = train.class_names, other.class_names
+    if ours == theirs:
+        return
+    only = [
+        f"only {source.spec} has " + ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+        for source, names in ((train, set(ours) - set(theirs)), (other, set(theirs) - set(ours)))
+        if names
+    ]
+    raise ValueError(
+        f"{train.spec} ({len(ours)} classes) and {other.spec} ({len(theirs)}) do not have the same classes: "
+        + ("; ".join(only) if only else "their order differs")
+        + "; give two sources with the same class names"
+    )
+
+
+def evaluation_data(model_spec: str, config: ModelConfig) -> DataConfig:
+    """How to cut and normalise images for a model: as its run did, if it is a run or a checkpoint of one.
+
+    Other files do not tell: ImageNet's mean and deviation then, and the shorter side resized to 300 px for
+    images of 256 px (official XTRA-B), else to 8/7 of the image (256 px for 224, official XTRA-H and AIM).
+    """
+    path = Path(model_spec).absolute()
+    run_dir = next((above.parent for above in path.parents if above.name == "checkpoints"), path)
+    settings = run_dir / "config.yaml"
+    if settings.is_file():
+        run = from_dict(RunConfig, yaml.safe_load(settings.read_text(encoding="utf-8")))
+        return replace(run.data, train=None, val=None)
+    size = max(pair(config.image_size))
+    resize_px = 300 if size == 256 else round(size * 8 / 7)
+    log.info("%s does not tell how its images were cut: shorter side to %d px", model_spec, resize_px)
+    return DataConfig(val_resize_px=resize_px)

@@ -1,0 +1,255 @@
+"""The training loop, in the order in which things happen.
+
+Exactness comes from having nothing to save but weights, optimizer and the number of the step: the order of
+samples is f(seed, visit), a crop f(seed, visit, sample), a block order f(seed, step), and the global
+generator, which only drop path draws from, is seeded f(seed, step, micro-step, rank) before every forward
+pass. So a monitor can disturb nothing, and a run that was cut goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nextblock.checkpoint import prune_checkpoints, save_checkpoint
+from nextblock.config import RunConfig
+from nextblock.data import QuarantineLog, Source, Step, TrainLoader, eval_batches, resolve_workers
+from nextblock.train.device import choose_device, make_deterministic
+from nextblock.train.metrics import MetricsLog
+from nextblock.train.monitor import Monitor, MonitorEvent
+from nextblock.train.progress import Reporter, Tick
+from nextblock.train.run_dir import RunDir
+from nextblock.train.schedule import Schedule
+from nextblock.train.signals import stop_on_signals
+from nextblock.train.trainer import StepOutcome, Trainer, Window
+
+__all__ = ["NonFiniteError", "TrainResult", "train"]
+
+log = logging.getLogger(__name__)
+
+BASELINE_IMAGES = 256
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient was not finite for several steps in a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    run_dir: Path
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    stopped_by: str | None
+    """The signal that asked the run to stop; None: the run is complete."""
+    num_bad: int
+    """Distinct images that could not be read."""
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    sources: dict[str, Source],
+    *,
+    monitors: Sequence[Monitor] = (),
+    reporter: Reporter,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train on `sources["train"]` into the run directory `out`, or go on where it stopped.
+
+    `sources["val"]`, if there, is validated on. Raises `RunDirError` where `out` holds something else,
+    `TooManyBadImages`, `NonFiniteError`, and `CheckpointError` where a disk is full; the last checkpoint
+    stays.
+    """
+    if config.model.predictor is None:
+        raise ValueError("model.predictor is null, so nothing can be predicted; pre-training needs one")
+    if config.model.num_blocks == 1:
+        raise ValueError(
+            "the whole image is one block, so there is no next block; use a smaller model.block_size"
+        )
+    device = choose_device(config.train.device)
+    if config.train.deterministic:
+        make_deterministic()
+    run_dir = RunDir.open(out, config, sources, overwrite=overwrite)
+    checkpoint = run_dir.latest()
+    trainer = Trainer(config, device, checkpoint)
+    run_dir.begin(config, sources, device)
+    run_dir.cut_metrics(-1 if checkpoint is None else trainer.step)
+    with stop_on_signals() as stop, reporter, Run(run_dir, trainer, sources, monitors, reporter) as run:
+        steps = iter(run.loader)
+        if trainer.step == 0:
+            run.observe(at_start=True)
+        while trainer.step < run.schedule.total and not stop:
+            started_s = time.perf_counter()
+            step = next(steps)
+            waited_s = time.perf_counter() - started_s
+            run.list_unreadable(step)
+            run.ensure_baselines(step)
+
+            lr = run.schedule.lr(step.index, config.optim)
+            outcome = trainer.train_step(step, lr)
+
+            run.check_finite(outcome, step)
+            trainer.window.add(outcome, waited_s=waited_s, elapsed_s=time.perf_counter() - started_s)
+            run.log(lr)
+            run.validate()
+            run.observe()
+            run.save_if_due()
+        run.save()
+    return TrainResult(
+        run_dir=out,
+        step=trainer.step,
+        total_steps=run.schedule.total,
+        stopped_by=stop.signal.name if stop.signal is not None else None,
+        num_bad=run.quarantine.count,
+    )
+
+
+class Run:
+    """What surrounds the trainer: the loader, the records, the monitors. Entered while the loop runs."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        trainer: Trainer,
+        sources: dict[str, Source],
+        monitors: Sequence[Monitor],
+        reporter: Reporter,
+    ) -> None:
+        config = trainer.config
+        self.dir, self.trainer, self.config = run_dir, trainer, config
+        self.sources, self.monitors, self.reporter = sources, monitors, reporter
+        self.loader = TrainLoader(
+            sources["train"],
+            config.data,
+            image_size=config.model.image_size,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            start_step=trainer.step,
+            workers=resolve_workers(config.data.workers, sources["train"]),
+            pin_memory=trainer.device.type == "cuda",
+        )
+        self.schedule = Schedule.of(
+            config, monitors, batch_size=self.loader.batch_size, steps_per_epoch=self.loader.steps_per_epoch
+        )
+        self.quarantine = QuarantineLog(
+            run_dir.quarantine, len(sources["train"]), config.data.max_bad_fraction
+        )
+        self._nonfinite = 0
+        self._saved_step, self._saved_at_s = trainer.step, time.monotonic()
+
+    def __enter__(self) -> Run:
+        tensorboard = self.dir.path / "tensorboard" if self.config.monitor.tensorboard else None
+        self._metrics = MetricsLog(self.dir.metrics, tensorboard, start_step=self.trainer.step)
+        self.reporter.begin(self.trainer.step, self.schedule.total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+
+    def list_unreadable(self, step: Step) -> None:
+        """List images that left a hole in their batch; too many stop the run."""
+        for batch in step.micro_batches:
+            for bad in batch.bad:
+                self.quarantine.add(bad)
+
+    def ensure_baselines(self, step: Step) -> None:
+        """Measure, once a run, what its loss is to be compared with, on images of its first step."""
+        if self.dir.baselines() is None and any(len(batch.images) for batch in step.micro_batches):
+            images = next(batch.images for batch in step.micro_batches if len(batch.images))
+            baselines = self.trainer.baselines(images[:BASELINE_IMAGES])
+            self.dir.write_baselines(baselines)
+            self.reporter.note(
+                f"loss to compare with: {baselines['zero']:.3f} predicting nothing (zero), "
+                f"{baselines['copy_previous']:.3f} copying the previous block"
+            )
+
+    def check_finite(self, outcome: StepOutcome, step: Step) -> None:
+        """Count steps that are not finite; too many in a row stop the run."""
+        if outcome.is_finite(scaled=self.trainer.scaler.is_enabled()):
+            self._nonfinite = 0
+            return
+        self._nonfinite += 1
+        limit = self.config.train.nonfinite_limit
+        log.warning("step %d: loss %s, gradient norm %s; weights left as they are", step.index, *outcome[:2])
+        if self._nonfinite >= limit:
+            names = [
+                self.sources["train"].name(int(i)) for batch in step.micro_batches for i in batch.samples[:5]
+            ]
+            raise NonFiniteError(
+                f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {limit} steps in a row, the "
+                f"last of them step {step.index}, whose first samples are {', '.join(names[:5])}. The last "
+                f"checkpoint, of step {self._saved_step}, is intact. Try a lower optim.lr, a longer "
+                "optim.warmup, train.precision bf16 or fp32, or look at those images"
+            )
+
+    def log(self, lr: float) -> None:
+        """Tell the reporter, and write a line of metrics if it is time."""
+        trainer, values = self.trainer, self.trainer.window.values()
+        epoch = trainer.step / self.loader.steps_per_epoch
+        self.reporter.update(
+            Tick(
+                step=trainer.step,
+                total_steps=self.schedule.total,
+                epoch=epoch,
+                loss=values["loss"],
+                lr=lr,
+                images_per_s=values["images_per_s"],
+                data_wait=values["data_wait"],
+                num_bad=self.quarantine.count,
+            )
+        )
+        if trainer.step % self.schedule.log == 0 or trainer.step == self.schedule.total:
+            self._metrics.write(
+                "train", trainer.step, {"epoch": epoch, "lr": lr, **values, "bad": self.quarantine.count}
+            )
+            trainer.window = Window()
+
+    def validate(self) -> None:
+        """Measure the validation loss if it is time and there are images for it."""
+        source = self.sources.get("val")
+        if source is None or not self._is_time(self.schedule.val):
+            return
+        batches = eval_batches(
+            source,
+            self.config.data,
+            self.config.model.image_size,
+            self.config.train.micro_batch_size or self.loader.batch_size,
+            workers=resolve_workers(self.config.data.workers, source),
+        )
+        loss, bad = self.trainer.validation_loss(batches)
+        if bad:
+            log.warning("%d validation images cannot be read, such as %s: %s", len(bad), *bad[0][1:])
+        self._metrics.write("val", self.trainer.step, {"val_loss": loss, "val_bad": len(bad)})
+
+    def observe(self, *, at_start: bool = False) -> None:
+        """Call the monitors whose time it is; all of them before the first step."""
+        event = MonitorEvent(self.trainer.step, self.dir.path, self.trainer.device)
+        for monitor, every in zip(self.monitors, self.schedule.monitors, strict=True):
+            if at_start or self._is_time(every):
+                with self.trainer.looking() as model:
+                    values = monitor(model, event)
+                self._metrics.write("monitor", self.trainer.step, values)
+
+    def save_if_due(self) -> None:
+        """Save if it is time, unless the run is in trouble: what came before it must not be pruned away."""
+        since_last_s = time.monotonic() - self._saved_at_s
+        if not self._nonfinite and self.schedule.must_save(self.trainer.step, since_last_s):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done, unless they are saved already."""
+        if self.trainer.step == self._saved_step:
+            return
+        save_checkpoint(self.dir.checkpoints, self.trainer.model, self.trainer.state(), self.trainer.step)
+        prune_checkpoints(self.dir.checkpoints, self.config.checkpoint.keep, self.schedule.keeps_for_good)
+        self._saved_step, self._saved_at_s = self.trainer.step, time.monotonic()
+
+    def _is_time(self, every: int) -> bool:
+        return self.trainer.step % every == 0 or self.trainer.step == self.schedule.total

@@ -1,0 +1,125 @@
+"""What a run tells whoever watches the terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["ConsoleReporter", "Reporter", "Tick"]
+
+LINE_EVERY_S = 10.0
+"""Where there is no terminal, a line this often."""
+
+
+class Tick(NamedTuple):
+    """The state of a run after a step."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    """Mean since the last line of metrics."""
+    lr: float
+    images_per_s: float
+    data_wait: float
+    """Share of the time spent waiting for images."""
+    num_bad: int
+    """Images that could not be read."""
+
+    def text(self) -> str:
+        """One line, without step and time."""
+        parts = [
+            f"loss {self.loss:.4f}",
+            f"lr {self.lr:.1e}",
+            f"{self.images_per_s:,.0f} images/s"
+            if self.images_per_s >= 10
+            else f"{self.images_per_s:.2f} images/s",
+            f"data wait {self.data_wait:.0%}",
+        ]
+        if self.num_bad:
+            parts.append(f"{self.num_bad} unreadable")
+        return " · ".join(parts)
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """Entered once a run, told what happens."""
+
+    def __enter__(self) -> Reporter: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Tell where the run stands before its first step."""
+        ...
+
+    def update(self, tick: Tick) -> None:
+        """Tell of a step."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Tell of anything else, a line."""
+        ...
+
+
+class ConsoleReporter:
+    """A progress bar on a terminal; elsewhere a line every ten seconds."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._said_at_s = 0.0
+
+    def __enter__(self) -> ConsoleReporter:
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=self.console,
+                speed_estimate_period=120,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Show the bar."""
+        self._started = (time.monotonic(), step)
+        if self._bar is not None:
+            self._task = self._bar.add_task("train", total=total_steps, completed=step, text="")
+            self._bar.start()
+
+    def update(self, tick: Tick) -> None:
+        """Move the bar, or write a line if ten seconds have passed."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=tick.step, text=tick.text())
+            return
+        now_s = time.monotonic()
+        if now_s - self._said_at_s < LINE_EVERY_S and tick.step < tick.total_steps:
+            return
+        self._said_at_s = now_s
+        started_s, first = self._started
+        left_s = (now_s - started_s) / max(1, tick.step - first) * (tick.total_steps - tick.step)
+        self.note(
+            f"step {tick.step}/{tick.total_steps} · epoch {tick.epoch:.1f} · {tick.text()} "
+            f"· {left_s:.0f} s left"
+        )
+
+    def note(self, text: str) -> None:
+        """Write a line above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)

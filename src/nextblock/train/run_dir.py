@@ -1,0 +1,166 @@
+"""The run directory: what belongs to one training, and whether a directory is the same run.
+
+RUN/config.yaml        all settings, resolved
+    source.json        what was trained on: number of images and fingerprint of their list
+    environment.json   versions, device, git commit, command
+    baselines.json     what predicting zero and copying the previous block would cost on this data
+    metrics.jsonl      one JSON object a line
+    quarantine.jsonl   images that could not be read
+    checkpoints/       step_00001234/{model.safetensors, state.pt}
+    pictures/  tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nextblock.checkpoint import latest_checkpoint, write_aside
+from nextblock.config import RunConfig
+from nextblock.data import Source
+from nextblock.settings import from_dict, to_dict
+from nextblock.train.device import device_name
+
+__all__ = ["RunDir", "RunDirError"]
+
+PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
+
+
+class RunDirError(ValueError):
+    """`--out` holds something else than this run."""
+
+
+class RunDir:
+    """Paths and records of a run: `open` checks the directory and writes nothing, `begin` writes."""
+
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        self.path = path
+        self.overwrite = overwrite
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.quarantine = path / "quarantine.jsonl"
+
+    @classmethod
+    def open(cls, path: Path, config: RunConfig, sources: dict[str, Source], *, overwrite: bool) -> RunDir:
+        """Check that the directory is free for a new run, or holds this very one.
+
+        Another run there is refused unless `overwrite`, so is the same run on other images; other files are
+        refused always.
+        """
+        run = cls(path, overwrite=overwrite)
+        if run.is_run():
+            if not overwrite:
+                run._check_same(config, sources)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunDirError(f"{path} exists and is no run; choose another --out, or empty it")
+        return run
+
+    def begin(self, config: RunConfig, sources: dict[str, Source], device: torch.device) -> None:
+        """Make the directory (with `overwrite`, in place of the run that is there) and write what it is."""
+        if self.overwrite and self.is_run():
+            shutil.rmtree(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirError(
+                f"cannot make the directory {self.path}: {error.strerror}; choose another --out"
+            ) from error
+        self._write("source.json", json.dumps({kind: describe(s) for kind, s in sources.items()}, indent=1))
+        self._write("environment.json", json.dumps(environment(device), indent=1))
+        self._write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+    def is_run(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "config.yaml").is_file()
+
+    def latest(self) -> Path | None:
+        """The whole checkpoint to go on from, the latest; None where the run begins anew."""
+        return None if self.overwrite else latest_checkpoint(self.checkpoints)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines of metrics after `step`, and a last line that was cut off."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        self._write(self.metrics.name, "".join(kept))
+
+    def baselines(self) -> dict[str, float] | None:
+        """What was measured when the run began."""
+        path = self.path / "baselines.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_baselines(self, values: dict[str, float]) -> None:
+        """Keep the baselines for later starts and for reports."""
+        self._write("baselines.json", json.dumps(values, indent=1))
+
+    def _check_same(self, config: RunConfig, sources: dict[str, Source]) -> None:
+        there = from_dict(RunConfig, yaml.safe_load((self.path / "config.yaml").read_text()))
+        differences = config.differences(there)
+        if differences:
+            listed = "; ".join(
+                f"{name}: {old!r} there, {new!r} now" for name, (new, old) in differences.items()
+            )
+            raise RunDirError(
+                f"{self.path} holds another run ({listed}); choose another --out, the same settings to go "
+                "on, or --overwrite to begin anew"
+            )
+        recorded = json.loads((self.path / "source.json").read_text())
+        for kind, source in sources.items():
+            if recorded.get(kind, {}).get("fingerprint") != source.fingerprint:
+                raise RunDirError(
+                    f"data.{kind} {source.spec!r} has changed since this run began: "
+                    f"{recorded.get(kind, {}).get('num_images')} images then, {len(source)} now, or other "
+                    "names; the order of samples would not be the same. Restore the images, or begin "
+                    "a new run with another --out"
+                )
+
+    def _write(self, name: str, text: str) -> None:
+        with write_aside(self.path / name) as aside:
+            aside.write_text(text)
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """What makes a source the same source."""
+    return {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, git commit of the working directory, and the command."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": device_name(device),
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

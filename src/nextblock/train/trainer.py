@@ -1,0 +1,215 @@
+"""What trains: model, optimizer and scaler, one optimizer step at a time, and all that a checkpoint saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from nextblock.checkpoint import CheckpointError, load_state, read_model
+from nextblock.config import RunConfig
+from nextblock.data import BadSample, Batch, Step, keyed_rng, keyed_seed, normalize
+from nextblock.interop import initialize
+from nextblock.models import NextBlockModel, Prediction
+from nextblock.objective import baseline_losses, block_targets, combine
+from nextblock.optim import build_optimizer, set_lr
+from nextblock.train.device import autocast
+
+__all__ = ["StepOutcome", "Trainer", "Window"]
+
+RANK = 0
+"""This process's number; part of the key of drop path."""
+
+
+class StepOutcome(NamedTuple):
+    """What one optimizer step came to."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    images: int
+
+    def is_finite(self, *, scaled: bool) -> bool:
+        """Whether all is well; under a gradient scaler an infinite gradient is no fault of the loss."""
+        return math.isfinite(self.loss) and (scaled or math.isfinite(self.grad_norm))
+
+
+@dataclass
+class Window:
+    """What was seen since the last line of metrics; saved, so that a resumed loss curve is the same."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    images: int = 0
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+
+    def add(self, outcome: StepOutcome, *, waited_s: float, elapsed_s: float) -> None:
+        """Note a step; `elapsed_s` is all of its time, `waited_s` what of it was spent waiting for images."""
+        self.losses.append(outcome.loss)
+        self.grad_norms.append(outcome.grad_norm)
+        self.images += outcome.images
+        self.elapsed_s += elapsed_s
+        self.waited_s += waited_s
+
+    def values(self) -> dict[str, float]:
+        """Means over the window: loss, gradient norm, images per second, share of time waiting for images."""
+        elapsed_s = max(self.elapsed_s, 1e-9)
+        return {
+            "loss": sum(self.losses) / max(1, len(self.losses)),
+            "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
+            "images_per_s": self.images / elapsed_s,
+            "data_wait": self.waited_s / elapsed_s,
+        }
+
+
+class Trainer:
+    """A model that learns. Made fresh (or from `model.init`), or from a checkpoint."""
+
+    def __init__(self, config: RunConfig, device: torch.device, checkpoint: Path | None) -> None:
+        self.config, self.device = config, device
+        self.model = _fresh_model(config) if checkpoint is None else _saved_model(checkpoint)
+        self.model.to(device).train()
+        self.model.set_grad_checkpointing(config.train.activation_checkpointing)
+        self.model.predictor_fp32 = config.train.predictor_fp32
+        self._forward: Callable[..., Prediction] = self.model
+        if config.train.compile:
+            self._forward = torch.compile(self.model)  # type: ignore[assignment]
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+        self.autocast = autocast(device, config.train)
+        self.step = 0
+        """Optimizer steps done."""
+        self.window = Window()
+        if checkpoint is not None:
+            self._restore(load_state(checkpoint))
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint needs besides the model: tensors, numbers, lists and dicts."""
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "window": dict(vars(self.window)),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.window = Window(**state["window"])
+
+    # ----------------------------------------------------------------------------------------------- a step
+
+    def train_step(self, step: Step, lr: float) -> StepOutcome:
+        """Make one optimizer step over all micro-batches; what is not finite changes no weight.
+
+        The loss is the sum over predicted blocks divided by their number in the whole batch, so that
+        micro-batches of any sizes, with or without holes, give the loss and gradient of the batch.
+        """
+        images = sum(len(batch.images) for batch in step.micro_batches)
+        divisors = [max(1, images * rows) for rows in self._rows_per_image()]
+        order = self._block_order(step.index)
+        set_lr(self.optimizer, lr)
+        loss = torch.zeros((), device=self.device)
+        for micro_step, batch in enumerate(step.micro_batches):
+            if len(batch.images):
+                torch.manual_seed(keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK))
+                loss += self._backward(batch, order, divisors)
+        grad_norm = self._update(loss_is_finite=math.isfinite(loss.item())) if images else 0.0
+        self.step += 1
+        return StepOutcome(loss.item(), grad_norm, images)
+
+    def _backward(self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
+        images = self.to_model(batch.images)
+        with self.autocast:
+            out = self._forward(images, order)
+        loss = combine([part.block_loss for part in out.distances], divisors)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _update(self, *, loss_is_finite: bool) -> float:
+        """Clip, step if all is finite, clear the gradients; returns their norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if loss_is_finite and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def _rows_per_image(self) -> list[int]:
+        """Predicted blocks of an image, one number a distance."""
+        model = self.config.model
+        return [model.num_blocks - distance for distance in range(1, model.num_predicted_blocks + 1)]
+
+    def _block_order(self, step_index: int) -> Int64[Tensor, " k"]:
+        """The step's order: one of the model's set, f(seed, step)."""
+        orders = self.model.orders
+        drawn = keyed_rng(self.config.seed, "block-order", step_index).integers(len(orders))
+        return orders[int(drawn)]
+
+    # ------------------------------------------------------------------------------------------- looking on
+
+    def to_model(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Pixels as the model takes them: on its device, normalised."""
+        on_device = images.to(self.device, non_blocking=True)
+        return normalize(on_device, self.config.data.mean, self.config.data.std)
+
+    @contextmanager
+    def looking(self) -> Iterator[NextBlockModel]:
+        """Give the model in evaluation mode without gradients."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast:
+                yield self.model
+        finally:
+            self.model.train()
+
+    def validation_loss(self, batches: Iterator[Batch]) -> tuple[float, list[BadSample]]:
+        """The loss over all these images, under the model's first order, and those that cannot be read."""
+        sums = torch.zeros(self.config.model.num_predicted_blocks, dtype=torch.float64)
+        counts = torch.zeros_like(sums)
+        bad: list[BadSample] = []
+        with self.looking() as model:
+            for batch in batches:
+                bad += batch.bad
+                if len(batch.images):
+                    distances = model(self.to_model(batch.images)).distances
+                    sums += torch.tensor([float(part.block_loss.sum()) for part in distances]).double()
+                    counts += torch.tensor([part.kept.sum().item() for part in distances])
+        return float((sums / counts.clamp(min=1)).mean()), bad
+
+    def baselines(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
+        """What predicting zero, and copying the previous block, would cost on these images."""
+        model = self.config.model
+        pixels = block_targets(
+            self.to_model(images), self.model.orders[0], model.block_px, normalize=model.norm_pixels, start=0
+        )
+        losses = baseline_losses(pixels[:, 1:], pixels[:, 0], model.loss)
+        return {name: loss.mean().item() for name, loss in losses.items()}
+
+
+def _fresh_model(config: RunConfig) -> NextBlockModel:
+    """A model whose weights are f(seed), or those of `model.init`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed(config.seed, "weights"))
+        model = NextBlockModel(config.model)
+    if config.model.init is not None:
+        initialize(model, config.model.init)
+    return model
+
+
+def _saved_model(checkpoint: Path) -> NextBlockModel:
+    model = read_model(checkpoint / "model.safetensors")
+    if not isinstance(model, NextBlockModel):
+        raise CheckpointError(f"{checkpoint} holds a classifier, not the model of a pre-training run")
+    return model

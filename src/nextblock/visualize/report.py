@@ -1,0 +1,404 @@
+"""What a run achieved, read from its files: accuracies, speed, the loss beside its baselines, a picture.
+
+Nothing here imports torch, so that the report starts quickly. What a run does not have yet is said, not an
+error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Group
+
+__all__ = ["ProbeRow", "RunSummary", "plot_losses", "read_run", "report_markdown", "report_table"]
+
+ENCODERS = ("trained", "untrained", "raw pixels")
+"""The columns of the probe table: what the accuracies compare."""
+BASELINES = {"zero": "predicting zero", "copy_previous": "copying the previous block"}
+"""Names of the losses without a model, in words."""
+SIDES_PX = {"digits": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR10": 32, "CIFAR100": 32}
+"""Sources of tiny pictures whose size is known by their name."""
+SAME_ACCURACY = 0.01
+"""Accuracies that differ by no more count as equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRow:
+    """One probe's accuracy, as a share of 1."""
+
+    head: str
+    """Attentive or linear."""
+    encoder: str
+    """One of `ENCODERS`."""
+    split: str
+    """What it was measured on: val, test or held-out."""
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What the files of a run say."""
+
+    run_dir: Path
+    train: tuple[dict[str, Any], ...] = ()
+    """Logged training lines, in order: step, loss, lr, images_per_s, ..."""
+    val: tuple[dict[str, Any], ...] = ()
+    """Validation lines: step, val_loss."""
+    monitor: tuple[dict[str, Any], ...] = ()
+    """What monitors measured: step, and their own names."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """The loss without a model: "zero" and "copy_previous"; empty where not measured."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions and hardware, as the run wrote them."""
+    probes: tuple[ProbeRow, ...] = ()
+    """The newest probe's accuracies."""
+    probe_file: Path | None = None
+    """Where they were read."""
+    picture: Path | None = None
+    """The latest picture of predictions."""
+    source_px: int | None = None
+    """Side of the probed pictures before any resizing, where known."""
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Median over the logged steps."""
+        rates = [line["images_per_s"] for line in self.train if _is_number(line.get("images_per_s"))]
+        return statistics.median(rates) if rates else None
+
+    @property
+    def final_loss(self) -> tuple[float, int] | None:
+        """The last logged training loss that is a number, and its step."""
+        steps, losses = _series(self.train, "loss")
+        return (losses[-1], steps[-1]) if losses else None
+
+    @property
+    def raw_pixels_suffice(self) -> bool:
+        """Whether a probe does as well on raw pixels as on the trained encoder: within a point, or better."""
+        best = _best_accuracies(self)
+        return any(
+            raw >= best[head, split, "trained"] - SAME_ACCURACY
+            for (head, split, encoder), raw in best.items()
+            if encoder == "raw pixels" and (head, split, "trained") in best
+        )
+
+
+# -------------------------------------------------------------------------------- reading
+
+
+def read_run(run_dir: Path) -> RunSummary:
+    """Read a run directory's files; raises `ValueError` on a directory that is no run or a damaged file."""
+    if not (run_dir / "config.yaml").is_file():
+        found = "it has none" if run_dir.is_dir() else "there is no such directory"
+        raise ValueError(
+            f"{run_dir} is no run: a run holds config.yaml, and {found}; "
+            "give the directory that `nextblock pretrain --out` wrote"
+        )
+    lines = _read_lines(run_dir / "metrics.jsonl")
+    probe_file = _newest(run_dir.rglob("probe.json"))
+    probe = _read_json(probe_file) if probe_file else {}
+    return RunSummary(
+        run_dir=run_dir,
+        train=tuple(line for line in lines if line.get("kind") == "train"),
+        val=tuple(line for line in lines if line.get("kind") == "val"),
+        monitor=tuple(line for line in lines if line.get("kind") == "monitor"),
+        baselines=_read_json(run_dir / "baselines.json"),
+        environment=_read_json(run_dir / "environment.json"),
+        probes=_probe_rows(probe, probe_file),
+        probe_file=probe_file,
+        picture=_newest(run_dir.glob("predict*/predictions.png")) or _last_picture(run_dir),
+        source_px=_source_px(probe),
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file, none without a file; a last one without newline is being written."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    lines = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"line {number} of {path} is not JSON ({error.msg}); remove that line"
+            ) from error
+    return lines
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object, empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error.msg}, line {error.lineno}); remove it or write it again"
+        ) from error
+
+
+def _newest(paths: Any) -> Path | None:
+    return max(paths, key=lambda path: (path.stat().st_mtime_ns, str(path)), default=None)
+
+
+def _last_picture(run_dir: Path) -> Path | None:
+    """The monitor's picture of the highest step."""
+    return max((run_dir / "pictures").glob("step_*.png"), default=None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _probe_rows(probe: dict[str, Any], path: Path | None) -> tuple[ProbeRow, ...]:
+    """The rows of a probe's file, those of the encoders and heads that the report compares."""
+    rows = probe.get("rows", []) if probe else []
+    try:
+        return tuple(
+            ProbeRow(
+                head=row["head"],
+                encoder=row["encoder"],
+                split=row["split"],
+                top1=float(row["top1"]),
+                top5=float(row["top5"]),
+            )
+            for row in rows
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no probe result: each of its rows needs head, encoder, split, top1 and top5 "
+            f"({error!r}); probe again"
+        ) from error
+
+
+def _source_px(probe: dict[str, Any]) -> int | None:
+    """The side of the pictures that were probed, where the source's name tells."""
+    spec = probe.get("sources", {}).get("train", {}).get("spec", "")
+    name = spec.removeprefix("torchvision:").partition(",")[0].partition(":")[0]
+    return SIDES_PX.get(name)
+
+
+# -------------------------------------------------------------------------------- what is said
+
+
+def _best_accuracies(summary: RunSummary) -> dict[tuple[str, str, str], float]:
+    """The best top-1 of each head on each split with each encoder."""
+    best: dict[tuple[str, str, str], float] = {}
+    for row in summary.probes:
+        key = (row.head, row.split, row.encoder)
+        best[key] = max(row.top1, best.get(key, 0.0))
+    return best
+
+
+def _probe_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """Heads (and splits, if there are several) down, encoders across; top-1 in percent."""
+    best = _best_accuracies(summary)
+    encoders = [name for name in ENCODERS if any(encoder == name for _, _, encoder in best)]
+    splits = list(dict.fromkeys(split for _, split, _ in best))
+    rows = []
+    for head, split in dict.fromkeys((head, split) for head, split, _ in best):
+        accuracies = (best.get((head, split, encoder)) for encoder in encoders)
+        cells = ["-" if accuracy is None else f"{accuracy:.1%}" for accuracy in accuracies]
+        rows.append([head if len(splits) == 1 else f"{head}, {split}", *cells])
+    first = "probe, top-1" if len(splits) > 1 else f"probe, top-1 on {splits[0]}"
+    return [first, *encoders], rows
+
+
+def _facts(summary: RunSummary) -> list[tuple[str, str]]:
+    """What else is known, as (name, value); what is missing is said with the command that makes it."""
+    run = summary.run_dir
+    facts = []
+    if not summary.probes:
+        facts.append(
+            ("probe", f"none yet: nextblock probe --model {run} --train SOURCE --out {run / 'probe'}")
+        )
+    facts.append(("speed", _speed(summary)))
+    facts.append(("training loss", _loss(summary)))
+    if summary.val:
+        last = summary.val[-1]
+        facts.append(("validation loss", f"{last['val_loss']:.4f} at step {last['step']:,}"))
+    facts.extend(_monitored(summary))
+    picture = str(summary.picture) if summary.picture else None
+    hint = f"none yet: nextblock predict --model {run} --data SOURCE --out {run / 'predict'}"
+    facts.append(("picture", picture or hint))
+    return facts
+
+
+def _speed(summary: RunSummary) -> str:
+    rate = summary.images_per_s
+    if rate is None:
+        return "not logged yet"
+    device = f" on {summary.environment['device']}" if "device" in summary.environment else ""
+    return (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}") + f" images/s{device}"
+
+
+def _loss(summary: RunSummary) -> str:
+    if summary.final_loss is None:
+        return "not logged yet"
+    words = "{:.4f} at step {:,}".format(*summary.final_loss)
+    if not summary.baselines:
+        return f"{words} (its baselines were not measured)"
+    return f"{words} (without a model: {_baseline_words(summary)})"
+
+
+def _baseline_words(summary: RunSummary) -> str:
+    return ", ".join(f"{BASELINES.get(name, name)} {value:.4f}" for name, value in summary.baselines.items())
+
+
+def _monitored(summary: RunSummary) -> list[tuple[str, str]]:
+    """The latest of the monitored kNN accuracies."""
+    latest: dict[str, tuple[float, int]] = {}
+    for line in summary.monitor:
+        for name, value in line.items():
+            if name.startswith("knn/") and _is_number(value):
+                latest[name] = (value, line["step"])
+    return [
+        (name.replace("/", " "), f"{value:.1%} at step {step:,}") for name, (value, step) in latest.items()
+    ]
+
+
+def _notes(summary: RunSummary) -> list[str]:
+    if not summary.raw_pixels_suffice:
+        return []
+    size = summary.source_px
+    tiny = f"pictures as small as these ({size} x {size} px)" if size else "tiny pictures"
+    return [
+        f"Raw pixels do as well as the trained encoder under the same head: on {tiny} classes are already "
+        "linearly separable in the pixels, so the comparison that tells is trained against untrained."
+    ]
+
+
+def report_table(summary: RunSummary) -> Group:
+    """The report for a terminal: print it with a `rich.console.Console`."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Any] = [Text(f"Report of {summary.run_dir}", style="bold")]
+    if summary.probes:
+        header, rows = _probe_table(summary)
+        probes = Table(box=None, pad_edge=False)
+        for column, name in enumerate(header):
+            probes.add_column(Text(name), justify="left" if column == 0 else "right")
+        for row in rows:
+            probes.add_row(*(Text(cell) for cell in row))
+        parts += ["", probes]
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(summary):
+        facts.add_row(Text(name), Text(value))
+    parts += ["", facts]
+    for note in _notes(summary):
+        parts += ["", Text(note, style="italic")]
+    return Group(*parts)
+
+
+def report_markdown(summary: RunSummary) -> str:
+    """The same as Markdown."""
+    lines = [f"# Report of {summary.run_dir}", ""]
+    if summary.probes:
+        header, rows = _probe_table(summary)
+        lines += [
+            _row(header),
+            _row(["---"] + ["---:"] * (len(header) - 1)),
+            *(_row(row) for row in rows),
+            "",
+        ]
+    lines += [f"- {name}: {value}" for name, value in _facts(summary)]
+    for note in _notes(summary):
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# -------------------------------------------------------------------------------- the loss curve
+
+
+def plot_losses(summary: RunSummary, path: Path) -> None:
+    """Draw the losses by step, those that need no model as horizontal lines, and the learning rate below."""
+    from matplotlib.figure import Figure
+
+    from nextblock.visualize.figure import MUTED, save_png
+
+    if not summary.train:
+        raise ValueError(
+            f"{summary.run_dir / 'metrics.jsonl'} holds no training step yet; train before drawing"
+        )
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    _draw_losses(losses, summary)
+    steps, lr = _series(summary.train, "lr")
+    rates.plot(steps, lr, color=MUTED, linewidth=1.2)
+    rates.set_ylim(bottom=0)
+    rates.set_ylabel("lr")
+    rates.set_xlabel("step")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    rates.yaxis.get_offset_text().set_size(8)
+    for axes in (losses, rates):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    name = summary.run_dir.name or str(summary.run_dir)
+    losses.set_title(f"Loss of {name}", loc="left", fontsize=11, parse_math=False)
+    save_png(figure, path, dpis=(160,))
+
+
+def _draw_losses(axes: Axes, summary: RunSummary) -> None:
+    steps, losses = _series(summary.train, "loss")
+    if len(losses) > 100:
+        axes.plot(steps, losses, color="#0969da", linewidth=0.7, alpha=0.3)
+        axes.plot(steps, _smoothed(losses), color="#0969da", linewidth=1.6, label="training (smoothed)")
+    else:
+        axes.plot(steps, losses, color="#0969da", linewidth=1.6, label="training")
+    if summary.val:
+        steps, losses = _series(summary.val, "val_loss")
+        axes.plot(steps, losses, color="#bc4c00", linewidth=1.6, marker="o", markersize=3, label="validation")
+    for name, value in summary.baselines.items():
+        style, x, side = ("--", 1.0, "right") if name == "zero" else (":", 0.5, "center")
+        axes.axhline(value, color="#656d76", linewidth=1.1, linestyle=style)
+        words = f"{BASELINES.get(name, name)}: {value:.3f}"
+        axes.annotate(
+            words,
+            (x, value),
+            xytext=(0, 2),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            ha=side,
+            va="bottom",
+            fontsize=8,
+            color="#656d76",
+        )
+    axes.margins(y=0.08)
+    axes.set_ylabel("loss")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
+
+
+def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the lines that hold a finite number under `name`."""
+    kept = [line for line in lines if _is_number(line.get(name))]
+    return [line["step"] for line in kept], [line[name] for line in kept]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """A running mean over the last fiftieth of the curve, at least ten values."""
+    window = max(10, len(values) // 50)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [
+        (sums[end] - sums[max(0, end - window)]) / (end - max(0, end - window))
+        for end in range(1, len(values) + 1)
+    ]

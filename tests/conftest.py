@@ -1,0 +1,62 @@
+"""What all tests share: shapes checked in every call, one thread per worker, the golden tensors.
+
+The import hook must be there before any test imports nextblock, or the annotations go unchecked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from beartype import BeartypeConf, beartype
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+
+# An int is a float here, as it is for pyright (PEP 484's numeric tower).
+check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+assert "nextblock" not in sys.modules, "imported too early to be checked"
+jaxtyping.install_import_hook("nextblock", f"{__name__}.check_types")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(autouse=True)
+def _same_default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    yield
+    after = torch.get_default_dtype()
+    torch.set_default_dtype(before)
+    assert after == before, f"the test left torch's default dtype at {after}; it was {before}"
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of the reference weights and tensors."""
+    return GOLDEN_DIR
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """`golden("xtra_k2")` -> the tensors of tests/golden/xtra_k2.safetensors, fresh at each call."""
+    return lambda name: load_file(GOLDEN_DIR / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_metadata() -> Callable[[str], dict[str, str]]:
+    """`golden_metadata("xtra_k2")` -> what the same file says about its tensors, as text."""
+
+    def read(name: str) -> dict[str, str]:
+        with safe_open(GOLDEN_DIR / f"{name}.safetensors", framework="pt") as file:
+            return file.metadata()
+
+    return read

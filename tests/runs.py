@@ -1,0 +1,234 @@
+"""Runs small enough for tests: 16-px pictures in four blocks, a model 16 wide, and monitors that make trouble."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nextblock.checkpoint import load_state
+from nextblock.cli.arguments import resolve
+from nextblock.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from nextblock.data import Source
+from nextblock.models import NextBlockModel
+from nextblock.train import Monitor, MonitorEvent, Tick, TrainResult, train
+from toy import ToySource
+
+CPU = torch.device("cpu")
+
+TINY = RunConfig(
+    model=ModelConfig(
+        image_size=16,
+        patch_size=4,
+        block_size=2,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        projection_dim=16,
+        predictor_dim=16,
+        predictor_depth=1,
+        predictor_heads=2,
+        block_mlp_dim=16,
+    ),
+    data=DataConfig(val_resize_px=16, workers=0),
+    optim=OptimConfig(warmup="2st"),
+    train=TrainConfig(duration="7st", batch_size=8, precision="fp32", device="cpu"),
+    checkpoint=CheckpointConfig(every="1000st"),
+    monitor=MonitorConfig(log_every="1st", pictures_every=None, knn_every=None, tensorboard=False),
+)
+
+ALL_RANDOM = {
+    "model.drop_path": 0.3,
+    "model.order": "random",
+    "train.micro_batch_size": 3,
+    "monitor.log_every": "3st",
+}
+"""Everything that draws random numbers, micro-batches that do not divide the batch, windows of three steps."""
+
+TINY_FLAGS = (
+    *("--preset", "xtra-tiny", "--train.device", "cpu", "--data.workers", "0", "--data.val_resize_px", "16"),
+    *("--model.image_size", "16", "--model.embed_dim", "16", "--model.depth", "1", "--model.num_heads", "2"),
+    *("--model.projection_dim", "16", "--model.predictor_dim", "16", "--model.predictor_depth", "1"),
+    *("--model.predictor_heads", "2", "--model.block_mlp_dim", "16", "--train.batch_size", "8"),
+    *("--monitor.pictures_every", "null", "--monitor.knn_every", "null", "--monitor.tensorboard", "false"),
+    *("--train.duration", "3st", "--monitor.log_every", "1st"),
+)
+"""A run of three steps on the command line; a later flag wins over an earlier one."""
+
+
+def settings(changes: Mapping[str, Any] | None = None) -> RunConfig:
+    return resolve(TINY, changes or {})
+
+
+def run_toy(
+    out: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    monitors: Sequence[Monitor] = (),
+    sources: dict[str, Source] | None = None,
+    reporter: Quiet | None = None,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train `TINY` with some settings changed, on 40 toy pictures unless told otherwise."""
+    return train(
+        settings(changes),
+        out,
+        sources or {"train": ToySource(40)},
+        monitors=monitors,
+        reporter=reporter or Quiet(),
+        overwrite=overwrite,
+    )
+
+
+class Quiet:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.ticks: list[Tick] = []
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, step: int, total_steps: int) -> None:
+        self.began_at = (step, total_steps)
+
+    def update(self, tick: Tick) -> None:
+        self.ticks.append(tick)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+# ------------------------------------------------------------------------------------------------- monitors
+
+
+class SignalAt:
+    """Sends this process a signal after a step."""
+
+    every = "1st"
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
+        if event.step == self.step:
+            os.kill(os.getpid(), self.number)
+        return {}
+
+
+class Crash(Exception):
+    """Nobody's fault: the test's."""
+
+
+class CrashAt:
+    """Ends the run at a step without a chance to save."""
+
+    every = "1st"
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
+        if event.step == self.step:
+            raise Crash
+        return {}
+
+
+class Remember:
+    """Keeps a copy of the weights after every step."""
+
+    every = "1st"
+
+    def __init__(self) -> None:
+        self.weights: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        self.weights[event.step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        return {}
+
+
+class Meddle:
+    """Draws from every global generator and reseeds them, as a thoughtless monitor might."""
+
+    every = "2st"
+
+    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
+        torch.manual_seed(event.step)
+        np.random.seed(event.step)  # noqa: NPY002 - the global generator is what this is about
+        random.seed(event.step)
+        model.train()
+        return {
+            "meddle/sum": torch.rand(()).item() + np.random.rand() + random.random()  # noqa: NPY002
+        }
+
+
+# ---------------------------------------------------------------------------------------- what a run left
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("*"))
+
+
+def weights(run: Path, step: int) -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def state(run: Path, step: int) -> dict[str, Any]:
+    return load_state(run / "checkpoints" / f"step_{step:08d}")
+
+
+def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def loss_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of training without the clock's part in them."""
+    return [
+        {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")}
+        for line in metrics(run)
+    ]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of tensors and numbers are equal, bit for bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_end(run: Path, other: Path, step: int) -> None:
+    """Weights, optimizer and loss curve of two runs agree bit for bit after `step` steps."""
+    assert same(weights(run, step), weights(other, step))
+    mine, theirs = state(run, step), state(other, step)
+    assert same(mine["optimizer"], theirs["optimizer"])
+    assert mine["step"] == theirs["step"] == step
+    assert mine["window"]["losses"] == theirs["window"]["losses"]
+    assert loss_lines(run) == loss_lines(other)

@@ -1,0 +1,177 @@
+"""Geometry against loops: which patch lies in which block, orders, masks, cutting and putting together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nextblock.blocks import (
+    may_attend,
+    patches_of_blocks,
+    patchify,
+    random_orders,
+    raster_orders,
+    unpatchify,
+)
+
+# (grid, block), both in (rows, columns) of patches
+GEOMETRIES = [
+    ((4, 4), (2, 2)),
+    ((4, 4), (1, 1)),
+    ((4, 4), (4, 4)),
+    ((2, 6), (2, 3)),
+    ((6, 4), (3, 1)),
+    ((3, 5), (1, 5)),
+    ((1, 4), (1, 2)),
+    ((8, 6), (2, 3)),
+]
+
+
+def block_of_patch(row, column, grid, block):
+    return (row // block[0]) * (grid[1] // block[1]) + column // block[1]
+
+
+# ---------------------------------------------------------------------------------------------------- patches
+
+
+@pytest.mark.parametrize(("grid", "block"), GEOMETRIES)
+def test_the_patches_of_a_block_are_those_that_lie_in_it_in_raster_order(grid, block):
+    expected = {}
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            number = block_of_patch(row, column, grid, block)
+            expected.setdefault(number, []).append(row * grid[1] + column)
+    assert patches_of_blocks(grid, block).tolist() == [expected[k] for k in sorted(expected)]
+
+
+def test_the_blocks_of_the_drawn_grid():
+    assert patches_of_blocks((4, 4), (2, 2)).tolist() == [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+        [8, 9, 12, 13],
+        [10, 11, 14, 15],
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+
+def loop_mask(positions, prefix):
+    """May query q attend to key t? By the definition, one pair at a time."""
+    n = len(positions)
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    for q in range(n):
+        for t in range(n):
+            mask[q, t] = positions[t] <= positions[q] or positions[t] < prefix
+    return mask
+
+
+def raster_positions(grid, block, order):
+    """Position in the order of the block of every patch, in raster order."""
+    at = {number: position for position, number in enumerate(order)}
+    return [
+        at[block_of_patch(row, column, grid, block)] for row in range(grid[0]) for column in range(grid[1])
+    ]
+
+
+@pytest.mark.parametrize(("grid", "block"), GEOMETRIES)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_token_may_attend_to_its_block_and_earlier_ones(grid, block, shuffled):
+    k = patches_of_blocks(grid, block).shape[0]
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(1)).tolist() if shuffled else range(k)
+    positions = raster_positions(grid, block, order)
+    assert torch.equal(may_attend(torch.tensor(positions)), loop_mask(positions, prefix=0))
+
+
+@pytest.mark.parametrize(("grid", "block"), GEOMETRIES)
+def test_every_token_may_attend_to_its_images_prefix(grid, block):
+    k = patches_of_blocks(grid, block).shape[0]
+    positions = raster_positions(grid, block, range(k))
+    lengths = torch.arange(k)
+    mask = may_attend(torch.tensor(positions), lengths)
+    assert mask.shape == (k, 1, len(positions), len(positions))
+    for image, length in enumerate(lengths.tolist()):
+        assert torch.equal(mask[image, 0], loop_mask(positions, length))
+
+
+def test_blocks_of_one_patch_are_plainly_causal():
+    assert torch.equal(may_attend(torch.arange(9)), torch.ones(9, 9, dtype=torch.bool).tril())
+
+
+def test_one_block_is_full_attention():
+    assert may_attend(torch.zeros(9, dtype=torch.int64)).all()
+
+
+def test_a_prefix_of_no_or_one_block_hides_and_shows_nothing():
+    positions = torch.arange(4).repeat_interleave(3)
+    without = may_attend(positions)
+    for length in (0, 1):
+        assert torch.equal(may_attend(positions, torch.tensor([length]))[0, 0], without)
+    assert not torch.equal(may_attend(positions, torch.tensor([2]))[0, 0], without)
+
+
+# ----------------------------------------------------------------------------------------------------- orders
+
+
+def test_the_raster_order_is_the_blocks_as_they_lie():
+    assert raster_orders(5).tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 6, 16])
+def test_there_are_as_many_random_orders_as_blocks_each_with_its_own_first(num_blocks):
+    orders = random_orders(num_blocks, seed=3)
+    assert orders.shape == (num_blocks, num_blocks)
+    assert all(sorted(order) == list(range(num_blocks)) for order in orders.tolist())
+    assert sorted(orders[:, 0].tolist()) == list(range(num_blocks))
+
+
+def test_random_orders_are_the_draws_of_the_seed_less_those_whose_first_block_is_taken():
+    generator, expected = torch.Generator().manual_seed(11), []
+    while len(expected) < 6:
+        drawn = torch.randperm(6, generator=generator).tolist()
+        if all(drawn[:length] != e[:length] for e in expected for length in range(1, 7)):
+            expected.append(drawn)
+    assert random_orders(6, seed=11).tolist() == expected
+
+
+def test_random_orders_are_those_of_their_seed_and_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = random_orders(16, seed=0)
+    torch.rand(3)
+    assert torch.equal(first, random_orders(16, seed=0))
+    assert not torch.equal(first, random_orders(16, seed=1))
+    torch.set_rng_state(before)
+    random_orders(16, seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------- cutting
+
+
+@pytest.mark.parametrize(
+    ("size", "piece"), [((8, 8), (4, 4)), ((6, 12), (3, 2)), ((4, 6), (4, 6)), ((4, 6), (1, 1))]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patchify_cuts_what_loops_cut(size, piece, channels):
+    images = torch.arange(2 * channels * size[0] * size[1]).view(2, channels, *size)
+    expected = [
+        [
+            [
+                images[b, c, top + i, left + j].item()
+                for c in range(channels)
+                for i in range(piece[0])
+                for j in range(piece[1])
+            ]
+            for top in range(0, size[0], piece[0])
+            for left in range(0, size[1], piece[1])
+        ]
+        for b in range(2)
+    ]
+    assert patchify(images, piece).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_unpatchify_puts_together_what_patchify_cut(dtype):
+    images = torch.randint(256, (2, 3, 12, 20), generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(unpatchify(patchify(images, (6, 4)), (2, 5), (6, 4)), images)

@@ -1,0 +1,189 @@
+"""Crops and flips are torchvision's, pixel for pixel, and drawn as often as they should be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as reference
+
+from nextblock.config import DataConfig
+from nextblock.data import eval_crop, keyed_rng, normalize, random_resized_crop_box, train_crop
+
+BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+def image(height: int, width: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def boxes(height: int, width: int, number: int, **data: Any) -> np.ndarray:
+    config = DataConfig(**data)
+    rng = keyed_rng(0, "boxes")
+    drawn = [
+        random_resized_crop_box(height, width, config.crop_scale, config.crop_ratio, rng)
+        for _ in range(number)
+    ]
+    return np.array(drawn)
+
+
+# ---------------------------------------------------------------------------------------- the crop's box
+
+
+def test_boxes_lie_inside_the_image_and_within_scale_and_ratio() -> None:
+    top, left, height, width = boxes(200, 300, 2000, crop_scale=(0.1, 0.9), crop_ratio=(0.5, 2.0)).T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 200).all()
+    assert (left + width <= 300).all()
+    share = height * width / (200 * 300)
+    assert 0.1 - 0.01 < share.min() < 0.12
+    assert 0.85 < share.max() < 0.9 + 0.01
+    assert (width / height).min() > 0.5 - 0.02
+    assert (width / height).max() < 2 + 0.04
+
+
+def test_ratio_is_log_uniform_and_area_uniform_where_every_draw_fits() -> None:
+    _, _, height, width = boxes(1000, 1000, 4000, crop_scale=(0.1, 0.4), crop_ratio=(0.5, 2.0)).T
+    log_ratio = np.log(width / height) / math.log(2)
+    share = (height * width / 1e6 - 0.1) / 0.3
+    for drawn, low, high in ((log_ratio, -1, 1), (share, 0, 1)):
+        quantiles = np.quantile(drawn, [0.1, 0.25, 0.5, 0.75, 0.9])
+        expected = low + (high - low) * np.array([0.1, 0.25, 0.5, 0.75, 0.9])
+        assert np.abs(quantiles - expected).max() < 0.04 * (high - low)
+
+
+def test_boxes_are_distributed_like_torchvisions() -> None:
+    ours = boxes(120, 200, 3000, crop_scale=(0.3, 1.0), crop_ratio=(0.75, 1.5))
+    torch.manual_seed(0)
+    picture = torch.empty(3, 120, 200)
+    transform = v2.RandomResizedCrop(8, scale=(0.3, 1.0), ratio=(0.75, 1.5))
+    drawn = [transform.make_params([picture]) for _ in range(3000)]
+    theirs = np.array([[params[key] for key in ("top", "left", "height", "width")] for params in drawn])
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 2.5
+    assert np.abs(ours.std(0) - theirs.std(0)).max() < 2.5
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (10, 1000, (0, 492, 10, 15)),  # too wide: the full height, a ratio of 1.5
+        (1000, 9, (494, 0, 12, 9)),  # too high: the full width, a ratio of 0.75
+    ],
+)
+def test_a_strip_falls_back_to_its_centre(height, width, expected) -> None:
+    assert tuple(boxes(height, width, number=1)[0]) == expected
+
+
+def test_scale_one_and_ratio_one_take_the_whole_square() -> None:
+    assert tuple(boxes(64, 64, 1, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))[0]) == (0, 0, 64, 64)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 1), (2, 2)])
+def test_tiny_images_have_boxes_too(shape) -> None:
+    for top, left, height, width in boxes(shape[0], shape[1], 50):
+        assert 0 <= top < top + height <= shape[0]
+        assert 0 <= left < left + width <= shape[1]
+
+
+def test_the_same_generator_draws_the_same_box() -> None:
+    assert np.array_equal(boxes(90, 80, 5), boxes(90, 80, 5))
+
+
+# ---------------------------------------------------------------------------------------- training crops
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (32, 32), (75, 100), (300, 200)])
+@pytest.mark.parametrize("size", [32, (48, 64)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_training_crop_is_torchvisions_resized_crop(shape, size, channels_last) -> None:
+    picture = image(*shape)
+    if channels_last:
+        picture = picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    data = DataConfig(flip=0)
+    rng = keyed_rng(3, "crop")
+    rng.random()  # decides on the flip
+    top, left, rows, columns = random_resized_crop_box(
+        shape[0], shape[1], data.crop_scale, data.crop_ratio, rng
+    )
+    target = [size, size] if isinstance(size, int) else list(size)
+    expected = reference.resized_crop(picture, top, left, rows, columns, target, BICUBIC, antialias=True)
+    assert torch.equal(train_crop(picture, size, data, keyed_rng(3, "crop")), expected)
+
+
+def test_a_flip_mirrors_the_same_crop() -> None:
+    picture = image(60, 50)
+    plain = train_crop(picture, 32, DataConfig(flip=0), keyed_rng(0, "crop"))
+    flipped = train_crop(picture, 32, DataConfig(flip=1), keyed_rng(0, "crop"))
+    assert torch.equal(flipped, plain.flip(-1))
+
+
+def test_flips_come_as_often_as_asked() -> None:
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    picture[..., :4] = 255  # bright on the left
+    data = DataConfig(flip=0.25, crop_scale=(1, 1), crop_ratio=(1, 1))
+    flipped = [
+        bool(train_crop(picture, 8, data, keyed_rng(0, "flip", number))[0, 0, 0] == 0)
+        for number in range(2000)
+    ]
+    assert abs(np.mean(flipped) - 0.25) < 0.03
+
+
+def test_the_image_is_left_as_it_was() -> None:
+    picture = image(40, 40)
+    before = picture.clone()
+    train_crop(picture, 32, DataConfig(flip=1), keyed_rng(0, "crop"))
+    eval_crop(picture, 32, 36)
+    assert torch.equal(picture, before)
+
+
+# -------------------------------------------------------------------------------------- evaluation crops
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (75, 100), (100, 75), (121, 83), (300, 300)])
+@pytest.mark.parametrize("size", [32, 33, (30, 31)])
+def test_an_evaluation_crop_is_torchvisions_resize_and_centre_crop(shape, size) -> None:
+    picture = image(*shape)
+    expected = reference.center_crop(
+        reference.resize(picture, [37], interpolation=BICUBIC, antialias=True),
+        [size, size] if isinstance(size, int) else list(size),
+    )
+    assert torch.equal(eval_crop(picture, size, 37), expected)
+
+
+def test_a_picture_that_would_not_cover_the_crop_is_enlarged() -> None:
+    picture = image(40, 50)
+    crop = eval_crop(picture, (20, 60), 20)  # 20 x 25 would leave 35 columns empty
+    resized = reference.resize(picture, [48, 60], interpolation=BICUBIC, antialias=True)
+    assert torch.equal(crop, resized[:, 14:34])
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 2), (1, 1)])
+def test_strips_and_dots_are_cropped_too(shape) -> None:
+    assert eval_crop(image(*shape), (24, 32), 40).shape == (3, 24, 32)
+
+
+# ------------------------------------------------------------------------------------------- normalising
+
+
+def test_normalize_is_torchvisions() -> None:
+    pictures = torch.stack([image(9, 7, seed) for seed in range(2)])
+    data = DataConfig()
+    floats = reference.to_dtype(pictures, torch.float32, scale=True)
+    expected = reference.normalize(floats, list(data.mean), list(data.std))
+    torch.testing.assert_close(normalize(pictures, data.mean, data.std), expected, rtol=0, atol=1e-6)
+
+
+def test_normalize_of_no_images_is_none() -> None:
+    assert normalize(torch.empty((0, 3, 4, 4), dtype=torch.uint8), (0, 0, 0), (1, 1, 1)).shape == (0, 3, 4, 4)
+
+
+def test_another_number_of_channels_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"3 channels, data.mean has 1 and data.std 1; give one number per"):
+        normalize(image(4, 4)[None], (0.5,), (0.5,))

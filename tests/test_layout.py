@@ -1,0 +1,233 @@
+"""What holds for the source tree as a whole: the direction of imports, sizes, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nextblock
+
+SRC = Path(__file__).parents[1] / "src" / "nextblock"
+
+# A module may import those before it, and its own package.
+ORDER = (
+    "settings",
+    "config",
+    "presets",
+    "data",
+    "blocks",
+    "objective",
+    "models",
+    "optim",
+    "checkpoint",
+    "interop",
+    "train",
+    "evaluate",
+    "visualize",
+    "bench",
+    "cli",
+    "__main__",
+)
+
+# No longer maintained, not exact, or with side effects on the user's process: chosen against.
+UNWANTED = {
+    "lightning",
+    "pytorch_lightning",
+    "pl_bolts",
+    "torchdata",
+    "hydra",
+    "omegaconf",
+    "cv2",
+    "ffcv",
+    "webdataset",
+}
+
+HEAVY = {"torch", "torchvision", "torchcodec", "timm", "sklearn", "matplotlib", "tensorboard"}
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60  # the aim is about 40
+
+
+def source_files() -> list[Path]:
+    return sorted(SRC.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """src/nextblock/data/loader.py -> data.loader; a package's __init__.py -> the package."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of every import, also those in functions and under TYPE_CHECKING.
+
+    `from a import b` yields `a.b`, as b may be a module. `package` is what a relative import starts from.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+
+
+def imports_against_the_order(tree: ast.AST, name: str, package: str) -> list[str]:
+    """Imports that module `name` (without "nextblock.") must not make, as "line: what"."""
+    top = name.partition(".")[0]
+    wrong = []
+    for line, target in imported_modules(tree, package):
+        root, _, rest = target.partition(".")
+        to = rest.partition(".")[0]
+        if root != "nextblock" or to in (top, "__version__"):
+            continue
+        if to not in ORDER or ORDER.index(to) > ORDER.index(top):
+            wrong.append(f"{line}: {target}")
+    return wrong
+
+
+def functions_longer_than(limit: int, tree: ast.AST) -> list[str]:
+    """Functions of more than `limit` lines from `def` to their end, as "line: name (length)"."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > limit:
+                found.append(f"{node.lineno}: {node.name} ({length} lines)")
+    return found
+
+
+def heavy_modules_after(code: str) -> set[str]:
+    """Which of the heavy packages a fresh interpreter has loaded after running `code`."""
+    report = f"import json, sys; print(json.dumps(sorted({HEAVY} & sys.modules.keys())), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"{code}\n{report}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+# ------------------------------------------------------------------------------------------- the source tree
+
+
+def test_every_module_stands_in_the_order() -> None:
+    tops = {module_name(path).partition(".")[0] for path in source_files()} - {""}
+    assert tops <= set(ORDER), f"give {sorted(tops - set(ORDER))} a place in ORDER"
+
+
+def test_imports_go_up_the_order_only() -> None:
+    wrong = []
+    for path in source_files():
+        name = module_name(path)
+        if name == "":  # the package's own __init__ is lazy and names everything
+            continue
+        package = ".".join(["nextblock", *path.relative_to(SRC).parts[:-1]])
+        found = imports_against_the_order(ast.parse(path.read_text("utf-8")), name, package)
+        wrong += [f"{path.relative_to(SRC)}:{entry}" for entry in found]
+    assert not wrong, "imports that go down the list:\n" + "\n".join(wrong)
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    lengths = {
+        str(path.relative_to(SRC)): len(path.read_text("utf-8").splitlines()) for path in source_files()
+    }
+    assert not {name: n for name, n in lengths.items() if n > MAX_FILE_LINES}
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    found = [
+        f"{path.relative_to(SRC)}:{entry}"
+        for path in source_files()
+        for entry in functions_longer_than(MAX_FUNCTION_LINES, ast.parse(path.read_text("utf-8")))
+    ]
+    assert not found, "split these (about 40 lines is the aim):\n" + "\n".join(found)
+
+
+def test_there_is_no_star_import_and_no_unwanted_package() -> None:
+    found = [
+        f"{path.relative_to(SRC)}:{line}: {target}"
+        for path in source_files()
+        for line, target in imported_modules(ast.parse(path.read_text("utf-8")), "nextblock")
+        if target.endswith(".*") or target.partition(".")[0] in UNWANTED
+    ]
+    assert not found, "\n".join(found)
+
+
+# ------------------------------------------------------------------------------ the public names, their cost
+
+
+def test_every_public_name_resolves() -> None:
+    assert len(set(nextblock.__all__)) == len(nextblock.__all__) > 0
+    for name in nextblock.__all__:
+        getattr(nextblock, name)
+
+
+def test_importing_nextblock_loads_nothing_heavy() -> None:
+    assert heavy_modules_after("import nextblock") == set()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from nextblock.cli import main
+sys.argv = ["nextblock", "--help"]
+try:
+    status = main()
+except SystemExit as stop:
+    status = stop.code
+assert not status, f"--help ended with {status!r}"
+"""
+    assert heavy_modules_after(code) == set()
+
+
+# ------------------------------------------------------------------------ the checks find what they look for
+
+
+@pytest.mark.parametrize(
+    ("statement", "name", "package"),
+    [
+        ("import nextblock.cli", "data.loader", "nextblock.data"),
+        ("from nextblock.models import NextBlockModel", "blocks", "nextblock"),
+        ("from nextblock import models", "blocks", "nextblock"),
+        ("from nextblock import create_model", "cli.pretrain", "nextblock.cli"),  # round by the lazy __init__
+        ("from ..train import loop", "data.loader", "nextblock.data"),
+        ("from . import cli", "config", "nextblock"),
+        ("def f():\n    from nextblock.cli import main", "train.loop", "nextblock.train"),
+        ("if TYPE_CHECKING:\n    from nextblock.evaluate import knn", "train.loop", "nextblock.train"),
+    ],
+)
+def test_an_import_against_the_order_is_found(statement: str, name: str, package: str) -> None:
+    assert len(imports_against_the_order(ast.parse(statement), name, package)) == 1
+
+
+@pytest.mark.parametrize(
+    ("statement", "name", "package"),
+    [
+        ("import torch, nextblock.config", "cli", "nextblock.cli"),
+        ("from .decode import decode", "data.loader", "nextblock.data"),
+        ("from ..blocks import patchify", "models.encoder", "nextblock.models"),
+        ("from nextblock.models import NextBlockModel", "train.monitor", "nextblock.train"),
+        ("from nextblock import __version__", "checkpoint", "nextblock"),
+    ],
+)
+def test_an_import_up_the_order_is_let_through(statement: str, name: str, package: str) -> None:
+    assert imports_against_the_order(ast.parse(statement), name, package) == []
+
+
+def test_a_functions_length_runs_from_def_to_its_last_line() -> None:
+    source = "@decorated\ndef f():\n    '''One.'''\n\n    return 1\n"
+    assert functions_longer_than(3, ast.parse(source)) == ["2: f (4 lines)"]
+    assert functions_longer_than(4, ast.parse(source)) == []
+
+
+def test_a_heavy_import_is_noticed() -> None:
+    assert "matplotlib" in heavy_modules_after("import matplotlib")

@@ -1,0 +1,451 @@
+"""The model: what is exact, what is left out, who sees whom, and what is refused.
+
+`slow_prediction` is the definition: all blocks kept, tokens in raster order, a mask made of loops, rows
+chosen afterwards.
+"""
+
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from nextblock.blocks import patchify, unpatchify
+from nextblock.models.encoder import patch_tokens, resample_positions
+from nextblock.objective import normalize_blocks
+from toy import tiny_images, tiny_model
+
+ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
+PREFIX = torch.tensor([3, 5])
+OBLONG = {"image_size": (24, 16), "block_size": (3, 1)}  # 2x4 blocks of 3x1 patches
+
+# ---------------------------------------------------------------------------------------- the slow definition
+
+
+def slow_mask(config, order, lengths):
+    """(b n n) over patches in raster order: True where query q may attend to key t."""
+    (_, columns), block_columns = config.grid, config.block_grid[1]
+    height, width = config.block_px[0] // config.patch_size, config.block_px[1] // config.patch_size
+    at = {number: position for position, number in enumerate(order)}
+    positions = [
+        at[(n // columns // height) * block_columns + n % columns // width] for n in range(config.num_patches)
+    ]
+    return positions, torch.tensor(
+        [
+            [[t <= q or t < length for t in positions] for q in positions]  # t, q: positions of their blocks
+            for length in lengths
+        ]
+    )
+
+
+def slow_prediction(model, images, order=None, prefix=None):
+    """Loss, and for each distance a dict {(image, row): prediction}; see the module's docstring."""
+    config, predictor = model.config, model.predictor
+    k = config.num_blocks
+    order = list(range(k)) if order is None else order.tolist()
+    lengths = [0] * len(images) if prefix is None else prefix.tolist()
+    positions, mask = slow_mask(config, order, lengths)
+
+    hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
+    for layer in model.encoder.blocks:
+        hidden = layer(hidden, attn_mask=mask[:, None])
+    hidden = predictor.projection(model.encoder.norm(hidden)) + predictor.pos_embed
+    for layer in predictor.blocks:
+        hidden = layer(hidden, attn_mask=mask[:, None])
+    hidden = predictor.norm(hidden)
+
+    pixels = patchify(images, config.block_px)
+    pixels = normalize_blocks(pixels) if config.norm_pixels else pixels
+    means, rows = [], []
+    for distance, mlp in enumerate(predictor.block_mlps, start=1):
+        losses, predictions = [], {}
+        for image, length in enumerate(lengths):
+            for row in range(k - distance):
+                if row + distance < length:
+                    continue
+                tokens = [hidden[image, n] for n in range(len(positions)) if positions[n] == row]
+                joined = torch.stack([token[c] for c in range(config.predictor_dim) for token in tokens])
+                predictions[image, row] = mlp(joined)
+                off = predictions[image, row] - pixels[image, order[row + distance]]
+                losses.append((off.square() if config.loss == "mse" else off.abs()).mean())
+        means.append(torch.stack(losses).mean())
+        rows.append(predictions)
+    return torch.stack(means).mean(), rows
+
+
+def gradients(model, loss):
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+CASES = {
+    "plain": ({}, None, None),
+    "random order": ({"order": "random"}, ORDER, None),
+    "prefix": ({}, None, PREFIX),
+    "order and prefix": ({}, ORDER, PREFIX),
+    "oblong blocks": (OBLONG, torch.tensor([6, 2, 0, 7, 1, 3, 5, 4]), torch.tensor([0, 7])),
+    "two distances": ({"num_predicted_blocks": 2}, ORDER, PREFIX),
+    "all distances": ({"num_predicted_blocks": 5}, None, PREFIX),
+    "l1": ({"loss": "l1"}, None, None),
+    "raw pixels": ({"norm_pixels": False}, ORDER, None),
+    "single patches": ({"image_size": (8, 12), "block_size": 1}, None, torch.tensor([1, 5])),
+    "drop path": ({"drop_path": 0.6, "depth": 4}, ORDER, PREFIX),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_and_its_gradients_are_those_of_the_slow_definition(case):
+    changes, order, prefix = CASES[case]
+    model = tiny_model(**changes).train(case == "drop path")
+    images = tiny_images(size=model.config.image_size)
+    torch.manual_seed(5)  # drop path draws one number an image and layer, however many tokens there are
+    out = model(images, order, prefix)
+    torch.manual_seed(5)
+    expected, rows = slow_prediction(model, images, order, prefix)
+
+    torch.testing.assert_close(out.loss, expected, atol=1e-6, rtol=1e-6)
+    for part, predictions in zip(out.distances, rows, strict=True):
+        assert part.kept.nonzero().tolist() == [list(row) for row in predictions]
+        for row, prediction in predictions.items():
+            torch.testing.assert_close(part.predictions[row], prediction, atol=1e-4, rtol=1e-4)
+    slow = gradients(model, expected)
+    for name, gradient in gradients(model, out.loss).items():
+        torch.testing.assert_close(gradient, slow[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_the_test_of_drop_path_drops_something():
+    model = tiny_model(drop_path=0.6, depth=4)
+    images = tiny_images()
+    torch.manual_seed(5)
+    assert abs(model.train()(images).loss - model.eval()(images).loss) > 1e-4
+
+
+# ------------------------------------------------------------------------------ what is not computed, exactly
+
+
+def test_the_last_blocks_tokens_enter_no_layer():
+    model, seen = tiny_model(order="random"), []
+    assert model.predictor is not None
+    for layer in (model.encoder.blocks[0], model.encoder.blocks[-1], model.predictor.blocks[0]):
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].shape, output.shape)))
+    out = model(tiny_images(), ORDER)
+    k, m = model.config.num_blocks, model.config.patches_per_block
+    assert [shape[1] for pair in seen for shape in pair] == [(k - 1) * m] * 6
+    assert out.predictions.shape == out.targets.shape == (2, k - 1, model.config.block_values)
+
+
+def test_the_last_blocks_pixels_change_its_target_and_nothing_else():
+    model, images = tiny_model(), tiny_images()
+    pixels = patchify(images, model.config.block_px)
+    pixels[:, ORDER[-1]] = torch.randn(2, model.config.block_values)
+    changed = unpatchify(pixels, model.config.block_grid, model.config.block_px)
+    before, after = model(images, ORDER), model(changed, ORDER)
+    assert torch.equal(before.predictions, after.predictions)
+    assert torch.equal(before.targets[:, :-1], after.targets[:, :-1])
+    assert not torch.equal(before.targets[:, -1], after.targets[:, -1])
+
+
+# -------------------------------------------------------------------------------------------------- causality
+
+
+def reach(output, images, config, order):
+    """(b k) for each image: whether its output changes with the pixels of the block at each position."""
+    (gradient,) = torch.autograd.grad(output.square().sum(), images, retain_graph=True)
+    return patchify(gradient, config.block_px).abs().amax(-1)[:, order] > 0
+
+
+SINGLE = {"image_size": (8, 12), "block_size": 1}
+
+
+@pytest.mark.parametrize("changes", [{}, OBLONG, {"block_size": (1, 6)}, SINGLE], ids=str)
+@pytest.mark.parametrize("kind", ["raster", "random"])
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_no_later_block_reaches_an_earlier_prediction(changes, kind, with_prefix):
+    model = tiny_model(**changes)
+    k = model.config.num_blocks
+    order = torch.arange(k) if kind == "raster" else torch.randperm(k, generator=torch.manual_seed(0))
+    images = tiny_images(size=model.config.image_size).requires_grad_()
+    prefix = torch.tensor([k // 2, 0]) if with_prefix else None
+    out = model(images, order, prefix)
+    for row in range(k - 1):
+        found = reach(out.predictions[:, row], images, model.config, order)
+        for image in range(2):
+            expected = [bool(out.kept[image, row]) and position <= row for position in range(k)]
+            assert found[image].tolist() == expected, (row, image)
+
+
+def test_images_do_not_see_each_other():
+    model, images = tiny_model(), tiny_images(3).requires_grad_()
+    out = model(images, ORDER, torch.tensor([0, 4, 2]))
+    found = reach(out.predictions[1], images, model.config, ORDER).any(1)
+    assert found.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 5])
+def test_all_blocks_of_the_prefix_are_seen_from_its_first_block_on(length):
+    model, images = tiny_model(), tiny_images(1).requires_grad_()
+    encoded = []
+    model.encoder.norm.register_forward_hook(lambda _, __, output: encoded.append(output))
+    model(images, ORDER, torch.tensor([length]))
+    m = model.config.patches_per_block
+    for position in range(5):
+        tokens = encoded[0][:, position * m : (position + 1) * m]
+        found = reach(tokens, images, model.config, ORDER)[0].tolist()
+        assert found == [other < max(position + 1, length) for other in range(6)], position
+
+
+def test_one_image_in_a_batch_gets_what_it_gets_alone():
+    model, images = tiny_model(), tiny_images(3)
+    prefix = torch.tensor([0, 4, 2])
+    together = model(images, ORDER, prefix)
+    for i in range(3):
+        alone = model(images[i : i + 1], ORDER, prefix[i : i + 1])
+        torch.testing.assert_close(together.predictions[i], alone.predictions[0], atol=1e-5, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- orders
+
+
+def test_an_order_is_the_same_as_moving_blocks_by_hand():
+    """With the positions moved alike, so that a block takes its place along."""
+    model, images = tiny_model(), tiny_images()
+    moved = tiny_model()
+    config, table = model.config, model.patches_of_blocks
+    by_hand = unpatchify(patchify(images, config.block_px)[:, ORDER], config.block_grid, config.block_px)
+    with torch.no_grad():
+        for positions in (
+            moved.get_parameter("encoder.pos_embed"),
+            moved.get_parameter("predictor.pos_embed"),
+        ):
+            positions[:, table.flatten()] = positions[:, table[ORDER].flatten()]
+    given, expected = model(images, ORDER), moved(by_hand)
+    assert torch.equal(given.targets, expected.targets)
+    torch.testing.assert_close(given.predictions, expected.predictions, atol=1e-5, rtol=1e-5)
+
+
+def test_an_order_changes_predictions():
+    model, images = tiny_model(), tiny_images()
+    other = torch.tensor([0, 1, 2, 4, 3, 5])
+    first, second = model(images), model(images, other)
+    torch.testing.assert_close(first.predictions[:, :3], second.predictions[:, :3], atol=1e-5, rtol=1e-5)
+    assert (first.predictions[:, 3] - second.predictions[:, 3]).abs().max() > 0.01
+
+
+def test_a_model_of_random_orders_predicts_and_encodes_by_the_first():
+    model, images = tiny_model(order="random", order_seed=4), tiny_images()
+    assert model.orders[0].tolist() != list(range(6))
+    assert torch.equal(model(images).predictions, model(images, model.orders[0]).predictions)
+    expected = slow_encoding(model, images, model.orders[0].tolist())
+    torch.testing.assert_close(model.encode(images).tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_targets_are_the_blocks_of_the_image_along_the_order():
+    model, images = tiny_model(norm_pixels=False), tiny_images()
+    out = model(images, ORDER)
+    assert torch.equal(out.targets, patchify(images, model.config.block_px)[:, ORDER[1:]])
+
+
+# ----------------------------------------------------------------------------------------------------- prefix
+
+
+def test_a_prefix_of_none_no_or_one_block_is_the_same_function():
+    model, images = tiny_model(num_predicted_blocks=2), tiny_images()
+    without = model(images, ORDER)
+    for length in (0, 1):
+        out = model(images, ORDER, torch.tensor([length, length]))
+        assert out.kept.all()
+        torch.testing.assert_close(out.loss, without.loss)
+        torch.testing.assert_close(out.predictions, without.predictions, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out.further[0].block_loss, without.further[0].block_loss)
+
+
+def test_rows_whose_target_lies_in_the_prefix_are_zero_and_do_not_count():
+    out = tiny_model()(tiny_images(), ORDER, PREFIX)
+    assert out.kept.tolist() == [[False, False, True, True, True], [False, False, False, False, True]]
+    for rows in (out.predictions, out.targets, out.block_loss):
+        assert torch.equal(rows[~out.kept], torch.zeros_like(rows[~out.kept]))
+        assert (rows[out.kept] != 0).all()
+    torch.testing.assert_close(out.loss, out.block_loss[out.kept].mean())
+
+
+def test_further_distances_have_fewer_rows_and_count_as_much_as_the_first():
+    out = tiny_model(num_predicted_blocks=3)(tiny_images(), None, PREFIX)
+    assert [part.predictions.shape[1] for part in out.distances] == [5, 4, 3]
+    means = [part.block_loss[part.kept].mean() for part in out.distances]
+    torch.testing.assert_close(out.loss, sum(means) / 3)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([6, 0], r"0\.\.5 \(an image has 6 blocks"),
+        ([-1, 0], r"0\.\.5"),
+        ([1], r"shape \(1,\); give one length an image, \(2,\)"),
+        ([1, 1, 1], r"shape \(3,\)"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_prefix_that_cannot_be_is_refused(lengths, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_model()(tiny_images(), None, torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5, 6], [0, 1, 2], [[0, 1, 2, 3, 4, 5]]])
+@pytest.mark.usefixtures("unchecked")
+def test_an_order_that_is_no_permutation_is_refused(order):
+    with pytest.raises(ValueError, match=r"permutation of 0\.\.5"):
+        tiny_model()(tiny_images(), torch.tensor(order))
+
+
+# ----------------------------------------------------------------------------------------------------- encode
+
+
+def slow_encoding(model, images, order=None):
+    order = list(range(model.config.num_blocks)) if order is None else order
+    _, mask = slow_mask(model.config, order, [0])
+    hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
+    for layer in model.encoder.blocks:
+        hidden = layer(hidden, attn_mask=mask[0])
+    return model.encoder.norm(hidden)
+
+
+@pytest.mark.parametrize("changes", [{}, OBLONG, {"block_size": 1}], ids=str)
+def test_causal_encoding_is_that_of_the_loop_mask_in_raster_order(changes):
+    model = tiny_model(**changes)
+    images = tiny_images(size=model.config.image_size)
+    encoded = model.encode(images, attention="causal")
+    torch.testing.assert_close(encoded.tokens, slow_encoding(model, images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_encoder_alone_applies_no_mask():
+    model, images = tiny_model(), tiny_images()
+    full = model.encode(images, attention="full").tokens
+    torch.testing.assert_close(model.encoder(images), full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.encoder.forward_features(images), full, atol=1e-5, rtol=1e-5)
+    assert (full - model.encode(images, attention="causal").tokens).abs().max() > 0.01
+
+
+def test_layers_are_what_each_returns_and_tokens_the_norm_of_the_last():
+    model, images, outputs = tiny_model(), tiny_images(), []
+    for layer in model.encoder.blocks:
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    encoded = model.encode(images)
+    assert len(encoded.layers) == model.config.depth
+    assert all(torch.equal(a, b) for a, b in zip(encoded.layers, outputs, strict=True))
+    assert torch.equal(encoded.tokens, model.encoder.norm(encoded.layers[-1]))
+
+
+def test_one_block_encodes_with_full_attention_and_refuses_to_predict():
+    model, images = tiny_model(block_size=(4, 6)), tiny_images()
+    causal, full = (model.encode(images, attention=kind).tokens for kind in ("causal", "full"))
+    torch.testing.assert_close(causal, full, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"one block.*smaller model\.block_size"):
+        model(images)
+
+
+def test_an_image_of_one_block_is_refused_by_a_model_of_several():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="one block"):
+        model(tiny_images(size=(8, 8)))
+    assert model.encode(tiny_images(size=(8, 8))).tokens.shape == (2, 4, 24)
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_native_attention_is_what_the_model_records(kind):
+    model, images = tiny_model(feature_attention=kind), tiny_images()
+    other = "full" if kind == "causal" else "causal"
+    assert torch.equal(model.encode(images).tokens, model.encode(images, attention=kind).tokens)
+    assert not torch.allclose(model.encode(images).tokens, model.encode(images, attention=other).tokens)
+
+
+def test_an_encoder_without_a_predictor_encodes_and_refuses_to_predict():
+    model = tiny_model(predictor=None)
+    assert model.predictor is None
+    assert model.encode(tiny_images()).tokens.shape == (2, 24, 24)
+    with pytest.raises(ValueError, match="encodes, but cannot predict"):
+        model(tiny_images())
+
+
+# ------------------------------------------------------------------------------------------ other image sizes
+
+
+def test_positions_of_another_grid_are_resampled_bicubically_and_the_same_grid_is_left_alone():
+    positions = torch.randn(1, 24, 5)
+    assert resample_positions(positions, (4, 6), (4, 6)) is positions
+    resampled = resample_positions(positions, (4, 6), (8, 3))
+    expected = interpolate(
+        positions.view(1, 4, 6, 5).permute(0, 3, 1, 2), (8, 3), mode="bicubic", antialias=True
+    )
+    torch.testing.assert_close(resampled, expected.permute(0, 2, 3, 1).reshape(1, 24, 5))
+    constant = torch.full((1, 24, 5), 0.3)
+    torch.testing.assert_close(resample_positions(constant, (4, 6), (7, 9)), constant[:, :1].expand(1, 63, 5))
+
+
+def test_a_square_grid_of_as_many_patches_is_another_grid():
+    positions = torch.randn(1, 16, 3)
+    assert not torch.allclose(resample_positions(positions, (2, 8), (4, 4)), positions)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (24, 16), (8, 48)])
+def test_another_image_size_is_encoded_and_predicted_as_by_a_model_of_that_size(size):
+    model, other = tiny_model(), tiny_model(image_size=size)
+    weights = dict(model.state_dict())
+    for name in ("encoder.pos_embed", "predictor.pos_embed"):
+        weights[name] = resample_positions(weights[name], model.config.grid, other.config.grid)
+    other.load_state_dict(weights)
+    images = tiny_images(size=size)
+    for kind in ("causal", "full"):
+        here, there = model.encode(images, attention=kind), other.encode(images, attention=kind)
+        torch.testing.assert_close(here.tokens, there.tokens, atol=1e-5, rtol=1e-5)
+    prefix = torch.tensor([0, 2])
+    torch.testing.assert_close(model(images, None, prefix).loss, other(images, None, prefix).loss)
+
+
+def test_under_full_attention_the_patches_alone_must_divide_the_image():
+    model, images = tiny_model(), tiny_images(size=(12, 20))
+    assert model.encode(images, attention="full").tokens.shape == (2, 15, 24)
+    with pytest.raises(ValueError, match="cannot be cut into blocks of 2x2"):
+        model.encode(images, attention="causal")
+    with pytest.raises(ValueError, match="no whole number of 4-px patches"):
+        model.encode(tiny_images(size=(13, 20)), attention="full")
+
+
+def test_patch_tokens_are_the_patch_projection_and_the_positions():
+    model, images = tiny_model(), tiny_images()
+    weight, bias = model.encoder.patch_embed.proj.weight, model.encoder.patch_embed.proj.bias
+    expected = patchify(images, (4, 4)) @ weight.flatten(1).T + bias + model.encoder.pos_embed
+    found = patch_tokens(model.encoder, images, model.config.grid)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations unchecked, as users have them: what is wrong reaches the code."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_images_of_bytes_are_refused_with_what_to_do():
+    model = tiny_model()
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match=r"torch\.uint8; divide by 255, subtract the mean"):
+            call(tiny_images().byte())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_attention_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="attention is 'bidirectional'; it must be 'native', 'causal' or"):
+        tiny_model().encode(tiny_images(), attention="bidirectional")  # type: ignore[arg-type]
+
+
+def test_images_of_other_channels_are_refused_with_both_numbers():
+    model = tiny_model()
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match="images have 1 channels, the model takes 3"):
+            call(tiny_images()[:, :1])

@@ -1,0 +1,256 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from nextblock.visualize.report import ENCODERS, plot_losses, read_run, report_markdown, report_table
+
+
+def probe_row(head: str, encoder: str, top1: float, split: str = "val") -> dict:
+    return {"head": head, "encoder": encoder, "split": split, "top1": top1, "top5": 1.0, "lr": 1e-3}
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    (path.parent / "config.yaml").touch()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def train_line(step: int, loss: float, images_per_s: float = 100.0) -> dict:
+    return {"kind": "train", "step": step, "epoch": 0, "loss": loss, "lr": 1e-3, "images_per_s": images_per_s}
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """A finished run: three logged steps, one validation, kNN twice, a probe, pictures."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [
+        train_line(10, 1.1, 100.0),
+        {"kind": "monitor", "step": 10, "knn/top1": 0.5},
+        train_line(20, 0.9, 900.0),
+        train_line(30, 0.8125, 110.0),
+        {"kind": "val", "step": 30, "val_loss": 0.75},
+        {"kind": "monitor", "step": 30, "knn/top1": 0.625, "pictures/loss": 0.7},
+    ]
+    write_lines(run / "metrics.jsonl", lines)
+    (run / "baselines.json").write_text('{"zero": 0.984375, "copy_previous": 1.5}')
+    (run / "environment.json").write_text('{"device": "a GPU"}')
+    (run / "probe").mkdir()
+    rows = [
+        probe_row("attentive", "trained", 0.97),
+        probe_row("linear", "trained", 0.9512),
+        probe_row("attentive", "untrained", 0.71),
+        probe_row("linear", "untrained", 0.605),
+        probe_row("linear", "raw pixels", 0.90),
+    ]
+    (run / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
+    (run / "pictures").mkdir()
+    for step in (9, 30):
+        (run / "pictures" / f"step_{step:08d}.png").write_bytes(b"")
+    return run
+
+
+def rendered(run: Path, width: int = 400) -> str:
+    console = Console(width=width, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115 - closed with the test
+    console.print(report_table(read_run(run)))
+    console.file.close()
+    return console.export_text()
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def test_a_run_is_read_from_its_files(run_dir):
+    summary = read_run(run_dir)
+    assert [line["step"] for line in summary.train] == [10, 20, 30]
+    assert summary.final_loss == (0.8125, 30)
+    assert summary.images_per_s == 110.0, "the median, not the mean"
+    assert summary.baselines == {"zero": 0.984375, "copy_previous": 1.5}
+    assert summary.environment == {"device": "a GPU"}
+    assert summary.picture == run_dir / "pictures" / "step_00000030.png"
+    assert len(summary.probes) == 5
+    assert not summary.raw_pixels_suffice
+
+
+def test_drawn_predictions_are_shown_before_the_monitors_pictures(run_dir):
+    (run_dir / "predict-val").mkdir()
+    (run_dir / "predict-val" / "predictions.png").write_bytes(b"")
+    assert read_run(run_dir).picture == run_dir / "predict-val" / "predictions.png"
+
+
+def test_the_newest_probe_counts(run_dir):
+    newer = run_dir / "evaluations" / "again"
+    newer.mkdir(parents=True)
+    (newer / "probe.json").write_text(json.dumps({"rows": [probe_row("linear", "trained", 0.5)]}))
+    os.utime(run_dir / "probe" / "probe.json", (1, 1))
+    summary = read_run(run_dir)
+    assert summary.probe_file == newer / "probe.json"
+    assert [row.top1 for row in summary.probes] == [0.5]
+
+
+def test_a_line_that_is_being_written_is_left_out(run_dir):
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert len(read_run(run_dir).train) == 3
+
+
+def test_losses_that_are_no_numbers_are_not_the_final_loss(run_dir):
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(train_line(40, float("nan"))) + "\n")
+        file.write(json.dumps({**train_line(50, 0.0), "loss": None}) + "\n")
+    summary = read_run(run_dir)
+    assert summary.final_loss == (0.8125, 30)
+    assert "0.8125 at step 30" in report_markdown(summary)
+
+
+# ------------------------------------------------------------------------------- what is said
+
+
+def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
+    text = rendered(run_dir)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["probe,", "top-1", "on", "val", "trained", "untrained", "raw", "pixels"] in rows
+    assert ["attentive", "97.0%", "71.0%", "-"] in rows
+    assert ["linear", "95.1%", "60.5%", "90.0%"] in rows
+    for words in (
+        "110 images/s on a GPU",
+        "0.8125 at step 30",
+        "predicting zero 0.9844",
+        "0.7500 at step 30",
+        "62.5%",
+    ):
+        assert words in text
+    assert "step_00000030.png" in text
+    assert "Raw pixels" not in text
+
+
+def test_markdown_says_the_same(run_dir):
+    text = report_markdown(read_run(run_dir))
+    assert (
+        "| probe, top-1 on val | trained | untrained | raw pixels |\n| --- | ---: | ---: | ---: |\n" in text
+    )
+    assert "| linear | 95.1% | 60.5% | 90.0% |\n" in text
+    assert "- speed: 110 images/s" in text
+    assert "copying the previous block 1.5000" in text
+
+
+def test_several_splits_are_rows_of_their_own(run_dir):
+    rows = [probe_row("linear", "trained", 0.9, "val"), probe_row("linear", "trained", 0.8, "test")]
+    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
+    text = report_markdown(read_run(run_dir))
+    assert "| linear, val | 90.0% |" in text
+    assert "| linear, test | 80.0% |" in text
+
+
+@pytest.mark.parametrize(("raw", "is_explained"), [(0.97, True), (0.9413, True), (0.93, False)])
+def test_raw_pixels_within_a_point_are_explained(run_dir, raw, is_explained):
+    rows = [probe_row("linear", "trained", 0.9512), probe_row("linear", "raw pixels", raw)]
+    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
+    for text in (rendered(run_dir), report_markdown(read_run(run_dir))):
+        assert ("trained against untrained" in text) == is_explained
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ("digits:split=train", "8 x 8 px"),
+        ("torchvision:CIFAR10,root=x", "32 x 32 px"),
+        ("a/folder", "on tiny pictures classes"),
+    ],
+)
+def test_the_size_of_the_probed_pictures_is_said_where_it_is_known(run_dir, spec, size):
+    rows = [probe_row("linear", "trained", 0.9), probe_row("linear", "raw pixels", 0.9)]
+    content = {"rows": rows, "sources": {"train": {"spec": spec}}}
+    (run_dir / "probe" / "probe.json").write_text(json.dumps(content))
+    assert size in report_markdown(read_run(run_dir))
+
+
+def test_missing_pieces_are_said_with_the_command_that_makes_them(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    for text in (rendered(tmp_path), report_markdown(read_run(tmp_path))):
+        assert f"nextblock probe --model {tmp_path}" in text
+        assert f"nextblock predict --model {tmp_path}" in text
+        assert text.count("not logged yet") == 2
+
+
+def test_names_with_brackets_and_bars_come_through(tmp_path):
+    run = tmp_path / "run [red] 1"
+    run.mkdir()
+    write_lines(run / "metrics.jsonl", [train_line(1, 1.0)])
+    assert "run [red] 1" in rendered(run)
+
+
+# ------------------------------------------------------------------------------- the curve
+
+
+def test_the_curve_is_drawn_with_baselines_and_without(run_dir, tmp_path):
+    plot_losses(read_run(run_dir), tmp_path / "out" / "with.png")
+    (run_dir / "baselines.json").unlink()
+    plot_losses(read_run(run_dir), tmp_path / "out" / "without.png")
+    pictures = []
+    for name in ("with.png", "without.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            pictures.append(np.asarray(picture.convert("RGB")))
+    assert not np.array_equal(*pictures)
+    blue = (pictures[0] == [0x09, 0x69, 0xDA]).all(-1)
+    assert blue.sum() > 100, "the training loss"
+
+
+def test_a_long_curve_is_smoothed_and_may_have_holes(tmp_path):
+    lines = [train_line(step, float("nan") if step == 70 else 1 / step) for step in range(1, 400)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    plot_losses(read_run(tmp_path), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no run: a run holds config\.yaml, and it has none"):
+        read_run(tmp_path)
+    with pytest.raises(ValueError, match="no such directory"):
+        read_run(tmp_path / "nowhere")
+
+
+def test_a_damaged_line_is_refused_by_its_number(run_dir):
+    text = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text(text.replace('"step": 20', '"step": '))
+    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl is not JSON"):
+        read_run(run_dir)
+
+
+def test_damaged_side_files_are_refused(run_dir):
+    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": [{"head": "linear"}]}))
+    with pytest.raises(ValueError, match=r"no probe result.*encoder"):
+        read_run(run_dir)
+    (run_dir / "probe" / "probe.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_run(run_dir)
+
+
+def test_a_curve_without_steps_is_refused(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [])
+    with pytest.raises(ValueError, match="no training step"):
+        plot_losses(read_run(tmp_path), tmp_path / "curve.png")
+
+
+def test_the_report_does_not_wait_for_torch():
+    code = (
+        "import sys; from nextblock.visualize import read_run, report_table; "
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_encoders_compared_are_those_the_probe_names():
+    from nextblock.evaluate.probe_config import EncoderName
+
+    assert get_args(EncoderName) == ENCODERS

@@ -1,0 +1,312 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from nextblock.blocks import raster_orders
+from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig
+from nextblock.data import open_source
+from nextblock.models import NextBlockModel
+from nextblock.objective import block_targets
+from nextblock.train.monitor import MonitorEvent
+from nextblock.visualize.figure import save_png, wrapped
+from nextblock.visualize.predictions import (
+    PredictionMonitor,
+    draw_predictions,
+    predict,
+    predicted_image,
+)
+from nextblock.visualize.sheet import MAX_PICTURE_BYTES
+
+CPU = torch.device("cpu")
+SMALL = {
+    "image_size": 32,
+    "patch_size": 4,
+    "block_size": 2,
+    "embed_dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "projection_dim": 16,
+    "predictor_dim": 16,
+    "predictor_depth": 1,
+    "predictor_heads": 2,
+    "block_mlp_dim": 16,
+}
+
+
+def small_config(**overrides) -> ModelConfig:
+    return ModelConfig(**{**SMALL, **overrides})
+
+
+def small_model(**overrides) -> NextBlockModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NextBlockModel(small_config(**overrides)).eval()
+
+
+def random_images(config: ModelConfig, count: int = 2, seed: int = 0) -> Tensor:
+    """Images whose pixels, normalised with mean 0.5 and deviation 0.25, lie in [0, 1]."""
+    size = (
+        count,
+        config.in_chans,
+        *(blocks * px for blocks, px in zip(config.block_grid, config.block_px, strict=True)),
+    )
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 4 - 2
+
+
+def constants(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return (0.5,) * config.in_chans, (0.25,) * config.in_chans
+
+
+def random_order(config: ModelConfig) -> Tensor:
+    return torch.randperm(config.num_blocks, generator=torch.Generator().manual_seed(3))
+
+
+GEOMETRIES = [
+    small_config(),
+    small_config(image_size=(24, 32), block_size=(3, 2)),
+    small_config(image_size=(16, 32), block_size=(4, 1), in_chans=1),
+    small_config(norm_pixels=False, in_chans=5),
+    small_config(norm_pixels=False, in_chans=2),
+]
+
+
+# ------------------------------------------------------------------------------- blocks to image
+
+
+@pytest.mark.parametrize("config", GEOMETRIES)
+def test_prediction_is_put_together_as_a_loop_over_pixels_does(config):
+    images, order = random_images(config), random_order(config)
+    height, width = config.block_px
+    predictions = torch.randn(
+        2, config.num_blocks - 1, config.block_values, generator=torch.Generator().manual_seed(1)
+    )
+    mean, std = constants(config)
+    shown = 3 if config.in_chans >= 3 else 1
+    pictures = predicted_image(predictions, images, config, order, mean, std)
+
+    assert pictures.shape == (2, shown, *images.shape[2:])
+    for image in range(2):
+        for position in range(1, config.num_blocks):
+            row, column = divmod(int(order[position]), config.block_grid[1])
+            top, left = row * height, column * width
+            true = images[image, :, top : top + height, left : left + width].double()
+            block = predictions[image, position - 1].double().reshape(config.in_chans, height, width)
+            if config.norm_pixels:
+                block = block * (true.var(correction=1) + 1e-6).sqrt() + true.mean()
+            for channel in range(shown):
+                expected = (block[channel] * std[channel] + mean[channel]).clamp(0, 1)
+                seen = pictures[image, channel, top : top + height, left : left + width]
+                torch.testing.assert_close(seen.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", GEOMETRIES)
+@pytest.mark.parametrize("in_order", ["raster", "random"])
+def test_targets_as_predictions_give_the_picture_back_outside_the_first_block(config, in_order):
+    images = random_images(config)
+    order = raster_orders(config.num_blocks)[0] if in_order == "raster" else random_order(config)
+    mean, std = constants(config)
+    targets = block_targets(images, order, config.block_px, normalize=config.norm_pixels)
+    pictures = predicted_image(targets, images, config, order, mean, std)
+
+    original = (images * 0.25 + 0.5)[:, : pictures.shape[1]]
+    row, column = divmod(int(order[0]), config.block_grid[1])
+    height, width = config.block_px
+    first = torch.zeros(images.shape[2:], dtype=torch.bool)
+    first[row * height : (row + 1) * height, column * width : (column + 1) * width] = True
+    torch.testing.assert_close(pictures[:, :, ~first], original[:, :, ~first], atol=1e-5, rtol=0)
+    assert sorted({round(value, 2) for value in pictures[:, :, first].flatten().tolist()}) == [0.78, 0.86]
+
+
+def test_a_zero_prediction_shows_each_block_in_its_true_mean():
+    config = small_config()
+    images, order = random_images(config), raster_orders(config.num_blocks)[0]
+    zero = torch.zeros(2, config.num_blocks - 1, config.block_values)
+    pictures = predicted_image(zero, images, config, order, *constants(config))
+    for image in range(2):
+        mean = images[image, :, 8:16, 8:16].mean() * 0.25 + 0.5
+        torch.testing.assert_close(pictures[image, :, 8:16, 8:16], mean.expand(3, 8, 8), atol=1e-5, rtol=0)
+
+
+def test_predictions_that_are_no_numbers_are_shown_black():
+    config = small_config()
+    images, order = random_images(config), raster_orders(config.num_blocks)[0]
+    broken = torch.full((2, config.num_blocks - 1, config.block_values), float("nan"))
+    pictures = predicted_image(broken, images, config, order, *constants(config))
+    assert pictures[:, :, 8:].abs().max() == 0
+
+
+# ------------------------------------------------------------------------------- the sheet
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("config", [*GEOMETRIES, small_config(order="random")])
+def test_a_sheet_is_drawn_at_every_geometry_and_is_small(config, tmp_path):
+    path = tmp_path / "new" / "sheet.png"
+    model = NextBlockModel(config)
+    draw_predictions(model, random_images(config), *constants(config), path)
+    assert path.stat().st_size <= MAX_PICTURE_BYTES
+    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+
+
+def test_the_sheet_shows_original_and_prediction_one_above_the_other(tmp_path):
+    config = small_config()
+    pure_red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 32, 32)[None]
+    draw_predictions(small_model(), pure_red * 4 - 2, *constants(config), tmp_path / "red.png")
+    pixels = pixels_of(tmp_path / "red.png")
+    is_red = (pixels == [255, 0, 0]).all(-1)
+    rows = np.flatnonzero(is_red.sum(1) > is_red.sum(1).max() / 2)
+    inside = pixels[rows.max() + rows.size // 2 : rows.max() + rows.size, np.flatnonzero(is_red.any(0))]
+    assert is_red.sum() > 10_000, "the original is there"
+    assert not np.array_equal(inside[0, 0], [255, 255, 255]), "another picture lies below it"
+
+
+def test_the_hatch_lies_where_the_given_order_starts(tmp_path):
+    config, model = small_config(), small_model()
+    images = torch.full((1, 3, 32, 32), -2.0)
+    last_first = torch.arange(config.num_blocks).flip(0)
+    draw_predictions(model, images, *constants(config), tmp_path / "first.png")
+    draw_predictions(model, images, *constants(config), tmp_path / "last.png", block_order=last_first)
+    centres = []
+    for name in ("first.png", "last.png"):
+        hatched = np.isin(pixels_of(tmp_path / name), [199, 219]).all(-1)
+        centres.append(np.argwhere(hatched).mean(0))
+    assert (centres[1] > centres[0] + 50).all()
+
+
+def test_names_that_no_font_or_formula_can_take_are_drawn(tmp_path):
+    config = small_config()
+    titles = ["花/$x_$\n.png", "a/very/long/path/of/a/file/that/does/not/fit/anywhere.jpeg"]
+    draw_predictions(
+        small_model(), random_images(config), *constants(config), tmp_path / "s.png", titles=titles
+    )
+    assert (tmp_path / "s.png").exists()
+
+
+def test_eight_noisy_large_images_stay_under_the_limit(tmp_path):
+    config = small_config(image_size=256, patch_size=16, block_size=4)
+    draw_predictions(NextBlockModel(config), random_images(config, 8), *constants(config), tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size <= MAX_PICTURE_BYTES
+
+
+def test_drawing_leaves_a_training_model_as_it_was(tmp_path):
+    model = small_model(drop_path=0.5).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    draw_predictions(model, random_images(model.config), *constants(model.config), tmp_path / "s.png")
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_wrong_number_of_titles_or_channels_is_refused(tmp_path):
+    model = small_model()
+    images = random_images(model.config)
+    with pytest.raises(ValueError, match="1 titles for 2 images"):
+        draw_predictions(model, images, *constants(model.config), tmp_path / "s.png", titles=["one"])
+    with pytest.raises(ValueError, match="3 channels, but the mean has 1"):
+        draw_predictions(model, images, (0.5,), (0.25,), tmp_path / "s.png")
+
+
+def test_a_model_without_predictor_is_refused(tmp_path):
+    model = small_model(predictor=None)
+    with pytest.raises(ValueError, match="predict"):
+        draw_predictions(model, random_images(model.config), *constants(model.config), tmp_path / "s.png")
+
+
+def test_a_failed_write_leaves_the_old_picture_alone(tmp_path):
+    class FullDisk(Figure):
+        def savefig(self, fname, **_):
+            fname.write_bytes(b"half")
+            raise OSError("no space left on device")
+
+    (tmp_path / "s.png").write_bytes(b"old")
+    with pytest.raises(OSError, match="no space"):
+        save_png(FullDisk(), tmp_path / "s.png")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"s.png": b"old"}
+
+
+def test_wrapped_text_fits_its_width():
+    lines = wrapped("a word or two " * 20, 3.0, 8).splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) * 8 * 0.54 <= 3.0 * 72
+
+
+# ------------------------------------------------------------------------------- monitor and predict
+
+
+def test_the_monitor_writes_its_picture_and_returns_the_mean_loss(tmp_path):
+    model = small_model()
+    images = torch.randint(
+        0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    monitor = PredictionMonitor(images, IMAGENET_MEAN, IMAGENET_STD, "2ep")
+    measured = monitor(model, MonitorEvent(step=12, run_dir=tmp_path, device=CPU))
+
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = model((images / 255 - mean) / std).loss.item()
+    assert monitor.every == "2ep"
+    assert measured == {"pictures/loss": pytest.approx(expected, rel=1e-5)}
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step_00000012.png"]
+
+
+def test_predict_writes_a_picture_and_each_images_losses(tmp_path):
+    model = small_model()
+    data = DataConfig(val_resize_px=32)
+    result = predict(model, open_source("digits", data), data, tmp_path / "out", num_images=4, device=CPU)
+
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
+    assert result.picture == tmp_path / "out" / "predictions.png"
+    assert result.picture.stat().st_size > 10_000
+    assert [row["name"] for row in written["images"]] == [row.name for row in result.rows]
+    assert len(result.rows) == len({row.name for row in result.rows}) == 4
+    assert written["mean_loss"] == pytest.approx(result.mean_loss)
+    assert result.bad == ()
+    for row in result.rows:
+        assert 0.5 < row.zero <= 1.0
+        assert row.copy_previous > row.zero
+        assert row.loss > 0
+
+
+def write_folder(folder: Path, count: int) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def test_predict_says_which_chosen_images_are_broken_and_draws_the_others(tmp_path):
+    write_folder(tmp_path / "images", 3)
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")
+    data = DataConfig(val_resize_px=32)
+    source = open_source(str(tmp_path / "images"), data)
+    result = predict(small_model(), source, data, tmp_path / "out", num_images=8, device=CPU)
+    assert len(result.rows) == 2
+    assert [Path(sample.name).name for sample in result.bad] == ["1.png"]
+
+
+def test_predict_refuses_a_source_of_which_it_can_read_nothing(tmp_path):
+    write_folder(tmp_path / "images", 1)
+    (tmp_path / "images" / "0.png").write_bytes(b"no image")
+    data = DataConfig(val_resize_px=32)
+    source = open_source(str(tmp_path / "images"), data)
+    with pytest.raises(ValueError, match="none of the 1 chosen images"):
+        predict(small_model(), source, data, tmp_path / "out", device=CPU)
+    assert not (tmp_path / "out").exists()
+
+
+def test_predict_refuses_to_draw_no_image(tmp_path):
+    data = DataConfig(val_resize_px=32)
+    with pytest.raises(ValueError, match="num_images is 0"):
+        predict(small_model(), open_source("digits", data), data, tmp_path, num_images=0, device=CPU)
