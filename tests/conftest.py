@@ -1,11 +1,10 @@
-"""What all tests share: shapes checked in every call, one thread per worker, the golden tensors.
+"""What all tests share: shapes checked in every call, one thread, the golden tensors.
 
 The import hook must be there before any test imports nextblock, or the annotations go unchecked.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +25,7 @@ check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))
 assert "nextblock" not in sys.modules, "imported too early to be checked"
 jaxtyping.install_import_hook("nextblock", f"{__name__}.check_types")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+torch.set_num_threads(1)  # tiny models gain nothing from more, and test workers share the cores
 
 
 @pytest.fixture(autouse=True)

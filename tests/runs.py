@@ -1,4 +1,4 @@
-"""Runs small enough for tests: 16-px pictures in four blocks, a model 16 wide, and monitors that make trouble."""
+"""Runs small enough for tests: 16-px pictures in four blocks, a model 16 wide; monitors that make trouble."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import random
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,6 +34,9 @@ from nextblock.train import Monitor, MonitorEvent, Tick, TrainResult, train
 from toy import ToySource
 
 CPU = torch.device("cpu")
+
+# Nothing here gains from a second thread, and all of it loses much where other work holds the cores.
+torch.set_num_threads(1)
 
 TINY = RunConfig(
     model=ModelConfig(
@@ -60,7 +65,7 @@ ALL_RANDOM = {
     "train.micro_batch_size": 3,
     "monitor.log_every": "3st",
 }
-"""Everything that draws random numbers, micro-batches that do not divide the batch, windows of three steps."""
+"""All that draws random numbers, micro-batches that do not divide the batch, windows of three steps."""
 
 TINY_FLAGS = (
     *("--preset", "xtra-tiny", "--train.device", "cpu", "--data.workers", "0", "--data.val_resize_px", "16"),
@@ -82,7 +87,7 @@ def run_toy(
     changes: Mapping[str, Any] | None = None,
     *,
     monitors: Sequence[Monitor] = (),
-    sources: dict[str, Source] | None = None,
+    sources: Mapping[str, Source] | None = None,
     reporter: Quiet | None = None,
     overwrite: bool = False,
 ) -> TrainResult:
@@ -90,7 +95,7 @@ def run_toy(
     return train(
         settings(changes),
         out,
-        sources or {"train": ToySource(40)},
+        dict(sources or {"train": ToySource(40)}),
         monitors=monitors,
         reporter=reporter or Quiet(),
         overwrite=overwrite,
@@ -107,7 +112,9 @@ class Quiet:
     def __enter__(self) -> Quiet:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def begin(self, step: int, total_steps: int) -> None:
@@ -137,7 +144,7 @@ class SignalAt:
         return {}
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """Nobody's fault: the test's."""
 
 
@@ -151,7 +158,7 @@ class CrashAt:
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
         if event.step == self.step:
-            raise Crash
+            raise CrashError
         return {}
 
 
@@ -183,6 +190,22 @@ class Meddle:
         return {
             "meddle/sum": torch.rand(()).item() + np.random.rand() + random.random()  # noqa: NPY002
         }
+
+
+# -------------------------------------------------------------------------------------------- image folders
+
+
+def write_images(folder: Path, count: int, *, broken: int = 0) -> None:
+    """Write noisy pictures of 20 x 16 px as PNG, and some that cannot be read, in sorted order after them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        pixels = rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+    whole = (folder / "0000.png").read_bytes()
+    contents = [whole[:60], b"", b"this is no picture"]
+    for index in range(broken):
+        (folder / f"broken_{index:02d}.png").write_bytes(contents[index % 3])
 
 
 # ---------------------------------------------------------------------------------------- what a run left

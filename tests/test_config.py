@@ -88,6 +88,8 @@ def test_one_number_stands_for_both_sides():
         (lambda: ModelConfig(block_mlp_dim=0), ("model.block_mlp_dim is 0",)),
         (lambda: ModelConfig(block_size=(2, 0)), ("model.block_size is (2, 0)",)),
         (lambda: ModelConfig(block_size=-1), ("model.block_size is -1",)),
+        (lambda: ModelConfig(norm_eps=0.0), ("model.norm_eps is 0.0", "above 0")),
+        (lambda: ModelConfig(mlp_ratio=-4.0), ("model.mlp_ratio is -4.0", "above 0")),
         (lambda: ModelConfig(drop_path=1.0), ("model.drop_path is 1.0", "[0, 1)")),
         (lambda: ModelConfig(num_predicted_blocks=16), ("is 16", "only 16 blocks", "at most 15")),
         (lambda: DataConfig(crop_scale=(0.5, 0.3)), ("data.crop_scale is (0.5, 0.3)", "(smallest, largest)")),
@@ -166,8 +168,12 @@ def test_a_config_of_ones_own_is_checked_by_its_annotations():
 
     Own.__annotations__ = {"sizes": tuple[int, ...], "kind": Literal["a", "b"] | None}
     check_types(Own(sizes=(1, 2), kind="b"))
-    refuses(lambda: check_types(Own(sizes=(1, 2.5))), "sizes is (1, 2.5)")
-    refuses(lambda: check_types(Own(kind="c"), "own"), "own.kind is 'c'; it must be 'a' or 'b' or null")
+    refuses(
+        lambda: check_types(_changed(Own(), "sizes", (1, 2.5))), "sizes is (1, 2.5); it must be (int, ...)"
+    )
+    refuses(
+        lambda: check_types(_changed(Own(), "kind", "c"), "own"), "own.kind is 'c'; it must be 'a' or 'b'"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- durations

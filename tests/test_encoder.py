@@ -191,16 +191,17 @@ def test_under_bf16_the_loss_is_fp32_and_near_that_of_fp32(prefix):
 def test_predictor_fp32_keeps_the_predictor_out_of_autocast():
     model, dtypes = tiny_model(), {}
     assert model.predictor is not None
-    for name in ("encoder.blocks.1.mlp.fc2", "predictor.projection.0", "predictor.block_mlps.0.2"):
+    names = ("encoder.blocks.1.mlp.fc2", "predictor.projection.0", "predictor.block_mlps.0.2")
+    for name in names:
         model.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name: dtypes.update({name: output.dtype})
+            lambda _, __, output, name=name: dtypes.update([(name, torch.as_tensor(output).dtype)])
         )
     for fp32 in (True, False):
         model.predictor_fp32 = fp32
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(tiny_images(), ORDER)
         rest = torch.float32 if fp32 else torch.bfloat16
-        assert list(dtypes.values()) == [torch.bfloat16, rest, rest]
+        assert [dtypes[name] for name in names] == [torch.bfloat16, rest, rest]
         assert out.predictions.dtype == rest
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -18,9 +17,8 @@ from nextblock.train.trainer import Trainer
 from runs import (
     ALL_RANDOM,
     CPU,
-    TINY,
-    Crash,
     CrashAt,
+    CrashError,
     Meddle,
     Quiet,
     Remember,
@@ -32,12 +30,11 @@ from runs import (
     run_toy,
     same,
     settings,
-    state,
     weights,
 )
 from toy import ToySource
 
-# ------------------------------------------------------------------------------------- stopped and continued
+# -------------------------------------------------------------------------- stopped, and gone on with
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -50,7 +47,7 @@ def whole(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("step", [1, 3, 5])
 def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(whole, tmp_path, step, number):
     uninterrupted, changes = whole
     before = signal.getsignal(number)
@@ -84,7 +81,7 @@ def test_a_run_stopped_at_every_step_goes_on_bit_for_bit(whole, tmp_path):
 def test_a_crash_costs_the_steps_since_the_last_checkpoint_and_nothing_else(whole, tmp_path):
     uninterrupted, changes = whole
     saving = {**changes, "checkpoint.every": "2st"}
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         run_toy(tmp_path / "run", saving, monitors=[CrashAt(5)])
     assert checkpoints(tmp_path / "run") == ["step_00000002", "step_00000004"]
     run_toy(tmp_path / "run", saving)
@@ -93,7 +90,7 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint_and_nothing_else(whol
 
 def test_a_crash_before_the_first_checkpoint_leaves_no_line_twice(whole, tmp_path):
     uninterrupted, changes = whole
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         run_toy(tmp_path / "run", changes, monitors=[Meddle(), CrashAt(5)])
     run_toy(tmp_path / "run", changes, monitors=[Meddle()])
     assert_same_end(tmp_path / "run", uninterrupted, 7)
@@ -199,7 +196,7 @@ def seen_orders(monkeypatch):
     forward = NextBlockModel.forward
 
     def remember(self, images, block_order=None, prefix_lengths=None):
-        if self.training:
+        if self.training and block_order is not None:
             seen.append(tuple(block_order.tolist()))
         return forward(self, images, block_order, prefix_lengths)
 
@@ -285,19 +282,19 @@ def test_micro_batch_sizes_do_not_change_the_loss_curve(tmp_path):
 # --------------------------------------------------------------------------------- what is not to be the same
 
 
-def test_drop_path_differs_between_steps_and_micro_batches(tmp_path):
+def test_drop_path_differs_between_steps_and_micro_batches():
     """Else its generator is seeded alike each time, and the same layers are dropped throughout."""
-    config = settings({"model.drop_path": 0.9, "train.micro_batch_size": 4})
-    trainer = Trainer(config, CPU, None)
-    batch = next(iter(TrainLoader(ToySource(4), config.data, image_size=16, seed=0, batch_size=4)))
-    twice = batch.micro_batches * 2
-    losses = [
-        trainer.train_step(Step(index=index, visit=0, micro_batches=micro), lr=0.0).loss
-        for index, micro in ((0, twice[:1]), (1, twice[:1]), (0, twice), (0, twice[:1]))
-    ]
-    assert losses[0] == losses[3]
-    assert losses[0] != losses[1]
-    assert not math.isclose(losses[2], losses[0])
+    trainer = Trainer(settings({"model.drop_path": 0.5}), CPU, None)
+    loader = TrainLoader(ToySource(8), trainer.config.data, image_size=16, seed=0, batch_size=8)
+    batch = next(iter(loader)).micro_batches[0]
+
+    def grad_norm(index: int, times: int) -> float:
+        step = Step(index=index, visit=0, micro_batches=[batch] * times)
+        return trainer.train_step(step, lr=0.0).grad_norm
+
+    assert grad_norm(0, 1) == grad_norm(0, 1)
+    assert len({grad_norm(index, 1) for index in range(5)}) == 5
+    assert not math.isclose(grad_norm(0, 2), grad_norm(0, 1), rel_tol=1e-5)
 
 
 def test_the_settings_of_these_tests_draw_all_there_is_to_draw():
@@ -306,6 +303,4 @@ def test_the_settings_of_these_tests_draw_all_there_is_to_draw():
     assert config.model.order == "random"
     assert config.data.flip > 0
     assert config.data.crop_scale[0] < 1
-    assert TINY.train.batch_size % ALL_RANDOM["train.micro_batch_size"] != 0
-    assert os.environ.get("PYTHONHASHSEED") != "0" or sys.flags.hash_randomization == 0
-    assert state is not None
+    assert config.train.batch_size % ALL_RANDOM["train.micro_batch_size"] != 0

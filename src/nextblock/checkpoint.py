@@ -39,7 +39,7 @@ __all__ = [
     "CheckpointError",
     "InitReport",
     "initialize_from",
-    "is_model_file",
+    "is_safetensors",
     "latest_checkpoint",
     "load_state",
     "load_strictly",
@@ -159,9 +159,11 @@ def save_classifier(directory: Path, classifier: ImageClassifier) -> None:
         save_model(aside / MODEL_FILE, classifier)
 
 
-def is_model_file(path: Path) -> bool:
-    """Whether a file is safetensors that this package wrote."""
-    return path.suffix == ".safetensors" and _metadata(path).get("format") == "nextblock"
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the header's length, then a JSON object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{"
 
 
 def read_model(path: Path) -> NextBlockModel | ImageClassifier:
@@ -286,12 +288,15 @@ class InitReport:
 def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
     """Give a model another's weights: what fits is copied, positions are resampled, the rest stays fresh.
 
-    Raises `CheckpointError` where nothing of the encoder fits, as that is surely not what was meant.
+    Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of attention
+    heads, as that is surely not what was meant.
     """
+    _refuse_other_heads(model.config, other.config, origin)
+    other_decoder = model.config.predictor_heads != other.config.predictor_heads
     own, theirs = model.state_dict(), other.state_dict()
     loaded, resampled = [], []
     for name, tensor in own.items():
-        if name not in theirs:
+        if name not in theirs or (other_decoder and name.startswith("predictor.blocks.")):
             continue
         if theirs[name].shape == tensor.shape and not _other_grid(name, model, other):
             tensor.copy_(theirs[name])
@@ -313,6 +318,14 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         fresh=tuple(name for name in own if name not in done),
         unused=tuple(name for name in theirs if name not in done),
     )
+
+
+def _refuse_other_heads(own: ModelConfig, theirs: ModelConfig, origin: str) -> None:
+    if own.embed_dim == theirs.embed_dim and own.num_heads != theirs.num_heads:
+        raise CheckpointError(
+            f"the encoder in {origin} has {theirs.num_heads} attention heads, this model {own.num_heads}: "
+            f"the weights would fit and mean something else; set model.num_heads {theirs.num_heads}"
+        )
 
 
 def _other_grid(name: str, model: NextBlockModel, other: NextBlockModel) -> bool:

@@ -110,6 +110,8 @@ class ModelConfig:
             require(
                 min(pair(getattr(self, name))) >= 1, f"model.{name} is {getattr(self, name)}; use at least 1"
             )
+        for name in ("mlp_ratio", "predictor_mlp_ratio", "norm_eps"):
+            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be above 0")
         require(0 <= self.drop_path < 1, f"model.drop_path is {self.drop_path}; it must lie in [0, 1)")
         require_divides(self.embed_dim, self.num_heads, "model.embed_dim", "model.num_heads")
         self._check_geometry()
@@ -311,7 +313,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        Duration.parse(self.duration)
+        length = Duration.parse(self.duration)
+        require(length.value > 0, f"train.duration is {self.duration!r}; train for more than nothing")
         require(self.batch_size >= 1, f"train.batch_size is {self.batch_size}; use at least 1")
         if self.micro_batch_size is not None:
             require(

@@ -25,6 +25,7 @@ __all__ = ["LoopBench", "measure_loop"]
 
 MAX_MS = 2.0
 WARMUP_STEPS = 20
+QUICK_STEPS = 30
 TARGET = "nextblock.bench.loop:measure_loop"
 COMPUTE, DATA, STEP = "compute", "data", "step"
 
@@ -40,7 +41,7 @@ class LoopBench:
     threads: int | None = None
     """Threads of torch; null: as many as it takes by itself."""
     quick: bool = False
-    """One turn of 30 steps: a first idea."""
+    """One short turn: a first idea."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -50,7 +51,7 @@ class LoopBench:
 
     def run(self) -> BenchResult:
         """Train, and take off what is not the loop's."""
-        job = {"steps": 30 if self.quick else self.steps, "threads": self.threads}
+        job = {"steps": QUICK_STEPS if self.quick else self.steps, "threads": self.threads}
         runs = take_turns({"loop": (TARGET, job)}, 1 if self.quick else self.rounds)["loop"]
         laps_s = {name: [lap for run in runs for lap in run["laps_s"][name]] for name in runs[0]["laps_s"]}
         ms = {name: 1e3 * median(laps) for name, laps in laps_s.items()}

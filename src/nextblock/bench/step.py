@@ -165,7 +165,7 @@ class StepBench:
         )
 
     def _share_rows(self, results: dict[str, list[Result]], gemm_gflops: float) -> list[Row]:
-        """Rate of the arithmetic that is needed, in ours and in plain; the ratio is of ours to the GEMM rate."""
+        """Rate of the arithmetic that is needed, in ours and in plain; ratio: of ours to the GEMM rate."""
         gflop = self.batch_size * step_flops(self.config) / 1e9
         rows = []
         for what, label, plain, at_least in (
@@ -215,7 +215,7 @@ class StepBench:
 
 
 def check_losses(results: dict[str, list[Result]], names: list[str], precision: str) -> dict[str, float]:
-    """Largest difference over all steps to the first of the variants; raises where the first losses differ."""
+    """Largest difference over all steps to the first variant; raises where the first losses differ."""
     reference = results[names[0]][0]["losses"]
     differences = {}
     for name in names:

@@ -109,7 +109,8 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     if settings.pictures_every is not None:
         images, _, _ = some_images(shown, config.data, size, settings.pictures)
         monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
-    if settings.knn_every is not None and "val" in sources and all(s.has_labels for s in sources.values()):
+    labelled = "val" in sources and all(s.has_labels and len(s.class_names) > 1 for s in sources.values())
+    if settings.knn_every is not None and labelled:
         monitors.append(
             KnnMonitor(
                 sources["train"],

@@ -15,7 +15,7 @@ from nextblock.checkpoint import (
     CheckpointError,
     InitReport,
     initialize_from,
-    is_model_file,
+    is_safetensors,
     latest_checkpoint,
     read_model,
 )
@@ -62,7 +62,7 @@ def load(src: str | Path, *, num_heads: int | None = None) -> NextBlockModel | I
         raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a weight file")
     if path.is_dir():
         return read_model(_model_file(path))
-    if path.suffix == ".safetensors" and is_model_file(path):
+    if is_safetensors(path):
         return read_model(path)
     content = _unpickle(path)
     if isinstance(content, dict) and is_xtra(content):

@@ -9,6 +9,7 @@ pass. So a monitor can disturb nothing, and a run that was cut goes on bit for b
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class Run:
         self.quarantine = QuarantineLog(
             run_dir.quarantine, len(sources["train"]), config.data.max_bad_fraction
         )
+        self._baselines = run_dir.baselines() or {}
         self._nonfinite = 0
         self._saved_step, self._saved_at_s = trainer.step, time.monotonic()
 
@@ -161,14 +163,12 @@ class Run:
 
     def ensure_baselines(self, step: Step) -> None:
         """Measure, once a run, what its loss is to be compared with, on images of its first step."""
-        if self.dir.baselines() is None and any(len(batch.images) for batch in step.micro_batches):
-            images = next(batch.images for batch in step.micro_batches if len(batch.images))
-            baselines = self.trainer.baselines(images[:BASELINE_IMAGES])
-            self.dir.write_baselines(baselines)
-            self.reporter.note(
-                f"loss to compare with: {baselines['zero']:.3f} predicting nothing (zero), "
-                f"{baselines['copy_previous']:.3f} copying the previous block"
-            )
+        if self._baselines:
+            return
+        images = next((batch.images for batch in step.micro_batches if len(batch.images)), None)
+        if images is not None:
+            self._baselines = self.trainer.baselines(images[:BASELINE_IMAGES])
+            self.dir.write_baselines(self._baselines)
 
     def check_finite(self, outcome: StepOutcome, step: Step) -> None:
         """Count steps that are not finite; too many in a row stop the run."""
@@ -199,6 +199,8 @@ class Run:
                 total_steps=self.schedule.total,
                 epoch=epoch,
                 loss=values["loss"],
+                zero_loss=self._baselines.get("zero", math.nan),
+                copy_loss=self._baselines.get("copy_previous", math.nan),
                 lr=lr,
                 images_per_s=values["images_per_s"],
                 data_wait=values["data_wait"],

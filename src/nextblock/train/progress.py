@@ -23,6 +23,10 @@ class Tick(NamedTuple):
     epoch: float
     loss: float
     """Mean since the last line of metrics."""
+    zero_loss: float
+    """What predicting nothing costs on this data."""
+    copy_loss: float
+    """What copying the previous block costs."""
     lr: float
     images_per_s: float
     data_wait: float
@@ -33,7 +37,7 @@ class Tick(NamedTuple):
     def text(self) -> str:
         """One line, without step and time."""
         parts = [
-            f"loss {self.loss:.4f}",
+            f"loss {self.loss:.4f} (zero {self.zero_loss:.2f}, copy {self.copy_loss:.2f})",
             f"lr {self.lr:.1e}",
             f"{self.images_per_s:,.0f} images/s"
             if self.images_per_s >= 10

@@ -1,0 +1,441 @@
+"""Files: what is written comes back, whole or not at all; what fits is taken over, what does not is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nextblock.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointError,
+    initialize_from,
+    is_safetensors,
+    latest_checkpoint,
+    load_state,
+    load_strictly,
+    prune_checkpoints,
+    read_model,
+    save_checkpoint,
+    save_classifier,
+    save_model,
+    write_aside,
+)
+from nextblock.config import OptimConfig
+from nextblock.interop import create_model, initialize
+from nextblock.models import NextBlockModel
+from nextblock.models.classifier import ImageClassifier
+from nextblock.models.encoder import resample_positions
+from nextblock.models.heads import HeadConfig
+from nextblock.optim import build_optimizer
+from toy import tiny_images, tiny_model
+
+STATE = {"step": 3, "optimizer": {"lr": 0.1, "moments": [torch.arange(3.0)]}, "scaler": {}}
+
+
+def same_weights(first, second):
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def files_in(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+# --------------------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"predictor": None, "feature_attention": "full"},
+        {"num_predicted_blocks": 2, "order": "random", "order_seed": 3, "drop_path": 0.1, "loss": "l1"},
+        {"image_size": (24, 16), "block_size": (3, 1)},
+    ],
+    ids=str,
+)
+def test_a_model_comes_back_with_its_settings_and_weights(changes, tmp_path):
+    model = tiny_model(**changes)
+    save_model(tmp_path / "model.safetensors", model)
+    found = read_model(tmp_path / "model.safetensors")
+    assert isinstance(found, NextBlockModel)
+    assert found.config == model.config
+    assert same_weights(found, model)
+    assert not found.training
+    images = tiny_images(size=model.config.image_size)
+    assert torch.equal(found.encode(images).tokens, model.encode(images).tokens)
+    if model.predictor is not None:
+        assert torch.equal(found(images).predictions, model(images).predictions)
+
+
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+@pytest.mark.parametrize("class_names", [None, ("cat", "dog", "cow")])
+def test_a_classifier_comes_back_with_its_head_and_class_names(kind, class_names, tmp_path):
+    head = HeadConfig(kind=kind, num_classes=3, layers=(0, 1), layer_pool="concat", num_heads=4, bias=False)
+    classifier = ImageClassifier(tiny_model(), head, class_names)
+    classifier(tiny_images(4))  # moves the running statistics
+    classifier.eval()
+    save_classifier(tmp_path / "heads" / "best", classifier)
+    assert files_in(tmp_path / "heads") == ["best", "best/model.safetensors"]
+    found = read_model(tmp_path / "heads" / "best" / "model.safetensors")
+    assert isinstance(found, ImageClassifier)
+    assert (found.head_config, found.class_names) == (head, class_names)
+    assert same_weights(found, classifier)
+    assert found.head.norm.num_batches_tracked == 1
+    assert torch.equal(found(tiny_images()), classifier(tiny_images()))
+
+
+def test_a_model_file_says_what_it_is(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, tiny_model())
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["format_version"]) == ("nextblock", str(FORMAT_VERSION))
+    assert (metadata["kind"], json.loads(metadata["config"])["block_size"]) == ("model", 2)
+
+
+def test_safetensors_are_told_by_their_content(tmp_path):
+    save_model(tmp_path / "weights.bin", tiny_model())
+    (tmp_path / "text.safetensors").write_text("not tensors at all")
+    (tmp_path / "empty.safetensors").touch()
+    assert is_safetensors(tmp_path / "weights.bin")
+    assert not is_safetensors(tmp_path / "text.safetensors")
+    assert not is_safetensors(tmp_path / "empty.safetensors")
+
+
+def test_a_checkpoint_comes_back_with_model_and_training_state(tmp_path):
+    model = tiny_model()
+    optimizer = build_optimizer(model, OptimConfig())
+    model(tiny_images()).loss.backward()
+    optimizer.step()
+    path = save_checkpoint(tmp_path, model, {"step": 7, "optimizer": optimizer.state_dict()}, 7)
+    assert path == tmp_path / "step_00000007"
+    assert files_in(tmp_path) == [path.name, f"{path.name}/model.safetensors", f"{path.name}/state.pt"]
+    assert same_weights(read_model(path / "model.safetensors"), model)
+    state, expected = load_state(path), optimizer.state_dict()
+    assert state["step"] == 7
+    assert state["optimizer"]["param_groups"] == expected["param_groups"]
+    for number, moments in expected["state"].items():
+        assert all(torch.equal(state["optimizer"]["state"][number][name], moments[name]) for name in moments)
+
+
+def test_half_precision_weights_are_read_as_fp32(tmp_path):
+    model, path = tiny_model(), tmp_path / "model.safetensors"
+    save_model(path, model)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({name: w.bfloat16() for name, w in load_file(path).items()}, path, metadata)
+    found = read_model(path)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+    assert torch.equal(found.state_dict()["encoder.norm.weight"], torch.ones(24))
+
+
+# ---------------------------------------------------------------------------------------- whole or not at all
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["os.fsync", "torch.save", "nextblock.checkpoint.save_file"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_full_disk_leaves_the_checkpoints_as_they_were_and_says_so(place, step, tmp_path, monkeypatch):
+    before = tiny_model(seed=1)
+    save_checkpoint(tmp_path, before, STATE, 1)
+    files = files_in(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(place, full_disk)
+        with pytest.raises(CheckpointError) as caught:
+            save_checkpoint(tmp_path, tiny_model(seed=2), STATE, step)
+    for part in (f"step_0000000{step}", "No space left on device", "before is intact", "make room"):
+        assert part in str(caught.value)
+    assert files_in(tmp_path) == files
+    intact = tmp_path / "step_00000001"
+    assert latest_checkpoint(tmp_path) == intact
+    assert same_weights(read_model(intact / "model.safetensors"), before)
+    assert load_state(intact)["step"] == 3
+
+
+def test_where_the_last_rename_fails_the_directory_of_before_comes_back(tmp_path, monkeypatch):
+    before = tiny_model(seed=1)
+    path = save_checkpoint(tmp_path, before, STATE, 1)
+    replace = Path.replace
+
+    def fails_for_the_new(self, target):
+        if self.name.startswith(".writing-"):
+            full_disk()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails_for_the_new)
+    with pytest.raises(CheckpointError, match="before is intact"):
+        save_checkpoint(tmp_path, tiny_model(seed=2), STATE, 1)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert same_weights(read_model(path / "model.safetensors"), before)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    for seed in (1, 2):
+        path = save_checkpoint(tmp_path, tiny_model(seed), STATE, 1)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert same_weights(read_model(path / "model.safetensors"), tiny_model(2))
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_write_leaves_nothing_behind(interruption, tmp_path):
+    target = tmp_path / "config.yaml"
+    target.write_text("before")
+
+    def write():
+        with write_aside(target) as aside:
+            aside.write_text("half of wh")
+            raise interruption
+
+    with pytest.raises(interruption):
+        write()
+    assert files_in(tmp_path) == ["config.yaml"]
+    assert target.read_text() == "before"
+
+
+def test_nobody_sees_a_file_before_it_is_complete(tmp_path):
+    target = tmp_path / "file"
+    with write_aside(target) as aside:
+        aside.write_text("half")
+        assert not target.exists()
+        aside.write_text("whole")
+    assert files_in(tmp_path) == ["file"]
+    assert target.read_text() == "whole"
+
+
+def test_all_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def note(descriptor):
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("no /proc to tell a descriptor's file")
+    monkeypatch.setattr(os, "fsync", note)
+    path = save_checkpoint(tmp_path, tiny_model(), STATE, 1)
+    inside = {f".writing-{path.name}", "model.safetensors", "state.pt"}
+    assert set(flushed[:-1]) == inside
+    assert flushed[-1] == tmp_path.name  # the new name itself
+
+
+def test_what_a_killed_process_left_half_written_is_not_seen_and_cleared_by_the_next(tmp_path):
+    save_checkpoint(tmp_path, tiny_model(), STATE, 1)
+    left = tmp_path / ".writing-step_00000002"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    (left / "junk").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
+    path = save_checkpoint(tmp_path, tiny_model(), STATE, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+    assert files_in(path) == ["model.safetensors", "state.pt"]
+
+
+# ----------------------------------------------------------------------------------------------- many of them
+
+
+def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    for name in ("step_00000009", "step_100000000", "step_99999999", "step_x", "other"):
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_100000000"
+
+
+def test_pruning_keeps_the_latest_and_those_for_good(tmp_path):
+    for step in (10, 20, 25, 30, 35, 40):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / "notes").mkdir()
+    prune_checkpoints(tmp_path, keep=2, keep_for_good=lambda step: step % 20 == 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "notes",
+        "step_00000020",
+        "step_00000035",
+        "step_00000040",
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+def changed_metadata(path, **changes):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, {**metadata, **changes})
+
+
+def test_a_newer_format_is_refused_with_both_versions(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, tiny_model())
+    changed_metadata(path, format_version="2")
+    with pytest.raises(CheckpointError, match="format version 2, this release reads up to 1; upgrade"):
+        read_model(path)
+
+
+def test_safetensors_of_another_origin_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="was not written by nextblock"):
+        read_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_model_file_that_is_not_complete_is_refused(share, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, tiny_model())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match="the file is not complete"):
+        read_model(path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 100, -1000, -1])
+def test_a_training_state_that_is_not_complete_is_refused_with_what_to_remove(length, tmp_path):
+    path = save_checkpoint(tmp_path, tiny_model(), STATE, 3)
+    content = (path / "state.pt").read_bytes()
+    (path / "state.pt").write_bytes(content[:length])
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read.*remove .*step_00000003 to go on"):
+        load_state(path)
+
+
+def test_a_training_state_that_is_missing_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, tiny_model(), STATE, 3)
+    (path / "state.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        load_state(path)
+
+
+def test_what_does_not_fit_is_listed_by_name():
+    model = tiny_model()
+    weights = dict(model.state_dict())
+    del weights["encoder.norm.bias"]
+    weights["encoder.cls_token"] = torch.zeros(1, 1, 24)
+    weights["encoder.norm.weight"] = torch.zeros(25)
+    with pytest.raises(CheckpointError) as caught:
+        load_strictly(model, weights, "FILE")
+    assert str(caught.value).splitlines() == [
+        "the weights of FILE do not fit the model:",
+        "  missing: encoder.norm.bias",
+        "  unexpected: encoder.cls_token",
+        "  shape of encoder.norm.weight: (25,) in the file, (24,) in the model",
+    ]
+    assert same_weights(model, tiny_model()), "nothing was loaded"
+
+
+def test_a_long_list_of_what_does_not_fit_is_cut_with_its_number():
+    model = tiny_model()
+    with pytest.raises(CheckpointError) as caught:
+        load_strictly(model, {}, "FILE")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12
+    assert lines[-1] == f"  and {len(model.state_dict()) - 10} more"
+
+
+# -------------------------------------------------------------------------------- starting from other weights
+
+
+def test_a_model_of_the_same_sizes_takes_everything_over():
+    model, other = tiny_model(1), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert same_weights(model, other)
+    assert report.origin == "RUN"
+    assert set(report.loaded) == set(model.state_dict())
+    assert report.resampled == report.fresh == report.unused == ()
+
+
+def test_for_another_image_size_only_positions_are_resampled():
+    model, other = tiny_model(1, image_size=(32, 32)), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert report.resampled == ("encoder.pos_embed", "predictor.pos_embed")
+    assert report.fresh == report.unused == ()
+    for name, tensor in model.state_dict().items():
+        theirs = other.state_dict()[name]
+        expected = resample_positions(theirs, (4, 6), (8, 8)) if name in report.resampled else theirs
+        assert torch.equal(tensor, expected)
+
+
+def test_a_grid_turned_on_its_side_is_another_grid():
+    model, other = tiny_model(1, image_size=(24, 16)), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert report.resampled == ("encoder.pos_embed", "predictor.pos_embed")
+    assert not torch.equal(model.state_dict()["encoder.pos_embed"], other.state_dict()["encoder.pos_embed"])
+
+
+def test_another_predictor_stays_fresh_and_is_listed():
+    model, other = tiny_model(1, predictor_dim=32, predictor_depth=1), tiny_model(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = initialize_from(model, other, "RUN")
+    assert report.fresh
+    assert all(name.startswith("predictor.") for name in report.fresh)
+    assert {"predictor.pos_embed", "predictor.blocks.0.attn.qkv.weight"} <= set(report.fresh)
+    assert "predictor.blocks.1.norm1.weight" in report.unused
+    assert {name for name in before if name.startswith("encoder.")} <= set(report.loaded)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name in report.fresh or before[name].std() == 0), name
+
+
+def test_a_deeper_model_takes_over_the_layers_there_are():
+    model, other = tiny_model(1, depth=3), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert {name.rsplit(".", 3)[0] for name in report.fresh if "mlp" in name} == {"encoder.blocks.2"}
+    assert torch.equal(model.encode(tiny_images()).layers[1], other.encode(tiny_images()).layers[1])
+
+
+def test_an_encoder_alone_gives_its_encoder():
+    model, other = tiny_model(1), tiny_model(2, predictor=None)
+    report = initialize_from(model, other, "RUN")
+    assert set(report.loaded) == {name for name in model.state_dict() if name.startswith("encoder.")}
+    assert report.unused == ()
+    assert torch.equal(model.encode(tiny_images()).tokens, other.encode(tiny_images()).tokens)
+
+
+def test_weights_of_which_nothing_fits_are_refused_with_both_sizes():
+    model, other = tiny_model(1), tiny_model(2, embed_dim=48, depth=3)
+    with pytest.raises(CheckpointError) as caught:
+        initialize_from(model, other, "RUN")
+    for part in ("RUN", "48 wide with 3 layers", "24 wide with 2", "model.embed_dim"):
+        assert part in str(caught.value)
+
+
+def test_an_encoder_of_other_heads_is_refused_as_its_weights_would_fit_and_mean_something_else():
+    with pytest.raises(CheckpointError, match=r"has 3 attention heads, this model 2.*set model\.num_heads 3"):
+        initialize_from(tiny_model(1, num_heads=2), tiny_model(2), "RUN")
+
+
+def test_predictor_layers_of_other_heads_stay_fresh():
+    report = initialize_from(tiny_model(1, predictor_heads=4), tiny_model(2), "RUN")
+    assert report.fresh
+    assert all(name.startswith("predictor.blocks.") for name in report.fresh)
+    assert report.fresh == report.unused
+
+
+def test_starting_from_a_run_says_what_became_of_every_weight(tmp_path, caplog):
+    save_checkpoint(tmp_path / "checkpoints", tiny_model(2), STATE, 1)
+    model = tiny_model(1, image_size=(32, 32), predictor_depth=1)
+    with caplog.at_level(logging.INFO):
+        report = initialize(model, tmp_path)
+    name = "encoder.blocks.0.attn.qkv.weight"
+    assert torch.equal(model.state_dict()[name], tiny_model(2).state_dict()[name])
+    assert f"{len(report.loaded)} tensors loaded" in caplog.text
+    assert "resampled: encoder.pos_embed, predictor.pos_embed" in caplog.text
+    assert "unused: predictor.blocks.1.norm1.weight" in caplog.text
+
+
+def test_create_model_starts_from_the_weights_of_init(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "image_size": 16}
+    save_model(tmp_path / "model.safetensors", tiny_model(2))
+    model = create_model("xtra-tiny", **sizes, init=str(tmp_path))
+    assert torch.equal(
+        model.state_dict()["encoder.blocks.1.mlp.fc2.weight"],
+        tiny_model(2).state_dict()["encoder.blocks.1.mlp.fc2.weight"],
+    )

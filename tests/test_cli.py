@@ -1,0 +1,520 @@
+"""The command line: what wins over what, what is refused and how, and what every command prints."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import nextblock
+from nextblock.cli import VERBS, main
+from nextblock.presets import PRESETS, get_preset
+from nextblock.settings import flatten, to_dict
+from runs import TINY_FLAGS, SignalAt, checkpoints, metrics, weights, write_images
+
+
+@pytest.fixture
+def cli(capsys):
+    """`cli("info", "RUN")` -> exit code, standard output, standard error."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+@pytest.fixture
+def tiny(cli, tmp_path):
+    """`tiny(...)` pre-trains a tiny model for three steps on digits, into tmp_path/run, with flags added."""
+
+    def call(*words: str):
+        out = ("--data.train", "digits", "--out", str(tmp_path / "run"))
+        return cli("pretrain", *TINY_FLAGS, *out, *words)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny finished run."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    flags = ("--data.train", "digits:split=train", "--data.val", "digits:split=test", "--out", str(out))
+    assert main(["pretrain", *TINY_FLAGS, *flags]) == 0
+    return out
+
+
+def refused(told: tuple[int, str, str], code: int = 2) -> str:
+    """Check that a command failed with this code and a message instead of a traceback; return the message."""
+    assert told[0] == code, told
+    assert told[1] == ""
+    assert "Traceback" not in told[2]
+    return told[2].strip().splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------------- precedence
+
+
+@pytest.fixture
+def resolved(cli, tmp_path):
+    """`resolved(words...)` -> the settings that a line means, by dotted name."""
+
+    def call(*words: str) -> dict:
+        code, out, err = cli("pretrain", "--out", "RUN", *words, "--print_config")
+        assert (code, err) == (0, "")
+        return flatten(yaml.safe_load(out))
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two config files; the second contradicts the first in part."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("optim:\n  lr: 0.25\n  weight_decay: 0.75\n")
+    second.write_text("optim: {lr: 0.5}\nmodel:\n  depth: 7\n")
+    return str(first), str(second)
+
+
+def test_flags_win_over_config_files_and_those_over_the_preset_whatever_the_order(resolved, files):
+    preset, flag = ("--preset", "xtra-tiny"), ("--optim.lr=0.125",)
+    configs = ("--config", files[0], f"--config={files[1]}")
+    for words in (
+        (*preset, *configs, *flag),
+        (*flag, *configs, *preset),
+        (*configs, *flag, *preset),
+        (configs[0], configs[1], *flag, *preset, configs[2]),
+    ):
+        settings = resolved(*words)
+        assert settings["optim.lr"] == 0.125
+        assert settings["optim.weight_decay"] == 0.75
+        assert settings["model.depth"] == 7
+        assert settings["model.embed_dim"] == get_preset("xtra-tiny").config.model.embed_dim
+        assert settings["preset"] == "xtra-tiny"
+
+
+def test_a_later_config_file_and_a_later_flag_win(resolved, files):
+    assert resolved("--config", files[0], "--config", files[1])["optim.lr"] == 0.5
+    assert resolved("--config", files[1], "--config", files[0])["optim.lr"] == 0.25
+    assert resolved("--optim.lr", "0.1", "--optim.lr", "0.2")["optim.lr"] == 0.2
+
+
+def test_a_config_file_may_name_the_preset_and_a_flag_another(resolved, tmp_path):
+    (tmp_path / "p.yaml").write_text("preset: xtra-tiny\nmodel: {depth: 3}\n")
+    settings = resolved("--config", tmp_path / "p.yaml")
+    assert (settings["preset"], settings["model.embed_dim"], settings["model.depth"]) == ("xtra-tiny", 128, 3)
+    other = resolved("--config", tmp_path / "p.yaml", "--preset", "xtra-s16")
+    assert (other["preset"], other["model.embed_dim"], other["model.depth"]) == ("xtra-s16", 384, 3)
+
+
+def test_what_print_config_prints_is_a_config_file_of_the_same_settings(cli, tmp_path, files):
+    words = ("--out", "RUN", "--model.image_size", "[192, 256]", "--data.crop_scale", "[0.5, 1]")
+    code, out, _ = cli("pretrain", "--preset", "xtra-s16", "--config", files[0], *words, "--print_config")
+    assert code == 0
+    (tmp_path / "printed.yaml").write_text(out)
+    again = cli("pretrain", "--config", tmp_path / "printed.yaml", "--print_config")
+    assert again == (0, out, "")
+
+
+def test_the_config_of_a_run_is_a_config_file(run, resolved):
+    written = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    settings = resolved("--config", run / "config.yaml")
+    assert {name: settings[name] for name in written} == written
+
+
+@pytest.mark.parametrize("name", ["xtra-tiny", "xtra-b16-in1k", "xtra-h14-in21k"])
+def test_a_preset_alone_is_its_settings(resolved, name):
+    settings = resolved("--preset", name)
+    expected = flatten(to_dict(get_preset(name).config))
+    assert {key: settings[key] for key in expected} == expected
+
+
+def test_without_a_preset_the_defaults_are_said(cli, tmp_path):
+    code, _, err = cli("pretrain", "--out", tmp_path / "run")
+    assert code == 2
+    assert "no preset named: xtra-b16 with defaults for any folder (100ep, batch 256, bf16)" in err
+    assert "there is nothing to train on; name a directory of images: --data.train DIR" in err
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------- wrong usage
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrian"], "unknown command 'pretrian'; did you mean 'pretrain'?"),
+        (["paint"], "unknown command 'paint'; known: pretrain, probe, "),
+        (["pretrain"], "required: out"),
+        (["pretrain", "--out", "x", "--optim.lrr", "1"], "--optim.lrr; did you mean --optim.lr?"),
+        (["pretrain", "--out", "x", "--optim.lrr=1"], "--optim.lrr; did you mean --optim.lr?"),
+        (["pretrain", "--out", "x", "--optim.l", "1"], "--optim.l; did you mean --optim.lr?"),
+        (["pretrain", "--out", "x", "--zzz", "1"], "unknown setting --zzz; --help lists all"),
+        (["pretrain", "--out", "x", "extra"], "unrecognized arguments: extra"),
+        (["pretrain", "--out", "x", "--preset"], "--preset needs a value"),
+        (["pretrain", "--out", "x", "--preset", "xtra-tny"], "'xtra-tny'; did you mean 'xtra-tiny'?"),
+        (["pretrain", "--out", "x", "--optim.lr", "fast"], "optim.lr is fast; it must be float"),
+        (["pretrain", "--out", "x", "--optim.lr", "-1"], "optim.lr is -1.0; it must be a finite number"),
+        (["pretrain", "--out", "x", "--optim.lr"], "--optim.lr: expected one argument"),
+        (["pretrain", "--out", "x", "--model.depth", "1.5"], "model.depth is 1.5; it must be int"),
+        (["pretrain", "--out", "x", "--model.order", "spiral"], "it must be 'raster' or 'random'"),
+        (["pretrain", "--out", "x", "--model.image_size", "big"], "it must be int or (int, int)"),
+        (["pretrain", "--out", "x", "--model.image_size", "224"], "use model.image_size 192 or 256"),
+        (["pretrain", "--out", "x", "--train.duration", "5"], "'5' is not a duration here"),
+        (
+            ["pretrain", "--out", "x", "--train.device", "tpu"],
+            "it must be 'auto' or 'cpu' or 'cuda' or 'mps'",
+        ),
+        (["info"], "required: file"),
+        (["info", "x", "--num_head", "3"], "--num_head; did you mean --num_heads?"),
+        (["info", "x", "--num_heads", "three"], "num_heads is three; it must be int or null"),
+        (["presets", "xtra-b16-in1kk"], "unknown preset 'xtra-b16-in1kk'; did you mean 'xtra-b16-in1k'?"),
+        (["probe", "--model", "x"], "required: train, out"),
+        (["predict", "--model", "x", "--data", "digits"], "required: out"),
+        (["report"], "required: run"),
+        (["report", "nowhere"], "nowhere is no run"),
+    ],
+)
+def test_wrong_usage_is_told_with_code_2(cli, words, message):
+    told = refused(cli(*words))
+    assert message in told
+    assert told.startswith(f"nextblock {words[0]}: " if words[0] in VERBS else "nextblock: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim: {lrr: 1}", "unknown setting optim.lrr; did you mean optim.lr?"),
+        ("optimm: {lr: 1}", "unknown setting optimm.lr; did you mean optim.lr?"),
+        ("optim: {lr: fast}", "optim.lr is fast; it must be float"),
+        ("optim: [1", "is no YAML: while parsing"),
+        ("- 1", "holds no settings"),
+        ("", "holds no settings"),
+        ("preset: xtra-tny", "unknown preset 'xtra-tny'; did you mean 'xtra-tiny'?"),
+        ("model: {embed_dim: 30, num_heads: 4}", "model.embed_dim 30 is not divisible by model.num_heads 4"),
+    ],
+)
+@pytest.mark.parametrize("preset", [(), ("--preset", "xtra-tiny")])
+def test_a_wrong_config_file_is_told_with_code_2(cli, tmp_path, content, message, preset):
+    if preset and content.startswith("preset"):
+        return
+    (tmp_path / "c.yaml").write_text(content)
+    told = refused(cli("pretrain", "--out", "x", "--config", tmp_path / "c.yaml", *preset))
+    assert message in told
+
+
+def test_a_config_file_that_is_not_there_is_named(cli):
+    assert "--config nowhere.yaml is no file" in refused(cli("pretrain", "--config", "nowhere.yaml"))
+
+
+# ---------------------------------------------------------------------------------------------- wrong material
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "there is no such directory"),
+        ([], "it is empty"),
+        (["notes.txt", "table.csv"], "2 files, none with an image's extension (.csv, .txt)"),
+    ],
+)
+def test_a_folder_without_images_is_told_and_nothing_is_begun(tiny, tmp_path, files, message):
+    if files is not None:
+        (tmp_path / "images").mkdir()
+    for name in files or []:
+        (tmp_path / "images" / name).write_text("words")
+    told = refused(tiny("--data.train", tmp_path / "images"))
+    assert str(tmp_path / "images") in told
+    assert message in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_kind_of_source_is_told_with_the_known_ones(tiny):
+    assert "known: " in refused(tiny("--data.train", "digts:split=train"))
+
+
+def test_a_device_that_is_not_there_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = refused(tiny("--train.device", "cuda"))
+    assert "device 'cuda' is not available to this torch" in told
+    assert "available: cpu" in told
+
+
+def test_fp16_on_a_cpu_is_refused_and_the_corrected_command_runs(tiny):
+    assert "train.precision fp16 needs a GPU; on a CPU use bf16" in refused(tiny("--train.precision", "fp16"))
+    assert tiny("--train.precision", "bf16")[0] == 0
+
+
+def test_weights_to_start_from_that_are_not_there_fail_and_the_corrected_command_runs(tiny, run):
+    assert "does not exist" in refused(tiny("--model.init", "nowhere"), code=1)
+    code, _, _ = tiny("--model.init", run)
+    assert code == 0
+
+
+def test_another_run_in_the_place_is_refused_and_overwrite_begins_anew(tiny, tmp_path):
+    assert tiny()[0] == 0
+    told = refused(tiny("--optim.lr", "0.5"))
+    assert "optim.lr: 0.002 there, 0.5 now" in told
+    assert tiny("--optim.lr", "0.5", "--overwrite")[0] == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_other_files_in_the_place_are_refused(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    assert "exists and is no run; choose another --out, or empty it" in refused(tiny())
+
+
+def test_a_file_that_holds_no_model_fails_with_code_1(cli, tmp_path):
+    (tmp_path / "notes.txt").write_text("no weights")
+    assert "cannot be read as a weight file" in refused(cli("info", tmp_path / "notes.txt"), code=1)
+    assert "does not exist" in refused(cli("info", tmp_path / "nowhere"), code=1)
+    assert "holds no model" in refused(cli("info", tmp_path), code=1)
+
+
+# --------------------------------------------------------------------------------------------- broken pictures
+
+
+def test_a_few_broken_pictures_are_left_out_listed_and_counted(tiny, tmp_path):
+    write_images(tmp_path / "images", 200, broken=2)
+    (tmp_path / "images" / "notes.txt").write_text("words")
+    flags = ("--train.batch_size", "101", "--train.micro_batch_size", "50", "--train.duration", "1ep")
+    code, out, err = tiny("--data.train", tmp_path / "images", *flags, "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["num_bad"] == 2
+    assert "2 images could not be read, see quarantine.jsonl" in err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    listed = {line["name"]: line["reason"] for line in lines}
+    assert set(listed) == {"broken_00.png", "broken_01.png"}
+    assert listed["broken_01.png"] == "the file is empty (0 bytes)"
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_too_many_broken_pictures_stop_the_run_with_the_first_ten(tiny, tmp_path):
+    write_images(tmp_path / "images", 200, broken=30)
+    flags = ("--train.batch_size", "230", "--data.max_bad_fraction", "0.05")
+    code, out, err = tiny("--data.train", tmp_path / "images", *flags)
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    assert "12 of 230 files cannot be read, more than data.max_bad_fraction 0.05 allows" in err
+    assert sum(line.startswith("  broken_") for line in err.splitlines()) == 10
+    assert "delete that list, or raise data.max_bad_fraction" in err
+
+
+# -------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_stopped_by_a_signal_is_saved_and_says_so(tiny, tmp_path, monkeypatch, number, code):
+    monkeypatch.setattr("nextblock.cli.pretrain._monitors", lambda *_: [SignalAt(2, number)])
+    stopped, out, err = tiny("--json")
+    assert stopped == code
+    assert json.loads(out)["stopped_by"] == number.name
+    assert f"stopped by {number.name} after step 2 of 3, saved; the same command goes on" in err
+    assert checkpoints(tmp_path / "run") == ["step_00000002"]
+    finished, out, err = tiny("--json")
+    assert finished == 0
+    assert json.loads(out) == {
+        "run_dir": str(tmp_path / "run"),
+        "step": 3,
+        "total_steps": 3,
+        "stopped_by": None,
+        "num_bad": 0,
+    }
+    assert f"complete: 3 steps, in {tmp_path / 'run'}" in err
+
+
+def test_a_full_disk_is_a_failure_with_code_1(tiny, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    told = refused(tiny(), code=1)
+    assert "No space left on device" in told
+    assert "make room on the disk" in told
+
+
+def test_an_unforeseen_error_is_one_line_with_code_1(tiny, monkeypatch):
+    def broken(*_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("nextblock.cli.pretrain._monitors", broken)
+    told = refused(tiny(), code=1)
+    assert "KeyError: 'surprise'; run it again with --debug to see where" in told
+
+
+def test_debug_shows_where_an_error_comes_from(cli):
+    with pytest.raises(ValueError, match="did you mean"):
+        cli("pretrain", "--out", "x", "--optim.lrr", "1", "--debug")
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_no_traceback(tiny, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nextblock.cli.pretrain._monitors", interrupted)
+    assert refused(tiny(), code=130).endswith("interrupted")
+
+
+# ------------------------------------------------------------------------------------------------------- hints
+
+
+def test_another_batch_size_than_the_presets_is_told_with_the_rate_in_proportion(tiny):
+    _, _, err = tiny("--train.batch_size", "16")
+    assert "batch 16 instead of 64: optim.lr stays 0.002. It is never scaled for you" in err
+    assert "in proportion to the batch it would be 5.0e-04" in err
+
+
+def test_no_hint_where_batch_or_rate_were_chosen_knowingly(tiny):
+    assert "never scaled" not in tiny("--train.batch_size", "64", "--train.duration", "1st")[2]
+    assert "never scaled" not in tiny("--optim.lr", "0.001", "--overwrite")[2]
+
+
+# ------------------------------------------------------------------------------------------- the other commands
+
+
+def test_info_on_a_run(cli, run):
+    code, out, _ = cli("info", run, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["kind"] == "model"
+    assert (told["grid"], told["blocks"]) == ([4, 4], 4)
+    assert told["total_params"] == sum(tensor.numel() for tensor in weights(run, 3).values())
+    code, out, _ = cli("info", run)
+    assert code == 0
+    assert "16 wide, 1 layers, 2 heads" in out
+
+
+def test_info_on_an_official_file_needs_the_number_of_heads(cli, golden_dir):
+    file = golden_dir / "xtra_k2.ckpt"
+    assert "num_heads" in refused(cli("info", file), code=1)
+    code, out, _ = cli("info", file, "--num_heads", "3", "--json")
+    assert code == 0
+    assert json.loads(out)["kind"] == "model"
+
+
+def test_presets_are_listed(cli):
+    code, out, _ = cli("presets", "--json")
+    assert code == 0
+    assert [preset["name"] for preset in json.loads(out)] == list(PRESETS)
+    code, out, _ = cli("presets")
+    assert code == 0
+    assert "nextblock presets NAME tells all about one." in out
+
+
+def test_a_preset_is_told_with_command_result_and_settings(cli):
+    code, out, _ = cli("presets", "xtra-b16-in1k")
+    assert code == 0
+    assert "nextblock pretrain --preset xtra-b16-in1k --data.train DIR --out RUN" in out
+    assert "76.8 %" in out
+    assert "batch_size: 2088" in out
+
+
+def test_report_sums_up_a_run(cli, run):
+    code, out, _ = cli("report", run)
+    assert code == 0
+    assert "validation loss" in out
+    assert (run / "report.md").is_file()
+    assert (run / "losses.png").is_file()
+
+
+def test_predict_draws_a_runs_predictions(cli, run, tmp_path):
+    words = ("--data", "digits:split=test", "--num_images", "2", "--device", "cpu", "--json")
+    code, out, _ = cli("predict", "--model", run, "--out", tmp_path / "p", *words)
+    assert code == 0
+    told = json.loads(out.splitlines()[-1])
+    assert len(told["rows"]) == 2
+    assert Path(told["picture"]).is_file()
+
+
+def test_python_and_the_command_line_make_the_same_run(run, tmp_path):
+    changes = {"data.train": "digits:split=train", "data.val": "digits:split=test"}
+    written = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    nextblock.pretrain("xtra-tiny", out=tmp_path / "run", **{**written, **changes})
+    assert (tmp_path / "run" / "config.yaml").read_text() == (run / "config.yaml").read_text()
+    ours, theirs = weights(tmp_path / "run", 3), weights(run, 3)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_python_refuses_an_unknown_setting_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown setting 'optim.lrr'; did you mean 'optim.lr'\?"):
+        nextblock.pretrain("xtra-tiny", out=tmp_path / "run", **{"optim.lrr": 1})
+    with pytest.raises(ValueError, match=r"unknown setting 'model.dept'; did you mean 'model.depth'\?"):
+        nextblock.pretrain("xtra-tiny", out=tmp_path / "run", model={"dept": 1})
+
+
+# --------------------------------------------------------------------------------------------- help, processes
+
+
+def test_help_lists_the_commands(cli):
+    for words in ((), ("--help",), ("-h",), ("help",)):
+        code, out, _ = cli(*words)
+        assert code == 0
+        assert all(f"  {verb} " in out for verb in VERBS)
+
+
+def test_the_version_is_told(cli):
+    assert cli("--version") == (0, f"nextblock {nextblock.__version__}\n", "")
+
+
+HELP = """
+import sys
+from nextblock.cli import main
+code = main(["pretrain", "--help"])
+assert not {"torch", "timm", "torchvision", "matplotlib"} & sys.modules.keys()
+sys.exit(code)
+"""
+
+
+def test_help_of_pretrain_lists_every_setting_with_its_meaning_and_does_not_wait_for_torch():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in flatten(to_dict(get_preset("xtra-tiny").config)):
+        assert f"--{name} " in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "Patches along a block's side, or (rows, columns)." in words
+    assert "Peak learning rate, used as it is: never scaled by the batch size." in words
+    assert "run directory; the same command again goes on in it" in words
+
+
+def nextblock_process(*words: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "nextblock", *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_sigterm_ends_a_process_with_143_after_saving(tmp_path):
+    out = tmp_path / "run"
+    words = ("--data.train", "digits", "--out", out, "--train.duration", "1000000st")
+    process = nextblock_process("pretrain", *TINY_FLAGS, *words)
+    deadline_s = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or not metrics(out):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM" in err
+    last = metrics(out)[-1]["step"]
+    assert checkpoints(out) == [f"step_{last:08d}"]
+
+
+def test_debug_prints_a_traceback_in_a_process():
+    process = nextblock_process("presets", "nothing", "--debug")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback (most recent call last)" in err
+    assert "unknown preset 'nothing'" in err

@@ -1,0 +1,178 @@
+"""What may go on in a directory: the same run, told by its settings and its images, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import yaml
+
+from nextblock.config import RunConfig
+from nextblock.settings import from_dict
+from nextblock.train import RunDir, RunDirError
+from runs import CPU, Quiet, SignalAt, checkpoints, metrics, run_toy, settings, write_images
+from toy import ToySource
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run stopped after three steps, only looked at."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    run_toy(run, monitors=[SignalAt(3, signal.SIGINT)])
+    return run
+
+
+def open_with(run, changes=None, sources=None, *, overwrite=False):
+    return RunDir.open(run, settings(changes), sources or {"train": ToySource(40)}, overwrite=overwrite)
+
+
+# ----------------------------------------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.workers": 2},
+        {"data.max_bad_fraction": 0.5},
+        {"train.device": "auto"},
+        {"checkpoint.every": "1st", "checkpoint.keep": 5, "checkpoint.keep_every": "1ep"},
+        {"monitor.log_every": "5st", "monitor.pictures_every": "1ep", "monitor.tensorboard": True},
+        {"preset": "xtra-tiny"},
+    ],
+)
+def test_what_does_not_touch_the_weights_may_change(stopped, changes):
+    latest = open_with(stopped, changes).latest()
+    assert latest is not None
+    assert latest.name == "step_00000003"
+
+
+@pytest.mark.parametrize(
+    ("changes", "listed"),
+    [
+        ({"optim.lr": 0.5}, "optim.lr: 0.001 there, 0.5 now"),
+        ({"seed": 3}, "seed: 0 there, 3 now"),
+        ({"model.depth": 3}, "model.depth: 2 there, 3 now"),
+        ({"train.duration": "9st"}, "train.duration: '7st' there, '9st' now"),
+        ({"train.micro_batch_size": 4}, "train.micro_batch_size: None there, 4 now"),
+        ({"data.decoder": "pillow"}, "data.decoder: 'auto' there, 'pillow' now"),
+        ({"data.crop_scale": (0.5, 1.0)}, "data.crop_scale: [0.3, 1.0] there, [0.5, 1.0] now"),
+    ],
+)
+def test_another_setting_is_another_run_and_both_values_are_listed(stopped, changes, listed):
+    with pytest.raises(RunDirError) as raised:
+        open_with(stopped, changes)
+    assert f"holds another run ({listed}); choose another --out" in str(raised.value)
+    assert "--overwrite to begin anew" in str(raised.value)
+
+
+def test_all_different_settings_are_listed(stopped):
+    with pytest.raises(RunDirError, match=r"optim.lr: .*; optim.eps: .*; train.batch_size: 8 there, 4 now"):
+        open_with(stopped, {"train.batch_size": 4, "optim.eps": 1e-6, "optim.lr": 1e-4})
+
+
+def test_other_images_are_refused_with_their_numbers(stopped):
+    with pytest.raises(RunDirError, match="40 images then, 41 now"):
+        open_with(stopped, sources={"train": ToySource(41)})
+    with pytest.raises(RunDirError, match="40 images then, 40 now, or other names"):
+        open_with(stopped, sources={"train": ToySource(40, seed=1)})
+    with pytest.raises(RunDirError, match=r"data\.val .*None images then, 9 now"):
+        open_with(stopped, sources={"train": ToySource(40), "val": ToySource(9)})
+
+
+def test_an_image_more_in_the_folder_is_noticed(tmp_path):
+    from nextblock import pretrain
+
+    write_images(tmp_path / "images", 10)
+    config = settings({"data.train": str(tmp_path / "images"), "train.duration": "1st"})
+    pretrain(config, out=tmp_path / "run", reporter=Quiet())
+    write_images(tmp_path / "images", 11)
+    with pytest.raises(RunDirError, match="10 images then, 11 now"):
+        pretrain(config, out=tmp_path / "run", reporter=Quiet())
+
+
+def test_the_config_that_is_written_is_the_run(stopped):
+    written = yaml.safe_load((stopped / "config.yaml").read_text())
+    assert from_dict(RunConfig, written) == settings()
+
+
+def test_going_on_records_the_settings_and_the_place_of_now(tmp_path):
+    run_toy(tmp_path / "run", monitors=[SignalAt(3, signal.SIGINT)])
+    run_toy(tmp_path / "run", {"monitor.log_every": "2st", "checkpoint.keep": 1})
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["monitor"]["log_every"], written["checkpoint"]["keep"]) == ("2st", 1)
+    assert checkpoints(tmp_path / "run") == ["step_00000007"]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 6, 7]
+
+
+def test_source_json_tells_how_many_images_and_which(stopped):
+    source = json.loads((stopped / "source.json").read_text())
+    assert source == {"train": {"spec": "toy-0", "num_images": 40, "fingerprint": "toy-0-40"}}
+
+
+# -------------------------------------------------------------------------------------------- another's place
+
+
+def test_a_directory_with_other_files_is_refused_even_with_overwrite(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(RunDirError, match="exists and is no run; choose another --out, or empty it"):
+            run_toy(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_the_place_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="exists and is no run"):
+        run_toy(tmp_path / "file")
+    with pytest.raises(RunDirError, match=r"cannot make the directory .*Not a directory; choose"):
+        run_toy(tmp_path / "file" / "run")
+
+
+def test_an_empty_directory_and_one_with_missing_parents_will_do(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert run_toy(tmp_path / "empty", {"train.duration": "1st"}).step == 1
+    assert run_toy(tmp_path / "a" / "b", {"train.duration": "1st"}).step == 1
+
+
+def test_overwrite_begins_anew(tmp_path):
+    run_toy(tmp_path / "run")
+    reporter = Quiet()
+    changes = {"train.duration": "2st", "optim.lr": 0.5}
+    result = run_toy(tmp_path / "run", changes, overwrite=True, reporter=reporter)
+    assert reporter.began_at == (0, 2)
+    assert result.step == 2
+    assert checkpoints(tmp_path / "run") == ["step_00000002"]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_opening_writes_nothing(tmp_path, stopped):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    open_with(tmp_path / "new")
+    open_with(stopped)
+    open_with(stopped, {"optim.lr": 0.5}, overwrite=True)
+    assert not (tmp_path / "new").exists()
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+
+def test_beginning_keeps_what_a_run_has(stopped):
+    run = open_with(stopped)
+    run.begin(settings(), {"train": ToySource(40)}, CPU)
+    assert checkpoints(stopped) == ["step_00000003"]
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize(("step", "left"), [(-1, 0), (0, 1), (2, 4), (3, 5), (9, 5)])
+def test_metrics_are_cut_back_to_a_step(tmp_path, step, left):
+    run = RunDir(tmp_path)
+    lines = [json.dumps({"kind": "train", "step": s}) + "\n" for s in (0, 1, 2, 2, 3)]
+    run.metrics.write_text("".join(lines) + '{"kind": "tr')
+    run.cut_metrics(step)
+    assert run.metrics.read_text() == "".join(lines[:left])
+
+
+def test_there_may_be_no_metrics_yet(tmp_path):
+    RunDir(tmp_path).cut_metrics(3)
+    assert list(tmp_path.iterdir()) == []

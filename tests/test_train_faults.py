@@ -1,0 +1,260 @@
+"""What a run does when something goes wrong: numbers that are not finite, full disks, unreadable images."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from nextblock.checkpoint import CheckpointError
+from nextblock.data import TooManyBadImages
+from nextblock.models import NextBlockModel
+from nextblock.train import NonFiniteError, RunDirError
+from runs import (
+    CrashAt,
+    CrashError,
+    Quiet,
+    Remember,
+    SignalAt,
+    assert_same_end,
+    checkpoints,
+    metrics,
+    run_toy,
+    same,
+    weights,
+)
+from toy import ToySource
+
+# ----------------------------------------------------------------------------------------- numbers not finite
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """`spoil({2, 3}, factor=nan)`: multiply the losses of these steps (from 0), or add to them."""
+
+    def apply(steps, *, factor=1.0, summand=0.0):
+        forward, calls = NextBlockModel.forward, [0]
+
+        def spoilt(self, images, block_order=None, prefix_lengths=None):
+            out = forward(self, images, block_order, prefix_lengths)
+            if not self.training:
+                return out
+            calls[0] += 1
+            if calls[0] - 1 not in steps:
+                return out
+            return out._replace(block_loss=out.block_loss * factor + summand)
+
+        monkeypatch.setattr(NextBlockModel, "forward", spoilt)
+
+    return apply
+
+
+@pytest.mark.parametrize("how", [{"factor": math.nan}, {"factor": math.inf}, {"summand": math.nan}])
+def test_one_step_that_is_not_finite_changes_no_weight_and_the_run_goes_on(tmp_path, spoil, caplog, how):
+    spoil({2}, **how)
+    seen = Remember()
+    result = run_toy(tmp_path / "run", monitors=[seen])
+    assert result.step == 7
+    assert same(seen.weights[3], seen.weights[2])
+    assert all(not same(seen.weights[step], seen.weights[step - 1]) for step in (1, 2, 4, 5, 6, 7))
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", 7).values())
+    assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False] * 2 + [True] + [False] * 4
+    assert "step 2: loss" in caplog.text
+    assert "weights left as they are" in caplog.text
+
+
+def test_steps_that_are_not_finite_stop_the_run_and_overwrite_nothing(tmp_path, spoil):
+    spoil(range(3, 100), factor=math.nan)
+    seen = Remember()
+    changes = {"train.nonfinite_limit": 3, "checkpoint.every": "1st", "checkpoint.keep": 2}
+    with pytest.raises(NonFiniteError) as raised:
+        run_toy(tmp_path / "run", changes, monitors=[seen])
+    message = str(raised.value)
+    assert "3 steps in a row, the last of them step 5" in message
+    assert "toy-0[" in message, "names samples"
+    assert "checkpoint, of step 3, is intact" in message
+    assert "Try a lower optim.lr" in message
+    assert checkpoints(tmp_path / "run") == ["step_00000002", "step_00000003"]
+    assert same(weights(tmp_path / "run", 3), seen.weights[3])
+    assert same(seen.weights[5], seen.weights[3])
+
+
+def test_steps_that_are_not_finite_count_only_in_a_row(tmp_path, spoil):
+    spoil({0, 1, 3, 4, 6}, factor=math.nan)
+    assert run_toy(tmp_path / "run", {"train.nonfinite_limit": 3}).step == 7
+
+
+def test_a_run_that_ends_on_a_step_that_is_not_finite_is_complete(tmp_path, spoil):
+    spoil({6}, factor=math.nan)
+    run_toy(tmp_path / "run", {"checkpoint.every": "1st"})
+    assert checkpoints(tmp_path / "run")[-1] == "step_00000007"
+    reporter = Quiet()
+    run_toy(tmp_path / "run", {"checkpoint.every": "1st"}, reporter=reporter)
+    assert reporter.began_at == (7, 7)
+
+
+def test_a_run_that_failed_goes_on_from_its_last_checkpoint(tmp_path, spoil, monkeypatch):
+    run_toy(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        spoil(range(3, 100), factor=math.nan)
+        with pytest.raises(NonFiniteError):
+            run_toy(tmp_path / "run", {"train.nonfinite_limit": 2, "checkpoint.every": "2st"})
+        patch.undo()
+    monkeypatch.undo()
+    run_toy(tmp_path / "run", {"train.nonfinite_limit": 2, "checkpoint.every": "2st"})
+    assert same(weights(tmp_path / "run", 7), weights(tmp_path / "whole", 7))
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+
+class FillDisk:
+    """From a step on no file can grow beyond so many bytes, which is how a full disk looks to a program."""
+
+    every = "1st"
+
+    def __init__(self, step: int, limit: int) -> None:
+        self.step, self.limit = step, limit
+
+    def __call__(self, model, event):
+        if event.step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+        return {}
+
+
+@contextmanager
+def disk_freed_afterwards() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# The model file is the smaller of the two, so with 100 kB it is the state that finds no room.
+@pytest.mark.parametrize("limit", [4_000, 100_000])
+def test_a_full_disk_leaves_the_checkpoint_before_intact_and_the_run_can_go_on(tmp_path, limit):
+    run_toy(tmp_path / "whole")
+    saving = {"checkpoint.every": "2st"}
+    with disk_freed_afterwards(), pytest.raises(CheckpointError, match="intact; make room on the disk"):
+        run_toy(tmp_path / "run", saving, monitors=[FillDisk(4, limit)])
+    assert checkpoints(tmp_path / "run") == ["step_00000002"]
+    run_toy(tmp_path / "run", saving)
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 7)
+
+
+def test_a_full_disk_at_the_first_checkpoint_leaves_none(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            run_toy(tmp_path / "run")
+    assert checkpoints(tmp_path / "run") == []
+    assert run_toy(tmp_path / "run").step == 7
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    run_toy(tmp_path / "whole")
+    run_toy(tmp_path / "run", monitors=[SignalAt(3, signal.SIGINT)])
+    aside = tmp_path / "run" / "checkpoints" / ".writing-step_00000005"
+    aside.mkdir()
+    (aside / "model.safetensors").write_bytes(b"half")
+    reporter = Quiet()
+    run_toy(tmp_path / "run", reporter=reporter)
+    assert reporter.began_at == (3, 7)
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 7)
+
+
+def test_a_damaged_state_names_the_checkpoint_to_remove(tmp_path):
+    run_toy(tmp_path / "run", {"checkpoint.every": "3st"}, monitors=[SignalAt(4, signal.SIGINT)])
+    latest = tmp_path / "run" / "checkpoints" / "step_00000004"
+    (latest / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"remove {latest} to go on from the one before"):
+        run_toy(tmp_path / "run", {"checkpoint.every": "3st"})
+
+
+def test_only_the_latest_checkpoints_and_those_for_good_are_kept(tmp_path):
+    run_toy(
+        tmp_path / "run", {"checkpoint.every": "1st", "checkpoint.keep": 2, "checkpoint.keep_every": "3st"}
+    )
+    assert checkpoints(tmp_path / "run") == [f"step_{step:08d}" for step in (3, 6, 7)]
+
+
+# ------------------------------------------------------------------------------------------ unreadable images
+
+
+def test_unreadable_images_are_listed_once_and_counted(tmp_path):
+    changes = {"train.duration": "3ep", "data.max_bad_fraction": 0.1}
+    result = run_toy(tmp_path / "run", changes, sources={"train": ToySource(40, bad=[3, 17])})
+    assert (result.step, result.num_bad) == (15, 2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(line["sample"] for line in lines) == [3, 17]
+    assert {line["reason"] for line in lines} == {"truncated"}
+    assert metrics(tmp_path / "run")[-1]["bad"] == 2
+
+
+def test_too_many_unreadable_images_stop_the_run_with_the_first_ten(tmp_path):
+    with pytest.raises(TooManyBadImages, match=r"more than data.max_bad_fraction 0.1 allows") as raised:
+        changes = {"train.duration": "3ep", "data.max_bad_fraction": 0.1, "train.batch_size": 40}
+        run_toy(tmp_path / "run", changes, sources={"train": ToySource(40, bad=range(12))})
+    assert str(raised.value).count(": truncated") == 5, "it stops at the first beyond the limit"
+
+
+def test_the_limit_to_unreadable_images_may_be_raised_and_the_run_gone_on_with(tmp_path):
+    source = {"train": ToySource(40, bad=[1, 2, 3])}
+    with pytest.raises(TooManyBadImages):
+        run_toy(tmp_path / "run", sources=source)
+    result = run_toy(tmp_path / "run", {"data.max_bad_fraction": 0.5}, sources=source)
+    assert (result.step, result.num_bad) == (7, 3)
+
+
+def test_unreadable_validation_images_are_counted_and_said(tmp_path, caplog):
+    sources = {"train": ToySource(40), "val": ToySource(12, seed=1, bad=[5, 6])}
+    with caplog.at_level(logging.WARNING):
+        run_toy(tmp_path / "run", sources=sources)
+    assert "2 validation images cannot be read, such as toy-1[5]: truncated" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------- a run refused
+
+
+def test_after_a_failure_signals_are_handled_as_before(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(CrashError):
+        run_toy(tmp_path / "run", monitors=[CrashAt(2)])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.precision": "fp16"}, "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32"),
+        ({"model.block_size": 4}, "the whole image is one block, so there is no next block"),
+        ({"model.predictor": None}, "model.predictor is null"),
+        ({"train.device": "mps"}, "device 'mps' is not available .* available: .*cpu"),
+        ({"model.init": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_an_impossible_run_is_refused_and_leaves_no_directory(tmp_path, changes, message):
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        run_toy(tmp_path / "run", changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_overwrite_leaves_the_old_run_as_it_was(tmp_path):
+    run_toy(tmp_path / "run")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        run_toy(tmp_path / "run", {"train.precision": "fp16"}, overwrite=True)
+    assert checkpoints(tmp_path / "run") == ["step_00000007"]
+    with pytest.raises(RunDirError, match="fp16"):
+        run_toy(tmp_path / "run", {"train.precision": "fp16", "optim.lr": 0.5, "train.device": "cpu"})
