@@ -12,12 +12,14 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nextblock.checkpoint import load_state
+from nextblock.cli import main
 from nextblock.cli.arguments import resolve
 from nextblock.config import (
     CheckpointConfig,
@@ -190,6 +192,24 @@ class Meddle:
         return {
             "meddle/sum": torch.rand(()).item() + np.random.rand() + random.random()  # noqa: NPY002
         }
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+
+def call_cli(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Run a command in this process: its exit code, standard output, standard error."""
+    code = main([str(word) for word in words])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def refused(told: tuple[int, str, str], code: int = 2) -> str:
+    """Check that a command failed with this code and a message instead of a traceback; return the message."""
+    assert told[0] == code, told
+    assert told[1] == ""
+    assert "Traceback" not in told[2]
+    return told[2].strip().splitlines()[-1]
 
 
 # -------------------------------------------------------------------------------------------- image folders

@@ -204,7 +204,18 @@ def last_line(capsys):
 
 
 def test_step_reports_rows_and_the_ratio_of_the_first(capsys, in_this_process):
-    argv = ["--quick", "--json", "--model", "xtra-tiny", "--batch_size", "2", "--device", "cpu"]
+    argv = [
+        "--quick",
+        "--json",
+        "--model",
+        "xtra-tiny",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        "--clock",
+        "cpu",
+    ]
     assert main(["bench", "step", *argv]) == 0
     told = last_line(capsys)
     assert told["bench"] == "step"

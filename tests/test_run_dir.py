@@ -121,6 +121,22 @@ def test_a_directory_with_other_files_is_refused_even_with_overwrite(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_project_with_a_config_of_its_own_is_no_run_and_overwrite_spares_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("years: of work")
+    for overwrite in (False, True):
+        with pytest.raises(RunDirError, match="exists and is no run"):
+            run_toy(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "config.yaml").read_text() == "years: of work"
+
+
+def test_a_run_of_another_version_is_refused_by_the_name_of_the_setting(tmp_path):
+    run_toy(tmp_path / "run", {"train.duration": "1st"})
+    with (tmp_path / "run" / "config.yaml").open("a") as file:
+        file.write("dream: 1\n")
+    with pytest.raises(RunDirError, match=r"config.yaml is not of this version .* unknown setting 'dream'"):
+        run_toy(tmp_path / "run", {"train.duration": "1st"})
+
+
 def test_a_file_in_the_place_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="exists and is no run"):

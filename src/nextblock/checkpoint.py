@@ -239,7 +239,9 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
-    """Remove all but the latest `keep` checkpoints and those whose step is to be kept for good."""
+    """Remove what a kill left half written, and all but the latest `keep` and those kept for good."""
+    for half_written in directory.glob(".writing-*"):
+        _remove(half_written)
     for path in _checkpoints(directory)[:-keep]:
         if not keep_for_good(_step(path)):
             shutil.rmtree(path)

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 from nextblock.bench.flops import forward_flops, step_flops
-from nextblock.bench.measure import BenchError, BenchResult, Row, take_turns
+from nextblock.bench.measure import BenchError, BenchResult, Clock, Row, take_turns
 from nextblock.config import ModelConfig, pair
 from nextblock.presets import model_config
 from nextblock.settings import check_types, require, to_dict
@@ -49,10 +49,12 @@ class StepBench:
     """Where; auto: CUDA, then MPS, then CPU."""
     threads: int | None = None
     """Threads of every process; null: as many as torch takes by itself."""
-    rounds: int = 3
+    clock: Clock = "wall"
+    """Seconds as they pass, or CPU seconds: with `--threads 1`, for a machine that is not yours alone."""
+    rounds: int = 2
     """How often each variant has its turn, every time in a new process."""
     steps: int = 3
-    """Measured steps in a turn; one more comes first."""
+    """Measured steps in a turn; two more come first."""
     quick: bool = False
     """One round of two steps: a first idea."""
 
@@ -100,11 +102,11 @@ class StepBench:
         common = {
             "batch_size": self.batch_size,
             "steps": 2 if self.quick else self.steps,
-            **{name: getattr(self, name) for name in ("precision", "device", "threads")},
+            **{name: getattr(self, name) for name in ("precision", "device", "threads", "clock")},
         }
         normal = {**common, "model": to_dict(self.config)}
         large = {**common, "model": to_dict(self.large_blocks), "whole_step": False}
-        gemm = {name: common[name] for name in ("precision", "device", "threads")}
+        gemm = {name: common[name] for name in ("precision", "device", "threads", "clock")}
         return {
             "gemm": (GEMM_TARGET, {**gemm, "shapes": self._shapes(), "repeats": 2 if self.quick else 5}),
             "ours": (STEP_TARGET, {**normal, "variant": "ours"}),
@@ -190,6 +192,7 @@ class StepBench:
             "model": self.model,
             "batch_size": self.batch_size,
             "precision": self.precision,
+            "clock": self.clock,
             "first_loss": results["ours"][0]["losses"][0],
             "gemm_gflops": max(gemm.values()),
             "gemm_gflops_by_shape": gemm,
@@ -205,7 +208,8 @@ class StepBench:
     def _notes(self, first: Result, differences: dict[str, float], gemm: dict[str, float]) -> tuple[str, ...]:
         rates = ", ".join(f"{shape} {rate:.0f}" for shape, rate in gemm.items())
         return (
-            f"{self.model}, batch {self.batch_size}, {self.precision}, on {first['device']}",
+            f"{self.model}, batch {self.batch_size}, {self.precision}, on {first['device']}"
+            + (", in CPU seconds" if self.clock == "cpu" else ""),
             f"same loss: {first['losses'][0]:.6f} at the first step; ours and plain differ by at most "
             f"{max(differences.values()):.1e} over all steps",
             f"model flops: {step_flops(self.config) / 1e9:.1f} GFLOP an image, forward and backward, of the "

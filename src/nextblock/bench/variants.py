@@ -7,7 +7,6 @@ every step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from nextblock.bench.measure import Stopwatch, peak_memory_mb
+from nextblock.bench.measure import CLOCKS, Clock, Stopwatch, peak_memory_mb
 from nextblock.bench.plain import PlainModel, plain_optimizer
 from nextblock.config import ModelConfig, RunConfig, TrainConfig
 from nextblock.data import Batch, Step, normalize
@@ -28,6 +27,8 @@ from nextblock.train.trainer import Trainer
 __all__ = ["GemmJob", "StepJob", "measure_gemm", "measure_step", "plain_like"]
 
 LEARNING_RATE = 1e-4
+WARMUP_STEPS = 2
+"""The optimizer's state is made in the first; after the second, memory has settled."""
 STEP, FORWARD_BACKWARD, UPDATE = "step", "forward_backward", "update"
 
 
@@ -45,14 +46,15 @@ class StepJob:
     precision: Literal["fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: int | None
+    clock: Clock = "wall"
     steps: int
-    """Measured ones; one more comes first."""
+    """Measured ones; `WARMUP_STEPS` more come first."""
 
     @property
     def train(self) -> TrainConfig:
         """The same as settings of a run."""
         return TrainConfig(
-            duration=f"{self.steps + 1}st",
+            duration=f"{WARMUP_STEPS + self.steps}st",
             batch_size=self.batch_size,
             precision=self.precision,
             device=self.device,
@@ -69,20 +71,20 @@ class StepJob:
 
 
 def measure_step(values: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of every step but the first and of its phases, all losses, peak memory."""
+    """Seconds of every measured step and of its phases, losses of all steps, peak memory."""
     job: StepJob = from_dict(StepJob, values)
     device = _set_up(job.device, job.threads)
-    watch = Stopwatch(_synchronizer(device))
+    watch = Stopwatch(_synchronizer(device), job.clock)
     images = _images(job.model, job.batch_size)
     prepare = _ours if job.variant == "ours" else _plain
     step = prepare(job, device, watch)
     losses = []
-    for index in range(job.steps + 1):
+    for index in range(WARMUP_STEPS + job.steps):
         with watch.lap(STEP):
             losses.append(step(index, images))
     return {
         "losses": losses,
-        "laps_s": {label: laps[1:] for label, laps in watch.laps_s.items()},
+        "laps_s": {label: laps[WARMUP_STEPS:] for label, laps in watch.laps_s.items()},
         "peak_memory_mb": peak_memory_mb(device.type),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -166,6 +168,7 @@ class GemmJob:
     precision: Literal["fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: int | None
+    clock: Clock = "wall"
     repeats: int
 
 
@@ -174,7 +177,7 @@ def measure_gemm(values: dict[str, Any]) -> dict[str, Any]:
     job = GemmJob(**{**values, "shapes": tuple(tuple(shape) for shape in values["shapes"])})
     device = _set_up(job.device, job.threads)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    synchronize = _synchronizer(device)
+    synchronize, now_s = _synchronizer(device), CLOCKS[job.clock]
     rates: dict[str, list[float]] = {}
     for rows, inner, columns in job.shapes:
         left = torch.randn(rows, inner, device=device, dtype=dtype)
@@ -183,10 +186,10 @@ def measure_gemm(values: dict[str, Any]) -> dict[str, Any]:
         label = f"{rows}x{inner}x{columns}"
         for _ in range(job.repeats):
             synchronize()
-            started_s = time.perf_counter()
+            started_s = now_s()
             torch.mm(left, right, out=out)
             synchronize()
-            elapsed_s = time.perf_counter() - started_s
+            elapsed_s = now_s() - started_s
             rates.setdefault(label, []).append(2 * rows * inner * columns / elapsed_s / 1e9)
     return {"gflops": rates}
 

@@ -123,6 +123,11 @@ def _nearest(name: str, known: list[str], dashes: str = "") -> str:
 
 def _plainly(parser: ArgumentParser, complaint: str) -> str:
     """Say a complaint of jsonargparse about a value in our words: the setting, the value, what it must be."""
+    missing = re.match(r"the following arguments are required: (.+)", complaint)
+    if missing is not None:
+        flags = {action.dest: action.option_strings for action in parser._actions}
+        names = [f"--{name}" if flags.get(name) else name.upper() for name in missing[1].split(", ")]
+        return f"{' and '.join(names)} must be given; --help tells more"
     match = re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)$', complaint)
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     if match is None or hints.get(match[1]) is None:

@@ -121,9 +121,20 @@ class ConsoleReporter:
         left_s = (now_s - started_s) / max(1, tick.step - first) * (tick.total_steps - tick.step)
         self.note(
             f"step {tick.step}/{tick.total_steps} · epoch {tick.epoch:.1f} · {tick.text()} "
-            f"· {left_s:.0f} s left"
+            f"· {_clock(left_s)} left"
         )
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    """A length of time in the two units that matter: "2 d 3 h", "5 min 10 s"."""
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    rest, parts = round(seconds), []
+    for name, length in units:
+        count, rest = divmod(rest, length)
+        if count or parts or name == "s":
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])

@@ -79,8 +79,10 @@ class RunDir:
         self._write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
 
     def is_run(self) -> bool:
-        """Whether a run was started here."""
-        return (self.path / "config.yaml").is_file()
+        """Whether a run was begun here: by three files, as other projects have a config.yaml as well."""
+        return all(
+            (self.path / name).is_file() for name in ("config.yaml", "source.json", "environment.json")
+        )
 
     def latest(self) -> Path | None:
         """The whole checkpoint to go on from, the latest; None where the run begins anew."""
@@ -107,7 +109,12 @@ class RunDir:
         self._write("baselines.json", json.dumps(values, indent=1))
 
     def _check_same(self, config: RunConfig, sources: dict[str, Source]) -> None:
-        there = from_dict(RunConfig, yaml.safe_load((self.path / "config.yaml").read_text()))
+        try:
+            there = from_dict(RunConfig, yaml.safe_load((self.path / "config.yaml").read_text()))
+        except ValueError as error:
+            raise RunDirError(
+                f"{self.path}/config.yaml is not of this version of nextblock: {error}; choose another --out"
+            ) from error
         differences = config.differences(there)
         if differences:
             listed = "; ".join(

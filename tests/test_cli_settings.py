@@ -1,0 +1,171 @@
+"""The settings of a command: what wins over what, what a config file may hold, what help tells."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import yaml
+
+import nextblock
+from nextblock.cli import VERBS
+from nextblock.presets import get_preset
+from nextblock.settings import flatten, to_dict
+from runs import call_cli, refused, run_toy
+
+
+@pytest.fixture
+def cli(capsys):
+    """`cli("info", "RUN")` -> exit code, standard output, standard error."""
+    return partial(call_cli, capsys)
+
+
+# ------------------------------------------------------------------------------------------------- precedence
+
+
+@pytest.fixture
+def resolved(cli, tmp_path):
+    """`resolved(words...)` -> the settings that a line means, by dotted name."""
+
+    def call(*words: str) -> dict:
+        code, out, err = cli("pretrain", "--out", "RUN", *words, "--print_config")
+        assert (code, err) == (0, "")
+        return flatten(yaml.safe_load(out))
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two config files; the second contradicts the first in part."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("optim:\n  lr: 0.25\n  weight_decay: 0.75\n")
+    second.write_text("optim: {lr: 0.5}\nmodel:\n  depth: 7\n")
+    return str(first), str(second)
+
+
+def test_flags_win_over_config_files_and_those_over_the_preset_whatever_the_order(resolved, files):
+    preset, flag = ("--preset", "xtra-tiny"), ("--optim.lr=0.125",)
+    configs = ("--config", files[0], f"--config={files[1]}")
+    for words in (
+        (*preset, *configs, *flag),
+        (*flag, *configs, *preset),
+        (*configs, *flag, *preset),
+        (configs[0], configs[1], *flag, *preset, configs[2]),
+    ):
+        settings = resolved(*words)
+        assert settings["optim.lr"] == 0.125
+        assert settings["optim.weight_decay"] == 0.75
+        assert settings["model.depth"] == 7
+        assert settings["model.embed_dim"] == get_preset("xtra-tiny").config.model.embed_dim
+        assert settings["preset"] == "xtra-tiny"
+
+
+def test_a_later_config_file_and_a_later_flag_win(resolved, files):
+    assert resolved("--config", files[0], "--config", files[1])["optim.lr"] == 0.5
+    assert resolved("--config", files[1], "--config", files[0])["optim.lr"] == 0.25
+    assert resolved("--optim.lr", "0.1", "--optim.lr", "0.2")["optim.lr"] == 0.2
+
+
+def test_a_config_file_may_name_the_preset_and_a_flag_another(resolved, tmp_path):
+    (tmp_path / "p.yaml").write_text("preset: xtra-tiny\nmodel: {depth: 3}\n")
+    settings = resolved("--config", tmp_path / "p.yaml")
+    assert (settings["preset"], settings["model.embed_dim"], settings["model.depth"]) == ("xtra-tiny", 128, 3)
+    other = resolved("--config", tmp_path / "p.yaml", "--preset", "xtra-s16")
+    assert (other["preset"], other["model.embed_dim"], other["model.depth"]) == ("xtra-s16", 384, 3)
+
+
+def test_what_print_config_prints_is_a_config_file_of_the_same_settings(cli, tmp_path, files):
+    words = ("--out", "RUN", "--model.image_size", "[192, 256]", "--data.crop_scale", "[0.5, 1]")
+    code, out, _ = cli("pretrain", "--preset", "xtra-s16", "--config", files[0], *words, "--print_config")
+    assert code == 0
+    (tmp_path / "printed.yaml").write_text(out)
+    again = cli("pretrain", "--config", tmp_path / "printed.yaml", "--print_config")
+    assert again == (0, out, "")
+
+
+def test_the_config_of_a_run_is_a_config_file(resolved, tmp_path):
+    run_toy(tmp_path / "run", {"train.duration": "1st"})
+    written = flatten(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    settings = resolved("--config", tmp_path / "run" / "config.yaml")
+    assert {name: settings[name] for name in written} == written
+
+
+@pytest.mark.parametrize("name", ["xtra-tiny", "xtra-b16-in1k", "xtra-h14-in21k"])
+def test_a_preset_alone_is_its_settings(resolved, name):
+    settings = resolved("--preset", name)
+    expected = flatten(to_dict(get_preset(name).config))
+    assert {key: settings[key] for key in expected} == expected
+
+
+def test_without_a_preset_the_defaults_are_said(cli, tmp_path):
+    code, _, err = cli("pretrain", "--out", tmp_path / "run")
+    assert code == 2
+    assert "no preset named: xtra-b16 with defaults for any folder (100ep, batch 256, bf16)" in err
+    assert "there is nothing to train on; name a directory of images: --data.train DIR" in err
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------- config files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim: {lrr: 1}", "unknown setting optim.lrr; did you mean optim.lr?"),
+        ("optimm: {lr: 1}", "unknown setting optimm.lr; did you mean optim.lr?"),
+        ("optim: {lr: fast}", "optim.lr is fast; it must be float"),
+        ("optim: [1", "is no YAML: while parsing"),
+        ("- 1", "holds no settings"),
+        ("", "holds no settings"),
+        ("preset: xtra-tny", "unknown preset 'xtra-tny'; did you mean 'xtra-tiny'?"),
+        ("model: {embed_dim: 30, num_heads: 4}", "model.embed_dim 30 is not divisible by model.num_heads 4"),
+    ],
+)
+@pytest.mark.parametrize("preset", [(), ("--preset", "xtra-tiny")])
+def test_a_wrong_config_file_is_told_with_code_2(cli, tmp_path, content, message, preset):
+    if preset and content.startswith("preset"):
+        return
+    (tmp_path / "c.yaml").write_text(content)
+    told = refused(cli("pretrain", "--out", "x", "--config", tmp_path / "c.yaml", *preset))
+    assert message in told
+
+
+def test_a_config_file_that_is_not_there_is_named(cli):
+    assert "--config nowhere.yaml is no file" in refused(cli("pretrain", "--config", "nowhere.yaml"))
+
+
+# -------------------------------------------------------------------------------------------- help, processes
+
+
+def test_help_lists_the_commands(cli):
+    for words in ((), ("--help",), ("-h",), ("help",)):
+        code, out, _ = cli(*words)
+        assert code == 0
+        assert all(f"  {verb} " in out for verb in VERBS)
+
+
+def test_the_version_is_told(cli):
+    assert cli("--version") == (0, f"nextblock {nextblock.__version__}\n", "")
+
+
+HELP = """
+import sys
+from nextblock.cli import main
+code = main(["pretrain", "--help"])
+assert not {"torch", "timm", "torchvision", "matplotlib"} & sys.modules.keys()
+sys.exit(code)
+"""
+
+
+def test_help_of_pretrain_lists_every_setting_with_its_meaning_and_does_not_wait_for_torch():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in flatten(to_dict(get_preset("xtra-tiny").config)):
+        assert f"--{name} " in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "Patches along a block's side, or (rows, columns)." in words
+    assert "Peak learning rate, used as it is: never scaled by the batch size." in words
+    assert "run directory; the same command again goes on in it" in words
