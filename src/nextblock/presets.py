@@ -127,8 +127,8 @@ _TINY = RunConfig(
     ),
     data=DataConfig(flip=0.0, val_resize_px=32),
     optim=OptimConfig(lr=2e-3, warmup="3ep"),
-    train=TrainConfig(duration="30ep", batch_size=64, precision="fp32"),
-    monitor=MonitorConfig(pictures_every="10ep", knn_every="5ep"),
+    train=TrainConfig(duration="24ep", batch_size=64, precision="fp32"),
+    monitor=MonitorConfig(pictures_every="8ep", knn_every="8ep"),
 )
 
 _224 = {"image_size": 224}

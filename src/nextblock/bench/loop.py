@@ -33,9 +33,9 @@ COMPUTE, DATA, STEP = "compute", "data", "step"
 class LoopBench:
     """How long to measure."""
 
-    steps: int = 200
+    steps: int = 100
     """Measured steps in a turn."""
-    rounds: int = 3
+    rounds: int = 2
     """Turns, each in a new process."""
     threads: int | None = None
     """Threads of torch; null: as many as it takes by itself."""
