@@ -22,6 +22,7 @@ from nextblock.data import Batch, Step, normalize
 from nextblock.models import NextBlockModel
 from nextblock.settings import from_dict
 from nextblock.train.device import autocast, choose_device, device_name
+from nextblock.train.memory import keep_freed_memory
 from nextblock.train.trainer import Trainer
 
 __all__ = ["GemmJob", "StepJob", "measure_gemm", "measure_step", "plain_like"]
@@ -40,7 +41,9 @@ class StepJob:
     model: ModelConfig
     batch_size: int
     fused: bool = True
-    """The plain variant's optimizer: fused, or torch's default."""
+    """AdamW fused, or torch's default; ours is always fused."""
+    keep_memory: bool = True
+    """Let malloc keep freed memory, as `nextblock pretrain` does on a CPU, or leave it as it is."""
     whole_step: bool = True
     """Clip and update as well, or forward and backward alone."""
     precision: Literal["fp32", "bf16"]
@@ -74,6 +77,8 @@ def measure_step(values: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every measured step and of its phases, losses of all steps, peak memory."""
     job: StepJob = from_dict(StepJob, values)
     device = _set_up(job.device, job.threads)
+    if job.keep_memory and device.type == "cpu":
+        keep_freed_memory()
     watch = Stopwatch(_synchronizer(device), job.clock)
     images = _images(job.model, job.batch_size)
     prepare = _ours if job.variant == "ours" else _plain

@@ -19,6 +19,7 @@ from nextblock.checkpoint import prune_checkpoints, save_checkpoint
 from nextblock.config import RunConfig
 from nextblock.data import QuarantineLog, Source, Step, TrainLoader, eval_batches, resolve_workers
 from nextblock.train.device import choose_device, make_deterministic
+from nextblock.train.memory import keep_freed_memory
 from nextblock.train.metrics import MetricsLog
 from nextblock.train.monitor import Monitor, MonitorEvent
 from nextblock.train.progress import Reporter, Tick
@@ -74,6 +75,8 @@ def train(
             "the whole image is one block, so there is no next block; use a smaller model.block_size"
         )
     device = choose_device(config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.train.deterministic:
         make_deterministic()
     run_dir = RunDir.open(out, config, sources, overwrite=overwrite)

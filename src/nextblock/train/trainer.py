@@ -121,7 +121,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for micro_step, batch in enumerate(step.micro_batches):
             if len(batch.images):
-                torch.manual_seed(keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK))
+                self._seed(keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK))
                 loss += self._backward(batch, order, divisors)
         grad_norm = self._update(loss_is_finite=math.isfinite(loss.item())) if images else 0.0
         self.step += 1
@@ -145,6 +145,14 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _seed(self, seed: int) -> None:
+        """Seed the global generators that drop path draws from; `torch.manual_seed` visits every backend."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
 
     def _rows_per_image(self) -> list[int]:
         """Predicted blocks of an image, one number a distance."""
