@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,14 @@ from nextblock.checkpoint import (
     load_state,
     load_strictly,
     prune_checkpoints,
+    read_data,
     read_model,
     save_checkpoint,
     save_classifier,
     save_model,
     write_aside,
 )
-from nextblock.config import OptimConfig
+from nextblock.config import DataConfig, OptimConfig
 from nextblock.interop import create_model, initialize
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
@@ -100,6 +102,20 @@ def test_a_model_file_says_what_it_is(tmp_path):
         metadata = file.metadata()
     assert (metadata["format"], metadata["format_version"]) == ("nextblock", str(FORMAT_VERSION))
     assert (metadata["kind"], json.loads(metadata["config"])["block_size"]) == ("model", 2)
+
+
+def test_a_model_file_says_how_its_images_are_cut_where_that_is_known(tmp_path):
+    data = DataConfig(train="DIR", mean=(0.5,), std=(0.25,), val_resize_px=32)
+    recorded = replace(data, train=None)
+    save_model(tmp_path / "model.safetensors", tiny_model(), data=data)
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", tiny_model(), STATE, 1, data=data)
+    classifier = ImageClassifier(tiny_model(), HeadConfig(kind="linear", num_classes=3, layers=(0,)))
+    save_classifier(tmp_path / "head", classifier, data=data)
+    for directory in (tmp_path, checkpoint, tmp_path / "head"):
+        assert read_data(directory / "model.safetensors") == recorded
+        read_model(directory / "model.safetensors")
+    save_model(tmp_path / "silent.safetensors", tiny_model())
+    assert read_data(tmp_path / "silent.safetensors") is None
 
 
 def test_safetensors_are_told_by_their_content(tmp_path):

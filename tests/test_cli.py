@@ -19,7 +19,17 @@ import yaml
 import nextblock
 from nextblock.cli import VERBS, main
 from nextblock.presets import PRESETS
-from runs import TINY_FLAGS, Quiet, SignalAt, call_cli, checkpoints, metrics, refused, weights, write_images
+from tiny_runs import (
+    TINY_FLAGS,
+    Quiet,
+    SignalAt,
+    call_cli,
+    checkpoints,
+    metrics,
+    refused,
+    weights,
+    write_images,
+)
 
 
 @pytest.fixture
@@ -309,6 +319,48 @@ def test_predict_draws_a_runs_predictions(cli, run, tmp_path):
     assert Path(told["picture"]).is_file()
 
 
+def test_predict_says_which_images_it_left_out(cli, run, tmp_path):
+    write_images(tmp_path / "images", 2, broken=1)
+    out_dir = tmp_path / "p"
+    words = ("--data", tmp_path / "images", "--device", "cpu", "--json")
+    code, out, _ = cli("predict", "--model", run, "--out", out_dir, *words)
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "could not be read" in line]
+    (bad,) = json.loads(out.splitlines()[-1])["bad"]
+    assert line.startswith("1 of 3 images could not be read: ")
+    assert "broken_00.png" in line
+    assert "broken_00.png" in bad["name"]
+    assert bad["reason"]
+
+
+def test_predict_takes_the_number_of_heads_that_a_file_does_not_tell(cli, golden_dir, tmp_path):
+    words = ("--model", golden_dir / "xtra_k2.ckpt", "--data", "digits", "--num_images", "1")
+    words = (*words, "--device", "cpu", "--out", tmp_path / "p")
+    assert "num_heads" in refused(cli("predict", *words), code=1)
+    assert cli("predict", *words, "--num_heads", "3")[0] == 0
+
+
+def test_predict_in_python_takes_paths_and_refuses_unknown_and_missing_names(run, tmp_path):
+    result = nextblock.predict(model=run, data="digits", out=tmp_path / "p", num_images=1, device="cpu")
+    assert result.picture.is_file()
+    with pytest.raises(ValueError, match=r"unknown setting 'images'; did you mean 'num_images'\?"):
+        nextblock.predict(model=run, data="digits", out="p", images=1)
+    with pytest.raises(ValueError, match=r"^out must be given$"):
+        nextblock.predict(model=run, data="digits")
+
+
+def test_a_probes_head_knows_how_its_runs_images_were_cut(cli, run, tmp_path):
+    words = ("--train", "digits:split=test", "--heads", "[linear]", "--baselines", "false", "--device", "cpu")
+    words = (*words, "--epochs", "1", "--batch_size", "16", "--workers", "0")
+    assert cli("probe", "--model", run, "--out", tmp_path / "p", *words)[0] == 0
+    assert cli("probe", "--model", tmp_path / "p" / "linear", "--out", tmp_path / "again", *words)[0] == 0
+    first, again = (json.loads((tmp_path / d / "probe.json").read_text()) for d in ("p", "again"))
+    for name in ("mean", "std", "val_resize_px"):
+        assert again["images"][name] == first["images"][name]
+    assert again["images"]["val_resize_px"] == 16
+    assert again["rows"][0]["top1"] == first["rows"][0]["top1"]
+
+
 def test_python_and_the_command_line_make_the_same_run(run, tmp_path):
     written = yaml.safe_load((run / "config.yaml").read_text())
     nextblock.pretrain("xtra-tiny", out=tmp_path / "run", reporter=Quiet(), **written)
@@ -358,3 +410,25 @@ def test_debug_prints_a_traceback_in_a_process():
     assert process.returncode == 1
     assert "Traceback (most recent call last)" in err
     assert "unknown preset 'nothing'" in err
+
+
+# ---------------------------------------------------------------------------------------- reports of all runs
+
+
+def test_report_ends_with_a_line_of_json(cli, run):
+    code, out, _ = cli("report", run, "--json")
+    assert code == 0
+    told = json.loads(out.splitlines()[-1])
+    assert told["final_step"] == 3
+    assert told["val_loss"] > 0
+    assert set(told["baselines"]) == {"zero", "copy_previous"}
+
+
+def test_report_tells_what_there_is_of_a_run_stopped_before_its_first_logged_line(cli, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    code, out, err = cli("report", tmp_path, "--json")
+    assert (code, err) == (0, "")
+    assert "not logged yet" in out
+    assert json.loads(out.splitlines()[-1])["final_loss"] is None
+    assert (tmp_path / "report.md").is_file()
+    assert not (tmp_path / "losses.png").exists()

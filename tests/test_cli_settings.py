@@ -13,7 +13,7 @@ import nextblock
 from nextblock.cli import VERBS
 from nextblock.presets import get_preset
 from nextblock.settings import flatten, to_dict
-from runs import call_cli, refused, run_toy
+from tiny_runs import call_cli, refused, run_toy
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_one_number_stands_for_both_sides():
         (lambda: OptimConfig(clip_grad=0.0), ("optim.clip_grad is 0.0", "null for none")),
         (lambda: OptimConfig(warmup="15"), ("'15' is not a duration", "2.5%")),
         (lambda: TrainConfig(duration="2.5%"), ("'2.5%' is not a duration here", "800ep")),
-        (lambda: TrainConfig(batch_size=8, micro_batch_size=16), ("is 16", "train.batch_size 8")),
+        (lambda: TrainConfig(micro_batch_size=0), ("micro_batch_size is 0", "at least 1")),
         (lambda: TrainConfig(nonfinite_limit=0), ("train.nonfinite_limit is 0",)),
         (lambda: CheckpointConfig(every="30"), ("'30' is not a duration", "30min (minutes)")),
         (lambda: CheckpointConfig(keep_every="30min"), ("'30min' is not a duration here",)),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from nextblock.checkpoint import save_classifier, save_model
 from nextblock.config import ModelConfig, RunConfig
 from nextblock.data import TooManyBadImages, normalize
 from nextblock.evaluate.features import (
@@ -144,6 +145,28 @@ def test_images_are_cut_as_the_run_cut_them(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
     for place in (tmp_path, tmp_path / "checkpoints" / "step_00000010"):
         assert evaluation_data(str(place), CONFIG) == replace(run.data, train=None)
+
+
+def test_images_are_cut_as_a_file_alone_says(tmp_path):
+    said = replace(DATA, mean=(0.1, 0.2, 0.3), val_resize_px=20)
+    classifier = ImageClassifier(toy_model(), ATTENTIVE)
+    save_classifier(tmp_path / "checkpoints" / "run" / "probe", classifier, data=said)
+    directory = tmp_path / "checkpoints" / "run" / "probe"
+    for place in (directory, directory / "model.safetensors"):
+        found = evaluation_data(str(place), CONFIG)
+        assert (found.mean, found.std, found.val_resize_px) == (said.mean, said.std, 20)
+    save_model(tmp_path / "silent.safetensors", toy_model())
+    assert evaluation_data(str(tmp_path / "silent.safetensors"), CONFIG).val_resize_px == 18
+
+
+def test_a_run_in_a_folder_named_checkpoints_is_found(tmp_path):
+    run = RunConfig(model=CONFIG, data=replace(DATA, val_resize_px=20))
+    place = tmp_path / "checkpoints" / "mine"
+    place.mkdir(parents=True)
+    (place / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
+    checkpoint = place / "checkpoints" / "step_00000010"
+    for inside in (place, checkpoint, checkpoint / "model.safetensors"):
+        assert evaluation_data(str(inside), CONFIG).val_resize_px == 20
 
 
 @pytest.mark.parametrize(("image_size", "resize_px"), [(256, 300), (224, 256), (56, 64)])

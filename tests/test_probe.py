@@ -3,12 +3,15 @@
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import nextblock
 from nextblock.checkpoint import read_model
+from nextblock.cli import main
 from nextblock.config import OptimConfig
 from nextblock.data import TooManyBadImages, eval_batches, normalize
 from nextblock.evaluate import probe as probe_module
@@ -325,7 +328,11 @@ def test_sources_of_other_classes_are_refused():
 
 
 def test_attention_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match=f"{CONFIG.embed_dim} channels wide cannot have 5 attention heads"):
+    message = (
+        f"{CONFIG.embed_dim} channels wide cannot have 5 attention heads; "
+        r"set attentive_heads \(--attentive_heads\) to a divisor, such as 4"
+    )
+    with pytest.raises(ValueError, match=message):
         run(replace(QUICK, attentive_heads=5))
 
 
@@ -340,3 +347,31 @@ def test_an_official_file_is_probed(known, tmp_path, golden_dir, monkeypatch):
     result = probe(config)
     assert [row.layers for row in result.rows] == [(0, 1, 2, 3), (3,)]
     assert isinstance(load(tmp_path / "out" / "attentive"), ImageClassifier)
+
+
+# ----------------------------------------------------------------------- from Python and the command line
+
+
+def test_python_takes_paths_and_lists(known, tmp_path):
+    given = {**vars(known), "model": Path("RUN"), "out": tmp_path / "out", "heads": ["linear"]}
+    result = nextblock.probe(**{**given, "betas": [0.9, 0.95]})
+    assert [row.head for row in result.rows] == ["linear"]
+    assert (tmp_path / "out" / "probe.json").is_file()
+
+
+def test_python_refuses_unknown_and_missing_names():
+    with pytest.raises(ValueError, match=r"unknown setting 'epoch'; did you mean 'epochs'\?"):
+        nextblock.probe(model="RUN", train="toy-0", out="OUT", epoch=3)
+    with pytest.raises(ValueError, match=r"^train and out must be given$"):
+        nextblock.probe(model="RUN")
+
+
+def test_overwrite_is_a_bare_flag(known, tmp_path, capsys):
+    words = ["--model", "RUN", "--train", "toy-0", "--val", "toy-1", "--out", str(tmp_path / "out")]
+    words += ["--epochs", "1", "--batch_size", "16", "--heads", "[linear]", "--baselines", "false"]
+    words += ["--device", "cpu", "--workers", "0"]
+    assert main(["probe", *words]) == 0
+    assert main(["probe", *words, "--lr", "0.1"]) == 2
+    assert "give another --out, or --overwrite" in capsys.readouterr().err
+    assert main(["probe", *words, "--lr", "0.1", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "probe.json").read_text())["settings"]["lr"] == 0.1

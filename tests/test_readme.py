@@ -100,6 +100,12 @@ def test_the_demo_shortened(places, capsys):
     assert "Report of" in capsys.readouterr().out
 
 
+def test_the_readme_is_finished_and_its_pictures_and_links_exist():
+    assert "<!--" not in README
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
 def test_the_python_of_the_readme_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     command = [sys.executable, "-c", code]

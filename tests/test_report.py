@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from nextblock.visualize.report import ENCODERS, plot_losses, read_run, report_markdown, report_table
+from nextblock.visualize.report import (
+    ENCODERS,
+    plot_losses,
+    read_run,
+    report_markdown,
+    report_table,
+    report_values,
+)
 
 
 def probe_row(head: str, encoder: str, top1: float, split: str = "val") -> dict:
@@ -162,7 +169,7 @@ def test_raw_pixels_within_a_point_are_explained(run_dir, raw, is_explained):
     [
         ("digits:split=train", "8 x 8 px"),
         ("torchvision:CIFAR10,root=x", "32 x 32 px"),
-        ("a/folder", "on tiny pictures classes"),
+        ("a/folder", "on tiny pictures a linear layer"),
     ],
 )
 def test_the_size_of_the_probed_pictures_is_said_where_it_is_known(run_dir, spec, size):
@@ -185,6 +192,43 @@ def test_names_with_brackets_and_bars_come_through(tmp_path):
     run.mkdir()
     write_lines(run / "metrics.jsonl", [train_line(1, 1.0)])
     assert "run [red] 1" in rendered(run)
+
+
+def test_a_validation_that_is_no_number_is_not_the_validation_loss(run_dir):
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "val", "step": 40, "val_loss": None}) + "\n")
+    assert "- validation loss: 0.7500 at step 30\n" in report_markdown(read_run(run_dir))
+
+
+def test_the_values_for_programs_are_those_of_the_report(run_dir):
+    values = report_values(read_run(run_dir))
+    assert values["accuracies"]["trained"]["linear"] == {"val": {"top1": 0.9512, "top5": 1.0}}
+    assert list(values["accuracies"]["raw pixels"]) == ["linear"]
+    del values["accuracies"]
+    assert values == {
+        "run": str(run_dir),
+        "final_loss": 0.8125,
+        "final_step": 30,
+        "baselines": {"zero": 0.984375, "copy_previous": 1.5},
+        "val_loss": 0.75,
+        "val_step": 30,
+        "images_per_s": 110.0,
+        "knn": {"top1": 0.625},
+        "picture": str(run_dir / "pictures" / "step_00000030.png"),
+    }
+
+
+def test_of_several_probes_of_one_kind_the_best_counts_for_programs_too(run_dir):
+    rows = [probe_row("linear", "trained", top1) for top1 in (0.5, 0.9, 0.7)]
+    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
+    assert report_values(read_run(run_dir))["accuracies"]["trained"]["linear"]["val"]["top1"] == 0.9
+
+
+def test_a_run_without_a_logged_line_has_values_all_unknown(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    values = report_values(read_run(tmp_path))
+    assert not any(value for name, value in values.items() if name != "run")
+    assert values["final_loss"] is None
 
 
 # ------------------------------------------------------------------------------- the curve

@@ -11,7 +11,7 @@ import yaml
 from nextblock.config import RunConfig
 from nextblock.settings import from_dict
 from nextblock.train import RunDir, RunDirError
-from runs import CPU, Quiet, SignalAt, checkpoints, metrics, run_toy, settings, write_images
+from tiny_runs import CPU, Quiet, SignalAt, checkpoints, metrics, run_toy, settings, write_images
 from toy import ToySource
 
 
@@ -107,7 +107,21 @@ def test_going_on_records_the_settings_and_the_place_of_now(tmp_path):
 
 def test_source_json_tells_how_many_images_and_which(stopped):
     source = json.loads((stopped / "source.json").read_text())
-    assert source == {"train": {"spec": "toy-0", "num_images": 40, "fingerprint": "toy-0-40"}}
+    assert source["train"] == {"spec": "toy-0", "num_images": 40, "fingerprint": "toy-0-40"}
+    assert source["decoder"] in ("torchcodec", "pillow")
+
+
+def test_a_run_whose_jpeg_decoder_is_gone_is_refused(stopped, monkeypatch):
+    recorded = json.loads((stopped / "source.json").read_text())
+    monkeypatch.setattr("nextblock.train.run_dir.jpeg_decoder", lambda _: "another")
+    with pytest.raises(RunDirError, match=f"was decoding JPEG with {recorded['decoder']}.* with another"):
+        run_toy(stopped)
+
+
+def test_a_run_killed_while_it_wrote_its_first_files_begins_again(tmp_path):
+    (tmp_path / "source.json").write_text("{}")
+    (tmp_path / ".writing-environment.json").touch()
+    assert run_toy(tmp_path).step == 7
 
 
 # -------------------------------------------------------------------------------------------- another's place

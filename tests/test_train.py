@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import nextblock
 from nextblock.data import normalize
 from nextblock.train.schedule import Schedule
-from runs import TINY, Quiet, Remember, SignalAt, metrics, run_toy, same, settings, weights, write_images
+from tiny_runs import TINY, Quiet, Remember, SignalAt, metrics, run_toy, same, settings, weights, write_images
 from toy import ToySource
 
 NO_CROPS = {"data.flip": 0.0, "data.crop_scale": (1.0, 1.0), "data.crop_ratio": (1.0, 1.0)}

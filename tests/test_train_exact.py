@@ -14,7 +14,7 @@ import torch
 from nextblock.data import Step, TrainLoader
 from nextblock.models import NextBlockModel
 from nextblock.train.trainer import Trainer
-from runs import (
+from tiny_runs import (
     ALL_RANDOM,
     CPU,
     CrashAt,
@@ -102,7 +102,7 @@ import sys, signal, torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(int(sys.argv[3]))
 from pathlib import Path
-from runs import *
+from tiny_runs import *
 changes = {**ALL_RANDOM, "checkpoint.every": "3st", "monitor.log_every": "1st"}
 run_toy(Path(sys.argv[2]), changes, monitors=[SignalAt(5, signal.SIGKILL)])
 """

@@ -18,7 +18,7 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.data import TooManyBadImages
 from nextblock.models import NextBlockModel
 from nextblock.train import NonFiniteError, RunDirError
-from runs import (
+from tiny_runs import (
     CrashAt,
     CrashError,
     Quiet,
@@ -80,7 +80,7 @@ def test_steps_that_are_not_finite_stop_the_run_and_overwrite_nothing(tmp_path, 
     message = str(raised.value)
     assert "3 steps in a row, the last of them step 5" in message
     assert "toy-0[" in message, "names samples"
-    assert "checkpoint, of step 3, is intact" in message
+    assert "step_00000003, is intact" in message
     assert "Try a lower optim.lr" in message
     assert checkpoints(tmp_path / "run") == ["step_00000002", "step_00000003"]
     assert same(weights(tmp_path / "run", 3), seen.weights[3])
@@ -256,5 +256,5 @@ def test_a_refused_overwrite_leaves_the_old_run_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         run_toy(tmp_path / "run", {"train.precision": "fp16"}, overwrite=True)
     assert checkpoints(tmp_path / "run") == ["step_00000007"]
-    with pytest.raises(RunDirError, match="fp16"):
-        run_toy(tmp_path / "run", {"train.precision": "fp16", "optim.lr": 0.5, "train.device": "cpu"})
+    with pytest.raises(RunDirError, match="bf16"):
+        run_toy(tmp_path / "run", {"train.precision": "bf16", "optim.lr": 0.5, "train.device": "cpu"})

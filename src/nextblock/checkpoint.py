@@ -1,9 +1,10 @@
 """Writing and reading models and training states: whole or not at all.
 
 A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model" or
-"classifier") and `config` (JSON), so the file alone is enough to build the network. A
-checkpoint is a directory `step_00001234` with `model.safetensors` (encoder and predictor) and `state.pt`
-(optimizer, scaler, step), written aside, flushed to disk and renamed.
+"classifier") and `config` (JSON), so the file alone is enough to build the network; and, where it is known,
+`data` (JSON): mean, deviation and resize of its images. A checkpoint is a directory `step_00001234` with
+`model.safetensors` (encoder and predictor) and `state.pt` (optimizer, scaler, step), written aside, flushed
+to disk and renamed.
 
 The promise of `format_version`: every later release reads what an earlier one wrote. A file of a newer
 version than this one knows is refused.
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nextblock.config import ModelConfig
+from nextblock.config import DataConfig, ModelConfig
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.encoder import resample_positions
@@ -44,6 +45,7 @@ __all__ = [
     "load_state",
     "load_strictly",
     "prune_checkpoints",
+    "read_data",
     "read_model",
     "save_checkpoint",
     "save_classifier",
@@ -54,14 +56,14 @@ __all__ = [
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
+RECORDED_DATA = ("mean", "std", "val_resize_px")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says why and what to do."""
 
 
-# ------------------------------------------------------------------------------------------------ writing
-# whole
+# ------------------------------------------------------------------------------------------- writing whole
 
 
 @contextmanager
@@ -126,12 +128,16 @@ def _flush_alone(path: Path) -> None:
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------- model
-# files
+# --------------------------------------------------------------------------------------------- model files
 
 
-def save_model(path: Path, model: NextBlockModel | ImageClassifier) -> None:
-    """Write a model or classifier as one safetensors file that `nextblock.load` reads."""
+def save_model(
+    path: Path, model: NextBlockModel | ImageClassifier, *, data: DataConfig | None = None
+) -> None:
+    """Write a model or classifier as one safetensors file that `nextblock.load` reads.
+
+    With `data`, the file says how its images are normalised and cut.
+    """
     if isinstance(model, ImageClassifier):
         kind = "classifier"
         settings = {
@@ -147,16 +153,18 @@ def save_model(path: Path, model: NextBlockModel | ImageClassifier) -> None:
         "kind": kind,
         "config": json.dumps(settings),
     }
+    if data is not None:
+        metadata["data"] = json.dumps({name: getattr(data, name) for name in RECORDED_DATA})
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, path, metadata=metadata)
 
 
-def save_classifier(directory: Path, classifier: ImageClassifier) -> None:
+def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataConfig | None = None) -> None:
     """Write a classifier as `directory/model.safetensors`; the directory appears whole or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(directory) as aside:
         aside.mkdir()
-        save_model(aside / MODEL_FILE, classifier)
+        save_model(aside / MODEL_FILE, classifier, data=data)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -185,6 +193,12 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
         model = NextBlockModel(from_dict(ModelConfig, settings))
     load_strictly(model, load_file(path), str(path))
     return model.eval()
+
+
+def read_data(path: Path) -> DataConfig | None:
+    """How a model file says that its images are normalised and cut; None where it is silent."""
+    recorded = _metadata(path).get("data")
+    return None if recorded is None else from_dict(DataConfig, json.loads(recorded))
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -217,17 +231,23 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# checkpoints
+# --------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(directory: Path, model: NextBlockModel, state: Mapping[str, Any], step: int) -> Path:
+def save_checkpoint(
+    directory: Path,
+    model: NextBlockModel,
+    state: Mapping[str, Any],
+    step: int,
+    *,
+    data: DataConfig | None = None,
+) -> Path:
     """Write `directory/step_XXXXXXXX`; `state` holds tensors, numbers, strings, lists and dicts only."""
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step_{step:08d}"
     with write_aside(target) as aside:
         aside.mkdir()
-        save_model(aside / MODEL_FILE, model)
+        save_model(aside / MODEL_FILE, model, data=data)
         torch.save(dict(state), aside / STATE_FILE)
     return target
 
@@ -269,8 +289,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-# ------------------------------------------------------------------------------------ starting from other
-# weights
+# ----------------------------------------------------------------------------- starting from other weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,11 +313,11 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
     heads, as that is surely not what was meant.
     """
     _refuse_other_heads(model.config, other.config, origin)
-    other_decoder = model.config.predictor_heads != other.config.predictor_heads
+    other_predictor = model.config.predictor_heads != other.config.predictor_heads
     own, theirs = model.state_dict(), other.state_dict()
     loaded, resampled = [], []
     for name, tensor in own.items():
-        if name not in theirs or (other_decoder and name.startswith("predictor.blocks.")):
+        if name not in theirs or (other_predictor and name.startswith("predictor.blocks.")):
             continue
         if theirs[name].shape == tensor.shape and not _other_grid(name, model, other):
             tensor.copy_(theirs[name])

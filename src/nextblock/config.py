@@ -295,7 +295,7 @@ class TrainConfig:
     batch_size: int = 256
     """Images per optimizer step, over all micro-batches."""
     micro_batch_size: int | None = None
-    """Images per forward pass; below batch_size gradients accumulate; null: the whole batch at once."""
+    """Images per forward pass; below batch_size gradients accumulate; null or more: the whole batch."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Autocast precision of forward and backward; weights stay fp32."""
     predictor_fp32: bool = False
@@ -316,12 +316,10 @@ class TrainConfig:
         length = Duration.parse(self.duration)
         require(length.value > 0, f"train.duration is {self.duration!r}; train for more than nothing")
         require(self.batch_size >= 1, f"train.batch_size is {self.batch_size}; use at least 1")
-        if self.micro_batch_size is not None:
-            require(
-                1 <= self.micro_batch_size <= self.batch_size,
-                f"train.micro_batch_size is {self.micro_batch_size} and train.batch_size {self.batch_size}; "
-                "a micro-batch is a part of the batch",
-            )
+        require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            f"train.micro_batch_size is {self.micro_batch_size}; use at least 1, or null for the whole batch",
+        )
         require(self.nonfinite_limit >= 1, f"train.nonfinite_limit is {self.nonfinite_limit}; use at least 1")
 
 

@@ -223,7 +223,8 @@ _ALL = [
             "XTRA ViT-B/16 on ImageNet-1k as the evaluated checkpoint was trained. The official files "
             "disagree: the configuration file says 1600 epochs, warm-up 40, drop path 0.2; the name of the "
             "checkpoint that was evaluated says 800, 15 and 0.1, and those are used here. Batch 2088 = 29 "
-            "images x 72 GPUs (derived). Validation: resized to 300 px, then the centre is cut."
+            "images x 72 GPUs (derived; the official job script asks for 96). Validation: resized to 300 px, "
+            "then the centre is cut."
         ),
         published="76.8 % attentive probe on ImageNet-1k (official README)",
         encoder_params_m=85.84,
@@ -245,7 +246,8 @@ _ALL = [
         config=_ABLATION,
         about=(
             "The baseline of XTRA's ablations: ViT-B/16 on ImageNet-1k, 100 epochs, predictor half as wide. "
-            "The ablations' global batch is not known; 2088 is assumed. No confirmed result is published."
+            "Officially 114 images a GPU on a number of GPUs not known; 2088 is assumed. "
+            "No confirmed result is published."
         ),
         encoder_params_m=85.84,
         total_params_m=218.13,

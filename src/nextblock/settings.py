@@ -6,7 +6,8 @@ import difflib
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "describe_type",
     "flatten",
     "from_dict",
+    "from_keywords",
     "nearest_name",
     "require",
     "require_divides",
@@ -74,7 +76,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """Build a config from what `to_dict` wrote; an unknown key is refused with the nearest known one."""
+    """Build a config from what `to_dict` wrote; refuse unknown keys, with the nearest, and missing ones."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     built = {}
@@ -85,7 +87,18 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             built[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
         else:
             built[name] = tuple(value) if isinstance(value, list) else value
+    missing = [name for name in _required(cls) if name not in built]
+    require(not missing, f"{' and '.join(missing)} must be given")
     return cls(**built)
+
+
+def from_keywords(cls: Callable[..., T], settings: Mapping[str, Any]) -> T:
+    """Build a config from a Python call's keywords, as `from_dict` does; a path stands for its text."""
+    return from_dict(cls, {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
+
+
+def _required(cls: Any) -> list[str]:
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nextblock.settings import check_types
+from nextblock.settings import check_types, from_keywords
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +25,8 @@ class PredictConfig:
 
     model: str
     """A run directory or a file of weights with a predictor."""
+    num_heads: int | None = None
+    """Attention heads of the encoder, where a foreign file does not tell."""
     data: str
     """Images: a directory, `torchvision:CIFAR10,root=DIR`, or `digits`."""
     out: str
@@ -53,24 +55,26 @@ def run(argv: Sequence[str]) -> int:
     console = Console()
     console.print(_table(result))
     console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True)
+    if result.bad:
+        console.print(_unreadable(result), highlight=False, markup=False, soft_wrap=True)
     if options.json:
-        rows = [asdict(row) for row in result.rows]
-        sys.stdout.write(
-            json.dumps({"picture": str(result.picture), "mean_loss": result.mean_loss, "rows": rows}) + "\n"
-        )
+        sys.stdout.write(json.dumps(_as_json(result)) + "\n")
     return 0
 
 
 def predict(**settings: Any) -> PredictResult:
-    """Draw predictions as `nextblock predict` does; `settings` are the fields of `PredictConfig`."""
+    """Draw predictions as `nextblock predict` does; `settings` are the fields of `PredictConfig`.
+
+    Paths may stand for strings.
+    """
     from nextblock.data import open_source
     from nextblock.evaluate.features import evaluation_data
     from nextblock.interop import load_model
     from nextblock.train.device import choose_device
     from nextblock.visualize import predict as predict_images
 
-    config = PredictConfig(**settings)
-    model = load_model(config.model)
+    config = from_keywords(PredictConfig, settings)
+    model = load_model(config.model, num_heads=config.num_heads)
     data = evaluation_data(config.model, model.config)
     return predict_images(
         model,
@@ -80,6 +84,23 @@ def predict(**settings: Any) -> PredictResult:
         num_images=config.num_images,
         device=choose_device(config.device),
     )
+
+
+def _as_json(result: PredictResult) -> dict[str, Any]:
+    return {
+        "picture": str(result.picture),
+        "mean_loss": result.mean_loss,
+        "rows": [asdict(row) for row in result.rows],
+        "bad": [{"name": sample.name, "reason": sample.reason} for sample in result.bad],
+    }
+
+
+def _unreadable(result: PredictResult) -> str:
+    """One line that counts the images left out and names the first three."""
+    chosen = len(result.rows) + len(result.bad)
+    named = [" ".join(f"{sample.name}: {sample.reason}".split()) for sample in result.bad[:3]]
+    more = ["..."] if len(result.bad) > len(named) else []
+    return f"{len(result.bad)} of {chosen} images could not be read: " + "; ".join(named + more)
 
 
 def _table(result: PredictResult) -> Table:

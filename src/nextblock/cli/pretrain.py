@@ -86,7 +86,7 @@ def _hints(config: RunConfig) -> list[str]:
             f"no preset named: {DEFAULT_PRESET} with defaults for any folder ({config.train.duration}, batch "
             f"{config.train.batch_size}, {config.train.precision}); `nextblock presets` lists others"
         )
-    preset = PRESETS.get(config.preset or "")
+    preset = PRESETS.get(config.preset or DEFAULT_PRESET)
     if preset is not None and preset.config.train.batch_size != config.train.batch_size:
         meant, batch_size = preset.config.train.batch_size, config.train.batch_size
         if preset.config.optim.lr == config.optim.lr:
@@ -109,8 +109,7 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     if settings.pictures_every is not None:
         images, _, _ = some_images(shown, config.data, size, settings.pictures)
         monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
-    labelled = "val" in sources and all(s.has_labels and len(s.class_names) > 1 for s in sources.values())
-    if settings.knn_every is not None and labelled:
+    if settings.knn_every is not None and _have_same_classes(sources):
         monitors.append(
             KnnMonitor(
                 sources["train"],
@@ -125,10 +124,20 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     return monitors
 
 
+def _have_same_classes(sources: dict[str, Source]) -> bool:
+    """Whether there are images to validate on, labelled with the very classes of those to train on."""
+    if "val" not in sources or not all(source.has_labels for source in sources.values()):
+        return False
+    names = sources["train"].class_names
+    return len(names) > 1 and names == sources["val"].class_names
+
+
 def _conclusion(result: TrainResult) -> str:
     unreadable = (
         f"; {result.num_bad} images could not be read, see quarantine.jsonl" if result.num_bad else ""
     )
+    if result.stopped_by is not None and result.step == 0:
+        return f"stopped by {result.stopped_by} before the first step: nothing to save yet"
     if result.stopped_by is not None:
         return (
             f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nextblock.evaluate.probe_config import ProbeConfig, ProbeResult
-from nextblock.settings import to_dict
+from nextblock.settings import from_keywords, to_dict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,8 @@ def run(argv: Sequence[str]) -> int:
     from nextblock.cli.arguments import build_parser, parse
 
     parser = build_parser("probe", "Train heads on a frozen encoder's features and measure their accuracy.")
-    parser.add_class_arguments(ProbeConfig, None)
+    parser.add_class_arguments(ProbeConfig, None, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="replace another result in --out")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parse(parser, argv)
     values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
@@ -35,10 +36,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def probe(**settings: Any) -> ProbeResult:
-    """Probe a model as `nextblock probe` does; `settings` are the fields of `ProbeConfig`."""
+    """Probe a model as `nextblock probe` does; `settings` are the fields of `ProbeConfig`.
+
+    Paths and lists may stand for strings and tuples.
+    """
     from nextblock.evaluate.probe import probe as probe_with
 
-    return probe_with(ProbeConfig(**settings))
+    return probe_with(from_keywords(ProbeConfig, settings))
 
 
 def _table(result: ProbeResult) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,17 +11,21 @@ __all__ = ["run"]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the summary of a run directory; write it and the loss curve into the run."""
+    """Print the summary of a run directory; write it and the loss curve, if there is one, into the run."""
     from rich.console import Console
 
     from nextblock.cli.arguments import build_parser, parse
-    from nextblock.visualize.report import plot_losses, read_run, report_markdown, report_table
+    from nextblock.visualize.report import plot_losses, read_run, report_markdown, report_table, report_values
 
     parser = build_parser("report", "Sum up a run: accuracies, speed, losses, pictures.")
     parser.add_argument("run", type=str, help="run directory")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parse(parser, argv)
     summary = read_run(Path(options.run))
-    plot_losses(summary, Path(options.run) / "losses.png")
-    (Path(options.run) / "report.md").write_text(report_markdown(summary))
+    if summary.train:
+        plot_losses(summary, Path(options.run) / "losses.png")
+    (Path(options.run) / "report.md").write_text(report_markdown(summary), encoding="utf-8")
     Console().print(report_table(summary))
+    if options.json:
+        sys.stdout.write(json.dumps(report_values(summary)) + "\n")
     return 0

@@ -1,7 +1,7 @@
 """Images: where they are (sources), to pixels (decode), crops (augment), and batches in order (loader)."""
 
 from nextblock.data.augment import eval_crop, normalize, random_resized_crop_box, train_crop
-from nextblock.data.decode import BadImageError, decode_image
+from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder
 from nextblock.data.keyed import keyed_permutation, keyed_rng, keyed_seed
 from nextblock.data.loader import (
     BadSample,
@@ -27,6 +27,7 @@ __all__ = [
     "decode_image",
     "eval_batches",
     "eval_crop",
+    "jpeg_decoder",
     "keyed_permutation",
     "keyed_rng",
     "keyed_seed",

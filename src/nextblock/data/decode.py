@@ -23,7 +23,14 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image
 from torch import Tensor
 
-__all__ = ["BadImageError", "check_pixels", "decode_image", "image_to_tensor", "pillow_errors"]
+__all__ = [
+    "BadImageError",
+    "check_pixels",
+    "decode_image",
+    "image_to_tensor",
+    "jpeg_decoder",
+    "pillow_errors",
+]
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +143,13 @@ def _torchcodec(name: str) -> Callable[..., Tensor] | None:
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         log.warning("torchcodec cannot decode images here (%s); Pillow does it, more slowly", error)
         return None
+
+
+def jpeg_decoder(decoder: Literal["auto", "pillow"]) -> Literal["torchcodec", "pillow"]:
+    """What decodes JPEG in this installation under this setting."""
+    if decoder == "pillow" or _torchcodec("decode_jpeg") is None:
+        return "pillow"
+    return "torchcodec"
 
 
 def _decode_with_torchcodec(function: str, content: bytes, **options: object) -> Tensor | None:

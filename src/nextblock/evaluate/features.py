@@ -23,6 +23,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from nextblock.checkpoint import MODEL_FILE, is_safetensors, read_data
 from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, TrainConfig, pair
 from nextblock.data import (
     BadSample,
@@ -238,18 +239,28 @@ def check_same_classes(train: Source, other: Source) -> None:
 
 
 def evaluation_data(model_spec: str, config: ModelConfig) -> DataConfig:
-    """How to cut and normalise images for a model: as its run did, if it is a run or a checkpoint of one.
+    """How to cut and normalise images for a model: as its run did, or as its file says.
 
-    Other files do not tell: ImageNet's mean and deviation then, and the shorter side resized to 300 px for
+    Foreign files do not tell: ImageNet's mean and deviation then, and the shorter side resized to 300 px for
     images of 256 px (official XTRA-B), else to 8/7 of the image (256 px for 224, official XTRA-H and AIM).
     """
     path = Path(model_spec).absolute()
-    run_dir = next((above.parent for above in path.parents if above.name == "checkpoints"), path)
-    settings = run_dir / "config.yaml"
+    settings = _run_dir(path) / "config.yaml"
     if settings.is_file():
         run = from_dict(RunConfig, yaml.safe_load(settings.read_text(encoding="utf-8")))
         return replace(run.data, train=None, val=None)
+    file = path / MODEL_FILE if path.is_dir() else path
+    recorded = read_data(file) if file.is_file() and is_safetensors(file) else None
+    if recorded is not None:
+        return recorded
     size = max(pair(config.image_size))
     resize_px = 300 if size == 256 else round(size * 8 / 7)
     log.info("%s does not tell how its images were cut: shorter side to %d px", model_spec, resize_px)
     return DataConfig(val_resize_px=resize_px)
+
+
+def _run_dir(path: Path) -> Path:
+    """The run that a checkpoint, or the model file in one, belongs to; else the path itself."""
+    checkpoint = path.parent if path.name == MODEL_FILE else path
+    is_of_run = checkpoint.parent.name == "checkpoints" and checkpoint.name.startswith("step_")
+    return checkpoint.parents[1] if is_of_run else path

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from nextblock.checkpoint import save_classifier, write_aside
-from nextblock.config import DataConfig, OptimConfig, pair
+from nextblock.config import DataConfig, ModelConfig, OptimConfig, pair
 from nextblock.data import Source, keyed_seed, open_source
 from nextblock.evaluate.features import (
     Extract,
@@ -80,7 +80,7 @@ def probe(config: ProbeConfig) -> ProbeResult:
     found = probe_model(model, config, train, measured, data)
     out.mkdir(parents=True, exist_ok=True)
     for name, classifier in found.classifiers.items():
-        save_classifier(out / name, classifier)
+        save_classifier(out / name, classifier, data=data)
     _write(out / "probe.md", _markdown(found.result, identity))
     _write(out / "probe.json", json.dumps({**identity, **to_dict(found.result)}, indent=2) + "\n")
     return found.result
@@ -152,7 +152,7 @@ def _subjects(model: NextBlockModel, config: ProbeConfig, class_names: tuple[str
 def _encoder_subject(
     encoder: EncoderName, model: NextBlockModel, config: ProbeConfig, class_names: tuple[str, ...]
 ) -> _Subject:
-    head_configs = _head_configs(config, model.config.depth, len(class_names))
+    head_configs = _head_configs(config, model.config, len(class_names))
     extract = encoder_extract(
         model, list(head_configs.values()), precision=config.precision, chunk=config.encode_batch_size
     )
@@ -163,7 +163,14 @@ def _encoder_subject(
     return _Subject(encoder, extract, {name: c.head for name, c in classifiers.items()}, classifiers)
 
 
-def _head_configs(config: ProbeConfig, depth: int, num_classes: int) -> dict[HeadName, HeadConfig]:
+def _head_configs(config: ProbeConfig, encoder: ModelConfig, num_classes: int) -> dict[HeadName, HeadConfig]:
+    depth, width = encoder.depth, encoder.embed_dim
+    if "attentive" in config.heads and width % config.attentive_heads != 0:
+        fitting = max(n for n in range(1, config.attentive_heads) if width % n == 0)
+        raise ValueError(
+            f"an attentive head {width} channels wide cannot have {config.attentive_heads} attention heads; "
+            f"set attentive_heads (--attentive_heads) to a divisor, such as {fitting}"
+        )
     count = min(config.layers, depth)
     if count < config.layers and "attentive" in config.heads:
         log.info("the encoder has %d layers: all of them are averaged, not %d", depth, config.layers)

@@ -18,7 +18,7 @@ from pathlib import Path
 from nextblock.checkpoint import prune_checkpoints, save_checkpoint
 from nextblock.config import RunConfig
 from nextblock.data import QuarantineLog, Source, Step, TrainLoader, eval_batches, resolve_workers
-from nextblock.train.device import choose_device, make_deterministic
+from nextblock.train.device import autocast, choose_device, make_deterministic
 from nextblock.train.memory import keep_freed_memory
 from nextblock.train.metrics import MetricsLog
 from nextblock.train.monitor import Monitor, MonitorEvent
@@ -68,13 +68,9 @@ def train(
     `TooManyBadImages`, `NonFiniteError`, and `CheckpointError` where a disk is full; the last checkpoint
     stays.
     """
-    if config.model.predictor is None:
-        raise ValueError("model.predictor is null, so nothing can be predicted; pre-training needs one")
-    if config.model.num_blocks == 1:
-        raise ValueError(
-            "the whole image is one block, so there is no next block; use a smaller model.block_size"
-        )
+    _check_trainable(config)
     device = choose_device(config.train.device)
+    autocast(device, config.train)  # refuses what the device cannot do, before anything is built
     if device.type == "cpu":
         keep_freed_memory()
     if config.train.deterministic:
@@ -114,6 +110,19 @@ def train(
     )
 
 
+def _check_trainable(config: RunConfig) -> None:
+    """Refuse networks that can encode, but not learn to predict from any source."""
+    model = config.model
+    if model.predictor is None:
+        raise ValueError("model.predictor is null, so nothing can be predicted; pre-training needs one")
+    if model.num_blocks == 1:
+        raise ValueError(
+            "the whole image is one block, so there is no next block; use a smaller model.block_size"
+        )
+    if model.in_chans != 3:
+        raise ValueError(f"model.in_chans is {model.in_chans}, but every source yields RGB; use 3")
+
+
 class Run:
     """What surrounds the trainer: the loader, the records, the monitors. Entered while the loop runs."""
 
@@ -145,6 +154,14 @@ class Run:
         self.quarantine = QuarantineLog(
             run_dir.quarantine, len(sources["train"]), config.data.max_bad_fraction
         )
+        if self.schedule.warmup >= self.schedule.total:
+            log.warning(
+                "optim.warmup %s is %d steps, train.duration %s only %d: the rate never reaches its peak",
+                config.optim.warmup,
+                self.schedule.warmup,
+                config.train.duration,
+                self.schedule.total,
+            )
         self._baselines = run_dir.baselines() or {}
         self._nonfinite = 0
         self._saved_step, self._saved_at_s = trainer.step, time.monotonic()
@@ -175,7 +192,9 @@ class Run:
 
     def check_finite(self, outcome: StepOutcome, step: Step) -> None:
         """Count steps that are not finite; too many in a row stop the run."""
-        if outcome.is_finite(scaled=self.trainer.scaler.is_enabled()):
+        scaler = self.trainer.scaler
+        # A scaler lowers its scale until gradients are finite; below 1 the scale is not what is wrong.
+        if outcome.is_finite(scaled=scaler.is_enabled() and scaler.get_scale() >= 1):
             self._nonfinite = 0
             return
         self._nonfinite += 1
@@ -185,11 +204,17 @@ class Run:
             names = [
                 self.sources["train"].name(int(i)) for batch in step.micro_batches for i in batch.samples[:5]
             ]
+            latest = self.dir.latest()
+            saved = (
+                "No checkpoint was written yet"
+                if latest is None
+                else f"The last checkpoint, {latest}, is intact"
+            )
             raise NonFiniteError(
                 f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {limit} steps in a row, the "
-                f"last of them step {step.index}, whose first samples are {', '.join(names[:5])}. The last "
-                f"checkpoint, of step {self._saved_step}, is intact. Try a lower optim.lr, a longer "
-                "optim.warmup, train.precision bf16 or fp32, or look at those images"
+                f"last of them step {step.index}, whose first samples are {', '.join(names[:5])}. "
+                f"{saved}. Try a lower optim.lr, a longer optim.warmup, train.precision bf16 or fp32, "
+                "or look at those images"
             )
 
     def log(self, lr: float) -> None:
@@ -252,7 +277,8 @@ class Run:
         """Write a checkpoint of the steps done, unless they are saved already."""
         if self.trainer.step == self._saved_step:
             return
-        save_checkpoint(self.dir.checkpoints, self.trainer.model, self.trainer.state(), self.trainer.step)
+        trainer, data = self.trainer, self.config.data
+        save_checkpoint(self.dir.checkpoints, trainer.model, trainer.state(), trainer.step, data=data)
         prune_checkpoints(self.dir.checkpoints, self.config.checkpoint.keep, self.schedule.keeps_for_good)
         self._saved_step, self._saved_at_s = self.trainer.step, time.monotonic()
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 __all__ = ["ConsoleReporter", "Reporter", "Tick"]
 
@@ -72,21 +76,31 @@ class Reporter(Protocol):
         ...
 
 
+class _TwoLines(Progress):
+    """Steps, bar and time in one line, what was measured below it, wrapped where the terminal is narrow."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["text"]:
+                yield Text(_wrapped(task.fields["text"], self.console.width))
+
+
 class ConsoleReporter:
-    """A progress bar on a terminal; elsewhere a line every ten seconds."""
+    """A progress bar on a terminal, log records above it; elsewhere a line every ten seconds."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
+        self._log_streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._task = TaskID(0)
         self._said_at_s = 0.0
 
     def __enter__(self) -> ConsoleReporter:
         if self.console.is_terminal:
-            self._bar = Progress(
+            self._bar = _TwoLines(
                 TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[text]}"),
+                BarColumn(bar_width=None),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(elapsed_when_finished=False),
@@ -98,6 +112,9 @@ class ConsoleReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for handler, stream in self._log_streams:
+            handler.setStream(stream)
+        self._log_streams = []
         if self._bar is not None:
             self._bar.stop()
 
@@ -106,7 +123,12 @@ class ConsoleReporter:
         self._started = (time.monotonic(), step)
         if self._bar is not None:
             self._task = self._bar.add_task("train", total=total_steps, completed=step, text="")
-            self._bar.start()
+            stderr = sys.stderr
+            self._bar.start()  # puts in place of sys.stderr a stream that writes above the bar
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream is stderr:
+                    self._log_streams.append((handler, stderr))
+                    handler.setStream(sys.stderr)
 
     def update(self, tick: Tick) -> None:
         """Move the bar, or write a line if ten seconds have passed."""
@@ -127,6 +149,18 @@ class ConsoleReporter:
     def note(self, text: str) -> None:
         """Write a line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` characters, broken between the parts of a tick, not within them."""
+    lines = [""]
+    for part in text.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def _clock(seconds: float) -> str:

@@ -25,14 +25,16 @@ import torch
 import yaml
 
 from nextblock.checkpoint import latest_checkpoint, write_aside
-from nextblock.config import RunConfig
-from nextblock.data import Source
+from nextblock.config import DataConfig, RunConfig
+from nextblock.data import Source, jpeg_decoder
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.device import device_name
 
 __all__ = ["RunDir", "RunDirError"]
 
 PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
+FIRST_FILES = ("source.json", "environment.json")
+"""Written, in this order, before `config.yaml`, which makes a directory a run."""
 
 
 class RunDirError(ValueError):
@@ -60,7 +62,7 @@ class RunDir:
         if run.is_run():
             if not overwrite:
                 run._check_same(config, sources)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and not run._is_free():
             raise RunDirError(f"{path} exists and is no run; choose another --out, or empty it")
         return run
 
@@ -74,15 +76,19 @@ class RunDir:
             raise RunDirError(
                 f"cannot make the directory {self.path}: {error.strerror}; choose another --out"
             ) from error
-        self._write("source.json", json.dumps({kind: describe(s) for kind, s in sources.items()}, indent=1))
+        self._write("source.json", json.dumps(describe(sources, config.data), indent=1))
         self._write("environment.json", json.dumps(environment(device), indent=1))
         self._write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
 
     def is_run(self) -> bool:
         """Whether a run was begun here: by three files, as other projects have a config.yaml as well."""
-        return all(
-            (self.path / name).is_file() for name in ("config.yaml", "source.json", "environment.json")
-        )
+        return all((self.path / name).is_file() for name in (*FIRST_FILES, "config.yaml"))
+
+    def _is_free(self) -> bool:
+        """Whether nothing is here but, perhaps, the first files of a run killed at its very start."""
+        if not self.path.is_dir():
+            return False
+        return all(p.name.startswith(".writing-") or p.name in FIRST_FILES for p in self.path.iterdir())
 
     def latest(self) -> Path | None:
         """The whole checkpoint to go on from, the latest; None where the run begins anew."""
@@ -125,6 +131,13 @@ class RunDir:
                 "on, or --overwrite to begin anew"
             )
         recorded = json.loads((self.path / "source.json").read_text())
+        decoder = jpeg_decoder(config.data.decoder)
+        if recorded.get("decoder", decoder) != decoder:
+            raise RunDirError(
+                f"{self.path} was decoding JPEG with {recorded['decoder']}, this installation would with "
+                f"{decoder}, and some pixels would differ; install what it had, or "
+                "begin a new run with another --out"
+            )
         for kind, source in sources.items():
             if recorded.get(kind, {}).get("fingerprint") != source.fingerprint:
                 raise RunDirError(
@@ -139,9 +152,13 @@ class RunDir:
             aside.write_text(text)
 
 
-def describe(source: Source) -> dict[str, Any]:
-    """What makes a source the same source."""
-    return {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
+def describe(sources: dict[str, Source], data: DataConfig) -> dict[str, Any]:
+    """What makes sources the same sources, and their pixels the same pixels."""
+    told: dict[str, Any] = {
+        kind: {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
+        for kind, source in sources.items()
+    }
+    return {**told, "decoder": jpeg_decoder(data.decoder)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

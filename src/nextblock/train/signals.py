@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 __all__ = ["StopRequest", "stop_on_signals"]
@@ -23,7 +24,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one ends the process at once.
+    """Note SIGINT and SIGTERM, and say so, instead of dying of them; a second one ends the process at once.
 
     Outside the main thread, where Python handles no signals, nothing is noted.
     """
@@ -38,6 +39,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         request.signal = signal.Signals(number)
         for each, handler in before.items():
             signal.signal(each, handler)
+        _acknowledge(request.signal)
 
     for number in before:
         signal.signal(number, note)
@@ -46,3 +48,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _acknowledge(number: signal.Signals) -> None:
+    """Say so on standard error, past Python's buffers: the signal may have interrupted a write to them."""
+    text = f"{number.name}: finishing this step, then saving; again to stop at once without saving\n"
+    with suppress(OSError):  # the terminal may have gone, which must not keep the run from being saved
+        # A progress bar of two or three lines erases as many when it is next drawn: those below the text.
+        os.write(2, (f"\n{text}\n\n" if os.isatty(2) else text).encode())

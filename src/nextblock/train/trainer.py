@@ -85,6 +85,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self.autocast = autocast(device, config.train)
+        self._orders = self.model.orders.cpu()  # checked there: no wait for a GPU in every step
         self.step = 0
         """Optimizer steps done."""
         self.window = Window()
@@ -161,7 +162,7 @@ class Trainer:
 
     def _block_order(self, step_index: int) -> Int64[Tensor, " k"]:
         """The step's order: one of the model's set, f(seed, step)."""
-        orders = self.model.orders
+        orders = self._orders
         drawn = keyed_rng(self.config.seed, "block-order", step_index).integers(len(orders))
         return orders[int(drawn)]
 
@@ -183,7 +184,7 @@ class Trainer:
             self.model.train()
 
     def validation_loss(self, batches: Iterator[Batch]) -> tuple[float, list[BadSample]]:
-        """The loss over all these images, under the model's first order, and those that cannot be read."""
+        """The loss over all these images, under the first order (NaN of none), and those unreadable."""
         sums = torch.zeros(self.config.model.num_predicted_blocks, dtype=torch.float64)
         counts = torch.zeros_like(sums)
         bad: list[BadSample] = []
@@ -194,7 +195,7 @@ class Trainer:
                     distances = model(self.to_model(batch.images)).distances
                     sums += torch.tensor([float(part.block_loss.sum()) for part in distances]).double()
                     counts += torch.tensor([part.kept.sum().item() for part in distances])
-        return float((sums / counts.clamp(min=1)).mean()), bad
+        return float((sums / counts).mean()), bad
 
     def baselines(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
         """What predicting zero, and copying the previous block, would cost on these images."""

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Group
 
-__all__ = ["ProbeRow", "RunSummary", "plot_losses", "read_run", "report_markdown", "report_table"]
+__all__ = [
+    "ProbeRow",
+    "RunSummary",
+    "plot_losses",
+    "read_run",
+    "report_markdown",
+    "report_table",
+    "report_values",
+]
 
 ENCODERS = ("trained", "untrained", "raw pixels")
 """The columns of the probe table: what the accuracies compare."""
@@ -79,6 +87,22 @@ class RunSummary:
         """The last logged training loss that is a number, and its step."""
         steps, losses = _series(self.train, "loss")
         return (losses[-1], steps[-1]) if losses else None
+
+    @property
+    def final_val_loss(self) -> tuple[float, int] | None:
+        """The last validation loss that is a number, and its step."""
+        steps, losses = _series(self.val, "val_loss")
+        return (losses[-1], steps[-1]) if losses else None
+
+    @property
+    def knn(self) -> dict[str, tuple[float, int]]:
+        """The latest of the monitored kNN accuracies by name ("knn/top1"), each with its step."""
+        return {
+            name: (value, line["step"])
+            for line in self.monitor
+            for name, value in line.items()
+            if name.startswith("knn/") and _is_number(value)
+        }
 
     @property
     def raw_pixels_suffice(self) -> bool:
@@ -223,10 +247,12 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         )
     facts.append(("speed", _speed(summary)))
     facts.append(("training loss", _loss(summary)))
-    if summary.val:
-        last = summary.val[-1]
-        facts.append(("validation loss", f"{last['val_loss']:.4f} at step {last['step']:,}"))
-    facts.extend(_monitored(summary))
+    if summary.final_val_loss is not None:
+        facts.append(("validation loss", "{:.4f} at step {:,}".format(*summary.final_val_loss)))
+    facts.extend(
+        (name.replace("/", " "), f"{value:.1%} at step {step:,}")
+        for name, (value, step) in summary.knn.items()
+    )
     picture = str(summary.picture) if summary.picture else None
     hint = f"none yet: nextblock predict --model {run} --data SOURCE --out {run / 'predict'}"
     facts.append(("picture", picture or hint))
@@ -254,26 +280,14 @@ def _baseline_words(summary: RunSummary) -> str:
     return ", ".join(f"{BASELINES.get(name, name)} {value:.4f}" for name, value in summary.baselines.items())
 
 
-def _monitored(summary: RunSummary) -> list[tuple[str, str]]:
-    """The latest of the monitored kNN accuracies."""
-    latest: dict[str, tuple[float, int]] = {}
-    for line in summary.monitor:
-        for name, value in line.items():
-            if name.startswith("knn/") and _is_number(value):
-                latest[name] = (value, line["step"])
-    return [
-        (name.replace("/", " "), f"{value:.1%} at step {step:,}") for name, (value, step) in latest.items()
-    ]
-
-
 def _notes(summary: RunSummary) -> list[str]:
     if not summary.raw_pixels_suffice:
         return []
     size = summary.source_px
     tiny = f"pictures as small as these ({size} x {size} px)" if size else "tiny pictures"
     return [
-        f"Raw pixels do as well as the trained encoder or better under the same head: on {tiny} a linear layer "
-        "already tells most classes apart, so the comparison that tells is trained against untrained."
+        f"Raw pixels do as well as the trained encoder or better under the same head: on {tiny} a linear "
+        "layer already tells most classes apart, so the comparison that tells is trained against untrained."
     ]
 
 
@@ -318,6 +332,31 @@ def report_markdown(summary: RunSummary) -> str:
     for note in _notes(summary):
         lines += ["", note]
     return "\n".join(lines) + "\n"
+
+
+def report_values(summary: RunSummary) -> dict[str, Any]:
+    """The same for programs, ready for JSON: accuracies are shares of 1, null stands for what is not known.
+
+    `accuracies` holds top1 and top5 by encoder, then head, then split.
+    """
+    accuracies: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for row in sorted(summary.probes, key=lambda row: row.top1):
+        splits = accuracies.setdefault(row.encoder, {}).setdefault(row.head, {})
+        splits[row.split] = {"top1": row.top1, "top5": row.top5}
+    loss, step = summary.final_loss or (None, None)
+    val_loss, val_step = summary.final_val_loss or (None, None)
+    return {
+        "run": str(summary.run_dir),
+        "accuracies": accuracies,
+        "final_loss": loss,
+        "final_step": step,
+        "baselines": summary.baselines,
+        "val_loss": val_loss,
+        "val_step": val_step,
+        "images_per_s": summary.images_per_s,
+        "knn": {name.removeprefix("knn/"): value for name, (value, _) in summary.knn.items()},
+        "picture": str(summary.picture) if summary.picture else None,
+    }
 
 
 def _row(cells: Sequence[str]) -> str:
