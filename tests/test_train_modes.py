@@ -12,7 +12,16 @@ from tiny_runs import metrics
 
 TINY_RUN = [
     *("--preset", "xtra-tiny", "--data.train", "digits:split=test", "--train.duration", "4st"),
-    *("--train.batch_size", "8", "--train.device", "cpu", "--monitor.log_every", "1st", "--optim.warmup", "1st"),
+    *(
+        "--train.batch_size",
+        "8",
+        "--train.device",
+        "cpu",
+        "--monitor.log_every",
+        "1st",
+        "--optim.warmup",
+        "1st",
+    ),
     *("--monitor.pictures_every", "null", "--model.drop_path", "0.2", "--model.embed_dim", "32"),
 ]
 
