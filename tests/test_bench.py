@@ -94,10 +94,33 @@ def test_the_plain_optimizer_makes_our_step_fused_or_not():
             torch.testing.assert_close(value, theirs[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_the_plain_model_refuses_what_it_does_not_implement():
-    for change in ({"num_predicted_blocks": 2}, {"order": "random"}, {"drop_path": 0.1}, {"loss": "l1"}):
-        with pytest.raises(AssertionError, match="the plain model"):
-            PlainModel(replace(CONFIG, **change))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_predicted_blocks": 2},
+        {"order": "random"},
+        {"drop_path": 0.1},
+        {"loss": "l1"},
+        {"predictor": "linear"},
+        {"positions": "sincos"},
+        {"bias": False},
+        {"patch_norm": True},
+        {"prefix": True},
+        {"tokenizer": "kmeans"},
+        {"projection_dim": None},
+        {"block_mlp_dim": None},
+    ],
+)
+def test_the_plain_model_refuses_what_it_does_not_implement(change):
+    with pytest.raises(AssertionError, match="the plain"):
+        PlainModel(replace(CONFIG, **change))
+
+
+def test_a_model_that_is_not_xtra_is_refused_with_its_settings():
+    with pytest.raises(
+        ValueError, match=r"model\.predictor 'mlp', model\.bias False, .*; use --model xtra-b16"
+    ):
+        _ = StepBench(model="aim-tiny").config
 
 
 # ------------------------------------------------------------------------------------------------- the flops
@@ -113,7 +136,16 @@ def counted_flops(model, pixels):
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
-@pytest.mark.parametrize("change", [{}, {"num_predicted_blocks": 2}, {"block_size": (1, 1)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_predicted_blocks": 2},
+        {"block_size": (1, 1)},
+        {"projection_dim": None},
+        {"block_mlp_dim": None},
+    ],
+)
 def test_the_flops_are_those_of_torchs_counter(change):
     config = replace(CONFIG, **change)
     forward, step = counted_flops(NextBlockModel(config), images(2, config))

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from nextblock.blocks import (
+    block_orders,
+    checkerboard_order,
     may_attend,
     patches_of_blocks,
     patchify,
     random_orders,
-    raster_orders,
+    spiral_order,
     unpatchify,
 )
 
@@ -113,8 +115,61 @@ def test_a_prefix_of_no_or_one_block_hides_and_shows_nothing():
 # ----------------------------------------------------------------------------------------------------- orders
 
 
+GRIDS = [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4), (4, 3), (5, 5), (6, 2)]
+KINDS = ["raster", "spiral", "checkerboard", "fixed_random", "random"]
+
+
 def test_the_raster_order_is_the_blocks_as_they_lie():
-    assert raster_orders(5).tolist() == [[0, 1, 2, 3, 4]]
+    assert block_orders("raster", (1, 5), seed=0).tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_order_is_a_permutation_of_the_blocks(kind, grid):
+    orders = block_orders(kind, grid, seed=3)
+    assert len(orders) == (grid[0] * grid[1] if kind == "random" else 1)
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_spiral_is_a_walk_inwards_from_the_top_left_backwards(grid):
+    """One step at a time: down, right, up, left; turn where the edge or a visited block is."""
+    rows, columns = grid
+    place, ahead, walked = (0, 0), 0, [(0, 0)]
+    while len(walked) < rows * columns:
+        step = [(1, 0), (0, 1), (-1, 0), (0, -1)][ahead]
+        there = (place[0] + step[0], place[1] + step[1])
+        if 0 <= there[0] < rows and 0 <= there[1] < columns and there not in walked:
+            place = there
+            walked.append(place)
+        else:
+            ahead = (ahead + 1) % 4
+    assert spiral_order(grid).tolist() == [row * columns + column for row, column in reversed(walked)]
+
+
+def test_the_spiral_begins_in_the_centre():
+    positions = torch.empty(12, dtype=torch.int64)
+    positions[spiral_order((3, 4))] = torch.arange(12)
+    assert positions.view(3, 4).tolist() == [[11, 2, 3, 4], [10, 1, 0, 5], [9, 8, 7, 6]]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_checkerboard_takes_blocks_of_equal_parity_first(grid):
+    places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    first = [r * grid[1] + c for r, c in places if r % 2 == c % 2]
+    rest = [r * grid[1] + c for r, c in places if r % 2 != c % 2]
+    assert checkerboard_order(grid).tolist() == first + rest
+
+
+def test_the_fixed_random_order_is_that_of_its_seed_and_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = block_orders("fixed_random", (4, 4), seed=0)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, block_orders("fixed_random", (4, 4), seed=0))
+    assert not torch.equal(first, block_orders("fixed_random", (4, 4), seed=1))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 6, 16])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from nextblock.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
-    initialize_from,
     is_safetensors,
     latest_checkpoint,
     load_state,
@@ -31,10 +29,8 @@ from nextblock.checkpoint import (
     write_aside,
 )
 from nextblock.config import DataConfig, OptimConfig
-from nextblock.interop import create_model, initialize
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
-from nextblock.models.encoder import resample_positions
 from nextblock.models.heads import HeadConfig
 from nextblock.optim import build_optimizer
 from toy import tiny_images, tiny_model
@@ -355,103 +351,3 @@ def test_a_long_list_of_what_does_not_fit_is_cut_with_its_number():
     lines = str(caught.value).splitlines()
     assert len(lines) == 12
     assert lines[-1] == f"  and {len(model.state_dict()) - 10} more"
-
-
-# -------------------------------------------------------------------------------- starting from other weights
-
-
-def test_a_model_of_the_same_sizes_takes_everything_over():
-    model, other = tiny_model(1), tiny_model(2)
-    report = initialize_from(model, other, "RUN")
-    assert same_weights(model, other)
-    assert report.origin == "RUN"
-    assert set(report.loaded) == set(model.state_dict())
-    assert report.resampled == report.fresh == report.unused == ()
-
-
-def test_for_another_image_size_only_positions_are_resampled():
-    model, other = tiny_model(1, image_size=(32, 32)), tiny_model(2)
-    report = initialize_from(model, other, "RUN")
-    assert report.resampled == ("encoder.pos_embed", "predictor.pos_embed")
-    assert report.fresh == report.unused == ()
-    for name, tensor in model.state_dict().items():
-        theirs = other.state_dict()[name]
-        expected = resample_positions(theirs, (4, 6), (8, 8)) if name in report.resampled else theirs
-        assert torch.equal(tensor, expected)
-
-
-def test_a_grid_turned_on_its_side_is_another_grid():
-    model, other = tiny_model(1, image_size=(24, 16)), tiny_model(2)
-    report = initialize_from(model, other, "RUN")
-    assert report.resampled == ("encoder.pos_embed", "predictor.pos_embed")
-    assert not torch.equal(model.state_dict()["encoder.pos_embed"], other.state_dict()["encoder.pos_embed"])
-
-
-def test_another_predictor_stays_fresh_and_is_listed():
-    model, other = tiny_model(1, predictor_dim=32, predictor_depth=1), tiny_model(2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = initialize_from(model, other, "RUN")
-    assert report.fresh
-    assert all(name.startswith("predictor.") for name in report.fresh)
-    assert {"predictor.pos_embed", "predictor.blocks.0.attn.qkv.weight"} <= set(report.fresh)
-    assert "predictor.blocks.1.norm1.weight" in report.unused
-    assert {name for name in before if name.startswith("encoder.")} <= set(report.loaded)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name in report.fresh or before[name].std() == 0), name
-
-
-def test_a_deeper_model_takes_over_the_layers_there_are():
-    model, other = tiny_model(1, depth=3), tiny_model(2)
-    report = initialize_from(model, other, "RUN")
-    assert {name.rsplit(".", 3)[0] for name in report.fresh if "mlp" in name} == {"encoder.blocks.2"}
-    assert torch.equal(model.encode(tiny_images()).layers[1], other.encode(tiny_images()).layers[1])
-
-
-def test_an_encoder_alone_gives_its_encoder():
-    model, other = tiny_model(1), tiny_model(2, predictor=None)
-    report = initialize_from(model, other, "RUN")
-    assert set(report.loaded) == {name for name in model.state_dict() if name.startswith("encoder.")}
-    assert report.unused == ()
-    assert torch.equal(model.encode(tiny_images()).tokens, other.encode(tiny_images()).tokens)
-
-
-def test_weights_of_which_nothing_fits_are_refused_with_both_sizes():
-    model, other = tiny_model(1), tiny_model(2, embed_dim=48, depth=3)
-    with pytest.raises(CheckpointError) as caught:
-        initialize_from(model, other, "RUN")
-    for part in ("RUN", "48 wide with 3 layers", "24 wide with 2", "model.embed_dim"):
-        assert part in str(caught.value)
-
-
-def test_an_encoder_of_other_heads_is_refused_as_its_weights_would_fit_and_mean_something_else():
-    with pytest.raises(CheckpointError, match=r"has 3 attention heads, this model 2.*set model\.num_heads 3"):
-        initialize_from(tiny_model(1, num_heads=2), tiny_model(2), "RUN")
-
-
-def test_predictor_layers_of_other_heads_stay_fresh():
-    report = initialize_from(tiny_model(1, predictor_heads=4), tiny_model(2), "RUN")
-    assert report.fresh
-    assert all(name.startswith("predictor.blocks.") for name in report.fresh)
-    assert report.fresh == report.unused
-
-
-def test_starting_from_a_run_says_what_became_of_every_weight(tmp_path, caplog):
-    save_checkpoint(tmp_path / "checkpoints", tiny_model(2), STATE, 1)
-    model = tiny_model(1, image_size=(32, 32), predictor_depth=1)
-    with caplog.at_level(logging.INFO):
-        report = initialize(model, tmp_path)
-    name = "encoder.blocks.0.attn.qkv.weight"
-    assert torch.equal(model.state_dict()[name], tiny_model(2).state_dict()[name])
-    assert f"{len(report.loaded)} tensors loaded" in caplog.text
-    assert "resampled: encoder.pos_embed, predictor.pos_embed" in caplog.text
-    assert "unused: predictor.blocks.1.norm1.weight" in caplog.text
-
-
-def test_create_model_starts_from_the_weights_of_init(tmp_path):
-    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "image_size": 16}
-    save_model(tmp_path / "model.safetensors", tiny_model(2))
-    model = create_model("xtra-tiny", **sizes, init=str(tmp_path))
-    assert torch.equal(
-        model.state_dict()["encoder.blocks.1.mlp.fc2.weight"],
-        tiny_model(2).state_dict()["encoder.blocks.1.mlp.fc2.weight"],
-    )

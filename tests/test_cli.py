@@ -40,11 +40,14 @@ def cli(capsys):
 
 @pytest.fixture
 def tiny(cli, tmp_path):
-    """`tiny(...)` pre-trains a tiny model for three steps on digits, into tmp_path/run, with flags added."""
+    """`tiny(...)` pre-trains a tiny model for three steps, into tmp_path/run, with flags added.
+
+    On digits, unless the flags name something else.
+    """
 
     def call(*words: str):
-        out = ("--data.train", "digits", "--out", str(tmp_path / "run"))
-        return cli("pretrain", *TINY_FLAGS, *out, *words)
+        source = () if "--data.train" in words else ("--data.train", "digits")
+        return cli("pretrain", *TINY_FLAGS, *source, "--out", str(tmp_path / "run"), *words)
 
     return call
 
@@ -78,7 +81,7 @@ def run(tmp_path_factory):
         (["pretrain", "--out", "x", "--optim.lr", "-1"], "optim.lr is -1.0; it must be a finite number"),
         (["pretrain", "--out", "x", "--optim.lr"], "--optim.lr: expected one argument"),
         (["pretrain", "--out", "x", "--model.depth", "1.5"], "model.depth is 1.5; it must be int"),
-        (["pretrain", "--out", "x", "--model.order", "spiral"], "it must be 'raster' or 'random'"),
+        (["pretrain", "--out", "x", "--model.order", "zigzag"], "it must be 'raster' or 'spiral'"),
         (["pretrain", "--out", "x", "--model.image_size", "big"], "it must be int or (int, int)"),
         (["pretrain", "--out", "x", "--model.image_size", "224"], "use model.image_size 192 or 256"),
         (["pretrain", "--out", "x", "--train.duration", "5"], "'5' is not a duration here"),
@@ -277,12 +280,56 @@ def test_info_on_a_run(cli, run):
     assert "16 wide, 1 layers, 2 heads" in out
 
 
-def test_info_on_an_official_file_needs_the_number_of_heads(cli, golden_dir):
-    file = golden_dir / "xtra_k2.ckpt"
-    assert "num_heads" in refused(cli("info", file), code=1)
-    code, out, _ = cli("info", file, "--num_heads", "3", "--json")
+GOLDEN = {
+    "xtra_k2.ckpt": ("model", "official XTRA"),
+    "causal_k1.ckpt": ("model", "official XTRA"),
+    "attentive_probe.ckpt": ("classifier", "official XTRA"),
+    "linear_probe.ckpt": ("classifier", "official XTRA"),
+    "aim_nano_backbone.pth": ("encoder", "official AIM"),
+    "aim_pretrain_nano_weights.safetensors": ("model", "official AIM"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_info_tells_what_an_official_file_is_and_what_it_does_not_tell(cli, golden_dir, name):
+    code, out, _ = cli("info", golden_dir / name, "--json")
+    told = json.loads(out)
     assert code == 0
-    assert json.loads(out)["kind"] == "model"
+    assert (told["kind"], told["format"]) == GOLDEN[name]
+    assert told["encoder"].endswith("heads not told")
+    assert told["config"]["num_heads"] is None
+    assert "give it as num_heads=" in told["num_heads (untold)"]
+    code, out, _ = cli("info", golden_dir / name, "--num_heads", "3", "--json")
+    told = json.loads(out)
+    assert (code, told["config"]["num_heads"]) == (0, 3)
+    assert "num_heads (untold)" not in told
+
+
+def test_info_tells_the_head_of_an_aim_classifier_and_joins_it_with_its_backbone(cli, golden_dir):
+    code, out, _ = cli("info", golden_dir / "aim_nano_head.pth", "--json")
+    told = json.loads(out)
+    assert (code, told["kind"]) == (0, "head of an AIM classifier")
+    assert told["tensors"]["head.linear.weight"] == [10, 48]
+    backbone, head = golden_dir / "aim_nano_backbone.pth", golden_dir / "aim_nano_head.pth"
+    code, out, _ = cli("info", backbone, "--head", head, "--json")
+    told = json.loads(out)
+    assert (code, told["kind"]) == (0, "classifier")
+    assert told["head"]["layers"] is None
+    assert "probe_layers" in told["probe_layers (untold)"]
+
+
+def test_info_lists_the_tensors_of_a_file_that_is_no_model(cli, golden_dir):
+    code, out, _ = cli("info", golden_dir / "aim_nano.safetensors", "--json")
+    told = json.loads(out)
+    assert (code, told["kind"]) == (0, "tensors")
+    assert told["tensors"]["images"] == [2, 3, 56, 56]
+    assert "probe_layers" in told["metadata"]["config"]
+    assert "no known format" in told["why"]
+
+
+def test_info_on_a_file_that_holds_no_tensors_is_refused(cli, tmp_path):
+    (tmp_path / "words.txt").write_text("words")
+    assert "cannot be read as a weight file" in refused(cli("info", tmp_path / "words.txt"), code=1)
 
 
 def test_presets_are_listed(cli):

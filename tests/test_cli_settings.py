@@ -108,6 +108,73 @@ def test_without_a_preset_the_defaults_are_said(cli, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# -------------------------------------------------------------------------------- flags given several times
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [
+        ("--data.train A", "data.train", "A"),
+        ("--data.train A --data.train B", "data.train", ["A", "B"]),
+        ('--data.train ["A","B"]', "data.train", ["A", "B"]),
+        ('--data.train C --data.train ["A","B"]', "data.train", ["A", "B"]),
+        ('--data.train ["A","B"] --data.train C', "data.train", "C"),
+        ("--data.train A --data.train null", "data.train", None),
+        ("--data.train 5 --data.train=null2", "data.train", ["5", "null2"]),
+        (
+            "--data.train torchvision:CIFAR10,root=D --data.train ü",
+            "data.train",
+            ["torchvision:CIFAR10,root=D", "ü"],
+        ),
+        ("--data.weights 0.8 --seed 3 --data.weights=0.2", "data.weights", [0.8, 0.2]),
+        ("--data.weights [0.8,0.2]", "data.weights", [0.8, 0.2]),
+        ("--data.weights 1", "data.weights", [1.0]),
+        ("--data.weights 1e-3 --data.weights 2", "data.weights", [0.001, 2.0]),
+        ("--data.weights 1 --data.weights null", "data.weights", None),
+        ("--optim.betas 0.8 --optim.betas 0.9", "optim.betas", [0.8, 0.9]),
+        ("--data.mean .5 --data.mean .4 --data.mean .3", "data.mean", [0.5, 0.4, 0.3]),
+        ("--model.image_size 64 --model.image_size 32", "model.image_size", 32),  # no list: the last counts
+        ("--optim.lr 1 --optim.lr 2", "optim.lr", 2.0),
+    ],
+)
+def test_values_of_a_flag_given_several_times_are_a_list_where_the_setting_is_one(
+    resolved, words, name, expected
+):
+    assert resolved("--preset", "xtra-tiny", *words.split())[name] == expected
+
+
+def test_flags_given_several_times_win_over_config_files_as_one(resolved, tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {train: [X, Y, Z], weights: [1, 2, 3]}\n")
+    settings = resolved("--config", tmp_path / "c.yaml")
+    assert (settings["data.train"], settings["data.weights"]) == (["X", "Y", "Z"], [1.0, 2.0, 3.0])
+    words = ["--data.train", "A", "--data.train", "B", "--data.weights", "0.8", "--data.weights", "0.2"]
+    for line in (("--config", tmp_path / "c.yaml", *words), (*words, "--config", tmp_path / "c.yaml")):
+        settings = resolved(*line)
+        assert (settings["data.train"], settings["data.weights"]) == (["A", "B"], [0.8, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--data.weights 0.8 --data.weights x",
+            "data.weights is [0.8, 'x']; it must be (float, ...) or null",
+        ),
+        (
+            "--data.weights 0.8 --data.weights 0",
+            "data.weights are [0.8, 0.0]; each must be a finite number above 0",
+        ),
+        ("--data.train A --data.train B --data.weights 1", "data.train names 2 sources and data.weights 1"),
+        ("--data.train A --data.train A", "data.train names a source twice: ['A', 'A']"),
+        ("--optim.betas 0.9", "optim.betas is [0.9]; it must be (float, float)"),
+        ("--data.weights --seed 3", "--data.weights needs a value"),
+        ("--seed 3 --data.train", "--data.train needs a value"),
+    ],
+)
+def test_wrong_lists_are_told_with_code_2(cli, words, message):
+    assert message in refused(cli("pretrain", "--out", "x", *words.split()))
+
+
 # -------------------------------------------------------------------------------------------- config files
 
 

@@ -131,11 +131,11 @@ def test_an_impossible_setting_is_refused_with_its_name_and_value(make, parts):
         (ModelConfig(), "depth", True, ("model.depth is True", "must be int")),
         (ModelConfig(), "block_size", 2.0, ("model.block_size is 2.0", "int or (int, int)")),
         (ModelConfig(), "block_size", (1, 2, 3), ("model.block_size is (1, 2, 3)",)),
-        (ModelConfig(), "order", "spiral", ("model.order is 'spiral'", "'raster' or 'random'")),
-        (ModelConfig(), "predictor", "mlp", ("model.predictor is 'mlp'", "'transformer' or null")),
+        (ModelConfig(), "order", "diagonal", ("model.order is 'diagonal'", "'raster' or 'spiral'")),
+        (ModelConfig(), "predictor", "conv", ("model.predictor is 'conv'", "'mlp' or 'linear' or null")),
         (DataConfig(), "mean", (0.5, "x", 0.5), ("data.mean", "(float, ...)")),
         (DataConfig(), "flip", True, ("data.flip is True", "float")),
-        (DataConfig(), "train", 3, ("data.train is 3", "str or null")),
+        (DataConfig(), "train", 3, ("data.train is 3", "str or (str, ...) or null")),
         (OptimConfig(), "betas", [0.9, 0.95], ("optim.betas is [0.9, 0.95]", "(float, float)")),
         (TrainConfig(), "precision", "fp8", ("train.precision is 'fp8'", "'fp32' or 'bf16' or 'fp16'")),
         (TrainConfig(), "compile", 1, ("train.compile is 1", "bool")),
@@ -176,6 +176,58 @@ def test_a_config_of_ones_own_is_checked_by_its_annotations():
     )
 
 
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: ModelConfig(tokenizer="vq"), ("model.tokenizer is 'vq'", "kmeans, hf:NAME, or null")),
+        (lambda: ModelConfig(tokenizer="hf:"), ("model.tokenizer is 'hf:'",)),
+        (lambda: ModelConfig(tokenizer="kmeans", vocab_size=1), ("model.vocab_size is 1", "at least 2")),
+        (lambda: ModelConfig(tokenizer="kmeans", token_px=8), ("model.token_px is 8", "leave it null")),
+        (
+            lambda: ModelConfig(tokenizer="hf:a/b", token_px=24),
+            ("blocks of 64x64 px", "tokens of 24x24 px", "change model.token_px or model.block_size"),
+        ),
+        (
+            lambda: ModelConfig(positions="sincos", embed_dim=90, num_heads=3),
+            ("model.embed_dim 90 is not divisible by", "sin-cos positions, 4"),
+        ),
+        (
+            lambda: ModelConfig(positions="sincos", predictor_dim=90, predictor_heads=3),
+            ("model.predictor_dim 90", "sin-cos positions"),
+        ),
+        (lambda: ModelConfig(block_mlp_dim=0), ("model.block_mlp_dim is 0", "at least 1")),
+        (lambda: DataConfig(train=()), ("data.train names no source",)),
+        (lambda: DataConfig(train=("A", "B", "A")), ("names a source twice", "A")),
+        (lambda: DataConfig(train=("A", "B"), weights=(0.5, 0.0)), ("data.weights are [0.5, 0.0]",)),
+        (lambda: DataConfig(train=("A", "B"), weights=(1.0,)), ("names 2 sources", "data.weights 1")),
+        (lambda: DataConfig(train="A", epoch_samples=0), ("data.epoch_samples is 0",)),
+        (
+            lambda: DataConfig(color_jitter=(0.4, 0.4, 0.2, 0.6)),
+            ("data.color_jitter is", "hue's in [0, 0.5]"),
+        ),
+        (lambda: DataConfig(color_jitter_prob=2), ("data.color_jitter_prob is 2",)),
+    ],
+)
+def test_what_cannot_be_together_is_refused(make, parts):
+    refuses(make, *parts)
+
+
+def test_a_predictors_outputs_are_pixels_or_logits():
+    assert ModelConfig(block_size=2).outputs_per_block == 3 * 32 * 32
+    tokens = ModelConfig(block_size=2, tokenizer="kmeans", vocab_size=100)
+    assert (tokens.tokens_per_block, tokens.outputs_per_block) == (4, 400)
+    finer = ModelConfig(block_size=2, tokenizer="hf:a/b", token_px=8, vocab_size=100)
+    assert (finer.tokens_per_block, finer.outputs_per_block) == (16, 1600)
+    coarser = ModelConfig(block_size=2, tokenizer="hf:a/b", token_px=32, vocab_size=100)
+    assert (coarser.tokens_per_block, coarser.outputs_per_block) == (1, 100)
+
+
+def test_one_source_and_several_are_named_alike():
+    assert DataConfig().train_specs == ()
+    assert DataConfig(train="A").train_specs == ("A",)
+    assert DataConfig(train=("A", "B")).train_specs == ("A", "B")
+
+
 # -------------------------------------------------------------------------------------------------- durations
 
 
@@ -205,7 +257,9 @@ UNUSUAL = RunConfig(
     preset="xtra-b16",
     seed=7,
     model=ModelConfig(image_size=(64, 128), block_size=(2, 4), predictor_dim=96, order="random"),
-    data=DataConfig(train="DIR", mean=(0.5, 0.5, 0.5), workers=0, val_resize_px=128),
+    data=DataConfig(
+        train=("DIR", "digits"), weights=(0.8, 0.2), mean=(0.5, 0.5, 0.5), workers=0, val_resize_px=128
+    ),
     optim=OptimConfig(lr=3e-4, end_lr=1e-6, betas=(0.9, 0.999), clip_grad=None),
     train=TrainConfig(duration="500st", micro_batch_size=2, precision="fp32"),
     checkpoint=CheckpointConfig(every="100st", keep_every="1ep"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from nextblock.config import DataConfig
-from nextblock.data import eval_crop, keyed_rng, normalize, random_resized_crop_box, train_crop
+from nextblock.data import color_jitter, eval_crop, keyed_rng, normalize, random_resized_crop_box, train_crop
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 
@@ -187,3 +188,85 @@ def test_normalize_of_no_images_is_none() -> None:
 def test_another_number_of_channels_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"3 channels, data.mean has 1 and data.std 1; give one number per"):
         normalize(image(4, 4)[None], (0.5,), (0.5,))
+
+
+# ---------------------------------------------------------------------------------------- colours
+
+JITTER = (0.4, 0.3, 0.2, 0.1)
+CHANGES = ("brightness", "contrast", "saturation", "hue")
+
+
+@pytest.fixture
+def changes_made(monkeypatch) -> list[tuple[str, float]]:
+    """What is asked of torchvision, in order: (what is changed, factor)."""
+    made: list[tuple[str, float]] = []
+    for name in CHANGES:
+        change = getattr(reference, f"adjust_{name}")
+
+        def remember(picture, factor, name=name, change=change):
+            made.append((name, factor))
+            return change(picture, factor)
+
+        monkeypatch.setattr(reference, f"adjust_{name}", remember)
+    return made
+
+
+def test_changed_colours_are_torchvisions_with_the_drawn_factors_in_the_drawn_order(monkeypatch) -> None:
+    for seed in range(20):
+        picture = image(12, 17, seed)
+        ours = color_jitter(picture, JITTER, keyed_rng(seed, "jitter"))
+        rng = keyed_rng(seed, "jitter")
+        drawn = [rng.random() for _ in range(8)]
+        low, high = (0.6, 0.7, 0.8, -0.1), (1.4, 1.3, 1.2, 0.1)
+        params = {f"{name}_factor": low[i] + (high[i] - low[i]) * drawn[i] for i, name in enumerate(CHANGES)}
+        transform = v2.ColorJitter(*JITTER)
+        order = torch.tensor(np.argsort(drawn[4:]))
+        monkeypatch.setattr(transform, "make_params", lambda _, p=params, o=order: {"fn_idx": o, **p})
+        assert torch.equal(ours, transform(picture))
+        assert ours.dtype == torch.uint8
+
+
+def test_factors_are_uniform_around_no_change_and_every_order_comes(changes_made) -> None:
+    picture, rng = image(2, 2), keyed_rng(0, "jitter")
+    for _ in range(600):
+        color_jitter(picture, JITTER, rng)
+    orders = [tuple(name for name, _ in changes_made[i : i + 4]) for i in range(0, 2400, 4)]
+    assert set(orders) == set(itertools.permutations(CHANGES))
+    for name, centre, strength in zip(CHANGES, (1, 1, 1, 0), JITTER, strict=True):
+        factors = np.array([factor for changed, factor in changes_made if changed == name])
+        quantiles = (np.quantile(factors, [0, 0.25, 0.5, 0.75, 1]) - centre) / strength
+        assert np.abs(quantiles - [-1, -0.5, 0, 0.5, 1]).max() < 0.12
+        assert np.abs(factors - centre).max() <= strength
+
+
+def test_a_strength_of_zero_leaves_that_alone_and_the_others_as_they_were(changes_made) -> None:
+    color_jitter(image(2, 2), JITTER, keyed_rng(3, "jitter"))
+    every = changes_made.copy()
+    changes_made.clear()
+    color_jitter(image(2, 2), (*JITTER[:3], 0.0), keyed_rng(3, "jitter"))
+    assert changes_made == [change for change in every if change[0] != "hue"]
+
+
+def test_crop_and_flip_are_the_same_with_and_without_changed_colours() -> None:
+    without, never = DataConfig(), DataConfig(color_jitter=JITTER, color_jitter_prob=0.0)
+    unchanged = DataConfig(color_jitter=(0.0, 0.0, 0.0, 0.0), color_jitter_prob=1.0)
+    always = DataConfig(color_jitter=JITTER, color_jitter_prob=1.0)
+    for seed in range(20):
+        picture = image(40, 30, seed)
+        expected = train_crop(picture, 16, without, keyed_rng(seed, "crop"))
+        for data in (never, unchanged):
+            assert torch.equal(train_crop(picture, 16, data, keyed_rng(seed, "crop")), expected)
+        changed = train_crop(picture, 16, always, keyed_rng(seed, "crop"))
+        assert not torch.equal(changed, expected)
+        assert torch.equal(changed, train_crop(picture, 16, always, keyed_rng(seed, "crop")))
+
+
+def test_colours_change_as_often_as_they_should() -> None:
+    data = DataConfig(color_jitter=JITTER, color_jitter_prob=0.8, flip=0.0, crop_scale=(1, 1))
+    picture = image(8, 8)
+    changed = 0
+    for i in range(400):
+        ours = train_crop(picture, 8, data, keyed_rng(0, "crop", i))
+        base = train_crop(picture, 8, DataConfig(flip=0.0, crop_scale=(1, 1)), keyed_rng(0, "crop", i))
+        changed += not torch.equal(ours, base)
+    assert 0.74 < changed / 400 < 0.86

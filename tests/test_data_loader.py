@@ -110,6 +110,7 @@ def joined(step: Step) -> Batch:
         torch.cat([batch.images for batch in step.micro_batches]),
         torch.cat([batch.samples for batch in step.micro_batches]),
         tuple(bad for batch in step.micro_batches for bad in batch.bad),
+        torch.cat([batch.visits for batch in step.micro_batches]),
     )
 
 
@@ -118,6 +119,7 @@ def assert_same_steps(ours: list[Step], theirs: list[Step]) -> None:
     for one, other in zip(map(joined, ours), map(joined, theirs), strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.samples, other.samples)
+        assert torch.equal(one.visits, other.visits)
         assert one.bad == other.bad
 
 
@@ -195,7 +197,8 @@ def test_the_loader_follows_step_samples_and_crops_by_seed_visit_and_sample() ->
         batch = joined(step)
         assert step.visit == visit == step.index // 2
         assert batch.samples.tolist() == samples.tolist()
-        assert batch.samples.dtype == torch.int64
+        assert batch.visits.tolist() == [visit] * 4
+        assert batch.samples.dtype == batch.visits.dtype == torch.int64
         assert batch.images.dtype == torch.uint8
         for image, sample in zip(batch.images, samples.tolist(), strict=True):
             expected = train_crop(source.images[sample], 16, DATA, keyed_rng(5, "augment", visit, sample))
@@ -355,6 +358,7 @@ def test_evaluation_goes_in_order_with_centre_crops_and_keeps_the_last_batch(wor
     assert [len(batch.images) for batch in batches] == [4, 3, 3]
     assert [batch.samples.tolist() for batch in batches] == [[0, 1, 2, 3], [5, 6, 7], [8, 9, 10]]
     assert [batch.bad for batch in batches] == [(), (BadSample(4, "image 4", "broken 4"),), ()]
+    assert [batch.visits.tolist() for batch in batches] == [[0] * 4, [0] * 3, [0] * 3]
     for batch in batches:
         for image, sample in zip(batch.images, batch.samples.tolist(), strict=True):
             assert torch.equal(image, eval_crop(source.images[sample], 16, 18))

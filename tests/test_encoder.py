@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nextblock.config import ModelConfig
 from nextblock.evaluate.features import seeded
 from nextblock.models import NextBlockModel
+from nextblock.models.encoder import positions_of, positions_on, sincos_positions
+from nextblock.presets import SIZES
 from toy import tiny_images, tiny_model
 
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -83,6 +86,76 @@ def test_the_encoder_is_without_class_token_and_head(fresh):
 
 def test_only_weights_are_saved(fresh):
     assert set(fresh.state_dict()) == {name for name, _ in fresh.named_parameters()}
+
+
+# ----------------------------------------------------------------------------------- AIM's weights, positions
+
+
+@pytest.fixture(scope="module")
+def aim():
+    with seeded(0):
+        return NextBlockModel(
+            replace(SIZES["aim-600m"], embed_dim=192, depth=2, num_heads=3, predictor_depth=2)
+        )
+
+
+def test_aims_linear_weights_are_xavier_uniform_by_the_width_of_each_map(aim):
+    for name, module in aim.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        parts = module.weight.chunk(3) if name.endswith("qkv") else (module.weight,)
+        for part in parts:
+            bound = math.sqrt(6 / (part.shape[0] + part.shape[1]))
+            assert bound * 0.999 < part.abs().max().item() <= bound * 1.001
+            assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+        assert module.bias is None or not module.bias.any()
+
+
+def test_aims_patch_projection_is_xavier_uniform_as_a_linear_map_of_pixels(aim):
+    weight = aim.encoder.patch_embed.proj.weight
+    bound = math.sqrt(6 / (3 * 14 * 14 + 192))
+    assert bound * 0.999 < weight.abs().max().item() <= bound * 1.001
+    assert not aim.encoder.patch_embed.proj.bias.any()
+
+
+def test_aim_has_biases_in_its_norms_patch_projection_and_the_heads_ends_alone(aim):
+    with_bias = {name.removesuffix(".bias") for name in aim.state_dict() if name.endswith(".bias")}
+    norms = {name for name, module in aim.named_modules() if isinstance(module, nn.LayerNorm)}
+    ends = {"encoder.patch_embed.proj", "predictor.projection", "predictor.block_mlps.0"}
+    assert with_bias == norms | ends
+    assert all(aim.get_submodule(name).eps == 1e-5 for name in norms)
+
+
+def slow_sincos(row, column, dim):
+    values = []
+    for place in (column, row):
+        angles = [place / 10000 ** (i / (dim / 4)) for i in range(dim // 4)]
+        values += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+    return values
+
+
+def test_fixed_positions_are_sines_and_cosines_of_column_then_row():
+    expected = [slow_sincos(row, column, 24) for row in range(3) for column in range(5)]
+    torch.testing.assert_close(sincos_positions((3, 5), 24)[0], torch.tensor(expected))
+
+
+def test_fixed_positions_take_no_gradient_and_no_step(aim):
+    for positions in (aim.encoder.pos_embed, aim.predictor.pos_embed):
+        assert not positions.requires_grad
+    assert torch.equal(aim.predictor.pos_embed, sincos_positions((16, 16), 2048))
+
+
+def test_fixed_positions_of_another_image_size_are_computed_anew():
+    model = tiny_model(positions="sincos")
+    found = positions_on((5, 3), positions_of(model.encoder), model.config)
+    assert torch.equal(found, sincos_positions((5, 3), 24))
+    assert positions_on((4, 6), positions_of(model.encoder), model.config) is model.encoder.pos_embed
+    larger, images = tiny_model(positions="sincos", image_size=(24, 32)), tiny_images(size=(24, 32))
+    larger.load_state_dict(
+        {**model.state_dict(), **{n: t for n, t in larger.state_dict().items() if n.endswith("pos_embed")}}
+    )
+    assert torch.equal(model.encode(images).tokens, larger.encode(images).tokens)
+    assert torch.equal(model(images).predictions, larger(images).predictions)
 
 
 # -------------------------------------------------------------------------------------------------- drop path

@@ -6,14 +6,15 @@ import copy
 import os
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from nextblock.checkpoint import CheckpointError, save_checkpoint, save_classifier, save_model
-from nextblock.interop import create_model, load, load_model
-from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
+from nextblock.interop import aim, create_model, load, load_model, xtra
+from nextblock.interop.names import NameTable, ratio_of
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.heads import HeadConfig
@@ -99,9 +100,9 @@ def test_the_argument_comes_before_the_architectures_name(official, load_content
 
 
 def test_the_official_width_and_depth_tell_the_heads():
-    for config in SIZES.values():
-        heads = NUM_HEADS_OF_SIZE.get((config.embed_dim, config.depth))
-        assert heads == config.num_heads
+    for name, config in SIZES.items():
+        table = (aim if name.startswith("aim-") else xtra).NUM_HEADS_OF_SIZE
+        assert table.get((config.embed_dim, config.depth)) == config.num_heads
 
 
 def test_half_precision_weights_are_cast_to_fp32(official, load_content):
@@ -177,6 +178,71 @@ def test_a_number_of_heads_that_cannot_be_is_refused(official, load_content):
         load_content(official, num_heads=5)
 
 
+def test_the_pseudo_random_order_and_its_seed_are_read(official, load_content):
+    official["hyper_parameters"].update(aim_pseudo_random=True, seed=3)
+    config = load_content(official, num_heads=3).config
+    assert (config.order, config.order_seed) == ("random", 3)
+
+
+def test_the_distance_is_read(official, load_content):
+    assert load_content(official, num_heads=3).config.loss == "mse"
+    official["hyper_parameters"]["aim_l1_loss"] = True
+    assert load_content(official, num_heads=3).config.loss == "l1"
+
+
+# ------------------------------------------------------------------------------------------------ name tables
+
+TABLES = {
+    "xtra-model": xtra.ENCODER_NAMES + xtra.PREDICTOR_NAMES,
+    "xtra-attentive": xtra.ATTENTIVE_NAMES + xtra.ENCODER_NAMES.under("encoder_model."),
+    "xtra-linear": xtra.LINEAR_NAMES + xtra.ENCODER_NAMES.under("encoder_model."),
+    "xtra-bare-linear": xtra.BARE_LINEAR_NAMES + xtra.ENCODER_NAMES.under("encoder_model."),
+    "aim-model": aim.TRUNK_NAMES + aim.PREDICTOR_NAMES,
+    "aim-classifier": aim.TRUNK_NAMES.under("encoder_model.") + aim.CLASSIFIER_NAMES,
+}
+
+
+def examples_of(rule):
+    """A rule's two names with its placeholders filled."""
+    return [name.format(rest="weight", i=3, d=12) for name in rule]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_one_to_one_in_both_directions(name):
+    table, value = TABLES[name], torch.zeros(1)
+    for rule in table.rules:
+        official, ours = examples_of(rule)
+        assert table.to_ours({official: value}, "here") == {ours: value}
+        assert table.to_official({ours: value}) == {official: value}
+    for rule in table.rules:  # without the rule its names fit no other
+        rest = replace(table, rules=tuple(other for other in table.rules if other != rule))
+        official, ours = examples_of(rule)
+        with pytest.raises(CheckpointError, match="is no part of"):
+            rest.to_ours({official: value}, "here")
+        with pytest.raises(CheckpointError, match="have no name"):
+            rest.to_official({ours: value})
+
+
+def test_a_name_that_no_rule_fits_is_refused_in_both_directions():
+    table = NameTable("XTRA", (("enc.{i}.{rest}", "encoder.{i}.{rest}"),))
+    for name in ("enc.a.weight", "enc.1.", "an.enc.1.weight", "enc-1.weight"):
+        with pytest.raises(CheckpointError, match=f"here holds {name!r}, which is no part of an XTRA model"):
+            table.to_ours({name: torch.zeros(1)}, "here")
+    with pytest.raises(CheckpointError, match=r"'enc\.1\.w', for which official XTRA files have no name"):
+        table.to_official({"enc.1.w": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(6144, 1408), (2048, 512), (29, 93), (7, 3)])
+def test_the_ratio_of_two_widths_gives_the_hidden_one_back(hidden, width):
+    assert int(width * ratio_of(hidden, width)) == hidden
+
+
+def test_some_quotients_alone_would_lose_a_unit():
+    lost = [(h, w) for w in range(1, 200) for h in range(1, 200) if int(w * (h / w)) != h]
+    assert lost
+    assert all(int(w * ratio_of(h, w)) == h for h, w in lost)
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 
@@ -186,7 +252,7 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path):
 
 
 def test_a_directory_without_a_model_is_refused_with_what_was_looked_for_and_found(tmp_path):
-    with pytest.raises(CheckpointError, match=r"looked for model\.safetensors and check.*found nothing"):
+    with pytest.raises(CheckpointError, match=r"looked for model\.safetensors, check.*found nothing"):
         load(tmp_path)
     (tmp_path / "photo.jpg").touch()
     (tmp_path / "notes.txt").touch()

@@ -23,6 +23,7 @@ ORDER = (
     "data",
     "blocks",
     "objective",
+    "tokens",
     "models",
     "optim",
     "checkpoint",

@@ -6,13 +6,18 @@ import re
 
 import pytest
 import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch.nn.utils import get_total_norm
 
-from nextblock.blocks import unpatchify
+from nextblock.blocks import may_attend, unpatchify
 from nextblock.checkpoint import CheckpointError
 from nextblock.config import OptimConfig
 from nextblock.interop import load
+from nextblock.interop.aim import read_aim
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
+from nextblock.models.encoder import patch_tokens
 from nextblock.objective import normalize_blocks
 from nextblock.optim import build_optimizer, lr_at, set_lr
 
@@ -123,6 +128,94 @@ def test_the_heads_are_those_of_the_files(load_golden):
     assert (linear.kind, linear.layers, linear.num_classes) == ("linear", (3,), 10)
 
 
+# -------------------------------------------------------------------------------------------------------- AIM
+
+
+@pytest.fixture
+def aim_encoder(golden_dir):
+    """The official backbone as our model of 56-px images."""
+    backbone = torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True)
+    return read_aim(backbone, "aim_nano_backbone.pth", num_heads=3, image_size=56)
+
+
+@pytest.fixture
+def aim_model(golden_dir):
+    """The model of the training code, with its prediction head."""
+    weights = load_file(golden_dir / "aim_pretrain_nano_weights.safetensors")
+    return read_aim(weights, "aim_pretrain_nano_weights.safetensors", num_heads=3)
+
+
+@torch.no_grad()
+def test_aims_embedded_patches_and_layers_are_the_official_ones(golden, aim_encoder):
+    expected = golden("aim_nano")
+    embedded = patch_tokens(aim_encoder.encoder, expected["images"], aim_encoder.config)
+    torch.testing.assert_close(embedded, expected["embedded_tokens"], **TENSOR)
+    layers = torch.stack(aim_encoder.encode(expected["images"]).layers)
+    torch.testing.assert_close(layers, expected["layer_features"], **TENSOR)
+
+
+@torch.no_grad()
+def test_aims_logits_are_the_official_ones(golden, golden_dir):
+    expected = golden("aim_nano")
+    backbone, head = (
+        torch.load(golden_dir / f"aim_nano_{part}.pth", weights_only=True) for part in ("backbone", "head")
+    )
+    classifier = read_aim(backbone, "backbone", head=head, num_heads=3, probe_layers=(1, 2))
+    torch.testing.assert_close(classifier(expected["images"]), expected["logits"], **TENSOR)
+
+
+@torch.no_grad()
+def test_aims_attention_under_a_prefix_is_the_official_one(golden, aim_encoder):
+    expected = golden("aim_nano")
+    tokens = patch_tokens(aim_encoder.encoder, expected["images"], aim_encoder.config)
+    layer = aim_encoder.encoder.blocks[0]
+    mask = may_attend(torch.arange(16), expected["prefix_lengths"])
+    attended = layer.attn(layer.norm1(tokens), attn_mask=mask)
+    torch.testing.assert_close(attended, expected["prefix_attention_block0"], **TENSOR)
+    without = layer.attn(layer.norm1(tokens), attn_mask=may_attend(torch.arange(16)))
+    assert (without - expected["prefix_attention_block0"]).abs().max() > 0.01
+
+
+def test_who_may_attend_under_aims_prefix_is_the_official_answer(golden):
+    expected = golden("aim_pretrain_nano")
+    mask = may_attend(torch.arange(16), expected["prefix_lengths"])
+    assert torch.equal(mask.squeeze(1), expected["attention_allowed"].bool())
+
+
+@torch.no_grad()
+def test_aims_encoder_in_training_is_the_official_one(golden, aim_model):
+    expected = golden("aim_pretrain_nano")
+    embedded = patch_tokens(aim_model.encoder, expected["images"], aim_model.config)
+    torch.testing.assert_close(embedded, expected["embedded_tokens"], **TENSOR)
+    seen = []
+    aim_model.encoder.blocks[-1].register_forward_hook(lambda *call: seen.append(call[-1]))
+    aim_model(expected["images"], prefix_lengths=expected["prefix_lengths"])
+    # the last patch, from which nothing is predicted, is left out
+    torch.testing.assert_close(aim_model.encoder.norm(seen[0]), expected["encoder_tokens"][:, :-1], **TENSOR)
+
+
+@torch.no_grad()
+def test_aims_loss_and_predictions_are_the_official_ones(golden, aim_model):
+    expected = golden("aim_pretrain_nano")
+    out = aim_model(expected["images"], prefix_lengths=expected["prefix_lengths"])
+    torch.testing.assert_close(out.loss, expected["loss"].squeeze(), **LOSS)
+    first_kept = [row.nonzero()[0].item() + 1 for row in out.kept]  # the target of row i is patch i+1
+    assert first_kept == expected["prefix_lengths"].tolist()
+    official = rearrange(expected["predictions"], "b n (h w c) -> b n (c h w)", h=14, w=14)[:, :-1]
+    torch.testing.assert_close(out.predictions[out.kept], official[out.kept], **TENSOR)
+
+
+def test_aims_gradient_is_as_long_as_the_official_one(golden, aim_model):
+    expected = golden("aim_pretrain_nano")
+    aim_model.train()
+    aim_model(expected["images"], prefix_lengths=expected["prefix_lengths"]).loss.backward()
+    trainable = {name: p for name, p in aim_model.named_parameters() if p.requires_grad}
+    assert not any(name.endswith("pos_embed") for name in trainable)
+    gradients = [p.grad for p in trainable.values() if p.grad is not None]
+    assert len(gradients) == len(trainable)
+    torch.testing.assert_close(get_total_norm(gradients), expected["grad_norm"].squeeze(), **TENSOR)
+
+
 # -------------------------------------------------------------------------------- what the reference can tell
 
 
@@ -153,3 +246,24 @@ def test_a_model_is_loaded_for_use_in_fp32(name, load_golden):
     assert isinstance(model, NextBlockModel)
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_a_wrong_number_of_aims_heads_shows_in_the_layers(golden, golden_dir):
+    expected = golden("aim_nano")
+    backbone = torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True)
+    wrong = read_aim(backbone, "backbone", num_heads=4)
+    assert isinstance(wrong, NextBlockModel)
+    layers = torch.stack(wrong.encode(expected["images"]).layers)
+    assert (layers - expected["layer_features"]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_aims_extra_norm_shows_in_the_predictions(golden, golden_dir):
+    expected = golden("aim_pretrain_nano")
+    weights = load_file(golden_dir / "aim_pretrain_nano_weights.safetensors")
+    prefix = {"prefix_lengths": expected["prefix_lengths"]}
+    right = read_aim(weights, "weights", num_heads=3)(expected["images"], **prefix)
+    plain = {name: w for name, w in weights.items() if "decoder_blocks" not in name or "norm_1" not in name}
+    without = read_aim(plain, "weights", num_heads=3)(expected["images"], **prefix)
+    assert (without.predictions - right.predictions).abs().max() > 0.01

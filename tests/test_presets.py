@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def on_meta(name):
 
 
 def millions(*parts):
-    return sum(p.numel() for part in parts for p in part.parameters()) / 1e6
+    return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad) / 1e6
 
 
 # ----------------------------------------------------------------------------------------------- every preset
@@ -42,8 +43,9 @@ def test_the_command_of_a_preset_parses_to_its_settings(name):
     parser.add_argument("--out", type=str, required=True)
     config, options = parse_run(parser, words)
     assert options.out == "RUN"
-    differences = get_preset(name).config.differences(config)
-    assert differences == {"data.train": (None, config.data.train)}
+    assert config.data.train is not None
+    assert config == replace(get_preset(name).config, data=replace(config.data))
+    assert replace(config.data, train=None) == get_preset(name).config.data
     assert config.preset == name
 
 
@@ -199,7 +201,88 @@ def test_the_ablations_baseline_differs_from_the_released_run_where_the_official
 
 @pytest.mark.parametrize("name", [name for name in list_presets() if "ablation-" in name])
 def test_an_ablation_changes_the_model_alone(name):
-    differences = get_preset(name).config.differences(get_preset("xtra-b16-ablation").config)
+    baseline = "xtra-b16-ablation" if name.startswith("xtra") else "aim-600m-in1k"
+    differences = get_preset(name).config.differences(get_preset(baseline).config)
     assert differences
-    at_224 = {"data.val_resize_px"} if "224" in name else set()
-    assert {n for n in differences if not n.startswith("model.")} == at_224
+    of_data = {"data.val_resize_px"} if "224" in name else {"data.crop_scale"} if "crop" in name else set()
+    assert {n for n in differences if not n.startswith("model.")} == of_data
+
+
+# ----------------------------------------------------------------------------------------------------- AIM
+
+
+@pytest.mark.parametrize(
+    ("name", "trunk_b"), [("aim-600m", 0.681), ("aim-1b", 1.209), ("aim-3b", 2.720), ("aim-7b", 6.445)]
+)
+def test_aims_trunks_have_the_parameters_of_apples(name, trunk_b):
+    assert round(millions(on_meta(name).encoder) / 1e3, 3) == trunk_b
+
+
+def test_aims_head_has_the_parameters_of_apples():
+    assert round(millions(on_meta("aim-600m").predictor)) == 407
+
+
+AIM_SHARED = {
+    "model.image_size": 224,
+    "model.patch_size": 14,
+    "model.block_size": 1,
+    "model.order": "raster",
+    "model.prefix": True,
+    "model.positions": "sincos",
+    "model.patch_norm": True,
+    "model.bias": False,
+    "model.weight_init": "xavier_uniform",
+    "model.norm_eps": 1e-5,
+    "model.mlp_ratio": 4.0,
+    "model.drop_path": 0.0,
+    "model.predictor": "mlp",
+    "model.predictor_dim": 2048,
+    "model.predictor_depth": 12,
+    "model.predictor_extra_norm": True,
+    "model.norm_pixels": True,
+    "model.loss": "mse",
+    "model.feature_attention": "full",
+    "optim.lr": 1e-3,
+    "optim.start_lr": 1e-6,
+    "optim.end_lr": 0.0,
+    "optim.warmup": "2.5%",
+    "optim.weight_decay": 0.05,
+    "optim.betas": (0.9, 0.95),
+    "optim.clip_grad": 1.0,
+    "train.batch_size": 4096,
+    "train.precision": "bf16",
+    "data.crop_scale": (0.4, 1.0),
+    "data.flip": 0.5,
+    "data.val_resize_px": 256,
+}
+AIM_DFN = {"data.weights": (0.8, 0.2), "data.color_jitter": None}
+AIM_PUBLISHED = {
+    "aim-600m-in1k": {"train.duration": "125000st", "data.color_jitter": (0.4, 0.4, 0.2, 0.1)},
+    "aim-600m-dfn2b+": {"train.duration": "500000st", "model.embed_dim": 1536, **AIM_DFN},
+    "aim-1b-dfn2b+": {"train.duration": "1200000st", "model.embed_dim": 2048, **AIM_DFN},
+    "aim-3b-dfn2b+": {"train.duration": "1200000st", "model.embed_dim": 3072, **AIM_DFN},
+    "aim-7b-dfn2b+": {"train.duration": "1200000st", "model.embed_dim": 4096, "model.depth": 32, **AIM_DFN},
+}
+
+
+@pytest.mark.parametrize("name", AIM_PUBLISHED)
+def test_an_aim_recipe_is_that_of_the_paper_and_apples_code(name):
+    config = get_preset(name).config
+    expected = {**AIM_SHARED, **AIM_PUBLISHED[name]}
+    found = {}
+    for dotted in expected:
+        value = config
+        for part in dotted.split("."):
+            value = getattr(value, part)
+        found[dotted] = value
+    assert found == expected
+
+
+def test_a_preset_of_a_mixture_names_as_many_sources_as_it_has_weights():
+    assert get_preset("aim-1b-dfn2b+").command.count("--data.train") == 2
+
+
+def test_the_tiny_runs_of_both_kinds_have_the_same_budget():
+    differences = get_preset("aim-tiny").config.differences(get_preset("xtra-tiny").config)
+    assert differences
+    assert all(name.startswith("model.") for name in differences)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+from dataclasses import replace
 
 import pytest
+import torch
 
 import nextblock
+from nextblock.cli.arguments import resolve
+from nextblock.interop import load_model
+from nextblock.models.encoder import sincos_positions
 from tiny_runs import TINY, Quiet, metrics, run_toy, settings, write_images
 
 
@@ -93,3 +99,51 @@ def test_a_validation_set_without_a_readable_image_has_no_loss(tmp_path):
         (tmp_path / "val" / f"{i}.png").write_bytes(b"")
     pretrain(tmp_path, **{"monitor.pictures_every": None})
     assert {line["val_loss"] for line in metrics(tmp_path / "run", "val")} == {None}
+
+
+# -------------------------------------------------------------------------------- going on from other weights
+
+
+def go_on_from(src, tmp_path, model, caplog):
+    """Train two steps from `src`; the weights before the first, and what was said of them."""
+    config = resolve(TINY, {"data.train": "digits", "data.val_resize_px": 64, "train.duration": "2st"})
+    config = replace(config, model=replace(model, init=str(src)))
+    with caplog.at_level(logging.INFO):
+        result = nextblock.pretrain(config, out=tmp_path / "run", reporter=Quiet())
+    assert result.step == 2
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run", "train"))
+    return load_model(tmp_path / "run"), [message.strip() for message in caplog.messages]
+
+
+def test_pretraining_goes_on_from_an_official_xtra_file(golden_dir, tmp_path, caplog):
+    official = load_model(golden_dir / "xtra_k2.ckpt", num_heads=3)
+    trained, told = go_on_from(golden_dir / "xtra_k2.ckpt", tmp_path, official.config, caplog)
+    assert told[0].endswith(f"{len(official.state_dict())} tensors loaded")
+    assert not any(message.startswith(("fresh", "unused")) for message in told)
+    for name, tensor in trained.state_dict().items():
+        assert not torch.equal(tensor, official.state_dict()[name]) or tensor.std() == 0, name
+        torch.testing.assert_close(tensor, official.state_dict()[name], atol=0.01, rtol=0)
+
+
+def test_an_aim_encoder_in_this_packages_format_goes_on_under_xtras_predictor(golden_dir, tmp_path, caplog):
+    nextblock.convert(golden_dir / "aim_nano_backbone.pth", tmp_path / "aim", num_heads=3)
+    aim = load_model(tmp_path / "aim")
+    model = replace(
+        aim.config,
+        image_size=56,
+        block_size=2,
+        predictor="transformer",
+        projection_dim=32,
+        predictor_dim=16,
+        predictor_depth=1,
+        predictor_heads=2,
+        block_mlp_dim=32,
+    )
+    trained, told = go_on_from(tmp_path / "aim", tmp_path, model, caplog)
+    fresh = next(message for message in told if message.startswith("fresh"))
+    assert all(name.strip().startswith("predictor.") for name in fresh.split(":", 1)[1].split(","))
+    assert not any("to go on from the same function" in message for message in told)
+    for name, tensor in aim.encoder.state_dict().items():
+        if name != "pos_embed":
+            torch.testing.assert_close(trained.encoder.state_dict()[name], tensor, atol=0.01, rtol=0)
+    assert torch.equal(trained.get_parameter("encoder.pos_embed"), sincos_positions((4, 4), 48))

@@ -8,12 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from nextblock.checkpoint import save_model
 from nextblock.cli import main
+from nextblock.config import ModelConfig
+from nextblock.models import NextBlockModel
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,6 +48,14 @@ def commands_of_the_demo() -> list[str]:
     return [line[line.index("nextblock ") :] for line in lines if ".venv/bin/nextblock " in line]
 
 
+def tiny_of_the_command_line() -> ModelConfig:
+    """The model that `TINY_MODEL` makes of XTRA's defaults."""
+    words = TINY_MODEL[: TINY_MODEL.index("--data.val_resize_px")]
+    names = [word.removeprefix("--model.") for word in words[::2]]
+    settings: dict[str, Any] = dict(zip(names, map(int, words[1::2]), strict=True))
+    return ModelConfig(**settings)
+
+
 @pytest.fixture
 def places(tmp_path) -> dict[str, str]:
     """What the capital words of the README stand for."""
@@ -55,8 +67,13 @@ def places(tmp_path) -> dict[str, str]:
             for i in range(8):
                 Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     train, val = str(tmp_path / "train"), str(tmp_path / "val")
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    save_model(checkpoint, NextBlockModel(tiny_of_the_command_line()))
     return {
         "DIR": train,
+        "DFN2B": val,
+        "CHECKPOINT": str(checkpoint),
+        "ENCODER": str(tmp_path / "encoder"),
         "IMAGENET/train": train,
         "IMAGENET/val": val,
         "TRAIN": train,
@@ -116,7 +133,7 @@ def test_the_python_of_the_readme_runs(tmp_path):
 def test_the_table_of_presets_in_the_readme_is_that_of_the_registry():
     from nextblock.presets import PRESETS
 
-    for name in ("xtra-b16-in1k", "xtra-h14-in21k"):
+    for name in ("xtra-b16-in1k", "xtra-h14-in21k", "aim-600m-in1k"):
         preset = PRESETS[name]
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
         assert f"{preset.encoder_params_m:.1f} M" in row

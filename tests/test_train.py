@@ -50,7 +50,7 @@ def test_the_zero_baseline_of_normalised_pixels_is_about_one(tmp_path):
     baselines = json.loads((tmp_path / "run" / "baselines.json").read_text())
     values = 3 * 8 * 8  # in a block
     assert baselines["zero"] == pytest.approx((values - 1) / values, abs=1e-4)
-    assert (reporter.ticks[0].zero_loss, reporter.ticks[0].copy_loss) == tuple(baselines.values())
+    assert reporter.ticks[0].baselines == baselines
     assert "(zero 0.99, copy 0.2" in reporter.ticks[0].text()
 
 
@@ -74,7 +74,7 @@ def test_baselines_are_measured_once_a_run(tmp_path):
     reporter = Quiet()
     run_toy(tmp_path / "run", reporter=reporter)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
-    assert reporter.ticks[0].zero_loss == json.loads(before[0])["zero"]
+    assert reporter.ticks[0].baselines == json.loads(before[0])
 
 
 def test_a_line_of_metrics_tells_step_epoch_rate_loss_gradient_speed_and_holes(tmp_path):

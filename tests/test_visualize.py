@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +9,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from nextblock.blocks import raster_orders
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig
 from nextblock.data import open_source
 from nextblock.models import NextBlockModel
 from nextblock.objective import block_targets
+from nextblock.tokens import KMeansTokenizer
 from nextblock.train.monitor import MonitorEvent
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (
     PredictionMonitor,
+    _pixels_of_tokens,
     draw_predictions,
     predict,
     predicted_image,
 )
 from nextblock.visualize.sheet import MAX_PICTURE_BYTES
+from toy import ToySource, tiny_images, tiny_model
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -109,7 +112,7 @@ def test_prediction_is_put_together_as_a_loop_over_pixels_does(config):
 @pytest.mark.parametrize("in_order", ["raster", "random"])
 def test_targets_as_predictions_give_the_picture_back_outside_the_first_block(config, in_order):
     images = random_images(config)
-    order = raster_orders(config.num_blocks)[0] if in_order == "raster" else random_order(config)
+    order = torch.arange(config.num_blocks) if in_order == "raster" else random_order(config)
     mean, std = constants(config)
     targets = block_targets(images, order, config.block_px, normalize=config.norm_pixels)
     pictures = predicted_image(targets, images, config, order, mean, std)
@@ -125,7 +128,7 @@ def test_targets_as_predictions_give_the_picture_back_outside_the_first_block(co
 
 def test_a_zero_prediction_shows_each_block_in_its_true_mean():
     config = small_config()
-    images, order = random_images(config), raster_orders(config.num_blocks)[0]
+    images, order = random_images(config), torch.arange(config.num_blocks)
     zero = torch.zeros(2, config.num_blocks - 1, config.block_values)
     pictures = predicted_image(zero, images, config, order, *constants(config))
     for image in range(2):
@@ -135,7 +138,7 @@ def test_a_zero_prediction_shows_each_block_in_its_true_mean():
 
 def test_predictions_that_are_no_numbers_are_shown_black():
     config = small_config()
-    images, order = random_images(config), raster_orders(config.num_blocks)[0]
+    images, order = random_images(config), torch.arange(config.num_blocks)
     broken = torch.full((2, config.num_blocks - 1, config.block_values), float("nan"))
     pictures = predicted_image(broken, images, config, order, *constants(config))
     assert pictures[:, :, 8:].abs().max() == 0
@@ -273,8 +276,8 @@ def test_predict_writes_a_picture_and_each_images_losses(tmp_path):
     assert written["mean_loss"] == pytest.approx(result.mean_loss)
     assert result.bad == ()
     for row in result.rows:
-        assert 0.5 < row.zero <= 1.0
-        assert row.copy_previous > row.zero
+        assert 0.5 < row.baselines["zero"] <= 1.0
+        assert row.baselines["copy_previous"] > row.baselines["zero"]
         assert row.loss > 0
 
 
@@ -310,3 +313,42 @@ def test_predict_refuses_to_draw_no_image(tmp_path):
     data = DataConfig(val_resize_px=32)
     with pytest.raises(ValueError, match="num_images is 0"):
         predict(small_model(), open_source("digits", data), data, tmp_path, num_images=0, device=CPU)
+
+
+# --------------------------------------------------------------------------------------------------- tokens
+
+
+def test_predicted_tokens_are_drawn_as_their_centroids_with_each_true_patchs_mean_and_deviation():
+    model = tiny_model(tokenizer="kmeans", vocab_size=5)
+    tokenizer = model.tokenizer
+    assert isinstance(tokenizer, KMeansTokenizer)
+    tokenizer.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    images, order = tiny_images(1), torch.tensor([3, 0, 5, 1, 4, 2])
+    logits = torch.randn(1, 5, 4, 5, generator=torch.Generator().manual_seed(2))
+    blocks = _pixels_of_tokens(model, logits, images, order)
+    for row in range(5):
+        picture = blocks[0, row].view(3, 8, 8)
+        top, left = divmod(int(order[row + 1]), 3)
+        true = images[0, :, 8 * top : 8 * top + 8, 8 * left : 8 * left + 8]
+        for m in range(4):
+            y, x = 4 * (m // 2), 4 * (m % 2)
+            patch = true[:, y : y + 4, x : x + 4]
+            centroid = tokenizer.centroids[logits[0, row, m].argmax()].view(3, 4, 4)
+            expected = centroid * patch.std() + patch.mean()
+            torch.testing.assert_close(picture[:, y : y + 4, x : x + 4], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
+    model = tiny_model(tokenizer="kmeans", vocab_size=5)
+    assert isinstance(model.tokenizer, KMeansTokenizer)
+    model.tokenizer.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    data = DataConfig(val_resize_px=24, workers=0)
+    result = predict(model, ToySource(6), data, tmp_path, num_images=3, device=torch.device("cpu"))
+    assert result.picture.stat().st_size > 1000
+    assert [row.baselines for row in result.rows] == [{"uniform": pytest.approx(math.log(5))}] * 3
+
+
+def test_tokens_of_a_tokenizer_that_cannot_draw_are_refused():
+    model = tiny_model(tokenizer="hf:some/where", vocab_size=5)
+    with pytest.raises(ValueError, match="tokens of hf:some/where cannot be drawn"):
+        _pixels_of_tokens(model, torch.zeros(1, 5, 4, 5), tiny_images(1), torch.arange(6))

@@ -96,7 +96,7 @@ def tiny_model(seed=0, **changes):
         model = NextBlockModel(tiny_config(**changes)).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.ndim > 1 and "patch_embed" not in name:
+                if parameter.requires_grad and parameter.ndim > 1 and "patch_embed" not in name:
                     parameter.mul_(8)
     return model
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nextblock.cli.probe import probe
     from nextblock.config import ModelConfig, RunConfig
     from nextblock.interop import create_model, load
+    from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
     from nextblock.models.classifier import ImageClassifier
     from nextblock.presets import list_presets
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "NextBlockModel",
     "RunConfig",
+    "convert",
     "create_model",
     "list_presets",
     "load",
@@ -38,6 +40,7 @@ _HOMES = {
     "ModelConfig": "nextblock.config",
     "NextBlockModel": "nextblock.models",
     "RunConfig": "nextblock.config",
+    "convert": "nextblock.interop.convert",
     "create_model": "nextblock.interop",
     "list_presets": "nextblock.presets",
     "load": "nextblock.interop",

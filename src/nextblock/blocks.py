@@ -19,7 +19,16 @@ from einops import rearrange
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-__all__ = ["may_attend", "patches_of_blocks", "patchify", "random_orders", "raster_orders", "unpatchify"]
+__all__ = [
+    "block_orders",
+    "checkerboard_order",
+    "may_attend",
+    "patches_of_blocks",
+    "patchify",
+    "random_orders",
+    "spiral_order",
+    "unpatchify",
+]
 
 
 def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Tensor, "k m"]:
@@ -28,9 +37,45 @@ def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Te
     return rearrange(patches, "(r i) (c j) -> (r c) (i j)", i=block[0], j=block[1])
 
 
-def raster_orders(num_blocks: int) -> Int64[Tensor, "1 k"]:
-    """The set that holds one order: blocks row by row."""
-    return torch.arange(num_blocks, dtype=torch.int64)[None]
+def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Tensor, "o k"]:
+    """The set of orders that a setting of `order` stands for, one order but for "random".
+
+    The first is for validation and features. `seed` matters to the random ones only.
+    """
+    k = block_grid[0] * block_grid[1]
+    if kind == "random":
+        return random_orders(k, seed)
+    if kind == "fixed_random":
+        return torch.randperm(k, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[None]
+    if kind == "spiral":
+        return spiral_order(block_grid)[None]
+    if kind == "checkerboard":
+        return checkerboard_order(block_grid)[None]
+    assert kind == "raster", kind
+    return torch.arange(k, dtype=torch.int64)[None]
+
+
+def spiral_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
+    """From the centre out: a spiral that goes in from the top left, down first, walked backwards (AIM).
+
+    Positions on 3x4 blocks:
+
+        11  2  3  4
+        10  1  0  5
+         9  8  7  6
+    """
+    blocks = torch.arange(block_grid[0] * block_grid[1], dtype=torch.int64).view(block_grid)
+    inward = []
+    while blocks.numel():
+        inward.append(blocks[:, 0])
+        blocks = blocks[:, 1:].rot90(-1)  # what was the bottom row becomes the left column, read downwards
+    return torch.cat(inward).flip(0)
+
+
+def checkerboard_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
+    """Blocks whose row and column are both even or both odd, then the others, both in raster order (AIM)."""
+    rows, columns = torch.meshgrid(*map(torch.arange, block_grid), indexing="ij")
+    return torch.argsort((rows + columns).flatten() % 2, stable=True)
 
 
 def random_orders(num_blocks: int, seed: int) -> Int64[Tensor, "k k"]:

@@ -19,7 +19,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,21 @@ from torch import Tensor, nn
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
-from nextblock.models.encoder import resample_positions
 from nextblock.models.heads import HeadConfig
 from nextblock.settings import from_dict, to_dict
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
-    "InitReport",
-    "initialize_from",
+    "MissingSettingError",
+    "UnknownFormatError",
     "is_safetensors",
     "latest_checkpoint",
     "load_state",
     "load_strictly",
     "prune_checkpoints",
     "read_data",
+    "read_metadata",
     "read_model",
     "save_checkpoint",
     "save_classifier",
@@ -61,6 +60,18 @@ RECORDED_DATA = ("mean", "std", "val_resize_px")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says why and what to do."""
+
+
+class UnknownFormatError(CheckpointError):
+    """A file can be read, but holds no model that is known."""
+
+
+class MissingSettingError(CheckpointError):
+    """A foreign file does not tell a setting without which its model cannot be built."""
+
+    def __init__(self, setting: str, message: str) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 # ------------------------------------------------------------------------------------------- writing whole
@@ -176,7 +187,7 @@ def is_safetensors(path: Path) -> bool:
 
 def read_model(path: Path) -> NextBlockModel | ImageClassifier:
     """Build the network that a model file describes, with its weights, on the CPU in fp32."""
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     if metadata.get("format") != "nextblock":
         raise CheckpointError(f"{path} is safetensors, but was not written by nextblock")
     if int(metadata["format_version"]) > FORMAT_VERSION:
@@ -191,17 +202,21 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
         model = ImageClassifier(encoder_model, head_config, settings["class_names"])
     else:
         model = NextBlockModel(from_dict(ModelConfig, settings))
+        data = read_data(path)
+        if data is not None:
+            model.image_stats = (data.mean, data.std)
     load_strictly(model, load_file(path), str(path))
     return model.eval()
 
 
 def read_data(path: Path) -> DataConfig | None:
     """How a model file says that its images are normalised and cut; None where it is silent."""
-    recorded = _metadata(path).get("data")
+    recorded = read_metadata(path).get("data")
     return None if recorded is None else from_dict(DataConfig, json.loads(recorded))
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
     try:
         with safe_open(path, framework="pt") as handle:
             return handle.metadata() or {}
@@ -287,67 +302,3 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
-
-
-# ----------------------------------------------------------------------------- starting from other weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitReport:
-    """What became of every parameter when a model was given another's weights."""
-
-    origin: str
-    loaded: tuple[str, ...]
-    resampled: tuple[str, ...]
-    """Learned positions brought to another grid."""
-    fresh: tuple[str, ...]
-    """Missing in the other model, or of another shape: as they were initialised."""
-    unused: tuple[str, ...]
-    """In the other model only."""
-
-
-def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
-    """Give a model another's weights: what fits is copied, positions are resampled, the rest stays fresh.
-
-    Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of attention
-    heads, as that is surely not what was meant.
-    """
-    _refuse_other_heads(model.config, other.config, origin)
-    other_predictor = model.config.predictor_heads != other.config.predictor_heads
-    own, theirs = model.state_dict(), other.state_dict()
-    loaded, resampled = [], []
-    for name, tensor in own.items():
-        if name not in theirs or (other_predictor and name.startswith("predictor.blocks.")):
-            continue
-        if theirs[name].shape == tensor.shape and not _other_grid(name, model, other):
-            tensor.copy_(theirs[name])
-            loaded.append(name)
-        elif name.endswith("pos_embed") and theirs[name].shape[-1] == tensor.shape[-1]:
-            tensor.copy_(resample_positions(theirs[name], other.config.grid, model.config.grid))
-            resampled.append(name)
-    done = {*loaded, *resampled}
-    if not any(name.startswith("encoder.blocks.") for name in done):
-        raise CheckpointError(
-            f"nothing of the encoder in {origin} fits: it is {other.config.embed_dim} wide with "
-            f"{other.config.depth} layers, this model {model.config.embed_dim} wide with "
-            f"{model.config.depth}; set model.embed_dim, model.depth and model.num_heads as there"
-        )
-    return InitReport(
-        origin=origin,
-        loaded=tuple(loaded),
-        resampled=tuple(resampled),
-        fresh=tuple(name for name in own if name not in done),
-        unused=tuple(name for name in theirs if name not in done),
-    )
-
-
-def _refuse_other_heads(own: ModelConfig, theirs: ModelConfig, origin: str) -> None:
-    if own.embed_dim == theirs.embed_dim and own.num_heads != theirs.num_heads:
-        raise CheckpointError(
-            f"the encoder in {origin} has {theirs.num_heads} attention heads, this model {own.num_heads}: "
-            f"the weights would fit and mean something else; set model.num_heads {theirs.num_heads}"
-        )
-
-
-def _other_grid(name: str, model: NextBlockModel, other: NextBlockModel) -> bool:
-    return name.endswith("pos_embed") and model.config.grid != other.config.grid

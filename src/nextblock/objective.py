@@ -16,7 +16,14 @@ from torch import Tensor
 
 from nextblock.blocks import patchify
 
-__all__ = ["baseline_losses", "block_losses", "block_targets", "combine", "kept_rows", "normalize_blocks"]
+__all__ = [
+    "baseline_losses",
+    "block_losses",
+    "block_targets",
+    "combine",
+    "kept_rows",
+    "normalize_blocks",
+]
 
 NORMALIZE_EPS = 1e-6
 

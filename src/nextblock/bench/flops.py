@@ -15,13 +15,16 @@ __all__ = ["forward_flops", "step_flops"]
 
 
 def forward_flops(config: ModelConfig) -> dict[str, int]:
-    """Floating-point operations of one image's forward pass, by part."""
+    """Floating-point operations of one image's forward pass, by part, where transformer layers predict."""
+    assert config.predictor == "transformer", "the flops of other predictors are not counted"
+    assert not config.prefix, "a prefix takes some predictions away"
+    assert config.tokenizer is None, "a tokenizer's own work is not counted"
     steps = config.num_blocks - 1
     seen = steps * config.patches_per_block
     patch_values = config.in_chans * config.patch_size**2
     width = config.predictor_dim
-    projection = config.projection_dim * (config.embed_dim + width)
-    block_mlp = config.block_mlp_dim * (width * config.patches_per_block + config.block_values)
+    projection = _mlp(config.embed_dim, config.projection_dim, width)
+    block_mlp = _mlp(width * config.patches_per_block, config.block_mlp_dim, config.block_values)
     return {
         "patch_embed": 2 * seen * patch_values * config.embed_dim,
         "encoder": config.depth * _layer(seen, config.embed_dim, config.mlp_ratio),
@@ -37,6 +40,11 @@ def step_flops(config: ModelConfig) -> int:
     """Floating-point operations of one image's forward and backward pass."""
     forward = forward_flops(config)
     return 3 * sum(forward.values()) - forward["patch_embed"]
+
+
+def _mlp(inputs: int, hidden: int | None, outputs: int) -> int:
+    """Multiplications of an MLP on one input; without a hidden width, of one linear map."""
+    return inputs * outputs if hidden is None else hidden * (inputs + outputs)
 
 
 def _layer(tokens: int, width: int, mlp_ratio: float) -> int:

@@ -101,6 +101,8 @@ class Predictor(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.projection_dim is not None, "the plain projection is an MLP"
+        assert config.block_mlp_dim is not None, "the plain block MLP has a hidden layer"
         dim = config.predictor_dim
         self.block_grid, self.block = config.block_grid, pair(config.block_size)
         self.projection = nn.Sequential(
@@ -143,6 +145,12 @@ class PlainModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.predictor == "transformer", "the plain model predicts by transformer layers"
+        assert config.positions == "learned", "the plain model learns its positions"
+        assert config.bias, "the plain model's linear maps have biases"
+        assert not config.patch_norm, "the plain model does not normalise patches"
+        assert not config.prefix, "the plain model has no prefix"
+        assert config.tokenizer is None, "the plain model predicts pixels"
         assert config.num_predicted_blocks == 1, "the plain model looks one block ahead"
         assert config.order == "raster", "the plain model goes in raster order"
         assert config.drop_path == 0, "the plain model drops no paths"

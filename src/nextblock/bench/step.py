@@ -29,6 +29,18 @@ SPEEDUP, GEMM_SHARE, MEMORY = 1.25, 0.75, 1.0
 MAX_LOSS_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2}
 """Between ours and plain at the first step, where the weights are the same; in bf16 the sums' order shows."""
 
+PLAIN_SETTINGS = {
+    "predictor": "transformer",
+    "bias": True,
+    "patch_norm": False,
+    "positions": "learned",
+    "prefix": False,
+    "tokenizer": None,
+    "loss": "mse",
+    "norm_pixels": True,
+}
+"""What the plain implementation can do of these settings; and it needs `projection_dim`, `block_mlp_dim`."""
+
 Result = dict[str, Any]
 STEP_TARGET = "nextblock.bench.variants:measure_step"
 GEMM_TARGET = "nextblock.bench.variants:measure_gemm"
@@ -68,10 +80,22 @@ class StepBench:
 
     @property
     def config(self) -> ModelConfig:
-        """The network that is trained: the named one without what the plain implementation leaves out."""
+        """The network that is trained: the named one without what the plain implementation leaves out.
+
+        Raises `ValueError` where that would make it another method.
+        """
         size = {} if self.image_size is None else {"image_size": self.image_size}
         changes = {"drop_path": 0.0, "order": "raster", "num_predicted_blocks": 1, "init": None}
-        return model_config(self.model, **size, **changes)
+        config = model_config(self.model, **size, **changes)
+        wrong = [name for name, value in PLAIN_SETTINGS.items() if getattr(config, name) != value]
+        wrong += [name for name in ("projection_dim", "block_mlp_dim") if getattr(config, name) is None]
+        require(
+            not wrong,
+            f"the plain implementation is XTRA's alone, but {self.model} has "
+            + ", ".join(f"model.{name} {getattr(config, name)!r}" for name in wrong)
+            + "; use --model xtra-b16 or another size of XTRA",
+        )
+        return config
 
     @property
     def large_blocks(self) -> ModelConfig:

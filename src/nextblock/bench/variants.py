@@ -107,8 +107,9 @@ def _ours(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
 
     def whole_step(index: int, images: UInt8[Tensor, "b c h w"]) -> float:
         samples = torch.arange(len(images))
+        step = Step(index, 0, [Batch(images, samples, (), torch.zeros_like(samples))])
         with watch.watch(trainer, "_backward", FORWARD_BACKWARD), watch.watch(trainer, "_update", UPDATE):
-            return trainer.train_step(Step(index, 0, [Batch(images, samples, ())]), LEARNING_RATE).loss
+            return trainer.train_step(step, LEARNING_RATE).loss
 
     def forward_backward(_: int, images: UInt8[Tensor, "b c h w"]) -> float:
         pixels = trainer.to_model(images)

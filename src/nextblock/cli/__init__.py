@@ -18,6 +18,7 @@ VERBS = {
     "probe": "measure what a frozen encoder's features are worth",
     "predict": "draw how a model predicts the blocks of images",
     "report": "sum up a run: accuracies, speed, losses, pictures",
+    "convert": "write a model in another format, or push it to the hub",
     "info": "tell what a run or a weight file holds",
     "presets": "list the named runs and model sizes",
     "bench": "measure speed against the plain alternative",

@@ -1,17 +1,21 @@
 """From words on the command line to settings: the preset, then all --config files, then all flags.
 
-The order on the line does not matter. Whatever is wrong raises `ValueError` with what would be right.
+The order on the line does not matter, but for a flag given several times: the last counts, or, where the
+setting is a list, all of them in this order (`--data.train A --data.train B`). Whatever is wrong raises
+`ValueError` with what would be right.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -40,7 +44,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         if name.startswith("--") and name.removeprefix("--") not in known:
             raise ValueError(f"unknown setting {name}; {_nearest(name, known, dashes='--')}")
     try:
-        return parser.parse_args(list(argv))
+        return parser.parse_args(_with_lists(parser, argv))
     except argparse.ArgumentError as error:
         raise ValueError(_plainly(parser, _one_line(str(error)))) from error
 
@@ -100,6 +104,53 @@ def _rearrange(argv: Sequence[str]) -> tuple[list[str], list[str], str | None]:
     in_files = [_read_config(path).get("preset") for path in found["--config"]]
     presets = found["--preset"] or [preset for preset in in_files if preset is not None]
     return words, found["--config"], presets[-1] if presets else None
+
+
+def _with_lists(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The words, with all values of a flag whose setting is a list in one word, `--data.weights=[0.8, 0.2]`.
+
+    A value that is a list itself, or null, replaces what came before it.
+    """
+    hints = {
+        name: getattr(action, "_typehint", None)
+        for action in parser._actions
+        for name in action.option_strings
+    }
+    kept: list[str] = []
+    values: dict[str, list[str]] = {}
+    words = iter(argv)
+    for word in words:
+        name, has_value, value = word.partition("=")
+        if not _is_list(hints.get(name)):
+            kept.append(word)
+            continue
+        value = value if has_value else next(words, None)
+        if value is None or (not has_value and value.startswith("--")):
+            raise ValueError(f"{name} needs a value")
+        if name not in values or _stands_alone(value) or _stands_alone(values[name][-1]):
+            values[name] = []
+        values[name].append(value)
+    return kept + [f"{name}={_as_list(given, hints[name])}" for name, given in values.items()]
+
+
+def _stands_alone(value: str) -> bool:
+    return value.startswith("[") or value == "null"
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a setting may be a list, and a number alone is none of its values."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return any(get_origin(kind) is tuple for kind in kinds) and not {int, float} & set(kinds)
+
+
+def _as_list(values: list[str], hint: Any) -> str:
+    """Values as jsonargparse reads a list; one alone stays as it is where the setting takes it alone."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if len(values) == 1 and (_stands_alone(values[0]) or str in kinds):
+        return values[0]
+    elements = next(get_args(kind) for kind in kinds if get_origin(kind) is tuple)
+    are_numbers = set(elements) <= {int, float, Ellipsis}
+    return f"[{', '.join(values)}]" if are_numbers else json.dumps(values)
 
 
 def _read_config(path: str) -> dict[str, Any]:

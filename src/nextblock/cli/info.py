@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nextblock.interop.reading import Found, Told
 
 __all__ = ["run"]
 
+MAX_TENSORS = 12
+"""How many tensors of a file that is no model are told."""
+STAND_INS = {"num_heads": 1, "probe_layers": (0,)}
+"""What a file is looked at with where it does not tell a setting; it is said to be untold."""
+
 
 def run(argv: Sequence[str]) -> int:
-    """Load a model from anything `nextblock.load` reads, and tell what it is."""
+    """Tell what anything is that `nextblock.load` reads, and what other weight files hold."""
     from rich.console import Console
     from rich.table import Table
 
     from nextblock.cli.arguments import build_parser, parse
+    from nextblock.interop.reading import Told
 
     parser = build_parser("info", "Tell what a run or a weight file holds.")
-    parser.add_argument("file", type=str, help="run directory, checkpoint or weight file")
+    parser.add_argument(
+        "file", type=str, help="run directory, checkpoint, weight file, hf:USER/NAME or timm:NAME"
+    )
+    parser.add_argument("--head", type=str | None, default=None, help="head of an AIM classifier")
     parser.add_argument(
         "--num_heads", type=int | None, default=None, help="the encoder's, where the file is silent"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parse(parser, argv)
-    told = _describe(options.file, options.num_heads)
+    told = _describe(options.file, Told(head=options.head, num_heads=options.num_heads))
     if options.json:
         sys.stdout.write(json.dumps(told) + "\n")
         return 0
@@ -35,22 +49,64 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _describe(src: str, num_heads: int | None) -> dict[str, Any]:
-    from nextblock.interop import load
+def _describe(src: str, told: Told) -> dict[str, Any]:
+    """What a source is: a model as far as it can be told, else its tensors."""
+    from nextblock.checkpoint import MissingSettingError, UnknownFormatError
+    from nextblock.interop.reading import read
+
+    untold: dict[str, str] = {}
+    while True:
+        try:
+            return _describe_model(read(src, told), untold)
+        except MissingSettingError as error:
+            untold[error.setting] = str(error)
+            told = replace(told, **{error.setting: STAND_INS[error.setting]})
+        except UnknownFormatError as error:
+            return _describe_tensors(Path(src), str(error))
+
+
+def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
     from nextblock.models.classifier import ImageClassifier
     from nextblock.settings import to_dict
 
-    model = load(src, num_heads=num_heads)
+    model = found.model
     is_classifier = isinstance(model, ImageClassifier)
     encoder_model = model.encoder_model if is_classifier else model
     config = encoder_model.config
-    return {
+    heads = "heads not told" if "num_heads" in untold else f"{config.num_heads} heads"
+    told = {
         "kind": "classifier" if is_classifier else "model" if encoder_model.predictor else "encoder",
-        "encoder": f"{config.embed_dim} wide, {config.depth} layers, {config.num_heads} heads",
+        "format": found.format,
+        "encoder": f"{config.embed_dim} wide, {config.depth} layers, {heads}",
         "encoder_params": sum(p.numel() for p in encoder_model.encoder.parameters()),
         "total_params": sum(p.numel() for p in model.parameters()),
         "grid": list(config.grid),
         "blocks": config.num_blocks,
+        "features": f"{config.feature_attention} attention",
         **({"head": to_dict(model.head_config)} if is_classifier else {}),
         "config": to_dict(config),
     }
+    for name, why in untold.items():
+        told[f"{name} (untold)"] = why
+        section = told["config"] if name in told["config"] else told.get("head", {})
+        section["layers" if name == "probe_layers" else name] = None
+    return told
+
+
+def _describe_tensors(path: Path, why: str) -> dict[str, Any]:
+    """A file of tensors that is no model: the head of a classifier, or anything."""
+    from nextblock.checkpoint import is_safetensors, read_metadata
+    from nextblock.interop.aim import is_aim_head
+    from nextblock.interop.reading import read_content
+
+    content = read_content(path)
+    if not isinstance(content, Mapping):
+        return {"kind": type(content).__name__, "why": why}
+    shapes = {name: list(value.shape) for name, value in content.items() if hasattr(value, "shape")}
+    kind = "head of an AIM classifier" if is_aim_head(content) else "tensors"
+    told: dict[str, Any] = {"kind": kind, "why": why, "tensors": dict(list(shapes.items())[:MAX_TENSORS])}
+    if len(shapes) > MAX_TENSORS:
+        told["further_tensors"] = len(shapes) - MAX_TENSORS
+    if is_safetensors(path) and read_metadata(path):
+        told["metadata"] = read_metadata(path)
+    return told

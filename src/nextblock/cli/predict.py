@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,7 +90,7 @@ def _as_json(result: PredictResult) -> dict[str, Any]:
     return {
         "picture": str(result.picture),
         "mean_loss": result.mean_loss,
-        "rows": [asdict(row) for row in result.rows],
+        "rows": [row.as_dict() for row in result.rows],
         "bad": [{"name": sample.name, "reason": sample.reason} for sample in result.bad],
     }
 
@@ -106,7 +106,9 @@ def _unreadable(result: PredictResult) -> str:
 def _table(result: PredictResult) -> Table:
     from rich.table import Table
 
-    table = Table("image", "loss", "predicting zero", "copying the previous block")
+    from nextblock.visualize.words import BASELINE_WORDS
+
+    table = Table("image", "loss", *(BASELINE_WORDS[name] for name in result.rows[0].baselines))
     for row in result.rows:
-        table.add_row(row.name, f"{row.loss:.3f}", f"{row.zero:.3f}", f"{row.copy_previous:.3f}")
+        table.add_row(row.name, *(f"{value:.3f}" for value in (row.loss, *row.baselines.values())))
     return table

@@ -53,7 +53,7 @@ def pretrain(
     Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
     """
     from nextblock.cli.arguments import resolve
-    from nextblock.data import open_source
+    from nextblock.data import open_source, open_sources
     from nextblock.train import ConsoleReporter, train
 
     base = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
@@ -61,7 +61,7 @@ def pretrain(
     reporter = reporter or ConsoleReporter()
     for hint in _hints(config):
         reporter.note(hint)
-    sources = {"train": open_source(_train_spec(config), config.data)}
+    sources = {"train": open_sources(_train_specs(config), config.data)}
     if config.data.val is not None:
         sources["val"] = open_source(config.data.val, config.data)
     monitors = _monitors(config, sources)
@@ -70,10 +70,17 @@ def pretrain(
     return result
 
 
-def _train_spec(config: RunConfig) -> str:
-    if config.data.train is None:
-        raise ValueError("there is nothing to train on; name a directory of images: --data.train DIR")
-    return config.data.train
+def _train_specs(config: RunConfig) -> tuple[str, ...]:
+    specs, weights = config.data.train_specs, config.data.weights
+    if specs:
+        return specs
+    if weights is not None:
+        shares = ", ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(
+            f"there is nothing to train on; name {len(weights)} sources, for data.weights {shares} in this "
+            f"order: {' '.join(['--data.train DIR'] * len(weights))}"
+        )
+    raise ValueError("there is nothing to train on; name a directory of images: --data.train DIR")
 
 
 def _hints(config: RunConfig) -> list[str]:
@@ -95,7 +102,13 @@ def _hints(config: RunConfig) -> list[str]:
                 f"scaled for you; in proportion to the batch it would be "
                 f"{config.optim.lr * batch_size / meant:.1e}"
             )
+    if not _can_draw(config) and config.monitor.pictures_every is not None:
+        hints.append(f"no pictures: tokens of {config.model.tokenizer} cannot be drawn, only those of kmeans")
     return hints
+
+
+def _can_draw(config: RunConfig) -> bool:
+    return config.model.tokenizer in (None, "kmeans")
 
 
 def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
@@ -106,7 +119,7 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     settings, size = config.monitor, config.model.image_size
     shown = sources.get("val", sources["train"])
     monitors: list[Monitor] = []
-    if settings.pictures_every is not None:
+    if settings.pictures_every is not None and _can_draw(config):
         images, _, _ = some_images(shown, config.data, size, settings.pictures)
         monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
     if settings.knn_every is not None and _have_same_classes(sources):

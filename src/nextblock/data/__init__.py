@@ -1,6 +1,6 @@
-"""Images: where they are (sources), to pixels (decode), crops (augment), and batches in order (loader)."""
+"""Images: where they are (sources, mixture), to pixels (decode), crops (augment), batches (order, loader)."""
 
-from nextblock.data.augment import eval_crop, normalize, random_resized_crop_box, train_crop
+from nextblock.data.augment import color_jitter, eval_crop, normalize, random_resized_crop_box, train_crop
 from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder
 from nextblock.data.keyed import keyed_permutation, keyed_rng, keyed_seed
 from nextblock.data.loader import (
@@ -10,8 +10,9 @@ from nextblock.data.loader import (
     TrainLoader,
     eval_batches,
     resolve_workers,
-    step_samples,
 )
+from nextblock.data.mixture import ConcatSource, open_sources, parts_of, sample_order
+from nextblock.data.order import MixtureOrder, SampleOrder, VisitOrder, step_samples
 from nextblock.data.quarantine import QuarantineLog, TooManyBadImages
 from nextblock.data.sources import Source, open_source
 
@@ -19,11 +20,16 @@ __all__ = [
     "BadImageError",
     "BadSample",
     "Batch",
+    "ConcatSource",
+    "MixtureOrder",
     "QuarantineLog",
+    "SampleOrder",
     "Source",
     "Step",
     "TooManyBadImages",
     "TrainLoader",
+    "VisitOrder",
+    "color_jitter",
     "decode_image",
     "eval_batches",
     "eval_crop",
@@ -33,8 +39,11 @@ __all__ = [
     "keyed_seed",
     "normalize",
     "open_source",
+    "open_sources",
+    "parts_of",
     "random_resized_crop_box",
     "resolve_workers",
+    "sample_order",
     "step_samples",
     "train_crop",
 ]

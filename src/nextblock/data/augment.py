@@ -1,7 +1,8 @@
-"""Crops and flips of uint8 images: pure functions of an image and a generator.
+"""Crops, flips and changed colours of uint8 images: pure functions of an image and a generator.
 
 The crop is torchvision's random resized crop and the pixels are those of its v2 functions (bicubic,
-antialiased, on uint8). The kernel is called directly, as torchvision takes seconds to import.
+antialiased, on uint8). The kernel is called directly, as torchvision takes seconds to import; only changing
+colours imports it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from nextblock.config import DataConfig, Size, pair
 
-__all__ = ["eval_crop", "normalize", "random_resized_crop_box", "train_crop"]
+__all__ = ["color_jitter", "eval_crop", "normalize", "random_resized_crop_box", "train_crop"]
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width, in pixels."""
@@ -54,12 +55,44 @@ def _centre_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
 def train_crop(
     image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig, rng: np.random.Generator
 ) -> UInt8[Tensor, "c rows columns"]:
-    """A random crop resized to `size`, flipped left to right with probability `data.flip`."""
+    """A random crop resized to `size`, flipped left to right with probability `data.flip`.
+
+    Then, with `data.color_jitter`, its colours are changed with probability `data.color_jitter_prob`.
+    """
     flip = rng.random() < data.flip
     height, width = image.shape[-2:]
     top, left, rows, columns = random_resized_crop_box(height, width, data.crop_scale, data.crop_ratio, rng)
     crop = _resize(image[:, top : top + rows, left : left + columns], pair(size))
-    return crop.flip(-1) if flip else crop
+    crop = crop.flip(-1) if flip else crop
+    # Drawn last, so that crops are the same with and without it.
+    if data.color_jitter is not None and rng.random() < data.color_jitter_prob:
+        return color_jitter(crop, data.color_jitter, rng)
+    return crop
+
+
+def color_jitter(
+    image: UInt8[Tensor, "3 h w"], strengths: tuple[float, float, float, float], rng: np.random.Generator
+) -> UInt8[Tensor, "3 h w"]:
+    """Change brightness, contrast, saturation and hue, in random order.
+
+    The first three are multiplied by a factor drawn uniformly from 1 - strength to 1 + strength; the hue, a
+    circle of length 1, is turned by up to its strength either way (torchvision's `ColorJitter`). As in
+    `random_resized_crop_box` only `rng.random` is used.
+    """
+    from torchvision.transforms.v2 import functional
+
+    changes = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
+    centres = (1.0, 1.0, 1.0, 0.0)
+    drawn = [rng.random() for _ in range(8)]
+    for i in sorted(range(4), key=lambda i: drawn[4 + i]):
+        if strengths[i] > 0:
+            image = changes[i](image, centres[i] + strengths[i] * (2 * drawn[i] - 1))
+    return image
 
 
 def eval_crop(image: UInt8[Tensor, "c h w"], size: Size, resize_px: int) -> UInt8[Tensor, "c rows columns"]:

@@ -1,8 +1,9 @@
 """Batches in an order that is a function of the seed alone.
 
-A training step's samples are f(seed, step) and an image's crop is f(seed, visit, sample), so neither hangs on
-the number of worker processes, on the size of the micro-batches, or on where a run was cut: starting at step
-one million costs what starting at step zero does. An unreadable image leaves a hole in its batch.
+A training step's samples are f(seed, step), see `order`, and an image's crop is f(seed, visit, sample), so
+neither hangs on the number of worker processes, on the size of the micro-batches, or on where a run was cut:
+starting at step one million costs what starting at step zero does. An unreadable image leaves a hole in its
+batch.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from nextblock.config import DataConfig, Size, pair
 from nextblock.data.augment import eval_crop, train_crop
 from nextblock.data.decode import BadImageError
-from nextblock.data.keyed import keyed_permutation, keyed_rng
+from nextblock.data.keyed import keyed_rng
+from nextblock.data.mixture import sample_order
 from nextblock.data.sources import Source
 from nextblock.data.workers import start_worker
 
-__all__ = ["BadSample", "Batch", "Step", "TrainLoader", "eval_batches", "resolve_workers", "step_samples"]
+__all__ = ["BadSample", "Batch", "Step", "TrainLoader", "eval_batches", "resolve_workers"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class Batch(NamedTuple):
     images: UInt8[Tensor, "b c h w"]
     samples: Int64[Tensor, " b"]
     bad: tuple[BadSample, ...]
+    visits: Int64[Tensor, " b"]
+    """How often each image's source had been gone through before; 0 in evaluation."""
 
 
 class Step(NamedTuple):
@@ -61,20 +65,8 @@ class Step(NamedTuple):
     index: int  # pyright: ignore[reportIncompatibleMethodOverride] - hides tuple.index, of no use here
     """Number of the step, from 0."""
     visit: int
-    """How often the source had been gone through before this step."""
+    """The epoch, from 0; where there is one source, how often it had been gone through before."""
     micro_batches: list[Batch]
-
-
-def step_samples(seed: int, n: int, batch_size: int, step: int) -> tuple[int, np.ndarray]:
-    """The visit a step belongs to, and the step's samples out of `n`, in order.
-
-    Every visit has an order of its own and drops the last of it, the remainder of n over the batch size.
-    """
-    if not 1 <= batch_size <= n:
-        raise ValueError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
-    visit, place = divmod(step, n // batch_size)
-    order = keyed_permutation(seed, n, "order", visit)
-    return visit, order[place * batch_size : (place + 1) * batch_size]
 
 
 def resolve_workers(workers: int | None, source: Source) -> int:
@@ -109,17 +101,9 @@ class TrainLoader:
         micro = batch_size if micro_batch_size is None else micro_batch_size
         _check_at_least(1, batch_size=batch_size, micro_batch_size=micro)
         _check_at_least(0, start_step=start_step, workers=workers)
-        if len(source) < batch_size:
-            log.warning(
-                "%s has %d images, fewer than the batch of %d: the batch becomes all of them",
-                source.spec,
-                len(source),
-                batch_size,
-            )
-        self.batch_size = min(batch_size, len(source))
-        self.steps_per_epoch = len(source) // self.batch_size
+        self.order = sample_order(source, data, seed=seed, batch_size=batch_size)
+        self.batch_size, self.steps_per_epoch = self.order.batch_size, self.order.steps_per_epoch
         self._source = source
-        self._seed = seed
         self._start_step = start_step
         self._workers = workers
         self._pin_memory = pin_memory
@@ -142,10 +126,10 @@ class TrainLoader:
 
     def _keys(self) -> Iterator[list[Key]]:
         for step in count(self._start_step):
-            visit, samples = step_samples(self._seed, len(self._source), self.batch_size, step)
+            _, visits, samples = self.order.keys(step)
             for slices in self._micro_batches:
                 for part in slices:
-                    yield [(visit, sample) for sample in samples[part].tolist()]
+                    yield list(zip(visits[part].tolist(), samples[part].tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +203,7 @@ class _Images(Dataset):
         self._size = size
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        images, samples, bad = [], [], []
+        images, read, bad = [], [], []
         for key in keys:
             sample = key[1]
             try:
@@ -228,9 +212,10 @@ class _Images(Dataset):
                 bad.append(BadSample(sample, self._source.name(sample), str(error)))
                 continue
             images.append(self._crop(image, key))
-            samples.append(sample)
+            read.append(key)
         stacked = torch.stack(images) if images else torch.empty((0, 3, *self._size), dtype=torch.uint8)
-        return Batch(stacked, torch.tensor(samples, dtype=torch.int64), tuple(bad))
+        visits, samples = torch.tensor(read, dtype=torch.int64).view(-1, 2).unbind(1)
+        return Batch(stacked, samples, tuple(bad), visits)
 
 
 def _data_loader(
@@ -253,12 +238,13 @@ def _as_it_is(batch: Any) -> Any:
 
 def _join(chunks: list[Batch], *, pin_memory: bool) -> Batch:
     samples = torch.cat([chunk.samples for chunk in chunks])
+    visits = torch.cat([chunk.visits for chunk in chunks])
     bad = tuple(bad for chunk in chunks for bad in chunk.bad)
     if len(chunks) == 1 and not pin_memory:
-        return Batch(chunks[0].images, samples, bad)
+        return Batch(chunks[0].images, samples, bad, visits)
     shape = (len(samples), *chunks[0].images.shape[1:])
     images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
-    return Batch(torch.cat([chunk.images for chunk in chunks], out=images), samples, bad)
+    return Batch(torch.cat([chunk.images for chunk in chunks], out=images), samples, bad, visits)
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:

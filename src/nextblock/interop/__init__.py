@@ -1,25 +1,17 @@
-"""Models from anywhere: `load` tells a file's format by its content."""
+"""Models from anywhere and to anywhere: `load` tells a format by its content, `convert` writes others."""
 
 from __future__ import annotations
 
 import logging
-import pickle
-import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from nextblock.checkpoint import (
-    MODEL_FILE,
-    CheckpointError,
-    InitReport,
-    initialize_from,
-    is_safetensors,
-    latest_checkpoint,
-    read_model,
-)
-from nextblock.interop.xtra import is_xtra, read_xtra
+from nextblock.checkpoint import MissingSettingError
+from nextblock.config import ModelConfig, Size
+from nextblock.interop.reading import Told, read
+from nextblock.interop.start import InitReport, initialize_from
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.presets import model_config
@@ -30,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def create_model(name: str, **overrides: Any) -> NextBlockModel:
-    """A model of a size ("xtra-b16") or a preset, with any `ModelConfig` field changed.
+    """A model of a size ("xtra-b16", "aim-600m") or a preset, with any `ModelConfig` field changed.
 
     Its weights are fresh, drawn from torch's global generator; with `init=`, those of another model.
     """
@@ -40,76 +32,68 @@ def create_model(name: str, **overrides: Any) -> NextBlockModel:
     return model
 
 
-def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
-    """Give a model the weights of what `load_model` reads from `src`, and log what became of each."""
-    report = initialize_from(model, load_model(src), str(src))
-    log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))
-    for what, names in (("resampled", report.resampled), ("fresh", report.fresh), ("unused", report.unused)):
-        if names:
-            log.info("  %s: %s", what, ", ".join(names))
-    return report
+def load(
+    src: str | Path,
+    head: str | Path | None = None,
+    *,
+    num_heads: int | None = None,
+    probe_layers: Literal["last", "best"] | Sequence[int] | None = None,
+    image_size: Size | None = None,
+    norm_eps: float | None = None,
+) -> NextBlockModel | ImageClassifier:
+    """Build the model or classifier that a run, a file, `hf:USER/NAME` or `timm:NAME` holds.
 
-
-def load(src: str | Path, *, num_heads: int | None = None) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier that a run directory, a checkpoint, a probe's head or a file holds.
-
-    Understood: what this package writes, and official XTRA files (Lightning `.ckpt`, DeepSpeed model states;
-    models and classifiers). `num_heads` is needed where a foreign file does not tell. On the CPU, in fp32
-    and evaluation mode.
+    Understood: what this package writes; official XTRA and AIM files, models and classifiers; timm's vision
+    transformers without class token. `head` is the second file of an AIM classifier. The others say what a
+    foreign file does not tell: `num_heads` of the encoder, `probe_layers` that an AIM head averages,
+    `image_size` in pixels and `norm_eps` of AIM files. On the CPU, in fp32 and evaluation mode. Raises
+    `CheckpointError` where a file is not understood, or does not tell enough.
     """
-    path = Path(src)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a weight file")
-    if path.is_dir():
-        return read_model(_model_file(path))
-    if is_safetensors(path):
-        return read_model(path)
-    content = _unpickle(path)
-    if isinstance(content, dict) and is_xtra(content):
-        return read_xtra(content, str(path), num_heads=num_heads)
-    held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-    raise CheckpointError(
-        f"{path} is in no known format (it holds: {held}); known: a run, a checkpoint, official XTRA"
+    told = Told(
+        head=head, num_heads=num_heads, probe_layers=probe_layers, image_size=image_size, norm_eps=norm_eps
     )
+    return read(src, told).model
 
 
 def load_model(src: str | Path, *, num_heads: int | None = None) -> NextBlockModel:
     """Load what can encode and perhaps predict: of a classifier, its encoder."""
-    loaded = load(src, num_heads=num_heads)
+    return _encoder_model(load(src, num_heads=num_heads))
+
+
+def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
+    """Give a model the weights of what `src` names, as `load` does, and log what became of each.
+
+    Attention heads that a file does not tell are taken to be as many as the model has; class and register
+    tokens of a timm model are left out.
+    """
+    found = _encoder_model(_read_to_start(src, model.config))
+    report = initialize_from(model, found, str(src))
+    log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))
+    for what, names in (("resampled", report.resampled), ("fresh", report.fresh), ("unused", report.unused)):
+        if names:
+            log.info("  %s: %s", what, ", ".join(names))
+    for name, (here, there) in report.differing.items():
+        log.warning(
+            "  to go on from the same function, set %s %s (here %s)", name, _plain(there), _plain(here)
+        )
+    return report
+
+
+def _read_to_start(src: str | Path, config: ModelConfig) -> NextBlockModel | ImageClassifier:
+    """Read weights to start from; what a head averages is of no account."""
+    told = Told(to_start_from=True)
+    stand_ins = {"num_heads": config.num_heads, "probe_layers": (0,)}
+    while True:
+        try:
+            return read(src, told).model
+        except MissingSettingError as error:
+            told = replace(told, **{error.setting: stand_ins[error.setting]})
+
+
+def _plain(value: object) -> str:
+    """A value as it stands on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _encoder_model(loaded: NextBlockModel | ImageClassifier) -> NextBlockModel:
     return loaded.encoder_model if isinstance(loaded, ImageClassifier) else loaded
-
-
-def _model_file(directory: Path) -> Path:
-    """The model file in a checkpoint, or in the latest checkpoint of a run."""
-    if (directory / MODEL_FILE).is_file():
-        return directory / MODEL_FILE
-    latest = latest_checkpoint(directory / "checkpoints")
-    if latest is not None:
-        return latest / MODEL_FILE
-    found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"{directory} holds no model: looked for {MODEL_FILE} and checkpoints/step_*/{MODEL_FILE}, "
-        f"found {found}"
-    )
-
-
-def _unpickle(path: Path) -> Any:
-    """Read a pickle of tensors and plain values; one that would run code is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden is not None:
-            raise CheckpointError(
-                f"{path} is a pickle with more than tensors and plain values ({forbidden[1]}), and reading "
-                "it could run code. If its origin is trusted, save its state_dict alone, elsewhere"
-            ) from error
-        raise CheckpointError(
-            f"{path} cannot be read as a weight file: it is of another kind, or not complete; "
-            f"compare its size with the original's ({type(error).__name__}: {_reason(str(error))})"
-        ) from error
-
-
-def _reason(message: str) -> str:
-    """What torch says of a file, without the advice around it."""
-    return message.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]

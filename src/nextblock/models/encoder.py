@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
@@ -21,22 +24,27 @@ from nextblock.config import ModelConfig, pair
 
 __all__ = [
     "build_encoder",
+    "fresh_positions",
     "init_linear",
+    "layer_norm",
     "layer_outputs",
     "patch_tokens",
     "positions_of",
+    "positions_on",
     "resample_positions",
+    "sincos_positions",
 ]
 
 INIT_STD = 0.02
+SINCOS_BASE = 10_000.0
 
 
 def build_encoder(config: ModelConfig) -> VisionTransformer:
-    """The timm ViT of these settings: no class token, learned positions, a final norm, no head.
+    """The timm ViT of these settings: no class token, a final norm, no head.
 
     Initialised as official XTRA: linear layers from a truncated normal of deviation 0.02 with zero biases,
-    the patch projection Kaiming-normal (fan in), positions truncated normal 0.02. Draws from torch's global
-    generator.
+    the patch projection Kaiming-normal (fan in), learned positions truncated normal 0.02; or as AIM's
+    training code: all of them Xavier-uniform. Draws from torch's global generator.
     """
     encoder = VisionTransformer(
         img_size=pair(config.image_size),
@@ -48,41 +56,90 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         depth=config.depth,
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.bias,
+        proj_bias=config.bias,  # timm gives it to the MLP as well
         class_token=False,
         drop_path_rate=config.drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+        norm_layer=layer_norm(config),
+        embed_norm_layer=layer_norm(config) if config.patch_norm else None,
         weight_init="skip",
     )
-    encoder.apply(init_linear)
+    init_linear(encoder, config)
     projection = encoder.patch_embed.proj
-    nn.init.kaiming_normal_(projection.weight, mode="fan_in")
+    if config.weight_init == "trunc_normal":
+        nn.init.kaiming_normal_(projection.weight, mode="fan_in")
+    else:
+        nn.init.xavier_uniform_(rearrange(projection.weight.data, "d c i j -> d (c i j)"))
     nn.init.zeros_(projection.bias)
-    nn.init.trunc_normal_(positions_of(encoder), std=INIT_STD)
+    encoder.pos_embed = fresh_positions(config, config.embed_dim)
     return encoder
 
 
-def init_linear(module: nn.Module) -> None:
-    """Give a linear layer its initial weights; for `Module.apply`."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def layer_norm(config: ModelConfig) -> Any:
+    """The LayerNorm of these settings, to be called with a width: what timm takes for a class."""
+    return partial(nn.LayerNorm, eps=config.norm_eps)
+
+
+def init_linear(module: nn.Module, config: ModelConfig) -> None:
+    """Give all linear layers of a module their initial weights.
+
+    A joint map to queries, keys and values counts as three: Xavier's bound hangs on the width of each.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if config.weight_init == "trunc_normal":
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+        else:
+            for part in layer.weight.data.chunk(3 if name.endswith("qkv") else 1):
+                nn.init.xavier_uniform_(part)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def patch_tokens(
-    encoder: VisionTransformer, images: Float[Tensor, "b c h w"], old_grid: tuple[int, int]
+    encoder: VisionTransformer, images: Float[Tensor, "b c h w"], config: ModelConfig
 ) -> Float[Tensor, "b n d"]:
-    """Embedded patches with their positions, in raster order; positions of `old_grid` are resampled."""
+    """Embedded patches with their positions, in raster order; `config` is that of the encoder's own size."""
     embedded = encoder.patch_embed.proj(images)
     grid = (embedded.shape[2], embedded.shape[3])
     tokens = encoder.patch_embed.norm(rearrange(embedded, "b d i j -> b (i j) d"))
-    return tokens + resample_positions(positions_of(encoder), old_grid, grid)
+    return tokens + positions_on(grid, positions_of(encoder), config)
 
 
 def positions_of(encoder: VisionTransformer) -> Float[Tensor, "1 n d"]:
     """The encoder's position embedding, which ours always have."""
     assert encoder.pos_embed is not None
     return encoder.pos_embed
+
+
+def fresh_positions(config: ModelConfig, dim: int) -> Parameter:
+    """Position embeddings "1 n d" as a model begins with them; fixed ones take no gradient."""
+    if config.positions == "sincos":
+        return Parameter(sincos_positions(config.grid, dim), requires_grad=False)
+    return Parameter(nn.init.trunc_normal_(torch.empty(1, config.num_patches, dim), std=INIT_STD))
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
+    """Fixed sines and cosines, in raster order: half of the channels of the column, half of the row.
+
+    Each half is the sines, then the cosines, of the place over 10000^(i / (dim / 4)), i = 0 .. dim/4 - 1
+    (AIM, section 4.2, and its code; after MAE).
+    """
+    frequencies = SINCOS_BASE ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    angles = [place.flatten()[:, None] * frequencies for place in (column, row)]
+    parts = [function(angle) for angle in angles for function in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=1)[None].float()
+
+
+def positions_on(
+    grid: tuple[int, int], own: Float[Tensor, "1 n d"], config: ModelConfig
+) -> Float[Tensor, "1 n2 d"]:
+    """A model's positions on a grid of (rows, columns): its own, else computed anew or resampled."""
+    if config.positions == "sincos" and grid != config.grid:
+        return sincos_positions(grid, own.shape[-1]).to(own)
+    return resample_positions(own, config.grid, grid)
 
 
 def resample_positions(
@@ -101,21 +158,23 @@ def resample_positions(
 
 def layer_outputs(
     layers: Iterable[nn.Module],
-    hidden: Float[Tensor, "b n d"],
-    mask: Bool[Tensor, "*b n n"] | None,
+    hidden: Float[Tensor, "*rows d"],
+    mask: Bool[Tensor, "*b n n"] | None = None,
     *,
     recompute: bool = False,
-) -> tuple[Float[Tensor, "b n d"], ...]:
-    """Run transformer layers one after the other under one mask, and return what each returns.
+) -> tuple[Float[Tensor, "*rows d"], ...]:
+    """Run layers one after the other, transformer ones under one mask, and return what each returns.
 
-    `recompute` keeps only the layers' inputs for the backward pass. The mask is an argument of every layer,
-    and not held by it, so that a recomputed layer sees the one it saw the first time.
+    Without a mask none is handed down. `recompute` keeps only the layers' inputs for the backward pass. The
+    mask is an argument of every layer, and not held by it, so that a recomputed layer sees the one it saw the
+    first time.
     """
     outputs = []
+    given: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
     for layer in layers:
         if recompute and hidden.requires_grad:
-            hidden = checkpoint(layer, hidden, attn_mask=mask, use_reentrant=False)
+            hidden = checkpoint(layer, hidden, **given, use_reentrant=False)
         else:
-            hidden = layer(hidden, attn_mask=mask)
+            hidden = layer(hidden, **given)
         outputs.append(hidden)
     return tuple(outputs)

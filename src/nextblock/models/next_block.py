@@ -9,24 +9,22 @@ of the work is saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from einops import rearrange
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from nextblock.blocks import may_attend, patches_of_blocks, random_orders, raster_orders
-from nextblock.config import Attention, ModelConfig, pair
-from nextblock.models.encoder import (
-    build_encoder,
-    layer_outputs,
-    patch_tokens,
-    positions_of,
-    resample_positions,
-)
+from nextblock.blocks import block_orders, may_attend, patches_of_blocks
+from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, Attention, ModelConfig, pair
+from nextblock.models.encoder import build_encoder, layer_outputs, patch_tokens, positions_of, positions_on
 from nextblock.models.predictor import Predictor
 from nextblock.objective import block_losses, block_targets, combine, kept_rows
+from nextblock.tokens import KMeansTokenizer, Tokenizer, open_tokenizer, token_losses, token_targets
 
 __all__ = ["Encoded", "Further", "NextBlockModel", "Prediction"]
 
@@ -34,8 +32,8 @@ __all__ = ["Encoded", "Further", "NextBlockModel", "Prediction"]
 class Further(NamedTuple):
     """Predictions two or more blocks ahead: as the same fields of `Prediction`, with fewer steps."""
 
-    predictions: Float[Tensor, "b steps p"]
-    targets: Float[Tensor, "b steps p"]
+    predictions: Float[Tensor, "b steps *p"]
+    targets: Shaped[Tensor, "b steps *t"]
     block_loss: Float[Tensor, "b steps"]
     kept: Bool[Tensor, "b steps"]
 
@@ -45,10 +43,11 @@ class Prediction(NamedTuple):
 
     loss: Float[Tensor, ""]
     """Mean of `block_loss` over kept rows, averaged over the predicted distances; fp32."""
-    predictions: Float[Tensor, "b steps p"]
-    """Predicted pixel values, in (c h w) order, as the loss sees them (normalised where the targets are)."""
-    targets: Float[Tensor, "b steps p"]
-    """True pixel values as the loss saw them."""
+    predictions: Float[Tensor, "b steps *p"]
+    """Predicted pixel values (b steps p), in (c h w) order, as the loss sees them (normalised where the
+    targets are); where tokens are predicted, their logits (b steps m v)."""
+    targets: Shaped[Tensor, "b steps *t"]
+    """True pixel values as the loss saw them (b steps p), or integer tokens (b steps m)."""
     block_loss: Float[Tensor, "b steps"]
     """Loss of each block."""
     kept: Bool[Tensor, "b steps"]
@@ -87,6 +86,13 @@ class NextBlockModel(nn.Module):
         self.config = config
         self.encoder = build_encoder(config)
         self.predictor = None if config.predictor is None else Predictor(config)
+        self.tokenizer: Tokenizer | None = None
+        """What makes the targets where tokens are predicted: k-means is part of the model and saved with it;
+        one from outside is opened when it is first needed."""
+        if config.predictor is not None and config.tokenizer == "kmeans":
+            self.tokenizer = KMeansTokenizer(config.vocab_size, config.in_chans, config.patch_size)
+        self.image_stats: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)
+        """Mean and deviation that images are normalised by, which a tokenizer from outside has to know."""
         self.recompute = False
         self.predictor_fp32 = False
         self.register_buffer("patches_of_blocks", _patches_of_blocks(config), persistent=False)
@@ -112,16 +118,19 @@ class NextBlockModel(nn.Module):
         order = self._checked_order(block_order, config).to(images.device)
         prefix = _checked_prefix(prefix_lengths, config, len(images), images.device)
         patches, mask = self._sequence(config, order, prefix)
+        rows = _rows_of_use(config, prefix)
 
-        tokens = patch_tokens(self.encoder, images, self.config.grid).index_select(1, patches)
+        tokens = patch_tokens(self.encoder, images, self.config).index_select(1, patches)
         tokens = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)[-1]
+        if not predictor.mixes_tokens:
+            tokens = _pick(tokens, rows, config)
         tokens = self.encoder.norm(tokens)
         with torch.autocast(tokens.device.type, enabled=_autocast_stays(tokens, self.predictor_fp32)):
             tokens = tokens.float() if self.predictor_fp32 else tokens
-            joined = self._decode(predictor, tokens, config, patches, mask)
-            targets = block_targets(images, order, config.block_px, normalize=config.norm_pixels)
+            joined = self._decode(predictor, tokens, config, patches, mask, rows)
+            targets = self._targets(images, order, config)
             distances = [
-                self._predict(mlp, joined, targets, distance, prefix)
+                self._predict(mlp, joined, rows, targets, distance, prefix)
                 for distance, mlp in enumerate(predictor.block_mlps, start=1)
             ]
         loss = combine(
@@ -140,9 +149,24 @@ class NextBlockModel(nn.Module):
             raise ValueError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
         config = self._config_of(images, blocks_matter=kind == "causal")
         mask = self._raster_mask(config) if kind == "causal" else None
-        tokens = patch_tokens(self.encoder, images, self.config.grid)
+        tokens = patch_tokens(self.encoder, images, self.config)
         layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)
         return Encoded(self.encoder.norm(layers[-1]), layers)
+
+    def open_tokenizer(self) -> Tokenizer:
+        """What makes the targets of a model that predicts tokens; opened, if it comes from outside."""
+        config = self.config
+        assert config.tokenizer is not None, "this model predicts pixels"
+        if self.tokenizer is None:
+            mean, std = self.image_stats
+            self.tokenizer = open_tokenizer(
+                config.tokenizer,
+                mean=mean,
+                std=std,
+                vocab_size=config.vocab_size,
+                token_px=config.token_side_px,
+            )
+        return self.tokenizer
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every layer in the backward pass instead of keeping its activations."""
@@ -151,35 +175,63 @@ class NextBlockModel(nn.Module):
     def _decode(
         self,
         predictor: Predictor,
-        tokens: Float[Tensor, "b s d"],
+        tokens: Float[Tensor, "*rows d"],
         config: ModelConfig,
         patches: Int64[Tensor, " s"],
         mask: Bool[Tensor, "*b s s"],
-    ) -> Float[Tensor, "b steps dm"]:
-        positions = resample_positions(predictor.pos_embed, self.config.grid, config.grid)
-        hidden = predictor.projection(tokens) + positions.index_select(1, patches)
-        hidden = layer_outputs(predictor.blocks, hidden, mask, recompute=self.recompute)[-1]
-        return predictor.join_blocks(hidden, config.patches_per_block)
+        rows: Bool[Tensor, "b k"] | None,
+    ) -> Float[Tensor, "*joined dm"]:
+        """Each block's tokens as one vector, (b k dm), or (r dm) for the r `rows` that are of use.
+
+        What a predictor does on each token alone is done for those rows only; its `tokens` are picked.
+        """
+        hidden = predictor.projection(tokens)
+        if predictor.pos_embed is not None:
+            positions = positions_on(config.grid, predictor.pos_embed, self.config).index_select(1, patches)
+            if not predictor.mixes_tokens:
+                batch = len(tokens) if rows is None else len(rows)
+                positions = _pick(positions.expand(batch, -1, -1), rows, config)
+            hidden = hidden + positions
+        mask_here = mask if predictor.mixes_tokens else None
+        hidden = (hidden, *layer_outputs(predictor.blocks, hidden, mask_here, recompute=self.recompute))[-1]
+        return predictor.join_blocks(_pick(hidden, rows, config) if predictor.mixes_tokens else hidden)
+
+    def _targets(
+        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"], config: ModelConfig
+    ) -> Shaped[Tensor, "b steps *t"]:
+        """What stands at positions 1, 2, ... of the order: pixels (b steps p), or tokens (b steps m)."""
+        if config.tokenizer is None:
+            return block_targets(images, order, config.block_px, normalize=config.norm_pixels)
+        per_block = (config.block_px[0] // config.token_side_px, config.block_px[1] // config.token_side_px)
+        tokens = self.open_tokenizer()(images)
+        grid = (config.block_grid[0] * per_block[0], config.block_grid[1] * per_block[1])
+        assert tokens.shape[1:] == grid, f"the tokenizer's grid is {tuple(tokens.shape[1:])}, not {grid}"
+        return token_targets(tokens, order, per_block)
 
     def _predict(
         self,
         mlp: nn.Module,
-        joined: Float[Tensor, "b steps dm"],
-        all_targets: Float[Tensor, "b steps p"],
+        joined: Float[Tensor, "*joined dm"],
+        rows: Bool[Tensor, "b k"] | None,
+        all_targets: Shaped[Tensor, "b k *t"],
         distance: int,
         prefix: Int64[Tensor, " b"] | None,
     ) -> Further:
         """Rows 0 .. k-1-distance predict `distance` blocks ahead; only kept rows go through the MLP."""
-        steps = joined.shape[1] + 1 - distance
-        inputs, targets = joined[:, :steps], all_targets[:, distance - 1 :]
-        kept = kept_rows(len(joined), steps, distance, prefix, joined.device)
-        if prefix is None:
-            predictions = mlp(inputs)
+        targets = all_targets[:, distance - 1 :]
+        batch, steps = targets.shape[:2]
+        kept = kept_rows(batch, steps, distance, prefix, targets.device)
+        if rows is None:
+            predictions = mlp(joined[:, :steps])
         else:
-            rows = mlp(inputs[kept])
-            predictions = rows.new_zeros(*kept.shape, rows.shape[-1]).masked_scatter(kept[..., None], rows)
-            targets = targets * kept[..., None]
-        return Further(predictions, targets, block_losses(predictions, targets, self.config.loss), kept)
+            of_kept = mlp(joined[pad(kept, (0, distance - 1))[rows]])
+            predictions = of_kept.new_zeros(batch, steps, of_kept.shape[-1])
+            predictions = predictions.masked_scatter(kept[..., None], of_kept)
+            targets = targets * kept.view(batch, steps, *[1] * (targets.ndim - 2))
+        if self.config.tokenizer is None:
+            return Further(predictions, targets, block_losses(predictions, targets, self.config.loss), kept)
+        logits = rearrange(predictions, "b k (m v) -> b k m v", v=self.config.vocab_size)
+        return Further(logits, targets, token_losses(logits, targets) * kept, kept)
 
     def _sequence(
         self, config: ModelConfig, order: Int64[Tensor, " k"], prefix: Int64[Tensor, " b"] | None
@@ -241,9 +293,22 @@ def _patches_of_blocks(config: ModelConfig) -> Int64[Tensor, "k m"]:
 
 
 def _orders(config: ModelConfig) -> Int64[Tensor, "o k"]:
-    if config.order == "random":
-        return random_orders(config.num_blocks, config.order_seed)
-    return raster_orders(config.num_blocks)
+    return block_orders(config.order, config.block_grid, config.order_seed)
+
+
+def _rows_of_use(config: ModelConfig, prefix: Int64[Tensor, " b"] | None) -> Bool[Tensor, "b k"] | None:
+    """Which blocks, but for the last, predict something outside the prefix; None: all do."""
+    if prefix is None:
+        return None
+    return kept_rows(len(prefix), config.num_blocks - 1, config.num_predicted_blocks, prefix, prefix.device)
+
+
+def _pick(
+    tokens: Float[Tensor, "b s d"], rows: Bool[Tensor, "b k"] | None, config: ModelConfig
+) -> Float[Tensor, "*rows m d"]:
+    """Tokens by block, (b k m d), or those of the r blocks that are of use, (r m d)."""
+    by_block = rearrange(tokens, "b (k m) d -> b k m d", m=config.patches_per_block)
+    return by_block if rows is None else by_block[rows]
 
 
 def _seen_positions(config: ModelConfig) -> Int64[Tensor, " s"]:

@@ -1,15 +1,14 @@
 """The training loop, in the order in which things happen.
 
 Exactness comes from having nothing to save but weights, optimizer and the number of the step: the order of
-samples is f(seed, visit), a crop f(seed, visit, sample), a block order f(seed, step), and the global
-generator, which only drop path draws from, is seeded f(seed, step, micro-step, rank) before every forward
-pass. So a monitor can disturb nothing, and a run that was cut goes on bit for bit.
+samples is f(seed, visit), a crop and a prefix length f(seed, visit, sample), a block order f(seed, step), and
+the global generator, which only drop path draws from, is seeded f(seed, step, micro-step, rank) before every
+forward pass. So a monitor can disturb nothing, and a run that was cut goes on bit for bit.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,15 @@ from pathlib import Path
 
 from nextblock.checkpoint import prune_checkpoints, save_checkpoint
 from nextblock.config import RunConfig
-from nextblock.data import QuarantineLog, Source, Step, TrainLoader, eval_batches, resolve_workers
+from nextblock.data import (
+    QuarantineLog,
+    Source,
+    Step,
+    TrainLoader,
+    eval_batches,
+    parts_of,
+    resolve_workers,
+)
 from nextblock.train.device import autocast, choose_device, make_deterministic
 from nextblock.train.memory import keep_freed_memory
 from nextblock.train.metrics import MetricsLog
@@ -78,10 +85,15 @@ def train(
     run_dir = RunDir.open(out, config, sources, overwrite=overwrite)
     checkpoint = run_dir.latest()
     trainer = Trainer(config, device, checkpoint)
+    loader = _train_loader(trainer, sources["train"])
+    is_tokenizer_new = trainer.prepare_tokenizer(sources["train"])
     run_dir.begin(config, sources, device)
-    run_dir.cut_metrics(-1 if checkpoint is None else trainer.step)
-    with stop_on_signals() as stop, reporter, Run(run_dir, trainer, sources, monitors, reporter) as run:
-        steps = iter(run.loader)
+    run_dir.cut_metrics(trainer.step or -1)  # what is written before the first step is written again
+    run = Run(run_dir, trainer, loader, sources, monitors, reporter)
+    with stop_on_signals() as stop, reporter, run:
+        steps = iter(loader)
+        if is_tokenizer_new:
+            run.write_checkpoint()  # if the run ends here, it goes on with the same tokens
         if trainer.step == 0:
             run.observe(at_start=True)
         while trainer.step < run.schedule.total and not stop:
@@ -123,6 +135,21 @@ def _check_trainable(config: RunConfig) -> None:
         raise ValueError(f"model.in_chans is {model.in_chans}, but every source yields RGB; use 3")
 
 
+def _train_loader(trainer: Trainer, source: Source) -> TrainLoader:
+    config = trainer.config
+    return TrainLoader(
+        source,
+        config.data,
+        image_size=config.model.image_size,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        start_step=trainer.step,
+        workers=resolve_workers(config.data.workers, source),
+        pin_memory=trainer.device.type == "cuda",
+    )
+
+
 class Run:
     """What surrounds the trainer: the loader, the records, the monitors. Entered while the loop runs."""
 
@@ -130,24 +157,14 @@ class Run:
         self,
         run_dir: RunDir,
         trainer: Trainer,
+        loader: TrainLoader,
         sources: dict[str, Source],
         monitors: Sequence[Monitor],
         reporter: Reporter,
     ) -> None:
         config = trainer.config
-        self.dir, self.trainer, self.config = run_dir, trainer, config
+        self.dir, self.trainer, self.loader, self.config = run_dir, trainer, loader, config
         self.sources, self.monitors, self.reporter = sources, monitors, reporter
-        self.loader = TrainLoader(
-            sources["train"],
-            config.data,
-            image_size=config.model.image_size,
-            seed=config.seed,
-            batch_size=config.train.batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            start_step=trainer.step,
-            workers=resolve_workers(config.data.workers, sources["train"]),
-            pin_memory=trainer.device.type == "cuda",
-        )
         self.schedule = Schedule.of(
             config, monitors, batch_size=self.loader.batch_size, steps_per_epoch=self.loader.steps_per_epoch
         )
@@ -227,8 +244,7 @@ class Run:
                 total_steps=self.schedule.total,
                 epoch=epoch,
                 loss=values["loss"],
-                zero_loss=self._baselines.get("zero", math.nan),
-                copy_loss=self._baselines.get("copy_previous", math.nan),
+                baselines=self._baselines,
                 lr=lr,
                 images_per_s=values["images_per_s"],
                 data_wait=values["data_wait"],
@@ -236,10 +252,17 @@ class Run:
             )
         )
         if trainer.step % self.schedule.log == 0 or trainer.step == self.schedule.total:
-            self._metrics.write(
-                "train", trainer.step, {"epoch": epoch, "lr": lr, **values, "bad": self.quarantine.count}
-            )
+            values = {"epoch": epoch, "lr": lr, **values, "bad": self.quarantine.count, **self._seen()}
+            self._metrics.write("train", trainer.step, values)
             trainer.window = Window()
+
+    def _seen(self) -> dict[str, float]:
+        """How many samples of each source of a mixture have been drawn since the run began."""
+        parts = parts_of(self.sources["train"])
+        if len(parts) == 1:
+            return {}
+        counts = self.loader.order.seen(self.trainer.step)
+        return {f"seen/{part.spec}": count for part, count in zip(parts, counts, strict=True)}
 
     def validate(self) -> None:
         """Measure the validation loss if it is time and there are images for it."""
@@ -275,8 +298,11 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the steps done, unless they are saved already."""
-        if self.trainer.step == self._saved_step:
-            return
+        if self.trainer.step != self._saved_step:
+            self.write_checkpoint()
+
+    def write_checkpoint(self) -> None:
+        """Write a checkpoint and remove old ones."""
         trainer, data = self.trainer, self.config.data
         save_checkpoint(self.dir.checkpoints, trainer.model, trainer.state(), trainer.step, data=data)
         prune_checkpoints(self.dir.checkpoints, self.config.checkpoint.keep, self.schedule.keeps_for_good)

@@ -18,6 +18,9 @@ __all__ = ["ConsoleReporter", "Reporter", "Tick"]
 LINE_EVERY_S = 10.0
 """Where there is no terminal, a line this often."""
 
+WORDS = {"zero": "zero", "copy_previous": "copy", "uniform": "uniform", "frequency": "frequency"}
+"""Names of the losses without a model, as the progress line says them."""
+
 
 class Tick(NamedTuple):
     """The state of a run after a step."""
@@ -27,10 +30,8 @@ class Tick(NamedTuple):
     epoch: float
     loss: float
     """Mean since the last line of metrics."""
-    zero_loss: float
-    """What predicting nothing costs on this data."""
-    copy_loss: float
-    """What copying the previous block costs."""
+    baselines: dict[str, float]
+    """What predicting without a model costs on this data, by name; empty while not measured."""
     lr: float
     images_per_s: float
     data_wait: float
@@ -40,8 +41,9 @@ class Tick(NamedTuple):
 
     def text(self) -> str:
         """One line, without step and time."""
+        compare = ", ".join(f"{WORDS.get(name, name)} {loss:.2f}" for name, loss in self.baselines.items())
         parts = [
-            f"loss {self.loss:.4f} (zero {self.zero_loss:.2f}, copy {self.copy_loss:.2f})",
+            f"loss {self.loss:.4f}" + (f" ({compare})" if compare else ""),
             f"lr {self.lr:.1e}",
             f"{self.images_per_s:,.0f} images/s"
             if self.images_per_s >= 10

@@ -1,9 +1,10 @@
 """The run directory: what belongs to one training, and whether a directory is the same run.
 
 RUN/config.yaml        all settings, resolved
-    source.json        what was trained on: number of images and fingerprint of their list
+    source.json        what was trained on: number of images and fingerprint of their list, also of each part
+                       of a mixture
     environment.json   versions, device, git commit, command
-    baselines.json     what predicting zero and copying the previous block would cost on this data
+    baselines.json     what predicting without a model would cost on this data
     metrics.jsonl      one JSON object a line
     quarantine.jsonl   images that could not be read
     checkpoints/       step_00001234/{model.safetensors, state.pt}
@@ -26,7 +27,7 @@ import yaml
 
 from nextblock.checkpoint import latest_checkpoint, write_aside
 from nextblock.config import DataConfig, RunConfig
-from nextblock.data import Source, jpeg_decoder
+from nextblock.data import Source, jpeg_decoder, parts_of
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.device import device_name
 
@@ -139,10 +140,12 @@ class RunDir:
                 "begin a new run with another --out"
             )
         for kind, source in sources.items():
-            if recorded.get(kind, {}).get("fingerprint") != source.fingerprint:
+            changed = _changed(source, recorded.get(kind, {}))
+            if changed is not None:
+                part, then = changed
                 raise RunDirError(
-                    f"data.{kind} {source.spec!r} has changed since this run began: "
-                    f"{recorded.get(kind, {}).get('num_images')} images then, {len(source)} now, or other "
+                    f"data.{kind} {part.spec!r} has changed since this run began: "
+                    f"{then.get('num_images')} images then, {len(part)} now, or other "
                     "names; the order of samples would not be the same. Restore the images, or begin "
                     "a new run with another --out"
                 )
@@ -154,11 +157,24 @@ class RunDir:
 
 def describe(sources: dict[str, Source], data: DataConfig) -> dict[str, Any]:
     """What makes sources the same sources, and their pixels the same pixels."""
-    told: dict[str, Any] = {
-        kind: {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
-        for kind, source in sources.items()
-    }
+    told: dict[str, Any] = {kind: _describe(source) for kind, source in sources.items()}
     return {**told, "decoder": jpeg_decoder(data.decoder)}
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    told = {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
+    parts = parts_of(source)
+    return told if len(parts) == 1 else {**told, "parts": [_describe(part) for part in parts]}
+
+
+def _changed(source: Source, recorded: dict[str, Any]) -> tuple[Source, dict[str, Any]] | None:
+    """A source that is not what was recorded, or the first such part of a mixture, and what was recorded."""
+    if recorded.get("fingerprint") == source.fingerprint:
+        return None
+    for part, then in zip(parts_of(source), recorded.get("parts", []), strict=False):
+        if part.fingerprint != then["fingerprint"]:
+            return part, then
+    return source, recorded
 
 
 def environment(device: torch.device) -> dict[str, Any]:

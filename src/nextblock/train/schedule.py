@@ -72,4 +72,4 @@ class Schedule:
 
     def keeps_for_good(self, step: int) -> bool:
         """Whether the checkpoint of this step stays when newer ones come."""
-        return self.keep_every is not None and step % self.keep_every == 0
+        return self.keep_every is not None and step > 0 and step % self.keep_every == 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,19 @@ from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError, load_state, read_model
 from nextblock.config import RunConfig
-from nextblock.data import BadSample, Batch, Step, keyed_rng, keyed_seed, normalize
+from nextblock.data import BadSample, Batch, Source, Step, keyed_rng, keyed_seed, normalize
 from nextblock.interop import initialize
 from nextblock.models import NextBlockModel, Prediction
 from nextblock.objective import baseline_losses, block_targets, combine
 from nextblock.optim import build_optimizer, set_lr
+from nextblock.tokens import KMeansTokenizer
 from nextblock.train.device import autocast
+from nextblock.train.prefix import count_kept_rows, draw_prefix_lengths
+from nextblock.train.tokenizer import sample_patches
 
 __all__ = ["StepOutcome", "Trainer", "Window"]
+
+log = logging.getLogger(__name__)
 
 RANK = 0
 """This process's number; part of the key of drop path."""
@@ -79,6 +85,7 @@ class Trainer:
         self.model.to(device).train()
         self.model.set_grad_checkpointing(config.train.activation_checkpointing)
         self.model.predictor_fp32 = config.train.predictor_fp32
+        self.model.image_stats = (config.data.mean, config.data.std)
         self._forward: Callable[..., Prediction] = self.model
         if config.train.compile:
             self._forward = torch.compile(self.model)  # type: ignore[assignment]
@@ -116,22 +123,29 @@ class Trainer:
         micro-batches of any sizes, with or without holes, give the loss and gradient of the batch.
         """
         images = sum(len(batch.images) for batch in step.micro_batches)
-        divisors = [max(1, images * rows) for rows in self._rows_per_image()]
+        prefixes = [self._prefix_lengths(batch) for batch in step.micro_batches]
+        divisors = self._divisors(images, prefixes)
         order = self._block_order(step.index)
         set_lr(self.optimizer, lr)
         loss = torch.zeros((), device=self.device)
-        for micro_step, batch in enumerate(step.micro_batches):
+        for micro_step, (batch, prefix) in enumerate(zip(step.micro_batches, prefixes, strict=True)):
             if len(batch.images):
                 self._seed(keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK))
-                loss += self._backward(batch, order, divisors)
+                loss += self._backward(batch, order, prefix, divisors)
         grad_norm = self._update(loss_is_finite=math.isfinite(loss.item())) if images else 0.0
         self.step += 1
         return StepOutcome(loss.item(), grad_norm, images)
 
-    def _backward(self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
+    def _backward(
+        self,
+        batch: Batch,
+        order: Int64[Tensor, " k"],
+        prefix: Int64[Tensor, " b"] | None,
+        divisors: list[int],
+    ) -> Float[Tensor, ""]:
         images = self.to_model(batch.images)
         with self.autocast:
-            out = self._forward(images, order)
+            out = self._forward(images, order, prefix)
         loss = combine([part.block_loss for part in out.distances], divisors)
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -155,10 +169,21 @@ class Trainer:
         elif self.device.type == "mps":
             torch.mps.manual_seed(seed)
 
-    def _rows_per_image(self) -> list[int]:
-        """Predicted blocks of an image, one number a distance."""
-        model = self.config.model
-        return [model.num_blocks - distance for distance in range(1, model.num_predicted_blocks + 1)]
+    def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
+        """How many blocks of each image all its tokens may attend to; None where the model has no prefix."""
+        if not self.config.model.prefix:
+            return None
+        return draw_prefix_lengths(self.config.seed, batch, self.config.model.num_blocks)
+
+    def _divisors(self, images: int, prefixes: Sequence[Int64[Tensor, " _"] | None]) -> list[int]:
+        """Predicted blocks of the whole batch, one number a distance; at least 1."""
+        k = self.config.model.num_blocks
+        drawn = [prefix for prefix in prefixes if prefix is not None]
+        lengths = torch.cat(drawn) if drawn else torch.zeros(images, dtype=torch.int64)
+        return [
+            max(1, count_kept_rows(lengths, k, distance))
+            for distance in range(1, self.config.model.num_predicted_blocks + 1)
+        ]
 
     def _block_order(self, step_index: int) -> Int64[Tensor, " k"]:
         """The step's order: one of the model's set, f(seed, step)."""
@@ -184,7 +209,10 @@ class Trainer:
             self.model.train()
 
     def validation_loss(self, batches: Iterator[Batch]) -> tuple[float, list[BadSample]]:
-        """The loss over all these images, under the first order (NaN of none), and those unreadable."""
+        """The loss over all these images, under the first order (NaN of none), and those unreadable.
+
+        An image's prefix, where the model has one, is that of its visit 0, always the same.
+        """
         sums = torch.zeros(self.config.model.num_predicted_blocks, dtype=torch.float64)
         counts = torch.zeros_like(sums)
         bad: list[BadSample] = []
@@ -192,19 +220,53 @@ class Trainer:
             for batch in batches:
                 bad += batch.bad
                 if len(batch.images):
-                    distances = model(self.to_model(batch.images)).distances
+                    prefix = self._prefix_lengths(batch)
+                    distances = model(self.to_model(batch.images), None, prefix).distances
                     sums += torch.tensor([float(part.block_loss.sum()) for part in distances]).double()
                     counts += torch.tensor([part.kept.sum().item() for part in distances])
         return float((sums / counts).mean()), bad
 
     def baselines(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
-        """What predicting zero, and copying the previous block, would cost on these images."""
+        """What predicting without a model would cost on these images.
+
+        Pixels: predicting "zero", and "copy_previous", the previous block. Tokens: predicting all alike,
+        "uniform", and by their "frequency" in these images.
+        """
         model = self.config.model
+        if model.tokenizer is not None:
+            return self._token_baselines(images)
         pixels = block_targets(
             self.to_model(images), self.model.orders[0], model.block_px, normalize=model.norm_pixels, start=0
         )
         losses = baseline_losses(pixels[:, 1:], pixels[:, 0], model.loss)
         return {name: loss.mean().item() for name, loss in losses.items()}
+
+    def _token_baselines(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
+        with self.looking() as model:
+            tokens = model.open_tokenizer()(self.to_model(images)).cpu()
+        shares = tokens.flatten().bincount().double() / tokens.numel()
+        return {
+            "uniform": math.log(self.config.model.vocab_size),
+            "frequency": -torch.xlogy(shares, shares).sum().item(),
+        }
+
+    # ----------------------------------------------------------------------------------------- the tokenizer
+
+    def prepare_tokenizer(self, source: Source) -> bool:
+        """Open what makes the targets where tokens are predicted; fit it, f(seed), if it is a fresh k-means.
+
+        Returns whether it was fitted, on patches of `source`. Raises `ValueError` where these are too few and
+        `TokenizerError` where there is none to open.
+        """
+        if self.config.model.tokenizer is None:
+            return False
+        tokenizer = self.model.open_tokenizer()
+        if not isinstance(tokenizer, KMeansTokenizer) or tokenizer.is_fitted:
+            return False
+        patches = sample_patches(tokenizer, source, self.config)
+        log.info("fitting %d tokens on %d patches", tokenizer.vocab_size, len(patches))
+        tokenizer.fit(patches, keyed_seed(self.config.seed, "tokenizer"))
+        return True
 
 
 def _fresh_model(config: RunConfig) -> NextBlockModel:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 
-from nextblock.blocks import patchify, random_orders, raster_orders, unpatchify
+from nextblock.blocks import block_orders, patchify, unpatchify
 from nextblock.checkpoint import write_aside
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.models import NextBlockModel
 from nextblock.objective import NORMALIZE_EPS, baseline_losses, normalize_blocks
+from nextblock.tokens import KMeansTokenizer
 from nextblock.train.monitor import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
 
@@ -111,26 +112,64 @@ def _look(
     finally:
         if was_training:
             model.train()
-    images, order, targets = images.float().cpu(), order.cpu(), out.targets.float().cpu()
-    first_block = patchify(images, config.block_px)[:, int(order[0])]
-    if config.norm_pixels:
-        first_block = normalize_blocks(first_block)
+    images, order, predictions = images.float().cpu(), order.cpu(), out.predictions.float().cpu()
+    shown = config
+    if config.tokenizer is not None:
+        predictions = _pixels_of_tokens(model, predictions, images, order)
+        shown = replace(config, tokenizer=None, norm_pixels=False)
     return Look(
         config=config,
         is_raster=order.tolist() == list(range(len(order))),
         originals=_visible(images, mean, std),
-        pictures=predicted_image(out.predictions.cpu(), images, config, order, mean, std),
+        pictures=predicted_image(predictions, images, shown, order, mean, std),
         predicted=_predicted_pixels(config, order),
         losses=out.block_loss.float().mean(1).cpu(),
-        **baseline_losses(targets, first_block, config.loss),
+        baselines=_baselines(out.targets.cpu(), images, config, order),
     )
+
+
+def _baselines(
+    targets: Shaped[Tensor, "b steps *t"],
+    images: Float[Tensor, "b c h w"],
+    config: ModelConfig,
+    order: Int64[Tensor, " k"],
+) -> dict[str, Float[Tensor, " b"]]:
+    """Every image's loss without a model."""
+    if config.tokenizer is not None:
+        return {"uniform": torch.full((len(images),), math.log(config.vocab_size))}
+    first_block = patchify(images, config.block_px)[:, int(order[0])]
+    if config.norm_pixels:
+        first_block = normalize_blocks(first_block)
+    return baseline_losses(targets.float(), first_block, config.loss)
+
+
+def _pixels_of_tokens(
+    model: NextBlockModel,
+    logits: Float[Tensor, "b steps m v"],
+    images: Float[Tensor, "b c h w"],
+    order: Int64[Tensor, " k"],
+) -> Float[Tensor, "b steps p"]:
+    """The blocks that the likeliest tokens stand for, each patch with the true one's mean and deviation."""
+    if not isinstance(model.tokenizer, KMeansTokenizer):
+        raise ValueError(  # noqa: TRY004 - it hangs on a setting
+            f"tokens of {model.config.tokenizer} cannot be drawn, only those of kmeans; the losses are in "
+            "metrics.jsonl, and features do not hang on it"
+        )
+    config = model.config
+    patches = model.tokenizer.pixels(logits.argmax(-1).to(model.tokenizer.centroids.device)).cpu()
+    true = patchify(images, config.block_px).index_select(1, order[1:])
+    true = rearrange(true, "b k p -> (b k) p").view(-1, images.shape[1], *config.block_px)
+    true = patchify(true, (config.patch_size, config.patch_size))
+    variance, average = torch.var_mean(true, dim=-1, keepdim=True, correction=1)
+    patches = rearrange(patches, "b k m p -> (b k) m p") * torch.sqrt(variance + NORMALIZE_EPS) + average
+    patches_in_block = config.block_px[0] // config.patch_size, config.block_px[1] // config.patch_size
+    blocks = unpatchify(patches, patches_in_block, (config.patch_size, config.patch_size))
+    return rearrange(blocks, "(b k) c h w -> b k (c h w)", b=len(images))
 
 
 def _first_order(config: ModelConfig) -> Int64[Tensor, " k"]:
     """The order that a model takes when it is given none."""
-    if config.order == "random":
-        return random_orders(config.num_blocks, config.order_seed)[0]
-    return raster_orders(config.num_blocks)[0]
+    return block_orders(config.order, config.block_grid, config.order_seed)[0]
 
 
 def _check_channels(config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -191,14 +230,16 @@ class PredictionMonitor:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLoss:
-    """How well one image's blocks were predicted, beside two predictions that need no model."""
+    """How well one image's blocks were predicted, beside predictions that need no model."""
 
     name: str
     loss: float
-    zero: float
-    """The loss of predicting zero."""
-    copy_previous: float
-    """The loss of copying the block before."""
+    baselines: dict[str, float]
+    """What it would be without a model, by the names of `BASELINE_WORDS`."""
+
+    def as_dict(self) -> dict[str, float | str]:
+        """All of it as one row."""
+        return {"name": self.name, "loss": self.loss, **self.baselines}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +303,13 @@ def _spread(length: int, count: int) -> Int64[np.ndarray, " n"]:
 
 
 def _rows(names: Sequence[str], look: Look) -> tuple[ImageLoss, ...]:
-    numbers = zip(names, look.losses.tolist(), look.zero.tolist(), look.copy_previous.tolist(), strict=True)
     return tuple(
-        ImageLoss(name=n, loss=loss, zero=zero, copy_previous=copy) for n, loss, zero, copy in numbers
+        ImageLoss(
+            name=name,
+            loss=float(loss),
+            baselines={kind: float(losses[i]) for kind, losses in look.baselines.items()},
+        )
+        for i, (name, loss) in enumerate(zip(names, look.losses, strict=True))
     )
 
 
@@ -273,7 +318,7 @@ def _write_json(result: PredictResult, config: ModelConfig, path: Path) -> None:
         "mean_loss": _number(result.mean_loss),
         "loss": config.loss,
         "norm_pixels": config.norm_pixels,
-        "images": [{name: _number(value) for name, value in asdict(row).items()} for row in result.rows],
+        "images": [{name: _number(value) for name, value in row.as_dict().items()} for row in result.rows],
         "bad": [{"name": sample.name, "reason": sample.reason} for sample in result.bad],
     }
     with write_aside(path) as aside:

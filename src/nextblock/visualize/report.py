@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextblock.visualize.words import BASELINE_WORDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Group
@@ -30,8 +32,6 @@ __all__ = [
 
 ENCODERS = ("trained", "untrained", "raw pixels")
 """The columns of the probe table: what the accuracies compare."""
-BASELINES = {"zero": "predicting zero", "copy_previous": "copying the previous block"}
-"""Names of the losses without a model, in words."""
 SIDES_PX = {"digits": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR10": 32, "CIFAR100": 32}
 """Sources of tiny pictures whose size is known by their name."""
 SAME_ACCURACY = 0.01
@@ -64,7 +64,7 @@ class RunSummary:
     monitor: tuple[dict[str, Any], ...] = ()
     """What monitors measured: step, and their own names."""
     baselines: dict[str, float] = field(default_factory=dict)
-    """The loss without a model: "zero" and "copy_previous"; empty where not measured."""
+    """The loss without a model, by the names of `BASELINE_WORDS`; empty where not measured."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions and hardware, as the run wrote them."""
     probes: tuple[ProbeRow, ...] = ()
@@ -277,7 +277,9 @@ def _loss(summary: RunSummary) -> str:
 
 
 def _baseline_words(summary: RunSummary) -> str:
-    return ", ".join(f"{BASELINES.get(name, name)} {value:.4f}" for name, value in summary.baselines.items())
+    return ", ".join(
+        f"{BASELINE_WORDS.get(name, name)} {value:.4f}" for name, value in summary.baselines.items()
+    )
 
 
 def _notes(summary: RunSummary) -> list[str]:
@@ -406,9 +408,9 @@ def _draw_losses(axes: Axes, summary: RunSummary) -> None:
         steps, losses = _series(summary.val, "val_loss")
         axes.plot(steps, losses, color="#bc4c00", linewidth=1.6, marker="o", markersize=3, label="validation")
     for name, value in summary.baselines.items():
-        style, x, side = ("--", 1.0, "right") if name == "zero" else (":", 0.5, "center")
+        style, x, side = ("--", 1.0, "right") if name in ("zero", "uniform") else (":", 0.5, "center")
         axes.axhline(value, color="#656d76", linewidth=1.1, linestyle=style)
-        words = f"{BASELINES.get(name, name)}: {value:.3f}"
+        words = f"{BASELINE_WORDS.get(name, name)}: {value:.3f}"
         axes.annotate(
             words,
             (x, value),

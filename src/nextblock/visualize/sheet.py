@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nextblock.config import ModelConfig
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
+from nextblock.visualize.words import BASELINE_WORDS
 
 __all__ = ["MAX_PICTURE_BYTES", "Look", "draw_sheet", "hatch", "shown_channels"]
 
@@ -41,8 +42,8 @@ class Look(NamedTuple):
     pictures: Float[Tensor, "b shown h w"]
     predicted: Bool[Tensor, "h w"]
     losses: Float[Tensor, " b"]
-    zero: Float[Tensor, " b"]
-    copy_previous: Float[Tensor, " b"]
+    baselines: dict[str, Float[Tensor, " b"]]
+    """What the losses would be without a model, by the names of `BASELINE_WORDS`."""
 
 
 def shown_channels(channels: int) -> int:
@@ -224,24 +225,33 @@ def _shortened(name: str, letters: int) -> str:
 
 
 def _subtitle(look: Look) -> str:
-    return (
-        f"mean loss {look.losses.mean():.3f}   ·   predicting zero {look.zero.mean():.3f}   ·   "
-        f"copying the previous block {look.copy_previous.mean():.3f}"
-    )
+    parts = [f"mean loss {look.losses.mean():.3f}"]
+    parts += [f"{BASELINE_WORDS[name]} {losses.mean():.3f}" for name, losses in look.baselines.items()]
+    return "   ·   ".join(parts)
 
 
 def _caption(look: Look) -> str:
     """What is seen, in a few sentences."""
     config = look.config
     order = "row by row" if look.is_raster else "in another order than row by row"
-    pixels = "block-normalised" if config.norm_pixels else "raw"
     sentences = [
         f"Each block of {config.block_px[0]} x {config.block_px[1]} px is predicted from the true blocks "
         f"before it, {order}; the first one (hatched) has none before it and is not predicted.",
-        f"Loss: {'squared' if config.loss == 'mse' else 'absolute'} error of {pixels} pixels.",
+        _loss_in_words(config),
     ]
-    if config.norm_pixels:
+    if config.tokenizer is not None:
+        sentences.append(
+            "Shown: the likeliest tokens' centroids, with the mean and deviation of the true patches."
+        )
+    elif config.norm_pixels:
         sentences.append("Predicted blocks are un-normalised with the mean and deviation of the true ones.")
     if config.in_chans not in (1, 3):
         sentences.append(f"Shown: {shown_channels(config.in_chans)} of {config.in_chans} channels.")
     return " ".join(sentences)
+
+
+def _loss_in_words(config: ModelConfig) -> str:
+    if config.tokenizer is not None:
+        return f"Loss: cross-entropy of {config.vocab_size} tokens, in nats."
+    pixels = "block-normalised" if config.norm_pixels else "raw"
+    return f"Loss: {'squared' if config.loss == 'mse' else 'absolute'} error of {pixels} pixels."

@@ -1,13 +1,12 @@
-"""The one registry of runs and model sizes.
+"""XTRA's sizes, recipes and ablations.
 
-A preset is data: the settings of a run, the command that starts it, what it was published to reach, and how
-many parameters it has. Figures come from the XTRA paper's abstract and its official code and checkpoints;
-what is not known of them is said to be ours.
+Figures come from the paper's abstract and the official code and checkpoints; what is not known of them is
+said to be ours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 from nextblock.config import (
@@ -18,9 +17,9 @@ from nextblock.config import (
     RunConfig,
     TrainConfig,
 )
-from nextblock.settings import nearest_name
+from nextblock.presets.preset import Preset
 
-__all__ = ["PRESETS", "SIZES", "Preset", "get_preset", "list_presets", "model_config"]
+__all__ = ["PRESETS", "SIZES"]
 
 
 SIZES: dict[str, ModelConfig] = {
@@ -59,28 +58,6 @@ SIZES |= {
         SIZES["xtra-h14"], embed_dim=1408, depth=40, mlp_ratio=48 / 11, projection_dim=5632, predictor_dim=704
     ),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A named run."""
-
-    name: str
-    config: RunConfig
-    about: str
-    """What it is, and where its settings come from."""
-    published: str | None = None
-    """The result it was published to reach, where one is confirmed."""
-    encoder_params_m: float
-    """Parameters of the encoder, in millions."""
-    total_params_m: float
-    """Parameters of encoder and predictor, in millions."""
-
-    @property
-    def command(self) -> str:
-        """The command that runs it."""
-        source = "digits:split=train" if self.name == "xtra-tiny" else "DIR"
-        return f"nextblock pretrain --preset {self.name} --data.train {source} --out RUN"
 
 
 _B16_IN1K = RunConfig(
@@ -208,7 +185,7 @@ def _size(name: str, encoder_m: float, total_m: float) -> Preset:
     )
 
 
-_ALL = [
+PRESETS = [
     Preset(
         name="xtra-tiny",
         config=_TINY,
@@ -255,26 +232,3 @@ _ALL = [
     *(_ablation(axis, *values) for axis, values in _ABLATION_AXES.items()),
     *(_size(name, *counts) for name, counts in _SIZE_PARAMS.items()),
 ]
-
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
-
-
-def list_presets() -> list[str]:
-    """Names of all presets."""
-    return list(PRESETS)
-
-
-def get_preset(name: str) -> Preset:
-    """The preset of this name; another is refused with the nearest known one."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; {nearest_name(name, list(PRESETS))}")
-    return PRESETS[name]
-
-
-def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """The network's settings of a size ("xtra-b16") or a preset, with any field changed."""
-    known = sorted(field.name for field in fields(ModelConfig))
-    for field_name in overrides:
-        if field_name not in known:
-            raise ValueError(f"unknown model setting {field_name!r}; {nearest_name(field_name, known)}")
-    return replace(get_preset(name).config.model, **overrides)

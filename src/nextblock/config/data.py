@@ -1,0 +1,114 @@
+"""The settings of images: where they are, how they are cut and normalised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from nextblock.settings import check_types, require, require_range
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DataConfig"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how they are cut and normalised."""
+
+    train: str | tuple[str, ...] | None = None
+    """Images to train on: a directory, `torchvision:CIFAR10,root=DIR,split=train`, or `digits`; given several
+    times, a mixture."""
+    weights: tuple[float, ...] | None = None
+    """Share of each source of a mixture in an epoch, in proportion; null: by their numbers of images."""
+    epoch_samples: int | None = None
+    """Samples that count as an epoch, exact for every source of a mixture; null: as many as there are
+    images."""
+    val: str | None = None
+    """Images to validate on, same grammar; none by default."""
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    """Share of the image's area that a training crop covers, drawn uniformly."""
+    crop_ratio: tuple[float, float] = (0.75, 1.5)
+    """Width over height of a training crop, drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: tuple[float, float, float, float] | None = None
+    """Largest change of brightness, contrast, saturation and hue in training; null: none."""
+    color_jitter_prob: float = 0.8
+    """Probability that a training image's colours are changed at all."""
+    val_resize_px: int = 300
+    """Shorter side after resizing for validation; the centre of model.image_size is then cut out."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean per channel, of pixels in [0, 1], that is subtracted."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Deviation per channel, of pixels in [0, 1], that is divided by."""
+    workers: int | None = None
+    """Processes that decode; none given: up to 8, one less than there are cores; 0: in the main process."""
+    decoder: Literal["auto", "pillow"] = "auto"
+    """JPEG decoder: torchcodec where it works, else Pillow; or Pillow always. Fixed for a run."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this share of the listed files cannot be read."""
+    max_pixels: int = 178_956_970
+    """A picture of more pixels counts as unreadable (a decompression bomb); the default is Pillow's."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        self._check_mixture()
+        if self.color_jitter is not None:
+            require(
+                all(0 <= part <= 1 for part in self.color_jitter) and self.color_jitter[3] <= 0.5,
+                f"data.color_jitter is {self.color_jitter}; each must lie in [0, 1], the hue's in [0, 0.5]",
+            )
+        require(
+            0 <= self.color_jitter_prob <= 1,
+            f"data.color_jitter_prob is {self.color_jitter_prob}; it must lie in [0, 1]",
+        )
+        require_range("data.crop_scale", self.crop_scale, 0, 1)
+        require_range("data.crop_ratio", self.crop_ratio, 0, math.inf)
+        require(0 <= self.flip <= 1, f"data.flip is {self.flip}; it must lie in [0, 1]")
+        require(self.val_resize_px >= 1, f"data.val_resize_px is {self.val_resize_px}; use at least 1")
+        require(
+            len(self.mean) == len(self.std),
+            f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}; give as many of each",
+        )
+        require(min(self.std) > 0, f"data.std is {self.std}; deviations must be above 0")
+        require(
+            self.workers is None or self.workers >= 0,
+            f"data.workers is {self.workers}; use 0 or more processes",
+        )
+        require(
+            0 <= self.max_bad_fraction <= 1,
+            f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]",
+        )
+        require(self.max_pixels >= 1, f"data.max_pixels is {self.max_pixels}; use at least 1")
+
+    @property
+    def train_specs(self) -> tuple[str, ...]:
+        """The sources to train on."""
+        if self.train is None:
+            return ()
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    def _check_mixture(self) -> None:
+        specs = self.train_specs
+        require(self.train != (), "data.train names no source; name one or several")
+        require(
+            len(set(specs)) == len(specs), f"data.train names a source twice: {list(specs)}; name each once"
+        )
+        require(
+            self.epoch_samples is None or self.epoch_samples >= 1,
+            f"data.epoch_samples is {self.epoch_samples}; use at least 1",
+        )
+        if self.weights is None:
+            return
+        require(
+            min(self.weights, default=0) > 0 and all(map(math.isfinite, self.weights)),
+            f"data.weights are {list(self.weights)}; each must be a finite number above 0",
+        )
+        require(
+            not specs or len(specs) == len(self.weights),
+            f"data.train names {len(specs)} sources and data.weights {len(self.weights)}; name as many "
+            "sources (--data.train once for each) as there are weights, or set data.weights null",
+        )

@@ -1,0 +1,145 @@
+"""Model cards: the README.md beside written weights, in the form that the Hugging Face hub reads.
+
+A card names where the weights come from and under which terms, in its YAML head as well, so that a later
+conversion of the same directory can carry both on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nextblock.config import DataConfig, ModelConfig, pair
+
+__all__ = [
+    "CARD_FILE",
+    "OFFICIAL_LICENSES",
+    "UNSPECIFIED",
+    "Provenance",
+    "model_card",
+    "official_provenance",
+    "read_provenance",
+]
+
+CARD_FILE = "README.md"
+UNSPECIFIED = "unspecified"
+KNOWN_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail")
+"""Names by which the hub knows a licence; any other is given to it as "other", with a name."""
+
+OFFICIAL_LICENSES = {
+    "official AIM": "Apple's own licence for its released AIM weights; see their origin",
+    "official XTRA": "none is stated for the official XTRA weights; ask their authors",
+}
+"""By the words for a format that `reading` has; so far as weights in this layout are the official ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where weights come from, and the terms they are under."""
+
+    origin: str
+    """What they were read from, in words."""
+    license: str = UNSPECIFIED
+    """The weights' licence, which is not that of this software."""
+
+
+def official_provenance(source_format: str, name: str) -> Provenance:
+    """What is known of weights in an official layout."""
+    return Provenance(
+        origin=f"{name}, in the layout of {source_format} files", license=OFFICIAL_LICENSES[source_format]
+    )
+
+
+def read_provenance(directory: Path) -> Provenance | None:
+    """What the card in a directory says; None where there is no card, or it does not tell."""
+    card = directory / CARD_FILE
+    if not card.is_file():
+        return None
+    head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+    try:
+        told = yaml.safe_load(head[1]) if head is not None else None
+    except yaml.YAMLError:
+        return None
+    if not isinstance(told, dict) or not told.get("weights_origin"):
+        return None
+    license_text = told.get("weights_license") or told.get("license") or UNSPECIFIED
+    return Provenance(origin=str(told["weights_origin"]), license=str(license_text))
+
+
+def model_card(
+    config: ModelConfig,
+    *,
+    title: str,
+    library: str,
+    data: DataConfig,
+    provenance: Provenance,
+    opening: str,
+    notes: Sequence[str] = (),
+) -> str:
+    """A card in Markdown; `opening` is the code that opens the weights, `notes` what its reader must know."""
+    head = yaml.safe_dump(_head(library, provenance), sort_keys=False, allow_unicode=True).strip()
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _settings(config, data).items())
+    told = "\n".join(f"- {note}" for note in notes)
+    return (
+        f"""---
+{head}
+---
+
+# {title}
+
+A vision transformer encoder written by nextblock.
+
+Origin of the weights: {provenance.origin}.
+Licence of the weights: {provenance.license}.
+
+```python
+{opening}
+```
+
+| setting | value |
+|---|---|
+{rows}
+
+{told}
+""".rstrip()
+        + "\n"
+    )
+
+
+def _head(library: str, provenance: Provenance) -> dict[str, Any]:
+    head: dict[str, Any] = {"library_name": library, "pipeline_tag": "image-feature-extraction"}
+    if provenance.license.lower() in KNOWN_LICENSES:
+        head["license"] = provenance.license.lower()
+    elif provenance.license != UNSPECIFIED:
+        head |= {"license": "other", "license_name": _slug(provenance.license)}
+    tags = {"tags": ["nextblock", "vision-transformer"]}
+    return {**head, **tags, "weights_origin": provenance.origin, "weights_license": provenance.license}
+
+
+def _slug(text: str) -> str:
+    """Words as the hub takes them for the name of a licence: "apple-s-own-licence"."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower())[:60].strip("-.")
+
+
+def _settings(config: ModelConfig, data: DataConfig) -> dict[str, str]:
+    rows, columns = pair(config.image_size)
+    block = pair(config.block_size)
+    causal = f"block-causal, blocks of {block[0]}x{block[1]} patches, {config.order} order"
+    return {
+        "encoder": f"{config.embed_dim} wide, {config.depth} layers, {config.num_heads} heads",
+        "image": f"{rows}x{columns} px, {config.in_chans} channels, {config.patch_size}-px patches",
+        "attention of its features": causal if config.feature_attention == "causal" else "full",
+        "positions": "learned" if config.positions == "learned" else "fixed sines and cosines",
+        "bias in linear maps": "yes" if config.bias else "no",
+        "norm after patch embedding": "yes" if config.patch_norm else "no",
+        "LayerNorm epsilon": f"{config.norm_eps:g}",
+        "predictor": "left out" if config.predictor is None else f"{config.predictor}, inside",
+        "shorter side resized to": f"{data.val_resize_px} px",
+        "mean": ", ".join(f"{part:g}" for part in data.mean),
+        "standard deviation": ", ".join(f"{part:g}" for part in data.std),
+    }

@@ -1,0 +1,96 @@
+"""Starting from other weights: what fits is copied, positions are brought to the grid, the rest stays fresh.
+
+Nothing is skipped in silence: a report tells what became of every tensor, and which settings make the same
+weights compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nextblock.checkpoint import CheckpointError
+from nextblock.config import ModelConfig
+from nextblock.models import NextBlockModel
+from nextblock.models.encoder import positions_on
+
+__all__ = ["InitReport", "initialize_from"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitReport:
+    """What became of every parameter when a model was given another's weights."""
+
+    origin: str
+    loaded: tuple[str, ...]
+    resampled: tuple[str, ...]
+    """Positions brought to another grid."""
+    fresh: tuple[str, ...]
+    """Missing in the other model, or of another shape: as they were initialised."""
+    unused: tuple[str, ...]
+    """In the other model only."""
+    differing: dict[str, tuple[object, object]]
+    """Settings of the encoder by which the same weights compute something else: {name: (here, there)}."""
+
+
+def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
+    """Give a model another's weights: what fits is copied, positions are resampled, the rest stays fresh.
+
+    Fixed positions stay as they are. A predictor of another kind or with other attention heads gives nothing
+    of its layers. Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of
+    attention heads, as that is surely not what was meant.
+    """
+    _refuse_other_heads(model.config, other.config, origin)
+    own, theirs = model.state_dict(), other.state_dict()
+    loaded, resampled = [], []
+    fixed = {name for name in own if name.endswith("pos_embed") and model.config.positions == "sincos"}
+    for name in own.keys() - fixed - set(_meaningless(model.config, other.config, own)):
+        if name not in theirs:
+            continue
+        is_position = name.endswith("pos_embed") and model.config.grid != other.config.grid
+        if is_position and theirs[name].shape[-1] == own[name].shape[-1]:
+            own[name].copy_(positions_on(model.config.grid, theirs[name], other.config))
+            resampled.append(name)
+        elif not is_position and theirs[name].shape == own[name].shape:
+            own[name].copy_(theirs[name])
+            loaded.append(name)
+    done = {*loaded, *resampled}
+    if not any(name.startswith("encoder.blocks.") for name in done):
+        raise CheckpointError(
+            f"nothing of the encoder in {origin} fits: it is {other.config.embed_dim} wide with "
+            f"{other.config.depth} layers, this model {model.config.embed_dim} wide with "
+            f"{model.config.depth}; set model.embed_dim, model.depth and model.num_heads as there"
+        )
+    return InitReport(
+        origin=origin,
+        loaded=tuple(name for name in own if name in loaded),
+        resampled=tuple(name for name in own if name in resampled),
+        fresh=tuple(name for name in own if name not in done | fixed),
+        unused=tuple(name for name in theirs if name not in done | fixed),
+        differing=dict(_differing(model.config, other.config)),
+    )
+
+
+def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, object]) -> Iterator[str]:
+    """Tensors of a predictor that may have the same name and shape there and do something else."""
+    if own.predictor != theirs.predictor:
+        yield from (name for name in names if name.startswith(("predictor.blocks.", "predictor.norm.")))
+    elif own.predictor == "transformer" and own.predictor_heads != theirs.predictor_heads:
+        yield from (name for name in names if name.startswith("predictor.blocks."))
+
+
+def _differing(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tuple[object, object]]]:
+    names = ["patch_size", "norm_eps", "patch_norm"]
+    names += ["positions"] if own.positions == "sincos" else []  # learned ones begin where fixed ones are
+    names += ["bias"] if not own.bias else []  # a fresh bias is zero: the same function
+    for name in names:
+        if getattr(own, name) != getattr(theirs, name):
+            yield f"model.{name}", (getattr(own, name), getattr(theirs, name))
+
+
+def _refuse_other_heads(own: ModelConfig, theirs: ModelConfig, origin: str) -> None:
+    if own.embed_dim == theirs.embed_dim and own.num_heads != theirs.num_heads:
+        raise CheckpointError(
+            f"the encoder in {origin} has {theirs.num_heads} attention heads, this model {own.num_heads}: "
+            f"the weights would fit and mean something else; set model.num_heads {theirs.num_heads}"
+        )

@@ -1,0 +1,323 @@
+"""timm's format, out and in: a directory of config.json and model.safetensors, and timm models by name.
+
+Out, an encoder under full attention with timm's epsilon is one of timm's own architectures with every
+argument given; any other is `nextblock_vit` (see `timm_models`). The settings stand in config.json under
+"nextblock" as well, so that the same encoder comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nextblock.checkpoint import RECORDED_DATA, CheckpointError, load_strictly, write_aside
+from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
+from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
+from nextblock.interop.hub import hub_errors
+from nextblock.interop.timm_models import model_args
+from nextblock.interop.timm_weights import TIMM_EPS, from_timm, is_timm_weights, read_timm_weights
+from nextblock.models import NextBlockModel
+from nextblock.models.encoder import positions_on
+from nextblock.settings import from_dict, nearest_name, to_dict
+
+__all__ = [
+    "TIMM_SPEC",
+    "data_at",
+    "encoder_at",
+    "is_timm_directory",
+    "is_timm_weights",
+    "read_timm",
+    "read_timm_data",
+    "read_timm_weights",
+    "timm_provenance",
+    "write_timm",
+]
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Of what stands under "nextblock" in config.json."""
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+TIMM_SPEC = "timm:"
+STOCK = "vit_base_patch16_224"
+"""The timm architecture that stands for all whose arguments are given in full."""
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_timm(
+    model: NextBlockModel,
+    directory: Path,
+    *,
+    data: DataConfig,
+    provenance: Provenance,
+    image_size: Size | None = None,
+    address: str | None = None,
+) -> None:
+    """Write an encoder as a directory that `timm.create_model("local-dir:DIRECTORY")` opens.
+
+    `data` says how its images are cut and normalised. `image_size` other than the model's own writes the
+    encoder at that size, with the positions that `encode` would use there. The predictor is left out.
+    `address` is where the card says that it lies, as timm writes it ("hf-hub:USER/NAME").
+    """
+    encoder_model = encoder_at(model, image_size)
+    config = encoder_model.config
+    data = data_at(data, model.config, config)
+    stock = config.feature_attention == "full" and config.norm_eps == TIMM_EPS
+    described = {
+        "architecture": STOCK if stock else "nextblock_vit",
+        "num_classes": 0,
+        "num_features": config.embed_dim,
+        "global_pool": "avg",
+        "model_args": _stock_args(config) if stock else model_args(config),
+        "pretrained_cfg": _pretrained_cfg(config, data, provenance),
+        "nextblock": {"format_version": FORMAT_VERSION, "model": to_dict(config)},
+    }
+    weights = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in encoder_model.encoder.state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA}),
+    }
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(directory) as aside:
+        aside.mkdir()
+        (aside / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, aside / WEIGHT_FILES[0], metadata=metadata)
+        card = _card(config, address or f"local-dir:{directory.name}", data, provenance, stock=stock)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def encoder_at(
+    model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
+) -> NextBlockModel:
+    """The encoder alone, at another image size if one is given: with the positions that it has there.
+
+    With `attention` other than "native", that is what its features are made for.
+    """
+    config = replace(model.config, predictor=None, tokenizer=None, init=None)
+    if attention != "native":
+        config = replace(config, feature_attention=attention)
+    if image_size is not None and pair(image_size) != pair(config.image_size):
+        block_size = config.block_size if config.feature_attention == "causal" else 1
+        config = replace(config, image_size=image_size, block_size=block_size)
+    with torch.random.fork_rng(devices=[]):  # its fresh weights are overwritten at once
+        other = NextBlockModel(config)
+    weights = {name: tensor.detach().cpu() for name, tensor in model.encoder.state_dict().items()}
+    weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
+    other.encoder.load_state_dict(weights)
+    return other.eval()
+
+
+def data_at(data: DataConfig, old: ModelConfig, new: ModelConfig) -> DataConfig:
+    """The same share of the picture at another image size."""
+    sizes = [max(pair(config.image_size)) for config in (old, new)]
+    return replace(data, val_resize_px=round(data.val_resize_px * sizes[1] / sizes[0]))
+
+
+def _stock_args(config: ModelConfig) -> dict[str, Any]:
+    """Timm's own arguments; num_classes is not among them, as transformers gives it a second time."""
+    return {
+        "img_size": list(pair(config.image_size)),
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "qkv_bias": config.bias,
+        "proj_bias": config.bias,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+        **({"embed_norm_layer": "layernorm"} if config.patch_norm else {}),
+    }
+
+
+def _pretrained_cfg(config: ModelConfig, data: DataConfig, provenance: Provenance) -> dict[str, Any]:
+    size = pair(config.image_size)
+    crop_pct = min(size) / data.val_resize_px
+    if math.floor(min(size) / crop_pct) != data.val_resize_px:  # timm rounds down
+        crop_pct = min(size) / (data.val_resize_px + 0.5)
+    return {
+        "num_classes": 0,
+        "input_size": [config.in_chans, *size],
+        "fixed_input_size": True,
+        "pool_size": None,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **({"license": provenance.license} if provenance.license != UNSPECIFIED else {}),
+    }
+
+
+def _card(config: ModelConfig, address: str, data: DataConfig, provenance: Provenance, *, stock: bool) -> str:
+    place = address.partition(":")[2]
+    registers = [] if stock else ["import nextblock.interop.timm_models  # registers nextblock_vit"]
+    opening = [
+        "import timm",
+        *registers,
+        f'model = timm.create_model("{address}", pretrained=True).eval()',
+        "features = model.forward_features(images)  # (b n d), model(images) is their mean",
+    ]
+    notes = [
+        f'transformers opens the same files: `AutoModel.from_pretrained("{place}")`'
+        + ("." if stock else ", after the same import."),
+        "`nextblock.load` gives back the same encoder.",
+    ]
+    if not stock:
+        notes.append(
+            "The architecture `nextblock_vit` brings a block mask or an epsilon that timm's own models do "
+            "not have. Without the second line above (`pip install nextblock`) timm says `Unknown model "
+            "(nextblock_vit)`."
+        )
+    if config.positions == "sincos" and stock:
+        notes.append(
+            "At another image size (`img_size=`) timm resamples the fixed positions, which is another "
+            "function than this model's, whose positions are computed anew: convert again with "
+            "`--image_size`."
+        )
+    return model_card(
+        config,
+        title=place.rpartition("/")[2],
+        library="timm",
+        data=data,
+        provenance=provenance,
+        opening="\n".join(opening),
+        notes=notes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def is_timm_directory(path: Path) -> bool:
+    """Whether a directory's config.json names a timm architecture."""
+    return "architecture" in _described(path)
+
+
+def read_timm(src: str | Path, *, drop_prefix_tokens: bool = False) -> NextBlockModel:
+    """Build the encoder that a timm directory holds, or a spec names: "timm:NAME[,pretrained=false]".
+
+    Class and register tokens are refused; with `drop_prefix_tokens` they and their positions are left out,
+    and listed: good to start from, but not the features of the original.
+    """
+    if str(src).startswith(TIMM_SPEC):
+        return from_timm(_by_name(str(src)), None, str(src), drop_prefix_tokens=drop_prefix_tokens)
+    directory = Path(src)
+    described = _described(directory)
+    weights = _weights_in(directory)
+    own = described.get("nextblock")
+    if own is not None:
+        return _own_encoder(own, weights, str(directory))
+    try:
+        vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
+    except (RuntimeError, TypeError, AssertionError, KeyError) as error:
+        raise CheckpointError(
+            f"timm cannot build what {directory / CONFIG_FILE} describes ({error}); compare its architecture "
+            "and model_args with those of timm, or upgrade timm"
+        ) from error
+    return from_timm(vit, weights, str(directory), drop_prefix_tokens=drop_prefix_tokens)
+
+
+def read_timm_data(src: str | Path) -> DataConfig | None:
+    """How images are cut and normalised for a timm directory or spec; None where it does not tell."""
+    if str(src).startswith(TIMM_SPEC):
+        cfg = timm.get_pretrained_cfg(_name(str(src)))
+        told = {} if cfg is None else cfg.to_dict()
+    else:
+        described = _described(Path(src))
+        told = {**described, **described.get("pretrained_cfg", {})}
+    if not {"mean", "std", "crop_pct", "input_size"} <= told.keys():
+        return None
+    resize_px = math.floor(min(told["input_size"][1:]) / told["crop_pct"])
+    return DataConfig(mean=tuple(told["mean"]), std=tuple(told["std"]), val_resize_px=resize_px)
+
+
+def timm_provenance(src: str | Path) -> Provenance:
+    """The licence that timm's settings of a directory or spec name."""
+    if str(src).startswith(TIMM_SPEC):
+        cfg = timm.get_pretrained_cfg(_name(str(src)))
+        told = {} if cfg is None else cfg.to_dict()
+        return Provenance(origin=f"timm's {_name(str(src))}", license=told.get("license") or UNSPECIFIED)
+    described = _described(Path(src))
+    license_text = described.get("pretrained_cfg", {}).get("license") or UNSPECIFIED
+    return Provenance(origin=f"{src}, a timm directory", license=license_text)
+
+
+def _name(spec: str) -> str:
+    return spec.removeprefix(TIMM_SPEC).split(",")[0]
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _weights_in(directory: Path) -> dict[str, Tensor]:
+    file = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{directory} holds no weights: looked for {', '.join(WEIGHT_FILES)}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(
+            f"{file} cannot be read as weights ({reason}); compare its size with the original's"
+        ) from error
+
+
+def _own_encoder(own: Mapping[str, Any], weights: Mapping[str, Tensor], origin: str) -> NextBlockModel:
+    if int(own["format_version"]) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{origin} has format version {own['format_version']}, this release reads up to "
+            f"{FORMAT_VERSION}; upgrade nextblock"
+        )
+    model = NextBlockModel(from_dict(ModelConfig, own["model"]))
+    load_strictly(model, {f"encoder.{name}": tensor for name, tensor in weights.items()}, origin)
+    return model.eval()
+
+
+def _by_name(spec: str) -> nn.Module:
+    """The timm model of "timm:NAME[,pretrained=false]"."""
+    name, *options = spec.removeprefix(TIMM_SPEC).split(",")
+    unknown = [option for option in options if option not in ("pretrained=false", "pretrained=true")]
+    if unknown:
+        raise ValueError(
+            f"{spec}: unknown option {unknown[0]!r}; write timm:NAME or timm:NAME,pretrained=false"
+        )
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}; {nearest_name(name, timm.list_models())}")
+    with hub_errors(spec):
+        try:
+            return timm.create_model(name, pretrained="pretrained=false" not in options, num_classes=0)
+        except RuntimeError as error:
+            raise CheckpointError(f"timm cannot give {spec}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,13 @@
+"""What tables and pictures call the losses that a run is compared with; quick to import."""
+
+from __future__ import annotations
+
+__all__ = ["BASELINE_WORDS"]
+
+BASELINE_WORDS = {
+    "zero": "predicting zero",
+    "copy_previous": "copying the previous block",
+    "uniform": "predicting all tokens alike",
+    "frequency": "predicting tokens by their frequency",
+}
+"""None of them needs a model: the first two are for pixels, the others for tokens."""

@@ -1,0 +1,326 @@
+"""`convert`: from every format to every other the same function, with its data, origin and licence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.models.vision_transformer import VisionTransformer
+
+from nextblock.checkpoint import CheckpointError, read_data, save_checkpoint, save_model
+from nextblock.cli.convert import run
+from nextblock.config import DataConfig, ModelConfig
+from nextblock.evaluate.features import seeded
+from nextblock.interop import load, load_model
+from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
+from nextblock.interop.convert import SETTINGS_OF, Converted, _check_settings, convert
+from nextblock.interop.timm_format import read_timm_data
+from nextblock.models import NextBlockModel
+from nextblock.models.classifier import ImageClassifier
+from nextblock.models.heads import HeadConfig
+from toy import tiny_images, tiny_model
+
+DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)
+AIM = ModelConfig(
+    image_size=28,
+    patch_size=14,
+    block_size=1,
+    embed_dim=24,
+    depth=3,
+    num_heads=3,
+    positions="sincos",
+    bias=False,
+    patch_norm=True,
+    feature_attention="full",
+    predictor=None,
+)
+
+
+def aim_model():
+    with seeded(0):
+        model = NextBlockModel(AIM).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run's directory as far as weights go."""
+    save_checkpoint(tmp_path / "my-run" / "checkpoints", tiny_model(), {"step": 3}, 3, data=DATA)
+    return tmp_path / "my-run"
+
+
+@pytest.fixture
+def official(golden_dir):
+    """An official XTRA file."""
+    return golden_dir / "xtra_k2.ckpt"
+
+
+def head_of(directory):
+    """The YAML head of a directory's card."""
+    return yaml.safe_load((directory / "README.md").read_text().split("---")[1])
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- there and back
+
+
+def test_a_run_goes_to_timm_and_back_with_its_features_and_its_data(run_dir, tmp_path):
+    done = convert(run_dir, tmp_path / "timm", to="timm")
+    assert (done.to, done.place) == ("timm", str(tmp_path / "timm"))
+    assert done.num_bytes == sum(path.stat().st_size for path in (tmp_path / "timm").iterdir())
+    images = tiny_images()
+    assert_same(load_model(tmp_path / "timm").encode(images).tokens, tiny_model().encode(images).tokens)
+    assert read_timm_data(tmp_path / "timm") == DATA
+    convert(tmp_path / "timm", tmp_path / "back")
+    assert_same(load_model(tmp_path / "back").encode(images).tokens, tiny_model().encode(images).tokens)
+    assert read_data(tmp_path / "back" / "model.safetensors") == DATA
+
+
+def test_an_official_file_becomes_a_whole_model(official, golden, tmp_path):
+    convert(official, tmp_path / "whole", num_heads=3)
+    tensors = golden("xtra_k2")
+    found = load(tmp_path / "whole")
+    assert isinstance(found, NextBlockModel)
+    torch.testing.assert_close(found(tensors["images"]).loss, tensors["loss"].squeeze(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_official_aim_classifier_gives_logits_here_and_its_layers_in_timm(golden_dir, golden, tmp_path):
+    tensors = golden("aim_nano")
+    files = {"src": golden_dir / "aim_nano_backbone.pth", "head": golden_dir / "aim_nano_head.pth"}
+    told = {"num_heads": 3, "probe_layers": (1, 2)}
+    convert(dst=tmp_path / "own", **files, **told)
+    found = load(tmp_path / "own")
+    assert isinstance(found, ImageClassifier)
+    with torch.no_grad():
+        torch.testing.assert_close(found(tensors["images"]), tensors["logits"], rtol=1e-4, atol=1e-4)
+    convert(dst=tmp_path / "timm", to="timm", image_size=56, **files, **told)
+    vit: Any = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
+    assert type(vit) is VisionTransformer
+    with torch.no_grad():
+        layers: Any = vit.forward_intermediates(tensors["images"], output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(torch.stack(layers), tensors["layer_features"], rtol=1e-4, atol=1e-4)
+    assert "Apple's own licence" in head_of(tmp_path / "timm")["weights_license"]
+
+
+def test_xtra_files_are_written_and_read_back(run_dir, official, tmp_path):
+    convert(official, tmp_path / "again.ckpt", to="xtra", num_heads=3)
+    images = tiny_images(size=(64, 64))
+    again, once = (load_model(path, num_heads=3) for path in (tmp_path / "again.ckpt", official))
+    assert torch.equal(again(images).loss, once(images).loss)
+
+
+def test_aim_files_are_written_and_read_back(tmp_path):
+    save_model(tmp_path / "model.safetensors", aim_model())
+    convert(tmp_path / "model.safetensors", tmp_path / "aim", to="aim")
+    images = tiny_images(size=(28, 28))
+    back = load_model(tmp_path / "aim" / "backbone.pth", num_heads=3)
+    assert_same(back.encode(images).tokens, aim_model().encode(images).tokens)
+    convert(tmp_path / "aim" / "backbone.pth", tmp_path / "timm", to="timm", num_heads=3, image_size=56)
+    assert "Apple's own licence" in head_of(tmp_path / "timm")["weights_license"]
+    images = tiny_images(size=(56, 56))
+    assert_same(load_model(tmp_path / "timm").encode(images).tokens, aim_model().encode(images).tokens)
+
+
+def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(tmp_path, caplog):
+    with seeded(1):
+        head = HeadConfig(num_classes=3, layers=(0, 1), num_heads=4)
+        classifier = ImageClassifier(tiny_model(), head, ("a", "b", "c")).eval()
+    save_model(tmp_path / "head.safetensors", classifier)
+    convert(tmp_path / "head.safetensors", tmp_path / "own")
+    found = load(tmp_path / "own")
+    assert isinstance(found, ImageClassifier)
+    assert torch.equal(found(tiny_images()), classifier(tiny_images()))
+    assert "logits = model(images)" in (tmp_path / "own" / "README.md").read_text()
+    with caplog.at_level(logging.INFO):
+        convert(tmp_path / "head.safetensors", tmp_path / "timm", to="timm")
+    assert "left out: the classifier's attentive head" in caplog.text
+    assert_same(
+        load_model(tmp_path / "timm").encode(tiny_images()).tokens, tiny_model().encode(tiny_images()).tokens
+    )
+
+
+def test_files_that_do_not_tell_are_cut_as_officially(official, tmp_path):
+    convert(official, tmp_path / "timm", to="timm", num_heads=3)
+    assert read_timm_data(tmp_path / "timm") == DataConfig(val_resize_px=73)  # 8/7 of 64
+
+
+# ------------------------------------------------------------------------------------- origin and licence
+
+
+def test_the_card_of_a_run_names_the_run_and_no_licence_until_one_is_given(run_dir, tmp_path):
+    convert(run_dir, tmp_path / "out")
+    assert head_of(tmp_path / "out")["weights_origin"] == "my-run, pre-trained with nextblock"
+    assert "license" not in head_of(tmp_path / "out")
+    assert "Licence of the weights: unspecified." in (tmp_path / "out" / "README.md").read_text()
+    convert(run_dir, tmp_path / "given", license="Apache-2.0", origin="our hospital's X-rays")
+    head = head_of(tmp_path / "given")
+    assert (head["license"], head["weights_origin"]) == ("apache-2.0", "our hospital's X-rays")
+    assert head["weights_license"] == "Apache-2.0"
+
+
+def test_the_card_tells_what_a_run_was_started_from(tmp_path):
+    model = tiny_model()
+    model.config = replace(model.config, init="hf:someone/model")
+    save_model(tmp_path / "model.safetensors", model)
+    convert(tmp_path / "model.safetensors", tmp_path / "out")
+    assert "started from hf:someone/model" in head_of(tmp_path / "out")["weights_origin"]
+
+
+def test_origin_and_licence_stay_through_further_conversions(official, tmp_path):
+    convert(official, tmp_path / "1", to="timm", num_heads=3)
+    convert(tmp_path / "1", tmp_path / "2")
+    convert(tmp_path / "2" / "model.safetensors", tmp_path / "3", to="timm")
+    for number in "123":
+        head = head_of(tmp_path / number)
+        assert head["weights_origin"] == "xtra_k2.ckpt, in the layout of official XTRA files"
+        assert "none is stated for the official XTRA weights" in head["weights_license"]
+
+
+@pytest.mark.parametrize("text", ["no head", "---\n: :\n---\n", "---\nlicense: mit\n---\n", ""])
+def test_a_card_that_names_no_origin_says_nothing(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    assert read_provenance(tmp_path) is None
+
+
+@pytest.mark.parametrize("license_text", [UNSPECIFIED, "mit", "for research: ask me, 'first'"])
+def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
+    told = Provenance(origin="x: y", license=license_text)
+    card = model_card(
+        AIM, title="t", library="timm", data=DATA, provenance=told, opening="import x", notes=["a note"]
+    )
+    (tmp_path / "README.md").write_text(card)
+    assert read_provenance(tmp_path) == told
+    assert re.fullmatch(r"[a-z0-9.-]+", head_of(tmp_path).get("license_name", "mit"))
+    assert "| attention of its features | full |" in card
+    assert "- a note" in card
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "told"),
+    [
+        ("timm", {"layers": [1]}, "layers means nothing to the format timm; it is for onnx"),
+        ("nextblock", {"image_size": 32}, "image_size means nothing .*; it is for timm and onnx"),
+        ("xtra", {"license": "mit"}, "license means nothing to the format xtra"),
+        ("aim", {"attention": "full"}, "attention means nothing to the format aim"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_before_anything_is_read(to, settings, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        convert(tmp_path / "nowhere", tmp_path / "out", to=to, **settings)
+
+
+def test_a_place_that_is_taken_is_refused_and_left_alone(run_dir, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "photo.jpg").touch()
+    for place in (tmp_path / "taken", tmp_path / "taken" / "photo.jpg", run_dir):
+        with pytest.raises(ValueError, match="exists already; name a new place"):
+            convert(run_dir, place)
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["photo.jpg"]
+    (tmp_path / "empty").mkdir()
+    convert(run_dir, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+def test_a_timm_model_with_a_class_token_is_refused_with_what_to_do_instead(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cls_token.*As model\.init it can be started from"):
+        convert("timm:test_vit,pretrained=false", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_file_does_not_tell_is_asked_for(official, tmp_path):
+    with pytest.raises(CheckpointError, match="num_heads="):
+        convert(official, tmp_path / "out", to="timm")
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_writes_and_tells_what_it_wrote(run_dir, tmp_path, capsys):
+    words = [str(run_dir), str(tmp_path / "out"), "--to", "timm", "--image_size", "[32,24]", "--json"]
+    assert run([*words, "--license", "mit"]) == 0
+    line, told = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"timm: {tmp_path}/out (0.")
+    assert json.loads(told)["place"] == f"{tmp_path}/out"
+    assert load_model(tmp_path / "out").config.image_size == (32, 24)
+    assert head_of(tmp_path / "out")["license"] == "mit"
+
+
+def test_the_command_writes_onnx_in_a_process_of_its_own(official, tmp_path):
+    words = [str(official), f"{tmp_path}/x.onnx", "--to", "onnx", "--layers", "3", "--layers", "1"]
+    code = "import sys; from nextblock.cli.convert import run; sys.exit(run(sys.argv[1:]))"
+    environment = {**os.environ, "JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *words, "--num_heads", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    line, told = done.stdout.splitlines()
+    assert "onnxruntime within" in line
+    assert 0 < json.loads(told)["difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--probe_layers", "lost"], "--probe_layers lost: give last, best, or numbers"),
+        (["--to", "tim"], "to is tim; it must be 'nextblock' or 'timm'"),
+        (["--image_size", "big"], "image_size is big; it must be int or"),
+        (["--lisence", "mit"], "unknown setting --lisence; did you mean --license"),
+    ],
+)
+def test_wrong_words_are_refused(words, told, run_dir, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        run([str(run_dir), str(tmp_path / "out"), *words])
+
+
+@pytest.mark.parametrize(("words", "layers"), [(["last"], "last"), (["1", "--probe_layers", "2"], (1, 2))])
+def test_probe_layers_are_names_or_numbers(words, layers, monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr("nextblock.interop.convert.convert", lambda *_, **settings: asked.update(settings))
+    with pytest.raises(AttributeError):  # there is no result to print
+        run(["src", "dst", "--probe_layers", *words])
+    assert asked["probe_layers"] == layers
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "weights.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^nextblock convert (.+)$", DOCS, flags=re.MULTILINE))
+def test_the_commands_of_the_docs_are_understood(command, monkeypatch, capsys):
+    asked = []
+
+    def record(src, dst, to, **settings):
+        _check_settings(to, dst, **{name: settings[name] for name in ("image_size", "layers", "attention")})
+        asked.append(src)
+        return Converted(to, dst, 0, None)
+
+    monkeypatch.setattr("nextblock.interop.convert.convert", record)
+    assert run(shlex.split(command)) == 0
+    assert asked == [command.split()[0]]
+
+
+def test_the_docs_have_every_format():
+    found = {
+        re.search(r"--to (\w+)", line) for line in DOCS.splitlines() if line.startswith("nextblock convert")
+    }
+    assert {match[1] for match in found if match} | {"nextblock"} == set(SETTINGS_OF)

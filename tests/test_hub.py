@@ -1,0 +1,292 @@
+"""The hub: real requests of huggingface_hub against a small server that speaks its protocol; a cache by hand.
+
+The server keeps what is pushed to it and gives it back, so a push and a pull go the whole way but for the
+machine at the other end.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub import HfApi
+
+from nextblock.checkpoint import save_model
+from nextblock.interop import load, load_model
+from nextblock.interop.convert import convert
+from nextblock.interop.hub import HubError, fetch, push
+from toy import tiny_images, tiny_model
+
+REVISION = "a" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories as {name: {path: content}}; `log` has every request's method and path."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Requests)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.log: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.status: dict[str, tuple[int, str]] = {}
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Requests(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    @property
+    def hub(self) -> Hub:
+        assert isinstance(self.server, Hub)
+        return self.server
+
+    def log_message(self, format, *args):  # noqa: A002 - the name that it has in the base class
+        pass
+
+    def answer(self, content: Any = b"", code: int = 200, headers: Mapping[str, str] | None = None):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def seen(self):
+        """Log a request; give its path's parts, or None if it was answered by a failure."""
+        self.hub.log.append(f"{self.command} {self.path}")
+        self.hub.tokens.add(self.headers.get("authorization"))
+        for repo, (code, error) in self.hub.status.items():
+            if repo in self.path or self.path == "/api/repos/create":
+                self.answer({"error": error}, code, {"X-Error-Code": error})
+                return None
+        return self.path.split("?")[0].strip("/").split("/")
+
+    def do_GET(self):
+        parts = self.seen()
+        if parts is None:
+            return
+        if parts[:2] == ["api", "models"]:
+            files = self.hub.repos.get("/".join(parts[2:4]))
+            if files is None:
+                self.answer({"error": "no"}, 404, {"X-Error-Code": "RepoNotFound"})
+            elif parts[4:5] == ["tree"]:
+                self.answer(
+                    [{"type": "file", "path": p, "size": len(c), "oid": _oid(c)} for p, c in files.items()]
+                )
+            elif parts[5:] and parts[5] not in ("main", REVISION):
+                self.answer({"error": "no"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            else:
+                self.answer({"id": "/".join(parts[2:4]), "sha": REVISION, "siblings": []})
+        elif "resolve" in parts:
+            content = self.hub.repos["/".join(parts[:2])]["/".join(parts[4:])]
+            self.answer(content, headers={"ETag": f'"{_oid(content)}"', "X-Repo-Commit": REVISION})
+        else:
+            self.answer({}, 404)
+
+    do_HEAD = do_GET  # noqa: N815 - so it is called
+
+    def do_POST(self):
+        body = self.body()
+        parts = self.seen()
+        if parts is None:
+            return
+        if parts == ["api", "repos", "create"]:
+            told = json.loads(body)
+            self.hub.repos.setdefault(f"{told['organization']}/{told['name']}", {})
+            self.answer({"url": f"{self.hub.address}/{told['organization']}/{told['name']}"})
+        elif "preupload" in parts:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self.answer(
+                {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]}
+            )
+        elif "commit" in parts:
+            repo = "/".join(parts[2:4])
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.hub.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{self.hub.address}/{repo}/commit/{REVISION}", "commitOid": REVISION})
+        else:
+            self.answer({"errors": [], "warnings": []})
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+
+def _oid(content):
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty hub, an empty cache, and a token."""
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        server.address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """A cache made by hand, and no network: the folder of the snapshot of me/vit."""
+    repo = tmp_path / "cache" / "models--me--vit"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(REVISION)
+    snapshot = repo / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def model_file(tmp_path):
+    save_model(tmp_path / "model.safetensors", tiny_model())
+    return tmp_path / "model.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------------- pull
+
+
+def test_without_network_the_cache_is_read(offline):
+    save_model(offline / "model.safetensors", tiny_model())
+    assert fetch("hf:me/vit") == offline
+    assert fetch(f"hf:me/vit@{REVISION}") == offline
+    found = load("hf:me/vit")
+    assert torch.equal(found(tiny_images()).loss, tiny_model()(tiny_images()).loss)
+
+
+def test_without_network_what_is_not_in_the_cache_is_refused_with_the_remedy(offline):
+    with pytest.raises(HubError, match=r"hf:me/other is not in the cache.*unset HF_HUB_OFFLINE"):
+        fetch("hf:me/other")
+
+
+def test_weights_configuration_and_card_are_fetched_and_nothing_else(hub):
+    wanted = ("config.json", "model.safetensors", "backbone.pth", "README.md")
+    hub.repos["me/vit"] = dict.fromkeys((*wanted, "optimizer.zip", "logs/train.txt", "run.py"), b"content")
+    folder = fetch("hf:me/vit")
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == sorted(wanted)
+
+
+def test_what_was_fetched_once_is_not_fetched_again(hub):
+    hub.repos["me/vit"] = {"config.json": b"{}"}
+    fetch("hf:me/vit")
+    hub.log.clear()
+    fetch("hf:me/vit")
+    assert not [line for line in hub.log if "resolve" in line]
+
+
+def test_a_line_for_every_request_is_kept_out_of_the_log(hub, caplog):
+    hub.repos["me/vit"] = {"config.json": b"{}"}
+    with caplog.at_level(logging.INFO):
+        fetch("hf:me/vit")
+        assert "HTTP Request" not in caplog.text
+        HfApi(endpoint=hub.address).model_info("me/vit")
+    assert "HTTP Request" in caplog.text
+
+
+def test_a_hub_that_cannot_be_reached_is_told_from_one_that_has_no_such_model(hub, monkeypatch):
+    with pytest.raises(HubError, match=r"hf:me/none is not on the hub, or is private: .*hf auth login"):
+        fetch("hf:me/none")
+    hub.repos["me/vit"] = {"config.json": b"{}"}
+    with pytest.raises(HubError, match="no such revision"):
+        fetch("hf:me/vit@v9")
+    hub.status["me/vit"] = (403, "GatedRepo")
+    with pytest.raises(HubError, match="is gated: accept its terms"):
+        fetch("hf:me/vit")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(HubError, match="not in the cache, and the hub could not be asked"):
+        fetch("hf:me/vit")
+
+
+@pytest.mark.parametrize("spec", ["hf:", "hf:vit", "hf:me/", "hf:me/vit/model", "hf:me/vit@"])
+def test_what_names_no_repository_is_refused(spec):
+    with pytest.raises(ValueError, match="write hf:USER/NAME"):
+        fetch(spec)
+
+
+def test_names_that_the_hub_does_not_allow_are_refused(hub):
+    with pytest.raises(ValueError, match=r"hf:me/v\.\.it is no name of a repository"):
+        fetch("hf:me/v..it")
+
+
+# ------------------------------------------------------------------------------------------------------- push
+
+
+def test_a_folder_is_pushed_as_it_is_with_the_users_token(hub, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "out" / "model.safetensors").write_bytes(bytes(range(256)))
+    assert push(tmp_path / "out", "hf:me/vit") == f"{hub.address}/me/vit"
+    assert hub.repos["me/vit"] == {
+        "README.md": b"---\nlicense: mit\n---\n",
+        "model.safetensors": bytes(range(256)),
+    }
+    assert "Bearer hf_of_the_test" in hub.tokens
+
+
+def test_a_model_pushed_in_timms_format_is_the_same_when_it_is_pulled(hub, tmp_path):
+    done = convert(model_file(tmp_path), "hf:me/vit", to="timm", license="mit")
+    assert done.place == f"{hub.address}/me/vit"
+    assert sorted(hub.repos["me/vit"]) == ["README.md", "config.json", "model.safetensors"]
+    card = hub.repos["me/vit"]["README.md"].decode()
+    assert 'timm.create_model("hf-hub:me/vit"' in card
+    assert "license: mit" in card
+    images = tiny_images()
+    expected = tiny_model().encode(images).tokens
+    assert torch.equal(load_model("hf:me/vit").encode(images).tokens, expected)
+    vit: Any = timm.create_model("hf-hub:me/vit", pretrained=True, cache_dir=tmp_path / "timm").eval()
+    assert torch.equal(vit.forward_features(images), expected)
+
+
+def test_a_whole_model_pushed_is_the_same_when_it_is_pulled(hub, tmp_path):
+    convert(model_file(tmp_path), "hf:me/whole")
+    assert 'nextblock.load("hf:me/whole")' in hub.repos["me/whole"]["README.md"].decode()
+    assert torch.equal(load("hf:me/whole")(tiny_images()).loss, tiny_model()(tiny_images()).loss)
+
+
+def test_a_token_that_may_not_write_is_told(hub, tmp_path):
+    hub.status["me/vit"] = (403, "Forbidden")
+    with pytest.raises(HubError, match=r"the hub refuses hf:me/vit \(status 403\): log in"):
+        push(tmp_path, "hf:me/vit")
+    hub.status["me/vit"] = (500, "Oops")
+    with pytest.raises(HubError, match=r"the hub failed for hf:me/vit .*500.*try it again"):
+        push(tmp_path, "hf:me/vit")
+
+
+def test_a_revision_is_no_place_to_push_to(tmp_path):
+    with pytest.raises(ValueError, match="pushed to the main branch"):
+        push(tmp_path, "hf:me/vit@v1")
+
+
+def test_single_files_do_not_go_to_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="only nextblock and timm go to the hub"):
+        convert(model_file(tmp_path), "hf:me/vit", to="onnx")

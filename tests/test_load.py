@@ -1,0 +1,166 @@
+"""`load` on the formats of others: told apart by content, joined, and refused with what is missing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from nextblock.checkpoint import CheckpointError, MissingSettingError, UnknownFormatError, save_model
+from nextblock.interop import initialize, load, load_model
+from nextblock.interop.aim import write_aim
+from nextblock.models import NextBlockModel
+from nextblock.models.classifier import ImageClassifier
+from toy import tiny_images, tiny_model
+
+NANO = {
+    "image_size": 56,
+    "patch_size": 14,
+    "embed_dim": 48,
+    "depth": 4,
+    "num_heads": 3,
+    "positions": "sincos",
+    "patch_norm": True,
+    "bias": False,
+    "block_size": 1,
+    "feature_attention": "full",
+}
+
+# ----------------------------------------------------------------------------------------------- official AIM
+
+
+def test_a_backbone_is_an_encoder_and_with_its_head_a_classifier(golden_dir):
+    reference = load_file(golden_dir / "aim_nano.safetensors")
+    backbone, head = golden_dir / "aim_nano_backbone.pth", golden_dir / "aim_nano_head.pth"
+    encoder = load(backbone, num_heads=3)
+    assert isinstance(encoder, NextBlockModel)
+    layers = encoder.encode(reference["images"]).layers
+    torch.testing.assert_close(torch.stack(layers), reference["layer_features"], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="cannot predict"):
+        encoder(reference["images"])
+    classifier = load(backbone, head=head, num_heads=3, probe_layers=(1, 2))
+    assert isinstance(classifier, ImageClassifier)
+    torch.testing.assert_close(classifier(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_the_training_codes_layout_is_a_whole_model(golden_dir):
+    reference = load_file(golden_dir / "aim_pretrain_nano.safetensors")
+    model = load_model(golden_dir / "aim_pretrain_nano_weights.safetensors", num_heads=3)
+    out = model(reference["images"], prefix_lengths=reference["prefix_lengths"])
+    torch.testing.assert_close(out.loss, reference["loss"][0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("given", "missing"), [({}, "num_heads"), ({"num_heads": 3}, "probe_layers")])
+def test_what_an_aim_file_does_not_tell_is_asked_for(golden_dir, given, missing):
+    head = golden_dir / "aim_nano_head.pth"
+    with pytest.raises(MissingSettingError, match=missing) as caught:
+        load(golden_dir / "aim_nano_backbone.pth", head=head, **given)
+    assert caught.value.setting == missing
+
+
+def test_a_head_alone_is_told_to_need_its_backbone(golden_dir):
+    with pytest.raises(UnknownFormatError, match="load its backbone, with head= this file"):
+        load(golden_dir / "aim_nano_head.pth")
+
+
+def test_a_head_that_is_none_is_refused(golden_dir):
+    with pytest.raises(CheckpointError, match=r"aim_nano_backbone\.pth is no head of an AIM classifier"):
+        load(golden_dir / "aim_nano_backbone.pth", head=golden_dir / "aim_nano_backbone.pth", num_heads=3)
+
+
+def test_a_directory_of_backbone_and_head_is_a_classifier(golden_dir, tmp_path):
+    shutil.copy(golden_dir / "aim_nano_backbone.pth", tmp_path / "backbone.pth")
+    shutil.copy(golden_dir / "aim_nano_head.pth", tmp_path / "head.pth")
+    assert isinstance(load(tmp_path, num_heads=3, probe_layers=(1, 2)), ImageClassifier)
+
+
+def test_what_apples_hub_files_say_beside_them_is_read(golden_dir, tmp_path):
+    """One file holds backbone and head; config.json tells heads, layers and image size."""
+    weights = {
+        **torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True),
+        **torch.load(golden_dir / "aim_nano_head.pth", weights_only=True),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    told = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "num_blocks": 4, "num_heads": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**told, "probe_layers": [1, 2]}))
+    reference = load_file(golden_dir / "aim_nano.safetensors")
+    found = load(tmp_path)
+    assert isinstance(found, ImageClassifier)
+    torch.testing.assert_close(found(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
+    other = load(tmp_path, probe_layers=(0, 1))
+    assert isinstance(other, ImageClassifier)
+    assert other.head_config.layers == (0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- timm
+
+
+@pytest.fixture
+def vit():
+    """A timm ViT without class token, 24 wide."""
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
+        class_token=False, global_pool="avg", fc_norm=False,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_a_timm_vits_state_dict_is_an_encoder_of_the_same_features(vit, wrapper, tmp_path):
+    weights = vit.state_dict()
+    torch.save(weights if wrapper is None else {wrapper: weights}, tmp_path / "vit.pth")
+    found = load_model(tmp_path / "vit.pth", num_heads=3)
+    images = tiny_images(size=(32, 32))
+    expected = vit.forward_features(images)
+    torch.testing.assert_close(found.encode(images).tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_class_token_is_refused_but_for_starting_from(tmp_path, caplog):
+    spec = "timm:vit_tiny_patch16_224,pretrained=false"
+    with pytest.raises(CheckpointError, match=r"cls_token.*As model\.init"):
+        load(spec)
+    model = tiny_model(image_size=32, patch_size=16, block_size=1, embed_dim=192, depth=12)
+    with caplog.at_level(logging.INFO):
+        report = initialize(model, spec)
+    assert report.resampled == ("encoder.pos_embed",)
+    assert all(name.startswith("predictor.") for name in report.fresh)
+    assert "cls_token" in caplog.text
+
+
+# -------------------------------------------------------------------------------- settings that are of no use
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "name"),
+    [
+        ("xtra_k2.ckpt", {"num_heads": 3, "probe_layers": (1,)}, "probe_layers"),
+        ("xtra_k2.ckpt", {"num_heads": 3, "head": "head.pth"}, "head"),
+        ("own.safetensors", {"num_heads": 3}, "num_heads"),
+        ("own.safetensors", {"head": "head.pth"}, "head"),
+        ("timm:vit_tiny_patch16_224,pretrained=false", {"head": "head.pth"}, "head"),
+    ],
+)
+def test_a_setting_that_a_file_has_no_use_for_is_refused(file, settings, name, golden_dir, tmp_path):
+    save_model(tmp_path / "own.safetensors", tiny_model())
+    path = next((d / file for d in (tmp_path, golden_dir) if (d / file).exists()), file)
+    with pytest.raises(ValueError, match=f"no use for {name}="):
+        load(path, **settings)
+
+
+def test_several_weight_files_in_a_directory_are_refused(tmp_path):
+    for name in ("a.pth", "b.pth"):
+        torch.save({"w": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"several weight files \(a\.pth, b\.pth\); name one"):
+        load(tmp_path)
+
+
+def test_what_is_written_in_apples_layout_is_read_from_its_directory(tmp_path):
+    model = tiny_model(**NANO, predictor=None)
+    write_aim(model, tmp_path / "aim")
+    found = load_model(tmp_path / "aim", num_heads=3)
+    images = tiny_images(size=(56, 56))
+    assert torch.equal(found.encode(images).tokens, model.encode(images).tokens)

@@ -1,0 +1,178 @@
+"""Starting from other weights: what fits is taken over, the rest is named, what would mislead is said."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from nextblock.checkpoint import CheckpointError, save_checkpoint, save_model
+from nextblock.interop import create_model, initialize
+from nextblock.interop.start import initialize_from
+from nextblock.models.encoder import resample_positions, sincos_positions
+from nextblock.tokens import KMeansTokenizer
+from test_checkpoint import STATE, same_weights
+from toy import tiny_images, tiny_model
+
+AIM = {
+    "positions": "sincos",
+    "patch_norm": True,
+    "bias": False,
+    "predictor": "mlp",
+    "predictor_extra_norm": True,
+}
+
+
+def test_a_model_of_the_same_sizes_takes_everything_over():
+    model, other = tiny_model(1), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert same_weights(model, other)
+    assert report.origin == "RUN"
+    assert set(report.loaded) == set(model.state_dict())
+    assert report.resampled == report.fresh == report.unused == ()
+
+
+def test_for_another_image_size_only_positions_are_resampled():
+    model, other = tiny_model(1, image_size=(32, 32)), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert report.resampled == ("encoder.pos_embed", "predictor.pos_embed")
+    assert report.fresh == report.unused == ()
+    for name, tensor in model.state_dict().items():
+        theirs = other.state_dict()[name]
+        expected = resample_positions(theirs, (4, 6), (8, 8)) if name in report.resampled else theirs
+        assert torch.equal(tensor, expected)
+
+
+def test_a_grid_turned_on_its_side_is_another_grid():
+    model, other = tiny_model(1, image_size=(24, 16)), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert report.resampled == ("encoder.pos_embed", "predictor.pos_embed")
+    assert not torch.equal(model.state_dict()["encoder.pos_embed"], other.state_dict()["encoder.pos_embed"])
+
+
+def test_another_predictor_stays_fresh_and_is_listed():
+    model, other = tiny_model(1, predictor_dim=32, predictor_depth=1), tiny_model(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = initialize_from(model, other, "RUN")
+    assert report.fresh
+    assert all(name.startswith("predictor.") for name in report.fresh)
+    assert {"predictor.pos_embed", "predictor.blocks.0.attn.qkv.weight"} <= set(report.fresh)
+    assert "predictor.blocks.1.norm1.weight" in report.unused
+    assert {name for name in before if name.startswith("encoder.")} <= set(report.loaded)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name in report.fresh or before[name].std() == 0), name
+
+
+def test_a_deeper_model_takes_over_the_layers_there_are():
+    model, other = tiny_model(1, depth=3), tiny_model(2)
+    report = initialize_from(model, other, "RUN")
+    assert {name.rsplit(".", 3)[0] for name in report.fresh if "mlp" in name} == {"encoder.blocks.2"}
+    assert torch.equal(model.encode(tiny_images()).layers[1], other.encode(tiny_images()).layers[1])
+
+
+def test_an_encoder_alone_gives_its_encoder():
+    model, other = tiny_model(1), tiny_model(2, predictor=None)
+    report = initialize_from(model, other, "RUN")
+    assert set(report.loaded) == {name for name in model.state_dict() if name.startswith("encoder.")}
+    assert report.unused == ()
+    assert torch.equal(model.encode(tiny_images()).tokens, other.encode(tiny_images()).tokens)
+
+
+def test_weights_of_which_nothing_fits_are_refused_with_both_sizes():
+    model, other = tiny_model(1), tiny_model(2, embed_dim=48, depth=3)
+    with pytest.raises(CheckpointError) as caught:
+        initialize_from(model, other, "RUN")
+    for part in ("RUN", "48 wide with 3 layers", "24 wide with 2", "model.embed_dim"):
+        assert part in str(caught.value)
+
+
+def test_an_encoder_of_other_heads_is_refused_as_its_weights_would_fit_and_mean_something_else():
+    with pytest.raises(CheckpointError, match=r"has 3 attention heads, this model 2.*set model\.num_heads 3"):
+        initialize_from(tiny_model(1, num_heads=2), tiny_model(2), "RUN")
+
+
+def test_predictor_layers_of_other_heads_stay_fresh():
+    report = initialize_from(tiny_model(1, predictor_heads=4), tiny_model(2), "RUN")
+    assert report.fresh
+    assert all(name.startswith("predictor.blocks.") for name in report.fresh)
+    assert report.fresh == report.unused
+
+
+def test_starting_from_a_run_says_what_became_of_every_weight(tmp_path, caplog):
+    save_checkpoint(tmp_path / "checkpoints", tiny_model(2), STATE, 1)
+    model = tiny_model(1, image_size=(32, 32), predictor_depth=1)
+    with caplog.at_level(logging.INFO):
+        report = initialize(model, tmp_path)
+    name = "encoder.blocks.0.attn.qkv.weight"
+    assert torch.equal(model.state_dict()[name], tiny_model(2).state_dict()[name])
+    assert report.differing == {}
+    assert f"{len(report.loaded)} tensors loaded" in caplog.text
+    assert "resampled: encoder.pos_embed, predictor.pos_embed" in caplog.text
+    assert "unused: predictor.blocks.1.norm1.weight" in caplog.text
+
+
+def test_create_model_starts_from_the_weights_of_init(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "image_size": 16}
+    save_model(tmp_path / "model.safetensors", tiny_model(2))
+    model = create_model("xtra-tiny", **sizes, init=str(tmp_path))
+    assert torch.equal(
+        model.state_dict()["encoder.blocks.1.mlp.fc2.weight"],
+        tiny_model(2).state_dict()["encoder.blocks.1.mlp.fc2.weight"],
+    )
+
+
+# ------------------------------------------------------------------------------------------- from and to AIM
+
+
+def test_fixed_positions_stay_as_they_are_and_are_not_listed():
+    model, other = tiny_model(1, image_size=(32, 32), **AIM), tiny_model(2, **AIM)
+    report = initialize_from(model, other, "RUN")
+    assert report.resampled == report.fresh == report.unused == ()
+    expected = sincos_positions((8, 8), 24)
+    assert torch.equal(model.get_parameter("encoder.pos_embed"), expected)
+
+
+def test_learned_positions_begin_where_fixed_ones_are_on_this_models_grid():
+    same = {"patch_norm": True, "bias": False}
+    model, other = tiny_model(1, image_size=(32, 32), **same), tiny_model(2, **AIM)
+    report = initialize_from(model, other, "RUN")
+    assert report.differing == {}
+    assert "encoder.pos_embed" in report.resampled
+    assert torch.equal(model.get_parameter("encoder.pos_embed"), sincos_positions((8, 8), 24))
+
+
+def test_an_encoder_without_biases_is_the_same_function_with_fresh_ones():
+    model, other = tiny_model(1, patch_norm=True), tiny_model(2, **AIM)
+    report = initialize_from(model, other, "RUN")
+    assert report.differing == {}
+    assert "encoder.blocks.0.attn.qkv.bias" in report.fresh
+    torch.testing.assert_close(model.encode(tiny_images()).tokens, other.encode(tiny_images()).tokens)
+
+
+def test_a_predictor_of_another_kind_gives_nothing_of_its_layers():
+    model, other = tiny_model(1), tiny_model(2, predictor="mlp")
+    report = initialize_from(model, other, "RUN")
+    assert "predictor.blocks.0.mlp.fc1.weight" in set(report.fresh) & set(report.unused)
+    assert "predictor.projection.0.weight" in report.loaded
+
+
+def test_settings_by_which_the_same_weights_compute_something_else_are_told(tmp_path, caplog):
+    save_model(tmp_path / "model.safetensors", tiny_model(2, norm_eps=1e-5, **AIM))
+    model = tiny_model(1)
+    with caplog.at_level(logging.WARNING):
+        report = initialize(model, tmp_path)
+    assert report.differing == {"model.norm_eps": (1e-6, 1e-5), "model.patch_norm": (False, True)}
+    assert "set model.norm_eps 1e-05 (here 1e-06)" in caplog.text
+    assert "set model.patch_norm true (here false)" in caplog.text
+
+
+def test_a_fitted_tokenizer_is_taken_over():
+    tokens = {"tokenizer": "kmeans", "vocab_size": 5}
+    model, other = tiny_model(1, **tokens), tiny_model(2, **tokens)
+    assert isinstance(other.tokenizer, KMeansTokenizer)
+    other.tokenizer.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    report = initialize_from(model, other, "RUN")
+    assert "tokenizer.centroids" in report.loaded
+    assert isinstance(model.tokenizer, KMeansTokenizer)
+    assert model.tokenizer.is_fitted

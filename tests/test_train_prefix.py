@@ -1,0 +1,255 @@
+"""Prefix lengths: drawn for each image by seed, visit and sample, and known to the divisors of the loss."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextblock.data import Batch, Step, TrainLoader, eval_batches
+from nextblock.models import NextBlockModel
+from nextblock.objective import kept_rows
+from nextblock.train.prefix import count_kept_rows, draw_prefix_lengths
+from nextblock.train.trainer import Trainer
+from tiny_runs import (
+    ALL_RANDOM,
+    CPU,
+    CrashAt,
+    CrashError,
+    SignalAt,
+    assert_same_end,
+    metrics,
+    run_toy,
+    same,
+    settings,
+)
+from toy import ToySource
+
+PREFIX = {"model.prefix": True, "model.block_size": 1}
+"""Sixteen blocks, so that lengths differ."""
+
+
+def batch_of(samples: list[int], visit: int = 0) -> Batch:
+    numbers = torch.tensor(samples)
+    return Batch(
+        torch.empty(len(samples), 3, 0, 0, dtype=torch.uint8), numbers, (), torch.full_like(numbers, visit)
+    )
+
+
+def loader(source: ToySource, micro_batch_size: int | None) -> TrainLoader:
+    return TrainLoader(
+        source, settings().data, image_size=16, seed=0, batch_size=8, micro_batch_size=micro_batch_size
+    )
+
+
+# ----------------------------------------------------------------------------------------- how they are drawn
+
+
+def test_prefix_lengths_are_uniform_from_1_to_all_but_one():
+    for num_blocks in (2, 7, 16):
+        lengths = draw_prefix_lengths(0, batch_of(list(range(6000))), num_blocks)
+        counts = torch.bincount(lengths, minlength=num_blocks)
+        assert counts[0] == 0
+        assert len(counts) == num_blocks
+        expected = 6000 / (num_blocks - 1)
+        chi_square = float((counts[1:] - expected).square().sum() / expected)
+        freedom = num_blocks - 2
+        assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_lengths_differ_between_visits_samples_and_seeds_as_if_drawn_anew():
+    samples = list(range(3000))
+    first = draw_prefix_lengths(0, batch_of(samples), 16)
+    others = {
+        "visit": draw_prefix_lengths(0, batch_of(samples, visit=1), 16),
+        "sample": draw_prefix_lengths(0, batch_of([sample + 1 for sample in samples]), 16),
+        "seed": draw_prefix_lengths(1, batch_of(samples), 16),
+    }
+    for name, other in others.items():
+        agree = (first == other).double().mean().item()
+        assert abs(agree - 1 / 15) < 4 * (1 / 15 * 14 / 15 / 3000) ** 0.5, name
+    assert torch.equal(first, draw_prefix_lengths(0, batch_of(samples), 16))
+
+
+def test_a_length_hangs_on_neither_the_batch_nor_the_place_in_it():
+    whole = draw_prefix_lengths(0, batch_of([5, 2, 9, 4], visit=3), 16)
+    parts = [draw_prefix_lengths(0, batch_of(samples, visit=3), 16) for samples in ([4], [9, 2], [5])]
+    assert whole.tolist() == [*parts[2].tolist(), *parts[1].tolist()[::-1], *parts[0].tolist()]
+    assert draw_prefix_lengths(0, batch_of([]), 16).tolist() == []
+
+
+# ----------------------------------------------------------------------------------------- kept rows, counted
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4, 9])
+def test_the_count_of_kept_rows_is_that_of_the_model_for_every_prefix_and_distance(num_blocks):
+    for distance in range(1, num_blocks):
+        steps = num_blocks - distance
+        for length in range(num_blocks):
+            prefix = torch.tensor([length])
+            rows = range(max(0, length - distance), num_blocks - distance)
+            by_model = kept_rows(1, steps, distance, prefix, CPU).sum().item()
+            assert count_kept_rows(prefix, num_blocks, distance) == len(rows) == by_model
+    several = torch.arange(num_blocks)
+    expected = kept_rows(num_blocks, num_blocks - 1, 1, several, CPU).sum().item()
+    assert count_kept_rows(several, num_blocks, 1) == expected
+
+
+# ---------------------------------------------------------------------------------------------- a step's loss
+
+
+class Recording(Trainer):
+    """Keeps the gradient of a step, before clipping."""
+
+    def _update(self, *, loss_is_finite):
+        self.gradient = gradient(self.model)
+        return super()._update(loss_is_finite=loss_is_finite)
+
+
+def gradient(model: NextBlockModel) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def fresh(
+    changes: dict, micro_batch_size: int | None, source: ToySource, seed: int = 0
+) -> tuple[Recording, Step]:
+    config = settings({**PREFIX, **changes, "train.micro_batch_size": micro_batch_size})
+    return Recording(config, CPU, None), next(iter(loader(source, micro_batch_size=micro_batch_size)))
+
+
+@pytest.mark.parametrize("distances", [1, 3])
+@pytest.mark.parametrize("micro_batch_size", [None, 4, 3, 1])
+@pytest.mark.parametrize("bad", [(), (0, 2, 3, 6)])
+def test_loss_and_gradient_are_those_of_the_whole_batch(micro_batch_size, bad, distances):
+    trainer, step = fresh({"model.num_predicted_blocks": distances}, micro_batch_size, ToySource(8, bad=bad))
+    images = torch.cat([batch.images for batch in step.micro_batches])
+    samples = torch.cat([batch.samples for batch in step.micro_batches])
+    lengths = draw_prefix_lengths(0, batch_of(samples.tolist()), 16)
+    assert len(set(lengths.tolist())) > 1
+    loss = trainer.model(trainer.to_model(images), None, lengths).loss
+    loss.backward()
+    expected = gradient(trainer.model)
+    trainer.optimizer.zero_grad()
+
+    outcome = trainer.train_step(step, lr=1e-3)
+
+    assert outcome.images == 8 - len(bad)
+    assert outcome.loss == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(trainer.gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_without_a_readable_image_changes_nothing():
+    trainer, step = fresh({}, 3, ToySource(8, bad=range(8)))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assert trainer.train_step(step, lr=1e-3).images == 0
+    assert same(trainer.model.state_dict(), before)
+
+
+def test_the_validation_loss_is_over_all_kept_blocks_with_the_prefixes_of_visit_0():
+    trainer = Trainer(
+        settings({**PREFIX, "model.num_predicted_blocks": 2, "model.norm_pixels": False}), CPU, None
+    )
+    source = ToySource(13, seed=1, bad=[4])
+    losses = [
+        trainer.validation_loss(eval_batches(source, trainer.config.data, 16, size))[0] for size in (13, 5, 1)
+    ]
+    samples = [sample for sample in range(13) if sample != 4]
+    pixels = trainer.to_model(torch.stack([source.images[sample] for sample in samples]))
+    with trainer.looking() as model, torch.no_grad():
+        expected = model(pixels, None, draw_prefix_lengths(0, batch_of(samples), 16)).loss.item()
+        without = model(pixels).loss.item()
+    assert losses == pytest.approx([expected] * 3, rel=1e-5)
+    assert abs(without - expected) > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The prefix lengths of every training forward pass."""
+    lengths: list[list[int]] = []
+    forward = NextBlockModel.forward
+
+    def remember(self, images, block_order=None, prefix_lengths=None):
+        if self.training:
+            lengths.append([] if prefix_lengths is None else prefix_lengths.tolist())
+        return forward(self, images, block_order, prefix_lengths)
+
+    monkeypatch.setattr(NextBlockModel, "forward", remember)
+    return lengths
+
+
+def test_a_run_without_a_prefix_hands_none_to_the_model(tmp_path, seen):
+    run_toy(tmp_path / "run", {"train.duration": "2st"})
+    assert seen == [[], []]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_the_workers(
+    tmp_path, seen, workers
+):
+    run_toy(tmp_path / "run", {**PREFIX, "data.workers": workers, "train.micro_batch_size": 3})
+    steps = list(islice(loader(ToySource(40), micro_batch_size=3), 7))
+    batches = [batch for step in steps for batch in step.micro_batches]
+    assert seen == [draw_prefix_lengths(0, batch, 16).tolist() for batch in batches]
+    assert len({(*seen[at], *seen[at + 1]) for at in range(0, 21, 3)}) == 7, "no step repeats another's"
+    of_image = Counter(
+        (sample, length)
+        for batch, lengths in zip(batches, seen, strict=True)
+        for sample, length in zip(batch.samples.tolist(), lengths, strict=True)
+    )
+    assert max(Counter(sample for sample, _ in of_image).values()) == 2, "another length at another visit"
+
+
+@pytest.fixture(scope="module", params=["transformer", "mlp"])
+def whole(request, tmp_path_factory):
+    """A run of seven steps with prefixes that nothing stopped, and its settings."""
+    run = tmp_path_factory.mktemp(request.param) / "whole"
+    changes = {**ALL_RANDOM, "model.prefix": True, "model.predictor": request.param}
+    if request.param == "mlp":
+        changes |= {"model.projection_dim": None, "model.block_mlp_dim": None, "model.block_size": 1}
+    run_toy(run, changes)
+    return run, changes
+
+
+def test_a_run_with_prefixes_stopped_anywhere_goes_on_bit_for_bit(whole, tmp_path):
+    uninterrupted, changes = whole
+    for step in (1, 3, 5):
+        run_toy(tmp_path / "run", changes, monitors=[SignalAt(step, signal.SIGTERM)])
+    run_toy(tmp_path / "run", changes)
+    assert_same_end(tmp_path / "run", uninterrupted, 7)
+
+
+def test_a_crash_costs_the_steps_since_the_last_checkpoint_and_nothing_else(whole, tmp_path):
+    uninterrupted, changes = whole
+    saving = {**changes, "checkpoint.every": "2st"}
+    with pytest.raises(CrashError):
+        run_toy(tmp_path / "run", saving, monitors=[CrashAt(5)])
+    run_toy(tmp_path / "run", saving)
+    assert_same_end(tmp_path / "run", uninterrupted, 7)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_do_not_change_a_bit_of_a_run_with_prefixes(whole, tmp_path):
+    uninterrupted, changes = whole
+    run_toy(tmp_path / "run", {**changes, "data.workers": 2})
+    assert_same_end(tmp_path / "run", uninterrupted, 7)
+
+
+def test_a_run_with_prefixes_learns(tmp_path):
+    changes = {
+        **PREFIX,
+        "optim.lr": 3e-3,
+        "train.duration": "60st",
+        "data.flip": 0.0,
+        "monitor.log_every": "10st",
+    }
+    run_toy(tmp_path / "run", changes, sources={"train": ToySource(8), "val": ToySource(8)})
+    first, *_, last = metrics(tmp_path / "run")
+    assert last["loss"] < 0.97 * first["loss"]
