@@ -11,6 +11,7 @@ import yaml
 
 import nextblock
 from nextblock.cli import VERBS
+from nextblock.cli.arguments import build_parser, parse
 from nextblock.presets import get_preset
 from nextblock.settings import flatten, to_dict
 from tiny_runs import call_cli, refused, run_toy
@@ -236,3 +237,13 @@ def test_help_of_pretrain_lists_every_setting_with_its_meaning_and_does_not_wait
     assert "Patches along a block's side, or (rows, columns)." in words
     assert "Peak learning rate, used as it is: never scaled by the batch size." in words
     assert "run directory; the same command again goes on in it" in words
+
+
+def test_dashes_stand_for_the_underscores_of_a_setting():
+    parser = build_parser("test", "")
+    parser.add_argument("--image_size", type=int, default=0)
+    parser.add_argument("--data.train", type=str, default="")
+    assert parse(parser, ["--image-size", "384"]).image_size == 384
+    assert parse(parser, ["--image-size=384"]).image_size == 384
+    with pytest.raises(ValueError, match=r"unknown setting --image-sizes; did you mean --image_size\?"):
+        parse(parser, ["--image-sizes", "3"])

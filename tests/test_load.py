@@ -139,7 +139,6 @@ def test_a_class_token_is_refused_but_for_starting_from(tmp_path, caplog):
     [
         ("xtra_k2.ckpt", {"num_heads": 3, "probe_layers": (1,)}, "probe_layers"),
         ("xtra_k2.ckpt", {"num_heads": 3, "head": "head.pth"}, "head"),
-        ("own.safetensors", {"num_heads": 3}, "num_heads"),
         ("own.safetensors", {"head": "head.pth"}, "head"),
         ("timm:vit_tiny_patch16_224,pretrained=false", {"head": "head.pth"}, "head"),
     ],
@@ -149,6 +148,14 @@ def test_a_setting_that_a_file_has_no_use_for_is_refused(file, settings, name, g
     path = next((d / file for d in (tmp_path, golden_dir) if (d / file).exists()), file)
     with pytest.raises(ValueError, match=f"no use for {name}="):
         load(path, **settings)
+
+
+def test_a_number_of_heads_is_taken_where_it_is_the_files_own_and_else_refused(tmp_path):
+    path = tmp_path / "own.safetensors"
+    save_model(path, tiny_model())
+    assert load_model(path, num_heads=3).config.num_heads == 3
+    with pytest.raises(ValueError, match="has 3 attention heads, as it tells itself, and not 2"):
+        load(path, num_heads=2)
 
 
 def test_several_weight_files_in_a_directory_are_refused(tmp_path):

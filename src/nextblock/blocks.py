@@ -26,6 +26,7 @@ __all__ = [
     "patches_of_blocks",
     "patchify",
     "random_orders",
+    "raster_mask",
     "spiral_order",
     "unpatchify",
 ]
@@ -107,6 +108,13 @@ def may_attend(
         return causal
     in_prefix = positions[None, :] < prefix_lengths[:, None]
     return causal | rearrange(in_prefix, "b n -> b 1 1 n")
+
+
+def raster_mask(patches_of_blocks: Int64[Tensor, "k m"], order: Int64[Tensor, " k"]) -> Bool[Tensor, "n n"]:
+    """`may_attend` without a prefix, over all patches in raster order, whatever the order of the blocks."""
+    positions = torch.empty(patches_of_blocks.numel(), dtype=torch.int64, device=order.device)
+    positions[patches_of_blocks[order]] = torch.arange(len(order), device=order.device)[:, None]
+    return may_attend(positions)
 
 
 def patchify(images: Shaped[Tensor, "b c h w"], size_px: tuple[int, int]) -> Shaped[Tensor, "b k p"]:

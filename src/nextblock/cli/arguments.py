@@ -39,6 +39,7 @@ def build_parser(verb: str, about: str) -> ArgumentParser:
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parse words; an unknown or wrong one is refused, the unknown one with the nearest known."""
     known = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
+    argv = [_with_underscores(word, known) for word in argv]
     for word in argv:
         name = word.split("=", 1)[0]
         if name.startswith("--") and name.removeprefix("--") not in known:
@@ -86,6 +87,15 @@ def resolve(base: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
         section, _, key = name.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[key] = value
     return from_dict(RunConfig, nested)
+
+
+def _with_underscores(word: str, known: Sequence[str]) -> str:
+    """`--image-size 384` for `--image_size 384`: the name as it is known, where only dashes differ."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    plain = name.removeprefix("--").replace("-", "_")
+    return f"--{plain}{equals}{value}" if plain in known else word
 
 
 def _rearrange(argv: Sequence[str]) -> tuple[list[str], list[str], str | None]:

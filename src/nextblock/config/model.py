@@ -125,9 +125,10 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name} is {value}; it must be at least 1")
-        require_divides(
-            self.predictor_dim, self.predictor_heads, "model.predictor_dim", "model.predictor_heads"
-        )
+        if self.predictor == "transformer":
+            require_divides(
+                self.predictor_dim, self.predictor_heads, "model.predictor_dim", "model.predictor_heads"
+            )
         if self.positions == "sincos" and self.predictor != "linear":
             require_divides(
                 self.predictor_dim, 4, "model.predictor_dim", "the four parts of sin-cos positions,"

@@ -23,8 +23,8 @@ from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from nextblock.checkpoint import MODEL_FILE, is_safetensors, read_data
-from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, TrainConfig, pair
+from nextblock.checkpoint import MODEL_FILE
+from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, TrainConfig
 from nextblock.data import (
     BadSample,
     Batch,
@@ -34,6 +34,7 @@ from nextblock.data import (
     normalize,
     resolve_workers,
 )
+from nextblock.interop.image_data import official_data, recorded_data
 from nextblock.models.classifier import head_features
 from nextblock.models.heads import HeadConfig
 from nextblock.models.next_block import NextBlockModel
@@ -239,24 +240,20 @@ def check_same_classes(train: Source, other: Source) -> None:
 
 
 def evaluation_data(model_spec: str, config: ModelConfig) -> DataConfig:
-    """How to cut and normalise images for a model: as its run did, or as its file says.
-
-    Foreign files do not tell: ImageNet's mean and deviation then, and the shorter side resized to 300 px for
-    images of 256 px (official XTRA-B), else to 8/7 of the image (256 px for 224, official XTRA-H and AIM).
-    """
+    """How to cut and normalise images for a model: as its run did, or as its file says, or as officially."""
     path = Path(model_spec).absolute()
     settings = _run_dir(path) / "config.yaml"
     if settings.is_file():
         run = from_dict(RunConfig, yaml.safe_load(settings.read_text(encoding="utf-8")))
         return replace(run.data, train=None, val=None)
-    file = path / MODEL_FILE if path.is_dir() else path
-    recorded = read_data(file) if file.is_file() and is_safetensors(file) else None
+    recorded = recorded_data(model_spec)
     if recorded is not None:
         return recorded
-    size = max(pair(config.image_size))
-    resize_px = 300 if size == 256 else round(size * 8 / 7)
-    log.info("%s does not tell how its images were cut: shorter side to %d px", model_spec, resize_px)
-    return DataConfig(val_resize_px=resize_px)
+    official = official_data(config)
+    log.info(
+        "%s does not tell how its images were cut: shorter side to %d px", model_spec, official.val_resize_px
+    )
+    return official
 
 
 def _run_dir(path: Path) -> Path:

@@ -36,6 +36,7 @@ from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.encoder import sincos_positions
 from nextblock.models.heads import HeadConfig, last_layers
+from nextblock.presets import SIZES
 
 __all__ = ["hub_settings", "is_aim", "is_aim_head", "read_aim", "write_aim"]
 
@@ -266,7 +267,7 @@ def _predictor_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "projection_dim": None,
         "predictor_dim": width,
         "predictor_depth": _count(weights, r"head\.decoder_blocks\.(\d+)\..*"),
-        "predictor_heads": math.gcd(16, width),  # not used: its layers have no attention
+        "predictor_heads": SIZES["aim-600m"].predictor_heads,  # not used: its layers have no attention
         "predictor_mlp_ratio": ratio_of(weights["head.decoder_blocks.0.mlp.fc1.weight"].shape[0], width),
         "predictor_extra_norm": "head.decoder_blocks.0.norm_1.weight" in weights,
         "block_mlp_dim": None,

@@ -8,15 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from nextblock.checkpoint import (
-    MODEL_FILE,
-    is_safetensors,
-    latest_checkpoint,
-    read_data,
-    save_model,
-    write_aside,
-)
-from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
+from nextblock.checkpoint import MODEL_FILE, save_model, write_aside
+from nextblock.config import Attention, DataConfig, ModelConfig, Size
 from nextblock.interop.cards import (
     CARD_FILE,
     OFFICIAL_LICENSES,
@@ -26,11 +19,11 @@ from nextblock.interop.cards import (
     read_provenance,
 )
 from nextblock.interop.hub import HUB_SPEC, fetch, is_hub_spec, push
+from nextblock.interop.image_data import official_data, recorded_data
 from nextblock.interop.reading import Told, read
 from nextblock.interop.timm_format import (
     TIMM_SPEC,
     is_timm_directory,
-    read_timm_data,
     timm_provenance,
     write_timm,
 )
@@ -38,7 +31,7 @@ from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.settings import require
 
-__all__ = ["Converted", "Target", "convert", "data_of"]
+__all__ = ["Converted", "Target", "convert"]
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +95,7 @@ def convert(
     reading = Told(head=head, num_heads=num_heads, probe_layers=probe_layers, norm_eps=norm_eps)
     model, source_format = read(src, reading)
     config = model.encoder_model.config if isinstance(model, ImageClassifier) else model.config
-    data = data_of(place, config)
+    data = recorded_data(place) or official_data(config)
     known = _provenance_of(src, place, source_format, config)
     provenance = Provenance(origin=origin or known.origin, license=license or known.license)
     if not is_hub_spec(dst):
@@ -237,31 +230,6 @@ def _size(path: Path) -> int:
 
 
 # ---------------------------------------------------------------------------------- what is known of a source
-
-
-def data_of(place: str | Path, config: ModelConfig) -> DataConfig:
-    """How a source's images are cut and normalised: as it says, else as officially.
-
-    Foreign files do not tell: ImageNet's mean and deviation then, and the shorter side resized to 300 px for
-    images of 256 px (XTRA-B), else to 8/7 of the image (XTRA-H, AIM).
-    """
-    recorded = None
-    if str(place).startswith(TIMM_SPEC) or is_timm_directory(Path(place)):
-        recorded = read_timm_data(place)
-    else:
-        file = _own_file(Path(place))
-        recorded = None if file is None else read_data(file)
-    if recorded is not None:
-        return recorded
-    size = max(pair(config.image_size))
-    return DataConfig(val_resize_px=300 if size == 256 else round(size * 8 / 7))
-
-
-def _own_file(path: Path) -> Path | None:
-    """The model file of this package's own format that a path means, if it does."""
-    latest = latest_checkpoint(path / "checkpoints")
-    file = path if path.is_file() else (latest or path) / MODEL_FILE
-    return file if file.is_file() and is_safetensors(file) else None
 
 
 def _provenance_of(src: str | Path, place: str | Path, source_format: str, config: ModelConfig) -> Provenance:

@@ -40,7 +40,7 @@ from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 
-__all__ = ["Found", "Told", "read", "read_content"]
+__all__ = ["Found", "Told", "own_file", "read", "read_content"]
 
 AIM_FILES = ("backbone.pth", "head.pth")
 """A classifier in Apple's layout, as `convert` writes it."""
@@ -74,8 +74,19 @@ class Told:
 
 def read(src: str | Path, told: Told) -> Found:
     """Build what `src` holds, on the CPU, in fp32 and evaluation mode; `CheckpointError` says why not."""
+    found = _read(src, told)
+    model = found.model.encoder_model if isinstance(found.model, ImageClassifier) else found.model
+    if told.num_heads is not None and told.num_heads != model.config.num_heads:
+        raise ValueError(
+            f"{src} has {model.config.num_heads} attention heads, as it tells itself, and not "
+            f"{told.num_heads}; leave num_heads out"
+        )
+    return found
+
+
+def _read(src: str | Path, told: Told) -> Found:
     if str(src).startswith(TIMM_SPEC):
-        _refuse_unused(told, "head", "num_heads", "probe_layers", where=str(src))
+        _refuse_unused(told, "head", "probe_layers", where=str(src))
         return Found(read_timm(src, drop_prefix_tokens=told.to_start_from), "timm model")
     path = fetch(str(src)) if is_hub_spec(src) else Path(src)
     if not path.exists():
@@ -90,14 +101,11 @@ def read_content(path: Path) -> Any:
 
 def _read_directory(path: Path, origin: str, told: Told) -> Found:
     if is_timm_directory(path):
-        _refuse_unused(told, "head", "num_heads", "probe_layers", where=origin)
+        _refuse_unused(told, "head", "probe_layers", where=origin)
         return Found(read_timm(path, drop_prefix_tokens=told.to_start_from), "timm directory")
-    own = path / MODEL_FILE
-    if not own.is_file():
-        latest = latest_checkpoint(path / "checkpoints")
-        own = own if latest is None else latest / MODEL_FILE
-    if own.is_file() and _is_own(own):
-        _refuse_unused(told, "head", "num_heads", "probe_layers", where=origin)
+    own = own_file(path)
+    if own is not None:
+        _refuse_unused(told, "head", "probe_layers", where=origin)
         return Found(read_model(own), "nextblock")
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if [file.name for file in files] == list(AIM_FILES):
@@ -114,13 +122,21 @@ def _read_directory(path: Path, origin: str, told: Told) -> Found:
     )
 
 
+def own_file(path: Path) -> Path | None:
+    """The model file in this package's own format that a file, a checkpoint or a run means, if one does."""
+    if not path.is_file():
+        latest = None if (path / MODEL_FILE).is_file() else latest_checkpoint(path / "checkpoints")
+        path = (latest or path) / MODEL_FILE
+    return path if path.is_file() and _is_own(path) else None
+
+
 def _is_own(path: Path) -> bool:
     return is_safetensors(path) and read_metadata(path).get("format") == "nextblock"
 
 
 def _read_file(path: Path, origin: str, told: Told, settings: Mapping[str, Any] | None = None) -> Found:
     if _is_own(path):
-        _refuse_unused(told, "head", "num_heads", "probe_layers", where=origin)
+        _refuse_unused(told, "head", "probe_layers", where=origin)
         return Found(read_model(path), "nextblock")
     content = read_content(path)
     if isinstance(content, Mapping):

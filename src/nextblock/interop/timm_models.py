@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,9 +19,15 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from nextblock.blocks import block_orders, may_attend, patches_of_blocks
+from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
 from nextblock.config import ModelConfig, Size, pair
-from nextblock.models.encoder import layer_outputs, positions_of, resample_positions, sincos_positions
+from nextblock.models.encoder import (
+    layer_outputs,
+    positions_of,
+    resample_positions,
+    sincos_positions,
+    vit_arguments,
+)
 
 __all__ = ["NextBlockViT", "model_args", "nextblock_vit"]
 
@@ -106,7 +111,8 @@ class NextBlockViT(VisionTransformer):
             drop_path_rate=drop_path_rate,
             device=device,
             dtype=dtype,
-            **_vit_arguments(config),
+            fc_norm=False,
+            **vit_arguments(config),
         )
         self.block_config = config
         self._fill_positions()
@@ -197,35 +203,13 @@ class NextBlockViT(VisionTransformer):
                 positions.copy_(sincos_positions(self.block_config.grid, self.block_config.embed_dim))
 
 
-def _vit_arguments(config: ModelConfig) -> dict[str, Any]:
-    """What timm's class is told of an encoder of these settings."""
-    norm_layer = partial(nn.LayerNorm, eps=config.norm_eps)
-    return {
-        "img_size": pair(config.image_size),
-        "patch_size": config.patch_size,
-        "in_chans": config.in_chans,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
-        "qkv_bias": config.bias,
-        "proj_bias": config.bias,
-        "class_token": False,
-        "fc_norm": False,
-        "norm_layer": norm_layer,
-        "embed_norm_layer": norm_layer if config.patch_norm else None,
-    }
-
-
 def _order_mask(config: ModelConfig) -> Bool[Tensor, "n n"] | None:
     """Who may attend to whom, in raster order; None where all may attend to all."""
     if config.feature_attention == "full":
         return None
     table = patches_of_blocks(config.grid, pair(config.block_size))
     order = block_orders(config.order, config.block_grid, config.order_seed)[0]
-    positions = torch.empty(config.num_patches, dtype=torch.int64)
-    positions[table[order]] = torch.arange(len(order))[:, None]
-    return may_attend(positions)
+    return raster_mask(table, order)
 
 
 def _on(mask: Bool[Tensor, "n n"] | None, device: torch.device) -> Bool[Tensor, "n n"] | None:

@@ -33,6 +33,7 @@ __all__ = [
     "positions_on",
     "resample_positions",
     "sincos_positions",
+    "vit_arguments",
 ]
 
 INIT_STD = 0.02
@@ -47,22 +48,11 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     training code: all of them Xavier-uniform. Draws from torch's global generator.
     """
     encoder = VisionTransformer(
-        img_size=pair(config.image_size),
-        patch_size=config.patch_size,
-        in_chans=config.in_chans,
         num_classes=0,
         global_pool="",
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        qkv_bias=config.bias,
-        proj_bias=config.bias,  # timm gives it to the MLP as well
-        class_token=False,
         drop_path_rate=config.drop_path,
-        norm_layer=layer_norm(config),
-        embed_norm_layer=layer_norm(config) if config.patch_norm else None,
         weight_init="skip",
+        **vit_arguments(config),
     )
     init_linear(encoder, config)
     projection = encoder.patch_embed.proj
@@ -73,6 +63,24 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     nn.init.zeros_(projection.bias)
     encoder.pos_embed = fresh_positions(config, config.embed_dim)
     return encoder
+
+
+def vit_arguments(config: ModelConfig) -> dict[str, Any]:
+    """What timm's `VisionTransformer` is told of the encoder of these settings."""
+    return {
+        "img_size": pair(config.image_size),
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "qkv_bias": config.bias,
+        "proj_bias": config.bias,  # timm gives it to the MLP as well
+        "class_token": False,
+        "norm_layer": layer_norm(config),
+        "embed_norm_layer": layer_norm(config) if config.patch_norm else None,
+    }
 
 
 def layer_norm(config: ModelConfig) -> Any:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nextblock.blocks import block_orders, may_attend, patches_of_blocks
+from nextblock.blocks import block_orders, may_attend, patches_of_blocks, raster_mask
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, Attention, ModelConfig, pair
 from nextblock.models.encoder import build_encoder, layer_outputs, patch_tokens, positions_of, positions_on
 from nextblock.models.predictor import Predictor
@@ -250,9 +250,7 @@ class NextBlockModel(nn.Module):
         same = config is self.config
         table = self.patches_of_blocks if same else _patches_of_blocks(config)
         order = (self.orders if same else _orders(config))[0]
-        positions = torch.empty(config.num_patches, dtype=torch.int64, device=table.device)
-        positions[table[order]] = torch.arange(len(order), device=table.device)[:, None]
-        return may_attend(positions).to(positions_of(self.encoder).device)
+        return raster_mask(table, order).to(positions_of(self.encoder).device)
 
     def _config_of(self, images: Tensor, *, blocks_matter: bool = True) -> ModelConfig:
         """The settings at the size of these images; `self.config` itself where they have its size."""

@@ -1,0 +1,35 @@
+"""How the images of a model are cut and normalised, as far as what holds its weights tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nextblock.checkpoint import read_data
+from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.interop.hub import fetch, is_hub_spec
+from nextblock.interop.reading import own_file
+from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_timm_data
+
+__all__ = ["official_data", "recorded_data"]
+
+
+def recorded_data(src: str | Path) -> DataConfig | None:
+    """How a source of weights says that its images are cut and normalised; None where it is silent.
+
+    A run's own settings say more, and are read by whoever knows runs.
+    """
+    place = fetch(str(src)) if is_hub_spec(src) else src
+    if str(place).startswith(TIMM_SPEC) or is_timm_directory(Path(place)):
+        return read_timm_data(place)
+    file = own_file(Path(place))
+    return None if file is None else read_data(file)
+
+
+def official_data(config: ModelConfig) -> DataConfig:
+    """What official evaluation does: ImageNet's mean and deviation, and a resize that hangs on the size.
+
+    The shorter side to 300 px for images of 256 px (XTRA-B), else to 8/7 of the image (256 px for 224, XTRA-H
+    and AIM).
+    """
+    size = max(pair(config.image_size))
+    return DataConfig(val_resize_px=300 if size == 256 else round(size * 8 / 7))
