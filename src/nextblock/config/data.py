@@ -40,18 +40,27 @@ class DataConfig:
     """Probability that a training image's colours are changed at all."""
     val_resize_px: int = 300
     """Shorter side after resizing for validation; the centre of model.image_size is then cut out."""
+    channels: int = 3
+    """Channels of an image: 3 for colour, 1 for grey, or as many as the files have (TIFF, PNG)."""
+    normalize: Literal["given", "auto"] = "given"
+    """Normalise by data.mean and data.std, or by those of a seeded sample of data.train, kept by the run."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean per channel, of pixels in [0, 1], that is subtracted."""
     std: tuple[float, ...] = IMAGENET_STD
     """Deviation per channel, of pixels in [0, 1], that is divided by."""
     workers: int | None = None
     """Processes that decode; none given: up to 8, one less than there are cores; 0: in the main process."""
-    decoder: Literal["auto", "pillow"] = "auto"
-    """JPEG decoder: torchcodec where it works, else Pillow; or Pillow always. Fixed for a run."""
+    decoder: Literal["auto", "pillow", "fast"] = "auto"
+    """JPEG decoder: torchcodec where it works, else Pillow; Pillow always; or fast, which decodes large
+    photos at a half, a quarter or an eighth for training crops (simplejpeg). Fixed for a run."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of the listed files cannot be read."""
     max_pixels: int = 178_956_970
     """A picture of more pixels counts as unreadable (a decompression bomb); the default is Pillow's."""
+    cache_dir: str | None = None
+    """Where indexes of folders and shards and copies of remote shards lie; null: ~/.cache/nextblock."""
+    cache_gb: float = 100.0
+    """Copies of remote shards take at most this much; those used longest ago go first."""
 
     def __post_init__(self) -> None:
         check_types(self, "data")
@@ -69,6 +78,8 @@ class DataConfig:
         require_range("data.crop_ratio", self.crop_ratio, 0, math.inf)
         require(0 <= self.flip <= 1, f"data.flip is {self.flip}; it must lie in [0, 1]")
         require(self.val_resize_px >= 1, f"data.val_resize_px is {self.val_resize_px}; use at least 1")
+        require(self.channels >= 1, f"data.channels is {self.channels}; use at least 1")
+        require(self.cache_gb > 0, f"data.cache_gb is {self.cache_gb}; use more than 0")
         require(
             len(self.mean) == len(self.std),
             f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}; give as many of each",

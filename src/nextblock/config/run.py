@@ -187,6 +187,8 @@ _FREE_SETTINGS = (
     "preset",
     "data.workers",
     "data.max_bad_fraction",
+    "data.cache_dir",
+    "data.cache_gb",
     "train.device",
     "checkpoint.",
     "monitor.",
