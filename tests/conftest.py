@@ -28,6 +28,13 @@ jaxtyping.install_import_hook("nextblock", f"{__name__}.check_types")
 torch.set_num_threads(1)  # tiny models gain nothing from more, and test workers share the cores
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_default_dtype() -> Iterator[None]:
     before = torch.get_default_dtype()

@@ -113,7 +113,7 @@ def test_one_number_stands_for_both_sides():
         (lambda: MonitorConfig(pictures=0), ("monitor.pictures is 0",)),
         (lambda: MonitorConfig(log_every="often"), ("'often' is not a duration",)),
         (lambda: RunConfig(seed=-1), ("seed is -1",)),
-        (lambda: RunConfig(model=ModelConfig(in_chans=1)), ("3 channels", "model.in_chans is 1")),
+        (lambda: RunConfig(model=ModelConfig(in_chans=1)), ("data.channels is 3", "model.in_chans is 1")),
         (
             lambda: RunConfig(data=DataConfig(val_resize_px=255)),
             ("data.val_resize_px is 255", "model.image_size 256"),
@@ -344,7 +344,8 @@ def test_only_what_does_not_decide_the_weights_is_free():
         if not UNUSUAL.differences(other):
             free.append(dotted)
     unsaid = [name for name in free if not name.startswith(("checkpoint.", "monitor."))]
-    assert unsaid == ["preset", "data.workers", "data.max_bad_fraction", "train.device"]
+    places = ["data.cache_dir", "data.cache_gb"]
+    assert unsaid == ["preset", "data.workers", "data.max_bad_fraction", *places, "train.device"]
     assert len(free) - len(unsaid) == len(fields(CheckpointConfig)) + len(fields(MonitorConfig))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -138,6 +139,55 @@ def test_of_an_animation_the_first_frame_is_taken(kind) -> None:
     frames = [photo(seed=seed).quantize(16).convert("RGB") for seed in range(3)]
     content = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert torch.equal(decode_image(content), pixels(frames[0]))
+
+
+def test_avif_gives_pillows_pixels() -> None:
+    content = encode(photo(), "AVIF")
+    assert torch.equal(decode_image(content), pixels(Image.open(io.BytesIO(content))))
+
+
+def heic(image: Image.Image, **options) -> bytes:
+    import pillow_heif
+
+    file = io.BytesIO()
+    pillow_heif.from_pillow(image).save(file, **options)
+    return file.getvalue()
+
+
+def test_heic_is_read_and_pillow_stays_as_it_was() -> None:
+    decoded = decode_image(heic(photo(), quality=-1, chroma=444))
+    assert (decoded.float() - pixels(photo()).float()).abs().mean() < 1
+    assert "HEIF" not in Image.OPEN
+    assert ".heic" not in Image.registered_extensions()
+
+
+def test_heic_of_a_phone_held_upright_is_turned_once() -> None:
+    turned = heic(photo(), quality=-1, chroma=444, exif=exif(6).tobytes())
+    decoded = decode_image(turned)
+    upright = photo().transpose(Image.Transpose.ROTATE_270)
+    assert decoded.shape == (3, WIDTH, HEIGHT)
+    assert (decoded.float() - pixels(upright).float()).abs().mean() < 1
+
+
+def test_alpha_of_avif_and_heic_is_composited_over_white() -> None:
+    image = Image.new("RGBA", (16, 16), (10, 20, 30, 0))
+    for content in (encode(image, "AVIF"), heic(image)):
+        assert (decode_image(content) > 250).all()
+
+
+def test_without_pillow_heif_the_reason_names_the_package(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BadImageError, match=r"HEIC needs pillow-heif: pip install 'nextblock\[heic\]'"):
+        decode_image(heic_start())
+
+
+def heic_start() -> bytes:
+    return b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}])
+def test_tiff_of_strips_and_packed_is_read(options) -> None:
+    assert torch.equal(decode_image(encode(photo(), "TIFF", strip_size=500, **options)), pixels(photo()))
 
 
 def test_content_decides_and_no_name_is_asked() -> None:

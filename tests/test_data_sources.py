@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from nextblock.config import DataConfig
-from nextblock.data import BadImageError, Source, open_source
+from nextblock.data import BadImageError, Source, open_source, open_sources
 from nextblock.data.listing import list_images
+from nextblock.data.sources import in_class_order
 from nextblock.data.torchvision_source import TorchvisionSource
 
 DATA = DataConfig()
@@ -222,12 +223,73 @@ def test_a_file_is_no_directory(tmp_path) -> None:
         open_source(str(tmp_path / "1.png"), DATA)
 
 
+def test_a_file_of_another_kind_is_refused_with_the_sources_there_are(tmp_path) -> None:
+    (tmp_path / "x.rar").touch()
+    with pytest.raises(ValueError, match=r"known sources: a directory, files:LIST\.txt, X\.tar, shards-"):
+        open_source(str(tmp_path / "x.rar"), DATA)
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "shards-{000..009}.tar.zst", "x.TGZ", "x.tbz2"])
+def test_a_tar_compressed_as_a_whole_is_refused_with_the_remedy(name) -> None:
+    with pytest.raises(ValueError, match="cannot be read in any order; unpack it"):
+        open_source(name, DATA)
+
+
+def test_a_folder_of_shards_says_how_to_name_them(tmp_path) -> None:
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(ValueError, match=r"\(.tar\).*name tar shards in full, as in shards-\{000000"):
+        open_source(str(tmp_path), DATA)
+
+
+def test_a_link_to_itself_is_listed_and_unreadable(tmp_path) -> None:
+    make_images(tmp_path, ["1.png"])
+    (tmp_path / "2.png").symlink_to("2.png")
+    source = open_source(str(tmp_path), DATA)
+    assert names(source) == ["1.png", "2.png"]
+    with pytest.raises(BadImageError, match="cannot be read"):
+        source.read(1)
+
+
+def test_a_link_to_a_pipe_is_a_bad_image_and_is_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "1.png").symlink_to(tmp_path / "pipe")
+    source = open_source(str(tmp_path), DATA)
+    with pytest.raises(BadImageError, match="no regular file"):
+        source.read(0)
+
+
+# ------------------------------------------------------------------------------------------------- content
+
+
+def test_content_is_the_file_as_it_lies_and_none_where_there_is_no_file(tmp_path) -> None:
+    source = open_source(str(make_images(tmp_path, ["1.png"])), DATA)
+    assert source.content(0) == (tmp_path / "1.png").read_bytes()
+    assert open_source("digits", DATA).content(0) is None
+    with pytest.raises(IndexError, match="image 1 of 1"):
+        source.content(1)
+
+
+def test_content_of_a_mixture_is_that_of_its_part(tmp_path) -> None:
+    make_images(tmp_path, ["a/1.png", "b/1.png"])
+    mixture = open_sources([str(tmp_path / "a"), "digits", str(tmp_path / "b")], DATA)
+    assert mixture.content(0) == (tmp_path / "a" / "1.png").read_bytes()
+    assert mixture.content(1) is None
+    assert mixture.content(1798) == (tmp_path / "b" / "1.png").read_bytes()
+
+
 @pytest.mark.parametrize(
-    "spec", ["files:list.txt", "x.tar", "shards-{000000..000999}.tar", "x.zip", "hf:cifar10,split=train"]
+    ("given", "ordered"),
+    [
+        (["10", "9", "-1", "2.5"], ("-1", "2.5", "9", "10")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        (["1", "01", "0"], ("0", "01", "1")),
+        ([], ()),
+    ],
 )
-def test_sources_of_later_versions_are_refused_with_those_there_are(spec) -> None:
-    with pytest.raises(ValueError, match="not supported by this version; known: a directory"):
-        open_source(spec, DATA)
+def test_classes_are_sorted_as_numbers_if_all_are(given, ordered) -> None:
+    rank, classes = in_class_order(given)
+    assert classes == ordered
+    assert [classes[number] for number in rank] == given
 
 
 def test_a_misspelt_kind_is_refused_with_the_nearest() -> None:
@@ -253,6 +315,12 @@ def test_digits_are_the_1797_scaled_to_bytes_and_grey() -> None:
         assert np.array_equal(pixels[0].numpy(), np.rint(values[index].reshape(8, 8) / 16 * 255))
         assert torch.equal(pixels[0], pixels[1])
         assert torch.equal(pixels[0], pixels[2])
+
+
+def test_digits_have_as_many_channels_as_asked_for() -> None:
+    grey = open_source("digits", DataConfig(channels=1, mean=(0.5,), std=(0.5,)))
+    assert grey.read(5).shape == (1, 8, 8)
+    assert torch.equal(grey.read(5)[0], open_source("digits", DATA).read(5)[0])
 
 
 def test_the_digits_splits_are_disjoint_whole_and_stratified() -> None:

@@ -11,5 +11,6 @@ __all__ = ["BENCHES"]
 BENCHES = {
     "step": ("nextblock.bench.step:StepBench", "a training step, against a plain implementation"),
     "loop": ("nextblock.bench.loop:LoopBench", "what the training loop itself costs a step"),
+    "data": ("nextblock.bench.data:DataBench", "decoding and cropping, against Pillow and torchvision"),
 }
 """Name: (its class, what it measures)."""

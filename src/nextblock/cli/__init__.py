@@ -20,6 +20,8 @@ VERBS = {
     "report": "sum up a run: accuracies, speed, losses, pictures",
     "convert": "write a model in another format, or push it to the hub",
     "info": "tell what a run or a weight file holds",
+    "doctor": "examine images before training",
+    "data": "pack images into shards, draw and divide subsets",
     "presets": "list the named runs and model sizes",
     "bench": "measure speed against the plain alternative",
 }

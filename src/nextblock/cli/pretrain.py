@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def pretrain(
     Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
     """
     from nextblock.cli.arguments import resolve
-    from nextblock.data import open_source, open_sources
+    from nextblock.data import jpeg_decoder, open_source, open_sources
     from nextblock.train import ConsoleReporter, train
 
     base = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
@@ -61,9 +62,12 @@ def pretrain(
     reporter = reporter or ConsoleReporter()
     for hint in _hints(config):
         reporter.note(hint)
+    jpeg_decoder(config.data.decoder)  # one that is not installed is refused before anything is searched
     sources = {"train": open_sources(_train_specs(config), config.data)}
     if config.data.val is not None:
         sources["val"] = open_source(config.data.val, config.data)
+    if config.data.normalize == "auto":
+        config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
     monitors = _monitors(config, sources)
     result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
     reporter.note(_conclusion(result))
@@ -81,6 +85,25 @@ def _train_specs(config: RunConfig) -> tuple[str, ...]:
             f"order: {' '.join(['--data.train DIR'] * len(weights))}"
         )
     raise ValueError("there is nothing to train on; name a directory of images: --data.train DIR")
+
+
+def _with_statistics(config: RunConfig, source: Source, out: Path | None, reporter: Reporter) -> RunConfig:
+    """Fill in data.mean and data.std: the run's that is in `out`, or else measured on a sample."""
+    from nextblock.data.statistics import measure_pixels
+    from nextblock.train.run_dir import recorded_config
+
+    begun = None if out is None else recorded_config(out)
+    channels = config.data.channels
+    if begun is not None and begun.data.normalize == "auto" and len(begun.data.mean) == channels:
+        mean, std = begun.data.mean, begun.data.std
+        origin = f"of {out}"
+    else:
+        measured = measure_pixels(source, config.data, config.model.image_size, config.seed)
+        mean, std = measured.mean, measured.std
+        origin = f"measured on {measured.images} images"
+    told = (" ".join(f"{number:g}" for number in numbers) for numbers in (mean, std))
+    reporter.note("data.normalize auto: mean {}, deviation {}, {}".format(*told, origin))
+    return replace(config, data=replace(config.data, mean=mean, std=std))
 
 
 def _hints(config: RunConfig) -> list[str]:

@@ -70,6 +70,10 @@ class DataConfig:
                 all(0 <= part <= 1 for part in self.color_jitter) and self.color_jitter[3] <= 0.5,
                 f"data.color_jitter is {self.color_jitter}; each must lie in [0, 1], the hue's in [0, 0.5]",
             )
+            require(
+                self.channels in (1, 3),
+                f"data.color_jitter changes colours, data.channels is {self.channels}; set it null",
+            )
         require(
             0 <= self.color_jitter_prob <= 1,
             f"data.color_jitter_prob is {self.color_jitter_prob}; it must lie in [0, 1]",

@@ -163,9 +163,14 @@ class RunConfig:
         check_types(self)
         require(self.seed >= 0, f"seed is {self.seed}; use 0 or more")
         require(
-            len(self.data.mean) == self.model.in_chans,
+            self.data.channels == self.model.in_chans,
+            f"data.channels is {self.data.channels}, model.in_chans is {self.model.in_chans}; "
+            "give both the number of channels that the images have",
+        )
+        require(
+            self.data.normalize == "auto" or len(self.data.mean) == self.model.in_chans,
             f"data.mean has {len(self.data.mean)} channels, model.in_chans is {self.model.in_chans}; "
-            "make them equal",
+            "give as many numbers, also for data.std, or use data.normalize auto",
         )
         require(
             self.data.val_resize_px >= max(pair(self.model.image_size)),

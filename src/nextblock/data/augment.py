@@ -8,6 +8,7 @@ colours imports it.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,18 @@ from torch import Tensor
 
 from nextblock.config import DataConfig, Size, pair
 
-__all__ = ["color_jitter", "eval_crop", "normalize", "random_resized_crop_box", "train_crop"]
+__all__ = [
+    "Box",
+    "Draw",
+    "color_jitter",
+    "draw_crop",
+    "eval_crop",
+    "finish_crop",
+    "normalize",
+    "random_resized_crop_box",
+    "resize",
+    "train_crop",
+]
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width, in pixels."""
@@ -52,17 +64,23 @@ def _centre_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def train_crop(
-    image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig, rng: np.random.Generator
-) -> UInt8[Tensor, "c rows columns"]:
-    """A random crop resized to `size`, flipped left to right with probability `data.flip`.
+class Draw(NamedTuple):
+    """Where a training crop lies, and whether it is flipped left to right."""
 
-    Then, with `data.color_jitter`, its colours are changed with probability `data.color_jitter_prob`.
-    """
+    flip: bool
+    box: Box
+
+
+def draw_crop(height: int, width: int, data: DataConfig, rng: np.random.Generator) -> Draw:
+    """Draw the crop of an image of this size, as `train_crop` does."""
     flip = rng.random() < data.flip
-    height, width = image.shape[-2:]
-    top, left, rows, columns = random_resized_crop_box(height, width, data.crop_scale, data.crop_ratio, rng)
-    crop = _resize(image[:, top : top + rows, left : left + columns], pair(size))
+    return Draw(flip, random_resized_crop_box(height, width, data.crop_scale, data.crop_ratio, rng))
+
+
+def finish_crop(
+    crop: UInt8[Tensor, "c h w"], data: DataConfig, rng: np.random.Generator, *, flip: bool
+) -> UInt8[Tensor, "c h w"]:
+    """Flip a crop that has its size, and change its colours where `data.color_jitter` asks for that."""
     crop = crop.flip(-1) if flip else crop
     # Drawn last, so that crops are the same with and without it.
     if data.color_jitter is not None and rng.random() < data.color_jitter_prob:
@@ -70,10 +88,23 @@ def train_crop(
     return crop
 
 
+def train_crop(
+    image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig, rng: np.random.Generator
+) -> UInt8[Tensor, "c rows columns"]:
+    """A random crop resized to `size`, flipped left to right with probability `data.flip`.
+
+    Then, with `data.color_jitter`, its colours are changed with probability `data.color_jitter_prob`.
+    """
+    draw = draw_crop(image.shape[-2], image.shape[-1], data, rng)
+    top, left, rows, columns = draw.box
+    crop = resize(image[:, top : top + rows, left : left + columns], pair(size))
+    return finish_crop(crop, data, rng, flip=draw.flip)
+
+
 def color_jitter(
-    image: UInt8[Tensor, "3 h w"], strengths: tuple[float, float, float, float], rng: np.random.Generator
-) -> UInt8[Tensor, "3 h w"]:
-    """Change brightness, contrast, saturation and hue, in random order.
+    image: UInt8[Tensor, "c h w"], strengths: tuple[float, float, float, float], rng: np.random.Generator
+) -> UInt8[Tensor, "c h w"]:
+    """Change brightness, contrast, saturation and hue, in random order; of grey, the first two.
 
     The first three are multiplied by a factor drawn uniformly from 1 - strength to 1 + strength; the hue, a
     circle of length 1, is turned by up to its strength either way (torchvision's `ColorJitter`). As in
@@ -103,7 +134,7 @@ def eval_crop(image: UInt8[Tensor, "c h w"], size: Size, resize_px: int) -> UInt
     rows, columns = pair(size)
     image = _without_far_ends(image)
     height, width = _covering_size(image.shape[-2], image.shape[-1], (rows, columns), resize_px)
-    resized = _resize(image, (height, width))
+    resized = resize(image, (height, width))
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     return resized[:, top : top + rows, left : left + columns]
 
@@ -126,7 +157,8 @@ def _covering_size(height: int, width: int, crop: tuple[int, int], resize_px: in
     return max(crop[0], round(scale * height)), max(crop[1], round(scale * width))
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(image: UInt8[Tensor, "c h w"], size: tuple[int, int]) -> UInt8[Tensor, "c rows columns"]:
+    """Resize to (rows, columns): bicubic, antialiased, on bytes."""
     if image.shape[-2:] == size:
         return image
     return F.interpolate(image[None], size=size, mode="bicubic", align_corners=False, antialias=True)[0]
@@ -140,7 +172,7 @@ def normalize(
     if not channels == len(mean) == len(std):
         raise ValueError(
             f"the images have {channels} channels, data.mean has {len(mean)} and data.std {len(std)}; give "
-            "one number per channel (every source yields RGB)"
+            "one number per channel"
         )
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)

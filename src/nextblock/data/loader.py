@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.config import DataConfig, Size, pair
 from nextblock.data.augment import eval_crop, train_crop
-from nextblock.data.decode import BadImageError
+from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder
+from nextblock.data.fast import fast_train_crop
 from nextblock.data.keyed import keyed_rng
 from nextblock.data.mixture import sample_order
 from nextblock.data.sources import Source
 from nextblock.data.workers import start_worker
 
-__all__ = ["BadSample", "Batch", "Step", "TrainLoader", "eval_batches", "resolve_workers"]
+__all__ = ["BadSample", "Batch", "Crop", "Key", "Step", "TrainLoader", "eval_batches", "resolve_workers"]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,30 @@ nor fills the shared memory; the main process joins chunks to micro-batches."""
 
 Key = tuple[int, int]
 """(visit, sample)."""
+
+
+@runtime_checkable
+class Crop(Protocol):
+    """What makes of a source's image one of a batch's."""
+
+    @property
+    def data(self) -> DataConfig:
+        """How the images are read."""
+        ...
+
+    @property
+    def image_size(self) -> Size:
+        """Size of every crop."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, or float32 where the crops are normalised already."""
+        ...
+
+    def read(self, source: Source, key: Key) -> Tensor:
+        """The crop; `BadImageError` where the image cannot be read."""
+        ...
 
 
 class BadSample(NamedTuple):
@@ -52,7 +77,8 @@ class BadSample(NamedTuple):
 class Batch(NamedTuple):
     """Images, their numbers in the source, and those that are missing because they cannot be read."""
 
-    images: UInt8[Tensor, "b c h w"]
+    images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]
+    """Bytes, to be normalised on the device; floats where that is done."""
     samples: Int64[Tensor, " b"]
     bad: tuple[BadSample, ...]
     visits: Int64[Tensor, " b"]
@@ -83,7 +109,12 @@ def resolve_workers(workers: int | None, source: Source) -> int:
 
 
 class TrainLoader:
-    """Endless iterator over training steps, beginning at `start_step`; each `iter()` begins there again."""
+    """Endless iterator over training steps, beginning at `start_step`; each `iter()` begins there again.
+
+    `batch_size` is the global one. Of each step's samples, which hang on no number of processes, rank r of w
+    gets the r-th of w contiguous parts, as equal as can be, cut into micro-batches. All ranks have as many
+    micro-batches, as they meet after each; where a rank has no sample left, its micro-batches are empty.
+    """
 
     def __init__(
         self,
@@ -97,22 +128,26 @@ class TrainLoader:
         start_step: int = 0,
         workers: int = 0,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        crop: Crop | None = None,
     ) -> None:
         micro = batch_size if micro_batch_size is None else micro_batch_size
-        _check_at_least(1, batch_size=batch_size, micro_batch_size=micro)
-        _check_at_least(0, start_step=start_step, workers=workers)
+        _check_at_least(1, batch_size=batch_size, micro_batch_size=micro, world_size=world_size)
+        _check_at_least(0, start_step=start_step, workers=workers, rank=rank)
+        if rank >= world_size:
+            raise ValueError(f"rank is {rank} of {world_size}; ranks run from 0 to {world_size - 1}")
         self.order = sample_order(source, data, seed=seed, batch_size=batch_size)
         self.batch_size, self.steps_per_epoch = self.order.batch_size, self.order.steps_per_epoch
         self._source = source
         self._start_step = start_step
         self._workers = workers
         self._pin_memory = pin_memory
-        self._crop = TrainCrop(data=data, image_size=image_size, seed=seed)
-        micro = min(micro, self.batch_size)
+        self._crop = crop or TrainCrop(data=data, image_size=image_size, seed=seed)
         # A step's samples, as slices: of each micro-batch the chunks that the workers make.
         self._micro_batches = [
-            _slices(start, min(start + micro, self.batch_size), CHUNK if workers else micro)
-            for start in range(0, self.batch_size, micro)
+            _slices(part.start, part.stop, CHUNK) if workers else [part]
+            for part in _rank_slices(self.batch_size, micro, rank, world_size)
         ]
 
     def __iter__(self) -> Iterator[Step]:
@@ -139,9 +174,28 @@ class TrainCrop:
     data: DataConfig
     image_size: Size
     seed: int
+    dtype: torch.dtype = torch.uint8
+
+    def __post_init__(self) -> None:
+        jpeg_decoder(self.data.decoder)  # refuses a decoder that is not installed, before any worker starts
 
     def __call__(self, image: Tensor, key: Key) -> Tensor:
-        return train_crop(image, self.image_size, self.data, keyed_rng(self.seed, "augment", *key))
+        return train_crop(image, self.image_size, self.data, self._rng(key))
+
+    def read(self, source: Source, key: Key) -> Tensor:
+        """The crop of a source's image; `BadImageError` where it cannot be read."""
+        content = source.content(key[1]) if self.data.decoder == "fast" else None
+        if content is None:
+            return self(source.read(key[1]), key)
+        crop = fast_train_crop(content, self.image_size, self.data, self._rng(key))
+        if crop is not None:
+            return crop
+        data = self.data
+        image = decode_image(content, max_pixels=data.max_pixels, channels=data.channels)
+        return self(image, key)
+
+    def _rng(self, key: Key) -> np.random.Generator:
+        return keyed_rng(self.seed, "augment", *key)
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -186,9 +240,14 @@ class EvalCrop:
 
     data: DataConfig
     image_size: Size
+    dtype: torch.dtype = torch.uint8
 
     def __call__(self, image: Tensor, key: Key) -> Tensor:  # noqa: ARG002 - the same at every visit
         return eval_crop(image, self.image_size, self.data.val_resize_px)
+
+    def read(self, source: Source, key: Key) -> Tensor:
+        """The crop of a source's image; `BadImageError` where it cannot be read."""
+        return self(source.read(key[1]), key)
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -197,32 +256,29 @@ class EvalCrop:
 class _Images(Dataset):
     """What a worker runs: keys in, a batch out."""
 
-    def __init__(self, source: Source, crop: Callable[[Tensor, Key], Tensor], size: tuple[int, int]) -> None:
+    def __init__(self, source: Source, crop: Crop) -> None:
         self._source = source
         self._crop = crop
-        self._size = size
+        self._none = torch.empty((0, crop.data.channels, *pair(crop.image_size)), dtype=crop.dtype)
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         images, read, bad = [], [], []
         for key in keys:
             sample = key[1]
             try:
-                image = self._source.read(sample)
+                images.append(self._crop.read(self._source, key))
             except BadImageError as error:
                 bad.append(BadSample(sample, self._source.name(sample), str(error)))
                 continue
-            images.append(self._crop(image, key))
             read.append(key)
-        stacked = torch.stack(images) if images else torch.empty((0, 3, *self._size), dtype=torch.uint8)
+        stacked = torch.stack(images) if images else self._none
         visits, samples = torch.tensor(read, dtype=torch.int64).view(-1, 2).unbind(1)
         return Batch(stacked, samples, tuple(bad), visits)
 
 
-def _data_loader(
-    source: Source, crop: TrainCrop | EvalCrop, keys: Iterable[list[Key]], workers: int
-) -> DataLoader[Batch]:
+def _data_loader(source: Source, crop: Crop, keys: Iterable[list[Key]], workers: int) -> DataLoader[Batch]:
     return DataLoader(
-        _Images(source, crop, pair(crop.image_size)),
+        _Images(source, crop),
         batch_sampler=keys,  # type: ignore[arg-type] # any iterable of lists of keys will do
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -243,12 +299,21 @@ def _join(chunks: list[Batch], *, pin_memory: bool) -> Batch:
     if len(chunks) == 1 and not pin_memory:
         return Batch(chunks[0].images, samples, bad, visits)
     shape = (len(samples), *chunks[0].images.shape[1:])
-    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+    images = torch.empty(shape, dtype=chunks[0].images.dtype, pin_memory=pin_memory)
     return Batch(torch.cat([chunk.images for chunk in chunks], out=images), samples, bad, visits)
 
 
+def _rank_slices(batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[slice]:
+    """The micro-batches of a rank within the global batch, as many as on every other rank."""
+    start, stop = (batch_size * number // world_size for number in (rank, rank + 1))
+    largest_share = -(-batch_size // world_size)
+    begins = range(start, start + largest_share, micro_batch_size)
+    return [slice(min(begin, stop), min(begin + micro_batch_size, stop)) for begin in begins]
+
+
 def _slices(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+    """Parts of at most `size`; of nothing, one empty part."""
+    return [slice(begin, min(begin + size, stop)) for begin in range(start, max(stop, start + 1), size)]
 
 
 def _check_at_least(least: int, **numbers: int) -> None:

@@ -46,6 +46,12 @@ class ConcatSource(Source):
         number = bisect_right(self._ends, index)
         return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
+    def content(self, index: int) -> bytes | None:
+        """The encoded file as it lies, None where images are no files; `BadImageError` where unreadable."""
+        self._check(index)
+        part, within = self._locate(index)
+        return part.content(within)
+
     def _read(self, index: int) -> Tensor:
         part, within = self._locate(index)
         return part.read(within)

@@ -1,6 +1,12 @@
-"""Where images are: a directory, a torchvision dataset, or scikit-learn's digits, behind one interface.
+"""Where images are: directories, lists, archives, datasets and scikit-learn's digits, behind one interface.
 
     DIR                                             searched recursively; classes: its first-level folders
+    files:LIST.txt                                  one path a line; classes: after a tab
+    X.tar, shards-{000000..000999}.tar              WebDataset's layout; classes: .cls, .json, or folders
+    https://HOST/x-{0000..0009}.tar, s3:, gs:       such shards on a server, copied into the cache folder
+    X.zip                                           classes: first-level folders
+    hf:NAME-OR-PATH,split=train, X.parquet          rows of a Hugging Face dataset
+    subset:LIST.txt                                 some images of another source
     torchvision:CIFAR10,root=DIR,split=train        with download=true it is fetched first
     digits, digits:split=train, digits:split=test   1,797 handwritten digits of 8 x 8 px
 
@@ -10,8 +16,12 @@ A source knows names and labels; it opens an image only when asked for it.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 
@@ -25,13 +35,27 @@ from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, decode_image
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.listing import list_images
+from nextblock.data.remote import is_remote
 from nextblock.settings import nearest_name
 
-__all__ = ["DigitsSource", "FolderSource", "Labels", "Source", "open_source"]
+__all__ = [
+    "DigitsSource",
+    "EncodedSource",
+    "FolderSource",
+    "Labels",
+    "Source",
+    "in_class_order",
+    "open_source",
+    "read_file",
+]
 
-KNOWN = "a directory, torchvision:NAME,root=DIR,split=train, digits, digits:split=train, digits:split=test"
-_LATER = ("files", "hf")
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+KNOWN = (
+    "a directory, files:LIST.txt, X.tar, shards-{000000..000999}.tar, https:, s3: or gs: before such shards, "
+    "X.zip, torchvision:NAME,root=DIR,split=train, hf:NAME,split=train, X.parquet, "
+    "subset:LIST.txt, digits"
+)
+_KINDS = ("files", "torchvision", "hf", "digits", "subset", "https", "s3", "gs")
+_COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 Labels = tuple[np.ndarray, tuple[str, ...]]
 """The class of every image, int64 (n,), and the classes' names."""
@@ -48,10 +72,14 @@ class Source(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
-        """The image's RGB pixels; raises `BadImageError` where it cannot be read."""
+    def read(self, index: int) -> UInt8[Tensor, "c h w"]:
+        """The image's pixels, RGB unless data.channels says otherwise; `BadImageError` where unreadable."""
         self._check(index)
         return self._read(index)
+
+    def content(self, index: int) -> bytes | None:  # noqa: ARG002 - sources of files override it
+        """The encoded file as it lies, None where images are no files; `BadImageError` where unreadable."""
+        return None
 
     def name(self, index: int) -> str:
         """What to call the image in a message: its path below the directory, or its number."""
@@ -107,26 +135,64 @@ def open_source(spec: str, data: DataConfig) -> Source:
     """Open what `spec` names (see the grammar above); `ValueError` where there is nothing to read."""
     kind, _, rest = spec.partition(":")
     if kind == "digits":
-        return DigitsSource(spec, _options(spec, rest, known=("split",)).get("split", "all"))
+        return DigitsSource(spec, _options(spec, rest, known=("split",)).get("split", "all"), data.channels)
     if kind == "torchvision":
         from nextblock.data.torchvision_source import TorchvisionSource
 
         name, _, rest = rest.partition(",")
         return TorchvisionSource(spec, name, _options(spec, rest), data)
+    if is_remote(spec):
+        from nextblock.data.remote_tar import open_remote
+
+        return open_remote(spec, data)
+    if kind == "hf" or spec.lower().endswith(".parquet"):
+        from nextblock.data.hf_source import open_dataset
+
+        return open_dataset(spec, data)
+    if kind == "subset":
+        from nextblock.data.subsets import open_subset
+
+        return open_subset(spec, data)
+    if kind == "files":
+        from nextblock.data.files import FilesSource
+
+        return FilesSource(spec, Path(rest).expanduser(), data)
+    return _open_path(spec, kind, data)
+
+
+def _open_path(spec: str, kind: str, data: DataConfig) -> Source:
     path = Path(spec).expanduser()
     if path.is_dir():
         return FolderSource(spec, path, data)
+    if spec.lower().endswith(".zip") and path.is_file():
+        from nextblock.data.zip_source import ZipSource
+
+        return ZipSource(spec, path, data)
+    if spec.lower().endswith(".tar") and not _has_unknown_kind(spec):
+        from nextblock.data.tar import open_tar
+
+        return open_tar(spec, data)
     raise ValueError(_why_not(spec, kind, path))
 
 
+def _has_unknown_kind(spec: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+]+:", spec) is not None and not Path(spec).exists()
+
+
 def _why_not(spec: str, kind: str, path: Path) -> str:
-    if kind in _LATER or spec.lower().endswith(_ARCHIVES):
-        return f"{spec!r}: this kind of source is not supported by this version; known: {KNOWN}"
+    if _COMPRESSED_TAR.search(spec):
+        return (
+            f"{spec!r}: a tar that is compressed as a whole cannot be read in any order; unpack it (gunzip, "
+            "unxz, zstd -d) to a plain tar, or to a directory"
+        )
     if path.exists():
-        return f"{spec!r} is a file; give the directory that holds it; known sources: {KNOWN}"
-    if re.match(r"[A-Za-z][A-Za-z0-9+]+:", spec):
-        nearest = nearest_name(kind, ["torchvision", "digits"])
+        remedy = f"give the directory that holds it, or files:{spec} if it lists images"
+        return f"{spec!r} is a file; {remedy}; known sources: {KNOWN}"
+    if _has_unknown_kind(spec):
+        nearest = nearest_name(kind, list(_KINDS))
         return f"{spec!r}: there is no kind of source {kind!r}; {nearest}; known: {KNOWN}"
+    if spec.lower().endswith(".zip"):
+        return f"{spec!r}: there is no such file (searched {path.absolute()})"
     return f"{spec!r}: there is no such directory (searched {path.absolute()}); known sources: {KNOWN}"
 
 
@@ -143,15 +209,61 @@ def _options(spec: str, text: str, known: tuple[str, ...] | None = None) -> dict
     return options
 
 
-class FolderSource(Source):
-    """The images below a directory, in the order of their paths."""
+def in_class_order(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The number of each class, int64, and the classes by number: as numbers if all are, else as text."""
+
+    def key(position: int) -> tuple[Decimal, str]:
+        return Decimal(names[position]) if are_numbers else Decimal(0), names[position]
+
+    are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in names)
+    order = sorted(range(len(names)), key=key)
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[order] = np.arange(len(names))
+    return rank, tuple(names[position] for position in order)
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content; `BadImageError` where it cannot be read, or is a pipe or a device."""
+    try:
+        # Without waiting: a pipe that nobody writes to would stop the worker for ever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadImageError("cannot be read: it is no regular file")
+            return file.read()
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+class EncodedSource(Source):
+    """A source of encoded files, wherever they lie."""
 
     in_memory = False
+    _data: DataConfig
+
+    def content(self, index: int) -> bytes:
+        """The encoded file as it lies; `BadImageError` where it cannot be read."""
+        self._check(index)
+        return self._content(index)
+
+    @abstractmethod
+    def _content(self, index: int) -> bytes: ...
+
+    def _read(self, index: int) -> Tensor:
+        return decode_image(
+            self._content(index),
+            decoder=self._data.decoder,
+            max_pixels=self._data.max_pixels,
+            channels=self._data.channels,
+        )
+
+
+class FolderSource(EncodedSource):
+    """The images below a directory, in the order of their paths."""
 
     def __init__(self, spec: str, root: Path, data: DataConfig) -> None:
         self.spec = spec
         self._data = data
-        self._files = list_images(root)
+        self._files = list_images(root, data)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -161,15 +273,16 @@ class FolderSource(Source):
         """Whether every image lies in a folder of the directory."""
         return self._files.number_in_root == 0
 
-    def _read(self, index: int) -> Tensor:
-        try:
-            content = self._files.path(index).read_bytes()
-        except OSError as error:
-            raise BadImageError(f"cannot be read: {error.strerror or error}") from error
-        return decode_image(content, decoder=self._data.decoder, max_pixels=self._data.max_pixels)
+    def path(self, index: int) -> Path:
+        """Where the file lies."""
+        self._check(index)
+        return self._files.path(index)
+
+    def _content(self, index: int) -> bytes:
+        return read_file(self._files.path(index))
 
     def _name(self, index: int) -> str:
-        return self._files.name(index)
+        return self._files.names.text(index)
 
     def _find_labels(self) -> Labels:
         if not self.has_labels:
@@ -178,34 +291,34 @@ class FolderSource(Source):
                 f"{self._files.number_in_root} of its {len(self)} images lie directly in it; move every "
                 "image into a folder named after its class"
             )
-        return self._files.first_folders()
+        return self._files.names.first_folders()
 
     def _make_fingerprint(self) -> str:
-        return f"folder-{len(self)}-{self._files.digest()}"
+        return f"folder-{len(self)}-{self._files.names.digest()}"
 
 
 class DigitsSource(Source):
     """The 1,797 handwritten digits that scikit-learn carries, or a fixed stratified 80 % or 20 % of them.
 
-    They are 8 x 8 px with values 0 to 16, here scaled to 0 to 255 and repeated to three channels.
+    They are 8 x 8 px with values 0 to 16, here scaled to 0 to 255 and repeated to three channels, or as many.
     """
 
     in_memory = True
 
-    def __init__(self, spec: str, split: str) -> None:
+    def __init__(self, spec: str, split: str, channels: int = 3) -> None:
         from sklearn.datasets import load_digits
 
         values, classes = load_digits(return_X_y=True)
-        is_test = _stratified_fifth(classes)
+        is_test = _stratified_fifth(np.asarray(classes))
         kept = {"all": np.full_like(is_test, fill_value=True), "train": ~is_test, "test": is_test}
         if split not in kept:
             raise ValueError(f"{spec!r}: digits has no split {split!r}; {nearest_name(split, list(kept))}")
         self.spec = spec
         self._split = split
         self._numbers = np.flatnonzero(kept[split])
-        self._classes = classes[self._numbers].astype(np.int64)
+        self._classes = np.asarray(classes)[self._numbers].astype(np.int64)
         grey = np.rint(values[self._numbers].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self._images = repeat(torch.from_numpy(grey), "b h w -> b c h w", c=3).contiguous()
+        self._images = repeat(torch.from_numpy(grey), "b h w -> b c h w", c=channels).contiguous()
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -30,7 +30,7 @@ class TorchvisionSource(Source):
         self.spec = spec
         self._dataset_name = name
         self._split = options.get("split", "default")
-        self._max_pixels = data.max_pixels
+        self._max_pixels, self._channels = data.max_pixels, data.channels
         self._dataset = _construct(spec, name, options)
         self.in_memory = isinstance(getattr(self._dataset, "data", None), np.ndarray | Tensor)
         if not len(self):
@@ -49,7 +49,7 @@ class TorchvisionSource(Source):
             picture = self._dataset[index][0]
             if isinstance(picture, Image.Image):
                 check_pixels(picture.size, self._max_pixels)
-                return image_to_tensor(picture)
+                return image_to_tensor(picture, self._channels)
         kind = type(picture).__name__
         raise ValueError(f"{self.spec!r} yields no pictures but {kind}; give a dataset of pictures")
 

@@ -127,7 +127,9 @@ def features_of_batch(batch: Batch, extract: Extract, data: DataConfig, device: 
     if not len(batch.samples):
         return FeatureBatch((), batch.samples, batch.bad)
     with torch.no_grad():
-        images = normalize(batch.images.to(device, non_blocking=True), data.mean, data.std)
+        images = batch.images.to(device, non_blocking=True)
+        if not images.is_floating_point():  # else they come normalised
+            images = normalize(images, data.mean, data.std)
         return FeatureBatch(extract(images), batch.samples, batch.bad)
 
 
@@ -197,7 +199,12 @@ class SubsetSource(Source):
         """Whether the whole source has labels."""
         return self._source.has_labels
 
-    def _read(self, index: int) -> UInt8[Tensor, "3 h w"]:
+    def content(self, index: int) -> bytes | None:
+        """The encoded file as the source holds it."""
+        self._check(index)
+        return self._source.content(int(self._indices[index]))
+
+    def _read(self, index: int) -> UInt8[Tensor, "c h w"]:
         return self._source.read(int(self._indices[index]))
 
     def _name(self, index: int) -> str:
@@ -248,7 +255,7 @@ def evaluation_data(model_spec: str, config: ModelConfig) -> DataConfig:
         return replace(run.data, train=None, val=None)
     recorded = recorded_data(model_spec)
     if recorded is not None:
-        return recorded
+        return replace(recorded, channels=config.in_chans)  # timm's files tell no number of channels
     official = official_data(config)
     log.info(
         "%s does not tell how its images were cut: shorter side to %d px", model_spec, official.val_resize_px

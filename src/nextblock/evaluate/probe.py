@@ -55,6 +55,9 @@ FREE_SETTINGS = ("out", "device", "workers", "cache_gb", "encode_batch_size", "o
 """Settings that do not change what a probe finds."""
 
 
+_IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "flip", "decoder")
+
+
 class Probed(NamedTuple):
     """A result, and the classifiers made of the probed encoder and its heads."""
 
@@ -321,7 +324,7 @@ def _identity(
         "format_version": 1,
         "settings": {name: v for name, v in to_dict(config).items() if name not in FREE_SETTINGS},
         "weights": _digest(model),
-        "images": {name: cut[name] for name in ("mean", "std", "val_resize_px", "flip", "decoder")},
+        "images": {name: cut[name] for name in _IMAGE_SETTINGS},
         "sources": {
             split: {"spec": source.spec, "fingerprint": source.fingerprint, "images": len(source)}
             for split, source in sources.items()

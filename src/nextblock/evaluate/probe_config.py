@@ -24,9 +24,9 @@ HEAD_WEIGHT_DECAY: dict[HeadName, float] = {"attentive": 0.1, "linear": 0.0}
 class ProbeConfig:
     """What to probe, on what, and how the heads are trained.
 
-    The defaults are official XTRA's where those are known, save for RandAugment and random erasing, which are
-    left out. One of its traps is not reproduced: with a warm-up of 0 its scheduler starts the cosine at a
-    tenth of the learning rate; here it starts at the rate that was asked for.
+    The defaults are official XTRA's where those are known, save for RandAugment and random erasing, which
+    augment timm adds. One of its traps is not reproduced: with a warm-up of 0 its scheduler starts the cosine
+    at a tenth of the learning rate; here it starts at the rate that was asked for.
     """
 
     model: str
@@ -69,8 +69,9 @@ class ProbeConfig:
     """Clip the norm of each head's gradient to this; null: not clipped."""
     seed: int = 0
     """Seed of heads, order, crops, held-out images and the untrained encoder."""
-    augment: Literal["none", "crop"] = "none"
-    """none: features of the centre crop, computed once; crop: a new random crop and flip in every epoch."""
+    augment: Literal["none", "crop", "timm"] = "none"
+    """none: features of the centre crop, computed once; crop: a new random crop and flip in every epoch;
+    timm: official XTRA's, with RandAugment and random erasing besides."""
     baselines: bool = True
     """Also probe the same encoder untrained, and the raw pixels (linear head)."""
     cache_gb: float = 4.0

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nextblock.config import DataConfig, OptimConfig, Size
 from nextblock.data import BadSample, Source, TrainLoader, resolve_workers, step_samples
 from nextblock.data.keyed import keyed_permutation
+from nextblock.data.rand_augment import TimmCrop
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
@@ -107,7 +108,7 @@ class Feed:
     epochs: int
     seed: int
     device: torch.device
-    augment: Literal["none", "crop"] = "none"
+    augment: Literal["none", "crop", "timm"] = "none"
     cache_gb: float = 4.0
     bad: dict[int, BadSample] = field(default_factory=dict)
     """Images that could not be read, as far as met; filled while batches are drawn."""
@@ -129,7 +130,7 @@ class Feed:
 
     def batches(self) -> Iterator[tuple[tuple[Tensor, ...], Int64[Tensor, " b"]]]:
         """Yield features and labels on the device, `steps` times; a batch lacks its unreadable images."""
-        if self.augment == "crop":
+        if self.augment != "none":
             drawn = self._cropped()
         else:
             cached = self._cached()
@@ -177,10 +178,14 @@ class Feed:
             seed=self.seed,
             batch_size=self.actual_batch_size,
             workers=resolve_workers(self.data.workers, self.source),
+            crop=self._timm_crop() if self.augment == "timm" else None,
         )
         for step in islice(loader, self.steps):
             (batch,) = step.micro_batches
             yield features_of_batch(batch, self.extract, self.data, self.device)
+
+    def _timm_crop(self) -> TimmCrop:
+        return TimmCrop(data=self.data, image_size=self.image_size, seed=self.seed)
 
     def _iterate(self, indices: Int64[np.ndarray, " n"] | None) -> Iterator[FeatureBatch]:
         return iterate_features(

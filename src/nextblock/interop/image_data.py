@@ -32,4 +32,8 @@ def official_data(config: ModelConfig) -> DataConfig:
     and AIM).
     """
     size = max(pair(config.image_size))
-    return DataConfig(val_resize_px=300 if size == 256 else round(size * 8 / 7))
+    resize_px = 300 if size == 256 else round(size * 8 / 7)
+    if config.in_chans == 3:
+        return DataConfig(val_resize_px=resize_px)
+    half = (0.5,) * config.in_chans  # nobody has trained officially on other than colour
+    return DataConfig(val_resize_px=resize_px, channels=config.in_chans, mean=half, std=half)

@@ -131,8 +131,11 @@ def _check_trainable(config: RunConfig) -> None:
         raise ValueError(
             "the whole image is one block, so there is no next block; use a smaller model.block_size"
         )
-    if model.in_chans != 3:
-        raise ValueError(f"model.in_chans is {model.in_chans}, but every source yields RGB; use 3")
+    if not len(config.data.mean) == config.data.channels == model.in_chans:
+        raise ValueError(
+            f"data.mean has {len(config.data.mean)} channels, data.channels is {config.data.channels} and "
+            f"model.in_chans {model.in_chans}; make them equal (data.normalize auto is resolved by pretrain)"
+        )
 
 
 def _train_loader(trainer: Trainer, source: Source) -> TrainLoader:

@@ -31,9 +31,12 @@ from nextblock.data import Source, jpeg_decoder, parts_of
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.device import device_name
 
-__all__ = ["RunDir", "RunDirError"]
+__all__ = ["RunDir", "RunDirError", "recorded_config"]
 
-PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
+PACKAGES = (
+    *("nextblock", "torch", "torchvision", "timm", "torchcodec", "simplejpeg", "numpy", "pillow"),
+    "safetensors",
+)
 FIRST_FILES = ("source.json", "environment.json")
 """Written, in this order, before `config.yaml`, which makes a directory a run."""
 
@@ -153,6 +156,16 @@ class RunDir:
     def _write(self, name: str, text: str) -> None:
         with write_aside(self.path / name) as aside:
             aside.write_text(text)
+
+
+def recorded_config(path: Path) -> RunConfig | None:
+    """The settings of the run in a directory; None where none was begun, or by another version."""
+    if not RunDir(path).is_run():
+        return None
+    try:
+        return from_dict(RunConfig, yaml.safe_load((path / "config.yaml").read_text()))
+    except ValueError:
+        return None  # `RunDir.open` says what is wrong
 
 
 def describe(sources: dict[str, Source], data: DataConfig) -> dict[str, Any]:

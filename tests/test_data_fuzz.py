@@ -1,0 +1,199 @@
+"""Damaged, mislabelled and lying files of every format give pixels or a reason, in bounded memory and time.
+
+The cases run in a process of their own, whose address space is limited to little more than it needs to start:
+a crash, a hang or a great allocation there fails here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+MAX_PIXELS = 300_000
+ROOM_BYTES = 1_500_000_000
+LIMIT_S = 300
+CASES = 24
+"""Damaged files of each kind of damage and format."""
+
+
+def picture(mode: str = "RGB", height: int = 45, width: int = 70) -> Image.Image:
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def heic() -> bytes:
+    import pillow_heif
+
+    file = io.BytesIO()
+    pillow_heif.from_pillow(picture()).save(file)
+    return file.getvalue()
+
+
+def formats() -> dict[str, bytes]:
+    from test_data_channels import bands, tiff
+    from test_data_decode import png_16, sixteen_bits
+
+    frames = [picture(), picture().rotate(90)]
+    return {
+        "JPEG": encode(picture(), "JPEG"),
+        "JPEG progressive": encode(picture("CMYK"), "JPEG", progressive=True),
+        "PNG": encode(picture("RGBA"), "PNG"),
+        "PNG palette": encode(picture("P"), "PNG", transparency=3),
+        "PNG 16": png_16(sixteen_bits(20, 30, 3)),
+        "WebP": encode(picture(), "WEBP"),
+        "WebP animated": encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True),
+        "TIFF": encode(picture(), "TIFF", compression="tiff_lzw"),
+        "TIFF pages": encode(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
+        "TIFF 16": tiff(bands(3, 16), photometric=2, deflate=True, predictor=2, tile=(16, 16)),
+        "TIFF bands": tiff(bands(4, 16), planar=True, rows=8),
+        "BigTIFF": tiff(bands(4), big=True, deflate=True),
+        "GIF": encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "BMP": encode(picture(), "BMP"),
+        "PPM": encode(picture(), "PPM"),
+        "JPEG2000": encode(picture(), "JPEG2000"),
+        "AVIF": encode(picture(), "AVIF"),
+        "HEIC": heic(),
+    }
+
+
+def damaged(whole: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """(format and damage, content), seeded."""
+    rng = np.random.default_rng(1)
+    names = list(whole)
+    for name, content in whole.items():
+        for _ in range(CASES):
+            yield f"{name}: truncated", content[: rng.integers(len(content))]
+            flipped = bytearray(content)
+            # Headers are where damage does most.
+            reach = len(content) if rng.random() < 0.5 else min(len(content), 200)
+            for place in rng.integers(reach, size=rng.integers(1, 9)):
+                flipped[place] ^= 1 << int(rng.integers(8))
+            yield f"{name}: flipped", bytes(flipped)
+            other = whole[names[rng.integers(len(names))]]
+            start = int(rng.integers(4, 64))
+            yield f"{name}: mislabelled", content[:start] + other[start:]
+
+
+def bombs(whole: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """Small files that say they are huge."""
+    size = struct.pack(">II", 30_000, 30_000)
+    png = whole["PNG"]
+    head = png[12:16] + size + png[24:29]
+    yield "PNG", png[:12] + head + struct.pack(">I", zlib.crc32(head)) + png[33:]
+    jpeg = whole["JPEG"]
+    at = jpeg.index(b"\xff\xc0") + 5
+    yield "JPEG", jpeg[:at] + struct.pack(">HH", 60_000, 60_000) + jpeg[at + 4 :]
+    yield "GIF", whole["GIF"][:6] + struct.pack("<HH", 65_000, 65_000) + whole["GIF"][10:]
+    webp = whole["WebP animated"]
+    at = webp.index(b"VP8X") + 12
+    yield "WebP", webp[:at] + b"\xff\xff\0\xff\xff\0" + webp[at + 6 :]
+    yield "BMP", whole["BMP"][:18] + struct.pack("<ii", 60_000, 60_000) + whole["BMP"][26:]
+    yield "PPM", b"P6 60000 60000 255\n" + bytes(99)
+    jp2 = whole["JPEG2000"]
+    at = jp2.index(b"ihdr") + 4
+    yield "JPEG2000", jp2[:at] + size + jp2[at + 8 :]
+    for name in ("AVIF", "HEIC"):
+        content = whole[name]
+        at = content.index(b"ispe") + 8
+        yield name, content[:at] + size + content[at + 8 :]
+    for name in ("TIFF", "TIFF bands", "TIFF 16"):
+        content = bytearray(whole[name])
+        order = "<" if content[:1] == b"I" else ">"
+        (start,) = struct.unpack_from(order + "I", content, 4)
+        for entry in range(2):  # width and height are the first two tags
+            place = start + 2 + 12 * entry
+            struct.pack_into(order + "HII", content, place + 2, 4, 1, 60_000)
+        yield name, bytes(content)
+
+
+def run_cases() -> dict[str, object]:
+    """What the process of its own does: decode everything under the limit, count, and tell."""
+    import resource
+    import warnings
+
+    from nextblock.config import DataConfig
+    from nextblock.data import BadImageError, decode_image, keyed_rng
+    from nextblock.data.fast import fast_train_crop
+
+    whole = formats()
+    data = DataConfig(decoder="fast", max_pixels=MAX_PIXELS)
+    for name, content in whole.items():
+        decode_image(content, channels=4 if "bands" in name or name == "BigTIFF" else 3)
+    fast_train_crop(whole["JPEG"], 8, data, keyed_rng(0, "warm"))
+    decode_image(whole["PNG 16"])
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM_BYTES, resource.RLIM_INFINITY))
+    counts: dict[str, list[int]] = {}
+    warnings.simplefilter("error")
+    for name, content in damaged(whole):
+        for channels in (3, 1, 4):
+            count = counts.setdefault(name, [0, 0])
+            try:
+                pixels = decode_image(content, max_pixels=MAX_PIXELS, channels=channels)
+                assert pixels.shape[0] == channels
+                assert pixels.shape[1] * pixels.shape[2] <= MAX_PIXELS
+                count[0] += 1
+            except BadImageError as error:
+                assert str(error)
+                count[1] += 1
+        try:
+            fast_train_crop(content, 8, data, keyed_rng(0, "fuzz"))
+        except BadImageError as error:
+            assert str(error)
+    refused = {}
+    for name, content in bombs(whole):
+        for channels in (3, 4):
+            try:
+                decode_image(content, channels=channels)
+                refused[f"{name} {channels}"] = "pixels"
+            except BadImageError as error:
+                refused[f"{name} {channels}"] = str(error)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"counts": counts, "bombs": refused, "peak_bytes": peak}
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, dict]:
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_damaged_files_of_every_format_give_pixels_or_a_reason(told) -> None:
+    counts = told["counts"]
+    assert len(counts) == 18 * 3
+    assert {sum(count) for count in counts.values()} == {3 * CASES}
+    for name, (_, bad) in counts.items():
+        if "flipped" not in name:
+            assert bad > 0, name
+    assert sum(good for good, _ in counts.values()) > 100  # so the damage was not all at the door
+
+
+def test_bombs_of_every_format_are_refused(told) -> None:
+    assert len(told["bombs"]) == 2 * 12
+    assert "pixels" not in told["bombs"].values()
+    for name, reason in told["bombs"].items():
+        if name.split()[0] not in ("AVIF", "HEIC", "WebP"):  # refused by their own libraries before
+            assert "data.max_pixels" in reason, (name, reason)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_cases()))  # noqa: T201 - this is what the test reads

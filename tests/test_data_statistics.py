@@ -1,0 +1,117 @@
+"""Mean and deviation by which a run normalises, measured on its own images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from nextblock.cli.pretrain import pretrain
+from nextblock.config import DataConfig
+from nextblock.data import eval_batches, open_source, statistics
+from nextblock.data.statistics import measure_pixels
+from nextblock.evaluate.features import evaluation_data
+from tiny_runs import TINY, Quiet
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        pixels = rng.normal((60, 120, 200), (10, 40, 20), (20 + number, 24, 3)).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / f"{number:02d}.png")
+    return tmp_path / "images"
+
+
+def measured(folder: Path, seed: int = 0, most: int = 1000, **settings):
+    data = DataConfig(val_resize_px=16, **settings)
+    return measure_pixels(open_source(str(folder), data), data, 12, seed, most=most)
+
+
+def test_they_are_the_mean_and_deviation_of_all_pixels_of_the_centre_crops(folder) -> None:
+    data = DataConfig(val_resize_px=16)
+    batches = eval_batches(open_source(str(folder), data), data, 12, 5)
+    pixels = torch.cat([batch.images for batch in batches]).double() / 255
+    found = measured(folder)
+    assert found.images == 12
+    assert found.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert found.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
+
+
+def test_grey_has_one_of_each(folder) -> None:
+    found = measured(folder, channels=1)
+    assert len(found.mean) == len(found.std) == 1
+
+
+def test_a_sample_is_drawn_by_the_seed_and_hangs_on_no_workers(folder) -> None:
+    assert measured(folder, seed=1, most=4) == measured(folder, seed=1, most=4, workers=2)
+    assert measured(folder, seed=1, most=4) != measured(folder, seed=2, most=4)
+    assert measured(folder, most=4).images == 4
+
+
+def test_unreadable_images_are_left_out_and_none_readable_is_refused(folder) -> None:
+    whole = measured(folder)
+    (folder / "99.png").write_bytes(b"nothing")
+    assert measured(folder) == whole
+    for path in folder.iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"none of 13 images .* 00.png: not an image"):
+        measured(folder)
+
+
+def test_a_channel_that_never_changes_is_refused_by_its_number(folder) -> None:
+    for number, path in enumerate(sorted(folder.iterdir())):
+        pixels = np.full((16, 16, 3), 77, dtype=np.uint8)
+        pixels[..., 0] = number
+        pixels[::2, :, 2] = 5
+        Image.fromarray(pixels).save(path)
+    with pytest.raises(ValueError, match=r"channel 1 of 3 has the same value everywhere in 12 images"):
+        measured(folder)
+
+
+# ------------------------------------------------------------------------------------------------- in a run
+
+
+def resolved(run: Path) -> tuple[list[float], list[float]]:
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    return data["mean"], data["std"]
+
+
+def train_on(folder: Path, out: Path, **changes) -> Quiet:
+    reporter = Quiet()
+    settings = {"data.train": str(folder), "data.normalize": "auto", "train.duration": "2st", **changes}
+    pretrain(TINY, out=out, reporter=reporter, **settings)
+    return reporter
+
+
+def test_a_run_keeps_what_was_measured_and_goes_on_with_it(folder, tmp_path, monkeypatch) -> None:
+    reporter = train_on(folder, tmp_path / "run")
+    mean, std = resolved(tmp_path / "run")
+    assert mean == pytest.approx([60 / 255, 120 / 255, 200 / 255], abs=0.02)
+    assert any("mean" in note and "measured on 12 images" in note for note in reporter.notes)
+
+    def must_not(*_, **__):
+        raise AssertionError("measured anew")
+
+    monkeypatch.setattr(statistics, "measure_pixels", must_not)
+    train_on(folder, tmp_path / "run")
+    assert resolved(tmp_path / "run") == (mean, std)
+    with pytest.raises(AssertionError, match="anew"):
+        train_on(folder, tmp_path / "other")
+
+
+def test_the_evaluation_of_a_run_normalises_as_the_run_did(folder, tmp_path) -> None:
+    train_on(folder, tmp_path / "run")
+    data = evaluation_data(str(tmp_path / "run"), TINY.model)
+    assert [list(data.mean), list(data.std)] == list(resolved(tmp_path / "run"))
+
+
+def test_a_run_with_given_numbers_is_another_run(folder, tmp_path) -> None:
+    train_on(folder, tmp_path / "run", **{"data.normalize": "given"})
+    with pytest.raises(ValueError, match=r"data.normalize: 'given' there, 'auto' now"):
+        train_on(folder, tmp_path / "run")

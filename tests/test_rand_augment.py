@@ -1,0 +1,140 @@
+"""timm's augmentation is timm's, a function of its key, and disturbs nothing."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from nextblock.config import DataConfig
+from nextblock.data import TrainLoader, keyed_seed, normalize
+from nextblock.data.rand_augment import TimmCrop, seeded_globally
+from test_probe import QUICK, run, weights
+from toy import ToySource
+
+DATA = DataConfig(workers=0)
+CROP = TimmCrop(data=DATA, image_size=16, seed=5)
+
+
+def picture(seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return torch.from_numpy(np.array(small.resize((50, 40), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+
+
+def global_states() -> tuple:
+    numpy = pickle.dumps(np.random.get_state())  # noqa: NPY002
+    return random.getstate(), numpy, torch.get_rng_state().tolist()
+
+
+def test_it_is_timms_own_transform_under_the_same_seeds() -> None:
+    theirs: Any = create_transform(
+        16,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
+    for number in range(40):
+        image = picture(number)
+        seed = keyed_seed(5, "timm", 2, number)
+        before = global_states()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+        expected = theirs(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        random.setstate(before[0])
+        assert torch.equal(CROP(image, (2, number)), expected)
+
+
+def test_every_key_draws_its_own_and_always_the_same() -> None:
+    image = picture()
+    crops = [CROP(image, key) for key in ((0, 1), (1, 1), (0, 2))]
+    assert not torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+    assert torch.equal(CROP(image, (0, 1)), crops[0])
+    assert not torch.equal(replace(CROP, seed=6)(image, (0, 1)), crops[0])
+
+
+def test_the_global_generators_are_left_as_they_were_even_after_an_error() -> None:
+    before = global_states()
+    with seeded_globally(3):
+        inside = random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+    assert global_states() == before
+    with pytest.raises(RuntimeError), seeded_globally(3):
+        assert (random.random(), np.random.rand(), float(torch.rand(()))) == inside  # noqa: NPY002
+        raise RuntimeError
+    assert global_states() == before
+
+
+def test_a_crop_moves_no_global_generator() -> None:
+    transform = CROP._transform
+    before = global_states()
+    with seeded_globally(1):  # as __call__ does, without the checks of shapes, which draw numbers themselves
+        transform(Image.fromarray(picture().permute(1, 2, 0).numpy()))
+    assert global_states() == before
+    CROP(picture(), (0, 0))
+    assert global_states()[1:] == before[1:]
+
+
+def test_a_quarter_of_the_crops_have_a_rectangle_of_noise() -> None:
+    black = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    crop = replace(CROP, data=replace(DATA, mean=(0.0,) * 3, std=(1.0,) * 3))
+    # Nothing but noise lies outside what bytes become.
+    erased = [bool((crop(black, (0, number)) < 0).any()) for number in range(200)]
+    assert 0.15 < np.mean(erased) < 0.35
+
+
+def test_batches_hang_on_no_workers_and_are_normalised_floats() -> None:
+    source = ToySource(12)
+    batches = []
+    for workers in (0, 2):
+        loader = TrainLoader(
+            source, DATA, image_size=16, seed=5, batch_size=8, micro_batch_size=4, workers=workers, crop=CROP
+        )
+        batches.append(next(iter(loader)).micro_batches)
+    for alone, divided in zip(*batches, strict=True):
+        assert alone.images.dtype == torch.float32
+        assert torch.equal(alone.images, divided.images)
+    first = batches[0][0]
+    key = (int(first.visits[0]), int(first.samples[0]))
+    assert torch.equal(first.images[0], CROP(source.read(key[1]), key))
+
+
+def test_a_batch_without_readable_images_is_of_no_floats() -> None:
+    source = ToySource(4, bad=range(4))
+    loader = TrainLoader(source, DATA, image_size=16, seed=5, batch_size=4, crop=CROP)
+    (batch,) = next(iter(loader)).micro_batches
+    assert batch.images.shape == (0, 3, 16, 16)
+    assert batch.images.dtype == torch.float32
+
+
+def test_without_chance_the_values_are_those_of_normalize() -> None:
+    white = torch.full((3, 20, 20), 255, dtype=torch.uint8)
+    values = {float(CROP(white, (0, number)).max()) for number in range(30)}
+    plain = float(normalize(white[None], DATA.mean, DATA.std).max())
+    assert any(value == pytest.approx(plain, abs=1e-5) for value in values)
+
+
+def test_other_than_colour_is_refused() -> None:
+    data = DataConfig(channels=1, mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match=r"data.channels is 1; use augment crop"):
+        TimmCrop(data=data, image_size=16, seed=0)
+
+
+def test_heads_trained_with_it_learn_the_same_each_time() -> None:
+    config = replace(QUICK, augment="timm", epochs=6)
+    found = run(config, train=ToySource(64))
+    assert torch.equal(weights(found, "linear"), weights(run(config, train=ToySource(64)), "linear"))
+    cropped = run(replace(config, augment="crop"), train=ToySource(64))
+    assert not torch.allclose(weights(found, "linear"), weights(cropped, "linear"))
+    assert found.result.rows[0].top1 > 0.4
