@@ -189,11 +189,17 @@ def test_a_config_of_ones_own_is_checked_by_its_annotations():
         ),
         (
             lambda: ModelConfig(positions="sincos", embed_dim=90, num_heads=3),
-            ("model.embed_dim 90 is not divisible by", "sin-cos positions, 4"),
+            ("model.embed_dim 90 cannot be divided among the sines", "use 88 or 92"),
         ),
         (
             lambda: ModelConfig(positions="sincos", predictor_dim=90, predictor_heads=3),
-            ("model.predictor_dim 90", "sin-cos positions"),
+            ("model.predictor_dim 90", "use 88 or 92"),
+        ),
+        (lambda: ModelConfig(token_px=8), ("model.token_px is 8", "no tokens are predicted")),
+        (lambda: ModelConfig(tokenizer="kmeans", loss="l1"), ("model.loss l1", "cross-entropy")),
+        (
+            lambda: ModelConfig(tokenizer="kmeans", norm_pixels=False),
+            ("model.norm_pixels False", "for pixels"),
         ),
         (lambda: ModelConfig(block_mlp_dim=0), ("model.block_mlp_dim is 0", "at least 1")),
         (lambda: DataConfig(train=()), ("data.train names no source",)),

@@ -24,7 +24,14 @@ from nextblock.cli.convert import run
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.evaluate.features import seeded
 from nextblock.interop import load, load_model
-from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
+from nextblock.interop.cards import (
+    UNSPECIFIED,
+    Provenance,
+    _slug,
+    model_card,
+    official_provenance,
+    read_provenance,
+)
 from nextblock.interop.convert import SETTINGS_OF, Converted, _check_settings, convert
 from nextblock.interop.timm_format import read_timm_data
 from nextblock.models import NextBlockModel
@@ -149,7 +156,9 @@ def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(tmp_path, caplo
     found = load(tmp_path / "own")
     assert isinstance(found, ImageClassifier)
     assert torch.equal(found(tiny_images()), classifier(tiny_images()))
-    assert "logits = model(images)" in (tmp_path / "own" / "README.md").read_text()
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "logits = model(images)" in card
+    assert "With an attentive head of 3 classes" in card
     with caplog.at_level(logging.INFO):
         convert(tmp_path / "head.safetensors", tmp_path / "timm", to="timm")
     assert "left out: the classifier's attentive head" in caplog.text
@@ -195,10 +204,44 @@ def test_origin_and_licence_stay_through_further_conversions(official, tmp_path)
         assert "none is stated for the official XTRA weights" in head["weights_license"]
 
 
-@pytest.mark.parametrize("text", ["no head", "---\n: :\n---\n", "---\nlicense: mit\n---\n", ""])
-def test_a_card_that_names_no_origin_says_nothing(text, tmp_path):
+@pytest.mark.parametrize("text", ["no head", "---\n: :\n---\n", "---\ntags: [a]\n---\n", ""])
+def test_a_card_that_names_neither_origin_nor_licence_says_nothing(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
-    assert read_provenance(tmp_path) is None
+    assert read_provenance(tmp_path, origin="here") is None
+
+
+def test_the_licence_of_anyones_card_is_carried_with_its_name_and_link(run_dir, tmp_path):
+    words = {"license": "other", "license_name": "a-b", "license_link": "https://x.org/l"}
+    (run_dir / "README.md").write_text(f"---\n{yaml.safe_dump(words)}---\n")
+    convert(run_dir, tmp_path / "1")
+    convert(tmp_path / "1", tmp_path / "2", to="timm")
+    for number in "12":
+        head = head_of(tmp_path / number)
+        assert {name: head[name] for name in words} == words
+        assert head["weights_origin"] == "my-run, pre-trained with nextblock"
+    convert(tmp_path / "1", tmp_path / "3", license="mit")
+    assert head_of(tmp_path / "3")["license"] == "mit"
+    assert "license_link" not in head_of(tmp_path / "3")
+
+
+def test_the_name_of_a_long_licence_ends_with_a_whole_word():
+    words = "if these are the weights that somebody released under a licence of their own"
+    name = _slug(words)
+    assert len(name) <= 60
+    assert words.replace(" ", "-").startswith(f"{name}-")
+
+
+def test_ones_own_weights_in_apples_layout_are_not_said_to_be_apples(tmp_path):
+    save_model(tmp_path / "model.safetensors", aim_model())
+    convert(tmp_path / "model.safetensors", tmp_path / "aim", to="aim")
+    convert(tmp_path / "aim", tmp_path / "back", num_heads=3)
+    assert "if these are the weights that Apple released" in head_of(tmp_path / "back")["weights_license"]
+    assert "if these are they" in official_provenance("official XTRA", "x").license
+
+
+def test_the_image_size_that_an_aim_file_does_not_tell_is_that_of_the_own_directory(golden_dir, tmp_path):
+    convert(golden_dir / "aim_nano_backbone.pth", tmp_path / "own", num_heads=3, image_size=56)
+    assert load_model(tmp_path / "own").config.image_size == 56
 
 
 @pytest.mark.parametrize("license_text", [UNSPECIFIED, "mit", "for research: ask me, 'first'"])
@@ -221,7 +264,7 @@ def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
     ("to", "settings", "told"),
     [
         ("timm", {"layers": [1]}, "layers means nothing to the format timm; it is for onnx"),
-        ("nextblock", {"image_size": 32}, "image_size means nothing .*; it is for timm and onnx"),
+        ("xtra", {"image_size": 32}, "image_size means nothing .*; it is for nextblock and timm and onnx"),
         ("xtra", {"license": "mit"}, "license means nothing to the format xtra"),
         ("aim", {"attention": "full"}, "attention means nothing to the format aim"),
     ],
@@ -229,6 +272,32 @@ def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
 def test_settings_that_mean_nothing_are_refused_before_anything_is_read(to, settings, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         convert(tmp_path / "nowhere", tmp_path / "out", to=to, **settings)
+
+
+def test_the_size_of_a_whole_model_is_not_changed_on_the_way_to_the_own_format(run_dir, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"is of images of \(16, 24\) px, as it tells itself.*write timm or onnx"
+    ):
+        convert(run_dir, tmp_path / "out", image_size=32)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; name a place in a directory"):
+        convert(run_dir, tmp_path / "file" / "deep" / "out", to="timm")
+    (tmp_path / "empty").mkdir()
+    for to in ("onnx", "xtra"):
+        with pytest.raises(ValueError, match="empty exists already"):
+            convert(run_dir, tmp_path / "empty", to=to)
+    with pytest.raises(CheckpointError, match="XTRA files cannot hold"):  # an oblong image
+        convert(run_dir, tmp_path / "new" / "out.ckpt", to="xtra")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointError, match=r"/proc/nextblock cannot be made .*; choose another place"):
+        convert(run_dir, "/proc/nextblock/out", to="timm")
+    monkeypatch.chdir(tmp_path / "empty")
+    (tmp_path / "empty" / "x").touch()
+    with pytest.raises(ValueError, match="empty exists already"):
+        convert(run_dir, ".")
 
 
 def test_a_place_that_is_taken_is_refused_and_left_alone(run_dir, tmp_path):

@@ -181,7 +181,7 @@ def run(model, *, recompute):
     model.zero_grad(set_to_none=True)
     calls, kept = [], []
     hooks = [
-        layer.register_forward_pre_hook(lambda module, _: calls.append(module))
+        layer.attn.register_forward_pre_hook(lambda module, _: calls.append(module))
         for layer in (*model.encoder.blocks, *model.predictor.blocks)
     ]
 

@@ -20,10 +20,11 @@ import timm
 import torch
 from huggingface_hub import HfApi
 
-from nextblock.checkpoint import save_model
+from nextblock.checkpoint import CheckpointError, save_model
 from nextblock.interop import load, load_model
 from nextblock.interop.convert import convert
 from nextblock.interop.hub import HubError, fetch, push
+from nextblock.models.classifier import ImageClassifier
 from toy import tiny_images, tiny_model
 
 REVISION = "a" * 40
@@ -88,7 +89,13 @@ class Requests(BaseHTTPRequestHandler):
             elif parts[5:] and parts[5] not in ("main", REVISION):
                 self.answer({"error": "no"}, 404, {"X-Error-Code": "RevisionNotFound"})
             else:
-                self.answer({"id": "/".join(parts[2:4]), "sha": REVISION, "siblings": []})
+                self.answer(
+                    {
+                        "id": "/".join(parts[2:4]),
+                        "sha": REVISION,
+                        "siblings": [{"rfilename": path} for path in files],
+                    }
+                )
         elif "resolve" in parts:
             content = self.hub.repos["/".join(parts[:2])]["/".join(parts[4:])]
             self.answer(content, headers={"ETag": f'"{_oid(content)}"', "X-Repo-Commit": REVISION})
@@ -190,10 +197,54 @@ def test_without_network_what_is_not_in_the_cache_is_refused_with_the_remedy(off
 
 
 def test_weights_configuration_and_card_are_fetched_and_nothing_else(hub):
-    wanted = ("config.json", "model.safetensors", "backbone.pth", "README.md")
-    hub.repos["me/vit"] = dict.fromkeys((*wanted, "optimizer.zip", "logs/train.txt", "run.py"), b"content")
+    wanted = ("config.json", "model.safetensors", "README.md")
+    others = ("pytorch_model.bin", "optimizer.pt", "optimizer.zip", "logs/train.txt", "run.py")
+    hub.repos["me/vit"] = dict.fromkeys((*wanted, *others), b"content")
     folder = fetch("hf:me/vit")
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    ("names", "fetched"),
+    [
+        (["best.pt"], ["best.pt"]),
+        (["a.bin", "a.safetensors"], ["a.safetensors"]),
+        (["backbone.pth", "head.pth"], ["backbone.pth", "head.pth"]),
+        ([f"checkpoints/step_0000000{i}/model.safetensors" for i in (1, 2)], ["model.safetensors"]),
+    ],
+)
+def test_what_is_the_model_of_a_repository_is_fetched(names, fetched, hub):
+    hub.repos["me/vit"] = dict.fromkeys(names, b"content")
+    assert sorted(path.name for path in fetch("hf:me/vit").rglob("*") if path.is_file()) == fetched
+
+
+def test_of_several_weight_files_none_is_fetched_until_one_is_named(hub):
+    names = ("600m_backbone.pth", "1b_backbone.pth", "README.md", "config.json")
+    hub.repos["me/aim"] = dict.fromkeys(names, b"content")
+    several = (
+        r"several weight files \(1b_backbone.pth, 600m_backbone.pth\); name one of them: hf:me/aim/1b_back"
+    )
+    with pytest.raises(CheckpointError, match=several):
+        fetch("hf:me/aim")
+    assert not [line for line in hub.log if "resolve" in line]
+    file = fetch("hf:me/aim/600m_backbone.pth")
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "600m_backbone.pth",
+        "README.md",
+        "config.json",
+    ]
+    assert fetch(f"hf:me/aim/1b_backbone.pth@{REVISION}").read_bytes() == b"content"
+    with pytest.raises(
+        HubError, match=r"no file 3b\.pth in it.*its weight files are: 600m_backbone\.pth, 1b"
+    ):
+        fetch("hf:me/aim/3b.pth")
+
+
+def test_a_named_backbone_and_its_head_make_a_classifier(hub, golden_dir):
+    files = [golden_dir / f"aim_nano_{part}.pth" for part in ("backbone", "head")]
+    hub.repos["me/aim"] = {file.name: file.read_bytes() for file in files}
+    names = [f"hf:me/aim/{file.name}" for file in files]
+    assert isinstance(load(names[0], head=names[1], num_heads=3, probe_layers=(1, 2)), ImageClassifier)
 
 
 def test_what_was_fetched_once_is_not_fetched_again(hub):
@@ -227,10 +278,18 @@ def test_a_hub_that_cannot_be_reached_is_told_from_one_that_has_no_such_model(hu
         fetch("hf:me/vit")
 
 
-@pytest.mark.parametrize("spec", ["hf:", "hf:vit", "hf:me/", "hf:me/vit/model", "hf:me/vit@"])
+@pytest.mark.parametrize("spec", ["hf:", "hf:vit", "hf:me/", "hf:me/vit//x", "hf:me/vit@"])
 def test_what_names_no_repository_is_refused(spec):
     with pytest.raises(ValueError, match="write hf:USER/NAME"):
         fetch(spec)
+
+
+def test_a_push_without_network_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="hf:me/vit cannot be pushed to without a network: connect"):
+        push(tmp_path, "hf:me/vit")
+    with pytest.raises(ValueError, match="names a file; whole directories are pushed: hf:me/vit"):
+        push(tmp_path, "hf:me/vit/x.bin")
 
 
 def test_names_that_the_hub_does_not_allow_are_refused(hub):

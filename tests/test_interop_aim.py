@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from nextblock.checkpoint import CheckpointError
-from nextblock.interop import aim
-from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim, write_aim
+from nextblock.interop import aim, aim_out
+from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim
+from nextblock.interop.aim_out import write_aim
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.encoder import positions_of
@@ -364,9 +365,8 @@ def test_official_files_written_again_have_the_same_names_and_tensors(backbone, 
 def test_a_model_with_its_predictor_is_read_back_the_same(changes, tmp_path):
     model = tiny_model(**{**AIM, "norm_eps": 1e-5, **changes})
     write_aim(model, tmp_path / "deep" / "whole.safetensors")
-    again = read_model(
-        load_file(tmp_path / "deep" / "whole.safetensors"), "whole", num_heads=3, image_size=(16, 24)
-    )
+    again = read_model(load_file(tmp_path / "deep" / "whole.safetensors"), "whole", num_heads=3)
+    assert again.config.image_size == (16, 24)  # told by its positions
     assert same_tensors(again.state_dict(), model.state_dict())
     images = tiny_images()[:, : model.config.in_chans]
     assert torch.equal(again(images).predictions, model(images).predictions)
@@ -439,6 +439,13 @@ def test_a_head_that_aim_does_not_have_is_refused_by_name(head, words, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
+def test_timm_is_advised_only_for_what_it_can_hold_whole(tmp_path):
+    for settings, advised in ((ENCODER, True), (AIM, False)):
+        with pytest.raises(CheckpointError) as caught:
+            write_aim(tiny_model(**{**settings, "bias": True}), tmp_path / "out")
+        assert ("convert it to timm" in str(caught.value)) == advised
+
+
 def test_what_stands_in_the_place_of_the_files_is_left_alone(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "thesis.txt").touch()
@@ -447,7 +454,7 @@ def test_what_stands_in_the_place_of_the_files_is_left_alone(tmp_path):
     for place in ("runs", "file"):
         with pytest.raises(CheckpointError, match=f"{place} is in the way: backbone.pth go"):
             write_aim(encoder, tmp_path / place)
-    with pytest.raises(CheckpointError, match="runs is a directory; name the safetensors file"):
+    with pytest.raises(CheckpointError, match="runs is a directory; name the file"):
         write_aim(whole, tmp_path / "runs")
     assert (tmp_path / "runs" / "thesis.txt").exists()
     assert (tmp_path / "file").read_text() == "a letter"
@@ -464,7 +471,7 @@ def test_earlier_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         saved.append(target)
         save(content, target)
 
-    monkeypatch.setattr(aim.torch, "save", save_once)
+    monkeypatch.setattr(aim_out.torch, "save", save_once)
     with pytest.raises(CheckpointError, match="no space left on device"):
         write_aim(tiny_classifier({"num_classes": 7}), tmp_path / "out")
     assert len(saved) == 1

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ import onnxruntime
 import pytest
 import torch
 
-from nextblock.checkpoint import save_model
+from nextblock.checkpoint import CheckpointError, save_model
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.evaluate.features import seeded
 from nextblock.interop import onnx_export
@@ -241,6 +242,17 @@ def test_a_missing_package_is_told_with_the_words_to_install_it(monkeypatch, tmp
     monkeypatch.setattr(onnx_export, "PACKAGES", ("onnx", "onnx_of_tomorrow"))
     with pytest.raises(OnnxError, match=r"needs onnx_of_tomorrow: pip install nextblock\[onnx\]"):
         write_onnx(encoder(XTRA), tmp_path / "x.onnx", data=DATA, provenance=FROM_TEST)
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_behind(monkeypatch, tmp_path):
+    def save(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    program = SimpleNamespace(model=SimpleNamespace(metadata_props={}), save=save)
+    monkeypatch.setattr(onnx_export, "_exported", lambda *_: program)
+    with pytest.raises(CheckpointError, match=r"could not write .*x\.onnx: .*No space left.*Make room"):
+        write_onnx(encoder(XTRA), tmp_path / "x.onnx", data=DATA, provenance=FROM_TEST)
+    assert not any(tmp_path.iterdir())
 
 
 def test_quiet_keeps_errors_and_puts_levels_back():

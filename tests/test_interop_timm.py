@@ -497,13 +497,29 @@ def test_an_official_size_tells_its_heads():
         ({"pos_embed": None}, "no pos_embed"),
         ({"pos_embed": torch.zeros(1, 15, 24)}, "no square grid"),
         ({"blocks.1.norm1.bias": None}, "missing: encoder.blocks.1.norm1.bias"),
+        ({"blocks.1.mlp.fc2.bias": None}, r"missing: blocks\.1\.mlp\.fc2\.bias .other layers have it"),
+        ({"blocks.0.ls1.gamma": torch.ones(24), "blocks.0.attn.proj.weight": None}, "lacks 'blocks.0.attn"),
+        ({"patch_embed.proj.weight": torch.zeros(24, 48)}, r"of shape \(24, 48\); only convolutions"),
+        (
+            {"pos_embed": torch.zeros(1, 81, 24), "reg_token": torch.zeros(1, 17, 24)},
+            "81 and 64 patches would",
+        ),
     ],
 )
 def test_a_state_dict_that_is_no_encoder_of_this_kind_is_refused(changes, told):
     weights = {**tiny_vit().state_dict(), **changes}
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
     with pytest.raises(CheckpointError, match=told):
-        read_timm_weights(weights, "vit.pth", num_heads=3)
+        read_timm_weights(weights, "vit.pth", num_heads=3, drop_prefix_tokens=True)
+
+
+def test_a_map_that_has_no_bias_in_any_layer_gets_zeros():
+    weights = tiny_vit(qkv_bias=False).state_dict()
+    assert (
+        not read_timm_weights(weights, "vit.pth", num_heads=3)
+        .get_parameter("encoder.blocks.1.attn.qkv.bias")
+        .any()
+    )
 
 
 # ------------------------------------------------------------------------------------------ bad directories
@@ -516,12 +532,19 @@ def test_directories_without_weights_or_of_a_newer_format_are_refused(tmp_path):
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="format version 9, this release reads up to 1; upgrade"):
         read_timm(directory)
+    del config["nextblock"]["format_version"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="lacks format_version or model"):
+        read_timm(directory)
+    written(encoder(XTRA), directory)
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(CheckpointError, match="cannot be read as a weight file"):
         read_timm(directory)
     weights.unlink()
-    with pytest.raises(CheckpointError, match=r"no weights: looked for model\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"no weights beside its config\.json: looked for model\.safetensors"
+    ):
         read_timm(directory)
 
 

@@ -123,6 +123,7 @@ CASES = {
     "raw pixels": ({"norm_pixels": False}, ORDER, None),
     "single patches": ({"image_size": (8, 12), "block_size": 1}, None, torch.tensor([1, 5])),
     "drop path": ({"drop_path": 0.6, "depth": 4}, ORDER, PREFIX),
+    "mlp, drop path": ({**MLP, "drop_path": 0.6, "depth": 4}, ORDER, PREFIX),
     "mlp": (MLP, None, PREFIX),
     "mlp without a prefix": (MLP, ORDER, None),
     "mlp on oblong blocks": ({**MLP, **OBLONG}, None, torch.tensor([0, 7])),
@@ -141,7 +142,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_and_its_gradients_are_those_of_the_slow_definition(case):
     changes, order, prefix = CASES[case]
-    model = tiny_model(**changes).train(case == "drop path")
+    model = tiny_model(**changes).train("drop path" in case)
     images = tiny_images(size=model.config.image_size)
     torch.manual_seed(5)  # drop path draws one number an image and layer, however many tokens there are
     out = model(images, order, prefix)
@@ -180,24 +181,45 @@ def test_the_last_blocks_tokens_enter_no_layer():
     assert out.predictions.shape == out.targets.shape == (2, k - 1, model.config.block_values)
 
 
+def rows_through(parts, run):
+    """How many tokens, or joined blocks, each part is given."""
+    rows = []
+    for part in parts:
+        part.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0][..., 0].numel()))
+    run()
+    return rows
+
+
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
-def test_a_predictor_of_single_patches_sees_the_blocks_that_count_and_no_other(kind):
-    model, rows = tiny_model(predictor=kind), []
-    assert model.predictor is not None
-    for part in (model.encoder.norm, *model.predictor.blocks, *model.predictor.block_mlps):
-        part.register_forward_hook(lambda _, inputs, output: rows.append((len(inputs[0]), len(output))))
-    out = model(tiny_images(), ORDER, PREFIX)
-    assert len(rows) == (4 if kind == "mlp" else 2)
-    assert set(rows) == {(int(out.kept.sum()),) * 2}
+def test_after_the_last_attention_a_predictor_of_single_patches_sees_the_blocks_that_count(kind):
+    model = tiny_model(predictor=kind)
+    encoder, predictor = model.encoder, model.predictor
+    assert predictor is not None
+    count = int(model(tiny_images(), ORDER, PREFIX).kept.sum())
+    parts = (encoder.blocks[-1].norm2, encoder.blocks[-1].mlp, encoder.norm, *predictor.blocks)
+    m = model.config.patches_per_block
+    found = rows_through([*parts, *predictor.block_mlps], lambda: model(tiny_images(), ORDER, PREFIX))
+    assert found == [count * m] * len(parts) + [count]
 
 
-def test_a_transformer_predictors_output_map_sees_the_blocks_that_count_and_no_other():
-    model, rows = tiny_model(), []
-    assert model.predictor is not None
-    for part in (model.predictor.norm, *model.predictor.block_mlps):
-        part.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
-    out = model(tiny_images(), ORDER, PREFIX)
-    assert rows == [int(out.kept.sum())] * 2
+def test_after_its_last_attention_a_transformer_predictor_sees_the_blocks_that_count():
+    model = tiny_model()
+    predictor = model.predictor
+    assert predictor is not None
+    count = int(model(tiny_images(), ORDER, PREFIX).kept.sum())
+    all_tokens, m = 2 * 5 * 4, model.config.patches_per_block
+    parts = [predictor.blocks[0].mlp, predictor.blocks[-1].mlp, predictor.norm, *predictor.block_mlps]
+    found = rows_through(parts, lambda: model(tiny_images(), ORDER, PREFIX))
+    assert found == [all_tokens, count * m, count * m, count]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp"])
+def test_recomputed_layers_give_the_same_gradients_under_a_prefix(kind):
+    model, images = tiny_model(predictor=kind), tiny_images()
+    plain = gradients(model, model(images, ORDER, PREFIX).loss)
+    model.set_grad_checkpointing()
+    for name, gradient in gradients(model, model(images, ORDER, PREFIX).loss).items():
+        assert torch.equal(gradient, plain[name]), name
 
 
 def test_the_last_blocks_pixels_change_its_target_and_nothing_else():
@@ -489,6 +511,13 @@ def test_native_attention_is_what_the_model_records(kind):
     other = "full" if kind == "causal" else "causal"
     assert torch.equal(model.encode(images).tokens, model.encode(images, attention=kind).tokens)
     assert not torch.allclose(model.encode(images).tokens, model.encode(images, attention=other).tokens)
+
+
+def test_an_image_that_cannot_be_predicted_can_be_encoded():
+    far = tiny_model(num_predicted_blocks=5)
+    assert far.encode(tiny_images(size=(8, 16))).tokens.shape == (2, 8, 24)
+    tokens = tiny_model(tokenizer="hf:some/where", token_px=8, feature_attention="full")
+    assert tokens.encode(tiny_images(size=(12, 20))).tokens.shape == (2, 15, 24)
 
 
 def test_an_encoder_without_a_predictor_encodes_and_refuses_to_predict():

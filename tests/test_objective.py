@@ -79,7 +79,7 @@ def test_losses_of_half_precision_predictions_are_fp32():
 def test_a_row_is_kept_if_its_target_lies_behind_the_prefix(distance):
     k, lengths = 6, torch.tensor([0, 1, 2, 4, 5])
     steps = k - distance
-    kept = kept_rows(len(lengths), steps, distance, lengths, torch.device("cpu"))
+    kept = kept_rows(len(lengths), steps, distance, lengths)
     for image, length in enumerate(lengths.tolist()):
         for row in range(steps):
             assert kept[image, row].item() == (row + distance >= length)
@@ -87,7 +87,7 @@ def test_a_row_is_kept_if_its_target_lies_behind_the_prefix(distance):
 
 
 def test_without_a_prefix_all_rows_are_kept():
-    assert kept_rows(2, 5, 1, None, torch.device("cpu")).all()
+    assert kept_rows(2, 5, 1, None).all()
 
 
 def test_combine_divides_each_distance_and_averages_them():

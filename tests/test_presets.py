@@ -75,6 +75,7 @@ def test_a_model_is_named_by_size_or_preset_and_any_field_may_change():
     assert model_config("xtra-b16") == SIZES["xtra-b16"]
     assert model_config("xtra-b16-in1k").drop_path == 0.1
     assert model_config("xtra-h14", block_size=(2, 4)).block_size == (2, 4)
+    assert model_config("xtra-h14", block_size=[2, 4]).block_size == (2, 4)
     with pytest.raises(ValueError, match="unknown model setting 'drop_paths'; did you mean 'drop_path'"):
         model_config("xtra-b16", drop_paths=0.1)
 

@@ -9,7 +9,7 @@ import torch
 
 from nextblock.checkpoint import CheckpointError, save_checkpoint, save_model
 from nextblock.interop import create_model, initialize
-from nextblock.interop.start import initialize_from
+from nextblock.interop.start import in_groups, initialize_from
 from nextblock.models.encoder import resample_positions, sincos_positions
 from nextblock.tokens import KMeansTokenizer
 from test_checkpoint import STATE, same_weights
@@ -109,7 +109,49 @@ def test_starting_from_a_run_says_what_became_of_every_weight(tmp_path, caplog):
     assert report.differing == {}
     assert f"{len(report.loaded)} tensors loaded" in caplog.text
     assert "resampled: encoder.pos_embed, predictor.pos_embed" in caplog.text
-    assert "unused: predictor.blocks.1.norm1.weight" in caplog.text
+    assert "unused, not here: predictor.blocks.1 (12)" in caplog.text
+
+
+def test_heads_that_a_file_does_not_tell_are_taken_to_be_the_models_with_a_warning(golden_dir, caplog):
+    model = tiny_model(1, image_size=56, patch_size=14, embed_dim=48, depth=4, block_size=1, **AIM)
+    initialize(model, golden_dir / "aim_nano_backbone.pth")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "aim_nano_backbone.pth does not tell its attention heads; taken to be 3 as here" in warning
+    assert "set model.num_heads" in warning
+
+
+def test_an_unlike_predictor_is_one_line_of_parts_and_its_names_are_told_to_who_asks(tmp_path, caplog):
+    save_model(tmp_path / "model.safetensors", tiny_model(2))
+    model = tiny_model(1, predictor_dim=32)
+    with caplog.at_level(logging.DEBUG, "nextblock"):
+        initialize(model, tmp_path)
+    lines = {
+        record.levelname: record.getMessage()
+        for record in caplog.records
+        if "of another shape" in record.getMessage()
+    }
+    assert "fresh, of another shape or kind there: predictor.pos_embed, " in lines["INFO"]
+    assert "predictor.blocks.0-1 (24)" in lines["INFO"]
+    assert "predictor.blocks.1.mlp.fc2.bias" in lines["DEBUG"]
+    assert "unused" not in caplog.text
+
+
+def test_parts_are_counted_with_their_layers():
+    names = [f"encoder.blocks.{i}.norm1.{what}" for i in (0, 1, 2, 5) for what in ("weight", "bias")]
+    assert in_groups([*names, "encoder.norm.bias"]) == {"encoder.blocks.0-2,5": 8, "encoder.norm": 1}
+
+
+def test_the_task_that_the_weights_were_trained_for_is_told_where_it_is_another(tmp_path, caplog):
+    save_model(tmp_path / "model.safetensors", tiny_model(2))
+    with caplog.at_level(logging.INFO):
+        report = initialize(tiny_model(1, block_size=4, image_size=32, order="spiral", prefix=True), tmp_path)
+    assert report.differing == {}
+    assert report.trained_otherwise == {
+        "model.block_size": (4, 2), "model.order": ("spiral", "raster"), "model.prefix": (True, False)
+    }  # fmt: skip
+    assert "trained under other settings: model.block_size 2 there, 4 here; model.order raster" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert initialize_from(tiny_model(1), tiny_model(2), "RUN").trained_otherwise == {}
 
 
 def test_create_model_starts_from_the_weights_of_init(tmp_path):

@@ -92,10 +92,10 @@ def test_the_count_of_kept_rows_is_that_of_the_model_for_every_prefix_and_distan
         for length in range(num_blocks):
             prefix = torch.tensor([length])
             rows = range(max(0, length - distance), num_blocks - distance)
-            by_model = kept_rows(1, steps, distance, prefix, CPU).sum().item()
+            by_model = kept_rows(1, steps, distance, prefix).sum().item()
             assert count_kept_rows(prefix, num_blocks, distance) == len(rows) == by_model
     several = torch.arange(num_blocks)
-    expected = kept_rows(num_blocks, num_blocks - 1, 1, several, CPU).sum().item()
+    expected = kept_rows(num_blocks, num_blocks - 1, 1, several).sum().item()
     assert count_kept_rows(several, num_blocks, 1) == expected
 
 

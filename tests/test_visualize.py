@@ -346,6 +346,9 @@ def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
     result = predict(model, ToySource(6), data, tmp_path, num_images=3, device=torch.device("cpu"))
     assert result.picture.stat().st_size > 1000
     assert [row.baselines for row in result.rows] == [{"uniform": pytest.approx(math.log(5))}] * 3
+    told = json.loads((tmp_path / "predictions.json").read_text())
+    assert (told["loss"], told["vocab_size"]) == ("cross_entropy", 5)
+    assert "norm_pixels" not in told
 
 
 def test_tokens_of_a_tokenizer_that_cannot_draw_are_refused():

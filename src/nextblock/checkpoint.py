@@ -66,8 +66,8 @@ class UnknownFormatError(CheckpointError):
     """A file can be read, but holds no model that is known."""
 
 
-class MissingSettingError(CheckpointError):
-    """A foreign file does not tell a setting without which its model cannot be built."""
+class MissingSettingError(CheckpointError, ValueError):
+    """A foreign file does not tell a setting without which its model cannot be built: the caller has to."""
 
     def __init__(self, setting: str, message: str) -> None:
         super().__init__(message)

@@ -56,12 +56,16 @@ def block_losses(
 
 
 def kept_rows(
-    batch: int, steps: int, distance: int, prefix_lengths: Int64[Tensor, " b"] | None, device: torch.device
+    batch: int, steps: int, distance: int, prefix_lengths: Int64[Tensor, " b"] | None
 ) -> Bool[Tensor, "b steps"]:
-    """Which rows count: row i predicts position i + distance, which must not lie in the prefix."""
+    """Which rows count: row i predicts position i + distance, which must not lie in the prefix.
+
+    On the device of the lengths; on the CPU where there are none.
+    """
     if prefix_lengths is None:
-        return torch.ones(batch, steps, dtype=torch.bool, device=device)
-    return torch.arange(distance, steps + distance, device=device)[None] >= prefix_lengths[:, None]
+        return torch.ones(batch, steps, dtype=torch.bool, device="cpu")
+    positions = torch.arange(distance, steps + distance, device=prefix_lengths.device)
+    return positions[None] >= prefix_lengths[:, None]
 
 
 def combine(

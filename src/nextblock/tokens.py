@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -326,13 +327,14 @@ def open_tokenizer(
     name = spec.removeprefix("hf:")
     transformers = _import_transformers()
     try:
-        settings, _ = transformers.PreTrainedConfig.get_config_dict(name)
-        architecture = (settings.get("architectures") or ["none"])[0]
-        require(architecture in FAMILIES, _unsupported(spec, architecture))
-        module, loading = getattr(transformers, architecture).from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-        processor = _read_processor(name)
+        with _without_retries_log():
+            settings, _ = transformers.PreTrainedConfig.get_config_dict(name)
+            architecture = (settings.get("architectures") or ["none"])[0]
+            require(architecture in FAMILIES, _unsupported(spec, architecture))
+            module, loading = getattr(transformers, architecture).from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+            processor = _read_processor(name)
     except OSError as error:
         raise TokenizerError(
             f"tokenizer {spec} cannot be read ({str(error).splitlines()[0]}); give a folder that "
@@ -357,6 +359,18 @@ def open_tokenizer(
     scale, shift = gain * torch.tensor(std), gain * torch.tensor(mean) + offset
     log.info("tokenizer %s: %s, %d tokens of %d px", spec, architecture, vocab_size, side)
     return TransformersTokenizer(module, family.codes, vocab_size, side, scale, shift)
+
+
+@contextmanager
+def _without_retries_log() -> Iterator[None]:
+    """Keep back the hub's lines about every retry: what comes of them is told."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(before)
 
 
 def _import_transformers() -> ModuleType:

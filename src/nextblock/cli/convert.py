@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 __all__ = ["run"]
 
@@ -17,39 +20,9 @@ ABOUT = (
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, convert, print one line of what was written."""
-    from nextblock.cli.arguments import build_parser, parse
-    from nextblock.config import Attention
+    from nextblock.cli.arguments import parse
 
-    parser = build_parser("convert", ABOUT)
-    add = parser.add_argument
-    add("src", type=str, help="run directory, weight file, timm directory, timm:NAME or hf:USER/NAME")
-    add("dst", type=str, help="where to write: a new path, or hf:USER/NAME")
-    add(
-        "--to",
-        type=Literal["nextblock", "timm", "onnx", "xtra", "aim"],
-        default="nextblock",
-        help="the format to write",
-    )
-    size = int | tuple[int, int] | None
-    add("--image_size", type=size, default=None, help="timm, onnx: pixels, or [rows,columns], if another")
-    several = tuple[int, ...] | None
-    add(
-        "--layers", type=several, default=None, help="onnx: layers to give out as well; give it once for each"
-    )
-    add("--attention", type=Attention | None, default=None, help="onnx: native (default), causal or full")
-    add("--head", type=str | None, default=None, help="file of a classifier's head that SRC lacks (AIM)")
-    add("--num_heads", type=int | None, default=None, help="the encoder's, where the file is silent")
-    add(
-        "--probe_layers",
-        type=tuple[str, ...] | None,
-        default=None,
-        help="layers that a head averages, where its file is silent (AIM): last, best, or one for each",
-    )
-    add("--norm_eps", type=float | None, default=None, help="epsilon of the norms, of AIM files")
-    add("--license", type=str | None, default=None, help="licence of the weights, for the model card")
-    add("--origin", type=str | None, default=None, help="where the weights come from, for the model card")
-    add("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
+    options = parse(_parser(), argv)
 
     from nextblock.interop.convert import convert
 
@@ -72,6 +45,47 @@ def run(argv: Sequence[str]) -> int:
     if options.json:
         sys.stdout.write(json.dumps(done._asdict()) + "\n")
     return 0
+
+
+def _parser() -> ArgumentParser:
+    from nextblock.cli.arguments import build_parser
+    from nextblock.config import Attention
+
+    parser = build_parser("convert", ABOUT)
+    add = parser.add_argument
+    add("src", type=str, help="run directory, weight file, timm directory, timm:NAME or hf:USER/NAME[/FILE]")
+    add("dst", type=str, help="where to write: a new path, or hf:USER/NAME")
+    add(
+        "--to",
+        type=Literal["nextblock", "timm", "onnx", "xtra", "aim"],
+        default="nextblock",
+        help="the format to write",
+    )
+    size = int | tuple[int, int] | None
+    add(
+        "--image_size",
+        type=size,
+        default=None,
+        help="pixels, or [rows,columns]: of AIM's images; timm, onnx: if another",
+    )
+    several = tuple[int, ...] | None
+    add(
+        "--layers", type=several, default=None, help="onnx: layers to give out as well; give it once for each"
+    )
+    add("--attention", type=Attention | None, default=None, help="onnx: native (default), causal or full")
+    add("--head", type=str | None, default=None, help="file of a classifier's head that SRC lacks (AIM)")
+    add("--num_heads", type=int | None, default=None, help="the encoder's, where the file is silent")
+    add(
+        "--probe_layers",
+        type=tuple[str, ...] | None,
+        default=None,
+        help="layers that a head averages, where its file is silent (AIM): last, best, or one for each",
+    )
+    add("--norm_eps", type=float | None, default=None, help="epsilon of the norms, of AIM files")
+    add("--license", type=str | None, default=None, help="licence of the weights, for the model card")
+    add("--origin", type=str | None, default=None, help="where the weights come from, for the model card")
+    add("--json", action="store_true", help="end with one line of JSON")
+    return parser
 
 
 def _probe_layers(words: Sequence[str] | None) -> Literal["last", "best"] | tuple[int, ...] | None:

@@ -18,6 +18,7 @@ MAX_TENSORS = 12
 """How many tensors of a file that is no model are told."""
 STAND_INS = {"num_heads": 1, "probe_layers": (0,)}
 """What a file is looked at with where it does not tell a setting; it is said to be untold."""
+ASSUMED_SIZE = "Apple's; the file tells none, and the encoder takes any (--image_size)"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,15 +31,18 @@ def run(argv: Sequence[str]) -> int:
 
     parser = build_parser("info", "Tell what a run or a weight file holds.")
     parser.add_argument(
-        "file", type=str, help="run directory, checkpoint, weight file, hf:USER/NAME or timm:NAME"
+        "file", type=str, help="run directory, checkpoint, weight file, hf:USER/NAME[/FILE] or timm:NAME"
     )
     parser.add_argument("--head", type=str | None, default=None, help="head of an AIM classifier")
     parser.add_argument(
         "--num_heads", type=int | None, default=None, help="the encoder's, where the file is silent"
     )
+    size = int | tuple[int, int] | None
+    parser.add_argument("--image_size", type=size, default=None, help="pixels, or [rows,columns]: AIM's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parse(parser, argv)
-    told = _describe(options.file, Told(head=options.head, num_heads=options.num_heads))
+    given = Told(head=options.head, num_heads=options.num_heads, image_size=options.image_size)
+    told = _describe(options.file, given)
     if options.json:
         sys.stdout.write(json.dumps(told) + "\n")
         return 0
@@ -52,17 +56,19 @@ def run(argv: Sequence[str]) -> int:
 def _describe(src: str, told: Told) -> dict[str, Any]:
     """What a source is: a model as far as it can be told, else its tensors."""
     from nextblock.checkpoint import MissingSettingError, UnknownFormatError
-    from nextblock.interop.reading import read
+    from nextblock.interop.reading import read, weight_file
 
     untold: dict[str, str] = {}
     while True:
         try:
             return _describe_model(read(src, told), untold)
         except MissingSettingError as error:
+            if error.setting not in STAND_INS:
+                raise
             untold[error.setting] = str(error)
             told = replace(told, **{error.setting: STAND_INS[error.setting]})
         except UnknownFormatError as error:
-            return _describe_tensors(Path(src), str(error))
+            return _describe_tensors(weight_file(src), str(error))
 
 
 def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
@@ -86,6 +92,8 @@ def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
         **({"head": to_dict(model.head_config)} if is_classifier else {}),
         "config": to_dict(config),
     }
+    if found.image_size_assumed:
+        told["image_size (assumed)"] = ASSUMED_SIZE
     for name, why in untold.items():
         told[f"{name} (untold)"] = why
         section = told["config"] if name in told["config"] else told.get("head", {})
@@ -97,7 +105,7 @@ def _describe_tensors(path: Path, why: str) -> dict[str, Any]:
     """A file of tensors that is no model: the head of a classifier, or anything."""
     from nextblock.checkpoint import is_safetensors, read_metadata
     from nextblock.interop.aim import is_aim_head
-    from nextblock.interop.reading import read_content
+    from nextblock.interop.files import read_content
 
     content = read_content(path)
     if not isinstance(content, Mapping):

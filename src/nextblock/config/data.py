@@ -124,6 +124,7 @@ class DataConfig:
         )
         require(
             not specs or len(specs) == len(self.weights),
-            f"data.train names {len(specs)} sources and data.weights {len(self.weights)}; name as many "
-            "sources (--data.train once for each) as there are weights, or set data.weights null",
+            f"data.train names {len(specs)} source{'s' * (len(specs) > 1)} and data.weights "
+            f"{len(self.weights)}; name as many sources (--data.train once for each) as there are weights, "
+            "or set data.weights null",
         )

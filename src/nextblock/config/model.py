@@ -110,7 +110,7 @@ class ModelConfig:
         require_divides(self.embed_dim, self.num_heads, "model.embed_dim", "model.num_heads")
         self._check_geometry()
         if self.positions == "sincos":
-            require_divides(self.embed_dim, 4, "model.embed_dim", "the four parts of sin-cos positions,")
+            _require_four("model.embed_dim", self.embed_dim)
         if self.predictor is not None:
             self._check_predictor()
             self._check_tokens()
@@ -130,9 +130,7 @@ class ModelConfig:
                 self.predictor_dim, self.predictor_heads, "model.predictor_dim", "model.predictor_heads"
             )
         if self.positions == "sincos" and self.predictor != "linear":
-            require_divides(
-                self.predictor_dim, 4, "model.predictor_dim", "the four parts of sin-cos positions,"
-            )
+            _require_four("model.predictor_dim", self.predictor_dim)
         require(
             self.num_blocks == 1 or self.num_predicted_blocks < self.num_blocks,
             f"model.num_predicted_blocks is {self.num_predicted_blocks}, but an image has only "
@@ -141,7 +139,17 @@ class ModelConfig:
 
     def _check_tokens(self) -> None:
         if self.tokenizer is None:
+            require(
+                self.token_px is None,
+                f"model.token_px is {self.token_px}, but no tokens are predicted; leave it null, or set "
+                "model.tokenizer",
+            )
             return
+        require(
+            self.norm_pixels and self.loss == "mse",
+            f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels, and tokens of "
+            f"{self.tokenizer} are predicted by cross-entropy; leave them out, or set model.tokenizer null",
+        )
         require(
             self.tokenizer == "kmeans" or (self.tokenizer.startswith("hf:") and len(self.tokenizer) > 3),
             f"model.tokenizer is {self.tokenizer!r}; it must be kmeans, hf:NAME, or null for pixels",
@@ -227,6 +235,15 @@ class ModelConfig:
     def outputs_per_block(self) -> int:
         """Numbers that are predicted of a block: its pixel values, or the logits of its tokens."""
         return self.block_values if self.tokenizer is None else self.tokens_per_block * self.vocab_size
+
+
+def _require_four(name: str, width: int) -> None:
+    """Sines and cosines of row and column take a quarter of the width each."""
+    require(
+        width % 4 == 0,
+        f"{name} {width} cannot be divided among the sines and cosines of row and column; "
+        f"use {width // 4 * 4 or 4} or {width // 4 * 4 + 4}",
+    )
 
 
 def _nearest_sizes(size: Size, unit: tuple[int, int]) -> str:

@@ -10,8 +10,13 @@ import hashlib
 from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Int64, UInt64
 
-__all__ = ["keyed_permutation", "keyed_rng", "keyed_seed"]
+__all__ = ["keyed_permutation", "keyed_rng", "keyed_seed", "permuted"]
+
+MAX_TABLE = 2**24
+"""Elements up to which a permutation is made whole, ImageNet-21k among them."""
+FEISTEL_ROUNDS = 8
 
 
 def keyed_seed(seed: int, purpose: str, *numbers: int) -> int:
@@ -36,6 +41,44 @@ def keyed_permutation(seed: int, length: int, purpose: str, *numbers: int) -> np
     order = np.argsort(np.random.Philox(key=key).random_raw(length), kind="stable")
     order.flags.writeable = False
     return order
+
+
+def permuted(
+    seed: int, length: int, positions: Int64[np.ndarray, " b"], purpose: str, *numbers: int
+) -> Int64[np.ndarray, " b"]:
+    """What stands at some positions of a permutation of range(length).
+
+    Up to `MAX_TABLE` it is `keyed_permutation`'s, whose table costs 20 bytes an element to make. Beyond, no
+    table is made: a Feistel network shuffles the next power of four, and what falls outside the range walks
+    on until it is inside (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    """
+    if length <= MAX_TABLE:
+        return keyed_permutation(seed, length, purpose, *numbers)[positions]
+    half = -(-(length - 1).bit_length() // 2)
+    key = int.from_bytes(_digest(seed, purpose, numbers), "little")
+    round_keys = np.random.Philox(key=key).random_raw(FEISTEL_ROUNDS)
+    values = _feistel(positions.astype(np.uint64), np.uint64(half), round_keys)
+    while (outside := values >= length).any():
+        values[outside] = _feistel(values[outside], np.uint64(half), round_keys)
+    return values.astype(np.int64)
+
+
+def _feistel(
+    values: UInt64[np.ndarray, " b"], half: np.uint64, round_keys: UInt64[np.ndarray, " rounds"]
+) -> UInt64[np.ndarray, " b"]:
+    """Shuffle numbers of twice `half` bits."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (_mixed(right ^ round_key) & mask)
+    return left << half | right
+
+
+def _mixed(values: UInt64[np.ndarray, " b"]) -> UInt64[np.ndarray, " b"]:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, 2014): every bit depends on every bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def _digest(seed: int, purpose: str, numbers: tuple[int, ...]) -> bytes:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from nextblock.data.keyed import keyed_permutation
+from nextblock.data.keyed import MAX_TABLE, keyed_permutation, permuted
 
 __all__ = ["MixtureOrder", "SampleOrder", "StepKeys", "VisitOrder", "shares", "step_samples"]
 
@@ -29,8 +29,8 @@ def step_samples(seed: int, n: int, batch_size: int, step: int) -> tuple[int, np
     if not 1 <= batch_size <= n:
         raise ValueError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
     visit, place = divmod(step, n // batch_size)
-    order = keyed_permutation(seed, n, "order", visit)
-    return visit, order[place * batch_size : (place + 1) * batch_size]
+    positions = np.arange(place * batch_size, (place + 1) * batch_size, dtype=np.int64)
+    return visit, permuted(seed, n, positions, "order", visit)
 
 
 class StepKeys(NamedTuple):
@@ -91,7 +91,7 @@ class MixtureOrder(SampleOrder):
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         # Workers fetch ahead, so an epoch's end and the next one's beginning are asked for in turn.
         self._pattern = lru_cache(maxsize=2)(self._make_pattern)
-        self._visit = lru_cache(maxsize=2 * len(self._sizes))(self._make_visit)
+        self._table = lru_cache(maxsize=2 * len(self._sizes))(self._make_table)
 
     def keys(self, step: int) -> StepKeys:
         """Follow every source's stream through the places that the epoch's pattern gives it."""
@@ -105,7 +105,7 @@ class MixtureOrder(SampleOrder):
             visits[places], within = np.divmod(np.arange(first, first + len(places), dtype=np.int64), size)
             for visit in range(first // size, -(-(first + len(places)) // size)):
                 chosen = visits[places] == visit
-                samples[places[chosen]] = self._offsets[i] + self._visit(i, visit)[within[chosen]]
+                samples[places[chosen]] = self._offsets[i] + self._of_visit(i, visit, within[chosen])
         return StepKeys(epoch, visits, samples)
 
     def seen(self, step: int) -> tuple[int, ...]:
@@ -113,6 +113,17 @@ class MixtureOrder(SampleOrder):
         epoch, place = divmod(step, self.steps_per_epoch)
         part = self._pattern(epoch)[1][place].tolist() if place else [0] * len(self._counts)
         return tuple(epoch * count + more for count, more in zip(self._counts, part, strict=True))
+
+    def _of_visit(
+        self, source: int, visit: int, positions: Int64[np.ndarray, " b"]
+    ) -> Int64[np.ndarray, " b"]:
+        size = self._sizes[source]
+        if size <= MAX_TABLE:
+            return self._table(source, visit)[positions]
+        return permuted(self._seed, size, positions, "mixture-order", source, visit)
+
+    def _make_table(self, source: int, visit: int) -> Int64[np.ndarray, " n"]:
+        return keyed_permutation(self._seed, self._sizes[source], "mixture-order", source, visit)
 
     def _make_pattern(
         self, epoch: int
@@ -124,9 +135,6 @@ class MixtureOrder(SampleOrder):
         by_step = pattern.reshape(self.steps_per_epoch, self.batch_size)
         counts = np.stack([(by_step == i).sum(1) for i in range(len(self._counts))], axis=1)
         return pattern, np.cumsum(counts, axis=0) - counts
-
-    def _make_visit(self, source: int, visit: int) -> Int64[np.ndarray, " n"]:
-        return keyed_permutation(self._seed, self._sizes[source], "mixture-order", source, visit)
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:

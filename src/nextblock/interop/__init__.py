@@ -11,7 +11,7 @@ from typing import Any, Literal
 from nextblock.checkpoint import MissingSettingError
 from nextblock.config import ModelConfig, Size
 from nextblock.interop.reading import Told, read
-from nextblock.interop.start import InitReport, initialize_from
+from nextblock.interop.start import InitReport, in_groups, initialize_from
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.presets import model_config
@@ -41,7 +41,7 @@ def load(
     image_size: Size | None = None,
     norm_eps: float | None = None,
 ) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier that a run, a file, `hf:USER/NAME` or `timm:NAME` holds.
+    """Build the model or classifier that a run, a file, `hf:USER/NAME[/FILE]` or `timm:NAME` holds.
 
     Understood: what this package writes; official XTRA and AIM files, models and classifiers; timm's vision
     transformers without class token. `head` is the second file of an AIM classifier. The others say what a
@@ -61,17 +61,28 @@ def load_model(src: str | Path, *, num_heads: int | None = None) -> NextBlockMod
 
 
 def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
-    """Give a model the weights of what `src` names, as `load` does, and log what became of each.
+    """Give a model the weights of what `src` names, as `load` does, and log what became of them, by parts.
 
-    Attention heads that a file does not tell are taken to be as many as the model has; class and register
-    tokens of a timm model are left out.
+    The report names every tensor. Attention heads that a file does not tell are taken to be as many as the
+    model has, and a warning says so; class and register tokens of a timm model are left out.
     """
     found = _encoder_model(_read_to_start(src, model.config))
     report = initialize_from(model, found, str(src))
     log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))
-    for what, names in (("resampled", report.resampled), ("fresh", report.fresh), ("unused", report.unused)):
-        if names:
-            log.info("  %s: %s", what, ", ".join(names))
+    unlike = [name for name in report.fresh if name in report.unused]
+    for what, names in (
+        ("resampled", report.resampled),
+        ("fresh, of another shape or kind there", unlike),
+        ("fresh, not there", [name for name in report.fresh if name not in unlike]),
+        ("unused, not here", [name for name in report.unused if name not in unlike]),
+    ):
+        _log_names(what, names)
+    if report.trained_otherwise:
+        others = (
+            f"{name} {_plain(there)} there, {_plain(here)} here"
+            for name, (here, there) in report.trained_otherwise.items()
+        )
+        log.info("  trained under other settings: %s", "; ".join(others))
     for name, (here, there) in report.differing.items():
         log.warning(
             "  to go on from the same function, set %s %s (here %s)", name, _plain(there), _plain(here)
@@ -79,15 +90,30 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
     return report
 
 
+def _log_names(what: str, names: Sequence[str]) -> None:
+    """Log how many tensors of which parts; every single name for who asks for details."""
+    if names:
+        groups = (part if count == 1 else f"{part} ({count})" for part, count in in_groups(names).items())
+        log.info("  %s: %s", what, ", ".join(groups))
+        log.debug("  %s, by name: %s", what, ", ".join(names))
+
+
 def _read_to_start(src: str | Path, config: ModelConfig) -> NextBlockModel | ImageClassifier:
     """Read weights to start from; what a head averages is of no account."""
     told = Told(to_start_from=True)
-    stand_ins = {"num_heads": config.num_heads, "probe_layers": (0,)}
+    stand_ins = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
     while True:
         try:
             return read(src, told).model
         except MissingSettingError as error:
             told = replace(told, **{error.setting: stand_ins[error.setting]})
+            if error.setting == "num_heads":
+                log.warning(
+                    "%s does not tell its attention heads; taken to be %d as here (a wrong number changes "
+                    "its features: set model.num_heads to the file's)",
+                    src,
+                    config.num_heads,
+                )
 
 
 def _plain(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Official AIM files (v1), in and out, in the two layouts that Apple's code has.
+"""Official AIM files (v1), in the two layouts that Apple's code has; `aim_out` writes them.
 
     inference   backbone `.pth` and head `.pth`, or both in one file, as on the Hugging Face hub: fused qkv,
                 positions computed and not stored, LayerNorm eps 1e-6
@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
+from jaxtyping import Float
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, MissingSettingError, load_strictly, write_aside
+from nextblock.checkpoint import CheckpointError, MissingSettingError, load_strictly
 from nextblock.config import ModelConfig, Size, pair
+from nextblock.interop.files import unwrapped
 from nextblock.interop.names import (
     NameTable,
-    log_left_out,
-    on_cpu,
+    count_numbered,
+    needed,
+    patch_shape,
     ratio_of,
-    refuse_differences,
     require_heads,
 )
 from nextblock.models import NextBlockModel
@@ -38,7 +38,7 @@ from nextblock.models.encoder import sincos_positions
 from nextblock.models.heads import HeadConfig, last_layers
 from nextblock.presets import SIZES
 
-__all__ = ["hub_settings", "is_aim", "is_aim_head", "read_aim", "write_aim"]
+__all__ = ["hub_settings", "is_aim", "is_aim_head", "read_aim", "stores_positions", "with_positions"]
 
 NUM_HEADS_OF_SIZE = {(1536, 24): 12, (2048, 24): 16, (3072, 24): 24, (4096, 32): 32}
 """Attention heads by the official (width, depth)."""
@@ -55,10 +55,6 @@ IMAGE_SIZE_PX = 224
 INFERENCE_EPS, TRAINING_EPS = 1e-6, 1e-5
 POSITION_TOLERANCE = 1e-4
 
-WRAPPERS = ("model", "state_dict", "module")
-"""Keys of a checkpoint that hold the weights."""
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers of modules (DDP, torch.compile, Lightning) put before every name."""
 LIST_OF_PREPROCESSORS = ("preprocessor.blocks.0.", "preprocessor.")
 """The training code's recipe makes the patches in the first of several preprocessors."""
 
@@ -104,16 +100,21 @@ OUTPUT_MAP = ("predictor.block_mlps.0.weight", "predictor.block_mlps.0.bias")
 ProbeLayers = Literal["last", "best"] | Sequence[int]
 
 
-def is_aim(content: Mapping[str, Any]) -> bool:
-    """Whether an unpickled file, or the tensors of a safetensors file, have an AIM trunk (v1, or v2)."""
+def is_aim(content: Any) -> bool:
+    """Whether a file's content has an AIM trunk (v1, or v2)."""
     names = _weights(content)
     return any(name.startswith("trunk.blocks.") for name in names) or _is_aim_v2(names)
 
 
-def is_aim_head(content: Mapping[str, Any]) -> bool:
+def is_aim_head(content: Any) -> bool:
     """Whether a file holds the head of an AIM classifier, and nothing else."""
     names = _weights(content)
     return "head.cls_token" in names and all(name.startswith("head.") for name in names)
+
+
+def stores_positions(content: Any) -> bool:
+    """Whether a file holds the positions of its patches, which tell the size of its images."""
+    return "preprocessor.pos_embed" in _weights(content)
 
 
 def hub_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,38 +158,28 @@ def read_aim(
 
     `num_heads` comes from the argument or the table of official sizes. `probe_layers` are the layers that a
     classifier averages, counted from 0, or Apple's "last" or "best" of an official size. `image_size` in
-    pixels comes from stored positions, else it is 224; positions are computed for any other size at run time.
-    `norm_eps` is that of the layout. What remains untold, and files of another architecture, are refused.
+    pixels comes from stored positions, which fit one grid only, else it is 224; positions are computed for
+    any other size at run time. `norm_eps` is that of the layout. What remains untold, and files of another
+    architecture, are refused.
     """
     weights = _weights(content)
     if head is not None:
         weights = _joined(weights, _weights(head), origin)
     _refuse_other_architectures(weights, origin)
     told = _Told(num_heads=num_heads, image_size=image_size, norm_eps=norm_eps)
-    try:
-        config = _model_config(weights, told, origin)
-        weights = _fused(weights)
-    except KeyError as error:
-        raise CheckpointError(f"{origin} lacks {error}, without which the model cannot be built") from error
+    config = _model_config(weights, told, origin)
+    weights = _fused(weights, origin)
     if "head.cls_token" in weights:
         return _classifier(weights, config, probe_layers, origin)
     return _model(weights, config, origin)
 
 
-def _weights(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
+def _weights(content: Any) -> Mapping[str, Tensor]:
     """The weights of a file, out of its wrappers, under their plain names."""
-    inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    if inner is not None:
-        return _weights(inner)
-    if not content or not all(isinstance(name, str) for name in content):
-        return {}
-    prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None)
-    if prefix is not None:
-        return _weights({name.removeprefix(prefix): value for name, value in content.items()})
     listed, plain = LIST_OF_PREPROCESSORS
     return {
         plain + name.removeprefix(listed) if name.startswith(listed) else name: value
-        for name, value in content.items()
+        for name, value in unwrapped(content).items()
     }
 
 
@@ -218,7 +209,8 @@ def _is_aim_v2(names: Mapping[str, Any]) -> bool:
 def _refuse_other_architectures(weights: Mapping[str, Tensor], origin: str) -> None:
     if is_aim_head(weights):
         raise CheckpointError(
-            f"{origin} is the head of an AIM classifier alone; load the backbone's file, with this as head="
+            f"{origin} is the head of an AIM classifier alone; load the backbone's file, with this as head= "
+            "(--head)"
         )
     if _is_aim_v2(weights):
         raise CheckpointError(
@@ -233,10 +225,8 @@ def _refuse_other_architectures(weights: Mapping[str, Tensor], origin: str) -> N
 
 
 def _model_config(weights: Mapping[str, Tensor], told: _Told, origin: str) -> ModelConfig:
-    width, in_chans, patch_size, patch_width = weights["preprocessor.patchifier.proj.weight"].shape
-    if patch_size != patch_width:
-        raise CheckpointError(f"{origin} has patches of {patch_size}x{patch_width} px; they must be square")
-    depth = _count(weights, r"trunk\.blocks\.(\d+)\..*")
+    width, in_chans, patch_size = patch_shape(weights, "preprocessor.patchifier.proj.weight", origin)
+    depth = count_numbered(weights, "trunk.blocks.", origin)
     from_training = "trunk.blocks.0.attn.q_proj.weight" in weights
     encoder = ModelConfig(
         image_size=_image_size(weights, patch_size, told.image_size, origin),
@@ -245,7 +235,7 @@ def _model_config(weights: Mapping[str, Tensor], told: _Told, origin: str) -> Mo
         embed_dim=width,
         depth=depth,
         num_heads=_num_heads(told.num_heads, (width, depth), origin),
-        mlp_ratio=ratio_of(weights["trunk.blocks.0.mlp.fc1.weight"].shape[0], width),
+        mlp_ratio=ratio_of(needed(weights, "trunk.blocks.0.mlp.fc1.weight", origin).shape[0], width),
         norm_eps=told.norm_eps or (TRAINING_EPS if from_training else INFERENCE_EPS),
         bias=False,
         patch_norm=True,
@@ -257,25 +247,22 @@ def _model_config(weights: Mapping[str, Tensor], told: _Told, origin: str) -> Mo
         predictor=None,
     )
     with_predictor = any(name.startswith("head.decoder_") for name in weights)
-    return replace(encoder, **_predictor_settings(weights)) if with_predictor else encoder
+    return replace(encoder, **_predictor_settings(weights, origin)) if with_predictor else encoder
 
 
-def _predictor_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    width = weights["head.decoder_projection.weight"].shape[0]
+def _predictor_settings(weights: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
+    width = needed(weights, "head.decoder_projection.weight", origin).shape[0]
+    hidden = needed(weights, "head.decoder_blocks.0.mlp.fc1.weight", origin).shape[0]
     return {
         "predictor": "mlp",
         "projection_dim": None,
         "predictor_dim": width,
-        "predictor_depth": _count(weights, r"head\.decoder_blocks\.(\d+)\..*"),
+        "predictor_depth": count_numbered(weights, "head.decoder_blocks.", origin),
         "predictor_heads": SIZES["aim-600m"].predictor_heads,  # not used: its layers have no attention
-        "predictor_mlp_ratio": ratio_of(weights["head.decoder_blocks.0.mlp.fc1.weight"].shape[0], width),
+        "predictor_mlp_ratio": ratio_of(hidden, width),
         "predictor_extra_norm": "head.decoder_blocks.0.norm_1.weight" in weights,
         "block_mlp_dim": None,
     }
-
-
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in weights if (match := re.fullmatch(pattern, name))), default=-1)
 
 
 def _num_heads(given: int | None, size: tuple[int, int], origin: str) -> int:
@@ -283,29 +270,49 @@ def _num_heads(given: int | None, size: tuple[int, int], origin: str) -> int:
 
 
 def _image_size(weights: Mapping[str, Tensor], patch_size: int, given: Size | None, origin: str) -> Size:
-    """From the argument, the stored positions of a square, or Apple's size, in that order."""
+    """From the argument, the stored positions, or Apple's size, in that order."""
     stored = weights.get("preprocessor.pos_embed")
-    side = IMAGE_SIZE_PX if stored is None else math.isqrt(stored.shape[1]) * patch_size
-    size = given or side
+    if stored is not None and stored.ndim != 3:
+        raise CheckpointError(f"{origin} holds positions of shape {tuple(stored.shape)}, not (1, n, d)")
+    size = given or (IMAGE_SIZE_PX if stored is None else _stored_size(stored, patch_size))
     rows, columns = (length // patch_size for length in pair(size))
     fits = stored is None or rows * columns == stored.shape[1]
-    if not fits or any(length % patch_size for length in pair(size)):
-        held = "" if stored is None else f"{stored.shape[1]} positions of "
-        raise CheckpointError(
-            f"{origin} holds {held}{patch_size}-px patches, which do not make an image of "
-            f"{pair(size)[0]}x{pair(size)[1]} px; give its size in pixels as image_size="
-        )
-    return size
+    if fits and not any(length % patch_size for length in pair(size)):
+        return size
+    held = "" if stored is None else f"{stored.shape[1]} positions of "
+    why = (
+        f"{origin} holds {held}{patch_size}-px patches, which do not make an image of "
+        f"{pair(size)[0]}x{pair(size)[1]} px; give its size in pixels as image_size= (--image_size)"
+    )
+    raise MissingSettingError("image_size", why) if given is None else CheckpointError(why)
 
 
-def _fused(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stored_size(stored: Float[Tensor, "1 n d"], patch_size: int) -> Size:
+    """The size of the images whose positions these are: each grid has its own; else that of a square."""
+    patches, width = stored.shape[1:]
+    for rows in range(1, patches + 1):
+        grid = (rows, patches // rows)
+        if patches % rows == 0 and _are_positions(stored, sincos_positions(grid, width)):
+            return rows * patch_size if rows == grid[1] else (rows * patch_size, grid[1] * patch_size)
+    return math.isqrt(patches) * patch_size
+
+
+def _are_positions(stored: Float[Tensor, "b n d"], computed: Float[Tensor, "1 n2 d2"]) -> bool:
+    """Whether stored positions are the fixed ones, but for the rounding of their number format."""
+    tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps)
+    return stored.shape == computed.shape and bool((stored.float() - computed).abs().max() <= tolerance)
+
+
+def _fused(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     """Separate maps to queries, keys and values, joined under the names of the inference layout."""
     fused = dict(weights)
     for name in weights:
         match = re.fullmatch(r"(.+\.attn\.)q_proj\.(\w+)", name)
         if match is not None:
-            parts = [fused.pop(f"{match[1]}{part}_proj.{match[2]}") for part in "qkv"]
-            fused[f"{match[1]}qkv.{match[2]}"] = torch.cat(parts)
+            names = [f"{match[1]}{part}_proj.{match[2]}" for part in "qkv"]
+            fused[f"{match[1]}qkv.{match[2]}"] = torch.cat([needed(weights, one, origin) for one in names])
+            for one in names:
+                del fused[one]
     return fused
 
 
@@ -315,7 +322,7 @@ def _model(weights: Mapping[str, Tensor], config: ModelConfig, origin: str) -> N
     order = "(h w c) ... -> (c h w) ..."
     for name in set(OUTPUT_MAP) & renamed.keys():
         renamed[name] = rearrange(renamed[name], order, h=config.patch_size, w=config.patch_size)
-    load_strictly(model, _with_positions(renamed, config, origin), origin)
+    load_strictly(model, with_positions(renamed, config, origin), origin)
     return model.eval()
 
 
@@ -328,7 +335,7 @@ def _classifier(
     renamed = CLASSIFIER_NAMES.to_ours(in_head, origin)
     head = HeadConfig(
         kind="attentive",
-        num_classes=weights["head.linear.weight"].shape[0],
+        num_classes=needed(weights, "head.linear.weight", origin).shape[0],
         layers=_probe_layers(probe_layers, (config.embed_dim, config.depth), origin),
         num_heads=config.num_heads,
         num_queries=weights["head.cls_token"].shape[1],
@@ -341,7 +348,7 @@ def _classifier(
 
 
 def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str) -> tuple[int, ...]:
-    choices = 'give probe_layers="last", "best", or the layers themselves, counted from 0'
+    choices = 'give probe_layers="last", "best", or the layers themselves, counted from 0 (--probe_layers)'
     if given is None:
         raise MissingSettingError(
             "probe_layers",
@@ -360,7 +367,7 @@ def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str)
     )
 
 
-def _with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: str) -> dict[str, Tensor]:
+def with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: str) -> dict[str, Tensor]:
     """Fixed positions computed where none are stored, and checked where they are."""
     complete = dict(weights)
     widths = {"encoder.pos_embed": config.embed_dim}
@@ -369,126 +376,10 @@ def _with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: 
     for name, width in widths.items():
         computed = sincos_positions(config.grid, width)
         stored = complete.setdefault(name, computed)
-        tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps)
-        if stored.shape != computed.shape or (stored.float() - computed).abs().max() > tolerance:
+        if not _are_positions(stored, computed):
             raise CheckpointError(
                 f"the positions of {origin} are not AIM's sines and cosines on a grid of {config.grid[0]}x"
                 f"{config.grid[1]} patches ({name}, {tuple(stored.shape)}), and AIM has no others. If the "
-                "images of a file are of another shape, give image_size="
+                "images of a file are of another shape, give image_size= (--image_size)"
             )
     return complete
-
-
-# ----------------------------------------------------------------------------------------------------- out
-
-
-def write_aim(model: NextBlockModel | ImageClassifier, path: Path) -> None:
-    """Write a model in Apple's layouts, whole or not at all; what AIM cannot express is refused by name.
-
-    An encoder or a classifier becomes a directory with `backbone.pth` and, of a classifier, `head.pth`
-    (inference layout); a model with its predictor one safetensors file (training layout). The files tell
-    neither attention heads nor the layers of a head nor, in the training layout, the norms' epsilon, which
-    is a setting there. A classifier's predictor and class names have no place.
-    """
-    if isinstance(model, NextBlockModel) and model.config.predictor is not None:
-        _write_whole_model(model, path)
-        return
-    parts = _classifier_parts(model) if isinstance(model, ImageClassifier) else _encoder_parts(model)
-    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= parts.keys()):
-        raise CheckpointError(
-            f"{path} is in the way: {' and '.join(parts)} go into a directory of their own; name another"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        aside.mkdir()
-        for name, weights in parts.items():
-            torch.save(on_cpu(weights), aside / name)
-
-
-def _encoder_parts(model: NextBlockModel) -> dict[str, dict[str, Tensor]]:
-    refuse_differences("AIM", [*_fixed_of_encoder(model.config), _fixed_eps(model.config)])
-    return {"backbone.pth": _backbone(model)}
-
-
-def _classifier_parts(classifier: ImageClassifier) -> dict[str, dict[str, Tensor]]:
-    config, head = classifier.encoder_model.config, classifier.head_config
-    refuse_differences("AIM", [*_fixed_of_encoder(config), _fixed_eps(config), *_fixed_of_head(head, config)])
-    log_left_out(classifier)
-    in_head = {f"head.{name}": tensor for name, tensor in classifier.head.state_dict().items()}
-    return {
-        "backbone.pth": _backbone(classifier.encoder_model),
-        "head.pth": CLASSIFIER_NAMES.to_official(in_head),
-    }
-
-
-def _backbone(model: NextBlockModel) -> dict[str, Tensor]:
-    """The encoder alone, in the inference layout: positions are not stored."""
-    in_encoder = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
-    _with_positions(in_encoder, replace(model.config, predictor=None), "this model")
-    del in_encoder["encoder.pos_embed"]
-    return TRUNK_NAMES.to_official(in_encoder)
-
-
-def _write_whole_model(model: NextBlockModel, path: Path) -> None:
-    config = model.config
-    refuse_differences("AIM", [*_fixed_of_encoder(config), *_fixed_of_predictor(config)])
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; name the safetensors file to write")
-    weights = _with_positions(model.state_dict(), config, "this model")
-    order = "(c h w) ... -> (h w c) ..."
-    for name in OUTPUT_MAP:
-        weights[name] = rearrange(weights[name], order, h=config.patch_size, w=config.patch_size)
-    official = _split((TRUNK_NAMES + PREDICTOR_NAMES).to_official(weights))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        save_file(on_cpu(official), aside)
-
-
-def _split(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The joint map to queries, keys and values as three, as in the training layout."""
-    split = {}
-    for name, tensor in weights.items():
-        if ".attn.qkv." not in name:
-            split[name] = tensor
-            continue
-        for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-            split[name.replace(".qkv.", f".{part}_proj.")] = rows
-    return split
-
-
-def _fixed_of_encoder(config: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    """What is the same in every AIM encoder: (name, value, AIM's)."""
-    yield "model.bias", config.bias, False
-    yield "model.patch_norm", config.patch_norm, True
-    yield "model.positions", config.positions, "sincos"
-    yield "model.block_size", pair(config.block_size), (1, 1)
-    yield "model.order", config.order, "raster"
-    yield "model.feature_attention", config.feature_attention, "full"
-
-
-def _fixed_eps(config: ModelConfig) -> tuple[str, Any, Any]:
-    return "model.norm_eps", config.norm_eps, INFERENCE_EPS
-
-
-def _fixed_of_predictor(config: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    yield "model.prefix", config.prefix, True
-    yield "model.predictor", config.predictor, "mlp"
-    yield "model.projection_dim", config.projection_dim, None
-    yield "model.predictor_extra_norm", config.predictor_extra_norm, True
-    yield "model.block_mlp_dim", config.block_mlp_dim, None
-    yield "model.num_predicted_blocks", config.num_predicted_blocks, 1
-    yield "model.norm_pixels", config.norm_pixels, True
-    yield "model.loss", config.loss, "mse"
-    yield "model.tokenizer", config.tokenizer, None
-
-
-def _fixed_of_head(head: HeadConfig, config: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    yield "the head's kind", head.kind, "attentive"
-    yield "the head's layer_pool", head.layer_pool, "mean"
-    yield "the head's norm_layers", head.norm_layers, False
-    yield "the head's num_heads", head.num_heads, config.num_heads
-    yield "the head's num_queries", head.num_queries, 1
-    yield "the head's batch_norm", head.batch_norm, True
-    yield "the head's bias", head.bias, False
-    if head.attention == "causal":
-        yield "the head's attention", head.attention, "full"

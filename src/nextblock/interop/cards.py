@@ -7,8 +7,8 @@ conversion of the same directory can carry both on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,20 @@ __all__ = [
 
 CARD_FILE = "README.md"
 UNSPECIFIED = "unspecified"
-KNOWN_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail")
+KNOWN_LICENSES = (
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0",
+    "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0", "openrail", "apple-ascl", "apple-amlr", "unknown",
+)  # fmt: skip
 """Names by which the hub knows a licence; any other is given to it as "other", with a name."""
 
+LICENSE_NAME_CHARS = 60
+
 OFFICIAL_LICENSES = {
-    "official AIM": "Apple's own licence for its released AIM weights; see their origin",
-    "official XTRA": "none is stated for the official XTRA weights; ask their authors",
+    "official AIM": "Apple's own licence, if these are the weights that Apple released; see their origin",
+    "official XTRA": "none is stated for the official XTRA weights, if these are they; ask their authors",
 }
-"""By the words for a format that `reading` has; so far as weights in this layout are the official ones."""
+"""By the words for a format that `reading` has. One's own weights may be written in these layouts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,15 @@ class Provenance:
     """What they were read from, in words."""
     license: str = UNSPECIFIED
     """The weights' licence, which is not that of this software."""
+    license_name: str | None = None
+    """What a card calls a licence that the hub does not know."""
+    license_link: str | None = None
+    """Where such a licence stands."""
+
+    def changed(self, *, origin: str | None, license: str | None) -> Provenance:  # noqa: A002 - the field
+        """The same but for what is given; another licence has no name and link yet."""
+        origin = origin or self.origin
+        return replace(self, origin=origin) if license is None else Provenance(origin=origin, license=license)
 
 
 def official_provenance(source_format: str, name: str) -> Provenance:
@@ -55,8 +70,11 @@ def official_provenance(source_format: str, name: str) -> Provenance:
     )
 
 
-def read_provenance(directory: Path) -> Provenance | None:
-    """What the card in a directory says; None where there is no card, or it does not tell."""
+def read_provenance(directory: Path, *, origin: str | None = None) -> Provenance | None:
+    """What the card in a directory says; None where there is no card, or it does not tell.
+
+    `origin` counts where the card, of whoever wrote it, names a licence alone.
+    """
     card = directory / CARD_FILE
     if not card.is_file():
         return None
@@ -65,10 +83,25 @@ def read_provenance(directory: Path) -> Provenance | None:
         told = yaml.safe_load(head[1]) if head is not None else None
     except yaml.YAMLError:
         return None
-    if not isinstance(told, dict) or not told.get("weights_origin"):
+    if not isinstance(told, dict):
         return None
-    license_text = told.get("weights_license") or told.get("license") or UNSPECIFIED
-    return Provenance(origin=str(told["weights_origin"]), license=str(license_text))
+    named, origin = _license_told(told), told.get("weights_origin") or origin
+    if origin is None or (named is None and not told.get("weights_origin")):
+        return None
+    name, link = (
+        None if told.get(key) is None else str(told[key]) for key in ("license_name", "license_link")
+    )
+    if named is not None and name == _slug(named):  # our own cards have it beside the words
+        name = None
+    return Provenance(origin=str(origin), license=named or UNSPECIFIED, license_name=name, license_link=link)
+
+
+def _license_told(head: Mapping[str, Any]) -> str | None:
+    """The licence in a card's head, by its words, its own name, or the hub's name for it."""
+    known = head.get("license")
+    known = ", ".join(map(str, known)) if isinstance(known, list) else known
+    told = head.get("weights_license") or (known != "other" and known) or head.get("license_name") or known
+    return str(told) if told else None
 
 
 def model_card(
@@ -95,7 +128,7 @@ def model_card(
 A vision transformer encoder written by nextblock.
 
 Origin of the weights: {provenance.origin}.
-Licence of the weights: {provenance.license}.
+Licence of the weights: {provenance.license}{_link(provenance)}.
 
 ```python
 {opening}
@@ -111,19 +144,27 @@ Licence of the weights: {provenance.license}.
     )
 
 
+def _link(provenance: Provenance) -> str:
+    return "" if provenance.license_link is None else f" ({provenance.license_link})"
+
+
 def _head(library: str, provenance: Provenance) -> dict[str, Any]:
     head: dict[str, Any] = {"library_name": library, "pipeline_tag": "image-feature-extraction"}
     if provenance.license.lower() in KNOWN_LICENSES:
         head["license"] = provenance.license.lower()
     elif provenance.license != UNSPECIFIED:
-        head |= {"license": "other", "license_name": _slug(provenance.license)}
+        head |= {"license": "other", "license_name": provenance.license_name or _slug(provenance.license)}
+        head |= {"license_link": provenance.license_link} if provenance.license_link else {}
     tags = {"tags": ["nextblock", "vision-transformer"]}
     return {**head, **tags, "weights_origin": provenance.origin, "weights_license": provenance.license}
 
 
 def _slug(text: str) -> str:
-    """Words as the hub takes them for the name of a licence: "apple-s-own-licence"."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower())[:60].strip("-.")
+    """Words as the hub takes them for the name of a licence ("apple-s-own-licence"), whole ones only."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    if len(slug) > LICENSE_NAME_CHARS:
+        slug = slug[: LICENSE_NAME_CHARS + 1].rpartition("-")[0] or slug[:LICENSE_NAME_CHARS]
+    return slug.strip("-.")
 
 
 def _settings(config: ModelConfig, data: DataConfig) -> dict[str, str]:

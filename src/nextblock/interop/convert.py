@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nextblock.checkpoint import MODEL_FILE, save_model, write_aside
-from nextblock.config import Attention, DataConfig, ModelConfig, Size
+from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
+from nextblock.interop.aim_out import write_aim
 from nextblock.interop.cards import (
     CARD_FILE,
     OFFICIAL_LICENSES,
@@ -18,6 +20,7 @@ from nextblock.interop.cards import (
     official_provenance,
     read_provenance,
 )
+from nextblock.interop.files import make_parent
 from nextblock.interop.hub import HUB_SPEC, fetch, is_hub_spec, push
 from nextblock.interop.image_data import official_data, recorded_data
 from nextblock.interop.reading import Told, read
@@ -27,6 +30,7 @@ from nextblock.interop.timm_format import (
     timm_provenance,
     write_timm,
 )
+from nextblock.interop.xtra import write_xtra
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.settings import require
@@ -38,7 +42,7 @@ log = logging.getLogger(__name__)
 Target = Literal["nextblock", "timm", "onnx", "xtra", "aim"]
 
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
-    "nextblock": ("license", "origin"),
+    "nextblock": ("license", "origin", "image_size"),
     "timm": ("license", "origin", "image_size"),
     "onnx": ("license", "origin", "image_size", "layers", "attention"),
     "xtra": (),
@@ -46,6 +50,8 @@ SETTINGS_OF: dict[str, tuple[str, ...]] = {
 }
 """What each target understands, beside the settings that say how to read the source."""
 TO_HUB = ("nextblock", "timm")
+AS_FILE = ("onnx", "xtra")
+"""Targets that are one file; `aim` may be either."""
 
 
 class Converted(NamedTuple):
@@ -78,48 +84,72 @@ def convert(
     """Read a model as `nextblock.load` does and write it in the format `to`.
 
     `dst` is a path where nothing is yet, or "hf:USER/NAME" for a "nextblock" or "timm" directory on the
-    Hugging Face hub. `image_size` (timm, onnx) writes the encoder at that size; `layers` and `attention`
-    (onnx) choose outputs and mask; `license` and `origin` go into the model card. `head`, `num_heads`,
-    `probe_layers` and `norm_eps` say of the source what its file does not tell, as in `load`.
+    Hugging Face hub. `image_size` (timm, onnx) writes the encoder at that size, and is that of
+    an AIM file which does not tell it; `layers` and `attention` (onnx) choose outputs and mask; `license` and
+    `origin` go into the model card. `head`, `num_heads`, `probe_layers` and `norm_eps` say of the source what
+    its file does not tell, as in `load`.
     """
-    _check_settings(
-        to,
-        dst,
+    choices = {"image_size": image_size, "layers": layers, "attention": attention}
+    _check_settings(to, dst, license=license, origin=origin, **choices)
+    place = fetch(str(src)) if is_hub_spec(src) else src
+    told = Told(
+        head=head,
+        num_heads=num_heads,
+        probe_layers=probe_layers,
+        norm_eps=norm_eps,
+        image_size_if_untold=image_size,
+    )
+    found = read(src, told)
+    config = _config_of(found.model)
+    _refuse_other_size(src, to, image_size, config)
+    known = _provenance_of(src, place, found.format, config)
+    wanted = _Wanted(
+        data=recorded_data(place) or official_data(config),
+        provenance=known.changed(origin=origin, license=license),
         image_size=image_size,
         layers=layers,
-        attention=attention,
-        license=license,
-        origin=origin,
+        attention=attention or "native",
     )
-    place = fetch(str(src)) if is_hub_spec(src) else src
-    reading = Told(head=head, num_heads=num_heads, probe_layers=probe_layers, norm_eps=norm_eps)
-    model, source_format = read(src, reading)
-    config = model.encoder_model.config if isinstance(model, ImageClassifier) else model.config
-    data = recorded_data(place) or official_data(config)
-    known = _provenance_of(src, place, source_format, config)
-    provenance = Provenance(origin=origin or known.origin, license=license or known.license)
-    if not is_hub_spec(dst):
-        path = Path(dst)
-        difference = _write(
-            model,
-            path,
-            to,
-            data=data,
-            provenance=provenance,
-            image_size=image_size,
-            layers=layers,
-            attention=attention or "native",
-        )
-        return Converted(to, str(path), _size(path), difference)
-    repo = str(dst).removeprefix(HUB_SPEC)
+    return (
+        _push(found.model, str(dst), to, wanted) if is_hub_spec(dst) else _save(found.model, dst, to, wanted)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What is written beside the weights, and the choices of some formats."""
+
+    data: DataConfig
+    provenance: Provenance
+    image_size: Size | None
+    layers: Sequence[int] | None
+    attention: Attention
+    repo: str | None = None
+    """Of the hub, where they are going to lie."""
+
+
+def _save(model: NextBlockModel | ImageClassifier, dst: str | Path, to: Target, wanted: _Wanted) -> Converted:
+    path = _path(dst)
+    difference = _write(model, path, to, wanted)
+    return Converted(to, str(path), _size(path), difference)
+
+
+def _push(model: NextBlockModel | ImageClassifier, dst: str, to: Target, wanted: _Wanted) -> Converted:
+    repo = dst.removeprefix(HUB_SPEC)
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside) / repo.rpartition("/")[2]
-        _write(model, folder, to, data=data, provenance=provenance, image_size=image_size, repo=repo)
-        return Converted(to, push(folder, str(dst)), _size(folder), None)
+        _write(model, folder, to, replace(wanted, repo=repo))
+        return Converted(to, push(folder, dst), _size(folder), None)
+
+
+def _path(dst: str | Path) -> Path:
+    """A path with a name of its own, which "." and ".." do not have."""
+    path = Path(dst)
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _check_settings(to: Target, dst: str | Path, **settings: object) -> None:
-    """Refuse what the target does not understand, and a place that is taken."""
+    """Refuse what the target does not understand, and a place that cannot be written to."""
     require(to in SETTINGS_OF, f"to is {to!r}; it must be one of {', '.join(SETTINGS_OF)}")
     for name, value in settings.items():
         takers = [target for target, names in SETTINGS_OF.items() if name in names]
@@ -130,30 +160,37 @@ def _check_settings(to: Target, dst: str | Path, **settings: object) -> None:
     if is_hub_spec(dst):
         require(to in TO_HUB, f"{dst}: only {' and '.join(TO_HUB)} go to the hub; write {to} to a path")
         return
-    path = Path(dst)
-    taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    path = _path(dst)
+    taken = to in AS_FILE or any(path.iterdir()) if path.is_dir() else path.exists()
     require(not taken, f"{path} exists already; name a new place, or remove it first")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    require(above.is_dir(), f"{path} cannot be written: {above} is a file; name a place in a directory")
 
 
-def _write(
-    model: NextBlockModel | ImageClassifier,
-    path: Path,
-    to: Target,
-    *,
-    data: DataConfig,
-    provenance: Provenance,
-    image_size: Size | None = None,
-    layers: Sequence[int] | None = None,
-    attention: Attention = "native",
-    repo: str | None = None,
-) -> float | None:
+def _refuse_other_size(src: str | Path, to: Target, image_size: Size | None, config: ModelConfig) -> None:
+    """Refuse to change the size of a whole model, whose predictor is made for one."""
+    wrong = to == "nextblock" and image_size is not None and pair(image_size) != pair(config.image_size)
+    require(
+        not wrong,
+        f"{src} is of images of {config.image_size} px, as it tells itself, and stays so in nextblock's own "
+        "format: leave image_size out, or write timm or onnx",
+    )
+
+
+def _config_of(model: NextBlockModel | ImageClassifier) -> ModelConfig:
+    return model.encoder_model.config if isinstance(model, ImageClassifier) else model.config
+
+
+def _write(model: NextBlockModel | ImageClassifier, path: Path, to: Target, wanted: _Wanted) -> float | None:
     """Write a model to a path; ONNX gives the difference that it measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if to == "timm":
-        encoder_model = _encoder_for_timm(model)
-        address = None if repo is None else f"hf-hub:{repo}"
         write_timm(
-            encoder_model, path, data=data, provenance=provenance, image_size=image_size, address=address
+            _encoder_for_timm(model),
+            path,
+            data=wanted.data,
+            provenance=wanted.provenance,
+            image_size=wanted.image_size,
+            address=None if wanted.repo is None else f"hf-hub:{wanted.repo}",
         )
     elif to == "onnx":
         from nextblock.interop.onnx_export import write_onnx
@@ -161,21 +198,17 @@ def _write(
         return write_onnx(
             model,
             path,
-            data=data,
-            provenance=provenance,
-            layers=layers,
-            attention=attention,
-            image_size=image_size,
+            data=wanted.data,
+            provenance=wanted.provenance,
+            layers=wanted.layers,
+            attention=wanted.attention,
+            image_size=wanted.image_size,
         )
     elif to == "nextblock":
-        _write_nextblock(model, path, data=data, provenance=provenance, repo=repo)
+        _write_nextblock(model, path, wanted)
     elif to == "xtra":
-        from nextblock.interop.xtra import write_xtra
-
         write_xtra(model, path)
     else:
-        from nextblock.interop.aim import write_aim
-
         write_aim(model, path)
     return None
 
@@ -192,34 +225,31 @@ def _encoder_for_timm(model: NextBlockModel | ImageClassifier) -> NextBlockModel
     return model
 
 
-def _write_nextblock(
-    model: NextBlockModel | ImageClassifier,
-    directory: Path,
-    *,
-    data: DataConfig,
-    provenance: Provenance,
-    repo: str | None,
-) -> None:
+def _write_nextblock(model: NextBlockModel | ImageClassifier, directory: Path, wanted: _Wanted) -> None:
     is_classifier = isinstance(model, ImageClassifier)
-    place = directory.name if repo is None else f"{HUB_SPEC}{repo}"
+    place = directory.name if wanted.repo is None else f"{HUB_SPEC}{wanted.repo}"
     use = "logits = model(images)" if is_classifier else "features = model.encode(images)"
     parts = "(b classes)" if is_classifier else "features.tokens, features.layers"
     notes = []
     if is_classifier:
         head = model.head_config
-        notes.append(f"With a {head.kind} head of {head.num_classes} classes on layers {list(head.layers)}.")
+        article = "an" if head.kind == "attentive" else "a"
+        notes.append(
+            f"With {article} {head.kind} head of {head.num_classes} classes on layers {list(head.layers)}."
+        )
     card = model_card(
-        model.encoder_model.config if is_classifier else model.config,
+        _config_of(model),
         title=directory.name,
         library="nextblock",
-        data=data,
-        provenance=provenance,
+        data=wanted.data,
+        provenance=wanted.provenance,
         opening=f'import nextblock\nmodel = nextblock.load("{place}")\n{use}  # {parts}',
         notes=notes,
     )
+    make_parent(directory)
     with write_aside(directory) as aside:
         aside.mkdir()
-        save_model(aside / MODEL_FILE, model, data=data)
+        save_model(aside / MODEL_FILE, model, data=wanted.data)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -234,14 +264,20 @@ def _size(path: Path) -> int:
 
 def _provenance_of(src: str | Path, place: str | Path, source_format: str, config: ModelConfig) -> Provenance:
     """Where weights come from: as a card beside them says, else by the kind of their source."""
+    known = _known_provenance(src, place, source_format, config)
     if str(place).startswith(TIMM_SPEC):
-        return timm_provenance(place)
+        return known
     path = Path(place)
-    carried = read_provenance(path if path.is_dir() else path.parent)
-    if carried is not None:
-        return carried
-    if is_timm_directory(path):
-        return timm_provenance(path)
+    return read_provenance(path if path.is_dir() else path.parent, origin=known.origin) or known
+
+
+def _known_provenance(
+    src: str | Path, place: str | Path, source_format: str, config: ModelConfig
+) -> Provenance:
+    """Where weights come from, by the kind of their source."""
+    path = Path(place)
+    if str(place).startswith(TIMM_SPEC) or is_timm_directory(path):
+        return timm_provenance(place)
     name = str(src) if is_hub_spec(src) else path.absolute().name
     if source_format in OFFICIAL_LICENSES:
         return official_provenance(source_format, name)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: `hf:USER/NAME` as a place to read weights from and to write them to.
+"""The Hugging Face hub: `hf:USER/NAME[/FILE][@REVISION]` to read weights from, `hf:USER/NAME` to write to.
 
 What is fetched lies in huggingface_hub's own cache, so `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as
 everywhere. Whatever goes wrong is one line with its cause and what to do.
@@ -6,17 +6,24 @@ everywhere. Whatever goes wrong is one line with its cause and what to do.
 
 from __future__ import annotations
 
+import glob
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors, snapshot_download
 
+from nextblock.interop.files import WEIGHT_SUFFIXES, choose_weights
+
 __all__ = ["HUB_SPEC", "HubError", "fetch", "hub_errors", "is_hub_spec", "push"]
 
 HUB_SPEC = "hf:"
-FETCHED = ("config.json", "*.safetensors", "*.bin", "*.pth", "*.ckpt", "README.md")
+BESIDE = ("config.json", "README.md")
+"""What is fetched with every weight file: its settings, and its card for the licence."""
+CHECKPOINT = re.compile(r"checkpoints/step_(\d+)/model\.safetensors")
+"""The model of a checkpoint in a run's directory."""
 
 
 class HubError(RuntimeError):
@@ -24,27 +31,66 @@ class HubError(RuntimeError):
 
 
 def is_hub_spec(src: str | Path) -> bool:
-    """Whether this names a repository of the hub: "hf:USER/NAME", or "hf:USER/NAME@REVISION"."""
+    """Whether this names a repository of the hub, or a file in one: "hf:USER/NAME[/FILE][@REVISION]"."""
     return str(src).startswith(HUB_SPEC)
 
 
 def fetch(spec: str) -> Path:
-    """Bring a model repository's configuration, weights and card into the cache; the folder they lie in.
+    """Bring a model repository's weights, configuration and card into the cache; the folder they lie in.
 
-    Files that are there already are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked of the
-    network.
+    Of several weight files one has to be named ("hf:USER/NAME/FILE"): its path is returned, and no other is
+    fetched. Files that are there already are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked
+    of the network.
     """
-    repo, revision = _parts(spec)
+    repo, file, revision = _parts(spec)
     with hub_errors(spec):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FETCHED)))
+        names = _names(repo, revision)
+        if file is None:
+            at = "" if revision is None else f"@{revision}"
+            wanted = _wanted(names, spec, as_named=f"{HUB_SPEC}{repo}/{{}}{at}")
+        elif file in names:
+            wanted = (file,)
+        else:
+            raise HubError(_no_such_file(spec, file, names))
+        patterns = [*map(glob.escape, wanted), *BESIDE]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    return folder if file is None else folder / file
+
+
+def _names(repo: str, revision: str | None) -> list[str]:
+    """The files of a repository: as the hub lists them or, without a network, those in the cache."""
+    try:
+        return [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
+    except errors.HfHubHTTPError:
+        raise
+    except (errors.HTTPError, OSError):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _wanted(names: Sequence[str], spec: str, *, as_named: str) -> tuple[str, ...]:
+    """The weight files of a repository that are its model, or of a run in it, the latest."""
+    chosen = choose_weights(names, spec, as_named=as_named)
+    if chosen:
+        return chosen
+    steps = [match for match in map(CHECKPOINT.fullmatch, names) if match is not None]
+    return tuple(match[0] for match in sorted(steps, key=lambda match: int(match[1]))[-1:])
+
+
+def _no_such_file(spec: str, file: str, names: Sequence[str]) -> str:
+    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+    listed = ", ".join(weights[:8]) or "none"
+    return f"{spec}: there is no file {file} in it, or not in the cache; its weight files are: {listed}"
 
 
 def push(folder: Path, spec: str) -> str:
     """Upload a folder as one commit to a model repository, made if need be; returns its address."""
-    repo, revision = _parts(spec)
+    repo, file, revision = _parts(spec)
+    if file is not None:
+        raise ValueError(f"{spec} names a file; whole directories are pushed: hf:{repo}")
     if revision is not None:
         raise ValueError(f"{spec} names a revision; weights are pushed to the main branch: hf:{repo}")
-    with hub_errors(spec):
+    with hub_errors(spec, pushing=True):
         api = HfApi()
         address = api.create_repo(repo, exist_ok=True)
         api.upload_folder(
@@ -54,7 +100,7 @@ def push(folder: Path, spec: str) -> str:
 
 
 @contextmanager
-def hub_errors(spec: str) -> Iterator[None]:
+def hub_errors(spec: str, *, pushing: bool = False) -> Iterator[None]:
     """Turn what the hub's client raises into one line: the cause, and the remedy.
 
     A line in the log for every request is of use to nobody here, and kept back.
@@ -74,6 +120,10 @@ def hub_errors(spec: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{spec} has no such revision: check what follows the @") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if pushing:
+            raise HubError(
+                f"{spec} cannot be pushed to without a network: connect to it and unset HF_HUB_OFFLINE"
+            ) from error
         raise HubError(
             f"{spec} is not in the cache, and the hub could not be asked for it: connect to the network and "
             "unset HF_HUB_OFFLINE, or give the path of a copy"
@@ -103,9 +153,13 @@ def _without_requests_log() -> Iterator[None]:
             client.setLevel(level)
 
 
-def _parts(spec: str) -> tuple[str, str | None]:
-    """Repository and revision of "hf:USER/NAME[@REVISION]"."""
-    repo, at, revision = spec.removeprefix(HUB_SPEC).partition("@")
-    if repo.count("/") != 1 or not all(repo.split("/")) or (at and not revision):
-        raise ValueError(f"{spec} is no name of a repository; write hf:USER/NAME or hf:USER/NAME@REVISION")
-    return repo, revision or None
+def _parts(spec: str) -> tuple[str, str | None, str | None]:
+    """Repository, file and revision of "hf:USER/NAME[/FILE][@REVISION]"."""
+    path, at, revision = spec.removeprefix(HUB_SPEC).partition("@")
+    user, name, *inside = [*path.split("/"), ""] if "/" not in path else path.split("/")
+    if not (user and name and all(inside)) or (at and not revision):
+        raise ValueError(
+            f"{spec} is no name of a repository; write hf:USER/NAME or hf:USER/NAME/FILE, with @REVISION "
+            "behind it for another than the latest"
+        )
+    return f"{user}/{name}", "/".join(inside) or None, revision or None

@@ -19,7 +19,17 @@ from torch import Tensor
 from nextblock.checkpoint import CheckpointError, MissingSettingError
 from nextblock.models.classifier import ImageClassifier
 
-__all__ = ["NameTable", "log_left_out", "on_cpu", "ratio_of", "refuse_differences", "require_heads"]
+__all__ = [
+    "NameTable",
+    "count_numbered",
+    "log_left_out",
+    "needed",
+    "on_cpu",
+    "patch_shape",
+    "ratio_of",
+    "refuse_differences",
+    "require_heads",
+]
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +88,45 @@ def _group(word: str) -> str:
     return f"(?P<{word}>{'.+' if word == 'rest' else r'[0-9]+'})"
 
 
-def refuse_differences(layout: str, settings: Iterable[tuple[str, Any, Any]]) -> None:
+def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:
+    """The tensor, or the setting, of this name; refused where a file lacks it."""
+    if name not in held:
+        raise CheckpointError(
+            f"{origin} lacks {name!r}, without which the model cannot be built; take the original, whole file"
+        )
+    return held[name]
+
+
+def patch_shape(weights: Mapping[str, Any], name: str, origin: str) -> tuple[int, int, int]:
+    """(width, channels, patch size in pixels) of the projection of square patches."""
+    shape = tuple(needed(weights, name, origin).shape)
+    if len(shape) != 4:
+        raise CheckpointError(
+            f"{origin} embeds its patches by {name} of shape {shape}; only convolutions (width, channels, "
+            "rows, columns) are known"
+        )
+    width, channels, rows, columns = shape
+    if rows != columns:
+        raise CheckpointError(f"{origin} has patches of {rows}x{columns} px; they must be square")
+    return width, channels, rows
+
+
+def count_numbered(weights: Mapping[str, Any], prefix: str, origin: str) -> int:
+    """How many parts there are under `prefix` ("enc.blocks."), by the highest number that follows it."""
+    found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in weights)
+    numbers = [int(match[1]) for match in found if match is not None]
+    if not numbers:
+        needed({}, f"{prefix}0", origin)
+    return 1 + max(numbers)
+
+
+def refuse_differences(
+    layout: str, settings: Iterable[tuple[str, Any, Any]], *, to_timm: bool = False
+) -> None:
     """Refuse to write a model that a layout cannot express.
 
-    `settings` are (name, value, the one value that the layout knows); all that differ are named.
+    `settings` are (name, value, the one value that the layout knows); all that differ are named. `to_timm`
+    says whether timm's format could hold the whole of it.
     """
     wrong = [
         f"{name} is {value!r}, there it is always {needed!r}"
@@ -90,8 +135,8 @@ def refuse_differences(layout: str, settings: Iterable[tuple[str, Any, Any]]) ->
     ]
     if wrong:
         raise CheckpointError(
-            f"{layout} files cannot hold this model: {'; '.join(wrong)}. Keep it as nextblock's own file, "
-            "or convert it to timm"
+            f"{layout} files cannot hold this model: {'; '.join(wrong)}. Keep it as nextblock's own file"
+            + (", or convert it to timm" if to_timm else "")
         )
 
 
@@ -123,6 +168,6 @@ def require_heads(heads: int | None, size: tuple[int, int], origin: str) -> int:
         raise MissingSettingError(
             "num_heads",
             f"{origin} does not tell how many attention heads its encoder has ({size[0]} wide, {size[1]} "
-            "layers): give it as num_heads=",
+            "layers): give it as num_heads= (--num_heads)",
         )
     return int(heads)

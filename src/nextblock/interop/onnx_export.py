@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nextblock.checkpoint import write_aside
+from nextblock.checkpoint import CheckpointError, write_aside
 from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
+from nextblock.interop.files import make_parent, refuse_directory
 from nextblock.interop.timm_format import data_at, encoder_at
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier, head_features
@@ -89,6 +90,7 @@ def write_onnx(
     How images are normalised, and all settings, stand in the file's metadata. Weights of 1.9 GB and more lie
     beside the file in `NAME.onnx.data`. Raises `OnnxError` where a package is missing or the outputs differ.
     """
+    refuse_directory(path)
     _require_packages()
     outputs = _outputs(model, tuple(layers or ()), attention, image_size).eval()
     config = outputs.encoder_model.config
@@ -96,7 +98,18 @@ def write_onnx(
     program = _exported(outputs, example)
     own = model.encoder_model.config if isinstance(model, ImageClassifier) else model.config
     program.model.metadata_props.update(_metadata(outputs, data_at(data, own, config), provenance))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
+    try:
+        return _saved(program, outputs, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {path}: {error}. Make room on the disk, or choose another place, and run the "
+            "same command again"
+        ) from error
+
+
+def _saved(program: Any, outputs: _Outputs, path: Path) -> float:
+    """Write the graph aside, compare it with torch, and move it into place; the difference."""
     bytes_of_weights = sum(tensor.nbytes for tensor in outputs.state_dict().values())
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as aside:
         with _quiet():

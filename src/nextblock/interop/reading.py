@@ -4,23 +4,15 @@ RUN, a checkpoint, a probe's head, MODEL.safetensors     what this package write
 *.ckpt, mp_rank_00_model_states.pt                       official XTRA: models and classifiers
 backbone.pth and head.pth, AIM's training layout         official AIM
 DIR with a timm config.json, a ViT's state dict          timm
-hf:USER/NAME, timm:NAME                                  any of these from the hub, or by timm's name
-
-Pickles are read without running what they hold.
+hf:USER/NAME, hf:USER/NAME/FILE, timm:NAME               any of these from the hub, or by timm's name
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-import torch
-from safetensors.torch import load_file
 
 from nextblock.checkpoint import (
     MODEL_FILE,
@@ -31,20 +23,28 @@ from nextblock.checkpoint import (
     read_metadata,
     read_model,
 )
-from nextblock.config import Size
-from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim
+from nextblock.config import Size, pair
+from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim, stores_positions
+from nextblock.interop.files import (
+    AIM_FILES,
+    WEIGHT_SUFFIXES,
+    choose_weights,
+    read_content,
+    read_json,
+    unwrapped,
+)
 from nextblock.interop.hub import fetch, is_hub_spec
 from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_timm
 from nextblock.interop.timm_weights import is_timm_weights, read_timm_weights
 from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
+from nextblock.settings import require
 
-__all__ = ["Found", "Told", "own_file", "read", "read_content"]
+__all__ = ["Found", "Told", "own_file", "read", "weight_file"]
 
-AIM_FILES = ("backbone.pth", "head.pth")
-"""A classifier in Apple's layout, as `convert` writes it."""
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
+"""The model in what DeepSpeed, and Lightning with it, save as a directory."""
 KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and ViTs, hf:USER/NAME, timm:NAME"
 
 
@@ -53,6 +53,8 @@ class Found(NamedTuple):
 
     model: NextBlockModel | ImageClassifier
     format: str
+    image_size_assumed: bool = False
+    """Nothing tells the size of its images; the encoder takes any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,35 @@ class Told:
     probe_layers: Literal["last", "best"] | Sequence[int] | None = None
     """Layers that an AIM head averages, counted from 0."""
     image_size: Size | None = None
-    """AIM's inference layout: the size that positions are stored for; they fit any other as well."""
+    """AIM: of its images, in pixels; positions are computed for it."""
+    image_size_if_untold: Size | None = None
+    """The same, but where the file tells it, that counts."""
     norm_eps: float | None = None
     """AIM: epsilon of the LayerNorms; 1e-6 in the inference layout, 1e-5 in that of the training code."""
     to_start_from: bool = False
     """Weights to start from: a timm ViT may lose its class token."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self.num_heads, self.image_size, self.norm_eps)
+        _check_layers(self.probe_layers)
+
+
+def _check_numbers(num_heads: int | None, image_size: Size | None, norm_eps: float | None) -> None:
+    require(num_heads is None or num_heads >= 1, f"num_heads is {num_heads}; it must be at least 1")
+    require(norm_eps is None or norm_eps > 0, f"norm_eps is {norm_eps}; it must be above 0")
+    require(
+        image_size is None or min(pair(image_size)) >= 1,
+        f"image_size is {image_size}; it must be at least 1 pixel",
+    )
+
+
+def _check_layers(given: object) -> None:
+    numbers = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    require(
+        given in (None, "last", "best")
+        or (numbers and all(isinstance(one, int) and one >= 0 for one in given)),  # type: ignore[attr-defined]
+        f'probe_layers is {given!r}; give "last", "best", or a list of layers counted from 0',
+    )
 
 
 def read(src: str | Path, told: Told) -> Found:
@@ -85,41 +111,53 @@ def read(src: str | Path, told: Told) -> Found:
 
 
 def _read(src: str | Path, told: Told) -> Found:
-    if str(src).startswith(TIMM_SPEC):
-        _refuse_unused(told, "head", "probe_layers", where=str(src))
+    origin = str(src)
+    if origin.startswith(TIMM_SPEC):
+        _refuse_settings_of_aim(told, origin)
         return Found(read_timm(src, drop_prefix_tokens=told.to_start_from), "timm model")
-    path = fetch(str(src)) if is_hub_spec(src) else Path(src)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; known: {KNOWN}")
-    return _read_directory(path, str(src), told) if path.is_dir() else _read_file(path, str(src), told)
-
-
-def read_content(path: Path) -> Any:
-    """What a file holds: the tensors of safetensors by name, or a pickle of tensors and plain values."""
-    return load_file(path) if is_safetensors(path) else _unpickle(path)
-
-
-def _read_directory(path: Path, origin: str, told: Told) -> Found:
+    path = _place(src)
     if is_timm_directory(path):
-        _refuse_unused(told, "head", "probe_layers", where=origin)
+        _refuse_settings_of_aim(told, origin)
         return Found(read_timm(path, drop_prefix_tokens=told.to_start_from), "timm directory")
     own = own_file(path)
     if own is not None:
-        _refuse_unused(told, "head", "probe_layers", where=origin)
+        _refuse_settings_of_aim(told, origin)
         return Found(read_model(own), "nextblock")
-    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
-    if [file.name for file in files] == list(AIM_FILES):
+    files = _weight_files(path, origin)
+    if len(files) == len(AIM_FILES):
         told = replace(told, head=told.head or files[1])
-        return _read_file(files[0], origin, told, settings=_settings_beside(path))
-    if len(files) == 1:
-        return _read_file(files[0], origin, told, settings=_settings_beside(path))
-    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    if len(files) > 1:
-        raise CheckpointError(f"{origin} holds several weight files ({found}); name one of them")
-    raise CheckpointError(
-        f"{path} holds no model: looked for {MODEL_FILE}, checkpoints/step_*/{MODEL_FILE}, a timm "
-        f"config.json and {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)}, found {found}"
-    )
+    return _read_foreign(files[0], origin, told)
+
+
+def weight_file(src: str | Path) -> Path:
+    """The file of weights, or the first of two, that a path or `hf:` spec means."""
+    path = _place(src)
+    return own_file(path) or _weight_files(path, str(src))[0]
+
+
+def _place(src: str | Path) -> Path:
+    path = fetch(str(src)) if is_hub_spec(src) else Path(src)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; known: {KNOWN}")
+    return path
+
+
+def _weight_files(path: Path, origin: str) -> list[Path]:
+    """A file itself; of a directory, the model's one or, for a backbone and its head, two."""
+    if not path.is_dir():
+        return [path]
+    deepspeed = [path / name for name in DEEPSPEED_FILES if (path / name).is_file()]
+    if deepspeed:
+        return deepspeed[:1]
+    files = [file.name for file in path.iterdir() if file.is_file()]
+    chosen = choose_weights(files, origin, as_named=f"{path}/{{}}")
+    if not chosen:
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds no model: looked for {MODEL_FILE}, checkpoints/step_*/{MODEL_FILE}, a timm "
+            f"config.json and {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)}, found {found}"
+        )
+    return [path / name for name in chosen]
 
 
 def own_file(path: Path) -> Path | None:
@@ -134,90 +172,68 @@ def _is_own(path: Path) -> bool:
     return is_safetensors(path) and read_metadata(path).get("format") == "nextblock"
 
 
-def _read_file(path: Path, origin: str, told: Told, settings: Mapping[str, Any] | None = None) -> Found:
-    if _is_own(path):
-        _refuse_unused(told, "head", "probe_layers", where=origin)
-        return Found(read_model(path), "nextblock")
+def _read_foreign(path: Path, origin: str, told: Told) -> Found:
+    """Read a file that this package did not write."""
     content = read_content(path)
-    if isinstance(content, Mapping):
-        if is_xtra(content):
-            _refuse_unused(told, "head", "probe_layers", where=origin)
-            return Found(read_xtra(content, origin, num_heads=told.num_heads), "official XTRA")
-        if is_aim_head(content):
-            raise UnknownFormatError(
-                f"{origin} is the head of an AIM classifier alone; load its backbone, with head= this file"
-            )
-        if is_aim(content):
-            return _read_aim(content, origin, told, settings or {})
-        weights = _bare(content)
-        if is_timm_weights(weights):
-            _refuse_unused(told, "head", "probe_layers", where=origin)
-            model = read_timm_weights(
-                weights, origin, num_heads=told.num_heads, drop_prefix_tokens=told.to_start_from
-            )
-            return Found(model, "timm state dict")
+    if is_aim_head(content):
+        raise UnknownFormatError(
+            f"{origin} is the head of an AIM classifier alone; load its backbone, with head= this file "
+            "(--head)"
+        )
+    if is_aim(content):
+        return _read_aim(content, origin, told, read_json(path.parent / "config.json"))
+    weights = unwrapped(content)
+    if is_xtra(content):
+        _refuse_settings_of_aim(told, origin)
+        return Found(read_xtra(content, origin, num_heads=told.num_heads), "official XTRA")
+    if is_timm_weights(weights):
+        _refuse_settings_of_aim(told, origin)
+        model = read_timm_weights(
+            weights, origin, num_heads=told.num_heads, drop_prefix_tokens=told.to_start_from
+        )
+        return Found(model, "timm state dict")
     held = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise UnknownFormatError(f"{origin} is in no known format (it holds: {held}); known: {KNOWN}")
 
 
-def _read_aim(content: Mapping[str, Any], origin: str, told: Told, settings: Mapping[str, Any]) -> Found:
+def _read_aim(content: Any, origin: str, told: Told, settings: Mapping[str, Any]) -> Found:
     """AIM's files; `settings` are those of a config.json beside them, and what the caller says goes first."""
-    given = {
-        "num_heads": told.num_heads,
-        "probe_layers": told.probe_layers,
-        "image_size": told.image_size,
-        "norm_eps": told.norm_eps,
-    }
-    beside = hub_settings(settings) if settings else {}
-    head = None if told.head is None else read_content(Path(told.head))
-    if head is not None and not is_aim_head(head):
-        raise CheckpointError(f"{told.head} is no head of an AIM classifier; give Apple's head file")
+    head = None if told.head is None else _read_head(told.head)
+    beside = hub_settings(settings) if _is_of(settings, content) else {}
+    stored = stores_positions(content)
+    sizes = (told.image_size, beside.get("image_size"), None if stored else told.image_size_if_untold)
+    size = next((size for size in sizes if size is not None), None)
+    probe_layers = beside.get("probe_layers") if told.probe_layers is None else told.probe_layers
     model = read_aim(
         content,
         origin,
         head=head,
-        **{**beside, **{name: value for name, value in given.items() if value is not None}},
+        num_heads=told.num_heads or beside.get("num_heads"),
+        probe_layers=probe_layers,
+        image_size=size,
+        norm_eps=told.norm_eps,
     )
-    return Found(model, "official AIM")
+    return Found(model, "official AIM", image_size_assumed=size is None and not stored)
 
 
-def _settings_beside(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _is_of(settings: Mapping[str, Any], content: Any) -> bool:
+    """Whether a config.json is that of these weights, and not of another file beside it."""
+    projection = unwrapped(content).get("preprocessor.patchifier.proj.weight")
+    width = None if projection is None else projection.shape[0]
+    return bool(settings) and settings.get("embed_dim", width) == width
 
 
-def _bare(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict without the wrapper that training scripts save it in."""
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            return content[wrapper]
+def _read_head(src: str | Path) -> Any:
+    """The content of the second file of an AIM classifier."""
+    path = fetch(str(src)) if is_hub_spec(src) else Path(src)
+    content = read_content(path)
+    if not is_aim_head(content):
+        raise CheckpointError(f"{src} is no head of an AIM classifier; give Apple's head file")
     return content
 
 
-def _refuse_unused(told: Told, *names: str, where: str) -> None:
+def _refuse_settings_of_aim(told: Told, where: str) -> None:
     """Refuse what the caller says of a file that tells it itself, or has no use for it."""
-    for name in names:
+    for name in ("head", "probe_layers", "image_size", "norm_eps"):
         if getattr(told, name) is not None:
             raise ValueError(f"{where} has no use for {name}={getattr(told, name)!r}; leave it out")
-
-
-def _unpickle(path: Path) -> Any:
-    """Read a pickle of tensors and plain values; one that would run code is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden is not None:
-            raise CheckpointError(
-                f"{path} is a pickle with more than tensors and plain values ({forbidden[1]}), and reading "
-                "it could run code. If its origin is trusted, save its state_dict alone, elsewhere"
-            ) from error
-        raise CheckpointError(
-            f"{path} cannot be read as a weight file: it is of another kind, or not complete; "
-            f"compare its size with the original's ({type(error).__name__}: {_reason(str(error))})"
-        ) from error
-
-
-def _reason(message: str) -> str:
-    """What torch says of a file, without the advice around it."""
-    return message.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]

@@ -6,15 +6,16 @@ weights compute something else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nextblock.checkpoint import CheckpointError
-from nextblock.config import ModelConfig
+from nextblock.config import ModelConfig, pair
 from nextblock.models import NextBlockModel
 from nextblock.models.encoder import positions_on
 
-__all__ = ["InitReport", "initialize_from"]
+__all__ = ["InitReport", "in_groups", "initialize_from"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class InitReport:
     """In the other model only."""
     differing: dict[str, tuple[object, object]]
     """Settings of the encoder by which the same weights compute something else: {name: (here, there)}."""
+    trained_otherwise: dict[str, tuple[object, object]]
+    """Settings of the task under which the weights were trained, where they are others here."""
 
 
 def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
@@ -68,7 +71,28 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         fresh=tuple(name for name in own if name not in done | fixed),
         unused=tuple(name for name in theirs if name not in done | fixed),
         differing=dict(_differing(model.config, other.config)),
+        trained_otherwise=dict(_trained_otherwise(model.config, other.config)),
     )
+
+
+def in_groups(names: Sequence[str]) -> dict[str, int]:
+    """How many tensors each part of a model has: {"encoder.blocks.0-11": 144, "predictor.norm": 2}."""
+    counts: dict[str, int] = {}
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        part = ".".join(name.split(".")[:2])
+        counts[part] = counts.get(part, 0) + 1
+        number = re.match(r"\d+", name.removeprefix(f"{part}."))
+        layers.setdefault(part, set()).update([] if number is None else [int(number[0])])
+    return {f"{part}{_numbers(layers[part])}": count for part, count in counts.items()}
+
+
+def _numbers(found: set[int]) -> str:
+    """The layers ".2", ".0-11" or ".0-3,7"."""
+    starts = sorted(number for number in found if number - 1 not in found)
+    ends = sorted(number for number in found if number + 1 not in found)
+    runs = (str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+    return f".{','.join(runs)}" if found else ""
 
 
 def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, object]) -> Iterator[str]:
@@ -83,6 +107,20 @@ def _differing(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tup
     names = ["patch_size", "norm_eps", "patch_norm"]
     names += ["positions"] if own.positions == "sincos" else []  # learned ones begin where fixed ones are
     names += ["bias"] if not own.bias else []  # a fresh bias is zero: the same function
+    for name in names:
+        if getattr(own, name) != getattr(theirs, name):
+            yield f"model.{name}", (getattr(own, name), getattr(theirs, name))
+
+
+def _trained_otherwise(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tuple[object, object]]]:
+    """What the weights were trained for; blocks mean nothing to full attention without a predictor."""
+    if own.feature_attention != theirs.feature_attention:
+        yield "model.feature_attention", (own.feature_attention, theirs.feature_attention)
+    if theirs.predictor is None and theirs.feature_attention == "full":
+        return
+    if pair(own.block_size) != pair(theirs.block_size):
+        yield "model.block_size", (own.block_size, theirs.block_size)
+    names = ["order"] if theirs.predictor is None else ["order", "prefix"]
     for name in names:
         if getattr(own, name) != getattr(theirs, name):
             yield f"model.{name}", (getattr(own, name), getattr(theirs, name))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,15 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nextblock.checkpoint import RECORDED_DATA, CheckpointError, load_strictly, write_aside
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
+from nextblock.interop.files import MAIN_FILES, make_parent, read_content, unwrapped
 from nextblock.interop.hub import hub_errors
+from nextblock.interop.names import on_cpu
 from nextblock.interop.timm_models import model_args
 from nextblock.interop.timm_weights import TIMM_EPS, from_timm, is_timm_weights, read_timm_weights
 from nextblock.models import NextBlockModel
@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 """Of what stands under "nextblock" in config.json."""
 CONFIG_FILE = "config.json"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 TIMM_SPEC = "timm:"
 STOCK = "vit_base_patch16_224"
 """The timm architecture that stands for all whose arguments are given in full."""
@@ -77,8 +76,30 @@ def write_timm(
     encoder_model = encoder_at(model, image_size)
     config = encoder_model.config
     data = data_at(data, model.config, config)
-    stock = config.feature_attention == "full" and config.norm_eps == TIMM_EPS
-    described = {
+    described = _description(config, data, provenance)
+    weights = on_cpu(encoder_model.encoder.state_dict())
+    metadata = {
+        "format": "pt",
+        "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA}),
+    }
+    make_parent(directory)
+    with write_aside(directory) as aside:
+        aside.mkdir()
+        (aside / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, aside / MAIN_FILES[0], metadata=metadata)
+        card = _card(config, address or f"local-dir:{directory.name}", data, provenance)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _is_stock(config: ModelConfig) -> bool:
+    """Whether timm's own architecture can be this encoder."""
+    return config.feature_attention == "full" and config.norm_eps == TIMM_EPS
+
+
+def _description(config: ModelConfig, data: DataConfig, provenance: Provenance) -> dict[str, Any]:
+    """What stands in config.json."""
+    stock = _is_stock(config)
+    return {
         "architecture": STOCK if stock else "nextblock_vit",
         "num_classes": 0,
         "num_features": config.embed_dim,
@@ -87,21 +108,6 @@ def write_timm(
         "pretrained_cfg": _pretrained_cfg(config, data, provenance),
         "nextblock": {"format_version": FORMAT_VERSION, "model": to_dict(config)},
     }
-    weights = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in encoder_model.encoder.state_dict().items()
-    }
-    metadata = {
-        "format": "pt",
-        "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA}),
-    }
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(directory) as aside:
-        aside.mkdir()
-        (aside / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, aside / WEIGHT_FILES[0], metadata=metadata)
-        card = _card(config, address or f"local-dir:{directory.name}", data, provenance, stock=stock)
-        (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def encoder_at(
@@ -171,8 +177,8 @@ def _pretrained_cfg(config: ModelConfig, data: DataConfig, provenance: Provenanc
     }
 
 
-def _card(config: ModelConfig, address: str, data: DataConfig, provenance: Provenance, *, stock: bool) -> str:
-    place = address.partition(":")[2]
+def _card(config: ModelConfig, address: str, data: DataConfig, provenance: Provenance) -> str:
+    place, stock = address.partition(":")[2], _is_stock(config)
     registers = [] if stock else ["import nextblock.interop.timm_models  # registers nextblock_vit"]
     opening = [
         "import timm",
@@ -281,21 +287,21 @@ def _described(directory: Path) -> dict[str, Any]:
 
 
 def _weights_in(directory: Path) -> dict[str, Tensor]:
-    file = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    file = next((directory / name for name in MAIN_FILES if (directory / name).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{directory} holds no weights: looked for {', '.join(WEIGHT_FILES)}")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise CheckpointError(
-            f"{file} cannot be read as weights ({reason}); compare its size with the original's"
-        ) from error
+            f"{directory} holds no weights beside its config.json: looked for {', '.join(MAIN_FILES)}; put "
+            "them there"
+        )
+    return dict(unwrapped(read_content(file)))
 
 
-def _own_encoder(own: Mapping[str, Any], weights: Mapping[str, Tensor], origin: str) -> NextBlockModel:
+def _own_encoder(own: Any, weights: Mapping[str, Tensor], origin: str) -> NextBlockModel:
+    if not isinstance(own, Mapping) or not {"format_version", "model"} <= own.keys():
+        raise CheckpointError(
+            f'what config.json in {origin} has under "nextblock" lacks format_version or model; take the '
+            "file as it was written"
+        )
     if int(own["format_version"]) > FORMAT_VERSION:
         raise CheckpointError(
             f"{origin} has format version {own['format_version']}, this release reads up to "

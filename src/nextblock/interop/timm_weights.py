@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextblock.checkpoint import CheckpointError, load_strictly
 from nextblock.config import ModelConfig, Size
-from nextblock.interop.names import ratio_of, require_heads
+from nextblock.interop.names import count_numbered, needed, patch_shape, ratio_of, require_heads
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.models import NextBlockModel
 
@@ -138,15 +138,15 @@ def read_timm_weights(
 
     `num_heads` comes from the argument or the table of official (width, depth), else the file is refused.
     """
-    width = weights["patch_embed.proj.weight"].shape[0]
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    width, _, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
+    depth = count_numbered(weights, "blocks.", origin)
     heads = require_heads(num_heads or NUM_HEADS_OF_SIZE.get((width, depth)), (width, depth), origin)
     if "norm.weight" not in weights:
         raise CheckpointError(f"{origin} has no final norm on its tokens (norm.weight); this encoder has one")
     if "pos_embed" not in weights:
         raise CheckpointError(f"{origin} has no pos_embed; this encoder adds positions to its patches")
     kept = _without_prefix(weights, origin, drop=drop_prefix_tokens)
-    patches, patch_size = kept["pos_embed"].shape[1], kept["patch_embed.proj.weight"].shape[-1]
+    patches = kept["pos_embed"].shape[1]
     side = math.isqrt(patches)
     if side * side != patches:
         raise CheckpointError(f"{origin} has positions of {patches} patches, which are no square grid")
@@ -170,8 +170,8 @@ def _without_prefix(
     kept = {
         name: tensor for name, tensor in weights.items() if name not in tokens and not name.startswith(HEADS)
     }
-    if in_positions is None:
-        in_positions = math.isqrt(kept["pos_embed"].shape[1]) ** 2 != kept["pos_embed"].shape[1]
+    if tokens and in_positions is None:
+        in_positions = _prefix_has_positions(kept["pos_embed"].shape[1], count, origin)
     if tokens and in_positions:
         kept["pos_embed"] = kept["pos_embed"][:, count:]
     left_out = [name for name in weights if name not in kept]
@@ -181,20 +181,32 @@ def _without_prefix(
     return kept
 
 
+def _prefix_has_positions(positions: int, count: int, origin: str) -> bool:
+    """Whether the first `count` of these positions are those of tokens beside a square grid of patches."""
+    without, with_them = (math.isqrt(number) ** 2 == number for number in (positions, positions - count))
+    if without and with_them:
+        raise CheckpointError(
+            f"{origin} holds {positions} positions and {count} tokens beside the patches, and does not tell "
+            f"whether these have positions: {positions} and {positions - count} patches would both make a "
+            "square. Save it with timm's config.json beside it (timm.models.save_for_hf), or give timm:NAME"
+        )
+    return not without
+
+
 def _built(
     weights: Mapping[str, Tensor], origin: str, *, image_size: Size, num_heads: int, norm_eps: float
 ) -> NextBlockModel:
     """The encoder of these weights under full attention; its other sizes are those of the tensors."""
-    folded = _with_whole_biases(_folded(weights))
-    width, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    folded = _with_whole_biases(_folded(weights, origin), origin)
+    width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
     config = ModelConfig(
         image_size=image_size,
         patch_size=patch_size,
         in_chans=in_chans,
         embed_dim=width,
-        depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        depth=count_numbered(weights, "blocks.", origin),
         num_heads=num_heads,
-        mlp_ratio=ratio_of(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
+        mlp_ratio=ratio_of(needed(weights, "blocks.0.mlp.fc1.weight", origin).shape[0], width),
         norm_eps=norm_eps,
         bias="blocks.0.attn.qkv.bias" in folded,
         patch_norm="patch_embed.norm.weight" in weights,
@@ -207,7 +219,7 @@ def _built(
     return model.eval()
 
 
-def _folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _folded(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     """LayerScale multiplies what attention and MLP give: the same as scaling the rows of their last maps."""
     scales = (".ls1.gamma", ".ls2.gamma")
     folded = {name: tensor for name, tensor in weights.items() if not name.endswith(scales)}
@@ -216,20 +228,35 @@ def _folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if scale not in ("1.gamma", "2.gamma"):
             continue
         last_map = f"{block}.attn.proj" if scale == "1.gamma" else f"{block}.mlp.fc2"
-        folded[f"{last_map}.weight"] = gamma[:, None] * weights[f"{last_map}.weight"]
+        folded[f"{last_map}.weight"] = gamma[:, None] * needed(weights, f"{last_map}.weight", origin)
         if f"{last_map}.bias" in weights:
             folded[f"{last_map}.bias"] = gamma * weights[f"{last_map}.bias"]
     return folded
 
 
-def _with_whole_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Where some linear maps of the layers have a bias and others none, those get one of zeros."""
-    maps = [name.removesuffix(".weight") for name in weights if name.endswith(MAPS)]
-    if not any(f"{one}.bias" in weights for one in maps):
-        return dict(weights)
-    zeros = {
-        f"{one}.bias": weights[f"{one}.weight"].new_zeros(len(weights[f"{one}.weight"]))
-        for one in maps
-        if f"{one}.bias" not in weights
+def _with_whole_biases(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """Where some kinds of linear maps have a bias and others none, those get one of zeros.
+
+    A map has it in all layers or in none: what one layer alone lacks is lost, and the file is refused.
+    """
+    biases = {
+        kind: [name.removesuffix("weight") + "bias" for name in weights if name.endswith(kind)]
+        for kind in MAPS
     }
-    return {**weights, **zeros}
+    without = []
+    for names in biases.values():
+        missing = [name for name in names if name not in weights]
+        if 0 < len(missing) < len(names):
+            raise CheckpointError(
+                f"the weights of {origin} do not fit the model:\n  missing: {', '.join(missing[:10])} (other "
+                "layers have it); take the original, whole file"
+            )
+        without += missing
+    if len(without) == sum(map(len, biases.values())):
+        return dict(weights)
+    return {**weights, **{name: _zero_bias(weights, name) for name in without}}
+
+
+def _zero_bias(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    weight = weights[name.removesuffix("bias") + "weight"]
+    return weight.new_zeros(len(weight))

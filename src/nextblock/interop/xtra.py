@@ -7,7 +7,6 @@ Only names, shapes and settings are read. Sizes come from the tensors, the rest 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,14 @@ from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError, load_strictly, write_aside
 from nextblock.config import ModelConfig, Size, pair
+from nextblock.interop.files import beside_weights, make_parent, refuse_directory, unwrapped
 from nextblock.interop.names import (
     NameTable,
+    count_numbered,
     log_left_out,
+    needed,
     on_cpu,
+    patch_shape,
     ratio_of,
     refuse_differences,
     require_heads,
@@ -82,9 +85,9 @@ BARE_LINEAR_NAMES = NameTable(
 """A linear classifier without batch norm."""
 
 
-def is_xtra(content: Mapping[str, Any]) -> bool:
-    """Whether an unpickled file has the layout of an official XTRA checkpoint."""
-    weights = _weights(content)
+def is_xtra(content: Any) -> bool:
+    """Whether a file's content has the layout of an official XTRA checkpoint."""
+    weights = unwrapped(content)
     return "enc.pos_embed" in weights and "enc.patch_embed.proj.weight" in weights
 
 
@@ -100,13 +103,10 @@ def read_xtra(
     of official sizes; where none tells, the file is refused, as a wrong number changes features without an
     error.
     """
-    weights, settings = _weights(content), dict(content.get("hyper_parameters") or {})
+    weights, settings = unwrapped(content), _settings(content, origin)
     is_classifier = any(name.startswith("classifier.") for name in weights)
     with_predictor = any(name.startswith("predictor.") for name in weights)
-    try:
-        config = _model_config(weights, settings, origin, num_heads=num_heads, with_predictor=with_predictor)
-    except KeyError as error:
-        raise CheckpointError(f"{origin} lacks {error}, without which the model cannot be built") from error
+    config = _model_config(weights, settings, origin, num_heads=num_heads, with_predictor=with_predictor)
     if is_classifier:
         return _read_classifier(weights, settings, config, origin)
     model = NextBlockModel(config)
@@ -114,9 +114,15 @@ def read_xtra(
     return model.eval()
 
 
-def _weights(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    weights = content.get("state_dict", content.get("module"))
-    return weights if isinstance(weights, Mapping) else {}
+def _settings(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    settings = beside_weights(content, "hyper_parameters")
+    if not settings or not isinstance(settings, Mapping):
+        raise CheckpointError(
+            f"{origin} holds the weights of an XTRA model without the settings it was trained by "
+            "(hyper_parameters), which tell its block size and its predictor's heads; give the original "
+            "checkpoint"
+        )
+    return dict(settings)
 
 
 def _model_config(
@@ -127,8 +133,8 @@ def _model_config(
     num_heads: int | None,
     with_predictor: bool,
 ) -> ModelConfig:
-    width, in_chans, patch_size, _ = weights["enc.patch_embed.proj.weight"].shape
-    depth = _count(weights, r"enc\.blocks\.(\d+)\..*")
+    width, in_chans, patch_size = patch_shape(weights, "enc.patch_embed.proj.weight", origin)
+    depth = count_numbered(weights, "enc.blocks.", origin)
     encoder = ModelConfig(
         image_size=_image_size(settings, weights["enc.pos_embed"].shape[1], patch_size),
         patch_size=patch_size,
@@ -136,33 +142,32 @@ def _model_config(
         embed_dim=width,
         depth=depth,
         num_heads=_num_heads(num_heads, settings, (width, depth), origin),
-        mlp_ratio=ratio_of(weights["enc.blocks.0.mlp.fc1.weight"].shape[0], width),
+        mlp_ratio=ratio_of(needed(weights, "enc.blocks.0.mlp.fc1.weight", origin).shape[0], width),
         block_size=_block_size(settings, origin),
         predictor=None,
     )
-    return replace(encoder, **_predictor_settings(weights, settings)) if with_predictor else encoder
+    return replace(encoder, **_predictor_settings(weights, settings, origin)) if with_predictor else encoder
 
 
-def _predictor_settings(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    width = weights["predictor.pos_embed"].shape[-1]
+def _predictor_settings(
+    weights: Mapping[str, Tensor], settings: Mapping[str, Any], origin: str
+) -> dict[str, Any]:
+    width = needed(weights, "predictor.pos_embed", origin).shape[-1]
+    hidden = needed(weights, "predictor.blocks.0.mlp.fc1.weight", origin).shape[0]
     return {
         "predictor": "transformer",
-        "projection_dim": weights["proj.mlp.0.weight"].shape[0],
+        "projection_dim": needed(weights, "proj.mlp.0.weight", origin).shape[0],
         "predictor_dim": width,
-        "predictor_depth": _count(weights, r"predictor\.blocks\.(\d+)\..*"),
-        "predictor_heads": int(settings["predictor_num_heads"]),
-        "predictor_mlp_ratio": ratio_of(weights["predictor.blocks.0.mlp.fc1.weight"].shape[0], width),
-        "block_mlp_dim": weights["aim_proj.0.mlp.0.weight"].shape[0],
-        "num_predicted_blocks": _count(weights, r"aim_proj\.(\d+)\..*"),
+        "predictor_depth": count_numbered(weights, "predictor.blocks.", origin),
+        "predictor_heads": int(needed(settings, "predictor_num_heads", origin)),
+        "predictor_mlp_ratio": ratio_of(hidden, width),
+        "block_mlp_dim": needed(weights, "aim_proj.0.mlp.0.weight", origin).shape[0],
+        "num_predicted_blocks": count_numbered(weights, "aim_proj.", origin),
         "norm_pixels": bool(settings.get("aim_norm_pix_loss", True)),
         "loss": "l1" if settings.get("aim_l1_loss") else "mse",
         "order": "random" if settings.get("aim_pseudo_random") else "raster",
         "order_seed": int(settings.get("seed") or 0),
     }
-
-
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max(int(match[1]) for name in weights if (match := re.fullmatch(pattern, name)))
 
 
 def _num_heads(given: int | None, settings: Mapping[str, Any], size: tuple[int, int], origin: str) -> int:
@@ -175,7 +180,7 @@ def _num_heads(given: int | None, settings: Mapping[str, Any], size: tuple[int, 
 def _block_size(settings: Mapping[str, Any], origin: str) -> int:
     """Patches along a block's side; 1 where the encoder is plainly causal, whatever `enc_block_size` says."""
     if settings.get("enc_is_block_causal", False):
-        return int(settings["enc_block_size"])
+        return int(needed(settings, "enc_block_size", origin))
     if settings.get("enc_is_causal", False):
         return 1
     raise CheckpointError(
@@ -203,7 +208,7 @@ def _read_classifier(
     last = int(settings.get("cls_n_last_blocks", 1))
     head = HeadConfig(
         kind="attentive" if attentive else "linear",
-        num_classes=renamed["head.linear.weight"].shape[0],
+        num_classes=needed(renamed, "head.linear.weight", origin).shape[0],
         layers=tuple(range(config.depth - last, config.depth)),
         layer_pool="mean" if settings.get("cls_avgpool_layers", True) else "concat",
         norm_layers=bool(settings.get("cls_norm_enc_output", False)),
@@ -227,8 +232,7 @@ def write_xtra(model: NextBlockModel | ImageClassifier, path: Path) -> None:
     are written: a predictor and class names have no place there. The official code builds its six
     architectures only; other sizes are written with their number of heads, for this package to read.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; name the file to write")
+    refuse_directory(path)
     if isinstance(model, ImageClassifier):
         weights, settings = _classifier_content(model)
     else:
@@ -245,7 +249,7 @@ def write_xtra(model: NextBlockModel | ImageClassifier, path: Path) -> None:
         "hparams_name": "kwargs",
         "hyper_parameters": settings,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     with write_aside(path) as aside:
         torch.save(content, aside)
 
@@ -253,7 +257,7 @@ def write_xtra(model: NextBlockModel | ImageClassifier, path: Path) -> None:
 def _model_content(model: NextBlockModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = model.config
     if config.predictor is None:
-        refuse_differences("XTRA", _fixed_of_encoder(config))
+        refuse_differences("XTRA", _fixed_of_encoder(config), to_timm=True)
         return ENCODER_NAMES.to_official(model.state_dict()), _encoder_hyper_parameters(config)
     refuse_differences("XTRA", [*_fixed_of_encoder(config), *_fixed_of_predictor(config)])
     settings = {

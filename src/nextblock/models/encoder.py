@@ -7,7 +7,7 @@ word when it is given a mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "layer_norm",
     "layer_outputs",
     "patch_tokens",
+    "picked_output",
     "positions_of",
     "positions_on",
     "resample_positions",
@@ -162,6 +163,32 @@ def resample_positions(
     on_grid = rearrange(positions.float(), "1 (i j) d -> 1 d i j", i=old_grid[0])
     resampled = interpolate(on_grid, size=new_grid, mode="bicubic", antialias=True)
     return rearrange(resampled, "1 d i j -> 1 (i j) d").to(positions.dtype)
+
+
+def picked_output(
+    layer: nn.Module,
+    hidden: Float[Tensor, "b n d"],
+    mask: Bool[Tensor, "*b n n"],
+    *,
+    pick: Callable[[Tensor], Tensor],
+    recompute: bool = False,
+) -> Float[Tensor, "*rows d"]:
+    """What a transformer layer returns, for the tokens that `pick` picks: only these go through its MLP.
+
+    All of them are keys and values. Where drop path is on, which draws a number for each image, the layer
+    runs whole.
+    """
+    if layer.training and not isinstance(layer.drop_path2, nn.Identity):
+        return pick(layer_outputs([layer], hidden, mask, recompute=recompute)[-1])
+    if recompute and hidden.requires_grad:
+        return checkpoint(_halves, layer, hidden, mask, pick, use_reentrant=False)
+    return _halves(layer, hidden, mask, pick)
+
+
+def _halves(layer: Any, hidden: Tensor, mask: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """The two halves of timm's `Block.forward`, picked between them."""
+    hidden = pick(hidden + layer.drop_path1(layer.ls1(layer.attn(layer.norm1(hidden), attn_mask=mask))))
+    return hidden + layer.ls2(layer.mlp(layer.norm2(hidden)))
 
 
 def layer_outputs(

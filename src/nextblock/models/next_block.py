@@ -21,7 +21,14 @@ from torch.nn.functional import pad
 
 from nextblock.blocks import block_orders, may_attend, patches_of_blocks, raster_mask
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, Attention, ModelConfig, pair
-from nextblock.models.encoder import build_encoder, layer_outputs, patch_tokens, positions_of, positions_on
+from nextblock.models.encoder import (
+    build_encoder,
+    layer_outputs,
+    patch_tokens,
+    picked_output,
+    positions_of,
+    positions_on,
+)
 from nextblock.models.predictor import Predictor
 from nextblock.objective import block_losses, block_targets, combine, kept_rows
 from nextblock.tokens import KMeansTokenizer, Tokenizer, open_tokenizer, token_losses, token_targets
@@ -116,21 +123,22 @@ class NextBlockModel(nn.Module):
         config = self._config_of(images)
         predictor = self._able_predictor(config)
         order = self._checked_order(block_order, config).to(images.device)
-        prefix = _checked_prefix(prefix_lengths, config, len(images), images.device)
-        patches, mask = self._sequence(config, order, prefix)
-        rows = _rows_of_use(config, prefix)
+        _check_prefix(prefix_lengths, config, len(images))
+        patches, mask = self._sequence(config, order, prefix_lengths)
+        rows = _rows_of_use(config, prefix_lengths)
 
         tokens = patch_tokens(self.encoder, images, self.config).index_select(1, patches)
-        tokens = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)[-1]
-        if not predictor.mixes_tokens:
-            tokens = _pick(tokens, rows, config)
+        if predictor.mixes_tokens:
+            tokens = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)[-1]
+        else:
+            tokens = self._run_picked(self.encoder.blocks, tokens, mask, rows, config)
         tokens = self.encoder.norm(tokens)
         with torch.autocast(tokens.device.type, enabled=_autocast_stays(tokens, self.predictor_fp32)):
             tokens = tokens.float() if self.predictor_fp32 else tokens
             joined = self._decode(predictor, tokens, config, patches, mask, rows)
             targets = self._targets(images, order, config)
             distances = [
-                self._predict(mlp, joined, rows, targets, distance, prefix)
+                self._predict(mlp, joined, rows, targets, distance, prefix_lengths)
                 for distance, mlp in enumerate(predictor.block_mlps, start=1)
             ]
         loss = combine(
@@ -147,7 +155,7 @@ class NextBlockModel(nn.Module):
         kind = self.config.feature_attention if attention == "native" else attention
         if kind not in ("causal", "full"):
             raise ValueError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
-        config = self._config_of(images, blocks_matter=kind == "causal")
+        config = self._config_of(images, predicting=False, blocks_matter=kind == "causal")
         mask = self._raster_mask(config) if kind == "causal" else None
         tokens = patch_tokens(self.encoder, images, self.config)
         layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)
@@ -189,12 +197,29 @@ class NextBlockModel(nn.Module):
         if predictor.pos_embed is not None:
             positions = positions_on(config.grid, predictor.pos_embed, self.config).index_select(1, patches)
             if not predictor.mixes_tokens:
-                batch = len(tokens) if rows is None else len(rows)
-                positions = _pick(positions.expand(batch, -1, -1), rows, config)
+                positions = _pick_of_each(positions, rows, config)
             hidden = hidden + positions
-        mask_here = mask if predictor.mixes_tokens else None
-        hidden = (hidden, *layer_outputs(predictor.blocks, hidden, mask_here, recompute=self.recompute))[-1]
-        return predictor.join_blocks(_pick(hidden, rows, config) if predictor.mixes_tokens else hidden)
+        if predictor.mixes_tokens:
+            hidden = self._run_picked(predictor.blocks, hidden, mask, rows, config)
+        else:
+            hidden = (hidden, *layer_outputs(predictor.blocks, hidden, recompute=self.recompute))[-1]
+        return predictor.join_blocks(hidden)
+
+    def _run_picked(
+        self,
+        layers: nn.Sequential,
+        tokens: Float[Tensor, "b s d"],
+        mask: Bool[Tensor, "*b s s"],
+        rows: Bool[Tensor, "b k"] | None,
+        config: ModelConfig,
+    ) -> Float[Tensor, "*rows m d"]:
+        """The layers' output by block; under a prefix, of the blocks that are of use alone."""
+        if rows is None:
+            return _pick(layer_outputs(layers, tokens, mask, recompute=self.recompute)[-1], None, config)
+        tokens = (tokens, *layer_outputs(layers[:-1], tokens, mask, recompute=self.recompute))[-1]
+        return picked_output(
+            layers[-1], tokens, mask, pick=lambda all_: _pick(all_, rows, config), recompute=self.recompute
+        )
 
     def _targets(
         self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"], config: ModelConfig
@@ -220,18 +245,22 @@ class NextBlockModel(nn.Module):
         """Rows 0 .. k-1-distance predict `distance` blocks ahead; only kept rows go through the MLP."""
         targets = all_targets[:, distance - 1 :]
         batch, steps = targets.shape[:2]
-        kept = kept_rows(batch, steps, distance, prefix, targets.device)
+        kept = kept_rows(batch, steps, distance, prefix)
+        on_device = kept.to(targets.device, non_blocking=True)
         if rows is None:
             predictions = mlp(joined[:, :steps])
         else:
-            of_kept = mlp(joined[pad(kept, (0, distance - 1))[rows]])
-            predictions = of_kept.new_zeros(batch, steps, of_kept.shape[-1])
-            predictions = predictions.masked_scatter(kept[..., None], of_kept)
-            targets = targets * kept.view(batch, steps, *[1] * (targets.ndim - 2))
+            among_rows = pad(kept, (0, distance - 1))[rows]
+            of_kept = mlp(joined if among_rows.all() else joined.index_select(0, _where(among_rows, joined)))
+            flat = of_kept.new_zeros(batch * steps, of_kept.shape[-1])
+            flat = flat.index_copy(0, _where(kept, flat), of_kept)
+            predictions = rearrange(flat, "(b k) p -> b k p", b=batch)
+            targets = targets * on_device.view(batch, steps, *[1] * (targets.ndim - 2))
         if self.config.tokenizer is None:
-            return Further(predictions, targets, block_losses(predictions, targets, self.config.loss), kept)
+            losses = block_losses(predictions, targets, self.config.loss)
+            return Further(predictions, targets, losses, on_device)
         logits = rearrange(predictions, "b k (m v) -> b k m v", v=self.config.vocab_size)
-        return Further(logits, targets, token_losses(logits, targets) * kept, kept)
+        return Further(logits, targets, token_losses(logits, targets) * on_device, on_device)
 
     def _sequence(
         self, config: ModelConfig, order: Int64[Tensor, " k"], prefix: Int64[Tensor, " b"] | None
@@ -243,7 +272,7 @@ class NextBlockModel(nn.Module):
         if prefix is None:
             return patches, self.seen_mask if same else _seen_mask(config).to(order.device)
         positions = _seen_positions(config).to(order.device)
-        return patches, may_attend(positions, prefix)
+        return patches, may_attend(positions, prefix.to(order.device, non_blocking=True))
 
     def _raster_mask(self, config: ModelConfig) -> Bool[Tensor, "n n"]:
         """The pre-training mask, without a prefix, over all patches in raster order."""
@@ -252,7 +281,9 @@ class NextBlockModel(nn.Module):
         order = (self.orders if same else _orders(config))[0]
         return raster_mask(table, order).to(positions_of(self.encoder).device)
 
-    def _config_of(self, images: Tensor, *, blocks_matter: bool = True) -> ModelConfig:
+    def _config_of(
+        self, images: Tensor, *, predicting: bool = True, blocks_matter: bool = True
+    ) -> ModelConfig:
         """The settings at the size of these images; `self.config` itself where they have its size."""
         if not images.is_floating_point():
             raise ValueError(
@@ -266,7 +297,8 @@ class NextBlockModel(nn.Module):
         if size == pair(self.config.image_size):
             return self.config
         block_size = self.config.block_size if blocks_matter else 1
-        return replace(self.config, image_size=size, block_size=block_size)
+        predictor = self.config.predictor if predicting else None
+        return replace(self.config, image_size=size, block_size=block_size, predictor=predictor)
 
     def _checked_order(self, order: Tensor | None, config: ModelConfig) -> Int64[Tensor, " k"]:
         if order is None:
@@ -295,18 +327,36 @@ def _orders(config: ModelConfig) -> Int64[Tensor, "o k"]:
 
 
 def _rows_of_use(config: ModelConfig, prefix: Int64[Tensor, " b"] | None) -> Bool[Tensor, "b k"] | None:
-    """Which blocks, but for the last, predict something outside the prefix; None: all do."""
+    """Which blocks, but for the last, predict something outside the prefix; None: all do.
+
+    Where prefixes come from the CPU this stays there: a GPU is not waited for.
+    """
     if prefix is None:
         return None
-    return kept_rows(len(prefix), config.num_blocks - 1, config.num_predicted_blocks, prefix, prefix.device)
+    return kept_rows(len(prefix), config.num_blocks - 1, config.num_predicted_blocks, prefix)
 
 
 def _pick(
     tokens: Float[Tensor, "b s d"], rows: Bool[Tensor, "b k"] | None, config: ModelConfig
 ) -> Float[Tensor, "*rows m d"]:
     """Tokens by block, (b k m d), or those of the r blocks that are of use, (r m d)."""
-    by_block = rearrange(tokens, "b (k m) d -> b k m d", m=config.patches_per_block)
-    return by_block if rows is None else by_block[rows]
+    m = config.patches_per_block
+    if rows is None:
+        return rearrange(tokens, "b (k m) d -> b k m d", m=m)
+    return rearrange(tokens, "b (k m) d -> (b k) m d", m=m).index_select(0, _where(rows, tokens))
+
+
+def _pick_of_each(
+    positions: Float[Tensor, "1 s d"], rows: Bool[Tensor, "b k"] | None, config: ModelConfig
+) -> Float[Tensor, "*rows m d"]:
+    """The same for what is alike in all images."""
+    by_block = rearrange(positions, "1 (k m) d -> k m d", m=config.patches_per_block)
+    return by_block if rows is None else by_block.index_select(0, _where(rows, positions) % len(by_block))
+
+
+def _where(rows: Bool[Tensor, "*b"], like: Tensor) -> Int64[Tensor, " r"]:
+    """The numbers of the rows that are True, all counted in one, on the device of `like`."""
+    return rows.flatten().nonzero().flatten().to(like.device, non_blocking=True)
 
 
 def _seen_positions(config: ModelConfig) -> Int64[Tensor, " s"]:
@@ -318,11 +368,9 @@ def _seen_mask(config: ModelConfig) -> Bool[Tensor, "s s"]:
     return may_attend(_seen_positions(config))
 
 
-def _checked_prefix(
-    lengths: Tensor | None, config: ModelConfig, batch: int, device: torch.device
-) -> Int64[Tensor, " b"] | None:
+def _check_prefix(lengths: Tensor | None, config: ModelConfig, batch: int) -> None:
     if lengths is None:
-        return None
+        return
     if lengths.shape != (batch,):
         raise ValueError(
             f"prefix_lengths has shape {tuple(lengths.shape)}; give one length an image, ({batch},)"
@@ -332,7 +380,6 @@ def _checked_prefix(
             f"prefix_lengths must lie in 0..{config.num_blocks - 1} (an image has {config.num_blocks} blocks "
             f"and the last must be left to predict), got {lengths.tolist()}"
         )
-    return lengths.to(device)
 
 
 def _autocast_stays(tokens: Tensor, predictor_fp32: bool) -> bool:

@@ -39,4 +39,5 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     for field_name in overrides:
         if field_name not in known:
             raise ValueError(f"unknown model setting {field_name!r}; {nearest_name(field_name, known)}")
-    return replace(get_preset(name).config.model, **overrides)
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    return replace(get_preset(name).config.model, **plain)

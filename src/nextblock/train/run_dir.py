@@ -74,6 +74,7 @@ class RunDir:
         """Make the directory (with `overwrite`, in place of the run that is there) and write what it is."""
         if self.overwrite and self.is_run():
             shutil.rmtree(self.path)
+        self.overwrite = False  # what is there from now on is this run's own
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -316,13 +316,18 @@ def _rows(names: Sequence[str], look: Look) -> tuple[ImageLoss, ...]:
 def _write_json(result: PredictResult, config: ModelConfig, path: Path) -> None:
     content = {
         "mean_loss": _number(result.mean_loss),
-        "loss": config.loss,
-        "norm_pixels": config.norm_pixels,
+        **_target_in_json(config),
         "images": [{name: _number(value) for name, value in row.as_dict().items()} for row in result.rows],
         "bad": [{"name": sample.name, "reason": sample.reason} for sample in result.bad],
     }
     with write_aside(path) as aside:
         aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _target_in_json(config: ModelConfig) -> dict[str, object]:
+    if config.tokenizer is not None:
+        return {"loss": "cross_entropy", "tokenizer": config.tokenizer, "vocab_size": config.vocab_size}
+    return {"loss": config.loss, "norm_pixels": config.norm_pixels}
 
 
 def _number(value: float | str) -> float | str | None:
