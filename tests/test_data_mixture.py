@@ -376,3 +376,9 @@ def test_one_spec_opens_the_source_itself_and_several_a_mixture(tmp_path):
     assert several.spec == " + ".join(specs)
     with pytest.raises(ValueError, match="there is no such directory"):
         open_sources([specs[0], str(tmp_path / "c")], DATA)
+
+
+def test_a_directory_under_two_names_is_one_source(tmp_path):
+    write_images(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"twice; name each source once"):
+        open_sources([str(tmp_path), f"{tmp_path}/"], DataConfig())

@@ -72,6 +72,7 @@ def places(tmp_path) -> dict[str, str]:
     return {
         "DIR": train,
         "DFN2B": val,
+        "SHARDS": str(tmp_path / "shards"),
         "CHECKPOINT": str(checkpoint),
         "ENCODER": str(tmp_path / "encoder"),
         "IMAGENET/train": train,

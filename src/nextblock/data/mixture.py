@@ -8,6 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -74,7 +75,13 @@ class ConcatSource(Source):
 
 
 def open_sources(specs: Sequence[str], data: DataConfig) -> Source:
-    """Open what the specs name: one source as it is, several as a mixture."""
+    """Open what the specs name: one source as it is, several as a mixture; none of them twice."""
+    places = [str(Path(spec).resolve()) if Path(spec).exists() else spec for spec in specs]
+    twice = next((spec for i, spec in enumerate(specs) if places[i] in places[:i]), None)
+    if twice is not None:
+        raise ValueError(
+            f"data.train names {twice!r} twice; name each source once, with a larger share in data.weights"
+        )
     parts = [open_source(spec, data) for spec in specs]
     return parts[0] if len(parts) == 1 else ConcatSource(parts)
 
