@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from nextblock.config import DataConfig
 from nextblock.data import open_source
-from nextblock.data.subsets import draw, draw_per_class, split, write_subset
+from nextblock.data.subsets import absolute_spec, draw, draw_per_class, split, write_subset
 from tiny_runs import call_cli, refused, write_images
 
 DATA = DataConfig(workers=0)
@@ -151,6 +152,42 @@ def test_a_directory_whose_names_no_line_holds_gets_a_list_of_numbers(tmp_path):
     spec = write_subset(tmp_path / "l.txt", open_source(str(tmp_path / "in"), DATA), np.array([0]))
     assert spec.startswith("subset:")
     assert open_source(spec, DATA).name(0) == "a\tb.png"
+
+
+def test_a_list_holds_from_any_directory_and_tells_where_its_source_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "in", 2)
+    with tarfile.open("x.tar", "w") as tar:
+        tar.add("in")
+    write_subset(tmp_path / "l.txt", open_source("x.tar", DATA), np.array([1]))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    spec = f"subset:{tmp_path / 'l.txt'}"
+    assert len(open_source(spec, DATA)) == 1
+    (tmp_path / "x.tar").rename("y.tar")
+    with pytest.raises(ValueError, match=r"the list '.*l\.txt' is of cannot be opened: .*l\.txt,of=SPEC$"):
+        open_source(spec, DATA)
+    assert len(open_source(f"{spec},of=y.tar", DATA)) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "absolute"),
+    [
+        ("in", "{here}/in"),
+        ("files:l.txt", "files:{here}/l.txt"),
+        ("s-{0..3}.tar", "{here}/s-{0..3}.tar"),
+        ("subset:l.txt,of=files:m.txt", "subset:{here}/l.txt,of=files:{here}/m.txt"),
+        ("hf:there,split=train", "hf:{here}/there,split=train"),
+        ("hf:cifar10,split=train", "hf:cifar10,split=train"),
+        ("digits:split=train", "digits:split=train"),
+        ("torchvision:CIFAR10,root=d,train=true", "torchvision:CIFAR10,root={here}/d,train=true"),
+        ("https://host/x.tar", "https://host/x.tar"),
+    ],
+)
+def test_sources_on_this_machine_are_named_by_absolute_paths(tmp_path, monkeypatch, spec, absolute):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert absolute_spec(spec) == absolute.replace("{here}", str(tmp_path))
 
 
 def test_sample_by_fraction_rounds_and_draws_at_least_one(capsys, tmp_path):

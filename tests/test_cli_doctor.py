@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -74,6 +75,22 @@ def test_too_many_broken_files_end_with_code_1_and_the_reason(cli, broken, tmp_p
     assert told == json.loads(out_file.read_text())
     assert (told["healthy"], told["decided_by"]) == (False, "too many broken files")
     assert [bad["name"] for bad in told["train"]["bad"]] == [f"broken_{i:02d}.png" for i in range(12)]
+
+
+def test_a_shard_that_is_cut_off_is_a_problem(cli, tmp_path):
+    with tarfile.open(tmp_path / "cut.tar", "w") as tar:
+        write_images(tmp_path / "images", 4)
+        tar.add(tmp_path / "images", "images")
+    with tarfile.open(tmp_path / "cut.tar") as tar:
+        end = tar.getmembers()[-1].offset_data + 9
+    content = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[:end])
+    code, out, _ = cli("doctor", tmp_path / "cut.tar", *FLAGS, "--json")
+    assert code == 1
+    assert "problem: damaged shards: 1 shard of " in out
+    told = last_json(out)
+    assert told["decided_by"] == "damaged shards"
+    assert told["train"]["damaged_shards"][0]["shard"] == "cut.tar"
 
 
 def test_a_terminal_shows_a_bar_with_the_number_of_unreadable_files():

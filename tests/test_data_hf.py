@@ -20,8 +20,9 @@ import pyarrow.parquet as pq  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from nextblock.config import DataConfig  # noqa: E402
-from nextblock.data import BadImageError, eval_batches, open_source  # noqa: E402
+from nextblock.data import BadImageError, eval_batches, hf_source, open_source  # noqa: E402
 from nextblock.data.hf_source import DatasetError  # noqa: E402
+from nextblock.data.subsets import write_subset  # noqa: E402
 
 DATA = DataConfig(workers=0, val_resize_px=8)
 IMAGE, LABEL = datasets.Image(), datasets.ClassLabel(names=["cat", "dog"])
@@ -145,6 +146,16 @@ def test_columns_of_bytes_and_of_paths_are_images_too(tmp_path):
         by_path.read(1)
 
 
+def test_kinds_that_are_named_count_before_the_ending_parquet(tmp_path):
+    path = parquet(tmp_path / "x.parquet", {"image": [png(5), png(6)]})
+    spec = write_subset(tmp_path / "part.txt", open_source(str(path), DATA), np.array([1]))
+    assert open_source(f"{spec},of={path}", DATA).read(0)[0, 0, 0] == 6
+    Image.fromarray(grey(7)).save(tmp_path / "7.png")
+    (tmp_path / "list.parquet").write_text("7.png\n")
+    source = open_source(f"files:{tmp_path / 'list.parquet'}", DATA)
+    assert source.read(0)[0, 0, 0] == 7
+
+
 def test_an_imagefolder_is_read_with_its_classes(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
@@ -197,6 +208,9 @@ def test_labels_as_text_or_numbers_are_numbered_in_sorted_order(tmp_path):
     assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], ("bee", "owl"))
     numbers = parquet(tmp_path / "numbers.parquet", {"image": images, "label": [10, 9, 10]})
     source = open_source(str(numbers), DATA)
+    assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], ("9", "10"))
+    digits = parquet(tmp_path / "digits.parquet", {"image": images, "label": ["10", "9", "10"]})
+    source = open_source(str(digits), DATA)
     assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], ("9", "10"))
 
 
@@ -253,8 +267,23 @@ def test_another_dataset_split_or_column_has_another_fingerprint(tmp_path):
     first = parquet(tmp_path / "1.parquet", {"image": [png(1)], "other": [png(2)]})
     second = parquet(tmp_path / "2.parquet", {"image": [png(1) + b"0"], "other": [png(2)]})
     specs = (f"hf:{first},image=image", f"hf:{first},image=other", f"hf:{second},image=image")
-    specs = (*specs, f"hf:{first},image=image,split=test")
+    (tmp_path / "x-test.parquet").write_bytes(first.read_bytes())
+    specs = (*specs, f"hf:{tmp_path / 'x-test.parquet'},image=image,split=test")
     assert len({open_source(spec, DATA).fingerprint for spec in specs}) == len(specs)
+
+
+@pytest.mark.parametrize("same_size", [False, True])
+def test_reordered_rows_have_another_fingerprint(tmp_path, monkeypatch, same_size):
+    rows = [b"one", b"two" if same_size else b"three"]
+    if not same_size:
+        monkeypatch.setattr(hf_source, "SAMPLED_ROWS", 0)
+    as_bytes = [{"image": order} for order in (rows, rows[::-1])]
+    in_structs = [{"image": [{"bytes": row, "path": None} for row in order]} for order in (rows, rows[::-1])]
+    as_paths = [{"file": order} for order in (["/x/a.png", "b.png"], ["b.png", "/x/a.png"])]
+    for kind, columns in enumerate([as_bytes, in_structs, as_paths]):
+        files = [parquet(tmp_path / f"{kind}-{i}.parquet", rows) for i, rows in enumerate(columns)]
+        option = ",image=file" if columns is as_paths else ""
+        assert len({open_source(f"hf:{path}{option}", DATA).fingerprint for path in files}) == 2
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -274,17 +303,29 @@ def test_a_dataset_of_the_hub_is_refused_offline_with_a_remedy():
         ("hf:{cats},spilt=train", ValueError, "no option 'spilt'; did you mean 'split'"),
         ("hf:{cats},config=plain", ValueError, "written by save_to_disk has no config"),
         ("hf:{cats}/dataset_info.json", ValueError, "dataset_info.json is no parquet file"),
-        ("{damaged}", DatasetError, r"damaged\.parquet' cannot be read: .*; fetch or write it anew"),
+        (
+            "hf:{one},split=test",
+            ValueError,
+            r"the name one-train.parquet does not say test; leave split= out",
+        ),
+        (
+            "hf:{one},split=train[:50%]",
+            ValueError,
+            r"slices of a split are not read; .*split=train, and draw",
+        ),
+        ("{damaged}", ValueError, r"damaged\.parquet' cannot be read: .*; fetch or write it anew"),
         ("hf:{empty},split=train", ValueError, "empty doesn't contain any data files; name one of the hub"),
     ],
 )
-def test_what_cannot_be_opened_is_refused_in_one_line(cats, tmp_path, spec, error, message):
+def test_what_cannot_be_opened_is_refused_in_one_line(cats, tmp_path, spec, error, message, caplog):
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
     (tmp_path / "empty").mkdir()
-    spec = spec.format(cats=cats, damaged=tmp_path / "damaged.parquet", empty=tmp_path / "empty")
+    one = parquet(tmp_path / "one-train.parquet", {"image": [png(1)]})
+    spec = spec.format(cats=cats, damaged=tmp_path / "damaged.parquet", empty=tmp_path / "empty", one=one)
     with pytest.raises(error, match=message) as told:
         open_source(spec, DATA)
     assert "\n" not in str(told.value)
+    assert not caplog.records
 
 
 def test_without_the_package_the_extra_is_named(cats, monkeypatch):

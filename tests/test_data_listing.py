@@ -108,6 +108,13 @@ def test_first_folders_are_sorted_and_names_without_one_are_counted() -> None:
     assert labels.tolist() == [2, 1, 2, 0]
 
 
+def test_folders_that_are_all_numbers_are_numbered_as_numbers() -> None:
+    paths = [b"10/1.png", b"2/2.png", b"1/3.png"]
+    labels, folders = Names(b"".join(paths), np.array([len(path) for path in paths])).first_folders()
+    assert folders == ("1", "2", "10")
+    assert labels.tolist() == [2, 1, 0]
+
+
 def test_a_million_names_take_their_bytes_and_eight_more_each() -> None:
     number, length = 1_000_000, 30
     found = Names(b"x" * (number * length), np.full(number, length))

@@ -340,6 +340,59 @@ def test_packing_again_does_nothing_and_other_settings_are_refused(folder, tmp_p
         pack(source, tmp_path / "out", replace(CONFIG, quality=80), data)
 
 
+def test_other_settings_of_data_are_other_settings(folder, tmp_path, data):
+    source = open_source(str(folder), data)
+    pack(source, tmp_path / "out", CONFIG, data)
+    for changes, message in (
+        ({"max_pixels": 999}, "max_pixels .* not 999"),
+        ({"decoder": "pillow"}, "decoder"),
+    ):
+        with pytest.raises(ValueError, match=rf"shards of other settings \({message}"):
+            pack(source, tmp_path / "out", CONFIG, replace(data, **changes))
+
+
+@pytest.mark.parametrize("fault", ["gone", "shorter"])
+def test_a_shard_that_has_gone_since_is_written_again(folder, tmp_path, data, fault, caplog):
+    source = open_source(str(folder), data)
+    config = replace(CONFIG, shard_mb=0.004)
+    done = pack(source, tmp_path / "out", config, data)
+    told = (tmp_path / "out" / "manifest.json").read_text()
+    written = shards(tmp_path / "out")
+    assert len(written) >= 2
+    second = tmp_path / "out" / "shard-000001.tar"
+    second.unlink() if fault == "gone" else second.write_bytes(second.read_bytes()[:-512])
+    assert pack(source, tmp_path / "out", config, data) == done
+    assert shards(tmp_path / "out") == written
+    assert (tmp_path / "out" / "manifest.json").read_text() == told
+    assert "shard-000001.tar has gone or changed; packing goes on from it" in caplog.text
+
+
+def test_a_shard_of_the_source_that_is_cut_off_is_told(folder, tmp_path, data):
+    first = pack(open_source(str(folder), data), tmp_path / "whole", CONFIG, data)
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(Path(first.spec).read_bytes()[:3000])
+    done = pack(open_source(str(cut), data), tmp_path / "out", CONFIG, data)
+    assert done.bad == 0
+    (damage,) = done.damage
+    assert damage.startswith("cut.tar: the file ends ")
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "cut.tar"
+
+
+def test_a_place_that_cannot_be_written_is_refused_with_its_cause(folder, tmp_path, data, monkeypatch):
+    source = open_source(str(folder), data)
+    (tmp_path / "list.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"list\.txt is a file, and shards are written to a folder"):
+        pack(source, tmp_path / "list.txt", CONFIG, data)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(packing.PackError, match="Permission denied; give a folder in which you may write"):
+        pack(source, tmp_path / "out", CONFIG, data)
+
+
 def test_a_folder_of_something_else_is_refused(folder, data):
     with pytest.raises(ValueError, match="is not empty; give a new folder"):
         pack(open_source("digits", data), folder, CONFIG, data)

@@ -293,6 +293,10 @@ def test_classes_are_sorted_as_numbers_if_all_are(given, ordered) -> None:
 
 
 def test_a_misspelt_kind_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="a colon; write digits:split=train"):
+        open_source("digits,split=train", DATA)
+    with pytest.raises(ValueError, match=r"one by one: --data.train A --data.train B"):
+        open_source("[imgs,tars/x.tar]", DATA)
     with pytest.raises(ValueError, match="no kind of source 'torchvison'; did you mean 'torchvision'"):
         open_source("torchvison:CIFAR10", DATA)
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from nextblock.cli.pretrain import pretrain
+from nextblock.cli.pretrain import pretrain, run
 from nextblock.config import DataConfig
 from nextblock.data import eval_batches, open_source, statistics
 from nextblock.data.statistics import measure_pixels
@@ -109,6 +109,18 @@ def test_the_evaluation_of_a_run_normalises_as_the_run_did(folder, tmp_path) -> 
     train_on(folder, tmp_path / "run")
     data = evaluation_data(str(tmp_path / "run"), TINY.model)
     assert [list(data.mean), list(data.std)] == list(resolved(tmp_path / "run"))
+
+
+def test_auto_beside_given_numbers_is_refused_and_a_runs_own_settings_are_not(folder, tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match=r"but data.mean is given; leave data.mean out, or set data.normalize"
+    ):
+        train_on(folder, tmp_path / "run", **{"data.mean": (0.5, 0.5, 0.5)})
+    words = ["--data.train", str(folder), "--data.normalize", "auto", "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"but data.std is given"):
+        run([*words, "--data.std=[0.5,0.5,0.5]"])
+    train_on(folder, tmp_path / "run")
+    assert run(["--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "run")]) == 0
 
 
 def test_a_run_with_given_numbers_is_another_run(folder, tmp_path) -> None:

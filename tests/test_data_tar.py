@@ -427,6 +427,12 @@ def test_missing_shards_are_counted_and_the_first_three_named(tmp_path) -> None:
         open_source(f"{tmp_path}/x.tar", DATA)
 
 
+def test_a_pattern_is_refused_with_the_braces_to_write(tmp_path) -> None:
+    write(tmp_path / "x-0.tar", {"1.png": picture()})
+    with pytest.raises(ValueError, match=r"\* \? \[ have no meaning here.*shards-\{000000\.\.000999\}\.tar"):
+        open_source(f"{tmp_path}/*.tar", DATA)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -56,6 +56,8 @@ def _pack(argv: Sequence[str]) -> int:
     if done.bad:
         listed = Path(done.place) / "quarantine.jsonl"
         sys.stdout.write(f"{done.bad} of {done.images} left out, as they cannot be read: {listed}\n")
+    for damage in done.damage:
+        sys.stdout.write(f"not whole: {damage}\n")
     if options.json:
         sys.stdout.write(json.dumps(done._asdict()) + "\n")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="begin anew where --out holds another run")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     config, options = parse_run(parser, argv)
+    _check_statistics(config, (word.partition("=")[0].removeprefix("--") for word in argv))
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
     if options.json:
         sys.stdout.write(json.dumps({**vars(result), "run_dir": str(result.run_dir)}) + "\n")
@@ -55,10 +56,12 @@ def pretrain(
     """
     from nextblock.cli.arguments import resolve
     from nextblock.data import jpeg_decoder, open_source, open_sources
+    from nextblock.settings import flatten
     from nextblock.train import ConsoleReporter, train
 
     base = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     config = resolve(base, overrides)
+    _check_statistics(config, flatten(overrides))
     reporter = reporter or ConsoleReporter()
     for hint in _hints(config):
         reporter.note(hint)
@@ -85,6 +88,16 @@ def _train_specs(config: RunConfig) -> tuple[str, ...]:
             f"order: {' '.join(['--data.train DIR'] * len(weights))}"
         )
     raise ValueError("there is nothing to train on; name a directory of images: --data.train DIR")
+
+
+def _check_statistics(config: RunConfig, given: Iterable[str]) -> None:
+    """Refuse numbers that would be measured over; a run's own config.yaml may have both."""
+    both = [name for name in given if name in ("data.mean", "data.std")]
+    if both and config.data.normalize == "auto":
+        raise ValueError(
+            f"data.normalize auto measures data.mean and data.std, but {both[0]} is given; leave "
+            f"{' and '.join(dict.fromkeys(both))} out, or set data.normalize given"
+        )
 
 
 def _with_statistics(config: RunConfig, source: Source, out: Path | None, reporter: Reporter) -> RunConfig:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int64
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data.doctor import Duplicates, Examination, duplicates
 from nextblock.data.mixture import parts_of
+from nextblock.data.tar import damage_of
 
 __all__ = [
     "Checkup",
@@ -91,7 +92,9 @@ def diagnose(checkup: Checkup) -> list[Finding]:
     repeats = duplicates(train.digests, train.readable)
     found = [
         _broken(train, checkup.data),
+        _damaged(train),
         checkup.geometry,
+        None if val is None else _damaged(val),
         None if val is None else _broken(val, checkup.data),
         None if val is None else _leakage(find_leakage(train, val)),
         *_duplicates(train, repeats),
@@ -122,6 +125,15 @@ def _broken(found: Examination, data: DataConfig) -> Finding | None:
         text = f"{counted}, more than {limit} allows: a run would stop; fix or remove them"
         return Finding("problem", "too many broken files", text)
     return Finding("warning", "broken files", f"{counted}, which {limit} allows; a run leaves them out")
+
+
+def _damaged(found: Examination) -> Finding | None:
+    damage = damage_of(found.source)
+    if not damage:
+        return None
+    shards = f"{len(damage):,} shard{'s' * (len(damage) != 1)} of {found.source.spec}"
+    text = f"{shards} cannot be read to the end ({_listed(list(map(str, damage)))}); fetch or pack them again"
+    return Finding("problem", "damaged shards", text)
 
 
 def geometry_finding(model: ModelConfig, **sizes: Any) -> Finding | None:
@@ -333,6 +345,7 @@ def _examined(found: Examination) -> dict[str, Any]:
         "examined": found.examined,
         "elapsed_s": found.elapsed_s,
         "bad": [bad._asdict() for bad in found.bad()],
+        "damaged_shards": [damage._asdict() for damage in damage_of(found.source)],
         "bad_fraction": found.num_bad / max(1, found.examined),
         "formats": dict(found.formats.most_common()),
         "modes": dict(found.modes.most_common()),

@@ -11,7 +11,10 @@ text. Where several would do, `image=COLUMN` and `label=COLUMN` choose.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
+from nextblock.data.listing import in_class_order
 from nextblock.data.sources import EncodedSource, Labels, read_file
 from nextblock.data.sources import _options as read_options
 from nextblock.settings import nearest_name
@@ -31,6 +35,9 @@ __all__ = ["LABEL_NAMES", "DatasetError", "HuggingFaceSource", "open_dataset"]
 
 LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "fine_label")
 """What a column of labels that does not say so itself may be called, in small or capital letters."""
+
+SAMPLED_ROWS = 64
+"""The fingerprint is made of the sizes of all images, and of the bytes of this many."""
 
 OPTIONS = ("split", "config", "image", "label", "revision")
 
@@ -113,10 +120,12 @@ class HuggingFaceSource(EncodedSource):
         split = (self._rows.info.splits or {}).get(str(self._rows.split).partition("[")[0])
         if split is None:  # written by save_to_disk, which keeps the dataset's own fingerprint
             return str(self._rows._fingerprint)
-        first = self._images[0][self._image]
-        holds_bytes = isinstance(first, bytes) or (isinstance(first, dict) and first.get("bytes") is not None)
-        # Of images that are given as paths the number of bytes tells where they lie.
-        return f"{split.num_examples}, {split.num_bytes if holds_bytes else 'paths'}"
+        digest = hashlib.blake2b(_sizes_and_names(self._images, self._image), digest_size=16)
+        for index in sorted({len(self) * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
+            value = self._images[index][self._image]
+            value = value.get("bytes") if isinstance(value, dict) else value
+            digest.update(hashlib.blake2b(value).digest() if isinstance(value, bytes) else b"none")
+        return f"{split.num_examples}, {digest.hexdigest()}"
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -140,12 +149,22 @@ def _load(spec: str, name: str, options: dict[str, str]) -> Dataset:
         raise ValueError(f"{spec!r} names no dataset; write hf:NAME,split=train or hf:PATH,split=train")
     if name.startswith((".", "/", "~")) and not path.exists():
         raise ValueError(f"{spec!r}: there is no {path.absolute()}")
+    if "[" in options.get("split", ""):
+        raise ValueError(
+            f"{spec!r}: slices of a split are not read; name the whole split, split="
+            f"{options['split'].partition('[')[0]}, and draw a part of it with `nextblock data sample`"
+        )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _load_saved(spec, path, options)
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"{spec!r}: {path.name} is no parquet file; give one, or a folder of them")
         split = options.get("split", "train")
+        if split != "train" and split not in re.split(r"[^A-Za-z0-9]+", path.stem):
+            raise ValueError(
+                f"{spec!r}: one parquet file is one split, and the name {path.name} does not say {split}; "
+                "leave split= out, or name the file of that split"
+            )
         arguments = {"path": "parquet", "data_files": {split: str(path)}}
         return _complaints(spec, datasets, lambda: datasets.load_dataset(**arguments, split=split))
     place = str(path) if path.exists() else name
@@ -191,7 +210,8 @@ def _the_split(spec: str, splits: list[str], asked: str | None) -> str:
 def _complaints(spec: str, datasets: ModuleType, load: Callable[[], Any]) -> Any:
     """Call, with what the library complains about in one line that names the source and a remedy."""
     try:
-        return load()
+        with _silent():
+            return load()
     except datasets.exceptions.DatasetGenerationError as error:
         raise _unreadable(spec, error.__cause__ or error) from error
     except ConnectionError as error:
@@ -210,8 +230,24 @@ def _complaints(spec: str, datasets: ModuleType, load: Callable[[], Any]) -> Any
         raise ValueError(f"{spec!r}: {_one_line(error)}") from error
 
 
-def _unreadable(spec: str, reason: BaseException) -> DatasetError:
-    return DatasetError(f"{spec!r} cannot be read: {_one_line(reason)}; fetch or write it anew")
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the library from logging what it raises as well."""
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _unreadable(spec: str, reason: BaseException) -> DatasetError | ValueError:
+    """A failure where the system or the network says so; else a damaged file, as a bad zip is."""
+    of_arrow = type(reason).__module__.startswith("pyarrow")
+    is_damage = of_arrow or (type(reason) is OSError and reason.errno is None)
+    kind = ValueError if is_damage else DatasetError
+    return kind(f"{spec!r} cannot be read: {_one_line(reason)}; fetch or write it anew")
 
 
 def _one_line(error: BaseException) -> str:
@@ -262,6 +298,27 @@ def _undecoded(rows: Dataset, column: str) -> Dataset:
     return images
 
 
+def _sizes_and_names(images: Dataset, column: str) -> bytes:
+    """A hash of every row's number of bytes, and of the file's name where there is a path, in their order.
+
+    The sizes are read from the column's offsets; the images themselves are not touched.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    sizes, names = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    rows: Any = images if images._indices is None else images.flatten_indices()
+    for part in rows.data.column(column).chunks:
+        for values in part.flatten() if pa.types.is_struct(part.type) else [part]:
+            if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
+                lengths = pc.fill_null(pc.call_function("binary_length", [values]), -1)
+                sizes.update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                for value in values.to_pylist():
+                    names.update((value or "").rpartition("/")[2].encode() + b"\0")
+    return sizes.digest() + names.digest()
+
+
 def _label_columns(spec: str, rows: Dataset, asked: str | None, image: str) -> list[str]:
     """The columns that labels could be meant by."""
     from datasets import ClassLabel
@@ -307,4 +364,5 @@ def _labels(spec: str, rows: Dataset, column: str) -> Labels:
     if not _holds_classes(feature):
         raise ValueError(f"{spec!r}: the column {column} holds {feature}, not a class; choose another")
     classes, numbers = np.unique(np.asarray(values.to_pylist()), return_inverse=True)
-    return numbers.astype(np.int64), tuple(map(str, classes))
+    rank, names = in_class_order(list(map(str, classes)))
+    return rank[numbers.reshape(-1)], names

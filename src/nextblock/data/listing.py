@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +32,7 @@ __all__ = [
     "Names",
     "describe_others",
     "extension",
+    "in_class_order",
     "kind_of_other",
     "list_images",
     "member_name",
@@ -82,15 +85,13 @@ class Names:
         return int(np.count_nonzero(before[1:] == before[:-1]))
 
     def first_folders(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        """The first-level folder of every path as a number, int64 (n,), and the folders' names, sorted."""
+        """The first-level folder of every path as a number, int64 (n,), and the folders' names by number."""
         numbers: dict[bytes, int] = {}
         labels = np.empty(len(self), dtype=np.int64)
         for index in range(len(self)):
             labels[index] = numbers.setdefault(self[index].partition(b"/")[0], len(numbers))
-        order = sorted(numbers)
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[[numbers[name] for name in order]] = np.arange(len(order))
-        return rank[labels], tuple(map(text, order))
+        rank, classes = in_class_order([text(name) for name in numbers])
+        return rank[labels], classes
 
     def digest(self, *more: np.ndarray) -> str:
         """A hash of all names, and of further numbers if given."""
@@ -340,6 +341,19 @@ def member_name(name: bytes) -> bytes:
     while name.startswith((b"/", b"./")):
         name = name.partition(b"/")[2]
     return name
+
+
+def in_class_order(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The number of each class, int64, and the classes by number: as numbers if all are, else as text."""
+
+    def key(position: int) -> tuple[Decimal, str]:
+        return Decimal(names[position]) if are_numbers else Decimal(0), names[position]
+
+    are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in names)
+    order = sorted(range(len(names)), key=key)
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[order] = np.arange(len(names))
+    return rank, tuple(names[position] for position in order)
 
 
 def kind_of_other(path: bytes) -> str:

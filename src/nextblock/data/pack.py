@@ -4,16 +4,21 @@
     DST/shard-000000.tar.nextblock-index  where everything lies in it
     DST/names.tsv                         KEY and the image's name in the source
     DST/manifest.json                     counts, classes, the source, the settings
-    DST/quarantine.jsonl                  images that could not be read and are not packed, if there are any
+    DST/quarantine.jsonl                  images that could not be read and are not packed, if there are any,
+                                          and shards of the source that end early
 
 The shards are a function of the source and the settings, whatever the number of workers. A shard appears
-whole or not at all; packing that was stopped goes on after the last whole one when it is started again.
+whole or not at all; packing that was stopped goes on after the last whole one when it is started again, and
+packing that is complete from the first shard that has gone since.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import logging
+import math
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -36,11 +41,14 @@ from nextblock.data.loader import BadSample, resolve_workers
 from nextblock.data.quarantine import QuarantineLog
 from nextblock.data.scenes import read_bands, starts
 from nextblock.data.sources import Source
+from nextblock.data.tar import damage_of
 from nextblock.data.tar_index import tar_index
 from nextblock.data.workers import start_worker
 from nextblock.settings import check_types, require
 
 __all__ = ["PackConfig", "PackError", "Packed", "pack"]
+
+log = logging.getLogger(__name__)
 
 _ENDINGS = {
     "JPEG": "jpg",
@@ -108,6 +116,8 @@ class Packed(NamedTuple):
     images: int
     """Of the source; each is a sample, or several tiles, or broken."""
     bad: int
+    damage: list[str]
+    """Of the source's own shards: those that cannot be read to their end, and why."""
     num_bytes: int
 
 
@@ -138,32 +148,59 @@ def pack(
             f"data.channels is {data.channels}, and only 1 or 3 can be encoded; leave resize_px, tile_px and "
             "format out, which keeps the files as they are"
         )
-    settings = {"source": source.fingerprint, **config.settings(), "channels": data.channels}
+    if dst.exists() and not dst.is_dir():
+        raise ValueError(f"{dst} is a file, and shards are written to a folder; give another name")
+    of_data = {name: getattr(data, name) for name in ("channels", "decoder", "max_pixels")}
+    settings = {"source": source.fingerprint, **config.settings(), **of_data}
     manifest = dst / "manifest.json"
-    if manifest.exists():
-        return _finished(manifest, settings)
     try:
+        done = _finished(manifest, settings) if manifest.exists() else None
+        if done is not None:
+            return done
         journal = _Journal(dst, settings)
         _write_all(source, dst, config, data, journal, progress)
         done = _summary(source, dst, journal)
         names = source.class_names if source.has_labels else ()
-        told = {**done._asdict(), "source": source.spec, "settings": settings, "classes": list(names)}
+        about = {"source": source.spec, "settings": settings, "classes": list(names)}
+        told = {**done._asdict(), **about, "journal": journal.shards}
         _write(manifest, json.dumps(told, indent=1) + "\n")
         journal.path.unlink()
     except OSError as error:
-        raise PackError(
-            f"cannot write to {dst}: {error.strerror or error}; make room and run it again (whole shards are "
-            "kept), or give another folder"
-        ) from error
+        raise PackError(f"cannot write to {dst}: {error.strerror or error}; {_remedy(error)}") from error
     return done
 
 
-def _finished(manifest: Path, settings: dict[str, Any]) -> Packed:
-    """What an earlier call wrote, if it was told the same."""
-    told = json.loads(manifest.read_text())
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "give a folder in which you may write"
+    room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{room}run it again (whole shards are kept), or give another folder"
+
+
+def _finished(manifest: Path, settings: dict[str, Any]) -> Packed | None:
+    """What an earlier call wrote, if it was told the same; None, with its journal, if some has gone since."""
+    told, dst = json.loads(manifest.read_text()), manifest.parent
     if told["settings"] != settings:
-        raise ValueError(_is_other(manifest.parent, told["settings"], settings))
+        raise ValueError(_is_other(dst, told["settings"], settings))
+    if len(_whole(dst, told["journal"])) < len(told["journal"]):
+        _write(dst / "packing.jsonl", _lines(settings, *told["journal"]))
+        manifest.unlink()
+        return None
     return Packed(**{name: told[name] for name in Packed._fields})
+
+
+def _whole(dst: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shards, of those a journal names, before the first that is not there as it was written."""
+
+    def size(path: Path) -> int:
+        return path.stat().st_size if path.is_file() else -1
+
+    num_names_bytes = size(dst / "names.tsv")
+    for number, shard in enumerate(shards):
+        if size(dst / shard["shard"]) != shard["bytes"] or num_names_bytes < shard["names_bytes"]:
+            log.warning("%s: %s has gone or changed; packing goes on from it", dst, shard["shard"])
+            return shards[:number]
+    return shards
 
 
 def _is_other(dst: Path, there: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -174,7 +211,10 @@ def _is_other(dst: Path, there: dict[str, Any], asked: dict[str, Any]) -> str:
 
 
 def _summary(source: Source, dst: Path, journal: _Journal) -> Packed:
-    shards, bad = journal.shards, QuarantineLog(dst / "quarantine.jsonl", len(source), 1).count
+    shards, damage = journal.shards, damage_of(source)
+    quarantine = QuarantineLog(dst / "quarantine.jsonl", len(source), math.inf)
+    for number, damaged in enumerate(damage):  # no images: they get numbers that no image has
+        quarantine.add(BadSample(-1 - number, damaged.shard, damaged.reason))
     if not shards:
         raise ValueError(f"{source.spec!r}: none of its {len(source)} images can be read")
     last = f"{len(shards) - 1:06d}"
@@ -184,7 +224,8 @@ def _summary(source: Source, dst: Path, journal: _Journal) -> Packed:
         shards=len(shards),
         samples=sum(shard["samples"] for shard in shards),
         images=len(source),
-        bad=bad,
+        bad=quarantine.count - len(damage),
+        damage=list(map(str, damage)),
         num_bytes=sum(shard["bytes"] for shard in shards),
     )
 
@@ -203,11 +244,11 @@ class _Journal:
             whole = [json.loads(line) for line in lines[: lines.rfind(b"\n") + 1].splitlines()]
             if whole and whole[0] != settings:
                 raise ValueError(_is_other(dst, whole[0], settings))
-            self.shards = whole[1:]
+            self.shards = _whole(dst, whole[1:])
         elif dst.exists() and any(dst.iterdir()):
             raise ValueError(f"{dst} is not empty; give a new folder, or remove it")
         dst.mkdir(parents=True, exist_ok=True)
-        _write(self.path, "".join(json.dumps(line) + "\n" for line in (settings, *self.shards)))
+        _write(self.path, _lines(settings, *self.shards))
         names = dst / "names.tsv"  # of a shard that did not become whole it may hold some
         with names.open("ab") as file:
             file.truncate(self.shards[-1]["names_bytes"] if self.shards else 0)
@@ -312,6 +353,10 @@ class _Writer:
     @property
     def _aside(self) -> Path:
         return self._dst / "shard.part"
+
+
+def _lines(*values: dict[str, Any]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,11 +2,13 @@
 
 A shard's index is kept when its copy goes, so that a run can start again, and know every image's name,
 without fetching anything. The first start takes the index `X.tar.nextblock-index` that lies beside a shard on
-the server, as `nextblock data pack` writes it; a shard without one is fetched once to make it.
+the server, as `nextblock data pack` writes it; a shard without one is fetched once to make it. An index from
+the server is compared with its shard when that is fetched.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import mmap
@@ -26,7 +28,6 @@ from nextblock.data.remote import (
     expand,
     folder_of,
     held_copy,
-    local_copy,
     read_small,
     remote_state,
 )
@@ -43,6 +44,8 @@ THREADS = 8
 TOUCH_EVERY_S = 10.0
 """Time after which reading a copy marks it as used again."""
 _ATTEMPTS = 5
+_SERVED = "served"
+"""In the header of a kept index: it came from the server and was not compared with its shard yet."""
 
 
 def open_remote(spec: str, data: DataConfig) -> RemoteTarSource:
@@ -77,10 +80,33 @@ class RemoteTarSource(TarSource):
 
     def _read_indexes(self) -> list[Index]:
         each = [(url, state, self._data) for url, state in zip(self._urls, self._states, strict=True)]
-        return _in_threads(_index, each, "{done} of {all} shards indexed", self.spec)
+        indexes = _in_threads(_index, each, "{done} of {all} shards indexed", self.spec)
+        # Those from the server, which may be of what the shard was before.
+        self._unchecked = {
+            shard: _digest(index) for shard, index in enumerate(indexes) if _SERVED in index.header
+        }
+        return indexes
 
     def _path(self, shard: int) -> Path:
-        return local_copy(self._urls[shard], self._data, self._states[shard])
+        with held_copy(self._urls[shard], self._data, self._states[shard]) as copy:
+            if shard in self._unchecked:
+                self._check_index(shard, copy)
+            return copy
+
+    def _check_index(self, shard: int, copy: Path) -> None:
+        """`RemoteError` where the index that came from the server is not this shard's."""
+        url, state = self._urls[shard], self._states[shard]
+        try:
+            index = _index_of_copy(url, copy, self._data)
+        except ValueError as error:
+            raise RemoteError(str(error)) from error
+        write_index(copy.with_name("index"), *index, version=VERSION, stamp=list(state))
+        if _digest(index) != self._unchecked[shard]:
+            raise RemoteError(
+                f"{url} is not what the index beside it on the server says: names or labels differ; upload a "
+                "new index or delete it there, and start again (here the shard's own is used from now on)"
+            )
+        del self._unchecked[shard]
 
     def _map(self, shard: int) -> mmap.mmap:
         if shard in self._maps and self._is_there(shard):
@@ -140,16 +166,31 @@ def _index(url: str, state: RemoteState, data: DataConfig) -> Index:
     if index is not None:
         return index
     index = _served_index(url, state, folder)
-    if index is None:
+    if index is not None:
+        index.header[_SERVED] = True
+    else:
         log.debug("%s has no index on the server; it is fetched to make one", url)
         with held_copy(url, data, state) as copy:
-            try:
-                index = tar_index(copy, data)
-            except ValueError as error:
-                raise ValueError(f"{url}: {error}") from error
-            copy.with_name(f"{copy.name}.nextblock-index").unlink(missing_ok=True)
+            index = _index_of_copy(url, copy, data)
     write_index(folder / "index", *index, version=VERSION, stamp=stamp)
     return index
+
+
+def _index_of_copy(url: str, copy: Path, data: DataConfig) -> Index:
+    """Made from the shard itself; `ValueError` naming its address where it is no tar that can be used."""
+    try:
+        return tar_index(copy, data, called=url)
+    finally:
+        copy.with_name(f"{copy.name}.nextblock-index").unlink(missing_ok=True)
+
+
+def _digest(index: Index) -> str:
+    """Equal for indexes that say the same."""
+    told = {name: value for name, value in index.header.items() if name != _SERVED}
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
+    for part in index.parts:
+        digest.update(hashlib.blake2b(part, digest_size=16).digest())
+    return digest.hexdigest()
 
 
 def _served_index(url: str, state: RemoteState, folder: Path) -> Index | None:

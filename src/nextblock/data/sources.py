@@ -20,8 +20,6 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, decode_image
 from nextblock.data.keyed import keyed_permutation
-from nextblock.data.listing import list_images
+from nextblock.data.listing import in_class_order, list_images
 from nextblock.data.remote import is_remote
 from nextblock.settings import nearest_name
 
@@ -145,10 +143,6 @@ def open_source(spec: str, data: DataConfig) -> Source:
         from nextblock.data.remote_tar import open_remote
 
         return open_remote(spec, data)
-    if kind == "hf" or spec.lower().endswith(".parquet"):
-        from nextblock.data.hf_source import open_dataset
-
-        return open_dataset(spec, data)
     if kind == "subset":
         from nextblock.data.subsets import open_subset
 
@@ -157,6 +151,10 @@ def open_source(spec: str, data: DataConfig) -> Source:
         from nextblock.data.files import FilesSource
 
         return FilesSource(spec, Path(rest).expanduser(), data)
+    if kind == "hf" or spec.lower().endswith(".parquet"):
+        from nextblock.data.hf_source import open_dataset
+
+        return open_dataset(spec, data)
     return _open_path(spec, kind, data)
 
 
@@ -188,6 +186,13 @@ def _why_not(spec: str, kind: str, path: Path) -> str:
     if path.exists():
         remedy = f"give the directory that holds it, or files:{spec} if it lists images"
         return f"{spec!r} is a file; {remedy}; known sources: {KNOWN}"
+    if spec.startswith("digits,"):
+        return f"{spec!r}: the options of digits follow a colon; write digits:{spec.removeprefix('digits,')}"
+    if spec.startswith("["):
+        return (
+            f"{spec!r}: there is no such directory; name several sources to train on one by one: "
+            "--data.train A --data.train B, or doctor A B"
+        )
     if _has_unknown_kind(spec):
         nearest = nearest_name(kind, list(_KINDS))
         return f"{spec!r}: there is no kind of source {kind!r}; {nearest}; known: {KNOWN}"
@@ -207,19 +212,6 @@ def _options(spec: str, text: str, known: tuple[str, ...] | None = None) -> dict
             raise ValueError(f"{spec!r}: there is no option {key!r}; {nearest_name(key, list(known))}")
         options[key] = value
     return options
-
-
-def in_class_order(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The number of each class, int64, and the classes by number: as numbers if all are, else as text."""
-
-    def key(position: int) -> tuple[Decimal, str]:
-        return Decimal(names[position]) if are_numbers else Decimal(0), names[position]
-
-    are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in names)
-    order = sorted(range(len(names)), key=key)
-    rank = np.empty(len(names), dtype=np.int64)
-    rank[order] = np.arange(len(names))
-    return rank, tuple(names[position] for position in order)
 
 
 def read_file(path: Path) -> bytes:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from nextblock.config import DataConfig
 from nextblock.data.keyed import keyed_permutation
+from nextblock.data.remote import is_remote
 from nextblock.data.sources import FolderSource, Labels, Source, open_source
 
-__all__ = ["SubsetSource", "draw", "draw_per_class", "open_subset", "split", "write_subset"]
+__all__ = ["SubsetSource", "absolute_spec", "draw", "draw_per_class", "open_subset", "split", "write_subset"]
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     if lines is None:
         lines = [
             b"# images of a source of nextblock; read it as subset:THIS_FILE",
-            f"# of: {source.spec}".encode(),
+            os.fsencode(f"# of: {absolute_spec(source.spec)}"),
             f"# fingerprint: {source.fingerprint}".encode(),
             *(f"{number}\t{_plain(source.name(number))}".encode() for number in numbers.tolist()),
         ]
@@ -159,6 +160,36 @@ def _file_lines(source: FolderSource, numbers: np.ndarray) -> list[bytes] | None
     ]
 
 
+def absolute_spec(spec: str) -> str:
+    """The same source, named so that any working directory will do; as it is where that is no matter."""
+    if is_remote(spec):
+        return spec
+    kind, _, rest = spec.partition(":")
+    if kind == "subset":
+        path, comma, of = rest.partition(",of=")
+        return f"subset:{_absolute(path)}{comma}{absolute_spec(of) if of else ''}"
+    if kind == "files":
+        return f"files:{_absolute(rest)}"
+    if kind == "hf":
+        name, comma, options = rest.partition(",")
+        there = _absolute(name) if Path(name).expanduser().exists() else name
+        return f"hf:{there}{comma}{options}"
+    if kind == "torchvision":
+        options = (option.partition("=") for option in rest.split(","))
+        told = [
+            f"root={_absolute(value)}" if key == "root" else key + sign + value
+            for key, sign, value in options
+        ]
+        return f"torchvision:{','.join(told)}"
+    if kind == "digits":
+        return spec
+    return _absolute(spec)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
 def _plain(name: str) -> str:
     return " ".join(name.split())
 
@@ -173,7 +204,14 @@ def open_subset(spec: str, data: DataConfig) -> SubsetSource:
     of = of or head.get("of", "")
     if not of:
         raise ValueError(f"{spec!r}: the list names no source; write subset:{text},of=SPEC")
-    return SubsetSource(spec, open_source(of, data), numbers, head.get("fingerprint"))
+    try:
+        source = open_source(of, data)
+    except ValueError as error:
+        raise ValueError(
+            f"{spec!r}: the source that the list {str(path)!r} is of cannot be opened: {error}; where it "
+            f"lies elsewhere now, write subset:{text},of=SPEC"
+        ) from error
+    return SubsetSource(spec, source, numbers, head.get("fingerprint"))
 
 
 def _read_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]:

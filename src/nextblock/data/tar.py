@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,11 +22,13 @@ from nextblock.config import DataConfig
 from nextblock.data.cache import Index
 from nextblock.data.decode import BadImageError
 from nextblock.data.listing import EXTENSIONS, Names, describe_others
+from nextblock.data.mixture import parts_of
 from nextblock.data.remote import expand
-from nextblock.data.sources import EncodedSource, Labels, in_class_order
+from nextblock.data.sources import EncodedSource, Labels, Source, in_class_order
+from nextblock.data.subsets import SubsetSource
 from nextblock.data.tar_index import tar_index
 
-__all__ = ["TarSource", "open_tar"]
+__all__ = ["Damage", "TarSource", "damage_of", "open_tar"]
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,29 @@ PROGRESS_S = 5.0
 """Time between two progress lines."""
 
 
+class Damage(NamedTuple):
+    """A shard that cannot be read to its end."""
+
+    shard: str
+    reason: str
+    images: int
+    """Those before that, which are used."""
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.reason}; the {self.images} images before that are used"
+
+
+def damage_of(source: Source) -> list[Damage]:
+    """What is damaged of the shards that a source, a mixture or a subset reads."""
+    found = []
+    for part in parts_of(source):
+        if isinstance(part, SubsetSource):
+            found += damage_of(part.of)
+        elif isinstance(part, TarSource):
+            found += part.damage
+    return found
+
+
 def open_tar(spec: str, data: DataConfig) -> TarSource:
     """The shards that a spec names, on this machine; `ValueError` naming the first three that are missing."""
     path = Path(spec).expanduser()
@@ -43,6 +69,11 @@ def open_tar(spec: str, data: DataConfig) -> TarSource:
         return TarSource(spec, [path], data)
     paths = [Path(name).expanduser() for name in expand(spec)]
     missing = [path for path in paths if not path.is_file()]
+    if missing and len(paths) == 1 and any(sign in spec for sign in "*?["):
+        raise ValueError(
+            f"{spec!r}: the signs * ? [ have no meaning here, and there is no such file; name shards by the "
+            "numbers from one to another, in braces: shards-{000000..000999}.tar"
+        )
     if missing:
         first = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
@@ -67,6 +98,8 @@ class TarSource(EncodedSource):
         _check_distinct(spec, self._shard_names)
         self._maps: dict[int, mmap.mmap] = {}
         indexes = self._read_indexes()
+        self.damage = self._damage(indexes)
+        """Shards that are not whole."""
         self._say(indexes)
         of_names, lengths, offsets, sizes, classes = zip(*(index.parts for index in indexes), strict=True)
         self._names = Names(b"".join(of_names), _numbers(lengths))
@@ -155,12 +188,15 @@ class TarSource(EncodedSource):
         if others:
             number = sum(len(index.parts[1]) // 8 for index in indexes)
             log.info("%s: %d images; ignored %s", self.spec, number, describe_others(others))
-        for name, index in zip(self._shard_names, indexes, strict=True):
-            if index.header["problem"] is not None:
-                number = len(index.parts[1]) // 8
-                log.warning(
-                    "%s: %s; the %d images before that are used", name, index.header["problem"], number
-                )
+        for damage in self.damage:
+            log.warning("%s", damage)
+
+    def _damage(self, indexes: Sequence[Index]) -> list[Damage]:
+        return [
+            Damage(name, index.header["problem"], len(index.parts[1]) // 8)
+            for name, index in zip(self._shard_names, indexes, strict=True)
+            if index.header["problem"] is not None
+        ]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_maps": {}}

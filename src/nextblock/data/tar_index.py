@@ -51,17 +51,19 @@ class _Cut(Exception):  # noqa: N818 - it says what happened
     """The tar cannot be read further; the message says why."""
 
 
-def tar_index(path: Path, data: DataConfig) -> Index:
+def tar_index(path: Path, data: DataConfig, called: str | None = None) -> Index:
     """A tar's index, from beside it or from the cache folder if its size and time of change agree, else new.
 
     Header: `classes`, `others` (what is ignored, by kind), `problem` (why the rest cannot be read, or None).
     Parts: the images' names joined; then, int64 each, the names' lengths, the images' offsets and sizes, and
-    the number of each image's class, -1 for none. `ValueError` where the file is no tar that can be used.
+    the number of each image's class, -1 for none. `ValueError` where the file is no tar that can be used; it
+    names the tar as it is `called`, by default its path.
     """
+    called = str(path) if called is None else called
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise ValueError(f"cannot read the shard {str(path)!r}: {error.strerror}") from error
+        raise ValueError(f"cannot read the shard {called!r}: {error.strerror}") from error
     try:
         status = os.fstat(file)
         stamp = [status.st_size, status.st_mtime_ns]
@@ -72,7 +74,7 @@ def tar_index(path: Path, data: DataConfig) -> Index:
             index = read_index(cached, version=VERSION, stamp=stamp)
         if index is not None:
             return index
-        index = _build(path, lambda size, start: os.pread(file, size, start), status.st_size)
+        index = _build(called, lambda size, start: os.pread(file, size, start), status.st_size)
     finally:
         os.close(file)
     places = (beside,) if cached is None else (beside, cached)
@@ -81,16 +83,16 @@ def tar_index(path: Path, data: DataConfig) -> Index:
     return index
 
 
-def _build(path: Path, read: Read, end: int) -> Index:
+def _build(called: str, read: Read, end: int) -> Index:
     contents = _Contents(read)
     problem = None
     try:
-        for member in _members(path, read, end):
+        for member in _members(called, read, end):
             contents.add(member)
     except _Cut as cut:
         problem = str(cut)
     except OSError as error:
-        raise ValueError(f"cannot read the shard {str(path)!r}: {error.strerror}") from error
+        raise ValueError(f"cannot read the shard {called!r}: {error.strerror}") from error
     return contents.index(problem)
 
 
@@ -164,12 +166,12 @@ def _field(content: bytes) -> str | None:
 # -------------------------------------------------------------------------------------------------- headers
 
 
-def _members(path: Path, read: Read, end: int) -> Iterator[Member]:
+def _members(called: str, read: Read, end: int) -> Iterator[Member]:
     """The members that are whole, in the order of the file; `_Cut` where the rest cannot be read."""
     position, extended = 0, {}
     while True:
         header = read(_BLOCK, position)
-        _check_start(path, header, end) if position == 0 else None
+        _check_start(called, header, end) if position == 0 else None
         if not header.strip(b"\0") and len(header) == _BLOCK:
             return
         if len(header) < _BLOCK:
@@ -188,24 +190,24 @@ def _members(path: Path, read: Read, end: int) -> Iterator[Member]:
         else:
             if member.kind == b"S" or any(key.startswith(b"GNU.sparse") for key in records):
                 raise ValueError(
-                    f"{str(path)!r}: {text(member.name)!r} is stored sparsely; pack it again without --sparse"
+                    f"{called!r}: {text(member.name)!r} is stored sparsely; pack it again without --sparse"
                 )
             yield member
         position = member.offset + -(-member.size // _BLOCK) * _BLOCK
 
 
-def _check_start(path: Path, header: bytes, end: int) -> None:
+def _check_start(called: str, header: bytes, end: int) -> None:
     """`ValueError` where a file is no plain tar."""
     if end == 0:
-        raise ValueError(f"{str(path)!r} is empty (0 bytes); fetch or pack it again")
+        raise ValueError(f"{called!r} is empty (0 bytes); fetch or pack it again")
     for magic, name in _COMPRESSED.items():
         if header.startswith(magic):
             raise ValueError(
-                f"{str(path)!r} is compressed ({name}), and what is compressed as a whole cannot be read in "
+                f"{called!r} is compressed ({name}), and what is compressed as a whole cannot be read in "
                 "any order; unpack it to a plain tar"
             )
     if len(header) < _BLOCK or (header.strip(b"\0") and not _is_header(header)):
-        raise ValueError(f"{str(path)!r} is no tar (it begins with {header[:8]!r}); check the file")
+        raise ValueError(f"{called!r} is no tar (it begins with {header[:8]!r}); check the file")
 
 
 def _is_header(header: bytes) -> bool:
