@@ -29,7 +29,7 @@ from nextblock.interop.names import on_cpu
 from nextblock.interop.timm_models import model_args
 from nextblock.interop.timm_weights import TIMM_EPS, from_timm, is_timm_weights, read_timm_weights
 from nextblock.models import NextBlockModel
-from nextblock.models.encoder import positions_on
+from nextblock.models.encoder import positions_on, vit_arguments
 from nextblock.settings import from_dict, nearest_name, to_dict
 
 __all__ = [
@@ -139,17 +139,11 @@ def data_at(data: DataConfig, old: ModelConfig, new: ModelConfig) -> DataConfig:
 
 def _stock_args(config: ModelConfig) -> dict[str, Any]:
     """Timm's own arguments; num_classes is not among them, as transformers gives it a second time."""
+    norms = ("norm_layer", "embed_norm_layer")  # classes cannot be written; timm's own are the same
+    arguments = {name: value for name, value in vit_arguments(config).items() if name not in norms}
     return {
+        **arguments,
         "img_size": list(pair(config.image_size)),
-        "patch_size": config.patch_size,
-        "in_chans": config.in_chans,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
-        "qkv_bias": config.bias,
-        "proj_bias": config.bias,
-        "class_token": False,
         "global_pool": "avg",
         "fc_norm": False,
         **({"embed_norm_layer": "layernorm"} if config.patch_norm else {}),
