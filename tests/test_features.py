@@ -10,8 +10,8 @@ import yaml
 from nextblock.checkpoint import save_classifier, save_model
 from nextblock.config import ModelConfig, RunConfig
 from nextblock.data import TooManyBadImages, normalize
+from nextblock.data.subsets import SubsetSource
 from nextblock.evaluate.features import (
-    SubsetSource,
     check_bad,
     check_same_classes,
     collect_features,
@@ -120,13 +120,13 @@ def test_seeded_weights_do_not_hang_on_what_was_drawn_before():
 
 def test_a_subset_is_a_source_of_its_images():
     source = ToySource(12, bad={5})
-    subset = SubsetSource(source, np.array([5, 2, 11]))
+    subset = SubsetSource(source.spec, source, np.array([5, 2, 11]))
     assert len(subset) == 3
     assert subset.labels.tolist() == [1, 2, 3]
     assert subset.class_names == source.class_names
     assert torch.equal(subset.read(2), source.images[11])
     assert subset.name(0) == "toy-0[5]"
-    assert subset.fingerprint != SubsetSource(source, np.array([5, 2, 10])).fingerprint
+    assert subset.fingerprint != SubsetSource(source.spec, source, np.array([5, 2, 10])).fingerprint
     with pytest.raises(IndexError, match="image 3 of 3"):
         subset.read(3)
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
 from nextblock.blocks import patchify
+from nextblock.logs import held_back
 from nextblock.objective import normalize_blocks
 from nextblock.settings import require
 
@@ -327,7 +327,7 @@ def open_tokenizer(
     name = spec.removeprefix("hf:")
     transformers = _import_transformers()
     try:
-        with _without_retries_log():
+        with held_back(logging.ERROR, "huggingface_hub"):
             settings, _ = transformers.PreTrainedConfig.get_config_dict(name)
             architecture = (settings.get("architectures") or ["none"])[0]
             require(architecture in FAMILIES, _unsupported(spec, architecture))
@@ -359,18 +359,6 @@ def open_tokenizer(
     scale, shift = gain * torch.tensor(std), gain * torch.tensor(mean) + offset
     log.info("tokenizer %s: %s, %d tokens of %d px", spec, architecture, vocab_size, side)
     return TransformersTokenizer(module, family.codes, vocab_size, side, scale, shift)
-
-
-@contextmanager
-def _without_retries_log() -> Iterator[None]:
-    """Keep back the hub's lines about every retry: what comes of them is told."""
-    hub = logging.getLogger("huggingface_hub")
-    before = hub.level
-    hub.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        hub.setLevel(before)
 
 
 def _import_transformers() -> ModuleType:

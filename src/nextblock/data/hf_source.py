@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from nextblock.data.decode import BadImageError
 from nextblock.data.listing import in_class_order
 from nextblock.data.sources import EncodedSource, Labels, read_file
 from nextblock.data.sources import _options as read_options
+from nextblock.logs import held_back
 from nextblock.settings import nearest_name
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _the_split(spec: str, splits: list[str], asked: str | None) -> str:
 def _complaints(spec: str, datasets: ModuleType, load: Callable[[], Any]) -> Any:
     """Call, with what the library complains about in one line that names the source and a remedy."""
     try:
-        with _silent():
+        with held_back(logging.CRITICAL, "datasets"):
             return load()
     except datasets.exceptions.DatasetGenerationError as error:
         raise _unreadable(spec, error.__cause__ or error) from error
@@ -228,18 +228,6 @@ def _complaints(spec: str, datasets: ModuleType, load: Callable[[], Any]) -> Any
         if isinstance(error, OSError) or type(error).__module__.startswith("pyarrow"):
             raise _unreadable(spec, error) from error
         raise ValueError(f"{spec!r}: {_one_line(error)}") from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the library from logging what it raises as well."""
-    log = logging.getLogger("datasets")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _unreadable(spec: str, reason: BaseException) -> DatasetError | ValueError:

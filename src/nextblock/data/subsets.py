@@ -236,7 +236,7 @@ def _read_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]:
 
 
 class SubsetSource(Source):
-    """Some images of another source, in the list's order; classes keep their numbers and names."""
+    """Some images of another source, in the order of `numbers`; classes keep their numbers and names."""
 
     def __init__(self, spec: str, of: Source, numbers: np.ndarray, fingerprint: str | None = None) -> None:
         if fingerprint is not None and fingerprint != of.fingerprint:

@@ -7,7 +7,6 @@ all heads.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 from einops import rearrange
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from nextblock.checkpoint import MODEL_FILE
@@ -45,7 +44,6 @@ __all__ = [
     "Extract",
     "FeatureBatch",
     "Features",
-    "SubsetSource",
     "check_bad",
     "check_same_classes",
     "collect_features",
@@ -180,42 +178,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         yield
-
-
-class SubsetSource(Source):
-    """Some of a source's images, as a source."""
-
-    def __init__(self, source: Source, indices: Int64[np.ndarray, " n"]) -> None:
-        self.spec = source.spec
-        self.in_memory = source.in_memory
-        self._source = source
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the whole source has labels."""
-        return self._source.has_labels
-
-    def content(self, index: int) -> bytes | None:
-        """The encoded file as the source holds it."""
-        self._check(index)
-        return self._source.content(int(self._indices[index]))
-
-    def _read(self, index: int) -> UInt8[Tensor, "c h w"]:
-        return self._source.read(int(self._indices[index]))
-
-    def _name(self, index: int) -> str:
-        return self._source.name(int(self._indices[index]))
-
-    def _find_labels(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        return self._source.labels[self._indices], self._source.class_names
-
-    def _make_fingerprint(self) -> str:
-        chosen = hashlib.blake2b(self._indices.astype("<i8").tobytes(), digest_size=8).hexdigest()
-        return f"{self._source.fingerprint}[{len(self)}-{chosen}]"
 
 
 def check_bad(bad: Collection[BadSample], source: Source, data: DataConfig) -> None:

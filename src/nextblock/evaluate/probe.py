@@ -23,9 +23,9 @@ from torch import nn
 from nextblock.checkpoint import save_classifier, write_aside
 from nextblock.config import DataConfig, ModelConfig, OptimConfig, pair
 from nextblock.data import Source, keyed_seed, open_source
+from nextblock.data.subsets import SubsetSource
 from nextblock.evaluate.features import (
     Extract,
-    SubsetSource,
     check_bad,
     check_same_classes,
     encoder_extract,
@@ -312,7 +312,8 @@ def _open_sources(config: ProbeConfig, data: DataConfig) -> tuple[Source, dict[S
         len(labels),
         config.train,
     )
-    return SubsetSource(train, kept), {"held-out": SubsetSource(train, held)}
+    subsets = [SubsetSource(train.spec, train, numbers) for numbers in (kept, held)]
+    return subsets[0], {"held-out": subsets[1]}
 
 
 def _identity(

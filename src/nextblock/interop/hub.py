@@ -16,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, errors, snapshot_download
 
 from nextblock.interop.files import WEIGHT_SUFFIXES, choose_weights
+from nextblock.logs import held_back
 
 __all__ = ["HUB_SPEC", "HubError", "fetch", "hub_errors", "is_hub_spec", "push"]
 
@@ -107,7 +108,7 @@ def hub_errors(spec: str, *, pushing: bool = False) -> Iterator[None]:
     """
     log_in = "log in by `hf auth login`, or set HF_TOKEN"
     try:
-        with _without_requests_log():
+        with held_back(logging.WARNING, "httpx", "httpx2"):
             yield
     except errors.HFValidationError as error:
         raise ValueError(f"{spec} is no name of a repository; write hf:USER/NAME") from error
@@ -138,19 +139,6 @@ def hub_errors(spec: str, *, pushing: bool = False) -> Iterator[None]:
         raise HubError(
             f"the hub failed for {spec} ({type(error).__name__}: {reason}); try it again"
         ) from error
-
-
-@contextmanager
-def _without_requests_log() -> Iterator[None]:
-    clients = [logging.getLogger(name) for name in ("httpx", "httpx2")]
-    before = [client.level for client in clients]
-    for client in clients:
-        client.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for client, level in zip(clients, before, strict=True):
-            client.setLevel(level)
 
 
 def _parts(spec: str) -> tuple[str, str | None, str | None]:
