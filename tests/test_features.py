@@ -39,7 +39,9 @@ def batches(extract, source, **settings):
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_features_are_what_each_head_sees_of_each_image(chunk):
     model, source = toy_model(), ToySource(12)
-    found = collect_features(batches(encoder_extract(model, [ATTENTIVE, LINEAR], chunk=chunk), source))
+    found = collect_features(
+        batches(encoder_extract(model, [ATTENTIVE.features, LINEAR.features], chunk=chunk), source)
+    )
     assert found.samples.tolist() == list(range(12))
     for features, config in zip(found.features, (ATTENTIVE, LINEAR), strict=True):
         classifier = ImageClassifier(model, config)
@@ -57,7 +59,7 @@ def test_heads_of_one_attention_share_one_pass(monkeypatch):
         model, "encode", lambda images, attention: asked.append(attention) or encode(images, attention)
     )
     heads = [ATTENTIVE, LINEAR, replace(LINEAR, attention="full"), replace(ATTENTIVE, layers=(0,))]
-    encoder_extract(model, heads)(torch.randn(3, 3, 16, 16))
+    encoder_extract(model, [head.features for head in heads])(torch.randn(3, 3, 16, 16))
     assert sorted(asked) == ["full", "native"]
 
 
@@ -77,7 +79,7 @@ def test_features_come_in_the_order_of_the_indices_without_unreadable_images():
 
 
 def test_features_carry_no_gradient():
-    found = collect_features(batches(encoder_extract(toy_model(), [LINEAR]), ToySource(4)))
+    found = collect_features(batches(encoder_extract(toy_model(), [LINEAR.features]), ToySource(4)))
     assert not found.features[0].requires_grad
 
 

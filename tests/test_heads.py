@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from nextblock.config import ModelConfig
-from nextblock.models.classifier import ImageClassifier, pool_layers
-from nextblock.models.heads import AttentiveHead, HeadConfig, LinearHead, create_head, last_layers
+from nextblock.models.classifier import ImageClassifier
+from nextblock.models.features import last_layers, pool_layers
+from nextblock.models.heads import AttentiveHead, HeadConfig, LinearHead, create_head
 from nextblock.models.next_block import NextBlockModel
 from toy import one_thread  # noqa: F401 - a fixture
 

@@ -1,10 +1,10 @@
 """Writing and reading models and training states: whole or not at all.
 
-A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model" or
-"classifier") and `config` (JSON), so the file alone is enough to build the network; and, where it is known,
-`data` (JSON): mean, deviation and resize of its images. A checkpoint is a directory `step_00001234` with
-`model.safetensors` (encoder and predictor) and `state.pt` (optimizer, scaler, step), written aside, flushed
-to disk and renamed.
+A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model",
+"classifier" or "timm classifier") and `config` (JSON), so the file alone is enough to build the network; and,
+where it is known, `data` (JSON): mean, deviation and resize of its images. A checkpoint is a directory
+`step_00001234` with `model.safetensors` (encoder and predictor) and `state.pt` (optimizer, scaler, step),
+written aside, flushed to disk and renamed.
 
 The promise of `format_version`: every later release reads what an earlier one wrote. A file of a newer
 version than this one knows is refused.
@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nextblock.config import DataConfig, ModelConfig
-from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
+from nextblock.models import NextBlockModel, TimmEncoder
+from nextblock.models.classifier import Classifier, ImageClassifier, TimmClassifier
 from nextblock.models.heads import HeadConfig
+from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict, to_dict
 
 __all__ = [
@@ -143,14 +144,14 @@ def _flush_alone(path: Path) -> None:
 
 
 def save_model(
-    path: Path, model: NextBlockModel | ImageClassifier, *, data: DataConfig | None = None
+    path: Path, model: NextBlockModel | ImageClassifier | TimmClassifier, *, data: DataConfig | None = None
 ) -> None:
     """Write a model or classifier as one safetensors file that `nextblock.load` reads.
 
     With `data`, the file says how its images are normalised and cut.
     """
-    if isinstance(model, ImageClassifier):
-        kind = "classifier"
+    if isinstance(model, Classifier):
+        kind = "timm classifier" if isinstance(model, TimmClassifier) else "classifier"
         settings = {
             "model": to_dict(model.encoder_model.config),
             "head": to_dict(model.head_config),
@@ -170,7 +171,9 @@ def save_model(
     save_file(weights, path, metadata=metadata)
 
 
-def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataConfig | None = None) -> None:
+def save_classifier(
+    directory: Path, classifier: ImageClassifier | TimmClassifier, *, data: DataConfig | None = None
+) -> None:
     """Write a classifier as `directory/model.safetensors`; the directory appears whole or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(directory) as aside:
@@ -185,7 +188,7 @@ def is_safetensors(path: Path) -> bool:
     return start[8:] == b"{"
 
 
-def read_model(path: Path) -> NextBlockModel | ImageClassifier:
+def read_model(path: Path) -> NextBlockModel | ImageClassifier | TimmClassifier:
     """Build the network that a model file describes, with its weights, on the CPU in fp32."""
     metadata = read_metadata(path)
     if metadata.get("format") != "nextblock":
@@ -200,6 +203,10 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
         encoder_model = NextBlockModel(from_dict(ModelConfig, settings["model"]))
         head_config = from_dict(HeadConfig, settings["head"])
         model = ImageClassifier(encoder_model, head_config, settings["class_names"])
+    elif metadata["kind"] == "timm classifier":
+        timm_encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
+        head_config = from_dict(HeadConfig, settings["head"])
+        model = TimmClassifier(timm_encoder, head_config, settings["class_names"])
     else:
         model = NextBlockModel(from_dict(ModelConfig, settings))
         data = read_data(path)

@@ -34,9 +34,9 @@ from nextblock.data import (
     resolve_workers,
 )
 from nextblock.interop.image_data import official_data, recorded_data
-from nextblock.models.classifier import head_features
-from nextblock.models.heads import HeadConfig
-from nextblock.models.next_block import NextBlockModel
+from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
+from nextblock.models.features import FeatureConfig, pool_features
+from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict
 from nextblock.train.device import autocast
 
@@ -87,32 +87,36 @@ class Features(NamedTuple):
 
 
 def encoder_extract(
-    model: NextBlockModel, heads: Sequence[HeadConfig], *, precision: Precision = "fp32", chunk: int = 128
+    model: EncoderModel,
+    wanted: Sequence[FeatureConfig],
+    *,
+    precision: Precision = "fp32",
+    chunk: int = 128,
 ) -> Extract:
-    """An extract of what each of `heads` sees of the model, from one pass for all with the same attention.
+    """An extract of the `wanted` features of a model, in their order, from one pass for each attention.
 
     The model is used as it is: put it in evaluation mode first. `chunk` images at a time go through the
     encoder, so that all layers of a large batch are never in memory together.
     """
-    return partial(_encoder_features, model=model, heads=tuple(heads), precision=precision, chunk=chunk)
+    return partial(_encoder_features, model=model, wanted=tuple(wanted), precision=precision, chunk=chunk)
 
 
 def _encoder_features(
     images: Float[Tensor, "b c h w"],
     *,
-    model: NextBlockModel,
-    heads: tuple[HeadConfig, ...],
+    model: EncoderModel,
+    wanted: tuple[FeatureConfig, ...],
     precision: Precision,
     chunk: int,
 ) -> tuple[Tensor, ...]:
     parts = []
     for some in images.split(chunk):
         with autocast(images.device, TrainConfig(precision=precision)):
-            kinds: set[Attention] = {head.attention for head in heads}
-            layers = {kind: model.encode(some, attention=kind).layers for kind in kinds}
-            norm = model.encoder.norm
-            parts.append([head_features(layers[head.attention], head, norm).float() for head in heads])
-    return tuple(torch.cat(of_one_head) for of_one_head in zip(*parts, strict=True))
+            kinds: set[Attention] = {one.attention for one in wanted}
+            encoded = {kind: model.encode(some, attention=kind) for kind in sorted(kinds)}
+            norm = model.final_norm
+            parts.append([pool_features(encoded[one.attention], one, norm).float() for one in wanted])
+    return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
 
 
 def pixel_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
@@ -165,10 +169,13 @@ def collect_features(batches: Iterable[FeatureBatch]) -> Features:
 # ------------------------------------------------------------------------------------------ what they need
 
 
-def untrained(model: NextBlockModel, seed: int) -> NextBlockModel:
+def untrained(model: EncoderModel, seed: int) -> EncoderModel:
     """Make the same network with fresh weights drawn from `seed`: frozen, in evaluation mode, same device."""
     with seeded(seed):
-        fresh = NextBlockModel(replace(model.config, init=None))
+        if isinstance(model, TimmEncoder):
+            fresh = TimmEncoder.fresh(model.config)
+        else:
+            fresh = NextBlockModel(replace(model.config, init=None))
     return fresh.to(next(model.parameters()).device).eval().requires_grad_(requires_grad=False)
 
 
@@ -208,7 +215,7 @@ def check_same_classes(train: Source, other: Source) -> None:
     )
 
 
-def evaluation_data(model_spec: str, config: ModelConfig) -> DataConfig:
+def evaluation_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataConfig:
     """How to cut and normalise images for a model: as its run did, or as its file says, or as officially."""
     path = Path(model_spec).absolute()
     settings = _run_dir(path) / "config.yaml"
@@ -218,7 +225,7 @@ def evaluation_data(model_spec: str, config: ModelConfig) -> DataConfig:
     recorded = recorded_data(model_spec)
     if recorded is not None:
         return replace(recorded, channels=config.in_chans)  # timm's files tell no number of channels
-    official = official_data(config)
+    official = official_data(config.image_size, config.in_chans)
     log.info(
         "%s does not tell how its images were cut: shorter side to %d px", model_spec, official.val_resize_px
     )

@@ -39,7 +39,8 @@ from nextblock.evaluate.probe_config import EncoderName, HeadName, ProbeConfig, 
 from nextblock.evaluate.train_heads import Accuracy, Feed, Measured, Student, hold_out, measure, train_heads
 from nextblock.interop import load_model
 from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig, LinearHead, last_layers
+from nextblock.models.features import last_layers
+from nextblock.models.heads import HeadConfig, LinearHead
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import flatten, to_dict
 from nextblock.train.device import choose_device
@@ -157,7 +158,10 @@ def _encoder_subject(
 ) -> _Subject:
     head_configs = _head_configs(config, model.config, len(class_names))
     extract = encoder_extract(
-        model, list(head_configs.values()), precision=config.precision, chunk=config.encode_batch_size
+        model,
+        [head.features for head in head_configs.values()],
+        precision=config.precision,
+        chunk=config.encode_batch_size,
     )
     classifiers = {}
     for name, head_config in head_configs.items():

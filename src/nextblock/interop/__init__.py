@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nextblock.checkpoint import MissingSettingError
+from nextblock.checkpoint import CheckpointError, MissingSettingError, read_metadata, read_model
 from nextblock.config import ModelConfig, Size
-from nextblock.interop.reading import Told, read
+from nextblock.interop.reading import Told, own_file, read
 from nextblock.interop.start import InitReport, in_groups, initialize_from
-from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
+from nextblock.interop.timm_spec import TIMM_SPEC, open_timm_encoder, parse_timm_spec
+from nextblock.models import EncoderModel, NextBlockModel
+from nextblock.models.classifier import ImageClassifier, TimmClassifier
 from nextblock.presets import model_config
 
-__all__ = ["create_model", "initialize", "load", "load_model"]
+__all__ = ["create_model", "initialize", "load", "load_classifier", "load_model", "open_encoder"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def load(
     probe_layers: Literal["last", "best"] | Sequence[int] | None = None,
     image_size: Size | None = None,
     norm_eps: float | None = None,
-) -> NextBlockModel | ImageClassifier:
+) -> NextBlockModel | ImageClassifier | TimmClassifier:
     """Build the model or classifier that a run, a file, `hf:USER/NAME[/FILE]` or `timm:NAME` holds.
 
     Understood: what this package writes; official XTRA and AIM files, models and classifiers; timm's vision
@@ -49,6 +50,9 @@ def load(
     `image_size` in pixels and `norm_eps` of AIM files. On the CPU, in fp32 and evaluation mode. Raises
     `CheckpointError` where a file is not understood, or does not tell enough.
     """
+    classifier = _timm_classifier(src)
+    if classifier is not None:
+        return classifier
     told = Told(
         head=head, num_heads=num_heads, probe_layers=probe_layers, image_size=image_size, norm_eps=norm_eps
     )
@@ -57,7 +61,48 @@ def load(
 
 def load_model(src: str | Path, *, num_heads: int | None = None) -> NextBlockModel:
     """Load what can encode and perhaps predict: of a classifier, its encoder."""
-    return _encoder_model(load(src, num_heads=num_heads))
+    return _encoder_model(read(src, Told(num_heads=num_heads)).model)
+
+
+def load_classifier(
+    src: str | Path,
+    head: str | Path | None = None,
+    *,
+    num_heads: int | None = None,
+    probe_layers: Literal["last", "best"] | Sequence[int] | None = None,
+) -> ImageClassifier | TimmClassifier:
+    """Load as `load` does what must be a classifier; `CheckpointError` where it is a model without a head."""
+    found = load(src, head, num_heads=num_heads, probe_layers=probe_layers)
+    if isinstance(found, NextBlockModel):
+        raise CheckpointError(
+            f"{src} holds no classification head; `nextblock probe` and `nextblock finetune` train one, and "
+            "write it in a directory of its name"
+        )
+    return found
+
+
+def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderModel:
+    """What can be evaluated: an encoder of ours, as `load_model` gives it, or any transformer of timm.
+
+    "timm:NAME" is taken as it is there, with its class and register tokens; only `nextblock_vit`, which is
+    our own encoder under timm's name, comes back as ours.
+    """
+    spec = str(src)
+    if not spec.startswith(TIMM_SPEC) or parse_timm_spec(spec).name.startswith("nextblock_vit"):
+        return load_model(src, num_heads=num_heads)
+    if num_heads is not None:
+        raise ValueError(f"{spec} tells its attention heads itself; leave num_heads out")
+    return open_timm_encoder(spec)
+
+
+def _timm_classifier(src: str | Path) -> TimmClassifier | None:
+    """The classifier on a timm encoder that `src` means, if it means one."""
+    own = own_file(Path(src))
+    if own is None or read_metadata(own).get("kind") != "timm classifier":
+        return None
+    model = read_model(own)
+    assert isinstance(model, TimmClassifier)
+    return model
 
 
 def initialize(model: NextBlockModel, src: str | Path) -> InitReport:

@@ -104,7 +104,7 @@ def convert(
     _refuse_other_size(src, to, image_size, config)
     known = _provenance_of(src, place, found.format, config)
     wanted = _Wanted(
-        data=recorded_data(place) or official_data(config),
+        data=recorded_data(place) or official_data(config.image_size, config.in_chans),
         provenance=known.changed(origin=origin, license=license),
         image_size=image_size,
         layers=layers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextblock.checkpoint import read_data
-from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.config import DataConfig, Size, pair
 from nextblock.interop.hub import fetch, is_hub_spec
 from nextblock.interop.reading import own_file
 from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_timm_data
@@ -25,15 +25,15 @@ def recorded_data(src: str | Path) -> DataConfig | None:
     return None if file is None else read_data(file)
 
 
-def official_data(config: ModelConfig) -> DataConfig:
+def official_data(image_size: Size, channels: int) -> DataConfig:
     """What official evaluation does: ImageNet's mean and deviation, and a resize that hangs on the size.
 
     The shorter side to 300 px for images of 256 px (XTRA-B), else to 8/7 of the image (256 px for 224, XTRA-H
     and AIM).
     """
-    size = max(pair(config.image_size))
+    size = max(pair(image_size))
     resize_px = 300 if size == 256 else round(size * 8 / 7)
-    if config.in_chans == 3:
+    if channels == 3:
         return DataConfig(val_resize_px=resize_px)
-    half = (0.5,) * config.in_chans  # nobody has trained officially on other than colour
-    return DataConfig(val_resize_px=resize_px, channels=config.in_chans, mean=half, std=half)
+    half = (0.5,) * channels  # nobody has trained officially on other than colour
+    return DataConfig(val_resize_px=resize_px, channels=channels, mean=half, std=half)

@@ -26,7 +26,8 @@ from nextblock.interop.cards import Provenance
 from nextblock.interop.files import make_parent, refuse_directory
 from nextblock.interop.timm_format import data_at, encoder_at
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier, head_features
+from nextblock.models.classifier import ImageClassifier
+from nextblock.models.features import pool_features
 from nextblock.settings import to_dict
 
 __all__ = ["OPSET", "OnnxError", "write_onnx"]
@@ -69,7 +70,7 @@ class _Outputs(nn.Module):
         encoded = self.encoder_model.encode(images)
         outputs = [encoded.tokens, *(encoded.layers[layer] for layer in self.layers)]
         if self.classifier_head is not None and self.head_config is not None:
-            features = head_features(encoded.layers, self.head_config, self.encoder_model.encoder.norm)
+            features = pool_features(encoded, self.head_config.features, self.encoder_model.final_norm)
             outputs.append(self.classifier_head(features))
         return tuple(outputs)
 

@@ -38,7 +38,7 @@ from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_tim
 from nextblock.interop.timm_weights import is_timm_weights, read_timm_weights
 from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
+from nextblock.models.classifier import ImageClassifier, TimmClassifier
 from nextblock.settings import require
 
 __all__ = ["Found", "Told", "own_file", "read", "weight_file"]
@@ -122,11 +122,22 @@ def _read(src: str | Path, told: Told) -> Found:
     own = own_file(path)
     if own is not None:
         _refuse_settings_of_aim(told, origin)
-        return Found(read_model(own), "nextblock")
+        return Found(_read_own(own), "nextblock")
     files = _weight_files(path, origin)
     if len(files) == len(AIM_FILES):
         told = replace(told, head=told.head or files[1])
     return _read_foreign(files[0], origin, told)
+
+
+def _read_own(path: Path) -> NextBlockModel | ImageClassifier:
+    model = read_model(path)
+    if isinstance(model, TimmClassifier):
+        architecture = model.encoder_model.config.architecture
+        raise CheckpointError(
+            f"{path} holds a classifier on timm's {architecture}, which this cannot take; nextblock.load and "
+            f"`nextblock classify` open it, and timm:{architecture} names its encoder"
+        )
+    return model
 
 
 def weight_file(src: str | Path) -> Path:

@@ -18,19 +18,19 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextblock.checkpoint import RECORDED_DATA, CheckpointError, load_strictly, write_aside
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
 from nextblock.interop.files import MAIN_FILES, make_parent, read_content, unwrapped
-from nextblock.interop.hub import hub_errors
 from nextblock.interop.names import on_cpu
 from nextblock.interop.timm_models import model_args
+from nextblock.interop.timm_spec import TIMM_SPEC, parse_timm_spec, timm_model
 from nextblock.interop.timm_weights import TIMM_EPS, from_timm, is_timm_weights, read_timm_weights
 from nextblock.models import NextBlockModel
 from nextblock.models.encoder import positions_on, vit_arguments
-from nextblock.settings import from_dict, nearest_name, to_dict
+from nextblock.settings import from_dict, to_dict
 
 __all__ = [
     "TIMM_SPEC",
@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 """Of what stands under "nextblock" in config.json."""
 CONFIG_FILE = "config.json"
-TIMM_SPEC = "timm:"
 STOCK = "vit_base_patch16_224"
 """The timm architecture that stands for all whose arguments are given in full."""
 
@@ -223,7 +222,7 @@ def read_timm(src: str | Path, *, drop_prefix_tokens: bool = False) -> NextBlock
     and listed: good to start from, but not the features of the original.
     """
     if str(src).startswith(TIMM_SPEC):
-        return from_timm(_by_name(str(src)), None, str(src), drop_prefix_tokens=drop_prefix_tokens)
+        return from_timm(timm_model(str(src)), None, str(src), drop_prefix_tokens=drop_prefix_tokens)
     directory = Path(src)
     described = _described(directory)
     weights = _weights_in(directory)
@@ -266,7 +265,7 @@ def timm_provenance(src: str | Path) -> Provenance:
 
 
 def _name(spec: str) -> str:
-    return spec.removeprefix(TIMM_SPEC).split(",")[0]
+    return parse_timm_spec(spec).name
 
 
 def _described(directory: Path) -> dict[str, Any]:
@@ -304,20 +303,3 @@ def _own_encoder(own: Any, weights: Mapping[str, Tensor], origin: str) -> NextBl
     model = NextBlockModel(from_dict(ModelConfig, own["model"]))
     load_strictly(model, {f"encoder.{name}": tensor for name, tensor in weights.items()}, origin)
     return model.eval()
-
-
-def _by_name(spec: str) -> nn.Module:
-    """The timm model of "timm:NAME[,pretrained=false]"."""
-    name, *options = spec.removeprefix(TIMM_SPEC).split(",")
-    unknown = [option for option in options if option not in ("pretrained=false", "pretrained=true")]
-    if unknown:
-        raise ValueError(
-            f"{spec}: unknown option {unknown[0]!r}; write timm:NAME or timm:NAME,pretrained=false"
-        )
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; {nearest_name(name, timm.list_models())}")
-    with hub_errors(spec):
-        try:
-            return timm.create_model(name, pretrained="pretrained=false" not in options, num_classes=0)
-        except RuntimeError as error:
-            raise CheckpointError(f"timm cannot give {spec}: {' '.join(str(error).split())}") from error

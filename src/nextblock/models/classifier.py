@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-import torch
-from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nextblock.models import EncoderModel, NextBlockModel
+from nextblock.models.features import pool_features
 from nextblock.models.heads import HeadConfig, create_head
-from nextblock.models.next_block import NextBlockModel
+from nextblock.models.timm_encoder import TimmEncoder
 
-__all__ = ["ImageClassifier", "head_features", "pool_layers"]
+__all__ = ["Classifier", "ImageClassifier", "TimmClassifier", "create_classifier"]
 
-
-def pool_layers(
-    outputs: Sequence[Float[Tensor, "b n d"]],
-    layers: Sequence[int],
-    layer_pool: Literal["mean", "concat"],
-    norm: Callable[[Tensor], Tensor] | None = None,
-) -> Float[Tensor, "b n f"]:
-    """Average the chosen layers' outputs (counted from 0), or join them channel by channel.
-
-    `outputs` are an encoding's `layers`; `norm`, if given, is applied to each chosen one first.
-    """
-    chosen = [outputs[layer] if norm is None else norm(outputs[layer]) for layer in layers]
-    return torch.stack(chosen).mean(dim=0) if layer_pool == "mean" else torch.cat(chosen, dim=-1)
+E = TypeVar("E", NextBlockModel, TimmEncoder)
 
 
-def head_features(
-    outputs: Sequence[Float[Tensor, "b n d"]], config: HeadConfig, norm: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "b *patches f"]:
-    """Pool an encoding's `layers` to what a head sees: patches (b n f) if attentive, (b f) if linear.
-
-    `norm` is the encoder's final norm, used only where the config asks for it.
-    """
-    tokens = pool_layers(outputs, config.layers, config.layer_pool, norm if config.norm_layers else None)
-    return tokens if config.kind == "attentive" else reduce(tokens, "b n f -> b f", "mean")
-
-
-class ImageClassifier(nn.Module):
-    """A model's encoder and a head on it; `class_names`, where known, are in the order of the logits."""
+class Classifier(nn.Module, Generic[E]):
+    """An encoder and a head on it; `class_names`, where known, are in the order of the logits."""
 
     def __init__(
-        self, encoder_model: NextBlockModel, head_config: HeadConfig, class_names: Sequence[str] | None = None
+        self, encoder_model: E, head_config: HeadConfig, class_names: Sequence[str] | None = None
     ) -> None:
         super().__init__()
         depth, num_classes = encoder_model.config.depth, head_config.num_classes
@@ -58,16 +35,33 @@ class ImageClassifier(nn.Module):
             raise ValueError(
                 f"{len(class_names)} class names for a head of {num_classes} classes; give one for each"
             )
-        self.encoder_model = encoder_model
+        self.encoder_model: E = encoder_model
         self.head_config = head_config
         self.class_names = None if class_names is None else tuple(class_names)
         self.head = create_head(head_config, encoder_model.config.embed_dim)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *patches f"]:
-        """Compute what the head sees before its batch norm: (b n f) if attentive, (b f) if linear."""
-        outputs = self.encoder_model.encode(images, attention=self.head_config.attention).layers
-        return head_features(outputs, self.head_config, self.encoder_model.encoder.norm)
+        """Compute what the head sees before its batch norm: (b n f) if attentive, else (b f)."""
+        encoded = self.encoder_model.encode(images, attention=self.head_config.attention)
+        return pool_features(encoded, self.head_config.features, self.encoder_model.final_norm)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes, from normalised images."""
         return self.head(self.features(images))
+
+
+class ImageClassifier(Classifier[NextBlockModel]):
+    """A classifier on this package's own model, which every format can hold."""
+
+
+class TimmClassifier(Classifier[TimmEncoder]):
+    """A classifier on another of timm's encoders."""
+
+
+def create_classifier(
+    encoder_model: EncoderModel, head_config: HeadConfig, class_names: Sequence[str] | None = None
+) -> ImageClassifier | TimmClassifier:
+    """A classifier on either kind of encoder; the head's weights come from torch's global generator."""
+    if isinstance(encoder_model, TimmEncoder):
+        return TimmClassifier(encoder_model, head_config, class_names)
+    return ImageClassifier(encoder_model, head_config, class_names)

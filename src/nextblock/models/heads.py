@@ -1,6 +1,6 @@
-"""Classification heads on a frozen or trained encoder: linear, and attentive (XTRA's and AIM's probes).
+"""Classification heads on an encoder: linear, attentive (XTRA's and AIM's probes), and an MLP.
 
-Both normalise their input per channel without learned scale or shift, so that one learning rate suits any
+All normalise their input per channel without learned scale or shift, so that one learning rate suits any
 encoder. The attentive head lets learned queries pick the patches that tell; neither they nor what they pick
 are projected.
 """
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.config import Attention
+from nextblock.models.features import FeatureConfig, Tokens
 
-__all__ = ["AttentiveHead", "HeadConfig", "LinearHead", "create_head", "last_layers"]
+__all__ = ["AttentiveHead", "Head", "HeadConfig", "LinearHead", "MlpHead", "create_head"]
 
 BATCH_NORM_EPS = 1e-6
 QUERY_STD = 0.02
@@ -27,8 +29,8 @@ QUERY_STD = 0.02
 class HeadConfig:
     """What a head sees of the encoder, and what it is made of."""
 
-    kind: Literal["linear", "attentive"] = "attentive"
-    """A linear layer on the mean patch, or one on patches pooled by learned queries."""
+    kind: Literal["linear", "attentive", "mlp"] = "attentive"
+    """A linear layer on the mean patch, one on patches pooled by learned queries, or an MLP on the mean."""
     num_classes: int
     """Classes to tell apart."""
     layers: tuple[int, ...]
@@ -47,26 +49,28 @@ class HeadConfig:
     """Give the linear layer a bias; AIM's heads have none."""
     attention: Attention = "native"
     """Attention at encoding: what the checkpoint records for its features, the pre-training mask, or none."""
+    tokens: Tokens = "patches"
+    """Of encoders with a class token: patches alone, class token, class token and mean patch joined, all."""
+    hidden_dim: int = 2048
+    """MLP head: its hidden layer."""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "num_heads", "num_queries"):
+        for name in ("num_classes", "num_heads", "num_queries", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1")
-        if not self.layers or min(self.layers) < 0:
-            raise ValueError(
-                f"layers are {list(self.layers)}; name at least one encoder layer, counted from 0"
-            )
+        _ = self.features  # refuses layers and tokens that cannot be
 
-    def width(self, embed_dim: int) -> int:
-        """Channels that the head sees, of an encoder `embed_dim` wide."""
-        return embed_dim * len(self.layers) if self.layer_pool == "concat" else embed_dim
-
-
-def last_layers(count: int, depth: int) -> tuple[int, ...]:
-    """Name the last `count` of `depth` layers, counted from 0."""
-    if not 1 <= count <= depth:
-        raise ValueError(f"the last {count} layers of an encoder with {depth}: use 1 to {depth}")
-    return tuple(range(depth - count, depth))
+    @property
+    def features(self) -> FeatureConfig:
+        """What the head sees: every token if attentive, else one vector an image."""
+        return FeatureConfig(
+            layers=self.layers,
+            layer_pool=self.layer_pool,
+            norm_layers=self.norm_layers,
+            tokens=self.tokens,
+            pooled=self.kind != "attentive",
+            attention=self.attention,
+        )
 
 
 class LinearHead(nn.Module):
@@ -130,9 +134,42 @@ class AttentiveHead(nn.Module):
         return self.linear(rearrange(pooled, "b h e -> b (h e)"))
 
 
-def create_head(config: HeadConfig, embed_dim: int) -> LinearHead | AttentiveHead:
+class MlpHead(nn.Module):
+    """Batch norm without affine, a hidden layer with GELU, then one linear layer."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        hidden_dim: int = 2048,
+        batch_norm: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
+        self.hidden = nn.Linear(dim, hidden_dim)
+        self.linear = nn.Linear(hidden_dim, num_classes, bias=bias)
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
+        """Logits of the classes."""
+        return self.linear(F.gelu(self.hidden(self.norm(features))))
+
+
+Head = LinearHead | AttentiveHead | MlpHead
+
+
+def create_head(config: HeadConfig, embed_dim: int) -> Head:
     """Make a config's head for an encoder `embed_dim` wide, its weights from torch's global generator."""
-    width = config.width(embed_dim)
+    width = config.features.width(embed_dim)
+    if config.kind == "mlp":
+        return MlpHead(
+            width,
+            config.num_classes,
+            hidden_dim=config.hidden_dim,
+            batch_norm=config.batch_norm,
+            bias=config.bias,
+        )
     if config.kind == "linear":
         return LinearHead(width, config.num_classes, batch_norm=config.batch_norm, bias=config.bias)
     return AttentiveHead(

@@ -29,11 +29,12 @@ from nextblock.models.encoder import (
     positions_of,
     positions_on,
 )
+from nextblock.models.features import Encoded
 from nextblock.models.predictor import Predictor
 from nextblock.objective import block_losses, block_targets, combine, kept_rows
 from nextblock.tokens import KMeansTokenizer, Tokenizer, open_tokenizer, token_losses, token_targets
 
-__all__ = ["Encoded", "Further", "NextBlockModel", "Prediction"]
+__all__ = ["Further", "NextBlockModel", "Prediction"]
 
 
 class Further(NamedTuple):
@@ -66,15 +67,6 @@ class Prediction(NamedTuple):
     def distances(self) -> tuple[Further, ...]:
         """All predicted distances, the nearest first."""
         return (Further(self.predictions, self.targets, self.block_loss, self.kept), *self.further)
-
-
-class Encoded(NamedTuple):
-    """What `NextBlockModel.encode` returns, in raster order."""
-
-    tokens: Float[Tensor, "b n d"]
-    """After the final norm."""
-    layers: tuple[Float[Tensor, "b n d"], ...]
-    """What each layer returns, before the final norm."""
 
 
 class NextBlockModel(nn.Module):
@@ -160,6 +152,11 @@ class NextBlockModel(nn.Module):
         tokens = patch_tokens(self.encoder, images, self.config)
         layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)
         return Encoded(self.encoder.norm(layers[-1]), layers)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The encoder's norm after the last layer."""
+        return self.encoder.norm
 
     def open_tokenizer(self) -> Tokenizer:
         """What makes the targets of a model that predicts tokens; opened, if it comes from outside."""

@@ -1,0 +1,120 @@
+"""Other people's encoders: a transformer of timm behind the calls that evaluation makes of our own model.
+
+Class and register tokens stay in the sequence, as the network was trained with them, and are given out apart
+from the patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nextblock.config import Attention
+from nextblock.models.features import Encoded
+
+__all__ = ["TimmConfig", "TimmEncoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig:
+    """What a timm encoder is, as far as evaluation asks."""
+
+    architecture: str
+    """timm's name, with which it is built anew."""
+    image_size: tuple[int, int]
+    in_chans: int
+    embed_dim: int
+    depth: int
+    prefix_tokens: int
+    """Class and register tokens before the patches."""
+    has_class_token: bool
+    arguments: Mapping[str, int] = field(default_factory=dict)
+    """Arguments of the architecture besides its own: img_size, in_chans."""
+
+
+class TimmEncoder(nn.Module):
+    """A transformer of timm that gives out every layer; its attention is its own, there is no other kind.
+
+    Raises `ValueError` on networks that are no transformers of one width.
+    """
+
+    def __init__(self, encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = _described(encoder, architecture, arguments)
+
+    @classmethod
+    def fresh(cls, config: TimmConfig) -> TimmEncoder:
+        """Build the same architecture with weights drawn from torch's global generator."""
+        arguments: dict[str, Any] = dict(config.arguments)
+        built = timm.create_model(config.architecture, pretrained=False, num_classes=0, **arguments)
+        return cls(built, config.architecture, config.arguments)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer; with average pooling timm calls it fc_norm."""
+        norms = (getattr(self.encoder, name, None) for name in ("norm", "fc_norm"))
+        found = (norm for norm in norms if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity))
+        return next(found, nn.Identity())
+
+    def encode(self, images: Float[Tensor, "b c h w"], attention: Attention = "native") -> Encoded:
+        """Tokens and every layer, in raster order, with the class and register tokens beside.
+
+        Raises `ValueError` for causal attention, which such an encoder does not know.
+        """
+        if attention == "causal":
+            raise ValueError(
+                f"{self.config.architecture} was not trained with a causal mask; use attention native or full"
+            )
+        outputs = _intermediates(self.encoder, images)
+        patches, prefix = tuple(one[0] for one in outputs), tuple(one[1] for one in outputs)
+        # Normalised as the network does it, class and register tokens with the patches.
+        whole = self.final_norm(torch.cat([prefix[-1], patches[-1]], dim=1))
+        return Encoded(whole[:, self.config.prefix_tokens :], patches, prefix)
+
+
+def _intermediates(encoder: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Patches and prefix tokens of every layer, before the final norm."""
+    outputs = encoder.forward_intermediates(  # type: ignore[operator] # every transformer of timm has it
+        images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+    )
+    if isinstance(outputs[0], Tensor):  # so where there are none
+        return [(patches, patches[:, :0]) for patches in outputs]
+    return outputs
+
+
+def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> TimmConfig:
+    settings: Any = encoder.pretrained_cfg
+    in_chans, height, width = settings["input_size"]
+    if "in_chans" in arguments:
+        in_chans = arguments["in_chans"]
+    if "img_size" in arguments:
+        height = width = arguments["img_size"]
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            outputs = _intermediates(encoder, torch.zeros(1, in_chans, height, width))
+    except (TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{architecture} is no transformer that gives out its layers as tokens ({error}); evaluation "
+            "takes timm's vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
+        ) from error
+    finally:
+        encoder.train(was_training)
+    return TimmConfig(
+        architecture=architecture,
+        image_size=(height, width),
+        in_chans=in_chans,
+        embed_dim=outputs[0][0].shape[-1],
+        depth=len(outputs),
+        prefix_tokens=outputs[0][1].shape[1],
+        has_class_token=getattr(encoder, "cls_token", None) is not None,
+        arguments=dict(arguments),
+    )
