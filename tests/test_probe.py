@@ -217,7 +217,7 @@ def known(monkeypatch, tmp_path):
     """`probe` finds a toy model and toy sources under the names in its config; OUT is a fresh directory."""
     sources = {"toy-0": ToySource(96), "toy-1": ToySource(48, seed=1), "toy-2": ToySource(40, seed=2)}
     monkeypatch.setattr(probe_module, "open_source", lambda spec, data: sources[spec])
-    monkeypatch.setattr(probe_module, "load_model", lambda spec, num_heads: toy_model(int(spec[3:] or 0)))
+    monkeypatch.setattr(probe_module, "open_encoder", lambda spec, num_heads: toy_model(int(spec[3:] or 0)))
     return replace(QUICK, out=str(tmp_path / "out"), epochs=2)
 
 
@@ -342,7 +342,7 @@ def test_fp16_on_a_cpu_is_refused():
 
 
 def test_an_official_file_is_probed(known, tmp_path, golden_dir, monkeypatch):
-    monkeypatch.setattr(probe_module, "load_model", load_model)
+    monkeypatch.setattr(probe_module, "open_encoder", load_model)
     config = replace(known, model=str(golden_dir / "xtra_k2.ckpt"), num_heads=3, epochs=1)
     result = probe(config)
     assert [row.layers for row in result.rows] == [(0, 1, 2, 3), (3,)]

@@ -37,11 +37,12 @@ from nextblock.evaluate.features import (
 )
 from nextblock.evaluate.probe_config import EncoderName, HeadName, ProbeConfig, ProbeResult, ProbeRow, Split
 from nextblock.evaluate.train_heads import Accuracy, Feed, Measured, Student, hold_out, measure, train_heads
-from nextblock.interop import load_model
-from nextblock.models.classifier import ImageClassifier
+from nextblock.interop import open_encoder
+from nextblock.models import EncoderModel
+from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier
 from nextblock.models.features import last_layers
 from nextblock.models.heads import HeadConfig, LinearHead
-from nextblock.models.next_block import NextBlockModel
+from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import flatten, to_dict
 from nextblock.train.device import choose_device
 
@@ -63,7 +64,7 @@ class Probed(NamedTuple):
     """A result, and the classifiers made of the probed encoder and its heads."""
 
     result: ProbeResult
-    classifiers: dict[HeadName, ImageClassifier]
+    classifiers: dict[HeadName, ImageClassifier | TimmClassifier]
 
 
 def probe(config: ProbeConfig) -> ProbeResult:
@@ -72,7 +73,7 @@ def probe(config: ProbeConfig) -> ProbeResult:
     Each head of the probed encoder is written as a classifier in a directory of its name. Raises `ValueError`
     where `out` holds another result, where labels are missing, or where the sources' classes differ.
     """
-    model = load_model(config.model, num_heads=config.num_heads)
+    model = open_encoder(config.model, num_heads=config.num_heads)
     data = evaluation_data(config.model, model.config)
     if config.workers is not None:
         data = replace(data, workers=config.workers)
@@ -91,7 +92,7 @@ def probe(config: ProbeConfig) -> ProbeResult:
 
 
 def probe_model(
-    model: NextBlockModel,
+    model: EncoderModel,
     config: ProbeConfig,
     train: Source,
     measured: Mapping[Split, Source],
@@ -104,7 +105,7 @@ def probe_model(
     model.to(device).eval().requires_grad_(requires_grad=False)
     rows: list[ProbeRow] = []
     bad: dict[str, int] = {}
-    classifiers: dict[HeadName, ImageClassifier] = {}
+    classifiers: dict[HeadName, ImageClassifier | TimmClassifier] = {}
     for subject in _subjects(model, config, train.class_names):
         if subject.encoder == "trained":
             classifiers = subject.classifiers
@@ -131,7 +132,7 @@ class _Subject(NamedTuple):
     encoder: EncoderName
     extract: Extract
     heads: dict[HeadName, nn.Module]
-    classifiers: dict[HeadName, ImageClassifier]
+    classifiers: dict[HeadName, ImageClassifier | TimmClassifier]
     """Empty for raw pixels."""
 
 
@@ -140,7 +141,7 @@ class _Found(NamedTuple):
     bad: dict[str, int]
 
 
-def _subjects(model: NextBlockModel, config: ProbeConfig, class_names: tuple[str, ...]) -> Iterator[_Subject]:
+def _subjects(model: EncoderModel, config: ProbeConfig, class_names: tuple[str, ...]) -> Iterator[_Subject]:
     yield _encoder_subject("trained", model, config, class_names)
     if not config.baselines:
         return
@@ -154,7 +155,7 @@ def _subjects(model: NextBlockModel, config: ProbeConfig, class_names: tuple[str
 
 
 def _encoder_subject(
-    encoder: EncoderName, model: NextBlockModel, config: ProbeConfig, class_names: tuple[str, ...]
+    encoder: EncoderName, model: EncoderModel, config: ProbeConfig, class_names: tuple[str, ...]
 ) -> _Subject:
     head_configs = _head_configs(config, model.config, len(class_names))
     extract = encoder_extract(
@@ -166,11 +167,13 @@ def _encoder_subject(
     classifiers = {}
     for name, head_config in head_configs.items():
         with seeded(_head_seed(config, name)):
-            classifiers[name] = ImageClassifier(model, head_config, class_names).eval()
+            classifiers[name] = create_classifier(model, head_config, class_names).eval()
     return _Subject(encoder, extract, {name: c.head for name, c in classifiers.items()}, classifiers)
 
 
-def _head_configs(config: ProbeConfig, encoder: ModelConfig, num_classes: int) -> dict[HeadName, HeadConfig]:
+def _head_configs(
+    config: ProbeConfig, encoder: ModelConfig | TimmConfig, num_classes: int
+) -> dict[HeadName, HeadConfig]:
     depth, width = encoder.depth, encoder.embed_dim
     if "attentive" in config.heads and width % config.attentive_heads != 0:
         fitting = max(n for n in range(1, config.attentive_heads) if width % n == 0)
@@ -321,7 +324,7 @@ def _open_sources(config: ProbeConfig, data: DataConfig) -> tuple[Source, dict[S
 
 
 def _identity(
-    config: ProbeConfig, model: NextBlockModel, data: DataConfig, sources: Mapping[str, Source]
+    config: ProbeConfig, model: EncoderModel, data: DataConfig, sources: Mapping[str, Source]
 ) -> dict[str, Any]:
     """What makes a result what it is; two probes of equal identity find the same."""
     cut = to_dict(data)
@@ -337,7 +340,7 @@ def _identity(
     }
 
 
-def _digest(model: NextBlockModel) -> str:
+def _digest(model: EncoderModel) -> str:
     """A hash of the encoder's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.encoder.state_dict().items()):

@@ -244,6 +244,8 @@ def read_timm_data(src: str | Path) -> DataConfig | None:
     if str(src).startswith(TIMM_SPEC):
         cfg = timm.get_pretrained_cfg(_name(str(src)))
         told = {} if cfg is None else cfg.to_dict()
+        size = parse_timm_spec(str(src)).arguments.get("img_size")
+        told |= {} if size is None else {"input_size": (3, size, size)}
     else:
         described = _described(Path(src))
         told = {**described, **described.get("pretrained_cfg", {})}
