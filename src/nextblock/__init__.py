@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nextblock.cli.classify import classify
+    from nextblock.cli.embed import embed
+    from nextblock.cli.finetune import finetune
     from nextblock.cli.predict import predict
     from nextblock.cli.pretrain import pretrain
     from nextblock.cli.probe import probe
@@ -26,8 +29,11 @@ __all__ = [
     "ModelConfig",
     "NextBlockModel",
     "RunConfig",
+    "classify",
     "convert",
     "create_model",
+    "embed",
+    "finetune",
     "list_presets",
     "load",
     "predict",
@@ -40,8 +46,11 @@ _HOMES = {
     "ModelConfig": "nextblock.config",
     "NextBlockModel": "nextblock.models",
     "RunConfig": "nextblock.config",
+    "classify": "nextblock.cli.classify",
     "convert": "nextblock.interop.convert",
     "create_model": "nextblock.interop",
+    "embed": "nextblock.cli.embed",
+    "finetune": "nextblock.cli.finetune",
     "list_presets": "nextblock.presets",
     "load": "nextblock.interop",
     "predict": "nextblock.cli.predict",

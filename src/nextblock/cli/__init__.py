@@ -16,6 +16,13 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "pretrain": "train a vision transformer to predict the next block, or go on with a run",
     "probe": "measure what a frozen encoder's features are worth",
+    "knn": "measure them by their nearest neighbours, without training",
+    "fewshot": "measure them with few labels: k a class, 1 %, 10 %",
+    "finetune": "train encoder and head together, whole or by LoRA",
+    "suite": "probe the papers' benchmarks and write their table",
+    "classify": "name the classes of images with a trained head",
+    "embed": "write the features of images to a file",
+    "search": "find the images nearest to one",
     "predict": "draw how a model predicts the blocks of images",
     "report": "sum up a run: accuracies, speed, losses, pictures",
     "convert": "write a model in another format, or push it to the hub",

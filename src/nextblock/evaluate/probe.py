@@ -7,7 +7,6 @@ without those two numbers the third says little.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 
-from nextblock.checkpoint import save_classifier, write_aside
+from nextblock.checkpoint import save_classifier
 from nextblock.config import DataConfig, ModelConfig, OptimConfig, pair
 from nextblock.data import Source, keyed_seed, open_source
 from nextblock.data.subsets import SubsetSource
@@ -36,6 +35,7 @@ from nextblock.evaluate.features import (
     untrained,
 )
 from nextblock.evaluate.probe_config import EncoderName, HeadName, ProbeConfig, ProbeResult, ProbeRow, Split
+from nextblock.evaluate.results import identity_of, refuse_other_result, write_text
 from nextblock.evaluate.train_heads import Accuracy, Feed, Measured, Student, hold_out, measure, train_heads
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
@@ -43,7 +43,7 @@ from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_
 from nextblock.models.features import last_layers
 from nextblock.models.heads import HeadConfig, LinearHead
 from nextblock.models.timm_encoder import TimmConfig
-from nextblock.settings import flatten, to_dict
+from nextblock.settings import to_dict
 from nextblock.train.device import choose_device
 
 __all__ = ["Probed", "probe", "probe_model"]
@@ -52,12 +52,6 @@ log = logging.getLogger(__name__)
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (0.75, 1.333)
 """Training crops of the official linear probe."""
-
-FREE_SETTINGS = ("out", "device", "workers", "cache_gb", "encode_batch_size", "overwrite")
-"""Settings that do not change what a probe finds."""
-
-
-_IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "flip", "decoder")
 
 
 class Probed(NamedTuple):
@@ -78,16 +72,16 @@ def probe(config: ProbeConfig) -> ProbeResult:
     if config.workers is not None:
         data = replace(data, workers=config.workers)
     train, measured = _open_sources(config, data)
-    identity = _identity(config, model, data, {"train": train, **measured})
+    identity = identity_of(config, model, data, {"train": train, **measured})
     out = Path(config.out)
     if not config.overwrite:
-        _refuse_other_result(out, identity)
+        refuse_other_result(out, "probe.json", identity, ("probe.md", *get_args(HeadName)))
     found = probe_model(model, config, train, measured, data)
     out.mkdir(parents=True, exist_ok=True)
     for name, classifier in found.classifiers.items():
         save_classifier(out / name, classifier, data=data)
-    _write(out / "probe.md", _markdown(found.result, identity))
-    _write(out / "probe.json", json.dumps({**identity, **to_dict(found.result)}, indent=2) + "\n")
+    write_text(out / "probe.md", _markdown(found.result, identity))
+    write_text(out / "probe.json", json.dumps({**identity, **to_dict(found.result)}, indent=2) + "\n")
     return found.result
 
 
@@ -321,57 +315,6 @@ def _open_sources(config: ProbeConfig, data: DataConfig) -> tuple[Source, dict[S
     )
     subsets = [SubsetSource(train.spec, train, numbers) for numbers in (kept, held)]
     return subsets[0], {"held-out": subsets[1]}
-
-
-def _identity(
-    config: ProbeConfig, model: EncoderModel, data: DataConfig, sources: Mapping[str, Source]
-) -> dict[str, Any]:
-    """What makes a result what it is; two probes of equal identity find the same."""
-    cut = to_dict(data)
-    return {
-        "format_version": 1,
-        "settings": {name: v for name, v in to_dict(config).items() if name not in FREE_SETTINGS},
-        "weights": _digest(model),
-        "images": {name: cut[name] for name in _IMAGE_SETTINGS},
-        "sources": {
-            split: {"spec": source.spec, "fingerprint": source.fingerprint, "images": len(source)}
-            for split, source in sources.items()
-        },
-    }
-
-
-def _digest(model: EncoderModel) -> str:
-    """A hash of the encoder's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _refuse_other_result(out: Path, identity: dict[str, Any]) -> None:
-    """Raise `ValueError` where `out` holds anything but this very result, whole or cut off."""
-    ours = {"probe.json", "probe.md", *get_args(HeadName)}
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    remedy = "give another --out, or --overwrite"
-    if foreign := sorted(name for name in found - ours if not name.startswith(".writing-")):
-        raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); {remedy}")
-    if "probe.json" not in found:
-        return
-    old = flatten(json.loads((out / "probe.json").read_text(encoding="utf-8")))
-    new = flatten(json.loads(json.dumps(identity)))
-    different = [
-        f"{name}: {old.get(name)} there, {value} here"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
-    if different:
-        raise ValueError(f"{out} holds another result ({'; '.join(different[:3])}); {remedy}")
-
-
-def _write(path: Path, text: str) -> None:
-    with write_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
 
 
 def _markdown(result: ProbeResult, identity: Mapping[str, Any]) -> str:

@@ -1,0 +1,82 @@
+"""A directory that holds one result: what it was made from, and the refusal to overwrite another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from nextblock.checkpoint import write_aside
+from nextblock.config import DataConfig
+from nextblock.data import Source
+from nextblock.models import EncoderModel
+from nextblock.settings import flatten, to_dict
+
+__all__ = ["FREE_SETTINGS", "identity_of", "refuse_other_result", "weights_digest", "write_text"]
+
+FREE_SETTINGS = ("out", "device", "workers", "cache", "cache_gb", "encode_batch_size", "overwrite")
+"""Settings that do not change what an evaluation finds."""
+
+_IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "flip", "decoder")
+
+FORMAT_VERSION = 1
+
+
+def identity_of(
+    config: Any, model: EncoderModel, data: DataConfig, sources: Mapping[str, Source]
+) -> dict[str, Any]:
+    """What makes a result what it is, ready for JSON; two evaluations of equal identity find the same.
+
+    `config` is the verb's dataclass of settings; `sources` are named by what they serve for ("train").
+    """
+    cut = to_dict(data)
+    return {
+        "format_version": FORMAT_VERSION,
+        "settings": {name: v for name, v in to_dict(config).items() if name not in FREE_SETTINGS},
+        "weights": weights_digest(model),
+        "images": {name: cut[name] for name in _IMAGE_SETTINGS},
+        "sources": {
+            purpose: {"spec": source.spec, "fingerprint": source.fingerprint, "images": len(source)}
+            for purpose, source in sources.items()
+        },
+    }
+
+
+def weights_digest(model: EncoderModel) -> str:
+    """A hash of the encoder's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def refuse_other_result(out: Path, result: str, identity: Mapping[str, Any], ours: Collection[str]) -> None:
+    """Raise `ValueError` where `out` holds anything but this very result, whole or cut off.
+
+    `result` is the name of the file in `out` that is written last, and begins with the identity; `ours` are
+    the names of everything that the evaluation may write there.
+    """
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    remedy = "give another --out, or --overwrite"
+    if foreign := sorted(name for name in found - {*ours, result} if not name.startswith(".writing-")):
+        raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); {remedy}")
+    if result not in found:
+        return
+    old = flatten(json.loads((out / result).read_text(encoding="utf-8")))
+    new = flatten(json.loads(json.dumps(identity)))
+    different = [
+        f"{name}: {old.get(name)} there, {value} here"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
+    if different:
+        raise ValueError(f"{out} holds another result ({'; '.join(different[:3])}); {remedy}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
