@@ -12,41 +12,16 @@ import torch
 import nextblock
 from nextblock.checkpoint import read_model
 from nextblock.cli import main
-from nextblock.config import OptimConfig
 from nextblock.data import TooManyBadImages, eval_batches, normalize
 from nextblock.evaluate import probe as probe_module
 from nextblock.evaluate.features import FeatureBatch
 from nextblock.evaluate.probe import probe, probe_model
-from nextblock.evaluate.probe_config import ProbeConfig
-from nextblock.evaluate.train_heads import Student, hold_out, measure
+from nextblock.evaluate.train_heads import Student, Trained, hold_out, measure
 from nextblock.interop import load, load_model
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.heads import LinearHead
+from probing import QUICK, known_config, run, weights
 from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
-
-QUICK = ProbeConfig(
-    model="RUN",
-    train="toy-0",
-    val="toy-1",
-    out="OUT",
-    epochs=12,
-    batch_size=16,
-    lr=1e-2,
-    attentive_heads=4,
-    baselines=False,
-    device="cpu",
-)
-
-
-def run(config=QUICK, *, train=None, val=None, data=DATA):
-    train, val = train or ToySource(96), val or ToySource(48, seed=1)
-    return probe_model(toy_model(), config, train, {"val": val}, data)
-
-
-def weights(found, head):
-    return torch.cat(
-        [weight.flatten().float() for weight in found.classifiers[head].head.state_dict().values()]
-    )
 
 
 def accuracies(found):
@@ -156,17 +131,17 @@ def test_a_source_smaller_than_a_batch_is_one_batch():
 def test_accuracy_is_counted_one_image_at_a_time():
     source = ToySource(40)
     torch.manual_seed(0)
-    head = LinearHead(8, 7).eval()
+    head = LinearHead(8, 4).eval()
     features = torch.randn(40, 8)
-    student = Student(head, 0, OptimConfig(), warmup_steps=0, total_steps=1)
     parts = [FeatureBatch((features[i : i + 9],), torch.arange(40)[i : i + 9], ()) for i in range(0, 40, 9)]
-    found = measure([student], parts, source).accuracies[0]
+    found = measure([Trained(head, 0)], parts, source).measures[0]
+    assert found is not None
     top1 = top5 = 0
     for feature, label in zip(features, source.labels, strict=True):
         ranking = head(feature[None])[0].argsort(descending=True).tolist()
         top1 += ranking[0] == label
         top5 += label in ranking[:5]
-    assert found == (top1 / 40, top5 / 40)
+    assert (found.top1, found.top5, found.images) == (top1 / 40, top5 / 40, 40)
 
 
 @pytest.mark.parametrize(("warmup_epochs", "first_lr"), [(0.0, 1e-2), (1.0, 1e-3), (None, 1e-3)])
@@ -187,7 +162,7 @@ def test_without_warm_up_heads_start_at_the_rate_that_was_asked_for(monkeypatch,
 
 def test_a_head_that_diverges_is_said_to():
     with pytest.raises(ValueError, match=r"LinearHead diverged at learning rate 1e\+38"):
-        run(replace(QUICK, lr=1e38, heads=("linear",), warmup_epochs=0))
+        run(replace(QUICK, lr=(1e38,), heads=("linear",), warmup_epochs=0))
 
 
 def test_the_held_out_tenth_is_stratified_disjoint_and_drawn_by_the_seed():
@@ -214,11 +189,7 @@ def test_a_class_of_one_image_keeps_it_and_one_of_two_gives_one():
 
 @pytest.fixture
 def known(monkeypatch, tmp_path):
-    """`probe` finds a toy model and toy sources under the names in its config; OUT is a fresh directory."""
-    sources = {"toy-0": ToySource(96), "toy-1": ToySource(48, seed=1), "toy-2": ToySource(40, seed=2)}
-    monkeypatch.setattr(probe_module, "open_source", lambda spec, data: sources[spec])
-    monkeypatch.setattr(probe_module, "open_encoder", lambda spec, num_heads: toy_model(int(spec[3:] or 0)))
-    return replace(QUICK, out=str(tmp_path / "out"), epochs=2)
+    return known_config(monkeypatch, tmp_path)
 
 
 def test_results_and_classifiers_are_written(known, tmp_path):
@@ -232,6 +203,7 @@ def test_results_and_classifiers_are_written(known, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "attentive",
         "linear",
+        "probe.csv",
         "probe.json",
         "probe.md",
     ]
@@ -272,15 +244,15 @@ def test_the_same_probe_may_be_run_again_and_another_needs_overwrite(known, tmp_
     first = probe(known)
     again = probe(replace(known, workers=0, encode_batch_size=7))
     assert [row.top1 for row in again.rows] == [row.top1 for row in first.rows]
-    other = replace(known, lr=2e-2)
+    other = replace(known, lr=(2e-2,))
     with pytest.raises(
-        ValueError, match=r"holds another result \(settings.lr: 0.01 there, 0.02 here\).*--overwrite"
+        ValueError, match=r"holds another result \(settings.lr: \[0.01\] there, \[0.02\] here\).*--overwrite"
     ):
         probe(other)
     with pytest.raises(ValueError, match=r"another result .*weights"):
         probe(replace(known, model="RUN1"))
     probe(replace(other, overwrite=True))
-    assert json.loads((tmp_path / "out" / "probe.json").read_text())["settings"]["lr"] == 2e-2
+    assert json.loads((tmp_path / "out" / "probe.json").read_text())["settings"]["lr"] == [2e-2]
 
 
 def test_a_directory_of_other_files_is_refused(known, tmp_path):
@@ -304,13 +276,13 @@ def test_a_probe_that_was_cut_off_while_writing_may_be_run_again(known, tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"heads": ()}, "name attentive, linear or both"),
-        ({"heads": ("linear", "linear")}, "once each"),
+        ({"heads": ()}, "heads are .*name at least one"),
+        ({"heads": ("linear", "linear")}, "each once"),
         ({"batch_size": 1}, "at least 2 images"),
         ({"epochs": 0}, "epochs is 0"),
-        ({"layers": 0}, "layers is 0"),
-        ({"lr": 1e-6}, "end_lr lie from 0 to lr"),
-        ({"lr": float("nan")}, "end_lr lie from 0 to lr"),
+        ({"layers": ("last0",)}, "layers is 'last0'; use last, last6"),
+        ({"lr": (1e-6,)}, "end_lr lie from 0 to lr"),
+        ({"lr": (float("nan"),)}, "end_lr lie from 0 to lr"),
         ({"warmup_epochs": 12.0}, "warmup_epochs is 12.0 and epochs 12"),
         ({"clip_grad": 0.0}, "clip_grad is 0.0"),
         ({"cache_gb": -1.0}, "cache_gb is -1.0"),
@@ -369,9 +341,9 @@ def test_python_refuses_unknown_and_missing_names():
 def test_overwrite_is_a_bare_flag(known, tmp_path, capsys):
     words = ["--model", "RUN", "--train", "toy-0", "--val", "toy-1", "--out", str(tmp_path / "out")]
     words += ["--epochs", "1", "--batch_size", "16", "--heads", "[linear]", "--baselines", "false"]
-    words += ["--device", "cpu", "--workers", "0"]
+    words += ["--device", "cpu", "--workers", "0", "--lr", "0.01"]
     assert main(["probe", *words]) == 0
-    assert main(["probe", *words, "--lr", "0.1"]) == 2
+    assert main(["probe", *words[:-1], "0.1"]) == 2
     assert "give another --out, or --overwrite" in capsys.readouterr().err
-    assert main(["probe", *words, "--lr", "0.1", "--overwrite"]) == 0
-    assert json.loads((tmp_path / "out" / "probe.json").read_text())["settings"]["lr"] == 0.1
+    assert main(["probe", *words[:-1], "0.1", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "probe.json").read_text())["settings"]["lr"] == [0.1]

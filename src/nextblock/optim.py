@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 
 from nextblock.config import OptimConfig
 
-__all__ = ["build_optimizer", "lr_at", "parameter_groups", "set_lr"]
+__all__ = ["build_optimizer", "layer_decay_groups", "lr_at", "parameter_groups", "set_lr"]
+
+UNDECAYED = ("pos_embed", "cls_token", "reg_token")
+"""Learned positions and tokens, by the last part of their names: fine-tuning does not decay them."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -22,6 +26,31 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decayed = [p for name, p in named if p.ndim > 1 and "bias" not in name]
     rest = [p for name, p in named if p.ndim <= 1 or "bias" in name]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def layer_decay_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, layer_of: Callable[[str], int], top: int
+) -> list[dict[str, Any]]:
+    """Groups for fine-tuning whose rate is multiplied by layer_decay^(top - layer), BEiT's and MAE's rule.
+
+    `layer_of` gives the layer of a parameter's name: 0 for all that comes before layer 1, `top` for all that
+    comes after the last one, the head among them. (timm's own rule puts the final norm with the last layer.)
+    One-dimensional parameters, positions, class and register tokens are not decayed. Frozen parameters are in
+    no group.
+    """
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_decayed = p.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED
+            groups.setdefault((layer_of(name), is_decayed), []).append(p)
+    return [
+        {
+            "params": params,
+            "weight_decay": weight_decay if is_decayed else 0.0,
+            "lr_scale": layer_decay ** (top - layer),
+        }
+        for (layer, is_decayed), params in groups.items()
+    ]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -45,6 +74,6 @@ def lr_at(step: int, *, peak: float, start: float, end: float, warmup_steps: int
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, times its `lr_scale` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from nextblock.config import ModelConfig
 
-__all__ = ["forward_flops", "step_flops"]
+__all__ = ["encode_flops", "forward_flops", "step_flops"]
 
 
 def forward_flops(config: ModelConfig) -> dict[str, int]:
@@ -34,6 +34,14 @@ def forward_flops(config: ModelConfig) -> dict[str, int]:
             2 * (steps + 1 - distance) * block_mlp for distance in range(1, config.num_predicted_blocks + 1)
         ),
     }
+
+
+def encode_flops(config: ModelConfig) -> int:
+    """Floating-point operations of one image's way through the encoder alone, all of its patches."""
+    patches = config.num_blocks * config.patches_per_block
+    patch_values = config.in_chans * config.patch_size**2
+    embed = 2 * patches * patch_values * config.embed_dim
+    return embed + config.depth * _layer(patches, config.embed_dim, config.mlp_ratio)
 
 
 def step_flops(config: ModelConfig) -> int:

@@ -5,66 +5,86 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nextblock.config import Attention
-from nextblock.settings import check_types, require
+from nextblock.evaluate.recipes import HeadName, RecipeName, check_layers
+from nextblock.settings import Duration, check_types, from_dict, from_keywords, require
 
-__all__ = ["EncoderName", "HeadName", "ProbeConfig", "ProbeResult", "ProbeRow", "Split"]
+__all__ = [
+    "EncoderName",
+    "HeadName",
+    "ProbeCandidate",
+    "ProbeConfig",
+    "ProbeResult",
+    "ProbeRow",
+    "Split",
+    "Tokens",
+    "probe_config",
+    "result_from_dict",
+    "row_from_dict",
+]
 
-HeadName = Literal["attentive", "linear"]
 EncoderName = Literal["trained", "untrained", "raw pixels"]
-Split = Literal["val", "test", "held-out"]
+Split = Literal["val", "test", "held-out", "choice"]
+"""held-out: a tenth of train, kept apart to measure on; choice: another, to choose the winners on."""
+Tokens = Literal["patches", "class", "joined", "all"]
 
-HEAD_WEIGHT_DECAY: dict[HeadName, float] = {"attentive": 0.1, "linear": 0.0}
-"""Official XTRA-B on ImageNet-1k."""
+_SEVERAL = ("heads", "lr", "weight_decay", "layers", "attention", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """What to probe, on what, and how the heads are trained.
+    """What to probe, on what, and which heads compete.
 
-    The defaults are official XTRA's where those are known, save for RandAugment and random erasing, which
-    augment timm adds. One of its traps is not reproduced: with a warm-up of 0 its scheduler starts the cosine
-    at a tenth of the learning rate; here it starts at the rate that was asked for.
+    Every head is trained with every learning rate, weight decay, choice of layers, attention and tokens, all
+    on the same features. Where there is more than one to choose from, the best of its kind is chosen on
+    images that it is not measured on, and measured once. What is null comes from the recipe.
     """
 
     model: str
-    """A run directory or a file of weights."""
+    """A run directory, a file of weights, or timm:NAME."""
     num_heads: int | None = None
     """Attention heads of the encoder, where a foreign file does not tell."""
     train: str
     """Labelled images to train the heads on."""
     val: str | None = None
-    """Labelled images to measure on; with neither val nor test, a tenth of train is held out."""
+    """Labelled images to choose on if test is given, else to measure on."""
     test: str | None = None
-    """Labelled images to measure on as well."""
+    """Labelled images to measure on; with neither val nor test, a tenth of train is held out."""
     out: str
-    """Directory for probe.json, probe.md and the trained heads."""
+    """Directory for the result: probe.json, probe.md, probe.csv, figures, and the trained heads."""
+    recipe: RecipeName = "xtra"
+    """Where null settings come from: XTRA's official probes, or AIM's heads with AIMv2's hyper-parameters."""
     heads: tuple[HeadName, ...] = ("attentive", "linear")
-    """Heads to train on the same features."""
-    layers: int = 6
-    """Attentive head: mean of the outputs of this many last layers. The linear head sees the last one."""
-    attention: Attention = "native"
+    """Heads to train on the same features: attentive, linear, mlp."""
+    layers: tuple[str, ...] | None = None
+    """Layers a head sees the mean of: last, last6, layer7, 3+4+5 (from 0), best (AIM's six); each: all."""
+    attention: tuple[Attention, ...] = ("native",)
     """Attention at encoding: what the checkpoint records for its features, the pre-training mask, or none."""
-    attentive_heads: int = 16
-    """Attentive head: attention heads; must divide the encoder's width."""
+    tokens: tuple[Tokens, ...] = ("patches",)
+    """Of encoders with a class token: patches, class, both joined, or all; attentive: patches or all."""
+    attentive_heads: int | None = None
+    """Attentive head: attention heads; must divide the width. null: 16, or as the encoder (recipe aim)."""
     attentive_queries: int = 1
     """Attentive head: learned queries, averaged."""
     epochs: int = 100
     """How often the heads see every image."""
     batch_size: int = 1024
     """Images per step of the heads; a last partial batch of an epoch is dropped."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW, used as it is."""
+    lr: tuple[float, ...] | None = None
+    """Peak learning rates of AdamW, used as they are; null: the recipe's seven."""
     end_lr: float = 1e-5
     """Learning rate at the end of the cosine."""
-    weight_decay: float | None = None
-    """Decay of the heads' weights; null: 0.1 for the attentive and 0 for the linear head."""
+    weight_decay: tuple[float, ...] | None = None
+    """Decay of the heads' weights; null: the recipe's for each head (xtra: attentive 0.1, linear 0)."""
     warmup_epochs: float | None = None
-    """Linear warm-up from a tenth of lr; null: a tenth of the epochs; 0: start at lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's two decay rates."""
+    """Linear warm-up from a tenth of lr; null: a tenth of the epochs (recipe aim: a twentieth)."""
+    official_warmup_trap: bool = False
+    """Without warm-up, start the cosine at a tenth of lr, as XTRA's official scheduler does: there the rate
+    that counts is a tenth of the one that is named. Of no effect with a warm-up."""
+    betas: tuple[float, float] | None = None
+    """AdamW's two decay rates; null: 0.9 and 0.95 (recipe aim: 0.999)."""
     clip_grad: float | None = 3.0
     """Clip the norm of each head's gradient to this; null: not clipped."""
     seed: int = 0
@@ -74,8 +94,10 @@ class ProbeConfig:
     timm: official XTRA's, with RandAugment and random erasing besides."""
     baselines: bool = True
     """Also probe the same encoder untrained, and the raw pixels (linear head)."""
-    cache_gb: float = 4.0
-    """With augment none, keep features in memory up to this size; beyond, compute them anew each epoch."""
+    cache: str | None = None
+    """With augment none: directory that keeps features for later probes; null: in out, until done."""
+    cache_gb: float = 16.0
+    """Features on disk take at most this much; those beyond are computed anew in every epoch."""
     encode_batch_size: int = 128
     """Images that go through the encoder at a time."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -84,46 +106,57 @@ class ProbeConfig:
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    save_every: str = "10min"
+    """Save what the heads have learned so often: minutes, or epochs (5ep); the same command goes on."""
     overwrite: bool = False
     """Replace another result in out."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(
-            len(self.heads) > 0 and len(set(self.heads)) == len(self.heads),
-            f"heads are {list(self.heads)}; name attentive, linear or both, once each",
-        )
-        for name in ("layers", "epochs", "encode_batch_size", "attentive_heads", "attentive_queries"):
+        for name in _SEVERAL:
+            given = getattr(self, name)
+            require(
+                given is None or (len(given) > 0 and len(set(given)) == len(given)),
+                f"{name} are {list(given or ())}; name at least one, and each once",
+            )
+        check_layers(self.layers or ())
+        for name in ("epochs", "encode_batch_size", "attentive_queries"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; use at least 1")
-        require(self.batch_size >= 2, f"batch_size is {self.batch_size}; batch norm needs at least 2 images")
         require(
-            0 <= self.end_lr <= self.lr < math.inf and self.lr > 0,
-            f"lr is {self.lr} and end_lr {self.end_lr}; lr must be above 0, and end_lr lie from 0 to lr",
+            self.attentive_heads is None or self.attentive_heads >= 1,
+            f"attentive_heads is {self.attentive_heads}; use at least 1",
         )
+        require(self.batch_size >= 2, f"batch_size is {self.batch_size}; batch norm needs at least 2 images")
+        self._check_rates()
+        for name in ("seed", "cache_gb"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it cannot be below 0")
+        Duration.parse(self.save_every, allow=("min", "ep"))
+
+    def _check_rates(self) -> None:
+        for lr in self.lr or ():
+            require(
+                0 <= self.end_lr <= lr < math.inf and lr > 0,
+                f"lr is {lr} and end_lr {self.end_lr}; lr must be above 0, and end_lr lie from 0 to lr",
+            )
         require(
-            0 <= self.warmup < self.epochs,
+            0 <= self.end_lr < math.inf,
+            f"end_lr is {self.end_lr}; it must be a finite number from 0 on",
+        )
+        for decay in self.weight_decay or ():
+            require(0 <= decay < math.inf, f"weight_decay is {decay}; it must be a finite number from 0 on")
+        require(
+            self.warmup_epochs is None or 0 <= self.warmup_epochs < self.epochs,
             f"warmup_epochs is {self.warmup_epochs} and epochs {self.epochs}; warm up for fewer than all",
         )
         require(
             self.clip_grad is None or self.clip_grad > 0,
             f"clip_grad is {self.clip_grad}; give a norm above 0, or null for none",
         )
-        for name in ("seed", "cache_gb"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it cannot be below 0")
-
-    @property
-    def warmup(self) -> float:
-        """Epochs of warm-up."""
-        return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
-
-    def decay(self, head: HeadName) -> float:
-        """Weight decay of a head."""
-        return HEAD_WEIGHT_DECAY[head] if self.weight_decay is None else self.weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRow:
-    """Accuracy of one head on one encoder, measured on one set of images."""
+    """How good the best head of its kind is on one encoder, measured on one set of images."""
 
     encoder: EncoderName
     head: HeadName
@@ -142,6 +175,42 @@ class ProbeRow:
     epochs: int
     elapsed_s: float
     """Time for all heads of this encoder together: features, training, measuring."""
+    tokens: Tokens | None
+    """None for raw pixels."""
+    balanced: float
+    """Mean over the classes of their accuracies."""
+    calibration_error: float
+    """Expected calibration error, 15 equal bins of confidence."""
+    loss: float
+    """Mean cross-entropy."""
+    per_class: tuple[float | None, ...]
+    """Accuracy of each class; None where it has no image."""
+    confusion: tuple[tuple[int, ...], ...] | None
+    """Rows truth, columns prediction; None beyond 1,000 classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeCandidate:
+    """A head that competed, and how it did on the images that the winner was chosen on."""
+
+    encoder: EncoderName
+    head: HeadName
+    lr: float
+    weight_decay: float
+    layers: tuple[int, ...]
+    """Encoder layers, counted from 0; none for raw pixels."""
+    attention: Attention | None
+    tokens: Tokens | None
+    chosen_on: Split | None
+    """Where it was compared with the others; None where there was nothing to choose."""
+    top1: float | None
+    """On those images; None where nothing was chosen, or the head diverged."""
+    top5: float | None
+    loss: float | None
+    winner: bool
+    """The best of its kind on this encoder: highest top1, then lowest loss, then the first."""
+    diverged: bool
+    """Its weights stopped being finite numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +218,51 @@ class ProbeResult:
     """What a probe found."""
 
     rows: tuple[ProbeRow, ...]
+    """The winners."""
+    grid: tuple[ProbeCandidate, ...]
+    """Every head that was trained."""
     num_classes: int
+    class_names: tuple[str, ...]
     train_images: int
     """Readable images that the heads were trained on."""
+    split_images: Mapping[str, int]
+    """Images of each split, readable or not."""
     bad_images: Mapping[str, int]
     """Unreadable images, which were left out, by split."""
+    resolved: Mapping[str, Any]
+    """The recipe's settings as they were used."""
 
     def row(self, encoder: EncoderName, head: HeadName) -> ProbeRow:
         """The first row of this encoder and head."""
         return next(row for row in self.rows if (row.encoder, row.head) == (encoder, head))
+
+    @property
+    def chosen_on(self) -> Split | None:
+        """The images that all winners were chosen on; None where there was nothing to choose."""
+        return self.grid[0].chosen_on
+
+
+def probe_config(settings: Mapping[str, Any]) -> ProbeConfig:
+    """Build a config from a Python call's keywords; lists and single values may stand for tuples."""
+    given = {
+        name: (value,) if name in _SEVERAL and isinstance(value, str | int | float) else value
+        for name, value in settings.items()
+    }
+    if given.get("layers") is not None:
+        given["layers"] = tuple(str(word) for word in given["layers"])
+    return from_keywords(ProbeConfig, given)
+
+
+def result_from_dict(values: Mapping[str, Any]) -> ProbeResult:
+    """Build a result from what `to_dict` wrote, once through JSON; further keys are left out."""
+    known = {name: values[name] for name in ProbeResult.__dataclass_fields__}
+    known["rows"] = tuple(row_from_dict(row) for row in known["rows"])
+    known["grid"] = tuple(from_dict(ProbeCandidate, one) for one in known["grid"])
+    return from_dict(ProbeResult, known)
+
+
+def row_from_dict(values: Mapping[str, Any]) -> ProbeRow:
+    """Build a row from what `to_dict` wrote, once through JSON."""
+    confusion = values["confusion"]
+    pairs = None if confusion is None else tuple(tuple(counts) for counts in confusion)
+    return from_dict(ProbeRow, {**values, "confusion": pairs})

@@ -1,82 +1,96 @@
 """Train any number of heads on the features of one frozen encoder, and measure them.
 
 A head in training is a `Student`: it has its own optimizer, schedule and clipping, so what it learns does not
-depend on which others learn beside it. A `Feed` makes the batches: of features kept in memory, of features
+depend on which others learn beside it. A `Feed` makes the batches: of features kept on disk, of features
 computed anew in every epoch, or of new random crops. The order of images is the training loader's, f(seed,
-epoch), in all three.
+epoch), in all three, so a feed may start at any step. As students are independent, several processes could
+divide them: each trains `students[rank::world_size]` on a feed of its own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from typing import Literal, NamedTuple
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from einops import rearrange
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nextblock.config import DataConfig, OptimConfig, Size
 from nextblock.data import BadSample, Source, TrainLoader, resolve_workers, step_samples
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.rand_augment import TimmCrop
+from nextblock.evaluate.feature_cache import StoredFeatures
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
-    Features,
     check_bad,
-    collect_features,
     features_of_batch,
     iterate_features,
 )
+from nextblock.evaluate.measures import Measures, Tally
+from nextblock.models.heads import Head
 from nextblock.optim import build_optimizer, lr_at, set_lr
 
-__all__ = ["Accuracy", "Feed", "Measured", "Student", "hold_out", "measure", "train_heads"]
+__all__ = ["Feed", "Lesson", "Measured", "Student", "Trained", "hold_out", "measure", "train_heads"]
 
 log = logging.getLogger(__name__)
 
 
-class Accuracy(NamedTuple):
-    """Shares of images whose right class is the likeliest, or among the five (or all, if fewer) likeliest."""
+class Trained(NamedTuple):
+    """A head, and which of a batch's features it sees."""
 
-    top1: float
-    top5: float
+    head: nn.Module
+    column: int
 
 
 class Measured(NamedTuple):
     """What `measure` found."""
 
-    accuracies: tuple[Accuracy, ...]
-    """One a student."""
-    images: int
-    """Images measured on."""
+    measures: tuple[Measures | None, ...]
+    """One a head; None where its logits are no finite numbers."""
     bad: tuple[BadSample, ...]
     """Images that could not be read, left out."""
 
 
 class Student:
-    """A head in training; `column` says which of an extract's features it learns from."""
+    """A head in training; `column` says which of an extract's features it learns from.
+
+    `official_trap`: without warm-up, start the cosine at `optim.start_lr` instead of `optim.lr`.
+    """
 
     def __init__(
-        self, head: nn.Module, column: int, optim: OptimConfig, *, warmup_steps: int, total_steps: int
+        self,
+        head: Head,
+        column: int,
+        optim: OptimConfig,
+        *,
+        warmup_steps: int,
+        total_steps: int,
+        official_trap: bool = False,
     ) -> None:
         self.head = head
         self.column = column
         self.optim = optim
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
+        self.peak_lr = optim.start_lr if official_trap and warmup_steps == 0 else optim.lr
         self.optimizer = build_optimizer(head, optim)
 
-    def learn(self, features: tuple[Tensor, ...], labels: Int64[Tensor, " b"], step: int) -> None:
+    def learn(
+        self, features: tuple[Float[Tensor, "b ..."], ...], labels: Int64[Tensor, " b"], step: int
+    ) -> None:
         """Take one step of AdamW on a batch."""
         lr = lr_at(
             step,
-            peak=self.optim.lr,
+            peak=self.peak_lr,
             start=self.optim.start_lr,
             end=self.optim.end_lr,
             warmup_steps=self.warmup_steps,
@@ -95,6 +109,65 @@ class Student:
         return all(bool(tensor.isfinite().all()) for tensor in self.head.state_dict().values())
 
 
+class Lesson:
+    """Students who learn side by side.
+
+    Their batch norms have nothing to learn, so those of one column are the same: it is done once for all of
+    them. What each learns is, bit for bit, what it would learn alone.
+    """
+
+    def __init__(self, students: Sequence[Student]) -> None:
+        self.students = tuple(students)
+        self._norms = {student.column: student.head.norm for student in reversed(self.students)}
+
+    def begin(self) -> None:
+        """Take the norms out of the heads, and set everything to training."""
+        for student in self.students:
+            student.head.norm = nn.Identity()
+            student.head.train()
+        for norm in self._norms.values():
+            norm.train()
+
+    def learn(
+        self, features: tuple[Float[Tensor, "b ..."], ...], labels: Int64[Tensor, " b"], step: int
+    ) -> None:
+        """Show all students one batch."""
+        normed = {column: _normed(norm, features[column]) for column, norm in self._norms.items()}
+        seen = tuple(normed.get(column, one) for column, one in enumerate(features))
+        for student in self.students:
+            student.learn(seen, labels, step)
+
+    def end(self) -> None:
+        """Put the norms back, one for each head, and set everything to evaluation."""
+        for student in self.students:
+            student.head.norm = deepcopy(self._norms[student.column])
+            student.head.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learned so far: tensors, numbers and strings only."""
+        return {
+            "norms": {column: norm.state_dict() for column, norm in self._norms.items()},
+            "heads": [student.head.state_dict() for student in self.students],
+            "optimizers": [student.optimizer.state_dict() for student in self.students],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, of as many students; the lesson must have begun."""
+        for column, norm in self._norms.items():
+            norm.load_state_dict(state["norms"][column])
+        saved = zip(self.students, state["heads"], state["optimizers"], strict=True)
+        for student, head, optimizer in saved:
+            student.head.load_state_dict(head)
+            student.optimizer.load_state_dict(optimizer)
+
+
+def _normed(norm: nn.Module, features: Float[Tensor, "b *tokens f"]) -> Float[Tensor, "b *tokens f"]:
+    if features.ndim == 2:
+        return norm(features)
+    normed = norm(rearrange(features, "b n f -> (b n) f"))
+    return rearrange(normed, "(b n) f -> b n f", n=features.shape[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Feed:
     """Batches of features and labels to train heads on."""
@@ -109,7 +182,8 @@ class Feed:
     seed: int
     device: torch.device
     augment: Literal["none", "crop", "timm"] = "none"
-    cache_gb: float = 4.0
+    stored: Callable[[], StoredFeatures | None] | None = None
+    """With augment none: gives the features of all images from the disk, or None where they do not fit."""
     bad: dict[int, BadSample] = field(default_factory=dict)
     """Images that could not be read, as far as met; filled while batches are drawn."""
 
@@ -128,126 +202,116 @@ class Feed:
         """Batches in all epochs."""
         return self.steps_per_epoch * self.epochs
 
-    def batches(self) -> Iterator[tuple[tuple[Tensor, ...], Int64[Tensor, " b"]]]:
-        """Yield features and labels on the device, `steps` times; a batch lacks its unreadable images."""
+    def batches(
+        self, start_step: int = 0
+    ) -> Iterator[tuple[tuple[Float[Tensor, "b ..."], ...], Int64[Tensor, " b"]]]:
+        """Yield features and labels on the device, from a step on; a batch lacks its unreadable images."""
+        if start_step >= self.steps:
+            return
         if self.augment != "none":
-            drawn = self._cropped()
+            drawn = self._cropped(start_step)
         else:
-            cached = self._cached()
-            drawn = self._streamed() if cached is None else self._from_memory(cached)
+            stored = self.stored() if self.stored is not None else None
+            if stored is None:
+                log.info("features of %s are computed anew in every epoch", self.source.spec)
+                drawn = self._streamed(start_step)
+            else:
+                drawn = self._from_disk(stored, start_step)
         labels = torch.from_numpy(self.source.labels)
         for batch in drawn:
             self.bad.update({one.sample: one for one in batch.bad})
             check_bad(self.bad.values(), self.source, self.data)
             yield batch.features, labels[batch.samples].to(self.device)
 
-    def _cached(self) -> Features | None:
-        """Compute the features of all images, or None where they do not fit `cache_gb`."""
-        batches = self._iterate(None)
-        first = next(batches)
-        image_gb = sum(one[0].numel() * one.element_size() for one in first.features) / 1e9
-        if image_gb * len(self.source) > self.cache_gb:
-            log.info(
-                "the features take %.1f GB, more than cache_gb %.1f: they are computed anew in every epoch",
-                image_gb * len(self.source),
-                self.cache_gb,
+    def _from_disk(self, stored: StoredFeatures, start_step: int) -> Iterator[FeatureBatch]:
+        for step in range(start_step, self.steps):
+            features, samples = stored.read(self._samples(step))
+            on_device = tuple(one.to(self.device) for one in features)
+            yield FeatureBatch(on_device, samples, stored.bad if step == start_step else ())
+
+    def _streamed(self, start_step: int) -> Iterator[FeatureBatch]:
+        while start_step < self.steps:
+            end = (start_step // self.steps_per_epoch + 1) * self.steps_per_epoch
+            samples = np.concatenate([self._samples(step) for step in range(start_step, end)])
+            yield from iterate_features(
+                self.extract,
+                self.source,
+                self.data,
+                self.image_size,
+                batch_size=self.actual_batch_size,
+                indices=samples,
+                device=self.device,
             )
-            return None
-        return collect_features(chain([first], batches))
+            start_step = end
 
-    def _from_memory(self, cached: Features) -> Iterator[FeatureBatch]:
-        row_of = torch.full((len(self.source),), -1)
-        row_of[cached.samples] = torch.arange(len(cached.samples))
-        for step in range(self.steps):
-            samples = torch.from_numpy(self._samples(step))
-            samples = samples[row_of[samples] >= 0]
-            features = tuple(one[row_of[samples]].to(self.device) for one in cached.features)
-            yield FeatureBatch(features, samples, cached.bad if step == 0 else ())
-
-    def _streamed(self) -> Iterator[FeatureBatch]:
-        for epoch in range(self.epochs):
-            first = epoch * self.steps_per_epoch
-            steps = range(first, first + self.steps_per_epoch)
-            yield from self._iterate(np.concatenate([self._samples(step) for step in steps]))
-
-    def _cropped(self) -> Iterator[FeatureBatch]:
+    def _cropped(self, start_step: int) -> Iterator[FeatureBatch]:
         loader = TrainLoader(
             self.source,
             self.data,
             image_size=self.image_size,
             seed=self.seed,
             batch_size=self.actual_batch_size,
+            start_step=start_step,
             workers=resolve_workers(self.data.workers, self.source),
             crop=self._timm_crop() if self.augment == "timm" else None,
         )
-        for step in islice(loader, self.steps):
+        for step in islice(loader, self.steps - start_step):
             (batch,) = step.micro_batches
             yield features_of_batch(batch, self.extract, self.data, self.device)
 
     def _timm_crop(self) -> TimmCrop:
         return TimmCrop(data=self.data, image_size=self.image_size, seed=self.seed)
 
-    def _iterate(self, indices: Int64[np.ndarray, " n"] | None) -> Iterator[FeatureBatch]:
-        return iterate_features(
-            self.extract,
-            self.source,
-            self.data,
-            self.image_size,
-            batch_size=self.actual_batch_size,
-            indices=indices,
-            device=self.device,
-        )
-
     def _samples(self, step: int) -> Int64[np.ndarray, " b"]:
         return step_samples(self.seed, len(self.source), self.actual_batch_size, step)[1].copy()
 
 
-def train_heads(students: Sequence[Student], feed: Feed) -> None:
-    """Show every batch of the feed to every student. Leaves the heads in evaluation mode.
+def train_heads(
+    lesson: Lesson,
+    feed: Feed,
+    *,
+    start_step: int = 0,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Show every batch of the feed, from a step on, to every student of a lesson that has begun.
 
-    Raises `ValueError` if a head's weights stop being finite numbers.
+    `after_step` is called with the number of steps done. Ends the lesson: the heads are in evaluation mode.
     """
-    for student in students:
-        student.head.train()
-    for step, (features, labels) in enumerate(feed.batches()):
+    for step, (features, labels) in enumerate(feed.batches(start_step), start=start_step):
         if len(labels) < 2:
             log.warning("step %d: fewer than 2 readable images, left out", step)
-            continue
-        for student in students:
-            student.learn(features, labels, step)
-    for student in students:
-        student.head.eval()
-        if not student.is_finite:
-            raise ValueError(
-                f"{type(student.head).__name__} diverged at learning rate {student.optim.lr:g}: its weights "
-                "are no numbers any more; use a lower one"
-            )
+        else:
+            lesson.learn(features, labels, step)
+        if after_step is not None:
+            after_step(step + 1)
+    lesson.end()
 
 
-def measure(students: Sequence[Student], batches: Iterable[FeatureBatch], source: Source) -> Measured:
-    """Measure trained heads on a source's features; `ValueError` if none of its images could be read."""
+@torch.no_grad()
+def measure(
+    trained: Sequence[Trained], batches: Iterable[FeatureBatch], source: Source, *, confusion: bool = True
+) -> Measured:
+    """Measure heads on a source's features; `ValueError` if none of its images could be read."""
     truth = torch.from_numpy(source.labels)
-    right = np.zeros((len(students), 2), dtype=np.int64)
+    tallies: list[Tally | None] = [Tally(len(source.class_names), confusion=confusion) for _ in trained]
     images, bad = 0, []
     for batch in batches:
         bad += batch.bad
         images += len(batch.samples)
-        if batch.features:
-            right += [_right(student, batch.features, truth[batch.samples]) for student in students]
+        if not batch.features:
+            continue
+        for number, (head, column) in enumerate(trained):
+            tally = tallies[number]
+            if tally is None:
+                continue
+            logits = head(batch.features[column])
+            if logits.isfinite().all():
+                tally.add(logits, truth[batch.samples])
+            else:
+                tallies[number] = None
     if not images:
         raise ValueError(f"none of the {len(bad)} images of {source.spec} could be read")
-    return Measured(
-        tuple(Accuracy(float(top1), float(top5)) for top1, top5 in right / images), images, tuple(bad)
-    )
-
-
-@torch.no_grad()
-def _right(student: Student, features: tuple[Tensor, ...], truth: Int64[Tensor, " b"]) -> tuple[int, int]:
-    """How many of these images have their class in first place, and among the first five."""
-    logits = student.head(features[student.column])
-    likeliest = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-    hits = likeliest == rearrange(truth.to(likeliest.device), "b -> b 1")
-    return int(hits[:, 0].sum()), int(hits.any(dim=-1).sum())
+    return Measured(tuple(None if tally is None else tally.measures() for tally in tallies), tuple(bad))
 
 
 def hold_out(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+from safetensors import SafetensorError
 from torch import nn
 
 from nextblock.checkpoint import CheckpointError
@@ -66,18 +67,38 @@ def timm_model(spec: str) -> nn.Module:
             return timm.create_model(
                 name, pretrained=pretrained or checkpoint is not None, num_classes=0, **arguments
             )
-        except (RuntimeError, TypeError, KeyError, AssertionError) as error:
+        except (RuntimeError, TypeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
             raise CheckpointError(f"timm cannot give {spec}: {' '.join(str(error).split())}") from error
 
 
 def open_timm_encoder(spec: str) -> TimmEncoder:
     """Any transformer of timm, as it is there, on the CPU in fp32 and evaluation mode."""
     told = parse_timm_spec(spec)
-    built = timm_model(spec).eval()
+    built = timm_model(spec)
     # timm's own name where the spec gives a place of it, so that it can be built again without that place
     settings: Any = built.pretrained_cfg
     architecture = told.name if ":" not in told.name else str(settings["architecture"])
     try:
-        return TimmEncoder(built, architecture, told.arguments)
+        model = TimmEncoder(built, architecture, told.arguments)
     except ValueError as error:
         raise CheckpointError(f"{spec}: {error}") from error
+    if ":" in told.name:
+        _refuse_unlike(spec, model)
+    return model.eval()
+
+
+def _refuse_unlike(spec: str, model: TimmEncoder) -> None:
+    """Refuse a network that its architecture's name does not give again, as baselines and heads need it."""
+    shapes, again = (
+        {name: tensor.shape for name, tensor in one.state_dict().items()}
+        for one in (model, TimmEncoder.fresh(model.config))
+    )
+    if shapes != again:
+        different = sorted(
+            name for name in shapes.keys() | again.keys() if shapes.get(name) != again.get(name)
+        )
+        raise CheckpointError(
+            f"{spec}: {len(different)} of its tensors ({', '.join(different[:3])}) are not as timm builds "
+            f"{model.config.architecture}, so that it could not be built again; give an architecture that "
+            "timm knows by name"
+        )

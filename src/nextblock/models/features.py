@@ -28,6 +28,8 @@ class Encoded(NamedTuple):
     """What each layer returns, before the final norm."""
     prefix: tuple[Float[Tensor, "b q d"], ...] = ()
     """Class token (first) and register tokens of each layer; empty where an encoder has patches only."""
+    has_class_token: bool = False
+    """Whether the first token of the prefix is one; some encoders have registers alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def pool_features(
         return pool_layers(outputs, config.layers, config.layer_pool, use_norm)
 
     if config.tokens in ("class", "joined"):
-        if not encoded.prefix or not encoded.prefix[0].shape[1]:
+        if not encoded.has_class_token:
             raise ValueError(f"tokens {config.tokens}: this encoder has no class token; use patches")
         class_token = pool(encoded.prefix)[:, 0]
         if config.tokens == "class":

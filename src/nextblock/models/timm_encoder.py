@@ -6,6 +6,7 @@ from the patches.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,10 @@ class TimmEncoder(nn.Module):
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm after the last layer; with average pooling timm calls it fc_norm."""
+        """The norm after the last layer, here of every token.
+
+        Where timm pools by the mean it calls it fc_norm, and applies it to that mean.
+        """
         norms = (getattr(self.encoder, name, None) for name in ("norm", "fc_norm"))
         found = (norm for norm in norms if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity))
         return next(found, nn.Identity())
@@ -74,40 +78,40 @@ class TimmEncoder(nn.Module):
             )
         outputs = _intermediates(self.encoder, images)
         patches, prefix = tuple(one[0] for one in outputs), tuple(one[1] for one in outputs)
-        # Normalised as the network does it, class and register tokens with the patches.
-        whole = self.final_norm(torch.cat([prefix[-1], patches[-1]], dim=1))
-        return Encoded(whole[:, self.config.prefix_tokens :], patches, prefix)
+        tokens = self.final_norm(patches[-1])
+        return Encoded(tokens, patches, prefix, has_class_token=self.config.has_class_token)
 
 
 def _intermediates(encoder: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Patches and prefix tokens of every layer, before the final norm."""
-    outputs = encoder.forward_intermediates(  # type: ignore[operator] # every transformer of timm has it
-        images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+    # Asked for where there are none, some architectures of timm fail, and others give the patches alone.
+    has_prefix = getattr(encoder, "num_prefix_tokens", 0) > 0
+    outputs = encoder.forward_intermediates(  # type: ignore[operator] # `_described` has seen that it is there
+        images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=has_prefix
     )
-    if isinstance(outputs[0], Tensor):  # so where there are none
-        return [(patches, patches[:, :0]) for patches in outputs]
-    return outputs
+    return outputs if has_prefix else [(patches, patches[:, :0]) for patches in outputs]
 
 
 def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> TimmConfig:
-    settings: Any = encoder.pretrained_cfg
-    in_chans, height, width = settings["input_size"]
-    if "in_chans" in arguments:
-        in_chans = arguments["in_chans"]
-    if "img_size" in arguments:
-        height = width = arguments["img_size"]
+    in_chans, (height, width), told = _image_of(encoder, arguments)
+    refusal = (
+        f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
+        "vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
+    )
+    gives_layers = getattr(encoder, "forward_intermediates", None)
+    if gives_layers is None or "return_prefix_tokens" not in inspect.signature(gives_layers).parameters:
+        raise ValueError(refusal)
     was_training = encoder.training
     encoder.eval()
     try:
         with torch.no_grad():
             outputs = _intermediates(encoder, torch.zeros(1, in_chans, height, width))
     except (TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"{architecture} is no transformer that gives out its layers as tokens ({error}); evaluation "
-            "takes timm's vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
-        ) from error
+        raise ValueError(f"{refusal} ({error})") from error
     finally:
         encoder.train(was_training)
+    if len({patches.shape for patches, _ in outputs}) > 1:
+        raise ValueError(refusal)
     return TimmConfig(
         architecture=architecture,
         image_size=(height, width),
@@ -116,5 +120,23 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         depth=len(outputs),
         prefix_tokens=outputs[0][1].shape[1],
         has_class_token=getattr(encoder, "cls_token", None) is not None,
-        arguments=dict(arguments),
+        arguments=told,
     )
+
+
+def _image_of(
+    encoder: nn.Module, arguments: Mapping[str, int]
+) -> tuple[int, tuple[int, int], dict[str, int]]:
+    """Channels and size of the images, and with which arguments the network is built for them.
+
+    A network from the hub or a directory may be built for another size than its architecture's usual one,
+    without anyone having named it.
+    """
+    settings: Any = encoder.pretrained_cfg
+    in_chans, *usual = settings["input_size"]
+    told: dict[str, int] = dict(arguments)
+    built: Any = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+    if "img_size" not in told and built is not None and tuple(built) != tuple(usual) and len(set(built)) == 1:
+        told["img_size"] = built[0]
+    height, width = (told["img_size"],) * 2 if "img_size" in told else usual
+    return told.get("in_chans", int(in_chans)), (height, width), told

@@ -27,7 +27,7 @@ from nextblock.config import ModelConfig
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
 from nextblock.visualize.words import BASELINE_WORDS
 
-__all__ = ["MAX_PICTURE_BYTES", "Look", "draw_sheet", "hatch", "shown_channels"]
+__all__ = ["MAX_PICTURE_BYTES", "Look", "draw_sheet", "hatch", "shortened", "shown_channels"]
 
 MAX_PICTURE_BYTES = 1_500_000
 ERROR_COLOURS = colormaps["magma"]
@@ -209,12 +209,12 @@ def _label(figure: Figure, layout: _Layout, look: Look, titles: Sequence[str] | 
         below = y + layout.cell_height_in + 0.06
         _text(figure, layout, middle, below, f"loss {loss:.3f}", size=8.5, ha="center", va="top")
         if titles is not None:
-            name = _shortened(titles[image], int(layout.cell_width_in * 72 / (7.5 * 0.62)))
+            name = shortened(titles[image], int(layout.cell_width_in * 72 / (7.5 * 0.62)))
             above = layout.cell(image, 0)[1] - 0.05
             _text(figure, layout, middle, above, name, size=7.5, ha="center", va="bottom", color=MUTED)
 
 
-def _shortened(name: str, letters: int) -> str:
+def shortened(name: str, letters: int) -> str:
     """A name that fits: its middle left out, letters that the font lacks as a question mark."""
     font = get_font(findfont("DejaVu Sans"))
     drawable = "".join(letter if font.get_char_index(ord(letter)) else "?" for letter in name)

@@ -1,0 +1,93 @@
+"""`nextblock classify`: the classes of images by a trained head."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nextblock.evaluate.classify_config import ClassifyConfig
+from nextblock.settings import from_keywords
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nextblock.evaluate.classify import ClassifyResult
+
+__all__ = ["classify", "run"]
+
+TABLE_ROWS, TABLE_CLASSES = 10, 3
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the words, classify, print a table of the first images."""
+    from rich.console import Console
+
+    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.evaluate.classify import to_json
+
+    parser = build_parser("classify", "Name the classes of images with a trained head.")
+    parser.add_class_arguments(ClassifyConfig, None, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parse(parser, argv)
+    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    result = classify(**values)
+    console = Console()
+    console.print(_table(result))
+    for words in _notes(result, values["out"]):
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+    if options.json:
+        sys.stdout.write(json.dumps(to_json(result)) + "\n")
+    return 0
+
+
+def classify(**settings: Any) -> ClassifyResult:
+    """Classify images as `nextblock classify` does; `settings` are the fields of `ClassifyConfig`.
+
+    Paths and lists may stand for strings and tuples. What comes back has `rows`, one for each image.
+    """
+    from nextblock.evaluate.classify import classify as classify_with
+
+    return classify_with(from_keywords(ClassifyConfig, settings))
+
+
+def _table(result: ClassifyResult) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    has_truth = result.rows[0].true_class is not None
+    places = ("class", "second", "third")[: min(TABLE_CLASSES, len(result.rows[0].classes))]
+    table = Table("image", *places, *(["true class"] if has_truth else []))
+    for row in result.rows[:TABLE_ROWS]:
+        ranked = zip(row.classes[:TABLE_CLASSES], row.probabilities, strict=False)
+        table.add_row(
+            Text(row.name),
+            *(Text(f"{name} {probability:.1%}") for name, probability in ranked),
+            *([Text(row.true_class or "")] if has_truth else []),
+        )
+    return table
+
+
+def _notes(result: ClassifyResult, out: str | None) -> list[str]:
+    notes = []
+    if (more := len(result.rows) - TABLE_ROWS) > 0:
+        notes.append(
+            f"and {more} images more" + (f", all in {out}" if out else "; --out FILE.csv writes all")
+        )
+    elif out:
+        notes.append(f"classes: {out}")
+    if (found := result.measures) is not None:
+        notes.append(
+            f"top-1 {found.top1:.1%}, top-5 {found.top5:.1%}, balanced {found.balanced:.1%}, "
+            f"calibration error {found.calibration_error:.3f}, of {found.images} labelled images"
+        )
+    elif result.rows[0].true_class is not None:
+        notes.append("the classes of these labels are not the classifier's: no accuracy")
+    if result.bad:
+        named = "; ".join(f"{bad.name}: {bad.reason}" for bad in result.bad[:3])
+        notes.append(
+            f"{len(result.bad)} images could not be read: {named}" + ("; ..." * (len(result.bad) > 3))
+        )
+    return notes

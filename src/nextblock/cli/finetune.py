@@ -1,0 +1,78 @@
+"""`nextblock finetune`: encoder and head trained together on labelled images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextblock.evaluate.finetune_config import FinetuneConfig
+from nextblock.settings import from_keywords, to_dict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nextblock.evaluate.finetune_report import FinetuneResult
+    from nextblock.train import Reporter
+
+__all__ = ["finetune", "run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the words, fine-tune, print a table; exits with 128 + signal where a signal stopped it."""
+    from rich.console import Console
+
+    from nextblock.cli.arguments import build_parser, parse
+
+    parser = build_parser("finetune", "Train encoder and head together on labels, whole or by LoRA.")
+    parser.add_class_arguments(FinetuneConfig, None, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="replace another result in --out")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parse(parser, argv)
+    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    result = finetune(**values)
+    if result.stopped_by is None:
+        Console().print(_table(result))
+        Console().print(f"classifier: {Path(values['out']) / 'classifier'}", highlight=False, soft_wrap=True)
+    if options.json:
+        sys.stdout.write(json.dumps(to_dict(result)) + "\n")
+    if result.stopped_by is None:
+        return 0
+    import signal
+
+    return 128 + signal.Signals[result.stopped_by]
+
+
+def finetune(*, reporter: Reporter | None = None, **settings: Any) -> FinetuneResult:
+    """Fine-tune a model as `nextblock finetune` does; `settings` are the fields of `FinetuneConfig`.
+
+    Paths, lists and dicts (`lora={"rank": 8}`) may stand for strings, tuples and settings.
+    """
+    from nextblock.evaluate.finetune import finetune as finetune_with
+    from nextblock.train import ConsoleReporter
+
+    reporter = reporter or ConsoleReporter()
+    result = finetune_with(from_keywords(FinetuneConfig, settings), reporter)
+    if result.stopped_by is not None:
+        reporter.note(
+            f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; the "
+            "same command goes on"
+        )
+    return result
+
+
+def _table(result: FinetuneResult) -> Table:
+    from rich.table import Table
+
+    table = Table("weights", "measured on", "images", "top-1", "top-5", "balanced", "calibration error")
+    for row in result.rows:
+        m = row.measures
+        table.add_row(
+            row.weights,
+            row.split,
+            str(m.images),
+            *(f"{share:.1%}" for share in (m.top1, m.top5, m.balanced, m.calibration_error)),
+        )
+    return table

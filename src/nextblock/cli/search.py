@@ -1,0 +1,154 @@
+"""`nextblock search`: the images nearest to one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextblock.evaluate.search_config import SearchConfig
+from nextblock.settings import from_keywords
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nextblock.data import Source
+    from nextblock.evaluate.search import QueryResult, SearchResult
+
+__all__ = ["run", "search"]
+
+TABLE_QUERIES = 4
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the words, search, print a table."""
+    from rich.console import Console
+
+    from nextblock.cli.arguments import build_parser, parse
+
+    parser = build_parser("search", "Find the images nearest to one, and draw them.")
+    parser.add_class_arguments(SearchConfig, None, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="replace another sheet in --out")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parse(parser, argv)
+    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    result = search(**values)
+    console = Console()
+    for query in result.queries[:TABLE_QUERIES]:
+        console.print(_table(query))
+    if len(result.queries) > TABLE_QUERIES:
+        console.print(f"and {len(result.queries) - TABLE_QUERIES} queries more, in the files")
+    console.print(f"picture: {values['out']}", highlight=False, markup=False, soft_wrap=True)
+    if result.bad:
+        named = "; ".join(f"{bad.name}: {bad.reason}" for bad in result.bad[:3])
+        words = f"{len(result.bad)} images could not be read: {named}"
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+    if options.json:
+        sys.stdout.write(json.dumps(_as_json(result)) + "\n")
+    return 0
+
+
+def search(**settings: Any) -> SearchResult:
+    """Search as `nextblock search` does; `settings` are the fields of `SearchConfig`.
+
+    Paths may stand for strings.
+    """
+    from nextblock.evaluate.results import write_text
+    from nextblock.evaluate.search import search as search_with
+    from nextblock.visualize.contact_sheet import draw_contact_sheet
+
+    config = from_keywords(SearchConfig, settings)
+    out = Path(config.out)
+    told = out.with_suffix(".json")
+    _refuse_other(out, told, config)
+    result = search_with(config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_contact_sheet(_sheet_rows(result), out, _subtitle(result, config))
+    write_text(out.with_suffix(".csv"), _as_csv(result))
+    write_text(told, json.dumps(_as_json(result), indent=1) + "\n")
+    return result
+
+
+def _refuse_other(out: Path, told: Path, config: SearchConfig) -> None:
+    """Raise `ValueError` where something else lies where the sheet and its lists are to go."""
+    there = [path for path in (out, told, out.with_suffix(".csv")) if path.exists()]
+    if config.overwrite or not there:
+        return
+    try:
+        settings = json.loads(told.read_text(encoding="utf-8"))["identity"]["settings"]
+        is_same = all(
+            settings[name] == getattr(config, name) for name in ("model", "data", "features", "query")
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        is_same = False  # not ours, or cut off
+    if not is_same:
+        raise ValueError(
+            f"{there[0]} is there already, of another search; give another --out, or --overwrite"
+        )
+
+
+def _sheet_rows(result: SearchResult) -> list[Any]:
+    from nextblock.visualize.contact_sheet import Cell, SheetRow, thumbnail
+
+    def picture(source: Source, index: int) -> Any:
+        return thumbnail(source.read(index))
+
+    rows = []
+    for query in result.queries:
+        cells = []
+        for one in query.neighbours:
+            first = f"{one.similarity:.4f}" + (", same image" if one.is_query else "")
+            words = (first, *([] if one.class_name is None else [one.class_name]), one.name)
+            cells.append(Cell(picture(result.source, one.index), words, one.is_query))
+        asked = Cell(picture(result.query_source, query.index), ("query", query.name))
+        rows.append(SheetRow(asked, tuple(cells)))
+    return rows
+
+
+def _subtitle(result: SearchResult, config: SearchConfig) -> str:
+    of = "its features file" if config.features else f"layers {config.layers}"
+    where = f"{result.searched:,} images of {result.source.spec}"
+    return f"among {where}, by cosine similarity of {config.model} ({of})"
+
+
+def _as_json(result: SearchResult) -> dict[str, Any]:
+    return {
+        "identity": result.identity,
+        "searched": result.searched,
+        "queries": [
+            {"index": query.index, "name": query.name, "neighbours": [vars(one) for one in query.neighbours]}
+            for query in result.queries
+        ],
+        "bad": [bad._asdict() for bad in result.bad],
+    }
+
+
+def _as_csv(result: SearchResult) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("query", "rank", "index", "name", "similarity", "class", "is_query"))
+    for query in result.queries:
+        for rank, one in enumerate(query.neighbours, start=1):
+            is_query = str(one.is_query).lower()
+            similarity = f"{one.similarity:.6f}"
+            writer.writerow(
+                (query.name, rank, one.index, one.name, similarity, one.class_name or "", is_query)
+            )
+    return text.getvalue()
+
+
+def _table(query: QueryResult) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        "similarity", "image", "class", "", title=Text(f"nearest to {query.name}"), title_justify="left"
+    )
+    for one in query.neighbours:
+        same = "the query itself" if one.is_query else ""
+        table.add_row(f"{one.similarity:.4f}", Text(one.name), Text(one.class_name or ""), same)
+    return table

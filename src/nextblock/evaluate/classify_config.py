@@ -1,0 +1,61 @@
+"""What `nextblock classify` is told: settings, quick to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nextblock.evaluate.embed_config import default_batch_size
+from nextblock.settings import check_types, require
+
+__all__ = ["CLASSIFY_FORMATS", "ClassifyConfig"]
+
+CLASSIFY_FORMATS = (".csv", ".json", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """Which images to name the classes of, by which classifier, and where to write it."""
+
+    model: str
+    """A directory of a trained head (PROBE/attentive, PROBE/linear), a fine-tuned model, or an official
+    classifier file."""
+    head: str | None = None
+    """The second file of an official AIM classifier."""
+    num_heads: int | None = None
+    """Attention heads of the encoder, where a foreign file does not tell."""
+    probe_layers: Literal["last", "best"] | tuple[int, ...] | None = None
+    """Layers that an official AIM head averages, which its file does not tell."""
+    data: str
+    """Images: a directory, `torchvision:CIFAR10,root=DIR`, or `digits`; they need no labels."""
+    out: str | None = None
+    """File of the classes: .csv, .json or .parquet; null: print only."""
+    top: int = 5
+    """Likeliest classes of each image."""
+    encode_batch_size: int | None = None
+    """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast precision of the encoder."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: CUDA, then MPS, then CPU."""
+    workers: int | None = None
+    """Processes that decode; null: what the run used."""
+    overwrite: bool = False
+    """Replace the file out, where it is there."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.top >= 1, f"top is {self.top}; use at least 1")
+        require(
+            self.out is None or Path(self.out).suffix in CLASSIFY_FORMATS,
+            f"out is {self.out!r}; its name must end in {', '.join(CLASSIFY_FORMATS)}",
+        )
+        require(
+            self.encode_batch_size is None or self.encode_batch_size >= 1,
+            f"encode_batch_size is {self.encode_batch_size}; use at least 1",
+        )
+
+    def batch_size(self, device_type: str) -> int:
+        """Images that go through the encoder at a time."""
+        return self.encode_batch_size or default_batch_size(device_type)

@@ -1,0 +1,110 @@
+"""What `nextblock embed` is told: settings, quick to import."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nextblock.config import Attention
+from nextblock.settings import check_types, require
+
+__all__ = ["FORMATS", "EmbedConfig", "FeatureSettings", "chosen_layers", "default_batch_size"]
+
+FORMATS = (".parquet", ".npy", ".safetensors")
+LAYER_WORDS = "last, last6 (or any number), layer7 or 3+4+5 (counted from 0), or each"
+CPU_BATCH, GPU_BATCH = 16, 128
+"""On a CPU more gain a few percent of speed and take half a gigabyte of memory; a GPU wants many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Which of an encoder's outputs are written."""
+
+    layers: str = "last"
+    """last, last6 (or any number), layer7 or 3+4+5 (counted from 0), or each: every layer, kept apart."""
+    layer_pool: Literal["mean", "concat"] = "mean"
+    """Several layers are averaged, or joined channel by channel; of no account where each is kept apart."""
+    tokens: Literal["patches", "class", "joined", "all"] = "patches"
+    """Patches alone; class token; class token and mean patch, joined; all tokens."""
+    pool: Literal["mean", "none"] = "mean"
+    """The mean over the tokens, one vector an image; none: every token."""
+    norm: bool = True
+    """Apply the encoder's final norm to each layer's output first."""
+    attention: Attention = "native"
+    """Attention at encoding: what the checkpoint records for its features, the pre-training mask, or none."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            re.fullmatch(r"each|last([1-9]\d*)?|layer\d+|\d+(\+\d+)+", self.layers) is not None,
+            f"layers is {self.layers!r}; write {LAYER_WORDS}",
+        )
+        require(
+            self.pool == "mean" or self.tokens in ("patches", "all"),
+            f"tokens {self.tokens} is one vector an image; pool none needs tokens patches or all",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(FeatureSettings):
+    """Of which model and images the features are, which features, and where they go."""
+
+    model: str
+    """A run directory, a file of weights, or timm:NAME."""
+    num_heads: int | None = None
+    """Attention heads of the encoder, where a foreign file does not tell."""
+    data: str
+    """Images: a directory, `torchvision:CIFAR10,root=DIR`, or `digits`."""
+    out: str
+    """File of the features: .parquet, .npy or .safetensors."""
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Numbers in the file."""
+    encode_batch_size: int | None = None
+    """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast precision of the encoder."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: CUDA, then MPS, then CPU."""
+    workers: int | None = None
+    """Processes that decode; null: what the run used."""
+    overwrite: bool = False
+    """Replace other features in out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        suffix = Path(self.out).suffix
+        require(suffix in FORMATS, f"out is {self.out!r}; its name must end in {', '.join(FORMATS)}")
+        require(
+            self.encode_batch_size is None or self.encode_batch_size >= 1,
+            f"encode_batch_size is {self.encode_batch_size}; use at least 1",
+        )
+
+    def batch_size(self, device_type: str) -> int:
+        """Images that go through the encoder at a time."""
+        return self.encode_batch_size or default_batch_size(device_type)
+
+
+def default_batch_size(device_type: str) -> int:
+    """Images that go through an encoder at a time where nobody says: by what the device is."""
+    return CPU_BATCH if device_type == "cpu" else GPU_BATCH
+
+
+def chosen_layers(words: str, depth: int) -> tuple[tuple[int, ...], ...]:
+    """The groups of layers, from 0, that `words` name of `depth` ones: each group is pooled to one feature.
+
+    One group, except for "each", which is a group for every layer.
+    """
+    if words == "each":
+        return tuple((layer,) for layer in range(depth))
+    if words.startswith("last"):
+        count = int(words.removeprefix("last") or 1)
+        require(count <= depth, f"layers is {words}, but the encoder has {depth}; use at most last{depth}")
+        return (tuple(range(depth - count, depth)),)
+    layers = sorted(int(word) for word in words.removeprefix("layer").split("+"))
+    require(
+        layers[-1] < depth and len(set(layers)) == len(layers),
+        f"layers is {words}, but the encoder has {depth} layers; name each once, among 0 to {depth - 1}",
+    )
+    return (tuple(layers),)

@@ -1,0 +1,360 @@
+"""Fine-tuning: encoder and head trained together on labels, whole or by adapters.
+
+OUT/settings.json        what this result is made from, written first
+    state/state.pt       what is needed to go on; removed at the end
+    metrics.jsonl        one JSON object an epoch, and one of each measuring on val
+    quarantine.jsonl     images that could not be read
+    classifier/          the classifier, as `nextblock.load` reads it
+    finetune.md, .json   the result, written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nextblock.checkpoint import STATE_FILE, load_state, save_classifier, write_aside
+from nextblock.config import DataConfig, TrainConfig, pair
+from nextblock.data import QuarantineLog, Source, Step, TrainLoader, open_source, resolve_workers
+from nextblock.data.loader import Crop, EvalCrop
+from nextblock.data.rand_augment import TimmCrop
+from nextblock.data.subsets import SubsetSource
+from nextblock.evaluate.features import check_bad, check_same_classes, evaluation_data
+from nextblock.evaluate.finetune_config import FinetuneConfig
+from nextblock.evaluate.finetune_model import AnyClassifier, build_classifier, images_for
+from nextblock.evaluate.finetune_report import (
+    FinetuneResult,
+    FinetuneRow,
+    Split,
+    finetune_markdown,
+    result_from_dict,
+)
+from nextblock.evaluate.finetune_train import FineTuner, Measured, measure_classifier
+from nextblock.evaluate.results import identity_of, refuse_other_result, write_text
+from nextblock.evaluate.train_heads import hold_out
+from nextblock.interop import open_encoder
+from nextblock.models import EncoderModel
+from nextblock.settings import Duration, to_dict
+from nextblock.train import NonFiniteError, Reporter, RunDir, Tick
+from nextblock.train.device import autocast, choose_device, make_deterministic
+from nextblock.train.memory import keep_freed_memory
+from nextblock.train.metrics import MetricsLog
+from nextblock.train.signals import stop_on_signals
+from nextblock.train.trainer import StepOutcome, Window
+
+__all__ = ["finetune", "finetune_model"]
+
+log = logging.getLogger(__name__)
+
+SETTINGS, RESULT, STATE, CLASSIFIER = "settings.json", "finetune.json", "state", "classifier"
+OURS = (RESULT, STATE, CLASSIFIER, "finetune.md", "metrics.jsonl", "quarantine.jsonl")
+"""What may lie in OUT besides `SETTINGS`."""
+NONFINITE_LIMIT = 5
+"""Steps in a row whose loss or gradient is not finite, after which training stops."""
+
+
+class Sources(NamedTuple):
+    """Images to train on, and those to measure on, by split, test the last."""
+
+    train: Source
+    measured: dict[Split, Source]
+
+
+def finetune(config: FinetuneConfig, reporter: Reporter) -> FinetuneResult:
+    """Fine-tune as the settings say, or go on where the same command stopped; the result stands in `out`.
+
+    Raises `ValueError` where `out` holds another result, where labels are missing, where the sources' classes
+    differ, or where the encoder cannot do what is asked; `TooManyBadImages`, `NonFiniteError`.
+    """
+    model = open_encoder(config.model, num_heads=config.num_heads)
+    data = evaluation_data(config.model, model.config)
+    if config.workers is not None:
+        data = replace(data, workers=config.workers)
+    return finetune_model(model, config, _open_sources(config, data), data, reporter)
+
+
+def finetune_model(
+    model: EncoderModel, config: FinetuneConfig, sources: Sources, data: DataConfig, reporter: Reporter
+) -> FinetuneResult:
+    """The same of an open model and open sources; `data` says how images were cut for the model."""
+    device = choose_device(config.device)
+    autocast(device, TrainConfig(precision=config.precision))  # refuses what the device cannot do
+    _check_classes(sources)
+    out = Path(config.out)
+    identity = identity_of(config, model, data, {"train": sources.train, **sources.measured})
+    identity["settings"].pop("save_every")
+    overwrite = config.overwrite and (out / SETTINGS).is_file()  # else what lies there is not ours to remove
+    if not overwrite:
+        refuse_other_result(out, SETTINGS, identity, OURS)
+        if (out / RESULT).is_file():
+            reporter.note(f"{out} is complete; --overwrite does it again")
+            return result_from_dict(json.loads((out / RESULT).read_text(encoding="utf-8")))
+    if config.deterministic:
+        make_deterministic()
+    if device.type == "cpu":
+        keep_freed_memory()
+    classifier = build_classifier(model, config, sources.train.class_names)
+    data = images_for(data, model.config, classifier.encoder_model.config, config)
+    loop = _Loop(out, classifier, config, sources, data, device, anew=overwrite)
+    _begin(out, identity, overwrite=overwrite)
+    stopped_by = loop.run(reporter)
+    if stopped_by is not None:
+        return loop.result((), {}, stopped_by)
+    return _conclude(loop, identity)
+
+
+def _check_classes(sources: Sources) -> None:
+    names = sources.train.class_names
+    if len(names) == 1:
+        raise ValueError(
+            f"{sources.train.spec} has one class only ({names[0]}), so there is nothing to tell apart; give "
+            "images of two classes or more"
+        )
+    for source in sources.measured.values():
+        check_same_classes(sources.train, source)
+
+
+def _begin(out: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    """Write what the result is made from; with `overwrite`, once the other one is removed."""
+    for name in (SETTINGS, *OURS) if overwrite else ():
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / SETTINGS, json.dumps(identity, indent=2) + "\n")
+
+
+def _conclude(loop: _Loop, identity: dict[str, Any]) -> FinetuneResult:
+    """Measure what was trained, and write it with its result."""
+    out, kept = loop.out, loop.tuner.finish()
+    rows: list[FinetuneRow] = []
+    bad: dict[str, int] = {}
+    for split, source in loop.sources.measured.items():
+        for weights, classifier in kept.items():
+            found = loop.measure(classifier, source)
+            rows.append(FinetuneRow(split=split, weights=weights, measures=found.measures))
+            bad[split] = len(found.bad)
+    result = loop.result(tuple(rows), bad, None)
+    save_classifier(out / CLASSIFIER, list(kept.values())[-1], data=loop.data)
+    write_text(out / "finetune.md", finetune_markdown(result, identity, out / CLASSIFIER))
+    write_text(out / RESULT, json.dumps({**identity, **to_dict(result)}, indent=2) + "\n")
+    shutil.rmtree(out / STATE, ignore_errors=True)
+    return result
+
+
+def _open_sources(config: FinetuneConfig, data: DataConfig) -> Sources:
+    """What to train and to measure on; without labels there is nothing to do."""
+    train = open_source(config.train, data)
+    labels = train.labels
+    specs: dict[Split, str | None] = {"val": config.val, "test": config.test}
+    measured: dict[Split, Source] = {
+        split: open_source(spec, data) for split, spec in specs.items() if spec is not None
+    }
+    if measured:
+        return Sources(train, measured)
+    kept, held = hold_out(labels, config.seed)
+    log.info(
+        "neither val nor test was given: %d of %d images of %s are held out, a tenth of every class",
+        len(held),
+        len(labels),
+        config.train,
+    )
+    parts = [SubsetSource(train.spec, train, numbers) for numbers in (kept, held)]
+    return Sources(parts[0], {"held-out": parts[1]})
+
+
+class _Loop:
+    """Training and what surrounds it: the loader, the records, the state on disk."""
+
+    def __init__(
+        self,
+        out: Path,
+        classifier: AnyClassifier,
+        config: FinetuneConfig,
+        sources: Sources,
+        data: DataConfig,
+        device: torch.device,
+        *,
+        anew: bool,
+    ) -> None:
+        self.out, self.config, self.sources, self.data = out, config, sources, data
+        self.image_size = pair(classifier.encoder_model.config.image_size)
+        self.trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+        self.parameters = sum(p.numel() for name, p in classifier.named_parameters() if "lora_" not in name)
+        self.labels = torch.from_numpy(sources.train.labels)
+        saved = load_state(out / STATE) if (out / STATE).is_dir() and not anew else None
+        self.loader = self._loader(0 if saved is None else saved["step"], device)
+        self.tuner = FineTuner(
+            classifier, config, data, steps_per_epoch=self.loader.steps_per_epoch, device=device
+        )
+        if saved is not None:
+            self.tuner.restore(saved)
+        self._nonfinite = 0
+        self._saved_step, self._saved_at_s = self.tuner.step, time.monotonic()
+        saving = Duration.parse(config.save_every, allow=("ep", "st", "sa", "min"))
+        self._save_s = saving.value * 60 if saving.unit == "minutes" else None
+        self._save_steps = None if self._save_s is not None else max(1, self._steps(saving))
+
+    def run(self, reporter: Reporter) -> str | None:
+        """Train to the end; gives the signal that asked to stop before it, if one did."""
+        tuner = self.tuner
+        records = RunDir(self.out)
+        records.cut_metrics(tuner.step or -1)  # what was written after the state will be written again
+        self.quarantine = QuarantineLog(
+            records.quarantine, len(self.sources.train), self.data.max_bad_fraction
+        )
+        with (
+            stop_on_signals() as stop,
+            reporter,
+            closing(MetricsLog(records.metrics, None, start_step=tuner.step)) as metrics,
+        ):
+            reporter.begin(tuner.step, tuner.total_steps)
+            steps = iter(self.loader)
+            while tuner.step < tuner.total_steps and not stop:
+                started_s = time.perf_counter()
+                step = next(steps)
+                waited_s = time.perf_counter() - started_s
+                lr = tuner.lr
+                outcome = self._learn(step)
+                tuner.window.add(outcome, waited_s=waited_s, elapsed_s=time.perf_counter() - started_s)
+                reporter.update(self._tick(lr))
+                if tuner.step % self.loader.steps_per_epoch == 0:
+                    self._end_epoch(metrics, lr)
+                self._save_if_due()
+            self._save()
+        is_cut = tuner.step < tuner.total_steps
+        return stop.signal.name if stop.signal is not None and is_cut else None
+
+    def measure(self, classifier: AnyClassifier, source: Source) -> Measured:
+        """Measure on a source; `TooManyBadImages` where too many of it cannot be read."""
+        found = measure_classifier(
+            classifier,
+            source,
+            self.data,
+            image_size=self.image_size,
+            batch_size=self.config.encode_batch_size,
+            precision=TrainConfig(precision=self.config.precision),
+        )
+        check_bad(found.bad, source, self.data)
+        return found
+
+    def result(
+        self, rows: tuple[FinetuneRow, ...], bad: dict[str, int], stopped_by: str | None
+    ) -> FinetuneResult:
+        """What was found so far."""
+        return FinetuneResult(
+            rows=rows,
+            class_names=self.sources.train.class_names,
+            train_images=len(self.sources.train),
+            bad_images={"train": self.quarantine.count, **bad},
+            step=self.tuner.step,
+            total_steps=self.tuner.total_steps,
+            trained_parameters=self.trained,
+            parameters=self.parameters,
+            stopped_by=stopped_by,
+        )
+
+    # --------------------------------------------------------------------------------------------- its parts
+
+    def _learn(self, step: Step) -> StepOutcome:
+        (batch,) = step.micro_batches  # the tuner cuts it, once images are mixed over the whole batch
+        for bad in batch.bad:
+            self.quarantine.add(bad)
+        outcome = self.tuner.learn(batch.images, self.labels[batch.samples])
+        scaler = self.tuner.scaler
+        if outcome.is_finite(scaled=scaler.is_enabled() and scaler.get_scale() >= 1):
+            self._nonfinite = 0
+            return outcome
+        self._nonfinite += 1
+        log.warning("step %d: loss %s, gradient norm %s; weights left as they are", step.index, *outcome[:2])
+        if self._nonfinite >= NONFINITE_LIMIT:
+            raise NonFiniteError(
+                f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {NONFINITE_LIMIT} steps in a "
+                f"row, the last of them step {step.index}; try a lower lr, a longer warmup_epochs, or "
+                "precision bf16 or fp32"
+            )
+        return outcome
+
+    def _end_epoch(self, metrics: MetricsLog, lr: float) -> None:
+        tuner = self.tuner
+        epoch = tuner.step // self.loader.steps_per_epoch
+        values = {"epoch": epoch, "lr": lr, **tuner.window.values(), "bad": self.quarantine.count}
+        metrics.write("train", tuner.step, values)
+        tuner.window = Window()
+        watched = [source for split, source in self.sources.measured.items() if split != "test"]
+        if watched and (epoch % self.config.val_every == 0 or epoch == self.config.epochs):
+            found: dict[str, float] = {"epoch": epoch}
+            for weights, classifier in tuner.networks().items():
+                measures = self.measure(classifier, watched[0]).measures
+                prefix = "" if weights == "last" else f"{weights}/"
+                names = ("top1", "top5", "balanced", "loss", "calibration_error")
+                found |= {f"{prefix}{name}": getattr(measures, name) for name in names}
+            metrics.write("val", tuner.step, found)
+            log.info("epoch %d: top-1 %.2f %% on %s", epoch, 100 * found["top1"], watched[0].spec)
+
+    def _tick(self, lr: float) -> Tick:
+        tuner, values = self.tuner, self.tuner.window.values()
+        return Tick(
+            step=tuner.step,
+            total_steps=tuner.total_steps,
+            epoch=tuner.step / self.loader.steps_per_epoch,
+            loss=values["loss"],
+            baselines={},
+            lr=lr,
+            images_per_s=values["images_per_s"],
+            data_wait=values["data_wait"],
+            num_bad=self.quarantine.count,
+        )
+
+    def _loader(self, start_step: int, device: torch.device) -> TrainLoader:
+        config, source = self.config, self.sources.train
+        return TrainLoader(
+            source,
+            self.data,
+            image_size=self.image_size,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            start_step=start_step,
+            workers=resolve_workers(self.data.workers, source),
+            pin_memory=device.type == "cuda",
+            crop=self._crop(),
+        )
+
+    def _crop(self) -> Crop | None:
+        """What cuts the images; None: the loader's own random crop."""
+        if self.config.augment == "timm":
+            return TimmCrop(data=self.data, image_size=self.image_size, seed=self.config.seed)
+        if self.config.augment == "none":
+            return EvalCrop(data=self.data, image_size=self.image_size)
+        return None
+
+    def _steps(self, duration: Duration) -> int:
+        return duration.steps(batch_size=self.loader.batch_size, steps_per_epoch=self.loader.steps_per_epoch)
+
+    def _save_if_due(self) -> None:
+        """Save if it is time, unless steps are not finite: what came before must stay."""
+        if self._save_steps is not None:
+            is_due = self.tuner.step % self._save_steps == 0
+        else:
+            is_due = self._save_s is not None and time.monotonic() - self._saved_at_s >= self._save_s
+        if is_due and not self._nonfinite:
+            self._save()
+
+    def _save(self) -> None:
+        """Write the state, unless it is saved already."""
+        if self.tuner.step == self._saved_step:
+            return
+        with write_aside(self.out / STATE) as aside:
+            aside.mkdir()
+            torch.save(self.tuner.state(), aside / STATE_FILE)
+        self._saved_step, self._saved_at_s = self.tuner.step, time.monotonic()

@@ -1,0 +1,176 @@
+"""What evaluations without training an encoder share: its features, and those of its two baselines.
+
+An untrained encoder of the same shape and the raw pixels stand beside every encoder: without those two
+numbers the third says little.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.data import Source, keyed_seed, open_source
+from nextblock.evaluate.embed_config import chosen_layers
+from nextblock.evaluate.features import (
+    Extract,
+    Features,
+    check_bad,
+    check_same_classes,
+    collect_features,
+    encoder_extract,
+    evaluation_data,
+    iterate_features,
+    pixel_extract,
+    untrained,
+)
+from nextblock.evaluate.fewshot_config import FewshotConfig, FewshotResult
+from nextblock.evaluate.knn_config import KnnConfig, KnnResult
+from nextblock.evaluate.probe_config import EncoderName
+from nextblock.evaluate.results import write_text
+from nextblock.interop import open_encoder
+from nextblock.models import EncoderModel
+from nextblock.models.features import FeatureConfig
+from nextblock.models.timm_encoder import TimmConfig
+from nextblock.settings import to_dict
+from nextblock.train.device import choose_device
+
+__all__ = ["Opened", "Subject", "feature_config", "markdown_table", "open_all", "subjects", "write_result"]
+
+log = logging.getLogger(__name__)
+
+
+class Opened(NamedTuple):
+    """A model, how its images are cut, and labelled sources of the same classes."""
+
+    model: EncoderModel
+    data: DataConfig
+    sources: dict[str, Source]
+
+
+class Subject(NamedTuple):
+    """An encoder, or the pixels, and its features (b d) of every source, in main memory."""
+
+    encoder: EncoderName
+    features: dict[str, Features]
+
+
+def open_all(config: KnnConfig | FewshotConfig, specs: Mapping[str, str | None]) -> Opened:
+    """Open the config's model, and by purpose the sources that are given, the first of them "train".
+
+    Raises `ValueError` where a source has no labels, fewer than two classes, or other classes than train.
+    """
+    model = open_encoder(config.model, num_heads=config.num_heads)
+    data = evaluation_data(config.model, model.config)
+    if config.workers is not None:
+        data = replace(data, workers=config.workers)
+    sources = {purpose: open_source(spec, data) for purpose, spec in specs.items() if spec is not None}
+    train = sources["train"]
+    if len(train.class_names) < 2:
+        raise ValueError(f"{train.spec} has one class only; give labelled images of at least two")
+    for source in sources.values():
+        check_same_classes(train, source)
+    return Opened(model, data, sources)
+
+
+def feature_config(config: KnnConfig | FewshotConfig, encoder: ModelConfig | TimmConfig) -> FeatureConfig:
+    """One vector an image: by default the mean patch of the last layer, after the final norm."""
+    (layers,) = chosen_layers(config.layers, encoder.depth)
+    return FeatureConfig(layers=layers, norm_layers=True, tokens=config.tokens, attention=config.attention)
+
+
+def subjects(
+    opened: Opened,
+    config: KnnConfig | FewshotConfig,
+    indices: Mapping[str, Int64[np.ndarray, " n"]] | None = None,
+) -> Iterator[Subject]:
+    """Yield the features of the encoder, of the same one untrained, and the raw pixels, one after another.
+
+    Of each source all images are taken, or those of `indices` under its purpose. The model is frozen and
+    moved to the device. Raises `ValueError` where features are no numbers.
+    """
+    model = opened.model.to(choose_device(config.device)).eval().requires_grad_(requires_grad=False)
+    yield Subject("trained", _collect(_extract(model, config), opened, config, indices))
+    if not config.baselines:
+        return
+    fresh = untrained(model, keyed_seed(config.seed, "untrained encoder"))
+    yield Subject("untrained", _collect(_extract(fresh, config), opened, config, indices))
+    height, width = pair(model.config.image_size)
+    numbers = [len((indices or {}).get(purpose, source)) for purpose, source in opened.sources.items()]
+    pixels_gb = 4 * model.config.in_chans * height * width * sum(numbers) / 1e9
+    if pixels_gb > config.pixels_gb:
+        log.info(
+            "raw pixels are left out: those of %d images take %.1f GB, and pixels_gb is %g",
+            sum(numbers),
+            pixels_gb,
+            config.pixels_gb,
+        )
+        return
+    yield Subject("raw pixels", _collect(pixel_extract, opened, config, indices))
+
+
+def _extract(model: EncoderModel, config: KnnConfig | FewshotConfig) -> Extract:
+    wanted = feature_config(config, model.config)
+    return encoder_extract(model, [wanted], precision=config.precision, chunk=config.encode_batch_size)
+
+
+def _collect(
+    extract: Extract,
+    opened: Opened,
+    config: KnnConfig | FewshotConfig,
+    indices: Mapping[str, Int64[np.ndarray, " n"]] | None,
+) -> dict[str, Features]:
+    found = {}
+    for purpose, source in opened.sources.items():
+        batches = iterate_features(
+            extract,
+            source,
+            opened.data,
+            pair(opened.model.config.image_size),
+            batch_size=config.encode_batch_size,
+            indices=(indices or {}).get(purpose),
+            device=next(opened.model.parameters()).device,
+        )
+        found[purpose] = collect_features(batches)
+        check_bad(found[purpose].bad, source, opened.data)
+        lost = int((~found[purpose].features[0].isfinite().all(dim=-1)).sum())
+        if lost:
+            raise ValueError(
+                f"the features of {lost} images of {source.spec} are no numbers; encode with --precision "
+                "fp32, or look at the weights: the training may have diverged"
+            )
+    return found
+
+
+# ------------------------------------------------------------------------------------------ what is written
+
+
+def write_result(
+    out: Path, verb: str, identity: Mapping[str, Any], result: KnnResult | FewshotResult, markdown: str
+) -> None:
+    """Write a result's rows as OUT/VERB.csv, its text as .md, and last the whole of it as .json."""
+    out.mkdir(parents=True, exist_ok=True)
+    values = to_dict(result)
+    assert not identity.keys() & values.keys(), "one would hide the other"
+    with io.StringIO(newline="") as text:
+        table = csv.DictWriter(text, fieldnames=list(values["rows"][0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(values["rows"])
+        write_text(out / f"{verb}.csv", text.getvalue())
+    write_text(out / f"{verb}.md", markdown)
+    write_text(out / f"{verb}.json", json.dumps({**identity, **values}, indent=2) + "\n")
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return [f"| {' | '.join(row)} |" for row in rows]

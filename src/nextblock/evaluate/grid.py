@@ -1,0 +1,189 @@
+"""The heads that compete in a probe: every kind with every learning rate, decay and choice of features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from nextblock.config import ModelConfig
+from nextblock.evaluate.probe_config import HeadName, ProbeConfig
+from nextblock.evaluate.recipes import Recipe, recipe_of
+from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
+from nextblock.models import EncoderModel
+from nextblock.models.features import FeatureConfig, Tokens, last_layers
+from nextblock.models.heads import HeadConfig
+from nextblock.models.timm_encoder import TimmConfig
+
+__all__ = ["Candidate", "encoder_candidates", "has_choice", "layer_choices", "pixel_candidates"]
+
+log = logging.getLogger(__name__)
+
+ATTENTION_HEADS = 16
+"""Of official XTRA's attentive heads, at every width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A head to train."""
+
+    head: HeadName
+    config: HeadConfig | None
+    """None on raw pixels."""
+    lr: float
+    weight_decay: float
+
+    @property
+    def features(self) -> FeatureConfig | None:
+        """What it sees of the encoder; None: raw pixels."""
+        return None if self.config is None else self.config.features
+
+
+def encoder_candidates(config: ProbeConfig, model: EncoderModel, num_classes: int) -> tuple[Candidate, ...]:
+    """All heads to train on an encoder, a kind after the other.
+
+    Raises `ValueError` where the encoder has not got what the config asks for.
+    """
+    recipe, encoder = recipe_of(config), model.config
+    _check_tokens(config, encoder)
+    num_heads = _attentive_heads(config, model) if "attentive" in config.heads else 1
+    found = []
+    for head in config.heads:
+        for features in _features(config, recipe, encoder, head):
+            made = HeadConfig(
+                kind=head,
+                num_classes=num_classes,
+                layers=features.layers,
+                attention=features.attention,
+                tokens=features.tokens,
+                num_heads=num_heads,
+                num_queries=config.attentive_queries,
+                bias=recipe.bias,
+            )
+            found += [
+                Candidate(head=head, config=made, lr=lr, weight_decay=decay)
+                for decay, lr in product(recipe.weight_decay[head], recipe.lr)
+            ]
+    return tuple(found)
+
+
+def pixel_candidates(config: ProbeConfig) -> tuple[Candidate, ...]:
+    """The linear heads to train on raw pixels: learning rates and decays."""
+    recipe = recipe_of(config)
+    return tuple(
+        Candidate(head="linear", config=None, lr=lr, weight_decay=decay)
+        for decay, lr in product(recipe.weight_decay["linear"], recipe.lr)
+    )
+
+
+def has_choice(candidates: Sequence[Candidate]) -> bool:
+    """Whether any kind of head has more than one candidate."""
+    kinds = [candidate.head for candidate in candidates]
+    return len(set(kinds)) < len(kinds)
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def _features(
+    config: ProbeConfig, recipe: Recipe, encoder: ModelConfig | TimmConfig, head: HeadName
+) -> list[FeatureConfig]:
+    tokens: tuple[Tokens, ...] = config.tokens
+    if head == "attentive":
+        tokens = tuple(one for one in tokens if one in ("patches", "all"))
+    layers = [
+        chosen
+        for word in recipe.layers[head]
+        for chosen in layer_choices(word, encoder, was_asked_for=config.layers is not None)
+    ]
+    return [
+        FeatureConfig(layers=chosen, tokens=one, pooled=head != "attentive", attention=attention)
+        for attention, one, chosen in product(config.attention, tokens, dict.fromkeys(layers))
+    ]
+
+
+def layer_choices(
+    word: str, encoder: ModelConfig | TimmConfig, *, was_asked_for: bool
+) -> Iterator[tuple[int, ...]]:
+    """Yield the layers that a word means, counted from 0; several choices for "each".
+
+    "best", unless it was asked for, is left out where it is not known. Raises `ValueError` for layers that
+    the encoder has not got.
+    """
+    depth = encoder.depth
+    if word == "each":
+        yield from ((layer,) for layer in range(depth))
+    elif word == "best":
+        best = BEST_LAYERS_OF_SIZE.get((encoder.embed_dim, depth))
+        if best is not None:
+            yield best
+        elif was_asked_for:
+            sizes = ", ".join(f"{width} x {layers}" for width, layers in BEST_LAYERS_OF_SIZE)
+            raise ValueError(
+                f"layers best is known of AIM's sizes (width x layers: {sizes}), not of an encoder "
+                f"{encoder.embed_dim} wide with {depth} layers; use each to find out, or name them: 3+4+5"
+            )
+        else:
+            log.info("which layers are the best is known of AIM's own sizes only: left out")
+    elif word.startswith("layer") or "+" in word:
+        chosen = tuple(int(number) for number in word.removeprefix("layer").split("+"))
+        if max(chosen) >= depth or len(set(chosen)) < len(chosen):
+            raise ValueError(
+                f"layers {word} of an encoder with {depth}; name each once, among 0 to {depth - 1}"
+            )
+        yield tuple(sorted(chosen))
+    else:
+        count = int(word.removeprefix("last") or 1)
+        if count > depth:
+            log.info("the encoder has %d layers: all of them are averaged, not %d", depth, count)
+        yield last_layers(min(count, depth), depth)
+
+
+def _check_tokens(config: ProbeConfig, encoder: ModelConfig | TimmConfig) -> None:
+    class_tokens = [one for one in config.tokens if one in ("class", "joined")]
+    has_class_token = isinstance(encoder, TimmConfig) and encoder.has_class_token
+    if class_tokens and not has_class_token:
+        raise ValueError(f"tokens {class_tokens[0]}: this encoder has no class token; use patches")
+    if "attentive" in config.heads and len(class_tokens) == len(config.tokens):
+        raise ValueError(
+            f"an attentive head sees many tokens, not tokens {' or '.join(class_tokens)}; "
+            "add --tokens patches, or leave it out: --heads linear"
+        )
+
+
+def _attentive_heads(config: ProbeConfig, model: EncoderModel) -> int:
+    """How many attention heads an attentive head has; `ValueError` where a given number cannot be."""
+    width = model.config.embed_dim
+    given = config.attentive_heads
+    if given is not None:
+        if width % given:
+            raise ValueError(
+                f"an attentive head {width} channels wide cannot have {given} attention heads; "
+                f"set attentive_heads (--attentive_heads) to a divisor, such as {_fitting(width, given)}"
+            )
+        return given
+    wanted = ATTENTION_HEADS
+    if recipe_of(config).encoder_heads:
+        wanted = _encoder_heads(model) or ATTENTION_HEADS
+    fitting = _fitting(width, wanted)
+    if fitting != wanted:
+        log.info(
+            "%d channels cannot be divided among %d attention heads: the attentive head has %d",
+            width,
+            wanted,
+            fitting,
+        )
+    return fitting
+
+
+def _fitting(width: int, most: int) -> int:
+    return max(count for count in range(1, most + 1) if width % count == 0)
+
+
+def _encoder_heads(model: EncoderModel) -> int | None:
+    """The encoder's own attention heads, where they can be told."""
+    if isinstance(model.config, ModelConfig):
+        return model.config.num_heads
+    found = (getattr(module, "num_heads", None) for module in model.encoder.modules())
+    return next((number for number in found if isinstance(number, int)), None)

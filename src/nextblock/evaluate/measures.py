@@ -1,0 +1,113 @@
+"""What a classifier's logits are worth: accuracies, calibration, loss, confusion; summed up by batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+__all__ = ["CONFIDENCE_BINS", "MAX_CONFUSION_CLASSES", "Measures", "Tally"]
+
+CONFIDENCE_BINS = 15
+MAX_CONFUSION_CLASSES = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """How well logits tell the classes of labelled images."""
+
+    images: int
+    top1: float
+    """Share of images whose likeliest class is the right one."""
+    top5: float
+    """Share of images whose right class is among the five (or all, if fewer) likeliest."""
+    balanced: float
+    """Mean of the accuracies of the classes that have images."""
+    calibration_error: float
+    """Expected calibration error: how far confidence and accuracy lie apart, in the mean over images, by 15
+    equal bins of the likeliest class's probability (Guo et al. 2017)."""
+    loss: float
+    """Mean cross-entropy."""
+    per_class: tuple[float | None, ...]
+    """Accuracy of each class; None of one without images."""
+    confusion: tuple[tuple[int, ...], ...] | None
+    """Images by true class (row) and likeliest class (column); None beyond 1,000 classes or unasked."""
+
+
+class Tally:
+    """Sums up logits and labels, a batch at a time, on the CPU; the logits may lie on any device."""
+
+    def __init__(self, num_classes: int, *, confusion: bool = True) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; use at least 1")
+        self.num_classes = num_classes
+        keep_confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
+        self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64) if keep_confusion else None
+        self._class_images = torch.zeros(num_classes, dtype=torch.int64)
+        self._class_right = torch.zeros(num_classes, dtype=torch.int64)
+        self._top5_right = 0
+        self._loss = 0.0
+        # of each bin: images rightly told, less the sum of their confidences
+        self._excess = torch.zeros(CONFIDENCE_BINS, dtype=torch.float64)
+
+    def add(self, logits: Float[Tensor, "b c"], labels: Int64[Tensor, " b"]) -> None:
+        """Count a batch in.
+
+        Raises `ValueError` where there are not as many logits as classes, a label is none of the classes, or
+        logits are NaN or infinite, as those of a head that diverged.
+        """
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"{logits.shape[1]} logits an image for {self.num_classes} classes")
+        if not len(labels):
+            return
+        truth = labels.cpu()
+        if truth.min() < 0 or truth.max() >= self.num_classes:
+            raise ValueError(
+                f"labels from {int(truth.min())} to {int(truth.max())} for {self.num_classes} classes"
+            )
+        log_p = logits.detach().float().log_softmax(dim=-1)
+        top = log_p.topk(min(5, self.num_classes))
+        likeliest, ranked = top.values[:, 0].cpu().double(), top.indices.cpu()
+        if likeliest.isnan().any():
+            raise ValueError(
+                f"{int(likeliest.isnan().sum())} of {len(truth)} images have logits that are no numbers: "
+                "the head or the encoder diverged; train with a lower learning rate, or encode in fp32"
+            )
+        self._loss -= float(log_p.cpu().double().gather(1, rearrange(truth, "b -> b 1")).sum())
+        self._count(truth, ranked, likeliest.exp())
+
+    def _count(
+        self, truth: Int64[Tensor, " b"], ranked: Int64[Tensor, "b five"], confidence: Float[Tensor, " b"]
+    ) -> None:
+        """Count in the right ones; `ranked` are the likeliest classes, the first one with `confidence`."""
+        right = ranked[:, 0] == truth
+        self._class_images += torch.bincount(truth, minlength=self.num_classes)
+        self._class_right += torch.bincount(truth[right], minlength=self.num_classes)
+        self._top5_right += int((ranked == rearrange(truth, "b -> b 1")).sum())
+        bins = (confidence * CONFIDENCE_BINS).ceil().long().sub(1).clamp(0, CONFIDENCE_BINS - 1)
+        self._excess.index_add_(0, bins, right.double() - confidence)
+        if self._confusion is not None:
+            cells = torch.bincount(truth * self.num_classes + ranked[:, 0], minlength=self.num_classes**2)
+            self._confusion += rearrange(cells, "(truth told) -> truth told", told=self.num_classes)
+
+    def measures(self) -> Measures:
+        """All batches together; `ValueError` if there was no image."""
+        images = int(self._class_images.sum())
+        if not images:
+            raise ValueError("no image was measured; give a source with readable, labelled images")
+        counts = zip(self._class_right.tolist(), self._class_images.tolist(), strict=True)
+        per_class = tuple(right / number if number else None for right, number in counts)
+        known = [accuracy for accuracy in per_class if accuracy is not None]
+        return Measures(
+            images=images,
+            top1=int(self._class_right.sum()) / images,
+            top5=self._top5_right / images,
+            balanced=sum(known) / len(known),
+            calibration_error=float(self._excess.abs().sum()) / images,
+            loss=self._loss / images,
+            per_class=per_class,
+            confusion=None if self._confusion is None else tuple(map(tuple, self._confusion.tolist())),
+        )

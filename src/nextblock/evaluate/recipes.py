@@ -1,0 +1,95 @@
+"""The recipes of probes: what is officially known of how XTRA's and AIM's heads are trained. Quick to import.
+
+`xtra` is what XTRA's official code does. AIM v1 publishes its heads but not how they were trained, so `aim`
+trains AIM's heads with the sweep of AIMv2, from the same lab (AIMv2, Table A2). That table names a colour
+jitter of 0.3 besides RandAugment; augment timm has none, as timm leaves it out where there is RandAugment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from nextblock.evaluate.probe_config import ProbeConfig
+
+__all__ = ["RECIPES", "HeadName", "Recipe", "RecipeName", "check_layers", "recipe_of", "warmup_epochs"]
+
+HeadName = Literal["attentive", "linear", "mlp"]
+RecipeName = Literal["xtra", "aim"]
+
+LAYER_WORDS = re.compile(r"last|last\d+|\d+|layer\d+|\d+(\+\d+)+|each|best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The part of a probe's settings that hangs on whose protocol it follows."""
+
+    lr: tuple[float, ...]
+    weight_decay: Mapping[HeadName, tuple[float, ...]]
+    layers: Mapping[HeadName, tuple[str, ...]]
+    """In the words of `ProbeConfig.layers`."""
+    betas: tuple[float, float]
+    epochs_per_warmup: int
+    """One epoch of warm-up for so many."""
+    bias: bool
+    """Whether the linear layer of a head has one."""
+    encoder_heads: bool
+    """Whether an attentive head has as many attention heads as the encoder, else 16."""
+
+
+RECIPES: Mapping[RecipeName, Recipe] = {
+    # XTRA's official evaluation of its B/16 on ImageNet-1k. It has no MLP head: that one is ours.
+    "xtra": Recipe(
+        lr=(1e-4, 3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
+        weight_decay={"attentive": (0.1,), "linear": (0.0,), "mlp": (0.1,)},
+        layers={"attentive": ("last6",), "linear": ("last",), "mlp": ("last",)},
+        betas=(0.9, 0.95),
+        epochs_per_warmup=10,
+        bias=True,
+        encoder_heads=False,
+    ),
+    # AIM's heads (apple/ml-aim) and AIMv2's attentive sweep; for other heads none is published.
+    "aim": Recipe(
+        lr=(5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3),
+        weight_decay={"attentive": (0.05, 0.1), "linear": (0.05, 0.1), "mlp": (0.05, 0.1)},
+        layers={"attentive": ("last6", "best"), "linear": ("last",), "mlp": ("last",)},
+        betas=(0.9, 0.999),
+        epochs_per_warmup=20,
+        bias=False,
+        encoder_heads=True,
+    ),
+}
+
+
+def recipe_of(config: ProbeConfig) -> Recipe:
+    """The recipe that a config names, with what the config itself says in its place."""
+    recipe = RECIPES[config.recipe]
+    if config.lr is not None:
+        recipe = replace(recipe, lr=config.lr)
+    if config.weight_decay is not None:
+        recipe = replace(recipe, weight_decay=dict.fromkeys(recipe.weight_decay, config.weight_decay))
+    if config.layers is not None:
+        recipe = replace(recipe, layers=dict.fromkeys(recipe.layers, config.layers))
+    if config.betas is not None:
+        recipe = replace(recipe, betas=config.betas)
+    return recipe
+
+
+def warmup_epochs(config: ProbeConfig) -> float:
+    """Epochs of warm-up, as the config says or its recipe."""
+    if config.warmup_epochs is not None:
+        return config.warmup_epochs
+    return config.epochs / RECIPES[config.recipe].epochs_per_warmup
+
+
+def check_layers(words: Sequence[str]) -> None:
+    """Refuse what is no choice of layers; whether an encoder has them is seen when it is known."""
+    for word in words:
+        if LAYER_WORDS.fullmatch(word) is None or word in ("0", "last0"):
+            raise ValueError(
+                f"layers is {word!r}; use last, last6 (or any number), layer7 or 3+4+5 (counted from 0), "
+                "each, or best"
+            )

@@ -1,0 +1,301 @@
+"""The images nearest to a query: cosine similarity of features, one vector an image, a batch at a time.
+
+In memory are the queries' features, those of one batch, and the nearest found so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from nextblock.config import DataConfig
+from nextblock.data import BadImageError, BadSample, Source, open_source
+from nextblock.data.sources import EncodedSource, read_file
+from nextblock.evaluate.embed import feature_configs
+from nextblock.evaluate.embed_config import FeatureSettings
+from nextblock.evaluate.embeddings import Origin, iterate_features_of, open_origin, read_embeddings
+from nextblock.evaluate.features import (
+    Extract,
+    check_bad,
+    collect_features,
+    encoder_extract,
+    evaluation_data,
+    iterate_features,
+)
+from nextblock.evaluate.results import identity_of
+from nextblock.evaluate.search_config import MAX_QUERIES, SearchConfig
+from nextblock.interop import open_encoder
+from nextblock.models import EncoderModel
+from nextblock.train.device import choose_device
+
+__all__ = [
+    "ImageFile",
+    "Nearest",
+    "Neighbour",
+    "QueryResult",
+    "SearchResult",
+    "nearest",
+    "search",
+    "search_model",
+]
+
+ALIKE, SAME = 1 - 1e-3, 1 - 1e-6
+"""From these similarities on an image may be the query itself, if its bytes are, or its name is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """An image that was found."""
+
+    index: int
+    """In the source that was searched."""
+    name: str
+    similarity: float
+    class_name: str | None
+    is_query: bool
+    """Whether it is the query itself: the same bytes or pixels, or the same name and features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryResult:
+    """A query and the nearest images, nearest first; one more than asked for where it is among them."""
+
+    index: int
+    """In the source of queries."""
+    name: str
+    neighbours: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What was found, with the two sources to look at."""
+
+    queries: tuple[QueryResult, ...]
+    source: Source
+    query_source: Source
+    searched: int
+    """Images that the queries were compared with."""
+    bad: tuple[BadSample, ...]
+    """Unreadable images and queries, left out."""
+    identity: Mapping[str, Any]
+
+
+class Nearest(NamedTuple):
+    """For each query the most similar images, most similar first."""
+
+    similarity: Float[Tensor, "q k"]
+    indices: Int64[Tensor, "q k"]
+
+
+class ImageFile(EncodedSource):
+    """One image file as a source of one image."""
+
+    def __init__(self, path: Path, data: DataConfig) -> None:
+        self.spec = str(path)
+        self._path, self._data = path, data
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def has_labels(self) -> bool:
+        """Never."""
+        return False
+
+    def _content(self, index: int) -> bytes:  # noqa: ARG002 - there is one
+        return read_file(self._path)
+
+    def _name(self, index: int) -> str:  # noqa: ARG002 - there is one
+        return self._path.name
+
+    def _find_labels(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        raise ValueError(f"{self.spec!r} is one image; it has no labels")
+
+    def _make_fingerprint(self) -> str:
+        return f"file-{self._path.absolute()}"
+
+
+# ------------------------------------------------------------------------------------------------ searching
+
+
+def search(config: SearchConfig) -> SearchResult:
+    """Find the images nearest to each query.
+
+    Raises `ValueError` where a file of features was made by another model or of other images, and where
+    there are more queries than a sheet can show.
+    """
+    model = open_encoder(config.model, num_heads=config.num_heads)
+    data = evaluation_data(config.model, model.config)
+    if config.workers is not None:
+        data = replace(data, workers=config.workers)
+    origin = None if config.features is None else open_origin(Path(config.features))
+    spec = config.data
+    if spec is None:
+        assert origin is not None, "the config has one of both"
+        spec = origin.identity["sources"]["data"]["spec"]
+    return search_model(model, config, open_source(spec, data), _open_queries(config.query, data), data)
+
+
+def search_model(
+    model: EncoderModel, config: SearchConfig, source: Source, queries: Source, data: DataConfig
+) -> SearchResult:
+    """Search as `search` does with all opened; the model is moved, frozen and set to eval."""
+    if len(queries) > MAX_QUERIES:
+        raise ValueError(f"{queries.spec} has {len(queries)} images; give at most {MAX_QUERIES} queries")
+    device = choose_device(config.device)
+    identity = identity_of(config, model, data, {"data": source, "query": queries})
+    path = None if config.features is None else Path(config.features)
+    origin = None if path is None else open_origin(path)
+    settings = config.feature_settings if origin is None else _settings_of(origin, config, identity)
+    model = model.to(device).eval().requires_grad_(requires_grad=False)
+    (wanted,) = feature_configs(settings, model.config.depth)
+    batch_size = config.batch_size(device.type)
+    extract = encoder_extract(model, [wanted], precision=config.precision, chunk=batch_size)
+
+    def encode(images: Source, extract: Extract = extract) -> Iterator[Any]:
+        size = model.config.image_size
+        return iterate_features(extract, images, data, size, batch_size=batch_size, device=device)
+
+    asked = collect_features(encode(queries))
+    bad = list(asked.bad)
+    found_bad: list[BadSample] = []
+    if path is None or origin is None:
+        parts = _parts_encoded(encode(source), found_bad)
+    else:
+        parts = _parts_of_file(path, origin)
+    found, searched = nearest(asked.features[0].to(device), parts, config.top + 1)
+    check_bad(found_bad, source, data)
+    rows = zip(asked.samples.tolist(), found.similarity.tolist(), found.indices.tolist(), strict=True)
+    return SearchResult(
+        queries=tuple(
+            _query_result(query, list(zip(*one, strict=True)), queries, source, config.top)
+            for query, *one in rows
+        ),
+        source=source,
+        query_source=queries,
+        searched=searched,
+        bad=tuple(bad + found_bad),
+        identity=identity,
+    )
+
+
+def nearest(
+    queries: Float[Tensor, "q d"],
+    parts: Iterable[tuple[Float[Tensor, "_ d"], Int64[Tensor, " _"]]],
+    count: int,
+) -> tuple[Nearest, int]:
+    """The `count` images most similar to each query, of all parts (features and indices); and of how many.
+
+    Of equally similar images those of the lower index come first.
+    """
+    normed = F.normalize(queries.float(), dim=-1)
+    similarity, indices = normed.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    indices = indices.to(queries.device)
+    searched = 0
+    for features, samples in parts:
+        searched += len(samples)
+        new = normed @ F.normalize(features.to(queries.device).float(), dim=-1).T
+        similarity = torch.cat([similarity, new], dim=1)
+        indices = torch.cat([indices, samples.to(queries.device).expand(len(queries), -1)], dim=1)
+        order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        similarity, indices = similarity.gather(1, order), indices.gather(1, order)
+    if not searched:
+        raise ValueError("there are no images to search; none could be read")
+    return Nearest(similarity.clamp(-1, 1).cpu(), indices.cpu()), searched
+
+
+def _parts_encoded(batches: Iterable[Any], bad: list[BadSample]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        bad += batch.bad
+        if batch.features:
+            yield batch.features[0], batch.samples
+
+
+def _parts_of_file(path: Path, origin: Origin) -> Iterator[tuple[Tensor, Tensor]]:
+    indices, start = torch.from_numpy(read_embeddings(path).indices), 0
+    for part in iterate_features_of(path, origin):
+        yield torch.from_numpy(np.array(part)), indices[start : start + len(part)]
+        start += len(part)
+
+
+def _settings_of(origin: Origin, config: SearchConfig, identity: Mapping[str, Any]) -> FeatureSettings:
+    """How the features of a file were taken; `ValueError` where they are of another model or other images."""
+    there = origin.identity
+    for what, old, new in (
+        ("another model", there["weights"], identity["weights"]),
+        ("images cut in another way", there["images"], identity["images"]),
+        (
+            "another source",
+            there["sources"]["data"]["fingerprint"],
+            identity["sources"]["data"]["fingerprint"],
+        ),
+    ):
+        if old != new:
+            raise ValueError(
+                f"{config.features} holds features of {what} ({old} there, {new} here); embed anew, or leave "
+                "--features out"
+            )
+    if len(origin.shape) != 1:
+        shape = " x ".join(map(str, origin.shape))
+        raise ValueError(
+            f"{config.features} holds {shape} numbers an image; search needs one vector: embed with --pool "
+            "mean and without --layers each"
+        )
+    return FeatureSettings(**{f.name: there["settings"][f.name] for f in fields(FeatureSettings)})
+
+
+# -------------------------------------------------------------------------------------------------- results
+
+
+def _query_result(
+    query: int, found: list[tuple[float, int]], queries: Source, source: Source, top: int
+) -> QueryResult:
+    neighbours = [
+        Neighbour(
+            index=index,
+            name=source.name(index),
+            similarity=similarity,
+            class_name=_class_name(source, index),
+            is_query=_is_same(queries, query, source, index, similarity),
+        )
+        for similarity, index in found
+    ]
+    kept = neighbours if any(one.is_query for one in neighbours) else neighbours[:top]
+    return QueryResult(index=query, name=queries.name(query), neighbours=tuple(kept))
+
+
+def _class_name(source: Source, index: int) -> str | None:
+    if not source.has_labels:
+        return None
+    return source.class_names[int(source.labels[index])]
+
+
+def _is_same(queries: Source, query: int, source: Source, index: int, similarity: float) -> bool:
+    """Whether an image is the query itself."""
+    if similarity < ALIKE:
+        return False
+    if similarity > SAME and queries.name(query) == source.name(index):
+        return True
+    try:
+        content = queries.content(query)
+        if content is not None and content == source.content(index):
+            return True
+        return torch.equal(queries.read(query), source.read(index))
+    except BadImageError:  # it could be read before, or its features be made: it has gone since
+        return False
+
+
+def _open_queries(spec: str, data: DataConfig) -> Source:
+    """One image file, or a source."""
+    path = Path(spec).expanduser()
+    if path.is_file() and path.suffix.lower() not in (".tar", ".zip", ".parquet"):
+        return ImageFile(path, data)
+    return open_source(spec, data)

@@ -1,0 +1,144 @@
+"""Measures of a classifier: against scikit-learn, against a slow definition, and by batches."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    log_loss,
+    top_k_accuracy_score,
+)
+
+from nextblock.evaluate.measures import Tally
+
+
+def some_logits(count=200, classes=7, seed=0):
+    """Logits that tell the class more often than not, and labels of which the last class has none."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes - 1, (count,), generator=generator)
+    logits = torch.randn(count, classes, generator=generator)
+    logits[torch.arange(count), labels] += 1
+    return logits, labels
+
+
+def measured(logits, labels, **settings):
+    tally = Tally(logits.shape[1], **settings)
+    tally.add(logits, labels)
+    return tally.measures()
+
+
+def slow_calibration_error(logits, labels, bins=15):
+    """Guo et al. 2017, equation 3: bin m holds the confidences in ((m-1)/M, m/M]."""
+    confidences, predictions = logits.double().softmax(dim=-1).max(dim=-1)
+    error = 0.0
+    for m in range(1, bins + 1):
+        inside = [i for i in range(len(labels)) if (m - 1) / bins < confidences[i] <= m / bins]
+        if inside:
+            accuracy = sum(bool(predictions[i] == labels[i]) for i in inside) / len(inside)
+            confidence = sum(float(confidences[i]) for i in inside) / len(inside)
+            error += len(inside) / len(labels) * abs(accuracy - confidence)
+    return error
+
+
+def test_accuracies_loss_and_confusion_are_scikit_learns():
+    logits, labels = some_logits()
+    found = measured(logits, labels)
+    truth, predicted, classes = labels.numpy(), logits.argmax(dim=-1).numpy(), np.arange(7)
+    confusion = confusion_matrix(truth, predicted, labels=classes)
+    assert found.images == 200
+    assert np.array_equal(np.array(found.confusion), confusion)
+    assert found.top1 == pytest.approx(float((truth == predicted).mean()))
+    assert found.top5 == pytest.approx(top_k_accuracy_score(truth, logits.numpy(), k=5, labels=classes))
+    # scikit-learn warns of classes that are predicted only: another wrong one stands for the last
+    known = np.where(predicted == 6, (truth + 1) % 6, predicted)
+    assert found.balanced == pytest.approx(balanced_accuracy_score(truth, known))
+    assert found.loss == pytest.approx(
+        log_loss(truth, logits.double().softmax(dim=-1).numpy(), labels=classes), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_error_equals_its_slow_definition(seed):
+    logits, labels = some_logits(seed=seed)
+    found = measured(logits * 2, labels).calibration_error
+    assert found == pytest.approx(slow_calibration_error(logits * 2, labels), abs=1e-6)
+    assert found > 0.01
+
+
+def test_several_batches_equal_one():
+    logits, labels = some_logits()
+    tally = Tally(7)
+    for some, of_them in zip(logits.split(33), labels.split(33), strict=True):
+        tally.add(some, of_them)
+    tally.add(logits[:0], labels[:0])
+    batches, whole = tally.measures(), measured(logits, labels)
+    assert batches.confusion == whole.confusion
+    assert batches.per_class == whole.per_class
+    for name in ("images", "top1", "top5", "balanced", "calibration_error", "loss"):
+        assert getattr(batches, name) == pytest.approx(getattr(whole, name), rel=1e-9), name
+
+
+def test_a_class_without_images_has_no_accuracy_and_no_part_in_the_balanced_one():
+    logits = torch.tensor([[5.0, 0, 0], [5, 0, 0], [5, 0, 0], [0, 5, 0], [5, 0, 0]])
+    found = measured(logits, torch.tensor([0, 0, 0, 1, 1]))
+    assert found.per_class == (1.0, 0.5, None)
+    assert found.balanced == 0.75
+    assert found.top1 == 0.8
+    assert found.confusion == ((3, 0, 0), (1, 1, 0), (0, 0, 0))
+
+
+def test_sure_and_right_is_calibrated_and_sure_and_wrong_is_not():
+    logits = torch.eye(4) * 1000
+    right = measured(logits, torch.arange(4))
+    assert (right.calibration_error, right.loss, right.top1) == (0, 0, 1)
+    wrong = measured(logits, (torch.arange(4) + 1) % 4)
+    assert (wrong.calibration_error, wrong.top1) == (1, 0)
+
+
+def test_even_logits_of_all_classes_alike_cost_the_logarithm_of_their_number():
+    found = measured(torch.zeros(8, 4), torch.arange(8) % 4)
+    assert found.loss == pytest.approx(math.log(4))
+    assert found.calibration_error == pytest.approx(0, abs=1e-6)
+    assert found.top5 == 1  # all of fewer than five classes
+
+
+def test_half_precision_is_summed_in_full():
+    logits, labels = some_logits(count=3000)
+    assert measured(logits.half(), labels).loss == pytest.approx(measured(logits, labels).loss, rel=1e-3)
+
+
+def test_confusion_is_left_out_beyond_a_thousand_classes_or_unasked():
+    logits, labels = some_logits(count=20)
+    assert measured(logits, labels, confusion=False).confusion is None
+    many = measured(torch.randn(4, 1001, generator=torch.Generator().manual_seed(0)), torch.arange(4))
+    assert many.confusion is None
+    assert len(many.per_class) == 1001
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (torch.zeros(2, 3), [0, 1], "3 logits an image for 4 classes"),
+        (torch.zeros(2, 4), [0, 4], "labels from 0 to 4 for 4 classes"),
+        (torch.zeros(2, 4), [-1, 0], "labels from -1 to 0 for 4 classes"),
+        (
+            torch.tensor([[0.0, 1, 2, math.nan], [0, 1, 2, 3]]),
+            [0, 1],
+            "1 of 2 images have logits",
+        ),
+        (torch.tensor([[0.0, 1, 2, math.inf], [0, 1, 2, 3]]), [0, 1], "diverged"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        Tally(4).add(logits, torch.tensor(labels))
+
+
+def test_nothing_and_no_classes_are_refused():
+    with pytest.raises(ValueError, match="no image was measured"):
+        Tally(3).measures()
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        Tally(0)

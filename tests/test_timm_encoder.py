@@ -1,0 +1,347 @@
+"""Encoders of timm: against timm itself, features against their slow definition, and what is refused."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from nextblock.checkpoint import CheckpointError, save_classifier, save_model
+from nextblock.evaluate.features import encoder_extract, evaluation_data, untrained
+from nextblock.interop import load, load_classifier, open_encoder
+from nextblock.interop.timm_spec import parse_timm_spec
+from nextblock.models import NextBlockModel, TimmEncoder
+from nextblock.models.classifier import TimmClassifier, create_classifier
+from nextblock.models.features import FeatureConfig, pool_features
+from nextblock.models.heads import HeadConfig
+from toy import one_thread, toy_model  # noqa: F401 - a fixture
+
+TOKEN = "timm:test_vit,pretrained=false,img_size=32"  # a class token
+REGISTERS = "timm:test_vit2,pretrained=false,img_size=32"  # registers alone, pooled by the mean
+BOTH = "timm:vit_small_patch14_reg4_dinov2,pretrained=false,img_size=28"  # class token and four registers
+EVA = "timm:eva02_tiny_patch14_224,pretrained=false,img_size=28"
+BARE = "timm:test_vit_relpos,pretrained=false,img_size=32"  # neither; timm fails if asked for them
+PREFIXES = {TOKEN: (1, True), REGISTERS: (1, False), BOTH: (5, True), EVA: (1, True), BARE: (0, False)}
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """All of them, with norms that are no identities."""
+    opened = {spec: open_encoder(spec) for spec in PREFIXES}
+    generator = torch.Generator().manual_seed(0)
+    for model in opened.values():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data += torch.rand(parameter.shape, generator=generator)
+    return opened
+
+
+def some_images(model, count=2):
+    height, width = model.config.image_size
+    return torch.randn(
+        count, model.config.in_chans, height, width, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def encode(model, **settings):
+    with torch.no_grad():
+        return model.encode(some_images(model), **settings)
+
+
+# --------------------------------------------------------------------------------------- against timm itself
+
+
+@pytest.mark.parametrize("spec", PREFIXES)
+def test_class_and_register_tokens_are_told_from_patches(encoders, spec):
+    model = encoders[spec]
+    prefix_tokens, has_class_token = PREFIXES[spec]
+    assert isinstance(model, TimmEncoder)
+    assert (model.config.prefix_tokens, model.config.has_class_token) == (prefix_tokens, has_class_token)
+    encoded = encode(model)
+    assert encoded.has_class_token == has_class_token
+    assert len(encoded.layers) == len(encoded.prefix) == model.config.depth
+    assert encoded.prefix[0].shape == (2, prefix_tokens, model.config.embed_dim)
+    assert encoded.tokens.shape == (2, 4, model.config.embed_dim)
+    assert not model.training
+
+
+@pytest.mark.parametrize("spec", [TOKEN, BOTH])
+def test_tokens_are_timms_forward_features(encoders, spec):
+    model = encoders[spec]
+    with torch.no_grad():
+        expected = model.encoder.forward_features(some_images(model))
+    encoded = encode(model)
+    torch.testing.assert_close(encoded.tokens, expected[:, model.config.prefix_tokens :])
+    whole = torch.cat([encoded.prefix[-1], encoded.layers[-1]], dim=1)
+    torch.testing.assert_close(model.final_norm(whole), expected)
+
+
+@pytest.mark.parametrize("spec", [REGISTERS, EVA, BARE])
+def test_where_timm_pools_before_its_norm_the_last_layer_is_its_forward_features(encoders, spec):
+    model = encoders[spec]
+    with torch.no_grad():
+        expected = model.encoder.forward_features(some_images(model))
+    encoded = encode(model)
+    torch.testing.assert_close(torch.cat([encoded.prefix[-1], encoded.layers[-1]], dim=1), expected)
+    assert model.final_norm is model.encoder.fc_norm
+    torch.testing.assert_close(encoded.tokens, model.final_norm(encoded.layers[-1]))
+
+
+@pytest.mark.parametrize("spec", PREFIXES)
+def test_each_layer_is_what_a_hook_on_timms_block_sees(encoders, spec):
+    model, seen = encoders[spec], []
+    hooks = [
+        block.register_forward_hook(lambda _block, _inputs, output: seen.append(output))
+        for block in model.encoder.blocks
+    ]
+    encoded = encode(model)
+    for hook in hooks:
+        hook.remove()
+    for layer, prefix, output in zip(encoded.layers, encoded.prefix, seen, strict=True):
+        assert torch.equal(torch.cat([prefix, layer], dim=1), output)
+
+
+@pytest.mark.parametrize("spec", [TOKEN, BOTH, EVA])
+def test_each_layer_is_timms_forward_intermediates(encoders, spec):
+    model = encoders[spec]
+    with torch.no_grad():
+        expected = model.encoder.forward_intermediates(
+            some_images(model), output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+        )
+    encoded = encode(model)
+    for layer, prefix, (patches, before) in zip(encoded.layers, encoded.prefix, expected, strict=True):
+        assert torch.equal(layer, patches)
+        assert torch.equal(prefix, before)
+
+
+def test_full_attention_is_its_own_and_causal_is_refused(encoders):
+    model = encoders[TOKEN]
+    assert torch.equal(encode(model, attention="full").tokens, encode(model).tokens)
+    with pytest.raises(ValueError, match="test_vit was not trained with a causal mask; use attention native"):
+        encode(model, attention="causal")
+
+
+# ------------------------------------------------------------------------------------------------- features
+
+
+def slow_features(model, encoded, layers, tokens, *, norm, concat):
+    """Image by image, token by token."""
+    images = []
+    for image in range(2):
+        vectors = []
+        for layer in layers:
+            prefix, patches = encoded.prefix[layer][image], encoded.layers[layer][image]
+            one = [*prefix, *patches] if tokens == "all" else list(patches)
+            if norm:
+                one, prefix = (
+                    [model.final_norm(token) for token in one],
+                    [model.final_norm(t) for t in prefix],
+                )
+            mean = sum(one) / len(one)
+            class_token = prefix[0] if len(prefix) else None
+            kinds = {"patches": [mean], "all": [mean], "class": [class_token], "joined": [class_token, mean]}
+            vectors.append(kinds[tokens])
+        if concat:  # the class tokens of all layers first
+            images.append(torch.cat([vector for kind in zip(*vectors, strict=True) for vector in kind]))
+        else:
+            kinds = zip(*vectors, strict=True)
+            images.append(torch.cat([sum(kind) / len(layers) for kind in kinds]))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("tokens", ["patches", "class", "joined", "all"])
+@pytest.mark.parametrize(("norm", "concat"), [(False, False), (True, False), (True, True)])
+def test_features_are_their_slow_definition(encoders, tokens, norm, concat):
+    model = encoders[BOTH]
+    config = FeatureConfig(
+        layers=(1, 4), tokens=tokens, norm_layers=norm, layer_pool="concat" if concat else "mean"
+    )
+    encoded = encode(model)
+    with torch.no_grad():
+        found = pool_features(encoded, config, model.final_norm)
+        expected = slow_features(model, encoded, (1, 4), tokens, norm=norm, concat=concat)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert found.shape[-1] == config.width(model.config.embed_dim)
+
+
+def test_all_tokens_unpooled_are_prefix_and_patches(encoders):
+    model = encoders[BOTH]
+    encoded = encode(model)
+    found = pool_features(encoded, FeatureConfig(layers=(2,), tokens="all", pooled=False), model.final_norm)
+    assert torch.equal(found, torch.cat([encoded.prefix[2], encoded.layers[2]], dim=1))
+
+
+@pytest.mark.parametrize("spec", [REGISTERS, BARE])
+@pytest.mark.parametrize("tokens", ["class", "joined"])
+def test_a_register_is_not_taken_for_a_class_token(encoders, spec, tokens):
+    model = encoders[spec]
+    with pytest.raises(ValueError, match=f"tokens {tokens}: this encoder has no class token; use patches"):
+        pool_features(encode(model), FeatureConfig(layers=(0,), tokens=tokens), model.final_norm)
+
+
+def test_the_extract_of_evaluation_takes_class_tokens(encoders):
+    model = encoders[TOKEN]
+    wanted = [FeatureConfig(layers=(5,), tokens=tokens, norm_layers=True) for tokens in ("class", "patches")]
+    with torch.no_grad():
+        class_token, patches = encoder_extract(model, wanted, chunk=1)(some_images(model))
+        head = model.encoder.forward_head(model.encoder.forward_features(some_images(model)), pre_logits=True)
+    torch.testing.assert_close(class_token, head)
+    torch.testing.assert_close(patches, encode(model).tokens.mean(dim=1))
+
+
+def test_untrained_is_the_same_architecture_with_weights_of_the_seed(encoders):
+    model = encoders[TOKEN]
+    first, again, other = untrained(model, 1), untrained(model, 1), untrained(model, 2)
+    assert first.config == model.config
+    name = "encoder.blocks.0.attn.qkv.weight"
+    assert torch.equal(first.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], model.state_dict()[name])
+
+
+# ------------------------------------------------------------------------------------------------ on the disk
+
+
+@pytest.mark.parametrize(("spec", "tokens"), [(TOKEN, "joined"), (EVA, "class"), (REGISTERS, "patches")])
+def test_a_classifier_comes_back_from_its_directory_without_a_network(tmp_path, encoders, spec, tokens):
+    head = HeadConfig(num_classes=3, layers=(0, 5), kind="linear", tokens=tokens, layer_pool="concat")
+    classifier = create_classifier(encoders[spec], head, ("a", "b", "c")).eval()
+    assert isinstance(classifier, TimmClassifier)
+    save_classifier(tmp_path / "head", classifier)
+    for back in (load_classifier(tmp_path / "head"), load(tmp_path / "head" / "model.safetensors")):
+        assert isinstance(back, TimmClassifier)
+        assert back.class_names == ("a", "b", "c")
+        assert back.head_config == head
+        assert back.encoder_model.config == encoders[spec].config
+        with torch.no_grad():
+            images = some_images(encoders[spec])
+            assert torch.equal(back(images), classifier(images))
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_weights_come_from_a_file_with_their_positions_resampled(tmp_path, name):
+    told = timm.create_model("test_vit", img_size=32)  # with a classifier, which is left out
+    if name.endswith(".pth"):
+        torch.save({"state_dict": told.state_dict()}, tmp_path / name)
+    else:
+        save_file(told.state_dict(), tmp_path / name)
+    same = open_encoder(f"timm:test_vit,checkpoint={tmp_path / name},img_size=32")
+    for key, weight in same.encoder.state_dict().items():
+        assert torch.equal(weight, told.state_dict()[key]), key
+    larger = open_encoder(f"timm:test_vit,checkpoint={tmp_path / name},img_size=48")
+    assert larger.config.image_size == (48, 48)
+    assert larger.encoder.pos_embed.shape[1] == 3 * 3 + 1
+    assert torch.equal(larger.encoder.blocks[3].mlp.fc1.weight, told.blocks[3].mlp.fc1.weight)
+
+
+def test_a_size_that_only_a_directory_tells_is_kept(tmp_path):
+    built = timm.create_model("test_vit", img_size=32, num_classes=0)
+    save_for_hf(built, tmp_path / "net", model_args={"img_size": 32, "num_classes": 0})
+    model = open_encoder(f"timm:local-dir:{tmp_path / 'net'}")
+    assert model.config.architecture == "test_vit"
+    assert model.config.image_size == (32, 32)
+    assert torch.equal(model.encoder.pos_embed, built.pos_embed)
+    save_classifier(
+        tmp_path / "head", create_classifier(model, HeadConfig(kind="linear", num_classes=2, layers=(5,)))
+    )
+    assert load_classifier(tmp_path / "head").encoder_model.config == model.config
+
+
+def test_a_network_that_its_name_does_not_give_again_is_refused(tmp_path):
+    built = timm.create_model("test_vit", img_size=32, num_classes=0, reg_tokens=2)
+    save_for_hf(built, tmp_path / "net", model_args={"img_size": 32, "num_classes": 0, "reg_tokens": 2})
+    with pytest.raises(
+        CheckpointError, match=r"2 of its tensors \(encoder.pos_embed, encoder.reg_token\) are not as"
+    ):
+        open_encoder(f"timm:local-dir:{tmp_path / 'net'}")
+
+
+def test_images_are_normalised_as_timm_says_and_cut_for_the_size_asked_for():
+    usual = evaluation_data("timm:test_vit,pretrained=false", open_encoder(TOKEN).config)
+    small = evaluation_data(TOKEN, open_encoder(TOKEN).config)
+    assert (usual.val_resize_px, small.val_resize_px) == (168, 33)  # 160 / 0.95 and 32 / 0.95
+    assert small.mean == (0.5, 0.5, 0.5)
+    grey = "timm:test_vit,pretrained=false,img_size=32,in_chans=1"
+    model = open_encoder(grey)
+    assert model.config.in_chans == evaluation_data(grey, model.config).channels == 1
+    assert encode(model).tokens.shape == (2, 4, 64)
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "test_convnext", "swin_tiny_patch4_window7_224", "test_efficientnet"]
+)
+def test_networks_without_layers_of_tokens_are_refused(name):
+    with pytest.raises(CheckpointError, match=f"{name} is no transformer .* evaluation takes timm's vision"):
+        open_encoder(f"timm:{name},pretrained=false")
+
+
+def test_attention_heads_are_timms_to_tell():
+    with pytest.raises(ValueError, match="tells its attention heads itself; leave num_heads out"):
+        open_encoder(TOKEN, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "timm:vit_tiny_patch16_225,pretrained=false",
+            "timm has no model .* did you mean 'vit_tiny_patch16_",
+        ),
+        ("timm:test_vit,pretrained=no", "cannot read 'pretrained=no'; options of timm:NAME are pretrained"),
+        ("timm:test_vit,image_size=32", "cannot read 'image_size=32'"),
+        ("timm:test_vit,img_size=0", "cannot read 'img_size=0'"),
+        ("timm:test_vit,", "cannot read ''"),
+    ],
+)
+def test_unknown_names_and_options_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_encoder(spec)
+
+
+def test_what_a_spec_says_is_told_apart():
+    spec = parse_timm_spec("timm:vit_tiny_patch16_224.augreg_in21k,in_chans=1,img_size=64")
+    assert spec.name == "vit_tiny_patch16_224.augreg_in21k"
+    assert (spec.pretrained, spec.checkpoint) == (True, None)
+    assert spec.arguments == {"in_chans": 1, "img_size": 64}
+
+
+def test_files_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there\.pth is no file; give the path of the weights"):
+        open_encoder(f"timm:test_vit,checkpoint={tmp_path / 'there.pth'}")
+    torch.save(timm.create_model("test_vit3").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"timm cannot give .*size mismatch for pos_embed"):
+        open_encoder(f"timm:test_vit,checkpoint={tmp_path / 'other.pth'}")
+    for name in ("empty.pth", "cut.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=f"timm cannot give .*{name}"):
+            open_encoder(f"timm:test_vit,checkpoint={tmp_path / name}")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return (ran.touch, ())
+
+    torch.save({"state_dict": Code()}, tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="timm cannot give"):
+        open_encoder(f"timm:test_vit,checkpoint={tmp_path / 'code.pth'}")
+    assert not ran.exists()
+
+
+def test_a_models_file_comes_back_as_ours(tmp_path):
+    save_model(tmp_path / "model.safetensors", toy_model())
+    found = open_encoder(tmp_path / "model.safetensors")
+    assert isinstance(found, NextBlockModel)
+    assert not encode_ours(found).has_class_token
+    with pytest.raises(ValueError, match="tokens class: this encoder has no class token"):
+        pool_features(encode_ours(found), FeatureConfig(layers=(1,), tokens="class"), found.final_norm)
+
+
+def encode_ours(model):
+    with torch.no_grad():
+        return model.encode(torch.zeros(1, 3, 16, 16))
