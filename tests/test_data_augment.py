@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
@@ -156,6 +158,28 @@ def test_an_evaluation_crop_is_torchvisions_resize_and_centre_crop(shape, size) 
         [size, size] if isinstance(size, int) else list(size),
     )
     assert torch.equal(eval_crop(picture, size, 37), expected)
+
+
+@pytest.mark.parametrize(("size", "resize_px"), [(224, 256), (256, 300), (192, 219), (48, 56)])
+def test_the_box_of_an_evaluation_crop_is_finer_than_pixels_of_the_source(size, resize_px) -> None:
+    photo = Image.fromarray(load_sample_images().images[0])
+    crop = eval_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size, resize_px)
+    short = min(photo.size)
+    resized = [int(resize_px * side / short) for side in photo.size]
+    starts = [round((side - size) / 2) for side in resized]
+    scales = [side / small for side, small in zip(photo.size, resized, strict=True)]
+    left, top = (start * scale for start, scale in zip(starts, scales, strict=True))
+    box = left, top, left + size * scales[0], top + size * scales[1]
+    assert any(0.2 < edge % 1 < 0.8 for edge in box)
+
+    def difference(box: tuple[float, float, float, float]) -> np.ndarray:
+        expected = np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(int)
+        return np.abs(crop.permute(1, 2, 0).numpy() - expected)
+
+    assert difference(box).max() <= 2
+    assert difference(box).mean() < 0.05
+    left, top, right, bottom = map(round, box)
+    assert difference((left, top, right, bottom)).mean() > 0.3
 
 
 def test_a_picture_that_would_not_cover_the_crop_is_enlarged() -> None:

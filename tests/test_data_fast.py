@@ -19,7 +19,7 @@ from nextblock.data import TrainLoader, decode_image, jpeg_decoder, keyed_rng, o
 from nextblock.data import fast as fast_module
 from nextblock.data.augment import draw_crop, resize
 from nextblock.data.decode import BadImageError
-from nextblock.data.fast import fast_train_crop, reduction
+from nextblock.data.fast import fast_decode, reduction
 from nextblock.data.orientation import stored_box, stored_size, turn
 from tiny_runs import TINY_FLAGS, call_cli, refused, run_toy
 
@@ -47,9 +47,9 @@ def both(content: bytes, size, number: int, **settings) -> tuple[Tensor, Tensor]
     exact = train_crop(
         decode_image(content, channels=data.channels), size, data, keyed_rng(0, "crop", number)
     )
-    fast = fast_train_crop(content, size, data, keyed_rng(0, "crop", number))
+    fast = fast_decode(content, size, data, keyed_rng(0, "crop", number))
     assert fast is not None
-    return exact, fast
+    return exact, fast.crop()
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -102,11 +102,11 @@ def test_but_for_the_rounding_of_the_box_a_reduced_crop_is_the_exact_one(photo, 
     )
     data = DataConfig(flip=0)
     for number in range(12):
-        fast = fast_train_crop(content, 48, data, keyed_rng(0, "crop", number))
+        fast = fast_decode(content, 48, data, keyed_rng(0, "crop", number))
         assert fast is not None
         (top, left, rows, columns), factor = boxes[-1]
         top, left, bottom, right = (f * factor for f in (top, left, top + rows, left + columns))
-        assert difference(resize(full[:, top:bottom, left:right], (48, 48)), fast) < 4
+        assert difference(resize(full[:, top:bottom, left:right], (48, 48)), fast.crop()) < 4
 
 
 def test_the_box_is_the_exact_paths_and_rounded_by_half_a_reduced_pixel(photo, monkeypatch) -> None:
@@ -119,7 +119,7 @@ def test_the_box_is_the_exact_paths_and_rounded_by_half_a_reduced_pixel(photo, m
         lambda box, size, factor: seen.append((box, factor, reduced(box, size, factor))) or seen[-1][2],
     )
     for number in range(20):
-        fast_train_crop(content, 48, FAST, keyed_rng(0, "crop", number))
+        fast_decode(content, 48, FAST, keyed_rng(0, "crop", number))
         box, factor, small = seen[-1]
         assert box == draw_crop(424, 640, FAST, keyed_rng(0, "crop", number)).box
         edges = np.array([box[0], box[1], box[0] + box[2], box[1] + box[3]]) / factor
@@ -133,13 +133,14 @@ def test_the_same_key_gives_the_same_crop_and_jitter_comes_last(photo) -> None:
     plain = DataConfig(decoder="fast", color_jitter=(0.0, 0.0, 0.0, 0.0), color_jitter_prob=1.0)
     for number in range(4):
         first, again, unchanged = (
-            fast_train_crop(content, 32, data, keyed_rng(0, "c", number)) for data in (FAST, FAST, plain)
+            fast_decode(content, 32, data, keyed_rng(0, "c", number)) for data in (FAST, FAST, plain)
         )
         assert first is not None
         assert again is not None
         assert unchanged is not None
-        assert torch.equal(first, again)
-        assert torch.equal(first, unchanged)
+        crop = first.crop()
+        assert torch.equal(crop, again.crop())
+        assert torch.equal(crop, unchanged.crop())
 
 
 # ------------------------------------------------------------------------------------------- turned pictures
@@ -189,13 +190,13 @@ def test_what_is_no_plain_jpeg_is_left_to_the_exact_path(photo, case) -> None:
         "four channels": jpeg(photo),
     }[case]
     data = DataConfig(decoder="fast", channels=4 if case == "four channels" else 3)
-    assert fast_train_crop(content, 32, data, keyed_rng(0, "crop")) is None
+    assert fast_decode(content, 32, data, keyed_rng(0, "crop")) is None
 
 
 def test_a_picture_beyond_max_pixels_is_refused(photo) -> None:
     data = DataConfig(decoder="fast", max_pixels=1000)
     with pytest.raises(BadImageError, match="640 x 424"):
-        fast_train_crop(jpeg(photo), 32, data, keyed_rng(0, "crop"))
+        fast_decode(jpeg(photo), 32, data, keyed_rng(0, "crop"))
 
 
 # ------------------------------------------------------------------------------------------------ the loader

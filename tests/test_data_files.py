@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, Source, open_source
+from nextblock.data.subsets import write_subset
 
 DATA = DataConfig()
 
@@ -59,6 +61,20 @@ def test_names_that_are_no_text_are_read_and_shown_escaped(tmp_path) -> None:
     source = opened(tmp_path, b"\xff.png\n")
     assert names(source) == ["\\xff.png"]
     assert source.read(0).shape == (3, 4, 6)
+
+
+def test_spaces_around_a_path_are_told_where_the_file_is_there_without_them(tmp_path) -> None:
+    picture(tmp_path / "1.png", 1)
+    picture(tmp_path / " 2.png", 2)  # a name may begin with a space
+    source = opened(tmp_path, " 1.png\n1.png  \n 2.png\n gone.png\n")
+    hint = "No such file or directory; it is there without the spaces around its path in the list"
+    for index in (0, 1):
+        with pytest.raises(BadImageError) as caught:
+            source.read(index)
+        assert str(caught.value) == f"cannot be read: {hint}"
+    assert int(source.read(2)[0, 0, 0]) == 2
+    with pytest.raises(BadImageError, match=r"No such file or directory$"):
+        source.read(3)
 
 
 def test_a_missing_file_and_a_folder_are_bad_images_when_they_are_read(tmp_path) -> None:
@@ -136,3 +152,10 @@ def test_a_list_named_without_its_kind_is_told_how_to_be_named(tmp_path) -> None
     (tmp_path / "list.txt").touch()
     with pytest.raises(ValueError, match=rf"or files:{tmp_path}/list.txt if it lists images"):
         open_source(str(tmp_path / "list.txt"), DATA)
+
+
+def test_a_list_of_a_subset_read_as_files_is_told_by_its_first_line(tmp_path):
+    numbers = tmp_path / "part.txt"
+    write_subset(numbers, open_source("digits", DataConfig()), np.arange(3))
+    with pytest.raises(ValueError, match=r"is a list of a subset.*read it as subset:.*part\.txt"):
+        open_source(f"files:{numbers}", DataConfig())

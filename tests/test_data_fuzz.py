@@ -129,13 +129,15 @@ def run_cases() -> dict[str, object]:
 
     from nextblock.config import DataConfig
     from nextblock.data import BadImageError, decode_image, keyed_rng
-    from nextblock.data.fast import fast_train_crop
+    from nextblock.data.fast import fast_decode
 
     whole = formats()
     data = DataConfig(decoder="fast", max_pixels=MAX_PIXELS)
     for name, content in whole.items():
         decode_image(content, channels=4 if "bands" in name or name == "BigTIFF" else 3)
-    fast_train_crop(whole["JPEG"], 8, data, keyed_rng(0, "warm"))
+    warm = fast_decode(whole["JPEG"], 8, data, keyed_rng(0, "warm"))
+    assert warm is not None
+    warm.crop()
     decode_image(whole["PNG 16"])
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM_BYTES, resource.RLIM_INFINITY))
@@ -153,7 +155,8 @@ def run_cases() -> dict[str, object]:
                 assert str(error)
                 count[1] += 1
         try:
-            fast_train_crop(content, 8, data, keyed_rng(0, "fuzz"))
+            decoded = fast_decode(content, 8, data, keyed_rng(0, "fuzz"))
+            assert decoded is None or decoded.crop().shape == (3, 8, 8)
         except BadImageError as error:
             assert str(error)
     refused = {}

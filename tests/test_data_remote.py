@@ -418,7 +418,8 @@ def test_a_file_that_s3_lacks_is_refused_at_once(bucket):
         remote_state("s3://pictures/none.tar")
 
 
-def test_shards_of_s3_are_read_like_local_ones(bucket, data, tmp_path):
+def test_shards_of_s3_are_read_like_local_ones(bucket, data, tmp_path, caplog):
+    caplog.set_level("INFO")
     write_shards(tmp_path, 2)
     for shard in range(2):
         bucket(f"deep/s-{shard}.tar", (tmp_path / f"s-{shard}.tar").read_bytes())
@@ -427,3 +428,4 @@ def test_shards_of_s3_are_read_like_local_ones(bucket, data, tmp_path):
     assert pixels(there) == pixels(here)
     (batch,) = eval_batches(there, DataConfig(val_resize_px=16), 16, batch_size=8, workers=2)
     assert batch.bad == ()
+    assert [record.name for record in caplog.records if "botocore" in record.name] == []

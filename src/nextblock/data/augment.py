@@ -8,6 +8,7 @@ colours imports it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from nextblock.config import DataConfig, Size, pair
 
 __all__ = [
     "Box",
+    "Decoded",
     "Draw",
     "color_jitter",
     "draw_crop",
@@ -62,6 +64,17 @@ def _centre_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
     elif width / height > ratio[1]:
         crop_width = max(1, min(width, round(height * ratio[1])))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+class Decoded(NamedTuple):
+    """The pixels of one image, as its crop needs them, and what makes the crop of them."""
+
+    pixels: UInt8[Tensor, "c h w"]
+    cut: Callable[[Tensor], Tensor]
+
+    def crop(self) -> Tensor:
+        """The crop."""
+        return self.cut(self.pixels)
 
 
 class Draw(NamedTuple):

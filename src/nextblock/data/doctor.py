@@ -27,7 +27,7 @@ from nextblock.data.keyed import keyed_permutation
 from nextblock.data.loader import BadSample, TrainLoader
 from nextblock.data.sources import Source
 from nextblock.data.tiff import is_tiff, read_tiff_header
-from nextblock.data.workers import start_worker
+from nextblock.data.workers import from_workers, start_worker
 
 __all__ = ["Duplicates", "Examination", "Statistics", "duplicates", "examine", "images_per_core_s"]
 
@@ -141,7 +141,7 @@ def examine(
         worker_init_fn=start_worker if workers else None,
         generator=torch.Generator(),
     )
-    for part in parts:
+    for part in from_workers(parts):
         found.add(part)
         if progress is not None:
             progress(found.examined, found.num_bad)

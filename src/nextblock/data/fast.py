@@ -8,6 +8,7 @@ without, and then looked for in the small one.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,21 +17,19 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from nextblock.config import DataConfig, Size, pair
-from nextblock.data.augment import Box, draw_crop, finish_crop, resize
+from nextblock.data.augment import Box, Decoded, draw_crop, finish_crop, resize
 from nextblock.data.decode import check_pixels, grey, open_image, orientation_of, pillow_errors
 from nextblock.data.orientation import stored_box, stored_size, turn
 
-__all__ = ["fast_train_crop", "reduction"]
+__all__ = ["fast_decode", "reduction"]
 
 log = logging.getLogger(__name__)
 
 JPEG_START = b"\xff\xd8\xff"
 
 
-def fast_train_crop(
-    content: bytes, size: Size, data: DataConfig, rng: np.random.Generator
-) -> UInt8[Tensor, "c rows columns"] | None:
-    """What `train_crop` makes of a JPEG file, nearly: decoded at the largest reduction that leaves enough.
+def fast_decode(content: bytes, size: Size, data: DataConfig, rng: np.random.Generator) -> Decoded | None:
+    """For nearly `train_crop`'s crop, decode a JPEG file at the largest reduction that leaves enough.
 
     The box in the reduced picture is rounded to its nearest whole pixels, so an edge is off by half a pixel
     of it at most. None, with `rng` perhaps moved, where the file is no JPEG in colour or grey, or damaged:
@@ -53,10 +52,15 @@ def fast_train_crop(
     if pixels is None:
         return None
     top, left, rows, columns = _reduced(box, (pixels.shape[1], pixels.shape[2]), factor)
-    crop = pixels[:, top : top + rows, left : left + columns]
-    if crop.shape[0] > data.channels:
-        crop = grey(crop)
-    return finish_crop(turn(resize(crop, target), orientation), data, rng, flip=draw.flip)
+    finish = partial(finish_crop, data=data, rng=rng, flip=draw.flip)
+
+    def cut(pixels: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "channels rows columns"]:
+        crop = pixels[:, top : top + rows, left : left + columns]
+        if crop.shape[0] > data.channels:
+            crop = grey(crop)
+        return finish(turn(resize(crop, target), orientation))
+
+    return Decoded(pixels, cut)
 
 
 def reduction(box: Box, target: tuple[int, int]) -> int:

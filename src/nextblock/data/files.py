@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from nextblock.config import DataConfig
+from nextblock.data.decode import BadImageError
 from nextblock.data.listing import Names, text
-from nextblock.data.sources import EncodedSource, Labels, in_class_order, read_file
+from nextblock.data.sources import SUBSET_HEADER, EncodedSource, Labels, in_class_order, read_file
 
 __all__ = ["FilesSource"]
 
@@ -43,7 +44,18 @@ class FilesSource(EncodedSource):
         return len(self._class_names) > 0
 
     def _content(self, index: int) -> bytes:
-        return read_file(Path(os.fsdecode(os.path.join(self._folder, self._names[index]))))  # noqa: PTH118 - bytes
+        name = self._names[index]
+        path, stripped = self._path(name), self._path(name.strip())
+        try:
+            return read_file(path)
+        except BadImageError as error:
+            if path == stripped or path.exists() or not stripped.exists():
+                raise
+            hint = "it is there without the spaces around its path in the list"
+            raise BadImageError(f"{error}; {hint}") from error
+
+    def _path(self, name: bytes) -> Path:
+        return Path(os.fsdecode(os.path.join(self._folder, name)))  # noqa: PTH118 - bytes
 
     def _name(self, index: int) -> str:
         return self._names.text(index)
@@ -82,6 +94,11 @@ class _Lines:
         if b"\0" in line:
             raise ValueError(
                 f"{self.spec!r}, line {number}: a zero byte; a list is text in UTF-8, one path a line"
+            )
+        if line == SUBSET_HEADER:
+            raise ValueError(
+                f"{self.spec!r} is a list of a subset, as `nextblock data` writes it; read it as "
+                f"subset:{self.spec.removeprefix('files:')}"
             )
         if not line.strip() or line.startswith(b"#"):
             return

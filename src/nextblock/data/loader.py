@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,13 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.config import DataConfig, Size, pair
-from nextblock.data.augment import eval_crop, train_crop
+from nextblock.data.augment import Decoded, eval_crop, train_crop
 from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder
-from nextblock.data.fast import fast_train_crop
+from nextblock.data.fast import fast_decode
 from nextblock.data.keyed import keyed_rng
 from nextblock.data.mixture import sample_order
 from nextblock.data.sources import Source
-from nextblock.data.workers import start_worker
+from nextblock.data.workers import from_workers, start_worker
 
 __all__ = ["BadSample", "Batch", "Crop", "Key", "Step", "TrainLoader", "eval_batches", "resolve_workers"]
 
@@ -37,6 +38,11 @@ log = logging.getLogger(__name__)
 CHUNK = 64
 """At most this many images travel from a worker at once, so that a large batch neither waits for one worker
 nor fills the shared memory; the main process joins chunks to micro-batches."""
+
+GROUP, GROUP_BYTES = 8, 2**21
+"""So many images are decoded before they are cropped, or fewer once their pixels take so many bytes: going to
+and fro between the two empties the processor's caches. Where more is held at once, the C library gives memory
+back to the system and takes it again, which costs more than that."""
 
 Key = tuple[int, int]
 """(visit, sample)."""
@@ -61,8 +67,8 @@ class Crop(Protocol):
         """uint8, or float32 where the crops are normalised already."""
         ...
 
-    def read(self, source: Source, key: Key) -> Tensor:
-        """The crop; `BadImageError` where the image cannot be read."""
+    def decode(self, source: Source, key: Key) -> Decoded:
+        """The image, to be cropped; `BadImageError` where it cannot be read."""
         ...
 
 
@@ -151,7 +157,7 @@ class TrainLoader:
         ]
 
     def __iter__(self) -> Iterator[Step]:
-        chunks = iter(_data_loader(self._source, self._crop, self._keys(), self._workers))
+        chunks = from_workers(_data_loader(self._source, self._crop, self._keys(), self._workers))
         for index in count(self._start_step):
             micro_batches = [
                 _join([next(chunks) for _ in slices], pin_memory=self._pin_memory)
@@ -182,17 +188,17 @@ class TrainCrop:
     def __call__(self, image: Tensor, key: Key) -> Tensor:
         return train_crop(image, self.image_size, self.data, self._rng(key))
 
-    def read(self, source: Source, key: Key) -> Tensor:
-        """The crop of a source's image; `BadImageError` where it cannot be read."""
+    def decode(self, source: Source, key: Key) -> Decoded:
+        """A source's image, to be cropped; `BadImageError` where it cannot be read."""
         content = source.content(key[1]) if self.data.decoder == "fast" else None
         if content is None:
-            return self(source.read(key[1]), key)
-        crop = fast_train_crop(content, self.image_size, self.data, self._rng(key))
-        if crop is not None:
-            return crop
+            return Decoded(source.read(key[1]), partial(self, key=key))
+        decoded = fast_decode(content, self.image_size, self.data, self._rng(key))
+        if decoded is not None:
+            return decoded
         data = self.data
         image = decode_image(content, max_pixels=data.max_pixels, channels=data.channels)
-        return self(image, key)
+        return Decoded(image, partial(self, key=key))
 
     def _rng(self, key: Key) -> np.random.Generator:
         return keyed_rng(self.seed, "augment", *key)
@@ -229,7 +235,7 @@ def eval_batches(
 def _eval_batches(
     source: Source, crop: EvalCrop, keys: Iterable[list[Key]], batches: list[list[slice]], workers: int
 ) -> Iterator[Batch]:
-    chunks = iter(_data_loader(source, crop, keys, workers))
+    chunks = from_workers(_data_loader(source, crop, keys, workers))
     for slices in batches:
         yield _join([next(chunks) for _ in slices], pin_memory=False)
 
@@ -245,9 +251,9 @@ class EvalCrop:
     def __call__(self, image: Tensor, key: Key) -> Tensor:  # noqa: ARG002 - the same at every visit
         return eval_crop(image, self.image_size, self.data.val_resize_px)
 
-    def read(self, source: Source, key: Key) -> Tensor:
-        """The crop of a source's image; `BadImageError` where it cannot be read."""
-        return self(source.read(key[1]), key)
+    def decode(self, source: Source, key: Key) -> Decoded:
+        """A source's image, to be cropped; `BadImageError` where it cannot be read."""
+        return Decoded(source.read(key[1]), partial(self, key=key))
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -259,21 +265,34 @@ class _Images(Dataset):
     def __init__(self, source: Source, crop: Crop) -> None:
         self._source = source
         self._crop = crop
-        self._none = torch.empty((0, crop.data.channels, *pair(crop.image_size)), dtype=crop.dtype)
+        self._shape = (crop.data.channels, *pair(crop.image_size))
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        images, read, bad = [], [], []
+        images = torch.empty((len(keys), *self._shape), dtype=self._crop.dtype)
+        group: list[Decoded] = []
+        read, bad = [], []
         for key in keys:
             sample = key[1]
             try:
-                images.append(self._crop.read(self._source, key))
+                group.append(self._crop.decode(self._source, key))
             except BadImageError as error:
                 bad.append(BadSample(sample, self._source.name(sample), str(error)))
                 continue
             read.append(key)
-        stacked = torch.stack(images) if images else self._none
+            if len(group) == GROUP or sum(decoded.pixels.nbytes for decoded in group) >= GROUP_BYTES:
+                _crop_into(images[len(read) - len(group) :], group)
+        _crop_into(images[len(read) - len(group) :], group)
         visits, samples = torch.tensor(read, dtype=torch.int64).view(-1, 2).unbind(1)
-        return Batch(stacked, samples, tuple(bad), visits)
+        return Batch(images[: len(read)], samples, tuple(bad), visits)
+
+
+def _crop_into(images: Tensor, group: list[Decoded]) -> None:
+    """Make the crops of a group the first of these images, and empty it."""
+    for place, decoded in enumerate(group):
+        crop = decoded.crop()
+        assert crop.shape == images.shape[1:], f"a crop of {tuple(crop.shape)}, not {tuple(images.shape[1:])}"
+        images[place] = crop
+    group.clear()
 
 
 def _data_loader(source: Source, crop: Crop, keys: Iterable[list[Key]], workers: int) -> DataLoader[Batch]:

@@ -43,7 +43,7 @@ from nextblock.data.scenes import read_bands, starts
 from nextblock.data.sources import Source
 from nextblock.data.tar import damage_of
 from nextblock.data.tar_index import tar_index
-from nextblock.data.workers import start_worker
+from nextblock.data.workers import from_workers, start_worker
 from nextblock.settings import check_types, require
 
 __all__ = ["PackConfig", "PackError", "Packed", "pack"]
@@ -386,7 +386,7 @@ def _encoded(
 ) -> Iterator[tuple[int, list[Part] | str]]:
     """The parts of every image from `first` on, in order."""
     workers = resolve_workers(config.workers, source)
-    yield from DataLoader(
+    loader: DataLoader[tuple[int, list[Part] | str]] = DataLoader(
         _Encoder(source, config, data),
         batch_size=None,
         sampler=range(first, len(source)),
@@ -395,6 +395,7 @@ def _encoded(
         worker_init_fn=start_worker if workers else None,
         generator=torch.Generator(),  # without one of its own it draws from the global one
     )
+    yield from from_workers(loader)
 
 
 def _as_it_is(item: Any) -> Any:

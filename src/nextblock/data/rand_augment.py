@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextblock.config import DataConfig, Size, pair
+from nextblock.data.augment import Decoded
 from nextblock.data.keyed import keyed_seed
 from nextblock.data.loader import Key
 from nextblock.data.sources import Source
@@ -70,9 +71,9 @@ class TimmCrop:
         with seeded_globally(keyed_seed(self.seed, "timm", *key)):
             return self._transform(picture)
 
-    def read(self, source: Source, key: Key) -> Tensor:
-        """The crop of a source's image; `BadImageError` where it cannot be read."""
-        return self(source.read(key[1]), key)
+    def decode(self, source: Source, key: Key) -> Decoded:
+        """A source's image, to be cropped; `BadImageError` where it cannot be read."""
+        return Decoded(source.read(key[1]), partial(self, key=key))
 
     @cached_property
     def _transform(self) -> Any:

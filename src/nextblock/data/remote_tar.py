@@ -33,6 +33,7 @@ from nextblock.data.remote import (
 )
 from nextblock.data.tar import PROGRESS_S, TarSource
 from nextblock.data.tar_index import VERSION, tar_index
+from nextblock.logs import held_back
 
 __all__ = ["RemoteTarSource", "open_remote"]
 
@@ -44,6 +45,8 @@ THREADS = 8
 TOUCH_EVERY_S = 10.0
 """Time after which reading a copy marks it as used again."""
 _ATTEMPTS = 5
+_TALKATIVE = ("botocore", "aiobotocore")
+"""Loggers that tell of every place where credentials were found."""
 _SERVED = "served"
 """In the header of a kept index: it came from the server and was not compared with its shard yet."""
 
@@ -66,17 +69,18 @@ class RemoteTarSource(TarSource):
         self._urls = tuple(urls)
         self._inodes: dict[int, int] = {}
         self._touched_s: dict[int, float] = {}
-        self._states = _in_threads(
-            remote_state, [(url,) for url in urls], "{done} of {all} shards found", spec
-        )
-        _warn_of_small_cache(spec, self._states, data)
         names = tuple(PurePosixPath(urlsplit(url).path).name for url in urls)
-        super().__init__(
-            spec,
-            [folder_of(url, data) / "copy" for url in urls],
-            data,
-            names=names if len(set(names)) == len(names) else self._urls,
-        )
+        with held_back(logging.WARNING, *_TALKATIVE):
+            self._states = _in_threads(
+                remote_state, [(url,) for url in urls], "{done} of {all} shards found", spec
+            )
+            _warn_of_small_cache(spec, self._states, data)
+            super().__init__(
+                spec,
+                [folder_of(url, data) / "copy" for url in urls],
+                data,
+                names=names if len(set(names)) == len(names) else self._urls,
+            )
 
     def _read_indexes(self) -> list[Index]:
         each = [(url, state, self._data) for url, state in zip(self._urls, self._states, strict=True)]
@@ -88,7 +92,10 @@ class RemoteTarSource(TarSource):
         return indexes
 
     def _path(self, shard: int) -> Path:
-        with held_copy(self._urls[shard], self._data, self._states[shard]) as copy:
+        with (
+            held_back(logging.WARNING, *_TALKATIVE),
+            held_copy(self._urls[shard], self._data, self._states[shard]) as copy,
+        ):
             if shard in self._unchecked:
                 self._check_index(shard, copy)
             return copy
@@ -103,8 +110,9 @@ class RemoteTarSource(TarSource):
         write_index(copy.with_name("index"), *index, version=VERSION, stamp=list(state))
         if _digest(index) != self._unchecked[shard]:
             raise RemoteError(
-                f"{url} is not what the index beside it on the server says: names or labels differ; upload a "
-                "new index or delete it there, and start again (here the shard's own is used from now on)"
+                f"{url} is not what the index beside it on the server says: names or labels differ, so the "
+                "shard is newer; upload its own index or delete that one (here it is not used any more), and "
+                "begin a new run; one that began by the old index goes on when the old shard is back"
             )
         del self._unchecked[shard]
 

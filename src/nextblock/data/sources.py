@@ -37,6 +37,7 @@ from nextblock.data.remote import is_remote
 from nextblock.settings import nearest_name
 
 __all__ = [
+    "SUBSET_HEADER",
     "DigitsSource",
     "EncodedSource",
     "FolderSource",
@@ -46,6 +47,9 @@ __all__ = [
     "open_source",
     "read_file",
 ]
+
+SUBSET_HEADER = b"# images of a source of nextblock; read it as subset:THIS_FILE"
+"""The first line of a list of numbers, by which it is told from a list of files."""
 
 KNOWN = (
     "a directory, files:LIST.txt, X.tar, shards-{000000..000999}.tar, https:, s3: or gs: before such shards, "

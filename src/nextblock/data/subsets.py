@@ -22,7 +22,7 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.remote import is_remote
-from nextblock.data.sources import FolderSource, Labels, Source, open_source
+from nextblock.data.sources import SUBSET_HEADER, FolderSource, Labels, Source, open_source
 
 __all__ = ["SubsetSource", "absolute_spec", "draw", "draw_per_class", "open_subset", "split", "write_subset"]
 
@@ -123,7 +123,7 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     kind = "subset" if lines is None else "files"
     if lines is None:
         lines = [
-            b"# images of a source of nextblock; read it as subset:THIS_FILE",
+            SUBSET_HEADER,
             os.fsencode(f"# of: {absolute_spec(source.spec)}"),
             f"# fingerprint: {source.fingerprint}".encode(),
             *(f"{number}\t{_plain(source.name(number))}".encode() for number in numbers.tolist()),

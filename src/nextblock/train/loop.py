@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nextblock.checkpoint import prune_checkpoints, save_checkpoint
-from nextblock.config import RunConfig
+from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from nextblock.data import (
     QuarantineLog,
     Source,
@@ -123,18 +123,23 @@ def train(
 
 
 def _check_trainable(config: RunConfig) -> None:
-    """Refuse networks that can encode, but not learn to predict from any source."""
-    model = config.model
+    """Refuse settings by which nothing can be learned, or not what they say, from any source."""
+    model, data = config.model, config.data
     if model.predictor is None:
         raise ValueError("model.predictor is null, so nothing can be predicted; pre-training needs one")
     if model.num_blocks == 1:
         raise ValueError(
             "the whole image is one block, so there is no next block; use a smaller model.block_size"
         )
-    if not len(config.data.mean) == config.data.channels == model.in_chans:
+    if data.normalize == "auto" and (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD):
         raise ValueError(
-            f"data.mean has {len(config.data.mean)} channels, data.channels is {config.data.channels} and "
-            f"model.in_chans {model.in_chans}; make them equal (data.normalize auto is resolved by pretrain)"
+            "data.normalize is auto, but data.mean and data.std were not measured; nextblock.pretrain does "
+            "that, or set them to those of nextblock.data.statistics.measure_pixels"
+        )
+    if not len(data.mean) == data.channels == model.in_chans:
+        raise ValueError(
+            f"data.mean has {len(data.mean)} channels, data.channels is {data.channels} and model.in_chans "
+            f"{model.in_chans}; make them equal"
         )
 
 
