@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from nextblock.evaluate import probe as probe_module
-from nextblock.evaluate.probe import probe_model
-from nextblock.evaluate.probe_config import ProbeConfig
+from nextblock.evaluate.probe import run as probe_module
+from nextblock.evaluate.probe.config import ProbeConfig
+from nextblock.evaluate.probe.run import probe_model
 from toy import DATA, ToySource, toy_model
 
 QUICK = ProbeConfig(

@@ -14,8 +14,8 @@ from nextblock.cli.arguments import resolve
 from nextblock.cli.pretrain import pretrain
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, decode_image, open_source
-from nextblock.evaluate.probe import probe
-from nextblock.evaluate.probe_config import ProbeConfig
+from nextblock.evaluate.probe.config import ProbeConfig
+from nextblock.evaluate.probe.run import probe
 from nextblock.interop import load_model
 from test_data_decode import encode, exif, photo, pixels, png_16, sixteen_bits
 from tiny_runs import TINY, TINY_FLAGS, Quiet, call_cli, refused

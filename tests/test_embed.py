@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 import nextblock
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages, eval_batches, normalize
-from nextblock.evaluate import embed as embed_module
-from nextblock.evaluate.embed import embed_model
-from nextblock.evaluate.embed_config import FORMATS, EmbedConfig, chosen_layers
-from nextblock.evaluate.embeddings import EmbeddingsError, iterate_features_of, read_embeddings
+from nextblock.evaluate.embed import run as embed_module
+from nextblock.evaluate.embed.config import FORMATS, EmbedConfig, chosen_layers
+from nextblock.evaluate.embed.files import EmbeddingsError, iterate_features_of, read_embeddings
+from nextblock.evaluate.embed.run import embed_model
 from nextblock.interop import open_encoder
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
@@ -185,7 +185,7 @@ def test_images_without_labels_have_none(tmp_path):
 
 
 def test_many_rows_come_back_whole_from_all_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("nextblock.evaluate.embeddings.ROWS", 3)
+    monkeypatch.setattr("nextblock.evaluate.embed.files.ROWS", 3)
     for suffix in FORMATS:
         found = run(tmp_path, suffix)
         parts = list(iterate_features_of(found.path, found.origin))

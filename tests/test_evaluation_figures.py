@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextblock.evaluate.probe_config import ProbeCandidate, ProbeResult, ProbeRow
+from nextblock.evaluate.probe.config import ProbeCandidate, ProbeResult, ProbeRow
 from nextblock.visualize import evaluation
 from nextblock.visualize.evaluation import draw_probe
 

@@ -13,9 +13,9 @@ import torch
 import nextblock
 from nextblock.cli import main
 from nextblock.config import ModelConfig, TrainConfig
-from nextblock.evaluate.finetune import Sources, finetune_model
-from nextblock.evaluate.finetune_config import FinetuneConfig, LoraSettings
-from nextblock.evaluate.finetune_train import measure_classifier
+from nextblock.evaluate.finetune.config import FinetuneConfig, LoraSettings
+from nextblock.evaluate.finetune.run import Sources, finetune_model
+from nextblock.evaluate.finetune.train import measure_classifier
 from nextblock.interop import load
 from nextblock.models.classifier import ImageClassifier, TimmClassifier
 from nextblock.train import NonFiniteError

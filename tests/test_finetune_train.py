@@ -12,9 +12,9 @@ import torch
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 
-from nextblock.evaluate.finetune_config import FinetuneConfig, LoraSettings
-from nextblock.evaluate.finetune_model import build_classifier, images_for, set_drop_path, tuning_groups
-from nextblock.evaluate.finetune_train import FineTuner, mixed
+from nextblock.evaluate.finetune.config import FinetuneConfig, LoraSettings
+from nextblock.evaluate.finetune.model import build_classifier, images_for, set_drop_path, tuning_groups
+from nextblock.evaluate.finetune.train import FineTuner, mixed
 from nextblock.interop import open_encoder
 from nextblock.models.classifier import create_classifier
 from nextblock.models.heads import HeadConfig

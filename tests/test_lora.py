@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from nextblock.evaluate.lora import MissingPeftError, add_lora, merge_lora
+from nextblock.evaluate.finetune.lora import MissingPeftError, add_lora, merge_lora
 from toy import one_thread, tiny_images, tiny_model, toy_model  # noqa: F401 - a fixture
 
 SETTINGS: dict[str, Any] = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "seed": 0}

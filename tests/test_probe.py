@@ -13,10 +13,10 @@ import nextblock
 from nextblock.checkpoint import read_model
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages, eval_batches, normalize
-from nextblock.evaluate import probe as probe_module
 from nextblock.evaluate.features import FeatureBatch
-from nextblock.evaluate.probe import probe, probe_model
-from nextblock.evaluate.train_heads import Student, Trained, hold_out, measure
+from nextblock.evaluate.probe import run as probe_module
+from nextblock.evaluate.probe.run import probe, probe_model
+from nextblock.evaluate.probe.train_heads import Student, Trained, hold_out, measure
 from nextblock.interop import load, load_model
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.heads import LinearHead

@@ -8,11 +8,11 @@ import torch
 
 from nextblock.checkpoint import CheckpointError
 from nextblock.data import Source
-from nextblock.evaluate import feature_cache
-from nextblock.evaluate.feature_cache import FeatureCache
 from nextblock.evaluate.features import collect_features, encoder_extract, iterate_features
-from nextblock.evaluate.probe import probe_model
-from nextblock.evaluate.probe_config import Split
+from nextblock.evaluate.probe import feature_cache
+from nextblock.evaluate.probe.config import Split
+from nextblock.evaluate.probe.feature_cache import FeatureCache
+from nextblock.evaluate.probe.run import probe_model
 from nextblock.models.features import FeatureConfig
 from probing import QUICK, weights
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture

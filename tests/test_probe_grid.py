@@ -13,14 +13,14 @@ from nextblock.cli import main
 from nextblock.cli.arguments import build_parser, parse
 from nextblock.config import ModelConfig, OptimConfig
 from nextblock.data import Source, keyed_rng
-from nextblock.evaluate.competition import choose
 from nextblock.evaluate.features import encoder_extract, seeded
-from nextblock.evaluate.grid import Candidate, encoder_candidates, layer_choices
 from nextblock.evaluate.measures import Measures
-from nextblock.evaluate.probe import probe, probe_model
-from nextblock.evaluate.probe_config import ProbeConfig, Split, probe_config
-from nextblock.evaluate.recipes import RECIPES
-from nextblock.evaluate.train_heads import Feed, Lesson, Student, train_heads
+from nextblock.evaluate.probe.competition import choose
+from nextblock.evaluate.probe.config import ProbeConfig, Split, probe_config
+from nextblock.evaluate.probe.grid import Candidate, encoder_candidates, layer_choices
+from nextblock.evaluate.probe.recipes import RECIPES
+from nextblock.evaluate.probe.run import probe, probe_model
+from nextblock.evaluate.probe.train_heads import Feed, Lesson, Student, train_heads
 from nextblock.interop import open_encoder
 from nextblock.models.classifier import TimmClassifier
 from nextblock.models.features import FeatureConfig
@@ -307,7 +307,7 @@ def test_with_val_alone_a_tenth_of_train_is_held_out_to_choose_on():
 
 
 def test_with_train_alone_two_disjoint_tenths_are_held_out(monkeypatch):
-    from nextblock.evaluate import probe as probe_module
+    from nextblock.evaluate.probe import run as probe_module
 
     divisions = []
     compete = probe_module.compete

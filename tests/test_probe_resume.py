@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from nextblock.checkpoint import CheckpointError
 from nextblock.cli import main
-from nextblock.evaluate import probe as probe_module
-from nextblock.evaluate.feature_cache import FeatureCache
 from nextblock.evaluate.features import encoder_extract, iterate_features
-from nextblock.evaluate.probe import probe
-from nextblock.evaluate.probe_state import ProbeStopped
-from nextblock.evaluate.train_heads import Feed, Lesson
+from nextblock.evaluate.probe import run as probe_module
+from nextblock.evaluate.probe.feature_cache import FeatureCache
+from nextblock.evaluate.probe.run import probe
+from nextblock.evaluate.probe.state import ProbeStopped
+from nextblock.evaluate.probe.train_heads import Feed, Lesson
 from nextblock.models.features import FeatureConfig
 from nextblock.settings import to_dict
 from probing import known_config

@@ -295,6 +295,6 @@ def test_the_report_does_not_wait_for_torch():
 
 
 def test_the_encoders_compared_are_those_the_probe_names():
-    from nextblock.evaluate.probe_config import EncoderName
+    from nextblock.evaluate.probe.config import EncoderName
 
     assert get_args(EncoderName) == ENCODERS

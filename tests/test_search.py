@@ -13,8 +13,8 @@ import nextblock.cli.search as search_cli
 from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages
-from nextblock.evaluate.embed import embed_model
-from nextblock.evaluate.embed_config import EmbedConfig
+from nextblock.evaluate.embed.config import EmbedConfig
+from nextblock.evaluate.embed.run import embed_model
 from nextblock.evaluate.search import ImageFile, nearest, search_model
 from nextblock.evaluate.search_config import SearchConfig
 from nextblock.visualize.contact_sheet import Cell, SheetRow, draw_contact_sheet, thumbnail

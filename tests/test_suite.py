@@ -23,7 +23,7 @@ import suite_copies as copies  # noqa: E402
 from nextblock.checkpoint import save_model  # noqa: E402
 from nextblock.cli import main  # noqa: E402
 from nextblock.cli import suite as cli_suite  # noqa: E402
-from nextblock.evaluate.probe_state import ProbeStopped  # noqa: E402
+from nextblock.evaluate.probe.state import ProbeStopped  # noqa: E402
 from nextblock.evaluate.suite import run as suite_run  # noqa: E402
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, FIFTEEN, chosen  # noqa: E402
 from nextblock.evaluate.suite.config import Score, SuiteConfig, SuiteResult  # noqa: E402
@@ -72,7 +72,7 @@ def quick(world: dict[str, Path], out: Path, **changes: Any) -> SuiteConfig:
 @pytest.fixture
 def count_probes(monkeypatch) -> list[str]:
     """The benchmarks that are probed, in order."""
-    from nextblock.evaluate import probe as probe_module
+    from nextblock.evaluate.probe import run as probe_module
 
     probed: list[str] = []
     original = probe_module._probe

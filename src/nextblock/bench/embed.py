@@ -209,8 +209,8 @@ def measure_embed(job: dict[str, Any]) -> dict[str, Any]:
 def _embed(model: Any, job: dict[str, Any], folder: Path, images: int, watch: Stopwatch, label: str) -> None:
     """Embed so many images as the command does, with all opened; timed under a label."""
     from nextblock.config import DataConfig
-    from nextblock.evaluate import embed as embed_module
-    from nextblock.evaluate.embed_config import EmbedConfig
+    from nextblock.evaluate.embed import run as embed_module
+    from nextblock.evaluate.embed.config import EmbedConfig
 
     data = replace(DataConfig(), val_resize_px=max(_size_px(model.config)))
     source = _source(folder / f"{label} images", images, model.config, is_jpeg=job["is_jpeg"], data=data)

@@ -160,8 +160,8 @@ def probe_heads(job: dict[str, Any]) -> Result:
     started_s = time.perf_counter()
     import torch
 
-    from nextblock.evaluate.probe import probe
-    from nextblock.evaluate.probe_config import ProbeConfig
+    from nextblock.evaluate.probe.config import ProbeConfig
+    from nextblock.evaluate.probe.run import probe
     from nextblock.train.device import choose_device, device_name
 
     if job["threads"] is not None:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nextblock.evaluate.embed_config import EmbedConfig
+from nextblock.evaluate.embed.config import EmbedConfig
 from nextblock.settings import from_keywords
 
 if TYPE_CHECKING:
-    from nextblock.evaluate.embeddings import Embeddings
+    from nextblock.evaluate.embed.files import Embeddings
 
 __all__ = ["embed", "run"]
 
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     words = f"features: {result.path}, {shape}"
     console.print(words, highlight=False, markup=False, soft_wrap=True)
     if result.origin.bad:
-        from nextblock.evaluate.embeddings import sidecars
+        from nextblock.evaluate.embed.files import sidecars
 
         words = f"{result.origin.bad} images could not be read: {sidecars(result.path)['quarantine']}"
         console.print(words, highlight=False, markup=False, soft_wrap=True)
@@ -48,7 +48,7 @@ def embed(**settings: Any) -> Embeddings:
 
     Paths may stand for strings. Returned are the features, and names, labels and indices of the images.
     """
-    from nextblock.evaluate.embed import embed as embed_with
+    from nextblock.evaluate.embed.run import embed as embed_with
 
     return embed_with(from_keywords(EmbedConfig, settings))
 

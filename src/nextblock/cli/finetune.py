@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextblock.evaluate.finetune_config import FinetuneConfig
+from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.settings import from_keywords, to_dict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from nextblock.evaluate.finetune_report import FinetuneResult
+    from nextblock.evaluate.finetune.report import FinetuneResult
     from nextblock.train import Reporter
 
 __all__ = ["finetune", "run"]
@@ -50,7 +50,7 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> FinetuneRe
 
     Paths, lists and dicts (`lora={"rank": 8}`) may stand for strings, tuples and settings.
     """
-    from nextblock.evaluate.finetune import finetune as finetune_with
+    from nextblock.evaluate.finetune.run import finetune as finetune_with
     from nextblock.train import ConsoleReporter
 
     reporter = reporter or ConsoleReporter()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextblock.evaluate.probe_config import ProbeConfig, ProbeResult, probe_config
+from nextblock.evaluate.probe.config import ProbeConfig, ProbeResult, probe_config
 from nextblock.settings import to_dict
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parse(parser, argv)
     values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
-    from nextblock.evaluate.probe_state import ProbeStopped
-    from nextblock.evaluate.probe_tables import choice_sentence
+    from nextblock.evaluate.probe.state import ProbeStopped
+    from nextblock.evaluate.probe.tables import choice_sentence
 
     try:
         result = probe(**values)
@@ -56,8 +56,8 @@ def probe(**settings: Any) -> ProbeResult:
 
     Paths, lists and single values may stand for strings and tuples.
     """
-    from nextblock.evaluate.probe import FIGURES_DIR
-    from nextblock.evaluate.probe import probe as probe_with
+    from nextblock.evaluate.probe.run import FIGURES_DIR
+    from nextblock.evaluate.probe.run import probe as probe_with
 
     config = probe_config(settings)
     result = probe_with(config)
@@ -74,7 +74,7 @@ def _table(result: ProbeResult) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from nextblock.evaluate.probe_tables import layer_words
+    from nextblock.evaluate.probe.tables import layer_words
 
     columns = ("encoder", "head", "measured on", "images", "top-1", "top-5", "balanced", "ECE", "lr", "wd")
     table = Table(*columns, "layers", box=SIMPLE, pad_edge=False)

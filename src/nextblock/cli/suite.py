@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
         only = None if values["only"] is None else tuple(values["only"])
         root = None if values["root"] is None else Path(values["root"]).expanduser()
         return _check(root, only, is_json=is_json) if is_check else _list(root, only, is_json=is_json)
-    from nextblock.evaluate.probe_state import ProbeStopped
+    from nextblock.evaluate.probe.state import ProbeStopped
 
     try:
         result = suite(**values)

@@ -22,7 +22,7 @@ from nextblock.checkpoint import write_aside
 from nextblock.config import DataConfig, TrainConfig
 from nextblock.data import BadSample, Source, open_source
 from nextblock.evaluate.classify_config import ClassifyConfig
-from nextblock.evaluate.embeddings import check_writable, parquet_package
+from nextblock.evaluate.embed.files import check_writable, parquet_package
 from nextblock.evaluate.features import check_bad, evaluation_data, iterate_features
 from nextblock.evaluate.measures import Measures, Tally
 from nextblock.evaluate.results import write_text

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nextblock.evaluate.embed_config import default_batch_size
+from nextblock.evaluate.embed.config import default_batch_size
 from nextblock.settings import check_types, require
 
 __all__ = ["CLASSIFY_FORMATS", "ClassifyConfig"]

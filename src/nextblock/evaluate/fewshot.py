@@ -43,7 +43,7 @@ from nextblock.evaluate.frozen import (
     write_result,
 )
 from nextblock.evaluate.measures import Measures, Tally
-from nextblock.evaluate.probe_config import EncoderName
+from nextblock.evaluate.probe.config import EncoderName
 from nextblock.evaluate.results import identity_of, refuse_other_result
 
 __all__ = ["Regression", "comparison", "draw_shots", "fewshot", "fewshot_opened", "regress", "summary"]

@@ -20,7 +20,7 @@ from jaxtyping import Int64
 
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import Source, keyed_seed, open_source
-from nextblock.evaluate.embed_config import chosen_layers
+from nextblock.evaluate.embed.config import chosen_layers
 from nextblock.evaluate.features import (
     Extract,
     Features,
@@ -35,7 +35,7 @@ from nextblock.evaluate.features import (
 )
 from nextblock.evaluate.fewshot_config import FewshotConfig, FewshotResult
 from nextblock.evaluate.knn_config import KnnConfig, KnnResult
-from nextblock.evaluate.probe_config import EncoderName
+from nextblock.evaluate.probe.config import EncoderName
 from nextblock.evaluate.results import write_text
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel

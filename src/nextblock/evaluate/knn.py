@@ -35,7 +35,7 @@ from nextblock.evaluate.frozen import (
     write_result,
 )
 from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE, KnnConfig, KnnResult, KnnRow
-from nextblock.evaluate.probe_config import EncoderName
+from nextblock.evaluate.probe.config import EncoderName
 from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import Duration

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.probe_config import EncoderName
-from nextblock.evaluate.recipes import check_layers
+from nextblock.evaluate.probe.config import EncoderName
+from nextblock.evaluate.probe.recipes import check_layers
 from nextblock.settings import check_types, require
 
 __all__ = ["DEFAULT_K", "DEFAULT_TEMPERATURE", "KnnConfig", "KnnResult", "KnnRow"]

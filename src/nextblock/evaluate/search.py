@@ -19,9 +19,9 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, BadSample, Source, open_source
 from nextblock.data.sources import EncodedSource, read_file
-from nextblock.evaluate.embed import feature_configs
-from nextblock.evaluate.embed_config import FeatureSettings
-from nextblock.evaluate.embeddings import Origin, iterate_features_of, open_origin, read_embeddings
+from nextblock.evaluate.embed.config import FeatureSettings
+from nextblock.evaluate.embed.files import Origin, iterate_features_of, open_origin, read_embeddings
+from nextblock.evaluate.embed.run import feature_configs
 from nextblock.evaluate.features import (
     Extract,
     check_bad,

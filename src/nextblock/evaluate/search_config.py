@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.embed_config import FeatureSettings, default_batch_size
+from nextblock.evaluate.embed.config import FeatureSettings, default_batch_size
 from nextblock.settings import check_types, require
 
 __all__ = ["MAX_QUERIES", "SearchConfig"]

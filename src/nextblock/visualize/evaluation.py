@@ -14,9 +14,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nextblock.evaluate.probe_config import EncoderName, ProbeCandidate, ProbeResult, ProbeRow
-from nextblock.evaluate.probe_tables import layer_words
-from nextblock.evaluate.recipes import HeadName
+from nextblock.evaluate.probe.config import EncoderName, ProbeCandidate, ProbeResult, ProbeRow
+from nextblock.evaluate.probe.recipes import HeadName
+from nextblock.evaluate.probe.tables import layer_words
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
 
 __all__ = ["draw_probe"]

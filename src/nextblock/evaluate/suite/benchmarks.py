@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nextblock.evaluate.recipes import HeadName
+from nextblock.evaluate.probe.recipes import HeadName
 from nextblock.settings import nearest_name
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.probe_config import ProbeConfig, Tokens
+from nextblock.evaluate.probe.config import ProbeConfig, Tokens
 from nextblock.evaluate.suite.benchmarks import Benchmark, chosen
 from nextblock.evaluate.suite.published import mean_of
 from nextblock.settings import check_types, require

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import open_source
 from nextblock.evaluate.features import evaluation_data
-from nextblock.evaluate.probe import probe
-from nextblock.evaluate.probe_state import ProbeStopped
+from nextblock.evaluate.probe.run import probe
+from nextblock.evaluate.probe.state import ProbeStopped
 from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
 from nextblock.evaluate.suite.check import class_problem, count_problems, labels_are_slow

@@ -14,8 +14,8 @@ from torch import nn
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import keyed_seed
 from nextblock.evaluate.features import seeded
-from nextblock.evaluate.finetune_config import FinetuneConfig
-from nextblock.evaluate.lora import add_lora
+from nextblock.evaluate.finetune.config import FinetuneConfig
+from nextblock.evaluate.finetune.lora import add_lora
 from nextblock.interop.timm_format import data_at, encoder_at
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier

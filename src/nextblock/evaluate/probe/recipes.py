@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from nextblock.evaluate.probe_config import ProbeConfig
+    from nextblock.evaluate.probe.config import ProbeConfig
 
 __all__ = ["RECIPES", "HeadName", "Recipe", "RecipeName", "check_layers", "recipe_of", "warmup_epochs"]
 

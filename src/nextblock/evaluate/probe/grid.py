@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from nextblock.config import ModelConfig
-from nextblock.evaluate.probe_config import HeadName, ProbeConfig
-from nextblock.evaluate.recipes import Recipe, recipe_of
+from nextblock.evaluate.probe.config import HeadName, ProbeConfig
+from nextblock.evaluate.probe.recipes import Recipe, recipe_of
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig, Tokens, last_layers

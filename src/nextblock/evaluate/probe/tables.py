@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from nextblock.evaluate.probe_config import ProbeCandidate, ProbeResult
+from nextblock.evaluate.probe.config import ProbeCandidate, ProbeResult
 
 __all__ = ["choice_sentence", "grid_csv", "layer_words", "markdown"]
 

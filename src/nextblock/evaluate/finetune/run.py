@@ -28,18 +28,18 @@ from nextblock.data.loader import Crop, EvalCrop
 from nextblock.data.rand_augment import TimmCrop
 from nextblock.data.subsets import SubsetSource
 from nextblock.evaluate.features import check_bad, check_same_classes, evaluation_data
-from nextblock.evaluate.finetune_config import FinetuneConfig
-from nextblock.evaluate.finetune_model import AnyClassifier, build_classifier, images_for
-from nextblock.evaluate.finetune_report import (
+from nextblock.evaluate.finetune.config import FinetuneConfig
+from nextblock.evaluate.finetune.model import AnyClassifier, build_classifier, images_for
+from nextblock.evaluate.finetune.report import (
     FinetuneResult,
     FinetuneRow,
     Split,
     finetune_markdown,
     result_from_dict,
 )
-from nextblock.evaluate.finetune_train import FineTuner, Measured, measure_classifier
+from nextblock.evaluate.finetune.train import FineTuner, Measured, measure_classifier
+from nextblock.evaluate.probe.train_heads import hold_out
 from nextblock.evaluate.results import identity_of, refuse_other_result, write_text
-from nextblock.evaluate.train_heads import hold_out
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.settings import Duration, to_dict

@@ -14,7 +14,7 @@ import torch
 
 from nextblock.checkpoint import CheckpointError, write_aside
 from nextblock.data import BadSample
-from nextblock.evaluate.train_heads import Feed, Lesson
+from nextblock.evaluate.probe.train_heads import Feed, Lesson
 from nextblock.settings import Duration, flatten
 from nextblock.train.signals import StopRequest
 

@@ -14,7 +14,6 @@ import torch
 
 from nextblock.config import DataConfig, OptimConfig
 from nextblock.data import Source, keyed_seed
-from nextblock.evaluate.feature_cache import FeatureCache, StoredFeatures
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
@@ -22,9 +21,8 @@ from nextblock.evaluate.features import (
     iterate_features,
     seeded,
 )
-from nextblock.evaluate.grid import Candidate
 from nextblock.evaluate.measures import Measures
-from nextblock.evaluate.probe_config import (
+from nextblock.evaluate.probe.config import (
     EncoderName,
     HeadName,
     ProbeCandidate,
@@ -32,9 +30,19 @@ from nextblock.evaluate.probe_config import (
     ProbeRow,
     Split,
 )
-from nextblock.evaluate.probe_state import Progress
-from nextblock.evaluate.recipes import recipe_of, warmup_epochs
-from nextblock.evaluate.train_heads import Feed, Lesson, Measured, Student, Trained, measure, train_heads
+from nextblock.evaluate.probe.feature_cache import FeatureCache, StoredFeatures
+from nextblock.evaluate.probe.grid import Candidate
+from nextblock.evaluate.probe.recipes import recipe_of, warmup_epochs
+from nextblock.evaluate.probe.state import Progress
+from nextblock.evaluate.probe.train_heads import (
+    Feed,
+    Lesson,
+    Measured,
+    Student,
+    Trained,
+    measure,
+    train_heads,
+)
 from nextblock.models.features import FeatureConfig
 from nextblock.models.heads import Head, LinearHead, create_head
 from nextblock.settings import to_dict

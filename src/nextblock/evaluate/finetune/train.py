@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from nextblock.config import DataConfig, Size, TrainConfig, pair
 from nextblock.data import BadSample, Source, eval_batches, keyed_seed, normalize, resolve_workers
 from nextblock.data.rand_augment import seeded_globally
-from nextblock.evaluate.finetune_config import FinetuneConfig
-from nextblock.evaluate.finetune_model import AnyClassifier, tuning_groups
-from nextblock.evaluate.finetune_report import WeightsName
-from nextblock.evaluate.lora import merge_lora
+from nextblock.evaluate.finetune.config import FinetuneConfig
+from nextblock.evaluate.finetune.lora import merge_lora
+from nextblock.evaluate.finetune.model import AnyClassifier, tuning_groups
+from nextblock.evaluate.finetune.report import WeightsName
 from nextblock.evaluate.measures import Measures, Tally
 from nextblock.optim import lr_at, set_lr
 from nextblock.train.device import autocast

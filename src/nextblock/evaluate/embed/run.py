@@ -24,8 +24,8 @@ from torch import Tensor
 
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, TooManyBadImages, open_source
-from nextblock.evaluate.embed_config import EmbedConfig, FeatureSettings, chosen_layers
-from nextblock.evaluate.embeddings import (
+from nextblock.evaluate.embed.config import EmbedConfig, FeatureSettings, chosen_layers
+from nextblock.evaluate.embed.files import (
     Embeddings,
     EmbeddingsError,
     Origin,

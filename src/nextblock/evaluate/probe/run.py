@@ -22,7 +22,6 @@ from nextblock.checkpoint import save_classifier
 from nextblock.config import DataConfig, pair
 from nextblock.data import Source, keyed_seed, open_source
 from nextblock.data.subsets import SubsetSource
-from nextblock.evaluate.competition import Arena, Division, Found, Subject, compete
 from nextblock.evaluate.features import (
     Extract,
     check_same_classes,
@@ -32,8 +31,8 @@ from nextblock.evaluate.features import (
     seeded,
     untrained,
 )
-from nextblock.evaluate.grid import Candidate, encoder_candidates, has_choice, pixel_candidates
-from nextblock.evaluate.probe_config import (
+from nextblock.evaluate.probe.competition import Arena, Division, Found, Subject, compete
+from nextblock.evaluate.probe.config import (
     EncoderName,
     HeadName,
     ProbeCandidate,
@@ -43,11 +42,12 @@ from nextblock.evaluate.probe_config import (
     result_from_dict,
     row_from_dict,
 )
-from nextblock.evaluate.probe_state import STATE_FILE, Progress
-from nextblock.evaluate.probe_tables import grid_csv, markdown
-from nextblock.evaluate.recipes import recipe_of, warmup_epochs
+from nextblock.evaluate.probe.grid import Candidate, encoder_candidates, has_choice, pixel_candidates
+from nextblock.evaluate.probe.recipes import recipe_of, warmup_epochs
+from nextblock.evaluate.probe.state import STATE_FILE, Progress
+from nextblock.evaluate.probe.tables import grid_csv, markdown
+from nextblock.evaluate.probe.train_heads import hold_out
 from nextblock.evaluate.results import identity_of, refuse_other_result, weights_digest, write_text
-from nextblock.evaluate.train_heads import hold_out
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier

@@ -27,7 +27,6 @@ from nextblock.config import DataConfig, OptimConfig, Size
 from nextblock.data import BadSample, Source, TrainLoader, resolve_workers, step_samples
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.rand_augment import TimmCrop
-from nextblock.evaluate.feature_cache import StoredFeatures
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
@@ -36,6 +35,7 @@ from nextblock.evaluate.features import (
     iterate_features,
 )
 from nextblock.evaluate.measures import Measures, Tally
+from nextblock.evaluate.probe.feature_cache import StoredFeatures
 from nextblock.models.heads import Head
 from nextblock.optim import build_optimizer, lr_at, set_lr
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.recipes import HeadName, RecipeName, check_layers
+from nextblock.evaluate.probe.recipes import HeadName, RecipeName, check_layers
 from nextblock.settings import Duration, check_types, from_dict, from_keywords, require
 
 __all__ = [

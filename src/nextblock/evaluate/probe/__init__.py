@@ -1,0 +1,1 @@
+"""Probes: a grid of heads trained on a frozen encoder, the winner honestly chosen."""
