@@ -14,9 +14,10 @@ import nextblock
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages, eval_batches, normalize
 from nextblock.evaluate.embed import run as embed_module
-from nextblock.evaluate.embed.config import FORMATS, EmbedConfig, chosen_layers
+from nextblock.evaluate.embed.config import FORMATS, EmbedConfig
 from nextblock.evaluate.embed.files import EmbeddingsError, iterate_features_of, read_embeddings
 from nextblock.evaluate.embed.run import embed_model
+from nextblock.evaluate.layers import layer_choices
 from nextblock.interop import open_encoder
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
@@ -342,7 +343,7 @@ def test_a_disk_too_small_is_refused_at_the_first_batch(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"out": "x.csv"}, r"out is 'x.csv'; its name must end in .parquet"),
-        ({"layers": "first"}, "layers is 'first'; write last, last6"),
+        ({"layers": "first"}, "layers is 'first'; use last, last6"),
         ({"layers": "last0"}, "layers is 'last0'"),
         ({"tokens": "class", "pool": "none"}, "pool none needs tokens patches or all"),
         ({"encode_batch_size": 0}, "use at least 1"),
@@ -354,14 +355,15 @@ def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
 
 
 def test_layers_by_their_words():
-    assert chosen_layers("last", 4) == ((3,),)
-    assert chosen_layers("last3", 4) == ((1, 2, 3),)
-    assert chosen_layers("2+0", 4) == ((0, 2),)
-    assert chosen_layers("layer1", 4) == ((1,),)
-    assert chosen_layers("each", 3) == ((0,), (1,), (2,))
-    for words in ("last5", "layer4", "1+4", "1+1"):
+    assert layer_choices("last", 4) == ((3,),)
+    assert layer_choices("last3", 4) == ((1, 2, 3),)
+    assert layer_choices("2+0", 4) == ((0, 2),)
+    assert layer_choices("layer1", 4) == ((1,),)
+    assert layer_choices("each", 3) == ((0,), (1,), (2,))
+    assert layer_choices("last5", 4) == ((0, 1, 2, 3),)
+    for words in ("layer4", "1+4", "1+1"):
         with pytest.raises(ValueError, match="the encoder has 4"):
-            chosen_layers(words, 4)
+            layer_choices(words, 4)
 
 
 # --------------------------------------------------------------------------------------------- the command

@@ -255,7 +255,7 @@ def test_missing_labels_and_a_missing_test_are_told(tmp_path, capsys):
         ({"shots": ("many",)}, "shots 'many' is no number of labels"),
         ({"seeds": 0}, "seeds is 0; use at least 1"),
         ({"folds": 1}, "folds is 1; use at least 2"),
-        ({"layers": "each"}, "layers is 'each'; choose one"),
+        ({"layers": "each"}, "layers is 'each'; use last"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -16,7 +16,8 @@ from nextblock.data import TooManyBadImages, eval_batches, normalize
 from nextblock.evaluate.features import FeatureBatch
 from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.run import probe, probe_model
-from nextblock.evaluate.probe.train_heads import Student, Trained, hold_out, measure
+from nextblock.evaluate.probe.train_heads import Student, Trained, measure
+from nextblock.evaluate.sources import hold_out
 from nextblock.interop import load, load_model
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.heads import LinearHead
@@ -107,7 +108,7 @@ def test_layers_beyond_the_depth_are_capped_and_this_is_said(caplog):
     result = run(replace(QUICK, epochs=1)).result
     assert result.row("trained", "attentive").layers == (0, 1)
     assert result.row("trained", "linear").layers == (1,)
-    assert "the encoder has 2 layers: all of them are averaged, not 6" in caplog.text
+    assert "the encoder has 2 layers: all of them are taken, not 6" in caplog.text
 
 
 def test_unreadable_images_are_left_out_and_counted():
@@ -197,7 +198,8 @@ def test_results_and_classifiers_are_written(known, tmp_path):
     written = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert [row["top1"] for row in written["rows"]] == [row.top1 for row in result.rows]
     assert written["settings"]["train"] == "toy-0"
-    assert written["sources"]["val"] == {"spec": "toy-1", "fingerprint": "toy-1-48", "images": 48}
+    val = written["sources"]["val"]
+    assert (val["spec"], val["fingerprint"], val["images"]) == ("toy-1", "toy-1-48", 48)
     table = (tmp_path / "out" / "probe.md").read_text()
     assert f"| trained | linear | val | 48 | {100 * result.row('trained', 'linear').top1:.2f} |" in table
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

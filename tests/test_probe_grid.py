@@ -14,14 +14,16 @@ from nextblock.cli.arguments import build_parser, parse
 from nextblock.config import ModelConfig, OptimConfig
 from nextblock.data import Source, keyed_rng
 from nextblock.evaluate.features import encoder_extract, seeded
+from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.measures import Measures
 from nextblock.evaluate.probe.competition import choose
 from nextblock.evaluate.probe.config import ProbeConfig, Split, probe_config
-from nextblock.evaluate.probe.grid import Candidate, encoder_candidates, layer_choices
+from nextblock.evaluate.probe.grid import Candidate, encoder_candidates
 from nextblock.evaluate.probe.recipes import RECIPES
 from nextblock.evaluate.probe.run import probe, probe_model
 from nextblock.evaluate.probe.train_heads import Feed, Lesson, Student, train_heads
 from nextblock.interop import open_encoder
+from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
 from nextblock.models.classifier import TimmClassifier
 from nextblock.models.features import FeatureConfig
 from nextblock.models.heads import AttentiveHead, LinearHead
@@ -91,15 +93,15 @@ def test_every_setting_is_crossed_with_every_other():
     ],
 )
 def test_layers_go_by_words(word, layers):
-    assert list(layer_choices(word, ModelConfig(depth=12), was_asked_for=True)) == layers
+    assert list(layer_choices(word, 12)) == layers
 
 
 @pytest.mark.parametrize(
     ("width", "depth", "first"), [(1536, 24, 14), (2048, 24, 12), (3072, 24, 12), (4096, 32, 14)]
 )
 def test_the_best_layers_are_aims_by_size(width, depth, first):
-    encoder = ModelConfig(embed_dim=width, depth=depth, num_heads=width // 128)
-    assert list(layer_choices("best", encoder, was_asked_for=True)) == [tuple(range(first, first + 6))]
+    best = tuple(range(first, first + 6))
+    assert layer_choices("best", depth, BEST_LAYERS_OF_SIZE[width, depth]) == (best,)
 
 
 def test_the_same_layers_by_two_words_are_one_candidate():
@@ -133,8 +135,8 @@ def _small(**changes):
     ("changes", "message"),
     [
         ({"layers": ("best",)}, r"best is known of AIM's sizes .*1536 x 24.* 32 wide with 2 layers"),
-        ({"layers": ("1+2",)}, "layers 1\\+2 of an encoder with 2; name each once, among 0 to 1"),
-        ({"layers": ("layer2",)}, "layers layer2 of an encoder with 2"),
+        ({"layers": ("1+2",)}, r"layers is 1\+2, but the encoder has 2 layers; name each once, among 0 to 1"),
+        ({"layers": ("layer2",)}, "layers is layer2, but the encoder has 2 layers"),
         ({"tokens": ("class",)}, "tokens class: this encoder has no class token"),
     ],
 )

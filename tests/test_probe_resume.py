@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from nextblock.checkpoint import CheckpointError
 from nextblock.cli import main
+from nextblock.evaluate import sources as evaluation_sources
 from nextblock.evaluate.features import encoder_extract, iterate_features
-from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.feature_cache import FeatureCache
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.probe.state import ProbeStopped
@@ -161,7 +161,7 @@ def test_a_finished_result_is_read_and_not_computed_again(known, steps, monkeypa
 
 
 def test_a_signal_while_features_are_computed_stops_the_probe(known, monkeypatch, tmp_path):
-    source = probe_module.open_source("toy-0", DATA)
+    source = evaluation_sources.open_source("toy-0", DATA)
     assert isinstance(source, ToySource)
     read = source._read
 

@@ -231,7 +231,7 @@ def test_a_query_that_cannot_be_read_is_named(files, capsys):
         ({"out": "sheet.jpg"}, r"must end in .png"),
         ({"top": 0}, "use at least 1"),
         ({"layers": "each"}, "name the layers to compare"),
-        ({"layers": "x"}, "write last"),
+        ({"layers": "x"}, "use last, last6"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -148,7 +148,7 @@ def test_a_probe_that_fails_is_told_and_the_others_go_on(world, tmp_path):
     found = suite(quick(world, tmp_path / "out", root=str(root), only=("dtd", "camelyon17")))
     assert [score.name for score in found.scores] == ["camelyon17"]
     assert list(found.failed) == ["dtd"]
-    assert "cannot be read, more than data.max_bad_fraction" in found.failed["dtd"]
+    assert "cannot be read, more than max_bad_fraction" in found.failed["dtd"]
 
 
 def test_a_data_set_with_too_few_classes_fails_before_it_is_probed(world, tmp_path, count_probes):

@@ -50,6 +50,7 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> FinetuneRe
 
     Paths, lists and dicts (`lora={"rank": 8}`) may stand for strings, tuples and settings.
     """
+    from nextblock.evaluate.finetune.run import CONFUSION
     from nextblock.evaluate.finetune.run import finetune as finetune_with
     from nextblock.train import ConsoleReporter
 
@@ -60,7 +61,18 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> FinetuneRe
             f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; the "
             "same command goes on"
         )
+    else:
+        _draw(result, Path(settings["out"]) / CONFUSION)
     return result
+
+
+def _draw(result: FinetuneResult, path: Path) -> None:
+    from nextblock.visualize.evaluation import draw_confusion
+
+    row = result.reported
+    if row.measures.confusion is not None:
+        title = f"fine-tuned, on {row.split}: top-1 {row.measures.top1:.1%}"
+        draw_confusion(row.measures.confusion, result.class_names, title, path)
 
 
 def _table(result: FinetuneResult) -> Table:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,12 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
     classifier = load_classifier(
         config.model, config.head, num_heads=config.num_heads, probe_layers=config.probe_layers
     )
-    data = evaluation_data(config.model, classifier.encoder_model.config)
-    if config.workers is not None:
-        data = replace(data, workers=config.workers)
+    data = evaluation_data(
+        config.model,
+        classifier.encoder_model.config,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
     result = classify_images(classifier, config, open_source(config.data, data), data)
     if config.out is not None:
         _write(Path(config.out), result)

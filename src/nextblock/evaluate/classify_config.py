@@ -41,6 +41,8 @@ class ClassifyConfig:
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    max_bad_fraction: float | None = None
+    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     overwrite: bool = False
     """Replace the file out, where it is there."""
 

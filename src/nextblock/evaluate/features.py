@@ -193,8 +193,8 @@ def check_bad(bad: Collection[BadSample], source: Source, data: DataConfig) -> N
         first = "".join(f"\n  {one.name}: {one.reason}" for one in list(bad)[:10])
         raise TooManyBadImages(
             f"{len(bad)} of the {len(source)} images of {source.spec} cannot be read, more than "
-            f"data.max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
-            "Repair or remove them."
+            f"max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
+            "Repair or remove them, or allow more by --max_bad_fraction."
         )
 
 
@@ -215,8 +215,24 @@ def check_same_classes(train: Source, other: Source) -> None:
     )
 
 
-def evaluation_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataConfig:
-    """How to cut and normalise images for a model: as its run did, or as its file says, or as officially."""
+def evaluation_data(
+    model_spec: str,
+    config: ModelConfig | TimmConfig,
+    *,
+    workers: int | None = None,
+    max_bad_fraction: float | None = None,
+) -> DataConfig:
+    """How to cut and normalise images for a model: as its run did, or as its file says, or as officially.
+
+    `workers` and `max_bad_fraction`, where given, are taken in place of the run's.
+    """
+    data = _recorded_data(model_spec, config)
+    workers = data.workers if workers is None else workers
+    most = data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
+    return replace(data, workers=workers, max_bad_fraction=most)
+
+
+def _recorded_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataConfig:
     path = Path(model_spec).absolute()
     settings = _run_dir(path) / "config.yaml"
     if settings.is_file():

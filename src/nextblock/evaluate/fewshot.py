@@ -146,7 +146,7 @@ def fewshot(config: FewshotConfig) -> FewshotResult:
     Raises `ValueError` where `out` holds another result, labels are missing, the classes differ, or a class
     has too few images.
     """
-    opened = open_all(config, {"train": config.train, "test": config.test})
+    opened = open_all(config, {"test": config.test})
     identity = identity_of(config, opened.model, opened.data, opened.sources)
     if config.out is not None and not config.overwrite:
         refuse_other_result(Path(config.out), "fewshot.json", identity, ("fewshot.csv", "fewshot.md"))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.config import Attention
+from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.probe.config import EncoderName
-from nextblock.evaluate.probe.recipes import check_layers
 from nextblock.settings import check_types, require
 
 __all__ = ["C_GRID", "DEFAULT_C", "FewshotConfig", "FewshotResult", "FewshotRow", "Shots"]
@@ -80,16 +80,14 @@ class FewshotConfig:
     """Where to encode; auto: CUDA, then MPS, then CPU. The regression runs on the CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    max_bad_fraction: float | None = None
+    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     overwrite: bool = False
     """Replace another result in out."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_layers((self.layers,))
-        require(
-            self.layers not in ("each", "best") and not self.layers.isdecimal(),
-            f"layers is {self.layers!r}; choose one: last, last6, layer7 or 3+4+5",
-        )
+        check_layers((self.layers,), several=())
         parsed = [Shots.parse(text) for text in self.shots]
         require(
             len(parsed) > 0 and len(set(parsed)) == len(parsed),

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +18,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from nextblock.config import DataConfig, ModelConfig, pair
-from nextblock.data import Source, keyed_seed, open_source
-from nextblock.evaluate.embed.config import chosen_layers
+from nextblock.data import Source, keyed_seed
 from nextblock.evaluate.features import (
     Extract,
     Features,
     check_bad,
-    check_same_classes,
     collect_features,
     encoder_extract,
     evaluation_data,
@@ -35,8 +32,10 @@ from nextblock.evaluate.features import (
 )
 from nextblock.evaluate.fewshot_config import FewshotConfig, FewshotResult
 from nextblock.evaluate.knn_config import KnnConfig, KnnResult
+from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import EncoderName
 from nextblock.evaluate.results import write_text
+from nextblock.evaluate.sources import open_labelled
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
@@ -64,27 +63,25 @@ class Subject(NamedTuple):
     features: dict[str, Features]
 
 
-def open_all(config: KnnConfig | FewshotConfig, specs: Mapping[str, str | None]) -> Opened:
-    """Open the config's model, and by purpose the sources that are given, the first of them "train".
+def open_all(config: KnnConfig | FewshotConfig, others: Mapping[str, str | None]) -> Opened:
+    """Open the config's model, its source "train", and by purpose the others that are given.
 
-    Raises `ValueError` where a source has no labels, fewer than two classes, or other classes than train.
+    Raises `ValueError` where a source has no labels, one class only, or other classes than train.
     """
     model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(config.model, model.config)
-    if config.workers is not None:
-        data = replace(data, workers=config.workers)
-    sources = {purpose: open_source(spec, data) for purpose, spec in specs.items() if spec is not None}
-    train = sources["train"]
-    if len(train.class_names) < 2:
-        raise ValueError(f"{train.spec} has one class only; give labelled images of at least two")
-    for source in sources.values():
-        check_same_classes(train, source)
-    return Opened(model, data, sources)
+    data = evaluation_data(
+        config.model,
+        model.config,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    train, opened = open_labelled(config.train, others, data)
+    return Opened(model, data, {"train": train, **opened})
 
 
 def feature_config(config: KnnConfig | FewshotConfig, encoder: ModelConfig | TimmConfig) -> FeatureConfig:
     """One vector an image: by default the mean patch of the last layer, after the final norm."""
-    (layers,) = chosen_layers(config.layers, encoder.depth)
+    (layers,) = layer_choices(config.layers, encoder.depth)
     return FeatureConfig(layers=layers, norm_layers=True, tokens=config.tokens, attention=config.attention)
 
 

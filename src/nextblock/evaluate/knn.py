@@ -154,7 +154,7 @@ def knn(config: KnnConfig) -> KnnResult:
 
     Raises `ValueError` where `out` holds another result, labels are missing, or the classes differ.
     """
-    opened = open_all(config, {"train": config.train, "val": config.val})
+    opened = open_all(config, {"val": config.val})
     identity = identity_of(config, opened.model, opened.data, opened.sources)
     if config.out is not None and not config.overwrite:
         refuse_other_result(Path(config.out), "knn.json", identity, ("knn.csv", "knn.md"))

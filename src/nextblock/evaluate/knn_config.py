@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.config import Attention
+from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.probe.config import EncoderName
-from nextblock.evaluate.probe.recipes import check_layers
 from nextblock.settings import check_types, require
 
 __all__ = ["DEFAULT_K", "DEFAULT_TEMPERATURE", "KnnConfig", "KnnResult", "KnnRow"]
@@ -56,16 +56,14 @@ class KnnConfig:
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    max_bad_fraction: float | None = None
+    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     overwrite: bool = False
     """Replace another result in out."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_layers((self.layers,))
-        require(
-            self.layers not in ("each", "best") and not self.layers.isdecimal(),
-            f"layers is {self.layers!r}; choose one: last, last6, layer7 or 3+4+5",
-        )
+        check_layers((self.layers,), several=())
         for name, right in (("k", "numbers from 1 on"), ("temperature", "numbers above 0")):
             values = getattr(self, name)
             require(

@@ -16,7 +16,17 @@ from nextblock.settings import flatten, to_dict
 
 __all__ = ["FREE_SETTINGS", "identity_of", "refuse_other_result", "weights_digest", "write_text"]
 
-FREE_SETTINGS = ("out", "device", "workers", "cache", "cache_gb", "encode_batch_size", "overwrite")
+FREE_SETTINGS = (
+    "out",
+    "device",
+    "workers",
+    "max_bad_fraction",
+    "cache",
+    "cache_gb",
+    "encode_batch_size",
+    "save_every",
+    "overwrite",
+)
 """Settings that do not change what an evaluation finds."""
 
 _IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "flip", "decoder")
@@ -38,10 +48,22 @@ def identity_of(
         "weights": weights_digest(model),
         "images": {name: cut[name] for name in _IMAGE_SETTINGS},
         "sources": {
-            purpose: {"spec": source.spec, "fingerprint": source.fingerprint, "images": len(source)}
+            purpose: {
+                "spec": source.spec,
+                "fingerprint": source.fingerprint,
+                "images": len(source),
+                "labels": _labels_digest(source) if source.has_labels else None,
+            }
             for purpose, source in sources.items()
         },
     }
+
+
+def _labels_digest(source: Source) -> str:
+    """A hash of the classes of all images, which a list of the same files may state otherwise."""
+    digest = hashlib.sha256("\n".join(source.class_names).encode())
+    digest.update(source.labels.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def weights_digest(model: EncoderModel) -> str:

@@ -6,7 +6,7 @@ In memory are the queries' features, those of one batch, and the nearest found s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,9 +133,12 @@ def search(config: SearchConfig) -> SearchResult:
     there are more queries than a sheet can show.
     """
     model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(config.model, model.config)
-    if config.workers is not None:
-        data = replace(data, workers=config.workers)
+    data = evaluation_data(
+        config.model,
+        model.config,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
     origin = None if config.features is None else open_origin(Path(config.features))
     spec = config.data
     if spec is None:

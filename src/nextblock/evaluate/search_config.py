@@ -47,6 +47,8 @@ class SearchConfig:
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    max_bad_fraction: float | None = None
+    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     overwrite: bool = False
     """Replace another sheet in out."""
 

@@ -1,8 +1,8 @@
 """Models of timm by name: "timm:NAME", with options after commas.
 
-`pretrained=false` leaves the weights fresh, `checkpoint=FILE` takes them from a file, where there is no
-network, and `img_size=N` and `in_chans=N` build the same architecture for other images, its positions
-resampled.
+`pretrained=false` leaves the weights fresh, the same ones each time, `checkpoint=FILE` takes them from a
+file, where there is no network, and `img_size=N` and `in_chans=N` build the same architecture for other
+images, its positions resampled.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -22,6 +23,8 @@ from nextblock.settings import nearest_name
 __all__ = ["TIMM_SPEC", "TimmSpec", "open_timm_encoder", "parse_timm_spec", "timm_model"]
 
 TIMM_SPEC = "timm:"
+FRESH_SEED = 0
+"""Of weights that are left fresh, so that they are the same in every process."""
 OPTIONS = "pretrained=false, checkpoint=FILE, img_size=N, in_chans=N"
 
 
@@ -62,7 +65,8 @@ def timm_model(spec: str) -> nn.Module:
     arguments: dict[str, Any] = dict(told)
     if checkpoint is not None:
         arguments["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
-    with hub_errors(spec):
+    with hub_errors(spec), torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(FRESH_SEED)
         try:
             return timm.create_model(
                 name, pretrained=pretrained or checkpoint is not None, num_classes=0, **arguments

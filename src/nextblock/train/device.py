@@ -8,7 +8,7 @@ import torch
 
 from nextblock.config import TrainConfig
 
-__all__ = ["autocast", "choose_device", "device_name", "make_deterministic"]
+__all__ = ["autocast", "choose_device", "device_name", "make_deterministic", "seed_device"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +39,15 @@ def autocast(device: torch.device, train: TrainConfig) -> torch.autocast:
         raise ValueError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     dtype = DTYPES.get(train.precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the global generators that dropout draws from here; `torch.manual_seed` visits every backend."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def make_deterministic() -> None:

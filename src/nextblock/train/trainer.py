@@ -22,7 +22,7 @@ from nextblock.models import NextBlockModel, Prediction
 from nextblock.objective import baseline_losses, block_targets, combine
 from nextblock.optim import build_optimizer, set_lr
 from nextblock.tokens import KMeansTokenizer
-from nextblock.train.device import autocast
+from nextblock.train.device import autocast, seed_device
 from nextblock.train.prefix import count_kept_rows, draw_prefix_lengths
 from nextblock.train.tokenizer import sample_patches
 
@@ -130,7 +130,9 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for micro_step, (batch, prefix) in enumerate(zip(step.micro_batches, prefixes, strict=True)):
             if len(batch.images):
-                self._seed(keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK))
+                seed_device(
+                    keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK), self.device
+                )
                 loss += self._backward(batch, order, prefix, divisors)
         grad_norm = self._update(loss_is_finite=math.isfinite(loss.item())) if images else 0.0
         self.step += 1
@@ -160,14 +162,6 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
-
-    def _seed(self, seed: int) -> None:
-        """Seed the global generators that drop path draws from; `torch.manual_seed` visits every backend."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(seed)
 
     def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
         """How many blocks of each image all its tokens may attend to; None where the model has no prefix."""

@@ -19,7 +19,7 @@ from nextblock.evaluate.probe.recipes import HeadName
 from nextblock.evaluate.probe.tables import layer_words
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
 
-__all__ = ["draw_probe"]
+__all__ = ["draw_confusion", "draw_probe"]
 
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
@@ -44,7 +44,8 @@ def draw_probe(result: ProbeResult, out: Path) -> list[Path]:
         row = _measured(result, head)
         if row is not None and row.confusion is not None:
             path = out / f"confusion-{head}.png"
-            save_png(_confusion(row, np.array(row.confusion), result.class_names), path, dpis=(160,))
+            title = f"{row.head} head on {row.split}: top-1 {row.top1:.1%}"
+            draw_confusion(row.confusion, result.class_names, title, path)
             drawn.append(path)
     return drawn
 
@@ -213,8 +214,17 @@ def _measured(result: ProbeResult, head: HeadName) -> ProbeRow | None:
     return next((row for row in rows if row.split == "test"), rows[0] if rows else None)
 
 
-def _confusion(row: ProbeRow, counts: Int64[np.ndarray, "c c"], class_names: Sequence[str]) -> Figure:
-    """Shares by true class, with the numbers of images where there is room for them."""
+def draw_confusion(
+    confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str, path: Path
+) -> None:
+    """Draw shares by true class, with the numbers of images where there is room for them.
+
+    `confusion` has the true class in rows and the predicted one in columns.
+    """
+    save_png(_confusion(np.array(confusion), class_names, title), path, dpis=(160,))
+
+
+def _confusion(counts: Int64[np.ndarray, "c c"], class_names: Sequence[str], title: str) -> Figure:
     classes = len(counts)
     is_labelled = classes <= MAX_LABELLED_CLASSES
     side_in = max(3.6, 0.32 * classes) if is_labelled else 7.2
@@ -234,7 +244,7 @@ def _confusion(row: ProbeRow, counts: Int64[np.ndarray, "c c"], class_names: Seq
     bar.ax.tick_params(labelsize=8)
     axes.set_xlabel("predicted class", color=INK)
     axes.set_ylabel("true class", color=INK)
-    title = f"{row.head} head on {row.split}: top-1 {row.top1:.1%}, {classes} classes, {row.images} images"
+    title = f"{title}, {classes} classes, {counts.sum()} images"
     axes.set_title(wrapped(title, width_in - 0.5, 10), fontsize=10, loc="left", color=INK, parse_math=False)
     if is_labelled:
         axes.set_xticks(range(classes), names, rotation=90, fontsize=7, parse_math=False)

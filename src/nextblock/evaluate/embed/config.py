@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nextblock.config import Attention
+from nextblock.evaluate.layers import check_layers
 from nextblock.settings import check_types, require
 
-__all__ = ["FORMATS", "EmbedConfig", "FeatureSettings", "chosen_layers", "default_batch_size"]
+__all__ = ["FORMATS", "EmbedConfig", "FeatureSettings", "default_batch_size"]
 
 FORMATS = (".parquet", ".npy", ".safetensors")
-LAYER_WORDS = "last, last6 (or any number), layer7 or 3+4+5 (counted from 0), or each"
 CPU_BATCH, GPU_BATCH = 16, 128
 """On a CPU more gain a few percent of speed and take half a gigabyte of memory; a GPU wants many."""
 
@@ -37,10 +36,7 @@ class FeatureSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(
-            re.fullmatch(r"each|last([1-9]\d*)?|layer\d+|\d+(\+\d+)+", self.layers) is not None,
-            f"layers is {self.layers!r}; write {LAYER_WORDS}",
-        )
+        check_layers((self.layers,), several=("each",))
         require(
             self.pool == "mean" or self.tokens in ("patches", "all"),
             f"tokens {self.tokens} is one vector an image; pool none needs tokens patches or all",
@@ -69,6 +65,8 @@ class EmbedConfig(FeatureSettings):
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    max_bad_fraction: float | None = None
+    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     overwrite: bool = False
     """Replace other features in out."""
 
@@ -89,22 +87,3 @@ class EmbedConfig(FeatureSettings):
 def default_batch_size(device_type: str) -> int:
     """Images that go through an encoder at a time where nobody says: by what the device is."""
     return CPU_BATCH if device_type == "cpu" else GPU_BATCH
-
-
-def chosen_layers(words: str, depth: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of layers, from 0, that `words` name of `depth` ones: each group is pooled to one feature.
-
-    One group, except for "each", which is a group for every layer.
-    """
-    if words == "each":
-        return tuple((layer,) for layer in range(depth))
-    if words.startswith("last"):
-        count = int(words.removeprefix("last") or 1)
-        require(count <= depth, f"layers is {words}, but the encoder has {depth}; use at most last{depth}")
-        return (tuple(range(depth - count, depth)),)
-    layers = sorted(int(word) for word in words.removeprefix("layer").split("+"))
-    require(
-        layers[-1] < depth and len(set(layers)) == len(layers),
-        f"layers is {words}, but the encoder has {depth} layers; name each once, among 0 to {depth - 1}",
-    )
-    return (tuple(layers),)

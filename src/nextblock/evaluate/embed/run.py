@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, TooManyBadImages, open_source
-from nextblock.evaluate.embed.config import EmbedConfig, FeatureSettings, chosen_layers
+from nextblock.evaluate.embed.config import EmbedConfig, FeatureSettings
 from nextblock.evaluate.embed.files import (
     Embeddings,
     EmbeddingsError,
@@ -45,6 +44,7 @@ from nextblock.evaluate.features import (
     evaluation_data,
     iterate_features,
 )
+from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import identity_of, write_text
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
@@ -68,9 +68,12 @@ def embed(config: EmbedConfig) -> Embeddings:
     `config.overwrite`. Raises `TooManyBadImages` where too many cannot be read.
     """
     model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(config.model, model.config)
-    if config.workers is not None:
-        data = replace(data, workers=config.workers)
+    data = evaluation_data(
+        config.model,
+        model.config,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
     if choose_device(config.device).type == "cpu":
         keep_freed_memory()
     return embed_model(model, config, open_source(config.data, data), data)
@@ -122,7 +125,7 @@ def feature_configs(settings: FeatureSettings, depth: int) -> tuple[FeatureConfi
             pooled=settings.pool == "mean",
             attention=settings.attention,
         )
-        for layers in chosen_layers(settings.layers, depth)
+        for layers in layer_choices(settings.layers, depth)
     )
 
 

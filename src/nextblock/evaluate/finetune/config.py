@@ -139,6 +139,8 @@ class FinetuneConfig:
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    max_bad_fraction: float | None = None
+    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     encode_batch_size: int = 128
     """Images that are measured at a time."""
     overwrite: bool = False

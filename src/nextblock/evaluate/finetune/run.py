@@ -15,7 +15,6 @@ import logging
 import shutil
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +22,10 @@ import torch
 
 from nextblock.checkpoint import STATE_FILE, load_state, save_classifier, write_aside
 from nextblock.config import DataConfig, TrainConfig, pair
-from nextblock.data import QuarantineLog, Source, Step, TrainLoader, open_source, resolve_workers
+from nextblock.data import QuarantineLog, Source, Step, TrainLoader, resolve_workers
 from nextblock.data.loader import Crop, EvalCrop
 from nextblock.data.rand_augment import TimmCrop
-from nextblock.data.subsets import SubsetSource
-from nextblock.evaluate.features import check_bad, check_same_classes, evaluation_data
+from nextblock.evaluate.features import check_bad, evaluation_data
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.model import AnyClassifier, build_classifier, images_for
 from nextblock.evaluate.finetune.report import (
@@ -38,8 +36,8 @@ from nextblock.evaluate.finetune.report import (
     result_from_dict,
 )
 from nextblock.evaluate.finetune.train import FineTuner, Measured, measure_classifier
-from nextblock.evaluate.probe.train_heads import hold_out
 from nextblock.evaluate.results import identity_of, refuse_other_result, write_text
+from nextblock.evaluate.sources import check_classes, hold_out_test, open_labelled, part_of
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.settings import Duration, to_dict
@@ -55,7 +53,9 @@ __all__ = ["finetune", "finetune_model"]
 log = logging.getLogger(__name__)
 
 SETTINGS, RESULT, STATE, CLASSIFIER = "settings.json", "finetune.json", "state", "classifier"
-OURS = (RESULT, STATE, CLASSIFIER, "finetune.md", "metrics.jsonl", "quarantine.jsonl")
+CONFUSION = "confusion.png"
+"""Drawn by who has the result."""
+OURS = (RESULT, STATE, CLASSIFIER, CONFUSION, "finetune.md", "metrics.jsonl", "quarantine.jsonl")
 """What may lie in OUT besides `SETTINGS`."""
 NONFINITE_LIMIT = 5
 """Steps in a row whose loss or gradient is not finite, after which training stops."""
@@ -75,9 +75,12 @@ def finetune(config: FinetuneConfig, reporter: Reporter) -> FinetuneResult:
     differ, or where the encoder cannot do what is asked; `TooManyBadImages`, `NonFiniteError`.
     """
     model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(config.model, model.config)
-    if config.workers is not None:
-        data = replace(data, workers=config.workers)
+    data = evaluation_data(
+        config.model,
+        model.config,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
     return finetune_model(model, config, _open_sources(config, data), data, reporter)
 
 
@@ -87,10 +90,9 @@ def finetune_model(
     """The same of an open model and open sources; `data` says how images were cut for the model."""
     device = choose_device(config.device)
     autocast(device, TrainConfig(precision=config.precision))  # refuses what the device cannot do
-    _check_classes(sources)
+    check_classes(sources.train, sources.measured.values())
     out = Path(config.out)
     identity = identity_of(config, model, data, {"train": sources.train, **sources.measured})
-    identity["settings"].pop("save_every")
     overwrite = config.overwrite and (out / SETTINGS).is_file()  # else what lies there is not ours to remove
     if not overwrite:
         refuse_other_result(out, SETTINGS, identity, OURS)
@@ -109,17 +111,6 @@ def finetune_model(
     if stopped_by is not None:
         return loop.result((), {}, stopped_by)
     return _conclude(loop, identity)
-
-
-def _check_classes(sources: Sources) -> None:
-    names = sources.train.class_names
-    if len(names) == 1:
-        raise ValueError(
-            f"{sources.train.spec} has one class only ({names[0]}), so there is nothing to tell apart; give "
-            "images of two classes or more"
-        )
-    for source in sources.measured.values():
-        check_same_classes(sources.train, source)
 
 
 def _begin(out: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
@@ -154,23 +145,12 @@ def _conclude(loop: _Loop, identity: dict[str, Any]) -> FinetuneResult:
 
 def _open_sources(config: FinetuneConfig, data: DataConfig) -> Sources:
     """What to train and to measure on; without labels there is nothing to do."""
-    train = open_source(config.train, data)
-    labels = train.labels
-    specs: dict[Split, str | None] = {"val": config.val, "test": config.test}
-    measured: dict[Split, Source] = {
-        split: open_source(spec, data) for split, spec in specs.items() if spec is not None
-    }
-    if measured:
-        return Sources(train, measured)
-    kept, held = hold_out(labels, config.seed)
-    log.info(
-        "neither val nor test was given: %d of %d images of %s are held out, a tenth of every class",
-        len(held),
-        len(labels),
-        config.train,
-    )
-    parts = [SubsetSource(train.spec, train, numbers) for numbers in (kept, held)]
-    return Sources(parts[0], {"held-out": parts[1]})
+    others: dict[Split, str | None] = {"val": config.val, "test": config.test}
+    train, given = open_labelled(config.train, others, data)
+    if given:
+        return Sources(train, given)
+    kept, held = hold_out_test(train, config.seed)
+    return Sources(part_of(train, kept), {"held-out": part_of(train, held)})
 
 
 class _Loop:

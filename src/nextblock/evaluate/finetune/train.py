@@ -26,7 +26,7 @@ from nextblock.evaluate.finetune.model import AnyClassifier, tuning_groups
 from nextblock.evaluate.finetune.report import WeightsName
 from nextblock.evaluate.measures import Measures, Tally
 from nextblock.optim import lr_at, set_lr
-from nextblock.train.device import autocast
+from nextblock.train.device import autocast, seed_device
 from nextblock.train.trainer import StepOutcome, Window
 
 __all__ = ["FineTuner", "Measured", "measure_classifier", "mixed"]
@@ -128,7 +128,7 @@ class FineTuner:
         with torch.random.fork_rng(devices=[]):
             parts = zip(batch.images.split(size), batch.targets.split(size), strict=True)
             for micro_step, (some, targets) in enumerate(parts):
-                self._seed(keyed_seed(self.config.seed, "drop-path", self.step - 1, micro_step))
+                seed_device(keyed_seed(self.config.seed, "drop-path", self.step - 1, micro_step), self.device)
                 loss += self._backward(some, targets, len(labels))
         grad_norm = self._update(loss_is_finite=math.isfinite(loss.item()))
         return StepOutcome(loss.item(), grad_norm, len(labels))
@@ -166,14 +166,6 @@ class FineTuner:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
-
-    def _seed(self, seed: int) -> None:
-        """Seed the global generators that drop path and the adapters' dropout draw from."""
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(seed)
 
     # ------------------------------------------------------------------------------------- state and results
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.probe.recipes import HeadName, RecipeName, check_layers
+from nextblock.evaluate.layers import check_layers
+from nextblock.evaluate.probe.recipes import HeadName, RecipeName
 from nextblock.settings import Duration, check_types, from_dict, from_keywords, require
 
 __all__ = [
@@ -106,6 +107,8 @@ class ProbeConfig:
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: int | None = None
     """Processes that decode; null: what the run used."""
+    max_bad_fraction: float | None = None
+    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     save_every: str = "10min"
     """Save what the heads have learned so often: minutes, or epochs (5ep); the same command goes on."""
     overwrite: bool = False

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from nextblock.config import ModelConfig
+from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import HeadName, ProbeConfig
 from nextblock.evaluate.probe.recipes import Recipe, recipe_of
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
 from nextblock.models import EncoderModel
-from nextblock.models.features import FeatureConfig, Tokens, last_layers
+from nextblock.models.features import FeatureConfig, Tokens
 from nextblock.models.heads import HeadConfig
 from nextblock.models.timm_encoder import TimmConfig
 
-__all__ = ["Candidate", "encoder_candidates", "has_choice", "layer_choices", "pixel_candidates"]
+__all__ = ["Candidate", "encoder_candidates", "has_choice", "pixel_candidates"]
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def _features(
     layers = [
         chosen
         for word in recipe.layers[head]
-        for chosen in layer_choices(word, encoder, was_asked_for=config.layers is not None)
+        for chosen in _layers(word, encoder, was_asked_for=config.layers is not None)
     ]
     return [
         FeatureConfig(layers=chosen, tokens=one, pooled=head != "attentive", attention=attention)
@@ -103,41 +104,21 @@ def _features(
     ]
 
 
-def layer_choices(
+def _layers(
     word: str, encoder: ModelConfig | TimmConfig, *, was_asked_for: bool
-) -> Iterator[tuple[int, ...]]:
-    """Yield the layers that a word means, counted from 0; several choices for "each".
-
-    "best", unless it was asked for, is left out where it is not known. Raises `ValueError` for layers that
-    the encoder has not got.
-    """
-    depth = encoder.depth
-    if word == "each":
-        yield from ((layer,) for layer in range(depth))
-    elif word == "best":
-        best = BEST_LAYERS_OF_SIZE.get((encoder.embed_dim, depth))
-        if best is not None:
-            yield best
-        elif was_asked_for:
-            sizes = ", ".join(f"{width} x {layers}" for width, layers in BEST_LAYERS_OF_SIZE)
-            raise ValueError(
-                f"layers best is known of AIM's sizes (width x layers: {sizes}), not of an encoder "
-                f"{encoder.embed_dim} wide with {depth} layers; use each to find out, or name them: 3+4+5"
-            )
-        else:
-            log.info("which layers are the best is known of AIM's own sizes only: left out")
-    elif word.startswith("layer") or "+" in word:
-        chosen = tuple(int(number) for number in word.removeprefix("layer").split("+"))
-        if max(chosen) >= depth or len(set(chosen)) < len(chosen):
-            raise ValueError(
-                f"layers {word} of an encoder with {depth}; name each once, among 0 to {depth - 1}"
-            )
-        yield tuple(sorted(chosen))
-    else:
-        count = int(word.removeprefix("last") or 1)
-        if count > depth:
-            log.info("the encoder has %d layers: all of them are averaged, not %d", depth, count)
-        yield last_layers(min(count, depth), depth)
+) -> tuple[tuple[int, ...], ...]:
+    """The choices that a word means; of "best", unless it was asked for, none where that is not known."""
+    best = BEST_LAYERS_OF_SIZE.get((encoder.embed_dim, encoder.depth))
+    if word != "best" or best is not None:
+        return layer_choices(word, encoder.depth, best)
+    if was_asked_for:
+        sizes = ", ".join(f"{width} x {layers}" for width, layers in BEST_LAYERS_OF_SIZE)
+        raise ValueError(
+            f"layers best is known of AIM's sizes (width x layers: {sizes}), not of an encoder "
+            f"{encoder.embed_dim} wide with {encoder.depth} layers; use each to find out, or name them: 3+4+5"
+        )
+    log.info("which layers are the best is known of AIM's own sizes only: left out")
+    return ()
 
 
 def _check_tokens(config: ProbeConfig, encoder: ModelConfig | TimmConfig) -> None:

@@ -7,20 +7,17 @@ jitter of 0.3 besides RandAugment; augment timm has none, as timm leaves it out 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from nextblock.evaluate.probe.config import ProbeConfig
 
-__all__ = ["RECIPES", "HeadName", "Recipe", "RecipeName", "check_layers", "recipe_of", "warmup_epochs"]
+__all__ = ["RECIPES", "HeadName", "Recipe", "RecipeName", "recipe_of", "warmup_epochs"]
 
 HeadName = Literal["attentive", "linear", "mlp"]
 RecipeName = Literal["xtra", "aim"]
-
-LAYER_WORDS = re.compile(r"last|last\d+|\d+|layer\d+|\d+(\+\d+)+|each|best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +80,3 @@ def warmup_epochs(config: ProbeConfig) -> float:
     if config.warmup_epochs is not None:
         return config.warmup_epochs
     return config.epochs / RECIPES[config.recipe].epochs_per_warmup
-
-
-def check_layers(words: Sequence[str]) -> None:
-    """Refuse what is no choice of layers; whether an encoder has them is seen when it is known."""
-    for word in words:
-        if LAYER_WORDS.fullmatch(word) is None or word in ("0", "last0"):
-            raise ValueError(
-                f"layers is {word!r}; use last, last6 (or any number), layer7 or 3+4+5 (counted from 0), "
-                "each, or best"
-            )

@@ -12,7 +12,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,11 +19,9 @@ import numpy as np
 
 from nextblock.checkpoint import save_classifier
 from nextblock.config import DataConfig, pair
-from nextblock.data import Source, keyed_seed, open_source
-from nextblock.data.subsets import SubsetSource
+from nextblock.data import Source, keyed_seed
 from nextblock.evaluate.features import (
     Extract,
-    check_same_classes,
     encoder_extract,
     evaluation_data,
     pixel_extract,
@@ -46,8 +43,8 @@ from nextblock.evaluate.probe.grid import Candidate, encoder_candidates, has_cho
 from nextblock.evaluate.probe.recipes import recipe_of, warmup_epochs
 from nextblock.evaluate.probe.state import STATE_FILE, Progress
 from nextblock.evaluate.probe.tables import grid_csv, markdown
-from nextblock.evaluate.probe.train_heads import hold_out
 from nextblock.evaluate.results import identity_of, refuse_other_result, weights_digest, write_text
+from nextblock.evaluate.sources import check_classes, hold_out, hold_out_test, open_labelled, part_of
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier
@@ -84,14 +81,17 @@ def probe(config: ProbeConfig) -> ProbeResult:
     where the sources' classes differ.
     """
     model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(config.model, model.config)
-    if config.workers is not None:
-        data = replace(data, workers=config.workers)
-    train, given = _open_sources(config, data)
+    data = evaluation_data(
+        config.model,
+        model.config,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    others: dict[Split, str | None] = {"val": config.val, "test": config.test}
+    train, given = open_labelled(config.train, others, data)
     candidates = encoder_candidates(config, model, len(train.class_names))
     division = _divide(config, candidates, train, given)
     identity = identity_of(config, model, data, division.sources)
-    del identity["settings"]["save_every"]
     out = Path(config.out)
     if not config.overwrite:
         refuse_other_result(out, "probe.json", identity, OURS)
@@ -127,36 +127,22 @@ def probe_model(
 # ------------------------------------------------------------------------------------------------ the images
 
 
-def _open_sources(config: ProbeConfig, data: DataConfig) -> tuple[Source, dict[Split, Source]]:
-    """The images to train on, and by split those that were given besides."""
-    specs: dict[Split, str | None] = {"val": config.val, "test": config.test}
-    train = open_source(config.train, data)
-    return train, {split: open_source(spec, data) for split, spec in specs.items() if spec is not None}
-
-
 def _divide(
     config: ProbeConfig, candidates: Sequence[Candidate], train: Source, given: Mapping[Split, Source]
 ) -> Division:
     """Which images to train on, to choose on, to measure on; nothing is held out that is not needed."""
-    for source in given.values():
-        check_same_classes(train, source)
+    check_classes(train, given.values())
     numbers, measured = np.arange(len(train)), dict(given)
     if not given:
-        numbers, held = hold_out(train.labels, config.seed)
-        measured["held-out"] = _part(train, held)
-        log.info(
-            "neither val nor test was given: %d of %d images of %s are held out, a tenth of every class",
-            len(held),
-            len(train),
-            train.spec,
-        )
+        numbers, held = hold_out_test(train, config.seed)
+        measured["held-out"] = part_of(train, held)
     choice: tuple[Split, Source] | None = None
     if has_choice(candidates) and "val" in given and "test" in given:
         choice = ("val", measured.pop("val"))
     elif has_choice(candidates):
         seed, share = keyed_seed(config.seed, "probe choice"), 0.1 if given else 1 / 9
         kept, held = hold_out(train.labels[numbers], seed, share=share)
-        choice = ("choice", _part(train, numbers[held]))
+        choice = ("choice", part_of(train, numbers[held]))
         numbers = numbers[kept]
         log.info(
             "%d images of %s are held out to choose among %d heads on, a tenth of every class",
@@ -165,15 +151,7 @@ def _divide(
             len(candidates),
         )
     is_whole = len(numbers) == len(train)
-    return Division(train if is_whole else _part(train, numbers), choice, measured)
-
-
-def _part(source: Source, numbers: np.ndarray) -> SubsetSource:
-    if not len(numbers):
-        raise ValueError(
-            f"no class of {source.spec} has an image to spare, so none can be held out; give --val and --test"
-        )
-    return SubsetSource(source.spec, source, numbers)
+    return Division(train if is_whole else part_of(train, numbers), choice, measured)
 
 
 # ------------------------------------------------------------------------------------------------ the heads

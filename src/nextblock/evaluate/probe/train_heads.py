@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from nextblock.config import DataConfig, OptimConfig, Size
 from nextblock.data import BadSample, Source, TrainLoader, resolve_workers, step_samples
-from nextblock.data.keyed import keyed_permutation
 from nextblock.data.rand_augment import TimmCrop
 from nextblock.evaluate.features import (
     Extract,
@@ -39,7 +38,7 @@ from nextblock.evaluate.probe.feature_cache import StoredFeatures
 from nextblock.models.heads import Head
 from nextblock.optim import build_optimizer, lr_at, set_lr
 
-__all__ = ["Feed", "Lesson", "Measured", "Student", "Trained", "hold_out", "measure", "train_heads"]
+__all__ = ["Feed", "Lesson", "Measured", "Student", "Trained", "measure", "train_heads"]
 
 log = logging.getLogger(__name__)
 
@@ -312,17 +311,3 @@ def measure(
     if not images:
         raise ValueError(f"none of the {len(bad)} images of {source.spec} could be read")
     return Measured(tuple(None if tally is None else tally.measures() for tally in tallies), tuple(bad))
-
-
-def hold_out(
-    labels: Int64[np.ndarray, " n"], seed: int, *, share: float = 0.1
-) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " held"]]:
-    """Split indices into (kept, held out): of each class this share, at least one image if it has two."""
-    held = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        order = keyed_permutation(seed, len(members), "hold-out", int(label))
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        held.append(members[order[:count]])
-    chosen = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

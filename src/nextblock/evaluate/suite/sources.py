@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
 from nextblock.data.keyed import keyed_permutation
+from nextblock.data.sources import SUBSET_HEADER
 from nextblock.data.subsets import absolute_spec
 from nextblock.evaluate.results import write_text
 from nextblock.evaluate.suite.layouts import Files, Sources
@@ -59,8 +60,7 @@ def _drawn(source: Source, path: Path, count: int, seed: int) -> str:
 
 
 def _write_part(path: Path, of: str, numbers: Int64[np.ndarray, " n"]) -> str:
-    head = "# images of a source of nextblock; read it as subset:THIS_FILE"
-    _write(path, "\n".join([head, f"# of: {of}", *map(str, numbers.tolist())]) + "\n")
+    _write(path, "\n".join([SUBSET_HEADER.decode(), f"# of: {of}", *map(str, numbers.tolist())]) + "\n")
     return f"subset:{path.absolute()}"
 
 

@@ -1,0 +1,51 @@
+"""The words by which layers of an encoder are named: last, last6, layer7, 3+4+5, each, best."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+__all__ = ["check_layers", "layer_choices"]
+
+log = logging.getLogger(__name__)
+
+WORDS = re.compile(r"last([1-9]\d*)?|[1-9]\d*|layer\d+|\d+(\+\d+)+|each|best")
+ONE_CHOICE = "last, last6 (or any number), layer7 or 3+4+5 (counted from 0)"
+
+
+def check_layers(words: Sequence[str], *, several: Sequence[str] = ("each", "best")) -> None:
+    """Refuse what names no layers; whether an encoder has them is seen when it is known.
+
+    `several` are the words, besides those of one choice, that whoever asks can use.
+    """
+    for word in words:
+        is_left_out = word in ("each", "best") and word not in several
+        if WORDS.fullmatch(word) is None or is_left_out:
+            known = ", ".join([ONE_CHOICE, *several])
+            raise ValueError(f"layers is {word!r}; use {known}")
+
+
+def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
+    """The layers that a word means of an encoder with `depth`, counted from 0; of "each" several choices.
+
+    A bare number is short for that many last ones; more than there are means all. `best` are those that
+    "best" stands for. Raises `ValueError` for layers that the encoder has not got.
+    """
+    if word == "each":
+        return tuple((layer,) for layer in range(depth))
+    if word == "best":
+        assert best is not None, "only who knows them offers the word"
+        return (best,)
+    if word.startswith("layer") or "+" in word:
+        chosen = sorted(int(number) for number in word.removeprefix("layer").split("+"))
+        if chosen[-1] >= depth or len(set(chosen)) < len(chosen):
+            raise ValueError(
+                f"layers is {word}, but the encoder has {depth} layers; name each once, among 0 to "
+                f"{depth - 1}"
+            )
+        return (tuple(chosen),)
+    count = int(word.removeprefix("last") or 1)
+    if count > depth:
+        log.info("the encoder has %d layers: all of them are taken, not %d", depth, count)
+    return (tuple(range(max(0, depth - count), depth)),)
