@@ -33,6 +33,8 @@ SHORT_RUN = [*("--train.duration", "2st", "--train.batch_size", "8", "--train.mi
 SHORTENED = {
     "pretrain": [*TINY_MODEL, *SHORT_RUN, "--train.precision", "fp32", "--optim.warmup", "1st"],
     "probe": ["--epochs", "2", "--batch_size", "8"],
+    "finetune": ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1"],
+    "fewshot": ["--seeds", "2"],
 }
 
 
@@ -81,7 +83,13 @@ def places(tmp_path) -> dict[str, str]:
         "VAL": val,
         "RUN": str(tmp_path / "run"),
         "RUN/probe": str(tmp_path / "run" / "probe"),
+        "RUN/probe/attentive": str(tmp_path / "run" / "probe" / "attentive"),
         "RUN/predictions": str(tmp_path / "run" / "predictions"),
+        "RUN/finetuned": str(tmp_path / "run" / "finetuned"),
+        "IMAGE": str(tmp_path / "train" / "cat" / "0.png"),
+        "classes.csv": str(tmp_path / "classes.csv"),
+        "features.npy": str(tmp_path / "features.npy"),
+        "nearest.png": str(tmp_path / "nearest.png"),
         "runs/demo": str(tmp_path / "demo"),
         "runs/demo/probe": str(tmp_path / "demo" / "probe"),
         "runs/demo/predictions": str(tmp_path / "demo" / "predictions"),
