@@ -261,3 +261,12 @@ def test_missing_labels_and_a_missing_test_are_told(tmp_path, capsys):
 def test_settings_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
+
+
+def test_two_classes_far_apart_have_finite_log_probabilities():
+    features = np.concatenate([np.full((6, 4), -1e6), np.full((6, 4), 1e6)])
+    features += np.random.default_rng(0).normal(size=features.shape)
+    found = regress(features, np.repeat([0, 1], 6), folds=3, seed=0)
+    log_p = found.log_p(1e6 * features)
+    assert np.isfinite(log_p).all()
+    assert (log_p.argmax(axis=1) == np.repeat([0, 1], 6)).all()

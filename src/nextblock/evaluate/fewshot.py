@@ -81,7 +81,10 @@ class Regression(NamedTuple):
     def log_p(self, features: Float64[np.ndarray, "q d"]) -> Float64[np.ndarray, "q classes"]:
         """Log-probabilities of the classes that were learned, in rising order."""
         standard = np.asarray(self.scaler.transform(features))
-        return self.model.predict_log_proba(standard if self.basis is None else standard @ self.basis)
+        margin = self.model.decision_function(standard if self.basis is None else standard @ self.basis)
+        # scikit-learn gives two classes one number, and its own logarithm of a probability of 0 warns.
+        logits = np.stack([np.zeros_like(margin), margin], axis=1) if margin.ndim == 1 else margin
+        return torch.from_numpy(logits).log_softmax(dim=1).numpy()
 
 
 def regress(
