@@ -69,6 +69,10 @@ def test_a_quick_bench_has_one_round_and_no_other_batches(monkeypatch):
     assert bench._jobs()["native"][1]["images"] == 4
 
 
+def test_under_a_clock_of_cpu_seconds_there_is_no_row_of_what_workers_decode():
+    assert list(EmbedBench(quick=True, clock="cpu")._jobs()) == ["gemm", "native", "full"]
+
+
 @pytest.mark.parametrize("name", ["batch_size", "images", "rounds", "threads"])
 def test_numbers_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} is 0; use at least 1"):

@@ -157,6 +157,13 @@ def test_a_file_that_is_there_is_kept_unless_asked(saved, tmp_path, capsys):
     assert out.read_text().startswith("index,name,class")
 
 
+def test_the_directory_of_a_fine_tuning_stands_for_its_classifier(saved, tmp_path, capsys):
+    (tmp_path / "tuned").mkdir()
+    saved.rename(tmp_path / "tuned" / "classifier")
+    assert main(words(tmp_path / "tuned", "--encode_batch_size", "90")) == 0
+    assert "of 360 labelled images" in capsys.readouterr().out
+
+
 def test_a_model_without_a_head_is_refused(tmp_path, capsys):
     save_model(tmp_path / "model.safetensors", toy_model(), data=DATA)
     assert main(words(tmp_path / "model.safetensors")) == 1

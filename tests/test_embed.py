@@ -317,17 +317,26 @@ def test_images_that_have_been_repaired_count_as_readable(tmp_path, monkeypatch)
     assert run(tmp_path, data=strict).origin.rows == 10
 
 
+def test_what_is_refused_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="class"):
+        run(tmp_path, tokens="class")
+    with pytest.raises(ValueError, match="none of the 3 images"):
+        run(tmp_path, source=ToySource(3, bad={0, 1, 2}), data=replace(DATA, max_bad_fraction=1.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file cannot be made a directory \(\w.*\); give another --out"):
+        run(tmp_path / "file")
+
+
 def test_a_list_of_names_of_another_length_is_refused(tmp_path):
     found = run(tmp_path)
     names = tmp_path / "features.npy.names.csv"
     names.write_text("".join(names.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(EmbeddingsError, match="has 9 rows, but was made with 10"):
         _ = read_embeddings(found.path).names
-
-
-def test_a_source_of_unreadable_images_alone_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none of the 3 images"):
-        run(tmp_path, source=ToySource(3, bad={0, 1, 2}), data=replace(DATA, max_bad_fraction=1.0))
 
 
 def test_a_disk_too_small_is_refused_at_the_first_batch(tmp_path, monkeypatch):
@@ -337,6 +346,7 @@ def test_a_disk_too_small_is_refused_at_the_first_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(EmbeddingsError, match="make room"):
         run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

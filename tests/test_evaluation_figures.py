@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,14 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 def candidates(
-    head, encoder="trained", *, layers=((5,),), rates=RATES, peak=0.8, chosen_on="choice", **changes
+    head: Any,
+    encoder: Any = "trained",
+    *,
+    layers=((5,),),
+    rates=RATES,
+    peak=0.8,
+    chosen_on: Any = "choice",
+    **changes,
 ):
     """Heads whose accuracy is a hill over learning rate and layer; the highest one wins."""
     found = []
@@ -42,7 +50,7 @@ def candidates(
     ]
 
 
-def probe_row(head, confusion, encoder="trained", split="held-out"):
+def probe_row(head: Any, confusion, encoder: Any = "trained", split: Any = "held-out"):
     counts = np.array(confusion if confusion is not None else [[1, 0], [0, 1]])
     per_class = [c / n if n else None for c, n in zip(counts.diagonal(), counts.sum(axis=1), strict=True)]
     return ProbeRow(
@@ -120,7 +128,7 @@ def test_learning_rates_make_a_line_for_each_head_with_its_winner_marked(tmp_pat
     assert legend(axes) == ["attentive", "linear"]
     rates, shares = line(axes, "linear").get_data()
     assert tuple(rates) == RATES
-    assert list(shares) == pytest.approx([100 * one.top1 for one in grid if one.head == "linear"])
+    assert list(shares) == pytest.approx([100 * (one.top1 or 0) for one in grid if one.head == "linear"])
     assert [text.get_text() for text in axes.texts] == ["78.0", "68.0"]
     assert axes.get_ylabel() == "top-1 (%), on images held out of train to choose on"
 

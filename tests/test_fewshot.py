@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.cli.fewshot import fewshot
-from nextblock.data import keyed_seed
+from nextblock.data import Source, keyed_seed
 from nextblock.evaluate.fewshot import comparison, draw_shots, fewshot_opened, regress, summary
 from nextblock.evaluate.fewshot_config import C_GRID, DEFAULT_C, FewshotConfig, Shots
 from nextblock.evaluate.frozen import Opened
@@ -33,7 +33,7 @@ def some_classes(count, width, classes=3, seed=0):
 
 
 def opened(model=None, *, train=48, test=40, **changes):
-    sources = {"train": ToySource(train, **changes), "test": ToySource(test, seed=1)}
+    sources: dict[str, Source] = {"train": ToySource(train, **changes), "test": ToySource(test, seed=1)}
     return Opened(model or toy_model(), DATA, sources)
 
 

@@ -13,6 +13,7 @@ import torch
 import nextblock
 from nextblock.cli import main
 from nextblock.config import ModelConfig, TrainConfig
+from nextblock.data import TooManyBadImages
 from nextblock.evaluate.finetune.config import FinetuneConfig, LoraSettings
 from nextblock.evaluate.finetune.run import Sources, finetune_model
 from nextblock.evaluate.finetune.train import measure_classifier
@@ -32,7 +33,7 @@ QUICK = FinetuneConfig(
     crop_scale=(0.5, 1.0),
     device="cpu",
 )
-LORA = replace(QUICK, lora=LoraSettings(rank=2), attentive_heads=4)
+LORA = replace(QUICK, lora=LoraSettings(rank=2))
 
 
 class Quiet:
@@ -150,7 +151,11 @@ def test_no_global_generator_is_moved(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"head": "attentive", "attentive_heads": 4}, {"head_norm": "batch"}, {"augment": "none"}],
+    [
+        {"head": "attentive", "attentive_heads": 4},
+        {"head_norm": "batch"},
+        {"augment": "none", "crop_scale": None},
+    ],
     ids=["attentive", "batch norm", "no crops"],
 )
 def test_other_heads_and_crops_learn_too(tmp_path, changes):
@@ -160,11 +165,28 @@ def test_other_heads_and_crops_learn_too(tmp_path, changes):
 def test_timms_augmentation_is_repeatable_and_leaves_global_generators(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    config = replace(QUICK, epochs=1, augment="timm")
+    config = replace(QUICK, epochs=1, augment="timm", crop_scale=None)
     results = [tune(tmp_path / name, config) for name in "ab"]
     assert torch.equal(torch.get_rng_state(), before)
     assert results[0] == results[1]
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_the_page_tells_the_batch_in_use_where_the_source_is_smaller(tmp_path):
+    tune(tmp_path, replace(QUICK, epochs=1, batch_size=500))
+    assert "1 epochs (1 steps of 96 images)" in (tmp_path / "finetune.md").read_text()
+
+
+def test_of_too_many_bad_images_the_commands_own_setting_is_named(tmp_path):
+    with pytest.raises(TooManyBadImages, match="or allow more by --max_bad_fraction") as found:
+        tune(tmp_path, train=ToySource(96, bad=set(range(60))))
+    assert "data.max_bad_fraction" not in str(found.value)
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "o").touch()
+    with pytest.raises(ValueError, match=r"o cannot be made a directory \(File exists\); give another --out"):
+        tune(tmp_path / "o")
 
 
 def test_one_class_is_refused(tmp_path):
@@ -231,7 +253,9 @@ def test_a_timm_encoder_is_fine_tuned_with_its_class_token(tmp_path):
     from nextblock.interop import open_encoder
 
     spec = "timm:test_vit,pretrained=false,img_size=32"
-    config = replace(QUICK, epochs=1, tokens="joined", lora=LoraSettings(rank=2), augment="none")
+    config = replace(
+        QUICK, epochs=1, tokens="joined", lora=LoraSettings(rank=2), augment="none", crop_scale=None
+    )
     tune(tmp_path, config, model=open_encoder(spec), data=replace(DATA, val_resize_px=32))
     assert isinstance(load(tmp_path / "classifier"), TimmClassifier)
 
@@ -341,6 +365,10 @@ def test_a_diverging_run_stops_with_advice(tmp_path):
         ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0"),
         ({"ema_decay": 1.0}, r"ema_decay is 1\.0"),
         ({"micro_batch_size": 0}, r"micro_batch_size is 0"),
+        ({"attentive_heads": 16}, r"attentive_heads is 16, and the head is linear"),
+        ({"augment": "none"}, r"crop_scale is of augment crop, and augment is none"),
+        ({"augment": "timm"}, r"crop_scale is of augment crop, and augment is timm"),
+        ({"augment": "none", "crop_scale": None, "flip": 0.5}, r"flip is of augment crop and timm"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

@@ -330,14 +330,16 @@ def test_a_larger_image_keeps_the_share_that_is_cut_and_the_positions_that_encod
 @pytest.mark.parametrize("head", ["linear", "attentive"])
 def test_the_head_sees_normed_layers_the_last_one_or_six(head):
     model = toy_model()
-    classifier = build_classifier(model, replace(PLAIN, head=head, attentive_heads=4), NAMES)
+    classifier = build_classifier(
+        model, replace(PLAIN, head=head, attentive_heads=4 if head == "attentive" else None), NAMES
+    )
     assert classifier.head_config == HeadConfig(
         kind=head,
         num_classes=4,
         layers=(1,) if head == "linear" else (0, 1),
         norm_layers=True,
         batch_norm=False,
-        num_heads=4,
+        num_heads=4 if head == "attentive" else 16,
     )
     assert CONFIG.depth == 2
 

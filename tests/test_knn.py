@@ -13,11 +13,13 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from nextblock.checkpoint import save_model
 from nextblock.cli import main
+from nextblock.data import Source
 from nextblock.evaluate.features import collect_features, encoder_extract, iterate_features
 from nextblock.evaluate.frozen import Opened, feature_config
 from nextblock.evaluate.knn import (
     KnnMonitor,
     comparison,
+    knn,
     knn_accuracy,
     knn_opened,
     knn_predict,
@@ -89,7 +91,10 @@ def test_a_query_among_the_neighbours_does_not_find_itself(chunk):
 
 
 def opened(model=None, val=True, **changes):
-    sources = {"train": ToySource(60, **changes), **({"val": ToySource(40, seed=1)} if val else {})}
+    sources: dict[str, Source] = {
+        "train": ToySource(60, **changes),
+        **({"val": ToySource(40, seed=1)} if val else {}),
+    }
     return Opened(model or toy_model(), DATA, sources)
 
 
@@ -126,7 +131,7 @@ def test_at_high_temperature_it_is_scikit_learns_plain_vote():
     for k in (1, 5, 9):
         plain = KNeighborsClassifier(k, metric="cosine", algorithm="brute")
         plain.fit(pixels[0], shuffled.sources["train"].labels)
-        votes = plain.predict_proba(pixels[1])
+        votes = np.asarray(plain.predict_proba(pixels[1]))
         is_clear = (votes == votes.max(axis=1, keepdims=True)).sum(axis=1) == 1  # else the nearer one decides
         truth = shuffled.sources["val"].labels
         right = (votes.argmax(axis=1) == truth)[is_clear].sum()
@@ -195,6 +200,24 @@ def test_the_summary_crowns_no_best_and_names_the_setting_fixed_beforehand():
     assert "k 20, temperature 0.07, is not among these" in without
 
 
+def test_a_single_row_is_not_said_to_be_chosen():
+    assert "so the best of them is chosen" in summary(knn_opened(opened(), settings(k=(1, 20))))
+    alone = summary(knn_opened(opened(), settings(k=(20,), temperature=(0.07,))))
+    assert "The row marked *" in alone
+    assert "best of them" not in alone
+
+
+def test_the_images_of_train_as_val_are_warned_of_and_the_way_out_is_named(tmp_path, caplog):
+    save_model(tmp_path / "model.safetensors", toy_model())
+    model, digits = str(tmp_path / "model.safetensors"), "digits:split=test"
+    knn(KnnConfig(model=model, train=digits, val=digits, baselines=False, device="cpu"))
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert warning.getMessage() == (
+        f"val {digits} is the same images as train: accuracy on them says nothing of new images; leave out "
+        "--val for leave-one-out"
+    )
+
+
 def test_layers_are_named_as_for_a_probe():
     config = toy_model().config
     assert feature_config(settings(), config).layers == (1,)
@@ -219,7 +242,7 @@ def test_the_default_features_are_those_of_the_monitor():
 def test_features_that_are_no_numbers_are_refused():
     model = toy_model()
     with torch.no_grad():
-        model.encoder.norm.weight.fill_(float("nan"))
+        model.encoder.patch_embed.proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="the features of 60 images of toy-0 are no numbers; encode with"):
         knn_opened(opened(model), settings())
 

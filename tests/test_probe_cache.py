@@ -1,8 +1,10 @@
 """Features on disk: what is kept is what the encoder gives, and it is used where it fits, and only there."""
 
-import json
+import shutil
 from dataclasses import replace
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,14 +24,17 @@ CONFIG = replace(QUICK, epochs=2, baselines=False)
 KINDS = [FeatureConfig(layers=(1,)), FeatureConfig(layers=(0, 1), pooled=False)]
 
 
-def batches(source, kinds, size=7):
+def batches(source, kinds, start=0, size=7):
     extract = encoder_extract(toy_model(), kinds)
-    return iterate_features(extract, source, DATA, 16, batch_size=size, device=CPU)
+    indices = np.arange(start, len(source))
+    return iterate_features(extract, source, DATA, 16, batch_size=size, indices=indices, device=CPU)
 
 
 def fill(cache, source, kinds=KINDS):
     keys = [{"source": source.fingerprint, "kind": str(kind)} for kind in kinds]
-    return cache.get(keys, len(source), lambda missing: batches(source, [kinds[n] for n in missing]))
+    return cache.get(
+        keys, len(source), lambda missing, start: batches(source, [kinds[n] for n in missing], start)
+    )
 
 
 class Counted:
@@ -66,10 +71,14 @@ def test_only_the_kinds_that_are_missing_are_computed(tmp_path):
     fill(cache, source, KINDS[:1])
     asked = []
     keys = [{"source": source.fingerprint, "kind": str(kind)} for kind in KINDS]
-    make = lambda missing: asked.append(missing) or batches(source, [KINDS[n] for n in missing])  # noqa: E731
+
+    def make(missing, start):
+        asked.append((missing, start))
+        return batches(source, [KINDS[n] for n in missing], start)
+
     both = cache.get(keys, 12, make)
     assert cache.get(keys, 12, make) is not None
-    assert asked == [(1,)]
+    assert asked == [((1,), 0)]
     assert both is not None
     assert [array.shape for array in both.arrays] == [(12, 32), (12, 16, 32)]
 
@@ -126,20 +135,107 @@ def test_features_beyond_the_bound_are_not_kept(tmp_path, monkeypatch, caplog):
     assert fill(FeatureCache(tmp_path / "other", 1.0), source) is None
 
 
-def test_features_that_were_cut_off_while_they_were_written_are_made_again(tmp_path):
-    cache, source = FeatureCache(tmp_path / "cache", 1.0), ToySource(12)
+@pytest.mark.parametrize("bad", [set(), {3, 9}, set(range(7))])
+def test_features_that_were_cut_off_are_gone_on_with(tmp_path, bad):
+    source = ToySource(24, bad=bad)
+    keys = [{"source": source.fingerprint, "kind": str(kind)} for kind in KINDS]
 
-    def cut_off(_):
-        yield next(batches(source, KINDS))
+    def cut_off(_, start):
+        made = batches(source, KINDS, start)
+        yield next(made)
+        yield next(made)
         raise KeyboardInterrupt
 
-    keys = [{"source": source.fingerprint, "kind": str(kind)} for kind in KINDS]
     with pytest.raises(KeyboardInterrupt):
-        cache.get(keys, 12, cut_off)
+        FeatureCache(tmp_path / "cache", 1.0).get(keys, 24, cut_off)
     assert not list((tmp_path / "cache").glob("[!.]*"))
-    stored = fill(cache, source)
+    assert source.reads == 14
+    stored = fill(FeatureCache(tmp_path / "cache", 1.0), source)
+    assert source.reads == 24
+    whole = fill(FeatureCache(tmp_path / "whole", 1.0), source)
     assert stored is not None
-    assert json.loads(next((tmp_path / "cache").glob("*/about.json")).read_text())["bad"] == []
+    assert whole is not None
+    assert {one.sample for one in stored.bad} == bad
+    assert stored.bad == whole.bad
+    assert all(map(np.array_equal, stored.arrays, whole.arrays))
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_what_a_kill_leaves_is_gone_on_with(tmp_path, monkeypatch):
+    """What lies on the disk in the midst of a batch is what a kill there leaves."""
+    monkeypatch.setattr(feature_cache, "SAVE_EVERY_S", 0.0)
+    source = ToySource(24, bad={2})
+    keys = [{"source": source.fingerprint, "kind": str(kind)} for kind in KINDS]
+
+    def copied(_, start):
+        for number, batch in enumerate(batches(source, KINDS, start)):
+            if number == 2:
+                shutil.copytree(tmp_path / "cache", tmp_path / "killed")
+            yield batch
+
+    whole = FeatureCache(tmp_path / "cache", 1.0).get(keys, 24, copied)
+    for path in (tmp_path / "killed").glob(".filling-*/features.npy"):
+        with path.open("ab") as file:
+            file.write(b"half a row")  # that was not counted yet
+    source.reads = 0
+    stored = fill(FeatureCache(tmp_path / "killed", 1.0), source)
+    assert source.reads == 24 - 2 * 7
+    assert stored is not None
+    assert whole is not None
+    assert stored.bad == whole.bad
+    assert all(map(np.array_equal, stored.arrays, whole.arrays))
+
+
+def test_kinds_that_were_cut_off_apart_go_on_from_where_all_are(tmp_path):
+    cache, source = FeatureCache(tmp_path / "cache", 1.0), ToySource(24)
+    for number, count in ((0, 2), (1, 1)):
+        key = {"source": source.fingerprint, "kind": str(KINDS[number])}
+
+        def cut_off(_, start, number=number, count=count):
+            yield from islice(batches(source, [KINDS[number]], start), count)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cache.get([key], 24, cut_off)
+    source.reads = 0
+    stored = fill(cache, source)
+    assert source.reads == 24 - 7
+    expected = collect_features(batches(source, KINDS))
+    assert stored is not None
+    for array, features in zip(stored.arrays, expected.features, strict=True):
+        assert np.array_equal(array, features.numpy())
+
+
+def test_unfinished_features_count_towards_the_bound_and_go_where_there_is_no_room(tmp_path):
+    source = ToySource(24)
+    needed_gb = 24 * 32 * 4 / 1e9
+
+    def cut_off(_, start):
+        yield next(batches(source, KINDS[:1], start))
+        raise KeyboardInterrupt
+
+    keys = [{"source": source.fingerprint, "kind": str(KINDS[0])}]
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache(tmp_path / "cache", 1.0).get(keys, 24, cut_off)
+    tight = FeatureCache(tmp_path / "cache", 1.2 * needed_gb)
+    assert fill(tight, ToySource(24, seed=1), KINDS[:1]) is None
+    assert fill(tight, source, KINDS[:1]) is not None  # its own are no burden
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache(tmp_path / "other", 1.0).get(keys, 24, cut_off)
+    assert fill(FeatureCache(tmp_path / "other", needed_gb / 2), source, KINDS[:1]) is None
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_another_folder_of_the_same_names_is_another_source(tmp_path, monkeypatch):
+    class Named(ToySource):
+        def _make_fingerprint(self):
+            return "numbered"
+
+    config = replace(CONFIG, cache=str(tmp_path / "cache"), epochs=1)
+    given: dict[Split, Source] = {"val": Named(24, seed=1), "test": Named(24, seed=2, shuffled=True)}
+    found = probe_model(toy_model(), config, Named(24), given, DATA).result
+    alone = probe_model(toy_model(), replace(config, cache=None), Named(24), given, DATA).result
+    assert [row.loss for row in found.rows] == [row.loss for row in alone.rows]
 
 
 def test_damaged_features_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -134,6 +135,32 @@ def test_another_probe_does_not_go_on_with_this_one(known, steps, tmp_path):
     assert not (tmp_path / "out" / "state.pt").exists()
 
 
+def test_to_overwrite_begins_an_unfinished_probe_anew(known, steps):
+    config = replace(known, baselines=False)
+    steps.at = {3: terminate}
+    with pytest.raises(ProbeStopped, match="run the same command again to go on"):
+        probe(config)
+    steps.count = 0
+    probe(replace(config, overwrite=True))
+    assert steps.count == PER_SUBJECT
+
+
+def test_one_that_was_to_overwrite_goes_on_without_it_and_the_old_result_stays_until_then(
+    known, steps, tmp_path
+):
+    config = replace(known, baselines=False)
+    old = probe(replace(config, epochs=1))
+    steps.count, steps.at = 0, {3: terminate}
+    with pytest.raises(ProbeStopped, match="run the same command again, without --overwrite, to go on"):
+        probe(replace(config, overwrite=True))
+    assert json.loads((tmp_path / "out" / "probe.json").read_text())["settings"]["epochs"] == 1
+    steps.count = 0
+    again = probe(config)
+    assert steps.count == PER_SUBJECT - 3
+    assert without_times(again) == without_times(probe(replace(config, out=str(tmp_path / "whole"))))
+    assert without_times(again) != without_times(old)
+
+
 def test_settings_that_change_no_result_may_change_in_between(known, steps):
     steps.at = {3: terminate}
     with pytest.raises(ProbeStopped):
@@ -160,20 +187,33 @@ def test_a_finished_result_is_read_and_not_computed_again(known, steps, monkeypa
     assert steps.count == PER_SUBJECT
 
 
-def test_a_signal_while_features_are_computed_stops_the_probe(known, monkeypatch, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"cache": "CACHE"}])
+def test_a_signal_while_features_are_computed_stops_the_probe_and_no_image_is_encoded_twice(
+    known, monkeypatch, tmp_path, changes
+):
     source = evaluation_sources.open_source("toy-0", DATA)
     assert isinstance(source, ToySource)
-    read = source._read
+    if changes:
+        changes = {"cache": str(tmp_path / "cache")}
+    config = replace(known, baselines=False, encode_batch_size=16, **changes)
+    whole = probe(replace(config, out=str(tmp_path / "whole"), cache=None))
+    source.reads, read = 0, source._read
 
     def stopping(index):
-        if source.reads == 20:
+        if source.reads == 40:
             terminate()
         return read(index)
 
     monkeypatch.setattr(source, "_read", stopping)
-    with pytest.raises(ProbeStopped, match="SIGTERM while toy-0 was encoded"):
-        probe(known)
-    assert not list((tmp_path / "out").glob("features/*"))
+    with pytest.raises(
+        ProbeStopped, match="SIGTERM when 48 of 88 images of toy-0 were encoded; run the same command again"
+    ):
+        probe(config)
+    assert source.reads == 48
+    again = probe(config)
+    assert source.reads == 88 + 8  # those that are chosen on besides
+    assert without_times(again) == without_times(whole)
+    assert not (tmp_path / "out" / "features").exists()
 
 
 def test_the_command_ends_with_128_and_the_signal(known, steps, tmp_path, capsys):
@@ -191,8 +231,9 @@ def test_a_feed_may_start_at_any_step(tmp_path, changes):
     extract = encoder_extract(toy_model(), kinds)
 
     def stored():
-        def make(_):
-            return iterate_features(extract, source, DATA, 16, batch_size=5, device=CPU)
+        def make(_, start):
+            indices = np.arange(start, 22)
+            return iterate_features(extract, source, DATA, 16, batch_size=5, indices=indices, device=CPU)
 
         return FeatureCache(tmp_path / "cache", 1.0).get([{}], 22, make)
 

@@ -15,7 +15,7 @@ from nextblock.cli import main
 from nextblock.data import TooManyBadImages
 from nextblock.evaluate.embed.config import EmbedConfig
 from nextblock.evaluate.embed.run import embed_model
-from nextblock.evaluate.search import ImageFile, nearest, search_model
+from nextblock.evaluate.search import MOST_COPIES, ImageFile, nearest, search_model
 from nextblock.evaluate.search_config import SearchConfig
 from nextblock.visualize.contact_sheet import Cell, SheetRow, draw_contact_sheet, thumbnail
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
@@ -104,6 +104,15 @@ def test_the_query_itself_is_told_apart_and_comes_on_top():
         first = query.neighbours[0]
         assert (first.is_query, first.index, first.similarity > 0.999) == (True, query.index, True)
         assert [one.is_query for one in query.neighbours[1:]] == [False] * 4
+
+
+@pytest.mark.parametrize("copies", [6, MOST_COPIES])
+def test_copies_of_the_query_do_not_take_the_place_of_neighbours(copies):
+    source = ToySource(copies + 20)
+    source.images[5 : 5 + copies] = source.images[5].clone()
+    result = run(source=source, queries=ToySource(6))
+    marked = [one.is_query for one in result.queries[5].neighbours]
+    assert marked == [True] * copies + [False] * 4
 
 
 def test_the_same_pixels_under_another_name_are_the_query_itself():
@@ -203,7 +212,14 @@ def test_a_sheet_of_another_search_is_refused_and_the_same_drawn_again(files, ca
     assert main(["search", *words(files)]) == 0
     other = words(files, query=files / "data" / "blue" / "0.png")
     assert main(["search", *other]) == 2
-    assert "of another search; give another --out, or --overwrite" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "of another search (sources.query.fingerprint: " in told
+    assert "give another --out, or --overwrite" in told
+    before = (files / "sheet.png").read_bytes()
+    for more in (["--top", "2"], ["--layers", "layer0"], ["--attention", "full"], ["--precision", "bf16"]):
+        assert main(["search", *words(files), *more]) == 2
+        assert f"settings.{more[0].removeprefix('--')}: " in capsys.readouterr().err
+    assert (files / "sheet.png").read_bytes() == before
     assert main(["search", *other, "--overwrite"]) == 0
     (files / "mine.png").write_bytes(b"mine")
     assert main(["search", *words(files, out=files / "mine.png")]) == 2
@@ -216,6 +232,25 @@ def test_features_alone_tell_which_images_to_search(files, capsys):
     assert main(["search", *words(files, data=None, features=files / "f.npy"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["searched"], told["queries"][0]["neighbours"][0]["name"]) == (8, "red/2.png")
+
+
+def test_long_names_keep_their_end_in_a_narrow_table(files, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = files / "data" / ("a_very_long_name_of_a_folder_" * 3)
+    (files / "data" / "red").rename(folder)
+    assert main(["search", *words(files, query=folder / "2.png")]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "of_a_folder_/2.png" in rows[0]
+    assert sum(".png" in row for row in rows) == 4
+    assert max(map(len, rows)) <= 80
+
+
+def test_a_directory_that_cannot_be_is_refused_before_any_work(files, capsys):
+    (files / "file").touch()
+    assert main(["search", *words(files, out=files / "file" / "x.png")]) == 2
+    assert "cannot be made a directory (File exists); give another --out" in capsys.readouterr().err
+    assert main(["search", *words(files, out="/proc/none/x.png")]) == 2
+    assert "/proc/none cannot be made a directory (" in capsys.readouterr().err
 
 
 def test_a_query_that_cannot_be_read_is_named(files, capsys):

@@ -203,6 +203,32 @@ def test_the_root_may_be_named_in_two_ways(world, tmp_path, monkeypatch, count_p
     assert count_probes == ["camelyon17"]
 
 
+def test_what_was_measured_stays_when_its_images_moved_or_broke(world, tmp_path, count_probes):
+    root = tmp_path / "data"
+    shutil.copytree(world["root"], root)
+    config = quick(world, tmp_path / "out", root=str(root), only=("camelyon17", "dtd"))
+    first = suite(config)
+    shutil.rmtree(root / "camelyon17")
+    copies.dtd(root, 48)  # refused, if it were opened
+    assert suite(config).scores == first.scores
+    moved = suite(replace(config, root=str(tmp_path / "elsewhere"), only=(*THREE,)))
+    assert (moved.scores, list(moved.missing), moved.failed) == (first.scores, ["cifar10"], {})
+    assert count_probes == ["dtd", "camelyon17"]
+    anew = suite(replace(config, root=str(world["root"]), only=("dtd",), overwrite=True))
+    assert anew.scores[0].top1 == next(one.top1 for one in first.scores if one.name == "dtd")
+    assert len(count_probes) == 3
+
+
+def test_settings_of_the_features_that_are_not_the_official_ones_are_told():
+    def told(**changes):
+        config = SuiteConfig(model="m", root="r", out="o", **changes)
+        return " ".join(suite_run._notes(config, (), {}))
+
+    assert "Not the official settings" not in told(attentive_heads=16, attention=("native",))
+    words = told(attention=("full",), tokens=("all",), attentive_heads=8)
+    assert "Not the official settings: attentive_heads 8, attention full, tokens all." in words
+
+
 def test_a_part_of_the_images_is_enough_for_a_quick_look_and_the_table_says_so(world, tmp_path):
     result = suite(quick(world, tmp_path / "out", only=("cifar10", "dtd"), max_images=30, lr=(1e-3,)))
     assert [score.images for score in result.scores] == [(30, 20), (30, 30)]
@@ -266,7 +292,8 @@ def test_the_probes_have_the_official_settings():
         ("linear",),
         (0,),
     )
-    assert all(probe.official_warmup_trap and probe.epochs == 100 for probe in probes.values())
+    assert all(probe.epochs == 100 for probe in probes.values())
+    assert all(probe.official_warmup_trap == (probe.warmup_epochs == 0) for probe in probes.values())
 
 
 def test_what_is_given_replaces_the_official_settings_in_all():
@@ -372,5 +399,9 @@ def test_the_picture_has_a_dot_for_each_number_and_none_for_what_is_not_known():
     figure = draw_suite({"cifar10": 91.2, "dtd": 60.0, "imagenet1k-linear": 10.0}, "runs/mine")
     dots = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].lines}
     assert dots["mine"] == [91.2, 60.0]
+    assert [dots.pop(label) for label in ("XTRA, 100 epochs, ViT-H/14", "XTRA, 800 epochs, ViT-B/16")] == [
+        [80.9],
+        [76.8],
+    ]
     assert len(dots) == 4
     assert {len(of) for label, of in dots.items() if label != "mine"} == {15}

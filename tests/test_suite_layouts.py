@@ -238,6 +238,28 @@ def test_wrong_numbers_of_classes_and_images_are_found(root, classes, images, pr
     assert (found.status, found.problems) == ("differs", (problem,))
 
 
+def test_a_copy_with_its_sources_known_numbers_is_no_defect_and_another_is(root):
+    copies.dtd(root)
+    benchmark = expecting(named("dtd"), 47, (60, 30))
+    found = check(replace(benchmark, source_images=(94, 47)), root)
+    assert (found.status, found.problems, found.is_well) == ("differs, as known", (), True)
+    assert "94 and 47 images, not 60 and 30 as in AIMv2's Table B1" in found.known[0]
+    other = check(replace(benchmark, source_images=(94, 48)), root)
+    assert (other.status, len(other.problems), other.known, other.is_well) == ("differs", 2, (), False)
+    assert named("eurosat").source_images == (21_600, 2_700)
+
+
+def test_the_list_fits_a_narrow_terminal_and_tells_what_to_do_below_it(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["suite", "--list", "--root", "/nowhere"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[1] for line in lines if line.startswith("│") and line.split()[1] != "│"]
+    assert names == [benchmark.name for benchmark in BENCHMARKS]
+    (words,) = [line for line in lines if line.startswith("rxrx1 (WILDS): ")]
+    assert "unreachable" in words
+    assert "/nowhere/rxrx1_v1.0/metadata.csv" in words
+
+
 def test_what_no_paper_tells_is_not_checked(root):
     copies.iwildcam(root)
     assert check(expecting(named("iwildcam"), 5, (None, None)), root).status == "as it should be"

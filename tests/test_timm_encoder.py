@@ -145,7 +145,7 @@ def slow_features(model, encoded, layers, tokens, *, norm, concat):
             images.append(torch.cat([vector for kind in zip(*vectors, strict=True) for vector in kind]))
         else:
             kinds = zip(*vectors, strict=True)
-            images.append(torch.cat([sum(kind) / len(layers) for kind in kinds]))
+            images.append(torch.cat([torch.stack(kind).mean(dim=0) for kind in kinds]))
     return torch.stack(images)
 
 
@@ -230,17 +230,22 @@ def test_weights_come_from_a_file_with_their_positions_resampled(tmp_path, name)
         assert torch.equal(weight, told.state_dict()[key]), key
     larger = open_encoder(f"timm:test_vit,checkpoint={tmp_path / name},img_size=48")
     assert larger.config.image_size == (48, 48)
-    assert larger.encoder.pos_embed.shape[1] == 3 * 3 + 1
-    assert torch.equal(larger.encoder.blocks[3].mlp.fc1.weight, told.blocks[3].mlp.fc1.weight)
+    weights, name = larger.encoder.state_dict(), "blocks.3.mlp.fc1.weight"
+    assert weights["pos_embed"].shape[1] == 3 * 3 + 1
+    assert torch.equal(weights[name], told.state_dict()[name])
 
 
 def test_a_size_that_only_a_directory_tells_is_kept(tmp_path):
     built = timm.create_model("test_vit", img_size=32, num_classes=0)
     save_for_hf(built, tmp_path / "net", model_args={"img_size": 32, "num_classes": 0})
     model = open_encoder(f"timm:local-dir:{tmp_path / 'net'}")
+    assert isinstance(model, TimmEncoder)
     assert model.config.architecture == "test_vit"
     assert model.config.image_size == (32, 32)
-    assert torch.equal(model.encoder.pos_embed, built.pos_embed)
+    told = evaluation_data(f"timm:local-dir:{tmp_path / 'net'}", model.config)
+    assert (told.mean, told.std) == (built.pretrained_cfg["mean"], built.pretrained_cfg["std"])
+    assert told.val_resize_px == int(32 / built.pretrained_cfg["crop_pct"])
+    assert torch.equal(model.encoder.state_dict()["pos_embed"], built.state_dict()["pos_embed"])
     save_classifier(
         tmp_path / "head", create_classifier(model, HeadConfig(kind="linear", num_classes=2, layers=(5,)))
     )
@@ -257,7 +262,8 @@ def test_a_network_that_its_name_does_not_give_again_is_refused(tmp_path):
 
 
 def test_images_are_normalised_as_timm_says_and_cut_for_the_size_asked_for():
-    usual = evaluation_data("timm:test_vit,pretrained=false", open_encoder(TOKEN).config)
+    plain = "timm:test_vit,pretrained=false"
+    usual = evaluation_data(plain, open_encoder(plain).config)
     small = evaluation_data(TOKEN, open_encoder(TOKEN).config)
     assert (usual.val_resize_px, small.val_resize_px) == (168, 33)  # 160 / 0.95 and 32 / 0.95
     assert small.mean == (0.5, 0.5, 0.5)

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nextblock.cli.classify import classify
     from nextblock.cli.embed import embed
+    from nextblock.cli.fewshot import fewshot
     from nextblock.cli.finetune import finetune
+    from nextblock.cli.knn import knn
     from nextblock.cli.predict import predict
     from nextblock.cli.pretrain import pretrain
     from nextblock.cli.probe import probe
+    from nextblock.cli.search import search
+    from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
@@ -33,12 +37,16 @@ __all__ = [
     "convert",
     "create_model",
     "embed",
+    "fewshot",
     "finetune",
+    "knn",
     "list_presets",
     "load",
     "predict",
     "pretrain",
     "probe",
+    "search",
+    "suite",
 ]
 
 _HOMES = {
@@ -50,12 +58,16 @@ _HOMES = {
     "convert": "nextblock.interop.convert",
     "create_model": "nextblock.interop",
     "embed": "nextblock.cli.embed",
+    "fewshot": "nextblock.cli.fewshot",
     "finetune": "nextblock.cli.finetune",
+    "knn": "nextblock.cli.knn",
     "list_presets": "nextblock.presets",
     "load": "nextblock.interop",
     "predict": "nextblock.cli.predict",
     "pretrain": "nextblock.cli.pretrain",
     "probe": "nextblock.cli.probe",
+    "search": "nextblock.cli.search",
+    "suite": "nextblock.cli.suite",
 }
 
 

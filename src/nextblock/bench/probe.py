@@ -1,8 +1,8 @@
 """`nextblock bench probe`: a grid of heads on one pass of the encoder, against a run for each head.
 
-Nine learning rates of the linear and of the attentive head on a ViT-B/16 at 256 px (random weights), which
-is what `nextblock probe` does by default; and the same eighteen heads one by one, each a probe of its own
-with its own pass. Both see the same images with the same seed, so the accuracies are compared head by head.
+Nine learning rates, official XTRA's for most data sets, of the linear and of the attentive head on a
+ViT-B/16 at 256 px (random weights); and the same eighteen heads one by one, each a probe of its own with its
+own pass. Both see the same images with the same seed, so the accuracies are compared head by head.
 The pictures are cut from scikit-learn's two photos, which are also the classes.
 """
 
@@ -31,7 +31,7 @@ RATES = (1e-4, 3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3, 8e-3, 1e-2)
 """Official XTRA's for most data sets."""
 HEADS = ("attentive", "linear")
 QUICK_RATES = RATES[:2]
-SPLITS = {"train": 24, "val": 12}
+SPLITS = {"train": 24, "val": 12, "test": 12}
 """Pictures of a class and split: a bench measures how long it takes, not how good it is."""
 PREPARE, PROBE = "nextblock.bench.probe:prepare", "nextblock.bench.probe:probe_heads"
 
@@ -107,8 +107,9 @@ class ProbeBench:
                 "augment": self.augment,
             },
             notes=(
-                f"{self.model}, {2 * SPLITS['train']} pictures to train on and {2 * SPLITS['val']} to "
-                f"measure on, {self.epochs} epochs, augment {self.augment}; times are of the probe itself",
+                f"{self.model}, {2 * SPLITS['train']} pictures to train on, {2 * SPLITS['val']} to choose on "
+                f"and {2 * SPLITS['test']} to measure on, {self.epochs} epochs, augment "
+                f"{self.augment}; times are of the probe itself",
                 f"largest difference between a head's accuracy in the grid and alone: {difference:.1%}",
             ),
         )
@@ -174,7 +175,7 @@ def probe_heads(job: dict[str, Any]) -> Result:
         model=str(folder / "encoder.safetensors"),
         train=str(folder / "train"),
         val=str(folder / "val"),
-        test=str(folder / "val"),
+        test=str(folder / "test"),
         out=str(folder / job["name"]),
         heads=tuple(job["heads"]),
         lr=tuple(job["lr"]),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["classify", "run"]
 
-TABLE_ROWS, TABLE_CLASSES = 10, 3
+TABLE_ROWS, TABLE_CLASSES, NAME_LETTERS = 10, 3, 24
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,16 +54,18 @@ def classify(**settings: Any) -> ClassifyResult:
 
 
 def _table(result: ClassifyResult) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
+
+    from nextblock.cli.names import end_of
 
     has_truth = result.rows[0].true_class is not None
     places = ("class", "second", "third")[: min(TABLE_CLASSES, len(result.rows[0].classes))]
-    table = Table("image", *places, *(["true class"] if has_truth else []))
+    table = Table(Column("image", no_wrap=True), *places, *(["true class"] if has_truth else []))
     for row in result.rows[:TABLE_ROWS]:
         ranked = zip(row.classes[:TABLE_CLASSES], row.probabilities, strict=False)
         table.add_row(
-            Text(row.name),
+            Text(end_of(row.name, NAME_LETTERS)),
             *(Text(f"{name} {probability:.1%}") for name, probability in ranked),
             *([Text(row.true_class or "")] if has_truth else []),
         )

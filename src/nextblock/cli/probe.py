@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextblock.evaluate.probe.config import ProbeConfig, ProbeResult, probe_config
+from nextblock.evaluate.probe.config import ProbeCandidate, ProbeConfig, ProbeResult, probe_config
 from nextblock.settings import to_dict
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["probe", "run"]
 
 MAX_TABLE_WIDTH = 500
+MAX_PRINTED = 60
+"""Candidates of the trained encoder that are printed; of more, probe.md tells."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,20 +34,28 @@ def run(argv: Sequence[str]) -> int:
     options = parse(parser, argv)
     values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
     from nextblock.evaluate.probe.state import ProbeStopped
-    from nextblock.evaluate.probe.tables import choice_sentence
+    from nextblock.evaluate.probe.tables import choice_sentence, rate_sentence
 
     try:
         result = probe(**values)
     except ProbeStopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         return 128 + stopped.signal
-    table = _table(result)
-    width = Console(width=MAX_TABLE_WIDTH).measure(table).maximum
+    tables = [_table(result)]
+    trained = [one for one in result.grid if one.encoder == "trained"]
+    if result.chosen_on is not None and len(trained) <= MAX_PRINTED:
+        tables.insert(0, _grid_table(result, trained))
     console = Console()
-    console.width = max(console.width, width)  # cut off, its numbers are of no use
-    console.print(table)
-    console.print(choice_sentence(result), highlight=False, soft_wrap=True)
-    console.print(_places(Path(values["out"])), highlight=False, markup=False, soft_wrap=True)
+    measured = (Console(width=MAX_TABLE_WIDTH).measure(table).maximum for table in tables)
+    console.width = max(console.width, *measured)  # cut off, its numbers are of no use
+    for table in tables:
+        console.print(table)
+    out = Path(values["out"])
+    lines = [choice_sentence(result), rate_sentence(result)]
+    if len(trained) > MAX_PRINTED:
+        lines.append(f"All {len(trained)} candidates of the trained encoder: {out / 'probe.md'}")
+    for line in filter(None, [*lines, _places(out, result)]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if options.json:
         sys.stdout.write(json.dumps(to_dict(result)) + "\n")
     return 0
@@ -62,11 +72,13 @@ def probe(**settings: Any) -> ProbeResult:
     config = probe_config(settings)
     result = probe_with(config)
     figures = Path(config.out) / FIGURES_DIR
-    if config.overwrite or not figures.is_dir():
-        from nextblock.visualize.evaluation import draw_probe
+    # Always anew: what lies there may be of another result.
+    from nextblock.checkpoint import write_aside
+    from nextblock.visualize.evaluation import draw_probe
 
-        figures.mkdir(exist_ok=True)
-        draw_probe(result, figures)
+    with write_aside(figures) as aside:
+        aside.mkdir()
+        draw_probe(result, aside)
     return result
 
 
@@ -93,6 +105,27 @@ def _table(result: ProbeResult) -> Table:
     return table
 
 
-def _places(out: Path) -> str:
+def _grid_table(result: ProbeResult, trained: Sequence[ProbeCandidate]) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from nextblock.evaluate.probe.tables import CANDIDATE_COLUMNS, candidate_cells
+
+    table = Table(
+        *CANDIDATE_COLUMNS,
+        title=f"all candidates, on {result.chosen_on}; winners bold and marked *",
+        box=SIMPLE,
+        pad_edge=False,
+    )
+    for one in trained:
+        cells = candidate_cells(one)
+        if one.winner:
+            cells[0] += " *"
+        table.add_row(*cells, style="bold" if one.winner else None)
+    return table
+
+
+def _places(out: Path, result: ProbeResult) -> str:
     """Where the files lie."""
-    return f"{out}: probe.md, probe.csv, probe.json; a directory for each trained head; figures"
+    heads = ", ".join(f"{head}/" for head in dict.fromkeys(row.head for row in result.rows))
+    return f"{out}: probe.md, probe.csv, probe.json, figures/, and the trained heads {heads}"

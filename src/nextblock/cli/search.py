@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run", "search"]
 
-TABLE_QUERIES = 4
+TABLE_QUERIES, NAME_LETTERS = 4, 32
 
 
 def run(argv: Sequence[str]) -> int:
@@ -63,32 +63,11 @@ def search(**settings: Any) -> SearchResult:
 
     config = from_keywords(SearchConfig, settings)
     out = Path(config.out)
-    told = out.with_suffix(".json")
-    _refuse_other(out, told, config)
     result = search_with(config)
-    out.parent.mkdir(parents=True, exist_ok=True)
     draw_contact_sheet(_sheet_rows(result), out, _subtitle(result, config))
     write_text(out.with_suffix(".csv"), _as_csv(result))
-    write_text(told, json.dumps(_as_json(result), indent=1) + "\n")
+    write_text(out.with_suffix(".json"), json.dumps(_as_json(result), indent=1) + "\n")
     return result
-
-
-def _refuse_other(out: Path, told: Path, config: SearchConfig) -> None:
-    """Raise `ValueError` where something else lies where the sheet and its lists are to go."""
-    there = [path for path in (out, told, out.with_suffix(".csv")) if path.exists()]
-    if config.overwrite or not there:
-        return
-    try:
-        settings = json.loads(told.read_text(encoding="utf-8"))["identity"]["settings"]
-        is_same = all(
-            settings[name] == getattr(config, name) for name in ("model", "data", "features", "query")
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        is_same = False  # not ours, or cut off
-    if not is_same:
-        raise ValueError(
-            f"{there[0]} is there already, of another search; give another --out, or --overwrite"
-        )
 
 
 def _sheet_rows(result: SearchResult) -> list[Any]:
@@ -142,13 +121,21 @@ def _as_csv(result: SearchResult) -> str:
 
 
 def _table(query: QueryResult) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
+    from nextblock.cli.names import end_of
+
     table = Table(
-        "similarity", "image", "class", "", title=Text(f"nearest to {query.name}"), title_justify="left"
+        "similarity",
+        Column("image", no_wrap=True),
+        "class",
+        "",
+        title=Text(f"nearest to {query.name}"),
+        title_justify="left",
     )
     for one in query.neighbours:
         same = "the query itself" if one.is_query else ""
-        table.add_row(f"{one.similarity:.4f}", Text(one.name), Text(one.class_name or ""), same)
+        name = Text(end_of(one.name, NAME_LETTERS))
+        table.add_row(f"{one.similarity:.4f}", name, Text(one.class_name or ""), same)
     return table

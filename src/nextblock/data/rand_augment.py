@@ -82,6 +82,7 @@ class TimmCrop:
         return create_transform(
             (3, *pair(self.image_size)),
             is_training=True,
+            hflip=self.data.flip,
             auto_augment=POLICY,
             interpolation="bicubic",
             mean=self.data.mean,

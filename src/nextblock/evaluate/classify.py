@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nextblock.checkpoint import write_aside
+from nextblock.checkpoint import MODEL_FILE, write_aside
 from nextblock.config import DataConfig, TrainConfig
 from nextblock.data import BadSample, Source, open_source
 from nextblock.evaluate.classify_config import ClassifyConfig
@@ -69,11 +69,12 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
         if out.exists() and not config.overwrite:
             raise ValueError(f"{out} is there already; give another --out, or --overwrite")
         check_writable(out)
+    model = _model_of(config.model)
     classifier = load_classifier(
-        config.model, config.head, num_heads=config.num_heads, probe_layers=config.probe_layers
+        model, config.head, num_heads=config.num_heads, probe_layers=config.probe_layers
     )
     data = evaluation_data(
-        config.model,
+        model,
         classifier.encoder_model.config,
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
@@ -82,6 +83,12 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
     if config.out is not None:
         _write(Path(config.out), result)
     return result
+
+
+def _model_of(spec: str) -> str:
+    """Of the directory of a fine-tuning its classifier; else what was given."""
+    tuned = Path(spec).expanduser() / "classifier"
+    return str(tuned) if (tuned / MODEL_FILE).is_file() else spec
 
 
 def classify_images(

@@ -19,7 +19,7 @@ class ClassifyConfig:
     """Which images to name the classes of, by which classifier, and where to write it."""
 
     model: str
-    """A directory of a trained head (PROBE/attentive, PROBE/linear), a fine-tuned model, or an official
+    """A directory of a trained head (PROBE/attentive, PROBE/linear), that of a fine-tuning, or an official
     classifier file."""
     head: str | None = None
     """The second file of an official AIM classifier."""

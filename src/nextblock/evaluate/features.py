@@ -8,6 +8,7 @@ all heads.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ from nextblock.data import (
     resolve_workers,
 )
 from nextblock.interop.image_data import official_data, recorded_data
+from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.features import FeatureConfig, pool_features
 from nextblock.models.timm_encoder import TimmConfig
@@ -238,7 +240,10 @@ def _recorded_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataCon
     if settings.is_file():
         run = from_dict(RunConfig, yaml.safe_load(settings.read_text(encoding="utf-8")))
         return replace(run.data, train=None, val=None)
-    recorded = recorded_data(model_spec)
+    if model_spec.startswith(TIMM_SPEC) and isinstance(config, TimmConfig):
+        recorded = _timm_data(config)
+    else:
+        recorded = recorded_data(model_spec)
     if recorded is not None:
         return replace(recorded, channels=config.in_chans)  # timm's files tell no number of channels
     official = official_data(config.image_size, config.in_chans)
@@ -246,6 +251,13 @@ def _recorded_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataCon
         "%s does not tell how its images were cut: shorter side to %d px", model_spec, official.val_resize_px
     )
     return official
+
+
+def _timm_data(config: TimmConfig) -> DataConfig | None:
+    if config.mean is None or config.std is None or config.crop_pct is None:
+        return None
+    resize_px = math.floor(min(config.image_size) / config.crop_pct)
+    return DataConfig(mean=config.mean, std=config.std, val_resize_px=resize_px, channels=config.in_chans)
 
 
 def _run_dir(path: Path) -> Path:

@@ -63,10 +63,13 @@ class Subject(NamedTuple):
     features: dict[str, Features]
 
 
-def open_all(config: KnnConfig | FewshotConfig, others: Mapping[str, str | None]) -> Opened:
+def open_all(
+    config: KnnConfig | FewshotConfig, others: Mapping[str, str | None], *, advice: str = ""
+) -> Opened:
     """Open the config's model, its source "train", and by purpose the others that are given.
 
-    Raises `ValueError` where a source has no labels, one class only, or other classes than train.
+    The advice is given where one of these is the images of train. Raises `ValueError` where a source has no
+    labels, one class only, or other classes than train.
     """
     model = open_encoder(config.model, num_heads=config.num_heads)
     data = evaluation_data(
@@ -75,7 +78,7 @@ def open_all(config: KnnConfig | FewshotConfig, others: Mapping[str, str | None]
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
     )
-    train, opened = open_labelled(config.train, others, data)
+    train, opened = open_labelled(config.train, others, data, advice=advice)
     return Opened(model, data, {"train": train, **opened})
 
 

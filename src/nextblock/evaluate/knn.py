@@ -154,7 +154,8 @@ def knn(config: KnnConfig) -> KnnResult:
 
     Raises `ValueError` where `out` holds another result, labels are missing, or the classes differ.
     """
-    opened = open_all(config, {"val": config.val})
+    advice = "leave out --val for leave-one-out"
+    opened = open_all(config, {"val": config.val}, advice=advice)
     identity = identity_of(config, opened.model, opened.data, opened.sources)
     if config.out is not None and not config.overwrite:
         refuse_other_result(Path(config.out), "knn.json", identity, ("knn.csv", "knn.md"))
@@ -243,10 +244,13 @@ def summary(result: KnnResult) -> str:
         if any(row.is_default for row in result.rows)
         else f"The setting fixed beforehand, {default}, is not among these."
     )
-    return (
-        f"{among}; {result.num_classes} classes. {advice} All rows were measured on the same images, so the "
-        f"best of them is chosen on what it is measured on.{fewer}"
+    several = len({(row.k, row.temperature) for row in result.rows}) > 1
+    caution = (
+        " All rows were measured on the same images, so the best of them is chosen on what it is measured on."
+        if several
+        else ""
     )
+    return f"{among}; {result.num_classes} classes. {advice}{caution}{fewer}"
 
 
 def comparison(result: KnnResult) -> tuple[list[str], list[list[str]]]:

@@ -14,7 +14,14 @@ from nextblock.data import Source
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
 
-__all__ = ["FREE_SETTINGS", "identity_of", "refuse_other_result", "weights_digest", "write_text"]
+__all__ = [
+    "FREE_SETTINGS",
+    "differences",
+    "identity_of",
+    "refuse_other_result",
+    "weights_digest",
+    "write_text",
+]
 
 FREE_SETTINGS = (
     "out",
@@ -28,6 +35,8 @@ FREE_SETTINGS = (
     "overwrite",
 )
 """Settings that do not change what an evaluation finds."""
+
+_PLACES = ("model", "train", "val", "test", "data", "features", "query")
 
 _IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "flip", "decoder")
 
@@ -82,20 +91,35 @@ def refuse_other_result(out: Path, result: str, identity: Mapping[str, Any], our
     the names of everything that the evaluation may write there.
     """
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    remedy = "give another --out, or --overwrite"
     if foreign := sorted(name for name in found - {*ours, result} if not name.startswith(".writing-")):
-        raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); {remedy}")
+        raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
     if result not in found:
         return
-    old = flatten(json.loads((out / result).read_text(encoding="utf-8")))
-    new = flatten(json.loads(json.dumps(identity)))
-    different = [
+    different = differences(json.loads((out / result).read_text(encoding="utf-8")), identity)
+    if different:
+        raise ValueError(
+            f"{out} holds another result ({'; '.join(different[:3])}); give another --out, or --overwrite"
+        )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In words, what of the identity `here` another one has not got, or has otherwise.
+
+    Where model and images lie does not count: their digests and fingerprints say what they are.
+    """
+    old, new = flatten(there), flatten(json.loads(json.dumps(here)))
+    return [
         f"{name}: {old.get(name)} there, {value} here"
         for name, value in new.items()
-        if old.get(name) != value
+        if old.get(name) != value and not _is_place(name)
     ]
-    if different:
-        raise ValueError(f"{out} holds another result ({'; '.join(different[:3])}); {remedy}")
+
+
+def _is_place(name: str) -> bool:
+    parts = name.split(".")
+    if parts[0] == "settings":
+        return parts[-1] in _PLACES
+    return parts[0] == "sources" and parts[-1] == "spec"
 
 
 def write_text(path: Path, text: str) -> None:

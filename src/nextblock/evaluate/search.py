@@ -5,6 +5,7 @@ In memory are the queries' features, those of one batch, and the nearest found s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, BadSample, Source, open_source
 from nextblock.data.sources import EncodedSource, read_file
+from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.embed.config import FeatureSettings
 from nextblock.evaluate.embed.files import Origin, iterate_features_of, open_origin, read_embeddings
 from nextblock.evaluate.embed.run import feature_configs
@@ -30,10 +32,11 @@ from nextblock.evaluate.features import (
     evaluation_data,
     iterate_features,
 )
-from nextblock.evaluate.results import identity_of
+from nextblock.evaluate.results import differences, identity_of
 from nextblock.evaluate.search_config import MAX_QUERIES, SearchConfig
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
+from nextblock.settings import to_dict
 from nextblock.train.device import choose_device
 
 __all__ = [
@@ -49,6 +52,8 @@ __all__ = [
 
 ALIKE, SAME = 1 - 1e-3, 1 - 1e-6
 """From these similarities on an image may be the query itself, if its bytes are, or its name is."""
+MOST_COPIES = 64
+"""Copies of a query that are found besides its `top` neighbours; of more, some stand for neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,7 @@ class Neighbour:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryResult:
-    """A query and the nearest images, nearest first; one more than asked for where it is among them."""
+    """A query and the nearest images, nearest first: as many as asked for, and copies of it among them."""
 
     index: int
     """In the source of queries."""
@@ -129,9 +134,10 @@ class ImageFile(EncodedSource):
 def search(config: SearchConfig) -> SearchResult:
     """Find the images nearest to each query.
 
-    Raises `ValueError` where a file of features was made by another model or of other images, and where
-    there are more queries than a sheet can show.
+    Raises `ValueError` where a file of features was made by another model or of other images, where `out`
+    holds another search's sheet, and where there are more queries than a sheet can show.
     """
+    make_directory(Path(config.out).parent)
     model = open_encoder(config.model, num_heads=config.num_heads)
     data = evaluation_data(
         config.model,
@@ -158,6 +164,10 @@ def search_model(
     path = None if config.features is None else Path(config.features)
     origin = None if path is None else open_origin(path)
     settings = config.feature_settings if origin is None else _settings_of(origin, config, identity)
+    dtype = "fp32" if origin is None else origin.identity["settings"]["dtype"]
+    identity["compared"] = {**to_dict(settings), "dtype": dtype}
+    if not config.overwrite:
+        _refuse_other_sheet(Path(config.out), identity)
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     (wanted,) = feature_configs(settings, model.config.depth)
     batch_size = config.batch_size(device.type)
@@ -174,7 +184,7 @@ def search_model(
         parts = _parts_encoded(encode(source), found_bad)
     else:
         parts = _parts_of_file(path, origin)
-    found, searched = nearest(asked.features[0].to(device), parts, config.top + 1)
+    found, searched = nearest(asked.features[0].to(device), parts, config.top + MOST_COPIES)
     check_bad(found_bad, source, data)
     rows = zip(asked.samples.tolist(), found.similarity.tolist(), found.indices.tolist(), strict=True)
     return SearchResult(
@@ -255,23 +265,46 @@ def _settings_of(origin: Origin, config: SearchConfig, identity: Mapping[str, An
     return FeatureSettings(**{f.name: there["settings"][f.name] for f in fields(FeatureSettings)})
 
 
+def _refuse_other_sheet(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where anything but this very search lies where sheet and lists are to go."""
+    lists = out.with_suffix(".json")
+    there = [path for path in (out, lists, out.with_suffix(".csv")) if path.exists()]
+    if not there:
+        return
+    remedy = "give another --out, or --overwrite"
+    try:
+        old = json.loads(lists.read_text(encoding="utf-8"))["identity"]
+        different = differences(old, identity)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{there[0]} is there already, of another search; {remedy}") from error
+    if different:
+        told = "; ".join(different[:3])
+        raise ValueError(f"{there[0]} is there already, of another search ({told}); {remedy}")
+
+
 # -------------------------------------------------------------------------------------------------- results
 
 
 def _query_result(
     query: int, found: list[tuple[float, int]], queries: Source, source: Source, top: int
 ) -> QueryResult:
-    neighbours = [
-        Neighbour(
-            index=index,
-            name=source.name(index),
-            similarity=similarity,
-            class_name=_class_name(source, index),
-            is_query=_is_same(queries, query, source, index, similarity),
+    """The first `top` of what was found, and the copies of the query before the last of them."""
+    kept: list[Neighbour] = []
+    others = 0
+    for similarity, index in found:
+        is_query = _is_same(queries, query, source, index, similarity)
+        others += not is_query
+        kept.append(
+            Neighbour(
+                index=index,
+                name=source.name(index),
+                similarity=similarity,
+                class_name=_class_name(source, index),
+                is_query=is_query,
+            )
         )
-        for similarity, index in found
-    ]
-    kept = neighbours if any(one.is_query for one in neighbours) else neighbours[:top]
+        if others == top:
+            break
     return QueryResult(index=query, name=queries.name(query), neighbours=tuple(kept))
 
 

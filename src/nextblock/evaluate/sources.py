@@ -7,33 +7,67 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 
 from nextblock.config import DataConfig
-from nextblock.data import Source, open_source
+from nextblock.data import BadImageError, Source, open_source
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.subsets import SubsetSource
 from nextblock.evaluate.features import check_same_classes
 
-__all__ = ["check_classes", "hold_out", "hold_out_test", "open_labelled", "part_of"]
+__all__ = ["are_same_images", "check_classes", "hold_out", "hold_out_test", "open_labelled", "part_of"]
 
 log = logging.getLogger(__name__)
 
 
 K = TypeVar("K", bound=str)
 
+LOOKED_AT = 8
+"""Images that are compared where two sources have the same names."""
+
 
 def open_labelled(
-    train: str, others: Mapping[K, str | None], data: DataConfig
+    train: str, others: Mapping[K, str | None], data: DataConfig, *, advice: str = ""
 ) -> tuple[Source, dict[K, Source]]:
     """Open what is learned from, and by what they serve for the others that are given.
 
-    Raises `ValueError` as `check_classes` does.
+    Warns of those that are the images of train, and gives the advice. Raises `ValueError` as `check_classes`
+    does.
     """
     source = open_source(train, data)
     opened = {purpose: open_source(spec, data) for purpose, spec in others.items() if spec is not None}
     check_classes(source, opened.values())
+    for purpose, other in opened.items():
+        if are_same_images(source, other):
+            log.warning(
+                "%s %s is the same images as train: accuracy on them says nothing of new images%s",
+                purpose,
+                other.spec,
+                advice and f"; {advice}",
+            )
     return source, opened
+
+
+def are_same_images(one: Source, other: Source) -> bool:
+    """Whether two sources have the same images in the same order: by their names and a look at a few.
+
+    Names alone would not do: 0001.jpg of one folder is another image than that of the next.
+    """
+    if one.fingerprint != other.fingerprint:
+        return False
+    if one.spec == other.spec:
+        return True
+    numbers = np.unique(np.linspace(0, len(one) - 1, LOOKED_AT, dtype=np.int64)).tolist()
+    return all(_is_same_image(one, other, number) for number in numbers)
+
+
+def _is_same_image(one: Source, other: Source, number: int) -> bool:
+    try:
+        images = one.read(number), other.read(number)
+    except BadImageError:
+        return True  # nothing to tell them apart by
+    return torch.equal(*images)
 
 
 def check_classes(train: Source, others: Iterable[Source]) -> None:

@@ -37,6 +37,11 @@ class TimmConfig:
     has_class_token: bool
     arguments: Mapping[str, int] = field(default_factory=dict)
     """Arguments of the architecture besides its own: img_size, in_chans."""
+    mean: tuple[float, ...] | None = None
+    """Of the images it was trained on, a number a channel; None where timm does not tell."""
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    """Side of the centre crop, as a share of the resized picture's shorter side."""
 
 
 class TimmEncoder(nn.Module):
@@ -55,7 +60,9 @@ class TimmEncoder(nn.Module):
         """Build the same architecture with weights drawn from torch's global generator."""
         arguments: dict[str, Any] = dict(config.arguments)
         built = timm.create_model(config.architecture, pretrained=False, num_classes=0, **arguments)
-        return cls(built, config.architecture, config.arguments)
+        model = cls(built, config.architecture, config.arguments)
+        model.config = config  # whose images may be cut otherwise than the architecture's usual ones
+        return model
 
     @property
     def final_norm(self) -> nn.Module:
@@ -121,7 +128,17 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         prefix_tokens=outputs[0][1].shape[1],
         has_class_token=getattr(encoder, "cls_token", None) is not None,
         arguments=told,
+        **_cut_of(encoder, in_chans),
     )
+
+
+def _cut_of(encoder: nn.Module, in_chans: int) -> dict[str, Any]:
+    """How timm says that the images of a network are normalised and cut."""
+    settings: Any = encoder.pretrained_cfg
+    cut = {name: settings.get(name) for name in ("mean", "std", "crop_pct")}
+    if None in cut.values() or len(cut["mean"]) != in_chans:
+        return {}
+    return {"mean": tuple(cut["mean"]), "std": tuple(cut["std"]), "crop_pct": float(cut["crop_pct"])}
 
 
 def _image_of(

@@ -15,8 +15,10 @@ __all__ = ["draw_suite", "save_suite"]
 
 _BESIDE = {
     "MAE, ViT-H/14": ("s", MUTED),
-    "AIM-0.6B, ViT-H/14": ("^", "#0969da"),
+    'AIM-0.6B, "ViT-H/14"': ("^", "#0969da"),
     "DINOv2, ViT-g/14 at 516 px": ("D", "#8250df"),
+    "XTRA, 100 epochs, ViT-H/14": ("o", "#1a7f37"),
+    "XTRA, 800 epochs, ViT-B/16": ("v", "#1a7f37"),
 }
 """Published models drawn beside, as hollow markers of a shape and a colour."""
 

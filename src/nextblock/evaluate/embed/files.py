@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from nextblock.checkpoint import write_aside
 from nextblock.data import Source
+from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.results import write_text
 
 __all__ = [
@@ -195,7 +196,7 @@ def check_writable(out: Path) -> None:
     """Raise `ValueError` before any work where the file cannot be written."""
     if out.suffix == ".parquet":
         parquet_package("pyarrow")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
 
 
 def write(

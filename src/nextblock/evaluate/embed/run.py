@@ -45,11 +45,10 @@ from nextblock.evaluate.features import (
     iterate_features,
 )
 from nextblock.evaluate.layers import layer_choices
-from nextblock.evaluate.results import identity_of, write_text
+from nextblock.evaluate.results import differences, identity_of, write_text
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
-from nextblock.settings import flatten
 from nextblock.train.device import choose_device
 from nextblock.train.memory import keep_freed_memory
 
@@ -152,21 +151,17 @@ def _is_finished(out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> 
     remedy = "give another --out, or --overwrite"
     if origin is None:
         raise ValueError(f"{out} is there and was not written by `nextblock embed`; {remedy}")
-    if different := _differences(origin.identity, identity):
+    if different := differences(origin.identity, identity):
         raise ValueError(f"{out} holds other features ({'; '.join(different[:3])}); {remedy}")
     return True
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    old, new = flatten(there), flatten(json.loads(json.dumps(here)))
-    return [f"{name}: {old.get(name)} there, {v} here" for name, v in new.items() if old.get(name) != v]
-
-
 def _finish(out: Path, working: _Working, source: Source, identity: Mapping[str, Any]) -> None:
     """Make the file of what the working folder holds; killed here, the same command does it again."""
-    working.commit()
     if not working.rows:
+        _remove(working.folder)
         raise ValueError(f"none of the {len(source)} images of {source.spec} could be read")
+    working.commit()
     rows = Rows(source=source, indices=working.indices)
     features = working.features
     origin = Origin(
@@ -203,7 +198,6 @@ class _Working:
         self.bad: list[BadSample] = []
         self._identity, self._total, self._dtype = identity, len(source), dtype
         self._resume(overwrite=overwrite)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._committed_s = self._told_s = self._started_s = time.monotonic()
         self._began_at = self.images
 
@@ -245,6 +239,7 @@ class _Working:
 
     def commit(self) -> None:
         """Make what is done outlast a kill."""
+        self.folder.mkdir(exist_ok=True)
         if self.path.is_file():
             with self.path.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -254,6 +249,7 @@ class _Working:
     def _write(self, features: np.ndarray) -> None:
         if not self.path.is_file():
             self._check_space(features[0].nbytes)
+            self.folder.mkdir(exist_ok=True)
             start_npy(self.path, (self._total, *features.shape[1:]), self._dtype)
         with self.path.open("ab") as file:
             file.write(features.tobytes())
@@ -261,7 +257,7 @@ class _Working:
     def _check_space(self, bytes_each: int) -> None:
         """Say how much there will be, and refuse what does not fit."""
         copies = 1 if self.folder.name.endswith(".npy.partial") else 2  # npy is renamed, others are written
-        needed, free = copies * bytes_each * self._total, shutil.disk_usage(self.folder).free
+        needed, free = copies * bytes_each * self._total, shutil.disk_usage(self.folder.parent).free
         log.info("%d images of %.1f kB each: %.2f GB", self._total, bytes_each / 1e3, needed / copies / 1e9)
         if needed > free:
             raise EmbeddingsError(
@@ -276,7 +272,7 @@ class _Working:
             _remove(self.folder)
             return
         found = json.loads(progress.read_text(encoding="utf-8"))
-        if different := _differences(found["identity"], self._identity):
+        if different := differences(found["identity"], self._identity):
             if overwrite:
                 _remove(self.folder)
                 return

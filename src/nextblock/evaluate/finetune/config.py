@@ -15,6 +15,7 @@ HeadKind = Literal["linear", "attentive"]
 
 LAYERS: dict[HeadKind, int] = {"linear": 1, "attentive": 6}
 """Last layers that a head sees where none are told."""
+ATTENTIVE_HEADS, CROP_SCALE = 16, (0.08, 1.0)
 WHOLE_LAYER_DECAY, WHOLE_DROP_PATH = 0.65, 0.1
 """Of the whole network: MAE's published recipe for ViT-B/16 (its FINETUNE.md)."""
 
@@ -78,8 +79,8 @@ class FinetuneConfig:
     """Mean of the outputs of this many last layers; null: 1 for the linear head, 6 for the attentive one."""
     head_norm: Literal["layer", "batch"] = "layer"
     """What the head's input is normalised by: the encoder's final norm, or a batch norm as probes have it."""
-    attentive_heads: int = 16
-    """Attentive head: attention heads; must divide the encoder's width."""
+    attentive_heads: int | None = None
+    """Attentive head: attention heads; must divide the encoder's width. null: 16."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
     """Of encoders with a class token: patches alone, class token, class token and mean patch joined, all."""
     attention: Attention = "native"
@@ -110,10 +111,10 @@ class FinetuneConfig:
     """Drop-path rate of the last layer, growing linearly from 0 at the first; null: 0.1, and 0 with LoRA."""
     augment: Literal["none", "crop", "timm"] = "crop"
     """none: the centre crop; crop: a random crop and flip; timm: RandAugment and random erasing besides."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """augment crop: share of the image's area that a crop covers, drawn uniformly."""
+    crop_scale: tuple[float, float] | None = None
+    """augment crop: share of the image's area that a crop covers, drawn uniformly; null: 0.08 to 1."""
     flip: float | None = None
-    """augment crop: probability of a horizontal flip; null: what the model's run had, else a half."""
+    """augment crop, timm: probability of a horizontal flip; null: what the model's run had, else a half."""
     mixup: float = 0.0
     """Mix pairs of images and their labels by a share from Beta(mixup, mixup); 0: not."""
     cutmix: float = 0.0
@@ -148,14 +149,19 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("epochs", "attentive_heads", "val_every", "encode_batch_size", "batch_size"):
+        for name in ("epochs", "val_every", "encode_batch_size", "batch_size"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; use at least 1")
-        for name in ("layers", "micro_batch_size"):
+        for name in ("layers", "attentive_heads", "micro_batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}; use at least 1, or null")
         require(self.seed >= 0, f"seed is {self.seed}; it cannot be below 0")
         self._check_optimizer()
         self._check_images()
+        require(
+            self.attentive_heads is None or self.head == "attentive",
+            f"attentive_heads is {self.attentive_heads}, and the head is {self.head}; set head attentive, or "
+            "leave attentive_heads out",
+        )
         require(
             self.head_norm == "layer" or not self.accumulates,
             f"head_norm batch would take its statistics from micro-batches of {self.micro_batch_size}, not "
@@ -194,7 +200,15 @@ class FinetuneConfig:
             require(value is None or 0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")
 
     def _check_images(self) -> None:
-        require_range("crop_scale", self.crop_scale, 0, 1)
+        require_range("crop_scale", self.actual_crop_scale, 0, 1)
+        require(
+            self.crop_scale is None or self.augment == "crop",
+            f"crop_scale is of augment crop, and augment is {self.augment}; leave one of them out",
+        )
+        require(
+            self.flip is None or self.augment != "none",
+            "flip is of augment crop and timm, and augment is none; leave one of them out",
+        )
         require(self.flip is None or 0 <= self.flip <= 1, f"flip is {self.flip}; it must lie in [0, 1]")
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
@@ -232,6 +246,16 @@ class FinetuneConfig:
         if self.drop_path is not None:
             return self.drop_path
         return 0.0 if self.uses_lora else WHOLE_DROP_PATH
+
+    @property
+    def actual_attentive_heads(self) -> int:
+        """The attention heads of an attentive head."""
+        return ATTENTIVE_HEADS if self.attentive_heads is None else self.attentive_heads
+
+    @property
+    def actual_crop_scale(self) -> tuple[float, float]:
+        """The share of the area that crops cover."""
+        return CROP_SCALE if self.crop_scale is None else self.crop_scale
 
     @property
     def actual_layers(self) -> int:

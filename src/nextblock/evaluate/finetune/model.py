@@ -69,7 +69,7 @@ def images_for(
         data = data_at(data, before, after)
     return replace(
         data,
-        crop_scale=config.crop_scale,
+        crop_scale=config.actual_crop_scale,
         crop_ratio=CROP_RATIO,
         flip=data.flip if config.flip is None else config.flip,
         workers=data.workers if config.workers is None else config.workers,
@@ -143,10 +143,11 @@ def _sized(model: NextBlockModel, config: FinetuneConfig) -> NextBlockModel:
 
 def _head_config(model: EncoderModel, config: FinetuneConfig, num_classes: int) -> HeadConfig:
     depth, width = model.config.depth, model.config.embed_dim
-    if config.head == "attentive" and width % config.attentive_heads:
-        fitting = max(n for n in range(1, config.attentive_heads) if width % n == 0)
+    heads = config.actual_attentive_heads
+    if config.head == "attentive" and width % heads:
+        fitting = max(n for n in range(1, heads) if width % n == 0)
         raise ValueError(
-            f"an attentive head {width} channels wide cannot have {config.attentive_heads} attention heads; "
+            f"an attentive head {width} channels wide cannot have {heads} attention heads; "
             f"set attentive_heads (--attentive_heads) to a divisor, such as {fitting}"
         )
     if isinstance(model, TimmEncoder) and config.tokens in ("class", "joined"):
@@ -159,7 +160,7 @@ def _head_config(model: EncoderModel, config: FinetuneConfig, num_classes: int) 
         layers=last_layers(min(config.actual_layers, depth), depth),
         norm_layers=config.head_norm == "layer",
         batch_norm=config.head_norm == "batch",
-        num_heads=config.attentive_heads,
+        num_heads=heads,
         tokens=config.tokens,
     )
 

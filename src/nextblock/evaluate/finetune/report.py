@@ -75,8 +75,13 @@ def _measures(values: Mapping[str, Any]) -> Measures:
     )
 
 
-def finetune_markdown(result: FinetuneResult, identity: Mapping[str, Any], classifier: Path) -> str:
-    """A page with the measures of every row, and the classes that are told worst."""
+def finetune_markdown(
+    result: FinetuneResult, identity: Mapping[str, Any], classifier: Path, *, batch_size: int
+) -> str:
+    """A page with the measures of every row, and the classes that are told worst.
+
+    `batch_size` is the one in use: a source of fewer images than the settings' batch is one batch.
+    """
     sources, settings = identity["sources"], identity["settings"]
     rank = settings["lora"]["rank"]
     what = f"adapters of rank {rank} and the head" if rank else "the whole network"
@@ -85,7 +90,7 @@ def finetune_markdown(result: FinetuneResult, identity: Mapping[str, Any], class
         "",
         f"Trained: {what}, {result.trained_parameters:,} of {result.parameters:,} parameters, on "
         f"{result.train_images} images of {sources['train']['spec']}, {len(result.class_names)} classes, "
-        f"{settings['epochs']} epochs ({result.total_steps} steps of {settings['batch_size']} images), "
+        f"{settings['epochs']} epochs ({result.total_steps} steps of {batch_size} images), "
         f"{settings['head']} head, seed {settings['seed']}; {sum(result.bad_images.values())} unreadable "
         f"images left out. Encoder weights before: {identity['weights']}. The last epoch is what is "
         f"measured; no epoch was chosen. The classifier: {classifier}.",

@@ -22,9 +22,18 @@ import torch
 
 from nextblock.checkpoint import STATE_FILE, load_state, save_classifier, write_aside
 from nextblock.config import DataConfig, TrainConfig, pair
-from nextblock.data import QuarantineLog, Source, Step, TrainLoader, resolve_workers
+from nextblock.data import (
+    BadSample,
+    QuarantineLog,
+    Source,
+    Step,
+    TooManyBadImages,
+    TrainLoader,
+    resolve_workers,
+)
 from nextblock.data.loader import Crop, EvalCrop
 from nextblock.data.rand_augment import TimmCrop
+from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import check_bad, evaluation_data
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.model import AnyClassifier, build_classifier, images_for
@@ -121,7 +130,7 @@ def _begin(out: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     write_text(out / SETTINGS, json.dumps(identity, indent=2) + "\n")
 
 
@@ -137,7 +146,8 @@ def _conclude(loop: _Loop, identity: dict[str, Any]) -> FinetuneResult:
             bad[split] = len(found.bad)
     result = loop.result(tuple(rows), bad, None)
     save_classifier(out / CLASSIFIER, list(kept.values())[-1], data=loop.data)
-    write_text(out / "finetune.md", finetune_markdown(result, identity, out / CLASSIFIER))
+    page = finetune_markdown(result, identity, out / CLASSIFIER, batch_size=loop.loader.batch_size)
+    write_text(out / "finetune.md", page)
     write_text(out / RESULT, json.dumps({**identity, **to_dict(result)}, indent=2) + "\n")
     shutil.rmtree(out / STATE, ignore_errors=True)
     return result
@@ -249,7 +259,7 @@ class _Loop:
     def _learn(self, step: Step) -> StepOutcome:
         (batch,) = step.micro_batches  # the tuner cuts it, once images are mixed over the whole batch
         for bad in batch.bad:
-            self.quarantine.add(bad)
+            self._note_bad(bad)
         outcome = self.tuner.learn(batch.images, self.labels[batch.samples])
         scaler = self.tuner.scaler
         if outcome.is_finite(scaled=scaler.is_enabled() and scaler.get_scale() >= 1):
@@ -264,6 +274,13 @@ class _Loop:
                 "precision bf16 or fp32"
             )
         return outcome
+
+    def _note_bad(self, bad: BadSample) -> None:
+        try:
+            self.quarantine.add(bad)
+        except TooManyBadImages as error:  # the same, by the settings of this command
+            told = str(error).replace("raise data.max_bad_fraction", "allow more by --max_bad_fraction")
+            raise TooManyBadImages(told.replace("data.max_bad_fraction", "max_bad_fraction")) from error
 
     def _end_epoch(self, metrics: MetricsLog, lr: float) -> None:
         tuner = self.tuner

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 
 from nextblock.config import DataConfig, OptimConfig
@@ -195,7 +196,7 @@ def _feed(subject: Subject, arena: Arena) -> Feed:
         seed=config.seed,
         device=arena.device,
         augment=config.augment,
-        stored=partial(_stored, subject, subject.columns, train, arena, batch_size=config.batch_size),
+        stored=partial(_stored, subject, subject.columns, train, arena),
     )
 
 
@@ -224,37 +225,43 @@ def _stored(
     columns: Sequence[FeatureConfig | None],
     source: Source,
     arena: Arena,
-    *,
-    batch_size: int,
 ) -> StoredFeatures | None:
     """Features of all images of a source, from the cache, or computed and kept there; None: no room."""
     common = {
         "origin": subject.origin(),
         "precision": arena.config.precision,
-        "source": source.fingerprint,
+        # The fingerprint tells lists of names apart; of two folders these may be the same.
+        "source": [source.spec, source.fingerprint],
         "images": len(source),
         "image_size": list(arena.image_size),
         "cut": {name: to_dict(arena.data)[name] for name in _IMAGE_SETTINGS},
     }
     keys = [{**common, "features": "pixels" if column is None else to_dict(column)} for column in columns]
 
-    def make(missing: tuple[int, ...]) -> Iterator[FeatureBatch]:
+    def make(missing: tuple[int, ...], start: int) -> Iterator[FeatureBatch]:
         extract = subject.extract([columns[number] for number in missing])
-        return _encoded(extract, source, arena, batch_size=min(batch_size, len(source)))
+        return _encoded(extract, source, arena, start)
 
     return arena.cache.get(keys, len(source), make)
 
 
-def _encoded(extract: Extract, source: Source, arena: Arena, *, batch_size: int) -> Iterator[FeatureBatch]:
-    """All images through the encoder; stops on request, and where too many cannot be read."""
-    bad = []
+def _encoded(extract: Extract, source: Source, arena: Arena, start: int = 0) -> Iterator[FeatureBatch]:
+    """All images from one on through the encoder; stops on request, and where too many cannot be read."""
+    bad, done = [], start
     for batch in iterate_features(
-        extract, source, arena.data, arena.image_size, batch_size=batch_size, device=arena.device
+        extract,
+        source,
+        arena.data,
+        arena.image_size,
+        batch_size=min(arena.config.encode_batch_size, len(source)),
+        indices=np.arange(start, len(source)),
+        device=arena.device,
     ):
-        arena.progress.check_stop(f"while {source.spec} was encoded")
         bad += batch.bad
         check_bad(bad, source, arena.data)
         yield batch
+        done += len(batch.samples) + len(batch.bad)
+        arena.progress.check_stop(f"when {done} of {len(source)} images of {source.spec} were encoded")
 
 
 # ------------------------------------------------------------------------------------ choosing and measuring
@@ -270,9 +277,9 @@ def _measure(
     size = arena.config.encode_batch_size
     stored = None
     if arena.config.cache is not None:
-        stored = _stored(subject, columns, source, arena, batch_size=size)
+        stored = _stored(subject, columns, source, arena)
     if stored is None:
-        batches = _encoded(subject.extract(columns), source, arena, batch_size=size)
+        batches = _encoded(subject.extract(columns), source, arena)
     else:
         check_bad(stored.bad, source, arena.data)
         batches = stored.batches(size, arena.device)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
-from nextblock.evaluate.probe.recipes import HeadName, RecipeName
+from nextblock.evaluate.probe.recipes import HeadName, RecipeName, warmup_epochs
 from nextblock.settings import Duration, check_types, from_dict, from_keywords, require
 
 __all__ = [
@@ -83,7 +83,7 @@ class ProbeConfig:
     """Linear warm-up from a tenth of lr; null: a tenth of the epochs (recipe aim: a twentieth)."""
     official_warmup_trap: bool = False
     """Without warm-up, start the cosine at a tenth of lr, as XTRA's official scheduler does: there the rate
-    that counts is a tenth of the one that is named. Of no effect with a warm-up."""
+    that counts is a tenth of the one that is named. Give warmup_epochs 0 with it."""
     betas: tuple[float, float] | None = None
     """AdamW's two decay rates; null: 0.9 and 0.95 (recipe aim: 0.999)."""
     clip_grad: float | None = 3.0
@@ -150,6 +150,12 @@ class ProbeConfig:
         require(
             self.warmup_epochs is None or 0 <= self.warmup_epochs < self.epochs,
             f"warmup_epochs is {self.warmup_epochs} and epochs {self.epochs}; warm up for fewer than all",
+        )
+        warmup = warmup_epochs(self)
+        require(
+            warmup == 0 or not self.official_warmup_trap,
+            f"official_warmup_trap is of no effect with a warm-up, of {warmup:g} epochs here; give "
+            "warmup_epochs 0 with it, or leave it out",
         )
         require(
             self.clip_grad is None or self.clip_grad > 0,

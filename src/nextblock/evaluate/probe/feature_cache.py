@@ -1,7 +1,8 @@
 """Features on disk: each kind in a memory-mapped file of its own, whose name tells what it was made from.
 
 A directory of the cache holds `features.npy` (fp32, a row an image, in the source's order) and `about.json`
-(its key, and the images that could not be read). It appears whole or not at all: what is there can be used.
+(its key, how many rows are written, and which images could not be read). Until all rows are there its name
+begins with `.filling-`, and whoever asks for the same features goes on with it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -23,9 +27,10 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, write_aside
+from nextblock.checkpoint import CheckpointError
 from nextblock.data import BadSample
 from nextblock.evaluate.features import FeatureBatch
+from nextblock.evaluate.results import write_text
 
 __all__ = ["FeatureCache", "StoredFeatures"]
 
@@ -33,8 +38,12 @@ log = logging.getLogger(__name__)
 
 FEATURES_FILE, ABOUT_FILE = "features.npy", "about.json"
 
-MakeBatches = Callable[[tuple[int, ...]], Iterator[FeatureBatch]]
-"""From the numbers of some kinds of features to batches of them, of all images in the source's order."""
+SAVE_EVERY_S = 5.0
+"""What is written is flushed to the disk and counted so often: more is not lost to a kill."""
+
+MakeBatches = Callable[[tuple[int, ...], int], Iterator[FeatureBatch]]
+"""From the numbers of some kinds of features, and the image to begin with, to batches of them, of all images
+from that one on in the source's order."""
 
 
 class StoredFeatures(NamedTuple):
@@ -79,7 +88,7 @@ class FeatureCache:
         places = [self.directory / _name(key) for key in keys]
         missing = tuple(number for number, place in enumerate(places) if not place.is_dir())
         if missing and not self._fill(
-            [places[n] for n in missing], [keys[n] for n in missing], num_images, make(missing)
+            [places[n] for n in missing], [keys[n] for n in missing], num_images, partial(make, missing)
         ):
             return None
         return _open(places)
@@ -93,37 +102,72 @@ class FeatureCache:
         places: Sequence[Path],
         keys: Sequence[Mapping[str, Any]],
         num_images: int,
-        batches: Iterator[FeatureBatch],
+        make: Callable[[int], Iterator[FeatureBatch]],
     ) -> bool:
-        first, batches = _peeked(batches)
-        needed_gb = num_images * sum(one[0].numel() * 4 for one in first.features) / 1e9
-        self.directory.mkdir(parents=True, exist_ok=True)
-        free_gb = shutil.disk_usage(self.directory).free / 1e9
-        if self._size_gb() + needed_gb > self._max_gb or needed_gb > free_gb:
-            log.info(
-                "the features take %.3g GB, more than cache_gb %g leaves or the disk has: not kept",
-                needed_gb,
-                self._max_gb,
-            )
-            return False
         asides = [place.with_name(f".filling-{place.name}") for place in places]
-        try:
-            for aside in asides:
-                shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
-                aside.mkdir()
-            bad = _write(asides, [one.shape[1:] for one in first.features], num_images, batches)
-            for place, aside, key in zip(places, asides, keys, strict=True):
-                with write_aside(place) as target:
-                    about = json.dumps({"key": key, "bad": [list(one) for one in bad]})
-                    (aside / ABOUT_FILE).write_text(about + "\n", encoding="utf-8")
-                    aside.replace(target)
-        finally:
+        begun = _begun(asides)
+        batches = make(begun.rows) if begun.rows < num_images else iter(())
+        if not begun.rows:
+            first, batches = _peeked(batches)
+            begun = _Begun(0, tuple(tuple(one.shape[1:]) for one in first.features), [])
+        if not self._has_room(asides, num_images * sum(4 * math.prod(shape) for shape in begun.shapes) / 1e9):
             for aside in asides:
                 shutil.rmtree(aside, ignore_errors=True)
+            return False
+        for aside in asides:
+            aside.mkdir(exist_ok=True, parents=True)
+        if begun.rows:
+            log.info("%d of %d images are encoded already", begun.rows, num_images)
+        _write(asides, keys, begun, num_images, batches)
+        for place, aside in zip(places, asides, strict=True):
+            aside.replace(place)
         return True
 
-    def _size_gb(self) -> float:
-        return sum(path.stat().st_size for path in self.directory.glob(f"*/{FEATURES_FILE}")) / 1e9
+    def _has_room(self, asides: Sequence[Path], needed_gb: float) -> bool:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        there_gb = _size_gb(asides)  # which is part of what is needed
+        free_gb = shutil.disk_usage(self.directory).free / 1e9
+        others_gb = _size_gb(self.directory.iterdir()) - there_gb
+        if others_gb + needed_gb <= self._max_gb and needed_gb - there_gb <= free_gb:
+            return True
+        log.info(
+            "the features take %.3g GB, more than cache_gb %g leaves or the disk has: not kept",
+            needed_gb,
+            self._max_gb,
+        )
+        return False
+
+
+class _Begun(NamedTuple):
+    """How far features that are filled in together have come."""
+
+    rows: int
+    shapes: tuple[tuple[int, ...], ...]
+    """Of one image's features, by kind; none where no row is written."""
+    bad: list[BadSample]
+    """Unreadable images among these rows."""
+
+
+def _begun(asides: Sequence[Path]) -> _Begun:
+    """What is written of all of these kinds."""
+    abouts = [_read_about(aside) for aside in asides if (aside / ABOUT_FILE).is_file()]
+    if len(abouts) < len(asides):
+        return _Begun(0, (), [])
+    least = min(abouts, key=lambda about: about["rows"])
+    bad = [BadSample(*one) for one in least["bad"]]
+    return _Begun(least["rows"], tuple(tuple(about["shape"]) for about in abouts), bad)
+
+
+def _read_about(place: Path) -> dict[str, Any]:
+    try:
+        return json.loads((place / ABOUT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place} holds damaged features ({error}); remove it") from error
+
+
+def _size_gb(places: Iterable[Path]) -> float:
+    files = (place / FEATURES_FILE for place in places)
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
 
 
 def _name(key: Mapping[str, Any]) -> str:
@@ -145,38 +189,74 @@ def _peeked(batches: Iterator[FeatureBatch]) -> tuple[FeatureBatch, Iterator[Fea
 
 def _write(
     asides: Sequence[Path],
-    shapes: Sequence[torch.Size],
+    keys: Sequence[Mapping[str, Any]],
+    begun: _Begun,
     num_images: int,
     batches: Iterator[FeatureBatch],
-) -> list[BadSample]:
+) -> None:
     """Write rows as they come. Not through a memory map: a full disk would kill the process."""
-    bad: list[BadSample] = []
-    done = 0
+    done, _, bad = begun
     with ExitStack() as stack:
-        files = [stack.enter_context((aside / FEATURES_FILE).open("wb")) for aside in asides]
-        for file, shape in zip(files, shapes, strict=True):
-            _write_header(file, (num_images, *shape))
-        for batch in batches:
-            bad += batch.bad
-            count = len(batch.samples) + len(batch.bad)
-            features = batch.features or tuple(torch.empty(0, *shape) for shape in shapes)
-            for file, of_one in zip(files, features, strict=True):
-                rows = np.zeros((count, *of_one.shape[1:]), dtype="<f4")
-                rows[batch.samples.numpy() - done] = of_one.cpu().numpy()
-                _append(file, rows)
-            done += count
+        files = [
+            stack.enter_context(_opened(aside / FEATURES_FILE, (num_images, *shape), done))
+            for aside, shape in zip(asides, begun.shapes, strict=True)
+        ]
+
+        def save() -> None:
+            told = {"rows": done, "bad": [list(one) for one in bad]}
+            for aside, key, shape, file in zip(asides, keys, begun.shapes, files, strict=True):
+                _flush(file)
+                write_text(aside / ABOUT_FILE, json.dumps({"key": key, "shape": shape, **told}) + "\n")
+
+        saved_at_s = time.monotonic()
+        try:
+            for batch in batches:
+                count = len(batch.samples) + len(batch.bad)
+                features = batch.features or tuple(torch.empty(0, *shape) for shape in begun.shapes)
+                for file, of_one in zip(files, features, strict=True):
+                    rows = np.zeros((count, *of_one.shape[1:]), dtype="<f4")
+                    rows[batch.samples.numpy() - done] = of_one.cpu().numpy()
+                    _append(file, rows)
+                bad += batch.bad
+                done += count
+                if time.monotonic() - saved_at_s >= SAVE_EVERY_S:
+                    save()
+                    saved_at_s = time.monotonic()
+        finally:
+            save()
     assert done == num_images, f"{done} of {num_images} images came"
-    return bad
+
+
+def _opened(path: Path, shape: tuple[int, ...], done: int) -> IO[bytes]:
+    """Open a file to append to after so many rows; what lies beyond them was not counted."""
+    file = path.open("r+b" if done else "w+b")
+    _write_header(file, shape)
+    end = file.tell() + 4 * done * math.prod(shape[1:])
+    file.truncate(end)
+    file.seek(end)
+    return file
+
+
+def _flush(file: IO[bytes]) -> None:
+    try:
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(file, error) from error
 
 
 def _append(file: IO[bytes], rows: Float[np.ndarray, "b ..."]) -> None:
     try:
         file.write(rearrange(rows, "b ... -> (b ...)").data)
     except OSError as error:
-        raise CheckpointError(
-            f"could not write {file.name}: {error}; make room on the disk, give --cache another place, or "
-            "--cache_gb 0"
-        ) from error
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: IO[bytes], error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"could not write {file.name}: {error}; make room on the disk, give --cache another place, or "
+        "--cache_gb 0"
+    )
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
@@ -186,9 +266,9 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
 def _open(places: Sequence[Path]) -> StoredFeatures:
     arrays, bad = [], ()
     for place in places:
+        about = _read_about(place)
         try:
             array = np.load(place / FEATURES_FILE, mmap_mode="r")
-            about = json.loads((place / ABOUT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(f"{place} holds damaged features ({error}); remove it") from error
         assert math.prod(array.shape) > 0

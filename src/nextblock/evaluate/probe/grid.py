@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from nextblock.config import ModelConfig
+from nextblock.config import Attention, ModelConfig
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import HeadName, ProbeConfig
 from nextblock.evaluate.probe.recipes import Recipe, recipe_of
@@ -100,8 +100,16 @@ def _features(
     ]
     return [
         FeatureConfig(layers=chosen, tokens=one, pooled=head != "attentive", attention=attention)
-        for attention, one, chosen in product(config.attention, tokens, dict.fromkeys(layers))
+        for attention, one, chosen in product(_attentions(config, encoder), tokens, dict.fromkeys(layers))
     ]
+
+
+def _attentions(config: ProbeConfig, encoder: ModelConfig | TimmConfig) -> tuple[Attention, ...]:
+    """Of attention native and full, which in timm's encoders are the same, the one that comes first."""
+    if not isinstance(encoder, TimmConfig):
+        return config.attention
+    one_of = [name for name in config.attention if name in ("native", "full")][:1]
+    return tuple(name for name in config.attention if name in (*one_of, "causal"))
 
 
 def _layers(

@@ -41,10 +41,23 @@ from nextblock.evaluate.probe.config import (
 )
 from nextblock.evaluate.probe.grid import Candidate, encoder_candidates, has_choice, pixel_candidates
 from nextblock.evaluate.probe.recipes import recipe_of, warmup_epochs
-from nextblock.evaluate.probe.state import STATE_FILE, Progress
+from nextblock.evaluate.probe.state import STATE_FILE, Progress, is_begun
 from nextblock.evaluate.probe.tables import grid_csv, markdown
-from nextblock.evaluate.results import identity_of, refuse_other_result, weights_digest, write_text
-from nextblock.evaluate.sources import check_classes, hold_out, hold_out_test, open_labelled, part_of
+from nextblock.evaluate.results import (
+    differences,
+    identity_of,
+    refuse_other_result,
+    weights_digest,
+    write_text,
+)
+from nextblock.evaluate.sources import (
+    are_same_images,
+    check_classes,
+    hold_out,
+    hold_out_test,
+    open_labelled,
+    part_of,
+)
 from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier
@@ -94,11 +107,13 @@ def probe(config: ProbeConfig) -> ProbeResult:
     identity = identity_of(config, model, data, division.sources)
     out = Path(config.out)
     if not config.overwrite:
-        refuse_other_result(out, "probe.json", identity, OURS)
-        if (out / "probe.json").is_file():
+        # What one with --overwrite was about to replace stays until that is done.
+        if not is_begun(out, identity):
+            refuse_other_result(out, "probe.json", identity, OURS)
+        if there := _result_of(out, identity):
             log.info("%s holds this very result", out)
             (out / STATE_FILE).unlink(missing_ok=True)  # of one that was killed just after writing
-            return result_from_dict(json.loads((out / "probe.json").read_text(encoding="utf-8")))
+            return there
     with stop_on_signals() as stop:
         progress = Progress(
             out, identity, save_every=config.save_every, stop=stop, overwrite=config.overwrite
@@ -106,7 +121,16 @@ def probe(config: ProbeConfig) -> ProbeResult:
         found = _probe(model, config, candidates, division, data, progress, out / FEATURES_DIR)
     _write(out, found, data, identity)
     progress.remove()
+    shutil.rmtree(out / FEATURES_DIR, ignore_errors=True)  # of one that was stopped, and went on with --cache
     return found.result
+
+
+def _result_of(out: Path, identity: Mapping[str, Any]) -> ProbeResult | None:
+    """The result of this very probe, if `out` holds it."""
+    if not (out / "probe.json").is_file():
+        return None
+    values = json.loads((out / "probe.json").read_text(encoding="utf-8"))
+    return None if differences(values, identity) else result_from_dict(values)
 
 
 def probe_model(
@@ -138,6 +162,11 @@ def _divide(
         measured["held-out"] = part_of(train, held)
     choice: tuple[Split, Source] | None = None
     if has_choice(candidates) and "val" in given and "test" in given:
+        if are_same_images(given["val"], given["test"]):
+            raise ValueError(
+                f"val {given['val'].spec} and test {given['test'].spec} are the same images: the winner "
+                "would be measured on the images it is chosen on; leave --val out"
+            )
         choice = ("val", measured.pop("val"))
     elif has_choice(candidates):
         seed, share = keyed_seed(config.seed, "probe choice"), 0.1 if given else 1 / 9
@@ -250,6 +279,7 @@ def _result(
     resolved = {
         **to_dict(recipe_of(config)),
         "warmup_epochs": warmup_epochs(config),
+        "official_warmup_trap": config.official_warmup_trap,
         "attentive_heads": next((one.num_heads for one in attentive), None),
     }
     return ProbeResult(

@@ -15,10 +15,11 @@ import torch
 from nextblock.checkpoint import CheckpointError, write_aside
 from nextblock.data import BadSample
 from nextblock.evaluate.probe.train_heads import Feed, Lesson
-from nextblock.settings import Duration, flatten
+from nextblock.evaluate.results import differences
+from nextblock.settings import Duration
 from nextblock.train.signals import StopRequest
 
-__all__ = ["STATE_FILE", "ProbeStopped", "Progress"]
+__all__ = ["STATE_FILE", "ProbeStopped", "Progress", "is_begun"]
 
 STATE_FILE = "state.pt"
 
@@ -34,8 +35,8 @@ class ProbeStopped(RuntimeError):  # noqa: N818 - nothing went wrong
 class Progress:
     """How far a probe has come: encoders that are finished, and the lesson in hand.
 
-    Without a directory nothing is kept. Raises `ValueError` where `out` holds the state of another probe,
-    unless that may be overwritten.
+    Without a directory nothing is kept. Raises `ValueError` where `out` holds the state of another probe; to
+    overwrite begins anew, whatever is there.
     """
 
     def __init__(
@@ -56,8 +57,12 @@ class Progress:
             "finished": [],
             "lesson": None,
         }
-        if self._path is not None and self._path.is_file():
-            self._take_up(self._path, overwrite=overwrite)
+        self._again = "the same command again"
+        if overwrite:
+            self._again += ", without --overwrite,"
+            self._save()
+        elif self._path is not None and self._path.is_file():
+            self._take_up(self._path)
 
     @property
     def finished(self) -> list[dict[str, Any]]:
@@ -95,7 +100,7 @@ class Progress:
     def check_stop(self, where: str) -> None:
         """Raise `ProbeStopped` where a signal asked for it."""
         if self._stop.signal is not None:
-            kept = "" if self._path is None else "; run the same command again to go on from what is saved"
+            kept = "" if self._path is None else f"; run {self._again} to go on from what is saved"
             raise ProbeStopped(f"stopped by {self._stop.signal.name} {where}{kept}", self._stop.signal)
 
     def remove(self) -> None:
@@ -118,21 +123,27 @@ class Progress:
             with write_aside(self._path) as aside:
                 torch.save(self._state, aside)
 
-    def _take_up(self, path: Path, *, overwrite: bool) -> None:
-        try:
-            there = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}); remove it to begin anew"
-            ) from error
-        if there["identity"] == self._state["identity"]:
-            self._state = there
-        elif not overwrite:
-            old, new = (flatten(json.loads(one["identity"])) for one in (there, self._state))
-            different = [
-                f"{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
-            ]
+    def _take_up(self, path: Path) -> None:
+        there = _read(path)
+        different = differences(json.loads(there["identity"]), json.loads(self._state["identity"]))
+        if different:
             raise ValueError(
                 f"{path.parent} holds another probe, unfinished ({'; '.join(different[:3])}); give another "
                 "--out, or --overwrite"
             )
+        self._state = there
+
+
+def is_begun(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether `out` holds the state of this very probe."""
+    path = out / STATE_FILE
+    return path.is_file() and not differences(json.loads(_read(path)["identity"]), identity)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}); remove it to begin anew"
+        ) from error

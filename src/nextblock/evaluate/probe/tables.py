@@ -9,7 +9,28 @@ from typing import Any
 
 from nextblock.evaluate.probe.config import ProbeCandidate, ProbeResult
 
-__all__ = ["choice_sentence", "grid_csv", "layer_words", "markdown"]
+__all__ = [
+    "CANDIDATE_COLUMNS",
+    "candidate_cells",
+    "choice_sentence",
+    "grid_csv",
+    "layer_words",
+    "markdown",
+    "rate_sentence",
+]
+
+CANDIDATE_COLUMNS = (
+    "encoder",
+    "head",
+    "layers",
+    "attention",
+    "tokens",
+    "weight decay",
+    "lr",
+    "top-1 %",
+    "top-5 %",
+    "loss",
+)
 
 
 def markdown(result: ProbeResult, identity: Mapping[str, Any]) -> str:
@@ -21,7 +42,8 @@ def markdown(result: ProbeResult, identity: Mapping[str, Any]) -> str:
         "",
         f"Heads trained on {result.train_images} images of {sources['train']['spec']}, "
         f"{result.num_classes} classes, {settings['epochs']} epochs, seed {settings['seed']}; "
-        f"{bad} unreadable images left out. Encoder weights {identity['weights']}. {choice_sentence(result)}",
+        f"{bad} unreadable images left out. Encoder weights {identity['weights']}. "
+        f"{choice_sentence(result)} {rate_sentence(result)}".rstrip(),
         "",
         "| encoder | head | split | images | top-1 % | top-5 % | balanced % | ECE % | layers | attention "
         "| tokens | lr | weight decay |",
@@ -39,8 +61,8 @@ def markdown(result: ProbeResult, identity: Mapping[str, Any]) -> str:
             "",
             f"## All candidates, on {result.chosen_on}",
             "",
-            "| encoder | head | layers | attention | tokens | weight decay | lr | top-1 % | top-5 % | loss |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| {' | '.join(CANDIDATE_COLUMNS)} |",
+            "|---" * len(CANDIDATE_COLUMNS) + "|",
             *(_grid_line(one) for one in result.grid),
         ]
     return "\n".join(lines) + "\n"
@@ -50,13 +72,21 @@ def choice_sentence(result: ProbeResult) -> str:
     """Say among how many heads the winners were chosen, and on what."""
     if result.chosen_on is None:
         return "Nothing was chosen: one head of each kind."
-    winners = sum(one.winner for one in result.grid)
+    count = sum(one.winner for one in result.grid)
+    winners, they_are = ("1 winner", "it is") if count == 1 else (f"{count} winners", "they are")
     diverged = sum(one.diverged for one in result.grid)
     return (
-        f"{winners} winners chosen among {len(result.grid)} heads on {result.split_images[result.chosen_on]} "
-        f"images ({result.chosen_on}) that they are not measured on"
+        f"{winners} chosen among {len(result.grid)} heads on {result.split_images[result.chosen_on]} images "
+        f"({result.chosen_on}) that {they_are} not measured on"
         + (f"; {diverged} diverged." if diverged else ".")
     )
+
+
+def rate_sentence(result: ProbeResult) -> str:
+    """Say where learning rates do not count as they are named; else empty."""
+    if not result.resolved.get("official_warmup_trap"):
+        return ""
+    return "Learning rates count a tenth of their names (official_warmup_trap): the cosine starts at lr / 10."
 
 
 def layer_words(layers: tuple[int, ...]) -> str:
@@ -79,11 +109,12 @@ def grid_csv(result: ProbeResult) -> str:
     return text.getvalue()
 
 
-def _grid_line(one: ProbeCandidate) -> str:
+def candidate_cells(one: ProbeCandidate) -> list[str]:
+    """What a table tells of a candidate, in the order of `CANDIDATE_COLUMNS`."""
     found = ["diverged", "", ""]
     if one.top1 is not None and one.top5 is not None and one.loss is not None:
         found = [f"{100 * one.top1:.2f}", f"{100 * one.top5:.2f}", f"{one.loss:.4f}"]
-    cells = [
+    return [
         one.encoder,
         one.head,
         layer_words(one.layers),
@@ -93,4 +124,8 @@ def _grid_line(one: ProbeCandidate) -> str:
         f"{one.lr:g}",
         *found,
     ]
+
+
+def _grid_line(one: ProbeCandidate) -> str:
+    cells = candidate_cells(one)
     return "| " + " | ".join(f"**{cell}**" if one.winner and cell else cell for cell in cells) + " |"

@@ -110,6 +110,10 @@ class Benchmark:
     terms: str = "see its page"
     """Of use; in a few words."""
     head: HeadName = "attentive"
+    source_images: tuple[int, int] | None = None
+    """The same as `images` in the source, where it is known to be divided in another way."""
+    note: str = ""
+    """What else to know before using it."""
 
     @property
     def source(self) -> str:
@@ -143,7 +147,15 @@ _HUB = (
 )
 _WILDS = (
     "pip install wilds, then python -c \"from wilds import get_dataset; get_dataset('{name}', download=True, "
-    "root_dir='{{root}}')\" (more: https://wilds.stanford.edu)"
+    "root_dir='{{root}}')\" (more: https://wilds.stanford.edu); its download host was reported unreachable "
+    "(github.com/p-lambda/wilds, issues 174 and 175): a copy from elsewhere serves where WILDS' own "
+    "metadata.csv, columns {columns}, lies at {{at}}/metadata.csv and the images at {{at}}/{images}"
+)
+_IWILDCAM = _WILDS.format(name="iwildcam", columns="split, filename, y", images="train/FILENAME")
+_RXRX1 = _WILDS.format(
+    name="rxrx1",
+    columns="dataset, experiment, plate, well, site, sirna_id",
+    images="images/EXPERIMENT/PlateN/WELL_sSITE.png",
 )
 _IMAGENET = (
     "register at https://image-net.org, put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
@@ -278,7 +290,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         images=(129_809, None),
         recipe=Recipe(lrs=_NINE, batch_size=512, warmup_epochs=0),
         terms="CDLA permissive 1.0",
-        fetch=_WILDS.format(name="iwildcam"),
+        fetch=_IWILDCAM,
     ),
     Benchmark(
         name="camelyon17",
@@ -312,7 +324,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         images=(40_612, 9_854),
         recipe=Recipe(lrs=_NINE, batch_size=512, warmup_epochs=0),
         terms="CC BY-NC-SA 4.0",
-        fetch=_WILDS.format(name="rxrx1"),
+        fetch=_RXRX1,
     ),
     Benchmark(
         name="eurosat",
@@ -324,6 +336,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         images=(16_200, 5_400),
         recipe=Recipe(lrs=_NINE, batch_size=512, warmup_epochs=0),
         fetch=_hub("tanganke/eurosat"),
+        source_images=(21_600, 2_700),
+        note="the hub's copy is reported to hold 21,600 images to train and 2,700 to test on, not the 16,200 "
+        "and 5,400 of AIMv2's Table B1",
     ),
     Benchmark(
         name="fmow",

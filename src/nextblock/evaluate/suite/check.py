@@ -15,7 +15,7 @@ from nextblock.evaluate.features import check_same_classes
 from nextblock.evaluate.suite.benchmarks import Benchmark, Torchvision
 from nextblock.evaluate.suite.layouts import Files, MissingDataError, Sources, find
 
-__all__ = ["Check", "check", "class_problem", "count_problems", "labels_are_slow"]
+__all__ = ["Check", "check", "class_problem", "count_problems", "known_differences", "labels_are_slow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,20 @@ class Check:
     """What was found of one benchmark."""
 
     name: str
-    status: Literal["as it should be", "differs", "missing"]
+    status: Literal["as it should be", "differs, as known", "differs", "missing"]
     classes: int | None = None
     """None where counting them would mean to read every image."""
     images: tuple[int, int] | None = None
     """Images to train and to test on."""
     problems: tuple[str, ...] = ()
     """What is missing or differs, and what to do."""
+    known: tuple[str, ...] = ()
+    """What differs from the papers in every copy of this source; no defect of this one."""
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it is as well as this source has it."""
+        return self.status in ("as it should be", "differs, as known")
 
 
 def check(benchmark: Benchmark, root: Path) -> Check:
@@ -47,12 +54,14 @@ def check(benchmark: Benchmark, root: Path) -> Check:
         *([] if of_classes is None else [of_classes]),
         *count_problems(benchmark, counted.images),
     ]
+    known = known_differences(benchmark, counted.images)
     return Check(
         name=benchmark.name,
-        status="differs" if problems else "as it should be",
+        status="differs" if problems else "differs, as known" if known else "as it should be",
         classes=counted.classes,
         images=counted.images,
         problems=tuple(problems),
+        known=tuple(known),
     )
 
 
@@ -97,10 +106,23 @@ def class_problem(benchmark: Benchmark, classes: int) -> str | None:
 
 
 def count_problems(benchmark: Benchmark, images: tuple[int, int]) -> list[str]:
-    """Which numbers of images are not the papers', as far as those are known."""
+    """Which numbers of images are neither the papers', as far as those are known, nor the source's own."""
+    if benchmark.source_images == images:
+        return []
     purposes = (" + ".join(benchmark.train), benchmark.test)
     return [
         f"{found:,} images in {purpose}, not {known:,} as in AIMv2's Table B1"
         for purpose, found, known in zip(purposes, images, benchmark.images, strict=True)
         if known is not None and known != found
+    ]
+
+
+def known_differences(benchmark: Benchmark, images: tuple[int, int]) -> list[str]:
+    """What to say where the source is known to have other numbers of images than the papers."""
+    if benchmark.source_images != images:
+        return []
+    papers = " and ".join("?" if number is None else f"{number:,}" for number in benchmark.images)
+    return [
+        f"{images[0]:,} and {images[1]:,} images, not {papers} as in AIMv2's Table B1: {benchmark.source} is "
+        "known to be divided in another way"
     ]

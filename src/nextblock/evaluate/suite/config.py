@@ -98,6 +98,7 @@ class SuiteConfig:
         epochs = recipe.epochs if self.epochs is None else self.epochs
         # A share of fewer epochs than the recipe's is warmed up for as well.
         warmup = recipe.warmup_epochs * epochs / recipe.epochs
+        warmup = warmup if self.warmup_epochs is None else self.warmup_epochs
         return ProbeConfig(
             model=self.model,
             num_heads=self.num_heads,
@@ -108,13 +109,13 @@ class SuiteConfig:
             layers=self.layers,
             attention=self.attention,
             tokens=self.tokens,
-            attentive_heads=self.attentive_heads,
+            attentive_heads=self.attentive_heads if benchmark.head == "attentive" else None,
             epochs=epochs,
             batch_size=recipe.batch_size if self.batch_size is None else self.batch_size,
             lr=recipe.lrs if self.lr is None else self.lr,
             weight_decay=(recipe.weight_decay,) if self.weight_decay is None else self.weight_decay,
-            warmup_epochs=warmup if self.warmup_epochs is None else self.warmup_epochs,
-            official_warmup_trap=self.lr is None,
+            warmup_epochs=warmup,
+            official_warmup_trap=self.lr is None and not warmup,
             seed=self.seed,
             augment=recipe.augment if self.augment == "official" else self.augment,
             baselines=False,

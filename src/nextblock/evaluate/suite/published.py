@@ -1,7 +1,8 @@
 """Published top-1 accuracies in percent, to stand beside one's own: AIM's Table 6, and what is known of XTRA.
 
 All are attentive probes on frozen encoders. None is a cell that could not be confirmed; of XTRA only two are
-known, from its official repository, so its rows have no mean.
+known, from its official repository, so its rows have no mean. AIM-0.6B's "ViT-H/14" stands in quotation
+marks: it is that network's capacity; its shape is another, 1,536 wide and 24 layers deep.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ PUBLISHED: tuple[Published, ...] = (
         (80.9, 64.6, 97.1, 85.8, 90.2, 78.1, 95.0, 93.7, 58.1, 94.2, 89.8, 5.4, 98.1, 56.9, 42.2), 75.3),
     Published("MAE", "ViT-2B/14", "IG-3B",
         (82.2, 70.8, 97.5, 87.3, 93.4, 81.2, 95.1, 94.9, 57.8, 94.4, 90.3, 7.3, 98.2, 60.1, 50.2), 77.4),
-    Published("AIM-0.6B", "ViT-H/14", "DFN-2B+",
+    Published("AIM-0.6B", '"ViT-H/14"', "DFN-2B+",
         (78.5, 64.0, 97.2, 86.8, 90.1, 80.1, 93.0, 93.0, 57.9, 94.3, 90.0, 7.8, 98.4, 58.3, 45.2), 75.6),
     Published("AIM-1B", "ViT-1B/14", "DFN-2B+",
         (80.6, 67.2, 98.2, 88.3, 91.6, 81.8, 93.4, 93.9, 58.6, 94.5, 90.0, 9.0, 98.6, 59.8, 47.5), 76.9),

@@ -11,12 +11,18 @@ from typing import Any, NamedTuple
 
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import open_source
+from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import evaluation_data
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.probe.state import ProbeStopped
 from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
-from nextblock.evaluate.suite.check import class_problem, count_problems, labels_are_slow
+from nextblock.evaluate.suite.check import (
+    class_problem,
+    count_problems,
+    known_differences,
+    labels_are_slow,
+)
 from nextblock.evaluate.suite.config import Score, SuiteConfig, SuiteResult
 from nextblock.evaluate.suite.layouts import MissingDataError, find
 from nextblock.evaluate.suite.sources import write_sources
@@ -32,26 +38,31 @@ log = logging.getLogger(__name__)
 _NOT_OF_THE_RESULT = ("only", "root", "download")
 """Settings that change which benchmarks are measured, and where they lie, not what is found."""
 
-_OF_THE_RECIPE = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "layers", "attentive_heads")
+_OF_THE_RECIPE = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "layers")
+_OFFICIAL = {"attentive_heads": 16, "attention": ("native",), "tokens": ("patches",)}
+"""What else the official probes have; none of it differs between benchmarks."""
 
 
 def suite(config: SuiteConfig) -> SuiteResult:
     """Probe every chosen benchmark that is below the root, and write the table after each.
 
-    A benchmark whose probe is finished is not probed again. Those whose images are missing, or whose probe
-    fails, are named in the result; the others go on. Raises `ValueError` where `out` holds something else,
-    `ProbeStopped` where a signal stopped it: the same call goes on.
+    A benchmark that was measured is not probed again, wherever its images are now. Those whose images are
+    missing, or whose probe fails, are named in the result; the others go on. Raises `ValueError` where `out`
+    holds something else, `ProbeStopped` where a signal stopped it: the same call goes on.
     """
     subject = _open(config)
     out = Path(config.out)
     if not config.overwrite:
         ours = ("lists", *RESULT_FILES, *(benchmark.name for benchmark in BENCHMARKS))
         refuse_other_result(out, "suite.json", subject.identity, ours)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     found = _Found({} if config.overwrite else _kept(out / "suite.json"))
     result = _result(config, subject, found)
     for benchmark in chosen(config.only):
-        _measure(benchmark, config, subject, found)
+        if benchmark.name in found.scores:
+            log.info("%s: measured before; --overwrite measures it anew", benchmark.name)
+        else:
+            _measure(benchmark, config, subject, found)
         result = _result(config, subject, found)
         write_tables(out, result, subject.identity)
     return result
@@ -106,13 +117,9 @@ def _measure(benchmark: Benchmark, config: SuiteConfig, subject: _Subject, found
     except ProbeStopped:
         raise
     except MissingDataError as error:
-        if name in found.scores:
-            log.info("%s: measured before, its images are gone", name)
-            return
         found.missing[name] = str(error)
         log.warning("%s is left out: %s", name, error)
     except (ValueError, RuntimeError, OSError) as error:
-        found.scores.pop(name, None)
         found.failed[name] = " ".join(str(error).split())
         log.error("%s failed: %s", name, found.failed[name])  # noqa: TRY400 - a line for the user
 
@@ -182,6 +189,7 @@ def _notes(config: SuiteConfig, scores: tuple[Score, ...], order: Mapping[str, B
             "RandAugment and random erasing (--augment official)."
         )
     changed = [name for name in _OF_THE_RECIPE if getattr(config, name) is not None]
+    changed += [name for name, official in _OFFICIAL.items() if getattr(config, name) not in (None, official)]
     if changed:
         told = ", ".join(f"{name} {_told(getattr(config, name))}" for name in changed)
         notes.append(f"Not the official settings: {told}.")
@@ -197,7 +205,10 @@ def _notes(config: SuiteConfig, scores: tuple[Score, ...], order: Mapping[str, B
         notes += [
             f"{order[score.name].title}: {problem}."
             for score in scores
-            for problem in count_problems(order[score.name], score.images)
+            for problem in (
+                *count_problems(order[score.name], score.images),
+                *known_differences(order[score.name], score.images),
+            )
         ]
     lost = [f"{order[score.name].title} {score.bad_images}" for score in scores if score.bad_images]
     if lost:
