@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from nextblock.evaluate import features as features_module
 from nextblock.evaluate import sources as evaluation_sources
-from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.config import ProbeConfig
 from nextblock.evaluate.probe.run import probe_model
 from toy import DATA, ToySource, toy_model
@@ -39,5 +39,7 @@ def known_config(monkeypatch, tmp_path):
     """`probe` finds a toy model and toy sources under the names in its config; OUT is a fresh directory."""
     sources = {"toy-0": ToySource(96), "toy-1": ToySource(48, seed=1), "toy-2": ToySource(40, seed=2)}
     monkeypatch.setattr(evaluation_sources, "open_source", lambda spec, data: sources[spec])
-    monkeypatch.setattr(probe_module, "open_encoder", lambda spec, num_heads: toy_model(int(spec[3:] or 0)))
+    monkeypatch.setattr(
+        features_module, "open_encoder", lambda spec, num_heads: toy_model(int(spec[3:] or 0))
+    )
     return replace(QUICK, out=str(tmp_path / "out"), epochs=2)

@@ -13,8 +13,8 @@ import nextblock
 from nextblock.checkpoint import read_model
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages, eval_batches, normalize
+from nextblock.evaluate import features as features_module
 from nextblock.evaluate.features import FeatureBatch
-from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.run import probe, probe_model
 from nextblock.evaluate.probe.train_heads import Student, Trained, measure
 from nextblock.evaluate.sources import hold_out
@@ -314,7 +314,7 @@ def test_fp16_on_a_cpu_is_refused():
 
 
 def test_an_official_file_is_probed(known, tmp_path, golden_dir, monkeypatch):
-    monkeypatch.setattr(probe_module, "open_encoder", load_model)
+    monkeypatch.setattr(features_module, "open_encoder", load_model)
     config = replace(known, model=str(golden_dir / "xtra_k2.ckpt"), num_heads=3, epochs=1)
     result = probe(config)
     assert [row.layers for row in result.rows] == [(0, 1, 2, 3), (3,)]

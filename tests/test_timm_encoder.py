@@ -1,5 +1,7 @@
 """Encoders of timm: against timm itself, features against their slow definition, and what is refused."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -242,9 +244,10 @@ def test_a_size_that_only_a_directory_tells_is_kept(tmp_path):
     assert isinstance(model, TimmEncoder)
     assert model.config.architecture == "test_vit"
     assert model.config.image_size == (32, 32)
+    usual: Any = built.pretrained_cfg
     told = evaluation_data(f"timm:local-dir:{tmp_path / 'net'}", model.config)
-    assert (told.mean, told.std) == (built.pretrained_cfg["mean"], built.pretrained_cfg["std"])
-    assert told.val_resize_px == int(32 / built.pretrained_cfg["crop_pct"])
+    assert (told.mean, told.std) == (usual["mean"], usual["std"])
+    assert told.val_resize_px == int(32 / usual["crop_pct"])
     assert torch.equal(model.encoder.state_dict()["pos_embed"], built.state_dict()["pos_embed"])
     save_classifier(
         tmp_path / "head", create_classifier(model, HeadConfig(kind="linear", num_classes=2, layers=(5,)))

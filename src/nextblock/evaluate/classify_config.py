@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from nextblock.evaluate.embed.config import default_batch_size
+from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import check_types, require
 
 __all__ = ["CLASSIFY_FORMATS", "ClassifyConfig"]
@@ -15,7 +16,7 @@ CLASSIFY_FORMATS = (".csv", ".json", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig:
+class ClassifyConfig(EvaluationSettings):
     """Which images to name the classes of, by which classifier, and where to write it."""
 
     model: str
@@ -35,16 +36,6 @@ class ClassifyConfig:
     """Likeliest classes of each image."""
     encode_batch_size: int | None = None
     """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the encoder."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto: CUDA, then MPS, then CPU."""
-    workers: int | None = None
-    """Processes that decode; null: what the run used."""
-    max_bad_fraction: float | None = None
-    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
-    overwrite: bool = False
-    """Replace the file out, where it is there."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -34,6 +34,8 @@ from nextblock.data import (
     normalize,
     resolve_workers,
 )
+from nextblock.evaluate.settings import EvaluationSettings
+from nextblock.interop import open_encoder
 from nextblock.interop.image_data import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
@@ -53,6 +55,7 @@ __all__ = [
     "evaluation_data",
     "features_of_batch",
     "iterate_features",
+    "open_model",
     "pixel_extract",
     "seeded",
     "untrained",
@@ -214,6 +217,14 @@ def check_same_classes(train: Source, other: Source) -> None:
         f"{train.spec} ({len(ours)} classes) and {other.spec} ({len(theirs)}) do not have the same classes: "
         + ("; ".join(only) if only else "their order differs")
         + "; give two sources with the same class names"
+    )
+
+
+def open_model(config: EvaluationSettings) -> tuple[EncoderModel, DataConfig]:
+    """Open the model that a config names, and how images are cut and normalised for it."""
+    model = open_encoder(config.model, num_heads=config.num_heads)
+    return model, evaluation_data(
+        config.model, model.config, workers=config.workers, max_bad_fraction=config.max_bad_fraction
     )
 
 

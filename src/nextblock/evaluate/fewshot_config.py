@@ -11,6 +11,7 @@ from typing import Literal
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.probe.config import EncoderName
+from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import check_types, require
 
 __all__ = ["C_GRID", "DEFAULT_C", "FewshotConfig", "FewshotResult", "FewshotRow", "Shots"]
@@ -40,13 +41,9 @@ class Shots:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewshotConfig:
+class FewshotConfig(EvaluationSettings):
     """What to evaluate with few labels, on what, and how many labels."""
 
-    model: str
-    """A run directory, a file of weights, or timm:NAME."""
-    num_heads: int | None = None
-    """Attention heads of the encoder, where a foreign file does not tell."""
     train: str
     """Labelled images to draw the few from."""
     test: str
@@ -74,16 +71,6 @@ class FewshotConfig:
     """Seed of the draws, of the folds, and of the untrained encoder."""
     encode_batch_size: int = 128
     """Images that go through the encoder at a time."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the encoder; the regression is fp64."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to encode; auto: CUDA, then MPS, then CPU. The regression runs on the CPU."""
-    workers: int | None = None
-    """Processes that decode; null: what the run used."""
-    max_bad_fraction: float | None = None
-    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
-    overwrite: bool = False
-    """Replace another result in out."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -25,8 +25,8 @@ from nextblock.evaluate.features import (
     check_bad,
     collect_features,
     encoder_extract,
-    evaluation_data,
     iterate_features,
+    open_model,
     pixel_extract,
     untrained,
 )
@@ -36,7 +36,6 @@ from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import EncoderName
 from nextblock.evaluate.results import write_text
 from nextblock.evaluate.sources import open_labelled
-from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
 from nextblock.models.timm_encoder import TimmConfig
@@ -71,13 +70,7 @@ def open_all(
     The advice is given where one of these is the images of train. Raises `ValueError` where a source has no
     labels, one class only, or other classes than train.
     """
-    model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(
-        config.model,
-        model.config,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    model, data = open_model(config)
     train, opened = open_labelled(config.train, others, data, advice=advice)
     return Opened(model, data, {"train": train, **opened})
 

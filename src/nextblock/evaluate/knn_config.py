@@ -10,6 +10,7 @@ from typing import Literal
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.probe.config import EncoderName
+from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import check_types, require
 
 __all__ = ["DEFAULT_K", "DEFAULT_TEMPERATURE", "KnnConfig", "KnnResult", "KnnRow"]
@@ -19,13 +20,9 @@ DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig:
+class KnnConfig(EvaluationSettings):
     """What to evaluate by nearest neighbours, on what, and with which numbers of neighbours."""
 
-    model: str
-    """A run directory, a file of weights, or timm:NAME."""
-    num_heads: int | None = None
-    """Attention heads of the encoder, where a foreign file does not tell."""
     train: str
     """Labelled images that are the neighbours."""
     val: str | None = None
@@ -50,16 +47,6 @@ class KnnConfig:
     """Seed of the untrained encoder."""
     encode_batch_size: int = 128
     """Images that go through the encoder at a time."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the encoder; similarities are fp32."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto: CUDA, then MPS, then CPU."""
-    workers: int | None = None
-    """Processes that decode; null: what the run used."""
-    max_bad_fraction: float | None = None
-    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
-    overwrite: bool = False
-    """Replace another result in out."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -8,9 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nextblock.checkpoint import write_aside
 from nextblock.config import DataConfig
-from nextblock.data import Source
+from nextblock.data import BadImageError, Source
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
 
@@ -18,6 +20,7 @@ __all__ = [
     "FREE_SETTINGS",
     "differences",
     "identity_of",
+    "images_digest",
     "refuse_other_result",
     "weights_digest",
     "write_text",
@@ -41,6 +44,8 @@ _PLACES = ("model", "train", "val", "test", "data", "features", "query")
 _IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "flip", "decoder")
 
 FORMAT_VERSION = 1
+LOOKED_AT = 8
+"""So many images of a source are read to know it again."""
 
 
 def identity_of(
@@ -61,11 +66,26 @@ def identity_of(
                 "spec": source.spec,
                 "fingerprint": source.fingerprint,
                 "images": len(source),
+                "sample": None if source.in_memory else images_digest(source),
                 "labels": _labels_digest(source) if source.has_labels else None,
             }
             for purpose, source in sources.items()
         },
     }
+
+
+def images_digest(source: Source) -> str:
+    """A hash of the pixels of a few images from all over a source.
+
+    Fingerprints of folders are of names, and 0001.jpg of one folder is another image than that of the next.
+    """
+    digest = hashlib.sha256()
+    for number in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=np.int64)).tolist():
+        try:
+            digest.update(source.read(number).contiguous().numpy().tobytes())
+        except BadImageError as error:
+            digest.update(str(error).encode())
+    return digest.hexdigest()[:16]
 
 
 def _labels_digest(source: Source) -> str:

@@ -29,12 +29,11 @@ from nextblock.evaluate.features import (
     check_bad,
     collect_features,
     encoder_extract,
-    evaluation_data,
     iterate_features,
+    open_model,
 )
 from nextblock.evaluate.results import differences, identity_of
 from nextblock.evaluate.search_config import MAX_QUERIES, SearchConfig
-from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.settings import to_dict
 from nextblock.train.device import choose_device
@@ -138,13 +137,7 @@ def search(config: SearchConfig) -> SearchResult:
     holds another search's sheet, and where there are more queries than a sheet can show.
     """
     make_directory(Path(config.out).parent)
-    model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(
-        config.model,
-        model.config,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    model, data = open_model(config)
     origin = None if config.features is None else open_origin(Path(config.features))
     spec = config.data
     if spec is None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from nextblock.config import Attention
 from nextblock.evaluate.embed.config import FeatureSettings, default_batch_size
+from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import check_types, require
 
 __all__ = ["MAX_QUERIES", "SearchConfig"]
@@ -17,13 +17,9 @@ MAX_QUERIES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
+class SearchConfig(EvaluationSettings):
     """Among which images to look for the nearest to which, by which model."""
 
-    model: str
-    """A run directory, a file of weights, or timm:NAME."""
-    num_heads: int | None = None
-    """Attention heads of the encoder, where a foreign file does not tell."""
     data: str | None = None
     """Images to search: a directory, or `digits`; null: those that the features were made of."""
     features: str | None = None
@@ -41,16 +37,6 @@ class SearchConfig:
     """Attention at encoding; a features file tells its own."""
     encode_batch_size: int | None = None
     """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the encoder."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto: CUDA, then MPS, then CPU."""
-    workers: int | None = None
-    """Processes that decode; null: what the run used."""
-    max_bad_fraction: float | None = None
-    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
-    overwrite: bool = False
-    """Replace another sheet in out."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
+from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import check_types, require
 
 __all__ = ["FORMATS", "EmbedConfig", "FeatureSettings", "default_batch_size"]
@@ -44,13 +45,9 @@ class FeatureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(FeatureSettings):
+class EmbedConfig(FeatureSettings, EvaluationSettings):
     """Of which model and images the features are, which features, and where they go."""
 
-    model: str
-    """A run directory, a file of weights, or timm:NAME."""
-    num_heads: int | None = None
-    """Attention heads of the encoder, where a foreign file does not tell."""
     data: str
     """Images: a directory, `torchvision:CIFAR10,root=DIR`, or `digits`."""
     out: str
@@ -59,16 +56,6 @@ class EmbedConfig(FeatureSettings):
     """Numbers in the file."""
     encode_batch_size: int | None = None
     """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the encoder."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto: CUDA, then MPS, then CPU."""
-    workers: int | None = None
-    """Processes that decode; null: what the run used."""
-    max_bad_fraction: float | None = None
-    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
-    overwrite: bool = False
-    """Replace other features in out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,12 +41,11 @@ from nextblock.evaluate.features import (
     FeatureBatch,
     check_bad,
     encoder_extract,
-    evaluation_data,
     iterate_features,
+    open_model,
 )
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import differences, identity_of, write_text
-from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
 from nextblock.train.device import choose_device
@@ -66,13 +65,7 @@ def embed(config: EmbedConfig) -> Embeddings:
     A finished file of the same model, images and settings is opened as it is; any other is refused, unless
     `config.overwrite`. Raises `TooManyBadImages` where too many cannot be read.
     """
-    model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(
-        config.model,
-        model.config,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    model, data = open_model(config)
     if choose_device(config.device).type == "cpu":
         keep_freed_memory()
     return embed_model(model, config, open_source(config.data, data), data)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nextblock.config import Attention, Size
+from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import Duration, check_types, require, require_range
 
 __all__ = ["FinetuneConfig", "LoraSettings"]
@@ -49,7 +50,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(EvaluationSettings):
     """What to fine-tune, on what, and how.
 
     Layer decay, drop path, weight decay, betas, warm-up, end_lr and lr (its rate for 256 images) are those of
@@ -57,10 +58,6 @@ class FinetuneConfig:
     cutmix 1.
     """
 
-    model: str
-    """A run directory, a file of weights, hf:USER/NAME or timm:NAME."""
-    num_heads: int | None = None
-    """Attention heads of the encoder, where a foreign file does not tell."""
     train: str
     """Labelled images to train on."""
     val: str | None = None
@@ -130,22 +127,12 @@ class FinetuneConfig:
     """Save the state this often: a duration or minutes (10min). Ctrl-C and SIGTERM save as well."""
     seed: int = 0
     """Seed of head, adapters, order, crops, mixing, drop path and held-out images."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of forward and backward; weights stay fp32."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
     deterministic: bool = False
     """Only deterministic algorithms, so that CUDA runs repeat bit for bit; slower."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto: CUDA, then MPS, then CPU."""
-    workers: int | None = None
-    """Processes that decode; null: what the run used."""
-    max_bad_fraction: float | None = None
-    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     encode_batch_size: int = 128
     """Images that are measured at a time."""
-    overwrite: bool = False
-    """Replace another result in out."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -34,7 +34,7 @@ from nextblock.data import (
 from nextblock.data.loader import Crop, EvalCrop
 from nextblock.data.rand_augment import TimmCrop
 from nextblock.evaluate.directories import make_directory
-from nextblock.evaluate.features import check_bad, evaluation_data
+from nextblock.evaluate.features import check_bad, open_model
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.model import AnyClassifier, build_classifier, images_for
 from nextblock.evaluate.finetune.report import (
@@ -47,7 +47,6 @@ from nextblock.evaluate.finetune.report import (
 from nextblock.evaluate.finetune.train import FineTuner, Measured, measure_classifier
 from nextblock.evaluate.results import identity_of, refuse_other_result, write_text
 from nextblock.evaluate.sources import check_classes, hold_out_test, open_labelled, part_of
-from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.settings import Duration, to_dict
 from nextblock.train import NonFiniteError, Reporter, RunDir, Tick
@@ -83,13 +82,7 @@ def finetune(config: FinetuneConfig, reporter: Reporter) -> FinetuneResult:
     Raises `ValueError` where `out` holds another result, where labels are missing, where the sources' classes
     differ, or where the encoder cannot do what is asked; `TooManyBadImages`, `NonFiniteError`.
     """
-    model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(
-        config.model,
-        model.config,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    model, data = open_model(config)
     return finetune_model(model, config, _open_sources(config, data), data, reporter)
 
 

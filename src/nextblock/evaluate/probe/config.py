@@ -10,6 +10,7 @@ from typing import Any, Literal
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.probe.recipes import HeadName, RecipeName, warmup_epochs
+from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import Duration, check_types, from_dict, from_keywords, require
 
 __all__ = [
@@ -35,7 +36,7 @@ _SEVERAL = ("heads", "lr", "weight_decay", "layers", "attention", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(EvaluationSettings):
     """What to probe, on what, and which heads compete.
 
     Every head is trained with every learning rate, weight decay, choice of layers, attention and tokens, all
@@ -43,10 +44,6 @@ class ProbeConfig:
     images that it is not measured on, and measured once. What is null comes from the recipe.
     """
 
-    model: str
-    """A run directory, a file of weights, or timm:NAME."""
-    num_heads: int | None = None
-    """Attention heads of the encoder, where a foreign file does not tell."""
     train: str
     """Labelled images to train the heads on."""
     val: str | None = None
@@ -101,18 +98,8 @@ class ProbeConfig:
     """Features on disk take at most this much; those beyond are computed anew in every epoch."""
     encode_batch_size: int = 128
     """Images that go through the encoder at a time."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the encoder; heads are fp32."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto: CUDA, then MPS, then CPU."""
-    workers: int | None = None
-    """Processes that decode; null: what the run used."""
-    max_bad_fraction: float | None = None
-    """Stop where more than this share of the images cannot be read; null: what the run allowed."""
     save_every: str = "10min"
     """Save what the heads have learned so often: minutes, or epochs (5ep); the same command goes on."""
-    overwrite: bool = False
-    """Replace another result in out."""
 
     def __post_init__(self) -> None:
         check_types(self)

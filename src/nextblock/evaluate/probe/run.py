@@ -23,7 +23,7 @@ from nextblock.data import Source, keyed_seed
 from nextblock.evaluate.features import (
     Extract,
     encoder_extract,
-    evaluation_data,
+    open_model,
     pixel_extract,
     seeded,
     untrained,
@@ -58,7 +58,6 @@ from nextblock.evaluate.sources import (
     open_labelled,
     part_of,
 )
-from nextblock.interop import open_encoder
 from nextblock.models import EncoderModel
 from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier
 from nextblock.models.features import FeatureConfig
@@ -93,13 +92,7 @@ def probe(config: ProbeConfig) -> ProbeResult:
     a signal did that. Raises `ValueError` where `out` holds another result, where labels are missing, or
     where the sources' classes differ.
     """
-    model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(
-        config.model,
-        model.config,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    model, data = open_model(config)
     others: dict[Split, str | None] = {"val": config.val, "test": config.test}
     train, given = open_labelled(config.train, others, data)
     candidates = encoder_candidates(config, model, len(train.class_names))
