@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from nextblock.config import DataConfig
 __all__ = ["Index", "cache_dir", "cached_index_path", "read_index", "warn_once", "write_index"]
 
 log = logging.getLogger(__name__)
+
+_WARNING = threading.Lock()
 
 _MAGIC = "nextblock index"
 _MAX_HEADER_BYTES = 2**28
@@ -64,9 +67,14 @@ def cached_index_path(data: DataConfig, subject: Path) -> Path | None:
     return folder / f"{key}.index"
 
 
-@cache
 def warn_once(message: str) -> None:
-    """Say in the log what would otherwise be said of every shard."""
+    """Say in the log what would otherwise be said of every shard, by any of the threads that read them."""
+    with _WARNING:
+        _warn(message)
+
+
+@cache
+def _warn(message: str) -> None:
     log.warning("%s", message)
 
 
