@@ -149,7 +149,7 @@ class NextBlockModel(nn.Module):
             raise ValueError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
         config = self._config_of(images, predicting=False, blocks_matter=kind == "causal")
         mask = self._raster_mask(config) if kind == "causal" else None
-        tokens = patch_tokens(self.encoder, images, self.config)
+        tokens = patch_tokens(self.encoder, images, self.config).contiguous()  # else every norm copies
         layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)
         return Encoded(self.encoder.norm(layers[-1]), layers)
 
