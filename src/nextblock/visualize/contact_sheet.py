@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
+from nextblock.visualize.figure import INK, MUTED, axes_at, save_png, text_at, wrapped
 from nextblock.visualize.sheet import MAX_PICTURE_BYTES, shortened, shown_channels
 
 __all__ = ["Cell", "SheetRow", "draw_contact_sheet", "thumbnail"]
@@ -93,8 +93,8 @@ def draw_contact_sheet(rows: Sequence[SheetRow], path: Path, subtitle: str) -> N
     words = wrapped(subtitle, layout.width_in - 2 * MARGIN_IN, 8.5)
     layout = _Layout(columns=columns, bands=layout.bands, head_in=0.72 + LINE_IN * (words.count("\n") + 1))
     figure = Figure(figsize=(layout.width_in, layout.height_in))
-    _text(figure, layout, MARGIN_IN, 0.22, "Nearest images", size=13, weight="bold", va="top")
-    _text(figure, layout, MARGIN_IN, 0.5, words, size=8.5, color=MUTED, va="top")
+    text_at(figure, MARGIN_IN, 0.22, "Nearest images", size=13, weight="bold", va="top")
+    text_at(figure, MARGIN_IN, 0.5, words, size=8.5, color=MUTED, va="top")
     for number, row in enumerate(rows):
         _draw_cell(figure, layout, layout.cell_in(number, None), row.query, is_query=True)
         for place, cell in enumerate(row.neighbours):
@@ -106,7 +106,7 @@ def _draw_cell(
     figure: Figure, layout: _Layout, corner_in: tuple[float, float], cell: Cell, *, is_query: bool
 ) -> None:
     x, y = corner_in
-    axes = _axes(figure, layout, x, y, cell.picture.shape[:2])
+    axes = _axes(figure, x, y, cell.picture.shape[:2])
     enlarged = max(cell.picture.shape[:2]) < 128
     axes.imshow(cell.picture, interpolation="nearest" if enlarged else "antialiased", aspect="auto")
     axes.set_xticks([])
@@ -120,24 +120,11 @@ def _draw_cell(
         below = y + CELL_IN + 0.05 + line * LINE_IN
         color = ACCENT if cell.is_marked and line == 0 else INK if line == 0 else MUTED
         short = shortened(words, int(CELL_IN * 72 / (7.5 * 0.58)))
-        _text(figure, layout, x + CELL_IN / 2, below, short, size=7.5, color=color, ha="center", va="top")
+        text_at(figure, x + CELL_IN / 2, below, short, size=7.5, color=color, ha="center", va="top")
 
 
-def _axes(figure: Figure, layout: _Layout, x_in: float, y_in: float, shape: tuple[int, ...]) -> Axes:
+def _axes(figure: Figure, x_in: float, y_in: float, shape: tuple[int, ...]) -> Axes:
     """Axes of an image's shape, in the middle of its square."""
     height, width = (CELL_IN * side / max(shape) for side in shape)
     left, top = x_in + (CELL_IN - width) / 2, y_in + (CELL_IN - height) / 2
-    bottom = layout.height_in - top - height
-    return figure.add_axes(
-        (
-            left / layout.width_in,
-            bottom / layout.height_in,
-            width / layout.width_in,
-            height / layout.height_in,
-        )
-    )
-
-
-def _text(figure: Figure, layout: _Layout, x_in: float, y_in: float, words: str, **style: Any) -> None:
-    style = {"color": INK, **style}
-    figure.text(x_in / layout.width_in, 1 - y_in / layout.height_in, words, parse_math=False, **style)
+    return axes_at(figure, left, top, width, height)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["INK", "MUTED", "save_png", "wrapped"]
+__all__ = ["INK", "MUTED", "axes_at", "save_png", "text_at", "wrapped"]
 
 INK = "#1f2328"
 MUTED = "#656d76"
@@ -21,6 +23,25 @@ MUTED = "#656d76"
 def wrapped(text: str, width_in: float, size_pt: float) -> str:
     """Break `text` into lines that fit `width_in` inches, by DejaVu Sans' mean letter width."""
     return textwrap.fill(text, width=max(20, int(width_in * 72 / (size_pt * 0.54))), break_on_hyphens=False)
+
+
+def axes_at(figure: Figure, left_in: float, top_in: float, width_in: float, height_in: float) -> Axes:
+    """Axes in a place given in inches from the figure's top left."""
+    whole_width_in, whole_height_in = figure.get_size_inches()
+    return figure.add_axes(
+        (
+            left_in / whole_width_in,
+            (whole_height_in - top_in - height_in) / whole_height_in,
+            width_in / whole_width_in,
+            height_in / whole_height_in,
+        )
+    )
+
+
+def text_at(figure: Figure, x_in: float, y_in: float, words: str, **style: Any) -> None:
+    """Plain words in a place given in inches from the figure's top left."""
+    width_in, height_in = figure.get_size_inches()
+    figure.text(x_in / width_in, 1 - y_in / height_in, words, parse_math=False, **{"color": INK, **style})
 
 
 def save_png(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from nextblock.config import ModelConfig
-from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
+from nextblock.visualize.figure import MUTED, axes_at, save_png, text_at, wrapped
 from nextblock.visualize.words import BASELINE_WORDS
 
 __all__ = ["MAX_PICTURE_BYTES", "Look", "draw_sheet", "hatch", "shortened", "shown_channels"]
@@ -115,10 +115,10 @@ def draw_sheet(look: Look, path: Path, titles: Sequence[str] | None) -> None:
     _draw_scale(figure, layout, largest_error)
     _label(figure, layout, look, titles)
     text_width = layout.width_in - 0.4
-    _text(figure, layout, 0.2, 0.22, "Next-block prediction", size=13, weight="bold", va="top")
-    _text(figure, layout, 0.2, 0.5, wrapped(subtitle, text_width, 8.5), size=8.5, color=MUTED, va="top")
+    text_at(figure, 0.2, 0.22, "Next-block prediction", size=13, weight="bold", va="top")
+    text_at(figure, 0.2, 0.5, wrapped(subtitle, text_width, 8.5), size=8.5, color=MUTED, va="top")
     below = layout.top_in + layout.bands * layout.band_in - (0.16 if titles is not None else 0.02)
-    _text(figure, layout, 0.2, below, wrapped(caption, text_width, 8), size=8, color=MUTED, va="top")
+    text_at(figure, 0.2, below, wrapped(caption, text_width, 8), size=8, color=MUTED, va="top")
     save_png(figure, path, dpis=(200, 170, 150, 130, 110, 90, 70), max_bytes=MAX_PICTURE_BYTES)
 
 
@@ -144,20 +144,7 @@ def _axes_at(
     figure: Figure, layout: _Layout, x_in: float, y_in: float, size_in: tuple[float, float] | None = None
 ) -> Axes:
     width, height = size_in or (layout.cell_width_in, layout.cell_height_in)
-    bottom = layout.height_in - y_in - height
-    return figure.add_axes(
-        (
-            x_in / layout.width_in,
-            bottom / layout.height_in,
-            width / layout.width_in,
-            height / layout.height_in,
-        )
-    )
-
-
-def _text(figure: Figure, layout: _Layout, x_in: float, y_in: float, words: str, **style: Any) -> None:
-    style = {"color": INK, **style}
-    figure.text(x_in / layout.width_in, 1 - y_in / layout.height_in, words, parse_math=False, **style)
+    return axes_at(figure, x_in, y_in, width, height)
 
 
 def _draw_cell(axes: Axes, pixels: Shaped[Tensor, "shown h w"], config: ModelConfig) -> None:
@@ -202,16 +189,16 @@ def _label(figure: Figure, layout: _Layout, look: Look, titles: Sequence[str] | 
         for panel, words in enumerate(("original", "next-block\nprediction", "absolute\nerror")):
             x, y = layout.cell(band * layout.columns, panel)
             middle = y + layout.cell_height_in / 2
-            _text(figure, layout, x - 0.1, middle, words, size=8.5, ha="right", va="center")
+            text_at(figure, x - 0.1, middle, words, size=8.5, ha="right", va="center")
     for image, loss in enumerate(look.losses.tolist()):
         x, y = layout.cell(image, 2)
         middle = x + layout.cell_width_in / 2
         below = y + layout.cell_height_in + 0.06
-        _text(figure, layout, middle, below, f"loss {loss:.3f}", size=8.5, ha="center", va="top")
+        text_at(figure, middle, below, f"loss {loss:.3f}", size=8.5, ha="center", va="top")
         if titles is not None:
             name = shortened(titles[image], int(layout.cell_width_in * 72 / (7.5 * 0.62)))
             above = layout.cell(image, 0)[1] - 0.05
-            _text(figure, layout, middle, above, name, size=7.5, ha="center", va="bottom", color=MUTED)
+            text_at(figure, middle, above, name, size=7.5, ha="center", va="bottom", color=MUTED)
 
 
 def shortened(name: str, letters: int) -> str:
