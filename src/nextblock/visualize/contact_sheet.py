@@ -96,15 +96,13 @@ def draw_contact_sheet(rows: Sequence[SheetRow], path: Path, subtitle: str) -> N
     text_at(figure, MARGIN_IN, 0.22, "Nearest images", size=13, weight="bold", va="top")
     text_at(figure, MARGIN_IN, 0.5, words, size=8.5, color=MUTED, va="top")
     for number, row in enumerate(rows):
-        _draw_cell(figure, layout, layout.cell_in(number, None), row.query, is_query=True)
+        _draw_cell(figure, layout.cell_in(number, None), row.query, is_query=True)
         for place, cell in enumerate(row.neighbours):
-            _draw_cell(figure, layout, layout.cell_in(number, place), cell, is_query=False)
+            _draw_cell(figure, layout.cell_in(number, place), cell, is_query=False)
     save_png(figure, path, dpis=(200, 150, 110, 80, 60), max_bytes=MAX_PICTURE_BYTES)
 
 
-def _draw_cell(
-    figure: Figure, layout: _Layout, corner_in: tuple[float, float], cell: Cell, *, is_query: bool
-) -> None:
+def _draw_cell(figure: Figure, corner_in: tuple[float, float], cell: Cell, *, is_query: bool) -> None:
     x, y = corner_in
     axes = _axes(figure, x, y, cell.picture.shape[:2])
     enlarged = max(cell.picture.shape[:2]) < 128
