@@ -226,7 +226,7 @@ def in_this_process(monkeypatch):
         return getattr(importlib.import_module(module), name)(json.loads(json.dumps(job)))
 
     monkeypatch.setattr("nextblock.bench.measure.run_in_process", call)
-    monkeypatch.setattr("nextblock.bench.step.SQUARE", 64)
+    monkeypatch.setattr("nextblock.bench.gemm.SQUARE", 64)
     monkeypatch.setattr("nextblock.bench.loop.WARMUP_STEPS", 1)
     monkeypatch.setattr("nextblock.bench.loop.QUICK_STEPS", 5)
 

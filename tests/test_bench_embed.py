@@ -46,13 +46,19 @@ def test_the_bench_reports_its_share_first_and_every_variant(monkeypatch, capsys
     def turns(jobs, rounds):
         asked.update(jobs, rounds=rounds)
         rate = {"images_per_s": 2.0, "peak_memory_mb": 1.0, "device": "cpu", "threads": 1, "torch": "2"}
-        return {name: [{"gflops": {"a": [50.0, 90.0]}} if name == "gemm" else rate] for name in jobs}
+        return {
+            name: [{"gflops": {"a": [50.0, 80.0, 90.0], "b": [70.0, 99.0, 60.0]}} if name == "gemm" else rate]
+            for name in jobs
+        }
 
     monkeypatch.setattr(bench_module, "take_turns", turns)
     assert main(["bench", "embed", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     gflop = told["encoder_gflop_per_image"]
-    assert told["ratio"] == told["rows"][0]["ratio"] == pytest.approx(2 * gflop / 90)
+    assert told["ratio"] == told["rows"][0]["ratio"] == pytest.approx(2 * gflop / 80), (
+        "to the median of the best shape"
+    )
+    assert told["gemm_gflops_fastest"] == 99.0
     assert told["rows"][0]["at_least"] == 0.8
     assert [row["what"] for row in told["rows"][1:4]] == [
         "images in memory, native attention",

@@ -2,9 +2,9 @@
 
 Measured is all that `nextblock embed` does for each image: reading, cropping, the encoder, the file; not the
 hash of the weights, which is taken once. The first row holds the arithmetic that the encoder needs in that
-time beside the best rate of plain matrix products of the encoder's own shapes. Further rows tell what a part
-costs: the mask of native attention, the number of images at a time, and, in seconds as they pass, JPEG files
-that workers decode while the encoder runs.
+time beside the rate of plain matrix products of the encoder's own shapes (`gemm.py`). Further rows tell what
+a part costs: the mask of native attention, the number of images at a time, and, in seconds as they pass, JPEG
+files that workers decode while the encoder runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from nextblock.bench.flops import encode_flops
-from nextblock.bench.measure import BenchResult, Clock, Row, Stopwatch, peak_memory_mb, take_turns
+from nextblock.bench.gemm import GEMM_TARGET, GemmRates, gemm_rates
+from nextblock.bench.measure import (
+    BenchResult,
+    Clock,
+    Row,
+    Stopwatch,
+    peak_memory_mb,
+    set_up,
+    synchronizer,
+    take_turns,
+)
 from nextblock.config import ModelConfig
 from nextblock.presets import model_config
 from nextblock.settings import check_types, from_dict, require, to_dict
@@ -30,8 +40,6 @@ __all__ = ["EmbedBench", "measure_embed"]
 GEMM_SHARE = 0.8
 """What the share of the GEMM rate should reach."""
 EMBED_TARGET = "nextblock.bench.embed:measure_embed"
-GEMM_TARGET = "nextblock.bench.variants:measure_gemm"
-SQUARE = 4096
 OTHER_BATCHES = (4, 8, 32, 64)
 WARMUP_BATCHES = 1
 
@@ -78,22 +86,18 @@ class EmbedBench:
     def run(self) -> BenchResult:
         """Measure all variants, and compare."""
         results = take_turns(self._jobs(), 1 if self.quick else self.rounds)
-        rates = {
-            shape: max(rate for run in results["gemm"] for rate in run["gflops"][shape])
-            for shape in results["gemm"][0]["gflops"]
-        }
+        gemm = gemm_rates(results["gemm"])
         first = results["native"][0]
         return BenchResult(
             bench="embed",
-            rows=tuple(self._rows(results, max(rates.values()))),
+            rows=tuple(self._rows(results, gemm.gflops)),
             machine={name: first[name] for name in ("device", "threads", "torch")},
             details={
                 "model": self.model,
                 "batch_size": self.batch_size,
                 "precision": self.precision,
                 "clock": self.clock,
-                "gemm_gflops": max(rates.values()),
-                "gemm_gflops_by_shape": rates,
+                **gemm.details,
                 "encoder_gflop_per_image": encode_flops(self.config) / 1e9,
                 "images_per_s": {
                     name: [run["images_per_s"] for run in runs]
@@ -106,7 +110,7 @@ class EmbedBench:
                     if name != "gemm"
                 },
             },
-            notes=self._notes(first, rates),
+            notes=self._notes(first, gemm),
         )
 
     def _jobs(self) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -120,7 +124,7 @@ class EmbedBench:
             "is_jpeg": False,
         }
         others = [] if self.quick else [size for size in OTHER_BATCHES if size != self.batch_size]
-        gemm = {**common, "shapes": self._shapes(), "repeats": 3 if self.quick else 8}
+        gemm = {**common, "shapes": self._shapes(), "quick": self.quick}
         return {
             "gemm": (GEMM_TARGET, gemm),
             "native": (EMBED_TARGET, job),
@@ -131,11 +135,11 @@ class EmbedBench:
         }
 
     def _shapes(self) -> list[tuple[int, int, int]]:
-        """The encoder's largest products, and a large square."""
+        """The encoder's largest products."""
         config = self.config
         tokens = self.batch_size * config.num_blocks * config.patches_per_block
         width, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-        return [(tokens, width, hidden), (tokens, hidden, width), (SQUARE, SQUARE, SQUARE)]
+        return [(tokens, width, hidden), (tokens, hidden, width)]
 
     def _rows(self, results: dict[str, list[Result]], gemm_gflops: float) -> Iterable[Row]:
         gflop = encode_flops(self.config) / 1e9
@@ -163,13 +167,13 @@ class EmbedBench:
                     ratio=per_s / native,
                 )
 
-    def _notes(self, first: Result, rates: dict[str, float]) -> tuple[str, ...]:
+    def _notes(self, first: Result, gemm: GemmRates) -> tuple[str, ...]:
         return (
             f"{self.model}, batch {self.batch_size}, {self.precision}, on {first['device']}"
             + (", in CPU seconds" if self.clock == "cpu" else ""),
             f"encoder flops: {encode_flops(self.config) / 1e9:.1f} GFLOP an image, of its matrix products",
             "ratios below the first row: to images in memory, native attention",
-            "GEMM rate, GFLOP/s: " + ", ".join(f"{shape} {rate:.0f}" for shape, rate in rates.items()),
+            gemm.note,
         )
 
 
@@ -185,16 +189,14 @@ def measure_embed(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from nextblock.models import NextBlockModel
-    from nextblock.train.device import choose_device, device_name
+    from nextblock.train.device import device_name
     from nextblock.train.memory import keep_freed_memory
 
-    if job["threads"] is not None:
-        torch.set_num_threads(job["threads"])
-    device = choose_device(job["device"])
+    device = set_up(job["device"], job["threads"])
     if device.type == "cpu":
         keep_freed_memory()
     model = NextBlockModel(from_dict(ModelConfig, job["model"]))
-    watch = Stopwatch(torch.cuda.synchronize if device.type == "cuda" else None, job["clock"])
+    watch = Stopwatch(synchronizer(device), job["clock"])
     with tempfile.TemporaryDirectory() as folder:
         for label, images in (("warm-up", WARMUP_BATCHES * job["batch_size"]), ("embed", job["images"])):
             _embed(model, job, Path(folder), images, watch, label)

@@ -15,7 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "CLOCKS",
@@ -27,6 +30,8 @@ __all__ = [
     "peak_memory_mb",
     "replaced",
     "run_in_process",
+    "set_up",
+    "synchronizer",
     "take_turns",
 ]
 
@@ -168,6 +173,26 @@ class Stopwatch:
                 return function(*args, **kwargs)
 
         return timed
+
+
+def set_up(device: str, threads: int | None) -> torch.device:
+    """Choose a process's device and how many threads it has; null: as many as torch takes by itself."""
+    import torch
+
+    from nextblock.train.device import choose_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return choose_device(device)
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits until a device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.synchronize
+    return torch.mps.synchronize if device.type == "mps" else lambda: None
 
 
 @contextmanager

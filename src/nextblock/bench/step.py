@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 from nextblock.bench.flops import forward_flops, step_flops
+from nextblock.bench.gemm import GEMM_TARGET, GemmRates, gemm_rates
 from nextblock.bench.measure import BenchError, BenchResult, Clock, Row, take_turns
 from nextblock.config import ModelConfig, pair
 from nextblock.presets import model_config
@@ -43,8 +44,6 @@ PLAIN_SETTINGS = {
 
 Result = dict[str, Any]
 STEP_TARGET = "nextblock.bench.variants:measure_step"
-GEMM_TARGET = "nextblock.bench.variants:measure_gemm"
-SQUARE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +109,13 @@ class StepBench:
             **check_losses(results, ["ours", "plain", "plain fused", "plain tuned"], self.precision),
             **check_losses(results, ["ours large", "plain large"], self.precision),
         }
-        gemm = _best_rates(results["gemm"])
+        gemm = gemm_rates(results["gemm"])
         first = results["ours"][0]
         return BenchResult(
             bench="step",
             rows=(
                 *self._speed_rows(results),
-                *self._share_rows(results, max(gemm.values())),
+                *self._share_rows(results, gemm.gflops),
                 _memory(results),
             ),
             machine={name: first[name] for name in ("device", "threads", "torch")},
@@ -134,7 +133,7 @@ class StepBench:
         large = {**common, "model": to_dict(self.large_blocks), "whole_step": False}
         gemm = {name: common[name] for name in ("precision", "device", "threads", "clock")}
         return {
-            "gemm": (GEMM_TARGET, {**gemm, "shapes": self._shapes(), "repeats": 2 if self.quick else 5}),
+            "gemm": (GEMM_TARGET, {**gemm, "shapes": self._shapes(), "quick": self.quick}),
             "ours": (STEP_TARGET, {**normal, "variant": "ours"}),
             "plain": (STEP_TARGET, {**normal, "variant": "plain", "fused": False, "keep_memory": False}),
             "plain fused": (STEP_TARGET, {**normal, "variant": "plain", "keep_memory": False}),
@@ -144,16 +143,11 @@ class StepBench:
         }
 
     def _shapes(self) -> list[tuple[int, int, int]]:
-        """The encoder's largest products, forward and for the weights' gradient, and a large square."""
+        """The encoder's largest products, forward and for the weights' gradient."""
         config = self.config
         tokens = self.batch_size * (config.num_blocks - 1) * config.patches_per_block
         width, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-        return [
-            (tokens, width, hidden),
-            (tokens, hidden, width),
-            (hidden, tokens, width),
-            (SQUARE, SQUARE, SQUARE),
-        ]
+        return [(tokens, width, hidden), (tokens, hidden, width), (hidden, tokens, width)]
 
     def _speed_rows(self, results: dict[str, list[Result]]) -> list[Row]:
         block, large = ("x".join(map(str, pair(c.block_size))) for c in (self.config, self.large_blocks))
@@ -221,15 +215,14 @@ class StepBench:
             )
         return rows
 
-    def _details(self, results: dict[str, list[Result]], gemm: dict[str, float]) -> dict[str, Any]:
+    def _details(self, results: dict[str, list[Result]], gemm: GemmRates) -> dict[str, Any]:
         return {
             "model": self.model,
             "batch_size": self.batch_size,
             "precision": self.precision,
             "clock": self.clock,
             "first_loss": results["ours"][0]["losses"][0],
-            "gemm_gflops": max(gemm.values()),
-            "gemm_gflops_by_shape": gemm,
+            **gemm.details,
             "model_gflop_per_image": step_flops(self.config) / 1e9,
             "forward_gflop_by_part": {part: n / 1e9 for part, n in forward_flops(self.config).items()},
             "laps_s": {
@@ -239,8 +232,7 @@ class StepBench:
             },
         }
 
-    def _notes(self, first: Result, differences: dict[str, float], gemm: dict[str, float]) -> tuple[str, ...]:
-        rates = ", ".join(f"{shape} {rate:.0f}" for shape, rate in gemm.items())
+    def _notes(self, first: Result, differences: dict[str, float], gemm: GemmRates) -> tuple[str, ...]:
         return (
             f"{self.model}, batch {self.batch_size}, {self.precision}, on {first['device']}"
             + (", in CPU seconds" if self.clock == "cpu" else ""),
@@ -248,7 +240,7 @@ class StepBench:
             f"{max(differences.values()):.1e} over all steps",
             f"model flops: {step_flops(self.config) / 1e9:.1f} GFLOP an image, forward and backward, of the "
             "matrix products that the loss needs",
-            f"GEMM rate, GFLOP/s: {rates}",
+            gemm.note,
         )
 
 
@@ -284,8 +276,3 @@ def _laps(runs: Iterable[Result], label: str) -> list[float]:
 
 def _median(runs: Iterable[Result], label: str) -> float:
     return median(_laps(runs, label))
-
-
-def _best_rates(runs: list[Result]) -> dict[str, float]:
-    """The best repetition of every shape, in GFLOP/s."""
-    return {shape: max(rate for run in runs for rate in run["gflops"][shape]) for shape in runs[0]["gflops"]}

@@ -1,4 +1,4 @@
-"""What the processes of `nextblock bench step` do: train ours, train the plain model, multiply matrices.
+"""What the processes of `nextblock bench step` do: train ours, train the plain model.
 
 Each function takes a job as plain values and returns plain values. Both trainings start from the same
 weights, see the same images and use the same settings of the optimizer, so their losses are the same at
@@ -15,17 +15,17 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from nextblock.bench.measure import CLOCKS, Clock, Stopwatch, peak_memory_mb
+from nextblock.bench.measure import Clock, Stopwatch, peak_memory_mb, set_up, synchronizer
 from nextblock.bench.plain import PlainModel, plain_optimizer
 from nextblock.config import ModelConfig, RunConfig, TrainConfig
 from nextblock.data import Batch, Step, normalize
 from nextblock.models import NextBlockModel
 from nextblock.settings import from_dict
-from nextblock.train.device import autocast, choose_device, device_name
+from nextblock.train.device import autocast, device_name
 from nextblock.train.memory import keep_freed_memory
 from nextblock.train.trainer import Trainer
 
-__all__ = ["GemmJob", "StepJob", "measure_gemm", "measure_step", "plain_like"]
+__all__ = ["StepJob", "measure_step", "plain_like"]
 
 LEARNING_RATE = 1e-4
 WARMUP_STEPS = 2
@@ -76,10 +76,10 @@ class StepJob:
 def measure_step(values: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every measured step and of its phases, losses of all steps, peak memory."""
     job: StepJob = from_dict(StepJob, values)
-    device = _set_up(job.device, job.threads)
+    device = set_up(job.device, job.threads)
     if job.keep_memory and device.type == "cpu":
         keep_freed_memory()
-    watch = Stopwatch(_synchronizer(device), job.clock)
+    watch = Stopwatch(synchronizer(device), job.clock)
     images = _images(job.model, job.batch_size)
     prepare = _ours if job.variant == "ours" else _plain
     step = prepare(job, device, watch)
@@ -161,58 +161,6 @@ def plain_like(model: NextBlockModel) -> PlainModel:
     plain = PlainModel(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
     return plain.train()
-
-
-# ----------------------------------------------------------------------------------------- matrix products
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemmJob:
-    """Matrix products to be measured: (rows, inner, columns) each."""
-
-    shapes: tuple[tuple[int, int, int], ...]
-    precision: Literal["fp32", "bf16"]
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    threads: int | None
-    clock: Clock = "wall"
-    repeats: int
-
-
-def measure_gemm(values: dict[str, Any]) -> dict[str, Any]:
-    """GFLOP/s of every repetition, by shape."""
-    job = GemmJob(**{**values, "shapes": tuple(tuple(shape) for shape in values["shapes"])})
-    device = _set_up(job.device, job.threads)
-    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    synchronize, now_s = _synchronizer(device), CLOCKS[job.clock]
-    rates: dict[str, list[float]] = {}
-    for rows, inner, columns in job.shapes:
-        left = torch.randn(rows, inner, device=device, dtype=dtype)
-        right = torch.randn(inner, columns, device=device, dtype=dtype)
-        out = left @ right
-        label = f"{rows}x{inner}x{columns}"
-        for _ in range(job.repeats):
-            synchronize()
-            started_s = now_s()
-            torch.mm(left, right, out=out)
-            synchronize()
-            elapsed_s = now_s() - started_s
-            rates.setdefault(label, []).append(2 * rows * inner * columns / elapsed_s / 1e9)
-    return {"gflops": rates}
-
-
-# ---------------------------------------------------------------------------------------------------- common
-
-
-def _set_up(device: str, threads: int | None) -> torch.device:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return choose_device(device)
-
-
-def _synchronizer(device: torch.device) -> Callable[[], None]:
-    if device.type == "cuda":
-        return torch.cuda.synchronize
-    return torch.mps.synchronize if device.type == "mps" else lambda: None
 
 
 def _images(config: ModelConfig, batch_size: int) -> UInt8[Tensor, "b c h w"]:
