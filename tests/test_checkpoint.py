@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nextblock.atomic import WriteError, write_aside
 from nextblock.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
@@ -26,7 +27,6 @@ from nextblock.checkpoint import (
     save_checkpoint,
     save_classifier,
     save_model,
-    write_aside,
 )
 from nextblock.config import DataConfig, OptimConfig
 from nextblock.models import NextBlockModel
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were_and_says_so(place, step
     files = files_in(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(place, full_disk)
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(WriteError) as caught:
             save_checkpoint(tmp_path, tiny_model(seed=2), STATE, step)
     for part in (f"step_0000000{step}", "No space left on device", "before is intact", "make room"):
         assert part in str(caught.value)
@@ -187,7 +187,7 @@ def test_where_the_last_rename_fails_the_directory_of_before_comes_back(tmp_path
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", fails_for_the_new)
-    with pytest.raises(CheckpointError, match="before is intact"):
+    with pytest.raises(WriteError, match="before is intact"):
         save_checkpoint(tmp_path, tiny_model(seed=2), STATE, 1)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert same_weights(read_model(path / "model.safetensors"), before)

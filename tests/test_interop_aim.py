@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
 from nextblock.interop import aim, aim_out
 from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim
@@ -472,7 +473,7 @@ def test_earlier_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         save(content, target)
 
     monkeypatch.setattr(aim_out.torch, "save", save_once)
-    with pytest.raises(CheckpointError, match="no space left on device"):
+    with pytest.raises(WriteError, match="no space left on device"):
         write_aim(tiny_classifier({"num_classes": 7}), tmp_path / "out")
     assert len(saved) == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

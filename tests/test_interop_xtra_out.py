@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
 from nextblock.interop import xtra
 from nextblock.interop.xtra import read_xtra, write_xtra
@@ -231,7 +232,7 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(xtra.torch, "save", save_half)
-    with pytest.raises(CheckpointError, match="no space left on device"):
+    with pytest.raises(WriteError, match="no space left on device"):
         write_xtra(square_model(2), path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]

@@ -18,6 +18,7 @@ SRC = Path(__file__).parents[1] / "src" / "nextblock"
 # A module may import those before it, and its own package.
 ORDER = (
     "logs",
+    "atomic",
     "settings",
     "config",
     "presets",

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
 from nextblock.data import TooManyBadImages
 from nextblock.models import NextBlockModel
@@ -144,7 +145,7 @@ def disk_freed_afterwards() -> Iterator[None]:
 def test_a_full_disk_leaves_the_checkpoint_before_intact_and_the_run_can_go_on(tmp_path, limit):
     run_toy(tmp_path / "whole")
     saving = {"checkpoint.every": "2st"}
-    with disk_freed_afterwards(), pytest.raises(CheckpointError, match="intact; make room on the disk"):
+    with disk_freed_afterwards(), pytest.raises(WriteError, match="intact; make room on the disk"):
         run_toy(tmp_path / "run", saving, monitors=[FillDisk(4, limit)])
     assert checkpoints(tmp_path / "run") == ["step_00000002"]
     run_toy(tmp_path / "run", saving)
@@ -157,7 +158,7 @@ def test_a_full_disk_at_the_first_checkpoint_leaves_none(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(CheckpointError, match="No space left on device"):
+        with pytest.raises(WriteError, match="No space left on device"):
             run_toy(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == []
     assert run_toy(tmp_path / "run").step == 7

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from nextblock.atomic import WriteError
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig
 from nextblock.data import open_source
 from nextblock.models import NextBlockModel
@@ -234,7 +235,7 @@ def test_a_failed_write_leaves_the_old_picture_alone(tmp_path):
             raise OSError("no space left on device")
 
     (tmp_path / "s.png").write_bytes(b"old")
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WriteError, match="no space"):
         save_png(FullDisk(), tmp_path / "s.png")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"s.png": b"old"}
 

@@ -13,12 +13,10 @@ version than this one knows is refused.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.classifier import Classifier, ImageClassifier, TimmClassifier
@@ -50,7 +49,6 @@ __all__ = [
     "save_checkpoint",
     "save_classifier",
     "save_model",
-    "write_aside",
 ]
 
 FORMAT_VERSION = 1
@@ -73,71 +71,6 @@ class MissingSettingError(CheckpointError, ValueError):
     def __init__(self, setting: str, message: str) -> None:
         super().__init__(message)
         self.setting = setting
-
-
-# ------------------------------------------------------------------------------------------- writing whole
-
-
-@contextmanager
-def write_aside(target: Path) -> Iterator[Path]:
-    """Give a path beside `target` to write a file or directory to, flush it to disk, and move it into place.
-
-    Whatever goes wrong, `target` is either as it was before or complete. (A directory that is replaced has,
-    for the instant between two renames, the name `.before-...`.)
-    """
-    aside = target.with_name(f".writing-{target.name}")
-    _remove(aside)
-    try:
-        yield aside
-        _flush(aside)
-        _move_into_place(aside, target)
-        _flush_alone(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"could not write {target}: {error}. What was there before is intact; make room on "
-            "the disk, or choose another place, and run the same command again"
-        ) from error
-    finally:
-        _remove(aside)
-
-
-def _move_into_place(aside: Path, target: Path) -> None:
-    """Rename; a directory in the way steps aside first, and comes back if the renaming fails."""
-    before = target.with_name(f".before-{target.name}")
-    if target.is_dir():
-        _remove(before)
-        target.replace(before)
-    try:
-        aside.replace(target)
-    except OSError:
-        if before.is_dir():
-            before.replace(target)
-        raise
-    _remove(before)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or a directory with all in it."""
-    if path.is_dir():
-        for part in path.iterdir():
-            _flush(part)
-    _flush_alone(path)
-
-
-def _flush_alone(path: Path) -> None:
-    """Flush a file, or the names in a directory: a file whose name is lost is lost as well."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --------------------------------------------------------------------------------------------- model files
@@ -283,7 +216,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
     """Remove what a kill left half written, and all but the latest `keep` and those kept for good."""
     for half_written in directory.glob(".writing-*"):
-        _remove(half_written)
+        remove(half_written)
     for path in _checkpoints(directory)[:-keep]:
         if not keep_for_good(_step(path)):
             shutil.rmtree(path)

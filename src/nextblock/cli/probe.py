@@ -73,7 +73,7 @@ def probe(**settings: Any) -> ProbeResult:
     result = probe_with(config)
     figures = Path(config.out) / FIGURES_DIR
     # Always anew: what lies there may be of another result.
-    from nextblock.checkpoint import write_aside
+    from nextblock.atomic import write_aside
     from nextblock.visualize.evaluation import draw_probe
 
     with write_aside(figures) as aside:

@@ -57,7 +57,7 @@ def search(**settings: Any) -> SearchResult:
 
     Paths may stand for strings.
     """
-    from nextblock.evaluate.results import write_text
+    from nextblock.atomic import write_text
     from nextblock.evaluate.search import search as search_with
     from nextblock.visualize.contact_sheet import draw_contact_sheet
 

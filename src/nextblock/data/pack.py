@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nextblock.atomic import write_text
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, decode_image, open_image, pillow_errors
 from nextblock.data.loader import BadSample, resolve_workers
@@ -163,7 +164,7 @@ def pack(
         names = source.class_names if source.has_labels else ()
         about = {"source": source.spec, "settings": settings, "classes": list(names)}
         told = {**done._asdict(), **about, "journal": journal.shards}
-        _write(manifest, json.dumps(told, indent=1) + "\n")
+        write_text(manifest, json.dumps(told, indent=1) + "\n")
         journal.path.unlink()
     except OSError as error:
         raise PackError(f"cannot write to {dst}: {error.strerror or error}; {_remedy(error)}") from error
@@ -183,7 +184,7 @@ def _finished(manifest: Path, settings: dict[str, Any]) -> Packed | None:
     if told["settings"] != settings:
         raise ValueError(_is_other(dst, told["settings"], settings))
     if len(_whole(dst, told["journal"])) < len(told["journal"]):
-        _write(dst / "packing.jsonl", _lines(settings, *told["journal"]))
+        write_text(dst / "packing.jsonl", _lines(settings, *told["journal"]))
         manifest.unlink()
         return None
     return Packed(**{name: told[name] for name in Packed._fields})
@@ -248,7 +249,7 @@ class _Journal:
         elif dst.exists() and any(dst.iterdir()):
             raise ValueError(f"{dst} is not empty; give a new folder, or remove it")
         dst.mkdir(parents=True, exist_ok=True)
-        _write(self.path, _lines(settings, *self.shards))
+        write_text(self.path, _lines(settings, *self.shards))
         names = dst / "names.tsv"  # of a shard that did not become whole it may hold some
         with names.open("ab") as file:
             file.truncate(self.shards[-1]["names_bytes"] if self.shards else 0)
@@ -357,12 +358,6 @@ class _Writer:
 
 def _lines(*values: dict[str, Any]) -> str:
     return "".join(json.dumps(value) + "\n" for value in values)
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------- encoding

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 from torch import Tensor
 
+from nextblock.atomic import write_aside
 from nextblock.config import DataConfig
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.remote import is_remote
@@ -130,11 +131,10 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
         ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_bytes(b"\n".join(lines) + b"\n")
-        aside.replace(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}; name another file") from error
+    with write_aside(path) as aside:
+        aside.write_bytes(b"\n".join(lines) + b"\n")
     return f"{kind}:{path}"
 
 

@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nextblock.checkpoint import MODEL_FILE, write_aside
+from nextblock.atomic import write_aside, write_text
+from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import DataConfig, TrainConfig
 from nextblock.data import BadSample, Source, open_source
 from nextblock.evaluate.classify_config import ClassifyConfig
 from nextblock.evaluate.embed.files import check_writable, parquet_package
 from nextblock.evaluate.features import check_bad, evaluation_data, iterate_features
 from nextblock.evaluate.measures import Measures, Tally
-from nextblock.evaluate.results import write_text
 from nextblock.interop import load_classifier
 from nextblock.models.classifier import ImageClassifier, TimmClassifier
 from nextblock.train.device import autocast, choose_device

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from nextblock.atomic import write_text
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import Source, keyed_seed
 from nextblock.evaluate.features import (
@@ -34,7 +35,6 @@ from nextblock.evaluate.fewshot_config import FewshotConfig, FewshotResult
 from nextblock.evaluate.knn_config import KnnConfig, KnnResult
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import EncoderName
-from nextblock.evaluate.results import write_text
 from nextblock.evaluate.sources import open_labelled
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig

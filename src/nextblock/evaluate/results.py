@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from nextblock.checkpoint import write_aside
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, Source
 from nextblock.models import EncoderModel
@@ -23,7 +22,6 @@ __all__ = [
     "images_digest",
     "refuse_other_result",
     "weights_digest",
-    "write_text",
 ]
 
 FREE_SETTINGS = (
@@ -140,9 +138,3 @@ def _is_place(name: str) -> bool:
     if parts[0] == "settings":
         return parts[-1] in _PLACES
     return parts[0] == "sources" and parts[-1] == "spec"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with write_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")

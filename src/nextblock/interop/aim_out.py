@@ -12,7 +12,8 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, write_aside
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import CheckpointError
 from nextblock.config import ModelConfig, pair
 from nextblock.interop.aim import (
     CLASSIFIER_NAMES,

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from nextblock.checkpoint import MODEL_FILE, save_model, write_aside
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import MODEL_FILE, save_model
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.aim_out import write_aim
 from nextblock.interop.cards import (

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nextblock.checkpoint import CheckpointError, write_aside
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import CheckpointError
 from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
 from nextblock.interop.files import make_parent, refuse_directory

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextblock.checkpoint import RECORDED_DATA, CheckpointError, load_strictly, write_aside
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import RECORDED_DATA, CheckpointError, load_strictly
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
 from nextblock.interop.files import MAIN_FILES, make_parent, read_content, unwrapped

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, load_strictly, write_aside
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import CheckpointError, load_strictly
 from nextblock.config import ModelConfig, Size, pair
 from nextblock.interop.files import beside_weights, make_parent, refuse_directory, unwrapped
 from nextblock.interop.names import (

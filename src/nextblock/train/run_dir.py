@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import yaml
 
-from nextblock.checkpoint import latest_checkpoint, write_aside
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import latest_checkpoint
 from nextblock.config import DataConfig, RunConfig
 from nextblock.data import Source, jpeg_decoder, parts_of
 from nextblock.settings import from_dict, to_dict

@@ -14,6 +14,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nextblock.atomic import write_aside
+
 __all__ = ["INK", "MUTED", "axes_at", "save_png", "text_at", "wrapped"]
 
 INK = "#1f2328"
@@ -49,12 +51,8 @@ def save_png(
 ) -> None:
     """Write a PNG aside, then rename it: at the first of `dpis` that stays under `max_bytes`, or the last."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    try:
+    with write_aside(path) as aside:
         for dpi in dpis:
             figure.savefig(aside, format="png", dpi=dpi, facecolor="white")
             if max_bytes is None or aside.stat().st_size <= max_bytes:
                 break
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -19,8 +19,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 
+from nextblock.atomic import write_aside
 from nextblock.blocks import block_orders, patchify, unpatchify
-from nextblock.checkpoint import write_aside
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.models import NextBlockModel

@@ -25,10 +25,9 @@ from jaxtyping import Int64, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nextblock.checkpoint import write_aside
+from nextblock.atomic import write_aside, write_text
 from nextblock.data import Source
 from nextblock.evaluate.directories import make_directory
-from nextblock.evaluate.results import write_text
 
 __all__ = [
     "Embeddings",

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from nextblock.atomic import write_text
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, TooManyBadImages, open_source
 from nextblock.evaluate.embed.config import EmbedConfig, FeatureSettings
@@ -45,7 +46,7 @@ from nextblock.evaluate.features import (
     open_model,
 )
 from nextblock.evaluate.layers import layer_choices
-from nextblock.evaluate.results import differences, identity_of, write_text
+from nextblock.evaluate.results import differences, identity_of
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
 from nextblock.train.device import choose_device

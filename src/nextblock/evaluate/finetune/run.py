@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nextblock.checkpoint import STATE_FILE, load_state, save_classifier, write_aside
+from nextblock.atomic import write_aside, write_text
+from nextblock.checkpoint import STATE_FILE, load_state, save_classifier
 from nextblock.config import DataConfig, TrainConfig, pair
 from nextblock.data import (
     BadSample,
@@ -45,7 +46,7 @@ from nextblock.evaluate.finetune.report import (
     result_from_dict,
 )
 from nextblock.evaluate.finetune.train import FineTuner, Measured, measure_classifier
-from nextblock.evaluate.results import identity_of, refuse_other_result, write_text
+from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.sources import check_classes, hold_out_test, open_labelled, part_of
 from nextblock.models import EncoderModel
 from nextblock.settings import Duration, to_dict

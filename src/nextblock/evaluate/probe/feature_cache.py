@@ -27,10 +27,10 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from nextblock.atomic import write_text
 from nextblock.checkpoint import CheckpointError
 from nextblock.data import BadSample
 from nextblock.evaluate.features import FeatureBatch
-from nextblock.evaluate.results import write_text
 
 __all__ = ["FeatureCache", "StoredFeatures"]
 

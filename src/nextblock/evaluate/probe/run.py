@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from nextblock.atomic import write_text
 from nextblock.checkpoint import save_classifier
 from nextblock.config import DataConfig, pair
 from nextblock.data import Source, keyed_seed
@@ -48,7 +49,6 @@ from nextblock.evaluate.results import (
     identity_of,
     refuse_other_result,
     weights_digest,
-    write_text,
 )
 from nextblock.evaluate.sources import (
     are_same_images,

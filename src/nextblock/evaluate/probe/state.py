@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from nextblock.checkpoint import CheckpointError, write_aside
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import CheckpointError
 from nextblock.data import BadSample
 from nextblock.evaluate.probe.train_heads import Feed, Lesson
 from nextblock.evaluate.results import differences

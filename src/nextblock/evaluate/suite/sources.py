@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from nextblock.atomic import write_text
 from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.sources import SUBSET_HEADER
 from nextblock.data.subsets import absolute_spec
-from nextblock.evaluate.results import write_text
 from nextblock.evaluate.suite.layouts import Files, Sources
 
 __all__ = ["write_sources"]

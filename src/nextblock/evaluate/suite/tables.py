@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nextblock.evaluate.results import write_text
+from nextblock.atomic import write_text
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, FIFTEEN
 from nextblock.evaluate.suite.config import Score, SuiteResult
 from nextblock.evaluate.suite.published import PUBLISHED
