@@ -24,7 +24,7 @@ from nextblock.config import RunConfig
 from nextblock.presets import get_preset
 from nextblock.settings import describe_type, flatten, from_dict, nearest_name, to_dict
 
-__all__ = ["DEFAULT_PRESET", "build_parser", "parse", "parse_run", "resolve"]
+__all__ = ["DEFAULT_PRESET", "build_parser", "parse", "parse_run", "parse_settings", "resolve"]
 
 DEFAULT_PRESET = "xtra-b16"
 """What a run starts from when no preset is named."""
@@ -48,6 +48,22 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         return parser.parse_args(_with_lists(parser, argv))
     except argparse.ArgumentError as error:
         raise ValueError(_plainly(parser, _one_line(str(error)))) from error
+
+
+def parse_settings(
+    parser: ArgumentParser, config: type, argv: Sequence[str], *, overwrite: str | None = None
+) -> tuple[dict[str, Any], bool]:
+    """Values for the fields of `config`, each of which is a flag, and whether to end with a line of JSON.
+
+    `overwrite` says what the flag --overwrite replaces, for a config with such a field.
+    """
+    parser.add_class_arguments(config, None, skip=set() if overwrite is None else {"overwrite"})
+    if overwrite is not None:
+        parser.add_argument("--overwrite", action="store_true", help=f"replace {overwrite} in --out")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    values = dict(vars(parser.instantiate(parse(parser, argv))))
+    is_json = values.pop("json")
+    return values, is_json
 
 
 def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunConfig, Namespace]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nextblock.bench import BENCHES
+from nextblock.cli.output import end_with_json, say
 from nextblock.settings import nearest_name
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def run(argv: Sequence[str]) -> int:
     console = Console()
     console.print(_table(result))
     for note in result.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        say(note)
     if options.json:
-        sys.stdout.write(json.dumps(result.to_dict()) + "\n")
+        end_with_json(result.to_dict())
     return 0
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.classify_config import ClassifyConfig
 from nextblock.settings import from_keywords
 
@@ -24,22 +23,16 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, classify, print a table of the first images."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
     from nextblock.evaluate.classify import to_json
 
     parser = build_parser("classify", "Name the classes of images with a trained head.")
-    parser.add_class_arguments(ClassifyConfig, None, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    values, is_json = parse_settings(parser, ClassifyConfig, argv, overwrite="an earlier file")
     result = classify(**values)
-    console = Console()
-    console.print(_table(result))
-    for words in _notes(result, values["out"]):
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
-    if options.json:
-        sys.stdout.write(json.dumps(to_json(result)) + "\n")
+    Console().print(_table(result))
+    say(*_notes(result, values["out"]))
+    if is_json:
+        end_with_json(to_json(result))
     return 0
 
 
@@ -57,7 +50,7 @@ def _table(result: ClassifyResult) -> Table:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from nextblock.cli.names import end_of
+    from nextblock.cli.output import end_of
 
     has_truth = result.rows[0].true_class is not None
     places = ("class", "second", "third")[: min(TABLE_CLASSES, len(result.rows[0].classes))]

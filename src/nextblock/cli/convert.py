@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
+
+from nextblock.cli.output import end_with_json
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -43,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     checked = "" if done.difference is None else f", onnxruntime within {done.difference:.0e} of torch"
     sys.stdout.write(f"{done.to}: {done.place} ({done.num_bytes / 1e6:.1f} MB{checked})\n")
     if options.json:
-        sys.stdout.write(json.dumps(done._asdict()) + "\n")
+        end_with_json(done._asdict())
     return 0
 
 

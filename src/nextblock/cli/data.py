@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nextblock.cli.output import end_with_json
 from nextblock.config import DataConfig
 from nextblock.settings import nearest_name
 
@@ -59,7 +59,7 @@ def _pack(argv: Sequence[str]) -> int:
     for damage in done.damage:
         sys.stdout.write(f"not whole: {damage}\n")
     if options.json:
-        sys.stdout.write(json.dumps(done._asdict()) + "\n")
+        end_with_json(done._asdict())
     return 0
 
 
@@ -91,7 +91,7 @@ def _sample(argv: Sequence[str]) -> int:
     spec = write_subset(Path(options.out).expanduser(), source, numbers)
     sys.stdout.write(f"{len(numbers)} of {len(source)} images: {spec}\n")
     if options.json:
-        sys.stdout.write(json.dumps({"spec": spec, "images": len(numbers), "of": len(source)}) + "\n")
+        end_with_json({"spec": spec, "images": len(numbers), "of": len(source)})
     return 0
 
 
@@ -123,7 +123,7 @@ def _split(argv: Sequence[str]) -> int:
     if left_out:
         sys.stdout.write(f"{left_out} images are in no part\n")
     if options.json:
-        sys.stdout.write(json.dumps({"parts": told, "of": len(source), "left_out": left_out}) + "\n")
+        end_with_json({"parts": told, "of": len(source), "left_out": left_out})
     return 0
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.embed.config import EmbedConfig
 from nextblock.settings import from_keywords
 
@@ -18,28 +17,19 @@ __all__ = ["embed", "run"]
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, embed, say what the file holds."""
-    from rich.console import Console
-
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
 
     parser = build_parser("embed", "Write the features of images to a file; run it again to go on.")
-    parser.add_class_arguments(EmbedConfig, None, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace other features in --out")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    values, is_json = parse_settings(parser, EmbedConfig, argv, overwrite="other features")
     result = embed(**values)
-    console = Console()
     shape = " x ".join(map(str, result.shape))
-    words = f"features: {result.path}, {shape}"
-    console.print(words, highlight=False, markup=False, soft_wrap=True)
+    say(f"features: {result.path}, {shape}")
     if result.origin.bad:
         from nextblock.evaluate.embed.files import sidecars
 
-        words = f"{result.origin.bad} images could not be read: {sidecars(result.path)['quarantine']}"
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
-    if options.json:
-        sys.stdout.write(json.dumps(_as_json(result)) + "\n")
+        say(f"{result.origin.bad} images could not be read: {sidecars(result.path)['quarantine']}")
+    if is_json:
+        end_with_json(_as_json(result))
     return 0
 
 

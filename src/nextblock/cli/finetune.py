@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.settings import from_keywords, to_dict
 
@@ -24,20 +23,16 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, fine-tune, print a table; exits with 128 + signal where a signal stopped it."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
 
     parser = build_parser("finetune", "Train encoder and head together on labels, whole or by LoRA.")
-    parser.add_class_arguments(FinetuneConfig, None, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace another result in --out")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    values, is_json = parse_settings(parser, FinetuneConfig, argv, overwrite="another result")
     result = finetune(**values)
     if result.stopped_by is None:
         Console().print(_table(result))
-        Console().print(f"classifier: {Path(values['out']) / 'classifier'}", highlight=False, soft_wrap=True)
-    if options.json:
-        sys.stdout.write(json.dumps(to_dict(result)) + "\n")
+        say(f"classifier: {Path(values['out']) / 'classifier'}")
+    if is_json:
+        end_with_json(to_dict(result))
     if result.stopped_by is None:
         return 0
     import signal

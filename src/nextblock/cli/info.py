@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nextblock.cli.output import end_with_json
 
 if TYPE_CHECKING:
     from nextblock.interop.reading import Found, Told
@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     given = Told(head=options.head, num_heads=options.num_heads, image_size=options.image_size)
     told = _describe(options.file, given)
     if options.json:
-        sys.stdout.write(json.dumps(told) + "\n")
+        end_with_json(told)
         return 0
     table = Table(show_header=False)
     for name, value in told.items():

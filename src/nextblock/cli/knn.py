@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from nextblock.cli.output import end_with_json, print_table
 from nextblock.evaluate.knn_config import KnnConfig, KnnResult
 from nextblock.settings import from_keywords, to_dict
 
@@ -15,29 +14,17 @@ __all__ = ["knn", "run"]
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, measure, print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
 
     parser = build_parser("knn", "Measure a frozen encoder's features by their nearest neighbours.")
-    parser.add_class_arguments(KnnConfig, None, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace another result in --out")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    result = knn(**{name: v for name, v in parser.instantiate(options).items() if name != "json"})
+    values, is_json = parse_settings(parser, KnnConfig, argv, overwrite="another result")
+    result = knn(**values)
 
     from nextblock.evaluate.knn import comparison, summary
 
-    head, lines = comparison(result)
-    table = Table(*head, title="top-1 %")
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    console.print(table)
-    console.print(summary(result), highlight=False)
-    if options.json:
-        sys.stdout.write(json.dumps(to_dict(result)) + "\n")
+    print_table(*comparison(result), title="top-1 %", below=summary(result))
+    if is_json:
+        end_with_json(to_dict(result))
     return 0
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.settings import check_types, from_keywords
 
 if TYPE_CHECKING:
@@ -44,21 +43,18 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, draw, print a table of losses."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
 
     parser = build_parser("predict", "Draw how a model predicts the next blocks of images.")
-    parser.add_class_arguments(PredictConfig, None)
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    values, is_json = parse_settings(parser, PredictConfig, argv)
     result = predict(**values)
     console = Console()
     console.print(_table(result))
-    console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True)
+    say(f"picture: {result.picture}")
     if result.bad:
-        console.print(_unreadable(result), highlight=False, markup=False, soft_wrap=True)
-    if options.json:
-        sys.stdout.write(json.dumps(_as_json(result)) + "\n")
+        say(_unreadable(result))
+    if is_json:
+        end_with_json(_as_json(result))
     return 0
 
 

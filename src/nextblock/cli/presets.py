@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.presets import PRESETS, Preset, get_preset
 from nextblock.settings import to_dict
 
@@ -28,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse(parser, argv)
     chosen = [get_preset(options.name)] if options.name else list(PRESETS.values())
     if options.json:
-        sys.stdout.write(json.dumps([_values(preset) for preset in chosen]) + "\n")
+        end_with_json([_values(preset) for preset in chosen])
     elif options.name:
         _print_one(Console(), chosen[0])
     else:
@@ -52,7 +51,7 @@ def _print_one(console: Console, preset: Preset) -> None:
     import yaml
 
     console.print(f"{preset.name}\n{preset.about}\n", highlight=False)
-    console.print(f"command:    {preset.command}", highlight=False, soft_wrap=True)
+    say(f"command:    {preset.command}")
     console.print(f"published:  {preset.published or 'no confirmed result'}", highlight=False)
     console.print(
         f"parameters: encoder {preset.encoder_params_m:.2f} M, "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json
 from nextblock.config import RunConfig
 from nextblock.presets import PRESETS, get_preset
 
@@ -33,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     _check_statistics(config, (word.partition("=")[0].removeprefix("--") for word in argv))
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
     if options.json:
-        sys.stdout.write(json.dumps({**vars(result), "run_dir": str(result.run_dir)}) + "\n")
+        end_with_json({**vars(result), "run_dir": str(result.run_dir)})
     if result.stopped_by is None:
         return 0
     import signal

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.probe.config import ProbeCandidate, ProbeConfig, ProbeResult, probe_config
 from nextblock.settings import to_dict
 
@@ -25,14 +25,10 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, probe, print a table; 128 + signal where a signal stopped it, which is saved."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
 
     parser = build_parser("probe", "Train heads on a frozen encoder's features and measure their accuracy.")
-    parser.add_class_arguments(ProbeConfig, None, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace another result in --out")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    values, is_json = parse_settings(parser, ProbeConfig, argv, overwrite="another result")
     from nextblock.evaluate.probe.state import ProbeStopped
     from nextblock.evaluate.probe.tables import choice_sentence, rate_sentence
 
@@ -55,9 +51,9 @@ def run(argv: Sequence[str]) -> int:
     if len(trained) > MAX_PRINTED:
         lines.append(f"All {len(trained)} candidates of the trained encoder: {out / 'probe.md'}")
     for line in filter(None, [*lines, _places(out, result)]):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if options.json:
-        sys.stdout.write(json.dumps(to_dict(result)) + "\n")
+        say(line)
+    if is_json:
+        end_with_json(to_dict(result))
     return 0
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from nextblock.cli.output import end_with_json
 
 __all__ = ["run"]
 
@@ -27,5 +27,5 @@ def run(argv: Sequence[str]) -> int:
     (Path(options.run) / "report.md").write_text(report_markdown(summary), encoding="utf-8")
     Console().print(report_table(summary))
     if options.json:
-        sys.stdout.write(json.dumps(report_values(summary)) + "\n")
+        end_with_json(report_values(summary))
     return 0

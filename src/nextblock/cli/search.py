@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.search_config import SearchConfig
 from nextblock.settings import from_keywords
 
@@ -28,27 +28,23 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, search, print a table."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
 
     parser = build_parser("search", "Find the images nearest to one, and draw them.")
-    parser.add_class_arguments(SearchConfig, None, skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="replace another sheet in --out")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
+    values, is_json = parse_settings(parser, SearchConfig, argv, overwrite="another sheet")
     result = search(**values)
     console = Console()
     for query in result.queries[:TABLE_QUERIES]:
         console.print(_table(query))
     if len(result.queries) > TABLE_QUERIES:
         console.print(f"and {len(result.queries) - TABLE_QUERIES} queries more, in the files")
-    console.print(f"picture: {values['out']}", highlight=False, markup=False, soft_wrap=True)
+    say(f"picture: {values['out']}")
     if result.bad:
         named = "; ".join(f"{bad.name}: {bad.reason}" for bad in result.bad[:3])
         words = f"{len(result.bad)} images could not be read: {named}"
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
-    if options.json:
-        sys.stdout.write(json.dumps(_as_json(result)) + "\n")
+        say(words)
+    if is_json:
+        end_with_json(_as_json(result))
     return 0
 
 
@@ -124,7 +120,7 @@ def _table(query: QueryResult) -> Table:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from nextblock.cli.names import end_of
+    from nextblock.cli.output import end_of
 
     table = Table(
         "similarity",

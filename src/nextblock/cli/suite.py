@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
 from nextblock.evaluate.suite.config import SuiteConfig, SuiteResult
 from nextblock.evaluate.suite.published import PUBLISHED
@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
         return 128 + stopped.signal
     _show(result, Path(values["out"]))
     if is_json:
-        sys.stdout.write(json.dumps({**to_dict(result), "mean_percent": result.mean_percent}) + "\n")
+        end_with_json({**to_dict(result), "mean_percent": result.mean_percent})
     return _FAILURE if result.failed or not result.scores else 0
 
 
@@ -111,7 +111,7 @@ def _show(result: SuiteResult, out: Path) -> None:
     console = Console()
     console.print(table)
     for name, why in {**result.missing, **result.failed}.items():
-        console.print(f"{name}: {why}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{name}: {why}")
     console.print(f"{out / 'suite.md'} has the table beside the papers', and what differs", highlight=False)
 
 
@@ -131,9 +131,9 @@ def _list(root: Path | None, only: tuple[str, ...] | None, *, is_json: bool) -> 
     for row in rows:
         todo = f"is in {row['folder']}; --check looks closer" if row["is_there"] else row["fetch"]
         words = f"{row['name']} ({row['source']}): {todo}" + (f"; {row['note']}" if row["note"] else "")
-        console.print(words, markup=False, highlight=False, soft_wrap=True)
+        say(words)
     if is_json:
-        sys.stdout.write(json.dumps(rows) + "\n")
+        end_with_json(rows)
     return 0
 
 
@@ -185,9 +185,9 @@ def _check(root: Path | None, only: tuple[str, ...] | None, *, is_json: bool) ->
     console.print(_check_table(checks))
     for one in checks:
         for problem in (*one.problems, *one.known):
-            console.print(f"{one.name}: {problem}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{one.name}: {problem}")
     if is_json:
-        sys.stdout.write(json.dumps([to_dict(one) for one in checks]) + "\n")
+        end_with_json([to_dict(one) for one in checks])
     return 0 if all(one.is_well for one in checks) else _FAILURE
 
 

@@ -1,0 +1,42 @@
+"""What verbs print beside their tables: sentences as they are, names cut to fit, JSON on the last line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["end_of", "end_with_json", "print_table", "say"]
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are: paths and names are neither wrapped nor coloured nor taken for markup."""
+    from rich.console import Console
+
+    console = Console()
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str, below: str) -> None:
+    """Print a table of words, and sentences below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(below, highlight=False, markup=False)
+
+
+def end_with_json(values: Any) -> None:
+    """Print values as JSON, in one line."""
+    sys.stdout.write(json.dumps(values) + "\n")
+
+
+def end_of(name: str, letters: int) -> str:
+    """At most `letters` of a name, its last ones, an ellipsis standing for what is left out."""
+    return name if len(name) <= letters else f"…{name[len(name) - letters + 1 :]}"
