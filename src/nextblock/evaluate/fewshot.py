@@ -11,7 +11,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,13 +37,12 @@ from nextblock.evaluate.frozen import (
     Subject,
     feature_config,
     markdown_table,
+    measured,
     open_all,
     subjects,
-    write_result,
 )
 from nextblock.evaluate.measures import Measures, Tally
 from nextblock.evaluate.probe.config import EncoderName
-from nextblock.evaluate.results import identity_of, refuse_other_result
 
 __all__ = ["Regression", "comparison", "draw_shots", "fewshot", "fewshot_opened", "regress", "summary"]
 
@@ -150,13 +148,7 @@ def fewshot(config: FewshotConfig) -> FewshotResult:
     has too few images.
     """
     opened = open_all(config, {"test": config.test})
-    identity = identity_of(config, opened.model, opened.data, opened.sources)
-    if config.out is not None and not config.overwrite:
-        refuse_other_result(Path(config.out), "fewshot.json", identity, ("fewshot.csv", "fewshot.md"))
-    result = fewshot_opened(opened, config)
-    if config.out is not None:
-        write_result(Path(config.out), "fewshot", identity, result, _markdown(result, identity))
-    return result
+    return measured(opened, config, "fewshot", fewshot_opened, _markdown)
 
 
 def fewshot_opened(opened: Opened, config: FewshotConfig) -> FewshotResult:

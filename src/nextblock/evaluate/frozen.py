@@ -10,9 +10,9 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
@@ -35,6 +35,7 @@ from nextblock.evaluate.fewshot_config import FewshotConfig, FewshotResult
 from nextblock.evaluate.knn_config import KnnConfig, KnnResult
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import EncoderName
+from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.sources import open_labelled
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
@@ -42,9 +43,12 @@ from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import to_dict
 from nextblock.train.device import choose_device
 
-__all__ = ["Opened", "Subject", "feature_config", "markdown_table", "open_all", "subjects", "write_result"]
+__all__ = ["Opened", "Subject", "feature_config", "markdown_table", "measured", "open_all", "subjects"]
 
 log = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", KnnConfig, FewshotConfig)
+ResultT = TypeVar("ResultT", KnnResult, FewshotResult)
 
 
 class Opened(NamedTuple):
@@ -147,7 +151,29 @@ def _collect(
 # ------------------------------------------------------------------------------------------ what is written
 
 
-def write_result(
+def measured(
+    opened: Opened,
+    config: ConfigT,
+    verb: str,
+    measure: Callable[[Opened, ConfigT], ResultT],
+    markdown: Callable[[ResultT, Mapping[str, Any]], str],
+) -> ResultT:
+    """Measure, and write VERB.csv, VERB.md and VERB.json where the config's `out` is given.
+
+    `markdown` takes the result and its identity. Raises `ValueError` before anything is measured where `out`
+    holds another result.
+    """
+    if config.out is None:
+        return measure(opened, config)
+    out, identity = Path(config.out), identity_of(config, opened.model, opened.data, opened.sources)
+    if not config.overwrite:
+        refuse_other_result(out, f"{verb}.json", identity, (f"{verb}.csv", f"{verb}.md"))
+    result = measure(opened, config)
+    _write(out, verb, identity, result, markdown(result, identity))
+    return result
+
+
+def _write(
     out: Path, verb: str, identity: Mapping[str, Any], result: KnnResult | FewshotResult, markdown: str
 ) -> None:
     """Write a result's rows as OUT/VERB.csv, its text as .md, and last the whole of it as .json."""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,13 +29,12 @@ from nextblock.evaluate.frozen import (
     Subject,
     feature_config,
     markdown_table,
+    measured,
     open_all,
     subjects,
-    write_result,
 )
 from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE, KnnConfig, KnnResult, KnnRow
 from nextblock.evaluate.probe.config import EncoderName
-from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import Duration
 from nextblock.train.monitor import MonitorEvent
@@ -156,13 +154,7 @@ def knn(config: KnnConfig) -> KnnResult:
     """
     advice = "leave out --val for leave-one-out"
     opened = open_all(config, {"val": config.val}, advice=advice)
-    identity = identity_of(config, opened.model, opened.data, opened.sources)
-    if config.out is not None and not config.overwrite:
-        refuse_other_result(Path(config.out), "knn.json", identity, ("knn.csv", "knn.md"))
-    result = knn_opened(opened, config)
-    if config.out is not None:
-        write_result(Path(config.out), "knn", identity, result, _markdown(result, identity))
-    return result
+    return measured(opened, config, "knn", knn_opened, _markdown)
 
 
 def knn_opened(opened: Opened, config: KnnConfig) -> KnnResult:
