@@ -11,7 +11,7 @@ import torch
 
 from nextblock.config import DataConfig
 from nextblock.data import open_source
-from nextblock.data.subsets import absolute_spec, draw, draw_per_class, split, write_subset
+from nextblock.data.sources.subsets import absolute_spec, draw, draw_per_class, split, write_subset
 from tiny_runs import call_cli, refused, write_images
 
 DATA = DataConfig(workers=0)

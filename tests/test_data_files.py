@@ -11,7 +11,7 @@ from PIL import Image
 
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, Source, open_source
-from nextblock.data.subsets import write_subset
+from nextblock.data.sources.subsets import write_subset
 
 DATA = DataConfig()
 

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from nextblock.config import DataConfig  # noqa: E402
-from nextblock.data import BadImageError, eval_batches, hf_source, open_source  # noqa: E402
-from nextblock.data.hf_source import DatasetError  # noqa: E402
-from nextblock.data.subsets import write_subset  # noqa: E402
+from nextblock.data import BadImageError, eval_batches, open_source  # noqa: E402
+from nextblock.data.sources import hf as hf_source  # noqa: E402
+from nextblock.data.sources.hf import DatasetError  # noqa: E402
+from nextblock.data.sources.subsets import write_subset  # noqa: E402
 
 DATA = DataConfig(workers=0, val_resize_px=8)
 IMAGE, LABEL = datasets.Image(), datasets.ClassLabel(names=["cat", "dog"])

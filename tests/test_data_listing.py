@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from nextblock.config import DataConfig
-from nextblock.data import listing, open_source
-from nextblock.data.cache import cache_dir, read_index, write_index
-from nextblock.data.listing import EXTENSIONS, Listing, Names, extension, list_images
+from nextblock.data import open_source
+from nextblock.data.sources import listing
+from nextblock.data.sources.cache import cache_dir, read_index, write_index
+from nextblock.data.sources.listing import EXTENSIONS, Listing, Names, extension, list_images
 
 LATER_NS = 10**10
 

@@ -22,8 +22,16 @@ import torch
 from PIL import Image
 
 from nextblock.config import DataConfig
-from nextblock.data import Source, TrainLoader, eval_batches, open_source, remote
-from nextblock.data.remote import RemoteError, RemoteState, expand, is_remote, local_copy, remote_state
+from nextblock.data import Source, TrainLoader, eval_batches, open_source
+from nextblock.data.sources import remote
+from nextblock.data.sources.remote import (
+    RemoteError,
+    RemoteState,
+    expand,
+    is_remote,
+    local_copy,
+    remote_state,
+)
 from tiny_runs import ALL_RANDOM, assert_same_end, checkpoints, run_toy
 
 pytest.importorskip("aiohttp")
@@ -345,7 +353,8 @@ import sys, signal
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from tiny_runs import *
-from nextblock.data import open_source, remote
+from nextblock.data import open_source
+from nextblock.data.sources import remote
 remote.RETRY_AFTER_S = (0.01,)
 changes = {**ALL_RANDOM, "checkpoint.every": "3st", "monitor.log_every": "1st", "data.cache_dir": sys.argv[4]}
 config = settings({**changes, "data.cache_gb": float(sys.argv[5])})

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from nextblock.config import DataConfig
-from nextblock.data import BadImageError, Source, Step, TrainLoader, open_source, tar
-from nextblock.data.tar import TarSource
+from nextblock.data import BadImageError, Source, Step, TrainLoader, open_source
+from nextblock.data.sources import tar
+from nextblock.data.sources.tar import TarSource
 
 DATA = DataConfig()
 INDEX = ".nextblock-index"
@@ -288,7 +289,7 @@ def test_the_index_lies_beside_the_shard_and_is_used_while_the_shard_is_the_same
         raise AssertionError("the headers were read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nextblock.data.tar_index._members", refuse)
+        patch.setattr("nextblock.data.sources.tar_index._members", refuse)
         second = open_source(str(path), DATA)
     assert names(second) == names(first)
     assert second.fingerprint == first.fingerprint
@@ -319,7 +320,7 @@ def test_where_the_shards_folder_cannot_be_written_the_index_lies_in_the_cache(
     data = DataConfig(cache_dir=str(tmp_path / "cache"))
     assert reds(open_source(str(path), data)) == [1]
     assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1
-    monkeypatch.setattr("nextblock.data.tar_index._members", None)
+    monkeypatch.setattr("nextblock.data.sources.tar_index._members", None)
     said.clear()
     assert reds(open_source(str(path), data)) == [1]
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from nextblock.config import DataConfig
-from nextblock.data import BadImageError, Source, open_source, zip_source
+from nextblock.data import BadImageError, Source, open_source
+from nextblock.data.sources import zip as zip_source
 
 DATA = DataConfig()
 ZIP64_LIMIT = "ZIP64_LIMIT"

@@ -72,7 +72,7 @@ def _sample(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="what is drawn is a function of it")
     options, data = _parse(parser, argv)
 
-    from nextblock.data.subsets import draw, draw_per_class, write_subset
+    from nextblock.data.sources.subsets import draw, draw_per_class, write_subset
 
     given = [name for name in ("fraction", "count", "per_class") if options[name] is not None]
     if len(given) != 1:
@@ -105,7 +105,7 @@ def _split(argv: Sequence[str]) -> int:
     parser.add_argument("--stratify", action="store_true", help="keep the shares within every class")
     options, data = _parse(parser, argv)
 
-    from nextblock.data.subsets import split, write_subset
+    from nextblock.data.sources.subsets import split, write_subset
 
     parts = _shares(options.parts)
     folder = Path(options.out).expanduser()

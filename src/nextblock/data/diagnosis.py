@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int64
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data.doctor import Duplicates, Examination, duplicates
 from nextblock.data.mixture import parts_of
-from nextblock.data.tar import damage_of
+from nextblock.data.sources.tar import damage_of
 
 __all__ = [
     "Checkup",

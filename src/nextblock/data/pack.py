@@ -42,8 +42,8 @@ from nextblock.data.loader import BadSample, resolve_workers
 from nextblock.data.quarantine import QuarantineLog
 from nextblock.data.scenes import read_bands, starts
 from nextblock.data.sources import Source
-from nextblock.data.tar import damage_of
-from nextblock.data.tar_index import tar_index
+from nextblock.data.sources.tar import damage_of
+from nextblock.data.sources.tar_index import tar_index
 from nextblock.data.workers import from_workers, start_worker
 from nextblock.settings import check_types, require
 

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
 from nextblock.data.keyed import keyed_permutation
-from nextblock.data.subsets import SubsetSource
+from nextblock.data.sources.subsets import SubsetSource
 from nextblock.evaluate.features import check_same_classes
 from nextblock.evaluate.results import images_digest
 

@@ -12,7 +12,7 @@ from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
 from nextblock.data.keyed import keyed_permutation
 from nextblock.data.sources import SUBSET_HEADER
-from nextblock.data.subsets import absolute_spec
+from nextblock.data.sources.subsets import absolute_spec
 from nextblock.evaluate.suite.layouts import Files, Sources
 
 __all__ = ["write_sources"]

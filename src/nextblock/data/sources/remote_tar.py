@@ -21,8 +21,8 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from nextblock.config import DataConfig
-from nextblock.data.cache import Index, read_index, write_index
-from nextblock.data.remote import (
+from nextblock.data.sources.cache import Index, read_index, write_index
+from nextblock.data.sources.remote import (
     RemoteError,
     RemoteState,
     expand,
@@ -31,8 +31,8 @@ from nextblock.data.remote import (
     read_small,
     remote_state,
 )
-from nextblock.data.tar import PROGRESS_S, TarSource
-from nextblock.data.tar_index import VERSION, tar_index
+from nextblock.data.sources.tar import PROGRESS_S, TarSource
+from nextblock.data.sources.tar_index import VERSION, tar_index
 from nextblock.logs import held_back
 
 __all__ = ["RemoteTarSource", "open_remote"]

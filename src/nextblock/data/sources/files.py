@@ -14,8 +14,8 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.listing import Names, text
-from nextblock.data.sources import SUBSET_HEADER, EncodedSource, Labels, in_class_order, read_file
+from nextblock.data.sources.base import SUBSET_HEADER, EncodedSource, Labels, in_class_order, read_file
+from nextblock.data.sources.listing import Names, text
 
 __all__ = ["FilesSource"]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nextblock.config import DataConfig
-from nextblock.data.cache import Index, cached_index_path, read_index, warn_once, write_index
-from nextblock.data.listing import IMAGE_EXTENSIONS, extension, kind_of_other, member_name, text
+from nextblock.data.sources.cache import Index, cached_index_path, read_index, warn_once, write_index
+from nextblock.data.sources.listing import IMAGE_EXTENSIONS, extension, kind_of_other, member_name, text
 
 __all__ = ["VERSION", "tar_index"]
 

@@ -22,9 +22,9 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.listing import in_class_order
-from nextblock.data.sources import EncodedSource, Labels, read_file
-from nextblock.data.sources import _options as read_options
+from nextblock.data.sources.base import EncodedSource, Labels, read_file
+from nextblock.data.sources.base import _options as read_options
+from nextblock.data.sources.listing import in_class_order
 from nextblock.logs import held_back
 from nextblock.settings import nearest_name
 

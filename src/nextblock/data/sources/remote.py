@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from nextblock.config import DataConfig
-from nextblock.data.cache import cache_dir
+from nextblock.data.sources.cache import cache_dir
 
 __all__ = [
     "RemoteError",

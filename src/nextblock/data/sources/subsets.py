@@ -22,8 +22,8 @@ from torch import Tensor
 from nextblock.atomic import write_aside
 from nextblock.config import DataConfig
 from nextblock.data.keyed import keyed_permutation
-from nextblock.data.remote import is_remote
-from nextblock.data.sources import SUBSET_HEADER, FolderSource, Labels, Source, open_source
+from nextblock.data.sources.base import SUBSET_HEADER, FolderSource, Labels, Source, open_source
+from nextblock.data.sources.remote import is_remote
 
 __all__ = ["SubsetSource", "absolute_spec", "draw", "draw_per_class", "open_subset", "split", "write_subset"]
 

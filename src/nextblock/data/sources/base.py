@@ -32,8 +32,8 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, decode_image
 from nextblock.data.keyed import keyed_permutation
-from nextblock.data.listing import in_class_order, list_images
-from nextblock.data.remote import is_remote
+from nextblock.data.sources.listing import in_class_order, list_images
+from nextblock.data.sources.remote import is_remote
 from nextblock.settings import nearest_name
 
 __all__ = [
@@ -139,24 +139,24 @@ def open_source(spec: str, data: DataConfig) -> Source:
     if kind == "digits":
         return DigitsSource(spec, _options(spec, rest, known=("split",)).get("split", "all"), data.channels)
     if kind == "torchvision":
-        from nextblock.data.torchvision_source import TorchvisionSource
+        from nextblock.data.sources.torchvision_sets import TorchvisionSource
 
         name, _, rest = rest.partition(",")
         return TorchvisionSource(spec, name, _options(spec, rest), data)
     if is_remote(spec):
-        from nextblock.data.remote_tar import open_remote
+        from nextblock.data.sources.remote_tar import open_remote
 
         return open_remote(spec, data)
     if kind == "subset":
-        from nextblock.data.subsets import open_subset
+        from nextblock.data.sources.subsets import open_subset
 
         return open_subset(spec, data)
     if kind == "files":
-        from nextblock.data.files import FilesSource
+        from nextblock.data.sources.files import FilesSource
 
         return FilesSource(spec, Path(rest).expanduser(), data)
     if kind == "hf" or spec.lower().endswith(".parquet"):
-        from nextblock.data.hf_source import open_dataset
+        from nextblock.data.sources.hf import open_dataset
 
         return open_dataset(spec, data)
     return _open_path(spec, kind, data)
@@ -167,11 +167,11 @@ def _open_path(spec: str, kind: str, data: DataConfig) -> Source:
     if path.is_dir():
         return FolderSource(spec, path, data)
     if spec.lower().endswith(".zip") and path.is_file():
-        from nextblock.data.zip_source import ZipSource
+        from nextblock.data.sources.zip import ZipSource
 
         return ZipSource(spec, path, data)
     if spec.lower().endswith(".tar") and not _has_unknown_kind(spec):
-        from nextblock.data.tar import open_tar
+        from nextblock.data.sources.tar import open_tar
 
         return open_tar(spec, data)
     raise ValueError(_why_not(spec, kind, path))

@@ -19,14 +19,14 @@ from typing import NamedTuple
 import numpy as np
 
 from nextblock.config import DataConfig
-from nextblock.data.cache import Index
 from nextblock.data.decode import BadImageError
-from nextblock.data.listing import EXTENSIONS, Names, describe_others
 from nextblock.data.mixture import parts_of
-from nextblock.data.remote import expand
-from nextblock.data.sources import EncodedSource, Labels, Source, in_class_order
-from nextblock.data.subsets import SubsetSource
-from nextblock.data.tar_index import tar_index
+from nextblock.data.sources.base import EncodedSource, Labels, Source, in_class_order
+from nextblock.data.sources.cache import Index
+from nextblock.data.sources.listing import EXTENSIONS, Names, describe_others
+from nextblock.data.sources.remote import expand
+from nextblock.data.sources.subsets import SubsetSource
+from nextblock.data.sources.tar_index import tar_index
 
 __all__ = ["Damage", "TarSource", "damage_of", "open_tar"]
 

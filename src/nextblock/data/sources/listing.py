@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from nextblock.config import DataConfig
-from nextblock.data.cache import cached_index_path, read_index, write_index
+from nextblock.data.sources.cache import cached_index_path, read_index, write_index
 
 __all__ = [
     "EXTENSIONS",

@@ -15,7 +15,8 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.listing import (
+from nextblock.data.sources.base import EncodedSource, Labels
+from nextblock.data.sources.listing import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
     Names,
@@ -24,7 +25,6 @@ from nextblock.data.listing import (
     kind_of_other,
     member_name,
 )
-from nextblock.data.sources import EncodedSource, Labels
 
 __all__ = ["ZipSource"]
 

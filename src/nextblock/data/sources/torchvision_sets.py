@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import check_pixels, image_to_tensor, pillow_errors
-from nextblock.data.sources import Labels, Source
+from nextblock.data.sources.base import Labels, Source
 from nextblock.settings import nearest_name
 
 __all__ = ["TorchvisionSource"]

@@ -1,0 +1,25 @@
+"""Where images are, behind one interface: a module for each kind of source, and what several of them need."""
+
+from nextblock.data.sources.base import (
+    SUBSET_HEADER,
+    DigitsSource,
+    EncodedSource,
+    FolderSource,
+    Labels,
+    Source,
+    in_class_order,
+    open_source,
+    read_file,
+)
+
+__all__ = [
+    "SUBSET_HEADER",
+    "DigitsSource",
+    "EncodedSource",
+    "FolderSource",
+    "Labels",
+    "Source",
+    "in_class_order",
+    "open_source",
+    "read_file",
+]
