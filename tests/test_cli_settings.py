@@ -87,6 +87,27 @@ def test_what_print_config_prints_is_a_config_file_of_the_same_settings(cli, tmp
     assert again == (0, out, "")
 
 
+def test_every_verb_of_evaluation_takes_config_files_and_prints_its_settings(cli, tmp_path):
+    (tmp_path / "grid.yaml").write_text("model: RUN\ntrain: digits\nlr: [1e-3, 1e-2]\nepochs: 3\n")
+    (tmp_path / "other.yaml").write_text("epochs: 4\nheads: [linear]\n")
+    words = ("--lr", "3e-3", "--out", "OUT", "--config", tmp_path / "grid.yaml", "--print_config")
+    code, out, _ = cli("probe", "--config", tmp_path / "other.yaml", *words)
+    settings = yaml.safe_load(out)
+    assert code == 0
+    assert [settings[name] for name in ("model", "train", "out", "lr", "epochs", "heads")] == [
+        "RUN",
+        "digits",
+        "OUT",
+        [3e-3],
+        3,
+        ["linear"],
+    ]
+    (tmp_path / "printed.yaml").write_text(out)
+    assert cli("probe", "--config", tmp_path / "printed.yaml", "--print_config") == (0, out, "")
+    told = refused(cli("knn", "--config", tmp_path / "grid.yaml"))
+    assert "grid.yaml: unknown setting lr; did you mean" in told
+
+
 def test_the_config_of_a_run_is_a_config_file(resolved, tmp_path):
     run_toy(tmp_path / "run", {"train.duration": "1st"})
     written = flatten(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))

@@ -130,7 +130,7 @@ def test_learning_rates_make_a_line_for_each_head_with_its_winner_marked(tmp_pat
     assert tuple(rates) == RATES
     assert list(shares) == pytest.approx([100 * (one.top1 or 0) for one in grid if one.head == "linear"])
     assert [text.get_text() for text in axes.texts] == ["78.0", "68.0"]
-    assert axes.get_ylabel() == "top-1 (%), on images held out of train to choose on"
+    assert axes.get_ylabel() == "top-1 (%), held out of train"
 
 
 def test_layers_get_a_panel_of_their_own_and_several_together_a_bar(tmp_path, figures):

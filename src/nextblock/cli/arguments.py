@@ -57,34 +57,31 @@ def parse_settings(
 
     `overwrite` says what the flag --overwrite replaces, for a config with such a field.
     """
+    words, found = _taken(argv, ("--config",))
     parser.add_class_arguments(config, None, skip=set() if overwrite is None else {"overwrite"})
     if overwrite is not None:
         parser.add_argument("--overwrite", action="store_true", help=f"replace {overwrite} in --out")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    values = dict(vars(parser.instantiate(parse(parser, argv))))
+    options = parse(parser, [*_config_words(parser, found["--config"]), *words])
+    values = dict(vars(parser.instantiate(options)))
     is_json = values.pop("json")
+    del values["config"]
     return values, is_json
 
 
 def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
     """A run's settings, and whatever other flags the parser has."""
-    words, configs, preset = _rearrange(argv)
-    base = (
-        replace(get_preset(DEFAULT_PRESET).config, preset=None)
-        if preset is None
-        else get_preset(preset).config
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    words, found = _taken(argv, ("--preset", "--config"))
+    configs = found["--config"]
+    # A config file's preset counts if no flag names one.
+    in_files = [_read_config(path).get("preset") for path in configs]
+    presets = found["--preset"] or [preset for preset in in_files if preset is not None]
+    base = get_preset(presets[-1] if presets else DEFAULT_PRESET).config
+    base = base if presets else replace(base, preset=None)
     parser.add_class_arguments(RunConfig, None)
     parser.set_defaults(flatten(to_dict(base)))
-    preset_words = [] if preset is None else ["--preset", preset]
-    config_words = [word for path in configs for word in ("--config", path)]
-    settings = [action.dest for action in parser._actions]
-    for path in configs:
-        for name in flatten(_read_config(path)):
-            if name not in settings:
-                raise ValueError(f"--config {path}: unknown setting {name}; {_nearest(name, settings)}")
-    namespace = parse(parser, [*config_words, *preset_words, *words])
+    preset_words = ["--preset", presets[-1]] if presets else []
+    namespace = parse(parser, [*_config_words(parser, configs), *preset_words, *words])
     names = {name.split(".", 1)[0] for name in to_dict(base)}
     instantiated = parser.instantiate(namespace)
     config = RunConfig(**{name: instantiated[name] for name in names})
@@ -114,22 +111,32 @@ def _with_underscores(word: str, known: Sequence[str]) -> str:
     return f"--{plain}{equals}{value}" if plain in known else word
 
 
-def _rearrange(argv: Sequence[str]) -> tuple[list[str], list[str], str | None]:
-    """Take --preset and --config out of the words; a config file's preset counts if no flag names one."""
-    words, found = list(argv), {"--preset": [], "--config": []}
-    i = 0
-    while i < len(words):
-        name, has_value, value = words[i].partition("=")
-        if name in found:
-            if not has_value and i + 1 >= len(words):
-                raise ValueError(f"{name} needs a value")
-            found[name].append(value if has_value else words[i + 1])
-            del words[i : i + (1 if has_value else 2)]
-        else:
-            i += 1
-    in_files = [_read_config(path).get("preset") for path in found["--config"]]
-    presets = found["--preset"] or [preset for preset in in_files if preset is not None]
-    return words, found["--config"], presets[-1] if presets else None
+def _taken(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words without these flags, and the values of each, in their order."""
+    words: list[str] = []
+    found: dict[str, list[str]] = {flag: [] for flag in flags}
+    left = iter(argv)
+    for word in left:
+        name, has_value, value = word.partition("=")
+        if name not in found:
+            words.append(word)
+            continue
+        given = value if has_value else next(left, None)
+        if given is None:
+            raise ValueError(f"{name} needs a value")
+        found[name].append(given)
+    return words, found
+
+
+def _config_words(parser: ArgumentParser, paths: Sequence[str]) -> list[str]:
+    """Let a parser that has all its other flags read these files; the words with which it does."""
+    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    settings = [action.dest for action in parser._actions]
+    for path in paths:
+        for name in flatten(_read_config(path)):
+            if name not in settings:
+                raise ValueError(f"--config {path}: unknown setting {name}; {_nearest(name, settings)}")
+    return [word for path in paths for word in ("--config", path)]
 
 
 def _with_lists(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:

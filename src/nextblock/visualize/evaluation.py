@@ -80,13 +80,15 @@ def _curves(result: ProbeResult) -> Figure | None:
     for one, draw in zip(axes, panels, strict=True):
         draw(one, grid)
         one.spines[["top", "right"]].set_visible(False)
-        one.tick_params(labelsize=8, colors=INK)
+        one.tick_params(which="both", labelsize=8, colors=INK)
         one.grid(axis="y", color=GRID, linewidth=0.6)
         one.set_axisbelow(True)
         one.margins(y=0.1)
         one.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    split = {"choice": "images held out of train to choose on"}.get(str(grid[0].chosen_on), grid[0].chosen_on)
-    axes[0].set_ylabel(f"top-1 (%), on {split}", color=INK)
+    if panels[0] is _draw_rates and result.resolved.get("official_warmup_trap"):
+        axes[0].set_xlabel("learning rate as given (the official trap: a tenth of it counts)", color=INK)
+    split = {"choice": "held out of train"}.get(str(grid[0].chosen_on), grid[0].chosen_on)
+    axes[0].set_ylabel(f"top-1 (%), {split}", color=INK)
     return figure
 
 
