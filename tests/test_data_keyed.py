@@ -1,4 +1,4 @@
-"""Permutations without a table: as large as a list may get, and still permutations."""
+"""Numbers by name, the same for ever; permutations without a table, as large as a list may get."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from nextblock.data import keyed, order
-from nextblock.data.keyed import keyed_permutation, permuted
+from nextblock.data.keyed import keyed_permutation, keyed_rng, keyed_seed, permuted
 from nextblock.data.order import MixtureOrder, step_samples
+
+PINNED_SEEDS = (2585821359639973777, 4695500815337499223)
+PINNED_RANDOM = [0.26523067267353884, 0.9802260876939085, 0.3684862270489899]
+PINNED_ORDER = [6, 1, 2, 9, 5, 8, 4, 3, 0, 7]
 
 
 def whole(length, seed=3, visit=0):
@@ -71,3 +75,44 @@ def test_a_mixture_without_tables_goes_through_every_source():
     mixture = MixtureOrder((30, 20), (30, 20), seed=0, batch_size=10)
     samples = np.concatenate([mixture.keys(step).samples for step in range(5)])
     assert sorted(samples.tolist()) == list(range(50))
+
+
+# ------------------------------------------------------------------------------------------ numbers by name
+
+
+def test_keyed_numbers_are_the_same_for_ever_and_everywhere() -> None:
+    assert keyed_seed(0, "order", 0) == PINNED_SEEDS[0]
+    assert keyed_seed(2**40, "augment", 3, 1_000_000_007) == PINNED_SEEDS[1]
+    assert keyed_rng(0, "augment", 1, 2).random(3).tolist() == PINNED_RANDOM
+    assert keyed_permutation(7, 10, "order", 3).tolist() == PINNED_ORDER
+
+
+def test_seeds_have_63_bits() -> None:
+    drawn = [keyed_seed(1, "bits", number) for number in range(200)]
+    assert min(drawn) >= 0
+    assert 2**62 < max(drawn) < 2**63
+
+
+def test_different_keys_share_no_seed() -> None:
+    keys = [
+        (seed, purpose, *numbers) for seed in range(5) for purpose in "ab" for numbers in ((), (1,), (2,))
+    ]
+    keys += [
+        (0, "a", 1, 2),
+        (0, "a", 12),
+        (0, "a", 1, 2, 0),
+        (11, "a", 2),
+        (0, "a1", 2),
+        (0, "a", -1),
+        (0, "a0,1"),
+    ]
+    assert len({keyed_seed(*key) for key in keys}) == len(keys)
+    assert len({float(keyed_rng(*key).random()) for key in keys}) == len(keys)
+
+
+def test_a_keyed_permutation_is_one_and_cannot_be_spoilt() -> None:
+    order = keyed_permutation(0, 1000, "order", 0)
+    assert sorted(order) == list(range(1000))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+    with pytest.raises(ValueError, match="read-only"):
+        order[0] = 1

@@ -72,26 +72,12 @@ def train(
     """Train on `sources["train"]` into the run directory `out`, or go on where it stopped.
 
     `sources["val"]`, if there, is validated on. Raises `RunDirError` where `out` holds something else,
-    `TooManyBadImages`, `NonFiniteError`, and `CheckpointError` where a disk is full; the last checkpoint
-    stays.
+    `TooManyBadImages`, `NonFiniteError`, and `WriteError` where a disk is full; the last checkpoint stays.
     """
-    _check_trainable(config)
-    device = choose_device(config.train.device)
-    autocast(device, config.train)  # refuses what the device cannot do, before anything is built
-    if device.type == "cpu":
-        keep_freed_memory()
-    if config.train.deterministic:
-        make_deterministic()
-    run_dir = RunDir.open(out, config, sources, overwrite=overwrite)
-    checkpoint = run_dir.latest()
-    trainer = Trainer(config, device, checkpoint)
-    loader = _train_loader(trainer, sources["train"])
-    is_tokenizer_new = trainer.prepare_tokenizer(sources["train"])
-    run_dir.begin(config, sources, device)
-    run_dir.cut_metrics(trainer.step or -1)  # what is written before the first step is written again
-    run = Run(run_dir, trainer, loader, sources, monitors, reporter)
+    run, is_tokenizer_new = _prepared(config, out, sources, monitors, reporter, overwrite=overwrite)
+    trainer = run.trainer
     with stop_on_signals() as stop, reporter, run:
-        steps = iter(loader)
+        steps = iter(run.loader)
         if is_tokenizer_new:
             run.write_checkpoint()  # if the run ends here, it goes on with the same tokens
         if trainer.step == 0:
@@ -120,6 +106,33 @@ def train(
         stopped_by=stop.signal.name if stop.signal is not None else None,
         num_bad=run.quarantine.count,
     )
+
+
+def _prepared(
+    config: RunConfig,
+    out: Path,
+    sources: dict[str, Source],
+    monitors: Sequence[Monitor],
+    reporter: Reporter,
+    *,
+    overwrite: bool,
+) -> tuple[Run, bool]:
+    """All that a run needs, as its last checkpoint left it; and whether its tokenizer was fitted just now."""
+    _check_trainable(config)
+    device = choose_device(config.train.device)
+    autocast(device, config.train)  # refuses what the device cannot do, before anything is built
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.train.deterministic:
+        make_deterministic()
+    run_dir = RunDir.open(out, config, sources, overwrite=overwrite)
+    checkpoint = run_dir.latest()
+    trainer = Trainer(config, device, checkpoint)
+    loader = _train_loader(trainer, sources["train"])
+    is_tokenizer_new = trainer.prepare_tokenizer(sources["train"])
+    run_dir.begin(config, sources, device)
+    run_dir.cut_metrics(trainer.step or -1)  # what is written before the first step is written again
+    return Run(run_dir, trainer, loader, sources, monitors, reporter), is_tokenizer_new
 
 
 def _check_trainable(config: RunConfig) -> None:
