@@ -17,7 +17,7 @@ from PIL import Image
 
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, Source, open_source, open_sources
-from nextblock.data.sources import in_class_order
+from nextblock.data.sources.base import in_class_order
 from nextblock.data.sources.listing import list_images
 from nextblock.data.sources.torchvision_sets import TorchvisionSource
 

@@ -2,24 +2,18 @@
 
 from nextblock.data.sources.base import (
     SUBSET_HEADER,
-    DigitsSource,
     EncodedSource,
-    FolderSource,
     Labels,
     Source,
-    in_class_order,
     open_source,
     read_file,
 )
 
 __all__ = [
     "SUBSET_HEADER",
-    "DigitsSource",
     "EncodedSource",
-    "FolderSource",
     "Labels",
     "Source",
-    "in_class_order",
     "open_source",
     "read_file",
 ]
