@@ -75,6 +75,15 @@ def test_a_quick_bench_has_one_round_and_no_other_batches(monkeypatch):
     assert bench._jobs()["native"][1]["images"] == 4
 
 
+@pytest.mark.parametrize("changes", [{"quick": True}, {"model": "xtra-tiny"}, {"precision": "bf16"}])
+def test_the_budget_is_of_the_model_and_precision_that_it_was_stated_for(changes):
+    runs = {"native": [{"images_per_s": 2.0}]}
+    (stated, *_), (other, *_) = (
+        list(bench._rows(runs, 80.0)) for bench in (EmbedBench(), EmbedBench(**changes))
+    )
+    assert (stated.at_least, other.at_least) == (0.8, None)
+
+
 def test_under_a_clock_of_cpu_seconds_there_is_no_row_of_what_workers_decode():
     assert list(EmbedBench(quick=True, clock="cpu")._jobs()) == ["gemm", "native", "full"]
 

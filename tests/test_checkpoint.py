@@ -101,7 +101,7 @@ def test_a_model_file_says_what_it_is(tmp_path):
 
 
 def test_a_model_file_says_how_its_images_are_cut_where_that_is_known(tmp_path):
-    data = DataConfig(train="DIR", mean=(0.5,), std=(0.25,), val_resize_px=32)
+    data = DataConfig(train="DIR", mean=(0.5,), std=(0.25,), val_resize_px=32, val_crop="squash")
     recorded = replace(data, train=None)
     save_model(tmp_path / "model.safetensors", tiny_model(), data=data)
     checkpoint = save_checkpoint(tmp_path / "checkpoints", tiny_model(), STATE, 1, data=data)
@@ -112,6 +112,9 @@ def test_a_model_file_says_how_its_images_are_cut_where_that_is_known(tmp_path):
         read_model(directory / "model.safetensors")
     save_model(tmp_path / "silent.safetensors", tiny_model())
     assert read_data(tmp_path / "silent.safetensors") is None
+    told = {"mean": [0.5], "std": [0.25], "val_resize_px": 32}  # as before there was another crop
+    changed_metadata(tmp_path / "model.safetensors", data=json.dumps(told))
+    assert read_data(tmp_path / "model.safetensors") == replace(recorded, val_crop="center")
 
 
 def test_safetensors_are_told_by_their_content(tmp_path):

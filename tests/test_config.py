@@ -212,6 +212,7 @@ def test_a_config_of_ones_own_is_checked_by_its_annotations():
             ("data.color_jitter is", "hue's in [0, 0.5]"),
         ),
         (lambda: DataConfig(color_jitter_prob=2), ("data.color_jitter_prob is 2",)),
+        (lambda: DataConfig(val_crop="border", normalize="auto"), ("data.val_crop border", "center or")),
     ],
 )
 def test_what_cannot_be_together_is_refused(make, parts):

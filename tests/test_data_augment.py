@@ -11,12 +11,21 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timm.data.transforms import center_crop_or_pad
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from nextblock.config import DataConfig
-from nextblock.data import color_jitter, eval_crop, keyed_rng, normalize, random_resized_crop_box, train_crop
+from nextblock.data import (
+    color_jitter,
+    eval_crop,
+    keyed_rng,
+    normalize,
+    random_resized_crop_box,
+    train_crop,
+    val_crop,
+)
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 
@@ -192,6 +201,33 @@ def test_a_picture_that_would_not_cover_the_crop_is_enlarged() -> None:
 @pytest.mark.parametrize("shape", [(1, 4000), (4000, 2), (1, 1)])
 def test_strips_and_dots_are_cropped_too(shape) -> None:
     assert eval_crop(image(*shape), (24, 32), 40).shape == (3, 24, 32)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (75, 100), (121, 83), (1, 4000), (4000, 2)])
+@pytest.mark.parametrize("size", [32, (30, 40)])
+def test_a_squashed_crop_is_the_centre_of_the_whole_picture_in_another_shape(shape, size) -> None:
+    picture = image(*shape)
+    frame = [37, 37] if size == 32 else [37, 49]
+    resized = reference.resize(picture, frame, interpolation=BICUBIC, antialias=True)
+    expected = reference.center_crop(resized, [size, size] if isinstance(size, int) else list(size))
+    assert torch.equal(val_crop(picture, size, DataConfig(val_resize_px=37, val_crop="squash")), expected)
+
+
+@pytest.mark.parametrize("resize_px", [32, 37, 60])
+@pytest.mark.parametrize("shape", [(8, 8), (75, 100), (121, 83), (33, 200)])
+def test_a_bordered_crop_is_the_whole_picture_on_its_mean_colour(shape, resize_px) -> None:
+    picture, data = image(*shape), DataConfig(val_resize_px=resize_px, val_crop="border")
+    longest = max(shape)
+    inside = [round(side * resize_px / longest) for side in shape]
+    resized = reference.resize(picture, inside, interpolation=BICUBIC, antialias=True)
+    fill: Any = tuple(round(255 * part) for part in data.mean)
+    expected = center_crop_or_pad(reference.to_pil_image(resized), [32, 32], fill=fill)
+    assert torch.equal(val_crop(picture, 32, data), reference.pil_to_tensor(expected))
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 2), (1, 1)])
+def test_strips_and_dots_have_a_border_too(shape) -> None:
+    assert val_crop(image(*shape), (24, 32), DataConfig(val_crop="border")).shape == (3, 24, 32)
 
 
 # ------------------------------------------------------------------------------------------- normalising

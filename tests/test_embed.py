@@ -265,6 +265,25 @@ def test_a_finished_file_is_recognised_and_not_made_again(tmp_path):
     assert (again.reads, first.path.stat().st_mtime_ns) == (0, before)
 
 
+@pytest.mark.parametrize("damage", ["names lost", "names cut off", "features cut off", "features empty"])
+def test_a_damaged_file_is_not_taken_for_finished_and_is_made_anew_if_asked(tmp_path, damage):
+    first = run(tmp_path)
+    names, content = tmp_path / "features.npy.names.csv", first.path.read_bytes()
+    if damage == "names lost":
+        names.unlink()
+    elif damage == "names cut off":
+        names.write_text("".join(names.read_text().splitlines(keepends=True)[:-1]))
+    else:
+        first.path.write_bytes(content[:-4] if damage == "features cut off" else b"")
+    with pytest.raises(EmbeddingsError, match=r"anew with --overwrite"):
+        run(tmp_path)
+    if damage.startswith("features"):
+        with pytest.raises(EmbeddingsError, match="is not the whole file of 10 rows"):
+            read_embeddings(first.path)
+    again = run(tmp_path, overwrite=True)
+    assert (again.path.read_bytes(), len(again.names)) == (content, 10)
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 

@@ -13,7 +13,6 @@ import torch
 import nextblock
 from nextblock.cli import main
 from nextblock.config import ModelConfig, TrainConfig
-from nextblock.data import TooManyBadImages
 from nextblock.evaluate.finetune.config import FinetuneConfig, LoraSettings
 from nextblock.evaluate.finetune.run import Sources, finetune_model
 from nextblock.evaluate.finetune.train import measure_classifier
@@ -177,12 +176,6 @@ def test_the_page_tells_the_batch_in_use_where_the_source_is_smaller(tmp_path):
     assert "1 epochs (1 steps of 96 images)" in (tmp_path / "finetune.md").read_text()
 
 
-def test_of_too_many_bad_images_the_commands_own_setting_is_named(tmp_path):
-    with pytest.raises(TooManyBadImages, match="or allow more by --max_bad_fraction") as found:
-        tune(tmp_path, train=ToySource(96, bad=set(range(60))))
-    assert "data.max_bad_fraction" not in str(found.value)
-
-
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
     (tmp_path / "o").touch()
     with pytest.raises(ValueError, match=r"o cannot be made a directory \(File exists\); give another --out"):
@@ -226,18 +219,6 @@ def test_the_classifier_kept_is_the_averaged_one(tmp_path):
     head = "head.linear.weight"
     assert not torch.equal(weights(tmp_path / "a")[head], weights(tmp_path / "b")[head])
     assert result.reported.weights == "averaged"
-
-
-def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
-    result = tune(
-        tmp_path,
-        replace(QUICK, epochs=1),
-        train=ToySource(96, bad={3, 50}),
-        measured={"test": ToySource(48, seed=1, bad={7})},
-    )
-    assert result.bad_images == {"train": 2, "test": 1}
-    assert result.reported.measures.images == 47
-    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
 
 
 def test_another_image_size_makes_a_model_of_that_size(tmp_path):
@@ -321,14 +302,6 @@ def test_another_result_in_out_is_refused_and_replaced_on_request(tmp_path):
     tune(tmp_path, replace(QUICK, epochs=1, lr=2e-2, overwrite=True), reporter=reporter)
     assert reporter.began == (0, 6)
     assert len(metrics(tmp_path)) == 1
-
-
-def test_overwrite_removes_nothing_that_is_not_of_fine_tuning(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("of a run\n")
-    (tmp_path / "config.yaml").write_text("seed: 1\n")
-    with pytest.raises(ValueError, match=r"holds other files \(config\.yaml\)"):
-        tune(tmp_path, replace(QUICK, overwrite=True))
-    assert (tmp_path / "metrics.jsonl").read_text() == "of a run\n"
 
 
 # ------------------------------------------------------------------------------------ refusals

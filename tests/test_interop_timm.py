@@ -171,6 +171,14 @@ def test_images_are_cut_and_normalised_in_timm_as_in_the_run(tmp_path):
     assert read_data(directory / "model.safetensors") == DATA
 
 
+def test_the_way_images_are_cut_goes_out_and_comes_back(tmp_path):
+    data, config = replace(DATA, val_crop="squash"), replace(XTRA, image_size=16, depth=1)
+    write_timm(encoder(config), tmp_path / "out", data=data, provenance=FROM_TEST)
+    assert resolve_model_data_config(opened(tmp_path / "out"))["crop_mode"] == "squash"
+    assert read_timm_data(tmp_path / "out") == data
+    assert read_data(tmp_path / "out" / "model.safetensors") == data
+
+
 @pytest.mark.parametrize("resize_px", range(16, 60))
 def test_timm_rounds_to_the_size_that_the_run_resized_to(resize_px, tmp_path):
     config = replace(XTRA, image_size=16, depth=1)

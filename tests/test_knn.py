@@ -243,7 +243,7 @@ def test_features_that_are_no_numbers_are_refused():
     model = toy_model()
     with torch.no_grad():
         model.encoder.patch_embed.proj.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="the features of 60 images of toy-0 are no numbers; encode with"):
+    with pytest.raises(ValueError, match=r"features of \d+ of \d+ images are no numbers, .* encode with"):
         knn_opened(opened(model), settings())
 
 
@@ -272,7 +272,9 @@ def test_the_command_writes_its_table_and_refuses_another_in_its_place(tmp_path,
     assert main(words) == 0  # the same one is measured anew
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert main(words) == 2
-    assert "holds other files (notes.txt)" in capsys.readouterr().err
+    assert main([*words, "--k", "3", "--overwrite"]) == 2
+    assert capsys.readouterr().err.count("holds other files (notes.txt)") == 2
+    (tmp_path / "out" / "notes.txt").unlink()
     assert main([*words, "--k", "3", "--overwrite"]) == 0
     assert json.loads((tmp_path / "out" / "knn.json").read_text())["settings"]["k"] == [1, 20, 3]
 

@@ -264,10 +264,43 @@ def test_a_directory_of_other_files_is_refused(known, tmp_path):
         probe(known)
 
 
-def test_a_probe_that_was_cut_off_while_writing_may_be_run_again(known, tmp_path):
-    (tmp_path / "out" / "linear").mkdir(parents=True)
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("path", ["features/mine.npy", "figures/mine.png", "linear/mine.pt"])
+def test_a_directory_that_has_the_name_of_one_of_ours_is_left_alone(known, tmp_path, path, overwrite):
+    mine = tmp_path / "out" / path
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds other files \({mine.parent.name}\); give another --out"):
+        probe(replace(known, overwrite=overwrite))
+    assert mine.read_text() == "mine"
+
+
+def test_a_cache_in_out_is_kept(known, tmp_path):
+    config = replace(known, epochs=1, cache=str(tmp_path / "out" / "features"))
+    probe(config)
+    assert list((tmp_path / "out" / "features").glob("*/features.npy"))
+    probe(replace(config, overwrite=True))
+
+
+def test_a_probe_that_was_cut_off_while_writing_may_be_run_again(known, tmp_path, monkeypatch):
+    def cut_off(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("nextblock.evaluate.probe.run.write_text", cut_off)
+        probe(known)
+    assert (tmp_path / "out" / "linear").is_dir()
     probe(known)
     assert (tmp_path / "out" / "linear" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"augment": "crop"}, {"cache_gb": 0.0}])
+def test_features_that_are_no_numbers_are_not_blamed_on_the_learning_rate(changes):
+    blind = toy_model()
+    with torch.no_grad():
+        blind.encoder.patch_embed.proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"the features of \d+ of \d+ images are no numbers, .*the weights"):
+        probe_model(blind, replace(QUICK, **changes), ToySource(32), {"val": ToySource(16, seed=1)}, DATA)
 
 
 # -------------------------------------------------------------------------------------------------- refusals

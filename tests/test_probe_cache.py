@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nextblock.checkpoint import CheckpointError
-from nextblock.data import Source
+from nextblock.data import Source, TooManyBadImages
 from nextblock.evaluate.features import collect_features, encoder_extract, iterate_features
 from nextblock.evaluate.probe import feature_cache
 from nextblock.evaluate.probe.config import Split
@@ -105,6 +105,7 @@ def test_what_is_kept_is_known_by_weights_images_and_the_way_they_are_cut(tmp_pa
     for seed, changes in (
         (1, {}),
         (0, {"data": replace(DATA, val_resize_px=18)}),
+        (0, {"data": replace(DATA, val_crop="squash")}),
         (0, {"train": ToySource(48, seed=5)}),
         (0, {"config": replace(config, precision="bf16")}),
         (0, {"config": replace(config, attention=("full",))}),
@@ -186,6 +187,22 @@ def test_what_a_kill_leaves_is_gone_on_with(tmp_path, monkeypatch):
     assert all(map(np.array_equal, stored.arrays, whole.arrays))
 
 
+def test_nothing_is_kept_where_too_many_images_cannot_be_read(tmp_path):
+    cache, broken, source = FeatureCache(tmp_path / "cache", 1.0), ToySource(24, bad={20}), ToySource(24)
+    keys = [{"source": source.fingerprint, "kind": str(kind)} for kind in KINDS]
+
+    def give_up(missing, start):
+        yield from islice(batches(broken, [KINDS[n] for n in missing], start), 3)
+        raise TooManyBadImages
+
+    with pytest.raises(TooManyBadImages):
+        cache.get(keys, 24, give_up)
+    assert list((tmp_path / "cache").iterdir()) == []
+    stored = fill(cache, source)
+    assert stored is not None
+    assert stored.bad == ()
+
+
 def test_kinds_that_were_cut_off_apart_go_on_from_where_all_are(tmp_path):
     cache, source = FeatureCache(tmp_path / "cache", 1.0), ToySource(24)
     for number, count in ((0, 2), (1, 1)):
@@ -226,16 +243,34 @@ def test_unfinished_features_count_towards_the_bound_and_go_where_there_is_no_ro
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_another_folder_of_the_same_names_is_another_source(tmp_path, monkeypatch):
-    class Named(ToySource):
-        def _make_fingerprint(self):
-            return "numbered"
+class Named(ToySource):
+    """Pictures in files whose names are those of any other such source, at the same place as told."""
 
+    in_memory = False
+
+    def __init__(self, count, *, seed, shuffled=False):
+        super().__init__(count, seed=seed, shuffled=shuffled)
+        self.spec = "data"
+
+    def _make_fingerprint(self):
+        return "numbered"
+
+
+def test_other_files_of_the_same_names_at_the_same_place_are_another_source(tmp_path):
     config = replace(CONFIG, cache=str(tmp_path / "cache"), epochs=1)
     given: dict[Split, Source] = {"val": Named(24, seed=1), "test": Named(24, seed=2, shuffled=True)}
-    found = probe_model(toy_model(), config, Named(24), given, DATA).result
-    alone = probe_model(toy_model(), replace(config, cache=None), Named(24), given, DATA).result
+    found = probe_model(toy_model(), config, Named(24, seed=0), given, DATA).result
+    alone = probe_model(toy_model(), replace(config, cache=None), Named(24, seed=0), given, DATA).result
     assert [row.loss for row in found.rows] == [row.loss for row in alone.rows]
+
+
+def test_the_same_files_at_another_place_are_the_same_source(tmp_path, monkeypatch):
+    config, model = replace(CONFIG, cache=str(tmp_path / "cache"), epochs=1), Counted(monkeypatch)
+    model.probe(config, train=Named(24, seed=0))
+    before, moved = model.images, Named(24, seed=0)
+    moved.spec = "elsewhere"
+    model.probe(config, train=moved)
+    assert model.images == before
 
 
 def test_damaged_features_are_refused(tmp_path):

@@ -56,6 +56,25 @@ def test_it_is_timms_own_transform_under_the_same_seeds() -> None:
         assert torch.equal(CROP(image, (2, number)), expected)
 
 
+def policy(crop: TimmCrop) -> Any:
+    return next(part for part in crop._transform.transforms if hasattr(part, "ops"))
+
+
+@pytest.mark.parametrize(("magnitude", "mask"), [(0.0, 0xF0), (9.0, 0x80), (9.99, 0x80), (10.0, 0)])
+def test_posterizing_keeps_the_highest_bits_of_each_colour_down_to_none(magnitude: float, mask: int) -> None:
+    (posterize,) = (one for one in policy(replace(CROP)).ops if one.name == "PosterizeIncreasing")
+    posterize.prob, posterize.magnitude, posterize.magnitude_std = 1.0, magnitude, 0.0
+    pixels = picture().permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(posterize(Image.fromarray(pixels))), pixels & mask)
+
+
+def test_whatever_is_drawn_at_the_strongest_is_a_picture() -> None:
+    crop = replace(CROP)
+    for operation in policy(crop).ops:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10.0, 0.0
+    assert all(crop(picture(), (0, number)).isfinite().all() for number in range(100))
+
+
 def test_every_key_draws_its_own_and_always_the_same() -> None:
     image = picture()
     crops = [CROP(image, key) for key in ((0, 1), (1, 1), (0, 2))]

@@ -143,6 +143,17 @@ def test_a_project_with_a_config_of_its_own_is_no_run_and_overwrite_spares_it(tm
     assert (tmp_path / "config.yaml").read_text() == "years: of work"
 
 
+def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(tmp_path):
+    run = tmp_path / "run"
+    run_toy(run, {"train.duration": "1st"})
+    told = yaml.safe_load((run / "config.yaml").read_text())
+    del told["data"]["val_crop"]
+    (run / "config.yaml").write_text(yaml.safe_dump(told))
+    open_with(run, {"train.duration": "1st"})
+    with pytest.raises(RunDirError, match=r"data.val_crop: 'center' there, 'squash' now"):
+        open_with(run, {"train.duration": "1st", "data.val_crop": "squash"})
+
+
 def test_a_run_of_another_version_is_refused_by_the_name_of_the_setting(tmp_path):
     run_toy(tmp_path / "run", {"train.duration": "1st"})
     with (tmp_path / "run" / "config.yaml").open("a") as file:

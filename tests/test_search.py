@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,13 @@ from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages
 from nextblock.evaluate.embed.config import EmbedConfig
+from nextblock.evaluate.embed.files import EmbeddingsError, read_embeddings
 from nextblock.evaluate.embed.run import embed_model
+from nextblock.evaluate.features import seeded
 from nextblock.evaluate.search import MOST_COPIES, ImageFile, nearest, search_model
 from nextblock.evaluate.search_config import SearchConfig
+from nextblock.interop import open_encoder
+from nextblock.models import NextBlockModel
 from nextblock.visualize.contact_sheet import Cell, SheetRow, draw_contact_sheet, thumbnail
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
@@ -29,7 +34,15 @@ def settings(**changes):
 
 def run(*, source=None, queries=None, model=None, **changes):
     source, queries = source or ToySource(24), queries or ToySource(4, seed=1)
-    return search_model(model or toy_model(), settings(**changes), source, queries, DATA)
+    features = read_embeddings(changes["features"]) if "features" in changes else None
+    return search_model(model or toy_model(), settings(**changes), source, queries, DATA, features)
+
+
+def embedded(path, *, source=None, model=None, **changes):
+    """The path of a file of features."""
+    config = EmbedConfig(model="RUN", data="toy-0", out=str(path), device="cpu", **changes)
+    embed_model(model or toy_model(), config, source or ToySource(24), DATA)
+    return str(path)
 
 
 @pytest.fixture
@@ -97,6 +110,17 @@ def test_pictures_of_the_same_colour_are_found():
         assert not any(one.is_query for one in query.neighbours)
 
 
+def test_the_tokens_that_are_compared_are_those_asked_for():
+    with seeded(0):
+        model = open_encoder("timm:vit_tiny_patch16_224,pretrained=false,img_size=32")
+    found = run(model=model, tokens="class").queries[0].neighbours
+    assert [one.similarity for one in found] != [
+        one.similarity for one in run(model=model).queries[0].neighbours
+    ]
+    with pytest.raises(ValueError, match="class"):
+        run(tokens="class")
+
+
 def test_the_query_itself_is_told_apart_and_comes_on_top():
     source = ToySource(24)
     result = run(source=source, queries=ToySource(24))
@@ -145,8 +169,7 @@ def test_unreadable_images_and_queries_are_left_out_and_listed():
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
 def test_features_of_a_file_find_the_same(tmp_path, suffix):
     model, source = toy_model(), ToySource(24, bad={3})
-    path = str(tmp_path / f"f{suffix}")
-    embed_model(model, EmbedConfig(model="RUN", data="toy-0", out=path, device="cpu"), source, DATA)
+    path = embedded(tmp_path / f"f{suffix}", source=source)
     source.reads = 0
     fast, slow = (
         run(model=model, source=source, features=path),
@@ -163,29 +186,50 @@ def test_features_of_a_file_find_the_same(tmp_path, suffix):
 
 
 def test_the_query_is_encoded_as_the_features_of_the_file_were(tmp_path):
-    model, path = toy_model(), str(tmp_path / "f.npy")
-    config = EmbedConfig(
-        model="RUN", data="toy-0", out=path, layers="layer0", norm=False, attention="full", device="cpu"
-    )
-    embed_model(model, config, ToySource(24), DATA)
-    for query in run(model=model, queries=ToySource(24), features=path).queries:
+    as_made = {"layers": "layer0", "norm": False, "attention": "full", "precision": "bf16"}
+    path = embedded(tmp_path / "f.npy", **as_made)
+    result = run(queries=ToySource(24), features=path)
+    for query in result.queries:
         assert query.neighbours[0].index == query.index
-        assert query.neighbours[0].similarity > 1 - 1e-5
+        assert query.neighbours[0].similarity > 1 - 1e-6
+    assert result.identity["compared"].items() >= as_made.items()
+    with pytest.raises(ValueError, match=r"precision is fp16, but .*f.npy was made in bf16"):
+        run(features=path, precision="fp16")
 
 
 def test_features_of_another_model_source_or_shape_are_refused(tmp_path):
-    model, path = toy_model(), str(tmp_path / "f.npy")
-    made = EmbedConfig(model="RUN", data="toy-0", out=path, device="cpu")
-    embed_model(model, made, ToySource(24), DATA)
-    with pytest.raises(ValueError, match="features of another model"):
+    path = embedded(tmp_path / "f.npy")
+    with pytest.raises(ValueError, match=r"features of another model \(weights: "):
         run(model=toy_model(1), features=path)
+    other = NextBlockModel(replace(toy_model().config, feature_attention="full")).eval()
+    other.load_state_dict(toy_model().state_dict())
+    with pytest.raises(ValueError, match=r"features of another model \(encoder.feature_attention: "):
+        run(model=other, features=path)
     with pytest.raises(ValueError, match="features of another source"):
-        run(model=model, source=ToySource(20), features=path)
-    flat = str(tmp_path / "patches.npy")
-    patches = EmbedConfig(model="RUN", data="toy-0", out=flat, pool="none", device="cpu")
-    embed_model(model, patches, ToySource(24), DATA)
+        run(source=ToySource(20), features=path)
+    patches = embedded(tmp_path / "patches.npy", pool="none")
     with pytest.raises(ValueError, match=r"16 x 32 numbers an image; search needs one vector"):
-        run(model=model, features=flat)
+        run(features=patches)
+
+
+def test_features_of_other_images_of_the_same_names_are_refused(files, capsys):
+    assert main(["embed", *words(files, out=files / "f.npy", query=None, top=None)]) == 0
+    (files / "data").rename(files / "other")
+    for path in (files / "other").rglob("*.png"):
+        name = files / "data" / path.relative_to(files / "other")
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(name)
+    capsys.readouterr()
+    assert main(["search", *words(files, features=files / "f.npy")]) == 2
+    assert "features of other images of the same names (sources.data.sample: " in capsys.readouterr().err
+    assert main(["search", *words(files, data=files / "other", features=files / "f.npy")]) == 0
+
+
+def test_a_damaged_file_of_features_is_refused(tmp_path):
+    path = embedded(tmp_path / "f.npy")
+    (tmp_path / "f.npy.names.csv").unlink()
+    with pytest.raises(EmbeddingsError, match=r"names.csv cannot be read \(No such file"):
+        run(features=path)
 
 
 # ------------------------------------------------------------------------------------------- the command
@@ -216,9 +260,16 @@ def test_a_sheet_of_another_search_is_refused_and_the_same_drawn_again(files, ca
     assert "of another search (sources.query.fingerprint: " in told
     assert "give another --out, or --overwrite" in told
     before = (files / "sheet.png").read_bytes()
-    for more in (["--top", "2"], ["--layers", "layer0"], ["--attention", "full"], ["--precision", "bf16"]):
-        assert main(["search", *words(files), *more]) == 2
-        assert f"settings.{more[0].removeprefix('--')}: " in capsys.readouterr().err
+    for name, value in {
+        "settings.top": "2",
+        "compared.layers": "layer0",
+        "compared.tokens": "all",
+        "compared.attention": "full",
+        "compared.precision": "bf16",
+    }.items():
+        assert main(["search", *words(files), f"--{name.partition('.')[2]}", value]) == 2
+        assert f"({name}: " in capsys.readouterr().err
+    assert main(["search", *words(files), "--layers", "last"]) == 0, "which is the default"
     assert (files / "sheet.png").read_bytes() == before
     assert main(["search", *other, "--overwrite"]) == 0
     (files / "mine.png").write_bytes(b"mine")
@@ -232,6 +283,23 @@ def test_features_alone_tell_which_images_to_search(files, capsys):
     assert main(["search", *words(files, data=None, features=files / "f.npy"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["searched"], told["queries"][0]["neighbours"][0]["name"]) == (8, "red/2.png")
+
+
+def test_features_know_their_images_from_every_directory_and_say_what_to_do_when_those_moved(
+    files, monkeypatch, capsys
+):
+    monkeypatch.chdir(files)
+    assert main(["embed", *words(files, data="data", out=files / "f.npy", query=None, top=None)]) == 0
+    monkeypatch.chdir(files / "data")
+    with_features = {"data": None, "features": files / "f.npy"}
+    assert main(["search", *words(files, **with_features)]) == 0
+    (files / "data").rename(files / "moved")
+    query = files / "moved" / "red" / "2.png"
+    capsys.readouterr()
+    assert main(["search", *words(files, query=query, **with_features)]) == 2
+    assert "if they lie elsewhere now, give --data" in capsys.readouterr().err
+    moved = {"data": files / "moved", "features": files / "f.npy", "out": files / "moved.png"}
+    assert main(["search", *words(files, query=query, **moved)]) == 0
 
 
 def test_long_names_keep_their_end_in_a_narrow_table(files, monkeypatch, capsys):
@@ -267,6 +335,8 @@ def test_a_query_that_cannot_be_read_is_named(files, capsys):
         ({"top": 0}, "use at least 1"),
         ({"layers": "each"}, "name the layers to compare"),
         ({"layers": "x"}, "use last, last6"),
+        ({"features": "f.npy", "layers": "last"}, "features are given, and layers; a file of features has"),
+        ({"features": "f.npy", "tokens": "all", "attention": "full"}, "given, and tokens and attention;"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -99,6 +99,8 @@ def test_three_are_probed_the_others_are_named_and_the_second_call_probes_nothin
         ((94, 47), 47),
         ((24, 8), 2),
     ]
+    assert [score.trained_on for score in result.scores] == [40, 47, 22], "a tenth, or one of a class"
+    assert "| DTD | 94 | 47 | 47 | 3,760 |" in (tmp_path / "out" / "suite.md").read_text()
     assert result.scores[2].top1 >= 0.5
     assert list(result.missing) == ["pets"]
     assert "--download true fetches it" in result.missing["pets"]
@@ -134,10 +136,47 @@ def test_one_that_was_stopped_goes_on_and_those_before_it_are_not_probed_again(
     with monkeypatch.context() as patch, pytest.raises(ProbeStopped):
         patch.setattr(suite_run, "probe", stopped)
         suite(config)
-    assert "| CIFAR-10 | 50 | 20 |" in (tmp_path / "out" / "suite.md").read_text()
+    assert "| CIFAR-10 | 50 | 40 | 20 |" in (tmp_path / "out" / "suite.md").read_text()
     assert not (tmp_path / "out" / "dtd").exists()
     assert len(suite(config).scores) == 3
     assert count_probes == ["cifar10", "dtd", "camelyon17"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"epochs": 4}])
+def test_one_that_overwrites_and_was_stopped_goes_on_without_and_keeps_nothing_of_the_earlier(
+    world, tmp_path, monkeypatch, count_probes, changes
+):
+    config = quick(world, tmp_path / "out", only=("camelyon17", "dtd"))
+    suite(config)
+    count_probes.clear()
+    anew = replace(config, **changes)
+
+    def stopped(config):
+        raise ProbeStopped("stopped after step 2 of 9", signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(ProbeStopped):
+        patch.setattr(suite_run, "probe", stopped)
+        suite(replace(anew, overwrite=True))
+    assert len(suite(anew).scores) == 2
+    assert count_probes == ["dtd", "camelyon17"]
+
+
+def test_to_overwrite_removes_the_suites_own_files_only(world, tmp_path, count_probes):
+    config = quick(world, tmp_path / "out", only=("camelyon17",))
+    suite(config)
+    mine = tmp_path / "out" / "camelyon17" / "mine.txt"
+    mine.touch()
+    with pytest.raises(ValueError, match=r"camelyon17 holds other files \(mine.txt\)"):
+        suite(replace(config, overwrite=True))
+    assert (tmp_path / "out" / "suite.json").is_file()
+    # A root is no directory for results, though its folders have the benchmarks' names.
+    shutil.copytree(world["root"], tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "cifar-10-batches-py")
+    there = sorted((tmp_path / "data").rglob("*"))
+    with pytest.raises(ValueError, match="holds other files"):
+        suite(replace(config, out=str(tmp_path / "data"), overwrite=True))
+    assert sorted((tmp_path / "data").rglob("*")) == there
+    assert count_probes == ["camelyon17"]
 
 
 def test_a_probe_that_fails_is_told_and_the_others_go_on(world, tmp_path):
@@ -253,6 +292,16 @@ def test_another_models_or_foreign_directory_is_refused(world, tmp_path, count_p
         suite(replace(config, out=str(tmp_path / "other")))
 
 
+def test_a_root_that_no_source_can_name_is_refused_before_any_work(world, tmp_path, capsys):
+    root = tmp_path / "a,b"
+    root.symlink_to(world["root"])
+    with pytest.raises(ValueError, match=r"a,b'; a comma would end it in the name of a source: give a path"):
+        suite(quick(world, tmp_path / "out", root=str(root)))
+    assert not (tmp_path / "out").exists()
+    assert main(["suite", "--check", "--root", str(root), "--only", "camelyon17"]) == 2
+    assert "a comma would end it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -331,6 +380,7 @@ def score(name: str, top1: float) -> Score:
         top1=top1,
         top5=1.0,
         images=images,
+        trained_on=images[0] - 1,
         classes=benchmark.classes,
         bad_images=0,
         lr=1e-3,

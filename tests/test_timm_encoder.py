@@ -1,16 +1,23 @@
 """Encoders of timm: against timm itself, features against their slow definition, and what is refused."""
 
+import json
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from nextblock.checkpoint import CheckpointError, save_classifier, save_model
+from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import encoder_extract, evaluation_data, untrained
 from nextblock.interop import load, load_classifier, open_encoder
+from nextblock.interop.hub import HubError
 from nextblock.interop.timm_spec import parse_timm_spec
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.classifier import TimmClassifier, create_classifier
@@ -58,7 +65,7 @@ def test_class_and_register_tokens_are_told_from_patches(encoders, spec):
     model = encoders[spec]
     prefix_tokens, has_class_token = PREFIXES[spec]
     assert isinstance(model, TimmEncoder)
-    assert (model.config.prefix_tokens, model.config.has_class_token) == (prefix_tokens, has_class_token)
+    assert model.config.has_class_token == has_class_token
     encoded = encode(model)
     assert encoded.has_class_token == has_class_token
     assert len(encoded.layers) == len(encoded.prefix) == model.config.depth
@@ -73,7 +80,7 @@ def test_tokens_are_timms_forward_features(encoders, spec):
     with torch.no_grad():
         expected = model.encoder.forward_features(some_images(model))
     encoded = encode(model)
-    torch.testing.assert_close(encoded.tokens, expected[:, model.config.prefix_tokens :])
+    torch.testing.assert_close(encoded.tokens, expected[:, PREFIXES[spec][0] :])
     whole = torch.cat([encoded.prefix[-1], encoded.layers[-1]], dim=1)
     torch.testing.assert_close(model.final_norm(whole), expected)
 
@@ -276,7 +283,105 @@ def test_images_are_normalised_as_timm_says_and_cut_for_the_size_asked_for():
     assert encode(model).tokens.shape == (2, 4, 64)
 
 
+def cut_otherwise(directory, **settings):
+    """A network of timm in a directory, whose images are to be cut so; its spec."""
+    built = timm.create_model("test_vit", img_size=32, num_classes=0)
+    told: Any = built.pretrained_cfg
+    told.update(settings)
+    save_for_hf(built, directory, model_args={"img_size": 32, "num_classes": 0})
+    return f"timm:local-dir:{directory}"
+
+
+@pytest.mark.parametrize("crop_pct", [0.8, 1.0])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("shape", [(500, 375), (375, 500)])
+def test_an_image_is_cut_as_by_timms_own_transform(tmp_path, crop_mode, crop_pct, shape):
+    spec = cut_otherwise(tmp_path / "net", crop_mode=crop_mode, crop_pct=crop_pct)
+    model = open_encoder(spec)
+    assert isinstance(model, TimmEncoder)
+    photo = Image.fromarray(load_sample_images().images[0]).resize(shape)
+    (tmp_path / "images").mkdir()
+    photo.save(tmp_path / "images" / "photo.png")
+    data = evaluation_data(spec, model.config, workers=0)
+    (batch,) = eval_batches(open_source(str(tmp_path / "images"), data), data, model.config.image_size, 1)
+    ours = normalize(batch.images, data.mean, data.std)[0]
+    told = resolve_model_data_config(model.encoder) | {"input_size": (3, 32, 32)}
+    expected: Any = create_transform(**told, is_training=False)
+    levels = (ours - expected(photo)).abs() * torch.tensor(data.std)[:, None, None] * 255
+    assert levels.max() < 8  # Pillow's rounding of what it holds between two passes is not torch's
+    assert levels.mean() < 0.3
+
+
+def test_what_timm_would_do_in_another_way_is_told_at_opening(tmp_path, caplog):
+    caplog.set_level("INFO", "nextblock")
+    open_encoder(TOKEN)
+    assert not caplog.messages
+    spec = cut_otherwise(tmp_path / "net", crop_mode="squash", interpolation="bilinear")
+    open_encoder(spec)
+    assert caplog.messages == [f"{spec}: timm resizes its images by bilinear, here it is done by bicubic"]
+    caplog.clear()
+    open_encoder("timm:test_vit3,pretrained=false")
+    assert "its attention pooling is not used" in caplog.text
+
+
+def test_classifiers_that_tell_prefix_tokens_and_no_crop_are_read(tmp_path, encoders):
+    head = HeadConfig(num_classes=3, layers=(5,), kind="linear")
+    save_classifier(tmp_path / "head", create_classifier(encoders[TOKEN], head, ("a", "b", "c")))
+    path = tmp_path / "head" / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    settings = json.loads(metadata["config"])
+    settings["model"]["prefix_tokens"] = 1
+    for name in ("crop_mode", "interpolation"):
+        del settings["model"][name]
+    save_file(load_file(path), path, {**metadata, "config": json.dumps(settings)})
+    assert load_classifier(path).encoder_model.config == encoders[TOKEN].config
+
+
 # ------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: {f"encoder.{key}": one for key, one in w.items()}, r"missing \(cls_token, .* unexpected"),
+        (lambda w: {key: one for key, one in w.items() if "3.mlp.fc1.w" not in key}, r"1 missing \(blocks.3"),
+        (lambda w: {**w, "blocks.0.ls1.gamma": w["norm.weight"]}, r"1 unexpected \(blocks.0.ls1.gamma\)"),
+    ],
+)
+def test_weights_that_do_not_cover_the_model_are_refused_by_name(tmp_path, change, told):
+    torch.save(change(timm.create_model("test_vit").state_dict()), tmp_path / "some.pth")
+    plain = torch.nn.Module.load_state_dict
+    with pytest.raises(CheckpointError, match=rf"do not fit that model: .*{told}"):
+        open_encoder(f"timm:test_vit,checkpoint={tmp_path / 'some.pth'}")
+    assert torch.nn.Module.load_state_dict is plain
+
+
+def test_heads_and_what_else_is_beside_the_layers_may_be_there_or_not(tmp_path):
+    weights = timm.create_model("test_vit3").state_dict()
+    kept = {key: one for key, one in weights.items() if not key.startswith(("attn_pool", "head"))}
+    assert len(kept) < len(weights) - 2
+    beside = ("head_dist.weight", "mask_token", "decoder_blocks.0.norm1.weight")
+    for name, some in (("kept", kept), ("more", weights | dict.fromkeys(beside, torch.zeros(2)))):
+        torch.save(some, tmp_path / f"{name}.pth")
+        found = open_encoder(f"timm:test_vit3,checkpoint={tmp_path / name}.pth").state_dict()
+        assert all(torch.equal(found[f"encoder.{key}"], one) for key, one in kept.items())
+
+
+def test_without_a_network_the_message_names_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spec = "timm:test_vit,img_size=48"
+    with pytest.raises(HubError, match=f"{spec},checkpoint=FILE, .* {spec},pretrained=false"):
+        open_encoder(spec)
+    with pytest.raises(HubError, match=r"or give the path of a copy: timm:local-dir:DIR$"):
+        open_encoder("timm:hf-hub:me/vit")
+
+
+def test_an_encoder_of_timm_is_no_classifier(tmp_path):
+    for spec in (TOKEN, cut_otherwise(tmp_path / "net").removeprefix("timm:local-dir:")):
+        with pytest.raises(CheckpointError, match="holds no classification head; `nextblock probe`"):
+            load_classifier(spec)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model",
 "classifier" or "timm classifier") and `config` (JSON), so the file alone is enough to build the network; and,
-where it is known, `data` (JSON): mean, deviation and resize of its images. A checkpoint is a directory
+where it is known, `data` (JSON): mean, deviation, resize and crop of its images. A checkpoint is a directory
 `step_00001234` with `model.safetensors` (encoder and predictor) and `state.pt` (optimizer, scaler, step),
 written aside, flushed to disk and renamed.
 
@@ -54,7 +54,7 @@ __all__ = [
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
-RECORDED_DATA = ("mean", "std", "val_resize_px")
+RECORDED_DATA = ("mean", "std", "val_resize_px", "val_crop")
 
 
 class CheckpointError(RuntimeError):
@@ -137,6 +137,7 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier | TimmClassifier:
         head_config = from_dict(HeadConfig, settings["head"])
         model = ImageClassifier(encoder_model, head_config, settings["class_names"])
     elif metadata["kind"] == "timm classifier":
+        settings["model"].pop("prefix_tokens", None)  # told by files from before 0.1.0
         timm_encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
         head_config = from_dict(HeadConfig, settings["head"])
         model = TimmClassifier(timm_encoder, head_config, settings["class_names"])

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["EmbedBench", "measure_embed"]
 
 GEMM_SHARE = 0.8
-"""What the share of the GEMM rate should reach."""
+"""What the share of the GEMM rate should reach, with the model of the default in fp32."""
 EMBED_TARGET = "nextblock.bench.embed:measure_embed"
 OTHER_BATCHES = (4, 8, 32, 64)
 WARMUP_BATCHES = 1
@@ -82,6 +82,10 @@ class EmbedBench:
         """The encoder that is measured, without what only training needs."""
         size = {} if self.image_size is None else {"image_size": self.image_size}
         return model_config(self.model, **size, predictor=None, drop_path=0.0, init=None)
+
+    @property
+    def _has_budget(self) -> bool:
+        return (self.model, self.precision, self.quick) == (EmbedBench.model, "fp32", False)
 
     def run(self) -> BenchResult:
         """Measure all variants, and compare."""
@@ -150,7 +154,7 @@ class EmbedBench:
             plain=gemm_gflops,
             unit="GFLOP/s",
             ratio=native * gflop / gemm_gflops,
-            at_least=GEMM_SHARE,
+            at_least=GEMM_SHARE if self._has_budget else None,
         )
         names = {
             "native": "images in memory, native attention",

@@ -72,23 +72,32 @@ def _describe(src: str, told: Told) -> dict[str, Any]:
 
 
 def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
-    from nextblock.models.classifier import ImageClassifier
+    from nextblock.models import NextBlockModel
+    from nextblock.models.classifier import Classifier
+    from nextblock.models.timm_encoder import TimmConfig
     from nextblock.settings import to_dict
 
     model = found.model
-    is_classifier = isinstance(model, ImageClassifier)
+    is_classifier = isinstance(model, Classifier)
     encoder_model = model.encoder_model if is_classifier else model
     config = encoder_model.config
-    heads = "heads not told" if "num_heads" in untold else f"{config.num_heads} heads"
+    if isinstance(config, TimmConfig):
+        what, grid = f"timm's {config.architecture}", {}
+    else:
+        what = "heads not told" if "num_heads" in untold else f"{config.num_heads} heads"
+        grid = {
+            "grid": list(config.grid),
+            "blocks": config.num_blocks,
+            "features": f"{config.feature_attention} attention",
+        }
+    can_predict = isinstance(encoder_model, NextBlockModel) and encoder_model.predictor is not None
     told = {
-        "kind": "classifier" if is_classifier else "model" if encoder_model.predictor else "encoder",
+        "kind": "classifier" if is_classifier else "model" if can_predict else "encoder",
         "format": found.format,
-        "encoder": f"{config.embed_dim} wide, {config.depth} layers, {heads}",
+        "encoder": f"{config.embed_dim} wide, {config.depth} layers, {what}",
         "encoder_params": sum(p.numel() for p in encoder_model.encoder.parameters()),
         "total_params": sum(p.numel() for p in model.parameters()),
-        "grid": list(config.grid),
-        "blocks": config.num_blocks,
-        "features": f"{config.feature_attention} attention",
+        **grid,
         **({"head": to_dict(model.head_config)} if is_classifier else {}),
         "config": to_dict(config),
     }

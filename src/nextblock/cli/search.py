@@ -85,7 +85,7 @@ def _sheet_rows(result: SearchResult) -> list[Any]:
 
 
 def _subtitle(result: SearchResult, config: SearchConfig) -> str:
-    of = "its features file" if config.features else f"layers {config.layers}"
+    of = "its features file" if config.features else f"layers {config.feature_settings.layers}"
     where = f"{result.searched:,} images of {result.source.spec}"
     return f"among {where}, by cosine similarity of {config.model} ({of})"
 

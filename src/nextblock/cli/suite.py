@@ -177,9 +177,11 @@ def _check(root: Path | None, only: tuple[str, ...] | None, *, is_json: bool) ->
     from rich.console import Console
 
     from nextblock.evaluate.suite.check import check
+    from nextblock.evaluate.suite.layouts import root_at
 
     if root is None:
         raise ValueError("--check needs --root, the directory of the data sets")
+    root = root_at(root)
     checks = [check(benchmark, root) for benchmark in chosen(only)]
     console = Console()
     console.print(_check_table(checks))

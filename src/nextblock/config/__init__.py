@@ -7,7 +7,7 @@ the values and the remedy; derived numbers are properties.
 
 from __future__ import annotations
 
-from nextblock.config.data import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from nextblock.config.data import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ValCrop
 from nextblock.config.model import Attention, ModelConfig, Size, pair
 from nextblock.config.run import CheckpointConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
 
@@ -23,5 +23,6 @@ __all__ = [
     "RunConfig",
     "Size",
     "TrainConfig",
+    "ValCrop",
     "pair",
 ]

@@ -8,10 +8,13 @@ from typing import Literal
 
 from nextblock.settings import check_types, require, require_range
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DataConfig"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DataConfig", "ValCrop"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+ValCrop = Literal["center", "squash", "border"]
+"""How a picture is brought to the size of a validation crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ class DataConfig:
     """Probability that a training image's colours are changed at all."""
     val_resize_px: int = 300
     """Shorter side after resizing for validation; the centre of model.image_size is then cut out."""
+    val_crop: ValCrop = "center"
+    """How a picture is resized for validation: center keeps its shape, squash gives it that of
+    model.image_size; border fits it in whole and fills the rest with data.mean."""
     channels: int = 3
     """Channels of an image: 3 for colour, 1 for grey, or as many as the files have (TIFF, PNG)."""
     normalize: Literal["given", "auto"] = "given"
@@ -82,6 +88,11 @@ class DataConfig:
         require_range("data.crop_ratio", self.crop_ratio, 0, math.inf)
         require(0 <= self.flip <= 1, f"data.flip is {self.flip}; it must lie in [0, 1]")
         require(self.val_resize_px >= 1, f"data.val_resize_px is {self.val_resize_px}; use at least 1")
+        require(
+            self.val_crop != "border" or self.normalize == "given",
+            "data.val_crop border fills with data.mean, which data.normalize auto measures on such crops; "
+            "use center or squash, or give data.mean and data.std",
+        )
         require(self.channels >= 1, f"data.channels is {self.channels}; use at least 1")
         require(self.cache_gb > 0, f"data.cache_gb is {self.cache_gb}; use more than 0")
         require(

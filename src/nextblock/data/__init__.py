@@ -1,6 +1,13 @@
 """Images: where they are (sources, mixture), to pixels (decode), crops (augment), batches (order, loader)."""
 
-from nextblock.data.augment import color_jitter, eval_crop, normalize, random_resized_crop_box, train_crop
+from nextblock.data.augment import (
+    color_jitter,
+    eval_crop,
+    normalize,
+    random_resized_crop_box,
+    train_crop,
+    val_crop,
+)
 from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder
 from nextblock.data.keyed import keyed_permutation, keyed_rng, keyed_seed
 from nextblock.data.loader import (
@@ -46,4 +53,5 @@ __all__ = [
     "sample_order",
     "step_samples",
     "train_crop",
+    "val_crop",
 ]

@@ -31,6 +31,7 @@ __all__ = [
     "random_resized_crop_box",
     "resize",
     "train_crop",
+    "val_crop",
 ]
 
 Box = tuple[int, int, int, int]
@@ -139,6 +140,38 @@ def color_jitter(
     return image
 
 
+def val_crop(image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig) -> UInt8[Tensor, "c rows columns"]:
+    """The crop for validation and evaluation that `data.val_crop` asks for: no chance in it."""
+    if data.val_crop == "center":
+        return eval_crop(image, size, data.val_resize_px)
+    rows, columns = pair(size)
+    # Whole pixels rounded down, as timm has them.
+    height, width = (data.val_resize_px * side // min(rows, columns) for side in (rows, columns))
+    if data.val_crop == "squash":
+        return _centre(resize(image, (height, width)), (rows, columns))
+    return _bordered(image, (height, width), (rows, columns), data.mean)
+
+
+def _bordered(
+    image: Tensor, frame: tuple[int, int], size: tuple[int, int], mean: tuple[float, ...]
+) -> Tensor:
+    """The centre of a frame in the mean colour, in the middle of which the whole picture lies."""
+    ratio = max(side / most for side, most in zip(image.shape[-2:], frame, strict=True))
+    height, width = (max(1, round(side / ratio)) for side in image.shape[-2:])
+    inside = _centre(resize(image, (height, width)), (min(height, size[0]), min(width, size[1])))
+    fill = torch.tensor([round(255 * part) for part in mean], dtype=torch.uint8)
+    whole = fill[:, None, None].repeat(1, *size)
+    top, left = (size[0] - inside.shape[1]) // 2, (size[1] - inside.shape[2]) // 2
+    whole[:, top : top + inside.shape[1], left : left + inside.shape[2]] = inside
+    return whole
+
+
+def _centre(image: Tensor, size: tuple[int, int]) -> Tensor:
+    rows, columns = size
+    top, left = round((image.shape[1] - rows) / 2), round((image.shape[2] - columns) / 2)
+    return image[:, top : top + rows, left : left + columns]
+
+
 def eval_crop(image: UInt8[Tensor, "c h w"], size: Size, resize_px: int) -> UInt8[Tensor, "c rows columns"]:
     """The centre of the image: the shorter side resized to `resize_px`, then `size` cut out of the middle.
 
@@ -147,9 +180,7 @@ def eval_crop(image: UInt8[Tensor, "c h w"], size: Size, resize_px: int) -> UInt
     rows, columns = pair(size)
     image = _without_far_ends(image)
     height, width = _covering_size(image.shape[-2], image.shape[-1], (rows, columns), resize_px)
-    resized = resize(image, (height, width))
-    top, left = round((height - rows) / 2), round((width - columns) / 2)
-    return resized[:, top : top + rows, left : left + columns]
+    return _centre(resize(image, (height, width)), (rows, columns))
 
 
 def _without_far_ends(image: Tensor, most: int = 32) -> Tensor:

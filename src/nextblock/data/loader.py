@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.config import DataConfig, Size, pair
-from nextblock.data.augment import Decoded, eval_crop, train_crop
+from nextblock.data.augment import Decoded, train_crop, val_crop
 from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder
 from nextblock.data.fast import fast_decode
 from nextblock.data.keyed import keyed_rng
@@ -242,14 +242,14 @@ def _eval_batches(
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCrop:
-    """The centre crop of one image."""
+    """The crop of one image for validation."""
 
     data: DataConfig
     image_size: Size
     dtype: torch.dtype = torch.uint8
 
     def __call__(self, image: Tensor, key: Key) -> Tensor:  # noqa: ARG002 - the same at every visit
-        return eval_crop(image, self.image_size, self.data.val_resize_px)
+        return val_crop(image, self.image_size, self.data)
 
     def decode(self, source: Source, key: Key) -> Decoded:
         """A source's image, to be cropped; `BadImageError` where it cannot be read."""

@@ -28,6 +28,11 @@ class QuarantineLog:
         """Distinct unreadable files so far."""
         return len(self._bad)
 
+    @property
+    def bad(self) -> tuple[BadSample, ...]:
+        """These files."""
+        return tuple(self._bad.values())
+
     def add(self, bad: BadSample) -> None:
         """Note a file; `TooManyBadImages` once their number is beyond the limit."""
         if bad.sample not in self._bad:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nextblock.config import DataConfig, Size, pair
@@ -50,8 +50,8 @@ def seeded_globally(seed: int) -> Iterator[None]:
 class TimmCrop:
     """timm's training transform of one image, a function of (seed, visit, sample), normalised floats.
 
-    RandAugment (`POLICY`), random erasing of a quarter of the images with noise, and timm's defaults besides:
-    crops of 8 % to 100 % of the area, width over height from 3/4 to 4/3, half of them flipped.
+    RandAugment (`POLICY`), random erasing of a quarter of the images with noise, crops of 8 % to 100 % of the
+    area, width over height from 3/4 to 4/3, as by timm's defaults, and flips as `data.flip` says.
     """
 
     data: DataConfig
@@ -77,9 +77,10 @@ class TimmCrop:
 
     @cached_property
     def _transform(self) -> Any:
+        from timm.data.auto_augment import RandAugment
         from timm.data.transforms_factory import create_transform
 
-        return create_transform(
+        made: Any = create_transform(
             (3, *pair(self.image_size)),
             is_training=True,
             hflip=self.data.flip,
@@ -91,3 +92,13 @@ class TimmCrop:
             re_mode="pixel",
             re_count=1,
         )
+        (policy,) = (part for part in made.transforms if isinstance(part, RandAugment))
+        for operation in policy.ops:
+            if operation.name == "PosterizeIncreasing":
+                operation.aug_fn = _posterize
+        return made
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keep so many bits of each colour: of none, which timm asks for at its strongest, Pillow may refuse."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)

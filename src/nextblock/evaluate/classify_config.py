@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nextblock.evaluate.embed.config import default_batch_size
-from nextblock.evaluate.settings import EvaluationSettings
-from nextblock.settings import check_types, require
+from nextblock.evaluate.settings import EncodingSettings
+from nextblock.settings import require
 
 __all__ = ["CLASSIFY_FORMATS", "ClassifyConfig"]
 
@@ -16,7 +15,7 @@ CLASSIFY_FORMATS = (".csv", ".json", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig(EvaluationSettings):
+class ClassifyConfig(EncodingSettings):
     """Which images to name the classes of, by which classifier, and where to write it."""
 
     model: str
@@ -34,21 +33,11 @@ class ClassifyConfig(EvaluationSettings):
     """File of the classes: .csv, .json or .parquet; null: print only."""
     top: int = 5
     """Likeliest classes of each image."""
-    encode_batch_size: int | None = None
-    """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(self.top >= 1, f"top is {self.top}; use at least 1")
         require(
             self.out is None or Path(self.out).suffix in CLASSIFY_FORMATS,
             f"out is {self.out!r}; its name must end in {', '.join(CLASSIFY_FORMATS)}",
         )
-        require(
-            self.encode_batch_size is None or self.encode_batch_size >= 1,
-            f"encode_batch_size is {self.encode_batch_size}; use at least 1",
-        )
-
-    def batch_size(self, device_type: str) -> int:
-        """Images that go through the encoder at a time."""
-        return self.encode_batch_size or default_batch_size(device_type)

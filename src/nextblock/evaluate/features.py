@@ -35,6 +35,7 @@ from nextblock.data import (
     resolve_workers,
 )
 from nextblock.evaluate.settings import EvaluationSettings
+from nextblock.evaluate.unreadable import whole_of
 from nextblock.interop import open_encoder
 from nextblock.interop.image_data import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
@@ -130,14 +131,30 @@ def pixel_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"
 
 
 def features_of_batch(batch: Batch, extract: Extract, data: DataConfig, device: torch.device) -> FeatureBatch:
-    """Normalise a batch's images on the device and take their features, without gradients."""
+    """Normalise a batch's images on the device and take their features, without gradients.
+
+    Raises `ValueError` where features are no numbers.
+    """
     if not len(batch.samples):
         return FeatureBatch((), batch.samples, batch.bad)
     with torch.no_grad():
         images = batch.images.to(device, non_blocking=True)
         if not images.is_floating_point():  # else they come normalised
             images = normalize(images, data.mean, data.std)
-        return FeatureBatch(extract(images), batch.samples, batch.bad)
+        features = extract(images)
+    _check_finite(features, batch)
+    return FeatureBatch(features, batch.samples, batch.bad)
+
+
+def _check_finite(features: tuple[Tensor, ...], batch: Batch) -> None:
+    finite = torch.stack([one.isfinite().flatten(1).all(dim=1) for one in features]).all(dim=0)
+    lost = int((~finite).sum())
+    if lost:
+        raise ValueError(
+            f"the features of {lost} of {len(finite)} images are no numbers, the first those of image "
+            f"{int(batch.samples[~finite.cpu()][0])}; encode with --precision fp32, or look at the weights: "
+            "the training may have diverged"
+        )
 
 
 def iterate_features(
@@ -192,12 +209,16 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def check_bad(bad: Collection[BadSample], source: Source, data: DataConfig) -> None:
-    """Raise `TooManyBadImages` where more of the source is unreadable than `data.max_bad_fraction` allows."""
-    if len(bad) > data.max_bad_fraction * len(source):
+def check_bad(bad: Collection[BadSample], source: Source, data: DataConfig, *, besides: int = 0) -> None:
+    """Raise `TooManyBadImages` where more of the source is unreadable than `data.max_bad_fraction` allows.
+
+    Of a `Part` it is the whole that counts; `besides`: so many images of its other parts are unreadable.
+    """
+    count, images = len(bad) + besides, len(whole_of(source))
+    if count > data.max_bad_fraction * images:
         first = "".join(f"\n  {one.name}: {one.reason}" for one in list(bad)[:10])
         raise TooManyBadImages(
-            f"{len(bad)} of the {len(source)} images of {source.spec} cannot be read, more than "
+            f"{count} of the {images} images of {source.spec} cannot be read, more than "
             f"max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
             "Repair or remove them, or allow more by --max_bad_fraction."
         )
@@ -268,7 +289,13 @@ def _timm_data(config: TimmConfig) -> DataConfig | None:
     if config.mean is None or config.std is None or config.crop_pct is None:
         return None
     resize_px = math.floor(min(config.image_size) / config.crop_pct)
-    return DataConfig(mean=config.mean, std=config.std, val_resize_px=resize_px, channels=config.in_chans)
+    return DataConfig(
+        mean=config.mean,
+        std=config.std,
+        val_resize_px=resize_px,
+        val_crop=config.crop_mode,
+        channels=config.in_chans,
+    )
 
 
 def _run_dir(path: Path) -> Path:

@@ -278,8 +278,8 @@ def _markdown(result: FewshotResult, identity: Mapping[str, Any]) -> str:
             f"Train {sources['train']['spec']}, test {sources['test']['spec']}. {summary(result)}",
             "",
             f"Top-1 in %. Features: tokens {settings['tokens']}, layers {', '.join(map(str, result.layers))} "
-            f"after the final norm, attention {settings['attention']}; {sum(result.bad_images.values())} "
-            f"unreadable images left out. Encoder weights {identity['weights']}.",
+            f"after the final norm, attention {settings['attention']}; unreadable images "
+            f"left out: {sum(result.bad_images.values())}. Encoder weights {identity['weights']}.",
             "",
             *markdown_table(*comparison(result)),
             "",

@@ -37,6 +37,7 @@ from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import EncoderName
 from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.sources import open_labelled
+from nextblock.evaluate.unreadable import QUARANTINE, report_unreadable
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
 from nextblock.models.timm_encoder import TimmConfig
@@ -93,10 +94,14 @@ def subjects(
     """Yield the features of the encoder, of the same one untrained, and the raw pixels, one after another.
 
     Of each source all images are taken, or those of `indices` under its purpose. The model is frozen and
-    moved to the device. Raises `ValueError` where features are no numbers.
+    moved to the device. Images that cannot be read are told, and listed where the result goes. Raises
+    `ValueError` where features are no numbers.
     """
     model = opened.model.to(choose_device(config.device)).eval().requires_grad_(requires_grad=False)
-    yield Subject("trained", _collect(_extract(model, config), opened, config, indices))
+    features = _collect(_extract(model, config), opened, config, indices)
+    bad = {purpose: (opened.sources[purpose], found.bad) for purpose, found in features.items()}
+    report_unreadable(None if config.out is None else Path(config.out), bad)
+    yield Subject("trained", features)
     if not config.baselines:
         return
     fresh = untrained(model, keyed_seed(config.seed, "untrained encoder"))
@@ -139,12 +144,6 @@ def _collect(
         )
         found[purpose] = collect_features(batches)
         check_bad(found[purpose].bad, source, opened.data)
-        lost = int((~found[purpose].features[0].isfinite().all(dim=-1)).sum())
-        if lost:
-            raise ValueError(
-                f"the features of {lost} images of {source.spec} are no numbers; encode with --precision "
-                "fp32, or look at the weights: the training may have diverged"
-            )
     return found
 
 
@@ -166,8 +165,8 @@ def measured(
     if config.out is None:
         return measure(opened, config)
     out, identity = Path(config.out), identity_of(config, opened.model, opened.data, opened.sources)
-    if not config.overwrite:
-        refuse_other_result(out, f"{verb}.json", identity, (f"{verb}.csv", f"{verb}.md"))
+    ours = (f"{verb}.csv", f"{verb}.md", QUARANTINE)
+    refuse_other_result(out, f"{verb}.json", identity, ours, overwrite=config.overwrite)
     result = measure(opened, config)
     _write(out, verb, identity, result, markdown(result, identity))
     return result

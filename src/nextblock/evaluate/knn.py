@@ -271,8 +271,8 @@ def _markdown(result: KnnResult, identity: Mapping[str, Any]) -> str:
             f"Train {train}{seen}. {summary(result)}",
             "",
             f"Top-1 in %. Features: tokens {settings['tokens']}, layers {', '.join(map(str, result.layers))} "
-            f"after the final norm, attention {settings['attention']}; {sum(result.bad_images.values())} "
-            f"unreadable images left out. Encoder weights {identity['weights']}.",
+            f"after the final norm, attention {settings['attention']}; unreadable images "
+            f"left out: {sum(result.bad_images.values())}. Encoder weights {identity['weights']}.",
             "",
             *markdown_table(*comparison(result)),
             "",

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nextblock.config import DataConfig
+from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
 
 __all__ = [
     "FREE_SETTINGS",
+    "cut_of",
     "differences",
+    "encoder_of",
     "identity_of",
     "images_digest",
     "refuse_other_result",
@@ -39,9 +42,10 @@ FREE_SETTINGS = (
 
 _PLACES = ("model", "train", "val", "test", "data", "features", "query")
 
-_IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "flip", "decoder")
+CUT_SETTINGS = ("mean", "std", "channels", "val_resize_px", "val_crop", "decoder", "max_pixels")
+"""Settings of images that tell what an encoder sees of one, and which can be read."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOOKED_AT = 8
 """So many images of a source are read to know it again."""
 
@@ -53,12 +57,11 @@ def identity_of(
 
     `config` is the verb's dataclass of settings; `sources` are named by what they serve for ("train").
     """
-    cut = to_dict(data)
     return {
         "format_version": FORMAT_VERSION,
         "settings": {name: v for name, v in to_dict(config).items() if name not in FREE_SETTINGS},
-        "weights": weights_digest(model),
-        "images": {name: cut[name] for name in _IMAGE_SETTINGS},
+        **encoder_of(model),
+        "images": {**cut_of(data), "flip": data.flip},
         "sources": {
             purpose: {
                 "spec": source.spec,
@@ -70,6 +73,20 @@ def identity_of(
             for purpose, source in sources.items()
         },
     }
+
+
+def cut_of(data: DataConfig) -> dict[str, Any]:
+    """What tells the pixels that an encoder sees of an image, ready for JSON."""
+    cut = to_dict(data)
+    return {name: cut[name] for name in CUT_SETTINGS}
+
+
+def encoder_of(model: EncoderModel) -> dict[str, Any]:
+    """What makes an encoder what it is, ready for JSON: the same weights with other attention are another."""
+    config = model.config
+    if isinstance(config, ModelConfig):  # also where it has been exported without what it predicts with
+        config = replace(config, predictor=None, tokenizer=None, init=None)
+    return {"weights": weights_digest(model), "encoder": to_dict(config)}
 
 
 def images_digest(source: Source) -> str:
@@ -102,16 +119,28 @@ def weights_digest(model: EncoderModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_other_result(out: Path, result: str, identity: Mapping[str, Any], ours: Collection[str]) -> None:
+def refuse_other_result(
+    out: Path,
+    result: str,
+    identity: Mapping[str, Any],
+    ours: Collection[str],
+    *,
+    begun: Sequence[str] = (),
+    overwrite: bool = False,
+) -> None:
     """Raise `ValueError` where `out` holds anything but this very result, whole or cut off.
 
-    `result` is the name of the file in `out` that is written last, and begins with the identity; `ours` are
-    the names of everything that the evaluation may write there.
+    `result` is the name of the file in `out` that begins with the identity; `ours` are the names of
+    everything that the evaluation may write there. A directory is not taken for ours by its name alone: the
+    result must be there, or what matches a pattern of `begun`. To `overwrite`, another result will do.
     """
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if foreign := sorted(name for name in found - {*ours, result} if not name.startswith(".writing-")):
+    known = {*ours, result}
+    if result not in found and not any(path for pattern in begun for path in out.glob(pattern)):
+        known = {name for name in known if not (out / name).is_dir()}
+    if foreign := sorted(name for name in found - known if not name.startswith(".writing-")):
         raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
-    if result not in found:
+    if result not in found or overwrite:
         return
     different = differences(json.loads((out / result).read_text(encoding="utf-8")), identity)
     if different:

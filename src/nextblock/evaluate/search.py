@@ -6,8 +6,8 @@ In memory are the queries' features, those of one batch, and the nearest found s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from nextblock.data import BadImageError, BadSample, Source, open_source
 from nextblock.data.sources import EncodedSource, read_file
 from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.embed.config import FeatureSettings
-from nextblock.evaluate.embed.files import Origin, iterate_features_of, open_origin, read_embeddings
+from nextblock.evaluate.embed.files import Embeddings, iterate_features_of, read_embeddings
 from nextblock.evaluate.embed.run import feature_configs
 from nextblock.evaluate.features import (
-    Extract,
+    FeatureBatch,
     check_bad,
     collect_features,
     encoder_extract,
@@ -35,7 +35,7 @@ from nextblock.evaluate.features import (
 from nextblock.evaluate.results import differences, identity_of
 from nextblock.evaluate.search_config import MAX_QUERIES, SearchConfig
 from nextblock.models import EncoderModel
-from nextblock.settings import to_dict
+from nextblock.settings import flatten, to_dict
 from nextblock.train.device import choose_device
 
 __all__ = [
@@ -138,47 +138,36 @@ def search(config: SearchConfig) -> SearchResult:
     """
     make_directory(Path(config.out).parent)
     model, data = open_model(config)
-    origin = None if config.features is None else open_origin(Path(config.features))
-    spec = config.data
-    if spec is None:
-        assert origin is not None, "the config has one of both"
-        spec = origin.identity["sources"]["data"]["spec"]
-    return search_model(model, config, open_source(spec, data), _open_queries(config.query, data), data)
+    features = None if config.features is None else read_embeddings(config.features)
+    source = _open_searched(config, features, data)
+    return search_model(model, config, source, _open_queries(config.query, data), data, features)
 
 
 def search_model(
-    model: EncoderModel, config: SearchConfig, source: Source, queries: Source, data: DataConfig
+    model: EncoderModel,
+    config: SearchConfig,
+    source: Source,
+    queries: Source,
+    data: DataConfig,
+    features: Embeddings | None = None,
 ) -> SearchResult:
     """Search as `search` does with all opened; the model is moved, frozen and set to eval."""
     if len(queries) > MAX_QUERIES:
         raise ValueError(f"{queries.spec} has {len(queries)} images; give at most {MAX_QUERIES} queries")
-    device = choose_device(config.device)
     identity = identity_of(config, model, data, {"data": source, "query": queries})
-    path = None if config.features is None else Path(config.features)
-    origin = None if path is None else open_origin(path)
-    settings = config.feature_settings if origin is None else _settings_of(origin, config, identity)
-    dtype = "fp32" if origin is None else origin.identity["settings"]["dtype"]
-    identity["compared"] = {**to_dict(settings), "dtype": dtype}
+    compared = _compared(config, features, identity)
+    # There, what is null in the settings is told.
+    asked_for = {name: v for name, v in identity["settings"].items() if name not in compared}
+    identity |= {"settings": asked_for, "compared": compared}
     if not config.overwrite:
         _refuse_other_sheet(Path(config.out), identity)
-    model = model.to(device).eval().requires_grad_(requires_grad=False)
-    (wanted,) = feature_configs(settings, model.config.depth)
-    batch_size = config.batch_size(device.type)
-    extract = encoder_extract(model, [wanted], precision=config.precision, chunk=batch_size)
-
-    def encode(images: Source, extract: Extract = extract) -> Iterator[Any]:
-        size = model.config.image_size
-        return iterate_features(extract, images, data, size, batch_size=batch_size, device=device)
-
+    device = choose_device(config.device)
+    encode = _encoder(model.to(device), compared, data, device, config.batch_size(device.type))
     asked = collect_features(encode(queries))
-    bad = list(asked.bad)
-    found_bad: list[BadSample] = []
-    if path is None or origin is None:
-        parts = _parts_encoded(encode(source), found_bad)
-    else:
-        parts = _parts_of_file(path, origin)
+    bad: list[BadSample] = []
+    parts = _parts_encoded(encode(source), bad) if features is None else _parts_of_file(features)
     found, searched = nearest(asked.features[0].to(device), parts, config.top + MOST_COPIES)
-    check_bad(found_bad, source, data)
+    check_bad(bad, source, data)
     rows = zip(asked.samples.tolist(), found.similarity.tolist(), found.indices.tolist(), strict=True)
     return SearchResult(
         queries=tuple(
@@ -188,8 +177,21 @@ def search_model(
         source=source,
         query_source=queries,
         searched=searched,
-        bad=tuple(bad + found_bad),
+        bad=(*asked.bad, *bad),
         identity=identity,
+    )
+
+
+def _encoder(
+    model: EncoderModel, compared: Mapping[str, Any], data: DataConfig, device: torch.device, batch_size: int
+) -> Callable[[Source], Iterator[FeatureBatch]]:
+    """What takes the features of a source's images, a batch at a time."""
+    model = model.eval().requires_grad_(requires_grad=False)
+    settings = FeatureSettings(**{name: compared[name] for name in FeatureSettings.__dataclass_fields__})
+    (wanted,) = feature_configs(settings, model.config.depth)
+    extract = encoder_extract(model, [wanted], precision=compared["precision"], chunk=batch_size)
+    return lambda images: iterate_features(
+        extract, images, data, model.config.image_size, batch_size=batch_size, device=device
     )
 
 
@@ -218,44 +220,57 @@ def nearest(
     return Nearest(similarity.clamp(-1, 1).cpu(), indices.cpu()), searched
 
 
-def _parts_encoded(batches: Iterable[Any], bad: list[BadSample]) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts_encoded(batches: Iterable[FeatureBatch], bad: list[BadSample]) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in batches:
         bad += batch.bad
         if batch.features:
             yield batch.features[0], batch.samples
 
 
-def _parts_of_file(path: Path, origin: Origin) -> Iterator[tuple[Tensor, Tensor]]:
-    indices, start = torch.from_numpy(read_embeddings(path).indices), 0
-    for part in iterate_features_of(path, origin):
+def _parts_of_file(features: Embeddings) -> Iterator[tuple[Tensor, Tensor]]:
+    indices, start = torch.from_numpy(features.indices), 0
+    for part in iterate_features_of(features.path, features.origin):
         yield torch.from_numpy(np.array(part)), indices[start : start + len(part)]
         start += len(part)
 
 
-def _settings_of(origin: Origin, config: SearchConfig, identity: Mapping[str, Any]) -> FeatureSettings:
-    """How the features of a file were taken; `ValueError` where they are of another model or other images."""
-    there = origin.identity
-    for what, old, new in (
-        ("another model", there["weights"], identity["weights"]),
-        ("images cut in another way", there["images"], identity["images"]),
-        (
-            "another source",
-            there["sources"]["data"]["fingerprint"],
-            identity["sources"]["data"]["fingerprint"],
-        ),
-    ):
-        if old != new:
-            raise ValueError(
-                f"{config.features} holds features of {what} ({old} there, {new} here); embed anew, or leave "
-                "--features out"
-            )
-    if len(origin.shape) != 1:
-        shape = " x ".join(map(str, origin.shape))
+def _compared(
+    config: SearchConfig, features: Embeddings | None, identity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How all features are taken: as those of the file were, or as asked for; `ValueError` as `search`."""
+    if features is None:
+        return {**to_dict(config.feature_settings), "dtype": "fp32", "precision": config.precision}
+    _refuse_other_features(features, identity)
+    there = features.origin.identity["settings"]
+    if config.precision not in ("fp32", there["precision"]):
         raise ValueError(
-            f"{config.features} holds {shape} numbers an image; search needs one vector: embed with --pool "
-            "mean and without --layers each"
+            f"precision is {config.precision}, but {features.path} was made in {there['precision']}, and so "
+            "queries are encoded; leave --precision out"
         )
-    return FeatureSettings(**{f.name: there["settings"][f.name] for f in fields(FeatureSettings)})
+    return {name: there[name] for name in (*FeatureSettings.__dataclass_fields__, "dtype", "precision")}
+
+
+def _refuse_other_features(features: Embeddings, here: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where features are of another model or of other images, or no vectors."""
+    there, path = features.origin.identity, features.path
+    for what, names in (
+        ("another model", ("weights", "encoder")),
+        ("images cut in another way", ("images",)),
+        ("another source", ("sources.data.fingerprint",)),
+        ("other images of the same names", ("sources.data.sample",)),
+    ):
+        different = differences(
+            there, {name: v for name, v in flatten(here).items() if name.startswith(names)}
+        )
+        if different:
+            told = "; ".join(different[:3])
+            raise ValueError(f"{path} holds features of {what} ({told}); embed anew, or leave --features out")
+    if len(features.origin.shape) != 1:
+        shape = " x ".join(map(str, features.origin.shape))
+        raise ValueError(
+            f"{path} holds {shape} numbers an image; search needs one vector: embed with --pool mean and "
+            "without --layers each"
+        )
 
 
 def _refuse_other_sheet(out: Path, identity: Mapping[str, Any]) -> None:
@@ -320,6 +335,19 @@ def _is_same(queries: Source, query: int, source: Source, index: int, similarity
         return torch.equal(queries.read(query), source.read(index))
     except BadImageError:  # it could be read before, or its features be made: it has gone since
         return False
+
+
+def _open_searched(config: SearchConfig, features: Embeddings | None, data: DataConfig) -> Source:
+    """The images to search, or those that the features were made of."""
+    if config.data is not None:
+        return open_source(config.data, data)
+    assert features is not None, "the config has one of both"
+    try:
+        return open_source(features.origin.identity["sources"]["data"]["spec"], data)
+    except ValueError as error:
+        raise ValueError(
+            f"the images that {features.path} was made of: {error}; if they lie elsewhere now, give --data"
+        ) from error
 
 
 def _open_queries(spec: str, data: DataConfig) -> Source:

@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nextblock.config import Attention
-from nextblock.evaluate.embed.config import FeatureSettings, default_batch_size
-from nextblock.evaluate.settings import EvaluationSettings
-from nextblock.settings import check_types, require
+from nextblock.evaluate.embed.config import FeatureSettings
+from nextblock.evaluate.probe.config import Tokens
+from nextblock.evaluate.settings import EncodingSettings
+from nextblock.settings import require
 
 __all__ = ["MAX_QUERIES", "SearchConfig"]
 
 MAX_QUERIES = 64
 """Each is a row of the sheet."""
 
+_OF_THE_FEATURES = ("layers", "tokens", "attention")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(EvaluationSettings):
+class SearchConfig(EncodingSettings):
     """Among which images to look for the nearest to which, by which model."""
 
     data: str | None = None
@@ -30,16 +33,17 @@ class SearchConfig(EvaluationSettings):
     """The sheet, a .png; beside it come a .csv and a .json of the same name."""
     top: int = 10
     """Neighbours of each query."""
-    layers: str = "last"
-    """last, last6 (or any number), layer7 or 3+4+5 (from 0): their mean is compared; a features file tells
-    its own."""
-    attention: Attention = "native"
-    """Attention at encoding; a features file tells its own."""
-    encode_batch_size: int | None = None
-    """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
+    layers: str | None = None
+    """last, last6 (or any number), layer7 or 3+4+5 (from 0): their mean is compared; null: last, or as the
+    features were made."""
+    tokens: Tokens | None = None
+    """patches, class, joined (class token and mean patch) or all; null: patches, or as the features were
+    made."""
+    attention: Attention | None = None
+    """Attention at encoding; null: native, or as the features were made."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(
             self.data is not None or self.features is not None,
             "neither data nor features is given; name images to search, or a file of their features",
@@ -48,16 +52,14 @@ class SearchConfig(EvaluationSettings):
         require(self.top >= 1, f"top is {self.top}; use at least 1")
         require(self.layers != "each", "layers each is several features; name the layers to compare")
         _ = self.feature_settings  # refuses layers that cannot be
+        given = [name for name in _OF_THE_FEATURES if getattr(self, name) is not None]
         require(
-            self.encode_batch_size is None or self.encode_batch_size >= 1,
-            f"encode_batch_size is {self.encode_batch_size}; use at least 1",
+            self.features is None or not given,
+            f"features are given, and {' and '.join(given)}; a file of features has its own: leave one out",
         )
 
     @property
     def feature_settings(self) -> FeatureSettings:
         """What is compared, where no file of features tells."""
-        return FeatureSettings(layers=self.layers, attention=self.attention)
-
-    def batch_size(self, device_type: str) -> int:
-        """Images that go through the encoder at a time."""
-        return self.encode_batch_size or default_batch_size(device_type)
+        given = {name: getattr(self, name) for name in _OF_THE_FEATURES}
+        return FeatureSettings(**{name: value for name, value in given.items() if value is not None})

@@ -12,9 +12,9 @@ from jaxtyping import Int64
 from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
 from nextblock.data.keyed import keyed_permutation
-from nextblock.data.sources.subsets import SubsetSource
 from nextblock.evaluate.features import check_same_classes
 from nextblock.evaluate.results import images_digest
+from nextblock.evaluate.unreadable import Part
 
 __all__ = ["are_same_images", "check_classes", "hold_out", "hold_out_test", "open_labelled", "part_of"]
 
@@ -77,13 +77,13 @@ def hold_out_test(train: Source, seed: int) -> tuple[Int64[np.ndarray, " kept"],
     return kept, held
 
 
-def part_of(source: Source, numbers: Int64[np.ndarray, " n"]) -> SubsetSource:
+def part_of(source: Source, numbers: Int64[np.ndarray, " n"]) -> Part:
     """Some images of a source, as a source; `ValueError` where there are none."""
     if not len(numbers):
         raise ValueError(
             f"no class of {source.spec} has an image to spare, so none can be held out; give --val and --test"
         )
-    return SubsetSource(source.spec, source, numbers)
+    return Part(source.spec, source, numbers)
 
 
 def hold_out(

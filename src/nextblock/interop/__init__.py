@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nextblock.checkpoint import CheckpointError, MissingSettingError, read_metadata, read_model
+from nextblock.checkpoint import CheckpointError, MissingSettingError
 from nextblock.config import ModelConfig, Size
-from nextblock.interop.reading import Told, own_file, read
+from nextblock.interop.reading import Told, read
 from nextblock.interop.start import InitReport, in_groups, initialize_from
+from nextblock.interop.timm_format import is_timm_directory
 from nextblock.interop.timm_spec import TIMM_SPEC, open_timm_encoder, parse_timm_spec
+from nextblock.interop.timm_weights import from_timm
 from nextblock.models import EncoderModel, NextBlockModel
-from nextblock.models.classifier import ImageClassifier, TimmClassifier
+from nextblock.models.classifier import AnyClassifier, ImageClassifier, TimmClassifier
 from nextblock.presets import model_config
 
 __all__ = ["create_model", "initialize", "load", "load_classifier", "load_model", "open_encoder"]
@@ -41,7 +43,7 @@ def load(
     probe_layers: Literal["last", "best"] | Sequence[int] | None = None,
     image_size: Size | None = None,
     norm_eps: float | None = None,
-) -> NextBlockModel | ImageClassifier | TimmClassifier:
+) -> NextBlockModel | AnyClassifier:
     """Build the model or classifier that a run, a file, `hf:USER/NAME[/FILE]` or `timm:NAME` holds.
 
     Understood: what this package writes; official XTRA and AIM files, models and classifiers; timm's vision
@@ -50,9 +52,6 @@ def load(
     `image_size` in pixels and `norm_eps` of AIM files. On the CPU, in fp32 and evaluation mode. Raises
     `CheckpointError` where a file is not understood, or does not tell enough.
     """
-    classifier = _timm_classifier(src)
-    if classifier is not None:
-        return classifier
     told = Told(
         head=head, num_heads=num_heads, probe_layers=probe_layers, image_size=image_size, norm_eps=norm_eps
     )
@@ -60,8 +59,8 @@ def load(
 
 
 def load_model(src: str | Path, *, num_heads: int | None = None) -> NextBlockModel:
-    """Load what can encode and perhaps predict: of a classifier, its encoder."""
-    return _encoder_model(read(src, Told(num_heads=num_heads)).model)
+    """Load what can encode and perhaps predict: of a classifier, its encoder, timm's if it can be ours."""
+    return _model_of(read(src, Told(num_heads=num_heads)).model, str(src))
 
 
 def load_classifier(
@@ -70,10 +69,12 @@ def load_classifier(
     *,
     num_heads: int | None = None,
     probe_layers: Literal["last", "best"] | Sequence[int] | None = None,
-) -> ImageClassifier | TimmClassifier:
+) -> AnyClassifier:
     """Load as `load` does what must be a classifier; `CheckpointError` where it is a model without a head."""
-    found = load(src, head, num_heads=num_heads, probe_layers=probe_layers)
-    if isinstance(found, NextBlockModel):
+    # Of timm the encoder alone is taken, and not every one of them can be loaded as one of ours.
+    is_timm = str(src).startswith(TIMM_SPEC) or is_timm_directory(Path(src))
+    found = None if is_timm else load(src, head, num_heads=num_heads, probe_layers=probe_layers)
+    if found is None or isinstance(found, NextBlockModel):
         raise CheckpointError(
             f"{src} holds no classification head; `nextblock probe` and `nextblock finetune` train one, and "
             "write it in a directory of its name"
@@ -82,27 +83,18 @@ def load_classifier(
 
 
 def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderModel:
-    """What can be evaluated: an encoder of ours, as `load_model` gives it, or any transformer of timm.
+    """What can be evaluated: an encoder of ours, or any transformer of timm; of a classifier, its encoder.
 
     "timm:NAME" is taken as it is there, with its class and register tokens; only `nextblock_vit`, which is
     our own encoder under timm's name, comes back as ours.
     """
     spec = str(src)
     if not spec.startswith(TIMM_SPEC) or parse_timm_spec(spec).name.startswith("nextblock_vit"):
-        return load_model(src, num_heads=num_heads)
+        found = read(src, Told(num_heads=num_heads)).model
+        return found if isinstance(found, NextBlockModel) else found.encoder_model
     if num_heads is not None:
         raise ValueError(f"{spec} tells its attention heads itself; leave num_heads out")
     return open_timm_encoder(spec)
-
-
-def _timm_classifier(src: str | Path) -> TimmClassifier | None:
-    """The classifier on a timm encoder that `src` means, if it means one."""
-    own = own_file(Path(src))
-    if own is None or read_metadata(own).get("kind") != "timm classifier":
-        return None
-    model = read_model(own)
-    assert isinstance(model, TimmClassifier)
-    return model
 
 
 def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
@@ -111,7 +103,7 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
     The report names every tensor. Attention heads that a file does not tell are taken to be as many as the
     model has, and a warning says so; class and register tokens of a timm model are left out.
     """
-    found = _encoder_model(_read_to_start(src, model.config))
+    found = _model_of(_read_to_start(src, model.config), str(src), drop_prefix_tokens=True)
     report = initialize_from(model, found, str(src))
     log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))
     unlike = [name for name in report.fresh if name in report.unused]
@@ -143,7 +135,7 @@ def _log_names(what: str, names: Sequence[str]) -> None:
         log.debug("  %s, by name: %s", what, ", ".join(names))
 
 
-def _read_to_start(src: str | Path, config: ModelConfig) -> NextBlockModel | ImageClassifier:
+def _read_to_start(src: str | Path, config: ModelConfig) -> NextBlockModel | AnyClassifier:
     """Read weights to start from; what a head averages is of no account."""
     told = Told(to_start_from=True)
     stand_ins = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
@@ -166,5 +158,11 @@ def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _encoder_model(loaded: NextBlockModel | ImageClassifier) -> NextBlockModel:
+def _model_of(
+    loaded: NextBlockModel | AnyClassifier, origin: str, *, drop_prefix_tokens: bool = False
+) -> NextBlockModel:
+    """Of a classifier its encoder; `CheckpointError` where that is timm's and of another kind than ours."""
+    if isinstance(loaded, TimmClassifier):
+        vit = loaded.encoder_model.encoder
+        return from_timm(vit, None, origin, drop_prefix_tokens=drop_prefix_tokens)
     return loaded.encoder_model if isinstance(loaded, ImageClassifier) else loaded

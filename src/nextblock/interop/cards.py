@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.models.timm_encoder import TimmConfig
 
 __all__ = [
     "CARD_FILE",
@@ -105,7 +106,7 @@ def _license_told(head: Mapping[str, Any]) -> str | None:
 
 
 def model_card(
-    config: ModelConfig,
+    config: ModelConfig | TimmConfig,
     *,
     title: str,
     library: str,
@@ -167,7 +168,26 @@ def _slug(text: str) -> str:
     return slug.strip("-.")
 
 
-def _settings(config: ModelConfig, data: DataConfig) -> dict[str, str]:
+def _settings(config: ModelConfig | TimmConfig, data: DataConfig) -> dict[str, str]:
+    return {
+        **(_of_timm(config) if isinstance(config, TimmConfig) else _of_ours(config)),
+        "shorter side resized to": f"{data.val_resize_px} px",
+        "validation crop": data.val_crop,
+        "mean": ", ".join(f"{part:g}" for part in data.mean),
+        "standard deviation": ", ".join(f"{part:g}" for part in data.std),
+    }
+
+
+def _of_timm(config: TimmConfig) -> dict[str, str]:
+    rows, columns = config.image_size
+    return {
+        "encoder": f"timm's {config.architecture}, {config.embed_dim} wide, {config.depth} layers",
+        "image": f"{rows}x{columns} px, {config.in_chans} channels",
+        "class token": "yes" if config.has_class_token else "no",
+    }
+
+
+def _of_ours(config: ModelConfig) -> dict[str, str]:
     rows, columns = pair(config.image_size)
     block = pair(config.block_size)
     causal = f"block-causal, blocks of {block[0]}x{block[1]} patches, {config.order} order"
@@ -180,7 +200,4 @@ def _settings(config: ModelConfig, data: DataConfig) -> dict[str, str]:
         "norm after patch embedding": "yes" if config.patch_norm else "no",
         "LayerNorm epsilon": f"{config.norm_eps:g}",
         "predictor": "left out" if config.predictor is None else f"{config.predictor}, inside",
-        "shorter side resized to": f"{data.val_resize_px} px",
-        "mean": ", ".join(f"{part:g}" for part in data.mean),
-        "standard deviation": ", ".join(f"{part:g}" for part in data.std),
     }

@@ -32,8 +32,9 @@ from nextblock.interop.timm_format import (
     write_timm,
 )
 from nextblock.interop.xtra import write_xtra
-from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
+from nextblock.models import EncoderModel, NextBlockModel
+from nextblock.models.classifier import AnyClassifier, Classifier, TimmClassifier
+from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import require
 
 __all__ = ["Converted", "Target", "convert"]
@@ -102,7 +103,10 @@ def convert(
     )
     found = read(src, told)
     config = _config_of(found.model)
-    _refuse_other_size(src, to, image_size, config)
+    if isinstance(config, TimmConfig):
+        _refuse_for_timms(src, to, image_size, config)
+    else:
+        _refuse_other_size(src, to, image_size, config)
     known = _provenance_of(src, place, found.format, config)
     wanted = _Wanted(
         data=recorded_data(place) or official_data(config.image_size, config.in_chans),
@@ -129,13 +133,13 @@ class _Wanted:
     """Of the hub, where they are going to lie."""
 
 
-def _save(model: NextBlockModel | ImageClassifier, dst: str | Path, to: Target, wanted: _Wanted) -> Converted:
+def _save(model: NextBlockModel | AnyClassifier, dst: str | Path, to: Target, wanted: _Wanted) -> Converted:
     path = _path(dst)
     difference = _write(model, path, to, wanted)
     return Converted(to, str(path), _size(path), difference)
 
 
-def _push(model: NextBlockModel | ImageClassifier, dst: str, to: Target, wanted: _Wanted) -> Converted:
+def _push(model: NextBlockModel | AnyClassifier, dst: str, to: Target, wanted: _Wanted) -> Converted:
     repo = dst.removeprefix(HUB_SPEC)
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside) / repo.rpartition("/")[2]
@@ -178,11 +182,25 @@ def _refuse_other_size(src: str | Path, to: Target, image_size: Size | None, con
     )
 
 
-def _config_of(model: NextBlockModel | ImageClassifier) -> ModelConfig:
-    return model.encoder_model.config if isinstance(model, ImageClassifier) else model.config
+def _refuse_for_timms(src: str | Path, to: Target, image_size: Size | None, config: TimmConfig) -> None:
+    """Refuse what cannot be made of a classifier on an encoder of timm's."""
+    require(
+        to in ("nextblock", "timm"),
+        f"{src} holds a classifier on timm's {config.architecture}, which the format {to} cannot hold; write "
+        "it to nextblock, or its encoder to timm",
+    )
+    require(
+        image_size is None or pair(image_size) == config.image_size,
+        f"{src} is of images of {config.image_size} px, as it tells itself, and timm's {config.architecture} "
+        "stays so; leave image_size out",
+    )
 
 
-def _write(model: NextBlockModel | ImageClassifier, path: Path, to: Target, wanted: _Wanted) -> float | None:
+def _config_of(model: NextBlockModel | AnyClassifier) -> ModelConfig | TimmConfig:
+    return model.encoder_model.config if isinstance(model, Classifier) else model.config
+
+
+def _write(model: NextBlockModel | AnyClassifier, path: Path, to: Target, wanted: _Wanted) -> float | None:
     """Write a model to a path; ONNX gives the difference that it measured."""
     if to == "timm":
         write_timm(
@@ -193,6 +211,10 @@ def _write(model: NextBlockModel | ImageClassifier, path: Path, to: Target, want
             image_size=wanted.image_size,
             address=None if wanted.repo is None else f"hf-hub:{wanted.repo}",
         )
+    elif to == "nextblock":
+        _write_nextblock(model, path, wanted)
+    elif isinstance(model, TimmClassifier):
+        raise AssertionError(to)
     elif to == "onnx":
         from nextblock.interop.onnx_export import write_onnx
 
@@ -205,8 +227,6 @@ def _write(model: NextBlockModel | ImageClassifier, path: Path, to: Target, want
             attention=wanted.attention,
             image_size=wanted.image_size,
         )
-    elif to == "nextblock":
-        _write_nextblock(model, path, wanted)
     elif to == "xtra":
         write_xtra(model, path)
     else:
@@ -214,9 +234,9 @@ def _write(model: NextBlockModel | ImageClassifier, path: Path, to: Target, want
     return None
 
 
-def _encoder_for_timm(model: NextBlockModel | ImageClassifier) -> NextBlockModel:
+def _encoder_for_timm(model: NextBlockModel | AnyClassifier) -> EncoderModel:
     """What goes into timm's format, with a word on what does not."""
-    if isinstance(model, ImageClassifier):
+    if isinstance(model, Classifier):
         log.info(
             "left out: the classifier's %s head, which timm's models do not have", model.head_config.kind
         )
@@ -226,8 +246,8 @@ def _encoder_for_timm(model: NextBlockModel | ImageClassifier) -> NextBlockModel
     return model
 
 
-def _write_nextblock(model: NextBlockModel | ImageClassifier, directory: Path, wanted: _Wanted) -> None:
-    is_classifier = isinstance(model, ImageClassifier)
+def _write_nextblock(model: NextBlockModel | AnyClassifier, directory: Path, wanted: _Wanted) -> None:
+    is_classifier = isinstance(model, Classifier)
     place = directory.name if wanted.repo is None else f"{HUB_SPEC}{wanted.repo}"
     use = "logits = model(images)" if is_classifier else "features = model.encode(images)"
     parts = "(b classes)" if is_classifier else "features.tokens, features.layers"
@@ -263,7 +283,9 @@ def _size(path: Path) -> int:
 # ---------------------------------------------------------------------------------- what is known of a source
 
 
-def _provenance_of(src: str | Path, place: str | Path, source_format: str, config: ModelConfig) -> Provenance:
+def _provenance_of(
+    src: str | Path, place: str | Path, source_format: str, config: ModelConfig | TimmConfig
+) -> Provenance:
     """Where weights come from: as a card beside them says, else by the kind of their source."""
     known = _known_provenance(src, place, source_format, config)
     if str(place).startswith(TIMM_SPEC):
@@ -273,7 +295,7 @@ def _provenance_of(src: str | Path, place: str | Path, source_format: str, confi
 
 
 def _known_provenance(
-    src: str | Path, place: str | Path, source_format: str, config: ModelConfig
+    src: str | Path, place: str | Path, source_format: str, config: ModelConfig | TimmConfig
 ) -> Provenance:
     """Where weights come from, by the kind of their source."""
     path = Path(place)
@@ -284,5 +306,7 @@ def _known_provenance(
         return official_provenance(source_format, name)
     if source_format != "nextblock":
         return Provenance(origin=f"{name}, a {source_format}")
+    if isinstance(config, TimmConfig):
+        return Provenance(origin=f"{name}, trained with nextblock on timm's {config.architecture}")
     started = "" if config.init is None else f", started from {config.init}"
     return Provenance(origin=f"{name}, pre-trained with nextblock{started}")

@@ -101,10 +101,11 @@ def push(folder: Path, spec: str) -> str:
 
 
 @contextmanager
-def hub_errors(spec: str, *, pushing: bool = False) -> Iterator[None]:
+def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of a copy") -> Iterator[None]:
     """Turn what the hub's client raises into one line: the cause, and the remedy.
 
-    A line in the log for every request is of use to nobody here, and kept back.
+    `instead` is what the user can give where there is no network. A line in the log for every request is of
+    use to nobody here, and kept back.
     """
     log_in = "log in by `hf auth login`, or set HF_TOKEN"
     try:
@@ -127,7 +128,7 @@ def hub_errors(spec: str, *, pushing: bool = False) -> Iterator[None]:
             ) from error
         raise HubError(
             f"{spec} is not in the cache, and the hub could not be asked for it: connect to the network and "
-            "unset HF_HUB_OFFLINE, or give the path of a copy"
+            f"unset HF_HUB_OFFLINE, or give {instead}"
         ) from error
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)

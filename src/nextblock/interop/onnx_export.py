@@ -202,6 +202,7 @@ def _metadata(outputs: _Outputs, data: DataConfig, provenance: Provenance) -> Ma
         "mean": json.dumps(list(data.mean)),
         "std": json.dumps(list(data.std)),
         "resize_px": str(data.val_resize_px),
+        "crop": data.val_crop,
         "image_size": json.dumps(list(pair(config.image_size))),
         "attention": config.feature_attention,
         "config": json.dumps(to_dict(config)),

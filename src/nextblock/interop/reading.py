@@ -38,7 +38,8 @@ from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_tim
 from nextblock.interop.timm_weights import is_timm_weights, read_timm_weights
 from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier, TimmClassifier
+from nextblock.models.classifier import AnyClassifier
+from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import require
 
 __all__ = ["Found", "Told", "own_file", "read", "weight_file"]
@@ -51,7 +52,7 @@ KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and 
 class Found(NamedTuple):
     """A model, and the words for the format it was found in."""
 
-    model: NextBlockModel | ImageClassifier
+    model: NextBlockModel | AnyClassifier
     format: str
     image_size_assumed: bool = False
     """Nothing tells the size of its images; the encoder takes any."""
@@ -101,11 +102,12 @@ def _check_layers(given: object) -> None:
 def read(src: str | Path, told: Told) -> Found:
     """Build what `src` holds, on the CPU, in fp32 and evaluation mode; `CheckpointError` says why not."""
     found = _read(src, told)
-    model = found.model.encoder_model if isinstance(found.model, ImageClassifier) else found.model
-    if told.num_heads is not None and told.num_heads != model.config.num_heads:
+    config = (found.model if isinstance(found.model, NextBlockModel) else found.model.encoder_model).config
+    heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
+    if told.num_heads not in (None, heads):
         raise ValueError(
-            f"{src} has {model.config.num_heads} attention heads, as it tells itself, and not "
-            f"{told.num_heads}; leave num_heads out"
+            f"{src} has {heads} attention heads, as it tells itself, and not {told.num_heads}; leave "
+            "num_heads out"
         )
     return found
 
@@ -122,22 +124,11 @@ def _read(src: str | Path, told: Told) -> Found:
     own = own_file(path)
     if own is not None:
         _refuse_settings_of_aim(told, origin)
-        return Found(_read_own(own), "nextblock")
+        return Found(read_model(own), "nextblock")
     files = _weight_files(path, origin)
     if len(files) == len(AIM_FILES):
         told = replace(told, head=told.head or files[1])
     return _read_foreign(files[0], origin, told)
-
-
-def _read_own(path: Path) -> NextBlockModel | ImageClassifier:
-    model = read_model(path)
-    if isinstance(model, TimmClassifier):
-        architecture = model.encoder_model.config.architecture
-        raise CheckpointError(
-            f"{path} holds a classifier on timm's {architecture}, which this cannot take; nextblock.load and "
-            f"`nextblock classify` open it, and timm:{architecture} names its encoder"
-        )
-    return model
 
 
 def weight_file(src: str | Path) -> Path:

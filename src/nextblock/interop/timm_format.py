@@ -29,8 +29,9 @@ from nextblock.interop.names import on_cpu
 from nextblock.interop.timm_models import model_args
 from nextblock.interop.timm_spec import TIMM_SPEC, parse_timm_spec, timm_model
 from nextblock.interop.timm_weights import TIMM_EPS, from_timm, is_timm_weights, read_timm_weights
-from nextblock.models import NextBlockModel
+from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.encoder import positions_on, vit_arguments
+from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict, to_dict
 
 __all__ = [
@@ -59,7 +60,7 @@ STOCK = "vit_base_patch16_224"
 
 
 def write_timm(
-    model: NextBlockModel,
+    model: EncoderModel,
     directory: Path,
     *,
     data: DataConfig,
@@ -70,14 +71,17 @@ def write_timm(
     """Write an encoder as a directory that `timm.create_model("local-dir:DIRECTORY")` opens.
 
     `data` says how its images are cut and normalised. `image_size` other than the model's own writes the
-    encoder at that size, with the positions that `encode` would use there. The predictor is left out.
-    `address` is where the card says that it lies, as timm writes it ("hf-hub:USER/NAME").
+    encoder, if it is one of ours, at that size, with the positions that `encode` would use there. The
+    predictor is left out. `address` is where the card says that it lies, as timm writes it
+    ("hf-hub:USER/NAME").
     """
-    encoder_model = encoder_at(model, image_size)
-    config = encoder_model.config
-    data = data_at(data, model.config, config)
-    described = _description(config, data, provenance)
-    weights = on_cpu(encoder_model.encoder.state_dict())
+    if isinstance(model, NextBlockModel):
+        whole, model = model, encoder_at(model, image_size)
+        data = data_at(data, whole.config, model.config)
+        described = _description(model.config, data, provenance)
+    else:
+        described = _description_of_timms(model, data, provenance)
+    weights = on_cpu(model.encoder.state_dict())
     metadata = {
         "format": "pt",
         "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA}),
@@ -87,7 +91,7 @@ def write_timm(
         aside.mkdir()
         (aside / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         save_file(weights, aside / MAIN_FILES[0], metadata=metadata)
-        card = _card(config, address or f"local-dir:{directory.name}", data, provenance)
+        card = _card(model.config, address or f"local-dir:{directory.name}", data, provenance)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -107,6 +111,20 @@ def _description(config: ModelConfig, data: DataConfig, provenance: Provenance) 
         "model_args": _stock_args(config) if stock else model_args(config),
         "pretrained_cfg": _pretrained_cfg(config, data, provenance),
         "nextblock": {"format_version": FORMAT_VERSION, "model": to_dict(config)},
+    }
+
+
+def _description_of_timms(model: TimmEncoder, data: DataConfig, provenance: Provenance) -> dict[str, Any]:
+    """What stands in config.json of an encoder that was timm's from the beginning."""
+    config = model.config
+    settings: Any = model.encoder.pretrained_cfg
+    usual = {name: settings.get(name) for name in ("fixed_input_size", "first_conv", "classifier")}
+    return {
+        "architecture": config.architecture.partition(".")[0],
+        "num_classes": 0,
+        "num_features": config.embed_dim,
+        "model_args": dict(config.arguments),
+        "pretrained_cfg": {**_pretrained_cfg(config, data, provenance), **usual},
     }
 
 
@@ -150,7 +168,9 @@ def _stock_args(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _pretrained_cfg(config: ModelConfig, data: DataConfig, provenance: Provenance) -> dict[str, Any]:
+def _pretrained_cfg(
+    config: ModelConfig | TimmConfig, data: DataConfig, provenance: Provenance
+) -> dict[str, Any]:
     size = pair(config.image_size)
     crop_pct = min(size) / data.val_resize_px
     if math.floor(min(size) / crop_pct) != data.val_resize_px:  # timm rounds down
@@ -162,7 +182,7 @@ def _pretrained_cfg(config: ModelConfig, data: DataConfig, provenance: Provenanc
         "pool_size": None,
         "interpolation": "bicubic",
         "crop_pct": crop_pct,
-        "crop_mode": "center",
+        "crop_mode": data.val_crop,
         "mean": list(data.mean),
         "std": list(data.std),
         "first_conv": "patch_embed.proj",
@@ -171,15 +191,31 @@ def _pretrained_cfg(config: ModelConfig, data: DataConfig, provenance: Provenanc
     }
 
 
-def _card(config: ModelConfig, address: str, data: DataConfig, provenance: Provenance) -> str:
-    place, stock = address.partition(":")[2], _is_stock(config)
-    registers = [] if stock else ["import nextblock.interop.timm_models  # registers nextblock_vit"]
+def _card(config: ModelConfig | TimmConfig, address: str, data: DataConfig, provenance: Provenance) -> str:
+    place = address.partition(":")[2]
+    registers = not isinstance(config, TimmConfig) and not _is_stock(config)
     opening = [
         "import timm",
-        *registers,
+        *(["import nextblock.interop.timm_models  # registers nextblock_vit"] if registers else []),
         f'model = timm.create_model("{address}", pretrained=True).eval()',
-        "features = model.forward_features(images)  # (b n d), model(images) is their mean",
+        "features = model.forward_features(images)  # (b n d), model(images) pools them",
     ]
+    return model_card(
+        config,
+        title=place.rpartition("/")[2],
+        library="timm",
+        data=data,
+        provenance=provenance,
+        opening="\n".join(opening),
+        notes=[f"Commands of nextblock take it as `--model timm:{address}`."]
+        if isinstance(config, TimmConfig)
+        else _notes(config, place),
+    )
+
+
+def _notes(config: ModelConfig, place: str) -> list[str]:
+    """What the reader of the card of an encoder of ours must know."""
+    stock = _is_stock(config)
     notes = [
         f'transformers opens the same files: `AutoModel.from_pretrained("{place}")`'
         + ("." if stock else ", after the same import."),
@@ -197,15 +233,7 @@ def _card(config: ModelConfig, address: str, data: DataConfig, provenance: Prove
             "function than this model's, whose positions are computed anew: convert again with "
             "`--image_size`."
         )
-    return model_card(
-        config,
-        title=place.rpartition("/")[2],
-        library="timm",
-        data=data,
-        provenance=provenance,
-        opening="\n".join(opening),
-        notes=notes,
-    )
+    return notes
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -253,7 +281,12 @@ def read_timm_data(src: str | Path) -> DataConfig | None:
     if not {"mean", "std", "crop_pct", "input_size"} <= told.keys():
         return None
     resize_px = math.floor(min(told["input_size"][1:]) / told["crop_pct"])
-    return DataConfig(mean=tuple(told["mean"]), std=tuple(told["std"]), val_resize_px=resize_px)
+    return DataConfig(
+        mean=tuple(told["mean"]),
+        std=tuple(told["std"]),
+        val_resize_px=resize_px,
+        val_crop=told.get("crop_mode") or "center",
+    )
 
 
 def timm_provenance(src: str | Path) -> Provenance:

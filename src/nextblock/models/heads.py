@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from nextblock.config import Attention
 from nextblock.models.features import FeatureConfig, Tokens
 
-__all__ = ["AttentiveHead", "Head", "HeadConfig", "LinearHead", "MlpHead", "create_head"]
+__all__ = [
+    "AttentiveHead",
+    "Head",
+    "HeadConfig",
+    "LinearHead",
+    "MlpHead",
+    "check_attention_heads",
+    "create_head",
+    "fitting_heads",
+]
 
 BATCH_NORM_EPS = 1e-6
 QUERY_STD = 0.02
@@ -105,11 +114,7 @@ class AttentiveHead(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f"an attentive head {dim} channels wide cannot have {num_heads} attention heads; "
-                f"use a divisor of {dim}"
-            )
+        check_attention_heads(dim, num_heads)
         self.num_heads = num_heads
         self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
         self.query = nn.Parameter(torch.empty(1, num_queries, dim))
@@ -157,6 +162,20 @@ class MlpHead(nn.Module):
 
 
 Head = LinearHead | AttentiveHead | MlpHead
+
+
+def fitting_heads(dim: int, most: int) -> int:
+    """The largest number of attention heads, up to `most`, that `dim` channels can be divided among."""
+    return max(count for count in range(1, most + 1) if dim % count == 0)
+
+
+def check_attention_heads(dim: int, num_heads: int) -> None:
+    """Raise `ValueError` where an attentive head of this width cannot have so many attention heads."""
+    if dim % num_heads:
+        raise ValueError(
+            f"an attentive head {dim} channels wide cannot have {num_heads} attention heads; set "
+            f"attentive_heads (--attentive_heads) to a divisor, such as {fitting_heads(dim, num_heads)}"
+        )
 
 
 def create_head(config: HeadConfig, embed_dim: int) -> Head:

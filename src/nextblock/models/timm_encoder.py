@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nextblock.config import Attention
+from nextblock.config import Attention, ValCrop
 from nextblock.models.features import Encoded
 
 __all__ = ["TimmConfig", "TimmEncoder"]
@@ -32,8 +32,6 @@ class TimmConfig:
     in_chans: int
     embed_dim: int
     depth: int
-    prefix_tokens: int
-    """Class and register tokens before the patches."""
     has_class_token: bool
     arguments: Mapping[str, int] = field(default_factory=dict)
     """Arguments of the architecture besides its own: img_size, in_chans."""
@@ -41,7 +39,10 @@ class TimmConfig:
     """Of the images it was trained on, a number a channel; None where timm does not tell."""
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
-    """Side of the centre crop, as a share of the resized picture's shorter side."""
+    """Side of the crop, as a share of the resized picture's side."""
+    crop_mode: ValCrop = "center"
+    interpolation: str = "bicubic"
+    """By which timm resizes; evaluation resizes by bicubic."""
 
 
 class TimmEncoder(nn.Module):
@@ -100,7 +101,7 @@ def _intermediates(encoder: nn.Module, images: Tensor) -> list[tuple[Tensor, Ten
 
 
 def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> TimmConfig:
-    in_chans, (height, width), told = _image_of(encoder, arguments)
+    in_chans, (height, width), told = _image_of(encoder, architecture, arguments)
     refusal = (
         f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
         "vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
@@ -125,7 +126,6 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         in_chans=in_chans,
         embed_dim=outputs[0][0].shape[-1],
         depth=len(outputs),
-        prefix_tokens=outputs[0][1].shape[1],
         has_class_token=getattr(encoder, "cls_token", None) is not None,
         arguments=told,
         **_cut_of(encoder, in_chans),
@@ -138,22 +138,32 @@ def _cut_of(encoder: nn.Module, in_chans: int) -> dict[str, Any]:
     cut = {name: settings.get(name) for name in ("mean", "std", "crop_pct")}
     if None in cut.values() or len(cut["mean"]) != in_chans:
         return {}
-    return {"mean": tuple(cut["mean"]), "std": tuple(cut["std"]), "crop_pct": float(cut["crop_pct"])}
+    return {
+        "mean": tuple(cut["mean"]),
+        "std": tuple(cut["std"]),
+        "crop_pct": float(cut["crop_pct"]),
+        "crop_mode": settings.get("crop_mode") or "center",
+        "interpolation": settings.get("interpolation") or "bicubic",
+    }
 
 
 def _image_of(
-    encoder: nn.Module, arguments: Mapping[str, int]
+    encoder: nn.Module, architecture: str, arguments: Mapping[str, int]
 ) -> tuple[int, tuple[int, int], dict[str, int]]:
     """Channels and size of the images, and with which arguments the network is built for them.
 
-    A network from the hub or a directory may be built for another size than its architecture's usual one,
-    without anyone having named it.
+    A network from the hub or a directory may be built for other images than its architecture's usual ones,
+    without anyone having named them.
     """
     settings: Any = encoder.pretrained_cfg
-    in_chans, *usual = settings["input_size"]
+    in_chans, *size = settings["input_size"]
+    known = timm.get_pretrained_cfg(architecture)
+    usual = settings["input_size"] if known is None else known.input_size
     told: dict[str, int] = dict(arguments)
     built: Any = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
-    if "img_size" not in told and built is not None and tuple(built) != tuple(usual) and len(set(built)) == 1:
-        told["img_size"] = built[0]
-    height, width = (told["img_size"],) * 2 if "img_size" in told else usual
+    if "img_size" not in told and built is not None and tuple(built) != tuple(usual[1:]):
+        told |= {"img_size": built[0]} if len(set(built)) == 1 else {}
+    if "in_chans" not in told and in_chans != usual[0]:
+        told["in_chans"] = in_chans
+    height, width = (told["img_size"],) * 2 if "img_size" in told else size
     return told.get("in_chans", int(in_chans)), (height, width), told

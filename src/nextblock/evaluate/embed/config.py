@@ -8,14 +8,12 @@ from typing import Literal
 
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
-from nextblock.evaluate.settings import EvaluationSettings
+from nextblock.evaluate.settings import EncodingSettings
 from nextblock.settings import check_types, require
 
-__all__ = ["FORMATS", "EmbedConfig", "FeatureSettings", "default_batch_size"]
+__all__ = ["FORMATS", "EmbedConfig", "FeatureSettings"]
 
 FORMATS = (".parquet", ".npy", ".safetensors")
-CPU_BATCH, GPU_BATCH = 16, 128
-"""On a CPU more gain a few percent of speed and take half a gigabyte of memory; a GPU wants many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class FeatureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(FeatureSettings, EvaluationSettings):
+class EmbedConfig(FeatureSettings, EncodingSettings):
     """Of which model and images the features are, which features, and where they go."""
 
     data: str
@@ -54,23 +52,9 @@ class EmbedConfig(FeatureSettings, EvaluationSettings):
     """File of the features: .parquet, .npy or .safetensors."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Numbers in the file."""
-    encode_batch_size: int | None = None
-    """Images that go through the encoder at a time; null: 16 on a CPU, 128 on a GPU."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        FeatureSettings.__post_init__(self)
+        EncodingSettings.__post_init__(self)
         suffix = Path(self.out).suffix
         require(suffix in FORMATS, f"out is {self.out!r}; its name must end in {', '.join(FORMATS)}")
-        require(
-            self.encode_batch_size is None or self.encode_batch_size >= 1,
-            f"encode_batch_size is {self.encode_batch_size}; use at least 1",
-        )
-
-    def batch_size(self, device_type: str) -> int:
-        """Images that go through the encoder at a time."""
-        return self.encode_batch_size or default_batch_size(device_type)
-
-
-def default_batch_size(device_type: str) -> int:
-    """Images that go through an encoder at a time where nobody says: by what the device is."""
-    return CPU_BATCH if device_type == "cpu" else GPU_BATCH

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -323,7 +324,21 @@ def open_origin(path: Path) -> Origin:
     origin = read_origin(path)
     if origin is None:
         raise EmbeddingsError(f"{path} holds no features written by `nextblock embed`; make them anew")
+    if path.suffix == ".npy" and not _is_whole_npy(path, origin):
+        raise EmbeddingsError(
+            f"{path} is not the whole file of {origin.rows} rows that it was; make it anew with --overwrite"
+        )
     return origin
+
+
+def _is_whole_npy(path: Path, origin: Origin) -> bool:
+    """Whether the file has all the rows, by its length: the other formats cannot be opened else."""
+    try:
+        header_bytes, shape, dtype = npy_layout(path)
+    except ValueError:
+        return False
+    bytes_there = path.stat().st_size - header_bytes
+    return shape == (origin.rows, *origin.shape) and bytes_there == dtype.itemsize * math.prod(shape)
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
@@ -337,7 +352,8 @@ def _read_names(path: Path) -> tuple[list[str], list[int], list[int]]:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise EmbeddingsError(
-            f"{path} cannot be read ({error.strerror}); it belongs to the features"
+            f"{path} cannot be read ({error.strerror}); it belongs to the features: make them anew with "
+            "--overwrite"
         ) from error
     labels = [int(row["label"]) for row in rows if row["label"]]
     return [row["name"] for row in rows], labels, [int(row["index"]) for row in rows]

@@ -24,6 +24,7 @@ from torch import Tensor
 from nextblock.atomic import write_text
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, TooManyBadImages, open_source
+from nextblock.data.sources.subsets import absolute_spec
 from nextblock.evaluate.embed.config import EmbedConfig, FeatureSettings
 from nextblock.evaluate.embed.files import (
     Embeddings,
@@ -78,11 +79,13 @@ def embed_model(model: EncoderModel, config: EmbedConfig, source: Source, data: 
     wanted = feature_configs(config, model.config.depth)
     check_writable(out)
     identity = identity_of(config, model, data, {"data": source})
+    # For `nextblock search`, wherever that is called.
+    identity["sources"]["data"]["spec"] = absolute_spec(source.spec)
     folder = out.with_name(f".{out.name}.partial")
-    if _is_finished(out, identity, overwrite=config.overwrite):
+    if (found := _finished(out, identity, overwrite=config.overwrite)) is not None:
         log.info("%s is finished: nothing to do", out)
         _remove(folder)
-        return read_embeddings(out)
+        return found
     working = _Working(folder, identity, source, DTYPES[config.dtype][1], overwrite=config.overwrite)
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     batch_size = config.batch_size(device.type)
@@ -137,17 +140,19 @@ def _feature(batch: FeatureBatch, config: EmbedConfig) -> Float[Tensor, "b *feat
     return cast
 
 
-def _is_finished(out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Whether `out` is this very file; `ValueError` where it is another one."""
+def _finished(out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Embeddings | None:
+    """The features of `out`, if there are any; an error where it is another file, or damaged."""
     if overwrite or not out.exists():
-        return False
+        return None
     origin = read_origin(out)
     remedy = "give another --out, or --overwrite"
     if origin is None:
         raise ValueError(f"{out} is there and was not written by `nextblock embed`; {remedy}")
     if different := differences(origin.identity, identity):
         raise ValueError(f"{out} holds other features ({'; '.join(different[:3])}); {remedy}")
-    return True
+    found = read_embeddings(out)
+    _ = found.indices  # refuses names that are lost or cut off
+    return found
 
 
 def _finish(out: Path, working: _Working, source: Source, identity: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nextblock.config import Attention, Size
-from nextblock.evaluate.settings import EvaluationSettings
+from nextblock.evaluate.settings import CROP_SCALE, EvaluationSettings
 from nextblock.settings import Duration, check_types, require, require_range
 
 __all__ = ["FinetuneConfig", "LoraSettings"]
@@ -16,7 +16,7 @@ HeadKind = Literal["linear", "attentive"]
 
 LAYERS: dict[HeadKind, int] = {"linear": 1, "attentive": 6}
 """Last layers that a head sees where none are told."""
-ATTENTIVE_HEADS, CROP_SCALE = 16, (0.08, 1.0)
+ATTENTIVE_HEADS = 16
 WHOLE_LAYER_DECAY, WHOLE_DROP_PATH = 0.65, 0.1
 """Of the whole network: MAE's published recipe for ViT-B/16 (its FINETUNE.md)."""
 

@@ -16,21 +16,18 @@ from nextblock.data import keyed_seed
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.lora import add_lora
+from nextblock.evaluate.settings import CROP_RATIO
 from nextblock.interop.timm_format import data_at, encoder_at
-from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier
+from nextblock.models import EncoderModel, NextBlockModel
+from nextblock.models.classifier import AnyClassifier, create_classifier
 from nextblock.models.features import last_layers
 from nextblock.models.heads import HeadConfig
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.optim import layer_decay_groups
 
-__all__ = ["AnyClassifier", "build_classifier", "images_for", "set_drop_path", "tuning_groups"]
+__all__ = ["build_classifier", "images_for", "set_drop_path", "tuning_groups"]
 
-AnyClassifier = ImageClassifier | TimmClassifier
 EncoderConfig = ModelConfig | TimmConfig
-
-CROP_RATIO = (0.75, 1.333)
-"""Width over height of training crops, as in the probes."""
 
 
 def build_classifier(
@@ -72,7 +69,6 @@ def images_for(
         crop_scale=config.actual_crop_scale,
         crop_ratio=CROP_RATIO,
         flip=data.flip if config.flip is None else config.flip,
-        workers=data.workers if config.workers is None else config.workers,
     )
 
 
@@ -142,32 +138,16 @@ def _sized(model: NextBlockModel, config: FinetuneConfig) -> NextBlockModel:
 
 
 def _head_config(model: EncoderModel, config: FinetuneConfig, num_classes: int) -> HeadConfig:
-    depth, width = model.config.depth, model.config.embed_dim
-    heads = config.actual_attentive_heads
-    if config.head == "attentive" and width % heads:
-        fitting = max(n for n in range(1, heads) if width % n == 0)
-        raise ValueError(
-            f"an attentive head {width} channels wide cannot have {heads} attention heads; "
-            f"set attentive_heads (--attentive_heads) to a divisor, such as {fitting}"
-        )
-    if isinstance(model, TimmEncoder) and config.tokens in ("class", "joined"):
-        _check_class_token(model)
-    elif config.tokens in ("class", "joined"):
-        raise ValueError(f"tokens is {config.tokens}, and this encoder has no class token; use patches")
+    depth = model.config.depth
     return HeadConfig(
         kind=config.head,
         num_classes=num_classes,
         layers=last_layers(min(config.actual_layers, depth), depth),
         norm_layers=config.head_norm == "layer",
         batch_norm=config.head_norm == "batch",
-        num_heads=heads,
+        num_heads=config.actual_attentive_heads,
         tokens=config.tokens,
     )
-
-
-def _check_class_token(model: TimmEncoder) -> None:
-    if not model.config.has_class_token:
-        raise ValueError(f"{model.config.architecture} has no class token; use tokens patches")
 
 
 def _recompute(model: EncoderModel) -> None:

@@ -91,9 +91,9 @@ def finetune_markdown(
         f"Trained: {what}, {result.trained_parameters:,} of {result.parameters:,} parameters, on "
         f"{result.train_images} images of {sources['train']['spec']}, {len(result.class_names)} classes, "
         f"{settings['epochs']} epochs ({result.total_steps} steps of {batch_size} images), "
-        f"{settings['head']} head, seed {settings['seed']}; {sum(result.bad_images.values())} unreadable "
-        f"images left out. Encoder weights before: {identity['weights']}. The last epoch is what is "
-        f"measured; no epoch was chosen. The classifier: {classifier}.",
+        f"{settings['head']} head, seed {settings['seed']}; unreadable images left out: "
+        f"{sum(result.bad_images.values())}. Encoder weights before: {identity['weights']}. The last epoch "
+        f"is what is measured; no epoch was chosen. The classifier: {classifier}.",
         "",
         "| weights | measured on | images | top-1 % | top-5 % | balanced % | loss | calibration error % |",
         "|---|---|---|---|---|---|---|---|",

@@ -3,7 +3,7 @@
 OUT/settings.json        what this result is made from, written first
     state/state.pt       what is needed to go on; removed at the end
     metrics.jsonl        one JSON object an epoch, and one of each measuring on val
-    quarantine.jsonl     images that could not be read
+    quarantine.jsonl     images that could not be read; while it trains, those to train on
     classifier/          the classifier, as `nextblock.load` reads it
     finetune.md, .json   the result, written last
 """
@@ -37,18 +37,21 @@ from nextblock.data.rand_augment import TimmCrop
 from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import check_bad, open_model
 from nextblock.evaluate.finetune.config import FinetuneConfig
-from nextblock.evaluate.finetune.model import AnyClassifier, build_classifier, images_for
+from nextblock.evaluate.finetune.model import build_classifier, images_for
 from nextblock.evaluate.finetune.report import (
     FinetuneResult,
     FinetuneRow,
     Split,
+    WeightsName,
     finetune_markdown,
     result_from_dict,
 )
 from nextblock.evaluate.finetune.train import FineTuner, Measured, measure_classifier
 from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.sources import check_classes, hold_out_test, open_labelled, part_of
+from nextblock.evaluate.unreadable import QUARANTINE, in_whole, report_unreadable, whole_of
 from nextblock.models import EncoderModel
+from nextblock.models.classifier import AnyClassifier
 from nextblock.settings import Duration, to_dict
 from nextblock.train import NonFiniteError, Reporter, RunDir, Tick
 from nextblock.train.device import autocast, choose_device, make_deterministic
@@ -64,8 +67,8 @@ log = logging.getLogger(__name__)
 SETTINGS, RESULT, STATE, CLASSIFIER = "settings.json", "finetune.json", "state", "classifier"
 CONFUSION = "confusion.png"
 """Drawn by who has the result."""
-OURS = (RESULT, STATE, CLASSIFIER, CONFUSION, "finetune.md", "metrics.jsonl", "quarantine.jsonl")
-"""What may lie in OUT besides `SETTINGS`."""
+OURS = (RESULT, STATE, CLASSIFIER, CONFUSION, "finetune.md", "metrics.jsonl", QUARANTINE)
+"""What may lie in OUT besides `SETTINGS`, and without it is not of fine-tuning."""
 NONFINITE_LIMIT = 5
 """Steps in a row whose loss or gradient is not finite, after which training stops."""
 
@@ -96,20 +99,19 @@ def finetune_model(
     check_classes(sources.train, sources.measured.values())
     out = Path(config.out)
     identity = identity_of(config, model, data, {"train": sources.train, **sources.measured})
-    overwrite = config.overwrite and (out / SETTINGS).is_file()  # else what lies there is not ours to remove
-    if not overwrite:
-        refuse_other_result(out, SETTINGS, identity, OURS)
-        if (out / RESULT).is_file():
-            reporter.note(f"{out} is complete; --overwrite does it again")
-            return result_from_dict(json.loads((out / RESULT).read_text(encoding="utf-8")))
+    ours = OURS if (out / SETTINGS).is_file() else ()
+    refuse_other_result(out, SETTINGS, identity, ours, overwrite=config.overwrite)
+    if (out / RESULT).is_file() and not config.overwrite:
+        reporter.note(f"{out} is complete; --overwrite does it again")
+        return result_from_dict(json.loads((out / RESULT).read_text(encoding="utf-8")))
     if config.deterministic:
         make_deterministic()
     if device.type == "cpu":
         keep_freed_memory()
     classifier = build_classifier(model, config, sources.train.class_names)
     data = images_for(data, model.config, classifier.encoder_model.config, config)
-    loop = _Loop(out, classifier, config, sources, data, device, anew=overwrite)
-    _begin(out, identity, overwrite=overwrite)
+    loop = _Loop(out, classifier, config, sources, data, device, anew=config.overwrite)
+    _begin(out, identity, overwrite=config.overwrite)
     stopped_by = loop.run(reporter)
     if stopped_by is not None:
         return loop.result((), {}, stopped_by)
@@ -132,17 +134,22 @@ def _conclude(loop: _Loop, identity: dict[str, Any]) -> FinetuneResult:
     """Measure what was trained, and write it with its result."""
     out, kept = loop.out, loop.tuner.finish()
     rows: list[FinetuneRow] = []
-    bad: dict[str, int] = {}
+    bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = {}
+    # Merged adapters round otherwise than those that were measured in the last epoch.
+    known = {} if loop.config.uses_lora else loop.last_watched
     for split, source in loop.sources.measured.items():
         for weights, classifier in kept.items():
-            found = loop.measure(classifier, source)
+            found = known.get(weights) if source is loop.watched else None
+            found = found or loop.measure(classifier, source)
             rows.append(FinetuneRow(split=split, weights=weights, measures=found.measures))
-            bad[split] = len(found.bad)
-    result = loop.result(tuple(rows), bad, None)
+            bad[split] = (source, found.bad)
+    result = loop.result(tuple(rows), {split: len(found) for split, (_, found) in bad.items()}, None)
     save_classifier(out / CLASSIFIER, list(kept.values())[-1], data=loop.data)
     page = finetune_markdown(result, identity, out / CLASSIFIER, batch_size=loop.loader.batch_size)
     write_text(out / "finetune.md", page)
     write_text(out / RESULT, json.dumps({**identity, **to_dict(result)}, indent=2) + "\n")
+    # Not before: who goes on takes what the list names for images to train on.
+    report_unreadable(out, {"train": (whole_of(loop.sources.train), loop.quarantine.bad), **bad})
     shutil.rmtree(out / STATE, ignore_errors=True)
     return result
 
@@ -176,6 +183,11 @@ class _Loop:
         self.trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
         self.parameters = sum(p.numel() for name, p in classifier.named_parameters() if "lora_" not in name)
         self.labels = torch.from_numpy(sources.train.labels)
+        watched = [source for split, source in sources.measured.items() if split != "test"]
+        self.watched = watched[0] if watched else None
+        """What is measured on after epochs."""
+        self.last_watched: dict[WeightsName, Measured] = {}
+        """What was found there the last time."""
         saved = load_state(out / STATE) if (out / STATE).is_dir() and not anew else None
         self.loader = self._loader(0 if saved is None else saved["step"], device)
         self.tuner = FineTuner(
@@ -195,7 +207,7 @@ class _Loop:
         records = RunDir(self.out)
         records.cut_metrics(tuner.step or -1)  # what was written after the state will be written again
         self.quarantine = QuarantineLog(
-            records.quarantine, len(self.sources.train), self.data.max_bad_fraction
+            records.quarantine, len(whole_of(self.sources.train)), self.data.max_bad_fraction
         )
         with (
             stop_on_signals() as stop,
@@ -229,7 +241,8 @@ class _Loop:
             batch_size=self.config.encode_batch_size,
             precision=TrainConfig(precision=self.config.precision),
         )
-        check_bad(found.bad, source, self.data)
+        of_train = self.quarantine.count if whole_of(source) is whole_of(self.sources.train) else 0
+        check_bad(found.bad, source, self.data, besides=of_train)
         return found
 
     def result(
@@ -265,13 +278,13 @@ class _Loop:
             raise NonFiniteError(
                 f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {NONFINITE_LIMIT} steps in a "
                 f"row, the last of them step {step.index}; try a lower lr, a longer warmup_epochs, or "
-                "precision bf16 or fp32"
+                "precision bf16 or fp32; if it was so from the first step, look at the model's weights"
             )
         return outcome
 
     def _note_bad(self, bad: BadSample) -> None:
         try:
-            self.quarantine.add(bad)
+            self.quarantine.add(in_whole(bad, self.sources.train))
         except TooManyBadImages as error:  # the same, by the settings of this command
             told = str(error).replace("raise data.max_bad_fraction", "allow more by --max_bad_fraction")
             raise TooManyBadImages(told.replace("data.max_bad_fraction", "max_bad_fraction")) from error
@@ -282,16 +295,16 @@ class _Loop:
         values = {"epoch": epoch, "lr": lr, **tuner.window.values(), "bad": self.quarantine.count}
         metrics.write("train", tuner.step, values)
         tuner.window = Window()
-        watched = [source for split, source in self.sources.measured.items() if split != "test"]
-        if watched and (epoch % self.config.val_every == 0 or epoch == self.config.epochs):
+        if self.watched and (epoch % self.config.val_every == 0 or epoch == self.config.epochs):
             found: dict[str, float] = {"epoch": epoch}
             for weights, classifier in tuner.networks().items():
-                measures = self.measure(classifier, watched[0]).measures
+                self.last_watched[weights] = self.measure(classifier, self.watched)
+                measures = self.last_watched[weights].measures
                 prefix = "" if weights == "last" else f"{weights}/"
                 names = ("top1", "top5", "balanced", "loss", "calibration_error")
                 found |= {f"{prefix}{name}": getattr(measures, name) for name in names}
             metrics.write("val", tuner.step, found)
-            log.info("epoch %d: top-1 %.2f %% on %s", epoch, 100 * found["top1"], watched[0].spec)
+            log.info("epoch %d: top-1 %.2f %% on %s", epoch, 100 * found["top1"], self.watched.spec)
 
     def _tick(self, lr: float) -> Tick:
         tuner, values = self.tuner, self.tuner.window.values()

@@ -22,9 +22,10 @@ from nextblock.data import BadSample, Source, eval_batches, keyed_seed, normaliz
 from nextblock.data.rand_augment import seeded_globally
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.lora import merge_lora
-from nextblock.evaluate.finetune.model import AnyClassifier, tuning_groups
+from nextblock.evaluate.finetune.model import tuning_groups
 from nextblock.evaluate.finetune.report import WeightsName
 from nextblock.evaluate.measures import Measures, Tally
+from nextblock.models.classifier import AnyClassifier
 from nextblock.optim import lr_at, set_lr
 from nextblock.train.device import autocast, seed_device
 from nextblock.train.trainer import StepOutcome, Window

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nextblock.config import DataConfig, OptimConfig
-from nextblock.data import Source, keyed_seed
+from nextblock.data import BadSample, Source, keyed_seed
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
@@ -44,6 +44,9 @@ from nextblock.evaluate.probe.train_heads import (
     measure,
     train_heads,
 )
+from nextblock.evaluate.results import cut_of, images_digest
+from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
+from nextblock.evaluate.unreadable import whole_of
 from nextblock.models.features import FeatureConfig
 from nextblock.models.heads import Head, LinearHead, create_head
 from nextblock.settings import to_dict
@@ -51,11 +54,6 @@ from nextblock.settings import to_dict
 __all__ = ["Arena", "Division", "Found", "Subject", "choose", "compete"]
 
 log = logging.getLogger(__name__)
-
-CROP_SCALE, CROP_RATIO = (0.08, 1.0), (0.75, 1.333)
-"""Training crops of the official linear probe."""
-
-_IMAGE_SETTINGS = ("mean", "std", "channels", "val_resize_px", "decoder", "max_pixels")
 
 
 class Division(NamedTuple):
@@ -127,7 +125,8 @@ class Found:
 
     rows: tuple[ProbeRow, ...]
     grid: tuple[ProbeCandidate, ...]
-    bad: dict[str, int]
+    bad: dict[str, tuple[BadSample, ...]]
+    """Images that could not be read, by what their source is for."""
     winners: dict[HeadName, tuple[int, Head]]
     """By kind, which candidate of the subject's it is."""
 
@@ -151,14 +150,14 @@ def compete(subject: Subject, arena: Arena) -> Found:
     if arena.config.cache is None:
         arena.cache.clear()
 
-    bad = {"train": len(feed.bad)}
+    bad: dict[str, tuple[BadSample, ...]] = {"train": tuple(feed.bad.values())}
     alive = [number for number, student in enumerate(students) if student.is_finite]
     _require_survivors(subject, alive)
     scores: dict[int, Measures] = {}
     if arena.division.choice is not None:
         split, source = arena.division.choice
-        chosen = _measure(subject, [students[n] for n in alive], source, arena, confusion=False)
-        bad[split] = len(chosen.bad)
+        chosen = _measure(subject, [students[n] for n in alive], source, arena, bad, confusion=False)
+        bad[split] = chosen.bad
         found = zip(alive, chosen.measures, strict=True)
         scores = {number: measures for number, measures in found if measures is not None}
         alive = list(scores)
@@ -166,8 +165,8 @@ def compete(subject: Subject, arena: Arena) -> Found:
     winners = choose(subject.candidates, alive, scores)
     rows = []
     for split, source in arena.division.measured.items():
-        measured = _measure(subject, [students[n] for n in winners.values()], source, arena)
-        bad[split] = len(measured.bad)
+        measured = _measure(subject, [students[n] for n in winners.values()], source, arena, bad)
+        bad[split] = measured.bad
         elapsed_s = time.perf_counter() - started_at_s
         for (head, number), measures in zip(winners.items(), measured.measures, strict=True):
             if measures is None:
@@ -231,10 +230,10 @@ def _stored(
         "origin": subject.origin(),
         "precision": arena.config.precision,
         # The fingerprint tells lists of names apart; of two folders these may be the same.
-        "source": [source.spec, source.fingerprint],
+        "source": [source.fingerprint, None if source.in_memory else images_digest(source)],
         "images": len(source),
         "image_size": list(arena.image_size),
-        "cut": {name: to_dict(arena.data)[name] for name in _IMAGE_SETTINGS},
+        "cut": cut_of(arena.data),
     }
     keys = [{**common, "features": "pixels" if column is None else to_dict(column)} for column in columns]
 
@@ -245,7 +244,9 @@ def _stored(
     return arena.cache.get(keys, len(source), make)
 
 
-def _encoded(extract: Extract, source: Source, arena: Arena, start: int = 0) -> Iterator[FeatureBatch]:
+def _encoded(
+    extract: Extract, source: Source, arena: Arena, start: int = 0, besides: int = 0
+) -> Iterator[FeatureBatch]:
     """All images from one on through the encoder; stops on request, and where too many cannot be read."""
     bad, done = [], start
     for batch in iterate_features(
@@ -258,7 +259,7 @@ def _encoded(extract: Extract, source: Source, arena: Arena, start: int = 0) -> 
         device=arena.device,
     ):
         bad += batch.bad
-        check_bad(bad, source, arena.data)
+        check_bad(bad, source, arena.data, besides=besides)
         yield batch
         done += len(batch.samples) + len(batch.bad)
         arena.progress.check_stop(f"when {done} of {len(source)} images of {source.spec} were encoded")
@@ -268,9 +269,19 @@ def _encoded(extract: Extract, source: Source, arena: Arena, start: int = 0) -> 
 
 
 def _measure(
-    subject: Subject, students: Sequence[Student], source: Source, arena: Arena, *, confusion: bool = True
+    subject: Subject,
+    students: Sequence[Student],
+    source: Source,
+    arena: Arena,
+    bad: Mapping[str, tuple[BadSample, ...]],
+    *,
+    confusion: bool = True,
 ) -> Measured:
-    """Measure heads; only the features that these see are computed, or read where a cache is kept."""
+    """Measure heads; only the features that these see are computed, or read where a cache is kept.
+
+    `bad` are the unreadable images of the sources that were gone through before.
+    """
+    besides = _besides(bad, source, arena.division)
     numbers = sorted({student.column for student in students})
     columns = [subject.columns[number] for number in numbers]
     trained = [Trained(student.head, numbers.index(student.column)) for student in students]
@@ -279,11 +290,17 @@ def _measure(
     if arena.config.cache is not None:
         stored = _stored(subject, columns, source, arena)
     if stored is None:
-        batches = _encoded(subject.extract(columns), source, arena)
+        batches = _encoded(subject.extract(columns), source, arena, besides=besides)
     else:
-        check_bad(stored.bad, source, arena.data)
+        check_bad(stored.bad, source, arena.data, besides=besides)
         batches = stored.batches(size, arena.device)
     return measure(trained, batches, source, confusion=confusion)
+
+
+def _besides(bad: Mapping[str, tuple[BadSample, ...]], source: Source, division: Division) -> int:
+    """How many images of the other parts of what this is a part of are known to be unreadable."""
+    whole = whole_of(source)
+    return sum(len(of) for name, of in bad.items() if whole_of(division.sources[name]) is whole)
 
 
 def choose(

@@ -57,7 +57,8 @@ class ProbeConfig(EvaluationSettings):
     heads: tuple[HeadName, ...] = ("attentive", "linear")
     """Heads to train on the same features: attentive, linear, mlp."""
     layers: tuple[str, ...] | None = None
-    """Layers a head sees the mean of: last, last6, layer7, 3+4+5 (from 0), best (AIM's six); each: all."""
+    """Layers a head sees the mean of: last, last6 or 6 (the last six), layer7, 3+4+5 (from 0), best (AIM's
+    six); each: all."""
     attention: tuple[Attention, ...] = ("native",)
     """Attention at encoding: what the checkpoint records for its features, the pre-training mask, or none."""
     tokens: tuple[Tokens, ...] = ("patches",)
@@ -88,8 +89,8 @@ class ProbeConfig(EvaluationSettings):
     seed: int = 0
     """Seed of heads, order, crops, held-out images and the untrained encoder."""
     augment: Literal["none", "crop", "timm"] = "none"
-    """none: features of the centre crop, computed once; crop: a new random crop and flip in every epoch;
-    timm: official XTRA's, with RandAugment and random erasing besides."""
+    """none: features of the centre crop, computed once; crop: a new random crop in every epoch, flipped as
+    often as the model's run did; timm: official XTRA's, with RandAugment and random erasing besides."""
     baselines: bool = True
     """Also probe the same encoder untrained, and the raw pixels (linear head)."""
     cache: str | None = None

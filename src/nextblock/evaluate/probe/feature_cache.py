@@ -29,14 +29,14 @@ from torch import Tensor
 
 from nextblock.atomic import write_text
 from nextblock.checkpoint import CheckpointError
-from nextblock.data import BadSample
+from nextblock.data import BadSample, TooManyBadImages
 from nextblock.evaluate.features import FeatureBatch
 
-__all__ = ["FeatureCache", "StoredFeatures"]
+__all__ = ["ABOUT_FILE", "FILLING", "FeatureCache", "StoredFeatures"]
 
 log = logging.getLogger(__name__)
 
-FEATURES_FILE, ABOUT_FILE = "features.npy", "about.json"
+FEATURES_FILE, ABOUT_FILE, FILLING = "features.npy", "about.json", ".filling-"
 
 SAVE_EVERY_S = 5.0
 """What is written is flushed to the disk and counted so often: more is not lost to a kill."""
@@ -104,7 +104,7 @@ class FeatureCache:
         num_images: int,
         make: Callable[[int], Iterator[FeatureBatch]],
     ) -> bool:
-        asides = [place.with_name(f".filling-{place.name}") for place in places]
+        asides = [place.with_name(FILLING + place.name) for place in places]
         begun = _begun(asides)
         batches = make(begun.rows) if begun.rows < num_images else iter(())
         if not begun.rows:
@@ -118,7 +118,12 @@ class FeatureCache:
             aside.mkdir(exist_ok=True, parents=True)
         if begun.rows:
             log.info("%d of %d images are encoded already", begun.rows, num_images)
-        _write(asides, keys, begun, num_images, batches)
+        try:
+            _write(asides, keys, begun, num_images, batches)
+        except TooManyBadImages:
+            for aside in asides:  # or the images would count as unreadable when they have been repaired
+                shutil.rmtree(aside)
+            raise
         for place, aside in zip(places, asides, strict=True):
             aside.replace(place)
         return True

@@ -14,7 +14,7 @@ from nextblock.evaluate.probe.recipes import Recipe, recipe_of
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig, Tokens
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, check_attention_heads, fitting_heads
 from nextblock.models.timm_encoder import TimmConfig
 
 __all__ = ["Candidate", "encoder_candidates", "has_choice", "pixel_candidates"]
@@ -146,16 +146,12 @@ def _attentive_heads(config: ProbeConfig, model: EncoderModel) -> int:
     width = model.config.embed_dim
     given = config.attentive_heads
     if given is not None:
-        if width % given:
-            raise ValueError(
-                f"an attentive head {width} channels wide cannot have {given} attention heads; "
-                f"set attentive_heads (--attentive_heads) to a divisor, such as {_fitting(width, given)}"
-            )
+        check_attention_heads(width, given)
         return given
     wanted = ATTENTION_HEADS
     if recipe_of(config).encoder_heads:
         wanted = _encoder_heads(model) or ATTENTION_HEADS
-    fitting = _fitting(width, wanted)
+    fitting = fitting_heads(width, wanted)
     if fitting != wanted:
         log.info(
             "%d channels cannot be divided among %d attention heads: the attentive head has %d",
@@ -164,10 +160,6 @@ def _attentive_heads(config: ProbeConfig, model: EncoderModel) -> int:
             fitting,
         )
     return fitting
-
-
-def _fitting(width: int, most: int) -> int:
-    return max(count for count in range(1, most + 1) if width % count == 0)
 
 
 def _encoder_heads(model: EncoderModel) -> int | None:

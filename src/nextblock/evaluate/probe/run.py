@@ -12,6 +12,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,7 +21,7 @@ import numpy as np
 from nextblock.atomic import write_text
 from nextblock.checkpoint import save_classifier
 from nextblock.config import DataConfig, pair
-from nextblock.data import Source, keyed_seed
+from nextblock.data import BadSample, Source, keyed_seed
 from nextblock.evaluate.features import (
     Extract,
     encoder_extract,
@@ -40,16 +41,12 @@ from nextblock.evaluate.probe.config import (
     result_from_dict,
     row_from_dict,
 )
+from nextblock.evaluate.probe.feature_cache import ABOUT_FILE, FILLING
 from nextblock.evaluate.probe.grid import Candidate, encoder_candidates, has_choice, pixel_candidates
 from nextblock.evaluate.probe.recipes import recipe_of, warmup_epochs
 from nextblock.evaluate.probe.state import STATE_FILE, Progress, is_begun
 from nextblock.evaluate.probe.tables import grid_csv, markdown
-from nextblock.evaluate.results import (
-    differences,
-    identity_of,
-    refuse_other_result,
-    weights_digest,
-)
+from nextblock.evaluate.results import differences, encoder_of, identity_of, refuse_other_result
 from nextblock.evaluate.sources import (
     are_same_images,
     check_classes,
@@ -58,8 +55,9 @@ from nextblock.evaluate.sources import (
     open_labelled,
     part_of,
 )
+from nextblock.evaluate.unreadable import QUARANTINE, report_unreadable
 from nextblock.models import EncoderModel
-from nextblock.models.classifier import ImageClassifier, TimmClassifier, create_classifier
+from nextblock.models.classifier import AnyClassifier, create_classifier
 from nextblock.models.features import FeatureConfig
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.device import choose_device
@@ -72,10 +70,12 @@ log = logging.getLogger(__name__)
 FIGURES_DIR = "figures"
 """Where in a probe's directory its pictures lie, drawn by who has the result."""
 FEATURES_DIR = "features"
-OURS = ("probe.md", "probe.csv", STATE_FILE, FIGURES_DIR, FEATURES_DIR, *get_args(HeadName))
+OURS = ("probe.md", "probe.csv", QUARANTINE, STATE_FILE, FIGURES_DIR, FEATURES_DIR, *get_args(HeadName))
+BEGUN = (STATE_FILE, f"{FEATURES_DIR}/*/{ABOUT_FILE}", f"{FEATURES_DIR}/{FILLING}*")
+"""What tells a probe that has no result yet."""
 MAX_INDENTED_CLASSES = 100
 
-Classifiers = dict[HeadName, ImageClassifier | TimmClassifier]
+Classifiers = dict[HeadName, AnyClassifier]
 
 
 class Probed(NamedTuple):
@@ -83,6 +83,8 @@ class Probed(NamedTuple):
 
     result: ProbeResult
     classifiers: Classifiers
+    bad: Mapping[str, tuple[BadSample, ...]]
+    """Images that could not be read, by what their source is for."""
 
 
 def probe(config: ProbeConfig) -> ProbeResult:
@@ -99,22 +101,24 @@ def probe(config: ProbeConfig) -> ProbeResult:
     division = _divide(config, candidates, train, given)
     identity = identity_of(config, model, data, division.sources)
     out = Path(config.out)
-    if not config.overwrite:
+    if config.overwrite or not is_begun(out, identity):
         # What one with --overwrite was about to replace stays until that is done.
-        if not is_begun(out, identity):
-            refuse_other_result(out, "probe.json", identity, OURS)
-        if there := _result_of(out, identity):
-            log.info("%s holds this very result", out)
-            (out / STATE_FILE).unlink(missing_ok=True)  # of one that was killed just after writing
-            return there
+        refuse_other_result(out, "probe.json", identity, OURS, begun=BEGUN, overwrite=config.overwrite)
+    if not config.overwrite and (there := _result_of(out, identity)):
+        log.info("%s holds this very result", out)
+        (out / STATE_FILE).unlink(missing_ok=True)  # of one that was killed just after writing
+        return there
     with stop_on_signals() as stop:
         progress = Progress(
             out, identity, save_every=config.save_every, stop=stop, overwrite=config.overwrite
         )
         found = _probe(model, config, candidates, division, data, progress, out / FEATURES_DIR)
+    report_unreadable(out, {name: (division.sources[name], bad) for name, bad in found.bad.items()})
     _write(out, found, data, identity)
     progress.remove()
-    shutil.rmtree(out / FEATURES_DIR, ignore_errors=True)  # of one that was stopped, and went on with --cache
+    scratch = out / FEATURES_DIR
+    if config.cache is None or not Path(config.cache).resolve().is_relative_to(scratch.resolve()):
+        shutil.rmtree(scratch, ignore_errors=True)  # of one that was stopped, and went on with --cache
     return found.result
 
 
@@ -213,7 +217,7 @@ def _probe(
             classifier = create_classifier(model, head_config, division.train.class_names)
         classifier.head = head
         classifiers[name] = classifier.to(arena.device).eval()
-    return Probed(_result(config, candidates, division, found), classifiers)
+    return Probed(_result(config, candidates, division, found), classifiers, found[-1].bad)
 
 
 def _subjects(
@@ -247,15 +251,11 @@ def _encoder_subject(
         wanted = [column for column in columns if column is not None]
         return encoder_extract(model, wanted, precision=config.precision, chunk=config.encode_batch_size)
 
-    def origin() -> dict[str, Any]:
-        # The same weights with another number of attention heads, say, are another encoder.
-        return {"weights": weights_digest(model), "encoder": to_dict(model.config) | {"init": None}}
-
     return Subject(
         encoder=encoder,
         candidates=candidates,
         extract=extract,
-        origin=origin,
+        origin=partial(encoder_of, model),
         embed_dim=model.config.embed_dim,
         num_classes=num_classes,
     )
@@ -267,7 +267,7 @@ def _encoder_subject(
 def _result(
     config: ProbeConfig, candidates: Sequence[Candidate], division: Division, found: Sequence[Found]
 ) -> ProbeResult:
-    train, bad = division.train, found[-1].bad
+    train, bad = division.train, {name: len(of) for name, of in found[-1].bad.items()}
     attentive = (one.config for one in candidates if one.head == "attentive" and one.config is not None)
     resolved = {
         **to_dict(recipe_of(config)),
@@ -308,7 +308,7 @@ def _found_before(state: Mapping[str, Any], subject: Subject) -> Found:
     return Found(
         rows=tuple(map(row_from_dict, numbers["rows"])),
         grid=tuple(from_dict(ProbeCandidate, one) for one in numbers["grid"]),
-        bad=numbers["bad"],
+        bad={name: tuple(BadSample(*one) for one in of) for name, of in numbers["bad"].items()},
         winners=winners,
     )
 

@@ -42,7 +42,7 @@ def markdown(result: ProbeResult, identity: Mapping[str, Any]) -> str:
         "",
         f"Heads trained on {result.train_images} images of {sources['train']['spec']}, "
         f"{result.num_classes} classes, {settings['epochs']} epochs, seed {settings['seed']}; "
-        f"{bad} unreadable images left out. Encoder weights {identity['weights']}. "
+        f"unreadable images left out: {bad}. Encoder weights {identity['weights']}. "
         f"{choice_sentence(result)} {rate_sentence(result)}".rstrip(),
         "",
         "| encoder | head | split | images | top-1 % | top-5 % | balanced % | ECE % | layers | attention "

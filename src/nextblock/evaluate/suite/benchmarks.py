@@ -98,7 +98,7 @@ class Benchmark:
     """As the papers print it."""
     layout: Layout
     train: tuple[str, ...]
-    """Splits to train the head on, together."""
+    """Splits to train the head on, together; several of listed files only."""
     test: str
     """Split whose top-1 accuracy is reported."""
     classes: int
@@ -124,14 +124,6 @@ class Benchmark:
         if isinstance(layout, Torchvision):
             return f"torchvision:{layout.dataset}"
         return layout.origin
-
-    @property
-    def can_download(self) -> bool:
-        """Whether `--download true` fetches it."""
-        layout = self.layout
-        return isinstance(layout, Hub | Torchvision) or (
-            isinstance(layout, Listed) and layout.torchvision is not None
-        )
 
 
 # -------------------------------------------------------------------------------------------- their settings

@@ -139,6 +139,8 @@ class Score:
     top5: float
     images: tuple[int, int]
     """Images of the training and of the test source, readable or not."""
+    trained_on: int
+    """Images that the reported head was trained on: readable, and not held out to choose it."""
     classes: int
     bad_images: int
     """Unreadable images of both, left out."""

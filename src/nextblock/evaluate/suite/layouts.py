@@ -30,7 +30,7 @@ from jaxtyping import Int64
 
 from nextblock.evaluate.suite.benchmarks import Benchmark, Folders, Hub, Layout, Listed, Torchvision
 
-__all__ = ["Files", "MissingDataError", "Sources", "find", "folder_of"]
+__all__ = ["Files", "MissingDataError", "Sources", "find", "folder_of", "root_at"]
 
 
 class MissingDataError(RuntimeError):
@@ -63,6 +63,17 @@ class _Row(NamedTuple):
     label: str
 
 
+def root_at(place: str | Path) -> Path:
+    """The directory of the data sets, from anywhere; `ValueError` where its name cannot stand in a source."""
+    root = Path(place).expanduser().absolute()
+    if "," in str(root):
+        raise ValueError(
+            f"root is {str(root)!r}; a comma would end it in the name of a source: give a path without one, "
+            "that of a link, say"
+        )
+    return root
+
+
 def folder_of(benchmark: Benchmark, root: Path) -> Path:
     """Where the benchmark's images are looked for."""
     return root / benchmark.layout.folder
@@ -87,12 +98,9 @@ def find(benchmark: Benchmark, root: Path, *, download: bool = False) -> Files |
         for split in (*benchmark.train, benchmark.test):
             if not (folder / split).is_dir():
                 raise _missing(benchmark, root, f"there is no {folder / split}")
-        assert len(benchmark.train) == 1
-        return Sources(str(folder / benchmark.train[0]), str(folder / benchmark.test))
+        return _sources(benchmark, f"{folder}/")
     if isinstance(layout, Torchvision):
-        assert len(benchmark.train) == 1
-        start = f"torchvision:{layout.dataset},root={root},split="
-        return Sources(start + benchmark.train[0], start + benchmark.test)
+        return _sources(benchmark, f"torchvision:{layout.dataset},root={root},split=")
     try:
         return _files(benchmark, folder, list(_READERS[layout.annotations](folder, benchmark)))
     except FileNotFoundError as error:
@@ -102,6 +110,12 @@ def find(benchmark: Benchmark, root: Path, *, download: bool = False) -> Files |
             f"{benchmark.name}: the annotations in {folder} are not what they should be "
             f"({type(error).__name__}: {error}); fetch them anew: {_how(benchmark, root)}"
         ) from error
+
+
+def _sources(benchmark: Benchmark, start: str) -> Sources:
+    """The sources that begin so and end with the name of the split."""
+    (train,) = benchmark.train
+    return Sources(start + train, start + benchmark.test)
 
 
 def _how(benchmark: Benchmark, root: Path) -> str:
@@ -128,10 +142,7 @@ def _of_hub(benchmark: Benchmark, layout: Hub, root: Path, *, download: bool) ->
     # A copy without its card, or one that save_to_disk wrote, has no parts to choose from.
     has_config = not copy.is_dir() or (card.is_file() and "config_name:" in card.read_text(encoding="utf-8"))
     config = f",config={layout.config}" if layout.config is not None and has_config else ""
-    assert len(benchmark.train) == 1
-    return Sources(
-        f"hf:{name}{config},split={benchmark.train[0]}", f"hf:{name}{config},split={benchmark.test}"
-    )
+    return _sources(benchmark, f"hf:{name}{config},split=")
 
 
 def _download(benchmark: Benchmark, layout: Listed | Torchvision, root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import open_source
 from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import evaluation_data
+from nextblock.evaluate.probe.run import BEGUN as PROBE_BEGUN
+from nextblock.evaluate.probe.run import OURS as PROBE_FILES
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.probe.state import ProbeStopped
 from nextblock.evaluate.results import identity_of, refuse_other_result
@@ -24,7 +27,7 @@ from nextblock.evaluate.suite.check import (
     labels_are_slow,
 )
 from nextblock.evaluate.suite.config import Score, SuiteConfig, SuiteResult
-from nextblock.evaluate.suite.layouts import MissingDataError, find
+from nextblock.evaluate.suite.layouts import MissingDataError, find, root_at
 from nextblock.evaluate.suite.sources import write_sources
 from nextblock.evaluate.suite.tables import RESULT_FILES, write_tables
 from nextblock.interop import open_encoder
@@ -38,6 +41,10 @@ log = logging.getLogger(__name__)
 _NOT_OF_THE_RESULT = ("only", "root", "download")
 """Settings that change which benchmarks are measured, and where they lie, not what is found."""
 
+_FILES = ("lists", *RESULT_FILES, *(benchmark.name for benchmark in BENCHMARKS))
+_BEGUN = ("lists/*.txt", *(f"*/{pattern}" for pattern in ("probe.json", *PROBE_BEGUN)))
+"""What the suite writes, and what tells one that has no table yet."""
+
 _OF_THE_RECIPE = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "layers")
 _OFFICIAL = {"attentive_heads": 16, "attention": ("native",), "tokens": ("patches",)}
 """What else the official probes have; none of it differs between benchmarks."""
@@ -50,22 +57,34 @@ def suite(config: SuiteConfig) -> SuiteResult:
     missing, or whose probe fails, are named in the result; the others go on. Raises `ValueError` where `out`
     holds something else, `ProbeStopped` where a signal stopped it: the same call goes on.
     """
+    root = root_at(config.root)
     subject = _open(config)
     out = Path(config.out)
-    if not config.overwrite:
-        ours = ("lists", *RESULT_FILES, *(benchmark.name for benchmark in BENCHMARKS))
-        refuse_other_result(out, "suite.json", subject.identity, ours)
+    refuse_other_result(out, "suite.json", subject.identity, _FILES, begun=_BEGUN, overwrite=config.overwrite)
+    if config.overwrite:
+        _clear(out)
     make_directory(out)
-    found = _Found({} if config.overwrite else _kept(out / "suite.json"))
+    found = _Found(_kept(out / "suite.json"))
     result = _result(config, subject, found)
     for benchmark in chosen(config.only):
         if benchmark.name in found.scores:
             log.info("%s: measured before; --overwrite measures it anew", benchmark.name)
         else:
-            _measure(benchmark, config, subject, found)
+            _measure(benchmark, config, root, subject, found)
         result = _result(config, subject, found)
         write_tables(out, result, subject.identity)
     return result
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier table and its probes, so that all that a stop leaves is of this call."""
+    probes = [out / benchmark.name for benchmark in BENCHMARKS if (out / benchmark.name).is_dir()]
+    for probed in probes:
+        refuse_other_result(probed, "probe.json", {}, PROBE_FILES, begun=PROBE_BEGUN, overwrite=True)
+    for name in RESULT_FILES:
+        (out / name).unlink(missing_ok=True)
+    for probed in probes:
+        shutil.rmtree(probed)
 
 
 class _Subject(NamedTuple):
@@ -109,11 +128,11 @@ def _kept(path: Path) -> dict[str, Score]:
     return {score["name"]: from_dict(Score, score) for score in stored["scores"]}
 
 
-def _measure(benchmark: Benchmark, config: SuiteConfig, subject: _Subject, found: _Found) -> None:
+def _measure(benchmark: Benchmark, config: SuiteConfig, root: Path, subject: _Subject, found: _Found) -> None:
     """Measure one benchmark, and note what came of it."""
     name = benchmark.name
     try:
-        found.scores[name] = _score(benchmark, config, subject)
+        found.scores[name] = _score(benchmark, config, root, subject)
     except ProbeStopped:
         raise
     except MissingDataError as error:
@@ -124,8 +143,7 @@ def _measure(benchmark: Benchmark, config: SuiteConfig, subject: _Subject, found
         log.error("%s failed: %s", name, found.failed[name])  # noqa: TRY400 - a line for the user
 
 
-def _score(benchmark: Benchmark, config: SuiteConfig, subject: _Subject) -> Score:
-    root = Path(config.root).expanduser().absolute()
+def _score(benchmark: Benchmark, config: SuiteConfig, root: Path, subject: _Subject) -> Score:
     located = find(benchmark, root, download=config.download)
     specs = write_sources(
         located,
@@ -147,6 +165,7 @@ def _score(benchmark: Benchmark, config: SuiteConfig, subject: _Subject) -> Scor
         top1=row.top1,
         top5=row.top5,
         images=(len(train), len(test)),
+        trained_on=result.train_images,
         classes=result.num_classes,
         bad_images=sum(result.bad_images.values()),
         lr=row.lr,
@@ -179,9 +198,10 @@ def _result(config: SuiteConfig, subject: _Subject, found: _Found) -> SuiteResul
 def _notes(config: SuiteConfig, scores: tuple[Score, ...], order: Mapping[str, Benchmark]) -> list[str]:
     """What differs from the papers' measurements."""
     notes = [
-        "The learning rate is chosen on a tenth of the training images, held out, and the test images are "
-        "looked at once. Which rate and epoch the papers report is not known, nor how AIM's heads were "
-        "trained.",
+        "Where learning rates compete, the best is chosen on a tenth of every class's training images, at "
+        "least one, held out: the reported head was never trained on them (column trained on). The test "
+        "images are looked at once. Which rate and epoch the papers report is not known, nor how AIM's heads "
+        "were trained.",
     ]
     if config.augment != "official":
         notes.append(

@@ -65,13 +65,15 @@ def markdown(result: SuiteResult) -> str:
 
 def _sizes(scores: Sequence[Score]) -> list[str]:
     measured = {score.name: score for score in scores}
+    columns = ("train", "trained on", "test", "paper: train", "paper: test", "classes", "lr", "weight decay")
     lines = [
-        _line(["data set", "train", "test", "paper: train", "paper: test", "classes", "lr", "weight decay"]),
-        _line(["---", *["---:"] * 7]),
+        _line(["data set", *columns]),
+        _line(["---", *["---:"] * len(columns)]),
     ]
     for benchmark in BENCHMARKS:
         score = measured.get(benchmark.name)
-        ours = ["", ""] if score is None else [f"{number:,}" for number in score.images]
+        counts = () if score is None else (score.images[0], score.trained_on, score.images[1])
+        ours = [f"{number:,}" for number in counts] or [""] * 3
         paper = ["" if number is None else f"{number:,}" for number in benchmark.images]
         chosen = ["", ""] if score is None else [f"{score.lr:g}", f"{score.weight_decay:g}"]
         lines.append(_line([benchmark.title, *ours, *paper, str(benchmark.classes), *chosen]))
