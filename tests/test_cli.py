@@ -177,7 +177,7 @@ def test_a_few_broken_pictures_are_left_out_listed_and_counted(tiny, tmp_path):
     code, out, err = tiny("--data.train", tmp_path / "images", *flags, "--json")
     assert code == 0
     assert json.loads(out.splitlines()[-1])["num_bad"] == 2
-    assert "2 images could not be read, see quarantine.jsonl" in err
+    assert "unreadable images: 2, see quarantine.jsonl" in err
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     listed = {line["name"]: line["reason"] for line in lines}
     assert set(listed) == {"broken_00.png", "broken_01.png"}

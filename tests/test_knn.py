@@ -352,6 +352,16 @@ def test_the_monitor_looks_at_the_model_as_it_is_now():
     assert blind["knn/top1"] < 0.5
 
 
+def test_the_monitor_tells_features_that_are_no_numbers_and_lets_the_run_go_on(caplog):
+    monitor = KnnMonitor(ToySource(24), ToySource(24, seed=1), DATA, image_size=16, every="5ep")
+    model = toy_model()
+    with torch.no_grad():
+        next(model.encoder.norm.parameters()).fill_(torch.nan)
+        assert monitor(model, EVENT) == {}
+    told = f"no kNN accuracy at step {EVENT.step}: the features of 24 of 24 images are no numbers"
+    assert told in caplog.text
+
+
 def test_the_monitor_draws_no_random_number():
     monitor = KnnMonitor(ToySource(24), ToySource(24, seed=1), DATA, image_size=16, every="5ep")
     before = torch.random.get_rng_state()

@@ -50,6 +50,15 @@ def test_settings_that_change_no_result_are_not_part_of_it():
     assert differences(identity(), identity(workers=3, max_bad_fraction=0.5, overwrite=True)) == []
 
 
+def test_flips_are_no_part_of_what_never_flips():
+    assert differences(identity(), identity(data=replace(DATA, flip=0.9))) == []
+
+
+def test_of_another_version_only_that_is_said():
+    old = {**identity(k=(3,)), "format_version": 1}
+    assert differences(old, identity()) == ["written by another version of nextblock"]
+
+
 def test_foreign_files_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds other files \(notes.txt\); give another --out$"):

@@ -161,6 +161,22 @@ def test_one_that_overwrites_and_was_stopped_goes_on_without_and_keeps_nothing_o
     assert count_probes == ["dtd", "camelyon17"]
 
 
+def test_one_benchmark_is_done_again_beside_the_others_or_all_goes_where_settings_differ(
+    world, tmp_path, count_probes
+):
+    config = quick(world, tmp_path / "out", only=("camelyon17", "dtd"))
+    before = suite(config)
+    again = suite(replace(config, only=("dtd",), overwrite=True))
+    assert [replace(one, elapsed_s=0) for one in again.scores] == [
+        replace(one, elapsed_s=0) for one in before.scores
+    ]
+    assert count_probes == ["dtd", "camelyon17", "dtd"]
+    assert (tmp_path / "out" / "camelyon17" / "probe.json").is_file()
+    other = suite(replace(config, only=("dtd",), epochs=4, overwrite=True))
+    assert [one.name for one in other.scores] == ["dtd"]
+    assert not (tmp_path / "out" / "camelyon17").exists()
+
+
 def test_to_overwrite_removes_the_suites_own_files_only(world, tmp_path, count_probes):
     config = quick(world, tmp_path / "out", only=("camelyon17",))
     suite(config)

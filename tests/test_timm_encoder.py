@@ -1,6 +1,7 @@
 """Encoders of timm: against timm itself, features against their slow definition, and what is refused."""
 
 import json
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
+from torch import nn
 
 from nextblock.checkpoint import CheckpointError, save_classifier, save_model
 from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import encoder_extract, evaluation_data, untrained
-from nextblock.interop import load, load_classifier, open_encoder
+from nextblock.interop import load, load_classifier, open_encoder, timm_spec
 from nextblock.interop.hub import HubError
 from nextblock.interop.timm_spec import parse_timm_spec
 from nextblock.models import NextBlockModel, TimmEncoder
@@ -459,3 +461,19 @@ def test_a_models_file_comes_back_as_ours(tmp_path):
 def encode_ours(model):
     with torch.no_grad():
         return model.encode(torch.zeros(1, 3, 16, 16))
+
+
+def test_one_thread_at_a_time_has_its_weights_checked_and_torch_is_as_before():
+    plain = nn.Module.load_state_dict
+
+    def check_another():
+        with timm_spec._whole_weights("timm:other"):
+            pass
+
+    other = Thread(target=check_another)
+    with timm_spec._whole_weights("timm:one"):
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+    other.join()
+    assert nn.Module.load_state_dict is plain

@@ -83,6 +83,8 @@ def _notes(result: ClassifyResult, out: str | None) -> list[str]:
     if result.bad:
         named = "; ".join(f"{bad.name}: {bad.reason}" for bad in result.bad[:3])
         notes.append(
-            f"{len(result.bad)} images could not be read: {named}" + ("; ..." * (len(result.bad) > 3))
+            f"unreadable images left out: {len(result.bad)} ({named}"
+            + ("; ..." * (len(result.bad) > 3))
+            + ")"
         )
     return notes

@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
     if result.origin.bad:
         from nextblock.evaluate.embed.files import sidecars
 
-        say(f"{result.origin.bad} images could not be read: {sidecars(result.path)['quarantine']}")
+        say(f"unreadable images left out: {result.origin.bad}, see {sidecars(result.path)['quarantine']}")
     if is_json:
         end_with_json(_as_json(result))
     return 0

@@ -181,9 +181,7 @@ def _have_same_classes(sources: dict[str, Source]) -> bool:
 
 
 def _conclusion(result: TrainResult) -> str:
-    unreadable = (
-        f"; {result.num_bad} images could not be read, see quarantine.jsonl" if result.num_bad else ""
-    )
+    unreadable = f"; unreadable images: {result.num_bad}, see quarantine.jsonl" if result.num_bad else ""
     if result.stopped_by is not None and result.step == 0:
         return f"stopped by {result.stopped_by} before the first step: nothing to save yet"
     if result.stopped_by is not None:

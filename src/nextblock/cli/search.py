@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     say(f"picture: {values['out']}")
     if result.bad:
         named = "; ".join(f"{bad.name}: {bad.reason}" for bad in result.bad[:3])
-        words = f"{len(result.bad)} images could not be read: {named}"
+        words = f"unreadable images left out: {len(result.bad)} ({named})"
         say(words)
     if is_json:
         end_with_json(_as_json(result))

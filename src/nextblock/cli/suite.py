@@ -36,26 +36,16 @@ class _Look:
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words; probe, list or check; 1 where a benchmark failed, or nothing could be measured."""
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, parse_settings
 
     about = "Probe the fifteen benchmarks of the AIM and XTRA papers and write their table."
     parser = build_parser("suite", about)
     looks = [word for word in ("--list", "--check") if word in argv]
-    if looks:
-        parser.add_class_arguments(_Look, None)
-    else:
-        parser.add_class_arguments(SuiteConfig, None, skip={"overwrite", "download"})
-        parser.add_argument("--overwrite", action="store_true", help="replace another result in --out")
-        # A flag, or true and false, as the options of sources are written.
-        parser.add_argument(
-            "--download", type=bool, default=False, help="fetch what torchvision or the hub have"
-        )
     parser.add_argument("--list", action="store_true", help="list the benchmarks, and those below --root")
     parser.add_argument("--check", action="store_true", help="compare what is below --root with the papers")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = dict(vars(parser.instantiate(options)))
-    is_json, is_list, is_check = (values.pop(name) for name in ("json", "list", "check"))
+    config, overwrite = (_Look, None) if looks else (SuiteConfig, "another result")
+    values, is_json = parse_settings(parser, config, argv, overwrite=overwrite)
+    is_list, is_check = (values.pop(name) for name in ("list", "check"))
     if looks:
         if is_list and is_check:
             raise ValueError("--list and --check are given; give one of them")

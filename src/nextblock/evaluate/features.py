@@ -49,6 +49,7 @@ __all__ = [
     "Extract",
     "FeatureBatch",
     "Features",
+    "NonFiniteFeaturesError",
     "check_bad",
     "check_same_classes",
     "collect_features",
@@ -68,6 +69,10 @@ Extract = Callable[[Tensor], tuple[Tensor, ...]]
 """From normalised images (b c h w) to features, each (b n d) or (b d)."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class NonFiniteFeaturesError(ValueError):
+    """Features are NaN or infinite; the message says of which images, and what to look at."""
 
 
 class FeatureBatch(NamedTuple):
@@ -133,7 +138,7 @@ def pixel_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"
 def features_of_batch(batch: Batch, extract: Extract, data: DataConfig, device: torch.device) -> FeatureBatch:
     """Normalise a batch's images on the device and take their features, without gradients.
 
-    Raises `ValueError` where features are no numbers.
+    Raises `NonFiniteFeaturesError` where features are no numbers.
     """
     if not len(batch.samples):
         return FeatureBatch((), batch.samples, batch.bad)
@@ -150,7 +155,7 @@ def _check_finite(features: tuple[Tensor, ...], batch: Batch) -> None:
     finite = torch.stack([one.isfinite().flatten(1).all(dim=1) for one in features]).all(dim=0)
     lost = int((~finite).sum())
     if lost:
-        raise ValueError(
+        raise NonFiniteFeaturesError(
             f"the features of {lost} of {len(finite)} images are no numbers, the first those of image "
             f"{int(batch.samples[~finite.cpu()][0])}; encode with --precision fp32, or look at the weights: "
             "the training may have diverged"

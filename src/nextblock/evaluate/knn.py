@@ -6,6 +6,7 @@ for its class with weight exp(similarity / temperature).
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,13 @@ from torch import Tensor
 from nextblock.config import DataConfig, Size
 from nextblock.data import Source
 from nextblock.data.keyed import keyed_permutation
-from nextblock.evaluate.features import Features, check_same_classes, collect_features, iterate_features
+from nextblock.evaluate.features import (
+    Features,
+    NonFiniteFeaturesError,
+    check_same_classes,
+    collect_features,
+    iterate_features,
+)
 from nextblock.evaluate.frozen import (
     Opened,
     Subject,
@@ -50,6 +57,8 @@ __all__ = [
     "nearest_neighbours",
     "summary",
 ]
+
+log = logging.getLogger(__name__)
 
 QUERIES, NEIGHBOURS = 1024, 65_536
 """So many images at a time are compared with so many training images: a quarter of a gigabyte."""
@@ -366,5 +375,9 @@ class KnnMonitor:
         )
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
-        """Measure the model as it is now."""
-        return {"knn/top1": self._measure(model, device=event.device)["top1"]}
+        """Measure the model as it is now; nothing where its features are no numbers, which is told."""
+        try:
+            return {"knn/top1": self._measure(model, device=event.device)["top1"]}
+        except NonFiniteFeaturesError as error:
+            log.warning("no kNN accuracy at step %d: %s", event.step, error)
+            return {}

@@ -74,7 +74,8 @@ class Tally:
         if likeliest.isnan().any():
             raise ValueError(
                 f"{int(likeliest.isnan().sum())} of {len(truth)} images have logits that are no numbers: "
-                "the head or the encoder diverged; train with a lower learning rate, or encode in fp32"
+                "the head or the encoder diverged; train with a lower learning rate, encode in fp32, or look "
+                "at the encoder's weights"
             )
         self._loss -= float(log_p.cpu().double().gather(1, rearrange(truth, "b -> b 1")).sum())
         self._count(truth, ranked, likeliest.exp())

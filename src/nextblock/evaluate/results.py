@@ -61,7 +61,7 @@ def identity_of(
         "format_version": FORMAT_VERSION,
         "settings": {name: v for name, v in to_dict(config).items() if name not in FREE_SETTINGS},
         **encoder_of(model),
-        "images": {**cut_of(data), "flip": data.flip},
+        "images": {**cut_of(data), **_augmented(config, data)},
         "sources": {
             purpose: {
                 "spec": source.spec,
@@ -75,6 +75,11 @@ def identity_of(
     }
 
 
+def _augmented(config: Any, data: DataConfig) -> dict[str, Any]:
+    """What of the images' settings matters only where training images are varied."""
+    return {} if getattr(config, "augment", "none") == "none" else {"flip": data.flip}
+
+
 def cut_of(data: DataConfig) -> dict[str, Any]:
     """What tells the pixels that an encoder sees of an image, ready for JSON."""
     cut = to_dict(data)
@@ -86,6 +91,10 @@ def encoder_of(model: EncoderModel) -> dict[str, Any]:
     config = model.config
     if isinstance(config, ModelConfig):  # also where it has been exported without what it predicts with
         config = replace(config, predictor=None, tokenizer=None, init=None)
+    else:  # how its images are cut is told apart
+        config = replace(
+            config, mean=None, std=None, crop_pct=None, crop_mode="center", interpolation="bicubic"
+        )
     return {"weights": weights_digest(model), "encoder": to_dict(config)}
 
 
@@ -155,6 +164,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     Where model and images lie does not count: their digests and fingerprints say what they are.
     """
     old, new = flatten(there), flatten(json.loads(json.dumps(here)))
+    if old.get("format_version") != new.get("format_version", old.get("format_version")):
+        return ["written by another version of nextblock"]
     return [
         f"{name}: {old.get(name)} there, {value} here"
         for name, value in new.items()

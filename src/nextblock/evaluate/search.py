@@ -254,6 +254,7 @@ def _refuse_other_features(features: Embeddings, here: Mapping[str, Any]) -> Non
     """Raise `ValueError` where features are of another model or of other images, or no vectors."""
     there, path = features.origin.identity, features.path
     for what, names in (
+        ("another version", ("format_version",)),
         ("another model", ("weights", "encoder")),
         ("images cut in another way", ("images",)),
         ("another source", ("sources.data.fingerprint",)),

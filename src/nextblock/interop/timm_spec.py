@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any, NamedTuple
 
 import timm
@@ -33,6 +33,8 @@ TIMM_SPEC = "timm:"
 FRESH_SEED = 0
 """Of weights that are left fresh, so that they are the same in every process."""
 OPTIONS = "pretrained=false, checkpoint=FILE, img_size=N, in_chans=N"
+_PATCHING = RLock()
+"""Held while torch's way of loading is replaced: one thread at a time, or one would keep another's."""
 
 
 class TimmSpec(NamedTuple):
@@ -97,22 +99,24 @@ def _whole_weights(spec: str) -> Iterator[None]:
 
     What is missing torch tells timm, which keeps it to itself: it is looked at on its way, in this thread.
     """
-    plain, thread = nn.Module.load_state_dict, get_ident()
+    thread = get_ident()
+    with _PATCHING:
+        plain = nn.Module.load_state_dict
 
-    def load(
-        self: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> Any:
-        is_ours = get_ident() == thread
-        found = plain(self, state_dict, strict=strict and not is_ours, assign=assign)
-        if is_ours:
-            _check_keys(spec, found.missing_keys, found.unexpected_keys)
-        return found
+        def load(
+            self: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+        ) -> Any:
+            is_ours = get_ident() == thread
+            found = plain(self, state_dict, strict=strict and not is_ours, assign=assign)
+            if is_ours:
+                _check_keys(spec, found.missing_keys, found.unexpected_keys)
+            return found
 
-    nn.Module.load_state_dict = load
-    try:
-        yield
-    finally:
-        nn.Module.load_state_dict = plain
+        nn.Module.load_state_dict = load
+        try:
+            yield
+        finally:
+            nn.Module.load_state_dict = plain
 
 
 def _check_keys(spec: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from nextblock.evaluate.probe.run import BEGUN as PROBE_BEGUN
 from nextblock.evaluate.probe.run import OURS as PROBE_FILES
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.probe.state import ProbeStopped
-from nextblock.evaluate.results import identity_of, refuse_other_result
+from nextblock.evaluate.results import differences, identity_of, refuse_other_result
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
 from nextblock.evaluate.suite.check import (
     class_problem,
@@ -61,14 +61,14 @@ def suite(config: SuiteConfig) -> SuiteResult:
     subject = _open(config)
     out = Path(config.out)
     refuse_other_result(out, "suite.json", subject.identity, _FILES, begun=_BEGUN, overwrite=config.overwrite)
-    if config.overwrite:
-        _clear(out)
     make_directory(out)
     found = _Found(_kept(out / "suite.json"))
+    if config.overwrite:
+        found = _cleared(out, config, subject, found)
     result = _result(config, subject, found)
     for benchmark in chosen(config.only):
         if benchmark.name in found.scores:
-            log.info("%s: measured before; --overwrite measures it anew", benchmark.name)
+            log.info("%s: measured before; --only %s --overwrite does it anew", *[benchmark.name] * 2)
         else:
             _measure(benchmark, config, root, subject, found)
         result = _result(config, subject, found)
@@ -76,15 +76,27 @@ def suite(config: SuiteConfig) -> SuiteResult:
     return result
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier table and its probes, so that all that a stop leaves is of this call."""
-    probes = [out / benchmark.name for benchmark in BENCHMARKS if (out / benchmark.name).is_dir()]
+def _cleared(out: Path, config: SuiteConfig, subject: _Subject, found: _Found) -> _Found:
+    """Remove what is to be measured anew, all of a table of other settings; what is left of the scores.
+
+    So all that a stop leaves is of this call, or agrees with it.
+    """
+    table = out / "suite.json"
+    is_same = table.is_file() and not differences(
+        json.loads(table.read_text(encoding="utf-8")), subject.identity
+    )
+    again = {benchmark.name for benchmark in (chosen(config.only) if is_same else BENCHMARKS)}
+    probes = [out / name for name in sorted(again) if (out / name).is_dir()]
     for probed in probes:
         refuse_other_result(probed, "probe.json", {}, PROBE_FILES, begun=PROBE_BEGUN, overwrite=True)
+    left = _Found({name: score for name, score in found.scores.items() if name not in again})
     for name in RESULT_FILES:
         (out / name).unlink(missing_ok=True)
+    if left.scores:
+        write_tables(out, _result(config, subject, left), subject.identity)
     for probed in probes:
         shutil.rmtree(probed)
+    return left
 
 
 class _Subject(NamedTuple):
