@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.models import NextBlockModel, TimmEncoder
-from nextblock.models.classifier import Classifier, ImageClassifier, TimmClassifier
+from nextblock.models.classifier import AnyClassifier, Classifier, ImageClassifier, TimmClassifier
 from nextblock.models.heads import HeadConfig
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict, to_dict
@@ -76,9 +76,7 @@ class MissingSettingError(CheckpointError, ValueError):
 # --------------------------------------------------------------------------------------------- model files
 
 
-def save_model(
-    path: Path, model: NextBlockModel | ImageClassifier | TimmClassifier, *, data: DataConfig | None = None
-) -> None:
+def save_model(path: Path, model: NextBlockModel | AnyClassifier, *, data: DataConfig | None = None) -> None:
     """Write a model or classifier as one safetensors file that `nextblock.load` reads.
 
     With `data`, the file says how its images are normalised and cut.
@@ -104,9 +102,7 @@ def save_model(
     save_file(weights, path, metadata=metadata)
 
 
-def save_classifier(
-    directory: Path, classifier: ImageClassifier | TimmClassifier, *, data: DataConfig | None = None
-) -> None:
+def save_classifier(directory: Path, classifier: AnyClassifier, *, data: DataConfig | None = None) -> None:
     """Write a classifier as `directory/model.safetensors`; the directory appears whole or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(directory) as aside:
@@ -121,7 +117,7 @@ def is_safetensors(path: Path) -> bool:
     return start[8:] == b"{"
 
 
-def read_model(path: Path) -> NextBlockModel | ImageClassifier | TimmClassifier:
+def read_model(path: Path) -> NextBlockModel | AnyClassifier:
     """Build the network that a model file describes, with its weights, on the CPU in fp32."""
     metadata = read_metadata(path)
     if metadata.get("format") != "nextblock":
