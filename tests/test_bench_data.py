@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.fixture
 def small_photos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nextblock.bench.data.SIZES", SMALL)
+    monkeypatch.setattr("nextblock.bench.data.WAITING_BATCHES", (64, 128))
 
 
 @pytest.fixture
@@ -77,13 +78,14 @@ def test_plain_and_ours_make_the_same_of_a_picture(tmp_path, small_photos):
 def test_rows_hold_the_budgets_first_and_then_every_decoder(capsys, in_this_process):
     assert main(["bench", "data", "--quick", "--json", "--image_size", "16", "--clock", "cpu"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert in_this_process == ["plain", "auto", "pillow", "fast", "measure_reading"]
+    assert in_this_process == ["plain", "auto", "pillow", "fast", "measure_reading", "measure_waiting"]
     assert told["bench"] == "data"
     assert told["ratio"] == told["rows"][0]["ratio"] > 0
     assert [row["at_least"] for row in told["rows"][:2]] == [2.0, 2.4]
     assert {row["at_least"] for row in told["rows"][2:]} == {None}
-    assert len(told["rows"]) == 2 + 2 * 2 * len(told["decoders"]) + 2
-    for row in told["rows"]:
+    assert len(told["rows"]) == 2 + 2 * 2 * len(told["decoders"]) + 2 + 2
+    assert [row["at_most"] for row in told["rows"][-2:]] == [5, 5]
+    for row in told["rows"][:-2]:
         assert row["ratio"] == pytest.approx(row["ours"] / row["plain"])
     assert told["decoders"]["pillow"] == "pillow"
     assert told["threads"] == 1
@@ -99,8 +101,8 @@ def test_rows_hold_the_budgets_first_and_then_every_decoder(capsys, in_this_proc
 def test_decoders_that_are_not_installed_are_left_out(monkeypatch, in_this_process):
     monkeypatch.setattr("nextblock.bench.data.find_spec", lambda name: None if name != "PIL" else True)
     result = DataBench(quick=True, image_size=16).run()
-    assert in_this_process == ["plain", "pillow", "measure_reading"]
-    assert result.details["decoders"] == {"pillow": "pillow"}
+    assert in_this_process == ["plain", "pillow", "fast", "measure_reading", "measure_waiting"]
+    assert result.details["decoders"] == {"pillow": "pillow", "fast": "pillow-draft"}
 
 
 def test_settings_that_cannot_be_measured_are_refused():

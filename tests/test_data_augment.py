@@ -17,11 +17,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from nextblock.config import DataConfig
-from nextblock.data import (
+from nextblock.data import keyed_rng, normalize
+from nextblock.data.augment import (
     color_jitter,
     eval_crop,
-    keyed_rng,
-    normalize,
     random_resized_crop_box,
     train_crop,
     val_crop,

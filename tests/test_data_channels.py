@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-import zlib
+import sys
 
 import numpy as np
 import pytest
@@ -18,85 +18,10 @@ from nextblock.evaluate.probe.config import ProbeConfig
 from nextblock.evaluate.probe.run import probe
 from nextblock.interop import load_model
 from test_data_decode import encode, exif, photo, pixels, png_16, sixteen_bits
+from tiff_files import bands, tiff
 from tiny_runs import TINY, TINY_FLAGS, Quiet, call_cli, refused
 
-RAW_TAG, JPEG_TAG = (struct.pack("<HHII", 259, 4, 1, compression) for compression in (1, 7))
 LUMA = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
-
-
-def bands(channels: int, bits: int = 8, height: int = 21, width: int = 37) -> np.ndarray:
-    values = np.random.default_rng(channels).integers(0, 2**bits, (height, width, channels))
-    return values.astype(f"u{bits // 8}")
-
-
-def tiff(
-    values: np.ndarray,
-    *,
-    order: str = "<",
-    planar: bool = False,
-    tile: tuple[int, int] | None = None,
-    rows: int | None = None,
-    deflate: bool = False,
-    predictor: int = 1,
-    photometric: int = 1,
-    extra: tuple[int, ...] = (),
-    orientation: int = 1,
-    big: bool = False,
-    sample_format: int = 1,
-) -> bytes:
-    """A TIFF file written by hand, of every layout that Pillow does not write."""
-    height, width, channels = values.shape
-    high, wide = tile or (rows or height, width)
-    planes = [values[..., i : i + 1] for i in range(channels)] if planar else [values]
-    segments = []
-    for plane in planes:
-        for top in range(0, height, high):
-            for left in range(0, width, wide):
-                part = plane[top : top + high, left : left + wide]
-                if tile:
-                    part = np.pad(part, ((0, high - part.shape[0]), (0, wide - part.shape[1]), (0, 0)))
-                if predictor == 2:
-                    part = np.concatenate([part[:, :1], part[:, 1:] - part[:, :-1]], axis=1)
-                data = part.astype(f"{order}u{part.itemsize}").tobytes()
-                segments.append(zlib.compress(data) if deflate else data)
-    offsets, place = [], 16
-    for segment in segments:
-        offsets.append(place)
-        place += len(segment)
-    counts = [len(segment) for segment in segments]
-    tags: dict[int, list[int]] = {
-        256: [width],
-        257: [height],
-        258: [values.itemsize * 8] * channels,
-        259: [8 if deflate else 1],
-        262: [photometric],
-        274: [orientation],
-        277: [channels],
-        284: [2 if planar else 1],
-        317: [predictor],
-        339: [sample_format] * channels,
-        324 if tile else 273: offsets,
-        325 if tile else 279: counts,
-    }
-    tags |= {322: [wide], 323: [high]} if tile else {278: [high]}
-    tags |= {338: list(extra)} if extra else {}
-    return _tiff_file(b"".join(segments), tags, order, big=big)
-
-
-def _tiff_file(body: bytes, tags: dict[int, list[int]], order: str, *, big: bool) -> bytes:
-    word, number = ("Q", "Q") if big else ("I", "H")
-    room = 8 if big else 4
-    directory, spare = struct.pack(order + number, len(tags)), b""
-    after = 16 + len(body) + len(directory) + len(tags) * (12 + (8 if big else 0)) + room
-    for tag, values in sorted(tags.items()):
-        data = struct.pack(f"{order}{len(values)}I", *values)
-        if len(data) > room:
-            spare, data = spare + data, struct.pack(order + word, after + len(spare))
-        directory += struct.pack(f"{order}HH{word}", tag, 4, len(values)) + data.ljust(room, b"\0")
-    start = {"<": b"II", ">": b"MM"}[order]
-    start += struct.pack(order + "HHHQ", 43, 8, 0, 16 + len(body)) if big else b""
-    start += b"" if big else struct.pack(order + "HI", 42, 16 + len(body)) + b"\0" * 8
-    return start + body + directory + b"\0" * room + spare
 
 
 def as_bytes(values: np.ndarray) -> torch.Tensor:
@@ -122,16 +47,6 @@ def test_grey_of_a_grey_picture_is_the_picture(mode) -> None:
     assert torch.equal(decode_image(content, channels=1), decode_image(content)[:1])
 
 
-def test_grey_of_16_bits_is_scaled() -> None:
-    values = sixteen_bits(9, 11, 1)
-    assert torch.equal(decode_image(png_16(values), channels=1), as_bytes(values))
-
-
-def test_grey_turns_with_its_orientation() -> None:
-    content = encode(photo().convert("L"), "JPEG", exif=exif(6))
-    assert decode_image(content, channels=1).shape == (1, 53, 37)
-
-
 # --------------------------------------------------------------------------------- alpha as a further channel
 
 
@@ -154,9 +69,6 @@ def test_16_bit_alpha_is_a_channel_too_and_not_composited(channels) -> None:
     [
         (encode(photo()), 3),
         (encode(photo().convert("L")), 1),
-        (encode(photo().convert("P")), 3),
-        (encode(photo(), "JPEG"), 3),
-        (encode(photo().convert("LA")), 2),
         (png_16(sixteen_bits(4, 4, 2)), 2),
         (tiff(bands(5)), 5),
     ],
@@ -167,25 +79,18 @@ def test_another_number_of_channels_is_a_bad_image_with_both_numbers(content, fo
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("number", [5, 13])
-def test_bands_are_neither_colour_nor_grey(channels, number) -> None:
-    with pytest.raises(BadImageError, match=rf"has {number} channels, data.channels is {channels}"):
-        decode_image(tiff(bands(number)), channels=channels)
+def test_bands_are_neither_colour_nor_grey(channels) -> None:
+    with pytest.raises(BadImageError, match=rf"has 5 channels, data.channels is {channels}"):
+        decode_image(tiff(bands(5)), channels=channels)
 
 
 # ---------------------------------------------------------------------------------------------- bands of TIFF
 
 LAYOUTS = {
     "one strip": {},
-    "strips": {"rows": 4},
-    "tiles": {"tile": (16, 32)},
-    "planes": {"planar": True},
-    "planes of strips": {"planar": True, "rows": 8},
     "planes of tiles": {"planar": True, "tile": (16, 16)},
-    "deflate": {"deflate": True, "rows": 6},
     "deflated tiles with predictor": {"deflate": True, "tile": (16, 16), "predictor": 2},
     "planes with predictor": {"deflate": True, "planar": True, "predictor": 2, "rows": 5},
-    "raw with predictor": {"predictor": 2},
     "BigTIFF": {"big": True, "rows": 4},
     "RGB and others": {"photometric": 2, "extra": (0,)},
 }
@@ -225,12 +130,9 @@ def test_three_bands_that_are_no_colours_are_taken_as_three_channels() -> None:
         assert torch.equal(decode_image(tiff(bands(3, bits))), as_bytes(bands(3, bits)))
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"planar": True}, {"tile": (16, 16), "deflate": True, "predictor": 2}]
-)
-def test_16_bit_colour_tiff_is_scaled_to_the_nearest_level(layout) -> None:
-    values = bands(3, 16)
-    assert torch.equal(decode_image(tiff(values, photometric=2, **layout)), as_bytes(values))
+def test_16_bit_colour_tiff_is_scaled_to_the_nearest_level() -> None:
+    for layout in ({}, {"tile": (16, 16), "deflate": True, "predictor": 2}):
+        assert torch.equal(decode_image(tiff(bands(3, 16), photometric=2, **layout)), as_bytes(bands(3, 16)))
 
 
 @pytest.mark.parametrize(("kind", "extra"), [(2, 2), (2, 1), (2, 0), (1, 2), (1, 1)])
@@ -263,14 +165,10 @@ def test_of_several_pages_the_first_is_taken() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (tiff(bands(5), sample_format=2), "8-bit signed or floating-point samples have no fixed range"),
-        (tiff(bands(5).astype(np.uint32)), "32-bit samples have no fixed range"),
+        (tiff(bands(5), sample_format=2), "8-bit samples of type int8 have no fixed range"),
+        (tiff(bands(5).astype(np.uint32)), "32-bit samples of type uint32 have no fixed range"),
         (tiff(bands(5), photometric=5), "photometric 5"),
-        (tiff(bands(5), predictor=3), "predictor 3"),
-        (
-            tiff(bands(5)).replace(struct.pack("<HHII", 259, 4, 1, 1), struct.pack("<HHII", 259, 4, 1, 7)),
-            "compression 7",
-        ),
+        (tiff(bands(5), predictor=2), r"compression \(1, 2\)"),
         (tiff(bands(5))[:3000], "truncated|corrupt|missing"),
         (tiff(bands(5), order=">", big=True), "big-endian BigTIFF"),
     ],
@@ -280,12 +178,32 @@ def test_a_layout_that_is_not_read_is_a_bad_image_that_says_so(content, reason) 
         decode_image(content, channels=5)
 
 
-def test_tiles_that_unpack_to_more_than_the_picture_are_refused() -> None:
-    content = tiff(bands(5), tile=(32, 48)).replace(
-        struct.pack("<HHII", 322, 4, 1, 48), struct.pack("<HHII", 322, 4, 1, 2**31)
-    )
-    with pytest.raises(BadImageError, match="unpack to too many pixels"):
-        decode_image(content, channels=5)
+def test_white_is_zero_and_inks_of_16_bits_are_as_those_of_8() -> None:
+    grey, inks = bands(1, 16), bands(4, 16)
+    assert torch.equal(decode_image(tiff(grey, photometric=0), channels=1), 255 - as_bytes(grey))
+    eight = Image.fromarray(np.rint(inks / 257).astype(np.uint8), "CMYK")
+    assert torch.equal(decode_image(tiff(inks, photometric=5)), pixels(eight))
+
+
+def test_xmp_turns_bands_without_an_orientation_tag() -> None:
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    content = encode(Image.fromarray(bands(4)), "TIFF", tiffinfo={700: xmp})
+    assert decode_image(content, channels=4).shape == (4, 37, 21)
+
+
+@pytest.mark.parametrize("values", [bands(5), bands(3, 16)])
+def test_without_tifffile_the_reason_names_the_extra(values, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(BadImageError, match=r"pip install 'nextblock\[tiff\]'"):
+        decode_image(tiff(values, photometric=1 if values.shape[-1] == 5 else 2), channels=values.shape[-1])
+
+
+def test_strips_that_list_the_same_bytes_again_and_again_are_refused() -> None:
+    content = tiff(bands(5, 8, 400, 300), rows=1) + bytes(100_000)
+    counts, more = (struct.pack("<400I", *[count] * 400) for count in (1500, 100_000))
+    assert counts in content
+    with pytest.raises(BadImageError, match="missing or too long"):
+        decode_image(content.replace(counts, more), channels=5)
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -318,7 +236,7 @@ def test_grey_digits_train_and_predict_from_the_command_line(tmp_path, capsys) -
     run = tmp_path / "run"
     words = ("pretrain", *TINY_FLAGS, "--data.train", "digits", *GREY, "--out", run)
     assert call_cli(capsys, *words, "--monitor.pictures_every", "2st")[0] == 0
-    assert next((run / "pictures").iterdir())
+    assert next((run / "pictures").glob("*.png"))
     assert call_cli(capsys, *words, "--monitor.pictures_every", "2st")[0] == 0  # goes on, being complete
     out = tmp_path / "predicted"
     assert call_cli(capsys, "predict", "--model", run, "--data", "digits", "--out", out)[0] == 0

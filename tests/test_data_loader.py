@@ -1,214 +1,211 @@
-"""What a step holds depends on the seed and the step's number, and on nothing else."""
+"""A step depends on the seed and its number: not on workers, ranks, micro-batches or interruptions."""
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
-from itertools import islice
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from nextblock.config import DataConfig
 from nextblock.data import (
     BadImageError,
     BadSample,
-    Batch,
+    ConcatSource,
+    DataError,
+    QuarantineLog,
     Source,
     Step,
+    TooManyBadImages,
     TrainLoader,
+    VisitOrder,
     eval_batches,
-    eval_crop,
-    keyed_permutation,
     keyed_rng,
     open_source,
     resolve_workers,
-    step_samples,
-    train_crop,
 )
+from nextblock.data import loader as loader_module
+from nextblock.data.augment import eval_crop, train_crop
+from nextblock.data.transforms import Decoded, Key
+from nextblock.data.workers import WorkerError
+from toy import ToySource, joined, take
 
 # A machine with few cores is warned of more workers than cores, which is what some tests want.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-DATA = DataConfig(val_resize_px=18)
+DATA = DataConfig(color_jitter=(0.4, 0.4, 0.4, 0.1), val_resize_px=18)
+SEED, BATCH = 5, 7
+KINDS = ("one source", "mixture")
 
 
-class ListSource(Source):
-    """Images in a list; those that are None cannot be read."""
-
-    in_memory = True
-    spec = "list"
-
-    def __init__(self, images: list[torch.Tensor | None]) -> None:
-        self.images = images
-        self.reads: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def has_labels(self) -> bool:
-        return False
-
-    def _read(self, index: int) -> torch.Tensor:
-        self.reads.append(index)
-        image = self.images[index]
-        if image is None:
-            raise BadImageError(f"broken {index}")
-        return image
-
-    def _name(self, index: int) -> str:
-        return f"image {index}"
-
-    def _find_labels(self):
-        raise NotImplementedError
-
-    def _make_fingerprint(self) -> str:
-        return "list"
+def case(kind: str) -> tuple[Source, DataConfig]:
+    """A source of 25 images, or a mixture of 19 and 4, with two that cannot be read."""
+    if kind == "one source":
+        return ToySource(25, bad=(4, 20)), DATA
+    mixed = DataConfig(color_jitter=DATA.color_jitter, val_resize_px=18, weights=(0.7, 0.3))
+    return ConcatSource([ToySource(19, bad=(4, 12)), ToySource(4, seed=1)]), mixed
 
 
-class FailingSource(ListSource):
-    """A source with a defect that is none of an image's."""
-
-    def _read(self, index: int) -> torch.Tensor:
-        raise RuntimeError(f"the disk is gone at {index}")
+def loader(source: Source, data: DataConfig = DATA, **options: Any) -> TrainLoader:
+    settings: dict[str, Any] = {"image_size": 8, "seed": SEED, "batch_size": BATCH, "drop_path_draws": 3}
+    return TrainLoader(source, data, **settings | options)
 
 
-def source_of(number: int, broken: tuple[int, ...] = ()) -> ListSource:
-    rng = np.random.default_rng(0)
-    shapes = rng.integers(10, 30, (number, 2)).tolist()
-    images = [torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8)) for h, w in shapes]
-    return ListSource([None if index in broken else image for index, image in enumerate(images)])
+def of_world(kind: str, world_size: int, number: int, start: int = 0, **options: Any) -> list[list[Step]]:
+    """The next `number` steps of every rank; each rank opens the source by itself."""
+    ranks = []
+    for rank in range(world_size):
+        source, data = case(kind)
+        ranks.append(
+            take(loader(source, data, rank=rank, world_size=world_size, start_step=start, **options), number)
+        )
+    return [list(step) for step in zip(*ranks, strict=True)]
 
 
-def loader(source: Source, **options: Any) -> TrainLoader:
-    settings: dict[str, Any] = {"image_size": 16, "seed": 5, "batch_size": 4}
-    return TrainLoader(source, DATA, **settings | options)
-
-
-def steps(source: Source, number: int, **options) -> list[Step]:
-    return list(islice(loader(source, **options), number))
-
-
-def joined(step: Step) -> Batch:
-    """A step as one batch."""
-    return Batch(
-        torch.cat([batch.images for batch in step.micro_batches]),
-        torch.cat([batch.samples for batch in step.micro_batches]),
-        tuple(bad for batch in step.micro_batches for bad in batch.bad),
-        torch.cat([batch.visits for batch in step.micro_batches]),
-    )
-
-
-def assert_same_steps(ours: list[Step], theirs: list[Step]) -> None:
-    assert [(step.index, step.visit) for step in ours] == [(step.index, step.visit) for step in theirs]
-    for one, other in zip(map(joined, ours), map(joined, theirs), strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.samples, other.samples)
-        assert torch.equal(one.visits, other.visits)
+def assert_same(ours: list[list[Step]], expected: list[list[Step]]) -> None:
+    assert len(ours) == len(expected)
+    for ranks, (single,) in zip(ours, expected, strict=True):
+        assert {step.index for step in ranks} == {single.index}
+        one, other = joined(*ranks), joined(single)
+        for name in ("images", "samples", "visits", "drop_path"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
         assert one.bad == other.bad
 
 
-# ---------------------------------------------------------------------------------------------- order
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, list[list[Step]]]:
+    """Nine steps, three epochs, of one process without workers."""
+    return {kind: of_world(kind, 1, 9) for kind in KINDS}
 
 
-def test_every_visit_sees_each_image_once_but_for_the_remainder_in_an_order_of_its_own() -> None:
-    seen = {}
-    for step in range(6):
-        visit, samples = step_samples(0, 11, 3, step)
-        seen.setdefault(visit, []).extend(samples.tolist())
-    assert list(seen) == [0, 1]
-    assert all(len(set(samples)) == 9 for samples in seen.values())
-    assert seen[0] != seen[1]
+# ------------------------------------------------------------------------------------------ what a step holds
 
 
-def test_the_step_samples_are_slices_of_the_visits_order() -> None:
-    order = keyed_permutation(3, 20, "order", 1)
-    for place in range(5):
-        visit, samples = step_samples(3, 20, 4, 5 + place)
-        assert visit == 1
-        assert np.array_equal(samples, order[4 * place : 4 * place + 4])
-
-
-def test_a_batch_larger_than_the_source_is_no_step() -> None:
-    with pytest.raises(ValueError, match="a batch of 5 out of 4 images; use 1 to 4"):
-        step_samples(0, 4, 5, 0)
-
-
-def test_the_loader_follows_step_samples_and_crops_by_seed_visit_and_sample() -> None:
-    source = source_of(11)
-    for step in steps(source, 7):
-        visit, samples = step_samples(5, 11, 4, step.index)
+def test_a_step_holds_the_samples_of_its_order_cropped_by_seed_visit_and_sample() -> None:
+    source, order = ToySource(25), VisitOrder(25, seed=SEED, batch_size=BATCH)
+    for step in take(loader(source), 7):
+        epoch, visits, samples = order.keys(step.index)
+        assert (step.keys.epoch, step.keys.samples.tolist()) == (epoch, samples.tolist())
         batch = joined(step)
-        assert step.visit == visit == step.index // 2
-        assert batch.samples.tolist() == samples.tolist()
-        assert batch.visits.tolist() == [visit] * 4
-        assert batch.samples.dtype == batch.visits.dtype == torch.int64
+        assert (batch.samples.tolist(), batch.visits.tolist()) == (samples.tolist(), visits.tolist())
         assert batch.images.dtype == torch.uint8
-        for image, sample in zip(batch.images, samples.tolist(), strict=True):
-            expected = train_crop(source.images[sample], 16, DATA, keyed_rng(5, "augment", visit, sample))
-            assert torch.equal(image, expected)
+        for place, key in enumerate(zip(visits.tolist(), samples.tolist(), strict=True)):
+            crop = train_crop(source.images[key[1]], 8, DATA, keyed_rng(SEED, "augment", *key))
+            assert torch.equal(batch.images[place], crop)
+            drawn = keyed_rng(SEED, "drop-path", *key).random(3).astype(np.float32)
+            assert batch.drop_path[place].tolist() == drawn.tolist()
 
 
-def test_another_seed_gives_another_order_and_other_crops() -> None:
-    source = source_of(40)
-    one, other = (joined(steps(source, 1, seed=seed, batch_size=40)[0]) for seed in (0, 1))
-    assert not torch.equal(one.samples, other.samples)
-    assert not torch.equal(one.images[one.samples.argsort()], other.images[other.samples.argsort()])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_run_stopped_anywhere_and_resumed_by_any_number_of_ranks_sees_the_same(
+    kind, world_size, uninterrupted
+) -> None:
+    rng = np.random.default_rng(world_size)
+    for _ in range(4):
+        stops = sorted(rng.integers(0, 10, 2).tolist())
+        worlds = [world_size, *rng.integers(1, 5, 2).tolist()]
+        seen = []
+        for (start, end), ranks in zip(pairwise([0, *stops, 9]), worlds, strict=True):
+            seen += of_world(kind, ranks, end - start, start, micro_batch_size=int(rng.integers(1, 9)))
+        assert_same(seen, uninterrupted[kind])
 
 
-# --------------------------------------------------------------------------------------- independence
+@pytest.mark.parametrize(
+    ("kind", "world_size", "workers", "start"),
+    [("one source", 1, 3, 0), ("one source", 2, 2, 4), ("mixture", 3, 1, 5)],
+)
+def test_the_number_of_workers_changes_nothing(kind, world_size, workers, start, uninterrupted) -> None:
+    seen = of_world(kind, world_size, 9 - start, start, workers=workers, micro_batch_size=2)
+    assert_same(seen, uninterrupted[kind][start:])
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_number_of_workers_changes_nothing(workers) -> None:
-    source = source_of(13, broken=(2, 7))
-    assert_same_steps(steps(source, 7), steps(source, 7, workers=workers, micro_batch_size=3))
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
-def test_the_size_of_the_micro_batches_changes_nothing(micro_batch_size) -> None:
-    source = source_of(13)
-    assert_same_steps(steps(source, 7), steps(source, 7, micro_batch_size=micro_batch_size))
-
-
-@pytest.mark.parametrize(("size", "expected"), [(None, [10]), (4, [4, 4, 2]), (5, [5, 5]), (99, [10])])
-def test_micro_batches_have_the_asked_size_and_the_last_the_rest(size, expected) -> None:
-    (step,) = steps(source_of(10), 1, batch_size=10, micro_batch_size=size)
-    assert [len(batch.images) for batch in step.micro_batches] == expected
-
-
-@pytest.mark.parametrize("start_step", [1, 3, 8])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_starting_at_any_step_continues_as_if_never_stopped(start_step, workers) -> None:
-    source = source_of(13)
-    expected = steps(source, start_step + 3)[start_step:]
-    assert_same_steps(steps(source, 3, start_step=start_step, workers=workers), expected)
-
-
-def test_starting_late_reads_nothing_of_what_came_before() -> None:
-    source = source_of(13)
-    (step,) = steps(source, 1, start_step=10**9)
-    assert step.index == 10**9
-    assert source.reads == joined(step).samples.tolist()
-
-
-def test_chunks_of_large_batches_are_joined_in_order() -> None:
-    source = source_of(150)
-    options = {"batch_size": 150, "micro_batch_size": 140}
-    assert_same_steps(steps(source, 1, **options), steps(source, 1, workers=2, **options))
-    (step,) = steps(source, 1, workers=2, **options)
+def test_large_batches_are_joined_from_chunks_in_order(workers) -> None:
+    (step,) = take(loader(ToySource(150), batch_size=150, micro_batch_size=140, workers=workers), 1)
     assert [len(batch.images) for batch in step.micro_batches] == [140, 10]
+    assert joined(step).samples.tolist() == step.keys.samples.tolist()
 
 
-def test_every_iteration_begins_at_the_start() -> None:
-    endless = loader(source_of(13), start_step=2)
-    assert_same_steps(list(islice(endless, 2)), list(islice(endless, 2)))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 5, 100])
+def test_ranks_share_a_batch_evenly_in_equally_many_micro_batches(world_size, micro_batch_size) -> None:
+    options = {"world_size": world_size, "micro_batch_size": micro_batch_size}
+    ranks = [take(loader(ToySource(25), rank=rank, **options), 1)[0] for rank in range(world_size)]
+    sizes = [[len(batch.samples) for batch in step.micro_batches] for step in ranks]
+    shares = [sum(share) for share in sizes]
+    assert sum(shares) == BATCH
+    assert max(shares) - min(shares) <= 1
+    micro = min(micro_batch_size or BATCH, max(shares))
+    assert {len(share) for share in sizes} == {-(-max(shares) // micro)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_without_a_sample_gets_an_empty_micro_batch_of_the_right_shape(workers) -> None:
+    options = {"batch_size": 2, "world_size": 3, "image_size": (8, 12), "workers": workers}
+    (step,) = take(loader(ToySource(5), rank=0, **options), 1)
+    (empty,) = step.micro_batches
+    assert empty.images.shape == (0, 3, 8, 12)
+    assert (empty.bad, len(empty.visits), empty.drop_path.shape) == ((), 0, (0, 3))
+
+
+@pytest.mark.parametrize("start", [0, 4, 10**9])
+def test_starting_at_any_step_reads_that_steps_images_only(start) -> None:
+    source = ToySource(25)
+    take(loader(source, rank=1, world_size=3, start_step=start), 1)
+    assert source.reads == 2
+
+
+def test_micro_batches_are_handed_out_as_they_arrive_and_those_left_are_skipped() -> None:
+    source = ToySource(25)
+    steps = iter(loader(source, micro_batch_size=2))
+    first = next(steps)
+    assert source.reads == 0
+    next(first.micro_batches)
+    assert source.reads == 2
+    assert joined(next(steps)._replace(micro_batches=list(next(steps).micro_batches))).samples.tolist() == (
+        VisitOrder(25, seed=SEED, batch_size=BATCH).keys(2).samples.tolist()
+    )
+
+
+class Counted(ToySource):
+    """Counts reads over all processes."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.total = torch.zeros(2, dtype=torch.int64).share_memory_()  # one number a worker
+
+    def _read(self, index: int) -> Tensor:
+        worker = get_worker_info()
+        self.total[0 if worker is None else worker.id] += 1
+        return self.images[index]
+
+
+def test_workers_hold_a_whole_micro_batch_ready_while_a_step_computes() -> None:
+    source = Counted(640)
+    steps = iter(loader(source, batch_size=640, workers=2))
+    list(next(steps).micro_batches)
+    for _ in range(600):
+        if source.total.sum() >= 2 * 640:
+            break
+        time.sleep(0.05)
+    assert 2 * 640 <= source.total.sum() < 3 * 640
 
 
 UNTOUCHED = """
@@ -220,7 +217,8 @@ def states():
 source, data = open_source("digits", DataConfig()), DataConfig()
 before = states()
 for workers in (0, 1):
-    next(iter(TrainLoader(source, data, image_size=16, seed=0, batch_size=4, workers=workers)))
+    loader = TrainLoader(source, data, image_size=16, seed=0, batch_size=4, workers=workers)
+    next(next(iter(loader)).micro_batches)
     next(eval_batches(source, data, 16, 4, workers=workers))
     assert states() == before, workers
 """
@@ -231,25 +229,11 @@ def test_no_global_generator_is_touched() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", UNTOUCHED], check=True)
 
 
-# ---------------------------------------------------------------------------------------------- sizes
-
-
-def test_the_last_partial_batch_is_dropped() -> None:
-    endless = loader(source_of(11))
-    assert (endless.batch_size, endless.steps_per_epoch) == (4, 2)
-
-
 def test_a_source_smaller_than_a_batch_becomes_the_batch_with_a_warning(caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="nextblock"):
-        small = loader(source_of(3), batch_size=8)
+        small = loader(ToySource(3), batch_size=8)
     assert (small.batch_size, small.steps_per_epoch) == (3, 1)
-    assert "list has 3 images, fewer than the batch of 8" in caplog.text
-    assert sorted(joined(next(iter(small))).samples.tolist()) == [0, 1, 2]
-
-
-def test_images_may_have_unequal_sides() -> None:
-    (step,) = steps(source_of(5), 1, image_size=(8, 24))
-    assert joined(step).images.shape == (4, 3, 8, 24)
+    assert "toy-0 has 3 images, fewer than the batch of 8" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -259,75 +243,34 @@ def test_images_may_have_unequal_sides() -> None:
         ({"micro_batch_size": 0}, "micro_batch_size is 0; it must be at least 1"),
         ({"start_step": -1}, "start_step is -1; it must be at least 0"),
         ({"workers": -1}, "workers is -1; it must be at least 0"),
+        ({"world_size": 0}, "world_size is 0; it must be at least 1"),
+        ({"rank": 2, "world_size": 2}, "rank is 2 of 2; ranks run from 0 to 1"),
     ],
 )
 def test_impossible_numbers_are_refused(option, message) -> None:
     with pytest.raises(ValueError, match=message):
-        loader(source_of(5), **option)
+        loader(ToySource(9), **option)
 
 
-# ------------------------------------------------------------------------------------- what is broken
-
-
-def test_a_broken_image_leaves_a_hole_and_is_named() -> None:
-    source = source_of(8, broken=(1, 6))
-    found = [joined(step) for step in steps(source, 2)]
-    assert sorted(sample for batch in found for sample in batch.samples.tolist()) == [0, 2, 3, 4, 5, 7]
-    bad = sorted(bad for batch in found for bad in batch.bad)
-    assert bad == [BadSample(1, "image 1", "broken 1"), BadSample(6, "image 6", "broken 6")]
-    assert all(len(batch.images) == len(batch.samples) for batch in found)
-
-
-def test_the_other_images_are_what_they_would_be_without_the_hole() -> None:
-    (whole,), (holed,) = (steps(source_of(8, broken=broken), 1, batch_size=8) for broken in ((), (1, 6)))
-    keep = [sample not in (1, 6) for sample in joined(whole).samples.tolist()]
-    assert torch.equal(joined(whole).images[keep], joined(holed).images)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_of_broken_images_is_empty_and_keeps_its_shape(workers) -> None:
-    (step,) = steps(source_of(4, broken=(0, 1, 2, 3)), 1, workers=workers, image_size=(16, 8))
-    batch = joined(step)
-    assert batch.images.shape == (0, 3, 16, 8)
-    assert len(batch.bad) == 4
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_that_is_no_images_surfaces(workers) -> None:
-    with pytest.raises(RuntimeError, match="the disk is gone at"):
-        steps(FailingSource(source_of(8).images), 1, workers=workers)
-
-
-# ----------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_goes_in_order_with_centre_crops_and_keeps_the_last_batch(workers) -> None:
-    source = source_of(11, broken=(4,))
+    source = ToySource(11, bad=(4,))
     batches = list(eval_batches(source, DATA, 16, 4, workers=workers))
-    assert [len(batch.images) for batch in batches] == [4, 3, 3]
     assert [batch.samples.tolist() for batch in batches] == [[0, 1, 2, 3], [5, 6, 7], [8, 9, 10]]
-    assert [batch.bad for batch in batches] == [(), (BadSample(4, "image 4", "broken 4"),), ()]
-    assert [batch.visits.tolist() for batch in batches] == [[0] * 4, [0] * 3, [0] * 3]
+    assert [batch.bad for batch in batches] == [(), (BadSample(4, "toy-0[4]", "truncated"),), ()]
     for batch in batches:
+        assert batch.visits.tolist() == [0] * len(batch.samples)
         for image, sample in zip(batch.images, batch.samples.tolist(), strict=True):
             assert torch.equal(image, eval_crop(source.images[sample], 16, 18))
 
 
-@pytest.mark.parametrize("indices", [[7, 2, 2, 0], np.array([7, 2, 2, 0])])
+@pytest.mark.parametrize("indices", [[7, 2, 2, 0], np.array([7, 2, 2, 0]), []])
 def test_evaluation_of_some_images_goes_in_the_order_asked_for(indices) -> None:
-    batches = list(eval_batches(source_of(9), DATA, (16, 12), 3, indices=indices))
-    assert [batch.samples.tolist() for batch in batches] == [[7, 2, 2], [0]]
-    assert batches[0].images.shape == (3, 3, 16, 12)
-
-
-def test_evaluation_of_nothing_is_nothing() -> None:
-    assert list(eval_batches(source_of(9), DATA, 16, 3, indices=[])) == []
-
-
-def test_chunks_of_large_evaluation_batches_are_joined_in_order() -> None:
-    (batch,) = eval_batches(source_of(150), DATA, 16, 200, workers=2)
-    assert batch.samples.tolist() == list(range(150))
+    batches = eval_batches(ToySource(9), DATA, (16, 12), 3, indices=indices)
+    assert [sample for batch in batches for sample in batch.samples.tolist()] == list(indices)
 
 
 @pytest.mark.parametrize(
@@ -341,32 +284,185 @@ def test_chunks_of_large_evaluation_batches_are_joined_in_order() -> None:
 )
 def test_impossible_evaluations_are_refused_at_once(options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        eval_batches(source_of(9), DATA, 16, **({"batch_size": 3} | options))
+        eval_batches(ToySource(9), DATA, 16, **({"batch_size": 3} | options))
 
 
-# -------------------------------------------------------------------------------------------- workers
+# ----------------------------------------------------------------------------------------- holes, quarantine
+
+
+def test_the_other_images_of_a_batch_are_what_they_would_be_without_the_hole() -> None:
+    whole, holed = (joined(*take(loader(ToySource(8, bad=bad), batch_size=8), 1)) for bad in ((), (1, 6)))
+    keep = [sample not in (1, 6) for sample in whole.samples.tolist()]
+    assert torch.equal(whole.images[keep], holed.images)
+    assert sorted(holed.bad) == [BadSample(1, "toy-0[1]", "truncated"), BadSample(6, "toy-0[6]", "truncated")]
+
+
+def test_every_bad_file_is_listed_once_over_epochs_and_restarts(tmp_path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    first, second = BadSample(3, "a/3.png", "empty"), BadSample(5, "ü/5.png", "truncated\nhere")
+    quarantine = QuarantineLog(path, num_files=100, max_bad_fraction=0.02)
+    for bad in (first, second, first):
+        quarantine.add(bad)
+    with path.open("a") as file:
+        file.write('{"name": "2.p')  # as a crash leaves it
+    again = QuarantineLog(path, num_files=100, max_bad_fraction=0.02)
+    again.add(second)
+    assert again.bad == (first, second)
+    assert [json.loads(line)["sample"] for line in path.read_text().splitlines()] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("num_files", "fraction", "allowed"), [(1000, 0.011, 11), (50, 0.01, 1), (3, 0.0, 0), (3, 1.0, 3)]
+)
+def test_too_many_bad_files_stop_a_run_but_one_is_allowed_unless_none_is(
+    tmp_path, num_files, fraction, allowed
+) -> None:
+    quarantine = QuarantineLog(tmp_path / "q.jsonl", num_files, fraction)
+    for sample in range(allowed):
+        quarantine.add(BadSample(sample, f"{sample}.png", f"reason {sample}"))
+    if allowed < num_files:
+        with pytest.raises(TooManyBadImages, match=f"{allowed + 1} of {num_files} files cannot be read") as e:
+            quarantine.add(BadSample(allowed, "last.png", "empty"))
+        assert "raise data.max_bad_fraction" in str(e.value)
+        assert ("reason 9" in str(e.value)) == (allowed > 9)
+
+
+def test_a_damaged_list_is_refused_with_the_line(tmp_path) -> None:
+    (tmp_path / "q.jsonl").write_text("nonsense\n")
+    with pytest.raises(ValueError, match=r"line 1, is damaged .* delete that file"):
+        QuarantineLog(tmp_path / "q.jsonl", 100, 0.5)
+
+
+# --------------------------------------------------------------------------------- decoding before cropping
+
+
+class Recorded:
+    """A crop that notes when it decodes and when it cuts; pixels take `image_bytes`."""
+
+    data, image_size, dtype = DATA, 4, torch.uint8
+
+    def __init__(self, image_bytes: list[int], bad: tuple[int, ...] = ()) -> None:
+        self.image_bytes, self.bad, self.events = image_bytes, bad, ""
+
+    def decode(self, source: Source, key: Key) -> Decoded:
+        if key[1] in self.bad:
+            self.events += "x"
+            raise BadImageError("broken")
+        self.events += "d"
+        pixels = torch.empty((1, 1, self.image_bytes[key[1]]), dtype=torch.uint8)
+        return Decoded(pixels, partial(self._cut, key[1]))
+
+    def _cut(self, sample: int, pixels: Tensor) -> Tensor:
+        self.events += "c"
+        return torch.full((3, 4, 4), sample, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("image_bytes", "bad", "events"),
+    [
+        ([100] * 19, (), 2 * (8 * "d" + 8 * "c") + 3 * "d" + 3 * "c"),
+        ([9 * 2**20] * 3 + [3 * 2**19] * 3 + [100], (), 3 * "dc" + 2 * "ddcc"),
+        ([100] * 12, (0, 5, 11), "xddddxdddd" + 8 * "c" + "dxc"),
+    ],
+)
+def test_a_few_images_are_decoded_before_they_are_cropped_and_large_ones_do_not_pile_up(
+    image_bytes, bad, events
+) -> None:
+    crop = Recorded(image_bytes, bad)
+    read = loader_module._Reader(ToySource(len(image_bytes)), crop)
+    chunk = read([(0, sample) for sample in range(len(image_bytes))], lambda sample: None)
+    assert crop.events == events
+    good = [sample for sample in range(len(image_bytes)) if sample not in bad]
+    assert chunk.images[:, 0, 0, 0].tolist() == [key[1] for key in chunk.keys] == good
+
+
+# ---------------------------------------------------------------------------------------------------- workers
 
 
 def test_workers_are_as_asked_or_none_in_memory_or_the_cores_but_one(tmp_path, monkeypatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     folder, memory = open_source(str(tmp_path), DATA), open_source("digits", DATA)
     assert resolve_workers(3, memory) == resolve_workers(3, folder) == 3
-    assert resolve_workers(0, folder) == 0
-    assert resolve_workers(None, memory) == 0
+    assert resolve_workers(0, folder) == resolve_workers(None, memory) == 0
     for cores, expected in ((1, 0), (4, 3), (64, 8)):
-        monkeypatch.setattr(
-            os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False
-        )
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
         assert resolve_workers(None, folder) == expected
 
 
-def test_a_folder_of_images_is_loaded_by_workers(tmp_path) -> None:
-    for number in range(6):
-        Image.new("RGB", (20, 12), (40 * number, 0, 0)).save(tmp_path / f"{number}.jpg")
-    (tmp_path / "6.jpg").write_bytes(b"not an image")
-    source = open_source(str(tmp_path), DATA)
-    assert_same_steps(steps(source, 3, batch_size=7), steps(source, 3, batch_size=7, workers=2))
-    assert joined(steps(source, 1, batch_size=7, workers=1)[0]).bad[0].name == "6.jpg"
+class Failing(ToySource):
+    """Image 3 fails in a way that is not its own fault."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(12)
+        self.how = how
+
+    def _read(self, index: int) -> Tensor:
+        if index == 3 and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 3 and self.how == "memory":
+            raise MemoryError("4000 x 3000 pixels")
+        if index == 3:
+            raise RuntimeError("the disk is gone")
+        return self.images[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_that_is_no_images_fault_surfaces_and_leaves_no_worker(workers) -> None:
+    before = set(multiprocessing.active_children())
+    gc.disable()  # it ends them too late
+    try:
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            take(loader(Failing("otherwise"), workers=workers, micro_batch_size=2), 2)
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_short_memory_is_told_as_that_with_the_image_and_is_no_hole(workers) -> None:
+    with pytest.raises(DataError, match=r"not enough memory to read toy-0\[3\] \(4000 x 3000 pixels\)"):
+        take(loader(Failing("memory"), workers=workers), 2)
+
+
+def test_a_killed_worker_ends_the_loader_naming_the_image_and_the_signal() -> None:
+    with pytest.raises(WorkerError, match=r"killed by SIGKILL while it read toy-0\[3\].*ran out of memory"):
+        take(loader(Failing("killed"), workers=2, micro_batch_size=2), 2)
+
+
+def test_a_worker_that_dies_while_a_step_computes_interrupts_no_code_of_the_step() -> None:
+    steps = iter(loader(ToySource(96), workers=1, batch_size=4))
+    list(next(steps).micro_batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join(20)
+    for _ in range(1000):  # the signal of its death has arrived by now
+        torch.ones(2).sum()
+    with pytest.raises(WorkerError, match="killed by SIGKILL"):
+        list(next(steps).micro_batches)
+
+
+@pytest.mark.skipif(not Path("/proc").exists() or os.getuid() != 0, reason="needs a mount namespace")
+def test_images_go_through_pipes_if_shared_memory_is_full(tmp_path) -> None:
+    code = """
+import logging
+logging.basicConfig()
+from nextblock.config import DataConfig
+from nextblock.data import TrainLoader, open_source
+source = open_source("digits", DataConfig())
+options = {"image_size": 128, "seed": 0, "batch_size": 64}
+steps = [iter(TrainLoader(source, DataConfig(), workers=workers, **options)) for workers in (0, 2)]
+for _ in range(4):
+    (alone,), (divided,) = (list(next(each).micro_batches) for each in steps)
+    assert (alone.images == divided.images).all()
+"""
+    script = f"mount -t tmpfs -o size=4m tmpfs /dev/shm || exit 77; exec {sys.executable} -c '{code}'"
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    if done.returncode == 77 or "unshare" in done.stderr[:20]:
+        pytest.skip("no mount namespace here")
+    assert done.returncode == 0, done.stderr
+    assert "send images through pipes" in done.stderr
 
 
 PROGRAM = """
@@ -375,10 +471,11 @@ from nextblock.config import DataConfig
 from nextblock.data import TrainLoader, open_source
 digits, data = open_source("digits", DataConfig()), DataConfig()
 steps = iter(TrainLoader(digits, data, image_size=16, seed=0, batch_size=8, workers=1))
-next(steps)
+list(next(steps).micro_batches)
 (worker,) = multiprocessing.active_children()
 time.sleep(0.2)
-os.kill(worker.pid, signal.SIGINT)
+for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    os.kill(worker.pid, number)
 if hasattr(signal, "sigwaitinfo"):  # a stranger's SIGTERM
     os.system(f"kill -TERM {worker.pid}")
 time.sleep(0.2)

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import logging
-import multiprocessing
-import pickle
+import os
+import subprocess
 import tarfile
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Mapping
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from nextblock.config import DataConfig
-from nextblock.data import BadImageError, Source, Step, TrainLoader, open_source
-from nextblock.data.sources import tar
-from nextblock.data.sources.tar import TarSource
+from nextblock.data.decode import BadImageError
+from nextblock.data.sources import Source, open_source, tar, tar_index
 
 DATA = DataConfig()
-INDEX = ".nextblock-index"
-
-
-@pytest.fixture
-def said(caplog) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, logger="nextblock"):
-        yield caplog
+END = bytes(1024)
 
 
 def picture(red: int = 0) -> bytes:
@@ -38,8 +29,8 @@ def picture(red: int = 0) -> bytes:
     return content.getvalue()
 
 
-def write(path: Path, members: dict[str, bytes | str], form: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as file:
+def write(path: Path, members: Mapping[str, bytes | str], form: int = tarfile.PAX_FORMAT, mode="w") -> Path:
+    with tarfile.open(path, mode, format=form, errors="surrogateescape") as file:  # type: ignore[call-overload]
         for name, content in members.items():
             data = content.encode() if isinstance(content, str) else content
             info = tarfile.TarInfo(name)
@@ -48,425 +39,316 @@ def write(path: Path, members: dict[str, bytes | str], form: int = tarfile.PAX_F
     return path
 
 
+def member(name: str, content: bytes, **changes: object) -> bytes:
+    """One member of a tar, its header changed."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in changes.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def opened(path: Path) -> Source:
+    return open_source(str(path), DATA)
+
+
 def names(source: Source) -> list[str]:
-    return [source.name(index) for index in range(len(source))]
+    return [source.name(index).removeprefix("x.tar/") for index in range(len(source))]
 
 
 def reds(source: Source) -> list[int]:
     return [int(source.read(index)[0, 0, 0]) for index in range(len(source))]
 
 
-# -------------------------------------------------------------------------------------------------- reading
+def classes(source: Source) -> list[str]:
+    return [source.class_names[label] for label in source.labels]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_found_where_tarfile_finds_them(tmp_path, form) -> None:
-    long = "f" * 90 + "/" + "g" * 80 + "/3.png"
-    members = {"a/1.png": picture(1), "./b/2.png": picture(2), long: picture(3), "/4.png": picture(4)}
-    path = write(tmp_path / "x.tar", dict(members), form)
-    source = open_source(str(path), DATA)
-    assert names(source) == ["x.tar/a/1.png", "x.tar/b/2.png", f"x.tar/{long}", "x.tar/4.png"]
-    assert [source.content(index) for index in range(4)] == list(members.values())
-    assert reds(source) == [1, 2, 3, 4]
-    assert source.in_memory is False
+def test_members_of_every_form_are_found_in_their_order(tmp_path, form):
+    long, longer = "f" * 90 + "/" + "g" * 80 + "/3.png", "x" * 300 + "é.png"
+    stored = ["b/1.png", "./a/2.png", long, "/4.png", longer, "b\udcff.png"]
+    stored = stored[:4] if form == tarfile.USTAR_FORMAT else stored
+    members = {name: picture(number) for number, name in enumerate(stored)}
+    source = opened(write(tmp_path / "x.tar", members, form))
+    found = ["b/1.png", "a/2.png", long, "4.png", longer, "b\\xff.png"]
+    assert names(source) == found[: len(stored)]
+    assert reds(source) == list(range(len(stored)))
 
 
-@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_longer_than_any_header_or_beyond_ascii_are_whole(tmp_path, form) -> None:
-    long = "x" * 300 + "é.png"
-    source = open_source(str(write(tmp_path / "x.tar", {long: picture(1), "é.png": picture(2)}, form)), DATA)
-    assert names(source) == [f"x.tar/{long}", "x.tar/é.png"]
-    assert reds(source) == [1, 2]
+def test_a_later_member_of_a_name_replaces_the_first(tmp_path):
+    path = write(tmp_path / "x.tar", {"k.left.png": picture(1), "k.right.png": picture(2)})
+    write(path, {"k.left.png": picture(9)}, mode="a")
+    assert reds(opened(path)) == [9, 2]
 
 
-def test_numbers_in_base_256_and_sizes_in_pax_headers_are_understood(tmp_path) -> None:
-    info = tarfile.TarInfo("1.png")
-    content = picture(1)
-    info.size, info.mtime = len(content), -5  # a time that octal digits cannot say
-    gnu = info.tobuf(tarfile.GNU_FORMAT)
-    octal, binary = f"{len(content):011o}\0".encode(), b"\x80" + len(content).to_bytes(11, "big")
-    assert octal in gnu
-    header = gnu.replace(octal, binary)
-    total = sum(header[:148] + header[156:]) + 256
-    header = header[:148] + f"{total:06o}\0 ".encode() + header[156:]
-    padded = content.ljust(-(-len(content) // 512) * 512, b"\0")
-    stated = tarfile.TarInfo("2.png")
-    stated.size, stated.pax_headers = len(content), {"size": str(len(content)), "comment": "a = b\nc"}
-    pax = stated.tobuf(tarfile.PAX_FORMAT)
-    (tmp_path / "x.tar").write_bytes(header + padded + pax + padded + bytes(1024))
-    source = open_source(str(tmp_path / "x.tar"), DATA)
-    assert names(source) == ["x.tar/1.png", "x.tar/2.png"]
-    assert reds(source) == [1, 1]
-
-
-def test_shards_are_read_in_their_order_by_braces(tmp_path) -> None:
-    for part in range(2):
-        for number in range(8, 11):
-            write(
-                tmp_path / f"s{part}-{number:03}.tar",
-                {f"{i}.png": picture(number * 10 + i) for i in range(2)},
-            )
-    source = open_source(f"{tmp_path}/s{{0..1}}-{{008..010}}.tar", DATA)
-    assert reds(source) == [80, 81, 90, 91, 100, 101] * 2
-    assert names(source)[3:5] == ["s0-009.tar/1.png", "s0-010.tar/0.png"]
-    assert len(set(names(source))) == 12
-
-
-def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path) -> None:
-    for folder in "01":
-        (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "x.tar", {"1.png": picture()})
-    source = open_source(f"{tmp_path}/{{0..1}}/x.tar", DATA)
-    assert names(source) == [f"{tmp_path}/0/x.tar/1.png", f"{tmp_path}/1/x.tar/1.png"]
-
-
-def test_a_file_whose_name_has_braces_is_itself(tmp_path) -> None:
-    source = open_source(str(write(tmp_path / "x{0..1}.tar", {"1.png": picture(7)})), DATA)
-    assert reds(source) == [7]
-
-
-def test_shards_can_be_called_by_other_names(tmp_path) -> None:
-    path = write(tmp_path / "copy-of-it.tar", {"1.png": picture(3)})
-    source = TarSource("https://host/x.tar", [path], DATA, names=["https://host/x.tar"])
-    assert names(source) == ["https://host/x.tar/1.png"]
-    assert source.spec == "https://host/x.tar"
-    assert source.fingerprint == open_source(str(path), DATA).fingerprint
-
-
-def test_every_image_of_a_key_is_a_sample_and_a_later_member_of_a_name_replaces_it(tmp_path, said) -> None:
+def test_tars_joined_by_cat_are_read_to_the_last(tmp_path):
+    parts = [write(tmp_path / f"{n}.tar", {f"{n}.png": picture(n), f"{n}.cls": str(n)}) for n in range(3)]
     path = tmp_path / "x.tar"
-    write(path, {"k.left.png": picture(1), "k.right.png": picture(2), "k.cls": "5", "l.png": picture(3)})
-    with tarfile.open(path, "a") as file:
-        data = picture(9)
-        info = tarfile.TarInfo("k.left.png")
-        info.size = len(data)
-        file.addfile(info, io.BytesIO(data))
-    source = open_source(str(path), DATA)
-    assert names(source) == ["x.tar/k.left.png", "x.tar/k.right.png", "x.tar/l.png"]
-    assert reds(source) == [9, 2, 3]
+    path.write_bytes(b"".join(part.read_bytes() for part in parts) + b"what follows is no tar" * 50)
+    source = opened(path)
+    assert (reds(source), classes(source), source.damage) == ([0, 1, 2], ["0", "1", "2"], ())
 
 
-def test_what_is_no_image_is_ignored_and_counted_in_one_line(tmp_path, said) -> None:
+def test_backslashes_are_folders_where_no_name_has_a_slash(tmp_path):
+    members = {"a\\1.png": picture(1), "b\\c\\2.png": picture(2), "b\\c\\2.cls": "z", "a\\1.cls": "y"}
+    source = opened(write(tmp_path / "x.tar", members))
+    assert (names(source), classes(source)) == (["a/1.png", "b/c/2.png"], ["y", "z"])
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_sparse_members_are_unreadable_images_and_the_others_are_read(tmp_path, form):
+    (tmp_path / "1.png").write_bytes(picture(1))
+    (tmp_path / "2.png").touch()
+    os.truncate(tmp_path / "2.png", 300_000)
     path = tmp_path / "x.tar"
-    write(
-        path,
-        {"1.png": picture(), "._1.png": b"", "a/.b/2.png": b"", "1.txt": "", "1.cls": "0", "1.json": "{}"},
-    )
+    options = [f"--format={form}", "--sparse", "-C", str(tmp_path), "-cf", str(path)]
+    subprocess.run(["tar", *options, "2.png", "1.png"], check=True)
+    if path.stat().st_size > 200_000:
+        pytest.skip("this file system keeps no holes")
+    source = opened(path)
+    assert (names(source), source.content(1)) == (["2.png", "1.png"], picture(1))
+    with pytest.raises(BadImageError, match="pack the tar again without --sparse"):
+        source.read(0)
+
+
+def test_what_is_no_image_is_ignored_and_counted_in_one_line(tmp_path, caplog):
+    members = {"1.png": picture(), "._1.png": "", "a/.b/2.png": "", "1.txt": "", "1.cls": "0", "1.json": "{}"}
+    path = write(tmp_path / "x.tar", members)
     with tarfile.open(path, "a") as file:
-        for name, kind in (
-            ("2.png", tarfile.SYMTYPE),
-            ("3.png", tarfile.LNKTYPE),
-            ("folder.png", tarfile.DIRTYPE),
-        ):
-            info = tarfile.TarInfo(name)
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE):
+            info = tarfile.TarInfo("2.png")
             info.type, info.linkname = kind, "1.png"
             file.addfile(info)
-    assert names(open_source(str(path), DATA)) == ["x.tar/1.png"]
-    (record,) = said.records
-    assert record.getMessage() == (
-        f"{path}: 1 images; ignored 3 files, none with an image's extension (links or special files, .txt) "
-        "and 2 hidden (beginning with a dot)"
-    )
+    with caplog.at_level(logging.INFO, logger="nextblock"):
+        assert names(opened(path)) == ["1.png"]
+    assert "ignored 3 files, none with an image's extension (links or special files, .txt)" in caplog.text
 
 
-def test_a_broken_member_is_a_bad_image(tmp_path) -> None:
-    source = open_source(str(write(tmp_path / "x.tar", {"1.png": b"no image", "2.png": b""})), DATA)
-    with pytest.raises(BadImageError, match="not an image"):
-        source.read(0)
-    with pytest.raises(BadImageError, match="empty"):
-        source.read(1)
+def test_shards_are_read_in_the_order_of_braces_and_a_file_named_with_braces_is_a_file(tmp_path):
+    for folder in "01":
+        (tmp_path / folder).mkdir()
+        for number in range(8, 11):
+            write(tmp_path / folder / f"s-{number:03}.tar", {"1.png": picture(number)})
+    source = open_source(f"{tmp_path}/0/s-{{008..010}}.tar", DATA)
+    assert (reds(source), source.name(2)) == ([8, 9, 10], "s-010.tar/1.png")
+    both = open_source(f"{tmp_path}/{{0..1}}/s-{{008..009}}.tar", DATA)
+    assert (reds(both), both.name(2)) == ([8, 9, 8, 9], f"{tmp_path}/1/s-008.tar/1.png")
+    write(tmp_path / "{0..1}.tar", {"1.png": picture(5)})
+    assert reds(opened(tmp_path / "{0..1}.tar")) == [5]
 
 
-def test_a_shard_that_shrinks_or_vanishes_gives_bad_images(tmp_path) -> None:
-    for number in range(2):
-        write(tmp_path / f"{number}.tar", {"1.png": picture(), "2.png": picture()})
-    source = open_source(f"{tmp_path}/{{0..1}}.tar", DATA)
-    assert source.read(0).shape == (3, 4, 6)
-    with (tmp_path / "0.tar").open("r+b") as file:
-        file.truncate(700)
-    (tmp_path / "1.tar").unlink()
-    with pytest.raises(BadImageError, match="its shard has become shorter"):
-        source.read(1)
-    with pytest.raises(BadImageError, match="its shard cannot be read: No such file"):
-        source.read(2)
+def test_missing_shards_are_refused_by_name(tmp_path):
+    write(tmp_path / "0.tar", {"1.png": picture()})
+    with pytest.raises(
+        ValueError, match=r"4 of 5 shards are missing: .*1.tar, .*2.tar, .*3.tar, \.\.\.; name"
+    ):
+        open_source(f"{tmp_path}/{{0..4}}.tar", DATA)
+    with pytest.raises(ValueError, match=r"\{5\.\.1\} must run upwards"):
+        open_source(f"{tmp_path}/{{5..1}}.tar", DATA)
 
 
-def test_few_shards_are_open_at_once(tmp_path, monkeypatch) -> None:
+def test_few_shards_are_open_at_once_and_other_processes_open_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(tar, "MAX_OPEN", 2)
     for number in range(4):
         write(tmp_path / f"{number}.tar", {"1.png": picture(number)})
     source = open_source(f"{tmp_path}/{{0..3}}.tar", DATA)
-    assert isinstance(source, TarSource)
-    assert [int(source.read(index)[0, 0, 0]) for index in (0, 1, 0, 2, 0, 3)] == [0, 1, 0, 2, 0, 3]
-    assert list(source._maps) == [0, 3]
+    assert isinstance(source, tar.TarSource)
+    assert [int(source.read(i)[0, 0, 0]) for i in (0, 1, 0, 2, 0, 3)] == [0, 1, 0, 2, 0, 3]
+    assert list(source._files) == [0, 3]
+    with get_context("fork").Pool(2) as pool:
+        assert pool.map(reds, [source] * 4) == [[0, 1, 2, 3]] * 4
 
 
-def test_other_processes_read_it(tmp_path) -> None:
-    source = open_source(str(write(tmp_path / "x.tar", {f"{i}.png": picture(i) for i in range(3)})), DATA)
-    assert reds(source) == [0, 1, 2]
-    assert reds(pickle.loads(pickle.dumps(source))) == [0, 1, 2]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(reds, (source,)) == [0, 1, 2]
-
-
-def test_training_on_shards_is_the_same_with_and_without_workers(tmp_path) -> None:
+def test_a_shard_that_shrinks_or_vanishes_and_a_huge_member_give_bad_images(tmp_path):
     for number in range(2):
-        write(tmp_path / f"{number}.tar", {f"{i}.png": picture(number * 10 + i) for i in range(4)})
+        write(tmp_path / f"{number}.tar", {"1.png": picture(), "2.png": picture()})
     source = open_source(f"{tmp_path}/{{0..1}}.tar", DATA)
-
-    def steps(workers: int) -> list[Step]:
-        loader = TrainLoader(source, DATA, image_size=8, seed=0, batch_size=4, workers=workers)
-        return list(islice(loader, 4))
-
-    for alone, helped in zip(steps(0), steps(2), strict=True):
-        assert torch.equal(alone.micro_batches[0].samples, helped.micro_batches[0].samples)
-        assert torch.equal(alone.micro_batches[0].images, helped.micro_batches[0].images)
-
-
-# --------------------------------------------------------------------------------------------------- labels
-
-
-def test_cls_members_are_labels_by_the_key_sorted_as_numbers(tmp_path) -> None:
-    write(tmp_path / "0.tar", {"a/1.png": picture(), "a/1.cls": "10\n", "a/2.left.jpg": b"", "a/2.CLS": b"9"})
-    write(tmp_path / "1.tar", {"1.cls": "9", "1.json": '{"label": 3}', "1.png": picture()})
-    source = open_source(f"{tmp_path}/{{0..1}}.tar", DATA)
-    assert source.has_labels
-    assert source.class_names == ("9", "10")
-    assert source.labels.tolist() == [1, 0, 0]
+    os.truncate(tmp_path / "0.tar", 700)
+    (tmp_path / "1.tar").unlink()
+    with pytest.raises(BadImageError, match="its shard has changed since it was indexed"):
+        source.read(1)
+    with pytest.raises(BadImageError, match="its shard cannot be read: No such file"):
+        source.read(2)
+    path = tmp_path / "x.tar"
+    size = 2**40  # a file of holes: as large as it says, and nothing is read of it
+    path.write_bytes(member("1.png", b"", size=size)[:1536])
+    os.truncate(path, path.stat().st_size + size)
+    with pytest.raises(BadImageError, match="more than an image of data"):
+        opened(path).read(0)
 
 
-@pytest.mark.parametrize("field", ["label", "cls", "class"])
-def test_a_field_of_json_is_a_label(tmp_path, field) -> None:
-    members = {
-        "1.json": json.dumps({"x": [1], field: "dog"}),
-        "1.png": b"",
-        "2.png": b"",
-        "2.json": f'{{"{field}":"cat"}}',
-    }
-    source = open_source(str(write(tmp_path / "x.tar", members)), DATA)
-    assert source.class_names == ("cat", "dog")
-    assert source.labels.tolist() == [1, 0]
-
-
-def test_without_label_members_the_first_folders_are_classes(tmp_path) -> None:
-    members = {
-        "./b/x/1.png": b"",
-        "a/2.png": b"",
-        "b/3.png": b"",
-        "b/3.json": "[1",
-        "a/2.json": '{"label": [1]}',
-    }
-    source = open_source(str(write(tmp_path / "x.tar", members)), DATA)
-    assert source.has_labels
-    assert source.class_names == ("a", "b")
-    assert source.labels.tolist() == [1, 0, 1]
-
-
-def test_no_labels_and_half_of_them_are_refused_only_when_asked_for(tmp_path) -> None:
-    none = open_source(str(write(tmp_path / "x.tar", {"1.png": b"", "a/2.png": b""})), DATA)
-    half = open_source(str(write(tmp_path / "y.tar", {"a/1.png": b"", "a/1.cls": "1", "a/2.png": b""})), DATA)
-    assert not none.has_labels
-    assert not half.has_labels
-    with pytest.raises(
-        ValueError, match=r"no labels: there are no \.cls members, no label, cls or class in \.json"
-    ):
-        none.labels  # noqa: B018 - asking is what fails
-    with pytest.raises(ValueError, match=r"no labels for 1 of its 2 images, the first 'y.tar/a/2.png'"):
-        half.labels  # noqa: B018 - asking is what fails
-
-
-# ---------------------------------------------------------------------------------------------------- index
-
-
-def test_the_index_lies_beside_the_shard_and_is_used_while_the_shard_is_the_same(
-    tmp_path, monkeypatch
-) -> None:
-    path = write(tmp_path / "x.tar", {"1.png": picture(1), "1.cls": "7"})
-    first = open_source(str(path), DATA)
-    assert path.with_name(f"x.tar{INDEX}").is_file()
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("the headers were read again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("nextblock.data.sources.tar_index._members", refuse)
-        second = open_source(str(path), DATA)
-    assert names(second) == names(first)
-    assert second.fingerprint == first.fingerprint
-    assert second.class_names == ("7",)
-    write(path, {"1.png": picture(1), "2.png": picture(2), "3.png": picture(3), "4.png": picture(4)})
-    assert reds(open_source(str(path), DATA)) == [1, 2, 3, 4]
-
-
-def test_a_broken_index_is_made_anew_with_one_line(tmp_path, said) -> None:
-    path = write(tmp_path / "x.tar", {"1.png": picture(1)})
-    open_source(str(path), DATA)
-    index = path.with_name(f"x.tar{INDEX}")
-    whole = index.read_bytes()
-    for broken in (b"", whole[:-1], whole[:-1] + b"\7", b"{}\n"):
-        said.clear()
-        index.write_bytes(broken)
-        assert reds(open_source(str(path), DATA)) == [1]
-        (record,) = said.records
-        assert "is damaged" in record.getMessage()
-        assert index.read_bytes() == whole
-
-
-def test_where_the_shards_folder_cannot_be_written_the_index_lies_in_the_cache(
-    tmp_path, monkeypatch, said
-) -> None:
-    path = write(tmp_path / "x.tar", {"1.png": picture(1)})
-    path.with_name(f"x.tar{INDEX}").mkdir()  # even a superuser cannot put a file in its place
-    data = DataConfig(cache_dir=str(tmp_path / "cache"))
-    assert reds(open_source(str(path), data)) == [1]
-    assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1
-    monkeypatch.setattr("nextblock.data.sources.tar_index._members", None)
-    said.clear()
-    assert reds(open_source(str(path), data)) == [1]
-
-
-def test_where_nothing_can_be_written_one_line_says_so(tmp_path, said) -> None:
-    for number in range(3):
-        write(tmp_path / f"{number}.tar", {"1.png": picture(number)})
-        (tmp_path / f"{number}.tar{INDEX}").mkdir()
-    (tmp_path / "file").touch()
-    data = DataConfig(cache_dir=str(tmp_path / "file"))
-    assert reds(open_source(f"{tmp_path}/{{0..2}}.tar", data)) == [0, 1, 2]
-    lines = [record.getMessage() for record in said.records if "indexes" in record.getMessage()]
-    assert len([line for line in lines if line.startswith("no indexes are kept: cannot make the cache")]) == 1
-    assert len([line for line in lines if line.startswith("no indexes of shards are kept: neither")]) == 1
-
-
-def test_progress_is_said_while_many_shards_are_indexed(tmp_path, monkeypatch, said) -> None:
-    monkeypatch.setattr(tar, "PROGRESS_S", 0.0)
-    for number in range(2):
-        write(tmp_path / f"{number}.tar", {"1.png": picture(number)})
-    open_source(f"{tmp_path}/{{0..1}}.tar", DATA)
-    messages = [record.getMessage() for record in said.records]
-    assert f"{tmp_path}/{{0..1}}.tar: read the headers of 1 of 2 shards" in messages
-    assert any("read the headers of all 2 shards in" in message for message in messages)
-
-
-def test_the_fingerprint_is_of_names_and_sizes(tmp_path) -> None:
-    def fingerprint(folder: str, members: dict[str, bytes | str]) -> str:
-        (tmp_path / folder).mkdir()
-        return open_source(str(write(tmp_path / folder / "x.tar", members)), DATA).fingerprint
-
-    base = fingerprint("0", {"1.png": b"123", "2.png": b"45"})
-    assert base.startswith("tar-2-")
-    assert fingerprint("1", {"1.txt": "!", "1.png": b"abc", "2.png": b"de"}) == base
-    assert fingerprint("2", {"1.png": b"123", "2.png": b"456"}) != base
-    assert fingerprint("3", {"1.png": b"123", "3.png": b"45"}) != base
-
-
-# --------------------------------------------------------------------------------------------------- damage
+def sample(key: str, **labels: str) -> dict[str, str]:
+    """An image and its labels, by ending."""
+    return {f"{key}.png": "", **{f"{key}.{ending}": label for ending, label in labels.items()}}
 
 
 @pytest.mark.parametrize(
-    ("end", "reason", "whole"),
+    ("members", "expected"),
     [
-        (1024 + 100, "the file ends within a header at byte 1,024", [1]),
-        (1024 + 512 + 20, "the file ends within '2.png'", [1]),
-        (2048, "the file ends without the mark of a tar's end", [1, 2]),
+        (
+            sample("a/1", cls="10\n") | {"a/2.left.jpg": "", "a/2.CLS": "9", "a/2.json": '{"cls": 3}'},
+            ["10", "9"],
+        ),
+        (sample("v1.0_3", cls="x") | sample("v1.0_4", json='{"label": "y"}'), ["x", "y"]),
+        (sample("1", json='{"x": [1], "class": " dog "}'), ["dog"]),
+        (sample("1", json='{"label": 2.0}') | sample("2", json='{"label": 0.5}'), ["2", "0.5"]),
+        (sample("1", json='{"label": true}') | sample("2", json='{"label": null, "cls": 7}'), ["True", "7"]),
+        (sample("b/x/1") | sample("./a/2", json='{"x": 1}') | {"b/n.json": "[", "b/.1.cls": "x"}, ["b", "a"]),
     ],
 )
-def test_of_a_cut_tar_the_whole_members_are_used_and_the_rest_is_told(
-    tmp_path, said, end, reason, whole
-) -> None:
-    assert len(picture()) <= 512
-    path = write(tmp_path / "x.tar", {"1.png": picture(1), "2.png": picture(2)})
-    path.write_bytes(path.read_bytes()[:end])
-    for _ in range(2):  # with a new index, and with the one that was kept
-        said.clear()
-        assert reds(open_source(str(path), DATA)) == whole
-        (record,) = said.records
-        assert record.levelname == "WARNING"
-        assert record.getMessage() == f"x.tar: {reason}; the {len(whole)} images before that are used"
+def test_labels_come_from_cls_then_json_then_folders(tmp_path, members, expected):
+    assert classes(opened(write(tmp_path / "x.tar", members))) == expected
 
 
-def test_what_follows_a_damaged_header_is_told(tmp_path, said) -> None:
-    path = write(tmp_path / "x.tar", {"1.png": picture(1), "2.png": picture(2)})
-    content = bytearray(path.read_bytes())
-    content[1030] ^= 1
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (sample("1"), r"has no labels; add \.cls members"),
+        (sample("a/1", cls="1") | sample("a/2"), r"no labels for 1 of its 2 images, the first 'x.tar/a/2"),
+        (sample("a/1", json='{"label": [1, 2]}'), r"unusable label: x.tar/a/1.json: 'label' is \[1, 2\]"),
+        (sample("1", json='{"cls": NaN}'), "'cls' is NaN"),
+        (sample("1", json='{"cls"'), "1.json is no JSON"),
+    ],
+)
+def test_missing_and_unusable_labels_are_told_only_when_asked_for(tmp_path, members, message):
+    source = opened(write(tmp_path / "x.tar", members))
+    assert not source.has_labels
+    with pytest.raises(ValueError, match=message):
+        source.labels  # noqa: B018 - asking is what fails
+
+
+def test_in_a_directory_of_tars_each_is_a_class(tmp_path):
+    write(tmp_path / "n02.tar", {"n02_1.png": picture(2), "n02_2.png": picture(3)})
+    write(tmp_path / "n01.tar", {"n01_1.png": picture(1)})
+    write(tmp_path / "n03.tar", {})
+    (tmp_path / "words.txt").write_text("n01 cat")
+    source = opened(tmp_path)
+    assert (reds(source), classes(source)) == ([1, 2, 3], ["n01", "n02", "n02"])
+    assert (source.name(0), source.empty_classes()) == ("n01.tar/n01_1.png", ["n03"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="no images in"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tars", "expected"),
+    [
+        ({"a": {"1.png": "", "1.cls": "x"}, "b": {"2.png": "", "2.cls": "y"}}, ["x", "y"]),
+        ({"a": {"cat/1.png": ""}, "b": {"dog/2.png": ""}}, ["cat", "dog"]),
+        ({"a": {"all/1.png": ""}, "b": {"all/2.png": ""}}, ["a", "b"]),
+        ({"shard-000000": {"1.png": ""}, "train_003": {"2.png": ""}}, None),
+        ({"00000": {"1.png": ""}, "00001": {"2.png": ""}}, None),
+        ({"only": {"1.png": ""}}, None),
+    ],
+)
+def test_names_of_tars_are_classes_unless_they_state_others_or_are_shards(tmp_path, tars, expected):
+    for name, members in tars.items():
+        write(tmp_path / f"{name}.tar", members)
+    source = opened(tmp_path)
+    assert (classes(source) if source.has_labels else None) == expected
+
+
+def test_many_tars_have_a_joint_index_that_notices_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_index, "MANY", 2)
+    paths = [write(tmp_path / f"{name}.tar", sample(name, cls=name)) for name in "ab"]
+    first = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "tar_index", None)
+        again = opened(tmp_path)
+    assert (names(again), classes(again)) == (names(first), classes(first))
+    write(paths[0], sample("c", cls="c"), mode="a")
+    assert classes(opened(tmp_path)) == ["a", "c", "b"]
+
+
+def test_the_index_is_kept_while_the_tar_is_the_same_and_a_damaged_one_is_rebuilt(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.tar", {"1.png": picture(1), "1.cls": "7"})
+    first = opened(path)
+    index = tmp_path / "x.tar.nextblock-index.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "build_index", None)
+        again = opened(path)
+    assert (again.fingerprint, names(again), classes(again)) == (first.fingerprint, ["1.png"], ["7"])
+    whole = index.read_bytes()
+    for broken in (b"nonsense", whole[:300] + b"!" + whole[301:]):
+        index.write_bytes(broken)
+        assert reds(opened(path)) == [1]
+        assert tar_index.read_index(index) is not None
+    write(path, {"2.png": picture(2), "3.png": picture(3)}, mode="a")
+    assert reds(opened(path)) == [1, 2, 3]
+
+
+def test_without_a_place_beside_the_tar_the_index_lies_in_the_cache_or_nowhere(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.tar", {"1.png": picture(1)})
+    path.with_name("x.tar.nextblock-index.npz").mkdir()  # even root cannot put a file in its place
+    (tmp_path / "file").touch()
+    assert reds(open_source(str(path), DataConfig(cache_dir=str(tmp_path / "file")))) == [1]
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    open_source(str(path), data)
+    monkeypatch.setattr(tar_index, "build_index", None)
+    assert reds(open_source(str(path), data)) == [1]
+
+
+def test_the_fingerprint_is_of_names_and_sizes(tmp_path):
+    for first, second, is_same in (("1.png", b"45", True), ("1.png", b"456", False), ("0.png", b"45", False)):
+        source = opened(write(tmp_path / "x.tar", {"1.txt": "!", first: b"123", "2.png": second}))
+        assert (source.fingerprint == "tar-2-3bba02540a5bf8882a87d3058684ecc5") == is_same
+
+
+CUT = "the header at byte 1,024 is cut off"
+ONE, TWO = member("1.png", picture(1)), member("2.png", picture(2))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (ONE + TWO[:100], f"{CUT} or damaged"),
+        (ONE + TWO[:520], "the file ends within '2.png'"),
+        (ONE + member("2.png", b"", size=10**12), "the file ends within '2.png'"),
+        (ONE, "the file ends without the mark of a tar's end"),
+        (ONE + member("p", b"", size=2**30, type=b"x") + END, f"{CUT} or damaged"),
+    ],
+)
+def test_the_images_before_damage_are_used_and_the_rest_is_told(tmp_path, caplog, content, reason):
+    path = tmp_path / "x.tar"
     path.write_bytes(content)
-    assert reds(open_source(str(path), DATA)) == [1]
-    assert "x.tar: the header at byte 1,024 is damaged; the 1 images before that are used" in said.text
+    told = f"x.tar: {reason}; the 1 images before that are used"
+    for _ in range(2):  # with a new index, and with the one that was kept
+        source = opened(path)
+        assert reds(source) == [1]
+        assert list(map(str, source.damage)) == [told]
+    assert caplog.text.count(told) == 2
 
 
-def test_no_cut_and_no_flipped_byte_of_a_header_raises_anything_but_what_is_said(tmp_path) -> None:
-    long = "n" * 120 + ".png"
-    whole = write(tmp_path / "x.tar", {long: picture(1), "2.png": picture(2), "2.cls": "1"}).read_bytes()
-    path = tmp_path / "y.tar"
-    opened = refused = 0
-    headers = [*range(0, 512, 7), *range(512, 700, 3), *range(1024, 1536, 7)]
-    cuts = [whole[:end] for end in range(0, 4096, 97)]
-    for content in [*cuts, *(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in headers)]:
+def test_cut_and_damaged_headers_are_refused_by_name_or_give_whole_images(tmp_path):
+    path = write(tmp_path / "x.tar", {"n" * 120 + ".png": picture(1), "2.png": picture(2), "2.cls": "1"})
+    whole = path.read_bytes()
+    contents = [whole[:end] for end in range(0, 4096, 97)]
+    places = [*range(0, 512, 7), *range(512, 700, 3), *range(1024, 1536, 7)]
+    contents += [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in places]
+    refused = 0
+    for content in contents:
         path.write_bytes(content)
         try:
-            source = open_source(str(path), DATA)
-            opened += 1
+            source = opened(path)
+            assert all(source.content(index) for index in range(len(source)))
         except ValueError as error:
-            refused += str(path) in str(error)
-            continue
-        for index in range(len(source)):
-            assert len(source.content(index) or b"") > 0
-    assert opened > 20
-    assert refused > 20
-    assert opened + refused == len(cuts) + len(headers)
-
-
-# ------------------------------------------------------------------------------------------------- refusals
-
-
-def test_missing_shards_are_counted_and_the_first_three_named(tmp_path) -> None:
-    write(tmp_path / "0.tar", {"1.png": picture()})
-    with pytest.raises(
-        ValueError, match=rf"4 of 5 shards are missing: {tmp_path}/1.tar, .*/2.tar, .*/3.tar, \.\.\.; "
-    ):
-        open_source(f"{tmp_path}/{{0..4}}.tar", DATA)
-    with pytest.raises(ValueError, match=rf"1 of 1 shards are missing: {tmp_path}/x.tar; fetch them"):
-        open_source(f"{tmp_path}/x.tar", DATA)
-
-
-def test_a_pattern_is_refused_with_the_braces_to_write(tmp_path) -> None:
-    write(tmp_path / "x-0.tar", {"1.png": picture()})
-    with pytest.raises(ValueError, match=r"\* \? \[ have no meaning here.*shards-\{000000\.\.000999\}\.tar"):
-        open_source(f"{tmp_path}/*.tar", DATA)
+            assert str(path) in str(error)
+            refused += 1
+    assert 20 < refused < len(contents) - 20
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"is empty \(0 bytes\)"),
-        (b"no tar", r"is no tar \(it begins with b'no tar'\)"),
-        (b"no tar" * 1000, "is no tar"),
-        (gzip.compress(bytes(2000), mtime=0), r"is compressed \(gzip\)"),
-        (bytes(10240), "holds no images: it is empty"),
+        (b"", r"is empty \(0 bytes\); fetch or pack it again"),
+        (gzip.compress(END, mtime=0), "unpack it if it is compressed"),
+        (b"<html>" * 200, r"is no plain tar \(it begins with b'<html><h'\)"),
+        (END, "holds no images: it is empty"),
+        (member("n01.tar", b"x") + END, "holds no images.*unpack it to a directory, in which each tar is a"),
     ],
 )
-def test_what_is_no_plain_tar_is_refused(tmp_path, content, message) -> None:
+def test_what_is_no_plain_tar_of_images_is_refused_with_a_remedy(tmp_path, content, message):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        open_source(str(tmp_path / "x.tar"), DATA)
-
-
-def test_a_tar_without_images_is_refused_with_what_was_found(tmp_path) -> None:
-    write(tmp_path / "x.tar", {"1.txt": "", "1.jpg.gz": b"", "1.cls": "0"})
-    with pytest.raises(
-        ValueError, match=r"holds no images: 2 files, none with an image's extension \(.gz, .txt\)"
-    ):
-        open_source(str(tmp_path / "x.tar"), DATA)
-
-
-@pytest.mark.parametrize("how", ["gnu", "pax"])
-def test_sparse_members_are_refused(tmp_path, how) -> None:
-    info = tarfile.TarInfo("1.png")
-    if how == "gnu":
-        info.type = tarfile.GNUTYPE_SPARSE
-        header = info.tobuf(tarfile.GNU_FORMAT)
-    else:
-        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
-        header = info.tobuf(tarfile.PAX_FORMAT)
-    (tmp_path / "x.tar").write_bytes(header + bytes(1024))
-    with pytest.raises(ValueError, match=r"'1\.png' is stored sparsely; pack it again without --sparse"):
-        open_source(str(tmp_path / "x.tar"), DATA)
+        opened(tmp_path / "x.tar")

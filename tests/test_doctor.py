@@ -1,12 +1,12 @@
-"""The doctor finds every fault that was planted, and none where there is none."""
+"""The doctor finds every fault that was planted and none where there is none; its advice can be typed."""
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
-from collections import Counter
+import json
+import tarfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,26 @@ import pytest
 import torch
 from PIL import Image
 
-from nextblock.config import DataConfig, ModelConfig
+from nextblock.cli.arguments import resolve
+from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import ConcatSource, Source, open_source
-from nextblock.data.diagnosis import Checkup, Finding, diagnose, find_leakage, geometry_finding, report
-from nextblock.data.doctor import duplicates, examine, images_per_core_s
+from nextblock.data.advice import Checkup
+from nextblock.data.doctor import IMAGE, Examination, crops_per_core_s, examine, shared_images
+from nextblock.presets import get_preset
+from tiny_runs import call_cli, refused, write_images
 from toy import ToySource
 
 # A machine with few cores is warned of more workers than cores, which is what some tests want.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 DATA = DataConfig(max_pixels=100_000)
+AUTO = replace(DATA, normalize="auto")
 MODEL = ModelConfig(image_size=32, patch_size=4, block_size=2, embed_dim=24, depth=1, num_heads=3)
+FLAGS = ("--workers", 0, "--image_size", 16, "--patch_size", 4, "--block_size", 2, "--data.normalize", "auto")
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 48), mode: str = "RGB") -> Image.Image:
-    """A noisy picture of ImageNet's mean and deviation; `size` is (height, width)."""
+    """Noise of ImageNet's mean and deviation; `size` is (height, width)."""
     rng = np.random.default_rng(seed)
     colour = 255 * np.clip(rng.normal((0.485, 0.456, 0.406), 0.22, (*size, 3)), 0, 1)
     return Image.fromarray(colour.astype(np.uint8)).convert(mode)
@@ -41,393 +46,309 @@ def encoded(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def bomb_png() -> bytes:
-    """A well-formed PNG of 40,000 x 40,000 pixels in few bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0"))
-        + chunk(b"IEND", b"")
-    )
-
-
-def tiff_of_bands(bands: np.ndarray) -> bytes:
-    """An uncompressed TIFF file of (height, width, bands) values of 16 bits."""
-    height, width, count = bands.shape
-    body = bands.astype("<u2").tobytes()
-    bits_at = 8 + len(body)
-    short, long = 3, 4
-    tags = [
-        (256, long, 1, width),
-        (257, long, 1, height),
-        (258, short, count, bits_at),
-        (259, short, 1, 1),
-        (262, short, 1, 1),
-        (273, long, 1, 8),
-        (277, short, 1, count),
-        (278, long, 1, height),
-        (279, long, 1, len(body)),
-        (338, short, count - 1, bits_at + 2 * count),
-    ]
-    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    values = struct.pack(f"<{count}H", *[16] * count) + bytes(2 * (count - 1))
-    return struct.pack("<2sHI", b"II", 42, bits_at + len(values)) + body + values + table
-
-
-def rotated() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded(picture(103), "JPEG", exif=exif)
-
-
-BROKEN = {
-    "cats/truncated.png": encoded(picture(100))[:200],
-    "cats/truncated.jpg": encoded(picture(100), "JPEG")[:60],
-    "cats/empty.jpg": b"",
-    "cats/words.jpg": b"<html>404 not found</html>",
-    "dogs/bomb.png": bomb_png(),
-}
-
-SIXTEEN = Image.fromarray((np.arange(40 * 48).reshape(40, 48) * 30).astype(np.uint16))
-
-TRAITS = {
-    "cats/sixteen.png": (encoded(SIXTEEN), {"16 bits", "grey"}),
-    "cats/sixteen.tif": (encoded(SIXTEEN, "TIFF"), {"16 bits", "grey"}),
-    "cats/alpha.png": (encoded(picture(101, mode="RGBA")), {"alpha"}),
-    "cats/grey.png": (encoded(picture(102, mode="L")), {"grey"}),
-    "cats/cmyk.jpg": (encoded(picture(102, mode="CMYK"), "JPEG"), {"CMYK"}),
-    "cats/rotated.jpg": (rotated(), {"rotated by EXIF"}),
-    "cats/palette.gif": (encoded(picture(104, mode="P"), "GIF"), {"palette"}),
-    "cats/animated.gif": (
-        encoded(picture(105, mode="P"), "GIF", save_all=True, append_images=[picture(106, mode="P")]),
-        {"palette", "animated"},
-    ),
-    "cats/wrong_name.png": (encoded(picture(107), "JPEG"), {"named as another format"}),
-    "cats/blank.png": (encoded(Image.new("RGB", (48, 40), (9, 8, 7))), {"one colour"}),
-    "cats/tiny.png": (encoded(picture(108, (3, 5))), set()),
-}
-
-
-def write(root: Path, files: dict[str, bytes]) -> Path:
+def opened(root: Path, files: dict[str, bytes]) -> Source:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
-    return root
+    return open_source(str(root), DATA)
 
 
-def healthy(count: int, first_seed: int = 0, folders: tuple[str, ...] = ("cats", "dogs")) -> dict[str, bytes]:
-    return {
-        f"{folders[seed % len(folders)]}/{seed:03d}.png": encoded(picture(seed))
-        for seed in range(first_seed, first_seed + count)
-    }
-
-
-def opened(root: Path, data: DataConfig = DATA) -> Source:
-    return open_source(str(root), data)
+def healthy(count: int, first: int = 0) -> dict[str, bytes]:
+    seeds = range(first, first + count)
+    return {f"{('cats', 'dogs')[seed % 2]}/{seed:03d}.png": encoded(picture(seed)) for seed in seeds}
 
 
 def checkup(source: Source, data: DataConfig = DATA, **options: Any) -> Checkup:
     return Checkup(train=examine(source, data), data=data, model=MODEL, **options)
 
 
-def findings(*args: Any, **options: Any) -> dict[str, Finding]:
-    return {finding.what: finding for finding in diagnose(checkup(*args, **options))}
+def found_of(source: Source, sizes: Any) -> Examination:
+    """An examination of images with these sizes."""
+    found = Examination(source, 3)
+    found.images = np.zeros(len(sizes), IMAGE)
+    found.images["index"], found.images["size"] = np.arange(len(sizes)), sizes
+    return found
+
+
+def findings(told: Checkup) -> dict[str, str]:
+    return {finding.what: finding.severity for finding in told.findings}
+
+
+BROKEN = {
+    "cats/truncated.jpg": encoded(picture(100), "JPEG")[:60],
+    "cats/empty.jpg": b"",
+    "cats/words.jpg": b"<html>404 not found</html>",
+    "void/large.png": encoded(Image.new("L", (400, 400))),
+}
+SIXTEEN = Image.fromarray((np.arange(40 * 48).reshape(40, 48) * 30).astype(np.uint16))
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+KINDS = {
+    "cats/sixteen.png": encoded(SIXTEEN),
+    "cats/sixteen.tif": encoded(SIXTEEN, "TIFF"),
+    "cats/alpha.png": encoded(picture(101, mode="RGBA")),
+    "cats/rotated.jpg": encoded(picture(103), "JPEG", exif=EXIF),
+}
 
 
 @pytest.fixture(scope="module")
-def sick(tmp_path_factory) -> Path:
-    """A folder with every fault, a class of one image, and a class of none."""
-    root = write(tmp_path_factory.mktemp("sick"), healthy(20, folders=("cats",)) | BROKEN)
-    write(root, {name: content for name, (content, _) in TRAITS.items()})
+def sick(tmp_path_factory) -> Source:
+    """Every fault: unreadable, doubled, blank and tiny images; a class of one image, and two of none."""
     twin = encoded(picture(0))
-    write(root, {"cats/twin.png": twin, "rare/one.png": twin, "cats/again.png": encoded(picture(1))})
-    write(root, {"dogs/lonely.txt": b"no picture"})
-    (root / "void").mkdir()
-    return root
-
-
-@pytest.fixture(scope="module")
-def sick_val(tmp_path_factory) -> Path:
-    """Four images, two of which are also in the sick folder, under other names."""
-    files = healthy(4, first_seed=500) | {
-        "cats/seen.png": encoded(picture(3)),
-        "x/y.png": encoded(picture(4)),
-    }
-    return write(tmp_path_factory.mktemp("val"), files)
-
-
-# ------------------------------------------------------------------------------------------------ the look
-
-
-def test_a_healthy_folder_gives_no_finding(tmp_path):
-    source = opened(write(tmp_path, healthy(12)))
-    told = checkup(source, per_core_s=100.0, images_per_s=150.0, cores=4)
-    assert diagnose(told) == []
-    values = report(told)
-    assert values["healthy"]
-    assert values["decided_by"] is None
-    assert values["workers_needed"] == 2
-    assert (values["grid"], values["blocks"]) == ([8, 8], 16)
+    files = healthy(24) | BROKEN | KINDS
+    files |= {"cats/twin.png": twin, "rare/one.png": twin, "cats/again.png": encoded(picture(2))}
+    files |= {"cats/blank.png": encoded(Image.new("RGB", (48, 40), (9, 8, 7)))}
+    files |= {"cats/tiny.png": encoded(picture(108, (3, 5))), "hollow/lonely.txt": b"no picture"}
+    return opened(tmp_path_factory.mktemp("sick"), files)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_broken_file_is_found_and_named_with_its_reason(sick, workers):
-    found = examine(opened(sick), DATA, workers=workers)
-    bad = {sample.name: sample.reason for sample in found.bad()}
+def test_unreadable_files_are_named_with_their_reasons_and_workers_change_nothing(sick, workers):
+    found = examine(sick, DATA, workers=workers)
+    bad = {sample.name: sample.reason for sample in found.bad}
     assert set(bad) == set(BROKEN)
     assert bad["cats/empty.jpg"] == "the file is empty (0 bytes)"
-    assert "not an image of a known format" in bad["cats/words.jpg"]
-    assert "1,600,000,000 pixels, more than data.max_pixels" in bad["dogs/bomb.png"]
-    assert all(opened(sick).name(sample.sample) == sample.name for sample in found.bad())
-    assert found.num_readable == found.examined - len(BROKEN) == len(opened(sick)) - len(BROKEN)
+    assert "160,000 pixels, more than data.max_pixels" in bad["void/large.png"]
+    kinds = {"PNG": 31, "JPEG": 1, "TIFF": 1, "grey": 2, "alpha": 1, "16 bits": 2, "rotated by EXIF": 1}
+    assert found.kinds == kinds
+    assert [48, 40] in found.images["size"].tolist()  # the rotated one is upright
+    assert found.mean_std.tolist() == examine(sick, DATA).mean_std.tolist()
 
 
-@pytest.mark.parametrize("name", TRAITS)
-def test_what_is_special_about_a_file_is_told(tmp_path, name):
-    content, traits = TRAITS[name]
-    found = examine(opened(write(tmp_path, {name: content})), DATA)
-    assert set(found.traits) == traits
-    assert set(found.traits.values()) <= {1}
-
-
-def test_formats_modes_and_traits_are_counted(sick):
-    found = examine(opened(sick), DATA)
-    assert found.formats == Counter(PNG=28, JPEG=3, GIF=2, TIFF=1)
-    assert found.traits == Counter(trait for _, traits in TRAITS.values() for trait in traits)
-    assert found.formats.total() == found.modes.total() == found.num_readable
-
-
-def test_workers_change_nothing(sick):
-    one, other = (examine(opened(sick), DATA, workers=workers) for workers in (0, 3))
-    assert np.array_equal(one.digests, other.digests)
-    assert np.array_equal(one.sizes, other.sizes)
-    assert one.statistics == other.statistics
-    assert (one.formats, one.modes, one.traits) == (other.formats, other.modes, other.traits)
-    assert list(one.bad()) == list(other.bad())
-
-
-def test_sizes_are_height_and_width_after_rotation(tmp_path):
-    found = examine(opened(write(tmp_path, {"a.png": encoded(picture(0)), "b.jpg": rotated()})), DATA)
-    assert found.sizes.tolist() == [[40, 48], [48, 40]]
-
-
-def test_mean_and_deviation_are_those_of_all_images_each_counting_alike(tmp_path):
+def test_mean_and_deviation_count_every_readable_image_alike():
     source = ToySource(11, bad=(3,))
     images = torch.stack([image for i, image in enumerate(source.images) if i != 3]).double() / 255
-    measured = examine(source, DATA).statistics
-    assert measured is not None
-    assert measured.mean == pytest.approx(images.mean((0, 2, 3)).tolist())
-    assert measured.std == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
-    write(
-        tmp_path,
-        {"a.png": encoded(Image.new("RGB", (2, 2))), "b.png": encoded(Image.new("RGB", (90, 9), "red"))},
-    )
-    measured = examine(opened(tmp_path), DATA).statistics
-    assert measured is not None
-    assert measured.mean == (0.5, 0, 0)
+    mean, std = examine(source, DATA).mean_std
+    assert mean == pytest.approx(images.mean((0, 2, 3)).numpy())
+    assert std == pytest.approx(images.std((0, 2, 3), correction=0).numpy())
 
 
-def test_a_sample_is_drawn_by_the_seed_and_examined_in_order():
-    source = ToySource(50)
-    drawn = [examine(source, DATA, samples=9, seed=seed).indices.tolist() for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] == sorted(set(drawn[0]))
-    assert len(drawn[0]) == 9
-    assert drawn[2] != drawn[0]
-    assert examine(source, DATA, samples=99).examined == 50
-
-
-def test_progress_is_told_with_the_number_of_unreadable_images():
+def test_a_sample_is_drawn_and_examined_in_order_and_progress_is_reported():
     told = []
-    examine(ToySource(70, bad=(1, 40, 69)), DATA, progress=lambda *numbers: told.append(numbers))
-    assert told == [(32, 1), (64, 2), (70, 3)]
+    source = ToySource(50, bad=range(40))
+    found = examine(source, DATA, samples=9, progress=lambda *numbers: told.append(numbers))
+    drawn = sorted([*found.images["index"].tolist(), *(bad.sample for bad in found.bad)])
+    assert (len(set(drawn)), found.examined, told[-1]) == (9, 9, (9, len(found.bad)))
 
 
-def test_the_bands_of_a_file_that_pillow_does_not_know_are_told(tmp_path):
-    bands = np.arange(5 * 6 * 7, dtype=np.uint16).reshape(6, 7, 5) * 300
-    many = replace(DATA, channels=5, mean=(0.5,) * 5, std=(0.5,) * 5)
-    found = examine(opened(write(tmp_path, {"a.tif": tiff_of_bands(bands)}), many), many)
-    assert list(found.bad()) == []
-    assert (found.formats, found.modes) == (Counter(TIFF=1), Counter({"5 bands of 16 bits": 1}))
-    assert found.traits == Counter({"16 bits": 1})
-
-
-def test_images_of_other_channels_than_asked_for_are_unreadable():
-    found = examine(ToySource(3), replace(DATA, channels=5, mean=(0.5,) * 5, std=(0.5,) * 5))
-    assert [bad.reason for bad in found.bad()] == ["it has 3 channels, data.channels is 5"] * 3
-    assert found.statistics is None
-
-
-# ------------------------------------------------------------------------------------------------ duplicates
-
-
-def slow_duplicates(digests: np.ndarray, readable: np.ndarray) -> list[list[int]]:
-    groups: dict[bytes, list[int]] = {}
-    for place in np.flatnonzero(readable).tolist():
-        groups.setdefault(digests[place].tobytes(), []).append(place)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_duplicates_are_those_of_the_slow_definition(seed):
-    rng = np.random.default_rng(seed)
-    kinds = rng.integers(0, 256, (20, 16), dtype=np.uint8)
-    kinds[:10, 8:] = kinds[10:, 8:]  # alike in one half only
-    digests = kinds[rng.integers(0, 20, 40)]
-    readable = rng.random(40) < 0.8
-    found = duplicates(digests, readable)
-    assert [found.group(i).tolist() for i in range(len(found))] == slow_duplicates(digests, readable)
-    assert found.surplus == sum(len(group) - 1 for group in slow_duplicates(digests, readable))
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_few_images_or_none_have_no_duplicates(number):
-    digests = np.arange(16 * number, dtype=np.uint8).reshape(number, 16)
-    found = duplicates(digests, np.ones(number, dtype=bool))
-    assert (len(found), found.surplus) == (0, 0)
-
-
-def test_unreadable_files_are_no_duplicates_of_each_other(tmp_path):
-    source = opened(write(tmp_path, healthy(4) | {"cats/a.png": b"", "cats/b.png": b""}))
-    found = examine(source, DATA)
-    assert len(duplicates(found.digests, found.readable)) == 0
-
-
-def test_images_that_are_no_files_are_compared_by_their_pixels():
-    twins = ConcatSource([ToySource(5), ToySource(5), ToySource(5, seed=1)])
-    found = examine(twins, DATA)
-    groups = duplicates(found.digests, found.readable)
-    assert [groups.group(i).tolist() for i in range(len(groups))] == [[i, i + 5] for i in range(5)]
-
-
-# -------------------------------------------------------------------------------------------------- findings
-
-
-def test_all_planted_faults_are_found(sick, sick_val):
-    source = opened(sick)
-    told = checkup(
-        source,
-        val=examine(opened(sick_val), DATA),
-        geometry=geometry_finding(MODEL, image_size=36),
-        per_core_s=10.0,
-        images_per_s=200.0,
-        cores=4,
-    )
-    found = {finding.what: finding for finding in diagnose(told)}
-    assert {what: finding.severity for what, finding in found.items()} == {
-        "too many broken files": "problem",
-        "image size": "problem",
-        "leakage": "problem",
-        "duplicates": "warning",
-        "two classes": "warning",
-        "empty classes": "warning",
-        "unbalanced classes": "warning",
-        "small images": "warning",
-        "blank images": "warning",
-        "misnamed files": "warning",
-        "starving": "warning",
-    }
-    assert f"5 of {len(source)} files" in found["too many broken files"].text
-    assert "use model.image_size 32 or 40" in found["image size"].text
-    assert "2 validation images" in found["leakage"].text
-    assert "cats/seen.png = cats/003.png, x/y.png = cats/004.png" in found["leakage"].text
-    assert "3 images" in found["duplicates"].text
-    assert "in 2 groups (cats/000.png = cats/twin.png = rare/one.png; " in found["duplicates"].text
-    assert found["two classes"].text.startswith("1 groups")
-    assert found["empty classes"].text == "2 classes have no readable image: dogs, void"
-    assert found["unbalanced classes"].text.endswith("rare 1")
-    assert "cats/tiny.png 5x3" in found["small images"].text
-    assert "need 20 workers" in found["starving"].text
-    values = report(told)
-    assert (values["healthy"], values["decided_by"]) == (False, "too many broken files")
-    assert len(values["train"]["bad"]) == 5
-    assert values["train"]["classes"]["dogs"] == 0
-    assert values["train"]["duplicates"]["surplus"] == 3
-    assert values["leakage"]["images"] == 2
-
-
-def test_broken_files_are_a_problem_only_beyond_the_limit():
-    source = ToySource(40, bad=(0,))
-    allowed, strict = replace(DATA, max_bad_fraction=0.025), replace(DATA, max_bad_fraction=0.02)
-    assert findings(source, allowed)["broken files"].severity == "warning"
-    assert findings(source, strict)["too many broken files"].severity == "problem"
-
-
-def test_where_nothing_can_be_read_that_is_the_finding():
-    source = ToySource(4, bad=range(4))
-    told = checkup(source, replace(DATA, max_bad_fraction=1.0))
-    assert report(told)["decided_by"] == "nothing readable"
-    assert report(told)["train"]["sizes"] is None
-    assert [finding.what for finding in diagnose(told)] == ["nothing readable"]
-
-
-def test_many_duplicates_are_a_problem_and_few_a_warning(tmp_path):
-    few = write(tmp_path / "few", healthy(12) | {"cats/x.png": encoded(picture(0))})
-    many = write(tmp_path / "many", healthy(12) | {f"cats/x{i}.png": encoded(picture(0)) for i in range(3)})
-    assert findings(opened(few))["duplicates"].severity == "warning"
-    assert findings(opened(many))["duplicates"].severity == "problem"
-
-
-def test_the_same_image_many_times_in_validation_leaks_as_often(tmp_path):
-    train, val = ToySource(6), ConcatSource([ToySource(3), ToySource(2), ToySource(5, seed=1)])
-    leakage = find_leakage(examine(train, DATA), examine(val, DATA))
-    assert leakage.images == 5
-    assert leakage.examples == tuple((f"toy-0: toy-0[{i}]", f"toy-0[{i}]") for i in range(3))
-    assert find_leakage(examine(ToySource(4, seed=2), DATA), examine(val, DATA)).images == 0
-
-
-def test_a_source_without_labels_has_no_classes_to_find_fault_with(tmp_path):
-    flat = {f"{i}.png": encoded(picture(i)) for i in range(3)}
-    told = checkup(opened(write(tmp_path, flat)))
-    assert diagnose(told) == []
-    assert report(told)["train"]["classes"] is None
-
-
-def test_sizes_that_do_not_divide_are_refused_with_those_that_would():
-    assert geometry_finding(MODEL, image_size=40) is None
-    finding = geometry_finding(MODEL, image_size=(32, 36))
-    assert finding is not None
-    assert "use model.image_size [32, 32] or [32, 40]" in finding.text
-
-
-def test_other_brightness_than_the_settings_say_is_told(tmp_path):
-    dark = {f"{i}.png": encoded(Image.eval(picture(i), lambda value: value // 4)) for i in range(3)}
-    source = opened(write(tmp_path, dark))
-    assert "consider --data.normalize auto" in findings(source)["normalisation"].text
-    assert "normalisation" not in findings(source, replace(DATA, normalize="auto"))
-
-
-def test_a_mean_of_other_channels_is_a_problem(tmp_path):
-    grey = {f"{i}.png": encoded(picture(i, mode="L")) for i in range(3)}
-    finding = findings(opened(write(tmp_path, grey)), replace(DATA, mean=(0.5,), std=(0.2,)))["normalisation"]
-    assert finding.severity == "problem"
-    assert "there are 3 channels, but data.mean has 1 numbers" in finding.text
-
-
-# ------------------------------------------------------------------------------------------------------ rate
+def test_images_with_other_channels_than_asked_for_are_unreadable():
+    five = replace(DATA, channels=5, mean=(0.5,) * 5, std=(0.5,) * 5)
+    assert examine(ToySource(1), five).bad[0].reason == "has 3 channels, data.channels is 5"
 
 
 def test_the_rate_is_that_of_training_crops_and_leaves_the_threads_as_they_were():
-    before = torch.get_num_threads()
-    source = ToySource(5)
-    rate = images_per_core_s(source, DATA, 16)
-    assert rate is not None
-    assert rate > 0
-    assert source.reads == 9 * 5  # nine steps, of which the first is not timed
-    assert torch.get_num_threads() == before
+    before, source = torch.get_num_threads(), ToySource(5)
+    assert (crops_per_core_s(source, DATA, 16) or 0) > 0
+    assert (source.reads, torch.get_num_threads()) == (65, before)  # the first is not timed
+    assert crops_per_core_s(ToySource(5, bad=range(5)), DATA, 16) is None
+    mixture = ConcatSource([ToySource(13), ToySource(1), ToySource(1)])
+    assert (crops_per_core_s(mixture, DATA, 16) or 0) > 0
 
 
-def test_there_is_no_rate_of_images_that_cannot_be_read():
-    assert images_per_core_s(ToySource(5, bad=range(5)), DATA, 16) is None
+def test_duplicates_of_images_without_files_have_equal_pixels_and_unreadable_ones_are_none():
+    twice = ConcatSource([ToySource(5, bad=(4,)), ToySource(5, bad=(4,)), ToySource(5, seed=1)])
+    told = [group["index"].tolist() for group in examine(twice, DATA).duplicates]
+    assert told == [[i, i + 5] for i in range(4)]
 
 
-def test_the_workers_needed_are_the_rate_over_a_cores():
-    told = checkup(ToySource(3), per_core_s=300.0, images_per_s=1000.0, cores=8)
-    assert told.workers_needed == 4
-    assert checkup(ToySource(3), images_per_s=1000.0).workers_needed is None
+def test_all_planted_faults_are_found_and_named(sick, tmp_path):
+    seen = {"cats/seen.png": encoded(picture(3)), "cats/004.png": encoded(picture(4))}
+    val = examine(opened(tmp_path, healthy(4, first=500) | seen), DATA)
+    limits = {"size_problem": "no", "per_core_s": 10.0, "images_per_s": 200.0, "cores": 4}
+    told = checkup(sick, val=val, **limits)
+    expected = {
+        "too many unreadable files": (f"4 of {len(sick)} in ", "data.max_bad_fraction is 0.01"),
+        "image size": ("no",),
+        "leakage": ("2 of the 6 validation images", "(cats/004.png, cats/seen.png = dogs/003.png)"),
+        "duplicates": ("3 of 33", "cats/000.png = cats/twin.png = rare/one.png, cats/002.png"),
+        "small images": ("1 of 33 will be enlarged to 32x32 px (cats/tiny.png)",),
+        "blank images": ("1 with one colour only (cats/blank.png)",),
+        "empty classes": ("2 without a readable image (void, hollow)",),
+        "unbalanced classes": ("20 images in cats, 1 in rare",),
+        "slow decoding": ("need 20 workers, more than 4 cores",),
+    }
+    assert [finding.what for finding in told.findings] == list(expected)
+    for finding in told.findings:
+        assert all(part in finding.text for part in expected[finding.what]), finding
+    assert [finding.severity for finding in told.findings] == ["problem"] * 3 + ["warning"] * 6
+    report = json.loads(json.dumps(told.report()))
+    assert report["verdict"] == "not fit for training: too many unreadable files, image size, leakage"
+    assert report["train"]["duplicates"][0] == ["cats/000.png", "cats/twin.png", "rare/one.png"]
+    assert report["train"]["blank"] == ["cats/blank.png"]
+    assert report["leakage"] == [["cats/004.png", "cats/004.png"], ["cats/seen.png", "dogs/003.png"]]
+    assert report["train"]["class_counts"]["void"] == 0
+
+
+def test_only_a_folder_without_findings_is_healthy(tmp_path):
+    source = opened(tmp_path / "a", healthy(12))
+    told = checkup(source)
+    assert (told.findings, told.verdict, told.report()["healthy"]) == ([], "healthy", True)
+    sample = Checkup(train=examine(source, DATA, samples=5), data=DATA, model=MODEL)
+    assert sample.verdict == "healthy, judging by 5 of 12 images"
+    one = checkup(opened(tmp_path / "a", {"cats/twin.png": encoded(picture(0))}))
+    assert one.verdict == "fit for training, but read the warnings first (1)"
+    assert (one.report()["healthy"], one.report()["fit"]) == (False, True)
+    many = {f"cats/x{i}.png": encoded(picture(0)) for i in range(3)}
+    assert findings(checkup(opened(tmp_path / "a", many)))["duplicates"] == "problem"
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "what"),
+    [
+        (1, 0.001, {"unreadable files": "warning"}),  # one is always allowed
+        (3, 0.05, {"too many unreadable files": "problem"}),
+        (40, 1.0, {"too many unreadable files": "problem"}),
+    ],
+)
+def test_unreadable_files_are_a_problem_only_beyond_the_limit_of_a_run(count, fraction, what):
+    told = checkup(ToySource(40, bad=range(count)), replace(AUTO, max_bad_fraction=fraction))
+    told = replace(told, model=replace(MODEL, image_size=16))
+    assert findings(told) == what
+    assert bool(told.advice) == (count < 40)
+
+
+def test_other_sizes_brightness_or_channels_than_the_settings_say_are_found(tmp_path):
+    dark = {f"{i}.png": encoded(Image.eval(picture(i), lambda value: value // 4)) for i in range(3)}
+    source = opened(tmp_path, dark)
+    assert findings(checkup(source)) == {"normalisation": "warning"}
+    assert "--data.normalize auto" in checkup(source).advice
+    assert checkup(source, AUTO).findings == []
+    assert findings(checkup(source, replace(DATA, mean=(0.5,), std=(0.2,)))) == {"normalisation": "problem"}
+    large = replace(checkup(source, AUTO), model=replace(MODEL, image_size=48))
+    assert large.findings[0].text.startswith("3 of 3 will be enlarged to 48x48 px")
+
+
+def test_the_quick_look_finds_equal_sources_and_reads_nothing_from_a_server():
+    train, val = ToySource(300), ToySource(300)
+    assert str(shared_images(train, val)).startswith("200 of the 200 validation images compared are also")
+    assert shared_images(train, ToySource(300, seed=1)) is None
+    train.spec, val.reads = "https://host/x.tar", 0
+    assert "the same list of images" in str(shared_images(train, val))
+    assert val.reads == 0
+
+
+def test_the_quick_look_finds_moved_and_renamed_files_and_skips_unreadable_ones(tmp_path):
+    train = opened(tmp_path / "train", healthy(12) | {"cats/bad.png": b""})
+    files = {"b/bad.png": b"", "b/003.png": encoded(picture(3)), "other/x.png": encoded(picture(5))}
+    val = opened(tmp_path / "val", files | healthy(4, first=50))
+    shared = shared_images(train, val)
+    assert shared is not None
+    assert dict(shared.pairs) == {"b/003.png": "dogs/003.png", "other/x.png": "dogs/005.png"}
+    assert shared.num_compared == 6
+
+
+@pytest.mark.parametrize("images", [10, 20_000, 200_000, 2_000_000, 20_000_000])
+def test_advised_settings_are_a_run_and_no_larger_than_the_images(images):
+    source = type("Many", (ToySource,), {"__len__": lambda _: images})(3)
+    for side in (1, 8, 31, 32, 40, 48, 63, 64, 100, 150, 200, 223, 224, 255, 256, 500, 4000):
+        found = found_of(source, [(side, side + 9)] * 3)
+        told = Checkup(train=found, data=AUTO, model=MODEL, per_core_s=100.0, cores=8)
+        words = iter(" ".join(told.advice).split())
+        given = {name.removeprefix("--"): value for name, value in zip(words, words, strict=True)}
+        base = get_preset(given.pop("preset")).config
+        config = resolve(base, {name: int(value) for name, value in given.items()})
+        size = pair(config.model.image_size)[0]
+        assert max(32, 0.6 * side if side <= 256 else 224) <= size <= max(32, side)
+        assert config.model.num_blocks == 16
+
+
+def test_workers_are_advised_for_files_and_the_fast_decoder_for_large_photos():
+    source = ToySource(3)
+    source.in_memory = False
+    found = found_of(source, [(600, 600)] * 3)
+    found.kinds["JPEG"] = 3
+    told = Checkup(train=found, data=DATA, model=MODEL, per_core_s=100.0, cores=8)
+    assert {"--data.workers 7", "--data.decoder fast"} <= set(told.advice)
+    assert "--data.workers 3" in replace(told, images_per_s=300.0).advice
+    found.images["size"] = 300
+    assert "--data.decoder fast" not in replace(told).advice
+
+
+@pytest.fixture
+def cli(capsys):
+    return partial(call_cli, capsys)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    write_images(tmp_path / "images [b]:smile:", 12)
+    return tmp_path / "images [b]:smile:"
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+def test_a_healthy_folder_is_reported_on_one_screen(cli, images):
+    code, out, _ = cli("doctor", images, *FLAGS)
+    lines = out.splitlines()
+    assert (code, lines[-1]) == (0, "healthy")
+    assert lines[0] == f"training: {images}"  # neither markup nor emoji
+    assert len(lines) <= 24
+    assert max(map(len, lines[1:])) <= 100
+    assert "4x4 patches of 4 px in 4 blocks of 2x2" in out
+
+
+def test_a_run_starts_with_the_advised_flags(cli, images, tmp_path):
+    code, out, _ = cli("doctor", images, "--workers", 0, "--json")
+    assert code == 0
+    flags = " ".join(last_json(out)["advice"]).split()
+    more = ("--data.train", images, "--out", tmp_path / "run", "--train.duration", "1st", "--data.workers", 0)
+    quiet = ("--monitor.tensorboard", "false", "--monitor.pictures_every", "null", "--train.device", "cpu")
+    assert cli("pretrain", *flags, *more, *quiet)[0] == 0
+
+
+def test_too_many_unreadable_files_end_with_code_1_and_all_are_written(cli, tmp_path):
+    write_images(tmp_path / "broken", 12, broken=12)
+    out_file = tmp_path / "new" / "report.json"
+    code, out, _ = cli("doctor", tmp_path / "broken", *FLAGS, "--out", out_file, "--json")
+    lines = out.splitlines()
+    assert (code, lines[-2]) == (1, "not fit for training: too many unreadable files")
+    assert sum(line.startswith("    broken_") for line in lines) == 10
+    assert "    ... and 2 more; --out FILE.json lists all" in lines
+    told = last_json(out)
+    assert told == json.loads(out_file.read_text())
+    assert [bad["name"] for bad in told["train"]["bad"]] == [f"broken_{i:02d}.png" for i in range(12)]
+
+
+def test_an_archive_that_is_cut_off_is_a_problem(cli, images, tmp_path):
+    path = tmp_path / "cut.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(images, "images")
+    path.write_bytes(path.read_bytes()[:-12_000])
+    code, out, _ = cli("doctor", path, *FLAGS, "--json")
+    told = last_json(out)
+    assert (code, told["verdict"]) == (1, "not fit for training: damaged archives")
+    assert told["train"]["damaged_shards"][0]["shard"] == "cut.tar"
+
+
+def test_a_size_that_does_not_divide_ends_with_code_1(cli, images):
+    code, out, _ = cli("doctor", images, "--workers", 0, "--image_size", 224, "--json")
+    assert (code, last_json(out)["verdict"]) == (1, "not fit for training: image size")
+    assert "use model.image_size 192 or 256" in out
+
+
+def test_several_sources_are_one_and_validation_is_compared_with_them(cli, images, tmp_path):
+    write_images(tmp_path / "same", 3)
+    val = ("--val", tmp_path / "same", "--images_per_s", 1e6)
+    code, out, _ = cli("doctor", images, tmp_path / "same", *FLAGS, *val, "--json")
+    told = last_json(out)
+    assert (code, told["verdict"]) == (1, "not fit for training: leakage, duplicates")
+    assert len(told["train"]["duplicates"]) == len(told["leakage"]) == 3
+    assert told["workers_needed"] > told["cores"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nowhere",), "there is no such directory"),
+        (("digits", "--samples", 0), "samples is 0; use at least 1"),
+        (("digits", "--workers", -1), "workers is -1; use at least 0"),
+        (("digits", "--images_per_s", ".nan"), "images_per_s is nan; use a number above 0"),
+        (("digits", "--data.workers", 5), "unknown setting --data.workers"),
+        (("digits", "--out", "/"), "--out / cannot be written; name"),
+        (("digits", "--out", "/dev/null/x.json"), "cannot be written; name"),
+    ],
+)
+def test_wrong_usage_ends_with_code_2_before_anything_is_read(cli, words, message):
+    assert message in refused(cli("doctor", *words))

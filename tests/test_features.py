@@ -10,7 +10,7 @@ import yaml
 from nextblock.checkpoint import save_classifier, save_model
 from nextblock.config import ModelConfig, RunConfig
 from nextblock.data import TooManyBadImages, normalize
-from nextblock.data.sources.subsets import SubsetSource
+from nextblock.data.sources import SubsetSource
 from nextblock.evaluate.features import (
     check_bad,
     check_same_classes,

@@ -154,7 +154,7 @@ def test_a_source_smaller_than_a_batch_is_the_batch_with_a_warning(tmp_path, cap
     result = run_toy(tmp_path / "run", changes, sources={"train": ToySource(5)}, reporter=reporter)
     assert result.total_steps == 2
     assert metrics(tmp_path / "run")[-1]["epoch"] == 2.0
-    assert "5 images, fewer than the batch of 8: the batch becomes all of them" in caplog.text
+    assert "5 images, fewer than the batch of 8: a batch is all of them" in caplog.text
 
 
 def test_durations_are_counted_in_steps_of_the_real_batch():
@@ -193,7 +193,7 @@ DIGITS = {
 def test_pictures_of_the_same_images_are_drawn_at_their_cadence(tmp_path):
     changes = {**DIGITS, "monitor.pictures_every": "2st"}
     nextblock.pretrain(settings(changes), out=tmp_path / "whole", reporter=Quiet())
-    drawn = sorted(path.name for path in (tmp_path / "whole" / "pictures").iterdir())
+    drawn = sorted(path.name for path in (tmp_path / "whole" / "pictures").glob("[!.]*"))
     assert drawn == [f"step_{step:08d}.png" for step in (0, 2, 4, 5)]
     assert [line["step"] for line in metrics(tmp_path / "whole", "monitor")] == [0, 2, 4, 5]
     assert all(line["pictures/loss"] > 0 for line in metrics(tmp_path / "whole", "monitor"))

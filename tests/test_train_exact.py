@@ -32,7 +32,7 @@ from tiny_runs import (
     settings,
     weights,
 )
-from toy import ToySource
+from toy import ToySource, take
 
 # -------------------------------------------------------------------------- stopped, and gone on with
 
@@ -230,9 +230,10 @@ def test_under_raster_order_every_step_goes_in_raster_order(tmp_path, seen_order
 class Recording(Trainer):
     """Keeps the gradient of a step, before clipping."""
 
-    def _update(self, *, loss_is_finite):
-        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
-        return super()._update(loss_is_finite=loss_is_finite)
+    def _update(self, *, loss_is_finite, scale):
+        gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+        self.gradient = scale * torch.cat(gradients)
+        return super()._update(loss_is_finite=loss_is_finite, scale=scale)
 
 
 def first_step(source: ToySource, micro_batch_size: int | None) -> tuple[Recording, Step]:
@@ -240,7 +241,7 @@ def first_step(source: ToySource, micro_batch_size: int | None) -> tuple[Recordi
     loader = TrainLoader(
         source, config.data, image_size=16, seed=0, batch_size=8, micro_batch_size=micro_batch_size
     )
-    return Recording(config, CPU, None), next(iter(loader))
+    return Recording(config, CPU, None), take(loader, 1)[0]
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4, 3, 1])
@@ -286,10 +287,11 @@ def test_drop_path_differs_between_steps_and_micro_batches():
     """Else its generator is seeded alike each time, and the same layers are dropped throughout."""
     trainer = Trainer(settings({"model.drop_path": 0.5}), CPU, None)
     loader = TrainLoader(ToySource(8), trainer.config.data, image_size=16, seed=0, batch_size=8)
-    batch = next(iter(loader)).micro_batches[0]
+    (whole,) = take(loader, 1)
+    batches = list(whole.micro_batches)
 
     def grad_norm(index: int, times: int) -> float:
-        step = Step(index=index, visit=0, micro_batches=[batch] * times)
+        step = whole._replace(index=index, micro_batches=batches * times)
         return trainer.train_step(step, lr=0.0).grad_norm
 
     assert grad_norm(0, 1) == grad_norm(0, 1)

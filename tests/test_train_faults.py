@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import math
+import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
-from nextblock.data import TooManyBadImages
+from nextblock.data import DataError, TooManyBadImages, VisitOrder
 from nextblock.models import NextBlockModel
 from nextblock.train import NonFiniteError, RunDirError
 from tiny_runs import (
@@ -30,6 +32,7 @@ from tiny_runs import (
     metrics,
     run_toy,
     same,
+    settings,
     weights,
 )
 from toy import ToySource
@@ -209,6 +212,32 @@ def test_too_many_unreadable_images_stop_the_run_with_the_first_ten(tmp_path):
         changes = {"train.duration": "3ep", "data.max_bad_fraction": 0.1, "train.batch_size": 40}
         run_toy(tmp_path / "run", changes, sources={"train": ToySource(40, bad=range(12))})
     assert str(raised.value).count(": truncated") == 5, "it stops at the first beyond the limit"
+
+
+class Fatal(ToySource):
+    """Reading one of its images kills the worker process."""
+
+    def __init__(self, fatal: int) -> None:
+        super().__init__(40)
+        self.fatal = fatal
+
+    def _read(self, index):
+        if index == self.fatal and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.images[index]
+
+
+def test_a_killed_worker_ends_the_run_and_the_steps_done_are_saved(tmp_path):
+    seed = settings().seed
+    fatal = int(VisitOrder(40, seed=seed, batch_size=8).keys(3).samples[5])
+    with pytest.raises(
+        DataError, match=rf"killed by SIGKILL while it read toy-0\[{fatal}\].*fewer --data.workers"
+    ):
+        run_toy(tmp_path / "run", {"data.workers": 1}, sources={"train": Fatal(fatal)})
+    assert checkpoints(tmp_path / "run")
+    run_toy(tmp_path / "run", sources={"train": Fatal(fatal)})
+    run_toy(tmp_path / "whole")
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 7)
 
 
 def test_the_limit_to_unreadable_images_may_be_raised_and_the_run_gone_on_with(tmp_path):

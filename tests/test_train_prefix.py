@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
 from torch import Tensor
 
-from nextblock.data import Batch, Step, TrainLoader, eval_batches
+from nextblock.data import Step, TrainLoader, eval_batches
 from nextblock.models import NextBlockModel
 from nextblock.objective import kept_rows
 from nextblock.train.prefix import count_kept_rows, draw_prefix_lengths
@@ -27,17 +26,14 @@ from tiny_runs import (
     same,
     settings,
 )
-from toy import ToySource
+from toy import ToySource, take
 
 PREFIX = {"model.prefix": True, "model.block_size": 1}
 """Sixteen blocks, so that lengths differ."""
 
 
-def batch_of(samples: list[int], visit: int = 0) -> Batch:
-    numbers = torch.tensor(samples)
-    return Batch(
-        torch.empty(len(samples), 3, 0, 0, dtype=torch.uint8), numbers, (), torch.full_like(numbers, visit)
-    )
+def draw(seed: int, samples: list[int], num_blocks: int, visit: int = 0) -> Tensor:
+    return draw_prefix_lengths(seed, [visit] * len(samples), samples, num_blocks)
 
 
 def loader(source: ToySource, micro_batch_size: int | None) -> TrainLoader:
@@ -51,7 +47,7 @@ def loader(source: ToySource, micro_batch_size: int | None) -> TrainLoader:
 
 def test_prefix_lengths_are_uniform_from_1_to_all_but_one():
     for num_blocks in (2, 7, 16):
-        lengths = draw_prefix_lengths(0, batch_of(list(range(6000))), num_blocks)
+        lengths = draw(0, list(range(6000)), num_blocks)
         counts = torch.bincount(lengths, minlength=num_blocks)
         assert counts[0] == 0
         assert len(counts) == num_blocks
@@ -63,23 +59,23 @@ def test_prefix_lengths_are_uniform_from_1_to_all_but_one():
 
 def test_lengths_differ_between_visits_samples_and_seeds_as_if_drawn_anew():
     samples = list(range(3000))
-    first = draw_prefix_lengths(0, batch_of(samples), 16)
+    first = draw(0, samples, 16)
     others = {
-        "visit": draw_prefix_lengths(0, batch_of(samples, visit=1), 16),
-        "sample": draw_prefix_lengths(0, batch_of([sample + 1 for sample in samples]), 16),
-        "seed": draw_prefix_lengths(1, batch_of(samples), 16),
+        "visit": draw(0, samples, 16, visit=1),
+        "sample": draw(0, [sample + 1 for sample in samples], 16),
+        "seed": draw(1, samples, 16),
     }
     for name, other in others.items():
         agree = (first == other).double().mean().item()
         assert abs(agree - 1 / 15) < 4 * (1 / 15 * 14 / 15 / 3000) ** 0.5, name
-    assert torch.equal(first, draw_prefix_lengths(0, batch_of(samples), 16))
+    assert torch.equal(first, draw(0, samples, 16))
 
 
 def test_a_length_hangs_on_neither_the_batch_nor_the_place_in_it():
-    whole = draw_prefix_lengths(0, batch_of([5, 2, 9, 4], visit=3), 16)
-    parts = [draw_prefix_lengths(0, batch_of(samples, visit=3), 16) for samples in ([4], [9, 2], [5])]
+    whole = draw(0, [5, 2, 9, 4], 16, visit=3)
+    parts = [draw(0, samples, 16, visit=3) for samples in ([4], [9, 2], [5])]
     assert whole.tolist() == [*parts[2].tolist(), *parts[1].tolist()[::-1], *parts[0].tolist()]
-    assert draw_prefix_lengths(0, batch_of([]), 16).tolist() == []
+    assert draw(0, [], 16).tolist() == []
 
 
 # ----------------------------------------------------------------------------------------- kept rows, counted
@@ -105,9 +101,9 @@ def test_the_count_of_kept_rows_is_that_of_the_model_for_every_prefix_and_distan
 class Recording(Trainer):
     """Keeps the gradient of a step, before clipping."""
 
-    def _update(self, *, loss_is_finite):
-        self.gradient = gradient(self.model)
-        return super()._update(loss_is_finite=loss_is_finite)
+    def _update(self, *, loss_is_finite, scale):
+        self.gradient = scale * gradient(self.model)
+        return super()._update(loss_is_finite=loss_is_finite, scale=scale)
 
 
 def gradient(model: NextBlockModel) -> Tensor:
@@ -118,7 +114,7 @@ def fresh(
     changes: dict, micro_batch_size: int | None, source: ToySource, seed: int = 0
 ) -> tuple[Recording, Step]:
     config = settings({**PREFIX, **changes, "train.micro_batch_size": micro_batch_size})
-    return Recording(config, CPU, None), next(iter(loader(source, micro_batch_size=micro_batch_size)))
+    return Recording(config, CPU, None), take(loader(source, micro_batch_size), 1)[0]
 
 
 @pytest.mark.parametrize("distances", [1, 3])
@@ -128,7 +124,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(micro_batch_size, bad, d
     trainer, step = fresh({"model.num_predicted_blocks": distances}, micro_batch_size, ToySource(8, bad=bad))
     images = torch.cat([batch.images for batch in step.micro_batches])
     samples = torch.cat([batch.samples for batch in step.micro_batches])
-    lengths = draw_prefix_lengths(0, batch_of(samples.tolist()), 16)
+    lengths = draw(0, samples.tolist(), 16)
     assert len(set(lengths.tolist())) > 1
     loss = trainer.model(trainer.to_model(images), None, lengths).loss
     loss.backward()
@@ -160,7 +156,7 @@ def test_the_validation_loss_is_over_all_kept_blocks_with_the_prefixes_of_visit_
     samples = [sample for sample in range(13) if sample != 4]
     pixels = trainer.to_model(torch.stack([source.images[sample] for sample in samples]))
     with trainer.looking() as model, torch.no_grad():
-        expected = model(pixels, None, draw_prefix_lengths(0, batch_of(samples), 16)).loss.item()
+        expected = model(pixels, None, draw(0, samples, 16)).loss.item()
         without = model(pixels).loss.item()
     assert losses == pytest.approx([expected] * 3, rel=1e-5)
     assert abs(without - expected) > 1e-4
@@ -195,9 +191,12 @@ def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_th
     tmp_path, seen, workers
 ):
     run_toy(tmp_path / "run", {**PREFIX, "data.workers": workers, "train.micro_batch_size": 3})
-    steps = list(islice(loader(ToySource(40), micro_batch_size=3), 7))
+    steps = take(loader(ToySource(40), micro_batch_size=3), 7)
     batches = [batch for step in steps for batch in step.micro_batches]
-    assert seen == [draw_prefix_lengths(0, batch, 16).tolist() for batch in batches]
+    assert seen == [
+        draw_prefix_lengths(0, batch.visits.tolist(), batch.samples.tolist(), 16).tolist()
+        for batch in batches
+    ]
     assert len({(*seen[at], *seen[at + 1]) for at in range(0, 21, 3)}) == 7, "no step repeats another's"
     of_image = Counter(
         (sample, length)

@@ -159,7 +159,7 @@ def test_a_sheet_is_drawn_at_every_geometry_and_is_small(config, tmp_path):
     model = NextBlockModel(config)
     draw_predictions(model, random_images(config), *constants(config), path)
     assert path.stat().st_size <= MAX_PICTURE_BYTES
-    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+    assert [file.name for file in path.parent.glob("[!.]*")] == ["sheet.png"]
 
 
 def test_the_sheet_shows_original_and_prediction_one_above_the_other(tmp_path):
@@ -261,7 +261,7 @@ def test_the_monitor_writes_its_picture_and_returns_the_mean_loss(tmp_path):
     expected = model((images / 255 - mean) / std).loss.item()
     assert monitor.every == "2ep"
     assert measured == {"pictures/loss": pytest.approx(expected, rel=1e-5)}
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step_00000012.png"]
+    assert [path.name for path in (tmp_path / "pictures").glob("[!.]*")] == ["step_00000012.png"]
 
 
 def test_predict_writes_a_picture_and_each_images_losses(tmp_path):

@@ -1,13 +1,14 @@
 """A source and a model small enough for tests of evaluation: pictures whose colour tells their class."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
 from nextblock.config import DataConfig, ModelConfig
-from nextblock.data import BadImageError, Source, keyed_rng
+from nextblock.data import BadImageError, Batch, Source, keyed_rng
 from nextblock.evaluate.features import seeded
 from nextblock.models.next_block import NextBlockModel
 
@@ -64,6 +65,23 @@ class ToySource(Source):
 
     def _make_fingerprint(self):
         return f"{self.spec}-{len(self)}"
+
+
+def take(loader, number):
+    """The next steps of a loader, with their micro-batches in lists."""
+    return [step._replace(micro_batches=list(step.micro_batches)) for step in islice(loader, number)]
+
+
+def joined(*steps):
+    """The micro-batches of a step, or of the same step of several ranks, as one batch."""
+    batches = [batch for step in steps for batch in step.micro_batches]
+    bad = tuple(one for batch in batches for one in batch.bad)
+    columns = {
+        name: torch.cat([getattr(batch, name) for batch in batches])
+        for name in Batch._fields
+        if name != "bad"
+    }
+    return Batch(bad=bad, **columns)
 
 
 def toy_model(seed=0):

@@ -1,20 +1,77 @@
-"""Writing files and directories so that they are there whole or not at all."""
+"""Output that is there whole or not at all, written by one process at a time, and never taken for data."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = ["WriteError", "remove", "write_aside", "write_text"]
+__all__ = [
+    "OUTPUT_MARK",
+    "InUseError",
+    "WriteError",
+    "exclusive",
+    "mark_output",
+    "remove",
+    "write_aside",
+    "write_text",
+]
+
+OUTPUT_MARK = ".nextblock"
+"""A file in every directory that nextblock wrote: a search for images passes such directories by."""
 
 
 class WriteError(RuntimeError):
     """A file could not be written; the message says why and what to do."""
+
+
+class InUseError(RuntimeError):
+    """Another process is writing to the same directory."""
+
+
+def mark_output(directory: Path) -> None:
+    """Mark a directory as written by nextblock."""
+    (directory / OUTPUT_MARK).touch()
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Make and mark a directory, and be the only process that writes to it meanwhile.
+
+    Raises `InUseError`, which names the other process, if there is one. The system frees the lock when its
+    process ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    mark_output(directory)
+    owner = directory / f"{OUTPUT_MARK}-owner"
+    lock = FileLock(directory / f"{OUTPUT_MARK}-lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        try:
+            told = json.loads(owner.read_text())
+            who = f"process {told['pid']} on {told['host']}, since {told['since']}"
+        except (OSError, ValueError, KeyError):
+            who = "another process, which began just now"
+        raise InUseError(
+            f"{directory} is being written by {who}; wait until it ends, or choose another directory"
+        ) from error
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """`nextblock bench data`: from files to training crops on one core, against Pillow and torchvision v1.
 
+Besides, how long a step waits for images where workers decode faster than it computes.
+
 The plain pipeline is what most training scripts have: Pillow decodes, crops and resizes, `ToTensor` and
 `Normalize` make floats of every image. Ours is the loader itself, with each decoder there is; it leaves
 bytes, which are normalised on the device, and is measured with that done on the CPU as well. The photos are
@@ -10,9 +12,11 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -36,8 +40,12 @@ PHOTOS = 8
 QUALITY = 90
 WARMUP_STEPS, QUICK_STEPS = 2, 3
 CROPS, READING = "nextblock.bench.data:measure_crops", "nextblock.bench.data:measure_reading"
+WAITING = "nextblock.bench.data:measure_waiting"
+WAITING_BATCHES = (2048, 4096)
+MAX_WAITING = 5.0
+"""Percent of a step spent waiting for images, at most."""
 FLOATS = "floats"
-NEEDS = {"auto": "torchcodec", "pillow": "PIL", "fast": "simplejpeg"}
+NEEDS = {"auto": "torchcodec", "pillow": "PIL", "fast": "PIL"}
 """The package that makes a setting of data.decoder what it is."""
 EXACT = ("auto", "pillow")
 """Decoders that make the same pixels as Pillow."""
@@ -75,7 +83,11 @@ class DataBench:
         first = results["plain"][0]
         return BenchResult(
             bench="data",
-            rows=(*_crop_rows(results, decoders), *_reading_rows(results["reading"])),
+            rows=(
+                *_crop_rows(results, decoders),
+                *_reading_rows(results["reading"]),
+                *_waiting_rows(results["waiting"]),
+            ),
             machine={name: first[name] for name in ("device", "threads", "torch")},
             details={
                 "image_size": self.image_size,
@@ -99,7 +111,11 @@ class DataBench:
             "threads": 1,
         }
         names = ("plain", *decoders)
-        return {**{name: (CROPS, {**job, "variant": name}) for name in names}, "reading": (READING, job)}
+        return {
+            **{name: (CROPS, {**job, "variant": name}) for name in names},
+            "reading": (READING, job),
+            "waiting": (WAITING, job),
+        }
 
     def _notes(self, kilobytes: dict[str, float]) -> tuple[str, ...]:
         files = ", ".join(f"{size} of {kb:.0f} kB" for size, kb in kilobytes.items())
@@ -148,6 +164,18 @@ def _reading_rows(runs: list[Result]) -> Iterable[Row]:
             plain=folder_per_s,
             unit="images/s",
             ratio=tar_per_s / folder_per_s,
+        )
+
+
+def _waiting_rows(runs: list[Result]) -> Iterable[Row]:
+    for batch in WAITING_BATCHES:
+        share = sum(_laps(runs, f"{batch} waiting")) / sum(_laps(runs, f"{batch} step"))
+        yield Row(
+            what=f"batch {batch}, waiting for images",
+            ours=100 * share,
+            unit="% of a step",
+            ratio=share,
+            at_most=MAX_WAITING,
         )
 
 
@@ -227,7 +255,7 @@ def _measure_ours(watch: Stopwatch, folder: Path, size: str, job: dict[str, Any]
     steps = iter(loader)
 
     def batch() -> Tensor:
-        return next(steps).micro_batches[0].images
+        return next(next(steps).micro_batches).images
 
     _time_batches(watch, job["steps"], batch, size)
     _time_batches(watch, job["steps"], lambda: normalize(batch(), data.mean, data.std), f"{size} {FLOATS}")
@@ -281,6 +309,73 @@ def measure_reading(job: dict[str, Any]) -> dict[str, Any]:
 
             _time_batches(watch, 10 * job["steps"], read, f"{size} {kind}")
     return {"laps_s": watch.laps_s}
+
+
+def measure_waiting(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of steps that compute 1.6 times as long as four workers decode, and of their waits for images.
+
+    Decoding and computing are pauses, so that the figure depends on the loader alone.
+    """
+    from nextblock.data import TrainLoader
+
+    watch, steps = Stopwatch(clock="wall"), 2 if job["steps"] <= QUICK_STEPS else 4
+    workers, decode_s = 4, 0.004
+    for batch in WAITING_BATCHES:
+        loader = TrainLoader(
+            _pauses(2 * batch, decode_s),
+            DataConfig(),
+            image_size=32,
+            seed=0,
+            batch_size=batch,
+            micro_batch_size=64,
+            workers=workers,
+        )
+        for step in islice(loader, steps):
+            is_warm = step.index > 0
+            started_s, waited_s = watch.now_s(), 0.0
+            while True:
+                asked_s = watch.now_s()
+                images = next(step.micro_batches, None)
+                waited_s += watch.now_s() - asked_s
+                if images is None:
+                    break
+                time.sleep(1.6 * len(images.samples) * decode_s / workers)
+            if is_warm:
+                watch.laps_s.setdefault(f"{batch} step", []).append(watch.now_s() - started_s)
+                watch.laps_s.setdefault(f"{batch} waiting", []).append(waited_s)
+    return {"laps_s": watch.laps_s}
+
+
+def _pauses(number: int, decode_s: float) -> Any:
+    """A source of grey images, each of which takes so long to read."""
+    import torch
+
+    from nextblock.data import Source
+
+    class Pauses(Source):
+        spec = "pauses"
+
+        def __len__(self) -> int:
+            return number
+
+        @property
+        def has_labels(self) -> bool:
+            return False
+
+        def _read(self, index: int) -> Tensor:  # noqa: ARG002
+            time.sleep(decode_s)
+            return torch.zeros(3, 32, 32, dtype=torch.uint8)
+
+        def _name(self, index: int) -> str:
+            return str(index)
+
+        def _find_labels(self) -> Any:
+            raise ValueError("no labels")
+
+        def _make_fingerprint(self) -> str:
+            return self.spec
+
+    return Pauses()
 
 
 def _time_batches(watch: Stopwatch, steps: int, make: Callable[[], Any], label: str) -> None:

@@ -139,7 +139,11 @@ def _step_laps(watch: Stopwatch) -> Iterator[dict[str, list[float]]]:
         return wrapped
 
     def timing(iterate: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda loader: watch.timed_iterator(iterate(loader), DATA)
+        def timed(loader: TrainLoader) -> Iterator[Any]:
+            for step in watch.timed_iterator(iterate(loader), DATA):
+                yield step._replace(micro_batches=watch.timed_iterator(step.micro_batches, DATA))
+
+        return timed
 
     with ExitStack() as stack:
         for owner, name in (

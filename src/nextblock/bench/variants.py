@@ -19,6 +19,7 @@ from nextblock.bench.measure import Clock, Stopwatch, peak_memory_mb, set_up, sy
 from nextblock.bench.plain import PlainModel, plain_optimizer
 from nextblock.config import ModelConfig, RunConfig, TrainConfig
 from nextblock.data import Batch, Step, normalize
+from nextblock.data.order import StepKeys
 from nextblock.models import NextBlockModel
 from nextblock.settings import from_dict
 from nextblock.train.device import autocast, device_name
@@ -107,7 +108,9 @@ def _ours(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
 
     def whole_step(index: int, images: UInt8[Tensor, "b c h w"]) -> float:
         samples = torch.arange(len(images))
-        step = Step(index, 0, [Batch(images, samples, (), torch.zeros_like(samples))])
+        visits = torch.zeros_like(samples)
+        batch = Batch(images, samples, (), visits, torch.empty(len(images), 0))
+        step = Step(index, StepKeys(0, visits.numpy(), samples.numpy()), iter([batch]))
         with watch.watch(trainer, "_backward", FORWARD_BACKWARD), watch.watch(trainer, "_update", UPDATE):
             return trainer.train_step(step, LEARNING_RATE).loss
 

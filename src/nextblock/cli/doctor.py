@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nextblock.config import DataConfig, ModelConfig, Size, pair
+from nextblock.cli.output import end_with_json, say
+from nextblock.config import DataConfig, Size, pair
 from nextblock.presets import model_config
 from nextblock.settings import check_types, require
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from nextblock.data.diagnosis import Checkup, Finding
-    from nextblock.data.doctor import Examination, Progress
+    from nextblock.data.advice import Checkup
+    from nextblock.data.doctor import Examination
 
 __all__ = ["DoctorConfig", "run"]
 
-OURS = ("train", "val", "weights", "epoch_samples", "workers")
+NOT_HERE: set[str | int] = {"train", "val", "weights", "epoch_samples", "workers"}
 """Settings of data that have other names here, or no meaning."""
 FIRST_BAD = 10
 
@@ -35,9 +32,9 @@ class DoctorConfig:
     """What to examine, and for which model."""
 
     val: str | None = None
-    """Images to validate on: examined too, and searched for images that are also trained on."""
+    """Images to validate on: also examined, and compared with the training images."""
     model: str = "xtra-b16"
-    """Size or preset whose image size, patches and blocks are checked."""
+    """Model size or preset to check the image size, patches and blocks of."""
     image_size: Size | None = None
     """Side of the square image in pixels, or (rows, columns); null: the model's."""
     patch_size: int | None = None
@@ -45,209 +42,134 @@ class DoctorConfig:
     block_size: Size | None = None
     """Patches along a block's side, or (rows, columns); null: the model's."""
     samples: int | None = None
-    """Examine as many images, drawn at random; null: all."""
+    """Examine this many images, drawn at random; null: all."""
     workers: int | None = None
-    """Processes that read; null: up to 8, one less than there are cores; 0: in the main process."""
+    """Processes that read; null: up to 8, one less than there are cores; 0: the main process."""
     images_per_s: float | None = None
-    """Images that the GPU takes in a second: tells how many workers that needs."""
+    """Images that your GPU takes in a second, to work out how many workers it needs."""
     out: str | None = None
-    """JSON file for all that was found, every broken file included."""
+    """JSON file for everything that was found, including every unreadable file."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("patch_size", "samples"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}; use at least 1")
-        for name in ("image_size", "block_size"):
-            value = getattr(self, name)
-            require(value is None or min(pair(value)) >= 1, f"{name} is {value}; use at least 1")
-        require(self.workers is None or self.workers >= 0, f"workers is {self.workers}; use 0 or more")
-        require(
-            self.images_per_s is None or self.images_per_s > 0,
-            f"images_per_s is {self.images_per_s}; use a number above 0",
-        )
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """The sizes that were asked for."""
-        named = {name: getattr(self, name) for name in ("image_size", "patch_size", "block_size")}
-        return {name: value for name, value in named.items() if value is not None}
+        for name in ("image_size", "patch_size", "block_size", "samples", "workers"):
+            value, least = getattr(self, name), int(name != "workers")
+            require(value is None or min(pair(value)) >= least, f"{name} is {value}; use at least {least}")
+        rate = self.images_per_s
+        require(rate is None or 0 < rate < math.inf, f"images_per_s is {rate}; use a number above 0")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Examine, print what was found; 1 where something would stop or spoil a run."""
-    from rich.console import Console
-
+    """Examine, print what was found; 1 if something would stop a run or spoil its results."""
+    from nextblock.atomic import write_text
     from nextblock.cli.arguments import build_parser, parse
 
-    parser = build_parser(
-        "doctor", "Examine images before training; the exit code is 1 where a run would fail."
-    )
+    parser = build_parser("doctor", "Examine images before training; the exit code is 1 if a run would fail.")
     parser.add_argument("src", type=str, nargs="+", help="images to train on; several are one mixture")
     parser.add_class_arguments(DoctorConfig, None)
-    parser.add_class_arguments(DataConfig, "data", skip=set(OURS))
+    parser.add_class_arguments(DataConfig, "data", skip=NOT_HERE)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
-    values = vars(parser.instantiate(options))
-    data: DataConfig = DataConfig(**vars(values.pop("data")))
-    src, as_json = values.pop("src"), values.pop("json")
+    values = dict(vars(parser.instantiate(parse(parser, argv))))
+    data = DataConfig(**vars(values.pop("data")))
+    src, is_json = values.pop("src"), values.pop("json")
     config = DoctorConfig(**values)
-
-    from nextblock.data.diagnosis import diagnose, report
-
-    out = None if config.out is None else _writable(Path(config.out))
-    checkup = _examine(config, data, src, Console(stderr=True))
-    findings, told = diagnose(checkup), report(checkup)
-    _print(Console(), checkup, findings)
+    out = None if config.out is None else Path(config.out).expanduser()
     if out is not None:
-        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    if as_json:
-        sys.stdout.write(json.dumps(told) + "\n")
-    return 0 if told["healthy"] else 1
+        # Refused now, and not after hours of reading.
+        existing = next(path for path in (out, *out.parents) if path.exists())
+        is_writable = os.access(existing, os.W_OK) and (existing != out) == existing.is_dir()
+        require(is_writable, f"--out {out} cannot be written; name another file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    checkup = _examine(config, data, src)
+    say(*_lines(checkup, config.model))
+    report = checkup.report()
+    if out is not None:
+        write_text(out, json.dumps(report, indent=1) + "\n")
+    if is_json:
+        end_with_json(report)
+    return 0 if report["fit"] else 1
 
 
-def _writable(path: Path) -> Path:
-    """The file, made now: not after hours of reading should it turn out that it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror}; name another file") from error
-    return path
-
-
-def _examine(config: DoctorConfig, data: DataConfig, src: Sequence[str], console: Console) -> Checkup:
+def _examine(config: DoctorConfig, data: DataConfig, src: Sequence[str]) -> Checkup:
     """Everything that takes time."""
     from nextblock.data import open_source, open_sources, resolve_workers
-    from nextblock.data.diagnosis import Checkup, geometry_finding
-    from nextblock.data.doctor import examine, images_per_core_s
+    from nextblock.data.advice import Checkup
+    from nextblock.data.doctor import crops_per_core_s, examine
 
-    model = model_config(config.model)
-    geometry = geometry_finding(model, **config.sizes)
-    model = model if geometry is not None else replace(model, **config.sizes)
-    sources = {"train": open_sources(src, data)}
-    if config.val is not None:
-        sources["val"] = open_source(config.val, data)
-    found: dict[str, Examination] = {}
-    for name, source in sources.items():
-        with _progress(console, source.spec, min(len(source), config.samples or len(source))) as progress:
-            found[name] = examine(
-                source,
-                data,
-                samples=config.samples,
-                workers=resolve_workers(config.workers, source),
-                progress=progress,
-            )
+    model, size_problem = model_config(config.model), None
+    given = {name: getattr(config, name) for name in ("image_size", "patch_size", "block_size")}
+    try:
+        model = replace(model, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        size_problem = str(error)
+    train = open_sources(src, data)
+    sources = [train] if config.val is None else [train, open_source(config.val, data)]
+    found: list[Examination] = []
+    for source in sources:
+        workers = resolve_workers(config.workers, source)
+        with progress_bar(min(len(source), config.samples or len(source))) as progress:
+            found.append(examine(source, data, samples=config.samples, workers=workers, progress=progress))
     return Checkup(
-        train=found["train"],
-        val=found.get("val"),
+        train=found[0],
+        val=found[1] if len(found) > 1 else None,
         data=data,
         model=model,
-        geometry=geometry,
-        per_core_s=_rate(images_per_core_s, found["train"], data, model),
+        size_problem=size_problem,
+        per_core_s=crops_per_core_s(train, data, model.image_size) if len(found[0].images) else None,
         images_per_s=config.images_per_s,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
 
 
-def _rate(
-    measure: Callable[..., float | None], found: Examination, data: DataConfig, model: ModelConfig
-) -> float | None:
-    """Training crops a second and core, if anything can be read at all."""
-    return measure(found.source, data, model.image_size) if found.num_readable else None
-
-
 @contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Progress]:
-    """A bar on a terminal, with the number of files that cannot be read."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+def progress_bar(total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, with the number of unreadable files."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[bad]} unreadable"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, bad=0)
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), "{task.completed} done, {task.fields[bad]} unreadable")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, bad=0)
         yield lambda examined, bad: bar.update(task, completed=examined, bad=bad)
 
 
-# ----------------------------------------------------------------------------------------------- printing
-
-
-def _print(console: Console, checkup: Checkup, findings: Sequence[Finding]) -> None:
-    from rich.table import Table
-
-    for title, found in (("", checkup.train), ("validation: ", checkup.val)):
-        if found is None:
-            continue
-        table = Table(title=f"{title}{found.source.spec}", show_header=False, title_justify="left")
-        for name, value in _rows(found):
-            table.add_row(name, value)
-        if found is checkup.train:
-            _add_model_rows(table, checkup)
-        console.print(table)
-        _print_bad(console, found)
-    for finding in findings:
-        console.print(
-            f"{finding.severity}: {finding.what}: {finding.text}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    decisive = next((finding for finding in findings if finding.severity == "problem"), None)
-    verdict = "healthy" if decisive is None else f"not fit for training, because of: {decisive.what}"
-    console.print(verdict, highlight=False, markup=False, soft_wrap=True)
-
-
-def _rows(found: Examination) -> Iterator[tuple[str, str]]:
-    from nextblock.data.diagnosis import size_summary
-    from nextblock.data.doctor import duplicates
-
-    rate = found.examined / max(found.elapsed_s, 1e-9)
-    yield "images", f"{len(found.source):,}"
-    yield "examined", f"{found.examined:,} in {found.elapsed_s:,.1f} s ({rate:,.0f} images/s)"
-    yield "unreadable", f"{found.num_bad:,} ({found.num_bad / max(1, found.examined):.2%})"
-    yield "formats", _counted(found.formats)
-    yield "modes", _counted(found.modes)
-    yield "among them", _counted(found.traits)
-    for name, (low, middle, high) in (size_summary(found) or {}).items():
-        yield f"{name} px", f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}"
-    repeats = duplicates(found.digests, found.readable)
-    yield "duplicates", f"{repeats.surplus:,} in {len(repeats):,} groups"
-    counts = found.class_counts()
-    if counts is not None:
-        yield "classes", f"{len(counts):,} of {counts.min():,} to {counts.max():,} images"
-    if found.statistics is not None:
-        yield "mean", ", ".join(f"{value:.4f}" for value in found.statistics.mean)
-        yield "deviation", ", ".join(f"{value:.4f}" for value in found.statistics.std)
-
-
-def _add_model_rows(table: Table, checkup: Checkup) -> None:
-    if checkup.geometry is None:
-        model = checkup.model
-        grid, block = "x".join(map(str, model.grid)), "x".join(map(str, pair(model.block_size)))
-        table.add_row("grid", f"{grid} patches in {model.num_blocks} blocks of {block}")
+def _lines(checkup: Checkup, name: str) -> Iterator[str]:
+    """The report: what there is, what is wrong, what to set, the verdict."""
+    yield from _summary("training", checkup.train)
     if checkup.per_core_s is not None:
-        table.add_row("training crops", f"{checkup.per_core_s:,.0f} images/s and core")
-    if checkup.workers_needed is not None:
-        table.add_row("workers", f"{checkup.workers_needed} for {checkup.images_per_s:,.0f} images/s")
+        yield f"  speed       {checkup.per_core_s:,.0f} training crops/s per core; cores: {checkup.cores}"
+    if checkup.size_problem is None:
+        model = checkup.model
+        sides = (model.image_size, model.grid, model.block_size)
+        size, grid, block = ("x".join(map(str, pair(side))) for side in sides)
+        patches = f"{grid} patches of {model.patch_size} px in {model.num_blocks} blocks of {block}"
+        yield f"  model       {name}, {size} px, {patches}"
+    if checkup.val is not None:
+        yield from _summary("validation", checkup.val)
+    yield from (f"{finding.severity}: {finding.what}: {finding.text}" for finding in checkup.findings)
+    if checkup.advice:
+        yield "advice for nextblock pretrain:"
+        width = max(map(len, checkup.advice))
+        yield from (f"  {flags:<{width}}  # {why}" for flags, why in checkup.advice.items())
+    yield checkup.verdict
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    by_number = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{name} {count:,}" for name, count in by_number) or "-"
-
-
-def _print_bad(console: Console, found: Examination) -> None:
-    """The first files that cannot be read; --out lists all."""
-    for bad in islice(found.bad(), FIRST_BAD):
-        line = " ".join(f"unreadable: {bad.name}: {bad.reason}".split())
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if found.num_bad > FIRST_BAD:
-        console.print(
-            f"... and {found.num_bad - FIRST_BAD:,} more; --out FILE.json lists all", highlight=False
-        )
+def _summary(name: str, found: Examination) -> Iterator[str]:
+    bad = found.bad
+    yield f"{name}: {found.spec}"
+    yield f"  images      {found.examined:,} of {len(found.source):,} examined, {len(bad):,} unreadable"
+    yield from (" ".join(f"    {it.name}: {it.reason}".split("\n")) for it in bad[:FIRST_BAD])
+    if len(bad) > FIRST_BAD:
+        yield f"    ... and {len(bad) - FIRST_BAD:,} more; --out FILE.json lists all"
+    if not len(found.images):
+        return
+    yield f"  kinds       {', '.join(f'{kind} {count:,}' for kind, count in found.kinds.most_common())}"
+    for side, (low, median, high) in found.sides_px.items():
+        yield f"  {side:<8}    side {low:,.0f} to {high:,.0f} px, median {median:,.0f}"
+    if found.class_counts:
+        counts = found.class_counts.values()
+        yield f"  classes     {len(counts):,}, with {min(counts):,} to {max(counts):,} images each"
+    yield f"  duplicates  {sum(len(group) - 1 for group in found.duplicates):,}"
+    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in found.mean_std)
+    yield f"  pixels      mean {mean}; deviation {std}"

@@ -16,17 +16,18 @@ def say(*lines: str) -> None:
 
     console = Console()
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str, below: str) -> None:
     """Print a table of words, and sentences below it."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*head, title=title)
+    table = Table(*head, title=escape(title))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     console.print(table)
     console.print(below, highlight=False, markup=False)

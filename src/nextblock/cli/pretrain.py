@@ -54,7 +54,8 @@ def pretrain(
     Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
     """
     from nextblock.cli.arguments import resolve
-    from nextblock.data import jpeg_decoder, open_source, open_sources
+    from nextblock.data import open_source, open_sources
+    from nextblock.data.doctor import shared_images
     from nextblock.settings import flatten
     from nextblock.train import ConsoleReporter, train
 
@@ -64,10 +65,12 @@ def pretrain(
     reporter = reporter or ConsoleReporter()
     for hint in _hints(config):
         reporter.note(hint)
-    jpeg_decoder(config.data.decoder)  # one that is not installed is refused before anything is searched
     sources = {"train": open_sources(_train_specs(config), config.data)}
     if config.data.val is not None:
         sources["val"] = open_source(config.data.val, config.data)
+        shared = shared_images(sources["train"], sources["val"])
+        if shared is not None:
+            reporter.note(f"WARNING: {shared}")
     if config.data.normalize == "auto":
         config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
     monitors = _monitors(config, sources)

@@ -46,6 +46,8 @@ class DataConfig:
     val_crop: ValCrop = "center"
     """How a picture is resized for validation: center keeps its shape, squash gives it that of
     model.image_size; border fits it in whole and fills the rest with data.mean."""
+    background: Literal["white", "grey", "black"] = "white"
+    """What lies under the transparent parts of an image."""
     channels: int = 3
     """Channels of an image: 3 for colour, 1 for grey, or as many as the files have (TIFF, PNG)."""
     normalize: Literal["given", "auto"] = "given"
@@ -57,16 +59,17 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode; none given: up to 8, one less than there are cores; 0: in the main process."""
     decoder: Literal["auto", "pillow", "fast"] = "auto"
-    """JPEG decoder: torchcodec where it works, else Pillow; Pillow always; or fast, which decodes large
-    photos at a half, a quarter or an eighth for training crops (simplejpeg). Fixed for a run."""
+    """JPEG decoder: auto is torchcodec if it works here, else Pillow; fast decodes large photos at a half, a
+    quarter or an eighth of their size for training crops. Fixed for a run."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this share of the listed files cannot be read."""
+    """Stop when more than this share of the files cannot be read; one is allowed in any folder, unless this
+    is 0."""
     max_pixels: int = 178_956_970
-    """A picture of more pixels counts as unreadable (a decompression bomb); the default is Pillow's."""
+    """An image of more pixels counts as unreadable, whatever its format; the default is Pillow's."""
     cache_dir: str | None = None
-    """Where indexes of folders and shards and copies of remote shards lie; null: ~/.cache/nextblock."""
+    """Where indexes of shards and copies of remote shards are kept; null: ~/.cache/nextblock."""
     cache_gb: float = 100.0
-    """Copies of remote shards take at most this much; those used longest ago go first."""
+    """Most that copies of remote shards may take, in GB; those used longest ago go first."""
 
     def __post_init__(self) -> None:
         check_types(self, "data")
@@ -85,7 +88,7 @@ class DataConfig:
             f"data.color_jitter_prob is {self.color_jitter_prob}; it must lie in [0, 1]",
         )
         require_range("data.crop_scale", self.crop_scale, 0, 1)
-        require_range("data.crop_ratio", self.crop_ratio, 0, math.inf)
+        require_range("data.crop_ratio", self.crop_ratio, 0, 1e6)
         require(0 <= self.flip <= 1, f"data.flip is {self.flip}; it must lie in [0, 1]")
         require(self.val_resize_px >= 1, f"data.val_resize_px is {self.val_resize_px}; use at least 1")
         require(
@@ -99,7 +102,11 @@ class DataConfig:
             len(self.mean) == len(self.std),
             f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}; give as many of each",
         )
-        require(min(self.std) > 0, f"data.std is {self.std}; deviations must be above 0")
+        require(
+            all(0 <= value <= 1 for value in self.mean) and all(0 < value <= 1 for value in self.std),
+            f"data.mean is {self.mean} and data.std {self.std}; pixels lie in [0, 1], so divide by 255 what "
+            "was measured on bytes; each deviation must be above 0",
+        )
         require(
             self.workers is None or self.workers >= 0,
             f"data.workers is {self.workers}; use 0 or more processes",

@@ -8,7 +8,6 @@ colours imports it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ from nextblock.config import DataConfig, Size, pair
 
 __all__ = [
     "Box",
-    "Decoded",
     "Draw",
     "color_jitter",
     "draw_crop",
@@ -29,13 +27,15 @@ __all__ = [
     "finish_crop",
     "normalize",
     "random_resized_crop_box",
+    "reduced_box",
+    "reduction",
     "resize",
     "train_crop",
     "val_crop",
 ]
 
+# Top, left, height and width, in pixels.
 Box = tuple[int, int, int, int]
-"""Top, left, height and width, in pixels."""
 
 
 def random_resized_crop_box(
@@ -46,6 +46,7 @@ def random_resized_crop_box(
     Of ten draws the first that fits is taken; if none does, the largest centred crop whose ratio is allowed
     (torchvision's `RandomResizedCrop.get_params`). Only `rng.random` is used, so the stream is a stable one.
     """
+    # Two draws for each try, then two for the place, always in this order: crops are reproducible by that.
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
@@ -67,17 +68,6 @@ def _centre_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-class Decoded(NamedTuple):
-    """The pixels of one image, as its crop needs them, and what makes the crop of them."""
-
-    pixels: UInt8[Tensor, "c h w"]
-    cut: Callable[[Tensor], Tensor]
-
-    def crop(self) -> Tensor:
-        """The crop."""
-        return self.cut(self.pixels)
-
-
 class Draw(NamedTuple):
     """Where a training crop lies, and whether it is flipped left to right."""
 
@@ -92,10 +82,16 @@ def draw_crop(height: int, width: int, data: DataConfig, rng: np.random.Generato
 
 
 def finish_crop(
-    crop: UInt8[Tensor, "c h w"], data: DataConfig, rng: np.random.Generator, *, flip: bool
-) -> UInt8[Tensor, "c h w"]:
-    """Flip a crop that has its size, and change its colours where `data.color_jitter` asks for that."""
-    crop = crop.flip(-1) if flip else crop
+    image: UInt8[Tensor, "c h w"],
+    draw: Draw,
+    size: tuple[int, int],
+    data: DataConfig,
+    rng: np.random.Generator,
+) -> UInt8[Tensor, "c rows columns"]:
+    """Cut the crop that was drawn, resize and flip it; with `data.color_jitter`, change its colours."""
+    top, left, rows, columns = draw.box
+    crop = resize(image[:, top : top + rows, left : left + columns], size)
+    crop = crop.flip(-1) if draw.flip else crop
     # Drawn last, so that crops are the same with and without it.
     if data.color_jitter is not None and rng.random() < data.color_jitter_prob:
         return color_jitter(crop, data.color_jitter, rng)
@@ -107,12 +103,23 @@ def train_crop(
 ) -> UInt8[Tensor, "c rows columns"]:
     """A random crop resized to `size`, flipped left to right with probability `data.flip`.
 
-    Then, with `data.color_jitter`, its colours are changed with probability `data.color_jitter_prob`.
+    With `data.color_jitter`, its colours are changed with probability `data.color_jitter_prob`.
     """
     draw = draw_crop(image.shape[-2], image.shape[-1], data, rng)
-    top, left, rows, columns = draw.box
-    crop = resize(image[:, top : top + rows, left : left + columns], pair(size))
-    return finish_crop(crop, data, rng, flip=draw.flip)
+    return finish_crop(image, draw, pair(size), data, rng)
+
+
+def reduction(box: Box, target: tuple[int, int]) -> int:
+    """The largest of 1, 2, 4, 8 by which the box can shrink and still be no smaller than the target."""
+    fitting = [f for f in (2, 4, 8) if box[2] >= f * target[0] and box[3] >= f * target[1]]
+    return max(fitting, default=1)
+
+
+def reduced_box(box: Box, size: tuple[int, int], factor: int) -> Box:
+    """The box in a picture reduced to `size` (height, width), rounded to whole pixels."""
+    top, left = round(box[0] / factor), round(box[1] / factor)
+    bottom, right = round((box[0] + box[2]) / factor), round((box[1] + box[3]) / factor)
+    return top, left, min(bottom, size[0]) - top, min(right, size[1]) - left
 
 
 def color_jitter(
@@ -133,6 +140,7 @@ def color_jitter(
         functional.adjust_hue,
     )
     centres = (1.0, 1.0, 1.0, 0.0)
+    # Four factors and four keys to sort by, drawn whatever the strengths: a strength of 0 moves no other.
     drawn = [rng.random() for _ in range(8)]
     for i in sorted(range(4), key=lambda i: drawn[4 + i]):
         if strengths[i] > 0:
@@ -156,6 +164,7 @@ def _bordered(
     image: Tensor, frame: tuple[int, int], size: tuple[int, int], mean: tuple[float, ...]
 ) -> Tensor:
     """The centre of a frame in the mean colour, in the middle of which the whole picture lies."""
+    # The whole picture shrinks until its longer side, relative to the frame, fits.
     ratio = max(side / most for side, most in zip(image.shape[-2:], frame, strict=True))
     height, width = (max(1, round(side / ratio)) for side in image.shape[-2:])
     inside = _centre(resize(image, (height, width)), (min(height, size[0]), min(width, size[1])))
@@ -185,6 +194,7 @@ def eval_crop(image: UInt8[Tensor, "c h w"], size: Size, resize_px: int) -> UInt
 
 def _without_far_ends(image: Tensor, most: int = 32) -> Tensor:
     """The middle of a strip `most` times as long as wide, or longer, which resized would fill the memory."""
+    # The shorter side is resized to a fixed length: one pixel by a million would become 300 by 300 million.
     height, width = image.shape[-2:]
     rows, columns = min(height, most * width), min(width, most * height)
     top, left = (height - rows) // 2, (width - columns) // 2

@@ -1,76 +1,63 @@
-"""Bytes of an image file to pixels, or a reason in words why that cannot be.
+"""Bytes of an image file to pixels, or a reason why that cannot be done.
 
-JPEG goes through torchcodec (Pillow's pixels, bit for bit, in about half the time), TIFF of many bands or of
-16-bit colour through `tiff`, everything else through Pillow. What a file holds is told by its content, never
-by its name. Alpha is composited over white, 16 bits are scaled by 1/257, EXIF rotation is applied, and of an
-animation the first frame is taken. Asked for other than one or three channels, those that the file stores are
-given as they are.
+torchcodec decodes JPEG (Pillow's pixels, in half the time), tifffile TIFF of bands or 16-bit colour, Pillow
+the rest; the content decides, never the name. One set of rules: images are turned as Pillow's `getexif` says,
+alpha is composited over a background, 16 bits are divided by 257 and rounded, the first frame is taken.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import struct
+import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from torch import Tensor
-
-from nextblock.data.orientation import turn
-from nextblock.data.tiff import (
-    COLOUR,
-    GREY,
-    UnreadableTiffError,
-    is_tiff,
-    read_tiff_header,
-    read_tiff_samples,
-)
-
-__all__ = [
-    "BadImageError",
-    "check_pixels",
-    "decode_image",
-    "grey",
-    "image_to_tensor",
-    "jpeg_decoder",
-    "open_image",
-    "orientation_of",
-    "pillow_errors",
-]
 
 log = logging.getLogger(__name__)
 
 Decoder = Literal["auto", "pillow", "fast"]
+Background = Literal["white", "grey", "black"]
 
-_AVIF = ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()  # since Pillow 11.3
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", *_AVIF)
-"""What Pillow is asked to recognise. Its other formats are no photographs, and some run programs (EPS)."""
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+"""What Pillow is asked to read. Its other formats are no photographs, and some run programs (EPS)."""
 
-_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
-_HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"}
-_DEEP_TIFF = ((COLOUR, 3), (COLOUR, 4), (GREY, 2))
-"""Photometric and samples of 16 bits of which Pillow keeps 8, or which it does not read."""
-_STORED = {"RGBA": 4, "LA": 2, "RGBa": 4, "La": 2, "L": 1, "1": 1, "I;16": 1, "I;16B": 1, "PA": 4}
-"""Channels that an image of a mode has; of other modes, colours of whatever kind, three."""
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+_BEHIND = {"white": 255, "grey": 128, "black": 0}
+# Pixels converted at a time, so that doubles and copies never exist for the whole image.
+_PART_PX = 1 << 18
+# Encoders write about ten scans in a JPEG; each costs as much time as the whole image.
+_MAX_SCANS = 100
+# Axes to flip for an EXIF orientation, after rows and columns are swapped for 5 to 8.
+_FLIPS: dict[int, tuple[int, ...]] = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}
+# What torch raises as RuntimeError.
+_NO_MEMORY = re.compile(r"allocate memory|CPUAllocator|nsufficient memory|bad_alloc")
+# In coded pixels of a JPEG, 0xff is followed by 0 or a restart marker (d0 to d7). 01 and d8 have no length.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+_APP1, _SCAN, _END = b"\xff\xe1", b"\xff\xda", b"\xff\xd9"
+_HEIC_BRAND = re.compile(rb"hei[cxms]|hev[cx]")
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+# Channels by Pillow's mode; the others are colours, three.
+_CHANNELS = {"RGBA": 4, "LA": 2, "RGBa": 4, "La": 2, "L": 1, "1": 1, "I": 1, "I;16": 1, "I;16B": 1, "PA": 4}
+# Samples of a 16-bit PNG by Pillow's raw mode, and the raw mode that keeps what the first one drops.
+_DEEP_PNG = {"LA;16B": (2, "RGBA"), "RGB;16B": (3, "RGB;16L"), "RGBA;16B": (4, "RGBA;16L")}
+_GREY, _COLOUR, _CMYK = 1, 2, 5  # TIFF photometric
+# Photometric and samples of 16 bits that Pillow cuts to 8, does not read, or does not invert.
+_DEEP_TIFF = ((_COLOUR, 3), (_COLOUR, 4), (_GREY, 2), (0, 1), (_CMYK, 4))
+# None, LZW, deflate, PackBits, deflate, LZMA, zstd: they unpack to no more than asked for.
+_LOSSLESS = (1, 5, 8, 32773, 32946, 34925, 50000)
+_NO_RANGE = "have no fixed range; save 8 or 16 bits a channel"
 
 
 class BadImageError(ValueError):
@@ -78,319 +65,359 @@ class BadImageError(ValueError):
 
 
 def decode_image(
-    content: bytes, *, decoder: Decoder = "auto", max_pixels: int = 178_956_970, channels: int = 3
+    content: bytes,
+    *,
+    decoder: Decoder = "auto",
+    max_pixels: int = 178_956_970,
+    channels: int = 3,
+    background: Background = "white",
+    reduce: Callable[[int, int], int] | None = None,
 ) -> UInt8[Tensor, "c h w"]:
-    """Decode a file's content; raises `BadImageError` when that cannot be done.
+    """Decode a file's content; raises `BadImageError` if it is unreadable, MemoryError if memory is short.
 
-    Three channels are RGB, one is grey (of colours their luma, ITU-R 601), whatever the file stores. Any
-    other number must be what the file stores: the bands of a TIFF file, colour or grey with its alpha. The
-    size is checked against `max_pixels` from the header, before any pixel is decoded.
+    Three channels are RGB, one is grey (ITU-R 601 luma). Any other number must be what the file stores: the
+    bands of a TIFF, or colour or grey with alpha. Headers are checked against `max_pixels` before decoding.
+    With decoder "fast", `reduce` is called with a JPEG's upright height and width, and returns by how much
+    the decoded image may be smaller: 1, 2, 4 or 8.
     """
     if not content:
         raise BadImageError("the file is empty (0 bytes)")
     with pillow_errors():
-        if is_tiff(content):
-            pixels = _decode_tiff(content, max_pixels, channels)
+        if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            pixels = _decode_tiff(content, max_pixels, channels, background)
             if pixels is not None:
                 return pixels
         image = open_image(content)
         check_pixels(image.size, max_pixels)
-        if channels not in (1, 3):
-            return _decode_as_stored(image, content, decoder, channels)
-        is_grey = _is_grey(image)
-        pixels = None
-        if decoder != "pillow" and image.format in ("JPEG", "MPO"):
-            pixels = _decode_with_torchcodec("decode_jpeg", content)
-        elif decoder != "pillow" and _is_deep_colour_png(content):
-            pixels = _decode_deep_png(image, content)
-        if pixels is None:
-            pixels = image_to_tensor(image)
-        return pixels if channels == 3 else pixels[:1].contiguous() if is_grey else grey(pixels)
+        with pillow_errors(image.size):
+            if image.format in ("JPEG", "MPO") and channels in (1, 3):
+                pixels = _decode_jpeg(image, content, decoder, reduce)
+                if pixels is not None and channels == 1:
+                    return image_to_tensor(Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()), 1)
+                if pixels is not None:
+                    return pixels
+            if image.format == "PNG" and image.tile and image.tile[0].args in _DEEP_PNG:
+                return _decode_deep_png(image, content, channels, background)
+            return image_to_tensor(image, channels, background)
 
 
-def image_to_tensor(image: Image.Image, channels: int = 3) -> UInt8[Tensor, "c h w"]:
-    """The pixels of a Pillow image of any mode, channels-last in memory, which resizes faster.
+def image_to_tensor(
+    image: Image.Image, channels: int = 3, background: Background = "white"
+) -> UInt8[Tensor, "c h w"]:
+    """The upright pixels of a Pillow image of any mode, channels-last in memory, which resizes faster.
 
-    `channels` is 3 for RGB, 1 for grey, or as many as the image has; `BadImageError` where it has others.
+    `channels` is 3 for RGB, 1 for grey, or as many as the image has; otherwise raises `BadImageError`.
     """
-    if channels not in (1, 3):
-        return _stored(image, channels)
+    found = _CHANNELS.get(image.mode, 3)
+    _check_channels({1: 2, 3: 4}.get(found, found) if "transparency" in image.info else found, channels)
+    is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not is_deep:
+        raise BadImageError(f"32-bit pixels (Pillow's mode {image.mode}) {_NO_RANGE}")
     image.load()
-    image = _upright(image)
-    is_grey = channels == 1 and _is_grey(image)
-    pixels = rearrange(torch.from_numpy(np.array(_to_rgb(image))), "h w c -> c h w")
-    return pixels if channels == 3 else pixels[:1].contiguous() if is_grey else grey(pixels)
+    orientation = orientation_of(image)  # after loading, which turns a TIFF and then says 1
+    if image.mode == "RGB" and "transparency" not in image.info and channels == 3:
+        return _upright(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"), orientation)
 
+    def convert(box: Box) -> np.ndarray:
+        part = image.crop(box)
+        if is_deep:
+            values = np.asarray(part).astype(np.uint16)[..., None]
+            return _eight_bits(_with_alpha(values, image), channels, background)
+        return _from_mode(part, channels, background)
 
-def grey(pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "1 h w"]:
-    """The luma of RGB pixels, as Pillow computes it."""
-    image = Image.fromarray(np.ascontiguousarray(rearrange(pixels, "c h w -> h w c").numpy()))
-    return torch.from_numpy(np.array(image.convert("L")))[None]
+    return _upright(_in_parts(image.size, channels, convert), orientation)
 
 
 @contextmanager
-def pillow_errors() -> Iterator[None]:
-    """Turn whatever a decoder raises into `BadImageError`, and keep its warnings to itself."""
+def pillow_errors(size: tuple[int, int] | None = None) -> Iterator[None]:
+    """Turn what a decoder raises into `BadImageError` or, with the (width, height) if given, MemoryError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (BadImageError, MemoryError):
+    except BadImageError:
         raise
-    except UnreadableTiffError as error:
-        raise BadImageError(str(error)) from error
     except Exception as error:
         # On corrupt input Pillow's parsers let nearly anything through: struct.error, IndexError, ...
+        text = str(error) or type(error).__name__
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+            text = f"not enough memory to decode {size[0]} x {size[1]} pixels" if size else text
+            raise MemoryError(text) from error
         if isinstance(error, OSError) and error.strerror:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
-        text = str(error) or type(error).__name__
         raise BadImageError(f"truncated or corrupt: {text}") from error
 
 
-# --------------------------------------------------------------------------------------------------- header
-
-
-def open_image(content: bytes) -> Image.Image:
+def open_image(content: bytes) -> ImageFile.ImageFile:
     """Read the header only; the pixels are decoded when they are asked for."""
-    if _is_heic(content):
-        return _open_heic(content)
-    try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        start = content[:8]
-        raise BadImageError(
-            f"not an image of a known format, or a damaged header (it begins with {start!r})"
-        ) from None
-    except Image.DecompressionBombError:
-        # Pillow's own limit is a module variable, which is not ours to change: ask its parsers directly.
-        for name in FORMATS:
-            factory, accept = Image.OPEN[name]
-            if accept is not None and accept(content[:16]) is True:
-                return factory(io.BytesIO(content), "")
-        raise
-
-
-def _is_heic(content: bytes) -> bool:
-    if content[4:8] != b"ftyp":
-        return False
-    length = min(int.from_bytes(content[:4], "big"), 256)
-    brands = {content[8:12]} | {content[i : i + 4] for i in range(16, length, 4)}
-    return bool(brands & _HEIC_BRANDS) and not brands & {b"avif", b"avis"}
-
-
-def _open_heic(content: bytes) -> Image.Image:
-    """By pillow-heif's class itself, so that the user's Pillow does not change."""
-    try:
-        from pillow_heif import HeifImageFile
-    except ImportError:
-        raise BadImageError("HEIC needs pillow-heif: pip install 'nextblock[heic]'") from None
-    try:
-        return HeifImageFile(io.BytesIO(content), "")
-    except SyntaxError as error:
-        raise BadImageError(f"truncated or corrupt: {error}") from error
+    brands = content[8 : min(int.from_bytes(content[:4]), 256)] if content[4:8] == b"ftyp" else b""
+    if _HEIC_BRAND.search(brands) and b"avi" not in brands:
+        try:
+            from pillow_heif import HeifImageFile
+        except ImportError:
+            raise BadImageError("HEIC needs pillow-heif: pip install 'nextblock[heic]'") from None
+        return HeifImageFile(io.BytesIO(content), "")  # registering it would change the user's Pillow
+    # Image.open has a limit of pixels in a module variable, which is not ours to change: ask its parsers.
+    Image.init()
+    for name in FORMATS:
+        parse, accept = Image.OPEN[name]
+        if accept and accept(content[:16]) is True:
+            return parse(io.BytesIO(_without_texts(content) if name == "PNG" else content), "")
+    raise BadImageError(f"not an image of a known format (it begins with {content[:8]!r})")
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """`BadImageError` for a (width, height) of more pixels than that."""
-    width, height = size
-    if width * height > max_pixels:
-        raise BadImageError(
-            f"{width} x {height} = {width * height:,} pixels, more than data.max_pixels ({max_pixels:,})"
-        )
-
-
-# ----------------------------------------------------------------------------------------------- torchcodec
-
-
-@cache
-def _torchcodec(name: str) -> Callable[..., Tensor] | None:
-    """A function of torchcodec.decoders, or None (said once) where this installation has no such thing."""
-    try:
-        from torchcodec import decoders
-
-        return getattr(decoders, name)
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        log.warning("torchcodec cannot decode images here (%s); Pillow does it, more slowly", error)
-        return None
-
-
-def jpeg_decoder(decoder: Decoder) -> Literal["torchcodec", "pillow", "simplejpeg"]:
-    """What decodes JPEG for training in this installation under this setting.
-
-    `ValueError` where the setting asks for a package that is not there.
-    """
-    if decoder == "fast":
-        if find_spec("simplejpeg") is None:
-            raise ValueError(
-                "data.decoder fast needs simplejpeg: pip install 'nextblock[fast]', or use data.decoder auto"
-            )
-        return "simplejpeg"
-    if decoder == "pillow" or _torchcodec("decode_jpeg") is None:
-        return "pillow"
-    return "torchcodec"
-
-
-def _decode_with_torchcodec(function: str, content: bytes, **options: object) -> Tensor | None:
-    """Pixels, or None where Pillow has to try: torchcodec is absent or refuses the file."""
-    decode = _torchcodec(function)
-    if decode is None:
-        return None
-    try:
-        return decode(content, **options)
-    except RuntimeError as error:
-        log.debug("torchcodec refused an image that is now given to Pillow: %s", error)
-        return None
-
-
-def _is_deep_colour_png(content: bytes) -> bool:
-    """Whether it is a PNG of 16 bits a channel and more than one channel, of which Pillow keeps 8 bits."""
-    if content[:8] != b"\x89PNG\r\n\x1a\n" or content[12:16] != b"IHDR" or len(content) < 26:
-        return False
-    bits, colour_type = struct.unpack_from("BB", content, 24)
-    return bits == 16 and colour_type != 0
-
-
-def _deep_png(image: Image.Image, content: bytes, mode: str) -> Tensor | None:
-    """All 16 bits of a PNG's samples; None where Pillow has to do."""
-    if orientation_of(image) != 1:
-        return None
-    return _decode_with_torchcodec("decode_png", content, mode=mode, output_dtype=torch.uint16)
-
-
-def _decode_deep_png(image: Image.Image, content: bytes) -> Tensor | None:
-    """Composite at 16 bits, then scale by 1/257."""
-    pixels = _deep_png(image, content, "RGB_ALPHA")
-    return None if pixels is None else _over_white(pixels[:3].double(), pixels[3:].double() / 65535)
-
-
-def _over_white(colour: Tensor, alpha: Tensor) -> Tensor:
-    """Composite 16-bit colours over white, and scale to 8 bits."""
-    return ((colour * alpha + 65535 * (1 - alpha)) / 257).round().to(torch.uint8)
-
-
-# ----------------------------------------------------------------------------------------- channels as stored
-
-
-def _decode_as_stored(image: Image.Image, content: bytes, decoder: Decoder, channels: int) -> Tensor:
-    if not _is_deep_colour_png(content):
-        return _stored(image, channels)
-    _check_channels({2: 3, 4: 2}.get(content[25], 4), channels)
-    pixels = None
-    if decoder != "pillow":
-        pixels = _deep_png(image, content, "GRAY_ALPHA" if channels == 2 else "RGB_ALPHA")
-    if pixels is not None:
-        return (pixels.double() / 257).round().to(torch.uint8)
-    return _as_mode(image, channels)  # Pillow keeps 8 bits, and grey with alpha as RGBA
-
-
-def _stored(image: Image.Image, channels: int) -> Tensor:
-    _check_channels(_channels_of(image), channels)
-    return _as_mode(image, channels)
-
-
-def _as_mode(image: Image.Image, channels: int) -> Tensor:
-    image.load()
-    image = _upright(image)
-    for premultiplied, plain in (("La", "LA"), ("RGBa", "RGBA")):
-        image = image.convert(plain) if image.mode == premultiplied else image
-    mode = {2: "LA", 4: "RGBA"}[channels]
-    return rearrange(torch.from_numpy(np.array(image.convert(mode))), "h w c -> c h w")
-
-
-def _channels_of(image: Image.Image) -> int:
-    number = _STORED.get(image.mode, 3)
-    return {1: 2, 3: 4}.get(number, number) if "transparency" in image.info else number
-
-
-def _check_channels(found: int, wanted: int) -> None:
-    if found != wanted:
-        raise BadImageError(f"has {found} channel{'s' * (found != 1)}, data.channels is {wanted}")
-
-
-def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La", "I", *_SIXTEEN_BITS)
-
-
-# ----------------------------------------------------------------------------------------------------- TIFF
-
-
-def _decode_tiff(content: bytes, max_pixels: int, channels: int) -> Tensor | None:
-    """Bands, and 16-bit colour; None where Pillow is to read the file, as one of one channel or three."""
-    header = read_tiff_header(content)
-    check_pixels((header.width, header.height), max_pixels)
-    kind, number = header.photometric, header.channels
-    if channels not in (1, 3):
-        if kind not in (GREY, COLOUR):
-            raise BadImageError(f"its colours (TIFF photometric {kind}) are no channels; save them as RGB")
-        _check_channels(number, channels)
-    elif number - {GREY: 1, COLOUR: 3}.get(kind, number) > 1 and number != channels:
-        # Further samples of RGB, up to three, are left out by Pillow, which reads 8 bits of them.
-        if kind == COLOUR and number <= 6 and header.bits == 8:
-            return None
-        _check_channels(number, channels)
-    elif not (header.bits == 16 and (kind, number) in _DEEP_TIFF) and (
-        (kind, number) != (GREY, channels) or number == 1
-    ):
-        return None
-    samples = read_tiff_samples(content, header, max_samples=max(max_pixels, 1 << 24) * number)
-    values = rearrange(torch.from_numpy(samples.astype(np.int32)), "h w c -> c h w")
-    if number == channels:
-        pixels = (values if header.bits == 8 else (values + 128) // 257).to(torch.uint8)
-    else:
-        pixels = _composite(values.double(), header.extra, channels)
-    return turn(pixels, header.orientation).contiguous()
-
-
-def _composite(values: Tensor, extra: tuple[int, ...], channels: int) -> Tensor:
-    """16-bit colour or grey, with whatever its further sample is, as RGB or grey."""
-    number = 3 if len(values) >= 3 else 1
-    colour, alpha = values[:number], values[number : number + 1] / 65535
-    if 1 in extra:  # multiplied by its alpha already
-        pixels = ((colour + 65535 * (1 - alpha)).clamp(max=65535) / 257).round().to(torch.uint8)
-    else:
-        pixels = _over_white(colour, alpha if 2 in extra else torch.ones(()))
-    if number == channels:
-        return pixels
-    return grey(pixels) if channels == 1 else pixels.expand(3, -1, -1)
-
-
-# --------------------------------------------------------------------------------------------------- Pillow
+    """Raise `BadImageError` if an image of this (width, height) has more than `max_pixels` pixels."""
+    number = size[0] * size[1]
+    if number > max_pixels:
+        size_text = f"{size[0]} x {size[1]} = {number:,} pixels"
+        raise BadImageError(f"{size_text}, more than data.max_pixels ({max_pixels:,})")
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or its block is damaged."""
+    """The EXIF or XMP orientation, 1 to 8; 1 (upright) if there is none or its block is damaged."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # a damaged block raises anything; the picture itself may be fine
         log.debug("damaged EXIF block: %s", error)
         return 1
-    return value if value in _TRANSPOSE else 1
+    return value if value in range(1, 9) else 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _check_channels(found: int, wanted: int) -> None:
+    if found != wanted and wanted not in (1, 3):
+        raise BadImageError(f"has {found} channel{'s' * (found != 1)}, data.channels is {wanted}")
+
+
+def _in_parts(size: tuple[int, int], channels: int, convert: Callable[[Box], np.ndarray]) -> Tensor:
+    """An image of this (width, height), converted in parts of few pixels."""
+    width, height = size
+    pixels = np.empty((height, width, channels), np.uint8)
+    columns = min(width, _PART_PX)
+    rows = _PART_PX // columns
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            box = left, top, min(left + columns, width), min(top + rows, height)
+            pixels[top : box[3], left : box[2]] = convert(box)
+    return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+
+
+def _upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tensor, "c rows columns"]:
+    """Turn stored pixels by their orientation, 1 to 8; others mean 1."""
+    if orientation in (5, 6, 7, 8):
+        pixels = rearrange(pixels, "c h w -> c w h")
+    return torch.flip(pixels, _FLIPS[orientation]) if orientation in _FLIPS else pixels
+
+
+def _from_mode(image: Image.Image, channels: int, background: Background) -> np.ndarray:
+    """The pixels of an image of 8 bits or fewer a sample."""
+    image = image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image  # not premultiplied
+    if channels in (2, 4):
+        return np.asarray(image.convert("LA" if channels == 2 else "RGBA"))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        behind = Image.new("RGBA", image.size, (*[_BEHIND[background]] * 3, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
+    image = image if image.mode == "L" and channels == 1 else image.convert("RGB")
+    return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
+
+
+def _with_alpha(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """16-bit samples, with alpha if a colour of the image is transparent."""
+    if "transparency" not in image.info:
+        return values
+    is_seen = (values != np.asarray(image.info["transparency"])).any(-1, keepdims=True)
+    return np.concatenate([values, is_seen.astype(np.uint16) * 65535], axis=-1)
+
+
+def _eight_bits(
+    values: np.ndarray, channels: int, background: Background = "white", *, is_premultiplied: bool = False
+) -> np.ndarray:
+    """Samples (h w c) as 8-bit pixels. If RGB or grey is wanted of 2 or 4, the last is alpha."""
+    pixels = values
+    if channels in (1, 3) and values.shape[-1] in (2, 4):
+        colour, alpha = values[..., :-1].astype(np.float64), values[..., -1:] / 65535
+        colour = colour if is_premultiplied else colour * alpha
+        pixels = np.minimum(colour + 257 * _BEHIND[background] * (1 - alpha), 65535)
+    if values.dtype != np.uint8:
+        pixels = np.rint(pixels / 257).astype(np.uint8)
+    if channels == 1 and pixels.shape[-1] == 3:
+        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
+    return np.broadcast_to(pixels, (*pixels.shape[:2], channels))
+
+
+@cache
+def _torchcodec() -> Callable[..., Any] | None:
+    """The JPEG decoder of torchcodec, or None (logged once) if this installation has none that works."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        log.warning("torchcodec cannot decode images here (%s); Pillow does it, more slowly", error)
+        return None
+    return decode_jpeg
+
+
+def jpeg_decoder(decoder: Decoder) -> Literal["torchcodec", "pillow", "pillow-draft"]:
+    """What decodes JPEG for training in this installation under this setting."""
+    if decoder == "fast":
+        return "pillow-draft"
+    return "torchcodec" if decoder == "auto" and _torchcodec() else "pillow"
+
+
+def _decode_jpeg(
+    image: Image.Image, content: bytes, decoder: Decoder, reduce: Callable[[int, int], int] | None
+) -> Tensor | None:
+    """Upright RGB; None if Pillow is to decode the image, which then is reduced as `reduce` says."""
+    plain = _examine_jpeg(content, len(image.getbands()), is_progressive="progression" in image.info)
     orientation = orientation_of(image)
-    return image if orientation == 1 else image.transpose(_TRANSPOSE[orientation])
+    if decoder == "fast" and reduce and image.mode in ("RGB", "L"):
+        factor = reduce(*(image.size if orientation > 4 else image.size[::-1]))
+        if factor > 1:
+            # libjpeg leaves out the fine part of every 8 x 8 block of frequencies: cheaper than all of it.
+            image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+            return None
+    decode = None if decoder == "pillow" else _torchcodec()
+    try:
+        return None if decode is None else _upright(decode(plain), orientation)
+    except RuntimeError as error:
+        log.debug("torchcodec failed, Pillow decodes the image: %s", error)
+        return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _from_16_bits(image)
-    if image.mode in ("I", "F"):
-        raise BadImageError(
-            f"32-bit pixels (Pillow's mode {image.mode}) have no fixed range; save 8 or 16 bits a channel"
-        )
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        if image.mode in ("La", "RGBa"):
-            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+def _examine_jpeg(content: bytes, components: int, *, is_progressive: bool) -> bytes:
+    """The JPEG without EXIF and XMP, which torchcodec reads unlike Pillow; many scans are a bad image."""
+    parts, start, scans, place = [], 0, 0, 2
+    while (marker := _MARKER.search(content, place)) and marker[0] != _END:
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+        if marker[0] == _APP1 and not scans:
+            parts.append(content[start : marker.start()])
+            start = place
+        elif marker[0] == _SCAN:
+            scans += 1
+            if scans > _MAX_SCANS:
+                raise BadImageError(f"a JPEG of more than {_MAX_SCANS} scans, which would take minutes")
+            # libjpeg stops after the first scan if that has all components and is not progressive.
+            if not is_progressive and content[marker.end() + 2] == components:
+                break
+    return b"".join([*parts, content[start:]])
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.uint32)
-    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    return grey.convert("RGB")
+def _without_texts(content: bytes) -> bytes:
+    """A PNG without the texts and colour profiles that Pillow would unpack, but for what may turn it."""
+    parts, start, place = [], 0, 8
+    while place < len(content):
+        kind, end = content[place + 4 : place + 8], place + 12 + int.from_bytes(content[place : place + 4])
+        may_turn = content.startswith((b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"), place + 8)
+        if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") and not may_turn:
+            parts.append(content[start:place])
+            start = end
+        place = end
+    return b"".join([*parts, content[start:]])
+
+
+def _decode_deep_png(
+    image: ImageFile.ImageFile, content: bytes, channels: int, background: Background
+) -> Tensor:
+    """All 16 bits of a PNG, of whose colours Pillow keeps 8.
+
+    Its unpackers take the high bytes of big-endian samples (RGB;16B) or of little-endian ones (RGB;16L); the
+    latter are the low bytes of a big-endian file. Grey with alpha is read as four bytes a pixel.
+    """
+    number, low_mode = _DEEP_PNG[str(image.tile[0].args)]
+    _check_channels(number + ("transparency" in image.info), channels)
+    halves = [image] if number == 2 else [image, open_image(content)]
+    halves[-1].tile = [image.tile[0]._replace(args=low_mode)]
+    for half in halves:
+        half.load()
+    orientation = orientation_of(image)  # Pillow loads a PNG for that, as EXIF may come after the pixels
+
+    def convert(box: Box) -> np.ndarray:
+        parts = [np.asarray(half.crop(box)) for half in halves]
+        high, low = parts if len(parts) == 2 else (parts[0][..., ::2], parts[0][..., 1::2])
+        values = high.astype(np.uint16) << 8 | low
+        return _eight_bits(_with_alpha(values, image), channels, background)
+
+    return _upright(_in_parts(image.size, channels, convert), orientation)
+
+
+def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Background) -> Tensor | None:
+    """Bands, and 16-bit colour; None if Pillow is to read the file, whose header is checked all the same."""
+    if content[:4] == b"MM\0+":
+        raise BadImageError("big-endian BigTIFF is not read; save it as little-endian")
+    file = io.BytesIO(content)
+    # This old class gives every value as a tuple.
+    tags = TiffImagePlugin.ImageFileDirectory_v1(file.read(16 if content[2:4] == b"+\0" else 8))
+    file.seek(tags.next)
+    tags.load(file)
+    (width, *_), (height, *_), bits = tags[256], tags[257], tags.get(258, (1,))
+    check_pixels((width, height), max_pixels)
+    kind, number = tags.get(262, (0,))[0], tags.get(277, (len(bits),))[0]
+    columns, rows = (tags[322][0], tags[323][0]) if 324 in tags else (width, height)
+    # Tiles at the right and bottom edge are decoded whole, however far they reach beyond the image.
+    padded = math.ceil(width / columns) * columns * math.ceil(height / rows) * rows
+    if min(width, height, number, rows, columns) < 1 or padded > max(max_pixels, 1 << 24):
+        raise BadImageError(f"its tiles of {columns} x {rows} unpack to none or too many pixels")
+
+    extra = number - {_GREY: 1, _COLOUR: 3}.get(kind, number)
+    if channels not in (1, 3):
+        if kind not in (_GREY, _COLOUR):
+            raise BadImageError(f"its colours (TIFF photometric {kind}) are no channels; save them as RGB")
+        _check_channels(number, channels)
+    elif extra > 1 and number != channels:
+        if (kind, bits[0]) == (_COLOUR, 8) and number <= 6:
+            return None  # Pillow leaves out the further samples of RGB
+        raise BadImageError(f"has {number} channels, data.channels is {channels}")
+    elif not (bits[0] == 16 and (kind, number) in _DEEP_TIFF) and (kind, number) != (_GREY, 3):
+        return None
+
+    with pillow_errors((width, height)):
+        values = _tiff_samples(content, (height, width, number))
+        alpha = {1, 2} & set(tags.get(338, ()))  # 1 is multiplied into the colours already
+        if kind == 0:
+            values = ~values  # white is 0
+        elif extra and number != channels and channels in (1, 3) and not alpha:
+            values = values[..., :-1]
+
+        def convert(box: Box) -> np.ndarray:
+            left, top, right, bottom = box
+            part = values[top:bottom, left:right]
+            if kind == _CMYK:
+                return _from_mode(Image.fromarray(_eight_bits(part, 4), "CMYK"), channels, background)
+            return _eight_bits(part, channels, background, is_premultiplied=1 in alpha)
+
+        xmp = _XMP_ORIENTATION.search(tags[700] if isinstance(tags.get(700), bytes) else b"")
+        orientation = tags.get(274, (int(xmp[1]) if xmp else 1,))[0]
+        return _upright(_in_parts((width, height), channels, convert), orientation)
+
+
+def _tiff_samples(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """The samples of the first page, (h w c), as they are stored."""
+    try:
+        import imagecodecs  # noqa: F401 - tifffile unpacks with it
+        import tifffile
+    except ImportError:
+        raise BadImageError("TIFF of bands or of 16-bit colour needs pip install 'nextblock[tiff]'") from None
+    logger = logging.getLogger("tifffile")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        with tifffile.TiffFile(io.BytesIO(content)) as file:
+            page = file.pages.first
+            height, width, number = shape
+            planes = number if page.planarconfig == 2 else 1
+            if page.shaped != (planes, 1, height, width, number // planes):
+                raise BadImageError("its TIFF tags contradict each other")
+            if page.bitspersample not in (8, 16) or page.dtype not in (np.uint8, np.uint16):
+                raise BadImageError(f"{page.bitspersample}-bit samples of type {page.dtype} {_NO_RANGE}")
+            packing = int(page.compression), int(page.predictor)
+            # tifffile undoes predictor 2 wrongly if nothing is packed.
+            if packing[0] not in _LOSSLESS or packing[1] not in (1, 2) or packing == (1, 2):
+                raise BadImageError(f"TIFF compression {packing} is not read; save it with deflate")
+            # Packing adds little; the same bytes listed again and again would be read for hours.
+            counts, segments = page.databytecounts, math.prod(page.chunked)
+            most = segments * (4 * math.prod(page.chunks) * page.dtype.itemsize + 1024)
+            ends = [offset + count for offset, count in zip(page.dataoffsets, counts, strict=False)]
+            if len(ends) < segments or min(counts) < 1 or max(ends) > len(content) or sum(counts) > most:
+                raise BadImageError("truncated or corrupt: strips or tiles are missing or too long")
+            values = page.asarray(squeeze=False, maxworkers=1)[:, 0]
+    finally:
+        logger.disabled = was_disabled
+    return np.moveaxis(values[..., 0], 0, -1) if planes > 1 else values[0]

@@ -1,12 +1,13 @@
 """Which samples a training step holds: a function of the seed and of the step's number alone.
 
-One source is gone through in an order of its own at every visit (`VisitOrder`). A mixture takes from several
-sources a fixed number of samples each an epoch (`MixtureOrder`): every source is an endless stream of its
-permutations, one a visit, that goes on where the epoch before left it.
+One source is traversed in a new order at every visit (`VisitOrder`). A mixture takes a fixed number of
+samples from each of its sources every epoch (`MixtureOrder`).
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,34 +17,26 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from nextblock.data.keyed import MAX_TABLE, keyed_permutation, permuted
+from nextblock.config import DataConfig
+from nextblock.data.random import Permutation, keyed_permutation
+from nextblock.data.sources.base import Source
 
-__all__ = ["MixtureOrder", "SampleOrder", "StepKeys", "VisitOrder", "shares", "step_samples"]
+__all__ = ["MixtureOrder", "SampleOrder", "StepKeys", "VisitOrder", "sample_order", "shares"]
 
-
-def step_samples(seed: int, n: int, batch_size: int, step: int) -> tuple[int, np.ndarray]:
-    """The visit a step belongs to, and the step's samples out of `n`, in order.
-
-    Every visit has an order of its own and drops the last of it, the remainder of n over the batch size.
-    """
-    if not 1 <= batch_size <= n:
-        raise ValueError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
-    visit, place = divmod(step, n // batch_size)
-    positions = np.arange(place * batch_size, (place + 1) * batch_size, dtype=np.int64)
-    return visit, permuted(seed, n, positions, "order", visit)
+log = logging.getLogger(__name__)
 
 
 class StepKeys(NamedTuple):
-    """What a step holds: with the seed, each (visit, sample) decides how that image is cropped."""
+    """What a step holds. With the seed, (visit, sample) decides how an image is cropped."""
 
     epoch: int
     visits: Int64[np.ndarray, " b"]
-    """How often the sample's source had been gone through before."""
+    """How often each sample's source had been traversed before."""
     samples: Int64[np.ndarray, " b"]
 
 
 class SampleOrder(ABC):
-    """The samples of every step, all steps of `batch_size`."""
+    """The samples of every step, each of `batch_size`."""
 
     batch_size: int
     steps_per_epoch: int
@@ -58,17 +51,21 @@ class SampleOrder(ABC):
 
 
 class VisitOrder(SampleOrder):
-    """One source of `n` images: an epoch is a visit, less the last of it that fills no batch."""
+    """One source of `n` images: an epoch is a visit, without the last images, which fill no batch."""
 
     def __init__(self, n: int, *, seed: int, batch_size: int) -> None:
+        if not 1 <= batch_size <= n:
+            raise ValueError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
         self.batch_size = batch_size
         self.steps_per_epoch = n // batch_size
-        self._n, self._seed = n, seed
+        # Workers fetch ahead, so the end of one visit and the beginning of the next are asked for in turn.
+        self._visit = lru_cache(maxsize=2)(lambda visit: Permutation(seed, n, "order", visit))
 
     def keys(self, step: int) -> StepKeys:
         """The slice of the visit's order that the step holds."""
-        visit, samples = step_samples(self._seed, self._n, self.batch_size, step)
-        return StepKeys(visit, np.full(len(samples), visit, dtype=np.int64), samples)
+        visit, place = divmod(step, self.steps_per_epoch)
+        positions = np.arange(place * self.batch_size, (place + 1) * self.batch_size, dtype=np.int64)
+        return StepKeys(visit, np.full(self.batch_size, visit, dtype=np.int64), self._visit(visit)[positions])
 
     def seen(self, step: int) -> tuple[int, ...]:
         """As many as the steps hold."""
@@ -76,11 +73,11 @@ class VisitOrder(SampleOrder):
 
 
 class MixtureOrder(SampleOrder):
-    """Sources of the given `sizes`, of which every epoch holds `counts` samples each.
+    """Sources of the given `sizes`; every epoch holds `counts` samples of each.
 
-    Sample numbers go through the sources one after the other. In epoch e the j-th sample of source i stands
-    at e*counts[i] + j of that source's stream, so no image comes again before its visit is over, and nothing
-    is dropped: an epoch is a whole number of batches.
+    A source is an endless stream: its permutation at visit 0, then that of visit 1, and so on. An epoch takes
+    the next `counts[i]` samples of stream i, so no image comes again before its visit is over. Nothing is
+    dropped: an epoch is a whole number of batches.
     """
 
     def __init__(self, sizes: Sequence[int], counts: Sequence[int], *, seed: int, batch_size: int) -> None:
@@ -89,9 +86,10 @@ class MixtureOrder(SampleOrder):
         self.steps_per_epoch = sum(counts) // batch_size
         self._sizes, self._counts, self._seed = tuple(sizes), tuple(counts), seed
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-        # Workers fetch ahead, so an epoch's end and the next one's beginning are asked for in turn.
         self._pattern = lru_cache(maxsize=2)(self._make_pattern)
-        self._table = lru_cache(maxsize=2 * len(self._sizes))(self._make_table)
+        self._visit = lru_cache(maxsize=2 * len(sizes))(
+            lambda source, visit: Permutation(seed, self._sizes[source], "mixture-order", source, visit)
+        )
 
     def keys(self, step: int) -> StepKeys:
         """Follow every source's stream through the places that the epoch's pattern gives it."""
@@ -101,11 +99,14 @@ class MixtureOrder(SampleOrder):
         visits, samples = (np.empty(self.batch_size, dtype=np.int64) for _ in range(2))
         for i, size in enumerate(self._sizes):
             places = np.flatnonzero(sources == i)
+            # Where this step's part of stream i begins: whole epochs, then this epoch's steps before it.
             first = epoch * self._counts[i] + int(before[place, i])
-            visits[places], within = np.divmod(np.arange(first, first + len(places), dtype=np.int64), size)
-            for visit in range(first // size, -(-(first + len(places)) // size)):
+            stream = np.arange(first, first + len(places), dtype=np.int64)
+            visits[places], within = np.divmod(stream, size)
+            # A step may cross the end of a visit, or several of a small source; each has its own permutation.
+            for visit in np.unique(visits[places]).tolist():
                 chosen = visits[places] == visit
-                samples[places[chosen]] = self._offsets[i] + self._of_visit(i, visit, within[chosen])
+                samples[places[chosen]] = self._offsets[i] + self._visit(i, visit)[within[chosen]]
         return StepKeys(epoch, visits, samples)
 
     def seen(self, step: int) -> tuple[int, ...]:
@@ -114,21 +115,12 @@ class MixtureOrder(SampleOrder):
         part = self._pattern(epoch)[1][place].tolist() if place else [0] * len(self._counts)
         return tuple(epoch * count + more for count, more in zip(self._counts, part, strict=True))
 
-    def _of_visit(
-        self, source: int, visit: int, positions: Int64[np.ndarray, " b"]
-    ) -> Int64[np.ndarray, " b"]:
-        size = self._sizes[source]
-        if size <= MAX_TABLE:
-            return self._table(source, visit)[positions]
-        return permuted(self._seed, size, positions, "mixture-order", source, visit)
-
-    def _make_table(self, source: int, visit: int) -> Int64[np.ndarray, " n"]:
-        return keyed_permutation(self._seed, self._sizes[source], "mixture-order", source, visit)
-
     def _make_pattern(
         self, epoch: int
     ) -> tuple[Integer[np.ndarray, " epoch"], Int64[np.ndarray, "steps sources"]]:
-        """Which source each place of the epoch draws from, and how many of each the steps before hold."""
+        """Which source each place of the epoch draws from; how many of each the steps before a step hold."""
+        # A shuffled range, of which the first counts[0] numbers stand for source 0, the next counts[1] for
+        # source 1: so every source has exactly its count, and the sources are mixed within every batch.
         shuffled = keyed_permutation(self._seed, sum(self._counts), "mixture", epoch)
         pattern = np.searchsorted(np.cumsum(self._counts), shuffled, side="right")
         pattern = pattern.astype(np.min_scalar_type(len(self._counts)))
@@ -138,15 +130,50 @@ class MixtureOrder(SampleOrder):
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
-    """Divide `total` in proportion to the weights: rounded down, and the largest remainders one more each.
-
-    Weights are taken as the decimals they print as, so that 0.8 and 0.2 of 10 are 8 and 2; of equal
-    remainders the first wins.
-    """
+    """Divide `total` in proportion to the weights, by largest remainders; of equal ones the first wins."""
+    # Weights are the decimals they print as: of 10, the weights 0.8 and 0.2 are 8 and 2, not 7.999… and 2.
     exact = [Fraction(str(weight)) for weight in weights]
     quotas = [weight * total / sum(exact) for weight in exact]
     counts = [int(quota) for quota in quotas]
+    # Rounding down leaves fewer than len(weights) over: they go to those that lost most by it.
     by_remainder = sorted(range(len(quotas)), key=lambda i: counts[i] - quotas[i])
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return tuple(counts)
+
+
+def sample_order(source: Source, data: DataConfig, *, seed: int, batch_size: int) -> SampleOrder:
+    """The order of a run's samples: of one source, visit by visit, or of a mixture.
+
+    A mixture's epoch is `data.epoch_samples`, or as many samples as there are images, down to whole batches.
+    One source with `data.epoch_samples` is a mixture of one. `ValueError` if an epoch is no batch, or a
+    source's share no sample.
+    """
+    if data.epoch_samples is not None and data.epoch_samples < batch_size:
+        raise ValueError(
+            f"data.epoch_samples is {data.epoch_samples}, less than one batch of {batch_size}; make it at "
+            f"least {batch_size}, or train.batch_size smaller"
+        )
+    total = len(source) if data.epoch_samples is None else data.epoch_samples
+    if total < batch_size:
+        log.warning(
+            "%s has %d images, fewer than the batch of %d: a batch is all of them",
+            source.spec,
+            total,
+            batch_size,
+        )
+        batch_size = total
+    parts = source.parts
+    if len(parts) == 1 and data.epoch_samples is None:
+        return VisitOrder(len(source), seed=seed, batch_size=batch_size)
+    epoch = total - total % batch_size
+    weights = data.weights if data.weights is not None and len(parts) > 1 else [len(part) for part in parts]
+    counts = shares(weights, epoch)
+    for part, weight, count in zip(parts, weights, counts, strict=True):
+        if count == 0:
+            enough = math.ceil(math.ceil(sum(weights) / weight) / batch_size) * batch_size
+            raise ValueError(
+                f"{part.spec!r} has weight {weight:g} of {sum(weights):g}, which is not one of the {epoch} "
+                f"samples of an epoch; raise its share in data.weights, or data.epoch_samples to {enough}"
+            )
+    return MixtureOrder([len(part) for part in parts], counts, seed=seed, batch_size=batch_size)

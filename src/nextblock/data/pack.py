@@ -1,109 +1,100 @@
-"""Any source as tar shards in the WebDataset layout, with what training needs to start at once.
+"""Any source as tar shards in the WebDataset layout, which slow disks and servers read fast.
 
-    DST/shard-000000.tar                  KEY.jpg and, where there are labels, KEY.cls (the class's name)
-    DST/shard-000000.tar.nextblock-index  where everything lies in it
-    DST/names.tsv                         KEY and the image's name in the source
-    DST/manifest.json                     counts, classes, the source, the settings
-    DST/quarantine.jsonl                  images that could not be read and are not packed, if there are any,
-                                          and shards of the source that end early
+    DST/shard-000000.tar    KEY.jpg and, if there are labels, KEY.cls (the class's name); its index beside it
+    DST/names.tsv           KEY and the image's name in the source
+    DST/manifest.json       counts, classes, the source, the settings, and the finished shards
+    DST/quarantine.jsonl    unreadable images, and shards of the source that end early, if any
 
-The shards are a function of the source and the settings, whatever the number of workers. A shard appears
-whole or not at all; packing that was stopped goes on after the last whole one when it is started again, and
-packing that is complete from the first shard that has gone since.
+The shards depend on the source and the settings alone, not on the number of workers. Each appears whole or
+not at all. It is then noted in the manifest, so interrupted packing resumes after the last finished shard.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
 import math
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-import torch
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from nextblock.atomic import write_text
+from nextblock.atomic import OUTPUT_MARK, WriteError, exclusive, write_text
 from nextblock.config import DataConfig
-from nextblock.data.decode import BadImageError, decode_image, open_image, pillow_errors
-from nextblock.data.loader import BadSample, resolve_workers
-from nextblock.data.quarantine import QuarantineLog
-from nextblock.data.scenes import read_bands, starts
+from nextblock.data.decode import BadImageError, check_pixels, decode_image, pillow_errors
+from nextblock.data.loader import BadSample, QuarantineLog
 from nextblock.data.sources import Source
-from nextblock.data.sources.tar import damage_of
+from nextblock.data.sources.base import check_size
+from nextblock.data.sources.tar import TarSource
 from nextblock.data.sources.tar_index import tar_index
-from nextblock.data.workers import from_workers, start_worker
+from nextblock.data.subsets import named
+from nextblock.data.workers import Note, resolve_workers, run_in_workers
 from nextblock.settings import check_types, require
 
-__all__ = ["PackConfig", "PackError", "Packed", "pack"]
+__all__ = ["PackConfig", "Packed", "pack"]
 
 log = logging.getLogger(__name__)
 
-_ENDINGS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "TIFF": "tif",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "PPM": "ppm",
-    "AVIF": "avif",
-    "HEIF": "heic",
+Progress = Callable[[int], None] | None
+Member = tuple[str, bytes]
+
+MAX_SCENE_PIXELS = 536_870_912
+"""Most pixels of a scene, or of a band of it, that are held at once: 1.6 GB of colour."""
+
+_DECODING = ("channels", "decoder", "background", "max_pixels")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STARTS = {
+    **{b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"P": "ppm"},
+    **{b"ftypavi": "avif", b"ftyp": "heic"},
+    **dict.fromkeys(_TIFF, "tif"),
 }
-_BLOCK = 512
-
-
-class PackError(RuntimeError):
-    """Shards cannot be written."""
+"""First bytes of files that are kept, and their extensions. JPEG 2000 is missing, as few programs read it."""
+_COMPRESSION = (1, 5, 7, 8, 32773, 32946, 34925, 50000)
+"""TIFF compressions read in bands: none, LZW, JPEG, deflate, PackBits, deflate, LZMA, zstd."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """What becomes of the images on their way into shards."""
+    """How images are written to shards."""
 
     shard_mb: float = 256.0
-    """Size of a shard in megabytes; a single larger image makes a larger one."""
+    """Size of a shard in megabytes; a larger image, or all tiles of one, makes a larger shard."""
     resize_px: int | None = None
     """Shrink images whose shorter side is longer than this; null: keep the size, and the bytes."""
     quality: int = 90
     """Quality of JPEG and WebP, 1 to 100."""
     format: Literal["jpeg", "webp", "png"] | None = None
-    """Re-encode every image; null: only those that are shrunk or cut, as JPEG, or whose source has no files,
-    as PNG."""
+    """Re-encode every image; null: only those that are shrunk or cut (as JPEG), or are not files (as PNG)."""
     tile_px: int | None = None
-    """Cut pictures that are wider or higher into square tiles of this side, the last ones overlapping."""
+    """Cut images that are wider or higher into square tiles of this side, the last ones overlapping."""
     workers: int | None = None
     """Processes that read and encode; null: up to 8, one less than there are cores; 0: the main process."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.shard_mb > 0, f"shard_mb is {self.shard_mb}; use more than 0")
-        require(1 <= self.quality <= 100, f"quality is {self.quality}; use 1 to 100")
-        for name in ("resize_px", "tile_px"):
+        for name, least in (
+            ("shard_mb", 0.001),
+            ("resize_px", 1),
+            ("quality", 1),
+            ("tile_px", 1),
+            ("workers", 0),
+        ):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}; use at least 1")
-        require(self.workers is None or self.workers >= 0, f"workers is {self.workers}; use 0 or more")
-        require(
-            self.resize_px is None or self.tile_px is None,
-            f"resize_px {self.resize_px} and tile_px {self.tile_px} exclude each other; give one of them",
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """What the shards depend on."""
-        return {name: value for name, value in asdict(self).items() if name != "workers"}
+            require(value is None or value >= least, f"{name} is {value}; use at least {least}")
+        require(self.quality <= 100, f"quality is {self.quality}; use 1 to 100")
+        require(not (self.resize_px and self.tile_px), "give either resize_px or tile_px, not both")
 
 
 class Packed(NamedTuple):
@@ -115,333 +106,289 @@ class Packed(NamedTuple):
     shards: int
     samples: int
     images: int
-    """Of the source; each is a sample, or several tiles, or broken."""
+    """Of the source; each is a sample, or several tiles, or bad."""
     bad: int
     damage: list[str]
-    """Of the source's own shards: those that cannot be read to their end, and why."""
     num_bytes: int
 
 
-class Part(NamedTuple):
-    """A file to pack."""
-
-    suffix: str
-    """What the key has beyond the image's number: a tile's place."""
-    ending: str
-    content: bytes
-
-
 def pack(
-    source: Source,
-    dst: Path,
-    config: PackConfig,
-    data: DataConfig,
-    progress: Callable[[int], None] | None = None,
+    source: Source, dst: Path, config: PackConfig, data: DataConfig, progress: Progress = None
 ) -> Packed:
-    """Write shards of all images of a source that can be read; `progress` is told how many are done.
+    """Write shards of all readable images of a source; `progress` is called with the number of images done.
 
-    `ValueError` where the folder holds something else, `TooManyBadImages` beyond data.max_bad_fraction,
-    `PackError` where a shard cannot be written.
+    The same call resumes interrupted packing, or reads what is finished. `ValueError` if `dst` holds
+    something else, `TooManyBadImages` beyond data.max_bad_fraction, `InUseError`, `WriteError`.
     """
-    is_encoded = (config.resize_px, config.tile_px, config.format) != (None, None, None)
-    if is_encoded and data.channels not in (1, 3):
-        raise ValueError(
-            f"data.channels is {data.channels}, and only 1 or 3 can be encoded; leave resize_px, tile_px and "
-            "format out, which keeps the files as they are"
-        )
-    if dst.exists() and not dst.is_dir():
-        raise ValueError(f"{dst} is a file, and shards are written to a folder; give another name")
-    of_data = {name: getattr(data, name) for name in ("channels", "decoder", "max_pixels")}
-    settings = {"source": source.fingerprint, **config.settings(), **of_data}
-    manifest = dst / "manifest.json"
+    if (config.resize_px or config.tile_px or config.format) and data.channels not in (1, 3):
+        raise ValueError(f"data.channels is {data.channels}; resize_px, tile_px and format need 1 or 3")
+    settings = {"source": source.fingerprint, **asdict(config), **_decoding(data)}
+    del settings["workers"]
     try:
-        done = _finished(manifest, settings) if manifest.exists() else None
-        if done is not None:
-            return done
-        journal = _Journal(dst, settings)
-        _write_all(source, dst, config, data, journal, progress)
-        done = _summary(source, dst, journal)
-        names = source.class_names if source.has_labels else ()
-        about = {"source": source.spec, "settings": settings, "classes": list(names)}
-        told = {**done._asdict(), **about, "journal": journal.shards}
-        write_text(manifest, json.dumps(told, indent=1) + "\n")
-        journal.path.unlink()
+        in_use = dst.is_file() or any(dst.glob("[!.]*"))
+        if in_use and not ((dst / OUTPUT_MARK).exists() and (dst / "manifest.json").exists()):
+            raise ValueError(f"{dst} exists and holds something else; give a new folder")
+        with exclusive(dst):
+            manifest = _open_manifest(dst, settings)
+            if not manifest["finished"]:
+                _write_shards(_Encoder(source, config, data), dst, manifest, progress)
+                _finish(source, dst, manifest, data)
     except OSError as error:
-        raise PackError(f"cannot write to {dst}: {error.strerror or error}; {_remedy(error)}") from error
-    return done
-
-
-def _remedy(error: OSError) -> str:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "give a folder in which you may write"
-    room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{room}run it again (whole shards are kept), or give another folder"
-
-
-def _finished(manifest: Path, settings: dict[str, Any]) -> Packed | None:
-    """What an earlier call wrote, if it was told the same; None, with its journal, if some has gone since."""
-    told, dst = json.loads(manifest.read_text()), manifest.parent
-    if told["settings"] != settings:
-        raise ValueError(_is_other(dst, told["settings"], settings))
-    if len(_whole(dst, told["journal"])) < len(told["journal"]):
-        write_text(dst / "packing.jsonl", _lines(settings, *told["journal"]))
-        manifest.unlink()
-        return None
-    return Packed(**{name: told[name] for name in Packed._fields})
-
-
-def _whole(dst: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The shards, of those a journal names, before the first that is not there as it was written."""
-
-    def size(path: Path) -> int:
-        return path.stat().st_size if path.is_file() else -1
-
-    num_names_bytes = size(dst / "names.tsv")
-    for number, shard in enumerate(shards):
-        if size(dst / shard["shard"]) != shard["bytes"] or num_names_bytes < shard["names_bytes"]:
-            log.warning("%s: %s has gone or changed; packing goes on from it", dst, shard["shard"])
-            return shards[:number]
-    return shards
-
-
-def _is_other(dst: Path, there: dict[str, Any], asked: dict[str, Any]) -> str:
-    differ = [
-        f"{key} {there.get(key)!r}, not {asked[key]!r}" for key in asked if there.get(key) != asked[key]
-    ]
-    return f"{dst} holds shards of other settings ({'; '.join(differ)}); give another folder, or remove it"
-
-
-def _summary(source: Source, dst: Path, journal: _Journal) -> Packed:
-    shards, damage = journal.shards, damage_of(source)
-    quarantine = QuarantineLog(dst / "quarantine.jsonl", len(source), math.inf)
-    for number, damaged in enumerate(damage):  # no images: they get numbers that no image has
-        quarantine.add(BadSample(-1 - number, damaged.shard, damaged.reason))
-    if not shards:
-        raise ValueError(f"{source.spec!r}: none of its {len(source)} images can be read")
-    last = f"{len(shards) - 1:06d}"
+        raise WriteError(
+            f"cannot write to {dst}: {error.strerror or error}. Make room, then run the same command again"
+        ) from error
+    shards = manifest["shards"]
+    span = "000000" if len(shards) == 1 else f"{{000000..{len(shards) - 1:06d}}}"
     return Packed(
         place=str(dst),
-        spec=str(dst / ("shard-000000.tar" if len(shards) == 1 else f"shard-{{000000..{last}}}.tar")),
+        spec=str(dst / f"shard-{span}.tar"),
         shards=len(shards),
-        samples=sum(shard["samples"] for shard in shards),
-        images=len(source),
-        bad=quarantine.count - len(damage),
-        damage=list(map(str, damage)),
         num_bytes=sum(shard["bytes"] for shard in shards),
+        **{name: manifest[name] for name in ("samples", "images", "bad", "damage")},
     )
 
 
-# ----------------------------------------------------------------------------------------------- writing
+def _decoding(data: DataConfig) -> dict[str, Any]:
+    return {name: getattr(data, name) for name in _DECODING}
 
 
-class _Journal:
-    """Which shards are whole, one JSON line each after one of settings: what a restart goes on from."""
-
-    def __init__(self, dst: Path, settings: dict[str, Any]) -> None:
-        self.path = dst / "packing.jsonl"
-        self.shards: list[dict[str, Any]] = []
-        if self.path.exists():
-            lines = self.path.read_bytes()
-            whole = [json.loads(line) for line in lines[: lines.rfind(b"\n") + 1].splitlines()]
-            if whole and whole[0] != settings:
-                raise ValueError(_is_other(dst, whole[0], settings))
-            self.shards = _whole(dst, whole[1:])
-        elif dst.exists() and any(dst.iterdir()):
-            raise ValueError(f"{dst} is not empty; give a new folder, or remove it")
-        dst.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, _lines(settings, *self.shards))
-        names = dst / "names.tsv"  # of a shard that did not become whole it may hold some
-        with names.open("ab") as file:
-            file.truncate(self.shards[-1]["names_bytes"] if self.shards else 0)
-
-    @property
-    def next(self) -> tuple[int, int]:
-        """The image, and which of its parts, that the next shard begins with."""
-        return (self.shards[-1]["next_image"], self.shards[-1]["next_part"]) if self.shards else (0, 0)
-
-    def add(self, shard: dict[str, Any]) -> None:
-        self.shards.append(shard)
-        with self.path.open("a") as file:
-            file.write(json.dumps(shard) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+def _open_manifest(dst: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call with these settings noted, up to the first lost shard; or a new manifest."""
+    path = dst / "manifest.json"
+    if not path.exists():
+        write_text(path, json.dumps({"finished": False, "settings": settings, "shards": []}))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        there, shards = manifest["settings"], manifest["shards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {dst}") from error
+    differ = [f"{k} {there.get(k)!r}, not {new!r}" for k, new in settings.items() if there.get(k) != new]
+    if differ:
+        raise ValueError(f"{dst} holds shards of other settings ({'; '.join(differ)}); give another folder")
+    for number, shard in enumerate(shards):
+        path = dst / shard["name"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            log.warning("%s is missing or has changed; packing continues from it", path)
+            del shards[number:]
+            manifest["finished"] = False
+            break
+    return manifest
 
 
-def _write_all(
-    source: Source,
-    dst: Path,
-    config: PackConfig,
-    data: DataConfig,
-    journal: _Journal,
-    progress: Callable[[int], None] | None,
-) -> None:
-    first, skip = journal.next
-    quarantine = QuarantineLog(dst / "quarantine.jsonl", len(source), data.max_bad_fraction)
-    labels = source.labels if source.has_labels else None
-    with closing(_Writer(dst, journal, config.shard_mb * 1e6, data)) as writer:
-        for index, parts in _encoded(source, config, data, first):
-            if isinstance(parts, str):
-                quarantine.add(BadSample(index, source.name(index), parts))
-                parts = []
-            name = " ".join(source.name(index).split())
-            label = None if labels is None else source.class_names[labels[index]]
-            for number, part in enumerate(parts):
-                if index == first and number < skip:
-                    continue
-                writer.add(f"{index:09d}{part.suffix}", part, label, name, (index, number))
+def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progress: Progress) -> None:
+    """Write the shards that are missing, and note each in the manifest as soon as it is whole."""
+    source, config, data = encoder
+    shards, bad = manifest["shards"], dst / "quarantine.jsonl"
+    start = shards[-1]["next"] if shards else 0
+    # An interrupted call may have noted bad images of the shard that it did not finish. They are read again.
+    if bad.exists():
+        noted = bad.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        write_text(bad, "".join(f"{line}\n" for line in noted if 0 <= json.loads(line)["sample"] < start))
+    quarantine = QuarantineLog(bad, len(source), data.max_bad_fraction)
+
+    def images() -> Generator[tuple[int, int, list[Member]], None, None]:
+        """The readable images from `start` on: the number of their shard, their own, and their members."""
+        numbers, shard, used = range(start, len(source)), len(shards), 0
+        results = run_in_workers(encoder, numbers, source, resolve_workers(config.workers, source))
+        for index, (members, reason) in zip(numbers, results, strict=True):
+            if reason:
+                quarantine.add(BadSample(index, source.name(index), reason))
+            # In a tar, a member takes a header of 512 bytes, and its content filled up to a multiple of 512.
+            # A shard begins with an image, not with a later tile: one number says where packing resumes.
+            size = sum(512 + -(-len(content) // 512) * 512 for _, content in members)
+            if used and used + size > config.shard_mb * 1e6:
+                shard, used = shard + 1, 0
+            used += size
+            if members:
+                yield shard, index, members
             if progress is not None:
                 progress(index + 1)
-        writer.finish((len(source), 0))
+
+    with closing(images()) as found:
+        for number, group in groupby(found, key=itemgetter(0)):
+            path = dst / f"shard-{number:06d}.tar"
+            aside = path.with_name(f".writing-{path.name}")  # if left over, the next call replaces it
+            with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for _, index, members in group:
+                    for name, content in members:
+                        head = tarfile.TarInfo(name)  # time and owner 0: equal images, equal bytes
+                        head.size = len(content)
+                        tar.addfile(head, io.BytesIO(content))
+                    start = index + 1
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+            tar_index(path, data)
+            shards.append({"name": path.name, "bytes": path.stat().st_size, "next": start})
+            write_text(dst / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-class _Writer:
-    """The shard that is being filled."""
-
-    def __init__(self, dst: Path, journal: _Journal, shard_bytes: float, data: DataConfig) -> None:
-        self._dst, self._journal, self._shard_bytes, self._data = dst, journal, shard_bytes, data
-        self._tar: tarfile.TarFile | None = None
-        self._samples = 0
-        self._names: list[str] = []
-
-    def add(self, key: str, part: Part, label: str | None, name: str, place: tuple[int, int]) -> None:
-        members = [(f"{key}.{part.ending}", part.content)]
-        members += [] if label is None else [(f"{key}.cls", label.encode())]
-        size = sum(_BLOCK + -(-len(content) // _BLOCK) * _BLOCK for _, content in members)
-        if self._tar is not None and self._tar.offset + size > self._shard_bytes:
-            self.finish(place)
-        if self._tar is None:
-            self._tar = tarfile.open(self._aside, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        for member, content in members:
-            head = tarfile.TarInfo(member)  # with the time 0 and the owner 0: equal bytes for equal images
-            head.size = len(content)
-            self._tar.addfile(head, io.BytesIO(content))
-        self._samples += 1
-        self._names.append(f"{key}\t{name}\n")
-
-    def close(self) -> None:
-        """Drop the shard that is not whole."""
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-        self._aside.unlink(missing_ok=True)
-
-    def finish(self, next_place: tuple[int, int]) -> None:
-        """Make the shard appear under its name, if anything is in it, and note where the next begins."""
-        if self._tar is None:
-            return
-        self._tar.close()
-        path = self._dst / f"shard-{len(self._journal.shards):06d}.tar"
-        with self._aside.open("rb") as file:
-            os.fsync(file.fileno())
-        self._aside.replace(path)
-        tar_index(path, self._data)
-        with (self._dst / "names.tsv").open("a", encoding="utf-8") as file:
-            file.writelines(self._names)
-            file.flush()
-            os.fsync(file.fileno())
-        self._journal.add(
-            {
-                "shard": path.name,
-                "samples": self._samples,
-                "bytes": path.stat().st_size,
-                "next_image": next_place[0],
-                "next_part": next_place[1],
-                "names_bytes": (self._dst / "names.tsv").stat().st_size,
-            }
-        )
-        self._tar, self._samples, self._names = None, 0, []
-
-    @property
-    def _aside(self) -> Path:
-        return self._dst / "shard.part"
+def _finish(source: Source, dst: Path, manifest: dict[str, Any], data: DataConfig) -> None:
+    """Write names.tsv, complete the manifest and the quarantine list, and name classes without an image."""
+    if not manifest["shards"]:
+        raise ValueError(f"{source.spec!r}: none of its {len(source)} images can be read")
+    packed = TarSource(str(dst), [dst / shard["name"] for shard in manifest["shards"]], data)
+    keys = [Path(packed.name(index)).stem for index in range(len(packed))]
+    write_text(
+        dst / "names.tsv", "".join(f"{key}\t{source.name(int(key.partition('_')[0]))}\n" for key in keys)
+    )
+    quarantine = QuarantineLog(dst / "quarantine.jsonl", len(source), math.inf)
+    bad = [sample.sample for sample in quarantine.bad]
+    for number, damage in enumerate(source.damage):  # these have numbers that no image has
+        quarantine.add(BadSample(-1 - number, damage.shard, damage.reason))
+    classes = source.class_names if source.has_labels else ()
+    found = set(np.delete(source.labels, bad).tolist()) if classes else set()
+    absent = [name for label, name in enumerate(classes) if label not in found]
+    absent += source.empty_classes() if classes else []
+    if absent:
+        log.warning("%s: %d classes have no image in the shards: %s", dst, len(absent), named(absent))
+    manifest |= {"finished": True, "source": source.spec, "classes": classes, "images": len(source)}
+    manifest |= {"samples": len(packed), "bad": len(bad), "damage": list(map(str, source.damage))}
+    write_text(dst / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def _lines(*values: dict[str, Any]) -> str:
-    return "".join(json.dumps(value) + "\n" for value in values)
+# --------------------------------------------------------------------------------------------------- images
 
 
-# ---------------------------------------------------------------------------------------------- encoding
+class _Encoder(NamedTuple):
+    """What a worker runs: the members that an image becomes; or none, and why it cannot be read."""
 
+    source: Source
+    config: PackConfig
+    data: DataConfig
 
-class _Encoder(Dataset):
-    """What a worker runs: an image's number in, its parts or why there are none out."""
-
-    def __init__(self, source: Source, config: PackConfig, data: DataConfig) -> None:
-        self._source, self._config, self._data = source, config, data
-
-    def __getitem__(self, index: int) -> tuple[int, list[Part] | str]:
+    def __call__(self, index: int, note: Note) -> tuple[list[Member], str]:
+        note(index)
+        source = self.source
+        members: list[Member] = []
         try:
-            return index, list(_parts(self._source, index, self._config, self._data))
+            for ending, content in self._files(index):
+                members.append((f"{index:09d}{ending}", content))
+                if source.has_labels:
+                    label = source.class_names[source.labels[index]].encode()
+                    members.append((members[-1][0].rpartition(".")[0] + ".cls", label))
         except BadImageError as error:
-            return index, str(error)
+            return [], str(error)
+        except OSError as error:
+            return [], f"cannot be read: {error.strerror or error}"
+        return members, ""
+
+    def _files(self, index: int) -> list[Member]:
+        """The files that an image becomes, with what follows its number in their names."""
+        (source, config, data), tile = self, self.config.tile_px
+        content = source.content(index) if tile is None else None
+        if tile is not None and (file := source.open(index)):
+            data = replace(data, max_pixels=MAX_SCENE_PIXELS)
+            with file:
+                if tiles := self._tiles(tiff_bands(file, tile, data), tile, "jpeg"):
+                    return tiles
+                check_size(file.seek(0, io.SEEK_END), data)
+                file.seek(0)
+                content = file.read()
+        # Decoded even if the bytes are kept: that is how an unreadable image is found.
+        pixels = source.read(index) if content is None else decode_image(content, **_decoding(data))
+        default = "png" if content is None else "jpeg"
+        height, width = pixels.shape[1:]
+        if tile is not None and max(height, width) > tile:
+            bands = ((top, pixels[:, top : top + tile]) for top in starts(height, tile))
+            return self._tiles(bands, tile, default)
+        is_shrunk = config.resize_px is not None and min(height, width) > config.resize_px
+        if content and not config.format and not is_shrunk:
+            start = content[4:11] if content[4:8] == b"ftyp" else content[:4]
+            for magic, extension in _STARTS.items():
+                if start.startswith(magic):
+                    return [(f".{extension}", content)]
+        return [self._encode(pixels, default)]
+
+    def _tiles(self, bands: Iterator[tuple[int, Tensor]], tile: int, default: str) -> list[Member]:
+        return [
+            self._encode(band[:, :, left : left + tile], default, f"_{top:06d}_{left:06d}")
+            for top, band in bands
+            for left in starts(band.shape[2], tile)
+        ]
+
+    def _encode(self, pixels: UInt8[Tensor, "c h w"], default: str, place: str = "") -> Member:
+        kind, resize_px = self.config.format or default, self.config.resize_px
+        values = np.ascontiguousarray(rearrange(pixels, "c h w -> h w c").numpy())
+        file = io.BytesIO()
+        try:
+            image = Image.fromarray(values[..., 0] if len(pixels) == 1 else values)
+            if resize_px is not None and (shorter := min(image.size)) > resize_px:
+                width, height = (max(1, round(side * (resize_px / shorter))) for side in image.size)
+                image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image.save(file, kind.upper(), **({} if kind == "png" else {"quality": self.config.quality}))
+        except (OSError, ValueError, TypeError) as error:  # too large for the format, or of other channels
+            raise BadImageError(f"cannot be written as {kind}: {error}") from error
+        return f"{place}.{'jpg' if kind == 'jpeg' else kind}", file.getvalue()
 
 
-def _encoded(
-    source: Source, config: PackConfig, data: DataConfig, first: int
-) -> Iterator[tuple[int, list[Part] | str]]:
-    """The parts of every image from `first` on, in order."""
-    workers = resolve_workers(config.workers, source)
-    loader: DataLoader[tuple[int, list[Part] | str]] = DataLoader(
-        _Encoder(source, config, data),
-        batch_size=None,
-        sampler=range(first, len(source)),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        worker_init_fn=start_worker if workers else None,
-        generator=torch.Generator(),  # without one of its own it draws from the global one
-    )
-    yield from from_workers(loader)
+def starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a length; the last ends with it, and so may overlap the one before."""
+    return [*range(0, length - tile, tile), max(0, length - tile)]
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+# --------------------------------------------------------------------------------------------- large scenes
 
 
-def _parts(source: Source, index: int, config: PackConfig, data: DataConfig) -> Iterator[Part]:
-    content = source.content(index)
-    if content is None:
-        yield from _encode(source.read(index), config, config.format or "png")
+def tiff_bands(
+    file: io.BufferedIOBase, tile: int, data: DataConfig
+) -> Iterator[tuple[int, UInt8[Tensor, "c h w"]]]:
+    """Bands of `tile` rows of a TIFF's first page, each with its first row; none: decode it whole.
+
+    None for small images, and for TIFFs that are turned, in one segment (strip or tile), or of rare kinds.
+    """
+    if file.read(4) not in _TIFF:
         return
-    with pillow_errors():
-        image = open_image(content)
-        ending = _ENDINGS.get(image.format or "")
-    if config.tile_px is not None and max(image.size) > config.tile_px:
-        for top, band in read_bands(content, config.tile_px, data):
-            for left in starts(band.shape[2], config.tile_px):
-                tile = band[:, :, left : left + config.tile_px]
-                yield _part(tile, config, config.format or "jpeg", f"_{top:06d}_{left:06d}")
+    file.seek(0)  # tifffile begins where the file stands
+    try:
+        import imagecodecs  # noqa: F401 - tifffile unpacks with it
+        from tifffile import TiffFile, imwrite
+
+        with pillow_errors():
+            page: Any = TiffFile(cast("Any", file), name="scene").pages.first
+            (planes, depth, length, width, samples), is_jpeg = page.shaped, page.compression == 7
+            rows, columns = page.tilelength or page.rowsperstrip, page.tilewidth or width
+            is_turned = b"tiff:Orientation" in page.tags.valueof(700, b"")  # by XMP; the tag goes before
+            if (
+                max(length, width) <= tile
+                or not planes == depth == page.tags.valueof(274, 1 - is_turned) == 1
+                or len(page.dataoffsets) < 2
+                or min(page.databytecounts) < 1
+                or (page.bitspersample, page.dtype) not in ((8, np.uint8), (16, np.uint16))
+                or page.compression not in _COMPRESSION
+                or page.photometric not in ((2, 6) if is_jpeg and samples == 3 else (0, 1, 2))
+                # The memory of a band and of the segments in it is known before any is read.
+                or (tile + rows) * (width + columns) * samples > 3 * MAX_SCENE_PIXELS
+            ):
+                return
+    except (ImportError, BadImageError):  # decoding the file whole says what is wrong
         return
-    # Decoded even where the bytes are kept: that is how a broken file is told.
-    pixels = decode_image(content, decoder=data.decoder, max_pixels=data.max_pixels, channels=data.channels)
-    is_kept = config.format is None and (
-        config.resize_px is None or min(pixels.shape[1:]) <= config.resize_px
-    )
-    if is_kept and ending is not None:
-        yield Part("", ending, content)
-    else:
-        yield from _encode(pixels, config, config.format or "jpeg")
-
-
-def _encode(pixels: Tensor, config: PackConfig, format: str) -> Iterator[Part]:  # noqa: A002 - its name
-    """An image shrunk, or cut, or neither, and encoded."""
-    if config.tile_px is None or max(pixels.shape[1:]) <= config.tile_px:
-        yield _part(pixels, config, format, "")
-        return
-    for top in starts(pixels.shape[1], config.tile_px):
-        for left in starts(pixels.shape[2], config.tile_px):
-            tile = pixels[:, top : top + config.tile_px, left : left + config.tile_px]
-            yield _part(tile, config, format, f"_{top:06d}_{left:06d}")
-
-
-def _part(pixels: UInt8[Tensor, "c h w"], config: PackConfig, format: str, suffix: str) -> Part:  # noqa: A002
-    channels, height, width = pixels.shape
-    values = np.ascontiguousarray(rearrange(pixels, "c h w -> h w c").numpy())
-    image = Image.fromarray(values[..., 0] if channels == 1 else values)
-    if config.resize_px is not None and min(height, width) > config.resize_px:
-        scale = config.resize_px / min(height, width)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    lossy = {"quality": config.quality} if format != "png" else {}
-    image.save(file, format.upper(), **lossy)
-    return Part(suffix, _ENDINGS[format.upper()], file.getvalue())
+    across, tops = -(-width // columns), starts(length, tile)
+    segments = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    if len(segments) < across * -(-length // rows) or max(map(sum, segments)) > file.seek(0, io.SEEK_END):
+        raise BadImageError("truncated: strips or tiles are missing, or end after the file")
+    kind, colours = (2, 3) if page.photometric in (2, 6) else (int(page.photometric), 1)
+    extra = [*page.extrasamples, *[0] * samples][: samples - colours]
+    layout: dict[str, Any] = {"planarconfig": 1, "extrasamples": extra} if samples > 1 else {}
+    # `held` is what was read from row `above`, where a band begins, to row `below`. So every segment is read
+    # once, in the file's order, and no more than a band and a row of segments is in memory.
+    held, row, above, below = [], [], 0, 0
+    for number, (offset, count) in enumerate(segments):
+        file.seek(offset)
+        packed = file.read(count)
+        with pillow_errors():
+            if is_jpeg:  # it states a size of its own, for which its decoder makes room
+                check_pixels(Image.open(io.BytesIO(packed), formats=("JPEG",)).size, rows * columns)
+            row.append(page.decode(packed, number, jpegtables=page.jpegtables)[0][0])
+            if len(row) < across:
+                continue
+            held.append(np.concatenate(row, axis=1)[: length - below, :width])
+        row, below = [], below + len(held[-1])
+        while tops and below >= min(tops[0] + tile, length):
+            held, above = [np.concatenate(held)[tops[0] - above :]], tops.pop(0)
+            # Written as a small TIFF, alpha and 16 bits become pixels as those of any other TIFF do.
+            small, band = io.BytesIO(), held[0][:tile]
+            with pillow_errors():
+                band = band[..., 0] if samples == 1 else band
+                imwrite(small, band, photometric=kind, metadata=None, **layout)
+            yield above, decode_image(small.getvalue(), **_decoding(data))

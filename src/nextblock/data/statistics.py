@@ -6,12 +6,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
 
-from nextblock.config import DataConfig, Size
-from nextblock.data.keyed import keyed_permutation
-from nextblock.data.loader import eval_batches, resolve_workers
-from nextblock.data.sources import Source
+from nextblock.config import DataConfig, Size, pair
+from nextblock.data.loader import eval_batches
+from nextblock.data.random import keyed_permutation
+from nextblock.data.sources.base import Source
+from nextblock.data.workers import resolve_workers
 
 __all__ = ["STATISTICS_IMAGES", "PixelStatistics", "measure_pixels"]
 
@@ -30,50 +30,36 @@ class PixelStatistics(NamedTuple):
 def measure_pixels(
     source: Source, data: DataConfig, image_size: Size, seed: int, *, most: int = STATISTICS_IMAGES
 ) -> PixelStatistics:
-    """Measure the centre crops, as validation cuts them, of up to `most` images drawn by the seed.
+    """Measure the centre crops, as in validation, of up to `most` images drawn by the seed.
 
-    The sums are whole numbers, so they hang on neither workers nor batches. Raises `ValueError` where no
-    image of the sample can be read, and where a channel is the same everywhere, which cannot be divided by.
+    Raises `ValueError` if no image of the sample can be read, or if a channel is the same everywhere.
     """
     chosen = np.sort(keyed_permutation(seed, len(source), "statistics")[:most])
+    workers = resolve_workers(data.workers, source)
+    # Sums of whole numbers are exact, so the result depends neither on workers nor on batches.
     totals = np.zeros((2, data.channels), dtype=np.int64)
     images, first_bad = 0, None
-    for batch in eval_batches(
-        source, data, image_size, _BATCH, chosen, workers=resolve_workers(data.workers, source)
-    ):
-        totals += _sums(batch.images.numpy())
+    for batch in eval_batches(source, data, image_size, _BATCH, chosen, workers=workers):
+        values = batch.images.numpy().astype(np.int64)
+        totals += np.stack([values.sum(axis=(0, 2, 3)), (values**2).sum(axis=(0, 2, 3))])
         images += len(batch.samples)
         first_bad = first_bad or next(iter(batch.bad), None)
-    if not images:
-        assert first_bad is not None
+    if first_bad is not None and not images:
         raise ValueError(
             f"data.normalize auto: none of {len(chosen)} images of {source.spec} can be read, such as "
             f"{first_bad.name}: {first_bad.reason}; repair them, or give data.mean and data.std"
         )
-    return _statistics(totals, images, data, image_size, source.spec)
-
-
-def _sums(images: np.ndarray) -> Int64[np.ndarray, "2 c"]:
-    """Sum and sum of squares of each channel's bytes."""
-    values = images.astype(np.int64)
-    return np.stack([values.sum(axis=(0, 2, 3)), (values**2).sum(axis=(0, 2, 3))])
-
-
-def _statistics(
-    totals: np.ndarray, images: int, data: DataConfig, image_size: Size, spec: str
-) -> PixelStatistics:
-    rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
-    pixels = images * rows * columns
+    pixels = images * math.prod(pair(image_size))
     mean, std = [], []
     for channel, (total, squares) in enumerate(totals.T.tolist()):
-        # Whole numbers until here: pixels² * variance, exactly.
-        spread = math.sqrt(pixels * squares - total**2) / pixels / 255
-        if round(spread, 6) == 0:
+        # pixels * squares - total² is pixels² times the variance, still a whole number: nothing cancels.
+        deviation = math.sqrt(pixels * squares - total**2) / pixels / 255
+        if round(deviation, 6) == 0:
             raise ValueError(
                 f"data.normalize auto: channel {channel} of {data.channels} has the same value everywhere in "
-                f"{images} images of {spec}, so its deviation is 0; leave that channel out of the files, or "
-                "give data.mean and data.std with data.normalize given"
+                f"{images} images of {source.spec}; leave that channel out of the files, or give data.mean "
+                "and data.std with data.normalize given"
             )
         mean.append(round(total / pixels / 255, 6))
-        std.append(round(spread, 6))
+        std.append(round(deviation, 6))
     return PixelStatistics(tuple(mean), tuple(std), images)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nextblock.atomic import mark_output
+
 __all__ = ["make_directory"]
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, unless it is there; `ValueError` where that cannot be."""
+    """Make a directory and those above it, unless it is there; `ValueError` where that cannot be.
+
+    A new one is marked, so that a search for images passes it by.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            path.mkdir(parents=True)
+            mark_output(path)
     except OSError as error:
         raise ValueError(
             f"{path} cannot be made a directory ({error.strerror}); give another --out"

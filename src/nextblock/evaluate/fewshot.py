@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 from nextblock.data import Source, keyed_seed
-from nextblock.data.sources.subsets import draw_per_class, split
+from nextblock.data.subsets import draw_per_class, split
 from nextblock.evaluate.features import Features
 from nextblock.evaluate.fewshot_config import (
     C_GRID,

@@ -20,6 +20,7 @@ from jaxtyping import Int64
 from nextblock.atomic import write_text
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import Source, keyed_seed
+from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import (
     Extract,
     Features,
@@ -176,7 +177,7 @@ def _write(
     out: Path, verb: str, identity: Mapping[str, Any], result: KnnResult | FewshotResult, markdown: str
 ) -> None:
     """Write a result's rows as OUT/VERB.csv, its text as .md, and last the whole of it as .json."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     values = to_dict(result)
     assert not identity.keys() & values.keys(), "one would hide the other"
     with io.StringIO(newline="") as text:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nextblock.config import DataConfig, Size
 from nextblock.data import Source
-from nextblock.data.keyed import keyed_permutation
+from nextblock.data.random import keyed_permutation
 from nextblock.evaluate.features import (
     Features,
     NonFiniteFeaturesError,

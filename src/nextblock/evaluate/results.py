@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
 from nextblock.models import EncoderModel
@@ -147,7 +148,7 @@ def refuse_other_result(
     known = {*ours, result}
     if result not in found and not any(path for pattern in begun for path in out.glob(pattern)):
         known = {name for name in known if not (out / name).is_dir()}
-    if foreign := sorted(name for name in found - known if not name.startswith(".writing-")):
+    if foreign := sorted(name for name in found - known if not name.startswith((".writing-", OUTPUT_MARK))):
         raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
     if result not in found or overwrite:
         return

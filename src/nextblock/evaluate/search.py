@@ -115,7 +115,7 @@ class ImageFile(EncodedSource):
         return False
 
     def _content(self, index: int) -> bytes:  # noqa: ARG002 - there is one
-        return read_file(self._path)
+        return read_file(self._path, self._data)
 
     def _name(self, index: int) -> str:  # noqa: ARG002 - there is one
         return self._path.name

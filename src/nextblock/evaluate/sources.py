@@ -11,7 +11,7 @@ from jaxtyping import Int64
 
 from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
-from nextblock.data.keyed import keyed_permutation
+from nextblock.data.random import keyed_permutation
 from nextblock.evaluate.features import check_same_classes
 from nextblock.evaluate.results import images_digest
 from nextblock.evaluate.unreadable import Part

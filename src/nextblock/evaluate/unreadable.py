@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nextblock.atomic import write_text
 from nextblock.data import BadSample, Source
-from nextblock.data.sources.subsets import SubsetSource
+from nextblock.data.sources import SubsetSource
 from nextblock.evaluate.directories import make_directory
 
 __all__ = ["QUARANTINE", "Part", "in_whole", "report_unreadable", "whole_of"]

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nextblock.checkpoint import prune_checkpoints, save_checkpoint
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from nextblock.data import (
+    Batch,
+    DataError,
     QuarantineLog,
     Source,
     Step,
     TrainLoader,
     eval_batches,
-    parts_of,
     resolve_workers,
 )
 from nextblock.train.device import autocast, choose_device, make_deterministic
@@ -82,22 +83,22 @@ def train(
             run.write_checkpoint()  # if the run ends here, it goes on with the same tokens
         if trainer.step == 0:
             run.observe(at_start=True)
-        while trainer.step < run.schedule.total and not stop:
-            started_s = time.perf_counter()
-            step = next(steps)
-            waited_s = time.perf_counter() - started_s
-            run.list_unreadable(step)
-            run.ensure_baselines(step)
-
-            lr = run.schedule.lr(step.index, config.optim)
-            outcome = trainer.train_step(step, lr)
-
-            run.check_finite(outcome, step)
-            trainer.window.add(outcome, waited_s=waited_s, elapsed_s=time.perf_counter() - started_s)
-            run.log(lr)
-            run.validate()
-            run.observe()
-            run.save_if_due()
+        try:
+            while trainer.step < run.schedule.total and not stop:
+                started_s = time.perf_counter()
+                step = next(steps)
+                lr = run.schedule.lr(step.index, config.optim)
+                outcome = trainer.train_step(step._replace(micro_batches=run.arriving(step)), lr)
+                run.check_finite(outcome, step)
+                elapsed_s = time.perf_counter() - started_s
+                trainer.window.add(outcome, waited_s=run.waited_s, elapsed_s=elapsed_s)
+                run.log(lr)
+                run.validate()
+                run.observe()
+                run.save_if_due()
+        except DataError:  # a step that lacks images has changed no weight: those before it are saved
+            run.save()
+            raise
         run.save()
     return TrainResult(
         run_dir=out,
@@ -168,6 +169,8 @@ def _train_loader(trainer: Trainer, source: Source) -> TrainLoader:
         start_step=trainer.step,
         workers=resolve_workers(config.data.workers, source),
         pin_memory=trainer.device.type == "cuda",
+        # Two of each layer, for attention and MLP. The layers take them later; carried from here on.
+        drop_path_draws=2 * config.model.depth if config.model.drop_path else 0,
     )
 
 
@@ -201,6 +204,8 @@ class Run:
                 self.schedule.total,
             )
         self._baselines = run_dir.baselines() or {}
+        self.waited_s = 0.0
+        """How long the last step waited for images."""
         self._nonfinite = 0
         self._saved_step, self._saved_at_s = trainer.step, time.monotonic()
 
@@ -213,20 +218,24 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
 
-    def list_unreadable(self, step: Step) -> None:
-        """List images that left a hole in their batch; too many stop the run."""
-        for batch in step.micro_batches:
+    def arriving(self, step: Step) -> Iterator[Batch]:
+        """The step's micro-batches as they arrive; lists what is unreadable, and measures the wait.
+
+        Too many unreadable images stop the run. Of the run's first images the baselines are measured.
+        """
+        self.waited_s = 0.0
+        while True:
+            started_s = time.perf_counter()
+            batch = next(step.micro_batches, None)
+            self.waited_s += time.perf_counter() - started_s
+            if batch is None:
+                return
             for bad in batch.bad:
                 self.quarantine.add(bad)
-
-    def ensure_baselines(self, step: Step) -> None:
-        """Measure, once a run, what its loss is to be compared with, on images of its first step."""
-        if self._baselines:
-            return
-        images = next((batch.images for batch in step.micro_batches if len(batch.images)), None)
-        if images is not None:
-            self._baselines = self.trainer.baselines(images[:BASELINE_IMAGES])
-            self.dir.write_baselines(self._baselines)
+            if not self._baselines and len(batch.images):
+                self._baselines = self.trainer.baselines(batch.images[:BASELINE_IMAGES])
+                self.dir.write_baselines(self._baselines)
+            yield batch
 
     def check_finite(self, outcome: StepOutcome, step: Step) -> None:
         """Count steps that are not finite; too many in a row stop the run."""
@@ -239,9 +248,7 @@ class Run:
         limit = self.config.train.nonfinite_limit
         log.warning("step %d: loss %s, gradient norm %s; weights left as they are", step.index, *outcome[:2])
         if self._nonfinite >= limit:
-            names = [
-                self.sources["train"].name(int(i)) for batch in step.micro_batches for i in batch.samples[:5]
-            ]
+            names = [self.sources["train"].name(sample) for sample in step.keys.samples[:5].tolist()]
             latest = self.dir.latest()
             saved = (
                 "No checkpoint was written yet"
@@ -250,7 +257,7 @@ class Run:
             )
             raise NonFiniteError(
                 f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {limit} steps in a row, the "
-                f"last of them step {step.index}, whose first samples are {', '.join(names[:5])}. "
+                f"last of them step {step.index}, whose first samples are {', '.join(names)}. "
                 f"{saved}. Try a lower optim.lr, a longer optim.warmup, train.precision bf16 or fp32, "
                 "or look at those images"
             )
@@ -279,7 +286,7 @@ class Run:
 
     def _seen(self) -> dict[str, float]:
         """How many samples of each source of a mixture have been drawn since the run began."""
-        parts = parts_of(self.sources["train"])
+        parts = self.sources["train"].parts
         if len(parts) == 1:
             return {}
         counts = self.loader.order.seen(self.trainer.step)

@@ -6,21 +6,25 @@ worker, rank or micro-batch; and it is known before the forward pass, and with i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from nextblock.data import Batch, keyed_seed
+from nextblock.data import keyed_seed
 
 __all__ = ["count_kept_rows", "draw_prefix_lengths"]
 
 
-def draw_prefix_lengths(seed: int, batch: Batch, num_blocks: int) -> Int64[Tensor, " b"]:
-    """One length from 1 to num_blocks - 1 an image.
+def draw_prefix_lengths(
+    seed: int, visits: Iterable[int], samples: Iterable[int], num_blocks: int
+) -> Int64[Tensor, " b"]:
+    """One length from 1 to num_blocks - 1 for each (visit, sample).
 
     63 random bits modulo k-1: the lengths' probabilities differ by at most 2**-63, a negligible bias.
     """
-    keys = zip(batch.visits.tolist(), batch.samples.tolist(), strict=True)
+    keys = zip(visits, samples, strict=True)
     lengths = [1 + keyed_seed(seed, "prefix", visit, sample) % (num_blocks - 1) for visit, sample in keys]
     return torch.tensor(lengths, dtype=torch.int64)
 

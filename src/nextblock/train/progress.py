@@ -150,7 +150,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -25,17 +25,17 @@ from typing import Any
 import torch
 import yaml
 
-from nextblock.atomic import write_aside
+from nextblock.atomic import OUTPUT_MARK, mark_output, write_aside
 from nextblock.checkpoint import latest_checkpoint
 from nextblock.config import DataConfig, RunConfig
-from nextblock.data import Source, jpeg_decoder, parts_of
+from nextblock.data import Source, jpeg_decoder
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.device import device_name
 
 __all__ = ["RunDir", "RunDirError", "recorded_config"]
 
 PACKAGES = (
-    *("nextblock", "torch", "torchvision", "timm", "torchcodec", "simplejpeg", "numpy", "pillow"),
+    *("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow"),
     "safetensors",
 )
 FIRST_FILES = ("source.json", "environment.json")
@@ -82,6 +82,7 @@ class RunDir:
             raise RunDirError(
                 f"cannot make the directory {self.path}: {error.strerror}; choose another --out"
             ) from error
+        mark_output(self.path)
         self._write("source.json", json.dumps(describe(sources, config.data), indent=1))
         self._write("environment.json", json.dumps(environment(device), indent=1))
         self._write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -94,7 +95,10 @@ class RunDir:
         """Whether nothing is here but, perhaps, the first files of a run killed at its very start."""
         if not self.path.is_dir():
             return False
-        return all(p.name.startswith(".writing-") or p.name in FIRST_FILES for p in self.path.iterdir())
+        return all(
+            p.name.startswith((".writing-", OUTPUT_MARK)) or p.name in FIRST_FILES
+            for p in self.path.iterdir()
+        )
 
     def latest(self) -> Path | None:
         """The whole checkpoint to go on from, the latest; None where the run begins anew."""
@@ -178,7 +182,7 @@ def describe(sources: dict[str, Source], data: DataConfig) -> dict[str, Any]:
 
 def _describe(source: Source) -> dict[str, Any]:
     told = {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
-    parts = parts_of(source)
+    parts = source.parts
     return told if len(parts) == 1 else {**told, "parts": [_describe(part) for part in parts]}
 
 
@@ -186,7 +190,7 @@ def _changed(source: Source, recorded: dict[str, Any]) -> tuple[Source, dict[str
     """A source that is not what was recorded, or the first such part of a mixture, and what was recorded."""
     if recorded.get("fingerprint") == source.fingerprint:
         return None
-    for part, then in zip(parts_of(source), recorded.get("parts", []), strict=False):
+    for part, then in zip(source.parts, recorded.get("parts", []), strict=False):
         if part.fingerprint != then["fingerprint"]:
             return part, then
     return source, recorded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,44 +117,54 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------- a step
 
     def train_step(self, step: Step, lr: float) -> StepOutcome:
-        """Make one optimizer step over all micro-batches; what is not finite changes no weight.
+        """Make one optimizer step over the micro-batches as they arrive; non-finite ones change no weight.
 
         The loss is the sum over predicted blocks divided by their number in the whole batch, so that
         micro-batches of any sizes, with or without holes, give the loss and gradient of the batch.
         """
-        images = sum(len(batch.images) for batch in step.micro_batches)
-        prefixes = [self._prefix_lengths(batch) for batch in step.micro_batches]
-        divisors = self._divisors(images, prefixes)
+        model = self.config.model
+        batches, visits, samples = step.micro_batches, step.keys.visits.tolist(), step.keys.samples.tolist()
+        if model.prefix and model.num_predicted_blocks > 1:
+            # A hole changes each distance's number by its own ratio, so no rescaling at the end is right.
+            batches = list(batches)
+            visits = [visit for batch in batches for visit in batch.visits.tolist()]
+            samples = [sample for batch in batches for sample in batch.samples.tolist()]
+        # The divisors are known before any image is, as they follow from the keys. An unreadable image makes
+        # them too large; loss and gradient, which are linear in 1 / divisor, are rescaled once at the end.
+        planned = self._num_predicted(visits, samples)
         order = self._block_order(step.index)
         set_lr(self.optimizer, lr)
         loss = torch.zeros((), device=self.device)
-        for micro_step, (batch, prefix) in enumerate(zip(step.micro_batches, prefixes, strict=True)):
+        images, predicted = 0, 0
+        for micro_step, batch in enumerate(batches):
             if len(batch.images):
+                images += len(batch.images)
+                predicted += self._num_predicted(batch.visits.tolist(), batch.samples.tolist())[0]
                 seed_device(
                     keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK), self.device
                 )
-                loss += self._backward(batch, order, prefix, divisors)
-        grad_norm = self._update(loss_is_finite=math.isfinite(loss.item())) if images else 0.0
+                loss += self._backward(batch, order, [max(1, number) for number in planned])
+        grad_norm = 0.0
+        if images:
+            scale = planned[0] / max(1, predicted)
+            loss *= scale
+            grad_norm = self._update(loss_is_finite=math.isfinite(loss.item()), scale=scale)
         self.step += 1
         return StepOutcome(loss.item(), grad_norm, images)
 
-    def _backward(
-        self,
-        batch: Batch,
-        order: Int64[Tensor, " k"],
-        prefix: Int64[Tensor, " b"] | None,
-        divisors: list[int],
-    ) -> Float[Tensor, ""]:
+    def _backward(self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
         images = self.to_model(batch.images)
         with self.autocast:
-            out = self._forward(images, order, prefix)
+            out = self._forward(images, order, self._prefix_lengths(batch))
         loss = combine([part.block_loss for part in out.distances], divisors)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def _update(self, *, loss_is_finite: bool) -> float:
-        """Clip, step if all is finite, clear the gradients; returns their norm before clipping."""
+    def _update(self, *, loss_is_finite: bool, scale: float) -> float:
+        """Rescale, clip, step if all is finite, clear the gradients; returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
+        if scale != 1:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
         limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         if loss_is_finite and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
@@ -164,20 +174,21 @@ class Trainer:
         return grad_norm
 
     def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
-        """How many blocks of each image all its tokens may attend to; None where the model has no prefix."""
+        """How many blocks of each image all its tokens may attend to; None if the model has no prefix."""
         if not self.config.model.prefix:
             return None
-        return draw_prefix_lengths(self.config.seed, batch, self.config.model.num_blocks)
+        visits, samples = batch.visits.tolist(), batch.samples.tolist()
+        return draw_prefix_lengths(self.config.seed, visits, samples, self.config.model.num_blocks)
 
-    def _divisors(self, images: int, prefixes: Sequence[Int64[Tensor, " _"] | None]) -> list[int]:
-        """Predicted blocks of the whole batch, one number a distance; at least 1."""
-        k = self.config.model.num_blocks
-        drawn = [prefix for prefix in prefixes if prefix is not None]
-        lengths = torch.cat(drawn) if drawn else torch.zeros(images, dtype=torch.int64)
-        return [
-            max(1, count_kept_rows(lengths, k, distance))
-            for distance in range(1, self.config.model.num_predicted_blocks + 1)
-        ]
+    def _num_predicted(self, visits: list[int], samples: list[int]) -> list[int]:
+        """How many blocks of these images are predicted, one number for each distance."""
+        model = self.config.model
+        if model.prefix:
+            lengths = draw_prefix_lengths(self.config.seed, visits, samples, model.num_blocks)
+        else:
+            lengths = torch.zeros(len(samples), dtype=torch.int64)
+        distances = range(1, model.num_predicted_blocks + 1)
+        return [count_kept_rows(lengths, model.num_blocks, distance) for distance in distances]
 
     def _block_order(self, step_index: int) -> Int64[Tensor, " k"]:
         """The step's order: one of the model's set, f(seed, step)."""

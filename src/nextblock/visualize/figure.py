@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextblock.atomic import write_aside
+from nextblock.atomic import mark_output, write_aside
 
 __all__ = ["INK", "MUTED", "axes_at", "save_png", "text_at", "wrapped"]
 
@@ -50,7 +50,9 @@ def save_png(
     figure: Figure, path: Path, *, dpis: Sequence[int] = (200,), max_bytes: int | None = None
 ) -> None:
     """Write a PNG aside, then rename it: at the first of `dpis` that stays under `max_bytes`, or the last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        mark_output(path.parent)
     with write_aside(path) as aside:
         for dpi in dpis:
             figure.savefig(aside, format="png", dpi=dpi, facecolor="white")

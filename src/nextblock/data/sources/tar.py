@@ -1,248 +1,195 @@
-"""Tar shards as a source, in the WebDataset layout: `X.tar`, `shards-{000000..000999}.tar`.
-
-Every image member is a sample of its own, in the order of the shards and of their members. Any image is read
-at once by mmap, where the shard's index says it lies; see `tar_index`.
-"""
+"""Tar shards in WebDataset's layout: every image member is a sample, read at any place in any order."""
 
 from __future__ import annotations
 
 import logging
-import mmap
-import time
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.mixture import parts_of
-from nextblock.data.sources.base import EncodedSource, Labels, Source, in_class_order
-from nextblock.data.sources.cache import Index
-from nextblock.data.sources.listing import EXTENSIONS, Names, describe_others
-from nextblock.data.sources.remote import expand
-from nextblock.data.sources.subsets import SubsetSource
-from nextblock.data.sources.tar_index import tar_index
-
-__all__ = ["Damage", "TarSource", "damage_of", "open_tar"]
+from nextblock.data.sources.base import Damage, EncodedSource, Labels, check_size
+from nextblock.data.sources.folder import any_unicode_form
+from nextblock.data.sources.names import EXTENSIONS, Names, describe_others, in_class_order, is_image, text
+from nextblock.data.sources.tar_index import OpenFile, TarIndex, tar_indexes
 
 log = logging.getLogger(__name__)
 
 MAX_OPEN = 64
-"""Shards that a process keeps open; each takes a file descriptor, of which systems allow 1024 or fewer."""
-THREADS = 16
-PROGRESS_S = 5.0
-"""Time between two progress lines."""
-
-
-class Damage(NamedTuple):
-    """A shard that cannot be read to its end."""
-
-    shard: str
-    reason: str
-    images: int
-    """Those before that, which are used."""
-
-    def __str__(self) -> str:
-        return f"{self.shard}: {self.reason}; the {self.images} images before that are used"
-
-
-def damage_of(source: Source) -> list[Damage]:
-    """What is damaged of the shards that a source, a mixture or a subset reads."""
-    found = []
-    for part in parts_of(source):
-        if isinstance(part, SubsetSource):
-            found += damage_of(part.of)
-        elif isinstance(part, TarSource):
-            found += part.damage
-    return found
-
-
-def open_tar(spec: str, data: DataConfig) -> TarSource:
-    """The shards that a spec names, on this machine; `ValueError` naming the first three that are missing."""
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return TarSource(spec, [path], data)
-    paths = [Path(name).expanduser() for name in expand(spec)]
-    missing = [path for path in paths if not path.is_file()]
-    if missing and len(paths) == 1 and any(sign in spec for sign in "*?["):
-        raise ValueError(
-            f"{spec!r}: the signs * ? [ have no meaning here, and there is no such file; name shards by the "
-            "numbers from one to another, in braces: shards-{000000..000999}.tar"
-        )
-    if missing:
-        first = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(
-            f"{spec!r}: {len(missing)} of {len(paths)} shards are missing: {first}; fetch them, or name only "
-            "those there are"
-        )
-    return TarSource(spec, paths, data)
+"""Shards that a process keeps open; systems allow 1024 open files or fewer."""
+_SHARD_STEM = re.compile(r".*[-_.]\d+|\d{4,6}|train|val|test")
 
 
 class TarSource(EncodedSource):
-    """The image members of tar shards; `names` is what to call the shards, by default their file names."""
+    """The images of tar shards in the order of shards and members; of several of one name the last counts.
+
+    `stems`, if given, are the classes of the shards whose images state none.
+    """
 
     def __init__(
-        self, spec: str, paths: Sequence[Path], data: DataConfig, names: Sequence[str] | None = None
+        self,
+        spec: str,
+        paths: Sequence[Path],
+        data: DataConfig,
+        names: Sequence[str] = (),
+        stems: Sequence[str] = (),
     ) -> None:
-        assert len(paths) >= 1
-        self.spec = spec
-        self._data = data
-        self._paths = tuple(paths)
-        self._shard_names = tuple(names) if names is not None else _short_names(paths)
-        assert len(self._shard_names) == len(paths)
-        _check_distinct(spec, self._shard_names)
-        self._maps: dict[int, mmap.mmap] = {}
-        indexes = self._read_indexes()
-        self.damage = self._damage(indexes)
-        """Shards that are not whole."""
-        self._say(indexes)
-        of_names, lengths, offsets, sizes, classes = zip(*(index.parts for index in indexes), strict=True)
-        self._names = Names(b"".join(of_names), _numbers(lengths))
-        self._offsets, self._sizes = _numbers(offsets), _numbers(sizes)
-        # Where each shard's images end, among all.
-        self._ends = np.cumsum([len(part) // 8 for part in lengths])
-        self._classes, self._class_names = _joined_classes(indexes, classes)
+        self.spec, self._data, self._paths, self._stems = spec, data, tuple(paths), tuple(stems)
+        names = list(names) or [text(os.fsencode(path.name)) for path in paths]
+        # Shards of one name in several folders are called by their paths.
+        self._shard_names = names if len(set(names)) == len(paths) else [str(path) for path in paths]
+        self._files: dict[int, OpenFile] = {}
+        head, joined, table = self._read_indexes()
+        self._names = Names.from_joined(joined.tobytes(), table[0])
+        self._offsets, self._sizes, self._numbers = table[1:]
+        self._counts = np.array(head["counts"], dtype=np.int64)
+        self._ends = np.cumsum(self._counts)
+        self._classes, self._unusable = head["classes"], head["unusable"]
+        others = Counter(head["others"])
         if not len(self):
-            others = sum((Counter(index.header["others"]) for index in indexes), Counter[str]())
+            nested = "; unpack it to a directory, in which each tar is a class" if others[".tar"] else ""
             raise ValueError(
                 f"{spec!r} holds no images: {describe_others(others)}; an image member's name ends in "
-                f"{' '.join(sorted(EXTENSIONS))}"
+                f"{' '.join(sorted(EXTENSIONS))}{nested}"
             )
-
-    def _read_indexes(self) -> list[Index]:
-        return _indexes(self.spec, self._paths, self._data)
+        if others:
+            log.info("%s: %d images; ignored %s", spec, len(self), describe_others(others))
+        self.damage = tuple(Damage(self._shard_names[shard], *rest) for shard, *rest in head["damage"])
+        for damage in self.damage:
+            log.warning("%s", damage)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._names)
 
     @property
     def has_labels(self) -> bool:
-        """Whether every image has a label by its key, or, where none has, a folder in its name."""
-        if self._class_names:
-            return bool(self._classes.min() >= 0)
-        return self._names.number_in_root() == 0
+        """Whether every image states a label, or all lie in folders, or in tars named after classes."""
+        return not isinstance(self._found, str)
+
+    def empty_classes(self) -> list[str]:
+        """Tars without images among those that are classes."""
+        are_classes = self.has_labels and set(self.class_names) <= set(self._stems)
+        return sorted(set(self._stems) - set(self.class_names)) if are_classes else []
 
     def _content(self, index: int) -> bytes:
-        shard = self._shard_of(index)
         offset, size = int(self._offsets[index]), int(self._sizes[index])
+        check_size(size, self._data)
+        if offset < 0:
+            raise BadImageError("it is stored as a sparse file; pack the tar again without --sparse")
         try:
-            content = self._map(shard)
-            # Beyond the end of a file that was cut since, reading a map kills the process.
-            is_whole = content.size() >= offset + size
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise BadImageError(f"its shard cannot be read: {reason}") from error
-        if not is_whole:
-            raise BadImageError("its shard has become shorter since it was indexed")
-        return content[offset : offset + size]
+            content = self._open(self._shard_of(index)).read(size, offset)
+        except OSError as error:
+            raise BadImageError(f"its shard cannot be read: {error.strerror or error}") from error
+        if len(content) != size:
+            raise BadImageError("its shard has changed since it was indexed")
+        return content
 
-    def _path(self, shard: int) -> Path:
-        """Where a shard lies, when it is opened."""
-        return self._paths[shard]
-
-    def _map(self, shard: int) -> mmap.mmap:
-        found = self._maps.pop(shard, None)
-        if found is None:
-            with self._path(shard).open("rb") as file:
-                found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):
-                found.madvise(mmap.MADV_RANDOM)
-        self._maps[shard] = found  # the last is the one used last
-        if len(self._maps) > MAX_OPEN:
-            self._maps.pop(next(iter(self._maps)), None)
+    def _open(self, shard: int) -> OpenFile:
+        # The last entry of the dictionary is the one used last, so the first one is closed.
+        self._files[shard] = found = self._files.pop(shard, None) or OpenFile(self._paths[shard])
+        if len(self._files) > MAX_OPEN:
+            self._files.pop(next(iter(self._files)), None)
         return found
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int) -> str:
-        return f"{self._shard_names[self._shard_of(index)]}/{self._names.text(index)}"
+        return f"{self._shard_names[self._shard_of(index)]}/{text(self._names[index])}"
 
-    def _find_labels(self) -> Labels:
-        if not self._class_names and self.has_labels:
-            return self._names.first_folders()
-        if not self._class_names:
-            raise ValueError(
-                f"{self.spec!r} has no labels: there are no .cls members, no label, cls or class in .json "
-                "members, and not every member lies in a folder; add one of these"
-            )
-        without = np.flatnonzero(self._classes < 0)
-        if len(without):
-            raise ValueError(
+    @cached_property
+    def _found(self) -> Labels | str:
+        """The labels, or why there are none."""
+        if self._unusable:
+            shard, reason = self._unusable[0]
+            where = f"{self._shard_names[shard]}/{reason}"
+            return f"{self.spec!r} has an unusable label: {where}; use text or numbers"
+        without = np.flatnonzero(self._numbers < 0)
+        if 0 < len(without) < len(self):
+            return (
                 f"{self.spec!r} has no labels for {len(without)} of its {len(self)} images, the first "
                 f"{self.name(int(without[0]))!r}; give each a .cls member, or none"
             )
-        return self._classes.astype(np.int64), self._class_names
+        if not len(without):
+            rank, names = in_class_order(self._classes)
+            return rank[self._numbers], names
+        # A tar of one class may hold its images in a folder, called the same in all tars, or like the class.
+        # So folders are the classes only if there are several; otherwise the tars are.
+        folders = None if self._names.number_in_root() else self._names.first_folders()
+        if folders and (len(self._stems) < 2 or len(folders[1]) > 1):
+            return folders
+        if len(self._stems) >= 2:
+            shards = np.flatnonzero(self._counts)  # a tar without images is no class, like an empty folder
+            rank, names = in_class_order([self._stems[shard] for shard in shards])
+            return np.repeat(rank, self._counts[shards]), names
+        return (
+            f"{self.spec!r} has no labels; add .cls members, or a label, cls or class in .json members, or "
+            "put every image in a folder of its class"
+        )
+
+    def _find_labels(self) -> Labels:
+        if isinstance(self._found, str):
+            raise ValueError(self._found)  # noqa: TRY004 - no wrong type, but no labels
+        return self._found
 
     def _make_fingerprint(self) -> str:
         return f"tar-{len(self)}-{self._names.digest(self._sizes)}"
 
-    def _say(self, indexes: Sequence[Index]) -> None:
-        """What is ignored, in one line, and every shard that is not whole, in a line each."""
-        others = sum((Counter(index.header["others"]) for index in indexes), Counter[str]())
-        if others:
-            number = sum(len(index.parts[1]) // 8 for index in indexes)
-            log.info("%s: %d images; ignored %s", self.spec, number, describe_others(others))
-        for damage in self.damage:
-            log.warning("%s", damage)
-
-    def _damage(self, indexes: Sequence[Index]) -> list[Damage]:
-        return [
-            Damage(name, index.header["problem"], len(index.parts[1]) // 8)
-            for name, index in zip(self._shard_names, indexes, strict=True)
-            if index.header["problem"] is not None
-        ]
+    def _read_indexes(self) -> TarIndex:
+        return tar_indexes(self.spec, self._paths, self._data)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_files": {}}
 
 
-def _indexes(spec: str, paths: Sequence[Path], data: DataConfig) -> list[Index]:
-    """The index of every shard, many at once, with a line of progress every few seconds."""
-    started_s = said_s = time.monotonic()
-    with ThreadPoolExecutor(min(THREADS, len(paths))) as threads:
-        waiting = [threads.submit(partial(tar_index, path, data)) for path in paths]
-        try:
-            for done, one in enumerate(as_completed(waiting), start=1):
-                one.result()
-                if time.monotonic() - said_s >= PROGRESS_S:
-                    said_s = time.monotonic()
-                    log.info("%s: read the headers of %d of %d shards", spec, done, len(paths))
-        finally:
-            threads.shutdown(cancel_futures=True)
-    if said_s > started_s:
-        log.info("%s: read the headers of all %d shards in %.0f s", spec, len(paths), said_s - started_s)
-    return [one.result() for one in waiting]
+def open_tars(spec: str, data: DataConfig) -> TarSource:
+    """The shards that a spec with braces names; `ValueError` names the first three that are missing."""
+    paths = [any_unicode_form(Path(name).expanduser()) for name in expand_braces(spec)]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{spec!r}: {len(missing)} of {len(paths)} shards are missing: {first}; name those there are, "
+            "such as x-{0000..0099}.tar"
+        )
+    return TarSource(spec, paths, data)
 
 
-def _joined_classes(indexes: Sequence[Index], classes: Sequence[bytes]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The class of every image over all shards, -1 for none, int32, and the classes' names."""
-    found = list(dict.fromkeys(name for index in indexes for name in index.header["classes"]))
-    rank, names = in_class_order(found)
-    number = {name: rank[position] for position, name in enumerate(found)}
-    parts = []
-    for index, part in zip(indexes, classes, strict=True):
-        of_shard = np.array([*(number[name] for name in index.header["classes"]), -1], dtype=np.int32)
-        parts.append(of_shard[np.frombuffer(part, dtype=np.int64)])  # -1 is the last
-    return np.concatenate(parts), names
+def open_class_tars(spec: str, path: Path, data: DataConfig) -> TarSource | None:
+    """The tars of a directory that has neither images nor folders; None for any other directory.
+
+    Their names are classes (ImageNet-21k), unless all are numbered like shards (`train_003`, `00012`).
+    """
+    tars = []
+    # If the directory cannot be read, the search for images says so.
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            # The first image or folder ends the search, so a large folder of images costs nothing.
+            if entry.is_dir() or is_image(os.fsencode(entry.name)):
+                return None
+            tars += [Path(entry.path)] if entry.name.lower().endswith(".tar") else []
+    stems = [text(os.fsencode(tar.stem)) for tar in sorted(tars)]
+    are_classes = not all(map(_SHARD_STEM.fullmatch, stems))
+    return TarSource(spec, sorted(tars), data, stems=stems if are_classes else ()) if tars else None
 
 
-def _numbers(parts: Sequence[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(parts), dtype=np.int64)
-
-
-def _short_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The files' names, or their paths where two are named alike."""
-    names = tuple(path.name for path in paths)
-    return names if len(set(names)) == len(names) else tuple(map(str, paths))
-
-
-def _check_distinct(spec: str, names: Sequence[str]) -> None:
-    twice = next((name for name, number in Counter(names).items() if number > 1), None)
-    if twice is not None:
-        raise ValueError(f"{spec!r} names the shard {twice!r} twice; name each once")
+def expand_braces(spec: str) -> list[str]:
+    """The names that braces stand for: `x-{008..010}.tar` is x-008.tar, x-009.tar, x-010.tar."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+    if not found:
+        return [spec]
+    first, last = found.groups()
+    if not 0 <= int(last) - int(first) < 10**6:
+        raise ValueError(f"{spec!r}: {found[0]} must run upwards, over a million numbers at most")
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    rests = expand_braces(spec[found.end() :])
+    return [spec[: found.start()] + number + rest for number in numbers for rest in rests]

@@ -24,7 +24,7 @@ from torch import Tensor
 from nextblock.atomic import write_text
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, TooManyBadImages, open_source
-from nextblock.data.sources.subsets import absolute_spec
+from nextblock.data.sources import absolute_spec
 from nextblock.evaluate.embed.config import EmbedConfig, FeatureSettings
 from nextblock.evaluate.embed.files import (
     Embeddings,

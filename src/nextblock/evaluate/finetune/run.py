@@ -32,8 +32,7 @@ from nextblock.data import (
     TrainLoader,
     resolve_workers,
 )
-from nextblock.data.loader import Crop, EvalCrop
-from nextblock.data.rand_augment import TimmCrop
+from nextblock.data.transforms import Crop, EvalCrop, TimmCrop
 from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import check_bad, open_model
 from nextblock.evaluate.finetune.config import FinetuneConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nextblock.config import DataConfig, Size, TrainConfig, pair
 from nextblock.data import BadSample, Source, eval_batches, keyed_seed, normalize, resolve_workers
-from nextblock.data.rand_augment import seeded_globally
+from nextblock.data.transforms import seeded_globally
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.lora import merge_lora
 from nextblock.evaluate.finetune.model import tuning_groups

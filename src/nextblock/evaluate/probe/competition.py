@@ -30,10 +30,11 @@ from nextblock.evaluate.probe.config import (
     ProbeConfig,
     ProbeRow,
     Split,
+    recipe_of,
+    warmup_epochs,
 )
 from nextblock.evaluate.probe.feature_cache import FeatureCache, StoredFeatures
 from nextblock.evaluate.probe.grid import Candidate
-from nextblock.evaluate.probe.recipes import recipe_of, warmup_epochs
 from nextblock.evaluate.probe.state import Progress
 from nextblock.evaluate.probe.train_heads import (
     Feed,

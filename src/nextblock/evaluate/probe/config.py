@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
-from nextblock.evaluate.probe.recipes import HeadName, RecipeName, warmup_epochs
+from nextblock.evaluate.probe.recipes import RECIPES, HeadName, Recipe, RecipeName
 from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.settings import Duration, check_types, from_dict, from_keywords, require
 
@@ -23,8 +23,10 @@ __all__ = [
     "Split",
     "Tokens",
     "probe_config",
+    "recipe_of",
     "result_from_dict",
     "row_from_dict",
+    "warmup_epochs",
 ]
 
 EncoderName = Literal["trained", "untrained", "raw pixels"]
@@ -263,3 +265,24 @@ def row_from_dict(values: Mapping[str, Any]) -> ProbeRow:
     confusion = values["confusion"]
     pairs = None if confusion is None else tuple(tuple(counts) for counts in confusion)
     return from_dict(ProbeRow, {**values, "confusion": pairs})
+
+
+def recipe_of(config: ProbeConfig) -> Recipe:
+    """The recipe that a config names, with what the config itself says in its place."""
+    recipe = RECIPES[config.recipe]
+    if config.lr is not None:
+        recipe = replace(recipe, lr=config.lr)
+    if config.weight_decay is not None:
+        recipe = replace(recipe, weight_decay=dict.fromkeys(recipe.weight_decay, config.weight_decay))
+    if config.layers is not None:
+        recipe = replace(recipe, layers=dict.fromkeys(recipe.layers, config.layers))
+    if config.betas is not None:
+        recipe = replace(recipe, betas=config.betas)
+    return recipe
+
+
+def warmup_epochs(config: ProbeConfig) -> float:
+    """Epochs of warm-up, as the config says or its recipe."""
+    if config.warmup_epochs is not None:
+        return config.warmup_epochs
+    return config.epochs / RECIPES[config.recipe].epochs_per_warmup

@@ -9,8 +9,8 @@ from itertools import product
 
 from nextblock.config import Attention, ModelConfig
 from nextblock.evaluate.layers import layer_choices
-from nextblock.evaluate.probe.config import HeadName, ProbeConfig
-from nextblock.evaluate.probe.recipes import Recipe, recipe_of
+from nextblock.evaluate.probe.config import HeadName, ProbeConfig, recipe_of
+from nextblock.evaluate.probe.recipes import Recipe
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig, Tokens

@@ -8,13 +8,10 @@ jitter of 0.3 besides RandAugment; augment timm has none, as timm leaves it out 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-if TYPE_CHECKING:
-    from nextblock.evaluate.probe.config import ProbeConfig
-
-__all__ = ["RECIPES", "HeadName", "Recipe", "RecipeName", "recipe_of", "warmup_epochs"]
+__all__ = ["RECIPES", "HeadName", "Recipe", "RecipeName"]
 
 HeadName = Literal["attentive", "linear", "mlp"]
 RecipeName = Literal["xtra", "aim"]
@@ -59,24 +56,3 @@ RECIPES: Mapping[RecipeName, Recipe] = {
         encoder_heads=True,
     ),
 }
-
-
-def recipe_of(config: ProbeConfig) -> Recipe:
-    """The recipe that a config names, with what the config itself says in its place."""
-    recipe = RECIPES[config.recipe]
-    if config.lr is not None:
-        recipe = replace(recipe, lr=config.lr)
-    if config.weight_decay is not None:
-        recipe = replace(recipe, weight_decay=dict.fromkeys(recipe.weight_decay, config.weight_decay))
-    if config.layers is not None:
-        recipe = replace(recipe, layers=dict.fromkeys(recipe.layers, config.layers))
-    if config.betas is not None:
-        recipe = replace(recipe, betas=config.betas)
-    return recipe
-
-
-def warmup_epochs(config: ProbeConfig) -> float:
-    """Epochs of warm-up, as the config says or its recipe."""
-    if config.warmup_epochs is not None:
-        return config.warmup_epochs
-    return config.epochs / RECIPES[config.recipe].epochs_per_warmup

@@ -22,6 +22,7 @@ from nextblock.atomic import write_text
 from nextblock.checkpoint import save_classifier
 from nextblock.config import DataConfig, pair
 from nextblock.data import BadSample, Source, keyed_seed
+from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import (
     Extract,
     encoder_extract,
@@ -38,12 +39,13 @@ from nextblock.evaluate.probe.config import (
     ProbeConfig,
     ProbeResult,
     Split,
+    recipe_of,
     result_from_dict,
     row_from_dict,
+    warmup_epochs,
 )
 from nextblock.evaluate.probe.feature_cache import ABOUT_FILE, FILLING
 from nextblock.evaluate.probe.grid import Candidate, encoder_candidates, has_choice, pixel_candidates
-from nextblock.evaluate.probe.recipes import recipe_of, warmup_epochs
 from nextblock.evaluate.probe.state import STATE_FILE, Progress, is_begun
 from nextblock.evaluate.probe.tables import grid_csv, markdown
 from nextblock.evaluate.results import differences, encoder_of, identity_of, refuse_other_result
@@ -314,7 +316,7 @@ def _found_before(state: Mapping[str, Any], subject: Subject) -> Found:
 
 
 def _write(out: Path, found: Probed, data: DataConfig, identity: Mapping[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     for name in get_args(HeadName):  # of an earlier result that is overwritten
         if name not in found.classifiers:
             shutil.rmtree(out / name, ignore_errors=True)

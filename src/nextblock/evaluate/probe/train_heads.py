@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -24,8 +25,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nextblock.config import DataConfig, OptimConfig, Size
-from nextblock.data import BadSample, Source, TrainLoader, resolve_workers, step_samples
-from nextblock.data.rand_augment import TimmCrop
+from nextblock.data import BadSample, Source, TrainLoader, VisitOrder, resolve_workers
+from nextblock.data.transforms import TimmCrop
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
@@ -262,7 +263,11 @@ class Feed:
         return TimmCrop(data=self.data, image_size=self.image_size, seed=self.seed)
 
     def _samples(self, step: int) -> Int64[np.ndarray, " b"]:
-        return step_samples(self.seed, len(self.source), self.actual_batch_size, step)[1].copy()
+        return self._order.keys(step).samples
+
+    @cached_property
+    def _order(self) -> VisitOrder:
+        return VisitOrder(len(self.source), seed=self.seed, batch_size=self.actual_batch_size)
 
 
 def train_heads(

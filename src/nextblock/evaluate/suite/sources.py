@@ -10,9 +10,9 @@ from jaxtyping import Int64
 from nextblock.atomic import write_text
 from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
-from nextblock.data.keyed import keyed_permutation
-from nextblock.data.sources import SUBSET_HEADER
-from nextblock.data.sources.subsets import absolute_spec
+from nextblock.data.random import keyed_permutation
+from nextblock.data.sources import absolute_spec
+from nextblock.data.sources.folder import SUBSET_HEADER
 from nextblock.evaluate.suite.layouts import Files, Sources
 
 __all__ = ["write_sources"]

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,11 @@ from nextblock.data import (
     keyed_permutation,
     keyed_rng,
     open_sources,
-    parts_of,
-    sample_order,
-    step_samples,
-    train_crop,
 )
-from nextblock.data.order import shares
+from nextblock.data.augment import train_crop
+from nextblock.data.order import sample_order, shares
 from tiny_runs import write_images
-from toy import ToySource
+from toy import ToySource, take
 
 # A machine with few cores is warned of more workers than cores, which is what some tests want.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -201,8 +197,8 @@ def test_one_source_is_gone_through_as_ever():
         assert order.steps_per_epoch == 3
         for step in range(7):
             epoch, visits, samples = order.keys(step)
-            expected = step_samples(SEED, 20, 6, step)
-            assert (epoch, samples.tolist()) == (expected[0], expected[1].tolist())
+            expected = keyed_permutation(SEED, 20, "order", step // 3)[6 * (step % 3) :][:6]
+            assert (epoch, samples.tolist()) == (step // 3, expected.tolist())
             assert visits.tolist() == [epoch] * 6
 
 
@@ -278,7 +274,7 @@ def test_the_epoch_that_a_refusal_asks_for_is_enough():
 def uninterrupted() -> list[Tensor]:
     """Three epochs of a mixture with holes, undivided."""
     data = replace(DATA, weights=(0.75, 0.25))
-    return flat(list(islice(loader(mixture(30, 3, bad=(4, 20)), data), 12)))
+    return flat(take(loader(mixture(30, 3, bad=(4, 20)), data), 12))
 
 
 def test_every_image_is_cropped_by_its_own_visit_and_sample(uninterrupted):
@@ -304,17 +300,17 @@ def test_a_mixture_cut_anywhere_and_loaded_by_any_number_of_workers_is_the_same(
     for start, end in zip((0, *stops), (*stops, 12), strict=True):
         source = mixture(30, 3, bad=(4, 20))
         part = loader(source, data, start_step=start, workers=workers, micro_batch_size=1 + 2 * workers)
-        steps += islice(part, end - start)
+        steps += take(part, end - start)
         if not workers:
             reads = sum(part.reads for part in source.parts if isinstance(part, ToySource))
             assert reads == 8 * (end - start), "nothing skipped over"
-    assert [(step.index, step.visit) for step in steps] == [(index, index // 4) for index in range(12)]
+    assert [(step.index, step.keys.epoch) for step in steps] == [(index, index // 4) for index in range(12)]
     for ours, expected in zip(flat(steps), uninterrupted, strict=True):
         assert torch.equal(ours, expected)
 
 
 def test_a_hole_is_named_with_its_source():
-    steps = islice(loader(mixture(30, 3, bad=(4,))), 4)
+    steps = take(loader(mixture(30, 3, bad=(4,))), 4)
     (bad,) = {bad for step in steps for batch in step.micro_batches for bad in batch.bad}
     assert bad == (4, "toy-0: toy-0[4]", "truncated")
 
@@ -351,10 +347,10 @@ def test_a_mixture_has_labels_only_of_the_same_classes(tmp_path):
     with pytest.raises(ValueError, match="its sources have different classes"):
         _ = other.labels
     write_images(tmp_path / "flat", 3)
-    unlabelled = ConcatSource([ToySource(5), *parts_of(open_sources([str(tmp_path / "flat")], DATA))])
+    unlabelled = ConcatSource([ToySource(5), *open_sources([str(tmp_path / "flat")], DATA).parts])
     assert not unlabelled.has_labels
     assert not unlabelled.in_memory
-    with pytest.raises(ValueError, match=r"has no labels, as '.*flat' has none"):
+    with pytest.raises(ValueError, match=r"has no labels, because '.*flat' has none"):
         _ = unlabelled.labels
 
 
@@ -370,9 +366,9 @@ def test_one_spec_opens_the_source_itself_and_several_a_mixture(tmp_path):
         write_images(tmp_path / name, 3)
     specs = [str(tmp_path / "a"), str(tmp_path / "b"), "digits:split=test"]
     one, several = open_sources(specs[:1], DATA), open_sources(specs, DATA)
-    assert parts_of(one) == (one,)
+    assert one.parts == (one,)
     assert one.spec == specs[0]
-    assert [part.spec for part in parts_of(several)] == specs
+    assert [part.spec for part in several.parts] == specs
     assert several.spec == " + ".join(specs)
     with pytest.raises(ValueError, match="there is no such directory"):
         open_sources([specs[0], str(tmp_path / "c")], DATA)

@@ -1,0 +1,210 @@
+"""What an examined source means for a run: findings, the flags that suit the images, a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.data.doctor import Examination, Shared, listed
+from nextblock.presets import get_preset
+
+__all__ = ["Checkup", "Finding"]
+
+IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
+PRESETS_BELOW = {5_000: "xtra-tiny", 50_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
+"""Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result."""
+
+
+class Finding(NamedTuple):
+    """A problem would stop a run or spoil its results; a warning is worth reading before a run."""
+
+    severity: Literal["problem", "warning"]
+    what: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkup:
+    """All that was found out, and what follows from it."""
+
+    train: Examination
+    val: Examination | None = None
+    data: DataConfig
+    model: ModelConfig
+    size_problem: str | None = None
+    """Why the model cannot have the sizes that were asked for."""
+    per_core_s: float | None = None
+    """Training crops that a core makes in a second."""
+    images_per_s: float | None = None
+    """Images that the GPU takes in a second."""
+    cores: int = 1
+
+    @property
+    def workers_needed(self) -> int | None:
+        """Processes that keep the GPU busy; None if a rate is not known."""
+        if self.per_core_s is None or self.images_per_s is None:
+            return None
+        return math.ceil(self.images_per_s / self.per_core_s)
+
+    @cached_property
+    def shared(self) -> Shared | None:
+        """The images of `val` whose content is also in `train`; None if there are none."""
+        if self.val is None:
+            return None
+        train, val = self.train.images, self.val.images
+        digests, first = np.unique(train["digest"], return_index=True)
+        ours = val[np.isin(val["digest"], digests)]
+        theirs = train[first[np.searchsorted(digests, ours["digest"])]]
+        pairs = list(zip(self.val.names(ours), self.train.names(theirs), strict=True))
+        return Shared(pairs, len(val)) if pairs else None
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """Problems first, then warnings; each says what, why and what to do."""
+        found = [*_of_reading(self.train, self.data)]
+        found += [] if self.val is None else _of_reading(self.val, self.data)
+        if self.size_problem is not None:
+            found.append(Finding("problem", "image size", self.size_problem))
+        if self.shared is not None:
+            found.append(Finding("problem", "leakage", str(self.shared)))
+        if len(self.train.images):
+            found += [*_of_images(self.train, self.model), *_of_classes(self.train), *self._of_settings()]
+        return sorted(found, key=lambda finding: finding.severity != "problem")
+
+    def _of_settings(self) -> Iterator[Finding]:
+        data, (mean, std), needed = self.data, self.train.mean_std, self.workers_needed
+        if needed is not None and needed > max(1, self.cores - 1):
+            told = f"{self.images_per_s:,.0f} images/s need {needed:,} workers, more than {self.cores} cores"
+            remedy = "shrink the images: nextblock data pack --resize_px N"
+            yield Finding("warning", "slow decoding", f"{told}; {remedy}")
+        if data.normalize == "given" and len(data.mean) != len(mean):
+            told = f"{len(mean)} channels, but data.mean has {len(data.mean)}; use --data.normalize auto"
+            yield Finding("problem", "normalisation", told)
+        elif data.normalize == "given":
+            ratio = np.exp(np.abs(np.log((std + 1e-9) / data.std)))
+            if np.abs(mean - data.mean).max() > 0.1 or ratio.max() > 1.5:
+                told = "data.mean and data.std are far from those of the images; use --data.normalize auto"
+                yield Finding("warning", "normalisation", told)
+
+    @cached_property
+    def advice(self) -> dict[str, str]:
+        """Flags of `nextblock pretrain` that suit the images, and why."""
+        train, data, images = self.train, self.data, len(self.train.source)
+        if not len(train.images):
+            return {}
+        preset = next((name for most, name in PRESETS_BELOW.items() if images < most), "xtra-h14")
+        side = train.sides_px["shorter"][1]
+        # 4 x 4 blocks at every size, as XTRA has; xtra-h14 takes patches of at most 14 px.
+        sizes = IMAGE_SIZES[1:] if preset == "xtra-h14" else IMAGE_SIZES
+        size = next((size for size in sizes if size <= side), sizes[-1])
+        patch, block = (size // 16, 4) if size >= 64 else (size // 8, 2)
+        flags = f"--model.image_size {size} --model.patch_size {patch} --model.block_size {block}"
+        found = {flags: f"median shorter side {side:,.0f} px"}
+        found[f"--preset {preset}"] = f"{images:,} images; a rule of thumb"
+        if data.channels != 3:
+            found[f"--data.channels {data.channels} --model.in_chans {data.channels}"] = "as examined"
+        val_px = get_preset(preset).config.data.val_resize_px
+        if val_px < size:
+            found[f"--data.val_resize_px {size * 8 // 7}"] = f"{preset} has only {val_px}"
+        if self.per_core_s is not None and not train.source.in_memory:
+            workers = min(max(1, self.cores - 1), self.workers_needed or self.cores)
+            found[f"--data.workers {workers}"] = f"{self.per_core_s:,.0f} crops/s each"
+        is_jpeg = train.kinds["JPEG"] + train.kinds["MPO"] > len(train.images) / 2
+        if is_jpeg and side >= 2 * size and data.decoder == "auto":
+            found["--data.decoder fast"] = f"the photos are {side / size:.1f} times the image size"
+        if any(finding.what == "normalisation" for finding in self.findings):
+            found["--data.normalize auto"] = "measures your images"
+        return found
+
+    @cached_property
+    def verdict(self) -> str:
+        """Whether a run can begin, in a line."""
+        problems = dict.fromkeys(finding.what for finding in self.findings if finding.severity == "problem")
+        if problems:
+            return f"not fit for training: {', '.join(problems)}"
+        if self.findings:
+            return f"fit for training, but read the warnings first ({len(self.findings)})"
+        examined, images = self.train.examined, len(self.train.source)
+        return "healthy" if examined == images else f"healthy, judging by {examined:,} of {images:,} images"
+
+    def report(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        names = ("verdict", "advice", "per_core_s", "images_per_s", "workers_needed", "cores")
+        return {name: getattr(self, name) for name in names} | {
+            "healthy": not self.findings,
+            "fit": all(finding.severity != "problem" for finding in self.findings),
+            "findings": [finding._asdict() for finding in self.findings],
+            "train": _report(self.train),
+            "val": None if self.val is None else _report(self.val),
+            "leakage": [] if self.shared is None else self.shared.pairs,
+        }
+
+
+def _of_reading(found: Examination, data: DataConfig) -> Iterator[Finding]:
+    bad, examined = len(found.bad), found.examined
+    # The rule of a run: one unreadable file is always allowed, unless the setting is 0.
+    allowed = max(1, data.max_bad_fraction * examined) if data.max_bad_fraction else 0
+    told = f"{bad:,} of {examined:,} in {found.spec}"
+    if bad > allowed or bad == examined:
+        told += f"; repair or remove them (data.max_bad_fraction is {data.max_bad_fraction:g})"
+        yield Finding("problem", "too many unreadable files", told)
+    elif bad:
+        yield Finding("warning", "unreadable files", f"{told}; a run skips them")
+    if found.source.damage:
+        told = listed([str(damage) for damage in found.source.damage])
+        yield Finding("problem", "damaged archives", f"{told}; download or pack again")
+
+
+def _of_images(found: Examination, model: ModelConfig) -> Iterator[Finding]:
+    images, groups, crop = found.images, found.duplicates, np.array(pair(model.image_size))
+    if groups:
+        repeated = sum(len(group) - 1 for group in groups)
+        twins = listed([" = ".join(found.names(group[:3])) for group in groups])
+        told = f"{repeated:,} of {len(images):,} images repeat another exactly ({twins}); keep one of each"
+        yield Finding("problem" if repeated > len(images) / 10 else "warning", "duplicates", told)
+    # Slightly small images matter if most are; those of less than half the crop always do.
+    is_usual = bool((np.median(images["size"], axis=0) < crop).any())
+    small = images[(images["size"] < crop / (1 if is_usual else 2)).any(axis=1)]
+    if len(small):
+        remedy = "use the size advised below" if is_usual else "remove thumbnails"
+        told = f"{len(small):,} of {len(images):,} will be enlarged to {crop[1]}x{crop[0]} px"
+        yield Finding("warning", "small images", f"{told} ({listed(found.names(small))}); {remedy}")
+    blank = found.names(images[images["is_blank"]])
+    if blank:
+        told = f"{len(blank):,} with one colour only ({listed(blank)}); remove what is no picture"
+        yield Finding("warning", "blank images", told)
+
+
+def _of_classes(found: Examination) -> Iterator[Finding]:
+    present = Counter(found.class_counts).most_common()
+    if not present:
+        return
+    empty = found.source.empty_classes()
+    if found.examined == len(found.source):  # a sample misses small classes
+        empty = [name for name, count in present if not count] + empty
+    if empty:
+        told = f"{len(empty):,} without a readable image ({listed(empty)}); fill or remove them"
+        yield Finding("warning", "empty classes", told)
+    (largest, many), (smallest, few) = present[0], [item for item in present if item[1]][-1]
+    if many >= 10 * few:
+        told = f"{many:,} images in {largest}, {few:,} in {smallest}; report the accuracy of each class"
+        yield Finding("warning", "unbalanced classes", told)
+
+
+def _report(found: Examination) -> dict[str, Any]:
+    names = ("spec", "examined", "kinds", "sides_px", "class_counts")
+    return {name: getattr(found, name) for name in names} | {
+        "images": len(found.source),
+        "bad": [bad._asdict() for bad in found.bad],
+        "damaged_shards": [damage._asdict() for damage in found.source.damage],
+        "mean_std": found.mean_std.tolist(),
+        "duplicates": [found.names(group) for group in found.duplicates],
+        "blank": found.names(found.images[found.images["is_blank"]]),
+    }

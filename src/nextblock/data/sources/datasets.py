@@ -1,0 +1,225 @@
+"""Images of other libraries' datasets: scikit-learn's digits and torchvision's."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import repeat
+from PIL import Image
+from torch import Tensor
+
+from nextblock.config import DataConfig
+from nextblock.data.decode import BadImageError, check_pixels, decode_image, image_to_tensor, pillow_errors
+from nextblock.data.random import keyed_permutation
+from nextblock.data.sources.base import DataError, Labels, Source, read_file
+from nextblock.data.sources.names import text
+from nextblock.settings import nearest_name
+
+__all__ = ["DigitsSource", "TorchvisionSource"]
+
+_NOT_OPTIONS = ("transform", "target_transform", "transforms", "loader", "is_valid_file", "kwargs")
+
+
+class DigitsSource(Source):
+    """The 1,797 handwritten digits that scikit-learn carries, or a fixed stratified 80 % or 20 % of them.
+
+    They are 8 x 8 px with values 0 to 16, scaled to 0 to 255 and repeated to `data.channels` channels.
+    """
+
+    in_memory = True
+
+    def __init__(self, spec: str, split: str, data: DataConfig) -> None:
+        from sklearn.datasets import load_digits
+
+        values, classes = map(np.asarray, load_digits(return_X_y=True))
+        # Every fifth of a shuffled list that is then sorted by class: a fifth of each class, for all time.
+        shuffled = keyed_permutation(0, len(classes), "digits split")
+        is_test = np.zeros(len(classes), dtype=bool)
+        is_test[shuffled[np.argsort(classes[shuffled], kind="stable")][::5]] = True
+        kept = {"all": is_test | True, "train": ~is_test, "test": is_test}
+        if split not in kept:
+            raise ValueError(f"{spec!r}: digits has no split {split!r}; {nearest_name(split, list(kept))}")
+        self.spec, self._split = spec, split
+        self._numbers = np.flatnonzero(kept[split])
+        self._classes = classes[self._numbers].astype(np.int64)
+        grey = np.rint(values[self._numbers].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self._images = repeat(torch.from_numpy(grey), "b h w -> b c h w", c=data.channels).contiguous()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def has_labels(self) -> bool:
+        """Always: the digits 0 to 9."""
+        return True
+
+    def _read(self, index: int) -> Tensor:
+        return self._images[index]
+
+    def _name(self, index: int) -> str:
+        return f"digits[{self._numbers[index]}]"
+
+    def _find_labels(self) -> Labels:
+        return self._classes, tuple("0123456789")
+
+    def _make_fingerprint(self) -> str:
+        numbers = hashlib.blake2b(self._numbers.astype("<i8").tobytes(), digest_size=8)
+        return f"digits-{self._split}-{len(self)}-{numbers.hexdigest()}"
+
+
+class TorchvisionSource(Source):
+    """Any torchvision dataset of pictures; its options are its constructor's arguments."""
+
+    def __init__(self, spec: str, name: str, options: dict[str, str], data: DataConfig) -> None:
+        self.spec, self._called, self._data = spec, name, data
+        self._split = options.get("split", "default")
+        self._dataset = _open_torchvision(spec, name, options)
+        self.in_memory = isinstance(getattr(self._dataset, "data", None), np.ndarray | Tensor)
+        if not len(self):
+            raise ValueError(f"{spec!r}: the dataset has no images")
+        # Datasets of videos, flow or patches are refused here. A first image that is merely broken is not:
+        # it is reported when it is read, by whatever a decoder raises.
+        try:
+            first = self._dataset[0]
+        except (AttributeError, ImportError, TypeError) as error:
+            raise ValueError(f"{spec!r} yields no pictures: {error}; name a dataset of pictures") from error
+        except Exception:
+            first = (Path(), None)
+        picture = first[0] if isinstance(first, tuple) else first
+        is_picture = isinstance(picture, Path | Image.Image)
+        if not is_picture:
+            kind = type(picture).__name__
+            raise ValueError(f"{spec!r} yields no pictures but {kind}; name a dataset of pictures")
+        self._first_label = first[1]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the dataset states one class number per image, or yields them."""
+        first = self._first_label
+        return self._stated_labels is not None or (isinstance(first, int | np.integer) and int(first) >= 0)
+
+    def _read(self, index: int) -> Tensor:
+        data = self._data
+        with pillow_errors():
+            picture = self._dataset[index][0]
+            if isinstance(picture, Image.Image):
+                check_pixels(picture.size, data.max_pixels)
+                return image_to_tensor(picture, data.channels, data.background)
+        return decode_image(
+            read_file(picture, data),
+            decoder=data.decoder,
+            max_pixels=data.max_pixels,
+            channels=data.channels,
+            background=data.background,
+        )
+
+    def _name(self, index: int) -> str:
+        samples = getattr(self._dataset, "samples", None)
+        return f"{self._called}[{index}]" if samples is None else text(os.fsencode(samples[index][0]))
+
+    def _find_labels(self) -> Labels:
+        labels = self._stated_labels
+        if labels is None and self.has_labels:
+            try:
+                with pillow_errors():
+                    labels = _class_numbers([self._dataset[i][1] for i in range(len(self))], len(self))
+            except BadImageError as error:
+                raise ValueError(
+                    f"{self.spec!r}: its labels come with its images, and one is unreadable: {error}"
+                ) from error
+        if labels is None:
+            raise ValueError(
+                f"{self.spec!r} has no labels: searched the dataset's targets, _labels and labels, and what "
+                "it yields, for one class number per image"
+            )
+        number = int(labels.max()) + 1
+        names = getattr(self._dataset, "classes", None) or ()
+        if len(names) < number or not all(isinstance(name, str) for name in names):
+            names = map(str, range(number))
+        return labels, tuple(names)
+
+    def _make_fingerprint(self) -> str:
+        return f"torchvision-{self._called}-{self._split}-{len(self)}"
+
+    @cached_property
+    def _stated_labels(self) -> np.ndarray | None:
+        found = (getattr(self._dataset, name, None) for name in ("targets", "_labels", "labels"))
+        labels = (_class_numbers(values, len(self)) for values in found)
+        return next((values for values in labels if values is not None), None)
+
+
+def _class_numbers(values: Any, length: int) -> np.ndarray | None:
+    """One class number per image as int64 (n,), or None if these values are something else."""
+    if not isinstance(values, list | tuple | np.ndarray | Tensor) or len(values) != length:
+        return None
+    try:
+        labels = np.asarray(values)
+    except ValueError:  # lists of different lengths are annotations, not labels
+        return None
+    is_number = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0
+    return labels.astype(np.int64) if is_number else None
+
+
+def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
+    """Construct a dataset; it yields the paths of its files instead of pictures if it can."""
+    from torchvision import datasets
+    from torchvision.datasets import VisionDataset
+
+    known = {name: getattr(datasets, name) for name in datasets.__all__ if name != "VisionDataset"}
+    known = {name: cls for name, cls in known.items() if isinstance(cls, type)}
+    if name not in known:
+        raise ValueError(
+            f"{spec!r}: torchvision has no dataset {name!r}; {nearest_name(name, sorted(known))}"
+        )
+    # EMNIST and others hand **kwargs on to the class they derive from, so its arguments are theirs. A class
+    # without **kwargs takes no argument of its parents.
+    parents = [cls for cls in reversed(known[name].__mro__) if issubclass(cls, VisionDataset)][1:]
+    if "kwargs" not in inspect.signature(known[name]).parameters:
+        parents = parents[-1:]
+    parameters = {key: p for cls in parents for key, p in inspect.signature(cls).parameters.items()}
+    allowed = [key for key in parameters if key not in _NOT_OPTIONS]
+    splits = ["train", "test"] if "train" in parameters and "split" not in parameters else []
+    arguments: dict[str, Any] = {"download": False} if "download" in parameters else {}
+    # Torchvision's loader decodes before the size can be checked, and drops alpha and 16 bits. With Path as
+    # the loader the dataset yields paths, and its files are decoded by the same rules as all others.
+    arguments |= {"loader": Path} if "loader" in parameters else {}
+    for key, value in options.items():
+        # A dataset with a train flag has two splits: "val" must not silently mean "test".
+        if key == "split" and splits:
+            if value not in splits:
+                raise ValueError(f"{spec!r}: {name} has no split {value!r}; {nearest_name(value, splits)}")
+            arguments["train"] = value == "train"
+        elif key not in allowed:
+            nearest = nearest_name(key, allowed + ["split"] * bool(splits))
+            raise ValueError(f"{spec!r}: {name} has no option {key!r}; {nearest}")
+        elif value.lower() in ("true", "false"):
+            arguments[key] = value.lower() == "true"
+        else:
+            is_text = key == "root" or isinstance(parameters[key].default, str)
+            arguments[key] = int(value) if value.isdecimal() and not is_text else value
+    required = [key for key in allowed if parameters[key].default is inspect.Parameter.empty]
+    missing = [f"{key}=..." for key in required if key not in arguments]
+    if missing:
+        raise ValueError(f"{spec!r}: {name} needs {' and '.join(missing)}; write it after a comma")
+    try:
+        return known[name](**arguments)
+    except ImportError as error:
+        raise ValueError(f"{spec!r}: {error}; install it with pip") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{spec!r}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        if arguments.get("download"):
+            raise DataError(f"{spec!r} cannot be fetched: {error}; check the connection") from error
+        remedy = "add download=true" if "download" in arguments else "torchvision cannot fetch it"
+        where = f"not found in {options.get('root', 'its folder')}"
+        raise ValueError(f"{spec!r}: {where}: {error} ({remedy}, or give another root=)") from error

@@ -1,0 +1,294 @@
+"""Rows of a Hugging Face dataset, from the hub or from disk, or of a parquet file."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nextblock.config import DataConfig
+from nextblock.data.decode import BadImageError
+from nextblock.data.sources.base import DataError, EncodedSource, Labels, check_size, read_file
+from nextblock.data.sources.folder import any_unicode_form
+from nextblock.data.sources.names import in_class_order, text
+from nextblock.logs import held_back
+from nextblock.settings import nearest_name
+
+__all__ = ["HF_OPTIONS", "HuggingFaceSource"]
+
+HF_OPTIONS = ("split", "config", "image", "label", "revision")
+# Names of columns that are taken as labels if the dataset does not say which column holds them.
+LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "fine_label")
+# Rows whose bytes enter the fingerprint, besides the sizes of all.
+SAMPLED_ROWS = 64
+
+
+class HuggingFaceSource(EncodedSource):
+    """The rows of one split of a dataset of the Hugging Face hub, or of one on disk.
+
+    The rows stay in Arrow files that are mapped into memory, so workers share them and any row is read at
+    once. Images are taken as their encoded bytes, or as the files that rows name.
+    """
+
+    def __init__(self, spec: str, name: str, options: dict[str, str], data: DataConfig) -> None:
+        path = any_unicode_form(Path(name).expanduser())
+        self.spec, self._data, self._options = spec, data, options
+        with _complaints(spec, path):
+            self._rows, self._folders = _load(name, path, options)
+        if not len(self):
+            raise ValueError(f"{spec!r}: the dataset has no rows")
+        self._kinds = {column: _kind(feature) for column, feature in self._rows.features.items()}
+        self._image = self._image_column()
+        if "label" in options:
+            self._label_column()
+        self._images = self._rows.select_columns([self._image])
+        if self._kinds[self._image] == "Image":
+            feature: Any = type(self._rows.features[self._image])
+            self._images = self._images.cast_column(self._image, feature(decode=False))
+        self._called = f"{path.name or name}[{self._rows.split or options.get('split', 'all')}]"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether one column holds labels."""
+        try:
+            return bool(self._label_column())
+        except ValueError:
+            return False
+
+    def _content(self, index: int) -> bytes:
+        value = self._images[index][self._image]
+        if isinstance(value, dict):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if value is None:
+            raise BadImageError("the row holds no image")
+        if isinstance(value, bytes):
+            check_size(len(value), self._data)
+            return value
+        # Rows come from strangers: only the dataset's own files are read, and those that the library fetched.
+        path = Path(os.path.normpath(self._folders[0] / value))
+        if "\0" in value or not any(path.is_relative_to(folder) for folder in self._folders):
+            raise BadImageError(f"the row names {text(value.encode())}, a file not below {self._folders[0]}")
+        return read_file(path, self._data)
+
+    def _name(self, index: int) -> str:
+        return text(os.fsencode(f"{self._called}[{index}]"))
+
+    def _choose(self, option: str, *guesses: list[str]) -> str:
+        """The column that the option names, or else the one of the first guess that is not empty."""
+        found = [self._options[option]] if option in self._options else next(filter(None, guesses), [])
+        if len(found) == 1 and found[0] in self._kinds:
+            return found[0]
+        if len(found) > 1:
+            raise self._refusal(f"several columns could hold the {option}: {', '.join(found)}", option)
+        raise self._refusal(
+            f"there is no column {found[0]!r}" if found else f"no {option} column found", option
+        )
+
+    def _refusal(self, what: str, option: str) -> ValueError:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in self._kinds.items())
+        return ValueError(f"{self.spec!r}: {what}; choose by {option}=COLUMN; the columns are {columns}")
+
+    def _image_column(self) -> str:
+        """The column of images: the one named, the one of image features, or the one of bytes."""
+        kinds = self._kinds
+        name = self._choose("image", *([n for n in kinds if kinds[n] == k] for k in ("Image", "binary")))
+        kind = kinds[name]
+        # A column of paths counts only if named. A caption or an address is told from a path by whether any
+        # of the first rows names a file: files that are missing later are holes, as everywhere.
+        if kind == "string":
+            paths = [path or "" for path in self._rows.select_columns([name])[:SAMPLED_ROWS][name]]
+            if not any(os.path.isfile(self._folders[0] / path) for path in paths):  # noqa: PTH113
+                kind = f"text such as {paths[0][:60]!r}, which is no file below {self._folders[0]}"
+        if kind not in ("Image", "binary", "string"):
+            raise self._refusal(f"the column {name} holds {kind}, not images", "image")
+        return name
+
+    def _label_column(self) -> str:
+        """The column of labels: the one named, the one of class labels, or one of `LABEL_NAMES`."""
+        others = [name for name in self._kinds if name != self._image]
+        named = [name for name in others if name.lower() in LABEL_NAMES]
+        name = self._choose(
+            "label",
+            [name for name in others if self._kinds[name] == "ClassLabel"],
+            [name for name in named if self._holds_classes(name)],
+            named,
+        )
+        if not self._holds_classes(name):
+            raise self._refusal(
+                f"the column {name} holds {self._kinds[name]}, not whole numbers or text", "label"
+            )
+        return name
+
+    def _holds_classes(self, name: str) -> bool:
+        if not self._kinds[name].startswith("float"):
+            return self._kinds[name].startswith(("ClassLabel", "int", "uint", "string", "bool"))
+        # Integers with gaps become floats in many a table: whole ones are classes, others are measurements.
+        values = self._column(name).to_numpy(zero_copy_only=False)
+        values = values[~np.isnan(values)]
+        return bool(np.isfinite(values).all() and (values == np.floor(values)).all())
+
+    def _column(self, name: str) -> Any:
+        table: Any = self._rows.select_columns([name]).with_format("arrow")[:]
+        return table.column(name).combine_chunks()
+
+    def _find_labels(self) -> Labels:
+        """Class labels as they are; of other columns the distinct values, sorted, are the classes."""
+        name = self._label_column()
+        kind, values = self._kinds[name], self._column(name)
+        missing = values.is_null(nan_is_null=True).true_count
+        if missing:
+            raise ValueError(f"{self.spec!r}: {missing} of {len(self)} rows have no {name}; drop them")
+        if kind == "ClassLabel":
+            numbers, names = values.to_numpy().astype(np.int64), self._rows.features[name].names
+            outside = numbers[(numbers < 0) | (numbers >= len(names))]
+            if len(outside):
+                what = f"{len(outside)} of {len(self)} rows have {name} {outside[0]}"
+                raise ValueError(f"{self.spec!r}: {what}, which is no class; choose another split=")
+            return numbers, tuple(names)
+        # Arrow lists the distinct values in the order in which they appear; `rank` sorts them.
+        encoded = values.dictionary_encode()
+        classes = [int(v) if kind.startswith("float") else v for v in encoded.dictionary.to_pylist()]
+        rank, names = in_class_order([text(str(name).encode()) for name in classes])
+        return rank[encoded.indices.to_numpy()], names
+
+    def _make_fingerprint(self) -> str:
+        rows = self._rows
+        stated = [rows.info.config_name, rows.split, rows.column_names, self._image, self._version()]
+        digest = hashlib.blake2b("\n".join(map(str, stated)).encode(), digest_size=16)
+        return f"hf-{len(self)}-{digest.hexdigest()}"
+
+    def _version(self) -> str:
+        """What tells this state of the dataset from another, wherever it lies and whichever process asks."""
+        split = (self._rows.info.splits or {}).get(str(self._rows.split).partition("[")[0])
+        if split is None:  # save_to_disk keeps the dataset's own fingerprint
+            return str(self._rows._fingerprint)
+        # The library's fingerprint depends on its cache and version. So: all sizes and file names, in their
+        # order, and the bytes of some rows. The sizes are read from the column's offsets: no other image is
+        # touched.
+        import pyarrow.compute as pc
+
+        sizes, names = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+        images: Any = self._images if self._images._indices is None else self._images.flatten_indices()
+        for part in images.data.column(self._image).chunks:
+            for values in part.flatten() if str(part.type).startswith("struct") else [part]:
+                if str(values.type).endswith("binary"):
+                    lengths = pc.fill_null(pc.call_function("binary_length", [values]), -1)
+                    sizes.update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+                else:
+                    for value in values.to_pylist():
+                        names.update((value or "").rpartition("/")[2].encode() + b"\0")
+        digest = hashlib.blake2b(sizes.digest() + names.digest(), digest_size=16)
+        for index in sorted({len(self) * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
+            value = self._images[index][self._image]
+            value = value.get("bytes") if isinstance(value, dict) else value
+            digest.update(hashlib.blake2b(value).digest() if isinstance(value, bytes) else b"none")
+        return f"{split.num_examples}, {digest.hexdigest()}"
+
+
+def _kind(feature: Any) -> str:
+    """What a column holds, in words; bytes alone or with a path are "binary"."""
+    if isinstance(feature, dict):
+        return "binary" if _kind(feature.get("bytes")) == "binary" else f"structs of {', '.join(feature)}"
+    name = type(feature).__name__
+    if name in ("List", "LargeList", "Sequence"):
+        return f"lists of {_kind(feature.feature)}"
+    return str(feature.dtype).removeprefix("large_") if name == "Value" else name
+
+
+def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Path]]:
+    """Open one split, and the folders whose files its rows may name.
+
+    It lies on disk if there is such a path, else on the hub or in the library's cache.
+    """
+    import datasets
+    from datasets import config as library
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not name:
+        raise ValueError("no dataset is named; write hf:NAME,split=train or hf:PATH,split=train")
+    # What can be no name of the hub is a path, and is never looked for there.
+    is_path = name[0] in "./~" or name.lower().endswith(".parquet")
+    is_path = is_path or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name)
+    if is_path and not path.exists():
+        raise ValueError(f"there is no such file or folder (searched {path.absolute()})")
+    # Pictures that the library itself fetched lie in its caches. Folders count in both forms, because some
+    # paths of the library have links resolved and others do not.
+    place, folders = name, [library.HF_DATASETS_CACHE, Path(HF_HUB_CACHE)]
+    if path.exists():
+        place, folders = str(path), [path if path.is_dir() else path.parent, *folders]
+    folders = [form for folder in folders for form in (folder.resolve(), folder.absolute())]
+    split, config, revision = map(options.get, ("split", "config", "revision"))
+    is_saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if (is_saved or path.is_file()) and (config or revision):
+        raise ValueError("it has no config or revision to choose; leave that out")
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise ValueError(f"{path.name} is no parquet file; give one, or a folder of them")
+        if split not in (None, "train", *re.split(r"[^A-Za-z0-9]+", path.stem)):
+            raise ValueError(
+                f"a parquet file is one split, and its name does not say {split}; leave split= out"
+            )
+        # The library takes the names of files as patterns, so brackets in them are escaped.
+        files = {split or "train": glob.escape(place)}
+        return datasets.load_dataset("parquet", data_files=files, split=split or "train"), folders
+    saved: Any = datasets.load_from_disk(place) if is_saved else {}
+    if isinstance(saved, datasets.Dataset):
+        saved = {str(saved.split or split): saved}
+    splits = list(saved)
+    if not is_saved:
+        # Asked for before anything is loaded: without a split the library would fetch them all.
+        splits = [split] if split else datasets.get_dataset_split_names(place, config, revision=revision)
+    if split is None and len(splits) > 1:
+        raise ValueError(f"there are several splits ({', '.join(splits)}); choose one by split=NAME")
+    split = split or splits[0]
+    if split not in splits:
+        raise ValueError(f"there is no split {split!r}; {nearest_name(split, splits)}")
+    if is_saved:
+        return saved[split], folders
+    return datasets.load_dataset(place, config, split=split, revision=revision), folders
+
+
+@contextmanager
+def _complaints(spec: str, path: Path) -> Iterator[None]:
+    """Tell what goes wrong in one line that names the source and a remedy."""
+    try:
+        with held_back(logging.CRITICAL, "datasets", "huggingface_hub"):
+            yield
+    except MemoryError:
+        raise
+    except ImportError as error:
+        remedy = "pip install 'nextblock[datasets]'"
+        raise DataError(f"{spec!r} needs the package datasets: {remedy}") from error
+    except Exception as error:
+        cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
+        reason = f"{spec!r}: {' '.join(str(cause).split()).rstrip('.') or type(cause).__name__}"
+        # pyarrow's errors, and system errors without a number, mean that what is there is damaged. They and
+        # wrong names are the user's to mend; a lost connection or a full disk is a failure.
+        is_local, number = path.exists(), getattr(cause, "errno", None)
+        is_damage = type(cause).__module__.startswith("pyarrow")
+        is_damage = is_damage or (is_local and isinstance(cause, OSError) and number is None)
+        is_mistake = isinstance(cause, ValueError | TypeError | KeyError | FileNotFoundError)
+        remedy = ""
+        if isinstance(cause, FileNotFoundError) and is_local:
+            is_pattern = glob.has_magic(str(path.absolute()))
+            remedy = "; rename it without * ? [" if is_pattern else "; give a folder of parquet files"
+        elif isinstance(cause, FileNotFoundError):
+            remedy = f"; nor is there {path.absolute()}; a private dataset needs `hf auth login`"
+        elif is_damage:
+            remedy = "; fetch or write it anew"
+        elif not is_mistake and not is_local and number is None:
+            how = "unset HF_HUB_OFFLINE" if "Offline" in reason else "check the connection"
+            remedy = f"; {how} to fetch it once, or give a dataset on disk (there is no {path.absolute()})"
+        kind = ValueError if is_damage or is_mistake else DataError
+        raise kind(f"{reason}{remedy}") from error

@@ -1,0 +1,171 @@
+"""Sources made of other sources: some images of one (`subset:LIST.txt`), or all of several (a mixture)."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from io import BufferedIOBase
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from nextblock.data.sources.base import Labels, Reduce, Source
+
+__all__ = ["ConcatSource", "SubsetSource", "read_subset_list"]
+
+
+class _Derived(Source):
+    """A source whose every image is an image of another source."""
+
+    @abstractmethod
+    def _locate(self, index: int) -> tuple[Source, int]:
+        """The other source, and the image's number there."""
+
+    def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
+        """The image, as the other source reads it."""
+        source, number = self._locate(index)
+        return source.read(number, reduce)
+
+    def content(self, index: int) -> bytes | None:
+        """The encoded file, as the other source has it."""
+        source, number = self._locate(index)
+        return source.content(number)
+
+    def open(self, index: int) -> BufferedIOBase | None:
+        """The file, as the other source opens it."""
+        source, number = self._locate(index)
+        return source.open(number)
+
+    def path(self, index: int) -> Path | None:
+        """Where the other source has the file."""
+        source, number = self._locate(index)
+        return source.path(number)
+
+    def _read(self, index: int) -> Tensor:
+        return self.read(index)
+
+
+class SubsetSource(_Derived):
+    """Some images of the source `of`, in the order of `numbers`; classes keep their numbers and names."""
+
+    def __init__(self, spec: str, of: Source, numbers: np.ndarray, fingerprint: str | None = None) -> None:
+        # Numbers mean nothing in another list of images: better no image than the wrong ones.
+        if fingerprint is not None and fingerprint != of.fingerprint:
+            raise ValueError(
+                f"{spec!r}: {of.spec!r} is not what the list was drawn from (fingerprint {of.fingerprint}, "
+                f"not {fingerprint}); name the source as it was by of=SPEC, or draw the list again"
+            )
+        if numbers.max() >= len(of):
+            raise ValueError(
+                f"{spec!r}: the list names image {numbers.max()}, but {of.spec!r} has {len(of)}, from 0"
+            )
+        if len(np.unique(numbers)) < len(numbers):
+            raise ValueError(f"{spec!r}: the list names an image twice; name each once")
+        self.spec, self.of, self._numbers = spec, of, numbers
+        self.in_memory, self.damage = of.in_memory, of.damage
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the other source has labels."""
+        return self.of.has_labels
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        self._check(index)
+        return self.of, int(self._numbers[index])
+
+    def _name(self, index: int) -> str:
+        return self.of.name(int(self._numbers[index]))
+
+    def _find_labels(self) -> Labels:
+        return self.of.labels[self._numbers], self.of.class_names
+
+    def _make_fingerprint(self) -> str:
+        digest = hashlib.blake2b(self.of.fingerprint.encode(), digest_size=16)
+        digest.update(self._numbers.astype("<i8").tobytes())
+        return f"subset-{len(self)}-{digest.hexdigest()}"
+
+
+def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]:
+    """The head of a list of numbers (`of`, `fingerprint`), and the numbers."""
+    if not path.is_file():
+        raise ValueError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
+    head: dict[str, str] = {}
+    numbers = []
+    for place, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if line.startswith("#"):
+            key, _, value = line[1:].partition(":")
+            head[key.strip()] = value.strip()
+            continue
+        number = line.partition("\t")[0].strip()
+        if number and not number.isdecimal():
+            raise ValueError(
+                f"{spec!r}: line {place} of the list begins with {number[:40]!r}, not with the number of an "
+                "image; a list of paths is read as files:LIST.txt"
+            )
+        if number:
+            numbers.append(int(number))
+    if not numbers:
+        raise ValueError(f"{spec!r}: the list names no image")
+    return head, np.array(numbers, dtype=np.int64)
+
+
+class ConcatSource(_Derived):
+    """The images of several sources; image i of a part has the number i plus the sizes of those before it."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        assert len(parts) >= 2
+        self._parts = tuple(parts)
+        self.spec = " + ".join(part.spec for part in parts)
+        self.in_memory = all(part.in_memory for part in parts)
+        self.damage = tuple(damage for part in parts for damage in part.damage)
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The sources, in their order."""
+        return self._parts
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether every part has labels, of the same classes."""
+        return all(part.has_labels for part in self.parts) and len(self._classes()) == 1
+
+    def empty_classes(self) -> list[str]:
+        """Empty folders of any part that no other part fills."""
+        empty = {name for part in self.parts for name in part.empty_classes()}
+        return sorted(empty - set(self.class_names))
+
+    def _classes(self) -> set[tuple[str, ...]]:
+        return {part.class_names for part in self.parts}
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        self._check(index)
+        # _ends holds where each part's numbers end: the first end above the number is that of its part.
+        number = bisect_right(self._ends, index)
+        return self.parts[number], index - (self._ends[number - 1] if number else 0)
+
+    def _name(self, index: int) -> str:
+        part, within = self._locate(index)
+        return f"{part.spec}: {part.name(within)}"
+
+    def _find_labels(self) -> Labels:
+        without = next((part.spec for part in self.parts if not part.has_labels), None)
+        if without is not None:
+            raise ValueError(f"{self.spec!r} has no labels, because {without!r} has none")
+        if len(self._classes()) > 1:
+            raise ValueError(f"{self.spec!r} has no labels: its sources have different classes")
+        return np.concatenate([part.labels for part in self.parts]), self.parts[0].class_names
+
+    def _make_fingerprint(self) -> str:
+        text = "\n".join(part.fingerprint for part in self.parts)
+        return f"mixture-{len(self)}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
