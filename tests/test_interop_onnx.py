@@ -56,6 +56,8 @@ def classifier(config, **head):
         ).eval()
 
 
+pytestmark = pytest.mark.xdist_group("onnx")
+
 CASES = {
     "xtra": (lambda: encoder(XTRA), {"layers": [2, 0]}),
     "xtra, full": (lambda: encoder(XTRA), {"attention": "full"}),

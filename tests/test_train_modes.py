@@ -34,6 +34,7 @@ def losses(run, *flags):
     return [line["loss"] for line in metrics(run)]
 
 
+@pytest.mark.slow
 def test_a_deterministic_run_on_a_cpu_is_the_run_that_it_is_anyhow(tmp_path):
     plain = losses(tmp_path / "plain")
     assert losses(tmp_path / "deterministic", "--train.deterministic", "true") == plain

@@ -18,8 +18,8 @@ from nextblock.presets import get_preset
 __all__ = ["Checkup", "Finding"]
 
 IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
+# Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result.
 PRESETS_BELOW = {5_000: "xtra-tiny", 50_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
-"""Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result."""
 
 
 class Finding(NamedTuple):

@@ -111,6 +111,7 @@ def train_crop(
 
 def reduction(box: Box, target: tuple[int, int]) -> int:
     """The largest of 1, 2, 4, 8 by which the box can shrink and still be no smaller than the target."""
+    # The crop must not be enlarged afterwards: that would be blurred where full decoding is sharp.
     fitting = [f for f in (2, 4, 8) if box[2] >= f * target[0] and box[3] >= f * target[1]]
     return max(fitting, default=1)
 
@@ -202,6 +203,7 @@ def _without_far_ends(image: Tensor, most: int = 32) -> Tensor:
 
 
 def _covering_size(height: int, width: int, crop: tuple[int, int], resize_px: int) -> tuple[int, int]:
+    # If the fixed length would leave the picture narrower than the crop, it is enlarged until it covers it.
     short = min(height, width)
     # Truncated like torchvision's, so that the pixels agree with it.
     resized = int(resize_px * height / short), int(resize_px * width / short)
@@ -228,6 +230,7 @@ def normalize(
             f"the images have {channels} channels, data.mean has {len(mean)} and data.std {len(std)}; give "
             "one number per channel"
         )
+    # In place, one pass each over the batch: a batch of floats is four times the bytes.
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     return images.float().div_(255).sub_(shift).div_(scale)

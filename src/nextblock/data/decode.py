@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 Decoder = Literal["auto", "pillow", "fast"]
 Background = Literal["white", "grey", "black"]
 
+# What Pillow is asked to read. Its other formats are no photographs, and some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-"""What Pillow is asked to read. Its other formats are no photographs, and some run programs (EPS)."""
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 

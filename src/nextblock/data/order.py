@@ -63,6 +63,8 @@ class VisitOrder(SampleOrder):
 
     def keys(self, step: int) -> StepKeys:
         """The slice of the visit's order that the step holds."""
+        # The remainder of a visit fills no batch and is dropped, so visits begin at whole steps; every visit
+        # drops other images, because its order is another one.
         visit, place = divmod(step, self.steps_per_epoch)
         positions = np.arange(place * self.batch_size, (place + 1) * self.batch_size, dtype=np.int64)
         return StepKeys(visit, np.full(self.batch_size, visit, dtype=np.int64), self._visit(visit)[positions])
@@ -102,6 +104,8 @@ class MixtureOrder(SampleOrder):
             # Where this step's part of stream i begins: whole epochs, then this epoch's steps before it.
             first = epoch * self._counts[i] + int(before[place, i])
             stream = np.arange(first, first + len(places), dtype=np.int64)
+            # Position p of the endless stream is position p % size of visit p // size: nothing is counted up,
+            # so any step of any epoch costs the same.
             visits[places], within = np.divmod(stream, size)
             # A step may cross the end of a visit, or several of a small source; each has its own permutation.
             for visit in np.unique(visits[places]).tolist():
@@ -126,6 +130,7 @@ class MixtureOrder(SampleOrder):
         pattern = pattern.astype(np.min_scalar_type(len(self._counts)))
         by_step = pattern.reshape(self.steps_per_epoch, self.batch_size)
         counts = np.stack([(by_step == i).sum(1) for i in range(len(self._counts))], axis=1)
+        # An exclusive sum: what the steps before each step hold.
         return pattern, np.cumsum(counts, axis=0) - counts
 
 
@@ -166,11 +171,13 @@ def sample_order(source: Source, data: DataConfig, *, seed: int, batch_size: int
     parts = source.parts
     if len(parts) == 1 and data.epoch_samples is None:
         return VisitOrder(len(source), seed=seed, batch_size=batch_size)
+    # Whole batches only, so that every epoch holds the same number of each source.
     epoch = total - total % batch_size
     weights = data.weights if data.weights is not None and len(parts) > 1 else [len(part) for part in parts]
     counts = shares(weights, epoch)
     for part, weight, count in zip(parts, weights, counts, strict=True):
         if count == 0:
+            # Enough for one sample by this weight, rounded up to whole batches.
             enough = math.ceil(math.ceil(sum(weights) / weight) / batch_size) * batch_size
             raise ValueError(
                 f"{part.spec!r} has weight {weight:g} of {sum(weights):g}, which is not one of the {epoch} "

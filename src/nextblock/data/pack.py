@@ -50,19 +50,19 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int], None] | None
 Member = tuple[str, bytes]
 
+# Most pixels of a scene, or of a band of it, that are held at once: 1.6 GB of colour.
 MAX_SCENE_PIXELS = 536_870_912
-"""Most pixels of a scene, or of a band of it, that are held at once: 1.6 GB of colour."""
 
 _DECODING = ("channels", "decoder", "background", "max_pixels")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# First bytes of files that are kept, and their extensions. JPEG 2000 is missing, as few programs read it.
 _STARTS = {
     **{b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"P": "ppm"},
     **{b"ftypavi": "avif", b"ftyp": "heic"},
     **dict.fromkeys(_TIFF, "tif"),
 }
-"""First bytes of files that are kept, and their extensions. JPEG 2000 is missing, as few programs read it."""
+# TIFF compressions read in bands: none, LZW, JPEG, deflate, PackBits, deflate, LZMA, zstd.
 _COMPRESSION = (1, 5, 7, 8, 32773, 32946, 34925, 50000)
-"""TIFF compressions read in bands: none, LZW, JPEG, deflate, PackBits, deflate, LZMA, zstd."""
 
 
 @dataclass(frozen=True, kw_only=True)

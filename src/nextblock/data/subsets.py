@@ -26,8 +26,8 @@ __all__ = ["draw", "draw_per_class", "named", "split", "write_subset"]
 
 log = logging.getLogger(__name__)
 
+# Images of a source, ascending.
 Numbers = Int64[np.ndarray, " n"]
-"""Images of a source, ascending."""
 
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 

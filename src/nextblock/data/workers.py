@@ -53,6 +53,7 @@ def run_in_workers(
     a worker was killed; `DataError` the one for which there was no memory.
     """
     # One number a worker, shared: which image it reads.
+    # A crash leaves no message behind; the number does outlive the worker.
     reading = torch.full((max(1, workers),), -1, dtype=torch.int64)
     if workers:
         reading.share_memory_()
@@ -117,6 +118,7 @@ def _start(worker: int) -> None:  # noqa: ARG001 - the loader passes the worker'
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        # A blocked signal waits to be fetched together with its sender: torch ends workers by SIGTERM too.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 

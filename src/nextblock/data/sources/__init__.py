@@ -60,6 +60,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
     """Open what `spec` names (see the grammar above); `ValueError` if there is nothing to read."""
     path = local_path(spec)
     kind, _, rest = spec.partition(":")
+    # A path comes first: a folder called digits must not silently become scikit-learn's.
     if path.exists():
         if kind in _KINDS and not rest:
             keyword = "digits:split=all" if kind == "digits" else f"{kind}:..."
@@ -106,6 +107,7 @@ def _open_path(spec: str, path: Path, data: DataConfig) -> Source:
 
 def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
     """Open `subset:LIST.txt` or `subset:LIST.txt,of=SPEC`; all that follows `of=` is the other source."""
+    # Of several ,of= the first is this list's; the rest belongs to the other source.
     text, _, of = spec.removeprefix("subset:").partition(",of=")
     path = local_path(text)
     head, numbers = read_subset_list(spec, path)
@@ -124,6 +126,7 @@ def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
 
 def open_sources(specs: Sequence[str], data: DataConfig) -> Source:
     """Open what the specs name: one source as it is, several as a mixture; none of them twice."""
+    # One directory may have two names, such as d and d/.
     places = [str(local_path(spec).resolve()) if local_path(spec).exists() else spec for spec in specs]
     twice = next((spec for i, spec in enumerate(specs) if places[i] in places[:i]), None)
     if twice is not None:
@@ -184,6 +187,7 @@ def _has_unknown_kind(spec: str) -> bool:
 
 def _why_not(spec: str, path: Path) -> str:
     """Why a spec that names no source names none, and what to write."""
+    # The likeliest slips first, each with what to type instead.
     if _COMPRESSED_TAR.search(spec):
         return (
             f"{spec!r}: images in a compressed tar cannot be read in random order; unpack it (gunzip, unxz, "

@@ -137,6 +137,7 @@ class Source(ABC):
     @abstractmethod
     def _make_fingerprint(self) -> str: ...
 
+    # Found when they are first asked for: an unlabelled folder is only refused if labels are needed.
     @cached_property
     def _labels(self) -> Labels:
         return self._find_labels()

@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Pauses between the attempts to reach a server.
 RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Pauses between the attempts to reach a server."""
 _FINAL_STATUS = (400, 401, 403, 404, 405, 410)
 _TAGS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "updated", "mtime")
+# Loggers that report every place where credentials were found.
 _TALKATIVE = ("botocore", "aiobotocore")
-"""Loggers that report every place where credentials were found."""
 
 
 class RemoteError(DataError):

@@ -159,6 +159,7 @@ class ConcatSource(_Derived):
         return f"{part.spec}: {part.name(within)}"
 
     def _find_labels(self) -> Labels:
+        # Labels of several sources can be joined only if equal numbers mean equal classes.
         without = next((part.spec for part in self.parts if not part.has_labels), None)
         if without is not None:
             raise ValueError(f"{self.spec!r} has no labels, because {without!r} has none")

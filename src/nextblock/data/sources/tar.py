@@ -22,8 +22,8 @@ from nextblock.data.sources.tar_index import OpenFile, TarIndex, tar_indexes
 
 log = logging.getLogger(__name__)
 
+# Shards that a process keeps open; systems allow 1024 open files or fewer.
 MAX_OPEN = 64
-"""Shards that a process keeps open; systems allow 1024 open files or fewer."""
 _SHARD_STEM = re.compile(r".*[-_.]\d+|\d{4,6}|train|val|test")
 
 

@@ -33,8 +33,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 INDEX_ENDING = ".nextblock-index.npz"
+# From this many shards on, their joint index is kept as well: reading one index takes 0.4 ms.
 MANY = 100
-"""From this many shards on, their joint index is kept as well: reading one index takes 0.4 ms."""
 THREADS = 16
 PROGRESS_S = 5.0
 _VERSION = 3
@@ -219,8 +219,8 @@ def build_index(file: OpenFile, called: str) -> TarIndex:
     return TarIndex(head, np.frombuffer(b"".join(images), np.uint8), table)
 
 
+# An image's class, or what was found instead.
 _Label = tuple[str | None, str | None]
-"""An image's class, or what was found instead."""
 
 
 def _label(member: bytes, ending: bytes, content: bytes) -> _Label | None:
