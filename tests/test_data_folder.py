@@ -123,6 +123,7 @@ def test_images_in_the_root_have_no_labels_and_are_refused_only_when_labels_are_
 def test_empty_folders_are_named_and_are_no_classes(tmp_path) -> None:
     make_images(tmp_path, ["a/1.png"])
     (tmp_path / "b").mkdir()
+    (tmp_path / "self").symlink_to(".")
     source = opened(tmp_path)
     assert (source.class_names, source.empty_classes()) == (("a",), ["b"])
 
@@ -189,6 +190,7 @@ def test_a_tilde_and_the_other_unicode_form_lead_to_a_path(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("", "the name of a source is empty"),
         ("gone", "no such directory .searched /.*/gone"),
         ("x.rar", r"is a file; give the directory that holds it, or files:x.rar"),
         ("x.tar.gz", "in a compressed tar cannot be read in random order; unpack it"),

@@ -120,6 +120,7 @@ def test_a_list_is_written_once_and_whole_or_not_at_all(digits, tmp_path, monkey
     path = tmp_path / "l.txt"
     write_subset(path, digits, np.array([1]))
     written = path.read_bytes()
+    assert write_subset(path, digits, np.array([1])) == f"subset:{path}"
     with pytest.raises(ValueError, match=r"l\.txt exists already; remove it"):
         write_subset(path, digits, np.array([2]))
     assert path.read_bytes() == written

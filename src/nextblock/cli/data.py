@@ -114,9 +114,6 @@ def _split(argv: Sequence[str]) -> int:
             raise ValueError(f"--parts {options.parts}: {item!r} is wrong; write train=0.8,val=0.2")
         parts[match[1]] = float(match[2])
     lists = {name: Path(options.out).expanduser() / f"{name}.txt" for name in parts}
-    for path in lists.values():
-        if path.exists():
-            raise ValueError(f"{path} exists already; remove it, or give another --out")
     source = open_source(options.src, data)
     written = []
     for name, numbers in split(source, parts, options.seed, stratify=options.stratify).items():

@@ -138,7 +138,8 @@ def _lines(checkup: Checkup, name: str) -> Iterator[str]:
     """The report: what there is, what is wrong, what to set, the verdict."""
     yield from _summary("training", checkup.train)
     if checkup.per_core_s is not None:
-        yield f"  speed       {checkup.per_core_s:,.0f} training crops/s per core; cores: {checkup.cores}"
+        cores = "1 core" if checkup.cores == 1 else f"{checkup.cores} cores"
+        yield f"  speed       {checkup.per_core_s:,.0f} training crops/s per core; {cores}"
     if checkup.size_problem is None:
         model = checkup.model
         sides = (model.image_size, model.grid, model.block_size)
@@ -149,10 +150,10 @@ def _lines(checkup: Checkup, name: str) -> Iterator[str]:
         yield from _summary("validation", checkup.val)
     yield from (f"{finding.severity}: {finding.what}: {finding.text}" for finding in checkup.findings)
     if checkup.advice:
-        yield "advice for nextblock pretrain:"
+        yield "\nadvice for nextblock pretrain:"
         width = max(map(len, checkup.advice))
         yield from (f"  {flags:<{width}}  # {why}" for flags, why in checkup.advice.items())
-    yield checkup.verdict
+    yield f"\n{checkup.verdict}"
 
 
 def _summary(name: str, found: Examination) -> Iterator[str]:
@@ -166,10 +167,11 @@ def _summary(name: str, found: Examination) -> Iterator[str]:
         return
     yield f"  kinds       {', '.join(f'{kind} {count:,}' for kind, count in found.kinds.most_common())}"
     for side, (low, median, high) in found.sides_px.items():
-        yield f"  {side:<8}    side {low:,.0f} to {high:,.0f} px, median {median:,.0f}"
+        yield f"  {side.removesuffix('er') + ' side':<12}{low:,.0f} to {high:,.0f} px, median {median:,.0f}"
     if found.class_counts:
         counts = found.class_counts.values()
-        yield f"  classes     {len(counts):,}, with {min(counts):,} to {max(counts):,} images each"
+        each = " to ".join(f"{number:,}" for number in sorted({min(counts), max(counts)}))
+        yield f"  classes     {len(counts):,}, with {each} images each"
     yield f"  duplicates  {sum(len(group) - 1 for group in found.duplicates):,}"
     mean, std = (", ".join(f"{value:.3f}" for value in values) for values in found.mean_std)
     yield f"  pixels      mean {mean}; deviation {std}"

@@ -102,10 +102,11 @@ class DataConfig:
             len(self.mean) == len(self.std),
             f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}; give as many of each",
         )
+        require(min(self.std) > 0, f"data.std is {self.std}; each deviation must be above 0")
         require(
             all(0 <= value <= 1 for value in self.mean) and all(0 < value <= 1 for value in self.std),
             f"data.mean is {self.mean} and data.std {self.std}; pixels lie in [0, 1], so divide by 255 what "
-            "was measured on bytes; each deviation must be above 0",
+            "was measured on bytes",
         )
         require(
             self.workers is None or self.workers >= 0,

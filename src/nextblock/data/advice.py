@@ -119,7 +119,8 @@ class Checkup:
         is_jpeg = train.kinds["JPEG"] + train.kinds["MPO"] > len(train.images) / 2
         if is_jpeg and side >= 2 * size and data.decoder == "auto":
             found["--data.decoder fast"] = f"the photos are {side / size:.1f} times the image size"
-        if any(finding.what == "normalisation" for finding in self.findings):
+        is_far = any(finding.what == "normalisation" for finding in self.findings)
+        if is_far and train.mean_std[1].min() > 1e-6:
             found["--data.normalize auto"] = "measures your images"
         return found
 

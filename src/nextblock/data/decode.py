@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 Decoder = Literal["auto", "pillow", "fast"]
 Background = Literal["white", "grey", "black"]
 
+# Given a JPEG's upright height and width, and which axes (-2, -1) of the stored image are flipped to make it
+# upright: by how much (1, 2, 4 or 8) it may be reduced while it is decoded.
+Reduce = Callable[[int, int, tuple[int, ...]], int]
+
 # What Pillow is asked to read. Its other formats are no photographs, and some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 
@@ -71,7 +75,7 @@ def decode_image(
     max_pixels: int = 178_956_970,
     channels: int = 3,
     background: Background = "white",
-    reduce: Callable[[int, int], int] | None = None,
+    reduce: Reduce | None = None,
 ) -> UInt8[Tensor, "c h w"]:
     """Decode a file's content; raises `BadImageError` if it is unreadable, MemoryError if memory is short.
 
@@ -264,13 +268,14 @@ def jpeg_decoder(decoder: Decoder) -> Literal["torchcodec", "pillow", "pillow-dr
 
 
 def _decode_jpeg(
-    image: Image.Image, content: bytes, decoder: Decoder, reduce: Callable[[int, int], int] | None
+    image: Image.Image, content: bytes, decoder: Decoder, reduce: Reduce | None
 ) -> Tensor | None:
     """Upright RGB; None if Pillow is to decode the image, which then is reduced as `reduce` says."""
     plain = _examine_jpeg(content, len(image.getbands()), is_progressive="progression" in image.info)
     orientation = orientation_of(image)
     if decoder == "fast" and reduce and image.mode in ("RGB", "L"):
-        factor = reduce(*(image.size if orientation > 4 else image.size[::-1]))
+        height, width = image.size if orientation > 4 else image.size[::-1]
+        factor = reduce(height, width, _FLIPS.get(orientation, ()))
         if factor > 1:
             # libjpeg leaves out the fine part of every 8 x 8 block of frequencies: cheaper than all of it.
             image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))

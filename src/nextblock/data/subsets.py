@@ -134,7 +134,7 @@ def named(names: Sequence[str], most: int = 10) -> str:
 def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     """Write a list of images, whole or not at all; returns the spec that reads it.
 
-    `ValueError` if there is a file of that name, also if another process has just written it.
+    `ValueError` if there is another file of that name, also if another process has just written it.
     """
     lines, kind, of = _file_lines(source, numbers), "files", ""
     if lines is None:
@@ -144,12 +144,15 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
         head.append(f"# fingerprint: {source.fingerprint}")
         rows = [f"{number}\t{source.name(number)}" for number in numbers.tolist()]
         lines, kind = [SUBSET_HEADER, *(line.encode() for line in head + rows)], "subset"
+    content = b"\n".join(lines) + b"\n"
     shown = text(os.fsencode(path))
     if source.has_labels:
         found = set(source.labels[numbers].tolist())
         absent = [name for label, name in enumerate(source.class_names) if label not in found]
         if absent:
             log.warning("%s: %d classes have no image in this list: %s", shown, len(absent), named(absent))
+    if path.is_file() and path.read_bytes() == content:  # the same command, repeated
+        return f"{kind}:{path}{of}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(exist_ok=False)  # of several processes, one gets the name
@@ -159,7 +162,7 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
         raise WriteError(f"cannot write {shown}: {error.strerror}; choose another place") from error
     try:
         with write_aside(path) as aside:
-            aside.write_bytes(b"\n".join(lines) + b"\n")
+            aside.write_bytes(content)
     except BaseException:
         path.unlink()
         raise

@@ -84,10 +84,16 @@ class TrainCrop:
         rng, size = self._rng(key), pair(self.image_size)
         drawn: list[tuple[Draw, int]] = []
 
-        def reduce(height: int, width: int) -> int:
+        def reduce(height: int, width: int, flips: tuple[int, ...]) -> int:
             draw = draw_crop(height, width, self.data, rng)
-            drawn.append((draw, reduction(draw.box, size)))
-            return drawn[0][1]
+            factor = reduction(draw.box, size)
+            # A side that the factor does not divide is padded at the stored right and bottom. A flip brings
+            # the padding to the left and top, and so moves the crop.
+            top, left, *sides = draw.box
+            top += -height % factor if -2 in flips else 0
+            left += -width % factor if -1 in flips else 0
+            drawn.append((Draw(draw.flip, (top, left, sides[0], sides[1])), factor))
+            return factor
 
         pixels = source.read(key[1], reduce)
         if not drawn:  # no JPEG

@@ -98,6 +98,8 @@ def train(
                 run.save_if_due()
         except DataError:  # a step that lacks images has changed no weight: those before it are saved
             run.save()
+            if trainer.step:
+                reporter.note(f"step {trainer.step} is saved; the same command resumes after it")
             raise
         run.save()
     return TrainResult(

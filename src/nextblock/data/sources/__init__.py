@@ -58,6 +58,8 @@ _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)
 
 def open_source(spec: str, data: DataConfig) -> Source:
     """Open what `spec` names (see the grammar above); `ValueError` if there is nothing to read."""
+    if not spec.strip():
+        raise ValueError("the name of a source is empty; name a directory of images, or . for this one")
     path = local_path(spec)
     kind, _, rest = spec.partition(":")
     # A path comes first: a folder called digits must not silently become scikit-learn's.

@@ -6,7 +6,6 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +15,13 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from nextblock.config import DataConfig
-from nextblock.data.decode import BadImageError, decode_image
+from nextblock.data.decode import BadImageError, Reduce, decode_image
 
 __all__ = [
     "Damage",
     "DataError",
     "EncodedSource",
     "Labels",
-    "Reduce",
     "Source",
     "check_size",
     "open_file",
@@ -32,9 +30,6 @@ __all__ = [
 
 # The class of every image, int64 (n,), and the classes' names.
 Labels = tuple[np.ndarray, tuple[str, ...]]
-
-# Given an image's height and width, by how much (1, 2, 4 or 8) a JPEG may be reduced while it is decoded.
-Reduce = Callable[[int, int], int]
 
 
 class DataError(RuntimeError):

@@ -82,8 +82,6 @@ class TorchvisionSource(Source):
         self._split = options.get("split", "default")
         self._dataset = _open_torchvision(spec, name, options)
         self.in_memory = isinstance(getattr(self._dataset, "data", None), np.ndarray | Tensor)
-        if not len(self):
-            raise ValueError(f"{spec!r}: the dataset has no images")
         # Datasets of videos, flow or patches are refused here. A first image that is merely broken is not:
         # it is reported when it is read, by whatever a decoder raises.
         try:
@@ -212,7 +210,8 @@ def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
     if missing:
         raise ValueError(f"{spec!r}: {name} needs {' and '.join(missing)}; write it after a comma")
     try:
-        return known[name](**arguments)
+        dataset = known[name](**arguments)
+        is_empty = not len(dataset)  # a wrong argument may show only here
     except ImportError as error:
         raise ValueError(f"{spec!r}: {error}; install it with pip") from error
     except (ValueError, TypeError) as error:
@@ -223,3 +222,6 @@ def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
         remedy = "add download=true" if "download" in arguments else "torchvision cannot fetch it"
         where = f"not found in {options.get('root', 'its folder')}"
         raise ValueError(f"{spec!r}: {where}: {error} ({remedy}, or give another root=)") from error
+    if is_empty:
+        raise ValueError(f"{spec!r}: the dataset has no images")
+    return dataset

@@ -43,9 +43,14 @@ class FolderSource(EncodedSource):
             raise ValueError(
                 f"no images in {str(root)!r}, which was searched with all its folders: "
                 f"{describe_others(others)}; an image's name ends in {' '.join(sorted(EXTENSIONS))}"
+                + "; name tars by X.tar, shards-{000..999}.tar, or the one folder they lie in"
+                * (".tar" in others)
             )
         if others:
-            log.info("%s: %d images; ignored %s", root, len(images), describe_others(others))
+            level = logging.WARNING if ".tar" in others else logging.INFO
+            log.log(
+                level, "%s: %d images; ignored %s", text(self._root), len(images), describe_others(others)
+            )
         self._names = Names(images)
         self._number_in_root = self._names.number_in_root()
 
@@ -68,10 +73,11 @@ class FolderSource(EncodedSource):
 
     def empty_classes(self) -> list[str]:
         """First-level folders in which no image lies."""
-        folders = [
-            entry.name for entry in os.scandir(self._root) if entry.is_dir() and entry.name[:1] != b"."
-        ]
-        return sorted(set(map(text, folders)) - set(self.class_names))
+        with os.scandir(self._root) as entries:
+            # A link was either followed, and is a class, or leads back up.
+            folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        names = {text(name) for name in folders if not name.startswith(b".")}
+        return sorted(names - set(self.class_names))
 
     def _content(self, index: int) -> bytes:
         return read_file(self.path(index), self._data)

@@ -244,6 +244,8 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
         return datasets.load_dataset("parquet", data_files=files, split=split or "train"), folders
     saved: Any = datasets.load_from_disk(place) if is_saved else {}
     if isinstance(saved, datasets.Dataset):
+        if split and saved.split is None:
+            raise ValueError(f"the dataset does not say that it is {split}; leave split= out")
         saved = {str(saved.split or split): saved}
     splits = list(saved)
     if not is_saved:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from nextblock.data.sources.base import Labels, Reduce, Source
+from nextblock.data.decode import Reduce
+from nextblock.data.sources.base import Labels, Source
 
 __all__ = ["ConcatSource", "SubsetSource", "read_subset_list"]
 
