@@ -336,6 +336,7 @@ def test_the_command_writes_and_tells_what_it_wrote(run_dir, tmp_path, capsys):
     assert head_of(tmp_path / "out")["license"] == "mit"
 
 
+@pytest.mark.slow
 def test_the_command_writes_onnx_in_a_process_of_its_own(official, tmp_path):
     words = [str(official), f"{tmp_path}/x.onnx", "--to", "onnx", "--layers", "3", "--layers", "1"]
     code = "import sys; from nextblock.cli.convert import run; sys.exit(run(sys.argv[1:]))"

@@ -138,6 +138,7 @@ def test_colours_are_learned_from_two_images_of_each():
     assert list(dict.fromkeys(row.encoder for row in found.rows)) == ["trained", "untrained", "raw pixels"]
 
 
+@pytest.mark.slow
 def test_mean_and_deviation_are_those_of_the_draws():
     found = fewshot_opened(opened(shuffled=True), settings(shots=("1", "25%"), seeds=3))
     for row in found.rows:

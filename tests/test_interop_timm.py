@@ -135,6 +135,7 @@ def test_a_predictor_is_left_out(tmp_path):
     assert read_timm(directory).config == replace(with_predictor, predictor=None)
 
 
+@pytest.mark.slow
 def test_a_mask_is_not_opened_without_its_class_and_the_card_tells_the_line_to_type(tmp_path):
     directory = written(encoder(XTRA), tmp_path / "out")
     code = f"import timm; timm.create_model('local-dir:{directory}', pretrained=True)"

@@ -22,6 +22,7 @@ sys.stdout.write(str(touch() - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_a_freed_tensor_is_not_mapped_afresh():
     faults = {

@@ -196,6 +196,7 @@ def test_names_that_no_font_or_formula_can_take_are_drawn(tmp_path):
     assert (tmp_path / "s.png").exists()
 
 
+@pytest.mark.slow
 def test_eight_noisy_large_images_stay_under_the_limit(tmp_path):
     config = small_config(image_size=256, patch_size=16, block_size=4)
     draw_predictions(NextBlockModel(config), random_images(config, 8), *constants(config), tmp_path / "s.png")

@@ -33,10 +33,10 @@ from torch import Tensor
 
 from nextblock.atomic import OUTPUT_MARK, WriteError, exclusive, write_text
 from nextblock.config import DataConfig
-from nextblock.data.decode import BadImageError, check_pixels, decode_image, pillow_errors
+from nextblock.data.decode import BadImageError, check_pixels, pillow_errors
 from nextblock.data.loader import BadSample, QuarantineLog
 from nextblock.data.sources import Source
-from nextblock.data.sources.base import check_size
+from nextblock.data.sources.base import check_size, decode
 from nextblock.data.sources.tar import TarSource
 from nextblock.data.sources.tar_index import tar_index
 from nextblock.data.subsets import named
@@ -53,7 +53,6 @@ Member = tuple[str, bytes]
 # Most pixels of a scene, or of a band of it, that are held at once: 1.6 GB of colour.
 MAX_SCENE_PIXELS = 536_870_912
 
-_DECODING = ("channels", "decoder", "background", "max_pixels")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # First bytes of files that are kept, and their extensions. JPEG 2000 is missing, as few programs read it.
 _STARTS = {
@@ -121,8 +120,12 @@ def pack(
     something else, `TooManyBadImages` beyond data.max_bad_fraction, `InUseError`, `WriteError`.
     """
     if (config.resize_px or config.tile_px or config.format) and data.channels not in (1, 3):
-        raise ValueError(f"data.channels is {data.channels}; resize_px, tile_px and format need 1 or 3")
-    settings = {"source": source.fingerprint, **asdict(config), **_decoding(data)}
+        raise ValueError(
+            f"data.channels is {data.channels}, and only 1 or 3 can be encoded; leave out resize_px, tile_px "
+            "and format to keep the files as they are"
+        )
+    settings = {"source": source.fingerprint, **asdict(config)}
+    settings |= {name: getattr(data, name) for name in ("channels", "decoder", "background", "max_pixels")}
     del settings["workers"]
     try:
         in_use = dst.is_file() or any(dst.glob("[!.]*"))
@@ -146,10 +149,6 @@ def pack(
         num_bytes=sum(shard["bytes"] for shard in shards),
         **{name: manifest[name] for name in ("samples", "images", "bad", "damage")},
     )
-
-
-def _decoding(data: DataConfig) -> dict[str, Any]:
-    return {name: getattr(data, name) for name in _DECODING}
 
 
 def _open_manifest(dst: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +285,7 @@ class _Encoder(NamedTuple):
                 file.seek(0)
                 content = file.read()
         # Decoded even if the bytes are kept: that is how an unreadable image is found.
-        pixels = source.read(index) if content is None else decode_image(content, **_decoding(data))
+        pixels = source.read(index) if content is None else decode(content, data)
         default = "png" if content is None else "jpeg"
         height, width = pixels.shape[1:]
         if tile is not None and max(height, width) > tile:
@@ -391,4 +390,4 @@ def tiff_bands(
             with pillow_errors():
                 band = band[..., 0] if samples == 1 else band
                 imwrite(small, band, photometric=kind, metadata=None, **layout)
-            yield above, decode_image(small.getvalue(), **_decoding(data))
+            yield above, decode(small.getvalue(), data)

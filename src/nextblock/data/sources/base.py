@@ -24,6 +24,7 @@ __all__ = [
     "Labels",
     "Source",
     "check_size",
+    "decode",
     "open_file",
     "read_file",
 ]
@@ -149,15 +150,7 @@ class EncodedSource(Source):
 
     def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
         """The image's pixels, upright, with `data.channels` channels; `BadImageError` if unreadable."""
-        data = self._data
-        return decode_image(
-            self.content(index),
-            decoder=data.decoder,
-            max_pixels=data.max_pixels,
-            channels=data.channels,
-            background=data.background,
-            reduce=reduce,
-        )
+        return decode(self.content(index), self._data, reduce)
 
     def content(self, index: int) -> bytes:
         """The encoded file; `BadImageError` if it cannot be read."""
@@ -169,6 +162,18 @@ class EncodedSource(Source):
 
     @abstractmethod
     def _content(self, index: int) -> bytes: ...
+
+
+def decode(content: bytes, data: DataConfig, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:
+    """A file's pixels by the settings of a run; see `decode_image`."""
+    return decode_image(
+        content,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
+        channels=data.channels,
+        background=data.background,
+        reduce=reduce,
+    )
 
 
 def check_size(num_bytes: int, data: DataConfig) -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from nextblock.config import DataConfig
-from nextblock.data.decode import BadImageError, check_pixels, decode_image, image_to_tensor, pillow_errors
+from nextblock.data.decode import BadImageError, check_pixels, image_to_tensor, pillow_errors
 from nextblock.data.random import keyed_permutation
-from nextblock.data.sources.base import DataError, Labels, Source, read_file
+from nextblock.data.sources.base import DataError, Labels, Source, decode, read_file
 from nextblock.data.sources.names import text
 from nextblock.settings import nearest_name
 
@@ -113,13 +113,7 @@ class TorchvisionSource(Source):
             if isinstance(picture, Image.Image):
                 check_pixels(picture.size, data.max_pixels)
                 return image_to_tensor(picture, data.channels, data.background)
-        return decode_image(
-            read_file(picture, data),
-            decoder=data.decoder,
-            max_pixels=data.max_pixels,
-            channels=data.channels,
-            background=data.background,
-        )
+        return decode(read_file(picture, data), data)
 
     def _name(self, index: int) -> str:
         samples = getattr(self._dataset, "samples", None)
