@@ -58,6 +58,7 @@ def test_it_is_scikit_learns_regression_on_standardised_features(count, width):
     assert np.array_equal(found.log_p(queries).argmax(axis=1), plain.predict(queries))
 
 
+@pytest.mark.slow
 def test_the_penalty_is_the_strongest_of_those_that_do_best_in_cross_validation():
     features, labels = some_classes(60, 20)
     found = regress(features, labels, folds=5, seed=7)

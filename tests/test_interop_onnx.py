@@ -206,6 +206,7 @@ def trouble(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_graph_that_fails_or_differs_is_said_and_not_left_on_disk(trouble):
     folder, said = trouble
     assert "differs.onnx: onnxruntime differs from torch by" in said
@@ -214,6 +215,7 @@ def test_a_graph_that_fails_or_differs_is_said_and_not_left_on_disk(trouble):
     assert sorted(path.name for path in folder.iterdir()) == left
 
 
+@pytest.mark.slow
 def test_large_weights_lie_beside_the_graph(trouble):
     images = tiny_images()
     found = run(trouble[0] / "two files.onnx", images)["tokens"]

@@ -109,6 +109,7 @@ def test_of_images_held_out_the_unreadable_ones_count_in_the_whole_source():
         run(config, train=ToySource(96, bad={held[0], kept[0]}), data=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "config"),
     [
