@@ -398,7 +398,7 @@ def test_other_rows_orders_splits_and_columns_have_another_fingerprint(tmp_path)
         ("{cats},config=plain", ValueError, "no config or revision"),
         ("{cats}/dataset_info.json", ValueError, "dataset_info.json is no parquet file"),
         ("hf:{tmp}/a-train.parquet,split=test", ValueError, "its name does not say test; leave split= out"),
-        ("{tmp}/damaged.parquet", ValueError, r"damaged\.parquet': .*; fetch or write it anew"),
+        ("{tmp}/damaged.parquet", ValueError, r"damaged\.parquet': .*; fetch or write it again"),
         ("hf:{tmp}/empty,split=train", ValueError, "empty doesn't contain any data files"),
         ("hf:{tmp}/a[1],split=train", ValueError, "rename it"),
         ("hf:{tmp}/p,split=tset", ValueError, "Unknown split"),

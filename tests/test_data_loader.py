@@ -43,7 +43,7 @@ from nextblock.data import (
 from nextblock.data import loader as loader_module
 from nextblock.data.augment import eval_crop, train_crop
 from nextblock.data.transforms import Decoded, Key
-from nextblock.data.workers import WorkerError
+from nextblock.data.workers import WorkerError, _sigchld_only_while_waiting
 from toy import ToySource, joined, take
 
 # A machine with few cores is warned of more workers than cores, which is what some tests want.
@@ -439,6 +439,21 @@ def test_a_worker_that_dies_while_a_step_computes_interrupts_no_code_of_the_step
         torch.ones(2).sum()
     with pytest.raises(WorkerError, match="killed by SIGKILL"):
         list(next(steps).micro_batches)
+
+
+def test_the_death_of_a_worker_is_heard_while_any_of_two_loaders_waits_and_at_no_other_time() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
+    try:
+        with _sigchld_only_while_waiting() as training, _sigchld_only_while_waiting() as validation:
+            signal.raise_signal(signal.SIGCHLD)
+            assert not heard
+            for waiting in (training, validation):
+                with waiting():
+                    signal.raise_signal(signal.SIGCHLD)
+        assert len(heard) == 2
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.skipif(not Path("/proc").exists() or os.getuid() != 0, reason="needs a mount namespace")

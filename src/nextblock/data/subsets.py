@@ -67,7 +67,7 @@ def split(
         raise ValueError(f"the shares {dict(parts)} must each be above 0, and add up to at most 1")
     shares = np.array([*parts.values(), max(0.0, 1 - math.fsum(parts.values()))])
     classes = _by_class(source, seed) if stratify else [_shuffled(source, seed)]
-    # One deal goes on through all classes: rounding in one class is made up for in the next.
+    # One deal runs through all classes, so rounding in one class is made up for in the next.
     part_of = _deal(shares, len(source))
     # Of a single part (1 % of the labels, say) the share is what counts.
     if stratify and len(parts) > 1:

@@ -141,12 +141,17 @@ def _sigchld_only_while_waiting() -> Iterator[Callable[[], Any]]:
     message has arrived, and the rest never will.
     """
     is_waiting = False
-    handler = signal.getsignal(signal.SIGCHLD)
-    is_main = threading.current_thread() is threading.main_thread() and callable(handler)
+    outer: Any = signal.getsignal(signal.SIGCHLD)
+    is_main = threading.current_thread() is threading.main_thread() and callable(outer)
+    # Of two loaders (training and validation) the inner one finds the outer one's handler here. While the
+    # inner one waits, torch's own must be called: the outer one's raises only while the outer one waits.
+    of_torch = getattr(outer, "of_torch", outer)
 
     def on_child(number: int, frame: Any) -> None:
         if is_waiting:
-            handler(number, frame)  # type: ignore[operator, misc]
+            of_torch(number, frame)
+        elif of_torch is not outer:
+            outer(number, frame)
 
     @contextmanager
     def waiting() -> Iterator[None]:
@@ -158,12 +163,13 @@ def _sigchld_only_while_waiting() -> Iterator[Callable[[], Any]]:
             is_waiting = False
 
     if is_main:
+        on_child.of_torch = of_torch  # type: ignore[attr-defined]
         signal.signal(signal.SIGCHLD, on_child)
     try:
         yield waiting
     finally:
         if is_main:
-            signal.signal(signal.SIGCHLD, handler)
+            signal.signal(signal.SIGCHLD, outer)
 
 
 def _dead(iterator: Any) -> list[tuple[int, int]]:

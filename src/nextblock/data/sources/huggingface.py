@@ -288,7 +288,7 @@ def _complaints(spec: str, path: Path) -> Iterator[None]:
         elif isinstance(cause, FileNotFoundError):
             remedy = f"; nor is there {path.absolute()}; a private dataset needs `hf auth login`"
         elif is_damage:
-            remedy = "; fetch or write it anew"
+            remedy = "; fetch or write it again"
         elif not is_mistake and not is_local and number is None:
             how = "unset HF_HUB_OFFLINE" if "Offline" in reason else "check the connection"
             remedy = f"; {how} to fetch it once, or give a dataset on disk (there is no {path.absolute()})"
