@@ -33,7 +33,7 @@ from nextblock.interop.cards import (
     read_provenance,
 )
 from nextblock.interop.convert import SETTINGS_OF, Converted, _check_settings, convert
-from nextblock.interop.timm_format import read_timm_data
+from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import ImageClassifier
 from nextblock.models.heads import HeadConfig

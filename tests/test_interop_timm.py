@@ -1,8 +1,9 @@
-"""timm's format: what is written opens in timm and transformers as the same function, and comes back."""
+"""timm's format, out: what is written opens in timm and transformers as the same function, and comes back."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,21 +14,19 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
-from nextblock.checkpoint import read_data
+from nextblock.checkpoint import CheckpointError, read_data
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.evaluate.features import seeded
 from nextblock.interop.cards import Provenance
-from nextblock.interop.timm_format import (
-    is_timm_directory,
-    read_timm,
-    read_timm_data,
-    write_timm,
-)
+from nextblock.interop.timm import encoder_at, is_timm_directory, read_timm, write_timm
 from nextblock.interop.timm_models import NextBlockViT
+from nextblock.interop.timm_spec import read_timm_data
 from nextblock.interop.xtra import read_xtra
 from nextblock.models import NextBlockModel
+from nextblock.models.encoder import positions_of
 from toy import tiny_images
 
 XTRA = ModelConfig(
@@ -45,7 +44,7 @@ CONFIGS = {
 STOCK = ("xtra, full attention", "aim")
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=19)
 FROM_TEST = Provenance(origin="a test", license="mit")
-TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
+TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -64,8 +63,8 @@ def encoder(config, seed=0):
     return model
 
 
-def written(model, directory, **settings):
-    write_timm(model, directory, data=DATA, provenance=FROM_TEST, **settings)
+def written(model, directory, data=DATA, **settings):
+    write_timm(model, directory, data=data, provenance=FROM_TEST, **settings)
     return directory
 
 
@@ -80,17 +79,21 @@ def assert_same(found, expected, tolerance=1e-5):
 # -------------------------------------------------------------------------------------------------------- out
 
 
-def test_timm_opens_what_is_written_as_the_same_function(kind, tmp_path):
+def test_what_is_written_opens_in_timm_and_comes_back_as_the_same_encoder(kind, tmp_path):
     model, images = encoder(CONFIGS[kind]), tiny_images()
     expected = model.encode(images)
     vit = opened(written(model, tmp_path / "out"))
     assert (type(vit) is VisionTransformer) == (kind in STOCK)
-    assert_same(vit.forward_features(images), expected.tokens)
     assert_same(vit(images), expected.tokens.mean(dim=1))
     final, layers = vit.forward_intermediates(images, output_fmt="NLC")
-    assert_same(final, expected.tokens)
-    for found, layer in zip(layers, expected.layers, strict=True):
+    for found, layer in zip((final, *layers), (expected.tokens, *expected.layers), strict=True):
         assert_same(found, layer)
+    # transformers gives num_classes itself, so it must not stand among the arguments
+    assert "num_classes" not in json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    assert is_timm_directory(tmp_path / "out")
+    back = read_timm(tmp_path / "out")
+    assert back.config == model.config
+    assert torch.equal(back.encode(images).tokens, expected.tokens)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -107,15 +110,6 @@ def test_transformers_opens_the_same_directory_as_the_same_function(name, tmp_pa
     assert len(outputs.hidden_states) == 3
 
 
-def test_what_is_written_is_read_back_as_the_same_encoder(kind, tmp_path):
-    model, images = encoder(CONFIGS[kind]), tiny_images()
-    directory = written(model, tmp_path / "out")
-    assert is_timm_directory(directory)
-    back = read_timm(directory)
-    assert back.config == model.config
-    assert torch.equal(back.encode(images).tokens, model.encode(images).tokens)
-
-
 def test_the_golden_tokens_of_official_xtra_come_out_of_timm(golden_dir, golden, tmp_path):
     content = torch.load(golden_dir / "xtra_k2.ckpt", weights_only=True)
     model = read_xtra(content, "xtra_k2.ckpt", num_heads=3)
@@ -127,12 +121,10 @@ def test_the_golden_tokens_of_official_xtra_come_out_of_timm(golden_dir, golden,
 
 
 def test_a_predictor_is_left_out(tmp_path):
-    with_predictor = replace(
-        XTRA, predictor="transformer", predictor_dim=16, predictor_heads=2, predictor_depth=1
-    )
-    directory = written(encoder(with_predictor), tmp_path / "out")
+    config = replace(XTRA, predictor="transformer", predictor_dim=16, predictor_heads=2, predictor_depth=1)
+    directory = written(encoder(config), tmp_path / "out")
     assert not any(name.startswith("predictor") for name in load_file(directory / "model.safetensors"))
-    assert read_timm(directory).config == replace(with_predictor, predictor=None)
+    assert read_timm(directory).config == replace(config, predictor=None)
 
 
 @pytest.mark.slow
@@ -146,54 +138,55 @@ def test_a_mask_is_not_opened_without_its_class_and_the_card_tells_the_line_to_t
     assert "Unknown model (nextblock_vit)" in card
 
 
-def test_heads_are_made_and_changed_as_in_any_timm_model(kind, tmp_path):
+def test_heads_and_channels_are_changed_as_in_any_timm_model(kind, tmp_path):
     directory, images = written(encoder(CONFIGS[kind]), tmp_path / "out"), tiny_images()
-    assert opened(directory, num_classes=0)(images).shape == (2, 24)
     vit = opened(directory, num_classes=10)
     assert vit(images).shape == (2, 10)
     vit.reset_classifier(num_classes=5)
     assert vit(images).shape == (2, 5)
     maps = opened(directory, features_only=True, out_indices=[0, 2])(images)
     assert [m.shape for m in maps] == [(2, 24, 4, 6)] * 2
-
-
-def test_grey_images_are_taken_by_adding_up_the_colours_weights(tmp_path):
-    directory = written(encoder(XTRA), tmp_path / "out")
     assert opened(directory, in_chans=1).forward_features(torch.zeros(1, 1, 16, 24)).shape == (1, 24, 24)
 
 
 def test_images_are_cut_and_normalised_in_timm_as_in_the_run(tmp_path):
-    model = encoder(replace(XTRA, image_size=16, block_size=2))
-    directory = written(model, tmp_path / "out")
-    told = resolve_model_data_config(opened(directory))
-    assert (tuple(told["mean"]), tuple(told["std"])) == (DATA.mean, DATA.std)
-    assert "Resize(size=19, interpolation=bicubic" in str(create_transform(**told))
-    assert read_timm_data(directory) == DATA
-    assert read_data(directory / "model.safetensors") == DATA
-
-
-def test_the_way_images_are_cut_goes_out_and_comes_back(tmp_path):
-    data, config = replace(DATA, val_crop="squash"), replace(XTRA, image_size=16, depth=1)
-    write_timm(encoder(config), tmp_path / "out", data=data, provenance=FROM_TEST)
-    assert resolve_model_data_config(opened(tmp_path / "out"))["crop_mode"] == "squash"
-    assert read_timm_data(tmp_path / "out") == data
-    assert read_data(tmp_path / "out" / "model.safetensors") == data
-
-
-@pytest.mark.parametrize("resize_px", range(16, 60))
-def test_timm_rounds_to_the_size_that_the_run_resized_to(resize_px, tmp_path):
-    config = replace(XTRA, image_size=16, depth=1)
-    write_timm(
-        encoder(config), tmp_path / "out", data=replace(DATA, val_resize_px=resize_px), provenance=FROM_TEST
+    model = encoder(replace(XTRA, image_size=16, depth=1))
+    settings = resolve_model_data_config(opened(written(model, tmp_path / "center")))
+    assert (tuple(settings["mean"]), tuple(settings["std"])) == (DATA.mean, DATA.std)
+    assert "Resize(size=19, interpolation=bicubic" in str(create_transform(**settings))
+    squashed = replace(DATA, val_crop="squash")
+    assert (
+        resolve_model_data_config(opened(written(model, tmp_path / "s", squashed)))["crop_mode"] == "squash"
     )
-    data = read_timm_data(tmp_path / "out")
-    assert data is not None
-    assert data.val_resize_px == resize_px
+    for directory, data in (("center", DATA), ("s", squashed)):
+        assert read_timm_data(tmp_path / directory) == data
+        assert read_timm_data(tmp_path / directory / "model.safetensors") == data
+        assert read_data(tmp_path / directory / "model.safetensors") == data
 
 
-def test_what_transformers_gives_itself_is_not_in_the_arguments(kind, tmp_path):
-    directory = written(encoder(CONFIGS[kind]), tmp_path / "out")
-    assert "num_classes" not in json.loads((directory / "config.json").read_text())["model_args"]
+def test_timm_rounds_to_the_size_that_the_run_resized_to(tmp_path):
+    model = encoder(replace(XTRA, image_size=16, depth=1))
+    for resize_px in range(16, 60):
+        data = replace(DATA, val_resize_px=resize_px)
+        assert read_timm_data(written(model, tmp_path / f"{resize_px}", data)) == data
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        directory = written(encoder(XTRA), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in directory.iterdir()} == {"0o640"}
+
+
+def test_weights_with_nan_are_not_written(tmp_path):
+    model = encoder(XTRA)
+    with torch.no_grad():
+        model.get_parameter("encoder.blocks.1.norm1.bias")[3] = torch.nan
+    with pytest.raises(CheckpointError, match=r"1 tensors .* NaN or inf \(blocks\.1\.norm1\.bias\)"):
+        written(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------ other image sizes
@@ -230,6 +223,13 @@ def test_other_image_sizes_asked_of_timm_are_those_of_the_model(name, tmp_path):
     assert_same(vit.forward_features(images), expected)
 
 
+def test_learned_positions_are_resampled_as_timm_does():
+    model = encoder(XTRA)
+    own = positions_of(model.encoder)
+    theirs = resample_abs_pos_embed(own, [8, 12], [4, 6], num_prefix_tokens=0)
+    assert torch.equal(positions_of(encoder_at(model, LARGER).encoder), theirs)
+
+
 def test_timms_resampling_of_fixed_positions_is_another_function(tmp_path):
     model, images = encoder(replace(AIM, image_size=16)), tiny_images(size=(32, 32))
     directory = written(model, tmp_path / "out")
@@ -242,9 +242,8 @@ def test_an_image_size_that_the_blocks_do_not_divide_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be cut into blocks of 2x2"):
         written(encoder(XTRA), tmp_path / "out", image_size=(16, 28))
     assert not (tmp_path / "out").exists()
-    vit = NextBlockViT(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, block_size=2)
     with pytest.raises(ValueError, match="cannot be cut into blocks of 2x2"):
-        vit.set_input_size(img_size=(16, 28))
+        masked_vit().set_input_size(img_size=(16, 28))
 
 
 # --------------------------------------------------------------------------------------------- the masked ViT
@@ -252,24 +251,14 @@ def test_an_image_size_that_the_blocks_do_not_divide_is_refused(tmp_path):
 
 def masked_vit(**changes) -> Any:
     with seeded(0):
-        return NextBlockViT(
-            **{
-                "img_size": 16,
-                "patch_size": 4,
-                "embed_dim": 24,
-                "depth": 2,
-                "num_heads": 3,
-                "block_size": 2,
-                **changes,
-            }
-        )
+        return NextBlockViT(**{**TINY_VIT, "block_size": 2, **changes})
 
 
 def test_no_later_block_reaches_an_earlier_one():
     images = tiny_images(size=(16, 16)).requires_grad_()
-    tokens = masked_vit(order="spiral").forward_features(images)
-    first = masked_vit(order="spiral").order_mask.sum(dim=1).argmin()  # a patch of the first block
-    tokens[:, first].square().sum().backward()
+    vit = masked_vit(order="spiral")
+    first = vit.order_mask.sum(dim=1).argmin()  # a patch of the first block
+    vit.forward_features(images)[:, first].square().sum().backward()
     assert images.grad is not None
     reached = images.grad.abs().sum(dim=(0, 1)) > 0
     assert reached.sum() == 8 * 8  # its own block, 2x2 patches of 4x4 px
@@ -294,22 +283,22 @@ def test_activation_checkpointing_recomputes_every_layer_and_changes_no_gradient
 def test_layers_are_chosen_as_timm_does():
     vit, images = masked_vit().eval(), tiny_images(size=(16, 16))
     every = vit.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
-    (last,) = vit.forward_intermediates(images, indices=1, output_fmt="NLC", intermediates_only=True)
-    assert torch.equal(last, every[1])
     (first,) = vit.forward_intermediates(
         images, indices=[0], stop_early=True, norm=True, output_fmt="NLC", intermediates_only=True
     )
     assert torch.equal(first, vit.norm(every[0]))
-    told = vit.forward_intermediates(images, output_dict=True)
-    assert told["image_intermediates"][0].shape == (2, 24, 4, 4)
-    assert torch.equal(told["image_features"], vit.forward_features(images))
+    both = vit.forward_intermediates(images, output_dict=True)
+    assert both["image_intermediates"][0].shape == (2, 24, 4, 4)
+    assert torch.equal(both["image_features"], vit.forward_features(images))
     (unnormed,) = vit.get_intermediate_layers(images, n=[1])
     assert torch.equal(unnormed, every[1])
 
 
-def test_another_mask_and_another_patch_size_are_refused():
+def test_another_mask_patch_size_or_argument_is_refused():
     vit = masked_vit()
     with pytest.raises(ValueError, match="brings its own mask"):
         vit(tiny_images(size=(16, 16)), attn_mask=torch.ones(16, 16, dtype=torch.bool))
     with pytest.raises(ValueError, match="made for patches of 4 px"):
         vit.set_input_size(img_size=(16, 16), patch_size=(8, 8))
+    with pytest.raises(TypeError, match=r"no argument \['qk_norm'\]"):
+        masked_vit(qk_norm=True)

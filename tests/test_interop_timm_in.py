@@ -1,9 +1,11 @@
-"""timm's models and directories as encoders here: the same function, or refused by name."""
+"""timm's models, directories and weight files as encoders here: the same function, or refused by name."""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,81 +13,80 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 from nextblock.checkpoint import CheckpointError
 from nextblock.evaluate.features import seeded
+from nextblock.interop import load
 from nextblock.interop.hub import HubError
-from nextblock.interop.timm_format import (
-    is_timm_directory,
-    is_timm_weights,
-    read_timm,
-    read_timm_data,
-    read_timm_weights,
-    timm_provenance,
-)
-from nextblock.interop.timm_weights import from_timm
+from nextblock.interop.image_data import recorded_data
+from nextblock.interop.timm import from_timm, is_timm_directory, read_timm, read_timm_weights
+from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_model, timm_provenance
+from nextblock.models import NextBlockModel
 from nextblock.models.encoder import positions_of
-from test_interop_timm import TINY_VIT, XTRA, assert_same, encoder, written
+from test_interop_timm import CONFIGS, DATA, TINY_VIT, XTRA, assert_same, encoder, opened, written
 from toy import tiny_images
 
-# --------------------------------------------------------------------------------------------------------- in
+PLAIN = {**TINY_VIT, "num_classes": 0, "class_token": False, "global_pool": "avg", "fc_norm": False}
 
 
 def tiny_vit(**changes) -> Any:
     """A timm ViT with random weights, LayerScale's included."""
     with seeded(1):
-        vit = VisionTransformer(
-            **{**TINY_VIT, "class_token": False, "global_pool": "avg", "fc_norm": False, **changes}
-        ).eval()
+        vit = VisionTransformer(**{**PLAIN, **changes}).eval()
         with torch.no_grad():
             for parameter in vit.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return vit
 
 
-EXACT = {
-    "plain": {},
-    "LayerScale": {"init_values": 0.5},
-    "LayerScale without bias": {"init_values": 0.5, "proj_bias": False, "qkv_bias": False},
-    "bias in some maps": {"qkv_bias": False},
-    "patch norm": {"embed_norm_layer": "layernorm"},
-    "oblong": {"img_size": (16, 24)},
-    "odd MLP": {"mlp_ratio": 48 / 11},
-    "a head": {"num_classes": 7},
-    "a head that pools by attention": {"global_pool": "map"},
-}
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_a_timm_vit_without_class_token_is_the_same_function(name):
-    vit = tiny_vit(**EXACT[name])
-    images = tiny_images(size=vit.patch_embed.img_size)
-    model = from_timm(vit, None, "timm")
-    encoded = model.encode(images)
-    assert_same(encoded.tokens, vit.forward_features(images))
-    for found, layer in zip(
-        encoded.layers, vit.forward_intermediates(images, output_fmt="NLC")[1], strict=True
-    ):
-        assert_same(found, layer)
-
-
 def saved_by_timm(directory, **changes) -> Any:
     """A directory as timm's users write it."""
-    args = {**TINY_VIT, "class_token": False, "global_pool": "avg", "fc_norm": False, **changes}
     with seeded(2):
-        vit = timm.create_model("vit_base_patch16_224", **args).eval()
-    save_for_hf(vit, directory, model_args=args, safe_serialization=True)
+        vit = timm.create_model("vit_base_patch16_224", **{**PLAIN, **changes}).eval()
+    save_for_hf(vit, directory, model_args={**PLAIN, **changes}, safe_serialization="both")
     return vit
 
 
-def test_a_directory_that_timm_wrote_is_read(tmp_path):
+def changed_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# ---------------------------------------------------------------------------------------- timm's own models
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"init_values": 0.5},
+        {"init_values": 0.5, "proj_bias": False, "qkv_bias": False},
+        {"qkv_bias": False},
+        {"embed_norm_layer": "layernorm"},
+        {"img_size": (16, 24)},
+        {"mlp_ratio": 48 / 11},
+        {"num_classes": 7, "drop_path_rate": 0.1},
+        {"global_pool": "map"},
+    ],
+)
+def test_a_timm_vit_without_class_token_is_the_same_function(changes):
+    vit = tiny_vit(**changes)
+    images = tiny_images(size=vit.patch_embed.img_size)
+    encoded = from_timm(vit, "timm").encode(images)
+    final, layers = vit.forward_intermediates(images, output_fmt="NLC")
+    for found, expected in zip((encoded.tokens, *encoded.layers), (final, *layers), strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors", "pytorch_model.bin"])
+def test_a_directory_that_timm_wrote_and_its_files_are_the_same_function(tmp_path, file):
     vit = saved_by_timm(tmp_path, num_classes=7, init_values=0.1)
-    model = read_timm(tmp_path)
-    images = tiny_images(size=(16, 16))
+    model = load(tmp_path / file)  # by config.json, which lies beside a file too
+    assert isinstance(model, NextBlockModel)
     assert model.config.feature_attention == "full"
+    images = tiny_images(size=(16, 16))
     assert_same(model.encode(images).tokens, vit.forward_features(images))
-    data = read_timm_data(tmp_path)
+    data = recorded_data(tmp_path / file)
     assert data is not None
     assert data.mean == (0.5, 0.5, 0.5)
     assert timm_provenance(tmp_path).license == "apache-2.0"
@@ -99,180 +100,286 @@ def test_weights_that_do_not_fit_the_named_architecture_are_refused_by_name(tmp_
     save_file({**weights, "stranger": moved}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         read_timm(tmp_path)
-    for told in ("missing: blocks.1.norm2.bias", "unexpected: stranger", "shape of pos_embed: (1, 4, 24)"):
-        assert told in str(caught.value)
+    for words in ("missing: blocks.1.norm2.bias", "unexpected: stranger", "shape of pos_embed: (1, 4, 24)"):
+        assert words in str(caught.value)
 
 
-TOKENS = {
-    "class": ({"class_token": True, "global_pool": "token"}, ["cls_token"], 1),
-    "registers": ({"reg_tokens": 2}, ["reg_token"], 2),
-    "both, without positions": (
-        {"class_token": True, "reg_tokens": 4, "no_embed_class": True},
-        ["cls_token", "reg_token"],
-        0,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TOKENS)
-def test_tokens_beside_the_patches_are_refused_or_left_out_and_listed(name, caplog):
-    changes, tokens, positions = TOKENS[name]
+@pytest.mark.parametrize(
+    ("changes", "tokens", "positions"),
+    [
+        ({"class_token": True, "global_pool": "token"}, "cls_token", 1),
+        ({"reg_tokens": 2}, "reg_token", 2),
+        ({"class_token": True, "reg_tokens": 4, "no_embed_class": True}, "cls_token, reg_token", 0),
+    ],
+)
+def test_tokens_beside_the_patches_are_refused_or_left_out_and_listed(changes, tokens, positions, caplog):
     vit = tiny_vit(**changes)
-    with pytest.raises(CheckpointError, match=rf"{', '.join(tokens)}.*would not be its own.*model\.init"):
-        from_timm(vit, None, "timm")
+    with pytest.raises(CheckpointError, match=rf"{tokens}.*would not be its own.*model\.init"):
+        from_timm(vit, "timm")
     with caplog.at_level(logging.INFO):
-        model = from_timm(vit, None, "timm", drop_prefix_tokens=True)
-    assert f"left out of timm: {', '.join(tokens)}" in caplog.text
+        model = from_timm(vit, "timm", drop_prefix_tokens=True)
+    assert f"left out of timm: {tokens}" in caplog.text
     own = positions_of(model.encoder)
     assert torch.equal(own, vit.pos_embed[:, positions:])
     bare = read_timm_weights(vit.state_dict(), "file", num_heads=3, drop_prefix_tokens=True)
     assert torch.equal(positions_of(bare.encoder), own)
 
 
-OTHERS = {
-    "qk_norm": ({"qk_norm": True}, "normed queries and keys"),
-    "scale_attn_norm": ({"scale_attn_norm": True}, "a norm in its attention"),
-    "scale_mlp_norm": ({"scale_mlp_norm": True}, "a norm in its MLP"),
-    "pre_norm": ({"pre_norm": True}, "a norm before its first layer.*|without bias"),
-    "final_norm": ({"final_norm": False}, "no final norm on its tokens"),
-    "fc_norm": ({"fc_norm": True}, "no final norm on its tokens"),
-    "pos_embed": ({"pos_embed": "none"}, "no absolute positions"),
-    "act_layer": ({"act_layer": "quick_gelu"}, "another activation than GELU"),
-    "tanh": ({"act_layer": "gelu_tanh"}, "another activation than GELU"),
-    "norm_layer": ({"norm_layer": "rmsnorm"}, "norms that are no LayerNorm"),
-    "mlp_layer": ({"mlp_layer": timm.layers.SwiGLU}, "an MLP of another kind .SwiGLU"),
-    "attn_layer": ({"attn_layer": "diff"}, "attention of another kind"),
-    "block_fn": (
-        {"block_fn": timm.models.vision_transformer.ResPostBlock},
-        "layers of another kind .ResPostBlock",
-    ),
-    "patch_size": ({"patch_size": (4, 8)}, "not square"),
-}
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"qk_norm": True}, r"attn\.k_norm is LayerNorm"),
+        ({"scale_attn_norm": True}, r"attn\.norm is LayerNorm"),
+        ({"scale_mlp_norm": True}, r"mlp\.norm is LayerNorm"),
+        ({"pre_norm": True}, "norm_pre is LayerNorm"),
+        ({"final_norm": False}, "norm is Identity"),
+        ({"fc_norm": True}, "norm is Identity"),
+        ({"pos_embed": "none"}, "missing: pos_embed"),
+        ({"act_layer": "gelu_tanh"}, r"mlp\.act is GELUTanh\(\), here GELU"),
+        ({"norm_layer": "rmsnorm"}, "norm1 is RmsNorm"),
+        (
+            {"norm_layer": "layernorm", "embed_norm_layer": "layernormfp32"},
+            r"patch_embed\.norm is LayerNormFp32",
+        ),
+        ({"mlp_layer": timm.layers.SwiGLU}, r"blocks\.0\.mlp is SwiGLU"),
+        ({"attn_layer": "diff"}, "attn is DiffAttention"),
+        ({"block_fn": ResPostBlock}, "timm ResPostBlock"),
+        ({"patch_size": (4, 8)}, "must be square"),
+    ],
+)
+def test_what_the_encoder_cannot_do_is_refused_by_name(changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        from_timm(tiny_vit(**changes), "timm")
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_the_encoder_cannot_do_is_refused_by_name(name):
-    changes, told = OTHERS[name]
-    with pytest.raises(CheckpointError, match=f"it has .*({told})"):
-        from_timm(tiny_vit(**changes), None, "timm")
-
-
-def test_models_of_another_class_are_refused_with_its_name():
-    with pytest.raises(CheckpointError, match="timm ResNet; only its VisionTransformer"):
-        read_timm("timm:test_resnet,pretrained=false")
-
-
-def test_a_name_of_timm_is_read_without_weights():
+def test_names_of_timm_are_read_and_others_refused(monkeypatch):
+    fresh = "timm:test_vit,pretrained=false"
     with pytest.raises(CheckpointError, match="cls_token"):
-        read_timm("timm:test_vit,pretrained=false")
-    model = read_timm("timm:test_vit,pretrained=false", drop_prefix_tokens=True)
+        load(fresh)
+    model = from_timm(timm_model(fresh), fresh, drop_prefix_tokens=True)
     assert model.config.embed_dim == timm.create_model("test_vit").embed_dim
-    data = read_timm_data("timm:test_vit")
+    data = read_timm_data(f"{fresh},img_size=80")
     assert data is not None
-    assert data.std == (0.5, 0.5, 0.5)
+    assert (data.std, data.val_resize_px) == ((0.5, 0.5, 0.5), 84)
     assert timm_provenance("timm:test_vit.r160_in1k").origin == "timm's test_vit.r160_in1k"
-
-
-def test_names_and_options_that_timm_does_not_have_are_refused(monkeypatch):
+    with pytest.raises(CheckpointError, match="timm ResNet; only its VisionTransformer"):
+        load("timm:test_resnet,pretrained=false")
     with pytest.raises(ValueError, match="timm has no model 'tst_vit'; did you mean 'test_vit'"):
-        read_timm("timm:tst_vit")
+        load("timm:tst_vit")
     with pytest.raises(ValueError, match="cannot read 'size=3'"):
-        read_timm("timm:test_vit,size=3")
+        load("timm:test_vit,size=3")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="not in the cache"):
-        read_timm("timm:test_vit.r160_in1k")
+        load("timm:test_vit.r160_in1k")
 
 
-# ---------------------------------------------------------------------------------------- bare state dicts
+# --------------------------------------------------------------------------------------- bare state dicts
 
 
-def test_a_bare_state_dict_is_the_same_function_and_needs_its_heads():
+def test_a_bare_state_dict_is_the_same_function_and_needs_its_heads(tmp_path, caplog):
     vit = tiny_vit(init_values=0.3)
-    weights = vit.state_dict()
-    assert is_timm_weights(weights)
-    assert not is_timm_weights({f"encoder.{name}": tensor for name, tensor in weights.items()})
+    torch.save({"state_dict": vit.state_dict()}, tmp_path / "vit.bin")
     with pytest.raises(CheckpointError, match=r"how many attention heads .*24 wide, 2 layers.*num_heads="):
-        read_timm_weights(weights, "vit.pth")
+        load(tmp_path / "vit.bin")
     images = tiny_images(size=(16, 16))
-    model = read_timm_weights(weights, "vit.pth", num_heads=3)
+    caplog.set_level(logging.INFO)
+    model = load(tmp_path / "vit.bin", num_heads=3)
+    assert isinstance(model, NextBlockModel)
     assert_same(model.encode(images).tokens, vit.forward_features(images))
-
-
-def test_an_official_size_tells_its_heads():
-    vit = tiny_vit(embed_dim=192, depth=12, num_heads=3)
-    assert read_timm_weights(vit.state_dict(), "vit.pth").config.num_heads == 3
+    assert "does not tell its attention; taken as a timm ViT, under full attention" in caplog.text
+    official = tiny_vit(embed_dim=192, depth=12)
+    assert read_timm_weights(official.state_dict(), "vit.pth").config.num_heads == 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "words"),
     [
-        ({"mask_token": torch.zeros(1, 24)}, "unexpected: encoder.mask_token"),
-        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, "unexpected: encoder.blocks.0.attn.q_norm.weight"),
-        ({"norm.weight": None}, "no final norm"),
-        ({"pos_embed": None}, "no pos_embed"),
+        ({"mask_token": torch.zeros(1, 24)}, "unexpected: mask_token"),
+        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, r"unexpected: blocks\.0\.attn\.q_norm\.weight"),
+        ({"norm.weight": None}, r"lacks 'norm\.weight'"),
+        ({"pos_embed": None}, "lacks 'pos_embed'"),
         ({"pos_embed": torch.zeros(1, 15, 24)}, "no square grid"),
-        ({"blocks.1.norm1.bias": None}, "missing: encoder.blocks.1.norm1.bias"),
-        ({"blocks.1.mlp.fc2.bias": None}, r"missing: blocks\.1\.mlp\.fc2\.bias .other layers have it"),
-        ({"blocks.0.ls1.gamma": torch.ones(24), "blocks.0.attn.proj.weight": None}, "lacks 'blocks.0.attn"),
-        ({"patch_embed.proj.weight": torch.zeros(24, 48)}, r"of shape \(24, 48\); only convolutions"),
+        ({"blocks.1.norm1.bias": None}, r"missing: blocks\.1\.norm1\.bias"),
+        ({"blocks.1.mlp.fc2.bias": None}, r"missing: blocks\.1\.mlp\.fc2\.bias"),
         (
-            {"pos_embed": torch.zeros(1, 81, 24), "reg_token": torch.zeros(1, 17, 24)},
-            "81 and 64 patches would",
+            {"blocks.0.ls1.gamma": torch.ones(24), "blocks.0.attn.proj.weight": None},
+            r"unexpected: blocks\.0\.ls1",
+        ),
+        ({"blocks.0.ls1.gamma": torch.ones(7)}, r"unexpected: blocks\.0\.ls1"),
+        ({"patch_embed.proj.weight": torch.zeros(24, 48)}, r"of shape \(24, 48\); only convolutions"),
+        ({"norm.bias": torch.full((24,), torch.inf)}, r"NaN or inf \(norm\.bias\)"),
+        ({"epoch": 3}, r"more than tensors \(epoch\)"),
+    ],
+)
+def test_a_state_dict_that_is_no_encoder_of_this_kind_is_refused(changes, words, tmp_path):
+    weights = {**tiny_vit().state_dict(), **changes}
+    torch.save({name: t for name, t in weights.items() if t is not None}, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match=words):
+        read_timm(tmp_path / "vit.pth", num_heads=3, drop_prefix_tokens=True)
+
+
+# ------------------------------------------------------------ our own encoders, of which the mask is a part
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_weight_file_alone_is_the_encoder_of_its_directory(kind, tmp_path):
+    model, images = encoder(CONFIGS[kind]), tiny_images()
+    directory = written(model, tmp_path / "out")
+    shutil.copy(directory / "model.safetensors", tmp_path / "alone.safetensors")
+    pickled = tmp_path / "pickled"  # has no metadata, but the settings lie beside it
+    pickled.mkdir()
+    shutil.copy(directory / "config.json", pickled)
+    torch.save(model.encoder.state_dict(), pickled / "pytorch_model.bin")
+    for src in ("out", "out/model.safetensors", "alone.safetensors", "pickled", "pickled/pytorch_model.bin"):
+        found = load(tmp_path / src)
+        assert isinstance(found, NextBlockModel)
+        assert found.config == model.config
+        assert torch.equal(found.encode(images).tokens, model.encode(images).tokens)
+    assert recorded_data(tmp_path / "alone.safetensors") == DATA
+
+
+def test_a_masked_model_that_timm_saved_comes_back_with_its_mask(tmp_path):
+    vit = opened(written(encoder(XTRA), tmp_path / "out"), num_classes=3)
+    save_for_hf(
+        vit,
+        tmp_path / "tuned",
+        model_args=json.loads((tmp_path / "out/config.json").read_text())["model_args"],
+    )
+    found = load(tmp_path / "tuned")
+    assert isinstance(found, NextBlockModel)
+    assert torch.equal(found.encode(tiny_images()).tokens, vit.forward_features(tiny_images()))
+
+
+def damage(directory, what):
+    config, weights = directory / "config.json", directory / "model.safetensors"
+    settings = json.loads(config.read_text())
+    own = settings["nextblock"]
+    if what == "json":
+        config.write_text(config.read_text()[:-40])
+    elif what == "no object":
+        config.write_text("[]")
+    elif what == "other attention":
+        changed_json(config, nextblock={**own, "model": {**own["model"], "feature_attention": "full"}})
+    elif what == "no settings":
+        del settings["nextblock"]
+        config.write_text(json.dumps(settings))
+    elif what == "other architecture":
+        changed_json(config, architecture="vit_base_patch16_224")
+    elif what == "other arguments":
+        changed_json(config, model_args={**settings["model_args"], "attention": "full"})
+    elif what == "newer":
+        save_file(load_file(weights), weights, {"nextblock": json.dumps({**own, "format_version": 9})})
+    elif what == "metadata":
+        save_file(load_file(weights), weights, {"nextblock": "{"})
+    elif what == "unknown setting":
+        changed_json(config, nextblock={**own, "model": {"sides": 3}})
+        save_file(load_file(weights), weights)
+    elif what == "kind":
+        changed_json(config, model_args=[1])
+    elif what == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "nan":
+        save_file({**load_file(weights), "norm.bias": torch.full((24,), torch.nan)}, weights)
+    else:
+        weights.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("json", r"config\.json is no JSON"),
+        ("no object", r"config\.json holds a list"),
+        ("other attention", "describe different encoders.*attention causal"),
+        ("no settings", "describe different encoders"),
+        ("other architecture", "describe different encoders.*timm's nextblock_vit"),
+        ("other arguments", "describe different encoders"),
+        ("newer", "format version 9, this release reads up to 1; upgrade"),
+        ("metadata", '"nextblock" of .* are damaged'),
+        ("unknown setting", '"nextblock" of .* are damaged .unknown setting'),
+        ("kind", r"config\.json is damaged: model_args is \[1\]"),
+        ("cut", "not complete"),
+        ("nan", r"NaN or inf \(norm\.bias\)"),
+        ("none", r"no weights beside its config\.json: looked for model\.safetensors"),
+    ],
+)
+def test_damaged_and_contradicting_files_are_refused(what, words, tmp_path):
+    directory = written(encoder(XTRA), tmp_path / "out")
+    damage(directory, what)
+    for src in (directory, directory / "model.safetensors") if what != "none" else (directory,):
+        with pytest.raises(CheckpointError, match=words):
+            load(src)
+    with pytest.raises(CheckpointError):  # timm itself would open some of them, as another encoder
+        open_timm_encoder(f"timm:local-dir:{directory}")
+
+
+def test_a_masked_encoder_is_not_given_to_another_architecture(tmp_path):
+    file = written(encoder(XTRA), tmp_path / "out") / "model.safetensors"
+    with pytest.raises(
+        CheckpointError, match="holds a nextblock_vit with attention causal; give the file alone"
+    ):
+        timm_model(f"timm:vit_tiny_patch16_224,checkpoint={file}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architecture": "vit_of_tomorrow"}, r"Unknown model .vit_of_tomorrow.*upgrade timm"),
+        ({"model_args": {**PLAIN, "depth": "two"}}, "timm cannot build"),
+        (
+            {"pretrained_cfg": {"mean": [0.5], "std": [0.5], "crop_pct": 0, "input_size": [3, 16, 16]}},
+            "damaged mean",
         ),
     ],
 )
-def test_a_state_dict_that_is_no_encoder_of_this_kind_is_refused(changes, told):
-    weights = {**tiny_vit().state_dict(), **changes}
-    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    with pytest.raises(CheckpointError, match=told):
-        read_timm_weights(weights, "vit.pth", num_heads=3, drop_prefix_tokens=True)
-
-
-def test_a_map_that_has_no_bias_in_any_layer_gets_zeros():
-    weights = tiny_vit(qkv_bias=False).state_dict()
-    assert (
-        not read_timm_weights(weights, "vit.pth", num_heads=3)
-        .get_parameter("encoder.blocks.1.attn.qkv.bias")
-        .any()
-    )
-
-
-# ------------------------------------------------------------------------------------------ bad directories
-
-
-def test_directories_without_weights_or_of_a_newer_format_are_refused(tmp_path):
-    directory = written(encoder(XTRA), tmp_path / "out")
-    config = json.loads((directory / "config.json").read_text())
-    config["nextblock"]["format_version"] = 9
-    (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format version 9, this release reads up to 1; upgrade"):
-        read_timm(directory)
-    del config["nextblock"]["format_version"]
-    (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="lacks format_version or model"):
-        read_timm(directory)
-    written(encoder(XTRA), directory)
-    weights = directory / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be read as a weight file"):
-        read_timm(directory)
-    weights.unlink()
-    with pytest.raises(
-        CheckpointError, match=r"no weights beside its config\.json: looked for model\.safetensors"
-    ):
-        read_timm(directory)
-
-
-def test_an_architecture_that_timm_does_not_have_is_refused(tmp_path):
+def test_settings_that_timm_cannot_use_are_refused(changes, words, tmp_path):
     saved_by_timm(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "vit_of_tomorrow"}))
-    with pytest.raises(CheckpointError, match=r"Unknown model .vit_of_tomorrow.*upgrade timm"):
+    changed_json(tmp_path / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=words):
         read_timm(tmp_path)
+        read_timm_data(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, "no json", "[]", '{"architectures": ["ViTModel"]}'])
+@pytest.mark.parametrize("content", [None, '{"architectures": ["ViTModel"]}'])
 def test_other_directories_are_not_taken_for_timms(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert not is_timm_directory(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- what loading leaves
+
+
+def test_files_are_checked_in_several_threads_and_the_process_stays_as_it_was(tmp_path):
+    weights = timm.create_model("test_vit").state_dict()
+    kept = {name: t for name, t in weights.items() if name != "norm.weight"}
+    nan = {**weights, "norm.weight": torch.full((64,), torch.nan)}
+    for name, some in {"whole": weights, "cut": kept, "nan": nan}.items():
+        torch.save(some, tmp_path / f"{name}.pth")
+    plain, random = torch.nn.Module.load_state_dict, torch.get_rng_state()
+
+    def refusal(name):
+        try:
+            open_timm_encoder(f"timm:test_vit,checkpoint={tmp_path / name}.pth")
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(3) as pool:
+        whole, cut, bad = (list(pool.map(refusal, [name] * 4)) for name in ("whole", "cut", "nan"))
+    assert whole == [None] * 4
+    assert all("do not fit that model: norm.weight" in words for words in cut)
+    assert all("NaN or inf (norm.weight)" in words for words in bad)
+    saved_by_timm(tmp_path / "vit")
+    load(tmp_path / "vit")
+    assert torch.nn.Module.load_state_dict is plain
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_vit3", "deit_tiny_distilled_patch16_224", "beit_base_patch16_224"]
+)
+def test_a_head_that_is_taken_off_leaves_what_timm_builds_without_one(name):
+    with torch.device("meta"):
+        model: Any = timm.create_model(name)
+        model.reset_classifier(0)
+        assert str(model) == str(timm.create_model(name, num_classes=0))

@@ -1,7 +1,6 @@
 """Encoders of timm: against timm itself, features against their slow definition, and what is refused."""
 
 import json
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -13,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
-from torch import nn
 
 from nextblock.checkpoint import CheckpointError, save_classifier, save_model
 from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import encoder_extract, evaluation_data, untrained
-from nextblock.interop import load, load_classifier, open_encoder, timm_spec
+from nextblock.interop import load, load_classifier, open_encoder
 from nextblock.interop.hub import HubError
 from nextblock.interop.timm_spec import parse_timm_spec
 from nextblock.models import NextBlockModel, TimmEncoder
@@ -346,17 +344,18 @@ def test_classifiers_that_tell_prefix_tokens_and_no_crop_are_read(tmp_path, enco
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda w: {f"encoder.{key}": one for key, one in w.items()}, r"missing \(cls_token, .* unexpected"),
-        (lambda w: {key: one for key, one in w.items() if "3.mlp.fc1.w" not in key}, r"1 missing \(blocks.3"),
-        (lambda w: {**w, "blocks.0.ls1.gamma": w["norm.weight"]}, r"1 unexpected \(blocks.0.ls1.gamma\)"),
+        (lambda w: {f"encoder.{key}": one for key, one in w.items()}, r"cls_token, .* more"),
+        (
+            lambda w: {key: one for key, one in w.items() if "3.mlp.fc1.w" not in key},
+            r"3\.mlp\.fc1\.weight \(",
+        ),
+        (lambda w: {**w, "blocks.0.ls1.gamma": w["norm.weight"]}, r"blocks\.0\.ls1\.gamma \("),
     ],
 )
 def test_weights_that_do_not_cover_the_model_are_refused_by_name(tmp_path, change, told):
     torch.save(change(timm.create_model("test_vit").state_dict()), tmp_path / "some.pth")
-    plain = torch.nn.Module.load_state_dict
     with pytest.raises(CheckpointError, match=rf"do not fit that model: .*{told}"):
         open_encoder(f"timm:test_vit,checkpoint={tmp_path / 'some.pth'}")
-    assert torch.nn.Module.load_state_dict is plain
 
 
 def test_heads_and_what_else_is_beside_the_layers_may_be_there_or_not(tmp_path):
@@ -428,7 +427,7 @@ def test_files_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"there\.pth is no file; give the path of the weights"):
         open_encoder(f"timm:test_vit,checkpoint={tmp_path / 'there.pth'}")
     torch.save(timm.create_model("test_vit3").state_dict(), tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"timm cannot give .*size mismatch for pos_embed"):
+    with pytest.raises(CheckpointError, match=r"do not fit that model: .*more .*another shape"):
         open_encoder(f"timm:test_vit,checkpoint={tmp_path / 'other.pth'}")
     for name in ("empty.pth", "cut.safetensors"):
         (tmp_path / name).write_bytes(b"")
@@ -461,19 +460,3 @@ def test_a_models_file_comes_back_as_ours(tmp_path):
 def encode_ours(model):
     with torch.no_grad():
         return model.encode(torch.zeros(1, 3, 16, 16))
-
-
-def test_one_thread_at_a_time_has_its_weights_checked_and_torch_is_as_before():
-    plain = nn.Module.load_state_dict
-
-    def check_another():
-        with timm_spec._whole_weights("timm:other"):
-            pass
-
-    other = Thread(target=check_another)
-    with timm_spec._whole_weights("timm:one"):
-        other.start()
-        other.join(0.1)
-        assert other.is_alive()
-    other.join()
-    assert nn.Module.load_state_dict is plain

@@ -12,9 +12,8 @@ from nextblock.checkpoint import CheckpointError, MissingSettingError
 from nextblock.config import ModelConfig, Size
 from nextblock.interop.reading import Told, read
 from nextblock.interop.start import InitReport, in_groups, initialize_from
-from nextblock.interop.timm_format import is_timm_directory
+from nextblock.interop.timm import from_timm, is_timm_directory
 from nextblock.interop.timm_spec import TIMM_SPEC, open_timm_encoder, parse_timm_spec
-from nextblock.interop.timm_weights import from_timm
 from nextblock.models import EncoderModel, NextBlockModel
 from nextblock.models.classifier import AnyClassifier, ImageClassifier, TimmClassifier
 from nextblock.presets import model_config
@@ -164,5 +163,5 @@ def _model_of(
     """Of a classifier its encoder; `CheckpointError` where that is timm's and of another kind than ours."""
     if isinstance(loaded, TimmClassifier):
         vit = loaded.encoder_model.encoder
-        return from_timm(vit, None, origin, drop_prefix_tokens=drop_prefix_tokens)
+        return from_timm(vit, origin, drop_prefix_tokens=drop_prefix_tokens)
     return loaded.encoder_model if isinstance(loaded, ImageClassifier) else loaded

@@ -25,12 +25,8 @@ from nextblock.interop.files import make_parent
 from nextblock.interop.hub import HUB_SPEC, fetch, is_hub_spec, push
 from nextblock.interop.image_data import official_data, recorded_data
 from nextblock.interop.reading import Told, read
-from nextblock.interop.timm_format import (
-    TIMM_SPEC,
-    is_timm_directory,
-    timm_provenance,
-    write_timm,
-)
+from nextblock.interop.timm import is_timm_directory, write_timm
+from nextblock.interop.timm_spec import TIMM_SPEC, timm_provenance
 from nextblock.interop.xtra import write_xtra
 from nextblock.models import EncoderModel, NextBlockModel
 from nextblock.models.classifier import AnyClassifier, Classifier, TimmClassifier
@@ -216,7 +212,7 @@ def _write(model: NextBlockModel | AnyClassifier, path: Path, to: Target, wanted
     elif isinstance(model, TimmClassifier):
         raise AssertionError(to)
     elif to == "onnx":
-        from nextblock.interop.onnx_export import write_onnx
+        from nextblock.interop.onnx import write_onnx
 
         return write_onnx(
             model,

@@ -8,9 +8,8 @@ from nextblock.checkpoint import read_data
 from nextblock.config import DataConfig, Size, pair
 from nextblock.interop.hub import fetch, is_hub_spec
 from nextblock.interop.reading import own_file
-from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_timm_data
-
-__all__ = ["official_data", "recorded_data"]
+from nextblock.interop.timm import is_timm_directory
+from nextblock.interop.timm_spec import TIMM_SPEC, read_timm_data
 
 
 def recorded_data(src: str | Path) -> DataConfig | None:
@@ -19,10 +18,11 @@ def recorded_data(src: str | Path) -> DataConfig | None:
     A run's own settings say more, and are read by whoever knows runs.
     """
     place = fetch(str(src)) if is_hub_spec(src) else src
-    if str(place).startswith(TIMM_SPEC) or is_timm_directory(Path(place)):
-        return read_timm_data(place)
-    file = own_file(Path(place))
-    return None if file is None else read_data(file)
+    path, is_timm = Path(place), str(place).startswith(TIMM_SPEC)
+    own = None if is_timm or is_timm_directory(path) else own_file(path)
+    if own is not None:
+        return read_data(own)
+    return read_timm_data(place) if is_timm or path.exists() else None
 
 
 def official_data(image_size: Size, channels: int) -> DataConfig:

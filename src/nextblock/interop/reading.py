@@ -34,8 +34,8 @@ from nextblock.interop.files import (
     unwrapped,
 )
 from nextblock.interop.hub import fetch, is_hub_spec
-from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_timm
-from nextblock.interop.timm_weights import is_timm_weights, read_timm_weights
+from nextblock.interop.timm import from_timm, is_timm_directory, is_timm_weights, read_timm
+from nextblock.interop.timm_spec import TIMM_SPEC, timm_model
 from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import NextBlockModel
 from nextblock.models.classifier import AnyClassifier
@@ -116,7 +116,8 @@ def _read(src: str | Path, told: Told) -> Found:
     origin = str(src)
     if origin.startswith(TIMM_SPEC):
         _refuse_settings_of_aim(told, origin)
-        return Found(read_timm(src, drop_prefix_tokens=told.to_start_from), "timm model")
+        vit = timm_model(origin)
+        return Found(from_timm(vit, origin, drop_prefix_tokens=told.to_start_from), "timm model")
     path = _place(src)
     if is_timm_directory(path):
         _refuse_settings_of_aim(told, origin)
@@ -190,9 +191,7 @@ def _read_foreign(path: Path, origin: str, told: Told) -> Found:
         return Found(read_xtra(content, origin, num_heads=told.num_heads), "official XTRA")
     if is_timm_weights(weights):
         _refuse_settings_of_aim(told, origin)
-        model = read_timm_weights(
-            weights, origin, num_heads=told.num_heads, drop_prefix_tokens=told.to_start_from
-        )
+        model = read_timm(path, weights, num_heads=told.num_heads, drop_prefix_tokens=told.to_start_from)
         return Found(model, "timm state dict")
     held = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise UnknownFormatError(f"{origin} is in no known format (it holds: {held}); known: {KNOWN}")

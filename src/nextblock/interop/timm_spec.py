@@ -1,50 +1,59 @@
-"""Models of timm by name: "timm:NAME", with options after commas.
+"""Models of timm by name: "timm:NAME", with options after commas, and what timm says of their images.
 
-`pretrained=false` leaves the weights fresh, the same ones each time, `checkpoint=FILE` takes them from a
-file, where there is no network, and `img_size=N` and `in_chans=N` build the same architecture for other
-images, its positions resampled.
+`pretrained=false` leaves the weights fresh, `checkpoint=FILE` takes them from a file, for machines without a
+network, and `img_size=N` and `in_chans=N` build the architecture for other images, its positions resampled.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import pickle
+import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from threading import RLock, get_ident
+from threading import Lock
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from nextblock.checkpoint import CheckpointError
-from nextblock.interop.hub import hub_errors
+from nextblock.checkpoint import CheckpointError, is_safetensors, read_data
+from nextblock.config import DataConfig, pair
+from nextblock.interop.cards import UNSPECIFIED, Provenance
+from nextblock.interop.hub import HubError, hub_errors
+from nextblock.interop.timm import (
+    described_at,
+    own_config,
+    require_numbers,
+    timm_architecture,
+)
 from nextblock.models.timm_encoder import TimmEncoder
 from nextblock.settings import nearest_name
-
-__all__ = ["TIMM_SPEC", "TimmSpec", "open_timm_encoder", "parse_timm_spec", "timm_model"]
 
 log = logging.getLogger(__name__)
 
 TIMM_SPEC = "timm:"
 FRESH_SEED = 0
-"""Of weights that are left fresh, so that they are the same in every process."""
-OPTIONS = "pretrained=false, checkpoint=FILE, img_size=N, in_chans=N"
-_PATCHING = RLock()
-"""Held while torch's way of loading is replaced: one thread at a time, or one would keep another's."""
+"""Seed of weights that stay fresh, so that they are the same in every process."""
+BESIDE = re.compile(r"[^.]*head|decoder_|attn_pool|mask_token|pre_logits")
+"""Beginnings of names that belong to a head or to pre-training, and not to the layers that are used."""
+_BUILDING = Lock()
+"""Held while a timm model draws from torch's global generator, whose state is put back afterwards."""
 
 
 class TimmSpec(NamedTuple):
-    """What a spec says."""
+    """What "timm:NAME[,option=value ...]" says."""
 
     name: str
     pretrained: bool
     checkpoint: Path | None
     arguments: dict[str, int]
-    """img_size and in_chans, where given."""
+    """img_size and in_chans, if given: the same architecture for other images, its positions resampled."""
 
 
 def parse_timm_spec(spec: str) -> TimmSpec:
@@ -60,7 +69,8 @@ def parse_timm_spec(spec: str) -> TimmSpec:
         elif key in ("img_size", "in_chans") and value.isdecimal() and int(value) > 0:
             arguments[key] = int(value)
         else:
-            raise ValueError(f"{spec}: cannot read {option!r}; options of timm:NAME are {OPTIONS}")
+            known = "pretrained=false, checkpoint=FILE, img_size=N, in_chans=N"
+            raise ValueError(f"{spec}: cannot read {option!r}; options of timm:NAME are {known}")
     if checkpoint is not None and not checkpoint.is_file():
         raise CheckpointError(f"{spec}: {checkpoint} is no file; give the path of the weights")
     return TimmSpec(name, pretrained, checkpoint, arguments)
@@ -71,114 +81,144 @@ def timm_model(spec: str) -> nn.Module:
 
     Weights that do not cover the whole of it, or cover more, are refused; heads do not count.
     """
-    name, pretrained, checkpoint, told = parse_timm_spec(spec)
-    if ":" not in name and not timm.is_model(name):  # hf-hub:USER/NAME and local-dir:PATH are timm's as well
+    name, pretrained, checkpoint, options = parse_timm_spec(spec)
+    kind, _, place = name.rpartition(":")  # hf-hub:USER/NAME and local-dir:PATH are timm's as well
+    if not kind and not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; {nearest_name(name, timm.list_models())}")
-    arguments: dict[str, Any] = dict(told)
+    arguments: dict[str, Any] = dict(options)
+    if kind == "local-dir":
+        own_config(Path(place))  # refuses settings that contradict each other
     if checkpoint is not None:
         arguments["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
-    told_instead = "the path of a copy: timm:local-dir:DIR"
-    if ":" not in name:
-        told_instead = f"its weights, {spec},checkpoint=FILE, or leave them fresh, {spec},pretrained=false"
-    with hub_errors(spec, instead=told_instead), torch.random.fork_rng(devices=[]), _whole_weights(spec):
-        torch.random.default_generator.manual_seed(FRESH_SEED)
-        try:
-            return timm.create_model(
-                name, pretrained=pretrained or checkpoint is not None, num_classes=0, **arguments
+        own = own_config(checkpoint)
+        if own is not None and timm_architecture(own)[0] != name.partition(".")[0]:
+            raise CheckpointError(
+                f"{spec}: {checkpoint} holds a {timm_architecture(own)[0]} with attention "
+                f"{own.feature_attention}; give the file alone, as --model {checkpoint}"
             )
-        except CheckpointError:
-            raise
-        except (RuntimeError, TypeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
-            reason = textwrap.shorten(str(error), 400, placeholder=" ...")
-            raise CheckpointError(f"timm cannot give {spec}: {reason}") from error
-
-
-@contextmanager
-def _whole_weights(spec: str) -> Iterator[None]:
-    """Refuse weights that leave parts of a model fresh; built without a head, timm takes them.
-
-    What is missing torch tells timm, which keeps it to itself: it is looked at on its way, in this thread.
-    """
-    thread = get_ident()
-    with _PATCHING:
-        plain = nn.Module.load_state_dict
-
-        def load(
-            self: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-        ) -> Any:
-            is_ours = get_ident() == thread
-            found = plain(self, state_dict, strict=strict and not is_ours, assign=assign)
-            if is_ours:
-                _check_keys(spec, found.missing_keys, found.unexpected_keys)
-            return found
-
-        nn.Module.load_state_dict = load
-        try:
-            yield
-        finally:
-            nn.Module.load_state_dict = plain
-
-
-def _check_keys(spec: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected))
-        if (names := [key for key in keys if not _is_beside(key)])
-    ]
-    if problems:
+    has_weights = pretrained or checkpoint is not None
+    create = partial(timm.create_model, name, pretrained=has_weights, **arguments)
+    instead = "the path of a copy: timm:local-dir:DIR"
+    if not kind:
+        instead = f"its weights, {spec},checkpoint=FILE, or leave them fresh, {spec},pretrained=false"
+    local = kind == "local-dir" or checkpoint is not None
+    try:
+        with (
+            nullcontext() if local else hub_errors(spec, instead=instead),
+            _BUILDING,
+            torch.random.fork_rng(devices=[]),
+        ):
+            torch.random.default_generator.manual_seed(FRESH_SEED)
+            model = _whole_model(create, spec) if has_weights else create(num_classes=0)
+    except (CheckpointError, HubError):
+        raise
+    except (
+        RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError, OSError,
+        SafetensorError, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
         raise CheckpointError(
-            f"the weights of {spec} do not fit that model: {', '.join(problems)}; give weights of this "
-            "architecture, under timm's names"
+            f"timm cannot give {spec}: {reason}; give whole weights of this architecture, under timm's names"
+        ) from error
+    if has_weights:
+        require_numbers(model.state_dict(), spec)
+    return model
+
+
+def _whole_model(create: partial[nn.Module], spec: str) -> nn.Module:
+    """A pretrained timm model without its head, all of whose other weights come from the file."""
+    try:
+        # timm loads strictly only with as many classes as the file has, so the head goes afterwards.
+        model: Any = create()
+        model.reset_classifier(0)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        # torch lists every tensor that is missing, unexpected or of another shape. If all of them belong to
+        # heads or to pre-training, the rest fits, and can be loaded without timm's strictness.
+        names = [a or b for a, b in re.findall(r'"([^"\s]+)"|size mismatch for (\S+):', str(error))]
+        wrong = [name for name in names if not BESIDE.match(name)]
+        if wrong or not names:
+            more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+            raise CheckpointError(
+                f"the weights of {spec} do not fit that model: {', '.join(wrong[:6]) or error}{more} "
+                "(missing, unexpected or of another shape); give this architecture's weights, in timm's names"
+            ) from error
+        model = create(num_classes=0)
+    # If timm cannot bring the first layer to `in_chans`, it leaves that fresh, and is not strict.
+    first = model.pretrained_cfg.get("first_conv")
+    if "in_chans" in create.keywords and not isinstance(model.get_submodule(first), nn.Conv2d):
+        raise CheckpointError(
+            f"the weights of {first} in {spec} fit no other number of channels; omit in_chans"
         )
-
-
-def _is_beside(key: str) -> bool:
-    """Whether a tensor belongs to a head or to pre-training, and not to the layers that are given out."""
-    part = key.partition(".")[0]
-    return "head" in part or part.startswith("decoder_") or part in ("attn_pool", "mask_token", "pre_logits")
+    return model
 
 
 def open_timm_encoder(spec: str) -> TimmEncoder:
     """Any transformer of timm, as it is there, on the CPU in fp32 and evaluation mode."""
-    told = parse_timm_spec(spec)
+    name, _, _, arguments = parse_timm_spec(spec)
     built = timm_model(spec)
-    # timm's own name where the spec gives a place of it, so that it can be built again without that place
+    # If the spec gives a place: timm's own name, so that it can be built again without that place.
     settings: Any = built.pretrained_cfg
-    architecture = told.name if ":" not in told.name else str(settings["architecture"])
     try:
-        model = TimmEncoder(built, architecture, told.arguments)
+        model = TimmEncoder(built, str(settings["architecture"]) if ":" in name else name, arguments)
     except ValueError as error:
         raise CheckpointError(f"{spec}: {error}") from error
-    if ":" in told.name:
-        _refuse_unlike(spec, model)
-    otherwise = _done_otherwise(model)
-    if otherwise:
-        log.info("%s: %s", spec, "; ".join(otherwise))
+    if ":" in name:
+        # Baselines and saved heads build the network anew from its architecture's name alone.
+        with _BUILDING, torch.random.fork_rng(devices=[]):
+            fresh = TimmEncoder.fresh(model.config)
+        ours, again = ({n: t.shape for n, t in one.state_dict().items()} for one in (model, fresh))
+        different = sorted(n for n in ours.keys() | again.keys() if ours.get(n) != again.get(n))
+        if different:
+            raise CheckpointError(
+                f"{spec}: {len(different)} of its tensors ({', '.join(different[:3])}) are not as timm "
+                f"builds {model.config.architecture}, so that it could not be built again; give an "
+                "architecture that timm knows by name"
+            )
+    if model.config.interpolation != "bicubic":
+        log.info(
+            "%s: timm resizes its images by %s, here it is done by bicubic", spec, model.config.interpolation
+        )
+    if getattr(model.encoder, "attn_pool", None) is not None:
+        log.info("%s: its attention pooling is not used, features are pooled as for any other encoder", spec)
     return model.eval()
 
 
-def _done_otherwise(model: TimmEncoder) -> list[str]:
-    """What timm would do with this network, and evaluation does in another way."""
-    told = []
-    if model.config.interpolation != "bicubic":
-        told.append(f"timm resizes its images by {model.config.interpolation}, here it is done by bicubic")
-    if getattr(model.encoder, "attn_pool", None) is not None:
-        told.append("its attention pooling is not used, features are pooled as for any other encoder")
-    return told
+def timm_settings(src: str | Path) -> tuple[str, dict[str, Any]]:
+    """What a spec, a directory or a weight file is called, and timm's settings of it ({}: none are known)."""
+    if not str(src).startswith(TIMM_SPEC):
+        described = described_at(Path(src))
+        return f"{src}, a timm directory", {**described, **described.get("pretrained_cfg", {})}
+    spec = parse_timm_spec(str(src))
+    cfg = timm.get_pretrained_cfg(spec.name)
+    settings = {} if cfg is None else cfg.to_dict()
+    if "img_size" in spec.arguments:
+        settings["input_size"] = (3, *pair(spec.arguments["img_size"]))
+    return f"timm's {spec.name}", settings
 
 
-def _refuse_unlike(spec: str, model: TimmEncoder) -> None:
-    """Refuse a network that its architecture's name does not give again, as baselines and heads need it."""
-    shapes, again = (
-        {name: tensor.shape for name, tensor in one.state_dict().items()}
-        for one in (model, TimmEncoder.fresh(model.config))
-    )
-    if shapes != again:
-        different = sorted(
-            name for name in shapes.keys() | again.keys() if shapes.get(name) != again.get(name)
+def read_timm_data(src: str | Path) -> DataConfig | None:
+    """How images are cut and normalised for a spec, directory or weight file; None if nothing tells it."""
+    _, settings = timm_settings(src)
+    if not {"mean", "std", "crop_pct", "input_size"} <= settings.keys():
+        is_file = Path(src).is_file() and is_safetensors(Path(src))
+        return read_data(Path(src)) if is_file else None
+    try:
+        return DataConfig(
+            mean=tuple(settings["mean"]),
+            std=tuple(settings["std"]),
+            val_resize_px=math.floor(min(settings["input_size"][1:]) / settings["crop_pct"]),
+            val_crop=settings.get("crop_mode") or "center",
         )
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{spec}: {len(different)} of its tensors ({', '.join(different[:3])}) are not as timm builds "
-            f"{model.config.architecture}, so that it could not be built again; give an architecture that "
-            "timm knows by name"
-        )
+            f"the config.json of {src} has a damaged mean, std, crop or input_size ({error}); take the "
+            "original file"
+        ) from error
+
+
+def timm_provenance(src: str | Path) -> Provenance:
+    """The licence that timm's settings of a directory or spec name."""
+    origin, settings = timm_settings(src)
+    return Provenance(origin=origin, license=settings.get("license") or UNSPECIFIED)

@@ -17,7 +17,7 @@ from nextblock.evaluate.features import seeded
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.lora import add_lora
 from nextblock.evaluate.settings import CROP_RATIO
-from nextblock.interop.timm_format import data_at, encoder_at
+from nextblock.interop.timm import data_at, encoder_at
 from nextblock.models import EncoderModel, NextBlockModel
 from nextblock.models.classifier import AnyClassifier, create_classifier
 from nextblock.models.features import last_layers

@@ -1,0 +1,168 @@
+"""ONNX out: an encoder or a classifier as one graph, run by onnxruntime and compared before it is kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import CheckpointError
+from nextblock.config import Attention, DataConfig, Size, pair
+from nextblock.interop.cards import Provenance
+from nextblock.interop.files import make_parent, refuse_directory
+from nextblock.interop.timm import data_at, encoder_at, require_numbers
+from nextblock.logs import held_back
+from nextblock.models import NextBlockModel
+from nextblock.models.classifier import ImageClassifier
+from nextblock.models.features import pool_features
+from nextblock.settings import require, to_dict
+
+OPSET = 18
+"""Version of the ONNX operators; onnxruntime 1.14 and later have it."""
+TOLERANCE = 1e-4
+"""Largest difference from torch, over the largest output."""
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+class OnnxError(RuntimeError):
+    """A graph could not be made, or does not compute what the model does."""
+
+
+class _Graph(nn.Module):
+    """What the graph computes: tokens, the chosen layers, and a classifier's logits."""
+
+    def __init__(
+        self, encoder: NextBlockModel, layers: Sequence[int], classifier: ImageClassifier | None
+    ) -> None:
+        super().__init__()
+        self.encoder, self.layers, self.classifier = encoder, layers, classifier
+        self.names = ["tokens", *(f"layer_{layer}" for layer in layers), *(["logits"] if classifier else [])]
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
+        encoded = self.encoder.encode(images)
+        outputs = [encoded.tokens, *(encoded.layers[layer] for layer in self.layers)]
+        if self.classifier is not None:
+            features = self.classifier.head_config.features
+            outputs.append(self.classifier.head(pool_features(encoded, features, self.encoder.final_norm)))
+        return tuple(outputs)
+
+
+def write_onnx(
+    model: NextBlockModel | ImageClassifier,
+    path: Path,
+    *,
+    data: DataConfig,
+    provenance: Provenance,
+    layers: Sequence[int] | None = None,
+    attention: Attention = "native",
+    image_size: Size | None = None,
+) -> float:
+    """Write `path` and return the largest difference from torch, over the largest output.
+
+    The batch is free, the image size fixed; a block mask is part of the graph. Outputs are `tokens`, one for
+    each of `layers` (`layer_3`, counted from 0) and a classifier's `logits`. The settings, and how images are
+    normalised, stand in the metadata. Beyond torch's limit for one file the weights lie in `NAME.onnx.data`.
+    Raises `OnnxError` if a package is missing or the outputs differ.
+    """
+    refuse_directory(path)
+    try:
+        for package in PACKAGES:
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise OnnxError(f"writing ONNX needs {error.name}: pip install {' '.join(PACKAGES)}") from error
+    classifier = model if isinstance(model, ImageClassifier) else None
+    source = model.encoder_model if isinstance(model, ImageClassifier) else model
+    if classifier is not None:
+        own = classifier.head_config.attention
+        require(
+            attention in ("native", own),
+            f"attention {attention}: this classifier's head is made for {own!r}; leave it out",
+        )
+        attention = own
+    require_numbers(model.state_dict(), "the model")
+    layers, depth = tuple(layers or ()), source.config.depth
+    require(
+        len(set(layers)) == len(layers) and all(0 <= layer < depth for layer in layers),
+        f"layers {list(layers)}: name layers from 0 to {depth - 1}, each once",
+    )
+    graph = _Graph(encoder_at(source, image_size, attention), layers, classifier).eval()
+    config = graph.encoder.config
+    data = data_at(data, source.config, config)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        torch.randn(b, config.in_chans, *pair(config.image_size), generator=generator) for b in (2, 1, 3)
+    ]
+    make_parent(path)
+    # The exporter's notes and warnings are nothing that a user can act on; its errors are raised.
+    with held_back(logging.ERROR, *TALKATIVE), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                graph,
+                (batches[0],),
+                dynamo=True,
+                input_names=["images"],
+                output_names=graph.names,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise OnnxError(f"torch cannot export this model as ONNX: {reason}") from error
+        assert program is not None
+        program.model.metadata_props.update(
+            producer="nextblock",
+            mean=json.dumps(list(data.mean)),
+            std=json.dumps(list(data.std)),
+            resize_px=str(data.val_resize_px),
+            crop=data.val_crop,
+            image_size=json.dumps(list(pair(config.image_size))),
+            attention=config.feature_attention,
+            config=json.dumps(to_dict(config)),
+            origin=provenance.origin,
+            license=provenance.license,
+        )
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as aside:
+                program.save(Path(aside) / path.name)
+                difference = _difference(graph, Path(aside) / path.name, batches)
+                if not difference <= TOLERANCE:
+                    raise OnnxError(
+                        f"onnxruntime differs from torch by {difference:.1e} of the largest output, more "
+                        f"than {TOLERANCE:.0e}; nothing was written. Try other versions of both"
+                    )
+                # The weights first: a graph that is there is whole.
+                for file in sorted(Path(aside).iterdir(), reverse=True):
+                    with write_aside(path.with_name(file.name)) as target:
+                        file.replace(target)
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write {path}: {error}. Make room on the disk, or choose another place, and run "
+                "the same command again"
+            ) from error
+    return difference
+
+
+def _difference(graph: _Graph, path: Path, batches: Sequence[Tensor]) -> float:
+    """The largest difference between onnxruntime and torch, over each output's largest value."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for images in batches:
+        found = session.run(graph.names, {"images": images.numpy()})
+        for ours, theirs in zip(graph(images), found, strict=True):
+            difference = (ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max()
+            worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))  # `max` would skip a NaN
+    return worst

@@ -1,0 +1,486 @@
+"""timm's format, out and in: a directory of config.json and model.safetensors, or a weight file alone.
+
+An encoder under full attention with timm's epsilon leaves as one of timm's own architectures with every
+argument given; any other as `nextblock_vit` (see `timm_models`). Its settings stand in config.json and in the
+metadata of the weight file, so that either alone gives back the same encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from nextblock.atomic import write_aside
+from nextblock.checkpoint import (
+    RECORDED_DATA,
+    CheckpointError,
+    is_safetensors,
+    load_strictly,
+    read_metadata,
+)
+from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
+from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
+from nextblock.interop.files import MAIN_FILES, make_parent, read_content, read_json, unwrapped
+from nextblock.interop.names import count_numbered, needed, on_cpu, patch_shape, ratio_of, require_heads
+from nextblock.interop.timm_models import NextBlockViT, model_args
+from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
+from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
+from nextblock.models.encoder import positions_on, vit_arguments
+from nextblock.settings import from_dict, to_dict
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Of what stands under "nextblock" in config.json and in the weight file's metadata."""
+STOCK = "vit_base_patch16_224"
+"""The timm architecture that stands for all whose arguments are given in full."""
+TIMM_EPS = 1e-6
+"""Epsilon of timm's LayerNorms."""
+
+# Names in a timm ViT. All others are those of our encoder, which is a timm ViT itself.
+HEADS = ("head.", "attn_pool.", "fc_norm.")
+PREFIX_TOKENS = ("cls_token", "reg_token")
+MAPS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+SCALED_MAPS = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
+# Parts of a timm ViT that change nothing in the tokens of an evaluated encoder, or that are folded away.
+WITHOUT_EFFECT = ("drop", "head", "attn_pool", "fc_norm", "ls1", "ls2")
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_timm(
+    model: EncoderModel,
+    directory: Path,
+    *,
+    data: DataConfig,
+    provenance: Provenance,
+    image_size: Size | None = None,
+    address: str | None = None,
+) -> None:
+    """Write an encoder as a directory that `timm.create_model("local-dir:DIRECTORY")` opens.
+
+    `data` says how its images are cut and normalised. `image_size` writes an encoder of ours at that size,
+    with the positions that `encode` would use there. The predictor is left out. `address` is the place that
+    the card names, as timm writes it ("hf-hub:USER/NAME").
+    """
+    if isinstance(model, NextBlockModel):
+        whole, model = model, encoder_at(model, image_size)
+        data = data_at(data, whole.config, model.config)
+    config = model.config
+    size = pair(config.image_size)
+    crop_pct = min(size) / data.val_resize_px
+    if math.floor(min(size) / crop_pct) != data.val_resize_px:  # timm rounds down
+        crop_pct = min(size) / (data.val_resize_px + 0.5)
+    pretrained_cfg = {
+        "num_classes": 0,
+        "input_size": [config.in_chans, *size],
+        "fixed_input_size": True,
+        "pool_size": None,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+        "crop_mode": data.val_crop,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **({"license": provenance.license} if provenance.license != UNSPECIFIED else {}),
+    }
+    described: dict[str, Any] = {"num_classes": 0, "num_features": config.embed_dim}
+    metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
+    if isinstance(config, ModelConfig):
+        architecture, arguments = timm_architecture(config)
+        own = {"format_version": FORMAT_VERSION, "model": to_dict(config)}
+        described |= {"global_pool": "avg", "nextblock": own}
+        metadata["nextblock"] = json.dumps(own)
+    else:
+        architecture, arguments = config.architecture.partition(".")[0], dict(config.arguments)
+        settings: Any = model.encoder.pretrained_cfg
+        pretrained_cfg |= {
+            name: settings.get(name) for name in ("fixed_input_size", "first_conv", "classifier")
+        }
+    described |= {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained_cfg}
+    weights = on_cpu(model.encoder.state_dict())
+    require_numbers(weights, "the model")
+    make_parent(directory)
+    with write_aside(directory) as aside:
+        aside.mkdir()
+        (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, aside / MAIN_FILES[0], metadata=metadata)
+        # safetensors gives its files mode 0600; config.json got what the umask allows.
+        shutil.copymode(aside / "config.json", aside / MAIN_FILES[0])
+        card = _card(model, architecture, address or f"local-dir:{directory.name}", data, provenance)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
+    if config.feature_attention == "causal" or config.norm_eps != TIMM_EPS:
+        return "nextblock_vit", model_args(config)
+    # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
+    norms = ("norm_layer", "embed_norm_layer")
+    arguments = {name: value for name, value in vit_arguments(config).items() if name not in norms}
+    arguments |= {"img_size": list(pair(config.image_size)), "global_pool": "avg", "fc_norm": False}
+    return STOCK, arguments | ({"embed_norm_layer": "layernorm"} if config.patch_norm else {})
+
+
+def _card(
+    model: EncoderModel, architecture: str, address: str, data: DataConfig, provenance: Provenance
+) -> str:
+    place = address.partition(":")[2]
+    registers = architecture == "nextblock_vit"
+    opening = [
+        "import timm",
+        *(["import nextblock.interop.timm_models  # registers nextblock_vit"] if registers else []),
+        f'model = timm.create_model("{address}", pretrained=True).eval()',
+        "features = model.forward_features(images)  # (b n d), model(images) pools them",
+    ]
+    if isinstance(model, TimmEncoder):
+        notes = [f"Commands of nextblock take it as `--model timm:{address}`."]
+    else:
+        notes = [f'`transformers.AutoModel.from_pretrained("{place}")` and `nextblock.load` open it as well.']
+    if registers:
+        notes.append(
+            "timm and transformers need the second line above (`pip install nextblock`) for the block mask "
+            "or epsilon of `nextblock_vit`; without it timm says `Unknown model (nextblock_vit)`."
+        )
+    elif isinstance(model, NextBlockModel) and model.config.positions == "sincos":
+        notes.append(
+            "At another `img_size=` timm resamples the fixed positions, which this model computes anew: that "
+            "is another function. Convert again with `--image_size`."
+        )
+    return model_card(
+        model.config,
+        title=place.rpartition("/")[2],
+        library="timm",
+        data=data,
+        provenance=provenance,
+        opening="\n".join(opening),
+        notes=notes,
+    )
+
+
+def encoder_at(
+    model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
+) -> NextBlockModel:
+    """The encoder alone, at another image size if one is given: with the positions that it has there.
+
+    With `attention` other than "native", that is what its features are made for.
+    """
+    config = replace(model.config, predictor=None, tokenizer=None, init=None)
+    if attention != "native":
+        config = replace(config, feature_attention=attention)
+    if image_size is not None and pair(image_size) != pair(config.image_size):
+        block_size = config.block_size if config.feature_attention == "causal" else 1
+        config = replace(config, image_size=image_size, block_size=block_size)
+    weights = on_cpu(model.encoder.state_dict())
+    weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
+    return _encoder(config, weights, "the model")
+
+
+def data_at(data: DataConfig, old: ModelConfig, new: ModelConfig) -> DataConfig:
+    """The same share of the picture at another image size."""
+    sizes = [max(pair(config.image_size)) for config in (old, new)]
+    return replace(data, val_resize_px=round(data.val_resize_px * sizes[1] / sizes[0]))
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def is_timm_directory(path: Path) -> bool:
+    """Whether a directory's config.json names a timm architecture."""
+    return path.is_dir() and bool(described_at(path))
+
+
+def is_timm_weights(weights: Mapping[str, Any]) -> bool:
+    """Whether a file's content is the bare state dict of a timm VisionTransformer."""
+    return "patch_embed.proj.weight" in weights and "blocks.0.attn.qkv.weight" in weights
+
+
+def read_timm(
+    path: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    num_heads: int | None = None,
+    drop_prefix_tokens: bool = False,
+) -> NextBlockModel:
+    """Build the encoder of a timm directory or of a weight file.
+
+    `weights` are those of the file, if they have been read already. A file is described by its metadata and
+    by a timm config.json beside it, which must agree. If there is neither, it is a timm ViT under full
+    attention, and `num_heads` may have to be given. Class and register tokens are refused; with
+    `drop_prefix_tokens` they and their positions are left out, and listed: good to start from, but not the
+    features of the original.
+    """
+    origin, file = str(path), _weight_file(path)
+    if file is None:
+        raise CheckpointError(
+            f"{path} holds no weights beside its config.json: looked for {', '.join(MAIN_FILES)}; put them "
+            "there"
+        )
+    config, described = own_config(path), described_at(path)
+    weights = unwrapped(read_content(file)) if weights is None else weights
+    require_numbers(weights, origin)
+    if config is not None:
+        return _encoder(config, weights, origin)
+    if not described:
+        log.info("%s does not tell its attention; taken as a timm ViT, under full attention", origin)
+        return read_timm_weights(weights, origin, num_heads=num_heads, drop_prefix_tokens=drop_prefix_tokens)
+    directory = path if path.is_dir() else path.parent
+    try:
+        with torch.random.fork_rng(devices=[]):
+            vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError) as error:
+        raise CheckpointError(
+            f"timm cannot build what {directory / 'config.json'} describes ({error}); compare its "
+            "architecture and model_args with those of timm, or upgrade timm"
+        ) from error
+    # Both without the head, so that one of any number of classes is no difference.
+    load_strictly(vit, {name: w for name, w in weights.items() if not name.startswith("head.")}, origin)
+    return from_timm(vit, origin, drop_prefix_tokens=drop_prefix_tokens)
+
+
+def described_at(path: Path) -> dict[str, Any]:
+    """The config.json of a directory, or beside a weight file; {} if it names no timm architecture."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    content = read_json(file)
+    if "architecture" not in content:
+        return {}
+    kinds = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "nextblock": dict}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name, kind()), kind):
+            raise CheckpointError(f"{file} is damaged: {name} is {content[name]!r}; take the original file")
+    return content
+
+
+def _weight_file(path: Path) -> Path | None:
+    """A file itself; of a directory, the model."""
+    files = [path] if path.is_file() else [path / name for name in MAIN_FILES]
+    return next((file for file in files if file.is_file()), None)
+
+
+def own_config(path: Path) -> ModelConfig | None:
+    """The settings that `write_timm` left in a weight file's metadata and in the config.json beside it."""
+    described, file = described_at(path), _weight_file(path)
+    has_metadata = file is not None and is_safetensors(file)
+    recorded = read_metadata(file).get("nextblock") if has_metadata else None  # type: ignore[arg-type]
+    try:
+        own = described.get("nextblock") if recorded is None else json.loads(recorded)
+        if own is None:
+            return None
+        if int(own["format_version"]) > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {own['format_version']}, this release reads up to "
+                f"{FORMAT_VERSION}; upgrade nextblock"
+            )
+        config = from_dict(ModelConfig, own["model"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f'the settings under "nextblock" of {path} are damaged ({error}); take the original files'
+        ) from error
+    # timm follows architecture and model_args, we follow "nextblock": unless all agree, one would be wrong
+    # without a word. (A changed attention does not change the shape of a single weight.)
+    architecture, arguments = timm_architecture(config)
+    if described and (
+        described.get("nextblock") != own
+        or described["architecture"] != architecture
+        or any(described.get("model_args", {}).get(name) != value for name, value in arguments.items())
+    ):
+        raise CheckpointError(
+            f"the weight file and the config.json of {path} describe different encoders: by the weights "
+            f"timm's {architecture} with attention {config.feature_attention}; take both from one place"
+        )
+    return config
+
+
+def require_numbers(weights: Mapping[str, Any], origin: str) -> None:
+    """Refuse what is no tensor, and NaN and inf, by name."""
+    strange = [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{origin} holds more than tensors ({', '.join(strange[:3])}); save the state_dict"
+        )
+    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} tensors of {origin} contain NaN or inf ({', '.join(bad[:3])}); take an earlier "
+            "checkpoint"
+        )
+
+
+def _encoder(
+    config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
+) -> NextBlockModel:
+    """A model without a predictor that has these weights; `like` must consist of the same modules."""
+    with torch.random.fork_rng(devices=[]):  # its fresh weights are overwritten at once
+        model = NextBlockModel(config)
+    if like is not None:
+        # Names and shapes of weights do not tell all: another activation, epsilon or order of norms has no
+        # weights. So every module is compared with ours by its kind and its arguments.
+        theirs, ours = _kinds(like), _kinds(model.encoder)
+        unlike = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+        if unlike:
+            named = (f"{n} is {theirs.get(n)}, here {ours.get(n)}" for n in sorted(unlike)[:3])
+            raise CheckpointError(
+                f"{origin} is no encoder of this kind: {'; '.join(named)}. Commands that evaluate "
+                "take any transformer of timm as it is, as --model timm:NAME"
+            )
+    load_strictly(model.encoder, weights, origin)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------- from a timm ViT to ours
+
+
+def from_timm(vit: nn.Module, origin: str, *, drop_prefix_tokens: bool = False) -> NextBlockModel:
+    """The encoder of a timm `VisionTransformer`; what it does and ours cannot do is refused by name."""
+    if isinstance(vit, NextBlockViT):
+        weights = {name: w for name, w in vit.state_dict().items() if not name.startswith(HEADS)}
+        return _encoder(vit.block_config, weights, origin)
+    kinds = (type(vit), type(vit.blocks[0])) if type(vit) is VisionTransformer else (type(vit),)
+    if kinds != (VisionTransformer, Block):
+        raise CheckpointError(
+            f"{origin} is a timm {kinds[-1].__name__}; only its VisionTransformer of plain Blocks is read"
+        )
+    kept = _without_prefix(
+        vit.state_dict(), origin, drop=drop_prefix_tokens, in_positions=not vit.no_embed_class
+    )
+    first: Any = vit.blocks[0]  # type: ignore[index]
+    rows, columns = vit.patch_embed.img_size  # type: ignore[misc] # set in all but the dynamic ones
+    return _built(
+        kept,
+        origin,
+        image_size=rows if rows == columns else (rows, columns),
+        num_heads=first.attn.num_heads,
+        norm_eps=getattr(first.norm1, "eps", TIMM_EPS),
+        like=vit,
+    )
+
+
+def _kinds(vit: nn.Module) -> dict[str, str]:
+    """The kind and arguments of every module that has an effect; a bias may be missing, it is then zero."""
+    return {
+        name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})")
+        for name, module in vit.named_modules()
+        if name and not any(part in name for part in WITHOUT_EFFECT)
+    }
+
+
+def read_timm_weights(
+    weights: Mapping[str, Tensor],
+    origin: str,
+    *,
+    num_heads: int | None = None,
+    drop_prefix_tokens: bool = False,
+) -> NextBlockModel:
+    """Build the encoder that a bare state dict holds: a square image, GELU, LayerNorm of timm's epsilon.
+
+    `num_heads` comes from the argument or the table of official (width, depth), else the file is refused.
+    """
+    width, _, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
+    depth = count_numbered(weights, "blocks.", origin)
+    heads = require_heads(num_heads or NUM_HEADS_OF_SIZE.get((width, depth)), (width, depth), origin)
+    for name in ("norm.weight", "pos_embed"):
+        needed(weights, name, origin)
+    kept = _without_prefix(weights, origin, drop=drop_prefix_tokens)
+    patches = kept["pos_embed"].shape[1]
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise CheckpointError(
+            f"{origin} has positions of {patches} patches, which are no square grid; put timm's config.json "
+            "beside it"
+        )
+    return _built(kept, origin, image_size=side * patch_size, num_heads=heads, norm_eps=TIMM_EPS)
+
+
+def _without_prefix(
+    weights: Mapping[str, Tensor], origin: str, *, drop: bool, in_positions: bool | None = None
+) -> dict[str, Tensor]:
+    """Encoder weights without heads, and without class and register tokens and their positions.
+
+    `in_positions` says whether these tokens have positions; None: if a square grid is left without them.
+    """
+    tokens = [name for name in PREFIX_TOKENS if name in weights]
+    count = sum(weights[name].shape[1] for name in tokens)
+    if tokens and not drop:
+        raise CheckpointError(
+            f"{origin} has tokens beside the patches ({', '.join(tokens)}), to which all patches attend: "
+            "without them its features would not be its own. As model.init it can be started from"
+        )
+    kept = {
+        name: tensor for name, tensor in weights.items() if name not in tokens and not name.startswith(HEADS)
+    }
+    if tokens and in_positions is None:
+        in_positions = math.isqrt(kept["pos_embed"].shape[1]) ** 2 != kept["pos_embed"].shape[1]
+    if tokens and in_positions and "pos_embed" in kept:
+        kept["pos_embed"] = kept["pos_embed"][:, count:]
+    left_out = [name for name in weights if name not in kept]
+    if left_out:
+        positions_too = f", and the positions of {count} of them" if tokens and in_positions else ""
+        log.info("left out of %s: %s%s", origin, ", ".join(left_out), positions_too)
+    return kept
+
+
+def _built(
+    weights: Mapping[str, Tensor],
+    origin: str,
+    *,
+    image_size: Size,
+    num_heads: int,
+    norm_eps: float,
+    like: nn.Module | None = None,
+) -> NextBlockModel:
+    """The encoder of these weights under full attention; its other sizes are those of the tensors."""
+    width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
+    depth = count_numbered(weights, "blocks.", origin)
+    kept = dict(weights)
+    # LayerScale multiplies what attention and MLP give. That is the same as scaling the rows of their last
+    # map, its bias included: gamma * (W x + b) = (gamma W) x + gamma b.
+    for name in [name for name in kept if name.endswith(tuple(SCALED_MAPS))]:
+        last_map = name[:-10] + SCALED_MAPS[name[-10:]]
+        if kept[name].shape == (width,) and f"{last_map}.weight" in kept:  # else `_encoder` refuses the name
+            gamma = kept.pop(name)
+            kept[f"{last_map}.weight"] = gamma[:, None] * kept[f"{last_map}.weight"]
+            if f"{last_map}.bias" in kept:
+                kept[f"{last_map}.bias"] = gamma * kept[f"{last_map}.bias"]
+    # Our encoder has biases in all kinds of maps or in none. A kind that has none gets zeros, which is exact.
+    # A kind that lacks some is damaged, and `_encoder` names what is missing.
+    biases = {kind: [f"blocks.{i}.{kind}.bias" for i in range(depth)] for kind in MAPS}
+    without = [kind for kind, names in biases.items() if not any(name in kept for name in names)]
+    for kind in without if len(without) < len(MAPS) else []:
+        for name in biases[kind]:
+            weight = kept.get(f"{name[:-5]}.weight")
+            kept |= {} if weight is None else {name: weight.new_zeros(len(weight))}
+    hidden = len(weights.get("blocks.0.mlp.fc1.weight", range(4 * width)))
+    try:
+        config = ModelConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=ratio_of(hidden, width),
+            norm_eps=norm_eps,
+            bias=len(without) < len(MAPS),
+            patch_norm="patch_embed.norm.weight" in weights,
+            block_size=1,
+            predictor=None,
+            feature_attention="full",
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{origin} is no encoder of this kind: {error}") from error
+    return _encoder(config, kept, origin, like)
