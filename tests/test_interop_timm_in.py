@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from nextblock.interop.timm import from_timm, is_timm_directory, read_timm, read
 from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_model, timm_provenance
 from nextblock.models import NextBlockModel
 from nextblock.models.encoder import positions_of
+from nextblock.settings import to_dict
 from test_interop_timm import CONFIGS, DATA, TINY_VIT, XTRA, assert_same, encoder, opened, written
 from toy import tiny_images
 
@@ -129,14 +131,11 @@ def test_tokens_beside_the_patches_are_refused_or_left_out_and_listed(changes, t
     ("changes", "words"),
     [
         ({"qk_norm": True}, r"attn\.k_norm is LayerNorm"),
-        ({"scale_attn_norm": True}, r"attn\.norm is LayerNorm"),
         ({"scale_mlp_norm": True}, r"mlp\.norm is LayerNorm"),
         ({"pre_norm": True}, "norm_pre is LayerNorm"),
         ({"final_norm": False}, "norm is Identity"),
-        ({"fc_norm": True}, "norm is Identity"),
-        ({"pos_embed": "none"}, "missing: pos_embed"),
+        ({"pos_embed": "none"}, "lacks 'pos_embed'"),
         ({"act_layer": "gelu_tanh"}, r"mlp\.act is GELUTanh\(\), here GELU"),
-        ({"norm_layer": "rmsnorm"}, "norm1 is RmsNorm"),
         (
             {"norm_layer": "layernorm", "embed_norm_layer": "layernormfp32"},
             r"patch_embed\.norm is LayerNormFp32",
@@ -195,9 +194,7 @@ def test_a_bare_state_dict_is_the_same_function_and_needs_its_heads(tmp_path, ca
     ("changes", "words"),
     [
         ({"mask_token": torch.zeros(1, 24)}, "unexpected: mask_token"),
-        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, r"unexpected: blocks\.0\.attn\.q_norm\.weight"),
         ({"norm.weight": None}, r"lacks 'norm\.weight'"),
-        ({"pos_embed": None}, "lacks 'pos_embed'"),
         ({"pos_embed": torch.zeros(1, 15, 24)}, "no square grid"),
         ({"blocks.1.norm1.bias": None}, r"missing: blocks\.1\.norm1\.bias"),
         ({"blocks.1.mlp.fc2.bias": None}, r"missing: blocks\.1\.mlp\.fc2\.bias"),
@@ -250,66 +247,56 @@ def test_a_masked_model_that_timm_saved_comes_back_with_its_mask(tmp_path):
     assert torch.equal(found.encode(tiny_images()).tokens, vit.forward_features(tiny_images()))
 
 
-def damage(directory, what):
-    config, weights = directory / "config.json", directory / "model.safetensors"
-    settings = json.loads(config.read_text())
-    own = settings["nextblock"]
-    if what == "json":
-        config.write_text(config.read_text()[:-40])
-    elif what == "no object":
-        config.write_text("[]")
-    elif what == "other attention":
-        changed_json(config, nextblock={**own, "model": {**own["model"], "feature_attention": "full"}})
-    elif what == "no settings":
-        del settings["nextblock"]
-        config.write_text(json.dumps(settings))
-    elif what == "other architecture":
-        changed_json(config, architecture="vit_base_patch16_224")
-    elif what == "other arguments":
-        changed_json(config, model_args={**settings["model_args"], "attention": "full"})
-    elif what == "newer":
-        save_file(load_file(weights), weights, {"nextblock": json.dumps({**own, "format_version": 9})})
-    elif what == "metadata":
-        save_file(load_file(weights), weights, {"nextblock": "{"})
-    elif what == "unknown setting":
-        changed_json(config, nextblock={**own, "model": {"sides": 3}})
-        save_file(load_file(weights), weights)
-    elif what == "kind":
-        changed_json(config, model_args=[1])
-    elif what == "cut":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif what == "nan":
-        save_file({**load_file(weights), "norm.bias": torch.full((24,), torch.nan)}, weights)
-    else:
-        weights.unlink()
+OWN = {"format_version": 1, "model": to_dict(XTRA)}
+FULL = {"format_version": 1, "model": to_dict(replace(XTRA, feature_attention="full"))}
+DIFFERENT = "describe different encoders.*nextblock_vit with attention causal"
 
 
 @pytest.mark.parametrize(
-    ("what", "words"),
+    ("config", "metadata", "words"),
     [
-        ("json", r"config\.json is no JSON"),
-        ("no object", r"config\.json holds a list"),
-        ("other attention", "describe different encoders.*attention causal"),
-        ("no settings", "describe different encoders"),
-        ("other architecture", "describe different encoders.*timm's nextblock_vit"),
-        ("other arguments", "describe different encoders"),
-        ("newer", "format version 9, this release reads up to 1; upgrade"),
-        ("metadata", '"nextblock" of .* are damaged'),
-        ("unknown setting", '"nextblock" of .* are damaged .unknown setting'),
-        ("kind", r"config\.json is damaged: model_args is \[1\]"),
-        ("cut", "not complete"),
-        ("nan", r"NaN or inf \(norm\.bias\)"),
-        ("none", r"no weights beside its config\.json: looked for model\.safetensors"),
+        ("{", OWN, r"config\.json is no JSON"),  # all of these would be opened under full attention, or not
+        ("[]", OWN, r"config\.json holds a list"),
+        ({"nextblock": FULL}, OWN, DIFFERENT),
+        ({"architecture": "vit_base_patch16_224"}, OWN, DIFFERENT),
+        ({"architecture": "vit_base_patch16_224"}, None, DIFFERENT),
+        ({"model_args": {"attention": "full"}}, OWN, DIFFERENT),
+        ({"model_args": [1]}, OWN, r"config\.json is damaged: model_args is a list"),
+        ({"nextblock": {"model": {"sides": 3}}}, None, '"nextblock" of .* are damaged'),
+        ({"nextblock": {**OWN, "model": {"sides": 3}}}, None, "are damaged .unknown setting 'sides'"),
+        ({}, {**OWN, "format_version": 9}, "format version 9, this release reads up to 1; upgrade"),
+        ({}, "{", '"nextblock" of .* are damaged'),
     ],
 )
-def test_damaged_and_contradicting_files_are_refused(what, words, tmp_path):
+def test_damaged_and_contradicting_settings_are_refused(config, metadata, words, tmp_path):
     directory = written(encoder(XTRA), tmp_path / "out")
-    damage(directory, what)
-    for src in (directory, directory / "model.safetensors") if what != "none" else (directory,):
+    weights = load_file(directory / "model.safetensors")
+    told = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    save_file(weights, directory / "model.safetensors", {"nextblock": told} if metadata else None)
+    if isinstance(config, str):
+        (directory / "config.json").write_text(config)
+    else:
+        changed_json(directory / "config.json", **config)
+    for src in (directory, directory / "model.safetensors"):
         with pytest.raises(CheckpointError, match=words):
             load(src)
-    with pytest.raises(CheckpointError):  # timm itself would open some of them, as another encoder
+    with pytest.raises(CheckpointError, match=words):  # timm itself opens some of them as another encoder
         open_timm_encoder(f"timm:local-dir:{directory}")
+
+
+def test_damaged_and_missing_weights_are_refused(tmp_path):
+    directory = written(encoder(XTRA), tmp_path / "out")
+    file = directory / "model.safetensors"
+    whole, weights = file.read_bytes(), load_file(file)
+    save_file({**weights, "norm.bias": torch.full((24,), torch.nan)}, file)
+    with pytest.raises(CheckpointError, match=r"NaN or inf \(norm\.bias\)"):
+        load(directory)
+    file.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="not complete"):
+        load(directory)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"no weights beside its config\.json: looked for model"):
+        load(directory)
 
 
 def test_a_masked_encoder_is_not_given_to_another_architecture(tmp_path):
@@ -362,11 +349,11 @@ def test_files_are_checked_in_several_threads_and_the_process_stays_as_it_was(tm
             open_timm_encoder(f"timm:test_vit,checkpoint={tmp_path / name}.pth")
         except CheckpointError as error:
             return str(error)
-        return None
+        return ""
 
     with ThreadPoolExecutor(3) as pool:
         whole, cut, bad = (list(pool.map(refusal, [name] * 4)) for name in ("whole", "cut", "nan"))
-    assert whole == [None] * 4
+    assert whole == [""] * 4
     assert all("do not fit that model: norm.weight" in words for words in cut)
     assert all("NaN or inf (norm.weight)" in words for words in bad)
     saved_by_timm(tmp_path / "vit")

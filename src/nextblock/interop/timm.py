@@ -262,7 +262,9 @@ def described_at(path: Path) -> dict[str, Any]:
     kinds = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "nextblock": dict}
     for name, kind in kinds.items():
         if not isinstance(content.get(name, kind()), kind):
-            raise CheckpointError(f"{file} is damaged: {name} is {content[name]!r}; take the original file")
+            raise CheckpointError(
+                f"{file} is damaged: {name} is a {type(content[name]).__name__}; take the original file"
+            )
     return content
 
 
@@ -321,27 +323,6 @@ def require_numbers(weights: Mapping[str, Any], origin: str) -> None:
         )
 
 
-def _encoder(
-    config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
-) -> NextBlockModel:
-    """A model without a predictor that has these weights; `like` must consist of the same modules."""
-    with torch.random.fork_rng(devices=[]):  # its fresh weights are overwritten at once
-        model = NextBlockModel(config)
-    if like is not None:
-        # Names and shapes of weights do not tell all: another activation, epsilon or order of norms has no
-        # weights. So every module is compared with ours by its kind and its arguments.
-        theirs, ours = _kinds(like), _kinds(model.encoder)
-        unlike = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
-        if unlike:
-            named = (f"{n} is {theirs.get(n)}, here {ours.get(n)}" for n in sorted(unlike)[:3])
-            raise CheckpointError(
-                f"{origin} is no encoder of this kind: {'; '.join(named)}. Commands that evaluate "
-                "take any transformer of timm as it is, as --model timm:NAME"
-            )
-    load_strictly(model.encoder, weights, origin)
-    return model.eval()
-
-
 # ---------------------------------------------------------------------------------- from a timm ViT to ours
 
 
@@ -355,28 +336,7 @@ def from_timm(vit: nn.Module, origin: str, *, drop_prefix_tokens: bool = False) 
         raise CheckpointError(
             f"{origin} is a timm {kinds[-1].__name__}; only its VisionTransformer of plain Blocks is read"
         )
-    kept = _without_prefix(
-        vit.state_dict(), origin, drop=drop_prefix_tokens, in_positions=not vit.no_embed_class
-    )
-    first: Any = vit.blocks[0]  # type: ignore[index]
-    rows, columns = vit.patch_embed.img_size  # type: ignore[misc] # set in all but the dynamic ones
-    return _built(
-        kept,
-        origin,
-        image_size=rows if rows == columns else (rows, columns),
-        num_heads=first.attn.num_heads,
-        norm_eps=getattr(first.norm1, "eps", TIMM_EPS),
-        like=vit,
-    )
-
-
-def _kinds(vit: nn.Module) -> dict[str, str]:
-    """The kind and arguments of every module that has an effect; a bias may be missing, it is then zero."""
-    return {
-        name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})")
-        for name, module in vit.named_modules()
-        if name and not any(part in name for part in WITHOUT_EFFECT)
-    }
+    return read_timm_weights(vit.state_dict(), origin, like=vit, drop_prefix_tokens=drop_prefix_tokens)
 
 
 def read_timm_weights(
@@ -384,69 +344,52 @@ def read_timm_weights(
     origin: str,
     *,
     num_heads: int | None = None,
+    like: Any = None,
     drop_prefix_tokens: bool = False,
 ) -> NextBlockModel:
-    """Build the encoder that a bare state dict holds: a square image, GELU, LayerNorm of timm's epsilon.
+    """Build the encoder that a timm ViT's state dict holds, under full attention.
 
-    `num_heads` comes from the argument or the table of official (width, depth), else the file is refused.
+    What the tensors do not tell is taken from `like`, the timm ViT. Without it the image is square, the
+    activation GELU, the epsilon timm's, and `num_heads` comes from the argument or the table of official
+    (width, depth), else the file is refused.
     """
-    width, _, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
+    width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
     depth = count_numbered(weights, "blocks.", origin)
-    heads = require_heads(num_heads or NUM_HEADS_OF_SIZE.get((width, depth)), (width, depth), origin)
-    for name in ("norm.weight", "pos_embed"):
-        needed(weights, name, origin)
-    kept = _without_prefix(weights, origin, drop=drop_prefix_tokens)
-    patches = kept["pos_embed"].shape[1]
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise CheckpointError(
-            f"{origin} has positions of {patches} patches, which are no square grid; put timm's config.json "
-            "beside it"
-        )
-    return _built(kept, origin, image_size=side * patch_size, num_heads=heads, norm_eps=TIMM_EPS)
+    kept = {n: w for n, w in weights.items() if n not in PREFIX_TOKENS and not n.startswith(HEADS)}
+    places = needed(kept, "pos_embed", origin).shape[1]
 
-
-def _without_prefix(
-    weights: Mapping[str, Tensor], origin: str, *, drop: bool, in_positions: bool | None = None
-) -> dict[str, Tensor]:
-    """Encoder weights without heads, and without class and register tokens and their positions.
-
-    `in_positions` says whether these tokens have positions; None: if a square grid is left without them.
-    """
+    # Class and register tokens come first, and so do their positions, if they have any: a file alone shows
+    # it by a number of positions that is no square.
     tokens = [name for name in PREFIX_TOKENS if name in weights]
     count = sum(weights[name].shape[1] for name in tokens)
-    if tokens and not drop:
+    have_places = math.isqrt(places) ** 2 != places if like is None else not like.no_embed_class
+    if tokens and not drop_prefix_tokens:
         raise CheckpointError(
             f"{origin} has tokens beside the patches ({', '.join(tokens)}), to which all patches attend: "
             "without them its features would not be its own. As model.init it can be started from"
         )
-    kept = {
-        name: tensor for name, tensor in weights.items() if name not in tokens and not name.startswith(HEADS)
-    }
-    if tokens and in_positions is None:
-        in_positions = math.isqrt(kept["pos_embed"].shape[1]) ** 2 != kept["pos_embed"].shape[1]
-    if tokens and in_positions and "pos_embed" in kept:
+    if tokens and have_places:
         kept["pos_embed"] = kept["pos_embed"][:, count:]
     left_out = [name for name in weights if name not in kept]
     if left_out:
-        positions_too = f", and the positions of {count} of them" if tokens and in_positions else ""
+        positions_too = f", and the positions of {count} of them" if tokens and have_places else ""
         log.info("left out of %s: %s%s", origin, ", ".join(left_out), positions_too)
-    return kept
 
+    if like is None:
+        needed(kept, "norm.weight", origin)
+        heads = require_heads(num_heads or NUM_HEADS_OF_SIZE.get((width, depth)), (width, depth), origin)
+        patches = kept["pos_embed"].shape[1]
+        rows = columns = math.isqrt(patches) * patch_size
+        eps = TIMM_EPS
+        if rows * columns != patches * patch_size**2:
+            raise CheckpointError(
+                f"{origin} has positions of {patches} patches, which are no square grid; put timm's "
+                "config.json beside it"
+            )
+    else:
+        heads, (rows, columns) = like.blocks[0].attn.num_heads, like.patch_embed.img_size
+        eps = getattr(like.blocks[0].norm1, "eps", TIMM_EPS)
 
-def _built(
-    weights: Mapping[str, Tensor],
-    origin: str,
-    *,
-    image_size: Size,
-    num_heads: int,
-    norm_eps: float,
-    like: nn.Module | None = None,
-) -> NextBlockModel:
-    """The encoder of these weights under full attention; its other sizes are those of the tensors."""
-    width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
-    depth = count_numbered(weights, "blocks.", origin)
-    kept = dict(weights)
     # LayerScale multiplies what attention and MLP give. That is the same as scaling the rows of their last
     # map, its bias included: gamma * (W x + b) = (gamma W) x + gamma b.
     for name in [name for name in kept if name.endswith(tuple(SCALED_MAPS))]:
@@ -456,6 +399,7 @@ def _built(
             kept[f"{last_map}.weight"] = gamma[:, None] * kept[f"{last_map}.weight"]
             if f"{last_map}.bias" in kept:
                 kept[f"{last_map}.bias"] = gamma * kept[f"{last_map}.bias"]
+
     # Our encoder has biases in all kinds of maps or in none. A kind that has none gets zeros, which is exact.
     # A kind that lacks some is damaged, and `_encoder` names what is missing.
     biases = {kind: [f"blocks.{i}.{kind}.bias" for i in range(depth)] for kind in MAPS}
@@ -464,19 +408,19 @@ def _built(
         for name in biases[kind]:
             weight = kept.get(f"{name[:-5]}.weight")
             kept |= {} if weight is None else {name: weight.new_zeros(len(weight))}
-    hidden = len(weights.get("blocks.0.mlp.fc1.weight", range(4 * width)))
+
     try:
         config = ModelConfig(
-            image_size=image_size,
+            image_size=rows if rows == columns else (rows, columns),
             patch_size=patch_size,
             in_chans=in_chans,
             embed_dim=width,
             depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=ratio_of(hidden, width),
-            norm_eps=norm_eps,
+            num_heads=heads,
+            mlp_ratio=ratio_of(len(kept.get("blocks.0.mlp.fc1.weight", range(4 * width))), width),
+            norm_eps=eps,
             bias=len(without) < len(MAPS),
-            patch_norm="patch_embed.norm.weight" in weights,
+            patch_norm="patch_embed.norm.weight" in kept,
             block_size=1,
             predictor=None,
             feature_attention="full",
@@ -484,3 +428,33 @@ def _built(
     except ValueError as error:
         raise CheckpointError(f"{origin} is no encoder of this kind: {error}") from error
     return _encoder(config, kept, origin, like)
+
+
+def _encoder(
+    config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
+) -> NextBlockModel:
+    """A model without a predictor that has these weights; `like` must consist of the same modules."""
+    with torch.random.fork_rng(devices=[]):  # its fresh weights are overwritten at once
+        model = NextBlockModel(config)
+    if like is not None:
+        # Names and shapes of weights do not tell all: another activation, epsilon or order of norms has no
+        # weights. So every module is compared with ours by its kind and its arguments.
+        theirs, ours = _modules(like), _modules(model.encoder)
+        unlike = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+        if unlike:
+            named = (f"{n} is {theirs.get(n)}, here {ours.get(n)}" for n in sorted(unlike)[:3])
+            raise CheckpointError(
+                f"{origin} is no encoder of this kind: {'; '.join(named)}. Commands that evaluate "
+                "take any transformer of timm as it is, as --model timm:NAME"
+            )
+    load_strictly(model.encoder, weights, origin)
+    return model.eval()
+
+
+def _modules(vit: nn.Module) -> dict[str, str]:
+    """The kind and arguments of every module that has an effect; a bias may be missing, it is then zero."""
+    return {
+        name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})")
+        for name, module in vit.named_modules()
+        if name and not any(part in name for part in WITHOUT_EFFECT)
+    }

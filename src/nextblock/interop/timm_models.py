@@ -11,18 +11,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from einops import rearrange
 from jaxtyping import Bool, Float
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
 from nextblock.config import ModelConfig, pair
 from nextblock.models.encoder import (
     fresh_positions,
-    layer_outputs,
     positions_of,
     positions_on,
     vit_arguments,
@@ -51,11 +49,28 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+class _Block(Block):
+    """A layer that recomputes itself: timm drops activation checkpointing as soon as there is a mask."""
+
+    recompute = False
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,  # noqa: ARG002 - timm's signature; the model has refused True
+    ) -> Tensor:
+        """One layer under a mask (True: may attend)."""
+        if self.recompute and x.requires_grad:
+            return checkpoint(super().forward, x, attn_mask=attn_mask, use_reentrant=False)
+        return super().forward(x, attn_mask=attn_mask)
+
+
 class NextBlockViT(VisionTransformer):
     """timm's `VisionTransformer` under a block mask, built from `ARGUMENTS` (defaults: `ModelConfig`'s).
 
     `attention` "causal" lets a patch attend to its own block and those before it in `order`, "full" to all.
-    The mask follows the image's size; with `positions` "sincos" so do the positions, recomputed.
+    `set_input_size` changes the mask with the size and, with `positions` "sincos", computes those anew.
     """
 
     order_mask: Bool[Tensor, "n n"] | None
@@ -65,7 +80,6 @@ class NextBlockViT(VisionTransformer):
         *,
         num_classes: int = 0,
         global_pool: str = "avg",
-        dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
@@ -84,12 +98,12 @@ class NextBlockViT(VisionTransformer):
         super().__init__(
             num_classes=num_classes,
             global_pool=global_pool,  # type: ignore[arg-type] # timm refuses what it does not know
-            dynamic_img_size=dynamic_img_size,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
             device=device,
             dtype=dtype,
             fc_norm=False,
+            block_fn=_Block,
             **vit_arguments(config),
         )
         self.register_buffer("order_mask", None, persistent=False)
@@ -105,7 +119,12 @@ class NextBlockViT(VisionTransformer):
 
     def init_non_persistent_buffers(self) -> None:
         """Compute what no weight file holds; transformers calls this, as it builds models without data."""
-        self.order_mask = _mask(self.block_config, positions_of(self))
+        config = self.block_config
+        if config.feature_attention == "full":
+            return  # no mask: all patches attend to all
+        table = patches_of_blocks(config.grid, pair(config.block_size))
+        order = block_orders(config.order, config.block_grid, config.order_seed)[0]
+        self.order_mask = raster_mask(table, order).to(positions_of(self).device)
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
@@ -121,64 +140,30 @@ class NextBlockViT(VisionTransformer):
             super().set_input_size(img_size=img_size)
             self._set_config(config)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every layer in the backward pass instead of keeping its activations."""
+        layers: Any = self.blocks
+        for layer in layers:
+            layer.recompute = enable
+
     def forward_features(
         self, x: Float[Tensor, "b c h w"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b n d"]:
         """Tokens after the final norm, in raster order."""
-        return self.norm(self._layers(x, len(self.blocks), attn_mask, is_causal=is_causal)[-1])
+        _refuse_mask(attn_mask, is_causal)
+        return super().forward_features(x, attn_mask=self.order_mask)
 
     def forward_intermediates(
-        self,
-        x: Float[Tensor, "b c h w"],
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        return_prefix_tokens: bool = False,  # noqa: ARG002 - timm's signature; there are none to return
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any
     ) -> Any:
-        """Chosen layers' outputs, in the forms of timm's method of this name."""
-        assert output_fmt in ("NCHW", "NLC"), "Output format must be one of NCHW or NLC."
-        take, last = feature_take_indices(len(self.blocks), indices)  # type: ignore[arg-type]
-        layers = self._layers(x, last + 1 if stop_early else len(self.blocks), attn_mask, is_causal=is_causal)
-        chosen = [self.norm(layer) if norm else layer for i, layer in enumerate(layers) if i in take]
-        if output_fmt == "NCHW":
-            rows, _ = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-            chosen = [rearrange(layer, "b (i j) d -> b d i j", i=rows).contiguous() for layer in chosen]
-        if output_dict:
-            features = {} if intermediates_only else {"image_features": self.norm(layers[-1])}
-            return {"image_intermediates": chosen, **features}
-        return chosen if intermediates_only else (self.norm(layers[-1]), chosen)
-
-    def _layers(
-        self, images: Tensor, count: int, attn_mask: Tensor | None, *, is_causal: bool
-    ) -> tuple[Tensor, ...]:
-        if attn_mask is not None or is_causal:
-            raise ValueError("this model brings its own mask; leave attn_mask and is_causal alone")
-        # timm checks the images' size here and gives (b n d) or, with dynamic_img_size, (b i j d).
-        patches = self.patch_embed(images).flatten(1, -2)
-        config, mask = self.block_config, self.order_mask
-        if tuple(images.shape[2:]) != pair(config.image_size):
-            config = replace(config, image_size=tuple(images.shape[2:]))
-            mask = _mask(config, patches)
-        # The positions of `encode`: this size's own, else resampled or, if fixed, computed anew.
-        positions = positions_on(config.grid, positions_of(self), self.block_config)
-        # The loop of `encode`: timm's own drops activation checkpointing as soon as it gets a mask.
-        return layer_outputs(
-            self.blocks[:count], self.pos_drop(patches + positions), mask, recompute=self.grad_checkpointing
-        )
+        """Chosen layers' outputs, by the arguments of timm's method."""
+        _refuse_mask(attn_mask, is_causal)
+        return super().forward_intermediates(x, *args, attn_mask=self.order_mask, **kwargs)
 
 
-def _mask(config: ModelConfig, like: Tensor) -> Bool[Tensor, "n n"] | None:
-    """Who may attend to whom, in raster order, on the device of `like`; None: all to all."""
-    if config.feature_attention == "full":
-        return None
-    table = patches_of_blocks(config.grid, pair(config.block_size))
-    order = block_orders(config.order, config.block_grid, config.order_seed)[0]
-    return raster_mask(table, order).to(like.device)
+def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("this model brings its own mask; leave attn_mask and is_causal alone")
 
 
 def _hashable(value: Any) -> Any:

@@ -147,10 +147,8 @@ def _whole_model(create: partial[nn.Module], spec: str) -> nn.Module:
         model = create(num_classes=0)
     # If timm cannot bring the first layer to `in_chans`, it leaves that fresh, and is not strict.
     first = model.pretrained_cfg.get("first_conv")
-    if "in_chans" in create.keywords and not isinstance(model.get_submodule(first), nn.Conv2d):
-        raise CheckpointError(
-            f"the weights of {first} in {spec} fit no other number of channels; omit in_chans"
-        )
+    if "in_chans" in create.keywords and not isinstance(model.get_submodule(first or ""), nn.Conv2d):
+        raise CheckpointError(f"{spec}: weights of {first} fit no other number of channels; omit in_chans")
     return model
 
 
