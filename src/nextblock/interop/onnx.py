@@ -95,6 +95,7 @@ def write_onnx(
         len(set(layers)) == len(layers) and all(0 <= layer < depth for layer in layers),
         f"layers {list(layers)}: name layers from 0 to {depth - 1}, each once",
     )
+    # The graph's size is fixed, so positions and mask are made for it first and become constants.
     graph = _Graph(encoder_at(source, image_size, attention), layers, classifier).eval()
     config = graph.encoder.config
     data = data_at(data, source.config, config)
@@ -136,6 +137,7 @@ def write_onnx(
         try:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as aside:
                 program.save(Path(aside) / path.name)
+                # Two of the batches have sizes that the exporter has not seen.
                 difference = _difference(graph, Path(aside) / path.name, batches)
                 if not difference <= TOLERANCE:
                     raise OnnxError(

@@ -106,6 +106,7 @@ class NextBlockViT(VisionTransformer):
             block_fn=_Block,
             **vit_arguments(config),
         )
+        # A buffer moves with the model; not persistent, as the weight file holds timm's names and no others.
         self.register_buffer("order_mask", None, persistent=False)
         self._set_config(config)
 
@@ -151,6 +152,7 @@ class NextBlockViT(VisionTransformer):
     ) -> Float[Tensor, "b n d"]:
         """Tokens after the final norm, in raster order."""
         _refuse_mask(attn_mask, is_causal)
+        # timm hands the mask to every layer. It is the same for all images of the size, in raster order.
         return super().forward_features(x, attn_mask=self.order_mask)
 
     def forward_intermediates(

@@ -96,6 +96,7 @@ def timm_model(spec: str) -> nn.Module:
                 f"{spec}: {checkpoint} holds a {timm_architecture(own)[0]} with attention "
                 f"{own.feature_attention}; give the file alone, as --model {checkpoint}"
             )
+    # hub_errors takes every OSError for the hub's, so it is used only if the hub is asked.
     has_weights = pretrained or checkpoint is not None
     create = partial(timm.create_model, name, pretrained=has_weights, **arguments)
     instead = "the path of a copy: timm:local-dir:DIR"
