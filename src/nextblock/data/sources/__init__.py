@@ -53,6 +53,7 @@ KNOWN = (
     "digits:split=train"
 )
 _KINDS = ("files", "torchvision", "hf", "digits", "subset", "https", "s3", "gs")
+# What compresses a tar as a whole: to read its last image, all before it must be unpacked.
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _URL = re.compile(r"(https?|s3|gs)://")
 _KEYWORD = re.compile(r"[A-Za-z][A-Za-z0-9+]+:")
@@ -81,6 +82,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
             return TarSource(spec, [path], data)
         problem = f"it is a file; give the directory that holds it, or files:{spec} if it lists images"
     else:
+        # Nothing lies there, so it is a keyword, an address, or shards that braces name.
         name, _, options = rest.partition(",")
         if kind == "digits":
             return DigitsSource(spec, read_options(spec, rest, ("split",)).get("split", "all"), data)

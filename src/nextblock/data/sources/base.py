@@ -141,6 +141,7 @@ class EncodedSource(Source):
     If it gives `_names`, and `_prefix` for the fingerprint, the classes are the names' first-level folders.
     """
 
+    # Workers get a copy of the source, by fork or by pickle: what it holds should be few, compact objects.
     _data: DataConfig
     _names: Names
     _prefix: str
@@ -190,6 +191,7 @@ def check_size(num_bytes: int, data: DataConfig) -> None:
 
     Checked before a byte is read: a file larger than the memory costs nothing.
     """
+    # 16 bits for each of at least four channels, uncompressed, and 64 MiB for profiles, EXIF and padding.
     most = 2 * max(4, data.channels) * data.max_pixels + 2**26
     if num_bytes > most:
         raise BadImageError(f"{num_bytes:,} bytes, more than data.max_pixels ({data.max_pixels:,}) can take")
@@ -229,6 +231,7 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         file = open_file(path)
         self.number = file.fileno()
+        # Collected without this, an open file warns; and a `with` has no place where reads come in any order.
         weakref.finalize(self, file.close)
 
     def read(self, size: int, offset: int) -> bytes:

@@ -231,13 +231,13 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
         # The library takes the names of files as patterns, so brackets in them are escaped.
         files = {split or "train": glob.escape(place)}
         return datasets.load_dataset("parquet", data_files=files, split=split or "train"), folders
-    if is_saved:
-        saved: Any = datasets.load_from_disk(place)
-        saved = {str(saved.split): saved} if isinstance(saved, datasets.Dataset) else saved
-        splits = list(saved)
-    else:
-        # Asked for before anything is loaded: without a split the library would fetch them all.
-        splits = [split] if split else datasets.get_dataset_split_names(place, config, revision=revision)
+    # Asked for before anything is loaded: without a split the library would fetch them all.
+    saved: Any = datasets.load_from_disk(place) if is_saved else {}
+    if isinstance(saved, datasets.Dataset):
+        saved = {str(saved.split): saved}
+    elif not is_saved and split is None:
+        saved = datasets.get_dataset_split_names(place, config, revision=revision)
+    splits = list(saved) or [str(split)]
     if split is None and len(splits) > 1:
         raise ValueError(f"there are several splits ({', '.join(splits)}); choose one by split=NAME")
     if split not in (None, *splits):

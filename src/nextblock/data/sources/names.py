@@ -133,7 +133,9 @@ def in_class_order(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
     Classes are sorted as numbers if all are numbers, else as text. Equal names are one class.
     """
-    are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in names)
-    classes = sorted(set(names), key=lambda name: (Decimal(name) if are_numbers else 0, name))
+    # As text, 10 comes before 9. Decimal compares exactly, where floats of many digits would be equal.
+    distinct = set(names)
+    are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in distinct)
+    classes = sorted(distinct, key=lambda name: (Decimal(name) if are_numbers else 0, name))
     number = {name: position for position, name in enumerate(classes)}
     return np.array([number[name] for name in names], dtype=np.int64), tuple(classes)

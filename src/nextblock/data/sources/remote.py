@@ -6,6 +6,7 @@ index stays when the copy goes, so that a later start knows every name without f
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -58,7 +59,10 @@ class RemoteTarSource(tar.TarSource):
                 )
             names = [PurePosixPath(urlsplit(url).path).name for url in urls]
             # A shard that changes on the server gets another name in the cache, and so another index.
-            keys = [tar.digest([url, *state]) for url, state in zip(urls, self._states, strict=True)]
+            keys = [
+                tar.digest(json.dumps([url, *state]).encode())
+                for url, state in zip(urls, self._states, strict=True)
+            ]
             folder = tar.cache_dir(data, "remote")
             paths = [folder / f"{name[-44:-4]}-{key}.tar" for name, key in zip(names, keys, strict=True)]
             super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
@@ -138,6 +142,7 @@ def _make_room(coming: int, limit: int, folder: Path) -> None:
     """Remove the copies used longest ago, except those being opened, until `coming` bytes fit the limit."""
     from filelock import FileLock, Timeout
 
+    # One process at a time counts and removes: two would each see the other's room as free.
     with FileLock(folder / "lock"):
         stats = [(path.stat(), path) for path in folder.glob("*.tar")]
         total = coming + sum(status.st_size for status, _ in stats)
@@ -153,7 +158,7 @@ def _make_room(coming: int, limit: int, folder: Path) -> None:
 def _state(url: str) -> tuple[int, str | None]:
     """A file's size, and the first tag that the server states: what differs if the file does."""
     files, path = _file_system(url)
-    files.invalidate_cache()
+    files.invalidate_cache()  # fsspec remembers what it was told earlier
     info = files.info(path)
     if info.get("size") is None:
         raise RemoteError(f"{url}: the server states no length; use one that does")

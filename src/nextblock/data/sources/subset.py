@@ -54,6 +54,7 @@ class SubsetSource(_Derived):
             raise ValueError(
                 f"{spec!r}: the list names image {largest}, but {of.spec!r} has {len(of)}, from 0"
             )
+        # An image twice would weigh double in every epoch and in every accuracy.
         if len(np.unique(numbers)) < len(numbers):
             raise ValueError(f"{spec!r}: the list names an image twice; name each once")
         self.spec, self.of, self._numbers = spec, of, numbers
@@ -90,6 +91,7 @@ def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]
     """The head of a list of numbers (`of`, `fingerprint`), and the numbers."""
     if not path.is_file():
         raise ValueError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
+    # Lines of the head are "# key: value"; the first one says what the file is, and is no key that counts.
     head: dict[str, str] = {}
     numbers = []
     for place, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -116,6 +118,7 @@ class ConcatSource(_Derived):
         self.spec = " + ".join(part.spec for part in parts)
         self.in_memory = all(part.in_memory for part in parts)
         self.damage = tuple(damage for part in parts for damage in part.damage)
+        # Image i of part p has the number starts[p] + i; the last entry is the number of all images.
         self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
@@ -159,5 +162,6 @@ class ConcatSource(_Derived):
         return np.concatenate([part.labels for part in self.parts]), self.parts[0].class_names
 
     def _make_fingerprint(self) -> str:
+        # In the parts' order: it decides the images' numbers.
         text = "\n".join(part.fingerprint for part in self.parts)
         return f"mixture-{len(self)}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

@@ -50,6 +50,7 @@ _BLOCK = 512
 _MAX_HEADER_BYTES = _MAX_LABEL_BYTES = 2**20
 # Shards that a process keeps open; systems allow 1024 open files or fewer.
 MAX_OPEN = 64
+# Names of tars that are parts of a whole: train_003, 00012. Anything else may be a class.
 _SHARD_STEM = re.compile(r".*[-_.]\d+|\d{4,6}|train|val|test")
 
 
@@ -72,14 +73,23 @@ class TarSource(EncodedSource):
         # Shards of one name in several folders are called by their paths.
         self._shard_names = names if len(set(names)) == len(paths) else [str(path) for path in paths]
         self._files: dict[int, OpenFile] = {}
-        head, joined, table = join_indexes(in_threads(self._index, range(len(paths))))
-        report_others(spec, table.shape[1], Counter(head["others"]))
-        self._names = Names(joined, table[0])
-        self._offsets, self._sizes, self._numbers = table[1:]
-        self._counts = np.array(head["counts"], dtype=np.int64)
+        heads, joined, tables = zip(*in_threads(self._index, range(len(paths))), strict=True)
+        lengths, self._offsets, self._sizes, numbers = np.hstack(tables)
+        report_others(spec, len(lengths), sum((Counter(head["others"]) for head in heads), Counter()))
+        self._names = Names(b"".join(joined), lengths)
+        self._counts = np.array([table.shape[1] for table in tables])
         self._ends = np.cumsum(self._counts)
-        self._classes, self._unusable = head["classes"], head["unusable"]
-        self.damage = tuple(Damage(self._shard_names[shard], *rest) for shard, *rest in head["damage"])
+        # Every shard numbers its own classes. Here equal classes get equal numbers: those of a shard begin at
+        # its start among the classes of all. An image without a class has the number -1 in every shard.
+        classes = [name for head in heads for name in head["classes"]]
+        starts = np.cumsum([0, *(len(head["classes"]) for head in heads)])[:-1]
+        rank, self._classes = in_class_order(classes)
+        self._numbers = np.append(rank, -1)[
+            np.where(numbers < 0, -1, numbers + np.repeat(starts, self._counts))
+        ]
+        named = list(zip(self._shard_names, heads, strict=True))
+        self._unusable = [f"{name}/{head['unusable']}" for name, head in named if head["unusable"]]
+        self.damage = tuple(Damage(name, *head["damage"]) for name, head in named if head["damage"])
         for damage in self.damage:
             log.warning("%s", damage)
 
@@ -118,9 +128,8 @@ class TarSource(EncodedSource):
     def _find_labels(self) -> Labels:
         """Those that members state; if none does, first-level folders, or tars named after classes."""
         if self._unusable:
-            shard, reason = self._unusable[0]
-            where = f"{self._shard_names[shard]}/{reason}"
-            raise ValueError(f"{self.spec!r} has an unusable label: {where}; use text or numbers")
+            first = self._unusable[0]
+            raise ValueError(f"{self.spec!r} has an unusable label: {first}; use text or numbers")
         without = np.flatnonzero(self._numbers < 0)
         if 0 < len(without) < len(self):
             number, first = f"{len(without)} of its {len(self)} images", self.name(int(without[0]))
@@ -128,8 +137,7 @@ class TarSource(EncodedSource):
                 f"{self.spec!r} has no labels for {number}, the first {first!r}; add .cls members"
             )
         if not len(without):
-            rank, names = in_class_order(self._classes)
-            return rank[self._numbers], names
+            return self._numbers, self._classes
         # A tar of one class may hold its images in a folder, called the same in all tars, or like the class.
         # So folders are the classes only if there are several; otherwise the tars are.
         with suppress(ValueError):
@@ -199,11 +207,11 @@ def expand_braces(spec: str) -> list[str]:
 
 
 class TarIndex(NamedTuple):
-    """What lies where in one tar, or in several."""
+    """What lies where in a tar."""
 
     head: dict[str, Any]
-    """`classes`; `others`: ignored members by kind; `damage` and `unusable` (labels), each with its shard's
-    number; `counts`: images per shard; `stamp`: size and time of the tar when it was indexed."""
+    """`classes`; `others`: ignored members by kind; `damage`: reason and images before it; `unusable`: the
+    first label that is none; `stamp`: size and time of the tar when it was indexed."""
     names: bytes
     """The images' names, joined."""
     table: np.ndarray
@@ -213,10 +221,11 @@ class TarIndex(NamedTuple):
 def tar_index(path: Path, data: DataConfig) -> TarIndex:
     """A tar's index, kept until the tar's size or time changes; `ValueError` if it is no tar."""
     try:
+        # Beside the tar, the index serves every user and moves with it; a read-only place leaves the cache.
         # A tar that was packed again or had members added has another size or time: its index is rebuilt.
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns]
-        cached = cache_dir(data, "indexes") / (digest(str(path.absolute())) + INDEX_ENDING)
+        cached = cache_dir(data, "indexes") / (digest(os.fsencode(path.absolute())) + INDEX_ENDING)
         places = path.with_name(path.name + INDEX_ENDING), cached
         for place in places:
             if index := read_index(place, stamp):
@@ -249,9 +258,9 @@ def cache_dir(data: DataConfig, part: str) -> Path:
     return Path(data.cache_dir or default).expanduser() / part
 
 
-def digest(values: object) -> str:
-    """A hash of any JSON value."""
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+def digest(content: bytes) -> str:
+    """A hash that tells contents apart."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_index(path: Path, stamp: object = None) -> TarIndex | None:
@@ -265,7 +274,7 @@ def read_index(path: Path, stamp: object = None) -> TarIndex | None:
             return None
         numbers = np.frombuffer(body, dtype="<i8", count=4 * head["images"])
         names = body[numbers.nbytes :]
-        if head["check"] == _checksum(body):
+        if head["check"] == digest(body):
             return TarIndex(head, names, numbers.reshape(4, -1))
     except OSError:
         return None
@@ -278,7 +287,7 @@ def read_index(path: Path, stamp: object = None) -> TarIndex | None:
 def write_index(path: Path, index: TarIndex, stamp: object) -> bool:
     """Write an index whole or not at all; whether that worked."""
     body = index.table.astype("<i8").tobytes() + index.names
-    head = {"version": _VERSION, "stamp": stamp, "check": _checksum(body), "images": index.table.shape[1]}
+    head = {"version": _VERSION, "stamp": stamp, "check": digest(body), "images": index.table.shape[1]}
     # All ranks of a run may write the same index at once, each under a name of its own.
     aside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -290,30 +299,6 @@ def write_index(path: Path, index: TarIndex, stamp: object) -> bool:
             aside.unlink()
         return False
     return True
-
-
-def _checksum(body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=16).hexdigest()
-
-
-def join_indexes(indexes: Sequence[TarIndex]) -> TarIndex:
-    """One index of all shards, in which equal classes have equal numbers."""
-    heads = [index.head for index in indexes]
-    classes = {name: None for head in heads for name in head["classes"]}  # each once, in order
-    number = {name: position for position, name in enumerate(classes)}
-    tables = []
-    for head, _, table in indexes:
-        # An image without a class has the number -1, which picks the last entry.
-        common = np.array([*(number[name] for name in head["classes"]), -1])
-        tables.append(np.vstack([table[:3], common[table[3]]]))
-    joined = {
-        "classes": list(classes),
-        "others": sum((Counter(head["others"]) for head in heads), Counter[str]()),
-        "counts": [table.shape[1] for table in tables],
-    }
-    for key in ("damage", "unusable"):
-        joined[key] = [(shard, *rest) for shard, head in enumerate(heads) for _, *rest in head[key]]
-    return TarIndex(joined, b"".join(index.names for index in indexes), np.hstack(tables))
 
 
 def build_index(file: OpenFile, called: str) -> TarIndex:
@@ -330,19 +315,19 @@ def build_index(file: OpenFile, called: str) -> TarIndex:
             others[kind] += 1
         elif label := _label(name, file.read(min(size, _MAX_LABEL_BYTES), offset)):
             labels[kind][name[: -len(kind)]] = label
-    of_key = labels[".json"] | labels[".cls"]
+    of_key = labels[".json"] | labels[".cls"]  # of both, .cls counts
     classes: dict[str, int] = {}
-    unusable, rows = [], []
+    unusable, rows = "", []
     for name, place in images.items():
-        # An image's label has its name up to the last dot, or up to the first one.
+        # An image's label has its name up to the last dot (v1.0_3.png and v1.0_3.cls), or, as WebDataset has
+        # it, up to the first one: the images of one sample share it (k.left.png, k.right.png and k.cls).
         folder, slash, base = name.rpartition(b"/")
         short = folder + slash + base.partition(b".")[0]
-        label = of_key.get(name.rpartition(b".")[0]) or of_key.get(short)
-        is_usable = isinstance(label, str)
-        rows.append((len(name), *place, classes.setdefault(label, len(classes)) if is_usable else -1))
-        if label and not is_usable and not unusable:
-            unusable.append((0, str(label)))
-    damage = [(0, problem, len(images))] if problem else []
+        label = of_key.get(name.rpartition(b".")[0]) or of_key.get(short) or ""
+        if isinstance(label, ValueError):
+            unusable, label = unusable or str(label), ""
+        rows.append((len(name), *place, classes.setdefault(label, len(classes)) if label else -1))
+    damage = [problem, len(images)] if problem else []
     head = {"classes": list(classes), "others": others, "damage": damage, "unusable": unusable}
     return TarIndex(head, b"".join(images), np.array(rows, dtype=np.int64).reshape(-1, 4).T)
 
@@ -387,6 +372,8 @@ def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]],
     position, end, has_end_mark = 0, os.fstat(file.number).st_size, False
     if not end:
         raise ValueError(f"{called!r} is empty (0 bytes); fetch or pack it again")
+    # Only headers are read, from one to the next: a header states where its member's content lies and how
+    # long it is, and `tarfile` follows the long names and sizes that come in headers of their own before it.
     with _HeaderFile(file.number, closefd=False) as reader:
         while block := file.read(_BLOCK, position):
             if not any(block):
@@ -410,10 +397,12 @@ def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]],
             if member is None or member.size < 0 or following <= position:
                 cut = f"the header at byte {position:,} is cut off or damaged"
                 return members, others, "" if has_end_mark else cut
+            # What looks like a header after the mark is another tar, which needs a mark of its own.
             has_end_mark = False
             if member.isreg():
                 name = member.name.encode("utf-8", "surrogateescape")
-                # A sparse file takes less room than its size says, any other one up to a block more.
+                # A sparse file takes less room than its size says, any other one up to a block more: so one
+                # of the two ends lies beyond the file only if content is missing.
                 if min(following, member.offset_data + member.size) > end:
                     return members, others, f"the file ends within {text(name)!r}"
                 members.append((name, -1 if member.issparse() else member.offset_data, member.size))

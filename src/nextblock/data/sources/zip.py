@@ -52,7 +52,8 @@ class ZipSource(EncodedSource):
         places = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in images.values()
         ]
-        # A damaged directory may state sizes beyond int64.
+        # The directory at the zip's end states all places, so no member is opened before it is read. If it is
+        # damaged, it may state sizes beyond int64.
         self._places = np.array([[min(n, 2**63 - 1) for n in place] for place in places], dtype=np.int64)
         self._file: OpenFile | None = None
 
@@ -71,6 +72,7 @@ class ZipSource(EncodedSource):
             raise BadImageError(f"its zip cannot be read: {error.strerror or error}") from error
         except (zlib.error, struct.error) as error:
             raise BadImageError(f"the zip is damaged here: {error}") from error
+        # The bytes are checked every time: a damaged image may well decode, into other pixels.
         if len(content) != size or zlib.crc32(content) != checksum:
             raise BadImageError("the zip is damaged here: length or checksum is wrong")
         return content
