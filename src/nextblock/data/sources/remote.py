@@ -49,6 +49,9 @@ class RemoteTarSource(tar.TarSource):
         except ImportError as error:
             package = "gcsfs" if spec.startswith("gs:") else "'nextblock[remote]'"
             raise ValueError(f"{spec!r} needs a package ({error}): pip install {package}") from error
+        folder = tar.cache_dir(data, "remote")
+        with suppress(OSError):  # told when the first copy is to be kept; indexes alone may be there already
+            folder.mkdir(parents=True, exist_ok=True)
         with held_back(logging.WARNING, *_TALKATIVE):
             self._states = tar.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
             total_gb = sum(size for size, _ in self._states) / 1e9
@@ -63,7 +66,6 @@ class RemoteTarSource(tar.TarSource):
                 tar.digest(json.dumps([url, *state]).encode())
                 for url, state in zip(urls, self._states, strict=True)
             ]
-            folder = tar.cache_dir(data, "remote")
             paths = [folder / f"{name[-44:-4]}-{key}.tar" for name, key in zip(names, keys, strict=True)]
             super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
 
@@ -166,7 +168,6 @@ def _state(url: str) -> tuple[int, str | None]:
 
 
 def _download(url: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     files, path = _file_system(url)
     files.get_file(path, str(target))
 
