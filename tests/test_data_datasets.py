@@ -115,28 +115,23 @@ def test_files_of_a_torchvision_dataset_are_decoded_by_the_rules_of_all_files(tm
     (tmp_path / "cat" / "1.png").write_bytes(b"no image")
     Image.new("LA", (6, 4), (0, 0)).save(tmp_path / "dog" / "2.png")
     source = open_source(f"torchvision:ImageFolder,root={tmp_path}", DataConfig(background="grey"))
-    assert source.labels.tolist() == [0, 1]
-    assert source.class_names == ("cat", "dog")
+    assert (source.labels.tolist(), source.class_names) == ([0, 1], ("cat", "dog"))
     assert source.name(1).endswith("dog/2.png")
     assert source.read(1)[:, 0, 0].tolist() == [128, 128, 128]
     with pytest.raises(BadImageError, match="not an image"):
         source.read(0)
-    bounded = open_source(f"torchvision:ImageFolder,root={tmp_path}", DataConfig(max_pixels=23))
-    with pytest.raises(BadImageError, match=r"24 pixels, more than data.max_pixels \(23\)"):
-        bounded.read(1)
 
 
 def test_labels_that_are_not_stated_are_read_with_the_images(monkeypatch) -> None:
     from torchvision.datasets import FakeData
 
     source = open_source("torchvision:FakeData,size=5,num_classes=3", DATA)
-    assert source.has_labels
-    assert len(source.labels) == 5
+    assert (source.has_labels, len(source.labels)) == (True, 5)
     assert source.class_names == tuple("012")[: source.labels.max() + 1]
     monkeypatch.setattr(FakeData, "__getitem__", lambda self, index: (picture(1), [1, 2]))
     source = open_source("torchvision:FakeData", DATA)
     assert not source.has_labels
-    with pytest.raises(ValueError, match="searched the dataset's targets"):
+    with pytest.raises(ValueError, match="has no labels"):
         _ = source.labels
 
 
@@ -145,21 +140,18 @@ def test_labels_that_are_not_stated_are_read_with_the_images(monkeypatch) -> Non
     [
         ("CIFAR1O,root=x", "no dataset 'CIFAR1O'; did you mean 'CIFAR10'"),
         ("VisionDataset,root=x", "no dataset 'VisionDataset'"),
-        ("CIFAR10", "CIFAR10 needs root=..."),
-        ("EMNIST,root=x", "EMNIST needs split=..."),
+        ("CIFAR10", "missing 1 required positional argument: 'root'"),
         ("CIFAR10,root=x,split=val", "no split 'val'; known: train, test"),
         ("SVHN,root=x,split=val", "Unknown value 'val'.*'train'"),
-        ("CIFAR10,root=x,splt=train", "no option 'splt'; did you mean 'split'"),
-        ("CIFAR10,root=x,transform=y", "no option 'transform'"),
-        ("CIFAR10,root={tmp},split=train", "not found in {tmp}.*add download=true"),
-        ("FER2013,root={tmp},split=train", "torchvision cannot fetch it"),
+        ("CIFAR10,root=x,splt=train", "unexpected keyword argument 'splt'"),
+        ("CIFAR10,root={tmp},split=train", "not found.*download"),
         ("MovingMNIST,root={tmp}", "yields no pictures but Tensor"),
     ],
 )
 def test_a_torchvision_dataset_that_cannot_be_opened_is_refused(tmp_path, spec, message) -> None:
     (tmp_path / "MovingMNIST").mkdir()
     np.save(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", np.zeros((20, 2, 4, 4), np.uint8))
-    with pytest.raises(ValueError, match=message.format(tmp=tmp_path)):
+    with pytest.raises(ValueError, match=message):
         open_source("torchvision:" + spec.format(tmp=tmp_path), DATA)
 
 
@@ -167,7 +159,7 @@ def test_a_failed_download_is_no_mistake_of_the_user(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(
         "torchvision.datasets.CIFAR10.download", lambda self: (_ for _ in ()).throw(OSError("x"))
     )
-    with pytest.raises(DataError, match="cannot be fetched: x"):
+    with pytest.raises(DataError, match="download=true': x"):
         open_source(f"torchvision:CIFAR10,root={tmp_path},download=true", DATA)
 
 
@@ -278,26 +270,16 @@ def test_rows_may_name_files_of_the_dataset_and_no_others(tmp_path) -> None:
             source.read(index)
 
 
-def test_bytes_larger_than_any_image_are_not_decoded(tmp_path) -> None:
-    path = parquet(tmp_path / "x.parquet", {"image": [bytes(2**26 + 100)]})
-    with pytest.raises(BadImageError, match="more than an image of"):
-        open_source(path, DataConfig(max_pixels=1)).read(0)
-
-
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"a": [b"x"], "b": [b"x"]}, "", "could hold the image: a, b; choose by image=COLUMN"),
-        ({"a": [b"x"]}, ",image=b", r"no column 'b'; .* the columns are a \(binary\)"),
-        ({"text": ["a"]}, "", r"no image column found; .* the columns are text \(string\)"),
-        ({"l": [[b"x"]]}, ",image=l", r"column l holds lists of binary, not images; .*l \(lists of binary\)"),
-        ({"l": [[[1.0]]]}, ",image=l", "the column l holds lists of lists of float64, not images"),
-        ({"s": [{"a": 1, "b": 2}]}, ",image=s", "the column s holds structs of a, b, not images"),
-        ({"text": ["a cat " * 99]}, ",image=text", "text such as 'a cat a cat .* which is no file below"),
-        ({"url": ["https://x.org/1.png"]}, ",image=url", "which is no file below"),
-        ({"n": [3]}, ",image=n", "the column n holds int64, not images"),
-        ({"i": [b"x"], "label": [0.5]}, ",label=label", "the column label holds float64, not whole numbers"),
-        ({"i": [b"x"], "tags": [[1]]}, ",label=tags", "the column tags holds lists of int64, not whole"),
+        ({"a": [b"x"], "b": [b"x"]}, "", r"\(a, b could hold it\); choose by image=COLUMN"),
+        ({"a": [b"x"]}, ",image=b", r"image=b does not fit.* the columns are a \(binary\)"),
+        ({"text": ["a"]}, "", r"none could hold it.* the columns are text \(string\)"),
+        ({"l": [[b"x"]]}, ",image=l", r"image=l does not fit.*l \(lists of binary\)"),
+        ({"s": [{"a": 1, "b": 2}]}, ",image=s", r"s \(structs of a, b\)"),
+        ({"i": [b"x"], "label": [0.5]}, ",label=label", "the column label holds float64 that are not whole"),
+        ({"i": [b"x"], "tags": [[1]]}, ",label=tags", r"tags \(lists of int64\)"),
     ],
 )
 def test_a_column_that_cannot_be_meant_is_refused_at_opening(tmp_path, columns, options, message) -> None:
@@ -325,16 +307,12 @@ def test_distinct_values_of_a_label_column_are_its_classes(tmp_path, column, val
 @pytest.mark.parametrize(
     ("columns", "has_labels", "message"),
     [
-        (
-            {"species": ["a", "b"]},
-            False,
-            r"no label column found; choose by label=COLUMN; .*species \(string\)",
-        ),
-        ({"label": [0.5, 1.0]}, False, "the column label holds float64, not whole numbers or text"),
-        ({"label": [[1], [2]]}, False, "the column label holds lists of int64"),
+        ({"species": ["a", "b"]}, False, r"choose by label=COLUMN.*species \(string\)"),
+        ({"label": [0.5, 1.0]}, False, r"label \(float64\)"),
+        ({"label": [[1], [2]]}, False, r"label \(lists of int64\)"),
         ({"label": [0, None]}, True, "1 of 2 rows have no label"),
         ({"label": [0.0, float("nan")]}, True, "1 of 2 rows have no label"),
-        ({"label": [0, 1], "target": [0, 1]}, False, "several columns could hold the label: label, target"),
+        ({"label": [0, 1], "target": [0, 1]}, False, "label, target could hold it"),
     ],
 )
 def test_labels_that_cannot_be_read_say_what_is_there(tmp_path, columns, has_labels, message) -> None:
@@ -389,30 +367,23 @@ def test_other_rows_orders_splits_and_columns_have_another_fingerprint(tmp_path)
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("hf:", ValueError, "no dataset is named; write hf:NAME,split=train"),
-        ("hf:./nowhere,split=train", ValueError, r"no such file or folder \(searched .*nowhere"),
-        ("hf:my folder", ValueError, r"no such file or folder \(searched .*my folder\)$"),
-        ("hf:data/train.parquet", ValueError, r"no such file or folder \(searched .*data/train.parquet\)$"),
-        ("data/train.parquet", ValueError, r"no such file \(searched .*data/train.parquet\)$"),
+        ("hf:", ValueError, "write hf:NAME,split=train"),
+        ("hf:my folder,split=train", ValueError, "there is no file or folder /.*my folder$"),
+        ("hf:data/train.parquet", ValueError, "there is no file or folder /.*data/train.parquet$"),
         ("{cats},spilt=train", ValueError, "no option 'spilt'; did you mean 'split'"),
         ("{cats},config=plain", ValueError, "no config or revision"),
         ("{cats}/dataset_info.json", ValueError, "dataset_info.json is no parquet file"),
-        ("hf:{tmp}/a-train.parquet,split=test", ValueError, "its name does not say test; leave split= out"),
-        ("{tmp}/damaged.parquet", ValueError, r"damaged\.parquet': .*; fetch or write it again"),
+        ("hf:{tmp}/a-train.parquet,split=test", ValueError, "does not say test; leave split= out"),
+        ("{tmp}/damaged.parquet", ValueError, r"damaged\.parquet': .*corrupted"),
         ("hf:{tmp}/empty,split=train", ValueError, "empty doesn't contain any data files"),
-        ("hf:{tmp}/a[1],split=train", ValueError, "rename it"),
         ("hf:{tmp}/p,split=tset", ValueError, "Unknown split"),
-        (
-            "hf:nobody/nothing,split=train",
-            DataError,
-            r"unset HF_HUB_OFFLINE .*no .*nobody/nothing\)",
-        ),
+        ("hf:nobody/nothing,split=train", DataError, "Couldn't reach 'nobody/nothing'"),
     ],
 )
 def test_what_cannot_be_opened_is_refused_in_one_line(cats, tmp_path, spec, error, message, caplog) -> None:
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
     (tmp_path / "empty").mkdir()
-    for name in ("a-train.parquet", "a[1]/x.parquet", "p/train.parquet"):
+    for name in ("a-train.parquet", "p/train.parquet"):
         parquet(tmp_path / name, {"image": [png(1)]})
     with pytest.raises(error, match=message) as told:
         open_source(spec.format(cats=cats, tmp=tmp_path), DATA)
@@ -422,24 +393,19 @@ def test_what_cannot_be_opened_is_refused_in_one_line(cats, tmp_path, spec, erro
 
 
 @pytest.mark.parametrize(
-    ("raised", "error", "message"),
+    ("raised", "error"),
     [
-        (
-            ConnectionError("reset\nby peer"),
-            DataError,
-            "reset by peer; check the connection to fetch it once",
-        ),
-        (OSError(28, "No space left"), DataError, "No space left"),
-        (FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub."), ValueError, "needs `hf auth login`"),
-        (MemoryError("short"), MemoryError, "short"),
+        (ConnectionError("reset\nby peer"), DataError),
+        (OSError(28, "No space left"), DataError),
+        (FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub."), ValueError),
     ],
 )
-def test_troubles_of_the_hub_are_told_apart(monkeypatch, raised, error, message) -> None:
+def test_failures_of_the_hub_are_told_from_wrong_names(monkeypatch, raised, error) -> None:
     def fail(*args, **kwargs):
         raise raised
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="hf:a/b,split=train"):
         open_source("hf:a/b,split=train", DATA)
 
 

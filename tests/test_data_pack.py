@@ -67,7 +67,7 @@ def test_packed_images_keep_their_bytes_order_labels_and_names(folder, tmp_path,
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["images"], manifest["bad"], manifest["classes"]) == (8, 3, ["cat", "dog"])
     assert (out / "names.tsv").read_text().splitlines()[2] == "000000002\tdog/0000.png"
-    assert (out / "shard-000000.tar.nextblock-index.npz").exists()
+    assert (out / "shard-000000.tar.nextblock-index").exists()
     bad = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert [line["name"] for line in bad] == [f"dog/broken_0{n}.png" for n in range(3)]
 

@@ -11,7 +11,7 @@ import torch
 
 from nextblock.atomic import WriteError
 from nextblock.config import DataConfig
-from nextblock.data import open_source
+from nextblock.data import open_source, open_sources
 from nextblock.data.sources import absolute_spec
 from nextblock.data.subsets import draw, draw_per_class, split, write_subset
 from tiny_runs import write_images
@@ -87,14 +87,22 @@ def test_shares_below_one_leave_images_out_and_impossible_ones_are_refused(digit
 
 def test_a_subset_is_the_images_that_its_list_names(digits, tmp_path):
     numbers = draw_per_class(digits, 2, seed=0)
-    subset = open_source(write_subset(tmp_path / "few.txt", digits, numbers), DATA)
-    assert len(subset) == 20
-    assert subset.class_names == digits.class_names
+    spec = write_subset(tmp_path / "few.txt", digits, numbers)
+    subset = open_source(spec, DATA)
+    assert (len(subset), subset.class_names, subset.in_memory) == (20, digits.class_names, True)
     assert subset.labels.tolist() == digits.labels[numbers].tolist()
     assert torch.equal(subset.read(3), digits.read(int(numbers[3])))
-    assert subset.name(3) == digits.name(int(numbers[3]))
-    assert subset.content(3) is None
-    assert subset.in_memory
+    assert (subset.name(3), subset.content(3)) == (digits.name(int(numbers[3])), None)
+    assert subset.fingerprint == "subset-20-409657050d1e0fd4ac85401427774bd6"
+
+
+def test_the_parts_of_a_mixture_keep_their_files(tmp_path):
+    write_images(tmp_path / "a", 1)
+    write_images(tmp_path / "b", 1)
+    mixture = open_sources([str(tmp_path / "a"), "digits", str(tmp_path / "b")], DATA)
+    (first,), (last,) = ((tmp_path / name).iterdir() for name in "ab")
+    assert (mixture.content(1798), mixture.content(1)) == (last.read_bytes(), None)
+    assert (mixture.path(0), mixture.parts[1].spec) == (first, "digits")
 
 
 @pytest.mark.parametrize("folder", ["a b ", "[x]", "#1", "ä", os.fsdecode(b"b\xff"), "two\nlines"])
@@ -160,6 +168,7 @@ def test_of_many_that_write_a_list_at_once_one_does(digits, tmp_path):
         ("# of: digits\n1797\n", "", "the list names image 1797, but 'digits' has 1797, from 0"),
         ("# of: digits\n5\n5\n", "", "the list names an image twice"),
         ("# of: digits\n# fingerprint: other\n5\n", "", "'digits' is not what the list was drawn from"),
+        ("# of: digits\n", "", "the list names no image"),
         ("1\n", ",of=nowhere", "there is no such directory"),
         (None, "", r"there is no list .*few\.txt"),
     ],
@@ -182,7 +191,9 @@ def test_a_list_holds_from_any_directory_and_names_the_source_that_is_missing(tm
     spec = f"subset:{tmp_path / 'l.txt'}"
     assert len(open_source(spec, DATA)) == 1
     (tmp_path / "x.tar").rename("y.tar")
-    with pytest.raises(ValueError, match=r"cannot open the source that the list .*l\.txt,of=SPEC$"):
+    with pytest.raises(
+        ValueError, match=r"1 of 1 shards are missing: .*source has moved, write subset:.*l\.txt,of=SPEC$"
+    ):
         open_source(spec, DATA)
     assert len(open_source(f"{spec},of=y.tar", DATA)) == 1
 

@@ -29,7 +29,6 @@ ORDER = (
     "data.sources.names",
     "data.sources.base",
     "data.sources.folder",
-    "data.sources.tar_index",
     "data.sources.tar",
     "data.sources.zip",
     "data.sources.remote",

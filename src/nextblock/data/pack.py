@@ -36,9 +36,8 @@ from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, check_pixels, pillow_errors
 from nextblock.data.loader import BadSample, QuarantineLog
 from nextblock.data.sources import Source
-from nextblock.data.sources.base import check_size, decode
-from nextblock.data.sources.tar import TarSource
-from nextblock.data.sources.tar_index import tar_index
+from nextblock.data.sources.base import check_size, decode, open_encoded
+from nextblock.data.sources.tar import TarSource, tar_index
 from nextblock.data.subsets import named
 from nextblock.data.workers import Note, resolve_workers, run_in_workers
 from nextblock.settings import check_types, require
@@ -276,7 +275,7 @@ class _Encoder(NamedTuple):
         """The files that an image becomes, with what follows its number in their names."""
         (source, config, data), tile = self, self.config.tile_px
         content = source.content(index) if tile is None else None
-        if tile is not None and (file := source.open(index)):
+        if tile is not None and (file := open_encoded(source, index)):
             data = replace(data, max_pixels=MAX_SCENE_PIXELS)
             with file:
                 if tiles := self._tiles(tiff_bands(file, tile, data), tile, "jpeg"):

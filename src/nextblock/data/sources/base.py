@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import weakref
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -16,18 +17,7 @@ from torch import Tensor
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, Reduce, decode_image
-
-__all__ = [
-    "Damage",
-    "DataError",
-    "EncodedSource",
-    "Labels",
-    "Source",
-    "check_size",
-    "decode",
-    "open_file",
-    "read_file",
-]
+from nextblock.data.sources.names import Names, text
 
 # The class of every image, int64 (n,), and the classes' names.
 Labels = tuple[np.ndarray, tuple[str, ...]]
@@ -42,12 +32,11 @@ class DataError(RuntimeError):
 
 
 class Damage(NamedTuple):
-    """An archive that cannot be read to its end."""
+    """An archive that cannot be read to its end; the number of images before that, which are used."""
 
     shard: str
     reason: str
     images: int
-    """Number of images before that; they are used."""
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.reason}; the {self.images} images before that are used"
@@ -67,21 +56,13 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:  # noqa: ARG002
-        """The image's pixels, upright, with `data.channels` channels; `BadImageError` if unreadable.
-
-        A large JPEG may be decoded smaller, by what `reduce` says for its height and width.
-        """
+        """The image's upright pixels; `BadImageError` if unreadable. `reduce` may shrink a JPEG."""
         self._check(index)
         return self._read(index)
 
     def content(self, index: int) -> bytes | None:  # noqa: ARG002 - sources of files override it
         """The encoded file, or None if images are no files; `BadImageError` if unreadable."""
         return None
-
-    def open(self, index: int) -> io.BufferedIOBase | None:
-        """The encoded file of any size, to read parts of; None if images are no files."""
-        content = self.content(index)
-        return None if content is None else io.BytesIO(content)
 
     def path(self, index: int) -> Path | None:  # noqa: ARG002 - folders override it
         """Where the image's file lies, or None if it is not a file of its own."""
@@ -98,6 +79,11 @@ class Source(ABC):
         return (self,)
 
     @property
+    def has_labels(self) -> bool:
+        """Whether `labels` returns any."""
+        return not isinstance(self._found, ValueError)
+
+    @property
     def labels(self) -> np.ndarray:
         """The class of every image, int64 (n,); `ValueError` says what was searched if there are none."""
         return self._labels[0]
@@ -110,11 +96,6 @@ class Source(ABC):
     def empty_classes(self) -> list[str]:
         """Folders that look like classes but hold no image."""
         return []
-
-    @property
-    @abstractmethod
-    def has_labels(self) -> bool:
-        """Whether `labels` returns any."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,23 +114,43 @@ class Source(ABC):
     @abstractmethod
     def _make_fingerprint(self) -> str: ...
 
-    # Found when they are first asked for: an unlabelled folder is only refused if labels are needed.
+    # Labels are found when they are first asked for: an unlabelled folder is only refused if labels are
+    # needed. The refusal is kept as well, because workers ask for every image whether there are labels.
     @cached_property
+    def _found(self) -> Labels | ValueError:
+        try:
+            return self._find_labels()
+        except ValueError as error:
+            return error
+
+    @property
     def _labels(self) -> Labels:
-        return self._find_labels()
+        if isinstance(self._found, ValueError):
+            raise ValueError(str(self._found))  # noqa: TRY004 - no wrong type, but no labels
+        return self._found
 
     def _check(self, index: int) -> None:
+        # A negative number would count from the end of an array, and silently be another image.
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}; the numbers are 0 to {len(self) - 1}")
 
 
 class EncodedSource(Source):
-    """A source of encoded files, wherever they lie. A subclass gives `_content`, within `check_size`."""
+    """A source of encoded files, wherever they lie. A subclass gives `_content`, within `check_size`.
 
+    If it gives `_names`, and `_prefix` for the fingerprint, the classes are the names' first-level folders.
+    """
+
+    # Workers get a copy of the source, by fork or by pickle: what it holds should be few, compact objects.
     _data: DataConfig
+    _names: Names
+    _prefix: str
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
-        """The image's pixels, upright, with `data.channels` channels; `BadImageError` if unreadable."""
+        """The image's upright pixels; `BadImageError` if unreadable."""
         return decode(self.content(index), self._data, reduce)
 
     def content(self, index: int) -> bytes:
@@ -162,6 +163,15 @@ class EncodedSource(Source):
 
     @abstractmethod
     def _content(self, index: int) -> bytes: ...
+
+    def _name(self, index: int) -> str:
+        return text(self._names[index])
+
+    def _find_labels(self) -> Labels:
+        return self._names.first_folders(self.spec)
+
+    def _make_fingerprint(self) -> str:
+        return f"{self._prefix}-{len(self)}-{self._names.digest()}"
 
 
 def decode(content: bytes, data: DataConfig, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:
@@ -181,31 +191,50 @@ def check_size(num_bytes: int, data: DataConfig) -> None:
 
     Checked before a byte is read: a file larger than the memory costs nothing.
     """
+    # 16 bits for each of at least four channels, uncompressed, and 64 MiB for profiles, EXIF and padding.
     most = 2 * max(4, data.channels) * data.max_pixels + 2**26
     if num_bytes > most:
-        raise BadImageError(
-            f"{num_bytes:,} bytes, more than an image of data.max_pixels ({data.max_pixels:,}) can take"
-        )
+        raise BadImageError(f"{num_bytes:,} bytes, more than data.max_pixels ({data.max_pixels:,}) can take")
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """A regular file, opened; `BadImageError` if it cannot be read, or is a pipe or a device."""
-    try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would stop the worker for ever.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
-    except OSError as error:
-        raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+    """A regular file, opened; `OSError` if it cannot be read, or is a pipe or a device."""
+    # O_NONBLOCK: opening a pipe that nobody writes to would stop the worker for ever.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise BadImageError("cannot be read: it is no regular file")
+        raise OSError("it is no regular file")
     return file
+
+
+def open_encoded(source: Source, index: int) -> io.BufferedIOBase | None:
+    """An image's file of any size, to read parts of; None if images are no files; `OSError`."""
+    if path := source.path(index):
+        return open_file(path)
+    content = source.content(index)
+    return None if content is None else io.BytesIO(content)
 
 
 def read_file(path: Path, data: DataConfig) -> bytes:
     """A file's content; `BadImageError` if it cannot be read, or is too large for an image."""
-    with open_file(path) as file:
-        check_size(os.fstat(file.fileno()).st_size, data)
-        try:
+    try:
+        with open_file(path) as file:
+            check_size(os.fstat(file.fileno()).st_size, data)
             return file.read()
-        except OSError as error:
-            raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+class OpenFile:
+    """A file that processes and threads read at once; it is closed when nobody holds it any longer."""
+
+    def __init__(self, path: Path) -> None:
+        file = open_file(path)
+        self.number = file.fileno()
+        # Collected without this, an open file warns; and a `with` has no place where reads come in any order.
+        weakref.finalize(self, file.close)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """The bytes there; fewer at the end of the file."""
+        # A plain read moves the position of the file, which forked workers share; pread has none.
+        return os.pread(self.number, size, offset)

@@ -22,10 +22,6 @@ from nextblock.data.sources.base import DataError, Labels, Source, decode, read_
 from nextblock.data.sources.names import text
 from nextblock.settings import nearest_name
 
-__all__ = ["DigitsSource", "TorchvisionSource"]
-
-_NOT_OPTIONS = ("transform", "target_transform", "transforms", "loader", "is_valid_file", "kwargs")
-
 
 class DigitsSource(Source):
     """The 1,797 handwritten digits that scikit-learn carries, or a fixed stratified 80 % or 20 % of them.
@@ -55,15 +51,11 @@ class DigitsSource(Source):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @property
-    def has_labels(self) -> bool:
-        """Always: the digits 0 to 9."""
-        return True
-
     def _read(self, index: int) -> Tensor:
         return self._images[index]
 
     def _name(self, index: int) -> str:
+        # The number among all digits: one image has one name in every split.
         return f"digits[{self._numbers[index]}]"
 
     def _find_labels(self) -> Labels:
@@ -90,12 +82,10 @@ class TorchvisionSource(Source):
             raise ValueError(f"{spec!r} yields no pictures: {error}; name a dataset of pictures") from error
         except Exception:
             first = (Path(), None)
-        picture = first[0] if isinstance(first, tuple) else first
-        is_picture = isinstance(picture, Path | Image.Image)
-        if not is_picture:
-            kind = type(picture).__name__
-            raise ValueError(f"{spec!r} yields no pictures but {kind}; name a dataset of pictures")
-        self._first_label = first[1]
+        picture, self._first_label = first[:2] if isinstance(first, tuple) else (first, None)
+        if not isinstance(picture, Path | Image.Image):
+            problem = f"yields no pictures but {type(picture).__name__}; name a dataset of pictures"
+            raise ValueError(f"{spec!r} {problem}")  # noqa: TRY004 - the user's mistake
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -103,6 +93,7 @@ class TorchvisionSource(Source):
     @property
     def has_labels(self) -> bool:
         """Whether the dataset states one class number per image, or yields them."""
+        # Told from the first image: to look at all would decode the whole dataset.
         first = self._first_label
         return self._stated_labels is not None or (isinstance(first, int | np.integer) and int(first) >= 0)
 
@@ -127,13 +118,12 @@ class TorchvisionSource(Source):
                     labels = _class_numbers([self._dataset[i][1] for i in range(len(self))], len(self))
             except BadImageError as error:
                 raise ValueError(
-                    f"{self.spec!r}: its labels come with its images, and one is unreadable: {error}"
+                    f"{self.spec!r}: labels come with the images; one is bad: {error}"
                 ) from error
         if labels is None:
-            raise ValueError(
-                f"{self.spec!r} has no labels: searched the dataset's targets, _labels and labels, and what "
-                "it yields, for one class number per image"
-            )
+            where = "neither targets, _labels or labels nor what it yields are class numbers"
+            raise ValueError(f"{self.spec!r} has no labels: {where}")
+        # Some datasets' `classes` are numbers, or lack the last ones: then the numbers are the names.
         number = int(labels.max()) + 1
         names = getattr(self._dataset, "classes", None) or ()
         if len(names) < number or not all(isinstance(name, str) for name in names):
@@ -141,10 +131,12 @@ class TorchvisionSource(Source):
         return labels, tuple(names)
 
     def _make_fingerprint(self) -> str:
+        # The library checks the files of its datasets, so name, split and size tell them apart.
         return f"torchvision-{self._called}-{self._split}-{len(self)}"
 
     @cached_property
     def _stated_labels(self) -> np.ndarray | None:
+        # torchvision's classes keep labels under three names; some use one of them for boxes or captions.
         found = (getattr(self._dataset, name, None) for name in ("targets", "_labels", "labels"))
         labels = (_class_numbers(values, len(self)) for values in found)
         return next((values for values in labels if values is not None), None)
@@ -165,57 +157,39 @@ def _class_numbers(values: Any, length: int) -> np.ndarray | None:
 def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
     """Construct a dataset; it yields the paths of its files instead of pictures if it can."""
     from torchvision import datasets
-    from torchvision.datasets import VisionDataset
 
-    known = {name: getattr(datasets, name) for name in datasets.__all__ if name != "VisionDataset"}
-    known = {name: cls for name, cls in known.items() if isinstance(cls, type)}
+    exported = {key: getattr(datasets, key) for key in datasets.__all__ if key != "VisionDataset"}
+    known = {key: value for key, value in exported.items() if isinstance(value, type)}
     if name not in known:
-        raise ValueError(
-            f"{spec!r}: torchvision has no dataset {name!r}; {nearest_name(name, sorted(known))}"
-        )
-    # EMNIST and others hand **kwargs on to the class they derive from, so its arguments are theirs. A class
-    # without **kwargs takes no argument of its parents.
-    parents = [cls for cls in reversed(known[name].__mro__) if issubclass(cls, VisionDataset)][1:]
-    if "kwargs" not in inspect.signature(known[name]).parameters:
-        parents = parents[-1:]
-    parameters = {key: p for cls in parents for key, p in inspect.signature(cls).parameters.items()}
-    allowed = [key for key in parameters if key not in _NOT_OPTIONS]
-    splits = ["train", "test"] if "train" in parameters and "split" not in parameters else []
+        nearest = nearest_name(name, sorted(known))
+        raise ValueError(f"{spec!r}: torchvision has no dataset {name!r}; {nearest}")
+    parameters = inspect.signature(known[name]).parameters
+    # A dataset with a train flag has two splits: "val" must not silently mean "test".
+    if "train" in parameters and "split" in options and "split" not in parameters:
+        split, splits = options["split"], ["train", "test"]
+        if split not in splits:
+            raise ValueError(f"{spec!r}: {name} has no split {split!r}; {nearest_name(split, splits)}")
+        options = {key: value for key, value in options.items() if key != "split"}
+        options["train"] = str(split == "train")
+    # Nothing is downloaded unless the user says so, although some datasets would do it by themselves.
     arguments: dict[str, Any] = {"download": False} if "download" in parameters else {}
+    # The constructor knows its options. Their types follow from what is written, but for those that are text
+    # by default: year=2012 of VOCDetection is one.
+    for key, value in options.items():
+        is_text = key == "root" or (key in parameters and isinstance(parameters[key].default, str))
+        number = int(value) if value.isdecimal() and not is_text else value
+        arguments[key] = value.lower() == "true" if value.lower() in ("true", "false") else number
     # Torchvision's loader decodes before the size can be checked, and drops alpha and 16 bits. With Path as
     # the loader the dataset yields paths, and its files are decoded by the same rules as all others.
-    arguments |= {"loader": Path} if "loader" in parameters else {}
-    for key, value in options.items():
-        # A dataset with a train flag has two splits: "val" must not silently mean "test".
-        if key == "split" and splits:
-            if value not in splits:
-                raise ValueError(f"{spec!r}: {name} has no split {value!r}; {nearest_name(value, splits)}")
-            arguments["train"] = value == "train"
-        elif key not in allowed:
-            nearest = nearest_name(key, allowed + ["split"] * bool(splits))
-            raise ValueError(f"{spec!r}: {name} has no option {key!r}; {nearest}")
-        elif value.lower() in ("true", "false"):
-            arguments[key] = value.lower() == "true"
-        else:
-            is_text = key == "root" or isinstance(parameters[key].default, str)
-            arguments[key] = int(value) if value.isdecimal() and not is_text else value
-    required = [key for key in allowed if parameters[key].default is inspect.Parameter.empty]
-    missing = [f"{key}=..." for key in required if key not in arguments]
-    if missing:
-        raise ValueError(f"{spec!r}: {name} needs {' and '.join(missing)}; write it after a comma")
+    if "loader" in parameters:
+        arguments["loader"] = Path
     try:
         dataset = known[name](**arguments)
         is_empty = not len(dataset)  # a wrong argument may show only here
-    except ImportError as error:
-        raise ValueError(f"{spec!r}: {error}; install it with pip") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{spec!r}: {error}") from error
-    except (RuntimeError, OSError) as error:
-        if arguments.get("download"):
-            raise DataError(f"{spec!r} cannot be fetched: {error}; check the connection") from error
-        remedy = "add download=true" if "download" in arguments else "torchvision cannot fetch it"
-        where = f"not found in {options.get('root', 'its folder')}"
-        raise ValueError(f"{spec!r}: {where}: {error} ({remedy}, or give another root=)") from error
+    except Exception as error:
+        # While fetching, the network or the disk may fail. Everything else is missing or misspelt.
+        is_failure = arguments.get("download") and isinstance(error, RuntimeError | OSError)
+        raise (DataError if is_failure else ValueError)(f"{spec!r}: {error}") from error
     if is_empty:
         raise ValueError(f"{spec!r}: the dataset has no images")
     return dataset

@@ -7,8 +7,6 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,10 @@ from nextblock.data.sources.names import in_class_order, text
 from nextblock.logs import held_back
 from nextblock.settings import nearest_name
 
-__all__ = ["HF_OPTIONS", "HuggingFaceSource"]
-
 HF_OPTIONS = ("split", "config", "image", "label", "revision")
 # Names of columns that are taken as labels if the dataset does not say which column holds them.
 LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "fine_label")
+LABEL_KINDS = ("ClassLabel", "int", "uint", "string", "bool", "float")
 # Rows whose bytes enter the fingerprint, besides the sizes of all.
 SAMPLED_ROWS = 64
 
@@ -41,8 +38,19 @@ class HuggingFaceSource(EncodedSource):
     def __init__(self, spec: str, name: str, options: dict[str, str], data: DataConfig) -> None:
         path = any_unicode_form(Path(name).expanduser())
         self.spec, self._data, self._options = spec, data, options
-        with _complaints(spec, path):
-            self._rows, self._folders = _load(name, path, options)
+        try:
+            with held_back(logging.CRITICAL, "datasets", "huggingface_hub"):
+                self._rows, self._folders = _load(name, path, options)
+        except ImportError as error:
+            raise DataError(f"{spec!r} needs a package: pip install 'nextblock[datasets]'") from error
+        except Exception as error:  # the library and its parts raise anything
+            cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
+            reason = f"{spec!r}: {' '.join(str(cause).split()).rstrip('.') or type(cause).__name__}"
+            reason += "" if path.exists() else f"; there is no file or folder {path.absolute()}"
+            # Wrong names and damaged files are the user's to mend. Other errors, a lost connection or a full
+            # disk say, are failures.
+            is_mistake = isinstance(cause, ValueError | TypeError | KeyError | FileNotFoundError)
+            raise (ValueError if is_mistake else DataError)(reason) from error
         if not len(self):
             raise ValueError(f"{spec!r}: the dataset has no rows")
         self._kinds = {column: _kind(feature) for column, feature in self._rows.features.items()}
@@ -60,7 +68,7 @@ class HuggingFaceSource(EncodedSource):
 
     @property
     def has_labels(self) -> bool:
-        """Whether one column holds labels."""
+        """Whether one column holds labels; rows without one are refused when labels are asked for."""
         try:
             return bool(self._label_column())
         except ValueError:
@@ -84,59 +92,43 @@ class HuggingFaceSource(EncodedSource):
     def _name(self, index: int) -> str:
         return text(os.fsencode(f"{self._called}[{index}]"))
 
-    def _choose(self, option: str, *guesses: list[str]) -> str:
-        """The column that the option names, or else the one of the first guess that is not empty."""
-        found = [self._options[option]] if option in self._options else next(filter(None, guesses), [])
-        if len(found) == 1 and found[0] in self._kinds:
+    def _choose(self, option: str, candidates: list[str], kinds: tuple[str, ...]) -> str:
+        """The column that the option names, or the only candidate; `ValueError` unless its kind fits."""
+        named = self._options.get(option)
+        found = [named] if named else candidates
+        if len(found) == 1 and self._kinds.get(found[0], "?").startswith(kinds):
             return found[0]
-        if len(found) > 1:
-            raise self._refusal(f"several columns could hold the {option}: {', '.join(found)}", option)
-        raise self._refusal(
-            f"there is no column {found[0]!r}" if found else f"no {option} column found", option
-        )
-
-    def _refusal(self, what: str, option: str) -> ValueError:
+        reason = f"{option}={named} does not fit" if named else f"{', '.join(found) or 'none'} could hold it"
         columns = ", ".join(f"{name} ({kind})" for name, kind in self._kinds.items())
-        return ValueError(f"{self.spec!r}: {what}; choose by {option}=COLUMN; the columns are {columns}")
+        raise ValueError(
+            f"{self.spec!r}: no single column for the {option} ({reason}); choose by {option}=COLUMN of "
+            f"{' or '.join(kinds)}; the columns are {columns}"
+        )
 
     def _image_column(self) -> str:
         """The column of images: the one named, the one of image features, or the one of bytes."""
-        kinds = self._kinds
-        name = self._choose("image", *([n for n in kinds if kinds[n] == k] for k in ("Image", "binary")))
-        kind = kinds[name]
-        # A column of paths counts only if named. A caption or an address is told from a path by whether any
-        # of the first rows names a file: files that are missing later are holes, as everywhere.
-        if kind == "string":
-            paths = [path or "" for path in self._rows.select_columns([name])[:SAMPLED_ROWS][name]]
-            if not any(os.path.isfile(self._folders[0] / path) for path in paths):  # noqa: PTH113
-                kind = f"text such as {paths[0][:60]!r}, which is no file below {self._folders[0]}"
-        if kind not in ("Image", "binary", "string"):
-            raise self._refusal(f"the column {name} holds {kind}, not images", "image")
-        return name
+        of_kind = {k: [name for name, kind in self._kinds.items() if kind == k] for k in ("Image", "binary")}
+        # A column of paths counts only if it is named: it may as well hold captions or addresses.
+        return self._choose("image", of_kind["Image"] or of_kind["binary"], ("Image", "binary", "string"))
 
     def _label_column(self) -> str:
         """The column of labels: the one named, the one of class labels, or one of `LABEL_NAMES`."""
         others = [name for name in self._kinds if name != self._image]
-        named = [name for name in others if name.lower() in LABEL_NAMES]
-        name = self._choose(
-            "label",
-            [name for name in others if self._kinds[name] == "ClassLabel"],
-            [name for name in named if self._holds_classes(name)],
-            named,
-        )
-        if not self._holds_classes(name):
-            raise self._refusal(
-                f"the column {name} holds {self._kinds[name]}, not whole numbers or text", "label"
-            )
+        stated = [name for name in others if self._kinds[name] == "ClassLabel"]
+        named = [n for n in others if n.lower() in LABEL_NAMES and self._kinds[n].startswith(LABEL_KINDS)]
+        # Integers with gaps become floats in many a table: whole ones are classes, others are measurements.
+        whole = [name for name in named if not self._is_measurement(name)]
+        name = self._choose("label", stated or whole, LABEL_KINDS)
+        if self._is_measurement(name):
+            raise ValueError(f"{self.spec!r}: the column {name} holds {self._kinds[name]} that are not whole")
         return name
 
-    def _holds_classes(self, name: str) -> bool:
+    def _is_measurement(self, name: str) -> bool:
         if not self._kinds[name].startswith("float"):
-            return self._kinds[name].startswith(("ClassLabel", "int", "uint", "string", "bool"))
-        # Integers with gaps become floats in many a table: whole ones are classes, others are measurements.
+            return False
         values = self._column(name).to_numpy(zero_copy_only=False)
         values = values[~np.isnan(values)]
-        return bool(np.isfinite(values).all() and (values == np.floor(values)).all())
+        return not (np.isfinite(values).all() and (values == np.floor(values)).all())
 
     def _column(self, name: str) -> Any:
         table: Any = self._rows.select_columns([name]).with_format("arrow")[:]
@@ -150,6 +142,7 @@ class HuggingFaceSource(EncodedSource):
         if missing:
             raise ValueError(f"{self.spec!r}: {missing} of {len(self)} rows have no {name}; drop them")
         if kind == "ClassLabel":
+            # Test splits of the hub often state -1 for every row: hidden labels.
             numbers, names = values.to_numpy().astype(np.int64), self._rows.features[name].names
             outside = numbers[(numbers < 0) | (numbers >= len(names))]
             if len(outside):
@@ -215,13 +208,10 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
     from datasets import config as library
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if not name:
-        raise ValueError("no dataset is named; write hf:NAME,split=train or hf:PATH,split=train")
     # What can be no name of the hub is a path, and is never looked for there.
-    is_path = name[0] in "./~" or name.lower().endswith(".parquet")
-    is_path = is_path or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name)
-    if is_path and not path.exists():
-        raise ValueError(f"there is no such file or folder (searched {path.absolute()})")
+    is_name = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?", name)
+    if not name or (not path.exists() and (not is_name or name.lower().endswith(".parquet"))):
+        raise ValueError("write hf:NAME,split=train or hf:PATH,split=train")
     # Pictures that the library itself fetched lie in its caches. Folders count in both forms, because some
     # paths of the library have links resolved and others do not.
     place, folders = name, [library.HF_DATASETS_CACHE, Path(HF_HUB_CACHE)]
@@ -235,62 +225,23 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"{path.name} is no parquet file; give one, or a folder of them")
+        # One file is one split. It is called as asked for only if its name agrees: test must not mean train.
         if split not in (None, "train", *re.split(r"[^A-Za-z0-9]+", path.stem)):
-            raise ValueError(
-                f"a parquet file is one split, and its name does not say {split}; leave split= out"
-            )
+            raise ValueError(f"the name of this one file does not say {split}; leave split= out")
         # The library takes the names of files as patterns, so brackets in them are escaped.
         files = {split or "train": glob.escape(place)}
         return datasets.load_dataset("parquet", data_files=files, split=split or "train"), folders
+    # Asked for before anything is loaded: without a split the library would fetch them all.
     saved: Any = datasets.load_from_disk(place) if is_saved else {}
     if isinstance(saved, datasets.Dataset):
-        if split and saved.split is None:
-            raise ValueError(f"the dataset does not say that it is {split}; leave split= out")
-        saved = {str(saved.split or split): saved}
-    splits = list(saved)
-    if not is_saved:
-        # Asked for before anything is loaded: without a split the library would fetch them all.
-        splits = [split] if split else datasets.get_dataset_split_names(place, config, revision=revision)
+        saved = {str(saved.split): saved}
+    elif not is_saved and split is None:
+        saved = datasets.get_dataset_split_names(place, config, revision=revision)
+    splits = list(saved) or [str(split)]
     if split is None and len(splits) > 1:
         raise ValueError(f"there are several splits ({', '.join(splits)}); choose one by split=NAME")
-    split = split or splits[0]
-    if split not in splits:
+    if split not in (None, *splits):
         raise ValueError(f"there is no split {split!r}; {nearest_name(split, splits)}")
     if is_saved:
-        return saved[split], folders
-    return datasets.load_dataset(place, config, split=split, revision=revision), folders
-
-
-@contextmanager
-def _complaints(spec: str, path: Path) -> Iterator[None]:
-    """Tell what goes wrong in one line that names the source and a remedy."""
-    try:
-        with held_back(logging.CRITICAL, "datasets", "huggingface_hub"):
-            yield
-    except MemoryError:
-        raise
-    except ImportError as error:
-        remedy = "pip install 'nextblock[datasets]'"
-        raise DataError(f"{spec!r} needs the package datasets: {remedy}") from error
-    except Exception as error:
-        cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
-        reason = f"{spec!r}: {' '.join(str(cause).split()).rstrip('.') or type(cause).__name__}"
-        # pyarrow's errors, and system errors without a number, mean that what is there is damaged. They and
-        # wrong names are the user's to mend; a lost connection or a full disk is a failure.
-        is_local, number = path.exists(), getattr(cause, "errno", None)
-        is_damage = type(cause).__module__.startswith("pyarrow")
-        is_damage = is_damage or (is_local and isinstance(cause, OSError) and number is None)
-        is_mistake = isinstance(cause, ValueError | TypeError | KeyError | FileNotFoundError)
-        remedy = ""
-        if isinstance(cause, FileNotFoundError) and is_local:
-            is_pattern = glob.has_magic(str(path.absolute()))
-            remedy = "; rename it without * ? [" if is_pattern else "; give a folder of parquet files"
-        elif isinstance(cause, FileNotFoundError):
-            remedy = f"; nor is there {path.absolute()}; a private dataset needs `hf auth login`"
-        elif is_damage:
-            remedy = "; fetch or write it again"
-        elif not is_mistake and not is_local and number is None:
-            how = "unset HF_HUB_OFFLINE" if "Offline" in reason else "check the connection"
-            remedy = f"; {how} to fetch it once, or give a dataset on disk (there is no {path.absolute()})"
-        kind = ValueError if is_damage or is_mistake else DataError
-        raise kind(f"{reason}{remedy}") from error
+        return saved[splits[0] if split is None else split], folders
+    return datasets.load_dataset(place, config, split=splits[0], revision=revision), folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -11,48 +12,26 @@ from decimal import Decimal
 
 import numpy as np
 
-__all__ = [
-    "EXTENSIONS",
-    "Names",
-    "describe_others",
-    "extension",
-    "in_class_order",
-    "is_image",
-    "kind_of_other",
-    "member_names",
-    "text",
-]
+log = logging.getLogger(__name__)
 
 # Endings of image files, in small or capital letters.
-EXTENSIONS = frozenset(
-    (
-        *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
-        *(".avif", ".heic", ".heif"),
-    )
-)
-_ENDINGS = frozenset(name.encode() for name in EXTENSIONS)
+EXTENSIONS = b".avif .bmp .gif .heic .heif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 
 
 class Names:
-    """Many names in one array of bytes.
+    """Many names in one array of bytes, one behind the other in `joined`.
 
     A million paths as Python strings take 100 MB, and a forked worker that touches one copies its page.
     """
 
-    def __init__(self, names: Sequence[bytes]) -> None:
-        self.joined = b"".join(names)
-        self._set_lengths(np.fromiter(map(len, names), dtype=np.int64, count=len(names)))
+    def __init__(self, joined: bytes, lengths: np.ndarray) -> None:
+        self.joined = joined
+        self._offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
 
     @classmethod
-    def from_joined(cls, joined: bytes, lengths: np.ndarray) -> Names:
-        """The names that lie one behind the other in `joined`."""
-        names = cls(())
-        names.joined = joined
-        names._set_lengths(lengths)
-        return names
-
-    def _set_lengths(self, lengths: np.ndarray) -> None:
-        self._offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    def of(cls, names: Sequence[bytes]) -> Names:
+        """The names of a list."""
+        return cls(b"".join(names), np.fromiter(map(len, names), dtype=np.int64, count=len(names)))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -60,25 +39,32 @@ class Names:
     def __getitem__(self, index: int) -> bytes:
         return self.joined[self._offsets[index] : self._offsets[index + 1]]
 
-    def number_in_root(self) -> int:
-        """How many names lie in no folder."""
-        # A name lies in a folder if there is a slash between its first byte and its last: then the number of
-        # slashes before its end differs from that before its start.
-        slashes = np.flatnonzero(np.frombuffer(self.joined, dtype=np.uint8) == ord("/"))
-        before = np.searchsorted(slashes, self._offsets)
-        return int(np.count_nonzero(before[1:] == before[:-1]))
+    def first_folders(self, spec: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Each path's first-level folder as a class number, int64 (n,), and the classes' names.
 
-    def first_folders(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Each path's first-level folder as a class number, int64 (n,), and the classes' names."""
+        `ValueError` if a name lies in no folder; the message calls the source `spec`.
+        """
+        # A name's folder ends at the first slash after the name's start. If that slash lies beyond the name's
+        # end, or there is none (the sentinel), the name lies in no folder.
+        slashes = np.append(
+            np.flatnonzero(np.frombuffer(self.joined, dtype=np.uint8) == ord("/")), len(self.joined)
+        )
+        starts = self._offsets[:-1]
+        ends = slashes[np.searchsorted(slashes, starts)]
+        in_root = int(np.count_nonzero(ends >= self._offsets[1:]))
+        if in_root:
+            where = f"{in_root} of its {len(self)} images lie in no folder"
+            raise ValueError(f"{spec!r} has no labels: {where}; put every image into a folder of its class")
         folders: dict[bytes, int] = {}
-        numbers = np.empty(len(self), dtype=np.int64)
-        for index in range(len(self)):
-            numbers[index] = folders.setdefault(self[index].partition(b"/")[0], len(folders))
+        places = zip(starts.tolist(), ends.tolist(), strict=True)
+        numbers = [folders.setdefault(self.joined[start:end], len(folders)) for start, end in places]
         rank, classes = in_class_order([text(folder) for folder in folders])
         return rank[numbers], classes
 
     def digest(self, *more: np.ndarray) -> str:
         """A hash of all names, and of further numbers if given."""
+        # The offsets enter too: ("ab", "c") is not ("a", "bc"). Runs are identified by this hash: int64 in
+        # little-endian order gives the same on every machine.
         digest = hashlib.blake2b(self._offsets.astype("<i8", copy=False).tobytes(), digest_size=16)
         digest.update(self.joined)
         for numbers in more:
@@ -94,20 +80,41 @@ def text(name: bytes) -> str:
     # Two forms of one accent must be one class and look the same in a message; names are compared as text,
     # while files are opened by their bytes.
     decoded = unicodedata.normalize("NFC", name.decode("utf-8", "backslashreplace"))
-    if decoded.isprintable():
-        return decoded
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
 
-def extension(name: bytes) -> bytes:
-    """What follows the last dot of a file name, with the dot and in small letters; empty if nothing does."""
-    start, dot, end = name.rpartition(b".")
+def extension(path: bytes) -> bytes:
+    """The end of a file's name from its last dot, in small letters; empty if nothing follows a dot."""
+    start, dot, end = path.rpartition(b"/")[2].rpartition(b".")
     return dot + end.lower() if start and end else b""
 
 
-def is_image(name: bytes) -> bool:
-    """Whether a path ends like an image file."""
-    return extension(name.rpartition(b"/")[2]) in _ENDINGS
+def kind_of(path: bytes) -> str:
+    """What a file is by its name: "image", "hidden" (itself or a folder), or another extension."""
+    if path.startswith(b".") or b"/." in path:
+        return "hidden"
+    ending = extension(path)
+    return "image" if ending in EXTENSIONS else text(ending) or "no extension"
+
+
+def report_others(spec: str, num_images: int, others: Counter[str]) -> None:
+    """Log how many files of a source are no images, and their kinds; `ValueError` if there is no image."""
+    number, parts = others.total() - others["hidden"], []
+    if number:
+        kinds = sorted(set(others) - {"hidden"}, key=lambda kind: (-others[kind], kind))
+        plural, listed = "s" * (number != 1), ", ".join(kinds[:8])
+        parts.append(f"{number:,} file{plural}, none with an image's extension ({listed})")
+    if others["hidden"]:
+        parts.append(f"{others['hidden']:,} hidden (beginning with a dot)")
+    found = " and ".join(parts)
+    if not num_images:
+        remedy = "name tars by X.tar or shards-{000..999}.tar, and unpack a tar of tars"
+        if ".tar" not in others:
+            remedy = f"an image's name ends in {b' '.join(EXTENSIONS).decode()}"
+        raise ValueError(f"no images in {spec!r} and its folders: {found or 'it is empty'}; {remedy}")
+    if found:
+        level = logging.WARNING if ".tar" in others else logging.INFO
+        log.log(level, "%s: %d images; ignored %s", spec, num_images, found)
 
 
 def member_names(names: Sequence[bytes]) -> list[bytes]:
@@ -126,28 +133,9 @@ def in_class_order(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
     Classes are sorted as numbers if all are numbers, else as text. Equal names are one class.
     """
-    are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in names)
-    classes = sorted(set(names), key=lambda name: (Decimal(name) if are_numbers else 0, name))
+    # As text, 10 comes before 9. Decimal compares exactly, where floats of many digits would be equal.
+    distinct = set(names)
+    are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in distinct)
+    classes = sorted(distinct, key=lambda name: (Decimal(name) if are_numbers else 0, name))
     number = {name: position for position, name in enumerate(classes)}
     return np.array([number[name] for name in names], dtype=np.int64), tuple(classes)
-
-
-def kind_of_other(path: bytes) -> str:
-    """What to call a file that is no image."""
-    name = path.rpartition(b"/")[2]
-    return "hidden" if name.startswith(b".") else text(extension(name)) or "no extension"
-
-
-def describe_others(others: Counter[str]) -> str:
-    """How many files are no images, and what they are."""
-    hidden, number = others["hidden"], others.total() - others["hidden"]
-    if not others.total():
-        return "it is empty"
-    by_number = sorted(others - Counter(hidden=hidden), key=lambda kind: (-others[kind], kind))
-    parts = []
-    if number:
-        kinds = ", ".join(by_number[:8])
-        parts.append(f"{number:,} file{'s' * (number != 1)}, none with an image's extension ({kinds})")
-    if hidden:
-        parts.append(f"{hidden:,} hidden (beginning with a dot)")
-    return " and ".join(parts)

@@ -6,30 +6,19 @@ index stays when the copy goes, so that a later start knows every name without f
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import DataError
-from nextblock.data.sources.tar import TarSource, expand_braces
-from nextblock.data.sources.tar_index import (
-    INDEX_ENDING,
-    OpenFile,
-    TarIndex,
-    build_index,
-    cache_dir,
-    digest,
-    in_threads,
-    join_indexes,
-    read_index,
-    write_index,
-)
+from nextblock.data.sources import tar
+from nextblock.data.sources.base import DataError, OpenFile
 from nextblock.logs import held_back
 
 log = logging.getLogger(__name__)
@@ -48,34 +37,24 @@ class RemoteError(DataError):
     """A shard on a server cannot be fetched, which is no image's fault: a run saves and stops."""
 
 
-class RemoteState(NamedTuple):
-    """What a server tells of a file; it differs if the file does, provided the server tells enough."""
+class RemoteTarSource(tar.TarSource):
+    """The images of shards of which only some may lie on this machine; `RemoteError` if the server fails."""
 
-    size: int | None
-    tag: str | None
-
-
-def open_remote(spec: str, data: DataConfig) -> RemoteTarSource:
-    """The shards that a spec names; `ValueError` for what is no tar, `RemoteError` if the server fails."""
-    urls = expand_braces(spec)
-    if not urlsplit(urls[0]).path.endswith(".tar"):
-        raise ValueError(f"{spec!r}: only tar shards are read from a server, such as https://HOST/x.tar")
-    try:
-        _file_system(urls[0])
-    except ImportError as error:
-        package = "gcsfs" if spec.startswith("gs:") else "'nextblock[remote]'"
-        raise ValueError(f"{spec!r} needs a package ({error}): pip install {package}") from error
-    return RemoteTarSource(spec, urls, data)
-
-
-class RemoteTarSource(TarSource):
-    """The images of shards of which only some may lie on this machine."""
-
-    def __init__(self, spec: str, urls: Sequence[str], data: DataConfig) -> None:
-        self._urls, self._data = tuple(urls), data
+    def __init__(self, spec: str, data: DataConfig) -> None:
+        self._urls = urls = tar.expand_braces(spec)
+        if not urlsplit(urls[0]).path.endswith(".tar"):
+            raise ValueError(f"{spec!r}: only tar shards are read from a server, such as https://HOST/x.tar")
+        try:
+            _file_system(urls[0])
+        except ImportError as error:
+            package = "gcsfs" if spec.startswith("gs:") else "'nextblock[remote]'"
+            raise ValueError(f"{spec!r} needs a package ({error}): pip install {package}") from error
+        folder = tar.cache_dir(data, "remote")
+        with suppress(OSError):  # told when the first copy is to be kept; indexes alone may be there already
+            folder.mkdir(parents=True, exist_ok=True)
         with held_back(logging.WARNING, *_TALKATIVE):
-            self._states = in_threads(lambda url: _attempt(url, lambda: _state(url)), urls, spec)
-            total_gb = sum(state.size or 0 for state in self._states) / 1e9
+            self._states = tar.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
+            total_gb = sum(size for size, _ in self._states) / 1e9
             if total_gb > data.cache_gb:
                 log.warning(
                     "%s takes %.4g GB, so shards will be fetched over and over; set data.cache_gb to %.4g",
@@ -83,29 +62,29 @@ class RemoteTarSource(TarSource):
                 )
             names = [PurePosixPath(urlsplit(url).path).name for url in urls]
             # A shard that changes on the server gets another name in the cache, and so another index.
-            keys = [digest([url, *state]) for url, state in zip(urls, self._states, strict=True)]
-            folder = cache_dir(data, "remote")
+            keys = [
+                tar.digest(json.dumps([url, *state]).encode())
+                for url, state in zip(urls, self._states, strict=True)
+            ]
             paths = [folder / f"{name[-44:-4]}-{key}.tar" for name, key in zip(names, keys, strict=True)]
             super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
 
-    def _read_indexes(self) -> TarIndex:
-        return join_indexes(in_threads(self._index, range(len(self._urls)), self.spec))
-
-    def _index(self, shard: int) -> TarIndex:
+    def _index(self, shard: int) -> tar.TarIndex:
         """A shard's index: as kept, or as it lies beside the shard on the server, or made from a copy."""
-        url, state, path = self._urls[shard], self._states[shard], self._paths[shard]
-        kept = path.with_suffix(".npz")
-        index = read_index(kept)
-        # Without a stated size nothing tells whether the index on the server is of this shard.
-        if index is None and state.size:
+        url, (size, _) = self._urls[shard], self._states[shard]
+        kept = self._paths[shard].with_suffix(tar.INDEX_ENDING)
+        index = tar.read_index(kept)
+        if index is None:
             parts = urlsplit(url)  # what follows the path (a signature, say) stays
-            address = parts._replace(path=parts.path + INDEX_ENDING).geturl()
+            address = parts._replace(path=parts.path + tar.INDEX_ENDING).geturl()
             with suppress(RemoteError, OSError):
-                _attempt(address, lambda: _download(address, kept, 2**28, "the index is too large"))
-                index = read_index(kept)
-        if index is None or state.size not in (None, index.head["stamp"][0]):
-            index = build_index(_open_copy(url, state, path, self._data), url)
-            write_index(kept, index, [state.size])
+                _attempt(address, lambda: _download(address, kept))
+                index = tar.read_index(kept)
+        # An index from the server is of this shard if the size agrees. Its time never does: uploading changes
+        # it.
+        if index is None or index.head["stamp"][0] != size:
+            index = tar.build_index(self._open_copy(shard), url)
+            tar.write_index(kept, index, [size])
         return index
 
     def _open(self, shard: int) -> OpenFile:
@@ -114,48 +93,48 @@ class RemoteTarSource(TarSource):
             for other in [n for n, file in self._files.items() if os.fstat(file.number).st_nlink == 0]:
                 del self._files[other]
             with held_back(logging.WARNING, *_TALKATIVE):
-                url, state, path = self._urls[shard], self._states[shard], self._paths[shard]
-                self._files[shard] = _open_copy(url, state, path, self._data)
+                self._files[shard] = self._open_copy(shard)
         os.utime(self._files[shard].number)  # the copies used longest ago are removed first
         return super()._open(shard)
 
+    def _open_copy(self, shard: int) -> OpenFile:
+        """The copy of a shard, fetched if need be; it stays readable if it is removed to make room."""
+        from filelock import FileLock
 
-def _open_copy(url: str, state: RemoteState, path: Path, data: DataConfig) -> OpenFile:
-    """The copy of a shard, fetched if need be; it stays readable if it is removed to make room."""
-    from filelock import FileLock
-
-    try:
-        # The system frees the lock when its process ends, however that ends.
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                _fetch(url, state, path, data)
-            return OpenFile(path)
-    except OSError as error:
-        reason = f"no copy can be kept in {path.parent}: {error.strerror or error}"
-        raise RemoteError(f"{url}: {reason}; set data.cache_dir to a writable folder") from error
+        url, path = self._urls[shard], self._paths[shard]
+        try:
+            # The system frees the lock when its process ends, however that ends.
+            with FileLock(path.with_suffix(".lock")):
+                if not path.exists():
+                    _fetch(url, self._states[shard], path, int(self._data.cache_gb * 1e9))
+                return OpenFile(path)
+        except OSError as error:
+            reason = f"no copy can be kept in {path.parent}: {error.strerror or error}"
+            raise RemoteError(f"{url}: {reason}; set data.cache_dir to a writable folder") from error
 
 
-def _fetch(url: str, state: RemoteState, path: Path, data: DataConfig) -> None:
-    limit, part = int(data.cache_gb * 1e9), path.with_suffix(".part")
-    too_large = f"{url} is larger than data.cache_gb {data.cache_gb:g}; raise it, or write smaller shards"
-    if (state.size or 0) > limit:
-        raise RemoteError(too_large)
+def _fetch(url: str, state: tuple[int, str | None], path: Path, limit: int) -> None:
+    """Copy a shard to `path`, whole or not at all, among at most `limit` bytes of copies."""
+    size, part = state[0], path.with_suffix(".part")
+    if size > limit:
+        how = "raise it, or write smaller shards"
+        raise RemoteError(f"{url} is larger than data.cache_gb {limit / 1e9:g}; {how}")
 
     def fetch() -> None:
-        _download(url, part, limit, too_large)
+        _download(url, part)
         # The index is of one state of the file: with another one it would point to wrong bytes.
         if _state(url) != state:
             raise RemoteError(f"{url} has changed on the server; start again when it no longer changes")
-        if state.size not in (None, part.stat().st_size):
-            raise ConnectionError(f"{part.stat().st_size:,} of {state.size:,} bytes came")
+        if part.stat().st_size != size:
+            raise ConnectionError(f"{part.stat().st_size:,} of {size:,} bytes came")
 
     try:
-        _make_room(state.size or 0, limit, path.parent)
+        _make_room(size, limit, path.parent)
         _attempt(url, fetch)
+        # On the disk before it gets its name: after a power cut a copy is whole, or not there.
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        # Once more, as others may have come meanwhile, and the size may not have been known.
-        _make_room(part.stat().st_size, limit, path.parent)
+        _make_room(size, limit, path.parent)  # once more, as others may have come meanwhile
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -165,6 +144,7 @@ def _make_room(coming: int, limit: int, folder: Path) -> None:
     """Remove the copies used longest ago, except those being opened, until `coming` bytes fit the limit."""
     from filelock import FileLock, Timeout
 
+    # One process at a time counts and removes: two would each see the other's room as free.
     with FileLock(folder / "lock"):
         stats = [(path.stat(), path) for path in folder.glob("*.tar")]
         total = coming + sum(status.st_size for status, _ in stats)
@@ -177,27 +157,19 @@ def _make_room(coming: int, limit: int, folder: Path) -> None:
                 total -= status.st_size
 
 
-def _state(url: str) -> RemoteState:
+def _state(url: str) -> tuple[int, str | None]:
+    """A file's size, and the first tag that the server states: what differs if the file does."""
     files, path = _file_system(url)
-    files.invalidate_cache()
+    files.invalidate_cache()  # fsspec remembers what it was told earlier
     info = files.info(path)
-    tag = next((str(info[name]) for name in _TAGS if info.get(name)), None)
-    return RemoteState(info.get("size"), tag)
+    if info.get("size") is None:
+        raise RemoteError(f"{url}: the server states no length; use one that does")
+    return info["size"], next((str(info[name]) for name in _TAGS if info.get(name)), None)
 
 
-def _download(url: str, target: Path, limit: int, too_large: str) -> None:
-    """Fetch a file, and stop after `limit` bytes, whatever length the server states."""
-    from fsspec import Callback
-
-    class Limit(Callback):
-        def relative_update(self, inc: int = 1) -> None:
-            super().relative_update(inc)
-            if self.value > limit:
-                raise RemoteError(too_large)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _download(url: str, target: Path) -> None:
     files, path = _file_system(url)
-    files.get_file(path, str(target), callback=Limit())
+    files.get_file(path, str(target))
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -225,6 +197,7 @@ def _attempt(url: str, action: Callable[[], T]) -> T:
             # Over http fsspec says of whatever went wrong that the file was not found.
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+            # Asking again helps if the network or the server failed, not if the file or the right is missing.
             status = getattr(cause, "status", None)
             refused = isinstance(cause, FileNotFoundError | PermissionError | ValueError) and status is None
             if refused or status in _FINAL_STATUS or "Credentials" in repr(cause):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from bisect import bisect_right
 from collections.abc import Sequence
-from io import BufferedIOBase
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +13,15 @@ from torch import Tensor
 from nextblock.data.decode import Reduce
 from nextblock.data.sources.base import Labels, Source
 
-__all__ = ["ConcatSource", "SubsetSource", "read_subset_list"]
-
 
 class _Derived(Source):
-    """A source whose every image is an image of another source."""
+    """A source whose every image is an image of another source, which reads it."""
 
     @abstractmethod
     def _locate(self, index: int) -> tuple[Source, int]:
         """The other source, and the image's number there."""
 
+    # Overridden as a whole, not `_read`: only so does `reduce` reach the source that decodes.
     def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
         """The image, as the other source reads it."""
         source, number = self._locate(index)
@@ -35,11 +31,6 @@ class _Derived(Source):
         """The encoded file, as the other source has it."""
         source, number = self._locate(index)
         return source.content(number)
-
-    def open(self, index: int) -> BufferedIOBase | None:
-        """The file, as the other source opens it."""
-        source, number = self._locate(index)
-        return source.open(number)
 
     def path(self, index: int) -> Path | None:
         """Where the other source has the file."""
@@ -56,14 +47,14 @@ class SubsetSource(_Derived):
     def __init__(self, spec: str, of: Source, numbers: np.ndarray, fingerprint: str | None = None) -> None:
         # Numbers mean nothing in another list of images: better no image than the wrong ones.
         if fingerprint is not None and fingerprint != of.fingerprint:
+            remedy = "name the source as it was by of=SPEC, or draw the list again"
+            raise ValueError(f"{spec!r}: {of.spec!r} is not what the list was drawn from; {remedy}")
+        largest = numbers.max()
+        if largest >= len(of):
             raise ValueError(
-                f"{spec!r}: {of.spec!r} is not what the list was drawn from (fingerprint {of.fingerprint}, "
-                f"not {fingerprint}); name the source as it was by of=SPEC, or draw the list again"
+                f"{spec!r}: the list names image {largest}, but {of.spec!r} has {len(of)}, from 0"
             )
-        if numbers.max() >= len(of):
-            raise ValueError(
-                f"{spec!r}: the list names image {numbers.max()}, but {of.spec!r} has {len(of)}, from 0"
-            )
+        # An image twice would weigh double in every epoch and in every accuracy.
         if len(np.unique(numbers)) < len(numbers):
             raise ValueError(f"{spec!r}: the list names an image twice; name each once")
         self.spec, self.of, self._numbers = spec, of, numbers
@@ -85,9 +76,12 @@ class SubsetSource(_Derived):
         return self.of.name(int(self._numbers[index]))
 
     def _find_labels(self) -> Labels:
+        # All classes of the other source stay, even those without an image here: a classifier's outputs keep
+        # their meaning.
         return self.of.labels[self._numbers], self.of.class_names
 
     def _make_fingerprint(self) -> str:
+        # The same images in another order are another source, as runs visit images by their numbers.
         digest = hashlib.blake2b(self.of.fingerprint.encode(), digest_size=16)
         digest.update(self._numbers.astype("<i8").tobytes())
         return f"subset-{len(self)}-{digest.hexdigest()}"
@@ -97,21 +91,19 @@ def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]
     """The head of a list of numbers (`of`, `fingerprint`), and the numbers."""
     if not path.is_file():
         raise ValueError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
+    # Lines of the head are "# key: value"; the first one says what the file is, and is no key that counts.
     head: dict[str, str] = {}
     numbers = []
     for place, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        key, _, value = line.removeprefix("#").partition(":")
+        number = line.partition("\t")[0].strip()  # the image's name may follow
         if line.startswith("#"):
-            key, _, value = line[1:].partition(":")
             head[key.strip()] = value.strip()
-            continue
-        number = line.partition("\t")[0].strip()
-        if number and not number.isdecimal():
-            raise ValueError(
-                f"{spec!r}: line {place} of the list begins with {number[:40]!r}, not with the number of an "
-                "image; a list of paths is read as files:LIST.txt"
-            )
-        if number:
+        elif number.isdecimal():
             numbers.append(int(number))
+        elif number:
+            begin = f"line {place} of the list begins with {number[:40]!r}, not with the number of an image"
+            raise ValueError(f"{spec!r}: {begin}; a list of paths is read as files:LIST.txt")
     if not numbers:
         raise ValueError(f"{spec!r}: the list names no image")
     return head, np.array(numbers, dtype=np.int64)
@@ -126,10 +118,11 @@ class ConcatSource(_Derived):
         self.spec = " + ".join(part.spec for part in parts)
         self.in_memory = all(part.in_memory for part in parts)
         self.damage = tuple(damage for part in parts for damage in part.damage)
-        self._ends = list(accumulate(len(part) for part in parts))
+        # Image i of part p has the number starts[p] + i; the last entry is the number of all images.
+        self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return int(self._starts[-1])
 
     @property
     def parts(self) -> tuple[Source, ...]:
@@ -141,19 +134,19 @@ class ConcatSource(_Derived):
         """Whether every part has labels, of the same classes."""
         return all(part.has_labels for part in self.parts) and len(self._classes()) == 1
 
+    def _classes(self) -> set[tuple[str, ...]]:
+        return {part.class_names for part in self.parts}
+
     def empty_classes(self) -> list[str]:
         """Empty folders of any part that no other part fills."""
         empty = {name for part in self.parts for name in part.empty_classes()}
         return sorted(empty - set(self.class_names))
 
-    def _classes(self) -> set[tuple[str, ...]]:
-        return {part.class_names for part in self.parts}
-
     def _locate(self, index: int) -> tuple[Source, int]:
         self._check(index)
-        # _ends holds where each part's numbers end: the first end above the number is that of its part.
-        number = bisect_right(self._ends, index)
-        return self.parts[number], index - (self._ends[number - 1] if number else 0)
+        # The last start that is not above the number is that of its part.
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[part], index - int(self._starts[part])
 
     def _name(self, index: int) -> str:
         part, within = self._locate(index)
@@ -169,5 +162,6 @@ class ConcatSource(_Derived):
         return np.concatenate([part.labels for part in self.parts]), self.parts[0].class_names
 
     def _make_fingerprint(self) -> str:
+        # In the parts' order: it decides the images' numbers.
         text = "\n".join(part.fingerprint for part in self.parts)
         return f"mixture-{len(self)}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

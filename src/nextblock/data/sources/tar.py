@@ -1,29 +1,56 @@
-"""Tar shards in WebDataset's layout: every image member is a sample, read at any place in any order."""
+"""Tar shards in WebDataset's layout: every image member is a sample, read at any place in any order.
+
+What lies where is read from a tar's headers once, and kept as `X.tar.nextblock-index` beside the tar, or in
+the cache folder if that place cannot be written.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import logging
+import math
 import os
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.sources.base import Damage, EncodedSource, Labels, check_size
-from nextblock.data.sources.folder import any_unicode_form
-from nextblock.data.sources.names import EXTENSIONS, Names, describe_others, in_class_order, is_image, text
-from nextblock.data.sources.tar_index import OpenFile, TarIndex, tar_indexes
+from nextblock.data.sources.base import Damage, EncodedSource, Labels, OpenFile, check_size
+from nextblock.data.sources.folder import local_path
+from nextblock.data.sources.names import (
+    Names,
+    extension,
+    in_class_order,
+    kind_of,
+    member_names,
+    report_others,
+    text,
+)
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+INDEX_ENDING = ".nextblock-index"
+THREADS = 16
+_VERSION = 4
+_BLOCK = 512
+_MAX_HEADER_BYTES = _MAX_LABEL_BYTES = 2**20
 # Shards that a process keeps open; systems allow 1024 open files or fewer.
 MAX_OPEN = 64
+# Names of tars that are parts of a whole: train_003, 00012. Anything else may be a class.
 _SHARD_STEM = re.compile(r".*[-_.]\d+|\d{4,6}|train|val|test")
 
 
@@ -46,32 +73,25 @@ class TarSource(EncodedSource):
         # Shards of one name in several folders are called by their paths.
         self._shard_names = names if len(set(names)) == len(paths) else [str(path) for path in paths]
         self._files: dict[int, OpenFile] = {}
-        head, joined, table = self._read_indexes()
-        self._names = Names.from_joined(joined.tobytes(), table[0])
-        self._offsets, self._sizes, self._numbers = table[1:]
-        self._counts = np.array(head["counts"], dtype=np.int64)
+        heads, joined, tables = zip(*in_threads(self._index, range(len(paths))), strict=True)
+        lengths, self._offsets, self._sizes, numbers = np.hstack(tables)
+        report_others(spec, len(lengths), sum((Counter(head["others"]) for head in heads), Counter()))
+        self._names = Names(b"".join(joined), lengths)
+        self._counts = np.array([table.shape[1] for table in tables])
         self._ends = np.cumsum(self._counts)
-        self._classes, self._unusable = head["classes"], head["unusable"]
-        others = Counter(head["others"])
-        if not len(self):
-            nested = "; unpack it to a directory, in which each tar is a class" if others[".tar"] else ""
-            raise ValueError(
-                f"{spec!r} holds no images: {describe_others(others)}; an image member's name ends in "
-                f"{' '.join(sorted(EXTENSIONS))}{nested}"
-            )
-        if others:
-            log.info("%s: %d images; ignored %s", spec, len(self), describe_others(others))
-        self.damage = tuple(Damage(self._shard_names[shard], *rest) for shard, *rest in head["damage"])
+        # Every shard numbers its own classes. Here equal classes get equal numbers: those of a shard begin at
+        # its start among the classes of all. An image without a class has the number -1 in every shard.
+        classes = [name for head in heads for name in head["classes"]]
+        starts = np.cumsum([0, *(len(head["classes"]) for head in heads)])[:-1]
+        rank, self._classes = in_class_order(classes)
+        self._numbers = np.append(rank, -1)[
+            np.where(numbers < 0, -1, numbers + np.repeat(starts, self._counts))
+        ]
+        named = list(zip(self._shard_names, heads, strict=True))
+        self._unusable = [f"{name}/{head['unusable']}" for name, head in named if head["unusable"]]
+        self.damage = tuple(Damage(name, *head["damage"]) for name, head in named if head["damage"])
         for damage in self.damage:
             log.warning("%s", damage)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether every image states a label, or all lie in folders, or in tars named after classes."""
-        return not isinstance(self._found, str)
 
     def empty_classes(self) -> list[str]:
         """Tars without images among those that are classes."""
@@ -99,66 +119,54 @@ class TarSource(EncodedSource):
         return found
 
     def _shard_of(self, index: int) -> int:
+        # _ends holds where each shard's images end; side="right" steps over shards without images.
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int) -> str:
         return f"{self._shard_names[self._shard_of(index)]}/{text(self._names[index])}"
 
-    @cached_property
-    def _found(self) -> Labels | str:
-        """The labels, or why there are none."""
+    def _find_labels(self) -> Labels:
+        """Those that members state; if none does, first-level folders, or tars named after classes."""
         if self._unusable:
-            shard, reason = self._unusable[0]
-            where = f"{self._shard_names[shard]}/{reason}"
-            return f"{self.spec!r} has an unusable label: {where}; use text or numbers"
+            first = self._unusable[0]
+            raise ValueError(f"{self.spec!r} has an unusable label: {first}; use text or numbers")
         without = np.flatnonzero(self._numbers < 0)
         if 0 < len(without) < len(self):
-            return (
-                f"{self.spec!r} has no labels for {len(without)} of its {len(self)} images, the first "
-                f"{self.name(int(without[0]))!r}; give each a .cls member, or none"
+            number, first = f"{len(without)} of its {len(self)} images", self.name(int(without[0]))
+            raise ValueError(
+                f"{self.spec!r} has no labels for {number}, the first {first!r}; add .cls members"
             )
         if not len(without):
-            rank, names = in_class_order(self._classes)
-            return rank[self._numbers], names
+            return self._numbers, self._classes
         # A tar of one class may hold its images in a folder, called the same in all tars, or like the class.
         # So folders are the classes only if there are several; otherwise the tars are.
-        folders = None if self._names.number_in_root() else self._names.first_folders()
-        if folders and (len(self._stems) < 2 or len(folders[1]) > 1):
-            return folders
-        if len(self._stems) >= 2:
-            shards = np.flatnonzero(self._counts)  # a tar without images is no class, like an empty folder
-            rank, names = in_class_order([self._stems[shard] for shard in shards])
-            return np.repeat(rank, self._counts[shards]), names
-        return (
-            f"{self.spec!r} has no labels; add .cls members, or a label, cls or class in .json members, or "
-            "put every image in a folder of its class"
-        )
-
-    def _find_labels(self) -> Labels:
-        if isinstance(self._found, str):
-            raise ValueError(self._found)  # noqa: TRY004 - no wrong type, but no labels
-        return self._found
+        with suppress(ValueError):
+            folders = self._names.first_folders(self.spec)
+            if len(self._stems) < 2 or len(folders[1]) > 1:
+                return folders
+        if len(self._stems) < 2:
+            raise ValueError(f"{self.spec!r} has no labels; add .cls members, or put each class in a folder")
+        shards = np.flatnonzero(self._counts)  # a tar without images is no class, like an empty folder
+        rank, names = in_class_order([self._stems[shard] for shard in shards])
+        return np.repeat(rank, self._counts[shards]), names
 
     def _make_fingerprint(self) -> str:
         return f"tar-{len(self)}-{self._names.digest(self._sizes)}"
 
-    def _read_indexes(self) -> TarIndex:
-        return tar_indexes(self.spec, self._paths, self._data)
+    def _index(self, shard: int) -> TarIndex:
+        return tar_index(self._paths[shard], self._data)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}}  # each process opens its own
 
 
 def open_tars(spec: str, data: DataConfig) -> TarSource:
     """The shards that a spec with braces names; `ValueError` names the first three that are missing."""
-    paths = [any_unicode_form(Path(name).expanduser()) for name in expand_braces(spec)]
+    paths = [local_path(name) for name in expand_braces(spec)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(
-            f"{spec!r}: {len(missing)} of {len(paths)} shards are missing: {first}; name those there are, "
-            "such as x-{0000..0099}.tar"
-        )
+        raise ValueError(f"{spec!r}: {len(missing)} of {len(paths)} shards are missing: {first}")
     return TarSource(spec, paths, data)
 
 
@@ -174,7 +182,7 @@ def open_class_tars(spec: str, path: Path, data: DataConfig) -> TarSource | None
             if entry.name.startswith("."):
                 continue
             # The first image or folder ends the search, so a large folder of images costs nothing.
-            if entry.is_dir() or is_image(os.fsencode(entry.name)):
+            if entry.is_dir() or kind_of(os.fsencode(entry.name)) == "image":
                 return None
             tars += [Path(entry.path)] if entry.name.lower().endswith(".tar") else []
     stems = [text(os.fsencode(tar.stem)) for tar in sorted(tars)]
@@ -193,3 +201,212 @@ def expand_braces(spec: str) -> list[str]:
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     rests = expand_braces(spec[found.end() :])
     return [spec[: found.start()] + number + rest for number in numbers for rest in rests]
+
+
+# ----------------------------------------------------------------------------------------------- indexes
+
+
+class TarIndex(NamedTuple):
+    """What lies where in a tar."""
+
+    head: dict[str, Any]
+    """`classes`; `others`: ignored members by kind; `damage`: reason and images before it; `unusable`: the
+    first label that is none; `stamp`: size and time of the tar when it was indexed."""
+    names: bytes
+    """The images' names, joined."""
+    table: np.ndarray
+    """Rows of int64: lengths of the names, offsets of the images (-1: sparse), sizes, classes (-1: none)."""
+
+
+def tar_index(path: Path, data: DataConfig) -> TarIndex:
+    """A tar's index, kept until the tar's size or time changes; `ValueError` if it is no tar."""
+    try:
+        # Beside the tar, the index serves every user and moves with it; a read-only place leaves the cache.
+        # A tar that was packed again or had members added has another size or time: its index is rebuilt.
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        cached = cache_dir(data, "indexes") / (digest(os.fsencode(path.absolute())) + INDEX_ENDING)
+        places = path.with_name(path.name + INDEX_ENDING), cached
+        for place in places:
+            if index := read_index(place, stamp):
+                return index
+        index = build_index(OpenFile(path), str(path))
+    except OSError as error:
+        raise ValueError(f"cannot read the shard {str(path)!r}: {error.strerror or error}") from error
+    if not any(write_index(place, index, stamp) for place in places):
+        log.info("cannot save the index %s; set data.cache_dir to a writable folder", cached)
+    return index
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """The results for all shards, several at once, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hide = len(items) < 2 or not console.is_terminal
+    with ThreadPoolExecutor(min(THREADS, len(items))) as threads:
+        # After an error `map` cancels the items that have not begun.
+        results = threads.map(function, items)
+        shown = track(results, "indexing", len(items), console=console, transient=True, disable=hide)
+        return list(shown)
+
+
+def cache_dir(data: DataConfig, part: str) -> Path:
+    """The folder `part` of data.cache_dir, else of $XDG_CACHE_HOME/nextblock or ~/.cache/nextblock."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nextblock"
+    return Path(data.cache_dir or default).expanduser() / part
+
+
+def digest(content: bytes) -> str:
+    """A hash that tells contents apart."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def read_index(path: Path, stamp: object = None) -> TarIndex | None:
+    """The index at `path`; None if it is missing, damaged, or of another stamp (None: any will do)."""
+    # A line of JSON, the table, the names. Every start reads one such file per shard, and ImageNet-21k has
+    # 20,000 shards: read plainly, they take 2 s together; as .npz, 8 s.
+    try:
+        line, _, body = path.read_bytes().partition(b"\n")
+        head = json.loads(line)
+        if head["version"] != _VERSION or stamp not in (None, head["stamp"]):
+            return None
+        numbers = np.frombuffer(body, dtype="<i8", count=4 * head["images"])
+        names = body[numbers.nbytes :]
+        if head["check"] == digest(body):
+            return TarIndex(head, names, numbers.reshape(4, -1))
+    except OSError:
+        return None
+    except (ValueError, LookupError, TypeError):  # no JSON, or not what was written
+        pass
+    log.info("%s is damaged and will be rebuilt", path)
+    return None
+
+
+def write_index(path: Path, index: TarIndex, stamp: object) -> bool:
+    """Write an index whole or not at all; whether that worked."""
+    body = index.table.astype("<i8").tobytes() + index.names
+    head = {"version": _VERSION, "stamp": stamp, "check": digest(body), "images": index.table.shape[1]}
+    # All ranks of a run may write the same index at once, each under a name of its own.
+    aside = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(json.dumps(index.head | head).encode() + b"\n" + body)
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        return False
+    return True
+
+
+def build_index(file: OpenFile, called: str) -> TarIndex:
+    """Read all headers of a tar, which errors call `called`; `ValueError` if it is no plain tar, or empty."""
+    members, others, problem = _members(file, called)
+    # A dictionary keeps the place of the first member of a name and the content of the last, as on unpacking.
+    images: dict[bytes, tuple[int, int]] = {}
+    labels: dict[str, dict[bytes, str | ValueError]] = {".json": {}, ".cls": {}}
+    for name, (_, offset, size) in zip(member_names([name for name, *_ in members]), members, strict=True):
+        kind = kind_of(name)
+        if kind == "image":
+            images[name] = offset, size
+        elif kind not in labels or offset < 0:
+            others[kind] += 1
+        elif label := _label(name, file.read(min(size, _MAX_LABEL_BYTES), offset)):
+            labels[kind][name[: -len(kind)]] = label
+    of_key = labels[".json"] | labels[".cls"]  # of both, .cls counts
+    classes: dict[str, int] = {}
+    unusable, rows = "", []
+    for name, place in images.items():
+        # An image's label has its name up to the last dot (v1.0_3.png and v1.0_3.cls), or, as WebDataset has
+        # it, up to the first one: the images of one sample share it (k.left.png, k.right.png and k.cls).
+        folder, slash, base = name.rpartition(b"/")
+        short = folder + slash + base.partition(b".")[0]
+        label = of_key.get(name.rpartition(b".")[0]) or of_key.get(short) or ""
+        if isinstance(label, ValueError):
+            unusable, label = unusable or str(label), ""
+        rows.append((len(name), *place, classes.setdefault(label, len(classes)) if label else -1))
+    damage = [problem, len(images)] if problem else []
+    head = {"classes": list(classes), "others": others, "damage": damage, "unusable": unusable}
+    return TarIndex(head, b"".join(images), np.array(rows, dtype=np.int64).reshape(-1, 4).T)
+
+
+def _label(member: bytes, content: bytes) -> str | ValueError:
+    """The label in a .cls or .json member; empty if it states none, and the error if it is none."""
+    if extension(member) == b".cls":
+        return text(content.strip())
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return ValueError(f"{text(member)} is no JSON of up to 1 MiB")
+    problem: str | ValueError = ""
+    for field in ("label", "cls", "class") if isinstance(values, dict) else ():
+        value = values.get(field)
+        # Tables turn whole numbers into floats if one is missing: 2.0 is class 2.
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+            if label := text(str(value).strip().encode("utf-8", "backslashreplace")):
+                return label
+        elif value is not None:
+            problem = problem or ValueError(f"{text(member)}: {field!r} is {json.dumps(value)[:60]}")
+    return problem
+
+
+class _HeaderFile(io.FileIO):
+    """A tar of which `left` bytes may be read, so that no header, whatever it states, fills the memory."""
+
+    left = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= size or 0
+        if size is None or size < 0 or self.left < 0:
+            raise tarfile.HeaderError("the extended header is too long")
+        return super().read(size) or b""
+
+
+def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]], Counter[str], str]:
+    """Name, offset (-1: sparse) and size of every file in a tar; the number of links; the damage, if any."""
+    members, others = [], Counter[str]()
+    position, end, has_end_mark = 0, os.fstat(file.number).st_size, False
+    if not end:
+        raise ValueError(f"{called!r} is empty (0 bytes); fetch or pack it again")
+    # Only headers are read, from one to the next: a header states where its member's content lies and how
+    # long it is, and `tarfile` follows the long names and sizes that come in headers of their own before it.
+    with _HeaderFile(file.number, closefd=False) as reader:
+        while block := file.read(_BLOCK, position):
+            if not any(block):
+                # Blocks of zeros end a tar; another may follow them (cat a.tar b.tar).
+                chunk = file.read(2**20, position)
+                zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+                position, has_end_mark = position + max(_BLOCK, zeros // _BLOCK * _BLOCK), True
+                continue
+            # A new TarFile for each member: one that continues by itself hides damage as a normal end.
+            reader.seek(position)
+            reader.left = _MAX_HEADER_BYTES
+            try:
+                tar = tarfile.TarFile("", fileobj=reader, encoding="utf-8")
+                member, following = tar.next(), tar.offset
+            except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError):
+                member, following = None, 0
+            if position == 0 and member is None:
+                begin = f"it begins with {block[:8]!r}"
+                raise ValueError(f"{called!r} is no plain tar ({begin}); unpack it if it is compressed")
+            # Damage may lead back to an earlier place, and reading would never end.
+            if member is None or member.size < 0 or following <= position:
+                cut = f"the header at byte {position:,} is cut off or damaged"
+                return members, others, "" if has_end_mark else cut
+            # What looks like a header after the mark is another tar, which needs a mark of its own.
+            has_end_mark = False
+            if member.isreg():
+                name = member.name.encode("utf-8", "surrogateescape")
+                # A sparse file takes less room than its size says, any other one up to a block more: so one
+                # of the two ends lies beyond the file only if content is missing.
+                if min(following, member.offset_data + member.size) > end:
+                    return members, others, f"the file ends within {text(name)!r}"
+                members.append((name, -1 if member.issparse() else member.offset_data, member.size))
+            elif not member.isdir():
+                others["links or special files"] += 1
+            position = following
+    return members, others, "" if has_end_mark else "the file ends without the mark of a tar's end"

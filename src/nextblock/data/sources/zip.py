@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
 import zipfile
@@ -14,15 +13,14 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.sources.base import EncodedSource, Labels, check_size
-from nextblock.data.sources.names import Names, describe_others, is_image, kind_of_other, member_names, text
-from nextblock.data.sources.tar_index import OpenFile
-
-log = logging.getLogger(__name__)
+from nextblock.data.sources.base import EncodedSource, OpenFile, check_size
+from nextblock.data.sources.names import Names, kind_of, member_names, report_others, text
 
 
 class ZipSource(EncodedSource):
     """The images of a zip in the order of its directory; of several of one name the last counts."""
+
+    _prefix = "zip"
 
     def __init__(self, spec: str, path: Path, data: DataConfig) -> None:
         self.spec, self._data, self._path = spec, data, path
@@ -38,40 +36,26 @@ class ZipSource(EncodedSource):
         others = Counter[str]()
         names = member_names([member.filename.encode("utf-8", "surrogateescape") for member in members])
         for name, member in zip(names, members, strict=True):
-            if name.startswith(b".") or b"/." in name:
-                others["hidden"] += 1
-            elif is_image(name):
+            kind = kind_of(name)
+            if kind == "image":
                 images[name] = member
             elif name and not name.endswith(b"/"):
-                others[kind_of_other(name)] += 1
-        if not images:
-            raise ValueError(f"{spec!r} holds no images: {describe_others(others)}")
-        if others:
-            log.info("%s: %d images; ignored %s", spec, len(images), describe_others(others))
+                others[kind] += 1
+        report_others(spec, len(images), others)
         for name, member in images.items():
             # Bits 0 and 6 mark encryption. Of methods, only these two unpack in bounded memory.
-            if member.flag_bits & 0x41 or member.compress_type not in (
-                zipfile.ZIP_STORED,
-                zipfile.ZIP_DEFLATED,
-            ):
-                raise ValueError(
-                    f"{spec!r}: {text(name)!r} is encrypted or not packed by deflate; pack it again by zip -0"
-                )
-        self._names = Names(list(images))
+            is_known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if member.flag_bits & 0x41 or not is_known:
+                how = "is encrypted or not packed by deflate; pack it again by zip -0"
+                raise ValueError(f"{spec!r}: {text(name)!r} {how}")
+        self._names = Names.of(list(images))
         places = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in images.values()
         ]
-        # A damaged directory may state sizes beyond int64.
+        # The directory at the zip's end states all places, so no member is opened before it is read. If it is
+        # damaged, it may state sizes beyond int64.
         self._places = np.array([[min(n, 2**63 - 1) for n in place] for place in places], dtype=np.int64)
         self._file: OpenFile | None = None
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether every image lies in a folder of the zip."""
-        return self._names.number_in_root() == 0
 
     def _content(self, index: int) -> bytes:
         offset, packed_size, size, checksum, method = self._places[index].tolist()
@@ -88,6 +72,7 @@ class ZipSource(EncodedSource):
             raise BadImageError(f"its zip cannot be read: {error.strerror or error}") from error
         except (zlib.error, struct.error) as error:
             raise BadImageError(f"the zip is damaged here: {error}") from error
+        # The bytes are checked every time: a damaged image may well decode, into other pixels.
         if len(content) != size or zlib.crc32(content) != checksum:
             raise BadImageError("the zip is damaged here: length or checksum is wrong")
         return content
@@ -95,16 +80,5 @@ class ZipSource(EncodedSource):
     def _name(self, index: int) -> str:
         return f"{text(os.fsencode(self._path.name))}/{text(self._names[index])}"
 
-    def _find_labels(self) -> Labels:
-        if not self.has_labels:
-            without = f"{self._names.number_in_root()} of its {len(self)} images lie in no folder"
-            raise ValueError(
-                f"{self.spec!r} has no labels: {without}; pack each image in a folder of its class"
-            )
-        return self._names.first_folders()
-
-    def _make_fingerprint(self) -> str:
-        return f"zip-{len(self)}-{self._names.digest()}"
-
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None}  # each process opens its own
