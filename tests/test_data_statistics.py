@@ -45,11 +45,6 @@ def test_they_are_the_mean_and_deviation_of_all_pixels_of_the_centre_crops(folde
     assert found.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
 
 
-def test_grey_has_one_of_each(folder) -> None:
-    found = measured(folder, channels=1)
-    assert len(found.mean) == len(found.std) == 1
-
-
 def test_a_sample_is_drawn_by_the_seed_and_hangs_on_no_workers(folder) -> None:
     assert measured(folder, seed=1, most=4) == measured(folder, seed=1, most=4, workers=2)
     assert measured(folder, seed=1, most=4) != measured(folder, seed=2, most=4)
@@ -134,9 +129,3 @@ def test_training_without_pretrain_refuses_numbers_that_were_not_measured(folder
     data = replace(config.data, mean=(0.2, 0.5, 0.8), std=(0.1, 0.1, 0.1))
     config = replace(config, data=data, train=replace(TINY.train, duration="1st"))
     assert train(config, tmp_path / "run", sources, reporter=Quiet()).step == 1
-
-
-def test_a_run_with_given_numbers_is_another_run(folder, tmp_path) -> None:
-    train_on(folder, tmp_path / "run", **{"data.normalize": "given"})
-    with pytest.raises(ValueError, match=r"data.normalize: 'given' there, 'auto' now"):
-        train_on(folder, tmp_path / "run")

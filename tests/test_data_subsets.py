@@ -7,7 +7,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
 
 from nextblock.atomic import WriteError
 from nextblock.config import DataConfig
@@ -85,18 +84,6 @@ def test_shares_below_one_leave_images_out_and_impossible_ones_are_refused(digit
 # ----------------------------------------------------------------------------------------------- lists
 
 
-def test_a_subset_is_the_images_that_its_list_names(digits, tmp_path):
-    numbers = draw_per_class(digits, 2, seed=0)
-    subset = open_source(write_subset(tmp_path / "few.txt", digits, numbers), DATA)
-    assert len(subset) == 20
-    assert subset.class_names == digits.class_names
-    assert subset.labels.tolist() == digits.labels[numbers].tolist()
-    assert torch.equal(subset.read(3), digits.read(int(numbers[3])))
-    assert subset.name(3) == digits.name(int(numbers[3]))
-    assert subset.content(3) is None
-    assert subset.in_memory
-
-
 @pytest.mark.parametrize("folder", ["a b ", "[x]", "#1", "ä", os.fsdecode(b"b\xff"), "two\nlines"])
 def test_lists_of_oddly_named_folders_and_tars_are_read_back(tmp_path, folder):
     place = tmp_path / folder
@@ -109,11 +96,6 @@ def test_lists_of_oddly_named_folders_and_tars_are_read_back(tmp_path, folder):
         read = open_source(write_subset(tmp_path / f"{number}.txt", source, np.array([0])), DATA)
         assert read.content(0) == source.content(0)
         assert read.class_names[read.labels[0]] == source.class_names[source.labels[0]]
-
-
-def test_classes_that_a_list_lacks_are_named_with_the_list(tmp_path, digits, caplog):
-    write_subset(tmp_path / "two.txt", digits, np.array([0, 1]))
-    assert "two.txt: 8 classes have no image in this list: 2, 3, 4, 5, 6, 7, 8, 9" in caplog.text
 
 
 def test_a_list_is_written_once_and_whole_or_not_at_all(digits, tmp_path, monkeypatch):
