@@ -15,10 +15,9 @@ from nextblock.cli.pretrain import pretrain
 from nextblock.data import BadImageError, decode_image
 from nextblock.evaluate.probe.config import ProbeConfig
 from nextblock.evaluate.probe.run import probe
-from nextblock.interop import load_model
 from test_data_decode import encode, exif, photo, pixels, png_16, sixteen_bits
 from tiff_files import bands, tiff
-from tiny_runs import TINY, TINY_FLAGS, Quiet, call_cli
+from tiny_runs import TINY, Quiet
 
 LUMA = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
 
@@ -156,6 +155,12 @@ def test_white_is_zero_and_inks_of_16_bits_are_as_those_of_8() -> None:
     assert torch.equal(decode_image(tiff(inks, photometric=5)), pixels(eight))
 
 
+def test_xmp_turns_bands_without_an_orientation_tag() -> None:
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    content = encode(Image.fromarray(bands(4)), "TIFF", tiffinfo={700: xmp})
+    assert decode_image(content, channels=4).shape == (4, 37, 21)
+
+
 @pytest.mark.parametrize("values", [bands(5), bands(3, 16)])
 def test_without_tifffile_the_reason_names_the_extra(values, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
@@ -172,20 +177,6 @@ def test_strips_that_list_the_same_bytes_again_and_again_are_refused() -> None:
 
 
 # -------------------------------------------------------------------------------- through the whole programme
-
-GREY = ("--data.channels", "1", "--model.in_chans", "1", "--data.normalize", "auto")
-
-
-def test_grey_digits_train_and_predict_from_the_command_line(tmp_path, capsys) -> None:
-    run = tmp_path / "run"
-    words = ("pretrain", *TINY_FLAGS, "--data.train", "digits", *GREY, "--out", run)
-    assert call_cli(capsys, *words, "--monitor.pictures_every", "2st")[0] == 0
-    assert next((run / "pictures").glob("*.png"))
-    assert call_cli(capsys, *words, "--monitor.pictures_every", "2st")[0] == 0  # goes on, being complete
-    out = tmp_path / "predicted"
-    assert call_cli(capsys, "predict", "--model", run, "--data", "digits", "--out", out)[0] == 0
-    assert (out / "predictions.png").is_file()
-    assert load_model(str(run)).config.in_chans == 1
 
 
 def test_bands_train_and_are_probed(tmp_path) -> None:

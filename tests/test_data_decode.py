@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from nextblock.config import DataConfig
-from nextblock.data import BadImageError, TrainLoader, decode_image, jpeg_decoder, open_source
+from nextblock.data import BadImageError, decode_image, jpeg_decoder, open_source
 from nextblock.data import decode as decode_module
 from nextblock.data.transforms import TrainCrop
 from tiff_files import bands, tiff
@@ -117,7 +117,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused(decoder) -> None:
 
 def test_bytes_that_look_like_scans_after_the_end_or_in_metadata_are_none() -> None:
     content = encode(photo(), "JPEG", progressive=True)
-    metadata = b"\xff\xef\x27\x10" + b"\xff\xda" * 4999
+    metadata = b"\xff\xef\x27\x10" + b"\xff\xd9\xff\xda" * 2499 + b"\0\0"
     odd = content[:2] + metadata + content[2:] + b"\xff\xda" * 5000
     for decoder in ("auto", "pillow"):
         assert torch.equal(decode_image(odd, decoder=decoder), decode_image(content))
@@ -130,13 +130,6 @@ def test_of_several_pictures_the_first_is_taken(kind) -> None:
     content = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     first = decode_image(encode(frames[0], "JPEG")) if kind == "MPO" else pixels(frames[0])
     assert torch.equal(decode_image(content), first)
-
-
-def test_without_torchcodec_pillow_decodes(monkeypatch) -> None:
-    content = encode(photo(), "JPEG")
-    expected = decode_image(content)
-    monkeypatch.setattr(decode_module, "_torchcodec", lambda: None)
-    assert torch.equal(decode_image(content), expected)
 
 
 # ---------------------------------------------------------------------------------------- other formats
@@ -263,12 +256,6 @@ def test_16_bits_are_composited_then_rounded_in_parts_of_any_size(channels, orie
         assert np.array_equal(decode_image(content).permute(1, 2, 0).numpy(), expected)
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_32_bit_pixels_are_refused(mode) -> None:
-    with pytest.raises(BadImageError, match=r"32-bit pixels .* have no fixed range"):
-        decode_image(encode(photo().convert("L").convert(mode), "TIFF"))
-
-
 # -------------------------------------------------------------------------------------------- bad input
 
 
@@ -280,6 +267,7 @@ def test_32_bit_pixels_are_refused(mode) -> None:
         (encode(photo(), "JPEG")[:-200], "truncated"),
         (encode(photo())[:-300], "truncated"),
         (b"\x89PNG\r\n\x1a\n", "truncated or corrupt"),
+        (encode(photo().convert("L").convert("F"), "TIFF"), "32-bit pixels .* have no fixed range"),
     ],
 )
 def test_what_is_no_readable_image_gets_a_reason_from_every_decoder(content, reason) -> None:
@@ -408,10 +396,6 @@ def true_photo() -> Image.Image:
     return Image.fromarray(load_sample_images().images[0]).crop((0, 0, 640, 424))
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).abs().mean())
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
 def test_a_reduced_decoding_is_the_upright_picture_averaged(true_photo, factor, orientation) -> None:
@@ -419,9 +403,8 @@ def test_a_reduced_decoding_is_the_upright_picture_averaged(true_photo, factor, 
     full, asked = decode_image(content), []
     small = decode_image(content, decoder="fast", reduce=lambda *size: asked.append(size) or factor)
     assert [size[:2] for size in asked] == [full.shape[1:]]
-    assert difference(small, torch.nn.functional.avg_pool2d(full.float(), factor)) < (
-        1.5 if factor > 1 else 1e-9
-    )
+    mean = torch.nn.functional.avg_pool2d(full.float(), factor)
+    assert (small - mean).abs().mean() < (1.5 if factor > 1 else 1e-9)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -450,37 +433,14 @@ def test_only_jpeg_in_colour_or_grey_is_reduced_and_only_if_fast(kind, mode, dec
     assert not asked
 
 
-@pytest.fixture
-def folder(true_photo, tmp_path) -> Path:
-    small = true_photo.resize((320, 212))
+def test_a_run_records_the_decoder_and_resumes_with_no_other(true_photo, tmp_path) -> None:
+    (tmp_path / "in").mkdir()
     for number in range(4):
-        small.rotate(20 * number).save(tmp_path / f"{number}.jpg", quality=90)
-    small.save(tmp_path / "4.png")
-    (tmp_path / "5.jpg").write_bytes(encode(small, "JPEG")[:-2000])
-    small.convert("CMYK").save(tmp_path / "6.jpg")
-    return tmp_path
-
-
-def test_batches_are_nearly_the_exact_ones_and_report_the_same_damage(folder) -> None:
-    def first_batch(workers: int, decoder: decode_module.Decoder):
-        data = DataConfig(crop_scale=(0.3, 1), decoder=decoder)
-        source = open_source(str(folder), data)
-        loader = TrainLoader(source, data, image_size=32, seed=3, batch_size=7, workers=workers)
-        return next(iter(next(iter(loader)).micro_batches))
-
-    exact, fast, again = first_batch(0, "auto"), first_batch(0, "fast"), first_batch(2, "fast")
-    assert torch.equal(exact.samples, fast.samples)
-    assert torch.equal(fast.images, again.images)
-    assert [bad.name for bad in fast.bad] == [bad.name for bad in exact.bad] == ["5.jpg"]
-    for sample, one, other in zip(exact.samples.tolist(), exact.images, fast.images, strict=True):
-        assert torch.equal(one, other) if sample in (4, 6) else 0 < difference(one, other) < 20
-
-
-def test_a_run_records_the_decoder_and_resumes_with_no_other(folder, tmp_path) -> None:
-    changes = {"data.decoder": "fast", "train.duration": "1st", "data.max_bad_fraction": 0.5}
+        true_photo.resize((320, 212)).rotate(20 * number).save(tmp_path / "in" / f"{number}.jpg")
+    changes = {"data.decoder": "fast", "train.duration": "1st"}
 
     def start() -> None:
-        sources = {"train": open_source(str(folder), DataConfig(decoder="fast"))}
+        sources = {"train": open_source(str(tmp_path / "in"), DataConfig(decoder="fast"))}
         run_toy(tmp_path / "run", changes, sources=sources)
 
     start()

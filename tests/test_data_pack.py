@@ -71,26 +71,6 @@ def test_packed_images_keep_their_bytes_order_labels_and_names(folder, tmp_path,
     assert [line["name"] for line in bad] == [f"dog/broken_0{n}.png" for n in range(3)]
 
 
-def test_shards_are_the_same_bytes_whatever_the_number_of_workers(folder, tmp_path, data):
-    source = open_source(str(folder), data)
-    small = replace(CONFIG, shard_mb=0.003)
-    assert pack(source, tmp_path / "0", small, data).shards > 1
-    pack(source, tmp_path / "2", replace(small, workers=2), data)
-    assert shards(tmp_path / "0") == shards(tmp_path / "2")
-
-
-def test_arrays_become_pngs_in_shards_that_stay_within_their_size(tmp_path, data):
-    source = open_source("digits:split=test", data)
-    done = pack(source, tmp_path / "out", replace(CONFIG, shard_mb=0.1), data)
-    sizes = [len(shard) for shard in shards(tmp_path / "out")]
-    # A tar ends with two empty blocks and is filled up to a record of 10,240 bytes.
-    assert max(sizes) <= 100_000 + 10_240
-    assert min(sizes[:-1]) > 90_000
-    packed = open_source(done.spec, data)
-    assert packed.labels.tolist() == source.labels.tolist()
-    assert all(torch.equal(packed.read(i), source.read(i)) for i in range(0, len(source), 50))
-
-
 # --------------------------------------------------------------------------------------------- pixels
 
 
@@ -103,15 +83,9 @@ def test_images_are_shrunk_to_the_shorter_side_and_small_ones_keep_their_bytes(t
     assert packed.read(0).shape == (3, 30, 45)
     assert content(packed, 0)[:2] == b"\xff\xd8"
     assert packed.content(1) == source.content(1)
-
-
-@pytest.mark.parametrize(
-    ("asked", "starts_with"), [("jpeg", b"\xff\xd8"), ("webp", b"RIFF"), ("png", b"\x89P")]
-)
-def test_a_format_that_is_asked_for_is_what_all_images_get(folder, tmp_path, data, asked, starts_with):
-    config = replace(CONFIG, format=asked, quality=70)
-    packed = open_source(pack(open_source(str(folder), data), tmp_path / "out", config, data).spec, data)
-    assert all(content(packed, i).startswith(starts_with) for i in range(5))
+    config = replace(CONFIG, format="webp", quality=70)
+    packed = open_source(pack(source, tmp_path / "webp", config, data).spec, data)
+    assert content(packed, 0)[:4] == content(packed, 1)[:4] == b"RIFF"
 
 
 # ---------------------------------------------------------------------------------------------- tiles
@@ -156,6 +130,20 @@ def test_a_scene_beyond_max_pixels_or_cut_off_is_unreadable_and_nothing_of_it_is
 
 class StopError(Exception):
     """The test's own."""
+
+
+def test_shards_stay_within_their_size_and_are_the_same_bytes_whatever_the_number_of_workers(tmp_path, data):
+    source, config = open_source("digits:split=test", data), replace(CONFIG, shard_mb=0.1)
+    done = pack(source, tmp_path / "0", config, data)
+    pack(source, tmp_path / "2", replace(config, workers=2), data)
+    assert shards(tmp_path / "0") == shards(tmp_path / "2")
+    # A tar ends with two empty blocks and is filled up to a record of 10,240 bytes.
+    sizes = [len(shard) for shard in shards(tmp_path / "0")]
+    assert max(sizes) <= 100_000 + 10_240
+    assert min(sizes[:-1]) > 90_000
+    packed = open_source(done.spec, data)
+    assert packed.labels.tolist() == source.labels.tolist()
+    assert all(torch.equal(packed.read(i), source.read(i)) for i in range(0, len(source), 50))
 
 
 @pytest.mark.parametrize("tile_px", [None, 8])
@@ -214,27 +202,20 @@ def test_a_shard_that_is_lost_is_written_again(folder, tmp_path, data, fault, ca
     assert "shard-000001.tar is missing or has changed; packing continues from it" in caplog.text
 
 
-def test_images_that_became_readable_are_packed_when_packing_continues(folder, tmp_path, data):
+def test_images_that_became_readable_are_packed_and_a_cut_source_is_told(folder, tmp_path, data):
     strict = replace(data, max_bad_fraction=0.01)
     with pytest.raises(TooManyBadImages, match="2 of 8 files cannot be read"):
         pack(open_source(str(folder), strict), tmp_path / "out", CONFIG, strict)
-    whole = (folder / "dog" / "0000.png").read_bytes()
     for path in folder.glob("dog/broken*"):
-        path.write_bytes(whole)
+        path.write_bytes((folder / "dog" / "0000.png").read_bytes())
     done = pack(open_source(str(folder), strict), tmp_path / "out", CONFIG, strict)
     assert (done.samples, done.bad) == (8, 0)
     assert not (tmp_path / "out" / "quarantine.jsonl").read_text()
-
-
-def test_a_shard_of_the_source_that_is_cut_off_is_told(folder, tmp_path, data):
-    first = pack(open_source(str(folder), data), tmp_path / "whole", CONFIG, data)
     cut = tmp_path / "cut.tar"
-    cut.write_bytes(Path(first.spec).read_bytes()[:3000])
-    done = pack(open_source(str(cut), data), tmp_path / "out", CONFIG, data)
-    assert done.bad == 0
-    (damage,) = done.damage
-    assert damage.startswith("cut.tar: the file ends ")
-    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    cut.write_bytes(Path(done.spec).read_bytes()[:3000])
+    done = pack(open_source(str(cut), data), tmp_path / "again", CONFIG, data)
+    assert (done.bad, done.damage[0][:22]) == (0, "cut.tar: the file ends")
+    (line,) = (tmp_path / "again" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "cut.tar"
 
 

@@ -98,14 +98,10 @@ def test_a_run_keeps_what_was_measured_and_goes_on_with_it(folder, tmp_path, mon
     monkeypatch.setattr(statistics, "measure_pixels", must_not)
     train_on(folder, tmp_path / "run")
     assert resolved(tmp_path / "run") == (mean, std)
+    evaluated = evaluation_data(str(tmp_path / "run"), TINY.model)
+    assert [list(evaluated.mean), list(evaluated.std)] == [mean, std]
     with pytest.raises(AssertionError, match="anew"):
         train_on(folder, tmp_path / "other")
-
-
-def test_the_evaluation_of_a_run_normalises_as_the_run_did(folder, tmp_path) -> None:
-    train_on(folder, tmp_path / "run")
-    data = evaluation_data(str(tmp_path / "run"), TINY.model)
-    assert [list(data.mean), list(data.std)] == list(resolved(tmp_path / "run"))
 
 
 def test_auto_beside_given_numbers_is_refused_and_a_runs_own_settings_are_not(folder, tmp_path) -> None:

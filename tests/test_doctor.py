@@ -139,15 +139,6 @@ def test_a_sample_is_drawn_and_examined_in_order_and_progress_is_reported():
     assert (len(set(drawn)), found.examined, told[-1]) == (9, 9, (9, len(found.bad)))
 
 
-def test_the_rate_is_that_of_training_crops_and_leaves_the_threads_as_they_were():
-    before, source = torch.get_num_threads(), ToySource(5)
-    assert (crops_per_core_s(source, DATA, 16) or 0) > 0
-    assert (source.reads, torch.get_num_threads()) == (65, before)  # the first is not timed
-    assert crops_per_core_s(ToySource(5, bad=range(5)), DATA, 16) is None
-    mixture = ConcatSource([ToySource(13), ToySource(1), ToySource(1)])
-    assert (crops_per_core_s(mixture, DATA, 16) or 0) > 0
-
-
 def test_all_planted_faults_are_found_and_named(sick, tmp_path):
     seen = {"cats/seen.png": encoded(picture(3)), "cats/004.png": encoded(picture(4))}
     val = examine(opened(tmp_path, healthy(4, first=500) | seen), DATA)
@@ -234,6 +225,23 @@ def test_the_quick_look_finds_moved_and_renamed_files_and_skips_unreadable_ones(
     assert shared.num_compared == 6
 
 
+def test_workers_are_advised_for_files_and_the_fast_decoder_for_large_photos():
+    source = ToySource(3)
+    source.in_memory = False
+    found = found_of(source, [(600, 600)] * 3)
+    found.kinds["JPEG"] = 3
+    told = Checkup(train=found, data=DATA, model=MODEL, per_core_s=100.0, cores=8)
+    assert {"--data.workers 7", "--data.decoder fast"} <= set(told.advice)
+    assert "--data.workers 3" in replace(told, images_per_s=300.0).advice
+
+
+def test_the_rate_is_that_of_training_crops():
+    source, before = ToySource(5), torch.get_num_threads()
+    assert (crops_per_core_s(source, DATA, 16) or 0) > 0
+    assert (source.reads, torch.get_num_threads()) == (65, before)  # the first is not timed
+    assert crops_per_core_s(ToySource(5, bad=range(5)), DATA, 16) is None
+
+
 @pytest.mark.parametrize("images", [10, 20_000, 200_000, 2_000_000, 20_000_000])
 def test_advised_settings_are_a_run_and_no_larger_than_the_images(images):
     source = type("Many", (ToySource,), {"__len__": lambda _: images})(3)
@@ -247,16 +255,6 @@ def test_advised_settings_are_a_run_and_no_larger_than_the_images(images):
         size = pair(config.model.image_size)[0]
         assert max(32, 0.6 * side if side <= 256 else 224) <= size <= max(32, side)
         assert config.model.num_blocks == 16
-
-
-def test_workers_are_advised_for_files_and_the_fast_decoder_for_large_photos():
-    source = ToySource(3)
-    source.in_memory = False
-    found = found_of(source, [(600, 600)] * 3)
-    found.kinds["JPEG"] = 3
-    told = Checkup(train=found, data=DATA, model=MODEL, per_core_s=100.0, cores=8)
-    assert {"--data.workers 7", "--data.decoder fast"} <= set(told.advice)
-    assert "--data.workers 3" in replace(told, images_per_s=300.0).advice
 
 
 @pytest.fixture
@@ -305,24 +303,20 @@ def test_too_many_unreadable_files_end_with_code_1_and_all_are_written(cli, tmp_
     assert [bad["name"] for bad in told["train"]["bad"]] == [f"broken_{i:02d}.png" for i in range(12)]
 
 
-def test_an_archive_that_is_cut_off_is_a_problem(cli, images, tmp_path):
+def test_several_sources_are_one_compared_with_validation_and_a_cut_archive_is_a_problem(
+    cli, images, tmp_path
+):
+    write_images(tmp_path / "same", 3)
     path = tmp_path / "cut.tar"
     with tarfile.open(path, "w") as tar:
         tar.add(images, "images")
     path.write_bytes(path.read_bytes()[:-12_000])
-    code, out, _ = cli("doctor", path, *FLAGS, "--json")
-    told = last_json(out)
-    assert (code, told["verdict"]) == (1, "not fit for training: damaged archives")
-    assert told["train"]["damaged_shards"][0]["shard"] == "cut.tar"
-
-
-def test_several_sources_are_one_and_validation_is_compared_with_them(cli, images, tmp_path):
-    write_images(tmp_path / "same", 3)
     val = ("--val", tmp_path / "same", "--images_per_s", 1e6)
-    code, out, _ = cli("doctor", images, tmp_path / "same", *FLAGS, *val, "--json")
+    code, out, _ = cli("doctor", path, tmp_path / "same", *FLAGS, *val, "--json")
     told = last_json(out)
-    assert (code, told["verdict"]) == (1, "not fit for training: leakage, duplicates")
+    assert (code, told["verdict"]) == (1, "not fit for training: damaged archives, leakage, duplicates")
     assert len(told["train"]["duplicates"]) == len(told["leakage"]) == 3
+    assert told["train"]["damaged_shards"][0]["shard"] == "cut.tar"
     assert told["workers_needed"] > told["cores"]
 
 

@@ -49,6 +49,7 @@ _FLIPS: dict[int, tuple[int, ...]] = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,),
 # What torch raises as RuntimeError.
 _NO_MEMORY = re.compile(r"allocate memory|CPUAllocator|nsufficient memory|bad_alloc")
 _HEIC_BRAND = re.compile(rb"hei[cxms]|hev[cx]")
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 # Channels by Pillow's mode; the others are colours, three.
 _CHANNELS = {"RGBA": 4, "LA": 2, "RGBa": 4, "La": 2, "L": 1, "1": 1, "I": 1, "I;16": 1, "I;16B": 1, "PA": 4}
 # Samples of a 16-bit PNG by Pillow's raw mode, and the raw mode that keeps what the first one drops.
@@ -283,6 +284,7 @@ def _decode_jpeg(
     # Pillow has read the header up to the first scan's. From there on, 0xff is followed by 0 or by a restart
     # marker within coded pixels, so a scan's begin and the picture's end are found by their bytes alone.
     # What follows the end (a phone's film, say) is cut off, lest it is searched for scans, or decoded.
+    assert image.fp is not None
     start = image.fp.tell()
     end = content.find(b"\xff\xd9", start)
     if 0 <= end < len(content) - 2:
@@ -407,7 +409,9 @@ def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Bac
                 return _from_mode(Image.fromarray(_eight_bits(part, 4), "CMYK"), channels, background)
             return _eight_bits(part, channels, background, is_premultiplied=1 in alpha)
 
-        return _in_parts((width, height), channels, tags.get(274, (1,))[0], convert)
+        xmp = _XMP_ORIENTATION.search(tags[700] if isinstance(tags.get(700), bytes) else b"")
+        orientation = tags.get(274, (int(xmp[1]) if xmp else 1,))[0]
+        return _in_parts((width, height), channels, orientation, convert)
 
 
 def _tiff_samples(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:

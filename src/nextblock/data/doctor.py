@@ -50,6 +50,7 @@ class Examination:
     @property
     def mean_std(self) -> np.ndarray:
         """Mean and deviation of each channel, of pixels in [0, 1]; every image counts alike."""
+        # The variance is the mean square less the squared mean; rounding may make it less than nothing.
         mean, square = self.sums / max(1, len(self.images))
         return np.array([mean, np.sqrt(np.maximum(square - mean**2, 0))])
 
@@ -188,6 +189,7 @@ def crops_per_core_s(source: Source, data: DataConfig, image_size: Size) -> floa
     counts = (len(batch.images) for step in loader for batch in step.micro_batches)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # One thread, as in a worker; and the process's own time, as others may use the core meanwhile.
     try:
         next(counts)  # draws the order and loads libraries
         started_s = time.process_time()
@@ -249,6 +251,7 @@ def _drawn(length: int, most: int) -> list[int]:
 def _digests(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Digest and number of each readable image."""
     for index in indices:
+        # Unreadable and empty files would all be equal to each other.
         with suppress(BadImageError):
             content = source.content(index)
             if content != b"":

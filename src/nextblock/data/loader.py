@@ -141,6 +141,7 @@ def eval_batches(
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Centre crops in the order of the source, or of `indices`; the last batch may be smaller."""
+    # Without visits: a key's first number is 0, and nothing is drawn by it.
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     chunk = min(batch_size, CHUNK) if workers else batch_size
     batches = [
@@ -188,7 +189,7 @@ class _Reader:
         # Holes: what cannot be read takes no row, so later images move up, and the tensors are cut at the
         # end. Crops and drop path are functions of the image's key, so the others stay what they would be.
         for key in keys:
-            note(key[1])
+            note(key[1])  # before it is read: if that kills the process, the note remains
             try:
                 image = crop.read(self._source, key)
             except BadImageError as error:
@@ -247,6 +248,7 @@ def _warn_of_pipes() -> None:
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
     """Parts of at most `size`; of nothing, one empty part."""
+    # An empty part still makes an empty micro-batch, which a rank without samples needs.
     return [slice(begin, min(begin + size, stop)) for begin in range(start, max(stop, start + 1), size)]
 
 
@@ -289,6 +291,7 @@ class QuarantineLog:
 
     def add(self, bad: BadSample) -> None:
         """Note a file; `TooManyBadImages` if there are more than the limit, which is one file at least."""
+        # Appended, so that a crash costs one line at most, and an image met in every epoch is one line.
         if bad.sample not in self._bad:
             self._bad[bad.sample] = bad
             line = json.dumps({"name": bad.name, "sample": bad.sample, "reason": bad.reason})

@@ -214,6 +214,7 @@ def _finish(source: Source, dst: Path, manifest: dict[str, Any], data: DataConfi
     write_text(
         dst / "names.tsv", "".join(f"{key}\t{source.name(int(key.partition('_')[0]))}\n" for key in keys)
     )
+    # Without a limit: too many bad images have been refused before.
     quarantine = QuarantineLog(dst / "quarantine.jsonl", len(source), math.inf)
     bad = [sample.sample for sample in quarantine.bad]
     for number, damage in enumerate(source.damage):  # these have numbers that no image has
@@ -261,6 +262,7 @@ class _Encoder(NamedTuple):
                 if start.startswith(magic):
                     yield "", extension, content
                     return
+        # Pixels that are no file have not lost anything yet, so they are kept as they are: PNG.
         kind = config.format or ("png" if content is None else "jpeg")
         extension = "jpg" if kind == "jpeg" else kind
         if tile is None or not is_cut:
@@ -271,6 +273,7 @@ class _Encoder(NamedTuple):
             yield f"_{top:06d}_{left:06d}", extension, self._encode(piece, kind)
 
     def _encode(self, pixels: UInt8[Tensor, "c h w"], kind: str) -> bytes:
+        # Pillow wants the channels last, and grey without any.
         values = np.ascontiguousarray(rearrange(pixels, "c h w -> h w c").numpy())
         file, resize_px = io.BytesIO(), self.config.resize_px
         try:

@@ -47,6 +47,7 @@ def measure_pixels(
             f"data.normalize auto: none of {len(chosen)} images of {source.spec} can be read, such as "
             f"{bad[0].name}: {bad[0].reason}; repair them, or give data.mean and data.std"
         )
+    # Computed in whole numbers (Python's have no limit) up to one division at the end.
     pixels = images * math.prod(pair(image_size))
     mean, std = [], []
     for channel, (total, squares) in enumerate(totals.T.tolist()):

@@ -34,6 +34,7 @@ def draw(source: Source, count: int, seed: int) -> Numbers:
     """Draw `count` images; with equal seeds, a smaller draw is part of every larger one."""
     if not 1 <= count <= len(source):
         raise ValueError(f"cannot draw {count} of the {len(source)} images of {source.spec!r}")
+    # The first of one shuffled order, whatever the count: that makes draws of one seed parts of each other.
     return np.sort(_shuffled(source, seed)[:count])
 
 
@@ -163,7 +164,8 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
         return spec
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(exist_ok=False)  # of several processes, one gets the name
+        # Of several processes, one gets the name. The list then replaces the empty file, whole.
+        path.touch(exist_ok=False)
     except FileExistsError as error:
         raise ValueError(f"{shown} exists already; remove it, or write to another file") from error
     except OSError as error:

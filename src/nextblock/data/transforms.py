@@ -82,8 +82,9 @@ class TrainCrop(Crop):
             return factor
 
         pixels = source.read(key[1], reduce)
-        if not drawn:  # no JPEG
+        if not drawn:  # no JPEG, so nobody asked for a reduction, and nothing was drawn
             return self(pixels, key)
+        # From here on as without reduction, with the same generator: it has drawn the crop, not the colours.
         ((flip, box, factor),) = drawn
         box = reduced_box(box, (pixels.shape[1], pixels.shape[2]), factor)
         return finish_crop(pixels, flip, box, size, self.data, rng)
@@ -107,6 +108,7 @@ class TimmCrop(Crop):
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], key: Key) -> Float[Tensor, "3 rows columns"]:
         """Crop an image's pixels."""
+        # timm works on Pillow's images.
         picture = Image.fromarray(np.ascontiguousarray(rearrange(image, "c h w -> h w c").numpy()))
         with seeded_globally(keyed_seed(self.seed, "timm", *key)):
             return self._transform(picture)
@@ -128,6 +130,7 @@ class TimmCrop(Crop):
             re_mode="pixel",
             re_count=1,
         )
+        # Replaced in this transform alone; the module of timm stays as it is.
         (policy,) = (part for part in transform.transforms if isinstance(part, RandAugment))
         for operation in policy.ops:
             if operation.name == "PosterizeIncreasing":

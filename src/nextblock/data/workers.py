@@ -38,6 +38,7 @@ def resolve_workers(workers: int | None, source: Source) -> int:
         return workers
     if source.in_memory:
         return 0
+    # The cores this process may use: a container or a scheduler often gives fewer than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores - 1)
 
@@ -106,9 +107,11 @@ class _Work(Dataset):
     def __init__(self, function: Callable[[Any, Note], Any], reading: torch.Tensor, source: Source) -> None:
         self._function, self._reading, self._source = function, reading, source
 
+    # torch prefers this to __getitem__ and hands it what the batch sampler yields, which may be anything.
     def __getitems__(self, item: Any) -> Any:
         worker = get_worker_info()
         place = 0 if worker is None else worker.id
+        # Memory that is short is no fault of the image: it must not become a hole in the data.
         try:
             return self._function(item, partial(self._reading.__setitem__, place))
         except MemoryError as error:
@@ -119,6 +122,7 @@ class _Work(Dataset):
             ) from error
 
 
+# No lambda: where workers are spawned, it is pickled.
 def _as_is(result: Any) -> Any:
     return result
 
