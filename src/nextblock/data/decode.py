@@ -281,17 +281,20 @@ def _decode_jpeg(
     channels: int,
     reduce: Reduce | None,
 ) -> UInt8[Tensor, "c h w"]:
-    # Pillow has read the header up to the first scan's. From there on, 0xff is followed by 0 or by a restart
-    # marker within coded pixels, so a scan's begin and the picture's end are found by their bytes alone.
-    # What follows the end (a phone's film, say) is cut off, lest it is searched for scans, or decoded.
+    # Pillow has read up to the end of the first scan's header. libjpeg stops after that scan if it has all
+    # components and is not progressive, as in most photos.
     assert image.fp is not None
-    start = image.fp.tell()
-    end = content.find(b"\xff\xd9", start)
-    if 0 <= end < len(content) - 2:
-        content = content[: end + 2]
-        image = JpegImagePlugin.JpegImageFile(io.BytesIO(content), "")
-    if content.count(b"\xff\xda", start) >= _MAX_SCANS:
-        raise BadImageError(f"a JPEG of more than {_MAX_SCANS} scans, which would take minutes")
+    start, components = image.fp.tell(), len(image.getbands())
+    header = b"\xff\xda\0" + bytes((6 + 2 * components, components))
+    if "progression" in image.info or not content.startswith(header, start - 8 - 2 * components):
+        # In coded pixels, 0xff is followed by 0 or by a restart marker, so further scans and the picture's
+        # end are found by their bytes alone. What follows the end (a phone's film, say) is cut off.
+        end = content.find(b"\xff\xd9", start)
+        if 0 <= end < len(content) - 2:
+            content = content[: end + 2]
+            image = JpegImagePlugin.JpegImageFile(io.BytesIO(content), "")
+        if content.count(b"\xff\xda", start) >= _MAX_SCANS:
+            raise BadImageError(f"a JPEG of more than {_MAX_SCANS} scans, which would take minutes")
     orientation = orientation_of(image)
     if decoder == "fast" and reduce and image.mode in ("RGB", "L"):
         height, width = image.size if orientation > 4 else image.size[::-1]
