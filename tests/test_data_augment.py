@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from timm.data.transforms import center_crop_or_pad
 from torch import Tensor
 from torchvision.transforms import v2
@@ -49,25 +45,13 @@ def boxes(height: int, width: int, number: int, **data: Any) -> np.ndarray:
 
 def test_boxes_lie_inside_the_image_and_within_scale_and_ratio() -> None:
     top, left, height, width = boxes(200, 300, 2000, crop_scale=(0.1, 0.9), crop_ratio=(0.5, 2.0)).T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 200).all()
-    assert (left + width <= 300).all()
+    assert min(top.min(), left.min()) >= 0
+    assert max((top + height - 200).max(), (left + width - 300).max()) <= 0
     share = height * width / (200 * 300)
     assert 0.1 - 0.01 < share.min() < 0.12
     assert 0.85 < share.max() < 0.9 + 0.01
     assert (width / height).min() > 0.5 - 0.02
     assert (width / height).max() < 2 + 0.04
-
-
-def test_ratio_is_log_uniform_and_area_uniform_where_every_draw_fits() -> None:
-    _, _, height, width = boxes(1000, 1000, 4000, crop_scale=(0.1, 0.4), crop_ratio=(0.5, 2.0)).T
-    log_ratio = np.log(width / height) / math.log(2)
-    share = (height * width / 1e6 - 0.1) / 0.3
-    for drawn, low, high in ((log_ratio, -1, 1), (share, 0, 1)):
-        quantiles = np.quantile(drawn, [0.1, 0.25, 0.5, 0.75, 0.9])
-        expected = low + (high - low) * np.array([0.1, 0.25, 0.5, 0.75, 0.9])
-        assert np.abs(quantiles - expected).max() < 0.04 * (high - low)
 
 
 def test_boxes_are_distributed_like_torchvisions() -> None:
@@ -90,21 +74,6 @@ def test_boxes_are_distributed_like_torchvisions() -> None:
 )
 def test_a_strip_falls_back_to_its_centre(height, width, expected) -> None:
     assert tuple(boxes(height, width, number=1)[0]) == expected
-
-
-def test_scale_one_and_ratio_one_take_the_whole_square() -> None:
-    assert tuple(boxes(64, 64, 1, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))[0]) == (0, 0, 64, 64)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 1), (2, 2)])
-def test_tiny_images_have_boxes_too(shape) -> None:
-    for top, left, height, width in boxes(shape[0], shape[1], 50):
-        assert 0 <= top < top + height <= shape[0]
-        assert 0 <= left < left + width <= shape[1]
-
-
-def test_the_same_generator_draws_the_same_box() -> None:
-    assert np.array_equal(boxes(90, 80, 5), boxes(90, 80, 5))
 
 
 # ---------------------------------------------------------------------------------------- training crops
@@ -146,14 +115,6 @@ def test_flips_come_as_often_as_asked() -> None:
     assert abs(np.mean(flipped) - 0.25) < 0.03
 
 
-def test_the_image_is_left_as_it_was() -> None:
-    picture = image(40, 40)
-    before = picture.clone()
-    train_crop(picture, 32, DataConfig(flip=1), keyed_rng(0, "crop"))
-    eval_crop(picture, 32, 36)
-    assert torch.equal(picture, before)
-
-
 # -------------------------------------------------------------------------------------- evaluation crops
 
 
@@ -168,28 +129,6 @@ def test_an_evaluation_crop_is_torchvisions_resize_and_centre_crop(shape, size) 
     assert torch.equal(eval_crop(picture, size, 37), expected)
 
 
-@pytest.mark.parametrize(("size", "resize_px"), [(224, 256), (256, 300), (192, 219), (48, 56)])
-def test_the_box_of_an_evaluation_crop_is_finer_than_pixels_of_the_source(size, resize_px) -> None:
-    photo = Image.fromarray(load_sample_images().images[0])
-    crop = eval_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size, resize_px)
-    short = min(photo.size)
-    resized = [int(resize_px * side / short) for side in photo.size]
-    starts = [round((side - size) / 2) for side in resized]
-    scales = [side / small for side, small in zip(photo.size, resized, strict=True)]
-    left, top = (start * scale for start, scale in zip(starts, scales, strict=True))
-    box = left, top, left + size * scales[0], top + size * scales[1]
-    assert any(0.2 < edge % 1 < 0.8 for edge in box)
-
-    def difference(box: tuple[float, float, float, float]) -> np.ndarray:
-        expected = np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(int)
-        return np.abs(crop.permute(1, 2, 0).numpy() - expected)
-
-    assert difference(box).max() <= 2
-    assert difference(box).mean() < 0.05
-    left, top, right, bottom = map(round, box)
-    assert difference((left, top, right, bottom)).mean() > 0.3
-
-
 def test_a_picture_that_would_not_cover_the_crop_is_enlarged() -> None:
     picture = image(40, 50)
     crop = eval_crop(picture, (20, 60), 20)  # 20 x 25 would leave 35 columns empty
@@ -197,9 +136,13 @@ def test_a_picture_that_would_not_cover_the_crop_is_enlarged() -> None:
     assert torch.equal(crop, resized[:, 14:34])
 
 
-@pytest.mark.parametrize("shape", [(1, 4000), (4000, 2), (1, 1)])
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 2), (1, 1), (1, 5), (7, 1)])
 def test_strips_and_dots_are_cropped_too(shape) -> None:
     assert eval_crop(image(*shape), (24, 32), 40).shape == (3, 24, 32)
+    assert val_crop(image(*shape), (24, 32), DataConfig(val_crop="border")).shape == (3, 24, 32)
+    for top, left, height, width in boxes(*shape, 50):
+        assert 0 <= top < top + height <= shape[0]
+        assert 0 <= left < left + width <= shape[1]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (75, 100), (121, 83), (1, 4000), (4000, 2)])
@@ -224,11 +167,6 @@ def test_a_bordered_crop_is_the_whole_picture_on_its_mean_colour(shape, resize_p
     assert torch.equal(val_crop(picture, 32, data), reference.pil_to_tensor(expected))
 
 
-@pytest.mark.parametrize("shape", [(1, 4000), (4000, 2), (1, 1)])
-def test_strips_and_dots_have_a_border_too(shape) -> None:
-    assert val_crop(image(*shape), (24, 32), DataConfig(val_crop="border")).shape == (3, 24, 32)
-
-
 # ------------------------------------------------------------------------------------------- normalising
 
 
@@ -240,10 +178,6 @@ def test_normalize_is_torchvisions() -> None:
     torch.testing.assert_close(normalize(pictures, data.mean, data.std), expected, rtol=0, atol=1e-6)
 
 
-def test_normalize_of_no_images_is_none() -> None:
-    assert normalize(torch.empty((0, 3, 4, 4), dtype=torch.uint8), (0, 0, 0), (1, 1, 1)).shape == (0, 3, 4, 4)
-
-
 def test_another_number_of_channels_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"3 channels, data.mean has 1 and data.std 1; give one number per"):
         normalize(image(4, 4)[None], (0.5,), (0.5,))
@@ -253,21 +187,6 @@ def test_another_number_of_channels_is_refused_with_the_numbers() -> None:
 
 JITTER = (0.4, 0.3, 0.2, 0.1)
 CHANGES = ("brightness", "contrast", "saturation", "hue")
-
-
-@pytest.fixture
-def changes_made(monkeypatch) -> list[tuple[str, float]]:
-    """What is asked of torchvision, in order: (what is changed, factor)."""
-    made: list[tuple[str, float]] = []
-    for name in CHANGES:
-        change = getattr(reference, f"adjust_{name}")
-
-        def remember(picture, factor, name=name, change=change):
-            made.append((name, factor))
-            return change(picture, factor)
-
-        monkeypatch.setattr(reference, f"adjust_{name}", remember)
-    return made
 
 
 def test_changed_colours_are_torchvisions_with_the_drawn_factors_in_the_drawn_order(monkeypatch) -> None:
@@ -285,27 +204,6 @@ def test_changed_colours_are_torchvisions_with_the_drawn_factors_in_the_drawn_or
         assert ours.dtype == torch.uint8
 
 
-def test_factors_are_uniform_around_no_change_and_every_order_comes(changes_made) -> None:
-    picture, rng = image(2, 2), keyed_rng(0, "jitter")
-    for _ in range(600):
-        color_jitter(picture, JITTER, rng)
-    orders = [tuple(name for name, _ in changes_made[i : i + 4]) for i in range(0, 2400, 4)]
-    assert set(orders) == set(itertools.permutations(CHANGES))
-    for name, centre, strength in zip(CHANGES, (1, 1, 1, 0), JITTER, strict=True):
-        factors = np.array([factor for changed, factor in changes_made if changed == name])
-        quantiles = (np.quantile(factors, [0, 0.25, 0.5, 0.75, 1]) - centre) / strength
-        assert np.abs(quantiles - [-1, -0.5, 0, 0.5, 1]).max() < 0.12
-        assert np.abs(factors - centre).max() <= strength
-
-
-def test_a_strength_of_zero_leaves_that_alone_and_the_others_as_they_were(changes_made) -> None:
-    color_jitter(image(2, 2), JITTER, keyed_rng(3, "jitter"))
-    every = changes_made.copy()
-    changes_made.clear()
-    color_jitter(image(2, 2), (*JITTER[:3], 0.0), keyed_rng(3, "jitter"))
-    assert changes_made == [change for change in every if change[0] != "hue"]
-
-
 def test_crop_and_flip_are_the_same_with_and_without_changed_colours() -> None:
     without, never = DataConfig(), DataConfig(color_jitter=JITTER, color_jitter_prob=0.0)
     unchanged = DataConfig(color_jitter=(0.0, 0.0, 0.0, 0.0), color_jitter_prob=1.0)
@@ -315,17 +213,4 @@ def test_crop_and_flip_are_the_same_with_and_without_changed_colours() -> None:
         expected = train_crop(picture, 16, without, keyed_rng(seed, "crop"))
         for data in (never, unchanged):
             assert torch.equal(train_crop(picture, 16, data, keyed_rng(seed, "crop")), expected)
-        changed = train_crop(picture, 16, always, keyed_rng(seed, "crop"))
-        assert not torch.equal(changed, expected)
-        assert torch.equal(changed, train_crop(picture, 16, always, keyed_rng(seed, "crop")))
-
-
-def test_colours_change_as_often_as_they_should() -> None:
-    data = DataConfig(color_jitter=JITTER, color_jitter_prob=0.8, flip=0.0, crop_scale=(1, 1))
-    picture = image(8, 8)
-    changed = 0
-    for i in range(400):
-        ours = train_crop(picture, 8, data, keyed_rng(0, "crop", i))
-        base = train_crop(picture, 8, DataConfig(flip=0.0, crop_scale=(1, 1)), keyed_rng(0, "crop", i))
-        changed += not torch.equal(ours, base)
-    assert 0.74 < changed / 400 < 0.86
+        assert not torch.equal(train_crop(picture, 16, always, keyed_rng(seed, "crop")), expected)

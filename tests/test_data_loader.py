@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from torch.utils.data import get_worker_info
 
 from nextblock.config import DataConfig
 from nextblock.data import (
-    BadImageError,
     BadSample,
     ConcatSource,
     DataError,
@@ -42,8 +39,7 @@ from nextblock.data import (
 )
 from nextblock.data import loader as loader_module
 from nextblock.data.augment import eval_crop, train_crop
-from nextblock.data.transforms import Decoded, Key
-from nextblock.data.workers import WorkerError, _sigchld_only_while_waiting
+from nextblock.data.workers import WorkerError, _sigchld_gate
 from toy import ToySource, joined, take
 
 # A machine with few cores is warned of more workers than cores, which is what some tests want.
@@ -131,16 +127,17 @@ def test_a_run_stopped_anywhere_and_resumed_by_any_number_of_ranks_sees_the_same
     ("kind", "world_size", "workers", "start"),
     [("one source", 1, 3, 0), ("one source", 2, 2, 4), ("mixture", 3, 1, 5)],
 )
-def test_the_number_of_workers_changes_nothing(kind, world_size, workers, start, uninterrupted) -> None:
-    seen = of_world(kind, world_size, 9 - start, start, workers=workers, micro_batch_size=2)
+def test_the_number_of_workers_and_of_chunks_changes_nothing(
+    kind, world_size, workers, start, uninterrupted, monkeypatch
+) -> None:
+    monkeypatch.setattr(loader_module, "CHUNK", 2)
+    seen = of_world(kind, world_size, 9 - start, start, workers=workers, micro_batch_size=3)
     assert_same(seen, uninterrupted[kind][start:])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_large_batches_are_joined_from_chunks_in_order(workers) -> None:
-    (step,) = take(loader(ToySource(150), batch_size=150, micro_batch_size=140, workers=workers), 1)
-    assert [len(batch.images) for batch in step.micro_batches] == [140, 10]
-    assert joined(step).samples.tolist() == step.keys.samples.tolist()
+def test_a_rank_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank is 2 of 2; ranks run from 0 to 1"):
+        loader(ToySource(9), rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
@@ -229,29 +226,6 @@ def test_no_global_generator_is_touched() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", UNTOUCHED], check=True)
 
 
-def test_a_source_smaller_than_a_batch_becomes_the_batch_with_a_warning(caplog) -> None:
-    with caplog.at_level(logging.WARNING, logger="nextblock"):
-        small = loader(ToySource(3), batch_size=8)
-    assert (small.batch_size, small.steps_per_epoch) == (3, 1)
-    assert "toy-0 has 3 images, fewer than the batch of 8" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"micro_batch_size": 0}, "micro_batch_size is 0; it must be at least 1"),
-        ({"start_step": -1}, "start_step is -1; it must be at least 0"),
-        ({"workers": -1}, "workers is -1; it must be at least 0"),
-        ({"world_size": 0}, "world_size is 0; it must be at least 1"),
-        ({"rank": 2, "world_size": 2}, "rank is 2 of 2; ranks run from 0 to 1"),
-    ],
-)
-def test_impossible_numbers_are_refused(option, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        loader(ToySource(9), **option)
-
-
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -271,20 +245,6 @@ def test_evaluation_goes_in_order_with_centre_crops_and_keeps_the_last_batch(wor
 def test_evaluation_of_some_images_goes_in_the_order_asked_for(indices) -> None:
     batches = eval_batches(ToySource(9), DATA, (16, 12), 3, indices=indices)
     assert [sample for batch in batches for sample in batch.samples.tolist()] == list(indices)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"indices": [0, 9]}, "indices run from 0 to 9, the source's from 0 to 8"),
-        ({"indices": [-1]}, "indices run from -1"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"workers": -1}, "workers is -1"),
-    ],
-)
-def test_impossible_evaluations_are_refused_at_once(options, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        eval_batches(ToySource(9), DATA, 16, **({"batch_size": 3} | options))
 
 
 # ----------------------------------------------------------------------------------------- holes, quarantine
@@ -331,49 +291,6 @@ def test_a_damaged_list_is_refused_with_the_line(tmp_path) -> None:
     (tmp_path / "q.jsonl").write_text("nonsense\n")
     with pytest.raises(ValueError, match=r"line 1, is damaged .* delete that file"):
         QuarantineLog(tmp_path / "q.jsonl", 100, 0.5)
-
-
-# --------------------------------------------------------------------------------- decoding before cropping
-
-
-class Recorded:
-    """A crop that notes when it decodes and when it cuts; pixels take `image_bytes`."""
-
-    data, image_size, dtype = DATA, 4, torch.uint8
-
-    def __init__(self, image_bytes: list[int], bad: tuple[int, ...] = ()) -> None:
-        self.image_bytes, self.bad, self.events = image_bytes, bad, ""
-
-    def decode(self, source: Source, key: Key) -> Decoded:
-        if key[1] in self.bad:
-            self.events += "x"
-            raise BadImageError("broken")
-        self.events += "d"
-        pixels = torch.empty((1, 1, self.image_bytes[key[1]]), dtype=torch.uint8)
-        return Decoded(pixels, partial(self._cut, key[1]))
-
-    def _cut(self, sample: int, pixels: Tensor) -> Tensor:
-        self.events += "c"
-        return torch.full((3, 4, 4), sample, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("image_bytes", "bad", "events"),
-    [
-        ([100] * 19, (), 2 * (8 * "d" + 8 * "c") + 3 * "d" + 3 * "c"),
-        ([9 * 2**20] * 3 + [3 * 2**19] * 3 + [100], (), 3 * "dc" + 2 * "ddcc"),
-        ([100] * 12, (0, 5, 11), "xddddxdddd" + 8 * "c" + "dxc"),
-    ],
-)
-def test_a_few_images_are_decoded_before_they_are_cropped_and_large_ones_do_not_pile_up(
-    image_bytes, bad, events
-) -> None:
-    crop = Recorded(image_bytes, bad)
-    read = loader_module._Reader(ToySource(len(image_bytes)), crop)
-    chunk = read([(0, sample) for sample in range(len(image_bytes))], lambda sample: None)
-    assert crop.events == events
-    good = [sample for sample in range(len(image_bytes)) if sample not in bad]
-    assert chunk.images[:, 0, 0, 0].tolist() == [key[1] for key in chunk.keys] == good
 
 
 # ---------------------------------------------------------------------------------------------------- workers
@@ -445,11 +362,11 @@ def test_the_death_of_a_worker_is_heard_while_any_of_two_loaders_waits_and_at_no
     heard: list[int] = []
     before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
     try:
-        with _sigchld_only_while_waiting() as training, _sigchld_only_while_waiting() as validation:
+        with _sigchld_gate() as training, _sigchld_gate() as validation:
             signal.raise_signal(signal.SIGCHLD)
             assert not heard
-            for waiting in (training, validation):
-                with waiting():
+            for gate in (training, validation):
+                with gate.opened():
                     signal.raise_signal(signal.SIGCHLD)
         assert len(heard) == 2
     finally:

@@ -45,11 +45,6 @@ def test_they_are_the_mean_and_deviation_of_all_pixels_of_the_centre_crops(folde
     assert found.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
 
 
-def test_grey_has_one_of_each(folder) -> None:
-    found = measured(folder, channels=1)
-    assert len(found.mean) == len(found.std) == 1
-
-
 def test_a_sample_is_drawn_by_the_seed_and_hangs_on_no_workers(folder) -> None:
     assert measured(folder, seed=1, most=4) == measured(folder, seed=1, most=4, workers=2)
     assert measured(folder, seed=1, most=4) != measured(folder, seed=2, most=4)
@@ -103,14 +98,10 @@ def test_a_run_keeps_what_was_measured_and_goes_on_with_it(folder, tmp_path, mon
     monkeypatch.setattr(statistics, "measure_pixels", must_not)
     train_on(folder, tmp_path / "run")
     assert resolved(tmp_path / "run") == (mean, std)
+    evaluated = evaluation_data(str(tmp_path / "run"), TINY.model)
+    assert [list(evaluated.mean), list(evaluated.std)] == [mean, std]
     with pytest.raises(AssertionError, match="anew"):
         train_on(folder, tmp_path / "other")
-
-
-def test_the_evaluation_of_a_run_normalises_as_the_run_did(folder, tmp_path) -> None:
-    train_on(folder, tmp_path / "run")
-    data = evaluation_data(str(tmp_path / "run"), TINY.model)
-    assert [list(data.mean), list(data.std)] == list(resolved(tmp_path / "run"))
 
 
 def test_auto_beside_given_numbers_is_refused_and_a_runs_own_settings_are_not(folder, tmp_path) -> None:
@@ -134,9 +125,3 @@ def test_training_without_pretrain_refuses_numbers_that_were_not_measured(folder
     data = replace(config.data, mean=(0.2, 0.5, 0.8), std=(0.1, 0.1, 0.1))
     config = replace(config, data=data, train=replace(TINY.train, duration="1st"))
     assert train(config, tmp_path / "run", sources, reporter=Quiet()).step == 1
-
-
-def test_a_run_with_given_numbers_is_another_run(folder, tmp_path) -> None:
-    train_on(folder, tmp_path / "run", **{"data.normalize": "given"})
-    with pytest.raises(ValueError, match=r"data.normalize: 'given' there, 'auto' now"):
-        train_on(folder, tmp_path / "run")

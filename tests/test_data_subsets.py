@@ -119,11 +119,6 @@ def test_lists_of_oddly_named_folders_and_tars_are_read_back(tmp_path, folder):
         assert read.class_names[read.labels[0]] == source.class_names[source.labels[0]]
 
 
-def test_classes_that_a_list_lacks_are_named_with_the_list(tmp_path, digits, caplog):
-    write_subset(tmp_path / "two.txt", digits, np.array([0, 1]))
-    assert "two.txt: 8 classes have no image in this list: 2, 3, 4, 5, 6, 7, 8, 9" in caplog.text
-
-
 def test_a_list_is_written_once_and_whole_or_not_at_all(digits, tmp_path, monkeypatch):
     path = tmp_path / "l.txt"
     write_subset(path, digits, np.array([1]))

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from nextblock.config import DataConfig
-from nextblock.data import TrainLoader, keyed_seed, normalize
+from nextblock.data import TrainLoader, keyed_seed
 from nextblock.data.transforms import TimmCrop, seeded_globally
 from test_probe import QUICK, run, weights
 from toy import ToySource
@@ -68,22 +68,6 @@ def test_posterizing_keeps_the_highest_bits_of_each_colour_down_to_none(magnitud
     assert np.array_equal(np.asarray(posterize(Image.fromarray(pixels))), pixels & mask)
 
 
-def test_whatever_is_drawn_at_the_strongest_is_a_picture() -> None:
-    crop = replace(CROP)
-    for operation in policy(crop).ops:
-        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10.0, 0.0
-    assert all(crop(picture(), (0, number)).isfinite().all() for number in range(100))
-
-
-def test_every_key_draws_its_own_and_always_the_same() -> None:
-    image = picture()
-    crops = [CROP(image, key) for key in ((0, 1), (1, 1), (0, 2))]
-    assert not torch.equal(crops[0], crops[1])
-    assert not torch.equal(crops[0], crops[2])
-    assert torch.equal(CROP(image, (0, 1)), crops[0])
-    assert not torch.equal(replace(CROP, seed=6)(image, (0, 1)), crops[0])
-
-
 def test_the_global_generators_are_left_as_they_were_even_after_an_error() -> None:
     before = global_states()
     with seeded_globally(3):
@@ -93,24 +77,6 @@ def test_the_global_generators_are_left_as_they_were_even_after_an_error() -> No
         assert (random.random(), np.random.rand(), float(torch.rand(()))) == inside  # noqa: NPY002
         raise RuntimeError
     assert global_states() == before
-
-
-def test_a_crop_moves_no_global_generator() -> None:
-    transform = CROP._transform
-    before = global_states()
-    with seeded_globally(1):  # as __call__ does, without the checks of shapes, which draw numbers themselves
-        transform(Image.fromarray(picture().permute(1, 2, 0).numpy()))
-    assert global_states() == before
-    CROP(picture(), (0, 0))
-    assert global_states()[1:] == before[1:]
-
-
-def test_a_quarter_of_the_crops_have_a_rectangle_of_noise() -> None:
-    black = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    crop = replace(CROP, data=replace(DATA, mean=(0.0,) * 3, std=(1.0,) * 3))
-    # Nothing but noise lies outside what bytes become.
-    erased = [bool((crop(black, (0, number)) < 0).any()) for number in range(200)]
-    assert 0.15 < np.mean(erased) < 0.35
 
 
 def test_batches_are_normalised_floats_and_do_not_depend_on_workers() -> None:
@@ -127,21 +93,6 @@ def test_batches_are_normalised_floats_and_do_not_depend_on_workers() -> None:
     first = batches[0][0]
     key = (int(first.visits[0]), int(first.samples[0]))
     assert torch.equal(first.images[0], CROP(source.read(key[1]), key))
-
-
-def test_a_batch_without_readable_images_is_of_no_floats() -> None:
-    source = ToySource(4, bad=range(4))
-    loader = TrainLoader(source, DATA, image_size=16, seed=5, batch_size=4, crop=CROP)
-    (batch,) = next(iter(loader)).micro_batches
-    assert batch.images.shape == (0, 3, 16, 16)
-    assert batch.images.dtype == torch.float32
-
-
-def test_without_chance_the_values_are_those_of_normalize() -> None:
-    white = torch.full((3, 20, 20), 255, dtype=torch.uint8)
-    values = {float(CROP(white, (0, number)).max()) for number in range(30)}
-    plain = float(normalize(white[None], DATA.mean, DATA.std).max())
-    assert any(value == pytest.approx(plain, abs=1e-5) for value in values)
 
 
 def test_other_than_colour_is_refused() -> None:

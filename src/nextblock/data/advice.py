@@ -12,10 +12,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nextblock.config import DataConfig, ModelConfig, pair
-from nextblock.data.doctor import Examination, Shared, listed
+from nextblock.data.doctor import Examination, Shared
+from nextblock.data.subsets import named
 from nextblock.presets import get_preset
-
-__all__ = ["Checkup", "Finding"]
 
 IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
 # Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result.
@@ -59,6 +58,7 @@ class Checkup:
         if self.val is None:
             return None
         train, val = self.train.images, self.val.images
+        # Each digest of the training images with the first image that has it, to name one twin only.
         digests, first = np.unique(train["digest"], return_index=True)
         ours = val[np.isin(val["digest"], digests)]
         theirs = train[first[np.searchsorted(digests, ours["digest"])]]
@@ -68,30 +68,83 @@ class Checkup:
     @cached_property
     def findings(self) -> list[Finding]:
         """Problems first, then warnings; each says what, why and what to do."""
-        found = [*_of_reading(self.train, self.data)]
-        found += [] if self.val is None else _of_reading(self.val, self.data)
+        found = [*self._of_reading(self.train)]
+        found += [] if self.val is None else self._of_reading(self.val)
         if self.size_problem is not None:
             found.append(Finding("problem", "image size", self.size_problem))
         if self.shared is not None:
             found.append(Finding("problem", "leakage", str(self.shared)))
         if len(self.train.images):
-            found += [*_of_images(self.train, self.model), *_of_classes(self.train), *self._of_settings()]
+            found += [*self._of_images(), *self._of_classes(), *self._of_settings()]
         return sorted(found, key=lambda finding: finding.severity != "problem")
+
+    def _of_reading(self, found: Examination) -> Iterator[Finding]:
+        bad, examined, most = len(found.bad), found.examined, self.data.max_bad_fraction
+        what = f"{bad:,} of {examined:,} in {found.spec}"
+        # The rule of a run: one unreadable file is always allowed, unless the setting is 0.
+        if bad > (max(1, most * examined) if most else 0) or bad == examined:
+            remedy = f"repair or remove them (data.max_bad_fraction is {most:g})"
+            yield Finding("problem", "too many unreadable files", f"{what}; {remedy}")
+        elif bad:
+            yield Finding("warning", "unreadable files", f"{what}; a run skips them")
+        if found.source.damage:
+            what = named(list(map(str, found.source.damage)), 5)
+            yield Finding("problem", "damaged archives", f"{what}; download or pack again")
+
+    def _of_images(self) -> Iterator[Finding]:
+        found, images, crop = self.train, self.train.images, np.array(pair(self.model.image_size))
+        if groups := found.duplicates:
+            repeated = sum(len(group) - 1 for group in groups)
+            twins = named([" = ".join(found.names(group[:3])) for group in groups], 5)
+            what = (
+                f"{repeated:,} of {len(images):,} images repeat another exactly ({twins}); keep one of each"
+            )
+            # A few twins waste time; many make a sample count several times, and end up in both splits.
+            yield Finding("problem" if repeated > len(images) / 10 else "warning", "duplicates", what)
+        # Slightly small images matter if most are; those of less than half the crop always do.
+        is_usual = bool((np.median(images["size"], axis=0) < crop).any())
+        small = images[(images["size"] < crop / (1 if is_usual else 2)).any(axis=1)]
+        if len(small):
+            remedy = "use the size advised below" if is_usual else "remove thumbnails"
+            what = f"{len(small):,} of {len(images):,} will be enlarged to {crop[1]}x{crop[0]} px"
+            yield Finding("warning", "small images", f"{what} ({named(found.names(small), 5)}); {remedy}")
+        if blank := found.names(images[images["is_blank"]]):
+            what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove what is no picture"
+            yield Finding("warning", "blank images", what)
+
+    def _of_classes(self) -> Iterator[Finding]:
+        found, present = self.train, Counter(self.train.class_counts).most_common()
+        if not present:
+            return
+        # Folders without an image are no classes of the source, but may have been meant as such.
+        empty = found.source.empty_classes()
+        if found.examined == len(found.source):  # a sample misses small classes
+            empty = [name for name, count in present if not count] + empty
+        if empty:
+            what = f"{len(empty):,} without a readable image ({named(empty, 5)}); fill or remove them"
+            yield Finding("warning", "empty classes", what)
+        # Accuracy over all images hides a class with a tenth of another's.
+        (largest, many), (smallest, few) = present[0], [item for item in present if item[1]][-1]
+        if many >= 10 * few:
+            what = f"{many:,} images in {largest}, {few:,} in {smallest}; report the accuracy of each class"
+            yield Finding("warning", "unbalanced classes", what)
 
     def _of_settings(self) -> Iterator[Finding]:
         data, (mean, std), needed = self.data, self.train.mean_std, self.workers_needed
+        # One core is the main process's, which computes.
         if needed is not None and needed > max(1, self.cores - 1):
-            told = f"{self.images_per_s:,.0f} images/s need {needed:,} workers, more than {self.cores} cores"
+            what = f"{self.images_per_s:,.0f} images/s need {needed:,} workers, more than {self.cores} cores"
             remedy = "shrink the images: nextblock data pack --resize_px N"
-            yield Finding("warning", "slow decoding", f"{told}; {remedy}")
+            yield Finding("warning", "slow decoding", f"{what}; {remedy}")
         if data.normalize == "given" and len(data.mean) != len(mean):
-            told = f"{len(mean)} channels, but data.mean has {len(data.mean)}; use --data.normalize auto"
-            yield Finding("problem", "normalisation", told)
+            what = f"{len(mean)} channels, but data.mean has {len(data.mean)}; use --data.normalize auto"
+            yield Finding("problem", "normalisation", what)
         elif data.normalize == "given":
+            # Ordinary photographs differ less than this from ImageNet.
             ratio = np.exp(np.abs(np.log((std + 1e-9) / data.std)))
             if np.abs(mean - data.mean).max() > 0.1 or ratio.max() > 1.5:
-                told = "data.mean and data.std are far from those of the images; use --data.normalize auto"
-                yield Finding("warning", "normalisation", told)
+                what = "data.mean and data.std are far from those of the images; use --data.normalize auto"
+                yield Finding("warning", "normalisation", what)
 
     @cached_property
     def advice(self) -> dict[str, str]:
@@ -110,15 +163,17 @@ class Checkup:
         found[f"--preset {preset}"] = f"{images:,} images; a rule of thumb"
         if data.channels != 3:
             found[f"--data.channels {data.channels} --model.in_chans {data.channels}"] = "as examined"
+        # 8/7 of the crop is the usual margin: 256 px for 224.
         val_px = get_preset(preset).config.data.val_resize_px
         if val_px < size:
             found[f"--data.val_resize_px {size * 8 // 7}"] = f"{preset} has only {val_px}"
         if self.per_core_s is not None and not train.source.in_memory:
             workers = min(max(1, self.cores - 1), self.workers_needed or self.cores)
             found[f"--data.workers {workers}"] = f"{self.per_core_s:,.0f} crops/s each"
-        is_jpeg = train.kinds["JPEG"] + train.kinds["MPO"] > len(train.images) / 2
-        if is_jpeg and side >= 2 * size and data.decoder == "auto":
+        # Only JPEG can be decoded smaller, and it pays if a crop is still large enough at half the size.
+        if train.kinds["JPEG"] > len(train.images) / 2 and side >= 2 * size and data.decoder == "auto":
             found["--data.decoder fast"] = f"the photos are {side / size:.1f} times the image size"
+        # A channel without any variation cannot be normalised, and would be refused.
         is_far = any(finding.what == "normalisation" for finding in self.findings)
         if is_far and train.mean_std[1].min() > 1e-6:
             found["--data.normalize auto"] = "measures your images"
@@ -142,70 +197,7 @@ class Checkup:
             "healthy": not self.findings,
             "fit": all(finding.severity != "problem" for finding in self.findings),
             "findings": [finding._asdict() for finding in self.findings],
-            "train": _report(self.train),
-            "val": None if self.val is None else _report(self.val),
+            "train": self.train.report(),
+            "val": None if self.val is None else self.val.report(),
             "leakage": [] if self.shared is None else self.shared.pairs,
         }
-
-
-def _of_reading(found: Examination, data: DataConfig) -> Iterator[Finding]:
-    bad, examined = len(found.bad), found.examined
-    # The rule of a run: one unreadable file is always allowed, unless the setting is 0.
-    allowed = max(1, data.max_bad_fraction * examined) if data.max_bad_fraction else 0
-    told = f"{bad:,} of {examined:,} in {found.spec}"
-    if bad > allowed or bad == examined:
-        told += f"; repair or remove them (data.max_bad_fraction is {data.max_bad_fraction:g})"
-        yield Finding("problem", "too many unreadable files", told)
-    elif bad:
-        yield Finding("warning", "unreadable files", f"{told}; a run skips them")
-    if found.source.damage:
-        told = listed([str(damage) for damage in found.source.damage])
-        yield Finding("problem", "damaged archives", f"{told}; download or pack again")
-
-
-def _of_images(found: Examination, model: ModelConfig) -> Iterator[Finding]:
-    images, groups, crop = found.images, found.duplicates, np.array(pair(model.image_size))
-    if groups:
-        repeated = sum(len(group) - 1 for group in groups)
-        twins = listed([" = ".join(found.names(group[:3])) for group in groups])
-        told = f"{repeated:,} of {len(images):,} images repeat another exactly ({twins}); keep one of each"
-        yield Finding("problem" if repeated > len(images) / 10 else "warning", "duplicates", told)
-    # Slightly small images matter if most are; those of less than half the crop always do.
-    is_usual = bool((np.median(images["size"], axis=0) < crop).any())
-    small = images[(images["size"] < crop / (1 if is_usual else 2)).any(axis=1)]
-    if len(small):
-        remedy = "use the size advised below" if is_usual else "remove thumbnails"
-        told = f"{len(small):,} of {len(images):,} will be enlarged to {crop[1]}x{crop[0]} px"
-        yield Finding("warning", "small images", f"{told} ({listed(found.names(small))}); {remedy}")
-    blank = found.names(images[images["is_blank"]])
-    if blank:
-        told = f"{len(blank):,} with one colour only ({listed(blank)}); remove what is no picture"
-        yield Finding("warning", "blank images", told)
-
-
-def _of_classes(found: Examination) -> Iterator[Finding]:
-    present = Counter(found.class_counts).most_common()
-    if not present:
-        return
-    empty = found.source.empty_classes()
-    if found.examined == len(found.source):  # a sample misses small classes
-        empty = [name for name, count in present if not count] + empty
-    if empty:
-        told = f"{len(empty):,} without a readable image ({listed(empty)}); fill or remove them"
-        yield Finding("warning", "empty classes", told)
-    (largest, many), (smallest, few) = present[0], [item for item in present if item[1]][-1]
-    if many >= 10 * few:
-        told = f"{many:,} images in {largest}, {few:,} in {smallest}; report the accuracy of each class"
-        yield Finding("warning", "unbalanced classes", told)
-
-
-def _report(found: Examination) -> dict[str, Any]:
-    names = ("spec", "examined", "kinds", "sides_px", "class_counts")
-    return {name: getattr(found, name) for name in names} | {
-        "images": len(found.source),
-        "bad": [bad._asdict() for bad in found.bad],
-        "damaged_shards": [damage._asdict() for damage in found.source.damage],
-        "mean_std": found.mean_std.tolist(),
-        "duplicates": [found.names(group) for group in found.duplicates],
-        "blank": found.names(found.images[found.images["is_blank"]]),
-    }

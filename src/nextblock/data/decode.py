@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,11 @@ Background = Literal["white", "grey", "black"]
 # upright: by how much (1, 2, 4 or 8) it may be reduced while it is decoded.
 Reduce = Callable[[int, int, tuple[int, ...]], int]
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
 # What Pillow is asked to read. Its other formats are no photographs, and some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 _BEHIND = {"white": 255, "grey": 128, "black": 0}
 # Pixels converted at a time, so that doubles and copies never exist for the whole image.
@@ -47,9 +48,6 @@ _MAX_SCANS = 100
 _FLIPS: dict[int, tuple[int, ...]] = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}
 # What torch raises as RuntimeError.
 _NO_MEMORY = re.compile(r"allocate memory|CPUAllocator|nsufficient memory|bad_alloc")
-# In coded pixels of a JPEG, 0xff is followed by 0 or a restart marker (d0 to d7). 01 and d8 have no length.
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-_APP1, _SCAN, _END = b"\xff\xe1", b"\xff\xda", b"\xff\xd9"
 _HEIC_BRAND = re.compile(rb"hei[cxms]|hev[cx]")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 # Channels by Pillow's mode; the others are colours, three.
@@ -86,50 +84,20 @@ def decode_image(
     """
     if not content:
         raise BadImageError("the file is empty (0 bytes)")
+    # Every path reads the header first, and refuses what would take more memory than max_pixels pixels may.
     with pillow_errors():
-        if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        if content[:4] in TIFF_STARTS:
             pixels = _decode_tiff(content, max_pixels, channels, background)
             if pixels is not None:
                 return pixels
         image = open_image(content)
         check_pixels(image.size, max_pixels)
         with pillow_errors(image.size):
-            if image.format in ("JPEG", "MPO") and channels in (1, 3):
-                pixels = _decode_jpeg(image, content, decoder, reduce)
-                if pixels is not None and channels == 1:
-                    return image_to_tensor(Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()), 1)
-                if pixels is not None:
-                    return pixels
+            if isinstance(image, JpegImagePlugin.JpegImageFile) and channels in (1, 3):
+                return _decode_jpeg(image, content, decoder, channels, reduce)
             if image.format == "PNG" and image.tile and image.tile[0].args in _DEEP_PNG:
                 return _decode_deep_png(image, content, channels, background)
             return image_to_tensor(image, channels, background)
-
-
-def image_to_tensor(
-    image: Image.Image, channels: int = 3, background: Background = "white"
-) -> UInt8[Tensor, "c h w"]:
-    """The upright pixels of a Pillow image of any mode, channels-last in memory, which resizes faster.
-
-    `channels` is 3 for RGB, 1 for grey, or as many as the image has; otherwise raises `BadImageError`.
-    """
-    found = _CHANNELS.get(image.mode, 3)
-    _check_channels({1: 2, 3: 4}.get(found, found) if "transparency" in image.info else found, channels)
-    is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if image.mode in ("I", "F") and not is_deep:
-        raise BadImageError(f"32-bit pixels (Pillow's mode {image.mode}) {_NO_RANGE}")
-    image.load()
-    orientation = orientation_of(image)  # after loading, which turns a TIFF and then says 1
-    if image.mode == "RGB" and "transparency" not in image.info and channels == 3:
-        return _upright(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"), orientation)
-
-    def convert(box: Box) -> np.ndarray:
-        part = image.crop(box)
-        if is_deep:
-            values = np.asarray(part).astype(np.uint16)[..., None]
-            return _eight_bits(_with_alpha(values, image), channels, background)
-        return _from_mode(part, channels, background)
-
-    return _upright(_in_parts(image.size, channels, convert), orientation)
 
 
 @contextmanager
@@ -142,7 +110,8 @@ def pillow_errors(size: tuple[int, int] | None = None) -> Iterator[None]:
     except BadImageError:
         raise
     except Exception as error:
-        # On corrupt input Pillow's parsers let nearly anything through: struct.error, IndexError, ...
+        # On corrupt input Pillow's parsers let nearly anything through: struct.error, IndexError, ... Memory
+        # that is short is another matter: the file may be good, so it must not be skipped as a bad one.
         text = str(error) or type(error).__name__
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
             text = f"not enough memory to decode {size[0]} x {size[1]} pixels" if size else text
@@ -166,6 +135,8 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
     for name in FORMATS:
         parse, accept = Image.OPEN[name]
         if accept and accept(content[:16]) is True:
+            if name == "JPEG":  # its factory would also look for the further pictures of an MPO
+                return JpegImagePlugin.JpegImageFile(io.BytesIO(content), "")
             return parse(io.BytesIO(_without_texts(content) if name == "PNG" else content), "")
     raise BadImageError(f"not an image of a known format (it begins with {content[:8]!r})")
 
@@ -188,13 +159,45 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def image_to_tensor(
+    image: Image.Image, channels: int = 3, background: Background = "white"
+) -> UInt8[Tensor, "c h w"]:
+    """The upright pixels of a Pillow image of any mode, channels-last in memory, which resizes faster.
+
+    `channels` is 3 for RGB, 1 for grey, or as many as the image has; otherwise raises `BadImageError`.
+    """
+    found = _CHANNELS.get(image.mode, 3)
+    _check_channels({1: 2, 3: 4}.get(found, found) if "transparency" in image.info else found, channels)
+    is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not is_deep:
+        raise BadImageError(f"32-bit pixels (Pillow's mode {image.mode}) {_NO_RANGE}")
+    image.load()
+    orientation = orientation_of(image)  # after loading, which turns a TIFF and then says 1
+    if image.mode == "RGB" and "transparency" not in image.info and channels == 3:
+        return _upright(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"), orientation)
+
+    def convert(box: Box) -> np.ndarray:
+        part = image.crop(box)
+        if is_deep:  # converted by Pillow, 16 bits would be cut off at 255
+            values = np.asarray(part).astype(np.uint16)[..., None]
+            return _eight_bits(_with_alpha(values, image), channels, background)
+        return _from_mode(part, channels, background)
+
+    return _in_parts(image.size, channels, orientation, convert)
+
+
+# ----------------------------------------------------------------------------------------- samples to pixels
+
+
 def _check_channels(found: int, wanted: int) -> None:
     if found != wanted and wanted not in (1, 3):
         raise BadImageError(f"has {found} channel{'s' * (found != 1)}, data.channels is {wanted}")
 
 
-def _in_parts(size: tuple[int, int], channels: int, convert: Callable[[Box], np.ndarray]) -> Tensor:
-    """An image of this (width, height), converted in parts of few pixels."""
+def _in_parts(
+    size: tuple[int, int], channels: int, orientation: int, convert: Callable[[Box], np.ndarray]
+) -> Tensor:
+    """The upright pixels of an image of this stored (width, height), converted in parts of few pixels."""
     width, height = size
     pixels = np.empty((height, width, channels), np.uint8)
     columns = min(width, _PART_PX)
@@ -203,7 +206,7 @@ def _in_parts(size: tuple[int, int], channels: int, convert: Callable[[Box], np.
         for left in range(0, width, columns):
             box = left, top, min(left + columns, width), min(top + rows, height)
             pixels[top : box[3], left : box[2]] = convert(box)
-    return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+    return _upright(rearrange(torch.from_numpy(pixels), "h w c -> c h w"), orientation)
 
 
 def _upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tensor, "c rows columns"]:
@@ -243,10 +246,14 @@ def _eight_bits(
         colour = colour if is_premultiplied else colour * alpha
         pixels = np.minimum(colour + 257 * _BEHIND[background] * (1 - alpha), 65535)
     if values.dtype != np.uint8:
+        # 65535 = 255 * 257. Rounded once, after compositing: twice could be off by one.
         pixels = np.rint(pixels / 257).astype(np.uint8)
     if channels == 1 and pixels.shape[-1] == 3:
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
     return np.broadcast_to(pixels, (*pixels.shape[:2], channels))
+
+
+# ------------------------------------------------------------------------------------------------------ JPEG
 
 
 @cache
@@ -268,10 +275,26 @@ def jpeg_decoder(decoder: Decoder) -> Literal["torchcodec", "pillow", "pillow-dr
 
 
 def _decode_jpeg(
-    image: Image.Image, content: bytes, decoder: Decoder, reduce: Reduce | None
-) -> Tensor | None:
-    """Upright RGB; None if Pillow is to decode the image, which then is reduced as `reduce` says."""
-    plain = _examine_jpeg(content, len(image.getbands()), is_progressive="progression" in image.info)
+    image: JpegImagePlugin.JpegImageFile,
+    content: bytes,
+    decoder: Decoder,
+    channels: int,
+    reduce: Reduce | None,
+) -> UInt8[Tensor, "c h w"]:
+    # Pillow has read up to the end of the first scan's header. libjpeg stops after that scan if it has all
+    # components and is not progressive, as in most photos.
+    assert image.fp is not None
+    start, components = image.fp.tell(), len(image.getbands())
+    header = b"\xff\xda\0" + bytes((6 + 2 * components, components))
+    if "progression" in image.info or not content.startswith(header, start - 8 - 2 * components):
+        # In coded pixels, 0xff is followed by 0 or by a restart marker, so further scans and the picture's
+        # end are found by their bytes alone. What follows the end (a phone's film, say) is cut off.
+        end = content.find(b"\xff\xd9", start)
+        if 0 <= end < len(content) - 2:
+            content = content[: end + 2]
+            image = JpegImagePlugin.JpegImageFile(io.BytesIO(content), "")
+        if content.count(b"\xff\xda", start) >= _MAX_SCANS:
+            raise BadImageError(f"a JPEG of more than {_MAX_SCANS} scans, which would take minutes")
     orientation = orientation_of(image)
     if decoder == "fast" and reduce and image.mode in ("RGB", "L"):
         height, width = image.size if orientation > 4 else image.size[::-1]
@@ -279,35 +302,32 @@ def _decode_jpeg(
         if factor > 1:
             # libjpeg leaves out the fine part of every 8 x 8 block of frequencies: cheaper than all of it.
             image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-            return None
+            return image_to_tensor(image, channels)
     decode = None if decoder == "pillow" else _torchcodec()
+    if decode is None:
+        return image_to_tensor(image, channels)
+    # torchcodec turns an image by itself, unlike Pillow, so it gets it without EXIF and XMP.
+    plain = content
+    for name, data in image.applist:
+        if name == "APP1":
+            plain = plain.replace(b"\xff\xe1" + (len(data) + 2).to_bytes(2) + data, b"", 1)
     try:
-        return None if decode is None else _upright(decode(plain), orientation)
+        pixels = _upright(decode(plain), orientation)
     except RuntimeError as error:
         log.debug("torchcodec failed, Pillow decodes the image: %s", error)
-        return None
+        return image_to_tensor(image, channels)
+    if channels == 3:
+        return pixels
+    return image_to_tensor(Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()), channels)
 
 
-def _examine_jpeg(content: bytes, components: int, *, is_progressive: bool) -> bytes:
-    """The JPEG without EXIF and XMP, which torchcodec reads unlike Pillow; many scans are a bad image."""
-    parts, start, scans, place = [], 0, 0, 2
-    while (marker := _MARKER.search(content, place)) and marker[0] != _END:
-        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
-        if marker[0] == _APP1 and not scans:
-            parts.append(content[start : marker.start()])
-            start = place
-        elif marker[0] == _SCAN:
-            scans += 1
-            if scans > _MAX_SCANS:
-                raise BadImageError(f"a JPEG of more than {_MAX_SCANS} scans, which would take minutes")
-            # libjpeg stops after the first scan if that has all components and is not progressive.
-            if not is_progressive and content[marker.end() + 2] == components:
-                break
-    return b"".join([*parts, content[start:]])
+# ------------------------------------------------------------------------------------------------------- PNG
 
 
 def _without_texts(content: bytes) -> bytes:
     """A PNG without the texts and colour profiles that Pillow would unpack, but for what may turn it."""
+    # Pillow refuses a PNG with more than a megabyte of compressed text (a bomb, for all it knows), but nobody
+    # needs the text. A chunk is its length, its kind, the content and a checksum of 4 bytes.
     parts, start, place = [], 0, 8
     while place < len(content):
         kind, end = content[place + 4 : place + 8], place + 12 + int.from_bytes(content[place : place + 4])
@@ -322,18 +342,15 @@ def _without_texts(content: bytes) -> bytes:
 def _decode_deep_png(
     image: ImageFile.ImageFile, content: bytes, channels: int, background: Background
 ) -> Tensor:
-    """All 16 bits of a PNG, of whose colours Pillow keeps 8.
-
-    Its unpackers take the high bytes of big-endian samples (RGB;16B) or of little-endian ones (RGB;16L); the
-    latter are the low bytes of a big-endian file. Grey with alpha is read as four bytes a pixel.
-    """
+    """All 16 bits of a PNG, of whose colours Pillow keeps 8."""
+    # Pillow's unpackers take the high bytes of big-endian samples (RGB;16B) or of little-endian ones
+    # (RGB;16L); the latter are the low bytes of a big-endian file. Grey with alpha is read as four bytes.
     number, low_mode = _DEEP_PNG[str(image.tile[0].args)]
     _check_channels(number + ("transparency" in image.info), channels)
     halves = [image] if number == 2 else [image, open_image(content)]
     halves[-1].tile = [image.tile[0]._replace(args=low_mode)]
     for half in halves:
         half.load()
-    orientation = orientation_of(image)  # Pillow loads a PNG for that, as EXIF may come after the pixels
 
     def convert(box: Box) -> np.ndarray:
         parts = [np.asarray(half.crop(box)) for half in halves]
@@ -341,15 +358,20 @@ def _decode_deep_png(
         values = high.astype(np.uint16) << 8 | low
         return _eight_bits(_with_alpha(values, image), channels, background)
 
-    return _upright(_in_parts(image.size, channels, convert), orientation)
+    # The orientation is known now, as EXIF may come after the pixels.
+    return _in_parts(image.size, channels, orientation_of(image), convert)
+
+
+# ------------------------------------------------------------------------------------------------------ TIFF
 
 
 def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Background) -> Tensor | None:
     """Bands, and 16-bit colour; None if Pillow is to read the file, whose header is checked all the same."""
     if content[:4] == b"MM\0+":
         raise BadImageError("big-endian BigTIFF is not read; save it as little-endian")
+    # Pillow's parser of directories, used alone: Pillow refuses bands before it tells their header. This old
+    # class gives every value as a tuple.
     file = io.BytesIO(content)
-    # This old class gives every value as a tuple.
     tags = TiffImagePlugin.ImageFileDirectory_v1(file.read(16 if content[2:4] == b"+\0" else 8))
     file.seek(tags.next)
     tags.load(file)
@@ -362,6 +384,7 @@ def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Bac
     if min(width, height, number, rows, columns) < 1 or padded > max(max_pixels, 1 << 24):
         raise BadImageError(f"its tiles of {columns} x {rows} unpack to none or too many pixels")
 
+    # Who decodes: Pillow what it reads rightly, tifffile what Pillow cuts to 8 bits or does not know.
     extra = number - {_GREY: 1, _COLOUR: 3}.get(kind, number)
     if channels not in (1, 3):
         if kind not in (_GREY, _COLOUR):
@@ -391,7 +414,7 @@ def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Bac
 
         xmp = _XMP_ORIENTATION.search(tags[700] if isinstance(tags.get(700), bytes) else b"")
         orientation = tags.get(274, (int(xmp[1]) if xmp else 1,))[0]
-        return _upright(_in_parts((width, height), channels, convert), orientation)
+        return _in_parts((width, height), channels, orientation, convert)
 
 
 def _tiff_samples(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -401,28 +424,23 @@ def _tiff_samples(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         import tifffile
     except ImportError:
         raise BadImageError("TIFF of bands or of 16-bit colour needs pip install 'nextblock[tiff]'") from None
-    logger = logging.getLogger("tifffile")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        with tifffile.TiffFile(io.BytesIO(content)) as file:
-            page = file.pages.first
-            height, width, number = shape
-            planes = number if page.planarconfig == 2 else 1
-            if page.shaped != (planes, 1, height, width, number // planes):
-                raise BadImageError("its TIFF tags contradict each other")
-            if page.bitspersample not in (8, 16) or page.dtype not in (np.uint8, np.uint16):
-                raise BadImageError(f"{page.bitspersample}-bit samples of type {page.dtype} {_NO_RANGE}")
-            packing = int(page.compression), int(page.predictor)
-            # tifffile undoes predictor 2 wrongly if nothing is packed.
-            if packing[0] not in _LOSSLESS or packing[1] not in (1, 2) or packing == (1, 2):
-                raise BadImageError(f"TIFF compression {packing} is not read; save it with deflate")
-            # Packing adds little; the same bytes listed again and again would be read for hours.
-            counts, segments = page.databytecounts, math.prod(page.chunked)
-            most = segments * (4 * math.prod(page.chunks) * page.dtype.itemsize + 1024)
-            ends = [offset + count for offset, count in zip(page.dataoffsets, counts, strict=False)]
-            if len(ends) < segments or min(counts) < 1 or max(ends) > len(content) or sum(counts) > most:
-                raise BadImageError("truncated or corrupt: strips or tiles are missing or too long")
-            values = page.asarray(squeeze=False, maxworkers=1)[:, 0]
-    finally:
-        logger.disabled = was_disabled
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        page = file.pages.first
+        height, width, number = shape
+        planes = number if page.planarconfig == 2 else 1
+        if page.shaped != (planes, 1, height, width, number // planes):
+            raise BadImageError("its TIFF tags contradict each other")
+        if page.bitspersample not in (8, 16) or page.dtype not in (np.uint8, np.uint16):
+            raise BadImageError(f"{page.bitspersample}-bit samples of type {page.dtype} {_NO_RANGE}")
+        packing = int(page.compression), int(page.predictor)
+        # tifffile undoes predictor 2 wrongly if nothing is packed.
+        if packing[0] not in _LOSSLESS or packing[1] not in (1, 2) or packing == (1, 2):
+            raise BadImageError(f"TIFF compression {packing} is not read; save it with deflate")
+        # Packing adds little; the same bytes listed again and again would be read for hours.
+        counts, segments = page.databytecounts, math.prod(page.chunked)
+        most = segments * (4 * math.prod(page.chunks) * page.dtype.itemsize + 1024)
+        ends = [offset + count for offset, count in zip(page.dataoffsets, counts, strict=False)]
+        if len(ends) < segments or min(counts) < 1 or max(ends) > len(content) or sum(counts) > most:
+            raise BadImageError("truncated or corrupt: strips or tiles are missing or too long")
+        values = page.asarray(squeeze=False, maxworkers=1)[:, 0]
     return np.moveaxis(values[..., 0], 0, -1) if planes > 1 else values[0]

@@ -6,11 +6,11 @@ import hashlib
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from nextblock.data.decode import BadImageError, open_image, orientation_of, pil
 from nextblock.data.loader import BadSample, TrainLoader
 from nextblock.data.random import keyed_permutation, keyed_rng
 from nextblock.data.sources import Source
+from nextblock.data.sources.base import decode
 from nextblock.data.sources.names import text
+from nextblock.data.subsets import named
 from nextblock.data.workers import Note, run_in_workers
-
-__all__ = ["IMAGE", "Examination", "Shared", "crops_per_core_s", "examine", "listed", "shared_images"]
 
 # A readable image: its number in the source, a hash of its content, (height, width) of the upright picture.
 # Of 13 million different images any two have the same 64 bits with a probability of 1 in 200,000.
@@ -50,6 +50,7 @@ class Examination:
     @property
     def mean_std(self) -> np.ndarray:
         """Mean and deviation of each channel, of pixels in [0, 1]; every image counts alike."""
+        # The variance is the mean square less the squared mean; rounding may make it less than nothing.
         mean, square = self.sums / max(1, len(self.images))
         return np.array([mean, np.sqrt(np.maximum(square - mean**2, 0))])
 
@@ -77,17 +78,24 @@ class Examination:
     @cached_property
     def duplicates(self) -> list[np.ndarray]:
         """Groups of images with the same content, ascending, in the order of their first."""
+        # Equal digests are equal kinds; only kinds of several images are groups.
         _, kinds, counts = np.unique(self.images["digest"], return_inverse=True, return_counts=True)
         groups = defaultdict[int, list[int]](list)
         for place in np.flatnonzero(counts[kinds] > 1).tolist():
             groups[kinds[place]].append(place)
         return [self.images[places] for places in groups.values()]
 
-
-class _Look(NamedTuple):
-    image: tuple[int, int, tuple[int, int], bool]
-    kinds: list[str]
-    moments: np.ndarray  # mean and mean square of each channel
+    def report(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        names = ("spec", "examined", "kinds", "sides_px", "class_counts")
+        return {name: getattr(self, name) for name in names} | {
+            "images": len(self.source),
+            "bad": [bad._asdict() for bad in self.bad],
+            "damaged_shards": [damage._asdict() for damage in self.source.damage],
+            "mean_std": self.mean_std.tolist(),
+            "duplicates": [self.names(group) for group in self.duplicates],
+            "blank": self.names(self.images[self.images["is_blank"]]),
+        }
 
 
 def examine(
@@ -102,43 +110,48 @@ def examine(
 
     `progress` is called with the numbers of images that were examined and that are unreadable.
     """
+    # Sorted, since archives are read fastest from front to back.
     indices = np.arange(len(source))
     if samples is not None and samples < len(source):
         indices = np.sort(keyed_permutation(0, len(source), "doctor")[:samples])
-    found = Examination(source, data.channels)
-    found.images = np.zeros(len(indices), IMAGE)
-    look_at, count = partial(_look_at, source, data.channels), 0
-    for look in run_in_workers(look_at, map(int, indices), source, workers, ahead=32):
+    found, images = Examination(source, data.channels), []
+    for look in run_in_workers(partial(_look_at, source, data), map(int, indices), source, workers, ahead=32):
         if isinstance(look, BadSample):
             found.bad.append(look)
         else:
-            found.images[count] = look.image
-            found.kinds.update(look.kinds)
-            found.sums += look.moments
-            count += 1
+            image, kinds, moments = look
+            images.append(image)
+            found.kinds.update(kinds)
+            found.sums += moments
         if progress is not None:
-            progress(count + len(found.bad), len(found.bad))
-    found.images = found.images[:count]
+            progress(len(images) + len(found.bad), len(found.bad))
+    found.images = np.array(images, IMAGE)
     return found
 
 
-def _look_at(source: Source, channels: int, index: int, note: Note) -> _Look | BadSample:
+def _look_at(
+    source: Source, data: DataConfig, index: int, note: Note
+) -> tuple[tuple[Any, ...], list[str], np.ndarray] | BadSample:
+    """A row of `IMAGE`, kinds, and the mean and mean square of each channel; or why it is unreadable."""
     note(index)
     try:
-        content, pixels = source.content(index), source.read(index)
+        # The file is read once, for its hash, its header and its pixels.
+        content = source.content(index)
+        pixels = source.read(index) if content is None else decode(content, data)
     except BadImageError as error:
         return BadSample(index, source.name(index), str(error))
-    if len(pixels) != channels:
-        reason = f"has {len(pixels)} channels, data.channels is {channels}"
+    if len(pixels) != data.channels:
+        reason = f"has {len(pixels)} channels, data.channels is {data.channels}"
         return BadSample(index, source.name(index), reason)
     # From counts of the 256 values the moments are exact, whatever the order of the pixels.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels]).numpy()
     values = np.arange(256) / 255
     moments = np.array([counts @ values, counts @ values**2]) / pixels[0].numel()
+    # One value in each channel: nothing to see.
     is_blank = np.count_nonzero(counts) == len(pixels)
     digest = _digest(pixels if content is None else content)
     kinds = ["raw pixels"] if content is None else _kinds_of(content)
-    return _Look((index, digest, (pixels.shape[1], pixels.shape[2]), is_blank), kinds, moments)
+    return (index, digest, (pixels.shape[1], pixels.shape[2]), is_blank), kinds, moments
 
 
 def _digest(image: bytes | Tensor) -> int:
@@ -176,6 +189,7 @@ def crops_per_core_s(source: Source, data: DataConfig, image_size: Size) -> floa
     counts = (len(batch.images) for step in loader for batch in step.micro_batches)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # One thread, as in a worker; and the process's own time, as others may use the core meanwhile.
     try:
         next(counts)  # draws the order and loads libraries
         started_s = time.process_time()
@@ -183,6 +197,9 @@ def crops_per_core_s(source: Source, data: DataConfig, image_size: Size) -> floa
         return crops / max(time.process_time() - started_s, 1e-9) if crops else None
     finally:
         torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------- leakage
 
 
 class Shared(NamedTuple):
@@ -195,9 +212,9 @@ class Shared(NamedTuple):
     def __str__(self) -> str:
         if not self.pairs:
             return "validation and training are the same list of images; take them out of one side"
-        named = listed([" = ".join(dict.fromkeys(pair)) for pair in self.pairs])
+        names = named([" = ".join(dict.fromkeys(pair)) for pair in self.pairs], 5)
         which = f"{len(self.pairs):,} of the {self.num_compared:,} validation images compared"
-        return f"{which} are also training images ({named}); take them out of one side"
+        return f"{which} are also training images ({names}); take them out of one side"
 
 
 def shared_images(train: Source, val: Source, *, most: int = 200, others: int = 1000) -> Shared | None:
@@ -213,23 +230,17 @@ def shared_images(train: Source, val: Source, *, most: int = 200, others: int = 
         return Shared([], 0) if is_same_list else None
     chosen = _drawn(len(val), most)
     wanted = dict(_digests(val, chosen))
-    paths = {val.name(index) for index in wanted.values()}
-    files = {path.rpartition("/")[2] for path in paths}
-    # The likeliest first: the same place in the same list, the same path, the same file name, any.
+    files = {val.name(index).rpartition("/")[2] for index in wanted.values()}
+    # The likeliest: the same place in the same list, the same file name (moved to another folder), any.
     alike = [index for index in _drawn(len(train), 200_000) if train.name(index).rpartition("/")[2] in files]
-    alike.sort(key=lambda index: train.name(index) not in paths)
     likely = [*(chosen if is_same_list else ()), *alike[:others], *_drawn(len(train), others)]
+    # A dictionary drops those that are likely for several reasons: each image is read once.
     twins: dict[int, int] = {}
     for digest, index in _digests(train, dict.fromkeys(likely)):
         if digest in wanted:
             twins.setdefault(wanted[digest], index)
     pairs = [(val.name(ours), train.name(theirs)) for ours, theirs in sorted(twins.items())]
     return Shared(pairs, len(wanted)) if pairs else None
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _drawn(length: int, most: int) -> list[int]:
@@ -240,6 +251,7 @@ def _drawn(length: int, most: int) -> list[int]:
 def _digests(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Digest and number of each readable image."""
     for index in indices:
+        # Unreadable and empty files would all be equal to each other.
         with suppress(BadImageError):
             content = source.content(index)
             if content != b"":

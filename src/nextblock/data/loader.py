@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import count
@@ -27,20 +28,13 @@ from nextblock.data.decode import BadImageError
 from nextblock.data.order import StepKeys, sample_order
 from nextblock.data.random import keyed_rng
 from nextblock.data.sources.base import DataError, Source
-from nextblock.data.transforms import Crop, Decoded, EvalCrop, Key, TrainCrop
+from nextblock.data.transforms import Crop, EvalCrop, Key, TrainCrop
 from nextblock.data.workers import Note, run_in_workers
-
-__all__ = ["BadSample", "Batch", "QuarantineLog", "Step", "TooManyBadImages", "TrainLoader", "eval_batches"]
 
 log = logging.getLogger(__name__)
 
 # Images that travel from a worker at once; the main process joins chunks to micro-batches.
 CHUNK = 64
-
-# Images decoded before they are cropped, or fewer once their pixels take so many bytes. To and fro between
-# decoding and cropping empties the processor's caches; holding more makes the C library return memory to
-# the system and take it again.
-GROUP, GROUP_BYTES = 8, 2**21
 
 
 class BadSample(NamedTuple):
@@ -75,9 +69,6 @@ class Step(NamedTuple):
     """This rank's images, as they arrive. They can be consumed once, and only before the next step."""
 
 
-# ------------------------------------------------------------------------------------------------- training
-
-
 class TrainLoader:
     """Endless iterator over training steps from `start_step`; each `iter()` begins there again.
 
@@ -103,20 +94,22 @@ class TrainLoader:
         crop: Crop | None = None,
         drop_path_draws: int = 0,
     ) -> None:
-        micro = batch_size if micro_batch_size is None else micro_batch_size
-        _check_at_least(1, batch_size=batch_size, micro_batch_size=micro, world_size=world_size)
-        _check_at_least(0, start_step=start_step, workers=workers, rank=rank)
-        if rank >= world_size:
+        if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of {world_size}; ranks run from 0 to {world_size - 1}")
         self.order = sample_order(source, data, seed=seed, batch_size=batch_size)
         self.batch_size, self.steps_per_epoch = self.order.batch_size, self.order.steps_per_epoch
         crop = crop or TrainCrop(data=data, image_size=image_size, seed=seed)
         self._read = _Reader(source, crop, seed, drop_path_draws)
         self._start_step, self._workers, self._pin_memory = start_step, workers, pin_memory
-        # A step's samples, as slices: for each micro-batch the chunks that workers make.
+        # Rounding the borders of the shares down makes shares that differ by one at most and leave no gap.
+        start, stop = (self.batch_size * number // world_size for number in (rank, rank + 1))
+        # Micro-batches are counted by the largest share: a rank with less has its last ones short or empty.
+        largest, micro = -(-self.batch_size // world_size), micro_batch_size or batch_size
+        begins = range(start, start + largest, micro)
+        # The samples of this rank's share, as slices of the step's: for each micro-batch those of its chunks.
         self._micro_batches = [
-            _slices(part.start, part.stop, CHUNK) if workers else [part]
-            for part in _rank_slices(self.batch_size, micro, rank, world_size)
+            _slices(min(begin, stop), min(begin + micro, stop), CHUNK if workers else micro)
+            for begin in begins
         ]
 
     def __iter__(self) -> Iterator[Step]:
@@ -124,10 +117,9 @@ class TrainLoader:
         # are always those of the next micro-batch, and nothing has to be matched up.
         chunks = self._read.chunks(self._keys(), self._workers, len(self._micro_batches[0]))
         for index in count(self._start_step):
-            batches = (
-                _join(chunks, sum(part.stop - part.start for part in parts), len(parts), self._pin_memory)
-                for parts in self._micro_batches
-            )
+            # A generator: a micro-batch is handed out as soon as its chunks are there, while workers decode
+            # those that follow.
+            batches = (_join(chunks, parts, self._pin_memory) for parts in self._micro_batches)
             yield Step(index, self.order.keys(index), batches)
             for _ in batches:  # those that the step left, lest the next step gets them
                 pass
@@ -140,9 +132,6 @@ class TrainLoader:
                     yield list(zip(visits[part].tolist(), samples[part].tolist(), strict=True))
 
 
-# ----------------------------------------------------------------------------------------------- evaluation
-
-
 def eval_batches(
     source: Source,
     data: DataConfig,
@@ -152,13 +141,8 @@ def eval_batches(
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Centre crops in the order of the source, or of `indices`; the last batch may be smaller."""
-    _check_at_least(1, batch_size=batch_size)
-    _check_at_least(0, workers=workers)
+    # Without visits: a key's first number is 0, and nothing is drawn by it.
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(source)):
-        raise ValueError(
-            f"indices run from {chosen.min()} to {chosen.max()}, the source's from 0 to {len(source) - 1}"
-        )
     chunk = min(batch_size, CHUNK) if workers else batch_size
     batches = [
         _slices(start, min(start + batch_size, len(chosen)), chunk)
@@ -166,13 +150,8 @@ def eval_batches(
     ]
     keys = ([(0, sample) for sample in chosen[part].tolist()] for parts in batches for part in parts)
     read = _Reader(source, EvalCrop(data=data, image_size=image_size))
-
-    def generate() -> Iterator[Batch]:
-        chunks = read.chunks(keys, workers, -(-batch_size // chunk))
-        for parts in batches:
-            yield _join(chunks, parts[-1].stop - parts[0].start, len(parts), pin_memory=False)
-
-    return generate()
+    chunks = read.chunks(keys, workers, -(-batch_size // chunk))
+    return (_join(chunks, parts, pin_memory=False) for parts in batches)
 
 
 # --------------------------------------------------------------------------------------- reading and joining
@@ -183,7 +162,7 @@ class _Chunk(NamedTuple):
 
     images: Tensor | np.ndarray
     keys: list[Key]
-    bad: tuple[BadSample, ...]
+    bad: list[BadSample]
     drop_path: np.ndarray
 
 
@@ -196,79 +175,58 @@ class _Reader:
     def chunks(
         self, keys: Iterable[list[Key]], workers: int, chunks_per_micro_batch: int
     ) -> Iterator[_Chunk]:
-        """Chunks in the order of their keys.
-
-        Workers hold a whole micro-batch ready while the step computes on the one before: however large it
-        is, the step then waits only if decoding is slower than computing.
-        """
+        """Chunks in the order of their keys."""
+        # Workers hold a whole micro-batch ready while the step computes on the one before: however large it
+        # is, the step then waits only if decoding is slower than computing.
         ahead = max(2, 1 + -(-chunks_per_micro_batch // max(1, workers)))
         return run_in_workers(self, keys, self._source, workers, ahead=ahead)
 
     def __call__(self, keys: list[Key], note: Note) -> _Chunk:
-        crop = self._crop
+        crop, read = self._crop, list[Key]()
         images = torch.empty((len(keys), crop.data.channels, *pair(crop.image_size)), dtype=crop.dtype)
-        group: list[Decoded] = []
-        read: list[Key] = []
+        drop_path = np.empty((len(keys), self._draws), dtype=np.float32)
         bad: list[BadSample] = []
-        # Holes: what cannot be read takes no row, so later images move up, and the tensor is cut at the end.
+        # Holes: what cannot be read takes no row, so later images move up, and the tensors are cut at the
+        # end. Crops and drop path are functions of the image's key, so the others stay what they would be.
         for key in keys:
-            sample = key[1]
-            note(sample)
+            note(key[1])  # before it is read: if that kills the process, the note remains
             try:
-                group.append(crop.decode(self._source, key))
+                image = crop.read(self._source, key)
             except BadImageError as error:
-                bad.append(BadSample(sample, self._source.name(sample), str(error)))
+                bad.append(BadSample(key[1], self._source.name(key[1]), str(error)))
                 continue
+            assert image.shape == images.shape[1:], f"a crop of {tuple(image.shape)}"
+            images[len(read)] = image
+            drop_path[len(read)] = keyed_rng(self._seed, "drop-path", *key).random(self._draws)
             read.append(key)
-            if len(group) == GROUP or sum(decoded.pixels.nbytes for decoded in group) >= GROUP_BYTES:
-                _crop_into(images[len(read) - len(group) :], group)
-        _crop_into(images[len(read) - len(group) :], group)
-        drop_path = [keyed_rng(self._seed, "drop-path", *key).random(self._draws) for key in read]
-        return _Chunk(
-            _to_send(images[: len(read)]),
-            read,
-            tuple(bad),
-            np.array(drop_path, dtype=np.float32).reshape(len(read), self._draws),
-        )
+        images = images[: len(read)]
+        if get_worker_info() is not None:
+            # Left alone, torch moves images to shared memory as they are sent, in a thread whose failure
+            # nobody hears of: the main process would wait for ever. If it is full, bytes go through a pipe.
+            try:
+                images.share_memory_()
+            except RuntimeError:
+                return _Chunk(images.numpy(), read, bad, drop_path[: len(read)])
+        return _Chunk(images, read, bad, drop_path[: len(read)])
 
 
-def _crop_into(images: Tensor, group: list[Decoded]) -> None:
-    """Make the crops of a group the first of these images, and empty it."""
-    for place, decoded in enumerate(group):
-        crop = decoded.cut(decoded.pixels)
-        assert crop.shape == images.shape[1:], f"a crop of {tuple(crop.shape)}, not {tuple(images.shape[1:])}"
-        images[place] = crop
-    group.clear()
-
-
-def _to_send(images: Tensor) -> Tensor | np.ndarray:
-    """Images as a worker sends them: in shared memory, or, if that is full, as bytes through a pipe.
-
-    torch would move them to shared memory as they are sent, in a thread whose failure nobody hears of: the
-    main process would wait for ever.
-    """
-    if get_worker_info() is None:
-        return images
-    try:
-        return images.share_memory_()
-    except RuntimeError:
-        return images.numpy()
-
-
-def _join(chunks: Iterator[_Chunk], size: int, number: int, pin_memory: bool) -> Batch:
-    """The next `number` chunks as one batch of up to `size` images, each copied into place as it arrives."""
+def _join(chunks: Iterator[_Chunk], parts: list[slice], pin_memory: bool) -> Batch:
+    """The next chunks, one for each part, as one batch; each is copied into place as it arrives."""
     images, end = torch.empty(0), 0
     keys: list[Key] = []
     bad: list[BadSample] = []
     drop_path: list[np.ndarray] = []
-    for place in range(number):
+    for place in range(len(parts)):
         chunk = next(chunks)
         if isinstance(chunk.images, np.ndarray):
             _warn_of_pipes()
+        # A single chunk is the batch as it is. Several are copied, into page-locked memory if asked: copies
+        # from there to the device overlap with its computing.
         arrived = torch.as_tensor(chunk.images)
-        if number == 1 and not pin_memory:
+        if len(parts) == 1 and not pin_memory:
             images = arrived
         elif place == 0:
+            size = parts[-1].stop - parts[0].start
             images = torch.empty((size, *arrived.shape[1:]), dtype=arrived.dtype, pin_memory=pin_memory)
         if images is not arrived:
             images[end : end + len(arrived)] = arrived
@@ -288,25 +246,10 @@ def _warn_of_pipes() -> None:
     )
 
 
-def _rank_slices(batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[slice]:
-    """The micro-batches of a rank within the global batch, as many as on every other rank."""
-    # Rounding the borders down, not the shares, makes shares that differ by one at most and leave no gap.
-    # Micro-batches are counted by the largest share: a rank with less has its last ones short or empty.
-    start, stop = (batch_size * number // world_size for number in (rank, rank + 1))
-    largest_share = -(-batch_size // world_size)
-    begins = range(start, start + largest_share, micro_batch_size)
-    return [slice(min(begin, stop), min(begin + micro_batch_size, stop)) for begin in begins]
-
-
 def _slices(start: int, stop: int, size: int) -> list[slice]:
     """Parts of at most `size`; of nothing, one empty part."""
+    # An empty part still makes an empty micro-batch, which a rank without samples needs.
     return [slice(begin, min(begin + size, stop)) for begin in range(start, max(stop, start + 1), size)]
-
-
-def _check_at_least(least: int, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < least:
-            raise ValueError(f"{name} is {number}; it must be at least {least}")
 
 
 # ----------------------------------------------------------------------------------------------- quarantine
@@ -321,7 +264,20 @@ class QuarantineLog:
 
     def __init__(self, path: Path, num_files: int, max_bad_fraction: float) -> None:
         self._path, self._num_files, self._max_bad_fraction = path, num_files, max_bad_fraction
-        self._bad = {bad.sample: bad for bad in _read_quarantine(path)}
+        self._bad: dict[int, BadSample] = {}
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        # A crash while a line was written leaves it without its end: cut it off, the file is met again.
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                bad = BadSample(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that file") from error
+            self._bad[bad.sample] = bad
 
     @property
     def count(self) -> int:
@@ -335,6 +291,7 @@ class QuarantineLog:
 
     def add(self, bad: BadSample) -> None:
         """Note a file; `TooManyBadImages` if there are more than the limit, which is one file at least."""
+        # Appended, so that a crash costs one line at most, and an image met in every epoch is one line.
         if bad.sample not in self._bad:
             self._bad[bad.sample] = bad
             line = json.dumps({"name": bad.name, "sample": bad.sample, "reason": bad.reason})
@@ -349,23 +306,3 @@ class QuarantineLog:
                 f"{self._max_bad_fraction:g} allows. The first are:{first}\nAll are listed in {self._path}. "
                 "Fix or remove them and delete that list, or raise data.max_bad_fraction."
             )
-
-
-def _read_quarantine(path: Path) -> list[BadSample]:
-    """What an earlier part of the run wrote. A last line that a crash cut off is removed from the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    # A crash while a line was written leaves it without its end.
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    entries = []
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            entries.append(BadSample(entry["sample"], entry["name"], entry["reason"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that file") from error
-    return entries

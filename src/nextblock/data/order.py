@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -20,8 +19,6 @@ from jaxtyping import Int64, Integer
 from nextblock.config import DataConfig
 from nextblock.data.random import Permutation, keyed_permutation
 from nextblock.data.sources.base import Source
-
-__all__ = ["MixtureOrder", "SampleOrder", "StepKeys", "VisitOrder", "sample_order", "shares"]
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +32,7 @@ class StepKeys(NamedTuple):
     samples: Int64[np.ndarray, " b"]
 
 
-class SampleOrder(ABC):
-    """The samples of every step, each of `batch_size`."""
-
-    batch_size: int
-    steps_per_epoch: int
-
-    @abstractmethod
-    def keys(self, step: int) -> StepKeys:
-        """The step's epoch, and its samples in order with their visits."""
-
-    @abstractmethod
-    def seen(self, step: int) -> tuple[int, ...]:
-        """How many samples of each source the steps before this one hold."""
-
-
-class VisitOrder(SampleOrder):
+class VisitOrder:
     """One source of `n` images: an epoch is a visit, without the last images, which fill no batch."""
 
     def __init__(self, n: int, *, seed: int, batch_size: int) -> None:
@@ -74,7 +56,7 @@ class VisitOrder(SampleOrder):
         return (step * self.batch_size,)
 
 
-class MixtureOrder(SampleOrder):
+class MixtureOrder:
     """Sources of the given `sizes`; every epoch holds `counts` samples of each.
 
     A source is an endless stream: its permutation at visit 0, then that of visit 1, and so on. An epoch takes
@@ -147,7 +129,9 @@ def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def sample_order(source: Source, data: DataConfig, *, seed: int, batch_size: int) -> SampleOrder:
+def sample_order(
+    source: Source, data: DataConfig, *, seed: int, batch_size: int
+) -> VisitOrder | MixtureOrder:
     """The order of a run's samples: of one source, visit by visit, or of a mixture.
 
     A mixture's epoch is `data.epoch_samples`, or as many samples as there are images, down to whole batches.
@@ -171,7 +155,7 @@ def sample_order(source: Source, data: DataConfig, *, seed: int, batch_size: int
     parts = source.parts
     if len(parts) == 1 and data.epoch_samples is None:
         return VisitOrder(len(source), seed=seed, batch_size=batch_size)
-    # Whole batches only, so that every epoch holds the same number of each source.
+    # Whole batches only, so that every epoch holds the same number of each source and nothing is dropped.
     epoch = total - total % batch_size
     weights = data.weights if data.weights is not None and len(parts) > 1 else [len(part) for part in parts]
     counts = shares(weights, epoch)

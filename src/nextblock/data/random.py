@@ -11,8 +11,6 @@ import hashlib
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-__all__ = ["Permutation", "keyed_permutation", "keyed_rng", "keyed_seed"]
-
 # Permutations up to this length are tables; ImageNet-21k fits.
 MAX_TABLE = 2**24
 FEISTEL_ROUNDS = 8
@@ -20,23 +18,20 @@ FEISTEL_ROUNDS = 8
 
 def keyed_seed(seed: int, purpose: str, *numbers: int) -> int:
     """A seed in [0, 2**63) for `purpose` and its numbers, such as ("augment", visit, sample)."""
-    return int.from_bytes(_digest(seed, purpose, numbers)[:8], "little") >> 1
+    return _key(seed, purpose, numbers) % 2**64 >> 1
 
 
 def keyed_rng(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
     """A generator of its own for `purpose` and its numbers; two different keys share no numbers."""
-    key = int.from_bytes(_digest(seed, purpose, numbers), "little")
-    return np.random.Generator(np.random.Philox(key=key))
+    return np.random.Generator(np.random.Philox(key=_key(seed, purpose, numbers)))
 
 
 def keyed_permutation(seed: int, length: int, purpose: str, *numbers: int) -> np.ndarray:
-    """A permutation of range(length).
-
-    It is built from raw bits: numpy promises those to stay the same between its versions, but not what
-    `Generator.permutation` makes of them.
-    """
-    key = int.from_bytes(_digest(seed, purpose, numbers), "little")
-    return np.argsort(np.random.Philox(key=key).random_raw(length), kind="stable")
+    """A permutation of range(length)."""
+    # Built from raw bits: numpy promises that those stay the same in all its versions, but not what
+    # Generator.permutation makes of them.
+    bits = np.random.Philox(key=_key(seed, purpose, numbers)).random_raw(length)
+    return np.argsort(bits, kind="stable")
 
 
 class Permutation:
@@ -49,8 +44,7 @@ class Permutation:
     def __init__(self, seed: int, length: int, purpose: str, *numbers: int) -> None:
         self._length = length
         self._table = keyed_permutation(seed, length, purpose, *numbers) if length <= MAX_TABLE else None
-        key = int.from_bytes(_digest(seed, purpose, numbers), "little")
-        self._round_keys = np.random.Philox(key=key).random_raw(FEISTEL_ROUNDS)
+        self._round_keys = np.random.Philox(key=_key(seed, purpose, numbers)).random_raw(FEISTEL_ROUNDS)
 
     def __getitem__(self, positions: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         if self._table is not None:
@@ -70,23 +64,21 @@ def _feistel(
     values: UInt64[np.ndarray, " b"], half: np.uint64, round_keys: UInt64[np.ndarray, " rounds"]
 ) -> UInt64[np.ndarray, " b"]:
     """Permute the numbers of twice `half` bits."""
-    # Each round mixes one half into the other. It can be undone whatever the mixing function is, because the
-    # half that was mixed in is still there: so no two inputs meet.
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for round_key in round_keys:
-        left, right = right, left ^ (_mixed(right ^ round_key) & mask)
+        # The finalizer of SplitMix64 (Steele, Lea, Flood, 2014): every bit depends on every bit.
+        mixed = right ^ round_key
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+        # A round can be undone whatever the mixing is, because the half that was mixed in is kept: so no two
+        # inputs ever meet.
+        left, right = right, left ^ (mixed & mask)
     return left << half | right
 
 
-def _mixed(values: UInt64[np.ndarray, " b"]) -> UInt64[np.ndarray, " b"]:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood, 2014): every bit depends on every bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _digest(seed: int, purpose: str, numbers: tuple[int, ...]) -> bytes:
+def _key(seed: int, purpose: str, numbers: tuple[int, ...]) -> int:
     # Decimal numbers between commas after a zero byte: no two keys have the same text.
     text = f"{purpose}\0{seed},{','.join(map(str, numbers))}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

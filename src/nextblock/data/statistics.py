@@ -13,10 +13,7 @@ from nextblock.data.random import keyed_permutation
 from nextblock.data.sources.base import Source
 from nextblock.data.workers import resolve_workers
 
-__all__ = ["STATISTICS_IMAGES", "PixelStatistics", "measure_pixels"]
-
-STATISTICS_IMAGES = 1000
-_BATCH = 50
+BATCH_SIZE = 50
 
 
 class PixelStatistics(NamedTuple):
@@ -28,27 +25,29 @@ class PixelStatistics(NamedTuple):
 
 
 def measure_pixels(
-    source: Source, data: DataConfig, image_size: Size, seed: int, *, most: int = STATISTICS_IMAGES
+    source: Source, data: DataConfig, image_size: Size, seed: int, *, most: int = 1000
 ) -> PixelStatistics:
     """Measure the centre crops, as in validation, of up to `most` images drawn by the seed.
 
     Raises `ValueError` if no image of the sample can be read, or if a channel is the same everywhere.
     """
+    # Drawn by the seed, so that a run that starts again measures the same.
     chosen = np.sort(keyed_permutation(seed, len(source), "statistics")[:most])
     workers = resolve_workers(data.workers, source)
     # Sums of whole numbers are exact, so the result depends neither on workers nor on batches.
     totals = np.zeros((2, data.channels), dtype=np.int64)
-    images, first_bad = 0, None
-    for batch in eval_batches(source, data, image_size, _BATCH, chosen, workers=workers):
+    images, bad = 0, []
+    for batch in eval_batches(source, data, image_size, BATCH_SIZE, chosen, workers=workers):
         values = batch.images.numpy().astype(np.int64)
         totals += np.stack([values.sum(axis=(0, 2, 3)), (values**2).sum(axis=(0, 2, 3))])
         images += len(batch.samples)
-        first_bad = first_bad or next(iter(batch.bad), None)
-    if first_bad is not None and not images:
+        bad += batch.bad
+    if not images:
         raise ValueError(
             f"data.normalize auto: none of {len(chosen)} images of {source.spec} can be read, such as "
-            f"{first_bad.name}: {first_bad.reason}; repair them, or give data.mean and data.std"
+            f"{bad[0].name}: {bad[0].reason}; repair them, or give data.mean and data.std"
         )
+    # Computed in whole numbers (Python's have no limit) up to one division at the end.
     pixels = images * math.prod(pair(image_size))
     mean, std = [], []
     for channel, (total, squares) in enumerate(totals.T.tolist()):

@@ -22,8 +22,6 @@ from nextblock.data.sources import Source, absolute_spec
 from nextblock.data.sources.folder import SUBSET_HEADER
 from nextblock.data.sources.names import text
 
-__all__ = ["draw", "draw_per_class", "named", "split", "write_subset"]
-
 log = logging.getLogger(__name__)
 
 # Images of a source, ascending.
@@ -36,6 +34,7 @@ def draw(source: Source, count: int, seed: int) -> Numbers:
     """Draw `count` images; with equal seeds, a smaller draw is part of every larger one."""
     if not 1 <= count <= len(source):
         raise ValueError(f"cannot draw {count} of the {len(source)} images of {source.spec!r}")
+    # The first of one shuffled order, whatever the count: that makes draws of one seed parts of each other.
     return np.sort(_shuffled(source, seed)[:count])
 
 
@@ -65,6 +64,7 @@ def split(
     """
     if not parts or min(parts.values()) <= 0 or sum(parts.values()) > 1 + 1e-9:
         raise ValueError(f"the shares {dict(parts)} must each be above 0, and add up to at most 1")
+    # A last share stands for the images that are left out: they are dealt like a part.
     shares = np.array([*parts.values(), max(0.0, 1 - math.fsum(parts.values()))])
     classes = _by_class(source, seed) if stratify else [_shuffled(source, seed)]
     # One deal runs through all classes, so rounding in one class is made up for in the next.
@@ -94,6 +94,7 @@ def _shuffled(source: Source, seed: int) -> np.ndarray:
 
 def _by_class(source: Source, seed: int) -> list[np.ndarray]:
     """The images of every class, shuffled."""
+    # A stable sort by class keeps the shuffled order within each class.
     shuffled = _shuffled(source, seed)
     labels = source.labels[shuffled]
     sizes = np.bincount(labels, minlength=len(source.class_names))
@@ -131,31 +132,40 @@ def named(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def warn_of_absent_classes(place: str, source: Source, numbers: Numbers) -> None:
+    """Name the classes of which `place` holds no image; `numbers` are the images that it holds."""
+    if not source.has_labels:
+        return
+    found = set(source.labels[numbers].tolist())
+    absent = [name for label, name in enumerate(source.class_names) if label not in found]
+    absent += source.empty_classes()
+    if absent:
+        log.warning("%s: no image of %d classes: %s", place, len(absent), named(absent))
+
+
 def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     """Write a list of images, whole or not at all; returns the spec that reads it.
 
     `ValueError` if there is another file of that name, also if another process has just written it.
     """
-    lines, kind, of = _file_lines(source, numbers), "files", ""
+    shown = text(os.fsencode(path))
+    warn_of_absent_classes(shown, source, numbers)
+    lines, spec = _file_lines(source, numbers), f"files:{path}"
     if lines is None:
-        spec = absolute_spec(source.spec)
+        of, spec = absolute_spec(source.spec), f"subset:{path}"
         # The head of a list holds a line of text; a path that is none is given with the spec instead.
-        head, of = ([f"# of: {spec}"], "") if spec.isprintable() else ([], f",of={spec}")
+        head = [f"# of: {of}"] if of.isprintable() else []
+        spec += "" if head else f",of={of}"
         head.append(f"# fingerprint: {source.fingerprint}")
         rows = [f"{number}\t{source.name(number)}" for number in numbers.tolist()]
-        lines, kind = [SUBSET_HEADER, *(line.encode() for line in head + rows)], "subset"
+        lines = [SUBSET_HEADER, *(line.encode() for line in head + rows)]
     content = b"\n".join(lines) + b"\n"
-    shown = text(os.fsencode(path))
-    if source.has_labels:
-        found = set(source.labels[numbers].tolist())
-        absent = [name for label, name in enumerate(source.class_names) if label not in found]
-        if absent:
-            log.warning("%s: %d classes have no image in this list: %s", shown, len(absent), named(absent))
     if path.is_file() and path.read_bytes() == content:  # the same command, repeated
-        return f"{kind}:{path}{of}"
+        return spec
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(exist_ok=False)  # of several processes, one gets the name
+        # Of several processes, one gets the name. The list then replaces the empty file, whole.
+        path.touch(exist_ok=False)
     except FileExistsError as error:
         raise ValueError(f"{shown} exists already; remove it, or write to another file") from error
     except OSError as error:
@@ -166,19 +176,17 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     except BaseException:
         path.unlink()
         raise
-    return f"{kind}:{path}{of}"
+    return spec
 
 
 def _file_lines(source: Source, numbers: Numbers) -> list[bytes] | None:
     """Paths, with classes if there are any; None if images are not files, or a line cannot hold one."""
-    paths = [source.path(number) for number in numbers.tolist()]
-    lines = [os.fsencode(path.absolute()) for path in paths if path is not None]
-    if len(lines) < len(paths) or any(map(_CONTROL.search, lines)):
-        return None
-    if not source.has_labels:
-        return lines
-    classes = [source.class_names[label] for label in source.labels[numbers].tolist()]
-    # Spaces around a class are lost when the list is read.
-    if any(name != name.strip() for name in classes):
-        return None
-    return [line + b"\t" + name.encode() for line, name in zip(lines, classes, strict=True)]
+    lines = []
+    for number in numbers.tolist():
+        path = source.path(number)
+        label = source.class_names[source.labels[number]] if source.has_labels else ""
+        # Spaces around a class are lost when the list is read, and control characters end a line or a path.
+        if path is None or label != label.strip() or _CONTROL.search(line := os.fsencode(path.absolute())):
+            return None
+        lines.append(line + (b"\t" + label.encode() if source.has_labels else b""))
+    return lines

@@ -1,6 +1,6 @@
 """Work done ahead in worker processes, in order; what becomes of a worker that is killed.
 
-Training, `doctor` and `pack` hand their work out here. Ctrl-C and many a scheduler's SIGTERM reach every
+Training, `doctor` and `pack` hand their work out here. Ctrl-C and many schedulers' SIGTERM reach every
 process of the group: the main process finishes its step and saves, and needs its workers until then.
 """
 
@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import connection
@@ -20,8 +20,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nextblock.data.sources.base import DataError, Source
-
-__all__ = ["Note", "WorkerError", "resolve_workers", "run_in_workers"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,20 +38,20 @@ def resolve_workers(workers: int | None, source: Source) -> int:
         return workers
     if source.in_memory:
         return 0
+    # The cores this process may use: a container or a scheduler often gives fewer than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores - 1)
 
 
 def run_in_workers(
     function: Callable[[T, Note], R], items: Iterable[T], source: Source, workers: int, *, ahead: int = 2
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """`function(item, note)` of every item, in their order; each worker prepares `ahead` items in advance.
 
     Without workers the main process does it when asked for. `WorkerError` names the image that was read when
     a worker was killed; `DataError` the one for which there was no memory.
     """
-    # One number a worker, shared: which image it reads.
-    # A crash leaves no message behind; the number does outlive the worker.
+    # Which image each worker reads. A killed worker leaves no message, but shared memory outlives it.
     reading = torch.full((max(1, workers),), -1, dtype=torch.int64)
     if workers:
         reading.share_memory_()
@@ -66,13 +64,14 @@ def run_in_workers(
         worker_init_fn=_start if workers else None,
         generator=torch.Generator(),  # without its own it draws from the global one
     )
-    iterator = iter(loader)
-    with _sigchld_only_while_waiting() as waiting:
+    iterator: Any = iter(loader)
+    with _sigchld_gate() as gate:
         while True:
             try:
-                with waiting():
-                    if workers:
-                        _check_alive(iterator)
+                with gate.opened():
+                    # Dead while nobody waited: its results may be half sent, so do not wait for them.
+                    if workers and _killed_workers(iterator):
+                        raise RuntimeError("a worker has been killed")  # noqa: TRY301
                     result = next(iterator)
             except StopIteration:
                 return
@@ -80,12 +79,25 @@ def run_in_workers(
                 # The frames of torch that raise a worker's error again hold the iterator. Left to the garbage
                 # collector, the workers would be told to end too late, and each be waited for during 5 s.
                 traceback.clear_frames(error.__traceback__)
-                if workers and isinstance(error, OSError | EOFError):
-                    _wait_for_death(iterator)
-                dead = _dead(iterator) if workers else []
-                if not dead:
+                if not workers:
                     raise
-                raise _killed(dead[0], reading, source) from None
+                if isinstance(error, OSError | EOFError):
+                    # Its shared memory was to be fetched from a worker that is just dying: wait a little.
+                    sentinels = {worker.sentinel: worker for worker in iterator._workers}
+                    for sentinel in connection.wait(list(sentinels), timeout=5):
+                        sentinels[sentinel].join(5)  # it closes its files before it has an exit code
+                killed = _killed_workers(iterator)
+                if not killed:
+                    raise
+                (worker, code), cause = killed[0], "most likely the machine ran out of memory: use"
+                if -code == signal.SIGBUS:  # what a process gets that writes to memory there is no room for
+                    cause = "shared memory (/dev/shm) is full: give more (docker run --shm-size=2g), or use"
+                sample = int(reading[worker])
+                where = f" while it read {source.name(sample)}" if sample >= 0 else ""
+                raise WorkerError(
+                    f"a data worker was killed by {signal.Signals(-code).name}{where}; {cause} fewer "
+                    "--data.workers or a lower --data.max_pixels"
+                ) from None
             yield result
 
 
@@ -95,12 +107,13 @@ class _Work(Dataset):
     def __init__(self, function: Callable[[Any, Note], Any], reading: torch.Tensor, source: Source) -> None:
         self._function, self._reading, self._source = function, reading, source
 
+    # torch prefers this to __getitem__ and hands it what the batch sampler yields, which may be anything.
     def __getitems__(self, item: Any) -> Any:
         worker = get_worker_info()
         place = 0 if worker is None else worker.id
-        note = partial(self._reading.__setitem__, place)
+        # Memory that is short is no fault of the image: it must not become a hole in the data.
         try:
-            return self._function(item, note)
+            return self._function(item, partial(self._reading.__setitem__, place))
         except MemoryError as error:
             name = self._source.name(int(self._reading[place]))
             raise DataError(
@@ -109,6 +122,7 @@ class _Work(Dataset):
             ) from error
 
 
+# No lambda: where workers are spawned, it is pickled.
 def _as_is(result: Any) -> Any:
     return result
 
@@ -132,72 +146,45 @@ def _obey(parent: int) -> None:
 # ------------------------------------------------------------------------------------------ killed workers
 
 
-@contextmanager
-def _sigchld_only_while_waiting() -> Iterator[Callable[[], Any]]:
-    """Let torch's handler of a worker's death raise while we wait for a result, and at no other time.
+class _Gate:
+    """A handler of SIGCHLD that calls torch's, which raises, only while the gate is open."""
 
-    It would raise anywhere in the main thread, also amid the optimizer's step, and leave weights that are
-    half old, half new. It must raise while we wait: of a worker killed as it sent a large result, half a
-    message has arrived, and the rest never will.
-    """
-    is_waiting = False
-    outer: Any = signal.getsignal(signal.SIGCHLD)
-    is_main = threading.current_thread() is threading.main_thread() and callable(outer)
-    # Of two loaders (training and validation) the inner one finds the outer one's handler here. While the
-    # inner one waits, torch's own must be called: the outer one's raises only while the outer one waits.
-    of_torch = getattr(outer, "of_torch", outer)
+    def __init__(self, handler: Any) -> None:
+        self._handler, self._is_open = handler, False
 
-    def on_child(number: int, frame: Any) -> None:
-        if is_waiting:
-            of_torch(number, frame)
-        elif of_torch is not outer:
-            outer(number, frame)
+    def __call__(self, number: int, frame: Any) -> None:
+        if self._is_open:
+            self._handler(number, frame)
 
     @contextmanager
-    def waiting() -> Iterator[None]:
-        nonlocal is_waiting
-        is_waiting = True
+    def opened(self) -> Iterator[None]:
+        self._is_open = True
         try:
             yield
         finally:
-            is_waiting = False
+            self._is_open = False
 
-    if is_main:
-        on_child.of_torch = of_torch  # type: ignore[attr-defined]
-        signal.signal(signal.SIGCHLD, on_child)
+
+@contextmanager
+def _sigchld_gate() -> Iterator[_Gate]:
+    """Let torch hear of a worker's death while we wait for a result, and at no other time."""
+    # torch's handler would raise anywhere in the main thread, also amid the optimizer's step, and leave
+    # weights that are half old, half new. It must raise while we wait: of a worker killed as it sent a large
+    # result, half a message has arrived, and the rest never will.
+    outer: Any = signal.getsignal(signal.SIGCHLD)
+    # A validation loader finds the gate of the training loader, and shares it: either may wait.
+    gate = outer if isinstance(outer, _Gate) else _Gate(outer)
+    is_main = threading.current_thread() is threading.main_thread()
+    is_ours = gate is not outer and callable(outer) and is_main
+    if is_ours:
+        signal.signal(signal.SIGCHLD, gate)
     try:
-        yield waiting
+        yield gate
     finally:
-        if is_main:
+        if is_ours:
             signal.signal(signal.SIGCHLD, outer)
 
 
-def _dead(iterator: Any) -> list[tuple[int, int]]:
+def _killed_workers(iterator: Any) -> list[tuple[int, int]]:
     """Number and exit code of every worker that has ended by a signal."""
     return [(n, w.exitcode) for n, w in enumerate(iterator._workers) if (w.exitcode or 0) < 0]
-
-
-def _wait_for_death(iterator: Any) -> None:
-    """Wait a little for a worker that is dying: the memory of its results was to be fetched from it."""
-    sentinels = {worker.sentinel: worker for worker in iterator._workers}
-    for sentinel in connection.wait(list(sentinels), timeout=5):
-        sentinels[sentinel].join(5)  # it closes its files before it has an exit code
-
-
-def _check_alive(iterator: Any) -> None:
-    if _dead(iterator):
-        raise RuntimeError("a worker has been killed")
-
-
-def _killed(dead: tuple[int, int], reading: torch.Tensor, source: Source) -> WorkerError:
-    worker, code = dead
-    sample = int(reading[worker])
-    where = f" while it read {source.name(sample)}" if sample >= 0 else ""
-    if -code == signal.SIGBUS:
-        cause = "shared memory (/dev/shm) is full: give more of it (docker run --shm-size=2g), or use"
-    else:
-        cause = "most likely the machine ran out of memory: use"
-    return WorkerError(
-        f"a data worker was killed by {signal.Signals(-code).name}{where}; {cause} fewer --data.workers or a "
-        "lower --data.max_pixels"
-    )
