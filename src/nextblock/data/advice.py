@@ -110,7 +110,7 @@ class Checkup:
         found[f"--preset {preset}"] = f"{images:,} images; a rule of thumb"
         if data.channels != 3:
             found[f"--data.channels {data.channels} --model.in_chans {data.channels}"] = "as examined"
-        val_px = get_preset(preset).config.data.val_resize_px
+        val_px = get_preset(preset).config.data.val_resize_px or 0
         if val_px < size:
             found[f"--data.val_resize_px {size * 8 // 7}"] = f"{preset} has only {val_px}"
         if self.per_core_s is not None and not train.source.in_memory:
