@@ -90,8 +90,8 @@ def test_names_that_are_no_text_are_printed_escaped(capsys, tmp_path):
         (("pack", "digits"), "DST must be given"),
         (("pack", "nowhere", "{tmp}/out"), "there is no such directory"),
         (("pack", "digits", "{tmp}/out", "--tile", "5"), "unknown setting --tile; did you mean --tile_px?"),
-        (("pack", "digits", "{tmp}/out", "--quality", "high"), "quality is high; it must be int"),
-        (("pack", "digits", "{tmp}/out", "--format", "gif"), "format is gif; it must be"),
+        (("pack", "digits", "{tmp}/out", "--quality", "high"), "quality is 'high'; it must be a whole"),
+        (("pack", "digits", "{tmp}/out", "--format", "gif"), "format is 'gif'; it must be"),
         (
             ("sample", "digits", "{tmp}/l.txt"),
             "give one of --fraction, --count and --per_class",

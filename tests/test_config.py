@@ -142,9 +142,18 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(name, value,
         (lambda: DataConfig(val_crop="border", normalize="auto"), ("data.val_crop border", "center or")),
         (lambda: RunConfig(model=ModelConfig(in_chans=1)), ("data.channels is 3", "model.in_chans is 1")),
         (lambda: RunConfig(data=DataConfig(val_resize_px=255)), ("val_resize_px is 255", "image_size 256")),
-        (lambda: RunConfig(model=ModelConfig(predictor=None)), ("model.predictor is null",)),
-        (lambda: RunConfig(model=ModelConfig(block_size=16)), ("no next block", "smaller model.block_size")),
-        (lambda: RunConfig(train=TrainConfig(precision="fp16", device="cpu")), ("fp16 needs a GPU",)),
+        (
+            lambda: RunConfig(model=ModelConfig(predictor=None)).check_trainable(),
+            ("model.predictor is null",),
+        ),
+        (
+            lambda: RunConfig(model=ModelConfig(block_size=16)).check_trainable(),
+            ("no next block", "smaller model.block_size"),
+        ),
+        (
+            lambda: RunConfig(train=TrainConfig(precision="fp16", device="cpu")).check_trainable(),
+            ("fp16 needs a GPU",),
+        ),
         (
             lambda: resolve(RunConfig(), {"data.normalize": "auto", "data.mean": (0.5,) * 3}),
             ("data.normalize auto measures", "but data.mean is given"),

@@ -344,7 +344,7 @@ def test_several_sources_are_one_and_validation_is_compared_with_them(cli, image
         (("nowhere",), "there is no such directory"),
         (("digits", "--samples", 0), "samples is 0; use at least 1"),
         (("digits", "--workers", -1), "workers is -1; use at least 0"),
-        (("digits", "--images_per_s", ".nan"), "images_per_s is nan; use a number above 0"),
+        (("digits", "--images_per_s", ".nan"), "images_per_s is '.nan'; it must be a number"),
         (("digits", "--data.workers", 5), "unknown setting --data.workers"),
         (("digits", "--out", "/"), "--out / cannot be written; name"),
         (("digits", "--out", "/dev/null/x.json"), "cannot be written; name"),

@@ -457,6 +457,8 @@ class RunConfig:
             "give as many numbers, also for data.std, or use data.normalize auto",
         )
 
+    def check_trainable(self) -> None:
+        """Refuse settings with which a model may encode, but nothing can be learned."""
         require(
             self.model.predictor is not None,
             "model.predictor is null, so nothing can be predicted; pre-training needs one",

@@ -108,18 +108,23 @@ def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Pr
     return Preset(name=name, group="size", about=about, images=images, base=base, changes=changes)
 
 
-def _ablation(
-    base: str, name: str, axis: str, about: str, published: str | None = None, **changes: Any
-) -> Preset:
-    known = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
-    return Preset(
-        name=f"{name}-{axis}",
-        group="ablation",
-        about=f"Ablation: {about}; all else as {base}." + ("" if published else f" {known}"),
-        base=base,
-        changes=changes,
-        published=published,
-    )
+_Row = tuple[str, str, str | None, dict[str, Any]]
+
+
+def _ablations(base: str, prefix: str, *rows: _Row) -> list[Preset]:
+    """One preset for each row: axis, what is varied, published result, changes."""
+    unknown = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
+    return [
+        Preset(
+            name=f"{prefix}-{axis}",
+            group="ablation",
+            about=f"Ablation: {what}; all else as {base}." + ("" if published else f" {unknown}"),
+            base=base,
+            changes=changes,
+            published=published,
+        )
+        for axis, what, published, changes in rows
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- XTRA
@@ -204,30 +209,29 @@ _XTRA_RUNS = [
 ]
 
 _TWO = {"num_predicted_blocks": 2}
-_XTRA_ABLATIONS = [
-    _ablation("xtra-b16-ablation", "xtra-b16-ablation", axis, about, **changes)
-    for axis, about, changes in (
-        ("block-16px", "blocks of 1x1 patches (token-causal)", {"block_size": 1}),
-        ("block-16px-2ahead", "blocks of 1x1 patches, two predicted", _TWO | {"block_size": 1}),
-        ("block-32px", "blocks of 2x2 patches", {"block_size": 2}),
-        ("block-32px-2ahead", "blocks of 2x2 patches, two predicted", _TWO | {"block_size": 2}),
-        ("block-64px-2ahead", "blocks of 4x4 patches, two predicted", _TWO),
-        ("predictor-depth-1", "predictor of 1 layer", {"predictor_depth": 1}),
-        ("predictor-depth-2", "predictor of 2 layers", {"predictor_depth": 2}),
-        ("predictor-depth-4", "predictor of 4 layers", {"predictor_depth": 4}),
-        ("predictor-depth-16", "predictor of 16 layers", {"predictor_depth": 16}),
-        ("predictor-width-192", "predictor a quarter of the encoder's width", {"predictor_dim": 192}),
-        ("predictor-width-576", "predictor three quarters of the width", {"predictor_dim": 576}),
-        ("predictor-width-768", "predictor as wide as the encoder", {"predictor_dim": 768}),
-        ("l1", "L1 instead of MSE", {"loss": "l1"}),
-        ("random-order", "pseudo-random orders", {"order": "random"}),
-        ("224-block-14px", "224 px, 14-px patches, blocks of 1x1", _PATCH14 | {"block_size": 1}),
-        ("224-block-28px", "224 px, 14-px patches, blocks of 2x2", _PATCH14 | {"block_size": 2}),
-        ("224-block-56px", "224 px, 14-px patches, blocks of 4x4", _PATCH14),
-        ("224-block-16px", "224 px, 16-px patches, blocks of 1x1", _224 | {"block_size": 1}),
-        ("224-block-32px", "224 px, 16-px patches, blocks of 2x2", _224 | {"block_size": 2}),
-    )
-]
+_XTRA_ABLATIONS = _ablations(
+    "xtra-b16-ablation",
+    "xtra-b16-ablation",
+    ("block-16px", "blocks of 1x1 patches (token-causal)", None, {"block_size": 1}),
+    ("block-16px-2ahead", "blocks of 1x1 patches, two predicted", None, _TWO | {"block_size": 1}),
+    ("block-32px", "blocks of 2x2 patches", None, {"block_size": 2}),
+    ("block-32px-2ahead", "blocks of 2x2 patches, two predicted", None, _TWO | {"block_size": 2}),
+    ("block-64px-2ahead", "blocks of 4x4 patches, two predicted", None, _TWO),
+    ("predictor-depth-1", "predictor of 1 layer", None, {"predictor_depth": 1}),
+    ("predictor-depth-2", "predictor of 2 layers", None, {"predictor_depth": 2}),
+    ("predictor-depth-4", "predictor of 4 layers", None, {"predictor_depth": 4}),
+    ("predictor-depth-16", "predictor of 16 layers", None, {"predictor_depth": 16}),
+    ("predictor-width-192", "predictor a quarter of the encoder's width", None, {"predictor_dim": 192}),
+    ("predictor-width-576", "predictor three quarters of the width", None, {"predictor_dim": 576}),
+    ("predictor-width-768", "predictor as wide as the encoder", None, {"predictor_dim": 768}),
+    ("l1", "L1 instead of MSE", None, {"loss": "l1"}),
+    ("random-order", "pseudo-random orders", None, {"order": "random"}),
+    ("224-block-14px", "224 px, 14-px patches, blocks of 1x1", None, _PATCH14 | {"block_size": 1}),
+    ("224-block-28px", "224 px, 14-px patches, blocks of 2x2", None, _PATCH14 | {"block_size": 2}),
+    ("224-block-56px", "224 px, 14-px patches, blocks of 4x4", None, _PATCH14),
+    ("224-block-16px", "224 px, 16-px patches, blocks of 1x1", None, _224 | {"block_size": 1}),
+    ("224-block-32px", "224 px, 16-px patches, blocks of 2x2", None, _224 | {"block_size": 2}),
+)
 
 # -------------------------------------------------------------------------------------------------------- AIM
 
@@ -318,31 +322,30 @@ _NONE = "no head: one linear map from the encoder to the pixels"
 _TOKENS = "k-means tokens of normalised patches as targets, by cross-entropy (8,192 of them; ours)"
 _DEEP = "deeper and narrower (32 layers, 1280 wide: ViT-H's shape, ours; the paper's is not known)"
 _FIXED = "one fixed random order (ours: the official table is another), causal"
-_AIM_ABLATIONS = [
-    _ablation("aim-600m-in1k", "aim-600m-ablation", axis, about, probes and _both(*probes), **changes)
-    for axis, about, probes, changes in (
-        ("causal", _PLAIN, (77.4, 69.5, _INFERRED), _CAUSAL),
-        ("order-spiral", _SPIRAL, (76.3, 67.7), _CAUSAL | {"order": "spiral"}),
-        (
-            "order-checkerboard",
-            "checkerboard order, causal",
-            (76.0, 68.2),
-            _CAUSAL | {"order": "checkerboard"},
-        ),
-        ("order-random", _FIXED, (75.7, 65.8), _CAUSAL | {"order": "fixed_random"}),
-        ("crop-0.08", "crops of 8 % of the area and more", (77.7, 68.4), {"crop_scale": (0.08, 1.0)}),
-        ("crop-1.0", "crops of the whole area", (63.5, 49.6), {"crop_scale": (1.0, 1.0)}),
-        ("head-none", _NONE, (75.4, 64.0), {"predictor": "linear"}),
-        ("head-transformer", "a transformer as head, as deep and wide", (78.5, 70.5), _MLP_TO_VIT),
-        ("head-width-512", "a head 512 wide", (77.7, 69.4, "Table 4"), {"predictor_dim": 512}),
-        ("head-width-1024", "a head 1024 wide", (78.1, 69.6, "Table 4"), {"predictor_dim": 1024}),
-        ("head-depth-6", "a head of 6 MLPs", (76.2, 65.3, "Table 4"), {"predictor_depth": 6}),
-        ("head-depth-8", "a head of 8 MLPs", (77.1, 68.1, "Table 4"), {"predictor_depth": 8}),
-        ("target-raw", "raw pixels as targets", None, {"norm_pixels": False}),
-        ("target-kmeans", _TOKENS, None, {"tokenizer": "kmeans", "vocab_size": 8192}),
-        ("deep", _DEEP, None, {"embed_dim": 1280, "depth": 32, "num_heads": 10}),
-    )
-]
+_AIM_ABLATIONS = _ablations(
+    "aim-600m-in1k",
+    "aim-600m-ablation",
+    ("causal", _PLAIN, _both(77.4, 69.5, _INFERRED), _CAUSAL),
+    ("order-spiral", _SPIRAL, _both(76.3, 67.7), _CAUSAL | {"order": "spiral"}),
+    (
+        "order-checkerboard",
+        "checkerboard order, causal",
+        _both(76.0, 68.2),
+        _CAUSAL | {"order": "checkerboard"},
+    ),
+    ("order-random", _FIXED, _both(75.7, 65.8), _CAUSAL | {"order": "fixed_random"}),
+    ("crop-0.08", "crops of 8 % of the area and more", _both(77.7, 68.4), {"crop_scale": (0.08, 1.0)}),
+    ("crop-1.0", "crops of the whole area", _both(63.5, 49.6), {"crop_scale": (1.0, 1.0)}),
+    ("head-none", _NONE, _both(75.4, 64.0), {"predictor": "linear"}),
+    ("head-transformer", "a transformer as head, as deep and wide", _both(78.5, 70.5), _MLP_TO_VIT),
+    ("head-width-512", "a head 512 wide", _both(77.7, 69.4, "Table 4"), {"predictor_dim": 512}),
+    ("head-width-1024", "a head 1024 wide", _both(78.1, 69.6, "Table 4"), {"predictor_dim": 1024}),
+    ("head-depth-6", "a head of 6 MLPs", _both(76.2, 65.3, "Table 4"), {"predictor_depth": 6}),
+    ("head-depth-8", "a head of 8 MLPs", _both(77.1, 68.1, "Table 4"), {"predictor_depth": 8}),
+    ("target-raw", "raw pixels as targets", None, {"norm_pixels": False}),
+    ("target-kmeans", _TOKENS, None, {"tokenizer": "kmeans", "vocab_size": 8192}),
+    ("deep", _DEEP, None, {"embed_dim": 1280, "depth": 32, "num_heads": 10}),
+)
 
 # ----------------------------------------------------------------------------------------------- the registry
 

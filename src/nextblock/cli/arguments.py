@@ -260,6 +260,7 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> tuple[RunConfig, argparse.
     base = get_preset(presets[-1] if presets else DEFAULT_PRESET).config
     config = resolve(base if presets else replace(base, preset=None), *files, flags)
     config = replace(config, preset=presets[-1] if presets else None)
+    config.check_trainable()
     _print_if_asked(config, options)
     return config, options
 
@@ -301,8 +302,9 @@ def suggestion(name: str, known: Sequence[str]) -> str | None:
     """The setting that somebody meant by `name`: another program's word, another section, a slip."""
     last = name.rpartition(".")[2]
     slips = [*_SLIPS.get(name, ()), *_SLIPS.get(last, ())]
-    same = [other for other in known if other.rpartition(".")[2] == last]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    # The same word in another section, or with its letters swapped, which difflib finds far.
+    same = [other for other in known if sorted(other.rpartition(".")[2]) == sorted(last)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
-    near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.75)]
+    near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)]
     return next((one for one in (*slips, *same, *close, *near) if one.partition(" ")[0] in known), None)
