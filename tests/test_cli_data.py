@@ -82,7 +82,7 @@ def test_names_that_are_no_text_are_printed_escaped(capsys, tmp_path):
         (("pack", "digits"), "DST must be given"),
         (("pack", "nowhere", "{tmp}/out"), "there is no such directory"),
         (("pack", "digits", "{tmp}/out", "--tile", "5"), "unknown setting --tile; did you mean --tile_px?"),
-        (("pack", "digits", "{tmp}/out", "--format", "gif"), "format is gif; it must be"),
+        (("pack", "digits", "{tmp}/out", "--format", "gif"), "format is 'gif'; it must be"),
         (("pack", "digits", "{tmp}/out", "--quality", "0"), "quality is 0; use at least 1"),
         (("pack", "digits", "{tmp}/out", "--resize_px", "8", "--tile_px", "8"), "either resize_px or tile"),
         (("sample", "digits", "{tmp}/l.txt"), "give one of --fraction, --count and --per_class"),

@@ -353,8 +353,8 @@ def test_the_command_writes_onnx_in_a_process_of_its_own(official, tmp_path):
     ("words", "told"),
     [
         (["--probe_layers", "lost"], "--probe_layers lost: give last, best, or numbers"),
-        (["--to", "tim"], "to is tim; it must be 'nextblock' or 'timm'"),
-        (["--image_size", "big"], "image_size is big; it must be int or"),
+        (["--to", "tim"], "to is 'tim'; it must be nextblock or timm"),
+        (["--image_size", "big"], "image_size is 'big'; it must be a whole number or"),
         (["--lisence", "mit"], "unknown setting --lisence; did you mean --license"),
     ],
 )

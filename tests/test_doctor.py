@@ -325,7 +325,7 @@ def test_several_sources_are_one_compared_with_validation_and_a_cut_archive_is_a
     [
         (("nowhere",), "there is no such directory"),
         (("digits", "--samples", 0), "samples is 0; use at least 1"),
-        (("digits", "--images_per_s", ".nan"), "images_per_s is nan; use a number above 0"),
+        (("digits", "--images_per_s", ".nan"), "images_per_s is '.nan'; it must be a number"),
         (("digits", "--out", "/dev/null/x.json"), "cannot be written; name"),
     ],
 )

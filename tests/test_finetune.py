@@ -410,7 +410,7 @@ def test_fp16_on_a_cpu_is_refused_before_anything_is_written(saved, tmp_path, ca
         (["--attention", "causal"], "was not trained with a causal mask"),
         (["--image_size", "64"], "timm:NAME,img_size=N"),
         (["--head", "attentive", "--attentive_heads", "7"], "to a divisor, such as 4"),
-        (["--head", "mlp"], "head is mlp; it must be 'linear' or 'attentive'"),
+        (["--head", "mlp"], "head is 'mlp'; it must be linear or attentive"),
     ],
 )
 def test_what_a_timm_encoder_cannot_do_is_refused(tmp_path, capsys, words, message):

@@ -214,7 +214,7 @@ def test_the_images_of_train_as_val_are_warned_of_and_the_way_out_is_named(tmp_p
     (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert warning.getMessage() == (
         f"val {digits} is the same images as train: accuracy on them says nothing of new images; leave out "
-        "--val for leave-one-out"
+        "--val to compare each image of train with the others"
     )
 
 

@@ -55,8 +55,8 @@ def test_a_micro_batch_larger_than_the_batch_is_the_whole_batch(tmp_path):
 
 
 def test_channels_that_do_not_agree_are_refused_before_a_directory_is_made(tmp_path):
-    grey = {"model.in_chans": 1, "data.mean": (0.5,), "data.std": (0.5,)}
-    with pytest.raises(ValueError, match=r"data.channels is 3, model.in_chans is 1; give both the number"):
+    grey = {"model.in_chans": 1, "data.channels": 3}
+    with pytest.raises(ValueError, match=r"data.channels is 3, model.in_chans is 1; give one of them"):
         run_toy(tmp_path / "run", grey)
     assert not (tmp_path / "run").exists()
 

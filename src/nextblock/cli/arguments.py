@@ -1,223 +1,310 @@
 """From words on the command line to settings: the preset, then all --config files, then all flags.
 
-The order on the line does not matter, but for a flag given several times: the last counts, or, where the
-setting is a list, all of them in this order (`--data.train A --data.train B`). Whatever is wrong raises
-`ValueError` with what would be right.
+The order on the line does not matter. The last value of a repeated flag counts, or all of them in this order
+if the setting is a list (`--data.train A --data.train B`). Whatever is wrong raises `ValueError` with what
+would be right. A value is the text that was typed, read by its setting's type: nothing else is guessed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
-import json
+import functools
+import inspect
 import re
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import sys
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
-
-import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from nextblock.config import RunConfig
-from nextblock.presets import get_preset
-from nextblock.settings import describe_type, flatten, from_dict, nearest_name, to_dict
-
-__all__ = ["DEFAULT_PRESET", "build_parser", "parse", "parse_run", "parse_settings", "resolve"]
+from nextblock.presets import get_preset, resolve
+from nextblock.settings import (
+    from_dict,
+    kinds_of,
+    nested,
+    read_value,
+    read_yaml,
+    setting_types,
+    split_list,
+    to_dict,
+)
 
 DEFAULT_PRESET = "xtra-b16"
 """What a run starts from when no preset is named."""
 
+_SLIPS: dict[str, tuple[str, ...]] = {
+    "data": ("data.train", "train"),
+    "images": ("data.train", "train", "data"),
+    "dataset": ("data.train", "train", "data"),
+    "model": ("preset",),
+    "size": ("preset", "model"),
+    "arch": ("preset", "model"),
+    "name": ("preset", "model"),
+    "preset": ("model",),
+    "epochs": ("train.duration 100ep",),
+    "steps": ("train.duration 10000st",),
+    "gpu": ("train.device", "device"),
+    "gpus": ("train.device", "device"),
+    "checkpoint": ("model.init", "model"),
+    "pretrained": ("model.init", "model"),
+    "output": ("out",),
+    "output_dir": ("out",),
+}
+"""Names that other programs use, and the settings that are meant."""
 
-def build_parser(verb: str, about: str) -> ArgumentParser:
+
+class Parser(argparse.ArgumentParser):
+    """A parser of one command: every flag has a type, by which `parse` reads its text."""
+
+    def __init__(self, verb: str, about: str) -> None:
+        self.hints: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}
+        self.described: list[tuple[argparse.Action, type, str]] = []
+        super().__init__(prog=f"nextblock {verb}", description=about, allow_abbrev=False)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+        """As argparse's, but `type` may be any annotation, such as `int | None`."""
+        hint, default = options.pop("type", None), options.get("default")
+        if hint is not None and names[0].startswith("--"):
+            options |= {"action": "append", "default": None, "metavar": _metavar(hint)}
+        action = super().add_argument(*names, **options)
+        if hint is not None:
+            self.hints[action.dest], self.defaults[action.dest] = hint, default
+        return action
+
+    def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> None:
+        """A flag for each setting of a config; only those that are given appear in what `parse` returns."""
+        groups: dict[str, Any] = {}
+        for name, hint, default, owner in setting_types(cls, f"{section}." if section else ""):
+            part, _, leaf = name.rpartition(".")
+            if leaf in skip:
+                continue
+            if part not in groups:
+                groups[part] = self.add_argument_group(part) if part else super()
+            options = {"action": "append", "default": argparse.SUPPRESS, "metavar": _metavar(hint)}
+            told = "" if default is MISSING else f" (default: {_shown(default)})"
+            self.described.append((groups[part].add_argument(f"--{name}", help=told, **options), owner, leaf))
+            self.hints[name] = hint
+
+    def format_help(self) -> str:
+        """The help, with the sentences that stand below the settings in the source."""
+        for action, owner, leaf in self.described:
+            action.help = (_sentences(owner).get(leaf, "") + str(action.help)).replace("%", "%%")
+        self.described.clear()
+        places = "".join(f"{action.dest.upper()} " for action in self._actions if not action.option_strings)
+        self.usage = f"{self.prog} {places}[--SETTING VALUE ...]"
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        missing = re.match(r"the following arguments are required: (.+)", message)
+        if missing is not None:
+            names = [name if name.startswith("--") else name.upper() for name in missing[1].split(", ")]
+            message = f"{' and '.join(names)} must be given; see {self.prog} --help"
+        raise ValueError(message)
+
+
+def build_parser(verb: str, about: str) -> Parser:
     """A parser of one verb; its errors are raised, not printed."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(prog=f"nextblock {verb}", description=about, exit_on_error=False)
+    return Parser(verb, about)
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """Parse words; an unknown or wrong one is refused, the unknown one with the nearest known."""
-    known = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
-    argv = [_with_underscores(word, known) for word in argv]
-    for word in argv:
-        name = word.split("=", 1)[0]
-        if name.startswith("--") and name.removeprefix("--") not in known:
-            raise ValueError(f"unknown setting {name}; {_nearest(name, known, dashes='--')}")
-    try:
-        return parser.parse_args(_with_lists(parser, argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(_plainly(parser, _one_line(str(error)))) from error
+def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse words: each flag's text becomes a value of its type."""
+    flags = {name: action for action in parser._actions for name in action.option_strings}
+    known = [name.removeprefix("--") for name in flags if name.startswith("--")]
+    has_places = any(not action.option_strings for action in parser._actions)
+    words: list[str] = []
+    left = iter(argv)
+    for word in left:
+        name, has_value, value = word.partition("=")
+        if not name.startswith("--"):
+            if not has_places and word != "-h":
+                source = next(
+                    (name for name in ("data.train", "train", "data", "model") if name in known), ""
+                )
+                hint = f"did you mean --{source} {word}?" if source else f"see {parser.prog} --help"
+                raise ValueError(f"{word!r} belongs to no setting; {hint}")
+            words.append(word)
+            continue
+        name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
+        if name not in flags:
+            meant = suggestion(name.removeprefix("--"), known)
+            told = f"did you mean --{meant}?" if meant else f"{parser.prog} --help lists all"
+            raise ValueError(f"unknown setting {word.partition('=')[0]}; {told}")
+        if flags[name].nargs != 0 and not has_value:
+            value = next(left, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"{name} needs a value")
+        elif flags[name].nargs == 0 and has_value:
+            raise ValueError(f"{name} takes no value")
+        # Joined, so that argparse takes a value such as -1e-3 for a value.
+        words.append(name if flags[name].nargs == 0 else f"{name}={value}")
+    options = parser.parse_args(words)
+    for name, texts in list(vars(options).items()):
+        if name not in parser.hints:
+            continue
+        hint, is_flag = parser.hints[name], f"--{name}" in flags
+        if texts is None:
+            value = parser.defaults[name]
+        elif is_flag:
+            value = _from_texts(name, texts, hint)
+        else:
+            value = read_value(name, texts, hint if isinstance(texts, str) else tuple[hint, ...])
+        setattr(options, name, value)
+    return options
+
+
+def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
+    """The value of a flag that was given once or several times.
+
+    Several make a list if the setting is one, but null and a whole `[A, B]` replace what came before them.
+    """
+    kinds = kinds_of(hint)
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    if {int, float} & set(kinds):  # a number or a pair: not a list
+        lists = []
+    if not lists:
+        texts = texts[-1:]
+    whole = [i for i, text in enumerate(texts) if text.startswith("[") or text == "null"]
+    if whole:
+        texts = texts[whole[-1] :] if whole[-1] == len(texts) - 1 else texts[whole[-1] + 1 :]
+    if list(texts) == ["null"] and type(None) in kinds:
+        if str in kinds and Path("null").exists():
+            raise ValueError(f"{name} null means none; write ./null for the file of that name")
+        return None
+    if lists and (len(texts) > 1 or (texts[0].startswith("[") or str not in kinds)):
+        parts = [part for text in texts for part in split_list(text, get_args(lists[0])[0])]
+        return read_value(name, parts, hint)
+    return read_value(name, texts[0], hint)
+
+
+def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
+    """A config of what was given for its settings."""
+    prefix = f"{section}." if section else ""
+    names = {setting.name for setting in setting_types(cls, prefix)}
+    given = {name.removeprefix(prefix): value for name, value in vars(options).items() if name in names}
+    return from_dict(cls, nested(given))
+
+
+def _metavar(hint: Any) -> str:
+    kind = kinds_of(hint)[0]
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "A,B,..."
+    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@functools.cache
+def _sentences(cls: type) -> dict[str, str]:
+    """What stands in the source below each setting of a dataclass and of those it extends."""
+    found = {}
+    for owner in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        for field, below in pairwise(tree.body):  # type: ignore[attr-defined]
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return found
 
 
 def parse_settings(
-    parser: ArgumentParser, config: type, argv: Sequence[str], *, overwrite: str | None = None
+    parser: Parser, config: type, argv: Sequence[str], *, overwrite: str | None = None
 ) -> tuple[dict[str, Any], bool]:
     """Values for the fields of `config`, each of which is a flag, and whether to end with a line of JSON.
 
     `overwrite` says what the flag --overwrite replaces, for a config with such a field.
     """
-    words, found = _taken(argv, ("--config",))
-    parser.add_class_arguments(config, None, skip=set() if overwrite is None else {"overwrite"})
+    others = [action.dest for action in parser._actions if action.dest != "help"]
+    parser.add_settings(config, skip=() if overwrite is None else ("overwrite",))
     if overwrite is not None:
         parser.add_argument("--overwrite", action="store_true", help=f"replace {overwrite} in --out")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, [*_config_words(parser, found["--config"]), *words])
-    values = dict(vars(parser.instantiate(options)))
-    is_json = values.pop("json")
-    del values["config"]
-    return values, is_json
+    files, options = _with_files(parser, argv)
+    given = vars(options)
+    values = {name: value for layer in files for name, value in layer.items()}
+    values |= {name: value for name, value in given.items() if name in parser.hints and name not in others}
+    values |= {"overwrite": given["overwrite"]} if overwrite is not None and given["overwrite"] else {}
+    required = (setting.name for setting in setting_types(config) if setting.default is MISSING)
+    missing = [f"--{name}" for name in required if name not in values]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given; see {parser.prog} --help")
+    settings = from_dict(config, nested(values))
+    _print_if_asked(settings, options)
+    fields = {name: getattr(settings, name) for name in config.__dataclass_fields__}
+    return {**{name: given[name] for name in others if name in given}, **fields}, given["json"]
 
 
-def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
+def parse_run(parser: Parser, argv: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
     """A run's settings, and whatever other flags the parser has."""
-    words, found = _taken(argv, ("--preset", "--config"))
-    configs = found["--config"]
+    parser.add_settings(RunConfig)
+    if "--print_config" in argv:  # --out is not one of the settings that are printed
+        for action in parser._actions:
+            action.required = False
+    files, options = _with_files(parser, argv)
+    settings = [setting.name for setting in setting_types(RunConfig)]
+    flags = {name: value for name, value in vars(options).items() if name in settings}
     # A config file's preset counts if no flag names one.
-    in_files = [_read_config(path).get("preset") for path in configs]
-    presets = found["--preset"] or [preset for preset in in_files if preset is not None]
+    presets = [layer["preset"] for layer in (*files, flags) if layer.get("preset") is not None]
     base = get_preset(presets[-1] if presets else DEFAULT_PRESET).config
-    base = base if presets else replace(base, preset=None)
-    parser.add_class_arguments(RunConfig, None)
-    parser.set_defaults(flatten(to_dict(base)))
-    preset_words = ["--preset", presets[-1]] if presets else []
-    namespace = parse(parser, [*_config_words(parser, configs), *preset_words, *words])
-    names = {name.split(".", 1)[0] for name in to_dict(base)}
-    instantiated = parser.instantiate(namespace)
-    config = RunConfig(**{name: instantiated[name] for name in names})
-    return config, namespace
+    config = resolve(base if presets else replace(base, preset=None), *files, flags)
+    config = replace(config, preset=presets[-1] if presets else None)
+    config.check_trainable()
+    _print_if_asked(config, options)
+    return config, options
 
 
-def resolve(base: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """A run's settings with some changed, by dotted name ("optim.lr") or nested dicts; for Python."""
-    values = flatten(to_dict(base))
-    for name, value in flatten(overrides).items():
-        if name not in values:
-            raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(values))}")
-        values[name] = value
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = value
-    return from_dict(RunConfig, nested)
+def _with_files(parser: Parser, argv: Sequence[str]) -> tuple[list[dict[str, Any]], argparse.Namespace]:
+    """The settings of each --config file, in their order, and the flags."""
+    hints = dict(parser.hints)
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; repeatable")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and stop")
+    options = parse(parser, argv)
+    return [_read_file(path, hints) for path in options.config or ()], options
 
 
-def _with_underscores(word: str, known: Sequence[str]) -> str:
-    """`--image-size 384` for `--image_size 384`: the name as it is known, where only dashes differ."""
-    name, equals, value = word.partition("=")
-    if not name.startswith("--"):
-        return word
-    plain = name.removeprefix("--").replace("-", "_")
-    return f"--{plain}{equals}{value}" if plain in known else word
+def _read_file(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    values = {}
+    for name, (value, where) in read_yaml(path).items():
+        if name not in hints:
+            if any(known.startswith(f"{name}.") for known in hints):
+                raise ValueError(
+                    f"{where}: {name} must be settings, `name: value` on lines of their own below"
+                )
+            meant = suggestion(name, list(hints))
+            told = f"did you mean {meant}?" if meant else "--help lists all"
+            raise ValueError(f"{where}: unknown setting {name}; {told}")
+        values[name] = read_value(f"{where}: {name}", value, hints[name])
+    return values
 
 
-def _taken(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The words without these flags, and the values of each, in their order."""
-    words: list[str] = []
-    found: dict[str, list[str]] = {flag: [] for flag in flags}
-    left = iter(argv)
-    for word in left:
-        name, has_value, value = word.partition("=")
-        if name not in found:
-            words.append(word)
-            continue
-        given = value if has_value else next(left, None)
-        if given is None:
-            raise ValueError(f"{name} needs a value")
-        found[name].append(given)
-    return words, found
+def _print_if_asked(config: Any, options: argparse.Namespace) -> None:
+    if options.print_config:
+        import yaml
+
+        settings = {name: value for name, value in to_dict(config).items() if name != "overwrite"}
+        sys.stdout.write(yaml.safe_dump(settings, sort_keys=False))
+        raise SystemExit(0)
 
 
-def _config_words(parser: ArgumentParser, paths: Sequence[str]) -> list[str]:
-    """Let a parser that has all its other flags read these files; the words with which it does."""
-    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
-    settings = [action.dest for action in parser._actions]
-    for path in paths:
-        for name in flatten(_read_config(path)):
-            if name not in settings:
-                raise ValueError(f"--config {path}: unknown setting {name}; {_nearest(name, settings)}")
-    return [word for path in paths for word in ("--config", path)]
-
-
-def _with_lists(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """The words, with all values of a flag whose setting is a list in one word, `--data.weights=[0.8, 0.2]`.
-
-    A value that is a list itself, or null, replaces what came before it.
-    """
-    hints = {
-        name: getattr(action, "_typehint", None)
-        for action in parser._actions
-        for name in action.option_strings
-    }
-    kept: list[str] = []
-    values: dict[str, list[str]] = {}
-    words = iter(argv)
-    for word in words:
-        name, has_value, value = word.partition("=")
-        if not _is_list(hints.get(name)):
-            kept.append(word)
-            continue
-        value = value if has_value else next(words, None)
-        if value is None or (not has_value and value.startswith("--")):
-            raise ValueError(f"{name} needs a value")
-        if name not in values or _stands_alone(value) or _stands_alone(values[name][-1]):
-            values[name] = []
-        values[name].append(value)
-    return kept + [f"{name}={_as_list(given, hints[name])}" for name, given in values.items()]
-
-
-def _stands_alone(value: str) -> bool:
-    return value.startswith("[") or value == "null"
-
-
-def _is_list(hint: Any) -> bool:
-    """Whether a setting may be a list, and a number alone is none of its values."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return any(get_origin(kind) is tuple for kind in kinds) and not {int, float} & set(kinds)
-
-
-def _as_list(values: list[str], hint: Any) -> str:
-    """Values as jsonargparse reads a list; one alone stays as it is where the setting takes it alone."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if len(values) == 1 and (_stands_alone(values[0]) or str in kinds):
-        return values[0]
-    elements = next(get_args(kind) for kind in kinds if get_origin(kind) is tuple)
-    are_numbers = set(elements) <= {int, float, Ellipsis}
-    return f"[{', '.join(values)}]" if are_numbers else json.dumps(values)
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path} is no file")
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is no YAML: {_one_line(str(error))}") from error
-    if not isinstance(content, dict):
-        raise ValueError(  # noqa: TRY004 - wrong usage, as all of these
-            f"--config {path} holds no settings; write lines such as `seed: 1`, or see --print_config"
-        )
-    return content
-
-
-def _nearest(name: str, known: list[str], dashes: str = "") -> str:
-    close = difflib.get_close_matches(name.removeprefix("--"), known, n=1, cutoff=0.5)
-    return f"did you mean {dashes}{close[0]}?" if close else "--help lists all"
-
-
-def _plainly(parser: ArgumentParser, complaint: str) -> str:
-    """Say a complaint of jsonargparse about a value in our words: the setting, the value, what it must be."""
-    missing = re.match(r"the following arguments are required: (.+)", complaint)
-    if missing is not None:
-        flags = {action.dest: action.option_strings for action in parser._actions}
-        names = [f"--{name}" if flags.get(name) else name.upper() for name in missing[1].split(", ")]
-        return f"{' and '.join(names)} must be given; --help tells more"
-    match = re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)$', complaint)
-    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    if match is None or hints.get(match[1]) is None:
-        return complaint
-    return f"{match[1]} is {match[2]}; it must be {describe_type(hints[match[1]])}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def suggestion(name: str, known: Sequence[str]) -> str | None:
+    """The setting that somebody meant by `name`: another program's word, another section, a slip."""
+    last = name.rpartition(".")[2]
+    slips = [*_SLIPS.get(name, ()), *_SLIPS.get(last, ())]
+    # The same word in another section, or with its letters swapped, which difflib finds far.
+    same = [other for other in known if sorted(other.rpartition(".")[2]) == sorted(last)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
+    near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)]
+    return next((one for one in (*slips, *same, *close, *near) if one.partition(" ")[0] in known), None)

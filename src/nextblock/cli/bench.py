@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nextblock.bench import BENCHES
@@ -30,18 +31,17 @@ def run(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, built, parse
 
     target, about = BENCHES[what]
     module, _, name = target.partition(":")
     bench = getattr(importlib.import_module(module), name)
     parser = build_parser(f"bench {what}", f"Measure {about}.")
-    parser.add_class_arguments(bench, None, skip={"quick"})
+    parser.add_settings(bench, skip=("quick",))
     parser.add_argument("--quick", action="store_true", help="few repetitions: a first idea")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parse(parser, rest)
-    settings = {name: value for name, value in parser.instantiate(options).items() if name != "json"}
-    result: BenchResult = bench(**settings).run()
+    result: BenchResult = replace(built(bench, options), quick=options.quick).run()
     console = Console()
     console.print(_table(result))
     for note in result.notes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from nextblock.cli.output import end_with_json
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from nextblock.cli.arguments import Parser
 
 __all__ = ["run"]
 
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> Parser:
     from nextblock.cli.arguments import build_parser
     from nextblock.config import Attention
 

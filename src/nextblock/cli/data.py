@@ -15,7 +15,9 @@ from nextblock.config import DataConfig
 from nextblock.settings import nearest_name
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from argparse import Namespace
+
+    from nextblock.cli.arguments import Parser
 
 __all__ = ["run"]
 
@@ -47,14 +49,15 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _pack(argv: Sequence[str]) -> int:
+    from nextblock.cli.arguments import built
     from nextblock.data.pack import PackConfig, pack
     from nextblock.data.sources import open_source
 
     parser = _parser("pack", "Write the images of a source as tar shards, with an index beside each.")
     parser.add_argument("dst", type=str, help="folder to write; the same command again resumes or reads it")
-    parser.add_class_arguments(PackConfig, None)
+    parser.add_settings(PackConfig)
     options, data = _parse(parser, argv)
-    config = PackConfig(**{name: options[name] for name in PackConfig.__dataclass_fields__})
+    config = built(PackConfig, options)
     source = open_source(options.src, data)
     with _progress(source.spec, len(source)) as progress:
         done = pack(source, Path(options.dst).expanduser(), config, data, progress)
@@ -128,7 +131,7 @@ def _split(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser(what: str, about: str) -> ArgumentParser:
+def _parser(what: str, about: str) -> Parser:
     from nextblock.cli.arguments import build_parser
 
     parser = build_parser(f"data {what}", about)
@@ -136,14 +139,14 @@ def _parser(what: str, about: str) -> ArgumentParser:
     return parser
 
 
-def _parse(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Namespace, DataConfig]:
-    from nextblock.cli.arguments import parse
+def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Namespace, DataConfig]:
+    from nextblock.cli.arguments import built, parse
 
-    others: set[str | int] = {name for name in DataConfig.__dataclass_fields__ if name not in SETTINGS}
-    parser.add_class_arguments(DataConfig, "data", skip=others)
+    others = {name for name in DataConfig.__dataclass_fields__ if name not in SETTINGS}
+    parser.add_settings(DataConfig, "data", skip=others)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parse(parser, argv)
-    return options, DataConfig(**vars(parser.instantiate(options)["data"]))
+    return options, built(DataConfig, options, "data")
 
 
 def _say(*lines: str) -> None:

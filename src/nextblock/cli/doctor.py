@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DoctorConfig", "run"]
 
-NOT_HERE: set[str | int] = {"train", "val", "weights", "epoch_samples", "workers"}
+NOT_HERE = {"train", "val", "weights", "epoch_samples", "workers"}
 """Settings of data that have other names here, or no meaning."""
 FIRST_BAD = 10
 
@@ -62,17 +62,15 @@ class DoctorConfig:
 def run(argv: Sequence[str]) -> int:
     """Examine, print what was found; 1 if something would stop a run or spoil its results."""
     from nextblock.atomic import write_text
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import build_parser, built, parse
 
     parser = build_parser("doctor", "Examine images before training; the exit code is 1 if a run would fail.")
     parser.add_argument("src", type=str, nargs="+", help="images to train on; several are one mixture")
-    parser.add_class_arguments(DoctorConfig, None)
-    parser.add_class_arguments(DataConfig, "data", skip=NOT_HERE)
+    parser.add_settings(DoctorConfig)
+    parser.add_settings(DataConfig, "data", skip=NOT_HERE)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    values = dict(vars(parser.instantiate(parse(parser, argv))))
-    data = DataConfig(**vars(values.pop("data")))
-    src, is_json = values.pop("src"), values.pop("json")
-    config = DoctorConfig(**values)
+    options = parse(parser, argv)
+    config, data = built(DoctorConfig, options), built(DataConfig, options, "data")
     out = None if config.out is None else Path(config.out).expanduser()
     if out is not None:
         # Refused now, and not after hours of reading.
@@ -80,12 +78,12 @@ def run(argv: Sequence[str]) -> int:
         is_writable = os.access(existing, os.W_OK) and (existing != out) == existing.is_dir()
         require(is_writable, f"--out {out} cannot be written; name another file")
         out.parent.mkdir(parents=True, exist_ok=True)
-    checkup = _examine(config, data, src)
+    checkup = _examine(config, data, options.src)
     say(*_lines(checkup, config.model))
     report = checkup.report()
     if out is not None:
         write_text(out, json.dumps(report, indent=1) + "\n")
-    if is_json:
+    if options.json:
         end_with_json(report)
     return 0 if report["fit"] else 1
 

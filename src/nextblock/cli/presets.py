@@ -2,71 +2,133 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nextblock.cli.output import end_with_json, say
+from nextblock.config import ModelConfig, RunConfig, pair
 from nextblock.presets import PRESETS, Preset, get_preset
-from nextblock.settings import to_dict
+from nextblock.settings import flatten, to_dict
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-__all__ = ["run"]
+_TABLES = {
+    "size": "Sizes for any folder of images (from so many images on: a rule of thumb)",
+    "recipe": "Recipes: published runs",
+    "small": "Small folders and trials",
+    "ablation": "Ablations: what is varied",
+}
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print every preset with its sizes and published result, or all about one of them."""
-    from rich.console import Console
-
+    """Print the presets in short tables, or all about one of them."""
     from nextblock.cli.arguments import build_parser, parse
 
     parser = build_parser("presets", "List the named runs and model sizes.")
-    parser.add_argument("name", type=str, nargs="?", help="tell all about this one")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("name", type=str, nargs="?", help="show all about this one")
+    parser.add_argument("--all", action="store_true", help="list the ablations too")
+    parser.add_argument("--json", action="store_true", help="print JSON, ablations included")
     options = parse(parser, argv)
-    chosen = [get_preset(options.name)] if options.name else list(PRESETS.values())
+    if options.name:
+        chosen = [get_preset(options.name)]
+    else:
+        chosen = [one for one in PRESETS.values() if one.group != "ablation" or options.all or options.json]
     if options.json:
         end_with_json([_values(preset) for preset in chosen])
     elif options.name:
-        _print_one(Console(), chosen[0])
+        _print_one(chosen[0])
     else:
-        _print_table(Console(), chosen)
+        for group, title in _TABLES.items():
+            _print_table(title, [preset for preset in chosen if preset.group == group])
+        say(
+            "params M: millions, with the predictor. step GB: an estimate, one micro-batch.",
+            "nextblock presets NAME shows one with its command; --all adds the ablations.",
+        )
     return 0
 
 
+def parameters_m(model: ModelConfig) -> tuple[float, float]:
+    """Trainable parameters in millions, of the encoder and of all; built without memory."""
+    import torch
+
+    from nextblock.models import NextBlockModel
+
+    with torch.device("meta"):
+        network = NextBlockModel(model)
+    return tuple(
+        sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6
+        for part in (network.encoder, network)
+    )  # type: ignore[return-value]
+
+
+def step_gb(config: RunConfig, total_m: float) -> float:
+    """An estimate of the memory of a step: weights, gradients, AdamW's moments, and kept activations."""
+    model, train = config.model, config.train
+    # About 17 numbers of a layer's width are kept per token: norms, q k v, attention, residuals, MLP at 4x.
+    # Within a third of the tensors that autograd keeps on a CPU; what the GPU's allocator adds is not known.
+    layer = 9 + 2 * model.mlp_ratio
+    kept = layer * model.depth * model.embed_dim
+    if model.predictor is not None:
+        kept += layer * model.predictor_depth * model.predictor_dim * (model.predictor != "linear")
+        kept += 2 * (model.projection_dim or 0)
+        kept += (2 * (model.block_mlp_dim or 0) + 2 * model.outputs_per_block) / model.patches_per_block
+    number = 4 if train.precision == "fp32" else 2.5  # bytes; norms and residuals stay fp32
+    images = train.micro_batch_size or train.batch_size
+    return (18e6 * total_m + number * kept * model.num_patches * images) / 1e9
+
+
 def _values(preset: Preset) -> dict[str, Any]:
+    encoder_m, total_m = parameters_m(preset.config.model)
     return {
         "name": preset.name,
+        "group": preset.group,
+        "images": preset.images,
         "command": preset.command,
         "about": preset.about,
         "published": preset.published,
-        "encoder_params_m": preset.encoder_params_m,
-        "total_params_m": preset.total_params_m,
+        "encoder_params_m": round(encoder_m, 2),
+        "total_params_m": round(total_m, 2),
+        "estimated_step_gb": round(step_gb(preset.config, total_m), 1),
         "config": to_dict(preset.config),
     }
 
 
-def _print_one(console: Console, preset: Preset) -> None:
-    import yaml
-
-    console.print(f"{preset.name}\n{preset.about}\n", highlight=False)
-    say(f"command:    {preset.command}")
-    console.print(f"published:  {preset.published or 'no confirmed result'}", highlight=False)
-    console.print(
-        f"parameters: encoder {preset.encoder_params_m:.2f} M, "
-        f"with predictor {preset.total_params_m:.2f} M\n",
-        highlight=False,
+def _print_one(preset: Preset) -> None:
+    values, defaults = _values(preset), flatten(to_dict(RunConfig()))
+    train = preset.config.train
+    say(
+        preset.name,
+        *textwrap.wrap(preset.about, 79),
+        "",
+        f"command:    {preset.command}",
+        f"published:  {preset.published or 'no confirmed result'}",
+        f"parameters: encoder {values['encoder_params_m']} M, with predictor {values['total_params_m']} M",
+        f"memory:     about {values['estimated_step_gb']:.0f} GB for a step of "
+        f"{train.micro_batch_size or train.batch_size} images (an estimate)",
+        "",
+        "Settings that differ from the defaults (all: add --print_config to the command):",
     )
-    console.print(yaml.safe_dump(to_dict(preset.config), sort_keys=False), highlight=False)
+    changed = {k: v for k, v in flatten(values["config"]).items() if v != defaults[k] and k != "preset"}
+    say(*(f"  {name:<29} {_short(value)}" for name, value in changed.items()))
 
 
-def _print_table(console: Console, presets: list[Preset]) -> None:
-    from rich.table import Table
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_short, value))
+    return f"{value:.6g}" if isinstance(value, float) else "null" if value is None else str(value)
 
-    table = Table("preset", "encoder", "with predictor", "published", "what")
+
+def _print_table(title: str, presets: list[Preset]) -> None:
+    if not presets:
+        return
+    width = max(len(preset.name) for preset in presets)
+    if presets[0].group == "ablation":
+        whats = ((one.name, one.about.removeprefix("Ablation: ").partition(";")[0]) for one in presets)
+        say(title, *(f"  {name:<{width}}  {textwrap.shorten(what, 75 - width)}" for name, what in whats), "")
+        return
+    say(title, f"  {'':<{width}}  images        px       params M  step GB")
     for preset in presets:
-        sizes = f"{preset.encoder_params_m:.1f} M", f"{preset.total_params_m:.1f} M"
-        table.add_row(preset.name, *sizes, preset.published or "-", preset.about.split(". ")[0])
-    console.print(table)
-    console.print("nextblock presets NAME tells all about one.", highlight=False)
+        _, total_m = parameters_m(preset.config.model)
+        size = "x".join(map(str, dict.fromkeys(pair(preset.config.model.image_size))))
+        gigabytes = step_gb(preset.config, total_m)
+        say(f"  {preset.name:<{width}}  {preset.images:<12}  {size:<7}  {total_m:>8.1f}  {gigabytes:>7.1f}")
+    say("")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json
 from nextblock.config import RunConfig
-from nextblock.presets import PRESETS, get_preset
+from nextblock.presets import PRESETS, get_preset, resolve
 
 if TYPE_CHECKING:
     from nextblock.data import Source
@@ -29,7 +29,6 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="begin anew where --out holds another run")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     config, options = parse_run(parser, argv)
-    _check_statistics(config, (word.partition("=")[0].removeprefix("--") for word in argv))
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
     if options.json:
         end_with_json({**vars(result), "run_dir": str(result.run_dir)})
@@ -53,15 +52,13 @@ def pretrain(
     `overrides` are settings by dotted name (`**{"optim.lr": 1e-4}`) or section (`data={"train": "DIR"}`).
     Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
     """
-    from nextblock.cli.arguments import resolve
     from nextblock.data import open_source, open_sources
     from nextblock.data.doctor import shared_images
-    from nextblock.settings import flatten
     from nextblock.train import ConsoleReporter, train
 
-    base = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
-    config = resolve(base, overrides)
-    _check_statistics(config, flatten(overrides))
+    config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
+    if overrides:
+        config = resolve(config, overrides)
     reporter = reporter or ConsoleReporter()
     for hint in _hints(config):
         reporter.note(hint)
@@ -90,16 +87,6 @@ def _train_specs(config: RunConfig) -> tuple[str, ...]:
             f"order: {' '.join(['--data.train DIR'] * len(weights))}"
         )
     raise ValueError("there is nothing to train on; name a directory of images: --data.train DIR")
-
-
-def _check_statistics(config: RunConfig, given: Iterable[str]) -> None:
-    """Refuse numbers that would be measured over; a run's own config.yaml may have both."""
-    both = [name for name in given if name in ("data.mean", "data.std")]
-    if both and config.data.normalize == "auto":
-        raise ValueError(
-            f"data.normalize auto measures data.mean and data.std, but {both[0]} is given; leave "
-            f"{' and '.join(dict.fromkeys(both))} out, or set data.normalize given"
-        )
 
 
 def _with_statistics(config: RunConfig, source: Source, out: Path | None, reporter: Reporter) -> RunConfig:
@@ -140,13 +127,7 @@ def _hints(config: RunConfig) -> list[str]:
                 f"scaled for you; in proportion to the batch it would be "
                 f"{config.optim.lr * batch_size / meant:.1e}"
             )
-    if not _can_draw(config) and config.monitor.pictures_every is not None:
-        hints.append(f"no pictures: tokens of {config.model.tokenizer} cannot be drawn, only those of kmeans")
     return hints
-
-
-def _can_draw(config: RunConfig) -> bool:
-    return config.model.tokenizer in (None, "kmeans")
 
 
 def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
@@ -157,7 +138,7 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     settings, size = config.monitor, config.model.image_size
     shown = sources.get("val", sources["train"])
     monitors: list[Monitor] = []
-    if settings.pictures_every is not None and _can_draw(config):
+    if settings.pictures_every is not None:
         images, _, _ = some_images(shown, config.data, size, settings.pictures)
         monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
     if settings.knn_every is not None and _have_same_classes(sources):

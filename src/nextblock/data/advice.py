@@ -14,7 +14,6 @@ import numpy as np
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data.doctor import Examination, Shared
 from nextblock.data.subsets import named
-from nextblock.presets import get_preset
 
 IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
 # Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result.
@@ -162,11 +161,7 @@ class Checkup:
         found = {flags: f"median shorter side {side:,.0f} px"}
         found[f"--preset {preset}"] = f"{images:,} images; a rule of thumb"
         if data.channels != 3:
-            found[f"--data.channels {data.channels} --model.in_chans {data.channels}"] = "as examined"
-        # 8/7 of the crop is the usual margin: 256 px for 224.
-        val_px = get_preset(preset).config.data.val_resize_px
-        if val_px < size:
-            found[f"--data.val_resize_px {size * 8 // 7}"] = f"{preset} has only {val_px}"
+            found[f"--data.channels {data.channels}"] = "as examined"
         if self.per_core_s is not None and not train.source.in_memory:
             workers = min(max(1, self.cores - 1), self.workers_needed or self.cores)
             found[f"--data.workers {workers}"] = f"{self.per_core_s:,.0f} crops/s each"

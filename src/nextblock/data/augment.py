@@ -127,10 +127,10 @@ def color_jitter(
 def val_crop(image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig) -> UInt8[Tensor, "c rows columns"]:
     """The crop for validation and evaluation that `data.val_crop` asks for: no chance in it."""
     if data.val_crop == "center":
-        return eval_crop(image, size, data.val_resize_px)
+        return eval_crop(image, size, data.resize_px(size))
     rows, columns = pair(size)
     # Whole pixels rounded down, as timm has them.
-    height, width = (data.val_resize_px * side // min(rows, columns) for side in (rows, columns))
+    height, width = (data.resize_px(size) * side // min(rows, columns) for side in (rows, columns))
     if data.val_crop == "squash":
         return _centre(resize(image, (height, width)), (rows, columns))
     # The border that is left: the whole picture shrinks until its longer side, relative to the frame, fits.

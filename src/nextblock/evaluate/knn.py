@@ -161,7 +161,7 @@ def knn(config: KnnConfig) -> KnnResult:
 
     Raises `ValueError` where `out` holds another result, labels are missing, or the classes differ.
     """
-    advice = "leave out --val for leave-one-out"
+    advice = "leave out --val to compare each image of train with the others"
     opened = open_all(config, {"val": config.val}, advice=advice)
     return measured(opened, config, "knn", knn_opened, _markdown)
 

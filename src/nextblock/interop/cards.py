@@ -171,7 +171,7 @@ def _slug(text: str) -> str:
 def _settings(config: ModelConfig | TimmConfig, data: DataConfig) -> dict[str, str]:
     return {
         **(_of_timm(config) if isinstance(config, TimmConfig) else _of_ours(config)),
-        "shorter side resized to": f"{data.val_resize_px} px",
+        "shorter side resized to": f"{data.resize_px(config.image_size)} px",
         "validation crop": data.val_crop,
         "mean": ", ".join(f"{part:g}" for part in data.mean),
         "standard deviation": ", ".join(f"{part:g}" for part in data.std),

@@ -126,7 +126,7 @@ def write_onnx(
             producer="nextblock",
             mean=json.dumps(list(data.mean)),
             std=json.dumps(list(data.std)),
-            resize_px=str(data.val_resize_px),
+            resize_px=str(data.resize_px(config.image_size)),
             crop=data.val_crop,
             image_size=json.dumps(list(pair(config.image_size))),
             attention=config.feature_attention,

@@ -82,9 +82,10 @@ def write_timm(
         data = data_at(data, whole.config, model.config)
     config = model.config
     size = pair(config.image_size)
-    crop_pct = min(size) / data.val_resize_px
-    if math.floor(min(size) / crop_pct) != data.val_resize_px:  # timm rounds down
-        crop_pct = min(size) / (data.val_resize_px + 0.5)
+    resize_px = data.resize_px(config.image_size)
+    crop_pct = min(size) / resize_px
+    if math.floor(min(size) / crop_pct) != resize_px:  # timm rounds down
+        crop_pct = min(size) / (resize_px + 0.5)
     pretrained_cfg = {
         "num_classes": 0,
         "input_size": [config.in_chans, *size],
@@ -194,7 +195,7 @@ def encoder_at(
 def data_at(data: DataConfig, old: ModelConfig, new: ModelConfig) -> DataConfig:
     """The same share of the picture at another image size."""
     sizes = [max(pair(config.image_size)) for config in (old, new)]
-    return replace(data, val_resize_px=round(data.val_resize_px * sizes[1] / sizes[0]))
+    return replace(data, val_resize_px=round(data.resize_px(old.image_size) * sizes[1] / sizes[0]))
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -169,7 +169,7 @@ class NextBlockModel(nn.Module):
                 mean=mean,
                 std=std,
                 vocab_size=config.vocab_size,
-                token_px=config.token_side_px,
+                token_px=config.patch_size,
             )
         return self.tokenizer
 
@@ -224,7 +224,7 @@ class NextBlockModel(nn.Module):
         """What stands at positions 1, 2, ... of the order: pixels (b steps p), or tokens (b steps m)."""
         if config.tokenizer is None:
             return block_targets(images, order, config.block_px, normalize=config.norm_pixels)
-        per_block = (config.block_px[0] // config.token_side_px, config.block_px[1] // config.token_side_px)
+        per_block = pair(config.block_size)
         tokens = self.open_tokenizer()(images)
         grid = (config.block_grid[0] * per_block[0], config.block_grid[1] * per_block[1])
         assert tokens.shape[1:] == grid, f"the tokenizer's grid is {tuple(tokens.shape[1:])}, not {grid}"

@@ -1,0 +1,383 @@
+"""Named runs and model sizes as rows of data, and how settings are changed by name.
+
+XTRA's figures come from the paper's abstract and the official code and checkpoints; AIM's from the paper
+(arXiv 2401.08541) and Apple's training code (`apple/ml-l3m`), whose AIM recipe is an example on ImageNet.
+What none of them tells is marked as ours. To add a preset, add a row; settings are named without section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, pair
+from nextblock.settings import (
+    flatten,
+    from_dict,
+    nearest_name,
+    nested,
+    read_value,
+    require,
+    setting_types,
+    to_dict,
+)
+
+GREY_MEAN, GREY_STD = (0.459,), (0.226,)
+"""ImageNet's, its channels weighted 0.299, 0.587 and 0.114 as in the conversion to grey."""
+
+_HINTS = {setting.name: setting.hint for setting in setting_types(RunConfig)}
+_SECTIONED = {name.rpartition(".")[2]: name for name in _HINTS}
+
+
+def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
+    """A run's settings with some changed, by dotted name ("optim.lr") or nested dicts; later layers win."""
+    values = flatten(to_dict(base))
+    for layer in layers:
+        values |= _with_followers(flatten(layer), values)
+    config = from_dict(RunConfig, nested(values))
+    # The last layer is what somebody typed; a run's own config.yaml rightly has both.
+    typed = flatten(layers[-1]) if layers else {}
+    measured = [name for name in ("data.mean", "data.std") if name in typed]
+    require(
+        not measured or config.data.normalize == "given",
+        f"data.normalize auto measures data.mean and data.std, but {' and '.join(measured)} "
+        f"{'are' if len(measured) > 1 else 'is'} given; leave out, or set data.normalize given",
+    )
+    return config
+
+
+def _with_followers(changes: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes read by their types, and the settings that follow them unless they are given as well."""
+    for name in changes:
+        if name not in _HINTS:
+            raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
+    new = {name: read_value(name, value, _HINTS[name]) for name, value in changes.items()}
+    if "model.image_size" in new and "data.val_resize_px" not in new:
+        # In proportion: published recipes have 300 for 256, 256 for 224, and each keeps its own.
+        scale = max(pair(new["model.image_size"])) / max(pair(values["model.image_size"]))
+        new["data.val_resize_px"] = round(values["data.val_resize_px"] * scale)
+    for name, other in (("data.channels", "model.in_chans"), ("model.in_chans", "data.channels")):
+        if name in new:
+            new.setdefault(other, new[name])
+    channels = new.get("data.channels", values["data.channels"])
+    if channels != values["data.channels"] and not {"data.mean", "data.std"} & new.keys():
+        if channels in (1, 3):
+            means, deviations = (GREY_MEAN, GREY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+            new |= {"data.mean": means, "data.std": deviations}
+        else:
+            new.setdefault("data.normalize", "auto")
+    return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named run: what it changes of another, or of the defaults."""
+
+    name: str
+    group: Literal["size", "recipe", "small", "ablation"]
+    about: str
+    """What it is, and where its settings come from."""
+    images: str = ""
+    """How many images it suits, or the data set it was published for."""
+    base: str | None = None
+    changes: Mapping[str, Any]
+    """Settings without their section: `{"embed_dim": 192}`."""
+    published: str | None = None
+    """The result it was published to reach, if one is confirmed."""
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """All settings, resolved."""
+        base = RunConfig() if self.base is None else PRESETS[self.base].config
+        changes = {_SECTIONED[name]: value for name, value in self.changes.items()}
+        return resolve(base, changes | {"preset": self.name})
+
+    @property
+    def command(self) -> str:
+        """The command that runs it."""
+        sources = [f"DIR{i + 1}" for i in range(len(self.config.data.weights or ()))] or ["DIR"]
+        sources = ["digits:split=train"] if self.name.endswith("-tiny") else sources
+        named = " ".join(f"--data.train {source}" for source in sources)
+        return f"nextblock pretrain --preset {self.name} {named} --out RUN"
+
+
+def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Preset:
+    about = "A size, with defaults for any folder of images; the defaults are ours and nobody's result."
+    return Preset(name=name, group="size", about=about, images=images, base=base, changes=changes)
+
+
+_Row = tuple[str, str, str | None, dict[str, Any]]
+
+
+def _ablations(base: str, prefix: str, *rows: _Row) -> list[Preset]:
+    """One preset for each row: axis, what is varied, published result, changes."""
+    unknown = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
+    return [
+        Preset(
+            name=f"{prefix}-{axis}",
+            group="ablation",
+            about=f"Ablation: {what}; all else as {base}." + ("" if published else f" {unknown}"),
+            base=base,
+            changes=changes,
+            published=published,
+        )
+        for axis, what, published, changes in rows
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- XTRA
+
+_224 = {"image_size": 224, "val_resize_px": 256}
+_PATCH14 = {**_224, "patch_size": 14}
+_XTRA = {"batch_size": 2088, "micro_batch_size": 29, "precision": "fp16", "predictor_fp32": True}
+_TINY = {
+    **{"image_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
+    **{"predictor_dim": 128, "predictor_heads": 4, "flip": 0.0, "val_resize_px": 32},
+    **{"lr": 2e-3, "warmup": "3ep", "duration": "24ep", "batch_size": 64, "precision": "fp32"},
+    **{"pictures_every": "8ep", "knn_every": "8ep"},
+}
+
+
+def _width(dim: int, heads: int, projection: int, predictor: int, predictor_heads: int) -> dict[str, int]:
+    return {
+        **{"embed_dim": dim, "num_heads": heads, "projection_dim": projection},
+        **{"predictor_dim": predictor, "predictor_heads": predictor_heads},
+    }
+
+
+# b16 and h14 were released. The other encoders are defined by the official code and used by no released run:
+# their predictors (as wide as the encoder up to B, else half as wide; projection 4x the width) are ours.
+_XTRA_SIZES = [
+    _size("xtra-ti16", "5,000", "xtra-b16", **_width(192, 3, 768, 192, 3)),
+    _size("xtra-s16", "50,000", "xtra-b16", **_width(384, 6, 1536, 384, 6)),
+    _size("xtra-b16", "300,000", micro_batch_size=32),
+    _size("xtra-l16", "1 million", "xtra-b16", **_width(1024, 16, 4096, 512, 8), depth=24),
+    _size(
+        *("xtra-h14", "3 million", "xtra-b16"),
+        **(_PATCH14 | _width(1280, 16, 5120, 640, 8)),
+        **{"depth": 32, "block_mlp_dim": 9408},
+    ),
+    _size(
+        "xtra-g14", "10 million", "xtra-h14", **_width(1408, 16, 5632, 704, 8), depth=40, mlp_ratio=48 / 11
+    ),
+]
+
+_XTRA_RUNS = [
+    Preset(
+        name="xtra-tiny",
+        group="small",
+        images="digits",
+        about="A few minutes on two CPU cores; for the demo and the tests. This project's own.",
+        changes=_TINY | {"block_size": 2, "projection_dim": 256, "predictor_depth": 2, "block_mlp_dim": 256},
+    ),
+    Preset(
+        name="xtra-b16-in1k",
+        group="recipe",
+        images="ImageNet-1k",
+        about="XTRA ViT-B/16 on ImageNet-1k as the evaluated checkpoint was trained. The official files "
+        "disagree: the configuration file says 1600 epochs, warm-up 40, drop path 0.2; the name of the "
+        "checkpoint that was evaluated says 800, 15 and 0.1, and those are used here. Batch 2088 = 29 "
+        "images x 72 GPUs (derived; the official job script asks for 96). Validation: resized to 300 px, "
+        "then the centre is cut.",
+        base="xtra-b16",
+        changes=_XTRA | {"drop_path": 0.1, "warmup": "15ep", "duration": "800ep"},
+        published="76.8 % attentive probe on ImageNet-1k (official README)",
+    ),
+    Preset(
+        name="xtra-h14-in21k",
+        group="recipe",
+        images="ImageNet-21k",
+        about="XTRA ViT-H/14 on ImageNet-21k (winter 2021, 13.1 million images as the authors prepared it). "
+        "Batch 2088 = 29 x 72 GPUs (derived).",
+        base="xtra-h14",
+        changes=_XTRA | {"drop_path": 0.2, "warmup": "3ep", "duration": "100ep"},
+        published="80.9 % attentive probe on ImageNet-1k (official README)",
+    ),
+    Preset(
+        name="xtra-b16-ablation",
+        group="recipe",
+        images="ImageNet-1k",
+        about="The baseline of XTRA's ablations: ViT-B/16 on ImageNet-1k, 100 epochs, predictor half as wide."
+        " Officially 114 images a GPU on a number of GPUs not known; 2088 is assumed. "
+        "No confirmed result is published.",
+        base="xtra-b16",
+        changes=_XTRA
+        | {"predictor_dim": 384, "warmup": "10ep", "duration": "100ep", "micro_batch_size": 116},
+    ),
+]
+
+_TWO = {"num_predicted_blocks": 2}
+_XTRA_ABLATIONS = _ablations(
+    "xtra-b16-ablation",
+    "xtra-b16-ablation",
+    ("block-16px", "blocks of 1x1 patches (token-causal)", None, {"block_size": 1}),
+    ("block-16px-2ahead", "blocks of 1x1 patches, two predicted", None, _TWO | {"block_size": 1}),
+    ("block-32px", "blocks of 2x2 patches", None, {"block_size": 2}),
+    ("block-32px-2ahead", "blocks of 2x2 patches, two predicted", None, _TWO | {"block_size": 2}),
+    ("block-64px-2ahead", "blocks of 4x4 patches, two predicted", None, _TWO),
+    ("predictor-depth-1", "predictor of 1 layer", None, {"predictor_depth": 1}),
+    ("predictor-depth-2", "predictor of 2 layers", None, {"predictor_depth": 2}),
+    ("predictor-depth-4", "predictor of 4 layers", None, {"predictor_depth": 4}),
+    ("predictor-depth-16", "predictor of 16 layers", None, {"predictor_depth": 16}),
+    ("predictor-width-192", "predictor a quarter of the encoder's width", None, {"predictor_dim": 192}),
+    ("predictor-width-576", "predictor three quarters of the width", None, {"predictor_dim": 576}),
+    ("predictor-width-768", "predictor as wide as the encoder", None, {"predictor_dim": 768}),
+    ("l1", "L1 instead of MSE", None, {"loss": "l1"}),
+    ("random-order", "pseudo-random orders", None, {"order": "random"}),
+    ("224-block-14px", "224 px, 14-px patches, blocks of 1x1", None, _PATCH14 | {"block_size": 1}),
+    ("224-block-28px", "224 px, 14-px patches, blocks of 2x2", None, _PATCH14 | {"block_size": 2}),
+    ("224-block-56px", "224 px, 14-px patches, blocks of 4x4", None, _PATCH14),
+    ("224-block-16px", "224 px, 16-px patches, blocks of 1x1", None, _224 | {"block_size": 1}),
+    ("224-block-32px", "224 px, 16-px patches, blocks of 2x2", None, _224 | {"block_size": 2}),
+)
+
+# -------------------------------------------------------------------------------------------------------- AIM
+
+# norm_eps and the head's extra residual come from the training code.
+_AIM_MODEL = {
+    **{"bias": False, "norm_eps": 1e-5, "patch_norm": True, "positions": "sincos"},
+    **{"weight_init": "xavier_uniform", "block_size": 1, "prefix": True, "predictor": "mlp"},
+    **{"projection_dim": None, "predictor_extra_norm": True, "block_mlp_dim": None},
+    "feature_attention": "full",
+}
+_AIM = {"batch_size": 4096, "precision": "bf16", "log_every": "50st", "val_every": "5000st"} | {
+    "pictures_every": "5000st",
+    "knn_every": "20000st",
+}
+_AIM_SIZES = [
+    _size(
+        *("aim-600m", "10 million"),
+        **_PATCH14,
+        **_AIM_MODEL,
+        **{"embed_dim": 1536, "depth": 24, "num_heads": 12},
+        **{"predictor_dim": 2048, "predictor_depth": 12, "predictor_heads": 16},
+        **{"crop_scale": (0.4, 1.0), "crop_ratio": (3 / 4, 4 / 3), "micro_batch_size": 32},
+        **{"start_lr": 1e-6, "end_lr": 0.0, "warmup": "2.5%"},
+    ),
+    _size("aim-1b", "100 million", "aim-600m", embed_dim=2048, num_heads=16),
+    _size("aim-3b", "1 billion", "aim-600m", embed_dim=3072, num_heads=24),
+    _size("aim-7b", "1 billion", "aim-600m", embed_dim=4096, num_heads=32, depth=32),
+]
+
+
+def _dfn(size: str, steps: int, last: float, best: float) -> Preset:
+    return Preset(
+        name=f"aim-{size}-dfn2b+",
+        group="recipe",
+        images="DFN-2B+",
+        about=f"AIM-{size.upper().replace('600M', '0.6B')} on DFN-2B+: 80 % of the first source (DFN-2B), "
+        f"20 % of the second (ImageNet-1k). Batch 4096, {steps:,} steps, lr 1e-3 as in the paper; betas, "
+        "decay, clipping, warm-up share and final rate as in the training code's ImageNet example; an "
+        "epoch of 1,000 steps is ours.",
+        base=f"aim-{size}",
+        changes=_AIM
+        | {
+            "weights": (0.8, 0.2),
+            "epoch_samples": 4_096_000,
+            "duration": f"{steps}st",
+            "micro_batch_size": 64,
+        },
+        published=f"{last} % attentive probe on ImageNet-1k, {best} % with the best layers (AIM, Table 7)",
+    )
+
+
+def _both(attentive: float, linear: float, table: str = "Table 3") -> str:
+    return f"{attentive} % attentive, {linear} % linear probe on ImageNet-1k (AIM, {table})"
+
+
+_AIM_RUNS = [
+    Preset(
+        name="aim-tiny",
+        group="small",
+        images="digits",
+        about="A few minutes on two CPU cores; beside xtra-tiny, of the same budget. This project's own.",
+        changes=_TINY | _AIM_MODEL | {"predictor_depth": 4},
+    ),
+    Preset(
+        name="aim-600m-in1k",
+        group="recipe",
+        images="ImageNet-1k",
+        about="AIM-0.6B on ImageNet-1k with the values of the training code's example: 125,000 steps, 256 "
+        "images a GPU on a number of GPUs not known; the paper's batch of 4096 is assumed. Of its "
+        "own ImageNet run, whose accuracies are given, neither length nor use of colour jitter is known.",
+        base="aim-600m",
+        changes=_AIM
+        | {"color_jitter": (0.4, 0.4, 0.2, 0.1), "duration": "125000st", "micro_batch_size": 256},
+        published=_both(78.2, 70.0),
+    ),
+    _dfn("600m", 500_000, 78.5, 79.4),
+    _dfn("1b", 1_200_000, 80.6, 82.3),
+    _dfn("3b", 1_200_000, 82.2, 83.3),
+    _dfn("7b", 1_200_000, 82.4, 84.0),
+]
+
+_CAUSAL = {"prefix": False, "feature_attention": "causal"}
+_INFERRED = "Table 3, raster order; that this row is the causal one is inferred"
+_MLP_TO_VIT = {"predictor": "transformer", "predictor_extra_norm": False}
+_PLAIN = "causal attention without a prefix, and causal features"
+_SPIRAL = "spiral order from the centre out, causal"
+_NONE = "no head: one linear map from the encoder to the pixels"
+_TOKENS = "k-means tokens of normalised patches as targets, by cross-entropy (8,192 of them; ours)"
+_DEEP = "deeper and narrower (32 layers, 1280 wide: ViT-H's shape, ours; the paper's is not known)"
+_FIXED = "one fixed random order (ours: the official table is another), causal"
+_AIM_ABLATIONS = _ablations(
+    "aim-600m-in1k",
+    "aim-600m-ablation",
+    ("causal", _PLAIN, _both(77.4, 69.5, _INFERRED), _CAUSAL),
+    ("order-spiral", _SPIRAL, _both(76.3, 67.7), _CAUSAL | {"order": "spiral"}),
+    (
+        "order-checkerboard",
+        "checkerboard order, causal",
+        _both(76.0, 68.2),
+        _CAUSAL | {"order": "checkerboard"},
+    ),
+    ("order-random", _FIXED, _both(75.7, 65.8), _CAUSAL | {"order": "fixed_random"}),
+    ("crop-0.08", "crops of 8 % of the area and more", _both(77.7, 68.4), {"crop_scale": (0.08, 1.0)}),
+    ("crop-1.0", "crops of the whole area", _both(63.5, 49.6), {"crop_scale": (1.0, 1.0)}),
+    ("head-none", _NONE, _both(75.4, 64.0), {"predictor": "linear"}),
+    ("head-transformer", "a transformer as head, as deep and wide", _both(78.5, 70.5), _MLP_TO_VIT),
+    ("head-width-512", "a head 512 wide", _both(77.7, 69.4, "Table 4"), {"predictor_dim": 512}),
+    ("head-width-1024", "a head 1024 wide", _both(78.1, 69.6, "Table 4"), {"predictor_dim": 1024}),
+    ("head-depth-6", "a head of 6 MLPs", _both(76.2, 65.3, "Table 4"), {"predictor_depth": 6}),
+    ("head-depth-8", "a head of 8 MLPs", _both(77.1, 68.1, "Table 4"), {"predictor_depth": 8}),
+    ("target-raw", "raw pixels as targets", None, {"norm_pixels": False}),
+    ("target-kmeans", _TOKENS, None, {"tokenizer": "kmeans", "vocab_size": 8192}),
+    ("deep", _DEEP, None, {"embed_dim": 1280, "depth": 32, "num_heads": 10}),
+)
+
+# ----------------------------------------------------------------------------------------------- the registry
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        *(*_XTRA_RUNS, *_XTRA_ABLATIONS, *_XTRA_SIZES),
+        *(*_AIM_RUNS, *_AIM_ABLATIONS, *_AIM_SIZES),
+    )
+}
+SIZES: dict[str, ModelConfig] = {
+    name: preset.config.model for name, preset in PRESETS.items() if preset.group == "size"
+}
+
+
+def list_presets() -> list[str]:
+    """Names of all presets."""
+    return list(PRESETS)
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of this name; another is refused with the nearest known one."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; {nearest_name(name, list(PRESETS))}")
+    return PRESETS[name]
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The network's settings of a size ("xtra-b16") or a preset, with any field changed."""
+    hints = {setting.name: setting.hint for setting in setting_types(ModelConfig)}
+    for key in overrides:
+        if key not in hints:
+            raise ValueError(f"unknown model setting {key!r}; {nearest_name(key, list(hints))}")
+    changes = {key: read_value(f"model.{key}", value, hints[key]) for key, value in overrides.items()}
+    return replace(get_preset(name).config.model, **changes)
