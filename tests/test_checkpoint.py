@@ -30,8 +30,7 @@ from nextblock.checkpoint import (
 )
 from nextblock.config import DataConfig, OptimConfig
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
 from toy import tiny_images, tiny_model
 

@@ -16,8 +16,7 @@ from nextblock.evaluate.features import evaluation_data
 from nextblock.interop import initialize, load, load_model, open_encoder
 from nextblock.interop.convert import convert
 from nextblock.models import NextBlockModel, TimmEncoder
-from nextblock.models.classifier import TimmClassifier, create_classifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from toy import DATA, one_thread  # noqa: F401 - a fixture
 
 TOKEN = "timm:test_vit,pretrained=false,img_size=32"  # a class token
@@ -33,7 +32,7 @@ def tuned(spec) -> Any:
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.mul_(1.25)
-    return create_classifier(encoder, HEAD, ("a", "b", "c")).eval()
+    return ImageClassifier(encoder, HEAD, ("a", "b", "c")).eval()
 
 
 def cut_for(classifier):
@@ -126,7 +125,7 @@ def test_with_another_number_of_classes_timm_puts_a_fresh_head_on_it(saved, tmp_
 def test_to_our_own_format_it_goes_with_its_head(saved, tmp_path):
     convert(saved[1], tmp_path / "copy", license="mit")
     classifier, found = saved[0], load(tmp_path / "copy")
-    assert isinstance(found, TimmClassifier)
+    assert isinstance(found.encoder_model, TimmEncoder)
     images = some_images(classifier.encoder_model)
     assert torch.equal(found(images), classifier(images))
     assert found.class_names == ("a", "b", "c")

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nextblock.config import ModelConfig
 from nextblock.evaluate.features import seeded
 from nextblock.models import NextBlockModel
-from nextblock.models.encoder import positions_of, positions_on, sincos_positions
+from nextblock.models.vit import positions_of, positions_on, sincos_positions
 from nextblock.presets import SIZES
 from toy import tiny_images, tiny_model
 
@@ -261,10 +261,15 @@ def test_under_bf16_the_loss_is_fp32_and_near_that_of_fp32(prefix):
     torch.testing.assert_close(out.loss, expected.loss, rtol=0.02, atol=0)
 
 
-def test_predictor_fp32_keeps_the_predictor_out_of_autocast():
+def test_predictor_fp32_keeps_the_predictors_layers_alone_out_of_autocast():
     model, dtypes = tiny_model(), {}
     assert model.predictor is not None
-    names = ("encoder.blocks.1.mlp.fc2", "predictor.projection.0", "predictor.block_mlps.0.2")
+    names = (
+        "encoder.blocks.1.mlp.fc2",
+        "predictor.projection.2",
+        "predictor.blocks.1.mlp.fc2",
+        "predictor.block_mlps.0.2",
+    )
     for name in names:
         model.get_submodule(name).register_forward_hook(
             lambda _, __, output, name=name: dtypes.update([(name, torch.as_tensor(output).dtype)])
@@ -273,9 +278,9 @@ def test_predictor_fp32_keeps_the_predictor_out_of_autocast():
         model.predictor_fp32 = fp32
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(tiny_images(), ORDER)
-        rest = torch.float32 if fp32 else torch.bfloat16
-        assert [dtypes[name] for name in names] == [torch.bfloat16, rest, rest]
-        assert out.predictions.dtype == rest
+        layers = torch.float32 if fp32 else torch.bfloat16
+        assert [dtypes[name] for name in names] == [torch.bfloat16, torch.bfloat16, layers, torch.bfloat16]
+        assert out.predictions.dtype == torch.bfloat16
 
 
 def test_predictor_fp32_changes_nothing_without_autocast():

@@ -14,9 +14,8 @@ from nextblock.interop import aim, aim_out
 from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim
 from nextblock.interop.aim_out import write_aim
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.encoder import positions_of
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
+from nextblock.models.vit import positions_of
 from nextblock.presets import SIZES
 from toy import tiny_config, tiny_images, tiny_model
 

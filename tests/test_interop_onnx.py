@@ -27,8 +27,7 @@ from nextblock.interop import onnx_export
 from nextblock.interop.cards import Provenance
 from nextblock.interop.onnx_export import OPSET, OnnxError, write_onnx
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from toy import tiny_images
 
 XTRA = ModelConfig(

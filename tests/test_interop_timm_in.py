@@ -25,7 +25,7 @@ from nextblock.interop.timm_format import (
     timm_provenance,
 )
 from nextblock.interop.timm_weights import from_timm
-from nextblock.models.encoder import positions_of
+from nextblock.models.vit import positions_of
 from test_interop_timm import TINY_VIT, XTRA, assert_same, encoder, written
 from toy import tiny_images
 

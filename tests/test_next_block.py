@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from nextblock.blocks import patchify, unpatchify
-from nextblock.objective import normalize_blocks
-from nextblock.tokens import KMeansTokenizer
+from nextblock.blocks import patchify, raster_mask, unpatchify
+from nextblock.models import NextBlockModel
+from nextblock.targets import normalize_blocks
 from toy import tiny_images, tiny_model
 
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -168,11 +168,53 @@ def test_the_loss_and_its_gradients_are_those_of_the_slow_definition(case):
         torch.testing.assert_close(gradient, slow[name], atol=2e-5 * size, rtol=1e-3, msg=name)
 
 
-def test_the_test_of_drop_path_drops_something():
-    model = tiny_model(drop_path=0.6, depth=4)
-    images = tiny_images()
-    torch.manual_seed(5)
-    assert abs(model.train()(images).loss - model.eval()(images).loss) > 1e-4
+# -------------------------------------------------------------------------------------------------- drop path
+
+
+def drawn(count=7, depth=4):
+    return torch.rand(count, 2 * depth, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_branch_is_kept_if_its_number_is_at_least_the_rate_and_scaled_by_its_chance():
+    model, images, draws = tiny_model(drop_path=0.6, depth=4).train(), tiny_images(7), drawn()
+    rates = [0.6 * layer / 3 for layer in range(4)]
+    hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
+    _, mask = slow_mask(model.config, list(range(6)), [0])
+    kept = 0
+    for number, (rate, layer) in enumerate(zip(rates, model.encoder.blocks, strict=True)):
+        for branch in (0, 1):
+            keeps = draws[:, 2 * number + branch] >= rate
+            kept += int(keeps.sum())
+            run = layer.mlp(layer.norm2(hidden)) if branch else layer.attn(layer.norm1(hidden), mask[0])
+            hidden = torch.where(keeps[:, None, None], hidden + run / (1 - rate), hidden)
+    assert 28 < kept < 56, "some are dropped, some kept"
+    seen = []
+    model.encoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(images, drop_path=draws)
+    torch.testing.assert_close(seen[0], hidden[:, model.patches_of_blocks[:-1].flatten()])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_draws_a_batch_is_the_sum_of_its_parts(recompute):
+    model = tiny_model(drop_path=0.6, depth=4).train()
+    model.set_grad_checkpointing(recompute)
+    images, draws, lengths = tiny_images(7), drawn(), torch.tensor([0, 5, 1, 2, 3, 4, 2])
+    whole = model(images, ORDER, lengths, draws)
+    grads = gradients(model, whole.block_loss.sum())
+    parts = [model(images[i], ORDER, lengths[i], draws[i]).block_loss for i in torch.arange(7).split(3)]
+    torch.testing.assert_close(torch.cat(parts), whole.block_loss, atol=1e-6, rtol=1e-6)
+    for name, gradient in gradients(model, sum(part.sum() for part in parts)).items():
+        torch.testing.assert_close(gradient, grads[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_draws_matter_in_training_only_and_without_them_the_global_generator_does():
+    model, images, draws = tiny_model(drop_path=0.6, depth=4).train(), tiny_images(7), drawn()
+    assert torch.equal(model(images, drop_path=draws).loss, model(images, drop_path=draws).loss)
+    assert not torch.equal(model(images).loss, model(images).loss)
+    model.eval()
+    assert torch.equal(model(images, drop_path=draws).loss, model(images).loss)
+    with pytest.raises(ValueError, match=r"drop_path has shape \(7, 3\); .* \(7, 8\)"):
+        model(images, drop_path=draws[:, :3])
 
 
 # ------------------------------------------------------------------------------ what is not computed, exactly
@@ -198,27 +240,14 @@ def rows_through(parts, run):
     return rows
 
 
-@pytest.mark.parametrize("kind", ["mlp", "linear"])
-def test_after_the_last_attention_a_predictor_of_single_patches_sees_the_blocks_that_count(kind):
+@pytest.mark.parametrize("kind", ["mlp", "linear", "transformer"])
+def test_after_the_last_attention_only_the_blocks_that_count_are_computed(kind):
     model = tiny_model(predictor=kind)
-    encoder, predictor = model.encoder, model.predictor
-    assert predictor is not None
-    count = int(model(tiny_images(), ORDER, PREFIX).kept.sum())
-    parts = (encoder.blocks[-1].norm2, encoder.blocks[-1].mlp, encoder.norm, *predictor.blocks)
-    m = model.config.patches_per_block
-    found = rows_through([*parts, *predictor.block_mlps], lambda: model(tiny_images(), ORDER, PREFIX))
-    assert found == [count * m] * len(parts) + [count]
-
-
-def test_after_its_last_attention_a_transformer_predictor_sees_the_blocks_that_count():
-    model = tiny_model()
-    predictor = model.predictor
-    assert predictor is not None
-    count = int(model(tiny_images(), ORDER, PREFIX).kept.sum())
-    all_tokens, m = 2 * 5 * 4, model.config.patches_per_block
-    parts = [predictor.blocks[0].mlp, predictor.blocks[-1].mlp, predictor.norm, *predictor.block_mlps]
+    count, m = int(model(tiny_images(), ORDER, PREFIX).kept.sum()), model.config.patches_per_block
+    layers = [] if kind == "transformer" else list(model.predictor.blocks)
+    parts = [*layers, *model.predictor.block_mlps]
     found = rows_through(parts, lambda: model(tiny_images(), ORDER, PREFIX))
-    assert found == [all_tokens, count * m, count * m, count]
+    assert found == [count * m] * len(layers) + [count]
 
 
 @pytest.mark.parametrize("kind", ["transformer", "mlp"])
@@ -400,8 +429,7 @@ TOKENS = {"tokenizer": "kmeans", "vocab_size": 7}
 
 def token_model(**changes):
     model = tiny_model(**TOKENS, **changes)
-    assert isinstance(model.tokenizer, KMeansTokenizer)
-    model.tokenizer.fit(torch.randn(100, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    model.targets.fit(torch.randn(100, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     return model
 
 
@@ -409,14 +437,10 @@ def token_model(**changes):
 @pytest.mark.parametrize("prefix", [None, PREFIX])
 def test_the_loss_of_tokens_is_their_cross_entropy(changes, prefix):
     model, images = token_model(**changes), tiny_images()
-    config, tokenizer = model.config, model.tokenizer
-    assert tokenizer is not None
     out = model(images, ORDER, prefix)
-    tokens = tokenizer(images).flatten(1)
+    tokens = model.tokenizer(images).flatten(1)
     for distance, part in enumerate(out.distances, start=1):
-        steps, m = config.num_blocks - distance, config.patches_per_block
-        assert part.predictions.shape == (2, steps, m, 7)
-        assert part.targets.shape == (2, steps, m)
+        assert part.predictions.shape == (2, 6 - distance, 4, 7)
         assert part.targets.dtype == torch.int64
         for image, row in part.kept.nonzero().tolist():
             of_block = tokens[image, model.patches_of_blocks[ORDER[row + distance]]]
@@ -424,40 +448,125 @@ def test_the_loss_of_tokens_is_their_cross_entropy(changes, prefix):
             chances = part.predictions[image, row].softmax(-1)
             expected = -torch.stack([chances[i, token].log() for i, token in enumerate(of_block)]).mean()
             torch.testing.assert_close(part.block_loss[image, row], expected, atol=1e-5, rtol=1e-5)
-        rest = ~part.kept
-        assert not part.block_loss[rest].any()
-        assert not part.predictions[rest].any()
-        assert not part.targets[rest].any()
+        for values in (part.block_loss, part.predictions, part.targets):
+            assert not values[~part.kept].any()
     means = [part.block_loss[part.kept].mean() for part in out.distances]
     torch.testing.assert_close(out.loss, torch.stack(means).mean())
-
-
-def test_logits_come_from_the_predictor_and_tokens_take_no_gradient():
-    model = token_model()
-    out = model(tiny_images())
     out.loss.backward()
-    assert model.tokenizer is not None
-    assert [name for name, _ in model.named_buffers() if name.startswith("tokenizer")] == [
-        "tokenizer.centroids"
-    ]
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_kmeans_is_saved_with_the_model_and_an_unfitted_one_is_refused():
+def test_centroids_are_saved_with_the_model_under_the_name_that_files_have():
     fitted, fresh = token_model(), tiny_model(**TOKENS)
     with pytest.raises(ValueError, match="no centroids yet"):
         fresh(tiny_images())
+    assert "tokenizer.centroids" in fitted.state_dict()
     fresh.load_state_dict(fitted.state_dict())
     assert torch.equal(fresh(tiny_images()).loss, fitted(tiny_images()).loss)
-
-
-def test_tokens_of_another_image_size_are_predicted_too():
-    out = token_model()(tiny_images(size=(32, 16)))
-    assert out.predictions.shape == (2, 7, 4, 7)
-
-
-def test_an_encoder_alone_has_no_tokenizer():
     assert tiny_model(predictor=None, **TOKENS).tokenizer is None
+    assert fitted(tiny_images(size=(32, 16))).predictions.shape == (2, 7, 4, 7)
+
+
+# -------------------------------------------------------------------------------- masks of official files
+
+OWN_MASKS = {
+    "full predictor": ({"predictor_attention": "full"}, True),
+    "causal predictor": ({"predictor_attention": "causal"}, True),  # sees the right half of a later block
+    "causal predictor of single patches": ({**SINGLE, "predictor_attention": "causal"}, False),
+    "larger predictor blocks": ({"predictor_attention": "block_causal", "predictor_block_size": 4}, True),
+    "smaller predictor blocks, whole rows": (
+        {"block_size": (2, 6), "predictor_attention": "block_causal", "predictor_block_size": (1, 6)},
+        False,
+    ),
+    "the encoder's blocks again": ({"predictor_attention": "block_causal"}, False),
+    "full encoder": ({"encoder_attention": "full"}, True),
+}
+
+
+@pytest.mark.parametrize("case", OWN_MASKS)
+def test_masks_of_official_files_are_honoured_and_refused_in_training_if_they_leak(case):
+    changes, leaks = OWN_MASKS[case]
+    if "larger" in case:
+        changes = {**changes, "image_size": (16, 32)}
+    model = tiny_model(**changes)
+    config, images = model.config, tiny_images(size=model.config.image_size)
+    n = config.num_patches
+    native = raster_mask(model.patches_of_blocks, torch.arange(config.num_blocks))
+    encoder = native if config.encoder_attention == "block_causal" else torch.ones_like(native)
+    kind, own = config.predictor_attention, encoder
+    if kind == "full":
+        own = torch.ones_like(native)
+    elif kind == "causal":
+        own = torch.ones_like(native).tril()
+    elif kind == "block_causal":
+        rows, columns = {"larger": (4, 4), "smaller": (1, 6)}.get(case.split()[0], (2, 2))
+        places = [(i // config.grid[1] // rows, i % config.grid[1] // columns) for i in range(n)]
+        own = torch.tensor([[a >= b for b in places] for a in places])
+    hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
+    for layer in model.encoder.blocks:
+        hidden = layer(hidden, attn_mask=encoder)
+    hidden = slow_predictor(model, model.encoder.norm(hidden), own[None])
+    joined = hidden[:, model.patches_of_blocks].transpose(-1, -2).flatten(2)
+    expected = model.predictor.block_mlps[0](joined)[:, :-1]
+    torch.testing.assert_close(model(images).predictions, expected, atol=1e-4, rtol=1e-4)
+    assert model.leaks == leaks
+    if leaks:
+        with pytest.raises(ValueError, match="tokens see the blocks they are to predict"):
+            model.train()(images)
+    else:
+        model.train()(images)
+    with pytest.raises(ValueError, match="know no prefix"):
+        model.eval()(images, prefix_lengths=torch.tensor([1, 1]))
+
+
+def test_the_scale_of_attention_is_the_one_given():
+    plain, images = tiny_model(), tiny_images()
+    same, other = tiny_model(qk_scale=8**-0.5), tiny_model(qk_scale=0.5)
+    torch.testing.assert_close(same.encode(images).tokens, plain.encode(images).tokens)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():  # scores s q·k are those of queries that are s sqrt(width) times as long
+        for layer in (*plain.encoder.blocks, *plain.predictor.blocks):
+            queries = layer.attn.qkv.weight.shape[1]
+            for part in (layer.attn.qkv.weight, layer.attn.qkv.bias):
+                part[:queries] *= 0.5 * 8**0.5
+    torch.testing.assert_close(other(images).predictions, plain(images).predictions, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------- meta device, compiled graphs
+
+
+@pytest.mark.parametrize("changes", [{}, AIM, {"predictor_attention": "full"}, TOKENS], ids=str)
+def test_a_model_built_without_data_is_complete_once_its_weights_are_assigned(changes):
+    whole = token_model() if changes is TOKENS else tiny_model(**changes)
+    with torch.device("meta"):
+        model = NextBlockModel(whole.config)
+    model.load_state_dict(whole.state_dict(), assign=True)
+    images = tiny_images(size=whole.config.image_size)
+    assert torch.equal(model.eval()(images).predictions, whole(images).predictions)
+    assert torch.equal(model.encode(images).tokens, whole.encode(images).tokens)
+
+
+def test_tables_are_made_anew_after_to_empty():
+    model, images = tiny_model(), tiny_images()
+    expected, weights = model(images).loss, {name: t.clone() for name, t in model.state_dict().items()}
+    model.to_empty(device="cpu")
+    model.make_buffers()
+    model.load_state_dict(weights)
+    assert torch.equal(model(images).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths", "breaks"), [({"drop_path": 0.2}, None, 0), (AIM, [1, 3], 1), (TOKENS, None, 0)]
+)
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_a_compiled_step_has_one_graph_but_for_the_rows_of_a_prefix(changes, lengths, breaks):
+    model = (token_model() if changes is TOKENS else tiny_model(**changes)).train()
+    images, order = tiny_images(size=model.config.image_size), torch.arange(model.config.num_blocks)
+    prefix = None if lengths is None else torch.tensor(lengths)
+    draws = torch.rand(2, 4) if model.config.drop_path else None
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(model)(images, order, prefix, draws).graph_break_count == breaks
 
 
 # --------------------------------------------------------------------------------------------------- refusals

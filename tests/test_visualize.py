@@ -13,8 +13,7 @@ from nextblock.atomic import WriteError
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig
 from nextblock.data import open_source
 from nextblock.models import NextBlockModel
-from nextblock.objective import block_targets
-from nextblock.tokens import KMeansTokenizer
+from nextblock.targets import KMeansTokenizer, block_targets
 from nextblock.train.monitor import MonitorEvent
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (

@@ -140,13 +140,7 @@ def _hints(config: RunConfig) -> list[str]:
                 f"scaled for you; in proportion to the batch it would be "
                 f"{config.optim.lr * batch_size / meant:.1e}"
             )
-    if not _can_draw(config) and config.monitor.pictures_every is not None:
-        hints.append(f"no pictures: tokens of {config.model.tokenizer} cannot be drawn, only those of kmeans")
     return hints
-
-
-def _can_draw(config: RunConfig) -> bool:
-    return config.model.tokenizer in (None, "kmeans")
 
 
 def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
@@ -157,7 +151,7 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     settings, size = config.monitor, config.model.image_size
     shown = sources.get("val", sources["train"])
     monitors: list[Monitor] = []
-    if settings.pictures_every is not None and _can_draw(config):
+    if settings.pictures_every is not None:
         images, _, _ = some_images(shown, config.data, size, settings.pictures)
         monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
     if settings.knn_every is not None and _have_same_classes(sources):

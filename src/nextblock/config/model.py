@@ -44,14 +44,20 @@ class ModelConfig:
     """Give the linear maps of all layers a bias; AIM has none."""
     patch_norm: bool = False
     """Normalise embedded patches before positions are added, as AIM does."""
+    qk_scale: float | None = None
+    """Scale of queries times keys in all attention layers; null: 1 / sqrt(width of a head)."""
     positions: Literal["learned", "sincos"] = "learned"
     """Position embeddings of encoder and predictor: learned, or fixed sines and cosines of row and column."""
+    resample_antialias: bool = True
+    """Antialias learned positions when they are resampled to another grid, as timm does; XTRA does not."""
     weight_init: Literal["trunc_normal", "xavier_uniform"] = "trunc_normal"
     """Fresh weights of linear maps: truncated normal 0.02 (XTRA), or Xavier uniform (AIM)."""
     drop_path: float = 0.0
     """Drop-path rate of the encoder's last layer; the rate grows linearly from 0 at the first."""
     block_size: Size = 4
     """Patches along a block's side, or (rows, columns). 1 makes the attention plainly causal."""
+    encoder_attention: Literal["block_causal", "full"] = "block_causal"
+    """Mask of the encoder in forward; full lets every patch see the targets, so it cannot be pre-trained."""
     order: Literal["raster", "spiral", "checkerboard", "fixed_random", "random"] = "raster"
     """Which block comes when: row by row, from the centre out, every other block first, one random order, or
     a random set of as many orders as blocks, one drawn a step."""
@@ -75,6 +81,10 @@ class ModelConfig:
     """Attention heads of the predictor."""
     predictor_mlp_ratio: float = 4.0
     """Hidden width of a predictor layer's MLP over its width."""
+    predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
+    """Mask of a transformer predictor: native is the encoder's; the others are for official files."""
+    predictor_block_size: Size | None = None
+    """Patches along a block's side in the predictor's own block-causal mask; null: model.block_size."""
     predictor_extra_norm: bool = False
     """Predictor "mlp": add each layer's normed input to it before the MLP, as AIM's official code does."""
     block_mlp_dim: int | None = 6144
@@ -83,13 +93,11 @@ class ModelConfig:
     """Normalise the target pixels of each block by its own mean and deviation."""
     loss: Literal["mse", "l1"] = "mse"
     """Distance between predicted and true pixels."""
-    tokenizer: str | None = None
-    """Predict the tokens of a frozen tokenizer, by cross-entropy, in place of pixels: kmeans, fitted on
-    normalised patches of data.train, or hf:NAME, a transformers VQ image model (a hub name or a path)."""
+    tokenizer: Literal["kmeans"] | None = None
+    """Predict tokens, by cross-entropy, in place of pixels: kmeans, fitted on normalised patches of
+    data.train, one token a patch."""
     vocab_size: int = 8192
-    """Tokens that the tokenizer knows."""
-    token_px: int | None = None
-    """Side in pixels of the square that a token stands for; null: a patch."""
+    """Number of different tokens."""
     feature_attention: Literal["causal", "full"] = "causal"
     """What `attention="native"` means when this model encodes: the pre-training mask, or none."""
     init: str | None = None
@@ -106,6 +114,7 @@ class ModelConfig:
             )
         for name in ("mlp_ratio", "predictor_mlp_ratio", "norm_eps"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be above 0")
+        require(self.qk_scale is None or self.qk_scale > 0, f"model.qk_scale is {self.qk_scale}; use above 0")
         require(0 <= self.drop_path < 1, f"model.drop_path is {self.drop_path}; it must lie in [0, 1)")
         require_divides(self.embed_dim, self.num_heads, "model.embed_dim", "model.num_heads")
         self._check_geometry()
@@ -113,6 +122,7 @@ class ModelConfig:
             _require_four("model.embed_dim", self.embed_dim)
         if self.predictor is not None:
             self._check_predictor()
+            self._check_own_mask()
             self._check_tokens()
 
     def _check_predictor(self) -> None:
@@ -137,34 +147,41 @@ class ModelConfig:
             f"{self.num_blocks} blocks; predict at most {self.num_blocks - 1} ahead",
         )
 
+    def _check_own_mask(self) -> None:
+        block = self.predictor_block_size
+        require(
+            block is None or self.predictor_attention == "block_causal",
+            f"model.predictor_block_size is {block}, but model.predictor_attention is "
+            f"{self.predictor_attention}; set model.predictor_attention block_causal, or leave it null",
+        )
+        if self.predictor_attention == "native" and self.encoder_attention == "block_causal":
+            return
+        require(
+            self.order == "raster" and not self.prefix,
+            f"model.encoder_attention {self.encoder_attention} and model.predictor_attention "
+            f"{self.predictor_attention} need model.order raster and no model.prefix",
+        )
+        require(
+            self.predictor_attention == "native" or self.predictor == "transformer",
+            f"model.predictor_attention is {self.predictor_attention}, but a predictor {self.predictor} has "
+            "no attention; leave it native",
+        )
+        rows, columns = (1, 1) if block is None else pair(block)
+        require(
+            rows >= 1 and columns >= 1 and self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
+            f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]} "
+            "patches; use a divisor",
+        )
+
     def _check_tokens(self) -> None:
         if self.tokenizer is None:
-            require(
-                self.token_px is None,
-                f"model.token_px is {self.token_px}, but no tokens are predicted; leave it null, or set "
-                "model.tokenizer",
-            )
             return
         require(
             self.norm_pixels and self.loss == "mse",
             f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels, and tokens of "
             f"{self.tokenizer} are predicted by cross-entropy; leave them out, or set model.tokenizer null",
         )
-        require(
-            self.tokenizer == "kmeans" or (self.tokenizer.startswith("hf:") and len(self.tokenizer) > 3),
-            f"model.tokenizer is {self.tokenizer!r}; it must be kmeans, hf:NAME, or null for pixels",
-        )
         require(self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; use at least 2")
-        require(
-            self.token_px is None or self.tokenizer != "kmeans",
-            f"model.token_px is {self.token_px}, but kmeans makes one token a patch; leave it null",
-        )
-        side = self.token_side_px
-        require(
-            side >= 1 and all(block % side == 0 for block in self.block_px),
-            f"blocks of {self.block_px[0]}x{self.block_px[1]} px are no whole number of tokens of "
-            f"{side}x{side} px; change model.token_px or model.block_size",
-        )
 
     def _check_geometry(self) -> None:
         rows, columns = pair(self.image_size)
@@ -181,6 +198,11 @@ class ModelConfig:
             f"cannot be cut into blocks of {pair(self.block_size)[0]}x{pair(self.block_size)[1]} patches; "
             f"use model.image_size {_nearest_sizes(self.image_size, unit)}, or another model.block_size",
         )
+
+    @property
+    def has_class_token(self) -> bool:
+        """False: these encoders have patches alone, unlike some of timm's."""
+        return False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -220,21 +242,6 @@ class ModelConfig:
     def block_values(self) -> int:
         """Pixel values in a block, p: channels x height x width."""
         return self.in_chans * self.block_px[0] * self.block_px[1]
-
-    @property
-    def token_side_px(self) -> int:
-        """Side in pixels of the square that a tokenizer's token stands for."""
-        return self.patch_size if self.token_px is None else self.token_px
-
-    @property
-    def tokens_per_block(self) -> int:
-        """A tokenizer's tokens in a block."""
-        return (self.block_px[0] // self.token_side_px) * (self.block_px[1] // self.token_side_px)
-
-    @property
-    def outputs_per_block(self) -> int:
-        """Numbers that are predicted of a block: its pixel values, or the logits of its tokens."""
-        return self.block_values if self.tokenizer is None else self.tokens_per_block * self.vocab_size
 
 
 def _require_four(name: str, width: int) -> None:

@@ -27,8 +27,7 @@ from nextblock.interop.cards import Provenance
 from nextblock.interop.files import make_parent, refuse_directory
 from nextblock.interop.timm_format import data_at, encoder_at
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.features import pool_features
+from nextblock.models.heads import ImageClassifier, pool_features
 from nextblock.settings import to_dict
 
 __all__ = ["OPSET", "OnnxError", "write_onnx"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nextblock.checkpoint import CheckpointError
 from nextblock.config import ModelConfig, pair
 from nextblock.models import NextBlockModel
-from nextblock.models.encoder import positions_on
+from nextblock.models.vit import positions_on
 
 __all__ = ["InitReport", "in_groups", "initialize_from"]
 

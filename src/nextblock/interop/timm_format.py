@@ -30,8 +30,8 @@ from nextblock.interop.timm_models import model_args
 from nextblock.interop.timm_spec import TIMM_SPEC, parse_timm_spec, timm_model
 from nextblock.interop.timm_weights import TIMM_EPS, from_timm, is_timm_weights, read_timm_weights
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.encoder import positions_on, vit_arguments
 from nextblock.models.timm_encoder import TimmConfig
+from nextblock.models.vit import positions_on, vit_arguments
 from nextblock.settings import from_dict, to_dict
 
 __all__ = [

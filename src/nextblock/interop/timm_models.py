@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
 from nextblock.config import ModelConfig, Size, pair
-from nextblock.models.encoder import (
+from nextblock.models.vit import (
     layer_outputs,
     positions_of,
     resample_positions,
