@@ -179,14 +179,19 @@ def test_a_config_of_ones_own_is_checked_by_its_annotations():
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (lambda: ModelConfig(tokenizer="vq"), ("model.tokenizer is 'vq'", "kmeans, hf:NAME, or null")),
-        (lambda: ModelConfig(tokenizer="hf:"), ("model.tokenizer is 'hf:'",)),
-        (lambda: ModelConfig(tokenizer="kmeans", vocab_size=1), ("model.vocab_size is 1", "at least 2")),
-        (lambda: ModelConfig(tokenizer="kmeans", token_px=8), ("model.token_px is 8", "leave it null")),
+        (lambda: ModelConfig(predictor_block_size=4), ("model.predictor_block_size is 4", "block_causal")),
         (
-            lambda: ModelConfig(tokenizer="hf:a/b", token_px=24),
-            ("blocks of 64x64 px", "tokens of 24x24 px", "change model.token_px or model.block_size"),
+            lambda: ModelConfig(predictor_attention="block_causal", predictor_block_size=3),
+            ("predictor_block_size 3 does not divide a grid of 16x16",),
         ),
+        (lambda: ModelConfig(predictor_attention="full", prefix=True), ("no model.prefix",)),
+        (
+            lambda: ModelConfig(predictor_attention="causal", predictor="mlp"),
+            ("a predictor mlp has no attention",),
+        ),
+        (lambda: ModelConfig(encoder_attention="full"), ("model.feature_attention is causal", "full")),
+        (lambda: ModelConfig(qk_scale=0.0), ("model.qk_scale is 0.0",)),
+        (lambda: ModelConfig(tokenizer="kmeans", vocab_size=1), ("model.vocab_size is 1", "at least 2")),
         (
             lambda: ModelConfig(positions="sincos", embed_dim=90, num_heads=3),
             ("model.embed_dim 90 cannot be divided among the sines", "use 88 or 92"),
@@ -195,7 +200,6 @@ def test_a_config_of_ones_own_is_checked_by_its_annotations():
             lambda: ModelConfig(positions="sincos", predictor_dim=90, predictor_heads=3),
             ("model.predictor_dim 90", "use 88 or 92"),
         ),
-        (lambda: ModelConfig(token_px=8), ("model.token_px is 8", "no tokens are predicted")),
         (lambda: ModelConfig(tokenizer="kmeans", loss="l1"), ("model.loss l1", "cross-entropy")),
         (
             lambda: ModelConfig(tokenizer="kmeans", norm_pixels=False),
@@ -217,16 +221,6 @@ def test_a_config_of_ones_own_is_checked_by_its_annotations():
 )
 def test_what_cannot_be_together_is_refused(make, parts):
     refuses(make, *parts)
-
-
-def test_a_predictors_outputs_are_pixels_or_logits():
-    assert ModelConfig(block_size=2).outputs_per_block == 3 * 32 * 32
-    tokens = ModelConfig(block_size=2, tokenizer="kmeans", vocab_size=100)
-    assert (tokens.tokens_per_block, tokens.outputs_per_block) == (4, 400)
-    finer = ModelConfig(block_size=2, tokenizer="hf:a/b", token_px=8, vocab_size=100)
-    assert (finer.tokens_per_block, finer.outputs_per_block) == (16, 1600)
-    coarser = ModelConfig(block_size=2, tokenizer="hf:a/b", token_px=32, vocab_size=100)
-    assert (coarser.tokens_per_block, coarser.outputs_per_block) == (1, 100)
 
 
 def test_one_source_and_several_are_named_alike():

@@ -479,7 +479,7 @@ OWN_MASKS = {
         False,
     ),
     "the encoder's blocks again": ({"predictor_attention": "block_causal"}, False),
-    "full encoder": ({"encoder_attention": "full"}, True),
+    "full encoder": ({"encoder_attention": "full", "feature_attention": "full"}, True),
 }
 
 

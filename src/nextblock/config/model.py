@@ -118,6 +118,11 @@ class ModelConfig:
         require(0 <= self.drop_path < 1, f"model.drop_path is {self.drop_path}; it must lie in [0, 1)")
         require_divides(self.embed_dim, self.num_heads, "model.embed_dim", "model.num_heads")
         self._check_geometry()
+        require(
+            self.encoder_attention == "block_causal" or self.feature_attention == "full",
+            f"model.encoder_attention is full, but model.feature_attention is {self.feature_attention}; "
+            "set it to full",
+        )
         if self.positions == "sincos":
             _require_four("model.embed_dim", self.embed_dim)
         if self.predictor is not None:

@@ -104,7 +104,7 @@ def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, object]
 
 
 def _differing(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tuple[object, object]]]:
-    names = ["patch_size", "norm_eps", "patch_norm"]
+    names = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
     names += ["positions"] if own.positions == "sincos" else []  # learned ones begin where fixed ones are
     names += ["bias"] if not own.bias else []  # a fresh bias is zero: the same function
     for name in names:

@@ -78,6 +78,11 @@ def write_timm(
     if isinstance(model, NextBlockModel):
         whole, model = model, encoder_at(model, image_size)
         data = data_at(data, whole.config, model.config)
+        if model.config.qk_scale is not None:
+            raise ValueError(
+                f"model.qk_scale is {model.config.qk_scale:g}, and timm's attention knows no other scale than "
+                "1 / sqrt(width of a head); convert to nextblock or onnx"
+            )
         described = _description(model.config, data, provenance)
     else:
         described = _description_of_timms(model, data, provenance)
