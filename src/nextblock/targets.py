@@ -1,23 +1,22 @@
 """What the model predicts of each block, and how far off it is: pixels, or k-means tokens.
 
-`make_targets` gives either kind behind one set of methods, so that the model, training and pictures need not
-know which. Everything is computed in fp32, whatever the precision around it. The loss of several
-micro-batches or processes is a sum over kept blocks divided by their number in the whole batch; so block
-losses and counts come apart here.
+Both kinds have the same methods, so that the model, training and pictures need not know which one it is.
+Everything is computed in fp32, whatever the precision around it. The loss of several micro-batches or
+processes is a sum over kept blocks divided by their number in the whole batch; so block losses and counts
+come apart here.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float32, Int64, Shaped
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
@@ -33,84 +32,46 @@ MAX_LLOYD_PRODUCTS = 2 * 10**10
 """Patches x clusters x values up to which every step of a fit sees all patches: about a minute on a core."""
 
 
-class Targets(ABC):
-    """What is predicted of a block. `*p` are the axes of a prediction, `*t` those of a target."""
+class PixelTargets:
+    """A block's pixels as (c h w), normalised or raw (`config.norm_pixels`), by MSE or L1 (`config.loss`).
 
-    outputs: int
-    """Numbers that the predictor puts out for a block."""
-    tokenizer: KMeansTokenizer | None = None
-    """The module behind the targets, saved with the model."""
+    Another kind of target needs the same attributes and methods. `*p` below are the axes of a prediction,
+    `*t` those of a target; here both are p pixel values.
+    """
+
+    needs_fit = False
+    """Whether `fit(patches, seed)` must be called before targets can be made."""
+    tokenizer = None
+    """The module behind the targets, which is saved with the model."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-
-    @property
-    def needs_fit(self) -> bool:
-        """Whether `fit` must be called before these targets can be made."""
-        return False
-
-    def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
-        """Fit them to normalised patches of the training images; the result is f(patches, seed)."""
-        raise NotImplementedError
+        self.outputs = config.block_values
+        """Numbers that the predictor puts out for a block."""
 
     def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps *p"]:
-        """The predictor's `outputs` as predictions."""
+        """The predictor's outputs as predictions."""
         return outputs
 
-    @abstractmethod
     def of_blocks(
         self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"]
-    ) -> Shaped[Tensor, "b k *t"]:
+    ) -> Float[Tensor, "b k *t"]:
         """The targets of all blocks, along the order."""
-
-    @abstractmethod
-    def losses(
-        self, predictions: Float[Tensor, "b steps *p"], targets: Shaped[Tensor, "b steps *t"]
-    ) -> Float[Tensor, "b steps"]:
-        """The loss of each block."""
-
-    @abstractmethod
-    def reference_losses(self, targets: Shaped[Tensor, "b k *t"]) -> dict[str, Float[Tensor, " b"]]:
-        """The mean loss of each image without a model, from the targets of all its blocks."""
-
-    @abstractmethod
-    def to_pixels(
-        self,
-        predictions: Float[Tensor, "b steps *p"],
-        images: Float[Tensor, "b c h w"],
-        order: Int64[Tensor, " k"],
-    ) -> Float[Tensor, "b steps p"]:
-        """Pixels that predictions of positions 1, 2, ... stand for, to be drawn.
-
-        A normalised prediction says nothing of brightness and contrast: it gets those of the true pixels.
-        """
-
-
-class PixelTargets(Targets):
-    """A block's pixels as (c h w), normalised or raw (`config.norm_pixels`), by MSE or L1 (`config.loss`)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.outputs = config.block_values
-
-    def of_blocks(
-        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"]
-    ) -> Float[Tensor, "b k p"]:
-        """The true pixels."""
         pixels = patchify(images.float(), self.config.block_px).index_select(1, order)
         return normalize_blocks(pixels) if self.config.norm_pixels else pixels
 
     def losses(
-        self, predictions: Float[Tensor, "b steps p"], targets: Float[Tensor, "b steps p"]
-    ) -> Float[Tensor, "b steps"]:
+        self, predictions: Float[Tensor, "b steps *p"], targets: Float[Tensor, "b steps *t"]
+    ) -> Float32[Tensor, "b steps"]:
         """Mean over a block's pixel values of the squared or absolute difference."""
         difference = predictions.float() - targets.float()
         return (difference.square() if self.config.loss == "mse" else difference.abs()).mean(-1)
 
-    def reference_losses(self, targets: Float[Tensor, "b k p"]) -> dict[str, Float[Tensor, " b"]]:
-        """Predicting "zero", and "copy_previous", the previous block.
+    def reference_losses(self, targets: Float[Tensor, "b k *t"]) -> dict[str, Float[Tensor, " b"]]:
+        """The mean loss of each image without a model, from the targets of all its blocks.
 
-        With normalised pixels and MSE, zero costs about 1 (exactly (p-1)/p on a block that is not flat).
+        Predicting "zero", and "copy_previous", the previous block. With normalised pixels and MSE, zero costs
+        about 1 (exactly (p-1)/p on a block that is not flat).
         """
         true = targets[:, 1:]
         return {
@@ -120,24 +81,25 @@ class PixelTargets(Targets):
 
     def to_pixels(
         self,
-        predictions: Float[Tensor, "b steps p"],
+        predictions: Float[Tensor, "b steps *p"],
         images: Float[Tensor, "b c h w"],
         order: Int64[Tensor, " k"],
-    ) -> Float[Tensor, "b steps p"]:
-        """Predictions with the mean and deviation of the true block, or as they are if raw."""
+    ) -> Float[Tensor, "b steps values"]:
+        """Pixels that predictions of positions 1, 2, ... stand for, to be drawn.
+
+        A normalised prediction says nothing of brightness and contrast: it gets those of the true pixels.
+        """
         if not self.config.norm_pixels:
             return predictions.float()
         true = patchify(images.float(), self.config.block_px).index_select(1, order[1:])
         return denormalize_blocks(predictions.float(), true)
 
 
-class TokenTargets(Targets):
+class TokenTargets:
     """The k-means token of each patch of a block, by cross-entropy (AIM, section 4.1)."""
 
-    tokenizer: KMeansTokenizer
-
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        self.config = config
         self.tokenizer = KMeansTokenizer(config.vocab_size, config.in_chans, config.patch_size)
         self.outputs = config.patches_per_block * config.vocab_size
         # Of a block: patches along (height, width), and the (height, width) of one.
@@ -173,6 +135,7 @@ class TokenTargets(Targets):
 
     def reference_losses(self, targets: Int64[Tensor, "b k m"]) -> dict[str, Float[Tensor, " b"]]:
         """Predicting all tokens alike, "uniform", and by their "frequency" in these images."""
+        # Who knows only how frequent each token is pays the entropy of these frequencies.
         shares = targets.cpu().flatten().bincount().double() / targets.numel()
         costs = {"uniform": math.log(self.config.vocab_size), "frequency": -torch.xlogy(shares, shares).sum()}
         return {
@@ -189,11 +152,15 @@ class TokenTargets(Targets):
         """The likeliest tokens' centroids, each with the mean and deviation of the true patch."""
         centroids = self.tokenizer.centroids.to(predictions.device)
         patches = rearrange(embedding(predictions.argmax(-1), centroids), "b k m p -> (b k) m p")
+        # A true block is an image of its own, cut into the same patches; then the patches go back together.
         true = patchify(images.float(), self.config.block_px).index_select(1, order[1:])
         blocks = rearrange(true, "b k p -> (b k) p").view(-1, images.shape[1], *self.config.block_px)
         patches = denormalize_blocks(patches, patchify(blocks, self._patch_px))
         blocks = unpatchify(patches, self._per_block, self._patch_px)
         return rearrange(blocks, "(b k) c h w -> b k (c h w)", b=len(images))
+
+
+Targets = PixelTargets | TokenTargets
 
 
 def make_targets(config: ModelConfig) -> Targets:
@@ -252,6 +219,7 @@ def combine(
     Rows that are not kept hold zero. `divisors` are numbers of kept rows, one for each distance: those of
     this part for its own mean, those of the global batch for its share of the batch's loss.
     """
+    # Distances weigh alike, however many rows each has.
     means = [part.sum() / divisor for part, divisor in zip(losses, divisors, strict=True)]
     return torch.stack(means).mean()
 

@@ -80,8 +80,8 @@ def write_timm(
         data = data_at(data, whole.config, model.config)
         if model.config.qk_scale is not None:
             raise ValueError(
-                f"model.qk_scale is {model.config.qk_scale:g}, and timm's attention knows no other scale than "
-                "1 / sqrt(width of a head); convert to nextblock or onnx"
+                f"model.qk_scale is {model.config.qk_scale:g}, but timm's attention has no setting for it; "
+                "convert to nextblock or onnx"
             )
         described = _description(model.config, data, provenance)
     else:

@@ -93,6 +93,7 @@ def pool_features(
     def pool(outputs: Sequence[Tensor]) -> Tensor:
         chosen = [outputs[layer] for layer in config.layers]
         chosen = [norm(output) for output in chosen] if config.norm_layers else chosen
+        # Layers are averaged token by token; joined, a token has the channels of all of them.
         return torch.stack(chosen).mean(dim=0) if config.layer_pool == "mean" else torch.cat(chosen, dim=-1)
 
     if config.tokens in ("class", "joined"):

@@ -130,6 +130,7 @@ class NextBlockModel(nn.Module):
         assert self.targets is not None
         assert self.predictor is not None
         self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
+        # Everything is made for the size of these images; at the model's own size these are its buffers.
         geometry, k, m = self._geometry_at(config), config.num_blocks, config.patches_per_block
         order = geometry.orders[0] if block_order is None else block_order
         order = order.to(images.device, non_blocking=True)
@@ -138,6 +139,8 @@ class NextBlockModel(nn.Module):
         # from it, so it is left out: the loss is the same, and 1/k of the work is saved. Only masks that leak
         # (those of some official files) need it.
         patches = geometry.patches_of_blocks[order[: k if self.leaks else k - 1]].flatten()
+        # In the order of the blocks the mask is a staircase, whichever block comes when. A prefix opens it
+        # for each image, and tells which rows are predicted.
         mask, rows, prefix = geometry.mask, None, None
         if prefix_lengths is not None:
             # Computed where the lengths are: on the CPU, nonzero waits for no GPU. Row i is of use if its
@@ -148,6 +151,7 @@ class NextBlockModel(nn.Module):
             positions = torch.arange(k - 1, device=images.device).repeat_interleave(m)
             mask = may_attend(positions, prefix)
         predictor_mask = mask
+        # An own mask is made for patches in raster order: take it to the order of the sequence.
         if geometry.predictor_mask is not None:
             predictor_mask = geometry.predictor_mask[patches[:, None], patches]
 
@@ -158,6 +162,7 @@ class NextBlockModel(nn.Module):
         )[-1]
         joined = self._decode(self.encoder.norm(tokens), config, patches, predictor_mask, rows)
 
+        # Each distance has an output map of its own, on the same joined tokens.
         targets = self.targets.of_blocks(images, order)
         distances = [
             self._predict(mlp, joined, targets, distance, rows, prefix)
@@ -238,11 +243,13 @@ class NextBlockModel(nn.Module):
         if kind not in ("causal", "full"):
             raise ValueError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
         config = self._config_at(images, predicting=False, blocks_matter=kind == "causal")
+        # Here tokens stay in raster order, and the mask is permuted instead: features are read as they lie.
         mask = None
         if kind == "causal" and config.encoder_attention == "block_causal":
             geometry = self._geometry_at(config)
             mask = raster_mask(geometry.patches_of_blocks, geometry.orders[0])
-        tokens = patch_tokens(self.encoder, images, self.config).contiguous()  # else every norm copies
+        # The patch projection's output is a transposed view; without a copy every norm would make one.
+        tokens = patch_tokens(self.encoder, images, self.config).contiguous()
         layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)
         return Encoded(self.encoder.norm(layers[-1]), layers)
 
@@ -275,6 +282,7 @@ class NextBlockModel(nn.Module):
             raise ValueError(
                 f"images have {images.shape[1]} channels, the model takes {self.config.in_chans}"
             )
+        # Shapes alone are looked at: they are constants of a compiled graph, and wait for no GPU.
         size = (images.shape[2], images.shape[3])
         if size == pair(self.config.image_size):
             return self.config
@@ -339,6 +347,7 @@ def masks_leak(config: ModelConfig) -> bool:
         return False
     if config.encoder_attention == "full":
         return True
+    # The last block may see all before it, so the whole staircase is what is allowed.
     own = _predictor_mask(config)
     with torch.device("cpu"):
         native = raster_mask(
@@ -351,6 +360,7 @@ def _geometry(config: ModelConfig, leaks: bool) -> Geometry:
     """The tables of a size, on the CPU, also if the model itself is built on the meta device."""
     with torch.device("cpu"):
         mask = None
+        # Without the last block, unless some mask lets an earlier token see it.
         if config.encoder_attention == "block_causal":
             seen = config.num_blocks if leaks else config.num_blocks - 1
             mask = may_attend(torch.arange(seen).repeat_interleave(config.patches_per_block))

@@ -67,6 +67,7 @@ class Predictor(nn.Module):
                 else _mlp(config.embed_dim, config.projection_dim, width, bias=False)
             )
             self.pos_embed = fresh_positions(config, width)
+            # Built in this order, as each module draws its weights from the global generator.
             layer = _transformer_layer if self.mixes_tokens else ResidualMlp
             self.blocks = nn.Sequential(*[layer(config) for _ in range(config.predictor_depth)])
             self.norm = layer_norm(config)(width)
@@ -90,6 +91,8 @@ class Predictor(nn.Module):
     ) -> Float[Tensor, "*rows d"]:
         """Projection, layers and norm; with `fp32` the layers leave autocast, as officially."""
         hidden = self.projection(tokens)
+        # The official code runs its decoder (positions, layers, norm) in fp32, as fp16 overflows there; the
+        # projection before it and the block MLPs behind it stay under autocast.
         with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
             hidden = hidden.float() if fp32 else hidden
             hidden = hidden if positions is None else hidden + positions

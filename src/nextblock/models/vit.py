@@ -121,6 +121,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     the patch projection Kaiming-normal (fan in), learned positions truncated normal 0.02; or as AIM's
     training code: all of them Xavier-uniform. Draws from torch's global generator.
     """
+    # timm builds the module and names its weights; its own initialisation is skipped, ours follows.
     encoder = VisionTransformer(
         num_classes=0,
         global_pool="",
@@ -185,6 +186,7 @@ def patch_tokens(
     encoder: VisionTransformer, images: Float[Tensor, "b c h w"], config: ModelConfig
 ) -> Float[Tensor, "b n d"]:
     """Embedded patches with their positions, in raster order; `config` is that of the encoder's own size."""
+    # timm's own patch embedding insists on one image size, so its two parts are called one by one.
     embedded = encoder.patch_embed.proj(images)
     grid = (embedded.shape[2], embedded.shape[3])
     tokens = encoder.patch_embed.norm(rearrange(embedded, "b d i j -> b (i j) d"))
@@ -235,6 +237,7 @@ def resample_positions(
     # timm 1.0.26 leaves any grid of as many patches alone if the new one is square, even if it was not.
     if old_grid == new_grid:
         return positions
+    # Positions are an image of d channels on the grid.
     on_grid = rearrange(positions.float(), "1 (i j) d -> 1 d i j", i=old_grid[0])
     resampled = interpolate(on_grid, size=new_grid, mode="bicubic", antialias=antialias)
     return rearrange(resampled, "1 d i j -> 1 (i j) d").to(positions.dtype)
