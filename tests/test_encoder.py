@@ -72,20 +72,10 @@ def test_positions_have_deviation_002_and_norms_begin_as_the_identity(fresh):
         assert not norm.bias.any()
 
 
-def test_the_weights_are_those_of_the_seed():
-    first, second, other = (tiny_model(seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["encoder.pos_embed"], other["encoder.pos_embed"])
-
-
 def test_the_encoder_is_without_class_token_and_head(fresh):
     names = {name.split(".")[0] for name in fresh.encoder.state_dict()}
     assert names == {"pos_embed", "patch_embed", "blocks", "norm"}
     assert fresh.encoder.pos_embed.shape == (1, 64, 192)
-
-
-def test_only_weights_are_saved(fresh):
-    assert set(fresh.state_dict()) == {name for name, _ in fresh.named_parameters()}
 
 
 # ----------------------------------------------------------------------------------- AIM's weights, positions
@@ -215,37 +205,6 @@ def test_recomputing_keeps_less_runs_every_layer_twice_and_changes_nothing(drop_
         torch.testing.assert_close(other_gradients[name], gradient, msg=name)
 
 
-def test_recomputing_can_be_taken_back():
-    model = tiny_model().train()
-    run(model, recompute=True)
-    assert len(run(model, recompute=False)[3]) == 4
-
-
-def test_encoding_recomputes_as_well():
-    model, images = tiny_model(), tiny_images()
-    expected = torch.autograd.grad(
-        model.encode(images).tokens.square().sum(), model.encoder.patch_embed.proj.weight
-    )
-    model.set_grad_checkpointing()
-    calls = []
-    model.encoder.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    found = torch.autograd.grad(
-        model.encode(images).tokens.square().sum(), model.encoder.patch_embed.proj.weight
-    )
-    assert len(calls) == 2
-    torch.testing.assert_close(found, expected)
-
-
-def test_without_gradients_no_layer_runs_twice():
-    model = tiny_model()
-    model.set_grad_checkpointing()
-    calls = []
-    model.encoder.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        model(tiny_images())
-    assert len(calls) == 1
-
-
 # -------------------------------------------------------------------------------------------------- precision
 
 
@@ -281,13 +240,6 @@ def test_predictor_fp32_keeps_the_predictors_layers_alone_out_of_autocast():
         layers = torch.float32 if fp32 else torch.bfloat16
         assert [dtypes[name] for name in names] == [torch.bfloat16, torch.bfloat16, layers, torch.bfloat16]
         assert out.predictions.dtype == torch.bfloat16
-
-
-def test_predictor_fp32_changes_nothing_without_autocast():
-    model = tiny_model()
-    expected = model(tiny_images()).predictions
-    model.predictor_fp32 = True
-    assert torch.equal(model(tiny_images()).predictions, expected)
 
 
 def test_the_result_does_not_hang_on_the_attention_kernel():

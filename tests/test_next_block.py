@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from nextblock.blocks import patchify, raster_mask, unpatchify
-from nextblock.models import NextBlockModel
+from nextblock.blocks import patchify, unpatchify
 from nextblock.targets import normalize_blocks
 from toy import tiny_images, tiny_model
 
@@ -259,17 +258,6 @@ def test_recomputed_layers_give_the_same_gradients_under_a_prefix(kind):
         assert torch.equal(gradient, plain[name]), name
 
 
-def test_the_last_blocks_pixels_change_its_target_and_nothing_else():
-    model, images = tiny_model(), tiny_images()
-    pixels = patchify(images, model.config.block_px)
-    pixels[:, ORDER[-1]] = torch.randn(2, model.config.block_values)
-    changed = unpatchify(pixels, model.config.block_grid, model.config.block_px)
-    before, after = model(images, ORDER), model(changed, ORDER)
-    assert torch.equal(before.predictions, after.predictions)
-    assert torch.equal(before.targets[:, :-1], after.targets[:, :-1])
-    assert not torch.equal(before.targets[:, -1], after.targets[:, -1])
-
-
 # -------------------------------------------------------------------------------------------------- causality
 
 
@@ -297,26 +285,6 @@ def test_no_later_block_reaches_an_earlier_prediction(changes, kind, with_prefix
         for image in range(2):
             expected = [bool(out.kept[image, row]) and position <= row for position in range(k)]
             assert found[image].tolist() == expected, (row, image)
-
-
-def test_images_do_not_see_each_other():
-    model, images = tiny_model(), tiny_images(3).requires_grad_()
-    out = model(images, ORDER, torch.tensor([0, 4, 2]))
-    found = reach(out.predictions[1], images, model.config, ORDER).any(1)
-    assert found.tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("length", [0, 1, 3, 5])
-def test_all_blocks_of_the_prefix_are_seen_from_its_first_block_on(length):
-    model, images = tiny_model(), tiny_images(1).requires_grad_()
-    encoded = []
-    model.encoder.norm.register_forward_hook(lambda _, __, output: encoded.append(output))
-    model(images, ORDER, torch.tensor([length]))
-    m = model.config.patches_per_block
-    for position in range(5):
-        tokens = encoded[0][:, position * m : (position + 1) * m]
-        found = reach(tokens, images, model.config, ORDER)[0].tolist()
-        assert found == [other < max(position + 1, length) for other in range(6)], position
 
 
 def test_one_image_in_a_batch_gets_what_it_gets_alone():
@@ -348,26 +316,12 @@ def test_an_order_is_the_same_as_moving_blocks_by_hand():
     torch.testing.assert_close(given.predictions, expected.predictions, atol=1e-5, rtol=1e-5)
 
 
-def test_an_order_changes_predictions():
-    model, images = tiny_model(), tiny_images()
-    other = torch.tensor([0, 1, 2, 4, 3, 5])
-    first, second = model(images), model(images, other)
-    torch.testing.assert_close(first.predictions[:, :3], second.predictions[:, :3], atol=1e-5, rtol=1e-5)
-    assert (first.predictions[:, 3] - second.predictions[:, 3]).abs().max() > 0.01
-
-
 def test_a_model_of_random_orders_predicts_and_encodes_by_the_first():
     model, images = tiny_model(order="random", order_seed=4), tiny_images()
     assert model.orders[0].tolist() != list(range(6))
     assert torch.equal(model(images).predictions, model(images, model.orders[0]).predictions)
     expected = slow_encoding(model, images, model.orders[0].tolist())
     torch.testing.assert_close(model.encode(images).tokens, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_targets_are_the_blocks_of_the_image_along_the_order():
-    model, images = tiny_model(norm_pixels=False), tiny_images()
-    out = model(images, ORDER)
-    assert torch.equal(out.targets, patchify(images, model.config.block_px)[:, ORDER[1:]])
 
 
 # ----------------------------------------------------------------------------------------------------- prefix
@@ -465,108 +419,6 @@ def test_centroids_are_saved_with_the_model_under_the_name_that_files_have():
     assert torch.equal(fresh(tiny_images()).loss, fitted(tiny_images()).loss)
     assert tiny_model(predictor=None, **TOKENS).tokenizer is None
     assert fitted(tiny_images(size=(32, 16))).predictions.shape == (2, 7, 4, 7)
-
-
-# -------------------------------------------------------------------------------- masks of official files
-
-OWN_MASKS = {
-    "full predictor": ({"predictor_attention": "full"}, True),
-    "causal predictor": ({"predictor_attention": "causal"}, True),  # sees the right half of a later block
-    "causal predictor of single patches": ({**SINGLE, "predictor_attention": "causal"}, False),
-    "larger predictor blocks": ({"predictor_attention": "block_causal", "predictor_block_size": 4}, True),
-    "smaller predictor blocks, whole rows": (
-        {"block_size": (2, 6), "predictor_attention": "block_causal", "predictor_block_size": (1, 6)},
-        False,
-    ),
-    "the encoder's blocks again": ({"predictor_attention": "block_causal"}, False),
-    "full encoder": ({"encoder_attention": "full", "feature_attention": "full"}, True),
-}
-
-
-@pytest.mark.parametrize("case", OWN_MASKS)
-def test_masks_of_official_files_are_honoured_and_refused_in_training_if_they_leak(case):
-    changes, leaks = OWN_MASKS[case]
-    if "larger" in case:
-        changes = {**changes, "image_size": (16, 32)}
-    model = tiny_model(**changes)
-    config, images = model.config, tiny_images(size=model.config.image_size)
-    n = config.num_patches
-    native = raster_mask(model.patches_of_blocks, torch.arange(config.num_blocks))
-    encoder = native if config.encoder_attention == "block_causal" else torch.ones_like(native)
-    kind, own = config.predictor_attention, encoder
-    if kind == "full":
-        own = torch.ones_like(native)
-    elif kind == "causal":
-        own = torch.ones_like(native).tril()
-    elif kind == "block_causal":
-        rows, columns = {"larger": (4, 4), "smaller": (1, 6)}.get(case.split()[0], (2, 2))
-        places = [(i // config.grid[1] // rows, i % config.grid[1] // columns) for i in range(n)]
-        own = torch.tensor([[a >= b for b in places] for a in places])
-    hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
-    for layer in model.encoder.blocks:
-        hidden = layer(hidden, attn_mask=encoder)
-    hidden = slow_predictor(model, model.encoder.norm(hidden), own[None])
-    joined = hidden[:, model.patches_of_blocks].transpose(-1, -2).flatten(2)
-    expected = model.predictor.block_mlps[0](joined)[:, :-1]
-    torch.testing.assert_close(model(images).predictions, expected, atol=1e-4, rtol=1e-4)
-    assert model.leaks == leaks
-    if leaks:
-        with pytest.raises(ValueError, match="tokens see the blocks they are to predict"):
-            model.train()(images)
-    else:
-        model.train()(images)
-    with pytest.raises(ValueError, match="know no prefix"):
-        model.eval()(images, prefix_lengths=torch.tensor([1, 1]))
-
-
-def test_the_scale_of_attention_is_the_one_given():
-    plain, images = tiny_model(), tiny_images()
-    same, other = tiny_model(qk_scale=8**-0.5), tiny_model(qk_scale=0.5)
-    torch.testing.assert_close(same.encode(images).tokens, plain.encode(images).tokens)
-    assert list(other.state_dict()) == list(plain.state_dict())
-    with torch.no_grad():  # scores s q·k are those of queries that are s sqrt(width) times as long
-        for layer in (*plain.encoder.blocks, *plain.predictor.blocks):
-            queries = layer.attn.qkv.weight.shape[1]
-            for part in (layer.attn.qkv.weight, layer.attn.qkv.bias):
-                part[:queries] *= 0.5 * 8**0.5
-    torch.testing.assert_close(other(images).predictions, plain(images).predictions, atol=1e-5, rtol=1e-4)
-
-
-# ------------------------------------------------------------------------------- meta device, compiled graphs
-
-
-@pytest.mark.parametrize("changes", [{}, AIM, {"predictor_attention": "full"}, TOKENS], ids=str)
-def test_a_model_built_without_data_is_complete_once_its_weights_are_assigned(changes):
-    whole = token_model() if changes is TOKENS else tiny_model(**changes)
-    with torch.device("meta"):
-        model = NextBlockModel(whole.config)
-    model.load_state_dict(whole.state_dict(), assign=True)
-    images = tiny_images(size=whole.config.image_size)
-    assert torch.equal(model.eval()(images).predictions, whole(images).predictions)
-    assert torch.equal(model.encode(images).tokens, whole.encode(images).tokens)
-
-
-def test_tables_are_made_anew_after_to_empty():
-    model, images = tiny_model(), tiny_images()
-    expected, weights = model(images).loss, {name: t.clone() for name, t in model.state_dict().items()}
-    model.to_empty(device="cpu")
-    model.make_buffers()
-    model.load_state_dict(weights)
-    assert torch.equal(model(images).loss, expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "lengths", "breaks"), [({"drop_path": 0.2}, None, 0), (AIM, [1, 3], 1), (TOKENS, None, 0)]
-)
-@pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")
-def test_a_compiled_step_has_one_graph_but_for_the_rows_of_a_prefix(changes, lengths, breaks):
-    model = (token_model() if changes is TOKENS else tiny_model(**changes)).train()
-    images, order = tiny_images(size=model.config.image_size), torch.arange(model.config.num_blocks)
-    prefix = None if lengths is None else torch.tensor(lengths)
-    draws = torch.rand(2, 4) if model.config.drop_path else None
-    torch._dynamo.reset()
-    assert torch._dynamo.explain(model)(images, order, prefix, draws).graph_break_count == breaks
 
 
 # --------------------------------------------------------------------------------------------------- refusals

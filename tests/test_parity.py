@@ -240,14 +240,6 @@ def test_a_file_that_does_not_tell_its_heads_is_refused_asking_for_them(name, lo
         load_golden(name, num_heads=None)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_loaded_for_use_in_fp32(name, load_golden):
-    model = load_golden(name)
-    assert isinstance(model, NextBlockModel)
-    assert not model.training
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
 @torch.no_grad()
 def test_a_wrong_number_of_aims_heads_shows_in_the_layers(golden, golden_dir):
     expected = golden("aim_nano")

@@ -20,7 +20,6 @@ from tiny_runs import (
     CrashError,
     SignalAt,
     assert_same_end,
-    metrics,
     run_toy,
     same,
     settings,
@@ -159,11 +158,6 @@ def seen(monkeypatch):
     return lengths
 
 
-def test_a_run_without_a_prefix_hands_none_to_the_model(tmp_path, seen):
-    run_toy(tmp_path / "run", {"train.duration": "2st"})
-    assert seen == [[], []]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_the_workers(
@@ -218,16 +212,3 @@ def test_workers_do_not_change_a_bit_of_a_run_with_prefixes(whole, tmp_path):
     uninterrupted, changes = whole
     run_toy(tmp_path / "run", {**changes, "data.workers": 2})
     assert_same_end(tmp_path / "run", uninterrupted, 7)
-
-
-def test_a_run_with_prefixes_learns(tmp_path):
-    changes = {
-        **PREFIX,
-        "optim.lr": 3e-3,
-        "train.duration": "60st",
-        "data.flip": 0.0,
-        "monitor.log_every": "10st",
-    }
-    run_toy(tmp_path / "run", changes, sources={"train": ToySource(8), "val": ToySource(8)})
-    first, *_, last = metrics(tmp_path / "run")
-    assert last["loss"] < 0.97 * first["loss"]

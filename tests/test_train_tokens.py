@@ -111,12 +111,6 @@ def test_a_fresh_run_fits_its_tokenizer_before_the_first_step_and_saves_it(tmp_p
     assert torch.equal(trainer.model.state_dict()[CENTROIDS], centroids)
 
 
-def test_a_run_of_pixels_writes_no_checkpoint_at_step_0(tmp_path):
-    with pytest.raises(CrashError):
-        run_toy(tmp_path / "run", monitors=[CrashAt(0)])
-    assert checkpoints(tmp_path / "run") == []
-
-
 def test_a_run_cut_before_its_first_checkpoint_goes_on_with_the_same_tokens(tmp_path, monkeypatch):
     changes = {**ALL_RANDOM, **TOKENS}
     run_toy(tmp_path / "whole", changes, monitors=[Meddle()])

@@ -133,13 +133,17 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
     sizes = settings["model"] if is_classifier else settings
     for name in ("prefix_tokens", "token_px"):  # settings that files from before 0.1.0 still hold
         sizes.pop(name, None)
-    if metadata["kind"] == "timm classifier":
-        model = TimmEncoder.fresh(from_dict(TimmConfig, sizes))
-    else:
+    if not is_classifier:
         model = NextBlockModel(from_dict(ModelConfig, sizes))
-    if is_classifier:
+    else:
+        is_timms = metadata["kind"] == "timm classifier"
+        encoder_model = (
+            TimmEncoder.fresh(from_dict(TimmConfig, sizes))
+            if is_timms
+            else NextBlockModel(from_dict(ModelConfig, sizes))
+        )
         head_config = from_dict(HeadConfig, settings["head"])
-        model = ImageClassifier(model, head_config, settings["class_names"])
+        model = ImageClassifier(encoder_model, head_config, settings["class_names"])
     load_strictly(model, load_file(path), str(path))
     return model.eval()
 

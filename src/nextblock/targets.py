@@ -40,7 +40,7 @@ class PixelTargets:
     """
 
     needs_fit = False
-    """Whether `fit(patches, seed)` must be called before targets can be made."""
+    """Whether `fit` must be called before targets can be made."""
     tokenizer = None
     """The module behind the targets, which is saved with the model."""
 
@@ -48,6 +48,9 @@ class PixelTargets:
         self.config = config
         self.outputs = config.block_values
         """Numbers that the predictor puts out for a block."""
+
+    def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
+        """Fit to normalised patches of training images; the result is f(patches, seed). Pixels need none."""
 
     def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps *p"]:
         """The predictor's outputs as predictions."""

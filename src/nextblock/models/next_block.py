@@ -265,10 +265,10 @@ class NextBlockModel(nn.Module):
     def _geometry_at(self, config: ModelConfig) -> Geometry:
         """The tables at a size, on the model's device; the buffers at the model's own size."""
         if config is self.config:
-            return Geometry(*(getattr(self, name) for name in Geometry._fields))
-        device = positions_of(self.encoder).device
-        tables = _geometry(config, self.leaks)
-        return Geometry(*(None if t is None else t.to(device, non_blocking=True) for t in tables))
+            return Geometry(self.patches_of_blocks, self.orders, self.mask, self.predictor_mask)
+        tables, device = _geometry(config, self.leaks)._asdict(), positions_of(self.encoder).device
+        moved = {name: t if t is None else t.to(device, non_blocking=True) for name, t in tables.items()}
+        return Geometry(**moved)
 
     def _config_at(
         self, images: Tensor, *, predicting: bool = True, blocks_matter: bool = True

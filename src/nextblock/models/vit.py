@@ -50,7 +50,8 @@ class Layer(Block):
         super().__init__(*args, **settings)
         if qk_scale is not None:
             # The attention kernel scales by head_dim**-0.5 itself, so the queries bring what is missing.
-            self.attn.q_norm = _Scale(qk_scale * self.attn.head_dim**0.5)
+            attention: Any = self.attn
+            attention.q_norm = _Scale(qk_scale * attention.head_dim**0.5)
 
     def forward(
         self,
@@ -122,12 +123,13 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     training code: all of them Xavier-uniform. Draws from torch's global generator.
     """
     # timm builds the module and names its weights; its own initialisation is skipped, ours follows.
+    layer: Any = partial(Layer, qk_scale=config.qk_scale)
     encoder = VisionTransformer(
         num_classes=0,
         global_pool="",
         drop_path_rate=config.drop_path,
         weight_init="skip",
-        block_fn=partial(Layer, qk_scale=config.qk_scale),
+        block_fn=layer,
         **vit_arguments(config),
     )
     init_linear(encoder, config)
