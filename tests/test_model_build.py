@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def test_masks_of_official_files_are_honoured_and_refused_in_training_if_they_le
     changes, leaks = OWN_MASKS[case]
     if "larger" in case:
         changes = {**changes, "image_size": (16, 32)}
-    model = tiny_model(**changes)
+    model: Any = tiny_model(**changes)
     config, images = model.config, tiny_images(size=model.config.image_size)
     n = config.num_patches
     native = raster_mask(model.patches_of_blocks, torch.arange(config.num_blocks))
@@ -63,7 +65,8 @@ def test_masks_of_official_files_are_honoured_and_refused_in_training_if_they_le
 
 
 def test_the_scale_of_attention_is_the_one_given():
-    plain, images = tiny_model(), tiny_images()
+    plain: Any = tiny_model()
+    images = tiny_images()
     same, other = tiny_model(qk_scale=8**-0.5), tiny_model(qk_scale=0.5)
     torch.testing.assert_close(same.encode(images).tokens, plain.encode(images).tokens)
     assert list(other.state_dict()) == list(plain.state_dict())

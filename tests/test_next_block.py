@@ -6,6 +6,8 @@ chosen afterwards.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jaxtyping
 import pytest
 import torch
@@ -175,7 +177,8 @@ def drawn(count=7, depth=4):
 
 
 def test_a_branch_is_kept_if_its_number_is_at_least_the_rate_and_scaled_by_its_chance():
-    model, images, draws = tiny_model(drop_path=0.6, depth=4).train(), tiny_images(7), drawn()
+    model: Any = tiny_model(drop_path=0.6, depth=4).train()
+    images, draws = tiny_images(7), drawn()
     rates = [0.6 * layer / 3 for layer in range(4)]
     hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
     _, mask = slow_mask(model.config, list(range(6)), [0])
@@ -241,7 +244,7 @@ def rows_through(parts, run):
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "transformer"])
 def test_after_the_last_attention_only_the_blocks_that_count_are_computed(kind):
-    model = tiny_model(predictor=kind)
+    model: Any = tiny_model(predictor=kind)
     count, m = int(model(tiny_images(), ORDER, PREFIX).kept.sum()), model.config.patches_per_block
     layers = [] if kind == "transformer" else list(model.predictor.blocks)
     parts = [*layers, *model.predictor.block_mlps]
@@ -382,7 +385,7 @@ TOKENS = {"tokenizer": "kmeans", "vocab_size": 7}
 
 
 def token_model(**changes):
-    model = tiny_model(**TOKENS, **changes)
+    model: Any = tiny_model(**TOKENS, **changes)
     model.targets.fit(torch.randn(100, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     return model
 

@@ -112,7 +112,7 @@ def test_under_drop_path_a_step_depends_on_neither_micro_batches_nor_ranks():
     for other in gradients:
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
     trainer.model.eval()
-    whole = take(loader(source, None), 1)[0].micro_batches[0]
+    (whole,) = take(loader(source, None), 1)[0].micro_batches
     assert trainer.model(trainer.to_model(whole.images)).loss.item() != pytest.approx(losses[0], rel=1e-3)
 
 

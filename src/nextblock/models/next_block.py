@@ -126,19 +126,20 @@ class NextBlockModel(nn.Module):
         of `block_order` and `prefix_lengths` that cannot be if these lie on the CPU.
         """
         config = self._config_at(images)
-        check_predicts(config, leaks=self.training and self.leaks)
+        leaks = self.leaks if config is self.config else masks_leak(config)
+        check_predicts(config, leaks=self.training and leaks)
         assert self.targets is not None
         assert self.predictor is not None
         self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
         # Everything is made for the size of these images; at the model's own size these are its buffers.
-        geometry, k, m = self._geometry_at(config), config.num_blocks, config.patches_per_block
+        geometry, k, m = self._geometry_at(config, leaks=leaks), config.num_blocks, config.patches_per_block
         order = geometry.orders[0] if block_order is None else block_order
         order = order.to(images.device, non_blocking=True)
 
         # The last block is the end of the sequence. No earlier token attends to it and nothing is predicted
         # from it, so it is left out: the loss is the same, and 1/k of the work is saved. Only masks that leak
         # (those of some official files) need it.
-        patches = geometry.patches_of_blocks[order[: k if self.leaks else k - 1]].flatten()
+        patches = geometry.patches_of_blocks[order[: k if leaks else k - 1]].flatten()
         # In the order of the blocks the mask is a staircase, whichever block comes when. A prefix opens it
         # for each image, and tells which rows are predicted.
         mask, rows, prefix = geometry.mask, None, None
@@ -246,7 +247,7 @@ class NextBlockModel(nn.Module):
         # Here tokens stay in raster order, and the mask is permuted instead: features are read as they lie.
         mask = None
         if kind == "causal" and config.encoder_attention == "block_causal":
-            geometry = self._geometry_at(config)
+            geometry = self._geometry_at(config, leaks=False)
             mask = raster_mask(geometry.patches_of_blocks, geometry.orders[0])
         # The patch projection's output is a transposed view; without a copy every norm would make one.
         tokens = patch_tokens(self.encoder, images, self.config).contiguous()
@@ -262,11 +263,11 @@ class NextBlockModel(nn.Module):
         """Recompute every layer in the backward pass instead of keeping its activations."""
         self.recompute = enable
 
-    def _geometry_at(self, config: ModelConfig) -> Geometry:
+    def _geometry_at(self, config: ModelConfig, *, leaks: bool) -> Geometry:
         """The tables at a size, on the model's device; the buffers at the model's own size."""
         if config is self.config:
             return Geometry(self.patches_of_blocks, self.orders, self.mask, self.predictor_mask)
-        tables, device = _geometry(config, self.leaks)._asdict(), positions_of(self.encoder).device
+        tables, device = _geometry(config, leaks)._asdict(), positions_of(self.encoder).device
         moved = {name: t if t is None else t.to(device, non_blocking=True) for name, t in tables.items()}
         return Geometry(**moved)
 
@@ -306,7 +307,7 @@ class NextBlockModel(nn.Module):
                 raise ValueError(
                     f"prefix_lengths has shape {tuple(lengths.shape)}; give one length an image, ({batch},)"
                 )
-            if self.leaks or self.predictor_mask is not None:
+            if config.encoder_attention != "block_causal" or config.predictor_attention != "native":
                 raise ValueError("this model has attention masks of its own, which know no prefix; leave it")
             # Values are looked at only if that neither waits for a GPU nor breaks a compiled graph.
             visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
@@ -345,15 +346,14 @@ def masks_leak(config: ModelConfig) -> bool:
     """Whether some token sees a block that comes after its own, in the encoder or the predictor."""
     if config.predictor is None or config.num_blocks == 1:
         return False
-    if config.encoder_attention == "full":
-        return True
-    # The last block may see all before it, so the whole staircase is what is allowed.
     own = _predictor_mask(config)
+    if config.encoder_attention == "full" or own is None:
+        return config.encoder_attention == "full"
+    # In raster order, as own masks are made for that one alone.
     with torch.device("cpu"):
-        native = raster_mask(
-            patches_of_blocks(config.grid, pair(config.block_size)), torch.arange(config.num_blocks)
-        )
-    return own is not None and bool((own & ~native).any())
+        table = patches_of_blocks(config.grid, pair(config.block_size))
+        allowed = raster_mask(table, torch.arange(len(table)))
+    return bool((own & ~allowed).any())
 
 
 def _geometry(config: ModelConfig, leaks: bool) -> Geometry:
