@@ -237,7 +237,7 @@ def test_what_a_file_does_not_tell_is_asked_for(settings, words, backbone, head)
         read_aim(backbone, "backbone.pth", head=head, **settings)
 
 
-@pytest.mark.parametrize(("layers", "words"), [("last", "last 6 layers"), ((3, 4), "has only 4")])
+@pytest.mark.parametrize(("layers", "words"), [("last", "last 6 layers"), ((3, 4), "an encoder with 4")])
 def test_layers_that_the_encoder_does_not_have_are_refused(layers, words, backbone, head):
     with pytest.raises(ValueError, match=words):
         read_aim(backbone, "backbone.pth", head=head, num_heads=3, probe_layers=layers)

@@ -8,7 +8,7 @@ order, and the last block is simply the end of the sequence.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -268,7 +268,9 @@ class NextBlockModel(nn.Module):
         if config is self.config:
             return Geometry(self.patches_of_blocks, self.orders, self.mask, self.predictor_mask)
         tables, device = _geometry(config, leaks)._asdict(), positions_of(self.encoder).device
-        moved = {name: t if t is None else t.to(device, non_blocking=True) for name, t in tables.items()}
+        moved: dict[str, Any] = {
+            name: t if t is None else t.to(device, non_blocking=True) for name, t in tables.items()
+        }
         return Geometry(**moved)
 
     def _config_at(
