@@ -46,15 +46,6 @@ def test_the_patches_of_a_block_are_those_that_lie_in_it_in_raster_order(grid, b
     assert patches_of_blocks(grid, block).tolist() == [expected[k] for k in sorted(expected)]
 
 
-def test_the_blocks_of_the_drawn_grid():
-    assert patches_of_blocks((4, 4), (2, 2)).tolist() == [
-        [0, 1, 4, 5],
-        [2, 3, 6, 7],
-        [8, 9, 12, 13],
-        [10, 11, 14, 15],
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------ masks
 
 
@@ -96,31 +87,11 @@ def test_every_token_may_attend_to_its_images_prefix(grid, block):
         assert torch.equal(mask[image, 0], loop_mask(positions, length))
 
 
-def test_blocks_of_one_patch_are_plainly_causal():
-    assert torch.equal(may_attend(torch.arange(9)), torch.ones(9, 9, dtype=torch.bool).tril())
-
-
-def test_one_block_is_full_attention():
-    assert may_attend(torch.zeros(9, dtype=torch.int64)).all()
-
-
-def test_a_prefix_of_no_or_one_block_hides_and_shows_nothing():
-    positions = torch.arange(4).repeat_interleave(3)
-    without = may_attend(positions)
-    for length in (0, 1):
-        assert torch.equal(may_attend(positions, torch.tensor([length]))[0, 0], without)
-    assert not torch.equal(may_attend(positions, torch.tensor([2]))[0, 0], without)
-
-
 # ----------------------------------------------------------------------------------------------------- orders
 
 
 GRIDS = [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4), (4, 3), (5, 5), (6, 2)]
 KINDS = ["raster", "spiral", "checkerboard", "fixed_random", "random"]
-
-
-def test_the_raster_order_is_the_blocks_as_they_lie():
-    assert block_orders("raster", (1, 5), seed=0).tolist() == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -146,12 +117,6 @@ def test_the_spiral_is_a_walk_inwards_from_the_top_left_backwards(grid):
         else:
             ahead = (ahead + 1) % 4
     assert spiral_order(grid).tolist() == [row * columns + column for row, column in reversed(walked)]
-
-
-def test_the_spiral_begins_in_the_centre():
-    positions = torch.empty(12, dtype=torch.int64)
-    positions[spiral_order((3, 4))] = torch.arange(12)
-    assert positions.view(3, 4).tolist() == [[11, 2, 3, 4], [10, 1, 0, 5], [9, 8, 7, 6]]
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -30,8 +30,7 @@ from nextblock.checkpoint import (
 )
 from nextblock.config import DataConfig, OptimConfig
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
 from toy import tiny_images, tiny_model
 
@@ -354,11 +353,3 @@ def test_a_long_list_of_what_does_not_fit_is_cut_with_its_number():
     lines = str(caught.value).splitlines()
     assert len(lines) == 12
     assert lines[-1] == f"  and {len(model.state_dict()) - 10} more"
-
-
-def test_a_model_knows_how_the_images_of_its_file_were_normalised(tmp_path):
-    data = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    save_model(tmp_path / "model.safetensors", tiny_model(), data=data)
-    found = read_model(tmp_path / "model.safetensors")
-    assert isinstance(found, NextBlockModel)
-    assert found.image_stats == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

@@ -18,8 +18,7 @@ from nextblock.evaluate.classify import classify_images
 from nextblock.evaluate.classify_config import ClassifyConfig
 from nextblock.evaluate.features import seeded
 from nextblock.interop import open_encoder
-from nextblock.models.classifier import create_classifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 CONFIG = ClassifyConfig(model="RUN", data="toy-0", top=3, encode_batch_size=4, device="cpu")
@@ -29,7 +28,7 @@ NAMES = ("d", "c", "b", "a")  # in another order than the source's
 def classifier(kind: Literal["attentive", "linear"] = "attentive", names=NAMES, model=None, count=4):
     config = HeadConfig(kind=kind, num_classes=count, layers=(0, 1), num_heads=4)
     with seeded(3):
-        made = create_classifier(model or toy_model(), config, names)
+        made = ImageClassifier(model or toy_model(), config, names)
         torch.nn.init.normal_(made.head.linear.weight, std=0.5)
     return made.eval()
 

@@ -62,8 +62,6 @@ def test_derived_numbers_count_rows_before_columns():
     assert (config.grid, config.num_patches) == ((4, 12), 48)
     assert (config.block_grid, config.num_blocks, config.patches_per_block) == ((2, 4), 8, 6)
     assert (config.block_px, config.block_values) == ((16, 24), 16 * 24)
-    assert ModelConfig(block_size=2).outputs_per_block == 3 * 32 * 32
-    assert ModelConfig(block_size=2, tokenizer="kmeans", vocab_size=100).outputs_per_block == 400
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -119,6 +117,17 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(name, value,
         (lambda: ModelConfig(embed_dim=100, num_heads=3), ("model.embed_dim 100", "model.num_heads 3")),
         (lambda: ModelConfig(predictor_heads=5), ("model.predictor_dim 768", "model.predictor_heads 5")),
         (lambda: ModelConfig(num_predicted_blocks=16), ("is 16", "only 16 blocks", "at most 15")),
+        (lambda: ModelConfig(predictor_block_size=4), ("model.predictor_block_size is 4", "block_causal")),
+        (
+            lambda: ModelConfig(predictor_attention="block_causal", predictor_block_size=3),
+            ("predictor_block_size 3 does not divide a grid of 16x16",),
+        ),
+        (lambda: ModelConfig(predictor_attention="full", prefix=True), ("no model.prefix",)),
+        (
+            lambda: ModelConfig(predictor_attention="causal", predictor="mlp"),
+            ("a predictor mlp has no attention",),
+        ),
+        (lambda: ModelConfig(encoder_attention="full"), ("model.feature_attention is causal", "full")),
         (
             lambda: ModelConfig(positions="sincos", embed_dim=90, num_heads=3),
             ("model.embed_dim 90 cannot be divided among the sines", "use 88 or 92"),

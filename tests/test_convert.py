@@ -35,8 +35,7 @@ from nextblock.interop.cards import (
 from nextblock.interop.convert import SETTINGS_OF, Converted, _check_settings, convert
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from toy import tiny_images, tiny_model
 
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)

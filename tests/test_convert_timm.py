@@ -16,8 +16,7 @@ from nextblock.evaluate.features import evaluation_data
 from nextblock.interop import initialize, load, load_model, open_encoder
 from nextblock.interop.convert import convert
 from nextblock.models import NextBlockModel, TimmEncoder
-from nextblock.models.classifier import TimmClassifier, create_classifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from toy import DATA, one_thread  # noqa: F401 - a fixture
 
 TOKEN = "timm:test_vit,pretrained=false,img_size=32"  # a class token
@@ -33,7 +32,7 @@ def tuned(spec) -> Any:
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.mul_(1.25)
-    return create_classifier(encoder, HEAD, ("a", "b", "c")).eval()
+    return ImageClassifier(encoder, HEAD, ("a", "b", "c")).eval()
 
 
 def cut_for(classifier):
@@ -115,7 +114,7 @@ def test_to_timm_goes_the_encoder_which_timm_and_the_commands_open(spec, tmp_pat
 def test_to_our_own_format_it_goes_with_its_head(saved, tmp_path):
     convert(saved[1], tmp_path / "copy", license="mit")
     classifier, found = saved[0], load(tmp_path / "copy")
-    assert isinstance(found, TimmClassifier)
+    assert isinstance(found.encoder_model, TimmEncoder)
     images = some_images(classifier.encoder_model)
     assert torch.equal(found(images), classifier(images))
     assert found.class_names == ("a", "b", "c")

@@ -140,7 +140,7 @@ def test_a_picture_that_would_not_cover_the_crop_is_enlarged() -> None:
 def test_strips_and_dots_are_cropped_too(shape) -> None:
     assert eval_crop(image(*shape), (24, 32), 40).shape == (3, 24, 32)
     assert val_crop(image(*shape), (24, 32), DataConfig(val_crop="border")).shape == (3, 24, 32)
-    for top, left, height, width in boxes(*shape, 50):
+    for top, left, height, width in boxes(*shape, number=50):
         assert 0 <= top < top + height <= shape[0]
         assert 0 <= left < left + width <= shape[1]
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from nextblock.blocks import patchify
-from nextblock.models.encoder import patch_tokens, resample_positions
+from nextblock.models.vit import patch_tokens, resample_positions
 from test_next_block import OBLONG, slow_encoding
 from toy import tiny_images, tiny_model
 
@@ -66,8 +66,6 @@ def test_native_attention_is_what_the_model_records(kind):
 def test_an_image_that_cannot_be_predicted_can_be_encoded():
     far = tiny_model(num_predicted_blocks=5)
     assert far.encode(tiny_images(size=(8, 16))).tokens.shape == (2, 8, 24)
-    tokens = tiny_model(tokenizer="hf:some/where", token_px=8, feature_attention="full")
-    assert tokens.encode(tiny_images(size=(12, 20))).tokens.shape == (2, 15, 24)
 
 
 def test_an_encoder_without_a_predictor_encodes_and_refuses_to_predict():
@@ -89,8 +87,17 @@ def test_positions_of_another_grid_are_resampled_bicubically_and_the_same_grid_i
         positions.view(1, 4, 6, 5).permute(0, 3, 1, 2), (8, 3), mode="bicubic", antialias=True
     )
     torch.testing.assert_close(resampled, expected.permute(0, 2, 3, 1).reshape(1, 24, 5))
+    plain = interpolate(positions.view(1, 4, 6, 5).permute(0, 3, 1, 2), (8, 3), mode="bicubic")
+    without = resample_positions(positions, (4, 6), (8, 3), antialias=False)
+    torch.testing.assert_close(without, plain.permute(0, 2, 3, 1).reshape(1, 24, 5))
     constant = torch.full((1, 24, 5), 0.3)
     torch.testing.assert_close(resample_positions(constant, (4, 6), (7, 9)), constant[:, :1].expand(1, 63, 5))
+
+
+def test_a_model_resamples_its_positions_as_its_settings_say():
+    model, images = tiny_model(), tiny_images(size=(8, 16))
+    other = tiny_model(resample_antialias=False)
+    assert not torch.allclose(model.encode(images).tokens, other.encode(images).tokens, atol=1e-4)
 
 
 def test_a_square_grid_of_as_many_patches_is_another_grid():

@@ -22,8 +22,7 @@ from nextblock.evaluate.features import (
     seeded,
     untrained,
 )
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.settings import to_dict
 from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 

@@ -17,7 +17,8 @@ from nextblock.evaluate.finetune.config import FinetuneConfig, LoraSettings
 from nextblock.evaluate.finetune.run import Sources, finetune_model
 from nextblock.evaluate.finetune.train import measure_classifier
 from nextblock.interop import load
-from nextblock.models.classifier import ImageClassifier, TimmClassifier
+from nextblock.models import TimmEncoder
+from nextblock.models.heads import ImageClassifier
 from nextblock.train import NonFiniteError
 from toy import DATA, ToySource, one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
 
@@ -238,7 +239,7 @@ def test_a_timm_encoder_is_fine_tuned_with_its_class_token(tmp_path):
         QUICK, epochs=1, tokens="joined", lora=LoraSettings(rank=2), augment="none", crop_scale=None
     )
     tune(tmp_path, config, model=open_encoder(spec), data=replace(DATA, val_resize_px=32))
-    assert isinstance(load(tmp_path / "classifier"), TimmClassifier)
+    assert isinstance(load(tmp_path / "classifier").encoder_model, TimmEncoder)
 
 
 # ------------------------------------------------------------------------------------ going on

@@ -16,8 +16,7 @@ from nextblock.evaluate.finetune.config import FinetuneConfig, LoraSettings
 from nextblock.evaluate.finetune.model import build_classifier, images_for, set_drop_path, tuning_groups
 from nextblock.evaluate.finetune.train import FineTuner, mixed
 from nextblock.interop import open_encoder
-from nextblock.models.classifier import create_classifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import lr_at, set_lr
 from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
@@ -374,7 +373,7 @@ def test_finished_with_lora_it_is_the_same_function_and_has_a_plain_classifiers_
         before = [network.eval()(images) for network in t.networks().values()]
         finished = t.finish()
         after = [network(images) for network in finished.values()]
-    plain = create_classifier(toy_model(), t.classifier.head_config)
+    plain = ImageClassifier(toy_model(), t.classifier.head_config)
     for network, old, new in zip(finished.values(), before, after, strict=True):
         assert torch.allclose(old, new, atol=1e-5)
         assert network.state_dict().keys() == plain.state_dict().keys()

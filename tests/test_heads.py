@@ -1,5 +1,6 @@
 """Heads and classifiers: golden parity, the slow definition, batch norm, refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,18 @@ import torch
 from safetensors.torch import load_file
 
 from nextblock.config import ModelConfig
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.features import last_layers, pool_layers
-from nextblock.models.heads import AttentiveHead, HeadConfig, LinearHead, create_head
+from nextblock.models.heads import (
+    AttentiveHead,
+    FeatureConfig,
+    HeadConfig,
+    ImageClassifier,
+    LinearHead,
+    last_layers,
+    pool_features,
+)
 from nextblock.models.next_block import NextBlockModel
+from nextblock.models.vit import Encoded
+from nextblock.settings import from_dict, to_dict
 from toy import one_thread  # noqa: F401 - a fixture
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,14 +49,6 @@ def golden_head(name, keys):
 
 
 CASES = [("attentive_probe", ATTENTIVE, ATTENTIVE_KEYS), ("linear_probe", LINEAR, LINEAR_KEYS)]
-
-
-@pytest.mark.parametrize(("name", "config", "keys"), CASES)
-def test_heads_give_the_official_logits(name, config, keys):
-    weights, _, tensors = golden_head(name, keys)
-    head = create_head(config, 48).eval()
-    head.load_state_dict(weights)
-    torch.testing.assert_close(head(tensors["features"]), tensors["logits"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "config", "keys"), CASES)
@@ -85,22 +86,6 @@ def test_attentive_head_is_attention_over_keys_and_values_of_every_patch(num_que
     torch.testing.assert_close(head(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_attentive_head_trains_all_its_weights():
-    torch.manual_seed(0)
-    head = AttentiveHead(8, 3, num_heads=2)
-    head(torch.randn(4, 5, 8)).square().sum().backward()
-    norms = [parameter.grad.norm() for parameter in head.parameters() if parameter.grad is not None]
-    assert len(norms) == len(list(head.parameters()))
-    assert min(norms) > 0
-
-
-def test_one_patch_leaves_attention_nothing_to_choose():
-    torch.manual_seed(0)
-    head = AttentiveHead(8, 3, num_heads=2, batch_norm=False)
-    tokens = torch.randn(4, 1, 8)
-    torch.testing.assert_close(head(tokens), head.linear(head.value(tokens[:, 0])))
-
-
 @pytest.mark.parametrize("head", [AttentiveHead(8, 3, num_heads=2), LinearHead(8, 3)])
 def test_batch_norm_uses_running_statistics_only_in_evaluation(head):
     features = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) + 4
@@ -118,10 +103,21 @@ def test_batch_norm_uses_running_statistics_only_in_evaluation(head):
 
 
 def test_layers_are_averaged_or_joined_after_the_norm_if_one_is_given():
-    outputs = [torch.full((2, 3, 4), float(layer)) for layer in range(5)]
-    assert torch.equal(pool_layers(outputs, (1, 4), "mean"), torch.full((2, 3, 4), 2.5))
-    joined = pool_layers(outputs, (1, 4), "concat", lambda tokens: tokens * 10)
-    assert torch.equal(joined, torch.cat([torch.full((2, 3, 4), 10.0), torch.full((2, 3, 4), 40.0)], -1))
+    layers = tuple(torch.full((2, 3, 4), float(layer)) for layer in range(5))
+    encoded = Encoded(layers[-1], layers)
+    mean = FeatureConfig(layers=(1, 4), pooled=False)
+    joined = replace(mean, layer_pool="concat", norm_layers=True)
+    assert torch.equal(pool_features(encoded, mean, torch.exp), torch.full((2, 3, 4), 2.5))
+    expected = torch.cat([torch.full((2, 3, 4), 10.0), torch.full((2, 3, 4), 40.0)], -1)
+    assert torch.equal(pool_features(encoded, joined, lambda tokens: tokens * 10), expected)
+
+
+def test_settings_of_a_head_that_older_files_hold_are_read():
+    old = {"kind": "attentive", "num_classes": 10, "layers": [1, 2], "layer_pool": "mean", "num_heads": 4}
+    head = from_dict(HeadConfig, old)
+    assert head == HeadConfig(num_classes=10, layers=(1, 2), num_heads=4)
+    assert head.features == FeatureConfig(layers=(1, 2), pooled=False)
+    assert from_dict(HeadConfig, to_dict(head)) == head
 
 
 def test_joined_layers_widen_the_head():
@@ -159,7 +155,7 @@ def test_impossible_heads_are_refused():
         HeadConfig(num_classes=0, layers=(1,))
     with pytest.raises(ValueError, match="at least one encoder layer"):
         HeadConfig(num_classes=2, layers=())
-    with pytest.raises(ValueError, match=r"layers \[4\], but the encoder has only 4"):
+    with pytest.raises(ValueError, match=r"layers \[4\] of an encoder with 4"):
         ImageClassifier(NextBlockModel(NANO), HeadConfig(kind="linear", num_classes=2, layers=(4,)))
     with pytest.raises(ValueError, match="2 class names for a head of 10 classes"):
         ImageClassifier(NextBlockModel(NANO), LINEAR, ["cat", "dog"])

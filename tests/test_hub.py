@@ -24,7 +24,7 @@ from nextblock.checkpoint import CheckpointError, save_model
 from nextblock.interop import load, load_model
 from nextblock.interop.convert import convert
 from nextblock.interop.hub import HubError, fetch, push
-from nextblock.models.classifier import ImageClassifier
+from nextblock.models.heads import ImageClassifier
 from toy import tiny_images, tiny_model
 
 REVISION = "a" * 40

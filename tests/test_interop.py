@@ -16,8 +16,7 @@ from nextblock.checkpoint import CheckpointError, save_checkpoint, save_classifi
 from nextblock.interop import aim, create_model, load, load_model, xtra
 from nextblock.interop.names import NameTable, ratio_of
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.presets import SIZES
 from toy import tiny_images, tiny_model
 

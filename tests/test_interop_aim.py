@@ -14,9 +14,8 @@ from nextblock.interop import aim, aim_out
 from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim
 from nextblock.interop.aim_out import write_aim
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.encoder import positions_of
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
+from nextblock.models.vit import positions_of
 from nextblock.presets import SIZES
 from toy import tiny_config, tiny_images, tiny_model
 
@@ -238,7 +237,7 @@ def test_what_a_file_does_not_tell_is_asked_for(settings, words, backbone, head)
         read_aim(backbone, "backbone.pth", head=head, **settings)
 
 
-@pytest.mark.parametrize(("layers", "words"), [("last", "last 6 layers"), ((3, 4), "has only 4")])
+@pytest.mark.parametrize(("layers", "words"), [("last", "last 6 layers"), ((3, 4), "an encoder with 4")])
 def test_layers_that_the_encoder_does_not_have_are_refused(layers, words, backbone, head):
     with pytest.raises(ValueError, match=words):
         read_aim(backbone, "backbone.pth", head=head, num_heads=3, probe_layers=layers)

@@ -22,8 +22,7 @@ from nextblock.config import DataConfig
 from nextblock.evaluate.features import seeded
 from nextblock.interop.cards import Provenance
 from nextblock.interop.onnx import OPSET, OnnxError, write_onnx
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from test_interop_timm import AIM, XTRA, encoder
 from toy import tiny_images
 

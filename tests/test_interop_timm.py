@@ -26,7 +26,7 @@ from nextblock.interop.timm_models import NextBlockViT
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.interop.xtra import read_xtra
 from nextblock.models import NextBlockModel
-from nextblock.models.encoder import positions_of
+from nextblock.models.vit import positions_of
 from toy import tiny_images
 
 XTRA = ModelConfig(

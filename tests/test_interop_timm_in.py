@@ -24,7 +24,7 @@ from nextblock.interop.image_data import recorded_data
 from nextblock.interop.timm import from_timm, is_timm_directory, read_timm, read_timm_weights
 from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_model, timm_provenance
 from nextblock.models import NextBlockModel
-from nextblock.models.encoder import positions_of
+from nextblock.models.vit import positions_of
 from nextblock.settings import to_dict
 from test_interop_timm import CONFIGS, DATA, TINY_VIT, XTRA, assert_same, encoder, opened, written
 from toy import tiny_images

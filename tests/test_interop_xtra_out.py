@@ -13,8 +13,7 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.interop import xtra
 from nextblock.interop.xtra import read_xtra, write_xtra
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from toy import tiny_images, tiny_model
 
 GOLDEN = ["xtra_k2", "causal_k1", "attentive_probe", "linear_probe"]

@@ -18,7 +18,7 @@ from nextblock.interop import initialize, load, load_model
 from nextblock.interop.aim_out import write_aim
 from nextblock.interop.reading import Told, _check_layers
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
+from nextblock.models.heads import ImageClassifier
 from toy import tiny_images, tiny_model
 
 NANO = {

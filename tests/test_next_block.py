@@ -6,14 +6,15 @@ chosen afterwards.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jaxtyping
 import pytest
 import torch
 from torch.nn.functional import gelu
 
 from nextblock.blocks import patchify, unpatchify
-from nextblock.objective import normalize_blocks
-from nextblock.tokens import KMeansTokenizer
+from nextblock.targets import normalize_blocks
 from toy import tiny_images, tiny_model
 
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -168,11 +169,54 @@ def test_the_loss_and_its_gradients_are_those_of_the_slow_definition(case):
         torch.testing.assert_close(gradient, slow[name], atol=2e-5 * size, rtol=1e-3, msg=name)
 
 
-def test_the_test_of_drop_path_drops_something():
-    model = tiny_model(drop_path=0.6, depth=4)
-    images = tiny_images()
-    torch.manual_seed(5)
-    assert abs(model.train()(images).loss - model.eval()(images).loss) > 1e-4
+# -------------------------------------------------------------------------------------------------- drop path
+
+
+def drawn(count=7, depth=4):
+    return torch.rand(count, 2 * depth, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_branch_is_kept_if_its_number_is_at_least_the_rate_and_scaled_by_its_chance():
+    model: Any = tiny_model(drop_path=0.6, depth=4).train()
+    images, draws = tiny_images(7), drawn()
+    rates = [0.6 * layer / 3 for layer in range(4)]
+    hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
+    _, mask = slow_mask(model.config, list(range(6)), [0])
+    kept = 0
+    for number, (rate, layer) in enumerate(zip(rates, model.encoder.blocks, strict=True)):
+        for branch in (0, 1):
+            keeps = draws[:, 2 * number + branch] >= rate
+            kept += int(keeps.sum())
+            run = layer.mlp(layer.norm2(hidden)) if branch else layer.attn(layer.norm1(hidden), mask[0])
+            hidden = torch.where(keeps[:, None, None], hidden + run / (1 - rate), hidden)
+    assert 28 < kept < 56, "some are dropped, some kept"
+    seen = []
+    model.encoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(images, drop_path=draws)
+    torch.testing.assert_close(seen[0], hidden[:, model.patches_of_blocks[:-1].flatten()])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_draws_a_batch_is_the_sum_of_its_parts(recompute):
+    model = tiny_model(drop_path=0.6, depth=4).train()
+    model.set_grad_checkpointing(recompute)
+    images, draws, lengths = tiny_images(7), drawn(), torch.tensor([0, 5, 1, 2, 3, 4, 2])
+    whole = model(images, ORDER, lengths, draws)
+    grads = gradients(model, whole.block_loss.sum())
+    parts = [model(images[i], ORDER, lengths[i], draws[i]).block_loss for i in torch.arange(7).split(3)]
+    torch.testing.assert_close(torch.cat(parts), whole.block_loss, atol=1e-6, rtol=1e-6)
+    for name, gradient in gradients(model, sum(part.sum() for part in parts)).items():
+        torch.testing.assert_close(gradient, grads[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_draws_matter_in_training_only_and_without_them_the_global_generator_does():
+    model, images, draws = tiny_model(drop_path=0.6, depth=4).train(), tiny_images(7), drawn()
+    assert torch.equal(model(images, drop_path=draws).loss, model(images, drop_path=draws).loss)
+    assert not torch.equal(model(images).loss, model(images).loss)
+    model.eval()
+    assert torch.equal(model(images, drop_path=draws).loss, model(images).loss)
+    with pytest.raises(ValueError, match=r"drop_path has shape \(7, 3\); .* \(7, 8\)"):
+        model(images, drop_path=draws[:, :3])
 
 
 # ------------------------------------------------------------------------------ what is not computed, exactly
@@ -198,27 +242,14 @@ def rows_through(parts, run):
     return rows
 
 
-@pytest.mark.parametrize("kind", ["mlp", "linear"])
-def test_after_the_last_attention_a_predictor_of_single_patches_sees_the_blocks_that_count(kind):
-    model = tiny_model(predictor=kind)
-    encoder, predictor = model.encoder, model.predictor
-    assert predictor is not None
-    count = int(model(tiny_images(), ORDER, PREFIX).kept.sum())
-    parts = (encoder.blocks[-1].norm2, encoder.blocks[-1].mlp, encoder.norm, *predictor.blocks)
-    m = model.config.patches_per_block
-    found = rows_through([*parts, *predictor.block_mlps], lambda: model(tiny_images(), ORDER, PREFIX))
-    assert found == [count * m] * len(parts) + [count]
-
-
-def test_after_its_last_attention_a_transformer_predictor_sees_the_blocks_that_count():
-    model = tiny_model()
-    predictor = model.predictor
-    assert predictor is not None
-    count = int(model(tiny_images(), ORDER, PREFIX).kept.sum())
-    all_tokens, m = 2 * 5 * 4, model.config.patches_per_block
-    parts = [predictor.blocks[0].mlp, predictor.blocks[-1].mlp, predictor.norm, *predictor.block_mlps]
+@pytest.mark.parametrize("kind", ["mlp", "linear", "transformer"])
+def test_after_the_last_attention_only_the_blocks_that_count_are_computed(kind):
+    model: Any = tiny_model(predictor=kind)
+    count, m = int(model(tiny_images(), ORDER, PREFIX).kept.sum()), model.config.patches_per_block
+    layers = [] if kind == "transformer" else list(model.predictor.blocks)
+    parts = [*layers, *model.predictor.block_mlps]
     found = rows_through(parts, lambda: model(tiny_images(), ORDER, PREFIX))
-    assert found == [all_tokens, count * m, count * m, count]
+    assert found == [count * m] * len(layers) + [count]
 
 
 @pytest.mark.parametrize("kind", ["transformer", "mlp"])
@@ -228,17 +259,6 @@ def test_recomputed_layers_give_the_same_gradients_under_a_prefix(kind):
     model.set_grad_checkpointing()
     for name, gradient in gradients(model, model(images, ORDER, PREFIX).loss).items():
         assert torch.equal(gradient, plain[name]), name
-
-
-def test_the_last_blocks_pixels_change_its_target_and_nothing_else():
-    model, images = tiny_model(), tiny_images()
-    pixels = patchify(images, model.config.block_px)
-    pixels[:, ORDER[-1]] = torch.randn(2, model.config.block_values)
-    changed = unpatchify(pixels, model.config.block_grid, model.config.block_px)
-    before, after = model(images, ORDER), model(changed, ORDER)
-    assert torch.equal(before.predictions, after.predictions)
-    assert torch.equal(before.targets[:, :-1], after.targets[:, :-1])
-    assert not torch.equal(before.targets[:, -1], after.targets[:, -1])
 
 
 # -------------------------------------------------------------------------------------------------- causality
@@ -270,26 +290,6 @@ def test_no_later_block_reaches_an_earlier_prediction(changes, kind, with_prefix
             assert found[image].tolist() == expected, (row, image)
 
 
-def test_images_do_not_see_each_other():
-    model, images = tiny_model(), tiny_images(3).requires_grad_()
-    out = model(images, ORDER, torch.tensor([0, 4, 2]))
-    found = reach(out.predictions[1], images, model.config, ORDER).any(1)
-    assert found.tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("length", [0, 1, 3, 5])
-def test_all_blocks_of_the_prefix_are_seen_from_its_first_block_on(length):
-    model, images = tiny_model(), tiny_images(1).requires_grad_()
-    encoded = []
-    model.encoder.norm.register_forward_hook(lambda _, __, output: encoded.append(output))
-    model(images, ORDER, torch.tensor([length]))
-    m = model.config.patches_per_block
-    for position in range(5):
-        tokens = encoded[0][:, position * m : (position + 1) * m]
-        found = reach(tokens, images, model.config, ORDER)[0].tolist()
-        assert found == [other < max(position + 1, length) for other in range(6)], position
-
-
 def test_one_image_in_a_batch_gets_what_it_gets_alone():
     model, images = tiny_model(), tiny_images(3)
     prefix = torch.tensor([0, 4, 2])
@@ -319,26 +319,12 @@ def test_an_order_is_the_same_as_moving_blocks_by_hand():
     torch.testing.assert_close(given.predictions, expected.predictions, atol=1e-5, rtol=1e-5)
 
 
-def test_an_order_changes_predictions():
-    model, images = tiny_model(), tiny_images()
-    other = torch.tensor([0, 1, 2, 4, 3, 5])
-    first, second = model(images), model(images, other)
-    torch.testing.assert_close(first.predictions[:, :3], second.predictions[:, :3], atol=1e-5, rtol=1e-5)
-    assert (first.predictions[:, 3] - second.predictions[:, 3]).abs().max() > 0.01
-
-
 def test_a_model_of_random_orders_predicts_and_encodes_by_the_first():
     model, images = tiny_model(order="random", order_seed=4), tiny_images()
     assert model.orders[0].tolist() != list(range(6))
     assert torch.equal(model(images).predictions, model(images, model.orders[0]).predictions)
     expected = slow_encoding(model, images, model.orders[0].tolist())
     torch.testing.assert_close(model.encode(images).tokens, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_targets_are_the_blocks_of_the_image_along_the_order():
-    model, images = tiny_model(norm_pixels=False), tiny_images()
-    out = model(images, ORDER)
-    assert torch.equal(out.targets, patchify(images, model.config.block_px)[:, ORDER[1:]])
 
 
 # ----------------------------------------------------------------------------------------------------- prefix
@@ -399,9 +385,8 @@ TOKENS = {"tokenizer": "kmeans", "vocab_size": 7}
 
 
 def token_model(**changes):
-    model = tiny_model(**TOKENS, **changes)
-    assert isinstance(model.tokenizer, KMeansTokenizer)
-    model.tokenizer.fit(torch.randn(100, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    model: Any = tiny_model(**TOKENS, **changes)
+    model.targets.fit(torch.randn(100, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     return model
 
 
@@ -409,14 +394,10 @@ def token_model(**changes):
 @pytest.mark.parametrize("prefix", [None, PREFIX])
 def test_the_loss_of_tokens_is_their_cross_entropy(changes, prefix):
     model, images = token_model(**changes), tiny_images()
-    config, tokenizer = model.config, model.tokenizer
-    assert tokenizer is not None
     out = model(images, ORDER, prefix)
-    tokens = tokenizer(images).flatten(1)
+    tokens = model.tokenizer(images).flatten(1)
     for distance, part in enumerate(out.distances, start=1):
-        steps, m = config.num_blocks - distance, config.patches_per_block
-        assert part.predictions.shape == (2, steps, m, 7)
-        assert part.targets.shape == (2, steps, m)
+        assert part.predictions.shape == (2, 6 - distance, 4, 7)
         assert part.targets.dtype == torch.int64
         for image, row in part.kept.nonzero().tolist():
             of_block = tokens[image, model.patches_of_blocks[ORDER[row + distance]]]
@@ -424,40 +405,23 @@ def test_the_loss_of_tokens_is_their_cross_entropy(changes, prefix):
             chances = part.predictions[image, row].softmax(-1)
             expected = -torch.stack([chances[i, token].log() for i, token in enumerate(of_block)]).mean()
             torch.testing.assert_close(part.block_loss[image, row], expected, atol=1e-5, rtol=1e-5)
-        rest = ~part.kept
-        assert not part.block_loss[rest].any()
-        assert not part.predictions[rest].any()
-        assert not part.targets[rest].any()
+        for values in (part.block_loss, part.predictions, part.targets):
+            assert not values[~part.kept].any()
     means = [part.block_loss[part.kept].mean() for part in out.distances]
     torch.testing.assert_close(out.loss, torch.stack(means).mean())
-
-
-def test_logits_come_from_the_predictor_and_tokens_take_no_gradient():
-    model = token_model()
-    out = model(tiny_images())
     out.loss.backward()
-    assert model.tokenizer is not None
-    assert [name for name, _ in model.named_buffers() if name.startswith("tokenizer")] == [
-        "tokenizer.centroids"
-    ]
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_kmeans_is_saved_with_the_model_and_an_unfitted_one_is_refused():
+def test_centroids_are_saved_with_the_model_under_the_name_that_files_have():
     fitted, fresh = token_model(), tiny_model(**TOKENS)
     with pytest.raises(ValueError, match="no centroids yet"):
         fresh(tiny_images())
+    assert "tokenizer.centroids" in fitted.state_dict()
     fresh.load_state_dict(fitted.state_dict())
     assert torch.equal(fresh(tiny_images()).loss, fitted(tiny_images()).loss)
-
-
-def test_tokens_of_another_image_size_are_predicted_too():
-    out = token_model()(tiny_images(size=(32, 16)))
-    assert out.predictions.shape == (2, 7, 4, 7)
-
-
-def test_an_encoder_alone_has_no_tokenizer():
     assert tiny_model(predictor=None, **TOKENS).tokenizer is None
+    assert fitted(tiny_images(size=(32, 16))).predictions.shape == (2, 7, 4, 7)
 
 
 # --------------------------------------------------------------------------------------------------- refusals

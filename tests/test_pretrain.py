@@ -14,7 +14,7 @@ import torch
 import nextblock
 from nextblock.cli.arguments import resolve
 from nextblock.interop import load_model
-from nextblock.models.encoder import sincos_positions
+from nextblock.models.vit import sincos_positions
 from tiny_runs import TINY, Quiet, metrics, run_toy, settings, write_images
 
 

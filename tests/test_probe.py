@@ -19,8 +19,7 @@ from nextblock.evaluate.probe.run import probe, probe_model
 from nextblock.evaluate.probe.train_heads import Student, Trained, measure
 from nextblock.evaluate.sources import hold_out
 from nextblock.interop import load, load_model
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import LinearHead
+from nextblock.models.heads import ImageClassifier, LinearHead
 from probing import QUICK, known_config, run, weights
 from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 

@@ -15,7 +15,7 @@ from nextblock.evaluate.probe import feature_cache
 from nextblock.evaluate.probe.config import Split
 from nextblock.evaluate.probe.feature_cache import FeatureCache
 from nextblock.evaluate.probe.run import probe_model
-from nextblock.models.features import FeatureConfig
+from nextblock.models.heads import FeatureConfig
 from probing import QUICK, weights
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 

@@ -24,9 +24,8 @@ from nextblock.evaluate.probe.run import probe, probe_model
 from nextblock.evaluate.probe.train_heads import Feed, Lesson, Student, train_heads
 from nextblock.interop import open_encoder
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
-from nextblock.models.classifier import TimmClassifier
-from nextblock.models.features import FeatureConfig
-from nextblock.models.heads import AttentiveHead, LinearHead
+from nextblock.models import TimmEncoder
+from nextblock.models.heads import AttentiveHead, FeatureConfig, LinearHead
 from probing import QUICK, known_config, run, weights
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
@@ -414,7 +413,7 @@ def test_timms_encoders_are_probed_on_their_class_token_and_on_all_tokens():
     tokens = {head: [one.tokens for one in found.result.grid if one.head == head] for head in config.heads}
     assert tokens == {"attentive": ["patches", "all"], "linear": ["patches", "class", "joined", "all"]}
     assert min(row.top1 for row in found.result.rows) > 0.5
-    assert all(isinstance(one, TimmClassifier) for one in found.classifiers.values())
+    assert all(isinstance(one.encoder_model, TimmEncoder) for one in found.classifiers.values())
     images = torch.from_numpy(keyed_rng(0, "x").normal(size=(2, 3, 32, 32))).float()
     assert found.classifiers["linear"](images).shape == (2, 4)
 

@@ -18,7 +18,7 @@ from nextblock.evaluate.probe.feature_cache import FeatureCache
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.probe.state import ProbeStopped
 from nextblock.evaluate.probe.train_heads import Feed, Lesson
-from nextblock.models.features import FeatureConfig
+from nextblock.models.heads import FeatureConfig
 from nextblock.settings import to_dict
 from probing import known_config
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture

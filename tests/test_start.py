@@ -10,8 +10,8 @@ import torch
 from nextblock.checkpoint import CheckpointError, save_checkpoint, save_model
 from nextblock.interop import create_model, initialize
 from nextblock.interop.start import in_groups, initialize_from
-from nextblock.models.encoder import resample_positions, sincos_positions
-from nextblock.tokens import KMeansTokenizer
+from nextblock.models.vit import resample_positions, sincos_positions
+from nextblock.targets import KMeansTokenizer
 from test_checkpoint import STATE, same_weights
 from toy import tiny_images, tiny_model
 
@@ -212,8 +212,8 @@ def test_settings_by_which_the_same_weights_compute_something_else_are_told(tmp_
 def test_a_fitted_tokenizer_is_taken_over():
     tokens = {"tokenizer": "kmeans", "vocab_size": 5}
     model, other = tiny_model(1, **tokens), tiny_model(2, **tokens)
-    assert isinstance(other.tokenizer, KMeansTokenizer)
-    other.tokenizer.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    assert other.targets is not None
+    other.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     report = initialize_from(model, other, "RUN")
     assert "tokenizer.centroids" in report.loaded
     assert isinstance(model.tokenizer, KMeansTokenizer)

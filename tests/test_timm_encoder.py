@@ -20,9 +20,7 @@ from nextblock.interop import load, load_classifier, open_encoder
 from nextblock.interop.hub import HubError
 from nextblock.interop.timm_spec import parse_timm_spec
 from nextblock.models import NextBlockModel, TimmEncoder
-from nextblock.models.classifier import TimmClassifier, create_classifier
-from nextblock.models.features import FeatureConfig, pool_features
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import FeatureConfig, HeadConfig, ImageClassifier, pool_features
 from toy import one_thread, toy_model  # noqa: F401 - a fixture
 
 TOKEN = "timm:test_vit,pretrained=false,img_size=32"  # a class token
@@ -214,11 +212,10 @@ def test_untrained_is_the_same_architecture_with_weights_of_the_seed(encoders):
 @pytest.mark.parametrize(("spec", "tokens"), [(TOKEN, "joined"), (EVA, "class"), (REGISTERS, "patches")])
 def test_a_classifier_comes_back_from_its_directory_without_a_network(tmp_path, encoders, spec, tokens):
     head = HeadConfig(num_classes=3, layers=(0, 5), kind="linear", tokens=tokens, layer_pool="concat")
-    classifier = create_classifier(encoders[spec], head, ("a", "b", "c")).eval()
-    assert isinstance(classifier, TimmClassifier)
+    classifier = ImageClassifier(encoders[spec], head, ("a", "b", "c")).eval()
     save_classifier(tmp_path / "head", classifier)
     for back in (load_classifier(tmp_path / "head"), load(tmp_path / "head" / "model.safetensors")):
-        assert isinstance(back, TimmClassifier)
+        assert isinstance(back.encoder_model, TimmEncoder)
         assert back.class_names == ("a", "b", "c")
         assert back.head_config == head
         assert back.encoder_model.config == encoders[spec].config
@@ -257,7 +254,7 @@ def test_a_size_that_only_a_directory_tells_is_kept(tmp_path):
     assert told.val_resize_px == int(32 / usual["crop_pct"])
     assert torch.equal(model.encoder.state_dict()["pos_embed"], built.state_dict()["pos_embed"])
     save_classifier(
-        tmp_path / "head", create_classifier(model, HeadConfig(kind="linear", num_classes=2, layers=(5,)))
+        tmp_path / "head", ImageClassifier(model, HeadConfig(kind="linear", num_classes=2, layers=(5,)))
     )
     assert load_classifier(tmp_path / "head").encoder_model.config == model.config
 
@@ -326,7 +323,7 @@ def test_what_timm_would_do_in_another_way_is_told_at_opening(tmp_path, caplog):
 
 def test_classifiers_that_tell_prefix_tokens_and_no_crop_are_read(tmp_path, encoders):
     head = HeadConfig(num_classes=3, layers=(5,), kind="linear")
-    save_classifier(tmp_path / "head", create_classifier(encoders[TOKEN], head, ("a", "b", "c")))
+    save_classifier(tmp_path / "head", ImageClassifier(encoders[TOKEN], head, ("a", "b", "c")))
     path = tmp_path / "head" / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from nextblock.data import Step, TrainLoader, eval_batches
 from nextblock.models import NextBlockModel
-from nextblock.objective import kept_rows
-from nextblock.train.prefix import count_kept_rows, draw_prefix_lengths
+from nextblock.targets import draw_prefix_lengths
 from nextblock.train.trainer import Trainer
 from tiny_runs import (
     ALL_RANDOM,
@@ -21,7 +20,6 @@ from tiny_runs import (
     CrashError,
     SignalAt,
     assert_same_end,
-    metrics,
     run_toy,
     same,
     settings,
@@ -32,67 +30,14 @@ PREFIX = {"model.prefix": True, "model.block_size": 1}
 """Sixteen blocks, so that lengths differ."""
 
 
-def draw(seed: int, samples: list[int], num_blocks: int, visit: int = 0) -> Tensor:
-    return draw_prefix_lengths(seed, [visit] * len(samples), samples, num_blocks)
+def draw(seed: int, samples: list[int], num_blocks: int) -> Tensor:
+    return draw_prefix_lengths(seed, [0] * len(samples), samples, num_blocks)
 
 
 def loader(source: ToySource, micro_batch_size: int | None) -> TrainLoader:
     return TrainLoader(
         source, settings().data, image_size=16, seed=0, batch_size=8, micro_batch_size=micro_batch_size
     )
-
-
-# ----------------------------------------------------------------------------------------- how they are drawn
-
-
-def test_prefix_lengths_are_uniform_from_1_to_all_but_one():
-    for num_blocks in (2, 7, 16):
-        lengths = draw(0, list(range(6000)), num_blocks)
-        counts = torch.bincount(lengths, minlength=num_blocks)
-        assert counts[0] == 0
-        assert len(counts) == num_blocks
-        expected = 6000 / (num_blocks - 1)
-        chi_square = float((counts[1:] - expected).square().sum() / expected)
-        freedom = num_blocks - 2
-        assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5
-
-
-def test_lengths_differ_between_visits_samples_and_seeds_as_if_drawn_anew():
-    samples = list(range(3000))
-    first = draw(0, samples, 16)
-    others = {
-        "visit": draw(0, samples, 16, visit=1),
-        "sample": draw(0, [sample + 1 for sample in samples], 16),
-        "seed": draw(1, samples, 16),
-    }
-    for name, other in others.items():
-        agree = (first == other).double().mean().item()
-        assert abs(agree - 1 / 15) < 4 * (1 / 15 * 14 / 15 / 3000) ** 0.5, name
-    assert torch.equal(first, draw(0, samples, 16))
-
-
-def test_a_length_hangs_on_neither_the_batch_nor_the_place_in_it():
-    whole = draw(0, [5, 2, 9, 4], 16, visit=3)
-    parts = [draw(0, samples, 16, visit=3) for samples in ([4], [9, 2], [5])]
-    assert whole.tolist() == [*parts[2].tolist(), *parts[1].tolist()[::-1], *parts[0].tolist()]
-    assert draw(0, [], 16).tolist() == []
-
-
-# ----------------------------------------------------------------------------------------- kept rows, counted
-
-
-@pytest.mark.parametrize("num_blocks", [2, 4, 9])
-def test_the_count_of_kept_rows_is_that_of_the_model_for_every_prefix_and_distance(num_blocks):
-    for distance in range(1, num_blocks):
-        steps = num_blocks - distance
-        for length in range(num_blocks):
-            prefix = torch.tensor([length])
-            rows = range(max(0, length - distance), num_blocks - distance)
-            by_model = kept_rows(1, steps, distance, prefix).sum().item()
-            assert count_kept_rows(prefix, num_blocks, distance) == len(rows) == by_model
-    several = torch.arange(num_blocks)
-    expected = kept_rows(num_blocks, num_blocks - 1, 1, several).sum().item()
-    assert count_kept_rows(several, num_blocks, 1) == expected
 
 
 # ---------------------------------------------------------------------------------------------- a step's loss
@@ -138,6 +83,39 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(micro_batch_size, bad, d
     torch.testing.assert_close(trainer.gradient, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_under_drop_path_a_step_depends_on_neither_micro_batches_nor_ranks():
+    changes = {"model.drop_path": 0.5, "model.depth": 4, "model.prefix": False}
+    config, source = settings({**PREFIX, **changes}), ToySource(8)
+    losses, gradients = [], []
+    for micro_batch_size, world_size in ((None, 1), (3, 1), (1, 1), (None, 2)):
+        trainer = Trainer(config, CPU, None)
+        for parameter in trainer.model.parameters():
+            parameter.data.mul_(8)  # else a fresh model's branches are next to nothing
+        loss = torch.zeros(())
+        for rank in range(world_size):
+            steps = TrainLoader(
+                source,
+                config.data,
+                image_size=16,
+                seed=0,
+                batch_size=8,
+                micro_batch_size=micro_batch_size,
+                rank=rank,
+                world_size=world_size,
+                drop_path_draws=8,
+            )
+            for batch in take(steps, 1)[0].micro_batches:
+                loss += trainer._backward(batch, torch.arange(16), [8 * 15])
+        losses.append(loss.item())
+        gradients.append(gradient(trainer.model))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    for other in gradients:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
+    trainer.model.eval()
+    (whole,) = take(loader(source, None), 1)[0].micro_batches
+    assert trainer.model(trainer.to_model(whole.images)).loss.item() != pytest.approx(losses[0], rel=1e-3)
+
+
 def test_a_batch_without_a_readable_image_changes_nothing():
     trainer, step = fresh({}, 3, ToySource(8, bad=range(8)))
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -171,18 +149,13 @@ def seen(monkeypatch):
     lengths: list[list[int]] = []
     forward = NextBlockModel.forward
 
-    def remember(self, images, block_order=None, prefix_lengths=None):
+    def remember(self, images, block_order=None, prefix_lengths=None, drop_path=None):
         if self.training:
             lengths.append([] if prefix_lengths is None else prefix_lengths.tolist())
-        return forward(self, images, block_order, prefix_lengths)
+        return forward(self, images, block_order, prefix_lengths, drop_path)
 
     monkeypatch.setattr(NextBlockModel, "forward", remember)
     return lengths
-
-
-def test_a_run_without_a_prefix_hands_none_to_the_model(tmp_path, seen):
-    run_toy(tmp_path / "run", {"train.duration": "2st"})
-    assert seen == [[], []]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -239,16 +212,3 @@ def test_workers_do_not_change_a_bit_of_a_run_with_prefixes(whole, tmp_path):
     uninterrupted, changes = whole
     run_toy(tmp_path / "run", {**changes, "data.workers": 2})
     assert_same_end(tmp_path / "run", uninterrupted, 7)
-
-
-def test_a_run_with_prefixes_learns(tmp_path):
-    changes = {
-        **PREFIX,
-        "optim.lr": 3e-3,
-        "train.duration": "60st",
-        "data.flip": 0.0,
-        "monitor.log_every": "10st",
-    }
-    run_toy(tmp_path / "run", changes, sources={"train": ToySource(8), "val": ToySource(8)})
-    first, *_, last = metrics(tmp_path / "run")
-    assert last["loss"] < 0.97 * first["loss"]

@@ -13,19 +13,17 @@ from nextblock.atomic import WriteError
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig
 from nextblock.data import open_source
 from nextblock.models import NextBlockModel
-from nextblock.objective import block_targets
-from nextblock.tokens import KMeansTokenizer
+from nextblock.targets import PixelTargets
 from nextblock.train.monitor import MonitorEvent
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (
     PredictionMonitor,
-    _pixels_of_tokens,
     draw_predictions,
     predict,
     predicted_image,
 )
 from nextblock.visualize.sheet import MAX_PICTURE_BYTES
-from toy import ToySource, tiny_images, tiny_model
+from toy import ToySource, tiny_model
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -115,7 +113,7 @@ def test_targets_as_predictions_give_the_picture_back_outside_the_first_block(co
     images = random_images(config)
     order = torch.arange(config.num_blocks) if in_order == "raster" else random_order(config)
     mean, std = constants(config)
-    targets = block_targets(images, order, config.block_px, normalize=config.norm_pixels)
+    targets = PixelTargets(config).of_blocks(images, order)[:, 1:]
     pictures = predicted_image(targets, images, config, order, mean, std)
 
     original = (images * 0.25 + 0.5)[:, : pictures.shape[1]]
@@ -320,40 +318,15 @@ def test_predict_refuses_to_draw_no_image(tmp_path):
 # --------------------------------------------------------------------------------------------------- tokens
 
 
-def test_predicted_tokens_are_drawn_as_their_centroids_with_each_true_patchs_mean_and_deviation():
-    model = tiny_model(tokenizer="kmeans", vocab_size=5)
-    tokenizer = model.tokenizer
-    assert isinstance(tokenizer, KMeansTokenizer)
-    tokenizer.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
-    images, order = tiny_images(1), torch.tensor([3, 0, 5, 1, 4, 2])
-    logits = torch.randn(1, 5, 4, 5, generator=torch.Generator().manual_seed(2))
-    blocks = _pixels_of_tokens(model, logits, images, order)
-    for row in range(5):
-        picture = blocks[0, row].view(3, 8, 8)
-        top, left = divmod(int(order[row + 1]), 3)
-        true = images[0, :, 8 * top : 8 * top + 8, 8 * left : 8 * left + 8]
-        for m in range(4):
-            y, x = 4 * (m // 2), 4 * (m % 2)
-            patch = true[:, y : y + 4, x : x + 4]
-            centroid = tokenizer.centroids[logits[0, row, m].argmax()].view(3, 4, 4)
-            expected = centroid * patch.std() + patch.mean()
-            torch.testing.assert_close(picture[:, y : y + 4, x : x + 4], expected, atol=1e-4, rtol=1e-4)
-
-
 def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
     model = tiny_model(tokenizer="kmeans", vocab_size=5)
-    assert isinstance(model.tokenizer, KMeansTokenizer)
-    model.tokenizer.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    assert model.targets is not None
+    model.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     data = DataConfig(val_resize_px=24, workers=0)
     result = predict(model, ToySource(6), data, tmp_path, num_images=3, device=torch.device("cpu"))
     assert result.picture.stat().st_size > 1000
-    assert [row.baselines for row in result.rows] == [{"uniform": pytest.approx(math.log(5))}] * 3
+    assert [row.baselines["uniform"] for row in result.rows] == [pytest.approx(math.log(5))] * 3
+    assert all(0 < row.baselines["frequency"] <= math.log(5) for row in result.rows)
     told = json.loads((tmp_path / "predictions.json").read_text())
     assert (told["loss"], told["vocab_size"]) == ("cross_entropy", 5)
     assert "norm_pixels" not in told
-
-
-def test_tokens_of_a_tokenizer_that_cannot_draw_are_refused():
-    model = tiny_model(tokenizer="hf:some/where", vocab_size=5)
-    with pytest.raises(ValueError, match="tokens of hf:some/where cannot be drawn"):
-        _pixels_of_tokens(model, torch.zeros(1, 5, 4, 5), tiny_images(1), torch.arange(6))

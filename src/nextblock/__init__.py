@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
-    from nextblock.models.classifier import ImageClassifier
+    from nextblock.models.heads import ImageClassifier
     from nextblock.presets import list_presets
 
 __version__ = "0.1.0"
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ImageClassifier": "nextblock.models.classifier",
+    "ImageClassifier": "nextblock.models.heads",
     "ModelConfig": "nextblock.config",
     "NextBlockModel": "nextblock.models",
     "RunConfig": "nextblock.config",

@@ -19,18 +19,6 @@ from einops import rearrange
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-__all__ = [
-    "block_orders",
-    "checkerboard_order",
-    "may_attend",
-    "patches_of_blocks",
-    "patchify",
-    "random_orders",
-    "raster_mask",
-    "spiral_order",
-    "unpatchify",
-]
-
 
 def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Tensor, "k m"]:
     """The patches in every block, both in raster order; `grid` and `block` are (rows, columns) of patches."""
@@ -54,6 +42,21 @@ def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Ten
         return checkerboard_order(block_grid)[None]
     assert kind == "raster", kind
     return torch.arange(k, dtype=torch.int64)[None]
+
+
+def check_order(order: Shaped[Tensor, "*k"], num_blocks: int) -> None:
+    """Raise `ValueError` unless `order` is a permutation of the blocks.
+
+    Values on another device than the CPU are not looked at, and none while a graph is compiled.
+    """
+    wrong = order.shape != (num_blocks,)
+    if not wrong and not torch.compiler.is_compiling() and order.device.type == "cpu":
+        wrong = order.sort().values.tolist() != list(range(num_blocks))
+    if wrong:
+        raise ValueError(
+            f"block_order must be a permutation of 0..{num_blocks - 1}, got "
+            f"{order.tolist() if order.device.type == 'cpu' else tuple(order.shape)}"
+        )
 
 
 def spiral_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:

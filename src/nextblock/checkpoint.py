@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.models import NextBlockModel, TimmEncoder
-from nextblock.models.classifier import AnyClassifier, Classifier, ImageClassifier, TimmClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict, to_dict
 
@@ -76,13 +75,15 @@ class MissingSettingError(CheckpointError, ValueError):
 # --------------------------------------------------------------------------------------------- model files
 
 
-def save_model(path: Path, model: NextBlockModel | AnyClassifier, *, data: DataConfig | None = None) -> None:
+def save_model(
+    path: Path, model: NextBlockModel | ImageClassifier, *, data: DataConfig | None = None
+) -> None:
     """Write a model or classifier as one safetensors file that `nextblock.load` reads.
 
     With `data`, the file says how its images are normalised and cut.
     """
-    if isinstance(model, Classifier):
-        kind = "timm classifier" if isinstance(model, TimmClassifier) else "classifier"
+    if isinstance(model, ImageClassifier):
+        kind = "timm classifier" if isinstance(model.encoder_model, TimmEncoder) else "classifier"
         settings = {
             "model": to_dict(model.encoder_model.config),
             "head": to_dict(model.head_config),
@@ -102,7 +103,7 @@ def save_model(path: Path, model: NextBlockModel | AnyClassifier, *, data: DataC
     save_file(weights, path, metadata=metadata)
 
 
-def save_classifier(directory: Path, classifier: AnyClassifier, *, data: DataConfig | None = None) -> None:
+def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataConfig | None = None) -> None:
     """Write a classifier as `directory/model.safetensors`; the directory appears whole or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(directory) as aside:
@@ -117,7 +118,7 @@ def is_safetensors(path: Path) -> bool:
     return start[8:] == b"{"
 
 
-def read_model(path: Path) -> NextBlockModel | AnyClassifier:
+def read_model(path: Path) -> NextBlockModel | ImageClassifier:
     """Build the network that a model file describes, with its weights, on the CPU in fp32."""
     metadata = read_metadata(path)
     if metadata.get("format") != "nextblock":
@@ -128,20 +129,21 @@ def read_model(path: Path) -> NextBlockModel | AnyClassifier:
             f"{FORMAT_VERSION}; upgrade nextblock"
         )
     settings = json.loads(metadata["config"])
-    if metadata["kind"] == "classifier":
-        encoder_model = NextBlockModel(from_dict(ModelConfig, settings["model"]))
+    is_classifier = metadata["kind"] != "model"
+    sizes = settings["model"] if is_classifier else settings
+    for name in ("prefix_tokens", "token_px"):  # settings that files from before 0.1.0 still hold
+        sizes.pop(name, None)
+    if not is_classifier:
+        model = NextBlockModel(from_dict(ModelConfig, sizes))
+    else:
+        is_timms = metadata["kind"] == "timm classifier"
+        encoder_model = (
+            TimmEncoder.fresh(from_dict(TimmConfig, sizes))
+            if is_timms
+            else NextBlockModel(from_dict(ModelConfig, sizes))
+        )
         head_config = from_dict(HeadConfig, settings["head"])
         model = ImageClassifier(encoder_model, head_config, settings["class_names"])
-    elif metadata["kind"] == "timm classifier":
-        settings["model"].pop("prefix_tokens", None)  # told by files from before 0.1.0
-        timm_encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
-        head_config = from_dict(HeadConfig, settings["head"])
-        model = TimmClassifier(timm_encoder, head_config, settings["class_names"])
-    else:
-        model = NextBlockModel(from_dict(ModelConfig, settings))
-        data = read_data(path)
-        if data is not None:
-            model.image_stats = (data.mean, data.std)
     load_strictly(model, load_file(path), str(path))
     return model.eval()
 

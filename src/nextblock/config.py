@@ -90,6 +90,8 @@ class ModelConfig(_Section):
     """Drop-path rate of the encoder's last layer; grows linearly from 0 at the first."""
     block_size: Size = 4
     """Patches along a block's side: 4, or rows and columns as 2,4 or 2x4; 1 is plain causal attention."""
+    encoder_attention: Literal["block_causal", "full"] = "block_causal"
+    """Attention mask of the encoder; full lets every patch see the targets, so it cannot be pre-trained."""
     order: Literal["raster", "spiral", "checkerboard", "fixed_random", "random"] = "raster"
     """Order of the blocks: row by row, from the centre out, every other block first, one random order, or
     random: as many orders as blocks, one drawn a step."""
@@ -103,7 +105,7 @@ class ModelConfig(_Section):
     """Predictor: transformer layers (XTRA), residual MLPs on each patch (AIM), one linear map, or null: an
     encoder only."""
     predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
-    """Attention mask of a transformer predictor; native: the encoder's."""
+    """Attention mask of a transformer predictor; native: the encoder's. The others are for official files."""
     predictor_block_size: Size | None = None
     """Patches along a block's side in the predictor's own mask: 4, or 2x4; null: block_size."""
     projection_dim: Count | None = 4096
@@ -131,7 +133,7 @@ class ModelConfig(_Section):
     feature_attention: Literal["causal", "full"] = "causal"
     """What native attention means for features of this model: the pre-training mask, or no mask."""
     resample_antialias: bool = True
-    """Antialias when patch weights are resampled to another patch size."""
+    """Antialias learned positions that are resampled to another grid, as timm does; XTRA does not."""
     init: str | None = None
     """Start from these weights: anything `nextblock info` reads. What does not fit is resampled or fresh, and
     listed."""
@@ -152,10 +154,16 @@ class ModelConfig(_Section):
             f"cannot be cut into blocks of {block[0]}x{block[1]} patches; "
             f"use model.image_size {_nearest_sizes(self.image_size, unit)}, or another model.block_size",
         )
+        require(
+            self.encoder_attention == "block_causal" or self.feature_attention == "full",
+            f"model.encoder_attention is full, but model.feature_attention is {self.feature_attention}; "
+            "set it to full",
+        )
         if self.positions == "sincos":
             _require_four("model.embed_dim", self.embed_dim)
         if self.predictor is None:
             return
+        self._check_own_mask()
         if self.predictor == "transformer":
             require_divides(
                 self.predictor_dim, self.predictor_heads, "model.predictor_dim", "model.predictor_heads"
@@ -172,6 +180,38 @@ class ModelConfig(_Section):
             f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels, and k-means "
             "tokens are predicted by cross-entropy; leave them out, or set model.tokenizer null",
         )
+
+    def _check_own_mask(self) -> None:
+        """Refuse attention masks of the predictor's or the encoder's own that nothing could follow."""
+        own, block = self.predictor_attention, self.predictor_block_size
+        require(
+            block is None or own == "block_causal",
+            f"model.predictor_block_size is {block}, but model.predictor_attention is {own}; "
+            "set model.predictor_attention block_causal, or leave it null",
+        )
+        if own == "native" and self.encoder_attention == "block_causal":
+            return
+        require(
+            self.order == "raster" and not self.prefix,
+            f"model.encoder_attention {self.encoder_attention} and model.predictor_attention {own} need "
+            "model.order raster and no model.prefix",
+        )
+        require(
+            own == "native" or self.predictor == "transformer",
+            f"model.predictor_attention is {own}, but a predictor {self.predictor} has no attention; "
+            "leave it native",
+        )
+        rows, columns = (1, 1) if block is None else pair(block)
+        require(
+            self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
+            f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]} "
+            "patches; use a divisor",
+        )
+
+    @property
+    def has_class_token(self) -> bool:
+        """False: these encoders have patches alone, unlike some of timm's."""
+        return False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -210,11 +250,6 @@ class ModelConfig(_Section):
     def block_values(self) -> int:
         """Pixel values in a block, p: channels x height x width."""
         return self.in_chans * math.prod(self.block_px)
-
-    @property
-    def outputs_per_block(self) -> int:
-        """Numbers that are predicted of a block: its pixel values, or the logits of its tokens."""
-        return self.block_values if self.tokenizer is None else self.patches_per_block * self.vocab_size
 
 
 def _require_four(name: str, width: int) -> None:

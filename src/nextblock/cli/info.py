@@ -73,12 +73,12 @@ def _describe(src: str, told: Told) -> dict[str, Any]:
 
 def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
     from nextblock.models import NextBlockModel
-    from nextblock.models.classifier import Classifier
+    from nextblock.models.heads import ImageClassifier
     from nextblock.models.timm_encoder import TimmConfig
     from nextblock.settings import to_dict
 
     model = found.model
-    is_classifier = isinstance(model, Classifier)
+    is_classifier = isinstance(model, ImageClassifier)
     encoder_model = model.encoder_model if is_classifier else model
     config = encoder_model.config
     if isinstance(config, TimmConfig):

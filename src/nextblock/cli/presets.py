@@ -62,6 +62,8 @@ def parameters_m(model: ModelConfig) -> tuple[float, float]:
 
 def step_gb(config: RunConfig, total_m: float) -> float:
     """An estimate of the memory of a step: weights, gradients, AdamW's moments, and kept activations."""
+    from nextblock.targets import make_targets
+
     model, train = config.model, config.train
     # About 17 numbers of a layer's width are kept per token: norms, q k v, attention, residuals, MLP at 4x.
     # Within a third of the tensors that autograd keeps on a CPU; what the GPU's allocator adds is not known.
@@ -70,7 +72,7 @@ def step_gb(config: RunConfig, total_m: float) -> float:
     if model.predictor is not None:
         kept += layer * model.predictor_depth * model.predictor_dim * (model.predictor != "linear")
         kept += 2 * (model.projection_dim or 0)
-        kept += (2 * (model.block_mlp_dim or 0) + 2 * model.outputs_per_block) / model.patches_per_block
+        kept += (2 * (model.block_mlp_dim or 0) + 2 * make_targets(model).outputs) / model.patches_per_block
     number = 4 if train.precision == "fp32" else 2.5  # bytes; norms and residuals stay fp32
     images = train.micro_batch_size or train.batch_size
     return (18e6 * total_m + number * kept * model.num_patches * images) / 1e9

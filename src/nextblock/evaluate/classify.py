@@ -27,7 +27,7 @@ from nextblock.evaluate.embed.files import check_writable, parquet_package
 from nextblock.evaluate.features import check_bad, evaluation_data, iterate_features
 from nextblock.evaluate.measures import Measures, Tally
 from nextblock.interop import load_classifier
-from nextblock.models.classifier import AnyClassifier
+from nextblock.models.heads import ImageClassifier
 from nextblock.train.device import autocast, choose_device
 
 __all__ = ["ClassifiedImage", "ClassifyResult", "classify", "classify_images"]
@@ -92,7 +92,7 @@ def _model_of(spec: str) -> str:
 
 
 def classify_images(
-    classifier: AnyClassifier, config: ClassifyConfig, source: Source, data: DataConfig
+    classifier: ImageClassifier, config: ClassifyConfig, source: Source, data: DataConfig
 ) -> ClassifyResult:
     """Classify as `classify` does with all opened; the classifier is moved, frozen and set to eval."""
     device = choose_device(config.device)
@@ -127,7 +127,7 @@ def classify_images(
 
 
 def _logits(
-    images: Float[Tensor, "b c h w"], *, classifier: AnyClassifier, config: ClassifyConfig
+    images: Float[Tensor, "b c h w"], *, classifier: ImageClassifier, config: ClassifyConfig
 ) -> tuple[Float[Tensor, "b classes"]]:
     with autocast(images.device, TrainConfig(precision=config.precision)):
         return (classifier(images).float(),)

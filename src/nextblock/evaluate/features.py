@@ -40,7 +40,7 @@ from nextblock.interop import open_encoder
 from nextblock.interop.image_data import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.features import FeatureConfig, pool_features
+from nextblock.models.heads import FeatureConfig, pool_features
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict
 from nextblock.train.device import autocast

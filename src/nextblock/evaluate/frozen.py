@@ -40,7 +40,7 @@ from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.sources import open_labelled
 from nextblock.evaluate.unreadable import QUARANTINE, report_unreadable
 from nextblock.models import EncoderModel
-from nextblock.models.features import FeatureConfig
+from nextblock.models.heads import FeatureConfig
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import to_dict
 from nextblock.train.device import choose_device

@@ -14,8 +14,8 @@ from nextblock.interop.reading import Told, read
 from nextblock.interop.start import InitReport, in_groups, initialize_from
 from nextblock.interop.timm import from_timm, is_timm_directory
 from nextblock.interop.timm_spec import TIMM_SPEC, open_timm_encoder, parse_timm_spec
-from nextblock.models import EncoderModel, NextBlockModel
-from nextblock.models.classifier import AnyClassifier, ImageClassifier, TimmClassifier
+from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
+from nextblock.models.heads import ImageClassifier
 from nextblock.presets import model_config
 
 __all__ = ["create_model", "initialize", "load", "load_classifier", "load_model", "open_encoder"]
@@ -42,7 +42,7 @@ def load(
     probe_layers: Literal["last", "best"] | Sequence[int] | None = None,
     image_size: Size | None = None,
     norm_eps: float | None = None,
-) -> NextBlockModel | AnyClassifier:
+) -> NextBlockModel | ImageClassifier:
     """Build the model or classifier that a run, a file, `hf:USER/NAME[/FILE]` or `timm:NAME` holds.
 
     Understood: what this package writes; official XTRA and AIM files, models and classifiers; timm's vision
@@ -68,7 +68,7 @@ def load_classifier(
     *,
     num_heads: int | None = None,
     probe_layers: Literal["last", "best"] | Sequence[int] | None = None,
-) -> AnyClassifier:
+) -> ImageClassifier:
     """Load as `load` does what must be a classifier; `CheckpointError` where it is a model without a head."""
     # Of timm the encoder alone is taken, and not every one of them can be loaded as one of ours.
     is_timm = str(src).startswith(TIMM_SPEC) or is_timm_directory(Path(src))
@@ -134,7 +134,7 @@ def _log_names(what: str, names: Sequence[str]) -> None:
         log.debug("  %s, by name: %s", what, ", ".join(names))
 
 
-def _read_to_start(src: str | Path, config: ModelConfig) -> NextBlockModel | AnyClassifier:
+def _read_to_start(src: str | Path, config: ModelConfig) -> NextBlockModel | ImageClassifier:
     """Read weights to start from; what a head averages is of no account."""
     told = Told(to_start_from=True)
     stand_ins = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
@@ -158,10 +158,10 @@ def _plain(value: object) -> str:
 
 
 def _model_of(
-    loaded: NextBlockModel | AnyClassifier, origin: str, *, drop_prefix_tokens: bool = False
+    loaded: NextBlockModel | ImageClassifier, origin: str, *, drop_prefix_tokens: bool = False
 ) -> NextBlockModel:
     """Of a classifier its encoder; `CheckpointError` where that is timm's and of another kind than ours."""
-    if isinstance(loaded, TimmClassifier):
-        vit = loaded.encoder_model.encoder
-        return from_timm(vit, origin, drop_prefix_tokens=drop_prefix_tokens)
-    return loaded.encoder_model if isinstance(loaded, ImageClassifier) else loaded
+    model = loaded.encoder_model if isinstance(loaded, ImageClassifier) else loaded
+    if isinstance(model, TimmEncoder):
+        return from_timm(model.encoder, origin, drop_prefix_tokens=drop_prefix_tokens)
+    return model

@@ -33,10 +33,8 @@ from nextblock.interop.names import (
     require_heads,
 )
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.encoder import sincos_positions
-from nextblock.models.features import last_layers
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
+from nextblock.models.vit import sincos_positions
 from nextblock.presets import SIZES
 
 __all__ = ["hub_settings", "is_aim", "is_aim_head", "read_aim", "stores_positions", "with_positions"]

@@ -26,8 +26,7 @@ from nextblock.interop.aim import (
 from nextblock.interop.files import make_parent, refuse_directory
 from nextblock.interop.names import log_left_out, on_cpu, refuse_differences
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 
 __all__ = ["write_aim"]
 

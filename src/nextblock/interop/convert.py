@@ -29,7 +29,7 @@ from nextblock.interop.timm import is_timm_directory, write_timm
 from nextblock.interop.timm_spec import TIMM_SPEC, timm_provenance
 from nextblock.interop.xtra import write_xtra
 from nextblock.models import EncoderModel, NextBlockModel
-from nextblock.models.classifier import AnyClassifier, Classifier, TimmClassifier
+from nextblock.models.heads import ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import require
 
@@ -129,13 +129,13 @@ class _Wanted:
     """Of the hub, where they are going to lie."""
 
 
-def _save(model: NextBlockModel | AnyClassifier, dst: str | Path, to: Target, wanted: _Wanted) -> Converted:
+def _save(model: NextBlockModel | ImageClassifier, dst: str | Path, to: Target, wanted: _Wanted) -> Converted:
     path = _path(dst)
     difference = _write(model, path, to, wanted)
     return Converted(to, str(path), _size(path), difference)
 
 
-def _push(model: NextBlockModel | AnyClassifier, dst: str, to: Target, wanted: _Wanted) -> Converted:
+def _push(model: NextBlockModel | ImageClassifier, dst: str, to: Target, wanted: _Wanted) -> Converted:
     repo = dst.removeprefix(HUB_SPEC)
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside) / repo.rpartition("/")[2]
@@ -192,11 +192,11 @@ def _refuse_for_timms(src: str | Path, to: Target, image_size: Size | None, conf
     )
 
 
-def _config_of(model: NextBlockModel | AnyClassifier) -> ModelConfig | TimmConfig:
-    return model.encoder_model.config if isinstance(model, Classifier) else model.config
+def _config_of(model: NextBlockModel | ImageClassifier) -> ModelConfig | TimmConfig:
+    return model.encoder_model.config if isinstance(model, ImageClassifier) else model.config
 
 
-def _write(model: NextBlockModel | AnyClassifier, path: Path, to: Target, wanted: _Wanted) -> float | None:
+def _write(model: NextBlockModel | ImageClassifier, path: Path, to: Target, wanted: _Wanted) -> float | None:
     """Write a model to a path; ONNX gives the difference that it measured."""
     if to == "timm":
         write_timm(
@@ -209,8 +209,6 @@ def _write(model: NextBlockModel | AnyClassifier, path: Path, to: Target, wanted
         )
     elif to == "nextblock":
         _write_nextblock(model, path, wanted)
-    elif isinstance(model, TimmClassifier):
-        raise AssertionError(to)
     elif to == "onnx":
         from nextblock.interop.onnx import write_onnx
 
@@ -230,9 +228,9 @@ def _write(model: NextBlockModel | AnyClassifier, path: Path, to: Target, wanted
     return None
 
 
-def _encoder_for_timm(model: NextBlockModel | AnyClassifier) -> EncoderModel:
+def _encoder_for_timm(model: NextBlockModel | ImageClassifier) -> EncoderModel:
     """What goes into timm's format, with a word on what does not."""
-    if isinstance(model, Classifier):
+    if isinstance(model, ImageClassifier):
         log.info(
             "left out: the classifier's %s head, which timm's models do not have", model.head_config.kind
         )
@@ -242,8 +240,8 @@ def _encoder_for_timm(model: NextBlockModel | AnyClassifier) -> EncoderModel:
     return model
 
 
-def _write_nextblock(model: NextBlockModel | AnyClassifier, directory: Path, wanted: _Wanted) -> None:
-    is_classifier = isinstance(model, Classifier)
+def _write_nextblock(model: NextBlockModel | ImageClassifier, directory: Path, wanted: _Wanted) -> None:
+    is_classifier = isinstance(model, ImageClassifier)
     place = directory.name if wanted.repo is None else f"{HUB_SPEC}{wanted.repo}"
     use = "logits = model(images)" if is_classifier else "features = model.encode(images)"
     parts = "(b classes)" if is_classifier else "features.tokens, features.layers"

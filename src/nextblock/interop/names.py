@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError, MissingSettingError
-from nextblock.models.classifier import ImageClassifier
+from nextblock.models.heads import ImageClassifier
 
 __all__ = [
     "NameTable",

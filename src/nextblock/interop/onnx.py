@@ -22,8 +22,7 @@ from nextblock.interop.files import make_parent, refuse_directory
 from nextblock.interop.timm import data_at, encoder_at, require_numbers
 from nextblock.logs import held_back
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.features import pool_features
+from nextblock.models.heads import ImageClassifier, pool_features
 from nextblock.settings import require, to_dict
 
 OPSET = 18

@@ -38,7 +38,7 @@ from nextblock.interop.timm import from_timm, is_timm_directory, is_timm_weights
 from nextblock.interop.timm_spec import TIMM_SPEC, timm_model
 from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import AnyClassifier
+from nextblock.models.heads import ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import require
 
@@ -52,7 +52,7 @@ KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and 
 class Found(NamedTuple):
     """A model, and the words for the format it was found in."""
 
-    model: NextBlockModel | AnyClassifier
+    model: NextBlockModel | ImageClassifier
     format: str
     image_size_assumed: bool = False
     """Nothing tells the size of its images; the encoder takes any."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nextblock.checkpoint import CheckpointError
 from nextblock.config import ModelConfig, pair
 from nextblock.models import NextBlockModel
-from nextblock.models.encoder import positions_on
+from nextblock.models.vit import positions_on
 
 __all__ = ["InitReport", "in_groups", "initialize_from"]
 
@@ -104,7 +104,7 @@ def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, object]
 
 
 def _differing(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tuple[object, object]]]:
-    names = ["patch_size", "norm_eps", "patch_norm"]
+    names = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
     names += ["positions"] if own.positions == "sincos" else []  # learned ones begin where fixed ones are
     names += ["bias"] if not own.bias else []  # a fresh bias is zero: the same function
     for name in names:

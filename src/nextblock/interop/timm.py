@@ -38,7 +38,7 @@ from nextblock.interop.names import count_numbered, needed, on_cpu, patch_shape,
 from nextblock.interop.timm_models import NextBlockViT, model_args
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.encoder import positions_on, vit_arguments
+from nextblock.models.vit import positions_on, vit_arguments
 from nextblock.settings import from_dict, to_dict
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
 from nextblock.config import ModelConfig, pair
-from nextblock.models.encoder import (
+from nextblock.models.vit import (
     fresh_positions,
     positions_of,
     positions_on,

@@ -31,8 +31,7 @@ from nextblock.interop.names import (
     require_heads,
 )
 from nextblock.models import NextBlockModel
-from nextblock.models.classifier import ImageClassifier
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier
 
 __all__ = ["is_xtra", "read_xtra", "write_xtra"]
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from nextblock.models.features import Encoded
+from nextblock.models.heads import EncoderModel, ImageClassifier
 from nextblock.models.next_block import Further, NextBlockModel, Prediction
 from nextblock.models.timm_encoder import TimmEncoder
+from nextblock.models.vit import Encoded
 
-__all__ = ["Encoded", "EncoderModel", "Further", "NextBlockModel", "Prediction", "TimmEncoder"]
-
-EncoderModel = NextBlockModel | TimmEncoder
-"""What can be evaluated: it encodes, has a `final_norm`, and tells its sizes in `config`."""
+__all__ = [
+    "Encoded",
+    "EncoderModel",
+    "Further",
+    "ImageClassifier",
+    "NextBlockModel",
+    "Prediction",
+    "TimmEncoder",
+]

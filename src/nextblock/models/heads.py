@@ -1,13 +1,13 @@
-"""Classification heads on an encoder: linear, attentive (XTRA's and AIM's probes), and an MLP.
+"""From an encoding to classes: which outputs are features, the heads on them, and the classifier of both.
 
-All normalise their input per channel without learned scale or shift, so that one learning rate suits any
-encoder. The attentive head lets learned queries pick the patches that tell; neither they nor what they pick
-are projected.
+All heads normalise their input per channel without learned scale or shift, so that one learning rate suits
+any encoder.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -17,37 +17,107 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.config import Attention
-from nextblock.models.features import FeatureConfig, Tokens
+from nextblock.models.next_block import NextBlockModel
+from nextblock.models.timm_encoder import TimmEncoder
+from nextblock.models.vit import Encoded
 
-__all__ = [
-    "AttentiveHead",
-    "Head",
-    "HeadConfig",
-    "LinearHead",
-    "MlpHead",
-    "check_attention_heads",
-    "create_head",
-    "fitting_heads",
-]
+EncoderModel = NextBlockModel | TimmEncoder
+"""What can be evaluated: it has `encode`, `final_norm`, and its sizes in `config`."""
 
 BATCH_NORM_EPS = 1e-6
 QUERY_STD = 0.02
 
+Tokens = Literal["patches", "class", "joined", "all"]
+"""Patches alone; the class token; class token and mean patch, joined channel by channel; all tokens."""
+
+# ----------------------------------------------------------------------------------------------- features
+
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """What a head sees of the encoder, and what it is made of."""
+class FeatureConfig:
+    """Which of an encoder's outputs are used, and how they are pooled."""
 
-    kind: Literal["linear", "attentive", "mlp"] = "attentive"
-    """A linear layer on the mean patch, one on patches pooled by learned queries, or an MLP on the mean."""
-    num_classes: int
-    """Classes to tell apart."""
     layers: tuple[int, ...]
-    """Encoder layers whose outputs are used, counted from 0."""
+    """Layers whose outputs are used, counted from 0."""
     layer_pool: Literal["mean", "concat"] = "mean"
     """Several layers are averaged, or joined channel by channel."""
     norm_layers: bool = False
     """Apply the encoder's final norm to each layer's output first; officially not."""
+    tokens: Tokens = "patches"
+    """Of encoders with a class token: patches alone, class token, class token and mean patch joined, all."""
+    pooled: bool = True
+    """The mean over the tokens, one vector an image; else every token."""
+    attention: Attention = "native"
+    """Attention mask used for features: `native` (as trained for), `causal`, or `full`."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 0:
+            raise ValueError(
+                f"layers are {list(self.layers)}; name at least one encoder layer, counted from 0"
+            )
+        if self.tokens in ("class", "joined") and not self.pooled:
+            raise ValueError(f"tokens {self.tokens} is one vector an image; use patches or all for several")
+
+    def width(self, embed_dim: int) -> int:
+        """Channels of these features, of an encoder `embed_dim` wide."""
+        layers = len(self.layers) if self.layer_pool == "concat" else 1
+        return embed_dim * layers * (2 if self.tokens == "joined" else 1)
+
+    def check_encoder(self, depth: int, *, has_class_token: bool) -> None:
+        """Raise `ValueError` if an encoder has no such layers or tokens."""
+        if max(self.layers) >= depth:
+            raise ValueError(
+                f"layers {list(self.layers)} of an encoder with {depth}; choose among 0 to {depth - 1}"
+            )
+        if self.tokens in ("class", "joined") and not has_class_token:
+            raise ValueError(f"tokens {self.tokens}: this encoder has no class token; use patches")
+
+
+def last_layers(count: int, depth: int) -> tuple[int, ...]:
+    """Name the last `count` of `depth` layers, counted from 0."""
+    if not 1 <= count <= depth:
+        raise ValueError(f"the last {count} layers of an encoder with {depth}: use 1 to {depth}")
+    return tuple(range(depth - count, depth))
+
+
+def pool_features(
+    encoded: Encoded, config: FeatureConfig, norm: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "b *tokens f"]:
+    """The features of an encoding: (b f) if pooled, else (b tokens f).
+
+    `norm` is the encoder's final norm, used if the config asks for it. Raises `ValueError` if the encoder has
+    no such layer or class token.
+    """
+    config.check_encoder(len(encoded.layers), has_class_token=encoded.has_class_token)
+
+    def pool(outputs: Sequence[Tensor]) -> Tensor:
+        chosen = [outputs[layer] for layer in config.layers]
+        chosen = [norm(output) for output in chosen] if config.norm_layers else chosen
+        # Layers are averaged token by token; joined, a token has the channels of all of them.
+        return torch.stack(chosen).mean(dim=0) if config.layer_pool == "mean" else torch.cat(chosen, dim=-1)
+
+    if config.tokens in ("class", "joined"):
+        class_token = pool(encoded.prefix)[:, 0]
+        if config.tokens == "class":
+            return class_token
+        return torch.cat([class_token, reduce(pool(encoded.layers), "b n f -> b f", "mean")], dim=-1)
+    tokens = pool(encoded.layers)
+    if config.tokens == "all" and encoded.prefix:
+        tokens = torch.cat([pool(encoded.prefix), tokens], dim=1)
+    return reduce(tokens, "b n f -> b f", "mean") if config.pooled else tokens
+
+
+# -------------------------------------------------------------------------------------------------- heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(FeatureConfig):
+    """A head and the features it sees; `pooled` follows from the kind."""
+
+    kind: Literal["linear", "attentive", "mlp"] = "attentive"
+    """A linear layer on the mean patch, one on patches pooled by learned queries, or an MLP on the mean."""
+    num_classes: int
+    """Number of classes."""
     num_heads: int = 16
     """Attentive head: attention heads."""
     num_queries: int = 1
@@ -56,10 +126,6 @@ class HeadConfig:
     """Normalise the features per channel (batch norm without affine) first."""
     bias: bool = True
     """Give the linear layer a bias; AIM's heads have none."""
-    attention: Attention = "native"
-    """Attention at encoding: what the checkpoint records for its features, the pre-training mask, or none."""
-    tokens: Tokens = "patches"
-    """Of encoders with a class token: patches alone, class token, class token and mean patch joined, all."""
     hidden_dim: int = 2048
     """MLP head: its hidden layer."""
 
@@ -67,19 +133,13 @@ class HeadConfig:
         for name in ("num_classes", "num_heads", "num_queries", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1")
-        _ = self.features  # refuses layers and tokens that cannot be
+        object.__setattr__(self, "pooled", self.kind != "attentive")
+        super().__post_init__()
 
     @property
     def features(self) -> FeatureConfig:
-        """What the head sees: every token if attentive, else one vector an image."""
-        return FeatureConfig(
-            layers=self.layers,
-            layer_pool=self.layer_pool,
-            norm_layers=self.norm_layers,
-            tokens=self.tokens,
-            pooled=self.kind != "attentive",
-            attention=self.attention,
-        )
+        """The features alone, equal for all heads that share them."""
+        return FeatureConfig(**{field.name: getattr(self, field.name) for field in fields(FeatureConfig)})
 
 
 class LinearHead(nn.Module):
@@ -96,12 +156,7 @@ class LinearHead(nn.Module):
 
 
 class AttentiveHead(nn.Module):
-    """Learned queries that attend to all patches, averaged, then one linear layer (AIM, equation 4).
-
-    The queries are the same for every image, so keys and values of single patches are never formed: the key
-    matrix is folded into the queries, and the value matrix applied to each head's weighted mean of patches.
-    The function is the same; the work per patch falls from 2·d² to 2·d·heads·queries multiplications.
-    """
+    """Learned queries that attend to all patches, averaged, then one linear layer (AIM, equation 4)."""
 
     def __init__(
         self,
@@ -132,6 +187,9 @@ class AttentiveHead(nn.Module):
         key = rearrange(self.key.weight, "(h e) d -> h e d", h=self.num_heads)
         value = rearrange(self.value.weight, "(h e) d -> h e d", h=self.num_heads)
 
+        # The queries are the same for every image, so keys and values of single patches are never formed:
+        # q·(K x) = (Kᵀq)·x folds the key matrix into the queries, and the mean of V x over patches is V
+        # applied to the mean of x. Per patch that costs 2·d·heads·queries products instead of 2·d².
         patch_query = einsum(query, key, "q h e, h e d -> q h d") * key.shape[1] ** -0.5
         scores = einsum(normed, patch_query, "b n d, q h d -> b q h n")
         patch_mean = einsum(scores.softmax(dim=-1), normed, "b q h n, b n d -> b q h d")
@@ -170,7 +228,7 @@ def fitting_heads(dim: int, most: int) -> int:
 
 
 def check_attention_heads(dim: int, num_heads: int) -> None:
-    """Raise `ValueError` where an attentive head of this width cannot have so many attention heads."""
+    """Raise `ValueError` if an attentive head of this width cannot have so many attention heads."""
     if dim % num_heads:
         raise ValueError(
             f"an attentive head {dim} channels wide cannot have {num_heads} attention heads; set "
@@ -180,26 +238,50 @@ def check_attention_heads(dim: int, num_heads: int) -> None:
 
 def create_head(config: HeadConfig, embed_dim: int) -> Head:
     """Make a config's head for an encoder `embed_dim` wide, its weights from torch's global generator."""
-    width = config.features.width(embed_dim)
+    width = config.width(embed_dim)
+    common = {"batch_norm": config.batch_norm, "bias": config.bias}
     if config.kind == "mlp":
-        return MlpHead(
-            width,
-            config.num_classes,
-            hidden_dim=config.hidden_dim,
-            batch_norm=config.batch_norm,
-            bias=config.bias,
-        )
+        return MlpHead(width, config.num_classes, hidden_dim=config.hidden_dim, **common)
     if config.kind == "linear":
-        return LinearHead(width, config.num_classes, batch_norm=config.batch_norm, bias=config.bias)
-    return AttentiveHead(
-        width,
-        config.num_classes,
-        num_heads=config.num_heads,
-        num_queries=config.num_queries,
-        batch_norm=config.batch_norm,
-        bias=config.bias,
-    )
+        return LinearHead(width, config.num_classes, **common)
+    attention = {"num_heads": config.num_heads, "num_queries": config.num_queries}
+    return AttentiveHead(width, config.num_classes, **attention, **common)
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm1d:
     return nn.BatchNorm1d(dim, affine=False, eps=BATCH_NORM_EPS)
+
+
+# --------------------------------------------------------------------------------------------- classifier
+
+
+class ImageClassifier(nn.Module):
+    """An encoder and a head on it: what probes and fine-tuning make, and official classifier files load as.
+
+    `class_names`, if known, are in the order of the logits. The head's weights come from torch's global
+    generator.
+    """
+
+    def __init__(
+        self, encoder_model: EncoderModel, head_config: HeadConfig, class_names: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        config, num_classes = encoder_model.config, head_config.num_classes
+        head_config.check_encoder(config.depth, has_class_token=config.has_class_token)
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(
+                f"{len(class_names)} class names for a head of {num_classes} classes; give one for each"
+            )
+        self.encoder_model = encoder_model
+        self.head_config = head_config
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.head = create_head(head_config, config.embed_dim)
+
+    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *patches f"]:
+        """Compute what the head sees before its batch norm: (b n f) if attentive, else (b f)."""
+        encoded = self.encoder_model.encode(images, attention=self.head_config.attention)
+        return pool_features(encoded, self.head_config, self.encoder_model.final_norm)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        """Logits of the classes, from normalised images."""
+        return self.head(self.features(images))

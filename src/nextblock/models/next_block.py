@@ -1,40 +1,32 @@
 """The model: an encoder under a block-causal mask, a predictor, and the loss of predicting each next block.
 
 One path serves training, validation and pictures (`forward`), one serves features (`encode`). In `forward`
-the tokens are put in block-major order along the block order, so the mask is the same staircase whatever the
-order, and the last block is simply the end of the sequence. No earlier block may attend to it and nothing is
-predicted from it, so it is left out of encoder and predictor: the result is exact, and 1/(number of blocks)
-of the work is saved.
+the tokens are in block-major order along the block order, so the mask is the same staircase whatever the
+order, and the last block is simply the end of the sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from nextblock.blocks import block_orders, may_attend, patches_of_blocks, raster_mask
-from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, Attention, ModelConfig, pair
-from nextblock.models.encoder import (
+from nextblock.blocks import block_orders, check_order, may_attend, patches_of_blocks, raster_mask
+from nextblock.config import Attention, ModelConfig, pair
+from nextblock.models.predictor import Predictor, join_blocks
+from nextblock.models.vit import (
+    Encoded,
     build_encoder,
     layer_outputs,
     patch_tokens,
-    picked_output,
     positions_of,
     positions_on,
 )
-from nextblock.models.features import Encoded
-from nextblock.models.predictor import Predictor
-from nextblock.objective import block_losses, block_targets, combine, kept_rows
-from nextblock.tokens import KMeansTokenizer, Tokenizer, open_tokenizer, token_losses, token_targets
-
-__all__ = ["Further", "NextBlockModel", "Prediction"]
+from nextblock.targets import combine, kept_rows, make_targets
 
 
 class Further(NamedTuple):
@@ -52,14 +44,14 @@ class Prediction(NamedTuple):
     loss: Float[Tensor, ""]
     """Mean of `block_loss` over kept rows, averaged over the predicted distances; fp32."""
     predictions: Float[Tensor, "b steps *p"]
-    """Predicted pixel values (b steps p), in (c h w) order, as the loss sees them (normalised where the
-    targets are); where tokens are predicted, their logits (b steps m v)."""
+    """Predicted pixel values (b steps p), in (c h w) order, normalised if the targets are; of a model that
+    predicts tokens, their logits (b steps m v)."""
     targets: Shaped[Tensor, "b steps *t"]
     """True pixel values as the loss saw them (b steps p), or integer tokens (b steps m)."""
     block_loss: Float[Tensor, "b steps"]
     """Loss of each block."""
     kept: Bool[Tensor, "b steps"]
-    """False where the target lies in the prefix; predictions, targets and losses of those rows are zero."""
+    """False if the target lies in the prefix; predictions, targets and losses of those rows are zero."""
     further: tuple[Further, ...]
     """The same four for distances 2, 3, ...; empty unless several blocks ahead are predicted."""
 
@@ -67,6 +59,18 @@ class Prediction(NamedTuple):
     def distances(self) -> tuple[Further, ...]:
         """All predicted distances, the nearest first."""
         return (Further(self.predictions, self.targets, self.block_loss, self.kept), *self.further)
+
+
+class Geometry(NamedTuple):
+    """The index tables and masks of an image size."""
+
+    patches_of_blocks: Int64[Tensor, "k m"]
+    orders: Int64[Tensor, "o k"]
+    """The set of block orders; the first is for validation and features."""
+    mask: Bool[Tensor, "s s"] | None
+    """The encoder's, over the sequence of `forward`, without a prefix; None: all see all."""
+    predictor_mask: Bool[Tensor, "n n"] | None
+    """The predictor's, over all patches in raster order, if it is not the encoder's."""
 
 
 class NextBlockModel(nn.Module):
@@ -78,65 +82,157 @@ class NextBlockModel(nn.Module):
 
     patches_of_blocks: Int64[Tensor, "k m"]
     orders: Int64[Tensor, "o k"]
-    seen_mask: Bool[Tensor, "s s"]
+    mask: Bool[Tensor, "s s"] | None
+    predictor_mask: Bool[Tensor, "n n"] | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config)
-        self.predictor = None if config.predictor is None else Predictor(config)
-        self.tokenizer: Tokenizer | None = None
-        """What makes the targets where tokens are predicted: k-means is part of the model and saved with it;
-        one from outside is opened when it is first needed."""
-        if config.predictor is not None and config.tokenizer == "kmeans":
-            self.tokenizer = KMeansTokenizer(config.vocab_size, config.in_chans, config.patch_size)
-        self.image_stats: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)
-        """Mean and deviation that images are normalised by, which a tokenizer from outside has to know."""
+        self.targets = None if config.predictor is None else make_targets(config)
+        self.predictor = None if self.targets is None else Predictor(config, self.targets.outputs)
+        self.tokenizer = None if self.targets is None else self.targets.tokenizer  # saved with the model
         self.recompute = False
         self.predictor_fp32 = False
-        self.register_buffer("patches_of_blocks", _patches_of_blocks(config), persistent=False)
-        self.register_buffer("orders", _orders(config), persistent=False)
-        self.register_buffer("seen_mask", _seen_mask(config), persistent=False)
+        """Keep the predictor's layers out of autocast; `train.predictor_fp32`."""
+        self.make_buffers()
+
+    def make_buffers(self) -> None:
+        """Make the tables that no model file holds, always with data.
+
+        A model built on the meta device has them; call it again after `to_empty`.
+        """
+        device = positions_of(self.encoder).device
+        self.leaks = masks_leak(self.config)
+        """Whether tokens see what they are to predict, so that training would learn nothing."""
+        for name, table in _geometry(self.config, self.leaks)._asdict().items():
+            on_device = table if table is None or device.type == "meta" else table.to(device)
+            self.register_buffer(name, on_device, persistent=False)
 
     def forward(
         self,
         images: Float[Tensor, "b c h w"],
         block_order: Int64[Tensor, " k"] | None = None,
         prefix_lengths: Int64[Tensor, " b"] | None = None,
+        drop_path: Float[Tensor, "b draws"] | None = None,
     ) -> Prediction:
         """Predict every block from those before it.
 
         `images` are normalised. `block_order` goes from position in the sequence to block in raster order;
-        None: the model's one order, or the first of its random set. `prefix_lengths`, one an image, count
-        blocks along the order that all tokens may attend to, and that are not predicted; None, 0 and 1 are
-        the same. Raises `ValueError` on images that the blocks do not divide, an order that is no
-        permutation, a prefix of all blocks.
+        None: the model's one order, or the first of its random set. `prefix_lengths`, one for each image,
+        count blocks along the order that all tokens may attend to, and that are not predicted; None, 0 and 1
+        are the same. `drop_path`: uniform numbers in [0, 1), two for each encoder layer; None: drawn from
+        torch's global generator. Only used in training. Raises `ValueError` for wrong shapes, and for values
+        of `block_order` and `prefix_lengths` that cannot be if these lie on the CPU.
         """
-        config = self._config_of(images)
-        predictor = self._able_predictor(config)
-        order = self._checked_order(block_order, config).to(images.device)
-        _check_prefix(prefix_lengths, config, len(images))
-        patches, mask = self._sequence(config, order, prefix_lengths)
-        rows = _rows_of_use(config, prefix_lengths)
+        config = self._config_at(images)
+        leaks = self.leaks if config is self.config else masks_leak(config)
+        check_predicts(config, leaks=self.training and leaks)
+        assert self.targets is not None
+        assert self.predictor is not None
+        self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
+        # Everything is made for the size of these images; at the model's own size these are its buffers.
+        geometry, k, m = self._geometry_at(config, leaks=leaks), config.num_blocks, config.patches_per_block
+        order = geometry.orders[0] if block_order is None else block_order
+        order = order.to(images.device, non_blocking=True)
+
+        # The last block is the end of the sequence. No earlier token attends to it and nothing is predicted
+        # from it, so it is left out: the loss is the same, and 1/k of the work is saved. Only masks that leak
+        # (those of some official files) need it.
+        patches = geometry.patches_of_blocks[order[: k if leaks else k - 1]].flatten()
+        # In the order of the blocks the mask is a staircase, whichever block comes when. A prefix opens it
+        # for each image, and tells which rows are predicted.
+        mask, rows, prefix = geometry.mask, None, None
+        if prefix_lengths is not None:
+            # Computed where the lengths are: on the CPU, nonzero waits for no GPU. Row i is of use if its
+            # farthest target, at position i + num_predicted_blocks, lies behind the prefix.
+            of_use = kept_rows(k - 1, config.num_predicted_blocks, prefix_lengths)
+            rows = of_use.flatten().nonzero().flatten().to(images.device, non_blocking=True)
+            prefix = prefix_lengths.to(images.device, non_blocking=True)
+            positions = torch.arange(k - 1, device=images.device).repeat_interleave(m)
+            mask = may_attend(positions, prefix)
+        predictor_mask = mask
+        # An own mask is made for patches in raster order: take it to the order of the sequence.
+        if geometry.predictor_mask is not None:
+            predictor_mask = geometry.predictor_mask[patches[:, None], patches]
 
         tokens = patch_tokens(self.encoder, images, self.config).index_select(1, patches)
-        if predictor.mixes_tokens:
-            tokens = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)[-1]
-        else:
-            tokens = self._run_picked(self.encoder.blocks, tokens, mask, rows, config)
-        tokens = self.encoder.norm(tokens)
-        with torch.autocast(tokens.device.type, enabled=_autocast_stays(tokens, self.predictor_fp32)):
-            tokens = tokens.float() if self.predictor_fp32 else tokens
-            joined = self._decode(predictor, tokens, config, patches, mask, rows)
-            targets = self._targets(images, order, config)
-            distances = [
-                self._predict(mlp, joined, rows, targets, distance, prefix_lengths)
-                for distance, mlp in enumerate(predictor.block_mlps, start=1)
-            ]
+        drop_path = None if drop_path is None else drop_path.to(images.device, non_blocking=True)
+        tokens = layer_outputs(
+            self.encoder.blocks, tokens, mask, recompute=self.recompute, drop_path=drop_path
+        )[-1]
+        joined = self._decode(self.encoder.norm(tokens), config, patches, predictor_mask, rows)
+
+        # Each distance has an output map of its own, on the same joined tokens.
+        targets = self.targets.of_blocks(images, order)
+        distances = [
+            self._predict(mlp, joined, targets, distance, rows, prefix)
+            for distance, mlp in enumerate(self.predictor.block_mlps, start=1)
+        ]
         loss = combine(
             [part.block_loss for part in distances], [part.kept.sum().float() for part in distances]
         )
         return Prediction(loss, *distances[0], further=tuple(distances[1:]))
+
+    def _decode(
+        self,
+        tokens: Float[Tensor, "b s e"],
+        config: ModelConfig,
+        patches: Int64[Tensor, " s"],
+        mask: Bool[Tensor, "*b s s"] | None,
+        rows: Int64[Tensor, " r"] | None,
+    ) -> Float[Tensor, "*joined dm"]:
+        """Each block's tokens as one vector: (b k dm), or (r dm) for the blocks `rows`, counted over images.
+
+        Rows are picked here and nowhere else: after the last attention, whose keys all tokens are.
+        """
+        predictor, positions, m = self.predictor, None, config.patches_per_block
+        assert predictor is not None
+        if predictor.pos_embed is not None:
+            positions = positions_on(config.grid, predictor.pos_embed, self.config).index_select(1, patches)
+
+        def pick(by_token: Tensor) -> Tensor:
+            if rows is None:
+                return rearrange(by_token, "b (k m) d -> b k m d", m=m)
+            return rearrange(by_token, "b (k m) d -> (b k) m d", m=m).index_select(0, rows)
+
+        settings = {"fp32": self.predictor_fp32, "recompute": self.recompute}
+        if predictor.mixes_tokens:
+            return join_blocks(pick(predictor(tokens, positions, mask, **settings)))
+        # Without attention a predictor computes each token alone, so its layers need the picked ones only.
+        # Positions are the same in all images: row r of (b k) is block r mod k of the sequence.
+        if positions is not None:
+            positions = rearrange(positions, "1 (k m) d -> k m d", m=m)
+            positions = positions if rows is None else positions.index_select(0, rows % len(positions))
+        return join_blocks(predictor(pick(tokens), positions, **settings))
+
+    def _predict(
+        self,
+        mlp: nn.Module,
+        joined: Float[Tensor, "*joined dm"],
+        all_targets: Shaped[Tensor, "b k *t"],
+        distance: int,
+        rows: Int64[Tensor, " r"] | None,
+        prefix: Int64[Tensor, " b"] | None,
+    ) -> Further:
+        """Rows 0 .. k-1-distance predict `distance` blocks ahead."""
+        assert self.targets is not None
+        targets = all_targets[:, distance:]
+        batch, steps = targets.shape[:2]
+        if rows is None or prefix is None:
+            kept = torch.ones(batch, steps, dtype=torch.bool, device=targets.device)
+            predictions = self.targets.shaped(mlp(joined[:, :steps]))
+        else:
+            # The MLP sees the picked rows alone; its outputs go back to their places among (b k-1). A row
+            # that another distance needs is zeroed here, as its own target lies in the prefix or beyond.
+            kept = kept_rows(steps, distance, prefix)
+            picked = mlp(joined)
+            in_place = picked.new_zeros(batch * (all_targets.shape[1] - 1), picked.shape[-1])
+            in_place = rearrange(in_place.index_copy(0, rows, picked), "(b k) p -> b k p", b=batch)
+            predictions = self.targets.shaped(_zero_unless(kept, in_place[:, :steps]))
+            targets = _zero_unless(kept, targets)
+        losses = _zero_unless(kept, self.targets.losses(predictions, targets))
+        return Further(predictions, targets, losses, kept)
 
     def encode(self, images: Float[Tensor, "b c h w"], attention: Attention = "native") -> Encoded:
         """Tokens and every layer, in raster order, of whole images of any size that the blocks divide.
@@ -147,9 +243,14 @@ class NextBlockModel(nn.Module):
         kind = self.config.feature_attention if attention == "native" else attention
         if kind not in ("causal", "full"):
             raise ValueError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
-        config = self._config_of(images, predicting=False, blocks_matter=kind == "causal")
-        mask = self._raster_mask(config) if kind == "causal" else None
-        tokens = patch_tokens(self.encoder, images, self.config).contiguous()  # else every norm copies
+        config = self._config_at(images, predicting=False, blocks_matter=kind == "causal")
+        # Here tokens stay in raster order, and the mask is permuted instead: features are read as they lie.
+        mask = None
+        if kind == "causal" and config.encoder_attention == "block_causal":
+            geometry = self._geometry_at(config, leaks=False)
+            mask = raster_mask(geometry.patches_of_blocks, geometry.orders[0])
+        # The patch projection's output is a transposed view; without a copy every norm would make one.
+        tokens = patch_tokens(self.encoder, images, self.config).contiguous()
         layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)
         return Encoded(self.encoder.norm(layers[-1]), layers)
 
@@ -158,130 +259,24 @@ class NextBlockModel(nn.Module):
         """The encoder's norm after the last layer."""
         return self.encoder.norm
 
-    def open_tokenizer(self) -> Tokenizer:
-        """What makes the targets of a model that predicts tokens; opened, if it comes from outside."""
-        config = self.config
-        assert config.tokenizer is not None, "this model predicts pixels"
-        if self.tokenizer is None:
-            mean, std = self.image_stats
-            self.tokenizer = open_tokenizer(
-                config.tokenizer,
-                mean=mean,
-                std=std,
-                vocab_size=config.vocab_size,
-                token_px=config.patch_size,
-            )
-        return self.tokenizer
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every layer in the backward pass instead of keeping its activations."""
         self.recompute = enable
 
-    def _decode(
-        self,
-        predictor: Predictor,
-        tokens: Float[Tensor, "*rows d"],
-        config: ModelConfig,
-        patches: Int64[Tensor, " s"],
-        mask: Bool[Tensor, "*b s s"],
-        rows: Bool[Tensor, "b k"] | None,
-    ) -> Float[Tensor, "*joined dm"]:
-        """Each block's tokens as one vector, (b k dm), or (r dm) for the r `rows` that are of use.
+    def _geometry_at(self, config: ModelConfig, *, leaks: bool) -> Geometry:
+        """The tables at a size, on the model's device; the buffers at the model's own size."""
+        if config is self.config:
+            return Geometry(self.patches_of_blocks, self.orders, self.mask, self.predictor_mask)
+        tables, device = _geometry(config, leaks)._asdict(), positions_of(self.encoder).device
+        moved: dict[str, Any] = {
+            name: t if t is None else t.to(device, non_blocking=True) for name, t in tables.items()
+        }
+        return Geometry(**moved)
 
-        What a predictor does on each token alone is done for those rows only; its `tokens` are picked.
-        """
-        hidden = predictor.projection(tokens)
-        if predictor.pos_embed is not None:
-            positions = positions_on(config.grid, predictor.pos_embed, self.config).index_select(1, patches)
-            if not predictor.mixes_tokens:
-                positions = _pick_of_each(positions, rows, config)
-            hidden = hidden + positions
-        if predictor.mixes_tokens:
-            hidden = self._run_picked(predictor.blocks, hidden, mask, rows, config)
-        else:
-            hidden = (hidden, *layer_outputs(predictor.blocks, hidden, recompute=self.recompute))[-1]
-        return predictor.join_blocks(hidden)
-
-    def _run_picked(
-        self,
-        layers: nn.Sequential,
-        tokens: Float[Tensor, "b s d"],
-        mask: Bool[Tensor, "*b s s"],
-        rows: Bool[Tensor, "b k"] | None,
-        config: ModelConfig,
-    ) -> Float[Tensor, "*rows m d"]:
-        """The layers' output by block; under a prefix, of the blocks that are of use alone."""
-        if rows is None:
-            return _pick(layer_outputs(layers, tokens, mask, recompute=self.recompute)[-1], None, config)
-        tokens = (tokens, *layer_outputs(layers[:-1], tokens, mask, recompute=self.recompute))[-1]
-        return picked_output(
-            layers[-1], tokens, mask, pick=lambda all_: _pick(all_, rows, config), recompute=self.recompute
-        )
-
-    def _targets(
-        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"], config: ModelConfig
-    ) -> Shaped[Tensor, "b steps *t"]:
-        """What stands at positions 1, 2, ... of the order: pixels (b steps p), or tokens (b steps m)."""
-        if config.tokenizer is None:
-            return block_targets(images, order, config.block_px, normalize=config.norm_pixels)
-        per_block = pair(config.block_size)
-        tokens = self.open_tokenizer()(images)
-        grid = (config.block_grid[0] * per_block[0], config.block_grid[1] * per_block[1])
-        assert tokens.shape[1:] == grid, f"the tokenizer's grid is {tuple(tokens.shape[1:])}, not {grid}"
-        return token_targets(tokens, order, per_block)
-
-    def _predict(
-        self,
-        mlp: nn.Module,
-        joined: Float[Tensor, "*joined dm"],
-        rows: Bool[Tensor, "b k"] | None,
-        all_targets: Shaped[Tensor, "b k *t"],
-        distance: int,
-        prefix: Int64[Tensor, " b"] | None,
-    ) -> Further:
-        """Rows 0 .. k-1-distance predict `distance` blocks ahead; only kept rows go through the MLP."""
-        targets = all_targets[:, distance - 1 :]
-        batch, steps = targets.shape[:2]
-        kept = kept_rows(batch, steps, distance, prefix)
-        on_device = kept.to(targets.device, non_blocking=True)
-        if rows is None:
-            predictions = mlp(joined[:, :steps])
-        else:
-            among_rows = pad(kept, (0, distance - 1))[rows]
-            of_kept = mlp(joined if among_rows.all() else joined.index_select(0, _where(among_rows, joined)))
-            flat = of_kept.new_zeros(batch * steps, of_kept.shape[-1])
-            flat = flat.index_copy(0, _where(kept, flat), of_kept)
-            predictions = rearrange(flat, "(b k) p -> b k p", b=batch)
-            targets = targets * on_device.view(batch, steps, *[1] * (targets.ndim - 2))
-        if self.config.tokenizer is None:
-            losses = block_losses(predictions, targets, self.config.loss)
-            return Further(predictions, targets, losses, on_device)
-        logits = rearrange(predictions, "b k (m v) -> b k m v", v=self.config.vocab_size)
-        return Further(logits, targets, token_losses(logits, targets) * on_device, on_device)
-
-    def _sequence(
-        self, config: ModelConfig, order: Int64[Tensor, " k"], prefix: Int64[Tensor, " b"] | None
-    ) -> tuple[Int64[Tensor, " s"], Bool[Tensor, "*b s s"]]:
-        """The patches that the loss can see, block-major along the order, and who may attend to whom."""
-        same = config is self.config
-        table = self.patches_of_blocks if same else _patches_of_blocks(config).to(order.device)
-        patches = table[order[:-1]].flatten()
-        if prefix is None:
-            return patches, self.seen_mask if same else _seen_mask(config).to(order.device)
-        positions = _seen_positions(config).to(order.device)
-        return patches, may_attend(positions, prefix.to(order.device, non_blocking=True))
-
-    def _raster_mask(self, config: ModelConfig) -> Bool[Tensor, "n n"]:
-        """The pre-training mask, without a prefix, over all patches in raster order."""
-        same = config is self.config
-        table = self.patches_of_blocks if same else _patches_of_blocks(config)
-        order = (self.orders if same else _orders(config))[0]
-        return raster_mask(table, order).to(positions_of(self.encoder).device)
-
-    def _config_of(
+    def _config_at(
         self, images: Tensor, *, predicting: bool = True, blocks_matter: bool = True
     ) -> ModelConfig:
-        """The settings at the size of these images; `self.config` itself where they have its size."""
+        """The settings at the size of these images; `self.config` itself if they have its size."""
         if not images.is_floating_point():
             raise ValueError(
                 f"images are {images.dtype}; divide by 255, subtract the mean and divide by the deviation"
@@ -290,6 +285,7 @@ class NextBlockModel(nn.Module):
             raise ValueError(
                 f"images have {images.shape[1]} channels, the model takes {self.config.in_chans}"
             )
+        # Shapes alone are looked at: they are constants of a compiled graph, and wait for no GPU.
         size = (images.shape[2], images.shape[3])
         if size == pair(self.config.image_size):
             return self.config
@@ -297,87 +293,99 @@ class NextBlockModel(nn.Module):
         predictor = self.config.predictor if predicting else None
         return replace(self.config, image_size=size, block_size=block_size, predictor=predictor)
 
-    def _checked_order(self, order: Tensor | None, config: ModelConfig) -> Int64[Tensor, " k"]:
-        if order is None:
-            return self.orders[0] if config is self.config else _orders(config)[0]
+    def _check_arguments(
+        self,
+        config: ModelConfig,
+        batch: int,
+        order: Tensor | None,
+        lengths: Tensor | None,
+        drop_path: Tensor | None,
+    ) -> None:
         k = config.num_blocks
-        if order.shape != (k,) or not torch.equal(order.sort().values.cpu(), torch.arange(k)):
-            raise ValueError(f"block_order must be a permutation of 0..{k - 1}, got {order.tolist()}")
-        return order
-
-    def _able_predictor(self, config: ModelConfig) -> Predictor:
-        if self.predictor is None:
-            raise ValueError("this is an encoder without a predictor: it encodes, but cannot predict blocks")
-        if config.num_blocks == 1:
+        if order is not None:
+            check_order(order, k)
+        if lengths is not None:
+            if lengths.shape != (batch,):
+                raise ValueError(
+                    f"prefix_lengths has shape {tuple(lengths.shape)}; give one length an image, ({batch},)"
+                )
+            if config.encoder_attention != "block_causal" or config.predictor_attention != "native":
+                raise ValueError("this model has attention masks of its own, which know no prefix; leave it")
+            # Values are looked at only if that neither waits for a GPU nor breaks a compiled graph.
+            visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
+            if visible and not all(0 <= length < k for length in lengths.tolist()):
+                raise ValueError(
+                    f"prefix_lengths must lie in 0..{k - 1} (an image has {k} blocks and the last must "
+                    f"be left to predict), got {lengths.tolist()}"
+                )
+        if drop_path is not None and drop_path.shape != (batch, 2 * config.depth):
             raise ValueError(
-                "the whole image is one block, so there is no next block; use a smaller model.block_size"
+                f"drop_path has shape {tuple(drop_path.shape)}; give two numbers for each encoder layer, "
+                f"({batch}, {2 * config.depth})"
             )
-        return self.predictor
 
 
-def _patches_of_blocks(config: ModelConfig) -> Int64[Tensor, "k m"]:
-    return patches_of_blocks(config.grid, pair(config.block_size))
+def check_predicts(config: ModelConfig, *, leaks: bool) -> None:
+    """Raise `ValueError` if a model of these settings cannot predict, or may not because its masks leak."""
+    if config.predictor is None:
+        raise ValueError(
+            "this is an encoder without a predictor (model.predictor is null): it encodes, but cannot "
+            "predict blocks"
+        )
+    if config.num_blocks == 1:
+        raise ValueError(
+            "the whole image is one block, so there is no next block; use a smaller model.block_size"
+        )
+    if leaks:
+        raise ValueError(
+            f"under model.encoder_attention {config.encoder_attention} and model.predictor_attention "
+            f"{config.predictor_attention} tokens see the blocks they are to predict, so training would "
+            "learn to copy; use block_causal and native"
+        )
 
 
-def _orders(config: ModelConfig) -> Int64[Tensor, "o k"]:
-    return block_orders(config.order, config.block_grid, config.order_seed)
+def masks_leak(config: ModelConfig) -> bool:
+    """Whether some token sees a block that comes after its own, in the encoder or the predictor."""
+    if config.predictor is None or config.num_blocks == 1:
+        return False
+    own = _predictor_mask(config)
+    if config.encoder_attention == "full" or own is None:
+        return config.encoder_attention == "full"
+    # In raster order, as own masks are made for that one alone.
+    with torch.device("cpu"):
+        table = patches_of_blocks(config.grid, pair(config.block_size))
+        allowed = raster_mask(table, torch.arange(len(table)))
+    return bool((own & ~allowed).any())
 
 
-def _rows_of_use(config: ModelConfig, prefix: Int64[Tensor, " b"] | None) -> Bool[Tensor, "b k"] | None:
-    """Which blocks, but for the last, predict something outside the prefix; None: all do.
+def _geometry(config: ModelConfig, leaks: bool) -> Geometry:
+    """The tables of a size, on the CPU, also if the model itself is built on the meta device."""
+    with torch.device("cpu"):
+        mask = None
+        # Without the last block, unless some mask lets an earlier token see it.
+        if config.encoder_attention == "block_causal":
+            seen = config.num_blocks if leaks else config.num_blocks - 1
+            mask = may_attend(torch.arange(seen).repeat_interleave(config.patches_per_block))
+        return Geometry(
+            patches_of_blocks(config.grid, pair(config.block_size)),
+            block_orders(config.order, config.block_grid, config.order_seed),
+            mask,
+            _predictor_mask(config),
+        )
 
-    Where prefixes come from the CPU this stays there: a GPU is not waited for.
-    """
-    if prefix is None:
+
+def _predictor_mask(config: ModelConfig) -> Bool[Tensor, "n n"] | None:
+    """Who may attend to whom under the predictor's own mask; blocks of one patch make it plainly causal."""
+    if config.predictor_attention == "native":
         return None
-    return kept_rows(len(prefix), config.num_blocks - 1, config.num_predicted_blocks, prefix)
+    n = config.num_patches
+    with torch.device("cpu"):
+        if config.predictor_attention == "full":
+            return torch.ones(n, n, dtype=torch.bool)
+        size = 1 if config.predictor_attention == "causal" else config.predictor_block_size
+        table = patches_of_blocks(config.grid, pair(config.block_size if size is None else size))
+        return raster_mask(table, torch.arange(len(table)))
 
 
-def _pick(
-    tokens: Float[Tensor, "b s d"], rows: Bool[Tensor, "b k"] | None, config: ModelConfig
-) -> Float[Tensor, "*rows m d"]:
-    """Tokens by block, (b k m d), or those of the r blocks that are of use, (r m d)."""
-    m = config.patches_per_block
-    if rows is None:
-        return rearrange(tokens, "b (k m) d -> b k m d", m=m)
-    return rearrange(tokens, "b (k m) d -> (b k) m d", m=m).index_select(0, _where(rows, tokens))
-
-
-def _pick_of_each(
-    positions: Float[Tensor, "1 s d"], rows: Bool[Tensor, "b k"] | None, config: ModelConfig
-) -> Float[Tensor, "*rows m d"]:
-    """The same for what is alike in all images."""
-    by_block = rearrange(positions, "1 (k m) d -> k m d", m=config.patches_per_block)
-    return by_block if rows is None else by_block.index_select(0, _where(rows, positions) % len(by_block))
-
-
-def _where(rows: Bool[Tensor, "*b"], like: Tensor) -> Int64[Tensor, " r"]:
-    """The numbers of the rows that are True, all counted in one, on the device of `like`."""
-    return rows.flatten().nonzero().flatten().to(like.device, non_blocking=True)
-
-
-def _seen_positions(config: ModelConfig) -> Int64[Tensor, " s"]:
-    """Position in the order of the block of every token, the last block left out."""
-    return torch.arange(config.num_blocks - 1).repeat_interleave(config.patches_per_block)
-
-
-def _seen_mask(config: ModelConfig) -> Bool[Tensor, "s s"]:
-    return may_attend(_seen_positions(config))
-
-
-def _check_prefix(lengths: Tensor | None, config: ModelConfig, batch: int) -> None:
-    if lengths is None:
-        return
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"prefix_lengths has shape {tuple(lengths.shape)}; give one length an image, ({batch},)"
-        )
-    if lengths.min() < 0 or lengths.max() >= config.num_blocks:
-        raise ValueError(
-            f"prefix_lengths must lie in 0..{config.num_blocks - 1} (an image has {config.num_blocks} blocks "
-            f"and the last must be left to predict), got {lengths.tolist()}"
-        )
-
-
-def _autocast_stays(tokens: Tensor, predictor_fp32: bool) -> bool:
-    return torch.is_autocast_enabled(tokens.device.type) and not predictor_fp32
+def _zero_unless(kept: Bool[Tensor, "b steps"], values: Shaped[Tensor, "b steps *p"]) -> Tensor:
+    return values.masked_fill(~kept.view(*kept.shape, *[1] * (values.ndim - 2)), 0)

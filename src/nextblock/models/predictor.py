@@ -1,25 +1,25 @@
-"""What predicts the next block from the encoder's tokens.
+"""The predictor: from the encoder's tokens to the prediction of a block.
 
-All kinds are made of the same parts: an entry (projection and positions), layers, and for each predicted
-distance one output map of a block's joined tokens.
+A projection to the predictor's width, positions of its own, layers and a norm; then one output map ("block
+MLP") of a block's joined tokens for each predicted distance.
 
-    transformer   layers under the encoder's mask: a patch's output knows the patches before it (XTRA)
+    transformer   layers under a mask: a patch's output knows the patches before it (XTRA)
     mlp           residual MLPs, each patch alone (AIM)
-    linear        neither entry nor layers: the output map on the encoder's tokens
+    linear        neither projection nor layers: the output map on the encoder's tokens
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from nextblock.config import ModelConfig
-from nextblock.models.encoder import fresh_positions, init_linear, layer_norm
-
-__all__ = ["Predictor", "ResidualMlp"]
+from nextblock.models.vit import Layer, fresh_positions, init_linear, layer_norm, layer_outputs
 
 
 class ResidualMlp(nn.Module):
@@ -38,71 +38,83 @@ class ResidualMlp(nn.Module):
         self.mlp = Mlp(width, int(width * config.predictor_mlp_ratio), bias=config.bias)
 
     def forward(self, tokens: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """Every token for itself."""
+        """Each token by itself."""
         if self.norm1 is not None:
             tokens = tokens + self.norm1(tokens)
         return tokens + self.mlp(self.norm2(tokens))
 
 
 class Predictor(nn.Module):
-    """From the encoder's tokens to the next block; the model runs its layers.
+    """There is no query for the predicted place: the tokens of block i become the prediction of the next.
 
-    There is no query for the place that is predicted: what the tokens of block i become *is* the prediction
-    of the block after it. One output map ("block MLP") a predicted distance.
+    `outputs` is how many numbers are predicted of a block.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, outputs: int) -> None:
         super().__init__()
         self.mixes_tokens = config.predictor == "transformer"
         """Whether layers let tokens attend to each other; else each token can be computed alone."""
-        self.projection = nn.Identity()
+        self.projection: nn.Module = nn.Identity()
         self.register_parameter("pos_embed", None)
         self.blocks = nn.Sequential()
-        self.norm = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         width = config.embed_dim
         if config.predictor != "linear":
             width = config.predictor_dim
-            self.projection = _projection(config)
+            self.projection = (
+                nn.Linear(config.embed_dim, width)
+                if config.projection_dim is None
+                else _mlp(config.embed_dim, config.projection_dim, width, bias=False)
+            )
             self.pos_embed = fresh_positions(config, width)
+            # Built in this order, as each module draws its weights from the global generator.
             layer = _transformer_layer if self.mixes_tokens else ResidualMlp
             self.blocks = nn.Sequential(*[layer(config) for _ in range(config.predictor_depth)])
             self.norm = layer_norm(config)(width)
+        joined = width * config.patches_per_block
         self.block_mlps = nn.ModuleList(
-            _block_mlp(width * config.patches_per_block, config) for _ in range(config.num_predicted_blocks)
+            nn.Linear(joined, outputs)
+            if config.block_mlp_dim is None
+            else _mlp(joined, config.block_mlp_dim, outputs)
+            for _ in range(config.num_predicted_blocks)
         )
         init_linear(self, config)
 
-    def join_blocks(self, tokens: Float[Tensor, "*rows m d"]) -> Float[Tensor, "*rows dm"]:
-        """The normed tokens of a block as one vector, channel-major: for each channel its patches."""
-        return rearrange(self.norm(tokens), "... m d -> ... (d m)")
+    def forward(
+        self,
+        tokens: Float[Tensor, "*rows e"],
+        positions: Float[Tensor, "*places d"] | None,
+        mask: Bool[Tensor, "*b n n"] | None = None,
+        *,
+        fp32: bool = False,
+        recompute: bool = False,
+    ) -> Float[Tensor, "*rows d"]:
+        """Projection, layers and norm; with `fp32` the layers leave autocast, as officially."""
+        hidden = self.projection(tokens)
+        # The official code runs its decoder (positions, layers, norm) in fp32, as fp16 overflows there; the
+        # projection before it and the block MLPs behind it stay under autocast.
+        with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
+            hidden = hidden.float() if fp32 else hidden
+            hidden = hidden if positions is None else hidden + positions
+            return self.norm((hidden, *layer_outputs(self.blocks, hidden, mask, recompute=recompute))[-1])
 
 
-def _projection(config: ModelConfig) -> nn.Module:
-    if config.projection_dim is None:
-        return nn.Linear(config.embed_dim, config.predictor_dim)
-    return nn.Sequential(
-        nn.Linear(config.embed_dim, config.projection_dim),
-        nn.GELU(),
-        nn.Linear(config.projection_dim, config.predictor_dim, bias=False),
-    )
+def join_blocks(tokens: Float[Tensor, "*rows m d"]) -> Float[Tensor, "*rows dm"]:
+    """The tokens of a block as one vector, channel-major: for each channel its patches."""
+    return rearrange(tokens, "... m d -> ... (d m)")
 
 
-def _transformer_layer(config: ModelConfig) -> Block:
-    return Block(
+def _mlp(inputs: int, hidden: int, outputs: int, *, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs, bias=bias))
+
+
+def _transformer_layer(config: ModelConfig) -> Layer:
+    return Layer(
         config.predictor_dim,
         config.predictor_heads,
         mlp_ratio=config.predictor_mlp_ratio,
         qkv_bias=config.bias,
         proj_bias=config.bias,
         norm_layer=layer_norm(config),
-    )
-
-
-def _block_mlp(joined_dim: int, config: ModelConfig) -> nn.Module:
-    if config.block_mlp_dim is None:
-        return nn.Linear(joined_dim, config.outputs_per_block)
-    return nn.Sequential(
-        nn.Linear(joined_dim, config.block_mlp_dim),
-        nn.GELU(),
-        nn.Linear(config.block_mlp_dim, config.outputs_per_block),
+        qk_scale=config.qk_scale,
     )

@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.config import Attention, ValCrop
-from nextblock.models.features import Encoded
-
-__all__ = ["TimmConfig", "TimmEncoder"]
+from nextblock.models.vit import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,31 +98,26 @@ def _intermediates(encoder: nn.Module, images: Tensor) -> list[tuple[Tensor, Ten
 
 
 def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> TimmConfig:
-    in_chans, (height, width), told = _image_of(encoder, architecture, arguments)
-    refusal = (
-        f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
-        "vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
-    )
+    # Plain transformers tell one entry for each layer, all of one width and resolution, and can give class
+    # and register tokens apart from the patches; hierarchical and convolutional networks cannot.
+    layers: Any = getattr(encoder, "feature_info", None) or ()
     gives_layers = getattr(encoder, "forward_intermediates", None)
-    if gives_layers is None or "return_prefix_tokens" not in inspect.signature(gives_layers).parameters:
-        raise ValueError(refusal)
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        with torch.no_grad():
-            outputs = _intermediates(encoder, torch.zeros(1, in_chans, height, width))
-    except (TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{refusal} ({error})") from error
-    finally:
-        encoder.train(was_training)
-    if len({patches.shape for patches, _ in outputs}) > 1:
-        raise ValueError(refusal)
+    if (
+        gives_layers is None
+        or "return_prefix_tokens" not in inspect.signature(gives_layers).parameters
+        or len({(layer["num_chs"], layer["reduction"]) for layer in layers}) != 1
+    ):
+        raise ValueError(
+            f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
+            "vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
+        )
+    in_chans, image_size, told = _image_of(encoder, architecture, arguments)
     return TimmConfig(
         architecture=architecture,
-        image_size=(height, width),
+        image_size=image_size,
         in_chans=in_chans,
-        embed_dim=outputs[0][0].shape[-1],
-        depth=len(outputs),
+        embed_dim=layers[0]["num_chs"],
+        depth=len(layers),
         has_class_token=getattr(encoder, "cls_token", None) is not None,
         arguments=told,
         **_cut_of(encoder, in_chans),

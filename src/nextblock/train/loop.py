@@ -2,8 +2,8 @@
 
 Exactness comes from having nothing to save but weights, optimizer and the number of the step: the order of
 samples is f(seed, visit), a crop and a prefix length f(seed, visit, sample), a block order f(seed, step), and
-the global generator, which only drop path draws from, is seeded f(seed, step, micro-step, rank) before every
-forward pass. So a monitor can disturb nothing, and a run that was cut goes on bit for bit.
+drop path takes numbers that are f(seed, visit, sample). So a monitor can disturb nothing, and a run that was
+cut goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nextblock.data import (
     eval_batches,
     resolve_workers,
 )
+from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.train.device import autocast, choose_device, make_deterministic
 from nextblock.train.memory import keep_freed_memory
 from nextblock.train.metrics import MetricsLog
@@ -141,12 +142,7 @@ def _prepared(
 def _check_trainable(config: RunConfig) -> None:
     """Refuse settings by which nothing can be learned, or not what they say, from any source."""
     model, data = config.model, config.data
-    if model.predictor is None:
-        raise ValueError("model.predictor is null, so nothing can be predicted; pre-training needs one")
-    if model.num_blocks == 1:
-        raise ValueError(
-            "the whole image is one block, so there is no next block; use a smaller model.block_size"
-        )
+    check_predicts(model, leaks=masks_leak(model))
     if data.normalize == "auto" and (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD):
         raise ValueError(
             "data.normalize is auto, but data.mean and data.std were not measured; nextblock.pretrain does "
@@ -171,7 +167,7 @@ def _train_loader(trainer: Trainer, source: Source) -> TrainLoader:
         start_step=trainer.step,
         workers=resolve_workers(config.data.workers, source),
         pin_memory=trainer.device.type == "cuda",
-        # Two of each layer, for attention and MLP. The layers take them later; carried from here on.
+        # Two for each layer: attention and MLP.
         drop_path_draws=2 * config.model.depth if config.model.drop_path else 0,
     )
 

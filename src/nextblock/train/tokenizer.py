@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nextblock.config import RunConfig
 from nextblock.data import Source, eval_batches, keyed_permutation, normalize, resolve_workers
-from nextblock.tokens import KMeansTokenizer
+from nextblock.targets import KMeansTokenizer
 
 __all__ = ["sample_patches"]
 

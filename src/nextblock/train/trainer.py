@@ -19,19 +19,14 @@ from nextblock.config import RunConfig
 from nextblock.data import BadSample, Batch, Source, Step, keyed_rng, keyed_seed, normalize
 from nextblock.interop import initialize
 from nextblock.models import NextBlockModel, Prediction
-from nextblock.objective import baseline_losses, block_targets, combine
 from nextblock.optim import build_optimizer, set_lr
-from nextblock.tokens import KMeansTokenizer
-from nextblock.train.device import autocast, seed_device
-from nextblock.train.prefix import count_kept_rows, draw_prefix_lengths
+from nextblock.targets import combine, count_kept_rows, draw_prefix_lengths
+from nextblock.train.device import autocast
 from nextblock.train.tokenizer import sample_patches
 
 __all__ = ["StepOutcome", "Trainer", "Window"]
 
 log = logging.getLogger(__name__)
-
-RANK = 0
-"""This process's number; part of the key of drop path."""
 
 
 class StepOutcome(NamedTuple):
@@ -85,7 +80,6 @@ class Trainer:
         self.model.to(device).train()
         self.model.set_grad_checkpointing(config.train.activation_checkpointing)
         self.model.predictor_fp32 = config.train.predictor_fp32
-        self.model.image_stats = (config.data.mean, config.data.std)
         self._forward: Callable[..., Prediction] = self.model
         if config.train.compile:
             self._forward = torch.compile(self.model)  # type: ignore[assignment]
@@ -136,13 +130,10 @@ class Trainer:
         set_lr(self.optimizer, lr)
         loss = torch.zeros((), device=self.device)
         images, predicted = 0, 0
-        for micro_step, batch in enumerate(batches):
+        for batch in batches:
             if len(batch.images):
                 images += len(batch.images)
                 predicted += self._num_predicted(batch.visits.tolist(), batch.samples.tolist())[0]
-                seed_device(
-                    keyed_seed(self.config.seed, "drop-path", step.index, micro_step, RANK), self.device
-                )
                 loss += self._backward(batch, order, [max(1, number) for number in planned])
         grad_norm = 0.0
         if images:
@@ -155,7 +146,8 @@ class Trainer:
     def _backward(self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
         images = self.to_model(batch.images)
         with self.autocast:
-            out = self._forward(images, order, self._prefix_lengths(batch))
+            draws = batch.drop_path if self.config.model.drop_path else None
+            out = self._forward(images, order, self._prefix_lengths(batch), draws)
         loss = combine([part.block_loss for part in out.distances], divisors)
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -232,45 +224,26 @@ class Trainer:
         return float((sums / counts).mean()), bad
 
     def baselines(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
-        """What predicting without a model would cost on these images.
-
-        Pixels: predicting "zero", and "copy_previous", the previous block. Tokens: predicting all alike,
-        "uniform", and by their "frequency" in these images.
-        """
-        model = self.config.model
-        if model.tokenizer is not None:
-            return self._token_baselines(images)
-        pixels = block_targets(
-            self.to_model(images), self.model.orders[0], model.block_px, normalize=model.norm_pixels, start=0
-        )
-        losses = baseline_losses(pixels[:, 1:], pixels[:, 0], model.loss)
+        """The reference losses of these images: what predicting without a model would cost."""
+        with self.looking() as model:
+            assert model.targets is not None
+            targets = model.targets.of_blocks(self.to_model(images), model.orders[0])
+            losses = model.targets.reference_losses(targets)
         return {name: loss.mean().item() for name, loss in losses.items()}
 
-    def _token_baselines(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
-        with self.looking() as model:
-            tokens = model.open_tokenizer()(self.to_model(images)).cpu()
-        shares = tokens.flatten().bincount().double() / tokens.numel()
-        return {
-            "uniform": math.log(self.config.model.vocab_size),
-            "frequency": -torch.xlogy(shares, shares).sum().item(),
-        }
-
-    # ----------------------------------------------------------------------------------------- the tokenizer
+    # ------------------------------------------------------------------------------------------- the targets
 
     def prepare_tokenizer(self, source: Source) -> bool:
-        """Open what makes the targets where tokens are predicted; fit it, f(seed), if it is a fresh k-means.
+        """Fit the targets, f(seed), if they must be, and return whether they were.
 
-        Returns whether it was fitted, on patches of `source`. Raises `ValueError` where these are too few and
-        `TokenizerError` where there is none to open.
+        Raises `ValueError` if the patches of `source` are too few.
         """
-        if self.config.model.tokenizer is None:
+        targets = self.model.targets
+        if targets is None or targets.tokenizer is None or not targets.needs_fit:
             return False
-        tokenizer = self.model.open_tokenizer()
-        if not isinstance(tokenizer, KMeansTokenizer) or tokenizer.is_fitted:
-            return False
-        patches = sample_patches(tokenizer, source, self.config)
-        log.info("fitting %d tokens on %d patches", tokenizer.vocab_size, len(patches))
-        tokenizer.fit(patches, keyed_seed(self.config.seed, "tokenizer"))
+        patches = sample_patches(targets.tokenizer, source, self.config)
+        log.info("fitting %d tokens on %d patches", self.config.model.vocab_size, len(patches))
+        targets.fit(patches, keyed_seed(self.config.seed, "tokenizer"))
         return True
 
 

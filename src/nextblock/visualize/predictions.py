@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from nextblock.atomic import write_aside
-from nextblock.blocks import block_orders, patchify, unpatchify
+from nextblock.blocks import block_orders, check_order, unpatchify
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.models import NextBlockModel
-from nextblock.objective import NORMALIZE_EPS, baseline_losses, normalize_blocks
-from nextblock.tokens import KMeansTokenizer
+from nextblock.targets import PixelTargets
 from nextblock.train.monitor import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
 
@@ -58,11 +57,7 @@ def predicted_image(
     predictions are shown as they are. `shown` is 3 where there are three channels or more (the first three),
     else 1 (the first).
     """
-    blocks = predictions.float()
-    if config.norm_pixels:
-        true = patchify(images.float(), config.block_px).index_select(1, order[1:])
-        variance, average = torch.var_mean(true, dim=-1, keepdim=True, correction=1)
-        blocks = blocks * torch.sqrt(variance + NORMALIZE_EPS) + average
+    blocks = PixelTargets(config).to_pixels(predictions, images, order)
     first = torch.zeros_like(blocks[:, :1])
     by_position = torch.cat([first, blocks], dim=1)
     in_raster_order = by_position.index_select(1, torch.argsort(order))
@@ -103,68 +98,31 @@ def _look(
     config = replace(model.config, image_size=(images.shape[2], images.shape[3]))
     _check_channels(config, mean, std)
     order = _first_order(config) if block_order is None else block_order
+    check_order(order.cpu(), config.num_blocks)
     was_training = model.training
     if was_training:
         model.eval()
     try:
         with torch.no_grad():
-            out = model(images, block_order=order.to(images.device))
+            on_device = order.to(images.device)
+            out = model(images, block_order=on_device)
+            assert model.targets is not None
+            references = model.targets.reference_losses(model.targets.of_blocks(images, on_device))
     finally:
         if was_training:
             model.train()
     images, order, predictions = images.float().cpu(), order.cpu(), out.predictions.float().cpu()
-    shown = config
-    if config.tokenizer is not None:
-        predictions = _pixels_of_tokens(model, predictions, images, order)
-        shown = replace(config, tokenizer=None, norm_pixels=False)
+    drawn = model.targets.to_pixels(predictions, images, order)
+    raw = replace(config, tokenizer=None, norm_pixels=False)
     return Look(
         config=config,
         is_raster=order.tolist() == list(range(len(order))),
         originals=_visible(images, mean, std),
-        pictures=predicted_image(predictions, images, shown, order, mean, std),
+        pictures=predicted_image(drawn, images, raw, order, mean, std),
         predicted=_predicted_pixels(config, order),
         losses=out.block_loss.float().mean(1).cpu(),
-        baselines=_baselines(out.targets.cpu(), images, config, order),
+        baselines={name: losses.cpu() for name, losses in references.items()},
     )
-
-
-def _baselines(
-    targets: Shaped[Tensor, "b steps *t"],
-    images: Float[Tensor, "b c h w"],
-    config: ModelConfig,
-    order: Int64[Tensor, " k"],
-) -> dict[str, Float[Tensor, " b"]]:
-    """Every image's loss without a model."""
-    if config.tokenizer is not None:
-        return {"uniform": torch.full((len(images),), math.log(config.vocab_size))}
-    first_block = patchify(images, config.block_px)[:, int(order[0])]
-    if config.norm_pixels:
-        first_block = normalize_blocks(first_block)
-    return baseline_losses(targets.float(), first_block, config.loss)
-
-
-def _pixels_of_tokens(
-    model: NextBlockModel,
-    logits: Float[Tensor, "b steps m v"],
-    images: Float[Tensor, "b c h w"],
-    order: Int64[Tensor, " k"],
-) -> Float[Tensor, "b steps p"]:
-    """The blocks that the likeliest tokens stand for, each patch with the true one's mean and deviation."""
-    if not isinstance(model.tokenizer, KMeansTokenizer):
-        raise ValueError(  # noqa: TRY004 - it hangs on a setting
-            f"tokens of {model.config.tokenizer} cannot be drawn, only those of kmeans; the losses are in "
-            "metrics.jsonl, and features do not hang on it"
-        )
-    config = model.config
-    patches = model.tokenizer.pixels(logits.argmax(-1).to(model.tokenizer.centroids.device)).cpu()
-    true = patchify(images, config.block_px).index_select(1, order[1:])
-    true = rearrange(true, "b k p -> (b k) p").view(-1, images.shape[1], *config.block_px)
-    true = patchify(true, (config.patch_size, config.patch_size))
-    variance, average = torch.var_mean(true, dim=-1, keepdim=True, correction=1)
-    patches = rearrange(patches, "b k m p -> (b k) m p") * torch.sqrt(variance + NORMALIZE_EPS) + average
-    patches_in_block = config.block_px[0] // config.patch_size, config.block_px[1] // config.patch_size
-    blocks = unpatchify(patches, patches_in_block, (config.patch_size, config.patch_size))
-    return rearrange(blocks, "(b k) c h w -> b k (c h w)", b=len(images))
 
 
 def _first_order(config: ModelConfig) -> Int64[Tensor, " k"]:

@@ -49,7 +49,7 @@ from nextblock.evaluate.features import (
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import differences, identity_of
 from nextblock.models import EncoderModel
-from nextblock.models.features import FeatureConfig
+from nextblock.models.heads import FeatureConfig
 from nextblock.train.device import choose_device
 from nextblock.train.memory import keep_freed_memory
 

@@ -19,9 +19,7 @@ from nextblock.evaluate.finetune.lora import add_lora
 from nextblock.evaluate.settings import CROP_RATIO
 from nextblock.interop.timm import data_at, encoder_at
 from nextblock.models import EncoderModel, NextBlockModel
-from nextblock.models.classifier import AnyClassifier, create_classifier
-from nextblock.models.features import last_layers
-from nextblock.models.heads import HeadConfig
+from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.optim import layer_decay_groups
 
@@ -32,7 +30,7 @@ EncoderConfig = ModelConfig | TimmConfig
 
 def build_classifier(
     model: EncoderModel, config: FinetuneConfig, class_names: Sequence[str]
-) -> AnyClassifier:
+) -> ImageClassifier:
     """A classifier ready to be trained: head and adapters are f(seed), what stays frozen takes no gradient.
 
     Of our own models the encoder alone, at the image size and for the attention that is asked for: it becomes
@@ -41,7 +39,7 @@ def build_classifier(
     encoder_model = _encoder_of(model, config)
     head_config = _head_config(encoder_model, config, len(class_names))
     with seeded(keyed_seed(config.seed, "fine-tuning head")):
-        classifier = create_classifier(encoder_model, head_config, class_names)
+        classifier = ImageClassifier(encoder_model, head_config, class_names)
     set_drop_path(encoder_model.encoder, config.actual_drop_path)
     if config.activation_checkpointing:
         _recompute(encoder_model)
@@ -72,7 +70,7 @@ def images_for(
     )
 
 
-def tuning_groups(classifier: AnyClassifier, config: FinetuneConfig) -> list[dict[str, Any]]:
+def tuning_groups(classifier: ImageClassifier, config: FinetuneConfig) -> list[dict[str, Any]]:
     """The optimizer's groups: layer i of L learns at decay^(L + 1 - i) of the rate, norm and head at all."""
     depth = classifier.encoder_model.config.depth
     blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())

@@ -50,7 +50,7 @@ from nextblock.evaluate.results import identity_of, refuse_other_result
 from nextblock.evaluate.sources import check_classes, hold_out_test, open_labelled, part_of
 from nextblock.evaluate.unreadable import QUARANTINE, in_whole, report_unreadable, whole_of
 from nextblock.models import EncoderModel
-from nextblock.models.classifier import AnyClassifier
+from nextblock.models.heads import ImageClassifier
 from nextblock.settings import Duration, to_dict
 from nextblock.train import NonFiniteError, Reporter, RunDir, Tick
 from nextblock.train.device import autocast, choose_device, make_deterministic
@@ -169,7 +169,7 @@ class _Loop:
     def __init__(
         self,
         out: Path,
-        classifier: AnyClassifier,
+        classifier: ImageClassifier,
         config: FinetuneConfig,
         sources: Sources,
         data: DataConfig,
@@ -230,7 +230,7 @@ class _Loop:
         is_cut = tuner.step < tuner.total_steps
         return stop.signal.name if stop.signal is not None and is_cut else None
 
-    def measure(self, classifier: AnyClassifier, source: Source) -> Measured:
+    def measure(self, classifier: ImageClassifier, source: Source) -> Measured:
         """Measure on a source; `TooManyBadImages` where too many of it cannot be read."""
         found = measure_classifier(
             classifier,

@@ -25,7 +25,7 @@ from nextblock.evaluate.finetune.lora import merge_lora
 from nextblock.evaluate.finetune.model import tuning_groups
 from nextblock.evaluate.finetune.report import WeightsName
 from nextblock.evaluate.measures import Measures, Tally
-from nextblock.models.classifier import AnyClassifier
+from nextblock.models.heads import ImageClassifier
 from nextblock.optim import lr_at, set_lr
 from nextblock.train.device import autocast, seed_device
 from nextblock.train.trainer import StepOutcome, Window
@@ -74,7 +74,7 @@ class FineTuner:
 
     def __init__(
         self,
-        classifier: AnyClassifier,
+        classifier: ImageClassifier,
         config: FinetuneConfig,
         data: DataConfig,
         *,
@@ -191,14 +191,14 @@ class FineTuner:
         self.scaler.load_state_dict(state["scaler"])
         self.window = Window(**state["window"])
 
-    def networks(self) -> dict[WeightsName, AnyClassifier]:
+    def networks(self) -> dict[WeightsName, ImageClassifier]:
         """The classifier as it is, and its averaged weights if they are kept."""
-        found: dict[WeightsName, AnyClassifier] = {"last": self.classifier}
+        found: dict[WeightsName, ImageClassifier] = {"last": self.classifier}
         if self.averaged is not None:
             found["averaged"] = self.averaged.module  # type: ignore[assignment] # a copy of the classifier
         return found
 
-    def finish(self) -> dict[WeightsName, AnyClassifier]:
+    def finish(self) -> dict[WeightsName, ImageClassifier]:
         """The same as plain classifiers, adapters merged; there is no learning after it."""
         found = self.networks()
         for classifier in found.values():
@@ -230,7 +230,7 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def measure_classifier(
-    classifier: AnyClassifier,
+    classifier: ImageClassifier,
     source: Source,
     data: DataConfig,
     *,

@@ -48,8 +48,7 @@ from nextblock.evaluate.probe.train_heads import (
 from nextblock.evaluate.results import cut_of, images_digest
 from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
 from nextblock.evaluate.unreadable import whole_of
-from nextblock.models.features import FeatureConfig
-from nextblock.models.heads import Head, LinearHead, create_head
+from nextblock.models.heads import FeatureConfig, Head, LinearHead, create_head
 from nextblock.settings import to_dict
 
 __all__ = ["Arena", "Division", "Found", "Subject", "choose", "compete"]

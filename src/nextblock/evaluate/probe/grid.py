@@ -13,8 +13,7 @@ from nextblock.evaluate.probe.config import HeadName, ProbeConfig, recipe_of
 from nextblock.evaluate.probe.recipes import Recipe
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
 from nextblock.models import EncoderModel
-from nextblock.models.features import FeatureConfig, Tokens
-from nextblock.models.heads import HeadConfig, check_attention_heads, fitting_heads
+from nextblock.models.heads import FeatureConfig, HeadConfig, Tokens, check_attention_heads, fitting_heads
 from nextblock.models.timm_encoder import TimmConfig
 
 __all__ = ["Candidate", "encoder_candidates", "has_choice", "pixel_candidates"]

@@ -59,8 +59,7 @@ from nextblock.evaluate.sources import (
 )
 from nextblock.evaluate.unreadable import QUARANTINE, report_unreadable
 from nextblock.models import EncoderModel
-from nextblock.models.classifier import AnyClassifier, create_classifier
-from nextblock.models.features import FeatureConfig
+from nextblock.models.heads import FeatureConfig, ImageClassifier
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.device import choose_device
 from nextblock.train.signals import StopRequest, stop_on_signals
@@ -77,7 +76,7 @@ BEGUN = (STATE_FILE, f"{FEATURES_DIR}/*/{ABOUT_FILE}", f"{FEATURES_DIR}/{FILLING
 """What tells a probe that has no result yet."""
 MAX_INDENTED_CLASSES = 100
 
-Classifiers = dict[HeadName, AnyClassifier]
+Classifiers = dict[HeadName, ImageClassifier]
 
 
 class Probed(NamedTuple):
@@ -216,7 +215,7 @@ def _probe(
         head_config = candidates[number].config
         assert head_config is not None
         with seeded(0):  # its own head is thrown away
-            classifier = create_classifier(model, head_config, division.train.class_names)
+            classifier = ImageClassifier(model, head_config, division.train.class_names)
         classifier.head = head
         classifiers[name] = classifier.to(arena.device).eval()
     return Probed(_result(config, candidates, division, found), classifiers, found[-1].bad)

@@ -1,0 +1,291 @@
+"""Targets, their losses and references against loops; prefixes; k-means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nextblock import targets as targets_module
+from nextblock.blocks import patchify
+from nextblock.config import ModelConfig
+from nextblock.targets import (
+    KMeansTokenizer,
+    TokenTargets,
+    combine,
+    count_kept_rows,
+    draw_prefix_lengths,
+    fit_kmeans,
+    kept_rows,
+    make_targets,
+    nearest_centroids,
+    normalize_blocks,
+)
+from toy import tiny_config
+
+ORDER = torch.tensor([4, 0, 5, 1, 3, 2])
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def token_targets(vocab_size=7) -> TokenTargets:
+    targets = make_targets(tiny_config(tokenizer="kmeans", vocab_size=vocab_size))
+    assert isinstance(targets, TokenTargets)
+    targets.fit(noise(60, 48, seed=1), seed=0)
+    return targets
+
+
+def block_at(images: Tensor, position: int, order=ORDER) -> Tensor:
+    """The pixels (b c 8 8) of the block at a position of the order."""
+    top, left = divmod(int(order[position]), 3)
+    return images[:, :, top * 8 : top * 8 + 8, left * 8 : left * 8 + 8]
+
+
+# ----------------------------------------------------------------------------------------------------- pixels
+
+
+def test_a_block_is_normalised_by_its_own_mean_and_unbiased_deviation():
+    pixels = noise(2, 3, 7).double()
+    for image in range(2):
+        for block in range(3):
+            values = pixels[image, block].tolist()
+            mean = sum(values) / 7
+            variance = sum((v - mean) ** 2 for v in values) / 6
+            expected = [(v - mean) / math.sqrt(variance + 1e-6) for v in values]
+            assert normalize_blocks(pixels)[image, block].tolist() == pytest.approx(expected, abs=1e-12)
+    assert torch.equal(normalize_blocks(torch.full((1, 2, 12), 3.7)), torch.zeros(1, 2, 12)), "flat ones too"
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_pixel_targets_are_the_blocks_along_the_order(norm):
+    images = noise(2, 3, 16, 24)
+    found = make_targets(tiny_config(norm_pixels=norm)).of_blocks(images.bfloat16(), ORDER)
+    assert found.shape == (2, 6, 192)
+    assert found.dtype == torch.float32
+    for position in range(6):
+        pixels = block_at(images.bfloat16().float(), position).flatten(1)
+        torch.testing.assert_close(found[:, position], normalize_blocks(pixels) if norm else pixels)
+
+
+@pytest.mark.parametrize(("loss", "power"), [("mse", 2), ("l1", 1)])
+def test_a_blocks_pixel_loss_is_the_mean_over_its_values_in_fp32(loss, power):
+    predictions, true = noise(2, 3, 192).half(), noise(2, 3, 192, seed=1)
+    found = make_targets(tiny_config(loss=loss)).losses(predictions, true)
+    assert found.dtype == torch.float32
+    for image in range(2):
+        for block in range(3):
+            pairs = zip(predictions[image, block].tolist(), true[image, block].tolist(), strict=True)
+            expected = sum(abs(p - t) ** power for p, t in pairs) / 192
+            assert found[image, block].item() == pytest.approx(expected)
+
+
+def test_reference_losses_of_pixels_are_what_loops_give():
+    targets, images = make_targets(tiny_config()), noise(2, 3, 16, 24)
+    blocks = targets.of_blocks(images, ORDER)
+    found = targets.reference_losses(blocks)
+    for image in range(2):
+        zero = [blocks[image, i].square().mean().item() for i in range(1, 6)]
+        copied = [(blocks[image, i] - blocks[image, i - 1]).square().mean().item() for i in range(1, 6)]
+        assert found["zero"][image].item() == pytest.approx(sum(zero) / 5, rel=1e-5)
+        assert found["copy_previous"][image].item() == pytest.approx(sum(copied) / 5, rel=1e-5)
+    torch.testing.assert_close(found["zero"], torch.full((2,), 191 / 192), atol=1e-5, rtol=0)
+    same = targets.of_blocks(noise(1, 3, 8, 8).repeat(1, 1, 2, 3), ORDER)
+    assert targets.reference_losses(same)["copy_previous"].item() == 0
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_perfect_predictions_are_drawn_as_the_true_pixels(norm):
+    targets, images = make_targets(tiny_config(norm_pixels=norm)), noise(2, 3, 16, 24)
+    drawn = targets.to_pixels(targets.of_blocks(images, ORDER)[:, 1:], images, ORDER)
+    for position in range(1, 6):
+        expected = block_at(images, position).flatten(1)
+        torch.testing.assert_close(drawn[:, position - 1], expected, atol=1e-5, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- tokens
+
+
+def test_token_targets_are_the_nearest_centroids_of_normalised_patches_along_the_order():
+    targets, images = token_targets(), noise(2, 3, 16, 24)
+    found = targets.of_blocks(images, ORDER)
+    assert found.shape == (2, 6, 4)
+    assert found.dtype == torch.int64
+    for position in range(6):
+        block = block_at(images, position)
+        for patch, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
+            for image in range(2):
+                pixels = block[image, :, row : row + 4, column : column + 4].flatten()
+                pixels = (pixels - pixels.mean()) / math.sqrt(float(pixels.var()) + 1e-6)
+                distances = [math.dist(pixels.tolist(), c.tolist()) for c in targets.tokenizer.centroids]
+                assert int(found[image, position, patch]) == distances.index(min(distances))
+
+
+def test_the_token_loss_is_the_mean_negative_log_probability_in_fp32():
+    targets, true = token_targets(), torch.tensor([[[3, 0, 6, 6], [1, 2, 3, 4]]])
+    outputs = noise(1, 2, 28).bfloat16().requires_grad_()
+    logits = targets.shaped(outputs)
+    losses = targets.losses(logits, true)
+    assert losses.dtype == torch.float32
+    for step in range(2):
+        total = 0.0
+        for token in range(4):
+            scores = outputs[0, step, 7 * token : 7 * token + 7].tolist()
+            total -= math.log(math.exp(scores[true[0, step, token]]) / sum(map(math.exp, scores)))
+        assert losses[0, step].item() == pytest.approx(total / 4, rel=1e-5)
+    losses.sum().backward()
+    assert outputs.grad is not None
+    evenly = targets.losses(torch.zeros(1, 2, 4, 7), true)
+    torch.testing.assert_close(evenly, torch.full((1, 2), math.log(7)))
+
+
+def test_reference_losses_of_tokens_are_the_vocabulary_and_the_entropy():
+    found = token_targets().reference_losses(torch.tensor([[[0, 0], [0, 3]], [[3, 5], [5, 5]]]))
+    entropy = -sum(p * math.log(p) for p in (3 / 8, 2 / 8, 3 / 8))
+    assert found["uniform"].tolist() == pytest.approx([math.log(7)] * 2)
+    assert found["frequency"].tolist() == pytest.approx([entropy] * 2)
+
+
+def test_tokens_are_drawn_as_centroids_with_the_mean_and_deviation_of_the_true_patch():
+    targets, images, logits = token_targets(), noise(2, 3, 16, 24), noise(2, 5, 4, 7, seed=2)
+    drawn = targets.to_pixels(logits, images, ORDER).view(2, 5, 3, 8, 8)
+    for step in range(5):
+        for patch, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
+            true = block_at(images, step + 1)[0, :, row : row + 4, column : column + 4]
+            centroid = targets.tokenizer.centroids[logits[0, step, patch].argmax()].view(3, 4, 4)
+            expected = centroid * torch.sqrt(true.var() + 1e-6) + true.mean()
+            torch.testing.assert_close(drawn[0, step, :, row : row + 4, column : column + 4], expected)
+
+
+def test_outputs_of_a_block_are_its_pixel_values_or_its_tokens_logits():
+    assert make_targets(ModelConfig(block_size=2)).outputs == 3 * 32 * 32
+    assert make_targets(ModelConfig(block_size=2, tokenizer="kmeans", vocab_size=100)).outputs == 400
+
+
+# --------------------------------------------------------------------------------------- prefixes, kept rows
+
+
+def draw(seed, samples, num_blocks, visit=0):
+    return draw_prefix_lengths(seed, [visit] * len(samples), samples, num_blocks)
+
+
+@pytest.mark.parametrize("num_blocks", [2, 7, 16])
+def test_prefix_lengths_are_uniform_from_1_to_all_but_one(num_blocks):
+    counts = torch.bincount(draw(0, list(range(6000)), num_blocks), minlength=num_blocks)
+    assert counts[0] == 0
+    assert len(counts) == num_blocks
+    expected, freedom = 6000 / (num_blocks - 1), num_blocks - 2
+    chi_square = float((counts[1:] - expected).square().sum() / expected)
+    assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_a_length_is_a_function_of_seed_visit_and_sample_alone():
+    samples = list(range(3000))
+    first = draw(0, samples, 16)
+    others = (draw(0, samples, 16, visit=1), draw(0, [s + 1 for s in samples], 16), draw(1, samples, 16))
+    for other in others:
+        agree = (first == other).double().mean().item()
+        assert abs(agree - 1 / 15) < 4 * (1 / 15 * 14 / 15 / 3000) ** 0.5
+    assert draw(0, [9, 2], 16).tolist() == [int(first[9]), int(first[2])]
+    assert draw(0, [], 16).tolist() == []
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4, 9])
+def test_a_row_is_kept_if_its_target_lies_behind_the_prefix_and_the_count_agrees(num_blocks):
+    lengths = torch.arange(num_blocks)
+    for distance in range(1, num_blocks):
+        steps = num_blocks - distance
+        kept = kept_rows(steps, distance, lengths)
+        expected = [[row + distance >= length for row in range(steps)] for length in lengths.tolist()]
+        assert kept.tolist() == expected
+        assert kept.any(1).all(), "the last block is always left to predict"
+        assert count_kept_rows(lengths, num_blocks, distance) == kept.sum()
+
+
+def test_combine_divides_each_distance_and_averages_them():
+    near, far = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0, 0.0]])
+    assert combine([near, far], [3, 1]).item() == pytest.approx((2.0 + 4.0) / 2)
+    losses = noise(5, 3).abs()
+    parts = sum(combine([part], [15]) for part in losses.split([1, 3, 1]))
+    torch.testing.assert_close(parts, combine([losses], [15]))
+
+
+# ---------------------------------------------------------------------------------------------------- k-means
+
+
+@pytest.mark.parametrize("max_distances", [1, 30, 10**6])
+def test_the_nearest_centroid_is_the_first_at_the_least_distance(max_distances):
+    points, centroids = noise(41, 6), noise(9, 6, seed=1)
+    found = nearest_centroids(points, centroids, max_distances).tolist()
+    for point, number in zip(points, found, strict=True):
+        distances = [math.dist(point.tolist(), centroid.tolist()) for centroid in centroids]
+        assert number == distances.index(min(distances))
+    assert nearest_centroids(torch.zeros(2, 3), torch.ones(4, 3)).tolist() == [0, 0]
+
+
+@pytest.fixture(params=["lloyd", "batches"])
+def algorithm(request, monkeypatch):
+    """Both ways to fit, whatever the size."""
+    if request.param == "batches":
+        monkeypatch.setattr(targets_module, "MAX_LLOYD_PRODUCTS", 0)
+    return request.param
+
+
+def test_clusters_far_apart_are_found(algorithm):
+    centres = 10 * torch.eye(4)
+    points = (centres[:, None] + 0.1 * noise(4, 50, 4)).flatten(0, 1)
+    centroids = fit_kmeans(points, 4, seed=0)
+    found = centroids[nearest_centroids(centres, centroids)]
+    torch.testing.assert_close(found, centres, atol=0.2, rtol=0)
+
+
+def test_a_fit_is_a_function_of_patches_and_seed_and_leaves_global_randomness_alone(algorithm):
+    before = np.random.get_state(legacy=False)["state"]["key"].tolist(), torch.get_rng_state()  # noqa: NPY002 - it is what is checked
+    points = noise(300, 6)
+    centroids = fit_kmeans(points, 20, seed=3)
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == before[0]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert torch.equal(centroids, fit_kmeans(points, 20, seed=3))
+    assert not torch.equal(centroids, fit_kmeans(points, 20, seed=4))
+
+
+def test_flat_patches_do_not_crowd_out_the_others(algorithm):
+    points = torch.cat([torch.zeros(900, 6), 10 * noise(40, 6)])
+    used = nearest_centroids(points, fit_kmeans(points, 32, seed=0)).unique()
+    assert len(used) >= 30
+
+
+def test_as_many_tokens_as_distinct_patches_are_the_patches_and_more_are_refused(algorithm):
+    points = torch.cat([torch.zeros(50, 6), noise(7, 6).repeat(3, 1)])
+    centroids = fit_kmeans(points, 8, seed=0)
+    torch.testing.assert_close(centroids[nearest_centroids(points, centroids)], points, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"71 patches hold only 8 distinct ones, .* at most 8"):
+        fit_kmeans(points, 9, seed=0)
+
+
+def test_flat_patches_have_one_token_whatever_their_grey():
+    tokenizer = KMeansTokenizer(vocab_size=2, in_chans=1, patch_size=2)
+    images = torch.tensor([0.3, 0.7, 0.3, 0.9]).view(4, 1, 1, 1).expand(4, 1, 2, 2).clone()
+    images[3, 0, 0, 0] = 5.0
+    tokenizer.centroids.copy_(fit_kmeans(tokenizer.patches(images).flatten(0, 1), 2, seed=0))
+    first, second, third, odd = tokenizer(images).flatten().tolist()
+    assert first == second == third != odd
+
+
+def test_targets_that_need_a_fit_say_so_and_are_refused_before():
+    targets = make_targets(tiny_config(tokenizer="kmeans", vocab_size=7))
+    assert targets.needs_fit
+    with pytest.raises(ValueError, match="no centroids yet; fit it"):
+        targets.of_blocks(noise(1, 3, 16, 24), ORDER)
+    assert not token_targets().needs_fit
+    assert not make_targets(tiny_config()).needs_fit
+
+
+def test_patches_are_normalised_in_raster_order():
+    images = noise(1, 3, 8, 12)
+    found = KMeansTokenizer(2, 3, 4).patches(images)
+    torch.testing.assert_close(found, normalize_blocks(patchify(images, (4, 4))))
