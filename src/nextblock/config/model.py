@@ -75,6 +75,14 @@ class ModelConfig:
     """Attention heads of the predictor."""
     predictor_mlp_ratio: float = 4.0
     """Hidden width of a predictor layer's MLP over its width."""
+    predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
+    """Mask of the predictor's transformer layers: the encoder's, other blocks, plainly causal, or none."""
+    predictor_block_size: int | tuple[int, int] | None = None
+    """Patches along a block's side under predictor_attention block_causal."""
+    qk_scale: float | None = None
+    """Factor of the attention's scores; null: one over the square root of a head's width."""
+    resample_antialias: bool = True
+    """Antialias learned positions when they are resampled to another grid; official XTRA does not."""
     predictor_extra_norm: bool = False
     """Predictor "mlp": add each layer's normed input to it before the MLP, as AIM's official code does."""
     block_mlp_dim: int | None = 6144

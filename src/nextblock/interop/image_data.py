@@ -7,7 +7,7 @@ from pathlib import Path
 from nextblock.checkpoint import read_data
 from nextblock.config import DataConfig, Size, pair
 from nextblock.interop.hub import fetch, is_hub_spec
-from nextblock.interop.reading import own_file
+from nextblock.interop.load import own_file
 from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_timm_data
 
 __all__ = ["official_data", "recorded_data"]

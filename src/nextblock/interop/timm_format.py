@@ -17,15 +17,13 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nextblock.atomic import write_aside
-from nextblock.checkpoint import RECORDED_DATA, CheckpointError, load_strictly
+from nextblock.checkpoint import RECORDED_DATA, CheckpointError, build_model, write_safetensors
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
-from nextblock.interop.files import MAIN_FILES, make_parent, read_content, unwrapped
-from nextblock.interop.names import on_cpu
+from nextblock.interop.files import MAIN_FILES, make_parent, read_content, read_json, unwrapped
 from nextblock.interop.timm_models import model_args
 from nextblock.interop.timm_spec import TIMM_SPEC, parse_timm_spec, timm_model
 from nextblock.interop.timm_weights import TIMM_EPS, from_timm, is_timm_weights, read_timm_weights
@@ -81,7 +79,6 @@ def write_timm(
         described = _description(model.config, data, provenance)
     else:
         described = _description_of_timms(model, data, provenance)
-    weights = on_cpu(model.encoder.state_dict())
     metadata = {
         "format": "pt",
         "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA}),
@@ -90,7 +87,7 @@ def write_timm(
     with write_aside(directory) as aside:
         aside.mkdir()
         (aside / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, aside / MAIN_FILES[0], metadata=metadata)
+        write_safetensors(aside / MAIN_FILES[0], model.encoder.state_dict(), metadata)
         card = _card(model.config, address or f"local-dir:{directory.name}", data, provenance)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -305,14 +302,7 @@ def _name(spec: str) -> str:
 
 
 def _described(directory: Path) -> dict[str, Any]:
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(directory / CONFIG_FILE)
 
 
 def _weights_in(directory: Path) -> dict[str, Tensor]:
@@ -336,6 +326,6 @@ def _own_encoder(own: Any, weights: Mapping[str, Tensor], origin: str) -> NextBl
             f"{origin} has format version {own['format_version']}, this release reads up to "
             f"{FORMAT_VERSION}; upgrade nextblock"
         )
-    model = NextBlockModel(from_dict(ModelConfig, own["model"]))
-    load_strictly(model, {f"encoder.{name}": tensor for name, tensor in weights.items()}, origin)
-    return model.eval()
+    config = from_dict(ModelConfig, own["model"])
+    named = {f"encoder.{name}": tensor for name, tensor in weights.items()}
+    return build_model(lambda: NextBlockModel(config), config, named, origin)

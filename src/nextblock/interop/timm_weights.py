@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
-from nextblock.checkpoint import CheckpointError, load_strictly
+from nextblock.checkpoint import CheckpointError, build_model
 from nextblock.config import ModelConfig, Size
 from nextblock.interop.names import count_numbered, needed, patch_shape, ratio_of, require_heads
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
@@ -214,9 +214,8 @@ def _built(
         predictor=None,
         feature_attention="full",
     )
-    model = NextBlockModel(config)
-    load_strictly(model, {f"encoder.{name}": tensor for name, tensor in folded.items()}, origin)
-    return model.eval()
+    named = {f"encoder.{name}": tensor for name, tensor in folded.items()}
+    return build_model(lambda: NextBlockModel(config), config, named, origin)
 
 
 def _folded(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:

@@ -94,9 +94,14 @@ class NextBlockModel(nn.Module):
         """Mean and deviation that images are normalised by, which a tokenizer from outside has to know."""
         self.recompute = False
         self.predictor_fp32 = False
-        self.register_buffer("patches_of_blocks", _patches_of_blocks(config), persistent=False)
-        self.register_buffer("orders", _orders(config), persistent=False)
-        self.register_buffer("seen_mask", _seen_mask(config), persistent=False)
+        self.make_buffers()
+
+    def make_buffers(self) -> None:
+        """Make the tables that no file holds; on the CPU, also in a model on the meta device."""
+        with torch.device("cpu"):
+            self.register_buffer("patches_of_blocks", _patches_of_blocks(self.config), persistent=False)
+            self.register_buffer("orders", _orders(self.config), persistent=False)
+            self.register_buffer("seen_mask", _seen_mask(self.config), persistent=False)
 
     def forward(
         self,

@@ -1,21 +1,29 @@
-"""Starting from other weights: what fits is copied, positions are brought to the grid, the rest stays fresh.
+"""Starting from other weights: what fits is copied, positions are resampled, the rest stays fresh.
 
-Nothing is skipped in silence: a report tells what became of every tensor, and which settings make the same
-weights compute something else.
+Nothing is skipped silently: a report names every tensor, and the settings under which the same weights
+compute something else.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from nextblock.checkpoint import CheckpointError
 from nextblock.config import ModelConfig, pair
+from nextblock.interop.load import as_model, read
+from nextblock.interop.options import LoadOptions
 from nextblock.models import NextBlockModel
 from nextblock.models.encoder import positions_on
+from nextblock.presets import model_config
 
-__all__ = ["InitReport", "in_groups", "initialize_from"]
+__all__ = ["InitReport", "create_model", "in_groups", "initialize", "initialize_from"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,64 @@ class InitReport:
     """Settings of the encoder by which the same weights compute something else: {name: (here, there)}."""
     trained_otherwise: dict[str, tuple[object, object]]
     """Settings of the task under which the weights were trained, where they are others here."""
+
+
+def create_model(name: str, **overrides: Any) -> NextBlockModel:
+    """A model of a size ("xtra-b16", "aim-600m") or a preset, with any `ModelConfig` field changed.
+
+    Its weights are fresh, drawn from torch's global generator; with `init=`, those of another model.
+    """
+    model = NextBlockModel(model_config(name, **overrides))
+    if model.config.init is not None:
+        initialize(model, model.config.init)
+    return model
+
+
+def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
+    """Give a model the weights of what `src` names, as `load` does, and log what became of them, by parts.
+
+    The report names every tensor. If a file does not tell its attention heads, the model's own number is
+    taken, and a warning says so; class and register tokens of a timm model are left out.
+    """
+    config = model.config
+    fallback = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
+    found = read(src, LoadOptions(fallback=fallback, drop_prefix_tokens=True))
+    if "num_heads" in found.assumed:
+        log.warning(
+            "%s does not tell its attention heads; taken to be %d as here (a wrong number changes its "
+            "features: set model.num_heads to the file's)",
+            src,
+            config.num_heads,
+        )
+    report = initialize_from(model, as_model(found, str(src), drop_prefix_tokens=True), str(src))
+    log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))
+    unlike = [name for name in report.fresh if name in report.unused]
+    for what, names in (
+        ("resampled", report.resampled),
+        ("fresh, of another shape or kind there", unlike),
+        ("fresh, not there", [name for name in report.fresh if name not in unlike]),
+        ("unused, not here", [name for name in report.unused if name not in unlike]),
+    ):
+        if names:
+            groups = (part if count == 1 else f"{part} ({count})" for part, count in in_groups(names).items())
+            log.info("  %s: %s", what, ", ".join(groups))
+            log.debug("  %s, by name: %s", what, ", ".join(names))
+    if report.trained_otherwise:
+        others = [
+            f"{n} {_typed(there)} there, {_typed(here)} here"
+            for n, (here, there) in report.trained_otherwise.items()
+        ]
+        log.info("  trained under other settings: %s", "; ".join(others))
+    for name, (here, there) in report.differing.items():
+        log.warning(
+            "  to go on from the same function, set %s %s (here %s)", name, _typed(there), _typed(here)
+        )
+    return report
+
+
+def _typed(value: object) -> str:
+    """A value as it stands on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
@@ -104,7 +170,7 @@ def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, object]
 
 
 def _differing(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tuple[object, object]]]:
-    names = ["patch_size", "norm_eps", "patch_norm"]
+    names = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
     names += ["positions"] if own.positions == "sincos" else []  # learned ones begin where fixed ones are
     names += ["bias"] if not own.bias else []  # a fresh bias is zero: the same function
     for name in names:
