@@ -28,6 +28,7 @@ from nextblock.interop.files import unwrapped
 from nextblock.interop.names import (
     count_numbered,
     needed,
+    only_tensors,
     patch_shape,
     ratio_of,
     renamed,
@@ -143,6 +144,7 @@ def read_aim(
     weights = _weights(content)
     if head is not None:
         weights = _joined(weights, _weights(head), origin)
+    weights = only_tensors(weights, origin)
     _refuse_other_architectures(weights, origin)
     config, layers = _model_config(weights, options, origin)
     ours = renamed(_fused(weights, origin), TRUNK_NAMES + CLASSIFIER_NAMES + PREDICTOR_NAMES, "AIM", origin)
@@ -177,7 +179,7 @@ def _weights(content: Any) -> Mapping[str, Any]:
     }
 
 
-def _joined(backbone: Mapping[str, Tensor], head: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+def _joined(backbone: Mapping[str, Any], head: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if not is_aim_head(head):
         held = ", ".join(list(head)[:5]) or "nothing known"
         raise CheckpointError(

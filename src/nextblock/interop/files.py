@@ -93,7 +93,7 @@ def is_distributed(path: Path) -> bool:
 def read_content(path: Path) -> Any:
     """What a weight file holds: tensors by name, or whatever was pickled of tensors and plain values.
 
-    Safetensors and zipped pickles stay on the disk until they are used (mmap).
+    Safetensors are mapped into memory; pickles are read whole, as trainers write them again in place.
     """
     if not path.is_file() and not is_distributed(path):
         what = "is a directory, and not a weight file" if path.is_dir() else "does not exist"
@@ -122,18 +122,22 @@ class _Inert:
         pass
 
 
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
 def _read_pickle(path: Path) -> Any:
     zipped = zipfile.is_zipfile(path)
     # Settings beside the weights (omegaconf's, in what AIM's training code saves) are replaced by inert
     # objects, so that nothing of theirs is imported or run; any other class is still refused by torch.
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     stubs: list[Any] = [
-        (dict if name == "collections.defaultdict" else _Inert, name)
+        (_plain_dict if name == "collections.defaultdict" else _Inert, name)
         for name in unsafe
         if SETTINGS_CLASS.fullmatch(name)
     ]
     with torch.serialization.safe_globals(stubs):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -162,6 +166,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def _read_distributed(folder: Path) -> dict[str, Tensor]:
     """The weights of a directory that torch.distributed.checkpoint wrote, without a process group."""
     from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
     with (folder / DISTRIBUTED_FILE).open("rb") as file:
@@ -179,7 +184,11 @@ def _read_distributed(folder: Path) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(weights, storage_reader=Reader(folder), no_dist=True)
+        try:
+            load(weights, storage_reader=Reader(folder), no_dist=True)
+        except CheckpointException as error:  # not an Exception; it holds a failure for each rank
+            reasons = {str(failure[0]) for failure in error.failures.values()}
+            raise RuntimeError("; ".join(reasons)) from error
     return weights
 
 

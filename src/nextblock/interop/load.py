@@ -38,6 +38,7 @@ from nextblock.interop.files import (
     unwrapped,
 )
 from nextblock.interop.hub import fetch, is_hub_spec
+from nextblock.interop.names import only_tensors
 from nextblock.interop.options import LoadOptions, ProbeLayers
 from nextblock.interop.timm_format import TIMM_SPEC, is_timm_directory, read_timm
 from nextblock.interop.timm_spec import open_timm_encoder, parse_timm_spec
@@ -84,7 +85,10 @@ def _read_aim(content: Any, origin: str, options: LoadOptions) -> NextBlockModel
 
 def _read_timm_weights(content: Any, origin: str, options: LoadOptions) -> NextBlockModel:
     return read_timm_weights(
-        unwrapped(content), origin, num_heads=options.num_heads, drop_prefix_tokens=options.drop_prefix_tokens
+        only_tensors(unwrapped(content), origin),
+        origin,
+        num_heads=options.num_heads,
+        drop_prefix_tokens=options.drop_prefix_tokens,
     )
 
 

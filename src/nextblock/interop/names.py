@@ -19,6 +19,7 @@ from nextblock.checkpoint import CheckpointError, MissingSettingError
 __all__ = [
     "count_numbered",
     "needed",
+    "only_tensors",
     "patch_shape",
     "ratio_of",
     "renamed",
@@ -38,10 +39,6 @@ def renamed(weights: Mapping[str, Any], rules: Rules, layout: str, origin: str) 
         match, target = next(fits, (None, ""))
         if match is None:
             raise CheckpointError(f"{origin} holds {name!r}, which is no part of an {layout} model")
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{origin} holds a {type(tensor).__name__} as {name!r}, not a tensor; take the original file"
-            )
         ours[target.format(**match.groupdict())] = tensor
     return ours
 
@@ -65,28 +62,36 @@ def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:
     return held[name]
 
 
-def shape_of(weights: Mapping[str, Any], name: str, ndim: int, origin: str) -> tuple[int, ...]:
+def only_tensors(weights: Mapping[str, Any], origin: str) -> Mapping[str, Tensor]:
+    """The same weights; refused if one of them is no tensor."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{origin} holds {name!r} of type {type(tensor).__name__}, not a tensor; take the original "
+                "file"
+            )
+    return weights
+
+
+def shape_of(weights: Mapping[str, Tensor], name: str, ndim: int, origin: str) -> tuple[int, ...]:
     """The shape of a tensor that sizes are read from; refused if it has another number of axes."""
-    tensor = needed(weights, name, origin)
-    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
-        held = (
-            f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
-        )
+    shape = tuple(needed(weights, name, origin).shape)
+    if len(shape) != ndim:
         raise CheckpointError(
-            f"{origin} holds {name} of {held}, not a tensor of {ndim} axes; take the original file"
+            f"{origin} holds {name} of shape {shape}, not of {ndim} axes; take the original file"
         )
-    return tuple(tensor.shape)
+    return shape
 
 
 def patch_shape(weights: Mapping[str, Any], name: str, origin: str) -> tuple[int, int, int]:
     """(width, channels, patch size in pixels) of the projection of square patches."""
-    tensor = needed(weights, name, origin)
-    if isinstance(tensor, Tensor) and tensor.ndim != 4:
+    shape = needed(weights, name, origin).shape
+    if len(shape) != 4:
         raise CheckpointError(
-            f"{origin} embeds its patches by {name} of shape {tuple(tensor.shape)}; only convolutions "
-            "(width, channels, rows, columns) are known"
+            f"{origin} embeds its patches by {name} of shape {tuple(shape)}; only convolutions (width, "
+            "channels, rows, columns) are known"
         )
-    width, channels, rows, columns = shape_of(weights, name, 4, origin)
+    width, channels, rows, columns = shape
     if rows != columns:
         raise CheckpointError(f"{origin} has patches of {rows}x{columns} px; they must be square")
     return width, channels, rows

@@ -18,6 +18,7 @@ from nextblock.config import ModelConfig, Size, pair
 from nextblock.interop.files import beside_weights, unwrapped
 from nextblock.interop.names import (
     count_numbered,
+    only_tensors,
     patch_shape,
     ratio_of,
     renamed,
@@ -101,7 +102,7 @@ def read_xtra(
     The number of attention heads comes from the caller, the file's settings or architecture name, or the
     table of official sizes; else the file is refused, as a wrong number changes features without an error.
     """
-    weights, settings = unwrapped(content), _settings(content, origin)
+    weights, settings = only_tensors(unwrapped(content), origin), _settings(content, origin)
     is_classifier = any(name.startswith("classifier.") for name in weights)
     with_predictor = not is_classifier and any(name.startswith("predictor.") for name in weights)
     _refuse_unknown(settings, origin, is_classifier=is_classifier, with_predictor=with_predictor)
