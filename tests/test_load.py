@@ -182,7 +182,6 @@ def test_a_timm_directorys_own_file_has_the_mask_that_its_config_tells(tmp_path)
     expected = tiny_model().encode(tiny_images()).tokens
     for place in (tmp_path / "dir", tmp_path / "dir" / "model.safetensors"):
         torch.testing.assert_close(load_model(place).encode(tiny_images()).tokens, expected)
-        (tmp_path / "dir" / "config.json").write_text((tmp_path / "dir" / "config.json").read_text())
     (tmp_path / "dir" / "config.json").write_text('{"architecture": ')
     for place in (tmp_path / "dir", tmp_path / "dir" / "model.safetensors"):
         with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
@@ -230,9 +229,8 @@ def test_a_number_of_heads_is_taken_if_it_is_the_files_own_and_else_refused(tmp_
     [{"num_heads": 0}, {"image_size": 0}, {"image_size": (8, 0)}, {"norm_eps": 0.0}]
     + [{"probe_layers": given} for given in (1, ("best",), (), (-1,), "first", (1.0,))],
 )
-@pytest.mark.filterwarnings("ignore")
 def test_settings_that_cannot_be_are_refused(setting):
-    with pytest.raises(Exception, match=r"it must be |give \"last\"|violat|did not|Type"):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(setting))} is|LoadOptions"):
         LoadOptions(**setting)
 
 

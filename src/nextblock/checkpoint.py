@@ -179,6 +179,8 @@ def read_model(path: Path) -> NextBlockModel | AnyClassifier:
             if data is not None:
                 model.image_stats = (data.mean, data.std)
             return model
+        if kind not in ("classifier", "timm classifier"):
+            raise ValueError(f"kind {kind!r}")
         head, names = from_dict(HeadConfig, settings["head"]), settings["class_names"]
         if kind == "classifier":
             config = from_dict(ModelConfig, settings["model"])
@@ -189,8 +191,6 @@ def read_model(path: Path) -> NextBlockModel | AnyClassifier:
                 str(path),
                 prefix="encoder_model.",
             )
-        if kind != "timm classifier":
-            raise ValueError(f"kind {kind!r}")
         settings["model"].pop("prefix_tokens", None)  # in files from before 0.1.0
         # Not built on meta: some of timm's networks have tables that no file holds.
         encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
