@@ -445,5 +445,5 @@ def test_troubles_of_the_hub_are_told_apart(monkeypatch, raised, error, message)
 
 def test_without_the_package_the_extra_is_named(cats, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'nextblock\[datasets\]'"):
+    with pytest.raises(DataError, match=r"pip install datasets"):
         open_source(cats, DATA)

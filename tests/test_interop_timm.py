@@ -19,6 +19,7 @@ from nextblock.checkpoint import read_data
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.evaluate.features import seeded
 from nextblock.interop.cards import Provenance
+from nextblock.interop.options import LoadOptions
 from nextblock.interop.timm_format import (
     is_timm_directory,
     read_timm,
@@ -118,7 +119,7 @@ def test_what_is_written_is_read_back_as_the_same_encoder(kind, tmp_path):
 
 def test_the_golden_tokens_of_official_xtra_come_out_of_timm(golden_dir, golden, tmp_path):
     content = torch.load(golden_dir / "xtra_k2.ckpt", weights_only=True)
-    model = read_xtra(content, "xtra_k2.ckpt", num_heads=3)
+    model = read_xtra(content, "xtra_k2.ckpt", LoadOptions(num_heads=3))
     assert isinstance(model, NextBlockModel)
     tensors = golden("xtra_k2")
     vit = opened(written(model, tmp_path / "out"))

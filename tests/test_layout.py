@@ -273,3 +273,7 @@ def test_a_circle_is_found_also_through_a_third() -> None:
 
 def test_a_heavy_import_is_noticed() -> None:
     assert "matplotlib" in heavy_modules_after("import matplotlib")
+
+
+def test_a_missing_package_is_named_itself_as_no_index_has_the_extras():
+    assert not [path.name for path in source_files() if "nextblock[" in path.read_text(encoding="utf-8")]

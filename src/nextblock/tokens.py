@@ -366,7 +366,7 @@ def _import_transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise TokenizerError(
-            "tokenizers hf:NAME need transformers, which is missing; pip install 'nextblock[tokenizers]'"
+            "tokenizers hf:NAME need transformers, which is missing; pip install transformers"
         ) from error
     return transformers
 

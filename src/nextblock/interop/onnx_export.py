@@ -133,7 +133,8 @@ def _require_packages() -> None:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            raise OnnxError(f"writing ONNX needs {error.name}: pip install nextblock[onnx]") from error
+            remedy = f"pip install {' '.join(PACKAGES)}"
+            raise OnnxError(f"writing ONNX needs {error.name}: {remedy}") from error
 
 
 def _outputs(

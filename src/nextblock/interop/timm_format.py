@@ -221,7 +221,7 @@ def _notes(config: ModelConfig, place: str) -> list[str]:
     if not stock:
         notes.append(
             "The architecture `nextblock_vit` brings a block mask or an epsilon that timm's own models do "
-            "not have. Without the second line above (`pip install nextblock`) timm says `Unknown model "
+            "not have. Without nextblock and the second line above timm says `Unknown model "
             "(nextblock_vit)`."
         )
     if config.positions == "sincos" and stock:

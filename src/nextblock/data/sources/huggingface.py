@@ -270,7 +270,7 @@ def _complaints(spec: str, path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except ImportError as error:
-        remedy = "pip install 'nextblock[datasets]'"
+        remedy = "pip install datasets"
         raise DataError(f"{spec!r} needs the package datasets: {remedy}") from error
     except Exception as error:
         cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error

@@ -63,7 +63,7 @@ def open_remote(spec: str, data: DataConfig) -> RemoteTarSource:
     try:
         _file_system(urls[0])
     except ImportError as error:
-        package = "gcsfs" if spec.startswith("gs:") else "'nextblock[remote]'"
+        package = "gcsfs" if spec.startswith("gs:") else "fsspec aiohttp s3fs"
         raise ValueError(f"{spec!r} needs a package ({error}): pip install {package}") from error
     return RemoteTarSource(spec, urls, data)
 
