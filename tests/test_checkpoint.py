@@ -343,7 +343,11 @@ def test_a_model_file_that_is_not_complete_is_refused(share, tmp_path):
     save_model(path, tiny_model())
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match="the file is not complete"):
+    with pytest.raises(CheckpointError, match="the file is not complete: take an intact copy"):
+        read_model(path)
+    path = save_checkpoint(tmp_path, tiny_model(), STATE, 3) / "model.safetensors"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"remove .*step_00000003 to go on from the one before"):
         read_model(path)
 
 

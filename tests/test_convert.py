@@ -261,7 +261,7 @@ def test_what_is_written_has_the_mode_that_the_umask_gives(run_dir, tmp_path):
 
 def test_the_size_of_a_whole_model_is_not_changed_on_the_way_to_the_own_format(run_dir, tmp_path):
     with pytest.raises(
-        ValueError, match=r"is of images of \(16, 24\) px, as it tells itself.*encoder to timm or onnx"
+        ValueError, match=r"is of images of \(16, 24\) px, as it tells itself.*to timm or onnx"
     ):
         convert(run_dir, tmp_path / "out", image_size=32)
 

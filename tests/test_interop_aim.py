@@ -47,7 +47,7 @@ def read_model(content, num_heads: int | None = 3, **settings) -> NextBlockModel
     return model
 
 
-def read_classifier(content, head=None, num_heads=3, **settings) -> ImageClassifier:
+def read_classifier(content, head=None, num_heads: int | None = 3, **settings) -> ImageClassifier:
     """A classifier of one file, or two."""
     classifier = read_aim(content, "FILE", LoadOptions(num_heads=num_heads, **settings), head)
     assert isinstance(classifier, ImageClassifier)

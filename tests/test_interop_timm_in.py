@@ -271,7 +271,7 @@ def test_an_architecture_that_timm_does_not_have_is_refused(tmp_path):
         read_timm(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, "no json", "[]", '{"architectures": ["ViTModel"]}'])
+@pytest.mark.parametrize("content", [None, '{"architectures": ["ViTModel"]}'])
 def test_other_directories_are_not_taken_for_timms(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)

@@ -269,7 +269,7 @@ def test_a_directory_without_one_model_is_refused_with_what_was_looked_for_and_f
 
 
 def looped():
-    content = {"epoch": 3}
+    content: dict = {"epoch": 3}
     content["model"] = content
     return content
 

@@ -101,9 +101,17 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
             raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{origin} is damaged, or is not what it says it is ({type(error).__name__}: {reason}); take an "
-            "intact copy of it"
+            f"{origin} is damaged, or is not what it says it is ({type(error).__name__}: {reason}); "
+            + _remedy(origin)
         ) from error
+
+
+def _remedy(origin: str | Path) -> str:
+    """What to do about a damaged file; a run has checkpoints before the last."""
+    path = Path(origin)
+    if path.name == MODEL_FILE and re.fullmatch(r"step_\d+", path.parent.name):
+        return f"remove {path.parent} to go on from the one before"
+    return "take an intact copy of it"
 
 
 # --------------------------------------------------------------------------------------------- model files
@@ -213,7 +221,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             return handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors: {error}; the file is not complete, take an intact copy"
+            f"{path} cannot be read as safetensors: {error}; the file is not complete: {_remedy(path)}"
         ) from error
 
 
@@ -258,8 +266,7 @@ def _refuse_contradictions(
     wrong = [f"{told} {what}, the weights {held}" for what, (told, held) in sizes.items() if told != held]
     if wrong:
         raise CheckpointError(
-            f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; take an intact "
-            "copy"
+            f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
         )
 
 
@@ -281,7 +288,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
             f"the weights of {origin} do not fit the model:\n  " + _listed(problems, "\n  ")
         )
     in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
-    _refuse_non_finite(in_fp32, origin, "take an intact copy, or an earlier checkpoint")
+    _refuse_non_finite(in_fp32, origin, _remedy(origin))
     model.load_state_dict(in_fp32, strict=True, assign=True)
 
 

@@ -127,7 +127,8 @@ def _settings(config: ModelConfig | TimmConfig, data: DataConfig) -> dict[str, s
     told = {
         "encoder": f"{config.embed_dim} wide, {config.depth} layers",
         "image": f"{rows}x{columns} px, {config.in_chans} channels",
-        "validation": f"resized to {data.val_resize_px} px, {data.val_crop} crop",
+        "shorter side resized to": f"{data.val_resize_px} px",
+        "validation crop": data.val_crop,
         "mean": ", ".join(f"{part:g}" for part in data.mean),
         "standard deviation": ", ".join(f"{part:g}" for part in data.std),
     }

@@ -20,6 +20,7 @@ from nextblock.interop.load import Found, read
 from nextblock.interop.options import LoadOptions
 from nextblock.interop.timm_format import timm_provenance, write_timm
 from nextblock.models import NextBlockModel
+from nextblock.models.classifier import TimmClassifier
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import require
 
@@ -91,6 +92,7 @@ def convert(
         return Converted(to, str(path), _num_bytes(path), None)
     from nextblock.interop.onnx_export import write_onnx
 
+    assert not isinstance(found.model, TimmClassifier), "refused above"
     mask = attention or "native"
     difference = write_onnx(found.model, path, layers=layers, attention=mask, image_size=image_size, **facts)
     return Converted(to, str(path), _num_bytes(path), difference)
@@ -136,8 +138,8 @@ def _refuse_impossible(found: Found, src: str, to: Target, image_size: Size | No
         )
     require(
         same_size or (to != "nextblock" and not isinstance(config, TimmConfig)),
-        f"{src} is of images of {config.image_size} px, as it tells itself, and stays so in the format {to}: "
-        "leave image_size out, or write the encoder to timm or onnx",
+        f"{src} is of images of {config.image_size} px, as it tells itself, and stays so; leave image_size "
+        "out, or write an encoder of this package to timm or onnx",
     )
 
 
