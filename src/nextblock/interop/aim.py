@@ -283,18 +283,19 @@ def _image_size(
     weights: Mapping[str, Tensor], patch_size: int, options: LoadOptions, origin: str
 ) -> Size | str:
     """From the caller, the stored positions, the fallback, or Apple's size; why not, if it cannot be told."""
-    stored = weights.get("preprocessor.pos_embed")
-    given = options.image_size
+    stored, given = weights.get("preprocessor.pos_embed"), options.image_size
     if stored is not None:
         shape_of(weights, "preprocessor.pos_embed", 3, origin)
-        sizes = [given] if given is not None else [_stored_size(stored, patch_size)]
+    if given is not None:
+        sizes = [given]
+    elif stored is not None:
+        sizes = [_stored_size(stored, patch_size)]
     else:
-        sizes = [given] if given is not None else [options.fallback.get("image_size"), IMAGE_SIZE_PX]
-    sizes = [size for size in sizes if size is not None]
+        sizes = [options.fallback.get("image_size", IMAGE_SIZE_PX), IMAGE_SIZE_PX]
     for size in sizes:
-        grid = [length // patch_size for length in pair(size)]
-        fits = stored is None or grid[0] * grid[1] == stored.shape[1]
-        if fits and not any(length % patch_size for length in pair(size)):
+        rows, columns = pair(size)
+        fits = stored is None or (rows // patch_size) * (columns // patch_size) == stored.shape[1]
+        if fits and rows % patch_size == columns % patch_size == 0:
             return size
     held = "" if stored is None else f"{stored.shape[1]} positions of "
     why = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,12 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
     of its layers. Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of
     attention heads, as that is surely not what was meant.
     """
-    _refuse_other_heads(model.config, other.config, origin)
+    here, there = model.config, other.config
+    if here.embed_dim == there.embed_dim and here.num_heads != there.num_heads:
+        raise CheckpointError(
+            f"the encoder in {origin} has {there.num_heads} attention heads, this model {here.num_heads}: "
+            f"the weights would fit and mean something else; set model.num_heads {there.num_heads}"
+        )
     own, theirs = model.state_dict(), other.state_dict()
     loaded, resampled = [], []
     fixed = {name for name in own if name.endswith("pos_embed") and model.config.positions == "sincos"}
@@ -136,8 +141,8 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         resampled=tuple(name for name in own if name in resampled),
         fresh=tuple(name for name in own if name not in done | fixed),
         unused=tuple(name for name in theirs if name not in done | fixed),
-        differing=dict(_differing(model.config, other.config)),
-        trained_otherwise=dict(_trained_otherwise(model.config, other.config)),
+        differing=_differing(model.config, other.config),
+        trained_otherwise=_trained_otherwise(model.config, other.config),
     )
 
 
@@ -161,40 +166,36 @@ def _numbers(found: set[int]) -> str:
     return f".{','.join(runs)}" if found else ""
 
 
-def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, object]) -> Iterator[str]:
+def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, Any]) -> list[str]:
     """Tensors of a predictor that may have the same name and shape there and do something else."""
+    parts: tuple[str, ...] = ()
     if own.predictor != theirs.predictor:
-        yield from (name for name in names if name.startswith(("predictor.blocks.", "predictor.norm.")))
+        parts = ("predictor.blocks.", "predictor.norm.")
     elif own.predictor == "transformer" and own.predictor_heads != theirs.predictor_heads:
-        yield from (name for name in names if name.startswith("predictor.blocks."))
+        parts = ("predictor.blocks.",)
+    return [name for name in names if name.startswith(parts)] if parts else []
 
 
-def _differing(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tuple[object, object]]]:
+def _differing(own: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
+    """Settings of the encoder by which the same weights compute something else: {name: (here, there)}."""
     names = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
     names += ["positions"] if own.positions == "sincos" else []  # learned ones begin where fixed ones are
     names += ["bias"] if not own.bias else []  # a fresh bias is zero: the same function
-    for name in names:
-        if getattr(own, name) != getattr(theirs, name):
-            yield f"model.{name}", (getattr(own, name), getattr(theirs, name))
+    return _unlike(names, own, theirs)
 
 
-def _trained_otherwise(own: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, tuple[object, object]]]:
+def _trained_otherwise(own: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
     """What the weights were trained for; blocks mean nothing to full attention without a predictor."""
-    if own.feature_attention != theirs.feature_attention:
-        yield "model.feature_attention", (own.feature_attention, theirs.feature_attention)
-    if theirs.predictor is None and theirs.feature_attention == "full":
-        return
-    if pair(own.block_size) != pair(theirs.block_size):
-        yield "model.block_size", (own.block_size, theirs.block_size)
-    names = ["order"] if theirs.predictor is None else ["order", "prefix"]
-    for name in names:
-        if getattr(own, name) != getattr(theirs, name):
-            yield f"model.{name}", (getattr(own, name), getattr(theirs, name))
+    names = ["feature_attention"]
+    if theirs.predictor is not None or theirs.feature_attention == "causal":
+        names += ["block_size", "order"] if theirs.predictor is None else ["block_size", "order", "prefix"]
+    return _unlike(names, own, theirs)
 
 
-def _refuse_other_heads(own: ModelConfig, theirs: ModelConfig, origin: str) -> None:
-    if own.embed_dim == theirs.embed_dim and own.num_heads != theirs.num_heads:
-        raise CheckpointError(
-            f"the encoder in {origin} has {theirs.num_heads} attention heads, this model {own.num_heads}: "
-            f"the weights would fit and mean something else; set model.num_heads {theirs.num_heads}"
-        )
+def _unlike(names: list[str], own: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
+    values = {name: (getattr(own, name), getattr(theirs, name)) for name in names}
+    return {
+        f"model.{name}": (here, there)
+        for name, (here, there) in values.items()
+        if (pair(here) != pair(there) if name == "block_size" else here != there)
+    }
