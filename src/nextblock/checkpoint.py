@@ -71,9 +71,9 @@ class CheckpointError(RuntimeError):
 class UnknownFormatError(CheckpointError):
     """A file can be read, but holds no model that is known; `content` is what it holds."""
 
-    def __init__(self, message: str, content: Any = None) -> None:
+    def __init__(self, message: str, path: Path, content: Any) -> None:
         super().__init__(message)
-        self.content = content
+        self.path, self.content = path, content
 
 
 class MissingSettingError(CheckpointError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json
@@ -59,7 +60,7 @@ def _describe(src: str, options: LoadOptions) -> dict[str, Any]:
     try:
         return _describe_model(read(src, options))
     except UnknownFormatError as error:
-        return _describe_tensors(error.content, str(error))
+        return _describe_tensors(error.path, error.content, str(error))
 
 
 def _describe_model(found: Found) -> dict[str, Any]:
@@ -100,8 +101,9 @@ def _describe_model(found: Found) -> dict[str, Any]:
     return told
 
 
-def _describe_tensors(content: Any, why: str) -> dict[str, Any]:
+def _describe_tensors(path: Path, content: Any, why: str) -> dict[str, Any]:
     """A file of tensors that is no model: the head of a classifier, or anything."""
+    from nextblock.checkpoint import is_safetensors, read_metadata
     from nextblock.interop.aim import is_aim_head
 
     if not isinstance(content, Mapping):
@@ -111,4 +113,6 @@ def _describe_tensors(content: Any, why: str) -> dict[str, Any]:
     told: dict[str, Any] = {"kind": kind, "why": why, "tensors": dict(list(shapes.items())[:MAX_TENSORS])}
     if len(shapes) > MAX_TENSORS:
         told["further_tensors"] = len(shapes) - MAX_TENSORS
+    if path.is_file() and is_safetensors(path) and read_metadata(path):
+        told["metadata"] = read_metadata(path)
     return told

@@ -213,13 +213,16 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         raise UnknownFormatError(
             f"{origin} is the head of an AIM classifier alone; load its backbone, with head= this file "
             "(--head)",
+            file,
             content,
         )
     format_ = next((one for one in FORMATS if one.recognises(content)), None)
     if format_ is None:
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
         raise UnknownFormatError(
-            f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}", content
+            f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}",
+            file,
+            content,
         )
     options.refuse_others(format_.takes, origin)
     assumed: dict[str, str] = {}
