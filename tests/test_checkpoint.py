@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from nextblock.config import DataConfig, OptimConfig
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
+from nextblock.settings import to_dict
 from toy import tiny_images, tiny_model
 
 STATE = {"step": 3, "optimizer": {"lr": 0.1, "moments": [torch.arange(3.0)]}, "scaler": {}}
@@ -286,21 +288,52 @@ def test_pruning_keeps_the_latest_and_those_for_good(tmp_path):
 def changed_metadata(path, **changes):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    save_file(load_file(path), path, {**metadata, **changes})
+    metadata = {name: value for name, value in {**metadata, **changes}.items() if value is not None}
+    save_file(load_file(path), path, metadata)
 
 
-def test_a_newer_format_is_refused_with_both_versions(tmp_path):
+def own_settings(**changes):
+    return json.dumps({**to_dict(tiny_model().config), **changes})
+
+
+DAMAGED = {
+    "newer": ({"format_version": "2"}, "format version 2, this release reads up to 1; upgrade"),
+    "of another maker": ({"format": "x"}, "was not written by nextblock"),
+    "version": ({"format_version": "x"}, "invalid literal"),
+    "no version": ({"format_version": None}, "KeyError: 'format_version'"),
+    "no kind": ({"kind": None}, "KeyError: 'kind'"),
+    "unknown kind": ({"kind": "x"}, "kind 'x'"),
+    "kind of other settings": ({"kind": "classifier"}, "is damaged"),
+    "no settings": ({"config": None}, "KeyError: 'config'"),
+    "null": ({"config": "null"}, "is damaged"),
+    "a list": ({"config": "[]"}, "is damaged"),
+    "cut": ({"config": own_settings()[:40]}, "JSONDecodeError"),
+    "deep": ({"config": "[" * 100_000}, "RecursionError"),
+    "wrong type": ({"config": own_settings(depth="2")}, "is damaged"),
+    "unknown setting": ({"config": own_settings(blok_size=2)}, "unknown setting 'blok_size'"),
+    "data cut": ({"data": '{"mean": [0.5'}, "JSONDecodeError"),
+    "data of wrong type": ({"data": '{"mean": null}'}, "is damaged"),
+    "wide": ({"config": own_settings(embed_dim=3 * 2**20)}, "do not fit the model"),
+    "wide MLP": ({"config": own_settings(mlp_ratio=1e12)}, "do not fit the model"),
+    "beyond numbers": ({"config": own_settings(mlp_ratio=1e300)}, "is damaged"),
+    "channels": ({"config": own_settings(in_chans=10**9)}, "do not fit the model"),
+    "deep network": ({"config": own_settings(depth=10**9)}, "1000000000 layers, the weights 2"),
+    "large images": ({"config": own_settings(image_size=800_000)}, "40000000000 patches, the weights 24"),
+    "predictor": (
+        {"config": own_settings(predictor_depth=10**9)},
+        "1000000000 predictor layers, the weights 2",
+    ),
+    "distances": ({"config": own_settings(num_predicted_blocks=4)}, "4 predicted blocks, the weights 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_model_file_is_refused_with_its_name_and_the_cause(changes, words, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_model(path, tiny_model())
-    changed_metadata(path, format_version="2")
-    with pytest.raises(CheckpointError, match="format version 2, this release reads up to 1; upgrade"):
+    save_model(path, tiny_model(), data=DataConfig())
+    changed_metadata(path, **changes)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors[^|]*{re.escape(words)}"):
         read_model(path)
-
-
-def test_safetensors_of_another_origin_are_refused(tmp_path):
-    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="was not written by nextblock"):
-        read_model(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
@@ -309,8 +342,74 @@ def test_a_model_file_that_is_not_complete_is_refused(share, tmp_path):
     save_model(path, tiny_model())
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match="the file is not complete"):
+    with pytest.raises(CheckpointError, match="the file is not complete: take an intact copy"):
         read_model(path)
+    path = save_checkpoint(tmp_path, tiny_model(), STATE, 3) / "model.safetensors"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"remove .*step_00000003 to go on from the one before"):
+        read_model(path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, tmp_path):
+    path, model = tmp_path / "model.safetensors", tiny_model()
+    save_model(path, model)
+    weights = {name: w.clone() for name, w in load_file(path).items()}
+    weights["encoder.norm.bias"][3] = value
+    model.state_dict()["encoder.norm.bias"][3] = value
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors .* NaN or inf \(encoder.norm.bias\); it was not saved"
+    ):
+        save_model(tmp_path / "new.safetensors", model)
+    assert files_in(tmp_path) == ["model.safetensors"]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(weights, path, metadata)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors hold NaN or inf \(encoder.norm.bias\); take"
+    ):
+        read_model(path)
+
+
+def test_large_finite_weights_are_taken_though_their_sum_is_infinite(tmp_path):
+    model = tiny_model()
+    model.state_dict()["encoder.norm.bias"].fill_(3e38)
+    save_model(tmp_path / "model.safetensors", model)
+    assert same_weights(read_model(tmp_path / "model.safetensors"), model)
+
+
+def test_a_loaded_model_is_drawn_by_nobody_and_changes_no_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, tiny_model(order="random"))
+    content, state = path.read_bytes(), torch.get_rng_state()
+    found = read_model(path)
+    assert isinstance(found, NextBlockModel)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(t.is_meta for t in (*found.parameters(), *found.buffers()))
+    for name, table in tiny_model(order="random").named_buffers():
+        assert torch.equal(found.get_buffer(name), table)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.add_(1)
+    assert path.read_bytes() == content
+
+
+def test_fixed_positions_take_no_gradient_after_loading_either(tmp_path):
+    model = tiny_model(positions="sincos")
+    save_model(tmp_path / "model.safetensors", model)
+    found = read_model(tmp_path / "model.safetensors")
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in found.named_parameters()} == wanted
+    assert not all(wanted.values())
+
+
+def test_a_model_file_has_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model(tmp_path / "model.safetensors", tiny_model())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 100, -1000, -1])

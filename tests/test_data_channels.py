@@ -164,7 +164,7 @@ def test_xmp_turns_bands_without_an_orientation_tag() -> None:
 @pytest.mark.parametrize("values", [bands(5), bands(3, 16)])
 def test_without_tifffile_the_reason_names_the_extra(values, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(BadImageError, match=r"pip install 'nextblock\[tiff\]'"):
+    with pytest.raises(BadImageError, match=r"pip install tifffile imagecodecs"):
         decode_image(tiff(values, photometric=1 if values.shape[-1] == 5 else 2), channels=values.shape[-1])
 
 

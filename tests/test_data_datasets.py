@@ -411,5 +411,5 @@ def test_failures_of_the_hub_are_told_from_wrong_names(monkeypatch, raised, erro
 
 def test_without_the_package_the_extra_is_named(cats, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'nextblock\[datasets\]'"):
+    with pytest.raises(DataError, match=r"pip install datasets"):
         open_source(cats, DATA)

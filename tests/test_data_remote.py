@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be_written_and_what_is_no_tar_are_refused_with_a_re
 
 def test_a_missing_package_is_named_with_what_to_type(monkeypatch, data):
     monkeypatch.setitem(__import__("sys").modules, "aiohttp", None)
-    with pytest.raises(ValueError, match=r"needs a package .*: pip install 'nextblock\[remote\]'"):
+    with pytest.raises(ValueError, match=r"needs a package .*: pip install fsspec aiohttp s3fs"):
         open_source("https://localhost/x.tar", data)
 
 

@@ -332,6 +332,17 @@ def test_a_whole_model_pushed_is_the_same_when_it_is_pulled(hub, tmp_path):
     assert torch.equal(load("hf:me/whole")(tiny_images()).loss, tiny_model()(tiny_images()).loss)
 
 
+def test_a_source_on_the_hub_is_asked_for_once(hub, tmp_path):
+    hub.repos["me/vit"] = {"model.safetensors": model_file(tmp_path).read_bytes()}
+    fetch("hf:me/vit")
+    hub.log.clear()
+    fetch("hf:me/vit")
+    once = list(hub.log)
+    hub.log.clear()
+    convert("hf:me/vit", tmp_path / "out")
+    assert hub.log == once
+
+
 def test_a_token_that_may_not_write_is_told(hub, tmp_path):
     hub.status["me/vit"] = (403, "Forbidden")
     with pytest.raises(HubError, match=r"the hub refuses hf:me/vit \(status 403\): log in"):

@@ -1,38 +1,24 @@
-"""Official AIM files: both layouts in and out, what a file cannot tell, and what is refused."""
+"""Official AIM files: both layouts, what a file cannot tell, and what is refused."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from nextblock.atomic import WriteError
-from nextblock.checkpoint import CheckpointError
-from nextblock.interop import aim, aim_out
+from nextblock.checkpoint import CheckpointError, MissingSettingError
+from nextblock.interop import aim, load_model
 from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim
-from nextblock.interop.aim_out import write_aim
+from nextblock.interop.options import LoadOptions
 from nextblock.models import NextBlockModel
-from nextblock.models.heads import HeadConfig, ImageClassifier
-from nextblock.models.vit import positions_of
+from nextblock.models.heads import ImageClassifier
 from nextblock.presets import SIZES
-from toy import tiny_config, tiny_images, tiny_model
+from toy import tiny_images
 
-AIM = {
-    "block_size": 1,
-    "patch_norm": True,
-    "positions": "sincos",
-    "bias": False,
-    "weight_init": "xavier_uniform",
-    "prefix": True,
-    "predictor": "mlp",
-    "projection_dim": None,
-    "predictor_extra_norm": True,
-    "block_mlp_dim": None,
-    "feature_attention": "full",
-}
-ENCODER = {**AIM, "predictor": None}
 IMAGES = tiny_images(size=(56, 56))
 
 
@@ -54,101 +40,92 @@ def whole(golden_dir):
     return load_file(golden_dir / "aim_pretrain_nano_weights.safetensors")
 
 
-def same_tensors(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def read_model(*content, **settings) -> NextBlockModel:
-    """`read_aim` of a file that holds an encoder or a whole model."""
-    model = read_aim(*content, **settings)
+def read_model(content, num_heads: int | None = 3, **settings) -> NextBlockModel:
+    """An encoder or a whole model."""
+    model = read_aim(content, "FILE", LoadOptions(num_heads=num_heads, **settings))
     assert isinstance(model, NextBlockModel)
     return model
 
 
-def read_classifier(*content, **settings) -> ImageClassifier:
-    """`read_aim` of a file, or two, that hold a classifier."""
-    classifier = read_aim(*content, **settings)
+def read_classifier(content, head=None, num_heads: int | None = 3, **settings) -> ImageClassifier:
+    """A classifier of one file, or two."""
+    classifier = read_aim(content, "FILE", LoadOptions(num_heads=num_heads, **settings), head)
     assert isinstance(classifier, ImageClassifier)
     return classifier
 
 
-def tiny_classifier(head=None, **changes):
-    settings = {"num_classes": 5, "layers": (0, 1), "num_heads": 3, "bias": False, **(head or {})}
-    classifier = ImageClassifier(tiny_model(**{**ENCODER, **changes}), HeadConfig(**settings)).eval()
-    if classifier.head_config.batch_norm:
-        classifier.head.get_buffer("norm.running_mean").normal_(generator=torch.Generator().manual_seed(1))
-    return classifier
+def same_weights(first, second):
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-# ---------------------------------------------------------------------------------------- inference layout in
+# ------------------------------------------------------------------------------------------- inference layout
 
 
-def test_a_backbone_alone_encodes_and_refuses_to_predict(backbone):
-    model = read_model(backbone, "backbone.pth", num_heads=3)
-    assert not model.training
-    config = model.config
+def test_a_backbone_alone_is_an_encoder_with_the_settings_of_the_inference_code(backbone):
+    config = read_model(backbone).config
     assert (config.patch_size, config.embed_dim, config.depth, config.num_heads) == (14, 48, 4, 3)
     assert (config.mlp_ratio, config.norm_eps, config.feature_attention) == (4.0, 1e-6, "full")
-    with pytest.raises(ValueError, match="cannot predict"):
-        model(IMAGES)
+    assert config.predictor is None
 
 
 def test_positions_that_are_not_stored_are_computed_for_any_size(backbone):
-    default = read_model(backbone, "backbone.pth", num_heads=3)
+    default, told = read_model(backbone), read_model(backbone, image_size=56)
     assert default.config.image_size == 224
-    told = read_model(backbone, "backbone.pth", num_heads=3, image_size=56)
     torch.testing.assert_close(default.encode(IMAGES).tokens, told.encode(IMAGES).tokens)
-    oblong = read_model(backbone, "backbone.pth", num_heads=3, image_size=(28, 56))
-    assert oblong.config.grid == (2, 4)
+    assert read_model(backbone, image_size=(28, 56)).config.grid == (2, 4)
 
 
 def test_a_backbone_and_its_head_give_the_same_classifier_in_two_files_or_one(backbone, head):
-    two = read_classifier(backbone, "backbone.pth", head=head, num_heads=3, probe_layers=(1, 2))
-    one = read_classifier({**backbone, **head}, "both.safetensors", num_heads=3, probe_layers=[1, 2])
+    two = read_classifier(backbone, head, probe_layers=(1, 2))
+    one = read_classifier({**backbone, **head}, probe_layers=[1, 2])
     assert (two.head_config.layers, two.head_config.num_heads, two.head_config.num_classes) == ((1, 2), 3, 10)
     assert (two.head_config.bias, two.head_config.norm_layers) == (False, False)
     assert torch.equal(two(IMAGES), one(IMAGES))
-    other_layers = read_classifier(backbone, "backbone.pth", head=head, num_heads=3, probe_layers=(0, 1))
-    assert not torch.equal(two(IMAGES), other_layers(IMAGES))
+    assert not torch.equal(two(IMAGES), read_classifier(backbone, head, probe_layers=(0, 1))(IMAGES))
 
 
-def test_the_hubs_configuration_tells_what_the_file_does_not(backbone, head):
-    config = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "num_blocks": 4, "num_heads": 3}
-    told = hub_settings({**config, "probe_layers": [1, 2]})
-    classifier = read_classifier({**backbone, **head}, "model.safetensors", **told)
-    assert classifier.head_config.layers == (1, 2)
-    assert classifier.encoder_model.config.image_size == 56
-    assert hub_settings({**config, "probe_layers": 3})["probe_layers"] == (1, 2, 3)
-    assert hub_settings({**config, "num_blocks": 24})["probe_layers"] == (18, 19, 20, 21, 22, 23)
-    assert hub_settings({**config, "num_blocks": 24, "img_size": [28, 56]})["image_size"] == (28, 56)
-    assert set(hub_settings({"model_type": "another"}).values()) == {None}
+def test_the_hubs_configuration_tells_what_the_file_does_not(backbone):
+    config = {"img_size": 56, "embed_dim": 48, "num_blocks": 24, "num_heads": 3}
+    told = hub_settings({**config, "probe_layers": [1, 2]}, backbone)
+    assert told == {"num_heads": 3, "probe_layers": (1, 2), "image_size": 56}
+    assert hub_settings({**config, "probe_layers": 3}, backbone)["probe_layers"] == (21, 22, 23)
+    assert hub_settings(config, backbone)["probe_layers"] == (18, 19, 20, 21, 22, 23)
+    assert hub_settings({**config, "img_size": [28, 56]}, backbone)["image_size"] == (28, 56)
+    assert hub_settings({**config, "embed_dim": 1536}, backbone) == {}, "of another model"
+    assert hub_settings({}, backbone) == {}
 
 
-# ----------------------------------------------------------------------------------------- training layout in
+# -------------------------------------------------------------------------------------------- training layout
 
 
 def test_a_whole_model_is_read_with_the_settings_of_the_training_code(whole):
-    config = read_model(whole, "whole.safetensors", num_heads=3).config
+    config = read_model(whole).config
     assert (config.image_size, config.norm_eps, config.prefix) == (56, 1e-5, True)
     assert (config.predictor, config.predictor_extra_norm) == ("mlp", True)
     assert (config.predictor_dim, config.predictor_depth, config.predictor_mlp_ratio) == (64, 2, 4.0)
     assert (config.projection_dim, config.block_mlp_dim) == (None, None)
+    trunk = {name: tensor for name, tensor in whole.items() if not name.startswith("head.")}
+    assert (read_model(trunk).config.predictor, read_model(trunk).config.image_size) == (None, 56)
 
 
 def test_queries_keys_and_values_are_joined_in_that_order(whole):
-    model = read_model(whole, "whole.safetensors", num_heads=3)
-    for i, layer in enumerate(model.encoder.blocks):
+    for i, layer in enumerate(read_model(whole).encoder.blocks):
         for rows, part in zip(layer.get_parameter("attn.qkv.weight").split(48), "qkv", strict=True):
             assert torch.equal(rows, whole[f"trunk.blocks.{i}.attn.{part}_proj.weight"])
 
 
 def test_the_pixels_of_the_last_map_go_from_row_column_channel_to_channel_row_column(whole):
-    ours = read_model(whole, "whole.safetensors", num_heads=3).get_submodule("predictor.block_mlps.0")
+    ours = read_model(whole).get_submodule("predictor.block_mlps.0")
     weight, bias = ours.get_parameter("weight"), ours.get_parameter("bias")
     for c, h, w in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 13, 5)]:
         row, official_row = (c * 14 + h) * 14 + w, (h * 14 + w) * 3 + c
         assert torch.equal(weight[row], whole["head.decoder_pred.weight"][official_row])
         assert torch.equal(bias[row], whole["head.decoder_pred.bias"][official_row])
+
+
+def as_the_training_code_names(weights):
+    return {name.replace("preprocessor.", "preprocessor.blocks.0."): w for name, w in weights.items()}
 
 
 @pytest.mark.parametrize(
@@ -157,30 +134,104 @@ def test_the_pixels_of_the_last_map_go_from_row_column_channel_to_channel_row_co
         lambda w: {"model": w, "iteration": 9},
         lambda w: {"state_dict": {f"model.{name}": tensor for name, tensor in w.items()}},
         lambda w: {f"module._orig_mod.{name}": tensor for name, tensor in w.items()},
-        lambda w: {n.replace("preprocessor.", "preprocessor.blocks.0."): t for n, t in w.items()},
+        as_the_training_code_names,
     ],
     ids=["under a key", "under a key and a prefix", "under two prefixes", "several preprocessors"],
 )
 def test_weights_are_found_in_their_wrappers(wrap, whole, backbone):
     for weights in (whole, backbone):
-        plain = read_aim(weights, "plain", num_heads=3)
         assert is_aim(wrap(weights))
-        assert same_tensors(read_aim(wrap(weights), "wrapped", num_heads=3).state_dict(), plain.state_dict())
-
-
-def test_a_trunk_of_the_training_code_alone_is_an_encoder(whole):
-    trunk = {name: tensor for name, tensor in whole.items() if not name.startswith("head.")}
-    model = read_model(trunk, "trunk.safetensors", num_heads=3)
-    assert (model.config.predictor, model.config.norm_eps, model.config.image_size) == (None, 1e-5, 56)
+        assert same_weights(read_model(wrap(weights)), read_model(weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_cast_to_fp32_and_its_rounded_positions_are_accepted(dtype, whole):
-    model = read_aim({n: w.to(dtype) for n, w in whole.items()}, "half.safetensors", num_heads=3)
+    model = read_model({n: w.to(dtype) for n, w in whole.items()})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-# ------------------------------------------------------------------------------------------ which file it is
+# --------------------------------------------------------------------- what the training code saves, as files
+
+
+@pytest.fixture
+def distributed(whole, tmp_path):
+    """A checkpoint as the training code saves it, with an optimizer's state."""
+    from torch.distributed.checkpoint import save
+
+    optimizer = {"state": {"x": torch.zeros(3)}, "param_groups": {"lr": 0.1}}
+    content = {"model": as_the_training_code_names(whole), "optimizer": optimizer}
+    save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    torch.save({"iteration": 9}, tmp_path / "dcp" / "other.pth")
+    return tmp_path / "dcp"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_is_read_without_a_process_group(distributed, whole):
+    assert same_weights(load_model(distributed, num_heads=3), read_model(whole))
+
+
+class Evil:
+    """Its unpickling would make a directory."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_damaged_or_malicious_table_of_a_distributed_checkpoint_is_refused(distributed, tmp_path):
+    import pickle
+
+    table = (distributed / ".metadata").read_bytes()
+    for content in (table[:100], b"", pickle.dumps({"a": Evil(tmp_path / "trap")})):
+        (distributed / ".metadata").write_bytes(content)
+        with pytest.raises(CheckpointError, match="dcp"):
+            load_model(distributed, num_heads=3)
+    assert not (tmp_path / "trap").exists()
+    (distributed / ".metadata").write_bytes(table)
+    shard = next(distributed.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="dcp cannot be read as a weight file"):
+        load_model(distributed, num_heads=3)
+
+
+SAVE_WITH_SETTINGS = """
+import sys, types, typing, collections, torch
+from safetensors.torch import load_file
+made = {"collections": collections, "typing": typing}
+sys.modules["omegaconf"] = types.ModuleType("omegaconf")
+names = {"base": ["ContainerMetadata"], "nodes": ["AnyNode"], "dictconfig": ["DictConfig"]}
+for name, classes in names.items():
+    module = types.ModuleType("omegaconf." + name)
+    sys.modules[module.__name__] = module
+    for one in classes:
+        made[one] = type(one, (), {"__module__": module.__name__})
+        setattr(module, one, made[one])
+metadata = made["ContainerMetadata"]()
+cache = collections.defaultdict(dict, {"a": {"b": 1}})
+metadata.__dict__.update(key_type=typing.Any, ref_type=dict, resolver_cache=cache)
+node = made["AnyNode"]()
+node.__dict__.update(_val=12, _metadata=metadata)
+settings = made["DictConfig"]()
+settings.__dict__.update(_content={"num_heads": node}, _metadata=metadata, _parent=None)
+torch.save({"model": load_file(sys.argv[1]), "cfg": settings, "iteration": 9}, sys.argv[2])
+"""
+
+
+def test_settings_of_omegaconf_beside_the_weights_are_passed_over_without_importing_them(
+    golden_dir, whole, tmp_path
+):
+    source, target = golden_dir / "aim_pretrain_nano_weights.safetensors", tmp_path / "consolidated.pth"
+    subprocess.run([sys.executable, "-c", SAVE_WITH_SETTINGS, source, target], check=True)
+    assert same_weights(load_model(target, num_heads=3), read_model(whole))
+    assert not [name for name in sys.modules if name.startswith("omegaconf")]
+
+
+# ------------------------------------------------------------------------------------ what a file cannot tell
 
 
 def test_each_kind_of_file_is_told_by_its_content(backbone, head, whole, golden_dir):
@@ -197,72 +248,59 @@ def test_each_kind_of_file_is_told_by_its_content(backbone, head, whole, golden_
         assert (is_aim(content), is_aim_head(content)) == (trunk, only_head)
 
 
-# ------------------------------------------------------------------------------------ what a file cannot tell
-
-
 def test_official_sizes_tell_their_heads_and_best_layers():
     sizes = [SIZES[name] for name in ("aim-600m", "aim-1b", "aim-3b", "aim-7b")]
     assert [aim.NUM_HEADS_OF_SIZE[size.embed_dim, size.depth] for size in sizes] == [12, 16, 24, 32]
-    starts = [aim._probe_layers("best", (size.embed_dim, size.depth), "")[0] for size in sizes]
-    assert starts == [14, 12, 12, 14]
-    for layers in aim.BEST_LAYERS_OF_SIZE.values():
-        assert layers == tuple(range(layers[0], layers[0] + 6))
+    best = [aim.BEST_LAYERS_OF_SIZE[size.embed_dim, size.depth] for size in sizes]
+    assert best == [tuple(range(first, first + 6)) for first in (14, 12, 12, 14)]
 
 
-def test_the_table_is_used_where_no_heads_are_given(backbone, monkeypatch):
+def test_the_tables_are_used_if_the_caller_says_no_more(backbone, head, monkeypatch):
     monkeypatch.setitem(aim.NUM_HEADS_OF_SIZE, (48, 4), 6)
-    assert read_model(backbone, "backbone.pth").config.num_heads == 6
-    assert read_model(backbone, "backbone.pth", num_heads=3).config.num_heads == 3
+    monkeypatch.setitem(aim.BEST_LAYERS_OF_SIZE, (48, 4), (0, 3))
+    monkeypatch.setattr(aim, "PROBED_LAYERS", 3)
+    assert read_model(backbone, num_heads=None).config.num_heads == 6
+    assert read_model(backbone).config.num_heads == 3
+    assert read_classifier(backbone, head, probe_layers="best").head_config.layers == (0, 3)
+    assert read_classifier(backbone, head, probe_layers="last").head_config.layers == (1, 2, 3)
 
 
-def test_the_last_layers_are_six(tmp_path):
-    write_aim(tiny_classifier({"layers": (1, 2, 3, 4, 5, 6)}, depth=7), tmp_path / "out")
-    parts = [torch.load(tmp_path / "out" / name, weights_only=True) for name in ("backbone.pth", "head.pth")]
-    classifier = read_classifier(
-        parts[0], "out", head=parts[1], num_heads=3, probe_layers="last", image_size=16
-    )
-    assert classifier.head_config.layers == (1, 2, 3, 4, 5, 6)
+def test_one_error_lists_all_that_a_file_does_not_tell(backbone, head):
+    with pytest.raises(MissingSettingError) as caught:
+        read_classifier(backbone, head, num_heads=None)
+    assert set(caught.value.reasons) == {"num_heads", "probe_layers"}
+    assert "how many attention heads its encoder has (48 wide, 4 layers): give it" in str(caught.value)
+    assert 'give probe_layers="last", "best", or the layers themselves' in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("layers", "words"),
     [
-        ({"probe_layers": (1, 2)}, "how many attention heads its encoder has (48 wide, 4 layers): give it"),
-        ({"num_heads": 3}, 'give probe_layers="last", "best", or the layers themselves'),
-        ({"num_heads": 3, "probe_layers": "best"}, "says nothing of an encoder 48 wide with 4 layers"),
+        ("last", "last 6 layers"),
+        ((3, 4), "an encoder with 4"),
+        ("best", "says nothing of FILE, an encoder 48 wide with 4 layers"),
     ],
 )
-def test_what_a_file_does_not_tell_is_asked_for(settings, words, backbone, head):
-    with pytest.raises(CheckpointError, match=re.escape(words)):
-        read_aim(backbone, "backbone.pth", head=head, **settings)
-
-
-@pytest.mark.parametrize(("layers", "words"), [("last", "last 6 layers"), ((3, 4), "an encoder with 4")])
 def test_layers_that_the_encoder_does_not_have_are_refused(layers, words, backbone, head):
-    with pytest.raises(ValueError, match=words):
-        read_aim(backbone, "backbone.pth", head=head, num_heads=3, probe_layers=layers)
+    with pytest.raises((ValueError, CheckpointError), match=words):
+        read_classifier(backbone, head, probe_layers=layers)
 
 
-def test_an_image_size_is_asked_for_where_it_cannot_be_guessed(backbone, whole):
+def test_an_image_size_is_asked_for_if_it_cannot_be_guessed(backbone, whole):
     weight = backbone["preprocessor.patchifier.proj.weight"]
     wider = {**backbone, "preprocessor.patchifier.proj.weight": torch.zeros(*weight.shape[:2], 18, 18)}
-    with pytest.raises(
-        CheckpointError, match=r"18-px patches, which do not make an image of 224x224 px; give"
-    ):
-        read_aim(wider, "wider.pth", num_heads=3)
-    assert read_model(wider, "wider.pth", num_heads=3, image_size=36).config.grid == (2, 2)
+    with pytest.raises(MissingSettingError, match=r"18-px patches, which do not make an image of 224x224 px"):
+        read_model(wider)
+    assert read_model(wider, image_size=36).config.grid == (2, 2)
+    assert read_model(wider, fallback={"image_size": 36}).config.grid == (2, 2)
     longer = {**whole, "preprocessor.pos_embed": torch.zeros(1, 18, 48)}
-    with pytest.raises(CheckpointError, match=r"18 positions of 14-px patches, .* 56x56 px; give"):
-        read_aim(longer, "longer.safetensors", num_heads=3)
+    with pytest.raises(MissingSettingError, match=r"18 positions of 14-px patches, .* 56x56 px; give"):
+        read_model(longer)
     with pytest.raises(CheckpointError, match=r"16 positions of 14-px patches, .* 224x224 px"):
-        read_aim(whole, "whole.safetensors", num_heads=3, image_size=224)
+        read_model(whole, image_size=224)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
-
-
-def lora(weights):
-    weights["trunk.blocks.0.attn.qkv.lora_A"] = torch.zeros(16, 48)
 
 
 def rms_norm(weights):
@@ -270,25 +308,20 @@ def rms_norm(weights):
         del weights[name]
 
 
-def swiglu(weights):
-    weights["trunk.blocks.0.mlp.fc3.weight"] = torch.zeros(192, 48)
-
-
-def oblong_patches(weights):
-    weights["preprocessor.patchifier.proj.weight"] = torch.zeros(48, 14, 14, 3)
+PROJECTION = "preprocessor.patchifier.proj.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lora, "holds LoRA weights beside the matrices that they change; merge them"),
+        (lambda w: w.update({"trunk.blocks.0.attn.qkv.lora_A": torch.zeros(16, 48)}), "holds LoRA"),
         (rms_norm, "is an AIMv2 model (RMSNorm and SwiGLU), and only AIM v1 is read"),
-        (swiglu, "is an AIMv2 model"),
-        (oblong_patches, "has patches of 14x3 px; they must be square"),
+        (lambda w: w.update({"trunk.blocks.0.mlp.fc3.weight": torch.zeros(192, 48)}), "is an AIMv2 model"),
         (
-            lambda w: w.pop("preprocessor.patchifier.proj.weight"),
-            "lacks 'preprocessor.patchifier.proj.weight'",
+            lambda w: w.update({PROJECTION: torch.zeros(48, 14, 14, 3)}),
+            "has patches of 14x3 px; they must be",
         ),
+        (lambda w: w.pop(PROJECTION), f"lacks '{PROJECTION}'"),
         (lambda w: w.pop("trunk.blocks.2.mlp.fc2.weight"), "missing: encoder.blocks.2.mlp.fc2.weight"),
         (
             lambda w: w.update({"trunk.extra": torch.zeros(1)}),
@@ -303,23 +336,22 @@ def oblong_patches(weights):
 def test_a_file_of_another_architecture_or_with_something_missing_is_refused(change, words, backbone):
     change(backbone)
     with pytest.raises(CheckpointError, match=re.escape(words)):
-        read_aim(backbone, "backbone.pth", num_heads=3)
+        read_model(backbone)
 
 
 @pytest.mark.parametrize(
     "name", ["encoder.layers.0.rms_norm1.weight", "image_encoder.trunk.blocks.0.norm_1.weight"]
 )
 def test_aimv2_is_known_in_the_names_of_other_code_too(name):
-    content = {name: torch.zeros(8)}
-    assert is_aim(content)
+    assert is_aim({name: torch.zeros(8)})
     with pytest.raises(CheckpointError, match="transformers has AIMv2"):
-        read_aim(content, "aimv2.safetensors")
+        read_model({name: torch.zeros(8)})
 
 
 def test_a_missing_third_of_qkv_is_refused_by_name(whole):
     del whole["trunk.blocks.1.attn.k_proj.weight"]
     with pytest.raises(CheckpointError, match=r"lacks 'trunk\.blocks\.1\.attn\.k_proj\.weight'"):
-        read_aim(whole, "whole.safetensors", num_heads=3)
+        read_model(whole)
 
 
 @pytest.mark.parametrize("name", ["preprocessor.pos_embed", "head.decoder_pos_embed"])
@@ -327,171 +359,14 @@ def test_positions_that_are_not_the_fixed_ones_are_refused(name, whole):
     moved = {**whole, name: whole[name].clone()}
     moved[name][0, 5, 7] += 0.01
     with pytest.raises(CheckpointError, match="are not AIM's sines and cosines on a grid of 4x4 patches"):
-        read_aim(moved, "moved.safetensors", num_heads=3)
+        read_model(moved)
 
 
-def test_a_head_that_has_no_backbone_or_does_not_belong_is_refused(backbone, head):
-    with pytest.raises(CheckpointError, match="is the head of an AIM classifier alone; load the backbone's"):
-        read_aim(head, "head.pth", num_heads=3)
-    with pytest.raises(CheckpointError, match=r"is not that of an AIM classifier .it holds: preprocessor"):
-        read_aim(backbone, "backbone.pth", head=backbone, num_heads=3)
+def test_a_head_that_does_not_belong_is_refused(backbone, head):
+    with pytest.raises(CheckpointError, match=r"is no head of an AIM classifier .it holds: preprocessor"):
+        read_classifier(backbone, backbone)
     with pytest.raises(CheckpointError, match=r"has a head of its own .head\.bn"):
-        read_aim({**backbone, **head}, "both.pth", head=head, num_heads=3)
+        read_classifier({**backbone, **head}, head)
     head["head.extra"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"holds 'head\.extra'"):
-        read_aim(backbone, "backbone.pth", head=head, num_heads=3, probe_layers=(1, 2))
-
-
-# -------------------------------------------------------------------------------------------------------- out
-
-
-def test_official_files_written_again_have_the_same_names_and_tensors(backbone, head, whole, tmp_path):
-    write_aim(read_aim(backbone, "backbone.pth", num_heads=3), tmp_path / "encoder")
-    classifier = read_aim(backbone, "backbone.pth", head=head, num_heads=3, probe_layers=(1, 2))
-    write_aim(classifier, tmp_path / "classifier")
-    write_aim(read_aim(whole, "whole.safetensors", num_heads=3), tmp_path / "whole.safetensors")
-
-    def unpickled(*parts):
-        return torch.load(tmp_path.joinpath(*parts), weights_only=True)
-
-    assert [path.name for path in (tmp_path / "encoder").iterdir()] == ["backbone.pth"]
-    assert same_tensors(unpickled("encoder", "backbone.pth"), backbone)
-    assert same_tensors(unpickled("classifier", "backbone.pth"), backbone)
-    assert same_tensors(unpickled("classifier", "head.pth"), head)
-    assert same_tensors(load_file(tmp_path / "whole.safetensors"), whole)
-
-
-@pytest.mark.parametrize("changes", [{}, {"in_chans": 1, "mlp_ratio": 48 / 11, "predictor_mlp_ratio": 3.3}])
-def test_a_model_with_its_predictor_is_read_back_the_same(changes, tmp_path):
-    model = tiny_model(**{**AIM, "norm_eps": 1e-5, **changes})
-    write_aim(model, tmp_path / "deep" / "whole.safetensors")
-    again = read_model(load_file(tmp_path / "deep" / "whole.safetensors"), "whole", num_heads=3)
-    assert again.config.image_size == (16, 24)  # told by its positions
-    assert same_tensors(again.state_dict(), model.state_dict())
-    images = tiny_images()[:, : model.config.in_chans]
-    assert torch.equal(again(images).predictions, model(images).predictions)
-    assert torch.equal(again.encode(images).tokens, model.encode(images).tokens)
-
-
-def test_an_epsilon_of_ones_own_is_told_at_reading(tmp_path):
-    model = tiny_model(**AIM, norm_eps=1e-3)
-    write_aim(model, tmp_path / "whole.safetensors")
-    weights = load_file(tmp_path / "whole.safetensors")
-    again = read_model(weights, "whole", num_heads=3, image_size=(16, 24), norm_eps=1e-3)
-    assert torch.equal(again.encode(tiny_images()).tokens, model.encode(tiny_images()).tokens)
-
-
-def test_a_classifier_is_read_back_with_the_same_answers(tmp_path):
-    classifier = tiny_classifier({"layers": (1,)}, predictor="mlp")
-    write_aim(classifier, tmp_path / "out")
-    parts = [torch.load(tmp_path / "out" / name, weights_only=True) for name in ("backbone.pth", "head.pth")]
-    again = read_classifier(
-        parts[0], "out", head=parts[1], num_heads=3, probe_layers=(1,), image_size=(16, 24)
-    )
-    assert again.encoder_model.predictor is None
-    assert torch.equal(again(tiny_images()), classifier(tiny_images()))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"positions": "learned"}, "model.positions is 'learned', there it is always 'sincos'"),
-        ({"bias": True}, "model.bias is True"),
-        ({"patch_norm": False}, "model.patch_norm is False"),
-        ({"block_size": 2}, "model.block_size is (2, 2), there it is always (1, 1)"),
-        ({"order": "spiral"}, "model.order is 'spiral'"),
-        ({"feature_attention": "causal"}, "model.feature_attention is 'causal'"),
-        ({"predictor": None, "norm_eps": 1e-5}, "model.norm_eps is 1e-05, there it is always 1e-06"),
-        ({"predictor": "transformer"}, "model.predictor is 'transformer', there it is always 'mlp'"),
-        ({"predictor": "linear"}, "model.predictor is 'linear'"),
-        ({"prefix": False}, "model.prefix is False"),
-        ({"projection_dim": 40}, "model.projection_dim is 40"),
-        ({"predictor_extra_norm": False}, "model.predictor_extra_norm is False"),
-        ({"block_mlp_dim": 32}, "model.block_mlp_dim is 32"),
-        ({"num_predicted_blocks": 2}, "model.num_predicted_blocks is 2"),
-        ({"norm_pixels": False}, "model.norm_pixels is False"),
-        ({"loss": "l1"}, "model.loss is 'l1'"),
-        ({"tokenizer": "kmeans", "vocab_size": 5}, "model.tokenizer is 'kmeans'"),
-    ],
-)
-def test_a_setting_that_aim_does_not_have_is_refused_by_name(changes, words, tmp_path):
-    with pytest.raises(CheckpointError, match="^AIM files cannot hold this model: .*" + re.escape(words)):
-        write_aim(tiny_model(**{**AIM, **changes}), tmp_path / "out")
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("head", "words"),
-    [
-        ({"kind": "linear"}, "the head's kind is 'linear', there it is always 'attentive'"),
-        ({"num_heads": 4}, "the head's num_heads is 4, there it is always 3"),
-        ({"num_queries": 2}, "the head's num_queries is 2"),
-        ({"bias": True}, "the head's bias is True"),
-        ({"batch_norm": False}, "the head's batch_norm is False"),
-        ({"layer_pool": "concat"}, "the head's layer_pool is 'concat'"),
-        ({"norm_layers": True}, "the head's norm_layers is True"),
-        ({"attention": "causal"}, "the head's attention is 'causal'"),
-    ],
-)
-def test_a_head_that_aim_does_not_have_is_refused_by_name(head, words, tmp_path):
-    with pytest.raises(CheckpointError, match=re.escape(words)):
-        write_aim(tiny_classifier(head), tmp_path / "out")
-    assert not any(tmp_path.iterdir())
-
-
-def test_timm_is_advised_only_for_what_it_can_hold_whole(tmp_path):
-    for settings, advised in ((ENCODER, True), (AIM, False)):
-        with pytest.raises(CheckpointError) as caught:
-            write_aim(tiny_model(**{**settings, "bias": True}), tmp_path / "out")
-        assert ("convert it to timm" in str(caught.value)) == advised
-
-
-def test_what_stands_in_the_place_of_the_files_is_left_alone(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "thesis.txt").touch()
-    (tmp_path / "file").write_text("a letter")
-    encoder, whole = tiny_model(**ENCODER), tiny_model(**AIM)
-    for place in ("runs", "file"):
-        with pytest.raises(CheckpointError, match=f"{place} is in the way: backbone.pth go"):
-            write_aim(encoder, tmp_path / place)
-    with pytest.raises(CheckpointError, match="runs is a directory; name the file"):
-        write_aim(whole, tmp_path / "runs")
-    assert (tmp_path / "runs" / "thesis.txt").exists()
-    assert (tmp_path / "file").read_text() == "a letter"
-
-
-def test_earlier_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_aim(tiny_classifier(), tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    save, saved = torch.save, []
-
-    def save_once(content, target):
-        if saved:
-            raise OSError("no space left on device")
-        saved.append(target)
-        save(content, target)
-
-    monkeypatch.setattr(aim_out.torch, "save", save_once)
-    with pytest.raises(WriteError, match="no space left on device"):
-        write_aim(tiny_classifier({"num_classes": 7}), tmp_path / "out")
-    assert len(saved) == 1
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    monkeypatch.undo()
-    write_aim(tiny_classifier({"num_classes": 7}), tmp_path / "out")
-    head = torch.load(tmp_path / "out" / "head.pth", weights_only=True)
-    assert len(head["head.linear.weight"]) == 7
-
-
-def test_moved_positions_are_refused_as_their_place_in_the_file_is_taken_by_the_fixed_ones(tmp_path):
-    for settings in (AIM, ENCODER):
-        model = tiny_model(**settings)
-        positions_of(model.encoder).data[0, 3, 1] += 0.01
-        with pytest.raises(CheckpointError, match="positions of this model are not AIM's sines and cosines"):
-            write_aim(model, tmp_path / "out")
-    assert not any(tmp_path.iterdir())
-
-
-def test_the_tiny_settings_are_those_of_the_aim_presets():
-    preset = SIZES["aim-600m"]
-    assert {name: getattr(preset, name) for name in AIM} == AIM
-    assert tiny_config(**AIM).num_blocks == 24
+        read_classifier(backbone, head, probe_layers=(1, 2))

@@ -21,6 +21,7 @@ from nextblock.checkpoint import CheckpointError, read_data
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.evaluate.features import seeded
 from nextblock.interop.cards import Provenance
+from nextblock.interop.options import LoadOptions
 from nextblock.interop.timm import encoder_at, is_timm_directory, read_timm, write_timm
 from nextblock.interop.timm_models import NextBlockViT
 from nextblock.interop.timm_spec import read_timm_data
@@ -112,7 +113,7 @@ def test_transformers_opens_the_same_directory_as_the_same_function(name, tmp_pa
 
 def test_the_golden_tokens_of_official_xtra_come_out_of_timm(golden_dir, golden, tmp_path):
     content = torch.load(golden_dir / "xtra_k2.ckpt", weights_only=True)
-    model = read_xtra(content, "xtra_k2.ckpt", num_heads=3)
+    model = read_xtra(content, "xtra_k2.ckpt", LoadOptions(num_heads=3))
     assert isinstance(model, NextBlockModel)
     tensors = golden("xtra_k2")
     vit = opened(written(model, tmp_path / "out"))

@@ -205,7 +205,7 @@ def test_a_bare_state_dict_is_the_same_function_and_needs_its_heads(tmp_path, ca
         ({"blocks.0.ls1.gamma": torch.ones(7)}, r"unexpected: blocks\.0\.ls1"),
         ({"patch_embed.proj.weight": torch.zeros(24, 48)}, r"of shape \(24, 48\); only convolutions"),
         ({"norm.bias": torch.full((24,), torch.inf)}, r"NaN or inf \(norm\.bias\)"),
-        ({"epoch": 3}, r"more than tensors \(epoch\)"),
+        ({"epoch": 3}, r"holds 'epoch' of type int"),
     ],
 )
 def test_a_state_dict_that_is_no_encoder_of_this_kind_is_refused(changes, words, tmp_path):

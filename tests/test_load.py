@@ -1,9 +1,11 @@
-"""`load` on the formats of others: told apart by content, joined, and refused with what is missing."""
+"""`load`: every route to a model, what is refused with the reason and the remedy, and what `info` tells."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import pickle
 import shutil
 
 import pytest
@@ -11,93 +13,109 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from nextblock.checkpoint import CheckpointError, MissingSettingError, UnknownFormatError, save_model
+from nextblock.checkpoint import (
+    CheckpointError,
+    MissingSettingError,
+    UnknownFormatError,
+    save_checkpoint,
+    save_classifier,
+    save_model,
+)
 from nextblock.cli import main
 from nextblock.cli.info import run as info
-from nextblock.interop import initialize, load, load_model
-from nextblock.interop.aim_out import write_aim
-from nextblock.interop.reading import Told, _check_layers
+from nextblock.interop import create_model, initialize, load, load_model
+from nextblock.interop.convert import convert
+from nextblock.interop.options import LoadOptions
 from nextblock.models import NextBlockModel
-from nextblock.models.heads import ImageClassifier
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from toy import tiny_images, tiny_model
 
-NANO = {
-    "image_size": 56,
-    "patch_size": 14,
-    "embed_dim": 48,
-    "depth": 4,
-    "num_heads": 3,
-    "positions": "sincos",
-    "patch_norm": True,
-    "bias": False,
-    "block_size": 1,
-    "feature_attention": "full",
-}
+
+def same_weights(first, second):
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# -------------------------------------------------------------------------------------------------- own files
+
+
+def test_a_run_directory_gives_its_latest_model_and_not_a_half_written_one(tmp_path):
+    for step, seed in ((2, 1), (10, 2)):
+        save_checkpoint(tmp_path / "checkpoints", tiny_model(seed), {"step": step}, step)
+    half = tmp_path / "checkpoints" / ".writing-step_00000099"
+    half.mkdir()
+    save_model(half / "model.safetensors", tiny_model(3))
+    assert same_weights(load(tmp_path), tiny_model(2))
+    step = tmp_path / "checkpoints" / "step_00000002"
+    assert same_weights(load(step), tiny_model(1))
+    assert same_weights(load(str(step / "model.safetensors")), tiny_model(1))
+
+
+def test_a_probes_head_gives_a_classifier_and_as_a_model_its_encoder(tmp_path):
+    head = HeadConfig(kind="linear", num_classes=3, layers=(1,))
+    classifier = ImageClassifier(tiny_model(), head, ("a", "b", "c")).eval()
+    save_classifier(tmp_path / "head", classifier)
+    found = load(tmp_path / "head")
+    assert isinstance(found, ImageClassifier)
+    assert torch.equal(found(tiny_images()), classifier(tiny_images()))
+    assert same_weights(load_model(tmp_path / "head"), tiny_model())
+
 
 # ----------------------------------------------------------------------------------------------- official AIM
 
 
-def test_a_backbone_is_an_encoder_and_with_its_head_a_classifier(golden_dir):
+def test_a_backbone_is_an_encoder_and_with_its_head_a_classifier(golden_dir, tmp_path):
     reference = load_file(golden_dir / "aim_nano.safetensors")
     backbone, head = golden_dir / "aim_nano_backbone.pth", golden_dir / "aim_nano_head.pth"
     encoder = load(backbone, num_heads=3)
     assert isinstance(encoder, NextBlockModel)
     layers = encoder.encode(reference["images"]).layers
     torch.testing.assert_close(torch.stack(layers), reference["layer_features"], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="cannot predict"):
-        encoder(reference["images"])
-    classifier = load(backbone, head=head, num_heads=3, probe_layers=(1, 2))
-    assert isinstance(classifier, ImageClassifier)
-    torch.testing.assert_close(classifier(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
-
-
-def test_the_training_codes_layout_is_a_whole_model(golden_dir):
-    reference = load_file(golden_dir / "aim_pretrain_nano.safetensors")
-    model = load_model(golden_dir / "aim_pretrain_nano_weights.safetensors", num_heads=3)
-    out = model(reference["images"], prefix_lengths=reference["prefix_lengths"])
-    torch.testing.assert_close(out.loss, reference["loss"][0], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("given", "missing"), [({}, "num_heads"), ({"num_heads": 3}, "probe_layers")])
-def test_what_an_aim_file_does_not_tell_is_asked_for(golden_dir, given, missing):
-    head = golden_dir / "aim_nano_head.pth"
-    with pytest.raises(MissingSettingError, match=missing) as caught:
-        load(golden_dir / "aim_nano_backbone.pth", head=head, **given)
-    assert caught.value.setting == missing
-
-
-def test_a_head_alone_is_told_to_need_its_backbone(golden_dir):
-    with pytest.raises(UnknownFormatError, match="load its backbone, with head= this file"):
-        load(golden_dir / "aim_nano_head.pth")
-
-
-def test_a_head_that_is_none_is_refused(golden_dir):
-    with pytest.raises(CheckpointError, match=r"aim_nano_backbone\.pth is no head of an AIM classifier"):
-        load(golden_dir / "aim_nano_backbone.pth", head=golden_dir / "aim_nano_backbone.pth", num_heads=3)
-
-
-def test_a_directory_of_backbone_and_head_is_a_classifier(golden_dir, tmp_path):
-    shutil.copy(golden_dir / "aim_nano_backbone.pth", tmp_path / "backbone.pth")
-    shutil.copy(golden_dir / "aim_nano_head.pth", tmp_path / "head.pth")
-    assert isinstance(load(tmp_path, num_heads=3, probe_layers=(1, 2)), ImageClassifier)
+    shutil.copy(backbone, tmp_path / "backbone.pth")
+    shutil.copy(head, tmp_path / "head.pth")
+    for found in (
+        load(backbone, head=head, num_heads=3, probe_layers=(1, 2)),
+        load(tmp_path, num_heads=3, probe_layers=(1, 2)),
+    ):
+        assert isinstance(found, ImageClassifier)
+        torch.testing.assert_close(found(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
 
 
 def test_what_apples_hub_files_say_beside_them_is_read(golden_dir, tmp_path):
     """One file holds backbone and head; config.json tells heads, layers and image size."""
-    weights = {
-        **torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True),
-        **torch.load(golden_dir / "aim_nano_head.pth", weights_only=True),
-    }
-    save_file(weights, tmp_path / "model.safetensors")
-    told = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "num_blocks": 4, "num_heads": 3}
-    (tmp_path / "config.json").write_text(json.dumps({**told, "probe_layers": [1, 2]}))
+    parts = [torch.load(golden_dir / f"aim_nano_{p}.pth", weights_only=True) for p in ("backbone", "head")]
+    save_file({**parts[0], **parts[1]}, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    told = {"img_size": 56, "embed_dim": 48, "num_blocks": 4, "num_heads": 3, "probe_layers": [1, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(told))
     reference = load_file(golden_dir / "aim_nano.safetensors")
-    found = load(tmp_path)
-    assert isinstance(found, ImageClassifier)
-    torch.testing.assert_close(found(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        found = load(place)
+        assert isinstance(found, ImageClassifier)
+        torch.testing.assert_close(found(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
     other = load(tmp_path, probe_layers=(0, 1))
     assert isinstance(other, ImageClassifier)
     assert other.head_config.layers == (0, 1)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is no JSON .*; mend it"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ([torch.zeros(1)], "is no head of an AIM classifier"),
+        ({"head.cls_token": torch.zeros(1, 1, 48)}, r"lacks 'head\.linear\.weight'"),
+        (None, r"head\.pth does not exist; give the path"),
+    ],
+)
+def test_a_head_file_that_is_missing_or_not_whole_is_refused(head, words, golden_dir, tmp_path):
+    if head is not None:
+        torch.save(head, tmp_path / "head.pth")
+    with pytest.raises(CheckpointError, match=words):
+        load(golden_dir / "aim_nano_backbone.pth", tmp_path / "head.pth", num_heads=3, probe_layers=(1,))
+    with pytest.raises(UnknownFormatError, match="load its backbone, with head= this file"):
+        load(golden_dir / "aim_nano_head.pth")
 
 
 # ------------------------------------------------------------------------------------------------------- timm
@@ -112,17 +130,40 @@ def vit():
     ).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-def test_a_timm_vits_state_dict_is_an_encoder_of_the_same_features(vit, wrapper, tmp_path):
-    weights = vit.state_dict()
-    torch.save(weights if wrapper is None else {wrapper: weights}, tmp_path / "vit.pth")
-    found = load_model(tmp_path / "vit.pth", num_heads=3)
+WRAPS = {
+    "bare": lambda w: w,
+    "prefix": lambda w: {f"module.{name}": tensor for name, tensor in w.items()},
+    "compiled": lambda w: {"state_dict": {f"_orig_mod.{name}": tensor for name, tensor in w.items()}},
+    "nested": lambda w: {"module": {"state_dict": {f"module._orig_mod.{name}": w[name] for name in w}}},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_wrappers_are_taken_off_timms_and_xtras_weights(wrap, vit, golden_dir, tmp_path):
+    torch.save(wrap(vit.state_dict()), tmp_path / "vit.pth")
     images = tiny_images(size=(32, 32))
-    expected = vit.forward_features(images)
-    torch.testing.assert_close(found.encode(images).tokens, expected, atol=1e-5, rtol=1e-5)
+    tokens = load_model(tmp_path / "vit.pth", num_heads=3).encode(images).tokens
+    torch.testing.assert_close(tokens, vit.forward_features(images), atol=1e-5, rtol=1e-5)
+    official = torch.load(golden_dir / "xtra_k2.ckpt", weights_only=True)
+    told = {"hyper_parameters": official["hyper_parameters"]}
+    torch.save({**told, "module": wrap(official["state_dict"])}, tmp_path / "xtra.ckpt")
+    plain = load_model(golden_dir / "xtra_k2.ckpt", num_heads=3)
+    assert same_weights(load_model(tmp_path / "xtra.ckpt", num_heads=3), plain)
 
 
-def test_a_class_token_is_refused_but_for_starting_from(tmp_path, caplog):
+@pytest.mark.parametrize(("plain", "averaged"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
+def test_averaged_weights_are_taken_if_a_file_holds_them_by_every_route(plain, averaged, vit, tmp_path):
+    weights = vit.state_dict()
+    ema = {name: w + 1 if w.is_floating_point() else w for name, w in weights.items()}
+    torch.save({plain: weights, averaged: ema}, tmp_path / "vit.pth")
+    expected = load_model(tmp_path / "vit.pth", num_heads=3).state_dict()["encoder.norm.bias"]
+    assert torch.equal(expected, ema["norm.bias"])
+    model = tiny_model(image_size=32, patch_size=8, block_size=1)
+    initialize(model, tmp_path / "vit.pth")
+    assert torch.equal(model.state_dict()["encoder.norm.bias"], ema["norm.bias"])
+
+
+def test_a_class_token_is_refused_but_for_starting_from(caplog):
     spec = "timm:vit_tiny_patch16_224,pretrained=false"
     with pytest.raises(CheckpointError, match=r"cls_token.*As model\.init"):
         load(spec)
@@ -134,82 +175,16 @@ def test_a_class_token_is_refused_but_for_starting_from(tmp_path, caplog):
     assert "cls_token" in caplog.text
 
 
-# -------------------------------------------------------------------------------- settings that are of no use
-
-
-@pytest.mark.parametrize(
-    ("file", "settings", "name"),
-    [
-        ("xtra_k2.ckpt", {"num_heads": 3, "probe_layers": (1,)}, "probe_layers"),
-        ("xtra_k2.ckpt", {"num_heads": 3, "head": "head.pth"}, "head"),
-        ("own.safetensors", {"head": "head.pth"}, "head"),
-        ("xtra_k2.ckpt", {"num_heads": 3, "norm_eps": 0.5}, "norm_eps"),
-        ("xtra_k2.ckpt", {"num_heads": 3, "image_size": 999}, "image_size"),
-        ("timm:vit_tiny_patch16_224,pretrained=false", {"head": "head.pth"}, "head"),
-    ],
-)
-def test_a_setting_that_a_file_has_no_use_for_is_refused(file, settings, name, golden_dir, tmp_path):
-    save_model(tmp_path / "own.safetensors", tiny_model())
-    path = next((d / file for d in (tmp_path, golden_dir) if (d / file).exists()), file)
-    with pytest.raises(ValueError, match=f"no use for {name}="):
-        load(path, **settings)
-
-
-def test_a_number_of_heads_is_taken_where_it_is_the_files_own_and_else_refused(tmp_path):
-    path = tmp_path / "own.safetensors"
-    save_model(path, tiny_model())
-    assert load_model(path, num_heads=3).config.num_heads == 3
-    with pytest.raises(ValueError, match="has 3 attention heads, as it tells itself, and not 2"):
-        load(path, num_heads=2)
-
-
-def test_several_weight_files_in_a_directory_are_refused(tmp_path):
-    for name in ("a.pth", "b.pth"):
-        torch.save({"w": torch.zeros(1)}, tmp_path / name)
-    (tmp_path / "README.md").touch()
-    with pytest.raises(
-        CheckpointError, match=r"several weight files \(a\.pth, b\.pth\); name one of them: .*/a"
-    ):
-        load(tmp_path)
-
-
-def test_of_one_model_in_two_formats_safetensors_is_read(golden_dir, tmp_path):
-    save_file(
-        torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True), tmp_path / "model.safetensors"
-    )
-    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
-    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3, "embed_dim": 48, "img_size": 56}))
-    assert load_model(tmp_path).config.image_size == 56
-    assert load_model(tmp_path / "model.safetensors").config.num_heads == 3
-    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3, "embed_dim": 1536}))
-    with pytest.raises(MissingSettingError, match="num_heads"):  # the settings of another model
-        load_model(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is no JSON .*; mend it"):
-        load(tmp_path)
-
-
-# --------------------------------------------------------------------------------------- wrappers and rubbish
-
-
-WRAPS = {
-    "prefix": lambda w: {f"module.{name}": tensor for name, tensor in w.items()},
-    "compiled": lambda w: {"state_dict": {f"_orig_mod.{name}": tensor for name, tensor in w.items()}},
-    "nested": lambda w: {"module": {"state_dict": {f"module._orig_mod.{name}": w[name] for name in w}}},
-}
-
-
-@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
-def test_wrappers_are_taken_off_timms_and_xtras_weights_too(wrap, vit, golden_dir, tmp_path):
-    torch.save(wrap(vit.state_dict()), tmp_path / "vit.pth")
-    assert load_model(tmp_path / "vit.pth", num_heads=3).config.embed_dim == 24
-    official = torch.load(golden_dir / "xtra_k2.ckpt", weights_only=True)
-    told = {"hyper_parameters": official["hyper_parameters"]}
-    torch.save({**told, "module": wrap(official["state_dict"])}, tmp_path / "xtra.ckpt")
-    found, plain = (
-        load_model(d / f, num_heads=3) for d, f in ((tmp_path, "xtra.ckpt"), (golden_dir, "xtra_k2.ckpt"))
-    )
-    assert all(torch.equal(w, found.state_dict()[name]) for name, w in plain.state_dict().items())
+def test_a_timm_directorys_own_file_has_the_mask_that_its_config_tells(tmp_path):
+    save_model(tmp_path / "model.safetensors", tiny_model())
+    convert(tmp_path / "model.safetensors", tmp_path / "dir", to="timm")
+    expected = tiny_model().encode(tiny_images()).tokens
+    for place in (tmp_path / "dir", tmp_path / "dir" / "model.safetensors"):
+        torch.testing.assert_close(load_model(place).encode(tiny_images()).tokens, expected)
+    (tmp_path / "dir" / "config.json").write_text('{"architecture": ')
+    for place in (tmp_path / "dir", tmp_path / "dir" / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
+            load(place)
 
 
 def test_what_lightning_saves_by_deepspeed_is_read_from_its_directory(golden_dir, tmp_path):
@@ -220,85 +195,153 @@ def test_what_lightning_saves_by_deepspeed_is_read_from_its_directory(golden_dir
         assert load_model(directory, num_heads=3).config.block_size == 2
 
 
-def xtra(change):
-    """The content of an official file, changed."""
-
-    def changed(golden_dir):
-        content = torch.load(golden_dir / "xtra_k2.ckpt", weights_only=True)
-        return change(content, content["state_dict"]) or content
-
-    return changed
-
-
-def without(weights, start):
-    for name in [name for name in weights if name.startswith(start)]:
-        del weights[name]
+# -------------------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("file", "settings", "name"),
     [
-        (xtra(lambda _, w: w), "without the settings .*; give the original checkpoint"),
-        (xtra(lambda c, _: c.update(hyper_parameters="all")), "without the settings it was trained by"),
-        (
-            xtra(lambda _, w: without(w, "enc.blocks")),
-            r"lacks 'enc\.blocks\.0'.*take the original, whole file",
-        ),
-        (xtra(lambda _, w: without(w, "predictor.blocks")), r"lacks 'predictor\.blocks\.0"),
-        (
-            xtra(lambda _, w: w.update({"enc.patch_embed.proj.weight": torch.zeros(4, 4)})),
-            "only convolutions",
-        ),
+        ("xtra_k2.ckpt", {"num_heads": 3, "probe_layers": (1,)}, "probe_layers"),
+        ("xtra_k2.ckpt", {"num_heads": 3, "head": "head.pth"}, "head"),
+        ("own.safetensors", {"head": "head.pth"}, "head"),
+        ("xtra_k2.ckpt", {"num_heads": 3, "norm_eps": 0.5}, "norm_eps"),
+        ("timm:vit_tiny_patch16_224,pretrained=false", {"image_size": 32}, "image_size"),
     ],
 )
-def test_an_xtra_file_that_is_not_whole_is_refused_in_one_line(content, told, golden_dir, tmp_path):
-    torch.save(content(golden_dir), tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=told):
-        load(tmp_path / "x.ckpt", num_heads=3)
+def test_a_setting_that_a_file_has_no_use_for_is_refused(file, settings, name, golden_dir, tmp_path):
+    save_model(tmp_path / "own.safetensors", tiny_model())
+    path = next((d / file for d in (tmp_path, golden_dir) if (d / file).exists()), file)
+    with pytest.raises(ValueError, match=f"no use for {name}="):
+        load(path, **settings)
+
+
+def test_a_number_of_heads_is_taken_if_it_is_the_files_own_and_else_refused(tmp_path):
+    path = tmp_path / "own.safetensors"
+    save_model(path, tiny_model())
+    assert load_model(path, num_heads=3).config.num_heads == 3
+    with pytest.raises(ValueError, match="has 3 attention heads, as it tells itself, and not 2"):
+        load(path, num_heads=2)
 
 
 @pytest.mark.parametrize(
-    ("head", "told"),
+    "setting",
+    [{"num_heads": 0}, {"image_size": 0}, {"image_size": (8, 0)}, {"norm_eps": 0.0}]
+    + [{"probe_layers": given} for given in (1, ("best",), (), (-1,), "first", (1.0,))],
+)
+def test_settings_that_cannot_be_are_refused(setting):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(setting))} is|LoadOptions"):
+        LoadOptions(**setting)
+
+
+def test_a_file_is_read_once_however_much_it_does_not_tell(golden_dir, tmp_path, monkeypatch):
+    parts = [torch.load(golden_dir / f"aim_nano_{p}.pth", weights_only=True) for p in ("backbone", "head")]
+    torch.save({**parts[0], **parts[1]}, tmp_path / "both.pth")
+    read, load_pickle = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: read.append(a) or load_pickle(*a, **k))
+    initialize(
+        tiny_model(image_size=56, patch_size=14, embed_dim=48, depth=4, block_size=1), tmp_path / "both.pth"
+    )
+    assert len(read) == 1
+    with pytest.raises(MissingSettingError) as caught:
+        load(tmp_path / "both.pth")
+    assert set(caught.value.reasons) == {"num_heads", "probe_layers"}
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_path_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_directory_without_one_model_is_refused_with_what_was_looked_for_and_found(tmp_path):
+    with pytest.raises(CheckpointError, match=r"looked for model\.safetensors, check.*found nothing"):
+        load(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"found notes\.txt"):
+        load(tmp_path)
+    for name in ("a.pth", "b.pth"):
+        torch.save({"w": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"\(a\.pth, b\.pth\); name one of them: .*/a"):
+        load(tmp_path)
+
+
+def looped():
+    content: dict = {"epoch": 3}
+    content["model"] = content
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "held"),
     [
-        ([torch.zeros(1)], "is no head of an AIM classifier"),
-        ({"head.cls_token": torch.zeros(1, 1, 48)}, r"lacks 'head\.linear\.weight'"),
-        (None, r"head\.pth does not exist; give the path"),
+        ({"model": {"weight": torch.zeros(2)}, "epoch": 3}, "it holds: model, epoch"),
+        ({"state_dict": {"conv1.weight": torch.zeros(2)}}, "it holds: state_dict"),
+        ([torch.zeros(2)], "it holds: list"),
+        (looped(), "it holds: epoch, model"),
     ],
 )
-def test_a_head_file_that_is_missing_or_not_whole_is_refused(head, told, golden_dir, tmp_path):
-    if head is not None:
-        torch.save(head, tmp_path / "head.pth")
-    with pytest.raises(CheckpointError, match=told):
-        load(golden_dir / "aim_nano_backbone.pth", tmp_path / "head.pth", num_heads=3, probe_layers=(1,))
+def test_weights_in_no_known_format_are_refused_with_what_they_hold(content, held, tmp_path):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(UnknownFormatError, match=f"in no known format .{held}.*official XTRA"):
+        load(tmp_path / "x.ckpt")
+
+
+class Malicious:
+    """Its unpickling would make a directory."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused_with_the_reason_and_does_not_run_it(tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"state_dict": Malicious(trap), "hyper_parameters": {}}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir\), and reading it could run code"):
+        load(tmp_path / "x.ckpt")
+    assert not trap.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_plain_pickle_does_not_run_code_either(protocol, tmp_path):
+    path, trap = tmp_path / "plain.pkl", tmp_path / "trap"
+    path.write_bytes(pickle.dumps(Malicious(trap), protocol=protocol))
+    with pytest.raises(CheckpointError, match=r"plain\.pkl"):
+        load(path)
+    assert not trap.exists()
+    pickle.loads(path.read_bytes())  # the trap works
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 100, -1000, -1])
+def test_a_weight_file_that_is_not_complete_is_refused(length, golden_dir, tmp_path):
+    content = (golden_dir / "xtra_k2.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[:length])
+    with pytest.raises(CheckpointError, match=r"cut\.ckpt cannot be read as a weight file.*not complete"):
+        load(tmp_path / "cut.ckpt", num_heads=3)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "fetch it by `git lfs pull`"),
         (b"<!DOCTYPE html>\n<html>", "is an HTML page, and not a weight file"),
         ((2).to_bytes(8, "little"), "cannot be read as a weight file: .*not complete"),
+        (b"a letter to a friend", "it is of another kind"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "it is of another kind"),
+        (b"{}", "it is of another kind"),
     ],
 )
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
-def test_what_lies_in_the_place_of_weights_is_named(name, content, told, tmp_path):
+def test_what_lies_in_the_place_of_weights_is_named(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=words):
         load(tmp_path / name)
-
-
-@pytest.mark.parametrize("given", [1, ("best",), (), (-1,), "first", (1.0,)])
-def test_probe_layers_that_are_none_are_refused(given):
-    with pytest.raises(ValueError, match='give "last", "best", or a list of layers'):
-        _check_layers(given)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"num_heads": 0}, {"image_size": 0}, {"image_size": (8, 0)}, {"norm_eps": 0.0}]
-)
-def test_numbers_that_are_none_are_refused(setting):
-    with pytest.raises(ValueError, match="it must be "):
-        Told(**setting)
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -309,27 +352,35 @@ def test_a_setting_that_is_missing_is_wrong_usage_and_named_as_it_is_typed(golde
     assert "give it as num_heads= (--num_heads)" in capsys.readouterr().err
 
 
-def test_info_says_which_size_is_assumed_and_takes_another(golden_dir, capsys):
-    words = [str(golden_dir / "aim_nano_backbone.pth"), "--num_heads", "3", "--json"]
-    info(words)
+def test_info_says_what_is_assumed_or_untold(golden_dir, capsys):
+    info([str(golden_dir / "aim_nano_backbone.pth"), "--json"])
     told = json.loads(capsys.readouterr().out)
-    assert told["config"]["image_size"] == 224
+    assert (told["config"]["image_size"], told["config"]["num_heads"]) == (224, None)
     assert "the file tells none" in told["image_size (assumed)"]
-    info([*words, "--image_size", "56"])
+    assert "how many attention heads" in told["num_heads (untold)"]
+    info([str(golden_dir / "aim_nano_backbone.pth"), "--num_heads", "3", "--image_size", "56", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["grid"] == [4, 4]
-    assert "image_size (assumed)" not in told
+    assert not [name for name in told if name.endswith(("(assumed)", "(untold)"))]
 
 
-def test_info_tells_the_tensors_of_an_unknown_file_in_a_directory(tmp_path, capsys):
+def test_info_tells_the_tensors_of_an_unknown_file_and_refuses_a_damaged_one(tmp_path, capsys):
     save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     info([str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out)["tensors"] == {"w": [2]}
+    save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors", {"format": "nextblock"})
+    with pytest.raises(CheckpointError, match=r"foreign\.safetensors is damaged"):
+        info([str(tmp_path / "foreign.safetensors")])
 
 
-def test_what_is_written_in_apples_layout_is_read_from_its_directory(tmp_path):
-    model = tiny_model(**NANO, predictor=None)
-    write_aim(model, tmp_path / "aim")
-    found = load_model(tmp_path / "aim", num_heads=3)
-    images = tiny_images(size=(56, 56))
-    assert torch.equal(found.encode(images).tokens, model.encode(images).tokens)
+# ----------------------------------------------------------------------------------------------- create_model
+
+
+def test_create_model_builds_a_size_with_any_field_changed():
+    model = create_model("xtra-tiny", depth=1, block_size=(2, 4))
+    assert isinstance(model, NextBlockModel)
+    assert (model.config.depth, model.config.block_size, model.config.embed_dim) == (1, (2, 4), 128)
+    with pytest.raises(ValueError, match="unknown model setting 'blok_size'; did you mean 'block_size'"):
+        create_model("xtra-tiny", blok_size=2)
+    with pytest.raises(ValueError, match="unknown preset 'xtra-tny'; did you mean 'xtra-tiny'"):
+        create_model("xtra-tny")

@@ -89,5 +89,5 @@ def test_attention_whose_qkv_is_no_layer_of_its_own_is_refused():
 
 def test_without_peft_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingPeftError, match=r"pip install 'nextblock\[lora\]'"):
+    with pytest.raises(MissingPeftError, match=r"pip install peft"):
         add_lora(tiny_model().encoder, **SETTINGS)

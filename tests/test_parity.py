@@ -15,6 +15,7 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.config import OptimConfig
 from nextblock.interop import load
 from nextblock.interop.aim import read_aim
+from nextblock.interop.options import LoadOptions
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
 from nextblock.models.vit import patch_tokens
@@ -135,14 +136,14 @@ def test_the_heads_are_those_of_the_files(load_golden):
 def aim_encoder(golden_dir):
     """The official backbone as our model of 56-px images."""
     backbone = torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True)
-    return read_aim(backbone, "aim_nano_backbone.pth", num_heads=3, image_size=56)
+    return read_aim(backbone, "aim_nano_backbone.pth", LoadOptions(num_heads=3, image_size=56))
 
 
 @pytest.fixture
 def aim_model(golden_dir):
     """The model of the training code, with its prediction head."""
     weights = load_file(golden_dir / "aim_pretrain_nano_weights.safetensors")
-    return read_aim(weights, "aim_pretrain_nano_weights.safetensors", num_heads=3)
+    return read_aim(weights, "aim_pretrain_nano_weights.safetensors", LoadOptions(num_heads=3))
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def test_aims_logits_are_the_official_ones(golden, golden_dir):
     backbone, head = (
         torch.load(golden_dir / f"aim_nano_{part}.pth", weights_only=True) for part in ("backbone", "head")
     )
-    classifier = read_aim(backbone, "backbone", head=head, num_heads=3, probe_layers=(1, 2))
+    classifier = read_aim(backbone, "backbone", LoadOptions(num_heads=3, probe_layers=(1, 2)), head)
     torch.testing.assert_close(classifier(expected["images"]), expected["logits"], **TENSOR)
 
 
@@ -244,7 +245,7 @@ def test_a_file_that_does_not_tell_its_heads_is_refused_asking_for_them(name, lo
 def test_a_wrong_number_of_aims_heads_shows_in_the_layers(golden, golden_dir):
     expected = golden("aim_nano")
     backbone = torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True)
-    wrong = read_aim(backbone, "backbone", num_heads=4)
+    wrong = read_aim(backbone, "backbone", LoadOptions(num_heads=4))
     assert isinstance(wrong, NextBlockModel)
     layers = torch.stack(wrong.encode(expected["images"]).layers)
     assert (layers - expected["layer_features"]).abs().max() > 1e-3
@@ -255,7 +256,7 @@ def test_aims_extra_norm_shows_in_the_predictions(golden, golden_dir):
     expected = golden("aim_pretrain_nano")
     weights = load_file(golden_dir / "aim_pretrain_nano_weights.safetensors")
     prefix = {"prefix_lengths": expected["prefix_lengths"]}
-    right = read_aim(weights, "weights", num_heads=3)(expected["images"], **prefix)
+    right = read_aim(weights, "weights", LoadOptions(num_heads=3))(expected["images"], **prefix)
     plain = {name: w for name, w in weights.items() if "decoder_blocks" not in name or "norm_1" not in name}
-    without = read_aim(plain, "weights", num_heads=3)(expected["images"], **prefix)
+    without = read_aim(plain, "weights", LoadOptions(num_heads=3))(expected["images"], **prefix)
     assert (without.predictions - right.predictions).abs().max() > 0.01

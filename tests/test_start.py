@@ -9,7 +9,7 @@ import torch
 
 from nextblock.checkpoint import CheckpointError, save_checkpoint, save_model
 from nextblock.interop import create_model, initialize
-from nextblock.interop.start import in_groups, initialize_from
+from nextblock.interop.init_from import in_groups, initialize_from
 from nextblock.models.vit import resample_positions, sincos_positions
 from nextblock.targets import KMeansTokenizer
 from test_checkpoint import STATE, same_weights

@@ -1,8 +1,8 @@
-"""Writing and reading models and training states: whole or not at all.
+"""Model files and training states, each written whole or not at all.
 
 A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model",
 "classifier" or "timm classifier") and `config` (JSON), so the file alone is enough to build the network; and,
-where it is known, `data` (JSON): mean, deviation, resize and crop of its images. A checkpoint is a directory
+if known, `data` (JSON): mean, deviation, resize and crop of its images. A checkpoint is a directory
 `step_00001234` with `model.safetensors` (encoder and predictor) and `state.pt` (optimizer, scaler, step),
 written aside, flushed to disk and renamed.
 
@@ -16,9 +16,10 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +38,8 @@ __all__ = [
     "CheckpointError",
     "MissingSettingError",
     "UnknownFormatError",
+    "blame",
+    "build_model",
     "is_safetensors",
     "latest_checkpoint",
     "load_state",
@@ -45,15 +48,20 @@ __all__ = [
     "read_data",
     "read_metadata",
     "read_model",
+    "refuse_non_finite",
     "save_checkpoint",
     "save_classifier",
     "save_model",
+    "write_safetensors",
 ]
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
 RECORDED_DATA = ("mean", "std", "val_resize_px", "val_crop")
+NAMES_SHOWN = 10
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class CheckpointError(RuntimeError):
@@ -61,15 +69,49 @@ class CheckpointError(RuntimeError):
 
 
 class UnknownFormatError(CheckpointError):
-    """A file can be read, but holds no model that is known."""
+    """A file can be read, but holds no model that is known; `content` is what it holds."""
+
+    def __init__(self, message: str, path: Path, content: Any) -> None:
+        super().__init__(message)
+        self.path, self.content = path, content
 
 
 class MissingSettingError(CheckpointError, ValueError):
-    """A foreign file does not tell a setting without which its model cannot be built: the caller has to."""
+    """A foreign file lacks settings without which its model cannot be built: the caller has to give them."""
 
-    def __init__(self, setting: str, message: str) -> None:
-        super().__init__(message)
-        self.setting = setting
+    def __init__(self, **reasons: str) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = reasons
+        """The reason for each setting that is missing."""
+
+
+@contextmanager
+def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[None]:
+    """Turn whatever a damaged or contradictory file makes its reader raise into one `CheckpointError`.
+
+    With `values_of_caller` a `ValueError` passes: the caller gave settings, and one of them may be the cause.
+    """
+    try:
+        yield
+    except (CheckpointError, MissingSettingError):
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        named = type(error).__name__ in ("HubError", "WriteError")  # these name a cause and a remedy already
+        if named or (values_of_caller and isinstance(error, ValueError)):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{origin} is damaged, or is not what it says it is ({type(error).__name__}: {reason}); "
+            + _remedy(origin)
+        ) from error
+
+
+def _remedy(origin: str | Path) -> str:
+    """What to do about a damaged file; a run has checkpoints before the last."""
+    path = Path(origin)
+    if path.name == MODEL_FILE and re.fullmatch(r"step_\d+", path.parent.name):
+        return f"remove {path.parent} to go on from the one before"
+    return "take an intact copy of it"
 
 
 # --------------------------------------------------------------------------------------------- model files
@@ -80,7 +122,7 @@ def save_model(
 ) -> None:
     """Write a model or classifier as one safetensors file that `nextblock.load` reads.
 
-    With `data`, the file says how its images are normalised and cut.
+    With `data`, the file says how its images are normalised and cut. Weights with NaN or inf are refused.
     """
     if isinstance(model, ImageClassifier):
         kind = "timm classifier" if isinstance(model.encoder_model, TimmEncoder) else "classifier"
@@ -99,8 +141,18 @@ def save_model(
     }
     if data is not None:
         metadata["data"] = json.dumps({name: getattr(data, name) for name in RECORDED_DATA})
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, path, metadata=metadata)
+    write_safetensors(path, model.state_dict(), metadata)
+
+
+def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, from any device, with the file mode that the umask gives; NaN and inf are refused."""
+    refuse_non_finite(
+        weights, f"the model for {path}", "it was not saved; an earlier checkpoint may be finite"
+    )
+    path.touch()
+    mode = path.stat().st_mode  # safetensors puts a file of its own in this place, for the owner alone
+    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path, dict(metadata))
+    path.chmod(mode)
 
 
 def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataConfig | None = None) -> None:
@@ -123,35 +175,42 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
     metadata = read_metadata(path)
     if metadata.get("format") != "nextblock":
         raise CheckpointError(f"{path} is safetensors, but was not written by nextblock")
-    if int(metadata["format_version"]) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {metadata['format_version']}, this release reads up to "
-            f"{FORMAT_VERSION}; upgrade nextblock"
-        )
-    settings = json.loads(metadata["config"])
-    is_classifier = metadata["kind"] != "model"
-    sizes = settings["model"] if is_classifier else settings
-    for name in ("prefix_tokens", "token_px"):  # settings that files from before 0.1.0 still hold
-        sizes.pop(name, None)
-    if not is_classifier:
-        model = NextBlockModel(from_dict(ModelConfig, sizes))
-    else:
-        is_timms = metadata["kind"] == "timm classifier"
-        encoder_model = (
-            TimmEncoder.fresh(from_dict(TimmConfig, sizes))
-            if is_timms
-            else NextBlockModel(from_dict(ModelConfig, sizes))
-        )
-        head_config = from_dict(HeadConfig, settings["head"])
-        model = ImageClassifier(encoder_model, head_config, settings["class_names"])
-    load_strictly(model, load_file(path), str(path))
-    return model.eval()
+    with blame(path):
+        if int(metadata["format_version"]) > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {metadata['format_version']}, this release reads up to "
+                f"{FORMAT_VERSION}; upgrade nextblock"
+            )
+        settings, weights, kind = json.loads(metadata["config"]), load_file(path), metadata["kind"]
+        read_data(path)  # refused here if it is damaged, not by whoever asks for it later
+        if kind == "model":
+            config = from_dict(ModelConfig, settings)
+            return build_model(lambda: NextBlockModel(config), config, weights, str(path))
+        if kind not in ("classifier", "timm classifier"):
+            raise ValueError(f"kind {kind!r}")
+        head, names = from_dict(HeadConfig, settings["head"]), settings["class_names"]
+        if kind == "classifier":
+            config = from_dict(ModelConfig, settings["model"])
+            return build_model(
+                lambda: ImageClassifier(NextBlockModel(config), head, names),
+                config,
+                weights,
+                str(path),
+                prefix="encoder_model.",
+            )
+        settings["model"].pop("prefix_tokens", None)  # in files from before 0.1.0
+        # Not built on meta: some of timm's networks have tables that no file holds.
+        encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
+        classifier = ImageClassifier(encoder, head, names)
+        load_strictly(classifier, weights, str(path))
+        return classifier.eval()
 
 
 def read_data(path: Path) -> DataConfig | None:
-    """How a model file says that its images are normalised and cut; None where it is silent."""
+    """How a model file says that its images are normalised and cut; None if it does not say."""
     recorded = read_metadata(path).get("data")
-    return None if recorded is None else from_dict(DataConfig, json.loads(recorded))
+    with blame(path):
+        return None if recorded is None else from_dict(DataConfig, json.loads(recorded))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -161,12 +220,57 @@ def read_metadata(path: Path) -> dict[str, str]:
             return handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors: {error}; the file is not complete"
+            f"{path} cannot be read as safetensors: {error}; the file is not complete: {_remedy(path)}"
         ) from error
 
 
+def build_model(
+    make: Callable[[], M],
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    origin: str,
+    *,
+    prefix: str = "",
+) -> M:
+    """Build a network around the weights of a file, without a second copy of them, in evaluation mode.
+
+    `config` is that of its encoder model, whose names begin with `prefix`. Nothing is drawn: the network is
+    built on torch's meta device, and the file's tensors become its parameters.
+    """
+    _refuse_contradictions(config, weights, origin, prefix)
+    with torch.device("meta"):
+        model = make()
+    load_strictly(model, weights, origin)
+    return model.eval()
+
+
+def _refuse_contradictions(
+    config: ModelConfig, weights: Mapping[str, Tensor], origin: str, prefix: str
+) -> None:
+    """Refuse sizes that time and memory grow with on any device, if the weights contradict them."""
+    positions = weights.get(f"{prefix}encoder.pos_embed")
+    sizes = {"patches": (config.num_patches, 0 if positions is None else positions.shape[1])}
+    parts = {"layers": ("encoder.blocks", config.depth)}
+    if config.predictor is not None:
+        parts["predicted blocks"] = ("predictor.block_mlps", config.num_predicted_blocks)
+        if config.predictor != "linear":
+            parts["predictor layers"] = ("predictor.blocks", config.predictor_depth)
+    for what, (part, told) in parts.items():
+        pattern = re.compile(rf"{re.escape(prefix + part)}\.(\d+)\.")
+        numbers = {match[1] for name in weights if (match := pattern.match(name))}
+        sizes[what] = (told, len(numbers))
+    wrong = [f"{told} {what}, the weights {held}" for what, (told, held) in sizes.items() if told != held]
+    if wrong:
+        raise CheckpointError(
+            f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
+        )
+
+
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load all weights by name, cast to fp32; refuse, by name, what is missing, unexpected or misshapen."""
+    """Give a model all weights by name, in fp32; refuse what is missing, unexpected, misshapen or not finite.
+
+    The tensors themselves become the parameters, so that there is no second copy of them.
+    """
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in weights]
     problems += [f"unexpected: {name}" for name in weights if name not in own]
@@ -176,13 +280,31 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
         if name in weights and weights[name].shape != own[name].shape
     ]
     if problems:
-        shown = "\n  ".join(
-            problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        raise CheckpointError(
+            f"the weights of {origin} do not fit the model:\n  " + _listed(problems, "\n  ")
         )
-        raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {shown}")
-    model.load_state_dict(
-        {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}, strict=True
-    )
+    in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
+    refuse_non_finite(in_fp32, origin, _remedy(origin))
+    model.load_state_dict(in_fp32, strict=True, assign=True)
+
+
+def refuse_non_finite(weights: Mapping[str, Tensor], origin: str, remedy: str) -> None:
+    """Refuse weights with NaN or inf, by name."""
+    # A finite sum has finite terms, and one pass is all it takes; only if it is not are the terms looked at.
+    bad = [
+        name
+        for name, w in weights.items()
+        if w.is_floating_point() and not w.sum().isfinite() and not w.isfinite().all()
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} tensors of {origin} hold NaN or inf ({_listed(bad, ', ')}); {remedy}"
+        )
+
+
+def _listed(names: list[str], separator: str) -> str:
+    more = [f"and {len(names) - NAMES_SHOWN} more"] if len(names) > NAMES_SHOWN else []
+    return separator.join(names[:NAMES_SHOWN] + more)
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

@@ -58,9 +58,9 @@ def _parser() -> Parser:
     add("dst", type=str, help="where to write: a new path, or hf:USER/NAME")
     add(
         "--to",
-        type=Literal["nextblock", "timm", "onnx", "xtra", "aim"],
-        default="nextblock",
-        help="the format to write",
+        type=Literal["nextblock", "timm", "onnx"] | None,
+        default=None,
+        help="the format to write; default: onnx for DST.onnx, else nextblock",
     )
     size = int | tuple[int, int] | None
     add(

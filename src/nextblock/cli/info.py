@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json
 
 if TYPE_CHECKING:
-    from nextblock.interop.reading import Found, Told
+    from nextblock.interop.load import Found
+    from nextblock.interop.options import LoadOptions
 
 __all__ = ["run"]
 
 MAX_TENSORS = 12
 """How many tensors of a file that is no model are told."""
 STAND_INS = {"num_heads": 1, "probe_layers": (0,)}
-"""What a file is looked at with where it does not tell a setting; it is said to be untold."""
-ASSUMED_SIZE = "Apple's; the file tells none, and the encoder takes any (--image_size)"
+"""Values to look at a file with if it does not tell a setting; they are reported as untold."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -27,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from nextblock.cli.arguments import build_parser, parse
-    from nextblock.interop.reading import Told
+    from nextblock.interop.options import LoadOptions
 
     parser = build_parser("info", "Tell what a run or a weight file holds.")
     parser.add_argument(
@@ -41,8 +40,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--image_size", type=size, default=None, help="pixels, or [rows,columns]: AIM's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parse(parser, argv)
-    given = Told(head=options.head, num_heads=options.num_heads, image_size=options.image_size)
-    told = _describe(options.file, given)
+    given = {name: getattr(options, name) for name in ("head", "num_heads", "image_size")}
+    told = _describe(options.file, LoadOptions(**given, fallback=STAND_INS))
     if options.json:
         end_with_json(told)
         return 0
@@ -53,25 +52,18 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _describe(src: str, told: Told) -> dict[str, Any]:
+def _describe(src: str, options: LoadOptions) -> dict[str, Any]:
     """What a source is: a model as far as it can be told, else its tensors."""
-    from nextblock.checkpoint import MissingSettingError, UnknownFormatError
-    from nextblock.interop.reading import read, weight_file
+    from nextblock.checkpoint import UnknownFormatError
+    from nextblock.interop.load import read
 
-    untold: dict[str, str] = {}
-    while True:
-        try:
-            return _describe_model(read(src, told), untold)
-        except MissingSettingError as error:
-            if error.setting not in STAND_INS:
-                raise
-            untold[error.setting] = str(error)
-            told = replace(told, **{error.setting: STAND_INS[error.setting]})
-        except UnknownFormatError as error:
-            return _describe_tensors(weight_file(src), str(error))
+    try:
+        return _describe_model(read(src, options))
+    except UnknownFormatError as error:
+        return _describe_tensors(error.path, error.content, str(error))
 
 
-def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
+def _describe_model(found: Found) -> dict[str, Any]:
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.models.timm_encoder import TimmConfig
@@ -79,12 +71,12 @@ def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
 
     model = found.model
     is_classifier = isinstance(model, ImageClassifier)
-    encoder_model = model.encoder_model if is_classifier else model
+    encoder_model = found.encoder_model
     config = encoder_model.config
     if isinstance(config, TimmConfig):
         what, grid = f"timm's {config.architecture}", {}
     else:
-        what = "heads not told" if "num_heads" in untold else f"{config.num_heads} heads"
+        what = "heads not told" if "num_heads" in found.assumed else f"{config.num_heads} heads"
         grid = {
             "grid": list(config.grid),
             "blocks": config.num_blocks,
@@ -101,22 +93,19 @@ def _describe_model(found: Found, untold: Mapping[str, str]) -> dict[str, Any]:
         **({"head": to_dict(model.head_config)} if is_classifier else {}),
         "config": to_dict(config),
     }
-    if found.image_size_assumed:
-        told["image_size (assumed)"] = ASSUMED_SIZE
-    for name, why in untold.items():
-        told[f"{name} (untold)"] = why
-        section = told["config"] if name in told["config"] else told.get("head", {})
-        section["layers" if name == "probe_layers" else name] = None
+    for name, why in found.assumed.items():
+        told[f"{name} ({'assumed' if name == 'image_size' else 'untold'})"] = why
+        if name in STAND_INS:
+            section = told["config"] if name in told["config"] else told.get("head", {})
+            section["layers" if name == "probe_layers" else name] = None
     return told
 
 
-def _describe_tensors(path: Path, why: str) -> dict[str, Any]:
+def _describe_tensors(path: Path, content: Any, why: str) -> dict[str, Any]:
     """A file of tensors that is no model: the head of a classifier, or anything."""
     from nextblock.checkpoint import is_safetensors, read_metadata
     from nextblock.interop.aim import is_aim_head
-    from nextblock.interop.files import read_content
 
-    content = read_content(path)
     if not isinstance(content, Mapping):
         return {"kind": type(content).__name__, "why": why}
     shapes = {name: list(value.shape) for name, value in content.items() if hasattr(value, "shape")}
@@ -124,6 +113,6 @@ def _describe_tensors(path: Path, why: str) -> dict[str, Any]:
     told: dict[str, Any] = {"kind": kind, "why": why, "tensors": dict(list(shapes.items())[:MAX_TENSORS])}
     if len(shapes) > MAX_TENSORS:
         told["further_tensors"] = len(shapes) - MAX_TENSORS
-    if is_safetensors(path) and read_metadata(path):
+    if path.is_file() and is_safetensors(path) and read_metadata(path):
         told["metadata"] = read_metadata(path)
     return told

@@ -128,7 +128,7 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
         try:
             from pillow_heif import HeifImageFile
         except ImportError:
-            raise BadImageError("HEIC needs pillow-heif: pip install 'nextblock[heic]'") from None
+            raise BadImageError("HEIC needs pillow-heif: pip install pillow-heif") from None
         return HeifImageFile(io.BytesIO(content), "")  # registering it would change the user's Pillow
     # Image.open has a limit of pixels in a module variable, which is not ours to change: ask its parsers.
     Image.init()
@@ -423,7 +423,9 @@ def _tiff_samples(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         import imagecodecs  # noqa: F401 - tifffile unpacks with it
         import tifffile
     except ImportError:
-        raise BadImageError("TIFF of bands or of 16-bit colour needs pip install 'nextblock[tiff]'") from None
+        raise BadImageError(
+            "TIFF of bands or of 16-bit colour needs pip install tifffile imagecodecs"
+        ) from None
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         page = file.pages.first
         height, width, number = shape

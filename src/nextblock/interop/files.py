@@ -1,4 +1,4 @@
-"""Weight files as files: which of several is meant, what one holds, its wrappers, and a place for new ones.
+"""Weight files as files: which of several is meant, what one holds, and its wrappers.
 
 Every failure is one line with the file, the cause and what to do. Pickles are read without running what
 they hold.
@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError, is_safetensors
 
@@ -25,6 +28,7 @@ __all__ = [
     "WEIGHT_SUFFIXES",
     "beside_weights",
     "choose_weights",
+    "is_distributed",
     "make_parent",
     "read_content",
     "read_json",
@@ -33,17 +37,25 @@ __all__ = [
 ]
 
 AIM_FILES = ("backbone.pth", "head.pth")
-"""A classifier in Apple's layout, as `convert` writes it."""
+"""A classifier in Apple's layout."""
 MAIN_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """Names by which the hub, timm and transformers mean the model of a directory, the first ones first."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""Of the same weights in several files, the first ones first."""
+"""If the same weights are in several files, the first of these is read."""
 
-WRAPPERS = ("model", "state_dict", "module")
-"""Keys of a checkpoint that hold the weights."""
+WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
+"""Keys of a checkpoint that hold the weights; averaged ones (EMA) come first, as timm takes them."""
+MAX_WRAPPERS = 8
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers of modules (DDP, torch.compile, Lightning) put before every name."""
-NAMES_TOLD = 8
+NAMES_SHOWN = 8
+SETTINGS_CLASS = re.compile(
+    r"(omegaconf|typing|pathlib)\..+|collections\.defaultdict"
+    r"|(builtins|__builtin__)\.(dict|list|tuple|str|int|float|bool|bytes|object|unicode|long)"
+)
+"""Classes of the settings that trainers pickle beside the weights."""
+DISTRIBUTED_FILE = ".metadata"
+"""The table of contents in what torch.distributed.checkpoint writes."""
 
 
 # ------------------------------------------------------------------------------------------ which file it is
@@ -62,35 +74,129 @@ def choose_weights(names: Iterable[str], where: str, *, as_named: str) -> tuple[
     if tuple(files) == AIM_FILES:
         return AIM_FILES
     if len({PurePosixPath(name).stem for name in files}) > 1:
-        more = [f"and {len(files) - NAMES_TOLD} more"] if len(files) > NAMES_TOLD else []
+        more = [f"and {len(files) - NAMES_SHOWN} more"] if len(files) > NAMES_SHOWN else []
         raise CheckpointError(
-            f"{where} holds several weight files ({', '.join(files[:NAMES_TOLD] + more)}); name one of them: "
-            + as_named.format(files[0])
+            f"{where} holds several weight files ({', '.join(files[:NAMES_SHOWN] + more)}); name one of "
+            f"them: {as_named.format(files[0])}"
         )
     return tuple(sorted(files, key=lambda name: WEIGHT_SUFFIXES.index(PurePosixPath(name).suffix))[:1])
+
+
+def is_distributed(path: Path) -> bool:
+    """Whether a directory is a checkpoint of torch.distributed.checkpoint."""
+    return (path / DISTRIBUTED_FILE).is_file()
 
 
 # --------------------------------------------------------------------------------------------- what one holds
 
 
 def read_content(path: Path) -> Any:
-    """What a weight file holds: tensors by name, or whatever was pickled of tensors and plain values."""
-    if not path.is_file():
+    """What a weight file holds: tensors by name, or whatever was pickled of tensors and plain values.
+
+    Safetensors are mapped into memory; pickles are read whole, as trainers write them again in place.
+    """
+    if not path.is_file() and not is_distributed(path):
         what = "is a directory, and not a weight file" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}; give the path of the file")
     try:
-        if is_safetensors(path):
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():
+            return _read_distributed(path)
+        return load_file(path) if is_safetensors(path) else _read_pickle(path)
     except (
         SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,
+        TypeError, AttributeError, ArithmeticError, MemoryError,
     ) as error:  # fmt: skip
         raise CheckpointError(_why_unreadable(path, str(error), type(error).__name__)) from error
 
 
+class _Inert:
+    """Stands for an object of someone else's settings: it takes whatever is stored, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _read_pickle(path: Path) -> Any:
+    zipped = zipfile.is_zipfile(path)
+    # Settings beside the weights (omegaconf's, in what AIM's training code saves) are replaced by inert
+    # objects, so that nothing of theirs is imported or run; any other class is still refused by torch.
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+    stubs: list[Any] = [
+        (_plain_dict if name == "collections.defaultdict" else _Inert, name)
+        for name in unsafe
+        if SETTINGS_CLASS.fullmatch(name)
+    ]
+    with torch.serialization.safe_globals(stubs):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the table of contents of a distributed checkpoint: only the classes of such tables exist."""
+
+    ALLOWED: ClassVar = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+            "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size",),
+        "collections": ("OrderedDict",),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("pathlib"):
+            return PurePath
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self.ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def _read_distributed(folder: Path) -> dict[str, Tensor]:
+    """The weights of a directory that torch.distributed.checkpoint wrote, without a process group."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+
+    with (folder / DISTRIBUTED_FILE).open("rb") as file:
+        table: Any = _MetadataUnpickler(file).load()
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *_: Any, **__: Any) -> Any:
+            table.storage_meta = StorageMeta()
+            return table
+
+    weights = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in table.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            load(weights, storage_reader=Reader(folder), no_dist=True)
+        except CheckpointException as error:  # not an Exception; it holds a failure for each rank
+            reasons = {str(failure[0]) for failure in error.failures.values()}
+            raise RuntimeError("; ".join(reasons)) from error
+    return weights
+
+
 def _why_unreadable(path: Path, message: str, kind: str) -> str:
-    with path.open("rb") as file:
-        start = file.read(100).lstrip()
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(100).lstrip()
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is the pointer of Git LFS to a file, and not the file; fetch it by `git lfs pull`"
     if start.startswith(b"<"):
@@ -109,12 +215,12 @@ def _why_unreadable(path: Path, message: str, kind: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file; {} where there is none."""
+    """The settings in a JSON file; {} if there is none."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}); mend it, or remove it") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not settings; mend it, or remove it")
@@ -122,30 +228,37 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unwrapped(content: Any) -> Mapping[str, Any]:
-    """The weights that a file's content is or wraps, under their plain names; {} where it holds none.
+    """The weights that a file's content is or wraps, under their plain names; {} if it holds none.
 
-    Keys that hold them are followed to any depth, and prefixes that all names have are taken off.
+    Keys that hold them are followed, and prefixes that all names have are taken off.
     """
-    if not isinstance(content, Mapping):
-        return {}
-    inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    if inner is not None:
-        return unwrapped(inner)
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(content, Mapping):
+            return {}
+        inner = _inside(content)
+        if inner is None:
+            break
+        content = inner
     if not content or not all(isinstance(name, str) for name in content):
         return {}
-    prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None)
-    if prefix is not None:
-        return unwrapped({name.removeprefix(prefix): value for name, value in content.items()})
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
+        content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
 
 
 def beside_weights(content: Any, key: str) -> Any:
-    """What stands under `key` in one of the wrappers around the weights; None where nothing does."""
-    while isinstance(content, Mapping):
+    """What stands under `key` in one of the wrappers around the weights; None if nothing does."""
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(content, Mapping):
+            return None
         if key in content:
             return content[key]
-        content = next((content[k] for k in WRAPPERS if isinstance(content.get(k), Mapping)), None)
+        content = _inside(content)
     return None
+
+
+def _inside(content: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
+    return next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
 
 
 # ------------------------------------------------------------------------------------- a place for a new one

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,11 +48,16 @@ def fetch(spec: str) -> Path:
         names = _names(repo, revision)
         if file is None:
             at = "" if revision is None else f"@{revision}"
-            wanted = _wanted(names, spec, as_named=f"{HUB_SPEC}{repo}/{{}}{at}")
+            wanted = choose_weights(names, spec, as_named=f"{HUB_SPEC}{repo}/{{}}{at}")
+            steps = sorted((int(match[1]), match[0]) for match in map(CHECKPOINT.fullmatch, names) if match)
+            wanted = wanted or tuple(name for _, name in steps[-1:])  # of a run, the latest checkpoint
         elif file in names:
             wanted = (file,)
         else:
-            raise HubError(_no_such_file(spec, file, names))
+            listed = ", ".join([name for name in names if name.endswith(WEIGHT_SUFFIXES)][:8]) or "none"
+            raise HubError(
+                f"{spec}: there is no file {file} in it, or not in the cache; its weight files are: {listed}"
+            )
         patterns = [*map(glob.escape, wanted), *BESIDE]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     return folder if file is None else folder / file
@@ -67,21 +72,6 @@ def _names(repo: str, revision: str | None) -> list[str]:
     except (errors.HTTPError, OSError):
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def _wanted(names: Sequence[str], spec: str, *, as_named: str) -> tuple[str, ...]:
-    """The weight files of a repository that are its model, or of a run in it, the latest."""
-    chosen = choose_weights(names, spec, as_named=as_named)
-    if chosen:
-        return chosen
-    steps = [match for match in map(CHECKPOINT.fullmatch, names) if match is not None]
-    return tuple(match[0] for match in sorted(steps, key=lambda match: int(match[1]))[-1:])
-
-
-def _no_such_file(spec: str, file: str, names: Sequence[str]) -> str:
-    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
-    listed = ", ".join(weights[:8]) or "none"
-    return f"{spec}: there is no file {file} in it, or not in the cache; its weight files are: {listed}"
 
 
 def push(folder: Path, spec: str) -> str:

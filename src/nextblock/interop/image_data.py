@@ -7,7 +7,7 @@ from pathlib import Path
 from nextblock.checkpoint import read_data
 from nextblock.config import DataConfig, Size, pair
 from nextblock.interop.hub import fetch, is_hub_spec
-from nextblock.interop.reading import own_file
+from nextblock.interop.load import own_file
 from nextblock.interop.timm import is_timm_directory
 from nextblock.interop.timm_spec import TIMM_SPEC, read_timm_data
 

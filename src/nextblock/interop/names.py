@@ -1,15 +1,13 @@
-"""How official files call things: explicit name tables, read in both directions, and what they cannot say.
+"""How official files call things: tables of names, and the sizes that names and shapes tell.
 
 A rule is a pair of names, (official, ours), with placeholders: `{rest}` stands for any end of a name, any
-other word in braces for a number. The rules of a table exclude each other, so that it is one-to-one.
+other word in braces for a number. The rules of a table exclude each other.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from functools import cache
 from math import inf, nextafter
 from typing import Any
@@ -17,79 +15,46 @@ from typing import Any
 from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError, MissingSettingError
-from nextblock.models.heads import ImageClassifier
 
 __all__ = [
-    "NameTable",
     "count_numbered",
-    "log_left_out",
     "needed",
-    "on_cpu",
+    "only_tensors",
     "patch_shape",
     "ratio_of",
-    "refuse_differences",
+    "renamed",
     "require_heads",
+    "shape_of",
+    "untold_heads",
 ]
 
-log = logging.getLogger(__name__)
+Rules = tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class NameTable:
-    """Rules of renaming between an official layout and ours."""
-
-    layout: str
-    """What the layout is called in messages: "XTRA"."""
-    rules: tuple[tuple[str, str], ...]
-    """Pairs (official name, our name)."""
-
-    def to_ours(self, weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-        """Rename what an official file holds; a name that fits no rule is refused."""
-        unknown = origin + " holds {!r}, which is no part of an " + self.layout + " model"
-        return _renamed(weights, self.rules, unknown)
-
-    def to_official(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename what a model of ours holds; a name that fits no rule is refused."""
-        unknown = "the model holds {!r}, for which official " + self.layout + " files have no name"
-        return _renamed(weights, tuple((ours, official) for official, ours in self.rules), unknown)
-
-    def under(self, prefix: str) -> NameTable:
-        """The same table for a part of a larger model of ours, whose names begin with `prefix`."""
-        return replace(self, rules=tuple((official, prefix + ours) for official, ours in self.rules))
-
-    def __add__(self, other: NameTable) -> NameTable:
-        """The rules of both."""
-        return replace(self, rules=self.rules + other.rules)
-
-
-def _renamed(
-    weights: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...], unknown: str
-) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
+def renamed(weights: Mapping[str, Any], rules: Rules, layout: str, origin: str) -> dict[str, Tensor]:
+    """The tensors of an official file under our names; a name that fits no rule is refused."""
+    ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         fits = ((match, target) for source, target in rules if (match := _pattern(source).fullmatch(name)))
         match, target = next(fits, (None, ""))
         if match is None:
-            raise CheckpointError(unknown.format(name))
-        new_name = target.format(**match.groupdict())
-        assert new_name not in renamed, f"two names mean {new_name}"
-        renamed[new_name] = tensor
-    return renamed
+            raise CheckpointError(f"{origin} holds {name!r}, which is no part of an {layout} model")
+        ours[target.format(**match.groupdict())] = tensor
+    return ours
 
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    """Make an expression of a name with placeholders, its groups called as they are."""
-    named = re.sub(r"\\{(\w+)\\}", lambda word: _group(word[1]), re.escape(template))
-    return re.compile(named)
+    """An expression for a name with placeholders, its groups called like them."""
 
+    def group(word: re.Match[str]) -> str:
+        return f"(?P<{word[1]}>{'.+' if word[1] == 'rest' else r'[0-9]+'})"
 
-def _group(word: str) -> str:
-    return f"(?P<{word}>{'.+' if word == 'rest' else r'[0-9]+'})"
+    return re.compile(re.sub(r"\\{(\w+)\\}", group, re.escape(template)))
 
 
 def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:
-    """The tensor, or the setting, of this name; refused where a file lacks it."""
+    """The tensor, or the setting, of this name; refused if a file lacks it."""
     if name not in held:
         raise CheckpointError(
             f"{origin} lacks {name!r}, without which the model cannot be built; take the original, whole file"
@@ -97,13 +62,34 @@ def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:
     return held[name]
 
 
+def only_tensors(weights: Mapping[str, Any], origin: str) -> Mapping[str, Tensor]:
+    """The same weights; refused if one of them is no tensor."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{origin} holds {name!r} of type {type(tensor).__name__}, not a tensor; take the original "
+                "file"
+            )
+    return weights
+
+
+def shape_of(weights: Mapping[str, Tensor], name: str, ndim: int, origin: str) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from; refused if it has another number of axes."""
+    shape = tuple(needed(weights, name, origin).shape)
+    if len(shape) != ndim:
+        raise CheckpointError(
+            f"{origin} holds {name} of shape {shape}, not of {ndim} axes; take the original file"
+        )
+    return shape
+
+
 def patch_shape(weights: Mapping[str, Any], name: str, origin: str) -> tuple[int, int, int]:
     """(width, channels, patch size in pixels) of the projection of square patches."""
-    shape = tuple(needed(weights, name, origin).shape)
+    shape = needed(weights, name, origin).shape
     if len(shape) != 4:
         raise CheckpointError(
-            f"{origin} embeds its patches by {name} of shape {shape}; only convolutions (width, channels, "
-            "rows, columns) are known"
+            f"{origin} embeds its patches by {name} of shape {tuple(shape)}; only convolutions (width, "
+            "channels, rows, columns) are known"
         )
     width, channels, rows, columns = shape
     if rows != columns:
@@ -112,45 +98,15 @@ def patch_shape(weights: Mapping[str, Any], name: str, origin: str) -> tuple[int
 
 
 def count_numbered(weights: Mapping[str, Any], prefix: str, origin: str) -> int:
-    """How many parts there are under `prefix` ("enc.blocks."), by the highest number that follows it."""
+    """How many parts there are under `prefix` ("enc.blocks."); by the highest number.
+
+    Refused if there is none.
+    """
     found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in weights)
     numbers = [int(match[1]) for match in found if match is not None]
     if not numbers:
         needed({}, f"{prefix}0", origin)
     return 1 + max(numbers)
-
-
-def refuse_differences(
-    layout: str, settings: Iterable[tuple[str, Any, Any]], *, to_timm: bool = False
-) -> None:
-    """Refuse to write a model that a layout cannot express.
-
-    `settings` are (name, value, the one value that the layout knows); all that differ are named. `to_timm`
-    says whether timm's format could hold the whole of it.
-    """
-    wrong = [
-        f"{name} is {value!r}, there it is always {needed!r}"
-        for name, value, needed in settings
-        if value != needed
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{layout} files cannot hold this model: {'; '.join(wrong)}. Keep it as nextblock's own file"
-            + (", or convert it to timm" if to_timm else "")
-        )
-
-
-def log_left_out(classifier: ImageClassifier) -> None:
-    """Say what of a classifier has no place in official classifier files."""
-    if classifier.encoder_model.predictor is not None:
-        log.info("left out: the encoder's predictor, for which official classifier files have no place")
-    if classifier.class_names is not None:
-        log.info("left out: the names of the %d classes", len(classifier.class_names))
-
-
-def on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as they are written: on the CPU, in order of their indices."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def ratio_of(hidden: int, width: int) -> float:
@@ -160,14 +116,18 @@ def ratio_of(hidden: int, width: int) -> float:
 
 
 def require_heads(heads: int | None, size: tuple[int, int], origin: str) -> int:
-    """The number of attention heads, refused where nothing tells it: a wrong one changes features unseen.
+    """The number of attention heads, refused if nothing tells it: a wrong one changes features unseen.
 
     `size` is the encoder's (width, layers).
     """
     if heads is None:
-        raise MissingSettingError(
-            "num_heads",
-            f"{origin} does not tell how many attention heads its encoder has ({size[0]} wide, {size[1]} "
-            "layers): give it as num_heads= (--num_heads)",
-        )
+        raise MissingSettingError(num_heads=untold_heads(size, origin))
     return int(heads)
+
+
+def untold_heads(size: tuple[int, int], origin: str) -> str:
+    """Why the caller has to give the number of attention heads."""
+    return (
+        f"{origin} does not tell how many attention heads its encoder has ({size[0]} wide, {size[1]} "
+        "layers): give it as num_heads= (--num_heads)"
+    )

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.atomic import write_aside
-from nextblock.checkpoint import CheckpointError
+from nextblock.checkpoint import CheckpointError, refuse_non_finite
 from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
 from nextblock.interop.files import make_parent, refuse_directory
-from nextblock.interop.timm import data_at, encoder_at, require_numbers
+from nextblock.interop.timm import data_at, encoder_at
 from nextblock.logs import held_back
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier, pool_features
@@ -88,7 +88,9 @@ def write_onnx(
             f"attention {attention}: this classifier's head is made for {own!r}; leave it out",
         )
         attention = own
-    require_numbers(model.state_dict(), "the model")
+    if not isinstance(source, NextBlockModel):
+        raise OnnxError("an encoder of timm's is not written as ONNX; use timm's own export")
+    refuse_non_finite(model.state_dict(), "the model", "nothing was written; take an earlier checkpoint")
     layers, depth = tuple(layers or ()), source.config.depth
     require(
         len(set(layers)) == len(layers) and all(0 <= layer < depth for layer in layers),

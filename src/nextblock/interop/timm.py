@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -30,11 +28,12 @@ from nextblock.checkpoint import (
     is_safetensors,
     load_strictly,
     read_metadata,
+    write_safetensors,
 )
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
 from nextblock.interop.files import MAIN_FILES, make_parent, read_content, read_json, unwrapped
-from nextblock.interop.names import count_numbered, needed, on_cpu, patch_shape, ratio_of, require_heads
+from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, require_heads
 from nextblock.interop.timm_models import NextBlockViT, model_args
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
@@ -114,15 +113,11 @@ def write_timm(
             name: settings.get(name) for name in ("fixed_input_size", "first_conv", "classifier")
         }
     described |= {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained_cfg}
-    weights = on_cpu(model.encoder.state_dict())
-    require_numbers(weights, "the model")
     make_parent(directory)
     with write_aside(directory) as aside:
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, aside / MAIN_FILES[0], metadata=metadata)
-        # safetensors gives its files mode 0600; config.json got what the umask allows.
-        shutil.copymode(aside / "config.json", aside / MAIN_FILES[0])
+        write_safetensors(aside / MAIN_FILES[0], model.encoder.state_dict(), metadata)
         card = _card(model, architecture, address or f"local-dir:{directory.name}", data, provenance)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -187,7 +182,7 @@ def encoder_at(
     if image_size is not None and pair(image_size) != pair(config.image_size):
         block_size = config.block_size if config.feature_attention == "causal" else 1
         config = replace(config, image_size=image_size, block_size=block_size)
-    weights = on_cpu(model.encoder.state_dict())
+    weights = dict(model.encoder.state_dict())
     weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
     return _encoder(config, weights, "the model")
 
@@ -234,7 +229,7 @@ def read_timm(
         )
     config, described = own_config(path), described_at(path)
     weights = unwrapped(read_content(file)) if weights is None else weights
-    require_numbers(weights, origin)
+    only_tensors(weights, origin)
     if config is not None:
         return _encoder(config, weights, origin)
     if not described:
@@ -307,21 +302,6 @@ def own_config(path: Path) -> ModelConfig | None:
             f"timm's {architecture} with attention {config.feature_attention}; take both from one place"
         )
     return config
-
-
-def require_numbers(weights: Mapping[str, Any], origin: str) -> None:
-    """Refuse what is no tensor, and NaN and inf, by name."""
-    strange = [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]
-    if strange:
-        raise CheckpointError(
-            f"{origin} holds more than tensors ({', '.join(strange[:3])}); save the state_dict"
-        )
-    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if bad:
-        raise CheckpointError(
-            f"{len(bad)} tensors of {origin} contain NaN or inf ({', '.join(bad[:3])}); take an earlier "
-            "checkpoint"
-        )
 
 
 # ---------------------------------------------------------------------------------- from a timm ViT to ours
@@ -435,7 +415,7 @@ def _encoder(
     config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
 ) -> NextBlockModel:
     """A model without a predictor that has these weights; `like` must consist of the same modules."""
-    with torch.random.fork_rng(devices=[]):  # its fresh weights are overwritten at once
+    with torch.device("meta"):  # without weights of its own, in no time
         model = NextBlockModel(config)
     if like is not None:
         # Names and shapes of weights do not tell all: another activation, epsilon or order of norms has no
@@ -455,7 +435,10 @@ def _encoder(
 def _modules(vit: nn.Module) -> dict[str, str]:
     """The kind and arguments of every module that has an effect; a bias may be missing, it is then zero."""
     return {
-        name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})")
+        # Our `Layer` is timm's `Block` but for drop path, which has no effect here.
+        name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})").replace(
+            "Layer()", "Block()"
+        )
         for name, module in vit.named_modules()
         if name and not any(part in name for part in WITHOUT_EFFECT)
     }

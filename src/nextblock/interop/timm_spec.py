@@ -22,14 +22,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from nextblock.checkpoint import CheckpointError, is_safetensors, read_data
+from nextblock.checkpoint import CheckpointError, is_safetensors, read_data, refuse_non_finite
 from nextblock.config import DataConfig, pair
 from nextblock.interop.cards import UNSPECIFIED, Provenance
 from nextblock.interop.hub import HubError, hub_errors
 from nextblock.interop.timm import (
     described_at,
     own_config,
-    require_numbers,
     timm_architecture,
 )
 from nextblock.models.timm_encoder import TimmEncoder
@@ -122,7 +121,7 @@ def timm_model(spec: str) -> nn.Module:
             f"timm cannot give {spec}: {reason}; give whole weights of this architecture, under timm's names"
         ) from error
     if has_weights:
-        require_numbers(model.state_dict(), spec)
+        refuse_non_finite(model.state_dict(), spec, "take other weights")
     return model
 
 

@@ -42,7 +42,7 @@ class HuggingFaceSource(EncodedSource):
             with held_back(logging.CRITICAL, "datasets", "huggingface_hub"):
                 self._rows, self._folders = _load(name, path, options)
         except ImportError as error:
-            raise DataError(f"{spec!r} needs a package: pip install 'nextblock[datasets]'") from error
+            raise DataError(f"{spec!r} needs a package: pip install datasets") from error
         except Exception as error:  # the library and its parts raise anything
             cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
             reason = f"{spec!r}: {' '.join(str(cause).split()).rstrip('.') or type(cause).__name__}"

@@ -47,7 +47,7 @@ class RemoteTarSource(tar.TarSource):
         try:
             _file_system(urls[0])
         except ImportError as error:
-            package = "gcsfs" if spec.startswith("gs:") else "'nextblock[remote]'"
+            package = "gcsfs" if spec.startswith("gs:") else "fsspec aiohttp s3fs"
             raise ValueError(f"{spec!r} needs a package ({error}): pip install {package}") from error
         folder = tar.cache_dir(data, "remote")
         with suppress(OSError):  # told when the first copy is to be kept; indexes alone may be there already

@@ -280,8 +280,7 @@ def parquet_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            "a .parquet file needs the package pyarrow: pip install 'nextblock[datasets]'; or write .npy or "
-            ".safetensors"
+            "a .parquet file needs the package pyarrow: pip install pyarrow; or write .npy or .safetensors"
         ) from error
 
 

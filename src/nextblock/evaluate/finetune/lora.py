@@ -61,6 +61,6 @@ def _import_peft() -> Any:
     except ImportError as error:
         raise MissingPeftError(
             f"lora.rank needs peft, which cannot be imported ({error}); "
-            "pip install 'nextblock[lora]', or train the whole network (lora.rank 0)"
+            "pip install peft, or train the whole network (lora.rank 0)"
         ) from error
     return peft

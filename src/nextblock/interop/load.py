@@ -1,0 +1,280 @@
+"""Models from anywhere: a file's format is told by its content, a directory's by what lies in it.
+
+RUN, a checkpoint, a probe's head, MODEL.safetensors     what this package writes
+*.ckpt, mp_rank_00_model_states.pt                       official XTRA: models and classifiers
+backbone.pth and head.pth, AIM's training layout         official AIM, also as a distributed checkpoint
+DIR with a timm config.json, a ViT's state dict          timm
+hf:USER/NAME, hf:USER/NAME/FILE, timm:NAME               any of these from the hub, or by timm's name
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nextblock.checkpoint import (
+    MODEL_FILE,
+    CheckpointError,
+    MissingSettingError,
+    UnknownFormatError,
+    blame,
+    is_safetensors,
+    latest_checkpoint,
+    read_metadata,
+    read_model,
+)
+from nextblock.config import Size
+from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim, stores_positions
+from nextblock.interop.files import (
+    AIM_FILES,
+    WEIGHT_SUFFIXES,
+    choose_weights,
+    is_distributed,
+    read_content,
+    read_json,
+    unwrapped,
+)
+from nextblock.interop.hub import fetch, is_hub_spec
+from nextblock.interop.names import only_tensors
+from nextblock.interop.options import LoadOptions, ProbeLayers
+from nextblock.interop.timm import from_timm, is_timm_directory, is_timm_weights, read_timm
+from nextblock.interop.timm_spec import TIMM_SPEC, open_timm_encoder, parse_timm_spec, timm_model
+from nextblock.interop.xtra import is_xtra, read_xtra
+from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
+from nextblock.models.heads import ImageClassifier
+from nextblock.models.timm_encoder import TimmConfig
+
+__all__ = ["Found", "load", "load_classifier", "load_model", "open_encoder", "own_file", "read"]
+
+DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
+"""The model in what DeepSpeed, and Lightning with it, save as a directory."""
+KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and ViTs, hf:USER/NAME, timm:NAME"
+
+
+class Found(NamedTuple):
+    """A model, and what is known of how it was found."""
+
+    model: NextBlockModel | ImageClassifier
+    format: str
+    path: Path | None
+    """The file or directory; None for a model that timm knows by name."""
+    assumed: Mapping[str, str] = {}
+    """Settings that neither the caller nor the file told, with the reason why they matter."""
+
+    @property
+    def encoder_model(self) -> EncoderModel:
+        """The model itself, or that of a classifier."""
+        return self.model if isinstance(self.model, NextBlockModel) else self.model.encoder_model
+
+
+class _Format(NamedTuple):
+    name: str
+    recognises: Callable[[Any], bool]
+    read: Callable[[Any, Path, str, LoadOptions], NextBlockModel | ImageClassifier]
+    takes: tuple[str, ...]
+    """Settings that the caller may give."""
+
+
+def _read_aim(
+    content: Any, _file: Path, origin: str, options: LoadOptions
+) -> NextBlockModel | ImageClassifier:
+    return read_aim(content, origin, options, None if options.head is None else _read_head(options.head))
+
+
+def _read_xtra(
+    content: Any, _file: Path, origin: str, options: LoadOptions
+) -> NextBlockModel | ImageClassifier:
+    return read_xtra(content, origin, options)
+
+
+def _read_timm(content: Any, file: Path, origin: str, options: LoadOptions) -> NextBlockModel:
+    # The file's metadata and the config.json beside it say what the weights do not: mask, epsilon, heads.
+    return read_timm(
+        file,
+        only_tensors(unwrapped(content), origin),
+        num_heads=options.num_heads,
+        drop_prefix_tokens=options.drop_prefix_tokens,
+    )
+
+
+FORMATS = (
+    _Format(
+        "official AIM", is_aim, _read_aim, ("head", "num_heads", "probe_layers", "image_size", "norm_eps")
+    ),
+    _Format("official XTRA", is_xtra, _read_xtra, ("num_heads",)),
+    _Format(
+        "timm state dict", lambda content: is_timm_weights(unwrapped(content)), _read_timm, ("num_heads",)
+    ),
+)
+"""Formats of others, in the order in which a file is tried."""
+
+
+def load(
+    src: str | Path,
+    head: str | Path | None = None,
+    *,
+    num_heads: int | None = None,
+    probe_layers: ProbeLayers | None = None,
+    image_size: Size | None = None,
+    norm_eps: float | None = None,
+) -> NextBlockModel | ImageClassifier:
+    """Build the model or classifier that a run, a file, `hf:USER/NAME[/FILE]` or `timm:NAME` holds.
+
+    The result is on the CPU, in fp32 and evaluation mode. `head` is the second file of an AIM classifier; the
+    other arguments say what a foreign file does not tell (see `LoadOptions`). Raises `CheckpointError` if a
+    file is not understood, is damaged, or does not tell enough.
+    """
+    options = LoadOptions(
+        head=head, num_heads=num_heads, probe_layers=probe_layers, image_size=image_size, norm_eps=norm_eps
+    )
+    return read(src, options).model
+
+
+def load_model(src: str | Path, **settings: Any) -> NextBlockModel:
+    """Load what can encode and perhaps predict: of a classifier, its encoder, timm's if it can be ours."""
+    return as_model(read(src, LoadOptions(**settings)), str(src))
+
+
+def load_classifier(src: str | Path, head: str | Path | None = None, **settings: Any) -> ImageClassifier:
+    """Load as `load` does what must be a classifier; `CheckpointError` if it is a model without a head."""
+    # Of timm only the encoder is taken, and not every one of them can be loaded as one of ours.
+    is_timm = str(src).startswith(TIMM_SPEC) or is_timm_directory(Path(src))
+    found = None if is_timm else load(src, head, **settings)
+    if found is None or isinstance(found, NextBlockModel):
+        raise CheckpointError(
+            f"{src} holds no classification head; `nextblock probe` and `nextblock finetune` train one, and "
+            "write it in a directory of its name"
+        )
+    return found
+
+
+def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderModel:
+    """What can be evaluated: an encoder of ours, or any transformer of timm; of a classifier, its encoder.
+
+    "timm:NAME" is taken as it is, with its class and register tokens; only `nextblock_vit`, which is
+    our own encoder under timm's name, comes back as ours.
+    """
+    spec = str(src)
+    if not spec.startswith(TIMM_SPEC) or parse_timm_spec(spec).name.startswith("nextblock_vit"):
+        return read(src, LoadOptions(num_heads=num_heads)).encoder_model
+    if num_heads is not None:
+        raise ValueError(f"{spec} tells its attention heads itself; leave num_heads out")
+    return open_timm_encoder(spec)
+
+
+def as_model(found: Found, origin: str, *, drop_prefix_tokens: bool = False) -> NextBlockModel:
+    """Of a classifier its encoder; `CheckpointError` if that is timm's and of another kind than ours."""
+    model = found.encoder_model
+    if isinstance(model, TimmEncoder):
+        return from_timm(model.encoder, origin, drop_prefix_tokens=drop_prefix_tokens)
+    return model
+
+
+def read(src: str | Path, options: LoadOptions) -> Found:
+    """Build what `src` holds, on the CPU, in fp32 and evaluation mode; `CheckpointError` says why not."""
+    named = str(src).startswith(TIMM_SPEC)  # an unknown name is the caller's mistake, not a damaged file
+    with blame(src, values_of_caller=named or bool(options.given)):
+        found = _read(src, options)
+    config = found.encoder_model.config
+    heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
+    if options.num_heads not in (None, heads):
+        raise ValueError(
+            f"{src} has {heads} attention heads, as it tells itself, and not {options.num_heads}; leave "
+            "num_heads out"
+        )
+    return found
+
+
+def _read(src: str | Path, options: LoadOptions) -> Found:
+    origin = str(src)
+    if origin.startswith(TIMM_SPEC):
+        options.refuse_others(("num_heads",), origin)
+        model = from_timm(timm_model(origin), origin, drop_prefix_tokens=options.drop_prefix_tokens)
+        return Found(model, "timm model", None)
+    path = fetch(origin) if is_hub_spec(src) else Path(src)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; known: {KNOWN}")
+    if is_timm_directory(path):
+        options.refuse_others(("num_heads",), origin)
+        return Found(read_timm(path, drop_prefix_tokens=options.drop_prefix_tokens), "timm directory", path)
+    own = own_file(path)
+    if own is not None:
+        options.refuse_others(("num_heads",), origin)
+        return Found(read_model(own), "nextblock", path)
+    files = _weight_files(path, origin)
+    if len(files) == len(AIM_FILES):
+        options = replace(options, head=options.head or files[1])
+    return _read_foreign(files[0], path, origin, options)
+
+
+def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> Found:
+    """Read a file that this package did not write; its content is read once."""
+    content = read_content(file)
+    if is_aim_head(content):
+        raise UnknownFormatError(
+            f"{origin} is the head of an AIM classifier alone; load its backbone, with head= this file "
+            "(--head)",
+            file,
+            content,
+        )
+    format_ = next((one for one in FORMATS if one.recognises(content)), None)
+    if format_ is None:
+        held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
+        raise UnknownFormatError(
+            f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}",
+            file,
+            content,
+        )
+    options.refuse_others(format_.takes, origin)
+    assumed: dict[str, str] = {}
+    if format_.name == "official AIM":
+        beside = hub_settings(read_json(file.parent / "config.json"), content)
+        options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
+        if options.image_size is None and not stores_positions(content):
+            assumed["image_size"] = "Apple's; the file tells none, and the encoder takes any (--image_size)"
+    try:
+        model = format_.read(content, file, origin, options)
+    except MissingSettingError as error:
+        if not error.reasons.keys() <= options.fallback.keys():
+            raise
+        assumed |= error.reasons
+        values = {name: options.fallback[name] for name in error.reasons}
+        model = format_.read(content, file, origin, replace(options, **values))
+    return Found(model, format_.name, path, assumed)
+
+
+def _weight_files(path: Path, origin: str) -> list[Path]:
+    """A file itself; of a directory, the model's one or, for a backbone and its head, two."""
+    if not path.is_dir() or is_distributed(path):
+        return [path]
+    deepspeed = [path / name for name in DEEPSPEED_FILES if (path / name).is_file()]
+    if deepspeed:
+        return deepspeed[:1]
+    files = [file.name for file in path.iterdir() if file.is_file()]
+    chosen = choose_weights(files, origin, as_named=f"{path}/{{}}")
+    if not chosen:
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds no model: looked for {MODEL_FILE}, checkpoints/step_*/{MODEL_FILE}, a timm "
+            f"config.json and {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)}, found {found}"
+        )
+    return [path / name for name in chosen]
+
+
+def own_file(path: Path) -> Path | None:
+    """The model file in this package's own format that a file, a checkpoint or a run means, if one does."""
+    if not path.is_file():
+        latest = None if (path / MODEL_FILE).is_file() else latest_checkpoint(path / "checkpoints")
+        path = (latest or path) / MODEL_FILE
+    is_own = path.is_file() and is_safetensors(path) and read_metadata(path).get("format") == "nextblock"
+    return path if is_own else None
+
+
+def _read_head(src: str | Path) -> Any:
+    """The content of the second file of an AIM classifier."""
+    content = read_content(fetch(str(src)) if is_hub_spec(src) else Path(src))
+    if not is_aim_head(content):
+        raise CheckpointError(f"{src} is no head of an AIM classifier; give Apple's head file")
+    return content
