@@ -15,7 +15,7 @@ from nextblock.data import open_source
 from nextblock.models import NextBlockModel
 from nextblock.objective import block_targets
 from nextblock.tokens import KMeansTokenizer
-from nextblock.train.monitor import MonitorEvent
+from nextblock.train.monitors import MonitorEvent
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (
     PredictionMonitor,

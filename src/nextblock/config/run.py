@@ -64,8 +64,9 @@ class TrainConfig:
     """Images per optimizer step, over all micro-batches."""
     micro_batch_size: int | None = None
     """Images per forward pass; below batch_size gradients accumulate; null or more: the whole batch."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Autocast precision of forward and backward; weights stay fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast precision of forward and backward; weights stay fp32. auto: bf16 if the device computes in it,
+    else fp32; a run keeps the one that it began with."""
     predictor_fp32: bool = False
     """Run the predictor in fp32 under fp16, as official XTRA does (it may overflow)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -190,6 +191,8 @@ class RunConfig:
 
 _FREE_SETTINGS = (
     "preset",
+    "data.train",
+    "data.val",
     "data.workers",
     "data.max_bad_fraction",
     "data.cache_dir",

@@ -26,7 +26,7 @@ from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.models import NextBlockModel
 from nextblock.objective import NORMALIZE_EPS, baseline_losses, normalize_blocks
 from nextblock.tokens import KMeansTokenizer
-from nextblock.train.monitor import MonitorEvent
+from nextblock.train.monitors import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
 
 __all__ = [

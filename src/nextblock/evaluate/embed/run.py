@@ -50,8 +50,7 @@ from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import differences, identity_of
 from nextblock.models import EncoderModel
 from nextblock.models.features import FeatureConfig
-from nextblock.train.device import choose_device
-from nextblock.train.memory import keep_freed_memory
+from nextblock.train.runtime import choose_device, process_settings
 
 __all__ = ["embed", "embed_model", "feature_configs"]
 
@@ -68,9 +67,8 @@ def embed(config: EmbedConfig) -> Embeddings:
     `config.overwrite`. Raises `TooManyBadImages` where too many cannot be read.
     """
     model, data = open_model(config)
-    if choose_device(config.device).type == "cpu":
-        keep_freed_memory()
-    return embed_model(model, config, open_source(config.data, data), data)
+    with process_settings(choose_device(config.device)):
+        return embed_model(model, config, open_source(config.data, data), data)
 
 
 def embed_model(model: EncoderModel, config: EmbedConfig, source: Source, data: DataConfig) -> Embeddings:

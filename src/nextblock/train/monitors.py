@@ -1,0 +1,77 @@
+"""What is measured beside the training loss: reference losses, and what others look at while a run trains.
+
+The loop knows no monitor; the commands hand it some. A monitor draws no global random number and leaves the
+model as it found it (evaluation mode and `no_grad` are the loop's business), so that a run with and without
+it ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nextblock.models import NextBlockModel
+from nextblock.objective import baseline_losses, block_targets
+
+__all__ = ["Monitor", "MonitorEvent", "has_learned", "not_learned", "reference_losses"]
+
+
+class MonitorEvent(NamedTuple):
+    """When and where a monitor is called."""
+
+    step: int
+    """Optimizer steps done."""
+    run_dir: Path
+    """The run directory; a monitor writes into a folder of its own in it."""
+    device: torch.device
+    """The model's."""
+
+
+@runtime_checkable
+class Monitor(Protocol):
+    """Called every `every` (a duration such as "20ep"), and at the end of the run."""
+
+    every: str
+
+    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
+        """Look at the model (evaluation mode, no gradients); the result is logged under its names."""
+        ...
+
+
+def reference_losses(model: NextBlockModel, images: Float[Tensor, "b c h w"]) -> dict[str, float]:
+    """The loss on these normalised images of predictions that need no model.
+
+    Pixels: predicting "zero", and "copy_previous", the previous block. Tokens: predicting all alike,
+    "uniform", and by their "frequency" in these images.
+    """
+    config = model.config
+    if config.tokenizer is not None:
+        tokens = model.open_tokenizer()(images).cpu()
+        shares = tokens.flatten().bincount().double() / tokens.numel()
+        return {
+            "uniform": math.log(config.vocab_size),
+            "frequency": -torch.xlogy(shares, shares).sum().item(),
+        }
+    pixels = block_targets(images, model.orders[0], config.block_px, normalize=config.norm_pixels, start=0)
+    losses = baseline_losses(pixels[:, 1:], pixels[:, 0], config.loss)
+    return {name: loss.mean().item() for name, loss in losses.items()}
+
+
+def has_learned(loss: float, references: dict[str, float]) -> bool:
+    """Whether a loss is below that of predicting zero, or all tokens alike."""
+    return loss < references.get("zero", references.get("uniform", math.inf))
+
+
+def not_learned(loss: float, references: dict[str, float]) -> str:
+    """Cause and remedy if it is not."""
+    name = "zero" if "zero" in references else "uniform"
+    return (
+        f"the loss {loss:.4f} is not below {references.get(name, math.nan):.4f}, that of predicting "
+        f"{'zero' if name == 'zero' else 'all tokens alike'}: nothing is learned so far. Train longer, or "
+        "try another optim.lr, or look at the images"
+    )
