@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import signal
 from collections.abc import Iterable, Sequence
@@ -38,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     _check_statistics(config, (word.partition("=")[0].removeprefix("--") for word in argv))
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
     if options.json:
-        values = {**vars(result), "run_dir": str(result.run_dir), "has_learned": result.has_learned}
+        values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}
         end_with_json(values)
     return 0 if result.stopped_by is None else 128 + signal.Signals[result.stopped_by]
 
@@ -209,7 +208,6 @@ def _knn_obstacle(sources: dict[str, Source]) -> str | None:
 def _conclusion(result: TrainResult, sources: dict[str, Source]) -> list[str]:
     """How a run ended, where its weights are, and what to do next."""
     from nextblock.train.logging import losses_text
-    from nextblock.train.monitors import not_learned
 
     unreadable = f"; unreadable images: {result.num_bad}, see quarantine.jsonl" if result.num_bad else ""
     if result.stopped_by is not None and result.step == 0:
@@ -221,9 +219,8 @@ def _conclusion(result: TrainResult, sources: dict[str, Source]) -> list[str]:
         ]
     ending = f"{result.step} steps, in {result.run_dir}{unreadable}"
     lines = [f"complete: {ending}"]
-    if not result.has_learned:
-        warning = not_learned(result.losses.get("loss", math.nan), result.baselines)
-        lines = [f"ended without learning: {ending}", f"WARNING: {warning}"]
+    if result.warning is not None:
+        lines = [f"ended without learning: {ending}", f"WARNING: {result.warning}"]
     lines.append(losses_text(result.losses, result.baselines))
     lines.append(f"weights: {result.run_dir}/checkpoints/step_{result.step:08d}/model.safetensors; next:")
     run, spec = str(result.run_dir), sources["train"].parts[0].spec

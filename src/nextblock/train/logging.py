@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -19,9 +19,7 @@ from rich.text import Text
 
 from nextblock.atomic import WriteError, writing
 from nextblock.config import RunConfig, pair
-
-if TYPE_CHECKING:
-    from torch import nn
+from nextblock.models import NextBlockModel
 
 __all__ = ["MetricsLog", "Reporter", "StepOutcome", "Tick", "Window", "clock", "losses_text", "opening_lines"]
 
@@ -306,7 +304,7 @@ def clock(seconds: float) -> str:
 
 def opening_lines(
     config: RunConfig,
-    model: nn.Module,
+    model: NextBlockModel,
     *,
     device: str,
     images: int,
@@ -314,14 +312,12 @@ def opening_lines(
     steps_per_epoch: int,
     total_steps: int,
     step: int,
-    checkpoints: Path,
+    directory: Path,
 ) -> list[str]:
     """What a run is about to do, in a few lines."""
     settings = config.model
-    params = {
-        name: sum(p.numel() for p in part.parameters()) / 1e6
-        for name, part in (("encoder", model.encoder), ("predictor", model.predictor))
-    }
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    predictor = sum(p.numel() for p in model.parameters()) - encoder
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, fp32
 
@@ -331,14 +327,14 @@ def opening_lines(
     micro = config.train.micro_batch_size
     in_parts = f" (micro-batches of {micro})" if micro is not None and micro < batch_size else ""
     lines = [
-        f"{device} · {config.train.precision} · encoder {params['encoder']:.1f} M, predictor "
-        f"{params['predictor']:.1f} M parameters",
+        f"{device} · {config.train.precision} · encoder {encoder / 1e6:.1f} M, predictor "
+        f"{predictor / 1e6:.1f} M parameters",
         f"image {times(pair(settings.image_size))} px -> {times(settings.grid)} patches of "
         f"{settings.patch_size} px -> {times(settings.block_grid)} blocks of "
         f"{times(pair(settings.block_size))} patches",
         f"{images:,} images, batch {batch_size:,}{in_parts} -> {steps_per_epoch:,} steps an epoch, "
         f"{total_steps:,} steps in {total_steps / steps_per_epoch:,.4g} epochs",
         f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {config.checkpoint.every} in "
-        f"{checkpoints}, the latest {config.checkpoint.keep} kept",
+        f"{directory}, the latest {config.checkpoint.keep} kept",
     ]
     return [*lines, f"resuming at step {step:,}"] if step else lines

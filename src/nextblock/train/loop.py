@@ -33,7 +33,7 @@ from nextblock.data import (
 from nextblock.optim import lr_at
 from nextblock.settings import Duration
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, opening_lines
-from nextblock.train.monitors import Monitor, MonitorEvent, has_learned, not_learned, reference_losses
+from nextblock.train.monitors import Monitor, MonitorEvent, not_learned, reference_losses
 from nextblock.train.run_dir import RunDir
 from nextblock.train.runtime import (
     autocast,
@@ -78,9 +78,9 @@ class TrainResult:
     """The loss of predictions that need no model."""
 
     @property
-    def has_learned(self) -> bool:
-        """Whether the training loss is below that of predicting zero, or all tokens alike."""
-        return has_learned(self.losses.get("loss", math.nan), self.baselines)
+    def warning(self) -> str | None:
+        """Cause and remedy if the training loss is not below that of predicting zero, or all tokens alike."""
+        return not_learned(self.losses.get("loss", math.nan), self.baselines)
 
 
 def train(
@@ -175,7 +175,7 @@ def train(
             steps_per_epoch=loader.steps_per_epoch,
             total_steps=total,
             step=trainer.step,
-            checkpoints=run.checkpoints,
+            directory=run.checkpoints,
         ):
             reporter.note(line)
         tensorboard = out / "tensorboard" if config.monitor.tensorboard and trainer.step < total else None
@@ -311,10 +311,10 @@ def train(
                             {"epoch": epoch, "lr": lr, **values, "bad": quarantine.count, **seen_by_part},
                         )
                         trainer.window = Window()
-                        was_behind = is_behind
-                        is_behind = trainer.step > warmup and not has_learned(values["loss"], baselines)
-                        if is_behind and not was_behind:
-                            log.warning("step %d: %s", trainer.step, not_learned(values["loss"], baselines))
+                        warning = not_learned(values["loss"], baselines) if trainer.step > warmup else None
+                        if warning is not None and not is_behind:  # once, until the loss falls below
+                            log.warning("step %d: %s", trainer.step, warning)
+                        is_behind = warning is not None
 
                     # Validation, pictures, kNN.
                     if val is not None and is_time(val_every):

@@ -18,7 +18,7 @@ from torch import Tensor
 from nextblock.models import NextBlockModel
 from nextblock.objective import baseline_losses, block_targets
 
-__all__ = ["Monitor", "MonitorEvent", "has_learned", "not_learned", "reference_losses"]
+__all__ = ["Monitor", "MonitorEvent", "not_learned", "reference_losses"]
 
 
 class MonitorEvent(NamedTuple):
@@ -62,16 +62,12 @@ def reference_losses(model: NextBlockModel, images: Float[Tensor, "b c h w"]) ->
     return {name: loss.mean().item() for name, loss in losses.items()}
 
 
-def has_learned(loss: float, references: dict[str, float]) -> bool:
-    """Whether a loss is below that of predicting zero, or all tokens alike."""
-    return loss < references.get("zero", references.get("uniform", math.inf))
-
-
-def not_learned(loss: float, references: dict[str, float]) -> str:
-    """Cause and remedy if it is not."""
-    name = "zero" if "zero" in references else "uniform"
+def not_learned(loss: float, references: dict[str, float]) -> str | None:
+    """Cause and remedy if a loss is not below that of predicting zero, or all tokens alike; else None."""
+    name, meaning = ("zero", "zero") if "zero" in references else ("uniform", "all tokens alike")
+    if loss < references.get(name, math.inf):
+        return None
     return (
         f"the loss {loss:.4f} is not below {references.get(name, math.nan):.4f}, that of predicting "
-        f"{'zero' if name == 'zero' else 'all tokens alike'}: nothing is learned so far. Train longer, or "
-        "try another optim.lr, or look at the images"
+        f"{meaning}: nothing is learned so far. Train longer, try another optim.lr, or look at the images"
     )
