@@ -163,21 +163,21 @@ def train(
         # ------------------------------------------------------------------------------------- the records
         if trainer.step < total:  # a finished run stays as it is
             run.begin(config, sources, device, trainer.step, overwrite=overwrite)
+            for line in opening_lines(
+                config,
+                trainer.model,
+                device=device_name(device),
+                images=len(source),
+                batch_size=loader.batch_size,
+                steps_per_epoch=loader.steps_per_epoch,
+                total_steps=total,
+                step=trainer.step,
+                directory=run.checkpoints,
+            ):
+                reporter.note(line)
         latest = run.cut_metrics(trainer.step or -1)  # what is written before the first step is written again
         quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction)
         baselines = run.baselines()
-        for line in opening_lines(
-            config,
-            trainer.model,
-            device=device_name(device),
-            images=len(source),
-            batch_size=loader.batch_size,
-            steps_per_epoch=loader.steps_per_epoch,
-            total_steps=total,
-            step=trainer.step,
-            directory=run.checkpoints,
-        ):
-            reporter.note(line)
         tensorboard = out / "tensorboard" if config.monitor.tensorboard and trainer.step < total else None
         metrics = MetricsLog(run.metrics, tensorboard, start_step=trainer.step)
 
@@ -218,7 +218,7 @@ def train(
             event = MonitorEvent(trainer.step, out, device)
             for monitor, every in zip(monitors, monitor_every, strict=True):
                 if at_start or is_time(every):
-                    reporter.busy_with = type(monitor).__name__
+                    reporter.busy_with = "pictures and kNN"
                     with trainer.looking() as model:
                         values = monitor(model, event)
                     record("monitor", values)
@@ -249,11 +249,11 @@ def train(
 
         # ---------------------------------------------------------------------------------------- the loop
         with stop_on_signals(reporter.finishing) as stop, reporter, closing(metrics):
-            reporter.begin(trainer.step, total)
             if is_tokenizer_new:
                 save()  # if the run is killed early, it resumes with the same tokens
             if trainer.step == 0:
                 observe(at_start=True)
+            reporter.begin(trainer.step, total)  # from here on the time left is estimated
             step_iterator = iter(loader)
             try:
                 while trainer.step < total and not stop:
