@@ -201,6 +201,7 @@ def save_checkpoint(
     data: DataConfig | None = None,
 ) -> Path:
     """Write `directory/step_XXXXXXXX`; `state` holds tensors, numbers, strings, lists and dicts only."""
+    directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step_{step:08d}"
     with write_aside(target) as aside:
         aside.mkdir()

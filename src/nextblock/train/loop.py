@@ -237,7 +237,6 @@ def train(
             # lines up to it would leave a gap in the curve.
             metrics.sync()
             run.check_present()
-            run.checkpoints.mkdir(exist_ok=True)
             save_checkpoint(run.checkpoints, trainer.model, trainer.state(), trainer.step, data=data)
             prune_checkpoints(
                 run.checkpoints,
