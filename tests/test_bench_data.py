@@ -18,7 +18,8 @@ from nextblock.bench.data import PHOTOS, SIZES, DataBench, plain_pipeline, write
 from nextblock.cli import main
 from nextblock.config import DataConfig
 from nextblock.data import TrainLoader, normalize, open_source
-from nextblock.train.trainer import StepOutcome, Trainer
+from nextblock.train.logging import StepOutcome
+from nextblock.train.trainer import Trainer
 from tiny_runs import metrics, run_toy
 from toy import ToySource
 

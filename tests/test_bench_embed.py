@@ -34,7 +34,6 @@ def test_flops_of_the_encoder_are_those_that_a_flop_counter_counts():
 @pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"is_jpeg": True}])
 def test_a_variant_embeds_its_images_and_tells_its_rate(monkeypatch, changes):
     monkeypatch.setattr("nextblock.data.workers.os.sched_getaffinity", lambda process: {0}, raising=False)
-    monkeypatch.setattr("nextblock.train.memory.keep_freed_memory", lambda: True)
     found = measure_embed(job(**changes))
     assert found["images_per_s"] > 0
     assert found["device"].startswith("cpu")

@@ -134,7 +134,8 @@ def test_a_checkpoint_comes_back_with_model_and_training_state(tmp_path):
     optimizer.step()
     path = save_checkpoint(tmp_path, model, {"step": 7, "optimizer": optimizer.state_dict()}, 7)
     assert path == tmp_path / "step_00000007"
-    assert files_in(tmp_path) == [path.name, f"{path.name}/model.safetensors", f"{path.name}/state.pt"]
+    names = ("checksums.json", "model.safetensors", "state.pt")
+    assert files_in(tmp_path) == [path.name, *(f"{path.name}/{name}" for name in names)]
     assert same_weights(read_model(path / "model.safetensors"), model)
     state, expected = load_state(path), optimizer.state_dict()
     assert state["step"] == 7
@@ -241,7 +242,7 @@ def test_all_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         pytest.skip("no /proc to tell a descriptor's file")
     monkeypatch.setattr(os, "fsync", note)
     path = save_checkpoint(tmp_path, tiny_model(), STATE, 1)
-    inside = {f".writing-{path.name}", "model.safetensors", "state.pt"}
+    inside = {f".writing-{path.name}", "checksums.json", "model.safetensors", "state.pt"}
     assert set(flushed[:-1]) == inside
     assert flushed[-1] == tmp_path.name  # the new name itself
 
@@ -255,7 +256,7 @@ def test_what_a_killed_process_left_half_written_is_not_seen_and_cleared_by_the_
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
     path = save_checkpoint(tmp_path, tiny_model(), STATE, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
-    assert files_in(path) == ["model.safetensors", "state.pt"]
+    assert files_in(path) == ["checksums.json", "model.safetensors", "state.pt"]
 
 
 # ----------------------------------------------------------------------------------------------- many of them
@@ -266,6 +267,7 @@ def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
     assert latest_checkpoint(tmp_path / "nowhere") is None
     for name in ("step_00000009", "step_100000000", "step_99999999", "step_x", "other"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
     assert latest_checkpoint(tmp_path) == tmp_path / "step_100000000"
 
 

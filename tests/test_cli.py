@@ -196,18 +196,16 @@ def test_a_run_stopped_by_a_signal_is_saved_and_says_so(tiny, tmp_path, monkeypa
     stopped, out, err = tiny("--json")
     assert stopped == code
     assert json.loads(out)["stopped_by"] == number.name
-    assert f"stopped by {number.name} after step 2 of 3, saved; the same command goes on" in err
+    assert f"stopped by {number.name} after step 2 of 3, saved; the same command resumes" in err
     assert checkpoints(tmp_path / "run") == ["step_00000002"]
     finished, out, err = tiny("--json")
     assert finished == 0
-    assert json.loads(out) == {
-        "run_dir": str(tmp_path / "run"),
-        "step": 3,
-        "total_steps": 3,
-        "stopped_by": None,
-        "num_bad": 0,
-    }
-    assert f"complete: 3 steps, in {tmp_path / 'run'}" in err
+    result = json.loads(out)
+    last, baselines = metrics(tmp_path / "run")[-1], json.loads((tmp_path / "run/baselines.json").read_text())
+    assert (result["run_dir"], result["step"], result["total_steps"]) == (str(tmp_path / "run"), 3, 3)
+    assert (result["stopped_by"], result["num_bad"]) == (None, 0)
+    assert (result["losses"], result["baselines"]) == ({"loss": last["loss"]}, baselines)
+    assert f"3 steps, in {tmp_path / 'run'}" in err
 
 
 def test_a_full_disk_is_a_failure_with_code_1(tiny, monkeypatch):

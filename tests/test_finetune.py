@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import nextblock
+import tiny_runs
 from nextblock.cli import main
-from nextblock.config import ModelConfig, TrainConfig
+from nextblock.config import ModelConfig
 from nextblock.evaluate.finetune.config import FinetuneConfig, LoraSettings
 from nextblock.evaluate.finetune.run import Sources, finetune_model
 from nextblock.evaluate.finetune.train import measure_classifier
@@ -36,28 +37,20 @@ QUICK = FinetuneConfig(
 LORA = replace(QUICK, lora=LoraSettings(rank=2))
 
 
-class Quiet:
-    """A reporter that keeps what it is told, and sends SIGTERM after a step if it is told to."""
+class Quiet(tiny_runs.Quiet):
+    """Keeps what it is told; may ask the run to stop after a step."""
 
     def __init__(self, stop_after=None):
-        self.stop_after, self.notes, self.ticks = stop_after, [], []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+        super().__init__()
+        self.stop_after = stop_after
 
     def begin(self, step, total_steps):
         self.began = (step, total_steps)
 
     def update(self, tick):
-        self.ticks.append(tick)
+        super().update(tick)
         if tick.step == self.stop_after:
             signal.raise_signal(signal.SIGTERM)
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 def tune(out, config=QUICK, *, reporter=None, train=None, measured=None, model=None, data=DATA):
@@ -128,7 +121,7 @@ def test_the_result_is_a_plain_classifier_that_measures_as_reported(tmp_path):
         DATA,
         image_size=16,
         batch_size=128,
-        precision=TrainConfig(precision="fp32"),
+        precision="fp32",
     )
     assert found.measures == result.reported.measures
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shlex
+import shutil
 import signal
 from dataclasses import replace
 
@@ -12,10 +14,11 @@ import pytest
 import torch
 
 import nextblock
+from nextblock.cli import main
 from nextblock.cli.arguments import resolve
 from nextblock.interop import load_model
 from nextblock.models.vit import sincos_positions
-from tiny_runs import TINY, Quiet, metrics, run_toy, settings, write_images
+from tiny_runs import TINY, TINY_FLAGS, Quiet, call_cli, metrics, refused, run_toy, settings, write_images
 
 
 def write_classes(folder, names):
@@ -30,19 +33,65 @@ def pretrain(tmp_path, reporter=None, **overrides):
     )
 
 
-def test_folders_that_are_no_common_classes_train_without_knn(tmp_path):
-    write_classes(tmp_path / "train", ["2021", "2022"])
-    write_classes(tmp_path / "val", ["2023", "2024"])
-    result = pretrain(tmp_path, **{"monitor.knn_every": "1ep"})
-    assert result.step == result.total_steps
-    assert not any("knn/top1" in line for line in metrics(tmp_path / "run", "monitor"))
+@pytest.mark.parametrize(
+    ("train", "val", "reason"),
+    [
+        (["cat", "dog"], ["cat", "dog"], None),
+        (["2021", "2022"], ["2023", "2024"], "data.train and data.val have different classes"),
+        (["cat"], ["cat"], "there is only one class"),
+        (
+            ["."],
+            ["."],
+            "data.train and data.val have no labels; the first folders of a directory are classes",
+        ),
+    ],
+)
+def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, train, val, reason):
+    write_classes(tmp_path / "train", train)
+    write_classes(tmp_path / "val", val)
+    reporter = Quiet()
+    pretrain(tmp_path, reporter, **{"monitor.knn_every": "1ep"})
+    assert any("knn/top1" in line for line in metrics(tmp_path / "run", "monitor")) == (reason is None)
+    told = [note for note in reporter.notes if "kNN is not measured" in note]
+    assert told == ([] if reason is None else [f"kNN is not measured: {reason}"])
 
 
-def test_folders_of_the_same_classes_are_measured_by_knn(tmp_path):
-    write_classes(tmp_path / "train", ["cat", "dog"])
-    write_classes(tmp_path / "val", ["cat", "dog"])
-    pretrain(tmp_path, **{"monitor.knn_every": "1ep"})
-    assert any("knn/top1" in line for line in metrics(tmp_path / "run", "monitor"))
+def test_a_complete_run_ends_with_its_losses_and_commands_that_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nextblock.train.loop.reference_losses", lambda *_: {"zero": 9.0})
+    for name in ("train", "val"):
+        write_classes(tmp_path / "my images" / name, ["cat", "dog"])
+    data = {name: str(tmp_path / "my images" / name) for name in ("train", "val")}
+    reporter, out = Quiet(), tmp_path / "my run"
+    result = nextblock.pretrain(TINY, out=out, reporter=reporter, data=data)
+    ended = reporter.notes.index(f"complete: 7 steps, in {out}")
+    losses, where, *commands = reporter.notes[ended + 1 :]
+    assert losses == f"loss {result.losses['loss']:.4f} (zero 9.00) · val {result.losses['val_loss']:.4f}"
+    assert where == f"weights: {out}/checkpoints/step_00000007/model.safetensors; next:"
+    assert [shlex.split(command)[1] for command in commands] == ["knn", "predict", "convert"]
+    for command in commands:
+        assert main([*shlex.split(command)[1:]]) == 0, capsys.readouterr().err
+
+
+def test_a_run_that_learned_nothing_does_not_end_as_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr("nextblock.train.loop.reference_losses", lambda *_: {"zero": 0.0})
+    write_images(tmp_path / "train", 8)
+    reporter = Quiet()
+    nextblock.pretrain(TINY, out=tmp_path / "run", reporter=reporter, data={"train": str(tmp_path / "train")})
+    ended = reporter.notes.index(f"ended without learning: 7 steps, in {tmp_path / 'run'}")
+    assert "is not below 0.0000, that of predicting zero" in reporter.notes[ended + 1]
+    assert not any(note.startswith("complete") for note in reporter.notes)
+
+
+def test_out_alone_resumes_a_run_from_its_own_settings(tmp_path, capsys):
+    write_images(tmp_path / "train", 8)
+    run = tmp_path / "exp[lr=3]"
+    words = ("pretrain", *TINY_FLAGS, "--out", run, "--data.train", tmp_path / "train")
+    assert call_cli(capsys, *words)[0] == 0
+    shutil.rmtree(run / "checkpoints")
+    code, _, err = call_cli(capsys, "pretrain", f"--out={run}")
+    assert (code, metrics(run)[-1]["step"]) == (0, 3)
+    assert f"3 steps, in {run}" in err
+    assert "nothing to train on" in refused(call_cli(capsys, "pretrain", "--out", tmp_path / "new"))
 
 
 def test_a_micro_batch_larger_than_the_batch_is_the_whole_batch(tmp_path):

@@ -48,7 +48,7 @@ def run_dir(tmp_path) -> Path:
     ]
     write_lines(run / "metrics.jsonl", lines)
     (run / "baselines.json").write_text('{"zero": 0.984375, "copy_previous": 1.5}')
-    (run / "environment.json").write_text('{"device": "a GPU"}')
+    (run / "environment.json").write_text('[{"device": "a GPU"}]')
     (run / "probe").mkdir()
     rows = [
         probe_row("attentive", "trained", 0.97),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import re
 import shutil
 import signal
+import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +18,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nextblock
 from nextblock.data import normalize
-from nextblock.train.schedule import Schedule
-from tiny_runs import TINY, Quiet, Remember, SignalAt, metrics, run_toy, same, settings, weights, write_images
+from tiny_runs import (
+    TINY,
+    Quiet,
+    Remember,
+    SignalAt,
+    checkpoints,
+    metrics,
+    run_toy,
+    same,
+    settings,
+    weights,
+    write_images,
+)
 from toy import ToySource
 
 NO_CROPS = {"data.flip": 0.0, "data.crop_scale": (1.0, 1.0), "data.crop_ratio": (1.0, 1.0)}
@@ -83,7 +98,8 @@ def test_a_line_of_metrics_tells_step_epoch_rate_loss_gradient_speed_and_holes(t
     train_lines, val_lines = metrics(tmp_path / "run"), metrics(tmp_path / "run", "val")
     assert [line["step"] for line in train_lines] == [2, 4, 6, 7]
     assert [line["step"] for line in val_lines] == [5, 7]
-    names = ["kind", "step", "epoch", "lr", "loss", "grad_norm", "images_per_s", "data_wait", "bad"]
+    names = ["kind", "step", "epoch", "lr", "loss", "grad_norm", "skipped"]
+    names += ["images_per_s", "data_wait", "bad"]
     assert all(list(line) == names for line in train_lines)
     assert all(list(line) == ["kind", "step", "val_loss", "val_bad"] for line in val_lines)
     assert [line["epoch"] for line in train_lines] == pytest.approx([0.4, 0.8, 1.2, 1.4])
@@ -109,8 +125,8 @@ def test_the_learning_rate_is_the_schedules(tmp_path):
 
 def test_environment_json_names_versions_device_and_command(tmp_path):
     run_toy(tmp_path / "run", {"train.duration": "1st"})
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert {"python", "platform", "packages", "device", "git_commit", "command"} == set(environment)
+    (environment,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert {"started", "host", "python", "platform", "git_commit", "command"} < set(environment)
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert environment["packages"]["nextblock"] == nextblock.__version__
     assert environment["device"].startswith("cpu")
@@ -157,24 +173,91 @@ def test_a_source_smaller_than_a_batch_is_the_batch_with_a_warning(tmp_path, cap
     assert "5 images, fewer than the batch of 8: a batch is all of them" in caplog.text
 
 
-def test_durations_are_counted_in_steps_of_the_real_batch():
-    config = settings(
-        {
-            "train.duration": "2ep",
-            "optim.warmup": "25%",
-            "checkpoint.every": "1ep",
-            "monitor.val_every": "0.5ep",
-        }
+def test_durations_are_counted_in_steps_of_the_real_batch(tmp_path):
+    changes = {
+        "train.duration": "2ep",
+        "optim.warmup": "25%",
+        "optim.start_lr": 0.0,
+        "checkpoint.every": "1ep",
+    }
+    sources = {"train": ToySource(40), "val": ToySource(8, seed=1)}
+    remember = Remember()
+    remember.every = "8sa"
+    run_toy(tmp_path / "run", {**changes, "monitor.val_every": "0.4ep"}, sources=sources, monitors=[remember])
+    assert [line["step"] for line in metrics(tmp_path / "run", "val")] == [2, 4, 6, 8, 10]
+    assert list(remember.weights) == list(range(11))
+    assert checkpoints(tmp_path / "run") == ["step_00000005", "step_00000010"]
+    assert metrics(tmp_path / "run")[1]["lr"] == TINY.optim.lr, "warm-up is two of ten steps"
+
+
+def test_a_checkpoint_every_so_many_minutes_goes_by_the_clock(tmp_path, monkeypatch):
+    minutes = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: 60 * next(minutes), perf_counter=time.perf_counter)
+    monkeypatch.setattr("nextblock.train.loop.time", clock)
+    # The clock is read once a step, and once more at each save.
+    run_toy(tmp_path / "run", {"checkpoint.every": "3min", "checkpoint.keep": 9})
+    assert checkpoints(tmp_path / "run") == [f"step_{step:08d}" for step in (3, 6, 7)]
+
+
+# ------------------------------------------------------------------------------------------------- the screen
+
+
+def test_before_the_first_step_the_screen_says_what_will_happen(tmp_path):
+    reporter = Quiet()
+    run_toy(
+        tmp_path / "run", {"train.duration": "2ep"}, reporter=reporter, monitors=[SignalAt(3, signal.SIGINT)]
     )
-    schedule = Schedule.of(config, [Remember()], batch_size=8, steps_per_epoch=10)
-    assert (schedule.total, schedule.warmup, schedule.val, schedule.monitors) == (20, 5, 5, (1,))
-    assert [step for step in range(1, 21) if schedule.must_save(step, since_last_s=0.0)] == [10, 20]
+    shown = reporter.notes[0].split(" · ")
+    assert (shown[0][:5], shown[1]) == ("cpu, ", "fp32")
+    assert re.fullmatch(r"encoder 0\.0 M, predictor 0\.0 M parameters", shown[2])
+    assert reporter.notes[1:3] == [
+        "image 16x16 px -> 4x4 patches of 4 px -> 2x2 blocks of 2x2 patches",
+        "40 images, batch 8 -> 5 steps an epoch, 10 steps in 2 epochs",
+    ]
+    size_mb = sum(path.stat().st_size for path in (tmp_path / "run").rglob("step_*/*")) / 1e6
+    told_mb = re.fullmatch(
+        r"a checkpoint of ([\d.]+) MB every 1000st in .*, the latest 2 kept", reporter.notes[3]
+    )
+    assert told_mb is not None
+    assert float(told_mb[1]) == pytest.approx(size_mb, abs=0.1)
+    run_toy(tmp_path / "run", {"train.duration": "2ep"}, reporter=reporter)
+    assert "resuming at step 3" in reporter.notes
 
 
-def test_a_checkpoint_every_so_many_minutes_goes_by_the_clock():
-    schedule = Schedule.of(settings({"checkpoint.every": "30min"}), [], batch_size=8, steps_per_epoch=10)
-    assert not schedule.must_save(100, since_last_s=1799.0)
-    assert schedule.must_save(101, since_last_s=1800.0)
+def test_progress_moves_within_a_step(tmp_path):
+    moves = []
+
+    class Moving(Quiet):
+        def within(self, step: int, share: float) -> None:
+            moves.append((step, share))
+
+    changes = {"train.micro_batch_size": 3, "train.duration": "2st"}
+    run_toy(tmp_path / "run", changes, reporter=Moving())
+    assert moves == [(0, 3 / 8), (0, 6 / 8), (1, 3 / 8), (1, 6 / 8)]
+
+
+def test_the_screen_keeps_the_last_validation_loss_also_after_a_resume(tmp_path):
+    sources = {"train": ToySource(40), "val": ToySource(12, seed=1)}
+    stopped, resumed = Quiet(), Quiet()
+    stop = [SignalAt(4, signal.SIGINT)]
+    changes = {"monitor.val_every": "3st"}
+    run_toy(tmp_path / "run", changes, sources=sources, reporter=stopped, monitors=stop)
+    result = run_toy(tmp_path / "run", changes, sources=sources, reporter=resumed)
+    losses = [line["val_loss"] for line in metrics(tmp_path / "run", "val")]
+    assert [tick.latest for tick in stopped.ticks] == [{}] * 3 + [{"val_loss": losses[0]}]
+    assert resumed.ticks[0].latest == {"val_loss": losses[0]}
+    assert result.losses == {"loss": metrics(tmp_path / "run")[-1]["loss"], "val_loss": losses[-1]}
+
+
+@pytest.mark.parametrize("zero", [0.0, 1000.0])
+def test_a_run_that_stays_above_predicting_zero_warns_once_and_is_not_called_learned(
+    tmp_path, monkeypatch, caplog, zero
+):
+    monkeypatch.setattr("nextblock.train.loop.reference_losses", lambda *_: {"zero": zero})
+    result = run_toy(tmp_path / "run", {"optim.warmup": "4st"})
+    warned = [record.message for record in caplog.records if "nothing is learned so far" in record.message]
+    assert [message[:7] for message in warned] == (["step 5:"] if zero == 0 else [])
+    assert (result.warning is None) == (zero > 0)
 
 
 # -------------------------------------------------------------------------------------------------- monitors

@@ -9,8 +9,11 @@ import math
 import os
 import resource
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,9 +73,8 @@ def test_one_step_that_is_not_finite_changes_no_weight_and_the_run_goes_on(tmp_p
     assert same(seen.weights[3], seen.weights[2])
     assert all(not same(seen.weights[step], seen.weights[step - 1]) for step in (1, 2, 4, 5, 6, 7))
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", 7).values())
-    assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False] * 2 + [True] + [False] * 4
+    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 0, 0, 0, 0]
     assert "step 2: loss" in caplog.text
-    assert "weights left as they are" in caplog.text
 
 
 def test_steps_that_are_not_finite_stop_the_run_and_overwrite_nothing(tmp_path, spoil):
@@ -89,6 +91,31 @@ def test_steps_that_are_not_finite_stop_the_run_and_overwrite_nothing(tmp_path, 
     assert checkpoints(tmp_path / "run") == ["step_00000002", "step_00000003"]
     assert same(weights(tmp_path / "run", 3), seen.weights[3])
     assert same(seen.weights[5], seen.weights[3])
+
+
+def test_a_skipped_step_is_left_out_of_its_line_of_metrics(tmp_path, spoil):
+    run_toy(tmp_path / "whole", {"train.duration": "2st"})
+    spoil({2}, factor=math.nan)
+    run_toy(tmp_path / "run", {"monitor.log_every": "3st"})
+    first, _, last = metrics(tmp_path / "run")
+    assert first["loss"] == pytest.approx(sum(line["loss"] for line in metrics(tmp_path / "whole")) / 2)
+    assert first["grad_norm"] > 0
+    assert (first["skipped"], last["skipped"]) == (1, 0)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    class Overflow:
+        every = "1st"
+
+        def __call__(self, model, event):
+            if event.step == 4:
+                next(model.parameters()).fill_(math.inf)
+            return {}
+
+    message = r"weights are not finite after step 4. The last checkpoint, .*step_00000003, is intact"
+    with pytest.raises(NonFiniteError, match=message):
+        run_toy(tmp_path / "run", {"checkpoint.every": "1st"}, monitors=[Overflow()])
+    assert checkpoints(tmp_path / "run") == ["step_00000002", "step_00000003"]
 
 
 def test_steps_that_are_not_finite_count_only_in_a_row(tmp_path, spoil):
@@ -179,12 +206,62 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "whole", 7)
 
 
-def test_a_damaged_state_names_the_checkpoint_to_remove(tmp_path):
-    run_toy(tmp_path / "run", {"checkpoint.every": "3st"}, monitors=[SignalAt(4, signal.SIGINT)])
+def cut_off(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, os.unlink])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog, name, damage):
+    saving = {"checkpoint.every": "3st"}
+    run_toy(tmp_path / "whole", saving)
+    run_toy(tmp_path / "run", saving, monitors=[SignalAt(4, signal.SIGINT)])
     latest = tmp_path / "run" / "checkpoints" / "step_00000004"
-    (latest / "state.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"remove {latest} to go on from the one before"):
-        run_toy(tmp_path / "run", {"checkpoint.every": "3st"})
+    damage(latest / name)
+    reporter = Quiet()
+    run_toy(tmp_path / "run", saving, reporter=reporter)
+    assert f"{name} " in caplog.text or f"{name}'" in caplog.text
+    assert "resuming from the checkpoint before it; renamed to damaged_step_00000004" in caplog.text
+    assert reporter.began_at == (3, 7)
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 7)
+
+
+def test_a_run_all_of_whose_checkpoints_are_damaged_does_not_begin_anew(tmp_path):
+    run_toy(tmp_path / "run", {"train.duration": "2st"})
+    flip_a_bit(tmp_path / "run" / "checkpoints" / "step_00000002" / "state.pt")
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged: .*state.pt"):
+        run_toy(tmp_path / "run", {"train.duration": "2st"})
+
+
+def test_the_loss_curve_is_on_the_disk_before_its_checkpoint_has_a_name(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: events.append(str(Path(f"/proc/self/fd/{fd}").readlink())) or fsync(fd)
+    )
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append(str(to)) or replace(self, to))
+    run_toy(tmp_path / "run", {"checkpoint.every": "3st"})
+    steps = [at for at, event in enumerate(events) if "/step_" in event and ".writing" not in event]
+    curve = [at for at, event in enumerate(events) if event.endswith("metrics.jsonl")]
+    named = [at for at in steps if Path(events[at]).name.startswith("step_")]
+    assert len(named) == 3
+    assert all(any(before < at for before in curve if before > last) for last, at in pairwise([-1, *named]))
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run_toy(tmp_path / "run", {"train.duration": "1st"})
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and "lock" not in path.name]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 def test_only_the_latest_checkpoints_and_those_for_good_are_kept(tmp_path):
@@ -263,6 +340,42 @@ def test_after_a_failure_signals_are_handled_as_before(tmp_path):
     with pytest.raises(CrashError):
         run_toy(tmp_path / "run", monitors=[CrashAt(2)])
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_call_leaves_the_process_as_it_found_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(7)
+    expected, told = torch.rand(3), []
+    torch.manual_seed(7)
+
+    class Look:
+        every = "1st"
+
+        def __call__(self, model, event):
+            told.append(torch.are_deterministic_algorithms_enabled())
+            return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "manual_seed", None)  # it would reseed GPUs
+        run_toy(tmp_path / "run", {"train.deterministic": True}, monitors=[Look()])
+    assert all(told)
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_an_emulated_precision_is_pointed_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    run_toy(tmp_path / "named", {"train.duration": "1st", "train.precision": "bf16"})
+    assert "train.precision bf16 is emulated on this cpu" in caplog.text
+    caplog.clear()
+    reporter = Quiet()
+    run_toy(tmp_path / "auto", {"train.duration": "1st", "train.precision": "auto"}, reporter=reporter)
+    assert "emulated" not in caplog.text
+    assert " · fp32 · " in reporter.notes[0]
 
 
 @pytest.mark.parametrize(

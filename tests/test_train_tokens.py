@@ -106,8 +106,8 @@ def test_a_fresh_run_fits_its_tokenizer_before_the_first_step_and_saves_it(tmp_p
     assert checkpoints(tmp_path / "run") == ["step_00000000"]
     centroids = weights(tmp_path / "run", 0)[CENTROIDS]
     trainer = Trainer(settings(TOKENS), CPU, None)
-    assert trainer.prepare_tokenizer(ToySource(40))
-    assert not trainer.prepare_tokenizer(ToySource(40)), "once"
+    assert trainer.fit_targets(ToySource(40))
+    assert not trainer.fit_targets(ToySource(40)), "once"
     assert torch.equal(trainer.model.state_dict()[CENTROIDS], centroids)
 
 

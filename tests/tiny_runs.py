@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from nextblock.config import (
 )
 from nextblock.data import Source
 from nextblock.models import NextBlockModel
-from nextblock.train import Monitor, MonitorEvent, Tick, TrainResult, train
+from nextblock.train import Monitor, MonitorEvent, Reporter, Tick, TrainResult, train
 from toy import ToySource
 
 CPU = torch.device("cpu")
@@ -104,23 +105,19 @@ def run_toy(
     )
 
 
-class Quiet:
+class Quiet(Reporter):
     """A reporter that keeps what it is told."""
 
     def __init__(self) -> None:
+        super().__init__(Console(file=io.StringIO()))
         self.notes: list[str] = []
         self.ticks: list[Tick] = []
 
-    def __enter__(self) -> Quiet:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
     def begin(self, step: int, total_steps: int) -> None:
         self.began_at = (step, total_steps)
+
+    def within(self, step: int, share: float) -> None:
+        pass
 
     def update(self, tick: Tick) -> None:
         self.ticks.append(tick)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,14 @@ __all__ = [
     "remove",
     "write_aside",
     "write_text",
+    "writing",
 ]
 
 OUTPUT_MARK = ".nextblock"
 """A file in every directory that nextblock wrote: a search for images passes such directories by."""
+
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
+"""What errors of torch's file writer name."""
 
 
 class WriteError(RuntimeError):
@@ -75,6 +80,22 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what goes wrong while `target` is written into a `WriteError` that says so."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save has no error of its own for a full disk. Other RuntimeErrors, such as CUDA's, are not
+        # about the file.
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
+            raise
+        raise WriteError(
+            f"could not write {target}: {error}. What was there before is intact; make room on "
+            "the disk, or choose another place, and run the same command again"
+        ) from error
+
+
+@contextmanager
 def write_aside(target: Path) -> Iterator[Path]:
     """Give a path beside `target` to write a file or directory to, flush it to disk, and move it into place.
 
@@ -82,19 +103,18 @@ def write_aside(target: Path) -> Iterator[Path]:
     for the instant between two renames, the name `.before-...`.)
     """
     aside = target.with_name(f".writing-{target.name}")
-    remove(aside)
-    try:
-        yield aside
-        _flush(aside)
-        _move_into_place(aside, target)
-        _flush_alone(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise WriteError(
-            f"could not write {target}: {error}. What was there before is intact; make room on "
-            "the disk, or choose another place, and run the same command again"
-        ) from error
-    finally:
+    with writing(target):
         remove(aside)
+        aside.touch()
+        mode = stat.S_IMODE(aside.stat().st_mode)  # what the umask gives; safetensors writes 0600
+        aside.unlink()
+        try:
+            yield aside
+            _flush(aside, mode)
+            _move_into_place(aside, target)
+            _flush_alone(target.parent)
+        finally:
+            remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,8 +124,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory with all in it; what is not there stays so."""
-    if path.is_dir():
+    """Remove a file, a link, or a directory with all in it; what is not there stays so."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -126,11 +146,13 @@ def _move_into_place(aside: Path, target: Path) -> None:
     remove(before)
 
 
-def _flush(path: Path) -> None:
-    """Flush a file, or a directory with all in it."""
+def _flush(path: Path, mode: int) -> None:
+    """Flush a file, or a directory with all in it; files get this mode."""
     if path.is_dir():
         for part in path.iterdir():
-            _flush(part)
+            _flush(part, mode)
+    else:
+        path.chmod(mode)
     _flush_alone(path)
 
 

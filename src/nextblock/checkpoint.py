@@ -3,8 +3,8 @@
 A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model",
 "classifier" or "timm classifier") and `config` (JSON), so the file alone is enough to build the network; and,
 if known, `data` (JSON): mean, deviation, resize and crop of its images. A checkpoint is a directory
-`step_00001234` with `model.safetensors` (encoder and predictor) and `state.pt` (optimizer, scaler, step),
-written aside, flushed to disk and renamed.
+`step_00001234` with `model.safetensors` (encoder and predictor), `state.pt` (optimizer, scaler, step) and
+their `checksums.json`, written aside, flushed to disk and renamed.
 
 The promise of `format_version`: every later release reads what an earlier one wrote. A file of a newer
 version than this one knows is refused.
@@ -12,7 +12,9 @@ version than this one knows is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -52,12 +54,16 @@ __all__ = [
     "save_checkpoint",
     "save_classifier",
     "save_model",
+    "set_damaged_aside",
     "write_safetensors",
 ]
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
+CHECKSUMS_FILE = "checksums.json"
 RECORDED_DATA = ("mean", "std", "val_resize_px", "val_crop")
 NAMES_SHOWN = 10
 
@@ -325,13 +331,46 @@ def save_checkpoint(
         aside.mkdir()
         save_model(aside / MODEL_FILE, model, data=data)
         torch.save(dict(state), aside / STATE_FILE)
+        sums = {name: _checksum(aside / name) for name in (MODEL_FILE, STATE_FILE)}
+        (aside / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1))
     return target
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the highest step, or None; what is half written has another name and is not seen."""
-    found = _checkpoints(directory)
-    return found[-1] if found else None
+    """The checkpoint of the highest step whose model has its right size, or None.
+
+    What is half written has another name and is not seen. `set_damaged_aside` looks at every byte.
+    """
+    for path in reversed(_checkpoints(directory)):
+        damage = _damage(path, model_size_only=True)
+        if damage is None:
+            return path
+        log.warning("%s; using the checkpoint before it", damage)
+    return None
+
+
+def set_damaged_aside(directory: Path) -> None:
+    """Rename checkpoints later than the last undamaged one, from which a run can resume, and say so.
+
+    Raises `CheckpointError` if all are damaged.
+    """
+    damaged = []
+    for path in reversed(_checkpoints(directory)):
+        damage = _damage(path)
+        if damage is None:
+            break
+        damaged.append((path, damage))
+    else:
+        if damaged:
+            raise CheckpointError(
+                f"all checkpoints in {directory} are damaged: {damaged[0][1]}; restore one, or begin anew "
+                "with --overwrite"
+            )
+    for path, damage in damaged:
+        aside = path.with_name(f"damaged_{path.name}")
+        log.warning("%s; resuming from the checkpoint before it; renamed to %s", damage, aside.name)
+        remove(aside)
+        path.rename(aside)
 
 
 def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
@@ -363,3 +402,26 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def _checksum(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _damage(checkpoint: Path, *, model_size_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is, as far as its checksums tell."""
+    sums_file = checkpoint / CHECKSUMS_FILE
+    try:
+        sums = json.loads(sums_file.read_text()) if sums_file.is_file() else {}
+        for name in (MODEL_FILE,) if model_size_only else (MODEL_FILE, STATE_FILE):
+            size = (checkpoint / name).stat().st_size
+            if name not in sums:  # written before there were checksums
+                continue
+            if size != sums[name]["bytes"]:
+                return f"{checkpoint / name} has {size} bytes instead of {sums[name]['bytes']}"
+            if not model_size_only and _checksum(checkpoint / name) != sums[name]:
+                return f"{checkpoint / name} is damaged: its checksum is another"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"{checkpoint} is damaged: {error}"
+    return None

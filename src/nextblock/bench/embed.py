@@ -193,15 +193,12 @@ def measure_embed(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from nextblock.models import NextBlockModel
-    from nextblock.train.device import device_name
-    from nextblock.train.memory import keep_freed_memory
+    from nextblock.train.runtime import device_name, process_settings
 
     device = set_up(job["device"], job["threads"])
-    if device.type == "cpu":
-        keep_freed_memory()
     model = NextBlockModel(from_dict(ModelConfig, job["model"]))
     watch = Stopwatch(synchronizer(device), job["clock"])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, process_settings(device):
         for label, images in (("warm-up", WARMUP_BATCHES * job["batch_size"]), ("embed", job["images"])):
             _embed(model, job, Path(folder), images, watch, label)
     return {

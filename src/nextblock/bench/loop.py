@@ -88,8 +88,8 @@ def measure_loop(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from nextblock.data import open_source
-    from nextblock.train import ConsoleReporter, train
-    from nextblock.train.device import device_name
+    from nextblock.train import Reporter, train
+    from nextblock.train.runtime import device_name
 
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
@@ -103,7 +103,7 @@ def measure_loop(job: dict[str, Any]) -> dict[str, Any]:
     sources = {"train": open_source("digits:split=train", config.data)}
     watch = Stopwatch(clock=job["clock"])
     with tempfile.TemporaryDirectory() as folder, _step_laps(watch) as laps_s:
-        train(config, Path(folder) / "run", sources, reporter=ConsoleReporter(_terminal()))
+        train(config, Path(folder) / "run", sources, reporter=Reporter(_terminal()))
     return {
         "laps_s": {name: laps[WARMUP_STEPS:] for name, laps in laps_s.items()},
         "batch_size": config.train.batch_size,

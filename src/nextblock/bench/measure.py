@@ -179,7 +179,7 @@ def set_up(device: str, threads: int | None) -> torch.device:
     """Choose a process's device and how many threads it has; null: as many as torch takes by itself."""
     import torch
 
-    from nextblock.train.device import choose_device
+    from nextblock.train.runtime import choose_device
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -191,7 +191,7 @@ def probe_heads(job: dict[str, Any]) -> Result:
 
     from nextblock.evaluate.probe.config import ProbeConfig
     from nextblock.evaluate.probe.run import probe
-    from nextblock.train.device import choose_device, device_name
+    from nextblock.train.runtime import choose_device, device_name
 
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])

@@ -8,6 +8,7 @@ every step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,8 +23,7 @@ from nextblock.data import Batch, Step, normalize
 from nextblock.data.order import StepKeys
 from nextblock.models import NextBlockModel
 from nextblock.settings import from_dict
-from nextblock.train.device import autocast, device_name
-from nextblock.train.memory import keep_freed_memory
+from nextblock.train.runtime import autocast, device_name, process_settings
 from nextblock.train.trainer import Trainer
 
 __all__ = ["StepJob", "measure_step", "plain_like"]
@@ -78,16 +78,15 @@ def measure_step(values: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every measured step and of its phases, losses of all steps, peak memory."""
     job: StepJob = from_dict(StepJob, values)
     device = set_up(job.device, job.threads)
-    if job.keep_memory and device.type == "cpu":
-        keep_freed_memory()
     watch = Stopwatch(synchronizer(device), job.clock)
     images = _images(job.model, job.batch_size)
     prepare = _ours if job.variant == "ours" else _plain
-    step = prepare(job, device, watch)
     losses = []
-    for index in range(WARMUP_STEPS + job.steps):
-        with watch.lap(STEP):
-            losses.append(step(index, images))
+    with process_settings(device) if job.keep_memory else nullcontext():
+        step = prepare(job, device, watch)
+        for index in range(WARMUP_STEPS + job.steps):
+            with watch.lap(STEP):
+                losses.append(step(index, images))
     return {
         "losses": losses,
         "laps_s": {label: laps[WARMUP_STEPS:] for label, laps in watch.laps_s.items()},
@@ -141,7 +140,7 @@ def _plain(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
         eps=optim.eps,
         fused=job.fused,
     )
-    precision = autocast(device, config.train)
+    precision = autocast(device, config.train.precision)
 
     def step(_: int, images: UInt8[Tensor, "b c h w"]) -> float:
         pixels = normalize(images.to(device), config.data.mean, config.data.std)

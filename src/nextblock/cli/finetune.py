@@ -47,9 +47,9 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> FinetuneRe
     """
     from nextblock.evaluate.finetune.run import CONFUSION
     from nextblock.evaluate.finetune.run import finetune as finetune_with
-    from nextblock.train import ConsoleReporter
+    from nextblock.train import Reporter
 
-    reporter = reporter or ConsoleReporter()
+    reporter = reporter or Reporter()
     result = finetune_with(from_keywords(FinetuneConfig, settings), reporter)
     if result.stopped_by is not None:
         reporter.note(

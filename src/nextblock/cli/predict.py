@@ -66,7 +66,7 @@ def predict(**settings: Any) -> PredictResult:
     from nextblock.data import open_source
     from nextblock.evaluate.features import evaluation_data
     from nextblock.interop import load_model
-    from nextblock.train.device import choose_device
+    from nextblock.train.runtime import choose_device
     from nextblock.visualize import predict as predict_images
 
     config = from_keywords(PredictConfig, settings)

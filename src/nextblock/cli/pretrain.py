@@ -1,7 +1,9 @@
-"""`nextblock pretrain`: train on any images, or go on with a run."""
+"""`nextblock pretrain`: train on any images, or resume a run."""
 
 from __future__ import annotations
 
+import shlex
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,24 +21,35 @@ __all__ = ["pretrain", "run"]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse the words and train; exits with 128 + signal where a signal stopped the run, which is saved."""
+    """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
     from nextblock.cli.arguments import build_parser, parse_run
 
     parser = build_parser("pretrain", "Train a vision transformer to predict the next block of an image.")
     parser.add_argument(
-        "--out", type=str, required=True, help="run directory; the same command again goes on in it"
+        "--out",
+        type=str,
+        required=True,
+        help="run directory; the same command resumes the run there, and so does --out alone",
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew where --out holds another run")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew if --out holds another run")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    config, options = parse_run(parser, argv)
+    config, options = parse_run(parser, [*_recorded_settings(argv), *argv])
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
     if options.json:
-        end_with_json({**vars(result), "run_dir": str(result.run_dir)})
-    if result.stopped_by is None:
-        return 0
-    import signal
+        values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}
+        end_with_json(values)
+    return 0 if result.stopped_by is None else 128 + signal.Signals[result.stopped_by]
 
-    return 128 + signal.Signals[result.stopped_by]
+
+def _recorded_settings(argv: Sequence[str]) -> list[str]:
+    """For `--out RUN` and nothing else: the words that stand for the run's own settings."""
+    words = [word for word in argv if word not in ("--json", "--overwrite")]
+    if len(words) == 1:
+        words = words[0].split("=", 1)
+    if len(words) != 2 or words[0] != "--out":
+        return []
+    config = Path(words[1]) / "config.yaml"
+    return ["--config", str(config)] if config.is_file() else []
 
 
 def pretrain(
@@ -47,19 +60,19 @@ def pretrain(
     reporter: Reporter | None = None,
     **overrides: Any,
 ) -> TrainResult:
-    """Train, or go on with the run in `out`, as `nextblock pretrain` does.
+    """Train, or resume the run in `out`, as `nextblock pretrain` does.
 
     `overrides` are settings by dotted name (`**{"optim.lr": 1e-4}`) or section (`data={"train": "DIR"}`).
     Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
     """
     from nextblock.data import open_source, open_sources
     from nextblock.data.doctor import shared_images
-    from nextblock.train import ConsoleReporter, train
+    from nextblock.train import Reporter, train
 
     config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     if overrides:
         config = resolve(config, overrides)
-    reporter = reporter or ConsoleReporter()
+    reporter = reporter or Reporter()
     for hint in _hints(config):
         reporter.note(hint)
     sources = {"train": open_sources(_train_specs(config), config.data)}
@@ -70,9 +83,13 @@ def pretrain(
             reporter.note(f"WARNING: {shared}")
     if config.data.normalize == "auto":
         config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
+    obstacle = _knn_obstacle(sources)
+    if obstacle is not None and config.monitor.knn_every is not None:
+        reporter.note(f"kNN is not measured: {obstacle}")
     monitors = _monitors(config, sources)
     result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
-    reporter.note(_conclusion(result))
+    for line in _conclusion(result, sources):
+        reporter.note(line)
     return result
 
 
@@ -131,7 +148,7 @@ def _hints(config: RunConfig) -> list[str]:
 
 
 def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
-    """Pictures of the same few images, and kNN accuracy where both sources have labels."""
+    """Pictures of the same few images, and kNN accuracy if both sources have the same classes."""
     from nextblock.evaluate.knn import KnnMonitor
     from nextblock.visualize import PredictionMonitor, some_images
 
@@ -141,7 +158,7 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     if settings.pictures_every is not None:
         images, _, _ = some_images(shown, config.data, size, settings.pictures)
         monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
-    if settings.knn_every is not None and _have_same_classes(sources):
+    if settings.knn_every is not None and _knn_obstacle(sources) is None:
         monitors.append(
             KnnMonitor(
                 sources["train"],
@@ -156,21 +173,43 @@ def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
     return monitors
 
 
-def _have_same_classes(sources: dict[str, Source]) -> bool:
-    """Whether there are images to validate on, labelled with the very classes of those to train on."""
-    if "val" not in sources or not all(source.has_labels for source in sources.values()):
-        return False
+def _knn_obstacle(sources: dict[str, Source]) -> str | None:
+    """Why kNN accuracy cannot be measured; None if it can."""
+    if "val" not in sources:
+        return "it needs labelled validation images, --data.val"
+    unlabelled = [f"data.{kind}" for kind, source in sources.items() if not source.has_labels]
+    if unlabelled:
+        return f"{' and '.join(unlabelled)} have no labels; the first folders of a directory are classes"
     names = sources["train"].class_names
-    return len(names) > 1 and names == sources["val"].class_names
+    if names != sources["val"].class_names:
+        return "data.train and data.val have different classes"
+    return "there is only one class" if len(names) < 2 else None
 
 
-def _conclusion(result: TrainResult) -> str:
+def _conclusion(result: TrainResult, sources: dict[str, Source]) -> list[str]:
+    """How a run ended, where its weights are, and what to do next."""
+    from nextblock.train.logging import losses_text
+
     unreadable = f"; unreadable images: {result.num_bad}, see quarantine.jsonl" if result.num_bad else ""
     if result.stopped_by is not None and result.step == 0:
-        return f"stopped by {result.stopped_by} before the first step: nothing to save yet"
+        return [f"stopped by {result.stopped_by} before the first step: nothing to save yet"]
     if result.stopped_by is not None:
-        return (
+        return [
             f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; "
-            f"the same command goes on{unreadable}"
-        )
-    return f"complete: {result.step} steps, in {result.run_dir}{unreadable}"
+            f"the same command resumes{unreadable}"
+        ]
+    ending = f"{result.step} steps, in {result.run_dir}{unreadable}"
+    lines = [f"complete: {ending}"]
+    if result.warning is not None:
+        lines = [f"ended without learning: {ending}", f"WARNING: {result.warning}"]
+    lines.append(losses_text(result.losses, result.baselines))
+    lines.append(f"weights: {result.run_dir}/checkpoints/step_{result.step:08d}/model.safetensors; next:")
+    run, spec = str(result.run_dir), sources["train"].parts[0].spec
+    commands = [
+        ["knn", "--model", run, "--train", spec]
+        if sources["train"].has_labels
+        else ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"],
+        ["predict", "--model", run, "--data", spec, "--out", f"{run}/predict"],
+        ["convert", run, f"{run}/timm", "--to", "timm"],
+    ]
+    return [*lines, *(f"  nextblock {shlex.join(words)}" for words in commands)]

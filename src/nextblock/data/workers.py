@@ -129,7 +129,7 @@ def _as_is(result: Any) -> Any:
 
 def _start(worker: int) -> None:  # noqa: ARG001 - the loader passes the worker's number
     """Ignore the signals that ask a run to stop; obey SIGTERM only from the parent, if the system tells."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         # A blocked signal waits to be fetched together with its sender: torch ends workers by SIGTERM too.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nextblock.atomic import write_aside, write_text
 from nextblock.checkpoint import MODEL_FILE
-from nextblock.config import DataConfig, TrainConfig
+from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, open_source
 from nextblock.evaluate.classify_config import ClassifyConfig
 from nextblock.evaluate.embed.files import check_writable, parquet_package
@@ -28,7 +28,7 @@ from nextblock.evaluate.features import check_bad, evaluation_data, iterate_feat
 from nextblock.evaluate.measures import Measures, Tally
 from nextblock.interop import load_classifier
 from nextblock.models.heads import ImageClassifier
-from nextblock.train.device import autocast, choose_device
+from nextblock.train.runtime import autocast, choose_device
 
 __all__ = ["ClassifiedImage", "ClassifyResult", "classify", "classify_images"]
 
@@ -129,7 +129,7 @@ def classify_images(
 def _logits(
     images: Float[Tensor, "b c h w"], *, classifier: ImageClassifier, config: ClassifyConfig
 ) -> tuple[Float[Tensor, "b classes"]]:
-    with autocast(images.device, TrainConfig(precision=config.precision)):
+    with autocast(images.device, config.precision):
         return (classifier(images).float(),)
 
 

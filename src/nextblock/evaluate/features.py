@@ -24,7 +24,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from nextblock.checkpoint import MODEL_FILE
-from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, TrainConfig
+from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size
 from nextblock.data import (
     BadSample,
     Batch,
@@ -43,7 +43,7 @@ from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import FeatureConfig, pool_features
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict
-from nextblock.train.device import autocast
+from nextblock.train.runtime import autocast
 
 __all__ = [
     "Extract",
@@ -122,7 +122,7 @@ def _encoder_features(
 ) -> tuple[Tensor, ...]:
     parts = []
     for some in images.split(chunk):
-        with autocast(images.device, TrainConfig(precision=precision)):
+        with autocast(images.device, precision):
             kinds: set[Attention] = {one.attention for one in wanted}
             encoded = {kind: model.encode(some, attention=kind) for kind in sorted(kinds)}
             norm = model.final_norm

@@ -43,7 +43,7 @@ from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import to_dict
-from nextblock.train.device import choose_device
+from nextblock.train.runtime import choose_device
 
 __all__ = ["Opened", "Subject", "feature_config", "markdown_table", "measured", "open_all", "subjects"]
 

@@ -36,7 +36,7 @@ from nextblock.evaluate.results import differences, identity_of
 from nextblock.evaluate.search_config import MAX_QUERIES, SearchConfig
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
-from nextblock.train.device import choose_device
+from nextblock.train.runtime import choose_device
 
 __all__ = [
     "ImageFile",

@@ -1,14 +1,14 @@
-"""The training engine: one loop, its records, and the protocol of those who look on."""
+"""The training engine: one loop, its records, its screen, and the protocol of monitors."""
 
 from __future__ import annotations
 
+from nextblock.train.logging import Reporter, Tick
 from nextblock.train.loop import NonFiniteError, TrainResult, train
-from nextblock.train.monitor import Monitor, MonitorEvent
-from nextblock.train.progress import ConsoleReporter, Reporter, Tick
-from nextblock.train.run_dir import RunDir, RunDirError
+from nextblock.train.monitors import Monitor, MonitorEvent
+from nextblock.train.run_dir import DamagedRunError, RunDir, RunDirError
 
 __all__ = [
-    "ConsoleReporter",
+    "DamagedRunError",
     "Monitor",
     "MonitorEvent",
     "NonFiniteError",

@@ -1,13 +1,12 @@
-"""The run directory: what belongs to one training, and whether a directory is the same run.
+"""The run directory: what belongs to one training, who may write to it, and whether it holds the same run.
 
 RUN/config.yaml        all settings, resolved
-    source.json        what was trained on: number of images and fingerprint of their list, also of each part
-                       of a mixture
-    environment.json   versions, device, git commit, command
-    baselines.json     what predicting without a model would cost on this data
+    source.json        number of images and fingerprint of their list, also of each part of a mixture
+    environment.json   a list, one entry for each start: versions, device, git commit, command
+    baselines.json     the loss of predictions that need no model, on this data
     metrics.jsonl      one JSON object a line
     quarantine.jsonl   images that could not be read
-    checkpoints/       step_00001234/{model.safetensors, state.pt}
+    checkpoints/       step_00001234/{model.safetensors, state.pt, checksums.json}
     pictures/  tensorboard/
 """
 
@@ -15,138 +14,158 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 
-from nextblock.atomic import OUTPUT_MARK, mark_output, write_aside
-from nextblock.checkpoint import latest_checkpoint
+from nextblock.atomic import OUTPUT_MARK, WriteError, exclusive, remove, write_text
+from nextblock.checkpoint import latest_checkpoint, set_damaged_aside
 from nextblock.config import DataConfig, RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.settings import from_dict, to_dict
-from nextblock.train.device import device_name
+from nextblock.train.runtime import device_name
 
-__all__ = ["RunDir", "RunDirError", "recorded_config"]
+__all__ = ["DamagedRunError", "RunDir", "RunDirError", "recorded_config"]
 
-PACKAGES = (
-    *("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow"),
-    "safetensors",
+T = TypeVar("T")
+
+PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
+FIRST_FILES = ("source.json", "environment.json", "config.yaml")
+"""What makes a directory a run, in the order of writing: other projects have a config.yaml as well."""
+OTHER_FILES = (
+    "baselines.json",
+    "metrics.jsonl",
+    "quarantine.jsonl",
+    "checkpoints",
+    "pictures",
+    "tensorboard",
 )
-FIRST_FILES = ("source.json", "environment.json")
-"""Written, in this order, before `config.yaml`, which makes a directory a run."""
+LOG_FILES = ("*.out", "*.err", "*.log", "slurm-*")
+"""What a scheduler may have put in a directory before its run begins."""
 
 
 class RunDirError(ValueError):
     """`--out` holds something else than this run."""
 
 
-class RunDir:
-    """Paths and records of a run: `open` checks the directory and writes nothing, `begin` writes."""
+class DamagedRunError(RuntimeError):
+    """A file of a run cannot be read."""
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+
+class RunDir:
+    """Paths and records of a run. Between `begin` and the end only the process that holds `locked` writes."""
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.overwrite = overwrite
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.jsonl"
-
-    @classmethod
-    def open(cls, path: Path, config: RunConfig, sources: dict[str, Source], *, overwrite: bool) -> RunDir:
-        """Check that the directory is free for a new run, or holds this very one.
-
-        Another run there is refused unless `overwrite`, so is the same run on other images; other files are
-        refused always.
-        """
-        run = cls(path, overwrite=overwrite)
-        if run.is_run():
-            if not overwrite:
-                run._check_same(config, sources)
-        elif path.exists() and not run._is_free():
-            raise RunDirError(f"{path} exists and is no run; choose another --out, or empty it")
-        return run
-
-    def begin(self, config: RunConfig, sources: dict[str, Source], device: torch.device) -> None:
-        """Make the directory (with `overwrite`, in place of the run that is there) and write what it is."""
-        if self.overwrite and self.is_run():
-            shutil.rmtree(self.path)
-        self.overwrite = False  # what is there from now on is this run's own
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunDirError(
-                f"cannot make the directory {self.path}: {error.strerror}; choose another --out"
-            ) from error
-        mark_output(self.path)
-        self._write("source.json", json.dumps(describe(sources, config.data), indent=1))
-        self._write("environment.json", json.dumps(environment(device), indent=1))
-        self._write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        self._is_anew = False
+        self._starts: list[dict[str, Any]] = []
 
     def is_run(self) -> bool:
-        """Whether a run was begun here: by three files, as other projects have a config.yaml as well."""
-        return all((self.path / name).is_file() for name in (*FIRST_FILES, "config.yaml"))
+        """Whether a run was begun here."""
+        return all((self.path / name).is_file() for name in FIRST_FILES)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that trains here; a directory that was made for nothing is removed again.
+
+        `RunDirError` if something else lies here, `InUseError` if another process trains here.
+        """
+        is_new = not self.path.exists()
+        if not is_new and not self.is_run() and not self._is_free():
+            raise RunDirError(f"{self.path} exists and is no run; choose another --out, or empty it")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(self.path))
+            except OSError as error:
+                raise RunDirError(
+                    f"cannot make or write the directory {self.path}: {error.strerror}; choose another --out"
+                ) from error
+            try:
+                yield
+            finally:
+                if is_new and not self.is_run() and self._is_free():
+                    remove(self.path)
 
     def _is_free(self) -> bool:
-        """Whether nothing is here but, perhaps, the first files of a run killed at its very start."""
-        if not self.path.is_dir():
-            return False
-        return all(
-            p.name.startswith((".writing-", OUTPUT_MARK)) or p.name in FIRST_FILES
-            for p in self.path.iterdir()
+        """Whether nothing is here but log files and, perhaps, what a run killed at its very start left."""
+        return self.path.is_dir() and all(
+            entry.name.startswith((".writing-", OUTPUT_MARK))
+            or entry.name in FIRST_FILES[:2]
+            or any(entry.match(pattern) for pattern in LOG_FILES)
+            for entry in self.path.iterdir()
         )
 
-    def latest(self) -> Path | None:
-        """The whole checkpoint to go on from, the latest; None where the run begins anew."""
-        return None if self.overwrite else latest_checkpoint(self.checkpoints)
+    # -------------------------------------------------------------------------------- the same run, or not
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines of metrics after `step`, and a last line that was cut off."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        self._write(self.metrics.name, "".join(kept))
+    def check(self, config: RunConfig, sources: dict[str, Source], *, overwrite: bool) -> RunConfig:
+        """The settings to train with; `RunDirError` if another run, or the same on other images, is here.
 
-    def baselines(self) -> dict[str, float] | None:
-        """What was measured when the run began."""
-        path = self.path / "baselines.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def write_baselines(self, values: dict[str, float]) -> None:
-        """Keep the baselines for later starts and for reports."""
-        self._write("baselines.json", json.dumps(values, indent=1))
-
-    def _check_same(self, config: RunConfig, sources: dict[str, Source]) -> None:
+        With `overwrite` the run here is replaced when this one begins. But if that is this very run, begun by
+        --overwrite and unfinished, the command is being repeated to resume it.
+        """
+        if not self.is_run():
+            return config
+        if not overwrite:
+            return self._checked(config, sources)
         try:
-            there = from_dict(RunConfig, yaml.safe_load((self.path / "config.yaml").read_text()))
+            config_here = self._checked(config, sources)
+            self._starts = self._read_starts()
+        except (RunDirError, DamagedRunError):
+            self._is_anew = True
+            return config
+        self._is_anew = not self._starts[0].get("overwrite") or bool(self._starts[-1].get("complete"))
+        return config if self._is_anew else config_here
+
+    def _checked(self, config: RunConfig, sources: dict[str, Source]) -> RunConfig:
+        settings = self._read("config.yaml", _settings, _LOST)
+        try:
+            there = from_dict(RunConfig, settings)
         except ValueError as error:
             raise RunDirError(
                 f"{self.path}/config.yaml is not of this version of nextblock: {error}; choose another --out"
             ) from error
-        differences = config.differences(there)
-        if differences:
+        if config.train.precision == "auto":  # a run keeps the precision it began with, on any device
+            config = replace(config, train=replace(config.train, precision=there.train.precision))
+        if differences := config.differences(there):
             listed = "; ".join(
                 f"{name}: {old!r} there, {new!r} now" for name, (new, old) in differences.items()
             )
-            raise RunDirError(
-                f"{self.path} holds another run ({listed}); choose another --out, the same settings to go "
-                "on, or --overwrite to begin anew"
+            longer = (
+                f". To train longer from its weights: --model.init {self.path} with another --out"
+                if "train.duration" in differences
+                else ""
             )
-        recorded = json.loads((self.path / "source.json").read_text())
+            raise RunDirError(
+                f"{self.path} holds another run ({listed}); choose another --out, the same settings to "
+                f"resume, or --overwrite to begin anew{longer}"
+            )
+        self._check_sources(config, sources)
+        return config
+
+    def _check_sources(self, config: RunConfig, sources: dict[str, Source]) -> None:
+        recorded = self._read("source.json", _json_object, _LOST)
         decoder = jpeg_decoder(config.data.decoder)
         if recorded.get("decoder", decoder) != decoder:
             raise RunDirError(
                 f"{self.path} was decoding JPEG with {recorded['decoder']}, this installation would with "
                 f"{decoder}, and some pixels would differ; install what it had, or "
                 "begin a new run with another --out"
+            )
+        if "val" in recorded and "val" not in sources:
+            raise RunDirError(
+                f"{self.path} validates on {recorded['val']['spec']!r}; name these images again: --data.val"
             )
         for kind, source in sources.items():
             changed = _changed(source, recorded.get(kind, {}))
@@ -159,31 +178,138 @@ class RunDir:
                     "a new run with another --out"
                 )
 
-    def _write(self, name: str, text: str) -> None:
-        with write_aside(self.path / name) as aside:
-            aside.write_text(text)
+    def latest(self) -> Path | None:
+        """The checkpoint to resume from, the latest that is undamaged; None if the run begins."""
+        if self._is_anew:
+            return None
+        set_damaged_aside(self.checkpoints)
+        return latest_checkpoint(self.checkpoints)
+
+    # --------------------------------------------------------------------------------------------- records
+
+    def begin(
+        self,
+        config: RunConfig,
+        sources: dict[str, Source],
+        device: torch.device,
+        step: int,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write what this run is and that it starts from `step`; with `overwrite`, remove the one before."""
+        if self._is_anew:
+            # Only what a run writes, and what makes it a run last: killed here, the command can be repeated.
+            for name in (*OTHER_FILES, *FIRST_FILES):
+                remove(self.path / name)
+            self._is_anew = False
+        self._starts = self._read_starts() if self.is_run() else []
+        self._starts.append({**environment(device), "step": step, "overwrite": overwrite, "complete": False})
+        write_text(self.path / "source.json", json.dumps(describe(sources, config.data), indent=1))
+        self._write_starts()
+        write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+    def complete(self) -> None:
+        """Note that the run is complete."""
+        self._starts = self._read_starts()
+        if not self._starts[-1].get("complete"):
+            self._starts[-1]["complete"] = True
+            self._write_starts()
+
+    def _read_starts(self) -> list[dict[str, Any]]:
+        remedy = "remove it and put an empty list, [], in its place"
+        starts = self._read("environment.json", json.loads, remedy)
+        return [starts] if isinstance(starts, dict) else starts or [{}]
+
+    def _write_starts(self) -> None:
+        write_text(self.path / "environment.json", json.dumps(self._starts, indent=1))
+
+    def check_present(self) -> None:
+        """`WriteError` if the run was removed while it trained: a checkpoint alone could not be resumed."""
+        if not self.is_run():
+            raise WriteError(
+                f"{self.path} was removed or emptied while the run was training; what it held is lost. "
+                "Run the same command again to begin anew"
+            )
+
+    def cut_metrics(self, step: int) -> dict[str, float]:
+        """Drop the lines of metrics after `step`, and a last line that was cut off.
+
+        Gives the last value of every name in the lines that stay.
+        """
+        latest: dict[str, float] = {}
+        kept: list[str] = []
+        if not self.metrics.exists():
+            return latest
+
+        def keep(text: str) -> None:
+            for line in text.splitlines(keepends=True):
+                if not line.endswith("\n") or (values := _json_object(line))["step"] > step:
+                    break
+                kept.append(line)
+                latest.update(
+                    {name: value for name, value in values.items() if isinstance(value, int | float)}
+                )
+
+        self._read(self.metrics.name, keep, "move it away to resume without the loss curve so far")
+        write_text(self.metrics, "".join(kept))
+        return latest
+
+    def baselines(self) -> dict[str, float]:
+        """What was measured when the run began; empty before."""
+        if not (self.path / "baselines.json").exists():
+            return {}
+        return self._read("baselines.json", _json_object, "remove it: it is then measured again")
+
+    def write_baselines(self, values: dict[str, float]) -> None:
+        """Keep the baselines for later starts and for reports."""
+        write_text(self.path / "baselines.json", json.dumps(values, indent=1))
+
+    def _read(self, name: str, parse: Callable[[str], T], remedy: str) -> T:
+        path = self.path / name
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+            cause = " ".join(str(error).split())
+            raise DamagedRunError(f"{path} is damaged ({cause}); {remedy}") from error
+
+
+_LOST = "restore it from a copy, or train on from the weights here: --model.init RUN with another --out"
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{text[:40]!r} is no JSON object")  # noqa: TRY004 - as all damage
+    return values
+
+
+def _settings(text: str) -> dict[str, Any]:
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise ValueError("it holds no settings")  # noqa: TRY004 - as all damage
+    return values
 
 
 def recorded_config(path: Path) -> RunConfig | None:
-    """The settings of the run in a directory; None where none was begun, or by another version."""
+    """The settings of the run in a directory; None if there is none, or none that this version reads."""
     if not RunDir(path).is_run():
         return None
     try:
-        return from_dict(RunConfig, yaml.safe_load((path / "config.yaml").read_text()))
-    except ValueError:
-        return None  # `RunDir.open` says what is wrong
+        return from_dict(RunConfig, _settings((path / "config.yaml").read_text(encoding="utf-8")))
+    except (ValueError, yaml.YAMLError):
+        return None  # `RunDir.check` says what is wrong
 
 
 def describe(sources: dict[str, Source], data: DataConfig) -> dict[str, Any]:
     """What makes sources the same sources, and their pixels the same pixels."""
-    told: dict[str, Any] = {kind: _describe(source) for kind, source in sources.items()}
-    return {**told, "decoder": jpeg_decoder(data.decoder)}
+    described: dict[str, Any] = {kind: _describe(source) for kind, source in sources.items()}
+    return {**described, "decoder": jpeg_decoder(data.decoder)}
 
 
 def _describe(source: Source) -> dict[str, Any]:
-    told = {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
+    described = {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
     parts = source.parts
-    return told if len(parts) == 1 else {**told, "parts": [_describe(part) for part in parts]}
+    return described if len(parts) == 1 else {**described, "parts": [_describe(part) for part in parts]}
 
 
 def _changed(source: Source, recorded: dict[str, Any]) -> tuple[Source, dict[str, Any]] | None:
@@ -197,29 +323,27 @@ def _changed(source: Source, recorded: dict[str, Any]) -> tuple[Source, dict[str
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, git commit of the working directory, and the command."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": device_name(device),
-        "git_commit": _git_commit(),
-        "command": sys.argv,
-    }
-
-
-def _version(package: str) -> str | None:
+    """When and on what: versions, device, git commit of the working directory, and the command."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
+        git = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
         )
+        commit = git.stdout.strip() if git.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        commit = None
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "device": device_name(device),
+        "git_commit": commit,
+        "command": sys.argv,
+    }

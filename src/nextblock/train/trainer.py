@@ -6,9 +6,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -21,54 +20,13 @@ from nextblock.interop import initialize
 from nextblock.models import NextBlockModel, Prediction
 from nextblock.optim import build_optimizer, set_lr
 from nextblock.targets import combine, count_kept_rows, draw_prefix_lengths
-from nextblock.train.device import autocast
+from nextblock.train.logging import StepOutcome, Window
+from nextblock.train.runtime import autocast
 from nextblock.train.tokenizer import sample_patches
 
-__all__ = ["StepOutcome", "Trainer", "Window"]
+__all__ = ["Trainer"]
 
 log = logging.getLogger(__name__)
-
-
-class StepOutcome(NamedTuple):
-    """What one optimizer step came to."""
-
-    loss: float
-    grad_norm: float
-    """Before clipping."""
-    images: int
-
-    def is_finite(self, *, scaled: bool) -> bool:
-        """Whether all is well; under a gradient scaler an infinite gradient is no fault of the loss."""
-        return math.isfinite(self.loss) and (scaled or math.isfinite(self.grad_norm))
-
-
-@dataclass
-class Window:
-    """What was seen since the last line of metrics; saved, so that a resumed loss curve is the same."""
-
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    images: int = 0
-    elapsed_s: float = 0.0
-    waited_s: float = 0.0
-
-    def add(self, outcome: StepOutcome, *, waited_s: float, elapsed_s: float) -> None:
-        """Note a step; `elapsed_s` is all of its time, `waited_s` what of it was spent waiting for images."""
-        self.losses.append(outcome.loss)
-        self.grad_norms.append(outcome.grad_norm)
-        self.images += outcome.images
-        self.elapsed_s += elapsed_s
-        self.waited_s += waited_s
-
-    def values(self) -> dict[str, float]:
-        """Means over the window: loss, gradient norm, images per second, share of time waiting for images."""
-        elapsed_s = max(self.elapsed_s, 1e-9)
-        return {
-            "loss": sum(self.losses) / max(1, len(self.losses)),
-            "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
-            "images_per_s": self.images / elapsed_s,
-            "data_wait": self.waited_s / elapsed_s,
-        }
 
 
 class Trainer:
@@ -85,13 +43,17 @@ class Trainer:
             self._forward = torch.compile(self.model)  # type: ignore[assignment]
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self.autocast = autocast(device, config.train)
-        self._orders = self.model.orders.cpu()  # checked there: no wait for a GPU in every step
+        self.autocast = autocast(device, config.train.precision)
+        self._orders = self.model.orders.cpu()  # drawn from there: no wait for a GPU in every step
         self.step = 0
         """Optimizer steps done."""
         self.window = Window()
         if checkpoint is not None:
-            self._restore(load_state(checkpoint))
+            state = load_state(checkpoint)
+            self.step = state["step"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.window = Window(**state["window"])
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint needs besides the model: tensors, numbers, lists and dicts."""
@@ -101,12 +63,6 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "window": dict(vars(self.window)),
         }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.window = Window(**state["window"])
 
     # ----------------------------------------------------------------------------------------------- a step
 
@@ -120,13 +76,17 @@ class Trainer:
         batches, visits, samples = step.micro_batches, step.keys.visits.tolist(), step.keys.samples.tolist()
         if model.prefix and model.num_predicted_blocks > 1:
             # A hole changes each distance's number by its own ratio, so no rescaling at the end is right.
+            # What is readable must be known first.
             batches = list(batches)
             visits = [visit for batch in batches for visit in batch.visits.tolist()]
             samples = [sample for batch in batches for sample in batch.samples.tolist()]
-        # The divisors are known before any image is, as they follow from the keys. An unreadable image makes
-        # them too large; loss and gradient, which are linear in 1 / divisor, are rescaled once at the end.
+        # The divisors are known before any image is, as they follow from the keys of the global batch. An
+        # unreadable image makes them too large; loss and gradient, which are linear in 1 / divisor, are
+        # rescaled once at the end, by what was planned over what was predicted.
         planned = self._num_predicted(visits, samples)
-        order = self._block_order(step.index)
+        # One order for all micro-batches of the step, f(seed, step): one of the model's set.
+        order_index = keyed_rng(self.config.seed, "block-order", step.index).integers(len(self._orders))
+        order = self._orders[int(order_index)]
         set_lr(self.optimizer, lr)
         loss = torch.zeros((), device=self.device)
         images, predicted = 0, 0
@@ -135,12 +95,12 @@ class Trainer:
                 images += len(batch.images)
                 predicted += self._num_predicted(batch.visits.tolist(), batch.samples.tolist())[0]
                 loss += self._backward(batch, order, [max(1, number) for number in planned])
-        grad_norm = 0.0
-        if images:
-            scale = planned[0] / max(1, predicted)
-            loss *= scale
-            grad_norm = self._update(loss_is_finite=math.isfinite(loss.item()), scale=scale)
         self.step += 1
+        if not images:
+            return StepOutcome(0.0, 0.0, 0)
+        scale = planned[0] / max(1, predicted)
+        loss *= scale
+        grad_norm = self._update(loss_is_finite=math.isfinite(loss.item()), scale=scale)
         return StepOutcome(loss.item(), grad_norm, images)
 
     def _backward(self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
@@ -159,11 +119,18 @@ class Trainer:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
         limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        # Under a scaler, its own `step` leaves the weights alone if a gradient is infinite, and `update` then
+        # lowers the scale; so it must be called.
         if loss_is_finite and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def is_fine(self, outcome: StepOutcome) -> bool:
+        """Whether a step was finite, or a scaler is still looking for its scale."""
+        # A scaler lowers its scale until gradients are finite; below 1 the scale is not what is wrong.
+        return outcome.is_finite(scaled=self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
 
     def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
         """How many blocks of each image all its tokens may attend to; None if the model has no prefix."""
@@ -182,13 +149,7 @@ class Trainer:
         distances = range(1, model.num_predicted_blocks + 1)
         return [count_kept_rows(lengths, model.num_blocks, distance) for distance in distances]
 
-    def _block_order(self, step_index: int) -> Int64[Tensor, " k"]:
-        """The step's order: one of the model's set, f(seed, step)."""
-        orders = self._orders
-        drawn = keyed_rng(self.config.seed, "block-order", step_index).integers(len(orders))
-        return orders[int(drawn)]
-
-    # ------------------------------------------------------------------------------------------- looking on
+    # ------------------------------------------------------------------------------------------- evaluation
 
     def to_model(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Pixels as the model takes them: on its device, normalised."""
@@ -208,7 +169,7 @@ class Trainer:
     def validation_loss(self, batches: Iterator[Batch]) -> tuple[float, list[BadSample]]:
         """The loss over all these images, under the first order (NaN of none), and those unreadable.
 
-        An image's prefix, where the model has one, is that of its visit 0, always the same.
+        An image's prefix, if the model has one, is that of its visit 0, always the same.
         """
         sums = torch.zeros(self.config.model.num_predicted_blocks, dtype=torch.float64)
         counts = torch.zeros_like(sums)
@@ -223,17 +184,7 @@ class Trainer:
                     counts += torch.tensor([part.kept.sum().item() for part in distances])
         return float((sums / counts).mean()), bad
 
-    def baselines(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
-        """The reference losses of these images: what predicting without a model would cost."""
-        with self.looking() as model:
-            assert model.targets is not None
-            targets = model.targets.of_blocks(self.to_model(images), model.orders[0])
-            losses = model.targets.reference_losses(targets)
-        return {name: loss.mean().item() for name, loss in losses.items()}
-
-    # ------------------------------------------------------------------------------------------- the targets
-
-    def prepare_tokenizer(self, source: Source) -> bool:
+    def fit_targets(self, source: Source) -> bool:
         """Fit the targets, f(seed), if they must be, and return whether they were.
 
         Raises `ValueError` if the patches of `source` are too few.
@@ -249,8 +200,9 @@ class Trainer:
 
 def _fresh_model(config: RunConfig) -> NextBlockModel:
     """A model whose weights are f(seed), or those of `model.init`."""
+    # Built on the CPU. `torch.manual_seed` would reseed the caller's GPUs as well.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed_seed(config.seed, "weights"))
+        torch.default_generator.manual_seed(keyed_seed(config.seed, "weights"))
         model = NextBlockModel(config.model)
     if config.model.init is not None:
         initialize(model, config.model.init)

@@ -135,7 +135,7 @@ def read_run(run_dir: Path) -> RunSummary:
         val=tuple(line for line in lines if line.get("kind") == "val"),
         monitor=tuple(line for line in lines if line.get("kind") == "monitor"),
         baselines=_read_json(run_dir / "baselines.json"),
-        environment=_read_json(run_dir / "environment.json"),
+        environment=_last_start(run_dir / "environment.json"),
         probes=_probe_rows(probe, probe_file),
         probe_file=probe_file,
         picture=_newest(run_dir.glob("predict*/predictions.png")) or _last_picture(run_dir),
@@ -158,8 +158,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object, empty where there is no file."""
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file; an empty object if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -168,6 +168,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not JSON ({error.msg}, line {error.lineno}); remove it or write it again"
         ) from error
+
+
+def _last_start(path: Path) -> dict[str, Any]:
+    """What the run's last start wrote of its machine; empty if nothing did."""
+    starts = _read_json(path)
+    return starts[-1] if isinstance(starts, list) and starts else {}
 
 
 def _newest(paths: Any) -> Path | None:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from nextblock.atomic import write_text
+from nextblock.atomic import exclusive, write_text
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, TooManyBadImages, open_source
 from nextblock.data.sources import absolute_spec
@@ -50,8 +50,7 @@ from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import differences, identity_of
 from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig
-from nextblock.train.device import choose_device
-from nextblock.train.memory import keep_freed_memory
+from nextblock.train.runtime import choose_device, process_settings
 
 __all__ = ["embed", "embed_model", "feature_configs"]
 
@@ -68,9 +67,8 @@ def embed(config: EmbedConfig) -> Embeddings:
     `config.overwrite`. Raises `TooManyBadImages` where too many cannot be read.
     """
     model, data = open_model(config)
-    if choose_device(config.device).type == "cpu":
-        keep_freed_memory()
-    return embed_model(model, config, open_source(config.data, data), data)
+    with process_settings(choose_device(config.device)):
+        return embed_model(model, config, open_source(config.data, data), data)
 
 
 def embed_model(model: EncoderModel, config: EmbedConfig, source: Source, data: DataConfig) -> Embeddings:
@@ -86,27 +84,32 @@ def embed_model(model: EncoderModel, config: EmbedConfig, source: Source, data: 
         log.info("%s is finished: nothing to do", out)
         _remove(folder)
         return found
-    working = _Working(folder, identity, source, DTYPES[config.dtype][1], overwrite=config.overwrite)
-    model = model.to(device).eval().requires_grad_(requires_grad=False)
-    batch_size = config.batch_size(device.type)
-    batches = iterate_features(
-        encoder_extract(model, wanted, precision=config.precision, chunk=batch_size),
-        source,
-        data,
-        model.config.image_size,
-        batch_size=batch_size,
-        indices=np.arange(working.images, len(source)),
-        device=device,
-    )
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                working.append(_feature(batch, config), batch)
-                check_bad(working.bad, source, data)
-    except TooManyBadImages:
-        _remove(folder)  # or the images would count as unreadable when they have been repaired
-        raise
-    _finish(out, working, source, identity)
+    with exclusive(folder):
+        working = _Working(folder, identity, source, DTYPES[config.dtype][1], overwrite=config.overwrite)
+        model = model.to(device).eval().requires_grad_(requires_grad=False)
+        batch_size = config.batch_size(device.type)
+        batches = iterate_features(
+            encoder_extract(model, wanted, precision=config.precision, chunk=batch_size),
+            source,
+            data,
+            model.config.image_size,
+            batch_size=batch_size,
+            indices=np.arange(working.images, len(source)),
+            device=device,
+        )
+        try:
+            with torch.inference_mode():
+                for batch in batches:
+                    working.append(_feature(batch, config), batch)
+                    check_bad(working.bad, source, data)
+        except TooManyBadImages:
+            _remove(folder)  # or the images would count as unreadable when they have been repaired
+            raise
+        except EmbeddingsError:
+            if not working.images:
+                _remove(folder)
+            raise
+        _finish(out, working, source, identity)
     return read_embeddings(out)
 
 
@@ -263,16 +266,20 @@ class _Working:
                 f"{self.folder.parent} has {free / 1e9:.1f} GB; make room, or use --dtype fp16 or --pool mean"
             )
 
+    def _clear(self) -> None:
+        for path in self.folder.glob("[!.]*"):  # the lock stays
+            path.unlink()
+
     def _resume(self, *, overwrite: bool) -> None:
         """Go on with the folder, or begin anew where it holds nothing of use."""
         progress = self.folder / "progress.json"
         if not progress.is_file():
-            _remove(self.folder)
+            self._clear()
             return
         found = json.loads(progress.read_text(encoding="utf-8"))
         if different := differences(found["identity"], self._identity):
             if overwrite:
-                _remove(self.folder)
+                self._clear()
                 return
             raise ValueError(
                 f"{self.folder} holds unfinished features of others ({'; '.join(different[:3])}); give "

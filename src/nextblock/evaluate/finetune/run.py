@@ -22,7 +22,7 @@ import torch
 
 from nextblock.atomic import write_aside, write_text
 from nextblock.checkpoint import STATE_FILE, load_state, save_classifier
-from nextblock.config import DataConfig, TrainConfig, pair
+from nextblock.config import DataConfig, pair
 from nextblock.data import (
     BadSample,
     QuarantineLog,
@@ -53,11 +53,8 @@ from nextblock.models import EncoderModel
 from nextblock.models.heads import ImageClassifier
 from nextblock.settings import Duration, to_dict
 from nextblock.train import NonFiniteError, Reporter, RunDir, Tick
-from nextblock.train.device import autocast, choose_device, make_deterministic
-from nextblock.train.memory import keep_freed_memory
-from nextblock.train.metrics import MetricsLog
-from nextblock.train.signals import stop_on_signals
-from nextblock.train.trainer import StepOutcome, Window
+from nextblock.train.logging import MetricsLog, StepOutcome, Window
+from nextblock.train.runtime import autocast, choose_device, process_settings, stop_on_signals
 
 __all__ = ["finetune", "finetune_model"]
 
@@ -94,7 +91,7 @@ def finetune_model(
 ) -> FinetuneResult:
     """The same of an open model and open sources; `data` says how images were cut for the model."""
     device = choose_device(config.device)
-    autocast(device, TrainConfig(precision=config.precision))  # refuses what the device cannot do
+    autocast(device, config.precision)  # refuses what the device cannot do
     check_classes(sources.train, sources.measured.values())
     out = Path(config.out)
     identity = identity_of(config, model, data, {"train": sources.train, **sources.measured})
@@ -103,18 +100,15 @@ def finetune_model(
     if (out / RESULT).is_file() and not config.overwrite:
         reporter.note(f"{out} is complete; --overwrite does it again")
         return result_from_dict(json.loads((out / RESULT).read_text(encoding="utf-8")))
-    if config.deterministic:
-        make_deterministic()
-    if device.type == "cpu":
-        keep_freed_memory()
-    classifier = build_classifier(model, config, sources.train.class_names)
-    data = images_for(data, model.config, classifier.encoder_model.config, config)
-    loop = _Loop(out, classifier, config, sources, data, device, anew=config.overwrite)
-    _begin(out, identity, overwrite=config.overwrite)
-    stopped_by = loop.run(reporter)
-    if stopped_by is not None:
-        return loop.result((), {}, stopped_by)
-    return _conclude(loop, identity)
+    with process_settings(device, deterministic=config.deterministic):
+        classifier = build_classifier(model, config, sources.train.class_names)
+        data = images_for(data, model.config, classifier.encoder_model.config, config)
+        loop = _Loop(out, classifier, config, sources, data, device, anew=config.overwrite)
+        _begin(out, identity, overwrite=config.overwrite)
+        stopped_by = loop.run(reporter)
+        if stopped_by is not None:
+            return loop.result((), {}, stopped_by)
+        return _conclude(loop, identity)
 
 
 def _begin(out: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
@@ -238,7 +232,7 @@ class _Loop:
             self.data,
             image_size=self.image_size,
             batch_size=self.config.encode_batch_size,
-            precision=TrainConfig(precision=self.config.precision),
+            precision=self.config.precision,
         )
         of_train = self.quarantine.count if whole_of(source) is whole_of(self.sources.train) else 0
         check_bad(found.bad, source, self.data, besides=of_train)

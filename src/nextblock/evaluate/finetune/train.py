@@ -17,7 +17,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from nextblock.config import DataConfig, Size, TrainConfig, pair
+from nextblock.config import DataConfig, Size, pair
 from nextblock.data import BadSample, Source, eval_batches, keyed_seed, normalize, resolve_workers
 from nextblock.data.transforms import seeded_globally
 from nextblock.evaluate.finetune.config import FinetuneConfig
@@ -27,8 +27,8 @@ from nextblock.evaluate.finetune.report import WeightsName
 from nextblock.evaluate.measures import Measures, Tally
 from nextblock.models.heads import ImageClassifier
 from nextblock.optim import lr_at, set_lr
-from nextblock.train.device import autocast, seed_device
-from nextblock.train.trainer import StepOutcome, Window
+from nextblock.train.logging import StepOutcome, Window
+from nextblock.train.runtime import autocast, seed_device
 
 __all__ = ["FineTuner", "Measured", "measure_classifier", "mixed"]
 
@@ -88,7 +88,7 @@ class FineTuner:
         groups = tuning_groups(classifier, config)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.autocast = autocast(device, TrainConfig(precision=config.precision))
+        self.autocast = autocast(device, config.precision)
         self.averaged: ModelEmaV3 | None = None
         if config.ema_decay is not None:
             self.averaged = ModelEmaV3(classifier, decay=config.ema_decay, use_warmup=True)
@@ -236,7 +236,7 @@ def measure_classifier(
     *,
     image_size: Size,
     batch_size: int,
-    precision: TrainConfig,
+    precision: str,
 ) -> Measured:
     """Measure a classifier on the centre crops of a source, where it lies; its mode is left as it was."""
     device = next(classifier.parameters()).device

@@ -61,8 +61,7 @@ from nextblock.evaluate.unreadable import QUARANTINE, report_unreadable
 from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig, ImageClassifier
 from nextblock.settings import from_dict, to_dict
-from nextblock.train.device import choose_device
-from nextblock.train.signals import StopRequest, stop_on_signals
+from nextblock.train.runtime import StopRequest, choose_device, stop_on_signals
 
 __all__ = ["FIGURES_DIR", "Probed", "probe", "probe_model"]
 

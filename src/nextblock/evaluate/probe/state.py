@@ -18,7 +18,7 @@ from nextblock.data import BadSample
 from nextblock.evaluate.probe.train_heads import Feed, Lesson
 from nextblock.evaluate.results import differences
 from nextblock.settings import Duration
-from nextblock.train.signals import StopRequest
+from nextblock.train.runtime import StopRequest
 
 __all__ = ["STATE_FILE", "ProbeStopped", "Progress", "is_begun"]
 

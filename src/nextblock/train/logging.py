@@ -1,0 +1,340 @@
+"""What a run records and shows: windows of steps, metrics.jsonl and TensorBoard, the screen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from nextblock.atomic import WriteError, writing
+from nextblock.config import RunConfig, pair
+from nextblock.models import NextBlockModel
+
+__all__ = ["MetricsLog", "Reporter", "StepOutcome", "Tick", "Window", "clock", "losses_text", "opening_lines"]
+
+# --------------------------------------------------------------------------------------- steps and windows
+
+
+class StepOutcome(NamedTuple):
+    """Loss, gradient norm and number of images of one optimizer step."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    images: int
+
+    def is_finite(self, *, scaled: bool) -> bool:
+        """Whether all is well; under a gradient scaler an infinite gradient is no fault of the loss."""
+        return math.isfinite(self.loss) and (scaled or math.isfinite(self.grad_norm))
+
+
+@dataclass
+class Window:
+    """What was seen since the last line of metrics; saved, so that a resumed loss curve is the same."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    images: int = 0
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+    skipped: int = 0
+    """Steps that changed no weight: not finite, or without a readable image."""
+
+    def add(self, outcome: StepOutcome, *, waited_s: float, elapsed_s: float) -> None:
+        """Note a step; `elapsed_s` is all of its time, `waited_s` the part spent waiting for images."""
+        # A loss and a norm that are not finite are left out one by one: when fp16 backs off, only the norm is
+        # infinite, and the loss counts.
+        if outcome.images and math.isfinite(outcome.loss):
+            self.losses.append(outcome.loss)
+        if outcome.images and math.isfinite(outcome.grad_norm):
+            self.grad_norms.append(outcome.grad_norm)
+        self.skipped += not (outcome.images and outcome.is_finite(scaled=False))
+        self.images += outcome.images
+        self.elapsed_s += elapsed_s
+        self.waited_s += waited_s
+
+    def values(self) -> dict[str, float]:
+        """Means of the finite losses and gradient norms (NaN of none), skipped steps, speed, waiting."""
+        elapsed_s = max(self.elapsed_s, 1e-9)
+        return {
+            "loss": _mean(self.losses),
+            "grad_norm": _mean(self.grad_norms),
+            "skipped": self.skipped,
+            "images_per_s": self.images / elapsed_s,
+            "data_wait": self.waited_s / elapsed_s,
+        }
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+# ------------------------------------------------------------------------------------------------- metrics
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`, flushed line by line, and mirrors the numbers to TensorBoard."""
+
+    def __init__(self, path: Path, tensorboard_dir: Path | None, *, start_step: int) -> None:
+        self._path, self._writer = path, None
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
+        if tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard_dir), purge_step=start_step + 1)
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Write one line of `kind` ("train", "val", "monitor"); what is not finite is written as null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with writing(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+            self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name if "/" in name else f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Flush all lines to the disk: before a checkpoint is named, or a power cut leaves a gap."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise WriteError(f"{self._path} was removed while the run wrote to it; what it held is lost")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+# -------------------------------------------------------------------------------------------------- screen
+
+LINE_EVERY_S = 10.0
+"""Without a terminal: seconds between lines."""
+
+WORDS = {"copy_previous": "copy", "val_loss": "val", "knn/top1": "kNN"}
+"""Shorter names on the progress line."""
+
+
+class Tick(NamedTuple):
+    """The state of a run after a step."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    """Mean since the last line of metrics."""
+    baselines: dict[str, float]
+    """The loss of predictions that need no model, by name; empty while not measured."""
+    lr: float
+    images_per_s: float
+    data_wait: float
+    """Share of the time spent waiting for images."""
+    num_bad: int
+    """Images that could not be read."""
+    latest: dict[str, float] = {}  # noqa: RUF012 - never changed
+    """The last validation loss and kNN accuracy."""
+
+    def text(self) -> str:
+        """One line, without step and time."""
+        parts = [losses_text({"loss": self.loss, **self.latest}, self.baselines)]
+        speed = f"{self.images_per_s:,.0f}" if self.images_per_s >= 10 else f"{self.images_per_s:.2f}"
+        parts += [f"lr {self.lr:.1e}", f"{speed} images/s", f"data wait {self.data_wait:.0%}"]
+        if self.num_bad:
+            parts.append(f"{self.num_bad} unreadable")
+        return " · ".join(parts)
+
+
+def losses_text(losses: dict[str, float], baselines: dict[str, float]) -> str:
+    """The loss beside those of predictions that need no model, and what else was measured."""
+    compare = ", ".join(f"{WORDS.get(name, name)} {loss:.2f}" for name, loss in baselines.items())
+    parts = []
+    for name, value in losses.items():
+        text = f"{value:.1%}" if name.startswith("knn/") else f"{value:.4f}"
+        beside = f" ({compare})" if name == "loss" and compare else ""
+        parts.append(f"{WORDS.get(name, name)} {text}{beside}")
+    return " · ".join(parts)
+
+
+class _TwoLines(Progress):
+    """Steps, bar and time in one line, what was measured below it, wrapped if the terminal is narrow."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["text"]:
+                yield Text(_wrapped(task.fields["text"], self.console.width))
+
+
+class Reporter:
+    """A progress bar on a terminal, log records above it; elsewhere a line every ten seconds.
+
+    It never fails: a terminal that is gone must not keep a run from being saved.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.busy_with = ""
+        """What is done besides steps just now, such as "validation"."""
+        self._bar: Progress | None = None
+        self._log_streams: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._task = TaskID(0)
+        self._first = self._done = 0.0
+        self._total = 0
+        self._began_s = self._step_began_s = time.monotonic()
+        self._line_s = -math.inf
+        self._text = ""
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handler, stream in self._log_streams:
+            handler.setStream(stream)
+        self._log_streams = []
+        if self._bar is not None:
+            self._try(self._bar.stop)
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Show the bar."""
+        self._first, self._done, self._total = step, step, total_steps
+        self._began_s = self._step_began_s = time.monotonic()
+        if not self.console.is_terminal:
+            return
+        self._bar = _TwoLines(
+            TextColumn("step {task.fields[step]}/{task.total:,.0f}"),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(
+            "train", total=total_steps, completed=step, text="", step=f"{step:,}", left="?"
+        )
+        stderr = sys.stderr
+        self._try(self._bar.start)  # puts in place of sys.stderr a stream that writes above the bar
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stderr:
+                self._log_streams.append((handler, stderr))
+                handler.setStream(sys.stderr)
+
+    def within(self, step: int, share: float) -> None:
+        """Move on within the step after `step`, of which this share is done."""
+        self._done = step + share
+        self._show()
+
+    def update(self, tick: Tick) -> None:
+        """Show a step that is done."""
+        self._done, self._text = tick.step, f"epoch {tick.epoch:.1f} · {tick.text()}"
+        self._show(is_last=tick.step == self._total)
+        self._step_began_s = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """Write a line above the bar."""
+        self._try(self.console.print, text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def finishing(self) -> str:
+        """What is in hand, and about how long it takes; for the first Ctrl-C, from another thread."""
+        if self.busy_with:
+            return f"finishing {self.busy_with}"
+        step = f"finishing step {math.floor(self._done) + 1}"
+        done, now_s = self._done - self._first, time.monotonic()
+        if done <= 0:
+            return f"{step} (its length is not known yet; {clock(now_s - self._began_s)} so far)"
+        a_step_s = (now_s - self._began_s) / done
+        return f"{step}, about {clock(max(1.0, a_step_s - (now_s - self._step_began_s)))}"
+
+    def _show(self, *, is_last: bool = False) -> None:
+        now_s, done = time.monotonic(), self._done - self._first
+        left = clock((now_s - self._began_s) / done * (self._total - self._done)) if done > 0 else "?"
+        step, share = math.floor(self._done), self._done % 1
+        if self._bar is not None:
+            shown = f"{self._done:,.2f}" if share else f"{step:,}"
+            self._bar.update(self._task, completed=self._done, text=self._text, step=shown, left=left)
+            return
+        # Between the ends of steps only if the step itself is long.
+        is_worth_it = not share or now_s - self._step_began_s >= LINE_EVERY_S
+        if is_last or (is_worth_it and now_s - self._line_s >= LINE_EVERY_S):
+            self._line_s = now_s
+            within = f" · {share:.0%} of step {step + 1}" if share else ""
+            text = f" · {self._text}" if self._text else ""
+            self.note(f"step {step}/{self._total}{within}{text} · {left} left")
+
+    def _try(self, write: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except OSError:
+            self._bar = None
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` characters, broken between the parts of a tick, not within them."""
+    lines = [""]
+    for part in text.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return "\n".join(lines)
+
+
+def clock(seconds: float) -> str:
+    """A length of time in the two units that matter: "2 d 3 h", "5 min 10 s"."""
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    rest, parts = round(seconds), []
+    for name, length in units:
+        count, rest = divmod(rest, length)
+        if count or parts or name == "s":
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
+
+
+def opening_lines(
+    config: RunConfig,
+    model: NextBlockModel,
+    *,
+    device: str,
+    images: int,
+    batch_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
+    step: int,
+    directory: Path,
+) -> list[str]:
+    """What a run is about to do, in a few lines."""
+    settings = config.model
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    predictor = sum(p.numel() for p in model.parameters()) - encoder
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, fp32
+
+    def times(numbers: tuple[int, int]) -> str:
+        return f"{numbers[0]}x{numbers[1]}"
+
+    micro = config.train.micro_batch_size
+    in_parts = f" (micro-batches of {micro})" if micro is not None and micro < batch_size else ""
+    lines = [
+        f"{device} · {config.train.precision} · encoder {encoder / 1e6:.1f} M, predictor "
+        f"{predictor / 1e6:.1f} M parameters",
+        f"image {times(pair(settings.image_size))} px -> {times(settings.grid)} patches of "
+        f"{settings.patch_size} px -> {times(settings.block_grid)} blocks of "
+        f"{times(pair(settings.block_size))} patches",
+        f"{images:,} images, batch {batch_size:,}{in_parts} -> {steps_per_epoch:,} steps an epoch, "
+        f"{total_steps:,} steps in {total_steps / steps_per_epoch:,.4g} epochs",
+        f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {config.checkpoint.every} in "
+        f"{directory}, the latest {config.checkpoint.keep} kept",
+    ]
+    return [*lines, f"resuming at step {step:,}"] if step else lines

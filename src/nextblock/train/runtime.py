@@ -1,0 +1,238 @@
+"""The process a run lives in: device and precision, seeds, memory, signals.
+
+A library call must leave its caller's process as it found it, so all that is changed here is put back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+
+__all__ = [
+    "StopRequest",
+    "autocast",
+    "choose_device",
+    "device_name",
+    "is_native",
+    "native_precision",
+    "process_settings",
+    "seed_device",
+    "stop_on_signals",
+]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ------------------------------------------------------------------------------------ device and precision
+
+
+def choose_device(name: str) -> torch.device:
+    """The named device, or for "auto" the best one; `ValueError` if it is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, is_there in available.items() if is_there))
+    if not available[name]:
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise ValueError(
+            f"device {name!r} is not available to this torch ({torch.__version__}); available: {there}"
+        )
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The device's own name; for a CPU also the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def is_native(precision: str, device: torch.device) -> bool:
+    """Whether the device computes in this precision; if not, torch emulates it, on a CPU up to 48x slower."""
+    if precision == "fp32" or device.type == "mps":
+        return True
+    if device.type == "cuda":
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and later; "bf16" is ARM's name
+        found = torch.cpu.get_capabilities()
+        return precision == "bf16" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return precision == "bf16" and torch.cpu._is_avx512_bf16_supported()
+
+
+def native_precision(device: torch.device) -> str:
+    """What `train.precision auto` stands for: bf16 if the device computes in it, else fp32."""
+    return "bf16" if is_native("bf16", device) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The precision of forward passes; `ValueError` for fp16 on a CPU."""
+    if precision == "auto":
+        precision = native_precision(device)
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    dtype = DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the global generators that dropout draws from; `torch.manual_seed` would visit every backend."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------- process-wide settings
+
+
+@contextmanager
+def process_settings(device: torch.device, *, deterministic: bool = False) -> Iterator[None]:
+    """Set memory, algorithms and generators of the whole process for one run; put them back at the end."""
+    cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        if device.type == "cpu":
+            stack.enter_context(_freed_memory_kept())
+        if deterministic:
+            stack.enter_context(_deterministic())
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    was = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+MMAP_MAX, TRIM_THRESHOLD = 65_536, 128 * 1024  # its defaults
+
+
+@contextmanager
+def _freed_memory_kept() -> Iterator[None]:
+    """Let glibc's malloc reuse freed memory instead of giving it back.
+
+    By default a large tensor is mapped afresh and unmapped when it is freed, and the kernel clears each page
+    at the first touch: on a CPU a tenth of a training step and more. With the heap for all sizes and no
+    trimming, each step finds the memory of the step before. The peak is the same. Other C libraries are left
+    alone.
+    """
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if libc is None or not hasattr(libc, "mallopt"):  # musl
+        yield
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+        libc.malloc_trim(0)
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+class StopRequest:
+    """Whether the run was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+ONE_REQUEST_S = 1.0
+"""Signals that follow each other so closely are one request: Ctrl-C reaches a launcher and its child, which
+then passes it on."""
+
+
+@contextmanager
+def stop_on_signals(doing: Callable[[], str] = lambda: "finishing this step") -> Iterator[StopRequest]:
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one ends the process within seconds.
+
+    `doing` says what is being finished, and about how long that takes. Outside the main thread, where Python
+    handles no signals, nothing is done; nor for SIGHUP if it is ignored (nohup).
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(number: int, _: object) -> None:
+        request.signal = request.signal or signal.Signals(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    # Python runs a handler between two bytecodes of the main thread: after the step, if torch computes for
+    # minutes. The wakeup descriptor gets the signal's number at once, from C, and a thread reads it there.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, note) for number in numbers}
+    watcher = threading.Thread(target=_watch, args=(reader, numbers, request, doing), daemon=True)
+    watcher.start()
+    try:
+        yield request
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.write(writer, b"\0")  # ends the watcher; closing would not, as workers hold this end as well
+        watcher.join()
+        os.close(writer)
+        os.close(reader)
+
+
+def _watch(
+    reader: int, numbers: list[signal.Signals], request: StopRequest, doing: Callable[[], str]
+) -> None:
+    first_s: float | None = None
+    while True:
+        for number in os.read(reader, 64):
+            if number == 0:
+                return
+            if number not in numbers:  # SIGCHLD of a worker
+                continue
+            name = signal.Signals(number).name
+            if first_s is None:
+                first_s = time.monotonic()
+                request.signal = request.signal or signal.Signals(number)
+                _say(f"{name}: {doing()}; the run is then saved. Again to stop at once without saving")
+            elif time.monotonic() - first_s > ONE_REQUEST_S:
+                # The main thread may be deep in a kernel, so no exception reaches it. What it was writing has
+                # another name until it is complete; workers would outlive it by seconds, so they are killed.
+                _say(f"{name}: stopped without saving")
+                for child in multiprocessing.active_children():
+                    child.kill()
+                os._exit(128 + number)
+
+
+def _say(text: str) -> None:
+    """Write past Python's buffers: the main thread may hold their lock."""
+    with suppress(OSError):  # the terminal may be gone, which must not keep the run from being saved
+        # A progress bar of two or three lines erases as many when it is next drawn: those below the text.
+        # It also hides the cursor, which is shown again.
+        os.write(2, (f"\n{text}\x1b[?25h\n\n\n" if os.isatty(2) else f"{text}\n").encode())
