@@ -31,6 +31,7 @@ def millions(*parts):
 # ----------------------------------------------------------------------------------------------- every preset
 
 NEWER = {
+    "model.encoder_attention": "block_causal",
     "model.predictor_attention": "native",
     "model.predictor_block_size": None,
     "model.qk_scale": None,

@@ -50,8 +50,8 @@ def spoil(monkeypatch):
     def apply(steps, *, factor=1.0, summand=0.0):
         forward, calls = NextBlockModel.forward, [0]
 
-        def spoilt(self, images, block_order=None, prefix_lengths=None):
-            out = forward(self, images, block_order, prefix_lengths)
+        def spoilt(self, images, *arguments):
+            out = forward(self, images, *arguments)
             if not self.training:
                 return out
             calls[0] += 1

@@ -43,7 +43,8 @@ def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
     require(
         not measured or config.data.normalize == "given",
         f"data.normalize auto measures data.mean and data.std, but {' and '.join(measured)} "
-        f"{'are' if len(measured) > 1 else 'is'} given; leave out, or set data.normalize given",
+        f"{'are' if len(measured) > 1 else 'is'} given; leave {' and '.join(measured)} out, or set "
+        "data.normalize given",
     )
     return config
 
