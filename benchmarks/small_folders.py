@@ -33,7 +33,7 @@ from nextblock.data import open_source
 from nextblock.evaluate import features as ft
 from nextblock.evaluate.knn import knn_predict
 from nextblock.models import NextBlockModel
-from nextblock.models.features import FeatureConfig
+from nextblock.models.heads import FeatureConfig
 
 STAMPS, CPU = Path("/usr/share/tuxpaint/stamps"), torch.device("cpu")
 
