@@ -11,7 +11,7 @@ import yaml
 
 import nextblock
 from nextblock.cli import VERBS
-from nextblock.cli.arguments import build_parser, parse
+from nextblock.cli.arguments import Parser
 from nextblock.presets import get_preset
 from nextblock.settings import flatten, to_dict
 from tiny_runs import call_cli, refused, run_toy
@@ -224,9 +224,9 @@ def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
 
 
 def parse_out(word):
-    parser = build_parser("test", "")
+    parser = Parser("test", "")
     parser.add_argument("--out", type=str, default=None)
-    return parse(parser, [word]).out
+    return parser.parse([word]).out
 
 
 # ------------------------------------------------------------------------------------------------------ slips

@@ -21,9 +21,7 @@ ABOUT = (
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, convert, print one line of what was written."""
-    from nextblock.cli.arguments import parse
-
-    options = parse(_parser(), argv)
+    options = _parser().parse(argv)
 
     from nextblock.interop.convert import convert
 
@@ -49,10 +47,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    from nextblock.cli.arguments import build_parser
+    from nextblock.cli.arguments import Parser
     from nextblock.config import Attention
 
-    parser = build_parser("convert", ABOUT)
+    parser = Parser("convert", ABOUT)
     add = parser.add_argument
     add("src", type=str, help="run directory, weight file, timm directory, timm:NAME or hf:USER/NAME[/FILE]")
     add("dst", type=str, help="where to write: a new path, or hf:USER/NAME")
