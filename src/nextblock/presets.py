@@ -111,7 +111,7 @@ def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Pr
 
 
 def _ablation(
-    base: str, family: str, axis: str, published: str | None = None, note: str = "", **changes: Any
+    base: str, family: str, axis: str, published: str | None = None, note: str = "", /, **changes: Any
 ) -> Preset:
     """A recipe with a few settings changed, which say what it is."""
     what = ", ".join(f"{name} {value}" for name, value in changes.items())
@@ -295,8 +295,8 @@ _AIM_ABLATIONS = [
     _aim("head-depth-6", _both(76.2, 65.3, "Table 4"), predictor_depth=6),
     _aim("head-depth-8", _both(77.1, 68.1, "Table 4"), predictor_depth=8),
     _aim("target-raw", norm_pixels=False),
-    _aim("target-kmeans", note="The number of tokens is ours.", tokenizer="kmeans", vocab_size=8192),
-    _aim("deep", note=_OUR_SHAPE, embed_dim=1280, depth=32, num_heads=10),
+    _aim("target-kmeans", None, "The number of tokens is ours.", tokenizer="kmeans", vocab_size=8192),
+    _aim("deep", None, _OUR_SHAPE, embed_dim=1280, depth=32, num_heads=10),
 ]
 
 # ----------------------------------------------------------------------------------------------- the registry
