@@ -113,7 +113,7 @@ def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Pr
 def _ablation(
     base: str, family: str, axis: str, published: str | None = None, note: str = "", /, **changes: Any
 ) -> Preset:
-    """A recipe with a few settings changed, which say what it is."""
+    """A recipe with a few settings changed; they say what it is, the one that matters first."""
     what = ", ".join(f"{name} {value}" for name, value in changes.items())
     unknown = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
     about = (f"Ablation: {what}; all else as {base}.", note, "" if published else unknown)
@@ -123,7 +123,7 @@ def _ablation(
 # ------------------------------------------------------------------------------------------------------- XTRA
 
 _224 = {"image_size": 224, "val_resize_px": 256}
-_PATCH14 = {**_224, "patch_size": 14}
+_PATCH14 = {"patch_size": 14, **_224}
 _XTRA = {"batch_size": 2088, "micro_batch_size": 29, "precision": "fp16", "predictor_fp32": True}
 _TINY = {
     **{"image_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
@@ -196,16 +196,16 @@ _XTRA_RUNS = [
 _xtra = partial(_ablation, "xtra-b16-ablation", "xtra-b16-ablation")
 _XTRA_ABLATIONS = [
     _xtra("block-16px", block_size=1),
-    _xtra("block-16px-2ahead", num_predicted_blocks=2, block_size=1),
+    _xtra("block-16px-2ahead", block_size=1, num_predicted_blocks=2),
     _xtra("block-32px", block_size=2),
-    _xtra("block-32px-2ahead", num_predicted_blocks=2, block_size=2),
+    _xtra("block-32px-2ahead", block_size=2, num_predicted_blocks=2),
     _xtra("block-64px-2ahead", num_predicted_blocks=2),
     *(_xtra(f"predictor-depth-{depth}", predictor_depth=depth) for depth in (1, 2, 4, 16)),
     *(_xtra(f"predictor-width-{width}", predictor_dim=width) for width in (192, 576, 768)),
     _xtra("l1", loss="l1"),
     _xtra("random-order", order="random"),
-    *(_xtra(f"224-block-{14 * side}px", **_PATCH14, block_size=side) for side in (1, 2, 4)),
-    *(_xtra(f"224-block-{16 * side}px", **_224, block_size=side) for side in (1, 2)),
+    *(_xtra(f"224-block-{14 * side}px", block_size=side, **_PATCH14) for side in (1, 2, 4)),
+    *(_xtra(f"224-block-{16 * side}px", block_size=side, **_224) for side in (1, 2)),
 ]
 
 # -------------------------------------------------------------------------------------------------------- AIM
@@ -283,9 +283,9 @@ _OUR_SHAPE = "The shape is ViT-H's, which is our choice; the paper's is not know
 _aim = partial(_ablation, "aim-600m-in1k", "aim-600m-ablation")
 _AIM_ABLATIONS = [
     _aim("causal", _both(77.4, 69.5, _INFERRED), **_CAUSAL),
-    _aim("order-spiral", _both(76.3, 67.7), **_CAUSAL, order="spiral"),
-    _aim("order-checkerboard", _both(76.0, 68.2), **_CAUSAL, order="checkerboard"),
-    _aim("order-random", _both(75.7, 65.8), _OUR_ORDER, **_CAUSAL, order="fixed_random"),
+    _aim("order-spiral", _both(76.3, 67.7), order="spiral", **_CAUSAL),
+    _aim("order-checkerboard", _both(76.0, 68.2), order="checkerboard", **_CAUSAL),
+    _aim("order-random", _both(75.7, 65.8), _OUR_ORDER, order="fixed_random", **_CAUSAL),
     _aim("crop-0.08", _both(77.7, 68.4), crop_scale=(0.08, 1.0)),
     _aim("crop-1.0", _both(63.5, 49.6), crop_scale=(1.0, 1.0)),
     _aim("head-none", _both(75.4, 64.0), predictor="linear"),

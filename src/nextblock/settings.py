@@ -152,6 +152,7 @@ def split_list(text: str, kind: Any) -> list[Any]:
     text = text.strip(" ")
     if text[:1] + text[-1:] in ("[]", "()"):
         try:
+            # YAML and not a split at commas: parts may be quoted, or lists.
             return _plain_yaml(f"[{text[1:-1]}]")
         except ValueError:
             return [text]  # as it was typed, for the error or a file's name
@@ -212,7 +213,7 @@ def check_types(config: Any, section: str = "") -> None:
     for name, hint in _own_types(type(config)).items():
         value = getattr(config, name)
         found = read_value(f"{section}.{name}" if section else name, value, hint)
-        if found is not value:
+        if found is not value:  # frozen for everybody but its own constructor
             object.__setattr__(config, name, found)
 
 
@@ -232,6 +233,7 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
     given: dict[str, Any] = {}
     for name, value in values.items():
         section, _, rest = name.partition(".")
+        # Unknown names are refused and not dropped: a setting with a slip would silently keep its default.
         if name == "token_px" and value is None:  # a retired setting, which older files hold as null
             continue
         if section not in known:

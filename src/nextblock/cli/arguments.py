@@ -60,6 +60,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         """As argparse's, but `type` may be any annotation, such as `int | None`."""
+        # argparse keeps all texts of a flag, and no default beside them: `parse` reads them, once all of
+        # them are known, and fills in the default.
         hint, default = options.pop("type", None), options.get("default")
         if hint is not None and names[0].startswith("--"):
             options |= {"action": "append", "default": None, "metavar": _metavar(hint)}
@@ -108,6 +110,7 @@ class Parser(argparse.ArgumentParser):
                     raise ValueError(f"{word!r} belongs to no setting; {hint}")
                 words.append(word)
                 continue
+            # `--batch-size` is as good as `--batch_size`.
             name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
             if name not in flags:
                 meant = suggestion(name.removeprefix("--"), known)
@@ -136,6 +139,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help, with the sentences that stand below the settings in the source."""
+        # Only now: reading the source of every config takes longer than to parse a command.
         for action, owner, leaf in self.described:
             action.help = (_sentences(owner).get(leaf, "") + str(action.help)).replace("%", "%%")
         self.described.clear()
@@ -197,6 +201,8 @@ def _shown(value: Any) -> str:
 @functools.cache
 def _sentences(cls: type) -> dict[str, str]:
     """What stands in the source below each setting of a dataclass and of those it extends."""
+    # Python drops the strings below fields, so they are read from the source, base classes first: a field
+    # that is declared again has the sentence of its last declaration.
     found = {}
     for owner in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from nextblock.bench.measure import BenchResult, Row
 
-__all__ = ["run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Run the named bench, print a table."""

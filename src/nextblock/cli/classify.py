@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from nextblock.evaluate.classify import ClassifyResult
 
-__all__ = ["classify", "run"]
-
 TABLE_ROWS, TABLE_CLASSES, NAME_LETTERS = 10, 3, 24
 
 

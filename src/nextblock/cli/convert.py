@@ -11,8 +11,6 @@ from nextblock.cli.output import end_with_json
 if TYPE_CHECKING:
     from nextblock.cli.arguments import Parser
 
-__all__ = ["run"]
-
 ABOUT = (
     "Read a run, a checkpoint or weights of any known format, and write them in another. DST is a path where "
     "nothing is yet, or hf:USER/NAME, a repository of the Hugging Face hub (nextblock, timm)."

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from nextblock.cli.arguments import Parser
 
-__all__ = ["run"]
-
 HELP = """\
 usage: nextblock data pack SRC DST [--SETTING VALUE ...]
        nextblock data sample SRC OUT.txt --fraction 0.01 | --count N | --per_class K

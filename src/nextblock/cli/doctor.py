@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from nextblock.data.advice import Checkup
     from nextblock.data.doctor import Examination
 
-__all__ = ["DoctorConfig", "run"]
-
 NOT_HERE = {"train", "val", "weights", "epoch_samples", "workers"}
 """Settings of data that have other names here, or no meaning."""
 FIRST_BAD = 10

@@ -12,8 +12,6 @@ from nextblock.settings import from_dict
 if TYPE_CHECKING:
     from nextblock.evaluate.embed.files import Embeddings
 
-__all__ = ["embed", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, embed, say what the file holds."""

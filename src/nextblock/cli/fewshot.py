@@ -9,8 +9,6 @@ from nextblock.cli.output import end_with_json, print_table
 from nextblock.evaluate.fewshot_config import FewshotConfig, FewshotResult
 from nextblock.settings import from_dict, to_dict
 
-__all__ = ["fewshot", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, measure, print a table."""

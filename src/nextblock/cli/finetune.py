@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from nextblock.evaluate.finetune.report import FinetuneResult
     from nextblock.train import Reporter
 
-__all__ = ["finetune", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, fine-tune, print a table; exits with 128 + signal where a signal stopped it."""

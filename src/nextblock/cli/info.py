@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from nextblock.interop.load import Found
     from nextblock.interop.options import LoadOptions
 
-__all__ = ["run"]
-
 MAX_TENSORS = 12
 """How many tensors of a file that is no model are told."""
 STAND_INS = {"num_heads": 1, "probe_layers": (0,)}

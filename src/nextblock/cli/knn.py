@@ -9,8 +9,6 @@ from nextblock.cli.output import end_with_json, print_table
 from nextblock.evaluate.knn_config import KnnConfig, KnnResult
 from nextblock.settings import from_dict, to_dict
 
-__all__ = ["knn", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, measure, print a table."""

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from nextblock.visualize import PredictResult
 
-__all__ = ["PredictConfig", "predict", "run"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:

@@ -87,10 +87,7 @@ def pretrain(
             reporter.note(f"WARNING: {shared}")
     if config.data.normalize == "auto":
         config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
-    obstacle = _knn_obstacle(sources)
-    if obstacle is not None and config.monitor.knn_every is not None:
-        reporter.note(f"kNN is not measured: {obstacle}")
-    monitors = _monitors(config, sources)
+    monitors = _monitors(config, sources, reporter)
     result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
     for line in _conclusion(result, sources):
         reporter.note(line)
@@ -134,30 +131,32 @@ def _hints(config: RunConfig) -> Iterator[str]:
     )
 
 
-def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
+def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter) -> list[Monitor]:
     """Pictures of the same few images, and kNN accuracy if both sources have the same classes."""
     from nextblock.evaluate.knn import KnnMonitor
     from nextblock.visualize import PredictionMonitor, some_images
 
-    settings, size = config.monitor, config.model.image_size
-    shown = sources.get("val", sources["train"])
+    settings, data, size = config.monitor, config.data, config.model.image_size
     monitors: list[Monitor] = []
     if settings.pictures_every is not None:
-        images, _, _ = some_images(shown, config.data, size, settings.pictures)
-        monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
-    if settings.knn_every is not None and _knn_obstacle(sources) is None:
-        monitors.append(
-            KnnMonitor(
-                sources["train"],
-                sources["val"],
-                config.data,
-                image_size=size,
-                every=settings.knn_every,
-                max_samples=settings.knn_samples,
-                seed=config.seed,
-            )
-        )
-    return monitors
+        images, _, _ = some_images(sources.get("val", sources["train"]), data, size, settings.pictures)
+        monitors.append(PredictionMonitor(images, data.mean, data.std, settings.pictures_every))
+    if settings.knn_every is None:
+        return monitors
+    obstacle = _knn_obstacle(sources)
+    if obstacle is not None:
+        reporter.note(f"kNN is not measured: {obstacle}")
+        return monitors
+    knn = KnnMonitor(
+        sources["train"],
+        sources["val"],
+        data,
+        image_size=size,
+        every=settings.knn_every,
+        max_samples=settings.knn_samples,
+        seed=config.seed,
+    )
+    return [*monitors, knn]
 
 
 def _knn_obstacle(sources: dict[str, Source]) -> str | None:

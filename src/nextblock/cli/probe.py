@@ -14,8 +14,6 @@ from nextblock.settings import to_dict
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["probe", "run"]
-
 MAX_TABLE_WIDTH = 500
 MAX_PRINTED = 60
 """Candidates of the trained encoder that are printed; of more, probe.md tells."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from nextblock.cli.output import end_with_json
 
-__all__ = ["run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Print the summary of a run directory; write it and the loss curve, if there is one, into the run."""

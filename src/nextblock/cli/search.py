@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from nextblock.data import Source
     from nextblock.evaluate.search import QueryResult, SearchResult
 
-__all__ = ["run", "search"]
-
 TABLE_QUERIES, NAME_LETTERS = 4, 32
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from nextblock.evaluate.suite.check import Check
 
-__all__ = ["run", "suite"]
-
 _FAILURE = 1
 
 
