@@ -11,7 +11,7 @@ import yaml
 
 import nextblock
 from nextblock.cli import VERBS
-from nextblock.cli.arguments import build_parser, parse
+from nextblock.cli.arguments import Parser
 from nextblock.presets import get_preset
 from nextblock.settings import flatten, to_dict
 from tiny_runs import call_cli, refused, run_toy
@@ -53,8 +53,7 @@ def test_flags_win_over_config_files_and_those_over_the_preset_whatever_the_orde
     for words in (
         (*preset, *configs, *flag),
         (*flag, *configs, *preset),
-        (*configs, *flag, *preset),
-        (configs[0], configs[1], *flag, *preset, configs[2]),
+        (*configs[:2], *flag, *preset, configs[2]),
     ):
         settings = resolved(*words)
         assert settings["optim.lr"] == 0.125
@@ -64,18 +63,20 @@ def test_flags_win_over_config_files_and_those_over_the_preset_whatever_the_orde
         assert settings["preset"] == "xtra-tiny"
 
 
-def test_a_later_config_file_and_a_later_flag_win(resolved, files):
+def test_a_later_config_file_wins(resolved, files):
     assert resolved("--config", files[0], "--config", files[1])["optim.lr"] == 0.5
     assert resolved("--config", files[1], "--config", files[0])["optim.lr"] == 0.25
-    assert resolved("--optim.lr", "0.1", "--optim.lr", "0.2")["optim.lr"] == 0.2
 
 
 def test_a_config_file_may_name_the_preset_and_a_flag_another(resolved, tmp_path):
     (tmp_path / "p.yaml").write_text("preset: xtra-tiny\nmodel: {depth: 3}\n")
-    settings = resolved("--config", tmp_path / "p.yaml")
-    assert (settings["preset"], settings["model.embed_dim"], settings["model.depth"]) == ("xtra-tiny", 128, 3)
-    other = resolved("--config", tmp_path / "p.yaml", "--preset", "xtra-s16")
-    assert (other["preset"], other["model.embed_dim"], other["model.depth"]) == ("xtra-s16", 384, 3)
+    for words, preset, width in (((), "xtra-tiny", 128), (("--preset", "xtra-s16"), "xtra-s16", 384)):
+        settings = resolved("--config", tmp_path / "p.yaml", *words)
+        assert (settings["preset"], settings["model.embed_dim"], settings["model.depth"]) == (
+            preset,
+            width,
+            3,
+        )
 
 
 def test_what_print_config_prints_is_a_config_file_of_the_same_settings(cli, tmp_path, files):
@@ -92,20 +93,13 @@ def test_every_verb_of_evaluation_takes_config_files_and_prints_its_settings(cli
     (tmp_path / "other.yaml").write_text("epochs: 4\nheads: [linear]\n")
     words = ("--lr", "3e-3", "--out", "OUT", "--config", tmp_path / "grid.yaml", "--print_config")
     code, out, _ = cli("probe", "--config", tmp_path / "other.yaml", *words)
-    settings = yaml.safe_load(out)
     assert code == 0
-    assert [settings[name] for name in ("model", "train", "out", "lr", "epochs", "heads")] == [
-        "RUN",
-        "digits",
-        "OUT",
-        [3e-3],
-        3,
-        ["linear"],
-    ]
+    expected = {"model": "RUN", "out": "OUT", "lr": [3e-3], "epochs": 3, "heads": ["linear"]}
+    assert yaml.safe_load(out) | expected == yaml.safe_load(out)
     (tmp_path / "printed.yaml").write_text(out)
     assert cli("probe", "--config", tmp_path / "printed.yaml", "--print_config") == (0, out, "")
-    told = refused(cli("knn", "--config", tmp_path / "grid.yaml"))
-    assert "grid.yaml, line 3: unknown setting lr; --help lists all" in told
+    error = refused(cli("knn", "--config", tmp_path / "grid.yaml"))
+    assert "grid.yaml, line 3: unknown setting lr; --help lists all" in error
 
 
 def test_the_config_of_a_run_is_a_config_file(resolved, tmp_path):
@@ -113,13 +107,6 @@ def test_the_config_of_a_run_is_a_config_file(resolved, tmp_path):
     written = flatten(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     settings = resolved("--config", tmp_path / "run" / "config.yaml")
     assert {name: settings[name] for name in written} == written
-
-
-@pytest.mark.parametrize("name", ["xtra-tiny", "xtra-b16-in1k", "xtra-h14-in21k"])
-def test_a_preset_alone_is_its_settings(resolved, name):
-    settings = resolved("--preset", name)
-    expected = flatten(to_dict(get_preset(name).config))
-    assert {key: settings[key] for key in expected} == expected
 
 
 def test_without_a_preset_the_defaults_are_said(cli, tmp_path):
@@ -138,41 +125,31 @@ def test_without_a_preset_the_defaults_are_said(cli, tmp_path):
     [
         ("--data.train A", "data.train", "A"),
         ("--data.train A --data.train B", "data.train", ["A", "B"]),
-        ('--data.train ["A","B"]', "data.train", ["A", "B"]),
         ('--data.train C --data.train ["A","B"]', "data.train", ["A", "B"]),
         ('--data.train ["A","B"] --data.train C', "data.train", "C"),
+        ('--data.train ["A","B"] --data.train C --data.train D', "data.train", ["C", "D"]),
         ("--data.train A --data.train null", "data.train", None),
+        ("--data.train null --data.train A", "data.train", "A"),
         ("--data.train 5 --data.train=null2", "data.train", ["5", "null2"]),
-        (
-            "--data.train torchvision:CIFAR10,root=D --data.train ü",
-            "data.train",
-            ["torchvision:CIFAR10,root=D", "ü"],
-        ),
+        ("--data.train hf:X,split=D --data.train ü", "data.train", ["hf:X,split=D", "ü"]),
+        ("--data.train [A,B]", "data.train", ["A", "B"]),
+        ("--data.train 0x10", "data.train", "0x10"),
         ("--data.weights 0.8 --seed 3 --data.weights=0.2", "data.weights", [0.8, 0.2]),
         ("--data.weights [0.8,0.2]", "data.weights", [0.8, 0.2]),
         ("--data.weights 1", "data.weights", [1.0]),
-        ("--data.weights 1e-3 --data.weights 2", "data.weights", [0.001, 2.0]),
         ("--data.weights 1 --data.weights null", "data.weights", None),
         ("--data.weights 0.8,0.2", "data.weights", [0.8, 0.2]),
-        ("--data.train [A,B]", "data.train", ["A", "B"]),
         ("--data.val #h", "data.val", "#h"),
-        ("--data.val ~x", "data.val", "~x"),
         ("--data.val [x]", "data.val", "[x]"),
         ("--data.val=-x", "data.val", "-x"),
-        ("--data.val no", "data.val", "no"),
         ("--data.val null", "data.val", None),
-        ("--data.train 0x10", "data.train", "0x10"),
         ("--model.image-size 32x64", "model.image_size", [32, 64]),
-        ("--model.image_size (32,64)", "model.image_size", [32, 64]),
-        ("--optim.warmup 2.5%", "optim.warmup", "2.5%"),
-        ("--train.compile yes", "train.compile", True),
         ("--optim.betas 0.8 --optim.betas 0.9", "optim.betas", [0.8, 0.9]),
-        ("--data.mean .5 --data.mean .4 --data.mean .3", "data.mean", [0.5, 0.4, 0.3]),
         ("--model.image_size 64 --model.image_size 32", "model.image_size", 32),  # no list: the last counts
         ("--optim.lr 1 --optim.lr 2", "optim.lr", 2.0),
     ],
 )
-def test_values_of_a_flag_given_several_times_are_a_list_where_the_setting_is_one(
+def test_values_of_a_flag_given_several_times_are_a_list_if_the_setting_is_one(
     resolved, words, name, expected
 ):
     assert resolved("--preset", "xtra-tiny", *words.split())[name] == expected
@@ -180,33 +157,21 @@ def test_values_of_a_flag_given_several_times_are_a_list_where_the_setting_is_on
 
 def test_flags_given_several_times_win_over_config_files_as_one(resolved, tmp_path):
     (tmp_path / "c.yaml").write_text("data: {train: [X, Y, Z], weights: [1, 2, 3]}\n")
-    settings = resolved("--config", tmp_path / "c.yaml")
-    assert (settings["data.train"], settings["data.weights"]) == (["X", "Y", "Z"], [1.0, 2.0, 3.0])
     words = ["--data.train", "A", "--data.train", "B", "--data.weights", "0.8", "--data.weights", "0.2"]
-    for line in (("--config", tmp_path / "c.yaml", *words), (*words, "--config", tmp_path / "c.yaml")):
-        settings = resolved(*line)
-        assert (settings["data.train"], settings["data.weights"]) == (["A", "B"], [0.8, 0.2])
+    settings = resolved(*words, "--config", tmp_path / "c.yaml")
+    assert (settings["data.train"], settings["data.weights"]) == (["A", "B"], [0.8, 0.2])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            "--data.weights 0.8 --data.weights x",
-            "data.weights is ['0.8', 'x']; it must be a list, each a number above 0 or null",
-        ),
-        (
-            "--data.weights 0.8 --data.weights 0",
-            "data.weights is ['0.8', '0']; it must be a list, each a number above 0 or null",
-        ),
-        ("--data.train A --data.train B --data.weights 1", "data.train names 2 sources and data.weights 1"),
-        ("--data.train A --data.train A", "data.train names a source twice: ['A', 'A']"),
+        ("--data.weights 0.8 --data.weights x", "data.weights is ['0.8', 'x']; it must be a list, each a"),
         ("--optim.betas 0.9", "optim.betas is ['0.9']; it must be a list of 2, each a number"),
         ("--data.weights --seed 3", "--data.weights needs a value"),
         ("--seed 3 --data.train", "--data.train needs a value"),
     ],
 )
-def test_wrong_lists_are_told_with_code_2(cli, words, message):
+def test_wrong_lists_are_refused_with_code_2(cli, words, message):
     assert message in refused(cli("pretrain", "--out", "x", *words.split()))
 
 
@@ -224,9 +189,9 @@ def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
 
 
 def parse_out(word):
-    parser = build_parser("test", "")
+    parser = Parser("test", "")
     parser.add_argument("--out", type=str, default=None)
-    return parse(parser, [word]).out
+    return parser.parse([word]).out
 
 
 # ------------------------------------------------------------------------------------------------------ slips
@@ -235,18 +200,12 @@ def parse_out(word):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("pretrain --out r d", "'d' belongs to no setting; did you mean --data.train d?"),
         ("pretrain --out r --data.train a b", "'b' belongs to no setting; did you mean --data.train b?"),
         ("pretrain --out r --data d", "unknown setting --data; did you mean --data.train?"),
-        ("pretrain --out r --train d", "--data.train?"),
         ("pretrain --out r --val d", "--data.val?"),
-        ("pretrain --out r --model xtra-tiny", "--preset?"),
         ("pretrain --out r --model.size small", "--preset?"),
-        ("pretrain --out r --epochs 3", "--train.duration 100ep?"),
         ("pretrain --out r --train.epochs 3", "--train.duration 100ep?"),
-        ("pretrain --out r --batch_size 3", "--train.batch_size?"),
         ("pretrain --out r --lr=3", "unknown setting --lr; did you mean --optim.lr?"),
-        ("pretrain --out r --optim.lrr 1", "--optim.lr?"),
         ("pretrain --out r --train.lr 1", "--optim.lr?"),
         ("pretrain --out r --model.imagesize 1", "--model.image_size?"),
         ("pretrain --output_dir r", "--out?"),
@@ -265,10 +224,7 @@ def test_a_slip_is_answered_with_the_flag_that_is_meant(cli, words, message):
     "words",
     [
         "--model.predictor null",
-        "--model.block_size 8 --preset xtra-tiny",
         "--data.normalize auto --data.mean 0.5,0.5,0.5",
-        "--train.duration 0ep",
-        "--train.precision fp16 --train.device cpu",
         "--model.image_size 100",
     ],
 )
@@ -289,26 +245,18 @@ def test_print_config_refuses_what_a_run_refuses(cli, words):
         ("optim: [1", "c.yaml, line 1: not YAML: "),
         ("optim:\n\tlr: 1", "c.yaml, line 2: an odd space (U+0009)"),
         ("optim:\n  lr:\u00a01", "c.yaml, line 2: an odd space (U+00A0)"),
-        ("data: {train: a\u3000b}", "an odd space (U+3000)"),
-        ("- 1", "has no settings"),
         ("", "has no settings"),
-        ("# seed: 1", "has no settings"),
         ("seed", "has no settings"),
         ("seed: 1\nseed: 2", "c.yaml, line 2: seed is given twice (also line 1); keep one"),
-        ("optim: {lr: 1}\noptim.lr: 2", "line 2: optim.lr is given twice"),
         ("data:\n  val: #h", "line 2: data.val has no value (# begins a comment)"),
         ("data:\n  val: ~", "line 2: data.val is ~; write null"),
         ("optim: evil.Settings", "line 1: optim must be settings"),
         ("data: {val: {a: 1}}", "unknown setting data.val.a"),
         ("data: {val: [{a: 1}]}", "data.val cannot hold `name: value`"),
-        ("data: {val: &x d}", "a value cannot begin with &, * or !"),
         ("data: {val: !!python/name:os.system x}", "a value cannot begin with &, * or !"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "line 1: a value cannot begin with &"),
         ("seed: 010", "seed is '010'; it must be a whole number"),
-        ("seed: \uff11", "seed is '\uff11'; it must be a whole number"),
         ("seed: 1\n---\nseed: 2", "not YAML: "),
-        ("preset: xtra-tny", "unknown preset 'xtra-tny'; did you mean 'xtra-tiny'?"),
-        ("model: {embed_dim: 30, num_heads: 4}", "model.embed_dim 30 is not divisible by model.num_heads 4"),
     ],
 )
 def test_a_wrong_config_file_is_told_with_code_2(cli, tmp_path, content, message):
@@ -320,15 +268,12 @@ def test_a_wrong_config_file_is_told_with_code_2(cli, tmp_path, content, message
     ("content", "name", "expected"),
     [
         ("\ufeffseed: 3", "seed", 3),
-        ("data: {val: no}", "data.val", "no"),
         ("data: {val: '~'}", "data.val", "/home/me"),
         ('data: {val: "null"}', "data.val", "null"),
         ("data: {val: null}", "data.val", None),
         ("data: {val: 12:30}", "data.val", "12:30"),
         ("data: {train: [1, b]}", "data.train", ["1", "b"]),
-        ("model: {image_size: 32x64}", "model.image_size", [32, 64]),
         ("model: {image_size: [32, 64]}", "model.image_size", [32, 64]),
-        ("train: {compile: off}", "train.compile", False),
         ("optim: {lr: 1e-4}", "optim.lr", 1e-4),
         ("optim:\n  lr: 1\noptim:\n  end_lr: 0", "optim.lr", 1.0),
         ('{"optim": {"lr": 0.5}}', "optim.lr", 0.5),
@@ -340,15 +285,6 @@ def test_a_config_file_means_what_is_written(resolved, tmp_path, monkeypatch, co
     assert resolved("--preset", "xtra-tiny", "--config", tmp_path / "c.yaml")[name] == expected
 
 
-def test_no_module_that_a_config_file_names_is_imported(cli, tmp_path, monkeypatch):
-    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    monkeypatch.syspath_prepend(tmp_path)
-    for section in ("optim", "model", "data"):
-        (tmp_path / "c.yaml").write_text(f"{section}: evil.Settings")
-        refused(cli("pretrain", "--out", "x", "--config", tmp_path / "c.yaml"))
-    assert "evil" not in sys.modules
-
-
 @pytest.mark.parametrize(("content", "message"), [(None, "is not a file"), (b"\xff\xfes", "is not UTF-8")])
 def test_a_config_file_that_cannot_be_read_is_named(cli, tmp_path, content, message):
     if content is not None:
@@ -357,17 +293,6 @@ def test_a_config_file_that_cannot_be_read_is_named(cli, tmp_path, content, mess
 
 
 # -------------------------------------------------------------------------------------------- help, processes
-
-
-def test_help_lists_the_commands(cli):
-    for words in ((), ("--help",), ("-h",), ("help",)):
-        code, out, _ = cli(*words)
-        assert code == 0
-        assert all(f"  {verb} " in out for verb in VERBS)
-
-
-def test_the_version_is_told(cli):
-    assert cli("--version") == (0, f"nextblock {nextblock.__version__}\n", "")
 
 
 HELP = """
@@ -389,8 +314,12 @@ def test_help_of_pretrain_lists_every_setting_with_its_meaning_and_does_not_wait
     assert "Peak learning rate, used as it is: never scaled by the batch size." in words
 
 
-def test_every_command_has_help(cli):
+def test_help_lists_the_commands_and_every_command_has_help(cli):
+    assert cli("--version") == (0, f"nextblock {nextblock.__version__}\n", "")
+    code, commands, _ = cli()
+    assert (code, commands) == cli("--help")[:2] == cli("-h")[:2] == cli("help")[:2]
     for verb in VERBS:
+        assert f"  {verb} " in commands
         code, out, _ = cli(verb, "--help")
         assert code == 0
         assert out.startswith(f"usage: nextblock {verb}")

@@ -19,42 +19,17 @@ from nextblock.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    pair,
 )
 from nextblock.presets import resolve
-from nextblock.settings import Duration, flatten, from_dict, nearest_name, nested, to_dict
+from nextblock.settings import Duration, flatten, from_dict, nearest_name, to_dict
 
 
-def refuses(make, *parts):
-    """The call raises a ValueError whose message has all these parts."""
+def refuses(changes, *parts):
+    """These settings raise a ValueError whose message has all these parts."""
     with pytest.raises(ValueError) as caught:
-        make()
+        resolve(RunConfig(), changes)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
-
-
-# --------------------------------------------------------------------------------------------------- geometry
-
-
-@pytest.mark.parametrize(
-    ("settings", "parts"),
-    [
-        ({"image_size": 224}, ("14x14 patches", "blocks of 4x4", "use model.image_size 192 or 256")),
-        (
-            {"image_size": (128, 200), "patch_size": 8, "block_size": (4, 2)},
-            ("16x25 patches", "blocks of 4x2", "128x192 or 128x208"),
-        ),
-        ({"image_size": 32}, ("use model.image_size 64,",)),
-        ({"image_size": 100}, ("100x100 px", "16-px patches", "96 or 112")),
-    ],
-)
-def test_a_grid_that_does_not_divide_is_refused_with_the_nearest_sizes(settings, parts):
-    refuses(lambda: ModelConfig(**settings), *parts)
-
-
-@pytest.mark.parametrize("size", [192, 256, (128, 192)])
-def test_the_sizes_that_the_message_names_are_accepted(size):
-    assert ModelConfig(image_size=size).num_blocks == pair(size)[0] * pair(size)[1] // 64**2
 
 
 def test_derived_numbers_count_rows_before_columns():
@@ -75,6 +50,7 @@ def test_derived_numbers_count_rows_before_columns():
         ("model.depth", "\uff11\uff12", "a whole number"),
         ("model.depth", "012", "a whole number"),
         ("model.depth", "1:30", "a whole number"),
+        ("model.depth", "9" * 5000, "a whole number"),
         ("model.block_mlp_dim", 0, "a whole number from 1 or null"),
         ("model.block_size", (2, 0), "one whole number from 1, or two: 64, 32,64 or 32x64"),
         ("model.block_size", 2.0, "one whole number"),
@@ -82,95 +58,86 @@ def test_derived_numbers_count_rows_before_columns():
         ("model.norm_eps", 0.0, "a number above 0"),
         ("model.drop_path", 1.0, "from 0 to below 1"),
         ("model.order", "diagonal", "raster or spiral or checkerboard"),
-        ("model.tokenizer", "hf:a/b", "kmeans or null"),
-        ("model.vocab_size", 1, "from 2"),
         ("data.train", 3, "text or a list, each text or null"),
         ("data.weights", (0.5, 0.0), "each a number above 0"),
-        ("data.flip", 1.5, "from 0 to 1"),
         ("data.flip", True, "a number"),
+        ("data.color_jitter", (0.4, 0.4, 0.2, 0.6), "the last (hue) at most 0.5"),
         ("data.mean", (123.7,) * 3, "divide values of bytes by 255"),
-        ("data.std", (0.2, 0.0, 0.2), "above 0"),
         ("data.workers", -1, "from 0"),
         ("optim.lr", float("nan"), "a number from 0"),
         ("optim.lr", "1,5", "a number"),
         ("optim.betas", (0.9, 1.0), "a list of 2, each a number from 0 to below 1"),
-        ("optim.clip_grad", 0.0, "above 0 or null"),
         ("optim.warmup", "15", "(epochs)"),
         ("train.duration", "2.5%", "800ep (epochs), 500000st (steps), 2000000sa (samples)"),
         ("train.duration", "0ep", "800ep"),
-        ("train.precision", "fp8", "auto or fp32 or bf16 or fp16"),
         ("train.compile", 1, "true or false"),
         ("checkpoint.every", "30", "30min (minutes)"),
-        ("checkpoint.keep_every", "30min", "800ep"),
         ("monitor.pictures_every", 20, "800ep"),
-        ("seed", -1, "from 0"),
         ("seed", None, "a whole number from 0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(name, value, message):
-    refuses(lambda: resolve(RunConfig(), {name: value}), f"{name} is {value!r}; it must be ", message)
+    refuses({name: value}, f"{name} is {value!r}; it must be ", message)
+
+
+def of_model(**changes):
+    return {f"model.{name}": value for name, value in changes.items()}
 
 
 @pytest.mark.parametrize(
-    ("make", "parts"),
+    ("changes", "message"),
     [
-        (lambda: ModelConfig(embed_dim=100, num_heads=3), ("model.embed_dim 100", "model.num_heads 3")),
-        (lambda: ModelConfig(predictor_heads=5), ("model.predictor_dim 768", "model.predictor_heads 5")),
-        (lambda: ModelConfig(num_predicted_blocks=16), ("is 16", "only 16 blocks", "at most 15")),
-        (lambda: ModelConfig(predictor_block_size=4), ("model.predictor_block_size is 4", "block_causal")),
+        (of_model(image_size=224), "blocks of 4x4 patches of 16 px; use model.image_size 192 or 256,"),
+        (of_model(image_size=(128, 200), patch_size=8, block_size=(4, 2)), "image_size 128x192 or 128x208,"),
+        (of_model(image_size=32), "use model.image_size 64,"),
         (
-            lambda: ModelConfig(predictor_attention="block_causal", predictor_block_size=3),
-            ("predictor_block_size 3 does not divide a grid of 16x16",),
+            of_model(image_size=100),
+            "100x100 px cannot be cut into 16-px patches; use model.image_size 96 or 112",
         ),
-        (lambda: ModelConfig(predictor_attention="full", prefix=True), ("no model.prefix",)),
+        (of_model(embed_dim=100, num_heads=3), "embed_dim 100 is not divisible by model.num_heads 3"),
+        (of_model(predictor_heads=5), "predictor_dim 768 is not divisible by model.predictor_heads 5"),
+        (of_model(num_predicted_blocks=16), "only 16 blocks; predict at most 15"),
+        (of_model(predictor_block_size=4), "needs model.predictor_attention block_causal"),
+        (of_model(predictor_attention="block_causal", predictor_block_size=3), "not divide a grid of 16x16"),
+        (of_model(predictor_attention="full", prefix=True), "no model.prefix"),
+        (of_model(predictor_attention="causal", predictor="mlp"), "a predictor mlp has no attention"),
+        (of_model(encoder_attention="full"), "needs model.feature_attention full"),
+        (of_model(positions="sincos", embed_dim=90, num_heads=3), "model.embed_dim 90 cannot be divided"),
+        (of_model(positions="sincos", predictor_dim=90, predictor="mlp"), "use 88 or 92"),
+        (of_model(tokenizer="kmeans", loss="l1"), "model.loss l1 are for pixels"),
+        (of_model(tokenizer="kmeans", norm_pixels=False), "norm_pixels False"),
+        ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is (0.5, 0.3); give (smallest, largest)"),
+        ({"data.crop_scale": (0.0, 1.0)}, "above 0"),
+        ({"data.mean": (0.5,)}, "1 channels and data.std 3"),
+        ({"data.train": ()}, "data.train or data.weights is empty"),
+        ({"data.train": ("A", "B", "A")}, "names a source twice"),
+        ({"data.train": ("A", "B"), "data.weights": (1.0,)}, "names 2 sources and data.weights 1"),
+        ({"data.val_crop": "border", "data.normalize": "auto"}, "data.val_crop border fills with data.mean"),
+        ({"data.channels": 1, "model.in_chans": 3}, "data.channels is 1, model.in_chans is 3"),
+        ({"data.val_resize_px": 255}, "val_resize_px is 255, smaller than model.image_size 256"),
         (
-            lambda: ModelConfig(predictor_attention="causal", predictor="mlp"),
-            ("a predictor mlp has no attention",),
+            {"data.normalize": "auto", "data.mean": (0.5,) * 3},
+            "measures data.mean and data.std, but data.mean is",
         ),
-        (lambda: ModelConfig(encoder_attention="full"), ("model.feature_attention is causal", "full")),
-        (
-            lambda: ModelConfig(positions="sincos", embed_dim=90, num_heads=3),
-            ("model.embed_dim 90 cannot be divided among the sines", "use 88 or 92"),
-        ),
-        (
-            lambda: ModelConfig(positions="sincos", predictor_dim=90, predictor_heads=3),
-            ("model.predictor_dim 90", "use 88 or 92"),
-        ),
-        (lambda: ModelConfig(tokenizer="kmeans", loss="l1"), ("model.loss l1", "cross-entropy")),
-        (lambda: ModelConfig(tokenizer="kmeans", norm_pixels=False), ("norm_pixels False", "for pixels")),
-        (lambda: DataConfig(crop_scale=(0.5, 0.3)), ("data.crop_scale is (0.5, 0.3)", "(smallest, largest)")),
-        (lambda: DataConfig(crop_scale=(0.0, 1.0)), ("data.crop_scale", "above 0")),
-        (lambda: DataConfig(mean=(0.5,)), ("1 channels", "data.std 3")),
-        (lambda: DataConfig(train=()), ("data.train or data.weights is empty",)),
-        (lambda: DataConfig(train=("A", "B", "A")), ("names a source twice", "A")),
-        (lambda: DataConfig(train=("A", "B"), weights=(1.0,)), ("names 2 sources", "data.weights 1")),
-        (
-            lambda: DataConfig(color_jitter=(0.4, 0.4, 0.2, 0.6)),
-            ("data.color_jitter is", "hue's in [0, 0.5]"),
-        ),
-        (lambda: DataConfig(val_crop="border", normalize="auto"), ("data.val_crop border", "center or")),
-        (lambda: RunConfig(model=ModelConfig(in_chans=1)), ("data.channels is 3", "model.in_chans is 1")),
-        (lambda: RunConfig(data=DataConfig(val_resize_px=255)), ("val_resize_px is 255", "image_size 256")),
-        (
-            lambda: RunConfig(model=ModelConfig(predictor=None)).check_trainable(),
-            ("model.predictor is null",),
-        ),
-        (
-            lambda: RunConfig(model=ModelConfig(block_size=16)).check_trainable(),
-            ("no next block", "smaller model.block_size"),
-        ),
-        (
-            lambda: RunConfig(train=TrainConfig(precision="fp16", device="cpu")).check_trainable(),
-            ("fp16 needs a GPU",),
-        ),
-        (
-            lambda: resolve(RunConfig(), {"data.normalize": "auto", "data.mean": (0.5,) * 3}),
-            ("data.normalize auto measures", "but data.mean is given"),
-        ),
+        ({"optim.lrr": 2}, "'optim.lrr'; did you mean 'optim.lr'?"),
     ],
 )
-def test_what_cannot_be_together_is_refused(make, parts):
-    refuses(make, *parts)
+def test_what_cannot_be_together_is_refused(changes, message):
+    refuses(changes, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.predictor": None}, "model.predictor is null"),
+        ({"model.block_size": 16}, "no next block; use a smaller model.block_size"),
+        ({"train.precision": "fp16", "train.device": "cpu"}, "fp16 needs a GPU"),
+    ],
+)
+def test_what_can_encode_but_not_train_is_refused_for_training_alone(changes, message):
+    config = resolve(RunConfig(), changes)
+    with pytest.raises(ValueError, match=message):
+        config.check_trainable()
 
 
 # ----------------------------------------------------------------------------------------- what a value means
@@ -222,10 +189,6 @@ def test_channels_bring_what_follows_from_them(changes, expected):
     assert resolve(config, {"data.channels": 3, "data.normalize": "given"}).data == RunConfig().data
 
 
-def test_channels_that_contradict_each_other_are_refused():
-    refuses(lambda: resolve(RunConfig(), {"data.channels": 1, "model.in_chans": 3}), "data.channels is 1")
-
-
 @pytest.mark.parametrize(("size", "resize_px"), [(256, 300), (128, 150), ((64, 192), 225)])
 def test_the_validation_size_follows_the_image_size(size, resize_px):
     model = ModelConfig(image_size=size)
@@ -247,15 +210,12 @@ def test_a_duration_counts_in_steps(text, steps):
     assert duration.steps(batch_size=64, steps_per_epoch=10, total_steps=200) == steps
 
 
-def test_minutes_are_read_where_they_are_allowed():
-    assert Duration.parse("1.5min", allow=("st", "min")) == Duration(value=1.5, unit="minutes")
-
-
 @pytest.mark.parametrize(
-    "text", ["", "10", "-3ep", "3 epochs", "1e3st", "30min", "5%", "3ep4st", "½ep", "\uff13ep"]
+    "text", ["", "10", "-3ep", "3 epochs", "1e3st", "30min", "3ep4st", "½ep", "\uff13ep"]
 )
-def test_what_is_no_duration_is_refused_with_examples(text):
-    refuses(lambda: Duration.parse(text), repr(text), "800ep (epochs)", "500000st (steps)", "2000000sa")
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match=r"800ep \(epochs\), 500000st"):
+        Duration.parse(text)
 
 
 # ------------------------------------------------------------------------------------------- to and from YAML
@@ -277,12 +237,8 @@ def test_a_config_comes_back_from_yaml_as_it_was(config):
     assert from_dict(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_known_one():
-    refuses(lambda: from_dict(RunConfig, {"model": {"blok_size": 2}}), "'blok_size'", "'block_size'")
-    refuses(lambda: resolve(RunConfig(), {"optim.lrr": 2}), "'optim.lrr'", "did you mean 'optim.lr'?")
-
-
-def test_a_name_like_no_other_is_answered_with_all_known_ones():
+def test_an_unknown_name_is_answered_with_the_nearest_or_else_with_all():
+    assert nearest_name("blok_size", ["loss", "block_size"]) == "did you mean 'block_size'?"
     assert nearest_name("zzz", ["alpha", "beta"]) == "known: alpha, beta"
 
 
@@ -291,48 +247,26 @@ def test_keys_that_are_left_out_keep_their_defaults_and_a_retired_one_is_skipped
     assert from_dict(RunConfig, older) == RunConfig(model=ModelConfig(depth=3))
 
 
-def test_flatten_gives_dotted_names_and_nested_takes_them_back():
-    flat = {"a.b.c": 1, "a.d": [2], "e": None}
-    assert flatten(nested(flat)) == flat
-    assert nested(flat) == {"a": {"b": {"c": 1}, "d": [2]}, "e": None}
+def test_dotted_names_are_settings_too():
+    assert from_dict(RunConfig, flatten(to_dict(UNUSUAL))) == UNUSUAL
 
 
 # ---------------------------------------------------------------------------------------- the same run or not
 
 
-def test_a_run_is_the_same_as_itself():
+def test_what_decides_the_weights_makes_another_run():
     assert UNUSUAL.differences(from_dict(RunConfig, to_dict(UNUSUAL))) == {}
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        (replace(UNUSUAL, seed=8), {"seed": (7, 8)}),
-        (
-            replace(UNUSUAL, model=replace(UNUSUAL.model, block_size=(4, 2))),
-            {"model.block_size": ([2, 4], [4, 2])},
-        ),
-        (
-            replace(UNUSUAL, optim=replace(UNUSUAL.optim, clip_grad=1.0), seed=1),
-            {"optim.clip_grad": (None, 1.0), "seed": (7, 1)},
-        ),
-    ],
-)
-def test_a_setting_that_decides_the_weights_makes_another_run(changed, expected):
-    assert UNUSUAL.differences(changed) == expected
+    changed = replace(UNUSUAL, model=replace(UNUSUAL.model, block_size=(4, 2)), seed=8)
+    assert UNUSUAL.differences(changed) == {"seed": (7, 8), "model.block_size": ([2, 4], [4, 2])}
 
 
 def test_only_what_does_not_decide_the_weights_is_free():
-    def changed(config, name, value):
-        copied = copy.deepcopy(config)
-        object.__setattr__(copied, name, value)
-        return copied
-
     free = []
     for dotted in flatten(to_dict(UNUSUAL)):
+        changed = copy.deepcopy(UNUSUAL)
         section, _, name = dotted.rpartition(".")
-        part = changed(getattr(UNUSUAL, section), name, "another") if section else "another"
-        if not UNUSUAL.differences(changed(UNUSUAL, section or name, part)):
+        object.__setattr__(getattr(changed, section) if section else changed, name, "another")
+        if not UNUSUAL.differences(changed):
             free.append(dotted)
     unsaid = [name for name in free if not name.startswith(("checkpoint.", "monitor."))]
     places = ["data.train", "data.val", "data.workers", "data.max_bad_fraction", "data.cache_dir"]

@@ -380,7 +380,7 @@ def test_create_model_builds_a_size_with_any_field_changed():
     model = create_model("xtra-tiny", depth=1, block_size=(2, 4))
     assert isinstance(model, NextBlockModel)
     assert (model.config.depth, model.config.block_size, model.config.embed_dim) == (1, (2, 4), 128)
-    with pytest.raises(ValueError, match="unknown model setting 'blok_size'; did you mean 'block_size'"):
+    with pytest.raises(ValueError, match=r"unknown setting 'model.blok_size'"):
         create_model("xtra-tiny", blok_size=2)
     with pytest.raises(ValueError, match="unknown preset 'xtra-tny'; did you mean 'xtra-tiny'"):
         create_model("xtra-tny")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nextblock.cli.arguments import build_parser, parse_run
+from nextblock.cli.arguments import Parser, parse_run
 from nextblock.cli.presets import parameters_m, step_gb
 from nextblock.config import ModelConfig, RunConfig
 from nextblock.models import NextBlockModel
@@ -42,7 +42,7 @@ NEWER = {
 
 @pytest.fixture(scope="module")
 def recorded(golden_dir):
-    """Hash of the settings and parameters in millions by preset, and all settings of four recipes."""
+    """Hash of the settings and parameters in millions by preset."""
     return json.loads((golden_dir / "presets.json").read_text())
 
 
@@ -50,11 +50,6 @@ def settings_of(name):
     found = json.loads(json.dumps(flatten(to_dict(get_preset(name).config))))
     assert {key: found.pop(key) for key in NEWER} == NEWER
     return found
-
-
-def test_the_settings_of_four_recipes_are_those_recorded(recorded):
-    for name, settings in recorded["settings"].items():
-        assert settings_of(name) == settings
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -65,24 +60,17 @@ def test_a_presets_settings_and_parameters_are_those_recorded(name, recorded):
 
 
 @pytest.mark.parametrize("name", list_presets())
-def test_the_command_of_a_preset_parses_to_its_settings(name):
-    program, verb, *words = shlex.split(get_preset(name).command)
+def test_a_preset_comes_back_from_its_command_and_from_plain_values(name):
+    preset = get_preset(name)
+    program, verb, *words = shlex.split(preset.command)
     assert (program, verb) == ("nextblock", "pretrain")
-    parser = build_parser("pretrain", "")
+    parser = Parser("pretrain", "")
     parser.add_argument("--out", type=str, required=True)
     config, options = parse_run(parser, words)
     assert options.out == "RUN"
-    assert config.data.train is not None
-    assert replace(config, data=replace(config.data, train=None)) == get_preset(name).config
-
-
-@pytest.mark.parametrize("name", list_presets())
-def test_a_presets_settings_are_valid_and_come_back_from_plain_values(name):
-    preset = get_preset(name)
+    assert words.count("--data.train") == len(preset.config.data.weights or "1")
+    assert replace(config, data=replace(config.data, train=None)) == preset.config
     assert from_dict(RunConfig, to_dict(preset.config)) == preset.config
-    assert preset.config.preset == preset.name == name
-    assert preset.about.endswith(".")
-    assert preset.images or preset.group == "ablation"
     batch, micro = preset.config.train.batch_size, preset.config.train.micro_batch_size
     assert micro is None or batch % micro == 0
 
@@ -101,7 +89,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name(name, nearest):
 def test_a_model_is_named_by_size_or_preset_and_any_field_may_change():
     assert model_config("xtra-b16-in1k").drop_path == 0.1
     assert model_config("xtra-h14", block_size="2x4") == model_config("xtra-h14", block_size=[2, 4])
-    with pytest.raises(ValueError, match="unknown model setting 'drop_paths'; did you mean 'drop_path'"):
+    with pytest.raises(ValueError, match=r"'model.drop_paths'; did you mean 'model.drop_path'"):
         model_config("xtra-b16", drop_paths=0.1)
 
 
@@ -152,22 +140,6 @@ def test_the_parts_have_the_parameters_of_the_official_networks(
     assert projection is None or round(millions(predictor.projection), 1) == projection
 
 
-@pytest.mark.parametrize(("name", "accuracy"), [("xtra-b16-in1k", "76.8"), ("xtra-h14-in21k", "80.9")])
-def test_the_published_result_is_stated(name, accuracy):
-    assert accuracy in (get_preset(name).published or "")
-
-
-def test_the_ablations_baseline_differs_from_the_released_run_where_the_official_one_does():
-    differences = get_preset("xtra-b16-ablation").config.differences(get_preset("xtra-b16-in1k").config)
-    assert differences == {
-        "model.drop_path": (0.0, 0.1),
-        "model.predictor_dim": (384, 768),
-        "optim.warmup": ("10ep", "15ep"),
-        "train.duration": ("100ep", "800ep"),
-        "train.micro_batch_size": (116, 29),
-    }
-
-
 @pytest.mark.parametrize("name", [name for name in list_presets() if "ablation-" in name])
 def test_an_ablation_changes_the_model_alone(name):
     baseline = "xtra-b16-ablation" if name.startswith("xtra") else "aim-600m-in1k"
@@ -177,22 +149,12 @@ def test_an_ablation_changes_the_model_alone(name):
     assert {n for n in differences if not n.startswith("model.")} == of_data
 
 
-# ----------------------------------------------------------------------------------------------------- AIM
-
-
 @pytest.mark.parametrize(
     ("name", "trunk_b"), [("aim-600m", 0.681), ("aim-1b", 1.209), ("aim-3b", 2.720), ("aim-7b", 6.445)]
 )
-def test_aims_trunks_have_the_parameters_of_apples(name, trunk_b):
+def test_aims_trunks_and_head_have_the_parameters_of_apples(name, trunk_b):
     assert round(millions(on_meta(name).encoder) / 1e3, 3) == trunk_b
-
-
-def test_aims_head_has_the_parameters_of_apples():
-    assert round(millions(on_meta("aim-600m").predictor)) == 407
-
-
-def test_a_preset_of_a_mixture_names_as_many_sources_as_it_has_weights():
-    assert get_preset("aim-1b-dfn2b+").command.count("--data.train") == 2
+    assert name != "aim-600m" or round(millions(on_meta(name).predictor)) == 407
 
 
 def test_the_tiny_runs_of_both_kinds_have_the_same_budget():

@@ -10,7 +10,7 @@ import torch
 
 import nextblock
 from nextblock.cli import main
-from nextblock.cli.arguments import build_parser, built, parse
+from nextblock.cli.arguments import Parser, built
 from nextblock.config import ModelConfig, OptimConfig
 from nextblock.data import Source, keyed_rng
 from nextblock.evaluate.features import encoder_extract, seeded
@@ -170,11 +170,11 @@ def test_one_value_stands_for_a_list_of_it():
     config = probe_config({**given, "lr": 3e-3, "layers": 6, "tokens": "all", "weight_decay": [0.1, 0.2]})
     assert (config.lr, config.layers, config.tokens) == ((3e-3,), ("6",), ("all",))
     assert config.weight_decay == (0.1, 0.2)
-    parser = build_parser("probe", "")
+    parser = Parser("probe", "")
     parser.add_settings(ProbeConfig)
     words = ["--model", "RUN", "--train", "t", "--out", "o", "--lr", "3e-3", "--layers", "6"]
     words += ["--heads", "linear", "--heads", "mlp", "--weight_decay", "[0.1, 0.2]"]
-    parsed = built(ProbeConfig, parse(parser, words))
+    parsed = built(ProbeConfig, parser.parse(words))
     assert (parsed.lr, parsed.layers, parsed.heads) == ((3e-3,), ("6",), ("linear", "mlp"))
     assert parsed.weight_decay == (0.1, 0.2)
 

@@ -21,7 +21,6 @@ from nextblock.settings import (
     duration,
     flatten,
     require,
-    require_divides,
     require_range,
     to_dict,
 )
@@ -48,6 +47,10 @@ Size = Annotated[
 Rate = Annotated[float, Rule(lambda x: 0 <= x < 1, "from 0 to below 1")]
 Pixel = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1 (divide values of bytes by 255)")]
 Deviation = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1 (divide values of bytes by 255)")]
+Jitter = Annotated[
+    tuple[Share, Share, Share, Share],
+    Rule(lambda changes: changes[3] <= 0.5, "four numbers from 0 to 1, the last (hue) at most 0.5"),
+]
 Length = Annotated[str, duration("ep", "st", "sa")]
 
 
@@ -102,8 +105,7 @@ class ModelConfig(_Section):
     num_predicted_blocks: Count = 1
     """How many blocks ahead are predicted, each by its own block MLP; their losses are averaged."""
     predictor: Literal["transformer", "mlp", "linear"] | None = "transformer"
-    """Predictor: transformer layers (XTRA), residual MLPs on each patch (AIM), one linear map, or null: an
-    encoder only."""
+    """Predictor: transformer layers (XTRA), MLPs on each patch (AIM), a linear map; null: encoder only."""
     predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
     """Attention mask of a transformer predictor; native: the encoder's. The others are for official files."""
     predictor_block_size: Size | None = None
@@ -135,41 +137,33 @@ class ModelConfig(_Section):
     resample_antialias: bool = True
     """Antialias learned positions that are resampled to another grid, as timm does; XTRA does not."""
     init: str | None = None
-    """Start from these weights: anything `nextblock info` reads. What does not fit is resampled or fresh, and
-    listed."""
+    """Start from these weights, anything `nextblock info` reads; what does not fit is resampled or fresh."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_divides(self.embed_dim, self.num_heads, "model.embed_dim", "model.num_heads")
-        (rows, columns), p, block = pair(self.image_size), self.patch_size, pair(self.block_size)
-        require(
-            rows % p == 0 and columns % p == 0,
-            f"an image of {rows}x{columns} px is no whole number of {p}-px patches; "
-            f"use model.image_size {_nearest_sizes(self.image_size, (p, p))}",
-        )
-        unit = (p * block[0], p * block[1])
-        require(
-            rows % unit[0] == 0 and columns % unit[1] == 0,
-            f"a grid of {rows // p}x{columns // p} patches ({rows}x{columns} px in {p}-px patches) "
-            f"cannot be cut into blocks of {block[0]}x{block[1]} patches; "
-            f"use model.image_size {_nearest_sizes(self.image_size, unit)}, or another model.block_size",
-        )
+        sides, p, block = pair(self.image_size), self.patch_size, pair(self.block_size)
+        blocks = f"blocks of {block[0]}x{block[1]} patches of {p} px"
+        for parts, unit in ((f"{p}-px patches", (p, p)), (blocks, self.block_px)):
+            below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
+            above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
+            near = ["x".join(map(str, dict.fromkeys(size))) for size in (below, above) if min(size) > 0]
+            require(
+                sides == below,
+                f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
+                f"use model.image_size {' or '.join(near)}, or another patch_size or block_size",
+            )
         require(
             self.encoder_attention == "block_causal" or self.feature_attention == "full",
-            f"model.encoder_attention is full, but model.feature_attention is {self.feature_attention}; "
-            "set it to full",
+            "model.encoder_attention full needs model.feature_attention full",
         )
-        if self.positions == "sincos":
-            _require_four("model.embed_dim", self.embed_dim)
+        self._check_widths("embed_dim", "num_heads")
         if self.predictor is None:
             return
-        self._check_own_mask()
         if self.predictor == "transformer":
-            require_divides(
-                self.predictor_dim, self.predictor_heads, "model.predictor_dim", "model.predictor_heads"
-            )
-        if self.positions == "sincos" and self.predictor != "linear":
-            _require_four("model.predictor_dim", self.predictor_dim)
+            self._check_widths("predictor_dim", "predictor_heads")
+        elif self.predictor == "mlp":
+            self._check_widths("predictor_dim")
+        self._check_own_mask()
         require(
             self.num_blocks == 1 or self.num_predicted_blocks < self.num_blocks,
             f"model.num_predicted_blocks is {self.num_predicted_blocks}, but an image has only "
@@ -181,16 +175,29 @@ class ModelConfig(_Section):
             "tokens are predicted by cross-entropy; leave them out, or set model.tokenizer null",
         )
 
+    def _check_widths(self, width: str, heads: str = "") -> None:
+        dim, number = getattr(self, width), getattr(self, heads, 1)
+        require(
+            dim % number == 0,
+            f"model.{width} {dim} is not divisible by model.{heads} {number}; change one of them",
+        )
+        # Sines and cosines of row and column take a quarter of the width each.
+        require(
+            self.positions == "learned" or dim % 4 == 0,
+            f"model.{width} {dim} cannot be divided among the sines and cosines of row and column; "
+            f"use {dim // 4 * 4 or 4} or {dim // 4 * 4 + 4}",
+        )
+
     def _check_own_mask(self) -> None:
         """Refuse attention masks of the predictor's or the encoder's own that nothing could follow."""
         own, block = self.predictor_attention, self.predictor_block_size
         require(
             block is None or own == "block_causal",
-            f"model.predictor_block_size is {block}, but model.predictor_attention is {own}; "
-            "set model.predictor_attention block_causal, or leave it null",
+            f"model.predictor_block_size {block} needs model.predictor_attention block_causal",
         )
         if own == "native" and self.encoder_attention == "block_causal":
             return
+        # These masks count blocks row by row, and know no prefix: other orders would let targets be seen.
         require(
             self.order == "raster" and not self.prefix,
             f"model.encoder_attention {self.encoder_attention} and model.predictor_attention {own} need "
@@ -198,14 +205,12 @@ class ModelConfig(_Section):
         )
         require(
             own == "native" or self.predictor == "transformer",
-            f"model.predictor_attention is {own}, but a predictor {self.predictor} has no attention; "
-            "leave it native",
+            f"a predictor {self.predictor} has no attention; leave model.predictor_attention native",
         )
-        rows, columns = (1, 1) if block is None else pair(block)
+        rows, columns = pair(block or 1)
         require(
             self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
-            f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]} "
-            "patches; use a divisor",
+            f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]}",
         )
 
     @property
@@ -252,26 +257,6 @@ class ModelConfig(_Section):
         return self.in_chans * math.prod(self.block_px)
 
 
-def _require_four(name: str, width: int) -> None:
-    """Sines and cosines of row and column take a quarter of the width each."""
-    require(
-        width % 4 == 0,
-        f"{name} {width} cannot be divided among the sines and cosines of row and column; "
-        f"use {width // 4 * 4 or 4} or {width // 4 * 4 + 4}",
-    )
-
-
-def _nearest_sizes(size: int | tuple[int, int], unit: tuple[int, int]) -> str:
-    """The nearest image sizes that are whole multiples of `unit` pixels, as words: "192 or 256"."""
-    sides = pair(size)
-    below = tuple(side // u * u for side, u in zip(sides, unit, strict=True))
-    above = tuple(-(-side // u) * u for side, u in zip(sides, unit, strict=True))
-    candidates = [s for s in dict.fromkeys((below, above)) if min(s) > 0]
-    return " or ".join(
-        str(s[0]) if s[0] == s[1] and isinstance(size, int) else f"{s[0]}x{s[1]}" for s in candidates
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Section):
     """Where the images are and how they are cropped and normalised."""
@@ -290,7 +275,7 @@ class DataConfig(_Section):
     """Width over height of a training crop, smallest and largest; drawn log-uniformly."""
     flip: Share = 0.5
     """Probability of a horizontal flip; use 0 when left and right differ, as in text."""
-    color_jitter: tuple[float, float, float, float] | None = None
+    color_jitter: Jitter | None = None
     """Largest change of brightness, contrast, saturation and hue in training; null: none."""
     color_jitter_prob: Share = 0.8
     """Probability that a training image's colours are changed at all."""
@@ -326,26 +311,18 @@ class DataConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        specs = self.train_specs
-        require(self.train != () != self.weights, "data.train or data.weights is empty; name one or several")
+        specs, weights = self.train_specs, self.weights
+        require(self.train != () != weights, "data.train or data.weights is empty; name one or several")
+        require(len(set(specs)) == len(specs), f"data.train names a source twice: {list(specs)}")
         require(
-            len(set(specs)) == len(specs), f"data.train names a source twice: {list(specs)}; name each once"
-        )
-        require(
-            self.weights is None or not specs or len(specs) == len(self.weights),
+            weights is None or not specs or len(specs) == len(weights),
             f"data.train names {len(specs)} source{'s' * (len(specs) > 1)} and data.weights "
-            f"{len(self.weights or ())}; name as many sources (--data.train once for each) as there are "
-            "weights, or set data.weights null",
+            f"{len(weights or ())}; give --data.train once for each weight, or set data.weights null",
         )
-        if self.color_jitter is not None:
-            require(
-                all(0 <= part <= 1 for part in self.color_jitter) and self.color_jitter[3] <= 0.5,
-                f"data.color_jitter is {self.color_jitter}; each must lie in [0, 1], the hue's in [0, 0.5]",
-            )
-            require(
-                self.channels in (1, 3),
-                f"data.color_jitter changes colours, data.channels is {self.channels}; set it null",
-            )
+        require(
+            self.color_jitter is None or self.channels in (1, 3),
+            f"data.color_jitter changes colours, data.channels is {self.channels}; set it null",
+        )
         require_range("data.crop_scale", self.crop_scale, 0, 1)
         require_range("data.crop_ratio", self.crop_ratio, 0, 1e6)
         require(
@@ -361,9 +338,7 @@ class DataConfig(_Section):
     @property
     def train_specs(self) -> tuple[str, ...]:
         """The sources to train on."""
-        if self.train is None:
-            return ()
-        return (self.train,) if isinstance(self.train, str) else self.train
+        return (self.train,) if isinstance(self.train, str) else self.train or ()
 
     def resize_px(self, image_size: int | tuple[int, int]) -> int:
         """Pixels of the shorter side before the validation crop: as given, or in proportion 300 to 256."""
@@ -518,14 +493,6 @@ class RunConfig:
         }
 
 
-_FREE_SETTINGS = (
-    "preset",
-    "data.train",
-    "data.val",
-    "data.workers",
-    "data.max_bad_fraction",
-    "data.cache_dir",
-    "data.cache_gb",
-    "train.device",
-)
+_DATA_PLACES = ("train", "val", "workers", "max_bad_fraction", "cache_dir", "cache_gb")
+_FREE_SETTINGS = {"preset", "train.device", *(f"data.{name}" for name in _DATA_PLACES)}
 """What may change when a run is resumed, besides checkpoint and monitor; source.json knows the images."""

@@ -8,8 +8,8 @@ What none of them tells is marked as ours. To add a preset, add a row; settings 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, pair
@@ -17,7 +17,6 @@ from nextblock.settings import (
     flatten,
     from_dict,
     nearest_name,
-    nested,
     read_value,
     require,
     setting_types,
@@ -33,28 +32,29 @@ _SECTIONED = {name.rpartition(".")[2]: name for name in _HINTS}
 
 def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
     """A run's settings with some changed, by dotted name ("optim.lr") or nested dicts; later layers win."""
-    values = flatten(to_dict(base))
+    values, typed = flatten(to_dict(base)), dict[str, Any]()
     for layer in layers:
-        values |= _with_followers(flatten(layer), values)
-    config = from_dict(RunConfig, nested(values))
-    # The last layer is what somebody typed; a run's own config.yaml rightly has both.
-    typed = flatten(layers[-1]) if layers else {}
-    measured = [name for name in ("data.mean", "data.std") if name in typed]
+        typed = flatten(layer)
+        for name in typed:
+            if name not in _HINTS:
+                raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
+        # Layer by layer, so that what follows from a preset's setting is what a later layer changes.
+        values |= _with_followers(
+            {name: read_value(name, value, _HINTS[name]) for name, value in typed.items()}, values
+        )
+    config = from_dict(RunConfig, values)
+    # Only of the last layer, which somebody typed: a run's own config.yaml rightly has both.
+    measured = " and ".join(name for name in ("data.mean", "data.std") if name in typed)
     require(
         not measured or config.data.normalize == "given",
-        f"data.normalize auto measures data.mean and data.std, but {' and '.join(measured)} "
-        f"{'are' if len(measured) > 1 else 'is'} given; leave {' and '.join(measured)} out, or set "
-        "data.normalize given",
+        f"data.normalize auto measures data.mean and data.std, but {measured} "
+        f"{'are' if ' ' in measured else 'is'} given; leave {measured} out, or set data.normalize given",
     )
     return config
 
 
-def _with_followers(changes: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes read by their types, and the settings that follow them unless they are given as well."""
-    for name in changes:
-        if name not in _HINTS:
-            raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
-    new = {name: read_value(name, value, _HINTS[name]) for name, value in changes.items()}
+def _with_followers(new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """These changes, and the settings that follow them unless they are given as well."""
     if "model.image_size" in new and "data.val_resize_px" not in new:
         # In proportion: published recipes have 300 for 256, 256 for 224, and each keeps its own.
         scale = max(pair(new["model.image_size"])) / max(pair(values["model.image_size"]))
@@ -64,6 +64,7 @@ def _with_followers(changes: Mapping[str, Any], values: Mapping[str, Any]) -> di
             new.setdefault(other, new[name])
     channels = new.get("data.channels", values["data.channels"])
     if channels != values["data.channels"] and not {"data.mean", "data.std"} & new.keys():
+        # ImageNet's numbers suit grey and colour; of other channels nothing is known before the images.
         if channels in (1, 3):
             means, deviations = (GREY_MEAN, GREY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
             new |= {"data.mean": means, "data.std": deviations}
@@ -72,19 +73,19 @@ def _with_followers(changes: Mapping[str, Any], values: Mapping[str, Any]) -> di
     return new
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Preset:
     """A named run: what it changes of another, or of the defaults."""
 
     name: str
     group: Literal["size", "recipe", "small", "ablation"]
+    images: str
+    """How many images it suits, or the data set it was published for."""
     about: str
     """What it is, and where its settings come from."""
-    images: str = ""
-    """How many images it suits, or the data set it was published for."""
-    base: str | None = None
     changes: Mapping[str, Any]
     """Settings without their section: `{"embed_dim": 192}`."""
+    base: str | None = None
     published: str | None = None
     """The result it was published to reach, if one is confirmed."""
 
@@ -106,32 +107,23 @@ class Preset:
 
 def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Preset:
     about = "A size, with defaults for any folder of images; the defaults are ours and nobody's result."
-    return Preset(name=name, group="size", about=about, images=images, base=base, changes=changes)
+    return Preset(name, "size", images, about, changes, base)
 
 
-_Row = tuple[str, str, str | None, dict[str, Any]]
-
-
-def _ablations(base: str, prefix: str, *rows: _Row) -> list[Preset]:
-    """One preset for each row: axis, what is varied, published result, changes."""
+def _ablation(
+    base: str, family: str, axis: str, published: str | None = None, note: str = "", /, **changes: Any
+) -> Preset:
+    """A recipe with a few settings changed; they say what it is, the one that matters first."""
+    what = ", ".join(f"{name} {value}" for name, value in changes.items())
     unknown = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
-    return [
-        Preset(
-            name=f"{prefix}-{axis}",
-            group="ablation",
-            about=f"Ablation: {what}; all else as {base}." + ("" if published else f" {unknown}"),
-            base=base,
-            changes=changes,
-            published=published,
-        )
-        for axis, what, published, changes in rows
-    ]
+    about = (f"Ablation: {what}; all else as {base}.", note, "" if published else unknown)
+    return Preset(f"{family}-{axis}", "ablation", "", " ".join(filter(None, about)), changes, base, published)
 
 
 # ------------------------------------------------------------------------------------------------------- XTRA
 
 _224 = {"image_size": 224, "val_resize_px": 256}
-_PATCH14 = {**_224, "patch_size": 14}
+_PATCH14 = {"patch_size": 14, **_224}
 _XTRA = {"batch_size": 2088, "micro_batch_size": 29, "precision": "fp16", "predictor_fp32": True}
 _TINY = {
     **{"image_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
@@ -167,16 +159,12 @@ _XTRA_SIZES = [
 
 _XTRA_RUNS = [
     Preset(
-        name="xtra-tiny",
-        group="small",
-        images="digits",
+        *("xtra-tiny", "small", "digits"),
         about="A few minutes on two CPU cores; for the demo and the tests. This project's own.",
         changes=_TINY | {"block_size": 2, "projection_dim": 256, "predictor_depth": 2, "block_mlp_dim": 256},
     ),
     Preset(
-        name="xtra-b16-in1k",
-        group="recipe",
-        images="ImageNet-1k",
+        *("xtra-b16-in1k", "recipe", "ImageNet-1k"),
         about="XTRA ViT-B/16 on ImageNet-1k as the evaluated checkpoint was trained. The official files "
         "disagree: the configuration file says 1600 epochs, warm-up 40, drop path 0.2; the name of the "
         "checkpoint that was evaluated says 800, 15 and 0.1, and those are used here. Batch 2088 = 29 "
@@ -187,9 +175,7 @@ _XTRA_RUNS = [
         published="76.8 % attentive probe on ImageNet-1k (official README)",
     ),
     Preset(
-        name="xtra-h14-in21k",
-        group="recipe",
-        images="ImageNet-21k",
+        *("xtra-h14-in21k", "recipe", "ImageNet-21k"),
         about="XTRA ViT-H/14 on ImageNet-21k (winter 2021, 13.1 million images as the authors prepared it). "
         "Batch 2088 = 29 x 72 GPUs (derived).",
         base="xtra-h14",
@@ -197,9 +183,7 @@ _XTRA_RUNS = [
         published="80.9 % attentive probe on ImageNet-1k (official README)",
     ),
     Preset(
-        name="xtra-b16-ablation",
-        group="recipe",
-        images="ImageNet-1k",
+        *("xtra-b16-ablation", "recipe", "ImageNet-1k"),
         about="The baseline of XTRA's ablations: ViT-B/16 on ImageNet-1k, 100 epochs, predictor half as wide."
         " Officially 114 images a GPU on a number of GPUs not known; 2088 is assumed. "
         "No confirmed result is published.",
@@ -209,30 +193,20 @@ _XTRA_RUNS = [
     ),
 ]
 
-_TWO = {"num_predicted_blocks": 2}
-_XTRA_ABLATIONS = _ablations(
-    "xtra-b16-ablation",
-    "xtra-b16-ablation",
-    ("block-16px", "blocks of 1x1 patches (token-causal)", None, {"block_size": 1}),
-    ("block-16px-2ahead", "blocks of 1x1 patches, two predicted", None, _TWO | {"block_size": 1}),
-    ("block-32px", "blocks of 2x2 patches", None, {"block_size": 2}),
-    ("block-32px-2ahead", "blocks of 2x2 patches, two predicted", None, _TWO | {"block_size": 2}),
-    ("block-64px-2ahead", "blocks of 4x4 patches, two predicted", None, _TWO),
-    ("predictor-depth-1", "predictor of 1 layer", None, {"predictor_depth": 1}),
-    ("predictor-depth-2", "predictor of 2 layers", None, {"predictor_depth": 2}),
-    ("predictor-depth-4", "predictor of 4 layers", None, {"predictor_depth": 4}),
-    ("predictor-depth-16", "predictor of 16 layers", None, {"predictor_depth": 16}),
-    ("predictor-width-192", "predictor a quarter of the encoder's width", None, {"predictor_dim": 192}),
-    ("predictor-width-576", "predictor three quarters of the width", None, {"predictor_dim": 576}),
-    ("predictor-width-768", "predictor as wide as the encoder", None, {"predictor_dim": 768}),
-    ("l1", "L1 instead of MSE", None, {"loss": "l1"}),
-    ("random-order", "pseudo-random orders", None, {"order": "random"}),
-    ("224-block-14px", "224 px, 14-px patches, blocks of 1x1", None, _PATCH14 | {"block_size": 1}),
-    ("224-block-28px", "224 px, 14-px patches, blocks of 2x2", None, _PATCH14 | {"block_size": 2}),
-    ("224-block-56px", "224 px, 14-px patches, blocks of 4x4", None, _PATCH14),
-    ("224-block-16px", "224 px, 16-px patches, blocks of 1x1", None, _224 | {"block_size": 1}),
-    ("224-block-32px", "224 px, 16-px patches, blocks of 2x2", None, _224 | {"block_size": 2}),
-)
+_xtra = partial(_ablation, "xtra-b16-ablation", "xtra-b16-ablation")
+_XTRA_ABLATIONS = [
+    _xtra("block-16px", block_size=1),
+    _xtra("block-16px-2ahead", block_size=1, num_predicted_blocks=2),
+    _xtra("block-32px", block_size=2),
+    _xtra("block-32px-2ahead", block_size=2, num_predicted_blocks=2),
+    _xtra("block-64px-2ahead", num_predicted_blocks=2),
+    *(_xtra(f"predictor-depth-{depth}", predictor_depth=depth) for depth in (1, 2, 4, 16)),
+    *(_xtra(f"predictor-width-{width}", predictor_dim=width) for width in (192, 576, 768)),
+    _xtra("l1", loss="l1"),
+    _xtra("random-order", order="random"),
+    *(_xtra(f"224-block-{14 * side}px", block_size=side, **_PATCH14) for side in (1, 2, 4)),
+    *(_xtra(f"224-block-{16 * side}px", block_size=side, **_224) for side in (1, 2)),
+]
 
 # -------------------------------------------------------------------------------------------------------- AIM
 
@@ -243,9 +217,9 @@ _AIM_MODEL = {
     **{"projection_dim": None, "predictor_extra_norm": True, "block_mlp_dim": None},
     "feature_attention": "full",
 }
-_AIM = {"batch_size": 4096, "precision": "bf16", "log_every": "50st", "val_every": "5000st"} | {
-    "pictures_every": "5000st",
-    "knn_every": "20000st",
+_AIM = {
+    **{"batch_size": 4096, "micro_batch_size": 64, "precision": "bf16", "log_every": "50st"},
+    **{"val_every": "5000st", "pictures_every": "5000st", "knn_every": "20000st"},
 }
 _AIM_SIZES = [
     _size(
@@ -265,21 +239,13 @@ _AIM_SIZES = [
 
 def _dfn(size: str, steps: int, last: float, best: float) -> Preset:
     return Preset(
-        name=f"aim-{size}-dfn2b+",
-        group="recipe",
-        images="DFN-2B+",
+        *(f"aim-{size}-dfn2b+", "recipe", "DFN-2B+"),
         about=f"AIM-{size.upper().replace('600M', '0.6B')} on DFN-2B+: 80 % of the first source (DFN-2B), "
         f"20 % of the second (ImageNet-1k). Batch 4096, {steps:,} steps, lr 1e-3 as in the paper; betas, "
         "decay, clipping, warm-up share and final rate as in the training code's ImageNet example; an "
         "epoch of 1,000 steps is ours.",
         base=f"aim-{size}",
-        changes=_AIM
-        | {
-            "weights": (0.8, 0.2),
-            "epoch_samples": 4_096_000,
-            "duration": f"{steps}st",
-            "micro_batch_size": 64,
-        },
+        changes=_AIM | {"weights": (0.8, 0.2), "epoch_samples": 4_096_000, "duration": f"{steps}st"},
         published=f"{last} % attentive probe on ImageNet-1k, {best} % with the best layers (AIM, Table 7)",
     )
 
@@ -290,16 +256,12 @@ def _both(attentive: float, linear: float, table: str = "Table 3") -> str:
 
 _AIM_RUNS = [
     Preset(
-        name="aim-tiny",
-        group="small",
-        images="digits",
+        *("aim-tiny", "small", "digits"),
         about="A few minutes on two CPU cores; beside xtra-tiny, of the same budget. This project's own.",
         changes=_TINY | _AIM_MODEL | {"predictor_depth": 4},
     ),
     Preset(
-        name="aim-600m-in1k",
-        group="recipe",
-        images="ImageNet-1k",
+        *("aim-600m-in1k", "recipe", "ImageNet-1k"),
         about="AIM-0.6B on ImageNet-1k with the values of the training code's example: 125,000 steps, 256 "
         "images a GPU on a number of GPUs not known; the paper's batch of 4096 is assumed. Of its "
         "own ImageNet run, whose accuracies are given, neither length nor use of colour jitter is known.",
@@ -316,37 +278,26 @@ _AIM_RUNS = [
 
 _CAUSAL = {"prefix": False, "feature_attention": "causal"}
 _INFERRED = "Table 3, raster order; that this row is the causal one is inferred"
-_MLP_TO_VIT = {"predictor": "transformer", "predictor_extra_norm": False}
-_PLAIN = "causal attention without a prefix, and causal features"
-_SPIRAL = "spiral order from the centre out, causal"
-_NONE = "no head: one linear map from the encoder to the pixels"
-_TOKENS = "k-means tokens of normalised patches as targets, by cross-entropy (8,192 of them; ours)"
-_DEEP = "deeper and narrower (32 layers, 1280 wide: ViT-H's shape, ours; the paper's is not known)"
-_FIXED = "one fixed random order (ours: the official table is another), causal"
-_AIM_ABLATIONS = _ablations(
-    "aim-600m-in1k",
-    "aim-600m-ablation",
-    ("causal", _PLAIN, _both(77.4, 69.5, _INFERRED), _CAUSAL),
-    ("order-spiral", _SPIRAL, _both(76.3, 67.7), _CAUSAL | {"order": "spiral"}),
-    (
-        "order-checkerboard",
-        "checkerboard order, causal",
-        _both(76.0, 68.2),
-        _CAUSAL | {"order": "checkerboard"},
-    ),
-    ("order-random", _FIXED, _both(75.7, 65.8), _CAUSAL | {"order": "fixed_random"}),
-    ("crop-0.08", "crops of 8 % of the area and more", _both(77.7, 68.4), {"crop_scale": (0.08, 1.0)}),
-    ("crop-1.0", "crops of the whole area", _both(63.5, 49.6), {"crop_scale": (1.0, 1.0)}),
-    ("head-none", _NONE, _both(75.4, 64.0), {"predictor": "linear"}),
-    ("head-transformer", "a transformer as head, as deep and wide", _both(78.5, 70.5), _MLP_TO_VIT),
-    ("head-width-512", "a head 512 wide", _both(77.7, 69.4, "Table 4"), {"predictor_dim": 512}),
-    ("head-width-1024", "a head 1024 wide", _both(78.1, 69.6, "Table 4"), {"predictor_dim": 1024}),
-    ("head-depth-6", "a head of 6 MLPs", _both(76.2, 65.3, "Table 4"), {"predictor_depth": 6}),
-    ("head-depth-8", "a head of 8 MLPs", _both(77.1, 68.1, "Table 4"), {"predictor_depth": 8}),
-    ("target-raw", "raw pixels as targets", None, {"norm_pixels": False}),
-    ("target-kmeans", _TOKENS, None, {"tokenizer": "kmeans", "vocab_size": 8192}),
-    ("deep", _DEEP, None, {"embed_dim": 1280, "depth": 32, "num_heads": 10}),
-)
+_OUR_ORDER = "The order is ours: the official table is another."
+_OUR_SHAPE = "The shape is ViT-H's, which is our choice; the paper's is not known."
+_aim = partial(_ablation, "aim-600m-in1k", "aim-600m-ablation")
+_AIM_ABLATIONS = [
+    _aim("causal", _both(77.4, 69.5, _INFERRED), **_CAUSAL),
+    _aim("order-spiral", _both(76.3, 67.7), order="spiral", **_CAUSAL),
+    _aim("order-checkerboard", _both(76.0, 68.2), order="checkerboard", **_CAUSAL),
+    _aim("order-random", _both(75.7, 65.8), _OUR_ORDER, order="fixed_random", **_CAUSAL),
+    _aim("crop-0.08", _both(77.7, 68.4), crop_scale=(0.08, 1.0)),
+    _aim("crop-1.0", _both(63.5, 49.6), crop_scale=(1.0, 1.0)),
+    _aim("head-none", _both(75.4, 64.0), predictor="linear"),
+    _aim("head-transformer", _both(78.5, 70.5), predictor="transformer", predictor_extra_norm=False),
+    _aim("head-width-512", _both(77.7, 69.4, "Table 4"), predictor_dim=512),
+    _aim("head-width-1024", _both(78.1, 69.6, "Table 4"), predictor_dim=1024),
+    _aim("head-depth-6", _both(76.2, 65.3, "Table 4"), predictor_depth=6),
+    _aim("head-depth-8", _both(77.1, 68.1, "Table 4"), predictor_depth=8),
+    _aim("target-raw", norm_pixels=False),
+    _aim("target-kmeans", None, "The number of tokens is ours.", tokenizer="kmeans", vocab_size=8192),
+    _aim("deep", None, _OUR_SHAPE, embed_dim=1280, depth=32, num_heads=10),
+]
 
 # ----------------------------------------------------------------------------------------------- the registry
 
@@ -376,9 +327,4 @@ def get_preset(name: str) -> Preset:
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The network's settings of a size ("xtra-b16") or a preset, with any field changed."""
-    hints = {setting.name: setting.hint for setting in setting_types(ModelConfig)}
-    for key in overrides:
-        if key not in hints:
-            raise ValueError(f"unknown model setting {key!r}; {nearest_name(key, list(hints))}")
-    changes = {key: read_value(f"model.{key}", value, hints[key]) for key, value in overrides.items()}
-    return replace(get_preset(name).config.model, **changes)
+    return resolve(get_preset(name).config, {"model": overrides}).model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -34,8 +35,14 @@ Positive = Annotated[float, Rule(lambda x: 0 < x < math.inf, "above 0")]
 Amount = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "from 0")]
 Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1")]
 
-_UNITS = {"ep": "epochs", "st": "steps", "sa": "samples", "min": "minutes", "%": "percent"}
-_EXAMPLES = {"ep": "800ep", "st": "500000st", "sa": "2000000sa", "min": "30min", "%": "2.5%"}
+_UNITS = {
+    "ep": ("epochs", "800ep"),
+    "st": ("steps", "500000st"),
+    "sa": ("samples", "2000000sa"),
+    "min": ("minutes", "30min"),
+    "%": ("percent", "2.5%"),
+}
+"""What each unit means, and an example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +54,11 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str, *, allow: tuple[str, ...] = ("ep", "st", "sa")) -> Duration:
-        """Read a duration; `allow` names the units that make sense where it is used."""
+        """Read a duration; `allow` names the units that make sense for the setting."""
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z%]+)\s*", str(text))
         if match is None or match[2] not in allow:
-            raise ValueError(f"{text!r} is not a duration here; write {_durations(allow)}")
-        return cls(value=float(match[1]), unit=_UNITS[match[2]])  # type: ignore[arg-type]
+            raise ValueError(f"{text!r} is not a duration here; write {duration(*allow).words}")
+        return cls(value=float(match[1]), unit=_UNITS[match[2]][0])  # type: ignore[arg-type]
 
     def steps(self, *, batch_size: int, steps_per_epoch: int, total_steps: int | None = None) -> int:
         """The same length in optimizer steps (rounded to the nearest; samples are divided by the batch)."""
@@ -66,10 +73,6 @@ class Duration:
         return round(self.value)
 
 
-def _durations(units: tuple[str, ...]) -> str:
-    return "a number and its unit, such as " + ", ".join(f"{_EXAMPLES[u]} ({_UNITS[u]})" for u in units)
-
-
 def duration(*units: str, least: float = 1e-9) -> Rule:
     """The rule of a duration in these units, above 0 unless `least` is 0."""
 
@@ -79,14 +82,11 @@ def duration(*units: str, least: float = 1e-9) -> Rule:
         except ValueError:
             return False
 
-    return Rule(holds, _durations(units))
+    examples = (f"{example} ({meaning})" for meaning, example in map(_UNITS.__getitem__, units))
+    return Rule(holds, "a number and its unit, such as " + ", ".join(examples))
 
 
 # ------------------------------------------------------------------------------------------- reading a value
-
-
-class _Unfit(Exception):  # noqa: N818 - read_value makes a ValueError of it
-    pass
 
 
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]{3})*)")
@@ -101,52 +101,50 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     """
     try:
         return _read(value, hint)
-    except _Unfit:
+    except ValueError:
         raise ValueError(f"{name} is {value!r}; it must be {describe_type(hint)}") from None
 
 
 def _read(value: Any, hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    text = value if isinstance(value, str) else None
     if origin is Annotated:
         found = _read(value, args[0])
         if args[1].holds(found):
             return found
-        raise _Unfit
-    if origin in (Union, types.UnionType):
-        # The value's own type first: text for `str | tuple` stays text, and is read only where it cannot.
-        for kind in sorted(args, key=lambda kind: _base(kind) is not type(value)):
-            try:
+    elif origin in (Union, types.UnionType):
+        # The value's own type first: text for `str | tuple` stays text, and becomes a list only if the type
+        # has no text. The others follow in their written order, and the first that fits wins.
+        for kind in sorted(args, key=lambda kind: type(value) not in kinds_of(kind)):
+            with contextlib.suppress(ValueError):
                 return _read(value, kind)
-            except _Unfit:
-                continue
-        raise _Unfit
-    if origin is Literal and any(value == arg and type(value) is type(arg) for arg in args):
-        return value
-    if origin is tuple:
-        parts = split_list(value, args[0]) if isinstance(value, str) else value
-        kinds = args[:1] * len(parts) if args[-1] is Ellipsis and isinstance(parts, list | tuple) else args
-        if isinstance(parts, list | tuple) and len(parts) == len(kinds):
-            return tuple(map(_read, parts, kinds))
-    if hint is str and isinstance(value, str | Path):
-        text = str(value)
-        # expanduser of os: it leaves the text as it is where nobody's home is known. `~x` is a name like any.
-        return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text  # noqa: PTH111
-    if hint is bool and isinstance(value, str) and value.lower() in _SWITCH:
-        return _SWITCH[value.lower()]
+    elif origin is Literal:
+        # By type as well: True == 1, and neither stands for the other.
+        if any(value == arg and type(value) is type(arg) for arg in args):
+            return value
+    elif origin is tuple:
+        parts = value if text is None else split_list(text, args[0])
+        if isinstance(parts, list | tuple):
+            kinds = args[:1] * len(parts) if args[-1] is Ellipsis else args
+            return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))
+    elif hint is str and isinstance(value, str | Path):
+        # Only `~` and `~/` are homes: `~x` is a folder's name like any. os.path's expanduser and not
+        # pathlib's, which fails if nobody's home is known.
+        is_home = str(value) == "~" or str(value).startswith("~/")
+        return os.path.expanduser(str(value)) if is_home else str(value)  # noqa: PTH111
+    elif hint is bool and text is not None:
+        if text.lower() in _SWITCH:
+            return _SWITCH[text.lower()]
     # ASCII only, and no leading zeros: int("１２") and YAML's 012 = 10 are not what anybody means.
-    if hint is int and isinstance(value, str) and _INTEGER.fullmatch(value.strip(" ")):
-        return int(value)
-    if hint is float and isinstance(value, str) and _NUMBER.fullmatch(value.strip(" ")):
-        return float(value)
-    if hint in (int, float) and isinstance(value, hint | int) and not isinstance(value, bool):
+    elif hint in (int, float) and text is not None:
+        if (_INTEGER if hint is int else _NUMBER).fullmatch(text.strip(" ")):
+            return hint(text)
+    elif hint in (int, float):
+        if isinstance(value, hint | int) and not isinstance(value, bool):
+            return value
+    elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    if hint not in (int, float) and isinstance(hint, type) and isinstance(value, hint):
-        return value
-    raise _Unfit
-
-
-def _base(hint: Any) -> Any:
-    return _base(get_args(hint)[0]) if get_origin(hint) is Annotated else hint
+    raise ValueError
 
 
 def split_list(text: str, kind: Any) -> list[Any]:
@@ -154,10 +152,11 @@ def split_list(text: str, kind: Any) -> list[Any]:
     text = text.strip(" ")
     if text[:1] + text[-1:] in ("[]", "()"):
         try:
+            # YAML and not a split at commas: parts may be quoted, or lists.
             return _plain_yaml(f"[{text[1:-1]}]")
         except ValueError:
             return [text]  # as it was typed, for the error or a file's name
-    return [text] if _base(kind) is str else re.split(r" *, *|(?<=[0-9]) *x *(?=[0-9])", text)
+    return [text] if kinds_of(kind) == [str] else re.split(r" *, *|(?<=[0-9]) *x *(?=[0-9])", text)
 
 
 def describe_type(hint: Any) -> str:
@@ -178,10 +177,11 @@ def describe_type(hint: Any) -> str:
 
 def kinds_of(hint: Any) -> list[Any]:
     """The types that a hint allows, without their bounds: `Count | None` -> [int, NoneType]."""
-    hint = _base(hint)
-    if get_origin(hint) not in (Union, types.UnionType):
-        return [hint]
-    return [kind for arg in get_args(hint) for kind in kinds_of(arg)]
+    if get_origin(hint) is Annotated:
+        return kinds_of(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [kind for arg in get_args(hint) for kind in kinds_of(arg)]
+    return [hint]
 
 
 @functools.cache
@@ -190,15 +190,12 @@ def _own_types(cls: type) -> dict[str, Any]:
 
 
 class Setting(NamedTuple):
-    """One setting of a config."""
+    """One setting: its dotted name, type, default (`MISSING` if it must be given), and its dataclass."""
 
     name: str
-    """Dotted: "optim.lr"."""
     hint: Any
     default: Any
-    """`MISSING` if it must be given."""
     owner: type
-    """The dataclass that has it."""
 
 
 def setting_types(cls: type, prefix: str = "") -> Iterator[Setting]:
@@ -216,7 +213,7 @@ def check_types(config: Any, section: str = "") -> None:
     for name, hint in _own_types(type(config)).items():
         value = getattr(config, name)
         found = read_value(f"{section}.{name}" if section else name, value, hint)
-        if found is not value:
+        if found is not value:  # frozen for everybody but its own constructor
             object.__setattr__(config, name, found)
 
 
@@ -230,33 +227,29 @@ def to_dict(config: Any) -> dict[str, Any]:
     )
 
 
-_RETIRED = ("token_px",)
-"""Settings that older files hold as null."""
-
-
 def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """Build a config from what `to_dict` wrote; refuse unknown keys, with the nearest, and missing ones."""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    built = {}
+    """Build a config from what `to_dict` wrote, dotted names or keywords; refuse unknown and missing keys."""
+    known, hints = {f.name: f for f in fields(cls)}, _own_types(cls)  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
     for name, value in values.items():
-        if name in _RETIRED and value is None:
+        section, _, rest = name.partition(".")
+        # Unknown names are refused and not dropped: a setting with a slip would silently keep its default.
+        if name == "token_px" and value is None:  # a retired setting, which older files hold as null
             continue
-        if name not in known:
+        if section not in known:
             raise ValueError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
-        hint = _own_types(cls)[name]  # type: ignore[arg-type]
-        if is_dataclass(hint) and isinstance(value, Mapping):
-            built[name] = from_dict(hint, value)  # type: ignore[arg-type]
-        else:
-            built[name] = tuple(value) if isinstance(value, list) else value
+        given[section] = {**given.get(section, {}), rest: value} if rest else value
+    for name, value in given.items():
+        if is_dataclass(hints[name]) and isinstance(value, Mapping):
+            given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            given[name] = tuple(value)
+        elif isinstance(value, Path):
+            given[name] = str(value)
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
-    missing = [name for name in required if name not in built]
+    missing = [name for name in required if name not in given]
     require(not missing, f"{' and '.join(missing)} must be given")
-    return cls(**built)
-
-
-def from_keywords(cls: Callable[..., T], settings: Mapping[str, Any]) -> T:
-    """Build a config from a Python call's keywords, as `from_dict` does; a path stands for its text."""
-    return from_dict(cls, {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
+    return cls(**given)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -270,15 +263,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as nested dicts: what `flatten` undoes."""
-    found: dict[str, Any] = {}
-    for name, value in flat.items():
-        *sections, leaf = name.split(".")
-        functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, found)[leaf] = value
-    return found
-
-
 _ODD_SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200f\u2028-\u202f\u205f-\u2064\u3000\ufeff\t]")
 
 
@@ -288,18 +272,17 @@ def read_yaml(path: str) -> dict[str, tuple[Any, str]]:
     Every scalar stays the text that was typed, so that the setting's type decides what it means, and no
     value is ever a date, an octal number or a Python object.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path} is not a file")
+    require(Path(path).is_file(), f"--config {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    # YAML takes these for letters: a name or value would not be the one that stands on the screen.
     odd = _ODD_SPACE.search(text)
     if odd is not None:
-        line = text.count("\n", 0, odd.start()) + 1
+        line, code = text.count("\n", 0, odd.start()) + 1, f"{ord(odd[0]):04X}"
         raise ValueError(
-            f"{path}, line {line}: an odd space (U+{ord(odd[0]):04X}); type a plain one, or write "
-            f'"\\u{ord(odd[0]):04x}" between double quotes'
+            f'{path}, line {line}: an odd space (U+{code}); type a plain one, or write "\\u{code}" in quotes'
         )
     found: dict[str, tuple[Any, str]] = {}
     try:
@@ -325,19 +308,21 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
             raise ValueError(f"{at(node)}: {name} cannot hold `name: value`")  # noqa: TRY004
         if node.style is not None:  # quoted: text, whatever it says
             return node.value
+        # An empty value is often a forgotten one, or `#` in a path; `~` is often a home folder. Neither is
+        # read as YAML's null, which would silently be "none".
         if node.value in ("", "~"):
-            told = "has no value (# begins a comment)" if node.value == "" else "is ~"
-            raise ValueError(f"{at(node)}: {name} {told}; write null for none, or put text in quotes")
+            why = "is ~" if node.value else "has no value (# begins a comment)"
+            raise ValueError(f"{at(node)}: {name} {why}; write null for none, or put text in quotes")
         return None if node.value.lower() == "null" else node.value
 
-    def collect(node: Any, prefix: str) -> None:
+    def collect(node: Any, prefix: str, found: dict[str, tuple[Any, str]]) -> None:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
             if isinstance(value, yaml.MappingNode):
-                collect(value, f"{name}.")
-            elif found is not None and name in found:
+                collect(value, f"{name}.", found)
+            elif name in found:  # YAML's own loader would keep the last
                 raise ValueError(f"{at(key)}: {name} is given twice (also {found[name][1]}); keep one")
-            elif found is not None:
+            else:
                 found[name] = value_of(value, name), at(key)
 
     try:
@@ -351,7 +336,7 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
         where = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{where}not YAML: {problem or error}; indent with spaces, `name: value`") from None
     if isinstance(node, yaml.MappingNode) and found is not None:
-        return collect(node, "")
+        return collect(node, "", found)
     return None if node is None else value_of(node, "a value")
 
 
@@ -368,14 +353,6 @@ def require(holds: bool, message: str) -> None:
     """Raise `ValueError` with this message unless the rule holds."""
     if not holds:
         raise ValueError(message)
-
-
-def require_divides(whole: int, parts: int, whole_name: str, parts_name: str) -> None:
-    """Refuse a whole that the parts do not divide."""
-    require(
-        whole % parts == 0,
-        f"{whole_name} {whole} is not divisible by {parts_name} {parts}; change one of them",
-    )
 
 
 def require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:

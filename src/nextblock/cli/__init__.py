@@ -14,7 +14,7 @@ from collections.abc import Sequence
 __all__ = ["VERBS", "main"]
 
 VERBS = {
-    "pretrain": "train a vision transformer to predict the next block, or go on with a run",
+    "pretrain": "train a vision transformer to predict the next block, or resume a run",
     "probe": "measure what a frozen encoder's features are worth",
     "knn": "measure them by their nearest neighbours, without training",
     "fewshot": "measure them with few labels: k a class, 1 %, 10 %",
@@ -51,31 +51,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         from nextblock.settings import nearest_name
 
-        return _complain(
-            "nextblock", f"unknown command {verb!r}; {nearest_name(verb, list(VERBS))}", USAGE_ERROR
-        )
-    debug = "--debug" in rest
+        why = f"unknown command {verb!r}; {nearest_name(verb, list(VERBS))}"
+        return _complain("nextblock", why, USAGE_ERROR)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return _run(verb, [argument for argument in rest if argument != "--debug"], debug=debug)
-
-
-def _run(verb: str, argv: list[str], *, debug: bool) -> int:
-    """Run a verb; what a user can get wrong becomes a message, and a traceback only under --debug."""
+    # What a user can get wrong becomes a message, and a traceback only under --debug.
     try:
-        return importlib.import_module(f"nextblock.cli.{verb}").run(argv)
+        words = [word for word in rest if word != "--debug"]
+        return importlib.import_module(f"nextblock.cli.{verb}").run(words)
     except SystemExit as stop:  # --help, --print_config
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         return _complain(f"nextblock {verb}", "interrupted", 130)
     except Exception as error:
-        if debug:
+        if "--debug" in rest:
             raise
         if isinstance(error, ValueError):
             return _complain(f"nextblock {verb}", str(error), USAGE_ERROR)
-        if type(error).__module__.startswith("nextblock."):
-            return _complain(f"nextblock {verb}", str(error), FAILURE)
-        told = f"{type(error).__name__}: {error}"
-        return _complain(f"nextblock {verb}", f"{told}; run it again with --debug to see where", FAILURE)
+        why = str(error)
+        if not type(error).__module__.startswith("nextblock."):
+            why = f"{type(error).__name__}: {why}; run it again with --debug to see where"
+        return _complain(f"nextblock {verb}", why, FAILURE)
 
 
 def _complain(who: str, message: str, code: int) -> int:
@@ -90,5 +85,5 @@ def _help() -> str:
         "Pre-train a vision transformer by predicting the next block of an image.\n\n"
         f"commands:\n{verbs}\n\n"
         "nextblock COMMAND --help lists its settings. --debug shows where an error comes from.\n\n"
-        "start:  nextblock pretrain --data.train DIR --out RUN     (the same command again goes on)\n"
+        "start:  nextblock pretrain --data.train DIR --out RUN     (the same command again resumes)\n"
     )

@@ -26,9 +26,9 @@ from nextblock.presets import get_preset, resolve
 from nextblock.settings import (
     from_dict,
     kinds_of,
-    nested,
     read_value,
     read_yaml,
+    require,
     setting_types,
     split_list,
     to_dict,
@@ -37,23 +37,14 @@ from nextblock.settings import (
 DEFAULT_PRESET = "xtra-b16"
 """What a run starts from when no preset is named."""
 
-_SLIPS: dict[str, tuple[str, ...]] = {
-    "data": ("data.train", "train"),
-    "images": ("data.train", "train", "data"),
-    "dataset": ("data.train", "train", "data"),
-    "model": ("preset",),
-    "size": ("preset", "model"),
-    "arch": ("preset", "model"),
-    "name": ("preset", "model"),
-    "preset": ("model",),
-    "epochs": ("train.duration 100ep",),
-    "steps": ("train.duration 10000st",),
-    "gpu": ("train.device", "device"),
-    "gpus": ("train.device", "device"),
-    "checkpoint": ("model.init", "model"),
-    "pretrained": ("model.init", "model"),
-    "output": ("out",),
-    "output_dir": ("out",),
+_SLIPS = {
+    ("data", "images", "dataset"): ("data.train", "train", "data"),
+    ("model", "size", "arch", "name", "preset"): ("preset", "model"),
+    ("epochs",): ("train.duration 100ep",),
+    ("steps",): ("train.duration 10000st",),
+    ("gpu", "gpus"): ("train.device", "device"),
+    ("checkpoint", "pretrained"): ("model.init", "model"),
+    ("output", "output_dir"): ("out",),
 }
 """Names that other programs use, and the settings that are meant."""
 
@@ -69,6 +60,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         """As argparse's, but `type` may be any annotation, such as `int | None`."""
+        # argparse keeps all texts of a flag, and no default beside them: `parse` reads them, once all of
+        # them are known, and fills in the default.
         hint, default = options.pop("type", None), options.get("default")
         if hint is not None and names[0].startswith("--"):
             options |= {"action": "append", "default": None, "metavar": _metavar(hint)}
@@ -77,22 +70,76 @@ class Parser(argparse.ArgumentParser):
             self.hints[action.dest], self.defaults[action.dest] = hint, default
         return action
 
-    def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> None:
-        """A flag for each setting of a config; only those that are given appear in what `parse` returns."""
-        groups: dict[str, Any] = {}
+    def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
+        """A flag for each setting of a config; only those that are given appear in what `parse` returns.
+
+        Gives the types of these settings.
+        """
+        groups: dict[str, Any] = {"": super()}
+        hints = {}
         for name, hint, default, owner in setting_types(cls, f"{section}." if section else ""):
             part, _, leaf = name.rpartition(".")
             if leaf in skip:
                 continue
             if part not in groups:
-                groups[part] = self.add_argument_group(part) if part else super()
+                groups[part] = self.add_argument_group(part)
             options = {"action": "append", "default": argparse.SUPPRESS, "metavar": _metavar(hint)}
-            told = "" if default is MISSING else f" (default: {_shown(default)})"
-            self.described.append((groups[part].add_argument(f"--{name}", help=told, **options), owner, leaf))
-            self.hints[name] = hint
+            words = "" if default is MISSING else f" (default: {_shown(default)})"
+            self.described.append(
+                (groups[part].add_argument(f"--{name}", help=words, **options), owner, leaf)
+            )
+            hints[name] = hint
+        self.hints |= hints
+        return hints
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse words: each flag's text becomes a value of its type."""
+        flags = {name: action for action in self._actions for name in action.option_strings}
+        known = [name.removeprefix("--") for name in flags if name.startswith("--")]
+        has_places = any(not action.option_strings for action in self._actions)
+        words: list[str] = []
+        left = iter(argv)
+        for word in left:
+            name, has_value, value = word.partition("=")
+            if not name.startswith("--"):
+                if not has_places and word != "-h":
+                    source = next(
+                        (one for one in ("data.train", "train", "data", "model") if one in known), ""
+                    )
+                    hint = f"did you mean --{source} {word}?" if source else f"see {self.prog} --help"
+                    raise ValueError(f"{word!r} belongs to no setting; {hint}")
+                words.append(word)
+                continue
+            # `--batch-size` is as good as `--batch_size`.
+            name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
+            if name not in flags:
+                meant = suggestion(name.removeprefix("--"), known)
+                hint = f"did you mean --{meant}?" if meant else f"{self.prog} --help lists all"
+                raise ValueError(f"unknown setting {word.partition('=')[0]}; {hint}")
+            is_switch = flags[name].nargs == 0
+            require(not (is_switch and has_value), f"{name} takes no value")
+            if not is_switch and not has_value:
+                value = next(left, "--")
+                require(not value.startswith("--"), f"{name} needs a value")
+            # Joined, so that argparse takes a value such as -1e-3 for a value.
+            words.append(name if is_switch else f"{name}={value}")
+        options = self.parse_args(words)
+        for name, texts in list(vars(options).items()):
+            if name not in self.hints:
+                continue
+            hint = self.hints[name]
+            if texts is None:
+                value = self.defaults[name]
+            elif f"--{name}" in flags:
+                value = _from_texts(name, texts, hint)
+            else:
+                value = read_value(name, texts, hint if isinstance(texts, str) else tuple[hint, ...])
+            setattr(options, name, value)
+        return options
 
     def format_help(self) -> str:
         """The help, with the sentences that stand below the settings in the source."""
+        # Only now: reading the source of every config takes longer than to parse a command.
         for action, owner, leaf in self.described:
             action.help = (_sentences(owner).get(leaf, "") + str(action.help)).replace("%", "%%")
         self.described.clear()
@@ -109,87 +156,31 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def build_parser(verb: str, about: str) -> Parser:
-    """A parser of one verb; its errors are raised, not printed."""
-    return Parser(verb, about)
-
-
-def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse words: each flag's text becomes a value of its type."""
-    flags = {name: action for action in parser._actions for name in action.option_strings}
-    known = [name.removeprefix("--") for name in flags if name.startswith("--")]
-    has_places = any(not action.option_strings for action in parser._actions)
-    words: list[str] = []
-    left = iter(argv)
-    for word in left:
-        name, has_value, value = word.partition("=")
-        if not name.startswith("--"):
-            if not has_places and word != "-h":
-                source = next(
-                    (name for name in ("data.train", "train", "data", "model") if name in known), ""
-                )
-                hint = f"did you mean --{source} {word}?" if source else f"see {parser.prog} --help"
-                raise ValueError(f"{word!r} belongs to no setting; {hint}")
-            words.append(word)
-            continue
-        name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
-        if name not in flags:
-            meant = suggestion(name.removeprefix("--"), known)
-            told = f"did you mean --{meant}?" if meant else f"{parser.prog} --help lists all"
-            raise ValueError(f"unknown setting {word.partition('=')[0]}; {told}")
-        if flags[name].nargs != 0 and not has_value:
-            value = next(left, None)
-            if value is None or value.startswith("--"):
-                raise ValueError(f"{name} needs a value")
-        elif flags[name].nargs == 0 and has_value:
-            raise ValueError(f"{name} takes no value")
-        # Joined, so that argparse takes a value such as -1e-3 for a value.
-        words.append(name if flags[name].nargs == 0 else f"{name}={value}")
-    options = parser.parse_args(words)
-    for name, texts in list(vars(options).items()):
-        if name not in parser.hints:
-            continue
-        hint, is_flag = parser.hints[name], f"--{name}" in flags
-        if texts is None:
-            value = parser.defaults[name]
-        elif is_flag:
-            value = _from_texts(name, texts, hint)
-        else:
-            value = read_value(name, texts, hint if isinstance(texts, str) else tuple[hint, ...])
-        setattr(options, name, value)
-    return options
-
-
 def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
-    """The value of a flag that was given once or several times.
-
-    Several make a list if the setting is one, but null and a whole `[A, B]` replace what came before them.
-    """
+    """The value of a flag that was given once or several times."""
     kinds = kinds_of(hint)
-    lists = [kind for kind in kinds if get_origin(kind) is tuple]
-    if {int, float} & set(kinds):  # a number or a pair: not a list
-        lists = []
-    if not lists:
-        texts = texts[-1:]
-    whole = [i for i, text in enumerate(texts) if text.startswith("[") or text == "null"]
-    if whole:
-        texts = texts[whole[-1] :] if whole[-1] == len(texts) - 1 else texts[whole[-1] + 1 :]
-    if list(texts) == ["null"] and type(None) in kinds:
-        if str in kinds and Path("null").exists():
-            raise ValueError(f"{name} null means none; write ./null for the file of that name")
+    elements = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    is_list = bool(elements) and not {int, float} & set(kinds)  # a number or a pair is no list
+    # Several values make a list if the setting is one. But null and a whole [A, B] replace what came before
+    # them, and are replaced by what comes after; of any other setting the last value counts.
+    kept: list[str] = []
+    for text in texts:
+        goes_on = is_list and not any(one.startswith("[") or one == "null" for one in (text, *kept))
+        kept = [*kept, text] if goes_on else [text]
+    if kept == ["null"] and type(None) in kinds:
+        is_file = str in kinds and Path("null").exists()
+        require(not is_file, f"{name} null means none; write ./null for the file of that name")
         return None
-    if lists and (len(texts) > 1 or (texts[0].startswith("[") or str not in kinds)):
-        parts = [part for text in texts for part in split_list(text, get_args(lists[0])[0])]
-        return read_value(name, parts, hint)
-    return read_value(name, texts[0], hint)
+    if is_list and (len(kept) > 1 or kept[0].startswith("[") or str not in kinds):
+        return read_value(name, [part for text in kept for part in split_list(text, elements[0])], hint)
+    return read_value(name, kept[0], hint)
 
 
 def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
     """A config of what was given for its settings."""
     prefix = f"{section}." if section else ""
     names = {setting.name for setting in setting_types(cls, prefix)}
-    given = {name.removeprefix(prefix): value for name, value in vars(options).items() if name in names}
-    return from_dict(cls, nested(given))
+    return from_dict(cls, {k.removeprefix(prefix): v for k, v in vars(options).items() if k in names})
 
 
 def _metavar(hint: Any) -> str:
@@ -210,6 +201,8 @@ def _shown(value: Any) -> str:
 @functools.cache
 def _sentences(cls: type) -> dict[str, str]:
     """What stands in the source below each setting of a dataclass and of those it extends."""
+    # Python drops the strings below fields, so they are read from the source, base classes first: a field
+    # that is declared again has the sentence of its last declaration.
     found = {}
     for owner in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
@@ -227,64 +220,60 @@ def parse_settings(
     `overwrite` says what the flag --overwrite replaces, for a config with such a field.
     """
     others = [action.dest for action in parser._actions if action.dest != "help"]
-    parser.add_settings(config, skip=() if overwrite is None else ("overwrite",))
+    hints = parser.add_settings(config, skip=() if overwrite is None else ("overwrite",))
     if overwrite is not None:
         parser.add_argument("--overwrite", action="store_true", help=f"replace {overwrite} in --out")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    files, options = _with_files(parser, argv)
-    given = vars(options)
-    values = {name: value for layer in files for name, value in layer.items()}
-    values |= {name: value for name, value in given.items() if name in parser.hints and name not in others}
-    values |= {"overwrite": given["overwrite"]} if overwrite is not None and given["overwrite"] else {}
-    required = (setting.name for setting in setting_types(config) if setting.default is MISSING)
+    layers, options = _layers(parser, hints, argv)
+    values = {name: value for layer in layers for name, value in layer.items()}
+    if overwrite is not None:
+        values["overwrite"] = options.overwrite
+    required = [setting.name for setting in setting_types(config) if setting.default is MISSING]
     missing = [f"--{name}" for name in required if name not in values]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} must be given; see {parser.prog} --help")
-    settings = from_dict(config, nested(values))
+    require(not missing, f"{' and '.join(missing)} must be given; see {parser.prog} --help")
+    settings = from_dict(config, values)
     _print_if_asked(settings, options)
-    fields = {name: getattr(settings, name) for name in config.__dataclass_fields__}
-    return {**{name: given[name] for name in others if name in given}, **fields}, given["json"]
+    given = {name: getattr(options, name) for name in others}
+    return given | {name: getattr(settings, name) for name in config.__dataclass_fields__}, options.json
 
 
 def parse_run(parser: Parser, argv: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
     """A run's settings, and whatever other flags the parser has."""
-    parser.add_settings(RunConfig)
+    hints = parser.add_settings(RunConfig)
     if "--print_config" in argv:  # --out is not one of the settings that are printed
         for action in parser._actions:
             action.required = False
-    files, options = _with_files(parser, argv)
-    settings = [setting.name for setting in setting_types(RunConfig)]
-    flags = {name: value for name, value in vars(options).items() if name in settings}
-    # A config file's preset counts if no flag names one.
-    presets = [layer["preset"] for layer in (*files, flags) if layer.get("preset") is not None]
-    base = get_preset(presets[-1] if presets else DEFAULT_PRESET).config
-    config = resolve(base if presets else replace(base, preset=None), *files, flags)
-    config = replace(config, preset=presets[-1] if presets else None)
+    layers, options = _layers(parser, hints, argv)
+    # The preset lies below all other settings, wherever it is named: a flag's wins over a config file's.
+    preset = next((one["preset"] for one in reversed(layers) if one.get("preset") is not None), None)
+    config = replace(resolve(get_preset(preset or DEFAULT_PRESET).config, *layers), preset=preset)
     config.check_trainable()
     _print_if_asked(config, options)
     return config, options
 
 
-def _with_files(parser: Parser, argv: Sequence[str]) -> tuple[list[dict[str, Any]], argparse.Namespace]:
-    """The settings of each --config file, in their order, and the flags."""
-    hints = dict(parser.hints)
+def _layers(
+    parser: Parser, hints: Mapping[str, Any], argv: Sequence[str]
+) -> tuple[list[dict[str, Any]], argparse.Namespace]:
+    """The settings of each --config file, in their order, and on top those of the flags; and all flags."""
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; repeatable")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and stop")
-    options = parse(parser, argv)
-    return [_read_file(path, hints) for path in options.config or ()], options
+    options = parser.parse(argv)
+    files = [_read_file(path, hints) for path in options.config or ()]
+    return [*files, {name: value for name, value in vars(options).items() if name in hints}], options
 
 
 def _read_file(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for name, (value, where) in read_yaml(path).items():
         if name not in hints:
-            if any(known.startswith(f"{name}.") for known in hints):
-                raise ValueError(
-                    f"{where}: {name} must be settings, `name: value` on lines of their own below"
-                )
+            is_section = any(known.startswith(f"{name}.") for known in hints)
+            require(
+                not is_section, f"{where}: {name} must be settings, `name: value` on lines of their own below"
+            )
             meant = suggestion(name, list(hints))
-            told = f"did you mean {meant}?" if meant else "--help lists all"
-            raise ValueError(f"{where}: unknown setting {name}; {told}")
+            hint = f"did you mean {meant}?" if meant else "--help lists all"
+            raise ValueError(f"{where}: unknown setting {name}; {hint}")
         values[name] = read_value(f"{where}: {name}", value, hints[name])
     return values
 
@@ -301,7 +290,7 @@ def _print_if_asked(config: Any, options: argparse.Namespace) -> None:
 def suggestion(name: str, known: Sequence[str]) -> str | None:
     """The setting that somebody meant by `name`: another program's word, another section, a slip."""
     last = name.rpartition(".")[2]
-    slips = [*_SLIPS.get(name, ()), *_SLIPS.get(last, ())]
+    slips = [one for words, meant in _SLIPS.items() if {name, last} & set(words) for one in meant]
     # The same word in another section, or with its letters swapped, which difflib finds far.
     same = [other for other in known if sorted(other.rpartition(".")[2]) == sorted(last)]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from nextblock.bench.measure import BenchResult, Row
 
-__all__ = ["run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Run the named bench, print a table."""
@@ -31,16 +29,16 @@ def run(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, built, parse
+    from nextblock.cli.arguments import Parser, built
 
     target, about = BENCHES[what]
     module, _, name = target.partition(":")
     bench = getattr(importlib.import_module(module), name)
-    parser = build_parser(f"bench {what}", f"Measure {about}.")
+    parser = Parser(f"bench {what}", f"Measure {about}.")
     parser.add_settings(bench, skip=("quick",))
     parser.add_argument("--quick", action="store_true", help="few repetitions: a first idea")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, rest)
+    options = parser.parse(rest)
     result: BenchResult = replace(built(bench, options), quick=options.quick).run()
     console = Console()
     console.print(_table(result))

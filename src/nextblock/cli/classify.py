@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.classify_config import ClassifyConfig
-from nextblock.settings import from_keywords
+from nextblock.settings import from_dict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from nextblock.evaluate.classify import ClassifyResult
-
-__all__ = ["classify", "run"]
 
 TABLE_ROWS, TABLE_CLASSES, NAME_LETTERS = 10, 3, 24
 
@@ -23,10 +21,10 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, classify, print a table of the first images."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
     from nextblock.evaluate.classify import to_json
 
-    parser = build_parser("classify", "Name the classes of images with a trained head.")
+    parser = Parser("classify", "Name the classes of images with a trained head.")
     values, is_json = parse_settings(parser, ClassifyConfig, argv, overwrite="an earlier file")
     result = classify(**values)
     Console().print(_table(result))
@@ -43,7 +41,7 @@ def classify(**settings: Any) -> ClassifyResult:
     """
     from nextblock.evaluate.classify import classify as classify_with
 
-    return classify_with(from_keywords(ClassifyConfig, settings))
+    return classify_with(from_dict(ClassifyConfig, settings))
 
 
 def _table(result: ClassifyResult) -> Table:

@@ -11,8 +11,6 @@ from nextblock.cli.output import end_with_json
 if TYPE_CHECKING:
     from nextblock.cli.arguments import Parser
 
-__all__ = ["run"]
-
 ABOUT = (
     "Read a run, a checkpoint or weights of any known format, and write them in another. DST is a path where "
     "nothing is yet, or hf:USER/NAME, a repository of the Hugging Face hub (nextblock, timm)."
@@ -21,9 +19,7 @@ ABOUT = (
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, convert, print one line of what was written."""
-    from nextblock.cli.arguments import parse
-
-    options = parse(_parser(), argv)
+    options = _parser().parse(argv)
 
     from nextblock.interop.convert import convert
 
@@ -49,10 +45,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    from nextblock.cli.arguments import build_parser
+    from nextblock.cli.arguments import Parser
     from nextblock.config import Attention
 
-    parser = build_parser("convert", ABOUT)
+    parser = Parser("convert", ABOUT)
     add = parser.add_argument
     add("src", type=str, help="run directory, weight file, timm directory, timm:NAME or hf:USER/NAME[/FILE]")
     add("dst", type=str, help="where to write: a new path, or hf:USER/NAME")

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from nextblock.cli.arguments import Parser
 
-__all__ = ["run"]
-
 HELP = """\
 usage: nextblock data pack SRC DST [--SETTING VALUE ...]
        nextblock data sample SRC OUT.txt --fraction 0.01 | --count N | --per_class K
@@ -132,20 +130,20 @@ def _split(argv: Sequence[str]) -> int:
 
 
 def _parser(what: str, about: str) -> Parser:
-    from nextblock.cli.arguments import build_parser
+    from nextblock.cli.arguments import Parser
 
-    parser = build_parser(f"data {what}", about)
+    parser = Parser(f"data {what}", about)
     parser.add_argument("src", type=str, help="a directory, X.tar, hf:NAME,split=train or any other source")
     return parser
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Namespace, DataConfig]:
-    from nextblock.cli.arguments import built, parse
+    from nextblock.cli.arguments import built
 
     others = {name for name in DataConfig.__dataclass_fields__ if name not in SETTINGS}
     parser.add_settings(DataConfig, "data", skip=others)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
+    options = parser.parse(argv)
     return options, built(DataConfig, options, "data")
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from nextblock.data.advice import Checkup
     from nextblock.data.doctor import Examination
 
-__all__ = ["DoctorConfig", "run"]
-
 NOT_HERE = {"train", "val", "weights", "epoch_samples", "workers"}
 """Settings of data that have other names here, or no meaning."""
 FIRST_BAD = 10
@@ -62,14 +60,14 @@ class DoctorConfig:
 def run(argv: Sequence[str]) -> int:
     """Examine, print what was found; 1 if something would stop a run or spoil its results."""
     from nextblock.atomic import write_text
-    from nextblock.cli.arguments import build_parser, built, parse
+    from nextblock.cli.arguments import Parser, built
 
-    parser = build_parser("doctor", "Examine images before training; the exit code is 1 if a run would fail.")
+    parser = Parser("doctor", "Examine images before training; the exit code is 1 if a run would fail.")
     parser.add_argument("src", type=str, nargs="+", help="images to train on; several are one mixture")
     parser.add_settings(DoctorConfig)
     parser.add_settings(DataConfig, "data", skip=NOT_HERE)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parse(parser, argv)
+    options = parser.parse(argv)
     config, data = built(DoctorConfig, options), built(DataConfig, options, "data")
     out = None if config.out is None else Path(config.out).expanduser()
     if out is not None:

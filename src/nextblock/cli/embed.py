@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.embed.config import EmbedConfig
-from nextblock.settings import from_keywords
+from nextblock.settings import from_dict
 
 if TYPE_CHECKING:
     from nextblock.evaluate.embed.files import Embeddings
 
-__all__ = ["embed", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, embed, say what the file holds."""
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
-    parser = build_parser("embed", "Write the features of images to a file; run it again to go on.")
+    parser = Parser("embed", "Write the features of images to a file; run it again to go on.")
     values, is_json = parse_settings(parser, EmbedConfig, argv, overwrite="other features")
     result = embed(**values)
     shape = " x ".join(map(str, result.shape))
@@ -40,7 +38,7 @@ def embed(**settings: Any) -> Embeddings:
     """
     from nextblock.evaluate.embed.run import embed as embed_with
 
-    return embed_with(from_keywords(EmbedConfig, settings))
+    return embed_with(from_dict(EmbedConfig, settings))
 
 
 def _as_json(result: Embeddings) -> dict[str, Any]:

@@ -7,16 +7,14 @@ from typing import Any
 
 from nextblock.cli.output import end_with_json, print_table
 from nextblock.evaluate.fewshot_config import FewshotConfig, FewshotResult
-from nextblock.settings import from_keywords, to_dict
-
-__all__ = ["fewshot", "run"]
+from nextblock.settings import from_dict, to_dict
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, measure, print a table."""
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
-    parser = build_parser("fewshot", "Measure a frozen encoder's features with few labels.")
+    parser = Parser("fewshot", "Measure a frozen encoder's features with few labels.")
     values, is_json = parse_settings(parser, FewshotConfig, argv, overwrite="another result")
     result = fewshot(**values)
 
@@ -33,7 +31,7 @@ def fewshot(**settings: Any) -> FewshotResult:
 
     Paths and lists may stand for strings and tuples.
     """
-    config = from_keywords(FewshotConfig, settings)  # first: torch takes seconds, a wrong setting none
+    config = from_dict(FewshotConfig, settings)  # first: torch takes seconds, a wrong setting none
     from nextblock.evaluate.fewshot import fewshot as fewshot_with
 
     return fewshot_with(config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.finetune.config import FinetuneConfig
-from nextblock.settings import from_keywords, to_dict
+from nextblock.settings import from_dict, to_dict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,16 +16,14 @@ if TYPE_CHECKING:
     from nextblock.evaluate.finetune.report import FinetuneResult
     from nextblock.train import Reporter
 
-__all__ = ["finetune", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, fine-tune, print a table; exits with 128 + signal where a signal stopped it."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
-    parser = build_parser("finetune", "Train encoder and head together on labels, whole or by LoRA.")
+    parser = Parser("finetune", "Train encoder and head together on labels, whole or by LoRA.")
     values, is_json = parse_settings(parser, FinetuneConfig, argv, overwrite="another result")
     result = finetune(**values)
     if result.stopped_by is None:
@@ -50,7 +48,7 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> FinetuneRe
     from nextblock.train import Reporter
 
     reporter = reporter or Reporter()
-    result = finetune_with(from_keywords(FinetuneConfig, settings), reporter)
+    result = finetune_with(from_dict(FinetuneConfig, settings), reporter)
     if result.stopped_by is not None:
         reporter.note(
             f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; the "

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from nextblock.interop.load import Found
     from nextblock.interop.options import LoadOptions
 
-__all__ = ["run"]
-
 MAX_TENSORS = 12
 """How many tensors of a file that is no model are told."""
 STAND_INS = {"num_heads": 1, "probe_layers": (0,)}
@@ -25,10 +23,10 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import Parser
     from nextblock.interop.options import LoadOptions
 
-    parser = build_parser("info", "Tell what a run or a weight file holds.")
+    parser = Parser("info", "Tell what a run or a weight file holds.")
     parser.add_argument(
         "file", type=str, help="run directory, checkpoint, weight file, hf:USER/NAME[/FILE] or timm:NAME"
     )
@@ -39,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     size = int | tuple[int, int] | None
     parser.add_argument("--image_size", type=size, default=None, help="pixels, or [rows,columns]: AIM's")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parse(parser, argv)
+    options = parser.parse(argv)
     given = {name: getattr(options, name) for name in ("head", "num_heads", "image_size")}
     told = _describe(options.file, LoadOptions(**given, fallback=STAND_INS))
     if options.json:

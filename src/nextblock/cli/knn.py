@@ -7,16 +7,14 @@ from typing import Any
 
 from nextblock.cli.output import end_with_json, print_table
 from nextblock.evaluate.knn_config import KnnConfig, KnnResult
-from nextblock.settings import from_keywords, to_dict
-
-__all__ = ["knn", "run"]
+from nextblock.settings import from_dict, to_dict
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words, measure, print a table."""
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
-    parser = build_parser("knn", "Measure a frozen encoder's features by their nearest neighbours.")
+    parser = Parser("knn", "Measure a frozen encoder's features by their nearest neighbours.")
     values, is_json = parse_settings(parser, KnnConfig, argv, overwrite="another result")
     result = knn(**values)
 
@@ -33,7 +31,7 @@ def knn(**settings: Any) -> KnnResult:
 
     Paths and lists may stand for strings and tuples.
     """
-    config = from_keywords(KnnConfig, settings)  # first: torch takes seconds, a wrong setting none
+    config = from_dict(KnnConfig, settings)  # first: torch takes seconds, a wrong setting none
     from nextblock.evaluate.knn import knn as knn_with
 
     return knn_with(config)

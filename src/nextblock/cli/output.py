@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["end_of", "end_with_json", "print_table", "say"]
-
 
 def say(*lines: str) -> None:
     """Print lines as they are: paths and names are neither wrapped nor coloured nor taken for markup."""

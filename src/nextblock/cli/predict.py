@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nextblock.cli.output import end_with_json, say
-from nextblock.settings import check_types, from_keywords
+from nextblock.settings import check_types, from_dict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from nextblock.visualize import PredictResult
-
-__all__ = ["PredictConfig", "predict", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +41,9 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, draw, print a table of losses."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
-    parser = build_parser("predict", "Draw how a model predicts the next blocks of images.")
+    parser = Parser("predict", "Draw how a model predicts the next blocks of images.")
     values, is_json = parse_settings(parser, PredictConfig, argv)
     result = predict(**values)
     console = Console()
@@ -69,7 +67,7 @@ def predict(**settings: Any) -> PredictResult:
     from nextblock.train.runtime import choose_device
     from nextblock.visualize import predict as predict_images
 
-    config = from_keywords(PredictConfig, settings)
+    config = from_dict(PredictConfig, settings)
     model = load_model(config.model, num_heads=config.num_heads)
     data = evaluation_data(config.model, model.config)
     return predict_images(

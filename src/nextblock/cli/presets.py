@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -21,24 +22,22 @@ _TABLES = {
 
 def run(argv: Sequence[str]) -> int:
     """Print the presets in short tables, or all about one of them."""
-    from nextblock.cli.arguments import build_parser, parse
+    from nextblock.cli.arguments import Parser
 
-    parser = build_parser("presets", "List the named runs and model sizes.")
+    parser = Parser("presets", "List the named runs and model sizes.")
     parser.add_argument("name", type=str, nargs="?", help="show all about this one")
     parser.add_argument("--all", action="store_true", help="list the ablations too")
     parser.add_argument("--json", action="store_true", help="print JSON, ablations included")
-    options = parse(parser, argv)
-    if options.name:
-        chosen = [get_preset(options.name)]
-    else:
-        chosen = [one for one in PRESETS.values() if one.group != "ablation" or options.all or options.json]
+    options = parser.parse(argv)
+    chosen = [get_preset(options.name)] if options.name else list(PRESETS.values())
     if options.json:
         end_with_json([_values(preset) for preset in chosen])
     elif options.name:
         _print_one(chosen[0])
     else:
         for group, title in _TABLES.items():
-            _print_table(title, [preset for preset in chosen if preset.group == group])
+            if group != "ablation" or options.all:
+                _print_table(title, [preset for preset in chosen if preset.group == group])
         say(
             "params M: millions, with the predictor. step GB: an estimate, one micro-batch.",
             "nextblock presets NAME shows one with its command; --all adds the ablations.",
@@ -46,6 +45,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+@functools.cache
 def parameters_m(model: ModelConfig) -> tuple[float, float]:
     """Trainable parameters in millions, of the encoder and of all; built without memory."""
     import torch
@@ -80,13 +80,8 @@ def step_gb(config: RunConfig, total_m: float) -> float:
 
 def _values(preset: Preset) -> dict[str, Any]:
     encoder_m, total_m = parameters_m(preset.config.model)
-    return {
-        "name": preset.name,
-        "group": preset.group,
-        "images": preset.images,
-        "command": preset.command,
-        "about": preset.about,
-        "published": preset.published,
+    names = ("name", "group", "images", "command", "about", "published")
+    return {name: getattr(preset, name) for name in names} | {
         "encoder_params_m": round(encoder_m, 2),
         "total_params_m": round(total_m, 2),
         "estimated_step_gb": round(step_gb(preset.config, total_m), 1),
@@ -120,17 +115,16 @@ def _short(value: Any) -> str:
 
 
 def _print_table(title: str, presets: list[Preset]) -> None:
-    if not presets:
-        return
     width = max(len(preset.name) for preset in presets)
-    if presets[0].group == "ablation":
-        whats = ((one.name, one.about.removeprefix("Ablation: ").partition(";")[0]) for one in presets)
-        say(title, *(f"  {name:<{width}}  {textwrap.shorten(what, 75 - width)}" for name, what in whats), "")
-        return
-    say(title, f"  {'':<{width}}  images        px       params M  step GB")
+    heads = "" if presets[0].group == "ablation" else "  images        px       params M  step GB"
+    say(title, *([f"  {'':<{width}}{heads}"] if heads else []))
     for preset in presets:
-        _, total_m = parameters_m(preset.config.model)
-        size = "x".join(map(str, dict.fromkeys(pair(preset.config.model.image_size))))
-        gigabytes = step_gb(preset.config, total_m)
-        say(f"  {preset.name:<{width}}  {preset.images:<12}  {size:<7}  {total_m:>8.1f}  {gigabytes:>7.1f}")
+        if preset.group == "ablation":
+            words = preset.about.removeprefix("Ablation: ").partition(";")[0]
+            row = textwrap.shorten(words, 75 - width)
+        else:
+            _, total_m = parameters_m(preset.config.model)
+            size = "x".join(map(str, dict.fromkeys(pair(preset.config.model.image_size))))
+            row = f"{preset.images:<12}  {size:<7}  {total_m:>8.1f}  {step_gb(preset.config, total_m):>7.1f}"
+        say(f"  {preset.name:<{width}}  {row}")
     say("")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from nextblock.data import Source
     from nextblock.train import Monitor, Reporter, TrainResult
 
-__all__ = ["pretrain", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
-    from nextblock.cli.arguments import build_parser, parse_run
+    from nextblock.cli.arguments import Parser, parse_run
 
-    parser = build_parser("pretrain", "Train a vision transformer to predict the next block of an image.")
+    parser = Parser("pretrain", "Train a vision transformer to predict the next block of an image.")
     parser.add_argument(
         "--out",
         type=str,
@@ -70,12 +68,18 @@ def pretrain(
     from nextblock.train import Reporter, train
 
     config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
-    if overrides:
-        config = resolve(config, overrides)
+    config = resolve(config, overrides) if overrides else config
     reporter = reporter or Reporter()
     for hint in _hints(config):
         reporter.note(hint)
-    sources = {"train": open_sources(_train_specs(config), config.data)}
+    if not config.data.train_specs:
+        shares = [f"{weight:g}" for weight in config.data.weights or ()]
+        what = f"{len(shares)} sources, for data.weights {', '.join(shares)} in this order"
+        flags = " ".join(["--data.train DIR"] * (len(shares) or 1))
+        raise ValueError(
+            f"there is nothing to train on; name {what if shares else 'a directory of images'}: {flags}"
+        )
+    sources = {"train": open_sources(config.data.train_specs, config.data)}
     if config.data.val is not None:
         sources["val"] = open_source(config.data.val, config.data)
         shared = shared_images(sources["train"], sources["val"])
@@ -83,27 +87,11 @@ def pretrain(
             reporter.note(f"WARNING: {shared}")
     if config.data.normalize == "auto":
         config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
-    obstacle = _knn_obstacle(sources)
-    if obstacle is not None and config.monitor.knn_every is not None:
-        reporter.note(f"kNN is not measured: {obstacle}")
-    monitors = _monitors(config, sources)
+    monitors = _monitors(config, sources, reporter)
     result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
     for line in _conclusion(result, sources):
         reporter.note(line)
     return result
-
-
-def _train_specs(config: RunConfig) -> tuple[str, ...]:
-    specs, weights = config.data.train_specs, config.data.weights
-    if specs:
-        return specs
-    if weights is not None:
-        shares = ", ".join(f"{weight:g}" for weight in weights)
-        raise ValueError(
-            f"there is nothing to train on; name {len(weights)} sources, for data.weights {shares} in this "
-            f"order: {' '.join(['--data.train DIR'] * len(weights))}"
-        )
-    raise ValueError("there is nothing to train on; name a directory of images: --data.train DIR")
 
 
 def _with_statistics(config: RunConfig, source: Source, out: Path | None, reporter: Reporter) -> RunConfig:
@@ -111,66 +99,64 @@ def _with_statistics(config: RunConfig, source: Source, out: Path | None, report
     from nextblock.data.statistics import measure_pixels
     from nextblock.train.run_dir import recorded_config
 
+    # A run that resumes keeps its own numbers: new ones of the same images could differ in the last digit.
     begun = None if out is None else recorded_config(out)
-    channels = config.data.channels
-    if begun is not None and begun.data.normalize == "auto" and len(begun.data.mean) == channels:
-        mean, std = begun.data.mean, begun.data.std
-        origin = f"of {out}"
+    if begun and begun.data.normalize == "auto" and len(begun.data.mean) == config.data.channels:
+        mean, std, origin = begun.data.mean, begun.data.std, f"of {out}"
     else:
         measured = measure_pixels(source, config.data, config.model.image_size, config.seed)
-        mean, std = measured.mean, measured.std
-        origin = f"measured on {measured.images} images"
-    told = (" ".join(f"{number:g}" for number in numbers) for numbers in (mean, std))
-    reporter.note("data.normalize auto: mean {}, deviation {}, {}".format(*told, origin))
+        mean, std, origin = measured.mean, measured.std, f"measured on {measured.images} images"
+    words = (" ".join(f"{number:g}" for number in numbers) for numbers in (mean, std))
+    reporter.note("data.normalize auto: mean {}, deviation {}, {}".format(*words, origin))
     return replace(config, data=replace(config.data, mean=mean, std=std))
 
 
-def _hints(config: RunConfig) -> list[str]:
+def _hints(config: RunConfig) -> Iterator[str]:
     """What a user may not have meant, said and not changed."""
     from nextblock.cli.arguments import DEFAULT_PRESET
 
-    hints = []
     if config.preset is None:
-        hints.append(
+        yield (
             f"no preset named: {DEFAULT_PRESET} with defaults for any folder ({config.train.duration}, batch "
             f"{config.train.batch_size}, {config.train.precision}); `nextblock presets` lists others"
         )
     preset = PRESETS.get(config.preset or DEFAULT_PRESET)
-    if preset is not None and preset.config.train.batch_size != config.train.batch_size:
-        meant, batch_size = preset.config.train.batch_size, config.train.batch_size
-        if preset.config.optim.lr == config.optim.lr:
-            hints.append(
-                f"batch {batch_size} instead of {meant}: optim.lr stays {config.optim.lr:g}. It is never "
-                f"scaled for you; in proportion to the batch it would be "
-                f"{config.optim.lr * batch_size / meant:.1e}"
-            )
-    return hints
+    batch_size, lr = config.train.batch_size, config.optim.lr
+    if preset is None or preset.config.optim.lr != lr or preset.config.train.batch_size == batch_size:
+        return
+    meant = preset.config.train.batch_size
+    yield (
+        f"batch {batch_size} instead of {meant}: optim.lr stays {lr:g}. It is never scaled for you; in "
+        f"proportion to the batch it would be {lr * batch_size / meant:.1e}"
+    )
 
 
-def _monitors(config: RunConfig, sources: dict[str, Source]) -> list[Monitor]:
+def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter) -> list[Monitor]:
     """Pictures of the same few images, and kNN accuracy if both sources have the same classes."""
     from nextblock.evaluate.knn import KnnMonitor
     from nextblock.visualize import PredictionMonitor, some_images
 
-    settings, size = config.monitor, config.model.image_size
-    shown = sources.get("val", sources["train"])
+    settings, data, size = config.monitor, config.data, config.model.image_size
     monitors: list[Monitor] = []
     if settings.pictures_every is not None:
-        images, _, _ = some_images(shown, config.data, size, settings.pictures)
-        monitors.append(PredictionMonitor(images, config.data.mean, config.data.std, settings.pictures_every))
-    if settings.knn_every is not None and _knn_obstacle(sources) is None:
-        monitors.append(
-            KnnMonitor(
-                sources["train"],
-                sources["val"],
-                config.data,
-                image_size=size,
-                every=settings.knn_every,
-                max_samples=settings.knn_samples,
-                seed=config.seed,
-            )
-        )
-    return monitors
+        images, _, _ = some_images(sources.get("val", sources["train"]), data, size, settings.pictures)
+        monitors.append(PredictionMonitor(images, data.mean, data.std, settings.pictures_every))
+    if settings.knn_every is None:
+        return monitors
+    obstacle = _knn_obstacle(sources)
+    if obstacle is not None:
+        reporter.note(f"kNN is not measured: {obstacle}")
+        return monitors
+    knn = KnnMonitor(
+        sources["train"],
+        sources["val"],
+        data,
+        image_size=size,
+        every=settings.knn_every,
+        max_samples=settings.knn_samples,
+        seed=config.seed,
+    )
+    return [*monitors, knn]
 
 
 def _knn_obstacle(sources: dict[str, Source]) -> str | None:
@@ -186,30 +172,31 @@ def _knn_obstacle(sources: dict[str, Source]) -> str | None:
     return "there is only one class" if len(names) < 2 else None
 
 
-def _conclusion(result: TrainResult, sources: dict[str, Source]) -> list[str]:
+def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str]:
     """How a run ended, where its weights are, and what to do next."""
     from nextblock.train.logging import losses_text
 
     unreadable = f"; unreadable images: {result.num_bad}, see quarantine.jsonl" if result.num_bad else ""
     if result.stopped_by is not None and result.step == 0:
-        return [f"stopped by {result.stopped_by} before the first step: nothing to save yet"]
+        yield f"stopped by {result.stopped_by} before the first step: nothing to save yet"
+        return
     if result.stopped_by is not None:
-        return [
+        yield (
             f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; "
             f"the same command resumes{unreadable}"
-        ]
-    ending = f"{result.step} steps, in {result.run_dir}{unreadable}"
-    lines = [f"complete: {ending}"]
+        )
+        return
+    ending = "complete" if result.warning is None else "ended without learning"
+    yield f"{ending}: {result.step} steps, in {result.run_dir}{unreadable}"
     if result.warning is not None:
-        lines = [f"ended without learning: {ending}", f"WARNING: {result.warning}"]
-    lines.append(losses_text(result.losses, result.baselines))
-    lines.append(f"weights: {result.run_dir}/checkpoints/step_{result.step:08d}/model.safetensors; next:")
+        yield f"WARNING: {result.warning}"
+    yield losses_text(result.losses, result.baselines)
+    yield f"weights: {result.run_dir}/checkpoints/step_{result.step:08d}/model.safetensors; next:"
     run, spec = str(result.run_dir), sources["train"].parts[0].spec
-    commands = [
-        ["knn", "--model", run, "--train", spec]
-        if sources["train"].has_labels
-        else ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"],
-        ["predict", "--model", run, "--data", spec, "--out", f"{run}/predict"],
-        ["convert", run, f"{run}/timm", "--to", "timm"],
-    ]
-    return [*lines, *(f"  nextblock {shlex.join(words)}" for words in commands)]
+    if sources["train"].has_labels:
+        first = ["knn", "--model", run, "--train", spec]
+    else:
+        first = ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"]
+    predict = ["predict", "--model", run, "--data", spec, "--out", f"{run}/predict"]
+    for words in (first, predict, ["convert", run, f"{run}/timm", "--to", "timm"]):
+        yield f"  nextblock {shlex.join(words)}"

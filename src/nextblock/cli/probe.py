@@ -14,8 +14,6 @@ from nextblock.settings import to_dict
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["probe", "run"]
-
 MAX_TABLE_WIDTH = 500
 MAX_PRINTED = 60
 """Candidates of the trained encoder that are printed; of more, probe.md tells."""
@@ -25,9 +23,9 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, probe, print a table; 128 + signal where a signal stopped it, which is saved."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
-    parser = build_parser("probe", "Train heads on a frozen encoder's features and measure their accuracy.")
+    parser = Parser("probe", "Train heads on a frozen encoder's features and measure their accuracy.")
     values, is_json = parse_settings(parser, ProbeConfig, argv, overwrite="another result")
     from nextblock.evaluate.probe.state import ProbeStopped
     from nextblock.evaluate.probe.tables import choice_sentence, rate_sentence

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.search_config import SearchConfig
-from nextblock.settings import from_keywords
+from nextblock.settings import from_dict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from nextblock.data import Source
     from nextblock.evaluate.search import QueryResult, SearchResult
-
-__all__ = ["run", "search"]
 
 TABLE_QUERIES, NAME_LETTERS = 4, 32
 
@@ -28,9 +26,9 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words, search, print a table."""
     from rich.console import Console
 
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
-    parser = build_parser("search", "Find the images nearest to one, and draw them.")
+    parser = Parser("search", "Find the images nearest to one, and draw them.")
     values, is_json = parse_settings(parser, SearchConfig, argv, overwrite="another sheet")
     result = search(**values)
     console = Console()
@@ -57,7 +55,7 @@ def search(**settings: Any) -> SearchResult:
     from nextblock.evaluate.search import search as search_with
     from nextblock.visualize.contact_sheet import draw_contact_sheet
 
-    config = from_keywords(SearchConfig, settings)
+    config = from_dict(SearchConfig, settings)
     out = Path(config.out)
     result = search_with(config)
     draw_contact_sheet(_sheet_rows(result), out, _subtitle(result, config))

@@ -12,14 +12,12 @@ from nextblock.cli.output import end_with_json, say
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
 from nextblock.evaluate.suite.config import SuiteConfig, SuiteResult
 from nextblock.evaluate.suite.published import PUBLISHED
-from nextblock.settings import from_keywords, to_dict
+from nextblock.settings import from_dict, to_dict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from nextblock.evaluate.suite.check import Check
-
-__all__ = ["run", "suite"]
 
 _FAILURE = 1
 
@@ -36,10 +34,10 @@ class _Look:
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words; probe, list or check; 1 where a benchmark failed, or nothing could be measured."""
-    from nextblock.cli.arguments import build_parser, parse_settings
+    from nextblock.cli.arguments import Parser, parse_settings
 
     about = "Probe the fifteen benchmarks of the AIM and XTRA papers and write their table."
-    parser = build_parser("suite", about)
+    parser = Parser("suite", about)
     looks = [word for word in ("--list", "--check") if word in argv]
     parser.add_argument("--list", action="store_true", help="list the benchmarks, and those below --root")
     parser.add_argument("--check", action="store_true", help="compare what is below --root with the papers")
@@ -73,7 +71,7 @@ def suite(**settings: Any) -> SuiteResult:
     from nextblock.evaluate.suite.run import suite as suite_with
     from nextblock.visualize.suite import save_suite
 
-    config = from_keywords(SuiteConfig, settings)
+    config = from_dict(SuiteConfig, settings)
     result = suite_with(config)
     save_suite(Path(config.out) / "suite.png", result.top1_percent, result.model)
     return result

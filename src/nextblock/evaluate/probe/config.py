@@ -11,7 +11,7 @@ from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.probe.recipes import RECIPES, HeadName, Recipe, RecipeName
 from nextblock.evaluate.settings import EvaluationSettings
-from nextblock.settings import Duration, check_types, from_dict, from_keywords, require
+from nextblock.settings import Duration, check_types, from_dict, require
 
 __all__ = [
     "EncoderName",
@@ -249,7 +249,7 @@ def probe_config(settings: Mapping[str, Any]) -> ProbeConfig:
     }
     if given.get("layers") is not None:
         given["layers"] = tuple(str(word) for word in given["layers"])
-    return from_keywords(ProbeConfig, given)
+    return from_dict(ProbeConfig, given)
 
 
 def result_from_dict(values: Mapping[str, Any]) -> ProbeResult:
