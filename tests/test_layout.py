@@ -256,7 +256,7 @@ def test_an_import_against_the_order_is_found(statement: str, name: str, package
         ("import torch, nextblock.config", "cli", "nextblock.cli"),
         ("from .decode import decode", "data.loader", "nextblock.data"),
         ("from ..blocks import patchify", "models.vit", "nextblock.models"),
-        ("from nextblock.models import NextBlockModel", "train.monitors", "nextblock.train"),
+        ("from nextblock.models import NextBlockModel", "train.trainer", "nextblock.train"),
         ("from nextblock import __version__", "checkpoint", "nextblock"),
     ],
 )
