@@ -225,7 +225,7 @@ def multiply(errors, pids) -> None:
         matrix = torch.ones(12_000, 12_000)
         pids.send(child.pid)
         while True:
-            matrix @ matrix
+            torch.mm(matrix, matrix)
 
 
 def test_signals_are_answered_while_torch_computes_and_the_second_ends_all_processes(monkeypatch):

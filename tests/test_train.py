@@ -43,7 +43,7 @@ def test_it_overfits_eight_images(tmp_path):
         "model.embed_dim": 64,
         "model.predictor_dim": 64,
         "model.block_mlp_dim": 128,
-        "optim.lr": 1e-2,
+        "optim.lr": 3e-3,
         "optim.weight_decay": 0.0,
         "train.duration": "60ep",
         "monitor.log_every": "1ep",

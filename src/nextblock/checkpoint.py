@@ -78,7 +78,8 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
     except (CheckpointError, MissingSettingError):
         raise
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        named = type(error).__name__ in ("HubError", "WriteError")  # these name a cause and a remedy already
+        # By name, as these classes may lie above this file. They say cause and remedy already.
+        named = type(error).__name__ in ("HubError", "WriteError")
         if named or (values_of_caller and isinstance(error, ValueError)):
             raise
         reason = " ".join(str(error).split())[:300]
@@ -317,6 +318,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
     What is half written has another name and is not seen. `set_damaged_aside` looks at every byte.
     """
+    # Whoever evaluates asks too, perhaps of a run that is training: nothing is renamed, nothing read in full.
     for path in reversed(_checkpoints(directory).values()):
         damage = _damage(path, model_size_only=True)
         if damage is None:
@@ -353,6 +355,7 @@ def set_damaged_aside(directory: Path) -> None:
 
 def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
     """Remove what a kill left half written, and all but the latest `keep` and those kept for good."""
+    # Left by a killed process. Nobody else writes here now, as the run holds the lock of its directory.
     for half_written in directory.glob(".writing-*"):
         remove(half_written)
     for step, path in list(_checkpoints(directory).items())[:-keep]:
@@ -362,6 +365,7 @@ def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int],
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's training state, on the CPU."""
+    # weights_only: a state holds tensors and numbers, and no file can make torch run code.
     try:
         return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:

@@ -60,6 +60,7 @@ class FeatureConfig:
 
     def width(self, embed_dim: int) -> int:
         """Channels of these features, of an encoder `embed_dim` wide."""
+        # Averaged layers keep their width; joined ones, and a class token with the mean patch, add theirs.
         layers = len(self.layers) if self.layer_pool == "concat" else 1
         return embed_dim * layers * (2 if self.tokens == "joined" else 1)
 
@@ -269,6 +270,7 @@ class ImageClassifier(nn.Module):
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *patches f"]:
         """Compute what the head sees before its batch norm: (b n f) if attentive, else (b f)."""
+        # Under the mask that the head was trained on, which need not be the encoder's own.
         encoded = self.encoder_model.encode(images, attention=self.head_config.attention)
         return pool_features(encoded, self.head_config, self.encoder_model.final_norm)
 

@@ -367,7 +367,8 @@ def _geometry(config: ModelConfig, leaks: bool, device: torch.device) -> Geometr
         orders = block_orders(config.order, config.block_grid, config.order_seed)
         tables: list[Any] = [table, orders, mask, _predictor_mask(config)]
     target = torch.device("cpu") if device.type == "meta" else device
-    return Geometry(*(t if t is None else t.to(target, non_blocking=True) for t in tables))
+    moved: list[Any] = [t if t is None else t.to(target, non_blocking=True) for t in tables]
+    return Geometry(*moved)
 
 
 def _predictor_mask(config: ModelConfig) -> Bool[Tensor, "n n"] | None:

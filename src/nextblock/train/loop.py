@@ -242,6 +242,7 @@ def train(
             latest.update({name: value for name, value in values.items() if math.isfinite(value)})
 
         def observe(*, at_start: bool = False) -> None:
+            # They may draw and reseed what they like: a step takes no number from a global generator.
             event = MonitorEvent(trainer.step, out, device)
             for monitor, every in zip(monitors, monitor_every, strict=True):
                 if at_start or is_time(every):
@@ -369,6 +370,7 @@ def train(
                 if trainer.step:
                     reporter.note(f"step {trainer.step} is saved; the same command resumes after it")
                 raise
+            # Complete, or stopped by a signal; in both cases unless the last step was just saved.
             save()
         if trainer.step == total:
             run.complete()

@@ -79,6 +79,7 @@ class RunDir:
 
         `RunDirError` if something else lies here, `InUseError` if another process trains here.
         """
+        # Asked before the lock is taken, as taking it makes the directory and files in it.
         is_new = not self.path.exists()
         if not is_new and not self.is_run() and not self._is_free():
             raise RunDirError(f"{self.path} exists and is no run; choose another --out, or empty it")
@@ -139,6 +140,7 @@ class RunDir:
             ) from error
         if config.train.precision == "auto":  # a run keeps the precision it began with, on any device
             config = replace(config, train=replace(config.train, precision=there.train.precision))
+        # What touches no weight, such as workers, checkpoints and the place of the images, is not compared.
         if differences := config.differences(there):
             listed = "; ".join(
                 f"{name}: {old!r} there, {new!r} now" for name, (new, old) in differences.items()
@@ -218,6 +220,7 @@ class RunDir:
 
     def complete(self) -> None:
         """Note that the run is complete."""
+        # Repeated with --overwrite, a command resumes a run that lacks this note, and begins others anew.
         self._starts = self._read_starts()
         if not self._starts[-1].get("complete"):
             self._starts[-1]["complete"] = True
