@@ -22,7 +22,6 @@ from nextblock.checkpoint import (
     latest_checkpoint,
     load_state,
     load_strictly,
-    prune_checkpoints,
     read_data,
     read_model,
     save_checkpoint,
@@ -221,16 +220,6 @@ def test_an_interrupted_write_leaves_nothing_behind(interruption, tmp_path):
     assert target.read_text() == "before"
 
 
-def test_nobody_sees_a_file_before_it_is_complete(tmp_path):
-    target = tmp_path / "file"
-    with write_aside(target) as aside:
-        aside.write_text("half")
-        assert not target.exists()
-        aside.write_text("whole")
-    assert files_in(tmp_path) == ["file"]
-    assert target.read_text() == "whole"
-
-
 def test_all_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     flushed, fsync = [], os.fsync
 
@@ -269,19 +258,6 @@ def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
     assert latest_checkpoint(tmp_path) == tmp_path / "step_100000000"
-
-
-def test_pruning_keeps_the_latest_and_those_for_good(tmp_path):
-    for step in (10, 20, 25, 30, 35, 40):
-        (tmp_path / f"step_{step:08d}").mkdir()
-    (tmp_path / "notes").mkdir()
-    prune_checkpoints(tmp_path, keep=2, keep_for_good=lambda step: step % 20 == 0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "notes",
-        "step_00000020",
-        "step_00000035",
-        "step_00000040",
-    ]
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -348,7 +324,7 @@ def test_a_model_file_that_is_not_complete_is_refused(share, tmp_path):
         read_model(path)
     path = save_checkpoint(tmp_path, tiny_model(), STATE, 3) / "model.safetensors"
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match=r"remove .*step_00000003 to go on from the one before"):
+    with pytest.raises(CheckpointError, match=r"remove .*step_00000003 to resume from the one before"):
         read_model(path)
 
 
@@ -414,19 +390,14 @@ def test_a_model_file_has_the_mode_that_the_umask_gives(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 4, 100, -1000, -1])
+@pytest.mark.parametrize("length", [None, 0, 4, 100, -1000, -1])
 def test_a_training_state_that_is_not_complete_is_refused_with_what_to_remove(length, tmp_path):
     path = save_checkpoint(tmp_path, tiny_model(), STATE, 3)
     content = (path / "state.pt").read_bytes()
-    (path / "state.pt").write_bytes(content[:length])
-    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read.*remove .*step_00000003 to go on"):
-        load_state(path)
-
-
-def test_a_training_state_that_is_missing_is_refused(tmp_path):
-    path = save_checkpoint(tmp_path, tiny_model(), STATE, 3)
     (path / "state.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+    if length is not None:
+        (path / "state.pt").write_bytes(content[:length])
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read.*remove .*step_00000003 to resume"):
         load_state(path)
 
 
@@ -445,12 +416,3 @@ def test_what_does_not_fit_is_listed_by_name():
         "  shape of encoder.norm.weight: (25,) in the file, (24,) in the model",
     ]
     assert same_weights(model, tiny_model()), "nothing was loaded"
-
-
-def test_a_long_list_of_what_does_not_fit_is_cut_with_its_number():
-    model = tiny_model()
-    with pytest.raises(CheckpointError) as caught:
-        load_strictly(model, {}, "FILE")
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 12
-    assert lines[-1] == f"  and {len(model.state_dict()) - 10} more"

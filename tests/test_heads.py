@@ -120,14 +120,6 @@ def test_settings_of_a_head_that_older_files_hold_are_read():
     assert from_dict(HeadConfig, to_dict(head)) == head
 
 
-def test_joined_layers_widen_the_head():
-    config = HeadConfig(num_classes=3, layers=(0, 3), layer_pool="concat", norm_layers=True, num_heads=4)
-    classifier = ImageClassifier(NextBlockModel(NANO), config)
-    images = torch.randn(2, 3, 64, 64)
-    assert classifier.features(images).shape == (2, 64, 96)
-    assert classifier(images).shape == (2, 3)
-
-
 def test_attention_of_the_head_config_reaches_the_encoder():
     model = NextBlockModel(NANO).eval()
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

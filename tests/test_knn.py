@@ -27,7 +27,7 @@ from nextblock.evaluate.knn import (
     summary,
 )
 from nextblock.evaluate.knn_config import KnnConfig
-from nextblock.train.monitors import MonitorEvent
+from nextblock.train import MonitorEvent
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")

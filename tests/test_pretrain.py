@@ -18,7 +18,7 @@ from nextblock.cli import main
 from nextblock.cli.arguments import resolve
 from nextblock.interop import load_model
 from nextblock.models.vit import sincos_positions
-from tiny_runs import TINY, TINY_FLAGS, Quiet, call_cli, metrics, refused, run_toy, settings, write_images
+from tiny_runs import TINY, TINY_FLAGS, Quiet, call_cli, metrics, refused, run_toy, write_images
 
 
 def write_classes(folder, names):
@@ -57,7 +57,7 @@ def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, 
 
 
 def test_a_complete_run_ends_with_its_losses_and_commands_that_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nextblock.train.loop.reference_losses", lambda *_: {"zero": 9.0})
+    monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 9.0})
     for name in ("train", "val"):
         write_classes(tmp_path / "my images" / name, ["cat", "dog"])
     data = {name: str(tmp_path / "my images" / name) for name in ("train", "val")}
@@ -73,7 +73,7 @@ def test_a_complete_run_ends_with_its_losses_and_commands_that_work(tmp_path, mo
 
 
 def test_a_run_that_learned_nothing_does_not_end_as_complete(tmp_path, monkeypatch):
-    monkeypatch.setattr("nextblock.train.loop.reference_losses", lambda *_: {"zero": 0.0})
+    monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 0.0})
     write_images(tmp_path / "train", 8)
     reporter = Quiet()
     nextblock.pretrain(TINY, out=tmp_path / "run", reporter=reporter, data={"train": str(tmp_path / "train")})
@@ -131,15 +131,6 @@ def test_a_run_stopped_before_its_first_step_claims_no_checkpoint(tmp_path):
     result = pretrain(tmp_path, reporter)
     assert (result.step, result.stopped_by) == (0, "SIGINT")
     assert reporter.notes[-1] == "stopped by SIGINT before the first step: nothing to save yet"
-
-
-def test_the_default_preset_gets_the_hint_about_another_batch_as_well():
-    from nextblock.cli.pretrain import _hints
-    from nextblock.presets import get_preset
-
-    config = settings({"train.batch_size": 16, "optim.lr": get_preset("xtra-b16").config.optim.lr})
-    assert config.preset is None
-    assert any("batch 16 instead of 256" in hint for hint in _hints(config))
 
 
 def test_a_validation_set_without_a_readable_image_has_no_loss(tmp_path):

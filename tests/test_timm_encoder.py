@@ -18,7 +18,6 @@ from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import encoder_extract, evaluation_data, untrained
 from nextblock.interop import load, load_classifier, open_encoder
 from nextblock.interop.hub import HubError
-from nextblock.interop.timm_spec import parse_timm_spec
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import FeatureConfig, HeadConfig, ImageClassifier, pool_features
 from toy import one_thread, toy_model  # noqa: F401 - a fixture
@@ -106,19 +105,6 @@ def test_each_layer_is_what_a_hook_on_timms_block_sees(encoders, spec):
         hook.remove()
     for layer, prefix, output in zip(encoded.layers, encoded.prefix, seen, strict=True):
         assert torch.equal(torch.cat([prefix, layer], dim=1), output)
-
-
-@pytest.mark.parametrize("spec", [TOKEN, BOTH, EVA])
-def test_each_layer_is_timms_forward_intermediates(encoders, spec):
-    model = encoders[spec]
-    with torch.no_grad():
-        expected = model.encoder.forward_intermediates(
-            some_images(model), output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
-        )
-    encoded = encode(model)
-    for layer, prefix, (patches, before) in zip(encoded.layers, encoded.prefix, expected, strict=True):
-        assert torch.equal(layer, patches)
-        assert torch.equal(prefix, before)
 
 
 def test_full_attention_is_its_own_and_causal_is_refused(encoders):
@@ -411,13 +397,6 @@ def test_attention_heads_are_timms_to_tell():
 def test_unknown_names_and_options_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         open_encoder(spec)
-
-
-def test_what_a_spec_says_is_told_apart():
-    spec = parse_timm_spec("timm:vit_tiny_patch16_224.augreg_in21k,in_chans=1,img_size=64")
-    assert spec.name == "vit_tiny_patch16_224.augreg_in21k"
-    assert (spec.pretrained, spec.checkpoint) == (True, None)
-    assert spec.arguments == {"in_chans": 1, "img_size": 64}
 
 
 def test_files_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfi
 from nextblock.data import open_source
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
-from nextblock.train.monitors import MonitorEvent
+from nextblock.train import MonitorEvent
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (
     PredictionMonitor,

@@ -14,18 +14,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = [
-    "OUTPUT_MARK",
-    "InUseError",
-    "WriteError",
-    "exclusive",
-    "mark_output",
-    "remove",
-    "write_aside",
-    "write_text",
-    "writing",
-]
-
 OUTPUT_MARK = ".nextblock"
 """A file in every directory that nextblock wrote: a search for images passes such directories by."""
 
@@ -102,7 +90,7 @@ def write_aside(target: Path) -> Iterator[Path]:
     Whatever goes wrong, `target` is either as it was before or complete. (A directory that is replaced has,
     for the instant between two renames, the name `.before-...`.)
     """
-    aside = target.with_name(f".writing-{target.name}")
+    aside, before = (target.with_name(f".{what}-{target.name}") for what in ("writing", "before"))
     with writing(target):
         remove(aside)
         aside.touch()
@@ -110,11 +98,34 @@ def write_aside(target: Path) -> Iterator[Path]:
         aside.unlink()
         try:
             yield aside
-            _flush(aside, mode)
-            _move_into_place(aside, target)
-            _flush_alone(target.parent)
+            # First every byte, then the names: after a power cut, a name leads to all of its content.
+            for path in (*aside.rglob("*"), aside):
+                if not path.is_dir():
+                    path.chmod(mode)
+                _flush(path)
+            # A directory cannot be renamed onto another one, so the old one steps aside.
+            if target.is_dir():
+                remove(before)
+                target.replace(before)
+            try:
+                aside.replace(target)
+            except OSError:
+                if before.is_dir():
+                    before.replace(target)
+                raise
+            remove(before)
+            _flush(target.parent)
         finally:
             remove(aside)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the names in a directory: a file whose name is lost is lost as well."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,37 +140,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _move_into_place(aside: Path, target: Path) -> None:
-    """Rename; a directory in the way steps aside first, and comes back if the renaming fails."""
-    before = target.with_name(f".before-{target.name}")
-    if target.is_dir():
-        remove(before)
-        target.replace(before)
-    try:
-        aside.replace(target)
-    except OSError:
-        if before.is_dir():
-            before.replace(target)
-        raise
-    remove(before)
-
-
-def _flush(path: Path, mode: int) -> None:
-    """Flush a file, or a directory with all in it; files get this mode."""
-    if path.is_dir():
-        for part in path.iterdir():
-            _flush(part, mode)
-    else:
-        path.chmod(mode)
-    _flush_alone(path)
-
-
-def _flush_alone(path: Path) -> None:
-    """Flush a file, or the names in a directory: a file whose name is lost is lost as well."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,6 @@ import json
 import logging
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,29 +33,6 @@ from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict, to_dict
-
-__all__ = [
-    "FORMAT_VERSION",
-    "CheckpointError",
-    "MissingSettingError",
-    "UnknownFormatError",
-    "blame",
-    "build_model",
-    "is_safetensors",
-    "latest_checkpoint",
-    "load_state",
-    "load_strictly",
-    "prune_checkpoints",
-    "read_data",
-    "read_metadata",
-    "read_model",
-    "refuse_non_finite",
-    "save_checkpoint",
-    "save_classifier",
-    "save_model",
-    "set_damaged_aside",
-    "write_safetensors",
-]
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +78,8 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
     except (CheckpointError, MissingSettingError):
         raise
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        named = type(error).__name__ in ("HubError", "WriteError")  # these name a cause and a remedy already
+        # By name, as these classes may lie above this file. They say cause and remedy already.
+        named = type(error).__name__ in ("HubError", "WriteError")
         if named or (values_of_caller and isinstance(error, ValueError)):
             raise
         reason = " ".join(str(error).split())[:300]
@@ -114,10 +91,9 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
 
 def _remedy(origin: str | Path) -> str:
     """What to do about a damaged file; a run has checkpoints before the last."""
-    path = Path(origin)
-    if path.name == MODEL_FILE and re.fullmatch(r"step_\d+", path.parent.name):
-        return f"remove {path.parent} to go on from the one before"
-    return "take an intact copy of it"
+    path = Path(origin).parent if Path(origin).name == MODEL_FILE else Path(origin)
+    is_checkpoint = re.fullmatch(r"step_\d+", path.name)
+    return f"remove {path} to resume from the one before" if is_checkpoint else "take an intact copy of it"
 
 
 # --------------------------------------------------------------------------------------------- model files
@@ -152,6 +128,7 @@ def save_model(
 
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors, from any device, with the file mode that the umask gives; NaN and inf are refused."""
+    # Refused before anything is written: what a file replaces may be the last good one.
     refuse_non_finite(
         weights, f"the model for {path}", "it was not saved; an earlier checkpoint may be finite"
     )
@@ -187,6 +164,7 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
                 f"{path} has format version {metadata['format_version']}, this release reads up to "
                 f"{FORMAT_VERSION}; upgrade nextblock"
             )
+        # load_file maps the file, so weights are read from the disk once, when they are used.
         settings, weights, kind = json.loads(metadata["config"]), load_file(path), metadata["kind"]
         read_data(path)  # refused here if it is damaged, not by whoever asks for it later
         if kind == "model":
@@ -243,17 +221,8 @@ def build_model(
     `config` is that of its encoder model, whose names begin with `prefix`. Nothing is drawn: the network is
     built on torch's meta device, and the file's tensors become its parameters.
     """
-    _refuse_contradictions(config, weights, origin, prefix)
-    with torch.device("meta"):
-        model = make()
-    load_strictly(model, weights, origin)
-    return model.eval()
-
-
-def _refuse_contradictions(
-    config: ModelConfig, weights: Mapping[str, Tensor], origin: str, prefix: str
-) -> None:
-    """Refuse sizes that time and memory grow with on any device, if the weights contradict them."""
+    # Also on the meta device, time and memory grow with these sizes: whoever damaged the settings must not
+    # make us build a billion layers before the weights are compared.
     positions = weights.get(f"{prefix}encoder.pos_embed")
     sizes = {"patches": (config.num_patches, 0 if positions is None else positions.shape[1])}
     parts = {"layers": ("encoder.blocks", config.depth)}
@@ -270,6 +239,10 @@ def _refuse_contradictions(
         raise CheckpointError(
             f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
         )
+    with torch.device("meta"):
+        model = make()
+    load_strictly(model, weights, origin)
+    return model.eval()
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
@@ -277,6 +250,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
 
     The tensors themselves become the parameters, so that there is no second copy of them.
     """
+    # All problems are listed at once: their pattern tells what kind of file it is.
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in weights]
     problems += [f"unexpected: {name}" for name in weights if name not in own]
@@ -289,6 +263,8 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
         raise CheckpointError(
             f"the weights of {origin} do not fit the model:\n  " + _listed(problems, "\n  ")
         )
+    # Converted before they are assigned: copying would need the model's own memory as well, and a model on
+    # the meta device has none.
     in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
     refuse_non_finite(in_fp32, origin, _remedy(origin))
     model.load_state_dict(in_fp32, strict=True, assign=True)
@@ -331,6 +307,7 @@ def save_checkpoint(
         aside.mkdir()
         save_model(aside / MODEL_FILE, model, data=data)
         torch.save(dict(state), aside / STATE_FILE)
+        # A disk that is full or fails can leave a file of the right size with other bytes: sums tell.
         sums = {name: _checksum(aside / name) for name in (MODEL_FILE, STATE_FILE)}
         (aside / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1))
     return target
@@ -341,7 +318,8 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
     What is half written has another name and is not seen. `set_damaged_aside` looks at every byte.
     """
-    for path in reversed(_checkpoints(directory)):
+    # Whoever evaluates asks too, perhaps of a run that is training: nothing is renamed, nothing read in full.
+    for path in reversed(_checkpoints(directory).values()):
         damage = _damage(path, model_size_only=True)
         if damage is None:
             return path
@@ -354,8 +332,9 @@ def set_damaged_aside(directory: Path) -> None:
 
     Raises `CheckpointError` if all are damaged.
     """
+    # From the last to the first: those before an undamaged one are not looked at, as each is read in full.
     damaged = []
-    for path in reversed(_checkpoints(directory)):
+    for path in reversed(_checkpoints(directory).values()):
         damage = _damage(path)
         if damage is None:
             break
@@ -369,39 +348,36 @@ def set_damaged_aside(directory: Path) -> None:
     for path, damage in damaged:
         aside = path.with_name(f"damaged_{path.name}")
         log.warning("%s; resuming from the checkpoint before it; renamed to %s", damage, aside.name)
+        # Not deleted, as its weights may be wanted. The new name is no checkpoint's, so it is not pruned.
         remove(aside)
         path.rename(aside)
 
 
 def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
     """Remove what a kill left half written, and all but the latest `keep` and those kept for good."""
+    # Left by a killed process. Nobody else writes here now, as the run holds the lock of its directory.
     for half_written in directory.glob(".writing-*"):
         remove(half_written)
-    for path in _checkpoints(directory)[:-keep]:
-        if not keep_for_good(_step(path)):
-            shutil.rmtree(path)
+    for step, path in list(_checkpoints(directory).items())[:-keep]:
+        if not keep_for_good(step):
+            remove(path)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's training state, on the CPU."""
+    # weights_only: a state holds tensors and numbers, and no file can make torch run code.
     try:
         return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{checkpoint / STATE_FILE} cannot be read ({type(error).__name__}); "
-            f"remove {checkpoint} to go on from the one before"
+            f"{checkpoint / STATE_FILE} cannot be read ({type(error).__name__}); {_remedy(checkpoint)}"
         ) from error
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+def _checkpoints(directory: Path) -> dict[int, Path]:
+    """The checkpoints by step, in the order of steps."""
+    names = {path: re.fullmatch(r"step_(\d+)", path.name) for path in directory.glob("step_*")}
+    return dict(sorted((int(name[1]), path) for path, name in names.items() if name))
 
 
 def _checksum(path: Path) -> dict[str, int | str]:

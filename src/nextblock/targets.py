@@ -76,6 +76,7 @@ class PixelTargets:
         Predicting "zero", and "copy_previous", the previous block. With normalised pixels and MSE, zero costs
         about 1 (exactly (p-1)/p on a block that is not flat).
         """
+        # Position 0 is never predicted.
         true = targets[:, 1:]
         return {
             "zero": self.losses(torch.zeros_like(true), true).mean(1),
@@ -126,6 +127,7 @@ class TokenTargets:
         self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"]
     ) -> Int64[Tensor, "b k m"]:
         """Tokens, in raster order within a block."""
+        # Tokens are an image of one channel, a pixel a patch, so blocks are cut out of it like pixels.
         tokens = rearrange(self.tokenizer(images), "b i j -> b 1 i j")
         return patchify(tokens, self._per_block).index_select(1, order)
 

@@ -8,6 +8,7 @@ colours imports it.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -187,6 +188,13 @@ def normalize(
             "one number per channel"
         )
     # In place, one pass each over the batch: a batch of floats is four times the bytes.
-    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    shift, scale = (_per_channel(numbers, images.device) for numbers in (mean, std))
     return images.float().div_(255).sub_(shift).div_(scale)
+
+
+@lru_cache(maxsize=16)
+def _per_channel(numbers: tuple[float | int, ...], device: torch.device) -> Float[Tensor, "c 1 1"]:
+    # Made once: a copy from Python to a GPU waits until the GPU has done all its work. As no inference
+    # tensor, so that whoever asks first, anybody can use it.
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)

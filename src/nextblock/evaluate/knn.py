@@ -44,7 +44,7 @@ from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE, KnnCon
 from nextblock.evaluate.probe.config import EncoderName
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import Duration
-from nextblock.train.monitors import MonitorEvent
+from nextblock.train import MonitorEvent
 
 __all__ = [
     "KnnMonitor",

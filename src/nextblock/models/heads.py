@@ -60,6 +60,7 @@ class FeatureConfig:
 
     def width(self, embed_dim: int) -> int:
         """Channels of these features, of an encoder `embed_dim` wide."""
+        # Averaged layers keep their width; joined ones, and a class token with the mean patch, add theirs.
         layers = len(self.layers) if self.layer_pool == "concat" else 1
         return embed_dim * layers * (2 if self.tokens == "joined" else 1)
 
@@ -90,6 +91,7 @@ def pool_features(
     """
     config.check_encoder(len(encoded.layers), has_class_token=encoded.has_class_token)
 
+    # The same for patches and prefix tokens, so that both can be joined channel by channel afterwards.
     def pool(outputs: Sequence[Tensor]) -> Tensor:
         chosen = [outputs[layer] for layer in config.layers]
         chosen = [norm(output) for output in chosen] if config.norm_layers else chosen
@@ -133,6 +135,7 @@ class HeadConfig(FeatureConfig):
         for name in ("num_classes", "num_heads", "num_queries", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1")
+        # Frozen, so set past the guard: only an attentive head pools by itself and needs every token.
         object.__setattr__(self, "pooled", self.kind != "attentive")
         super().__post_init__()
 
@@ -143,16 +146,26 @@ class HeadConfig(FeatureConfig):
 
 
 class LinearHead(nn.Module):
-    """Batch norm without affine, then one linear layer."""
+    """Batch norm without affine, then one linear layer; with `hidden_dim`, a hidden one with GELU between."""
 
-    def __init__(self, dim: int, num_classes: int, *, batch_norm: bool = True, bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        hidden_dim: int | None = None,
+        batch_norm: bool = True,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
-        self.linear = nn.Linear(dim, num_classes, bias=bias)
+        self.hidden = None if hidden_dim is None else nn.Linear(dim, hidden_dim)
+        self.linear = nn.Linear(hidden_dim or dim, num_classes, bias=bias)
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
-        return self.linear(self.norm(features))
+        features = self.norm(features)
+        return self.linear(features if self.hidden is None else F.gelu(self.hidden(features)))
 
 
 class AttentiveHead(nn.Module):
@@ -180,6 +193,7 @@ class AttentiveHead(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
+        # Statistics are over all patches of all images, channel by channel, as officially.
         normed = rearrange(
             self.norm(rearrange(tokens, "b n d -> (b n) d")), "(b n) d -> b n d", n=tokens.shape[1]
         )
@@ -197,29 +211,7 @@ class AttentiveHead(nn.Module):
         return self.linear(rearrange(pooled, "b h e -> b (h e)"))
 
 
-class MlpHead(nn.Module):
-    """Batch norm without affine, a hidden layer with GELU, then one linear layer."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        *,
-        hidden_dim: int = 2048,
-        batch_norm: bool = True,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
-        self.hidden = nn.Linear(dim, hidden_dim)
-        self.linear = nn.Linear(hidden_dim, num_classes, bias=bias)
-
-    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
-        """Logits of the classes."""
-        return self.linear(F.gelu(self.hidden(self.norm(features))))
-
-
-Head = LinearHead | AttentiveHead | MlpHead
+Head = LinearHead | AttentiveHead
 
 
 def fitting_heads(dim: int, most: int) -> int:
@@ -240,12 +232,11 @@ def create_head(config: HeadConfig, embed_dim: int) -> Head:
     """Make a config's head for an encoder `embed_dim` wide, its weights from torch's global generator."""
     width = config.width(embed_dim)
     common = {"batch_norm": config.batch_norm, "bias": config.bias}
-    if config.kind == "mlp":
-        return MlpHead(width, config.num_classes, hidden_dim=config.hidden_dim, **common)
-    if config.kind == "linear":
-        return LinearHead(width, config.num_classes, **common)
-    attention = {"num_heads": config.num_heads, "num_queries": config.num_queries}
-    return AttentiveHead(width, config.num_classes, **attention, **common)
+    if config.kind == "attentive":
+        attention = {"num_heads": config.num_heads, "num_queries": config.num_queries}
+        return AttentiveHead(width, config.num_classes, **attention, **common)
+    hidden_dim = config.hidden_dim if config.kind == "mlp" else None
+    return LinearHead(width, config.num_classes, hidden_dim=hidden_dim, **common)
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm1d:
@@ -279,6 +270,7 @@ class ImageClassifier(nn.Module):
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *patches f"]:
         """Compute what the head sees before its batch norm: (b n f) if attentive, else (b f)."""
+        # Under the mask that the head was trained on, which need not be the encoder's own.
         encoded = self.encoder_model.encode(images, attention=self.head_config.attention)
         return pool_features(encoded, self.head_config, self.encoder_model.final_norm)
 

@@ -105,9 +105,8 @@ class NextBlockModel(nn.Module):
         device = positions_of(self.encoder).device
         self.leaks = masks_leak(self.config)
         """Whether tokens see what they are to predict, so that training would learn nothing."""
-        for name, table in _geometry(self.config, self.leaks)._asdict().items():
-            on_device = table if table is None or device.type == "meta" else table.to(device)
-            self.register_buffer(name, on_device, persistent=False)
+        for name, table in _geometry(self.config, self.leaks, device)._asdict().items():
+            self.register_buffer(name, table, persistent=False)
 
     def forward(
         self,
@@ -169,6 +168,7 @@ class NextBlockModel(nn.Module):
             self._predict(mlp, joined, targets, distance, rows, prefix)
             for distance, mlp in enumerate(self.predictor.block_mlps, start=1)
         ]
+        # Means over this batch. Training divides the same block losses by numbers of the whole step instead.
         loss = combine(
             [part.block_loss for part in distances], [part.kept.sum().float() for part in distances]
         )
@@ -267,11 +267,7 @@ class NextBlockModel(nn.Module):
         """The tables at a size, on the model's device; the buffers at the model's own size."""
         if config is self.config:
             return Geometry(self.patches_of_blocks, self.orders, self.mask, self.predictor_mask)
-        tables, device = _geometry(config, leaks)._asdict(), positions_of(self.encoder).device
-        moved: dict[str, Any] = {
-            name: t if t is None else t.to(device, non_blocking=True) for name, t in tables.items()
-        }
-        return Geometry(**moved)
+        return _geometry(config, leaks, positions_of(self.encoder).device)
 
     def _config_at(
         self, images: Tensor, *, predicting: bool = True, blocks_matter: bool = True
@@ -348,6 +344,7 @@ def masks_leak(config: ModelConfig) -> bool:
     """Whether some token sees a block that comes after its own, in the encoder or the predictor."""
     if config.predictor is None or config.num_blocks == 1:
         return False
+    # The encoder has two masks, a predictor any; it leaks if it allows what the staircase of blocks forbids.
     own = _predictor_mask(config)
     if config.encoder_attention == "full" or own is None:
         return config.encoder_attention == "full"
@@ -358,20 +355,20 @@ def masks_leak(config: ModelConfig) -> bool:
     return bool((own & ~allowed).any())
 
 
-def _geometry(config: ModelConfig, leaks: bool) -> Geometry:
-    """The tables of a size, on the CPU, also if the model itself is built on the meta device."""
+def _geometry(config: ModelConfig, leaks: bool, device: torch.device) -> Geometry:
+    """The tables of a size; on the CPU if the model itself is built on the meta device."""
     with torch.device("cpu"):
         mask = None
         # Without the last block, unless some mask lets an earlier token see it.
         if config.encoder_attention == "block_causal":
             seen = config.num_blocks if leaks else config.num_blocks - 1
             mask = may_attend(torch.arange(seen).repeat_interleave(config.patches_per_block))
-        return Geometry(
-            patches_of_blocks(config.grid, pair(config.block_size)),
-            block_orders(config.order, config.block_grid, config.order_seed),
-            mask,
-            _predictor_mask(config),
-        )
+        table = patches_of_blocks(config.grid, pair(config.block_size))
+        orders = block_orders(config.order, config.block_grid, config.order_seed)
+        tables: list[Any] = [table, orders, mask, _predictor_mask(config)]
+    target = torch.device("cpu") if device.type == "meta" else device
+    moved: list[Any] = [t if t is None else t.to(target, non_blocking=True) for t in tables]
+    return Geometry(*moved)
 
 
 def _predictor_mask(config: ModelConfig) -> Bool[Tensor, "n n"] | None:

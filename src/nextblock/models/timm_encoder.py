@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm
@@ -81,20 +81,16 @@ class TimmEncoder(nn.Module):
             raise ValueError(
                 f"{self.config.architecture} was not trained with a causal mask; use attention native or full"
             )
-        outputs = _intermediates(self.encoder, images)
-        patches, prefix = tuple(one[0] for one in outputs), tuple(one[1] for one in outputs)
+        # Asked for prefix tokens where there are none, some of timm's architectures fail, and others give the
+        # patches alone.
+        has_prefix = getattr(self.encoder, "num_prefix_tokens", 0) > 0
+        outputs = self.encoder.forward_intermediates(  # type: ignore[operator] # `_described` has seen it
+            images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=has_prefix
+        )
+        outputs = outputs if has_prefix else [(patches, patches[:, :0]) for patches in outputs]
+        patches, prefix = (tuple(parts) for parts in zip(*outputs, strict=True))
         tokens = self.final_norm(patches[-1])
         return Encoded(tokens, patches, prefix, has_class_token=self.config.has_class_token)
-
-
-def _intermediates(encoder: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Patches and prefix tokens of every layer, before the final norm."""
-    # Asked for where there are none, some architectures of timm fail, and others give the patches alone.
-    has_prefix = getattr(encoder, "num_prefix_tokens", 0) > 0
-    outputs = encoder.forward_intermediates(  # type: ignore[operator] # `_described` has seen that it is there
-        images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=has_prefix
-    )
-    return outputs if has_prefix else [(patches, patches[:, :0]) for patches in outputs]
 
 
 def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> TimmConfig:
@@ -111,51 +107,37 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
             f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
             "vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
         )
-    in_chans, image_size, told = _image_of(encoder, architecture, arguments)
-    return TimmConfig(
-        architecture=architecture,
-        image_size=image_size,
-        in_chans=in_chans,
-        embed_dim=layers[0]["num_chs"],
-        depth=len(layers),
-        has_class_token=getattr(encoder, "cls_token", None) is not None,
-        arguments=told,
-        **_cut_of(encoder, in_chans),
-    )
-
-
-def _cut_of(encoder: nn.Module, in_chans: int) -> dict[str, Any]:
-    """How timm says that the images of a network are normalised and cut."""
+    # A network from the hub or a directory may be built for other images than its architecture's usual ones
+    # without anyone having named them: its arguments then come from the module itself.
     settings: Any = encoder.pretrained_cfg
-    cut = {name: settings.get(name) for name in ("mean", "std", "crop_pct")}
-    if None in cut.values() or len(cut["mean"]) != in_chans:
-        return {}
-    return {
-        "mean": tuple(cut["mean"]),
-        "std": tuple(cut["std"]),
-        "crop_pct": float(cut["crop_pct"]),
-        "crop_mode": settings.get("crop_mode") or "center",
-        "interpolation": settings.get("interpolation") or "bicubic",
-    }
-
-
-def _image_of(
-    encoder: nn.Module, architecture: str, arguments: Mapping[str, int]
-) -> tuple[int, tuple[int, int], dict[str, int]]:
-    """Channels and size of the images, and with which arguments the network is built for them.
-
-    A network from the hub or a directory may be built for other images than its architecture's usual ones,
-    without anyone having named them.
-    """
-    settings: Any = encoder.pretrained_cfg
-    in_chans, *size = settings["input_size"]
     known = timm.get_pretrained_cfg(architecture)
     usual = settings["input_size"] if known is None else known.input_size
-    told: dict[str, int] = dict(arguments)
+    told, (in_chans, *size) = dict(arguments), settings["input_size"]
     built: Any = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
     if "img_size" not in told and built is not None and tuple(built) != tuple(usual[1:]):
         told |= {"img_size": built[0]} if len(set(built)) == 1 else {}
     if "in_chans" not in told and in_chans != usual[0]:
         told["in_chans"] = in_chans
+    in_chans = told.get("in_chans", int(in_chans))
     height, width = (told["img_size"],) * 2 if "img_size" in told else size
-    return told.get("in_chans", int(in_chans)), (height, width), told
+    config = TimmConfig(
+        architecture=architecture,
+        image_size=(height, width),
+        in_chans=in_chans,
+        embed_dim=layers[0]["num_chs"],
+        depth=len(layers),
+        has_class_token=getattr(encoder, "cls_token", None) is not None,
+        arguments=told,
+    )
+    # How its images are normalised and cut, unless timm's numbers are for other channels.
+    cut = {name: settings.get(name) for name in ("mean", "std", "crop_pct")}
+    if None in cut.values() or len(cut["mean"]) != in_chans:
+        return config
+    return replace(
+        config,
+        mean=tuple(cut["mean"]),
+        std=tuple(cut["std"]),
+        crop_pct=float(cut["crop_pct"]),
+        crop_mode=settings.get("crop_mode") or "center",
+        interpolation=settings.get("interpolation") or "bicubic",
+    )

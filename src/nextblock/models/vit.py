@@ -104,6 +104,7 @@ def layer_outputs(
         given: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
         if drop_path is not None:
             given["drop_path"] = drop_path[:, 2 * number : 2 * number + 2]
+        # Nothing is recomputed where no gradient is asked for, as in evaluation.
         if recompute and hidden.requires_grad:
             hidden = checkpoint(layer, hidden, **given, use_reentrant=False)
         else:
@@ -212,6 +213,7 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
     """Fixed sines and cosines in raster order (AIM, section 4.2, and its code; after MAE)."""
     # The first half of the channels tells the column, the second the row. Each half is all sines, then all
     # cosines, of the place over 10000^(i / (dim / 4)), i = 0 .. dim/4 - 1.
+    # In fp64, rounded at the end: large places times small frequencies lose digits in fp32.
     frequencies = SINCOS_BASE ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
     angles = [place.flatten()[:, None] * frequencies for place in (column, row)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from nextblock.train.logging import Reporter, Tick
-from nextblock.train.loop import NonFiniteError, TrainResult, train
-from nextblock.train.monitors import Monitor, MonitorEvent
+from nextblock.train.loop import Monitor, MonitorEvent, NonFiniteError, TrainResult, train
 from nextblock.train.run_dir import DamagedRunError, RunDir, RunDirError
 
 __all__ = [

@@ -18,10 +18,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from nextblock.atomic import WriteError, writing
-from nextblock.config import RunConfig, pair
-from nextblock.models import NextBlockModel
-
-__all__ = ["MetricsLog", "Reporter", "StepOutcome", "Tick", "Window", "clock", "losses_text", "opening_lines"]
 
 # --------------------------------------------------------------------------------------- steps and windows
 
@@ -132,26 +128,23 @@ class Tick(NamedTuple):
     """The state of a run after a step."""
 
     step: int
-    total_steps: int
     epoch: float
-    loss: float
-    """Mean since the last line of metrics."""
-    baselines: dict[str, float]
-    """The loss of predictions that need no model, by name; empty while not measured."""
     lr: float
-    images_per_s: float
-    data_wait: float
-    """Share of the time spent waiting for images."""
+    values: dict[str, float]
+    """What `Window.values` gives, since the last line of metrics."""
     num_bad: int
     """Images that could not be read."""
+    baselines: dict[str, float] = {}  # noqa: RUF012 - never changed
+    """The loss of predictions that need no model, by name; empty while not measured."""
     latest: dict[str, float] = {}  # noqa: RUF012 - never changed
     """The last validation loss and kNN accuracy."""
 
     def text(self) -> str:
         """One line, without step and time."""
-        parts = [losses_text({"loss": self.loss, **self.latest}, self.baselines)]
-        speed = f"{self.images_per_s:,.0f}" if self.images_per_s >= 10 else f"{self.images_per_s:.2f}"
-        parts += [f"lr {self.lr:.1e}", f"{speed} images/s", f"data wait {self.data_wait:.0%}"]
+        parts = [losses_text({"loss": self.values["loss"], **self.latest}, self.baselines)]
+        images_per_s = self.values["images_per_s"]
+        speed = f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.2f}"
+        parts += [f"lr {self.lr:.1e}", f"{speed} images/s", f"data wait {self.values['data_wait']:.0%}"]
         if self.num_bad:
             parts.append(f"{self.num_bad} unreadable")
         return " · ".join(parts)
@@ -300,41 +293,3 @@ def clock(seconds: float) -> str:
         if count or parts or name == "s":
             parts.append(f"{count} {name}")
     return " ".join(parts[:2])
-
-
-def opening_lines(
-    config: RunConfig,
-    model: NextBlockModel,
-    *,
-    device: str,
-    images: int,
-    batch_size: int,
-    steps_per_epoch: int,
-    total_steps: int,
-    step: int,
-    directory: Path,
-) -> list[str]:
-    """What a run is about to do, in a few lines."""
-    settings = config.model
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    predictor = sum(p.numel() for p in model.parameters()) - encoder
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, fp32
-
-    def times(numbers: tuple[int, int]) -> str:
-        return f"{numbers[0]}x{numbers[1]}"
-
-    micro = config.train.micro_batch_size
-    in_parts = f" (micro-batches of {micro})" if micro is not None and micro < batch_size else ""
-    lines = [
-        f"{device} · {config.train.precision} · encoder {encoder / 1e6:.1f} M, predictor "
-        f"{predictor / 1e6:.1f} M parameters",
-        f"image {times(pair(settings.image_size))} px -> {times(settings.grid)} patches of "
-        f"{settings.patch_size} px -> {times(settings.block_grid)} blocks of "
-        f"{times(pair(settings.block_size))} patches",
-        f"{images:,} images, batch {batch_size:,}{in_parts} -> {steps_per_epoch:,} steps an epoch, "
-        f"{total_steps:,} steps in {total_steps / steps_per_epoch:,.4g} epochs",
-        f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {config.checkpoint.every} in "
-        f"{directory}, the latest {config.checkpoint.keep} kept",
-    ]
-    return [*lines, f"resuming at step {step:,}"] if step else lines

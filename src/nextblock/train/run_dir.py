@@ -17,26 +17,22 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
 
 from nextblock.atomic import OUTPUT_MARK, WriteError, exclusive, remove, write_text
 from nextblock.checkpoint import latest_checkpoint, set_damaged_aside
-from nextblock.config import DataConfig, RunConfig
+from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.runtime import device_name
-
-__all__ = ["DamagedRunError", "RunDir", "RunDirError", "recorded_config"]
-
-T = TypeVar("T")
 
 PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
 FIRST_FILES = ("source.json", "environment.json", "config.yaml")
@@ -51,6 +47,7 @@ OTHER_FILES = (
 )
 LOG_FILES = ("*.out", "*.err", "*.log", "slurm-*")
 """What a scheduler may have put in a directory before its run begins."""
+LOST = "restore it from a copy, or train on from the weights here: --model.init RUN with another --out"
 
 
 class RunDirError(ValueError):
@@ -82,10 +79,12 @@ class RunDir:
 
         `RunDirError` if something else lies here, `InUseError` if another process trains here.
         """
+        # Asked before the lock is taken, as taking it makes the directory and files in it.
         is_new = not self.path.exists()
         if not is_new and not self.is_run() and not self._is_free():
             raise RunDirError(f"{self.path} exists and is no run; choose another --out, or empty it")
         with ExitStack() as stack:
+            # Only what goes wrong here is about the directory, not what the run inside raises.
             try:
                 stack.enter_context(exclusive(self.path))
             except OSError as error:
@@ -100,6 +99,7 @@ class RunDir:
 
     def _is_free(self) -> bool:
         """Whether nothing is here but log files and, perhaps, what a run killed at its very start left."""
+        # config.yaml is written last and not among them: a project that has one of its own is no free place.
         return self.path.is_dir() and all(
             entry.name.startswith((".writing-", OUTPUT_MARK))
             or entry.name in FIRST_FILES[:2]
@@ -119,6 +119,7 @@ class RunDir:
             return config
         if not overwrite:
             return self._checked(config, sources)
+        # Nothing is removed yet: the new run may still be refused. `begin` does it.
         try:
             config_here = self._checked(config, sources)
             self._starts = self._read_starts()
@@ -129,7 +130,8 @@ class RunDir:
         return config if self._is_anew else config_here
 
     def _checked(self, config: RunConfig, sources: dict[str, Source]) -> RunConfig:
-        settings = self._read("config.yaml", _settings, _LOST)
+        with self._reading("config.yaml", LOST) as text:
+            settings = _mapping(yaml.safe_load(text))
         try:
             there = from_dict(RunConfig, settings)
         except ValueError as error:
@@ -138,10 +140,12 @@ class RunDir:
             ) from error
         if config.train.precision == "auto":  # a run keeps the precision it began with, on any device
             config = replace(config, train=replace(config.train, precision=there.train.precision))
+        # What touches no weight, such as workers, checkpoints and the place of the images, is not compared.
         if differences := config.differences(there):
             listed = "; ".join(
                 f"{name}: {old!r} there, {new!r} now" for name, (new, old) in differences.items()
             )
+            # The schedule depends on the duration, so a longer run is another run from its first step on.
             longer = (
                 f". To train longer from its weights: --model.init {self.path} with another --out"
                 if "train.duration" in differences
@@ -151,11 +155,10 @@ class RunDir:
                 f"{self.path} holds another run ({listed}); choose another --out, the same settings to "
                 f"resume, or --overwrite to begin anew{longer}"
             )
-        self._check_sources(config, sources)
-        return config
-
-    def _check_sources(self, config: RunConfig, sources: dict[str, Source]) -> None:
-        recorded = self._read("source.json", _json_object, _LOST)
+        # The same settings are not yet the same run: the order of samples follows from the list of images,
+        # and their pixels from the decoder.
+        with self._reading("source.json", LOST) as text:
+            recorded = _mapping(json.loads(text))
         decoder = jpeg_decoder(config.data.decoder)
         if recorded.get("decoder", decoder) != decoder:
             raise RunDirError(
@@ -168,15 +171,19 @@ class RunDir:
                 f"{self.path} validates on {recorded['val']['spec']!r}; name these images again: --data.val"
             )
         for kind, source in sources.items():
-            changed = _changed(source, recorded.get(kind, {}))
-            if changed is not None:
-                part, then = changed
-                raise RunDirError(
-                    f"data.{kind} {part.spec!r} has changed since this run began: "
-                    f"{then.get('num_images')} images then, {len(part)} now, or other "
-                    "names; the order of samples would not be the same. Restore the images, or begin "
-                    "a new run with another --out"
-                )
+            then = recorded.get(kind, {})
+            if then.get("fingerprint") == source.fingerprint:
+                continue
+            # Of a mixture, the first part that is another; if none is, there are more or fewer of them.
+            parts = zip(source.parts, then.get("parts", []), strict=False)
+            changed = (pair for pair in parts if pair[0].fingerprint != pair[1]["fingerprint"])
+            part, then = next(changed, (source, then))
+            raise RunDirError(
+                f"data.{kind} {part.spec!r} has changed since this run began: {then.get('num_images')} "
+                f"images then, {len(part)} now, or other names; the order of samples would not be the same. "
+                "Restore the images, or begin a new run with another --out"
+            )
+        return config
 
     def latest(self) -> Path | None:
         """The checkpoint to resume from, the latest that is undamaged; None if the run begins."""
@@ -197,27 +204,32 @@ class RunDir:
         overwrite: bool = False,
     ) -> None:
         """Write what this run is and that it starts from `step`; with `overwrite`, remove the one before."""
-        if self._is_anew:
+        if self._is_anew:  # by --overwrite
             # Only what a run writes, and what makes it a run last: killed here, the command can be repeated.
             for name in (*OTHER_FILES, *FIRST_FILES):
                 remove(self.path / name)
             self._is_anew = False
+        # config.yaml, the last of the three, makes the directory a run. Killed before that, it is still free.
         self._starts = self._read_starts() if self.is_run() else []
-        self._starts.append({**environment(device), "step": step, "overwrite": overwrite, "complete": False})
-        write_text(self.path / "source.json", json.dumps(describe(sources, config.data), indent=1))
+        self._starts.append({**_environment(device), "step": step, "overwrite": overwrite, "complete": False})
+        described: dict[str, Any] = {kind: _describe(source) for kind, source in sources.items()}
+        described["decoder"] = jpeg_decoder(config.data.decoder)
+        write_text(self.path / "source.json", json.dumps(described, indent=1))
         self._write_starts()
         write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
 
     def complete(self) -> None:
         """Note that the run is complete."""
+        # Repeated with --overwrite, a command resumes a run that lacks this note, and begins others anew.
         self._starts = self._read_starts()
         if not self._starts[-1].get("complete"):
             self._starts[-1]["complete"] = True
             self._write_starts()
 
     def _read_starts(self) -> list[dict[str, Any]]:
-        remedy = "remove it and put an empty list, [], in its place"
-        starts = self._read("environment.json", json.loads, remedy)
+        with self._reading("environment.json", "remove it and put an empty list, [], in its place") as text:
+            starts = json.loads(text)
+        # A dict is from before 0.1.0, when only the first start was recorded.
         return [starts] if isinstance(starts, dict) else starts or [{}]
 
     def _write_starts(self) -> None:
@@ -240,17 +252,14 @@ class RunDir:
         kept: list[str] = []
         if not self.metrics.exists():
             return latest
-
-        def keep(text: str) -> None:
+        with self._reading(self.metrics.name, "move it away to resume without the loss curve so far") as text:
             for line in text.splitlines(keepends=True):
-                if not line.endswith("\n") or (values := _json_object(line))["step"] > step:
+                # A kill may have cut off the last line; lines after the checkpoint will be written again.
+                if not line.endswith("\n") or (values := _mapping(json.loads(line)))["step"] > step:
                     break
                 kept.append(line)
-                latest.update(
-                    {name: value for name, value in values.items() if isinstance(value, int | float)}
-                )
-
-        self._read(self.metrics.name, keep, "move it away to resume without the loss curve so far")
+                numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+                latest.update(numbers)
         write_text(self.metrics, "".join(kept))
         return latest
 
@@ -258,35 +267,27 @@ class RunDir:
         """What was measured when the run began; empty before."""
         if not (self.path / "baselines.json").exists():
             return {}
-        return self._read("baselines.json", _json_object, "remove it: it is then measured again")
+        with self._reading("baselines.json", "remove it: it is then measured again") as text:
+            return _mapping(json.loads(text))
 
     def write_baselines(self, values: dict[str, float]) -> None:
         """Keep the baselines for later starts and for reports."""
         write_text(self.path / "baselines.json", json.dumps(values, indent=1))
 
-    def _read(self, name: str, parse: Callable[[str], T], remedy: str) -> T:
+    @contextmanager
+    def _reading(self, name: str, remedy: str) -> Iterator[str]:
+        """Give a file's text; whatever is wrong with it is a `DamagedRunError`."""
         path = self.path / name
         try:
-            return parse(path.read_text(encoding="utf-8"))
+            yield path.read_text(encoding="utf-8")
         except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
             cause = " ".join(str(error).split())
             raise DamagedRunError(f"{path} is damaged ({cause}); {remedy}") from error
 
 
-_LOST = "restore it from a copy, or train on from the weights here: --model.init RUN with another --out"
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    values = json.loads(text)
+def _mapping(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f"{text[:40]!r} is no JSON object")  # noqa: TRY004 - as all damage
-    return values
-
-
-def _settings(text: str) -> dict[str, Any]:
-    values = yaml.safe_load(text)
-    if not isinstance(values, dict):
-        raise ValueError("it holds no settings")  # noqa: TRY004 - as all damage
+        raise TypeError(f"{str(values)[:40]!r} is not a list of names and values")
     return values
 
 
@@ -295,34 +296,19 @@ def recorded_config(path: Path) -> RunConfig | None:
     if not RunDir(path).is_run():
         return None
     try:
-        return from_dict(RunConfig, _settings((path / "config.yaml").read_text(encoding="utf-8")))
-    except (ValueError, yaml.YAMLError):
+        return from_dict(RunConfig, _mapping(yaml.safe_load((path / "config.yaml").read_text("utf-8"))))
+    except (ValueError, TypeError, yaml.YAMLError):
         return None  # `RunDir.check` says what is wrong
 
 
-def describe(sources: dict[str, Source], data: DataConfig) -> dict[str, Any]:
-    """What makes sources the same sources, and their pixels the same pixels."""
-    described: dict[str, Any] = {kind: _describe(source) for kind, source in sources.items()}
-    return {**described, "decoder": jpeg_decoder(data.decoder)}
-
-
 def _describe(source: Source) -> dict[str, Any]:
+    """What makes a source the same source."""
     described = {"spec": source.spec, "num_images": len(source), "fingerprint": source.fingerprint}
     parts = source.parts
     return described if len(parts) == 1 else {**described, "parts": [_describe(part) for part in parts]}
 
 
-def _changed(source: Source, recorded: dict[str, Any]) -> tuple[Source, dict[str, Any]] | None:
-    """A source that is not what was recorded, or the first such part of a mixture, and what was recorded."""
-    if recorded.get("fingerprint") == source.fingerprint:
-        return None
-    for part, then in zip(source.parts, recorded.get("parts", []), strict=False):
-        if part.fingerprint != then["fingerprint"]:
-            return part, then
-    return source, recorded
-
-
-def environment(device: torch.device) -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
     """When and on what: versions, device, git commit of the working directory, and the command."""
     versions = {}
     for name in PACKAGES:

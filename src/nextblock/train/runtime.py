@@ -17,18 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
-__all__ = [
-    "StopRequest",
-    "autocast",
-    "choose_device",
-    "device_name",
-    "is_native",
-    "native_precision",
-    "process_settings",
-    "seed_device",
-    "stop_on_signals",
-]
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ------------------------------------------------------------------------------------ device and precision
@@ -93,61 +81,39 @@ def seed_device(seed: int, device: torch.device) -> None:
 # ----------------------------------------------------------------------------------- process-wide settings
 
 
-@contextmanager
-def process_settings(device: torch.device, *, deterministic: bool = False) -> Iterator[None]:
-    """Set memory, algorithms and generators of the whole process for one run; put them back at the end."""
-    cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
-        if device.type == "cpu":
-            stack.enter_context(_freed_memory_kept())
-        if deterministic:
-            stack.enter_context(_deterministic())
-        yield
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    was = torch.are_deterministic_algorithms_enabled()
-    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=warned_only)
-        torch.backends.cudnn.benchmark = benchmark
-        if workspace is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 MMAP_MAX, TRIM_THRESHOLD = 65_536, 128 * 1024  # its defaults
 
 
 @contextmanager
-def _freed_memory_kept() -> Iterator[None]:
-    """Let glibc's malloc reuse freed memory instead of giving it back.
-
-    By default a large tensor is mapped afresh and unmapped when it is freed, and the kernel clears each page
-    at the first touch: on a CPU a tenth of a training step and more. With the heap for all sizes and no
-    trimming, each step finds the memory of the step before. The peak is the same. Other C libraries are left
-    alone.
-    """
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if libc is None or not hasattr(libc, "mallopt"):  # musl
+def process_settings(device: torch.device, *, deterministic: bool = False) -> Iterator[None]:
+    """Set memory, algorithms and generators of the whole process for one run; put them back at the end."""
+    libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform.startswith("linux") else None
+    with ExitStack() as stack:
+        cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        if libc is not None and hasattr(libc, "mallopt"):  # musl has none
+            # By default glibc maps a large tensor afresh and unmaps it when it is freed, and the kernel
+            # clears each page at the first touch: on a CPU a tenth of a training step and more. With the heap
+            # for all sizes and no trimming, a step reuses the memory of the one before; the peak is the same.
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, -1)
+            stack.callback(libc.malloc_trim, 0)  # callbacks run from the last to the first
+            stack.callback(libc.mallopt, M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+            stack.callback(libc.mallopt, M_MMAP_MAX, MMAP_MAX)
+        if deterministic:
+            stack.callback(
+                torch.use_deterministic_algorithms,
+                torch.are_deterministic_algorithms_enabled(),
+                warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
+            stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+            if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+                stack.callback(os.environ.pop, "CUBLAS_WORKSPACE_CONFIG", None)
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
         yield
-        return
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
-        libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
-        libc.malloc_trim(0)
 
 
 # ------------------------------------------------------------------------------------------------- signals

@@ -9,22 +9,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, load_state, read_model
+from nextblock.checkpoint import MODEL_FILE, CheckpointError, load_state, read_model
 from nextblock.config import RunConfig
-from nextblock.data import BadSample, Batch, Source, Step, keyed_rng, keyed_seed, normalize
+from nextblock.data import (
+    BadSample,
+    Batch,
+    Source,
+    Step,
+    eval_batches,
+    keyed_permutation,
+    keyed_rng,
+    keyed_seed,
+    normalize,
+    resolve_workers,
+)
 from nextblock.interop import initialize
 from nextblock.models import NextBlockModel, Prediction
 from nextblock.optim import build_optimizer, set_lr
-from nextblock.targets import combine, count_kept_rows, draw_prefix_lengths
+from nextblock.targets import KMeansTokenizer, combine, count_kept_rows, draw_prefix_lengths
 from nextblock.train.logging import StepOutcome, Window
 from nextblock.train.runtime import autocast
-from nextblock.train.tokenizer import sample_patches
-
-__all__ = ["Trainer"]
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +43,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig, device: torch.device, checkpoint: Path | None) -> None:
         self.config, self.device = config, device
-        self.model = _fresh_model(config) if checkpoint is None else _saved_model(checkpoint)
-        self.model.to(device).train()
+        model = _fresh_model(config) if checkpoint is None else read_model(checkpoint / MODEL_FILE)
+        if not isinstance(model, NextBlockModel):
+            raise CheckpointError(f"{checkpoint} holds a classifier, not the model of a pre-training run")
+        self.model = model.to(device).train()
         self.model.set_grad_checkpointing(config.train.activation_checkpointing)
         self.model.predictor_fp32 = config.train.predictor_fp32
         self._forward: Callable[..., Prediction] = self.model
@@ -88,6 +99,7 @@ class Trainer:
         order_index = keyed_rng(self.config.seed, "block-order", step.index).integers(len(self._orders))
         order = self._orders[int(order_index)]
         set_lr(self.optimizer, lr)
+        # Summed on the device. Its value is asked for once, after the last micro-batch, as that waits.
         loss = torch.zeros((), device=self.device)
         images, predicted = 0, 0
         for batch in batches:
@@ -108,6 +120,7 @@ class Trainer:
         with self.autocast:
             draws = batch.drop_path if self.config.model.drop_path else None
             out = self._forward(images, order, self._prefix_lengths(batch), draws)
+        # The share of this micro-batch in the batch's loss; gradients add up to those of the whole batch.
         loss = combine([part.block_loss for part in out.distances], divisors)
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -149,7 +162,7 @@ class Trainer:
         distances = range(1, model.num_predicted_blocks + 1)
         return [count_kept_rows(lengths, model.num_blocks, distance) for distance in distances]
 
-    # ------------------------------------------------------------------------------------------- evaluation
+    # ---------------------------------------------------------------------------- evaluation, fitted targets
 
     def to_model(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Pixels as the model takes them: on its device, normalised."""
@@ -166,11 +179,20 @@ class Trainer:
         finally:
             self.model.train()
 
+    def reference_losses(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
+        """The loss on these images of predictions that need no model, by name: see `targets`."""
+        with self.looking() as model:
+            assert model.targets is not None, "checked before training begins"
+            targets = model.targets.of_blocks(self.to_model(images), model.orders[0])
+            losses = model.targets.reference_losses(targets)
+            return {name: loss.mean().item() for name, loss in losses.items()}
+
     def validation_loss(self, batches: Iterator[Batch]) -> tuple[float, list[BadSample]]:
         """The loss over all these images, under the first order (NaN of none), and those unreadable.
 
         An image's prefix, if the model has one, is that of its visit 0, always the same.
         """
+        # Sums and counts for each distance, in fp64 on the CPU: the mean does not depend on batches.
         sums = torch.zeros(self.config.model.num_predicted_blocks, dtype=torch.float64)
         counts = torch.zeros_like(sums)
         bad: list[BadSample] = []
@@ -198,6 +220,41 @@ class Trainer:
         return True
 
 
+def sample_patches(
+    tokenizer: KMeansTokenizer,
+    source: Source,
+    config: RunConfig,
+    *,
+    max_images: int = 2_000,
+    max_patches: int = 200_000,
+) -> Float[Tensor, "r p"]:
+    """Patches, as the tokenizer sees them, of a sample of centre crops: f(seed, source).
+
+    Those of unreadable images are missing. `ValueError` if no image can be read.
+    """
+    images = keyed_permutation(config.seed, len(source), "tokenizer-images")[:max_images]
+    per_image = config.model.num_patches
+    # Chosen by number among all patches of those images, before any is read: then it does not matter which
+    # worker reads an image, or that some image cannot be read.
+    patches = keyed_permutation(config.seed, len(images) * per_image, "tokenizer-patches")[:max_patches]
+    chosen = np.zeros(len(images) * per_image, dtype=bool)
+    chosen[patches] = True
+    of_image = dict(zip(images.tolist(), torch.from_numpy(chosen).view(-1, per_image), strict=True))
+    workers = resolve_workers(config.data.workers, source)
+    found = []
+    for batch in eval_batches(source, config.data, config.model.image_size, 64, images, workers):
+        if len(batch.images):
+            pixels = normalize(batch.images, config.data.mean, config.data.std)
+            kept = torch.stack([of_image[sample] for sample in batch.samples.tolist()])
+            found.append(tokenizer.patches(pixels)[kept])
+    if not found:
+        raise ValueError(
+            f"none of {len(images)} images of {source.spec!r} can be read, so there is nothing to fit "
+            "model.tokenizer kmeans on; give images that can be read"
+        )
+    return torch.cat(found)
+
+
 def _fresh_model(config: RunConfig) -> NextBlockModel:
     """A model whose weights are f(seed), or those of `model.init`."""
     # Built on the CPU. `torch.manual_seed` would reseed the caller's GPUs as well.
@@ -206,11 +263,4 @@ def _fresh_model(config: RunConfig) -> NextBlockModel:
         model = NextBlockModel(config.model)
     if config.model.init is not None:
         initialize(model, config.model.init)
-    return model
-
-
-def _saved_model(checkpoint: Path) -> NextBlockModel:
-    model = read_model(checkpoint / "model.safetensors")
-    if not isinstance(model, NextBlockModel):
-        raise CheckpointError(f"{checkpoint} holds a classifier, not the model of a pre-training run")
     return model

@@ -25,7 +25,7 @@ from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
-from nextblock.train.monitors import MonitorEvent
+from nextblock.train import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
 
 __all__ = [

@@ -300,16 +300,11 @@ class _Loop:
             log.info("epoch %d: top-1 %.2f %% on %s", epoch, 100 * found["top1"], self.watched.spec)
 
     def _tick(self, lr: float) -> Tick:
-        tuner, values = self.tuner, self.tuner.window.values()
         return Tick(
-            step=tuner.step,
-            total_steps=tuner.total_steps,
-            epoch=tuner.step / self.loader.steps_per_epoch,
-            loss=values["loss"],
-            baselines={},
+            step=self.tuner.step,
+            epoch=self.tuner.step / self.loader.steps_per_epoch,
             lr=lr,
-            images_per_s=values["images_per_s"],
-            data_wait=values["data_wait"],
+            values=self.tuner.window.values(),
             num_bad=self.quarantine.count,
         )
 
