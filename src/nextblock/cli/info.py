@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from nextblock.cli.output import end_with_json
 
 if TYPE_CHECKING:
+    from nextblock.interop.files import LoadOptions
     from nextblock.interop.load import Found
-    from nextblock.interop.options import LoadOptions
 
 __all__ = ["run"]
 
@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from nextblock.cli.arguments import build_parser, parse
-    from nextblock.interop.options import LoadOptions
+    from nextblock.interop.files import LoadOptions
 
     parser = build_parser("info", "Tell what a run or a weight file holds.")
     parser.add_argument(

@@ -18,8 +18,6 @@ from huggingface_hub import HfApi, errors, snapshot_download
 from nextblock.interop.files import WEIGHT_SUFFIXES, choose_weights
 from nextblock.logs import held_back
 
-__all__ = ["HUB_SPEC", "HubError", "fetch", "hub_errors", "is_hub_spec", "push"]
-
 HUB_SPEC = "hf:"
 BESIDE = ("config.json", "README.md")
 """What is fetched with every weight file: its settings, and its card for the licence."""
