@@ -245,15 +245,11 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(run_dir, tmp_path
     (taken / "photo.jpg").touch()
     empty.mkdir()
     monkeypatch.chdir(taken)
-    for place, to in (
-        (taken, None),
-        (taken / "photo.jpg", None),
-        (run_dir, None),
-        (".", None),
-        (empty, "onnx"),
-    ):
+    for place in (taken, taken / "photo.jpg", run_dir, "."):
         with pytest.raises(ValueError, match="exists already; name a new place"):
-            convert(run_dir, place, to=to)
+            convert(run_dir, place)
+    with pytest.raises(ValueError, match="exists already; name a new place"):
+        convert(run_dir, empty, to="onnx")
     assert [path.name for path in taken.iterdir()] == ["photo.jpg"]
     with pytest.raises(ValueError, match=r"photo\.jpg is a file; name a place in a directory"):
         convert(run_dir, taken / "photo.jpg" / "deep" / "out", to="timm")

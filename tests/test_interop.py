@@ -12,16 +12,12 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.interop import load
 from nextblock.interop.names import ratio_of, renamed
 from nextblock.models.heads import ImageClassifier
+from test_checkpoint import same_weights
 from toy import tiny_images
 
 UNFUSED = {f"{part}_{name}": value for part in ("enc", "predictor") for name, value in
            (("qk_scale", 0.5), ("fused_attn", False))}  # fmt: skip
 IMAGES = tiny_images(size=(64, 64))
-
-
-def same_weights(first, second):
-    one, two = first.state_dict(), second.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.fixture

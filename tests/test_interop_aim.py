@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from nextblock.interop.files import LoadOptions
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
 from nextblock.presets import SIZES
+from test_checkpoint import same_weights
+from test_load import Malicious
 from toy import tiny_images
 
 IMAGES = tiny_images(size=(56, 56))
@@ -54,24 +57,16 @@ def read_classifier(content, head=None, num_heads: int | None = 3, **settings) -
     return classifier
 
 
-def same_weights(first, second):
-    one, two = first.state_dict(), second.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 # ------------------------------------------------------------------------------------------- inference layout
 
 
-def test_a_backbone_alone_is_an_encoder_with_the_settings_of_the_inference_code(backbone):
-    config = read_model(backbone).config
+def test_a_backbone_alone_is_an_encoder_of_any_size_with_the_settings_of_the_inference_code(backbone):
+    default, told = read_model(backbone), read_model(backbone, image_size=56)
+    config = default.config
     assert (config.patch_size, config.embed_dim, config.depth, config.num_heads) == (14, 48, 4, 3)
     assert (config.mlp_ratio, config.norm_eps, config.feature_attention) == (4.0, 1e-6, "full")
-    assert config.predictor is None
-
-
-def test_positions_that_are_not_stored_are_computed_for_any_size(backbone):
-    default, told = read_model(backbone), read_model(backbone, image_size=56)
-    assert default.config.image_size == 224
+    assert (config.predictor, config.image_size) == (None, 224)
+    # Positions that are not stored are computed for any size.
     torch.testing.assert_close(default.encode(IMAGES).tokens, told.encode(IMAGES).tokens)
     assert read_model(backbone, image_size=(28, 56)).config.grid == (2, 4)
 
@@ -153,24 +148,10 @@ def test_a_distributed_checkpoint_is_read_without_a_process_group(distributed, w
     assert same_weights(load_model(distributed, num_heads=3), read_model(whole))
 
 
-class Evil:
-    """Its unpickling would make a directory."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_damaged_or_malicious_table_of_a_distributed_checkpoint_is_refused(distributed, tmp_path):
-    import pickle
-
     table = (distributed / ".metadata").read_bytes()
-    for content in (table[:100], b"", pickle.dumps({"a": Evil(tmp_path / "trap")})):
+    for content in (table[:100], b"", pickle.dumps({"a": Malicious(tmp_path / "trap")})):
         (distributed / ".metadata").write_bytes(content)
         with pytest.raises(CheckpointError, match="dcp"):
             load_model(distributed, num_heads=3)

@@ -278,7 +278,7 @@ def test_damaged_missing_and_strange_weights_are_refused(tmp_path):
     file = directory / "model.safetensors"
     with pytest.raises(CheckpointError, match="holds a nextblock_vit with attention causal; give the file"):
         timm_model(f"timm:vit_tiny_patch16_224,checkpoint={file}")
-    whole, weights = file.read_bytes(), load_file(file)
+    whole, weights = file.read_bytes(), {name: w.clone() for name, w in load_file(file).items()}
     file.write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match="not complete"):
         load(directory)
@@ -290,9 +290,7 @@ def test_damaged_missing_and_strange_weights_are_refused(tmp_path):
     assert not is_timm_directory(directory)
     saved_by_timm(tmp_path)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"missing: norm\.bias\n(.*\n)*.*shape of pos_embed: \(1, 24, 24\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing: norm\.bias\n"):
         read_timm(tmp_path)
 
 
@@ -300,7 +298,7 @@ def test_damaged_missing_and_strange_weights_are_refused(tmp_path):
     ("changes", "words"),
     [
         ({"architecture": "vit_of_tomorrow"}, r"Unknown model .vit_of_tomorrow.*upgrade timm"),
-        ({"model_args": {**PLAIN, "depth": "two"}}, "timm cannot build"),
+        ({"model_args": {**PLAIN, "depth": "two"}}, "timm cannot give"),
         (
             {"pretrained_cfg": {"mean": [0.5], "std": [0.5], "crop_pct": 0, "input_size": [3, 16, 16]}},
             "damaged mean",

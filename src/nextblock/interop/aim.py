@@ -40,17 +40,18 @@ from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
 from nextblock.models.vit import sincos_positions
 from nextblock.presets import SIZES
 
+# Attention heads by the official (width, depth).
 NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("aim-")}
-"""Attention heads by the official (width, depth)."""
+# Layers, counted from 0, that Apple's "best" heads average, by the official (width, depth): six in the middle
+# of the encoder, as no file tells them.
 BEST_LAYERS_OF_SIZE = {
     (1536, 24): tuple(range(14, 20)),
     (2048, 24): tuple(range(12, 18)),
     (3072, 24): tuple(range(12, 18)),
     (4096, 32): tuple(range(14, 20)),
 }
-"""Layers, counted from 0, that Apple's "best" heads average, by the official (width, depth)."""
+# How many of the last layers Apple's "last" heads average.
 PROBED_LAYERS = 6
-"""How many of the last layers Apple's "last" heads average."""
 IMAGE_SIZE_PX = 224
 INFERENCE_EPS, TRAINING_EPS = 1e-6, 1e-5
 POSITION_TOLERANCE = 1e-4
@@ -79,8 +80,8 @@ NAMES = {
     r"head\.decoder_norm\.": "predictor.norm.",
     r"head\.decoder_pred\.": "predictor.block_mlps.0.",
 }
+# Our names of what makes pixels: a row, or a number, for each.
 OUTPUT_MAP = ("predictor.block_mlps.0.weight", "predictor.block_mlps.0.bias")
-"""Our names of what makes pixels: a row, or a number, for each."""
 
 
 def is_aim(content: Any) -> bool:
@@ -146,6 +147,7 @@ def read_aim(
             f"{origin} is an AIMv2 model (RMSNorm and SwiGLU), and only AIM v1 is read; "
             "transformers has AIMv2 as Aimv2Model"
         )
+    # Loading the plain matrices alone would be the model before it was adapted.
     if any(".lora_" in name for name in weights):
         raise CheckpointError(
             f"{origin} holds LoRA weights beside the matrices that they change; merge them where they were "
@@ -153,6 +155,8 @@ def read_aim(
         )
     weights = only_tensors(weights, origin)
     config, layers = _model_config(weights, options, origin)
+    # From here on nothing is skipped: a name that no rule fits, a tensor that the model lacks, or one of
+    # another shape is refused, as each would be another function.
     ours = renamed(_fused(weights, origin), NAMES, "AIM", origin)
     for name in set(OUTPUT_MAP) & ours.keys():
         # Official patches are flattened from (row, column, channel), ours from (channel, row, column). The
@@ -171,6 +175,7 @@ def read_aim(
         batch_norm="head.norm.running_mean" in ours,
         bias="head.linear.bias" in ours,
     )
+    # A classifier's encoder is one level deeper than a model's, its head is not.
     prefix = "encoder_model."
     ours = {n if n.startswith("head.") else prefix + n: w for n, w in ours.items()}
     return build_model(
@@ -208,6 +213,8 @@ def _model_config(
     width, in_chans, patch_size = patch_shape(weights, "preprocessor.patchifier.proj.weight", origin)
     depth = count_numbered(weights, "trunk.blocks.", origin)
     missing: dict[str, str] = {}
+    # Any divisor of the width would fit the tensors and compute something else, so the number is never
+    # guessed. All that is untold is collected first, and asked for at once.
     heads = options.num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
     if heads is None:
         missing["num_heads"] = untold_heads((width, depth), origin)
@@ -343,6 +350,8 @@ def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str)
 
 def _with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: str) -> dict[str, Tensor]:
     """Fixed positions computed if none are stored, and checked if they are."""
+    # The inference layout stores no positions; the training layout stores fixed ones, for the encoder and
+    # for the predictor, which are the same function of the grid at another width.
     complete = dict(weights)
     widths = {"encoder.pos_embed": config.embed_dim}
     if config.predictor is not None:

@@ -193,17 +193,16 @@ def _provenance(found: Found, src: str) -> Provenance:
     if found.path is None:
         return timm_provenance(src)
     name = src if is_hub_spec(src) else found.path.absolute().name
-    config = found.encoder_model.config
-    if found.format == "timm directory":
+    config, kind = found.encoder_model.config, found.format
+    known = Provenance(origin=f"{name}, a {kind}")
+    if kind == "timm directory":
         known = timm_provenance(found.path)
-    elif found.format in OFFICIAL_LICENSES:
-        origin = f"{name}, in the layout of {found.format} files"
-        known = Provenance(origin=origin, license=OFFICIAL_LICENSES[found.format])
-    elif found.format != "nextblock":
-        known = Provenance(origin=f"{name}, a {found.format}")
+    elif kind in OFFICIAL_LICENSES:
+        origin = f"{name}, in the layout of {kind} files"
+        known = Provenance(origin=origin, license=OFFICIAL_LICENSES[kind])
     elif isinstance(config, TimmConfig):
         known = Provenance(origin=f"{name}, trained with nextblock on timm's {config.architecture}")
-    else:
+    elif kind == "nextblock":
         started = "" if config.init is None else f", started from {config.init}"
         known = Provenance(origin=f"{name}, pre-trained with nextblock{started}")
     folder = found.path if found.path.is_dir() else found.path.parent

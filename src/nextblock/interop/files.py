@@ -25,26 +25,26 @@ from nextblock.checkpoint import CheckpointError, is_safetensors
 from nextblock.config import Size, pair
 from nextblock.settings import require
 
+# A classifier in Apple's layout.
 AIM_FILES = ("backbone.pth", "head.pth")
-"""A classifier in Apple's layout."""
+# Names by which the hub, timm and transformers mean the model of a directory, the first ones first.
 MAIN_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-"""Names by which the hub, timm and transformers mean the model of a directory, the first ones first."""
+# If the same weights are in several files, the first of these is read.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""If the same weights are in several files, the first of these is read."""
 
+# Keys of a checkpoint that hold the weights; averaged ones (EMA) come first, as timm takes them.
 WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
-"""Keys of a checkpoint that hold the weights; averaged ones (EMA) come first, as timm takes them."""
 MAX_WRAPPERS = 8
+# What wrappers of modules (DDP, torch.compile, Lightning) put before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers of modules (DDP, torch.compile, Lightning) put before every name."""
 NAMES_SHOWN = 8
 SETTINGS_CLASS = re.compile(
     r"(omegaconf|typing|pathlib)\..+|collections\.defaultdict"
     r"|(builtins|__builtin__)\.(dict|list|tuple|str|int|float|bool|bytes|object|unicode|long)"
 )
 """Classes of the settings that trainers pickle beside the weights."""
+# The table of contents in what torch.distributed.checkpoint writes.
 DISTRIBUTED_FILE = ".metadata"
-"""The table of contents in what torch.distributed.checkpoint writes."""
 
 
 # ------------------------------------------------------------------------------------------ which file it is

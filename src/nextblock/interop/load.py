@@ -55,8 +55,8 @@ from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
 
+# The model in what DeepSpeed, and Lightning with it, save as a directory.
 DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
-"""The model in what DeepSpeed, and Lightning with it, save as a directory."""
 KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and ViTs, hf:USER/NAME, timm:NAME"
 
 

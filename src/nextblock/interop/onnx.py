@@ -25,10 +25,10 @@ from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier, pool_features
 from nextblock.settings import require, to_dict
 
+# Version of the ONNX operators; onnxruntime 1.14 and later have it.
 OPSET = 18
-"""Version of the ONNX operators; onnxruntime 1.14 and later have it."""
+# Largest difference from torch, over the largest output.
 TOLERANCE = 1e-4
-"""Largest difference from torch, over the largest output."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 

@@ -49,16 +49,16 @@ from nextblock.settings import from_dict, to_dict
 
 log = logging.getLogger(__name__)
 
+# Of what stands under "nextblock" in config.json and in the weight file's metadata.
 FORMAT_VERSION = 1
-"""Of what stands under "nextblock" in config.json and in the weight file's metadata."""
+# The timm architecture that stands for all whose arguments are given in full.
 STOCK = "vit_base_patch16_224"
-"""The timm architecture that stands for all whose arguments are given in full."""
+# Epsilon of timm's LayerNorms.
 TIMM_EPS = 1e-6
-"""Epsilon of timm's LayerNorms."""
+# Seed of weights that stay fresh, so that they are the same in every process.
 FRESH_SEED = 0
-"""Seed of weights that stay fresh, so that they are the same in every process."""
+# Held while a timm model draws from torch's global generator, whose state is put back afterwards.
 _BUILDING = Lock()
-"""Held while a timm model draws from torch's global generator, whose state is put back afterwards."""
 
 # Names in a timm ViT. All others are those of our encoder, which is a timm ViT itself.
 HEADS = ("head.", "attn_pool.", "fc_norm.")
@@ -112,6 +112,8 @@ def write_timm(
         "classifier": "head",
         **({"license": provenance.license} if provenance.license != UNSPECIFIED else {}),
     }
+    # timm builds from config.json, we from "nextblock" there or in the weight file: timm's arguments do not
+    # tell all of our settings, and one file may be copied without the other.
     described: dict[str, Any] = {"num_classes": 0, "num_features": config.embed_dim}
     metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
     if isinstance(config, ModelConfig):
@@ -135,6 +137,8 @@ def write_timm(
 
 def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
+    # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
+    # that nobody notices.
     if config.feature_attention == "causal" or config.norm_eps != TIMM_EPS:
         return "nextblock_vit", model_args(config)
     # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
@@ -192,6 +196,8 @@ def encoder_at(
     if image_size is not None and pair(image_size) != pair(config.image_size):
         block_size = config.block_size if config.feature_attention == "causal" else 1
         config = replace(config, image_size=image_size, block_size=block_size)
+    # Fixed positions are computed for the new grid and learned ones resampled, as `encode` does it. A block
+    # size means something only under a mask; without one, any grid is allowed.
     weights = dict(model.encoder.state_dict())
     weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
     return _encoder(config, weights, "the model")
@@ -244,7 +250,8 @@ def read_timm(
     directory = path if path.is_dir() else path.parent
     with building(f"what {directory / 'config.json'} describes", "compare it with timm's, or upgrade timm"):
         vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
-    # Both without the head, so that one of any number of classes is no difference.
+    # Compared tensor by tensor, as timm would keep its own random weights where the file has none. Both
+    # without the head, so that one of any number of classes is no difference.
     load_strictly(vit, {name: w for name, w in weights.items() if not name.startswith("head.")}, origin)
     return from_timm(vit, origin, drop_prefix_tokens=drop)
 
@@ -263,7 +270,7 @@ def building(what: str, remedy: str) -> Iterator[None]:
         SafetensorError, pickle.UnpicklingError,
     ) as error:  # fmt: skip
         reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
-        raise CheckpointError(f"timm cannot build {what}: {reason}; {remedy}") from error
+        raise CheckpointError(f"timm cannot give {what}: {reason}; {remedy}") from error
 
 
 def described_at(path: Path) -> dict[str, Any]:
@@ -292,6 +299,7 @@ def own_config(path: Path) -> ModelConfig | None:
     described, file = described_at(path), _weight_file(path)
     has_metadata = file is not None and is_safetensors(file)
     recorded = read_metadata(file).get("nextblock") if has_metadata else None  # type: ignore[arg-type]
+    # A file that left its directory has the metadata alone, a pickle the config.json alone: one is enough.
     try:
         own = described.get("nextblock") if recorded is None else json.loads(recorded)
         if own is None:
@@ -326,6 +334,7 @@ def own_config(path: Path) -> ModelConfig | None:
 
 def from_timm(vit: nn.Module, origin: str, *, drop_prefix_tokens: bool = False) -> NextBlockModel:
     """The encoder of a timm `VisionTransformer`; what it does and ours cannot do is refused by name."""
+    # `type` and not `isinstance`: a subclass with the same weights may do something else with them.
     if isinstance(vit, NextBlockViT):
         weights = {name: w for name, w in vit.state_dict().items() if not name.startswith(HEADS)}
         return _encoder(vit.block_config, weights, origin)
@@ -387,6 +396,8 @@ def read_timm_weights(
                 "config.json beside it"
             )
     else:
+        # The network that timm built knows what its tensors do not show. Its norms have one epsilon, which
+        # `_encoder` verifies module by module.
         heads, (rows, columns) = like.blocks[0].attn.num_heads, like.patch_embed.img_size
         eps = getattr(like.blocks[0].norm1, "eps", TIMM_EPS)
 
@@ -434,7 +445,8 @@ def _encoder(
     config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
 ) -> NextBlockModel:
     """A model without a predictor that has these weights; `like` must consist of the same modules."""
-    with torch.device("meta"):  # without weights of its own, in no time
+    # On torch's meta device nothing is drawn or allocated; the file's tensors become the parameters.
+    with torch.device("meta"):
         model = NextBlockModel(config)
     if like is not None:
         # Names and shapes of weights do not tell all: another activation, epsilon or order of norms has no

@@ -28,8 +28,8 @@ from nextblock.settings import nearest_name
 log = logging.getLogger(__name__)
 
 TIMM_SPEC = "timm:"
+# Beginnings of names that belong to a head or to pre-training, and not to the layers that are used.
 BESIDE = re.compile(r"[^.]*head|decoder_|attn_pool|mask_token|pre_logits")
-"""Beginnings of names that belong to a head or to pre-training, and not to the layers that are used."""
 
 
 class TimmSpec(NamedTuple):

@@ -29,14 +29,16 @@ from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.presets import SIZES
 
+# Attention heads by the official (width, depth).
 NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("xtra-")}
-"""Attention heads by the official (width, depth)."""
 NUM_HEADS_OF_ARCH = {
     "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16, "vit_giant": 16
 }  # fmt: skip
+# Of a predictor and of an attentive head whose settings name none.
 DEFAULT_HEADS = 12
-"""Of a predictor and of an attentive head whose settings name none."""
 
+# The encoder and the predictor are timm's blocks there as here, with q, k and v in one map in timm's order.
+# There is one pixel map for each predicted distance.
 MODEL_NAMES = {
     r"enc\.": "encoder.",
     r"proj\.mlp\.": "predictor.projection.",
@@ -53,6 +55,7 @@ CLASSIFIER_NAMES = {
     r"classifier\.((linear|1)\.)?(?=(weight|bias)$)": "head.linear.",
 }
 
+# Settings that change the function and that have one value here; absent means that value.
 FIXED = {
     "enc_use_out_norm": True,
     "predictor_use_out_norm": True,
@@ -65,7 +68,6 @@ FIXED = {
     "aim_proj_out_bn": False,
     "attentive_pooling_qkv_bias": False,
 }
-"""Settings that change the function and that have one value here; absent means that value."""
 
 
 def is_xtra(content: Any) -> bool:
@@ -121,9 +123,11 @@ def read_xtra(
         block_size=block_size or 1,
         feature_attention="full" if block_size is None else "causal",
         qk_scale=_qk_scale(settings, "enc"),
+        # Official code resamples positions without antialiasing, at any size.
         resample_antialias=False,
         predictor=None,
     )
+    # A classifier's encoder came out of pre-training with its mask, so its features keep that mask.
     if is_classifier:
         return _classifier(weights, settings, config, origin)
     if with_predictor:
@@ -147,6 +151,8 @@ def _refuse_other_functions(
         if name.startswith(parts) and settings.get(name, value) != value
     ]
     if with_predictor:
+        # One scale and one mask serve encoder and predictor here; a predictor's own mask is known in raster
+        # order only, as the official code permutes the encoder's mask alone.
         if _qk_scale(settings, "predictor") != _qk_scale(settings, "enc"):
             wrong.append("predictor_qk_scale is not enc_qk_scale")
         if _mask(settings, "enc") is None:
@@ -207,6 +213,8 @@ def _predictor_settings(
 def _classifier(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
 ) -> ImageClassifier:
+    # An attentive head has a learned query, a linear one averages patches. Both read the last layers, whose
+    # averages are stacked side by side unless the settings say that they are averaged as well.
     ours = renamed(weights, CLASSIFIER_NAMES, "XTRA", origin)
     attentive = "head.query" in ours
     last = int(settings.get("cls_n_last_blocks", 1))
