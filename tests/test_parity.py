@@ -15,7 +15,7 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.config import OptimConfig
 from nextblock.interop import load
 from nextblock.interop.aim import read_aim
-from nextblock.interop.options import LoadOptions
+from nextblock.interop.files import LoadOptions
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
 from nextblock.models.vit import patch_tokens

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from nextblock.cli.output import end_with_json
 
 if TYPE_CHECKING:
+    from nextblock.interop.files import LoadOptions
     from nextblock.interop.load import Found
-    from nextblock.interop.options import LoadOptions
 
 MAX_TENSORS = 12
 """How many tensors of a file that is no model are told."""
@@ -24,7 +24,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from nextblock.cli.arguments import Parser
-    from nextblock.interop.options import LoadOptions
+    from nextblock.interop.files import LoadOptions
 
     parser = Parser("info", "Tell what a run or a weight file holds.")
     parser.add_argument(

@@ -37,7 +37,7 @@ from nextblock.data import (
 from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.evaluate.unreadable import whole_of
 from nextblock.interop import open_encoder
-from nextblock.interop.image_data import official_data, recorded_data
+from nextblock.interop.load import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import FeatureConfig, pool_features

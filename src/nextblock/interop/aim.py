@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError, MissingSettingError, build_model
 from nextblock.config import ModelConfig, Size, pair
-from nextblock.interop.files import unwrapped
+from nextblock.interop.files import LoadOptions, ProbeLayers, unwrapped
 from nextblock.interop.names import (
     count_numbered,
     needed,
@@ -35,62 +35,53 @@ from nextblock.interop.names import (
     shape_of,
     untold_heads,
 )
-from nextblock.interop.options import LoadOptions, ProbeLayers
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
 from nextblock.models.vit import sincos_positions
 from nextblock.presets import SIZES
 
-__all__ = ["BEST_LAYERS_OF_SIZE", "hub_settings", "is_aim", "is_aim_head", "read_aim", "stores_positions"]
-
-NUM_HEADS_OF_SIZE = {(1536, 24): 12, (2048, 24): 16, (3072, 24): 24, (4096, 32): 32}
-"""Attention heads by the official (width, depth)."""
+# Attention heads by the official (width, depth).
+NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("aim-")}
+# Layers, counted from 0, that Apple's "best" heads average, by the official (width, depth): six in the middle
+# of the encoder, as no file tells them.
 BEST_LAYERS_OF_SIZE = {
     (1536, 24): tuple(range(14, 20)),
     (2048, 24): tuple(range(12, 18)),
     (3072, 24): tuple(range(12, 18)),
     (4096, 32): tuple(range(14, 20)),
 }
-"""Layers, counted from 0, that Apple's "best" heads average, by the official (width, depth)."""
+# How many of the last layers Apple's "last" heads average.
 PROBED_LAYERS = 6
-"""How many of the last layers Apple's "last" heads average."""
 IMAGE_SIZE_PX = 224
 INFERENCE_EPS, TRAINING_EPS = 1e-6, 1e-5
 POSITION_TOLERANCE = 1e-4
 CHOICES = 'give probe_layers="last", "best", or the layers themselves, counted from 0 (--probe_layers)'
 
-LIST_OF_PREPROCESSORS = ("preprocessor.blocks.0.", "preprocessor.")
-"""The training code's recipe makes the patches in the first of several preprocessors."""
+# The training code's recipe makes the patches in the first of several preprocessors.
+LISTED_PREPROCESSOR, PREPROCESSOR = "preprocessor.blocks.0.", "preprocessor."
 
-TRUNK_NAMES = (
-    ("preprocessor.pos_embed", "encoder.pos_embed"),
-    ("preprocessor.patchifier.proj.{rest}", "encoder.patch_embed.proj.{rest}"),
-    ("preprocessor.patchifier.norm.{rest}", "encoder.patch_embed.norm.{rest}"),
-    ("trunk.blocks.{i}.norm_1.{rest}", "encoder.blocks.{i}.norm1.{rest}"),
-    ("trunk.blocks.{i}.attn.qkv.{rest}", "encoder.blocks.{i}.attn.qkv.{rest}"),
-    ("trunk.blocks.{i}.attn.proj.{rest}", "encoder.blocks.{i}.attn.proj.{rest}"),
-    ("trunk.blocks.{i}.norm_2.{rest}", "encoder.blocks.{i}.norm2.{rest}"),
-    ("trunk.blocks.{i}.mlp.{rest}", "encoder.blocks.{i}.mlp.{rest}"),
-    ("trunk.post_trunk_norm.{rest}", "encoder.norm.{rest}"),
-)
-CLASSIFIER_NAMES = (
-    ("head.cls_token", "head.query"),
-    ("head.k.{rest}", "head.key.{rest}"),
-    ("head.v.{rest}", "head.value.{rest}"),
-    ("head.linear.{rest}", "head.linear.{rest}"),
-    ("head.bn.{rest}", "head.norm.{rest}"),
-)
-PREDICTOR_NAMES = (
-    ("head.decoder_projection.{rest}", "predictor.projection.{rest}"),
-    ("head.decoder_pos_embed", "predictor.pos_embed"),
-    ("head.decoder_blocks.{i}.norm_1.{rest}", "predictor.blocks.{i}.norm1.{rest}"),
-    ("head.decoder_blocks.{i}.norm_2.{rest}", "predictor.blocks.{i}.norm2.{rest}"),
-    ("head.decoder_blocks.{i}.mlp.{rest}", "predictor.blocks.{i}.mlp.{rest}"),
-    ("head.decoder_norm.{rest}", "predictor.norm.{rest}"),
-    ("head.decoder_pred.{rest}", "predictor.block_mlps.0.{rest}"),
-)
+NAMES = {
+    r"preprocessor\.pos_embed$": "encoder.pos_embed",
+    r"preprocessor\.patchifier\.": "encoder.patch_embed.",
+    r"trunk\.blocks\.(\d+)\.norm_([12])\.": r"encoder.blocks.\1.norm\2.",
+    r"trunk\.blocks\.": "encoder.blocks.",
+    r"trunk\.post_trunk_norm\.": "encoder.norm.",
+    # A classifier's head.
+    r"head\.cls_token$": "head.query",
+    r"head\.k\.": "head.key.",
+    r"head\.v\.": "head.value.",
+    r"head\.linear\.": "head.linear.",
+    r"head\.bn\.": "head.norm.",
+    # The prediction head of pre-training.
+    r"head\.decoder_projection\.": "predictor.projection.",
+    r"head\.decoder_pos_embed$": "predictor.pos_embed",
+    r"head\.decoder_blocks\.(\d+)\.norm_([12])\.": r"predictor.blocks.\1.norm\2.",
+    r"head\.decoder_blocks\.": "predictor.blocks.",
+    r"head\.decoder_norm\.": "predictor.norm.",
+    r"head\.decoder_pred\.": "predictor.block_mlps.0.",
+}
+# Our names of what makes pixels: a row, or a number, for each.
 OUTPUT_MAP = ("predictor.block_mlps.0.weight", "predictor.block_mlps.0.bias")
-"""Our names of what makes pixels: a row, or a number, for each."""
 
 
 def is_aim(content: Any) -> bool:
@@ -131,7 +122,7 @@ def hub_settings(config: Mapping[str, Any], content: Any) -> dict[str, Any]:
 
 
 def read_aim(
-    content: Mapping[str, Any], origin: str, options: LoadOptions, head: Mapping[str, Any] | None = None
+    content: Mapping[str, Any], origin: str, options: LoadOptions, head: Any = None
 ) -> NextBlockModel | ImageClassifier:
     """Build what official files hold: an encoder, a classifier (a backbone and its `head`), or a whole model.
 
@@ -141,12 +132,35 @@ def read_aim(
     """
     weights = _weights(content)
     if head is not None:
-        weights = _joined(weights, _weights(head), origin)
+        of_head = _weights(head)
+        if not is_aim_head(head):
+            raise CheckpointError(
+                f"the head given with {origin} is no head of an AIM classifier (it holds: "
+                f"{', '.join(list(of_head)[:5]) or 'nothing known'}); give the file with head.cls_token"
+            )
+        twice = sorted(weights.keys() & of_head.keys())
+        if twice:
+            raise CheckpointError(f"{origin} has a head of its own ({twice[0]}); give it without head=")
+        weights = {**weights, **of_head}
+    if _is_aim_v2(weights):
+        raise CheckpointError(
+            f"{origin} is an AIMv2 model (RMSNorm and SwiGLU), and only AIM v1 is read; "
+            "transformers has AIMv2 as Aimv2Model"
+        )
+    # Loading the plain matrices alone would be the model before it was adapted.
+    if any(".lora_" in name for name in weights):
+        raise CheckpointError(
+            f"{origin} holds LoRA weights beside the matrices that they change; merge them where they were "
+            "trained, and save the result"
+        )
     weights = only_tensors(weights, origin)
-    _refuse_other_architectures(weights, origin)
     config, layers = _model_config(weights, options, origin)
-    ours = renamed(_fused(weights, origin), TRUNK_NAMES + CLASSIFIER_NAMES + PREDICTOR_NAMES, "AIM", origin)
+    # From here on nothing is skipped: a name that no rule fits, a tensor that the model lacks, or one of
+    # another shape is refused, as each would be another function.
+    ours = renamed(_fused(weights, origin), NAMES, "AIM", origin)
     for name in set(OUTPUT_MAP) & ours.keys():
+        # Official patches are flattened from (row, column, channel), ours from (channel, row, column). The
+        # last map has a row, and a bias, for each value of a patch, so its rows are sorted the same way.
         pixels = {"h": config.patch_size, "w": config.patch_size}
         ours[name] = rearrange(ours[name], "(h w c) ... -> (c h w) ...", **pixels)
     ours = _with_positions(ours, config, origin)
@@ -161,6 +175,7 @@ def read_aim(
         batch_norm="head.norm.running_mean" in ours,
         bias="head.linear.bias" in ours,
     )
+    # A classifier's encoder is one level deeper than a model's, its head is not.
     prefix = "encoder_model."
     ours = {n if n.startswith("head.") else prefix + n: w for n, w in ours.items()}
     return build_model(
@@ -168,51 +183,27 @@ def read_aim(
     )
 
 
-def _weights(content: Any) -> Mapping[str, Any]:
+def _weights(content: Any) -> dict[str, Any]:
     """The weights of a file, out of its wrappers, under their plain names."""
-    listed, plain = LIST_OF_PREPROCESSORS
     return {
-        plain + name.removeprefix(listed) if name.startswith(listed) else name: value
-        for name, value in unwrapped(content).items()
+        PREPROCESSOR + name.removeprefix(LISTED_PREPROCESSOR)
+        if name.startswith(LISTED_PREPROCESSOR)
+        else name: w
+        for name, w in unwrapped(content).items()
     }
 
 
-def _joined(backbone: Mapping[str, Any], head: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    if not is_aim_head(head):
-        held = ", ".join(list(head)[:5]) or "nothing known"
-        raise CheckpointError(
-            f"the head given with {origin} is no head of an AIM classifier (it holds: {held}); give the "
-            "file with head.cls_token, head.k.weight and so on"
-        )
-    twice = sorted(backbone.keys() & head.keys())
-    if twice:
-        raise CheckpointError(f"{origin} has a head of its own ({twice[0]}); give it without head=")
-    return {**backbone, **head}
-
-
 def _is_aim_v2(names: Mapping[str, Any]) -> bool:
-    """AIMv2 in Apple's names (RMSNorm has no bias, SwiGLU a third map) or in those of transformers."""
+    """AIMv2 in Apple's names or in those of transformers."""
+    # Its RMSNorm has no bias, and its SwiGLU has a third map. Both would otherwise be "missing" or
+    # "unexpected" tensors, which says less than the name of the architecture.
     norms = [name for name in names if name.startswith("trunk.") and ".norm_1." in name]
-    rms_norm = bool(norms) and all(name.endswith(".weight") for name in norms)
-    elsewhere = ("encoder.layers.0.rms_norm1.weight", "image_encoder.trunk.")
     return (
-        rms_norm
+        (bool(norms) and all(name.endswith(".weight") for name in norms))
         or "trunk.blocks.0.mlp.fc3.weight" in names
-        or any(name.endswith(elsewhere[0]) or name.startswith(elsewhere[1]) for name in names)
+        or any(name.endswith("encoder.layers.0.rms_norm1.weight") for name in names)
+        or any(name.startswith("image_encoder.trunk.") for name in names)
     )
-
-
-def _refuse_other_architectures(weights: Mapping[str, Tensor], origin: str) -> None:
-    if _is_aim_v2(weights):
-        raise CheckpointError(
-            f"{origin} is an AIMv2 model (RMSNorm and SwiGLU), and only AIM v1 is read; "
-            "transformers has AIMv2 as Aimv2Model"
-        )
-    if any(".lora_" in name for name in weights):
-        raise CheckpointError(
-            f"{origin} holds LoRA weights beside the matrices that they change; merge them where they were "
-            "trained, and save the result"
-        )
 
 
 def _model_config(
@@ -222,6 +213,8 @@ def _model_config(
     width, in_chans, patch_size = patch_shape(weights, "preprocessor.patchifier.proj.weight", origin)
     depth = count_numbered(weights, "trunk.blocks.", origin)
     missing: dict[str, str] = {}
+    # Any divisor of the width would fit the tensors and compute something else, so the number is never
+    # guessed. All that is untold is collected first, and asked for at once.
     heads = options.num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
     if heads is None:
         missing["num_heads"] = untold_heads((width, depth), origin)
@@ -239,6 +232,8 @@ def _model_config(
     if missing:
         raise MissingSettingError(**missing)
     assert not isinstance(size, str)
+    # The two layouts were run with different epsilons, and no tensor shows it; only the training code has
+    # separate maps to queries, keys and values.
     from_training = "trunk.blocks.0.attn.q_proj.weight" in weights
     config = ModelConfig(
         image_size=size,
@@ -254,27 +249,28 @@ def _model_config(
         positions="sincos",
         weight_init="xavier_uniform",
         block_size=1,
+        # AIM predicts patch by patch under a causal mask with a free prefix. Its features are made without
+        # a mask, as Apple's probes are.
         prefix=True,
         feature_attention="full",
         predictor=None,
     )
-    with_predictor = any(name.startswith("head.decoder_") for name in weights)
-    return replace(config, **_predictor_settings(weights, origin)) if with_predictor else config, layers
-
-
-def _predictor_settings(weights: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
+    if not any(name.startswith("head.decoder_") for name in weights):
+        return config, layers
     width = shape_of(weights, "head.decoder_projection.weight", 2, origin)[0]
     hidden = shape_of(weights, "head.decoder_blocks.0.mlp.fc1.weight", 2, origin)[0]
-    return {
-        "predictor": "mlp",
-        "projection_dim": None,
-        "predictor_dim": width,
-        "predictor_depth": count_numbered(weights, "head.decoder_blocks.", origin),
-        "predictor_heads": SIZES["aim-600m"].predictor_heads,  # not used: its layers have no attention
-        "predictor_mlp_ratio": ratio_of(hidden, width),
-        "predictor_extra_norm": "head.decoder_blocks.0.norm_1.weight" in weights,
-        "block_mlp_dim": None,
-    }
+    config = replace(
+        config,
+        predictor="mlp",
+        projection_dim=None,
+        predictor_dim=width,
+        predictor_depth=count_numbered(weights, "head.decoder_blocks.", origin),
+        predictor_heads=SIZES["aim-600m"].predictor_heads,  # not used: its layers have no attention
+        predictor_mlp_ratio=ratio_of(hidden, width),
+        predictor_extra_norm="head.decoder_blocks.0.norm_1.weight" in weights,
+        block_mlp_dim=None,
+    )
+    return config, layers
 
 
 def _image_size(
@@ -282,8 +278,7 @@ def _image_size(
 ) -> Size | str:
     """From the caller, the stored positions, the fallback, or Apple's size; why not, if it cannot be told."""
     stored, given = weights.get("preprocessor.pos_embed"), options.image_size
-    if stored is not None:
-        shape_of(weights, "preprocessor.pos_embed", 3, origin)
+    places = None if stored is None else shape_of(weights, "preprocessor.pos_embed", 3, origin)[1]
     if given is not None:
         sizes = [given]
     elif stored is not None:
@@ -292,13 +287,14 @@ def _image_size(
         sizes = [options.fallback.get("image_size", IMAGE_SIZE_PX), IMAGE_SIZE_PX]
     for size in sizes:
         rows, columns = pair(size)
-        fits = stored is None or (rows // patch_size) * (columns // patch_size) == stored.shape[1]
+        fits = places in (None, (rows // patch_size) * (columns // patch_size))
         if fits and rows % patch_size == columns % patch_size == 0:
             return size
-    held = "" if stored is None else f"{stored.shape[1]} positions of "
+    held = "" if places is None else f"{places} positions of "
+    rows, columns = pair(sizes[-1])
     why = (
-        f"{origin} holds {held}{patch_size}-px patches, which do not make an image of "
-        f"{pair(sizes[-1])[0]}x{pair(sizes[-1])[1]} px; give its size in pixels as image_size= (--image_size)"
+        f"{origin} holds {held}{patch_size}-px patches, which do not make an image of {rows}x{columns} px; "
+        "give its size in pixels as image_size= (--image_size)"
     )
     if given is not None:
         raise CheckpointError(why)
@@ -307,6 +303,8 @@ def _image_size(
 
 def _stored_size(stored: Float[Tensor, "1 n d"], patch_size: int) -> Size:
     """The size of the images whose positions these are: each grid has its own; else that of a square."""
+    # The number of patches alone leaves their shape open (16 may be 4x4 or 2x8), but sines and cosines of
+    # row and column do not. So every grid with this number is tried.
     patches, width = stored.shape[1:]
     for rows in range(1, patches + 1):
         grid = (rows, patches // rows)
@@ -317,6 +315,7 @@ def _stored_size(stored: Float[Tensor, "1 n d"], patch_size: int) -> Size:
 
 def _are_positions(stored: Float[Tensor, "b n d"], computed: Float[Tensor, "1 n2 d2"]) -> bool:
     """Whether stored positions are the fixed ones, but for the rounding of their number format."""
+    # Half precision rounds sines by more than the tolerance; a file in it is still the same function.
     tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps)
     return stored.shape == computed.shape and bool((stored.float() - computed).abs().max() <= tolerance)
 
@@ -327,6 +326,8 @@ def _fused(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     for name in weights:
         match = re.fullmatch(r"(.+\.attn\.)q_proj\.(\w+)", name)
         if match is not None:
+            # Rows in the order q, k, v, as timm's attention takes the joint map apart. Each part goes over
+            # its heads in the same order in both layouts, so nothing within it moves.
             names = [f"{match[1]}{part}_proj.{match[2]}" for part in "qkv"]
             fused[f"{match[1]}qkv.{match[2]}"] = torch.cat([needed(weights, one, origin) for one in names])
             for one in names:
@@ -335,7 +336,7 @@ def _fused(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
 
 
 def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str) -> tuple[int, ...] | None:
-    if given is None or not isinstance(given, str):
+    if not isinstance(given, str):
         return None if given is None else tuple(given)
     if given == "last":
         return last_layers(PROBED_LAYERS, size[1])
@@ -349,6 +350,8 @@ def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str)
 
 def _with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: str) -> dict[str, Tensor]:
     """Fixed positions computed if none are stored, and checked if they are."""
+    # The inference layout stores no positions; the training layout stores fixed ones, for the encoder and
+    # for the predictor, which are the same function of the grid at another width.
     complete = dict(weights)
     widths = {"encoder.pos_embed": config.embed_dim}
     if config.predictor is not None:

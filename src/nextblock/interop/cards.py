@@ -13,8 +13,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.models.timm_encoder import TimmConfig
 
-__all__ = ["CARD_FILE", "UNSPECIFIED", "Provenance", "model_card", "read_provenance"]
-
 CARD_FILE = "README.md"
 UNSPECIFIED = "unspecified"
 KNOWN_LICENSES = (
@@ -90,9 +88,20 @@ def model_card(
         **licence,
     )
     link = f" ({provenance.license_link})" if provenance.license_link else ""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _settings(config, data).items())
-    return (
-        f"""---
+    if isinstance(config, TimmConfig):
+        encoder, heads, attention = f"timm's {config.architecture}, ", "", "its own"
+    else:
+        encoder, heads, attention = (
+            "",
+            f", {config.num_heads} heads, patches of {config.patch_size} px",
+            "full",
+        )
+        if config.feature_attention == "causal":
+            block = pair(config.block_size)
+            attention = f"block-causal, blocks of {block[0]}x{block[1]} patches, {config.order} order"
+    rows, columns = pair(config.image_size)
+    mean, std = (", ".join(f"{part:g}" for part in parts) for parts in (data.mean, data.std))
+    return f"""---
 {head.to_yaml()}
 ---
 
@@ -109,38 +118,18 @@ Licence of the weights: {provenance.license}{link}.
 
 | setting | value |
 |---|---|
-{rows}
-
-{"".join(f"- {note}{chr(10)}" for note in notes)}""".rstrip()
-        + "\n"
-    )
+| encoder | {encoder}{config.embed_dim} wide, {config.depth} layers{heads} |
+| attention of its features | {attention} |
+| image | {rows}x{columns} px, {config.in_chans} channels |
+| shorter side resized to | {data.resize_px(config.image_size)} px |
+| validation crop | {data.val_crop} |
+| mean | {mean} |
+| standard deviation | {std} |
+{"".join(f"{chr(10)}- {note}" for note in notes)}
+"""
 
 
 def _slug(text: str) -> str:
     """Words as the hub takes them for a licence's name ("apple-s-own-licence"), 60 characters at most."""
     slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
     return (slug if len(slug) <= 60 else slug[:61].rpartition("-")[0] or slug[:60]).strip("-.")
-
-
-def _settings(config: ModelConfig | TimmConfig, data: DataConfig) -> dict[str, str]:
-    rows, columns = pair(config.image_size)
-    told = {
-        "encoder": f"{config.embed_dim} wide, {config.depth} layers",
-        "image": f"{rows}x{columns} px, {config.in_chans} channels",
-        "shorter side resized to": f"{data.resize_px(config.image_size)} px",
-        "validation crop": data.val_crop,
-        "mean": ", ".join(f"{part:g}" for part in data.mean),
-        "standard deviation": ", ".join(f"{part:g}" for part in data.std),
-    }
-    if isinstance(config, TimmConfig):
-        return {**told, "encoder": f"timm's {config.architecture}, {told['encoder']}"}
-    block = pair(config.block_size)
-    causal = f"block-causal, blocks of {block[0]}x{block[1]} patches, {config.order} order"
-    return {
-        **told,
-        "attention heads": str(config.num_heads),
-        "patches": f"{config.patch_size} px",
-        "attention of its features": causal if config.feature_attention == "causal" else "full",
-        "LayerNorm epsilon": f"{config.norm_eps:g}",
-        "predictor": "left out" if config.predictor is None else f"{config.predictor}, inside",
-    }

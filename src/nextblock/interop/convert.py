@@ -13,18 +13,14 @@ from nextblock.atomic import write_aside
 from nextblock.checkpoint import MODEL_FILE, save_model
 from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, OFFICIAL_LICENSES, Provenance, model_card, read_provenance
-from nextblock.interop.files import WEIGHT_SUFFIXES, make_parent
+from nextblock.interop.files import WEIGHT_SUFFIXES, LoadOptions, make_parent
 from nextblock.interop.hub import HUB_SPEC, is_hub_spec, push
-from nextblock.interop.image_data import official_data, recorded_data
-from nextblock.interop.load import Found, read
-from nextblock.interop.options import LoadOptions
+from nextblock.interop.load import Found, official_data, read, recorded_data
 from nextblock.interop.timm import write_timm
 from nextblock.interop.timm_spec import timm_provenance
 from nextblock.models import NextBlockModel
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import require
-
-__all__ = ["Converted", "Target", "convert", "target_of"]
 
 log = logging.getLogger(__name__)
 
@@ -70,30 +66,48 @@ def convert(
     path = _place(dst, to)
     fallback = {} if image_size is None else {"image_size": image_size}
     found = read(src, LoadOptions(**settings, fallback=fallback))
-    _refuse_impossible(found, str(src), to, image_size)
-    source, config = str(src) if found.path is None else found.path, found.encoder_model.config
+    config = found.encoder_model.config
+    is_timms = isinstance(config, TimmConfig)
+    if to == "onnx" and is_timms:
+        raise ValueError(
+            f"{src} holds a classifier on timm's {config.architecture}, which the format onnx cannot hold; "
+            "write it to nextblock, or its encoder to timm"
+        )
+    require(
+        image_size is None
+        or pair(image_size) == pair(config.image_size)
+        or (to != "nextblock" and not is_timms),
+        f"{src} is of images of {config.image_size} px, as it tells itself, and stays so; leave image_size "
+        "out, or write an encoder of this package to timm or onnx",
+    )
     provenance = _provenance(found, str(src))
     if origin is not None:
         provenance = replace(provenance, origin=origin)
     if license is not None:
         provenance = Provenance(origin=provenance.origin, license=license)
-    facts = {
-        "data": recorded_data(source) or official_data(config.image_size, config.in_chans),
-        "provenance": provenance,
-    }
+    recorded = recorded_data(str(src) if found.path is None else found.path)
+    data = recorded or official_data(config.image_size, config.in_chans)
     if path is None:
         repo = str(dst).removeprefix(HUB_SPEC)
         with tempfile.TemporaryDirectory() as aside:
             folder = Path(aside) / repo.rpartition("/")[2]
-            _write_directory(found, folder, to, image_size, repo=repo, **facts)
+            _write_directory(found, folder, to, image_size, data, provenance, repo)
             return Converted(to, push(folder, str(dst)), _num_bytes(folder), None)
-    if to != "onnx":
-        _write_directory(found, path, to, image_size, **facts)
-        return Converted(to, str(path), _num_bytes(path), None)
-    from nextblock.interop.onnx import write_onnx
+    difference = None
+    if to == "onnx":
+        from nextblock.interop.onnx import write_onnx
 
-    mask = attention or "native"
-    difference = write_onnx(found.model, path, layers=layers, attention=mask, image_size=image_size, **facts)
+        difference = write_onnx(
+            found.model,
+            path,
+            layers=layers,
+            attention=attention or "native",
+            image_size=image_size,
+            data=data,
+            provenance=provenance,
+        )
+    else:
+        _write_directory(found, path, to, image_size, data, provenance)
     return Converted(to, str(path), _num_bytes(path), difference)
 
 
@@ -126,44 +140,26 @@ def _place(dst: str | Path, to: Target) -> Path | None:
     return path
 
 
-def _refuse_impossible(found: Found, src: str, to: Target, image_size: Size | None) -> None:
-    config = found.encoder_model.config
-    same_size = image_size is None or pair(image_size) == pair(config.image_size)
-    if isinstance(config, TimmConfig):
-        require(
-            to != "onnx",
-            f"{src} holds a classifier on timm's {config.architecture}, which the format {to} cannot hold; "
-            "write it to nextblock, or its encoder to timm",
-        )
-    require(
-        same_size or (to != "nextblock" and not isinstance(config, TimmConfig)),
-        f"{src} is of images of {config.image_size} px, as it tells itself, and stays so; leave image_size "
-        "out, or write an encoder of this package to timm or onnx",
-    )
-
-
 def _write_directory(
     found: Found,
     directory: Path,
     to: Target,
     image_size: Size | None,
-    *,
     data: DataConfig,
     provenance: Provenance,
     repo: str | None = None,
 ) -> None:
     """Write a "nextblock" or "timm" directory, on its way to `repo` of the hub if one is given."""
     head = None if isinstance(found.model, NextBlockModel) else found.model.head_config
+    encoder = found.encoder_model
     if to == "timm":
-        encoder = found.encoder_model
         if head is not None:
             log.info("left out: the classifier's %s head, which timm's models do not have", head.kind)
         elif isinstance(encoder, NextBlockModel) and encoder.predictor is not None:
             log.info("left out: the predictor, which timm's models do not have")
         address = None if repo is None else f"hf-hub:{repo}"
-        write_timm(
-            encoder, directory, data=data, provenance=provenance, image_size=image_size, address=address
-        )
+        size = image_size
+        write_timm(encoder, directory, data=data, provenance=provenance, image_size=size, address=address)
         return
     place = directory.name if repo is None else f"{HUB_SPEC}{repo}"
     use, notes = "features = model.encode(images)  # features.tokens, features.layers", []
@@ -171,7 +167,7 @@ def _write_directory(
         use = "logits = model(images)  # (b classes)"
         notes = [f"With a head ({head.kind}) of {head.num_classes} classes on layers {list(head.layers)}."]
     card = model_card(
-        found.encoder_model.config,
+        encoder.config,
         title=directory.name,
         library="nextblock",
         data=data,
@@ -197,17 +193,16 @@ def _provenance(found: Found, src: str) -> Provenance:
     if found.path is None:
         return timm_provenance(src)
     name = src if is_hub_spec(src) else found.path.absolute().name
-    config = found.encoder_model.config
-    if found.format == "timm directory":
+    config, kind = found.encoder_model.config, found.format
+    known = Provenance(origin=f"{name}, a {kind}")
+    if kind == "timm directory":
         known = timm_provenance(found.path)
-    elif found.format in OFFICIAL_LICENSES:
-        origin = f"{name}, in the layout of {found.format} files"
-        known = Provenance(origin=origin, license=OFFICIAL_LICENSES[found.format])
-    elif found.format != "nextblock":
-        known = Provenance(origin=f"{name}, a {found.format}")
+    elif kind in OFFICIAL_LICENSES:
+        origin = f"{name}, in the layout of {kind} files"
+        known = Provenance(origin=origin, license=OFFICIAL_LICENSES[kind])
     elif isinstance(config, TimmConfig):
         known = Provenance(origin=f"{name}, trained with nextblock on timm's {config.architecture}")
-    else:
+    elif kind == "nextblock":
         started = "" if config.init is None else f", started from {config.init}"
         known = Provenance(origin=f"{name}, pre-trained with nextblock{started}")
     folder = found.path if found.path.is_dir() else found.path.parent

@@ -1,4 +1,4 @@
-"""Weight files as files: which of several is meant, what one holds, and its wrappers.
+"""Weight files: which of several is meant, what one holds, and what a caller adds that it does not say.
 
 Every failure is one line with the file, the cause and what to do. Pickles are read without running what
 they hold.
@@ -11,9 +11,10 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,41 +22,29 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError, is_safetensors
+from nextblock.config import Size, pair
+from nextblock.settings import require
 
-__all__ = [
-    "AIM_FILES",
-    "MAIN_FILES",
-    "WEIGHT_SUFFIXES",
-    "beside_weights",
-    "choose_weights",
-    "is_distributed",
-    "make_parent",
-    "read_content",
-    "read_json",
-    "refuse_directory",
-    "unwrapped",
-]
-
+# A classifier in Apple's layout.
 AIM_FILES = ("backbone.pth", "head.pth")
-"""A classifier in Apple's layout."""
+# Names by which the hub, timm and transformers mean the model of a directory, the first ones first.
 MAIN_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-"""Names by which the hub, timm and transformers mean the model of a directory, the first ones first."""
+# If the same weights are in several files, the first of these is read.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""If the same weights are in several files, the first of these is read."""
 
+# Keys of a checkpoint that hold the weights; averaged ones (EMA) come first, as timm takes them.
 WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict", "module")
-"""Keys of a checkpoint that hold the weights; averaged ones (EMA) come first, as timm takes them."""
 MAX_WRAPPERS = 8
+# What wrappers of modules (DDP, torch.compile, Lightning) put before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers of modules (DDP, torch.compile, Lightning) put before every name."""
 NAMES_SHOWN = 8
 SETTINGS_CLASS = re.compile(
     r"(omegaconf|typing|pathlib)\..+|collections\.defaultdict"
     r"|(builtins|__builtin__)\.(dict|list|tuple|str|int|float|bool|bytes|object|unicode|long)"
 )
 """Classes of the settings that trainers pickle beside the weights."""
+# The table of contents in what torch.distributed.checkpoint writes.
 DISTRIBUTED_FILE = ".metadata"
-"""The table of contents in what torch.distributed.checkpoint writes."""
 
 
 # ------------------------------------------------------------------------------------------ which file it is
@@ -112,30 +101,21 @@ def read_content(path: Path) -> Any:
 class _Inert:
     """Stands for an object of someone else's settings: it takes whatever is stored, and does nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-def _plain_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
 def _read_pickle(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)
     # Settings beside the weights (omegaconf's, in what AIM's training code saves) are replaced by inert
     # objects, so that nothing of theirs is imported or run; any other class is still refused by torch.
+    zipped = zipfile.is_zipfile(path)
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    stubs: list[Any] = [
-        (_plain_dict if name == "collections.defaultdict" else _Inert, name)
-        for name in unsafe
-        if SETTINGS_CLASS.fullmatch(name)
-    ]
+    # torch fills only true dictionaries, so a defaultdict becomes one.
+    stand_ins = {"collections.defaultdict": lambda *_: {}}
+    stubs: list[Any] = [(stand_ins.get(n, _Inert), n) for n in unsafe if SETTINGS_CLASS.fullmatch(n)]
     with torch.serialization.safe_globals(stubs):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -197,11 +177,11 @@ def _why_unreadable(path: Path, message: str, kind: str) -> str:
     if path.is_file():
         with path.open("rb") as file:
             start = file.read(100).lstrip()
+    forbidden = re.search(r"GLOBAL (\S+)", message)
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is the pointer of Git LFS to a file, and not the file; fetch it by `git lfs pull`"
     if start.startswith(b"<"):
         return f"{path} is an HTML page, and not a weight file; download it again from the file's own address"
-    forbidden = re.search(r"GLOBAL (\S+)", message)
     if forbidden is not None:
         return (
             f"{path} is a pickle with more than tensors and plain values ({forbidden[1]}), and reading "
@@ -228,40 +208,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unwrapped(content: Any) -> Mapping[str, Any]:
-    """The weights that a file's content is or wraps, under their plain names; {} if it holds none.
-
-    Keys that hold them are followed, and prefixes that all names have are taken off.
-    """
-    for _ in range(MAX_WRAPPERS):
-        if not isinstance(content, Mapping):
-            return {}
-        inner = _inside(content)
-        if inner is None:
-            break
-        content = inner
-    if not content or not all(isinstance(name, str) for name in content):
+    """The weights that a file's content is or wraps, under their plain names; {} if it holds none."""
+    *_, weights = {}, *_wrappings(content)
+    if not weights or not all(isinstance(name, str) for name in weights):
         return {}
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
-        content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return content
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def beside_weights(content: Any, key: str) -> Any:
     """What stands under `key` in one of the wrappers around the weights; None if nothing does."""
+    return next((wrapping[key] for wrapping in _wrappings(content) if key in wrapping), None)
+
+
+def _wrappings(content: Any) -> Iterator[Mapping[Any, Any]]:
+    """A file's content, and what its wrappers hold, from the outside in; a content in itself is no loop."""
     for _ in range(MAX_WRAPPERS):
-        if not isinstance(content, Mapping):
-            return None
-        if key in content:
-            return content[key]
-        content = _inside(content)
-    return None
-
-
-def _inside(content: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
-    return next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-
-
-# ------------------------------------------------------------------------------------- a place for a new one
+        if isinstance(content, Mapping):
+            yield content
+            content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
 
 
 def make_parent(path: Path) -> None:
@@ -275,7 +241,50 @@ def make_parent(path: Path) -> None:
         ) from error
 
 
-def refuse_directory(path: Path) -> None:
-    """Refuse a directory where a file is to be written."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; name the file to write")
+# ----------------------------------------------------------------------------------- what a file does not say
+
+
+ProbeLayers = Literal["last", "best"] | Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What the caller says of a foreign file that the file does not say itself; None: as the file says."""
+
+    head: str | Path | None = None
+    """The head of an AIM classifier, if it is in a file of its own."""
+    num_heads: int | None = None
+    """Attention heads of the encoder."""
+    probe_layers: ProbeLayers | None = None
+    """Layers that an AIM head averages, counted from 0, or Apple's "last" or "best"."""
+    image_size: Size | None = None
+    """AIM: size of its images in pixels, or (rows, columns)."""
+    norm_eps: float | None = None
+    """AIM: epsilon of the LayerNorms; 1e-6 in the inference layout, 1e-5 in that of the training code."""
+    fallback: Mapping[str, Any] = field(default_factory=dict)
+    """Values to use, and to report, for settings that neither the caller nor the file tells."""
+    drop_prefix_tokens: bool = False
+    """Leave out class and register tokens of a timm ViT: good to start from, but other features."""
+
+    def __post_init__(self) -> None:
+        heads, eps, size, layers = self.num_heads, self.norm_eps, self.image_size, self.probe_layers
+        require(heads is None or heads >= 1, f"num_heads is {heads}; it must be at least 1")
+        require(eps is None or eps > 0, f"norm_eps is {eps}; it must be above 0")
+        require(size is None or min(pair(size)) >= 1, f"image_size is {size}; it must be at least 1 pixel")
+        numbers = not isinstance(layers, str) and isinstance(layers, Sequence) and len(layers) > 0
+        require(
+            layers in (None, "last", "best")
+            or (numbers and all(isinstance(one, int) and one >= 0 for one in layers)),  # type: ignore[union-attr]
+            f'probe_layers is {layers!r}; give "last", "best", or a list of layers counted from 0',
+        )
+
+    @property
+    def given(self) -> list[str]:
+        """The settings that the caller gave."""
+        names = ("head", "num_heads", "probe_layers", "image_size", "norm_eps")
+        return [name for name in names if getattr(self, name) is not None]
+
+    def refuse_others(self, taken: Sequence[str], where: str) -> None:
+        """Refuse settings that a format has no use for."""
+        for name in self.given:
+            require(name in taken, f"{where} has no use for {name}={getattr(self, name)!r}; leave it out")

@@ -18,13 +18,11 @@ from huggingface_hub import HfApi, errors, snapshot_download
 from nextblock.interop.files import WEIGHT_SUFFIXES, choose_weights
 from nextblock.logs import held_back
 
-__all__ = ["HUB_SPEC", "HubError", "fetch", "hub_errors", "is_hub_spec", "push"]
-
 HUB_SPEC = "hf:"
+# What is fetched with every weight file: its settings, and its card for the licence.
 BESIDE = ("config.json", "README.md")
-"""What is fetched with every weight file: its settings, and its card for the licence."""
+# The model of a checkpoint in a run's directory.
 CHECKPOINT = re.compile(r"checkpoints/step_(\d+)/model\.safetensors")
-"""The model of a checkpoint in a run's directory."""
 
 
 class HubError(RuntimeError):
@@ -45,7 +43,13 @@ def fetch(spec: str) -> Path:
     """
     repo, file, revision = _parts(spec)
     with hub_errors(spec):
-        names = _names(repo, revision)
+        try:
+            names = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
+        except errors.HfHubHTTPError:
+            raise
+        except (errors.HTTPError, OSError):  # without a network: what lies in the cache
+            cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
         if file is None:
             at = "" if revision is None else f"@{revision}"
             wanted = choose_weights(names, spec, as_named=f"{HUB_SPEC}{repo}/{{}}{at}")
@@ -61,17 +65,6 @@ def fetch(spec: str) -> Path:
         patterns = [*map(glob.escape, wanted), *BESIDE]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     return folder if file is None else folder / file
-
-
-def _names(repo: str, revision: str | None) -> list[str]:
-    """The files of a repository: as the hub lists them or, without a network, those in the cache."""
-    try:
-        return [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
-    except errors.HfHubHTTPError:
-        raise
-    except (errors.HTTPError, OSError):
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def push(folder: Path, spec: str) -> str:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.checkpoint import CheckpointError
-from nextblock.config import ModelConfig, pair
+from nextblock.config import pair
+from nextblock.interop.files import LoadOptions
 from nextblock.interop.load import as_model, read
-from nextblock.interop.options import LoadOptions
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import positions_on
 from nextblock.presets import model_config
-
-__all__ = ["InitReport", "create_model", "in_groups", "initialize", "initialize_from"]
 
 log = logging.getLogger(__name__)
 
@@ -84,22 +82,17 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
             groups = (part if count == 1 else f"{part} ({count})" for part, count in in_groups(names).items())
             log.info("  %s: %s", what, ", ".join(groups))
             log.debug("  %s, by name: %s", what, ", ".join(names))
+
+    def typed(value: object) -> str:  # as on the command line
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
     if report.trained_otherwise:
-        others = [
-            f"{n} {_typed(there)} there, {_typed(here)} here"
-            for n, (here, there) in report.trained_otherwise.items()
-        ]
+        pairs = report.trained_otherwise.items()
+        others = [f"{name} {typed(there)} there, {typed(here)} here" for name, (here, there) in pairs]
         log.info("  trained under other settings: %s", "; ".join(others))
     for name, (here, there) in report.differing.items():
-        log.warning(
-            "  to go on from the same function, set %s %s (here %s)", name, _typed(there), _typed(here)
-        )
+        log.warning("  to start from the same function, set %s %s (here %s)", name, typed(there), typed(here))
     return report
-
-
-def _typed(value: object) -> str:
-    """A value as it stands on the command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
@@ -115,15 +108,22 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
             f"the encoder in {origin} has {there.num_heads} attention heads, this model {here.num_heads}: "
             f"the weights would fit and mean something else; set model.num_heads {there.num_heads}"
         )
+    # Layers of a predictor of another kind, or with other heads, may fit by name and shape, and would do
+    # something else there. Fixed positions are the same function of the grid in every model.
+    passed_over: tuple[str, ...] = ()
+    if here.predictor != there.predictor:
+        passed_over = ("predictor.blocks.", "predictor.norm.")
+    elif here.predictor == "transformer" and here.predictor_heads != there.predictor_heads:
+        passed_over = ("predictor.blocks.",)
     own, theirs = model.state_dict(), other.state_dict()
+    fixed = {name for name in own if name.endswith("pos_embed") and here.positions == "sincos"}
     loaded, resampled = [], []
-    fixed = {name for name in own if name.endswith("pos_embed") and model.config.positions == "sincos"}
-    for name in own.keys() - fixed - set(_meaningless(model.config, other.config, own)):
-        if name not in theirs:
+    for name in own.keys() & theirs.keys() - fixed:
+        if name.startswith(passed_over):
             continue
-        is_position = name.endswith("pos_embed") and model.config.grid != other.config.grid
+        is_position = name.endswith("pos_embed") and here.grid != there.grid
         if is_position and theirs[name].shape[-1] == own[name].shape[-1]:
-            own[name].copy_(positions_on(model.config.grid, theirs[name], other.config))
+            own[name].copy_(positions_on(here.grid, theirs[name], there))
             resampled.append(name)
         elif not is_position and theirs[name].shape == own[name].shape:
             own[name].copy_(theirs[name])
@@ -131,71 +131,47 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
     done = {*loaded, *resampled}
     if not any(name.startswith("encoder.blocks.") for name in done):
         raise CheckpointError(
-            f"nothing of the encoder in {origin} fits: it is {other.config.embed_dim} wide with "
-            f"{other.config.depth} layers, this model {model.config.embed_dim} wide with "
-            f"{model.config.depth}; set model.embed_dim, model.depth and model.num_heads as there"
+            f"nothing of the encoder in {origin} fits: it is {there.embed_dim} wide with "
+            f"{there.depth} layers, this model {here.embed_dim} wide with {here.depth}; set model.embed_dim, "
+            "model.depth and model.num_heads as there"
         )
+
+    def unlike(*names: str) -> dict[str, tuple[object, object]]:
+        values = {name: (getattr(here, name), getattr(there, name)) for name in names}
+        if "block_size" in values and pair(here.block_size) == pair(there.block_size):
+            del values["block_size"]
+        return {f"model.{name}": (ours, its) for name, (ours, its) in values.items() if ours != its}
+
+    # Learned positions may begin where fixed ones are, and a fresh bias is zero: both are the same function.
+    differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
+    differing += ["positions"] if here.positions == "sincos" else []
+    differing += [] if here.bias else ["bias"]
+    # Blocks and their order mean nothing to an encoder under full attention that predicts nothing.
+    task = ["feature_attention"]
+    if there.predictor is not None or there.feature_attention == "causal":
+        task += ["block_size", "order"] if there.predictor is None else ["block_size", "order", "prefix"]
     return InitReport(
         origin=origin,
         loaded=tuple(name for name in own if name in loaded),
         resampled=tuple(name for name in own if name in resampled),
         fresh=tuple(name for name in own if name not in done | fixed),
         unused=tuple(name for name in theirs if name not in done | fixed),
-        differing=_differing(model.config, other.config),
-        trained_otherwise=_trained_otherwise(model.config, other.config),
+        differing=unlike(*differing),
+        trained_otherwise=unlike(*task),
     )
 
 
 def in_groups(names: Sequence[str]) -> dict[str, int]:
     """How many tensors each part of a model has: {"encoder.blocks.0-11": 144, "predictor.norm": 2}."""
+    layers: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
-    layers: dict[str, set[int]] = {}
     for name in names:
         part = ".".join(name.split(".")[:2])
         counts[part] = counts.get(part, 0) + 1
         number = re.match(r"\d+", name.removeprefix(f"{part}."))
-        layers.setdefault(part, set()).update([] if number is None else [int(number[0])])
-    return {f"{part}{_numbers(layers[part])}": count for part, count in counts.items()}
-
-
-def _numbers(found: set[int]) -> str:
-    """The layers ".2", ".0-11" or ".0-3,7"."""
-    starts = sorted(number for number in found if number - 1 not in found)
-    ends = sorted(number for number in found if number + 1 not in found)
-    runs = (str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-    return f".{','.join(runs)}" if found else ""
-
-
-def _meaningless(own: ModelConfig, theirs: ModelConfig, names: dict[str, Any]) -> list[str]:
-    """Tensors of a predictor that may have the same name and shape there and do something else."""
-    parts: tuple[str, ...] = ()
-    if own.predictor != theirs.predictor:
-        parts = ("predictor.blocks.", "predictor.norm.")
-    elif own.predictor == "transformer" and own.predictor_heads != theirs.predictor_heads:
-        parts = ("predictor.blocks.",)
-    return [name for name in names if name.startswith(parts)] if parts else []
-
-
-def _differing(own: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
-    """Settings of the encoder by which the same weights compute something else: {name: (here, there)}."""
-    names = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
-    names += ["positions"] if own.positions == "sincos" else []  # learned ones begin where fixed ones are
-    names += ["bias"] if not own.bias else []  # a fresh bias is zero: the same function
-    return _unlike(names, own, theirs)
-
-
-def _trained_otherwise(own: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
-    """What the weights were trained for; blocks mean nothing to full attention without a predictor."""
-    names = ["feature_attention"]
-    if theirs.predictor is not None or theirs.feature_attention == "causal":
-        names += ["block_size", "order"] if theirs.predictor is None else ["block_size", "order", "prefix"]
-    return _unlike(names, own, theirs)
-
-
-def _unlike(names: list[str], own: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
-    values = {name: (getattr(own, name), getattr(theirs, name)) for name in names}
-    return {
-        f"model.{name}": (here, there)
-        for name, (here, there) in values.items()
-        if (pair(here) != pair(there) if name == "block_size" else here != there)
-    }
+        layers.setdefault(part, []).extend([] if number is None else [int(number[0])])
+    groups = {}
+    for part, found in layers.items():
+        ends = sorted({min(found), max(found)}) if found else []
+        groups[".".join([part, *(["-".join(map(str, ends))] if ends else [])])] = counts[part]
+    return groups

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,17 @@ from nextblock.checkpoint import (
     blame,
     is_safetensors,
     latest_checkpoint,
+    read_data,
     read_metadata,
     read_model,
 )
-from nextblock.config import Size
+from nextblock.config import DataConfig, Size, pair
 from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim, stores_positions
 from nextblock.interop.files import (
     AIM_FILES,
     WEIGHT_SUFFIXES,
+    LoadOptions,
+    ProbeLayers,
     choose_weights,
     is_distributed,
     read_content,
@@ -38,18 +42,21 @@ from nextblock.interop.files import (
 )
 from nextblock.interop.hub import fetch, is_hub_spec
 from nextblock.interop.names import only_tensors
-from nextblock.interop.options import LoadOptions, ProbeLayers
 from nextblock.interop.timm import from_timm, is_timm_directory, is_timm_weights, read_timm
-from nextblock.interop.timm_spec import TIMM_SPEC, open_timm_encoder, parse_timm_spec, timm_model
+from nextblock.interop.timm_spec import (
+    TIMM_SPEC,
+    open_timm_encoder,
+    parse_timm_spec,
+    read_timm_data,
+    timm_model,
+)
 from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
 
-__all__ = ["Found", "load", "load_classifier", "load_model", "open_encoder", "own_file", "read"]
-
+# The model in what DeepSpeed, and Lightning with it, save as a directory.
 DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
-"""The model in what DeepSpeed, and Lightning with it, save as a directory."""
 KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and ViTs, hf:USER/NAME, timm:NAME"
 
 
@@ -67,48 +74,6 @@ class Found(NamedTuple):
     def encoder_model(self) -> EncoderModel:
         """The model itself, or that of a classifier."""
         return self.model if isinstance(self.model, NextBlockModel) else self.model.encoder_model
-
-
-class _Format(NamedTuple):
-    name: str
-    recognises: Callable[[Any], bool]
-    read: Callable[[Any, Path, str, LoadOptions], NextBlockModel | ImageClassifier]
-    takes: tuple[str, ...]
-    """Settings that the caller may give."""
-
-
-def _read_aim(
-    content: Any, _file: Path, origin: str, options: LoadOptions
-) -> NextBlockModel | ImageClassifier:
-    return read_aim(content, origin, options, None if options.head is None else _read_head(options.head))
-
-
-def _read_xtra(
-    content: Any, _file: Path, origin: str, options: LoadOptions
-) -> NextBlockModel | ImageClassifier:
-    return read_xtra(content, origin, options)
-
-
-def _read_timm(content: Any, file: Path, origin: str, options: LoadOptions) -> NextBlockModel:
-    # The file's metadata and the config.json beside it say what the weights do not: mask, epsilon, heads.
-    return read_timm(
-        file,
-        only_tensors(unwrapped(content), origin),
-        num_heads=options.num_heads,
-        drop_prefix_tokens=options.drop_prefix_tokens,
-    )
-
-
-FORMATS = (
-    _Format(
-        "official AIM", is_aim, _read_aim, ("head", "num_heads", "probe_layers", "image_size", "norm_eps")
-    ),
-    _Format("official XTRA", is_xtra, _read_xtra, ("num_heads",)),
-    _Format(
-        "timm state dict", lambda content: is_timm_weights(unwrapped(content)), _read_timm, ("num_heads",)
-    ),
-)
-"""Formats of others, in the order in which a file is tried."""
 
 
 def load(
@@ -198,7 +163,7 @@ def _read(src: str | Path, options: LoadOptions) -> Found:
         raise CheckpointError(f"{path} does not exist; known: {KNOWN}")
     if is_timm_directory(path):
         options.refuse_others(("num_heads",), origin)
-        return Found(read_timm(path, drop_prefix_tokens=options.drop_prefix_tokens), "timm directory", path)
+        return Found(read_timm(path, options), "timm directory", path)
     own = own_file(path)
     if own is not None:
         options.refuse_others(("num_heads",), origin)
@@ -212,6 +177,8 @@ def _read(src: str | Path, options: LoadOptions) -> Found:
 def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> Found:
     """Read a file that this package did not write; its content is read once."""
     content = read_content(file)
+    build: Callable[[LoadOptions], NextBlockModel | ImageClassifier]
+    assumed: dict[str, str] = {}
     if is_aim_head(content):
         raise UnknownFormatError(
             f"{origin} is the head of an AIM classifier alone; load its backbone, with head= this file "
@@ -219,30 +186,39 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
             file,
             content,
         )
-    format_ = next((one for one in FORMATS if one.recognises(content)), None)
-    if format_ is None:
+    if is_aim(content):
+        format_, head = "official AIM", options.head
+        if head is not None:
+            head = read_content(fetch(str(head)) if is_hub_spec(head) else Path(head))
+        beside = hub_settings(read_json(file.parent / "config.json"), content)
+        options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
+        if options.image_size is None and not stores_positions(content):
+            assumed["image_size"] = "Apple's; the file tells none, and the encoder takes any (--image_size)"
+        build = partial(read_aim, content, origin, head=head)
+    elif is_xtra(content):
+        format_ = "official XTRA"
+        options.refuse_others(("num_heads",), origin)
+        build = partial(read_xtra, content, origin)
+    elif is_timm_weights(unwrapped(content)):
+        format_ = "timm state dict"
+        options.refuse_others(("num_heads",), origin)
+        # The file's metadata and the config.json beside it say what the weights do not: mask, epsilon, heads.
+        build = partial(read_timm, file, weights=only_tensors(unwrapped(content), origin))
+    else:
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
         raise UnknownFormatError(
             f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}",
             file,
             content,
         )
-    options.refuse_others(format_.takes, origin)
-    assumed: dict[str, str] = {}
-    if format_.name == "official AIM":
-        beside = hub_settings(read_json(file.parent / "config.json"), content)
-        options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
-        if options.image_size is None and not stores_positions(content):
-            assumed["image_size"] = "Apple's; the file tells none, and the encoder takes any (--image_size)"
     try:
-        model = format_.read(content, file, origin, options)
+        model = build(options)
     except MissingSettingError as error:
         if not error.reasons.keys() <= options.fallback.keys():
             raise
         assumed |= error.reasons
-        values = {name: options.fallback[name] for name in error.reasons}
-        model = format_.read(content, file, origin, replace(options, **values))
-    return Found(model, format_.name, path, assumed)
+        model = build(replace(options, **{name: options.fallback[name] for name in error.reasons}))
+    return Found(model, format_, path, assumed)
 
 
 def _weight_files(path: Path, origin: str) -> list[Path]:
@@ -272,9 +248,28 @@ def own_file(path: Path) -> Path | None:
     return path if is_own else None
 
 
-def _read_head(src: str | Path) -> Any:
-    """The content of the second file of an AIM classifier."""
-    content = read_content(fetch(str(src)) if is_hub_spec(src) else Path(src))
-    if not is_aim_head(content):
-        raise CheckpointError(f"{src} is no head of an AIM classifier; give Apple's head file")
-    return content
+def recorded_data(src: str | Path) -> DataConfig | None:
+    """How a source of weights says that its images are cut and normalised; None where it is silent.
+
+    A run's own settings say more, and are read by whoever knows runs.
+    """
+    place = fetch(str(src)) if is_hub_spec(src) else src
+    path, is_timm = Path(place), str(place).startswith(TIMM_SPEC)
+    own = None if is_timm or is_timm_directory(path) else own_file(path)
+    if own is not None:
+        return read_data(own)
+    return read_timm_data(place) if is_timm or path.exists() else None
+
+
+def official_data(image_size: Size, channels: int) -> DataConfig:
+    """What official evaluation does: ImageNet's mean and deviation, and a resize by the image size.
+
+    The shorter side to 300 px for images of 256 px (XTRA-B), else to 8/7 of the image (256 px for 224, XTRA-H
+    and AIM).
+    """
+    size = max(pair(image_size))
+    resize_px = 300 if size == 256 else round(size * 8 / 7)
+    if channels == 3:
+        return DataConfig(val_resize_px=resize_px)
+    half = (0.5,) * channels  # nobody has trained officially on other than colour
+    return DataConfig(val_resize_px=resize_px, channels=channels, mean=half, std=half)

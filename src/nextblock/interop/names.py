@@ -1,56 +1,33 @@
-"""How official files call things: tables of names, and the sizes that names and shapes tell.
-
-A rule is a pair of names, (official, ours), with placeholders: `{rest}` stands for any end of a name, any
-other word in braces for a number. The rules of a table exclude each other.
-"""
+"""What the names and shapes of foreign weights tell: our names for them, and the sizes of a model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from math import inf, nextafter
 from typing import Any
 
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, MissingSettingError
-
-__all__ = [
-    "count_numbered",
-    "needed",
-    "only_tensors",
-    "patch_shape",
-    "ratio_of",
-    "renamed",
-    "require_heads",
-    "shape_of",
-    "untold_heads",
-]
-
-Rules = tuple[tuple[str, str], ...]
+from nextblock.checkpoint import CheckpointError
 
 
-def renamed(weights: Mapping[str, Any], rules: Rules, layout: str, origin: str) -> dict[str, Tensor]:
-    """The tensors of an official file under our names; a name that fits no rule is refused."""
+def renamed(
+    weights: Mapping[str, Any], table: Mapping[str, str], layout: str, origin: str
+) -> dict[str, Tensor]:
+    """The tensors of an official file under our names.
+
+    `table` has expressions for the beginning of a name, and what stands there in ours; the first that fits
+    counts. Raises `CheckpointError` if none fits, or if two tensors would have one name.
+    """
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        fits = ((match, target) for source, target in rules if (match := _pattern(source).fullmatch(name)))
-        match, target = next(fits, (None, ""))
-        if match is None:
+        start = next((start for start in table if re.match(start, name)), None)
+        new = "" if start is None else re.sub(start, table[start], name, count=1)
+        if not new or new in ours:
             raise CheckpointError(f"{origin} holds {name!r}, which is no part of an {layout} model")
-        ours[target.format(**match.groupdict())] = tensor
+        ours[new] = tensor
     return ours
-
-
-@cache
-def _pattern(template: str) -> re.Pattern[str]:
-    """An expression for a name with placeholders, its groups called like them."""
-
-    def group(word: re.Match[str]) -> str:
-        return f"(?P<{word[1]}>{'.+' if word[1] == 'rest' else r'[0-9]+'})"
-
-    return re.compile(re.sub(r"\\{(\w+)\\}", group, re.escape(template)))
 
 
 def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:
@@ -66,10 +43,8 @@ def only_tensors(weights: Mapping[str, Any], origin: str) -> Mapping[str, Tensor
     """The same weights; refused if one of them is no tensor."""
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{origin} holds {name!r} of type {type(tensor).__name__}, not a tensor; take the original "
-                "file"
-            )
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{origin} holds {name!r} of type {kind}; take the original file")
     return weights
 
 
@@ -83,25 +58,16 @@ def shape_of(weights: Mapping[str, Tensor], name: str, ndim: int, origin: str) -
     return shape
 
 
-def patch_shape(weights: Mapping[str, Any], name: str, origin: str) -> tuple[int, int, int]:
-    """(width, channels, patch size in pixels) of the projection of square patches."""
-    shape = needed(weights, name, origin).shape
-    if len(shape) != 4:
-        raise CheckpointError(
-            f"{origin} embeds its patches by {name} of shape {tuple(shape)}; only convolutions (width, "
-            "channels, rows, columns) are known"
-        )
-    width, channels, rows, columns = shape
+def patch_shape(weights: Mapping[str, Tensor], name: str, origin: str) -> tuple[int, int, int]:
+    """(width, channels, patch size in pixels) of the convolution that embeds square patches."""
+    width, channels, rows, columns = shape_of(weights, name, 4, origin)
     if rows != columns:
         raise CheckpointError(f"{origin} has patches of {rows}x{columns} px; they must be square")
     return width, channels, rows
 
 
 def count_numbered(weights: Mapping[str, Any], prefix: str, origin: str) -> int:
-    """How many parts there are under `prefix` ("enc.blocks."); by the highest number.
-
-    Refused if there is none.
-    """
+    """How many parts there are under `prefix` ("enc.blocks."), by the highest number; at least one."""
     found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in weights)
     numbers = [int(match[1]) for match in found if match is not None]
     if not numbers:
@@ -115,18 +81,8 @@ def ratio_of(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else nextafter(ratio, inf)
 
 
-def require_heads(heads: int | None, size: tuple[int, int], origin: str) -> int:
-    """The number of attention heads, refused if nothing tells it: a wrong one changes features unseen.
-
-    `size` is the encoder's (width, layers).
-    """
-    if heads is None:
-        raise MissingSettingError(num_heads=untold_heads(size, origin))
-    return int(heads)
-
-
 def untold_heads(size: tuple[int, int], origin: str) -> str:
-    """Why the caller has to give the number of attention heads."""
+    """Why the caller has to tell the heads of an encoder (width, layers): a wrong number fits unnoticed."""
     return (
         f"{origin} does not tell how many attention heads its encoder has ({size[0]} wide, {size[1]} "
         "layers): give it as num_heads= (--num_heads)"

@@ -18,17 +18,17 @@ from nextblock.atomic import write_aside
 from nextblock.checkpoint import CheckpointError, refuse_non_finite
 from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
-from nextblock.interop.files import make_parent, refuse_directory
+from nextblock.interop.files import make_parent
 from nextblock.interop.timm import data_at, encoder_at
 from nextblock.logs import held_back
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier, pool_features
 from nextblock.settings import require, to_dict
 
+# Version of the ONNX operators; onnxruntime 1.14 and later have it.
 OPSET = 18
-"""Version of the ONNX operators; onnxruntime 1.14 and later have it."""
+# Largest difference from torch, over the largest output.
 TOLERANCE = 1e-4
-"""Largest difference from torch, over the largest output."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
@@ -73,16 +73,16 @@ def write_onnx(
     normalised, stand in the metadata. Beyond torch's limit for one file the weights lie in `NAME.onnx.data`.
     Raises `OnnxError` if a package is missing or the outputs differ.
     """
-    refuse_directory(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory; name the file to write")
     try:
         for package in PACKAGES:
             importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise OnnxError(f"writing ONNX needs {error.name}: pip install {' '.join(PACKAGES)}") from error
-    classifier = model if isinstance(model, ImageClassifier) else None
-    source = model.encoder_model if isinstance(model, ImageClassifier) else model
-    if classifier is not None:
-        own = classifier.head_config.attention
+    classifier, source = None, model
+    if isinstance(model, ImageClassifier):
+        classifier, source, own = model, model.encoder_model, model.head_config.attention
         require(
             attention in ("native", own),
             f"attention {attention}: this classifier's head is made for {own!r}; leave it out",

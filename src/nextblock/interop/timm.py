@@ -10,14 +10,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -25,6 +30,7 @@ from nextblock.atomic import write_aside
 from nextblock.checkpoint import (
     RECORDED_DATA,
     CheckpointError,
+    MissingSettingError,
     is_safetensors,
     load_strictly,
     read_metadata,
@@ -32,8 +38,9 @@ from nextblock.checkpoint import (
 )
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
-from nextblock.interop.files import MAIN_FILES, make_parent, read_content, read_json, unwrapped
-from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, require_heads
+from nextblock.interop.files import MAIN_FILES, LoadOptions, make_parent, read_content, read_json, unwrapped
+from nextblock.interop.hub import HubError
+from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, untold_heads
 from nextblock.interop.timm_models import NextBlockViT, model_args
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
@@ -42,12 +49,16 @@ from nextblock.settings import from_dict, to_dict
 
 log = logging.getLogger(__name__)
 
+# Of what stands under "nextblock" in config.json and in the weight file's metadata.
 FORMAT_VERSION = 1
-"""Of what stands under "nextblock" in config.json and in the weight file's metadata."""
+# The timm architecture that stands for all whose arguments are given in full.
 STOCK = "vit_base_patch16_224"
-"""The timm architecture that stands for all whose arguments are given in full."""
+# Epsilon of timm's LayerNorms.
 TIMM_EPS = 1e-6
-"""Epsilon of timm's LayerNorms."""
+# Seed of weights that stay fresh, so that they are the same in every process.
+FRESH_SEED = 0
+# Held while a timm model draws from torch's global generator, whose state is put back afterwards.
+_BUILDING = Lock()
 
 # Names in a timm ViT. All others are those of our encoder, which is a timm ViT itself.
 HEADS = ("head.", "attn_pool.", "fc_norm.")
@@ -81,9 +92,11 @@ def write_timm(
         data = data_at(data, whole.config, model.config)
     config = model.config
     size = pair(config.image_size)
+    # timm stores a share of the image instead of a size, and rounds it down to whole pixels. Half a pixel
+    # more in the divisor gives the same size back where that would lose one.
     resize_px = data.resize_px(config.image_size)
     crop_pct = min(size) / resize_px
-    if math.floor(min(size) / crop_pct) != resize_px:  # timm rounds down
+    if math.floor(min(size) / crop_pct) != resize_px:
         crop_pct = min(size) / (resize_px + 0.5)
     pretrained_cfg = {
         "num_classes": 0,
@@ -99,6 +112,8 @@ def write_timm(
         "classifier": "head",
         **({"license": provenance.license} if provenance.license != UNSPECIFIED else {}),
     }
+    # timm builds from config.json, we from "nextblock" there or in the weight file: timm's arguments do not
+    # tell all of our settings, and one file may be copied without the other.
     described: dict[str, Any] = {"num_classes": 0, "num_features": config.embed_dim}
     metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
     if isinstance(config, ModelConfig):
@@ -109,9 +124,7 @@ def write_timm(
     else:
         architecture, arguments = config.architecture.partition(".")[0], dict(config.arguments)
         settings: Any = model.encoder.pretrained_cfg
-        pretrained_cfg |= {
-            name: settings.get(name) for name in ("fixed_input_size", "first_conv", "classifier")
-        }
+        pretrained_cfg |= {n: settings.get(n) for n in ("fixed_input_size", "first_conv", "classifier")}
     described |= {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained_cfg}
     make_parent(directory)
     with write_aside(directory) as aside:
@@ -124,6 +137,8 @@ def write_timm(
 
 def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
+    # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
+    # that nobody notices.
     if config.feature_attention == "causal" or config.norm_eps != TIMM_EPS:
         return "nextblock_vit", model_args(config)
     # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
@@ -137,34 +152,33 @@ def _card(
     model: EncoderModel, architecture: str, address: str, data: DataConfig, provenance: Provenance
 ) -> str:
     place = address.partition(":")[2]
-    registers = architecture == "nextblock_vit"
-    opening = [
-        "import timm",
-        *(["import nextblock.interop.timm_models  # registers nextblock_vit"] if registers else []),
-        f'model = timm.create_model("{address}", pretrained=True).eval()',
-        "features = model.forward_features(images)  # (b n d), model(images) pools them",
-    ]
+    register, notes = "", []
     if isinstance(model, TimmEncoder):
-        notes = [f"Commands of nextblock take it as `--model timm:{address}`."]
+        notes.append(f"Commands of nextblock take it as `--model timm:{address}`.")
     else:
-        notes = [f'`transformers.AutoModel.from_pretrained("{place}")` and `nextblock.load` open it as well.']
-    if registers:
-        notes.append(
-            "timm and transformers need the second line above (`pip install nextblock`) for the block mask "
-            "or epsilon of `nextblock_vit`; without it timm says `Unknown model (nextblock_vit)`."
-        )
-    elif isinstance(model, NextBlockModel) and model.config.positions == "sincos":
-        notes.append(
-            "At another `img_size=` timm resamples the fixed positions, which this model computes anew: that "
-            "is another function. Convert again with `--image_size`."
-        )
+        notes.append(f'`transformers.AutoModel.from_pretrained("{place}")` and `nextblock.load` open it too.')
+        if architecture == "nextblock_vit":
+            register = "import nextblock.interop.timm_models  # registers nextblock_vit\n"
+            notes.append(
+                "timm and transformers need the second line above (`pip install nextblock`) for the block "
+                "mask or epsilon of `nextblock_vit`; else timm says `Unknown model (nextblock_vit)`."
+            )
+        elif model.config.positions == "sincos":
+            notes.append(
+                "At another `img_size=` timm resamples the fixed positions, which this model computes anew: "
+                "that is another function. Convert again with `--image_size`."
+            )
+    opening = (
+        f'import timm\n{register}model = timm.create_model("{address}", pretrained=True).eval()\n'
+        "features = model.forward_features(images)  # (b n d), model(images) pools them"
+    )
     return model_card(
         model.config,
         title=place.rpartition("/")[2],
         library="timm",
         data=data,
         provenance=provenance,
-        opening="\n".join(opening),
+        opening=opening,
         notes=notes,
     )
 
@@ -182,6 +196,8 @@ def encoder_at(
     if image_size is not None and pair(image_size) != pair(config.image_size):
         block_size = config.block_size if config.feature_attention == "causal" else 1
         config = replace(config, image_size=image_size, block_size=block_size)
+    # Fixed positions are computed for the new grid and learned ones resampled, as `encode` does it. A block
+    # size means something only under a mask; without one, any grid is allowed.
     weights = dict(model.encoder.state_dict())
     weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
     return _encoder(config, weights, "the model")
@@ -207,11 +223,7 @@ def is_timm_weights(weights: Mapping[str, Any]) -> bool:
 
 
 def read_timm(
-    path: Path,
-    weights: Mapping[str, Tensor] | None = None,
-    *,
-    num_heads: int | None = None,
-    drop_prefix_tokens: bool = False,
+    path: Path, options: LoadOptions | None = None, weights: Mapping[str, Tensor] | None = None
 ) -> NextBlockModel:
     """Build the encoder of a timm directory or of a weight file.
 
@@ -221,32 +233,44 @@ def read_timm(
     `drop_prefix_tokens` they and their positions are left out, and listed: good to start from, but not the
     features of the original.
     """
-    origin, file = str(path), _weight_file(path)
+    origin, file, options = str(path), _weight_file(path), options or LoadOptions()
+    drop = options.drop_prefix_tokens
     if file is None:
         raise CheckpointError(
             f"{path} holds no weights beside its config.json: looked for {', '.join(MAIN_FILES)}; put them "
             "there"
         )
     config, described = own_config(path), described_at(path)
-    weights = unwrapped(read_content(file)) if weights is None else weights
-    only_tensors(weights, origin)
+    weights = only_tensors(unwrapped(read_content(file)) if weights is None else weights, origin)
     if config is not None:
         return _encoder(config, weights, origin)
     if not described:
         log.info("%s does not tell its attention; taken as a timm ViT, under full attention", origin)
-        return read_timm_weights(weights, origin, num_heads=num_heads, drop_prefix_tokens=drop_prefix_tokens)
+        return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)
     directory = path if path.is_dir() else path.parent
-    try:
-        with torch.random.fork_rng(devices=[]):
-            vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError) as error:
-        raise CheckpointError(
-            f"timm cannot build what {directory / 'config.json'} describes ({error}); compare its "
-            "architecture and model_args with those of timm, or upgrade timm"
-        ) from error
-    # Both without the head, so that one of any number of classes is no difference.
+    with building(f"what {directory / 'config.json'} describes", "compare it with timm's, or upgrade timm"):
+        vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
+    # Compared tensor by tensor, as timm would keep its own random weights where the file has none. Both
+    # without the head, so that one of any number of classes is no difference.
     load_strictly(vit, {name: w for name, w in weights.items() if not name.startswith("head.")}, origin)
-    return from_timm(vit, origin, drop_prefix_tokens=drop_prefix_tokens)
+    return from_timm(vit, origin, drop_prefix_tokens=drop)
+
+
+@contextmanager
+def building(what: str, remedy: str) -> Iterator[None]:
+    """Build a timm model: torch's generator stays as it was, and any error of timm becomes one of ours."""
+    try:
+        with _BUILDING, torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(FRESH_SEED)
+            yield
+    except (CheckpointError, HubError):
+        raise
+    except (
+        RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError, OSError,
+        SafetensorError, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+        raise CheckpointError(f"timm cannot give {what}: {reason}; {remedy}") from error
 
 
 def described_at(path: Path) -> dict[str, Any]:
@@ -275,6 +299,7 @@ def own_config(path: Path) -> ModelConfig | None:
     described, file = described_at(path), _weight_file(path)
     has_metadata = file is not None and is_safetensors(file)
     recorded = read_metadata(file).get("nextblock") if has_metadata else None  # type: ignore[arg-type]
+    # A file that left its directory has the metadata alone, a pickle the config.json alone: one is enough.
     try:
         own = described.get("nextblock") if recorded is None else json.loads(recorded)
         if own is None:
@@ -309,6 +334,7 @@ def own_config(path: Path) -> ModelConfig | None:
 
 def from_timm(vit: nn.Module, origin: str, *, drop_prefix_tokens: bool = False) -> NextBlockModel:
     """The encoder of a timm `VisionTransformer`; what it does and ours cannot do is refused by name."""
+    # `type` and not `isinstance`: a subclass with the same weights may do something else with them.
     if isinstance(vit, NextBlockViT):
         weights = {name: w for name, w in vit.state_dict().items() if not name.startswith(HEADS)}
         return _encoder(vit.block_config, weights, origin)
@@ -358,7 +384,9 @@ def read_timm_weights(
 
     if like is None:
         needed(kept, "norm.weight", origin)
-        heads = require_heads(num_heads or NUM_HEADS_OF_SIZE.get((width, depth)), (width, depth), origin)
+        heads = num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
+        if heads is None:
+            raise MissingSettingError(num_heads=untold_heads((width, depth), origin))
         patches = kept["pos_embed"].shape[1]
         rows = columns = math.isqrt(patches) * patch_size
         eps = TIMM_EPS
@@ -368,6 +396,8 @@ def read_timm_weights(
                 "config.json beside it"
             )
     else:
+        # The network that timm built knows what its tensors do not show. Its norms have one epsilon, which
+        # `_encoder` verifies module by module.
         heads, (rows, columns) = like.blocks[0].attn.num_heads, like.patch_embed.img_size
         eps = getattr(like.blocks[0].norm1, "eps", TIMM_EPS)
 
@@ -415,7 +445,8 @@ def _encoder(
     config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
 ) -> NextBlockModel:
     """A model without a predictor that has these weights; `like` must consist of the same modules."""
-    with torch.device("meta"):  # without weights of its own, in no time
+    # On torch's meta device nothing is drawn or allocated; the file's tensors become the parameters.
+    with torch.device("meta"):
         model = NextBlockModel(config)
     if like is not None:
         # Names and shapes of weights do not tell all: another activation, epsilon or order of norms has no

@@ -35,6 +35,9 @@ ARGUMENTS = {
     **{name: name for name in ("order", "order_seed")},
 }
 
+# Arguments of timm's own class that change no token of an evaluated encoder. Any other is refused: it could.
+TIMMS_ARGUMENTS = {"num_classes", "global_pool", "drop_rate", "drop_path_rate", "device", "dtype"}
+
 default_cfgs = generate_default_cfgs(
     {
         "nextblock_vit": {
@@ -75,37 +78,21 @@ class NextBlockViT(VisionTransformer):
 
     order_mask: Bool[Tensor, "n n"] | None
 
-    def __init__(
-        self,
-        *,
-        num_classes: int = 0,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-        **arguments: Any,
-    ) -> None:
-        unknown = arguments.keys() - ARGUMENTS.keys()
+    def __init__(self, **arguments: Any) -> None:
+        unknown = arguments.keys() - ARGUMENTS.keys() - TIMMS_ARGUMENTS
         if unknown:
             raise TypeError(
                 f"nextblock_vit has no argument {sorted(unknown)}; it takes {', '.join(ARGUMENTS)}"
             )
-        settings = {ARGUMENTS[name]: _hashable(value) for name, value in arguments.items()}
+        settings = {
+            ARGUMENTS[name]: _hashable(arguments[name]) for name in arguments.keys() & ARGUMENTS.keys()
+        }
         config = ModelConfig(**settings, predictor=None)
         if config.feature_attention == "full":
             config = replace(config, block_size=1)  # else images of other sizes would have to fit the blocks
-        super().__init__(
-            num_classes=num_classes,
-            global_pool=global_pool,  # type: ignore[arg-type] # timm refuses what it does not know
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            device=device,
-            dtype=dtype,
-            fc_norm=False,
-            block_fn=_Block,
-            **vit_arguments(config),
-        )
+        of_timm: dict[str, Any] = {"num_classes": 0, "global_pool": "avg"}
+        of_timm |= {name: arguments[name] for name in arguments.keys() & TIMMS_ARGUMENTS}
+        super().__init__(**of_timm, fc_norm=False, block_fn=_Block, **vit_arguments(config))
         # A buffer moves with the model; not persistent, as the weight file holds timm's names and no others.
         self.register_buffer("order_mask", None, persistent=False)
         self._set_config(config)

@@ -8,41 +8,28 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import re
-import textwrap
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import timm
-import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from nextblock.checkpoint import CheckpointError, is_safetensors, read_data, refuse_non_finite
 from nextblock.config import DataConfig, pair
 from nextblock.interop.cards import UNSPECIFIED, Provenance
-from nextblock.interop.hub import HubError, hub_errors
-from nextblock.interop.timm import (
-    described_at,
-    own_config,
-    timm_architecture,
-)
+from nextblock.interop.hub import hub_errors
+from nextblock.interop.timm import building, described_at, own_config, timm_architecture
 from nextblock.models.timm_encoder import TimmEncoder
 from nextblock.settings import nearest_name
 
 log = logging.getLogger(__name__)
 
 TIMM_SPEC = "timm:"
-FRESH_SEED = 0
-"""Seed of weights that stay fresh, so that they are the same in every process."""
+# Beginnings of names that belong to a head or to pre-training, and not to the layers that are used.
 BESIDE = re.compile(r"[^.]*head|decoder_|attn_pool|mask_token|pre_logits")
-"""Beginnings of names that belong to a head or to pre-training, and not to the layers that are used."""
-_BUILDING = Lock()
-"""Held while a timm model draws from torch's global generator, whose state is put back afterwards."""
 
 
 class TimmSpec(NamedTuple):
@@ -95,31 +82,16 @@ def timm_model(spec: str) -> nn.Module:
                 f"{spec}: {checkpoint} holds a {timm_architecture(own)[0]} with attention "
                 f"{own.feature_attention}; give the file alone, as --model {checkpoint}"
             )
-    # hub_errors takes every OSError for the hub's, so it is used only if the hub is asked.
     has_weights = pretrained or checkpoint is not None
     create = partial(timm.create_model, name, pretrained=has_weights, **arguments)
     instead = "the path of a copy: timm:local-dir:DIR"
     if not kind:
         instead = f"its weights, {spec},checkpoint=FILE, or leave them fresh, {spec},pretrained=false"
-    local = kind == "local-dir" or checkpoint is not None
-    try:
-        with (
-            nullcontext() if local else hub_errors(spec, instead=instead),
-            _BUILDING,
-            torch.random.fork_rng(devices=[]),
-        ):
-            torch.random.default_generator.manual_seed(FRESH_SEED)
-            model = _whole_model(create, spec) if has_weights else create(num_classes=0)
-    except (CheckpointError, HubError):
-        raise
-    except (
-        RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError, OSError,
-        SafetensorError, pickle.UnpicklingError,
-    ) as error:  # fmt: skip
-        reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
-        raise CheckpointError(
-            f"timm cannot give {spec}: {reason}; give whole weights of this architecture, under timm's names"
-        ) from error
+    # hub_errors takes every OSError for the hub's, so it is used only if the hub is asked.
+    is_local = kind == "local-dir" or checkpoint is not None
+    asking = nullcontext() if is_local else hub_errors(spec, instead=instead)
+    with building(spec, "give whole weights of this architecture, under timm's names"), asking:
+        model = _whole_model(create, spec) if has_weights else create(num_classes=0)
     if has_weights:
         refuse_non_finite(model.state_dict(), spec, "take other weights")
     return model
@@ -164,7 +136,7 @@ def open_timm_encoder(spec: str) -> TimmEncoder:
         raise CheckpointError(f"{spec}: {error}") from error
     if ":" in name:
         # Baselines and saved heads build the network anew from its architecture's name alone.
-        with _BUILDING, torch.random.fork_rng(devices=[]):
+        with building(model.config.architecture, "give an architecture that timm knows by name"):
             fresh = TimmEncoder.fresh(model.config)
         ours, again = ({n: t.shape for n, t in one.state_dict().items()} for one in (model, fresh))
         different = sorted(n for n in ours.keys() | again.keys() if ours.get(n) != again.get(n))

@@ -13,65 +13,49 @@ from typing import Any
 
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, build_model
-from nextblock.config import ModelConfig, Size, pair
-from nextblock.interop.files import beside_weights, unwrapped
+from nextblock.checkpoint import CheckpointError, MissingSettingError, build_model
+from nextblock.config import ModelConfig
+from nextblock.interop.files import LoadOptions, beside_weights, unwrapped
 from nextblock.interop.names import (
     count_numbered,
     only_tensors,
     patch_shape,
     ratio_of,
     renamed,
-    require_heads,
     shape_of,
+    untold_heads,
 )
-from nextblock.interop.options import LoadOptions
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
+from nextblock.presets import SIZES
 
-__all__ = ["NUM_HEADS_OF_SIZE", "is_xtra", "read_xtra"]
-
+# Attention heads by the official (width, depth).
+NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("xtra-")}
 NUM_HEADS_OF_ARCH = {
-    "vit_tiny": 3,
-    "vit_small": 6,
-    "vit_base": 12,
-    "vit_large": 16,
-    "vit_huge": 16,
-    "vit_giant": 16,
-}
-NUM_HEADS_OF_SIZE = {
-    (192, 12): 3,
-    (384, 12): 6,
-    (768, 12): 12,
-    (1024, 24): 16,
-    (1280, 32): 16,
-    (1408, 40): 16,
-}
-"""Attention heads by the official (width, depth)."""
+    "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16, "vit_giant": 16
+}  # fmt: skip
+# Of a predictor and of an attentive head whose settings name none.
 DEFAULT_HEADS = 12
-"""Of a predictor and of an attentive head whose settings name none."""
 
-ENCODER_NAMES = (("enc.{rest}", "encoder.{rest}"),)
-PREDICTOR_NAMES = (
-    ("proj.mlp.{i}.{rest}", "predictor.projection.{i}.{rest}"),
-    ("predictor.pos_embed", "predictor.pos_embed"),
-    ("predictor.blocks.{rest}", "predictor.blocks.{rest}"),
-    ("predictor.norm.{rest}", "predictor.norm.{rest}"),
-    ("aim_proj.{d}.mlp.{i}.{rest}", "predictor.block_mlps.{d}.{i}.{rest}"),
-)
-CLASSIFIER_NAMES = (
-    ("enc.{rest}", "encoder_model.encoder.{rest}"),
-    ("classifier.cls_token", "head.query"),
-    ("classifier.k.{rest}", "head.key.{rest}"),
-    ("classifier.v.{rest}", "head.value.{rest}"),
-    ("classifier.linear.{rest}", "head.linear.{rest}"),
-    ("classifier.bn.{rest}", "head.norm.{rest}"),
-    ("classifier.0.{rest}", "head.norm.{rest}"),
-    ("classifier.1.{rest}", "head.linear.{rest}"),
-    ("classifier.weight", "head.linear.weight"),
-    ("classifier.bias", "head.linear.bias"),
-)
+# The encoder and the predictor are timm's blocks there as here, with q, k and v in one map in timm's order.
+# There is one pixel map for each predicted distance.
+MODEL_NAMES = {
+    r"enc\.": "encoder.",
+    r"proj\.mlp\.": "predictor.projection.",
+    r"predictor\.": "predictor.",
+    r"aim_proj\.(\d+)\.mlp\.": r"predictor.block_mlps.\1.",
+}
+CLASSIFIER_NAMES = {
+    r"enc\.": "encoder_model.encoder.",
+    r"classifier\.cls_token$": "head.query",
+    r"classifier\.k\.": "head.key.",
+    r"classifier\.v\.": "head.value.",
+    # A linear head is a batch norm and a map, or the map alone.
+    r"classifier\.(bn|0)\.": "head.norm.",
+    r"classifier\.((linear|1)\.)?(?=(weight|bias)$)": "head.linear.",
+}
 
+# Settings that change the function and that have one value here; absent means that value.
 FIXED = {
     "enc_use_out_norm": True,
     "predictor_use_out_norm": True,
@@ -84,7 +68,6 @@ FIXED = {
     "aim_proj_out_bn": False,
     "attentive_pooling_qkv_bias": False,
 }
-"""Settings that change the function and that have one value here; absent means that value."""
 
 
 def is_xtra(content: Any) -> bool:
@@ -101,49 +84,84 @@ def read_xtra(
     The number of attention heads comes from the caller, the file's settings or architecture name, or the
     table of official sizes; else the file is refused, as a wrong number changes features without an error.
     """
-    weights, settings = only_tensors(unwrapped(content), origin), _settings(content, origin)
-    is_classifier = any(name.startswith("classifier.") for name in weights)
-    with_predictor = not is_classifier and any(name.startswith("predictor.") for name in weights)
-    _refuse_unknown(settings, origin, is_classifier=is_classifier, with_predictor=with_predictor)
-    config = _encoder_config(weights, settings, origin, options.num_heads)
-    if is_classifier:
-        return _classifier(weights, settings, config, origin)
-    if with_predictor:
-        config = replace(config, **_predictor_settings(weights, settings, config, origin))
-    ours = renamed(weights, ENCODER_NAMES + PREDICTOR_NAMES, "XTRA", origin)
-    return build_model(lambda: NextBlockModel(config), config, ours, origin)
-
-
-def _settings(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    settings = beside_weights(content, "hyper_parameters")
-    if not settings or not isinstance(settings, Mapping):
+    weights, told = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
+    if not told or not isinstance(told, Mapping):
         raise CheckpointError(
             f"{origin} holds the weights of an XTRA model without the settings it was trained by "
             "(hyper_parameters), which tell its block size and its predictor's heads; give the original "
             "checkpoint"
         )
-    return {name: value for name, value in settings.items() if value is not None}
+    settings = {name: value for name, value in told.items() if value is not None}
+    is_classifier = any(name.startswith("classifier.") for name in weights)
+    with_predictor = not is_classifier and any(name.startswith("predictor.") for name in weights)
+    _refuse_other_functions(settings, weights, origin, is_classifier, with_predictor)
+
+    # The head count is nowhere in the shapes: any divisor of the width would load and compute something else.
+    width, in_chans, patch_size = patch_shape(weights, "enc.patch_embed.proj.weight", origin)
+    size = width, count_numbered(weights, "enc.blocks.", origin)
+    of_arch = NUM_HEADS_OF_ARCH.get(str(settings.get("enc_arch")))
+    heads = options.num_heads or settings.get("enc_num_heads") or of_arch or NUM_HEADS_OF_SIZE.get(size)
+    if heads is None:
+        raise MissingSettingError(num_heads=untold_heads(size, origin))
+
+    # A file that was continued at another size keeps its old enc_img_size: the stored positions decide.
+    num_patches = shape_of(weights, "enc.pos_embed", 3, origin)[1]
+    given = settings.get("enc_img_size") or [0]
+    sides = [int(side) for side in (given if isinstance(given, list | tuple) else [given])]
+    if (sides[0] // patch_size) * (sides[-1] // patch_size) != num_patches:
+        sides = [math.isqrt(num_patches) * patch_size]
+
+    block_size = _mask(settings, "enc")
+    config = ModelConfig(
+        image_size=sides[0] if sides[0] == sides[-1] else (sides[0], sides[-1]),
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=width,
+        depth=size[1],
+        num_heads=int(heads),
+        mlp_ratio=ratio_of(shape_of(weights, "enc.blocks.0.mlp.fc1.weight", 2, origin)[0], width),
+        block_size=block_size or 1,
+        feature_attention="full" if block_size is None else "causal",
+        qk_scale=_qk_scale(settings, "enc"),
+        # Official code resamples positions without antialiasing, at any size.
+        resample_antialias=False,
+        predictor=None,
+    )
+    # A classifier's encoder came out of pre-training with its mask, so its features keep that mask.
+    if is_classifier:
+        return _classifier(weights, settings, config, origin)
+    if with_predictor:
+        config = replace(config, **_predictor_settings(weights, settings, origin))
+    ours = renamed(weights, MODEL_NAMES, "XTRA", origin)
+    return build_model(lambda: NextBlockModel(config), config, ours, origin)
 
 
-def _refuse_unknown(
-    settings: Mapping[str, Any], origin: str, *, is_classifier: bool, with_predictor: bool
+def _refuse_other_functions(
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    origin: str,
+    is_classifier: bool,
+    with_predictor: bool,
 ) -> None:
-    parts = [
-        "enc_",
-        *(["attentive_"] if is_classifier else []),
-        *(["proj_", "predictor_", "aim_"] * with_predictor),
-    ]
+    """Refuse settings under which the same weights compute what nothing here computes."""
+    parts = "enc_", *["attentive_"] * is_classifier, *["proj_", "predictor_", "aim_"] * with_predictor
     wrong = [
         f"{name} is {settings[name]!r}, only {value!r} is known"
         for name, value in FIXED.items()
-        if name.startswith(tuple(parts)) and settings.get(name, value) != value
+        if name.startswith(parts) and settings.get(name, value) != value
     ]
-    if with_predictor and _qk_scale(settings, "predictor") != _qk_scale(settings, "enc"):
-        wrong.append("predictor_qk_scale is not enc_qk_scale")
-    if with_predictor and not (settings.get("enc_is_block_causal") or settings.get("enc_is_causal")):
-        wrong.append(
-            "a predictor on an encoder without a mask (neither enc_is_block_causal nor enc_is_causal)"
-        )
+    if with_predictor:
+        # One scale and one mask serve encoder and predictor here; a predictor's own mask is known in raster
+        # order only, as the official code permutes the encoder's mask alone.
+        if _qk_scale(settings, "predictor") != _qk_scale(settings, "enc"):
+            wrong.append("predictor_qk_scale is not enc_qk_scale")
+        if _mask(settings, "enc") is None:
+            wrong.append("a predictor without a mask (neither enc_is_block_causal nor enc_is_causal)")
+        if settings.get("aim_pseudo_random") and _mask(settings, "predictor") != _mask(settings, "enc"):
+            wrong.append("a predictor with a mask of its own under aim_pseudo_random")
+    is_linear = is_classifier and "classifier.cls_token" not in weights
+    if is_linear and not settings.get("cls_avgpool_patchtokens"):
+        wrong.append("cls_avgpool_patchtokens is not set, so that a linear head answers for every patch")
     if wrong:
         raise CheckpointError(
             f"{origin} is an XTRA model of a kind that is not implemented: {'; '.join(wrong)}"
@@ -157,59 +175,27 @@ def _qk_scale(settings: Mapping[str, Any], part: str) -> float | None:
 
 
 def _mask(settings: Mapping[str, Any], part: str) -> int | None:
-    """Block size of the mask of "enc" or "predictor": 1 if plainly causal, None if there is no mask.
-
-    A block size counts only if the mask is block-causal.
-    """
+    """Block size of the mask of "enc" or "predictor": 1 if plainly causal, None if there is no mask."""
+    # The block-causal mask wins over the plain one, and a block size counts only under it: official files
+    # carry a block size even if their mask does not use it.
     if settings.get(f"{part}_is_block_causal"):
         return int(settings.get(f"{part}_block_size", 1))
     return 1 if settings.get(f"{part}_is_causal") else None
 
 
-def _encoder_config(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any], origin: str, num_heads: int | None
-) -> ModelConfig:
-    width, in_chans, patch_size = patch_shape(weights, "enc.patch_embed.proj.weight", origin)
-    depth = count_numbered(weights, "enc.blocks.", origin)
-    of_arch = NUM_HEADS_OF_ARCH.get(str(settings.get("enc_arch")))
-    heads = num_heads or settings.get("enc_num_heads") or of_arch or NUM_HEADS_OF_SIZE.get((width, depth))
-    block_size = _mask(settings, "enc")
-    return ModelConfig(
-        image_size=_image_size(settings, shape_of(weights, "enc.pos_embed", 3, origin)[1], patch_size),
-        patch_size=patch_size,
-        in_chans=in_chans,
-        embed_dim=width,
-        depth=depth,
-        num_heads=require_heads(heads, (width, depth), origin),
-        mlp_ratio=ratio_of(shape_of(weights, "enc.blocks.0.mlp.fc1.weight", 2, origin)[0], width),
-        block_size=block_size or 1,
-        feature_attention="full" if block_size is None else "causal",
-        qk_scale=_qk_scale(settings, "enc"),
-        resample_antialias=False,
-        predictor=None,
-    )
-
-
 def _predictor_settings(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
+    weights: Mapping[str, Tensor], settings: Mapping[str, Any], origin: str
 ) -> dict[str, Any]:
+    # "native" is the encoder's mask. Any other kind of mask is named, a block-causal one with its own size.
+    mask = _mask(settings, "predictor")
+    attention = {None: "full", 1: "causal"}.get(mask, "block_causal")
+    attention = "native" if mask == _mask(settings, "enc") else attention
     width = shape_of(weights, "predictor.pos_embed", 3, origin)[-1]
     hidden = shape_of(weights, "predictor.blocks.0.mlp.fc1.weight", 2, origin)[0]
-    mask = _mask(settings, "predictor")
-    attention: dict[str, Any] = {}
-    if mask != pair(config.block_size)[0]:
-        attention["predictor_attention"] = {None: "full", 1: "causal"}.get(mask, "block_causal")
-        attention["predictor_block_size"] = (
-            mask if attention["predictor_attention"] == "block_causal" else None
-        )
-        if settings.get("aim_pseudo_random"):
-            raise CheckpointError(
-                f"{origin} is an XTRA model of a kind that is not implemented: a predictor with a mask of "
-                "its own (predictor_is_block_causal, predictor_block_size) under aim_pseudo_random"
-            )
     return {
-        **attention,
         "predictor": "transformer",
+        "predictor_attention": attention,
+        "predictor_block_size": mask if attention == "block_causal" else None,
         "projection_dim": shape_of(weights, "proj.mlp.0.weight", 2, origin)[0],
         "predictor_dim": width,
         "predictor_depth": count_numbered(weights, "predictor.blocks.", origin),
@@ -224,26 +210,13 @@ def _predictor_settings(
     }
 
 
-def _image_size(settings: Mapping[str, Any], num_patches: int, patch_size: int) -> Size:
-    """From the file's own settings if they fit the positions, else a square."""
-    given = settings.get("enc_img_size") or []
-    sides = [int(side) for side in (given if isinstance(given, list | tuple) else [given])]
-    rows, columns = (sides[0], sides[-1]) if sides else (0, 0)
-    if (rows // patch_size) * (columns // patch_size) == num_patches:
-        return rows if rows == columns else (rows, columns)
-    return math.isqrt(num_patches) * patch_size
-
-
 def _classifier(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
 ) -> ImageClassifier:
-    attentive = "classifier.cls_token" in weights
+    # An attentive head has a learned query, a linear one averages patches. Both read the last layers, whose
+    # averages are stacked side by side unless the settings say that they are averaged as well.
     ours = renamed(weights, CLASSIFIER_NAMES, "XTRA", origin)
-    if not attentive and not settings.get("cls_avgpool_patchtokens"):
-        raise CheckpointError(
-            f"{origin} is an XTRA classifier of a kind that is not implemented: cls_avgpool_patchtokens "
-            "is not set, so that a linear head answers for every patch"
-        )
+    attentive = "head.query" in ours
     last = int(settings.get("cls_n_last_blocks", 1))
     head = HeadConfig(
         kind="attentive" if attentive else "linear",
