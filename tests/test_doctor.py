@@ -253,7 +253,8 @@ def test_advised_settings_are_a_run_and_no_larger_than_the_images(images):
         base = get_preset(given.pop("preset")).config
         config = resolve(base, {name: int(value) for name, value in given.items()})
         size = pair(config.model.image_size)[0]
-        assert max(32, 0.6 * side if side <= 256 else 224) <= size <= max(32, side)
+        most = 128 if images < 50_000 else 224
+        assert max(32, min(0.6 * side, most)) <= size <= max(32, side)
         assert config.model.num_blocks == 16
 
 

@@ -7,7 +7,7 @@ import graphlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ SRC = Path(__file__).parents[1] / "src" / "nextblock"
 
 # A file may import those before it, and files of its own entry. A package stands for the files in it that
 # have no entry of their own.
-ORDER: list[str] = """
+ORDER: Sequence[str] = """
     logs atomic settings config presets data.random data.decode data.augment data.sources.names
     data.sources.base data.sources.folder data.sources.tar data.sources.zip data.sources.remote
     data.sources.datasets data.sources.huggingface data.sources.subset data.sources data.order

@@ -161,3 +161,9 @@ def test_the_tiny_runs_of_both_kinds_have_the_same_budget():
     differences = get_preset("aim-tiny").config.differences(get_preset("xtra-tiny").config)
     assert differences
     assert all(name.startswith("model.") for name in differences)
+
+
+@pytest.mark.parametrize("name", ["xtra-small-64", "xtra-small-128"])
+def test_the_predictor_of_a_small_folder_does_not_outweigh_the_encoder(name):
+    encoder_m, total_m = parameters_m(get_preset(name).config.model)
+    assert total_m - encoder_m <= encoder_m

@@ -143,8 +143,8 @@ def _width(dim: int, heads: int, projection: int, predictor: int, predictor_head
 # b16 and h14 were released. The other encoders are defined by the official code and used by no released run:
 # their predictors (as wide as the encoder up to B, else half as wide; projection 4x the width) are ours.
 _XTRA_SIZES = [
-    _size("xtra-ti16", "5,000", "xtra-b16", **_width(192, 3, 768, 192, 3)),
-    _size("xtra-s16", "50,000", "xtra-b16", **_width(384, 6, 1536, 384, 6)),
+    _size("xtra-ti16", "50,000", "xtra-b16", **_width(192, 3, 768, 192, 3)),
+    _size("xtra-s16", "100,000", "xtra-b16", **_width(384, 6, 1536, 384, 6)),
     _size("xtra-b16", "300,000", micro_batch_size=32),
     _size("xtra-l16", "1 million", "xtra-b16", **_width(1024, 16, 4096, 512, 8), depth=24),
     _size(
@@ -157,7 +157,35 @@ _XTRA_SIZES = [
     ),
 ]
 
+_SMALL = {
+    **{"embed_dim": 192, "depth": 6, "num_heads": 3, "block_size": 2, "projection_dim": 384},
+    **{"predictor_depth": 2, "block_mlp_dim": 384, "normalize": "auto", "warmup": "10%"},
+    **{"duration": "250000sa", "batch_size": 32, "precision": "fp32"},
+}
+_SMALL_ABOUT = (
+    "For folders of 1,000 to 50,000 images; about an hour on two CPU cores (an estimate). This project's "
+    "own: docs/small_folders.md says what was measured, and what was not."
+)
+
 _XTRA_RUNS = [
+    Preset(
+        *("xtra-small-64", "small", "1,000"),
+        about=_SMALL_ABOUT,
+        changes=_SMALL
+        | {
+            "image_size": 64,
+            "patch_size": 8,
+            "val_resize_px": 64,
+            "predictor_dim": 192,
+            "predictor_heads": 3,
+        },
+    ),
+    Preset(
+        *("xtra-small-128", "small", "1,000"),
+        about=f"{_SMALL_ABOUT} Costs as much as xtra-small-64, with patches of 16 px; for larger images.",
+        changes=_SMALL
+        | {"image_size": 128, "val_resize_px": 128, "predictor_dim": 128, "predictor_heads": 2},
+    ),
     Preset(
         *("xtra-tiny", "small", "digits"),
         about="A few minutes on two CPU cores; for the demo and the tests. This project's own.",

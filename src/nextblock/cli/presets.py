@@ -99,7 +99,7 @@ def _print_one(preset: Preset) -> None:
         f"command:    {preset.command}",
         f"published:  {preset.published or 'no confirmed result'}",
         f"parameters: encoder {values['encoder_params_m']} M, with predictor {values['total_params_m']} M",
-        f"memory:     about {values['estimated_step_gb']:.0f} GB for a step of "
+        f"memory:     about {values['estimated_step_gb']:.1f} GB for a step of "
         f"{train.micro_batch_size or train.batch_size} images (an estimate)",
         "",
         "Settings that differ from the defaults (all: add --print_config to the command):",

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from nextblock.data import Source
     from nextblock.train import Monitor, Reporter, TrainResult
 
+SMALL_FOLDER = 50_000
+"""Fewer images are what the presets for small folders are made for."""
+
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
@@ -87,6 +90,12 @@ def pretrain(
             reporter.note(f"WARNING: {shared}")
     if config.data.normalize == "auto":
         config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
+    is_default_size = config.preset is None and config.model.embed_dim == RunConfig().model.embed_dim
+    if is_default_size and len(sources["train"]) < SMALL_FOLDER:
+        reporter.note(
+            f"{len(sources['train']):,} images are few for so large a model; --preset xtra-small-64, or "
+            "xtra-small-128 for larger images, is made for such folders"
+        )
     monitors = _monitors(config, sources, reporter)
     result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
     for line in _conclusion(result, sources):

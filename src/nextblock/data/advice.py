@@ -17,7 +17,7 @@ from nextblock.data.subsets import named
 
 IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
 # Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result.
-PRESETS_BELOW = {5_000: "xtra-tiny", 50_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
+PRESETS_BELOW = {50_000: "xtra-small", 100_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
 
 
 class Finding(NamedTuple):
@@ -152,14 +152,18 @@ class Checkup:
         if not len(train.images):
             return {}
         preset = next((name for most, name in PRESETS_BELOW.items() if images < most), "xtra-h14")
-        side = train.sides_px["shorter"][1]
-        # 4 x 4 blocks at every size, as XTRA has; xtra-h14 takes patches of at most 14 px.
-        sizes = IMAGE_SIZES[1:] if preset == "xtra-h14" else IMAGE_SIZES
-        size = next((size for size in sizes if size <= side), sizes[-1])
-        patch, block = (size // 16, 4) if size >= 64 else (size // 8, 2)
+        side, is_small = train.sides_px["shorter"][1], preset == "xtra-small"
+        # xtra-h14 takes patches of at most 14 px; for a small preset larger images cost too much.
+        most = 128 if is_small else 224 if preset == "xtra-h14" else 256
+        size = next((size for size in IMAGE_SIZES if size <= min(side, most)), IMAGE_SIZES[-1])
+        if is_small:
+            preset = "xtra-small-128" if size > 64 else "xtra-small-64"
+        # 4 x 4 blocks at every size, as XTRA has; of 2 x 2 patches in the small presets.
+        patch, block = (size // 16, 4) if size >= 64 and not is_small else (size // 8, 2)
         flags = f"--model.image_size {size} --model.patch_size {patch} --model.block_size {block}"
-        found = {flags: f"median shorter side {side:,.0f} px"}
-        found[f"--preset {preset}"] = f"{images:,} images; a rule of thumb"
+        found = {f"--preset {preset}": f"{images:,} images; a rule of thumb"}
+        if not (is_small and preset.endswith(f"-{size}")):
+            found[flags] = f"median shorter side {side:,.0f} px"
         if data.channels != 3:
             found[f"--data.channels {data.channels}"] = "as examined"
         if self.per_core_s is not None and not train.source.in_memory:
