@@ -204,7 +204,7 @@ def test_debug_shows_where_an_error_comes_from(cli):
 def test_another_batch_size_than_the_presets_is_reported_with_the_rate_in_proportion(tiny):
     _, _, err = tiny("--train.batch_size", "16")
     assert "batch 16 instead of 64: optim.lr stays 0.002. It is never scaled for you" in err
-    assert "in proportion to the batch it would be 5.0e-04" in err
+    assert "in proportion to the batch it would be 0.0005" in err
     # A rate of one's own was chosen knowingly.
     assert "never scaled" not in tiny("--train.batch_size", "16", "--optim.lr", "0.001", "--overwrite")[2]
 

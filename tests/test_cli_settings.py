@@ -109,11 +109,12 @@ def test_the_config_of_a_run_is_a_config_file(resolved, tmp_path):
     assert {name: settings[name] for name in written} == written
 
 
-def test_without_a_preset_the_defaults_are_said(cli, tmp_path):
+def test_without_images_or_a_run_there_is_nothing_to_train_on(cli, tmp_path):
     code, _, err = cli("pretrain", "--out", tmp_path / "run")
     assert code == 2
-    assert "no preset named: xtra-b16 with defaults for any folder (100ep, batch 256, auto)" in err
-    assert "there is nothing to train on; name a directory of images: --data.train DIR" in err
+    assert (
+        f"nothing to train on, and {tmp_path / 'run'} is no run to resume; name a directory of images" in err
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -208,11 +209,15 @@ def parse_out(word):
         ("pretrain --out r --lr=3", "unknown setting --lr; did you mean --optim.lr?"),
         ("pretrain --out r --train.lr 1", "--optim.lr?"),
         ("pretrain --out r --model.imagesize 1", "--model.image_size?"),
-        ("pretrain --output_dir r", "--out?"),
+        ("pretrain --output_dir r", "--out r?"),
         ("pretrain --out r --zebra 1", "unknown setting --zebra; nextblock pretrain --help lists all"),
         ("pretrain --out r --overwrite=yes", "--overwrite takes no value"),
         ("probe --model r --data.train d", "--train?"),
-        ("probe --preset xtra-tiny", "--model?"),
+        ("probe --preset xtra-tiny", "--model xtra-tiny?"),
+        ("pretrain xtra-tyni --out r", "--preset xtra-tiny?"),
+        ("pretrain -o r", "--out?"),
+        ("pretrain --epochs 3", "--train.duration 3ep?"),
+        ("pretrain --model.patch 4", "--model.patch_size?"),
         ("knn --model r d", "'d' belongs to no setting; did you mean --train d?"),
     ],
 )

@@ -302,7 +302,7 @@ def test_another_result_in_out_is_refused_and_replaced_on_request(tmp_path):
 
 
 def test_a_size_that_the_blocks_do_not_divide_is_refused_with_what_would_do(tmp_path):
-    with pytest.raises(ValueError, match=r"5x5 patches .* image_size 16 or 24, or attention full$"):
+    with pytest.raises(ValueError, match=r"20x20 px .* image_size 16 or 24, or attention full$"):
         tune(tmp_path, replace(QUICK, image_size=20))
     assert not list(tmp_path.iterdir())
 

@@ -37,7 +37,11 @@ def pretrain(tmp_path, reporter=None, **overrides):
     ("train", "val", "reason"),
     [
         (["cat", "dog"], ["cat", "dog"], None),
-        (["2021", "2022"], ["2023", "2024"], "data.train and data.val have different classes"),
+        (
+            ["2021", "2022"],
+            ["2023", "2024"],
+            "data.train and data.val have different classes (2021, 2022, 2023 and 1 more in only one)",
+        ),
         (["cat"], ["cat"], "there is only one class"),
         (
             ["."],
@@ -189,3 +193,12 @@ def test_an_aim_encoder_in_this_packages_format_goes_on_under_xtras_predictor(go
         if name != "pos_embed":
             torch.testing.assert_close(trained.encoder.state_dict()[name], tensor, atol=0.01, rtol=0)
     assert torch.equal(trained.get_parameter("encoder.pos_embed"), sincos_positions((4, 4), 48))
+
+
+def test_a_run_resumes_with_some_of_its_free_settings_changed(tmp_path, capsys):
+    write_images(tmp_path / "images", 12)
+    words = [*TINY_FLAGS, "--data.train", str(tmp_path / "images"), "--train.duration", "2st"]
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["pretrain", *words, *out]) == 0
+    assert main(["pretrain", *out, "--data.max_bad_fraction", "0.5"]) == 0
+    assert "--model.init" in refused(call_cli(capsys, "pretrain", *out, "--train.duration", "4st"))

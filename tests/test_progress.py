@@ -179,7 +179,7 @@ def test_a_signal_is_noted_and_acknowledged_and_handlers_are_put_back(number, ca
         os.kill(os.getpid(), number)
         assert stop.signal is number
     shown = capfd.readouterr().err
-    assert shown.startswith(f"{number.name}: finishing step 5, about 10 s; the run is then saved. Again to")
+    assert shown.startswith(f"{number.name}: finishing step 5, about 10 s; then the run is saved. Again")
     assert signal.getsignal(number) is before
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -239,7 +239,7 @@ def test_signals_are_answered_while_torch_computes_and_the_second_ends_all_proce
         child = there.recv()
         time.sleep(0.5)  # it is multiplying
         os.kill(process.pid, signal.SIGINT)
-        assert shown.readline().startswith("SIGINT: finishing this step; the run is then saved")
+        assert shown.readline().startswith("SIGINT: finishing this step; then the run is saved")
         time.sleep(0.3)
         os.kill(process.pid, signal.SIGINT)
         process.join(60)

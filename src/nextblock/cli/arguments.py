@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from nextblock.config import RunConfig
-from nextblock.presets import get_preset, resolve
+from nextblock.presets import PRESETS, get_preset, resolve
 from nextblock.settings import (
     from_dict,
     kinds_of,
@@ -42,7 +42,7 @@ _SLIPS = {
     ("model", "size", "arch", "name", "preset"): ("preset", "model"),
     ("epochs",): ("train.duration 100ep",),
     ("steps",): ("train.duration 10000st",),
-    ("gpu", "gpus"): ("train.device", "device"),
+    ("gpu", "gpus"): ("train.device cuda", "device cuda"),
     ("checkpoint", "pretrained"): ("model.init", "model"),
     ("output", "output_dir"): ("out",),
 }
@@ -99,21 +99,18 @@ class Parser(argparse.ArgumentParser):
         has_places = any(not action.option_strings for action in self._actions)
         words: list[str] = []
         left = iter(argv)
-        for word in left:
+        for i, word in enumerate(left):
             name, has_value, value = word.partition("=")
             if not name.startswith("--"):
                 if not has_places and word != "-h":
-                    source = next(
-                        (one for one in ("data.train", "train", "data", "model") if one in known), ""
-                    )
-                    hint = f"did you mean --{source} {word}?" if source else f"see {self.prog} --help"
-                    raise ValueError(f"{word!r} belongs to no setting; {hint}")
+                    raise ValueError(f"{word!r} belongs to no setting; {self._meant_by_word(word, known)}")
                 words.append(word)
                 continue
             # `--batch-size` is as good as `--batch_size`.
             name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
             if name not in flags:
-                meant = suggestion(name.removeprefix("--"), known)
+                following = "" if i + 1 == len(argv) or argv[i + 1].startswith("-") else argv[i + 1]
+                meant = suggestion(name.removeprefix("--"), known, value if has_value else following)
                 hint = f"did you mean --{meant}?" if meant else f"{self.prog} --help lists all"
                 raise ValueError(f"unknown setting {word.partition('=')[0]}; {hint}")
             is_switch = flags[name].nargs == 0
@@ -136,6 +133,19 @@ class Parser(argparse.ArgumentParser):
                 value = read_value(name, texts, hint if isinstance(texts, str) else tuple[hint, ...])
             setattr(options, name, value)
         return options
+
+    def _meant_by_word(self, word: str, known: Sequence[str]) -> str:
+        """What to type instead of a word that belongs to no flag."""
+        preset = difflib.get_close_matches(word, [*PRESETS], n=1, cutoff=0.7)
+        source = next((one for one in ("data.train", "train", "data", "model") if one in known), None)
+        flags = sorted((one for one in known if one.startswith(word.lstrip("-"))), key=len)
+        if word.startswith("-") and flags:
+            return f"did you mean --{flags[0]}?"
+        if "preset" in known and preset and not Path(word).exists():
+            return f"did you mean --preset {preset[0]}?"
+        if source is None or word == "help" or word.startswith("-"):
+            return f"see {self.prog} --help"
+        return f"did you mean --{source} {word}?"
 
     def format_help(self) -> str:
         """The help, with the sentences that stand below the settings in the source."""
@@ -259,17 +269,22 @@ def _layers(
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; repeatable")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and stop")
     options = parser.parse(argv)
-    files = [_read_file(path, hints) for path in options.config or ()]
+    others = vars(options).keys() - hints.keys()
+    files = [_read_file(path, hints, others) for path in options.config or ()]
     return [*files, {name: value for name, value in vars(options).items() if name in hints}], options
 
 
-def _read_file(path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+def _read_file(path: str, hints: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
     values = {}
     for name, (value, where) in read_yaml(path).items():
         if name not in hints:
             is_section = any(known.startswith(f"{name}.") for known in hints)
             require(
                 not is_section, f"{where}: {name} must be settings, `name: value` on lines of their own below"
+            )
+            require(
+                name not in others,
+                f"{where}: {name} is no setting of a file; give it as --{name} on the command line",
             )
             meant = suggestion(name, list(hints))
             hint = f"did you mean {meant}?" if meant else "--help lists all"
@@ -287,13 +302,22 @@ def _print_if_asked(config: Any, options: argparse.Namespace) -> None:
         raise SystemExit(0)
 
 
-def suggestion(name: str, known: Sequence[str]) -> str | None:
-    """The setting that somebody meant by `name`: another program's word, another section, a slip."""
-    last = name.rpartition(".")[2]
-    slips = [one for words, meant in _SLIPS.items() if {name, last} & set(words) for one in meant]
-    # The same word in another section, or with its letters swapped, which difflib finds far.
-    same = [other for other in known if sorted(other.rpartition(".")[2]) == sorted(last)]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    leaves = {other.rpartition(".")[2]: other for other in reversed(known)}
-    near = [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)]
-    return next((one for one in (*slips, *same, *close, *near) if one.partition(" ")[0] in known), None)
+def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
+    """The setting that somebody meant by `name`: another program's word, another section, a slip.
+
+    With the `value` that was given, if the setting takes it as it is or as a number of its units.
+    """
+    section, _, last = name.rpartition(".")
+    for words, meant in _SLIPS.items():
+        for one in meant if {name, last} & set(words) else ():
+            setting, _, example = one.partition(" ")
+            if setting in known:
+                example = re.sub("[0-9]+", value, example) if value.isdigit() else example
+                return f"{setting} {example or value}".rstrip()
+    # Of equal names that of the same section. Part of a name counts, and so do swapped letters.
+    leaves = {
+        one.rpartition(".")[2]: one for one in sorted(known, key=lambda one: one.startswith(f"{section}."))
+    }
+    near = [leaf for leaf in leaves if sorted(leaf) == sorted(last) or leaf.startswith(f"{last}_")]
+    near += difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
+    return leaves[near[0]] if near else None

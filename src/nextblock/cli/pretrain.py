@@ -43,13 +43,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:
-    """For `--out RUN` and nothing else: the words that stand for the run's own settings."""
-    words = [word for word in argv if word not in ("--json", "--overwrite")]
-    if len(words) == 1:
-        words = words[0].split("=", 1)
-    if len(words) != 2 or words[0] != "--out":
+    """For `--out RUN` without a preset, file or source: the words that stand for the run's own settings."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    if "--out" not in words[:-1] or {"--preset", "--config", "--data.train"} & set(words):
         return []
-    config = Path(words[1]) / "config.yaml"
+    config = Path(words[words.index("--out") + 1]) / "config.yaml"
     return ["--config", str(config)] if config.is_file() else []
 
 
@@ -73,16 +71,18 @@ def pretrain(
     config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     config = resolve(config, overrides) if overrides else config
     reporter = reporter or Reporter()
-    for hint in _hints(config):
-        reporter.note(hint)
     if not config.data.train_specs:
         shares = [f"{weight:g}" for weight in config.data.weights or ()]
         what = f"{len(shares)} sources, for data.weights {', '.join(shares)} in this order"
         flags = " ".join(["--data.train DIR"] * (len(shares) or 1))
         raise ValueError(
-            f"there is nothing to train on; name {what if shares else 'a directory of images'}: {flags}"
+            f"there is nothing to train on, and {out} is no run to resume; name "
+            f"{what if shares else 'a directory of images'}: {flags}"
         )
     sources = {"train": open_sources(config.data.train_specs, config.data)}
+    is_new = overwrite or not (Path(out) / "config.yaml").is_file()  # a run that resumes was told before
+    for hint in _hints(config, len(sources["train"])) if is_new else ():
+        reporter.note(hint)
     if config.data.val is not None:
         sources["val"] = open_source(config.data.val, config.data)
         shared = shared_images(sources["train"], sources["val"])
@@ -90,13 +90,7 @@ def pretrain(
             reporter.note(f"WARNING: {shared}")
     if config.data.normalize == "auto":
         config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
-    is_default_size = config.preset is None and config.model.embed_dim == RunConfig().model.embed_dim
-    if is_default_size and len(sources["train"]) < SMALL_FOLDER:
-        reporter.note(
-            f"{len(sources['train']):,} images are few for so large a model; --preset xtra-small-64, or "
-            "xtra-small-128 for larger images, is made for such folders"
-        )
-    monitors = _monitors(config, sources, reporter)
+    monitors = _monitors(config, sources, reporter if is_new else None)
     result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
     for line in _conclusion(result, sources):
         reporter.note(line)
@@ -120,27 +114,33 @@ def _with_statistics(config: RunConfig, source: Source, out: Path | None, report
     return replace(config, data=replace(config.data, mean=mean, std=std))
 
 
-def _hints(config: RunConfig) -> Iterator[str]:
+def _hints(config: RunConfig, images: int) -> Iterator[str]:
     """What a user may not have meant, said and not changed."""
     from nextblock.cli.arguments import DEFAULT_PRESET
 
     if config.preset is None:
+        yield f"no preset named: based on {DEFAULT_PRESET}; `nextblock presets` lists others"
+    if (
+        config.preset is None
+        and config.model.embed_dim == RunConfig().model.embed_dim
+        and images < SMALL_FOLDER
+    ):
         yield (
-            f"no preset named: {DEFAULT_PRESET} with defaults for any folder ({config.train.duration}, batch "
-            f"{config.train.batch_size}, {config.train.precision}); `nextblock presets` lists others"
+            f"{images:,} images are few for so large a model; --preset xtra-small-64, or xtra-small-128 for "
+            "larger images, is made for such folders"
         )
     preset = PRESETS.get(config.preset or DEFAULT_PRESET)
-    batch_size, lr = config.train.batch_size, config.optim.lr
+    batch_size, lr = min(config.train.batch_size, images), config.optim.lr
     if preset is None or preset.config.optim.lr != lr or preset.config.train.batch_size == batch_size:
         return
     meant = preset.config.train.batch_size
     yield (
         f"batch {batch_size} instead of {meant}: optim.lr stays {lr:g}. It is never scaled for you; in "
-        f"proportion to the batch it would be {lr * batch_size / meant:.1e}"
+        f"proportion to the batch it would be {lr * batch_size / meant:.2g}"
     )
 
 
-def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter) -> list[Monitor]:
+def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter | None) -> list[Monitor]:
     """Pictures of the same few images, and kNN accuracy if both sources have the same classes."""
     from nextblock.evaluate.knn import KnnMonitor
     from nextblock.visualize import PredictionMonitor, some_images
@@ -154,7 +154,8 @@ def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter)
         return monitors
     obstacle = _knn_obstacle(sources)
     if obstacle is not None:
-        reporter.note(f"kNN is not measured: {obstacle}")
+        if reporter is not None:
+            reporter.note(f"kNN is not measured: {obstacle}")
         return monitors
     knn = KnnMonitor(
         sources["train"],
@@ -170,6 +171,8 @@ def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter)
 
 def _knn_obstacle(sources: dict[str, Source]) -> str | None:
     """Why kNN accuracy cannot be measured; None if it can."""
+    from nextblock.data.subsets import named
+
     if "val" not in sources:
         return "it needs labelled validation images, --data.val"
     unlabelled = [f"data.{kind}" for kind, source in sources.items() if not source.has_labels]
@@ -177,7 +180,8 @@ def _knn_obstacle(sources: dict[str, Source]) -> str | None:
         return f"{' and '.join(unlabelled)} have no labels; the first folders of a directory are classes"
     names = sources["train"].class_names
     if names != sources["val"].class_names:
-        return "data.train and data.val have different classes"
+        apart = sorted(set(names) ^ set(sources["val"].class_names))
+        return f"data.train and data.val have different classes ({named(apart, 3)} in only one)"
     return "there is only one class" if len(names) < 2 else None
 
 

@@ -236,12 +236,14 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
+        # A name may hold control characters, which a terminal would obey.
+        text = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
         self._try(self.console.print, text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def finishing(self) -> str:
         """What is in hand, and about how long it takes; for the first Ctrl-C, from another thread."""
         if self.busy_with:
-            return f"finishing {self.busy_with}"
+            return f"finishing {self.busy_with}" + ("" if self._done else " (no step is done yet to save)")
         step = f"finishing step {math.floor(self._done) + 1}"
         done, now_s = self._done - self._first, time.monotonic()
         if done <= 0:

@@ -186,7 +186,7 @@ def _watch(
             if first_s is None:
                 first_s = time.monotonic()
                 request.signal = request.signal or signal.Signals(number)
-                _say(f"{name}: {doing()}; the run is then saved. Again to stop at once without saving")
+                _say(f"{name}: {doing()}; then the run is saved. Again: stop at once, unsaved")
             elif time.monotonic() - first_s > ONE_REQUEST_S:
                 # The main thread may be deep in a kernel, so no exception reaches it. What it was writing has
                 # another name until it is complete; workers would outlive it by seconds, so they are killed.

@@ -132,7 +132,7 @@ def _sized(model: NextBlockModel, config: FinetuneConfig) -> NextBlockModel:
         return encoder_at(model, config.image_size, config.attention)
     except ValueError as error:  # the same, by the settings of this command
         message = str(error).replace("model.image_size", "image_size")
-        raise ValueError(message.replace("another model.block_size", "attention full")) from error
+        raise ValueError(message.replace("another patch_size or block_size", "attention full")) from error
 
 
 def _head_config(model: EncoderModel, config: FinetuneConfig, num_classes: int) -> HeadConfig:
