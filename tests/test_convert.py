@@ -152,9 +152,10 @@ def test_origin_and_licence_stay_through_further_conversions(official, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["no head", "---\n: :\n---\n", "---\ntags: [a]\n---\n", ""])
-def test_a_card_that_names_neither_origin_nor_licence_says_nothing(text, tmp_path):
+def test_a_card_that_names_neither_origin_nor_licence_says_nothing(text, tmp_path, caplog):
     (tmp_path / "README.md").write_text(text)
     assert read_provenance(tmp_path, origin="here") is None
+    assert not caplog.records
 
 
 def test_the_licence_of_anyones_card_is_carried_with_its_name_and_link(run_dir, tmp_path):
