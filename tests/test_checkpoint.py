@@ -407,6 +407,8 @@ def test_what_does_not_fit_is_listed_by_name():
     del weights["encoder.norm.bias"]
     weights["encoder.cls_token"] = torch.zeros(1, 1, 24)
     weights["encoder.norm.weight"] = torch.zeros(25)
+    weights["encoder.pos_embed"] = weights["encoder.pos_embed"].to(torch.complex64)
+    weights["encoder.patch_embed.proj.bias"] = torch.zeros(24, dtype=torch.int8)
     with pytest.raises(CheckpointError) as caught:
         load_strictly(model, weights, "FILE")
     assert str(caught.value).splitlines() == [
@@ -414,5 +416,7 @@ def test_what_does_not_fit_is_listed_by_name():
         "  missing: encoder.norm.bias",
         "  unexpected: encoder.cls_token",
         "  shape of encoder.norm.weight: (25,) in the file, (24,) in the model",
+        "  dtype of encoder.pos_embed: torch.complex64 in the file, torch.float32 in the model",
+        "  dtype of encoder.patch_embed.proj.bias: torch.int8 in the file, torch.float32 in the model",
     ]
     assert same_weights(model, tiny_model()), "nothing was loaded"

@@ -152,9 +152,10 @@ def test_origin_and_licence_stay_through_further_conversions(official, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["no head", "---\n: :\n---\n", "---\ntags: [a]\n---\n", ""])
-def test_a_card_that_names_neither_origin_nor_licence_says_nothing(text, tmp_path):
+def test_a_card_that_names_neither_origin_nor_licence_says_nothing(text, tmp_path, caplog):
     (tmp_path / "README.md").write_text(text)
     assert read_provenance(tmp_path, origin="here") is None
+    assert not caplog.records
 
 
 def test_the_licence_of_anyones_card_is_carried_with_its_name_and_link(run_dir, tmp_path):
@@ -201,14 +202,17 @@ def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
         ("v1.5", None, "nextblock"),
         ("v1.5", "timm", "timm"),
         ("hf:me/x.onnx", None, "nextblock"),
+        ("v1.onx", "timm", "timm"),
         ("x.onnx", "timm", None),
         ("x.ckpt", None, None),
         ("x.pth", "onnx", None),
+        ("x.onx", None, None),
+        ("x.safetensor", None, None),
     ],
 )
 def test_the_suffix_tells_the_format_unless_one_is_given_and_must_not_contradict_it(dst, to, expected):
     if expected is None:
-        with pytest.raises(ValueError, match="says otherwise; name a"):
+        with pytest.raises(ValueError, match=r"says otherwise; name a|misspelt \.(onnx|safetensors);"):
             target_of(dst, to)
     else:
         assert target_of(dst, to) == expected

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -220,8 +221,15 @@ def test_a_run_is_locked_while_it_trains(tmp_path):
     assert run_toy(tmp_path / "run", monitors=[Intrude()]).step == 7
 
 
-@pytest.mark.parametrize("what", ["", "config.yaml", "metrics.jsonl"])
-def test_a_run_deleted_under_way_ends_at_the_next_checkpoint_with_an_error(tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("", "run was removed or emptied"),
+        ("config.yaml", "run was removed or emptied"),
+        ("metrics.jsonl", "metrics.jsonl was removed"),
+    ],
+)
+def test_a_run_deleted_under_way_ends_at_the_next_checkpoint_with_an_error(tmp_path, what, told):
     class Delete:
         every = "3st"
 
@@ -231,7 +239,7 @@ def test_a_run_deleted_under_way_ends_at_the_next_checkpoint_with_an_error(tmp_p
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return {}
 
-    with pytest.raises(WriteError, match="was removed"):
+    with pytest.raises(WriteError, match=told):
         run_toy(tmp_path / "run", {"checkpoint.every": "5st"}, monitors=[Delete()])
     assert not checkpoints(tmp_path / "run")
 
@@ -276,12 +284,18 @@ def test_a_run_of_another_version_is_refused_by_the_name_of_the_setting(tmp_path
         run_toy(tmp_path / "run", {"train.duration": "1st"})
 
 
-def test_a_file_in_the_place_is_refused(tmp_path):
+def test_a_file_in_the_place_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="exists and is no run"):
         run_toy(tmp_path / "file")
     with pytest.raises(RunDirError, match=r"cannot make or write the directory .*; choose"):
         run_toy(tmp_path / "file" / "run")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(RunDirError, match="is a link to nothing"):
+        run_toy(tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunDirError, match="--out is empty"):
+        run_toy(Path())
 
 
 def test_an_empty_directory_and_one_with_missing_parents_will_do(tmp_path):

@@ -77,8 +77,13 @@ def writing(target: Path) -> Iterator[None]:
         # about the file.
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
             raise
+        cause = str(error)
+        if isinstance(error, RuntimeError):  # torch tells a position in its file, and no cause
+            place = next(path for path in target.absolute().parents if path.exists())
+            free_mb = shutil.disk_usage(place).free // 1_000_000
+            cause = f"the disk is full, or a quota is used up ({free_mb} MB free there)"
         raise WriteError(
-            f"could not write {target}: {error}. What was there before is intact; make room on "
+            f"could not write {target}: {cause}. What was there before is intact; make room on "
             "the disk, or choose another place, and run the same command again"
         ) from error
 

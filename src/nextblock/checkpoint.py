@@ -246,7 +246,7 @@ def build_model(
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Give a model all weights by name, in fp32; refuse what is missing, unexpected, misshapen or not finite.
+    """Give a model all weights by name, in fp32; refuse what does not fit it or is not finite.
 
     The tensors themselves become the parameters, so that there is no second copy of them.
     """
@@ -258,6 +258,14 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
         f"shape of {name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
+    ]
+    # Complex numbers in place of real ones would pass here and fail in the first image.
+    problems += [
+        f"dtype of {name}: {weights[name].dtype} in the file, {own[name].dtype} in the model"
+        for name in own
+        if name in weights
+        and not weights[name].is_floating_point()
+        and (own[name].is_floating_point() or weights[name].is_complex())
     ]
     if problems:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.logs import held_back
 from nextblock.models.timm_encoder import TimmConfig
 
 CARD_FILE = "README.md"
@@ -45,7 +47,8 @@ def read_provenance(directory: Path, *, origin: str) -> Provenance | None:
     `origin` counts if the card names a licence only.
     """
     try:
-        head = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
+        with held_back(logging.ERROR, "huggingface_hub.repocard"):  # a card without metadata is no fault
+            head = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # anybody's file: no card, no YAML, not text
         return None
     known = head.get("license")

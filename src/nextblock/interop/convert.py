@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -114,6 +115,14 @@ def convert(
 def target_of(dst: str | Path, to: Target | None) -> Target:
     """The format to write: the one given or, without one, that of the suffix; contradictions are refused."""
     suffix = "" if is_hub_spec(dst) else Path(dst).suffix.lower()
+    # What is nearly a suffix is a slip ("x.onx"), unless --to is given; "v1.2" is a directory's name.
+    known = (ONNX_SUFFIX, *WEIGHT_SUFFIXES)
+    near = [] if to or suffix in known else difflib.get_close_matches(suffix, known, n=1, cutoff=0.8)
+    require(
+        not near,
+        f"{dst}: {suffix} looks like a misspelt {''.join(near)}; mend it, or give the format (--to) if "
+        "this is the name of a directory",
+    )
     is_onnx = suffix == ONNX_SUFFIX
     to = to or ("onnx" if is_onnx else "nextblock")
     require(to in ("nextblock", "timm", "onnx"), f"to is {to!r}; it must be nextblock, timm or onnx")

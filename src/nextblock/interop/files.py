@@ -43,6 +43,8 @@ SETTINGS_CLASS = re.compile(
     r"|(builtins|__builtin__)\.(dict|list|tuple|str|int|float|bool|bytes|object|unicode|long)"
 )
 """Classes of the settings that trainers pickle beside the weights."""
+# ONNX begins with its version, then its producer, graph or operators; no pickle begins with a backspace.
+ONNX_START = re.compile(rb"\x08[\x01-\x1f][\x12:B]")
 # The table of contents in what torch.distributed.checkpoint writes.
 DISTRIBUTED_FILE = ".metadata"
 
@@ -116,7 +118,8 @@ def _read_pickle(path: Path) -> Any:
     # torch fills only true dictionaries, so a defaultdict becomes one.
     stand_ins = {"collections.defaultdict": lambda *_: {}}
     stubs: list[Any] = [(stand_ins.get(n, _Inert), n) for n in unsafe if SETTINGS_CLASS.fullmatch(n)]
-    with torch.serialization.safe_globals(stubs):
+    with torch.serialization.safe_globals(stubs), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error tells more
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -177,6 +180,13 @@ def _why_unreadable(path: Path, message: str, kind: str) -> str:
     if path.is_file():
         with path.open("rb") as file:
             start = file.read(100).lstrip()
+    if path.is_file() and path.stat().st_size == 0:
+        return f"{path} cannot be read as a weight file: the file is empty; take the original again"
+    if path.suffix == ".onnx" or ONNX_START.match(start):
+        return (
+            f"{path} is an ONNX file, from which no model is read; give the run or checkpoint that it was "
+            "written from"
+        )
     forbidden = re.search(r"GLOBAL (\S+)", message)
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is the pointer of Git LFS to a file, and not the file; fetch it by `git lfs pull`"
@@ -187,7 +197,8 @@ def _why_unreadable(path: Path, message: str, kind: str) -> str:
             f"{path} is a pickle with more than tensors and plain values ({forbidden[1]}), and reading "
             "it could run code. If its origin is trusted, save its state_dict alone, elsewhere"
         )
-    reason = message.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]  # without torch's advice
+    # Without torch's advice: its first sentence.
+    reason = message.split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(". ")[0]
     return (
         f"{path} cannot be read as a weight file: it is of another kind, or not complete; "
         f"compare its size with the original's ({kind}: {reason})"

@@ -57,6 +57,8 @@ from nextblock.models.timm_encoder import TimmConfig
 
 # The model in what DeepSpeed, and Lightning with it, save as a directory.
 DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
+# In every model and classifier that this package writes, but for those on an encoder of timm.
+OWN_WEIGHTS = {"encoder.pos_embed", "encoder_model.encoder.pos_embed"}
 KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and ViTs, hf:USER/NAME, timm:NAME"
 
 
@@ -205,6 +207,13 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         # The file's metadata and the config.json beside it say what the weights do not: mask, epsilon, heads.
         build = partial(read_timm, file, weights=only_tensors(unwrapped(content), origin))
     else:
+        if isinstance(content, Mapping) and OWN_WEIGHTS & content.keys():
+            raise UnknownFormatError(
+                f"{origin} holds nextblock's weights, but has lost its settings (safetensors' metadata), "
+                "without which they are no model; take the file as nextblock wrote it",
+                file,
+                content,
+            )
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
         raise UnknownFormatError(
             f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}",

@@ -245,7 +245,7 @@ def read_timm(
     if config is not None:
         return _encoder(config, weights, origin)
     if not described:
-        log.info("%s does not tell its attention; taken as a timm ViT, under full attention", origin)
+        log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
         return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)
     directory = path if path.is_dir() else path.parent
     with building(f"what {directory / 'config.json'} describes", "compare it with timm's, or upgrade timm"):

@@ -262,10 +262,10 @@ def train(
             if not all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values()):
                 raise NonFiniteError(f"weights are not finite after step {trainer.step}. {_remedy(run)}")
             reporter.busy_with = f"the checkpoint of step {trainer.step}"
+            run.check_present()
             # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint without the
             # lines up to it would leave a gap in the curve.
             metrics.sync()
-            run.check_present()
             save_checkpoint(run.checkpoints, trainer.model, trainer.state(), trainer.step, data=data)
             prune_checkpoints(
                 run.checkpoints,
