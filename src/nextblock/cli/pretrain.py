@@ -66,8 +66,10 @@ def pretrain(
     """
     from nextblock.data import open_source, open_sources
     from nextblock.data.doctor import shared_images
+    from nextblock.settings import require
     from nextblock.train import Reporter, train
 
+    require(str(out) != "", "--out is empty; name a directory")
     config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     config = resolve(config, overrides) if overrides else config
     reporter = reporter or Reporter()
