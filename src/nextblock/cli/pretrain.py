@@ -107,7 +107,7 @@ def _with_statistics(config: RunConfig, source: Source, out: Path | None, report
     # A run that resumes keeps its own numbers: new ones of the same images could differ in the last digit.
     begun = None if out is None else recorded_config(out)
     if begun and begun.data.normalize == "auto" and len(begun.data.mean) == config.data.channels:
-        mean, std, origin = begun.data.mean, begun.data.std, f"of {out}"
+        mean, std, origin = begun.data.mean, begun.data.std, f"as recorded in {out}"
     else:
         measured = measure_pixels(source, config.data, config.model.image_size, config.seed)
         mean, std, origin = measured.mean, measured.std, f"measured on {measured.images} images"

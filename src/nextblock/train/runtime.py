@@ -39,7 +39,8 @@ def device_name(device: torch.device) -> str:
     """The device's own name; for a CPU also the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
 
 
 def is_native(precision: str, device: torch.device) -> bool:
