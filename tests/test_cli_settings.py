@@ -245,6 +245,7 @@ def test_print_config_refuses_what_a_run_refuses(cli, words):
     ("content", "message"),
     [
         ("optim: {lrr: 1}", "c.yaml, line 1: unknown setting optim.lrr; did you mean optim.lr?"),
+        ("out: r", "c.yaml, line 1: out is no setting of a file; give it as --out on the command line"),
         ("\noptimm: {lr: 1}", "c.yaml, line 2: unknown setting optimm.lr; did you mean optim.lr?"),
         ("optim: {lr: fast}", "c.yaml, line 1: optim.lr is 'fast'; it must be a number from 0"),
         ("optim: [1", "c.yaml, line 1: not YAML: "),

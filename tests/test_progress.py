@@ -263,3 +263,9 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert handlers == [(before, False)]
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal():
+    shown = io.StringIO()
+    Reporter(Console(file=shown)).note("complete: 3 steps, in y/e\x1b[31mvil")
+    assert shown.getvalue() == "complete: 3 steps, in y/e\\x1b[31mvil\n"
