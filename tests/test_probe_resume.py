@@ -173,7 +173,7 @@ def test_settings_that_change_no_result_may_change_in_between(known, steps):
 def test_a_damaged_state_is_refused(known, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "state.pt").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(CheckpointError, match=r"state.pt cannot be read .*remove it to begin anew"):
+    with pytest.raises(CheckpointError, match=r"state.pt cannot be read .*remove it to start over"):
         probe(known)
 
 

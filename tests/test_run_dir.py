@@ -84,7 +84,7 @@ def test_another_setting_is_another_run_and_both_values_are_listed(stopped, chan
     with pytest.raises(RunDirError) as raised:
         open_with(stopped, changes)
     assert f"holds another run ({listed}); choose another --out" in str(raised.value)
-    assert "--overwrite to begin anew" in str(raised.value)
+    assert "--overwrite to start over" in str(raised.value)
     assert ("--model.init" in str(raised.value)) == ("train.duration" in changes), "how to train longer"
 
 

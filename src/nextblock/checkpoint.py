@@ -350,7 +350,7 @@ def set_damaged_aside(directory: Path) -> None:
     else:
         if damaged:
             raise CheckpointError(
-                f"all checkpoints in {directory} are damaged: {damaged[0][1]}; restore one, or begin anew "
+                f"all checkpoints in {directory} are damaged: {damaged[0][1]}; restore one, or start over "
                 "with --overwrite"
             )
     for path, damage in damaged:

@@ -26,7 +26,7 @@ VERBS = {
     "predict": "draw how a model predicts the blocks of images",
     "report": "sum up a run: accuracies, speed, losses, pictures",
     "convert": "write a model in another format, or push it to the hub",
-    "info": "tell what a run or a weight file holds",
+    "info": "show what a run or a weight file holds",
     "doctor": "examine images before training",
     "data": "pack images into shards, draw and divide subsets",
     "presets": "list the named runs and model sizes",

@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     from nextblock.cli.arguments import Parser
     from nextblock.interop.files import LoadOptions
 
-    parser = Parser("info", "Tell what a run or a weight file holds.")
+    parser = Parser("info", "Show what a run or a weight file holds.")
     parser.add_argument(
         "file", type=str, help="run directory, checkpoint, weight file, hf:USER/NAME[/FILE] or timm:NAME"
     )

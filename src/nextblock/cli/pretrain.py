@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
         required=True,
         help="run directory; the same command resumes the run there, and so does --out alone",
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew if --out holds another run")
+    parser.add_argument("--overwrite", action="store_true", help="start over if --out holds another run")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     config, options = parse_run(parser, [*_recorded_settings(argv), *argv])
     result = pretrain(config, out=options.out, overwrite=options.overwrite)

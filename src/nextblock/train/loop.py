@@ -164,7 +164,7 @@ def train(
             start_step=trainer.step,  # the order is f(seed, step), so this is all that a resume needs
             workers=resolve_workers(data.workers, source),
             pin_memory=device.type == "cuda",
-            # Two of each layer, for attention and MLP. The layers take them later; carried from here on.
+            # Two for each layer: attention and MLP.
             drop_path_draws=2 * config.model.depth if config.model.drop_path else 0,
         )
 

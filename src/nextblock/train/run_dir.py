@@ -160,7 +160,7 @@ class RunDir:
             )
             raise RunDirError(
                 f"{self.path} holds another run ({listed}); choose another --out, the same settings to "
-                f"resume, or --overwrite to begin anew{longer}"
+                f"resume, or --overwrite to start over{longer}"
             )
         # The same settings are not yet the same run: the order of samples follows from the list of images,
         # and their pixels from the decoder.
@@ -247,7 +247,7 @@ class RunDir:
         if not self.is_run():
             raise WriteError(
                 f"{self.path} was removed or emptied while the run was training; what it held is lost. "
-                "Run the same command again to begin anew"
+                "Run the same command again to start over"
             )
 
     def cut_metrics(self, step: int) -> dict[str, float]:

@@ -271,7 +271,7 @@ class _Working:
             path.unlink()
 
     def _resume(self, *, overwrite: bool) -> None:
-        """Go on with the folder, or begin anew where it holds nothing of use."""
+        """Go on with the folder, or start over where it holds nothing of use."""
         progress = self.folder / "progress.json"
         if not progress.is_file():
             self._clear()

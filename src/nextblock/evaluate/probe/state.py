@@ -146,5 +146,5 @@ def _read(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}); remove it to begin anew"
+            f"{path} cannot be read ({type(error).__name__}); remove it to start over"
         ) from error
