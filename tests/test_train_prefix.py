@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 
 import pytest
@@ -13,32 +12,20 @@ from nextblock.data import Step, TrainLoader, eval_batches
 from nextblock.models import NextBlockModel
 from nextblock.targets import draw_prefix_lengths
 from nextblock.train.trainer import Trainer
-from tiny_runs import (
-    ALL_RANDOM,
-    CPU,
-    SignalAt,
-    assert_same_end,
-    run_toy,
-    same,
-    settings,
-)
+from tiny_runs import CPU, run_toy, same, settings
 from toy import ToySource, take
 
 PREFIX = {"model.prefix": True, "model.block_size": 1}
 """Sixteen blocks, so that lengths differ."""
 
 
-def draw(seed: int, samples: list[int], num_blocks: int) -> Tensor:
-    return draw_prefix_lengths(seed, [0] * len(samples), samples, num_blocks)
+def draw(samples: list[int]) -> Tensor:
+    return draw_prefix_lengths(0, [0] * len(samples), samples, 16)
 
 
-def loader(source: ToySource, micro_batch_size: int | None) -> TrainLoader:
-    return TrainLoader(
-        source, settings().data, image_size=16, seed=0, batch_size=8, micro_batch_size=micro_batch_size
-    )
-
-
-# ---------------------------------------------------------------------------------------------- a step's loss
+def loader(source: ToySource, micro_batch_size: int | None, **options: int) -> TrainLoader:
+    sizes = {"image_size": 16, "batch_size": 8, "micro_batch_size": micro_batch_size}
+    return TrainLoader(source, settings().data, seed=0, **sizes, **options)
 
 
 class Recording(Trainer):
@@ -53,9 +40,7 @@ def gradient(model: NextBlockModel) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def fresh(
-    changes: dict, micro_batch_size: int | None, source: ToySource, seed: int = 0
-) -> tuple[Recording, Step]:
+def fresh(changes: dict, micro_batch_size: int | None, source: ToySource) -> tuple[Recording, Step]:
     config = settings({**PREFIX, **changes, "train.micro_batch_size": micro_batch_size})
     return Recording(config, CPU, None), take(loader(source, micro_batch_size), 1)[0]
 
@@ -68,7 +53,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(micro_batch_size, bad, p
     trainer, step = fresh(changes, micro_batch_size, ToySource(8, bad=bad))
     images = torch.cat([batch.images for batch in step.micro_batches])
     samples = torch.cat([batch.samples for batch in step.micro_batches])
-    lengths = draw(0, samples.tolist(), 16) if prefix else None
+    lengths = draw(samples.tolist()) if prefix else None
     loss = trainer.model(trainer.to_model(images), None, lengths).loss
     loss.backward()
     expected = gradient(trainer.model)
@@ -92,18 +77,8 @@ def test_under_drop_path_a_step_depends_on_neither_micro_batches_nor_ranks():
             parameter.data.mul_(8)  # else a fresh model's branches are next to nothing
         loss = torch.zeros(())
         for rank in range(world_size):
-            steps = TrainLoader(
-                source,
-                config.data,
-                image_size=16,
-                seed=0,
-                batch_size=8,
-                micro_batch_size=micro_batch_size,
-                rank=rank,
-                world_size=world_size,
-                drop_path_draws=8,
-            )
-            for batch in take(steps, 1)[0].micro_batches:
+            ranks = {"rank": rank, "world_size": world_size, "drop_path_draws": 8}
+            for batch in take(loader(source, micro_batch_size, **ranks), 1)[0].micro_batches:
                 loss += trainer._backward(batch, torch.arange(16), [8 * 15])
         losses.append(loss.item())
         gradients.append(gradient(trainer.model))
@@ -123,46 +98,34 @@ def test_a_batch_without_a_readable_image_changes_nothing():
 
 
 def test_the_validation_loss_is_over_all_kept_blocks_with_the_prefixes_of_visit_0():
-    trainer = Trainer(
-        settings({**PREFIX, "model.num_predicted_blocks": 2, "model.norm_pixels": False}), CPU, None
-    )
-    source = ToySource(13, seed=1, bad=[4])
+    changes = {**PREFIX, "model.num_predicted_blocks": 2, "model.norm_pixels": False}
+    trainer, source = Trainer(settings(changes), CPU, None), ToySource(13, seed=1, bad=[4])
     losses = [
         trainer.validation_loss(eval_batches(source, trainer.config.data, 16, size))[0] for size in (13, 5, 1)
     ]
     samples = [sample for sample in range(13) if sample != 4]
     pixels = trainer.to_model(torch.stack([source.images[sample] for sample in samples]))
     with trainer.looking() as model, torch.no_grad():
-        expected = model(pixels, None, draw(0, samples, 16)).loss.item()
+        expected = model(pixels, None, draw(samples)).loss.item()
         without = model(pixels).loss.item()
     assert losses == pytest.approx([expected] * 3, rel=1e-5)
     assert abs(without - expected) > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------- whole runs
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """The prefix lengths of every training forward pass."""
-    lengths: list[list[int]] = []
-    forward = NextBlockModel.forward
-
-    def remember(self, images, block_order=None, prefix_lengths=None, drop_path=None):
-        if self.training:
-            lengths.append([] if prefix_lengths is None else prefix_lengths.tolist())
-        return forward(self, images, block_order, prefix_lengths, drop_path)
-
-    monkeypatch.setattr(NextBlockModel, "forward", remember)
-    return lengths
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_the_workers(
-    tmp_path, seen, workers
+    tmp_path, monkeypatch, workers
 ):
-    run_toy(tmp_path / "run", {**PREFIX, "data.workers": workers, "train.micro_batch_size": 3})
+    seen, forward = [], NextBlockModel.forward
+
+    def remember(self, images, block_order=None, prefix_lengths=None, drop_path=None):
+        if self.training:
+            seen.append([] if prefix_lengths is None else prefix_lengths.tolist())
+        return forward(self, images, block_order, prefix_lengths, drop_path)
+
+    monkeypatch.setattr(NextBlockModel, "forward", remember)
+    run_toy(tmp_path, {**PREFIX, "data.workers": workers, "train.micro_batch_size": 3})
     steps = take(loader(ToySource(40), micro_batch_size=3), 7)
     batches = [batch for step in steps for batch in step.micro_batches]
     assert seen == [
@@ -176,28 +139,3 @@ def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_th
         for sample, length in zip(batch.samples.tolist(), lengths, strict=True)
     )
     assert max(Counter(sample for sample, _ in of_image).values()) == 2, "another length at another visit"
-
-
-@pytest.fixture(scope="module", params=["transformer", "mlp"])
-def whole(request, tmp_path_factory):
-    """A run of seven steps with prefixes that nothing stopped, and its settings."""
-    run = tmp_path_factory.mktemp(request.param) / "whole"
-    changes = {**ALL_RANDOM, "model.prefix": True, "model.predictor": request.param}
-    if request.param == "mlp":
-        changes |= {"model.projection_dim": None, "model.block_mlp_dim": None, "model.block_size": 1}
-    run_toy(run, changes)
-    return run, changes
-
-
-def test_a_run_with_prefixes_stopped_anywhere_goes_on_bit_for_bit(whole, tmp_path):
-    uninterrupted, changes = whole
-    run_toy(tmp_path / "run", changes, monitors=[SignalAt(4, signal.SIGTERM)])
-    run_toy(tmp_path / "run", changes)
-    assert_same_end(tmp_path / "run", uninterrupted, 7)
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_do_not_change_a_bit_of_a_run_with_prefixes(whole, tmp_path):
-    uninterrupted, changes = whole
-    run_toy(tmp_path / "run", {**changes, "data.workers": 2})
-    assert_same_end(tmp_path / "run", uninterrupted, 7)

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,11 @@ from torch import Tensor
 from nextblock.checkpoint import load_state
 from nextblock.cli import main
 from nextblock.cli.arguments import resolve
-from nextblock.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    MonitorConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from nextblock.config import CheckpointConfig, DataConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
 from nextblock.data import Source
 from nextblock.models import NextBlockModel
 from nextblock.train import Monitor, MonitorEvent, Reporter, Tick, TrainResult, train
-from toy import ToySource
+from toy import ToySource, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -42,17 +34,12 @@ CPU = torch.device("cpu")
 torch.set_num_threads(1)
 
 TINY = RunConfig(
-    model=ModelConfig(
+    model=tiny_config(
         image_size=16,
-        patch_size=4,
-        block_size=2,
         embed_dim=16,
-        depth=2,
         num_heads=2,
         projection_dim=16,
-        predictor_dim=16,
         predictor_depth=1,
-        predictor_heads=2,
         block_mlp_dim=16,
     ),
     data=DataConfig(val_resize_px=16, workers=0),
@@ -89,20 +76,34 @@ def run_toy(
     out: Path,
     changes: Mapping[str, Any] | None = None,
     *,
+    stop: int | None = None,
     monitors: Sequence[Monitor] = (),
     sources: Mapping[str, Source] | None = None,
     reporter: Quiet | None = None,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train `TINY` with some settings changed, on 40 toy pictures unless told otherwise."""
+    """Train `TINY` with some settings changed, on 40 toy pictures by default, up to step `stop`."""
+    stopping = [] if stop is None else [SignalAt(stop, signal.SIGINT)]
     return train(
         settings(changes),
         out,
         dict(sources or {"train": ToySource(40)}),
-        monitors=monitors,
+        monitors=[*monitors, *stopping],
         reporter=reporter or Quiet(),
         overwrite=overwrite,
     )
+
+
+def crash_toy(
+    out: Path, step: int, changes: Mapping[str, Any] | None = None, *, monitors: Sequence[Monitor] = ()
+) -> None:
+    """The same, ended after a step without a chance to save."""
+
+    def crash(*_: object) -> None:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        run_toy(out, changes, monitors=[*monitors, After(step, crash)])
 
 
 class Quiet(Reporter):
@@ -112,12 +113,13 @@ class Quiet(Reporter):
         super().__init__(Console(file=io.StringIO()))
         self.notes: list[str] = []
         self.ticks: list[Tick] = []
+        self.moves: list[tuple[int, float]] = []
 
     def begin(self, step: int, total_steps: int) -> None:
         self.began_at = (step, total_steps)
 
     def within(self, step: int, share: float) -> None:
-        pass
+        self.moves.append((step, share))
 
     def update(self, tick: Tick) -> None:
         self.ticks.append(tick)
@@ -126,39 +128,25 @@ class Quiet(Reporter):
         self.notes.append(text)
 
 
-# ------------------------------------------------------------------------------------------------- monitors
+class After:
+    """Does something after a step."""
+
+    every = "1st"
+
+    def __init__(self, step: int, act: Callable[[NextBlockModel, MonitorEvent], object]) -> None:
+        self.step, self.act = step, act
+
+    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
+        if event.step == self.step:
+            self.act(model, event)
+        return {}
 
 
-class SignalAt:
+class SignalAt(After):
     """Sends this process a signal after a step."""
 
-    every = "1st"
-
     def __init__(self, step: int, number: signal.Signals) -> None:
-        self.step, self.number = step, number
-
-    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
-        if event.step == self.step:
-            os.kill(os.getpid(), self.number)
-        return {}
-
-
-class CrashError(Exception):
-    """Nobody's fault: the test's."""
-
-
-class CrashAt:
-    """Ends the run at a step without a chance to save."""
-
-    every = "1st"
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
-        if event.step == self.step:
-            raise CrashError
-        return {}
+        super().__init__(step, lambda *_: os.kill(os.getpid(), number))
 
 
 class Remember:
@@ -186,12 +174,7 @@ class Meddle:
         np.random.seed(event.step)  # noqa: NPY002 - the global generator is what this is about
         random.seed(event.step)
         model.train()
-        return {
-            "meddle/sum": torch.rand(()).item() + np.random.rand() + random.random()  # noqa: NPY002
-        }
-
-
-# ----------------------------------------------------------------------------------------- the command line
+        return {"meddle/sum": torch.rand(()).item() + np.random.rand() + random.random()}  # noqa: NPY002
 
 
 def call_cli(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -209,9 +192,6 @@ def refused(told: tuple[int, str, str], code: int = 2) -> str:
     return told[2].strip().splitlines()[-1]
 
 
-# -------------------------------------------------------------------------------------------- image folders
-
-
 def write_images(folder: Path, count: int, *, broken: int = 0) -> None:
     """Write noisy pictures of 20 x 16 px as PNG, and some that cannot be read, in sorted order after them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,9 +203,6 @@ def write_images(folder: Path, count: int, *, broken: int = 0) -> None:
     contents = [whole[:60], b"", b"this is no picture"]
     for index in range(broken):
         (folder / f"broken_{index:02d}.png").write_bytes(contents[index % 3])
-
-
-# ---------------------------------------------------------------------------------------- what a run left
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -243,6 +220,14 @@ def state(run: Path, step: int) -> dict[str, Any]:
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def logged_steps(run: Path, kind: str = "train") -> list[int]:
+    return [line["step"] for line in metrics(run, kind)]
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def loss_lines(run: Path) -> list[dict[str, Any]]:
@@ -264,7 +249,7 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def assert_same_end(run: Path, other: Path, step: int) -> None:
+def assert_same_end(run: Path, other: Path, step: int = 7) -> None:
     """Weights, optimizer and loss curve of two runs agree bit for bit after `step` steps."""
     assert same(weights(run, step), weights(other, step))
     mine, theirs = state(run, step), state(other, step)
