@@ -41,8 +41,8 @@ SHOWN = (
 )
 
 
-def terminal(width: int) -> Console:
-    return Console(width=width, height=25, force_terminal=True, file=io.StringIO())
+def console(width: int = 80, *, is_terminal: bool = False) -> Console:
+    return Console(width=width, height=25, force_terminal=is_terminal, file=io.StringIO())
 
 
 def written(console: Console) -> str:
@@ -51,25 +51,13 @@ def written(console: Console) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
 
 
-@pytest.fixture
-def root_handler():
-    """A handler on standard error, as `logging.basicConfig` makes it."""
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger().addHandler(handler)
-    yield handler
-    logging.getLogger().removeHandler(handler)
-
-
-# ------------------------------------------------------------------------------------------- on a terminal
-
-
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_the_bar_loses_nothing_at_any_usual_width(width):
-    console = terminal(width)
-    with Reporter(console) as reporter:
+    shown = console(width, is_terminal=True)
+    with Reporter(shown) as reporter:
         reporter.begin(12_000, 100_000)
         reporter.update(TICK)
-    lines = [line.rstrip() for line in written(console).splitlines()]
+    lines = [line.rstrip() for line in written(shown).splitlines()]
     assert all(len(line) <= width for line in lines)
     assert "…" not in "".join(lines)
     drawn = next(at for at in reversed(range(len(lines))) if lines[at].startswith("step"))
@@ -78,31 +66,25 @@ def test_the_bar_loses_nothing_at_any_usual_width(width):
     assert parts == list(SHOWN), "none broken in two"
 
 
-def test_log_records_come_out_above_the_bar(root_handler):
-    console, before = terminal(80), root_handler.stream
-    with Reporter(console) as reporter:
-        reporter.begin(0, 10)
-        reporter.update(TICK._replace(step=1))
-        logging.getLogger("nextblock.test").warning("gradients of [step] 3 are not finite")
-    assert root_handler.stream is before
-    lines = written(console).splitlines()
-    told = [at for at, line in enumerate(lines) if "gradients of [step] 3 are not finite" in line]
-    assert len(told) == 1, "once, and whole"
-    assert lines[told[0] + 1].startswith("step "), "and the bar again below it"
-
-
-def test_handlers_of_the_log_are_restored_after_a_failure(root_handler):
-    before = root_handler.stream
+def test_log_records_come_out_above_the_bar_and_handlers_are_restored_after_a_failure():
+    handler, shown = logging.StreamHandler(sys.stderr), console(is_terminal=True)
+    logging.getLogger().addHandler(handler)
 
     def fail() -> None:
-        with Reporter(terminal(80)) as reporter:
+        with Reporter(shown) as reporter:
             reporter.begin(0, 10)
-            assert root_handler.stream is not before
+            reporter.update(TICK._replace(step=1))
+            logging.getLogger("nextblock.test").warning("gradients of [step] 3 are not finite")
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
         fail()
-    assert root_handler.stream is before
+    logging.getLogger().removeHandler(handler)
+    assert handler.stream is sys.stderr
+    lines = written(shown).splitlines()
+    told = [at for at, line in enumerate(lines) if "gradients of [step] 3 are not finite" in line]
+    assert len(told) == 1, "once, and whole"
+    assert lines[told[0] + 1].startswith("step "), "and the bar again below it"
 
 
 class Gone(io.StringIO):
@@ -118,34 +100,25 @@ def test_a_terminal_that_is_gone_fails_nothing(is_terminal):
         reporter.note("words")
 
 
-# ---------------------------------------------------------------------------------------------- elsewhere
-
-
-def test_off_a_terminal_a_step_is_one_line_with_everything():
-    console = Console(width=80, force_terminal=False, file=io.StringIO())
-    with Reporter(console) as reporter:
-        reporter.begin(99_999, 100_000)
+def test_off_a_terminal_a_step_is_one_line_with_everything_and_only_a_long_one_tells_how_far_it_is():
+    shown = console()
+    with Reporter(shown) as reporter:
+        reporter.begin(99_998, 100_000)
+        reporter.within(99_998, 0.1)
+        assert written(shown) == ""
+        reporter._began_s -= 100
+        reporter._step_began_s -= 100
+        reporter.within(99_998, 0.25)
         reporter.update(TICK._replace(step=100_000))
-    (line,) = written(console).splitlines()
+    early, line = written(shown).splitlines()
+    assert early == "step 99998/100000 · 25% of step 99999 · 11 min 40 s left"
     assert line.startswith("step 100000/100000 · epoch 1.5 · ")
     assert all(words in line for words in SHOWN)
     assert line.endswith("0 s left")
 
 
-def test_off_a_terminal_only_a_long_step_tells_how_far_it_is():
-    console = Console(width=80, force_terminal=False, file=io.StringIO())
-    with Reporter(console) as reporter:
-        reporter.begin(0, 2)
-        reporter.within(0, 0.1)
-        assert written(console) == ""
-        reporter._began_s -= 100
-        reporter._step_began_s -= 100
-        reporter.within(0, 0.25)
-    assert written(console) == "step 0/2 · 25% of step 1 · 11 min 40 s left\n"
-
-
 def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
-    reporter = Reporter(Console(file=io.StringIO()))
+    reporter = Reporter(console())
     reporter.begin(0, 10)
     assert reporter.finishing() == "finishing step 1 (its length is not known yet; 0 s so far)"
     reporter._began_s -= 40
@@ -155,7 +128,10 @@ def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
     assert reporter.finishing() == "finishing validation"
 
 
-# ------------------------------------------------------------------------------------------------- windows
+def test_control_characters_of_a_name_do_not_reach_the_terminal():
+    shown = console()
+    Reporter(shown).note("complete: 3 steps, in y/e\x1b[31mvil")
+    assert written(shown) == "complete: 3 steps, in y/e\\x1b[31mvil\n"
 
 
 def test_a_window_averages_what_is_finite_and_counts_what_was_skipped():
@@ -172,24 +148,19 @@ def test_a_window_averages_what_is_finite_and_counts_what_was_skipped():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_noted_and_acknowledged_and_handlers_are_put_back(number, capfd):
+def test_the_first_signal_is_noted_and_acknowledged_and_handlers_are_put_back(number, capfd):
     before = signal.getsignal(number)
+    signal.signal(number, signal.default_int_handler)  # nohup ignores SIGHUP
     with stop_on_signals(lambda: "finishing step 5, about 10 s") as stop:
         assert not stop
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal is number
     shown = capfd.readouterr().err
     assert shown.startswith(f"{number.name}: finishing step 5, about 10 s; then the run is saved. Again")
-    assert signal.getsignal(number) is before
+    assert shown.count("SIG") == 1, "two at once are one request"
+    assert signal.signal(number, before) is signal.default_int_handler
     assert signal.set_wakeup_fd(-1) == -1
-
-
-def test_two_signals_at_once_are_one_request(capfd):
-    with stop_on_signals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal is signal.SIGINT
-    assert capfd.readouterr().err.count("SIG") == 1
 
 
 def test_a_closed_standard_error_does_not_lose_the_request(monkeypatch):
@@ -263,9 +234,3 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert handlers == [(before, False)]
-
-
-def test_control_characters_of_a_name_do_not_reach_the_terminal():
-    shown = io.StringIO()
-    Reporter(Console(file=shown)).note("complete: 3 steps, in y/e\x1b[31mvil")
-    assert shown.getvalue() == "complete: 3 steps, in y/e\\x1b[31mvil\n"
