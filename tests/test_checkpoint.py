@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from nextblock.atomic import WriteError, write_aside
 from nextblock.checkpoint import (
-    FORMAT_VERSION,
     CheckpointError,
     is_safetensors,
     latest_checkpoint,
@@ -47,6 +46,21 @@ def files_in(directory):
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
+@pytest.fixture
+def path(tmp_path):
+    """A model file."""
+    save_model(tmp_path / "model.safetensors", tiny_model(), data=DataConfig())
+    return tmp_path / "model.safetensors"
+
+
+def rewrite(path, change=dict, **metadata):
+    """Write a model file again with its weights changed, or what it says of itself; None: not said."""
+    with safe_open(path, framework="pt") as file:
+        told = {**file.metadata(), **metadata}
+    told = {name: value for name, value in told.items() if value is not None}
+    save_file({name: w.clone() for name, w in change(load_file(path)).items()}, path, told)
+
+
 # --------------------------------------------------------------------------------------------- there and back
 
 
@@ -56,15 +70,17 @@ def files_in(directory):
         {},
         {"predictor": None, "feature_attention": "full"},
         {"num_predicted_blocks": 2, "order": "random", "order_seed": 3, "drop_path": 0.1, "loss": "l1"},
-        {"image_size": (24, 16), "block_size": (3, 1)},
+        {"image_size": (24, 16), "block_size": (3, 1), "positions": "sincos"},
     ],
     ids=str,
 )
-def test_a_model_comes_back_with_its_settings_and_weights(changes, tmp_path):
+def test_a_model_comes_back_with_its_settings_and_weights_drawn_by_nobody(changes, tmp_path):
     model = tiny_model(**changes)
     save_model(tmp_path / "model.safetensors", model)
+    content, state = (tmp_path / "model.safetensors").read_bytes(), torch.get_rng_state()
     found = read_model(tmp_path / "model.safetensors")
     assert isinstance(found, NextBlockModel)
+    assert torch.equal(torch.get_rng_state(), state)
     assert found.config == model.config
     assert same_weights(found, model)
     assert not found.training
@@ -72,6 +88,15 @@ def test_a_model_comes_back_with_its_settings_and_weights(changes, tmp_path):
     assert torch.equal(found.encode(images).tokens, model.encode(images).tokens)
     if model.predictor is not None:
         assert torch.equal(found(images).predictions, model(images).predictions)
+    assert not any(t.is_meta for t in (*found.parameters(), *found.buffers()))
+    assert all(torch.equal(found.get_buffer(name), table) for name, table in model.named_buffers())
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in found.named_parameters()} == wanted
+    assert all(wanted.values()) == (model.config.positions == "learned")
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.add_(1)
+    assert (tmp_path / "model.safetensors").read_bytes() == content
 
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
@@ -91,39 +116,32 @@ def test_a_classifier_comes_back_with_its_head_and_class_names(kind, class_names
     assert torch.equal(found(tiny_images()), classifier(tiny_images()))
 
 
-def test_a_model_file_says_what_it_is(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_model(path, tiny_model())
+def test_a_model_file_says_what_it_is_and_how_its_images_are_cut_where_that_is_known(path, tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["format_version"]) == ("nextblock", str(FORMAT_VERSION))
+    assert (metadata["format"], metadata["format_version"]) == ("nextblock", "1")
     assert (metadata["kind"], json.loads(metadata["config"])["block_size"]) == ("model", 2)
-
-
-def test_a_model_file_says_how_its_images_are_cut_where_that_is_known(tmp_path):
     data = DataConfig(train="DIR", mean=(0.5,), std=(0.25,), val_resize_px=32, val_crop="squash")
     recorded = replace(data, train=None)
-    save_model(tmp_path / "model.safetensors", tiny_model(), data=data)
+    save_model(path, tiny_model(), data=data)
     checkpoint = save_checkpoint(tmp_path / "checkpoints", tiny_model(), STATE, 1, data=data)
     classifier = ImageClassifier(tiny_model(), HeadConfig(kind="linear", num_classes=3, layers=(0,)))
     save_classifier(tmp_path / "head", classifier, data=data)
     for directory in (tmp_path, checkpoint, tmp_path / "head"):
         assert read_data(directory / "model.safetensors") == recorded
         read_model(directory / "model.safetensors")
-    save_model(tmp_path / "silent.safetensors", tiny_model())
-    assert read_data(tmp_path / "silent.safetensors") is None
-    told = {"mean": [0.5], "std": [0.25], "val_resize_px": 32}  # as before there was another crop
-    changed_metadata(tmp_path / "model.safetensors", data=json.dumps(told))
-    assert read_data(tmp_path / "model.safetensors") == replace(recorded, val_crop="center")
+    # as before there was another crop
+    rewrite(path, data=json.dumps({"mean": [0.5], "std": [0.25], "val_resize_px": 32}))
+    assert read_data(path) == replace(recorded, val_crop="center")
+    rewrite(path, data=None)
+    assert read_data(path) is None
 
 
-def test_safetensors_are_told_by_their_content(tmp_path):
-    save_model(tmp_path / "weights.bin", tiny_model())
+def test_safetensors_are_told_by_their_content(path, tmp_path):
     (tmp_path / "text.safetensors").write_text("not tensors at all")
     (tmp_path / "empty.safetensors").touch()
-    assert is_safetensors(tmp_path / "weights.bin")
-    assert not is_safetensors(tmp_path / "text.safetensors")
-    assert not is_safetensors(tmp_path / "empty.safetensors")
+    found = [is_safetensors(file) for file in sorted(tmp_path.iterdir())]
+    assert found == [False, True, False]
 
 
 def test_a_checkpoint_comes_back_with_model_and_training_state(tmp_path):
@@ -143,12 +161,8 @@ def test_a_checkpoint_comes_back_with_model_and_training_state(tmp_path):
         assert all(torch.equal(state["optimizer"]["state"][number][name], moments[name]) for name in moments)
 
 
-def test_half_precision_weights_are_read_as_fp32(tmp_path):
-    model, path = tiny_model(), tmp_path / "model.safetensors"
-    save_model(path, model)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    save_file({name: w.bfloat16() for name, w in load_file(path).items()}, path, metadata)
+def test_half_precision_weights_are_read_as_fp32(path):
+    rewrite(path, lambda weights: {name: w.bfloat16() for name, w in weights.items()})
     found = read_model(path)
     assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
     assert torch.equal(found.state_dict()["encoder.norm.weight"], torch.ones(24))
@@ -180,26 +194,19 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were_and_says_so(place, step
     assert load_state(intact)["step"] == 3
 
 
-def test_where_the_last_rename_fails_the_directory_of_before_comes_back(tmp_path, monkeypatch):
-    before = tiny_model(seed=1)
-    path = save_checkpoint(tmp_path, before, STATE, 1)
-    replace = Path.replace
+def test_a_checkpoint_of_the_same_step_is_replaced_or_comes_back_if_the_last_rename_fails(
+    tmp_path, monkeypatch
+):
+    for seed in (1, 2):
+        path = save_checkpoint(tmp_path, tiny_model(seed), STATE, 1)
+    move = Path.replace
 
     def fails_for_the_new(self, target):
-        if self.name.startswith(".writing-"):
-            full_disk()
-        return replace(self, target)
+        return full_disk() if self.name.startswith(".writing-") else move(self, target)
 
     monkeypatch.setattr(Path, "replace", fails_for_the_new)
     with pytest.raises(WriteError, match="before is intact"):
-        save_checkpoint(tmp_path, tiny_model(seed=2), STATE, 1)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert same_weights(read_model(path / "model.safetensors"), before)
-
-
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
-    for seed in (1, 2):
-        path = save_checkpoint(tmp_path, tiny_model(seed), STATE, 1)
+        save_checkpoint(tmp_path, tiny_model(seed=3), STATE, 1)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert same_weights(read_model(path / "model.safetensors"), tiny_model(2))
 
@@ -248,9 +255,6 @@ def test_what_a_killed_process_left_half_written_is_not_seen_and_cleared_by_the_
     assert files_in(path) == ["checksums.json", "model.safetensors", "state.pt"]
 
 
-# ----------------------------------------------------------------------------------------------- many of them
-
-
 def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "nowhere") is None
@@ -261,13 +265,6 @@ def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- refusals
-
-
-def changed_metadata(path, **changes):
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    metadata = {name: value for name, value in {**metadata, **changes}.items() if value is not None}
-    save_file(load_file(path), path, metadata)
 
 
 def own_settings(**changes):
@@ -297,97 +294,60 @@ DAMAGED = {
     "channels": ({"config": own_settings(in_chans=10**9)}, "do not fit the model"),
     "deep network": ({"config": own_settings(depth=10**9)}, "1000000000 layers, the weights 2"),
     "large images": ({"config": own_settings(image_size=800_000)}, "40000000000 patches, the weights 24"),
-    "predictor": (
-        {"config": own_settings(predictor_depth=10**9)},
-        "1000000000 predictor layers, the weights 2",
-    ),
+    "predictor": ({"config": own_settings(predictor_depth=10**9)}, "1000000000 predictor layers, the weig"),
     "distances": ({"config": own_settings(num_predicted_blocks=4)}, "4 predicted blocks, the weights 1"),
 }
 
 
 @pytest.mark.parametrize(("changes", "words"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_model_file_is_refused_with_its_name_and_the_cause(changes, words, tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_model(path, tiny_model(), data=DataConfig())
-    changed_metadata(path, **changes)
+def test_a_damaged_model_file_is_refused_with_its_name_and_the_cause(changes, words, path):
+    rewrite(path, **changes)
     with pytest.raises(CheckpointError, match=rf"model\.safetensors[^|]*{re.escape(words)}"):
         read_model(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_a_model_file_that_is_not_complete_is_refused(share, tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_model(path, tiny_model())
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match="the file is not complete: take an intact copy"):
-        read_model(path)
-    path = save_checkpoint(tmp_path, tiny_model(), STATE, 3) / "model.safetensors"
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match=r"remove .*step_00000003 to resume from the one before"):
-        read_model(path)
+def test_a_model_file_that_is_not_complete_is_refused(share, path, tmp_path):
+    content = path.read_bytes()[: int(share * path.stat().st_size)]
+    checkpoint = save_checkpoint(tmp_path, tiny_model(), STATE, 3)
+    remedies = {
+        path: "take an intact copy",
+        checkpoint / path.name: f"remove {checkpoint} to resume from the",
+    }
+    for file, remedy in remedies.items():
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"the file is not complete: {remedy}"):
+            read_model(file)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, tmp_path):
-    path, model = tmp_path / "model.safetensors", tiny_model()
-    save_model(path, model)
-    weights = {name: w.clone() for name, w in load_file(path).items()}
-    weights["encoder.norm.bias"][3] = value
-    model.state_dict()["encoder.norm.bias"][3] = value
-    with pytest.raises(
-        CheckpointError, match=r"1 tensors .* NaN or inf \(encoder.norm.bias\); it was not saved"
-    ):
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, path, tmp_path):
+    def spoil(weights):
+        weights["encoder.norm.bias"][3] = value
+        return weights
+
+    model = tiny_model()
+    spoil(model.state_dict())
+    message = r"1 tensors .* NaN or inf \(encoder.norm.bias\); it was not saved"
+    with pytest.raises(CheckpointError, match=message):
         save_model(tmp_path / "new.safetensors", model)
     assert files_in(tmp_path) == ["model.safetensors"]
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    save_file(weights, path, metadata)
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors hold NaN or inf \(encoder.norm.bias\); take"
-    ):
+    rewrite(path, spoil)
+    message = r"model\.safetensors hold NaN or inf \(encoder.norm.bias\); take"
+    with pytest.raises(CheckpointError, match=message):
         read_model(path)
 
 
-def test_large_finite_weights_are_taken_though_their_sum_is_infinite(tmp_path):
-    model = tiny_model()
+def test_large_finite_weights_are_taken_though_their_sum_is_infinite_in_a_file_of_the_umasks_mode(tmp_path):
+    model, path = tiny_model(), tmp_path / "model.safetensors"
     model.state_dict()["encoder.norm.bias"].fill_(3e38)
-    save_model(tmp_path / "model.safetensors", model)
-    assert same_weights(read_model(tmp_path / "model.safetensors"), model)
-
-
-def test_a_loaded_model_is_drawn_by_nobody_and_changes_no_file(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_model(path, tiny_model(order="random"))
-    content, state = path.read_bytes(), torch.get_rng_state()
-    found = read_model(path)
-    assert isinstance(found, NextBlockModel)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not any(t.is_meta for t in (*found.parameters(), *found.buffers()))
-    for name, table in tiny_model(order="random").named_buffers():
-        assert torch.equal(found.get_buffer(name), table)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.add_(1)
-    assert path.read_bytes() == content
-
-
-def test_fixed_positions_take_no_gradient_after_loading_either(tmp_path):
-    model = tiny_model(positions="sincos")
-    save_model(tmp_path / "model.safetensors", model)
-    found = read_model(tmp_path / "model.safetensors")
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    assert {name: p.requires_grad for name, p in found.named_parameters()} == wanted
-    assert not all(wanted.values())
-
-
-def test_a_model_file_has_the_mode_that_the_umask_gives(tmp_path):
     before = os.umask(0o027)
     try:
-        save_model(tmp_path / "model.safetensors", tiny_model())
+        save_model(path, model)
     finally:
         os.umask(before)
-    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert same_weights(read_model(path), model)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("length", [None, 0, 4, 100, -1000, -1])

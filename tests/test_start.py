@@ -15,28 +15,40 @@ from nextblock.targets import KMeansTokenizer
 from test_checkpoint import STATE, same_weights
 from toy import tiny_images, tiny_model
 
-AIM = {
-    "positions": "sincos",
-    "patch_norm": True,
-    "bias": False,
-    "predictor": "mlp",
-    "predictor_extra_norm": True,
-}
+AIM = {"positions": "sincos", "patch_norm": True, "bias": False}
+AIM |= {"predictor": "mlp", "predictor_extra_norm": True}
 
 
-def test_a_model_of_the_same_sizes_takes_everything_over():
-    model, other = tiny_model(1), tiny_model(2)
-    report = initialize_from(model, other, "RUN")
+def started(other, **changes):
+    """A model of some settings changed that started from another, and the report."""
+    model = tiny_model(1, **changes)
+    return model, initialize_from(model, other, "RUN")
+
+
+def test_a_model_of_the_same_sizes_takes_everything_over_and_create_model_too(tmp_path):
+    tokens = {"tokenizer": "kmeans", "vocab_size": 5}
+    other = tiny_model(2, **tokens)
+    assert other.targets is not None
+    other.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    model, report = started(other, **tokens)
     assert same_weights(model, other)
+    assert isinstance(model.tokenizer, KMeansTokenizer)
+    assert model.tokenizer.is_fitted
     assert report.origin == "RUN"
     assert set(report.loaded) == set(model.state_dict())
     assert report.resampled == report.fresh == report.unused == ()
+    assert report.trained_otherwise == report.differing == {}
+
+    save_model(tmp_path / "model.safetensors", tiny_model(2))
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "image_size": 16}
+    name, created = "blocks.1.mlp.fc2.weight", create_model("xtra-tiny", **sizes, init=str(tmp_path))
+    assert torch.equal(created.encoder.state_dict()[name], tiny_model(2).encoder.state_dict()[name])
 
 
 @pytest.mark.parametrize("image_size", [(32, 32), (24, 16)], ids=["larger", "turned on its side"])
 def test_for_another_image_size_only_positions_are_resampled(image_size):
-    model, other = tiny_model(1, image_size=image_size), tiny_model(2)
-    report = initialize_from(model, other, "RUN")
+    other = tiny_model(2)
+    model, report = started(other, image_size=image_size)
     assert report.resampled == ("encoder.pos_embed", "predictor.pos_embed")
     assert report.fresh == report.unused == ()
     for name, tensor in model.state_dict().items():
@@ -46,9 +58,9 @@ def test_for_another_image_size_only_positions_are_resampled(image_size):
 
 
 def test_another_predictor_stays_fresh_and_is_listed():
-    model, other = tiny_model(1, predictor_dim=32, predictor_depth=1), tiny_model(2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = initialize_from(model, other, "RUN")
+    changes = {"predictor_dim": 32, "predictor_depth": 1}
+    before = tiny_model(1, **changes).state_dict()
+    model, report = started(tiny_model(2), **changes)
     assert {"predictor.pos_embed", "predictor.blocks.0.attn.qkv.weight"} <= set(report.fresh)
     assert "predictor.blocks.1.norm1.weight" in report.unused
     assert {name for name in before if name.startswith("encoder.")} <= set(report.loaded)
@@ -56,27 +68,26 @@ def test_another_predictor_stays_fresh_and_is_listed():
         assert torch.equal(tensor, before[name]) == (name in report.fresh or before[name].std() == 0), name
 
 
+@pytest.mark.parametrize("other", [{"predictor": "mlp"}, {"predictor_heads": 4}])
+def test_predictor_layers_of_another_kind_or_of_other_heads_stay_fresh(other):
+    _, report = started(tiny_model(2, **other))
+    assert "predictor.blocks.0.mlp.fc1.weight" in set(report.fresh) & set(report.unused)
+    assert "predictor.projection.0.weight" in report.loaded
+
+
 @pytest.mark.parametrize(
     ("here", "there", "words"),
     [
-        (
-            {},
-            {"embed_dim": 48, "depth": 3},
-            r"RUN fits: it is 48 wide with 3 layers, this model 24 wide with 2",
-        ),
+        ({}, {"embed_dim": 48, "depth": 3}, "RUN fits: it is 48 wide with 3 layers, this model 24 wide with"),
         ({"num_heads": 2}, {}, r"has 3 attention heads, this model 2.*set model\.num_heads 3"),
     ],
 )
 def test_weights_that_do_not_fit_or_would_fit_and_mean_something_else_are_refused(here, there, words):
     with pytest.raises(CheckpointError, match=words):
-        initialize_from(tiny_model(1, **here), tiny_model(2, **there), "RUN")
+        started(tiny_model(2, **there), **here)
 
 
-@pytest.mark.parametrize("other", [{"predictor": "mlp"}, {"predictor_heads": 4}])
-def test_predictor_layers_of_another_kind_or_of_other_heads_stay_fresh(other):
-    report = initialize_from(tiny_model(1), tiny_model(2, **other), "RUN")
-    assert "predictor.blocks.0.mlp.fc1.weight" in set(report.fresh) & set(report.unused)
-    assert "predictor.projection.0.weight" in report.loaded
+# --------------------------------------------------------------------------------------------- what is told
 
 
 def test_starting_from_a_run_says_what_became_of_every_weight(tmp_path, caplog):
@@ -84,12 +95,12 @@ def test_starting_from_a_run_says_what_became_of_every_weight(tmp_path, caplog):
     model = tiny_model(1, image_size=(32, 32), predictor_depth=1)
     with caplog.at_level(logging.INFO):
         report = initialize(model, tmp_path)
-    name = "encoder.blocks.0.attn.qkv.weight"
-    assert torch.equal(model.state_dict()[name], tiny_model(2).state_dict()[name])
     assert report.differing == {}
     assert f"{len(report.loaded)} tensors loaded" in caplog.text
     assert "resampled: encoder.pos_embed, predictor.pos_embed" in caplog.text
     assert "unused, not here: predictor.blocks.1 (12)" in caplog.text
+    names = [f"encoder.blocks.{i}.norm1.{what}" for i in (0, 1, 2) for what in ("weight", "bias")]
+    assert in_groups([*names, "encoder.norm.bias"]) == {"encoder.blocks.0-2": 6, "encoder.norm": 1}
 
 
 def test_heads_that_a_file_does_not_tell_are_taken_to_be_the_models_with_a_warning(golden_dir, caplog):
@@ -100,78 +111,42 @@ def test_heads_that_a_file_does_not_tell_are_taken_to_be_the_models_with_a_warni
     assert "set model.num_heads" in warning
 
 
-def test_parts_are_counted_with_their_layers():
-    names = [f"encoder.blocks.{i}.norm1.{what}" for i in (0, 1, 2) for what in ("weight", "bias")]
-    assert in_groups([*names, "encoder.norm.bias"]) == {"encoder.blocks.0-2": 6, "encoder.norm": 1}
-
-
 def test_the_task_that_the_weights_were_trained_for_is_told_where_it_is_another(tmp_path, caplog):
     save_model(tmp_path / "model.safetensors", tiny_model(2))
     with caplog.at_level(logging.INFO):
         report = initialize(tiny_model(1, block_size=4, image_size=32, order="spiral", prefix=True), tmp_path)
     assert report.differing == {}
-    assert report.trained_otherwise == {
-        "model.block_size": (4, 2), "model.order": ("spiral", "raster"), "model.prefix": (True, False)
-    }  # fmt: skip
+    others = {"block_size": (4, 2), "order": ("spiral", "raster"), "prefix": (True, False)}
+    assert report.trained_otherwise == {f"model.{name}": values for name, values in others.items()}
     assert "trained under other settings: model.block_size 2 there, 4 here; model.order raster" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    assert initialize_from(tiny_model(1), tiny_model(2), "RUN").trained_otherwise == {}
-
-
-def test_create_model_starts_from_the_weights_of_init(tmp_path):
-    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "image_size": 16}
-    save_model(tmp_path / "model.safetensors", tiny_model(2))
-    model = create_model("xtra-tiny", **sizes, init=str(tmp_path))
-    assert torch.equal(
-        model.state_dict()["encoder.blocks.1.mlp.fc2.weight"],
-        tiny_model(2).state_dict()["encoder.blocks.1.mlp.fc2.weight"],
-    )
-
-
-# ------------------------------------------------------------------------------------------- from and to AIM
-
-
-def test_fixed_positions_stay_as_they_are_and_are_not_listed():
-    model, other = tiny_model(1, image_size=(32, 32), **AIM), tiny_model(2, **AIM)
-    report = initialize_from(model, other, "RUN")
-    assert report.resampled == report.fresh == report.unused == ()
-    expected = sincos_positions((8, 8), 24)
-    assert torch.equal(model.get_parameter("encoder.pos_embed"), expected)
-
-
-def test_learned_positions_begin_where_fixed_ones_are_on_this_models_grid():
-    same = {"patch_norm": True, "bias": False}
-    model, other = tiny_model(1, image_size=(32, 32), **same), tiny_model(2, **AIM)
-    report = initialize_from(model, other, "RUN")
-    assert report.differing == {}
-    assert "encoder.pos_embed" in report.resampled
-    assert torch.equal(model.get_parameter("encoder.pos_embed"), sincos_positions((8, 8), 24))
-
-
-def test_an_encoder_without_biases_is_the_same_function_with_fresh_ones():
-    model, other = tiny_model(1, patch_norm=True), tiny_model(2, **AIM)
-    report = initialize_from(model, other, "RUN")
-    assert report.differing == {}
-    assert "encoder.blocks.0.attn.qkv.bias" in report.fresh
-    torch.testing.assert_close(model.encode(tiny_images()).tokens, other.encode(tiny_images()).tokens)
 
 
 def test_settings_by_which_the_same_weights_compute_something_else_are_told(tmp_path, caplog):
     save_model(tmp_path / "model.safetensors", tiny_model(2, norm_eps=1e-5, **AIM))
-    model = tiny_model(1)
-    with caplog.at_level(logging.WARNING):
-        report = initialize(model, tmp_path)
+    report = initialize(tiny_model(1), tmp_path)
     assert report.differing == {"model.norm_eps": (1e-6, 1e-5), "model.patch_norm": (False, True)}
     assert "set model.norm_eps 1e-05 (here 1e-06)" in caplog.text
     assert "set model.patch_norm true (here false)" in caplog.text
 
 
-def test_a_fitted_tokenizer_is_taken_over():
-    tokens = {"tokenizer": "kmeans", "vocab_size": 5}
-    model, other = tiny_model(1, **tokens), tiny_model(2, **tokens)
-    assert other.targets is not None
-    other.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
-    report = initialize_from(model, other, "RUN")
-    assert "tokenizer.centroids" in report.loaded
-    assert isinstance(model.tokenizer, KMeansTokenizer)
-    assert model.tokenizer.is_fitted
+# ------------------------------------------------------------------------------------------------ from AIM
+
+
+@pytest.mark.parametrize(
+    ("changes", "resampled"), [(AIM, []), ({"patch_norm": True, "bias": False}, ["encoder.pos_embed"])]
+)
+def test_fixed_and_learned_positions_begin_as_the_fixed_ones_of_this_models_grid(changes, resampled):
+    model, report = started(tiny_model(2, **AIM), image_size=(32, 32), **changes)
+    assert report.differing == {}
+    assert [name for name in report.resampled if name.startswith("encoder.")] == resampled
+    assert changes != AIM or report.resampled == report.fresh == report.unused == ()
+    assert torch.equal(model.get_parameter("encoder.pos_embed"), sincos_positions((8, 8), 24))
+
+
+def test_an_encoder_without_biases_is_the_same_function_with_fresh_ones():
+    other = tiny_model(2, **AIM)
+    model, report = started(other, patch_norm=True)
+    assert report.differing == {}
+    assert "encoder.blocks.0.attn.qkv.bias" in report.fresh
+    torch.testing.assert_close(model.encode(tiny_images()).tokens, other.encode(tiny_images()).tokens)
