@@ -14,16 +14,13 @@ from nextblock.cli import VERBS
 from nextblock.cli.arguments import Parser
 from nextblock.presets import get_preset
 from nextblock.settings import flatten, to_dict
-from tiny_runs import call_cli, refused, run_toy
+from tiny_runs import call_cli, refused
 
 
 @pytest.fixture
 def cli(capsys):
     """`cli("info", "RUN")` -> exit code, standard output, standard error."""
     return partial(call_cli, capsys)
-
-
-# ------------------------------------------------------------------------------------------------- precedence
 
 
 @pytest.fixture
@@ -48,19 +45,13 @@ def files(tmp_path):
 
 
 def test_flags_win_over_config_files_and_those_over_the_preset_whatever_the_order(resolved, files):
-    preset, flag = ("--preset", "xtra-tiny"), ("--optim.lr=0.125",)
-    configs = ("--config", files[0], f"--config={files[1]}")
-    for words in (
-        (*preset, *configs, *flag),
-        (*flag, *configs, *preset),
-        (*configs[:2], *flag, *preset, configs[2]),
-    ):
-        settings = resolved(*words)
-        assert settings["optim.lr"] == 0.125
-        assert settings["optim.weight_decay"] == 0.75
-        assert settings["model.depth"] == 7
-        assert settings["model.embed_dim"] == get_preset("xtra-tiny").config.model.embed_dim
-        assert settings["preset"] == "xtra-tiny"
+    preset, flag = ("--preset", "xtra-tiny"), "--optim.lr=0.125"
+    config, more = ("--config", files[0]), f"--config={files[1]}"
+    orders = (*preset, *config, more, flag), (flag, *config, more, *preset), (*config, flag, *preset, more)
+    expected = {"preset": "xtra-tiny", "model.embed_dim": get_preset("xtra-tiny").config.model.embed_dim}
+    expected |= {"optim.lr": 0.125, "optim.weight_decay": 0.75, "model.depth": 7}
+    for words in orders:
+        assert expected.items() <= resolved(*words).items()
 
 
 def test_a_later_config_file_wins(resolved, files):
@@ -71,12 +62,8 @@ def test_a_later_config_file_wins(resolved, files):
 def test_a_config_file_may_name_the_preset_and_a_flag_another(resolved, tmp_path):
     (tmp_path / "p.yaml").write_text("preset: xtra-tiny\nmodel: {depth: 3}\n")
     for words, preset, width in (((), "xtra-tiny", 128), (("--preset", "xtra-s16"), "xtra-s16", 384)):
-        settings = resolved("--config", tmp_path / "p.yaml", *words)
-        assert (settings["preset"], settings["model.embed_dim"], settings["model.depth"]) == (
-            preset,
-            width,
-            3,
-        )
+        expected = {"preset": preset, "model.embed_dim": width, "model.depth": 3}
+        assert expected.items() <= resolved("--config", tmp_path / "p.yaml", *words).items()
 
 
 def test_what_print_config_prints_is_a_config_file_of_the_same_settings(cli, tmp_path, files):
@@ -88,7 +75,7 @@ def test_what_print_config_prints_is_a_config_file_of_the_same_settings(cli, tmp
     assert again == (0, out, "")
 
 
-def test_every_verb_of_evaluation_takes_config_files_and_prints_its_settings(cli, tmp_path):
+def test_a_verb_of_evaluation_takes_config_files_and_prints_its_settings(cli, tmp_path):
     (tmp_path / "grid.yaml").write_text("model: RUN\ntrain: digits\nlr: [1e-3, 1e-2]\nepochs: 3\n")
     (tmp_path / "other.yaml").write_text("epochs: 4\nheads: [linear]\n")
     words = ("--lr", "3e-3", "--out", "OUT", "--config", tmp_path / "grid.yaml", "--print_config")
@@ -102,29 +89,15 @@ def test_every_verb_of_evaluation_takes_config_files_and_prints_its_settings(cli
     assert "grid.yaml, line 3: unknown setting lr; --help lists all" in error
 
 
-def test_the_config_of_a_run_is_a_config_file(resolved, tmp_path):
-    run_toy(tmp_path / "run", {"train.duration": "1st"})
-    written = flatten(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
-    settings = resolved("--config", tmp_path / "run" / "config.yaml")
-    assert {name: settings[name] for name in written} == written
-
-
 def test_without_images_or_a_run_there_is_nothing_to_train_on(cli, tmp_path):
-    code, _, err = cli("pretrain", "--out", tmp_path / "run")
-    assert code == 2
-    assert (
-        f"nothing to train on, and {tmp_path / 'run'} is no run to resume; name a directory of images" in err
-    )
+    error = refused(cli("pretrain", "--out", tmp_path / "run"))
+    assert f"nothing to train on, and {tmp_path / 'run'} is no run to resume; name a directory" in error
     assert not (tmp_path / "run").exists()
-
-
-# -------------------------------------------------------------------------------- flags given several times
 
 
 @pytest.mark.parametrize(
     ("words", "name", "expected"),
     [
-        ("--data.train A", "data.train", "A"),
         ("--data.train A --data.train B", "data.train", ["A", "B"]),
         ('--data.train C --data.train ["A","B"]', "data.train", ["A", "B"]),
         ('--data.train ["A","B"] --data.train C', "data.train", "C"),
@@ -137,11 +110,9 @@ def test_without_images_or_a_run_there_is_nothing_to_train_on(cli, tmp_path):
         ("--data.train 0x10", "data.train", "0x10"),
         ("--data.weights 0.8 --seed 3 --data.weights=0.2", "data.weights", [0.8, 0.2]),
         ("--data.weights [0.8,0.2]", "data.weights", [0.8, 0.2]),
-        ("--data.weights 1", "data.weights", [1.0]),
         ("--data.weights 1 --data.weights null", "data.weights", None),
         ("--data.weights 0.8,0.2", "data.weights", [0.8, 0.2]),
         ("--data.val #h", "data.val", "#h"),
-        ("--data.val [x]", "data.val", "[x]"),
         ("--data.val=-x", "data.val", "-x"),
         ("--data.val null", "data.val", None),
         ("--model.image-size 32x64", "model.image_size", [32, 64]),
@@ -186,16 +157,9 @@ def test_null_is_refused_where_a_file_of_that_name_is_meant(cli, tmp_path, monke
 def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert resolved("--data.val=~/x")["data.val"] == "/home/me/x"
-    assert parse_out("--out=~/x") == "/home/me/x"
-
-
-def parse_out(word):
     parser = Parser("test", "")
     parser.add_argument("--out", type=str, default=None)
-    return parser.parse([word]).out
-
-
-# ------------------------------------------------------------------------------------------------------ slips
+    assert parser.parse(["--out=~/x"]).out == "/home/me/x"
 
 
 @pytest.mark.parametrize(
@@ -225,20 +189,10 @@ def test_a_slip_is_answered_with_the_flag_that_is_meant(cli, words, message):
     assert message in refused(cli(*words.split()))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--model.predictor null",
-        "--data.normalize auto --data.mean 0.5,0.5,0.5",
-        "--model.image_size 100",
-    ],
-)
+@pytest.mark.parametrize("words", ["--model.predictor null", "--model.image_size 100"])
 def test_print_config_refuses_what_a_run_refuses(cli, words):
     plain = refused(cli("pretrain", "--out", "r", "--data.train", "digits", *words.split()))
     assert refused(cli("pretrain", *words.split(), "--print_config")) == plain
-
-
-# -------------------------------------------------------------------------------------------- config files
 
 
 @pytest.mark.parametrize(
@@ -291,14 +245,11 @@ def test_a_config_file_means_what_is_written(resolved, tmp_path, monkeypatch, co
     assert resolved("--preset", "xtra-tiny", "--config", tmp_path / "c.yaml")[name] == expected
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "is not a file"), (b"\xff\xfes", "is not UTF-8")])
-def test_a_config_file_that_cannot_be_read_is_named(cli, tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "c.yaml").write_bytes(content)
-    assert f"c.yaml {message}" in refused(cli("pretrain", "--out", "x", "--config", tmp_path / "c.yaml"))
-
-
-# -------------------------------------------------------------------------------------------- help, processes
+def test_a_config_file_that_cannot_be_read_is_named(cli, tmp_path):
+    words = ("pretrain", "--out", "x", "--config", tmp_path / "c.yaml")
+    assert "c.yaml is not a file" in refused(cli(*words))
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfes")
+    assert "c.yaml is not UTF-8" in refused(cli(*words))
 
 
 HELP = """

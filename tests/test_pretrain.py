@@ -135,9 +135,6 @@ def test_a_validation_set_without_a_readable_image_has_no_loss(tmp_path):
     assert {line["val_loss"] for line in metrics(tmp_path / "run", "val")} == {None}
 
 
-# -------------------------------------------------------------------------------- going on from other weights
-
-
 def go_on_from(src, tmp_path, model, caplog):
     """Train two steps from `src`; the weights before the first, and what was said of them."""
     config = resolve(TINY, {"data.train": "digits", "data.val_resize_px": 64, "train.duration": "2st"})

@@ -144,9 +144,6 @@ def test_a_window_averages_what_is_finite_and_counts_what_was_skipped():
     assert (values["images_per_s"], values["data_wait"]) == (3.0, 0.5)
 
 
-# ------------------------------------------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_noted_and_acknowledged_and_handlers_are_put_back(number, capfd):
     before = signal.getsignal(number)

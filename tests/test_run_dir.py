@@ -58,9 +58,6 @@ def open_with(run, changes=None, sources=None, *, overwrite=False):
     return directory
 
 
-# ----------------------------------------------------------------------------------------------- the same run
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -169,9 +166,6 @@ def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(run):
         open_with(run)
 
 
-# ----------------------------------------------------------------------------------- damaged, deleted, in use
-
-
 @pytest.mark.parametrize(
     ("name", "content", "remedy"),
     [
@@ -229,9 +223,6 @@ def test_a_run_deleted_under_way_ends_at_the_next_checkpoint_with_an_error(tmp_p
     with pytest.raises(WriteError, match=told):
         run_toy(tmp_path / "run", {"checkpoint.every": "3st"}, monitors=[After(2, delete)])
     assert not checkpoints(tmp_path / "run")
-
-
-# -------------------------------------------------------------------------------------------- another's place
 
 
 def test_log_files_and_what_a_killed_start_left_do_not_occupy_a_directory_and_logs_survive(
@@ -303,9 +294,6 @@ def test_a_run_that_fails_before_it_begins_leaves_the_old_one(run, changes):
     with pytest.raises(ValueError, match=r"less than one batch|fp16 needs a GPU"):
         run_toy(run, changes, overwrite=True)
     assert contents(run) == before
-
-
-# ---------------------------------------------------------------------------------------------------- metrics
 
 
 @pytest.mark.parametrize(("step", "left"), [(-1, 0), (0, 1), (2, 4), (3, 5), (9, 5)])

@@ -87,9 +87,6 @@ def test_weights_that_do_not_fit_or_would_fit_and_mean_something_else_are_refuse
         started(tiny_model(2, **there), **here)
 
 
-# --------------------------------------------------------------------------------------------- what is told
-
-
 def test_starting_from_a_run_says_what_became_of_every_weight(tmp_path, caplog):
     save_checkpoint(tmp_path / "checkpoints", tiny_model(2), STATE, 1)
     model = tiny_model(1, image_size=(32, 32), predictor_depth=1)
@@ -128,9 +125,6 @@ def test_settings_by_which_the_same_weights_compute_something_else_are_told(tmp_
     assert report.differing == {"model.norm_eps": (1e-6, 1e-5), "model.patch_norm": (False, True)}
     assert "set model.norm_eps 1e-05 (here 1e-06)" in caplog.text
     assert "set model.patch_norm true (here false)" in caplog.text
-
-
-# ------------------------------------------------------------------------------------------------ from AIM
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,6 @@ def test_it_overfits_eight_images_far_below_zero_and_copying_the_block_before(tm
     assert baselines["copy_previous"] == pytest.approx(sum(distances) / len(distances), rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- its records
-
 SOURCES = {"train": ToySource(40), "val": ToySource(13, seed=1, bad=[4])}
 RATES = {"optim.lr": 0.01, "optim.start_lr": 0.001, "optim.warmup": "3st"}
 
@@ -150,9 +148,6 @@ def test_a_run_that_stays_above_predicting_zero_warns_once_and_is_not_called_lea
     assert (result.warning is None) == (zero > 0)
 
 
-# ------------------------------------------------------------------------------------------------- durations
-
-
 @pytest.mark.parametrize(
     ("images", "duration", "epochs", "warning"),
     [
@@ -190,9 +185,6 @@ def test_a_checkpoint_every_so_many_minutes_goes_by_the_clock(tmp_path, monkeypa
     # The clock is read once a step, and once more at each save.
     run_toy(tmp_path, {"checkpoint.every": "3min", "checkpoint.keep": 9})
     assert checkpoints(tmp_path) == [f"step_{step:08d}" for step in (3, 6, 7)]
-
-
-# ------------------------------------------------------------------------------------- monitors, model.init
 
 
 def test_pictures_and_knn_come_before_the_first_step_at_their_cadence_and_at_the_end(tmp_path):

@@ -66,9 +66,6 @@ def whole(tmp_path_factory):
     return make
 
 
-# -------------------------------------------------------------------------- stopped, and gone on with
-
-
 @pytest.mark.parametrize(("case", "steps"), [("fp32", range(7)), ("bf16", (0, 1, 4)), ("tokens", (4,))])
 def test_a_run_stopped_by_signals_goes_on_bit_for_bit(whole, tmp_path, case, steps):
     for last, step in pairwise([0, *steps]):
@@ -133,9 +130,6 @@ def test_a_finished_run_started_again_does_nothing(whole):
     assert contents(whole("fp32")) == before
 
 
-# --------------------------------------------------------------------------------- who else is on the machine
-
-
 @pytest.mark.parametrize(
     ("case", "workers"), [("fp32", 1), ("fp32", 2), ("prefix", 2), ("mlp", 2), ("mixture", 2)]
 )
@@ -156,9 +150,6 @@ def test_neither_monitors_that_reseed_every_generator_nor_validation_change_a_bi
     run_toy(tmp_path, changes, sources=val, monitors=[Meddle(), Remember()])
     assert_same_end(tmp_path, whole("fp32"))
     assert logged_steps(tmp_path, "val") == [2, 4, 6, 7]
-
-
-# ----------------------------------------------------------------------------------------------- block orders
 
 
 @pytest.fixture
@@ -190,9 +181,6 @@ def test_a_steps_block_order_is_drawn_from_the_models_set_by_seed_and_step(tmp_p
     the_set = NextBlockModel(settings({"model.order": "random"}).model).orders.tolist()
     assert set(first) == set(other) == set(map(tuple, the_set))
     assert set(orders("raster", "7st", **{"model.order": "raster"})) == {(0, 1, 2, 3)}
-
-
-# ------------------------------------------------------------------ processes: both change torch for good
 
 
 @pytest.mark.slow

@@ -38,9 +38,6 @@ def nearest(found: torch.Tensor, source: ToySource) -> torch.return_types.min:
     return torch.cdist(found.double(), patches_of(source).double()).min(1)
 
 
-# ------------------------------------------------------------------------------------------------- its sample
-
-
 def test_all_patches_of_a_small_source_are_in_the_sample_but_for_unreadable_images():
     source = ToySource(9)
     found = nearest(sample(source), source)
@@ -71,9 +68,6 @@ def test_the_sample_is_a_function_of_the_seed_and_not_of_workers():
     assert not torch.equal(first, sample(source, {"seed": 1}, max_patches=300))
 
 
-# ------------------------------------------------------------------------------------------------------- when
-
-
 def test_a_fresh_run_fits_its_tokenizer_before_the_first_step_and_saves_it(tmp_path):
     crash_toy(tmp_path, 0, TOKENS)
     assert checkpoints(tmp_path) == ["step_00000000"]
@@ -97,9 +91,6 @@ def test_too_few_patches_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="640 patches hold only 640 distinct ones, too few for 700 tokens"):
         run_toy(tmp_path / "run", {**TOKENS, "model.vocab_size": 700})
     assert not (tmp_path / "run").exists()
-
-
-# ------------------------------------------------------------------------------------------------- its losses
 
 
 def test_baselines_of_tokens_are_guessing_evenly_and_by_frequency_and_a_run_goes_below_them(tmp_path):
