@@ -1,4 +1,4 @@
-"""What a run shows on a terminal and off it, and how it answers signals."""
+"""What a run shows on a terminal and off it, how it answers signals, and that it keeps freed memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,9 +17,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from nextblock.logs import held_back
 from nextblock.train import runtime
 from nextblock.train.logging import Reporter, StepOutcome, Tick, Window
-from nextblock.train.runtime import stop_on_signals
+from nextblock.train.runtime import process_settings, stop_on_signals
 
 TICK = Tick(
     step=12_345,
@@ -231,3 +233,46 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert handlers == [(before, False)]
+
+
+def test_lines_below_the_level_are_held_back_and_levels_come_back_even_after_an_error(caplog):
+    one, two = logging.getLogger("of.one"), logging.getLogger("of.two")
+    one.setLevel(logging.INFO)
+    with pytest.raises(KeyError), held_back(logging.ERROR, "of.one", "of.two"):
+        one.warning("held")
+        two.error("told")
+        raise KeyError
+    one.info("told again")
+    assert caplog.messages == ["told", "told again"]
+    assert (one.level, two.level) == (logging.INFO, logging.NOTSET)
+    one.setLevel(logging.NOTSET)
+
+
+USE_AGAIN = """
+import resource, torch
+from nextblock.train.runtime import process_settings
+def faults():
+    for _ in range(4):  # until the heap has the size it needs
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MB
+        count = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return count
+print(faults())
+with process_settings(torch.device("cpu")):
+    print(faults())
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_a_freed_tensor_is_not_mapped_afresh_while_a_run_lasts():
+    done = subprocess.run([sys.executable, "-c", USE_AGAIN], capture_output=True, text=True, check=True)
+    before, during, after = map(int, done.stdout.split())
+    assert during < 100 < min(before, after)
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", None)
+    with process_settings(torch.device("cpu")):
+        pass

@@ -61,14 +61,9 @@ def open_with(run, changes=None, sources=None, *, overwrite=False):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data.workers": 2},
-        {"data.max_bad_fraction": 0.5},
-        {"train.device": "auto"},
-        {"checkpoint.every": "1st", "checkpoint.keep": 5, "checkpoint.keep_every": "1ep"},
-        {"monitor.log_every": "5st", "monitor.pictures_every": "1ep", "monitor.tensorboard": True},
-        {"preset": "xtra-tiny"},
-        {"data.train": "elsewhere", "data.val": None},
-        {"train.precision": "auto"},
+        {"data.workers": 2, "data.max_bad_fraction": 0.5, "data.train": "elsewhere", "data.val": None},
+        {"train.device": "auto", "train.precision": "auto", "preset": "xtra-tiny"},
+        {"checkpoint.every": "1st", "checkpoint.keep": 5, "monitor.log_every": "5st"},
     ],
 )
 def test_what_does_not_touch_the_weights_may_change(stopped, changes):
@@ -82,10 +77,8 @@ def test_what_does_not_touch_the_weights_may_change(stopped, changes):
     [
         ({"optim.lr": 0.5}, "optim.lr: 0.001 there, 0.5 now"),
         ({"seed": 3}, "seed: 0 there, 3 now"),
-        ({"model.depth": 3}, "model.depth: 2 there, 3 now"),
         ({"train.duration": "9st"}, "train.duration: '7st' there, '9st' now"),
         ({"train.micro_batch_size": 4}, "train.micro_batch_size: None there, 4 now"),
-        ({"data.decoder": "pillow"}, "data.decoder: 'auto' there, 'pillow' now"),
         ({"data.crop_scale": (0.5, 1.0)}, "data.crop_scale: [0.3, 1.0] there, [0.5, 1.0] now"),
     ],
 )

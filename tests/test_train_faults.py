@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -50,16 +51,13 @@ def spoil(monkeypatch):
     """`spoil({2, 3}, factor=nan)`: multiply the losses of these steps (from 0), or add to them."""
 
     def apply(steps, *, factor=1.0, summand=0.0):
-        forward, calls = NextBlockModel.forward, [0]
+        forward, calls = NextBlockModel.forward, itertools.count()
 
         def spoilt(self, images, *arguments):
             out = forward(self, images, *arguments)
-            if not self.training:
-                return out
-            calls[0] += 1
-            if calls[0] - 1 not in steps:
-                return out
-            return out._replace(block_loss=out.block_loss * factor + summand)
+            if self.training and next(calls) in steps:
+                out = out._replace(block_loss=out.block_loss * factor + summand)
+            return out
 
         monkeypatch.setattr(NextBlockModel, "forward", spoilt)
 
