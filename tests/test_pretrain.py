@@ -83,7 +83,8 @@ def test_a_run_that_learned_nothing_does_not_end_as_complete(tmp_path, monkeypat
     monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 0.0})
     write_images(tmp_path / "train", 8)
     reporter, run, data = Quiet(), tmp_path / "run", {"train": str(tmp_path / "train")}
-    nextblock.pretrain(TINY, out=run, reporter=reporter, data=data, **{"monitor.knn_every": "1ep"})
+    config = resolve(TINY, {"monitor.knn_every": "1ep"})
+    nextblock.pretrain(config, out=run, reporter=reporter, data=data)
     ended = reporter.notes.index(f"ended without learning: 7 steps, in {run}")
     assert "is not below 0.0000, that of predicting zero" in reporter.notes[ended + 1]
     assert not any(note.startswith("complete") for note in reporter.notes)

@@ -185,10 +185,12 @@ def test_a_second_process_is_refused_at_once_and_changes_nothing(run):
         assert process.stdout is not None
         process.stdout.readline()
         before = contents(run)
-        with pytest.raises(InUseError, match=f"is being written by process {process.pid} on .*, since"):
-            run_toy(run)
+        try:
+            with pytest.raises(InUseError, match=f"is being written by process {process.pid} on .*, since"):
+                run_toy(run)
+        finally:
+            process.kill()
         assert contents(run) == before
-        process.kill()
     assert run_toy(run).step == 7, "the system frees the lock of a process that is killed"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def draw(samples: list[int]) -> Tensor:
     return draw_prefix_lengths(0, [0] * len(samples), samples, 16)
 
 
-def loader(source: ToySource, micro_batch_size: int | None, **options: int) -> TrainLoader:
-    sizes = {"image_size": 16, "batch_size": 8, "micro_batch_size": micro_batch_size}
+def loader(source: ToySource, micro_batch_size: int | None, **options: Any) -> TrainLoader:
+    sizes: dict[str, Any] = {"image_size": 16, "batch_size": 8, "micro_batch_size": micro_batch_size}
     return TrainLoader(source, settings().data, seed=0, **sizes, **options)
 
 
