@@ -1,4 +1,4 @@
-"""Encoder and predictor: initial weights, drop path, recomputed layers, precision."""
+"""Encoder and predictor: initial weights, recomputed layers, precision, attention and other image sizes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import pytest
 import torch
 from timm.layers import DropPath
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import interpolate
 
 from nextblock.config import ModelConfig
 from nextblock.evaluate.features import seeded
 from nextblock.models import NextBlockModel
-from nextblock.models.vit import positions_of, positions_on, sincos_positions
+from nextblock.models.vit import positions_of, positions_on, resample_positions, sincos_positions
 from nextblock.presets import SIZES
+from test_next_block import OBLONG, ORDER, PREFIX, slow_encoding
 from toy import tiny_images, tiny_model
-
-ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
-PREFIX = torch.tensor([3, 5])
 
 # -------------------------------------------------------------------------------------------- initial weights
 
@@ -27,25 +25,24 @@ PREFIX = torch.tensor([3, 5])
 @pytest.fixture(scope="module")
 def fresh():
     """Wide enough for statistics."""
+    config = ModelConfig(
+        image_size=64,
+        patch_size=8,
+        embed_dim=192,
+        depth=2,
+        num_heads=3,
+        projection_dim=256,
+        predictor_dim=128,
+        predictor_depth=2,
+        predictor_heads=2,
+        block_mlp_dim=96,
+        num_predicted_blocks=2,
+    )
     with seeded(0):
-        return NextBlockModel(
-            ModelConfig(
-                image_size=64,
-                patch_size=8,
-                embed_dim=192,
-                depth=2,
-                num_heads=3,
-                projection_dim=256,
-                predictor_dim=128,
-                predictor_depth=2,
-                predictor_heads=2,
-                block_mlp_dim=96,
-                num_predicted_blocks=2,
-            )
-        )
+        return NextBlockModel(config)
 
 
-def test_linear_weights_have_deviation_002_and_biases_are_zero(fresh):
+def test_weights_and_positions_have_deviation_002_biases_are_zero_and_norms_begin_as_the_identity(fresh):
     linear = [module for module in fresh.modules() if isinstance(module, nn.Linear)]
     assert len(linear) == 2 * 4 + 2 * 4 + 2 + 2 * 2
     for module in linear:
@@ -53,15 +50,6 @@ def test_linear_weights_have_deviation_002_and_biases_are_zero(fresh):
         assert abs(module.weight.mean().item()) < 0.0005
         assert module.bias is None or not module.bias.any()
     assert [m.bias is None for m in fresh.predictor.projection if isinstance(m, nn.Linear)] == [False, True]
-
-
-def test_the_patch_projection_is_kaiming_normal_by_its_inputs(fresh):
-    projection = fresh.encoder.patch_embed.proj
-    assert projection.weight.std().item() == pytest.approx(math.sqrt(2 / (3 * 8 * 8)), rel=0.03)
-    assert not projection.bias.any()
-
-
-def test_positions_have_deviation_002_and_norms_begin_as_the_identity(fresh):
     for positions in (fresh.encoder.pos_embed, fresh.predictor.pos_embed):
         assert positions.std().item() == pytest.approx(0.02, rel=0.03)
     norms = [module for module in fresh.modules() if isinstance(module, nn.LayerNorm)]
@@ -72,13 +60,13 @@ def test_positions_have_deviation_002_and_norms_begin_as_the_identity(fresh):
         assert not norm.bias.any()
 
 
-def test_the_encoder_is_without_class_token_and_head(fresh):
+def test_the_patch_projection_is_kaiming_normal_and_there_is_no_class_token_or_head(fresh):
+    projection = fresh.encoder.patch_embed.proj
+    assert projection.weight.std().item() == pytest.approx(math.sqrt(2 / (3 * 8 * 8)), rel=0.03)
+    assert not projection.bias.any()
     names = {name.split(".")[0] for name in fresh.encoder.state_dict()}
     assert names == {"pos_embed", "patch_embed", "blocks", "norm"}
     assert fresh.encoder.pos_embed.shape == (1, 64, 192)
-
-
-# ----------------------------------------------------------------------------------- AIM's weights, positions
 
 
 @pytest.fixture(scope="module")
@@ -89,23 +77,19 @@ def aim():
         )
 
 
-def test_aims_linear_weights_are_xavier_uniform_by_the_width_of_each_map(aim):
+def test_aims_weights_are_xavier_uniform_by_the_width_of_each_map(aim):
+    projection = aim.encoder.patch_embed.proj
+    parts = [projection.weight.flatten(1)]  # a linear map of pixels
+    biases = [projection.bias]
     for name, module in aim.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        parts = module.weight.chunk(3) if name.endswith("qkv") else (module.weight,)
-        for part in parts:
-            bound = math.sqrt(6 / (part.shape[0] + part.shape[1]))
-            assert bound * 0.999 < part.abs().max().item() <= bound * 1.001
-            assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
-        assert module.bias is None or not module.bias.any()
-
-
-def test_aims_patch_projection_is_xavier_uniform_as_a_linear_map_of_pixels(aim):
-    weight = aim.encoder.patch_embed.proj.weight
-    bound = math.sqrt(6 / (3 * 14 * 14 + 192))
-    assert bound * 0.999 < weight.abs().max().item() <= bound * 1.001
-    assert not aim.encoder.patch_embed.proj.bias.any()
+        if isinstance(module, nn.Linear):
+            parts += module.weight.chunk(3) if name.endswith("qkv") else [module.weight]
+            biases.append(module.bias)
+    for part in parts:
+        bound = math.sqrt(6 / (part.shape[0] + part.shape[1]))
+        assert bound * 0.999 < part.abs().max().item() <= bound * 1.001
+        assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert not any(bias.any() for bias in biases if bias is not None)
 
 
 def test_aim_has_biases_in_its_norms_patch_projection_and_the_heads_ends_alone(aim):
@@ -116,6 +100,9 @@ def test_aim_has_biases_in_its_norms_patch_projection_and_the_heads_ends_alone(a
     assert all(aim.get_submodule(name).eps == 1e-5 for name in norms)
 
 
+# ------------------------------------------------------------------------------------------- fixed positions
+
+
 def slow_sincos(row, column, dim):
     values = []
     for place in (column, row):
@@ -124,15 +111,12 @@ def slow_sincos(row, column, dim):
     return values
 
 
-def test_fixed_positions_are_sines_and_cosines_of_column_then_row():
+def test_fixed_positions_are_sines_and_cosines_of_column_then_row_and_are_not_trained(aim):
     expected = [slow_sincos(row, column, 24) for row in range(3) for column in range(5)]
     torch.testing.assert_close(sincos_positions((3, 5), 24)[0], torch.tensor(expected))
-
-
-def test_fixed_positions_take_no_gradient_and_no_step(aim):
-    for positions in (aim.encoder.pos_embed, aim.predictor.pos_embed):
-        assert not positions.requires_grad
     assert torch.equal(aim.predictor.pos_embed, sincos_positions((16, 16), 2048))
+    assert not aim.encoder.pos_embed.requires_grad
+    assert not aim.predictor.pos_embed.requires_grad
 
 
 def test_fixed_positions_of_another_image_size_are_computed_anew():
@@ -141,14 +125,13 @@ def test_fixed_positions_of_another_image_size_are_computed_anew():
     assert torch.equal(found, sincos_positions((5, 3), 24))
     assert positions_on((4, 6), positions_of(model.encoder), model.config) is model.encoder.pos_embed
     larger, images = tiny_model(positions="sincos", image_size=(24, 32)), tiny_images(size=(24, 32))
-    larger.load_state_dict(
-        {**model.state_dict(), **{n: t for n, t in larger.state_dict().items() if n.endswith("pos_embed")}}
-    )
+    own = {name: tensor for name, tensor in larger.state_dict().items() if name.endswith("pos_embed")}
+    larger.load_state_dict({**model.state_dict(), **own})
     assert torch.equal(model.encode(images).tokens, larger.encode(images).tokens)
     assert torch.equal(model(images).predictions, larger(images).predictions)
 
 
-# -------------------------------------------------------------------------------------------------- drop path
+# ------------------------------------------------------------------------------------- drop path, recomputing
 
 
 def test_drop_path_grows_linearly_from_zero_in_the_encoder_and_is_none_in_the_predictor():
@@ -160,9 +143,6 @@ def test_drop_path_grows_linearly_from_zero_in_the_encoder_and_is_none_in_the_pr
     assert rates == [pytest.approx([0.1 * i, 0.1 * i]) for i in range(5)]
     assert model.predictor is not None
     assert not any(isinstance(module, DropPath) for module in model.predictor.modules())
-
-
-# ------------------------------------------------------------------------------------------ recomputed layers
 
 
 def run(model, *, recompute):
@@ -200,9 +180,8 @@ def test_recomputing_keeps_less_runs_every_layer_twice_and_changes_nothing(drop_
     assert all(more_calls.count(layer) == 2 for layer in calls)
     assert fewer_bytes < 0.5 * kept_bytes
     assert torch.equal(loss, other_loss)
-    for name, gradient in gradients.items():
-        assert gradient is not None, name
-        torch.testing.assert_close(other_gradients[name], gradient, msg=name)
+    assert None not in gradients.values()
+    torch.testing.assert_close(other_gradients, gradients)
 
 
 # -------------------------------------------------------------------------------------------------- precision
@@ -220,30 +199,104 @@ def test_under_bf16_the_loss_is_fp32_and_near_that_of_fp32(prefix):
     torch.testing.assert_close(out.loss, expected.loss, rtol=0.02, atol=0)
 
 
-def test_predictor_fp32_keeps_the_predictors_layers_alone_out_of_autocast():
+@pytest.mark.parametrize("fp32", [True, False])
+def test_predictor_fp32_keeps_the_predictors_layers_alone_out_of_autocast(fp32):
     model, dtypes = tiny_model(), {}
-    assert model.predictor is not None
-    names = (
-        "encoder.blocks.1.mlp.fc2",
-        "predictor.projection.2",
-        "predictor.blocks.1.mlp.fc2",
-        "predictor.block_mlps.0.2",
-    )
-    for name in names:
+    layer = "predictor.blocks.1.mlp.fc2"
+    others = ("encoder.blocks.1.mlp.fc2", "predictor.projection.2", "predictor.block_mlps.0.2")
+    for name in (layer, *others):
         model.get_submodule(name).register_forward_hook(
             lambda _, __, output, name=name: dtypes.update([(name, torch.as_tensor(output).dtype)])
         )
-    for fp32 in (True, False):
-        model.predictor_fp32 = fp32
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = model(tiny_images(), ORDER)
-        layers = torch.float32 if fp32 else torch.bfloat16
-        assert [dtypes[name] for name in names] == [torch.bfloat16, torch.bfloat16, layers, torch.bfloat16]
-        assert out.predictions.dtype == torch.bfloat16
+    model.predictor_fp32 = fp32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(tiny_images(), ORDER).predictions.dtype == torch.bfloat16
+    assert dtypes[layer] == (torch.float32 if fp32 else torch.bfloat16)
+    assert {dtypes[name] for name in others} == {torch.bfloat16}
 
 
-def test_the_result_does_not_hang_on_the_attention_kernel():
+# ----------------------------------------------------------------------------------------------------- encode
+
+
+@pytest.mark.parametrize("changes", [{}, OBLONG, {"block_size": 1}], ids=str)
+def test_causal_encoding_is_that_of_the_loop_mask_in_raster_order(changes):
+    model = tiny_model(**changes)
+    images = tiny_images(size=model.config.image_size)
+    encoded = model.encode(images, attention="causal")
+    torch.testing.assert_close(encoded.tokens, slow_encoding(model, images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_encoder_alone_applies_no_mask():
     model, images = tiny_model(), tiny_images()
-    with sdpa_kernel(SDPBackend.MATH):
-        plain = model(images, ORDER, PREFIX).predictions
-    torch.testing.assert_close(model(images, ORDER, PREFIX).predictions, plain, atol=1e-5, rtol=1e-5)
+    full = model.encode(images, attention="full").tokens
+    torch.testing.assert_close(model.encoder(images), full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.encoder.forward_features(images), full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("causal", "full"), ("full", "causal")])
+def test_native_attention_is_what_the_model_records(kind, other):
+    model, images = tiny_model(feature_attention=kind), tiny_images()
+    tokens = model.encode(images).tokens
+    assert torch.equal(tokens, model.encode(images, attention=kind).tokens)
+    assert (tokens - model.encode(images, attention=other).tokens).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "words"),
+    [
+        ({"block_size": (4, 6)}, (16, 24), r"one block.*smaller model\.block_size"),
+        ({}, (8, 8), "one block"),
+        ({"num_predicted_blocks": 5}, (8, 16), "blocks"),
+        ({"predictor": None}, (16, 24), "encodes, but cannot predict"),
+    ],
+)
+def test_what_cannot_be_predicted_can_be_encoded(changes, size, words):
+    model, images = tiny_model(**changes), tiny_images(size=size)
+    causal, full = (model.encode(images, attention=kind).tokens for kind in ("causal", "full"))
+    assert causal.shape == (2, size[0] * size[1] // 16, 24)
+    if "one block" in words:
+        torch.testing.assert_close(causal, full, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=words):
+        model(images)
+
+
+# ------------------------------------------------------------------------------------------ other image sizes
+
+
+def test_positions_of_another_grid_are_resampled_bicubically_and_the_same_grid_is_left_alone():
+    positions = torch.randn(1, 24, 5)
+    assert resample_positions(positions, (4, 6), (4, 6)) is positions
+    as_image = positions.view(1, 4, 6, 5).permute(0, 3, 1, 2)
+    for antialias in (True, False):
+        resampled = resample_positions(positions, (4, 6), (8, 3), antialias=antialias)
+        expected = interpolate(as_image, (8, 3), mode="bicubic", antialias=antialias)
+        torch.testing.assert_close(resampled, expected.permute(0, 2, 3, 1).reshape(1, 24, 5))
+
+
+def test_a_model_resamples_its_positions_as_its_settings_say():
+    model, images = tiny_model(), tiny_images(size=(8, 16))
+    other = tiny_model(resample_antialias=False)
+    assert not torch.allclose(model.encode(images).tokens, other.encode(images).tokens, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (24, 16), (8, 48)])
+def test_another_image_size_is_encoded_and_predicted_as_by_a_model_of_that_size(size):
+    model, other = tiny_model(), tiny_model(image_size=size)
+    weights = dict(model.state_dict())
+    for name in ("encoder.pos_embed", "predictor.pos_embed"):
+        weights[name] = resample_positions(weights[name], model.config.grid, other.config.grid)
+    other.load_state_dict(weights)
+    images, prefix = tiny_images(size=size), torch.tensor([0, 2])
+    for kind in ("causal", "full"):
+        here, there = model.encode(images, attention=kind), other.encode(images, attention=kind)
+        torch.testing.assert_close(here.tokens, there.tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(images, None, prefix).loss, other(images, None, prefix).loss)
+
+
+def test_under_full_attention_the_patches_alone_must_divide_the_image():
+    model, images = tiny_model(), tiny_images(size=(12, 20))
+    assert model.encode(images, attention="full").tokens.shape == (2, 15, 24)
+    with pytest.raises(ValueError, match="cannot be cut into blocks of 2x2"):
+        model.encode(images, attention="causal")
+    with pytest.raises(ValueError, match="cannot be cut into 4-px patches"):
+        model.encode(tiny_images(size=(13, 20)), attention="full")

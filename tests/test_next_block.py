@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from nextblock.blocks import patchify, unpatchify
+from nextblock.blocks import patchify
+from nextblock.models import NextBlockModel
 from nextblock.targets import normalize_blocks
 from toy import tiny_images, tiny_model
 
@@ -34,6 +35,15 @@ AIM = {
     "feature_attention": "full",
 }
 OBLONG = {"image_size": (24, 16), "block_size": (3, 1)}  # 2x4 blocks of 3x1 patches
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations unchecked, as users have them: what is wrong reaches the code."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 # ---------------------------------------------------------------------------------------- the slow definition
 
@@ -124,7 +134,6 @@ CASES = {
     "plain": ({}, None, None),
     "random order": ({"order": "random"}, ORDER, None),
     "prefix": ({}, None, PREFIX),
-    "order and prefix": ({}, ORDER, PREFIX),
     "oblong blocks": (OBLONG, torch.tensor([6, 2, 0, 7, 1, 3, 5, 4]), torch.tensor([0, 7])),
     "two distances": ({"num_predicted_blocks": 2}, ORDER, PREFIX),
     "all distances": ({"num_predicted_blocks": 5}, None, PREFIX),
@@ -134,11 +143,8 @@ CASES = {
     "drop path": ({"drop_path": 0.6, "depth": 4}, ORDER, PREFIX),
     "mlp, drop path": ({**MLP, "drop_path": 0.6, "depth": 4}, ORDER, PREFIX),
     "mlp": (MLP, None, PREFIX),
-    "mlp without a prefix": (MLP, ORDER, None),
     "mlp on oblong blocks": ({**MLP, **OBLONG}, None, torch.tensor([0, 7])),
-    "mlp, two distances": ({**MLP, "num_predicted_blocks": 2}, ORDER, PREFIX),
     "mlp, all distances": ({**MLP, "num_predicted_blocks": 5}, ORDER, PREFIX),
-    "mlp with the extra norm": ({**MLP, "predictor_extra_norm": True}, ORDER, PREFIX),
     "linear": ({"predictor": "linear"}, ORDER, PREFIX),
     "linear, an MLP for a block": ({"predictor": "linear", "block_mlp_dim": None}, None, PREFIX),
     "transformer after one linear map": ({"projection_dim": None, "block_mlp_dim": None}, ORDER, PREFIX),
@@ -233,23 +239,15 @@ def test_the_last_blocks_tokens_enter_no_layer():
     assert out.predictions.shape == out.targets.shape == (2, k - 1, model.config.block_values)
 
 
-def rows_through(parts, run):
-    """How many tokens, or joined blocks, each part is given."""
-    rows = []
-    for part in parts:
-        part.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0][..., 0].numel()))
-    run()
-    return rows
-
-
 @pytest.mark.parametrize("kind", ["mlp", "linear", "transformer"])
 def test_after_the_last_attention_only_the_blocks_that_count_are_computed(kind):
     model: Any = tiny_model(predictor=kind)
-    count, m = int(model(tiny_images(), ORDER, PREFIX).kept.sum()), model.config.patches_per_block
     layers = [] if kind == "transformer" else list(model.predictor.blocks)
-    parts = [*layers, *model.predictor.block_mlps]
-    found = rows_through(parts, lambda: model(tiny_images(), ORDER, PREFIX))
-    assert found == [count * m] * len(layers) + [count]
+    rows = []
+    for part in (*layers, *model.predictor.block_mlps):
+        part.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0][..., 0].numel()))
+    count = int(model(tiny_images(), ORDER, PREFIX).kept.sum())
+    assert rows == [count * model.config.patches_per_block] * len(layers) + [count]
 
 
 # -------------------------------------------------------------------------------------------------- causality
@@ -284,43 +282,12 @@ def test_no_later_block_reaches_an_earlier_prediction(changes, kind, with_prefix
 # ----------------------------------------------------------------------------------------------------- orders
 
 
-def test_an_order_is_the_same_as_moving_blocks_by_hand():
-    """With the positions moved alike, so that a block takes its place along."""
-    model, images = tiny_model(), tiny_images()
-    moved = tiny_model()
-    config, table = model.config, model.patches_of_blocks
-    by_hand = unpatchify(patchify(images, config.block_px)[:, ORDER], config.block_grid, config.block_px)
-    with torch.no_grad():
-        for positions in (
-            moved.get_parameter("encoder.pos_embed"),
-            moved.get_parameter("predictor.pos_embed"),
-        ):
-            positions[:, table.flatten()] = positions[:, table[ORDER].flatten()]
-    given, expected = model(images, ORDER), moved(by_hand)
-    assert torch.equal(given.targets, expected.targets)
-    torch.testing.assert_close(given.predictions, expected.predictions, atol=1e-5, rtol=1e-5)
-
-
 def test_a_model_of_random_orders_predicts_and_encodes_by_the_first():
     model, images = tiny_model(order="random", order_seed=4), tiny_images()
     assert model.orders[0].tolist() != list(range(6))
     assert torch.equal(model(images).predictions, model(images, model.orders[0]).predictions)
     expected = slow_encoding(model, images, model.orders[0].tolist())
     torch.testing.assert_close(model.encode(images).tokens, expected, atol=1e-5, rtol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------- prefix
-
-
-def test_a_prefix_of_none_no_or_one_block_is_the_same_function():
-    model, images = tiny_model(num_predicted_blocks=2), tiny_images()
-    without = model(images, ORDER)
-    for length in (0, 1):
-        out = model(images, ORDER, torch.tensor([length, length]))
-        assert out.kept.all()
-        torch.testing.assert_close(out.loss, without.loss)
-        torch.testing.assert_close(out.predictions, without.predictions, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(out.further[0].block_loss, without.further[0].block_loss)
 
 
 def test_rows_whose_target_lies_in_the_prefix_are_zero_and_do_not_count():
@@ -333,25 +300,35 @@ def test_rows_whose_target_lies_in_the_prefix_are_zero_and_do_not_count():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "words"),
+    ("order", "lengths", "words"),
     [
-        ([6, 0], r"0\.\.5 \(an image has 6 blocks"),
-        ([-1, 0], r"0\.\.5"),
-        ([1], r"shape \(1,\); give one length an image, \(2,\)"),
-        ([1, 1, 1], r"shape \(3,\)"),
+        (None, [6, 0], r"0\.\.5 \(an image has 6 blocks"),
+        (None, [-1, 0], r"0\.\.5"),
+        (None, [1], r"shape \(1,\); give one length an image, \(2,\)"),
+        (None, [1, 1, 1], r"shape \(3,\)"),
+        ([0, 1, 2, 3, 4, 4], None, r"permutation of 0\.\.5"),
+        ([1, 2, 3, 4, 5, 6], None, r"permutation of 0\.\.5"),
+        ([0, 1, 2], None, r"permutation of 0\.\.5"),
+        ([[0, 1, 2, 3, 4, 5]], None, r"permutation of 0\.\.5"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_a_prefix_that_cannot_be_is_refused(lengths, words):
+def test_an_order_or_a_prefix_that_cannot_be_is_refused(order, lengths, words):
+    order, lengths = (None if given is None else torch.tensor(given) for given in (order, lengths))
     with pytest.raises(ValueError, match=words):
-        tiny_model()(tiny_images(), None, torch.tensor(lengths))
+        tiny_model()(tiny_images(), order, lengths)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5, 6], [0, 1, 2], [[0, 1, 2, 3, 4, 5]]])
 @pytest.mark.usefixtures("unchecked")
-def test_an_order_that_is_no_permutation_is_refused(order):
-    with pytest.raises(ValueError, match=r"permutation of 0\.\.5"):
-        tiny_model()(tiny_images(), torch.tensor(order))
+def test_images_of_bytes_or_other_channels_and_unknown_attention_are_refused_with_what_to_do():
+    model: Any = tiny_model()
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match=r"torch\.uint8; divide by 255, subtract the mean"):
+            call(tiny_images().byte())
+        with pytest.raises(ValueError, match="images have 1 channels, the model takes 3"):
+            call(tiny_images()[:, :1])
+    with pytest.raises(ValueError, match="attention is 'bidirectional'; it must be 'native', 'causal' or"):
+        model.encode(tiny_images(), attention="bidirectional")
 
 
 # ----------------------------------------------------------------------------------------------------- tokens
@@ -399,24 +376,102 @@ def test_centroids_are_saved_with_the_model_under_the_name_that_files_have():
     assert fitted(tiny_images(size=(32, 16))).predictions.shape == (2, 7, 4, 7)
 
 
-# --------------------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------- masks of official files
+
+# settings, the blocks of the encoder's mask and of the predictor's in patches, and whether targets are seen
+OWN_MASKS = {
+    "full predictor": ({"predictor_attention": "full"}, (2, 2), (4, 6), True),
+    "causal predictor": ({"predictor_attention": "causal"}, (2, 2), (1, 1), True),
+    "causal predictor of single patches": (
+        {**SINGLE, "predictor_attention": "causal"}, (1, 1), (1, 1), False,
+    ),
+    "larger predictor blocks": (
+        {"image_size": (16, 32), "predictor_attention": "block_causal", "predictor_block_size": 4},
+        (2, 2), (4, 4), True,
+    ),
+    "smaller predictor blocks, whole rows": (
+        {"block_size": (2, 6), "predictor_attention": "block_causal", "predictor_block_size": (1, 6)},
+        (2, 6), (1, 6), False,
+    ),
+    "the encoder's blocks again": ({"predictor_attention": "block_causal"}, (2, 2), (2, 2), False),
+    "full encoder": ({"encoder_attention": "full", "feature_attention": "full"}, (4, 6), (4, 6), True),
+}  # fmt: skip
 
 
-@pytest.fixture
-def unchecked():
-    """Annotations unchecked, as users have them: what is wrong reaches the code."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+@pytest.mark.parametrize("case", OWN_MASKS)
+def test_masks_of_official_files_are_honoured_and_refused_in_training_if_they_leak(case):
+    changes, *blocks, leaks = OWN_MASKS[case]
+    model: Any = tiny_model(**changes)
+    config, images = model.config, tiny_images(size=model.config.image_size)
+    masks = []
+    for rows, columns in blocks:
+        places = [divmod(n, config.grid[1]) for n in range(config.num_patches)]
+        places = [(row // rows, column // columns) for row, column in places]
+        masks.append(torch.tensor([[query >= key for key in places] for query in places]))
+    encoder, own = masks
+    hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
+    for layer in model.encoder.blocks:
+        hidden = layer(hidden, attn_mask=encoder)
+    hidden = slow_predictor(model, model.encoder.norm(hidden), own[None])
+    joined = hidden[:, model.patches_of_blocks].transpose(-1, -2).flatten(2)
+    expected = model.predictor.block_mlps[0](joined)[:, :-1]
+    torch.testing.assert_close(model(images).predictions, expected, atol=1e-4, rtol=1e-4)
+    assert model.leaks == leaks
+    if leaks:
+        with pytest.raises(ValueError, match="tokens see the blocks they are to predict"):
+            model.train()(images)
+    else:
+        model.train()(images)
+    with pytest.raises(ValueError, match="know no prefix"):
+        model.eval()(images, prefix_lengths=torch.tensor([1, 1]))
 
 
+def test_the_scale_of_attention_is_the_one_given():
+    plain: Any = tiny_model()
+    images = tiny_images()
+    same, other = tiny_model(qk_scale=8**-0.5), tiny_model(qk_scale=0.5)
+    torch.testing.assert_close(same.encode(images).tokens, plain.encode(images).tokens)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():  # scores s q·k are those of queries that are s sqrt(width) times as long
+        for layer in (*plain.encoder.blocks, *plain.predictor.blocks):
+            queries = layer.attn.qkv.weight.shape[1]
+            for part in (layer.attn.qkv.weight, layer.attn.qkv.bias):
+                part[:queries] *= 0.5 * 8**0.5
+    torch.testing.assert_close(other(images).predictions, plain(images).predictions, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------- meta device, compiled graphs
+
+
+@pytest.mark.parametrize("changes", [{}, AIM, {"predictor_attention": "full"}, TOKENS], ids=str)
+def test_a_model_built_without_data_is_complete_once_its_weights_are_assigned(changes):
+    whole = token_model() if changes is TOKENS else tiny_model(**changes)
+    with torch.device("meta"):
+        model = NextBlockModel(whole.config)
+    model.load_state_dict(whole.state_dict(), assign=True)
+    images = tiny_images(size=whole.config.image_size)
+    assert torch.equal(model.eval()(images).predictions, whole(images).predictions)
+    assert torch.equal(model.encode(images).tokens, whole.encode(images).tokens)
+
+
+def test_tables_are_made_anew_after_to_empty():
+    model, images = tiny_model(), tiny_images()
+    expected, weights = model(images).loss, {name: t.clone() for name, t in model.state_dict().items()}
+    model.to_empty(device="cpu")
+    model.make_buffers()
+    model.load_state_dict(weights)
+    assert torch.equal(model(images).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths", "breaks"), [({"drop_path": 0.2}, None, 0), (AIM, [1, 3], 1), (TOKENS, None, 0)]
+)
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_images_of_bytes_or_other_channels_and_unknown_attention_are_refused_with_what_to_do():
-    model: Any = tiny_model()
-    for call in (model, model.encode):
-        with pytest.raises(ValueError, match=r"torch\.uint8; divide by 255, subtract the mean"):
-            call(tiny_images().byte())
-        with pytest.raises(ValueError, match="images have 1 channels, the model takes 3"):
-            call(tiny_images()[:, :1])
-    with pytest.raises(ValueError, match="attention is 'bidirectional'; it must be 'native', 'causal' or"):
-        model.encode(tiny_images(), attention="bidirectional")
+def test_a_compiled_step_has_one_graph_but_for_the_rows_of_a_prefix(changes, lengths, breaks):
+    model = (token_model() if changes is TOKENS else tiny_model(**changes)).train()
+    images, order = tiny_images(size=model.config.image_size), torch.arange(model.config.num_blocks)
+    prefix = None if lengths is None else torch.tensor(lengths)
+    draws = torch.rand(2, 4) if model.config.drop_path else None
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(model)(images, order, prefix, draws).graph_break_count == breaks
