@@ -1,7 +1,5 @@
 """Geometry against loops: which patch lies in which block, orders, masks, cutting and putting together."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -58,9 +56,6 @@ def test_a_token_may_attend_to_its_block_to_earlier_ones_and_to_its_images_prefi
     assert torch.equal(may_attend(torch.tensor(positions), torch.arange(k)), expected[:, None])
 
 
-# ----------------------------------------------------------------------------------------------------- orders
-
-
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", ["raster", "spiral", "checkerboard", "fixed_random", "random"])
 def test_every_order_is_a_permutation_of_the_blocks(kind, grid):
@@ -110,9 +105,6 @@ def test_random_orders_are_the_draws_of_the_seed_less_those_whose_first_block_is
         if all(drawn[0] != e[0] for e in expected):
             expected.append(drawn)
     assert random_orders(6, seed=11).tolist() == expected
-
-
-# ---------------------------------------------------------------------------------------------------- cutting
 
 
 @pytest.mark.parametrize(

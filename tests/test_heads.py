@@ -1,7 +1,5 @@
 """Heads and classifiers: the slow definition, batch norm, refusals (official tensors: test_parity.py)."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -12,9 +10,7 @@ from nextblock.models.heads import (
     ImageClassifier,
     LinearHead,
     last_layers,
-    pool_features,
 )
-from nextblock.models.vit import Encoded
 from nextblock.settings import from_dict, to_dict
 from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
 
@@ -54,16 +50,6 @@ def test_batch_norm_uses_running_statistics_only_in_evaluation(head):
         head.norm.train()(features[:, 0] if features.ndim == 3 else features)
     head.norm.get_buffer("running_var").mul_(5 / 6)  # running variances are unbiased, a batch's own is not
     torch.testing.assert_close(head.eval()(features), in_training, atol=1e-3, rtol=1e-3)
-
-
-def test_layers_are_averaged_or_joined_after_the_norm_if_one_is_given():
-    layers = tuple(torch.full((2, 3, 4), float(layer)) for layer in range(5))
-    encoded = Encoded(layers[-1], layers)
-    mean = FeatureConfig(layers=(1, 4), pooled=False)
-    joined = replace(mean, layer_pool="concat", norm_layers=True)
-    assert torch.equal(pool_features(encoded, mean, torch.exp), torch.full((2, 3, 4), 2.5))
-    expected = torch.cat([torch.full((2, 3, 4), 10.0), torch.full((2, 3, 4), 40.0)], -1)
-    assert torch.equal(pool_features(encoded, joined, lambda tokens: tokens * 10), expected)
 
 
 def test_settings_of_a_head_that_older_files_hold_are_read():

@@ -1,7 +1,5 @@
 """Official XTRA files: what their settings mean, and what is refused by name."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -9,7 +7,6 @@ import torch
 
 from nextblock.checkpoint import CheckpointError
 from nextblock.interop import load
-from nextblock.interop.names import ratio_of, renamed
 from nextblock.models.heads import ImageClassifier
 from toy import tiny_images
 
@@ -26,10 +23,6 @@ def content(golden_dir, request):
     return torch.load(golden_dir / f"{name}.ckpt", weights_only=True)
 
 
-def of(name):
-    return pytest.mark.parametrize("content", [name], indirect=True)
-
-
 @pytest.fixture
 def load_content(tmp_path):
     """Save as a pickle and load, with the golden files' number of heads."""
@@ -40,9 +33,6 @@ def load_content(tmp_path):
         return load(tmp_path / "official.ckpt", num_heads=num_heads)
 
     return save_and_load
-
-
-# --------------------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(("arch", "heads"), [("vit_tiny", 3), ("vit_base", 12), ("vit_huge", 16)])
@@ -79,7 +69,7 @@ def test_a_predictor_has_a_mask_of_its_own(settings, attention, block_size, cont
     assert (config.predictor_attention, config.predictor_block_size) == (attention, block_size)
 
 
-@of("causal_k1")
+@pytest.mark.parametrize("content", ["causal_k1"], indirect=True)
 def test_a_plainly_causal_encoder_shares_its_mask_with_the_predictor(content, load_content):
     masks = {"is_block_causal": False, "is_causal": True}
     settings = {f"{part}_{name}": value for part in ("enc", "predictor") for name, value in masks.items()}
@@ -108,10 +98,7 @@ def test_settings_are_read_and_absent_ones_have_the_official_default(
     assert getattr(load_content(content, **settings).config, name) == value
 
 
-# ------------------------------------------------------------------------------------------------ classifiers
-
-
-@of("attentive_probe")
+@pytest.mark.parametrize("content", ["attentive_probe"], indirect=True)
 def test_an_attentive_heads_scale_of_the_scores_is_honoured(content, load_content):
     plain, scaled = load_content(content), load_content(content, attentive_pooling_qk_scale=0.7)
     assert isinstance(scaled, ImageClassifier)
@@ -127,7 +114,7 @@ def test_an_attentive_heads_scale_of_the_scores_is_honoured(content, load_conten
     torch.testing.assert_close(scaled(IMAGES).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@of("linear_probe")
+@pytest.mark.parametrize("content", ["linear_probe"], indirect=True)
 def test_a_head_without_batch_norm_and_bias_is_built_without(content, load_content):
     weights = content["state_dict"]
     for name in [n for n in weights if n.startswith("classifier.") and not n.endswith("weight")]:
@@ -135,9 +122,6 @@ def test_a_head_without_batch_norm_and_bias_is_built_without(content, load_conte
     classifier = load_content(content)
     (weight,) = (w for n, w in weights.items() if n.startswith("classifier."))
     torch.testing.assert_close(classifier(IMAGES), classifier.features(IMAGES) @ weight.T)
-
-
-# --------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -165,6 +149,9 @@ def test_a_setting_that_changes_the_function_and_is_not_implemented_is_refused(
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
+        ("enc-1.weight", torch.zeros(1), "holds 'enc-1.weight', which is no part of an XTRA model"),
+        ("an.enc.norm.bias", torch.zeros(1), "holds 'an.enc.norm.bias', which is no part"),
+        ("enc.x.predictor.norm.bias", torch.zeros(1), "unexpected: encoder.x.predictor.norm.bias"),
         ("proj.mlp.0.weight", None, "lacks 'proj.mlp.0.weight'"),
         ("predictor.blocks.0.mlp.fc1.weight", None, "lacks 'predictor.blocks.0.mlp.fc1.weight'"),
         ("enc.norm.bias", None, "missing: encoder.norm.bias"),
@@ -189,6 +176,14 @@ def test_weights_that_are_damaged_or_not_whole_are_refused_by_name(
         load_content(content)
 
 
+@pytest.mark.parametrize("content", ["attentive_probe"], indirect=True)
+def test_two_tensors_of_one_name_are_refused(content, load_content):
+    weights = content["state_dict"]
+    weights["classifier.0.running_mean"] = weights["classifier.bn.running_mean"]
+    with pytest.raises(CheckpointError, match=r"holds 'classifier\.0\.running_mean', which is no part"):
+        load_content(content)
+
+
 @pytest.mark.parametrize("told", [None, "all"])
 def test_weights_without_their_settings_are_refused(told, content, tmp_path):
     torch.save({**content, "hyper_parameters": told}, tmp_path / "x.ckpt")
@@ -201,20 +196,3 @@ def test_a_number_of_heads_that_cannot_be_is_wrong_usage_or_a_damaged_file(conte
         load_content(content, num_heads=5)
     with pytest.raises(CheckpointError, match=r"damaged.*not divisible by model\.num_heads 5"):
         load_content(content, num_heads=None, enc_num_heads=5)
-
-
-# ----------------------------------------------------------------------------------------------------- naming
-
-
-@pytest.mark.parametrize("name", ["enc.a.weight", "an.enc.1.weight", "enc-1.weight", "e.1.bias"])
-def test_a_name_that_no_rule_fits_or_that_two_tensors_would_have_is_refused(name):
-    table, one = {r"enc\.(\d+)\.": r"encoder.\1.", r"e\.": "encoder."}, torch.zeros(1)
-    assert list(renamed({"enc.1.bias": one}, table, "XTRA", "F")) == ["encoder.1.bias"]
-    with pytest.raises(CheckpointError, match=f"F holds {name!r}, which is no part of an XTRA model"):
-        renamed({"enc.1.bias": one, name: one}, table, "XTRA", "F")
-
-
-def test_the_ratio_of_two_widths_gives_the_hidden_one_back():
-    pairs = [(h, w) for w in range(1, 200) for h in range(1, 200)]
-    assert any(int(w * (h / w)) != h for h, w in pairs), "a plain quotient loses a unit"
-    assert all(int(w * ratio_of(h, w)) == h for h, w in pairs)

@@ -1,7 +1,5 @@
 """Official AIM files: both layouts, what a file cannot tell, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re
@@ -23,6 +21,8 @@ from test_checkpoint import same_weights
 from test_load import Malicious
 from toy import tiny_images
 
+PROJECTION = "preprocessor.patchifier.proj.weight"
+BLOCKS = "trunk.blocks."
 TO_LOAD = {"num_heads": 3, "probe_layers": (1, 2)}
 
 
@@ -53,9 +53,6 @@ def layers_of(content, head, **settings):
     classifier = read(content, head, **settings)
     assert isinstance(classifier, ImageClassifier)
     return classifier.head_config.layers
-
-
-# ------------------------------------------------------------------------------------------- inference layout
 
 
 def test_a_backbone_alone_is_an_encoder_of_any_size_with_the_settings_of_the_inference_code(backbone):
@@ -97,9 +94,6 @@ def test_a_directory_of_apples_files_is_a_classifier(backbone, head, golden, gol
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is no JSON .*; mend it"):
         load(tmp_path)
-
-
-# -------------------------------------------------------------------------------------------- training layout
 
 
 def as_the_training_code_names(weights):
@@ -182,9 +176,6 @@ def test_settings_of_omegaconf_beside_the_weights_are_passed_over_without_import
     assert not [name for name in sys.modules if name.startswith("omegaconf")]
 
 
-# ------------------------------------------------------------------------------------ what a file cannot tell
-
-
 def test_the_tables_of_official_sizes_are_used_if_the_caller_says_no_more(backbone, head, monkeypatch):
     sizes = [SIZES[name] for name in ("aim-600m", "aim-1b", "aim-3b", "aim-7b")]
     best = [aim.BEST_LAYERS_OF_SIZE[size.embed_dim, size.depth] for size in sizes]
@@ -222,13 +213,6 @@ def test_an_image_size_is_asked_for_if_it_cannot_be_guessed(backbone, whole):
         read(longer)
     with pytest.raises(CheckpointError, match=r"16 positions of 14-px patches, .* 224x224 px"):
         read(whole, image_size=224)
-
-
-# --------------------------------------------------------------------------------------------------- refusals
-
-
-PROJECTION = "preprocessor.patchifier.proj.weight"
-BLOCKS = "trunk.blocks."
 
 
 @pytest.mark.parametrize(

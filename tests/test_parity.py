@@ -1,14 +1,12 @@
 """The reference: same weights, same outputs as the official implementation's, and the same training."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.testing import assert_close
 
 from nextblock.blocks import may_attend, unpatchify
 from nextblock.checkpoint import CheckpointError
@@ -35,7 +33,6 @@ def load_golden(golden_dir):
 
 @pytest.fixture
 def aim_encoder(load_golden):
-    """The official backbone as our model of 56-px images."""
     return load_golden("aim_nano_backbone.pth", image_size=56)
 
 
@@ -45,26 +42,23 @@ def aim_model(load_golden):
     return load_golden("aim_pretrain_nano_weights.safetensors")
 
 
-# ----------------------------------------------------------------------------------------------------- models
-
-
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_loss_predictions_targets_tokens_and_the_last_layers_are_the_official_ones(name, golden, load_golden):
     expected, model = golden(name), load_golden(f"{name}.ckpt")
     out = model(expected["images"])
-    torch.testing.assert_close(out.loss, expected["loss"].squeeze(), **LOSS)
+    assert_close(out.loss, expected["loss"].squeeze(), **LOSS)
     # the official last row predicts nothing, as no block follows
-    torch.testing.assert_close(out.predictions, expected["predictions"][:, :-1], **TENSOR)
+    assert_close(out.predictions, expected["predictions"][:, :-1], **TENSOR)
 
     pixels = expected["targets"].flatten(2)
-    torch.testing.assert_close(out.targets, normalize_blocks(pixels)[:, 1:], **TENSOR)
+    assert_close(out.targets, normalize_blocks(pixels)[:, 1:], **TENSOR)
     whole = unpatchify(pixels, model.config.block_grid, model.config.block_px)
     assert torch.equal(whole, expected["images"])
 
     encoded = model.encode(expected["images"])
-    torch.testing.assert_close(encoded.tokens, expected["encoder_tokens"], **TENSOR)
-    torch.testing.assert_close(torch.stack(encoded.layers[-3:]), expected["last_blocks_tokens"], **TENSOR)
+    assert_close(encoded.tokens, expected["encoder_tokens"], **TENSOR)
+    assert_close(torch.stack(encoded.layers[-3:]), expected["last_blocks_tokens"], **TENSOR)
 
 
 def test_sizes_and_settings_are_read_from_the_file(load_golden):
@@ -94,10 +88,10 @@ def test_ten_training_steps_are_the_official_ones(golden, golden_metadata, load_
         optimizer.zero_grad()
         losses.append(loss.item())
     assert len(losses) == 10
-    torch.testing.assert_close(torch.tensor(lrs).double(), expected["train_lrs"], atol=1e-9, rtol=0)
-    torch.testing.assert_close(torch.tensor(losses).double(), expected["train_losses"], **LOSS)
-    torch.testing.assert_close(torch.tensor(grad_norms).double(), expected["train_grad_norms"], **TENSOR)
-    torch.testing.assert_close(model.encoder.pos_embed, expected["final_pos_embed"], **TEN_STEPS)
+    assert_close(torch.tensor(lrs).double(), expected["train_lrs"], atol=1e-9, rtol=0)
+    assert_close(torch.tensor(losses).double(), expected["train_losses"], **LOSS)
+    assert_close(torch.tensor(grad_norms).double(), expected["train_grad_norms"], **TENSOR)
+    assert_close(model.encoder.pos_embed, expected["final_pos_embed"], **TEN_STEPS)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -105,8 +99,8 @@ def test_ten_training_steps_are_the_official_ones(golden, golden_metadata, load_
 def test_features_logits_and_settings_of_a_probe_are_the_official_ones(name, golden, load_golden):
     expected, classifier = golden(name), load_golden(f"{name}.ckpt")
     assert isinstance(classifier, ImageClassifier)
-    torch.testing.assert_close(classifier.features(expected["images"]), expected["features"], **TENSOR)
-    torch.testing.assert_close(classifier(expected["images"]), expected["logits"], **TENSOR)
+    assert_close(classifier.features(expected["images"]), expected["features"], **TENSOR)
+    assert_close(classifier(expected["images"]), expected["logits"], **TENSOR)
     head = classifier.head_config
     if name == "attentive_probe":
         assert (head.kind, head.layers, head.layer_pool) == ("attentive", (1, 2, 3), "mean")
@@ -115,19 +109,17 @@ def test_features_logits_and_settings_of_a_probe_are_the_official_ones(name, gol
         assert (head.kind, head.layers, head.num_classes) == ("linear", (3,), 10)
 
 
-# -------------------------------------------------------------------------------------------------------- AIM
-
-
 @torch.no_grad()
-def test_aims_embedded_patches_layers_and_logits_are_the_official_ones(golden, golden_dir, load_golden):
-    expected, backbone = golden("aim_nano"), "aim_nano_backbone.pth"
-    head = {"head": golden_dir / "aim_nano_head.pth", "probe_layers": (1, 2)}
-    encoder, classifier = load_golden(backbone, image_size=56), load_golden(backbone, **head)
-    embedded = patch_tokens(encoder.encoder, expected["images"], encoder.config)
-    torch.testing.assert_close(embedded, expected["embedded_tokens"], **TENSOR)
-    layers = torch.stack(encoder.encode(expected["images"]).layers)
-    torch.testing.assert_close(layers, expected["layer_features"], **TENSOR)
-    torch.testing.assert_close(classifier(expected["images"]), expected["logits"], **TENSOR)
+def test_aims_embedded_patches_layers_and_logits_are_the_official_ones(
+    golden, golden_dir, load_golden, aim_encoder
+):
+    expected, head = golden("aim_nano"), {"head": golden_dir / "aim_nano_head.pth", "probe_layers": (1, 2)}
+    classifier = load_golden("aim_nano_backbone.pth", **head)
+    embedded = patch_tokens(aim_encoder.encoder, expected["images"], aim_encoder.config)
+    assert_close(embedded, expected["embedded_tokens"], **TENSOR)
+    layers = torch.stack(aim_encoder.encode(expected["images"]).layers)
+    assert_close(layers, expected["layer_features"], **TENSOR)
+    assert_close(classifier(expected["images"]), expected["logits"], **TENSOR)
 
 
 @torch.no_grad()
@@ -137,7 +129,7 @@ def test_aims_attention_under_a_prefix_is_the_official_one(golden, aim_encoder):
     layer = aim_encoder.encoder.blocks[0]
     mask = may_attend(torch.arange(16), expected["prefix_lengths"])
     attended = layer.attn(layer.norm1(tokens), attn_mask=mask)
-    torch.testing.assert_close(attended, expected["prefix_attention_block0"], **TENSOR)
+    assert_close(attended, expected["prefix_attention_block0"], **TENSOR)
     without = layer.attn(layer.norm1(tokens), attn_mask=may_attend(torch.arange(16)))
     assert (without - expected["prefix_attention_block0"]).abs().max() > 0.01
 
@@ -148,18 +140,18 @@ def test_aims_mask_encoder_loss_and_predictions_in_training_are_the_official_one
     mask = may_attend(torch.arange(16), expected["prefix_lengths"])
     assert torch.equal(mask.squeeze(1), expected["attention_allowed"].bool())
     embedded = patch_tokens(aim_model.encoder, expected["images"], aim_model.config)
-    torch.testing.assert_close(embedded, expected["embedded_tokens"], **TENSOR)
+    assert_close(embedded, expected["embedded_tokens"], **TENSOR)
     seen = []
     aim_model.encoder.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
     out = aim_model(expected["images"], prefix_lengths=expected["prefix_lengths"])
     # the last patch is left out; no token outside the prefix sees it
-    torch.testing.assert_close(seen[0], expected["encoder_tokens"][:, :-1], **TENSOR)
+    assert_close(seen[0], expected["encoder_tokens"][:, :-1], **TENSOR)
 
-    torch.testing.assert_close(out.loss, expected["loss"].squeeze(), **LOSS)
+    assert_close(out.loss, expected["loss"].squeeze(), **LOSS)
     first_kept = [row.nonzero()[0].item() + 1 for row in out.kept]  # the target of row i is patch i+1
     assert first_kept == expected["prefix_lengths"].tolist()
     official = rearrange(expected["predictions"], "b n (h w c) -> b n (c h w)", h=14, w=14)[:, :-1]
-    torch.testing.assert_close(out.predictions[out.kept], official[out.kept], **TENSOR)
+    assert_close(out.predictions[out.kept], official[out.kept], **TENSOR)
 
 
 def test_aims_gradient_is_as_long_as_the_official_one(golden, aim_model):
@@ -170,39 +162,10 @@ def test_aims_gradient_is_as_long_as_the_official_one(golden, aim_model):
     assert not any(name.endswith("pos_embed") for name in trainable)
     gradients = [p.grad for p in trainable.values() if p.grad is not None]
     assert len(gradients) == len(trainable)
-    torch.testing.assert_close(get_total_norm(gradients), expected["grad_norm"].squeeze(), **TENSOR)
-
-
-# -------------------------------------------------------------------------------- what the reference can tell
-
-
-@torch.no_grad()
-def test_wrong_heads_or_no_mask_show_in_the_tokens_and_wrong_heads_not_in_the_loss(golden, load_golden):
-    expected = golden("xtra_k2")
-    wrong = load_golden("xtra_k2.ckpt", num_heads=4)
-    assert (wrong.encode(expected["images"]).tokens - expected["encoder_tokens"]).abs().max() > 1e-3
-    torch.testing.assert_close(wrong(expected["images"]).loss, expected["loss"].squeeze(), **LOSS)
-    full = load_golden("xtra_k2.ckpt").encode(expected["images"], attention="full").tokens
-    assert (full - expected["encoder_tokens"]).abs().max() > 0.01
-    expected = golden("aim_nano")
-    layers = load_golden("aim_nano_backbone.pth", num_heads=4).encode(expected["images"]).layers
-    assert (torch.stack(layers) - expected["layer_features"]).abs().max() > 1e-3
+    assert_close(get_total_norm(gradients), expected["grad_norm"].squeeze(), **TENSOR)
 
 
 @pytest.mark.parametrize("name", MODELS + PROBES)
 def test_a_file_that_does_not_tell_its_heads_is_refused_asking_for_them(name, load_golden):
     with pytest.raises(CheckpointError, match=re.escape("give it as num_heads=")):
         load_golden(f"{name}.ckpt", num_heads=None)
-
-
-@torch.no_grad()
-def test_aims_extra_norm_shows_in_the_predictions(golden, golden_dir, aim_model, tmp_path):
-    expected = golden("aim_pretrain_nano")
-    weights = load_file(golden_dir / "aim_pretrain_nano_weights.safetensors")
-    plain = {name: w for name, w in weights.items() if "decoder_blocks" not in name or "norm_1" not in name}
-    torch.save(plain, tmp_path / "plain.pth")
-    right, without = (
-        model(expected["images"], prefix_lengths=expected["prefix_lengths"])
-        for model in (aim_model, load(tmp_path / "plain.pth", num_heads=3))
-    )
-    assert (without.predictions - right.predictions).abs().max() > 0.01
