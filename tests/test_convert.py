@@ -20,13 +20,12 @@ from timm.models.vision_transformer import VisionTransformer
 from nextblock.checkpoint import CheckpointError, read_data, save_checkpoint, save_model
 from nextblock.cli.convert import run
 from nextblock.config import DataConfig
-from nextblock.evaluate.features import seeded
 from nextblock.interop import load, load_model
 from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
 from nextblock.interop.convert import Converted, convert, target_of
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
-from nextblock.models.heads import HeadConfig, ImageClassifier
+from nextblock.models.heads import ImageClassifier
 from toy import tiny_images, tiny_model
 
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)
@@ -48,11 +47,6 @@ def assert_same(found, expected, tolerance=1e-5):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def assert_encodes_as_tiny(directory):
-    images = tiny_images()
-    assert_same(load_model(directory).encode(images).tokens, tiny_model().encode(images).tokens)
-
-
 def test_a_run_goes_to_timm_and_back_with_its_features_its_data_and_the_umasks_mode(run_dir, tmp_path):
     before = os.umask(0o027)
     try:
@@ -64,7 +58,8 @@ def test_a_run_goes_to_timm_and_back_with_its_features_its_data_and_the_umasks_m
     assert done.num_bytes == sum(path.stat().st_size for path in (tmp_path / "timm").iterdir())
     assert read_timm_data(tmp_path / "timm") == read_data(tmp_path / "back" / "model.safetensors") == DATA
     for name in ("timm", "back"):
-        assert_encodes_as_tiny(tmp_path / name)
+        found = load_model(tmp_path / name).encode(tiny_images())
+        assert_same(found.tokens, tiny_model().encode(tiny_images()).tokens)
         assert {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()} == {0o640}
 
 
@@ -76,44 +71,29 @@ def test_an_official_file_becomes_a_whole_model_and_its_images_are_cut_as_offici
     assert isinstance(found, NextBlockModel)
     assert_same(found(tensors["images"]).loss, tensors["loss"].squeeze())
     assert read_data(tmp_path / "whole" / "model.safetensors") == DataConfig(val_resize_px=73)  # 8/7 of 64
-    # The size of AIM's images that a file does not tell is the caller's.
-    convert(golden_dir / "aim_nano_backbone.pth", tmp_path / "own", num_heads=3, image_size=56)
-    assert load_model(tmp_path / "own").config.image_size == 56
 
 
 @torch.no_grad()
-def test_an_official_aim_classifier_gives_logits_here_and_its_layers_in_timm(golden_dir, golden, tmp_path):
-    tensors = golden("aim_nano")
-    told = {"head": golden_dir / "aim_nano_head.pth", "num_heads": 3, "probe_layers": (1, 2)}
-    convert(golden_dir / "aim_nano_backbone.pth", tmp_path / "own", **told)
-    found = load(tmp_path / "own")
+def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(golden_dir, golden, tmp_path, caplog):
+    tensors, src, own = golden("aim_nano"), golden_dir / "aim_nano_backbone.pth", tmp_path / "own"
+    head = golden_dir / "aim_nano_head.pth"
+    told = {"head": head, "num_heads": 3, "probe_layers": (1, 2), "image_size": 56}
+    convert(src, own, **told)
+    found = load(own)
     assert isinstance(found, ImageClassifier)
     assert_same(found(tensors["images"]), tensors["logits"], 1e-4)
-    convert(golden_dir / "aim_nano_backbone.pth", tmp_path / "timm", to="timm", image_size=56, **told)
+    assert load_model(own).config.image_size == 56
+    card = (own / "README.md").read_text()
+    assert "logits = model(images)" in card
+    assert "With a head (attentive) of 10 classes" in card
+    with caplog.at_level(logging.INFO):
+        convert(src, tmp_path / "timm", to="timm", **told)
+    assert "left out: the classifier's attentive head" in caplog.text
     vit: Any = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
     assert type(vit) is VisionTransformer
     layers: Any = vit.forward_intermediates(tensors["images"], output_fmt="NLC", intermediates_only=True)
     assert_same(torch.stack(layers), tensors["layer_features"], 1e-4)
     assert "Apple's own licence" in head_of(tmp_path / "timm")["weights_license"]
-
-
-def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(tmp_path, caplog):
-    with seeded(1):
-        head = HeadConfig(num_classes=3, layers=(0, 1), num_heads=4)
-        classifier = ImageClassifier(tiny_model(), head, ("a", "b", "c")).eval()
-    save_model(tmp_path / "head.safetensors", classifier)
-    convert(tmp_path / "head.safetensors", tmp_path / "own")
-    found = load(tmp_path / "own")
-    assert isinstance(found, ImageClassifier)
-    assert torch.equal(found(tiny_images()), classifier(tiny_images()))
-    assert_encodes_as_tiny(tmp_path / "own")
-    card = (tmp_path / "own" / "README.md").read_text()
-    assert "logits = model(images)" in card
-    assert "With a head (attentive) of 3 classes" in card
-    with caplog.at_level(logging.INFO):
-        convert(tmp_path / "head.safetensors", tmp_path / "timm", to="timm")
-    assert "left out: the classifier's attentive head" in caplog.text
-    assert_encodes_as_tiny(tmp_path / "timm")
 
 
 def test_the_card_of_a_run_names_the_run_and_no_licence_until_one_is_given(run_dir, tmp_path):
@@ -134,25 +114,21 @@ def test_the_card_of_a_run_names_the_run_and_no_licence_until_one_is_given(run_d
 def test_origin_and_licence_stay_through_further_conversions(golden_dir, run_dir, tmp_path):
     words = {"license": "other", "license_name": "a-b", "license_link": "https://x.org/l"}
     (run_dir / "README.md").write_text(f"---\n{yaml.safe_dump(words)}---\n")
-    official = "none is stated for the official XTRA weights"
-    for src, origin, license_words, settings in (
-        (
-            golden_dir / "xtra_k2.ckpt",
-            "xtra_k2.ckpt, in the layout of official XTRA files",
-            {},
-            {"num_heads": 3},
-        ),
-        (run_dir, "my-run, pre-trained with nextblock", words, {}),
+    for src, origin, licence in (
+        (golden_dir / "xtra_k2.ckpt", "xtra_k2.ckpt, in the layout of official XTRA files", None),
+        (run_dir, "my-run, pre-trained with nextblock", words),
     ):
-        convert(src, tmp_path / f"{src.name}-1", to="timm", **settings)
-        convert(tmp_path / f"{src.name}-1", tmp_path / f"{src.name}-2")
-        convert(tmp_path / f"{src.name}-2" / "model.safetensors", tmp_path / f"{src.name}-3", to="timm")
-        for number in "123":
-            head = head_of(tmp_path / f"{src.name}-{number}")
+        one, two, three = (tmp_path / f"{src.stem}-{number}" for number in (1, 2, 3))
+        convert(src, one, to="timm", num_heads=3)
+        convert(one, two)
+        convert(two / "model.safetensors", three, to="timm")
+        for head in map(head_of, (one, two, three)):
             assert head["weights_origin"] == origin
-            assert head.items() >= license_words.items()
-            assert license_words or official in head["weights_license"]
-    convert(tmp_path / "my-run-1", tmp_path / "other", license="mit")
+            if licence is None:
+                assert "none is stated for the official XTRA weights" in head["weights_license"]
+            else:
+                assert head.items() >= licence.items()
+    convert(run_dir, tmp_path / "other", license="mit")
     assert head_of(tmp_path / "other")["license"] == "mit"
     assert "license_link" not in head_of(tmp_path / "other")
 

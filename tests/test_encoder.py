@@ -14,7 +14,7 @@ from nextblock.evaluate.features import seeded
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import resample_positions, sincos_positions
 from nextblock.presets import SIZES
-from test_next_block import IMAGES, OBLONG, ORDER, PREFIX, slow_encoding
+from test_next_block import DRAWS, IMAGES, OBLONG, ORDER, PREFIX, slow_encoding
 from toy import tiny_config, tiny_images, tiny_model
 
 
@@ -112,8 +112,7 @@ def run(model, *, recompute):
         layer.attn.register_forward_pre_hook(lambda module, _: calls.append(module))
         for layer in (*model.encoder.blocks, *model.predictor.blocks)
     ]
-    torch.manual_seed(5)
-    loss = model(IMAGES, ORDER, PREFIX).loss
+    loss = model(IMAGES, ORDER, PREFIX, DRAWS[:2]).loss
     loss.backward()
     for hook in hooks:
         hook.remove()
@@ -121,9 +120,8 @@ def run(model, *, recompute):
     return loss.detach(), gradients, calls
 
 
-@pytest.mark.parametrize("drop_path", [0.0, 0.6])
-def test_recomputing_runs_every_layer_twice_and_changes_nothing(drop_path):
-    model = tiny_model(depth=4, drop_path=drop_path).train()
+def test_recomputing_runs_every_layer_twice_and_changes_nothing():
+    model = tiny_model(depth=4, drop_path=0.6).train()
     loss, gradients, calls = run(model, recompute=False)
     other_loss, other_gradients, more_calls = run(model, recompute=True)
     assert [more_calls.count(layer) for layer in calls] == [2] * 6

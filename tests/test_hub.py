@@ -30,8 +30,6 @@ REVISION = "a" * 40
 class Hub(ThreadingHTTPServer):
     """Repositories as {name: {path: content}}; `log` has every request's method and path."""
 
-    daemon_threads = True
-
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Requests)
         self.repos: dict[str, dict[str, bytes]] = {}
@@ -49,12 +47,10 @@ class Requests(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        body, parts = self.body(), self.path.split("?")[0].strip("/").split("/")
         self.server.log.append(f"{self.command} {self.path}")
         self.server.tokens.add(self.headers.get("authorization"))
-        content, code, headers = (
-            self.reply(parts, body) if self.server.status is None else _failure(*self.server.status)
-        )
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content, code, headers = self.reply(self.path.split("?")[0].strip("/").split("/"), body)
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(code)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
@@ -68,6 +64,8 @@ class Requests(BaseHTTPRequestHandler):
     def reply(self, parts, body) -> tuple[Any, int, dict[str, str]]:
         repos, address, answer = self.server.repos, self.server.address, {}
         repo = "/".join(parts[2:4])
+        if self.server.status is not None:
+            return _failure(*self.server.status)
         match parts:
             case ["api", "repos", "create"]:
                 told = json.loads(body)
@@ -85,38 +83,20 @@ class Requests(BaseHTTPRequestHandler):
             case ["api", "models", *_] if repo not in repos:
                 return _failure(404, "RepoNotFound")
             case ["api", "models", _, _, "tree", *_]:
-                answer = [
-                    {"type": "file", "path": p, "size": len(c), "oid": _oid(c)}
-                    for p, c in repos[repo].items()
-                ]
+                entry = {"type": "file", "size": 0, "oid": ""}
+                answer = [{**entry, "path": path} for path in repos[repo]]
             case ["api", "models", _, _, "revision", revision] if revision not in ("main", REVISION):
                 return _failure(404, "RevisionNotFound")
             case ["api", "models", *_]:
-                answer = {
-                    "id": repo,
-                    "sha": REVISION,
-                    "siblings": [{"rfilename": path} for path in repos[repo]],
-                }
+                siblings = [{"rfilename": path} for path in repos[repo]]
+                answer = {"id": repo, "sha": REVISION, "siblings": siblings}
             case [user, name, "resolve", _, *path]:
                 content = repos[f"{user}/{name}"]["/".join(path)]
-                return content, 200, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": REVISION}
+                etag = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+                return content, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION}
             case _:
                 answer = {"errors": [], "warnings": []}
         return answer, 200, {}
-
-    def body(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-
-def _oid(content):
-    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
 
 def _failure(code, error):

@@ -29,7 +29,7 @@ from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import positions_of, resample_positions
 from nextblock.settings import to_dict
-from toy import tiny_images
+from toy import tiny_images, tiny_model
 
 XTRA = ModelConfig(
     image_size=(16, 24), patch_size=4, block_size=2, embed_dim=24, depth=3, num_heads=3, predictor=None
@@ -45,7 +45,6 @@ CONFIGS = {
 }
 STOCK = ("xtra, full attention", "aim")
 PREDICTOR = {"predictor": "transformer", "predictor_dim": 16, "predictor_heads": 2, "predictor_depth": 1}
-OF_TEST_VIT = replace(XTRA, image_size=32, patch_size=16, block_size=1, embed_dim=64, depth=6, num_heads=2)
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=19)
 FROM_TEST = Provenance(origin="a test", license="mit")
 TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -342,7 +341,8 @@ def test_what_the_encoder_cannot_do_is_refused_by_name(changes, words):
 
 
 def test_names_of_timm_are_read(caplog):
-    fresh, model = "timm:test_vit,pretrained=false", NextBlockModel(replace(OF_TEST_VIT, **PREDICTOR))
+    sizes = {"image_size": 32, "patch_size": 16, "block_size": 1, "embed_dim": 64, "depth": 6, "num_heads": 2}
+    fresh, model = "timm:test_vit,pretrained=false", tiny_model(mlp_ratio=3, **sizes)
     with caplog.at_level(logging.INFO):
         report = initialize(model, fresh)
     assert report.resampled == ("encoder.pos_embed",)
