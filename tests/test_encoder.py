@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from timm.layers import DropPath
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.testing import assert_close
@@ -93,14 +92,6 @@ def test_fixed_positions_are_sines_and_cosines_of_column_then_row_and_are_not_tr
     assert torch.equal(aim.predictor.pos_embed, sincos_positions((16, 16), 2048))
     assert not aim.encoder.pos_embed.requires_grad
     assert not aim.predictor.pos_embed.requires_grad
-
-
-def test_drop_path_grows_linearly_from_zero_in_the_encoder_and_is_none_in_the_predictor():
-    model = tiny_model(depth=5, drop_path=0.4)
-    rates = {name: module.drop_prob for name, module in modules_of(model, DropPath).items()}
-    assert rates == pytest.approx(
-        {f"encoder.blocks.{i}.drop_path{branch}": 0.1 * i for i in range(1, 5) for branch in (1, 2)}
-    )
 
 
 def run(model, *, recompute):

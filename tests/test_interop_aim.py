@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -44,15 +45,8 @@ def whole(golden_dir):
     return load_file(golden_dir / "aim_pretrain_nano_weights.safetensors")
 
 
-def read(content, head=None, num_heads: int | None = 3, **settings):
+def read(content, head=None, num_heads: int | None = 3, **settings) -> Any:
     return read_aim(content, "FILE", LoadOptions(num_heads=num_heads, **settings), head)
-
-
-def layers_of(content, head, **settings):
-    """The layers that a classifier averages."""
-    classifier = read(content, head, **settings)
-    assert isinstance(classifier, ImageClassifier)
-    return classifier.head_config.layers
 
 
 def test_a_backbone_alone_is_an_encoder_of_any_size_with_the_settings_of_the_inference_code(backbone):
@@ -77,8 +71,8 @@ def test_the_hubs_configuration_tells_what_the_file_does_not(backbone):
 
 def test_a_directory_of_apples_files_is_a_classifier(backbone, head, golden, golden_dir, tmp_path):
     expected = golden("aim_nano")
+    (tmp_path / "two").mkdir()
     for part in ("backbone", "head"):
-        (tmp_path / "two").mkdir(exist_ok=True)
         shutil.copy(golden_dir / f"aim_nano_{part}.pth", tmp_path / "two" / f"{part}.pth")
     save_file({**backbone, **head}, tmp_path / "model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
@@ -185,21 +179,8 @@ def test_the_tables_of_official_sizes_are_used_if_the_caller_says_no_more(backbo
     monkeypatch.setattr(aim, "PROBED_LAYERS", 3)
     assert read(backbone, num_heads=None).config.num_heads == 6
     assert read(backbone).config.num_heads == 3
-    assert layers_of(backbone, head, probe_layers="best") == (0, 3)
-    assert layers_of(backbone, head, probe_layers="last") == (1, 2, 3)
-
-
-@pytest.mark.parametrize(
-    ("layers", "words"),
-    [
-        ("last", "last 6 layers"),
-        ((3, 4), "an encoder with 4"),
-        ("best", "says nothing of FILE, an encoder 48 wide with 4 layers"),
-    ],
-)
-def test_layers_that_the_encoder_does_not_have_are_refused(layers, words, backbone, head):
-    with pytest.raises((ValueError, CheckpointError), match=words):
-        read(backbone, head, probe_layers=layers)
+    for name, layers in (("best", (0, 3)), ("last", (1, 2, 3))):
+        assert read(backbone, head, probe_layers=name).head_config.layers == layers
 
 
 def test_an_image_size_is_asked_for_if_it_cannot_be_guessed(backbone, whole):
@@ -252,14 +233,17 @@ def test_positions_that_are_not_the_fixed_ones_are_refused(name, whole):
 
 
 def test_a_head_that_does_not_belong_or_is_not_whole_is_refused(backbone, head, golden_dir, tmp_path):
-    for wrong, words in (
-        (backbone, r"is no head of an AIM classifier .it holds: preprocessor"),
-        ([torch.zeros(1)], "is no head of an AIM classifier"),
-        ({**head, "head.extra": torch.zeros(1)}, r"holds 'head\.extra'"),
-        ({"head.cls_token": torch.zeros(1, 1, 48)}, r"lacks 'head\.linear\.weight'"),
+    for of_head, layers, words in (
+        (backbone, (1, 2), "is no head of an AIM classifier .it holds: preprocessor"),
+        ([torch.zeros(1)], (1, 2), "is no head of an AIM classifier"),
+        ({**head, "head.extra": torch.zeros(1)}, (1, 2), r"holds 'head\.extra'"),
+        ({"head.cls_token": torch.zeros(1, 1, 48)}, (1, 2), r"lacks 'head\.linear\.weight'"),
+        (head, "last", "last 6 layers"),
+        (head, (3, 4), "an encoder with 4"),
+        (head, "best", "says nothing of FILE, an encoder 48 wide with 4 layers"),
     ):
-        with pytest.raises(CheckpointError, match=words):
-            read(backbone, wrong, probe_layers=(1, 2))
+        with pytest.raises((ValueError, CheckpointError), match=words):
+            read(backbone, of_head, probe_layers=layers)
     with pytest.raises(CheckpointError, match=r"has a head of its own .head\.bn"):
         read({**backbone, **head}, head)
     with pytest.raises(CheckpointError, match=r"head\.pth does not exist; give the path"):

@@ -266,12 +266,10 @@ def test_a_masked_model_that_timm_saved_comes_back_with_its_mask(tmp_path):
     "changes",
     [
         {},
-        {"init_values": 0.5},
         {"init_values": 0.5, "proj_bias": False, "qkv_bias": False},
         {"qkv_bias": False},
         {"embed_norm_layer": "layernorm"},
-        {"img_size": (16, 24)},
-        {"mlp_ratio": 48 / 11},
+        {"img_size": (16, 24), "mlp_ratio": 48 / 11},
         {"num_classes": 7, "drop_path_rate": 0.1},
         {"global_pool": "map"},
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from timm.layers import DropPath
 from torch.nn.functional import cross_entropy, gelu
 from torch.testing import assert_close
 
@@ -173,7 +174,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_slow_definition(case):
         assert_close(gradient, slow[name], atol=2e-5 * size, rtol=1e-3, msg=name)
 
 
-def test_a_branch_is_kept_if_its_number_is_at_least_the_rate_and_scaled_by_its_chance():
+def test_a_branch_is_kept_if_its_number_is_at_least_its_layers_rate_and_scaled_by_its_chance():
     model: Any = tiny_model(**DROP_PATH).train()
     images, rates = tiny_images(7), [0.6 * layer / 3 for layer in range(4)]
     hidden = model.encoder.patch_embed(images) + model.encoder.pos_embed
@@ -190,6 +191,7 @@ def test_a_branch_is_kept_if_its_number_is_at_least_the_rate_and_scaled_by_its_c
     model.encoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images, drop_path=DRAWS)
     assert_close(seen[0], hidden[:, model.patches_of_blocks[:-1].flatten()])
+    assert not any(isinstance(module, DropPath) for module in model.predictor.modules())
 
 
 def test_draws_matter_in_training_only_and_without_them_the_global_generator_does():
