@@ -232,15 +232,6 @@ def test_a_file_a_revision_and_a_graph_are_no_places_to_push_to(do, words, model
         do(model_file)
 
 
-def test_a_folder_is_pushed_as_it_is_with_the_users_token(hub, tmp_path):
-    content = {"README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256))}
-    for name, some in content.items():
-        (tmp_path / name).write_bytes(some)
-    assert push(tmp_path, "hf:me/vit") == f"{hub.address}/me/vit"
-    assert hub.repos["me/vit"] == content
-    assert "Bearer hf_of_the_test" in hub.tokens
-
-
 def test_a_model_that_is_pushed_is_the_same_when_it_is_pulled(hub, tmp_path, model_file):
     convert(model_file, "hf:me/whole")
     assert 'nextblock.load("hf:me/whole")' in hub.repos["me/whole"]["README.md"].decode()
@@ -248,6 +239,7 @@ def test_a_model_that_is_pushed_is_the_same_when_it_is_pulled(hub, tmp_path, mod
     assert torch.equal(load("hf:me/whole")(images).loss, tiny_model()(images).loss)
     done = convert(model_file, "hf:me/vit", to="timm", license="mit")
     assert done.place == f"{hub.address}/me/vit"
+    assert "Bearer hf_of_the_test" in hub.tokens
     assert sorted(hub.repos["me/vit"]) == WANTED
     card = hub.repos["me/vit"]["README.md"].decode()
     assert 'timm.create_model("hf-hub:me/vit"' in card

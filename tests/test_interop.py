@@ -92,9 +92,7 @@ def test_a_plainly_causal_encoder_shares_its_mask_with_the_predictor(content, lo
         (UNFUSED, "qk_scale", 0.5),
     ],
 )
-def test_settings_are_read_and_absent_ones_have_the_official_default(
-    settings, name, value, content, load_content
-):
+def test_settings_are_read_or_have_the_official_default(settings, name, value, content, load_content):
     assert getattr(load_content(content, **settings).config, name) == value
 
 
@@ -133,9 +131,7 @@ def test_a_head_without_batch_norm_and_bias_is_built_without(content, load_conte
     ],
     indirect=["content"],
 )
-def test_a_setting_that_changes_the_function_and_is_not_implemented_is_refused(
-    content, settings, words, load_content
-):
+def test_a_setting_that_is_not_implemented_is_refused(content, settings, words, load_content):
     with pytest.raises(CheckpointError, match="of a kind that is not implemented: .*" + re.escape(words)):
         load_content(content, **settings)
 
@@ -159,9 +155,7 @@ def test_a_setting_that_changes_the_function_and_is_not_implemented_is_refused(
         ("enc.norm.bias", torch.full((48,), torch.inf), "hold NaN or inf (encoder.norm.bias)"),
     ],
 )
-def test_weights_that_are_damaged_or_not_whole_are_refused_by_name(
-    name, tensor, words, content, load_content
-):
+def test_weights_damaged_or_not_whole_are_refused_by_name(name, tensor, words, content, load_content):
     content["state_dict"][name] = tensor
     if tensor is None:
         del content["state_dict"][name]

@@ -161,9 +161,7 @@ torch.save({"model": load_file(sys.argv[1]), "cfg": settings, "iteration": 9}, s
 """
 
 
-def test_settings_of_omegaconf_beside_the_weights_are_passed_over_without_importing_them(
-    golden_dir, whole, tmp_path
-):
+def test_settings_of_omegaconf_beside_the_weights_are_not_imported(golden_dir, whole, tmp_path):
     source, target = golden_dir / "aim_pretrain_nano_weights.safetensors", tmp_path / "consolidated.pth"
     subprocess.run([sys.executable, "-c", SAVE_WITH_SETTINGS, source, target], check=True)
     assert same_weights(load_model(target, num_heads=3), read(whole))

@@ -323,10 +323,7 @@ def test_tokens_beside_the_patches_are_refused_or_left_out_and_listed(changes, t
         ({"final_norm": False}, "norm is Identity"),
         ({"pos_embed": "none"}, "lacks 'pos_embed'"),
         ({"act_layer": "gelu_tanh"}, r"mlp\.act is GELUTanh\(\), here GELU"),
-        (
-            {"norm_layer": "layernorm", "embed_norm_layer": "layernormfp32"},
-            r"patch_embed\.norm is LayerNormF",
-        ),
+        ({"norm_layer": "layernorm", "embed_norm_layer": "layernormfp32"}, r"norm is LayerNormFp32"),
         ({"mlp_layer": timm.layers.SwiGLU}, r"blocks\.0\.mlp is SwiGLU"),
         ({"attn_layer": "diff"}, "attn is DiffAttention"),
         ({"block_fn": ResPostBlock}, "timm ResPostBlock"),

@@ -306,7 +306,7 @@ def own(kind, size=None, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "encoder_blocks", "predictor_blocks", "leaks"),  # in patches
+    ("changes", "encoder", "predictor", "leaks"),  # blocks in patches
     [
         (own("full"), (2, 2), (4, 6), True),
         (own("causal"), (2, 2), (1, 1), True),
@@ -317,12 +317,10 @@ def own(kind, size=None, **changes):
         ({"encoder_attention": "full", "feature_attention": "full"}, (4, 6), (4, 6), True),
     ],
 )
-def test_masks_of_official_files_are_honoured_and_refused_in_training_if_they_leak(
-    changes, encoder_blocks, predictor_blocks, leaks
-):
+def test_own_masks_are_honoured_and_refused_in_training_if_they_leak(changes, encoder, predictor, leaks):
     model: Any = tiny_model(**changes)
     config, images, masks = model.config, tiny_images(size=model.config.image_size), []
-    for rows, columns in (encoder_blocks, predictor_blocks):
+    for rows, columns in (encoder, predictor):
         places = [divmod(n, config.grid[1]) for n in range(config.num_patches)]
         places = [(row // rows, column // columns) for row, column in places]
         masks.append(torch.tensor([[query >= key for key in places] for query in places]))

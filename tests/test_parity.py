@@ -110,9 +110,7 @@ def test_features_logits_and_settings_of_a_probe_are_the_official_ones(name, gol
 
 
 @torch.no_grad()
-def test_aims_embedded_patches_layers_and_logits_are_the_official_ones(
-    golden, golden_dir, load_golden, aim_encoder
-):
+def test_aims_patches_layers_and_logits_are_the_official_ones(golden, golden_dir, load_golden, aim_encoder):
     expected, head = golden("aim_nano"), {"head": golden_dir / "aim_nano_head.pth", "probe_layers": (1, 2)}
     classifier = load_golden("aim_nano_backbone.pth", **head)
     embedded = patch_tokens(aim_encoder.encoder, expected["images"], aim_encoder.config)

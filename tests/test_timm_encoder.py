@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from nextblock.checkpoint import CheckpointError, read_data, save_classifier
 from nextblock.data import eval_batches, normalize, open_source
-from nextblock.evaluate.features import encoder_extract, evaluation_data, untrained
+from nextblock.evaluate.features import evaluation_data, untrained
 from nextblock.interop import initialize, load, load_classifier, load_model, open_encoder
 from nextblock.interop.convert import convert
 from nextblock.interop.hub import HubError
@@ -155,16 +155,6 @@ def test_a_register_is_not_taken_for_a_class_token(encoders, spec, tokens):
         encoded = model.encode(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match=f"tokens {tokens}: this encoder has no class token; use patches"):
         pool_features(encoded, FeatureConfig(layers=(0,), tokens=tokens), model.final_norm)
-
-
-def test_the_extract_of_evaluation_takes_class_tokens(encoders):
-    model = encoders[TOKEN]
-    wanted = [FeatureConfig(layers=(5,), tokens=tokens, norm_layers=True) for tokens in ("class", "patches")]
-    with torch.no_grad():
-        class_token, patches = encoder_extract(model, wanted, chunk=1)(some_images(model))
-        head = model.encoder.forward_head(model.encoder.forward_features(some_images(model)), pre_logits=True)
-    assert_close(class_token, head)
-    assert_close(patches, encode(model).tokens.mean(dim=1))
 
 
 def test_untrained_is_the_same_architecture_with_weights_of_the_seed(encoders):
@@ -373,9 +363,7 @@ def test_classifiers_that_tell_prefix_tokens_and_no_crop_are_read(tmp_path, save
         (lambda w: {"state_dict": Malicious("ran")}, "timm cannot give"),
     ],
 )
-def test_weights_that_do_not_fit_or_would_run_code_are_refused(
-    tmp_path, monkeypatch, change, told, vit_weights
-):
+def test_weights_that_do_not_fit_or_run_code_are_refused(change, told, vit_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(change(vit_weights), "some.pth")
     with pytest.raises(CheckpointError, match=told):
