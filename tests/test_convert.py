@@ -33,13 +33,11 @@ DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A run's directory as far as weights go."""
     save_checkpoint(tmp_path / "my-run" / "checkpoints", tiny_model(), {"step": 3}, 3, data=DATA)
     return tmp_path / "my-run"
 
 
 def head_of(directory):
-    """The YAML head of a directory's card."""
     return yaml.safe_load((directory / "README.md").read_text().split("---")[1])
 
 

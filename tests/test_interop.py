@@ -25,8 +25,6 @@ def content(golden_dir, request):
 
 @pytest.fixture
 def load_content(tmp_path):
-    """Save as a pickle and load, with the golden files' number of heads."""
-
     def save_and_load(content, num_heads=3, **settings):
         hyper_parameters = {**content["hyper_parameters"], **settings}
         torch.save({**content, "hyper_parameters": hyper_parameters}, tmp_path / "official.ckpt")

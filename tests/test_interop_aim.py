@@ -29,13 +29,11 @@ TO_LOAD = {"num_heads": 3, "probe_layers": (1, 2)}
 
 @pytest.fixture
 def backbone(golden_dir):
-    """The content of an official backbone file, to be changed."""
     return torch.load(golden_dir / "aim_nano_backbone.pth", weights_only=True)
 
 
 @pytest.fixture
 def head(golden_dir):
-    """The content of the head's file that belongs to it."""
     return torch.load(golden_dir / "aim_nano_head.pth", weights_only=True)
 
 

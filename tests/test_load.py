@@ -37,7 +37,6 @@ class Malicious:
 
 @pytest.fixture
 def vit():
-    """A timm ViT without class token, 24 wide."""
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
         class_token=False, global_pool="avg", fc_norm=False,
