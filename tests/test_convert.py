@@ -193,7 +193,7 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(run_dir, tmp_path
     (taken / "photo.jpg").touch()
     monkeypatch.chdir(taken)
     exists, photo = "exists already; name a new place", taken / "photo.jpg"
-    for place, to, error, words in (
+    places: Any = (
         (taken, None, ValueError, exists),
         (photo, None, ValueError, exists),
         (run_dir, None, ValueError, exists),
@@ -201,7 +201,8 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(run_dir, tmp_path
         (empty, "onnx", ValueError, exists),
         (photo / "out", "timm", ValueError, r"photo\.jpg is a file; name a place in a directory"),
         ("/proc/a/out", "timm", CheckpointError, r"/proc/a cannot be made .*; choose another place"),
-    ):
+    )
+    for place, to, error, words in places:
         with pytest.raises(error, match=words):
             convert(run_dir, place, to=to)
     assert [path.name for path in taken.iterdir()] == ["photo.jpg"]

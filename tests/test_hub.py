@@ -41,9 +41,9 @@ class Hub(ThreadingHTTPServer):
 
 class Requests(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Hub
+    server: Any
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):  # noqa: A002 - the name that it has in the base class
         pass
 
     def do_GET(self):

@@ -4,8 +4,9 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
 import sys
+from collections import defaultdict
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -141,28 +142,22 @@ def test_a_distributed_checkpoint_is_read_or_refused_if_it_is_damaged_or_malicio
         load_model(place, num_heads=3)
 
 
-SAVE_WITH_SETTINGS = """
-import sys, types, typing, collections, torch
-from safetensors.torch import load_file
-made = {}
-sys.modules["omegaconf"] = types.ModuleType("omegaconf")
-for name, of in {"base": "ContainerMetadata", "nodes": "AnyNode", "dictconfig": "DictConfig"}.items():
-    module = sys.modules["omegaconf." + name] = types.ModuleType("omegaconf." + name)
-    made[of] = type(of, (), {"__module__": module.__name__})
-    setattr(module, of, made[of])
-metadata, node, settings = (made[of]() for of in ("ContainerMetadata", "AnyNode", "DictConfig"))
-cache = collections.defaultdict(dict, {"a": {"b": 1}})
-metadata.__dict__.update(key_type=typing.Any, ref_type=dict, resolver_cache=cache)
-node.__dict__.update(_val=12, _metadata=metadata)
-settings.__dict__.update(_content={"num_heads": node}, _metadata=metadata, _parent=None)
-torch.save({"model": load_file(sys.argv[1]), "cfg": settings, "iteration": 9}, sys.argv[2])
-"""
-
-
-def test_settings_of_omegaconf_beside_the_weights_are_not_imported(golden_dir, whole, tmp_path):
-    source, target = golden_dir / "aim_pretrain_nano_weights.safetensors", tmp_path / "consolidated.pth"
-    subprocess.run([sys.executable, "-c", SAVE_WITH_SETTINGS, source, target], check=True)
-    assert same_weights(load_model(target, num_heads=3), read(whole))
+def test_settings_of_omegaconf_beside_the_weights_are_not_imported(whole, tmp_path, monkeypatch):
+    made: dict[str, Any] = {}
+    monkeypatch.setitem(sys.modules, "omegaconf", ModuleType("omegaconf"))
+    for name, kind in {"base": "ContainerMetadata", "nodes": "AnyNode", "dictconfig": "DictConfig"}.items():
+        module = ModuleType(f"omegaconf.{name}")
+        made[kind] = type(kind, (), {"__module__": module.__name__})
+        setattr(module, kind, made[kind])
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    metadata, node, settings = (make() for make in made.values())
+    cache = defaultdict(dict, {"a": {"b": 1}})
+    vars(metadata).update(key_type=Any, ref_type=dict, resolver_cache=cache)
+    vars(node).update(_val=12, _metadata=metadata)
+    vars(settings).update(_content={"num_heads": node}, _metadata=metadata, _parent=None)
+    torch.save({"model": whole, "cfg": settings, "iteration": 9}, tmp_path / "consolidated.pth")
+    monkeypatch.undo()
+    assert same_weights(load_model(tmp_path / "consolidated.pth", num_heads=3), read(whole))
     assert not [name for name in sys.modules if name.startswith("omegaconf")]
 
 

@@ -121,7 +121,7 @@ def slow_features(model, encoded, layers, tokens, *, norm, concat):
             kinds = {"patches": [mean], "all": [mean], "class": prefix[:1], "joined": [prefix[0], mean]}
             vectors.append(kinds[tokens])
         kinds = list(zip(*vectors, strict=True))  # the class tokens of all layers first
-        images.append(torch.cat([torch.cat(kind) if concat else sum(kind) / len(kind) for kind in kinds]))
+        images.append(torch.cat([torch.cat(kind) if concat else torch.stack(kind).mean(0) for kind in kinds]))
     return torch.stack(images)
 
 
@@ -255,7 +255,7 @@ def test_what_timm_would_do_in_another_way_is_told_at_opening(tmp_path, caplog):
     assert "its attention pooling is not used" in caplog.text
 
 
-def saved_classifier(spec, directory, tokens="patches") -> Any:
+def saved_classifier(spec, directory, tokens: Any = "patches") -> Any:
     """A classifier whose encoder is not as timm's name alone gives it, and how its images are cut."""
     encoder: Any = open_encoder(spec)
     with torch.no_grad():
