@@ -1,7 +1,5 @@
 """`convert`: from every format to every other the same function, with its data, origin and licence."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -22,13 +20,12 @@ from timm.models.vision_transformer import VisionTransformer
 from nextblock.checkpoint import CheckpointError, read_data, save_checkpoint, save_model
 from nextblock.cli.convert import run
 from nextblock.config import DataConfig
-from nextblock.evaluate.features import seeded
 from nextblock.interop import load, load_model
 from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
 from nextblock.interop.convert import Converted, convert, target_of
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
-from nextblock.models.heads import HeadConfig, ImageClassifier
+from nextblock.models.heads import ImageClassifier
 from toy import tiny_images, tiny_model
 
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)
@@ -36,94 +33,63 @@ DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A run's directory as far as weights go."""
     save_checkpoint(tmp_path / "my-run" / "checkpoints", tiny_model(), {"step": 3}, 3, data=DATA)
     return tmp_path / "my-run"
 
 
-@pytest.fixture
-def official(golden_dir):
-    """An official XTRA file."""
-    return golden_dir / "xtra_k2.ckpt"
-
-
 def head_of(directory):
-    """The YAML head of a directory's card."""
     return yaml.safe_load((directory / "README.md").read_text().split("---")[1])
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def assert_same(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-# -------------------------------------------------------------------------------------------- there and back
-
-
-def test_a_run_goes_to_timm_and_back_with_its_features_and_its_data(run_dir, tmp_path):
-    done = convert(run_dir, tmp_path / "timm", to="timm")
+def test_a_run_goes_to_timm_and_back_with_its_features_its_data_and_the_umasks_mode(run_dir, tmp_path):
+    before = os.umask(0o027)
+    try:
+        done = convert(run_dir, tmp_path / "timm", to="timm")
+        convert(tmp_path / "timm", tmp_path / "back")
+    finally:
+        os.umask(before)
     assert (done.to, done.place) == ("timm", str(tmp_path / "timm"))
     assert done.num_bytes == sum(path.stat().st_size for path in (tmp_path / "timm").iterdir())
-    images = tiny_images()
-    assert_same(load_model(tmp_path / "timm").encode(images).tokens, tiny_model().encode(images).tokens)
-    assert read_timm_data(tmp_path / "timm") == DATA
-    convert(tmp_path / "timm", tmp_path / "back")
-    assert_same(load_model(tmp_path / "back").encode(images).tokens, tiny_model().encode(images).tokens)
-    assert read_data(tmp_path / "back" / "model.safetensors") == DATA
+    assert read_timm_data(tmp_path / "timm") == read_data(tmp_path / "back" / "model.safetensors") == DATA
+    for name in ("timm", "back"):
+        found = load_model(tmp_path / name).encode(tiny_images())
+        assert_same(found.tokens, tiny_model().encode(tiny_images()).tokens)
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()} == {0o640}
 
 
-def test_an_official_file_becomes_a_whole_model_and_its_images_are_cut_as_officially(
-    official, golden, golden_dir, tmp_path
-):
-    convert(official, tmp_path / "whole", num_heads=3)
-    tensors = golden("xtra_k2")
-    found = load(tmp_path / "whole")
+def test_an_official_file_becomes_a_whole_model_that_cuts_as_officially(golden, golden_dir, tmp_path):
+    convert(golden_dir / "xtra_k2.ckpt", tmp_path / "whole", num_heads=3)
+    tensors, found = golden("xtra_k2"), load(tmp_path / "whole")
     assert isinstance(found, NextBlockModel)
-    torch.testing.assert_close(found(tensors["images"]).loss, tensors["loss"].squeeze(), rtol=1e-5, atol=1e-5)
+    assert_same(found(tensors["images"]).loss, tensors["loss"].squeeze())
     assert read_data(tmp_path / "whole" / "model.safetensors") == DataConfig(val_resize_px=73)  # 8/7 of 64
-    # The size of AIM's images that a file does not tell is the caller's.
-    convert(golden_dir / "aim_nano_backbone.pth", tmp_path / "own", num_heads=3, image_size=56)
-    assert load_model(tmp_path / "own").config.image_size == 56
 
 
-def test_an_official_aim_classifier_gives_logits_here_and_its_layers_in_timm(golden_dir, golden, tmp_path):
-    tensors = golden("aim_nano")
-    files = {"src": golden_dir / "aim_nano_backbone.pth", "head": golden_dir / "aim_nano_head.pth"}
-    told = {"num_heads": 3, "probe_layers": (1, 2)}
-    convert(dst=tmp_path / "own", **files, **told)
-    found = load(tmp_path / "own")
+@torch.no_grad()
+def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(golden_dir, golden, tmp_path, caplog):
+    tensors, src, own = golden("aim_nano"), golden_dir / "aim_nano_backbone.pth", tmp_path / "own"
+    head = golden_dir / "aim_nano_head.pth"
+    told = {"head": head, "num_heads": 3, "probe_layers": (1, 2), "image_size": 56}
+    convert(src, own, **told)
+    found = load(own)
     assert isinstance(found, ImageClassifier)
-    with torch.no_grad():
-        torch.testing.assert_close(found(tensors["images"]), tensors["logits"], rtol=1e-4, atol=1e-4)
-    convert(dst=tmp_path / "timm", to="timm", image_size=56, **files, **told)
+    assert_same(found(tensors["images"]), tensors["logits"], 1e-4)
+    assert load_model(own).config.image_size == 56
+    card = (own / "README.md").read_text()
+    assert "logits = model(images)" in card
+    assert "With a head (attentive) of 10 classes" in card
+    with caplog.at_level(logging.INFO):
+        convert(src, tmp_path / "timm", to="timm", **told)
+    assert "left out: the classifier's attentive head" in caplog.text
     vit: Any = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
     assert type(vit) is VisionTransformer
-    with torch.no_grad():
-        layers: Any = vit.forward_intermediates(tensors["images"], output_fmt="NLC", intermediates_only=True)
-    torch.testing.assert_close(torch.stack(layers), tensors["layer_features"], rtol=1e-4, atol=1e-4)
+    layers: Any = vit.forward_intermediates(tensors["images"], output_fmt="NLC", intermediates_only=True)
+    assert_same(torch.stack(layers), tensors["layer_features"], 1e-4)
     assert "Apple's own licence" in head_of(tmp_path / "timm")["weights_license"]
-
-
-def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(tmp_path, caplog):
-    with seeded(1):
-        head = HeadConfig(num_classes=3, layers=(0, 1), num_heads=4)
-        classifier = ImageClassifier(tiny_model(), head, ("a", "b", "c")).eval()
-    save_model(tmp_path / "head.safetensors", classifier)
-    convert(tmp_path / "head.safetensors", tmp_path / "own")
-    found = load(tmp_path / "own")
-    assert isinstance(found, ImageClassifier)
-    assert torch.equal(found(tiny_images()), classifier(tiny_images()))
-    card = (tmp_path / "own" / "README.md").read_text()
-    assert "logits = model(images)" in card
-    assert "With a head (attentive) of 3 classes" in card
-    with caplog.at_level(logging.INFO):
-        convert(tmp_path / "head.safetensors", tmp_path / "timm", to="timm")
-    assert "left out: the classifier's attentive head" in caplog.text
-    assert_same(
-        load_model(tmp_path / "timm").encode(tiny_images()).tokens, tiny_model().encode(tiny_images()).tokens
-    )
-
-
-# ------------------------------------------------------------------------------------- origin and licence
 
 
 def test_the_card_of_a_run_names_the_run_and_no_licence_until_one_is_given(run_dir, tmp_path):
@@ -141,14 +107,26 @@ def test_the_card_of_a_run_names_the_run_and_no_licence_until_one_is_given(run_d
     assert "started from hf:someone/model" in head_of(tmp_path / "started")["weights_origin"]
 
 
-def test_origin_and_licence_stay_through_further_conversions(official, tmp_path):
-    convert(official, tmp_path / "1", to="timm", num_heads=3)
-    convert(tmp_path / "1", tmp_path / "2")
-    convert(tmp_path / "2" / "model.safetensors", tmp_path / "3", to="timm")
-    for number in "123":
-        head = head_of(tmp_path / number)
-        assert head["weights_origin"] == "xtra_k2.ckpt, in the layout of official XTRA files"
-        assert "none is stated for the official XTRA weights" in head["weights_license"]
+def test_origin_and_licence_stay_through_further_conversions(golden_dir, run_dir, tmp_path):
+    words = {"license": "other", "license_name": "a-b", "license_link": "https://x.org/l"}
+    (run_dir / "README.md").write_text(f"---\n{yaml.safe_dump(words)}---\n")
+    for src, origin, licence in (
+        (golden_dir / "xtra_k2.ckpt", "xtra_k2.ckpt, in the layout of official XTRA files", None),
+        (run_dir, "my-run, pre-trained with nextblock", words),
+    ):
+        one, two, three = (tmp_path / f"{src.stem}-{number}" for number in (1, 2, 3))
+        convert(src, one, to="timm", num_heads=3)
+        convert(one, two)
+        convert(two / "model.safetensors", three, to="timm")
+        for head in map(head_of, (one, two, three)):
+            assert head["weights_origin"] == origin
+            if licence is None:
+                assert "none is stated for the official XTRA weights" in head["weights_license"]
+            else:
+                assert head.items() >= licence.items()
+    convert(run_dir, tmp_path / "other", license="mit")
+    assert head_of(tmp_path / "other")["license"] == "mit"
+    assert "license_link" not in head_of(tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["no head", "---\n: :\n---\n", "---\ntags: [a]\n---\n", ""])
@@ -158,40 +136,16 @@ def test_a_card_that_names_neither_origin_nor_licence_says_nothing(text, tmp_pat
     assert not caplog.records
 
 
-def test_the_licence_of_anyones_card_is_carried_with_its_name_and_link(run_dir, tmp_path):
-    words = {"license": "other", "license_name": "a-b", "license_link": "https://x.org/l"}
-    (run_dir / "README.md").write_text(f"---\n{yaml.safe_dump(words)}---\n")
-    convert(run_dir, tmp_path / "1")
-    convert(tmp_path / "1", tmp_path / "2", to="timm")
-    for number in "12":
-        head = head_of(tmp_path / number)
-        assert {name: head[name] for name in words} == words
-        assert head["weights_origin"] == "my-run, pre-trained with nextblock"
-    convert(tmp_path / "1", tmp_path / "3", license="mit")
-    assert head_of(tmp_path / "3")["license"] == "mit"
-    assert "license_link" not in head_of(tmp_path / "3")
-
-
 @pytest.mark.parametrize("license_text", [UNSPECIFIED, "mit", "for research: ask me, 'first'"])
 def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
     told = Provenance(origin="x: y", license=license_text)
-    card = model_card(
-        tiny_model().config,
-        title="t",
-        library="timm",
-        data=DATA,
-        provenance=told,
-        opening="",
-        notes=["a note"],
-    )
+    settings = {"title": "t", "library": "timm", "data": DATA, "provenance": told, "opening": ""}
+    card = model_card(tiny_model().config, notes=["a note"], **settings)
     (tmp_path / "README.md").write_text(card)
     assert read_provenance(tmp_path, origin="elsewhere") == told
     assert re.fullmatch(r"[a-z0-9.-]+", head_of(tmp_path).get("license_name", "mit"))
     assert "| attention of its features | block-causal, blocks of 2x2 patches, raster order |" in card
     assert card.endswith("\n- a note\n")
-
-
-# --------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -232,38 +186,28 @@ def test_settings_that_mean_nothing_are_refused(settings, words, run_dir, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_written_has_the_mode_that_the_umask_gives(run_dir, tmp_path):
-    before = os.umask(0o027)
-    try:
-        for to in ("nextblock", "timm"):
-            convert(run_dir, tmp_path / to, to=to)
-            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / to).iterdir()}
-            assert set(modes.values()) == {0o640}, modes
-    finally:
-        os.umask(before)
-
-
 def test_a_place_that_is_taken_or_cannot_be_written_is_refused(run_dir, tmp_path, monkeypatch):
     taken, empty = tmp_path / "taken", tmp_path / "empty"
     taken.mkdir()
-    (taken / "photo.jpg").touch()
     empty.mkdir()
+    (taken / "photo.jpg").touch()
     monkeypatch.chdir(taken)
-    for place in (taken, taken / "photo.jpg", run_dir, "."):
-        with pytest.raises(ValueError, match="exists already; name a new place"):
-            convert(run_dir, place)
-    with pytest.raises(ValueError, match="exists already; name a new place"):
-        convert(run_dir, empty, to="onnx")
+    exists, photo = "exists already; name a new place", taken / "photo.jpg"
+    places: Any = (
+        (taken, None, ValueError, exists),
+        (photo, None, ValueError, exists),
+        (run_dir, None, ValueError, exists),
+        (".", None, ValueError, exists),
+        (empty, "onnx", ValueError, exists),
+        (photo / "out", "timm", ValueError, r"photo\.jpg is a file; name a place in a directory"),
+        ("/proc/a/out", "timm", CheckpointError, r"/proc/a cannot be made .*; choose another place"),
+    )
+    for place, to, error, words in places:
+        with pytest.raises(error, match=words):
+            convert(run_dir, place, to=to)
     assert [path.name for path in taken.iterdir()] == ["photo.jpg"]
-    with pytest.raises(ValueError, match=r"photo\.jpg is a file; name a place in a directory"):
-        convert(run_dir, taken / "photo.jpg" / "deep" / "out", to="timm")
-    with pytest.raises(CheckpointError, match=r"/proc/nextblock cannot be made .*; choose another place"):
-        convert(run_dir, "/proc/nextblock/out", to="timm")
     convert(run_dir, empty)
     assert (empty / "model.safetensors").is_file()
-
-
-# ------------------------------------------------------------------------------------------- the command line
 
 
 def test_the_command_writes_and_tells_what_it_wrote(run_dir, tmp_path, capsys):
@@ -277,11 +221,11 @@ def test_the_command_writes_and_tells_what_it_wrote(run_dir, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_writes_onnx_in_a_process_of_its_own(official, tmp_path):
-    words = [str(official), f"{tmp_path}/x.onnx", "--to", "onnx", "--layers", "3", "--layers", "1"]
+def test_the_command_writes_onnx_in_a_process_of_its_own(golden_dir, tmp_path):
+    words = [str(golden_dir / "xtra_k2.ckpt"), f"{tmp_path}/x.onnx", "--to", "onnx", "--layers", "3"]
     code = "import sys; from nextblock.cli.convert import run; sys.exit(run(sys.argv[1:]))"
     environment = {**os.environ, "JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *words, "--num_heads", "3", "--json"]
+    command = [sys.executable, "-c", code, *words, "--layers", "1", "--num_heads", "3", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     line, told = done.stdout.splitlines()
@@ -289,13 +233,23 @@ def test_the_command_writes_onnx_in_a_process_of_its_own(official, tmp_path):
     assert 0 < json.loads(told)["difference"] < 1e-4
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What the command asks of `convert`, which writes nothing."""
+    calls = []
+
+    def record(src, dst, to, **settings):
+        calls.append({"src": src, **settings})
+        return Converted(target_of(dst, to), dst, 0, None)
+
+    monkeypatch.setattr("nextblock.interop.convert.convert", record)
+    return calls
+
+
 @pytest.mark.parametrize(("words", "layers"), [(["last"], "last"), (["1", "--probe_layers", "2"], (1, 2))])
-def test_probe_layers_are_names_or_numbers(words, layers, monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr("nextblock.interop.convert.convert", lambda *_, **settings: asked.update(settings))
-    with pytest.raises(AttributeError):  # there is no result to print
-        run(["src", "dst", "--probe_layers", *words])
-    assert asked["probe_layers"] == layers
+def test_probe_layers_are_names_or_numbers(words, layers, asked):
+    assert run(["src", "dst", "--probe_layers", *words]) == 0
+    assert asked[0]["probe_layers"] == layers
     with pytest.raises(ValueError, match="--probe_layers lost: give last, best, or numbers"):
         run(["src", "dst", "--probe_layers", "lost"])
 
@@ -304,13 +258,6 @@ DOCS = (Path(__file__).parents[1] / "docs" / "weights.md").read_text(encoding="u
 
 
 @pytest.mark.parametrize("command", re.findall(r"^nextblock convert (.+)$", DOCS, flags=re.MULTILINE))
-def test_the_commands_of_the_docs_are_understood(command, monkeypatch, capsys):
-    asked = []
-
-    def record(src, dst, to, **settings):
-        asked.append(src)
-        return Converted(target_of(dst, to), dst, 0, None)
-
-    monkeypatch.setattr("nextblock.interop.convert.convert", record)
+def test_the_commands_of_the_docs_are_understood(command, asked):
     assert run(shlex.split(command)) == 0
-    assert asked == [command.split()[0]]
+    assert [call["src"] for call in asked] == [command.split()[0]]

@@ -4,8 +4,6 @@ Exporting runs in a process of its own with JAXTYPING_DISABLE=1: the shape check
 traced.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -26,6 +24,8 @@ from nextblock.models.heads import HeadConfig, ImageClassifier
 from test_interop_timm import AIM, XTRA, encoder
 from toy import tiny_images
 
+pytestmark = pytest.mark.xdist_group("onnx")
+
 
 def classifier(config, **head):
     with seeded(1):
@@ -33,19 +33,18 @@ def classifier(config, **head):
         return ImageClassifier(encoder(config), head_config, tuple("abcde")).eval()
 
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
-SHALLOW = replace(XTRA, depth=2)
-CASES = {
-    "xtra": (lambda: encoder(SHALLOW), {"layers": [1, 0]}),
-    "aim, causal and larger": (
-        lambda: encoder(replace(AIM, depth=1)),
-        {"attention": "causal", "image_size": [32, 48], "layers": [0]},
-    ),
-    "attentive": (lambda: classifier(SHALLOW, layers=(0, 1)), {}),
-    "linear": (lambda: classifier(replace(AIM, depth=1), kind="linear", layers=(0,), norm_layers=True), {}),
+SHALLOW = replace(AIM, depth=1)
+MODELS = {
+    "xtra, attentive": classifier(replace(XTRA, depth=2), layers=(0, 1)),
+    "aim, causal and larger": encoder(SHALLOW),
+    "aim, linear": classifier(SHALLOW, kind="linear", layers=(0,), norm_layers=True),
 }
-# Exports all cases, the last one in two files, then tries what must fail (with the first graph, as exporting
+SETTINGS = [
+    {"layers": [1, 0]},
+    {"attention": "causal", "image_size": [32, 48], "layers": [0]},
+    {},
+]
+# Exports all models, the last one in two files, then tries what must fail (with the first graph, as exporting
 # is slow), in a process whose state is compared before and after.
 CODE = """
 import json, logging, os, sys, warnings
@@ -91,7 +90,7 @@ said["differs"] = refused("differs.onnx")
 programs[0].save = full_disk
 said["disk"] = refused("disk.onnx")
 torch.onnx.export = export
-NextBlockModel.encode = lambda self, images: images.nonzero().numpy()
+NextBlockModel.encode = lambda self, images, **_: images.nonzero().numpy()
 said["no graph"] = refused("no graph.onnx")
 print(json.dumps(said))
 """
@@ -101,10 +100,10 @@ print(json.dumps(said))
 def graphs(tmp_path_factory):
     """The folder of all graphs, {name: path}, and what was refused, {name: message}."""
     folder = tmp_path_factory.mktemp("onnx")
-    for i, (make, _) in enumerate(CASES.values()):
-        save_model(folder / f"{i}.safetensors", make())
+    for i, model in enumerate(MODELS.values()):
+        save_model(folder / f"{i}.safetensors", model)
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(folder), json.dumps([settings for _, settings in CASES.values()])],
+        [sys.executable, "-c", CODE, str(folder), json.dumps(SETTINGS)],
         capture_output=True,
         text=True,
         env={**os.environ, "JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"},
@@ -112,7 +111,7 @@ def graphs(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # the exporter's own words stay off the screen
-    return folder, {name: folder / f"{i}.onnx" for i, name in enumerate(CASES)}, json.loads(done.stdout)
+    return folder, {name: folder / f"{i}.onnx" for i, name in enumerate(MODELS)}, json.loads(done.stdout)
 
 
 def run(path, images):
@@ -121,22 +120,23 @@ def run(path, images):
     return dict(zip(names, map(torch.from_numpy, session.run(None, {"images": images.numpy()})), strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_graph_computes_what_the_model_does_at_any_batch(name, graphs):
-    make, settings = CASES[name]
-    model = make()
+def metadata_of(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+@pytest.mark.parametrize(("name", "settings"), list(zip(MODELS, SETTINGS, strict=True)))
+@torch.no_grad()
+def test_the_graph_computes_what_the_model_does_at_any_batch(name, settings, graphs):
+    model = MODELS[name]
     encoder_model = model.encoder_model if isinstance(model, ImageClassifier) else model
     for batch in (1, 5):
         images = tiny_images(batch, size=settings.get("image_size", (16, 24)))
-        found = run(graphs[1][name], images)
-        with torch.no_grad():
-            encoded = encoder_model.encode(images, attention=settings.get("attention", "native"))
-            expected = {"tokens": encoded.tokens}
-            expected |= {f"layer_{layer}": encoded.layers[layer] for layer in settings.get("layers", [])}
-            expected |= {"logits": model(images)} if isinstance(model, ImageClassifier) else {}
-        assert found.keys() == expected.keys()
-        for output, tensor in expected.items():
-            torch.testing.assert_close(found[output], tensor, rtol=1e-4, atol=1e-4)
+        encoded = encoder_model.encode(images, attention=settings.get("attention", "native"))
+        expected = {f"layer_{layer}": encoded.layers[layer] for layer in settings.get("layers", [])}
+        expected["tokens"] = encoded.tokens
+        if isinstance(model, ImageClassifier):
+            expected["logits"] = model(images)
+        torch.testing.assert_close(run(graphs[1][name], images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_block_mask_is_in_the_graph(graphs):
@@ -145,22 +145,19 @@ def test_the_block_mask_is_in_the_graph(graphs):
     changed[..., 8:, 16:] += 1  # the last block
     earlier = torch.ones(4, 6, dtype=torch.bool)
     earlier[2:, 4:] = False
-    before, after = (run(graphs[1]["xtra"], some)["tokens"][0] for some in (images, changed))
+    before, after = (run(graphs[1]["xtra, attentive"], some)["tokens"][0] for some in (images, changed))
     assert torch.equal(before[earlier.flatten()], after[earlier.flatten()])
     assert not torch.equal(before, after)
 
 
 def test_the_file_tells_how_to_feed_it(graphs):
-    graph = onnx.load(graphs[1]["xtra"])
-    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    graph, metadata = onnx.load(graphs[1]["xtra, attentive"]), metadata_of(graphs[1]["xtra, attentive"])
     assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert [metadata[key] for key in ("resize_px", "image_size", "attention", "origin", "license")] == [
         "19", "[16, 24]", "causal", "a test", "mit",
     ]  # fmt: skip
     assert json.loads(metadata["config"])["block_size"] == 2
-    larger = {
-        entry.key: entry.value for entry in onnx.load(graphs[1]["aim, causal and larger"]).metadata_props
-    }
+    larger = metadata_of(graphs[1]["aim, causal and larger"])
     assert (larger["resize_px"], larger["image_size"]) == ("38", "[32, 48]")
     assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", OPSET)]
     (images,) = graph.graph.input
@@ -171,7 +168,7 @@ def test_the_file_tells_how_to_feed_it(graphs):
 def test_large_weights_lie_beside_the_graph_and_files_follow_the_umask(graphs):
     written = {path.name: oct(path.stat().st_mode & 0o777) for path in graphs[0].glob("*.onnx*")}
     assert set(written.values()) == {"0o640"}
-    assert [name for name in written if name.endswith(".data")] == ["3.onnx.data"]
+    assert [name for name in written if name.endswith(".data")] == ["2.onnx.data"]
 
 
 def test_a_graph_that_fails_or_differs_is_refused_and_not_left_on_disk(graphs):
@@ -183,26 +180,28 @@ def test_a_graph_that_fails_or_differs_is_refused_and_not_left_on_disk(graphs):
     assert not [path.name for path in folder.iterdir() if path.name.startswith((".", *said))]
 
 
-def refused(error, match, model, path, **settings):
-    with pytest.raises(error, match=match):
-        write_onnx(model, path, data=DataConfig(), provenance=Provenance(origin="-"), **settings)
+NONE_OTHER = "name layers from 0 to 0, each once"
 
 
-def test_impossible_requests_are_refused(monkeypatch, tmp_path):
-    path, model = tmp_path / "x.onnx", encoder(replace(XTRA, depth=1))
-    for layers in ([1], [-1], [0, 0]):
-        refused(ValueError, "name layers from 0 to 0, each once", model, path, layers=layers)
-    head = classifier(XTRA, layers=(1,))
-    refused(
-        ValueError,
-        "attention full: this classifier's head is made for 'native'",
-        head,
-        path,
-        attention="full",
-    )
-    refused(CheckpointError, "is a directory", model, tmp_path)
+@pytest.mark.parametrize(
+    ("model", "settings", "error", "words"),
+    [
+        ("aim, causal and larger", {"layers": [1]}, ValueError, NONE_OTHER),
+        ("aim, causal and larger", {"layers": [-1]}, ValueError, NONE_OTHER),
+        ("aim, causal and larger", {"layers": [0, 0]}, ValueError, NONE_OTHER),
+        ("aim, linear", {"attention": "causal"}, ValueError, "this classifier's head is made for 'native'"),
+        ("a directory", {}, CheckpointError, "is a directory"),
+        ("damaged", {}, CheckpointError, r"NaN or inf \(encoder\.norm\.weight\)"),
+        ("no onnxscript", {}, OnnxError, "needs onnxscript: pip install onnx onnxruntime onnxscript"),
+    ],
+)
+def test_impossible_requests_are_refused(model, settings, error, words, monkeypatch, tmp_path):
+    if model == "no onnxscript":
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+    damaged = encoder(SHALLOW)
     with torch.no_grad():
-        model.get_parameter("encoder.norm.weight")[0] = torch.nan
-    refused(CheckpointError, r"NaN or inf \(encoder\.norm\.weight\)", model, path)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    refused(OnnxError, "needs onnxscript: pip install onnx onnxruntime onnxscript", model, path)
+        damaged.get_parameter("encoder.norm.weight")[0] = torch.nan
+    path = tmp_path if model == "a directory" else tmp_path / "x.onnx"
+    told = {"data": DataConfig(), "provenance": Provenance(origin="-")}
+    with pytest.raises(error, match=words):
+        write_onnx(MODELS.get(model, damaged), path, **told, **settings)

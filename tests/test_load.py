@@ -1,9 +1,6 @@
 """`load`: every route to a model, what is refused with the reason and the remedy, and what `info` tells."""
 
-from __future__ import annotations
-
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -11,25 +8,39 @@ import shutil
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nextblock.checkpoint import (
     CheckpointError,
     MissingSettingError,
     UnknownFormatError,
     save_checkpoint,
-    save_classifier,
     save_model,
 )
 from nextblock.cli.info import run as info
 from nextblock.interop import create_model, initialize, load, load_model
 from nextblock.interop.files import LoadOptions
 from nextblock.models import NextBlockModel
-from nextblock.models.heads import HeadConfig, ImageClassifier
 from test_checkpoint import same_weights
 from toy import tiny_images, tiny_model
 
-# -------------------------------------------------------------------------------------------------- own files
+
+class Malicious:
+    """Its unpickling would make a directory."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def vit():
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
+        class_token=False, global_pool="avg", fc_norm=False,
+    ).eval()  # fmt: skip
 
 
 def test_a_run_directory_gives_its_latest_model_and_not_a_half_written_one(tmp_path):
@@ -42,85 +53,6 @@ def test_a_run_directory_gives_its_latest_model_and_not_a_half_written_one(tmp_p
     step = tmp_path / "checkpoints" / "step_00000002"
     assert same_weights(load(step), tiny_model(1))
     assert same_weights(load(str(step / "model.safetensors")), tiny_model(1))
-
-
-def test_a_probes_head_gives_a_classifier_and_as_a_model_its_encoder(tmp_path):
-    head = HeadConfig(kind="linear", num_classes=3, layers=(1,))
-    classifier = ImageClassifier(tiny_model(), head, ("a", "b", "c")).eval()
-    save_classifier(tmp_path / "head", classifier)
-    found = load(tmp_path / "head")
-    assert isinstance(found, ImageClassifier)
-    assert torch.equal(found(tiny_images()), classifier(tiny_images()))
-    assert same_weights(load_model(tmp_path / "head"), tiny_model())
-
-
-# ----------------------------------------------------------------------------------------------- official AIM
-
-
-def test_a_backbone_is_an_encoder_and_with_its_head_a_classifier(golden_dir, tmp_path):
-    reference = load_file(golden_dir / "aim_nano.safetensors")
-    backbone, head = golden_dir / "aim_nano_backbone.pth", golden_dir / "aim_nano_head.pth"
-    encoder = load(backbone, num_heads=3)
-    assert isinstance(encoder, NextBlockModel)
-    layers = encoder.encode(reference["images"]).layers
-    torch.testing.assert_close(torch.stack(layers), reference["layer_features"], atol=1e-4, rtol=1e-4)
-    shutil.copy(backbone, tmp_path / "backbone.pth")
-    shutil.copy(head, tmp_path / "head.pth")
-    for found in (
-        load(backbone, head=head, num_heads=3, probe_layers=(1, 2)),
-        load(tmp_path, num_heads=3, probe_layers=(1, 2)),
-    ):
-        assert isinstance(found, ImageClassifier)
-        torch.testing.assert_close(found(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
-
-
-def test_what_apples_hub_files_say_beside_them_is_read(golden_dir, tmp_path):
-    """One file holds backbone and head; config.json tells heads, layers and image size."""
-    parts = [torch.load(golden_dir / f"aim_nano_{p}.pth", weights_only=True) for p in ("backbone", "head")]
-    save_file({**parts[0], **parts[1]}, tmp_path / "model.safetensors")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
-    told = {"img_size": 56, "embed_dim": 48, "num_blocks": 4, "num_heads": 3, "probe_layers": [1, 2]}
-    (tmp_path / "config.json").write_text(json.dumps(told))
-    reference = load_file(golden_dir / "aim_nano.safetensors")
-    for place in (tmp_path, tmp_path / "model.safetensors"):
-        found = load(place)
-        assert isinstance(found, ImageClassifier)
-        torch.testing.assert_close(found(reference["images"]), reference["logits"], atol=1e-4, rtol=1e-4)
-    other = load(tmp_path, probe_layers=(0, 1))
-    assert isinstance(other, ImageClassifier)
-    assert other.head_config.layers == (0, 1)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is no JSON .*; mend it"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("head", "words"),
-    [
-        ([torch.zeros(1)], "is no head of an AIM classifier"),
-        ({"head.cls_token": torch.zeros(1, 1, 48)}, r"lacks 'head\.linear\.weight'"),
-        (None, r"head\.pth does not exist; give the path"),
-    ],
-)
-def test_a_head_file_that_is_missing_or_not_whole_is_refused(head, words, golden_dir, tmp_path):
-    if head is not None:
-        torch.save(head, tmp_path / "head.pth")
-    with pytest.raises(CheckpointError, match=words):
-        load(golden_dir / "aim_nano_backbone.pth", tmp_path / "head.pth", num_heads=3, probe_layers=(1,))
-    with pytest.raises(UnknownFormatError, match="load its backbone, with head= this file"):
-        load(golden_dir / "aim_nano_head.pth")
-
-
-# ------------------------------------------------------------------------------------------------------- timm
-
-
-@pytest.fixture
-def vit():
-    """A timm ViT without class token, 24 wide."""
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
-        class_token=False, global_pool="avg", fc_norm=False,
-    ).eval()  # fmt: skip
 
 
 WRAPS = {
@@ -149,23 +81,10 @@ def test_averaged_weights_are_taken_if_a_file_holds_them_by_every_route(plain, a
     weights = vit.state_dict()
     ema = {name: w + 1 if w.is_floating_point() else w for name, w in weights.items()}
     torch.save({plain: weights, averaged: ema}, tmp_path / "vit.pth")
-    expected = load_model(tmp_path / "vit.pth", num_heads=3).state_dict()["encoder.norm.bias"]
-    assert torch.equal(expected, ema["norm.bias"])
-    model = tiny_model(image_size=32, patch_size=8, block_size=1)
-    initialize(model, tmp_path / "vit.pth")
-    assert torch.equal(model.state_dict()["encoder.norm.bias"], ema["norm.bias"])
-
-
-def test_a_class_token_is_refused_but_for_starting_from(caplog):
-    spec = "timm:vit_tiny_patch16_224,pretrained=false"
-    with pytest.raises(CheckpointError, match=r"cls_token.*As model\.init"):
-        load(spec)
-    model = tiny_model(image_size=32, patch_size=16, block_size=1, embed_dim=192, depth=12)
-    with caplog.at_level(logging.INFO):
-        report = initialize(model, spec)
-    assert report.resampled == ("encoder.pos_embed",)
-    assert all(name.startswith("predictor.") for name in report.fresh)
-    assert "cls_token" in caplog.text
+    started = tiny_model(image_size=32, patch_size=8, block_size=1)
+    initialize(started, tmp_path / "vit.pth")
+    for model in (started, load_model(tmp_path / "vit.pth", num_heads=3)):
+        assert torch.equal(model.state_dict()["encoder.norm.bias"], ema["norm.bias"])
 
 
 def test_what_lightning_saves_by_deepspeed_is_read_from_its_directory(golden_dir, tmp_path):
@@ -174,9 +93,6 @@ def test_what_lightning_saves_by_deepspeed_is_read_from_its_directory(golden_dir
         shutil.copy(golden_dir / "xtra_k2.ckpt", tmp_path / "x.ckpt" / "checkpoint" / name)
     for directory in (tmp_path / "x.ckpt", tmp_path / "x.ckpt" / "checkpoint"):
         assert load_model(directory, num_heads=3).config.block_size == 2
-
-
-# -------------------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
@@ -211,16 +127,12 @@ def test_a_file_is_read_once_however_much_it_does_not_tell(golden_dir, tmp_path,
     torch.save({**parts[0], **parts[1]}, tmp_path / "both.pth")
     read, load_pickle = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: read.append(a) or load_pickle(*a, **k))
-    initialize(
-        tiny_model(image_size=56, patch_size=14, embed_dim=48, depth=4, block_size=1), tmp_path / "both.pth"
-    )
+    model = tiny_model(image_size=56, patch_size=14, embed_dim=48, depth=4, block_size=1)
+    initialize(model, tmp_path / "both.pth")
     assert len(read) == 1
     with pytest.raises(MissingSettingError) as caught:
         load(tmp_path / "both.pth")
     assert set(caught.value.reasons) == {"num_heads", "probe_layers"}
-
-
-# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_a_path_without_one_model_is_refused_with_what_was_looked_for_and_found(tmp_path):
@@ -243,10 +155,8 @@ def test_a_file_that_lost_its_settings_is_told_from_one_in_no_known_format(prefi
         load(tmp_path)
 
 
-def looped():
-    content: dict = {"epoch": 3}
-    content["model"] = content
-    return content
+LOOPED: dict = {"epoch": 3}
+LOOPED["model"] = LOOPED
 
 
 @pytest.mark.parametrize(
@@ -255,23 +165,13 @@ def looped():
         ({"model": {"weight": torch.zeros(2)}, "epoch": 3}, "it holds: model, epoch"),
         ({"state_dict": {"conv1.weight": torch.zeros(2)}}, "it holds: state_dict"),
         ([torch.zeros(2)], "it holds: list"),
-        (looped(), "it holds: epoch, model"),
+        (LOOPED, "it holds: epoch, model"),
     ],
 )
 def test_weights_in_no_known_format_are_refused_with_what_they_hold(content, held, tmp_path):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(UnknownFormatError, match=f"in no known format .{held}.*official XTRA"):
         load(tmp_path / "x.ckpt")
-
-
-class Malicious:
-    """Its unpickling would make a directory."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("protocol", [None, 2, 4])
@@ -291,9 +191,8 @@ def test_a_pickle_that_would_run_code_is_refused_with_the_reason_and_does_not_ru
 def test_a_weight_file_that_is_not_complete_is_refused(length, golden_dir, tmp_path):
     content = (golden_dir / "xtra_k2.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[:length])
-    with pytest.raises(
-        CheckpointError, match=r"cut\.ckpt cannot be read as a weight.*not complete"
-    ) as caught:
+    words = r"cut\.ckpt cannot be read as a weight.*not complete"
+    with pytest.raises(CheckpointError, match=words) as caught:
         load(tmp_path / "cut.ckpt", num_heads=3)
     assert "miniz" not in str(caught.value)
 
@@ -318,32 +217,28 @@ def test_what_lies_in_the_place_of_weights_is_named(name, content, words, tmp_pa
         load(tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------------- the command line
+def told_by_info(capsys, *words):
+    info([*map(str, words), "--json"])
+    return json.loads(capsys.readouterr().out)
 
 
 def test_info_says_what_is_assumed_or_untold(golden_dir, capsys):
-    info([str(golden_dir / "aim_nano_backbone.pth"), "--json"])
-    told = json.loads(capsys.readouterr().out)
+    backbone = golden_dir / "aim_nano_backbone.pth"
+    told = told_by_info(capsys, backbone)
     assert (told["config"]["image_size"], told["config"]["num_heads"]) == (224, None)
     assert "the file tells none" in told["image_size (assumed)"]
     assert "how many attention heads" in told["num_heads (untold)"]
-    info([str(golden_dir / "aim_nano_backbone.pth"), "--num_heads", "3", "--image_size", "56", "--json"])
-    told = json.loads(capsys.readouterr().out)
+    told = told_by_info(capsys, backbone, "--num_heads", 3, "--image_size", 56)
     assert told["grid"] == [4, 4]
     assert not [name for name in told if name.endswith(("(assumed)", "(untold)"))]
 
 
 def test_info_tells_the_tensors_of_an_unknown_file_and_refuses_a_damaged_one(tmp_path, capsys):
-    for metadata in (None, {"format": "nextblock"}):
-        save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors", metadata)
-        if metadata is None:
-            info([str(tmp_path), "--json"])
-            assert json.loads(capsys.readouterr().out)["tensors"] == {"w": [2]}
+    save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    assert told_by_info(capsys, tmp_path)["tensors"] == {"w": [2]}
+    save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors", {"format": "nextblock"})
     with pytest.raises(CheckpointError, match=r"foreign\.safetensors is damaged"):
         info([str(tmp_path / "foreign.safetensors")])
-
-
-# ----------------------------------------------------------------------------------------------- create_model
 
 
 def test_create_model_builds_a_size_with_any_field_changed():
