@@ -58,16 +58,18 @@ def run(argv: Sequence[str]) -> int:
         end_with_json(given | told)
         return 0
     what = f"{options.gpus} x {options.gpu or 'GPU'} of {gpu.memory_gb:g} GB"
-    say(f"{preset} on {what}: {told['batch_size']:,} images a step, {told['images_per_gpu']:,} a GPU", "")
+    head = f"{preset} on {what}: {told['batch_size']:,} images a step, {told['images_per_gpu']:,} a GPU"
+    say(*textwrap.wrap(head, 79), "")
     for name, text in _facts(config, told):
         say(*textwrap.wrap(text, 79, initial_indent=f"{name:<12}", subsequent_indent=" " * 12))
     ways = ["1 GPU"] if options.gpus == 1 else ["DDP", "FSDP2"]
     per_node = min(options.gpus, options.gpus_per_node)
     print_table(
-        ["", *(f"{way}{again}" for way in ways for again in ("", ", recompute"))],
+        ["", *(f"{way}{again}" for way in ways for again in ("", ",\nrecompute"))],
         [(name, *(v.rjust(6) for v in values)) for name, *values in _rows(told, options.gpus, per_node)],
         title="GB on each GPU, and speed",
-        below="recompute: with --train.activation_checkpointing true",
+        below="recompute: with --train.activation_checkpointing true\n"
+        "largest micro-batch: the most images that fit in one forward pass on a GPU",
     )
     say("", "Assumed:")
     for text in _assumptions(config, told, gpu, options.mfu):
@@ -105,7 +107,10 @@ def _facts(config: RunConfig, told: dict[str, Any]) -> Iterator[tuple[str, str]]
         f"{work[2]} if layers are recomputed",
     )
     if told["steps"] is None:
-        yield "length", f"{config.train.duration}, of unknown length: add --images N to see steps and days"
+        yield (
+            "length",
+            f"{config.train.duration}, of unknown length: --images N or --data.train DIR tells it",
+        )
     else:
         epochs = "" if told["epochs"] is None else f", {told['epochs']:,.4g} epochs"
         yield "length", f"{told['steps']:,} steps, {told['samples']:,} samples{epochs}"
@@ -119,6 +124,7 @@ def _facts(config: RunConfig, told: dict[str, Any]) -> Iterator[tuple[str, str]]
 
 def _rows(told: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
     ways = told["layouts"]
+    digits = 1 if ways[0]["total"] >= 1e9 else 3
     sizes = {
         "weights, fp32": "weights",
         "weights, 16-bit copies": "copies",
@@ -130,8 +136,11 @@ def _rows(told: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]
     }
     for name, key in sizes.items():
         if any(way[key] for way in ways):
-            yield [name, *(f"{way[key] / 1e9:.1f}" for way in ways)]
-    yield ["largest micro-batch", *(str(way["largest_micro_batch"] or "none") for way in ways)]
+            yield [name, *(f"{way[key] / 1e9:.{digits}f}" for way in ways)]
+    yield [
+        "largest micro-batch",
+        *(f"{way['largest_micro_batch']:,}" if way["largest_micro_batch"] else "none" for way in ways),
+    ]
     # A speed of what does not fit would mislead.
     rates = [way["images_per_s"] if way["largest_micro_batch"] else None for way in ways]
     shares = {"images/s": 1.0} | (
