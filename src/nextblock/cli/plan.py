@@ -155,8 +155,8 @@ def _rows(told: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]
 def _assumptions(config: RunConfig, told: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:
     precision, is_fp32 = told["precision"], told["precision"] == "fp32"
     yield (
-        f"{mfu:.0%} of the peak is reached (--mfu), recomputed work included; exchange between GPUs costs no "
-        "time beyond that, and the images a GPU or node needs each second are read and decoded in time"
+        f"{mfu:.0%} of the peak is reached (--mfu), recomputed work included; exchange between GPUs costs "
+        "no time beyond that, and images are decoded in time"
     )
     yield f"peak: {gpu.fp32_tflops if is_fp32 else gpu.tflops:g} TFLOP/s in {precision} ({gpu.source})"
     if config.train.predictor_fp32 and not is_fp32:
