@@ -23,7 +23,7 @@ ORDER: Sequence[str] = """
     data.sources.base data.sources.folder data.sources.tar data.sources.zip data.sources.remote
     data.sources.datasets data.sources.huggingface data.sources.subset data.sources data.order
     data.transforms data.workers data.loader data.statistics data.subsets data.doctor data.advice
-    data.pack data blocks targets models optim checkpoint interop train evaluate visualize bench cli
+    data.pack data blocks targets models plan optim checkpoint interop train evaluate visualize bench cli
     __main__
 """.split()  # noqa: SIM905 - one entry a line would take two screens
 

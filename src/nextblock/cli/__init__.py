@@ -29,6 +29,7 @@ VERBS = {
     "info": "show what a run or a weight file holds",
     "doctor": "examine images before training",
     "data": "pack images into shards, draw and divide subsets",
+    "plan": "estimate memory and time of a training, before it is run",
     "presets": "list the named runs and model sizes",
     "bench": "measure speed against the plain alternative",
 }
