@@ -75,6 +75,7 @@ def convert(
             "write it to nextblock, or its encoder to timm"
         )
     require(
+        # Only an encoder of ours can bring its positions and its mask to another size.
         image_size is None
         or pair(image_size) == pair(config.image_size)
         or (to != "nextblock" and not is_timms),
@@ -142,8 +143,10 @@ def _place(dst: str | Path, to: Target) -> Path | None:
         return None
     path = Path(dst)
     path = path.resolve() if path.name in ("", "..") else path  # "." has no name of its own
+    # An empty directory is as good as none, but not for a file.
     taken = to == "onnx" or any(path.iterdir()) if path.is_dir() else path.exists()
     require(not taken, f"{path} exists already; name a new place, or remove it first")
+    # Looked at now: a long conversion must not end in an error that could be known at once.
     above = next(parent for parent in path.absolute().parents if parent.exists())
     require(above.is_dir(), f"{path} cannot be written: {above} is a file; name a place in a directory")
     return path
@@ -161,6 +164,7 @@ def _write_directory(
     """Write a "nextblock" or "timm" directory, on its way to `repo` of the hub if one is given."""
     head = None if isinstance(found.model, NextBlockModel) else found.model.head_config
     encoder = found.encoder_model
+    # timm's models hold neither our heads nor a predictor: what is left out is said, and never silent.
     if to == "timm":
         if head is not None:
             log.info("left out: the classifier's %s head, which timm's models do not have", head.kind)
@@ -201,6 +205,8 @@ def _provenance(found: Found, src: str) -> Provenance:
     """Where weights come from: as a card beside them says, else by the kind of their source."""
     if found.path is None:
         return timm_provenance(src)
+    # From the general to the particular: what is known of such files, and over it whatever a card beside the
+    # weights says, as somebody wrote that for these weights.
     name = src if is_hub_spec(src) else found.path.absolute().name
     config, kind = found.encoder_model.config, found.format
     known = Provenance(origin=f"{name}, a {kind}")

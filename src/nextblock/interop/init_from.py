@@ -65,10 +65,8 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
     if "num_heads" in found.assumed:
         log.warning(
             "%s does not tell its attention heads; taken to be %d as here (a wrong number changes its "
-            "features: set model.num_heads to the file's)",
-            src,
-            config.num_heads,
-        )
+            "features: set model.num_heads to the file's)", src, config.num_heads
+        )  # fmt: skip
     report = initialize_from(model, as_model(found, str(src), drop_prefix_tokens=True), str(src))
     log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))
     unlike = [name for name in report.fresh if name in report.unused]
@@ -115,12 +113,15 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         passed_over = ("predictor.blocks.", "predictor.norm.")
     elif here.predictor == "transformer" and here.predictor_heads != there.predictor_heads:
         passed_over = ("predictor.blocks.",)
+    # The tensors of a state dict are the model's own, so what is copied into them is in the model at once.
+    # Nothing else changes: what is neither loaded nor resampled keeps its first values.
     own, theirs = model.state_dict(), other.state_dict()
     fixed = {name for name in own if name.endswith("pos_embed") and here.positions == "sincos"}
     loaded, resampled = [], []
     for name in own.keys() & theirs.keys() - fixed:
         if name.startswith(passed_over):
             continue
+        # On another grid, positions are resampled even if the number of patches is the same (2x8 for 4x4).
         is_position = name.endswith("pos_embed") and here.grid != there.grid
         if is_position and theirs[name].shape[-1] == own[name].shape[-1]:
             own[name].copy_(positions_on(here.grid, theirs[name], there))
@@ -163,6 +164,7 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
 
 def in_groups(names: Sequence[str]) -> dict[str, int]:
     """How many tensors each part of a model has: {"encoder.blocks.0-11": 144, "predictor.norm": 2}."""
+    # A part is the first two words of a name; of numbered layers, the lowest and the highest are shown.
     layers: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
     for name in names:

@@ -115,6 +115,8 @@ def write_onnx(
                 dynamo=True,
                 input_names=["images"],
                 output_names=graph.names,
+                # Only the batch is free. It must not be 1 in the example, which the exporter would take for a
+                # constant.
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                 opset_version=OPSET,
                 verbose=False,
@@ -136,6 +138,8 @@ def write_onnx(
             license=provenance.license,
         )
         try:
+            # Written beside its place, run by onnxruntime and compared, and only then moved: a graph that
+            # computes something else never has the name that was asked for.
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as aside:
                 program.save(Path(aside) / path.name)
                 # Two of the batches have sizes that the exporter has not seen.

@@ -19,12 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
 from nextblock.config import ModelConfig, pair
-from nextblock.models.vit import (
-    fresh_positions,
-    positions_of,
-    positions_on,
-    vit_arguments,
-)
+from nextblock.models.vit import fresh_positions, positions_of, positions_on, vit_arguments
 
 # The arguments of nextblock_vit, all of which JSON can hold, and the settings that they stand for.
 ARGUMENTS = {
@@ -65,6 +60,8 @@ class _Block(Block):
     ) -> Tensor:
         """One layer under a mask (True: may attend)."""
         if self.recompute and x.requires_grad:
+            # The mask is an argument of the recomputed call: a layer that kept it could be recomputed under
+            # another image size's mask.
             return checkpoint(super().forward, x, attn_mask=attn_mask, use_reentrant=False)
         return super().forward(x, attn_mask=attn_mask)
 
@@ -81,12 +78,9 @@ class NextBlockViT(VisionTransformer):
     def __init__(self, **arguments: Any) -> None:
         unknown = arguments.keys() - ARGUMENTS.keys() - TIMMS_ARGUMENTS
         if unknown:
-            raise TypeError(
-                f"nextblock_vit has no argument {sorted(unknown)}; it takes {', '.join(ARGUMENTS)}"
-            )
-        settings = {
-            ARGUMENTS[name]: _hashable(arguments[name]) for name in arguments.keys() & ARGUMENTS.keys()
-        }
+            known = ", ".join(ARGUMENTS)
+            raise TypeError(f"nextblock_vit has no argument {sorted(unknown)}; it takes {known}")
+        settings = {ours: _hashable(arguments[name]) for name, ours in ARGUMENTS.items() if name in arguments}
         config = ModelConfig(**settings, predictor=None)
         if config.feature_attention == "full":
             config = replace(config, block_size=1)  # else images of other sizes would have to fit the blocks
@@ -100,6 +94,8 @@ class NextBlockViT(VisionTransformer):
     def _set_config(self, config: ModelConfig) -> None:
         """Take the settings at an image size, with the mask and the fixed positions of that size."""
         self.block_config = config
+        # Fixed positions are in the weight file, but those of another size: computed here, they are exact.
+        # The parameter keeps timm's name, so the file still fits.
         if config.positions == "sincos":
             positions = fresh_positions(config, config.embed_dim)
             self.pos_embed = nn.Parameter(positions.to(positions_of(self)), requires_grad=False)
@@ -110,6 +106,7 @@ class NextBlockViT(VisionTransformer):
         config = self.block_config
         if config.feature_attention == "full":
             return  # no mask: all patches attend to all
+        # timm keeps tokens in raster order, whatever the order of the blocks: the mask is permuted instead.
         table = patches_of_blocks(config.grid, pair(config.block_size))
         order = block_orders(config.order, config.block_grid, config.order_seed)[0]
         self.order_mask = raster_mask(table, order).to(positions_of(self).device)
@@ -119,12 +116,13 @@ class NextBlockViT(VisionTransformer):
     ) -> None:
         """Change the image's size; learned positions are resampled, fixed ones and the mask recomputed."""
         if patch_size is not None and patch_size != pair(self.block_config.patch_size):
+            own = self.block_config.patch_size
             raise ValueError(
-                f"patch_size {patch_size}: the blocks are made for patches of "
-                f"{self.block_config.patch_size} px; leave it out"
+                f"patch_size {patch_size}: the blocks are made for patches of {own} px; leave it out"
             )
         if img_size is not None:
             config = replace(self.block_config, image_size=_hashable(img_size))
+            # timm resamples the positions; fixed ones are then replaced by `_set_config`, with the mask.
             super().set_input_size(img_size=img_size)
             self._set_config(config)
 

@@ -87,9 +87,8 @@ def read_xtra(
     weights, told = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
     if not told or not isinstance(told, Mapping):
         raise CheckpointError(
-            f"{origin} holds the weights of an XTRA model without the settings it was trained by "
-            "(hyper_parameters), which tell its block size and its predictor's heads; give the original "
-            "checkpoint"
+            f"{origin} is an XTRA model without the settings it was trained by (hyper_parameters), which "
+            "tell its predictor's heads; give the original checkpoint"
         )
     settings = {name: value for name, value in told.items() if value is not None}
     is_classifier = any(name.startswith("classifier.") for name in weights)
@@ -188,8 +187,8 @@ def _predictor_settings(
 ) -> dict[str, Any]:
     # "native" is the encoder's mask. Any other kind of mask is named, a block-causal one with its own size.
     mask = _mask(settings, "predictor")
-    attention = {None: "full", 1: "causal"}.get(mask, "block_causal")
-    attention = "native" if mask == _mask(settings, "enc") else attention
+    named = {None: "full", 1: "causal"}.get(mask, "block_causal")
+    attention = "native" if mask == _mask(settings, "enc") else named
     width = shape_of(weights, "predictor.pos_embed", 3, origin)[-1]
     hidden = shape_of(weights, "predictor.blocks.0.mlp.fc1.weight", 2, origin)[0]
     return {
@@ -231,7 +230,8 @@ def _classifier(
     )
     scale = settings.get("attentive_pooling_qk_scale")
     if attentive and scale:
-        # Our head divides scores by the root of a head's width; the keys take what is left of the scale.
+        # Our head divides scores by the root of a head's width, theirs multiplies by this scale. The keys
+        # take the ratio of the two, so every score stays what it was.
         key = ours["head.key.weight"].float()
         ours["head.key.weight"] = key * (float(scale) * math.sqrt(key.shape[0] / head.num_heads))
     return build_model(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -68,6 +68,7 @@ class TimmEncoder(nn.Module):
 
         Where timm pools by the mean it calls it fc_norm, and applies it to that mean.
         """
+        # The norm that timm does not use is an Identity, or is not there at all.
         norms = (getattr(self.encoder, name, None) for name in ("norm", "fc_norm"))
         found = (norm for norm in norms if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity))
         return next(found, nn.Identity())
@@ -105,7 +106,7 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
     ):
         raise ValueError(
             f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
-            "vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
+            "vision transformers (vit, deit, beit, eva, aimv2, dinov2, ...)"
         )
     # A network from the hub or a directory may be built for other images than its architecture's usual ones
     # without anyone having named them: its arguments then come from the module itself.
@@ -120,7 +121,14 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         told["in_chans"] = in_chans
     in_chans = told.get("in_chans", int(in_chans))
     height, width = (told["img_size"],) * 2 if "img_size" in told else size
-    config = TimmConfig(
+    # How its images are normalised and cut, unless timm's numbers are for other channels.
+    mean, std, crop_pct = (settings.get(name) for name in ("mean", "std", "crop_pct"))
+    images: dict[str, Any] = {}
+    if None not in (mean, std, crop_pct) and len(mean) == in_chans:
+        images = {"mean": tuple(mean), "std": tuple(std), "crop_pct": float(crop_pct)}
+        images["crop_mode"] = settings.get("crop_mode") or "center"
+        images["interpolation"] = settings.get("interpolation") or "bicubic"
+    return TimmConfig(
         architecture=architecture,
         image_size=(height, width),
         in_chans=in_chans,
@@ -128,16 +136,5 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         depth=len(layers),
         has_class_token=getattr(encoder, "cls_token", None) is not None,
         arguments=told,
-    )
-    # How its images are normalised and cut, unless timm's numbers are for other channels.
-    cut = {name: settings.get(name) for name in ("mean", "std", "crop_pct")}
-    if None in cut.values() or len(cut["mean"]) != in_chans:
-        return config
-    return replace(
-        config,
-        mean=tuple(cut["mean"]),
-        std=tuple(cut["std"]),
-        crop_pct=float(cut["crop_pct"]),
-        crop_mode=settings.get("crop_mode") or "center",
-        interpolation=settings.get("interpolation") or "bicubic",
+        **images,
     )
