@@ -175,6 +175,17 @@ class ModelConfig(_Section):
             "tokens are predicted by cross-entropy; leave them out, or set model.tokenizer null",
         )
 
+    def check_predicts(self) -> None:
+        """Refuse settings of a model that cannot predict; it may still encode."""
+        require(
+            self.predictor is not None,
+            "this is an encoder alone (model.predictor is null): it encodes, but cannot predict blocks",
+        )
+        require(
+            self.num_blocks > 1,
+            "the whole image is one block, so there is no next block; use a smaller model.block_size",
+        )
+
     def _check_widths(self, width: str, heads: str = "") -> None:
         dim, number = getattr(self, width), getattr(self, heads, 1)
         require(
@@ -469,14 +480,7 @@ class RunConfig:
 
     def check_trainable(self) -> None:
         """Refuse settings with which a model may encode, but nothing can be learned."""
-        require(
-            self.model.predictor is not None,
-            "model.predictor is null, so nothing can be predicted; pre-training needs one",
-        )
-        require(
-            self.model.num_blocks > 1,
-            "the whole image is one block, so there is no next block; use a smaller model.block_size",
-        )
+        self.model.check_predicts()
         require(
             self.train.precision != "fp16" or self.train.device != "cpu",
             "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32",

@@ -99,6 +99,7 @@ def pool_features(
         return torch.stack(chosen).mean(dim=0) if config.layer_pool == "mean" else torch.cat(chosen, dim=-1)
 
     if config.tokens in ("class", "joined"):
+        # The class token is the first of the prefix; registers follow it and are never used alone.
         class_token = pool(encoded.prefix)[:, 0]
         if config.tokens == "class":
             return class_token
@@ -194,9 +195,8 @@ class AttentiveHead(nn.Module):
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
         # Statistics are over all patches of all images, channel by channel, as officially.
-        normed = rearrange(
-            self.norm(rearrange(tokens, "b n d -> (b n) d")), "(b n) d -> b n d", n=tokens.shape[1]
-        )
+        normed = self.norm(rearrange(tokens, "b n d -> (b n) d"))
+        normed = rearrange(normed, "(b n) d -> b n d", n=tokens.shape[1])
         query = rearrange(self.query, "1 q (h e) -> q h e", h=self.num_heads)
         key = rearrange(self.key.weight, "(h e) d -> h e d", h=self.num_heads)
         value = rearrange(self.value.weight, "(h e) d -> h e d", h=self.num_heads)
@@ -204,6 +204,8 @@ class AttentiveHead(nn.Module):
         # The queries are the same for every image, so keys and values of single patches are never formed:
         # q·(K x) = (Kᵀq)·x folds the key matrix into the queries, and the mean of V x over patches is V
         # applied to the mean of x. Per patch that costs 2·d·heads·queries products instead of 2·d².
+        # Each head of each query has its own patch mean; queries are averaged before the value map, which is
+        # linear, so it is applied once.
         patch_query = einsum(query, key, "q h e, h e d -> q h d") * key.shape[1] ** -0.5
         scores = einsum(normed, patch_query, "b n d, q h d -> b q h n")
         patch_mean = einsum(scores.softmax(dim=-1), normed, "b q h n, b n d -> b q h d")
