@@ -132,8 +132,10 @@ def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mappi
     refuse_non_finite(
         weights, f"the model for {path}", "it was not saved; an earlier checkpoint may be finite"
     )
+    # safetensors puts a file of its own in this place, which its owner alone may read. So an empty file shows
+    # first which mode the umask gives.
     path.touch()
-    mode = path.stat().st_mode  # safetensors puts a file of its own in this place, for the owner alone
+    mode = path.stat().st_mode
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path, dict(metadata))
     path.chmod(mode)
 
@@ -239,6 +241,8 @@ def build_model(
         raise CheckpointError(
             f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
         )
+    # On the meta device tensors have shapes and no data: building costs no memory and draws no random number,
+    # and the tensors of the file then take the places of the empty ones.
     with torch.device("meta"):
         model = make()
     load_strictly(model, weights, origin)
@@ -253,24 +257,18 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
     # All problems are listed at once: their pattern tells what kind of file it is.
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in weights]
-    problems += [f"unexpected: {name}" for name in weights if name not in own]
-    problems += [
-        f"shape of {name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    # Complex numbers in place of real ones would pass here and fail in the first image.
-    problems += [
-        f"dtype of {name}: {weights[name].dtype} in the file, {own[name].dtype} in the model"
-        for name in own
-        if name in weights
-        and not weights[name].is_floating_point()
-        and (own[name].is_floating_point() or weights[name].is_complex())
-    ]
+    for name, w in weights.items():
+        if name not in own:
+            problems.append(f"unexpected: {name}")
+        elif w.shape != own[name].shape:
+            shapes = f"{tuple(w.shape)} in the file, {tuple(own[name].shape)} in the model"
+            problems.append(f"shape of {name}: {shapes}")
+        # Complex numbers in place of real ones would pass here and fail in the first image.
+        elif not w.is_floating_point() and (own[name].is_floating_point() or w.is_complex()):
+            problems.append(f"dtype of {name}: {w.dtype} in the file, {own[name].dtype} in the model")
     if problems:
-        raise CheckpointError(
-            f"the weights of {origin} do not fit the model:\n  " + _listed(problems, "\n  ")
-        )
+        listed = _listed(problems, "\n  ")
+        raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {listed}")
     # Converted before they are assigned: copying would need the model's own memory as well, and a model on
     # the meta device has none.
     in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}

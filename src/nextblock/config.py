@@ -139,10 +139,14 @@ class ModelConfig(_Section):
     init: str | None = None
     """Start from these weights, anything `nextblock info` reads; what does not fit is resampled or fresh."""
 
+    has_class_token = False
+    """No setting: these encoders have patches alone, unlike some of timm's."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         sides, p, block = pair(self.image_size), self.patch_size, pair(self.block_size)
         blocks = f"blocks of {block[0]}x{block[1]} patches of {p} px"
+        # Patches first, then blocks, which patches must fill; the nearest sizes that can be cut are named.
         for parts, unit in ((f"{p}-px patches", (p, p)), (blocks, self.block_px)):
             below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
             above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
@@ -152,10 +156,8 @@ class ModelConfig(_Section):
                 f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
                 f"use model.image_size {' or '.join(near)}, or another patch_size or block_size",
             )
-        require(
-            self.encoder_attention == "block_causal" or self.feature_attention == "full",
-            "model.encoder_attention full needs model.feature_attention full",
-        )
+        is_possible = self.encoder_attention == "block_causal" or self.feature_attention == "full"
+        require(is_possible, "model.encoder_attention full needs model.feature_attention full")
         self._check_widths("embed_dim", "num_heads")
         if self.predictor is None:
             return
@@ -188,10 +190,7 @@ class ModelConfig(_Section):
 
     def _check_widths(self, width: str, heads: str = "") -> None:
         dim, number = getattr(self, width), getattr(self, heads, 1)
-        require(
-            dim % number == 0,
-            f"model.{width} {dim} is not divisible by model.{heads} {number}; change one of them",
-        )
+        require(dim % number == 0, f"model.{width} {dim} is not divisible by model.{heads} {number}")
         # Sines and cosines of row and column take a quarter of the width each.
         require(
             self.positions == "learned" or dim % 4 == 0,
@@ -223,11 +222,6 @@ class ModelConfig(_Section):
             self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
             f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]}",
         )
-
-    @property
-    def has_class_token(self) -> bool:
-        """False: these encoders have patches alone, unlike some of timm's."""
-        return False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -460,7 +454,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_types(self)
         resize_px = self.data.resize_px(self.model.image_size)
-        if self.data.val_resize_px is None:  # recorded as a number: the rule may change, the run may not
+        # Recorded as a number: the rule may change with a release, the run may not.
+        if self.data.val_resize_px is None:
             object.__setattr__(self, "data", replace(self.data, val_resize_px=resize_px))
         require(
             resize_px >= max(pair(self.model.image_size)),
@@ -488,6 +483,8 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Dotted settings in which two configs are not the same run: {name: (here, there)}."""
+        # Compared setting by setting, as files have it: a resumed run must compute the same, wherever it is
+        # stored.
         mine, theirs = flatten(to_dict(self)), flatten(to_dict(other))
         return {
             name: (value, theirs.get(name))

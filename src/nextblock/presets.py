@@ -13,15 +13,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, pair
-from nextblock.settings import (
-    flatten,
-    from_dict,
-    nearest_name,
-    read_value,
-    require,
-    setting_types,
-    to_dict,
-)
+from nextblock.settings import flatten, from_dict, nearest_name, read_value, require, setting_types, to_dict
 
 GREY_MEAN, GREY_STD = (0.459,), (0.226,)
 """ImageNet's, its channels weighted 0.299, 0.587 and 0.114 as in the conversion to grey."""
@@ -39,9 +31,8 @@ def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
             if name not in _HINTS:
                 raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
         # Layer by layer, so that what follows from a preset's setting is what a later layer changes.
-        values |= _with_followers(
-            {name: read_value(name, value, _HINTS[name]) for name, value in typed.items()}, values
-        )
+        new = {name: read_value(name, value, _HINTS[name]) for name, value in typed.items()}
+        values |= _with_followers(new, values)
     config = from_dict(RunConfig, values)
     # Only of the last layer, which somebody typed: a run's own config.yaml rightly has both.
     measured = " and ".join(name for name in ("data.mean", "data.std") if name in typed)
@@ -142,19 +133,15 @@ def _width(dim: int, heads: int, projection: int, predictor: int, predictor_head
 
 # b16 and h14 were released. The other encoders are defined by the official code and used by no released run:
 # their predictors (as wide as the encoder up to B, else half as wide; projection 4x the width) are ours.
+_H14 = {**_PATCH14, **_width(1280, 16, 5120, 640, 8), "depth": 32, "block_mlp_dim": 9408}
+_G14 = {**_width(1408, 16, 5632, 704, 8), "depth": 40, "mlp_ratio": 48 / 11}
 _XTRA_SIZES = [
     _size("xtra-ti16", "50,000", "xtra-b16", **_width(192, 3, 768, 192, 3)),
     _size("xtra-s16", "100,000", "xtra-b16", **_width(384, 6, 1536, 384, 6)),
     _size("xtra-b16", "300,000", micro_batch_size=32),
     _size("xtra-l16", "1 million", "xtra-b16", **_width(1024, 16, 4096, 512, 8), depth=24),
-    _size(
-        *("xtra-h14", "3 million", "xtra-b16"),
-        **(_PATCH14 | _width(1280, 16, 5120, 640, 8)),
-        **{"depth": 32, "block_mlp_dim": 9408},
-    ),
-    _size(
-        "xtra-g14", "10 million", "xtra-h14", **_width(1408, 16, 5632, 704, 8), depth=40, mlp_ratio=48 / 11
-    ),
+    _size("xtra-h14", "3 million", "xtra-b16", **_H14),
+    _size("xtra-g14", "10 million", "xtra-h14", **_G14),
 ]
 
 _SMALL = {
@@ -171,14 +158,8 @@ _XTRA_RUNS = [
     Preset(
         *("xtra-small-64", "small", "1,000"),
         about=_SMALL_ABOUT,
-        changes=_SMALL
-        | {
-            "image_size": 64,
-            "patch_size": 8,
-            "val_resize_px": 64,
-            "predictor_dim": 192,
-            "predictor_heads": 3,
-        },
+        changes={**_SMALL, "image_size": 64, "val_resize_px": 64, "patch_size": 8}
+        | {"predictor_dim": 192, "predictor_heads": 3},
     ),
     Preset(
         *("xtra-small-128", "small", "1,000"),

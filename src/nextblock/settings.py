@@ -76,6 +76,7 @@ class Duration:
 def duration(*units: str, least: float = 1e-9) -> Rule:
     """The rule of a duration in these units, above 0 unless `least` is 0."""
 
+    # "0%" is no length, but a warm-up of none is meant: there `least` is 0.
     def holds(text: str) -> bool:
         try:
             return Duration.parse(text, allow=units).value >= least
@@ -89,6 +90,7 @@ def duration(*units: str, least: float = 1e-9) -> Rule:
 # ------------------------------------------------------------------------------------------- reading a value
 
 
+# Python's own int() and float() read more than anybody means: other scripts' digits, "1_0", "nan", "inf".
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]{3})*)")
 _NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]{3})*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -107,6 +109,8 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
 
 def _read(value: Any, hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    # Text comes from the command line or YAML and is read by the hint; anything else comes from Python and
+    # must have the type already, but for a whole number where a number is asked.
     text = value if isinstance(value, str) else None
     if origin is Annotated:
         found = _read(value, args[0])
@@ -229,13 +233,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
     """Build a config from what `to_dict` wrote, dotted names or keywords; refuse unknown and missing keys."""
+    # Dotted names become nested dicts first: "model.depth" and {"model": {"depth": 1}} are the same, and each
+    # section then checks its own names.
     known, hints = {f.name: f for f in fields(cls)}, _own_types(cls)  # type: ignore[arg-type]
     given: dict[str, Any] = {}
     for name, value in values.items():
         section, _, rest = name.partition(".")
-        # Unknown names are refused and not dropped: a setting with a slip would silently keep its default.
         if name == "token_px" and value is None:  # a retired setting, which older files hold as null
             continue
+        # Refused and not dropped: a setting with a slip would silently keep its default.
         if section not in known:
             raise ValueError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
@@ -330,6 +336,8 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise ValueError(f"{at(event)}: a value cannot begin with &, * or !; put it in quotes")
+        # compose stops before values are made: nodes still hold the text that was typed, and every key with
+        # its line, also those that come twice.
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)

@@ -75,6 +75,8 @@ class Parser(argparse.ArgumentParser):
 
         Gives the types of these settings.
         """
+        # A section of the config becomes a group of the help. No defaults: a flag that is not given must not
+        # hide what a file says.
         groups: dict[str, Any] = {"": super()}
         hints = {}
         for name, hint, default, owner in setting_types(cls, f"{section}." if section else ""):
@@ -98,6 +100,8 @@ class Parser(argparse.ArgumentParser):
         known = [name.removeprefix("--") for name in flags if name.startswith("--")]
         has_places = any(not action.option_strings for action in self._actions)
         words: list[str] = []
+        # argparse would guess: it takes "-1e-3" for a flag and a prefix for the whole name. So each flag is
+        # looked up here, and joined with its value by "=", before argparse sees it.
         left = iter(argv)
         for i, word in enumerate(left):
             name, has_value, value = word.partition("=")
@@ -116,6 +120,7 @@ class Parser(argparse.ArgumentParser):
             is_switch = flags[name].nargs == 0
             require(not (is_switch and has_value), f"{name} takes no value")
             if not is_switch and not has_value:
+                # A value never begins with --, so a flag after a flag means that a value was forgotten.
                 value = next(left, "--")
                 require(not value.startswith("--"), f"{name} needs a value")
             # Joined, so that argparse takes a value such as -1e-3 for a value.
@@ -238,6 +243,7 @@ def parse_settings(
     values = {name: value for layer in layers for name, value in layer.items()}
     if overwrite is not None:
         values["overwrite"] = options.overwrite
+    # Asked for only now: a file of settings may give what the flags do not.
     required = [setting.name for setting in setting_types(config) if setting.default is MISSING]
     missing = [f"--{name}" for name in required if name not in values]
     require(not missing, f"{' and '.join(missing)} must be given; see {parser.prog} --help")
@@ -308,6 +314,7 @@ def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
     With the `value` that was given, if the setting takes it as it is or as a number of its units.
     """
     section, _, last = name.rpartition(".")
+    # Other programs' words first: they resemble none of ours, or a wrong one.
     for words, meant in _SLIPS.items():
         for one in meant if {name, last} & set(words) else ():
             setting, _, example = one.partition(" ")
