@@ -29,10 +29,7 @@ def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Te
 
 
 def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Tensor, "o k"]:
-    """The set of orders that a setting of `order` stands for, one order but for "random".
-
-    The first is for validation and features. `seed` matters to the random ones only.
-    """
+    """The orders that a setting of `order` stands for: one, but for "random"; `seed` is for random ones."""
     k = block_grid[0] * block_grid[1]
     if kind == "random":
         return random_orders(k, seed)
@@ -92,16 +89,14 @@ def checkerboard_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
 def random_orders(num_blocks: int, seed: int) -> Int64[Tensor, "k k"]:
     """As many pseudo-random orders as there are blocks, no two of which start with the same block.
 
-    The first is for validation and features; training draws one a step for the whole batch. Drawn one after
-    the other from a generator of its own on the CPU, and drawn again while the first block is taken, as
-    XTRA's official set.
+    The first is for validation and features; training draws one a step for the whole batch.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     orders: dict[int, Tensor] = {}
     while len(orders) < num_blocks:
         order = torch.randperm(num_blocks, generator=generator, device="cpu")
-        # Only the first order that starts with a block is kept, and dicts keep their order: the set is a
-        # function of the seed alone, and training on it shows each block first equally often.
+        # As XTRA's official set: an order whose first block is taken is drawn again. Dicts keep the order in
+        # which their keys came, so the set is a function of the seed alone.
         orders.setdefault(int(order[0]), order)
     return torch.stack(list(orders.values()))
 

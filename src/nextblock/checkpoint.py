@@ -82,11 +82,9 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
         named = type(error).__name__ in ("HubError", "WriteError")
         if named or (values_of_caller and isinstance(error, ValueError)):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{origin} is damaged, or is not what it says it is ({type(error).__name__}: {reason}); "
-            + _remedy(origin)
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        why = f"is damaged, or is not what it says it is ({reason}); {_remedy(origin)}"
+        raise CheckpointError(f"{origin} {why}") from error
 
 
 def _remedy(origin: str | Path) -> str:
@@ -115,12 +113,8 @@ def save_model(
         }
     else:
         kind, settings = "model", to_dict(model.config)
-    metadata = {
-        "format": "nextblock",
-        "format_version": str(FORMAT_VERSION),
-        "kind": kind,
-        "config": json.dumps(settings),
-    }
+    metadata = {"format": "nextblock", "format_version": str(FORMAT_VERSION), "kind": kind}
+    metadata["config"] = json.dumps(settings)
     if data is not None:
         metadata["data"] = json.dumps({name: getattr(data, name) for name in RECORDED_DATA})
     write_safetensors(path, model.state_dict(), metadata)
@@ -129,9 +123,8 @@ def save_model(
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors, from any device, with the file mode that the umask gives; NaN and inf are refused."""
     # Refused before anything is written: what a file replaces may be the last good one.
-    refuse_non_finite(
-        weights, f"the model for {path}", "it was not saved; an earlier checkpoint may be finite"
-    )
+    remedy = "it was not saved; an earlier checkpoint may be finite"
+    refuse_non_finite(weights, f"the model for {path}", remedy)
     # safetensors puts a file of its own in this place, which its owner alone may read. So an empty file shows
     # first which mode the umask gives.
     path.touch()
@@ -205,9 +198,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as handle:
             return handle.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors: {error}; the file is not complete: {_remedy(path)}"
-        ) from error
+        why = f"{error}; the file is not complete: {_remedy(path)}"
+        raise CheckpointError(f"{path} cannot be read as safetensors: {why}") from error
 
 
 def build_model(
@@ -220,8 +212,7 @@ def build_model(
 ) -> M:
     """Build a network around the weights of a file, without a second copy of them, in evaluation mode.
 
-    `config` is that of its encoder model, whose names begin with `prefix`. Nothing is drawn: the network is
-    built on torch's meta device, and the file's tensors become its parameters.
+    `config` is that of its encoder model, whose names begin with `prefix`.
     """
     # Also on the meta device, time and memory grow with these sizes: whoever damaged the settings must not
     # make us build a billion layers before the weights are compared.
@@ -250,10 +241,7 @@ def build_model(
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Give a model all weights by name, in fp32; refuse what does not fit it or is not finite.
-
-    The tensors themselves become the parameters, so that there is no second copy of them.
-    """
+    """Give a model all weights by name, in fp32; refuse what does not fit it or is not finite."""
     # All problems are listed at once: their pattern tells what kind of file it is.
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in weights]
@@ -269,8 +257,8 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
     if problems:
         listed = _listed(problems, "\n  ")
         raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {listed}")
-    # Converted before they are assigned: copying would need the model's own memory as well, and a model on
-    # the meta device has none.
+    # Converted before they are assigned: the tensors themselves become the parameters, so there is no second
+    # copy of them. Copying would need the model's own memory, and on the meta device it has none.
     in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
     refuse_non_finite(in_fp32, origin, _remedy(origin))
     model.load_state_dict(in_fp32, strict=True, assign=True)
@@ -285,9 +273,8 @@ def refuse_non_finite(weights: Mapping[str, Tensor], origin: str, remedy: str) -
         if w.is_floating_point() and not w.sum().isfinite() and not w.isfinite().all()
     ]
     if bad:
-        raise CheckpointError(
-            f"{len(bad)} tensors of {origin} hold NaN or inf ({_listed(bad, ', ')}); {remedy}"
-        )
+        named = _listed(bad, ", ")
+        raise CheckpointError(f"{len(bad)} tensors of {origin} hold NaN or inf ({named}); {remedy}")
 
 
 def _listed(names: list[str], separator: str) -> str:

@@ -273,11 +273,7 @@ _ODD_SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200f\u2028-\u202f\u205f-\u2064\u
 
 
 def read_yaml(path: str) -> dict[str, tuple[Any, str]]:
-    """A file of settings: {dotted name: (text, list or None, where it stands)}.
-
-    Every scalar stays the text that was typed, so that the setting's type decides what it means, and no
-    value is ever a date, an octal number or a Python object.
-    """
+    """A file of settings: {dotted name: (text, list or None, where it stands)}."""
     require(Path(path).is_file(), f"--config {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -336,8 +332,8 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise ValueError(f"{at(event)}: a value cannot begin with &, * or !; put it in quotes")
-        # compose stops before values are made: nodes still hold the text that was typed, and every key with
-        # its line, also those that come twice.
+        # compose stops before values are made: every scalar is still the text that was typed. So a setting's
+        # type decides what it means, and no value is ever a date, an octal number or a Python object.
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)

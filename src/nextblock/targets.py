@@ -199,10 +199,10 @@ def draw_prefix_lengths(
 ) -> Int64[Tensor, " b"]:
     """How many blocks of each image all its tokens may attend to (AIM, section 4.2): 1 to num_blocks - 1.
 
-    Each is f(seed, visit, sample), so it is known before the image is, and depends on no worker, rank or
-    micro-batch. 63 random bits modulo k-1: the bias is below 2**-63 times k.
+    Each is f(seed, visit, sample), so it is known before the image is.
     """
-    # Keyed by visit and sample, not drawn one after the other: no generator has a state to save or to share.
+    # Keyed by visit and sample, not drawn one after the other: no generator has a state to save, and a length
+    # depends on no worker, rank or micro-batch. 63 random bits modulo k-1: the bias is below k / 2**63.
     keys = zip(visits, samples, strict=True)
     lengths = [1 + keyed_seed(seed, "prefix", visit, sample) % (num_blocks - 1) for visit, sample in keys]
     return torch.tensor(lengths, dtype=torch.int64)

@@ -87,9 +87,8 @@ class Parser(argparse.ArgumentParser):
                 groups[part] = self.add_argument_group(part)
             options = {"action": "append", "default": argparse.SUPPRESS, "metavar": _metavar(hint)}
             words = "" if default is MISSING else f" (default: {_shown(default)})"
-            self.described.append(
-                (groups[part].add_argument(f"--{name}", help=words, **options), owner, leaf)
-            )
+            action = groups[part].add_argument(f"--{name}", help=words, **options)
+            self.described.append((action, owner, leaf))
             hints[name] = hint
         self.hints |= hints
         return hints
@@ -284,17 +283,13 @@ def _read_file(path: str, hints: Mapping[str, Any], others: Collection[str]) -> 
     values = {}
     for name, (value, where) in read_yaml(path).items():
         if name not in hints:
-            is_section = any(known.startswith(f"{name}.") for known in hints)
-            require(
-                not is_section, f"{where}: {name} must be settings, `name: value` on lines of their own below"
-            )
-            require(
-                name not in others,
-                f"{where}: {name} is no setting of a file; give it as --{name} on the command line",
-            )
             meant = suggestion(name, list(hints))
-            hint = f"did you mean {meant}?" if meant else "--help lists all"
-            raise ValueError(f"{where}: unknown setting {name}; {hint}")
+            why = f"unknown setting {name}; " + (f"did you mean {meant}?" if meant else "--help lists all")
+            if any(known.startswith(f"{name}.") for known in hints):
+                why = f"{name} must be settings, `name: value` on lines of their own below"
+            elif name in others:
+                why = f"{name} is no setting of a file; give it as --{name} on the command line"
+            raise ValueError(f"{where}: {why}")
         values[name] = read_value(f"{where}: {name}", value, hints[name])
     return values
 
@@ -322,9 +317,8 @@ def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
                 example = re.sub("[0-9]+", value, example) if value.isdigit() else example
                 return f"{setting} {example or value}".rstrip()
     # Of equal names that of the same section. Part of a name counts, and so do swapped letters.
-    leaves = {
-        one.rpartition(".")[2]: one for one in sorted(known, key=lambda one: one.startswith(f"{section}."))
-    }
+    ranked = sorted(known, key=lambda one: one.startswith(f"{section}."))
+    leaves = {one.rpartition(".")[2]: one for one in ranked}
     near = [leaf for leaf in leaves if sorted(leaf) == sorted(last) or leaf.startswith(f"{last}_")]
     near += difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
     return leaves[near[0]] if near else None

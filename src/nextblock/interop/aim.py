@@ -129,9 +129,7 @@ def read_aim(
 ) -> NextBlockModel | ImageClassifier:
     """Build what official files hold: an encoder, a classifier (a backbone and its `head`), or a whole model.
 
-    The number of attention heads comes from the caller or the table of official sizes. The image size comes
-    from stored positions, which fit one grid only, else it is 224; positions are computed for any other
-    size at run time. What remains untold, and files of another architecture, are refused.
+    What the file and the caller leave untold, and files of another architecture, are refused.
     """
     weights = _weights(content)
     if head is not None:
@@ -206,8 +204,8 @@ def _model_config(
     """The settings of the model, and the layers that its classifier averages if it is one."""
     width, in_chans, patch_size = patch_shape(weights, "preprocessor.patchifier.proj.weight", origin)
     depth = count_numbered(weights, "trunk.blocks.", origin)
-    # Any divisor of the width would fit the tensors and compute something else, so the number is never
-    # guessed. All that is untold is collected first, and asked for at once.
+    # Any divisor of the width would fit the tensors and compute something else, so the number of heads is
+    # never guessed: the caller tells it, or the official sizes. All that is untold is asked for at once.
     missing: dict[str, str] = {}
     heads = options.num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
     if heads is None:
@@ -286,10 +284,8 @@ def _image_size(
         if fits and rows % patch_size == columns % patch_size == 0:
             return size
     held = "" if places is None else f"{places} positions of "
-    why = (
-        f"{origin} holds {held}{patch_size}-px patches, which do not make an image of {rows}x{columns} px; "
-        "give its size in pixels as image_size= (--image_size)"
-    )
+    why = f"{held}{patch_size}-px patches, which do not make an image of {rows}x{columns} px"
+    why = f"{origin} holds {why}; give its size in pixels as image_size= (--image_size)"
     if given is not None:
         raise CheckpointError(why)
     return why

@@ -74,14 +74,14 @@ def convert(
             f"{src} holds a classifier on timm's {config.architecture}, which the format onnx cannot hold; "
             "write it to nextblock, or its encoder to timm"
         )
+    # Only an encoder of ours can bring its positions and its mask to another size.
+    size = pair(config.image_size if image_size is None else image_size)
     require(
-        # Only an encoder of ours can bring its positions and its mask to another size.
-        image_size is None
-        or pair(image_size) == pair(config.image_size)
-        or (to != "nextblock" and not is_timms),
+        size == pair(config.image_size) or (to != "nextblock" and not is_timms),
         f"{src} is of images of {config.image_size} px, as it tells itself, and stays so; leave image_size "
         "out, or write an encoder of this package to timm or onnx",
     )
+    # Another origin keeps the licence; another licence drops the old one's name and link with it.
     provenance = _provenance(found, str(src))
     if origin is not None:
         provenance = replace(provenance, origin=origin)
@@ -99,15 +99,8 @@ def convert(
     if to == "onnx":
         from nextblock.interop.onnx import write_onnx
 
-        difference = write_onnx(
-            found.model,
-            path,
-            layers=layers,
-            attention=attention or "native",
-            image_size=image_size,
-            data=data,
-            provenance=provenance,
-        )
+        use: dict[str, Any] = {"layers": layers, "attention": attention or "native", "image_size": image_size}
+        difference = write_onnx(found.model, path, data=data, provenance=provenance, **use)
     else:
         _write_directory(found, path, to, image_size, data, provenance)
     return Converted(to, str(path), _num_bytes(path), difference)
@@ -119,19 +112,16 @@ def target_of(dst: str | Path, to: Target | None) -> Target:
     # What is nearly a suffix is a slip ("x.onx"), unless --to is given; "v1.2" is a directory's name.
     known = (ONNX_SUFFIX, *WEIGHT_SUFFIXES)
     near = [] if to or suffix in known else difflib.get_close_matches(suffix, known, n=1, cutoff=0.8)
-    require(
-        not near,
-        f"{dst}: {suffix} looks like a misspelt {''.join(near)}; mend it, or give the format (--to) if "
-        "this is the name of a directory",
-    )
+    slip = f"{dst}: {suffix} looks like a misspelt {''.join(near)}"
+    require(not near, f"{slip}; mend it, or give the format (--to) if this names a directory")
     is_onnx = suffix == ONNX_SUFFIX
     to = to or ("onnx" if is_onnx else "nextblock")
     require(to in ("nextblock", "timm", "onnx"), f"to is {to!r}; it must be nextblock, timm or onnx")
     kind = "a directory" if to != "onnx" else "an .onnx file"
+    fits = is_onnx == (to == "onnx") or (to == "onnx" and not suffix)
     require(
-        (is_onnx == (to == "onnx") or (to == "onnx" and not suffix)) and suffix not in WEIGHT_SUFFIXES,
-        f"{dst}: the format {to} is {kind}, and {suffix or 'no suffix'} says otherwise; name {kind}, or give "
-        "another format (--to)",
+        fits and suffix not in WEIGHT_SUFFIXES,
+        f"{dst}: {to} is {kind}, and {suffix} says otherwise; name {kind}, or give another format (--to)",
     )
     return to
 

@@ -55,8 +55,7 @@ DISTRIBUTED_FILE = ".metadata"
 def choose_weights(names: Iterable[str], where: str, *, as_named: str) -> tuple[str, ...]:
     """Which weight files of a directory are its model: one, a backbone with its head, or none.
 
-    Of the same model in several formats, safetensors. Files of several models are refused with their names;
-    `as_named` shows how to give one ("hf:USER/NAME/{}").
+    Files of several models are refused; `as_named` shows how to give one ("hf:USER/NAME/{}").
     """
     # The usual names of a whole model win over all others: a trainer leaves its own state in other files
     # beside it.
@@ -71,6 +70,7 @@ def choose_weights(names: Iterable[str], where: str, *, as_named: str) -> tuple[
         listed = ", ".join(files[:NAMES_SHOWN] + more)
         named = as_named.format(files[0])
         raise CheckpointError(f"{where} holds several weight files ({listed}); name one of them: {named}")
+    # The same model in several formats: safetensors, which runs nothing and is mapped, comes first.
     return tuple(sorted(files, key=lambda name: WEIGHT_SUFFIXES.index(PurePosixPath(name).suffix))[:1])
 
 
@@ -83,16 +83,14 @@ def is_distributed(path: Path) -> bool:
 
 
 def read_content(path: Path) -> Any:
-    """What a weight file holds: tensors by name, or whatever was pickled of tensors and plain values.
-
-    Safetensors are mapped into memory; pickles are read whole, as trainers write them again in place.
-    """
+    """What a weight file holds: tensors by name, or whatever was pickled of tensors and plain values."""
     if not path.is_file() and not is_distributed(path):
         what = "is a directory, and not a weight file" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}; give the path of the file")
     try:
         if path.is_dir():
             return _read_distributed(path)
+        # Safetensors are mapped into memory; pickles are read whole, as trainers write them again in place.
         return load_file(path) if is_safetensors(path) else _read_pickle(path)
     except (
         SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,

@@ -96,9 +96,8 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
 def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
     """Give a model another's weights: what fits is copied, positions are resampled, the rest stays fresh.
 
-    Fixed positions stay as they are. A predictor of another kind or with other attention heads gives nothing
-    of its layers. Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of
-    attention heads, as that is surely not what was meant.
+    Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of attention
+    heads, as that is surely not what was meant.
     """
     here, there = model.config, other.config
     if here.embed_dim == there.embed_dim and here.num_heads != there.num_heads:

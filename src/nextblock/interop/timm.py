@@ -227,11 +227,9 @@ def read_timm(
 ) -> NextBlockModel:
     """Build the encoder of a timm directory or of a weight file.
 
-    `weights` are those of the file, if they have been read already. A file is described by its metadata and
-    by a timm config.json beside it, which must agree. If there is neither, it is a timm ViT under full
-    attention, and `num_heads` may have to be given. Class and register tokens are refused; with
-    `drop_prefix_tokens` they and their positions are left out, and listed: good to start from, but not the
-    features of the original.
+    `weights` are those of the file, if they have been read already. Without metadata and config.json it is a
+    timm ViT under full attention. `drop_prefix_tokens` leaves out class and register tokens and their
+    positions, and lists them: good to start from, but not the features of the original.
     """
     origin, file, options = str(path), _weight_file(path), options or LoadOptions()
     drop = options.drop_prefix_tokens
@@ -356,9 +354,7 @@ def read_timm_weights(
 ) -> NextBlockModel:
     """Build the encoder that a timm ViT's state dict holds, under full attention.
 
-    What the tensors do not tell is taken from `like`, the timm ViT. Without it the image is square, the
-    activation GELU, the epsilon timm's, and `num_heads` comes from the argument or the table of official
-    (width, depth), else the file is refused.
+    What the tensors do not tell is taken from `like`, the timm ViT.
     """
     width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
     depth = count_numbered(weights, "blocks.", origin)
@@ -383,6 +379,7 @@ def read_timm_weights(
         positions_too = f", and the positions of {count} of them" if tokens and have_places else ""
         log.info("left out of %s: %s%s", origin, ", ".join(left_out), positions_too)
 
+    # A file alone is taken for timm's plainest: a square image, GELU, one epsilon. Only heads must be told.
     if like is None:
         needed(kept, "norm.weight", origin)
         heads = num_heads or NUM_HEADS_OF_SIZE.get((width, depth))

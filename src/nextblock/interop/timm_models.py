@@ -33,18 +33,9 @@ ARGUMENTS = {
 # Arguments of timm's own class that change no token of an evaluated encoder. Any other is refused: it could.
 TIMMS_ARGUMENTS = {"num_classes", "global_pool", "drop_rate", "drop_path_rate", "device", "dtype"}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "nextblock_vit": {
-            "num_classes": 0,
-            "input_size": (3, 256, 256),
-            "fixed_input_size": True,
-            "crop_pct": 256 / 300,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-    }
-)
+_CFG: dict[str, Any] = {"num_classes": 0, "input_size": (3, 256, 256), "crop_pct": 256 / 300}
+_CFG |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
+default_cfgs = generate_default_cfgs({"nextblock_vit": _CFG})
 
 
 class _Block(Block):

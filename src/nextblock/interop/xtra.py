@@ -79,11 +79,7 @@ def is_xtra(content: Any) -> bool:
 def read_xtra(
     content: Mapping[str, Any], origin: str, options: LoadOptions
 ) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier that an official file holds.
-
-    The number of attention heads comes from the caller, the file's settings or architecture name, or the
-    table of official sizes; else the file is refused, as a wrong number changes features without an error.
-    """
+    """Build the model or classifier that an official file holds; refused if it does not tell enough."""
     weights, told = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
     if not told or not isinstance(told, Mapping):
         raise CheckpointError(
@@ -96,6 +92,7 @@ def read_xtra(
     _refuse_other_functions(settings, weights, origin, is_classifier, with_predictor)
 
     # The head count is nowhere in the shapes: any divisor of the width would load and compute something else.
+    # So it comes from the caller, the file's settings, its architecture's name or the official sizes.
     width, in_chans, patch_size = patch_shape(weights, "enc.patch_embed.proj.weight", origin)
     size = width, count_numbered(weights, "enc.blocks.", origin)
     of_arch = NUM_HEADS_OF_ARCH.get(str(settings.get("enc_arch")))
