@@ -77,6 +77,8 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
         yield
     except (CheckpointError, MissingSettingError):
         raise
+    # Damaged settings can fail anywhere in a reader, in any way. All of these mean the file; anything else,
+    # such as a full memory, is not its fault.
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         # By name, as these classes may lie above this file. They say cause and remedy already.
         named = type(error).__name__ in ("HubError", "WriteError")

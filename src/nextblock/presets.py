@@ -50,6 +50,7 @@ def _with_followers(new: dict[str, Any], values: Mapping[str, Any]) -> dict[str,
         # In proportion: published recipes have 300 for 256, 256 for 224, and each keeps its own.
         scale = max(pair(new["model.image_size"])) / max(pair(values["model.image_size"]))
         new["data.val_resize_px"] = round(values["data.val_resize_px"] * scale)
+    # One number under two names: whichever is given sets the other, and both must agree if both are.
     for name, other in (("data.channels", "model.in_chans"), ("model.in_chans", "data.channels")):
         if name in new:
             new.setdefault(other, new[name])
@@ -83,6 +84,7 @@ class Preset:
     @cached_property
     def config(self) -> RunConfig:
         """All settings, resolved."""
+        # A preset is what it changes of its base, and its base likewise: sizes, then recipes, then ablations.
         base = RunConfig() if self.base is None else PRESETS[self.base].config
         changes = {_SECTIONED[name]: value for name, value in self.changes.items()}
         return resolve(base, changes | {"preset": self.name})

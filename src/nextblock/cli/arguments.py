@@ -145,6 +145,7 @@ class Parser(argparse.ArgumentParser):
         flags = sorted((one for one in known if one.startswith(word.lstrip("-"))), key=len)
         if word.startswith("-") and flags:
             return f"did you mean --{flags[0]}?"
+        # A bare word is most often a preset or a folder of images.
         if "preset" in known and preset and not Path(word).exists():
             return f"did you mean --preset {preset[0]}?"
         if source is None or word == "help" or word.startswith("-"):
@@ -198,6 +199,7 @@ def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
 
 
 def _metavar(hint: Any) -> str:
+    # The first kind is the usual one; a setting that may also be null shows the other.
     kind = kinds_of(hint)[0]
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
@@ -275,6 +277,7 @@ def _layers(
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and stop")
     options = parser.parse(argv)
     others = vars(options).keys() - hints.keys()
+    # Each file is a layer of its own: what follows from one setting is worked out layer by layer.
     files = [_read_file(path, hints, others) for path in options.config or ()]
     return [*files, {name: value for name, value in vars(options).items() if name in hints}], options
 

@@ -325,8 +325,8 @@ def _fused(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
 
 
 def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str) -> tuple[int, ...] | None:
-    if given is None or not isinstance(given, str):
-        return given and tuple(given)
+    if not isinstance(given, str):
+        return None if given is None else tuple(given)
     if given == "last":
         return last_layers(PROBED_LAYERS, size[1])
     if size not in BEST_LAYERS_OF_SIZE:

@@ -63,6 +63,7 @@ def fetch(spec: str) -> Path:
         else:
             listed = ", ".join([name for name in names if name.endswith(WEIGHT_SUFFIXES)][:8]) or "none"
             raise HubError(f"{spec}: there is no file {file} in it; its weight files are: {listed}")
+        # A file may have brackets in its name, which a pattern would read as a set of letters.
         patterns = [*map(glob.escape, wanted), *BESIDE]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     return folder if file is None else folder / file

@@ -142,7 +142,8 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
             del values["block_size"]
         return {f"model.{name}": (ours, its) for name, (ours, its) in values.items() if ours != its}
 
-    # Learned positions may begin where fixed ones are, and a fresh bias is zero: both are the same function.
+    # What differs is only told, as weights may well begin a run under other settings. Learned positions may
+    # begin where fixed ones are, and a fresh bias is zero: both are the same function.
     differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
     differing += ["positions"] if here.positions == "sincos" else []
     differing += [] if here.bias else ["bias"]

@@ -145,7 +145,8 @@ def read(src: str | Path, options: LoadOptions) -> Found:
     # Every other format records these settings itself, and only AIM's readers look at them.
     unused = [name for name in options.given if name != "num_heads" and found.format != "official AIM"]
     if unused:
-        raise ValueError(f"{src} has no use for {' and '.join(unused)}; leave that out")
+        given = f"{unused[0]}={getattr(options, unused[0])!r}"
+        raise ValueError(f"{src} has no use for {given}; leave it out")
     config = found.encoder_model.config
     heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
     if options.num_heads not in (None, heads):
@@ -182,6 +183,8 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
     content = read_content(file)
     build: Callable[[LoadOptions], NextBlockModel | ImageClassifier]
     assumed: dict[str, str] = {}
+    # By the names of the tensors alone. AIM and XTRA have prefixes that nobody else uses, so they come before
+    # timm, whose bare names (blocks.0.attn ...) are many people's.
     if is_aim_head(content):
         why = f"{origin} is an AIM classifier's head alone; load its backbone, with head= this file (--head)"
         raise UnknownFormatError(why, file, content)
@@ -189,6 +192,8 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         format_, head = "official AIM", options.head
         if head is not None:
             head = read_content(fetch(str(head)) if is_hub_spec(head) else Path(head))
+        # A config.json from the hub knows what the weights do not, heads and layers; what the caller gives
+        # wins over it.
         beside = hub_settings(read_json(file.parent / "config.json"), content)
         options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
         if options.image_size is None and not stores_positions(content):
@@ -237,8 +242,11 @@ def _weight_files(path: Path, origin: str) -> list[Path]:
 def own_file(path: Path) -> Path | None:
     """The model file in this package's own format that a file, a checkpoint or a run means, if one does."""
     if not path.is_file():
+        # A checkpoint holds a model itself, a run holds checkpoints, of which the latest undamaged one
+        # counts.
         latest = None if (path / MODEL_FILE).is_file() else latest_checkpoint(path / "checkpoints")
         path = (latest or path) / MODEL_FILE
+    # A first look at nine bytes: other people's pickles of many gigabytes are not opened for this.
     is_own = path.is_file() and is_safetensors(path) and read_metadata(path).get("format") == "nextblock"
     return path if is_own else None
 

@@ -100,6 +100,7 @@ def write_onnx(
     graph = _Graph(encoder_at(source, image_size, attention), layers, classifier).eval()
     config = graph.encoder.config
     data = data_at(data, source.config, config)
+    # Random images of three batch sizes: the first is traced, the others show that the batch is really free.
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randn(b, config.in_chans, *pair(config.image_size), generator=generator) for b in (2, 1, 3)

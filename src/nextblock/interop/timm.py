@@ -390,7 +390,7 @@ def read_timm_weights(
         eps = TIMM_EPS
         if rows * columns != patches * patch_size**2:
             raise CheckpointError(
-                f"{origin} has {patches} patches, which are no square; put timm's config.json beside it"
+                f"{origin} has {patches} patches, which are no square grid; put timm's config.json beside it"
             )
     else:
         # The network that timm built knows what its tensors do not show. Its norms have one epsilon, which

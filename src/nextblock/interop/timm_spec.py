@@ -182,8 +182,8 @@ def read_timm_data(src: str | Path) -> DataConfig | None:
             val_crop=settings.get("crop_mode") or "center",
         )
     except (TypeError, ValueError, ArithmeticError) as error:
-        what = "mean, std, crop or input_size"
-        raise CheckpointError(f"the config.json of {src} is damaged: {what} ({error})") from error
+        why = f"has a damaged mean, std, crop or input_size ({error})"
+        raise CheckpointError(f"the config.json of {src} {why}; take the original file") from error
 
 
 def timm_provenance(src: str | Path) -> Provenance:

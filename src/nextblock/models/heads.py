@@ -242,6 +242,7 @@ def create_head(config: HeadConfig, embed_dim: int) -> Head:
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm1d:
+    # Without scale and shift: the linear layer behind it has both already.
     return nn.BatchNorm1d(dim, affine=False, eps=BATCH_NORM_EPS)
 
 
@@ -260,6 +261,7 @@ class ImageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         config, num_classes = encoder_model.config, head_config.num_classes
+        # Known before a head is built, so a wrong layer is not found only with the first image.
         head_config.check_encoder(config.depth, has_class_token=config.has_class_token)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(

@@ -191,6 +191,8 @@ class NextBlockModel(nn.Module):
         """
         predictor, positions, m = self.predictor, None, config.patches_per_block
         assert predictor is not None
+        # The predictor has positions of its own: it sees tokens that the encoder has mixed, and must know
+        # where each of them lies.
         if predictor.pos_embed is not None:
             positions = positions_on(config.grid, predictor.pos_embed, self.config).index_select(1, patches)
 
@@ -337,6 +339,8 @@ def masks_leak(config: ModelConfig) -> bool:
     if config.predictor is None or config.num_blocks == 1:
         return False
     # The encoder has two masks, a predictor any; it leaks if it allows what the staircase of blocks forbids.
+    # Then the loss falls to nothing while nothing is learned, so such a model encodes and draws, but cannot
+    # be trained.
     own = _predictor_mask(config)
     if config.encoder_attention == "full" or own is None:
         return config.encoder_attention == "full"
@@ -358,6 +362,7 @@ def _geometry(config: ModelConfig, leaks: bool, device: torch.device) -> Geometr
         table = patches_of_blocks(config.grid, pair(config.block_size))
         orders = block_orders(config.order, config.block_grid, config.order_seed)
         tables: list[Any] = [table, orders, mask, _predictor_mask(config)]
+    # A model on the meta device has no data anywhere, but no file holds these tables: they are real at once.
     target = torch.device("cpu") if device.type == "meta" else device
     moved: list[Any] = [t if t is None else t.to(target, non_blocking=True) for t in tables]
     return Geometry(*moved)
@@ -371,6 +376,7 @@ def _predictor_mask(config: ModelConfig) -> Bool[Tensor, "n n"] | None:
     with torch.device("cpu"):
         if config.predictor_attention == "full":
             return torch.ones(n, n, dtype=torch.bool)
+        # Plain causal attention is the block mask of one patch a block.
         size = 1 if config.predictor_attention == "causal" else config.predictor_block_size
         table = patches_of_blocks(config.grid, pair(config.block_size if size is None else size))
         return raster_mask(table, torch.arange(len(table)))
