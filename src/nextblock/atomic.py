@@ -65,6 +65,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         yield
     finally:
+        # First the name, then the lock: whoever gets the lock next writes a name of its own.
         owner.unlink(missing_ok=True)
         lock.release()
 

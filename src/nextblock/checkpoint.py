@@ -146,6 +146,7 @@ def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataC
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors do: the header's length, then a JSON object."""
     with path.open("rb") as file:
+        # Eight bytes give the length of the header; then comes JSON, which no pickle and no zip has there.
         start = file.read(9)
     return start[8:] == b"{"
 
@@ -247,15 +248,19 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
     # All problems are listed at once: their pattern tells what kind of file it is.
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in weights]
-    for name, w in weights.items():
-        if name not in own:
-            problems.append(f"unexpected: {name}")
-        elif w.shape != own[name].shape:
-            shapes = f"{tuple(w.shape)} in the file, {tuple(own[name].shape)} in the model"
-            problems.append(f"shape of {name}: {shapes}")
-        # Complex numbers in place of real ones would pass here and fail in the first image.
-        elif not w.is_floating_point() and (own[name].is_floating_point() or w.is_complex()):
-            problems.append(f"dtype of {name}: {w.dtype} in the file, {own[name].dtype} in the model")
+    problems += [f"unexpected: {name}" for name in weights if name not in own]
+    both = [(name, weights[name], own[name]) for name in own if name in weights]
+    problems += [
+        f"shape of {name}: {tuple(w.shape)} in the file, {tuple(mine.shape)} in the model"
+        for name, w, mine in both
+        if w.shape != mine.shape
+    ]
+    # Complex numbers in place of real ones would pass here and fail in the first image.
+    problems += [
+        f"dtype of {name}: {w.dtype} in the file, {mine.dtype} in the model"
+        for name, w, mine in both
+        if not w.is_floating_point() and (mine.is_floating_point() or w.is_complex())
+    ]
     if problems:
         listed = _listed(problems, "\n  ")
         raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {listed}")

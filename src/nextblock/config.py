@@ -494,6 +494,7 @@ class RunConfig:
         }
 
 
-_DATA_PLACES = ("train", "val", "workers", "max_bad_fraction", "cache_dir", "cache_gb")
-_FREE_SETTINGS = {"preset", "train.device", *(f"data.{name}" for name in _DATA_PLACES)}
-"""What may change when a run is resumed, besides checkpoint and monitor; source.json knows the images."""
+# What may change when a run is resumed, besides checkpoint and monitor: where things are, and not what they
+# are. The images themselves are recorded in source.json.
+_FREE_SETTINGS = {"preset", "train.device", "data.train", "data.val", "data.workers"}
+_FREE_SETTINGS |= {"data.max_bad_fraction", "data.cache_dir", "data.cache_gb"}

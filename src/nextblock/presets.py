@@ -24,6 +24,8 @@ _SECTIONED = {name.rpartition(".")[2]: name for name in _HINTS}
 
 def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
     """A run's settings with some changed, by dotted name ("optim.lr") or nested dicts; later layers win."""
+    # All settings as one flat dict, changed name by name, and built and checked as a whole at the end: on the
+    # way there, two settings may contradict each other.
     values, typed = flatten(to_dict(base)), dict[str, Any]()
     for layer in layers:
         typed = flatten(layer)

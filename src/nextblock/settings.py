@@ -246,6 +246,8 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             raise ValueError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
+        # JSON and YAML have no tuples, and Python callers give paths; the types themselves are checked when
+        # the config is made.
         if is_dataclass(hints[name]) and isinstance(value, Mapping):
             given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
         elif isinstance(value, list):

@@ -125,6 +125,7 @@ class Parser(argparse.ArgumentParser):
             # Joined, so that argparse takes a value such as -1e-3 for a value.
             words.append(name if is_switch else f"{name}={value}")
         options = self.parse_args(words)
+        # All texts of a flag are known now: a list takes them all, and of anything else the last one counts.
         for name, texts in list(vars(options).items()):
             if name not in self.hints:
                 continue

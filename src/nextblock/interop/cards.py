@@ -134,5 +134,6 @@ Licence of the weights: {provenance.license}{link}.
 
 def _slug(text: str) -> str:
     """Words as the hub takes them for a licence's name ("apple-s-own-licence"), 60 characters at most."""
+    # Cut between words if that leaves any: half a word would be another name.
     slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
     return (slug if len(slug) <= 60 else slug[:61].rpartition("-")[0] or slug[:60]).strip("-.")

@@ -60,6 +60,8 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
     taken, and a warning says so; class and register tokens of a timm model are left out.
     """
     config = model.config
+    # Weights to start from need not be exact, so what a file does not tell is taken from this model. A head's
+    # layers do not matter: only the encoder is used.
     fallback = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
     found = read(src, LoadOptions(fallback=fallback, drop_prefix_tokens=True))
     if "num_heads" in found.assumed:

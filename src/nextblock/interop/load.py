@@ -271,6 +271,7 @@ def official_data(image_size: Size, channels: int) -> DataConfig:
     and AIM).
     """
     size = max(pair(image_size))
+    # By the size alone, as official files record nothing of it: each of these sizes has one official recipe.
     resize_px = 300 if size == 256 else round(size * 8 / 7)
     if channels == 3:
         return DataConfig(val_resize_px=resize_px)

@@ -48,6 +48,8 @@ class _Graph(nn.Module):
         self.names = ["tokens", *(f"layer_{layer}" for layer in layers), *(["logits"] if classifier else [])]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
+        # One pass through the encoder for all outputs; the encoder has the mask that the head was trained on,
+        # so the head need not ask for it.
         encoded = self.encoder.encode(images)
         outputs = [encoded.tokens, *(encoded.layers[layer] for layer in self.layers)]
         if self.classifier is not None:

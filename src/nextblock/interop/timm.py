@@ -55,8 +55,6 @@ FORMAT_VERSION = 1
 STOCK = "vit_base_patch16_224"
 # Epsilon of timm's LayerNorms.
 TIMM_EPS = 1e-6
-# Seed of weights that stay fresh, so that they are the same in every process.
-FRESH_SEED = 0
 # Held while a timm model draws from torch's global generator, whose state is put back afterwards.
 _BUILDING = Lock()
 
@@ -257,10 +255,11 @@ def read_timm(
 def building(what: str, remedy: str) -> Iterator[None]:
     """Build a timm model: torch's generator stays as it was, and any error of timm becomes one of ours."""
     try:
-        # timm draws weights that stay fresh from torch's global generator. The lock keeps another thread from
-        # drawing in between, and fork_rng puts the state back, so no caller's numbers change.
+        # timm draws weights that stay fresh from torch's global generator: from one seed, so they are equal
+        # in every process. The lock keeps another thread from drawing in between, and fork_rng puts the state
+        # back, so no caller's numbers change.
         with _BUILDING, torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(FRESH_SEED)
+            torch.random.default_generator.manual_seed(0)
             yield
     except (CheckpointError, HubError):
         raise

@@ -90,6 +90,7 @@ class TimmEncoder(nn.Module):
         )
         outputs = outputs if has_prefix else [(patches, patches[:, :0]) for patches in outputs]
         patches, prefix = (tuple(parts) for parts in zip(*outputs, strict=True))
+        # Layers come without the norm, as those of our own encoder do; only the tokens have it.
         tokens = self.final_norm(patches[-1])
         return Encoded(tokens, patches, prefix, has_class_token=self.config.has_class_token)
 
