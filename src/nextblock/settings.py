@@ -188,6 +188,7 @@ def kinds_of(hint: Any) -> list[Any]:
     return [hint]
 
 
+# Annotations are text here (`from __future__ import annotations`), and evaluating them is slow: once a class.
 @functools.cache
 def _own_types(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)

@@ -181,6 +181,7 @@ def _read_distributed(folder: Path) -> dict[str, Tensor]:
 
 
 def _why_unreadable(path: Path, message: str, kind: str) -> str:
+    # What the bytes show comes first: it says more than what torch says of them.
     start = b""
     if path.is_file():
         if path.stat().st_size == 0:

@@ -75,6 +75,8 @@ def timm_model(spec: str) -> nn.Module:
     if kind == "local-dir":
         own_config(Path(place))  # refuses settings that contradict each other
     if checkpoint is not None:
+        # The overlay makes timm read this file instead of the weights on the hub, and change them to
+        # `img_size` and `in_chans` as it would change those.
         arguments["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
         own = own_config(checkpoint)
         if own is not None and timm_architecture(own)[0] != name.partition(".")[0]:

@@ -140,6 +140,8 @@ def _refuse_other_functions(
     with_predictor: bool,
 ) -> None:
     """Refuse settings under which the same weights compute what nothing here computes."""
+    # Only settings of parts that the file has count: a classifier still carries those of the pre-training
+    # that it came from.
     parts = "enc_", *["attentive_"] * is_classifier, *["proj_", "predictor_", "aim_"] * with_predictor
     wrong = [
         f"{name} is {settings[name]!r}, only {value!r} is known"

@@ -237,6 +237,7 @@ def create_head(config: HeadConfig, embed_dim: int) -> Head:
     if config.kind == "attentive":
         attention = {"num_heads": config.num_heads, "num_queries": config.num_queries}
         return AttentiveHead(width, config.num_classes, **attention, **common)
+    # A linear head is an MLP head without its hidden layer.
     hidden_dim = config.hidden_dim if config.kind == "mlp" else None
     return LinearHead(width, config.num_classes, hidden_dim=hidden_dim, **common)
 
