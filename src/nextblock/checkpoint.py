@@ -17,10 +17,10 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,8 +42,6 @@ STATE_FILE = "state.pt"
 CHECKSUMS_FILE = "checksums.json"
 RECORDED_DATA = ("mean", "std", "val_resize_px", "val_crop")
 NAMES_SHOWN = 10
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class CheckpointError(RuntimeError):
@@ -166,20 +164,12 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
         settings, weights, kind = json.loads(metadata["config"]), load_file(path), metadata["kind"]
         read_data(path)  # refused here if it is damaged, not by whoever asks for it later
         if kind == "model":
-            config = from_dict(ModelConfig, settings)
-            return build_model(lambda: NextBlockModel(config), config, weights, str(path))
+            return build_model(from_dict(ModelConfig, settings), weights, str(path))
         if kind not in ("classifier", "timm classifier"):
             raise ValueError(f"kind {kind!r}")
         head, names = from_dict(HeadConfig, settings["head"]), settings["class_names"]
         if kind == "classifier":
-            config = from_dict(ModelConfig, settings["model"])
-            return build_model(
-                lambda: ImageClassifier(NextBlockModel(config), head, names),
-                config,
-                weights,
-                str(path),
-                prefix="encoder_model.",
-            )
+            return build_model(from_dict(ModelConfig, settings["model"]), weights, str(path), head, names)
         settings["model"].pop("prefix_tokens", None)  # in files from before 0.1.0
         # Not built on meta: some of timm's networks have tables that no file holds.
         encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
@@ -206,17 +196,15 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def build_model(
-    make: Callable[[], M],
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     origin: str,
-    *,
-    prefix: str = "",
-) -> M:
-    """Build a network around the weights of a file, without a second copy of them, in evaluation mode.
-
-    `config` is that of its encoder model, whose names begin with `prefix`.
-    """
+    head: HeadConfig | None = None,
+    class_names: Sequence[str] | None = None,
+) -> NextBlockModel | ImageClassifier:
+    """Build a model, or a classifier with this head, around the weights of a file, in evaluation mode."""
+    # A classifier's encoder is one level deeper than a model's.
+    prefix = "" if head is None else "encoder_model."
     # Also on the meta device, time and memory grow with these sizes: whoever damaged the settings must not
     # make us build a billion layers before the weights are compared.
     positions = weights.get(f"{prefix}encoder.pos_embed")
@@ -238,7 +226,8 @@ def build_model(
     # On the meta device tensors have shapes and no data: building costs no memory and draws no random number,
     # and the tensors of the file then take the places of the empty ones.
     with torch.device("meta"):
-        model = make()
+        model: NextBlockModel | ImageClassifier = NextBlockModel(config)
+        model = model if head is None else ImageClassifier(model, head, class_names)
     load_strictly(model, weights, origin)
     return model.eval()
 

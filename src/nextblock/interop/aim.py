@@ -162,7 +162,7 @@ def read_aim(
         ours[name] = rearrange(ours[name], "(h w c) ... -> (c h w) ...", **pixels)
     ours = _with_positions(ours, config, origin)
     if layers is None:
-        return build_model(lambda: NextBlockModel(config), config, ours, origin)
+        return build_model(config, ours, origin)
     head_config = HeadConfig(
         kind="attentive",
         num_classes=shape_of(ours, "head.linear.weight", 2, origin)[0],
@@ -172,12 +172,8 @@ def read_aim(
         batch_norm="head.norm.running_mean" in ours,
         bias="head.linear.bias" in ours,
     )
-    # A classifier's encoder is one level deeper than a model's, its head is not.
-    prefix = "encoder_model."
-    ours = {n if n.startswith("head.") else prefix + n: w for n, w in ours.items()}
-    return build_model(
-        lambda: ImageClassifier(NextBlockModel(config), head_config), config, ours, origin, prefix=prefix
-    )
+    ours = {name if name.startswith("head.") else f"encoder_model.{name}": w for name, w in ours.items()}
+    return build_model(config, ours, origin, head_config)
 
 
 def _weights(content: Any) -> dict[str, Any]:

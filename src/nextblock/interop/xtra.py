@@ -129,7 +129,7 @@ def read_xtra(
     if with_predictor:
         config = replace(config, **_predictor_settings(weights, settings, origin))
     ours = renamed(weights, MODEL_NAMES, "XTRA", origin)
-    return build_model(lambda: NextBlockModel(config), config, ours, origin)
+    return build_model(config, ours, origin)
 
 
 def _refuse_other_functions(
@@ -210,7 +210,7 @@ def _predictor_settings(
 
 def _classifier(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
-) -> ImageClassifier:
+) -> NextBlockModel | ImageClassifier:
     # An attentive head has a learned query, a linear one averages patches. Both read the last layers, whose
     # averages are stacked side by side unless the settings say that they are averaged as well.
     ours = renamed(weights, CLASSIFIER_NAMES, "XTRA", origin)
@@ -233,6 +233,4 @@ def _classifier(
         # take the ratio of the two, so every score stays what it was.
         key = ours["head.key.weight"].float()
         ours["head.key.weight"] = key * (float(scale) * math.sqrt(key.shape[0] / head.num_heads))
-    return build_model(
-        lambda: ImageClassifier(NextBlockModel(config), head), config, ours, origin, prefix="encoder_model."
-    )
+    return build_model(config, ours, origin, head)
