@@ -82,7 +82,7 @@ def spiral_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
 def checkerboard_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
     """Blocks whose row and column are both even or both odd, then the others, both in raster order (AIM)."""
     rows, columns = torch.meshgrid(*map(torch.arange, block_grid), indexing="ij")
-    # A stable sort keeps equal keys as they lie: the blocks of each colour stay in raster order.
+    # A stable sort keeps equal keys as they lie: each colour's blocks stay in raster order.
     return torch.argsort((rows + columns).flatten() % 2, stable=True)
 
 

@@ -483,8 +483,7 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Dotted settings in which two configs are not the same run: {name: (here, there)}."""
-        # Compared setting by setting, as files have it: a resumed run must compute the same, wherever it is
-        # stored.
+        # By setting, as files have them: a resumed run must compute the same, wherever it is stored.
         mine, theirs = flatten(to_dict(self)), flatten(to_dict(other))
         return {
             name: (value, theirs.get(name))

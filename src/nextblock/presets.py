@@ -109,6 +109,7 @@ def _ablation(
     base: str, family: str, axis: str, published: str | None = None, note: str = "", /, **changes: Any
 ) -> Preset:
     """A recipe with a few settings changed; they say what it is, the one that matters first."""
+    # The text is made from the changes, so the two cannot disagree.
     what = ", ".join(f"{name} {value}" for name, value in changes.items())
     unknown = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
     about = (f"Ablation: {what}; all else as {base}.", note, "" if published else unknown)

@@ -227,6 +227,7 @@ def check_types(config: Any, section: str = "") -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain dicts, lists and numbers, ready for YAML or JSON."""
+    # YAML and JSON have lists and no tuples: written as lists, they come back through `from_dict` as tuples.
     return asdict(
         config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
     )
@@ -247,8 +248,7 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             raise ValueError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
-        # JSON and YAML have no tuples, and Python callers give paths; the types themselves are checked when
-        # the config is made.
+        # JSON and YAML have no tuples, and Python callers give paths; types are checked by the config itself.
         if is_dataclass(hints[name]) and isinstance(value, Mapping):
             given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
         elif isinstance(value, list):

@@ -156,8 +156,7 @@ class TokenTargets:
         order: Int64[Tensor, " k"],
     ) -> Float[Tensor, "b steps p"]:
         """The likeliest tokens' centroids, each with the mean and deviation of the true patch."""
-        # The likeliest token's centroid is a normalised patch: it gets the brightness and contrast of the
-        # true one.
+        # A centroid is a normalised patch: it gets the brightness and contrast of the true one.
         centroids = self.tokenizer.centroids.to(predictions.device)
         patches = rearrange(embedding(predictions.argmax(-1), centroids), "b k m p -> (b k) m p")
         # A true block is an image of its own, cut into the same patches; then the patches go back together.

@@ -91,8 +91,7 @@ def convert(
     data = recorded or official_data(config.image_size, config.in_chans)
     if path is None:
         repo = str(dst).removeprefix(HUB_SPEC)
-        # The hub takes a folder, in one commit. It has the name of the repository, which the card and timm
-        # show.
+        # The hub takes a folder, in one commit. Card and timm show its name: the repository's.
         with tempfile.TemporaryDirectory() as aside:
             folder = Path(aside) / repo.rpartition("/")[2]
             _write_directory(found, folder, to, image_size, data, provenance, repo)

@@ -57,8 +57,7 @@ def choose_weights(names: Iterable[str], where: str, *, as_named: str) -> tuple[
 
     Files of several models are refused; `as_named` shows how to give one ("hf:USER/NAME/{}").
     """
-    # The usual names of a whole model win over all others: a trainer leaves its own state in other files
-    # beside it.
+    # The usual names of a whole model win: a trainer leaves its own state in other files beside it.
     files = sorted(name for name in names if "/" not in name and name.endswith(WEIGHT_SUFFIXES))
     main = [name for name in MAIN_FILES if name in files]
     if main:
@@ -164,8 +163,7 @@ def _read_distributed(folder: Path) -> dict[str, Tensor]:
             return table
 
     weights = {
-        # torch fills tensors that are there already. An optimizer's are as large again twice, and are left
-        # out.
+        # torch fills tensors that are there already. An optimizer's, twice as many, are left out.
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
         for name, stored in table.state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata) and not name.startswith("optimizer.")

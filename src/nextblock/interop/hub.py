@@ -44,8 +44,7 @@ def fetch(spec: str) -> Path:
     repo, file, revision = _parts(spec)
     with hub_errors(spec):
         try:
-            # The list of files comes first, so that of several weight files only the one that is meant is
-            # fetched.
+            # The list of files comes first: of several weight files only the one that is meant is fetched.
             names = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
         except errors.HfHubHTTPError:
             raise

@@ -140,6 +140,8 @@ def as_model(found: Found, origin: str, *, drop_prefix_tokens: bool = False) -> 
 def read(src: str | Path, options: LoadOptions) -> Found:
     """Build what `src` holds, on the CPU, in fp32 and evaluation mode; `CheckpointError` says why not."""
     named = str(src).startswith(TIMM_SPEC)  # an unknown name is the caller's mistake, not a damaged file
+    # What fails while a file is read is the file's fault, unless the caller gave settings: a ValueError is
+    # then about them.
     with blame(src, values_of_caller=named or bool(options.given)):
         found = _read(src, options)
     # Every other format records these settings itself, and only AIM's readers look at them.
@@ -192,8 +194,7 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         format_, head = "official AIM", options.head
         if head is not None:
             head = read_content(fetch(str(head)) if is_hub_spec(head) else Path(head))
-        # A config.json from the hub knows what the weights do not, heads and layers; what the caller gives
-        # wins over it.
+        # A config.json from the hub knows heads and layers, which no weight tells; the caller's values win.
         beside = hub_settings(read_json(file.parent / "config.json"), content)
         options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
         if options.image_size is None and not stores_positions(content):
@@ -242,8 +243,7 @@ def _weight_files(path: Path, origin: str) -> list[Path]:
 def own_file(path: Path) -> Path | None:
     """The model file in this package's own format that a file, a checkpoint or a run means, if one does."""
     if not path.is_file():
-        # A checkpoint holds a model itself, a run holds checkpoints, of which the latest undamaged one
-        # counts.
+        # A checkpoint holds a model, a run holds checkpoints: the latest undamaged one counts.
         latest = None if (path / MODEL_FILE).is_file() else latest_checkpoint(path / "checkpoints")
         path = (latest or path) / MODEL_FILE
     # A first look at nine bytes: other people's pickles of many gigabytes are not opened for this.

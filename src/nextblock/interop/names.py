@@ -20,8 +20,7 @@ def renamed(
     `table` has expressions for the beginning of a name, and what stands there in ours; the first that fits
     counts. Raises `CheckpointError` if none fits, or if two tensors would have one name.
     """
-    # Two names that became one would lose a tensor without a word, so a name that comes twice is refused like
-    # one that no rule fits.
+    # Two names that became one would lose a tensor: refused, like a name that no rule fits.
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         start = next((start for start in table if re.match(start, name)), None)

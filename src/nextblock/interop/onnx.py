@@ -118,8 +118,7 @@ def write_onnx(
                 dynamo=True,
                 input_names=["images"],
                 output_names=graph.names,
-                # Only the batch is free. It must not be 1 in the example, which the exporter would take for a
-                # constant.
+                # Only the batch is free. In the example it must not be 1, which would become a constant.
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                 opset_version=OPSET,
                 verbose=False,

@@ -169,6 +169,8 @@ def _fit(weights: Mapping[str, Tensor], model: NextBlockViT) -> dict[str, Tensor
 @register_model
 def nextblock_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a `NextBlockViT` or, with `features_only`, a wrapper of timm around one; for timm to call."""
+    # Strict loading: a missing or a further tensor would be another function, and no error. `_fit` runs
+    # before, so a directory opens at any image size that its blocks divide.
     return build_model_with_cfg(
         NextBlockViT,
         "nextblock_vit",

@@ -140,8 +140,7 @@ def _refuse_other_functions(
     with_predictor: bool,
 ) -> None:
     """Refuse settings under which the same weights compute what nothing here computes."""
-    # Only settings of parts that the file has count: a classifier still carries those of the pre-training
-    # that it came from.
+    # Only settings of parts that are there count: a classifier still carries its pre-training's.
     parts = "enc_", *["attentive_"] * is_classifier, *["proj_", "predictor_", "aim_"] * with_predictor
     wrong = [
         f"{name} is {settings[name]!r}, only {value!r} is known"

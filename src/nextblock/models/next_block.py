@@ -222,8 +222,7 @@ class NextBlockModel(nn.Module):
     ) -> Further:
         """Rows 0 .. k-1-distance predict `distance` blocks ahead."""
         assert self.targets is not None
-        # Row i stands at position i and predicts position i + distance; the last rows have nothing to
-        # predict.
+        # Row i stands at position i and predicts position i + distance; the last rows have no target.
         targets = all_targets[:, distance:]
         batch, steps = targets.shape[:2]
         if rows is None or prefix is None:

@@ -231,8 +231,7 @@ def positions_on(
     grid: tuple[int, int], own: Float[Tensor, "1 n d"], config: ModelConfig
 ) -> Float[Tensor, "1 n2 d"]:
     """A model's positions on a grid of (rows, columns): its own, else computed anew or resampled."""
-    # Fixed positions are a function of the grid: computed, they are exact. Learned ones can only be
-    # resampled.
+    # Fixed positions are a function of the grid: computed, they are exact. Learned ones are resampled.
     if config.positions == "sincos" and grid != config.grid:
         return sincos_positions(grid, own.shape[-1]).to(own)
     return resample_positions(own, config.grid, grid, antialias=config.resample_antialias)
