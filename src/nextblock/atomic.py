@@ -38,8 +38,7 @@ def mark_output(directory: Path) -> None:
 def exclusive(directory: Path) -> Iterator[None]:
     """Make and mark a directory, and be the only process that writes to it meanwhile.
 
-    Raises `InUseError`, which names the other process, if there is one. The system frees the lock when its
-    process ends, however it ends.
+    Raises `InUseError`, which names the other process, if there is one.
     """
     from filelock import FileLock, Timeout
 

@@ -45,10 +45,7 @@ def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Ten
 
 
 def check_order(order: Shaped[Tensor, "*k"], num_blocks: int) -> None:
-    """Raise `ValueError` unless `order` is a permutation of the blocks.
-
-    Values on another device than the CPU are not looked at, and none while a graph is compiled.
-    """
+    """Raise `ValueError` unless `order` is a permutation of the blocks; on the CPU by its values as well."""
     # Looking at values would wait for a GPU and break a compiled graph; shapes are always known.
     wrong = order.shape != (num_blocks,)
     if not wrong and not torch.compiler.is_compiling() and order.device.type == "cpu":

@@ -16,12 +16,9 @@ UNDECAYED = ("pos_embed", "cls_token", "reg_token")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Official XTRA's two groups: what has several dimensions and no "bias" in its name is decayed.
-
-    The learned positions have three dimensions, so they are decayed. Frozen parameters are in neither.
-    """
+    """Official XTRA's two groups: what has several dimensions and no "bias" in its name is decayed."""
     # By dimensions and names alone, as officially: a norm's scale has one dimension, a bias says so in its
-    # name.
+    # name. Learned positions have three, so they are decayed. Frozen parameters are in neither group.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim > 1 and "bias" not in name]
     rest = [p for name, p in named if p.ndim <= 1 or "bias" in name]

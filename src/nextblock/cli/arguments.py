@@ -71,10 +71,7 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
-        """A flag for each setting of a config; only those that are given appear in what `parse` returns.
-
-        Gives the types of these settings.
-        """
+        """A flag for each setting of a config, which `parse` returns if it is given; the settings' types."""
         # A section of the config becomes a group of the help. No defaults: a flag that is not given must not
         # hide what a file says.
         groups: dict[str, Any] = {"": super()}

@@ -105,14 +105,12 @@ def stores_positions(content: Any) -> bool:
 
 
 def hub_settings(config: Mapping[str, Any], content: Any) -> dict[str, Any]:
-    """The settings that a `config.json` of Apple's files on the hub tells, if it is that of these weights.
-
-    If it does not name the layers that the head averages, they are the last six.
-    """
+    """The settings that a `config.json` of Apple's files on the hub tells, if it is that of these weights."""
     projection = _weights(content).get("preprocessor.patchifier.proj.weight")
     width = None if projection is None else projection.shape[0]
     if not config or config.get("embed_dim", width) != width:
         return {}
+    # Without a word on the layers, the head averages the last six: a number counts from the end.
     layers, size = config.get("probe_layers", PROBED_LAYERS), config.get("img_size")
     if isinstance(layers, int):
         layers = last_layers(layers, config["num_blocks"]) if "num_blocks" in config else None

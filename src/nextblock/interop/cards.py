@@ -42,10 +42,7 @@ class Provenance:
 
 
 def read_provenance(directory: Path, *, origin: str) -> Provenance | None:
-    """What the card in a directory says; None if there is none, or it tells nothing.
-
-    `origin` counts if the card names a licence only.
-    """
+    """What the card in a directory says, with `origin` if it has a licence only; None if it says nothing."""
     try:
         with held_back(logging.ERROR, "huggingface_hub.repocard"):  # a card without metadata is no fault
             head = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()

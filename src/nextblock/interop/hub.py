@@ -37,9 +37,8 @@ def is_hub_spec(src: str | Path) -> bool:
 def fetch(spec: str) -> Path:
     """Bring a model repository's weights, configuration and card into the cache; the folder they lie in.
 
-    Of several weight files one has to be named ("hf:USER/NAME/FILE"): its path is returned, and no other is
-    fetched. Files that are there already are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked
-    of the network.
+    Of several weight files one has to be named ("hf:USER/NAME/FILE"): its path is returned. Files that are
+    there already are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked of the network.
     """
     repo, file, revision = _parts(spec)
     with hub_errors(spec):
@@ -88,11 +87,11 @@ def push(folder: Path, spec: str) -> str:
 def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of a copy") -> Iterator[None]:
     """Turn what the hub's client raises into one line: the cause, and the remedy.
 
-    `instead` is what the user can give where there is no network. A line in the log for every request is of
-    use to nobody here, and kept back.
+    `instead` is what the user can give where there is no network.
     """
     log_in = "log in by `hf auth login`, or set HF_TOKEN"
     try:
+        # A line in the log for every request is of use to nobody.
         with held_back(logging.WARNING, "httpx", "httpx2"):
             yield
     except errors.HFValidationError as error:

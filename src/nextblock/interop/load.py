@@ -265,13 +265,10 @@ def recorded_data(src: str | Path) -> DataConfig | None:
 
 
 def official_data(image_size: Size, channels: int) -> DataConfig:
-    """What official evaluation does: ImageNet's mean and deviation, and a resize by the image size.
-
-    The shorter side to 300 px for images of 256 px (XTRA-B), else to 8/7 of the image (256 px for 224, XTRA-H
-    and AIM).
-    """
+    """What official evaluation does: ImageNet's mean and deviation, and a resize by the image size."""
     size = max(pair(image_size))
-    # By the size alone, as official files record nothing of it: each of these sizes has one official recipe.
+    # By the size alone, as official files record nothing of it: the shorter side is 300 px for images of 256
+    # (XTRA-B), else 8/7 of the image (256 px for 224, XTRA-H and AIM).
     resize_px = 300 if size == 256 else round(size * 8 / 7)
     if channels == 3:
         return DataConfig(val_resize_px=resize_px)

@@ -184,10 +184,7 @@ def _card(
 def encoder_at(
     model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
 ) -> NextBlockModel:
-    """The encoder alone, at another image size if one is given: with the positions that it has there.
-
-    With `attention` other than "native", that is what its features are made for.
-    """
+    """The encoder alone, at another image size or with other attention of its features if they are given."""
     config = replace(model.config, predictor=None, tokenizer=None, init=None)
     if attention != "native":
         config = replace(config, feature_attention=attention)

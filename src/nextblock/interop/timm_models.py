@@ -61,7 +61,6 @@ class NextBlockViT(VisionTransformer):
     """timm's `VisionTransformer` under a block mask, built from `ARGUMENTS` (defaults: `ModelConfig`'s).
 
     `attention` "causal" lets a patch attend to its own block and those before it in `order`, "full" to all.
-    `set_input_size` changes the mask with the size and, with `positions` "sincos", computes those anew.
     """
 
     order_mask: Bool[Tensor, "n n"] | None

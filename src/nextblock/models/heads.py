@@ -86,8 +86,7 @@ def pool_features(
 ) -> Float[Tensor, "b *tokens f"]:
     """The features of an encoding: (b f) if pooled, else (b tokens f).
 
-    `norm` is the encoder's final norm, used if the config asks for it. Raises `ValueError` if the encoder has
-    no such layer or class token.
+    `norm` is the encoder's final norm, used if the config asks for it.
     """
     config.check_encoder(len(encoded.layers), has_class_token=encoded.has_class_token)
 

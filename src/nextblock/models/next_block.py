@@ -98,10 +98,7 @@ class NextBlockModel(nn.Module):
         self.make_buffers()
 
     def make_buffers(self) -> None:
-        """Make the tables that no model file holds, always with data.
-
-        A model built on the meta device has them; call it again after `to_empty`.
-        """
+        """Make the tables that no model file holds, always with data; call it again after `to_empty`."""
         device = positions_of(self.encoder).device
         self.leaks = masks_leak(self.config)
         """Whether tokens see what they are to predict, so that training would learn nothing."""

@@ -43,10 +43,7 @@ class TimmConfig:
 
 
 class TimmEncoder(nn.Module):
-    """A transformer of timm that gives out every layer; its attention is its own, there is no other kind.
-
-    Raises `ValueError` on networks that are no transformers of one width.
-    """
+    """A transformer of timm that gives out every layer; `ValueError` if it is none, or not of one width."""
 
     def __init__(self, encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> None:
         super().__init__()
@@ -74,10 +71,7 @@ class TimmEncoder(nn.Module):
         return next(found, nn.Identity())
 
     def encode(self, images: Float[Tensor, "b c h w"], attention: Attention = "native") -> Encoded:
-        """Tokens and every layer, in raster order, with the class and register tokens beside.
-
-        Raises `ValueError` for causal attention, which such an encoder does not know.
-        """
+        """Tokens and every layer, in raster order, with the class and register tokens beside."""
         if attention == "causal":
             raise ValueError(
                 f"{self.config.architecture} was not trained with a causal mask; use attention native or full"
