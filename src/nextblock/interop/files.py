@@ -300,3 +300,9 @@ class LoadOptions:
         """The settings that the caller gave."""
         names = ("head", "num_heads", "probe_layers", "image_size", "norm_eps")
         return [name for name in names if getattr(self, name) is not None]
+
+    def refuse_aims(self, origin: str) -> None:
+        """Refuse what AIM's readers alone look at: every other format records these settings itself."""
+        for name in self.given:
+            value = getattr(self, name)
+            require(name == "num_heads", f"{origin} has no use for {name}={value!r}; leave it out")

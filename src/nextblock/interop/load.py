@@ -144,11 +144,8 @@ def read(src: str | Path, options: LoadOptions) -> Found:
     # then about them.
     with blame(src, values_of_caller=named or bool(options.given)):
         found = _read(src, options)
-    # Every other format records these settings itself, and only AIM's readers look at them.
-    unused = [name for name in options.given if name != "num_heads" and found.format != "official AIM"]
-    if unused:
-        given = f"{unused[0]}={getattr(options, unused[0])!r}"
-        raise ValueError(f"{src} has no use for {given}; leave it out")
+    if found.format != "official AIM":
+        options.refuse_aims(str(src))
     config = found.encoder_model.config
     heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
     if options.num_heads not in (None, heads):
@@ -164,6 +161,7 @@ def _read(src: str | Path, options: LoadOptions) -> Found:
     # What is cheapest to tell comes first: a name, a directory's config.json, the metadata of our own file.
     # Only other people's files are read in full to learn what they are.
     if origin.startswith(TIMM_SPEC):
+        options.refuse_aims(origin)
         model = from_timm(timm_model(origin), origin, drop_prefix_tokens=options.drop_prefix_tokens)
         return Found(model, "timm model", None)
     path = fetch(origin) if is_hub_spec(src) else Path(src)
