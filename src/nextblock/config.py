@@ -173,8 +173,7 @@ class ModelConfig(_Section):
         )
         require(
             self.tokenizer is None or (self.norm_pixels and self.loss == "mse"),
-            f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels, and k-means "
-            "tokens are predicted by cross-entropy; leave them out, or set model.tokenizer null",
+            f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels; omit them",
         )
 
     def check_predicts(self) -> None:
@@ -194,8 +193,7 @@ class ModelConfig(_Section):
         # Sines and cosines of row and column take a quarter of the width each.
         require(
             self.positions == "learned" or dim % 4 == 0,
-            f"model.{width} {dim} cannot be divided among the sines and cosines of row and column; "
-            f"use {dim // 4 * 4 or 4} or {dim // 4 * 4 + 4}",
+            f"model.{width} {dim} cannot be divided by 4 (sincos); use {dim // 4 * 4 or 4} or {dim // 4 * 4 + 4}",
         )
 
     def _check_own_mask(self) -> None:
@@ -459,17 +457,16 @@ class RunConfig:
             object.__setattr__(self, "data", replace(self.data, val_resize_px=resize_px))
         require(
             resize_px >= max(pair(self.model.image_size)),
-            f"data.val_resize_px is {resize_px}, smaller than model.image_size {self.model.image_size}; "
-            "use at least that, or leave it out",
+            f"data.val_resize_px is {resize_px}, smaller than model.image_size {self.model.image_size}",
+        )
+        channels = self.model.in_chans
+        require(
+            self.data.channels == channels,
+            f"data.channels is {self.data.channels}, model.in_chans is {channels}; give one of them",
         )
         require(
-            self.data.channels == self.model.in_chans,
-            f"data.channels is {self.data.channels}, model.in_chans is {self.model.in_chans}; "
-            "give one of them, the number of channels that the images have",
-        )
-        require(
-            self.data.normalize == "auto" or len(self.data.mean) == self.model.in_chans,
-            f"data.mean has {len(self.data.mean)} channels, model.in_chans is {self.model.in_chans}; "
+            self.data.normalize == "auto" or len(self.data.mean) == channels,
+            f"data.mean has {len(self.data.mean)} channels, model.in_chans is {channels}; "
             "give as many numbers, also for data.std, or use data.normalize auto",
         )
 
