@@ -113,8 +113,12 @@ def save_model(
         }
     else:
         kind, settings = "model", to_dict(model.config)
-    metadata = {"format": "nextblock", "format_version": str(FORMAT_VERSION), "kind": kind}
-    metadata["config"] = json.dumps(settings)
+    metadata = {
+        "format": "nextblock",
+        "format_version": str(FORMAT_VERSION),
+        "kind": kind,
+        "config": json.dumps(settings),
+    }
     if data is not None:
         metadata["data"] = json.dumps({name: getattr(data, name) for name in RECORDED_DATA})
     write_safetensors(path, model.state_dict(), metadata)

@@ -191,9 +191,10 @@ class ModelConfig(_Section):
         dim, number = getattr(self, width), getattr(self, heads, 1)
         require(dim % number == 0, f"model.{width} {dim} is not divisible by model.{heads} {number}")
         # Sines and cosines of row and column take a quarter of the width each.
+        quarters = dim // 4 * 4
         require(
             self.positions == "learned" or dim % 4 == 0,
-            f"model.{width} {dim} cannot be divided by 4 (sincos); use {dim // 4 * 4 or 4} or {dim // 4 * 4 + 4}",
+            f"model.{width} {dim} cannot be divided by 4 (sincos); use {quarters or 4} or {quarters + 4}",
         )
 
     def _check_own_mask(self) -> None:
@@ -490,7 +491,6 @@ class RunConfig:
         }
 
 
-# What may change when a run is resumed, besides checkpoint and monitor: where things are, and not what they
-# are. The images themselves are recorded in source.json.
-_FREE_SETTINGS = {"preset", "train.device", "data.train", "data.val", "data.workers"}
-_FREE_SETTINGS |= {"data.max_bad_fraction", "data.cache_dir", "data.cache_gb"}
+_DATA_PLACES = ("train", "val", "workers", "max_bad_fraction", "cache_dir", "cache_gb")
+_FREE_SETTINGS = {"preset", "train.device", *(f"data.{name}" for name in _DATA_PLACES)}
+"""What may change when a run is resumed, besides checkpoint and monitor; source.json knows the images."""

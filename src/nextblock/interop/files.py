@@ -136,7 +136,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     }  # fmt: skip
 
     # Unpickling imports and calls whatever a file names, so names are looked up here: what is not a class of
-    # such a table, or a plain value of torch, is refused before it is imported.
+    # such a table, or a plain value of torch, is refused before it is imported. torch's own reader has no such
+    # limit, so it is given the table that was read here; the tensors themselves are no pickles.
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib"):
             return PurePath
@@ -152,8 +153,6 @@ def _read_distributed(folder: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
-    # torch's own reader would unpickle the table without a limit. So the table is read here by the restricted
-    # reader, and torch's reader is given it; the tensors themselves are no pickles.
     with (folder / DISTRIBUTED_FILE).open("rb") as file:
         table: Any = _MetadataUnpickler(file).load()
 
