@@ -136,8 +136,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     }  # fmt: skip
 
     # Unpickling imports and calls whatever a file names, so names are looked up here: what is not a class of
-    # such a table, or a plain value of torch, is refused before it is imported. torch's own reader has no limit
-    # of this kind, so it is given the table that was read here; the tensors themselves are no pickles.
+    # such a table, or a plain value of torch, is refused before it is imported. torch's own reader has none
+    # of these limits, so it is given the table that was read here; the tensors themselves are no pickles.
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib"):
             return PurePath
