@@ -96,8 +96,8 @@ class Parser(argparse.ArgumentParser):
         known = [name.removeprefix("--") for name in flags if name.startswith("--")]
         has_places = any(not action.option_strings for action in self._actions)
         words: list[str] = []
-        # argparse would guess: it takes "-1e-3" for a flag and a prefix for the whole name. So each flag is
-        # looked up here, and joined with its value by "=", before argparse sees it.
+        # argparse takes a value such as "-1e-3" for a flag, and says little of a word it does not know. So
+        # each flag is looked up here, and joined with its value by "=", before argparse sees it.
         left = iter(argv)
         for i, word in enumerate(left):
             name, has_value, value = word.partition("=")

@@ -50,7 +50,7 @@ class Layer(Block):
         super().__init__(*args, **settings)
         if qk_scale is not None:
             # The attention kernel scales by head_dim**-0.5 itself, so the queries bring what is missing. timm
-            # calls q_norm on them alone, and this one has no weights, so files stay as they were.
+            # calls q_norm on the queries alone, and this one has no weights, so files stay as they were.
             attention: Any = self.attn
             attention.q_norm = _Scale(qk_scale * attention.head_dim**0.5)
 
