@@ -69,7 +69,7 @@ NAMES = {
     r"trunk\.blocks\.(\d+)\.norm_([12])\.": r"encoder.blocks.\1.norm\2.",
     r"trunk\.blocks\.": "encoder.blocks.",
     r"trunk\.post_trunk_norm\.": "encoder.norm.",
-    # A classifier's head: attention from one learned query, its class token.
+    # A classifier's head: attention from learned queries, which are its class tokens.
     r"head\.cls_token$": "head.query",
     r"head\.k\.": "head.key.",
     r"head\.v\.": "head.value.",

@@ -137,7 +137,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     # Unpickling imports and calls whatever a file names, so names are looked up here: what is not a class of
     # such a table, or a plain value of torch, is refused before it is imported. torch's own reader has none
-    # of these limits, so it is given the table that was read here; the tensors themselves are no pickles.
+    # of these limits for the table, so it is given the one read here; tensors it reads with weights_only.
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib"):
             return PurePath

@@ -239,8 +239,8 @@ def read_timm(
         log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
         return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)
     directory = path if path.is_dir() else path.parent
-    # timm builds what config.json says; our own settings are not in it. Its weights stay out at first: timm
-    # would load what fits and keep random numbers for the rest.
+    # timm builds what config.json says, as no settings of ours came with it. The weights stay out at first:
+    # timm would load what fits and keep random numbers for the rest.
     with building(f"what {directory / 'config.json'} describes", "compare it with timm's, or upgrade timm"):
         vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
     # So they are loaded strictly here, both sides without the head: any number of classes will do.

@@ -93,7 +93,7 @@ def pool_features(
     # The same for patches and prefix tokens, so that both can be joined channel by channel afterwards.
     def pool(outputs: Sequence[Tensor]) -> Tensor:
         chosen = [outputs[layer] for layer in config.layers]
-        # Each layer is normed by itself, before the mean: layers differ in scale, and the last would outweigh.
+        # Each layer is normed by itself, before the mean: layers differ in scale, and the last would win.
         chosen = [norm(output) for output in chosen] if config.norm_layers else chosen
         # Layers are averaged token by token; joined, a token has the channels of all of them.
         return torch.stack(chosen).mean(dim=0) if config.layer_pool == "mean" else torch.cat(chosen, dim=-1)
