@@ -250,6 +250,7 @@ class KMeansTokenizer(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         values = in_chans * patch_size**2
+        # A buffer: saved and moved with the model, and never changed by an optimizer.
         self.register_buffer("centroids", torch.zeros(vocab_size, values, dtype=torch.float32))
         self._seen_fitted = False
 

@@ -188,6 +188,7 @@ def _write_directory(
 
 def _num_bytes(path: Path) -> int:
     """Bytes of a file with what lies beside it under its name, or of all files of a directory."""
+    # An ONNX graph too large for one file has its weights beside it, under its name and a suffix.
     files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}*")
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -127,6 +127,8 @@ def write_onnx(
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise OnnxError(f"torch cannot export this model as ONNX: {reason}") from error
         assert program is not None
+        # Who runs the graph may have nothing but this file, so it tells how its images are cut and
+        # normalised, where it comes from, and under which licence.
         program.model.metadata_props.update(
             producer="nextblock",
             mean=json.dumps(list(data.mean)),

@@ -130,6 +130,7 @@ class NextBlockModel(nn.Module):
         self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
         # Everything is made for the size of these images; at the model's own size these are its buffers.
         geometry, k, m = self._geometry_at(config, leaks=leaks), config.num_blocks, config.patches_per_block
+        # Validation and pictures give no order, and always get the same one: their numbers can be compared.
         order = geometry.orders[0] if block_order is None else block_order
         order = order.to(images.device, non_blocking=True)
 
