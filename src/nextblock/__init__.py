@@ -49,32 +49,26 @@ __all__ = [
     "suite",
 ]
 
+# Where each name lives; the verbs live in files of their own names under cli.
 _HOMES = {
-    "ImageClassifier": "nextblock.models.heads",
-    "ModelConfig": "nextblock.config",
-    "NextBlockModel": "nextblock.models",
-    "RunConfig": "nextblock.config",
-    "classify": "nextblock.cli.classify",
-    "convert": "nextblock.interop.convert",
-    "create_model": "nextblock.interop",
-    "embed": "nextblock.cli.embed",
-    "fewshot": "nextblock.cli.fewshot",
-    "finetune": "nextblock.cli.finetune",
-    "knn": "nextblock.cli.knn",
-    "list_presets": "nextblock.presets",
-    "load": "nextblock.interop",
-    "predict": "nextblock.cli.predict",
-    "pretrain": "nextblock.cli.pretrain",
-    "probe": "nextblock.cli.probe",
-    "search": "nextblock.cli.search",
-    "suite": "nextblock.cli.suite",
+    "ImageClassifier": "models.heads",
+    "ModelConfig": "config",
+    "NextBlockModel": "models",
+    "RunConfig": "config",
+    "convert": "interop.convert",
+    "create_model": "interop",
+    "list_presets": "presets",
+    "load": "interop",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    # Called for names that the module does not have yet, so torch is imported by whoever needs it, and not
+    # by `import nextblock` or by the command's help.
+    if name not in __all__:
         raise AttributeError(f"module 'nextblock' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(f"nextblock.{_HOMES.get(name, f'cli.{name}')}")
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

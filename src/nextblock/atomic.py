@@ -38,14 +38,15 @@ def mark_output(directory: Path) -> None:
 def exclusive(directory: Path) -> Iterator[None]:
     """Make and mark a directory, and be the only process that writes to it meanwhile.
 
-    Raises `InUseError`, which names the other process, if there is one. The system frees the lock when its
-    process ends, however it ends.
+    Raises `InUseError`, which names the other process, if there is one.
     """
     from filelock import FileLock, Timeout
 
     directory.mkdir(parents=True, exist_ok=True)
     mark_output(directory)
     owner = directory / f"{OUTPUT_MARK}-owner"
+    # A lock of the operating system, not the presence of a file: it ends with its process, also when that is
+    # killed or the machine restarts. `-owner` only names the holder to whoever waits.
     lock = FileLock(directory / f"{OUTPUT_MARK}-lock", timeout=0)
     try:
         lock.acquire()
@@ -63,6 +64,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         yield
     finally:
+        # First the name, then the lock: whoever gets the lock next writes a name of its own.
         owner.unlink(missing_ok=True)
         lock.release()
 
@@ -97,9 +99,11 @@ def write_aside(target: Path) -> Iterator[Path]:
     """
     aside, before = (target.with_name(f".{what}-{target.name}") for what in ("writing", "before"))
     with writing(target):
+        # A killed process may have left one. The mode of a new file is what the umask gives; some writers
+        # make theirs for the owner alone.
         remove(aside)
         aside.touch()
-        mode = stat.S_IMODE(aside.stat().st_mode)  # what the umask gives; safetensors writes 0600
+        mode = stat.S_IMODE(aside.stat().st_mode)
         aside.unlink()
         try:
             yield aside
@@ -108,7 +112,8 @@ def write_aside(target: Path) -> Iterator[Path]:
                 if not path.is_dir():
                     path.chmod(mode)
                 _flush(path)
-            # A directory cannot be renamed onto another one, so the old one steps aside.
+            # A rename within a folder happens at once, so no reader ever sees half of the output. A directory
+            # cannot be renamed onto another one, so the old one steps aside, and comes back if that fails.
             if target.is_dir():
                 remove(before)
                 target.replace(before)
@@ -119,6 +124,7 @@ def write_aside(target: Path) -> Iterator[Path]:
                     before.replace(target)
                 raise
             remove(before)
+            # The new name itself is an entry of the folder, which has to reach the disk as well.
             _flush(target.parent)
         finally:
             remove(aside)

@@ -22,19 +22,19 @@ from torch import Tensor
 
 def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Tensor, "k m"]:
     """The patches in every block, both in raster order; `grid` and `block` are (rows, columns) of patches."""
+    # Number the patches in raster order, then cut the grid: rows become (r i), columns (c j), and each (r, c)
+    # is a block. No arithmetic on indices, so height and width cannot be mixed up.
     patches = torch.arange(grid[0] * grid[1], dtype=torch.int64).view(grid)
     return rearrange(patches, "(r i) (c j) -> (r c) (i j)", i=block[0], j=block[1])
 
 
 def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Tensor, "o k"]:
-    """The set of orders that a setting of `order` stands for, one order but for "random".
-
-    The first is for validation and features. `seed` matters to the random ones only.
-    """
+    """The orders that a setting of `order` stands for: one, but for "random"; `seed` is for random ones."""
     k = block_grid[0] * block_grid[1]
     if kind == "random":
         return random_orders(k, seed)
     if kind == "fixed_random":
+        # From a generator of its own on the CPU: the same order on every device, whatever else draws.
         return torch.randperm(k, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[None]
     if kind == "spiral":
         return spiral_order(block_grid)[None]
@@ -45,10 +45,8 @@ def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Ten
 
 
 def check_order(order: Shaped[Tensor, "*k"], num_blocks: int) -> None:
-    """Raise `ValueError` unless `order` is a permutation of the blocks.
-
-    Values on another device than the CPU are not looked at, and none while a graph is compiled.
-    """
+    """Raise `ValueError` unless `order` is a permutation of the blocks; on the CPU by its values as well."""
+    # Looking at values would wait for a GPU and break a compiled graph; shapes are always known.
     wrong = order.shape != (num_blocks,)
     if not wrong and not torch.compiler.is_compiling() and order.device.type == "cpu":
         wrong = order.sort().values.tolist() != list(range(num_blocks))
@@ -69,6 +67,8 @@ def spiral_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
          9  8  7  6
     """
     blocks = torch.arange(block_grid[0] * block_grid[1], dtype=torch.int64).view(block_grid)
+    # Peel the left column off, turn what remains so that the next side is on the left, and repeat. Read
+    # backwards, the spiral starts in the middle.
     inward = []
     while blocks.numel():
         inward.append(blocks[:, 0])
@@ -79,20 +79,21 @@ def spiral_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
 def checkerboard_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
     """Blocks whose row and column are both even or both odd, then the others, both in raster order (AIM)."""
     rows, columns = torch.meshgrid(*map(torch.arange, block_grid), indexing="ij")
+    # A stable sort keeps equal keys as they lie: each colour's blocks stay in raster order.
     return torch.argsort((rows + columns).flatten() % 2, stable=True)
 
 
 def random_orders(num_blocks: int, seed: int) -> Int64[Tensor, "k k"]:
     """As many pseudo-random orders as there are blocks, no two of which start with the same block.
 
-    The first is for validation and features; training draws one a step for the whole batch. Drawn one after
-    the other from a generator of its own on the CPU, and drawn again while the first block is taken, as
-    XTRA's official set.
+    The first is for validation and features; training draws one a step for the whole batch.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     orders: dict[int, Tensor] = {}
     while len(orders) < num_blocks:
         order = torch.randperm(num_blocks, generator=generator, device="cpu")
+        # As XTRA's official set: an order whose first block is taken is drawn again. Dicts keep the order in
+        # which their keys came, so the set is a function of the seed alone.
         orders.setdefault(int(order[0]), order)
     return torch.stack(list(orders.values()))
 
@@ -106,15 +107,21 @@ def may_attend(
     order every token of an image may attend to. The prefix 0 is the same as 1: all see the first block
     anyhow. (XTRA's block-causal mask; with a prefix, AIM's section 4.2.)
     """
+    # Rows ask, columns are seen. All tokens of a block have one position, so `>=` opens a block's own tokens
+    # to each other and makes the mask a staircase of blocks.
     causal = positions[:, None] >= positions[None, :]
     if prefix_lengths is None:
         return causal
+    # A prefix opens its columns to every row. Its lengths differ by image, so the mask gets a batch axis, and
+    # an axis of 1 that stands for all heads.
     in_prefix = positions[None, :] < prefix_lengths[:, None]
     return causal | rearrange(in_prefix, "b n -> b 1 1 n")
 
 
 def raster_mask(patches_of_blocks: Int64[Tensor, "k m"], order: Int64[Tensor, " k"]) -> Bool[Tensor, "n n"]:
     """`may_attend` without a prefix, over all patches in raster order, whatever the order of the blocks."""
+    # Invert the order: every patch of the block that comes t-th is given position t, at the patch's own place
+    # in raster order.
     positions = torch.empty(patches_of_blocks.numel(), dtype=torch.int64, device=order.device)
     positions[patches_of_blocks[order]] = torch.arange(len(order), device=order.device)[:, None]
     return may_attend(positions)
@@ -122,6 +129,8 @@ def raster_mask(patches_of_blocks: Int64[Tensor, "k m"], order: Int64[Tensor, " 
 
 def patchify(images: Shaped[Tensor, "b c h w"], size_px: tuple[int, int]) -> Shaped[Tensor, "b k p"]:
     """Cut images into rectangles of `size_px` (height, width), in raster order, each as (c h w)."""
+    # Rows of rectangles before columns, and within a rectangle channel before row before column: `unpatchify`
+    # and the official pixel order depend on it.
     return rearrange(images, "b c (r h) (q w) -> b (r q) (c h w)", h=size_px[0], w=size_px[1])
 
 

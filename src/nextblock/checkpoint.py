@@ -17,10 +17,10 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,8 +42,6 @@ STATE_FILE = "state.pt"
 CHECKSUMS_FILE = "checksums.json"
 RECORDED_DATA = ("mean", "std", "val_resize_px", "val_crop")
 NAMES_SHOWN = 10
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class CheckpointError(RuntimeError):
@@ -77,16 +75,16 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
         yield
     except (CheckpointError, MissingSettingError):
         raise
+    # Damaged settings can fail anywhere in a reader, in any way. All of these mean the file; anything else,
+    # such as a full memory, is not its fault.
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         # By name, as these classes may lie above this file. They say cause and remedy already.
         named = type(error).__name__ in ("HubError", "WriteError")
         if named or (values_of_caller and isinstance(error, ValueError)):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{origin} is damaged, or is not what it says it is ({type(error).__name__}: {reason}); "
-            + _remedy(origin)
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        why = f"is damaged, or is not what it says it is ({reason}); {_remedy(origin)}"
+        raise CheckpointError(f"{origin} {why}") from error
 
 
 def _remedy(origin: str | Path) -> str:
@@ -129,11 +127,12 @@ def save_model(
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors, from any device, with the file mode that the umask gives; NaN and inf are refused."""
     # Refused before anything is written: what a file replaces may be the last good one.
-    refuse_non_finite(
-        weights, f"the model for {path}", "it was not saved; an earlier checkpoint may be finite"
-    )
+    remedy = "it was not saved; an earlier checkpoint may be finite"
+    refuse_non_finite(weights, f"the model for {path}", remedy)
+    # safetensors puts a file of its own in this place, which its owner alone may read. So an empty file shows
+    # first which mode the umask gives.
     path.touch()
-    mode = path.stat().st_mode  # safetensors puts a file of its own in this place, for the owner alone
+    mode = path.stat().st_mode
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path, dict(metadata))
     path.chmod(mode)
 
@@ -149,6 +148,7 @@ def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataC
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors do: the header's length, then a JSON object."""
     with path.open("rb") as file:
+        # Eight bytes give the length of the header; then comes JSON, which no pickle and no zip has there.
         start = file.read(9)
     return start[8:] == b"{"
 
@@ -168,20 +168,12 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
         settings, weights, kind = json.loads(metadata["config"]), load_file(path), metadata["kind"]
         read_data(path)  # refused here if it is damaged, not by whoever asks for it later
         if kind == "model":
-            config = from_dict(ModelConfig, settings)
-            return build_model(lambda: NextBlockModel(config), config, weights, str(path))
+            return build_model(from_dict(ModelConfig, settings), weights, str(path))
         if kind not in ("classifier", "timm classifier"):
             raise ValueError(f"kind {kind!r}")
         head, names = from_dict(HeadConfig, settings["head"]), settings["class_names"]
         if kind == "classifier":
-            config = from_dict(ModelConfig, settings["model"])
-            return build_model(
-                lambda: ImageClassifier(NextBlockModel(config), head, names),
-                config,
-                weights,
-                str(path),
-                prefix="encoder_model.",
-            )
+            return build_model(from_dict(ModelConfig, settings["model"]), weights, str(path), head, names)
         settings["model"].pop("prefix_tokens", None)  # in files from before 0.1.0
         # Not built on meta: some of timm's networks have tables that no file holds.
         encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
@@ -203,24 +195,20 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as handle:
             return handle.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors: {error}; the file is not complete: {_remedy(path)}"
-        ) from error
+        why = f"{error}; the file is not complete: {_remedy(path)}"
+        raise CheckpointError(f"{path} cannot be read as safetensors: {why}") from error
 
 
 def build_model(
-    make: Callable[[], M],
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     origin: str,
-    *,
-    prefix: str = "",
-) -> M:
-    """Build a network around the weights of a file, without a second copy of them, in evaluation mode.
-
-    `config` is that of its encoder model, whose names begin with `prefix`. Nothing is drawn: the network is
-    built on torch's meta device, and the file's tensors become its parameters.
-    """
+    head: HeadConfig | None = None,
+    class_names: Sequence[str] | None = None,
+) -> NextBlockModel | ImageClassifier:
+    """Build a model, or a classifier with this head, around the weights of a file, in evaluation mode."""
+    # A classifier's encoder is one level deeper than a model's.
+    prefix = "" if head is None else "encoder_model."
     # Also on the meta device, time and memory grow with these sizes: whoever damaged the settings must not
     # make us build a billion layers before the weights are compared.
     positions = weights.get(f"{prefix}encoder.pos_embed")
@@ -239,40 +227,38 @@ def build_model(
         raise CheckpointError(
             f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
         )
+    # On the meta device tensors have shapes and no data: building costs no memory and draws no random number,
+    # and the tensors of the file then take the places of the empty ones.
     with torch.device("meta"):
-        model = make()
+        model: NextBlockModel | ImageClassifier = NextBlockModel(config)
+        model = model if head is None else ImageClassifier(model, head, class_names)
     load_strictly(model, weights, origin)
     return model.eval()
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Give a model all weights by name, in fp32; refuse what does not fit it or is not finite.
-
-    The tensors themselves become the parameters, so that there is no second copy of them.
-    """
+    """Give a model all weights by name, in fp32; refuse what does not fit it or is not finite."""
     # All problems are listed at once: their pattern tells what kind of file it is.
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in weights]
     problems += [f"unexpected: {name}" for name in weights if name not in own]
+    both = [(name, weights[name], own[name]) for name in own if name in weights]
     problems += [
-        f"shape of {name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"shape of {name}: {tuple(w.shape)} in the file, {tuple(mine.shape)} in the model"
+        for name, w, mine in both
+        if w.shape != mine.shape
     ]
     # Complex numbers in place of real ones would pass here and fail in the first image.
     problems += [
-        f"dtype of {name}: {weights[name].dtype} in the file, {own[name].dtype} in the model"
-        for name in own
-        if name in weights
-        and not weights[name].is_floating_point()
-        and (own[name].is_floating_point() or weights[name].is_complex())
+        f"dtype of {name}: {w.dtype} in the file, {mine.dtype} in the model"
+        for name, w, mine in both
+        if not w.is_floating_point() and (mine.is_floating_point() or w.is_complex())
     ]
     if problems:
-        raise CheckpointError(
-            f"the weights of {origin} do not fit the model:\n  " + _listed(problems, "\n  ")
-        )
-    # Converted before they are assigned: copying would need the model's own memory as well, and a model on
-    # the meta device has none.
+        listed = _listed(problems, "\n  ")
+        raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {listed}")
+    # Converted before they are assigned: the tensors themselves become the parameters, so there is no second
+    # copy of them. Copying would need the model's own memory, and on the meta device it has none.
     in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
     refuse_non_finite(in_fp32, origin, _remedy(origin))
     model.load_state_dict(in_fp32, strict=True, assign=True)
@@ -287,9 +273,8 @@ def refuse_non_finite(weights: Mapping[str, Tensor], origin: str, remedy: str) -
         if w.is_floating_point() and not w.sum().isfinite() and not w.isfinite().all()
     ]
     if bad:
-        raise CheckpointError(
-            f"{len(bad)} tensors of {origin} hold NaN or inf ({_listed(bad, ', ')}); {remedy}"
-        )
+        named = _listed(bad, ", ")
+        raise CheckpointError(f"{len(bad)} tensors of {origin} hold NaN or inf ({named}); {remedy}")
 
 
 def _listed(names: list[str], separator: str) -> str:

@@ -139,10 +139,14 @@ class ModelConfig(_Section):
     init: str | None = None
     """Start from these weights, anything `nextblock info` reads; what does not fit is resampled or fresh."""
 
+    has_class_token = False
+    """No setting: these encoders have patches alone, unlike some of timm's."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         sides, p, block = pair(self.image_size), self.patch_size, pair(self.block_size)
         blocks = f"blocks of {block[0]}x{block[1]} patches of {p} px"
+        # Patches first, then blocks, which patches must fill; the nearest sizes that can be cut are named.
         for parts, unit in ((f"{p}-px patches", (p, p)), (blocks, self.block_px)):
             below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
             above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
@@ -152,10 +156,8 @@ class ModelConfig(_Section):
                 f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
                 f"use model.image_size {' or '.join(near)}, or another patch_size or block_size",
             )
-        require(
-            self.encoder_attention == "block_causal" or self.feature_attention == "full",
-            "model.encoder_attention full needs model.feature_attention full",
-        )
+        is_possible = self.encoder_attention == "block_causal" or self.feature_attention == "full"
+        require(is_possible, "model.encoder_attention full needs model.feature_attention full")
         self._check_widths("embed_dim", "num_heads")
         if self.predictor is None:
             return
@@ -171,21 +173,28 @@ class ModelConfig(_Section):
         )
         require(
             self.tokenizer is None or (self.norm_pixels and self.loss == "mse"),
-            f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels, and k-means "
-            "tokens are predicted by cross-entropy; leave them out, or set model.tokenizer null",
+            f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels; omit them",
+        )
+
+    def check_predicts(self) -> None:
+        """Refuse settings of a model that cannot predict; it may still encode."""
+        require(
+            self.predictor is not None,
+            "this is an encoder alone (model.predictor is null): it encodes, but cannot predict blocks",
+        )
+        require(
+            self.num_blocks > 1,
+            "the whole image is one block, so there is no next block; use a smaller model.block_size",
         )
 
     def _check_widths(self, width: str, heads: str = "") -> None:
         dim, number = getattr(self, width), getattr(self, heads, 1)
-        require(
-            dim % number == 0,
-            f"model.{width} {dim} is not divisible by model.{heads} {number}; change one of them",
-        )
+        require(dim % number == 0, f"model.{width} {dim} is not divisible by model.{heads} {number}")
         # Sines and cosines of row and column take a quarter of the width each.
+        quarters = dim // 4 * 4
         require(
             self.positions == "learned" or dim % 4 == 0,
-            f"model.{width} {dim} cannot be divided among the sines and cosines of row and column; "
-            f"use {dim // 4 * 4 or 4} or {dim // 4 * 4 + 4}",
+            f"model.{width} {dim} cannot be divided by 4 (sincos); use {quarters or 4} or {quarters + 4}",
         )
 
     def _check_own_mask(self) -> None:
@@ -212,11 +221,6 @@ class ModelConfig(_Section):
             self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
             f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]}",
         )
-
-    @property
-    def has_class_token(self) -> bool:
-        """False: these encoders have patches alone, unlike some of timm's."""
-        return False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -449,34 +453,27 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_types(self)
         resize_px = self.data.resize_px(self.model.image_size)
-        if self.data.val_resize_px is None:  # recorded as a number: the rule may change, the run may not
+        # Recorded as a number: the rule may change with a release, the run may not.
+        if self.data.val_resize_px is None:
             object.__setattr__(self, "data", replace(self.data, val_resize_px=resize_px))
         require(
             resize_px >= max(pair(self.model.image_size)),
-            f"data.val_resize_px is {resize_px}, smaller than model.image_size {self.model.image_size}; "
-            "use at least that, or leave it out",
+            f"data.val_resize_px is {resize_px}, smaller than model.image_size {self.model.image_size}",
+        )
+        channels = self.model.in_chans
+        require(
+            self.data.channels == channels,
+            f"data.channels is {self.data.channels}, model.in_chans is {channels}; give one of them",
         )
         require(
-            self.data.channels == self.model.in_chans,
-            f"data.channels is {self.data.channels}, model.in_chans is {self.model.in_chans}; "
-            "give one of them, the number of channels that the images have",
-        )
-        require(
-            self.data.normalize == "auto" or len(self.data.mean) == self.model.in_chans,
-            f"data.mean has {len(self.data.mean)} channels, model.in_chans is {self.model.in_chans}; "
+            self.data.normalize == "auto" or len(self.data.mean) == channels,
+            f"data.mean has {len(self.data.mean)} channels, model.in_chans is {channels}; "
             "give as many numbers, also for data.std, or use data.normalize auto",
         )
 
     def check_trainable(self) -> None:
         """Refuse settings with which a model may encode, but nothing can be learned."""
-        require(
-            self.model.predictor is not None,
-            "model.predictor is null, so nothing can be predicted; pre-training needs one",
-        )
-        require(
-            self.model.num_blocks > 1,
-            "the whole image is one block, so there is no next block; use a smaller model.block_size",
-        )
+        self.model.check_predicts()
         require(
             self.train.precision != "fp16" or self.train.device != "cpu",
             "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32",
@@ -484,6 +481,7 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Dotted settings in which two configs are not the same run: {name: (here, there)}."""
+        # By setting, as files have them: a resumed run must compute the same, wherever it is stored.
         mine, theirs = flatten(to_dict(self)), flatten(to_dict(other))
         return {
             name: (value, theirs.get(name))

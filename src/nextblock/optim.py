@@ -11,17 +11,14 @@ from torch import nn
 
 from nextblock.config import OptimConfig
 
-__all__ = ["build_optimizer", "layer_decay_groups", "lr_at", "parameter_groups", "set_lr"]
-
 UNDECAYED = ("pos_embed", "cls_token", "reg_token")
 """Learned positions and tokens, by the last part of their names: fine-tuning does not decay them."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Official XTRA's two groups: what has several dimensions and no "bias" in its name is decayed.
-
-    The learned positions have three dimensions, so they are decayed. Frozen parameters are in neither.
-    """
+    """Official XTRA's two groups: what has several dimensions and no "bias" in its name is decayed."""
+    # By dimensions and names alone, as officially: a norm's scale has one dimension, a bias says so in its
+    # name. Learned positions have three, so they are decayed. Frozen parameters are in neither group.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim > 1 and "bias" not in name]
     rest = [p for name, p in named if p.ndim <= 1 or "bias" in name]
@@ -38,6 +35,8 @@ def layer_decay_groups(
     One-dimensional parameters, positions, class and register tokens are not decayed. Frozen parameters are in
     no group.
     """
+    # One group for each pair of layer and decay: a group's parameters share a rate, and its `lr_scale` stays
+    # with it when `set_lr` changes the rate at every step.
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -66,6 +65,8 @@ def lr_at(step: int, *, peak: float, start: float, end: float, warmup_steps: int
     `total_steps`, one after the last: the scheduler that official XTRA uses. Without warm-up
     the first step has `peak`; a warm-up of one step has `start`.
     """
+    # A function of the step alone, so a resumed run needs no state of a scheduler. The first step of the
+    # cosine has the peak again, as the last of the warm-up did.
     if step < warmup_steps:
         share = step / (warmup_steps - 1) if warmup_steps > 1 else 0.0
         return start + (peak - start) * share

@@ -13,15 +13,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, pair
-from nextblock.settings import (
-    flatten,
-    from_dict,
-    nearest_name,
-    read_value,
-    require,
-    setting_types,
-    to_dict,
-)
+from nextblock.settings import flatten, from_dict, nearest_name, read_value, require, setting_types, to_dict
 
 GREY_MEAN, GREY_STD = (0.459,), (0.226,)
 """ImageNet's, its channels weighted 0.299, 0.587 and 0.114 as in the conversion to grey."""
@@ -32,6 +24,8 @@ _SECTIONED = {name.rpartition(".")[2]: name for name in _HINTS}
 
 def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
     """A run's settings with some changed, by dotted name ("optim.lr") or nested dicts; later layers win."""
+    # All settings as one flat dict, changed name by name, and built and checked as a whole at the end: on the
+    # way there, two settings may contradict each other.
     values, typed = flatten(to_dict(base)), dict[str, Any]()
     for layer in layers:
         typed = flatten(layer)
@@ -39,9 +33,8 @@ def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
             if name not in _HINTS:
                 raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
         # Layer by layer, so that what follows from a preset's setting is what a later layer changes.
-        values |= _with_followers(
-            {name: read_value(name, value, _HINTS[name]) for name, value in typed.items()}, values
-        )
+        new = {name: read_value(name, value, _HINTS[name]) for name, value in typed.items()}
+        values |= _with_followers(new, values)
     config = from_dict(RunConfig, values)
     # Only of the last layer, which somebody typed: a run's own config.yaml rightly has both.
     measured = " and ".join(name for name in ("data.mean", "data.std") if name in typed)
@@ -59,6 +52,7 @@ def _with_followers(new: dict[str, Any], values: Mapping[str, Any]) -> dict[str,
         # In proportion: published recipes have 300 for 256, 256 for 224, and each keeps its own.
         scale = max(pair(new["model.image_size"])) / max(pair(values["model.image_size"]))
         new["data.val_resize_px"] = round(values["data.val_resize_px"] * scale)
+    # One number under two names: whichever is given sets the other, and both must agree if both are.
     for name, other in (("data.channels", "model.in_chans"), ("model.in_chans", "data.channels")):
         if name in new:
             new.setdefault(other, new[name])
@@ -92,6 +86,7 @@ class Preset:
     @cached_property
     def config(self) -> RunConfig:
         """All settings, resolved."""
+        # A preset is what it changes of its base, and its base likewise: sizes, then recipes, then ablations.
         base = RunConfig() if self.base is None else PRESETS[self.base].config
         changes = {_SECTIONED[name]: value for name, value in self.changes.items()}
         return resolve(base, changes | {"preset": self.name})
@@ -114,6 +109,7 @@ def _ablation(
     base: str, family: str, axis: str, published: str | None = None, note: str = "", /, **changes: Any
 ) -> Preset:
     """A recipe with a few settings changed; they say what it is, the one that matters first."""
+    # The text is made from the changes, so the two cannot disagree.
     what = ", ".join(f"{name} {value}" for name, value in changes.items())
     unknown = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
     about = (f"Ablation: {what}; all else as {base}.", note, "" if published else unknown)
@@ -142,19 +138,15 @@ def _width(dim: int, heads: int, projection: int, predictor: int, predictor_head
 
 # b16 and h14 were released. The other encoders are defined by the official code and used by no released run:
 # their predictors (as wide as the encoder up to B, else half as wide; projection 4x the width) are ours.
+_H14 = {**_PATCH14, **_width(1280, 16, 5120, 640, 8), "depth": 32, "block_mlp_dim": 9408}
+_G14 = {**_width(1408, 16, 5632, 704, 8), "depth": 40, "mlp_ratio": 48 / 11}
 _XTRA_SIZES = [
     _size("xtra-ti16", "50,000", "xtra-b16", **_width(192, 3, 768, 192, 3)),
     _size("xtra-s16", "100,000", "xtra-b16", **_width(384, 6, 1536, 384, 6)),
     _size("xtra-b16", "300,000", micro_batch_size=32),
     _size("xtra-l16", "1 million", "xtra-b16", **_width(1024, 16, 4096, 512, 8), depth=24),
-    _size(
-        *("xtra-h14", "3 million", "xtra-b16"),
-        **(_PATCH14 | _width(1280, 16, 5120, 640, 8)),
-        **{"depth": 32, "block_mlp_dim": 9408},
-    ),
-    _size(
-        "xtra-g14", "10 million", "xtra-h14", **_width(1408, 16, 5632, 704, 8), depth=40, mlp_ratio=48 / 11
-    ),
+    _size("xtra-h14", "3 million", "xtra-b16", **_H14),
+    _size("xtra-g14", "10 million", "xtra-h14", **_G14),
 ]
 
 _SMALL = {
@@ -171,14 +163,8 @@ _XTRA_RUNS = [
     Preset(
         *("xtra-small-64", "small", "1,000"),
         about=_SMALL_ABOUT,
-        changes=_SMALL
-        | {
-            "image_size": 64,
-            "patch_size": 8,
-            "val_resize_px": 64,
-            "predictor_dim": 192,
-            "predictor_heads": 3,
-        },
+        changes={**_SMALL, "image_size": 64, "val_resize_px": 64, "patch_size": 8}
+        | {"predictor_dim": 192, "predictor_heads": 3},
     ),
     Preset(
         *("xtra-small-128", "small", "1,000"),

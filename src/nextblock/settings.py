@@ -76,6 +76,7 @@ class Duration:
 def duration(*units: str, least: float = 1e-9) -> Rule:
     """The rule of a duration in these units, above 0 unless `least` is 0."""
 
+    # "0%" is no length, but a warm-up of none is meant: there `least` is 0.
     def holds(text: str) -> bool:
         try:
             return Duration.parse(text, allow=units).value >= least
@@ -89,6 +90,7 @@ def duration(*units: str, least: float = 1e-9) -> Rule:
 # ------------------------------------------------------------------------------------------- reading a value
 
 
+# Python's own int() and float() read more than anybody means: other scripts' digits, "1_0", "nan", "inf".
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]{3})*)")
 _NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]{3})*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -107,6 +109,8 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
 
 def _read(value: Any, hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    # Text comes from the command line or YAML and is read by the hint; anything else comes from Python and
+    # must have the type already, but for a whole number where a number is asked.
     text = value if isinstance(value, str) else None
     if origin is Annotated:
         found = _read(value, args[0])
@@ -184,6 +188,7 @@ def kinds_of(hint: Any) -> list[Any]:
     return [hint]
 
 
+# Annotations are text here (`from __future__ import annotations`), and evaluating them is slow: once a class.
 @functools.cache
 def _own_types(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
@@ -222,6 +227,7 @@ def check_types(config: Any, section: str = "") -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain dicts, lists and numbers, ready for YAML or JSON."""
+    # YAML and JSON have lists and no tuples: written as lists, they come back through `from_dict` as tuples.
     return asdict(
         config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
     )
@@ -229,17 +235,20 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
     """Build a config from what `to_dict` wrote, dotted names or keywords; refuse unknown and missing keys."""
+    # Dotted names become nested dicts first: "model.depth" and {"model": {"depth": 1}} are the same, and each
+    # section then checks its own names.
     known, hints = {f.name: f for f in fields(cls)}, _own_types(cls)  # type: ignore[arg-type]
     given: dict[str, Any] = {}
     for name, value in values.items():
         section, _, rest = name.partition(".")
-        # Unknown names are refused and not dropped: a setting with a slip would silently keep its default.
         if name == "token_px" and value is None:  # a retired setting, which older files hold as null
             continue
+        # Refused and not dropped: a setting with a slip would silently keep its default.
         if section not in known:
             raise ValueError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
+        # JSON and YAML have no tuples, and Python callers give paths; types are checked by the config itself.
         if is_dataclass(hints[name]) and isinstance(value, Mapping):
             given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
         elif isinstance(value, list):
@@ -267,11 +276,7 @@ _ODD_SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200f\u2028-\u202f\u205f-\u2064\u
 
 
 def read_yaml(path: str) -> dict[str, tuple[Any, str]]:
-    """A file of settings: {dotted name: (text, list or None, where it stands)}.
-
-    Every scalar stays the text that was typed, so that the setting's type decides what it means, and no
-    value is ever a date, an octal number or a Python object.
-    """
+    """A file of settings: {dotted name: (text, list or None, where it stands)}."""
     require(Path(path).is_file(), f"--config {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -330,6 +335,8 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise ValueError(f"{at(event)}: a value cannot begin with &, * or !; put it in quotes")
+        # compose stops before values are made: every scalar is still the text that was typed. So a setting's
+        # type decides what it means, and no value is ever a date, an octal number or a Python object.
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)

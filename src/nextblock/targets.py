@@ -60,6 +60,7 @@ class PixelTargets:
         self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"]
     ) -> Float[Tensor, "b k *t"]:
         """The targets of all blocks, along the order."""
+        # A block is one large patch, so patchify cuts blocks as well; the order then sorts them by position.
         pixels = patchify(images.float(), self.config.block_px).index_select(1, order)
         return normalize_blocks(pixels) if self.config.norm_pixels else pixels
 
@@ -155,6 +156,7 @@ class TokenTargets:
         order: Int64[Tensor, " k"],
     ) -> Float[Tensor, "b steps p"]:
         """The likeliest tokens' centroids, each with the mean and deviation of the true patch."""
+        # A centroid is a normalised patch: it gets the brightness and contrast of the true one.
         centroids = self.tokenizer.centroids.to(predictions.device)
         patches = rearrange(embedding(predictions.argmax(-1), centroids), "b k m p -> (b k) m p")
         # A true block is an image of its own, cut into the same patches; then the patches go back together.
@@ -178,6 +180,8 @@ def make_targets(config: ModelConfig) -> Targets:
 
 def normalize_blocks(pixels: Float[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
     """Subtract each row's mean, divide by its deviation (unbiased variance, eps 1e-6 inside the root)."""
+    # Each block by itself, so the target is the structure of a block and not how bright it is. Official XTRA
+    # and MAE use the unbiased variance, with eps inside the root.
     variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)
     return (pixels - mean) * torch.rsqrt(variance + NORMALIZE_EPS)
 
@@ -196,9 +200,10 @@ def draw_prefix_lengths(
 ) -> Int64[Tensor, " b"]:
     """How many blocks of each image all its tokens may attend to (AIM, section 4.2): 1 to num_blocks - 1.
 
-    Each is f(seed, visit, sample), so it is known before the image is, and depends on no worker, rank or
-    micro-batch. 63 random bits modulo k-1: the bias is below 2**-63 times k.
+    Each is f(seed, visit, sample), so it is known before the image is.
     """
+    # Keyed by visit and sample, not drawn one after the other: no generator has a state to save, and a length
+    # depends on no worker, rank or micro-batch. 63 random bits modulo k-1: the bias is below k / 2**63.
     keys = zip(visits, samples, strict=True)
     lengths = [1 + keyed_seed(seed, "prefix", visit, sample) % (num_blocks - 1) for visit, sample in keys]
     return torch.tensor(lengths, dtype=torch.int64)
@@ -224,7 +229,8 @@ def combine(
     Rows that are not kept hold zero. `divisors` are numbers of kept rows, one for each distance: those of
     this part for its own mean, those of the global batch for its share of the batch's loss.
     """
-    # Distances weigh alike, however many rows each has.
+    # Distances weigh alike, however many rows each has. A sum over the whole batch's count, and not a mean of
+    # means: micro-batches and processes then add up to exactly the batch's loss.
     means = [part.sum() / divisor for part, divisor in zip(losses, divisors, strict=True)]
     return torch.stack(means).mean()
 
@@ -244,6 +250,7 @@ class KMeansTokenizer(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         values = in_chans * patch_size**2
+        # A buffer: saved and moved with the model, and never changed by an optimizer.
         self.register_buffer("centroids", torch.zeros(vocab_size, values, dtype=torch.float32))
         self._seen_fitted = False
 
@@ -312,7 +319,8 @@ def fit_kmeans(patches: Float[Tensor, "r p"], vocab_size: int, seed: int) -> Flo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a token that no patch has does no harm
         if points.size * vocab_size <= MAX_LLOYD_PRODUCTS:
-            with threadpool_limits(1):  # several threads would add their sums in any order
+            # One thread: several add their sums in any order, and the last digits would differ by run.
+            with threadpool_limits(1):
                 centroids = KMeans(vocab_size, max_iter=25, **common).fit(points).cluster_centers_
         else:
             # A fixed number of passes, as stopping early would depend on such a sum. No reassignment: it

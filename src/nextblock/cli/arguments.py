@@ -71,10 +71,9 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
-        """A flag for each setting of a config; only those that are given appear in what `parse` returns.
-
-        Gives the types of these settings.
-        """
+        """A flag for each setting of a config, which `parse` returns if it is given; the settings' types."""
+        # A section of the config becomes a group of the help. No defaults: a flag that is not given must not
+        # hide what a file says.
         groups: dict[str, Any] = {"": super()}
         hints = {}
         for name, hint, default, owner in setting_types(cls, f"{section}." if section else ""):
@@ -85,9 +84,8 @@ class Parser(argparse.ArgumentParser):
                 groups[part] = self.add_argument_group(part)
             options = {"action": "append", "default": argparse.SUPPRESS, "metavar": _metavar(hint)}
             words = "" if default is MISSING else f" (default: {_shown(default)})"
-            self.described.append(
-                (groups[part].add_argument(f"--{name}", help=words, **options), owner, leaf)
-            )
+            action = groups[part].add_argument(f"--{name}", help=words, **options)
+            self.described.append((action, owner, leaf))
             hints[name] = hint
         self.hints |= hints
         return hints
@@ -98,6 +96,8 @@ class Parser(argparse.ArgumentParser):
         known = [name.removeprefix("--") for name in flags if name.startswith("--")]
         has_places = any(not action.option_strings for action in self._actions)
         words: list[str] = []
+        # argparse takes a value such as "-1e-3" for a flag, and says little of a word it does not know. So
+        # each flag is looked up here, and joined with its value by "=", before argparse sees it.
         left = iter(argv)
         for i, word in enumerate(left):
             name, has_value, value = word.partition("=")
@@ -116,11 +116,13 @@ class Parser(argparse.ArgumentParser):
             is_switch = flags[name].nargs == 0
             require(not (is_switch and has_value), f"{name} takes no value")
             if not is_switch and not has_value:
+                # A value never begins with --, so a flag after a flag means that a value was forgotten.
                 value = next(left, "--")
                 require(not value.startswith("--"), f"{name} needs a value")
             # Joined, so that argparse takes a value such as -1e-3 for a value.
             words.append(name if is_switch else f"{name}={value}")
         options = self.parse_args(words)
+        # All texts of a flag are known now: a list takes them all, and of anything else the last one counts.
         for name, texts in list(vars(options).items()):
             if name not in self.hints:
                 continue
@@ -141,6 +143,7 @@ class Parser(argparse.ArgumentParser):
         flags = sorted((one for one in known if one.startswith(word.lstrip("-"))), key=len)
         if word.startswith("-") and flags:
             return f"did you mean --{flags[0]}?"
+        # A bare word is most often a preset or a folder of images.
         if "preset" in known and preset and not Path(word).exists():
             return f"did you mean --preset {preset[0]}?"
         if source is None or word == "help" or word.startswith("-"):
@@ -194,6 +197,7 @@ def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
 
 
 def _metavar(hint: Any) -> str:
+    # The first kind is the usual one; a setting that may also be null shows the other.
     kind = kinds_of(hint)[0]
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
@@ -238,6 +242,7 @@ def parse_settings(
     values = {name: value for layer in layers for name, value in layer.items()}
     if overwrite is not None:
         values["overwrite"] = options.overwrite
+    # Asked for only now: a file of settings may give what the flags do not.
     required = [setting.name for setting in setting_types(config) if setting.default is MISSING]
     missing = [f"--{name}" for name in required if name not in values]
     require(not missing, f"{' and '.join(missing)} must be given; see {parser.prog} --help")
@@ -270,6 +275,7 @@ def _layers(
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and stop")
     options = parser.parse(argv)
     others = vars(options).keys() - hints.keys()
+    # Each file is a layer of its own: what follows from one setting is worked out layer by layer.
     files = [_read_file(path, hints, others) for path in options.config or ()]
     return [*files, {name: value for name, value in vars(options).items() if name in hints}], options
 
@@ -278,17 +284,13 @@ def _read_file(path: str, hints: Mapping[str, Any], others: Collection[str]) -> 
     values = {}
     for name, (value, where) in read_yaml(path).items():
         if name not in hints:
-            is_section = any(known.startswith(f"{name}.") for known in hints)
-            require(
-                not is_section, f"{where}: {name} must be settings, `name: value` on lines of their own below"
-            )
-            require(
-                name not in others,
-                f"{where}: {name} is no setting of a file; give it as --{name} on the command line",
-            )
             meant = suggestion(name, list(hints))
-            hint = f"did you mean {meant}?" if meant else "--help lists all"
-            raise ValueError(f"{where}: unknown setting {name}; {hint}")
+            why = f"unknown setting {name}; " + (f"did you mean {meant}?" if meant else "--help lists all")
+            if any(known.startswith(f"{name}.") for known in hints):
+                why = f"{name} must be settings, `name: value` on lines of their own below"
+            elif name in others:
+                why = f"{name} is no setting of a file; give it as --{name} on the command line"
+            raise ValueError(f"{where}: {why}")
         values[name] = read_value(f"{where}: {name}", value, hints[name])
     return values
 
@@ -308,6 +310,7 @@ def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
     With the `value` that was given, if the setting takes it as it is or as a number of its units.
     """
     section, _, last = name.rpartition(".")
+    # Other programs' words first: they resemble none of ours, or a wrong one.
     for words, meant in _SLIPS.items():
         for one in meant if {name, last} & set(words) else ():
             setting, _, example = one.partition(" ")
@@ -315,9 +318,8 @@ def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
                 example = re.sub("[0-9]+", value, example) if value.isdigit() else example
                 return f"{setting} {example or value}".rstrip()
     # Of equal names that of the same section. Part of a name counts, and so do swapped letters.
-    leaves = {
-        one.rpartition(".")[2]: one for one in sorted(known, key=lambda one: one.startswith(f"{section}."))
-    }
+    ranked = sorted(known, key=lambda one: one.startswith(f"{section}."))
+    leaves = {one.rpartition(".")[2]: one for one in ranked}
     near = [leaf for leaf in leaves if sorted(leaf) == sorted(last) or leaf.startswith(f"{last}_")]
     near += difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
     return leaves[near[0]] if near else None

@@ -58,21 +58,24 @@ POSITION_TOLERANCE = 1e-4
 CHOICES = 'give probe_layers="last", "best", or the layers themselves, counted from 0 (--probe_layers)'
 
 # The training code's recipe makes the patches in the first of several preprocessors.
-LISTED_PREPROCESSOR, PREPROCESSOR = "preprocessor.blocks.0.", "preprocessor."
+LISTED_PREPROCESSOR = re.compile(r"^preprocessor\.blocks\.0\.")
 
+
+# Official names, by their beginning, and ours. The first rule that fits counts, so the special ones (norms,
+# positions) stand before the general ones.
 NAMES = {
     r"preprocessor\.pos_embed$": "encoder.pos_embed",
     r"preprocessor\.patchifier\.": "encoder.patch_embed.",
     r"trunk\.blocks\.(\d+)\.norm_([12])\.": r"encoder.blocks.\1.norm\2.",
     r"trunk\.blocks\.": "encoder.blocks.",
     r"trunk\.post_trunk_norm\.": "encoder.norm.",
-    # A classifier's head.
+    # A classifier's head: attention from learned queries, which are its class tokens.
     r"head\.cls_token$": "head.query",
     r"head\.k\.": "head.key.",
     r"head\.v\.": "head.value.",
     r"head\.linear\.": "head.linear.",
     r"head\.bn\.": "head.norm.",
-    # The prediction head of pre-training.
+    # The prediction head of pre-training, our predictor; it predicts one block of one patch ahead.
     r"head\.decoder_projection\.": "predictor.projection.",
     r"head\.decoder_pos_embed$": "predictor.pos_embed",
     r"head\.decoder_blocks\.(\d+)\.norm_([12])\.": r"predictor.blocks.\1.norm\2.",
@@ -102,14 +105,12 @@ def stores_positions(content: Any) -> bool:
 
 
 def hub_settings(config: Mapping[str, Any], content: Any) -> dict[str, Any]:
-    """The settings that a `config.json` of Apple's files on the hub tells, if it is that of these weights.
-
-    If it does not name the layers that the head averages, they are the last six.
-    """
+    """The settings that a `config.json` of Apple's files on the hub tells, if it is that of these weights."""
     projection = _weights(content).get("preprocessor.patchifier.proj.weight")
     width = None if projection is None else projection.shape[0]
     if not config or config.get("embed_dim", width) != width:
         return {}
+    # Without a word on the layers, the head averages the last six: a number counts from the end.
     layers, size = config.get("probe_layers", PROBED_LAYERS), config.get("img_size")
     if isinstance(layers, int):
         layers = last_layers(layers, config["num_blocks"]) if "num_blocks" in config else None
@@ -126,32 +127,26 @@ def read_aim(
 ) -> NextBlockModel | ImageClassifier:
     """Build what official files hold: an encoder, a classifier (a backbone and its `head`), or a whole model.
 
-    The number of attention heads comes from the caller or the table of official sizes. The image size comes
-    from stored positions, which fit one grid only, else it is 224; positions are computed for any other
-    size at run time. What remains untold, and files of another architecture, are refused.
+    What the file and the caller leave untold, and files of another architecture, are refused.
     """
     weights = _weights(content)
     if head is not None:
         of_head = _weights(head)
         if not is_aim_head(head):
+            held = ", ".join(list(of_head)[:5]) or "nothing known"
             raise CheckpointError(
-                f"the head given with {origin} is no head of an AIM classifier (it holds: "
-                f"{', '.join(list(of_head)[:5]) or 'nothing known'}); give the file with head.cls_token"
+                f"the head given with {origin} is no head of an AIM classifier (it holds: {held})"
             )
         twice = sorted(weights.keys() & of_head.keys())
         if twice:
             raise CheckpointError(f"{origin} has a head of its own ({twice[0]}); give it without head=")
         weights = {**weights, **of_head}
     if _is_aim_v2(weights):
-        raise CheckpointError(
-            f"{origin} is an AIMv2 model (RMSNorm and SwiGLU), and only AIM v1 is read; "
-            "transformers has AIMv2 as Aimv2Model"
-        )
+        raise CheckpointError(f"{origin} is an AIMv2 model (RMSNorm and SwiGLU), and only AIM v1 is read")
     # Loading the plain matrices alone would be the model before it was adapted.
     if any(".lora_" in name for name in weights):
         raise CheckpointError(
-            f"{origin} holds LoRA weights beside the matrices that they change; merge them where they were "
-            "trained, and save the result"
+            f"{origin} holds LoRA weights; merge them where they were trained, and save the result"
         )
     weights = only_tensors(weights, origin)
     config, layers = _model_config(weights, options, origin)
@@ -165,7 +160,7 @@ def read_aim(
         ours[name] = rearrange(ours[name], "(h w c) ... -> (c h w) ...", **pixels)
     ours = _with_positions(ours, config, origin)
     if layers is None:
-        return build_model(lambda: NextBlockModel(config), config, ours, origin)
+        return build_model(config, ours, origin)
     head_config = HeadConfig(
         kind="attentive",
         num_classes=shape_of(ours, "head.linear.weight", 2, origin)[0],
@@ -175,22 +170,13 @@ def read_aim(
         batch_norm="head.norm.running_mean" in ours,
         bias="head.linear.bias" in ours,
     )
-    # A classifier's encoder is one level deeper than a model's, its head is not.
-    prefix = "encoder_model."
-    ours = {n if n.startswith("head.") else prefix + n: w for n, w in ours.items()}
-    return build_model(
-        lambda: ImageClassifier(NextBlockModel(config), head_config), config, ours, origin, prefix=prefix
-    )
+    ours = {name if name.startswith("head.") else f"encoder_model.{name}": w for name, w in ours.items()}
+    return build_model(config, ours, origin, head_config)
 
 
 def _weights(content: Any) -> dict[str, Any]:
     """The weights of a file, out of its wrappers, under their plain names."""
-    return {
-        PREPROCESSOR + name.removeprefix(LISTED_PREPROCESSOR)
-        if name.startswith(LISTED_PREPROCESSOR)
-        else name: w
-        for name, w in unwrapped(content).items()
-    }
+    return {LISTED_PREPROCESSOR.sub("preprocessor.", name): w for name, w in unwrapped(content).items()}
 
 
 def _is_aim_v2(names: Mapping[str, Any]) -> bool:
@@ -212,9 +198,9 @@ def _model_config(
     """The settings of the model, and the layers that its classifier averages if it is one."""
     width, in_chans, patch_size = patch_shape(weights, "preprocessor.patchifier.proj.weight", origin)
     depth = count_numbered(weights, "trunk.blocks.", origin)
+    # Any divisor of the width would fit the tensors and compute something else, so the number of heads is
+    # never guessed: the caller tells it, or the official sizes. All that is untold is asked for at once.
     missing: dict[str, str] = {}
-    # Any divisor of the width would fit the tensors and compute something else, so the number is never
-    # guessed. All that is untold is collected first, and asked for at once.
     heads = options.num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
     if heads is None:
         missing["num_heads"] = untold_heads((width, depth), origin)
@@ -222,10 +208,8 @@ def _model_config(
     if "head.cls_token" in weights:
         layers = _probe_layers(options.probe_layers, (width, depth), origin)
         if layers is None:
-            missing["probe_layers"] = (
-                f"{origin} does not tell which layers its head averages (Apple's heads for the last and for "
-                f"the best layers differ by file name alone): {CHOICES}"
-            )
+            # Apple's heads on the last and on the best layers differ by the name of their file alone.
+            missing["probe_layers"] = f"{origin} does not tell which layers its head averages: {CHOICES}"
     size = _image_size(weights, patch_size, options, origin)
     if isinstance(size, str):
         missing["image_size"] = size
@@ -255,6 +239,8 @@ def _model_config(
         feature_attention="full",
         predictor=None,
     )
+    # With its prediction head the file is a whole model. Each layer there is an MLP on single patches, so all
+    # sizes come from the tensors of the first layer, and no number of heads is needed.
     if not any(name.startswith("head.decoder_") for name in weights):
         return config, layers
     width = shape_of(weights, "head.decoder_projection.weight", 2, origin)[0]
@@ -265,7 +251,7 @@ def _model_config(
         projection_dim=None,
         predictor_dim=width,
         predictor_depth=count_numbered(weights, "head.decoder_blocks.", origin),
-        predictor_heads=SIZES["aim-600m"].predictor_heads,  # not used: its layers have no attention
+        predictor_heads=SIZES["aim-600m"].predictor_heads,  # not used
         predictor_mlp_ratio=ratio_of(hidden, width),
         predictor_extra_norm="head.decoder_blocks.0.norm_1.weight" in weights,
         block_mlp_dim=None,
@@ -285,17 +271,15 @@ def _image_size(
         sizes = [_stored_size(stored, patch_size)]
     else:
         sizes = [options.fallback.get("image_size", IMAGE_SIZE_PX), IMAGE_SIZE_PX]
+    rows = columns = 0
     for size in sizes:
         rows, columns = pair(size)
         fits = places in (None, (rows // patch_size) * (columns // patch_size))
         if fits and rows % patch_size == columns % patch_size == 0:
             return size
     held = "" if places is None else f"{places} positions of "
-    rows, columns = pair(sizes[-1])
-    why = (
-        f"{origin} holds {held}{patch_size}-px patches, which do not make an image of {rows}x{columns} px; "
-        "give its size in pixels as image_size= (--image_size)"
-    )
+    why = f"{held}{patch_size}-px patches, which do not make an image of {rows}x{columns} px"
+    why = f"{origin} holds {why}; give its size in pixels as image_size= (--image_size)"
     if given is not None:
         raise CheckpointError(why)
     return why
@@ -324,14 +308,13 @@ def _fused(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     """Separate maps to queries, keys and values, joined under the names of the inference layout."""
     fused = dict(weights)
     for name in weights:
-        match = re.fullmatch(r"(.+\.attn\.)q_proj\.(\w+)", name)
-        if match is not None:
+        if match := re.fullmatch(r"(.+\.attn\.)q_proj\.(\w+)", name):
             # Rows in the order q, k, v, as timm's attention takes the joint map apart. Each part goes over
             # its heads in the same order in both layouts, so nothing within it moves.
-            names = [f"{match[1]}{part}_proj.{match[2]}" for part in "qkv"]
-            fused[f"{match[1]}qkv.{match[2]}"] = torch.cat([needed(weights, one, origin) for one in names])
-            for one in names:
-                del fused[one]
+            parts = [f"{match[1]}{part}_proj.{match[2]}" for part in "qkv"]
+            fused[f"{match[1]}qkv.{match[2]}"] = torch.cat([needed(weights, part, origin) for part in parts])
+            for part in parts:
+                del fused[part]
     return fused
 
 
@@ -340,20 +323,19 @@ def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str)
         return None if given is None else tuple(given)
     if given == "last":
         return last_layers(PROBED_LAYERS, size[1])
-    if size in BEST_LAYERS_OF_SIZE:
-        return BEST_LAYERS_OF_SIZE[size]
-    raise CheckpointError(
-        f"probe_layers is {given!r}, which says nothing of {origin}, an encoder {size[0]} wide with "
-        f"{size[1]} layers: {CHOICES}"
-    )
+    if size not in BEST_LAYERS_OF_SIZE:
+        raise CheckpointError(
+            f"probe_layers {given!r} says nothing of {origin}, an encoder {size[0]} wide with {size[1]} "
+            f"layers; {CHOICES}"
+        )
+    return BEST_LAYERS_OF_SIZE[size]
 
 
 def _with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: str) -> dict[str, Tensor]:
     """Fixed positions computed if none are stored, and checked if they are."""
     # The inference layout stores no positions; the training layout stores fixed ones, for the encoder and
     # for the predictor, which are the same function of the grid at another width.
-    complete = dict(weights)
-    widths = {"encoder.pos_embed": config.embed_dim}
+    complete, widths = dict(weights), {"encoder.pos_embed": config.embed_dim}
     if config.predictor is not None:
         widths["predictor.pos_embed"] = config.predictor_dim
     for name, width in widths.items():
@@ -362,7 +344,7 @@ def _with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: 
         if not _are_positions(stored, computed):
             raise CheckpointError(
                 f"the positions of {origin} are not AIM's sines and cosines on a grid of {config.grid[0]}x"
-                f"{config.grid[1]} patches ({name}, {tuple(stored.shape)}), and AIM has no others. If the "
-                "images of a file are of another shape, give image_size= (--image_size)"
+                f"{config.grid[1]} patches ({name}, {tuple(stored.shape)}); if its images have another "
+                "shape, give image_size= (--image_size)"
             )
     return complete

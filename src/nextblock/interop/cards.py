@@ -42,15 +42,14 @@ class Provenance:
 
 
 def read_provenance(directory: Path, *, origin: str) -> Provenance | None:
-    """What the card in a directory says; None if there is none, or it tells nothing.
-
-    `origin` counts if the card names a licence only.
-    """
+    """What the card in a directory says, with `origin` if it has a licence only; None if it says nothing."""
     try:
         with held_back(logging.ERROR, "huggingface_hub.repocard"):  # a card without metadata is no fault
             head = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # anybody's file: no card, no YAML, not text
         return None
+    # The hub knows a licence by a short name or as "other" with a name. What nextblock wrote has the full
+    # words in weights_license, which wins; "other" alone says least, and comes last.
     known = head.get("license")
     known = ", ".join(map(str, known)) if isinstance(known, list) else known
     named = head.get("weights_license") or (known != "other" and known) or head.get("license_name") or known
@@ -76,6 +75,7 @@ def model_card(
     notes: Sequence[str] = (),
 ) -> str:
     """A card in Markdown; `opening` is the code that opens the weights, `notes` what its reader must know."""
+    # The hub refuses a card with a licence it does not know, so such a one is "other" with a name.
     licence: dict[str, Any] = {}
     if provenance.license.lower() in KNOWN_LICENSES:
         licence = {"license": provenance.license.lower()}
@@ -91,14 +91,11 @@ def model_card(
         **licence,
     )
     link = f" ({provenance.license_link})" if provenance.license_link else ""
+    encoder, attention = f"{config.embed_dim} wide, {config.depth} layers", "full"
     if isinstance(config, TimmConfig):
-        encoder, heads, attention = f"timm's {config.architecture}, ", "", "its own"
+        encoder, attention = f"timm's {config.architecture}, {encoder}", "its own"
     else:
-        encoder, heads, attention = (
-            "",
-            f", {config.num_heads} heads, patches of {config.patch_size} px",
-            "full",
-        )
+        encoder += f", {config.num_heads} heads, patches of {config.patch_size} px"
         if config.feature_attention == "causal":
             block = pair(config.block_size)
             attention = f"block-causal, blocks of {block[0]}x{block[1]} patches, {config.order} order"
@@ -121,7 +118,7 @@ Licence of the weights: {provenance.license}{link}.
 
 | setting | value |
 |---|---|
-| encoder | {encoder}{config.embed_dim} wide, {config.depth} layers{heads} |
+| encoder | {encoder} |
 | attention of its features | {attention} |
 | image | {rows}x{columns} px, {config.in_chans} channels |
 | shorter side resized to | {data.resize_px(config.image_size)} px |
@@ -134,5 +131,6 @@ Licence of the weights: {provenance.license}{link}.
 
 def _slug(text: str) -> str:
     """Words as the hub takes them for a licence's name ("apple-s-own-licence"), 60 characters at most."""
+    # Cut between words if that leaves any: half a word would be another name.
     slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
     return (slug if len(slug) <= 60 else slug[:61].rpartition("-")[0] or slug[:60]).strip("-.")

@@ -74,13 +74,14 @@ def convert(
             f"{src} holds a classifier on timm's {config.architecture}, which the format onnx cannot hold; "
             "write it to nextblock, or its encoder to timm"
         )
+    # Only an encoder of ours can bring its positions and its mask to another size.
+    size = pair(config.image_size if image_size is None else image_size)
     require(
-        image_size is None
-        or pair(image_size) == pair(config.image_size)
-        or (to != "nextblock" and not is_timms),
+        size == pair(config.image_size) or (to != "nextblock" and not is_timms),
         f"{src} is of images of {config.image_size} px, as it tells itself, and stays so; leave image_size "
         "out, or write an encoder of this package to timm or onnx",
     )
+    # Another origin keeps the licence; another licence drops the old one's name and link with it.
     provenance = _provenance(found, str(src))
     if origin is not None:
         provenance = replace(provenance, origin=origin)
@@ -90,6 +91,7 @@ def convert(
     data = recorded or official_data(config.image_size, config.in_chans)
     if path is None:
         repo = str(dst).removeprefix(HUB_SPEC)
+        # The hub takes a folder, in one commit. Card and timm show its name: the repository's.
         with tempfile.TemporaryDirectory() as aside:
             folder = Path(aside) / repo.rpartition("/")[2]
             _write_directory(found, folder, to, image_size, data, provenance, repo)
@@ -98,15 +100,8 @@ def convert(
     if to == "onnx":
         from nextblock.interop.onnx import write_onnx
 
-        difference = write_onnx(
-            found.model,
-            path,
-            layers=layers,
-            attention=attention or "native",
-            image_size=image_size,
-            data=data,
-            provenance=provenance,
-        )
+        use: dict[str, Any] = {"layers": layers, "attention": attention or "native", "image_size": image_size}
+        difference = write_onnx(found.model, path, data=data, provenance=provenance, **use)
     else:
         _write_directory(found, path, to, image_size, data, provenance)
     return Converted(to, str(path), _num_bytes(path), difference)
@@ -118,19 +113,16 @@ def target_of(dst: str | Path, to: Target | None) -> Target:
     # What is nearly a suffix is a slip ("x.onx"), unless --to is given; "v1.2" is a directory's name.
     known = (ONNX_SUFFIX, *WEIGHT_SUFFIXES)
     near = [] if to or suffix in known else difflib.get_close_matches(suffix, known, n=1, cutoff=0.8)
-    require(
-        not near,
-        f"{dst}: {suffix} looks like a misspelt {''.join(near)}; mend it, or give the format (--to) if "
-        "this is the name of a directory",
-    )
+    slip = f"{dst}: {suffix} looks like a misspelt {''.join(near)}"
+    require(not near, f"{slip}; mend it, or give the format (--to) if this names a directory")
     is_onnx = suffix == ONNX_SUFFIX
     to = to or ("onnx" if is_onnx else "nextblock")
     require(to in ("nextblock", "timm", "onnx"), f"to is {to!r}; it must be nextblock, timm or onnx")
     kind = "a directory" if to != "onnx" else "an .onnx file"
+    fits = is_onnx == (to == "onnx") or (to == "onnx" and not suffix)
     require(
-        (is_onnx == (to == "onnx") or (to == "onnx" and not suffix)) and suffix not in WEIGHT_SUFFIXES,
-        f"{dst}: the format {to} is {kind}, and {suffix or 'no suffix'} says otherwise; name {kind}, or give "
-        "another format (--to)",
+        fits and suffix not in WEIGHT_SUFFIXES,
+        f"{dst}: {to} is {kind}, and {suffix} says otherwise; name {kind}, or give another format (--to)",
     )
     return to
 
@@ -142,8 +134,10 @@ def _place(dst: str | Path, to: Target) -> Path | None:
         return None
     path = Path(dst)
     path = path.resolve() if path.name in ("", "..") else path  # "." has no name of its own
+    # An empty directory is as good as none, but not for a file.
     taken = to == "onnx" or any(path.iterdir()) if path.is_dir() else path.exists()
     require(not taken, f"{path} exists already; name a new place, or remove it first")
+    # Looked at now: a long conversion must not end in an error that could be known at once.
     above = next(parent for parent in path.absolute().parents if parent.exists())
     require(above.is_dir(), f"{path} cannot be written: {above} is a file; name a place in a directory")
     return path
@@ -161,6 +155,7 @@ def _write_directory(
     """Write a "nextblock" or "timm" directory, on its way to `repo` of the hub if one is given."""
     head = None if isinstance(found.model, NextBlockModel) else found.model.head_config
     encoder = found.encoder_model
+    # timm's models hold neither our heads nor a predictor: what is left out is said, and never silent.
     if to == "timm":
         if head is not None:
             log.info("left out: the classifier's %s head, which timm's models do not have", head.kind)
@@ -193,6 +188,7 @@ def _write_directory(
 
 def _num_bytes(path: Path) -> int:
     """Bytes of a file with what lies beside it under its name, or of all files of a directory."""
+    # An ONNX graph too large for one file has its weights beside it, under its name and a suffix.
     files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}*")
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -201,6 +197,8 @@ def _provenance(found: Found, src: str) -> Provenance:
     """Where weights come from: as a card beside them says, else by the kind of their source."""
     if found.path is None:
         return timm_provenance(src)
+    # From the general to the particular: what is known of such files, and over it whatever a card beside the
+    # weights says, as somebody wrote that for these weights.
     name = src if is_hub_spec(src) else found.path.absolute().name
     config, kind = found.encoder_model.config, found.format
     known = Provenance(origin=f"{name}, a {kind}")

@@ -55,9 +55,9 @@ DISTRIBUTED_FILE = ".metadata"
 def choose_weights(names: Iterable[str], where: str, *, as_named: str) -> tuple[str, ...]:
     """Which weight files of a directory are its model: one, a backbone with its head, or none.
 
-    Of the same model in several formats, safetensors. Files of several models are refused with their names;
-    `as_named` shows how to give one ("hf:USER/NAME/{}").
+    Files of several models are refused; `as_named` shows how to give one ("hf:USER/NAME/{}").
     """
+    # The usual names of a whole model win: a trainer leaves its own state in other files beside it.
     files = sorted(name for name in names if "/" not in name and name.endswith(WEIGHT_SUFFIXES))
     main = [name for name in MAIN_FILES if name in files]
     if main:
@@ -66,10 +66,10 @@ def choose_weights(names: Iterable[str], where: str, *, as_named: str) -> tuple[
         return AIM_FILES
     if len({PurePosixPath(name).stem for name in files}) > 1:
         more = [f"and {len(files) - NAMES_SHOWN} more"] if len(files) > NAMES_SHOWN else []
-        raise CheckpointError(
-            f"{where} holds several weight files ({', '.join(files[:NAMES_SHOWN] + more)}); name one of "
-            f"them: {as_named.format(files[0])}"
-        )
+        listed = ", ".join(files[:NAMES_SHOWN] + more)
+        named = as_named.format(files[0])
+        raise CheckpointError(f"{where} holds several weight files ({listed}); name one of them: {named}")
+    # The same model in several formats: safetensors, which runs nothing and is mapped, comes first.
     return tuple(sorted(files, key=lambda name: WEIGHT_SUFFIXES.index(PurePosixPath(name).suffix))[:1])
 
 
@@ -82,16 +82,14 @@ def is_distributed(path: Path) -> bool:
 
 
 def read_content(path: Path) -> Any:
-    """What a weight file holds: tensors by name, or whatever was pickled of tensors and plain values.
-
-    Safetensors are mapped into memory; pickles are read whole, as trainers write them again in place.
-    """
+    """What a weight file holds: tensors by name, or whatever was pickled of tensors and plain values."""
     if not path.is_file() and not is_distributed(path):
         what = "is a directory, and not a weight file" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}; give the path of the file")
     try:
         if path.is_dir():
             return _read_distributed(path)
+        # Safetensors are mapped into memory; pickles are read whole, as trainers write them again in place.
         return load_file(path) if is_safetensors(path) else _read_pickle(path)
     except (
         SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,
@@ -137,6 +135,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         "collections": ("OrderedDict",),
     }  # fmt: skip
 
+    # Unpickling imports and calls whatever a file names, so names are looked up here: what is not a class of
+    # such a table, or a plain value of torch, is refused before it is imported. torch's own reader has none
+    # of these limits for the table, so it is given the one read here; tensors it reads with weights_only.
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib"):
             return PurePath
@@ -161,6 +162,7 @@ def _read_distributed(folder: Path) -> dict[str, Tensor]:
             return table
 
     weights = {
+        # torch fills tensors that are there already. An optimizer's, twice as many, are left out.
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
         for name, stored in table.state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata) and not name.startswith("optimizer.")
@@ -176,16 +178,16 @@ def _read_distributed(folder: Path) -> dict[str, Tensor]:
 
 
 def _why_unreadable(path: Path, message: str, kind: str) -> str:
+    # What the bytes show comes first: it says more than what torch says of them.
     start = b""
     if path.is_file():
+        if path.stat().st_size == 0:
+            return f"{path} cannot be read as a weight file: the file is empty; take the original again"
         with path.open("rb") as file:
             start = file.read(100).lstrip()
-    if path.is_file() and path.stat().st_size == 0:
-        return f"{path} cannot be read as a weight file: the file is empty; take the original again"
     if path.suffix == ".onnx" or ONNX_START.match(start):
         return (
-            f"{path} is an ONNX file, from which no model is read; give the run or checkpoint that it was "
-            "written from"
+            f"{path} is an ONNX file, from which no model is read; give the run or file that it was made from"
         )
     forbidden = re.search(r"GLOBAL (\S+)", message)
     if start.startswith(b"version https://git-lfs"):
@@ -223,6 +225,8 @@ def unwrapped(content: Any) -> Mapping[str, Any]:
     *_, weights = {}, *_wrappings(content)
     if not weights or not all(isinstance(name, str) for name in weights):
         return {}
+    # Wrappers nest in any order, so prefixes are taken off as long as all names share one. A prefix that only
+    # some names have is part of these names.
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
@@ -235,6 +239,7 @@ def beside_weights(content: Any, key: str) -> Any:
 
 def _wrappings(content: Any) -> Iterator[Mapping[Any, Any]]:
     """A file's content, and what its wrappers hold, from the outside in; a content in itself is no loop."""
+    # A checkpoint wraps its weights one to three levels deep. A limit, as a pickle can hold itself.
     for _ in range(MAX_WRAPPERS):
         if isinstance(content, Mapping):
             yield content
@@ -282,10 +287,10 @@ class LoadOptions:
         require(heads is None or heads >= 1, f"num_heads is {heads}; it must be at least 1")
         require(eps is None or eps > 0, f"norm_eps is {eps}; it must be above 0")
         require(size is None or min(pair(size)) >= 1, f"image_size is {size}; it must be at least 1 pixel")
-        numbers = not isinstance(layers, str) and isinstance(layers, Sequence) and len(layers) > 0
+        is_list = isinstance(layers, Sequence) and len(layers) > 0
         require(
             layers in (None, "last", "best")
-            or (numbers and all(isinstance(one, int) and one >= 0 for one in layers)),  # type: ignore[union-attr]
+            or (is_list and all(isinstance(layer, int) and layer >= 0 for layer in layers)),  # type: ignore[union-attr]
             f'probe_layers is {layers!r}; give "last", "best", or a list of layers counted from 0',
         )
 
@@ -295,7 +300,8 @@ class LoadOptions:
         names = ("head", "num_heads", "probe_layers", "image_size", "norm_eps")
         return [name for name in names if getattr(self, name) is not None]
 
-    def refuse_others(self, taken: Sequence[str], where: str) -> None:
-        """Refuse settings that a format has no use for."""
+    def refuse_aims(self, origin: str) -> None:
+        """Refuse what AIM's readers alone look at: every other format records these settings itself."""
         for name in self.given:
-            require(name in taken, f"{where} has no use for {name}={getattr(self, name)!r}; leave it out")
+            value = getattr(self, name)
+            require(name == "num_heads", f"{origin} has no use for {name}={value!r}; leave it out")

@@ -37,13 +37,13 @@ def is_hub_spec(src: str | Path) -> bool:
 def fetch(spec: str) -> Path:
     """Bring a model repository's weights, configuration and card into the cache; the folder they lie in.
 
-    Of several weight files one has to be named ("hf:USER/NAME/FILE"): its path is returned, and no other is
-    fetched. Files that are there already are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked
-    of the network.
+    Of several weight files one has to be named ("hf:USER/NAME/FILE"): its path is returned. Files that are
+    there already are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked of the network.
     """
     repo, file, revision = _parts(spec)
     with hub_errors(spec):
         try:
+            # The list of files comes first: of several weight files only the one that is meant is fetched.
             names = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
         except errors.HfHubHTTPError:
             raise
@@ -53,15 +53,15 @@ def fetch(spec: str) -> Path:
         if file is None:
             at = "" if revision is None else f"@{revision}"
             wanted = choose_weights(names, spec, as_named=f"{HUB_SPEC}{repo}/{{}}{at}")
+            # By number and not by name: step_100000000 comes after step_99999999.
             steps = sorted((int(match[1]), match[0]) for match in map(CHECKPOINT.fullmatch, names) if match)
             wanted = wanted or tuple(name for _, name in steps[-1:])  # of a run, the latest checkpoint
         elif file in names:
             wanted = (file,)
         else:
             listed = ", ".join([name for name in names if name.endswith(WEIGHT_SUFFIXES)][:8]) or "none"
-            raise HubError(
-                f"{spec}: there is no file {file} in it, or not in the cache; its weight files are: {listed}"
-            )
+            raise HubError(f"{spec}: there is no file {file} in it; its weight files are: {listed}")
+        # A file may have brackets in its name, which a pattern would read as a set of letters.
         patterns = [*map(glob.escape, wanted), *BESIDE]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     return folder if file is None else folder / file
@@ -87,51 +87,45 @@ def push(folder: Path, spec: str) -> str:
 def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of a copy") -> Iterator[None]:
     """Turn what the hub's client raises into one line: the cause, and the remedy.
 
-    `instead` is what the user can give where there is no network. A line in the log for every request is of
-    use to nobody here, and kept back.
+    `instead` is what the user can give where there is no network.
     """
     log_in = "log in by `hf auth login`, or set HF_TOKEN"
     try:
+        # A line in the log for every request is of use to nobody.
         with held_back(logging.WARNING, "httpx", "httpx2"):
             yield
     except errors.HFValidationError as error:
         raise ValueError(f"{spec} is no name of a repository; write hf:USER/NAME") from error
-    except errors.GatedRepoError as error:
-        raise HubError(f"{spec} is gated: accept its terms on huggingface.co, then {log_in}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"{spec} is not on the hub, or is private: check its name; if it is private, {log_in}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{spec} has no such revision: check what follows the @") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if pushing:
-            raise HubError(
-                f"{spec} cannot be pushed to without a network: connect to it and unset HF_HUB_OFFLINE"
-            ) from error
-        raise HubError(
-            f"{spec} is not in the cache, and the hub could not be asked for it: connect to the network and "
-            f"unset HF_HUB_OFFLINE, or give {instead}"
-        ) from error
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
+        # The client's errors extend each other: a gated repository counts as not found, and being offline as
+        # an OSError. So the special kinds come before the general ones.
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise HubError(
-                f"the hub refuses {spec} (status {status}): {log_in}, with write access"
-            ) from error
-        reason = " ".join(str(error).split())[:200]
-        raise HubError(
-            f"the hub failed for {spec} ({type(error).__name__}: {reason}); try it again"
-        ) from error
+        if isinstance(error, errors.GatedRepoError):
+            why = f"{spec} is gated: accept its terms on huggingface.co, then {log_in}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            why = f"{spec} is not on the hub, or is private: check its name; if it is private, {log_in}"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            why = f"{spec} has no such revision: check what follows the @"
+        elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            what = "is not in the cache, and the hub could not be asked for it"
+            what = "cannot be pushed to without a network" if pushing else what
+            why = f"{spec} {what}: connect to the network and unset HF_HUB_OFFLINE"
+            why += "" if pushing else f", or give {instead}"
+        elif status in (401, 403):
+            why = f"the hub refuses {spec} (status {status}): {log_in}, with write access"
+        else:
+            reason = " ".join(str(error).split())[:200]
+            why = f"the hub failed for {spec} ({type(error).__name__}: {reason}); try it again"
+        raise HubError(why) from error
 
 
 def _parts(spec: str) -> tuple[str, str | None, str | None]:
     """Repository, file and revision of "hf:USER/NAME[/FILE][@REVISION]"."""
     path, at, revision = spec.removeprefix(HUB_SPEC).partition("@")
+    # The empty part makes the name of a lone USER empty, which is refused below.
     user, name, *inside = [*path.split("/"), ""] if "/" not in path else path.split("/")
     if not (user and name and all(inside)) or (at and not revision):
         raise ValueError(
-            f"{spec} is no name of a repository; write hf:USER/NAME or hf:USER/NAME/FILE, with @REVISION "
-            "behind it for another than the latest"
+            f"{spec} is no name of a repository; write hf:USER/NAME[/FILE], with @REVISION for an older one"
         )
     return f"{user}/{name}", "/".join(inside) or None, revision or None

@@ -60,15 +60,15 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
     taken, and a warning says so; class and register tokens of a timm model are left out.
     """
     config = model.config
+    # Weights to start from need not be exact, so what a file does not tell is taken from this model. A head's
+    # layers do not matter: only the encoder is used.
     fallback = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
     found = read(src, LoadOptions(fallback=fallback, drop_prefix_tokens=True))
     if "num_heads" in found.assumed:
         log.warning(
             "%s does not tell its attention heads; taken to be %d as here (a wrong number changes its "
-            "features: set model.num_heads to the file's)",
-            src,
-            config.num_heads,
-        )
+            "features: set model.num_heads to the file's)", src, config.num_heads
+        )  # fmt: skip
     report = initialize_from(model, as_model(found, str(src), drop_prefix_tokens=True), str(src))
     log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))
     unlike = [name for name in report.fresh if name in report.unused]
@@ -98,9 +98,8 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
 def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
     """Give a model another's weights: what fits is copied, positions are resampled, the rest stays fresh.
 
-    Fixed positions stay as they are. A predictor of another kind or with other attention heads gives nothing
-    of its layers. Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of
-    attention heads, as that is surely not what was meant.
+    Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of attention
+    heads, as that is surely not what was meant.
     """
     here, there = model.config, other.config
     if here.embed_dim == there.embed_dim and here.num_heads != there.num_heads:
@@ -115,12 +114,15 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         passed_over = ("predictor.blocks.", "predictor.norm.")
     elif here.predictor == "transformer" and here.predictor_heads != there.predictor_heads:
         passed_over = ("predictor.blocks.",)
+    # The tensors of a state dict are the model's own, so what is copied into them is in the model at once.
+    # Nothing else changes: what is neither loaded nor resampled keeps its first values.
     own, theirs = model.state_dict(), other.state_dict()
     fixed = {name for name in own if name.endswith("pos_embed") and here.positions == "sincos"}
     loaded, resampled = [], []
     for name in own.keys() & theirs.keys() - fixed:
         if name.startswith(passed_over):
             continue
+        # On another grid, positions are resampled even if the number of patches is the same (2x8 for 4x4).
         is_position = name.endswith("pos_embed") and here.grid != there.grid
         if is_position and theirs[name].shape[-1] == own[name].shape[-1]:
             own[name].copy_(positions_on(here.grid, theirs[name], there))
@@ -142,7 +144,8 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
             del values["block_size"]
         return {f"model.{name}": (ours, its) for name, (ours, its) in values.items() if ours != its}
 
-    # Learned positions may begin where fixed ones are, and a fresh bias is zero: both are the same function.
+    # What differs is only told, as weights may well begin a run under other settings. Learned positions may
+    # begin where fixed ones are, and a fresh bias is zero: both are the same function.
     differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
     differing += ["positions"] if here.positions == "sincos" else []
     differing += [] if here.bias else ["bias"]
@@ -163,6 +166,7 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
 
 def in_groups(names: Sequence[str]) -> dict[str, int]:
     """How many tensors each part of a model has: {"encoder.blocks.0-11": 144, "predictor.norm": 2}."""
+    # A part is the first two words of a name; of numbered layers, the lowest and the highest are shown.
     layers: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
     for name in names:

@@ -41,7 +41,6 @@ from nextblock.interop.files import (
     unwrapped,
 )
 from nextblock.interop.hub import fetch, is_hub_spec
-from nextblock.interop.names import only_tensors
 from nextblock.interop.timm import from_timm, is_timm_directory, is_timm_weights, read_timm
 from nextblock.interop.timm_spec import (
     TIMM_SPEC,
@@ -111,8 +110,7 @@ def load_classifier(src: str | Path, head: str | Path | None = None, **settings:
     found = None if is_timm else load(src, head, **settings)
     if found is None or isinstance(found, NextBlockModel):
         raise CheckpointError(
-            f"{src} holds no classification head; `nextblock probe` and `nextblock finetune` train one, and "
-            "write it in a directory of its name"
+            f"{src} holds no classification head; `nextblock probe` and `nextblock finetune` write one"
         )
     return found
 
@@ -142,33 +140,37 @@ def as_model(found: Found, origin: str, *, drop_prefix_tokens: bool = False) -> 
 def read(src: str | Path, options: LoadOptions) -> Found:
     """Build what `src` holds, on the CPU, in fp32 and evaluation mode; `CheckpointError` says why not."""
     named = str(src).startswith(TIMM_SPEC)  # an unknown name is the caller's mistake, not a damaged file
+    # What fails while a file is read is the file's fault, unless the caller gave settings: a ValueError is
+    # then about them.
     with blame(src, values_of_caller=named or bool(options.given)):
         found = _read(src, options)
+    if found.format != "official AIM":
+        options.refuse_aims(str(src))
     config = found.encoder_model.config
     heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
     if options.num_heads not in (None, heads):
         raise ValueError(
-            f"{src} has {heads} attention heads, as it tells itself, and not {options.num_heads}; leave "
-            "num_heads out"
+            f"{src} has {heads} attention heads, as it tells itself, and not {options.num_heads}; "
+            "leave num_heads out"
         )
     return found
 
 
 def _read(src: str | Path, options: LoadOptions) -> Found:
     origin = str(src)
+    # What is cheapest to tell comes first: a name, a directory's config.json, the metadata of our own file.
+    # Only other people's files are read in full to learn what they are.
     if origin.startswith(TIMM_SPEC):
-        options.refuse_others(("num_heads",), origin)
+        options.refuse_aims(origin)
         model = from_timm(timm_model(origin), origin, drop_prefix_tokens=options.drop_prefix_tokens)
         return Found(model, "timm model", None)
     path = fetch(origin) if is_hub_spec(src) else Path(src)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; known: {KNOWN}")
     if is_timm_directory(path):
-        options.refuse_others(("num_heads",), origin)
         return Found(read_timm(path, options), "timm directory", path)
     own = own_file(path)
     if own is not None:
-        options.refuse_others(("num_heads",), origin)
         return Found(read_model(own), "nextblock", path)
     files = _weight_files(path, origin)
     if len(files) == len(AIM_FILES):
@@ -181,50 +183,38 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
     content = read_content(file)
     build: Callable[[LoadOptions], NextBlockModel | ImageClassifier]
     assumed: dict[str, str] = {}
+    # By the names of the tensors alone. AIM and XTRA have prefixes that nobody else uses, so they come before
+    # timm, whose bare names (blocks.0.attn ...) are many people's.
     if is_aim_head(content):
-        raise UnknownFormatError(
-            f"{origin} is the head of an AIM classifier alone; load its backbone, with head= this file "
-            "(--head)",
-            file,
-            content,
-        )
+        why = f"{origin} is an AIM classifier's head alone; load its backbone, with head= this file (--head)"
+        raise UnknownFormatError(why, file, content)
     if is_aim(content):
         format_, head = "official AIM", options.head
         if head is not None:
             head = read_content(fetch(str(head)) if is_hub_spec(head) else Path(head))
+        # A config.json from the hub knows heads and layers, which no weight tells; the caller's values win.
         beside = hub_settings(read_json(file.parent / "config.json"), content)
         options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
         if options.image_size is None and not stores_positions(content):
             assumed["image_size"] = "Apple's; the file tells none, and the encoder takes any (--image_size)"
         build = partial(read_aim, content, origin, head=head)
     elif is_xtra(content):
-        format_ = "official XTRA"
-        options.refuse_others(("num_heads",), origin)
-        build = partial(read_xtra, content, origin)
+        format_, build = "official XTRA", partial(read_xtra, content, origin)
     elif is_timm_weights(unwrapped(content)):
-        format_ = "timm state dict"
-        options.refuse_others(("num_heads",), origin)
         # The file's metadata and the config.json beside it say what the weights do not: mask, epsilon, heads.
-        build = partial(read_timm, file, weights=only_tensors(unwrapped(content), origin))
+        format_, build = "timm state dict", partial(read_timm, file, weights=unwrapped(content))
     else:
-        if isinstance(content, Mapping) and OWN_WEIGHTS & content.keys():
-            raise UnknownFormatError(
-                f"{origin} holds nextblock's weights, but has lost its settings (safetensors' metadata), "
-                "without which they are no model; take the file as nextblock wrote it",
-                file,
-                content,
-            )
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
-        raise UnknownFormatError(
-            f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}",
-            file,
-            content,
-        )
+        why = f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}"
+        if isinstance(content, Mapping) and OWN_WEIGHTS & content.keys():
+            why = f"{origin} has lost its settings (safetensors' metadata); take it as nextblock wrote it"
+        raise UnknownFormatError(why, file, content)
     try:
         model = build(options)
     except MissingSettingError as error:
         if not error.reasons.keys() <= options.fallback.keys():
             raise
+        # Who starts from these weights has values that will do. They are reported, as they are a guess.
         assumed |= error.reasons
         model = build(replace(options, **{name: options.fallback[name] for name in error.reasons}))
     return Found(model, format_, path, assumed)
@@ -234,9 +224,9 @@ def _weight_files(path: Path, origin: str) -> list[Path]:
     """A file itself; of a directory, the model's one or, for a backbone and its head, two."""
     if not path.is_dir() or is_distributed(path):
         return [path]
-    deepspeed = [path / name for name in DEEPSPEED_FILES if (path / name).is_file()]
-    if deepspeed:
-        return deepspeed[:1]
+    for name in DEEPSPEED_FILES:
+        if (path / name).is_file():
+            return [path / name]
     files = [file.name for file in path.iterdir() if file.is_file()]
     chosen = choose_weights(files, origin, as_named=f"{path}/{{}}")
     if not chosen:
@@ -251,8 +241,10 @@ def _weight_files(path: Path, origin: str) -> list[Path]:
 def own_file(path: Path) -> Path | None:
     """The model file in this package's own format that a file, a checkpoint or a run means, if one does."""
     if not path.is_file():
+        # A checkpoint holds a model, a run holds checkpoints: the latest undamaged one counts.
         latest = None if (path / MODEL_FILE).is_file() else latest_checkpoint(path / "checkpoints")
         path = (latest or path) / MODEL_FILE
+    # A first look at nine bytes: other people's pickles of many gigabytes are not opened for this.
     is_own = path.is_file() and is_safetensors(path) and read_metadata(path).get("format") == "nextblock"
     return path if is_own else None
 
@@ -271,12 +263,10 @@ def recorded_data(src: str | Path) -> DataConfig | None:
 
 
 def official_data(image_size: Size, channels: int) -> DataConfig:
-    """What official evaluation does: ImageNet's mean and deviation, and a resize by the image size.
-
-    The shorter side to 300 px for images of 256 px (XTRA-B), else to 8/7 of the image (256 px for 224, XTRA-H
-    and AIM).
-    """
+    """What official evaluation does: ImageNet's mean and deviation, and a resize by the image size."""
     size = max(pair(image_size))
+    # By the size alone, as official files record nothing of it: the shorter side is 300 px for images of 256
+    # (XTRA-B), else 8/7 of the image (256 px for 224, XTRA-H and AIM).
     resize_px = 300 if size == 256 else round(size * 8 / 7)
     if channels == 3:
         return DataConfig(val_resize_px=resize_px)

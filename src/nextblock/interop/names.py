@@ -20,6 +20,7 @@ def renamed(
     `table` has expressions for the beginning of a name, and what stands there in ours; the first that fits
     counts. Raises `CheckpointError` if none fits, or if two tensors would have one name.
     """
+    # Two names that became one would lose a tensor: refused, like a name that no rule fits.
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         start = next((start for start in table if re.match(start, name)), None)
@@ -34,7 +35,7 @@ def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:
     """The tensor, or the setting, of this name; refused if a file lacks it."""
     if name not in held:
         raise CheckpointError(
-            f"{origin} lacks {name!r}, without which the model cannot be built; take the original, whole file"
+            f"{origin} lacks {name!r}, without which no model can be built; take the original, whole file"
         )
     return held[name]
 
@@ -53,7 +54,7 @@ def shape_of(weights: Mapping[str, Tensor], name: str, ndim: int, origin: str) -
     shape = tuple(needed(weights, name, origin).shape)
     if len(shape) != ndim:
         raise CheckpointError(
-            f"{origin} holds {name} of shape {shape}, not of {ndim} axes; take the original file"
+            f"{origin} holds {name} of shape {shape}, not of {ndim} axes; take the original"
         )
     return shape
 
@@ -68,15 +69,14 @@ def patch_shape(weights: Mapping[str, Tensor], name: str, origin: str) -> tuple[
 
 def count_numbered(weights: Mapping[str, Any], prefix: str, origin: str) -> int:
     """How many parts there are under `prefix` ("enc.blocks."), by the highest number; at least one."""
-    found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in weights)
-    numbers = [int(match[1]) for match in found if match is not None]
-    if not numbers:
-        needed({}, f"{prefix}0", origin)
-    return 1 + max(numbers)
+    numbers = [int(match[1]) for name in weights if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))]
+    return 1 + max(numbers) if numbers else needed({}, f"{prefix}0", origin)
 
 
 def ratio_of(hidden: int, width: int) -> float:
     """The ratio that an MLP's hidden width is of its width, such that `int(width * ratio)` gives it back."""
+    # The quotient may round down, and int(width * ratio) is then one less than `hidden`. The next larger
+    # float is enough: it is too large by far less than one channel.
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else nextafter(ratio, inf)
 

@@ -48,6 +48,8 @@ class _Graph(nn.Module):
         self.names = ["tokens", *(f"layer_{layer}" for layer in layers), *(["logits"] if classifier else [])]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
+        # One pass through the encoder for all outputs; the encoder has the mask that the head was trained on,
+        # so the head need not ask for it.
         encoded = self.encoder.encode(images)
         outputs = [encoded.tokens, *(encoded.layers[layer] for layer in self.layers)]
         if self.classifier is not None:
@@ -100,6 +102,7 @@ def write_onnx(
     graph = _Graph(encoder_at(source, image_size, attention), layers, classifier).eval()
     config = graph.encoder.config
     data = data_at(data, source.config, config)
+    # Random images of three batch sizes: the first is traced, the others show that the batch is really free.
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randn(b, config.in_chans, *pair(config.image_size), generator=generator) for b in (2, 1, 3)
@@ -115,6 +118,7 @@ def write_onnx(
                 dynamo=True,
                 input_names=["images"],
                 output_names=graph.names,
+                # Only the batch is free. In the example it must not be 1, which would become a constant.
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                 opset_version=OPSET,
                 verbose=False,
@@ -123,6 +127,8 @@ def write_onnx(
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise OnnxError(f"torch cannot export this model as ONNX: {reason}") from error
         assert program is not None
+        # Who runs the graph may have nothing but this file, so it tells how its images are cut and
+        # normalised, where it comes from, and under which licence.
         program.model.metadata_props.update(
             producer="nextblock",
             mean=json.dumps(list(data.mean)),
@@ -136,6 +142,8 @@ def write_onnx(
             license=provenance.license,
         )
         try:
+            # Written beside its place, run by onnxruntime and compared, and only then moved: a graph that
+            # computes something else never has the name that was asked for.
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as aside:
                 program.save(Path(aside) / path.name)
                 # Two of the batches have sizes that the exporter has not seen.

@@ -55,8 +55,6 @@ FORMAT_VERSION = 1
 STOCK = "vit_base_patch16_224"
 # Epsilon of timm's LayerNorms.
 TIMM_EPS = 1e-6
-# Seed of weights that stay fresh, so that they are the same in every process.
-FRESH_SEED = 0
 # Held while a timm model draws from torch's global generator, whose state is put back afterwards.
 _BUILDING = Lock()
 
@@ -127,11 +125,11 @@ def write_timm(
         pretrained_cfg |= {n: settings.get(n) for n in ("fixed_input_size", "first_conv", "classifier")}
     described |= {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained_cfg}
     make_parent(directory)
+    card = _card(model, architecture, address or f"local-dir:{directory.name}", data, provenance)
     with write_aside(directory) as aside:
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         write_safetensors(aside / MAIN_FILES[0], model.encoder.state_dict(), metadata)
-        card = _card(model, architecture, address or f"local-dir:{directory.name}", data, provenance)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -160,13 +158,13 @@ def _card(
         if architecture == "nextblock_vit":
             register = "import nextblock.interop.timm_models  # registers nextblock_vit\n"
             notes.append(
-                "timm and transformers need the second line above (`pip install nextblock`) for the block "
-                "mask or epsilon of `nextblock_vit`; else timm says `Unknown model (nextblock_vit)`."
+                "timm and transformers need the second line above (`pip install nextblock`), which teaches "
+                "them `nextblock_vit`, its block mask and its epsilon."
             )
         elif model.config.positions == "sincos":
             notes.append(
-                "At another `img_size=` timm resamples the fixed positions, which this model computes anew: "
-                "that is another function. Convert again with `--image_size`."
+                "At another `img_size=` timm resamples the fixed positions instead of computing them anew: "
+                "convert again with `--image_size`."
             )
     opening = (
         f'import timm\n{register}model = timm.create_model("{address}", pretrained=True).eval()\n'
@@ -186,10 +184,7 @@ def _card(
 def encoder_at(
     model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
 ) -> NextBlockModel:
-    """The encoder alone, at another image size if one is given: with the positions that it has there.
-
-    With `attention` other than "native", that is what its features are made for.
-    """
+    """The encoder alone, at another image size or with other attention of its features if they are given."""
     config = replace(model.config, predictor=None, tokenizer=None, init=None)
     if attention != "native":
         config = replace(config, feature_attention=attention)
@@ -227,19 +222,15 @@ def read_timm(
 ) -> NextBlockModel:
     """Build the encoder of a timm directory or of a weight file.
 
-    `weights` are those of the file, if they have been read already. A file is described by its metadata and
-    by a timm config.json beside it, which must agree. If there is neither, it is a timm ViT under full
-    attention, and `num_heads` may have to be given. Class and register tokens are refused; with
-    `drop_prefix_tokens` they and their positions are left out, and listed: good to start from, but not the
-    features of the original.
+    `weights` are those of the file, if they have been read already. Without metadata and config.json it is a
+    timm ViT under full attention. `drop_prefix_tokens` leaves out class and register tokens and their
+    positions, and lists them: good to start from, but not the features of the original.
     """
     origin, file, options = str(path), _weight_file(path), options or LoadOptions()
     drop = options.drop_prefix_tokens
     if file is None:
-        raise CheckpointError(
-            f"{path} holds no weights beside its config.json: looked for {', '.join(MAIN_FILES)}; put them "
-            "there"
-        )
+        names = ", ".join(MAIN_FILES)
+        raise CheckpointError(f"{path} holds no weights beside its config.json: looked for {names}; add one")
     config, described = own_config(path), described_at(path)
     weights = only_tensors(unwrapped(read_content(file)) if weights is None else weights, origin)
     if config is not None:
@@ -248,10 +239,11 @@ def read_timm(
         log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
         return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)
     directory = path if path.is_dir() else path.parent
+    # timm builds what config.json says, as no settings of ours came with it. The weights stay out at first:
+    # timm would load what fits and keep random numbers for the rest.
     with building(f"what {directory / 'config.json'} describes", "compare it with timm's, or upgrade timm"):
         vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
-    # Compared tensor by tensor, as timm would keep its own random weights where the file has none. Both
-    # without the head, so that one of any number of classes is no difference.
+    # So they are loaded strictly here, both sides without the head: any number of classes will do.
     load_strictly(vit, {name: w for name, w in weights.items() if not name.startswith("head.")}, origin)
     return from_timm(vit, origin, drop_prefix_tokens=drop)
 
@@ -260,8 +252,11 @@ def read_timm(
 def building(what: str, remedy: str) -> Iterator[None]:
     """Build a timm model: torch's generator stays as it was, and any error of timm becomes one of ours."""
     try:
+        # timm draws weights that stay fresh from torch's global generator: from one seed, so they are equal
+        # in every process. The lock keeps another thread from drawing in between, and fork_rng puts the state
+        # back, so no caller's numbers change.
         with _BUILDING, torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(FRESH_SEED)
+            torch.random.default_generator.manual_seed(0)
             yield
     except (CheckpointError, HubError):
         raise
@@ -281,10 +276,9 @@ def described_at(path: Path) -> dict[str, Any]:
         return {}
     kinds = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "nextblock": dict}
     for name, kind in kinds.items():
-        if not isinstance(content.get(name, kind()), kind):
-            raise CheckpointError(
-                f"{file} is damaged: {name} is a {type(content[name]).__name__}; take the original file"
-            )
+        found = content.get(name, kind())
+        if not isinstance(found, kind):
+            raise CheckpointError(f"{file} is damaged: {name} is a {type(found).__name__}; take the original")
     return content
 
 
@@ -338,10 +332,10 @@ def from_timm(vit: nn.Module, origin: str, *, drop_prefix_tokens: bool = False) 
     if isinstance(vit, NextBlockViT):
         weights = {name: w for name, w in vit.state_dict().items() if not name.startswith(HEADS)}
         return _encoder(vit.block_config, weights, origin)
-    kinds = (type(vit), type(vit.blocks[0])) if type(vit) is VisionTransformer else (type(vit),)
-    if kinds != (VisionTransformer, Block):
+    kind = type(vit.blocks[0]) if type(vit) is VisionTransformer else type(vit)
+    if kind is not Block:
         raise CheckpointError(
-            f"{origin} is a timm {kinds[-1].__name__}; only its VisionTransformer of plain Blocks is read"
+            f"{origin} is a timm {kind.__name__}; only its VisionTransformer of plain Blocks is read"
         )
     return read_timm_weights(vit.state_dict(), origin, like=vit, drop_prefix_tokens=drop_prefix_tokens)
 
@@ -356,12 +350,11 @@ def read_timm_weights(
 ) -> NextBlockModel:
     """Build the encoder that a timm ViT's state dict holds, under full attention.
 
-    What the tensors do not tell is taken from `like`, the timm ViT. Without it the image is square, the
-    activation GELU, the epsilon timm's, and `num_heads` comes from the argument or the table of official
-    (width, depth), else the file is refused.
+    What the tensors do not tell is taken from `like`, the timm ViT.
     """
     width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
     depth = count_numbered(weights, "blocks.", origin)
+    # A head, pooling and the tokens beside the patches are no part of the encoder that is built.
     kept = {n: w for n, w in weights.items() if n not in PREFIX_TOKENS and not n.startswith(HEADS)}
     places = needed(kept, "pos_embed", origin).shape[1]
 
@@ -382,6 +375,7 @@ def read_timm_weights(
         positions_too = f", and the positions of {count} of them" if tokens and have_places else ""
         log.info("left out of %s: %s%s", origin, ", ".join(left_out), positions_too)
 
+    # A file alone is taken for timm's plainest: a square image, GELU, one epsilon. Only heads must be told.
     if like is None:
         needed(kept, "norm.weight", origin)
         heads = num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
@@ -392,8 +386,7 @@ def read_timm_weights(
         eps = TIMM_EPS
         if rows * columns != patches * patch_size**2:
             raise CheckpointError(
-                f"{origin} has positions of {patches} patches, which are no square grid; put timm's "
-                "config.json beside it"
+                f"{origin} has {patches} patches, which are no square grid; put timm's config.json beside it"
             )
     else:
         # The network that timm built knows what its tensors do not show. Its norms have one epsilon, which

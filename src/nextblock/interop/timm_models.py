@@ -19,12 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
 from nextblock.config import ModelConfig, pair
-from nextblock.models.vit import (
-    fresh_positions,
-    positions_of,
-    positions_on,
-    vit_arguments,
-)
+from nextblock.models.vit import fresh_positions, positions_of, positions_on, vit_arguments
 
 # The arguments of nextblock_vit, all of which JSON can hold, and the settings that they stand for.
 ARGUMENTS = {
@@ -38,18 +33,9 @@ ARGUMENTS = {
 # Arguments of timm's own class that change no token of an evaluated encoder. Any other is refused: it could.
 TIMMS_ARGUMENTS = {"num_classes", "global_pool", "drop_rate", "drop_path_rate", "device", "dtype"}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "nextblock_vit": {
-            "num_classes": 0,
-            "input_size": (3, 256, 256),
-            "fixed_input_size": True,
-            "crop_pct": 256 / 300,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-    }
-)
+_CFG: dict[str, Any] = {"num_classes": 0, "input_size": (3, 256, 256), "crop_pct": 256 / 300}
+_CFG |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
+default_cfgs = generate_default_cfgs({"nextblock_vit": _CFG})
 
 
 class _Block(Block):
@@ -65,6 +51,8 @@ class _Block(Block):
     ) -> Tensor:
         """One layer under a mask (True: may attend)."""
         if self.recompute and x.requires_grad:
+            # The mask is an argument of the recomputed call: a layer that kept it could be recomputed under
+            # another image size's mask.
             return checkpoint(super().forward, x, attn_mask=attn_mask, use_reentrant=False)
         return super().forward(x, attn_mask=attn_mask)
 
@@ -73,7 +61,6 @@ class NextBlockViT(VisionTransformer):
     """timm's `VisionTransformer` under a block mask, built from `ARGUMENTS` (defaults: `ModelConfig`'s).
 
     `attention` "causal" lets a patch attend to its own block and those before it in `order`, "full" to all.
-    `set_input_size` changes the mask with the size and, with `positions` "sincos", computes those anew.
     """
 
     order_mask: Bool[Tensor, "n n"] | None
@@ -81,12 +68,9 @@ class NextBlockViT(VisionTransformer):
     def __init__(self, **arguments: Any) -> None:
         unknown = arguments.keys() - ARGUMENTS.keys() - TIMMS_ARGUMENTS
         if unknown:
-            raise TypeError(
-                f"nextblock_vit has no argument {sorted(unknown)}; it takes {', '.join(ARGUMENTS)}"
-            )
-        settings = {
-            ARGUMENTS[name]: _hashable(arguments[name]) for name in arguments.keys() & ARGUMENTS.keys()
-        }
+            known = ", ".join(ARGUMENTS)
+            raise TypeError(f"nextblock_vit has no argument {sorted(unknown)}; it takes {known}")
+        settings = {ours: _hashable(arguments[name]) for name, ours in ARGUMENTS.items() if name in arguments}
         config = ModelConfig(**settings, predictor=None)
         if config.feature_attention == "full":
             config = replace(config, block_size=1)  # else images of other sizes would have to fit the blocks
@@ -100,6 +84,8 @@ class NextBlockViT(VisionTransformer):
     def _set_config(self, config: ModelConfig) -> None:
         """Take the settings at an image size, with the mask and the fixed positions of that size."""
         self.block_config = config
+        # Fixed positions are in the weight file, but those of another size: computed here, they are exact.
+        # The parameter keeps timm's name, so the file still fits.
         if config.positions == "sincos":
             positions = fresh_positions(config, config.embed_dim)
             self.pos_embed = nn.Parameter(positions.to(positions_of(self)), requires_grad=False)
@@ -110,6 +96,7 @@ class NextBlockViT(VisionTransformer):
         config = self.block_config
         if config.feature_attention == "full":
             return  # no mask: all patches attend to all
+        # timm keeps tokens in raster order, whatever the order of the blocks: the mask is permuted instead.
         table = patches_of_blocks(config.grid, pair(config.block_size))
         order = block_orders(config.order, config.block_grid, config.order_seed)[0]
         self.order_mask = raster_mask(table, order).to(positions_of(self).device)
@@ -119,12 +106,13 @@ class NextBlockViT(VisionTransformer):
     ) -> None:
         """Change the image's size; learned positions are resampled, fixed ones and the mask recomputed."""
         if patch_size is not None and patch_size != pair(self.block_config.patch_size):
+            own = self.block_config.patch_size
             raise ValueError(
-                f"patch_size {patch_size}: the blocks are made for patches of "
-                f"{self.block_config.patch_size} px; leave it out"
+                f"patch_size {patch_size}: the blocks are made for patches of {own} px; leave it out"
             )
         if img_size is not None:
             config = replace(self.block_config, image_size=_hashable(img_size))
+            # timm resamples the positions; fixed ones are then replaced by `_set_config`, with the mask.
             super().set_input_size(img_size=img_size)
             self._set_config(config)
 
@@ -180,6 +168,8 @@ def _fit(weights: Mapping[str, Tensor], model: NextBlockViT) -> dict[str, Tensor
 @register_model
 def nextblock_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a `NextBlockViT` or, with `features_only`, a wrapper of timm around one; for timm to call."""
+    # Strict loading: a missing or a further tensor would be another function, and no error. `_fit` runs
+    # before, so a directory opens at any image size that its blocks divide.
     return build_model_with_cfg(
         NextBlockViT,
         "nextblock_vit",

@@ -75,13 +75,13 @@ def timm_model(spec: str) -> nn.Module:
     if kind == "local-dir":
         own_config(Path(place))  # refuses settings that contradict each other
     if checkpoint is not None:
+        # The overlay makes timm read this file instead of the weights on the hub, and change them to
+        # `img_size` and `in_chans` as it would change those.
         arguments["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
         own = own_config(checkpoint)
         if own is not None and timm_architecture(own)[0] != name.partition(".")[0]:
-            raise CheckpointError(
-                f"{spec}: {checkpoint} holds a {timm_architecture(own)[0]} with attention "
-                f"{own.feature_attention}; give the file alone, as --model {checkpoint}"
-            )
+            held = f"{timm_architecture(own)[0]} with attention {own.feature_attention}"
+            raise CheckpointError(f"{spec}: {checkpoint} holds a {held}; give the file alone, --model FILE")
     has_weights = pretrained or checkpoint is not None
     create = partial(timm.create_model, name, pretrained=has_weights, **arguments)
     instead = "the path of a copy: timm:local-dir:DIR"
@@ -135,7 +135,9 @@ def open_timm_encoder(spec: str) -> TimmEncoder:
     except ValueError as error:
         raise CheckpointError(f"{spec}: {error}") from error
     if ":" in name:
-        # Baselines and saved heads build the network anew from its architecture's name alone.
+        # Saved heads build the network anew from its architecture's name alone.
+        # timm may have changed an architecture's tensors through config.json (local-dir:, hf-hub:). Then the
+        # same name builds another network, and nothing saved on this one could be opened again.
         with building(model.config.architecture, "give an architecture that timm knows by name"):
             fresh = TimmEncoder.fresh(model.config)
         ours, again = ({n: t.shape for n, t in one.state_dict().items()} for one in (model, fresh))
@@ -143,8 +145,7 @@ def open_timm_encoder(spec: str) -> TimmEncoder:
         if different:
             raise CheckpointError(
                 f"{spec}: {len(different)} of its tensors ({', '.join(different[:3])}) are not as timm "
-                f"builds {model.config.architecture}, so that it could not be built again; give an "
-                "architecture that timm knows by name"
+                f"builds {model.config.architecture}; give an architecture that timm knows by name"
             )
     if model.config.interpolation != "bicubic":
         log.info(
@@ -178,14 +179,13 @@ def read_timm_data(src: str | Path) -> DataConfig | None:
         return DataConfig(
             mean=tuple(settings["mean"]),
             std=tuple(settings["std"]),
+            # timm resizes to the crop's side over crop_pct, rounded down.
             val_resize_px=math.floor(min(settings["input_size"][1:]) / settings["crop_pct"]),
             val_crop=settings.get("crop_mode") or "center",
         )
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"the config.json of {src} has a damaged mean, std, crop or input_size ({error}); take the "
-            "original file"
-        ) from error
+        why = f"has a damaged mean, std, crop or input_size ({error})"
+        raise CheckpointError(f"the config.json of {src} {why}; take the original file") from error
 
 
 def timm_provenance(src: str | Path) -> Provenance:

@@ -79,17 +79,12 @@ def is_xtra(content: Any) -> bool:
 def read_xtra(
     content: Mapping[str, Any], origin: str, options: LoadOptions
 ) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier that an official file holds.
-
-    The number of attention heads comes from the caller, the file's settings or architecture name, or the
-    table of official sizes; else the file is refused, as a wrong number changes features without an error.
-    """
+    """Build the model or classifier that an official file holds; refused if it does not tell enough."""
     weights, told = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
     if not told or not isinstance(told, Mapping):
         raise CheckpointError(
-            f"{origin} holds the weights of an XTRA model without the settings it was trained by "
-            "(hyper_parameters), which tell its block size and its predictor's heads; give the original "
-            "checkpoint"
+            f"{origin} is an XTRA model without the settings it was trained by (hyper_parameters), which "
+            "tell its predictor's heads; give the original checkpoint"
         )
     settings = {name: value for name, value in told.items() if value is not None}
     is_classifier = any(name.startswith("classifier.") for name in weights)
@@ -97,6 +92,7 @@ def read_xtra(
     _refuse_other_functions(settings, weights, origin, is_classifier, with_predictor)
 
     # The head count is nowhere in the shapes: any divisor of the width would load and compute something else.
+    # So it comes from the caller, the file's settings, its architecture's name or the official sizes.
     width, in_chans, patch_size = patch_shape(weights, "enc.patch_embed.proj.weight", origin)
     size = width, count_numbered(weights, "enc.blocks.", origin)
     of_arch = NUM_HEADS_OF_ARCH.get(str(settings.get("enc_arch")))
@@ -133,7 +129,7 @@ def read_xtra(
     if with_predictor:
         config = replace(config, **_predictor_settings(weights, settings, origin))
     ours = renamed(weights, MODEL_NAMES, "XTRA", origin)
-    return build_model(lambda: NextBlockModel(config), config, ours, origin)
+    return build_model(config, ours, origin)
 
 
 def _refuse_other_functions(
@@ -144,6 +140,7 @@ def _refuse_other_functions(
     with_predictor: bool,
 ) -> None:
     """Refuse settings under which the same weights compute what nothing here computes."""
+    # Only settings of parts that are there count: a classifier still carries its pre-training's.
     parts = "enc_", *["attentive_"] * is_classifier, *["proj_", "predictor_", "aim_"] * with_predictor
     wrong = [
         f"{name} is {settings[name]!r}, only {value!r} is known"
@@ -188,8 +185,8 @@ def _predictor_settings(
 ) -> dict[str, Any]:
     # "native" is the encoder's mask. Any other kind of mask is named, a block-causal one with its own size.
     mask = _mask(settings, "predictor")
-    attention = {None: "full", 1: "causal"}.get(mask, "block_causal")
-    attention = "native" if mask == _mask(settings, "enc") else attention
+    named = {None: "full", 1: "causal"}.get(mask, "block_causal")
+    attention = "native" if mask == _mask(settings, "enc") else named
     width = shape_of(weights, "predictor.pos_embed", 3, origin)[-1]
     hidden = shape_of(weights, "predictor.blocks.0.mlp.fc1.weight", 2, origin)[0]
     return {
@@ -212,7 +209,7 @@ def _predictor_settings(
 
 def _classifier(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
-) -> ImageClassifier:
+) -> NextBlockModel | ImageClassifier:
     # An attentive head has a learned query, a linear one averages patches. Both read the last layers, whose
     # averages are stacked side by side unless the settings say that they are averaged as well.
     ours = renamed(weights, CLASSIFIER_NAMES, "XTRA", origin)
@@ -231,9 +228,8 @@ def _classifier(
     )
     scale = settings.get("attentive_pooling_qk_scale")
     if attentive and scale:
-        # Our head divides scores by the root of a head's width; the keys take what is left of the scale.
+        # Our head divides scores by the root of a head's width, theirs multiplies by this scale. The keys
+        # take the ratio of the two, so every score stays what it was.
         key = ours["head.key.weight"].float()
         ours["head.key.weight"] = key * (float(scale) * math.sqrt(key.shape[0] / head.num_heads))
-    return build_model(
-        lambda: ImageClassifier(NextBlockModel(config), head), config, ours, origin, prefix="encoder_model."
-    )
+    return build_model(config, ours, origin, head)

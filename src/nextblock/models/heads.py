@@ -86,19 +86,20 @@ def pool_features(
 ) -> Float[Tensor, "b *tokens f"]:
     """The features of an encoding: (b f) if pooled, else (b tokens f).
 
-    `norm` is the encoder's final norm, used if the config asks for it. Raises `ValueError` if the encoder has
-    no such layer or class token.
+    `norm` is the encoder's final norm, used if the config asks for it.
     """
     config.check_encoder(len(encoded.layers), has_class_token=encoded.has_class_token)
 
     # The same for patches and prefix tokens, so that both can be joined channel by channel afterwards.
     def pool(outputs: Sequence[Tensor]) -> Tensor:
         chosen = [outputs[layer] for layer in config.layers]
+        # Each layer is normed by itself, before the mean: layers differ in scale, and the last would win.
         chosen = [norm(output) for output in chosen] if config.norm_layers else chosen
         # Layers are averaged token by token; joined, a token has the channels of all of them.
         return torch.stack(chosen).mean(dim=0) if config.layer_pool == "mean" else torch.cat(chosen, dim=-1)
 
     if config.tokens in ("class", "joined"):
+        # The class token is the first of the prefix; registers follow it and are never used alone.
         class_token = pool(encoded.prefix)[:, 0]
         if config.tokens == "class":
             return class_token
@@ -194,9 +195,8 @@ class AttentiveHead(nn.Module):
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
         # Statistics are over all patches of all images, channel by channel, as officially.
-        normed = rearrange(
-            self.norm(rearrange(tokens, "b n d -> (b n) d")), "(b n) d -> b n d", n=tokens.shape[1]
-        )
+        normed = self.norm(rearrange(tokens, "b n d -> (b n) d"))
+        normed = rearrange(normed, "(b n) d -> b n d", n=tokens.shape[1])
         query = rearrange(self.query, "1 q (h e) -> q h e", h=self.num_heads)
         key = rearrange(self.key.weight, "(h e) d -> h e d", h=self.num_heads)
         value = rearrange(self.value.weight, "(h e) d -> h e d", h=self.num_heads)
@@ -204,6 +204,8 @@ class AttentiveHead(nn.Module):
         # The queries are the same for every image, so keys and values of single patches are never formed:
         # q·(K x) = (Kᵀq)·x folds the key matrix into the queries, and the mean of V x over patches is V
         # applied to the mean of x. Per patch that costs 2·d·heads·queries products instead of 2·d².
+        # Each head of each query has its own patch mean; queries are averaged before the value map, which is
+        # linear, so it is applied once.
         patch_query = einsum(query, key, "q h e, h e d -> q h d") * key.shape[1] ** -0.5
         scores = einsum(normed, patch_query, "b n d, q h d -> b q h n")
         patch_mean = einsum(scores.softmax(dim=-1), normed, "b q h n, b n d -> b q h d")
@@ -235,11 +237,13 @@ def create_head(config: HeadConfig, embed_dim: int) -> Head:
     if config.kind == "attentive":
         attention = {"num_heads": config.num_heads, "num_queries": config.num_queries}
         return AttentiveHead(width, config.num_classes, **attention, **common)
+    # A linear head is an MLP head without its hidden layer.
     hidden_dim = config.hidden_dim if config.kind == "mlp" else None
     return LinearHead(width, config.num_classes, hidden_dim=hidden_dim, **common)
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm1d:
+    # Without scale and shift: the linear layer behind it has both already.
     return nn.BatchNorm1d(dim, affine=False, eps=BATCH_NORM_EPS)
 
 
@@ -258,6 +262,7 @@ class ImageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         config, num_classes = encoder_model.config, head_config.num_classes
+        # Known before a head is built, so a wrong layer is not found only with the first image.
         head_config.check_encoder(config.depth, has_class_token=config.has_class_token)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(

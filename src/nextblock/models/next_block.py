@@ -98,13 +98,11 @@ class NextBlockModel(nn.Module):
         self.make_buffers()
 
     def make_buffers(self) -> None:
-        """Make the tables that no model file holds, always with data.
-
-        A model built on the meta device has them; call it again after `to_empty`.
-        """
+        """Make the tables that no model file holds, always with data; call it again after `to_empty`."""
         device = positions_of(self.encoder).device
         self.leaks = masks_leak(self.config)
         """Whether tokens see what they are to predict, so that training would learn nothing."""
+        # Buffers move with the model and are no weights: a file need not hold what its settings tell.
         for name, table in _geometry(self.config, self.leaks, device)._asdict().items():
             self.register_buffer(name, table, persistent=False)
 
@@ -132,6 +130,7 @@ class NextBlockModel(nn.Module):
         self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
         # Everything is made for the size of these images; at the model's own size these are its buffers.
         geometry, k, m = self._geometry_at(config, leaks=leaks), config.num_blocks, config.patches_per_block
+        # Validation and pictures give no order, and always get the same one: their numbers can be compared.
         order = geometry.orders[0] if block_order is None else block_order
         order = order.to(images.device, non_blocking=True)
 
@@ -151,10 +150,13 @@ class NextBlockModel(nn.Module):
             positions = torch.arange(k - 1, device=images.device).repeat_interleave(m)
             mask = may_attend(positions, prefix)
         predictor_mask = mask
-        # An own mask is made for patches in raster order: take it to the order of the sequence.
+        # An own mask is made for patches in raster order: take its rows and its columns to the order of the
+        # sequence. Indexing with a column and a row of the same patches does both at once.
         if geometry.predictor_mask is not None:
             predictor_mask = geometry.predictor_mask[patches[:, None], patches]
 
+        # Each token carries its position, so the sequence can be permuted: attention sees a set, and the mask
+        # alone says what comes before what.
         tokens = patch_tokens(self.encoder, images, self.config).index_select(1, patches)
         drop_path = None if drop_path is None else drop_path.to(images.device, non_blocking=True)
         tokens = layer_outputs(
@@ -169,9 +171,8 @@ class NextBlockModel(nn.Module):
             for distance, mlp in enumerate(self.predictor.block_mlps, start=1)
         ]
         # Means over this batch. Training divides the same block losses by numbers of the whole step instead.
-        loss = combine(
-            [part.block_loss for part in distances], [part.kept.sum().float() for part in distances]
-        )
+        counts = [part.kept.sum().float() for part in distances]
+        loss = combine([part.block_loss for part in distances], counts)
         return Prediction(loss, *distances[0], further=tuple(distances[1:]))
 
     def _decode(
@@ -188,6 +189,8 @@ class NextBlockModel(nn.Module):
         """
         predictor, positions, m = self.predictor, None, config.patches_per_block
         assert predictor is not None
+        # The predictor has positions of its own: it sees tokens that the encoder has mixed, and must know
+        # where each of them lies.
         if predictor.pos_embed is not None:
             positions = positions_on(config.grid, predictor.pos_embed, self.config).index_select(1, patches)
 
@@ -217,6 +220,7 @@ class NextBlockModel(nn.Module):
     ) -> Further:
         """Rows 0 .. k-1-distance predict `distance` blocks ahead."""
         assert self.targets is not None
+        # Row i stands at position i and predicts position i + distance; the last rows have no target.
         targets = all_targets[:, distance:]
         batch, steps = targets.shape[:2]
         if rows is None or prefix is None:
@@ -274,17 +278,17 @@ class NextBlockModel(nn.Module):
     ) -> ModelConfig:
         """The settings at the size of these images; `self.config` itself if they have its size."""
         if not images.is_floating_point():
-            raise ValueError(
-                f"images are {images.dtype}; divide by 255, subtract the mean and divide by the deviation"
-            )
-        if images.shape[1] != self.config.in_chans:
-            raise ValueError(
-                f"images have {images.shape[1]} channels, the model takes {self.config.in_chans}"
-            )
+            why = "divide by 255, subtract the mean and divide by the deviation"
+            raise ValueError(f"images are {images.dtype}; {why}")
+        channels = self.config.in_chans
+        if images.shape[1] != channels:
+            raise ValueError(f"images have {images.shape[1]} channels, the model takes {channels}")
         # Shapes alone are looked at: they are constants of a compiled graph, and wait for no GPU.
         size = (images.shape[2], images.shape[3])
         if size == pair(self.config.image_size):
             return self.config
+        # The settings of the same model at this size are checked as any others: blocks must divide the image.
+        # Without a mask blocks mean nothing, and one patch a block divides every grid.
         block_size = self.config.block_size if blocks_matter else 1
         predictor = self.config.predictor if predicting else None
         return replace(self.config, image_size=size, block_size=block_size, predictor=predictor)
@@ -302,9 +306,8 @@ class NextBlockModel(nn.Module):
             check_order(order, k)
         if lengths is not None:
             if lengths.shape != (batch,):
-                raise ValueError(
-                    f"prefix_lengths has shape {tuple(lengths.shape)}; give one length an image, ({batch},)"
-                )
+                shape = tuple(lengths.shape)
+                raise ValueError(f"prefix_lengths has shape {shape}; give one length an image, ({batch},)")
             if config.encoder_attention != "block_causal" or config.predictor_attention != "native":
                 raise ValueError("this model has attention masks of its own, which know no prefix; leave it")
             # Values are looked at only if that neither waits for a GPU nor breaks a compiled graph.
@@ -315,23 +318,13 @@ class NextBlockModel(nn.Module):
                     f"be left to predict), got {lengths.tolist()}"
                 )
         if drop_path is not None and drop_path.shape != (batch, 2 * config.depth):
-            raise ValueError(
-                f"drop_path has shape {tuple(drop_path.shape)}; give two numbers for each encoder layer, "
-                f"({batch}, {2 * config.depth})"
-            )
+            shape, wanted = tuple(drop_path.shape), (batch, 2 * config.depth)
+            raise ValueError(f"drop_path has shape {shape}; give two numbers for each layer, {wanted}")
 
 
 def check_predicts(config: ModelConfig, *, leaks: bool) -> None:
     """Raise `ValueError` if a model of these settings cannot predict, or may not because its masks leak."""
-    if config.predictor is None:
-        raise ValueError(
-            "this is an encoder without a predictor (model.predictor is null): it encodes, but cannot "
-            "predict blocks"
-        )
-    if config.num_blocks == 1:
-        raise ValueError(
-            "the whole image is one block, so there is no next block; use a smaller model.block_size"
-        )
+    config.check_predicts()
     if leaks:
         raise ValueError(
             f"under model.encoder_attention {config.encoder_attention} and model.predictor_attention "
@@ -345,6 +338,8 @@ def masks_leak(config: ModelConfig) -> bool:
     if config.predictor is None or config.num_blocks == 1:
         return False
     # The encoder has two masks, a predictor any; it leaks if it allows what the staircase of blocks forbids.
+    # Then the loss falls to nothing while nothing is learned, so such a model encodes and draws, but cannot
+    # be trained.
     own = _predictor_mask(config)
     if config.encoder_attention == "full" or own is None:
         return config.encoder_attention == "full"
@@ -366,6 +361,7 @@ def _geometry(config: ModelConfig, leaks: bool, device: torch.device) -> Geometr
         table = patches_of_blocks(config.grid, pair(config.block_size))
         orders = block_orders(config.order, config.block_grid, config.order_seed)
         tables: list[Any] = [table, orders, mask, _predictor_mask(config)]
+    # A model on the meta device has no data anywhere, but no file holds these tables: they are real at once.
     target = torch.device("cpu") if device.type == "meta" else device
     moved: list[Any] = [t if t is None else t.to(target, non_blocking=True) for t in tables]
     return Geometry(*moved)
@@ -379,10 +375,12 @@ def _predictor_mask(config: ModelConfig) -> Bool[Tensor, "n n"] | None:
     with torch.device("cpu"):
         if config.predictor_attention == "full":
             return torch.ones(n, n, dtype=torch.bool)
+        # Plain causal attention is the block mask of one patch a block.
         size = 1 if config.predictor_attention == "causal" else config.predictor_block_size
         table = patches_of_blocks(config.grid, pair(config.block_size if size is None else size))
         return raster_mask(table, torch.arange(len(table)))
 
 
 def _zero_unless(kept: Bool[Tensor, "b steps"], values: Shaped[Tensor, "b steps *p"]) -> Tensor:
+    # masked_fill and not a product: NaN times 0 is NaN, and the gradient of a filled row is exactly 0.
     return values.masked_fill(~kept.view(*kept.shape, *[1] * (values.ndim - 2)), 0)

@@ -54,30 +54,23 @@ class Predictor(nn.Module):
         super().__init__()
         self.mixes_tokens = config.predictor == "transformer"
         """Whether layers let tokens attend to each other; else each token can be computed alone."""
+        # A linear predictor is its output maps alone: the other parts are there, and do nothing.
         self.projection: nn.Module = nn.Identity()
         self.register_parameter("pos_embed", None)
-        self.blocks = nn.Sequential()
+        self.blocks, width = nn.Sequential(), config.embed_dim
         self.norm: nn.Module = nn.Identity()
-        width = config.embed_dim
         if config.predictor != "linear":
             width = config.predictor_dim
-            self.projection = (
-                nn.Linear(config.embed_dim, width)
-                if config.projection_dim is None
-                else _mlp(config.embed_dim, config.projection_dim, width, bias=False)
-            )
+            self.projection = _mlp(config.embed_dim, config.projection_dim, width, bias=False)
             self.pos_embed = fresh_positions(config, width)
             # Built in this order, as each module draws its weights from the global generator.
             layer = _transformer_layer if self.mixes_tokens else ResidualMlp
             self.blocks = nn.Sequential(*[layer(config) for _ in range(config.predictor_depth)])
             self.norm = layer_norm(config)(width)
         joined = width * config.patches_per_block
-        self.block_mlps = nn.ModuleList(
-            nn.Linear(joined, outputs)
-            if config.block_mlp_dim is None
-            else _mlp(joined, config.block_mlp_dim, outputs)
-            for _ in range(config.num_predicted_blocks)
-        )
+        # One map for each predicted distance: the tokens are shared, what is read from them is not.
+        maps = (_mlp(joined, config.block_mlp_dim, outputs) for _ in range(config.num_predicted_blocks))
+        self.block_mlps = nn.ModuleList(maps)
         init_linear(self, config)
 
     def forward(
@@ -101,10 +94,13 @@ class Predictor(nn.Module):
 
 def join_blocks(tokens: Float[Tensor, "*rows m d"]) -> Float[Tensor, "*rows dm"]:
     """The tokens of a block as one vector, channel-major: for each channel its patches."""
+    # The official block MLP was trained on this order; the other one would fit, and permute its inputs.
     return rearrange(tokens, "... m d -> ... (d m)")
 
 
-def _mlp(inputs: int, hidden: int, outputs: int, *, bias: bool = True) -> nn.Sequential:
+def _mlp(inputs: int, hidden: int | None, outputs: int, *, bias: bool = True) -> nn.Module:
+    if hidden is None:
+        return nn.Linear(inputs, outputs)
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs, bias=bias))
 
 

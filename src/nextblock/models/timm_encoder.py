@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -43,10 +43,7 @@ class TimmConfig:
 
 
 class TimmEncoder(nn.Module):
-    """A transformer of timm that gives out every layer; its attention is its own, there is no other kind.
-
-    Raises `ValueError` on networks that are no transformers of one width.
-    """
+    """A transformer of timm that gives out every layer; `ValueError` if it is none, or not of one width."""
 
     def __init__(self, encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> None:
         super().__init__()
@@ -68,15 +65,13 @@ class TimmEncoder(nn.Module):
 
         Where timm pools by the mean it calls it fc_norm, and applies it to that mean.
         """
+        # The norm that timm does not use is an Identity, or is not there at all.
         norms = (getattr(self.encoder, name, None) for name in ("norm", "fc_norm"))
         found = (norm for norm in norms if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity))
         return next(found, nn.Identity())
 
     def encode(self, images: Float[Tensor, "b c h w"], attention: Attention = "native") -> Encoded:
-        """Tokens and every layer, in raster order, with the class and register tokens beside.
-
-        Raises `ValueError` for causal attention, which such an encoder does not know.
-        """
+        """Tokens and every layer, in raster order, with the class and register tokens beside."""
         if attention == "causal":
             raise ValueError(
                 f"{self.config.architecture} was not trained with a causal mask; use attention native or full"
@@ -89,6 +84,7 @@ class TimmEncoder(nn.Module):
         )
         outputs = outputs if has_prefix else [(patches, patches[:, :0]) for patches in outputs]
         patches, prefix = (tuple(parts) for parts in zip(*outputs, strict=True))
+        # Layers come without the norm, as those of our own encoder do; only the tokens have it.
         tokens = self.final_norm(patches[-1])
         return Encoded(tokens, patches, prefix, has_class_token=self.config.has_class_token)
 
@@ -105,7 +101,7 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
     ):
         raise ValueError(
             f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
-            "vision transformers (vit, deit, beit, eva, aimv2, dinov2 and their like)"
+            "vision transformers (vit, deit, beit, eva, aimv2, dinov2, ...)"
         )
     # A network from the hub or a directory may be built for other images than its architecture's usual ones
     # without anyone having named them: its arguments then come from the module itself.
@@ -120,7 +116,14 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         told["in_chans"] = in_chans
     in_chans = told.get("in_chans", int(in_chans))
     height, width = (told["img_size"],) * 2 if "img_size" in told else size
-    config = TimmConfig(
+    # How its images are normalised and cut, unless timm's numbers are for other channels.
+    mean, std, crop_pct = (settings.get(name) for name in ("mean", "std", "crop_pct"))
+    images: dict[str, Any] = {}
+    if None not in (mean, std, crop_pct) and len(mean) == in_chans:
+        images = {"mean": tuple(mean), "std": tuple(std), "crop_pct": float(crop_pct)}
+        images["crop_mode"] = settings.get("crop_mode") or "center"
+        images["interpolation"] = settings.get("interpolation") or "bicubic"
+    return TimmConfig(
         architecture=architecture,
         image_size=(height, width),
         in_chans=in_chans,
@@ -128,16 +131,5 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         depth=len(layers),
         has_class_token=getattr(encoder, "cls_token", None) is not None,
         arguments=told,
-    )
-    # How its images are normalised and cut, unless timm's numbers are for other channels.
-    cut = {name: settings.get(name) for name in ("mean", "std", "crop_pct")}
-    if None in cut.values() or len(cut["mean"]) != in_chans:
-        return config
-    return replace(
-        config,
-        mean=tuple(cut["mean"]),
-        std=tuple(cut["std"]),
-        crop_pct=float(cut["crop_pct"]),
-        crop_mode=settings.get("crop_mode") or "center",
-        interpolation=settings.get("interpolation") or "bicubic",
+        **images,
     )

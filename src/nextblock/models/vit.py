@@ -49,7 +49,8 @@ class Layer(Block):
     def __init__(self, *args: Any, qk_scale: float | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
         if qk_scale is not None:
-            # The attention kernel scales by head_dim**-0.5 itself, so the queries bring what is missing.
+            # The attention kernel scales by head_dim**-0.5 itself, so the queries bring what is missing. timm
+            # calls q_norm on the queries alone, and this one has no weights, so files stay as they were.
             attention: Any = self.attn
             attention.q_norm = _Scale(qk_scale * attention.head_dim**0.5)
 
@@ -61,6 +62,8 @@ class Layer(Block):
         drop_path: Float[Tensor, "b 2"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Attention, then an MLP, each added to what it is given."""
+        # timm's own layer draws drop path from the global generator: another number of images or processes
+        # would change every later number. Here the numbers come in, a function of seed, step and image.
         if drop_path is None or not self.training:
             return super().forward(x, attn_mask, is_causal)
         attended = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
@@ -104,7 +107,8 @@ def layer_outputs(
         given: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
         if drop_path is not None:
             given["drop_path"] = drop_path[:, 2 * number : 2 * number + 2]
-        # Nothing is recomputed where no gradient is asked for, as in evaluation.
+        # Nothing is recomputed where no gradient is asked for, as in evaluation. The reentrant kind takes
+        # no keyword arguments, such as the mask.
         if recompute and hidden.requires_grad:
             hidden = checkpoint(layer, hidden, **given, use_reentrant=False)
         else:
@@ -134,6 +138,8 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         **vit_arguments(config),
     )
     init_linear(encoder, config)
+    # The patch projection is a convolution, which init_linear passes over. As a matrix it maps a patch's
+    # values (c i j) to the width, and that is what Xavier's bound is computed from.
     projection = encoder.patch_embed.proj
     if config.weight_init == "trunc_normal":
         nn.init.kaiming_normal_(projection.weight, mode="fan_in")
@@ -225,6 +231,7 @@ def positions_on(
     grid: tuple[int, int], own: Float[Tensor, "1 n d"], config: ModelConfig
 ) -> Float[Tensor, "1 n2 d"]:
     """A model's positions on a grid of (rows, columns): its own, else computed anew or resampled."""
+    # Fixed positions are a function of the grid: computed, they are exact. Learned ones are resampled.
     if config.positions == "sincos" and grid != config.grid:
         return sincos_positions(grid, own.shape[-1]).to(own)
     return resample_positions(own, config.grid, grid, antialias=config.resample_antialias)
@@ -241,7 +248,8 @@ def resample_positions(
     # timm 1.0.26 leaves any grid of as many patches alone if the new one is square, even if it was not.
     if old_grid == new_grid:
         return positions
-    # Positions are an image of d channels on the grid.
+    # Positions are an image of d channels on the grid, one pixel a patch, so resizing that image gives the
+    # positions of another grid. In fp32, as half precision would round the cubic's weights.
     on_grid = rearrange(positions.float(), "1 (i j) d -> 1 d i j", i=old_grid[0])
     resampled = interpolate(on_grid, size=new_grid, mode="bicubic", antialias=antialias)
     return rearrange(resampled, "1 d i j -> 1 (i j) d").to(positions.dtype)
