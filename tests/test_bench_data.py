@@ -139,10 +139,10 @@ def slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of ten seconds a step, for the loop's clock."""
     steps, train_step = [], Trainer.train_step
 
-    def slow_step(*args: Any) -> StepOutcome:
+    def slow_step(*args: Any, **options: Any) -> StepOutcome:
         time.sleep(SLEEP_S)
         steps.append(args)
-        return train_step(*args)
+        return train_step(*args, **options)
 
     def now_s() -> float:
         return time.perf_counter() + len(steps) * (MODEL_S - SLEEP_S)

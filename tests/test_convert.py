@@ -17,7 +17,7 @@ import torch
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
-from nextblock.checkpoint import CheckpointError, read_data, save_checkpoint, save_model
+from nextblock.checkpoint import CheckpointError, read_data, save_model
 from nextblock.cli.convert import run
 from nextblock.config import DataConfig
 from nextblock.interop import load, load_model
@@ -26,6 +26,7 @@ from nextblock.interop.convert import Converted, convert, target_of
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
+from nextblock.train.state import save_checkpoint
 from toy import tiny_images, tiny_model
 
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)

@@ -14,13 +14,13 @@ from nextblock.checkpoint import (
     CheckpointError,
     MissingSettingError,
     UnknownFormatError,
-    save_checkpoint,
     save_model,
 )
 from nextblock.cli.info import run as info
 from nextblock.interop import create_model, initialize, load, load_model
 from nextblock.interop.files import LoadOptions
 from nextblock.models import NextBlockModel
+from nextblock.train.state import save_checkpoint
 from test_checkpoint import same_weights
 from toy import tiny_images, tiny_model
 

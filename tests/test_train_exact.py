@@ -103,7 +103,7 @@ def kill_toy(out, step, changes, **options):
 def test_a_crash_costs_the_steps_since_the_last_checkpoint_and_leaves_no_line_twice(
     whole, tmp_path, monkeypatch, case, end, step, every, saved
 ):
-    changes = {**CASES[case], "checkpoint.every": every}
+    expected, changes = whole(case), {**CASES[case], "checkpoint.every": every}
     end(tmp_path, step, changes, monitors=[Meddle()])
     assert checkpoints(tmp_path) == [f"step_{step:08d}" for step in saved]
     assert logged_steps(tmp_path) == [3]
@@ -117,7 +117,7 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint_and_leaves_no_line_tw
     reporter = Quiet()
     run_toy(tmp_path, changes, monitors=[Meddle()], reporter=reporter)
     assert reporter.began_at == (max(saved, default=0), 7)
-    assert_same_end(tmp_path, whole(case))
+    assert_same_end(tmp_path, expected)
     watched = [line["step"] for line in metrics(tmp_path, "monitor") if "meddle/sum" in line]
     assert watched == [0, 2, 4, 6, 7]
 

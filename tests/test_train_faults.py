@@ -124,13 +124,13 @@ def fill_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# The model file is the smaller of the two, so with 100 kB it is the state that finds no room.
-@pytest.mark.parametrize(("limit", "cause"), [(4_000, "File too large"), (100_000, r"is full.*\d+ MB free")])
+# The model file is smaller than the optimizer's, so with 100 kB it is the latter that finds no room.
+@pytest.mark.parametrize("limit", [4_000, 100_000])
 def test_a_full_disk_leaves_the_checkpoint_before_intact_and_the_run_can_go_on(
-    whole, tmp_path, fill_disk, limit, cause
+    whole, tmp_path, fill_disk, limit
 ):
     saving = {"checkpoint.every": "2st"}
-    with pytest.raises(WriteError, match=f"{cause}.*intact; make room"):
+    with pytest.raises(WriteError, match="File too large.*intact; make room"):
         run_toy(tmp_path, saving, monitors=[After(4, lambda *_: fill_disk(limit))])
     fill_disk(resource.RLIM_INFINITY)
     assert checkpoints(tmp_path) == ["step_00000002"]
@@ -156,7 +156,7 @@ def saved(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, os.unlink])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used_unless_all_are_damaged(
     whole, saved, tmp_path, caplog, name, damage

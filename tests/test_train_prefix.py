@@ -32,9 +32,10 @@ def loader(source: ToySource, micro_batch_size: int | None, **options: Any) -> T
 class Recording(Trainer):
     """Keeps the gradient of a step, before clipping."""
 
-    def _update(self, *, loss_is_finite, scale):
-        self.gradient = scale * gradient(self.model)
-        return super()._update(loss_is_finite=loss_is_finite, scale=scale)
+    def _update(self, sums, lr):
+        if sums.images:
+            self.gradient = sums.scale * gradient(self.model)
+        return super()._update(sums, lr)
 
 
 def gradient(model: NextBlockModel) -> Tensor:
@@ -80,7 +81,7 @@ def test_under_drop_path_a_step_depends_on_neither_micro_batches_nor_ranks():
         for rank in range(world_size):
             ranks = {"rank": rank, "world_size": world_size, "drop_path_draws": 8}
             for batch in take(loader(source, micro_batch_size, **ranks), 1)[0].micro_batches:
-                loss += trainer._backward(batch, torch.arange(16), [8 * 15])
+                loss += trainer._backward(batch, torch.arange(16), [8 * 15], is_last=True)
         losses.append(loss.item())
         gradients.append(gradient(trainer.model))
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)

@@ -19,7 +19,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nextblock.checkpoint import load_state
 from nextblock.cli import main
 from nextblock.cli.arguments import resolve
 from nextblock.config import CheckpointConfig, DataConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
@@ -214,7 +213,9 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def state(run: Path, step: int) -> dict[str, Any]:
-    return load_state(run / "checkpoints" / f"step_{step:08d}")
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
+    state = json.loads((checkpoint / "state.json").read_text())
+    return {**state, "optimizer": load_file(checkpoint / "optimizer.safetensors")}
 
 
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model",
 "classifier" or "timm classifier") and `config` (JSON), so the file alone is enough to build the network; and,
 if known, `data` (JSON): mean, deviation, resize and crop of its images. A checkpoint is a directory
-`step_00001234` with `model.safetensors` (encoder and predictor), `state.pt` (optimizer, scaler, step) and
-their `checksums.json`, written aside, flushed to disk and renamed.
+`step_00001234` with `model.safetensors` (encoder and predictor), what a run needs to resume, and
+`checksums.json`, written aside, flushed to disk and renamed.
 
 The promise of `format_version`: every later release reads what an earlier one wrote. A file of a newer
 version than this one knows is refused.
@@ -98,11 +98,16 @@ def _remedy(origin: str | Path) -> str:
 
 
 def save_model(
-    path: Path, model: NextBlockModel | ImageClassifier, *, data: DataConfig | None = None
+    path: Path,
+    model: NextBlockModel | ImageClassifier,
+    *,
+    data: DataConfig | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model or classifier as one safetensors file that `nextblock.load` reads.
 
-    With `data`, the file says how its images are normalised and cut. Weights with NaN or inf are refused.
+    With `data`, the file says how its images are normalised and cut. `weights`: those of a model that is
+    sharded, whole. Weights with NaN or inf are refused.
     """
     if isinstance(model, ImageClassifier):
         kind = "timm classifier" if isinstance(model.encoder_model, TimmEncoder) else "classifier"
@@ -121,7 +126,7 @@ def save_model(
     }
     if data is not None:
         metadata["data"] = json.dumps({name: getattr(data, name) for name in RECORDED_DATA})
-    write_safetensors(path, model.state_dict(), metadata)
+    write_safetensors(path, model.state_dict() if weights is None else weights, metadata)
 
 
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -285,65 +290,18 @@ def _listed(names: list[str], separator: str) -> str:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(
-    directory: Path,
-    model: NextBlockModel,
-    state: Mapping[str, Any],
-    step: int,
-    *,
-    data: DataConfig | None = None,
-) -> Path:
-    """Write `directory/step_XXXXXXXX`; `state` holds tensors, numbers, strings, lists and dicts only."""
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"step_{step:08d}"
-    with write_aside(target) as aside:
-        aside.mkdir()
-        save_model(aside / MODEL_FILE, model, data=data)
-        torch.save(dict(state), aside / STATE_FILE)
-        # A disk that is full or fails can leave a file of the right size with other bytes: sums tell.
-        sums = {name: _checksum(aside / name) for name in (MODEL_FILE, STATE_FILE)}
-        (aside / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1))
-    return target
-
-
 def latest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint of the highest step whose model has its right size, or None.
 
-    What is half written has another name and is not seen. `set_damaged_aside` looks at every byte.
+    What is half written has another name and is not seen. A run that resumes looks at every byte.
     """
     # Whoever evaluates asks too, perhaps of a run that is training: nothing is renamed, nothing read in full.
-    for path in reversed(_checkpoints(directory).values()):
-        damage = _damage(path, model_size_only=True)
+    for path in reversed(checkpoints(directory).values()):
+        damage = find_damage(path, model_size_only=True)
         if damage is None:
             return path
         log.warning("%s; using the checkpoint before it", damage)
     return None
-
-
-def set_damaged_aside(directory: Path) -> None:
-    """Rename checkpoints later than the last undamaged one, from which a run can resume, and say so.
-
-    Raises `CheckpointError` if all are damaged.
-    """
-    # From the last to the first: those before an undamaged one are not looked at, as each is read in full.
-    damaged = []
-    for path in reversed(_checkpoints(directory).values()):
-        damage = _damage(path)
-        if damage is None:
-            break
-        damaged.append((path, damage))
-    else:
-        if damaged:
-            raise CheckpointError(
-                f"all checkpoints in {directory} are damaged: {damaged[0][1]}; restore one, or start over "
-                "with --overwrite"
-            )
-    for path, damage in damaged:
-        aside = path.with_name(f"damaged_{path.name}")
-        log.warning("%s; resuming from the checkpoint before it; renamed to %s", damage, aside.name)
-        # Not deleted, as its weights may be wanted. The new name is no checkpoint's, so it is not pruned.
-        remove(aside)
-        path.rename(aside)
 
 
 def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
@@ -351,7 +309,7 @@ def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int],
     # Left by a killed process. Nobody else writes here now, as the run holds the lock of its directory.
     for half_written in directory.glob(".writing-*"):
         remove(half_written)
-    for step, path in list(_checkpoints(directory).items())[:-keep]:
+    for step, path in list(checkpoints(directory).items())[:-keep]:
         if not keep_for_good(step):
             remove(path)
 
@@ -367,30 +325,36 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def _checkpoints(directory: Path) -> dict[int, Path]:
+def checkpoints(directory: Path) -> dict[int, Path]:
     """The checkpoints by step, in the order of steps."""
     names = {path: re.fullmatch(r"step_(\d+)", path.name) for path in directory.glob("step_*")}
     return dict(sorted((int(name[1]), path) for path, name in names.items() if name))
 
 
-def _checksum(path: Path) -> dict[str, int | str]:
+def checksum(path: Path) -> dict[str, int | str]:
+    """A file's size and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _damage(checkpoint: Path, *, model_size_only: bool = False) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is, as far as its checksums tell."""
-    sums_file = checkpoint / CHECKSUMS_FILE
+def find_damage(
+    checkpoint: Path, *, model_size_only: bool = False, rank: int = 0, world_size: int = 1
+) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is, as far as its checksums tell.
+
+    Rank r of w looks at every w-th file. `model_size_only`: only at whether the model has its size.
+    """
     try:
+        (checkpoint / MODEL_FILE).stat()
+        sums_file = checkpoint / CHECKSUMS_FILE  # missing before there were checksums
         sums = json.loads(sums_file.read_text()) if sums_file.is_file() else {}
-        for name in (MODEL_FILE,) if model_size_only else (MODEL_FILE, STATE_FILE):
+        names = [MODEL_FILE] if model_size_only else list(sums)[rank::world_size]
+        for name in names:
             size = (checkpoint / name).stat().st_size
-            if name not in sums:  # written before there were checksums
-                continue
-            if size != sums[name]["bytes"]:
+            if name in sums and size != sums[name]["bytes"]:
                 return f"{checkpoint / name} has {size} bytes instead of {sums[name]['bytes']}"
-            if not model_size_only and _checksum(checkpoint / name) != sums[name]:
+            if not model_size_only and checksum(checkpoint / name) != sums[name]:
                 return f"{checkpoint / name} is damaged: its checksum is another"
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{checkpoint} is damaged: {error}"
     return None

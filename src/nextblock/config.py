@@ -379,8 +379,11 @@ class TrainConfig(_Section):
     """Length of the run: epochs (800ep), steps (500000st) or samples (2000000sa)."""
     batch_size: Count = 256
     """Images per optimizer step, over all GPUs and micro-batches."""
-    micro_batch_size: Count | None = None
-    """Images per forward pass; lower it when memory runs out: gradients accumulate. null: the whole batch."""
+    micro_batch_size: Count | Literal["auto"] | None = None
+    """Images per forward pass of a process; lower it when memory runs out: gradients accumulate. auto: as
+    many as fit into memory; null: the process's whole share of the batch."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: a copy of the model in each (ddp), or a part (fsdp); auto: ddp if it fits."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; weights stay fp32. auto: bf16 if the device computes it, else fp32."""
     predictor_fp32: bool = False
@@ -492,5 +495,5 @@ class RunConfig:
 
 
 _DATA_PLACES = ("train", "val", "workers", "max_bad_fraction", "cache_dir", "cache_gb")
-_FREE_SETTINGS = {"preset", "train.device", *(f"data.{name}" for name in _DATA_PLACES)}
+_FREE_SETTINGS = {"preset", "train.device", "train.strategy", *(f"data.{name}" for name in _DATA_PLACES)}
 """What may change when a run is resumed, besides checkpoint and monitor; source.json knows the images."""

@@ -338,7 +338,8 @@ def plan(config: RunConfig, gpu: Gpu, gpus: int, *, mfu: float, images: int | No
 
     precision, count = precision_on(gpu, config.train.precision), count_parameters(config.model)
     share = math.ceil(batch_size / gpus)
-    micro_batch = min(share, config.train.micro_batch_size or share)
+    micro = config.train.micro_batch_size
+    micro_batch = share if micro is None or micro == "auto" else min(share, micro)
     layouts = []
     for sharded, recompute in itertools.product((False, True) if gpus > 1 else (False,), (False, True)):
         needs = memory(config, precision, gpus, sharded=sharded, recompute=recompute)

@@ -126,8 +126,8 @@ def _step_laps(watch: Stopwatch) -> Iterator[dict[str, list[float]]]:
     marks: list[tuple[float, float, float]] = []
 
     def marking(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
-            outcome = train_step(*args)
+        def wrapped(*args: Any, **options: Any) -> Any:
+            outcome = train_step(*args, **options)
             marks.append((watch.now_s(), watch.total_s(COMPUTE), watch.total_s(DATA)))
             if len(marks) > 1:
                 step_s, compute_s, data_s = (b - a for a, b in zip(*marks[-2:], strict=True))

@@ -109,7 +109,7 @@ def _ours(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
         samples = torch.arange(len(images))
         visits = torch.zeros_like(samples)
         batch = Batch(images, samples, (), visits, torch.empty(len(images), 0))
-        step = Step(index, StepKeys(0, visits.numpy(), samples.numpy()), iter([batch]))
+        step = Step(index, StepKeys(0, visits.numpy(), samples.numpy()), iter([batch]), 1)
         with watch.watch(trainer, "_backward", FORWARD_BACKWARD), watch.watch(trainer, "_update", UPDATE):
             return trainer.train_step(step, LEARNING_RATE).loss
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 import sys
 from collections.abc import Sequence
+
+from nextblock.launch import LaunchError, find_world
 
 __all__ = ["VERBS", "main"]
 
@@ -54,7 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         why = f"unknown command {verb!r}; {nearest_name(verb, list(VERBS))}"
         return _complain("nextblock", why, USAGE_ERROR)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Of several processes rank 0 speaks for all, of what all can get wrong the first one on each host.
+    try:
+        world = find_world()
+    except LaunchError as error:
+        return _complain("nextblock", str(error), FAILURE)
+    if world.rank == 0:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    else:
+        logging.basicConfig(handlers=[logging.NullHandler()])
+        logging.captureWarnings(capture=True)
     # What a user can get wrong becomes a message, and a traceback only under --debug.
     try:
         words = [word for word in rest if word != "--debug"]
@@ -66,12 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in rest:
             raise
-        if isinstance(error, ValueError):
-            return _complain(f"nextblock {verb}", str(error), USAGE_ERROR)
+        code = USAGE_ERROR if isinstance(error, ValueError) else FAILURE
+        if world.rank and (getattr(error, "is_told", False) or (code == USAGE_ERROR and world.local_rank)):
+            return code
         why = str(error)
-        if not type(error).__module__.startswith("nextblock."):
+        if code == FAILURE and not type(error).__module__.startswith("nextblock."):
             why = f"{type(error).__name__}: {why}; run it again with --debug to see where"
-        return _complain(f"nextblock {verb}", why, FAILURE)
+        who = f"rank {world.rank} on {socket.gethostname()}: " if world.rank else ""
+        return _complain(f"nextblock {verb}", who + why, code)
 
 
 def _complain(who: str, message: str, code: int) -> int:

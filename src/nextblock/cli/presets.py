@@ -74,7 +74,8 @@ def step_gb(config: RunConfig, total_m: float) -> float:
         kept += 2 * (model.projection_dim or 0)
         kept += (2 * (model.block_mlp_dim or 0) + 2 * make_targets(model).outputs) / model.patches_per_block
     number = 4 if train.precision == "fp32" else 2.5  # bytes; norms and residuals stay fp32
-    images = train.micro_batch_size or train.batch_size
+    micro = train.micro_batch_size
+    images = micro if isinstance(micro, int) else train.batch_size
     return (18e6 * total_m + number * kept * model.num_patches * images) / 1e9
 
 

@@ -1,4 +1,4 @@
-"""`nextblock pretrain`: train on any images, or resume a run."""
+"""`nextblock pretrain`: train on any images, or resume a run, in one process or many."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ SMALL_FOLDER = 50_000
 def run(argv: Sequence[str]) -> int:
     """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
     from nextblock.cli.arguments import Parser, parse_run
+    from nextblock.launch import find_world, launch
 
     parser = Parser("pretrain", "Train a vision transformer to predict the next block of an image.")
     parser.add_argument(
@@ -34,9 +35,15 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="start over if --out holds another run")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument(
+        "--devices", type=int, help="processes on this machine, one for each GPU (or CPU core)"
+    )
     config, options = parse_run(parser, [*_recorded_settings(argv), *argv])
+    world = find_world()
+    if options.devices is not None and world.launcher is None:
+        return launch(["pretrain", *argv], options.devices, config.train.device)
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
-    if options.json:
+    if options.json and world.rank == 0:
         values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}
         end_with_json(values)
     return 0 if result.stopped_by is None else 128 + signal.Signals[result.stopped_by]
@@ -61,18 +68,21 @@ def pretrain(
 ) -> TrainResult:
     """Train, or resume the run in `out`, as `nextblock pretrain` does.
 
+    Every process that torchrun, `srun` or `mpirun` starts calls this alike: they train one model together.
     `overrides` are settings by dotted name (`**{"optim.lr": 1e-4}`) or section (`data={"train": "DIR"}`).
     Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
     """
     from nextblock.data import open_source, open_sources
     from nextblock.data.doctor import shared_images
+    from nextblock.launch import find_world
     from nextblock.settings import require
     from nextblock.train import Reporter, train
+    from nextblock.train.distributed import find_device, process_group
+    from nextblock.train.runtime import choose_device
 
     require(str(out) != "", "--out is empty; name a directory")
     config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     config = resolve(config, overrides) if overrides else config
-    reporter = reporter or Reporter()
     if not config.data.train_specs:
         shares = [f"{weight:g}" for weight in config.data.weights or ()]
         what = f"{len(shares)} sources, for data.weights {', '.join(shares)} in this order"
@@ -81,19 +91,37 @@ def pretrain(
             f"there is nothing to train on, and {out} is no run to resume; name "
             f"{what if shares else 'a directory of images'}: {flags}"
         )
-    sources = {"train": open_sources(config.data.train_specs, config.data)}
-    is_new = overwrite or not (Path(out) / "config.yaml").is_file()  # a run that resumes was told before
-    for hint in _hints(config, len(sources["train"])) if is_new else ():
-        reporter.note(hint)
-    if config.data.val is not None:
-        sources["val"] = open_source(config.data.val, config.data)
-        shared = shared_images(sources["train"], sources["val"])
-        if shared is not None:
-            reporter.note(f"WARNING: {shared}")
-    if config.data.normalize == "auto":
-        config = _with_statistics(config, sources["train"], None if overwrite else Path(out), reporter)
-    monitors = _monitors(config, sources, reporter if is_new else None)
-    result = train(config, Path(out), sources, monitors=monitors, reporter=reporter, overwrite=overwrite)
+    world = find_world()
+    device = find_device(choose_device(config.train.device), world)
+    with process_group(world, device, needed=config.train.strategy == "fsdp") as group:
+        reporter = reporter or Reporter(is_quiet=not group.is_main)
+        with group.together():
+            sources = {"train": open_sources(config.data.train_specs, config.data)}
+            is_new = (
+                overwrite or not (Path(out) / "config.yaml").is_file()
+            )  # one that resumes was told before
+            for hint in _hints(config, len(sources["train"])) if is_new else ():
+                reporter.note(hint)
+            if config.data.val is not None:
+                sources["val"] = open_source(config.data.val, config.data)
+                shared = shared_images(sources["train"], sources["val"]) if group.is_main else None
+                if shared is not None:
+                    reporter.note(f"WARNING: {shared}")
+            if config.data.normalize == "auto" and group.is_main:
+                begun = None if overwrite else Path(out)
+                config = _with_statistics(config, sources["train"], begun, reporter)
+        config = group.broadcast(config)
+        with group.together():
+            monitors = _monitors(config, sources, reporter if is_new else None)
+        result = train(
+            config,
+            Path(out),
+            sources,
+            monitors=monitors,
+            reporter=reporter,
+            overwrite=overwrite,
+            group=group,
+        )
     for line in _conclusion(result, sources):
         reporter.note(line)
     return result

@@ -67,6 +67,8 @@ class Step(NamedTuple):
     """The samples of the global batch, over all ranks; some may turn out to be unreadable."""
     micro_batches: Iterator[Batch]
     """This rank's images, as they arrive. They can be consumed once, and only before the next step."""
+    num_micro_batches: int
+    """How many there are: as many on all ranks."""
 
 
 class TrainLoader:
@@ -101,16 +103,8 @@ class TrainLoader:
         crop = crop or TrainCrop(data=data, image_size=image_size, seed=seed)
         self._read = _Reader(source, crop, seed, drop_path_draws)
         self._start_step, self._workers, self._pin_memory = start_step, workers, pin_memory
-        # Rounding the borders of the shares down makes shares that differ by one at most and leave no gap.
-        start, stop = (self.batch_size * number // world_size for number in (rank, rank + 1))
-        # Micro-batches are counted by the largest share: a rank with less has its last ones short or empty.
-        largest, micro = -(-self.batch_size // world_size), micro_batch_size or batch_size
-        begins = range(start, start + largest, micro)
-        # The samples of this rank's share, as slices of the step's: for each micro-batch those of its chunks.
-        self._micro_batches = [
-            _slices(min(begin, stop), min(begin + micro, stop), CHUNK if workers else micro)
-            for begin in begins
-        ]
+        micro = micro_batch_size or batch_size
+        self._micro_batches = _share(self.batch_size, micro, CHUNK if workers else micro, rank, world_size)
 
     def __iter__(self) -> Iterator[Step]:
         # Workers ask _keys for work ahead of this loop, but hand out chunks in its order. So the next chunks
@@ -120,7 +114,7 @@ class TrainLoader:
             # A generator: a micro-batch is handed out as soon as its chunks are there, while workers decode
             # those that follow.
             batches = (_join(chunks, parts, self._pin_memory) for parts in self._micro_batches)
-            yield Step(index, self.order.keys(index), batches)
+            yield Step(index, self.order.keys(index), batches, len(self._micro_batches))
             for _ in batches:  # those that the step left, lest the next step gets them
                 pass
 
@@ -139,15 +133,17 @@ def eval_batches(
     batch_size: int,
     indices: Sequence[int] | np.ndarray | None = None,
     workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Centre crops in the order of the source, or of `indices`; the last batch may be smaller."""
+    """Centre crops in the order of the source, or of `indices`; the last batch may be smaller.
+
+    Rank r of w gets the r-th of w contiguous parts. All ranks get as many batches, the last perhaps empty.
+    """
     # Without visits: a key's first number is 0, and nothing is drawn by it.
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     chunk = min(batch_size, CHUNK) if workers else batch_size
-    batches = [
-        _slices(start, min(start + batch_size, len(chosen)), chunk)
-        for start in range(0, len(chosen), batch_size)
-    ]
+    batches = _share(len(chosen), batch_size, chunk, rank, world_size)
     keys = ([(0, sample) for sample in chosen[part].tolist()] for parts in batches for part in parts)
     read = _Reader(source, EvalCrop(data=data, image_size=image_size))
     chunks = read.chunks(keys, workers, -(-batch_size // chunk))
@@ -244,6 +240,15 @@ def _warn_of_pipes() -> None:
         "shared memory (/dev/shm) is full, so workers send images through pipes, which is slower; give the "
         "container more (docker run --shm-size=2g), or use fewer --data.workers"
     )
+
+
+def _share(total: int, batch_size: int, chunk: int, rank: int, world_size: int) -> list[list[slice]]:
+    """A rank's contiguous share of `total` samples: for each batch the slices of its chunks."""
+    # Rounding the borders of the shares down makes shares that differ by one at most and leave no gap.
+    start, stop = (total * number // world_size for number in (rank, rank + 1))
+    # Batches are counted by the largest share: a rank with less has its last one short or empty.
+    begins = range(start, start + -(-total // world_size), batch_size)
+    return [_slices(min(begin, stop), min(begin + batch_size, stop), chunk) for begin in begins]
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:

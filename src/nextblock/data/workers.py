@@ -32,15 +32,18 @@ class WorkerError(DataError):
     """A worker process was killed."""
 
 
-def resolve_workers(workers: int | None, source: Source) -> int:
-    """Worker processes: as asked, else none for a source in memory, else a core each but one, up to 8."""
+def resolve_workers(workers: int | None, source: Source, sharing: int = 1) -> int:
+    """Worker processes: as asked, else none for a source in memory, else a core each but one, up to 8.
+
+    `sharing`: so many processes, this one among them, share the cores.
+    """
     if workers is not None:
         return workers
     if source.in_memory:
         return 0
     # The cores this process may use: a container or a scheduler often gives fewer than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores - 1)
+    return min(8, max(0, cores // sharing - 1))
 
 
 def run_in_workers(

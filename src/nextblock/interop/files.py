@@ -147,11 +147,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
-def _read_distributed(folder: Path) -> dict[str, Tensor]:
-    """The weights of a directory that torch.distributed.checkpoint wrote, without a process group."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+def distributed_reader(folder: Path) -> Any:
+    """A reader for torch.distributed.checkpoint of what it wrote to a directory, that runs nothing in it."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
 
     with (folder / DISTRIBUTED_FILE).open("rb") as file:
         table: Any = _MetadataUnpickler(file).load()
@@ -161,16 +160,26 @@ def _read_distributed(folder: Path) -> dict[str, Tensor]:
             table.storage_meta = StorageMeta()
             return table
 
+    return Reader(folder)
+
+
+def _read_distributed(folder: Path) -> dict[str, Tensor]:
+    """The weights of a directory that torch.distributed.checkpoint wrote, without a process group."""
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = distributed_reader(folder)
     weights = {
         # torch fills tensors that are there already. An optimizer's, twice as many, are left out.
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for name, stored in table.state_dict_metadata.items()
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata) and not name.startswith("optimizer.")
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            load(weights, storage_reader=Reader(folder), no_dist=True)
+            load(weights, storage_reader=reader, no_dist=True)
         except CheckpointException as error:  # not an Exception; it holds a failure for each rank
             reasons = {str(failure[0]) for failure in error.failures.values()}
             raise RuntimeError("; ".join(reasons)) from error

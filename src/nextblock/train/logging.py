@@ -177,8 +177,10 @@ class Reporter:
     It never fails: a terminal that is gone must not keep a run from being saved.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+    def __init__(self, console: Console | None = None, *, is_quiet: bool = False) -> None:
+        self.is_quiet = is_quiet
+        """Whether another rank does the reporting."""
+        self.console = console or Console(stderr=True, quiet=is_quiet)
         self.busy_with = ""
         """What is done besides steps just now, such as "validation"."""
         self._bar: Progress | None = None
@@ -204,7 +206,7 @@ class Reporter:
         """Show the bar."""
         self._first, self._done, self._total = step, step, total_steps
         self._began_s = self._step_began_s = time.monotonic()
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.is_quiet:
             return
         self._bar = _TwoLines(
             TextColumn("step {task.fields[step]}/{task.total:,.0f}"),

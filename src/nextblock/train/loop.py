@@ -12,17 +12,18 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from nextblock.atomic import writing
-from nextblock.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
-from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig, pair
+from nextblock.checkpoint import prune_checkpoints
+from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from nextblock.data import (
+    BadSample,
     Batch,
     DataError,
     QuarantineLog,
@@ -32,25 +33,39 @@ from nextblock.data import (
     eval_batches,
     resolve_workers,
 )
-from nextblock.models.next_block import NextBlockModel, check_predicts, masks_leak
+from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
-from nextblock.settings import Duration
+from nextblock.settings import Duration, require
+from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window
+from nextblock.train.memory import largest_micro_batch
+from nextblock.train.messages import not_learned, opening_lines, remedy
+from nextblock.train.monitors import Monitor, MonitorEvent
+from nextblock.train.parallel import local_part
 from nextblock.train.run_dir import RunDir
 from nextblock.train.runtime import (
     autocast,
     choose_device,
-    device_name,
     is_native,
     native_precision,
     process_settings,
     stop_on_signals,
 )
-from nextblock.train.trainer import Trainer
+from nextblock.train.state import find_intact, save_checkpoint
+from nextblock.train.trainer import Sums, Trainer
 
 log = logging.getLogger(__name__)
 
 BASELINE_IMAGES = 256
+
+NO_IMAGES = Batch(
+    torch.empty(0),
+    torch.empty(0, dtype=torch.int64),
+    (),
+    torch.empty(0, dtype=torch.int64),
+    torch.empty(0, 0),
+)
+"""What a rank computes on that failed: the others need it until the end of the step."""
 
 SHOWN = ("loss", "val_loss", "knn/top1")
 """What the screen shows of the measured values."""
@@ -58,30 +73,6 @@ SHOWN = ("loss", "val_loss", "knn/top1")
 
 class NonFiniteError(RuntimeError):
     """The weights are not finite, or the loss or its gradient were not for several steps in a row."""
-
-
-class MonitorEvent(NamedTuple):
-    """When and where a monitor is called."""
-
-    step: int
-    """Optimizer steps done."""
-    run_dir: Path
-    """The run directory; a monitor writes into a folder of its own in it."""
-    device: torch.device
-    """The model's."""
-
-
-@runtime_checkable
-class Monitor(Protocol):
-    """Looks at the model every `every` (a duration such as "20ep"), and at the end of the run.
-
-    The model is in evaluation mode without gradients. What is returned is logged under its names. A monitor
-    leaves the model as it was, so that a run with and without it ends with the same weights.
-    """
-
-    every: str
-
-    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +95,7 @@ class TrainResult:
     @property
     def warning(self) -> str | None:
         """Cause and remedy if the training loss is not below that of predicting zero, or all tokens alike."""
-        return _not_learned(self.losses.get("loss", math.nan), self.baselines)
+        return not_learned(self.losses.get("loss", math.nan), self.baselines)
 
 
 def train(
@@ -115,10 +106,12 @@ def train(
     monitors: Sequence[Monitor] = (),
     reporter: Reporter,
     overwrite: bool = False,
+    group: Group = ALONE,
 ) -> TrainResult:
     """Train on `sources["train"]` into the run directory `out`, or resume there.
 
-    `sources["val"]`, if given, is validated on. Raises `RunDirError` if `out` holds something else,
+    `sources["val"]`, if given, is validated on. Every process of `group` calls this alike; rank 0 alone
+    prints and writes, but for its part of a checkpoint. Raises `RunDirError` if `out` holds something else,
     `InUseError` if another process trains there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and
     `WriteError` if a disk is full; the last checkpoint stays. What it changes of the process (signals, seeds,
     memory, algorithms) is put back.
@@ -132,12 +125,18 @@ def train(
             "data.normalize is auto, but data.mean and data.std were not measured; nextblock.pretrain does "
             "that, or set them to those of nextblock.data.statistics.measure_pixels"
         )
-    device = choose_device(config.train.device)
+    device = find_device(choose_device(config.train.device), group.world)
     autocast(device, config.train.precision)  # refuses what the device cannot do
     run = RunDir(out)
-    with process_settings(device, deterministic=config.train.deterministic), run.locked():
+    with ExitStack() as stack:
+        stack.enter_context(process_settings(device, deterministic=config.train.deterministic))
         # ------------------------------------------- model and optimizer, as the last checkpoint left them
-        config = run.check(config, sources, overwrite=overwrite)
+        group.check_same({f"data.{kind}": source.fingerprint for kind, source in sources.items()})
+        with group.together():
+            if group.is_main:
+                stack.enter_context(run.locked())
+                config = run.check(config, sources, overwrite=overwrite)
+        config, is_anew = group.broadcast((config, run.is_anew))
         if config.train.precision == "auto":
             precision: Any = native_precision(device)
             # Recorded as what it stands for: on another device, "auto" might resume in another precision.
@@ -149,21 +148,28 @@ def train(
                 config.train.precision,
                 device.type,
             )
-        checkpoint = run.latest()
-        trainer = Trainer(config, device, checkpoint)
+        checkpoint = None if is_anew else find_intact(run.checkpoints, group)
+        trainer = Trainer(config, device, checkpoint, group)
 
         # -------------------------------------------------------------------- data, and durations in steps
         source, val = sources["train"], sources.get("val")
+        micro = config.train.micro_batch_size
+        if micro == "auto":
+            share = -(-min(config.train.batch_size, len(source)) // group.size)
+            micro = largest_micro_batch(trainer, share)
+            config = replace(config, train=replace(config.train, micro_batch_size=micro))
         loader = TrainLoader(
             source,
             data,
             image_size=config.model.image_size,
             seed=config.seed,
             batch_size=config.train.batch_size,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=micro,
             start_step=trainer.step,  # the order is f(seed, step), so this is all that a resume needs
-            workers=resolve_workers(data.workers, source),
+            workers=resolve_workers(data.workers, source, group.sharing_cores),
             pin_memory=device.type == "cuda",
+            rank=group.rank,
+            world_size=group.size,
             # Two for each layer: attention and MLP.
             drop_path_draws=2 * config.model.depth if config.model.drop_path else 0,
         )
@@ -195,19 +201,33 @@ def train(
         is_fitted_now = trainer.fit_targets(source)
 
         # ------------------------------------------------------------------------------------- the records
-        if trainer.step < total:  # a finished run stays as it is
-            run.begin(config, sources, device, trainer.step, overwrite=overwrite)
-            for line in _opening_lines(config, trainer, loader, len(source), total, run):
-                reporter.note(line)
-        # Lines after the checkpoint are dropped, as their steps are done again; of a run that begins, also
-        # those of step 0.
-        latest = run.cut_metrics(trainer.step or -1)
-        quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction)
-        baselines = run.baselines()
-        tensorboard = out / "tensorboard" if config.monitor.tensorboard and trainer.step < total else None
-        metrics = MetricsLog(run.metrics, tensorboard, start_step=trainer.step)
+        with group.together():
+            require(
+                group.size <= loader.batch_size,
+                f"a batch of {loader.batch_size} cannot be divided among {group.size} processes; start "
+                "fewer, or raise train.batch_size",
+            )
+            latest, metrics, quarantine = dict[str, float](), None, None
+            if group.is_main:
+                if trainer.step < total:  # a finished run stays as it is
+                    run.begin(config, sources, device, trainer.step, group=group, overwrite=overwrite)
+                    for line in opening_lines(config, micro, trainer, loader, len(source), total, run):
+                        reporter.note(line)
+                # Lines after the checkpoint are dropped, as their steps are done again; of a run that
+                # begins, also those of step 0.
+                latest = run.cut_metrics(trainer.step or -1)
+                quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction)
+                is_drawn = config.monitor.tensorboard and trainer.step < total
+                tensorboard = out / "tensorboard" if is_drawn else None
+                metrics = MetricsLog(run.metrics, tensorboard, start_step=trainer.step)
+                stack.enter_context(closing(metrics))
+            baselines = run.baselines() if group.is_main else {}
+        latest = group.broadcast(latest)
 
-        waited_s, nonfinite, is_behind = 0.0, 0, False
+        waited_s, nonfinite, is_behind, is_time_to_save = 0.0, 0, False, False
+        failure: DataError | None = None
+        unreadable: list[BadSample] = []
+        cut_short: set[str] = set()
         saved_step = -1 if is_fitted_now else trainer.step
         saved_at_s = time.monotonic()
 
@@ -218,39 +238,100 @@ def train(
             """The step's micro-batches as they arrive; lists what is unreadable, and measures the wait."""
             # The trainer takes them from here one by one, so that workers read on while it computes. What is
             # measured is only the time in which it had nothing to compute.
-            nonlocal waited_s, baselines
+            nonlocal waited_s, baselines, failure
             waited_s, samples = 0.0, 0
-            while True:
+            share = loader.batch_size / group.size
+            for number in range(1, step.num_micro_batches + 1):
                 started_s = time.perf_counter()
-                batch = next(step.micro_batches, None)
+                try:
+                    batch = NO_IMAGES if failure else next(step.micro_batches)
+                except DataError as error:
+                    # Other ranks wait for this one in every pass, so it takes part until the step's end.
+                    batch, failure = NO_IMAGES, error
                 waited_s += time.perf_counter() - started_s
-                if batch is None:
-                    return
-                with writing(run.quarantine):
-                    for bad in batch.bad:
-                        quarantine.add(bad)
-                if not baselines and len(batch.images):  # measured on the run's first images
+                unreadable.extend(batch.bad)
+                if group.is_main and not baselines and len(batch.images):  # on the run's first images
                     baselines = trainer.reference_losses(batch.images[:BASELINE_IMAGES])
                     run.write_baselines(baselines)
                 yield batch
                 samples += len(batch.images) + len(batch.bad)
-                if samples < loader.batch_size:
-                    reporter.within(step.index, samples / loader.batch_size)
+                if number < step.num_micro_batches:
+                    reporter.within(step.index, min(1.0, samples / share))
+
+        def notes() -> list[float]:
+            """What this rank has to say at the end of a step; all ranks learn the sums."""
+            is_time_to_save = group.is_main and time.monotonic() - saved_at_s >= save_every_s
+            return [is_time_to_save, failure is not None, len(unreadable)]
+
+        def check(sums: Sums) -> None:
+            """List what was unreadable; end the run if it was too much, or if a rank could not read on."""
+            nonlocal is_time_to_save
+            is_time_to_save, is_failing, num_unreadable = map(bool, sums.notes)
+            if not num_unreadable and not is_failing:
+                return
+            found = group.gather(unreadable)
+            try:
+                with group.together():
+                    if failure is not None:
+                        raise failure
+                    if quarantine is not None:
+                        with writing(run.quarantine):
+                            for bad in (bad for of_rank in found for bad in of_rank):
+                                quarantine.add(bad)
+            except (DataError, DistributedError):
+                # A step that lacks images has changed no weight: those before it are saved.
+                save()
+                if trainer.step:
+                    reporter.note(f"step {trainer.step} is saved; the same command resumes after it")
+                raise
 
         def record(kind: str, values: dict[str, float]) -> None:
-            metrics.write(kind, trainer.step, values)
+            if metrics is not None:
+                metrics.write(kind, trainer.step, values)
             latest.update({name: value for name, value in values.items() if math.isfinite(value)})
 
+        def validate() -> None:
+            """Measure the validation loss, unless the run is asked to stop meanwhile."""
+            assert val is not None
+            reporter.busy_with = "a batch of the validation"
+            batches = eval_batches(
+                val,
+                data,
+                config.model.image_size,
+                micro or loader.batch_size,
+                workers=resolve_workers(data.workers, val, group.sharing_cores),
+                rank=group.rank,
+                world_size=group.size,
+            )
+            measured = trainer.validation_loss(batches, lambda: stop)
+            reporter.busy_with = ""
+            if measured is None:
+                cut_short.add("val")
+                return
+            loss, bad = measured
+            if bad:
+                log.warning("%d validation images cannot be read, such as %s: %s", len(bad), *bad[0][1:])
+            record("val", {"val_loss": loss, "val_bad": len(bad)})
+
         def observe(*, at_start: bool = False) -> None:
+            """Call the monitors whose time it is; all values or none are recorded."""
+
             # They may draw and reseed what they like: a step takes no number from a global generator.
-            event = MonitorEvent(trainer.step, out, device)
+            def should_stop() -> bool:
+                if group.any(stop):
+                    cut_short.add("monitor")
+                return "monitor" in cut_short
+
+            event = MonitorEvent(trainer.step, out, device, group, should_stop)
+            values: dict[str, float] = {}
             for monitor, every in zip(monitors, monitor_every, strict=True):
                 if at_start or is_time(every):
-                    reporter.busy_with = "pictures and kNN"
+                    reporter.busy_with = "a batch of the monitors"
                     with trainer.looking() as model:
-                        values = monitor(model, event)
-                    record("monitor", values)
+                        values |= group.broadcast(monitor(model, event))
                     reporter.busy_with = ""
+            if values and "monitor" not in cut_short:
+                record("monitor", values)
 
         def save() -> None:
             """Write a checkpoint of the steps done, unless there is one, and remove old ones."""
@@ -259,173 +340,133 @@ def train(
                 return
             # A step whose loss and gradient are finite can still make weights that are not. Never saved, they
             # cannot replace the last good checkpoint.
-            if not all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values()):
-                raise NonFiniteError(f"weights are not finite after step {trainer.step}. {_remedy(run)}")
+            weights = trainer.model.state_dict().values()
+            if group.any(not all(local_part(tensor).isfinite().all() for tensor in weights)):
+                raise NonFiniteError(f"weights are not finite after step {trainer.step}. {remedy(run)}")
             reporter.busy_with = f"the checkpoint of step {trainer.step}"
-            run.check_present()
-            # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint without the
-            # lines up to it would leave a gap in the curve.
-            metrics.sync()
-            save_checkpoint(run.checkpoints, trainer.model, trainer.state(), trainer.step, data=data)
-            prune_checkpoints(
+            with group.together():
+                if metrics is not None:
+                    run.check_present()
+                    # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint
+                    # without the lines up to it would leave a gap in the curve.
+                    metrics.sync()
+            save_checkpoint(
                 run.checkpoints,
-                config.checkpoint.keep,
-                lambda step: bool(keep_every and step > 0 and step % keep_every == 0),
+                trainer.model,
+                {**trainer.state(), "cut_short": sorted(cut_short)},
+                trainer.step,
+                optimizer=trainer.optimizer,
+                group=group,
+                data=data,
             )
+            if group.is_main:
+                prune_checkpoints(
+                    run.checkpoints,
+                    config.checkpoint.keep,
+                    lambda step: bool(keep_every and step > 0 and step % keep_every == 0),
+                )
             saved_step, saved_at_s = trainer.step, time.monotonic()
             reporter.busy_with = ""
 
         # ---------------------------------------------------------------------------------------- the loop
-        with stop_on_signals(reporter.finishing) as stop, reporter, closing(metrics):
+        with stop_on_signals(reporter.finishing, is_quiet=not group.is_main) as stop, reporter:
             # Fitted tokens are saved at once. A run that is killed early must not fit them again: k-means is
             # the same on the same machine only.
             if is_fitted_now:
                 save()
             if trainer.step == 0:
                 observe(at_start=True)
+            elif trainer.step < total:
+                # What the signal cut short that ended the start before this one.
+                again = set(trainer.cut_short)
+                if val is not None and "val" in again:
+                    validate()
+                if "monitor" in again:
+                    observe()
             reporter.begin(trainer.step, total)  # from here on the time left is estimated
             step_iterator = iter(loader)
-            try:
-                # A signal only sets `stop`: the step in hand is finished, and then saved.
-                while trainer.step < total and not stop:
-                    started_s = time.perf_counter()
-                    step = next(step_iterator)
-                    lr = lr_at(
-                        step.index,
-                        peak=config.optim.lr,
-                        start=config.optim.start_lr,
-                        end=config.optim.end_lr,
-                        warmup_steps=warmup,
-                        total_steps=total,
+            is_stopping = group.any(stop)
+            # A signal only sets `stop`: the step in hand is finished, and then saved. What one rank was sent,
+            # all learn at the end of the step, so that they leave after the same one.
+            while trainer.step < total and not is_stopping:
+                started_s = time.perf_counter()
+                group.step = trainer.step + 1
+                step = next(step_iterator)
+                lr = lr_at(
+                    step.index,
+                    peak=config.optim.lr,
+                    start=config.optim.start_lr,
+                    end=config.optim.end_lr,
+                    warmup_steps=warmup,
+                    total_steps=total,
+                )
+                unreadable.clear()
+                arrived = step._replace(micro_batches=arriving(step))
+                outcome = trainer.train_step(arrived, lr, notes=notes, check=check)
+                # Such a step has changed no weight. One may be chance; several in a row do not heal.
+                nonfinite = 0 if trainer.is_fine(outcome) else nonfinite + 1
+                if nonfinite:
+                    log.warning("step %d: loss %s, gradient norm %s; step skipped", step.index, *outcome[:2])
+                if nonfinite >= config.train.nonfinite_limit:
+                    names = ", ".join(source.name(sample) for sample in step.keys.samples[:5].tolist())
+                    raise NonFiniteError(
+                        f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {nonfinite} steps in "
+                        f"a row, the last of them step {step.index}, whose first samples are {names}. "
+                        f"{remedy(run)}, or look at those images"
                     )
-                    outcome = trainer.train_step(step._replace(micro_batches=arriving(step)), lr)
-                    # Such a step has changed no weight. One may be chance; several in a row do not heal.
-                    nonfinite = 0 if trainer.is_fine(outcome) else nonfinite + 1
-                    if nonfinite:
-                        log.warning(
-                            "step %d: loss %s, gradient norm %s; step skipped", step.index, *outcome[:2]
-                        )
-                    if nonfinite >= config.train.nonfinite_limit:
-                        names = ", ".join(source.name(sample) for sample in step.keys.samples[:5].tolist())
-                        raise NonFiniteError(
-                            f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {nonfinite} "
-                            f"steps in a row, the last of them step {step.index}, whose first samples are "
-                            f"{names}. "
-                            f"{_remedy(run)}, or look at those images"
-                        )
-                    elapsed_s = time.perf_counter() - started_s
-                    trainer.window.add(outcome, waited_s=waited_s, elapsed_s=elapsed_s)
+                elapsed_s = time.perf_counter() - started_s
+                trainer.window.add(outcome, waited_s=waited_s, elapsed_s=elapsed_s)
 
-                    # Screen and metrics. The window is part of the checkpoint: a resumed run writes the same
-                    # means, also if it was interrupted between two lines.
-                    values = trainer.window.values()
-                    epoch = trainer.step / loader.steps_per_epoch
-                    reporter.update(
-                        Tick(
-                            step=trainer.step,
-                            epoch=epoch,
-                            lr=lr,
-                            values=values,
-                            num_bad=quarantine.count,
-                            baselines=baselines,
-                            latest={name: latest[name] for name in SHOWN[1:] if name in latest},
-                        )
+                # Screen and metrics. The window is part of the checkpoint: a resumed run writes the same
+                # means, also if it was interrupted between two lines.
+                values = trainer.window.values()
+                epoch = trainer.step / loader.steps_per_epoch
+                num_bad = quarantine.count if quarantine is not None else 0
+                reporter.update(
+                    Tick(
+                        step=trainer.step,
+                        epoch=epoch,
+                        lr=lr,
+                        values=values,
+                        num_bad=num_bad,
+                        baselines=baselines,
+                        latest={name: latest[name] for name in SHOWN[1:] if name in latest},
                     )
-                    if is_time(log_every):
-                        seen = loader.order.seen(trainer.step) if len(source.parts) > 1 else ()
-                        parts = zip(source.parts, seen, strict=False)
-                        seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
-                        record(
-                            "train",
-                            {"epoch": epoch, "lr": lr, **values, "bad": quarantine.count, **seen_by_part},
-                        )
-                        trainer.window = Window()
-                        # Told once, until the loss falls below; in the warm-up nothing is expected yet.
-                        warning = _not_learned(values["loss"], baselines) if trainer.step > warmup else None
-                        if warning is not None and not is_behind:
-                            log.warning("step %d: %s", trainer.step, warning)
-                        is_behind = warning is not None
+                )
+                if is_time(log_every):
+                    seen = loader.order.seen(trainer.step) if len(source.parts) > 1 else ()
+                    parts = zip(source.parts, seen, strict=False)
+                    seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
+                    record("train", {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part})
+                    trainer.window = Window()
+                    # Told once, until the loss falls below; in the warm-up nothing is expected yet.
+                    warning = not_learned(values["loss"], baselines) if trainer.step > warmup else None
+                    if warning is not None and not is_behind:
+                        log.warning("step %d: %s", trainer.step, warning)
+                    is_behind = warning is not None
 
-                    # Validation, pictures, kNN.
-                    if val is not None and is_time(val_every):
-                        reporter.busy_with = "validation"
-                        size = config.train.micro_batch_size or loader.batch_size
-                        workers = resolve_workers(data.workers, val)
-                        batches = eval_batches(val, data, config.model.image_size, size, workers=workers)
-                        loss, bad = trainer.validation_loss(batches)
-                        if bad:
-                            log.warning(
-                                "%d validation images cannot be read, such as %s: %s", len(bad), *bad[0][1:]
-                            )
-                        record("val", {"val_loss": loss, "val_bad": len(bad)})
-                        reporter.busy_with = ""
-                    observe()
+                # Validation, pictures, kNN.
+                if val is not None and is_time(val_every):
+                    validate()
+                observe()
 
-                    # Checkpoint, unless the run is in trouble: what came before it must not be pruned away.
-                    is_due = trainer.step % save_every == 0 or time.monotonic() - saved_at_s >= save_every_s
-                    if is_due and not nonfinite:
-                        save()
-            except DataError:  # a step that lacks images has changed no weight: those before it are saved
-                save()
-                if trainer.step:
-                    reporter.note(f"step {trainer.step} is saved; the same command resumes after it")
-                raise
+                # Checkpoint, unless the run is in trouble: what came before it must not be pruned away.
+                if (trainer.step % save_every == 0 or is_time_to_save) and not nonfinite:
+                    save()
+                is_stopping = group.any(stop)
             # Complete, or stopped by a signal; in both cases unless the last step was just saved.
             save()
-        if trainer.step == total:
-            run.complete()
+        with group.together():
+            if group.is_main and trainer.step == total:
+                run.complete()
+        received = group.gather(stop.signal.name if stop.signal is not None else None)
+        baselines, num_bad = group.broadcast((baselines, quarantine.count if quarantine else 0))
     return TrainResult(
         run_dir=out,
         step=trainer.step,
         total_steps=total,
-        stopped_by=stop.signal.name if stop.signal is not None and trainer.step < total else None,
-        num_bad=quarantine.count,
+        stopped_by=next((name for name in received if name and trainer.step < total), None),
+        num_bad=num_bad,
         losses={name: latest[name] for name in SHOWN if name in latest},
         baselines=baselines,
     )
-
-
-def _opening_lines(
-    config: RunConfig, trainer: Trainer, loader: TrainLoader, images: int, total_steps: int, run: RunDir
-) -> list[str]:
-    """What a run is about to do, in a few lines."""
-    model, settings, batch_size = trainer.model, config.model, loader.batch_size
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    predictor = sum(p.numel() for p in model.parameters()) - encoder
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, fp32
-
-    def times(numbers: tuple[int, int]) -> str:
-        return f"{numbers[0]}x{numbers[1]}"
-
-    micro = config.train.micro_batch_size
-    in_parts = f" (micro-batches of {micro})" if micro is not None and micro < batch_size else ""
-    lines = [
-        f"{device_name(trainer.device)} · {config.train.precision} · encoder {encoder / 1e6:.1f} M, "
-        f"predictor {predictor / 1e6:.1f} M parameters",
-        f"image {times(pair(settings.image_size))} px -> {times(settings.grid)} patches of "
-        f"{settings.patch_size} px -> {times(settings.block_grid)} blocks of "
-        f"{times(pair(settings.block_size))} patches",
-        f"{images:,} images, batch {batch_size:,}{in_parts} -> {loader.steps_per_epoch:,} steps an epoch, "
-        f"{total_steps:,} steps in {total_steps / loader.steps_per_epoch:,.4g} epochs",
-        f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {config.checkpoint.every} in "
-        f"{run.checkpoints}, the latest {config.checkpoint.keep} kept",
-    ]
-    return [*lines, f"resuming at step {trainer.step:,}"] if trainer.step else lines
-
-
-def _not_learned(loss: float, references: dict[str, float]) -> str | None:
-    """Cause and remedy if a loss is not below that of predicting zero, or all tokens alike; else None."""
-    name, meaning = ("zero", "zero") if "zero" in references else ("uniform", "all tokens alike")
-    if loss < references.get(name, math.inf):
-        return None
-    return (
-        f"the loss {loss:.4f} is not below {references.get(name, math.nan):.4f}, that of predicting "
-        f"{meaning}: nothing is learned so far. Train longer, try another optim.lr, or look at the images"
-    )
-
-
-def _remedy(run: RunDir) -> str:
-    latest = latest_checkpoint(run.checkpoints)
-    saved = f"The last checkpoint, {latest}, is intact" if latest else "No checkpoint was written yet"
-    return f"{saved}. Try a lower optim.lr, a longer optim.warmup, train.precision bf16 or fp32"

@@ -6,7 +6,7 @@ RUN/config.yaml        all settings, resolved
     baselines.json     the loss of predictions that need no model, on this data
     metrics.jsonl      one JSON object a line
     quarantine.jsonl   images that could not be read
-    checkpoints/       step_00001234/{model.safetensors, state.pt, checksums.json}
+    checkpoints/       step_00001234/{model.safetensors, optimizer/, state.json, checksums.json}
     pictures/  tensorboard/
 """
 
@@ -28,10 +28,10 @@ import torch
 import yaml
 
 from nextblock.atomic import OUTPUT_MARK, WriteError, exclusive, remove, write_text
-from nextblock.checkpoint import latest_checkpoint, set_damaged_aside
 from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.settings import from_dict, to_dict
+from nextblock.train.distributed import ALONE, Group
 from nextblock.train.runtime import device_name
 
 PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
@@ -66,7 +66,8 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.jsonl"
-        self._is_anew = False
+        self.is_anew = False
+        """Whether the run here is to be replaced, when this one begins."""
         self._starts: list[dict[str, Any]] = []
 
     def is_run(self) -> bool:
@@ -131,10 +132,10 @@ class RunDir:
             config_here = self._checked(config, sources)
             self._starts = self._read_starts()
         except (RunDirError, DamagedRunError):
-            self._is_anew = True
+            self.is_anew = True
             return config
-        self._is_anew = not self._starts[0].get("overwrite") or bool(self._starts[-1].get("complete"))
-        return config if self._is_anew else config_here
+        self.is_anew = not self._starts[0].get("overwrite") or bool(self._starts[-1].get("complete"))
+        return config if self.is_anew else config_here
 
     def _checked(self, config: RunConfig, sources: dict[str, Source]) -> RunConfig:
         with self._reading("config.yaml", LOST) as text:
@@ -147,6 +148,9 @@ class RunDir:
             ) from error
         if config.train.precision == "auto":  # a run keeps the precision it began with, on any device
             config = replace(config, train=replace(config.train, precision=there.train.precision))
+        if config.train.micro_batch_size == "auto":  # nor does it look for another number on each start
+            micro = there.train.micro_batch_size
+            config = replace(config, train=replace(config.train, micro_batch_size=micro))
         # What touches no weight, such as workers, checkpoints and the place of the images, is not compared.
         if differences := config.differences(there):
             listed = "; ".join(
@@ -192,13 +196,6 @@ class RunDir:
             )
         return config
 
-    def latest(self) -> Path | None:
-        """The checkpoint to resume from, the latest that is undamaged; None if the run begins."""
-        if self._is_anew:
-            return None
-        set_damaged_aside(self.checkpoints)
-        return latest_checkpoint(self.checkpoints)
-
     # --------------------------------------------------------------------------------------------- records
 
     def begin(
@@ -208,17 +205,21 @@ class RunDir:
         device: torch.device,
         step: int,
         *,
+        group: Group = ALONE,
         overwrite: bool = False,
     ) -> None:
         """Write what this run is and that it starts from `step`; with `overwrite`, remove the one before."""
-        if self._is_anew:  # by --overwrite
+        if self.is_anew:  # by --overwrite
             # Only what a run writes, and what makes it a run last: killed here, the command can be repeated.
             for name in (*OTHER_FILES, *FIRST_FILES):
                 remove(self.path / name)
-            self._is_anew = False
+            self.is_anew = False
         # config.yaml, the last of the three, makes the directory a run. Killed before that, it is still free.
         self._starts = self._read_starts() if self.is_run() else []
-        self._starts.append({**_environment(device), "step": step, "overwrite": overwrite, "complete": False})
+        processes = {"processes": group.size, "launcher": group.world.launcher}
+        self._starts.append(
+            {**_environment(device), **processes, "step": step, "overwrite": overwrite, "complete": False}
+        )
         described: dict[str, Any] = {kind: _describe(source) for kind, source in sources.items()}
         described["decoder"] = jpeg_decoder(config.data.decoder)
         write_text(self.path / "source.json", json.dumps(described, indent=1))

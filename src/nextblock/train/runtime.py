@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -93,6 +94,9 @@ def process_settings(device: torch.device, *, deterministic: bool = False) -> It
     with ExitStack() as stack:
         cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(warnings.catch_warnings())
+        # It warns of operations in place on what a sharded model gives back; we make none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         if libc is not None and hasattr(libc, "mallopt"):  # musl has none
             # By default glibc maps a large tensor afresh and unmaps it when it is freed, and the kernel
             # clears each page at the first touch: on a CPU a tenth of a training step and more. With the heap
@@ -136,10 +140,15 @@ then passes it on."""
 
 
 @contextmanager
-def stop_on_signals(doing: Callable[[], str] = lambda: "finishing this step") -> Iterator[StopRequest]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one ends the process within seconds.
+def stop_on_signals(
+    doing: Callable[[], str] = lambda: "finishing this step", *, is_quiet: bool = False
+) -> Iterator[StopRequest]:
+    """Note a signal that asks to stop instead of dying of it; a second one ends the process within seconds.
 
-    `doing` says what is being finished, and about how long that takes. Outside the main thread, where Python
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2: schedulers let one choose. `doing` says what is being
+    finished, and about how long that takes; with `is_quiet` nothing is printed.
+
+    Outside the main thread, where Python
     handles no signals, nothing is done; nor for SIGHUP if it is ignored (nohup).
     """
     request = StopRequest()
@@ -150,7 +159,7 @@ def stop_on_signals(doing: Callable[[], str] = lambda: "finishing this step") ->
     def note(number: int, _: object) -> None:
         request.signal = request.signal or signal.Signals(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     # Python runs a handler between two bytecodes of the main thread: after the step, if torch computes for
@@ -159,7 +168,9 @@ def stop_on_signals(doing: Callable[[], str] = lambda: "finishing this step") ->
     os.set_blocking(writer, False)
     wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {number: signal.signal(number, note) for number in numbers}
-    watcher = threading.Thread(target=_watch, args=(reader, numbers, request, doing), daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(reader, numbers, request, None if is_quiet else doing), daemon=True
+    )
     watcher.start()
     try:
         yield request
@@ -174,7 +185,7 @@ def stop_on_signals(doing: Callable[[], str] = lambda: "finishing this step") ->
 
 
 def _watch(
-    reader: int, numbers: list[signal.Signals], request: StopRequest, doing: Callable[[], str]
+    reader: int, numbers: list[signal.Signals], request: StopRequest, doing: Callable[[], str] | None
 ) -> None:
     first_s: float | None = None
     while True:
@@ -187,7 +198,8 @@ def _watch(
             if first_s is None:
                 first_s = time.monotonic()
                 request.signal = request.signal or signal.Signals(number)
-                _say(f"{name}: {doing()}; then the run is saved. Again: stop at once, unsaved")
+                if doing is not None:
+                    _say(f"{name}: {doing()}; then the run is saved. Again: stop at once, unsaved")
             elif time.monotonic() - first_s > ONE_REQUEST_S:
                 # The main thread may be deep in a kernel, so no exception reaches it. What it was writing has
                 # another name until it is complete; workers would outlive it by seconds, so they are killed.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from nextblock.checkpoint import MODEL_FILE, CheckpointError, load_state, read_model
+from nextblock.checkpoint import MODEL_FILE, CheckpointError, read_model
 from nextblock.config import RunConfig
 from nextblock.data import (
     BadSample,
@@ -32,113 +33,177 @@ from nextblock.interop import initialize
 from nextblock.models import NextBlockModel, Prediction
 from nextblock.optim import build_optimizer, set_lr
 from nextblock.targets import KMeansTokenizer, combine, count_kept_rows, draw_prefix_lengths
+from nextblock.train.distributed import ALONE, Group
 from nextblock.train.logging import StepOutcome, Window
+from nextblock.train.parallel import choose_strategy, local_part, replicate, shard, synchronised, touch, whole
 from nextblock.train.runtime import autocast
+from nextblock.train.state import load_state
 
 log = logging.getLogger(__name__)
 
 
-class Trainer:
-    """A model that learns. Made fresh (or from `model.init`), or from a checkpoint."""
+class Sums(NamedTuple):
+    """What the micro-batches of a step added up to, over all ranks."""
 
-    def __init__(self, config: RunConfig, device: torch.device, checkpoint: Path | None) -> None:
-        self.config, self.device = config, device
-        model = _fresh_model(config) if checkpoint is None else read_model(checkpoint / MODEL_FILE)
-        if not isinstance(model, NextBlockModel):
-            raise CheckpointError(f"{checkpoint} holds a classifier, not the model of a pre-training run")
-        self.model = model.to(device).train()
+    loss: float
+    images: int
+    scale: float
+    """Blocks that were planned over those that were predicted: what unreadable images make of the divisor."""
+    notes: list[float]
+    """What the ranks had to say besides, added up."""
+
+
+class Trainer:
+    """A model that learns. Made fresh (or from `model.init`), or from a checkpoint.
+
+    With several processes each holds a copy or a part of the model, and all make the same calls.
+    """
+
+    def __init__(
+        self, config: RunConfig, device: torch.device, checkpoint: Path | None, group: Group = ALONE
+    ) -> None:
+        self.config, self.device, self.group = config, device, group
+        self.strategy = choose_strategy(config, group, device)
+        self.autocast = autocast(device, config.train.precision)
+
+        def make() -> NextBlockModel:
+            return _fresh_model(config) if checkpoint is None else read_run_model(checkpoint)
+
+        if self.strategy == "fsdp":
+            self.model = shard(make, config, device, group)
+        else:
+            with group.together():
+                self.model = make().to(device)
+        self.model.train()
         self.model.set_grad_checkpointing(config.train.activation_checkpointing)
         self.model.predictor_fp32 = config.train.predictor_fp32
         self._forward: Callable[..., Prediction] = self.model
-        if config.train.compile:
+        if config.train.compile and self.strategy != "fsdp":
             self._forward = torch.compile(self.model)  # type: ignore[assignment]
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self.autocast = autocast(device, config.train.precision)
         self._orders = self.model.orders.cpu()  # drawn from there: no wait for a GPU in every step
         self.step = 0
         """Optimizer steps done."""
         self.window = Window()
+        self.cut_short: list[str] = []
+        """What of "val" and "monitor" a signal cut short after the step of the checkpoint."""
         if checkpoint is not None:
-            state = load_state(checkpoint)
+            state = load_state(checkpoint, self.model, self.optimizer, group)
             self.step = state["step"]
-            self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.window = Window(**state["window"])
+            self.cut_short = state["cut_short"]
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs besides the model: tensors, numbers, lists and dicts."""
-        return {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "window": dict(vars(self.window)),
-        }
+        """All that a checkpoint needs besides model and optimizer, as JSON takes it."""
+        return {"step": self.step, "scaler": self.scaler.state_dict(), "window": dict(vars(self.window))}
 
     # ----------------------------------------------------------------------------------------------- a step
 
-    def train_step(self, step: Step, lr: float) -> StepOutcome:
+    def train_step(
+        self,
+        step: Step,
+        lr: float,
+        *,
+        notes: Callable[[], Sequence[float]] = tuple,
+        check: Callable[[Sums], object] = bool,
+    ) -> StepOutcome:
         """Make one optimizer step over the micro-batches as they arrive; non-finite ones change no weight.
 
-        The loss is the sum over predicted blocks divided by their number in the whole batch, so that
-        micro-batches of any sizes, with or without holes, give the loss and gradient of the batch.
+        `notes` are numbers that each rank adds to the sums, for which `check` is called; if that raises, no
+        weight has changed.
         """
-        model = self.config.model
+        sums = self._accumulate(step, notes)
+        check(sums)
+        return self._update(sums, lr)
+
+    def _accumulate(self, step: Step, notes: Callable[[], Sequence[float]]) -> Sums:
+        """Run the micro-batches forward and backward as they arrive, then add up over ranks.
+
+        The loss is the sum over predicted blocks divided by their number in the whole batch, so that ranks
+        and micro-batches of any sizes, with or without holes, give the loss and gradient of the batch.
+        """
+        model, group = self.config.model, self.group
+        # Not before the first step, as targets may have to be fitted.
+        if self.strategy == "ddp" and not isinstance(self._forward, DistributedDataParallel):
+            with self.autocast:
+                self._forward = replicate(self.model, self._forward, self.device)  # type: ignore[arg-type]
         batches, visits, samples = step.micro_batches, step.keys.visits.tolist(), step.keys.samples.tolist()
-        if model.prefix and model.num_predicted_blocks > 1:
-            # A hole changes each distance's number by its own ratio, so no rescaling at the end is right.
-            # What is readable must be known first.
-            batches = list(batches)
-            visits = [visit for batch in batches for visit in batch.visits.tolist()]
-            samples = [sample for batch in batches for sample in batch.samples.tolist()]
         # The divisors are known before any image is, as they follow from the keys of the global batch. An
         # unreadable image makes them too large; loss and gradient, which are linear in 1 / divisor, are
         # rescaled once at the end, by what was planned over what was predicted.
         planned = self._num_predicted(visits, samples)
+        if model.prefix and model.num_predicted_blocks > 1:
+            # A hole changes each distance's number by its own ratio, so no rescaling at the end is right.
+            # What is readable must be known first.
+            batches = list(batches)
+            there = [self._num_predicted(batch.visits.tolist(), batch.samples.tolist()) for batch in batches]
+            planned = [
+                int(number) for number in group.sum([sum(numbers) for numbers in zip(*there, strict=True)])
+            ]
         # One order for all micro-batches of the step, f(seed, step): one of the model's set.
         order_index = keyed_rng(self.config.seed, "block-order", step.index).integers(len(self._orders))
         order = self._orders[int(order_index)]
-        set_lr(self.optimizer, lr)
         # Summed on the device. Its value is asked for once, after the last micro-batch, as that waits.
         loss = torch.zeros((), device=self.device)
         images, predicted = 0, 0
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             if len(batch.images):
                 images += len(batch.images)
                 predicted += self._num_predicted(batch.visits.tolist(), batch.samples.tolist())[0]
-                loss += self._backward(batch, order, [max(1, number) for number in planned])
-        self.step += 1
-        if not images:
-            return StepOutcome(0.0, 0.0, 0)
+            if len(batch.images) or self.strategy != "single":
+                is_last = number == step.num_micro_batches
+                loss += self._backward(batch, order, [max(1, n) for n in planned], is_last=is_last)
+        total, images, predicted, *noted = group.sum([loss.item(), images, predicted, *notes()])
         scale = planned[0] / max(1, predicted)
-        loss *= scale
-        grad_norm = self._update(loss_is_finite=math.isfinite(loss.item()), scale=scale)
-        return StepOutcome(loss.item(), grad_norm, images)
+        return Sums(float(np.float32(total) * np.float32(scale)), int(images), scale, noted)
 
-    def _backward(self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
-        images = self.to_model(batch.images)
-        with self.autocast:
-            draws = batch.drop_path if self.config.model.drop_path else None
-            out = self._forward(images, order, self._prefix_lengths(batch), draws)
-        # The share of this micro-batch in the batch's loss; gradients add up to those of the whole batch.
-        loss = combine([part.block_loss for part in out.distances], divisors)
-        self.scaler.scale(loss).backward()
+    def _backward(
+        self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int], *, is_last: bool
+    ) -> Float[Tensor, ""]:
+        with synchronised(self._forward, is_last=is_last):
+            if len(batch.images):
+                images = self.to_model(batch.images)
+                with self.autocast:
+                    draws = batch.drop_path if self.config.model.drop_path else None
+                    out = self._forward(images, order, self._prefix_lengths(batch), draws)
+                # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
+                loss = combine([part.block_loss for part in out.distances], divisors)
+            else:
+                with self.autocast:
+                    loss = touch(self.model, self._forward, self.device)
+            # DDP and FSDP2 take the mean over ranks, and the divisor has counted all ranks already.
+            shared = loss if self.group.size == 1 else loss * self.group.size
+            self.scaler.scale(shared).backward()
         return loss.detach()
 
-    def _update(self, *, loss_is_finite: bool, scale: float) -> float:
-        """Rescale, clip, step if all is finite, clear the gradients; returns their norm before clipping."""
+    def _update(self, sums: Sums, lr: float) -> StepOutcome:
+        """Rescale and clip the gradient and step, if loss and gradient are finite; else no weight changes."""
+        self.step += 1
+        set_lr(self.optimizer, lr)
+        if not sums.images:
+            self.optimizer.zero_grad(set_to_none=True)
+            return StepOutcome(0.0, 0.0, 0)
         self.scaler.unscale_(self.optimizer)
-        if scale != 1:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
+        if sums.scale != 1:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_([local_part(grad) for grad in grads], sums.scale)
         limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
         # Under a scaler, its own `step` leaves the weights alone if a gradient is infinite, and `update` then
         # lowers the scale; so it must be called.
-        if loss_is_finite and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
+        if math.isfinite(sums.loss) and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return StepOutcome(sums.loss, grad_norm, sums.images)
+
+    def run_empty(self, count: int) -> None:
+        """A forward and backward pass of so many images without content, on this rank alone."""
+        with self.autocast:
+            loss = touch(self.model, self.model, self.device, count)
+        loss.backward()
 
     def is_fine(self, outcome: StepOutcome) -> bool:
         """Whether a step was finite, or a scaler is still looking for its scale."""
@@ -187,23 +252,31 @@ class Trainer:
             losses = model.targets.reference_losses(targets)
             return {name: loss.mean().item() for name, loss in losses.items()}
 
-    def validation_loss(self, batches: Iterator[Batch]) -> tuple[float, list[BadSample]]:
+    def validation_loss(
+        self, batches: Iterator[Batch], should_stop: Callable[[], object] = bool
+    ) -> tuple[float, list[BadSample]] | None:
         """The loss over all these images, under the first order (NaN of none), and those unreadable.
 
-        An image's prefix, if the model has one, is that of its visit 0, always the same.
+        An image's prefix, if the model has one, is that of its visit 0, always the same. None if it was asked
+        to stop before the end.
         """
-        # Sums and counts for each distance, in fp64 on the CPU: the mean does not depend on batches.
-        sums = torch.zeros(self.config.model.num_predicted_blocks, dtype=torch.float64)
-        counts = torch.zeros_like(sums)
+        # Sums and counts for each distance, in fp64 on the CPU: the mean does not depend on batches or ranks.
+        distances = self.config.model.num_predicted_blocks
+        totals = torch.zeros(2, distances, dtype=torch.float64)
         bad: list[BadSample] = []
         with self.looking() as model:
             for batch in batches:
                 bad += batch.bad
+                if self.group.any(should_stop()):
+                    return None
                 if len(batch.images):
-                    prefix = self._prefix_lengths(batch)
-                    distances = model(self.to_model(batch.images), None, prefix).distances
-                    sums += torch.tensor([float(part.block_loss.sum()) for part in distances]).double()
-                    counts += torch.tensor([part.kept.sum().item() for part in distances])
+                    out = model(self.to_model(batch.images), None, self._prefix_lengths(batch)).distances
+                    totals[0] += torch.stack([part.block_loss.cpu().double().sum() for part in out])
+                    totals[1] += torch.stack([part.kept.cpu().sum() for part in out])
+                elif self.strategy == "fsdp":
+                    touch(model, model, self.device)
+        sums, counts = torch.tensor(self.group.sum(totals.flatten().tolist())).view(2, distances)
+        bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
         return float((sums / counts).mean()), bad
 
     def fit_targets(self, source: Source) -> bool:
@@ -211,12 +284,17 @@ class Trainer:
 
         Raises `ValueError` if the patches of `source` are too few.
         """
-        targets = self.model.targets
+        targets, group = self.model.targets, self.group
         if targets is None or targets.tokenizer is None or not targets.needs_fit:
             return False
-        patches = sample_patches(targets.tokenizer, source, self.config)
-        log.info("fitting %d tokens on %d patches", self.config.model.vocab_size, len(patches))
-        targets.fit(patches, keyed_seed(self.config.seed, "tokenizer"))
+        # Once, on rank 0: k-means gives the same on the same machine only.
+        with group.together():
+            if group.is_main:
+                patches = sample_patches(targets.tokenizer, source, self.config)
+                log.info("fitting %d tokens on %d patches", self.config.model.vocab_size, len(patches))
+                targets.fit(patches, keyed_seed(self.config.seed, "tokenizer"))
+        centroids = targets.tokenizer.centroids
+        centroids.copy_(group.broadcast(centroids.cpu() if group.is_main else None))
         return True
 
 
@@ -253,6 +331,14 @@ def sample_patches(
             "model.tokenizer kmeans on; give images that can be read"
         )
     return torch.cat(found)
+
+
+def read_run_model(checkpoint: Path) -> NextBlockModel:
+    """The model of a pre-training run's checkpoint."""
+    model = read_model(checkpoint / MODEL_FILE)
+    if not isinstance(model, NextBlockModel):
+        raise CheckpointError(f"{checkpoint} holds a classifier, not the model of a pre-training run")
+    return model
 
 
 def _fresh_model(config: RunConfig) -> NextBlockModel:

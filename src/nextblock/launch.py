@@ -1,0 +1,97 @@
+"""How processes of a run are started: what a launcher tells each of them, and `--devices`.
+
+Imports nothing heavy: it is asked before anything is known to be needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class LaunchError(RuntimeError):
+    """Processes were started in a way that does not fit together."""
+
+
+class World(NamedTuple):
+    """Which process of how many this is, as its launcher says."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str | None = None
+    """torchrun, slurm or mpi; None: started alone."""
+
+
+def find_world(env: Mapping[str, str] = os.environ) -> World:
+    """Read what torchrun, SLURM (`srun`), or Open MPI and LSF (`mpirun`, `jsrun`) tell a process.
+
+    Raises `LaunchError` for numbers that contradict each other.
+    """
+    # SLURM's variables survive in every process below a job step, so torchrun's come first. A shell inside an
+    # allocation carries SLURM_NTASKS as well, but only a step of several tasks has SLURM_STEP_NUM_TASKS > 1.
+    names = {
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+        "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    }
+    for launcher, (rank_name, size_name, local_name) in names.items():
+        if rank_name not in env or size_name not in env:
+            continue
+        try:
+            rank, size, local_rank = (int(env.get(name, 0)) for name in (rank_name, size_name, local_name))
+        except ValueError as error:
+            raise LaunchError(f"{rank_name}, {size_name} or {local_name} is no number: {error}") from None
+        if launcher != "torchrun" and size == 1:
+            continue
+        if not 0 <= rank < size:
+            raise LaunchError(
+                f"{rank_name} is {rank} and {size_name} {size}; ranks run from 0 to {size - 1}: unset both, "
+                "or start through torchrun"
+            )
+        return World(rank, size, local_rank, launcher)
+    return World()
+
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+SHUTDOWN_TIMEOUT_S = 24 * 3600
+"""A rank that was asked to stop finishes its step, however long that takes; a second signal ends it."""
+
+
+def launch(argv: Sequence[str], devices: int, device: str) -> int:
+    """Run `nextblock ARGV` in so many processes on this machine, through torch's elastic launcher.
+
+    Gives the exit status of the run. Raises `ValueError` if the machine has fewer GPUs or cores.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    is_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there, what = (torch.cuda.device_count(), "GPU") if is_cuda else (cores, "CPU core")
+    if devices > there:
+        raise ValueError(
+            f"--devices {devices}, but {socket.gethostname()} has {there} {what}{'s' * (there != 1)}; "
+            f"use at most --devices {there}"
+        )
+    options = [f"--nproc-per-node={devices}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    parser = get_args_parser()
+    # Later releases of torch let workers finish; earlier ones kill them 30 s after a signal.
+    known = {option for action in parser._actions for option in action.option_strings}
+    later = {"--signals-to-handle": SIGNALS, "--shutdown-timeout": SHUTDOWN_TIMEOUT_S}
+    options += [f"{name}={value}" for name, value in later.items() if name in known]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(parser.parse_args([*options, "-m", "nextblock", *argv]))
+    except ChildFailedError as error:  # the rank that failed has said why
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0

@@ -1,0 +1,380 @@
+"""The processes of a run: who takes part, how they meet, what they agree on, and what ends them all.
+
+One process is the group of size one, for which everything here is free of charge. Ranks meet in a store of
+torch's (`TCPStore`): there they compare versions before any of them computes, say that they are alive once a
+second, and leave word if they fail. What they agree on in every step goes over gloo on the CPU, also if
+gradients travel by NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nextblock.launch import LaunchError, World
+
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for each other at the start."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for others that are alive: they may write a checkpoint, or draw."""
+SILENT_S = 60.0
+"""A rank that has said nothing for so long is dead: the others end."""
+BEAT_S = 1.0
+FAILURE = "failure"
+
+
+class DistributedError(LaunchError):
+    """Processes of a run do not find each other, do not fit together, or one of them failed."""
+
+
+def _told(error: Exception) -> Exception:
+    """Mark an error that rank 0 reports, so that other ranks need not."""
+    error.is_told = True  # type: ignore[attr-defined]
+    return error
+
+
+def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
+    """Host and port of the store, and a name for this launch that another one on the same port lacks."""
+    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
+    launch = " ".join(sys.argv)
+    if world.launcher == "torchrun":
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        launch = "/".join([env[name] for name in names if name in env] or [launch])
+    elif world.launcher == "slurm":
+        launch = (
+            f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_STEP_ID', 0)}-{env.get('SLURM_RESTART_COUNT', 0)}"
+        )
+        if host is None:
+            nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+            listed = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+            )
+            host = listed.stdout.split()[0]
+    elif world.launcher == "mpi":
+        launch = f"mpi-{env.get('PMIX_NAMESPACE') or env.get('LSB_JOBID') or launch}"
+        if host is None and env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size):
+            host = "localhost"
+        if host is None and "LSB_MCPU_HOSTS" in env:
+            host = env["LSB_MCPU_HOSTS"].split()[0]
+    if host is None:
+        raise DistributedError(
+            f"{world.size} processes were started, but MASTER_ADDR does not say where they meet; set it to "
+            "the host of rank 0, or start through torchrun"
+        )
+    # Every rank computes the same port from the launch's name, so none has to be told.
+    return host, int(port) if port else random.Random(launch).randint(20_000, 60_000), launch
+
+
+class Group:
+    """The ranks of a run, and what they tell each other. All ranks must make the same calls."""
+
+    def __init__(self, world: World, store: Any, peers: Sequence[dict[str, Any]]) -> None:
+        self.world, self.rank, self.size = world, world.rank, world.size
+        self.host = socket.gethostname()
+        self._store, self._peers = store, peers
+        # Ranks that may use the same cores share them; where a scheduler binds each to its own, none does.
+        mine = peers[self.rank] if peers else None
+        self.sharing_cores = sum(
+            peer["host"] == self.host and peer["cores"] == mine["cores"] for peer in peers if mine
+        ) or 1  # fmt: skip
+        self.on_this_host = sum(peer["host"] == self.host for peer in peers) or 1
+        self.step = 0
+        """The step in hand, which is named if a rank fails."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes."""
+        return self.rank == 0
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether there is a process group of torch's, be it of one process."""
+        return self._store is not None
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over ranks, in fp64 and in the order of ranks: the same on all, to the last bit."""
+        if self.size == 1:
+            return list(values)
+        mine = torch.tensor(values, dtype=torch.float64)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return torch.stack(parts).sum(0).tolist()
+
+    def any(self, value: object) -> bool:
+        """Whether it is true on some rank."""
+        return bool(self.sum([bool(value)])[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on all ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, on all ranks."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def name(self, rank: int) -> str:
+        """A rank and its host, for messages."""
+        return f"rank {rank} on {self._peers[rank]['host']}" if self._peers else f"rank {rank}"
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let an error of one rank end this block on all: those without one get a `DistributedError`.
+
+        Within, ranks must not wait for each other, as one that failed would be waited for.
+        """
+        mine: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            mine = error
+        if self.size == 1:
+            return
+        errors = self.gather(None if mine is None else str(mine) or type(mine).__name__)
+        failed = next((rank for rank, message in enumerate(errors) if message is not None), None)
+        if failed is not None:
+            error = mine or DistributedError(f"{self.name(failed)}: {errors[failed]}")
+            raise _told(error)
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raise `DistributedError` if some rank has another value than rank 0."""
+        for rank, others in enumerate(self.gather(dict(values))):
+            for name, value in self.broadcast(dict(values)).items():
+                if others.get(name) != value:
+                    error = DistributedError(
+                        f"{self.name(rank)} has {name} {others.get(name)!r}, {self.name(0)} has {value!r}; "
+                        "all processes of a run need the same"
+                    )
+                    raise _told(error)
+
+    def beat(self, step: int) -> None:
+        """Note the step in hand; the watch tells the others."""
+        self.step = step
+
+
+ALONE = Group(World(), None, ())
+"""The group of a run of one process."""
+
+
+@contextmanager
+def process_group(world: World, device: torch.device, *, needed: bool = False) -> Iterator[Group]:
+    """Join the other processes of a run; with `needed` make a process group for a single one as well.
+
+    Raises `DistributedError` if they do not come together within `JOIN_TIMEOUT`, run other versions, or one
+    of them fails or falls silent: it then names rank, host and step.
+    """
+    if world.size == 1 and not (needed and world.launcher):
+        if needed:
+            raise ValueError("train.strategy fsdp needs several processes: --devices N, torchrun or srun")
+        yield ALONE
+        return
+    if dist.is_initialized():
+        raise DistributedError("this process is in a process group of torch's already; leave it first")
+    store = _Store(world)
+    peers = store.meet()
+    # gloo for what the ranks agree on, on the CPU; NCCL for gradients on GPUs.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("torch", store.store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    group = Group(world, store, peers)
+    watch = _Watch(group, store)
+    watch.start()
+    try:
+        yield group
+    except Exception as error:
+        if not getattr(error, "is_told", False):
+            cause = watch.cause_of(error)
+            if cause is not None:
+                lost = DistributedError(cause)
+                raise (lost if cause.startswith(group.name(0)) else _told(lost)) from error
+            _told(error)
+        raise
+    else:
+        with suppress(RuntimeError):  # rank 0 may hold the store: no rank leaves before all are done
+            dist.barrier()
+    finally:
+        watch.stop()
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+class _Store:
+    """The store in which ranks meet before they have a process group, and which outlives a broken one."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        host, port, launch = _meeting_point(world, os.environ)
+        self.where = f"{host}:{port}"
+        # torchrun's agent holds a store already.
+        is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            tcp = dist.TCPStore(host, port, is_master=is_master, timeout=JOIN_TIMEOUT, wait_for_workers=False)
+        except (RuntimeError, ValueError) as error:
+            busy = "EADDRINUSE" in str(error) or "address already in use" in str(error)
+            if busy:
+                raise DistributedError(
+                    f"port {port} of {host} is in use, perhaps by another run; set MASTER_PORT to another"
+                ) from error
+            raise DistributedError(
+                f"rank {world.rank} on {socket.gethostname()} cannot reach {self.where}, where the processes "
+                f"of this run meet: {str(error).splitlines()[0]}"
+            ) from error
+        self.store = dist.PrefixStore(f"nextblock/{launch}", tcp)
+
+    def meet(self) -> list[dict[str, Any]]:
+        """Wait for all ranks; gives what each says of itself. Refuses other versions."""
+        from nextblock import __version__
+
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        hello = {
+            "host": socket.gethostname(),
+            "cores": cores,
+            "versions": {
+                "nextblock": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "size": self.world.size,
+        }
+        self.store.set(f"hello/{self.world.rank}", json.dumps(hello))
+        peers: list[dict[str, Any]] = []
+        for rank in range(self.world.size):
+            try:
+                self.store.wait([f"hello/{rank}"], JOIN_TIMEOUT)
+            except RuntimeError as error:
+                raise DistributedError(
+                    f"rank {rank} of {self.world.size} did not come to {self.where} within "
+                    f"{JOIN_TIMEOUT.seconds // 60} minutes; look at its log, or at the number of processes"
+                ) from error
+            peers.append(json.loads(self.store.get(f"hello/{rank}")))
+        first = peers[0]
+        for rank, peer in enumerate(peers):
+            if peer["size"] != first["size"]:
+                raise DistributedError(
+                    f"rank {rank} on {peer['host']} was started as one of {peer['size']} processes, rank 0 "
+                    f"on {first['host']} as one of {first['size']}; is another run meeting at {self.where}?"
+                )
+            for name, version in peer["versions"].items():
+                if version != first["versions"][name]:
+                    raise DistributedError(
+                        f"rank {rank} on {peer['host']} has {name} {version}, rank 0 on {first['host']} has "
+                        f"{first['versions'][name]}; install the same everywhere"
+                    )
+        return peers
+
+    def own_connection(self) -> dist.Store:
+        """A second connection: a thread that waits on the first would hold it."""
+        return self.store.clone()
+
+
+class _Watch(threading.Thread):
+    """Says once a second that this rank is alive, and ends the process if another one is not."""
+
+    def __init__(self, group: Group, store: _Store) -> None:
+        super().__init__(daemon=True)
+        self._group, self._store = group, store.own_connection()
+        self._stop = threading.Event()
+        self._problem: str | None = None
+        self._beats = 0
+        self._heard: dict[int, tuple[str, float]] = {}
+
+    def run(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            self._problem = self._problem or self._look()
+            if self._problem is None:
+                continue
+            # The main thread may be waiting for the lost rank and find out by itself (gloo does at once).
+            # Otherwise it is deep in a kernel and cannot be interrupted: checkpoints are whole, so leave.
+            if not self._stop.wait(10 * BEAT_S):
+                if self._group.is_main or self._problem.startswith(self._group.name(0)):
+                    os.write(2, f"nextblock pretrain: {self._problem}\n".encode())
+                os._exit(1)
+
+    def _look(self, silent_s: float = SILENT_S) -> str | None:
+        """What is wrong with another rank; None if nothing is."""
+        group, now_s = self._group, time.monotonic()
+        self._beats += 1
+        try:
+            self._store.set(f"beat/{group.rank}", f"{self._beats} {group.step}")
+            if self._store.check([FAILURE]):
+                return self._store.get(FAILURE).decode()
+            for rank in range(group.size):
+                beat = self._store.get(f"beat/{rank}").decode() if self._store.check([f"beat/{rank}"]) else ""
+                if rank not in self._heard or self._heard[rank][0] != beat:
+                    self._heard[rank] = (beat, now_s)
+                elif now_s - self._heard[rank][1] > silent_s:
+                    step = beat.split()[1] if beat else "0"
+                    return f"{group.name(rank)} died or hangs; it was last heard of in step {step}"
+        except RuntimeError:  # the store is gone, and with it whoever holds it
+            holder = "torchrun's agent" if "TORCHELASTIC_RUN_ID" in os.environ else group.name(0)
+            return f"{holder} died; this was in step {group.step}"
+        return None
+
+    def cause_of(self, error: Exception) -> str | None:
+        """Why a wait for the others failed; None if this rank failed by itself, which the others are told."""
+        group = self._group
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+            with suppress(RuntimeError):
+                told = f"{group.name(group.rank)}, step {group.step}: {error}"
+                self._store.compare_set(FAILURE, "", told)
+                time.sleep(3 * BEAT_S)  # the store may end with this process: let the others read it
+            return None
+        # A connection broke: whose? The one that says nothing for five seconds, while the others go on.
+        deadline_s = time.monotonic() + 8 * BEAT_S
+        while time.monotonic() < deadline_s:
+            problem = self._problem or self._look(5 * BEAT_S)
+            if problem is not None:
+                return problem
+            time.sleep(BEAT_S)
+        return None
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+
+
+def find_device(device: torch.device, world: World) -> torch.device:
+    """Give this rank's own GPU; `ValueError` if there are more processes here than GPUs."""
+    if world.size == 1:
+        return device
+    if device.type == "mps":
+        raise ValueError("train.device mps is one device; use train.device cpu, or one process")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    # A scheduler that gives each task its own GPU shows it as the only one.
+    index = 0 if count == 1 and world.launcher != "torchrun" else world.local_rank
+    if index >= count:
+        raise ValueError(
+            f"rank {world.rank} on {socket.gethostname()} is process {world.local_rank + 1} of this machine, "
+            f"which has {count} GPUs; start one process for each GPU"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -1,0 +1,82 @@
+"""How many images fit into memory at once: `train.micro_batch_size auto`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from nextblock.plan import activation_bytes
+from nextblock.train.trainer import Trainer
+
+CPU_SHARE = 0.5
+"""What activations may take of the memory that is free on a machine, over all its processes."""
+GPU_SHARE = 0.8
+"""What they may take of a GPU's memory that weights, gradients and moments leave free."""
+BYTES_PER_TRAINED = 12
+"""A gradient and AdamW's two moments, fp32: not there yet before the first step."""
+
+
+def largest_micro_batch(trainer: Trainer, share: int) -> int:
+    """The images of a forward pass, at most this process's `share` of a batch; the same on all ranks.
+
+    Counted from the layers' shapes, see `plan.activation_bytes`. On a GPU that number is then tried, unless
+    the model is sharded, and halved until it fits.
+    """
+    config, device, group = trainer.config, trainer.device, trainer.group
+    one, two = (
+        activation_bytes(
+            config.model,
+            images,
+            config.train.precision,  # type: ignore[arg-type] # "auto" is resolved
+            predictor_fp32=config.train.predictor_fp32,
+            recompute=config.train.activation_checkpointing,
+        )
+        for images in (1, 2)
+    )
+    if device.type == "cuda":
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        trained //= group.size if trainer.strategy == "fsdp" else 1
+        free = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] - BYTES_PER_TRAINED * trained)
+    else:
+        free = CPU_SHARE * free_memory() / group.on_this_host
+    fitting = min(group.gather(max(1, int((free - one) / (two - one)) + 1)))
+    images = _even(share, fitting)
+    while device.type == "cuda" and trainer.strategy != "fsdp" and images > 1:
+        fits = _runs(trainer, images)
+        if all(group.gather(fits)):
+            break
+        images = _even(share, images // 2)
+    return images
+
+
+def _even(share: int, most: int) -> int:
+    """Parts of at most `most`, all of about the same size."""
+    passes = -(-share // min(share, most))
+    return -(-share // passes)
+
+
+def _runs(trainer: Trainer, images: int) -> bool:
+    """Whether a forward and backward pass of so many images finds the memory."""
+    try:
+        trainer.run_empty(images)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return True
+
+
+def free_memory() -> int:
+    """Bytes that this machine has free, or its container if that has less."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError, ValueError):  # "max" if there is no limit
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{one}").read_text()) for one in ("max", "current"))
+        free = min(free, limit - used)
+    return free

@@ -1,0 +1,212 @@
+"""Checkpoints of a run: the whole weights, and what it needs to resume on any number of processes.
+
+`step_00001234/` holds `model.safetensors` (encoder and predictor, whole), AdamW's state by parameter
+(`optimizer.safetensors`; of a sharded model `optimizer/`, to which every rank writes its part through
+torch.distributed.checkpoint), `state.json` (step, gradient scaler, the open window of metrics) and
+`checksums.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nextblock.atomic import remove, write_aside, writing
+from nextblock.checkpoint import (
+    CHECKSUMS_FILE,
+    MODEL_FILE,
+    CheckpointError,
+    checkpoints,
+    checksum,
+    find_damage,
+    save_model,
+    write_safetensors,
+)
+from nextblock.config import DataConfig
+from nextblock.interop.files import distributed_reader
+from nextblock.models import NextBlockModel
+from nextblock.train.distributed import ALONE, Group
+from nextblock.train.parallel import full_weights
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_DIR = "optimizer"
+STATE_FILE = "state.json"
+KINDS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps for a parameter."""
+
+
+def save_checkpoint(
+    directory: Path,
+    model: NextBlockModel,
+    state: Mapping[str, Any],
+    step: int,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Group = ALONE,
+    data: DataConfig | None = None,
+) -> Path:
+    """Write `directory/step_XXXXXXXX`, which appears whole or not at all. All ranks must call this.
+
+    The directory must be on a disk that all ranks see.
+    """
+    target = directory / f"step_{step:08d}"
+    with ExitStack() as stack:
+        aside = None
+        with group.together():
+            if group.is_main:
+                directory.mkdir(parents=True, exist_ok=True)
+                aside = stack.enter_context(write_aside(target))
+                aside.mkdir()
+        aside = group.broadcast(aside)
+        weights = full_weights(model)
+        with group.together():
+            if not aside.is_dir():
+                raise CheckpointError(
+                    f"{group.name(group.rank)} does not see {aside}, which rank 0 made; --out must be on a "
+                    "disk that all hosts share"
+                )
+        # Each rank reads again what it wrote: a disk that is full or fails can leave a file of the right size
+        # with other bytes. Sums tell.
+        sums: dict[str, Any] = {}
+        moments = {} if optimizer is None else optimizer_tensors(model, optimizer)
+        if isinstance(model, FSDPModule):
+            with writing(target), _one_failure(group):
+                dcp.save(moments, storage_writer=dcp.FileSystemWriter(aside / OPTIMIZER_DIR))
+            with group.together():
+                own = sorted((aside / OPTIMIZER_DIR).glob(f"__{group.rank}_*"))
+                sums = {f"{OPTIMIZER_DIR}/{path.name}": checksum(path) for path in own}
+        all_sums = {name: one for of_rank in group.gather(sums) for name, one in of_rank.items()}
+        with group.together():
+            if group.is_main:
+                with writing(target):
+                    save_model(aside / MODEL_FILE, model, data=data, weights=weights)
+                    if not isinstance(model, FSDPModule):
+                        write_safetensors(aside / OPTIMIZER_FILE, moments, {"format": "nextblock optimizer"})
+                    (aside / STATE_FILE).write_text(json.dumps(dict(state)), encoding="utf-8")
+                    for name in (MODEL_FILE, STATE_FILE, OPTIMIZER_FILE, f"{OPTIMIZER_DIR}/.metadata"):
+                        if (aside / name).is_file():
+                            all_sums[name] = checksum(aside / name)
+                    (aside / CHECKSUMS_FILE).write_text(json.dumps(all_sums, indent=1))
+                stack.close()  # moves it into place
+    return target
+
+
+def load_state(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group = ALONE
+) -> dict[str, Any]:
+    """Give the optimizer its state and return the rest. All ranks must call this; how many is free."""
+    if not (checkpoint / STATE_FILE).is_file():
+        raise CheckpointError(
+            f"{checkpoint} was written by an earlier version of nextblock, whose runs this one does not "
+            f"resume; train on from its weights: --model.init {checkpoint} with another --out"
+        )
+    directory, whole_file = checkpoint / OPTIMIZER_DIR, checkpoint / OPTIMIZER_FILE
+    with group.together(), _readable(checkpoint):
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        reader = distributed_reader(directory) if directory.is_dir() else None
+        stored = load_file(whole_file) if reader is None else reader.read_metadata().state_dict_metadata
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for kind in KINDS:
+            key = f"{name}/{kind}"
+            if key not in stored:  # fixed, or no step was made
+                continue
+            # As the parameter is, whole or in parts: the reader of parts fetches just what it finds here.
+            like = parameter.detach() if kind != "step" else torch.zeros((), device=parameter.device)
+            if reader is not None:
+                found[key] = torch.zeros_like(like)
+            elif isinstance(like, DTensor):
+                found[key] = distribute_tensor(
+                    stored[key].to(like.device), like.device_mesh, like.placements, src_data_rank=None
+                )
+            else:
+                found[key] = stored[key].to(like.device)
+    if reader is not None:
+        with _one_failure(group):
+            dcp.load(found, storage_reader=reader, no_dist=group.size == 1)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        own = {kind: found[f"{name}/{kind}"] for kind in KINDS if f"{name}/{kind}" in found}
+        if own:
+            optimizer.state[parameter] = own
+    return state
+
+
+def find_intact(directory: Path, group: Group = ALONE) -> Path | None:
+    """The latest undamaged checkpoint, from which a run can resume; later ones are renamed.
+
+    Raises `CheckpointError` if all are damaged. All ranks must call this: they share the reading.
+    """
+    # From the last to the first: those before an undamaged one are not looked at, as each is read in full.
+    damaged: list[tuple[Path, str]] = []
+    intact = None
+    for path in reversed(group.broadcast(checkpoints(directory)).values()):
+        found = group.gather(find_damage(path, rank=group.rank, world_size=group.size))
+        damage = next((one for one in found if one is not None), None)
+        if damage is None:
+            intact = path
+            break
+        damaged.append((path, damage))
+    if damaged and intact is None:
+        raise CheckpointError(
+            f"all checkpoints in {directory} are damaged: {damaged[0][1]}; restore one, or start over with "
+            "--overwrite"
+        )
+    for path, damage in damaged if group.is_main else ():
+        aside = path.with_name(f"damaged_{path.name}")
+        log.warning("%s; resuming from the checkpoint before it; renamed to %s", damage, aside.name)
+        # Not deleted, as its weights may be wanted. The new name is no checkpoint's, so it is not pruned.
+        remove(aside)
+        path.rename(aside)
+    return intact
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter and kind, "encoder.norm.weight/exp_avg": no order of parameters in it."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Turn whatever is wrong with a checkpoint's files into a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed from ({' '.join(str(error).split())}); remove it to resume from "
+            "the one before"
+        ) from error
+
+
+@contextmanager
+def _one_failure(group: Group) -> Iterator[None]:
+    """Turn torch's collected failures of ranks, which are no `Exception`, into one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise CheckpointError(f"{group.name(rank)}: {cause}") from error

@@ -1,0 +1,124 @@
+"""Functions run by several processes that train together, on gloo, one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextblock.launch import find_world
+from nextblock.train import TrainResult, train
+from nextblock.train.distributed import Group, process_group
+from tiny_runs import CPU, Quiet, settings
+from toy import ToySource
+
+# A process that has imported torch and is forked for each rank: a rank starts in milliseconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ranks", "nextblock.cli.pretrain", "nextblock.evaluate.knn"])
+
+
+class RankFailed(Exception):  # noqa: N818 - it says what happened
+    """A rank raised this."""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> list[Any]:
+    """What `function(*args)` returns on each rank, or the exception it raised (`RankFailed`), or -signal."""
+    port, started = free_port(), {}
+    for rank in range(world):
+        here, there = CONTEXT.Pipe(duplex=False)
+        own = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            **(env or {}),
+        }
+        process = CONTEXT.Process(target=_run, args=(there, own, function, args))
+        process.start()
+        there.close()
+        started[rank] = (process, here)
+    results = []
+    for process, here in started.values():
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            results.append(RankFailed("it hangs"))
+            continue
+        try:
+            results.append(here.recv())
+        except EOFError:
+            results.append(process.exitcode)
+    return results
+
+
+def _run(pipe: Connection, env: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    try:
+        result = function(*args)
+    except BaseException as error:
+        traceback.print_exc()
+        result = RankFailed(f"{type(error).__name__}: {error}")
+    pipe.send(result)
+    pipe.close()
+
+
+def train_together(
+    out: Path,
+    changes: Mapping[str, Any] | None = None,
+    sources: Mapping[str, Any] | None = None,
+    monitors: tuple[Any, ...] = (),
+) -> TrainResult:
+    """Train the tiny model as one rank of however many the environment says."""
+    config = settings(changes)
+    with process_group(find_world(), CPU, needed=config.train.strategy == "fsdp") as group:
+        return train(
+            config,
+            out,
+            dict(sources or {"train": ToySource(40)}),
+            monitors=monitors,
+            reporter=Quiet(),
+            group=group,
+        )
+
+
+class SignalRank:
+    """Sends one rank a signal after a step."""
+
+    every = "1st"
+
+    def __init__(self, step: int, rank: int, number: signal.Signals) -> None:
+        self.step, self.rank, self.number = step, rank, number
+
+    def __call__(self, model: Any, event: Any) -> dict[str, float]:
+        if event.step == self.step and event.group.rank == self.rank:
+            os.kill(os.getpid(), self.number)
+        return {}
+
+
+def in_group(function: Callable[[Group], Any]) -> Any:
+    """Call a function with the group of the environment."""
+    with process_group(find_world(), CPU) as group:
+        return function(group)
