@@ -338,22 +338,20 @@ class _Watch(threading.Thread):
         return None
 
     def cause_of(self, error: Exception) -> str | None:
-        """Why a wait for the others failed; None if this rank failed by itself, which the others are told."""
-        group = self._group
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
-            with suppress(RuntimeError):
-                told = f"{group.name(group.rank)}, step {group.step}: {error}"
-                self._store.compare_set(FAILURE, "", told)
-                time.sleep(3 * BEAT_S)  # the store may end with this process: let the others read it
-            return None
+        """Why a wait for the others failed; None if this rank failed by itself. The others are told either."""
+        group, problem = self._group, None
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
         # A connection broke: whose? The one that says nothing for five seconds, while the others go on.
         deadline_s = time.monotonic() + 8 * BEAT_S
-        while time.monotonic() < deadline_s:
+        while lost and problem is None and time.monotonic() < deadline_s:
             problem = self._problem or self._look(5 * BEAT_S)
-            if problem is not None:
-                return problem
             time.sleep(BEAT_S)
-        return None
+        told = problem or f"{group.name(group.rank)}, step {group.step}: {error}"
+        with suppress(RuntimeError):
+            self._store.compare_set(FAILURE, "", told)
+            if group.is_main:
+                time.sleep(3 * BEAT_S)  # the store may end with this process: let the others read it
+        return problem
 
     def stop(self) -> None:
         """End the thread."""
