@@ -125,6 +125,7 @@ def test_killed_anywhere_the_run_ends_as_if_it_had_not_been(trials, seed, whole,
         run = tmp_path / f"{trial}"
         changes = {**BASE, **KINDS["xtra"], "train.strategy": strategy, "checkpoint.every": "2st"}
         victims = draw.choice([-1, draw.randrange(world)])
+        changes["checkpoint.in_background"] = draw.random() < 0.5
         if is_resume := place == "inside a resume":
             together(world, strategy, run, "xtra", (SignalRank(3, rank=0, number=signal.SIGINT),))
         after = 1 if is_resume else draw.randrange(1, 9)

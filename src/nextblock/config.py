@@ -406,6 +406,8 @@ class CheckpointConfig(_Section):
 
     every: Annotated[str, duration("ep", "st", "sa", "min")] = "30min"
     """Save this often: 30min, 1ep, 500st or 10000sa. The end of the run, ctrl-C and SIGTERM save as well."""
+    in_background: bool = False
+    """Train on while a checkpoint is written; takes a copy of weights and moments in main memory."""
     keep: Count = 2
     """How many of the latest checkpoints stay."""
     keep_every: Length | None = None

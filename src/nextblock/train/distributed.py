@@ -82,7 +82,11 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
 class Group:
     """The ranks of a run, and what they tell each other. All ranks must make the same calls."""
 
-    def __init__(self, world: World, store: Any, peers: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, world: World, store: Any, peers: Sequence[dict[str, Any]], processes: Any = None
+    ) -> None:
+        self.processes = processes
+        """torch's process group; None: the default one."""
         self.world, self.rank, self.size = world, world.rank, world.size
         self.host = socket.gethostname()
         self._store, self._peers = store, peers
@@ -111,7 +115,7 @@ class Group:
             return list(values)
         mine = torch.tensor(values, dtype=torch.float64)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        dist.all_gather(parts, mine, group=self.processes)
         return torch.stack(parts).sum(0).tolist()
 
     def any(self, value: object) -> bool:
@@ -122,19 +126,25 @@ class Group:
         """The values of all ranks, on all ranks."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.processes)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, on all ranks."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(values, src=0, group=self.processes, device=torch.device("cpu"))
         return values[0]
 
     def name(self, rank: int) -> str:
         """A rank and its host, for messages."""
         return f"rank {rank} on {self._peers[rank]['host']}" if self._peers else f"rank {rank}"
+
+    def twin(self) -> Group:
+        """The same ranks with connections of their own, for another thread. All ranks must call this."""
+        if self.size == 1:
+            return self
+        return Group(self.world, self._store, self._peers, dist.new_group(backend="gloo"))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -338,7 +348,7 @@ class _Watch(threading.Thread):
         return None
 
     def cause_of(self, error: Exception) -> str | None:
-        """Why a wait for the others failed; None if this rank failed by itself. The others are told either."""
+        """Why a wait for others failed; None if this rank failed by itself. The others are told either."""
         group, problem = self._group, None
         lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
         # A connection broke: whose? The one that says nothing for five seconds, while the others go on.

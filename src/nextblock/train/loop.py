@@ -51,7 +51,7 @@ from nextblock.train.runtime import (
     process_settings,
     stop_on_signals,
 )
-from nextblock.train.state import find_intact, save_checkpoint
+from nextblock.train.state import Saver, Snapshot, find_intact, write_snapshot
 from nextblock.train.trainer import Sums, Trainer
 
 log = logging.getLogger(__name__)
@@ -228,6 +228,7 @@ def train(
         failure: DataError | None = None
         unreadable: list[BadSample] = []
         cut_short: set[str] = set()
+        saver = Saver(group, in_background=config.checkpoint.in_background)
         saved_step = -1 if is_fitted_now else trainer.step
         saved_at_s = time.monotonic()
 
@@ -281,6 +282,7 @@ def train(
             except (DataError, DistributedError):
                 # A step that lacks images has changed no weight: those before it are saved.
                 save()
+                saver.wait()
                 if trainer.step:
                     reporter.note(f"step {trainer.step} is saved; the same command resumes after it")
                 raise
@@ -350,21 +352,20 @@ def train(
                     # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint
                     # without the lines up to it would leave a gap in the curve.
                     metrics.sync()
-            save_checkpoint(
-                run.checkpoints,
-                trainer.model,
-                {**trainer.state(), "cut_short": sorted(cut_short)},
-                trainer.step,
-                optimizer=trainer.optimizer,
-                group=group,
-                data=data,
-            )
-            if group.is_main:
-                prune_checkpoints(
-                    run.checkpoints,
-                    config.checkpoint.keep,
-                    lambda step: bool(keep_every and step > 0 and step % keep_every == 0),
-                )
+            step, state = trainer.step, {**trainer.state(), "cut_short": sorted(cut_short)}
+            saver.wait()
+            snapshot = Snapshot.take(trainer.model, trainer.optimizer, state, copied=saver.in_background)
+
+            def write(group: Group) -> None:
+                write_snapshot(run.checkpoints, snapshot, step, group, data=data)
+                if group.is_main:
+                    prune_checkpoints(
+                        run.checkpoints,
+                        config.checkpoint.keep,
+                        lambda step: bool(keep_every and step > 0 and step % keep_every == 0),
+                    )
+
+            saver.save(write)
             saved_step, saved_at_s = trainer.step, time.monotonic()
             reporter.busy_with = ""
 
@@ -456,6 +457,7 @@ def train(
                 is_stopping = group.any(stop)
             # Complete, or stopped by a signal; in both cases unless the last step was just saved.
             save()
+            saver.wait()
         with group.together():
             if group.is_main and trainer.step == total:
                 run.complete()
