@@ -168,7 +168,13 @@ def test_a_rank_that_is_killed_is_named_by_the_others(tmp_path):
 
 def test_a_missing_part_of_a_checkpoint_is_named_and_the_one_before_used(whole, tmp_path, caplog):
     run = tmp_path / "run"
-    changes = {**BASE, **KINDS["xtra"], "train.strategy": "fsdp", "checkpoint.every": "3st"}
+    changes = {
+        **BASE,
+        **KINDS["xtra"],
+        "train.strategy": "fsdp",
+        "checkpoint.every": "3st",
+        "optim.warmup": "9st",
+    }
     run_ranks(3, train_together, run, changes, sources(), (SignalRank(5, rank=0, number=signal.SIGINT),))
     (run / "checkpoints" / "step_00000005" / "optimizer" / "__2_0.distcp").unlink()
     with caplog.at_level("WARNING"):

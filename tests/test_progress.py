@@ -19,7 +19,7 @@ from rich.console import Console
 
 from nextblock.logs import held_back
 from nextblock.train import runtime
-from nextblock.train.logging import Reporter, StepOutcome, Tick, Window
+from nextblock.train.logging import Reporter, StepOutcome, Tick, Window, log_to_file
 from nextblock.train.runtime import process_settings, stop_on_signals
 
 TICK = Tick(
@@ -276,3 +276,13 @@ def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(runtime.ctypes, "CDLL", None)
     with process_settings(torch.device("cpu")):
         pass
+
+
+def test_another_ranks_log_file_is_made_by_its_first_record(tmp_path):
+    path = tmp_path / "logs" / "rank_0001.log"
+    path.parent.mkdir()
+    with log_to_file(path):
+        assert not path.exists()
+        logging.getLogger("nextblock.train.loop").warning("step %d skipped", 3)
+    logging.getLogger("nextblock.train.loop").warning("afterwards")
+    assert re.fullmatch(r"\S+ \S+ step 3 skipped\n", path.read_text())

@@ -37,7 +37,7 @@ from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
 from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
-from nextblock.train.logging import MetricsLog, Reporter, Tick, Window
+from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
 from nextblock.train.messages import not_learned, opening_lines, remedy
 from nextblock.train.monitors import Monitor, MonitorEvent
@@ -223,6 +223,8 @@ def train(
                 stack.enter_context(closing(metrics))
             baselines = run.baselines() if group.is_main else {}
         latest = group.broadcast(latest)
+        if not group.is_main:
+            stack.enter_context(log_to_file(run.logs / f"rank_{group.rank:04d}.log"))
 
         waited_s, nonfinite, is_behind, is_time_to_save = 0.0, 0, False, False
         failure: DataError | None = None

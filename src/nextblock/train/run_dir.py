@@ -8,6 +8,7 @@ RUN/config.yaml        all settings, resolved
     quarantine.jsonl   images that could not be read
     checkpoints/       step_00001234/{model.safetensors, optimizer/, state.json, checksums.json}
     pictures/  tensorboard/
+    logs/              warnings of all processes but the first
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ OTHER_FILES = (
     "checkpoints",
     "pictures",
     "tensorboard",
+    "logs",
 )
 LOG_FILES = ("*.out", "*.err", "*.log", "slurm-*")
 """What a scheduler may have put in a directory before its run begins."""
@@ -66,6 +68,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.jsonl"
+        self.logs = path / "logs"
         self.is_anew = False
         """Whether the run here is to be replaced, when this one begins."""
         self._starts: list[dict[str, Any]] = []
