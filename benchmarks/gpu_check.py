@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import json
 import os
 import platform
@@ -31,12 +30,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 LIMITS_S = {
-    "tests": 165.0,
+    "machine": 25.0,
+    "tests": 160.0,
     "step b16": 75.0,
     "step h14": 110.0,
     "data": 25.0,
     "embed": 35.0,
-    "probe": 60.0,
+    "probe": 40.0,
 }
 """Seconds of each part; what one leaves over, the next ones have."""
 MODELS = {"b16": ("xtra-b16", {"image_size": 256}), "h14": ("xtra-h14", {"image_size": 224})}
@@ -64,6 +64,29 @@ class Options:
 
 
 # ------------------------------------------------------------------------------------------------- the parts
+
+
+def describe_machine(options: Options, emit: Emit) -> None:
+    """Card, driver and versions; what cannot be found is null."""
+    import torch
+
+    names = ("card", "driver", "memory", "power_limit", "gpus", "compute_capability", "cudnn")
+    found: Result = dict.fromkeys(names)
+    found |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "cores": os.cpu_count()}
+    found |= {"python": platform.python_version(), "platform": platform.platform()}
+    if options.device == "cuda" and torch.cuda.is_available():
+        fields = "driver_version,memory.total,power.limit"
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
+            told = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+                capture_output=True, text=True, check=True, timeout=15,
+            ).stdout  # fmt: skip
+            values = [value.strip() for value in told.splitlines()[0].split(",")]
+            found |= zip(("driver", "memory", "power_limit"), values, strict=True)
+        found |= {"card": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+        capability = torch.cuda.get_device_capability()
+        found |= {"compute_capability": capability, "cudnn": torch.backends.cudnn.version()}
+    emit("machine", **found)
 
 
 def run_tests(options: Options, emit: Emit) -> None:
@@ -276,6 +299,7 @@ def measure_probe(options: Options, emit: Emit) -> None:
 
 
 PARTS: dict[str, Callable[[Options, Emit], None]] = {
+    "machine": describe_machine,
     "tests": run_tests,
     "step b16": partial(measure_steps, model="b16"),
     "step h14": partial(measure_steps, model="h14"),
@@ -286,30 +310,6 @@ PARTS: dict[str, Callable[[Options, Emit], None]] = {
 
 
 # ------------------------------------------------------------------------------------ running, and the report
-
-
-def machine(device: str) -> Result:
-    """Card, driver and versions; what cannot be found is null."""
-    found: Result = dict.fromkeys(("card", "driver", "memory", "power_limit"))
-    found |= dict.fromkeys(("torch", "torch_cuda", "cudnn", "compute_capability", "gpus"))
-    found |= {"python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count()}
-    if device == "cuda":
-        fields = "name,driver_version,memory.total,power.limit"
-        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-            told = subprocess.run(
-                ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
-                capture_output=True, text=True, check=True, timeout=20,
-            ).stdout  # fmt: skip
-            values = (value.strip() for value in told.splitlines()[0].split(","))
-            found |= zip(("card", "driver", "memory", "power_limit"), values, strict=True)
-    with contextlib.suppress(ImportError, RuntimeError):
-        torch = importlib.import_module("torch")
-        found |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
-        if device == "cuda" and torch.cuda.is_available():
-            found |= {"card": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
-            capability = torch.cuda.get_device_capability()
-            found |= {"compute_capability": capability, "cudnn": torch.backends.cudnn.version()}
-    return found
 
 
 def run_part(name: str, options: Options, limit_s: float, folder: Path) -> Result:
@@ -357,7 +357,7 @@ def outcomes(found: list[Result]) -> dict[str, Result]:
 def table(result: Result) -> Iterator[str]:
     """What a reader wants to know first."""
     about = result["machine"]
-    yield f"{about['card'] or 'CPU'}, driver {about['driver']}, torch {about['torch']}"
+    yield f"{about.get('card') or 'CPU'}, driver {about.get('driver')}, torch {about.get('torch')}"
     ends = [test["outcome"] for test in result["tests"].values()]
     yield "tests: " + (", ".join(f"{ends.count(end)} {end}" for end in sorted(set(ends))) or "none ran")
     for name, test in result["tests"].items():
@@ -407,15 +407,8 @@ def main() -> int:
         return 0
 
     started_s = time.monotonic()
-    about = machine(options.device)
-    if options.device == "cuda" and not about["gpus"]:
-        sys.stderr.write(
-            f"no CUDA GPU is available to torch {about['torch']}; to check this script alone: "
-            "benchmarks/gpu_check.py --device cpu --quick\n"
-        )
-        return 2
-    result: Result = {"machine": about, "quick": options.quick, "time": time.strftime("%F %T %z")}
-    result |= {"tests": {}, "parts": {}}
+    result: Result = {"quick": options.quick, "time": time.strftime("%F %T %z")}
+    result |= {"machine": {}, "tests": {}, "parts": {}}
     share = given.limit / sum(LIMITS_S.values())
     due_s = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -426,6 +419,14 @@ def main() -> int:
             sys.stdout.write(f"{name}, at most {limit_s:.0f} s ...\n")
             sys.stdout.flush()
             part = run_part(name, options, limit_s, Path(folder))
+            if name == "machine" and part["found"]:
+                result["machine"] = part["found"].pop()
+                if options.device == "cuda" and not result["machine"]["gpus"]:
+                    sys.stderr.write(
+                        f"torch {result['machine']['torch']} finds no CUDA GPU; to check this script alone: "
+                        "benchmarks/gpu_check.py --device cpu --quick\n"
+                    )
+                    return 2
             result["tests"] |= outcomes(part["found"])
             part["found"] = [one for one in part["found"] if one["what"] != "test"]
             result["parts"][name] = part
