@@ -46,7 +46,7 @@ TINY = {
     **{"block_mlp_dim": 32},
 }
 BATCHES, TINY_BATCHES = (512, 256, 128, 64, 32, 16, 8, 4), (8, 4)
-VARIANTS = ((False, False), (False, True), (True, False), (True, True))
+VARIANTS = ((False, False), (True, False), (False, True), (True, True))
 """Of a training step: compiled or not, activations recomputed or not."""
 WARMUP, MEASURED, MEASURED_S = 3, 20, 6.0
 """Steps that are not counted; at most so many steps, and about so many seconds, that are."""
@@ -160,7 +160,7 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
             images_per_s=per_s,
             tflops=tflops,
             mfu=tflops / peak if peak else None,
-            of_gemm=tflops / gemm,
+            of_gemm=tflops / gemm if gemm else None,
             peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 if is_cuda else None,
             **more,
         )
@@ -196,9 +196,8 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
     tokens, hidden = 64 * config.num_patches, int(config.embed_dim * config.mlp_ratio)
     shapes = [(tokens, config.embed_dim, hidden), (tokens, hidden, config.embed_dim)]
     settings = {"precision": "bf16", "device": options.device, "threads": None}
-    if options.quick:
-        gemm = 1.0  # the large square takes long on a CPU
-    else:
+    gemm = None
+    if not options.quick:  # the large square takes long on a CPU
         rates = measure_gemm({**settings, "shapes": shapes, "quick": True})["gflops"]
         gemm = max(map(median, rates.values())) / 1000
         emit("gemm", tflops=gemm, peak_tflops=peak)
@@ -238,7 +237,7 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
             )
 
         largest(encode, iter(TINY_BATCHES if options.quick else BATCHES[1:]))
-        for compiled, recompute in VARIANTS[:2] if options.quick else VARIANTS:
+        for compiled, recompute in VARIANTS[::2] if options.quick else VARIANTS:
             trainer.model.set_grad_checkpointing(recompute)
             torch.compiler.reset()
             trainer._forward = torch.compile(trainer.model) if compiled else trainer.model  # type: ignore[assignment]
@@ -251,15 +250,17 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
 
 def measure_data(options: Options, emit: Emit) -> None:
     """Training crops per second on one core, from JPEG files, with each decoder that makes exact pixels."""
-    from nextblock.bench.data import PHOTOS, measure_crops, write_photos
+    from nextblock.bench.data import PHOTOS, SIZES, measure_crops, write_photos
 
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder))
         for image_size in (256, 224):
             job = {"folder": folder, "steps": 2 if options.quick else 8, "image_size": image_size}
             result = measure_crops({**job, "clock": "wall", "threads": 1, "variant": "auto"})
-            per_s = {size: PHOTOS / median(laps) for size, laps in result["laps_s"].items()}
-            emit("data", image_size=image_size, decoder=result["decoder"], images_per_s_per_core=per_s)
+            for size in SIZES:
+                per_s = PHOTOS / median(result["laps_s"][size])
+                told = {"crop_px": image_size, "files_px": size, "decoder": result["decoder"]}
+                emit("data", images_per_s_per_core=per_s, **told)
             if options.quick:
                 return
 
@@ -372,9 +373,9 @@ def table(result: Result) -> Iterator[str]:
             if "failed" in one:
                 yield f"{label:34}failed: {one['failed']}"
             elif "mfu" in one:
-                mfu = "-" if one["mfu"] is None else f"{one['mfu']:.1%}"
-                memory = "-" if one["peak_memory_gb"] is None else f"{one['peak_memory_gb']:.1f}"
-                rate, of_gemm = f"{one['images_per_s']:,.1f}", f"{one['of_gemm']:.1%}"
+                mfu, of_gemm = (f"{one[key]:.1%}" if one[key] else "-" for key in ("mfu", "of_gemm"))
+                memory = f"{one['peak_memory_gb']:.1f}" if one["peak_memory_gb"] else "-"
+                rate = f"{one['images_per_s']:,.1f}"
                 yield f"{label:34}{one['batch']:>6}{rate:>10}{mfu:>7}{of_gemm:>9}{memory:>9}"
             elif one["what"] != "test":
                 shown = {
