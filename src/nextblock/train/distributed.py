@@ -370,8 +370,8 @@ class _Watch(threading.Thread):
 
 def find_device(device: torch.device, world: World) -> torch.device:
     """Give this rank's own GPU; `ValueError` if there are more processes here than GPUs."""
-    if world.size == 1:
-        return device
+    if world.size == 1 and (device.type != "cuda" or not world.launcher):
+        return device  # a process group, be it of one, needs a numbered GPU
     if device.type == "mps":
         raise ValueError("train.device mps is one device; use train.device cpu, or one process")
     if device.type == "cpu":
