@@ -35,8 +35,8 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
     Raises `LaunchError` for numbers that contradict each other.
     """
     # SLURM's variables survive in every process below a job step: torchrun's come first, and mpirun's, which
-    # starts its daemons on other nodes by a step of its own. A shell inside an allocation carries SLURM_NTASKS
-    # as well, but only a step of several tasks has SLURM_STEP_NUM_TASKS > 1.
+    # starts its daemons on other nodes by a step of its own. A shell inside an allocation carries
+    # SLURM_NTASKS as well, but only a step of several tasks has SLURM_STEP_NUM_TASKS > 1.
     names = {
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -105,9 +105,7 @@ def requeue_job(env: Mapping[str, str] = os.environ) -> str:
     """Put this SLURM job back into the queue; gives one line that says so, or a warning that says why not."""
     job = env.get("SLURM_JOB_ID")
     if job is None:
-        return (
-            "WARNING: checkpoint.requeue is set, but this is no SLURM job; start the command again yourself"
-        )
+        return "WARNING: checkpoint.requeue is set, but this is no SLURM job; start it again yourself"
 
     def ask(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

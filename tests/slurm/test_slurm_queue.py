@@ -8,7 +8,6 @@ The queue has its own daemons, ports and folder, which end with the tests.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -20,8 +19,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from ranks import free_port
+from tiny_runs import TINY_FLAGS, checkpoints, logged_steps, same, weights
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 pytestmark = [
@@ -34,12 +35,8 @@ pytestmark = [
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "slurm" / "pretrain.sbatch"
 
-STEPS = 40
-FLAGS = (
-    *("--train.duration", f"{STEPS}st", "--train.batch_size", "8", "--monitor.log_every", "1st"),
-    *("--train.device", "cpu", "--data.workers", "1", "--monitor.pictures_every", "null"),
-    *("--monitor.tensorboard", "false"),
-)
+STEPS = 300
+FLAGS = (*TINY_FLAGS, "--train.duration", f"{STEPS}st", "--data.workers", "1")
 
 CONF = """
 ClusterName=test
@@ -100,23 +97,18 @@ class Queue:
         return self.call("sbatch", "--parsable", export, SCRIPT, *FLAGS, *flags).strip()
 
     def show(self, job: str) -> dict[str, str]:
-        return dict(
-            word.split("=", 1) for word in self.call("scontrol", "show", "job", job).split() if "=" in word
-        )
+        words = self.call("scontrol", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
 
     def until_state(self, job: str, *states: str) -> None:
         until(lambda: self.show(job)["JobState"] in states, f"job {job} to be {' or '.join(states)}")
 
     def steps_done(self, name: str) -> list[int]:
-        path = self.folder / name / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
+        run = self.folder / name
+        return logged_steps(run) if (run / "metrics.jsonl").is_file() else []
 
     def log(self, job: str) -> str:
         return (self.folder / f"nextblock-{job}.out").read_text()
-
-    def weights(self, name: str) -> bytes:
-        return (self.folder / name / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +143,17 @@ def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
 
 
 @pytest.fixture(scope="module")
-def whole(queue: Queue) -> bytes:
+def whole(queue: Queue) -> dict[str, Tensor]:
     """The weights of a run that nothing stopped."""
     job = queue.submit("whole")
     queue.until_state(job, "COMPLETED")
     assert "2 processes" in queue.log(job)
-    return queue.weights("whole")
+    return weights(queue.folder / "whole", STEPS)
 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])
 def test_a_job_that_is_sent_a_signal_saves_is_requeued_and_ends_as_if_never_stopped(
-    queue: Queue, whole: bytes, signal: str
+    queue: Queue, whole: dict[str, Tensor], signal: str
 ) -> None:
     job = queue.submit(signal)
     until(lambda: len(queue.steps_done(signal)) > 5, "six steps")
@@ -170,12 +162,11 @@ def test_a_job_that_is_sent_a_signal_saves_is_requeued_and_ends_as_if_never_stop
     stopped_at = queue.steps_done(signal)[-1]
     assert f"stopped by SIG{signal} after step {stopped_at} of {STEPS}, saved" in queue.log(job)
     assert f"job {job} is back in the queue" in queue.log(job)
-    checkpoints = queue.folder / signal / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == [f"step_{stopped_at:08d}"]
+    assert checkpoints(queue.folder / signal) == [f"step_{stopped_at:08d}"]
     queue.until_state(job, "COMPLETED")
     assert queue.show(job)["Restarts"] == "1"
     assert queue.steps_done(signal) == list(range(1, STEPS + 1))
-    assert queue.weights(signal) == whole
+    assert same(weights(queue.folder / signal, STEPS), whole)
 
 
 def test_a_job_that_is_cancelled_is_saved_and_stays_cancelled(queue: Queue) -> None:

@@ -59,7 +59,7 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
             f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_STEP_ID', 0)}-{env.get('SLURM_RESTART_COUNT', 0)}"
         )
         if host is None:
-            # The first of "gpu[07-09,12],big1" is gpu07. A container often lacks scontrol, which would say so.
+            # The first of "gpu[07-09,12],big1" is gpu07; scontrol says so as well, but containers lack it.
             nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
             host = re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes).split(",")[0]
     elif world.launcher == "mpi":
