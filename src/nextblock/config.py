@@ -194,6 +194,8 @@ class CheckpointConfig(Section):
     """How many of the latest checkpoints stay."""
     keep_every: Length | None = None
     """Keep one for good this often (a duration); null: none but the latest."""
+    requeue: bool = False
+    """Under SLURM, put the job back into the queue when a signal stopped the run, so that it resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,10 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 
@@ -33,12 +35,13 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
 
     Raises `LaunchError` for numbers that contradict each other.
     """
-    # SLURM's variables survive in every process below a job step, so torchrun's come first. A shell inside an
-    # allocation carries SLURM_NTASKS as well, but only a step of several tasks has SLURM_STEP_NUM_TASKS > 1.
+    # SLURM's variables survive in every process below a job step: torchrun's come first, and mpirun's, which
+    # starts its daemons on other nodes by a step of its own. A shell inside an allocation carries
+    # SLURM_NTASKS as well, but only a step of several tasks has SLURM_STEP_NUM_TASKS > 1.
     names = {
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
         "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     }
     for launcher, (rank_name, size_name, local_name) in names.items():
         if rank_name not in env or size_name not in env:
@@ -100,3 +103,31 @@ def launch(argv: Sequence[str], devices: int, device: str) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def requeue_job(env: Mapping[str, str] = os.environ) -> str:
+    """Put this SLURM job back into the queue; gives one line that says so, or a warning that says why not."""
+    job = env.get("SLURM_JOB_ID")
+    if job is None:
+        return "WARNING: checkpoint.requeue is set, but this is no SLURM job; start it again yourself"
+
+    def ask(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    try:
+        # `scancel JOB` must end a job for good, and a job that is pre-empted is requeued by SLURM. Both are
+        # COMPLETING by now; so is one at its time limit, which SLURM would not start again.
+        state = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").strip()
+        if state.startswith("COMPLETING") and "TimeLimit" not in state:
+            return f"job {job} was cancelled or pre-empted: whether it starts again is up to SLURM"
+        ask("scontrol", "requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip()
+        return f"WARNING: job {job} is not back in the queue: {why}; `scontrol requeue {job}` may do it"
+    return f"job {job} is back in the queue and resumes when it starts again"
+
+
+def ignore_sigterm() -> None:
+    """Let this process leave with its own exit status, although SLURM ends a requeued job by SIGTERM."""
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

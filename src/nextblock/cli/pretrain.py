@@ -74,7 +74,7 @@ def pretrain(
     """
     from nextblock.data import open_source, open_sources
     from nextblock.data.doctor import shared_images
-    from nextblock.launch import find_world
+    from nextblock.launch import find_world, ignore_sigterm, requeue_job
     from nextblock.settings import require
     from nextblock.train import Reporter, train
     from nextblock.train.distributed import find_device, process_group
@@ -124,6 +124,10 @@ def pretrain(
         )
     for line in _conclusion(result, sources):
         reporter.note(line)
+    if result.stopped_by is not None and config.checkpoint.requeue:
+        ignore_sigterm()
+        if group.is_main:
+            reporter.note(requeue_job())
     return result
 
 

@@ -12,8 +12,8 @@ import json
 import os
 import platform
 import random
+import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -59,17 +59,16 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
             f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_STEP_ID', 0)}-{env.get('SLURM_RESTART_COUNT', 0)}"
         )
         if host is None:
+            # The first of "gpu[07-09,12],big1" is gpu07; scontrol says so as well, but containers lack it.
             nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-            listed = subprocess.run(
-                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-            )
-            host = listed.stdout.split()[0]
+            host = re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes).split(",")[0]
     elif world.launcher == "mpi":
         launch = f"mpi-{env.get('PMIX_NAMESPACE') or env.get('LSB_JOBID') or launch}"
         if host is None and env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size):
             host = "localhost"
         if host is None and "LSB_MCPU_HOSTS" in env:
-            host = env["LSB_MCPU_HOSTS"].split()[0]
+            # "HOST SLOTS HOST SLOTS ..."; jsrun runs nothing on the first, from which it starts the others.
+            host = env["LSB_MCPU_HOSTS"].split()[2 if "JSM_NAMESPACE_RANK" in env else 0]
     if host is None:
         raise DistributedError(
             f"{world.size} processes were started, but MASTER_ADDR does not say where they meet; set it to "
@@ -310,19 +309,19 @@ class _Watch(threading.Thread):
     def __init__(self, group: Group, store: _Store) -> None:
         super().__init__(daemon=True)
         self._group, self._store = group, store.own_connection()
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self._problem: str | None = None
         self._beats = 0
         self._heard: dict[int, tuple[str, float]] = {}
 
     def run(self) -> None:
-        while not self._stop.wait(BEAT_S):
+        while not self._ended.wait(BEAT_S):
             self._problem = self._problem or self._look()
             if self._problem is None:
                 continue
             # The main thread may be waiting for the lost rank and find out by itself (gloo does at once).
             # Otherwise it is deep in a kernel and cannot be interrupted: checkpoints are whole, so leave.
-            if not self._stop.wait(10 * BEAT_S):
+            if not self._ended.wait(10 * BEAT_S):
                 if self._group.is_main or self._problem.startswith(self._group.name(0)):
                     os.write(2, f"nextblock pretrain: {self._problem}\n".encode())
                 os._exit(1)
@@ -365,7 +364,7 @@ class _Watch(threading.Thread):
 
     def stop(self) -> None:
         """End the thread."""
-        self._stop.set()
+        self._ended.set()
 
 
 def find_device(device: torch.device, world: World) -> torch.device:
