@@ -178,10 +178,7 @@ class ModelConfig(_Section):
 
     def check_predicts(self) -> None:
         """Refuse settings of a model that cannot predict; it may still encode."""
-        require(
-            self.predictor is not None,
-            "this is an encoder alone (model.predictor is null): it encodes, but cannot predict blocks",
-        )
+        require(self.predictor is not None, "an encoder alone (model.predictor null) cannot predict blocks")
         require(
             self.num_blocks > 1,
             "the whole image is one block, so there is no next block; use a smaller model.block_size",
@@ -430,6 +427,10 @@ class MonitorConfig(_Section):
     """Use at most this many images of each source for kNN."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
+    loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Send the numbers there as well; each needs its package."""
+    project: str = "nextblock"
+    """Project of the loggers (MLflow: experiment); the run has the name of its directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
