@@ -100,7 +100,7 @@ def test_out_alone_resumes_a_run_from_its_own_settings_and_those_that_are_free(t
     code, _, err = call_cli(capsys, "pretrain", f"--out={run}", "--data.max_bad_fraction", "0.5")
     assert (code, metrics(run)[-1]["step"]) == (0, 3)
     assert f"3 steps, in {run}" in err
-    longer = refused(call_cli(capsys, "pretrain", f"--out={run}", "--train.duration", "4st"))
+    longer = refused(call_cli(capsys, "pretrain", "--out", run, "--train.duration", "4st"))
     assert "--model.init" in longer
 
 

@@ -216,6 +216,10 @@ class MonitorConfig(Section):
     """Use at most this many images of each source for kNN."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
+    loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Send the numbers there as well; each needs its package."""
+    project: str = "nextblock"
+    """Project of the loggers (MLflow: experiment); the run has the name of its directory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextblock.cli.output import end_with_json
+from nextblock.cli.output import end_with_json, quote
 from nextblock.config import RunConfig
 from nextblock.presets import PRESETS, get_preset, resolve
 
@@ -51,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:
     """For `--out RUN` without a preset, file or source: the words that stand for the run's own settings."""
-    words = [part for word in argv for part in word.split("=", 1)]
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if "--out" not in words[:-1] or {"--preset", "--config", "--data.train"} & set(words):
         return []
     config = Path(words[words.index("--out") + 1]) / "config.yaml"
@@ -246,4 +245,4 @@ def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str
         first = ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"]
     predict = ["predict", "--model", run, "--data", spec, "--out", f"{run}/predict"]
     for words in (first, predict, ["convert", run, f"{run}/timm", "--to", "timm"]):
-        yield f"  nextblock {shlex.join(words)}"
+        yield f"  nextblock {' '.join(map(quote, words))}"

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
 from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
+from nextblock.train.loggers import Loggers, require_packages
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
 from nextblock.train.messages import not_learned, opening_lines, remedy
@@ -134,6 +135,7 @@ def train(
         group.check_same({f"data.{kind}": source.fingerprint for kind, source in sources.items()})
         with group.together():
             if group.is_main:
+                require_packages(config.monitor.loggers)
                 stack.enter_context(run.locked())
                 config = run.check(config, sources, overwrite=overwrite)
         config, is_anew = group.broadcast((config, run.is_anew))
@@ -217,10 +219,11 @@ def train(
                 # begins, also those of step 0.
                 latest = run.cut_metrics(trainer.step or -1)
                 quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction)
-                is_drawn = config.monitor.tensorboard and trainer.step < total
-                tensorboard = out / "tensorboard" if is_drawn else None
-                metrics = MetricsLog(run.metrics, tensorboard, start_step=trainer.step)
-                stack.enter_context(closing(metrics))
+                loggers = None
+                if trainer.step < total:
+                    stack.enter_context(run.beating(lambda: trainer.step, total))
+                    loggers = Loggers(config, run, trainer.step)
+                metrics = stack.enter_context(MetricsLog(run.metrics, loggers))
             baselines = run.baselines() if group.is_main else {}
         latest = group.broadcast(latest)
         if not group.is_main:
