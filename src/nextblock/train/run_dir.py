@@ -6,6 +6,7 @@ RUN/config.yaml        all settings, resolved
     baselines.json     the loss of predictions that need no model, on this data
     metrics.jsonl      one JSON object a line
     quarantine.jsonl   images that could not be read
+    best.json          which checkpoint is the best, and its value, if checkpoint.keep_best is set
     checkpoints/       step_00001234/{model.safetensors, optimizer/, state.json, checksums.json}
     pictures/  tensorboard/
 """
@@ -41,6 +42,7 @@ OTHER_FILES = (
     "baselines.json",
     "metrics.jsonl",
     "quarantine.jsonl",
+    "best.json",
     "checkpoints",
     "pictures",
     "tensorboard",
@@ -251,25 +253,32 @@ class RunDir:
                 "Run the same command again to start over"
             )
 
-    def cut_metrics(self, step: int) -> dict[str, float]:
-        """Drop the lines of metrics after `step`, and a last line that was cut off.
-
-        Gives the last value of every name in the lines that stay.
-        """
-        latest: dict[str, float] = {}
-        kept: list[str] = []
+    def metrics_until(self, step: int) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of metrics up to `step` and the values in them, without a last line that was cut off."""
+        kept: list[tuple[str, dict[str, Any]]] = []
         if not self.metrics.exists():
-            return latest
+            return kept
         with self._reading(self.metrics.name, "move it away to resume without the loss curve so far") as text:
             for line in text.splitlines(keepends=True):
                 # A kill may have cut off the last line; lines after the checkpoint will be written again.
                 if not line.endswith("\n") or (values := _mapping(json.loads(line)))["step"] > step:
                     break
-                kept.append(line)
-                numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-                latest.update(numbers)
-        write_text(self.metrics, "".join(kept))
+                kept.append((line, values))
+        return kept
+
+    def cut_metrics(self, step: int) -> dict[str, float]:
+        """Drop the lines of metrics after `step`; gives the last value of every name in those that stay."""
+        latest: dict[str, float] = {}
+        kept = self.metrics_until(step)
+        for _, values in kept:
+            latest |= {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if self.metrics.exists():
+            write_text(self.metrics, "".join(line for line, _ in kept))
         return latest
+
+    def write_best(self, record: dict[str, Any]) -> None:
+        """Say which checkpoint is the best so far."""
+        write_text(self.path / "best.json", json.dumps(record))
 
     def baselines(self) -> dict[str, float]:
         """What was measured when the run began; empty before."""
