@@ -227,9 +227,7 @@ def test_info_on_a_run(cli, run):
     assert re.search(r"embed_dim: 16 *│\n│ *│ depth: 1 *│", out), "a line for each setting"
 
 
-@pytest.mark.parametrize(
-    "word", ["plain", "it's two", "a\nb", "tab\t'\\x", "\x1b[2J", "\udcff\u200b"]
-)
+@pytest.mark.parametrize("word", ["plain", "it's two", "a\nb", "tab\t'\\x", "\x1b[2J", "\udcff\u200b"])
 def test_a_quoted_word_can_be_pasted(word):
     assert quote(word).isprintable()
     told = subprocess.run(["bash", "-c", f"printf %s {quote(word)}"], capture_output=True, check=True)

@@ -17,7 +17,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -320,13 +320,16 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
-    """Remove what a kill left half written, and all but the latest `keep` and those kept for good."""
+def prune_checkpoints(directory: Path, keep: int, keep_every: int | None = None, *, best: int = 0) -> None:
+    """Remove what a kill left half written, and old checkpoints.
+
+    The latest `keep` stay, those of every `keep_every` steps, and that of step `best`; 0 is none.
+    """
     # Left by a killed process. Nobody else writes here now, as the run holds the lock of its directory.
     for half_written in directory.glob(".writing-*"):
         remove(half_written)
     for step, path in list(checkpoints(directory).items())[:-keep]:
-        if not keep_for_good(step):
+        if not step or not (step == best or (keep_every and step % keep_every == 0)):
             remove(path)
 
 

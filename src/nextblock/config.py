@@ -33,7 +33,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ValCrop = Literal["center", "squash", "border"]
 """How an image is brought to the size of a validation crop."""
 
-
 Pixel = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1 (divide values of bytes by 255)")]
 Deviation = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1 (divide values of bytes by 255)")]
 Jitter = Annotated[
@@ -182,6 +181,10 @@ class TrainConfig(Section):
     """Stop after this many steps in a row with NaN or inf in loss or gradient; such steps are skipped."""
 
 
+Metric = Literal["knn", "rankme", "val_loss"]
+"""A measured value by which checkpoints are compared: of kNN accuracy and RankMe, high is good."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
     """When to save, and how many to keep."""
@@ -196,6 +199,8 @@ class CheckpointConfig(Section):
     """Keep one for good this often (a duration); null: none but the latest."""
     requeue: bool = False
     """Under SLURM, put the job back into the queue when a signal stopped the run, so that it resumes."""
+    keep_best: Metric | None = None
+    """Also keep the checkpoint with the best knn, rankme or val_loss; RUN/best.json names it. null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,15 +216,30 @@ class MonitorConfig(Section):
     pictures: Count = 8
     """How many images to draw."""
     knn_every: Length | None = "20ep"
-    """Measure kNN accuracy this often, if data.train and data.val have labels; null: never."""
+    """Measure kNN accuracy, if there are labels, and RankMe of the features this often; null: never."""
+    knn_train: str | None = None
+    """Labelled images that kNN compares with, if those of data.train have no labels; null: data.train."""
+    knn_val: str | None = None
+    """Labelled images on which kNN is measured; goes with monitor.knn_train. null: data.val."""
     knn_samples: Count = 10_000
-    """Use at most this many images of each source for kNN."""
+    """Use at most this many images of each source for kNN and RankMe."""
+    early_stop: Metric | None = None
+    """End the run when knn, rankme or val_loss no longer improves, see monitor.patience; null: never."""
+    patience: Count = 5
+    """End the run after this many measurements in a row without a new best of monitor.early_stop."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
     loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Send the numbers there as well; each needs its package."""
     project: str = "nextblock"
     """Project of the loggers (MLflow: experiment); the run has the name of its directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            (self.knn_train is None) == (self.knn_val is None),
+            "monitor.knn_train and monitor.knn_val go together; give both, or neither",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +291,14 @@ class RunConfig:
             self.train.precision != "fp16" or self.train.device != "cpu",
             "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32",
         )
+        for name, metric in (
+            ("checkpoint.keep_best", self.checkpoint.keep_best),
+            ("monitor.early_stop", self.monitor.early_stop),
+        ):
+            require(
+                metric in (None, "val_loss") or self.monitor.knn_every is not None,
+                f"{name} {metric} needs monitor.knn_every, e.g. --monitor.knn_every 5ep",
+            )
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Dotted settings in which two configs are not the same run: {name: (here, there)}."""

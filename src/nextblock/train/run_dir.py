@@ -8,6 +8,7 @@ RUN/config.yaml        all settings, resolved
     heartbeat.json     step and state of the run, a few seconds old
     loggers.json       the ids by which loggers know the run
     quarantine.jsonl   images that could not be read
+    best.json          which checkpoint is the best, and its value, if checkpoint.keep_best is set
     checkpoints/       step_00001234/{model.safetensors, optimizer/, state.json, checksums.json}
     logs/              warnings of all processes but the first
     pictures/  tensorboard/  wandb/
@@ -47,6 +48,7 @@ OTHER_FILES = (
     "loggers.json",
     "metrics.jsonl",
     "quarantine.jsonl",
+    "best.json",
     "checkpoints",
     "pictures",
     "tensorboard",
@@ -264,28 +266,34 @@ class RunDir:
                 "Run the same command again to start over"
             )
 
-    def cut_metrics(self, step: int) -> dict[str, float]:
-        """Drop the lines of metrics after `step`, and a last line that was cut off.
-
-        Gives the last value of every name in the lines that stay.
-        """
-        latest: dict[str, float] = {}
-        kept: list[str] = []
+    def metrics_until(self, step: int) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of metrics up to `step` and the values in them, without a last line that was cut off."""
+        kept: list[tuple[str, dict[str, Any]]] = []
         if not self.metrics.exists():
-            return latest
+            return kept
         with self._reading(self.metrics.name, "move it away to resume without the loss curve so far") as text:
             for line in text.splitlines(keepends=True):
                 if not line.endswith("\n"):  # cut off by a kill
                     break
                 values = _mapping(json.loads(line))
                 self.last_steps[values["kind"]] = values["step"]
-                if values["step"] > step:  # after the checkpoint: it will be written again
-                    continue
-                kept.append(line)
-                numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-                latest.update(numbers)
-        write_text(self.metrics, "".join(kept))
+                if values["step"] <= step:  # those after the checkpoint will be written again
+                    kept.append((line, values))
+        return kept
+
+    def cut_metrics(self, step: int) -> dict[str, float]:
+        """Drop the lines of metrics after `step`; gives the last value of every name in those that stay."""
+        latest: dict[str, float] = {}
+        kept = self.metrics_until(step)
+        for _, values in kept:
+            latest |= {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if self.metrics.exists():
+            write_text(self.metrics, "".join(line for line, _ in kept))
         return latest
+
+    def write_best(self, record: dict[str, Any]) -> None:
+        """Say which checkpoint is the best so far."""
+        write_text(self.path / "best.json", json.dumps(record))
 
     def baselines(self) -> dict[str, float]:
         """What was measured when the run began; empty before."""
