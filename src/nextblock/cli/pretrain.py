@@ -265,9 +265,11 @@ def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str
             f"the same command resumes{unreadable}"
         )
         return
-    ending = "complete" if result.stopped_by is None else f"ended early, of {result.total_steps} steps"
+    is_complete = result.stopped_by is None
+    ending = "complete" if is_complete else "ended early"
     ending = ending if result.warning is None else "ended without learning"
-    yield f"{ending}: {result.step} steps, in {result.run_dir}{unreadable}"
+    number = result.step if is_complete else f"{result.step} of {result.total_steps}"
+    yield f"{ending}: {number} steps, in {result.run_dir}{unreadable}"
     if result.warning is not None:
         yield f"WARNING: {result.warning}"
     yield losses_text(result.losses, result.baselines)

@@ -191,7 +191,7 @@ def train(
         total = steps(config.train.duration)
         log_every, val_every = steps(config.monitor.log_every), steps(config.monitor.val_every)
         monitor_every = [steps(monitor.every) for monitor in monitors]
-        keep_every = config.checkpoint.keep_every and steps(config.checkpoint.keep_every)
+        keep_every = steps(length) if (length := config.checkpoint.keep_every) else None
         saving = Duration.parse(config.checkpoint.every, allow=("ep", "st", "sa", "min"))
         is_by_clock = saving.unit == "minutes"
         save_every = math.inf if is_by_clock else steps(config.checkpoint.every)
