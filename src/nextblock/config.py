@@ -178,7 +178,7 @@ class ModelConfig(_Section):
 
     def check_predicts(self) -> None:
         """Refuse settings of a model that cannot predict; it may still encode."""
-        require(self.predictor is not None, "an encoder alone (model.predictor is null) cannot predict blocks")
+        require(self.predictor is not None, "an encoder (model.predictor is null) cannot predict blocks")
         require(
             self.num_blocks > 1,
             "the whole image is one block, so there is no next block; use a smaller model.block_size",
