@@ -76,10 +76,10 @@ def services(monkeypatch):
     services = {name: defaultdict[str, Told](Told) for name in NAMES}
 
     def start(name):
-        def init(project=None, *, name=None, id=None, config=None, resume=None, **_):  # noqa: A002
+        def init(project="", *, name="", id="", config=(), resume="", **_):  # noqa: A002
             assert resume == "allow"
             run = runs[id or name]
-            run.config |= config
+            run.config |= dict(config)
             return run
 
         runs = services[name]
