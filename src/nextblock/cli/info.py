@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
 def _lines(value: Any) -> list[str]:
     """A value as YAML would have it: a mapping in a line for each name, a section's names indented."""
     if not isinstance(value, Mapping):
-        return ["null" if value is None else str(value)]
+        return ["null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)]
     lines: list[str] = []
     for name, part in value.items():
         inner = _lines(part)
