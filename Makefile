@@ -20,7 +20,7 @@ DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one .venv would meet
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow gpu-check lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /:/' | awk -F: '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -39,6 +39,9 @@ test: .venv/.installed-test ## the tests that take seconds
 
 test-slow: .venv/.installed-test ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+gpu-check: .venv/.installed-test ## GPU tests and benchmarks in 8 minutes, into gpu-check.json
+	$(VENV_PYTHON) benchmarks/gpu_check.py
 
 lint: .venv/.installed-test ## ruff (rules and format) and pyright
 	$(VENV_PYTHON) -m ruff check

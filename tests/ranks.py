@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -14,15 +15,17 @@ from typing import Any
 
 import torch
 
+import nextblock
+from nextblock.data import DataError
 from nextblock.launch import find_world
-from nextblock.train import TrainResult, train
+from nextblock.train import TrainResult, distributed, train
 from nextblock.train.distributed import Group, process_group
-from tiny_runs import CPU, Quiet, settings
+from tiny_runs import CPU, After, Quiet, settings
 from toy import ToySource
 
 # A process that has imported torch and is forked for each rank: a rank starts in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ranks", "nextblock.cli.pretrain", "nextblock.evaluate.knn"])
+CONTEXT.set_forkserver_preload(["ranks", "nextblock.cli.pretrain", "nextblock.evaluate.monitors"])
 
 
 class RankFailed(Exception):  # noqa: N818 - it says what happened
@@ -118,7 +121,61 @@ class SignalRank:
         return {}
 
 
+def train_and_die(
+    out: Path, changes: Mapping[str, Any], sources: Mapping[str, Any], place: str, rank: int, after: int
+) -> TrainResult:
+    """Train; one rank, or all for -1, is killed at a place: the call number `after` of a function."""
+    distributed.BEAT_S = 0.2  # so that others notice sooner
+    calls = 0
+    module, _, name = place.rpartition(".")
+    owner = importlib.import_module(module)
+    function = getattr(owner, name)
+
+    def killing(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == after and rank in (-1, find_world().rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+
+    setattr(owner, name, killing)
+    return train_together(out, changes, sources)
+
+
 def in_group(function: Callable[[Group], Any]) -> Any:
     """Call a function with the group of the environment."""
     with process_group(find_world(), CPU) as group:
         return function(group)
+
+
+class FailingSource(ToySource):
+    """Cannot be read on at all by one rank, after so many images."""
+
+    def __init__(self, *args: Any, rank: int, after: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.rank, self.left = rank, after
+
+    def _read(self, index: int) -> Any:
+        self.left -= 1
+        if self.left < 0 and find_world().rank == self.rank:
+            raise DataError("the disk is gone")
+        return super()._read(index)
+
+
+def train_otherwise(out: Path, what: str) -> TrainResult:
+    """Train with rank 1 in some way unlike the others."""
+    changes, sources, monitors = {"train.batch_size": 10}, {"train": ToySource(40)}, ()
+    is_odd = find_world().rank == 1
+    if what == "version" and is_odd:
+        nextblock.__version__ = "0.0.1"
+    elif what == "images" and is_odd:
+        sources = {"train": ToySource(40, seed=5)}
+    elif what == "disk":
+        sources = {"train": FailingSource(40, rank=1, after=12)}
+    elif what == "bug" and is_odd:
+        monitors = (After(3, lambda *_: {}["surprise"]),)
+    elif what == "bug":
+        monitors = (After(3, lambda *_: None),)
+    elif what == "batch":
+        changes = {"train.batch_size": 2}
+    return train_together(out, changes, sources, monitors)

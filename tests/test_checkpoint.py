@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import nextblock
 from nextblock.atomic import WriteError, write_aside
 from nextblock.checkpoint import (
     CheckpointError,
@@ -23,6 +24,7 @@ from nextblock.checkpoint import (
     latest_checkpoint,
     load_strictly,
     read_data,
+    read_metadata,
     read_model,
     save_classifier,
     save_model,
@@ -280,6 +282,21 @@ DAMAGED = {
 def test_a_damaged_model_file_is_refused_with_its_name_and_the_cause(changes, words, path):
     rewrite(path, **changes)
     with pytest.raises(CheckpointError, match=rf"model\.safetensors[^|]*{re.escape(words)}"):
+        read_model(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "writer"),
+    [
+        ({"nextblock_version": None, "config": own_settings(depth_2=2)}, "a newer release of nextblock"),
+        ({"nextblock_version": "12.3", "config": own_settings(depth_2=2)}, "nextblock 12.3"),
+        ({"nextblock_version": "12.3", "config": own_settings(loss="huber")}, "nextblock 12.3"),
+    ],
+)
+def test_a_model_file_of_a_newer_release_asks_for_an_upgrade(changes, writer, path):
+    assert read_metadata(path)["nextblock_version"] == nextblock.__version__
+    rewrite(path, **changes)
+    with pytest.raises(CheckpointError, match=f"was written by {writer}, .*upgrade nextblock"):
         read_model(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 
 import nextblock
 from nextblock.cli import VERBS, main
+from nextblock.cli.output import quote
 from nextblock.presets import PRESETS
 from tiny_runs import (
     TINY_FLAGS,
@@ -222,6 +224,14 @@ def test_info_on_a_run(cli, run):
     code, out, _ = cli("info", run)
     assert code == 0
     assert "16 wide, 1 layers, 2 heads" in out
+    assert re.search(r"embed_dim: 16 *│\n│ *│ depth: 1 *│", out), "a line for each setting"
+
+
+@pytest.mark.parametrize("word", ["plain", "it's two", "a\nb", "tab\t'\\x", "\x1b[2J", "\udcff\u200b"])
+def test_a_quoted_word_can_be_pasted(word):
+    assert quote(word).isprintable()
+    told = subprocess.run(["bash", "-c", f"printf %s {quote(word)}"], capture_output=True, check=True)
+    assert os.fsdecode(told.stdout) == word
 
 
 GOLDEN = {

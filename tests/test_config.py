@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import nextblock.config
+import nextblock.model_config
 from nextblock.config import CheckpointConfig, DataConfig, ModelConfig, MonitorConfig, RunConfig
 from nextblock.presets import resolve
 from nextblock.settings import Duration, flatten, from_dict, nearest_name, to_dict
@@ -231,13 +232,14 @@ def test_only_what_does_not_decide_the_weights_is_free():
             free.append(dotted)
     unsaid = [name for name in free if not name.startswith(("checkpoint.", "monitor."))]
     places = ["data.train", "data.val", "data.workers", "data.max_bad_fraction", "data.cache_dir"]
-    assert unsaid == ["preset", *places, "data.cache_gb", "train.device"]
+    assert unsaid == ["preset", *places, "data.cache_gb", "train.strategy", "train.device"]
     assert len(free) - len(unsaid) == len(fields(CheckpointConfig)) + len(fields(MonitorConfig))
 
 
 def test_every_setting_has_a_sentence_under_it():
-    tree = ast.parse(inspect.getsource(nextblock.config))
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    modules = (nextblock.config, nextblock.model_config)
+    trees = [ast.parse(inspect.getsource(module)) for module in modules]
+    for cls in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
         for field, after in pairwise([*cls.body, cls]):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             assert documented or not isinstance(field, ast.AnnAssign), ast.unparse(field)

@@ -34,6 +34,8 @@ NEWER = {
     "model.predictor_block_size": None,
     "model.qk_scale": None,
     "model.resample_antialias": True,
+    "train.strategy": "auto",
+    "checkpoint.in_background": False,
 }
 """Settings that the recorded presets did not have yet: at these values they change nothing."""
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from nextblock.logs import held_back
 from nextblock.train import runtime
-from nextblock.train.logging import Reporter, StepOutcome, Tick, Window
+from nextblock.train.logging import Reporter, StepOutcome, Tick, Window, log_to_file
 from nextblock.train.runtime import process_settings, stop_on_signals
 
 TICK = Tick(
@@ -102,7 +102,7 @@ def test_a_terminal_that_is_gone_fails_nothing(is_terminal):
         reporter.note("words")
 
 
-def test_off_a_terminal_a_step_is_one_line_with_everything_and_only_a_long_one_tells_how_far_it_is():
+def test_off_a_terminal_a_step_is_told_whole_within_80_columns_and_only_a_long_one_tells_how_far_it_is():
     shown = console()
     with Reporter(shown) as reporter:
         reporter.begin(99_998, 100_000)
@@ -112,11 +112,12 @@ def test_off_a_terminal_a_step_is_one_line_with_everything_and_only_a_long_one_t
         reporter._step_began_s -= 100
         reporter.within(99_998, 0.25)
         reporter.update(TICK._replace(step=100_000))
-    early, line = written(shown).splitlines()
+    early, *lines = written(shown).splitlines()
     assert early == "step 99998/100000 · 25% of step 99999 · 11 min 40 s left"
-    assert line.startswith("step 100000/100000 · epoch 1.5 · ")
-    assert all(words in line for words in SHOWN)
-    assert line.endswith("0 s left")
+    assert all(len(line) <= 80 for line in lines)
+    assert all(line.startswith("  ") for line in lines[1:])
+    parts = [part for line in lines for part in line.strip().split(" · ")]
+    assert parts == ["step 100000/100000", "0 s left", *SHOWN], "none broken in two"
 
 
 def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
@@ -276,3 +277,13 @@ def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(runtime.ctypes, "CDLL", None)
     with process_settings(torch.device("cpu")):
         pass
+
+
+def test_another_ranks_log_file_is_made_by_its_first_record(tmp_path):
+    path = tmp_path / "logs" / "rank_0001.log"
+    path.parent.mkdir()
+    with log_to_file(path):
+        assert not path.exists()
+        logging.getLogger("nextblock.train.loop").warning("step %d skipped", 3)
+    logging.getLogger("nextblock.train.loop").warning("afterwards")
+    assert re.fullmatch(r"\S+ \S+ step 3 skipped\n", path.read_text())

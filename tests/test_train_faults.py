@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact_and_the_run_can_go_on(
     whole, tmp_path, fill_disk, limit
 ):
     saving = {"checkpoint.every": "2st"}
-    with pytest.raises(WriteError, match="File too large.*intact; make room"):
+    with pytest.raises(WriteError, match=r"File too large.*intact; make room"):
         run_toy(tmp_path, saving, monitors=[After(4, lambda *_: fill_disk(limit))])
     fill_disk(resource.RLIM_INFINITY)
     assert checkpoints(tmp_path) == ["step_00000002"]

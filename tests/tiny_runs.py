@@ -232,11 +232,9 @@ def contents(run: Path) -> dict[Path, bytes]:
 
 
 def loss_lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of training without the clock's part in them."""
-    return [
-        {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")}
-        for line in metrics(run)
-    ]
+    """The lines of training without the machine's part in them."""
+    machine = ("images_per_s", "data_wait", "memory_gb", "tflops")
+    return [{name: value for name, value in line.items() if name not in machine} for line in metrics(run)]
 
 
 def same(a: Any, b: Any) -> bool:

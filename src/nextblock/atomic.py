@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 OUTPUT_MARK = ".nextblock"
 """A file in every directory that nextblock wrote: a search for images passes such directories by."""
 
+RUN_FILES = ("source.json", "environment.json", "config.yaml")
+"""What makes a directory a run, in the order of writing: other projects have a config.yaml as well."""
+
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 """What errors of torch's file writer name."""
 
@@ -67,6 +70,20 @@ def exclusive(directory: Path) -> Iterator[None]:
         # First the name, then the lock: whoever gets the lock next writes a name of its own.
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def is_locked(directory: Path) -> bool | None:
+    """Whether a process of this machine holds `exclusive` on a directory; None if it cannot be told."""
+    try:
+        import fcntl
+
+        with (directory / f"{OUTPUT_MARK}-lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, ImportError):
+        return None
+    return False
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Model files and training states, each written whole or not at all.
 
-A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `kind` ("model",
-"classifier" or "timm classifier") and `config` (JSON), so the file alone is enough to build the network; and,
-if known, `data` (JSON): mean, deviation, resize and crop of its images. A checkpoint is a directory
-`step_00001234` with `model.safetensors` (encoder and predictor), what a run needs to resume, and
+A model file is safetensors; its metadata holds `format` ("nextblock"), `format_version`, `nextblock_version`,
+`kind` ("model", "classifier" or "timm classifier") and `config` (JSON), so the file alone is enough to build
+the network; and, if known, `data` (JSON): mean, deviation, resize and crop of its images. A checkpoint is a
+directory `step_00001234` with `model.safetensors` (encoder and predictor), what a run needs to resume, and
 `checksums.json`, written aside, flushed to disk and renamed.
 
 The promise of `format_version`: every later release reads what an earlier one wrote. A file of a newer
@@ -17,8 +17,8 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nextblock import __version__
 from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
-from nextblock.settings import from_dict, to_dict
+from nextblock.settings import UnknownSettingError, from_dict, to_dict
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,21 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         why = f"is damaged, or is not what it says it is ({reason}); {_remedy(origin)}"
+        writer = _newer_writer(origin, error)
+        if writer is not None:
+            why = f"was written by {writer}, this is {__version__}; upgrade nextblock ({reason})"
         raise CheckpointError(f"{origin} {why}") from error
+
+
+def _newer_writer(origin: str | Path, error: Exception) -> str | None:
+    """The newer release that wrote a file, by its own word or by a setting that is unknown here; or None."""
+    version = None
+    with suppress(CheckpointError, OSError):
+        version = read_metadata(Path(origin)).get("nextblock_version")
+    if version is None:  # files from before 0.1.0 do not say it, and others may leave it out
+        return "a newer release of nextblock" if isinstance(error, UnknownSettingError) else None
+    theirs, ours = ([int(part) for part in re.findall(r"\d+", text)] for text in (version, __version__))
+    return f"nextblock {version}" if theirs > ours else None
 
 
 def _remedy(origin: str | Path) -> str:
@@ -121,6 +136,7 @@ def save_model(
     metadata = {
         "format": "nextblock",
         "format_version": str(FORMAT_VERSION),
+        "nextblock_version": __version__,
         "kind": kind,
         "config": json.dumps(settings),
     }
@@ -304,13 +320,16 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(directory: Path, keep: int, keep_for_good: Callable[[int], bool]) -> None:
-    """Remove what a kill left half written, and all but the latest `keep` and those kept for good."""
+def prune_checkpoints(directory: Path, keep: int, keep_every: int | None = None, *, best: int = 0) -> None:
+    """Remove what a kill left half written, and old checkpoints.
+
+    The latest `keep` stay, those of every `keep_every` steps, and that of step `best`; 0 is none.
+    """
     # Left by a killed process. Nobody else writes here now, as the run holds the lock of its directory.
     for half_written in directory.glob(".writing-*"):
         remove(half_written)
     for step, path in list(checkpoints(directory).items())[:-keep]:
-        if not keep_for_good(step):
+        if not step or not (step == best or (keep_every and step % keep_every == 0)):
             remove(path)
 
 

@@ -6,10 +6,12 @@ carry the bounds; only rules across fields are written by hand. Nothing here imp
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+from nextblock.model_config import Attention as Attention
+from nextblock.model_config import ModelConfig, Rate, Section, pair
+from nextblock.model_config import Size as Size
 from nextblock.settings import (
     Amount,
     Count,
@@ -28,23 +30,9 @@ from nextblock.settings import (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Attention = Literal["native", "causal", "full"]
-"""Attention mask used for features: as the model was trained for, the pre-training mask, or none."""
-
 ValCrop = Literal["center", "squash", "border"]
 """How an image is brought to the size of a validation crop."""
 
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """`4` and `(4, 4)` alike as (rows, columns)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-Size = Annotated[
-    int | tuple[int, int],
-    Rule(lambda size: min(pair(size)) >= 1, "one whole number from 1, or two: 64, 32,64 or 32x64"),
-]
-Rate = Annotated[float, Rule(lambda x: 0 <= x < 1, "from 0 to below 1")]
 Pixel = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1 (divide values of bytes by 255)")]
 Deviation = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1 (divide values of bytes by 255)")]
 Jitter = Annotated[
@@ -54,215 +42,8 @@ Jitter = Annotated[
 Length = Annotated[str, duration("ep", "st", "sa")]
 
 
-class _Section:
-    def __post_init__(self) -> None:
-        check_types(self, type(self).__name__.removesuffix("Config").lower())
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Section):
-    """The network and its objective: a timm ViT that encodes, and a predictor of the next block's pixels."""
-
-    image_size: Size = 256
-    """Image size in pixels: 64 (square), or rows and columns as 32,64 or 32x64."""
-    patch_size: Count = 16
-    """Side of a patch in pixels."""
-    in_chans: Count = 3
-    """Channels of the image; sets data.channels too."""
-    embed_dim: Count = 768
-    """Width of the encoder."""
-    depth: Count = 12
-    """Layers of the encoder."""
-    num_heads: Count = 12
-    """Attention heads of the encoder; must divide embed_dim."""
-    mlp_ratio: Positive = 4.0
-    """Hidden width of an encoder layer's MLP, as a multiple of its width."""
-    norm_eps: Positive = 1e-6
-    """Epsilon of every LayerNorm."""
-    bias: bool = True
-    """Give the linear maps of all layers a bias; AIM has none."""
-    qk_scale: Positive | None = None
-    """Factor on query-key products before the softmax; null: 1 / sqrt(head width)."""
-    patch_norm: bool = False
-    """Normalise embedded patches before positions are added, as AIM does."""
-    positions: Literal["learned", "sincos"] = "learned"
-    """Position embeddings of encoder and predictor: learned, or fixed sines and cosines of row and column."""
-    weight_init: Literal["trunc_normal", "xavier_uniform"] = "trunc_normal"
-    """Initial weights of linear maps: truncated normal 0.02 (XTRA), or Xavier uniform (AIM)."""
-    drop_path: Rate = 0.0
-    """Drop-path rate of the encoder's last layer; grows linearly from 0 at the first."""
-    block_size: Size = 4
-    """Patches along a block's side: 4, or rows and columns as 2,4 or 2x4; 1 is plain causal attention."""
-    encoder_attention: Literal["block_causal", "full"] = "block_causal"
-    """Attention mask of the encoder; full lets every patch see the targets, so it cannot be pre-trained."""
-    order: Literal["raster", "spiral", "checkerboard", "fixed_random", "random"] = "raster"
-    """Order of the blocks: row by row, from the centre out, every other block first, one random order, or
-    random: as many orders as blocks, one drawn a step."""
-    order_seed: int = 0
-    """Seed of the random orders."""
-    prefix: bool = False
-    """Let all tokens attend to a prefix of random length, as AIM does; only blocks after it are predicted."""
-    num_predicted_blocks: Count = 1
-    """How many blocks ahead are predicted, each by its own block MLP; their losses are averaged."""
-    predictor: Literal["transformer", "mlp", "linear"] | None = "transformer"
-    """Predictor: transformer layers (XTRA), MLPs on each patch (AIM), a linear map; null: encoder only."""
-    predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
-    """Attention mask of a transformer predictor; native: the encoder's. The others are for official files."""
-    predictor_block_size: Size | None = None
-    """Patches along a block's side in the predictor's own mask: 4, or 2x4; null: block_size."""
-    projection_dim: Count | None = 4096
-    """Hidden width of the MLP between encoder and predictor; null: one linear map."""
-    predictor_dim: Count = 768
-    """Width of the predictor."""
-    predictor_depth: Count = 8
-    """Layers of the predictor."""
-    predictor_heads: Count = 6
-    """Attention heads of the predictor; must divide predictor_dim."""
-    predictor_mlp_ratio: Positive = 4.0
-    """Hidden width of a predictor layer's MLP, as a multiple of its width."""
-    predictor_extra_norm: bool = False
-    """Predictor "mlp": add each layer's normed input before the MLP, as AIM's official code does."""
-    block_mlp_dim: Count | None = 6144
-    """Hidden width of the MLP that turns a block's tokens into the next block; null: one linear map."""
-    norm_pixels: bool = True
-    """Normalise the target pixels of each block by its own mean and deviation."""
-    loss: Literal["mse", "l1"] = "mse"
-    """Distance between predicted and true pixels."""
-    tokenizer: Literal["kmeans"] | None = None
-    """Predict k-means tokens of patches by cross-entropy instead of pixels; fitted on data.train."""
-    vocab_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] = 8192
-    """Number of k-means tokens."""
-    feature_attention: Literal["causal", "full"] = "causal"
-    """What native attention means for features of this model: the pre-training mask, or no mask."""
-    resample_antialias: bool = True
-    """Antialias learned positions that are resampled to another grid, as timm does; XTRA does not."""
-    init: str | None = None
-    """Start from these weights, anything `nextblock info` reads; what does not fit is resampled or fresh."""
-
-    has_class_token = False
-    """No setting: these encoders have patches alone, unlike some of timm's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sides, p, block = pair(self.image_size), self.patch_size, pair(self.block_size)
-        blocks = f"blocks of {block[0]}x{block[1]} patches of {p} px"
-        # Patches first, then blocks, which patches must fill; the nearest sizes that can be cut are named.
-        for parts, unit in ((f"{p}-px patches", (p, p)), (blocks, self.block_px)):
-            below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
-            above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
-            near = ["x".join(map(str, dict.fromkeys(size))) for size in (below, above) if min(size) > 0]
-            require(
-                sides == below,
-                f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
-                f"use model.image_size {' or '.join(near)}, or another patch_size or block_size",
-            )
-        is_possible = self.encoder_attention == "block_causal" or self.feature_attention == "full"
-        require(is_possible, "model.encoder_attention full needs model.feature_attention full")
-        self._check_widths("embed_dim", "num_heads")
-        if self.predictor is None:
-            return
-        if self.predictor == "transformer":
-            self._check_widths("predictor_dim", "predictor_heads")
-        elif self.predictor == "mlp":
-            self._check_widths("predictor_dim")
-        self._check_own_mask()
-        require(
-            self.num_blocks == 1 or self.num_predicted_blocks < self.num_blocks,
-            f"model.num_predicted_blocks is {self.num_predicted_blocks}, but an image has only "
-            f"{self.num_blocks} blocks; predict at most {self.num_blocks - 1} ahead",
-        )
-        require(
-            self.tokenizer is None or (self.norm_pixels and self.loss == "mse"),
-            f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels; omit them",
-        )
-
-    def check_predicts(self) -> None:
-        """Refuse settings of a model that cannot predict; it may still encode."""
-        require(
-            self.predictor is not None,
-            "this is an encoder alone (model.predictor is null): it encodes, but cannot predict blocks",
-        )
-        require(
-            self.num_blocks > 1,
-            "the whole image is one block, so there is no next block; use a smaller model.block_size",
-        )
-
-    def _check_widths(self, width: str, heads: str = "") -> None:
-        dim, number = getattr(self, width), getattr(self, heads, 1)
-        require(dim % number == 0, f"model.{width} {dim} is not divisible by model.{heads} {number}")
-        # Sines and cosines of row and column take a quarter of the width each.
-        quarters = dim // 4 * 4
-        require(
-            self.positions == "learned" or dim % 4 == 0,
-            f"model.{width} {dim} cannot be divided by 4 (sincos); use {quarters or 4} or {quarters + 4}",
-        )
-
-    def _check_own_mask(self) -> None:
-        """Refuse attention masks of the predictor's or the encoder's own that nothing could follow."""
-        own, block = self.predictor_attention, self.predictor_block_size
-        require(
-            block is None or own == "block_causal",
-            f"model.predictor_block_size {block} needs model.predictor_attention block_causal",
-        )
-        if own == "native" and self.encoder_attention == "block_causal":
-            return
-        # These masks count blocks row by row, and know no prefix: other orders would let targets be seen.
-        require(
-            self.order == "raster" and not self.prefix,
-            f"model.encoder_attention {self.encoder_attention} and model.predictor_attention {own} need "
-            "model.order raster and no model.prefix",
-        )
-        require(
-            own == "native" or self.predictor == "transformer",
-            f"a predictor {self.predictor} has no attention; leave model.predictor_attention native",
-        )
-        rows, columns = pair(block or 1)
-        require(
-            self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
-            f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]}",
-        )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along the image, (rows, columns)."""
-        rows, columns = pair(self.image_size)
-        return rows // self.patch_size, columns // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        """Patches in an image, n."""
-        return math.prod(self.grid)
-
-    @property
-    def block_grid(self) -> tuple[int, int]:
-        """Blocks along the image, (rows, columns)."""
-        block = pair(self.block_size)
-        return self.grid[0] // block[0], self.grid[1] // block[1]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in an image, k."""
-        return math.prod(self.block_grid)
-
-    @property
-    def patches_per_block(self) -> int:
-        """Patches in a block, m; also its k-means tokens."""
-        return math.prod(pair(self.block_size))
-
-    @property
-    def block_px(self) -> tuple[int, int]:
-        """A block's height and width in pixels."""
-        block = pair(self.block_size)
-        return block[0] * self.patch_size, block[1] * self.patch_size
-
-    @property
-    def block_values(self) -> int:
-        """Pixel values in a block, p: channels x height x width."""
-        return self.in_chans * math.prod(self.block_px)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the images are and how they are cropped and normalised."""
 
     train: str | tuple[str, ...] | None = None
@@ -350,7 +131,7 @@ class DataConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay, set before every step."""
 
     lr: Amount = 1e-3
@@ -372,7 +153,7 @@ class OptimConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long, how much at a time, on what, and in which precision."""
 
     duration: Length = "100ep"
@@ -400,22 +181,30 @@ class TrainConfig(_Section):
     """Stop after this many steps in a row with NaN or inf in loss or gradient; such steps are skipped."""
 
 
+Metric = Literal["knn", "rankme", "val_loss"]
+"""A measured value by which checkpoints are compared: of kNN accuracy and RankMe, high is good."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When to save, and how many to keep."""
 
     every: Annotated[str, duration("ep", "st", "sa", "min")] = "30min"
     """Save this often: 30min, 1ep, 500st or 10000sa. The end of the run, ctrl-C and SIGTERM save as well."""
+    in_background: bool = False
+    """Train on while a checkpoint is written; takes a copy of weights and moments in main memory."""
     keep: Count = 2
     """How many of the latest checkpoints stay."""
     keep_every: Length | None = None
     """Keep one for good this often (a duration); null: none but the latest."""
     requeue: bool = False
     """Under SLURM, put the job back into the queue when a signal stopped the run, so that it resumes."""
+    keep_best: Metric | None = None
+    """Also keep the checkpoint with the best knn, rankme or val_loss; RUN/best.json names it. null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorConfig(_Section):
+class MonitorConfig(Section):
     """What is logged and drawn during training. None of it changes the weights."""
 
     log_every: Length = "10st"
@@ -427,11 +216,30 @@ class MonitorConfig(_Section):
     pictures: Count = 8
     """How many images to draw."""
     knn_every: Length | None = "20ep"
-    """Measure kNN accuracy this often, if data.train and data.val have labels; null: never."""
+    """Measure kNN accuracy, if there are labels, and RankMe of the features this often; null: never."""
+    knn_train: str | None = None
+    """Labelled images that kNN compares with, if those of data.train have no labels; null: data.train."""
+    knn_val: str | None = None
+    """Labelled images on which kNN is measured; goes with monitor.knn_train. null: data.val."""
     knn_samples: Count = 10_000
-    """Use at most this many images of each source for kNN."""
+    """Use at most this many images of each source for kNN and RankMe."""
+    early_stop: Metric | None = None
+    """End the run when knn, rankme or val_loss no longer improves, see monitor.patience; null: never."""
+    patience: Count = 5
+    """End the run after this many measurements in a row without a new best of monitor.early_stop."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
+    loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Send the numbers there as well; each needs its package."""
+    project: str = "nextblock"
+    """Project of the loggers (MLflow: experiment); the run has the name of its directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            (self.knn_train is None) == (self.knn_val is None),
+            "monitor.knn_train and monitor.knn_val go together; give both, or neither",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,6 +291,14 @@ class RunConfig:
             self.train.precision != "fp16" or self.train.device != "cpu",
             "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32",
         )
+        for name, metric in (
+            ("checkpoint.keep_best", self.checkpoint.keep_best),
+            ("monitor.early_stop", self.monitor.early_stop),
+        ):
+            require(
+                metric in (None, "val_loss") or self.monitor.knn_every is not None,
+                f"{name} {metric} needs monitor.knn_every, e.g. --monitor.knn_every 5ep",
+            )
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Dotted settings in which two configs are not the same run: {name: (here, there)}."""

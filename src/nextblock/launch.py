@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -90,12 +91,15 @@ def launch(argv: Sequence[str], devices: int, device: str) -> int:
     later = {"--signals-to-handle": SIGNALS, "--shutdown-timeout": SHUTDOWN_TIMEOUT_S}
     options += [f"{name}={value}" for name, value in later.items() if name in known]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.WARNING)  # the launcher's own; processes say what there is to say
     try:
         run(parser.parse_args([*options, "-m", "nextblock", *argv]))
-    except ChildFailedError as error:  # the rank that failed has said why
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has said why
+            return failure.exitcode
+        sys.stderr.write(f"nextblock: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}\n")
+        return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

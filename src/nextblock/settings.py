@@ -233,6 +233,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     )
 
 
+class UnknownSettingError(ValueError):
+    """Settings hold a name that this release does not know."""
+
+
 def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
     """Build a config from what `to_dict` wrote, dotted names or keywords; refuse unknown and missing keys."""
     # Dotted names become nested dicts first: "model.depth" and {"model": {"depth": 1}} are the same, and each
@@ -245,7 +249,7 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             continue
         # Refused and not dropped: a setting with a slip would silently keep its default.
         if section not in known:
-            raise ValueError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
+            raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
         # JSON and YAML have no tuples, and Python callers give paths; types are checked by the config itself.

@@ -26,7 +26,7 @@ from nextblock.settings import from_dict
 from nextblock.train.runtime import autocast, device_name, process_settings
 from nextblock.train.trainer import Trainer
 
-__all__ = ["StepJob", "measure_step", "plain_like"]
+__all__ = ["StepJob", "measure_step", "noise", "plain_like", "step_of"]
 
 LEARNING_RATE = 1e-4
 WARMUP_STEPS = 2
@@ -79,7 +79,7 @@ def measure_step(values: dict[str, Any]) -> dict[str, Any]:
     job: StepJob = from_dict(StepJob, values)
     device = set_up(job.device, job.threads)
     watch = Stopwatch(synchronizer(device), job.clock)
-    images = _images(job.model, job.batch_size)
+    images = noise(job.model, job.batch_size)
     prepare = _ours if job.variant == "ours" else _plain
     losses = []
     with process_settings(device) if job.keep_memory else nullcontext():
@@ -106,10 +106,7 @@ def _ours(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
     trainer = Trainer(job.run, device, None)
 
     def whole_step(index: int, images: UInt8[Tensor, "b c h w"]) -> float:
-        samples = torch.arange(len(images))
-        visits = torch.zeros_like(samples)
-        batch = Batch(images, samples, (), visits, torch.empty(len(images), 0))
-        step = Step(index, StepKeys(0, visits.numpy(), samples.numpy()), iter([batch]), 1)
+        step = step_of(index, images)
         with watch.watch(trainer, "_backward", FORWARD_BACKWARD), watch.watch(trainer, "_update", UPDATE):
             return trainer.train_step(step, LEARNING_RATE).loss
 
@@ -123,6 +120,14 @@ def _ours(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
         return loss.item()
 
     return whole_step if job.whole_step else forward_backward
+
+
+def step_of(index: int, images: UInt8[Tensor, "b c h w"]) -> Step:
+    """These images as the only micro-batch of a step."""
+    samples = torch.arange(len(images))
+    visits = torch.zeros_like(samples)
+    batch = Batch(images, samples, (), visits, torch.empty(len(images), 0))
+    return Step(index, StepKeys(0, visits.numpy(), samples.numpy()), iter([batch]), 1)
 
 
 def _plain(job: StepJob, device: torch.device, watch: Stopwatch) -> TrainStep:
@@ -165,7 +170,7 @@ def plain_like(model: NextBlockModel) -> PlainModel:
     return plain.train()
 
 
-def _images(config: ModelConfig, batch_size: int) -> UInt8[Tensor, "b c h w"]:
+def noise(config: ModelConfig, batch_size: int) -> UInt8[Tensor, "b c h w"]:
     """Noise; how long a step takes does not depend on what is in the images."""
     rows, columns = (config.block_grid[i] * config.block_px[i] for i in (0, 1))
     shape = (batch_size, config.in_chans, rows, columns)

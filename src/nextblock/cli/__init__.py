@@ -27,6 +27,7 @@ VERBS = {
     "embed": "write the features of images to a file",
     "search": "find the images nearest to one",
     "predict": "draw how a model predicts the blocks of images",
+    "runs": "list the runs below a directory and how they are doing",
     "report": "sum up a run: accuracies, speed, losses, pictures",
     "convert": "write a model in another format, or push it to the hub",
     "info": "show what a run or a weight file holds",

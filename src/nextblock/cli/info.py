@@ -21,6 +21,7 @@ STAND_INS = {"num_heads": 1, "probe_layers": (0,)}
 def run(argv: Sequence[str]) -> int:
     """Tell what anything is that `nextblock.load` reads, and what other weight files hold."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from nextblock.cli.arguments import Parser
@@ -45,9 +46,21 @@ def run(argv: Sequence[str]) -> int:
         return 0
     table = Table(show_header=False)
     for name, value in told.items():
-        table.add_row(name, str(value))
+        table.add_row(name, escape("\n".join(_lines(value))))
     Console().print(table)
     return 0
+
+
+def _lines(value: Any) -> list[str]:
+    """A value as YAML would have it: a mapping in a line for each name, a section's names indented."""
+    if not isinstance(value, Mapping):
+        return ["null" if value is None else str(value)]
+    lines: list[str] = []
+    for name, part in value.items():
+        inner = _lines(part)
+        is_section = isinstance(part, Mapping) and part
+        lines += [f"{name}:", *(f"  {line}" for line in inner)] if is_section else [f"{name}: {inner[0]}"]
+    return lines
 
 
 def _describe(src: str, options: LoadOptions) -> dict[str, Any]:

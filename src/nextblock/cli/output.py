@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,6 +36,19 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, title: st
 def end_with_json(values: Any) -> None:
     """Print values as JSON, in one line."""
     sys.stdout.write(json.dumps(values) + "\n")
+
+
+def quote(word: str) -> str:
+    """A word as one types it in a shell; one with control characters as $'...', which bash and zsh read."""
+    if word.isprintable():
+        return shlex.quote(word)
+    # By bytes, so that a name that is not UTF-8 stays what it is.
+    letters = (f"\\{c}" if c in "\\'" else c if c.isprintable() else _escaped(c) for c in word)
+    return f"$'{''.join(letters)}'"
+
+
+def _escaped(letter: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
 
 
 def end_of(name: str, letters: int) -> str:

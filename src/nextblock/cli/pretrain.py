@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextblock.cli.output import end_with_json
+from nextblock.cli.output import end_with_json, quote
 from nextblock.config import RunConfig
 from nextblock.presets import PRESETS, get_preset, resolve
 
@@ -46,12 +45,12 @@ def run(argv: Sequence[str]) -> int:
     if options.json and world.rank == 0:
         values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}
         end_with_json(values)
-    return 0 if result.stopped_by is None else 128 + signal.Signals[result.stopped_by]
+    return 0 if result.is_finished else 128 + signal.Signals[str(result.stopped_by)]
 
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:
     """For `--out RUN` without a preset, file or source: the words that stand for the run's own settings."""
-    words = [part for word in argv for part in word.split("=", 1)]
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if "--out" not in words[:-1] or {"--preset", "--config", "--data.train"} & set(words):
         return []
     config = Path(words[words.index("--out") + 1]) / "config.yaml"
@@ -97,6 +96,10 @@ def pretrain(
         reporter = reporter or Reporter(is_quiet=not group.is_main)
         with group.together():
             sources = {"train": open_sources(config.data.train_specs, config.data)}
+            labelled: dict[str, Source] = {}
+            if config.monitor.knn_every is not None and config.monitor.knn_train is not None:
+                for name in ("knn_train", "knn_val"):
+                    labelled[f"monitor.{name}"] = open_source(getattr(config.monitor, name), config.data)
             is_new = (
                 overwrite or not (Path(out) / "config.yaml").is_file()
             )  # one that resumes was told before
@@ -107,12 +110,16 @@ def pretrain(
                 shared = shared_images(sources["train"], sources["val"]) if group.is_main else None
                 if shared is not None:
                     reporter.note(f"WARNING: {shared}")
+            shared = shared_images(*labelled.values()) if labelled and is_new and group.is_main else None
+            if shared is not None:
+                reporter.note(f"WARNING: monitor.knn_val: {shared}")
             if config.data.normalize == "auto" and group.is_main:
                 begun = None if overwrite else Path(out)
                 config = _with_statistics(config, sources["train"], begun, reporter)
         config = group.broadcast(config)
+        group.check_same({name: source.fingerprint for name, source in labelled.items()})
         with group.together():
-            monitors = _monitors(config, sources, reporter if is_new else None)
+            monitors = _monitors(config, sources, labelled, reporter if is_new else None)
         result = train(
             config,
             Path(out),
@@ -174,9 +181,15 @@ def _hints(config: RunConfig, images: int) -> Iterator[str]:
     )
 
 
-def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter | None) -> list[Monitor]:
-    """Pictures of the same few images, and kNN accuracy if both sources have the same classes."""
-    from nextblock.evaluate.knn import KnnMonitor
+def _monitors(
+    config: RunConfig, sources: dict[str, Source], labelled: dict[str, Source], reporter: Reporter | None
+) -> list[Monitor]:
+    """Pictures of the same few images, RankMe, and kNN accuracy if there are labels.
+
+    `labelled` are the two sources of kNN, by their settings; if there are none, it takes those of `data`.
+    """
+    from nextblock.data.subsets import named
+    from nextblock.evaluate.monitors import FeatureMonitor, missing_classes
     from nextblock.visualize import PredictionMonitor, some_images
 
     settings, data, size = config.monitor, config.data, config.model.image_size
@@ -184,39 +197,58 @@ def _monitors(config: RunConfig, sources: dict[str, Source], reporter: Reporter 
     if settings.pictures_every is not None:
         images, _, _ = some_images(sources.get("val", sources["train"]), data, size, settings.pictures)
         monitors.append(PredictionMonitor(images, data.mean, data.std, settings.pictures_every))
-    if settings.knn_every is None:
-        return monitors
-    obstacle = _knn_obstacle(sources)
-    if obstacle is not None:
-        if reporter is not None:
-            reporter.note(f"kNN is not measured: {obstacle}")
-        return monitors
-    knn = KnnMonitor(
-        sources["train"],
-        sources["val"],
-        data,
-        image_size=size,
-        every=settings.knn_every,
-        max_samples=settings.knn_samples,
-        seed=config.seed,
-    )
-    return [*monitors, knn]
+    unmeasured: dict[str | None, str] = {}
+    if "val" not in sources:
+        unmeasured["val_loss"] = "it needs validation images, --data.val"
+    if settings.knn_every is not None:
+        labelled = labelled or {f"data.{kind}": source for kind, source in sources.items()}
+        obstacle = _knn_obstacle(labelled)
+        if obstacle is None:
+            (ours, train), (theirs, val) = labelled.items()
+            missing = missing_classes(train, val)
+            share = f"{len(missing)} of {len(val.class_names)} classes of {theirs}"
+            note = f"{share} are not in {ours} and count as wrong in kNN: {named(missing)}" if missing else ""
+        else:
+            train, val = None, sources.get("val", sources["train"])
+            unmeasured["knn"], note = obstacle, f"kNN is not measured: {obstacle}"
+        if note and reporter is not None:
+            reporter.note(note)
+        features = FeatureMonitor(
+            val,
+            data,
+            train=train,
+            image_size=size,
+            every=settings.knn_every,
+            max_samples=settings.knn_samples,
+            seed=config.seed,
+        )
+        monitors.append(features)
+    for name, metric in (
+        ("checkpoint.keep_best", config.checkpoint.keep_best),
+        ("monitor.early_stop", settings.early_stop),
+    ):
+        if metric in unmeasured:
+            raise ValueError(f"{name} {metric} cannot be measured: {unmeasured[metric]}")
+    return monitors
 
 
 def _knn_obstacle(sources: dict[str, Source]) -> str | None:
-    """Why kNN accuracy cannot be measured; None if it can."""
+    """Why kNN accuracy cannot be measured on two sources, named by their settings; None if it can."""
     from nextblock.data.subsets import named
 
-    if "val" not in sources:
-        return "it needs labelled validation images, --data.val"
-    unlabelled = [f"data.{kind}" for kind, source in sources.items() if not source.has_labels]
+    if len(sources) < 2:
+        return (
+            "it needs labelled validation images, --data.val, or two labelled sources, --monitor.knn_train "
+            "and --monitor.knn_val"
+        )
+    unlabelled = [name for name, source in sources.items() if not source.has_labels]
     if unlabelled:
         return f"{' and '.join(unlabelled)} have no labels; the first folders of a directory are classes"
-    names = sources["train"].class_names
-    if names != sources["val"].class_names:
-        apart = sorted(set(names) ^ set(sources["val"].class_names))
-        return f"data.train and data.val have different classes ({named(apart, 3)} in only one)"
-    return "there is only one class" if len(names) < 2 else None
+    (ours, train), (theirs, val) = sources.items()
+    apart = sorted({*train.class_names, *val.class_names})
+    if len(apart) == len(train.class_names) + len(val.class_names):
+        return f"{ours} and {theirs} have no class in common ({named(apart, 3)})"
+    return "there is only one class" if len(train.class_names) < 2 else None
 
 
 def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str]:
@@ -224,16 +256,17 @@ def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str
     from nextblock.train.logging import losses_text
 
     unreadable = f"; unreadable images: {result.num_bad}, see quarantine.jsonl" if result.num_bad else ""
-    if result.stopped_by is not None and result.step == 0:
+    if not result.is_finished and result.step == 0:
         yield f"stopped by {result.stopped_by} before the first step: nothing to save yet"
         return
-    if result.stopped_by is not None:
+    if not result.is_finished:
         yield (
             f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; "
             f"the same command resumes{unreadable}"
         )
         return
-    ending = "complete" if result.warning is None else "ended without learning"
+    ending = "complete" if result.stopped_by is None else f"ended early, of {result.total_steps} steps"
+    ending = ending if result.warning is None else "ended without learning"
     yield f"{ending}: {result.step} steps, in {result.run_dir}{unreadable}"
     if result.warning is not None:
         yield f"WARNING: {result.warning}"
@@ -246,4 +279,4 @@ def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str
         first = ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"]
     predict = ["predict", "--model", run, "--data", spec, "--out", f"{run}/predict"]
     for words in (first, predict, ["convert", run, f"{run}/timm", "--to", "timm"]):
-        yield f"  nextblock {shlex.join(words)}"
+        yield f"  nextblock {' '.join(map(quote, words))}"

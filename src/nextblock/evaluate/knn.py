@@ -1,4 +1,4 @@
-"""How good features are without training anything: accuracy of their nearest neighbours, also as a monitor.
+"""How good features are without training anything: accuracy of their nearest neighbours.
 
 Weighted kNN on cosine similarity (Wu et al., arXiv 1805.01978): each of the k nearest training images votes
 for its class with weight exp(similarity / temperature).
@@ -10,26 +10,16 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
-from einops import reduce
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from nextblock.config import DataConfig, Size
-from nextblock.data import Source
-from nextblock.data.random import keyed_permutation
 from nextblock.evaluate.features import (
     Features,
-    NonFiniteFeaturesError,
-    check_same_classes,
-    collect_features,
-    iterate_features,
 )
 from nextblock.evaluate.frozen import (
     Opened,
@@ -42,19 +32,15 @@ from nextblock.evaluate.frozen import (
 )
 from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE, KnnConfig, KnnResult, KnnRow
 from nextblock.evaluate.probe.config import EncoderName
-from nextblock.models.next_block import NextBlockModel
-from nextblock.settings import Duration
-from nextblock.train import MonitorEvent
 
 __all__ = [
-    "KnnMonitor",
     "Nearest",
     "comparison",
     "knn",
-    "knn_accuracy",
     "knn_opened",
     "knn_predict",
     "nearest_neighbours",
+    "predict_all",
     "summary",
 ]
 
@@ -127,7 +113,7 @@ def knn_predict(
     return _vote(nearest, labels, num_classes, k, temperature)
 
 
-def _predictions(
+def predict_all(
     asked: Float[Tensor, "q d"] | None,
     known: Float[Tensor, "n d"],
     labels: Int64[Tensor, " n"],
@@ -195,7 +181,7 @@ def _rows(subject: Subject, opened: Opened, config: KnnConfig) -> list[KnnRow]:
     if "val" not in labels and len(labels["train"]) < 2:
         raise ValueError(f"{config.train} has one readable image: left out, none is near it; give --val")
     settings = list(product(config.k, config.temperature))
-    predictions = _predictions(
+    predictions = predict_all(
         subject.features["val"].features[0] if "val" in labels else None,
         subject.features["train"].features[0],
         labels["train"],
@@ -287,97 +273,3 @@ def _markdown(result: KnnResult, identity: Mapping[str, Any]) -> str:
             "",
         ]
     )
-
-
-# -------------------------------------------------------------------------------------------- as a monitor
-
-
-def knn_accuracy(
-    model: NextBlockModel,
-    train_source: Source,
-    val_source: Source,
-    data: DataConfig,
-    *,
-    k: int = DEFAULT_K,
-    temperature: float = DEFAULT_TEMPERATURE,
-    max_samples: int = 10_000,
-    seed: int = 0,
-    device: torch.device,
-    batch_size: int = 128,
-    image_size: Size | None = None,
-) -> dict[str, float]:
-    """Top-1 accuracy of kNN on the mean over patches of the model's final tokens, under its native attention.
-
-    At most `max_samples` images of each source are used, chosen by `seed`. Also returned: how many images
-    of each were used, and how many could not be read. The model should be in evaluation mode.
-    """
-    if k < 1 or temperature <= 0:
-        raise ValueError(f"k is {k} and temperature {temperature}; use k from 1 on and a temperature above 0")
-    check_same_classes(train_source, val_source)
-    extract = partial(_mean_tokens, model=model)
-    size = model.config.image_size if image_size is None else image_size
-    found: list[Features] = []
-    for source, purpose in ((train_source, "knn train"), (val_source, "knn val")):
-        # in rising order
-        indices = np.sort(keyed_permutation(seed, len(source), purpose)[:max_samples])
-        batches = iterate_features(
-            extract, source, data, size, batch_size=batch_size, indices=indices, device=device
-        )
-        found.append(collect_features(batches))
-    known, asked = found
-    labels = torch.from_numpy(train_source.labels)[known.samples]
-    truth = torch.from_numpy(val_source.labels)[asked.samples]
-    classes = len(train_source.class_names)
-    (predicted,) = _predictions(
-        asked.features[0], known.features[0], labels, classes, [(k, temperature)], device
-    )
-    return {
-        "top1": float((predicted == truth).float().mean()),
-        "train_images": len(labels),
-        "val_images": len(truth),
-        "bad": len(known.bad) + len(asked.bad),
-    }
-
-
-def _mean_tokens(images: Float[Tensor, "b c h w"], *, model: NextBlockModel) -> tuple[Float[Tensor, "b d"]]:
-    return (reduce(model.encode(images).tokens.float(), "b n d -> b d", "mean"),)
-
-
-class KnnMonitor:
-    """Measures kNN accuracy while a model is pre-trained, logged as `knn/top1`; no features are kept."""
-
-    def __init__(
-        self,
-        train_source: Source,
-        val_source: Source,
-        data: DataConfig,
-        *,
-        image_size: Size,
-        every: str,
-        max_samples: int = 10_000,
-        seed: int = 0,
-        k: int = 20,
-        batch_size: int = 128,
-    ) -> None:
-        Duration.parse(every)
-        check_same_classes(train_source, val_source)
-        self.every = every
-        self._measure = partial(
-            knn_accuracy,
-            train_source=train_source,
-            val_source=val_source,
-            data=data,
-            image_size=image_size,
-            max_samples=max_samples,
-            seed=seed,
-            k=k,
-            batch_size=batch_size,
-        )
-
-    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
-        """Measure the model as it is now; nothing where its features are no numbers, which is told."""
-        try:
-            return {"knn/top1": self._measure(model, device=event.device)["top1"]}
-        except NonFiniteFeaturesError as error:
-            log.warning("no kNN accuracy at step %d: %s", event.step, error)
-            return {}

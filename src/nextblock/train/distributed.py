@@ -82,7 +82,11 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
 class Group:
     """The ranks of a run, and what they tell each other. All ranks must make the same calls."""
 
-    def __init__(self, world: World, store: Any, peers: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, world: World, store: Any, peers: Sequence[dict[str, Any]], processes: Any = None
+    ) -> None:
+        self.processes = processes
+        """torch's process group; None: the default one."""
         self.world, self.rank, self.size = world, world.rank, world.size
         self.host = socket.gethostname()
         self._store, self._peers = store, peers
@@ -111,7 +115,7 @@ class Group:
             return list(values)
         mine = torch.tensor(values, dtype=torch.float64)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        dist.all_gather(parts, mine, group=self.processes)
         return torch.stack(parts).sum(0).tolist()
 
     def any(self, value: object) -> bool:
@@ -122,19 +126,25 @@ class Group:
         """The values of all ranks, on all ranks."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.processes)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, on all ranks."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(values, src=0, group=self.processes, device=torch.device("cpu"))
         return values[0]
 
     def name(self, rank: int) -> str:
         """A rank and its host, for messages."""
         return f"rank {rank} on {self._peers[rank]['host']}" if self._peers else f"rank {rank}"
+
+    def twin(self) -> Group:
+        """The same ranks with connections of their own, for another thread. All ranks must call this."""
+        if self.size == 1:
+            return self
+        return Group(self.world, self._store, self._peers, dist.new_group(backend="gloo"))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -338,22 +348,20 @@ class _Watch(threading.Thread):
         return None
 
     def cause_of(self, error: Exception) -> str | None:
-        """Why a wait for the others failed; None if this rank failed by itself, which the others are told."""
-        group = self._group
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
-            with suppress(RuntimeError):
-                told = f"{group.name(group.rank)}, step {group.step}: {error}"
-                self._store.compare_set(FAILURE, "", told)
-                time.sleep(3 * BEAT_S)  # the store may end with this process: let the others read it
-            return None
+        """Why a wait for others failed; None if this rank failed by itself. The others are told either."""
+        group, problem = self._group, None
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
         # A connection broke: whose? The one that says nothing for five seconds, while the others go on.
         deadline_s = time.monotonic() + 8 * BEAT_S
-        while time.monotonic() < deadline_s:
+        while lost and problem is None and time.monotonic() < deadline_s:
             problem = self._problem or self._look(5 * BEAT_S)
-            if problem is not None:
-                return problem
             time.sleep(BEAT_S)
-        return None
+        told = problem or f"{group.name(group.rank)}, step {group.step}: {error}"
+        with suppress(RuntimeError):
+            self._store.compare_set(FAILURE, "", told)
+            if group.is_main:
+                time.sleep(3 * BEAT_S)  # the store may end with this process: let the others read it
+        return problem
 
     def stop(self) -> None:
         """End the thread."""
@@ -362,8 +370,8 @@ class _Watch(threading.Thread):
 
 def find_device(device: torch.device, world: World) -> torch.device:
     """Give this rank's own GPU; `ValueError` if there are more processes here than GPUs."""
-    if world.size == 1:
-        return device
+    if world.size == 1 and (device.type != "cuda" or not world.launcher):
+        return device  # a process group, be it of one, needs a numbered GPU
     if device.type == "mps":
         raise ValueError("train.device mps is one device; use train.device cpu, or one process")
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What a run records and shows: windows of steps, metrics.jsonl and TensorBoard, the screen."""
+"""What a run records and shows: windows of steps, metrics.jsonl and loggers, the screen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from nextblock.atomic import WriteError, writing
+from nextblock.logs import clock, printable
+from nextblock.train.loggers import Loggers
 
 # --------------------------------------------------------------------------------------- steps and windows
 
@@ -80,16 +83,20 @@ def _mean(numbers: list[float]) -> float:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, flushed line by line, and mirrors the numbers to TensorBoard."""
+    """Appends to `metrics.jsonl`, flushed line by line, and gives the numbers to the loggers."""
 
-    def __init__(self, path: Path, tensorboard_dir: Path | None, *, start_step: int) -> None:
-        self._path, self._writer = path, None
+    def __init__(self, path: Path, loggers: Loggers | None) -> None:
+        self._path, self._loggers = path, loggers
         with writing(path):
             self._file = path.open("a", encoding="utf-8")
-        if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(tensorboard_dir), purge_step=start_step + 1)
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._file.close()
+        if self._loggers is not None:
+            self._loggers.close(failed=error is not None)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one line of `kind` ("train", "val", "monitor"); what is not finite is written as null."""
@@ -97,9 +104,8 @@ class MetricsLog:
         with writing(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
             self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name if "/" in name else f"{kind}/{name}", value, step)
+        if self._loggers is not None:
+            self._loggers.log(kind, step, values)
 
     def sync(self) -> None:
         """Flush all lines to the disk: before a checkpoint is named, or a power cut leaves a gap."""
@@ -108,17 +114,28 @@ class MetricsLog:
         if os.fstat(self._file.fileno()).st_nlink == 0:
             raise WriteError(f"{self._path} was removed while the run wrote to it; what it held is lost")
 
-    def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Append the package's log records to a file, which the first of them makes."""
+    path.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    package = logging.getLogger("nextblock")
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
 # -------------------------------------------------------------------------------------------------- screen
 
 LINE_EVERY_S = 10.0
 """Without a terminal: seconds between lines."""
+LINE_LETTERS = 80
+"""Without a terminal: longest line."""
 
 WORDS = {"copy_previous": "copy", "val_loss": "val", "knn/top1": "kNN"}
 """Shorter names on the progress line."""
@@ -239,7 +256,7 @@ class Reporter:
     def note(self, text: str) -> None:
         """Write a line above the bar."""
         # A name may hold control characters, which a terminal would obey.
-        text = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+        text = "\n".join(map(printable, text.split("\n")))
         self._try(self.console.print, text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def finishing(self) -> str:
@@ -267,7 +284,8 @@ class Reporter:
             self._line_s = now_s
             within = f" · {share:.0%} of step {step + 1}" if share else ""
             text = f" · {self._text}" if self._text else ""
-            self.note(f"step {step}/{self._total}{within}{text} · {left} left")
+            line = f"step {step}/{self._total}{within} · {left} left{text}"
+            self.note(_wrapped(line, LINE_LETTERS - 2).replace("\n", "\n  "))
 
     def _try(self, write: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -286,14 +304,3 @@ def _wrapped(text: str, width: int) -> str:
         else:
             lines.append(part)
     return "\n".join(lines)
-
-
-def clock(seconds: float) -> str:
-    """A length of time in the two units that matter: "2 d 3 h", "5 min 10 s"."""
-    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    rest, parts = round(seconds), []
-    for name, length in units:
-        count, rest = divmod(rest, length)
-        if count or parts or name == "s":
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2])

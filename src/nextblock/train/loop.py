@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from nextblock.data import (
 from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
+from nextblock.train.best import EARLY_STOP, Best, read_bests
 from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
-from nextblock.train.logging import MetricsLog, Reporter, Tick, Window
+from nextblock.train.loggers import Loggers, require_packages
+from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
 from nextblock.train.messages import not_learned, opening_lines, remedy
 from nextblock.train.monitors import Monitor, MonitorEvent
@@ -46,12 +48,13 @@ from nextblock.train.run_dir import RunDir
 from nextblock.train.runtime import (
     autocast,
     choose_device,
+    device_use,
     is_native,
     native_precision,
     process_settings,
     stop_on_signals,
 )
-from nextblock.train.state import find_intact, save_checkpoint
+from nextblock.train.state import Saver, Snapshot, find_intact, write_snapshot
 from nextblock.train.trainer import Sums, Trainer
 
 log = logging.getLogger(__name__)
@@ -84,13 +87,18 @@ class TrainResult:
     """Optimizer steps done."""
     total_steps: int
     stopped_by: str | None
-    """The signal that asked the run to stop; None: the run is complete."""
+    """The signal that asked the run to stop, or "early stop"; None: the run is complete."""
     num_bad: int
     """Distinct images that could not be read."""
     losses: dict[str, float]
     """The last training loss, and what was measured of "val_loss" and "knn/top1"."""
     baselines: dict[str, float]
     """The loss of predictions that need no model."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to train: the same command would not train on."""
+        return self.stopped_by in (None, EARLY_STOP)
 
     @property
     def warning(self) -> str | None:
@@ -134,6 +142,7 @@ def train(
         group.check_same({f"data.{kind}": source.fingerprint for kind, source in sources.items()})
         with group.together():
             if group.is_main:
+                require_packages(config.monitor.loggers)
                 stack.enter_context(run.locked())
                 config = run.check(config, sources, overwrite=overwrite)
         config, is_anew = group.broadcast((config, run.is_anew))
@@ -201,6 +210,11 @@ def train(
         is_fitted_now = trainer.fit_targets(source)
 
         # ------------------------------------------------------------------------------------- the records
+        keeping, stopping = Best(config.checkpoint.keep_best), Best(config.monitor.early_stop)
+
+        def is_over() -> bool:
+            return trainer.step == total or stopping.since >= config.monitor.patience
+
         with group.together():
             require(
                 group.size <= loader.batch_size,
@@ -209,7 +223,8 @@ def train(
             )
             latest, metrics, quarantine = dict[str, float](), None, None
             if group.is_main:
-                if trainer.step < total:  # a finished run stays as it is
+                read_bests(run, trainer.step, keeping, stopping)
+                if not is_over():  # a finished run stays as it is
                     run.begin(config, sources, device, trainer.step, group=group, overwrite=overwrite)
                     for line in opening_lines(config, micro, trainer, loader, len(source), total, run):
                         reporter.note(line)
@@ -217,17 +232,21 @@ def train(
                 # begins, also those of step 0.
                 latest = run.cut_metrics(trainer.step or -1)
                 quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction)
-                is_drawn = config.monitor.tensorboard and trainer.step < total
-                tensorboard = out / "tensorboard" if is_drawn else None
-                metrics = MetricsLog(run.metrics, tensorboard, start_step=trainer.step)
-                stack.enter_context(closing(metrics))
+                loggers = None
+                if not is_over():
+                    stack.enter_context(run.beating(lambda: trainer.step, total))
+                    loggers = Loggers(config, run, trainer.step)
+                metrics = stack.enter_context(MetricsLog(run.metrics, loggers))
             baselines = run.baselines() if group.is_main else {}
-        latest = group.broadcast(latest)
+        latest, keeping, stopping = group.broadcast((latest, keeping, stopping))
+        if not group.is_main:
+            stack.enter_context(log_to_file(run.logs / f"rank_{group.rank:04d}.log"))
 
-        waited_s, nonfinite, is_behind, is_time_to_save = 0.0, 0, False, False
+        waited_s, nonfinite, is_behind, is_time_to_save, is_best = 0.0, 0, False, False, False
         failure: DataError | None = None
         unreadable: list[BadSample] = []
         cut_short: set[str] = set()
+        saver = Saver(group, in_background=config.checkpoint.in_background)
         saved_step = -1 if is_fitted_now else trainer.step
         saved_at_s = time.monotonic()
 
@@ -281,11 +300,15 @@ def train(
             except (DataError, DistributedError):
                 # A step that lacks images has changed no weight: those before it are saved.
                 save()
+                saver.wait()
                 if trainer.step:
                     reporter.note(f"step {trainer.step} is saved; the same command resumes after it")
                 raise
 
         def record(kind: str, values: dict[str, float]) -> None:
+            nonlocal is_best
+            is_best |= keeping.add(trainer.step, values)  # alike on all ranks, as the values are
+            stopping.add(trainer.step, values)
             if metrics is not None:
                 metrics.write(kind, trainer.step, values)
             latest.update({name: value for name, value in values.items() if math.isfinite(value)})
@@ -335,7 +358,7 @@ def train(
 
         def save() -> None:
             """Write a checkpoint of the steps done, unless there is one, and remove old ones."""
-            nonlocal saved_step, saved_at_s
+            nonlocal saved_step, saved_at_s, is_best
             if trainer.step == saved_step:
                 return
             # A step whose loss and gradient are finite can still make weights that are not. Never saved, they
@@ -350,22 +373,20 @@ def train(
                     # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint
                     # without the lines up to it would leave a gap in the curve.
                     metrics.sync()
-            save_checkpoint(
-                run.checkpoints,
-                trainer.model,
-                {**trainer.state(), "cut_short": sorted(cut_short)},
-                trainer.step,
-                optimizer=trainer.optimizer,
-                group=group,
-                data=data,
-            )
-            if group.is_main:
-                prune_checkpoints(
-                    run.checkpoints,
-                    config.checkpoint.keep,
-                    lambda step: bool(keep_every and step > 0 and step % keep_every == 0),
-                )
-            saved_step, saved_at_s = trainer.step, time.monotonic()
+            step, state = trainer.step, {**trainer.state(), "cut_short": sorted(cut_short)}
+            best, best_step = keeping.record(), keeping.step
+            saver.wait()
+            snapshot = Snapshot.take(trainer.model, trainer.optimizer, state, copied=saver.in_background)
+
+            def write(group: Group) -> None:
+                write_snapshot(run.checkpoints, snapshot, step, group, data=data)
+                if group.is_main:
+                    if best_step:
+                        run.write_best(best)
+                    prune_checkpoints(run.checkpoints, config.checkpoint.keep, keep_every, best=best_step)
+
+            saver.save(write)
+            saved_step, saved_at_s, is_best = trainer.step, time.monotonic(), False
             reporter.busy_with = ""
 
         # ---------------------------------------------------------------------------------------- the loop
@@ -376,19 +397,22 @@ def train(
                 save()
             if trainer.step == 0:
                 observe(at_start=True)
-            elif trainer.step < total:
+            elif not is_over():
                 # What the signal cut short that ended the start before this one.
                 again = set(trainer.cut_short)
                 if val is not None and "val" in again:
                     validate()
                 if "monitor" in again:
                     observe()
+                is_best = False  # if so, it has the checkpoint from which the run resumes
+            if group.is_main and keeping.step:  # a kill may have come between that checkpoint and this
+                run.write_best(keeping.record())
             reporter.begin(trainer.step, total)  # from here on the time left is estimated
             step_iterator = iter(loader)
             is_stopping = group.any(stop)
             # A signal only sets `stop`: the step in hand is finished, and then saved. What one rank was sent,
             # all learn at the end of the step, so that they leave after the same one.
-            while trainer.step < total and not is_stopping:
+            while not is_over() and not is_stopping:
                 started_s = time.perf_counter()
                 group.step = trainer.step + 1
                 step = next(step_iterator)
@@ -437,7 +461,9 @@ def train(
                     seen = loader.order.seen(trainer.step) if len(source.parts) > 1 else ()
                     parts = zip(source.parts, seen, strict=False)
                     seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
-                    record("train", {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part})
+                    shown = {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part}
+                    used = device_use(device, values["images_per_s"], config.model, group.size)
+                    record("train", shown | used)
                     trainer.window = Window()
                     # Told once, until the loss falls below; in the warm-up nothing is expected yet.
                     warning = not_learned(values["loss"], baselines) if trainer.step > warmup else None
@@ -451,21 +477,27 @@ def train(
                 observe()
 
                 # Checkpoint, unless the run is in trouble: what came before it must not be pruned away.
-                if (trainer.step % save_every == 0 or is_time_to_save) and not nonfinite:
+                # A new best was measured on weights that are fine, as skipped steps change none.
+                is_time_to_save |= trainer.step % save_every == 0
+                if is_best or (is_time_to_save and not nonfinite):
                     save()
                 is_stopping = group.any(stop)
             # Complete, or stopped by a signal; in both cases unless the last step was just saved.
             save()
+            saver.wait()
         with group.together():
-            if group.is_main and trainer.step == total:
+            if group.is_main and is_over():
                 run.complete()
+                if trainer.step < total:
+                    reporter.note(f"{EARLY_STOP}: {stopping}")
         received = group.gather(stop.signal.name if stop.signal is not None else None)
         baselines, num_bad = group.broadcast((baselines, quarantine.count if quarantine else 0))
+    stopped_by = next((name for name in received if name and not is_over()), None)
     return TrainResult(
         run_dir=out,
         step=trainer.step,
         total_steps=total,
-        stopped_by=next((name for name in received if name and trainer.step < total), None),
+        stopped_by=EARLY_STOP if is_over() and trainer.step < total else stopped_by,
         num_bad=num_bad,
         losses={name: latest[name] for name in SHOWN if name in latest},
         baselines=baselines,

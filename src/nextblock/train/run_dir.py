@@ -5,21 +5,28 @@ RUN/config.yaml        all settings, resolved
     environment.json   a list, one entry for each start: versions, device, git commit, command
     baselines.json     the loss of predictions that need no model, on this data
     metrics.jsonl      one JSON object a line
+    heartbeat.json     step and state of the run, a few seconds old
+    loggers.json       the ids by which loggers know the run
     quarantine.jsonl   images that could not be read
+    best.json          which checkpoint is the best, and its value, if checkpoint.keep_best is set
     checkpoints/       step_00001234/{model.safetensors, optimizer/, state.json, checksums.json}
-    pictures/  tensorboard/
+    logs/              warnings of all processes but the first
+    pictures/  tensorboard/  wandb/
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +34,7 @@ from typing import Any
 import torch
 import yaml
 
-from nextblock.atomic import OUTPUT_MARK, WriteError, exclusive, remove, write_text
+from nextblock.atomic import OUTPUT_MARK, RUN_FILES, WriteError, exclusive, remove, write_text
 from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.settings import from_dict, to_dict
@@ -35,16 +42,21 @@ from nextblock.train.distributed import ALONE, Group
 from nextblock.train.runtime import device_name
 
 PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
-FIRST_FILES = ("source.json", "environment.json", "config.yaml")
-"""What makes a directory a run, in the order of writing: other projects have a config.yaml as well."""
 OTHER_FILES = (
     "baselines.json",
+    "heartbeat.json",
+    "loggers.json",
     "metrics.jsonl",
     "quarantine.jsonl",
+    "best.json",
     "checkpoints",
     "pictures",
     "tensorboard",
+    "logs",
+    "wandb",
 )
+HEARTBEAT_EVERY_S = 10.0
+MESSAGE_LETTERS = 300
 LOG_FILES = ("*.out", "*.err", "*.log", "slurm-*")
 """What a scheduler may have put in a directory before its run begins."""
 LOST = "restore it from a copy, or train on from the weights here: --model.init RUN with another --out"
@@ -66,13 +78,16 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.jsonl"
+        self.logs = path / "logs"
         self.is_anew = False
         """Whether the run here is to be replaced, when this one begins."""
+        self.last_steps: dict[str, int] = {}
+        """The last step of each kind of metrics, also of lines that `cut_metrics` dropped."""
         self._starts: list[dict[str, Any]] = []
 
     def is_run(self) -> bool:
         """Whether a run was begun here."""
-        return all((self.path / name).is_file() for name in FIRST_FILES)
+        return all((self.path / name).is_file() for name in RUN_FILES)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -110,7 +125,7 @@ class RunDir:
         # config.yaml is written last and not among them: a project that has one of its own is no free place.
         return self.path.is_dir() and all(
             entry.name.startswith((".writing-", OUTPUT_MARK))
-            or entry.name in FIRST_FILES[:2]
+            or entry.name in RUN_FILES[:2]
             or any(entry.match(pattern) for pattern in LOG_FILES)
             for entry in self.path.iterdir()
         )
@@ -211,7 +226,7 @@ class RunDir:
         """Write what this run is and that it starts from `step`; with `overwrite`, remove the one before."""
         if self.is_anew:  # by --overwrite
             # Only what a run writes, and what makes it a run last: killed here, the command can be repeated.
-            for name in (*OTHER_FILES, *FIRST_FILES):
+            for name in (*OTHER_FILES, *RUN_FILES):
                 remove(self.path / name)
             self.is_anew = False
         # config.yaml, the last of the three, makes the directory a run. Killed before that, it is still free.
@@ -251,25 +266,34 @@ class RunDir:
                 "Run the same command again to start over"
             )
 
-    def cut_metrics(self, step: int) -> dict[str, float]:
-        """Drop the lines of metrics after `step`, and a last line that was cut off.
-
-        Gives the last value of every name in the lines that stay.
-        """
-        latest: dict[str, float] = {}
-        kept: list[str] = []
+    def metrics_until(self, step: int) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of metrics up to `step` and the values in them, without a last line that was cut off."""
+        kept: list[tuple[str, dict[str, Any]]] = []
         if not self.metrics.exists():
-            return latest
+            return kept
         with self._reading(self.metrics.name, "move it away to resume without the loss curve so far") as text:
             for line in text.splitlines(keepends=True):
-                # A kill may have cut off the last line; lines after the checkpoint will be written again.
-                if not line.endswith("\n") or (values := _mapping(json.loads(line)))["step"] > step:
+                if not line.endswith("\n"):  # cut off by a kill
                     break
-                kept.append(line)
-                numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-                latest.update(numbers)
-        write_text(self.metrics, "".join(kept))
+                values = _mapping(json.loads(line))
+                self.last_steps[values["kind"]] = values["step"]
+                if values["step"] <= step:  # those after the checkpoint will be written again
+                    kept.append((line, values))
+        return kept
+
+    def cut_metrics(self, step: int) -> dict[str, float]:
+        """Drop the lines of metrics after `step`; gives the last value of every name in those that stay."""
+        latest: dict[str, float] = {}
+        kept = self.metrics_until(step)
+        for _, values in kept:
+            latest |= {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if self.metrics.exists():
+            write_text(self.metrics, "".join(line for line, _ in kept))
         return latest
+
+    def write_best(self, record: dict[str, Any]) -> None:
+        """Say which checkpoint is the best so far."""
+        write_text(self.path / "best.json", json.dumps(record))
 
     def baselines(self) -> dict[str, float]:
         """What was measured when the run began; empty before."""
@@ -281,6 +305,48 @@ class RunDir:
     def write_baselines(self, values: dict[str, float]) -> None:
         """Keep the baselines for later starts and for reports."""
         write_text(self.path / "baselines.json", json.dumps(values, indent=1))
+
+    @contextmanager
+    def beating(self, step: Callable[[], int], total_steps: int) -> Iterator[None]:
+        """Keep heartbeat.json up to date meanwhile, and write at the end how the run ended."""
+
+        def beat(status: str, message: str | None = None) -> None:
+            values = {
+                "status": status,
+                "step": step(),
+                "total_steps": total_steps,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "host": platform.node(),
+                "pid": os.getpid(),
+                "message": message,
+            }
+            # Whole or not at all for a reader, but not flushed to the disk; and no reason to end a run.
+            aside = self.path / ".writing-heartbeat.json"
+            with suppress(OSError):
+                aside.write_text(json.dumps(values), encoding="utf-8")
+                aside.replace(self.path / "heartbeat.json")
+
+        # By a thread, as a step on a CPU, or a validation, can take longer than a reader would wait.
+        is_over = threading.Event()
+
+        def beat_on() -> None:
+            while not is_over.wait(HEARTBEAT_EVERY_S):
+                beat("running")
+
+        thread = threading.Thread(target=beat_on, name="heartbeat", daemon=True)
+        beat("running")
+        thread.start()
+        status, message = "failed", None
+        try:
+            yield
+            status = "finished" if step() == total_steps else "stopped"
+        except BaseException as error:
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE_LETTERS]
+            raise
+        finally:
+            is_over.set()
+            thread.join()
+            beat(status, message)
 
     @contextmanager
     def _reading(self, name: str, remedy: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -17,6 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
+
+from nextblock.config import ModelConfig
+from nextblock.plan import peak_tflops, step_flops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +46,23 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
+
+
+def device_use(
+    device: torch.device, images_per_s: float, model: ModelConfig, processes: int
+) -> dict[str, float]:
+    """Peak memory of this process, of its GPU if it has one; TFLOP/s of the model on all devices together.
+
+    With the device's 16-bit peak, if that is known, also the share of it: model-FLOPs utilisation (`mfu`).
+    """
+    tflops, peak = images_per_s * step_flops(model) / 1e12, None
+    if device.type == "cuda":
+        memory, peak = torch.cuda.max_memory_allocated(device), peak_tflops(device_name(device))
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    share = {} if peak is None else {"mfu": tflops / (processes * peak)}
+    return {"memory_gb": memory / 1e9, "tflops": tflops, **share}
 
 
 def is_native(precision: str, device: torch.device) -> bool:

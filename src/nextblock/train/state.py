@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -52,6 +53,71 @@ KINDS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps for a parameter."""
 
 
+class Snapshot(NamedTuple):
+    """What a checkpoint is made of. All ranks take one; of a sharded model each has its part of `moments`."""
+
+    model: NextBlockModel
+    """For its settings."""
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    """As JSON takes it."""
+
+    @classmethod
+    def take(
+        cls,
+        model: NextBlockModel,
+        optimizer: torch.optim.Optimizer | None,
+        state: Mapping[str, Any],
+        *,
+        copied: bool = False,
+    ) -> Snapshot:
+        """Note a model and its optimizer, or copy them to main memory. All ranks must call this."""
+        weights = full_weights(model)
+        moments = {} if optimizer is None else optimizer_tensors(model, optimizer)
+        if copied:
+            weights, moments = (
+                {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
+                for tensors in (weights, moments)
+            )
+        return cls(model, weights, moments, state)
+
+
+class Saver:
+    """Writes checkpoints one after the other, on request in a thread while training goes on."""
+
+    def __init__(self, group: Group, *, in_background: bool) -> None:
+        self.in_background = in_background
+        # A thread's messages must not mix with those of training, so it has a process group of its own.
+        self._group = group.twin() if in_background else group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, write: Callable[[Group], None]) -> None:
+        """Call `write` with the group to use, now or in the background; first wait for the one before."""
+        self.wait()
+        if not self.in_background:
+            write(self._group)
+            return
+
+        def run() -> None:
+            try:
+                write(self._group)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for what is being written, and raise what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+
 def save_checkpoint(
     directory: Path,
     model: NextBlockModel,
@@ -59,13 +125,20 @@ def save_checkpoint(
     step: int,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    group: Group = ALONE,
     data: DataConfig | None = None,
+) -> Path:
+    """Write `directory/step_XXXXXXXX` by one process; see `write_snapshot`."""
+    return write_snapshot(directory, Snapshot.take(model, optimizer, state), step, ALONE, data=data)
+
+
+def write_snapshot(
+    directory: Path, snapshot: Snapshot, step: int, group: Group, *, data: DataConfig | None = None
 ) -> Path:
     """Write `directory/step_XXXXXXXX`, which appears whole or not at all. All ranks must call this.
 
     The directory must be on a disk that all ranks see.
     """
+    model, weights, moments, state = snapshot
     target = directory / f"step_{step:08d}"
     with ExitStack() as stack:
         aside = None
@@ -75,7 +148,6 @@ def save_checkpoint(
                 aside = stack.enter_context(write_aside(target))
                 aside.mkdir()
         aside = group.broadcast(aside)
-        weights = full_weights(model)
         with group.together():
             if not aside.is_dir():
                 raise CheckpointError(
@@ -85,10 +157,10 @@ def save_checkpoint(
         # Each rank reads again what it wrote: a disk that is full or fails can leave a file of the right size
         # with other bytes. Sums tell.
         sums: dict[str, Any] = {}
-        moments = {} if optimizer is None else optimizer_tensors(model, optimizer)
         if isinstance(model, FSDPModule):
             with writing(target), _one_failure(group):
-                dcp.save(moments, storage_writer=dcp.FileSystemWriter(aside / OPTIMIZER_DIR))
+                writer = dcp.FileSystemWriter(aside / OPTIMIZER_DIR)
+                dcp.save(dict(moments), storage_writer=writer, process_group=group.processes)
             with group.together():
                 own = sorted((aside / OPTIMIZER_DIR).glob(f"__{group.rank}_*"))
                 sums = {f"{OPTIMIZER_DIR}/{path.name}": checksum(path) for path in own}

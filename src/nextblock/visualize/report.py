@@ -67,6 +67,8 @@ class RunSummary:
     """The loss without a model, by the names of `BASELINE_WORDS`; empty where not measured."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions and hardware, as the run wrote them."""
+    heartbeat: dict[str, Any] = field(default_factory=dict)
+    """The run's status, step and time, as it last wrote them; empty if it never did."""
     probes: tuple[ProbeRow, ...] = ()
     """The newest probe's accuracies."""
     probe_file: Path | None = None
@@ -105,6 +107,12 @@ class RunSummary:
         }
 
     @property
+    def best_knn(self) -> tuple[float, int] | None:
+        """The best of the monitored kNN accuracies, and its step."""
+        steps, values = _series(self.monitor, "knn/top1")
+        return max(zip(values, steps, strict=True), default=None)
+
+    @property
     def raw_pixels_suffice(self) -> bool:
         """Whether a probe does as well on raw pixels as on the trained encoder: within a point, or better."""
         best = _best_accuracies(self)
@@ -136,6 +144,7 @@ def read_run(run_dir: Path) -> RunSummary:
         monitor=tuple(line for line in lines if line.get("kind") == "monitor"),
         baselines=_read_json(run_dir / "baselines.json"),
         environment=_last_start(run_dir / "environment.json"),
+        heartbeat=_read_json(run_dir / "heartbeat.json"),
         probes=_probe_rows(probe, probe_file),
         probe_file=probe_file,
         picture=_newest(run_dir.glob("predict*/predictions.png")) or _last_picture(run_dir),

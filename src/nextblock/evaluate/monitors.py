@@ -1,0 +1,136 @@
+"""How good the features of a model are while it is pre-trained: kNN accuracy, and RankMe without labels."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import numpy as np
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from nextblock.config import DataConfig, Size
+from nextblock.data import Source
+from nextblock.data.random import keyed_permutation
+from nextblock.evaluate.features import Features, NoFeaturesError, NonFiniteFeaturesError, gather_features
+from nextblock.evaluate.knn import predict_all
+from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE
+from nextblock.models.next_block import NextBlockModel
+from nextblock.settings import Duration, require
+from nextblock.train import MonitorEvent
+
+__all__ = ["FeatureMonitor", "knn_accuracy", "missing_classes", "rankme"]
+
+log = logging.getLogger(__name__)
+
+RANKME_EPS = 1e-7
+
+
+def rankme(features: Float[Tensor, "n d"]) -> float:
+    """Effective rank of features, from 1 to min(n, d): RankMe, Garrido et al., arXiv 2210.02885, ICML 2023.
+
+    exp of the entropy of the singular values, which are divided by their sum; 1e-7 is added to each. Compare
+    it between measurements on the same images only: it grows with their number.
+    """
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + RANKME_EPS
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def missing_classes(train: Source, val: Source) -> list[str]:
+    """Classes of `val`, by name, that `train` does not have."""
+    return sorted(set(val.class_names) - set(train.class_names))
+
+
+def knn_accuracy(
+    known: Features,
+    asked: Features,
+    train: Source,
+    val: Source,
+    *,
+    k: int = DEFAULT_K,
+    temperature: float = DEFAULT_TEMPERATURE,
+    device: torch.device,
+) -> float:
+    """Top-1 accuracy of kNN on images of `val` among those of `train`, whose classes are matched by name.
+
+    An image of a class that `train` does not have counts as wrong.
+    """
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    meaning = torch.tensor([numbers.get(name, -1) for name in val.class_names])
+    truth = meaning[torch.from_numpy(val.labels)[asked.samples]]
+    labels = torch.from_numpy(train.labels)[known.samples]
+    settings = [(k, temperature)]
+    (predicted,) = predict_all(asked.features[0], known.features[0], labels, len(numbers), settings, device)
+    return float((predicted == truth).float().mean())
+
+
+class FeatureMonitor:
+    """Logs RankMe as `rankme` and, with labelled images to compare with, kNN accuracy as `knn/top1`.
+
+    Both are measured on images of `source`, on the mean over patches of the model's final tokens under its
+    native attention, taken once. kNN compares them with images of `train`. At most `max_samples` images of
+    each are used, chosen by `seed`. Every rank encodes its share, and rank 0 returns the values.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        *,
+        train: Source | None = None,
+        image_size: Size,
+        every: str,
+        max_samples: int = 10_000,
+        seed: int = 0,
+        k: int = DEFAULT_K,
+        batch_size: int = 128,
+    ) -> None:
+        Duration.parse(every)
+        require(k >= 1, f"k is {k}; use at least 1")
+        if train is not None and len(missing_classes(train, source)) == len(source.class_names):
+            raise ValueError(f"{train.spec} and {source.spec} have no class in common")
+        self.every = every
+        self._source, self._train, self._data, self._image_size = source, train, data, image_size
+        self._max_samples, self._seed, self._k, self._batch_size = max_samples, seed, k, batch_size
+
+    def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
+        """Measure the model as it is now; nothing if it has no features, or the run was asked to stop."""
+        found: list[Features] = []
+        for source, purpose in ((self._source, "knn val"), (self._train, "knn train")):
+            if source is None:
+                continue
+            indices = np.sort(keyed_permutation(self._seed, len(source), purpose)[: self._max_samples])
+            try:
+                features = gather_features(
+                    partial(_mean_tokens, model=model),
+                    source,
+                    self._data,
+                    self._image_size,
+                    batch_size=self._batch_size,
+                    indices=indices,
+                    device=event.device,
+                    group=event.group,
+                    should_stop=event.should_stop,
+                )
+            except (NonFiniteFeaturesError, NoFeaturesError) as error:
+                log.warning("kNN and RankMe are not measured at step %d: %s", event.step, error)
+                return {}
+            if features is None:
+                return {}
+            found.append(features)
+        if not event.group.is_main:
+            return {}
+        values = {"rankme": rankme(found[0].features[0])}
+        if self._train is not None:
+            asked, known = found
+            values["knn/top1"] = knn_accuracy(
+                known, asked, self._train, self._source, k=self._k, device=event.device
+            )
+        return values
+
+
+def _mean_tokens(images: Float[Tensor, "b c h w"], *, model: NextBlockModel) -> tuple[Float[Tensor, "b d"]]:
+    return (reduce(model.encode(images).tokens.float(), "b n d -> b d", "mean"),)

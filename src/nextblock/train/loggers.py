@@ -1,0 +1,223 @@
+"""Loggers: where else a run's numbers go. TensorBoard, W&B, MLflow and Trackio, behind one small protocol.
+
+A logger's own id of the run is kept in RUN/loggers.json, so a run that resumes continues its curve there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from nextblock.atomic import write_text
+from nextblock.config import RunConfig
+from nextblock.settings import flatten, to_dict
+from nextblock.train.run_dir import DamagedRunError, RunDir
+
+log = logging.getLogger(__name__)
+
+MAX_PARAMS, MAX_PARAM_LETTERS = 100, 500
+"""MLflow's limits on parameters in a request, and on the text of one."""
+
+
+class LoggerError(RuntimeError):
+    """A logger of a new run cannot start."""
+
+
+class RunInfo(NamedTuple):
+    """What a logger is told of the run."""
+
+    run_id: str | None
+    """The logger's own id of the run; None: the run is new to it."""
+    project: str
+    name: str
+    config: dict[str, Any]
+    """All settings, by dotted name."""
+    out: Path
+
+
+class Logger(Protocol):
+    """Sends numbers somewhere. Whatever it raises is reported once, and ends the logger, not the run."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send values of a step; steps never decrease."""
+
+    def close(self, *, failed: bool) -> None:
+        """Send what is left, and how the run ended."""
+
+
+class TensorBoard:
+    """Events in RUN/tensorboard; those after `start_step` are hidden, as these steps are done again."""
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write an event for each value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - it has no place for it
+        """Close the file."""
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases; with WANDB_MODE=offline it writes to RUN/wandb, for `wandb sync`."""
+
+    def __init__(self, info: RunInfo) -> None:
+        wandb = importlib.import_module("wandb")
+        self.run_id = info.run_id or uuid.uuid4().hex[:8]
+        self._run = wandb.init(
+            project=info.project,
+            name=info.name,
+            id=self.run_id,
+            resume="allow",
+            dir=str(info.out),
+            config=info.config,
+            allow_val_change=True,  # of what may change when a run resumes, such as data.workers
+            settings=wandb.Settings(console="off"),  # it would put itself before the terminal
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Queue the values; a process of W&B's own sends them."""
+        self._run.log(dict(values), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        """Wait until all is sent."""
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow:
+    """MLflow, at MLFLOW_TRACKING_URI; a project is an experiment."""
+
+    def __init__(self, info: RunInfo) -> None:
+        # A client and not mlflow.start_run, which keeps one current run for the whole process.
+        mlflow = importlib.import_module("mlflow")
+        self._client, self._metric = mlflow.MlflowClient(), mlflow.entities.Metric
+        if info.run_id is not None:
+            self.run_id = info.run_id
+            self._client.update_run(self.run_id, status="RUNNING")
+            return
+        experiment = self._client.get_experiment_by_name(info.project)
+        place = experiment.experiment_id if experiment else self._client.create_experiment(info.project)
+        self.run_id = str(self._client.create_run(place, run_name=info.name).info.run_id)
+        # Those of the first start: MLflow refuses to change a parameter.
+        param = mlflow.entities.Param
+        params = [param(name, str(value)[:MAX_PARAM_LETTERS]) for name, value in info.config.items()]
+        for at in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(self.run_id, params=params[at : at + MAX_PARAMS])
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values in one request."""
+        now_ms = int(time.time() * 1000)
+        metrics = [self._metric(name, float(value), now_ms, step) for name, value in values.items()]
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    def close(self, *, failed: bool) -> None:
+        """Mark the run as over."""
+        self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+
+
+class Trackio:
+    """Trackio, on this machine, or in the Space that TRACKIO_SPACE_ID names."""
+
+    def __init__(self, info: RunInfo) -> None:
+        trackio = importlib.import_module("trackio")
+        # It finds a run again by its name alone, so the name has to be unique.
+        self.run_id = info.run_id or f"{info.name}-{uuid.uuid4().hex[:8]}"
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run = trackio.init(
+                info.project, name=self.run_id, config=info.config, resume="allow", embed=False
+            )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Queue the values; a thread of Trackio's own writes them."""
+        self._run.log(dict(values), step=step)
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - it has no place for it
+        """Wait until all is written."""
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
+OPTIONAL = {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+"""The loggers that need the package of that name."""
+
+
+def require_packages(names: tuple[str, ...]) -> None:
+    """Refuse loggers whose package is not installed."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            need = f"monitor.loggers {name} needs a package ({error})"
+            raise ValueError(f"{need}: pip install {name}") from error
+
+
+class Loggers:
+    """All loggers of a run. One that fails while it trains is reported once and dropped."""
+
+    def __init__(self, config: RunConfig, run: RunDir, start_step: int) -> None:
+        self._loggers: dict[str, Logger] = {}
+        self._last_steps: dict[str, Mapping[str, int]] = {}
+        if config.monitor.tensorboard:
+            self._loggers["tensorboard"] = TensorBoard(run.path / "tensorboard", start_step)
+        file, ids = run.path / "loggers.json", dict[str, str]()
+        try:
+            if file.is_file():
+                ids = {**json.loads(file.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise DamagedRunError(f"{file} is damaged; remove it: loggers then begin new curves") from error
+        name, settings = run.path.resolve().name, flatten(to_dict(config))
+        for kind in dict.fromkeys(config.monitor.loggers):
+            known = ids.get(kind)
+            try:
+                logger = OPTIONAL[kind](RunInfo(known, config.monitor.project, name, settings, run.path))
+            except Exception as error:
+                # A run that begins has somebody who can help; one that is requeued at night goes on without.
+                if start_step == 0 and known is None:
+                    raise LoggerError(
+                        f"{kind} cannot start ({_cause(error)}); mend it, or leave it out of monitor.loggers"
+                    ) from error
+                self._drop(kind, error, f"; to begin a new curve, remove {file}" if known else "")
+                continue
+            self._loggers[kind], ids[kind] = logger, logger.run_id
+            # Steps that a killed process lost are done again, to the same numbers: the curve has them.
+            self._last_steps[kind] = run.last_steps if known else {}
+            write_text(file, json.dumps(ids, indent=1))
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of a line of metrics, as "train/loss" unless a name has a slash."""
+        named = {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}
+        for name, logger in list(self._loggers.items()):
+            if step > self._last_steps.get(name, {}).get(kind, -1):
+                try:
+                    logger.log(step, named)
+                except Exception as error:
+                    self._drop(name, error)
+
+    def close(self, *, failed: bool) -> None:
+        """Close all."""
+        for name, logger in list(self._loggers.items()):
+            try:
+                logger.close(failed=failed)
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception, remedy: str = "") -> None:
+        self._loggers.pop(name, None)
+        log.warning("%s gets no more numbers of this run (%s)%s", name, _cause(error), remedy)
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

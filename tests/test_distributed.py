@@ -1,0 +1,199 @@
+"""Several processes train one model: the same losses on any world, exact resume, and an end for all."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from nextblock.cli import main
+from nextblock.train import TrainResult
+from nextblock.train.state import find_intact
+from ranks import RankFailed, SignalRank, run_ranks, train_and_die, train_otherwise, train_together
+from tiny_runs import loss_lines, same, weights
+from toy import ToySource
+
+BASE = {
+    "train.batch_size": 10,
+    "train.micro_batch_size": 3,
+    "model.drop_path": 0.3,
+    "model.embed_dim": 20,  # parts of unequal size on 3 and 4 ranks
+    "monitor.val_every": "3st",
+}
+KINDS = {
+    "xtra": {"model.order": "random"},
+    "aim": {"model.prefix": True, "model.num_predicted_blocks": 2},
+    "tokens": {"model.tokenizer": "kmeans", "model.vocab_size": 8, "train.activation_checkpointing": True},
+}
+WORLDS = [(2, "ddp"), (3, "fsdp")]
+MORE_WORLDS = [(2, "fsdp"), (3, "ddp"), (4, "ddp"), (4, "fsdp")]
+ALL_WORLDS = [*WORLDS, *(pytest.param(*world, marks=pytest.mark.slow) for world in MORE_WORLDS)]
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def sources() -> dict[str, ToySource]:
+    """One training image cannot be read: a hole in some rank's share."""
+    return {"train": ToySource(40, bad=[7]), "val": ToySource(11, seed=1)}
+
+
+def together(world, strategy, out, kind, monitors=()):
+    changes = {**BASE, **KINDS[kind], "train.strategy": strategy}
+    results = run_ranks(world, train_together, out, changes, sources(), monitors)
+    assert not [one for one in results if isinstance(one, RankFailed | int)], results
+    return results
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """`whole(kind, world, strategy)`: a run that was not interrupted."""
+    runs = {}
+
+    def make(kind: str, world: int = 1, strategy: str = "auto") -> Path:
+        key = (kind, world, strategy)
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp(f"{kind}-{world}-{strategy}") / "run"
+            together(world, strategy, runs[key], kind)
+        return runs[key]
+
+    return make
+
+
+def curve(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines for name in ("loss", "val_loss") if name in line]
+
+
+@pytest.mark.parametrize(("world", "strategy"), ALL_WORLDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_one_process(kind, world, strategy, whole):
+    assert curve(whole(kind, world, strategy)) == pytest.approx(curve(whole(kind)), abs=1e-6)
+
+
+@pytest.mark.parametrize(("world", "strategy"), ALL_WORLDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_resumes_exactly(
+    kind, world, strategy, whole, tmp_path
+):
+    run = tmp_path / "run"
+    stop = SignalRank(3, rank=world - 1, number=signal.SIGUSR1)
+    stopped = together(world, strategy, run, kind, (stop,))
+    assert [(one.step, one.stopped_by) for one in stopped] == [(3, "SIGUSR1")] * world
+    together(world, strategy, run, kind)
+    expected = whole(kind, world, strategy)
+    assert same(weights(run, 7), weights(expected, 7))
+    assert loss_lines(run) == loss_lines(expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((2, "ddp"), (3, "fsdp")),
+        ((3, "fsdp"), (1, "auto")),
+        pytest.param((1, "auto"), (4, "fsdp"), marks=pytest.mark.slow),
+        pytest.param((4, "fsdp"), (2, "ddp"), marks=pytest.mark.slow),
+        pytest.param((3, "fsdp"), (2, "fsdp"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_resumes_on_another_world_and_strategy_with_the_same_samples(first, then, whole, tmp_path):
+    run = tmp_path / "run"
+    together(*first, run, "xtra", (SignalRank(3, rank=0, number=signal.SIGTERM),))
+    together(*then, run, "xtra")
+    assert curve(run) == pytest.approx(curve(whole("xtra")), abs=1e-6)
+
+
+PLACES = {
+    "in a step": "nextblock.train.trainer.combine",
+    "inside a checkpoint": "nextblock.train.state.checksum",
+    "before the last rename": "nextblock.train.state.save_model",
+    "inside a resume": "nextblock.train.trainer.load_state",
+}
+
+
+@pytest.mark.parametrize(("trials", "seed"), [(4, 0), pytest.param(50, 1, marks=pytest.mark.slow)])
+def test_killed_anywhere_the_run_ends_as_if_it_had_not_been(trials, seed, whole, tmp_path):
+    draw, killed = random.Random(seed), 0
+    for trial in range(trials):
+        strategy, place = draw.choice(["ddp", "fsdp"]), list(PLACES)[trial % len(PLACES)]
+        world = draw.choice([2, 3])
+        expected = whole("xtra", world, strategy)
+        run = tmp_path / f"{trial}"
+        changes = {**BASE, **KINDS["xtra"], "train.strategy": strategy, "checkpoint.every": "2st"}
+        victims = draw.choice([-1, draw.randrange(world)])
+        changes["checkpoint.in_background"] = draw.random() < 0.5
+        if is_resume := place == "inside a resume":
+            together(world, strategy, run, "xtra", (SignalRank(3, rank=0, number=signal.SIGINT),))
+        after = 1 if is_resume else draw.randrange(1, 9)
+        results = run_ranks(world, train_and_die, run, changes, sources(), PLACES[place], victims, after)
+        described = (trial, place, world, strategy, victims, after, results)
+        # A place that is on another rank, or not visited so often, kills nobody.
+        if not all(isinstance(one, TrainResult) for one in results):
+            assert -signal.SIGKILL in results, described
+            killed += 1
+            together(world, strategy, run, "xtra")
+        assert same(weights(run, 7), weights(expected, 7)), described
+        assert loss_lines(run) == loss_lines(expected), described
+    assert killed >= trials // 2
+
+
+@pytest.mark.parametrize(
+    ("what", "message", "saved"),
+    [
+        ("version", r"rank 1 on \S+ has nextblock 0.0.1, rank 0 on \S+ has .*install the same", []),
+        ("images", r"rank 1 on \S+ has data.train 'toy-5-40', rank 0 on \S+ has 'toy-0-40'", []),
+        ("batch", "a batch of 2 cannot be divided among 3 processes; start fewer, or raise train.batch", []),
+        ("disk", r"rank 1 on \S+: the disk is gone", ["step_00000004"]),
+        ("bug", r"rank 1 on \S+, step 3: 'surprise'", []),
+    ],
+)
+def test_what_is_wrong_with_one_rank_ends_all_and_names_it(what, message, saved, tmp_path):
+    results = run_ranks(3, train_otherwise, tmp_path / "run", what)
+    assert all(isinstance(one, RankFailed) for one in results)
+    assert re.search(message, str(results[0]))
+    assert [path.name for path in tmp_path.glob("run/checkpoints/step_*")] == saved
+
+
+def test_a_rank_that_is_killed_is_named_by_the_others(tmp_path):
+    killer = SignalRank(3, rank=1, number=signal.SIGKILL)
+    results = run_ranks(3, train_together, tmp_path / "run", {"train.batch_size": 10}, None, (killer,))
+    assert results[1] == -signal.SIGKILL
+    for rank in (0, 2):
+        assert re.search(r"rank 1 on \S+ died or hangs; it was last heard of in step \d", str(results[rank]))
+
+
+def test_a_missing_part_of_a_checkpoint_is_named_and_the_one_before_used(whole, tmp_path, caplog):
+    run = tmp_path / "run"
+    changes = {
+        **BASE,
+        **KINDS["xtra"],
+        "train.strategy": "fsdp",
+        "checkpoint.every": "3st",
+        "optim.warmup": "9st",
+    }
+    run_ranks(3, train_together, run, changes, sources(), (SignalRank(5, rank=0, number=signal.SIGINT),))
+    (run / "checkpoints" / "step_00000005" / "optimizer" / "__2_0.distcp").unlink()
+    with caplog.at_level("WARNING"):
+        assert find_intact(run / "checkpoints").name == "step_00000003"
+    assert "__2_0.distcp" in caplog.text
+    assert (run / "checkpoints" / "damaged_step_00000005").is_dir()
+
+
+def test_a_port_in_use_is_told_with_the_remedy(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        env = {"MASTER_PORT": str(listener.getsockname()[1])}
+        (result,) = run_ranks(1, train_together, tmp_path / "run", {"train.strategy": "fsdp"}, env=env)
+    assert re.search(r"port \d+ of 127.0.0.1 is in use, perhaps by another run; set MASTER_PORT", str(result))
+
+
+def test_more_processes_than_cores_are_refused(capsys, tmp_path):
+    argv = ["pretrain", "--data.train", "digits", "--out", str(tmp_path / "run"), "--devices", "9999"]
+    assert main([*argv, "--train.device", "cpu"]) == 2
+    assert re.search(r"--devices 9999, but \S+ has \d+ CPU cores?; use at most", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

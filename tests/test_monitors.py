@@ -1,0 +1,389 @@
+"""kNN and RankMe while a model is trained, on one process and several; the best checkpoint; early stop."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import nextblock
+from nextblock.evaluate.features import gather_features
+from nextblock.evaluate.monitors import FeatureMonitor, rankme
+from nextblock.plan import step_flops
+from nextblock.train import MonitorEvent
+from nextblock.train.runtime import device_use
+from ranks import in_group, run_ranks, train_together
+from tiny_runs import (
+    TINY,
+    TINY_FLAGS,
+    Quiet,
+    assert_same_end,
+    call_cli,
+    checkpoints,
+    crash_toy,
+    metrics,
+    run_toy,
+    write_images,
+)
+from toy import DATA, ToySource, one_thread, tiny_config, toy_model  # noqa: F401 - a fixture
+
+CPU = torch.device("cpu")
+EVENT = MonitorEvent(step=0, run_dir=Path(), device=CPU)
+
+
+def monitor_of(train, val, **changes):
+    return FeatureMonitor(val, DATA, train=train, **{"image_size": 16, "every": "5ep", **changes})
+
+
+def measured(train, val, *, model=None, event=EVENT, **changes):
+    with torch.no_grad():
+        return monitor_of(train, val, **changes)(model or toy_model(), event)
+
+
+# ----------------------------------------------------------------------------------------------- RankMe
+
+
+def random_features(rows, columns):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
+def test_rankme_is_exp_of_the_entropy_of_normalised_singular_values(shape):
+    features = random_features(*shape)
+    small = features.double() if shape[0] < shape[1] else features.double().T
+    squares = torch.linalg.eigvalsh(small @ small.T)
+    values = [math.sqrt(square) for square in squares.tolist()]
+    shares = [value / sum(values) + 1e-7 for value in values]
+    assert rankme(features) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-9)
+
+
+def test_rankme_of_one_direction_is_1_and_of_orthonormal_features_their_number():
+    one = torch.outer(random_features(1, 20)[0], random_features(1, 8)[0])
+    assert rankme(one) == pytest.approx(1, abs=1e-4)
+    orthonormal = torch.linalg.qr(random_features(20, 8)).Q.T
+    assert rankme(orthonormal) == pytest.approx(8, abs=1e-4)
+    assert rankme(7 * orthonormal) == pytest.approx(8, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ kNN and RankMe
+
+
+def test_colours_are_told_apart_and_shuffled_labels_are_not():
+    found = measured(ToySource(96), ToySource(48, seed=1), batch_size=20)
+    assert found["knn/top1"] > 0.95
+    assert 1 < found["rankme"] < 32
+    assert measured(ToySource(200, shuffled=True), ToySource(100, seed=1))["knn/top1"] < 0.45
+
+
+def test_classes_are_matched_by_name_and_those_that_train_lacks_count_as_wrong():
+    train = ToySource(96)
+    renumbered = ToySource(48, seed=1, class_names=("b", "a", "c", "d"))
+    assert measured(train, renumbered)["knn/top1"] == pytest.approx(0.5, abs=0.05)
+    unknown = ToySource(48, seed=1, class_names=("a", "b", "c", "other"))
+    assert measured(train, unknown)["knn/top1"] == pytest.approx(0.75, abs=0.05)
+
+
+def test_without_labels_rankme_alone_is_measured():
+    found = measured(None, ToySource(48, seed=1))
+    assert found == {"rankme": measured(ToySource(96), ToySource(48, seed=1))["rankme"]}
+
+
+def test_at_most_so_many_images_are_read_chosen_by_the_seed():
+    found = []
+    for seed in (0, 0, 1, 2):
+        train, val = ToySource(96, shuffled=True), ToySource(96, seed=1)
+        found.append(measured(train, val, k=1, max_samples=30, seed=seed))
+        assert (train.reads, val.reads) == (30, 30)
+    assert found[0] == found[1]
+    assert len({one["rankme"] for one in found}) == 3
+    assert len({one["knn/top1"] for one in found}) > 1
+
+
+def test_unreadable_images_are_left_out():
+    assert measured(ToySource(96, bad={0, 1}), ToySource(48, seed=1, bad={3}))["knn/top1"] > 0.95
+
+
+def test_the_monitor_looks_at_the_model_as_it_is_now_and_draws_no_random_number():
+    model, before = toy_model(), torch.random.get_rng_state()
+    sources = ToySource(96), ToySource(48, seed=1)
+    first = measured(*sources, model=model)
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        model.encoder.patch_embed.proj.weight.zero_()
+    assert measured(*sources, model=model)["knn/top1"] < 0.5
+    model.load_state_dict(state)
+    assert measured(*sources, model=model) == first
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_features_that_are_no_numbers_or_missing_are_told_and_the_run_goes_on(caplog):
+    model = toy_model()
+    with torch.no_grad():
+        next(model.encoder.norm.parameters()).fill_(torch.nan)
+    assert measured(ToySource(24), ToySource(24, seed=1), model=model) == {}
+    assert "the features of 24 of 24 images are no numbers" in caplog.text
+    assert measured(None, ToySource(4, bad=range(4))) == {}
+    assert "none of the images could be read (4 bad, the first: toy-0[0]: truncated)" in caplog.text
+
+
+def test_a_run_that_is_asked_to_stop_stops_after_a_batch():
+    asked = []
+
+    def should_stop():
+        asked.append(True)
+        return len(asked) == 4
+
+    train, val = ToySource(96), ToySource(20)
+    assert measured(train, val, batch_size=10, event=EVENT._replace(should_stop=should_stop)) == {}
+    assert (len(asked), val.reads) == (4, 20)
+    assert train.reads < 96
+
+
+def test_impossible_settings_are_refused():
+    sources = ToySource(8), ToySource(8, seed=1)
+    with pytest.raises(ValueError, match="k is 0"):
+        monitor_of(*sources, k=0)
+    with pytest.raises(ValueError, match="'often' is not a duration"):
+        monitor_of(*sources, every="often")
+    with pytest.raises(ValueError, match="no class in common"):
+        monitor_of(sources[0], ToySource(8, class_names=("e", "f", "g", "h")))
+
+
+# ------------------------------------------------------------------------------------------- several ranks
+
+
+def gathered_here(count, bad):
+    source = ToySource(count, bad=bad)
+
+    def gather(group):
+        return gather_features(
+            lambda images: (images.mean((2, 3)), images.flatten(2)),
+            source,
+            DATA,
+            16,
+            batch_size=2,
+            indices=torch.arange(count).flip(0).numpy(),
+            device=CPU,
+            group=group,
+        )
+
+    features = in_group(gather)
+    return [one.numpy() for one in features.features], features.samples.tolist(), features.bad, source.reads
+
+
+@pytest.mark.parametrize(("count", "bad"), [(11, ()), (11, (0, 1, 2, 3, 9)), (2, ())])
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_a_source_and_all_get_its_features_in_order(world, count, bad):
+    alone, samples, unreadable, _ = gathered_here(count, bad)
+    found = run_ranks(world, gathered_here, count, bad)
+    for features, *rest in found:
+        assert all((mine == theirs).all() for mine, theirs in zip(features, alone, strict=True))
+        assert rest[:2] == [samples, unreadable]
+    assert [reads for *_, reads in found] == [
+        count * (rank + 1) // world - count * rank // world for rank in range(world)
+    ]
+
+
+def test_ranks_that_find_no_readable_image_all_say_so():
+    found = run_ranks(2, gathered_here, 4, range(4))
+    assert all(
+        str(one).startswith("NoFeaturesError: none of the images could be read (4 bad") for one in found
+    )
+
+
+def monitored(out, strategy, world):
+    train, val = ToySource(41, shuffled=True, bad={3}), ToySource(23, seed=1, bad={20, 21, 22})
+    monitor = monitor_of(train, val, every="1st", batch_size=3, k=5)
+    changes = (
+        {"train.strategy": strategy, "train.duration": "2st"} if world > 1 else {"train.duration": "2st"}
+    )
+    train_together(out, changes, monitors=(monitor,))
+    return train.reads + val.reads
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")])
+def test_knn_and_rankme_are_the_same_on_any_number_of_ranks(tmp_path, world, strategy):
+    reads = run_ranks(1, monitored, tmp_path / "alone", strategy, 1)[0]
+    shares = run_ranks(world, monitored, tmp_path / "ranks", strategy, world)
+    assert sum(shares) == reads
+    assert max(shares) <= reads // world + 3 * 2
+    alone, together = metrics(tmp_path / "alone", "monitor"), metrics(tmp_path / "ranks", "monitor")
+    assert [line["step"] for line in alone] == [line["step"] for line in together] == [0, 1, 2]
+    for mine, theirs in zip(alone, together, strict=True):
+        assert mine["rankme"] == pytest.approx(theirs["rankme"], abs=1e-6)
+        assert mine["knn/top1"] == pytest.approx(theirs["knn/top1"], abs=1e-6)
+
+
+# --------------------------------------------------------------------------------- which images are taken
+
+
+def write_classes(folder, names):
+    for name in names.split():
+        write_images(folder / name, 4)
+
+
+def pretrain(tmp_path, monitor, **changes):
+    reporter, data = Quiet(), {"train": str(tmp_path / "train")}
+    changes = {"data": {**data, **changes}, "monitor": {"knn_every": "7st", **monitor}}
+    nextblock.pretrain(TINY, out=tmp_path / "run", reporter=reporter, **changes)
+    return reporter.notes
+
+
+def test_knn_may_have_labelled_images_of_its_own(tmp_path):
+    write_classes(tmp_path / "train", ".")
+    write_classes(tmp_path / "known", "cat dog")
+    write_classes(tmp_path / "asked", "cat emu fox")
+    notes = pretrain(tmp_path, {"knn_train": str(tmp_path / "known"), "knn_val": str(tmp_path / "asked")})
+    assert all({"knn/top1", "rankme"} <= line.keys() for line in metrics(tmp_path / "run", "monitor"))
+    (note,) = [note for note in notes if "classes" in note]
+    assert note == (
+        "2 of 3 classes of monitor.knn_val are not in monitor.knn_train and count as wrong in kNN: emu, fox"
+    )
+    assert any(note.startswith("WARNING: monitor.knn_val: ") for note in notes)  # noise of the same seed
+
+
+@pytest.mark.parametrize(
+    ("monitor", "checkpoint", "message"),
+    [
+        ({"knn_train": "digits"}, {}, "monitor.knn_train and monitor.knn_val go together"),
+        ({"early_stop": "knn"}, {}, "monitor.early_stop knn cannot be measured: it needs labelled"),
+        ({}, {"keep_best": "val_loss"}, "checkpoint.keep_best val_loss cannot be measured: it needs val"),
+        ({"knn_every": None}, {"keep_best": "rankme"}, "keep_best rankme needs monitor.knn_every"),
+    ],
+)
+def test_what_cannot_be_measured_decides_nothing(tmp_path, monitor, checkpoint, message):
+    write_images(tmp_path / "train", 8)
+    with pytest.raises(ValueError, match=message):
+        nextblock.pretrain(
+            TINY,
+            out=tmp_path / "run",
+            reporter=Quiet(),
+            data={"train": str(tmp_path / "train")},
+            monitor={"knn_every": "1st", **monitor},
+            checkpoint=checkpoint,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------- the best checkpoint, early stop
+
+
+class Scripted:
+    """Returns given values after steps 0, 1, ..., on rank 0 alone."""
+
+    every = "1st"
+
+    def __init__(self, values, name="knn/top1"):
+        self.values, self.name = values, name
+
+    def __call__(self, model, event):
+        return {self.name: self.values[event.step]} if event.group.is_main else {}
+
+
+VALUES = [0.9, 0.1, 0.5, 0.2, 0.3, 0.5, 0.1, 0.2]
+"""After steps 0 to 7: the best of a trained model is that after step 2."""
+MONITORED = {"monitor.knn_every": "1st", "checkpoint.keep": 1}
+KEEP = {**MONITORED, "checkpoint.keep_best": "knn"}
+
+
+def best(run):
+    return json.loads((run / "best.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "values"),
+    [
+        ("knn", "knn/top1", VALUES),
+        ("rankme", "rankme", VALUES),
+        ("val_loss", "val_loss", [-value for value in VALUES]),
+    ],
+)
+def test_the_best_checkpoint_is_kept_besides_the_latest(tmp_path, metric, name, values):
+    run_toy(tmp_path, {**KEEP, "checkpoint.keep_best": metric}, monitors=[Scripted(values, name)])
+    assert checkpoints(tmp_path) == ["step_00000002", "step_00000007"]
+    assert best(tmp_path) == {"metric": metric, "value": values[2], "step": 2}
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_run_that_was_killed_or_stopped_keeps_the_same_best(tmp_path, step):
+    every, monitors = {**KEEP, "checkpoint.every": "2st"}, [Scripted(VALUES)]
+    run_toy(tmp_path / "whole", every, monitors=monitors)
+    crash_toy(tmp_path / "killed", step, every, monitors=monitors)
+    run_toy(tmp_path / "stopped", every, monitors=monitors, stop=step)
+    for name in ("killed", "stopped"):
+        run_toy(tmp_path / name, every, monitors=monitors)
+        assert checkpoints(tmp_path / name) == checkpoints(tmp_path / "whole")
+        assert best(tmp_path / name) == best(tmp_path / "whole")
+        assert_same_end(tmp_path / name, tmp_path / "whole")
+
+
+def test_of_a_run_that_kept_none_the_best_that_is_left_counts(tmp_path):
+    run_toy(tmp_path, MONITORED, monitors=[Scripted(VALUES)], stop=4)
+    run_toy(tmp_path, KEEP, monitors=[Scripted([*VALUES[:5], 0.25, 0.1, 0.2])])
+    assert best(tmp_path) == {"metric": "knn", "value": 0.3, "step": 4}
+    assert checkpoints(tmp_path) == ["step_00000004", "step_00000007"]
+
+
+EARLY = {**MONITORED, "monitor.early_stop": "knn", "monitor.patience": 2}
+
+
+@pytest.mark.parametrize("stop", [None, 2, 3])
+def test_a_run_ends_early_once_its_metric_no_longer_improves_and_is_then_over(tmp_path, stop):
+    if stop is not None:
+        run_toy(tmp_path, EARLY, monitors=[Scripted(VALUES)], stop=stop)
+    for _ in range(2):
+        reporter = Quiet()
+        result = run_toy(tmp_path, EARLY, monitors=[Scripted(VALUES)], reporter=reporter)
+        assert (result.step, result.stopped_by, result.is_finished) == (4, "early stop", True)
+        reason = "early stop: knn/top1 has not risen above 0.5, that of step 2, in 2 measurements"
+        assert reporter.notes[-1].startswith(reason)
+        starts = json.loads((tmp_path / "environment.json").read_text())
+        assert [start["complete"] for start in starts] == [False] * (stop is not None) + [True]
+        assert checkpoints(tmp_path) == ["step_00000004"]
+    patient = {**EARLY, "monitor.patience": 5}
+    result = run_toy(tmp_path, patient, monitors=[Scripted(VALUES)])
+    assert (result.step, result.stopped_by) == (7, None)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_ranks_keep_the_best_and_end_early_together(tmp_path, strategy):
+    changes = {**EARLY, **KEEP, "train.strategy": strategy}
+    for _ in range(2):
+        found = run_ranks(2, train_together, tmp_path, changes, None, (Scripted(VALUES),))
+        assert [(one.step, one.stopped_by) for one in found] == [(4, "early stop")] * 2
+    assert checkpoints(tmp_path) == ["step_00000002", "step_00000004"]
+    assert best(tmp_path)["step"] == 2
+
+
+def test_the_command_of_a_run_that_ended_early_succeeds(tmp_path, capsys):
+    for name in ("train", "val"):
+        write_images(tmp_path / name, 8)
+    words = ["pretrain", *TINY_FLAGS, "--out", tmp_path / "run", "--data.train", tmp_path / "train", "--json"]
+    words += ["--data.val", tmp_path / "val", "--monitor.val_every=1st", "--train.duration=9st"]
+    words += ["--monitor.early_stop=val_loss", "--monitor.patience=1"]
+    words += [f"--optim.{name}=0" for name in ("lr", "start_lr", "end_lr")]
+    code, out, err = call_cli(capsys, *words)
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["step"], result["total_steps"], result["stopped_by"]) == (2, 9, "early stop")
+    assert "early stop: val_loss has not fallen below " in err
+
+
+# ------------------------------------------------------------------------------------------ what it takes
+
+
+def test_a_cpu_has_a_memory_and_a_speed_and_a_known_gpu_a_share_of_its_peak(monkeypatch):
+    flops = step_flops(tiny_config())
+    found = device_use(CPU, 500.0, tiny_config(), 2)
+    assert found.keys() == {"memory_gb", "tflops"}
+    assert 0.05 < found["memory_gb"] < 100
+    assert found["tflops"] == pytest.approx(500 * flops / 1e12)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda _: 3e9)
+    for name, share in (("NVIDIA H100 80GB HBM3", 500 * flops / 1e12 / 989.4 / 2), ("Other", None)):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda _, name=name: name)
+        found = device_use(torch.device("cuda", 0), 500.0, tiny_config(), 2)
+        assert found["memory_gb"] == 3
+        assert found.get("mfu") == (share and pytest.approx(share))
