@@ -36,6 +36,7 @@ NEWER = {
     "model.resample_antialias": True,
     "train.strategy": "auto",
     "checkpoint.in_background": False,
+    "checkpoint.requeue": False,
 }
 """Settings that the recorded presets did not have yet: at these values they change nothing."""
 

@@ -74,8 +74,9 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
             f"{world.size} processes were started, but MASTER_ADDR does not say where they meet; set it to "
             "the host of rank 0, or start through torchrun"
         )
-    # Every rank computes the same port from the launch's name, so none has to be told.
-    return host, int(port) if port else random.Random(launch).randint(20_000, 60_000), launch
+    # Every rank computes the same port from the launch's name, so none has to be told. From 32768 on Linux
+    # gives ports to whatever connects somewhere.
+    return host, int(port) if port else random.Random(launch).randint(20_000, 32_000), launch
 
 
 class Group:
