@@ -102,8 +102,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_resumes_
 )
 def test_a_run_resumes_on_another_world_and_strategy_with_the_same_samples(first, then, whole, tmp_path):
     run = tmp_path / "run"
-    together(*first, run, "xtra", (SignalRank(3, rank=0, number=signal.SIGTERM),))
-    together(*then, run, "xtra")
+    (world, strategy), (next_world, next_strategy) = first, then
+    together(world, strategy, run, "xtra", (SignalRank(3, rank=0, number=signal.SIGTERM),))
+    together(next_world, next_strategy, run, "xtra")
     assert curve(run) == pytest.approx(curve(whole("xtra")), abs=1e-6)
 
 
@@ -178,7 +179,7 @@ def test_a_missing_part_of_a_checkpoint_is_named_and_the_one_before_used(whole, 
     run_ranks(3, train_together, run, changes, sources(), (SignalRank(5, rank=0, number=signal.SIGINT),))
     (run / "checkpoints" / "step_00000005" / "optimizer" / "__2_0.distcp").unlink()
     with caplog.at_level("WARNING"):
-        assert find_intact(run / "checkpoints").name == "step_00000003"
+        assert find_intact(run / "checkpoints") == run / "checkpoints" / "step_00000003"
     assert "__2_0.distcp" in caplog.text
     assert (run / "checkpoints" / "damaged_step_00000005").is_dir()
 
@@ -192,8 +193,19 @@ def test_a_port_in_use_is_told_with_the_remedy(tmp_path):
     assert re.search(r"port \d+ of 127.0.0.1 is in use, perhaps by another run; set MASTER_PORT", str(result))
 
 
-def test_more_processes_than_cores_are_refused(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({}, r"--devices 9999, but \S+ has \d+ CPU cores?; use at most"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "--devices 9999 starts processes, and torchrun has done so"),
+    ],
+)
+def test_devices_are_refused_if_there_are_fewer_or_a_launcher_gave_them(
+    env, message, capsys, tmp_path, monkeypatch
+):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     argv = ["pretrain", "--data.train", "digits", "--out", str(tmp_path / "run"), "--devices", "9999"]
     assert main([*argv, "--train.device", "cpu"]) == 2
-    assert re.search(r"--devices 9999, but \S+ has \d+ CPU cores?; use at most", capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()

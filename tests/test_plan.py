@@ -115,6 +115,7 @@ def test_activations_are_those_that_autograd_keeps(name, recompute, batch, preci
     with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
         kept = saved_bytes(lambda: model(*arguments), model)
     # Autocast's copies of weights are planned by themselves. Those of recomputed layers are not kept.
+    assert model.predictor is not None
     layers = set(model.encoder.blocks.modules()) | set(model.predictor.blocks.modules())
     cast = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     copies = is_bf16 * sum(2 * m.weight.numel() for m in cast if not (recompute and m in layers))
@@ -128,6 +129,7 @@ def test_activations_are_those_that_autograd_keeps(name, recompute, batch, preci
 def test_a_layer_that_is_run_again_keeps_what_is_planned(name):
     config = MODELS[name]
     model, _ = made(config, 1)
+    assert model.predictor is not None
     for layer, stack in zip(
         (model.encoder.blocks[0], model.predictor.blocks[0]), stacks(config), strict=True
     ):

@@ -24,6 +24,7 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
     from nextblock.cli.arguments import Parser, parse_run
     from nextblock.launch import find_world, launch
+    from nextblock.settings import require
 
     parser = Parser("pretrain", "Train a vision transformer to predict the next block of an image.")
     parser.add_argument(
@@ -39,13 +40,26 @@ def run(argv: Sequence[str]) -> int:
     )
     config, options = parse_run(parser, [*_recorded_settings(argv), *argv])
     world = find_world()
-    if options.devices is not None and world.launcher is None:
-        return launch(["pretrain", *argv], options.devices, config.train.device)
+    if options.devices is not None:
+        require(
+            world.launcher is None,
+            f"--devices {options.devices} starts processes, and {world.launcher} has done so; leave it out",
+        )
+        return launch(["pretrain", *_without_devices(argv)], options.devices, config.train.device)
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
     if options.json and world.rank == 0:
         values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}
         end_with_json(values)
     return 0 if result.is_finished else 128 + signal.Signals[str(result.stopped_by)]
+
+
+def _without_devices(argv: Sequence[str]) -> list[str]:
+    """The words of a command for each of the processes that --devices asks for."""
+    words = [word for word in argv if not word.startswith("--devices=")]
+    if "--devices" in words:
+        place = words.index("--devices")
+        del words[place : place + 2]
+    return words
 
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:

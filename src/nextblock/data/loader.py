@@ -58,6 +58,16 @@ class Batch(NamedTuple):
     """Uniform in [0, 1), f(seed, visit, sample): what drop path compares with its rate."""
 
 
+NO_IMAGES = Batch(
+    torch.empty(0),
+    torch.empty(0, dtype=torch.int64),
+    (),
+    torch.empty(0, dtype=torch.int64),
+    torch.empty(0, 0),
+)
+"""What a rank computes on that has no images left, or failed: the others wait for it in every pass."""
+
+
 class Step(NamedTuple):
     """One optimizer step."""
 

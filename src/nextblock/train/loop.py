@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nextblock.atomic import writing
 from nextblock.checkpoint import prune_checkpoints
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
@@ -33,6 +31,7 @@ from nextblock.data import (
     eval_batches,
     resolve_workers,
 )
+from nextblock.data.loader import NO_IMAGES
 from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
@@ -60,15 +59,6 @@ from nextblock.train.trainer import Sums, Trainer
 log = logging.getLogger(__name__)
 
 BASELINE_IMAGES = 256
-
-NO_IMAGES = Batch(
-    torch.empty(0),
-    torch.empty(0, dtype=torch.int64),
-    (),
-    torch.empty(0, dtype=torch.int64),
-    torch.empty(0, 0),
-)
-"""What a rank computes on that failed: the others need it until the end of the step."""
 
 SHOWN = ("loss", "val_loss", "knn/top1")
 """What the screen shows of the measured values."""

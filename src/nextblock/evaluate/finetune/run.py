@@ -14,7 +14,6 @@ import json
 import logging
 import shutil
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,7 +204,7 @@ class _Loop:
         with (
             stop_on_signals() as stop,
             reporter,
-            closing(MetricsLog(records.metrics, None, start_step=tuner.step)) as metrics,
+            MetricsLog(records.metrics, None) as metrics,
         ):
             reporter.begin(tuner.step, tuner.total_steps)
             steps = iter(self.loader)
