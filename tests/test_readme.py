@@ -97,6 +97,8 @@ def places(tmp_path) -> dict[str, str]:
 
 
 def run_shortened(command: str, places: dict[str, str]) -> None:
+    # Eight processes are more than there may be cores.
+    command = command.replace("--devices 8", "--devices 1")
     words = [places.get(word, word) for word in shlex.split(command)[1:]]
     shorter = SHORTENED.get(words[0], [])
     asks_for_help = "--help" in words

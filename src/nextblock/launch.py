@@ -102,6 +102,8 @@ def launch(argv: Sequence[str], devices: int, device: str) -> int:
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 
