@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import nextblock
 from nextblock.data import DataError
 from nextblock.launch import find_world
 from nextblock.train import TrainResult, distributed, train
@@ -167,7 +166,7 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     changes, sources, monitors = {"train.batch_size": 10}, {"train": ToySource(40)}, ()
     is_odd = find_world().rank == 1
     if what == "version" and is_odd:
-        nextblock.__version__ = "0.0.1"
+        distributed.__version__ = "0.0.1"
     elif what == "images" and is_odd:
         sources = {"train": ToySource(40, seed=5)}
     elif what == "disk":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nextblock.models.heads import ImageClassifier
     from nextblock.presets import list_presets
 
-__version__ = "0.1.0"
+from nextblock.version import __version__ as __version__
 
 __all__ = [
     "ImageClassifier",

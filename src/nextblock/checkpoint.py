@@ -27,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nextblock import __version__
 from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import UnknownSettingError, from_dict, to_dict
+from nextblock.version import __version__
 
 log = logging.getLogger(__name__)
 

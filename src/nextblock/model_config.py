@@ -150,7 +150,10 @@ class ModelConfig(Section):
 
     def check_predicts(self) -> None:
         """Refuse settings of a model that cannot predict; it may still encode."""
-        require(self.predictor is not None, "an encoder alone (model.predictor null) cannot predict blocks")
+        require(
+            self.predictor is not None,
+            "this is an encoder alone (model.predictor is null): it encodes, but cannot predict blocks",
+        )
         require(
             self.num_blocks > 1,
             "the whole image is one block, so there is no next block; use a smaller model.block_size",

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_help())
         return 0
     if arguments[0] == "--version":
-        from nextblock import __version__
+        from nextblock.version import __version__
 
         sys.stdout.write(f"nextblock {__version__}\n")
         return 0

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from nextblock.launch import LaunchError, World
+from nextblock.version import __version__
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for each other at the start."""
@@ -260,8 +261,6 @@ class _Store:
 
     def meet(self) -> list[dict[str, Any]]:
         """Wait for all ranks; gives what each says of itself. Refuses other versions."""
-        from nextblock import __version__
-
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         hello = {
             "host": socket.gethostname(),
