@@ -170,18 +170,15 @@ class Group:
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Raise `DistributedError` if some rank has another value than rank 0."""
-        for rank, others in enumerate(self.gather(dict(values))):
-            for name, value in self.broadcast(dict(values)).items():
+        first, *rest = self.gather(dict(values))
+        for rank, others in enumerate(rest, start=1):
+            for name, value in first.items():
                 if others.get(name) != value:
                     error = DistributedError(
                         f"{self.name(rank)} has {name} {others.get(name)!r}, {self.name(0)} has {value!r}; "
                         "all processes of a run need the same"
                     )
                     raise _told(error)
-
-    def beat(self, step: int) -> None:
-        """Note the step in hand; the watch tells the others."""
-        self.step = step
 
 
 ALONE = Group(World(), None, ())
@@ -347,10 +344,10 @@ class _Watch(threading.Thread):
         return None
 
     def cause_of(self, error: Exception) -> str | None:
-        """Why a wait for others failed; None if this rank failed by itself. The others are told either."""
+        """Why a wait for others failed; None if this rank failed by itself. The others learn either."""
         group, problem = self._group, None
         lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-        # A connection broke: whose? The one that says nothing for five seconds, while the others go on.
+        # A connection broke: whose? The one that says nothing for five seconds, while the others still beat.
         deadline_s = time.monotonic() + 8 * BEAT_S
         while lost and problem is None and time.monotonic() < deadline_s:
             problem = self._problem or self._look(5 * BEAT_S)

@@ -32,7 +32,7 @@ class LoggerError(RuntimeError):
 
 
 class RunInfo(NamedTuple):
-    """What a logger is told of the run."""
+    """What a logger records of the run."""
 
     run_id: str | None
     """The logger's own id of the run; None: the run is new to it."""
@@ -184,7 +184,8 @@ class Loggers:
             try:
                 logger = OPTIONAL[kind](RunInfo(known, config.monitor.project, name, settings, run.path))
             except Exception as error:
-                # A run that begins has somebody who can help; one that is requeued at night goes on without.
+                # A run that begins has somebody who can help; one that is requeued at night continues
+                # without it.
                 if start_step == 0 and known is None:
                     raise LoggerError(
                         f"{kind} cannot start ({_cause(error)}); mend it, or leave it out of monitor.loggers"

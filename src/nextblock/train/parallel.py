@@ -55,7 +55,7 @@ def replicate(model: NextBlockModel, forward: nn.Module, device: torch.device) -
     if device.type == "cuda":
         options["device_ids"] = [device.index]
     replicas = DistributedDataParallel(forward, **options)
-    # DDP groups gradients into buckets anew after its first backward pass. Sums over three ranks and more
+    # DDP regroups gradients into buckets after its first backward pass. Sums over three ranks and more
     # depend on the buckets, so a resumed run, whose first pass is another step's, would differ in the last
     # digit. Two passes over nothing, in every run, leave all steps with the final buckets.
     for _ in range(2):
