@@ -19,6 +19,7 @@ from nextblock.data import DataError
 from nextblock.launch import find_world
 from nextblock.train import TrainResult, distributed, train
 from nextblock.train.distributed import Group, process_group
+from nextblock.visualize import predictions
 from tiny_runs import CPU, After, Quiet, settings
 from toy import ToySource
 
@@ -28,7 +29,11 @@ CONTEXT.set_forkserver_preload(["ranks", "nextblock.cli.pretrain", "nextblock.ev
 
 
 class RankFailed(Exception):  # noqa: N818 - it says what happened
-    """A rank raised this."""
+    """A rank raised this; the command says so unless another rank does."""
+
+    def __init__(self, message: str, *, is_told: bool = False) -> None:
+        super().__init__(message)
+        self.is_told = is_told
 
 
 def free_port() -> int:
@@ -82,7 +87,8 @@ def _run(pipe: Connection, env: dict[str, str], function: Callable[..., Any], ar
         result = function(*args)
     except BaseException as error:
         traceback.print_exc()
-        result = RankFailed(f"{type(error).__name__}: {error}")
+        told = getattr(error, "is_told", False)
+        result = RankFailed(f"{type(error).__name__}: {error}", is_told=told)
     pipe.send(result)
     pipe.close()
 
@@ -178,3 +184,13 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     elif what == "batch":
         changes = {"train.batch_size": 2}
     return train_together(out, changes, sources, monitors)
+
+
+def train_and_draw(out: Path) -> list[str]:
+    """Train with the monitor that draws; gives the pictures that this rank drew."""
+    drawn: list[str] = []
+    predictions.draw_sheet = lambda _look, path, _titles: drawn.append(path.name)
+    images = torch.stack([ToySource(2).read(index) for index in range(2)])
+    monitor = predictions.PredictionMonitor(images, [0.5] * 3, [0.5] * 3, every="2st")
+    train_together(out, {"train.batch_size": 10, "train.duration": "4st"}, monitors=(monitor,))
+    return drawn

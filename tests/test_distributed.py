@@ -14,7 +14,15 @@ import pytest
 from nextblock.cli import main
 from nextblock.train import TrainResult
 from nextblock.train.state import find_intact
-from ranks import RankFailed, SignalRank, run_ranks, train_and_die, train_otherwise, train_together
+from ranks import (
+    RankFailed,
+    SignalRank,
+    run_ranks,
+    train_and_die,
+    train_and_draw,
+    train_otherwise,
+    train_together,
+)
 from tiny_runs import loss_lines, same, weights
 from toy import ToySource
 
@@ -161,6 +169,15 @@ def test_what_is_wrong_with_one_rank_ends_all_and_names_it(what, message, saved,
     assert all(isinstance(one, RankFailed) for one in results)
     assert re.search(message, str(results[0]))
     assert [path.name for path in tmp_path.glob("run/checkpoints/step_*")] == saved
+    # The launcher may end rank 0 before it has spoken: a rank with an error of its own speaks for itself.
+    assert results[2].is_told == (what != "version")
+    assert what != "bug" or not results[1].is_told
+
+
+def test_pictures_are_drawn_by_one_rank(tmp_path):
+    first, second = run_ranks(2, train_and_draw, tmp_path / "run")
+    assert first == [f"step_{step:08d}.png" for step in (0, 2, 4)]
+    assert second == []
 
 
 def test_a_rank_that_is_killed_is_named_by_the_others(tmp_path):

@@ -252,16 +252,16 @@ def test_lines_below_the_level_are_held_back_and_levels_come_back_even_after_an_
 USE_AGAIN = """
 import resource, torch
 from nextblock.train.runtime import process_settings
-def faults():
+def faults(size):
     for _ in range(4):  # until the heap has the size it needs
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # 64 MB
+        torch.ones(size)
         count = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     return count
-print(faults())
+print(faults(2**24))  # 64 MB
 with process_settings(torch.device("cpu")):
-    print(faults())
-print(faults())
+    print(faults(2**24))
+print(faults(2**26))  # larger than what the heap may still hold
 """
 
 

@@ -91,7 +91,7 @@ def launch(argv: Sequence[str], devices: int, device: str) -> int:
     later = {"--signals-to-handle": SIGNALS, "--shutdown-timeout": SHUTDOWN_TIMEOUT_S}
     options += [f"{name}={value}" for name, value in later.items() if name in known]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
-    logging.disable(logging.WARNING)  # the launcher's own; processes say what there is to say
+    logging.disable(logging.ERROR)  # the launcher's own; processes say what there is to say
     try:
         run(parser.parse_args([*options, "-m", "nextblock", *argv]))
     except ChildFailedError as error:

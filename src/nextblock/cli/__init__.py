@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         why = str(error)
         if code == FAILURE and not type(error).__module__.startswith("nextblock."):
             why = f"{type(error).__name__}: {why}; run it again with --debug to see where"
-        who = f"rank {world.rank} on {socket.gethostname()}: " if world.rank else ""
-        return _complain(f"nextblock {verb}", who + why, code)
+        where = getattr(error, "where", f"rank {world.rank} on {socket.gethostname()}")
+        return _complain(f"nextblock {verb}", f"{where}: {why}" if world.rank else why, code)
 
 
 def _complain(who: str, message: str, code: int) -> int:

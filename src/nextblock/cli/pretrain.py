@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,9 @@ def run(argv: Sequence[str]) -> int:
             world.launcher is None,
             f"--devices {options.devices} starts processes, and {world.launcher} has done so; leave it out",
         )
-        return launch(["pretrain", *_without_devices(argv)], options.devices, config.train.device)
+        debug = ["--debug"] * ("--debug" in sys.argv)  # taken from `argv` already
+        words = ["pretrain", *_without_devices(argv), *debug]
+        return launch(words, options.devices, config.train.device)
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
     if options.json and world.rank == 0:
         values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}

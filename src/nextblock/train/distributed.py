@@ -217,13 +217,16 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
     try:
         yield group
     except Exception as error:
-        if not getattr(error, "is_told", False):
-            cause = watch.cause_of(error)
-            if cause is not None:
-                lost = DistributedError(cause)
-                raise (lost if cause.startswith(group.name(0)) else _told(lost)) from error
-            _told(error)
-        raise
+        if getattr(error, "is_told", False):
+            if not group.is_main:
+                time.sleep(BEAT_S)  # a launcher ends all ranks when the first has left: let rank 0 speak
+            raise
+        cause = watch.cause_of(error)
+        if cause is None:
+            error.where = f"{group.name(group.rank)}, step {group.step}"  # type: ignore[attr-defined]
+            raise
+        lost = DistributedError(cause)
+        raise (lost if _speaks(group, cause) else _told(lost)) from error
     else:
         with suppress(RuntimeError):  # rank 0 may hold the store: no rank leaves before all are done
             dist.barrier()
@@ -300,6 +303,11 @@ class _Store:
         return self.store.clone()
 
 
+def _speaks(group: Group, problem: str) -> bool:
+    """Whether this rank reports a problem of another one: rank 0 does, unless it is the one that died."""
+    return group.is_main or problem.startswith(f"{group.name(0)} died")
+
+
 class _Watch(threading.Thread):
     """Says once a second that this rank is alive, and ends the process if another one is not."""
 
@@ -319,7 +327,7 @@ class _Watch(threading.Thread):
             # The main thread may be waiting for the lost rank and find out by itself (gloo does at once).
             # Otherwise it is deep in a kernel and cannot be interrupted: checkpoints are whole, so leave.
             if not self._ended.wait(10 * BEAT_S):
-                if self._group.is_main or self._problem.startswith(self._group.name(0)):
+                if _speaks(self._group, self._problem):
                     os.write(2, f"nextblock pretrain: {self._problem}\n".encode())
                 os._exit(1)
 

@@ -179,7 +179,9 @@ class PredictionMonitor:
         """Draw the images as they are predicted at this step."""
         images = normalize(self.images.to(event.device), self.mean, self.std)
         look = _look(model, images, self.mean, self.std, None)
-        draw_sheet(look, event.run_dir / "pictures" / f"step_{event.step:08d}.png", None)
+        with event.group.together():
+            if event.group.is_main:
+                draw_sheet(look, event.run_dir / "pictures" / f"step_{event.step:08d}.png", None)
         return {"pictures/loss": float(look.losses.mean())}
 
 
