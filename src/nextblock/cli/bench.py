@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nextblock.bench import BENCHES
 from nextblock.cli.output import end_with_json, say
+from nextblock.errors import UsageError
 from nextblock.settings import nearest_name
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     what, rest = argv[0], argv[1:]
     if what not in BENCHES:
-        raise ValueError(f"unknown bench {what!r}; {nearest_name(what, list(BENCHES))}")
+        raise UsageError(f"unknown bench {what!r}; {nearest_name(what, list(BENCHES))}")
 
     from rich.console import Console
 

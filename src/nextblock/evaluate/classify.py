@@ -22,6 +22,7 @@ from nextblock.atomic import write_aside, write_text
 from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, open_source
+from nextblock.errors import UsageError
 from nextblock.evaluate.classify_config import ClassifyConfig
 from nextblock.evaluate.embed.files import check_writable, parquet_package
 from nextblock.evaluate.features import check_bad, evaluation_data, iterate_features
@@ -67,7 +68,7 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
     if config.out is not None:
         out = Path(config.out)
         if out.exists() and not config.overwrite:
-            raise ValueError(f"{out} is there already; give another --out, or --overwrite")
+            raise UsageError(f"{out} is there already; give another --out, or --overwrite")
         check_writable(out)
     model = _model_of(config.model)
     classifier = load_classifier(
@@ -120,7 +121,7 @@ def classify_images(
         if tally is not None and truth is not None:
             tally.add(batch.features[0], truth[batch.samples])
     if not rows:
-        raise ValueError(f"none of the {len(source)} images of {source.spec} could be read")
+        raise UsageError(f"none of the {len(source)} images of {source.spec} could be read")
     return ClassifyResult(
         rows=tuple(rows), measures=None if tally is None else tally.measures(), bad=tuple(bad)
     )

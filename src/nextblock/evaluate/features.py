@@ -35,6 +35,7 @@ from nextblock.data import (
     normalize,
     resolve_workers,
 )
+from nextblock.errors import UsageError
 from nextblock.evaluate.settings import EvaluationSettings
 from nextblock.evaluate.unreadable import whole_of
 from nextblock.interop import open_encoder
@@ -308,7 +309,7 @@ def check_same_classes(train: Source, other: Source) -> None:
         for source, names in ((train, set(ours) - set(theirs)), (other, set(theirs) - set(ours)))
         if names
     ]
-    raise ValueError(
+    raise UsageError(
         f"{train.spec} ({len(ours)} classes) and {other.spec} ({len(theirs)}) do not have the same classes: "
         + ("; ".join(only) if only else "their order differs")
         + "; give two sources with the same class names"

@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from nextblock.data import Source, keyed_seed
 from nextblock.data.subsets import draw_per_class, split
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import Features
 from nextblock.evaluate.fewshot_config import (
     C_GRID,
@@ -125,7 +126,7 @@ def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n
     number = np.bincount(source.labels[drawn], minlength=len(source.class_names))
     missing = [name for name, count in zip(source.class_names, number, strict=True) if not count]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(number)} classes without "
             f"an image ({', '.join(missing[:3])}); use a larger share, or images per class, such as 1"
         )
@@ -211,7 +212,7 @@ def _check_classes(labels: Int64[np.ndarray, " n"], source: Source, shots: str) 
     missing = sorted(set(range(len(source.class_names))) - set(labels.tolist()))
     if missing:
         names = ", ".join(source.class_names[label] for label in missing[:3])
-        raise ValueError(
+        raise UsageError(
             f"shots {shots}: of {len(missing)} classes ({names}) no drawn image of {source.spec} could be "
             "read; repair or remove the unreadable ones, use more shots, or another --seed"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.config import Attention
+from nextblock.errors import UsageError
 from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.probe.config import EncoderName
 from nextblock.evaluate.settings import EvaluationSettings
@@ -35,7 +36,7 @@ class Shots:
             return cls(per_class=int(match[1]))
         if match is not None and match[2] and 0 < float(match[2]) <= 100:
             return cls(share=float(match[2]) / 100)
-        raise ValueError(
+        raise UsageError(
             f"shots {text!r} is no number of labels; write images a class, such as 5, or a share, such as 1%"
         )
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import (
     Features,
 )
@@ -179,7 +180,7 @@ def _rows(subject: Subject, opened: Opened, config: KnnConfig) -> list[KnnRow]:
         for purpose, found in subject.features.items()
     }
     if "val" not in labels and len(labels["train"]) < 2:
-        raise ValueError(f"{config.train} has one readable image: left out, none is near it; give --val")
+        raise UsageError(f"{config.train} has one readable image: left out, none is near it; give --val")
     settings = list(product(config.k, config.temperature))
     predictions = predict_all(
         subject.features["val"].features[0] if "val" in labels else None,

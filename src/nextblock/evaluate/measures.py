@@ -9,6 +9,8 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from nextblock.errors import UsageError
+
 __all__ = ["CONFIDENCE_BINS", "MAX_CONFUSION_CLASSES", "Measures", "Tally"]
 
 CONFIDENCE_BINS = 15
@@ -42,7 +44,7 @@ class Tally:
 
     def __init__(self, num_classes: int, *, confusion: bool = True) -> None:
         if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; use at least 1")
+            raise UsageError(f"num_classes is {num_classes}; use at least 1")
         self.num_classes = num_classes
         keep_confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
         self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64) if keep_confusion else None
@@ -60,19 +62,19 @@ class Tally:
         logits are NaN or infinite, as those of a head that diverged.
         """
         if logits.shape[1] != self.num_classes:
-            raise ValueError(f"{logits.shape[1]} logits an image for {self.num_classes} classes")
+            raise UsageError(f"{logits.shape[1]} logits an image for {self.num_classes} classes")
         if not len(labels):
             return
         truth = labels.cpu()
         if truth.min() < 0 or truth.max() >= self.num_classes:
-            raise ValueError(
+            raise UsageError(
                 f"labels from {int(truth.min())} to {int(truth.max())} for {self.num_classes} classes"
             )
         log_p = logits.detach().float().log_softmax(dim=-1)
         top = log_p.topk(min(5, self.num_classes))
         likeliest, ranked = top.values[:, 0].cpu().double(), top.indices.cpu()
         if likeliest.isnan().any():
-            raise ValueError(
+            raise UsageError(
                 f"{int(likeliest.isnan().sum())} of {len(truth)} images have logits that are no numbers: "
                 "the head or the encoder diverged; train with a lower learning rate, encode in fp32, or look "
                 "at the encoder's weights"
@@ -98,7 +100,7 @@ class Tally:
         """All batches together; `ValueError` if there was no image."""
         images = int(self._class_images.sum())
         if not images:
-            raise ValueError("no image was measured; give a source with readable, labelled images")
+            raise UsageError("no image was measured; give a source with readable, labelled images")
         counts = zip(self._class_right.tolist(), self._class_images.tolist(), strict=True)
         per_class = tuple(right / number if number else None for right, number in counts)
         known = [accuracy for accuracy in per_class if accuracy is not None]

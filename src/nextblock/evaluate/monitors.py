@@ -14,6 +14,7 @@ from torch import Tensor
 from nextblock.config import DataConfig, Size
 from nextblock.data import Source
 from nextblock.data.random import keyed_permutation
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import Features, NoFeaturesError, NonFiniteFeaturesError, gather_features
 from nextblock.evaluate.knn import predict_all
 from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE
@@ -91,7 +92,7 @@ class FeatureMonitor:
         Duration.parse(every)
         require(k >= 1, f"k is {k}; use at least 1")
         if train is not None and len(missing_classes(train, source)) == len(source.class_names):
-            raise ValueError(f"{train.spec} and {source.spec} have no class in common")
+            raise UsageError(f"{train.spec} and {source.spec} have no class in common")
         self.every = every
         self._source, self._train, self._data, self._image_size = source, train, data, image_size
         self._max_samples, self._seed, self._k, self._batch_size = max_samples, seed, k, batch_size

@@ -14,6 +14,7 @@ import numpy as np
 from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
+from nextblock.errors import UsageError
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
 
@@ -149,12 +150,12 @@ def refuse_other_result(
     if result not in found and not any(path for pattern in begun for path in out.glob(pattern)):
         known = {name for name in known if not (out / name).is_dir()}
     if foreign := sorted(name for name in found - known if not name.startswith((".writing-", OUTPUT_MARK))):
-        raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
+        raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
     if result not in found or overwrite:
         return
     different = differences(json.loads((out / result).read_text(encoding="utf-8")), identity)
     if different:
-        raise ValueError(
+        raise UsageError(
             f"{out} holds another result ({'; '.join(different[:3])}); give another --out, or --overwrite"
         )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, BadSample, Source, open_source
 from nextblock.data.sources import EncodedSource, read_file
+from nextblock.errors import UsageError
 from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.embed.config import FeatureSettings
 from nextblock.evaluate.embed.files import Embeddings, iterate_features_of, read_embeddings
@@ -121,7 +122,7 @@ class ImageFile(EncodedSource):
         return self._path.name
 
     def _find_labels(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        raise ValueError(f"{self.spec!r} is one image; it has no labels")
+        raise UsageError(f"{self.spec!r} is one image; it has no labels")
 
     def _make_fingerprint(self) -> str:
         return f"file-{self._path.absolute()}"
@@ -153,7 +154,7 @@ def search_model(
 ) -> SearchResult:
     """Search as `search` does with all opened; the model is moved, frozen and set to eval."""
     if len(queries) > MAX_QUERIES:
-        raise ValueError(f"{queries.spec} has {len(queries)} images; give at most {MAX_QUERIES} queries")
+        raise UsageError(f"{queries.spec} has {len(queries)} images; give at most {MAX_QUERIES} queries")
     identity = identity_of(config, model, data, {"data": source, "query": queries})
     compared = _compared(config, features, identity)
     # There, what is null in the settings is told.
@@ -216,7 +217,7 @@ def nearest(
         order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :count]
         similarity, indices = similarity.gather(1, order), indices.gather(1, order)
     if not searched:
-        raise ValueError("there are no images to search; none could be read")
+        raise UsageError("there are no images to search; none could be read")
     return Nearest(similarity.clamp(-1, 1).cpu(), indices.cpu()), searched
 
 
@@ -243,7 +244,7 @@ def _compared(
     _refuse_other_features(features, identity)
     there = features.origin.identity["settings"]
     if config.precision not in ("fp32", there["precision"]):
-        raise ValueError(
+        raise UsageError(
             f"precision is {config.precision}, but {features.path} was made in {there['precision']}, and so "
             "queries are encoded; leave --precision out"
         )
@@ -265,10 +266,10 @@ def _refuse_other_features(features: Embeddings, here: Mapping[str, Any]) -> Non
         )
         if different:
             told = "; ".join(different[:3])
-            raise ValueError(f"{path} holds features of {what} ({told}); embed anew, or leave --features out")
+            raise UsageError(f"{path} holds features of {what} ({told}); embed anew, or leave --features out")
     if len(features.origin.shape) != 1:
         shape = " x ".join(map(str, features.origin.shape))
-        raise ValueError(
+        raise UsageError(
             f"{path} holds {shape} numbers an image; search needs one vector: embed with --pool mean and "
             "without --layers each"
         )
@@ -285,10 +286,10 @@ def _refuse_other_sheet(out: Path, identity: Mapping[str, Any]) -> None:
         old = json.loads(lists.read_text(encoding="utf-8"))["identity"]
         different = differences(old, identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{there[0]} is there already, of another search; {remedy}") from error
+        raise UsageError(f"{there[0]} is there already, of another search; {remedy}") from error
     if different:
         told = "; ".join(different[:3])
-        raise ValueError(f"{there[0]} is there already, of another search ({told}); {remedy}")
+        raise UsageError(f"{there[0]} is there already, of another search ({told}); {remedy}")
 
 
 # -------------------------------------------------------------------------------------------------- results
@@ -346,7 +347,7 @@ def _open_searched(config: SearchConfig, features: Embeddings | None, data: Data
     try:
         return open_source(features.origin.identity["sources"]["data"]["spec"], data)
     except ValueError as error:
-        raise ValueError(
+        raise UsageError(
             f"the images that {features.path} was made of: {error}; if they lie elsewhere now, give --data"
         ) from error
 

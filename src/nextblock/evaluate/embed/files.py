@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 from nextblock.atomic import write_aside, write_text
 from nextblock.data import Source
+from nextblock.errors import UsageError
 from nextblock.evaluate.directories import make_directory
 
 __all__ = [
@@ -279,7 +280,7 @@ def parquet_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             "a .parquet file needs the package pyarrow: pip install pyarrow; or write .npy or .safetensors"
         ) from error
 
@@ -319,7 +320,7 @@ def read_origin(path: Path) -> Origin | None:
 def open_origin(path: Path) -> Origin:
     """What a file of features is; `EmbeddingsError` where it is none."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; `nextblock embed` writes one")
+        raise UsageError(f"there is no file {path}; `nextblock embed` writes one")
     origin = read_origin(path)
     if origin is None:
         raise EmbeddingsError(f"{path} holds no features written by `nextblock embed`; make them anew")

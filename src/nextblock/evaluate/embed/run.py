@@ -25,6 +25,7 @@ from nextblock.atomic import exclusive, write_text
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, TooManyBadImages, open_source
 from nextblock.data.sources import absolute_spec
+from nextblock.errors import UsageError
 from nextblock.evaluate.embed.config import EmbedConfig, FeatureSettings
 from nextblock.evaluate.embed.files import (
     Embeddings,
@@ -149,9 +150,9 @@ def _finished(out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Emb
     origin = read_origin(out)
     remedy = "give another --out, or --overwrite"
     if origin is None:
-        raise ValueError(f"{out} is there and was not written by `nextblock embed`; {remedy}")
+        raise UsageError(f"{out} is there and was not written by `nextblock embed`; {remedy}")
     if different := differences(origin.identity, identity):
-        raise ValueError(f"{out} holds other features ({'; '.join(different[:3])}); {remedy}")
+        raise UsageError(f"{out} holds other features ({'; '.join(different[:3])}); {remedy}")
     found = read_embeddings(out)
     _ = found.indices  # refuses names that are lost or cut off
     return found
@@ -161,7 +162,7 @@ def _finish(out: Path, working: _Working, source: Source, identity: Mapping[str,
     """Make the file of what the working folder holds; killed here, the same command does it again."""
     if not working.rows:
         _remove(working.folder)
-        raise ValueError(f"none of the {len(source)} images of {source.spec} could be read")
+        raise UsageError(f"none of the {len(source)} images of {source.spec} could be read")
     working.commit()
     rows = Rows(source=source, indices=working.indices)
     features = working.features
@@ -281,7 +282,7 @@ class _Working:
             if overwrite:
                 self._clear()
                 return
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder} holds unfinished features of others ({'; '.join(different[:3])}); give "
                 "another --out, or --overwrite"
             )
