@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from nextblock.cli.finetune import finetune
     from nextblock.cli.predict import predict
     from nextblock.cli.pretrain import pretrain
-    from nextblock.cli.probe import probe
     from nextblock.cli.search import search
     from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
     from nextblock.evaluate.fewshot import fewshot
     from nextblock.evaluate.knn import knn
+    from nextblock.evaluate.probe.run import probe
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
@@ -61,6 +61,7 @@ _HOMES = {
     "fewshot": "evaluate.fewshot",
     "knn": "evaluate.knn",
     "load": "interop",
+    "probe": "evaluate.probe.run",
 }
 
 

@@ -193,6 +193,7 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
             return build_model(from_dict(ModelConfig, settings), weights, str(path))
         if kind not in ("classifier", "timm classifier"):
             raise UsageError(f"kind {kind!r}")
+        settings["head"].pop("hidden_dim", None)  # of a kind of head that is gone
         head, names = from_dict(HeadConfig, settings["head"]), settings["class_names"]
         if kind == "classifier":
             return build_model(from_dict(ModelConfig, settings["model"]), weights, str(path), head, names)

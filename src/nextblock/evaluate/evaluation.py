@@ -179,7 +179,7 @@ class Evaluation:
         if encoder == UNTRAINED:
             model = untrained(model, keyed_seed(seed, "untrained encoder"))
             origin = {"untrained": seed, "encoder": self._weights["encoder"]}
-        chunk = self.settings.batch_size(self.device.type)
+        chunk = self.settings.images_at_once(self.device.type)
         function = encoder_extract(model, wanted, precision=self.settings.precision, chunk=chunk)
         return function, [
             {**origin, "features": to_dict(one), "precision": self.settings.precision} for one in wanted
@@ -211,7 +211,7 @@ class Evaluation:
             source,
             self.data,
             self.model.config.image_size,
-            batch_size=self.settings.batch_size(self.device.type),
+            batch_size=self.settings.images_at_once(self.device.type),
             device=self.device,
             group=self.group,
             directory=self.features_dir,

@@ -87,7 +87,7 @@ class EvalSettings:
     def __post_init__(self) -> None:
         check_types(self)
 
-    def batch_size(self, device_type: str) -> int:
+    def images_at_once(self, device_type: str) -> int:
         """Images encoded at a time."""
         return self.encode_batch_size or (CPU_BATCH if device_type == "cpu" else GPU_BATCH)
 

@@ -164,7 +164,7 @@ class FeatureTable:
                 is_stopped = True
                 break
             features = features_of_batch(batch, self.extract, data, self._device, self._image_size)
-            failure = failure or _non_finite(features, batch)
+            failure = failure or non_finite(features, batch)
             samples, bad = batch.samples.numpy(), np.array([one.sample for one in batch.bad], dtype=np.int64)
             for kind, found in zip(self._kinds, features, strict=True):
                 kind.rows[samples] = found[: len(samples)].cpu().numpy()
@@ -220,18 +220,13 @@ class FeatureTable:
                 kind.rows[share], kind.state[share] = rows.numpy(), state.numpy()
 
     def _check_bad(self) -> None:
-        allowed = self._data.max_bad_fraction * len(self.source)
-        if len(self._bad) <= max(allowed, 1 if allowed else 0):
-            return
-        for kind in self._kinds:  # or images that are repaired now would stay unreadable
-            if kind.directory is not None and self.group.is_main:
-                shutil.rmtree(kind.directory, ignore_errors=True)
-        first = "".join(f"\n  {one.name}: {one.reason}" for one in self.bad[:10])
-        raise TooManyBadImages(
-            f"{len(self._bad)} of the {len(self.source)} images of {self.source.spec} cannot be read, more "
-            f"than max_bad_fraction {self._data.max_bad_fraction:g} allows; the first are:{first}\n"
-            "Repair or remove them, or allow more by --max_bad_fraction."
-        )
+        try:
+            check_bad(self.bad, self.source, self._data)
+        except TooManyBadImages:
+            for kind in self._kinds:  # or images that are repaired now would stay unreadable
+                if kind.directory is not None and self.group.is_main:
+                    shutil.rmtree(kind.directory, ignore_errors=True)
+            raise
 
     # ------------------------------------------------------------------------------------------------- open
 
@@ -277,7 +272,8 @@ def features_of_batch(
         return extract(images)
 
 
-def _non_finite(features: tuple[Tensor, ...], batch: Batch) -> str | None:
+def non_finite(features: tuple[Tensor, ...], batch: Batch) -> str | None:
+    """A sentence about the features of a batch that are NaN or infinite, if any are."""
     if not len(batch.samples):
         return None
     finite = torch.stack([one.isfinite().flatten(1).all(dim=1) for one in features]).all(dim=0).cpu()
@@ -287,6 +283,19 @@ def _non_finite(features: tuple[Tensor, ...], batch: Batch) -> str | None:
         f"{int((~finite).sum())} of {len(finite)} feature vectors contain NaN or inf (first: image "
         f"{int(batch.samples[~finite][0])}); encode with --precision fp32, or look at the weights: the "
         "training may have diverged"
+    )
+
+
+def check_bad(bad: Sequence[BadSample], source: Source, data: DataConfig) -> None:
+    """Raise `TooManyBadImages` if more of a source is unreadable than `data.max_bad_fraction` allows."""
+    allowed = data.max_bad_fraction * len(source)
+    if len(bad) <= max(allowed, 1 if allowed else 0):
+        return
+    first = "".join(f"\n  {one.name}: {one.reason}" for one in bad[:10])
+    raise TooManyBadImages(
+        f"{len(bad)} of the {len(source)} images of {source.spec} cannot be read, more than "
+        f"max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
+        "Repair or remove them, or allow more by --max_bad_fraction."
     )
 
 

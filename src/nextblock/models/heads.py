@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ EncoderModel = NextBlockModel | TimmEncoder
 BATCH_NORM_EPS = 1e-6
 QUERY_STD = 0.02
 
+HeadName = Literal["attentive", "linear", "ep"]
 Tokens = Literal["patches", "class", "joined", "all"]
 """Patches alone; the class token; class token and mean patch, joined channel by channel; all tokens."""
 
@@ -75,6 +75,13 @@ class FeatureConfig:
             raise UsageError(f"tokens {self.tokens}: this encoder has no class token; use patches")
 
 
+def layer_words(layers: Sequence[int]) -> str:
+    """Layers in few characters: 6-11 if they follow each other, else 3, 7."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
 def last_layers(count: int, depth: int) -> tuple[int, ...]:
     """Name the last `count` of `depth` layers, counted from 0."""
     if not 1 <= count <= depth:
@@ -118,27 +125,25 @@ def pool_features(
 class HeadConfig(FeatureConfig):
     """A head and the features it sees; `pooled` follows from the kind."""
 
-    kind: Literal["linear", "attentive", "mlp"] = "attentive"
-    """A linear layer on the mean patch, one on patches pooled by learned queries, or an MLP on the mean."""
+    kind: HeadName = "attentive"
+    """A linear layer on the mean patch, or one on patches pooled by learned queries: attentive, ep."""
     num_classes: int
     """Number of classes."""
     num_heads: int = 16
     """Attentive head: attention heads."""
     num_queries: int = 1
-    """Attentive head: learned queries, averaged."""
+    """Attentive head: learned queries, averaged; ep: learned queries, joined."""
     batch_norm: bool = True
     """Normalise the features per channel (batch norm without affine) first."""
     bias: bool = True
     """Give the linear layer a bias; AIM's heads have none."""
-    hidden_dim: int = 2048
-    """MLP head: its hidden layer."""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "num_heads", "num_queries", "hidden_dim"):
+        for name in ("num_classes", "num_heads", "num_queries"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; use at least 1")
-        # Frozen, so set past the guard: only an attentive head pools by itself and needs every token.
-        object.__setattr__(self, "pooled", self.kind != "attentive")
+        # Frozen, so set past the guard: only a linear head cannot pool by itself.
+        object.__setattr__(self, "pooled", self.kind == "linear")
         super().__post_init__()
 
     @property
@@ -148,26 +153,16 @@ class HeadConfig(FeatureConfig):
 
 
 class LinearHead(nn.Module):
-    """Batch norm without affine, then one linear layer; with `hidden_dim`, a hidden one with GELU between."""
+    """Batch norm without affine, then one linear layer."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        *,
-        hidden_dim: int | None = None,
-        batch_norm: bool = True,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int, *, batch_norm: bool = True, bias: bool = True) -> None:
         super().__init__()
         self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
-        self.hidden = None if hidden_dim is None else nn.Linear(dim, hidden_dim)
-        self.linear = nn.Linear(hidden_dim or dim, num_classes, bias=bias)
+        self.linear = nn.Linear(dim, num_classes, bias=bias)
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
-        features = self.norm(features)
-        return self.linear(features if self.hidden is None else F.gelu(self.hidden(features)))
+        return self.linear(self.norm(features))
 
 
 class AttentiveHead(nn.Module):
@@ -195,9 +190,7 @@ class AttentiveHead(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
-        # Statistics are over all patches of all images, channel by channel, as officially.
-        normed = self.norm(rearrange(tokens, "b n d -> (b n) d"))
-        normed = rearrange(normed, "(b n) d -> b n d", n=tokens.shape[1])
+        normed = normalized(tokens, self.norm)
         query = rearrange(self.query, "1 q (h e) -> q h e", h=self.num_heads)
         key = rearrange(self.key.weight, "(h e) d -> h e d", h=self.num_heads)
         value = rearrange(self.value.weight, "(h e) d -> h e d", h=self.num_heads)
@@ -214,7 +207,55 @@ class AttentiveHead(nn.Module):
         return self.linear(rearrange(pooled, "b h e -> b (h e)"))
 
 
-Head = LinearHead | AttentiveHead
+class EfficientHead(nn.Module):
+    """Learned queries that attend to all patches, each giving a part of the channels (ICLR 2026, "EP").
+
+    Efficient Probing: no map for keys, one attention over the whole width, and a value map whose rows are
+    divided among the queries (billpsomas/efficient-probing, poolings/ep.py). Unlike there, tokens are
+    normalised first, as in all heads here.
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, *, num_queries: int = 32, batch_norm: bool = True, bias: bool = True
+    ) -> None:
+        super().__init__()
+        if dim % num_queries:
+            raise UsageError(
+                f"an ep head {dim} channels wide cannot have {num_queries} queries; use a divisor, such as "
+                f"{fitting_heads(dim, num_queries)}"
+            )
+        self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
+        self.query = nn.Parameter(torch.empty(num_queries, dim))
+        nn.init.normal_(self.query, std=QUERY_STD)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.linear = nn.Linear(dim, num_classes, bias=bias)
+
+    def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b q n"]:
+        """How each query weighs the tokens of each image; a row sums to 1."""
+        return self._weights(normalized(tokens, self.norm))
+
+    def _weights(self, normed: Float[Tensor, "b n d"]) -> Float[Tensor, "b q n"]:
+        scores = einsum(normed, self.query, "b n d, q d -> b q n")
+        return (scores * normed.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b classes"]:
+        """Logits of the classes."""
+        normed = normalized(tokens, self.norm)
+        # The mean of V x is V applied to the mean of x: values of single patches are never formed.
+        patch_mean = einsum(self._weights(normed), normed, "b q n, b n d -> b q d")
+        value = rearrange(self.value.weight, "(q e) d -> q e d", q=len(self.query))
+        pooled = einsum(patch_mean, value, "b q d, q e d -> b q e")
+        return self.linear(rearrange(pooled, "b q e -> b (q e)"))
+
+
+Head = LinearHead | AttentiveHead | EfficientHead
+
+
+def normalized(features: Float[Tensor, "b *n d"], norm: nn.Module) -> Float[Tensor, "b *n d"]:
+    """Features after a batch norm, whose statistics are over all tokens of all images, as officially."""
+    if features.ndim == 2:
+        return norm(features)
+    return rearrange(norm(rearrange(features, "b n d -> (b n) d")), "(b n) d -> b n d", b=len(features))
 
 
 def fitting_heads(dim: int, most: int) -> int:
@@ -238,9 +279,9 @@ def create_head(config: HeadConfig, embed_dim: int) -> Head:
     if config.kind == "attentive":
         attention = {"num_heads": config.num_heads, "num_queries": config.num_queries}
         return AttentiveHead(width, config.num_classes, **attention, **common)
-    # A linear head is an MLP head without its hidden layer.
-    hidden_dim = config.hidden_dim if config.kind == "mlp" else None
-    return LinearHead(width, config.num_classes, hidden_dim=hidden_dim, **common)
+    if config.kind == "ep":
+        return EfficientHead(width, config.num_classes, num_queries=config.num_queries, **common)
+    return LinearHead(width, config.num_classes, **common)
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm1d:

@@ -1,232 +1,147 @@
-"""Pictures of a probe: how its heads fared by learning rate and by layer, and which classes they mix up."""
+"""Pictures of evaluations: heads by learning rate and layer, confused classes, where a head looks.
+
+They take plain rows and arrays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nextblock.evaluate.probe.config import EncoderName, ProbeCandidate, ProbeResult, ProbeRow
-from nextblock.evaluate.probe.recipes import HeadName
-from nextblock.evaluate.probe.tables import layer_words
+from nextblock.models.heads import layer_words
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
 
-__all__ = ["draw_confusion", "draw_probe"]
+__all__ = ["draw_attention", "draw_confusion", "draw_grid"]
 
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
-"""Beyond so many lines only the winners' are named."""
+"""Of more lines only the winners' are named."""
+DRAWN_QUERIES = 8
 
-HEAD_COLOURS: dict[HeadName, str] = {"attentive": "#0969da", "linear": "#c2410c", "mlp": "#1a7f37"}
-BASELINE_STYLES: dict[EncoderName, str] = {"untrained": "--", "raw pixels": ":"}
+HEAD_COLOURS = {"attentive": "#0969da", "linear": "#c2410c", "ep": "#1a7f37"}
+STYLES = {"model": "-", "untrained": "--", "pixels 16x16": ":", "colour histogram": "-."}
+LINE = ("encoder", "head", "layers", "attention", "tokens", "weight_decay")
+"""What makes a line: everything but the learning rate."""
 GRID = "#d0d7de"
 
 
-def draw_probe(result: ProbeResult, out: Path) -> list[Path]:
-    """Draw probe.png, and confusion-HEAD.png for each head on the trained encoder, into `out`.
+def draw_grid(rows: Sequence[Mapping[str, Any]], chosen_on: str | None, path: Path) -> bool:
+    """Draw top-1 by learning rate and by layer, as far as these vary; False if there was nothing to choose.
 
-    Returns what was drawn: probe.png only where several learning rates or choices of layers competed, a
-    confusion matrix only where the result has one.
+    `rows` are the candidates: encoder, head, lr, layers, ..., top1 (None: diverged) and is_winner.
     """
-    drawn = []
-    if (curves := _curves(result)) is not None:
-        save_png(curves, out / "probe.png", dpis=(160,))
-        drawn.append(out / "probe.png")
-    for head in get_args(HeadName):
-        row = _measured(result, head)
-        if row is not None and row.confusion is not None:
-            path = out / f"confusion-{head}.png"
-            title = f"{row.head} head on {row.split}: top-1 {row.top1:.1%}"
-            draw_confusion(row.confusion, result.class_names, title, path)
-            drawn.append(path)
-    return drawn
-
-
-# ------------------------------------------------------------------------------------------------ the curves
-
-
-class _Kind(NamedTuple):
-    """What makes a line: everything but the learning rate."""
-
-    encoder: EncoderName
-    head: HeadName
-    layers: tuple[int, ...]
-    attention: str | None
-    tokens: str | None
-    weight_decay: float
-
-
-def _curves(result: ProbeResult) -> Figure | None:
-    """Top-1 by learning rate and by layer, as far as these vary; None where there was nothing to choose."""
-    grid = [candidate for candidate in result.grid if candidate.chosen_on is not None]
-    trained = [candidate for candidate in grid if candidate.encoder == "trained"]
-    panels = []
-    if len({candidate.lr for candidate in trained}) > 1:
-        panels.append(_draw_rates)
-    if any(len(_choices(trained, head)) > 1 for head in get_args(HeadName)):
+    ours = [row for row in rows if row["encoder"] == "model"]
+    panels = [_draw_rates] if len({row["lr"] for row in ours}) > 1 else []
+    if any(len({tuple(row["layers"]) for row in ours if row["head"] == head}) > 1 for head in HEAD_COLOURS):
         panels.append(_draw_layers)
-    if not panels:
-        return None
+    if not panels or chosen_on is None:
+        return False
     figure = Figure(figsize=(1.2 + 5.4 * len(panels), 5.0), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for one, draw in zip(axes, panels, strict=True):
-        draw(one, grid)
+        draw(one, rows, ours)
+        # A star with its number on each winner: that of the best above it, those of others below.
+        winners = sorted((row for row in ours if row["is_winner"]), key=lambda row: -(row["top1"] or 0))
+        for place, row in enumerate(winners):
+            x = row["lr"] if draw is _draw_rates else sum(row["layers"]) / len(row["layers"])
+            y, colour = 100 * (row["top1"] or 0), HEAD_COLOURS[row["head"]]
+            one.plot(x, y, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5)
+            offset = {"xytext": (0, -15 if place else 7), "textcoords": "offset points", "ha": "center"}
+            one.annotate(f"{y:.1f}", (x, y), fontsize=8, color=colour, **offset)
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(which="both", labelsize=8, colors=INK)
         one.grid(axis="y", color=GRID, linewidth=0.6)
         one.set_axisbelow(True)
         one.margins(y=0.1)
         one.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    if panels[0] is _draw_rates and result.resolved.get("official_warmup_trap"):
-        axes[0].set_xlabel("learning rate as given (the official trap: a tenth of it counts)", color=INK)
-    split = {"choice": "held out of train"}.get(str(grid[0].chosen_on), grid[0].chosen_on)
-    axes[0].set_ylabel(f"top-1 (%), {split}", color=INK)
-    return figure
+    on = "images held out of train" if chosen_on == "choice" else chosen_on
+    axes[0].set_ylabel(f"top-1 (%) on {on}", color=INK)
+    save_png(figure, path, dpis=(160,))
+    return True
 
 
-def _draw_rates(axes: Axes, grid: Sequence[ProbeCandidate]) -> None:
-    """A line for each head x layers x attention, the winners in front; baselines by the best of theirs."""
-    trained = [candidate for candidate in grid if candidate.encoder == "trained"]
-    lines = list(dict.fromkeys(map(_kind, trained)))
-    winners = {_kind(candidate) for candidate in trained if candidate.winner}
-    for kind in lines:
-        in_front = kind in winners
-        is_named = in_front or len(lines) <= MAX_NAMED_LINES
+def _draw_rates(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]
+) -> None:
+    """A line for each choice of features, the winners' in front; of baselines the best at each rate."""
+
+    def line_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        is_ours = row["encoder"] == "model"
+        return tuple(str(row[name]) for name in (LINE if is_ours else LINE[:2]))
+
+    lines = list(dict.fromkeys(map(line_of, rows)))
+    winning = {line_of(row) for row in ours if row["is_winner"]}
+    of_ours = [line for line in lines if line[0] == "model"]
+    for line in lines:
+        members = [row for row in rows if line_of(row) == line]
+        encoder, head = members[0]["encoder"], members[0]["head"]
+        siblings = [one for one in of_ours if one[1] == head]
+        words = [head] if encoder == "model" else [f"{encoder}, {head}"]
+        # Only what distinguishes a line from its head's others.
+        for i, name in enumerate(LINE):
+            if i > 1 and encoder == "model" and len({one[i] for one in siblings}) > 1:
+                value = members[0][name]
+                words.append(f"{name.replace('_', ' ')} {layer_words(value) if name == 'layers' else value}")
+        in_front = line in winning
+        is_named = in_front or encoder != "model" or len(of_ours) <= MAX_NAMED_LINES
+        rates = sorted({row["lr"] for row in members})
+        # A gap where all heads of a rate diverged.
+        best = [max((row["top1"] or np.nan for row in members if row["lr"] == lr), default=np.nan) for lr in rates]
         axes.plot(
-            *_by_rate([candidate for candidate in trained if _kind(candidate) == kind]),
-            color=HEAD_COLOURS[kind.head],
+            rates,
+            [100 * value for value in best],
+            STYLES.get(encoder, "--"),
+            color=HEAD_COLOURS[head],
             linewidth=1.8 if in_front else 0.9,
-            alpha=1 if in_front else 0.45,
+            alpha=1 if in_front else 0.5,
             marker="o",
-            markersize=3.5 if in_front else 2.5,
-            label=_words(kind, [line for line in lines if line.head == kind.head]) if is_named else None,
+            markersize=3.5 if in_front else 2,
+            label=", ".join(words) if is_named else None,
         )
-    for encoder, style in BASELINE_STYLES.items():
-        for head in get_args(HeadName):
-            others = [one for one in grid if (one.encoder, one.head) == (encoder, head)]
-            if others:
-                label = f"{encoder}, {head}" if len({line.head for line in lines}) > 1 else encoder
-                colour = HEAD_COLOURS[head]
-                axes.plot(*_by_rate(others), style, color=colour, linewidth=1, alpha=0.7, label=label)
-    _mark(axes, [(one.lr, one) for one in trained if one.winner])
-    diverged = sorted({one.lr for one in trained if one.diverged})
+    diverged = sorted({row["lr"] for row in ours if row["is_diverged"]})
     if diverged:
-        heights = [0.02] * len(diverged)
         where = axes.get_xaxis_transform()
-        axes.plot(diverged, heights, "x", color=MUTED, markersize=5, transform=where, label="some diverged")
+        axes.plot(diverged, [0.02] * len(diverged), "x", color=MUTED, transform=where, label="some diverged")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate", color=INK)
 
 
-def _draw_layers(axes: Axes, grid: Sequence[ProbeCandidate]) -> None:
-    """By layer the best of its learning rates; several together are a bar from the first to the last."""
-    trained = [candidate for candidate in grid if candidate.encoder == "trained"]
-    for head in get_args(HeadName):
-        best = _choices(trained, head)
+def _draw_layers(
+    axes: Axes, _: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]
+) -> None:
+    """By layer the best of its learning rates; several layers together are a bar from first to last."""
+    for head, colour in HEAD_COLOURS.items():
+        best: dict[tuple[int, ...], float] = {}
+        for row in ours:
+            if row["head"] == head and row["top1"] is not None:
+                layers = tuple(row["layers"])
+                best[layers] = max(best.get(layers, 0.0), 100 * row["top1"])
         single = sorted((layers[0], top1) for layers, top1 in best.items() if len(layers) == 1)
-        colour = HEAD_COLOURS[head]
         if single:
-            axes.plot(
-                *zip(*single, strict=True), "o-", color=colour, markersize=3.5, linewidth=1.5, label=head
-            )
+            axes.plot(*zip(*single, strict=True), "o-", color=colour, markersize=3.5, label=head)
         together = [(layers, top1) for layers, top1 in best.items() if len(layers) > 1]
-        for number, (layers, top1) in enumerate(together):
-            label = f"{head}, mean of several" if number == 0 else None
-            ends = (min(layers), max(layers))
-            axes.plot(ends, (top1, top1), "|-", color=colour, markersize=9, linewidth=2.2, label=label)
+        for i, (layers, top1) in enumerate(together):
+            label = None if i else f"{head}, mean of several"
+            axes.plot((layers[0], layers[-1]), (top1, top1), "|-", color=colour, markersize=9, label=label)
             axes.plot(layers, [top1] * len(layers), ".", color=colour, markersize=4)
-    winners = [one for one in trained if one.winner]
-    _mark(axes, [(sum(one.layers) / len(one.layers), one) for one in winners])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer of the encoder, from 0 (each at its best learning rate)", color=INK)
-
-
-def _choices(trained: Sequence[ProbeCandidate], head: HeadName) -> dict[tuple[int, ...], float]:
-    """Of each choice of layers the best top-1 in percent, where it is known."""
-    best: dict[tuple[int, ...], float] = {}
-    for one in trained:
-        if one.head == head and one.top1 is not None:
-            best[one.layers] = max(best.get(one.layers, 0.0), 100 * one.top1)
-    return best
-
-
-def _by_rate(candidates: Sequence[ProbeCandidate]) -> tuple[list[float], list[float]]:
-    """Learning rates, and the best top-1 in percent at each; a gap where all diverged."""
-    rates = sorted({candidate.lr for candidate in candidates})
-    known = {
-        rate: [100 * one.top1 for one in candidates if one.lr == rate and one.top1 is not None]
-        for rate in rates
-    }
-    return rates, [max(known[rate], default=float("nan")) for rate in rates]
-
-
-def _mark(axes: Axes, winners: Sequence[tuple[float, ProbeCandidate]]) -> None:
-    """A star with its number on each head that won: that of the best above it, those of others below."""
-    known = [(x, one, one.top1) for x, one in winners if one.top1 is not None]
-    for place, (x, one, top1) in enumerate(sorted(known, key=lambda winner: -winner[2])):
-        colour = HEAD_COLOURS[one.head]
-        axes.plot(x, 100 * top1, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5)
-        axes.annotate(
-            f"{100 * top1:.1f}",
-            (x, 100 * top1),
-            xytext=(0, -15 if place else 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=colour,
-        )
-
-
-def _kind(one: ProbeCandidate) -> _Kind:
-    return _Kind(one.encoder, one.head, one.layers, one.attention, one.tokens, one.weight_decay)
-
-
-def _words(kind: _Kind, siblings: Sequence[_Kind]) -> str:
-    """What tells a line from its head's other lines."""
-    return ", ".join(_telling(kind, siblings))
-
-
-def _telling(kind: _Kind, siblings: Sequence[_Kind]) -> Iterator[str]:
-    yield kind.head
-    varying = {name for name in _Kind._fields if len({getattr(one, name) for one in siblings}) > 1}
-    if "layers" in varying:
-        yield f"layer{'s' * (len(kind.layers) > 1)} {layer_words(kind.layers)}"
-    if "attention" in varying:
-        yield f"attention {kind.attention}"
-    if "tokens" in varying:
-        yield f"tokens {kind.tokens}"
-    if "weight_decay" in varying:
-        yield f"decay {kind.weight_decay:g}"
-
-
-# ---------------------------------------------------------------------------------------------- the confusion
-
-
-def _measured(result: ProbeResult, head: HeadName) -> ProbeRow | None:
-    """The trained encoder's row of a head: of the test if there are several."""
-    rows = [row for row in result.rows if (row.encoder, row.head) == ("trained", head)]
-    return next((row for row in rows if row.split == "test"), rows[0] if rows else None)
 
 
 def draw_confusion(
     confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str, path: Path
 ) -> None:
-    """Draw shares by true class, with the numbers of images where there is room for them.
-
-    `confusion` has the true class in rows and the predicted one in columns.
-    """
-    save_png(_confusion(np.array(confusion), class_names, title), path, dpis=(160,))
-
-
-def _confusion(counts: Int64[np.ndarray, "c c"], class_names: Sequence[str], title: str) -> Figure:
+    """Draw shares by true class (rows) and predicted class (columns), with numbers if there is room."""
+    counts = np.array(confusion)
     classes = len(counts)
     is_labelled = classes <= MAX_LABELLED_CLASSES
     side_in = max(3.6, 0.32 * classes) if is_labelled else 7.2
@@ -237,9 +152,9 @@ def _confusion(counts: Int64[np.ndarray, "c c"], class_names: Sequence[str], tit
     axes = figure.subplots()
     images = counts.sum(axis=1, keepdims=True)
     shares = np.where(images > 0, counts / np.maximum(images, 1), np.nan)
-    colours = colormaps["Blues"].with_extremes(bad="#f0f0f0")
-    # Of a great many classes single cells are specks: small shares show in darker colours.
+    # Cells of many classes are specks: small shares show in darker colours.
     scale = PowerNorm(1 if is_labelled else 0.4, vmin=0, vmax=100)
+    colours = colormaps["Blues"].with_extremes(bad="#f0f0f0")
     picture = axes.imshow(100 * shares, cmap=colours, norm=scale, interpolation="nearest")
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, aspect=30)
     bar.set_label("% of the true class", fontsize=8, color=INK)
@@ -248,20 +163,36 @@ def _confusion(counts: Int64[np.ndarray, "c c"], class_names: Sequence[str], tit
     axes.set_ylabel("true class", color=INK)
     title = f"{title}, {classes} classes, {counts.sum()} images"
     axes.set_title(wrapped(title, width_in - 0.5, 10), fontsize=10, loc="left", color=INK, parse_math=False)
+    axes.tick_params(labelsize=8)
     if is_labelled:
         axes.set_xticks(range(classes), names, rotation=90, fontsize=7, parse_math=False)
         axes.set_yticks(range(classes), names, fontsize=7, parse_math=False)
-        _write_counts(axes, counts, shares)
-    else:
-        axes.tick_params(labelsize=8)
-    return figure
+        size_pt = min(8.0, 22 / max(2, len(str(counts.max()))))
+        for true, predicted in np.argwhere(counts):
+            colour = "white" if shares[true, predicted] > 0.55 else INK
+            place = {"ha": "center", "va": "center", "fontsize": size_pt, "color": colour}
+            axes.text(predicted, true, str(counts[true, predicted]), **place)
+    save_png(figure, path, dpis=(160,))
 
 
-def _write_counts(axes: Axes, counts: Int64[np.ndarray, "c c"], shares: Float[np.ndarray, "c c"]) -> None:
-    """The number of images in every cell that has some."""
-    size_pt = min(8.0, 22 / max(2, len(str(counts.max()))))
-    for true, told in np.argwhere(counts):
-        colour = "white" if shares[true, told] > 0.55 else INK
-        axes.text(
-            told, true, str(counts[true, told]), ha="center", va="center", fontsize=size_pt, color=colour
-        )
+def draw_attention(
+    images: Float[np.ndarray, "b h w c"], attention: Float[np.ndarray, "b q rows columns"], path: Path
+) -> None:
+    """Draw images, the mean over queries of how they weigh the patches, and some queries by themselves."""
+    number, queries = attention.shape[:2]
+    chosen = np.unique(np.linspace(0, queries - 1, DRAWN_QUERIES, dtype=int))
+    titles = ["image", f"mean of {queries}", *(f"query {query}" for query in chosen)]
+    figure = Figure(figsize=(1.1 * len(titles), 1.15 * number + 0.3), layout="constrained")
+    axes = figure.subplots(number, len(titles), squeeze=False)
+    height, width = images.shape[1:3]
+    for line, image, maps in zip(axes, images, attention, strict=True):
+        shown = image if image.shape[-1] in (3, 4) else image[..., 0]
+        for place, one in enumerate(line):
+            one.imshow(shown, cmap="gray", extent=(0, width, height, 0))
+            one.set_axis_off()
+            if place:
+                weights = maps.mean(axis=0) if place == 1 else maps[chosen[place - 2]]
+                one.imshow(weights, cmap="inferno", alpha=0.75, extent=(0, width, height, 0))
+    for one, title in zip(axes[0], titles, strict=True):
+        one.set_title(title, fontsize=8, color=INK)
+    save_png(figure, path, dpis=(160,))
