@@ -1,45 +1,60 @@
-"""What the tests of probes share: a quick probe of toy sources, and `probe` made to find them by name."""
+"""What the tests of probes share: a quick probe of toy sources, which have names, by a toy model."""
 
-from dataclasses import replace
+import pytest
 
-import torch
-
-from nextblock.evaluate import features as features_module
-from nextblock.evaluate import sources as evaluation_sources
-from nextblock.evaluate.probe.config import ProbeConfig
-from nextblock.evaluate.probe.run import probe_model
+import nextblock
+from nextblock.evaluate import evaluation, splits
 from toy import DATA, ToySource, toy_model
 
-QUICK = ProbeConfig(
-    model="RUN",
-    train="toy-0",
-    val="toy-1",
-    out="OUT",
-    epochs=12,
-    batch_size=16,
-    lr=(1e-2,),
-    attentive_heads=4,
-    baselines=False,
-    device="cpu",
-)
+QUICK = {
+    "model": "RUN",
+    "train": "toy-0",
+    "test": "toy-1",
+    "epochs": 12,
+    "batch_size": 16,
+    "lr": (1e-2,),
+    "attentive_heads": 4,
+    "baselines": False,
+    "device": "cpu",
+}
 
 
-def run(config=QUICK, *, train=None, val=None, data=DATA):
-    train, val = train or ToySource(96), val or ToySource(48, seed=1)
-    return probe_model(toy_model(), config, train, {"val": val}, data)
+def known_sources():
+    """toy-1 and toy-2 are other images than toy-0; `bad` of three kinds of names cannot be read."""
+    return {
+        "toy-0": ToySource(96),
+        "toy-1": ToySource(48, seed=1),
+        "toy-2": ToySource(40, seed=2),
+        "single": ToySource(4, seed=3),
+        "lacking": ToySource(3, seed=4),
+        "shuffled": ToySource(400, seed=5, shuffled=True),
+        "shuffled-test": ToySource(400, seed=6, shuffled=True),
+        "bad": ToySource(96, bad=(3, 50)),
+        "rotten": ToySource(96, bad=range(0, 96, 2)),
+    }
 
 
-def weights(found, head):
-    return torch.cat(
-        [weight.flatten().float() for weight in found.classifiers[head].head.state_dict().values()]
-    )
+@pytest.fixture
+def known(monkeypatch):
+    """Sources and model are found by these names; the sources."""
+    sources = know(monkeypatch.setattr)
+    return sources
 
 
-def known_config(monkeypatch, tmp_path):
-    """`probe` finds a toy model and toy sources under the names in its config; OUT is a fresh directory."""
-    sources = {"toy-0": ToySource(96), "toy-1": ToySource(48, seed=1), "toy-2": ToySource(40, seed=2)}
-    monkeypatch.setattr(evaluation_sources, "open_source", lambda spec, data: sources[spec])
-    monkeypatch.setattr(
-        features_module, "open_encoder", lambda spec, num_heads: toy_model(int(spec[3:] or 0))
-    )
-    return replace(QUICK, out=str(tmp_path / "out"), epochs=2)
+def know(replace):
+    """Let an evaluation find toy sources and the toy model."""
+    sources = known_sources()
+    replace(splits, "open_source", lambda spec, data: sources[spec])
+    replace(evaluation, "open_model", lambda settings: (toy_model(), DATA))
+    return sources
+
+
+def run(**changes):
+    return nextblock.probe(**{**QUICK, **changes})
+
+
+def scores(result):
+    """Everything that a probe measured."""
+    names = ("encoder", "head", "lr", "layers", "top1", "top5", "loss", "calibration_error")
+    grid = [tuple(map(str, (one[n] for n in names[:-1]))) for one in result.facts["grid"]]
+    return [tuple(str(row[name]) for name in names) for row in result.rows], grid

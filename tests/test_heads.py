@@ -5,6 +5,7 @@ import torch
 
 from nextblock.models.heads import (
     AttentiveHead,
+    EfficientHead,
     FeatureConfig,
     HeadConfig,
     ImageClassifier,
@@ -37,10 +38,30 @@ def test_attentive_head_is_attention_over_keys_and_values_of_every_patch(num_que
     torch.testing.assert_close(head(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("head", [AttentiveHead(8, 3, num_heads=2), LinearHead(8, 3)])
+def test_ep_head_is_one_attention_a_query_over_tokens_and_its_own_part_of_the_values():
+    torch.manual_seed(0)
+    head = EfficientHead(12, 5, num_queries=3).eval()
+    torch.nn.init.normal_(head.query)
+    tokens = torch.randn(4, 7, 12)
+    maps, expected = torch.zeros(4, 3, 7), torch.zeros(4, 5)
+    for image in range(4):
+        normed = tokens[image] / (1 + 1e-6) ** 0.5  # by the first running mean and deviation
+        values, pooled = normed @ head.value.weight.T, torch.zeros(12)
+        for query in range(3):
+            maps[image, query] = torch.softmax(normed @ head.query[query] / 12**0.5, dim=0)
+            part = slice(4 * query, 4 * query + 4)
+            pooled[part] = maps[image, query] @ values[:, part]
+        expected[image] = head.linear.weight @ pooled + head.linear.bias
+    torch.testing.assert_close(head(tokens), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head.attention(tokens), maps)
+
+
+@pytest.mark.parametrize(
+    "head", [AttentiveHead(8, 3, num_heads=2), EfficientHead(8, 3, num_queries=2), LinearHead(8, 3)]
+)
 def test_batch_norm_uses_running_statistics_only_in_evaluation(head):
     features = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) + 4
-    features = features[:, None].repeat(1, 3, 1) if isinstance(head, AttentiveHead) else features
+    features = features if isinstance(head, LinearHead) else features[:, None].repeat(1, 3, 1)
     in_training = head.train()(features)
     head.eval()
     one_by_one = torch.cat([head(image[None]) for image in features])
@@ -80,6 +101,7 @@ def linear_classifier(layer, class_names=None):
     ("build", "words"),
     [
         (lambda: AttentiveHead(32, 10, num_heads=5), "32 channels wide cannot have 5 attention heads"),
+        (lambda: EfficientHead(32, 10, num_queries=5), "32 channels wide cannot have 5 queries"),
         (lambda: HeadConfig(num_classes=0, layers=(1,)), "num_classes is 0"),
         (lambda: HeadConfig(num_classes=2, layers=()), "at least one encoder layer"),
         (lambda: linear_classifier(2), r"layers \[2\] of an encoder with 2"),

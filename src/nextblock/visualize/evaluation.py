@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -48,15 +48,12 @@ def draw_grid(rows: Sequence[Mapping[str, Any]], chosen_on: str | None, path: Pa
     figure = Figure(figsize=(1.2 + 5.4 * len(panels), 5.0), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for one, draw in zip(axes, panels, strict=True):
-        draw(one, rows, ours)
-        # A star with its number on each winner: that of the best above it, those of others below.
-        winners = sorted((row for row in ours if row["is_winner"]), key=lambda row: -(row["top1"] or 0))
-        for place, row in enumerate(winners):
-            x = row["lr"] if draw is _draw_rates else sum(row["layers"]) / len(row["layers"])
-            y, colour = 100 * (row["top1"] or 0), HEAD_COLOURS[row["head"]]
-            one.plot(x, y, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5)
-            offset = {"xytext": (0, -15 if place else 7), "textcoords": "offset points", "ha": "center"}
-            one.annotate(f"{y:.1f}", (x, y), fontsize=8, color=colour, **offset)
+        draw(one, rows)
+        for row in ours:
+            if row["is_winner"]:
+                x = row["lr"] if draw is _draw_rates else sum(row["layers"]) / len(row["layers"])
+                y, colour = 100 * (row["top1"] or 0), HEAD_COLOURS[row["head"]]
+                one.plot(x, y, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5)
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(which="both", labelsize=8, colors=INK)
         one.grid(axis="y", color=GRID, linewidth=0.6)
@@ -69,9 +66,7 @@ def draw_grid(rows: Sequence[Mapping[str, Any]], chosen_on: str | None, path: Pa
     return True
 
 
-def _draw_rates(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]
-) -> None:
+def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each choice of features, the winners' in front; of baselines the best at each rate."""
 
     def line_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -79,7 +74,7 @@ def _draw_rates(
         return tuple(str(row[name]) for name in (LINE if is_ours else LINE[:2]))
 
     lines = list(dict.fromkeys(map(line_of, rows)))
-    winning = {line_of(row) for row in ours if row["is_winner"]}
+    winning = {line_of(row): row["top1"] for row in rows if row["is_winner"]}
     of_ours = [line for line in lines if line[0] == "model"]
     for line in lines:
         members = [row for row in rows if line_of(row) == line]
@@ -91,11 +86,14 @@ def _draw_rates(
             if i > 1 and encoder == "model" and len({one[i] for one in siblings}) > 1:
                 value = members[0][name]
                 words.append(f"{name.replace('_', ' ')} {layer_words(value) if name == 'layers' else value}")
-        in_front = line in winning
+        in_front = encoder == "model" and line in winning
+        if line in winning and winning[line] is not None:
+            words[-1] += f": {100 * winning[line]:.1f}"
         is_named = in_front or encoder != "model" or len(of_ours) <= MAX_NAMED_LINES
         rates = sorted({row["lr"] for row in members})
-        # A gap where all heads of a rate diverged.
-        best = [max((row["top1"] or np.nan for row in members if row["lr"] == lr), default=np.nan) for lr in rates]
+        alive = [row for row in members if row["top1"] is not None]
+        # A gap if all heads of a rate diverged.
+        best = [max((row["top1"] for row in alive if row["lr"] == lr), default=np.nan) for lr in rates]
         axes.plot(
             rates,
             [100 * value for value in best],
@@ -107,7 +105,7 @@ def _draw_rates(
             markersize=3.5 if in_front else 2,
             label=", ".join(words) if is_named else None,
         )
-    diverged = sorted({row["lr"] for row in ours if row["is_diverged"]})
+    diverged = sorted({row["lr"] for row in rows if row["encoder"] == "model" and row["is_diverged"]})
     if diverged:
         where = axes.get_xaxis_transform()
         axes.plot(diverged, [0.02] * len(diverged), "x", color=MUTED, transform=where, label="some diverged")
@@ -115,14 +113,12 @@ def _draw_rates(
     axes.set_xlabel("learning rate", color=INK)
 
 
-def _draw_layers(
-    axes: Axes, _: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]
-) -> None:
+def _draw_layers(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """By layer the best of its learning rates; several layers together are a bar from first to last."""
     for head, colour in HEAD_COLOURS.items():
         best: dict[tuple[int, ...], float] = {}
-        for row in ours:
-            if row["head"] == head and row["top1"] is not None:
+        for row in rows:
+            if (row["encoder"], row["head"]) == ("model", head) and row["top1"] is not None:
                 layers = tuple(row["layers"])
                 best[layers] = max(best.get(layers, 0.0), 100 * row["top1"])
         single = sorted((layers[0], top1) for layers, top1 in best.items() if len(layers) == 1)
@@ -176,7 +172,7 @@ def draw_confusion(
 
 
 def draw_attention(
-    images: Float[np.ndarray, "b h w c"], attention: Float[np.ndarray, "b q rows columns"], path: Path
+    images: Num[np.ndarray, "b h w c"], attention: Float[np.ndarray, "b q rows columns"], path: Path
 ) -> None:
     """Draw images, the mean over queries of how they weigh the patches, and some queries by themselves."""
     number, queries = attention.shape[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.layers import layer_choices
+from nextblock.evaluate.metrics import Measures
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings, Schedule
 from nextblock.evaluate.table import Extract, NonFiniteFeaturesError, features_of_batch, non_finite
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
@@ -78,9 +79,7 @@ class Candidate:
             return create_head(self.config, dim) if self.config else LinearHead(dim, num_classes)
 
 
-def encoder_candidates(
-    config: ProbeSettings, model: EncoderModel, num_classes: int
-) -> tuple[Candidate, ...]:
+def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: int) -> tuple[Candidate, ...]:
     """All heads to train on an encoder, kind after kind; `UsageError` if it lacks what they need."""
     recipe, encoder, found = config.resolved(), model.config, []
     # For timm's encoders native and full are the same: of both the first competes.
@@ -242,6 +241,86 @@ class Grid:
 def is_finite(head: Head) -> bool:
     """Whether all weights and running statistics are finite."""
     return all(bool(tensor.isfinite().all()) for tensor in head.state_dict().values())
+
+
+# -------------------------------------------------------------------------------------------- the best heads
+
+STEP_OUT = 2.0
+"""Learning rates beyond the ends of a grid."""
+
+
+@dataclass
+class Trained:
+    """A trained head; its score is on the images to choose on, None if there was nothing to choose."""
+
+    candidate: Candidate
+    head: Head
+    is_diverged: bool
+    score: Measures | None = None
+
+
+def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
+    """The best of each kind, by its number: highest top-1, then lowest loss, then the first.
+
+    Raises `UsageError` if all heads of a kind diverged.
+    """
+    found: dict[HeadName, int] = {}
+    for kind in dict.fromkeys(one.candidate.head for one in trained):
+        of_kind = [i for i, one in enumerate(trained) if one.candidate.head == kind]
+        alive = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
+        if not alive:
+            raise UsageError(diverged(encoder, [trained[i].candidate for i in of_kind]))
+        found[kind] = max(alive, key=lambda i: (s.top1, -s.loss) if (s := alive[i]) else (0.0, 0.0))
+    return found
+
+
+def diverged(encoder: str, candidates: Sequence[Candidate]) -> str:
+    """What to say if all of these diverged."""
+    rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(one.lr for one in candidates))
+    return f"{encoder}: the {candidates[0].head} head diverged at learning rate {rates}; use a lower --lr"
+
+
+def beyond(
+    trained: Sequence[Trained], winners: dict[HeadName, int], config: ProbeSettings
+) -> list[Candidate]:
+    """Two more learning rates for each winner whose rate is the smallest or largest tried; none if given."""
+    further = []
+    for kind, i in winners.items() if config.lr is None else ():
+        best, score = trained[i].candidate, trained[i].score
+        rates = sorted({one.candidate.lr for one in trained if one.candidate.head == kind})
+        if score is None or score.top1 == 1:  # it cannot get better
+            continue
+        if best.lr == rates[-1]:
+            further += [replace(best, lr=best.lr * factor) for factor in (STEP_OUT, STEP_OUT**2)]
+        elif best.lr == rates[0]:
+            lower = [best.lr / factor for factor in (STEP_OUT, STEP_OUT**2)]
+            further += [replace(best, lr=lr) for lr in lower if lr > config.end_lr]
+    return further
+
+
+def rate_notes(grid: Sequence[Mapping[str, Any]], given: Sequence[float]) -> list[str]:
+    """What to know about learning rates: extended beyond those given, best at an end, diverged.
+
+    `grid` has a row for each head, as in a probe's facts.
+    """
+    extended, at_end, lost = [], [], []
+    for encoder, head in dict.fromkeys((row["encoder"], row["head"]) for row in grid):
+        rows = [row for row in grid if (row["encoder"], row["head"]) == (encoder, head)]
+        rates = sorted({row["lr"] for row in rows})
+        best = next(row["lr"] for row in rows if row["is_winner"])
+        diverged = sorted({row["lr"] for row in rows if row["is_diverged"]})
+        if len(rates) > len(given):
+            extended.append(f"{encoder} {head} {rates[0]:g} … {rates[-1]:g}")
+        if len(rates) > 1 and best in (rates[0], rates[-1]):
+            at_end.append(f"{encoder} {head} {best:g}")
+        if diverged:
+            lost.append(f"{encoder} {head} at {', '.join(f'{lr:g}' for lr in diverged)}")
+    sentences = {
+        "The grid of learning rates was extended, as the best was at its end: {}.": extended,
+        "The best learning rate is at the end of those tried: {}. Try more with --lr.": at_end,
+        "Diverged: {}.": lost,
+    }
+    return [sentence.format("; ".join(found)) for sentence, found in sentences.items() if found]
 
 
 # ------------------------------------------------------------------------- batches without a feature table

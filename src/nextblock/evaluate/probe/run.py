@@ -7,11 +7,13 @@ colour histogram are probed the same way: without these numbers the first says l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -45,18 +47,23 @@ from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.probe.heads import (
     Candidate,
     Grid,
+    Trained,
     baseline_candidates,
+    beyond,
+    choose,
+    diverged,
     encoded,
     encoder_candidates,
     is_finite,
+    rate_notes,
 )
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings
 from nextblock.evaluate.results import identity_of
 from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
 from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
-from nextblock.evaluate.table import FeatureTable, check_bad, table_gb
+from nextblock.evaluate.table import Extract, FeatureTable, check_bad, table_gb
 from nextblock.evaluate.tables import Column, count, lead, number, share, write_csv
-from nextblock.models.heads import Head, ImageClassifier, layer_words
+from nextblock.models.heads import FeatureConfig, Head, ImageClassifier, layer_words
 from nextblock.settings import Duration, from_dict
 
 log = logging.getLogger(__name__)
@@ -74,12 +81,14 @@ COLUMNS = (
     Column("layers", "layers", lambda layers, _: layer_words(layers)),
 )
 
-STEP_OUT, ROUNDS = 2.0, 3
-"""A grid whose best learning rate is at its end is extended by two rates, up to so many times."""
+ROUNDS = 3
+"""A grid whose best learning rate is at its end is extended up to so many times."""
+MEASURED = 128
+"""Images of a feature table that are measured at a time."""
 MAX_WRITTEN_CLASSES = 100
 """Confusions of more classes are drawn, and not written."""
-LONG_S = 60.0
-"""Heads that took longer than this to train are kept until the result is written."""
+LONG_S, REPORT_EVERY_S = 60.0, 30.0
+"""Heads that took longer to train are kept until the result is written."""
 DRAWN = 4
 
 
@@ -111,13 +120,8 @@ class _Part(NamedTuple):
     numbers: Int64[np.ndarray, " n"]
 
 
-class _Trained(NamedTuple):
-    """Heads of one encoder that were trained, and how good each is on the images to choose on."""
-
-    candidates: list[Candidate]
-    heads: list[Head]
-    scores: dict[int, Measures | None]
-    """By the number of the head; None if there was nothing to choose. Diverged heads are missing."""
+Features = tuple[Float[Tensor, "b ..."], ...]
+Columns = list[FeatureConfig | None]
 
 
 class _Probe:
@@ -130,112 +134,96 @@ class _Probe:
         self._divide()
         self.schedule = config.schedule(len(self.train.numbers))
         self.states = None if config.out is None else Path(config.out) / "heads"
-        self.winners: dict[HeadName, tuple[Candidate, Head]] = {}
-        self.confusions: dict[str, Sequence[Sequence[int]]] = {}
+        self.winners: dict[HeadName, tuple[Trained, Measures]] = {}
         self.grid: list[dict[str, Any]] = []
         self._tables: dict[str, FeatureTable] = {}
-        self._bad: dict[str, dict[int, BadSample]] = {}
 
     # --------------------------------------------------------------------------------------------- the images
 
     def _divide(self) -> None:
         """Which images to train on, to choose on, and to measure on; none is held out without need."""
-        config, train = self.config, self.sources["train"]
-        numbers = np.arange(len(train.labels))
+        config, labels = self.config, self.sources["train"].labels
+        numbers = np.arange(len(labels))
 
-        def held_out(name: str, seed: int, share: float) -> _Part:
+        def part(purpose: str, name: str, seed: int, share: float) -> _Part:
             nonlocal numbers
-            kept, held = hold_out(train.labels[numbers], seed, share=share)
+            if purpose in self.sources:
+                return _Part(purpose, purpose, np.arange(len(self.sources[purpose].labels)))
+            kept, held = hold_out(labels[numbers], seed, share=share)
             if not len(held):
                 raise UsageError(
-                    f"no class of {config.train} has two images, so none can be held out; give --test and --val"
+                    f"{config.train} has no class of two images to hold one out; give --test and --val"
                 )
-            part = _Part(name, "train", numbers[held])
-            numbers = numbers[kept]
-            return part
+            numbers, held = numbers[kept], numbers[held]
+            return _Part(name, "train", held)
 
-        def given(purpose: str) -> _Part:
-            return _Part(purpose, purpose, np.arange(len(self.sources[purpose].labels)))
-
-        has_test = "test" in self.sources
-        self.measured = given("test") if has_test else held_out("held-out", config.seed, 0.1)
-        kinds = [one.head for one in self.candidates]
+        self.measured = part("test", "held-out", config.seed, 0.1)
         self.choice: _Part | None = None
-        if len(set(kinds)) == len(kinds):
-            log.info("one candidate of each head: nothing to choose%s", ", val is not used" * bool(config.val))
+        kinds = [one.head for one in self.candidates]
+        if len(set(kinds)) < len(kinds):
+            share = 0.1 if "test" in self.sources else 1 / 9  # of what is left: a tenth of all
+            self.choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
         elif config.val is not None:
-            self.choice = given("val")
-        else:
-            share = 0.1 if has_test else 1 / 9  # of what is left a tenth of all
-            self.choice = held_out("choice", keyed_seed(config.seed, "probe choice"), share)
+            log.info("each head has one candidate: nothing is chosen on val")
         self.train = _Part("train", "train", numbers)
+        self.parts = [one for one in (self.train, self.choice, self.measured) if one is not None]
 
-    @property
-    def _parts(self) -> list[_Part]:
-        return [part for part in (self.train, self.choice, self.measured) if part is not None]
-
-    def _note_bad(self, purpose: str, bad: Sequence[BadSample]) -> None:
-        source, known = self.sources[purpose].source, self._bad.setdefault(purpose, {})
-        known |= {one.sample: one for one in bad}
+    def _note_bad(self, purpose: str, bad: Iterable[BadSample]) -> None:
+        source = self.sources[purpose].source
+        known = {one.sample: one for one in (*self.opened.bad.get(purpose, (source, ()))[1], *bad)}
         found = tuple(known[sample] for sample in sorted(known))
         check_bad(found, source, self.opened.data)
         self.opened.bad[purpose] = (source, found)
 
     # ------------------------------------------------------------------------------------------- the features
 
-    def _columns(self, candidates: Sequence[Candidate]) -> list[Any]:
-        """The distinct features that heads see."""
-        return list(dict.fromkeys(one.features for one in candidates))
+    def _extract(self, encoder: str, columns: Columns) -> Extract:
+        wanted = [one for one in columns if one is not None]
+        return self.opened.extract(encoder, wanted, self.config.seed)[0]
 
-    def _check_size(self) -> None:
-        """Refuse to keep features that take more than `cache_gb`."""
-        opened, config = self.opened, self.config
-        extract, _ = opened.extract(MODEL, self._columns(self.candidates), config.seed)
+    def _shapes(self, encoder: str, columns: Columns) -> list[tuple[int, ...]]:
+        """Of one image's features."""
+        opened = self.opened
         blank = torch.zeros(1, opened.data.channels, *pair(opened.model.config.image_size))
         with torch.no_grad():
-            shapes = [tuple(one.shape[1:]) for one in extract(blank.to(opened.device))]
-        images = sum(len(self.sources[purpose].labels) for purpose in {part.purpose for part in self._parts})
-        gb = table_gb(shapes, images) * (2 if config.baselines else 1)
-        if gb > config.cache_gb:
-            raise UsageError(
-                f"the features of {count(images, 'image')} would take {gb:.3g} GB, more than cache_gb "
-                f"{config.cache_gb:g}; use --augment crop, which keeps none and encodes every epoch, or "
-                "--heads linear --baselines false, or raise --cache_gb"
-            )
+            return [tuple(one.shape[1:]) for one in self._extract(encoder, columns)(blank.to(opened.device))]
 
-    def _table(self, purpose: str, encoder: str, columns: list[Any]) -> FeatureTable:
+    def _table(self, purpose: str, encoder: str, columns: Columns) -> FeatureTable:
+        """All that is needed of a source, encoded once."""
         if purpose not in self._tables:
-            numbers = [part.numbers for part in self._parts if part.purpose == purpose]
+            numbers = np.concatenate([part.numbers for part in self.parts if part.purpose == purpose])
             self._tables[purpose] = self.opened.table(
                 purpose,
                 self.sources[purpose].source,
                 encoder,
-                columns,
-                indices=np.sort(np.concatenate(numbers)),
+                [one for one in columns if one is not None],
+                indices=np.sort(numbers),
                 seed=self.config.seed,
             )
         return self._tables[purpose]
 
-    def _lessons(
-        self, encoder: str, columns: list[Any], start: int
-    ) -> Iterator[tuple[tuple[Float[Tensor, "b ..."], ...], Int64[Tensor, " b"]]]:
-        """Features and labels of training batches from a step on; unreadable images are left out."""
-        opened, plan, numbers = self.opened, self.schedule, self.train.numbers
-        labels = torch.from_numpy(self.sources["train"].labels)
+    def _from_table(
+        self, table: FeatureTable, columns: Columns, numbers: Int64[np.ndarray, " n"]
+    ) -> tuple[Features, Int64[np.ndarray, " b"]]:
+        some = table.readable(numbers)
+        return tuple(table.read(some, k).to(self.opened.device) for k in range(len(columns))), some
+
+    def _train_batches(
+        self, encoder: str, columns: Columns, start: int
+    ) -> Iterator[tuple[Features, Int64[np.ndarray, " b"]]]:
+        """Features and numbers of images, from a step on; unreadable images are left out."""
+        opened, plan, numbers, seed = self.opened, self.schedule, self.train.numbers, self.config.seed
         if self.config.augment == "none":
             table = self._table("train", encoder, columns)
-            order = VisitOrder(len(numbers), seed=self.config.seed, batch_size=plan.batch_size)
+            order = VisitOrder(len(numbers), seed=seed, batch_size=plan.batch_size)
             for step in range(start, plan.steps):
                 opened.check_stop()
-                some = table.readable(numbers[order.keys(step).samples])
-                features = (table.read(some, kind) for kind in range(len(columns)))
-                yield tuple(one.to(opened.device) for one in features), labels[some].to(opened.device)
+                yield self._from_table(table, columns, numbers[order.keys(step).samples])
             return
-        source = self.sources["train"].source
+        source, size = self.sources["train"].source, opened.model.config.image_size
         if len(numbers) < len(source):
             source = SubsetSource(source.spec, source, numbers)
         data = replace(opened.data, crop_scale=CROP_SCALE, crop_ratio=CROP_RATIO)
-        size, seed = opened.model.config.image_size, self.config.seed
         loader = TrainLoader(
             source,
             data,
@@ -248,364 +236,245 @@ class _Probe:
             world_size=opened.group.size,
             crop=TimmCrop(data=data, image_size=size, seed=seed) if self.config.augment == "timm" else None,
         )
-        extract, _ = opened.extract(encoder, columns, seed)
         batches = (next(step.micro_batches) for step in islice(loader, plan.steps - start))
-        for features, samples, bad in encoded(opened, batches, extract):
-            self._note_bad("train", [one._replace(sample=int(numbers[one.sample])) for one in bad])
-            yield features, labels[numbers[samples.numpy()]].to(opened.device)
+        for features, samples, bad in encoded(opened, batches, self._extract(encoder, columns)):
+            self._note_bad("train", (one._replace(sample=int(numbers[one.sample])) for one in bad))
+            yield features, numbers[samples.numpy()]
 
-    def _features(
-        self, part: _Part, encoder: str, columns: list[Any]
-    ) -> Iterator[tuple[tuple[Float[Tensor, "b ..."], ...], Int64[np.ndarray, " b"]]]:
-        """Features of the centre crops of a part's readable images, batch by batch, and their numbers."""
-        opened = self.opened
-        size = opened.settings.images_at_once(opened.device.type)
+    def _centre_crops(
+        self, part: _Part, encoder: str, columns: Columns
+    ) -> Iterator[tuple[Features, Int64[np.ndarray, " b"]]]:
+        """Features and numbers of a part's readable images."""
+        opened, group, source = self.opened, self.opened.group, self.sources[part.purpose].source
         if self.config.augment == "none":
             table = self._table(part.purpose, encoder, columns)
-            numbers = table.readable(part.numbers)
-            for start in range(0, len(numbers), size):
-                some = numbers[start : start + size]
-                yield tuple(table.read(some, k).to(opened.device) for k in range(len(columns))), some
+            for start in range(0, len(part.numbers), MEASURED):
+                yield self._from_table(table, columns, part.numbers[start : start + MEASURED])
             return
-        source, group = self.sources[part.purpose].source, opened.group
-        extract, _ = opened.extract(encoder, columns, self.config.seed)
-        batches = eval_batches(
-            source,
-            opened.data,
-            opened.model.config.image_size,
-            size,
-            part.numbers,
-            resolve_workers(opened.data.workers, source, group.sharing_cores),
-            group.rank,
-            group.size,
-        )
-        for features, samples, bad in encoded(opened, batches, extract):
+        size, workers = opened.settings.images_at_once(opened.device.type), opened.data.workers
+        workers = resolve_workers(workers, source, group.sharing_cores)
+        cut = (opened.data, opened.model.config.image_size, size, part.numbers, workers)
+        batches = eval_batches(source, *cut, group.rank, group.size)
+        for features, samples, bad in encoded(opened, batches, self._extract(encoder, columns)):
             self._note_bad(part.purpose, bad)
             yield features, samples.numpy()
 
     # ---------------------------------------------------------------------------------------------- the heads
 
-    def _train(self, encoder: str, candidates: Sequence[Candidate], columns: list[Any], name: str) -> list[Head]:
+    def _train(self, encoder: str, candidates: Sequence[Candidate], columns: Columns) -> list[Head]:
         """Train heads side by side, from where a stopped probe left them."""
         opened, config, plan = self.opened, self.config, self.schedule
-        dim = opened.model.config.embed_dim
-        if candidates[0].config is None:
-            extract, _ = opened.extract(encoder, (), config.seed)
-            blank = torch.zeros(1, opened.data.channels, *pair(opened.model.config.image_size))
-            dim = extract(blank)[0].shape[1]
-        heads = [one.create(dim, len(self.class_names), config.seed).to(opened.device) for one in candidates]
-        grid = Grid(heads, candidates, [columns.index(one.features) for one in candidates], config, plan)
-        state, every = self._read_state(name), Duration.parse(config.save_every, allow=("min", "ep"))
-        start = 0
+        widths = [shape[-1] for shape in self._shapes(encoder, columns)]
+        seen = [columns.index(one.features) for one in candidates]
+        heads = [
+            one.create(widths[column], len(self.class_names), config.seed).to(opened.device)
+            for one, column in zip(candidates, seen, strict=True)
+        ]
+        grid = Grid(heads, candidates, seen, config, plan)
+        place, state = self._place(encoder, candidates), None
+        with opened.group.together():
+            if place is not None and place.is_file():
+                state = torch.load(place, map_location="cpu", weights_only=True)
+        state, step = opened.group.broadcast(state), 0
         if state is not None:
+            step = state["step"]
             grid.load_state_dict(state["grid"])
-            start = state["step"]
-            for sample in state["bad"]:
-                self._note_bad("train", [BadSample(*sample)])
-        started_s = saved_s = time.monotonic()
-        step = start
+            self._note_bad("train", (BadSample(*one) for one in state["bad"]))
+        every = Duration.parse(config.save_every, allow=("min", "ep"))
+        is_timed = every.unit == "minutes"
+        save_s = 60 * every.value if is_timed else math.inf
+        save_steps = plan.steps if is_timed else max(1, round(every.value * plan.steps_per_epoch))
+        started_s = saved_s = shown_s = time.monotonic()
+        log.info("%s: training %s, %s", encoder, count(len(heads), "head"), count(plan.steps, "step"))
+        labels = torch.from_numpy(self.sources["train"].labels)
         try:
-            for features, labels in self._lessons(encoder, columns, start):
-                opened.group.step = step
-                if len(labels) < 2:
-                    log.warning("step %d skipped: fewer than 2 readable images, too few for batch norm", step)
+            for features, numbers in self._train_batches(encoder, columns, step):
+                if len(numbers) < 2:
+                    log.warning("step %d skipped: it has fewer than 2 readable images", step)
                 else:
-                    grid.learn(features, labels, step)
-                step += 1
-                now_s = time.monotonic()
-                is_due = (
-                    now_s - saved_s >= 60 * every.value
-                    if every.unit == "minutes"
-                    else step % max(1, round(every.value * plan.steps_per_epoch)) == 0
-                )
-                if is_due and step < plan.steps:
+                    grid.learn(features, labels[numbers].to(opened.device), step)
+                step, now_s = step + 1, time.monotonic()
+                if now_s - shown_s >= REPORT_EVERY_S:
+                    shown_s = now_s
+                    log.info("%s: step %d of %d", encoder, step, plan.steps)
+                if now_s - saved_s >= save_s or step % save_steps == 0:
                     saved_s = now_s
-                    self._write_state(name, grid, step)
-                    log.info("%s: step %d of %d of %s", encoder, step, plan.steps, count(len(heads), "head"))
+                    self._save_state(place, grid, step)
         except Stopped:
-            self._write_state(name, grid, step)
+            self._save_state(place, grid, step)
             raise
         if config.augment != "none" or time.monotonic() - started_s > LONG_S:
-            self._write_state(name, grid, step)
+            self._save_state(place, grid, step)
         grid.finish()
         return heads
 
-    def _state_key(self) -> str:
-        of = {purpose: one.source for purpose, one in self.sources.items()}
-        return json.dumps(identity_of(self.config, self.opened.model, self.opened.data, of), sort_keys=True)
-
-    def _write_state(self, name: str, grid: Grid, step: int) -> None:
+    def _place(self, encoder: str, candidates: Sequence[Candidate]) -> Path | None:
+        """The file for these heads, named after all that they depend on; on rank 0."""
         if self.states is None or not self.opened.group.is_main:
-            return
-        self.states.mkdir(parents=True, exist_ok=True)
-        learned = grid.state_dict(is_done=step == self.schedule.steps)
-        bad = [tuple(one) for one in self._bad.get("train", {}).values()]
-        state = {"key": self._state_key(), "grid": learned, "step": step, "bad": bad}
-        with write_aside(self.states / name) as aside:
-            torch.save(state, aside)
+            return None
+        of = {purpose: one.source for purpose, one in self.sources.items()}
+        identity = identity_of(self.config, self.opened.model, self.opened.data, of)
+        key = json.dumps([identity, encoder, [one.row() for one in candidates]], sort_keys=True)
+        return self.states / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
 
-    def _read_state(self, name: str) -> dict[str, Any] | None:
-        """What a stopped probe of the same identity left, on all ranks."""
-        state = None
-        with self.opened.group.together():
-            if self.states is not None and self.opened.group.is_main and (self.states / name).is_file():
-                state = torch.load(self.states / name, map_location="cpu", weights_only=True)
-                if state["key"] != self._state_key() or self.config.overwrite:
-                    state = None
-        return self.opened.group.broadcast(state)
+    def _save_state(self, place: Path | None, grid: Grid, step: int) -> None:
+        if place is None or not step:
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        bad = [tuple(one) for one in self.opened.bad.get("train", (None, ()))[1]]
+        learned = grid.state_dict(is_done=step == self.schedule.steps)
+        with write_aside(place) as aside:
+            torch.save({"grid": learned, "step": step, "bad": bad}, aside)
 
     def _measure(
-        self,
-        part: _Part,
-        encoder: str,
-        candidates: Sequence[Candidate],
-        heads: Sequence[Head],
-        columns: list[Any],
-        *,
-        confusion: bool,
+        self, part: _Part, encoder: str, trained: Sequence[Trained], columns: Columns, *, confusion: bool
     ) -> list[Measures | None]:
-        """Measure heads on a part; None for one whose logits are not finite."""
+        """Measure heads on a part; None for one whose weights or logits are not finite."""
         labels = torch.from_numpy(self.sources[part.purpose].labels)
-        tallies: list[Tally | None] = [Tally(len(self.class_names), confusion=confusion) for _ in heads]
+        tallies: list[Tally | None] = [
+            None if one.is_diverged else Tally(len(self.class_names), confusion=confusion) for one in trained
+        ]
         with torch.no_grad():
-            for features, numbers in self._features(part, encoder, columns):
-                for i, (one, head, tally) in enumerate(zip(candidates, heads, tallies, strict=True)):
+            for features, numbers in self._centre_crops(part, encoder, columns):
+                for i, (one, tally) in enumerate(zip(trained, tallies, strict=True)):
                     if tally is None or not len(numbers):
                         continue
-                    logits = head(features[columns.index(one.features)])
+                    logits = one.head(features[columns.index(one.candidate.features)])
                     if logits.isfinite().all():
                         tally.add(logits, labels[numbers])
                     else:
                         tallies[i] = None
         return [tally and tally.measures() for tally in tallies]
 
-    def _compete(
-        self, encoder: str, candidates: Sequence[Candidate], columns: list[Any], name: str
-    ) -> _Trained:
-        heads = self._train(encoder, candidates, columns, name)
-        alive = [i for i, head in enumerate(heads) if is_finite(head)]
-        if self.choice is None or not alive:
-            return _Trained(list(candidates), heads, dict.fromkeys(alive))
-        some = [candidates[i] for i in alive], [heads[i] for i in alive]
-        found = self._measure(self.choice, encoder, *some, columns, confusion=False)
-        scores = {i: one for i, one in zip(alive, found, strict=True) if one is not None}
-        return _Trained(list(candidates), heads, scores)
-
-    def _encoder(self, encoder: str, notes: list[str]) -> tuple[list[dict[str, Any]], list[Measures]]:
+    def _encoder(self, encoder: str) -> tuple[list[dict[str, Any]], list[Measures]]:
         """Train the heads of one encoder, choose the best, measure them: their rows."""
         started_s, config, self._tables = time.monotonic(), self.config, {}
-        is_encoder = encoder in (MODEL, UNTRAINED)
-        candidates = self.candidates if is_encoder else baseline_candidates(config)
-        columns, slug = self._columns(candidates), encoder.replace(" ", "-")
-        trained = self._compete(encoder, candidates, columns, f"{slug}.pt")
-        # As many of the ranks' GPUs may round otherwise, rank 0 chooses for all.
-        winners = self.opened.group.broadcast(choose(encoder, trained))
-        for number in range(1, ROUNDS + 1):
-            further = beyond(trained, winners, config) if config.lr is None else []
-            if not further:
-                break
-            more = self._compete(encoder, further, columns, f"{slug}-{number}.pt")
-            before = len(trained.candidates)
-            trained.candidates.extend(more.candidates)
-            trained.heads.extend(more.heads)
-            trained.scores.update({before + i: score for i, score in more.scores.items()})
+        new = self.candidates if encoder in (MODEL, UNTRAINED) else baseline_candidates(config)
+        columns: Columns = list(dict.fromkeys(one.features for one in new))
+        trained: list[Trained] = []
+        winners: dict[HeadName, int] = {}
+        for _ in range(ROUNDS + 1):  # the grid, then what extends it
+            heads = self._train(encoder, new, columns)
+            more = [Trained(one, head, not is_finite(head)) for one, head in zip(new, heads, strict=True)]
+            if self.choice is not None:
+                found = self._measure(self.choice, encoder, more, columns, confusion=False)
+                more = [replace(a, score=b, is_diverged=b is None) for a, b in zip(more, found, strict=True)]
+            trained += more
+            # GPUs of several ranks may round otherwise: rank 0 chooses for all.
             winners = self.opened.group.broadcast(choose(encoder, trained))
-        notes += _rate_notes(encoder, trained, winners, config)
-        for i, one in enumerate(trained.candidates):
-            score = trained.scores.get(i)
-            values = {name: score and getattr(score, name) for name in ("top1", "top5", "loss")}
-            states = {"is_winner": i in winners.values(), "is_diverged": i not in trained.scores}
-            self.grid.append({"encoder": encoder, **one.row(), **values, **states})
-        best = [trained.candidates[i] for i in winners.values()], [trained.heads[i] for i in winners.values()]
-        measured = self._measure(self.measured, encoder, *best, columns, confusion=encoder == MODEL)
-        rows = []
-        for one, head, found in zip(*best, measured, strict=True):
+            new = beyond(trained, winners, config)
+            if not new:
+                break
+        for i, one in enumerate(trained):
+            score = {name: one.score and getattr(one.score, name) for name in ("top1", "top5", "loss")}
+            row = {"encoder": encoder, **one.candidate.row(), **score}
+            self.grid.append({**row, "is_winner": i in winners.values(), "is_diverged": one.is_diverged})
+        best = [trained[i] for i in winners.values()]
+        measured = self._measure(self.measured, encoder, best, columns, confusion=encoder == MODEL)
+        rows, sound = [], []
+        for one, found in zip(best, measured, strict=True):
             if found is None:
-                raise UsageError(f"{_diverged(one.head, [one.lr])} on {self.measured.name}; use a lower --lr")
-            log.info("%s, %s: top-1 %.1f %%", encoder, one.head, 100 * found.top1)
-            rows.append({"encoder": encoder, **one.row(), "split": self.measured.name, **found.row()})
-            rows[-1] |= {"epochs": self.schedule.epochs, "elapsed_s": time.monotonic() - started_s}
+                raise UsageError(diverged(encoder, [one.candidate]))
+            log.info("%s, %s: top-1 %.1f %%", encoder, one.candidate.head, 100 * found.top1)
+            row = {"encoder": encoder, **one.candidate.row(), "split": self.measured.name, **found.row()}
+            rows.append({**row, "epochs": self.schedule.epochs, "elapsed_s": time.monotonic() - started_s})
+            sound.append(found)
             if encoder == MODEL:
-                self.winners[one.head] = (one, head)
-                if found.confusion is not None:
-                    self.confusions[one.head] = found.confusion
-        return rows, [found for found in measured if found is not None]
+                self.winners[one.candidate.head] = (one, found)
+        return rows, sound
 
     # --------------------------------------------------------------------------------------------- the result
 
     def measure(self) -> Result:
-        """All encoders and baselines."""
-        if self.config.augment == "none":
-            self._check_size()
-        baselines = [one for one in BASELINES if one == UNTRAINED or "linear" in self.config.heads]
+        """Probe the model and its baselines."""
+        config, plan, opened = self.config, self.schedule, self.opened
+        columns: Columns = list(dict.fromkeys(one.features for one in self.candidates))
+        images = sum(len(self.sources[purpose].labels) for purpose in {one.purpose for one in self.parts})
+        gb = table_gb(self._shapes(MODEL, columns), images) * (1 + config.baselines)
+        if config.augment == "none" and gb > config.cache_gb:
+            raise UsageError(
+                f"the features of {count(images, 'image')} take {gb:.3g} GB, more than cache_gb "
+                f"{config.cache_gb:g}; use --augment crop, which keeps none and encodes in every epoch, or "
+                "--heads linear, or raise --cache_gb"
+            )
         rows: list[dict[str, Any]] = []
         rights: list[Bool[np.ndarray, " n"]] = []
-        notes: list[str] = []
-        per_class: dict[str, Any] = {}
-        for encoder in (MODEL, *(baselines if self.config.baselines else ())):
-            found, measured = self._encoder(encoder, notes)
+        baselines = [one for one in BASELINES if one == UNTRAINED or "linear" in config.heads]
+        for encoder in (MODEL, *(baselines if config.baselines else ())):
+            found, measured = self._encoder(encoder)
             rows += found
             rights += [one.right for one in measured]
-            if encoder == MODEL:
-                per_class = {
-                    row["head"]: list(one.per_class) for row, one in zip(found, measured, strict=True)
-                }
         verdict = add_leads(rows, rights, match=("head",))
-        bad = {purpose: [one.sample for one in of] for purpose, (_, of) in self.opened.bad.items()}
-        images = {
-            part.name: int((~np.isin(part.numbers, bad.get(part.purpose, []))).sum()) for part in self._parts
+        notes = [*verdict, *rate_notes(self.grid, config.resolved().lr), *missing_note(self.sources)]
+        left_out = {purpose: [one.sample for one in bad] for purpose, (_, bad) in opened.bad.items()}
+        counts = {
+            part.name: int((~np.isin(part.numbers, left_out.get(part.purpose, []))).sum())
+            for part in self.parts
         }
-        plan, recipe = self.schedule, self.config.resolved()
-        is_small = len(self.class_names) <= MAX_WRITTEN_CLASSES
-        attentive = (one.config.num_heads for one in self.candidates if one.config and one.head == "attentive")
+        about = (
+            f"Heads were trained on {count(counts['train'], 'image')} of train for "
+            f"{count(plan.epochs, 'epoch')} of {count(plan.steps_per_epoch, 'step')}, batch {plan.batch_size}"
+        )
+        if self.choice is not None:
+            of = "held out of train" if self.choice.purpose == "train" else "of val"
+            about += f", the best of each kind was chosen on {count(counts[self.choice.name], 'image')} {of}"
+        of = "held out of train" if self.measured.purpose == "train" else "of test"
+        about += f", and measured once on {count(counts[self.measured.name], 'image')} {of}."
+        attentive = (
+            one.config.num_heads for one in self.candidates if one.config and one.head == "attentive"
+        )
         facts = {
             "num_classes": len(self.class_names),
             "class_names": list(self.class_names),
-            "images": images,
-            "bad_images": self.opened.bad_counts(),
+            "split_images": counts,
+            "bad_images": opened.bad_counts(),
             "chosen_on": self.choice and self.choice.name,
-            "resolved": {
-                **plan._asdict(),
-                "betas": list(recipe.betas),
-                "bias": recipe.bias,
-                "attentive_heads": next(attentive, None),
+            "schedule": {**plan._asdict(), "betas": list(config.resolved().betas)},
+            "attentive_heads": next(attentive, None),
+            "per_class": {name: list(found.per_class) for name, (_, found) in self.winners.items()},
+            "confusion": {
+                name: [list(row) for row in found.confusion]
+                for name, (_, found) in self.winners.items()
+                if found.confusion is not None and len(self.class_names) <= MAX_WRITTEN_CLASSES
             },
-            "per_class": per_class,
-            "confusion": {k: [list(row) for row in v] for k, v in self.confusions.items()} if is_small else {},
             "grid": self.grid,
         }
-        about = (
-            f"Heads trained on {count(images['train'], 'image')} of train: {count(plan.epochs, 'epoch')} of "
-            f"{count(plan.steps_per_epoch, 'step')}, batches of {plan.batch_size}. "
-        )
-        if self.choice is not None:
-            of = "held out of train" if self.choice.name == "choice" else "of val"
-            each = len(self.candidates) if self.config.lr else f"{len(self.candidates)} or more"
-            about += f"The best of {each} was chosen on {count(images[self.choice.name], 'image')} {of}. "
-        of = "of test" if self.measured.name == "test" else "held out of train"
-        about += f"Measured once, on {count(images[self.measured.name], 'image')} {of}."
-        return Result(
-            verb="probe",
-            rows=tuple(rows),
-            notes=(about, *verdict, *notes, *missing_note(self.sources)),
-            facts=facts,
-        )
+        return Result(verb="probe", rows=tuple(rows), notes=(about, *notes), facts=facts)
 
     def save(self, out: Path, result: Result) -> None:
         """Write the winners as classifiers, every candidate as grid.csv, and the pictures."""
         from nextblock.visualize.evaluation import draw_attention, draw_confusion, draw_grid
 
-        drawn = out / "figures"
-        shutil.rmtree(drawn, ignore_errors=True)
-        for name in get_args(HeadName):
+        drawn, data = out / "figures", self.opened.data
+        for name in ("figures", *get_args(HeadName)):  # of a result that is replaced
             shutil.rmtree(out / name, ignore_errors=True)
         write_text(out / "grid.csv", write_csv(self.grid))
         draw_grid(self.grid, result.facts["chosen_on"], drawn / "probe.png")
-        for name, (one, head) in self.winners.items():
-            assert one.config is not None
+        for name, (one, found) in self.winners.items():
+            assert one.candidate.config is not None
             with seeded(0):  # its own head is thrown away
-                classifier = ImageClassifier(self.opened.model, one.config, self.class_names)
-            classifier.head = head
+                classifier = ImageClassifier(self.opened.model, one.candidate.config, self.class_names)
+            classifier.head = one.head
             classifier.eval()
-            save_classifier(out / name, classifier, data=self.opened.data)
-            row = result.row(encoder=MODEL, head=name)
-            if name in self.confusions:
-                title = f"{name} head, {row['split']}: top-1 {row['top1']:.1%}"
-                path = drawn / f"confusion-{name}.png"
-                draw_confusion(self.confusions[name], self.class_names, title, path)
+            save_classifier(out / name, classifier, data=data)
+            if found.confusion is not None:
+                title = f"{name} head, {self.measured.name}: top-1 {found.top1:.1%}"
+                draw_confusion(found.confusion, self.class_names, title, drawn / f"confusion-{name}.png")
             if name == "ep":
-                images, attention = self._attention(classifier)
-                draw_attention(images, attention, drawn / "attention-ep.png")
+                draw_attention(*self._attention(classifier), drawn / "attention-ep.png")
 
-    def _attention(self, classifier: ImageClassifier) -> tuple[Float[np.ndarray, "b h w c"], np.ndarray]:
-        """A few measured images, and how each query of the ep head weighs their patches (b q rows columns)."""
-        opened, part = self.opened, self.measured
-        data, size = opened.data, pair(opened.model.config.image_size)
-        source = self.sources[part.purpose].source
-        bad = [one.sample for one in opened.bad.get(part.purpose, (None, ()))[1]]
+    def _attention(self, classifier: ImageClassifier) -> tuple[np.ndarray, np.ndarray]:
+        """Some images (b h w c), and how the ep head's queries weigh their patches (b q rows columns)."""
+        data, size, part = self.opened.data, pair(self.opened.model.config.image_size), self.measured
+        bad = [one.sample for one in self.opened.bad.get(part.purpose, (None, ()))[1]]
         readable = part.numbers[~np.isin(part.numbers, bad)]
         chosen = readable[np.linspace(0, len(readable) - 1, min(DRAWN, len(readable)), dtype=int)]
-        (batch,) = eval_batches(source, data, size, DRAWN, chosen)
-        images = batch.images.to(opened.device)
+        (batch,) = eval_batches(self.sources[part.purpose].source, data, size, DRAWN, chosen)
+        images = batch.images.to(self.opened.device)
+        # Of tokens "all" the head weighs the class token too; the picture shows the patches alone.
+        classifier.head_config = replace(classifier.head_config, tokens="patches")
         with torch.no_grad():
-            # Of tokens "all" the head also weighs the class token; the picture shows the patches alone.
-            classifier.head_config = replace(classifier.head_config, tokens="patches")
-            weights = classifier.head.attention(  # type: ignore[operator]
-                classifier.features(normalize(images, data.mean, data.std))
-            )
+            features = classifier.features(normalize(images, data.mean, data.std))
+            weights = classifier.head.attention(features)  # type: ignore[operator]
         rows = round((weights.shape[-1] * size[0] / size[1]) ** 0.5)
-        maps = weights.unflatten(-1, (rows, -1)).cpu().numpy()
-        return images.permute(0, 2, 3, 1).cpu().numpy(), maps
-
-
-def choose(encoder: str, trained: _Trained) -> dict[HeadName, int]:
-    """The best candidate of each kind, by its number: highest top-1, then lowest loss, then the first.
-
-    Raises `UsageError` if all heads of a kind diverged.
-    """
-    found: dict[HeadName, int] = {}
-    for head in dict.fromkeys(one.head for one in trained.candidates):
-        of_kind = [i for i, one in enumerate(trained.candidates) if one.head == head]
-        alive = [i for i in of_kind if i in trained.scores]
-        if not alive:
-            rates = [trained.candidates[i].lr for i in of_kind]
-            raise UsageError(f"{encoder}: {_diverged(head, rates)}; use a lower --lr")
-
-        def rank(i: int) -> tuple[float, float]:
-            score = trained.scores[i]
-            return (0.0, 0.0) if score is None else (score.top1, -score.loss)
-
-        found[head] = max(alive, key=rank)
-    return found
-
-
-def _diverged(head: str, rates: Sequence[float]) -> str:
-    return f"the {head} head diverged at learning rate {', '.join(f'{lr:g}' for lr in dict.fromkeys(rates))}"
-
-
-def beyond(
-    trained: _Trained, winners: dict[HeadName, int], config: ProbeSettings
-) -> list[Candidate]:
-    """Two more learning rates for each winner whose rate is the smallest or largest that was tried."""
-    further = []
-    for head, i in winners.items():
-        best, score = trained.candidates[i], trained.scores[i]
-        if score is None or score.top1 == 1:
-            continue
-        rates = _rates(trained, head)
-        new = []
-        if best.lr == rates[-1]:
-            new = [best.lr * STEP_OUT, best.lr * STEP_OUT**2]
-        elif best.lr == rates[0]:
-            new = [lr for lr in (best.lr / STEP_OUT, best.lr / STEP_OUT**2) if lr > config.end_lr]
-        further += [replace(best, lr=lr) for lr in new]
-    return further
-
-
-def _rates(trained: _Trained, head: HeadName) -> list[float]:
-    return sorted({one.lr for one in trained.candidates if one.head == head})
-
-
-def _rate_notes(
-    encoder: str, trained: _Trained, winners: dict[HeadName, int], config: ProbeSettings
-) -> list[str]:
-    """What to know about the learning rates of an encoder: extended, at the end of the grid, diverged."""
-    notes, given = [], config.resolved().lr
-    for head, i in winners.items():
-        best, rates = trained.candidates[i].lr, _rates(trained, head)
-        if len(rates) > len(given):
-            notes.append(
-                f"{encoder}, {head}: the best learning rate was at an end of the grid, which was extended to "
-                f"{rates[0]:g} … {rates[-1]:g}; the best is {best:g}."
-            )
-        if len(rates) > 1 and best in (rates[0], rates[-1]):
-            end, way = ("largest", "larger") if best == rates[-1] else ("smallest", "smaller")
-            notes.append(
-                f"{encoder}, {head}: the best learning rate, {best:g}, is the {end} tried; a {way} one may "
-                "be better (--lr)."
-            )
-    diverged = [one for i, one in enumerate(trained.candidates) if i not in trained.scores]
-    if diverged:
-        rates = ", ".join(f"{lr:g}" for lr in sorted({one.lr for one in diverged}))
-        notes.append(f"{encoder}: {count(len(diverged), 'head')} diverged, at learning rates {rates}.")
-    return notes
+        return images.permute(0, 2, 3, 1).cpu().numpy(), weights.unflatten(-1, (rows, -1)).cpu().numpy()

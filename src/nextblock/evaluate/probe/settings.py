@@ -1,8 +1,8 @@
 """Settings of a probe, and the recipes that fill in what is not given. Quick to import.
 
 `xtra` is what XTRA's official code does. AIM v1 publishes its heads but not how they were trained, so `aim`
-trains AIM's heads with the sweep of AIMv2, from the same lab (AIMv2, Table A2). That table has a colour jitter
-of 0.3 besides RandAugment; timm leaves it out if there is RandAugment, and so does augment timm.
+trains AIM's heads with the sweep of AIMv2, from the same lab (AIMv2, Table A2). That table has a colour
+jitter of 0.3 besides RandAugment; timm leaves it out if there is RandAugment, and so does augment timm.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class ProbeSettings(EvalSettings):
     val: str | None = None
     """Labelled images to choose the best heads on; none: a tenth of train is held out."""
     recipe: Literal["xtra", "aim"] = "xtra"
-    """Where settings that are not given come from: XTRA's official probes, or AIM's heads trained as AIMv2's."""
+    """Where settings that are not given come from: XTRA's official probes, or AIM's heads with AIMv2's
+    sweep."""
     heads: tuple[HeadName, ...] = ("linear", "attentive", "ep")
     """Kinds of heads: linear (on the mean patch), attentive (XTRA's and AIM's), ep (Efficient Probing)."""
     layers: tuple[str, ...] | None = None
@@ -125,7 +126,8 @@ class ProbeSettings(EvalSettings):
     """none: centre crops, encoded once; crop: new random crops in every epoch; timm: with RandAugment and
     random erasing, as in XTRA's official probes."""
     baselines: bool = True
-    """Also probe the same encoder untrained, and by a linear head images of 16x16 px and a colour histogram."""
+    """Also probe the same encoder untrained, and with linear heads images of 16x16 px and colour
+    histograms."""
     seed: Natural = 0
     """Seed of heads, order, crops, held-out images and the untrained encoder."""
     cache_gb: Amount = 16.0
