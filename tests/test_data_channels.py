@@ -13,7 +13,7 @@ from PIL import Image
 from nextblock.cli.arguments import resolve
 from nextblock.cli.pretrain import pretrain
 from nextblock.data import BadImageError, decode_image
-from nextblock.evaluate.probe.config import ProbeConfig
+from nextblock.evaluate.evaluation import BASELINES
 from nextblock.evaluate.probe.run import probe
 from test_data_decode import encode, exif, photo, pixels, png_16, sixteen_bits
 from tiff_files import bands, tiff
@@ -193,7 +193,7 @@ def test_bands_train_and_are_probed(tmp_path) -> None:
     result = pretrain(resolve(TINY, changes), out=tmp_path / "run", reporter=Quiet())
     assert result.num_bad == 1
     assert "has 4 channels, data.channels is 5" in (tmp_path / "run" / "quarantine.jsonl").read_text()
-    config = ProbeConfig(
+    found = probe(
         model=str(tmp_path / "run"),
         train=str(images),
         out=str(tmp_path / "probe"),
@@ -202,4 +202,4 @@ def test_bands_train_and_are_probed(tmp_path) -> None:
         attentive_heads=4,
         device="cpu",
     )
-    assert {row.encoder for row in probe(config).rows} == {"trained", "untrained", "raw pixels"}
+    assert {row["encoder"] for row in found.rows} == {"model", *BASELINES}

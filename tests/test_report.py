@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -51,11 +50,11 @@ def run_dir(tmp_path) -> Path:
     (run / "environment.json").write_text('[{"device": "a GPU"}]')
     (run / "probe").mkdir()
     rows = [
-        probe_row("attentive", "trained", 0.97),
-        probe_row("linear", "trained", 0.9512),
+        probe_row("attentive", "model", 0.97),
+        probe_row("linear", "model", 0.9512),
         probe_row("attentive", "untrained", 0.71),
         probe_row("linear", "untrained", 0.605),
-        probe_row("linear", "raw pixels", 0.90),
+        probe_row("linear", "pixels 16x16", 0.90),
     ]
     (run / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
     (run / "pictures").mkdir()
@@ -95,7 +94,7 @@ def test_drawn_predictions_are_shown_before_the_monitors_pictures(run_dir):
 def test_the_newest_probe_counts(run_dir):
     newer = run_dir / "evaluations" / "again"
     newer.mkdir(parents=True)
-    (newer / "probe.json").write_text(json.dumps({"rows": [probe_row("linear", "trained", 0.5)]}))
+    (newer / "probe.json").write_text(json.dumps({"rows": [probe_row("linear", "model", 0.5)]}))
     os.utime(run_dir / "probe" / "probe.json", (1, 1))
     summary = read_run(run_dir)
     assert summary.probe_file == newer / "probe.json"
@@ -123,7 +122,7 @@ def test_losses_that_are_no_numbers_are_not_the_final_loss(run_dir):
 def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
     text = rendered(run_dir)
     rows = [line.split() for line in text.splitlines()]
-    assert ["probe,", "top-1", "on", "val", "trained", "untrained", "raw", "pixels"] in rows
+    assert ["probe,", "top-1", "on", "val", "model", "untrained", "pixels", "16x16"] in rows
     assert ["attentive", "97.0%", "71.0%", "-"] in rows
     assert ["linear", "95.1%", "60.5%", "90.0%"] in rows
     for words in (
@@ -141,7 +140,7 @@ def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
 def test_markdown_says_the_same(run_dir):
     text = report_markdown(read_run(run_dir))
     assert (
-        "| probe, top-1 on val | trained | untrained | raw pixels |\n| --- | ---: | ---: | ---: |\n" in text
+        "| probe, top-1 on val | model | untrained | pixels 16x16 |\n| --- | ---: | ---: | ---: |\n" in text
     )
     assert "| linear | 95.1% | 60.5% | 90.0% |\n" in text
     assert "- speed: 110 images/s" in text
@@ -149,7 +148,7 @@ def test_markdown_says_the_same(run_dir):
 
 
 def test_several_splits_are_rows_of_their_own(run_dir):
-    rows = [probe_row("linear", "trained", 0.9, "val"), probe_row("linear", "trained", 0.8, "test")]
+    rows = [probe_row("linear", "model", 0.9, "val"), probe_row("linear", "model", 0.8, "test")]
     (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
     text = report_markdown(read_run(run_dir))
     assert "| linear, val | 90.0% |" in text
@@ -158,7 +157,7 @@ def test_several_splits_are_rows_of_their_own(run_dir):
 
 @pytest.mark.parametrize(("raw", "is_explained"), [(0.97, True), (0.9413, True), (0.93, False)])
 def test_raw_pixels_within_a_point_are_explained(run_dir, raw, is_explained):
-    rows = [probe_row("linear", "trained", 0.9512), probe_row("linear", "raw pixels", raw)]
+    rows = [probe_row("linear", "model", 0.9512), probe_row("linear", "pixels 16x16", raw)]
     (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
     for text in (rendered(run_dir), report_markdown(read_run(run_dir))):
         assert ("trained against untrained" in text) == is_explained
@@ -173,7 +172,7 @@ def test_raw_pixels_within_a_point_are_explained(run_dir, raw, is_explained):
     ],
 )
 def test_the_size_of_the_probed_pictures_is_said_where_it_is_known(run_dir, spec, size):
-    rows = [probe_row("linear", "trained", 0.9), probe_row("linear", "raw pixels", 0.9)]
+    rows = [probe_row("linear", "model", 0.9), probe_row("linear", "pixels 16x16", 0.9)]
     content = {"rows": rows, "sources": {"train": {"spec": spec}}}
     (run_dir / "probe" / "probe.json").write_text(json.dumps(content))
     assert size in report_markdown(read_run(run_dir))
@@ -202,8 +201,8 @@ def test_a_validation_that_is_no_number_is_not_the_validation_loss(run_dir):
 
 def test_the_values_for_programs_are_those_of_the_report(run_dir):
     values = report_values(read_run(run_dir))
-    assert values["accuracies"]["trained"]["linear"] == {"val": {"top1": 0.9512, "top5": 1.0}}
-    assert list(values["accuracies"]["raw pixels"]) == ["linear"]
+    assert values["accuracies"]["model"]["linear"] == {"val": {"top1": 0.9512, "top5": 1.0}}
+    assert list(values["accuracies"]["pixels 16x16"]) == ["linear"]
     del values["accuracies"]
     assert values == {
         "run": str(run_dir),
@@ -219,9 +218,9 @@ def test_the_values_for_programs_are_those_of_the_report(run_dir):
 
 
 def test_of_several_probes_of_one_kind_the_best_counts_for_programs_too(run_dir):
-    rows = [probe_row("linear", "trained", top1) for top1 in (0.5, 0.9, 0.7)]
+    rows = [probe_row("linear", "model", top1) for top1 in (0.5, 0.9, 0.7)]
     (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
-    assert report_values(read_run(run_dir))["accuracies"]["trained"]["linear"]["val"]["top1"] == 0.9
+    assert report_values(read_run(run_dir))["accuracies"]["model"]["linear"]["val"]["top1"] == 0.9
 
 
 def test_a_run_without_a_logged_line_has_values_all_unknown(tmp_path):
@@ -295,6 +294,6 @@ def test_the_report_does_not_wait_for_torch():
 
 
 def test_the_encoders_compared_are_those_the_probe_names():
-    from nextblock.evaluate.probe.config import EncoderName
+    from nextblock.evaluate.evaluation import BASELINES, MODEL
 
-    assert get_args(EncoderName) == ENCODERS
+    assert (MODEL, *BASELINES) == ENCODERS

@@ -23,7 +23,7 @@ import suite_copies as copies  # noqa: E402
 from nextblock.checkpoint import save_model  # noqa: E402
 from nextblock.cli import main  # noqa: E402
 from nextblock.cli import suite as cli_suite  # noqa: E402
-from nextblock.evaluate.probe.state import ProbeStopped  # noqa: E402
+from nextblock.evaluate.evaluation import Stopped  # noqa: E402
 from nextblock.evaluate.suite import run as suite_run  # noqa: E402
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, FIFTEEN, chosen  # noqa: E402
 from nextblock.evaluate.suite.config import Score, SuiteConfig, SuiteResult  # noqa: E402
@@ -75,13 +75,13 @@ def count_probes(monkeypatch) -> list[str]:
     from nextblock.evaluate.probe import run as probe_module
 
     probed: list[str] = []
-    original = probe_module._probe
+    original = probe_module._Probe.measure
 
-    def counted(model, config, *rest):
-        probed.append(Path(config.out).name)
-        return original(model, config, *rest)
+    def counted(self):
+        probed.append(Path(self.config.out).name)
+        return original(self)
 
-    monkeypatch.setattr(probe_module, "_probe", counted)
+    monkeypatch.setattr(probe_module._Probe, "measure", counted)
     return probed
 
 
@@ -129,11 +129,11 @@ def test_one_that_was_stopped_goes_on_and_those_before_it_are_not_probed_again(
 
     def stopped(config):
         if config.out.endswith("dtd"):
-            raise ProbeStopped("stopped after step 2 of 9; the same command goes on", signal.SIGTERM)
+            raise Stopped(signal.SIGTERM, "stopped after step 2 of 9; the same command goes on")
         return original(config)
 
     config = quick(world, tmp_path / "out")
-    with monkeypatch.context() as patch, pytest.raises(ProbeStopped):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(suite_run, "probe", stopped)
         suite(config)
     assert "| CIFAR-10 | 50 | 40 | 20 |" in (tmp_path / "out" / "suite.md").read_text()
@@ -152,9 +152,9 @@ def test_one_that_overwrites_and_was_stopped_goes_on_without_and_keeps_nothing_o
     anew = replace(config, **changes)
 
     def stopped(config):
-        raise ProbeStopped("stopped after step 2 of 9", signal.SIGTERM)
+        raise Stopped(signal.SIGTERM, "stopped after step 2 of 9")
 
-    with monkeypatch.context() as patch, pytest.raises(ProbeStopped):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(suite_run, "probe", stopped)
         suite(replace(anew, overwrite=True))
     assert len(suite(anew).scores) == 2
@@ -350,7 +350,9 @@ def test_the_probes_have_the_official_settings():
         *("imagenet1k", "inat18", "imagenet1k-linear")
     }
     largest = {name: max(probe.lr or ()) for name, probe in probes.items()}
-    assert {name for name, lr in largest.items() if lr == 1e-1} == {"inat18", "cars", "infograph"}
+    assert {name for name, lr in largest.items() if lr == 1e-1} == {"inat18"}
+    # Without warm-up: what the official scheduler reaches is a tenth of what the settings name.
+    assert {name for name, lr in largest.items() if lr == 1e-2} >= {"cars", "infograph"}
     assert {name for name, lr in largest.items() if lr == 4e-3} == {"imagenet1k", "imagenet1k-linear"}
     assert {probe.augment for name, probe in probes.items() if name != "imagenet1k-linear"} == {"timm"}
     assert (probes["imagenet1k-linear"].heads, probes["imagenet1k-linear"].weight_decay) == (
@@ -358,13 +360,12 @@ def test_the_probes_have_the_official_settings():
         (0,),
     )
     assert all(probe.epochs == 100 for probe in probes.values())
-    assert all(probe.official_warmup_trap == (probe.warmup_epochs == 0) for probe in probes.values())
 
 
 def test_what_is_given_replaces_the_official_settings_in_all():
     config = SuiteConfig(model="m", root="r", out="o", lr=(1e-2,), epochs=20, weight_decay=(0.0, 0.2))
     probe = config.probe(chosen(("inat18",))[0], train="a", test="b")
-    assert (probe.lr, probe.official_warmup_trap) == ((1e-2,), False)
+    assert probe.lr == (1e-2,)
     assert (probe.epochs, probe.warmup_epochs, probe.weight_decay) == (20, 2, (0.0, 0.2))
     assert probe.augment == "none"
 

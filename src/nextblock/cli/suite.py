@@ -51,11 +51,11 @@ def run(argv: Sequence[str]) -> int:
         only = None if values["only"] is None else tuple(values["only"])
         root = None if values["root"] is None else Path(values["root"]).expanduser()
         return _check(root, only, is_json=is_json) if is_check else _list(root, only, is_json=is_json)
-    from nextblock.evaluate.probe.state import ProbeStopped
+    from nextblock.evaluate.evaluation import Stopped
 
     try:
         result = suite(**values)
-    except ProbeStopped as stopped:
+    except Stopped as stopped:
         sys.stderr.write(f"nextblock suite: {stopped}\n")
         return 128 + stopped.signal
     _show(result, Path(values["out"]))

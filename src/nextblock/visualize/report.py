@@ -31,7 +31,7 @@ __all__ = [
     "report_values",
 ]
 
-ENCODERS = ("trained", "untrained", "raw pixels")
+ENCODERS = ("model", "untrained", "pixels 16x16", "colour histogram")
 """The columns of the probe table: what the accuracies compare."""
 SIDES_PX = {"digits": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR10": 32, "CIFAR100": 32}
 """Sources of tiny pictures whose size is known by their name."""
@@ -118,9 +118,9 @@ class RunSummary:
         """Whether a probe does as well on raw pixels as on the trained encoder: within a point, or better."""
         best = _best_accuracies(self)
         return any(
-            raw >= best[head, split, "trained"] - SAME_ACCURACY
+            raw >= best[head, split, "model"] - SAME_ACCURACY
             for (head, split, encoder), raw in best.items()
-            if encoder == "raw pixels" and (head, split, "trained") in best
+            if encoder == "pixels 16x16" and (head, split, "model") in best
         )
 
 

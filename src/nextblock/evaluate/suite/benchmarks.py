@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.errors import UsageError
-from nextblock.evaluate.probe.recipes import HeadName
+from nextblock.evaluate.probe.settings import HeadName
 from nextblock.settings import nearest_name
 
 __all__ = [

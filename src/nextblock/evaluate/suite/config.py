@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.probe.config import ProbeConfig, Tokens
+from nextblock.evaluate.probe.settings import ProbeSettings
 from nextblock.evaluate.suite.benchmarks import Benchmark, chosen
 from nextblock.evaluate.suite.published import mean_of
 from nextblock.settings import check_types, require
@@ -38,8 +38,8 @@ class SuiteConfig:
     """Layers that compete, in the words of the probe; null: attentive last6, linear last."""
     attention: tuple[Attention, ...] = ("native",)
     """Attention at encoding: what the checkpoint records for its features, the pre-training mask, or none."""
-    tokens: tuple[Tokens, ...] = ("patches",)
-    """Of encoders with a class token: patches, class, both joined, or all; attentive: patches or all."""
+    tokens: tuple[Literal["patches", "class", "all"], ...] = ("patches",)
+    """Of encoders with a class token: patches, class, or all; attentive: patches or all."""
     attentive_heads: int | None = None
     """Attentive head: attention heads; must divide the width. null: 16."""
     epochs: int | None = None
@@ -47,8 +47,7 @@ class SuiteConfig:
     batch_size: int | None = None
     """Images per step of the heads."""
     lr: tuple[float, ...] | None = None
-    """Peak learning rates that compete, used as they are. null: the official ones, and, as in the official
-    code, a tenth of them where there is no warm-up."""
+    """Peak learning rates that compete; none: those that the official code reaches."""
     weight_decay: tuple[float, ...] | None = None
     """Decays of the heads' weights that compete."""
     warmup_epochs: float | None = None
@@ -92,14 +91,16 @@ class SuiteConfig:
         for benchmark in chosen(self.only):
             self.probe(benchmark, train="", test="")
 
-    def probe(self, benchmark: Benchmark, *, train: str, test: str) -> ProbeConfig:
+    def probe(self, benchmark: Benchmark, *, train: str, test: str) -> ProbeSettings:
         """The probe of one benchmark, on these sources."""
         recipe = benchmark.recipe
         epochs = recipe.epochs if self.epochs is None else self.epochs
         # A share of fewer epochs than the recipe's is warmed up for as well.
         warmup = recipe.warmup_epochs * epochs / recipe.epochs
         warmup = warmup if self.warmup_epochs is None else self.warmup_epochs
-        return ProbeConfig(
+        # Without warm-up the official scheduler begins its cosine at a tenth of the rate that is named.
+        rates = recipe.lrs if warmup else tuple(lr / 10 for lr in recipe.lrs)
+        return ProbeSettings(
             model=self.model,
             num_heads=self.num_heads,
             train=train,
@@ -112,10 +113,9 @@ class SuiteConfig:
             attentive_heads=self.attentive_heads if benchmark.head == "attentive" else None,
             epochs=epochs,
             batch_size=recipe.batch_size if self.batch_size is None else self.batch_size,
-            lr=recipe.lrs if self.lr is None else self.lr,
+            lr=rates if self.lr is None else self.lr,
             weight_decay=(recipe.weight_decay,) if self.weight_decay is None else self.weight_decay,
             warmup_epochs=warmup,
-            official_warmup_trap=self.lr is None and not warmup,
             seed=self.seed,
             augment=recipe.augment if self.augment == "official" else self.augment,
             baselines=False,

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import open_source
 from nextblock.errors import UsageError
 from nextblock.evaluate.directories import make_directory
+from nextblock.evaluate.evaluation import MODEL, QUARANTINE, Stopped
 from nextblock.evaluate.features import evaluation_data
-from nextblock.evaluate.probe.run import BEGUN as PROBE_BEGUN
-from nextblock.evaluate.probe.run import OURS as PROBE_FILES
 from nextblock.evaluate.probe.run import probe
-from nextblock.evaluate.probe.state import ProbeStopped
 from nextblock.evaluate.results import differences, identity_of, refuse_other_result
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
 from nextblock.evaluate.suite.check import (
@@ -42,6 +41,10 @@ log = logging.getLogger(__name__)
 _NOT_OF_THE_RESULT = ("only", "root", "download")
 """Settings that change which benchmarks are measured, and where they lie, not what is found."""
 
+PROBE_FILES = ("probe.md", "probe.csv", "grid.csv", QUARANTINE, "figures", "features", "heads")
+PROBE_FILES += ("linear", "attentive", "ep")
+PROBE_BEGUN = (OUTPUT_MARK,)
+
 _FILES = ("lists", *RESULT_FILES, *(benchmark.name for benchmark in BENCHMARKS))
 _BEGUN = ("lists/*.txt", *(f"*/{pattern}" for pattern in ("probe.json", *PROBE_BEGUN)))
 """What the suite writes, and what tells one that has no table yet."""
@@ -56,7 +59,7 @@ def suite(config: SuiteConfig) -> SuiteResult:
 
     A benchmark that was measured is not probed again, wherever its images are now. Those whose images are
     missing, or whose probe fails, are named in the result; the others go on. Raises `ValueError` where `out`
-    holds something else, `ProbeStopped` where a signal stopped it: the same call goes on.
+    holds something else, `Stopped` where a signal stopped it: the same call goes on.
     """
     root = root_at(config.root)
     subject = _open(config)
@@ -146,7 +149,7 @@ def _measure(benchmark: Benchmark, config: SuiteConfig, root: Path, subject: _Su
     name = benchmark.name
     try:
         found.scores[name] = _score(benchmark, config, root, subject)
-    except ProbeStopped:
+    except Stopped:
         raise
     except MissingDataError as error:
         found.missing[name] = str(error)
@@ -170,22 +173,22 @@ def _score(benchmark: Benchmark, config: SuiteConfig, root: Path, subject: _Subj
     if not labels_are_slow(benchmark):
         _check_classes(benchmark, len(train.class_names))
     log.info("%s: %d images to train on, %d to test on", benchmark.name, len(train), len(test))
-    result = probe(config.probe(benchmark, train=specs.train, test=specs.test))
-    _check_classes(benchmark, result.num_classes)
-    row = next(row for row in result.rows if (row.encoder, row.split) == ("trained", "test"))
+    result = probe(**vars(config.probe(benchmark, train=specs.train, test=specs.test)))
+    _check_classes(benchmark, result.facts["num_classes"])
+    row = result.row(encoder=MODEL, split="test")
     return Score(
         name=benchmark.name,
-        top1=row.top1,
-        top5=row.top5,
+        top1=row["top1"],
+        top5=row["top5"],
         images=(len(train), len(test)),
-        trained_on=result.train_images,
-        classes=result.num_classes,
-        bad_images=sum(result.bad_images.values()),
-        lr=row.lr,
-        weight_decay=row.weight_decay,
-        layers=row.layers,
-        attention=row.attention,
-        elapsed_s=row.elapsed_s,
+        trained_on=result.facts["split_images"]["train"],
+        classes=result.facts["num_classes"],
+        bad_images=sum(result.facts["bad_images"].values()),
+        lr=row["lr"],
+        weight_decay=row["weight_decay"],
+        layers=tuple(row["layers"]),
+        attention=row["attention"],
+        elapsed_s=row["elapsed_s"],
     )
 
 
@@ -228,7 +231,7 @@ def _notes(config: SuiteConfig, scores: tuple[Score, ...], order: Mapping[str, B
         notes.append(f"Not the official settings: {told}.")
     if config.lr is None:
         notes.append(
-            "Learning rates without a warm-up count a tenth of what they are called, as in the official code."
+            "Learning rates without a warm-up are those that the official code reaches, a tenth of those it names."
         )
     if config.max_images is not None:
         notes.append(
