@@ -29,7 +29,7 @@ install: .venv/.installed ## nextblock and what it needs, into .venv
 
 demo: .venv/.installed ## pre-train on 1,797 handwritten digits, probe, draw, report, all in runs/demo
 	$(NEXTBLOCK) pretrain --preset xtra-tiny --data.train digits:split=train --data.val digits:split=test --out $(DEMO)
-	$(NEXTBLOCK) probe --model $(DEMO) --train digits:split=train --val digits:split=test \
+	$(NEXTBLOCK) probe --model $(DEMO) --train digits:split=train --test digits:split=test \
 		--epochs 30 --batch_size 64 --lr 3e-3 --baselines true --out $(DEMO)/probe --overwrite
 	$(NEXTBLOCK) predict --model $(DEMO) --data digits:split=test --out $(DEMO)/predictions
 	$(NEXTBLOCK) report $(DEMO)

@@ -231,7 +231,8 @@ def _notes(config: SuiteConfig, scores: tuple[Score, ...], order: Mapping[str, B
         notes.append(f"Not the official settings: {told}.")
     if config.lr is None:
         notes.append(
-            "Learning rates without a warm-up are those that the official code reaches, a tenth of those it names."
+            "Learning rates without a warm-up are those that the official code reaches: a tenth of those it "
+            "names."
         )
     if config.max_images is not None:
         notes.append(
