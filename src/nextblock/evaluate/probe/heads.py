@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from nextblock.config import ModelConfig
+from nextblock.config import Attention, ModelConfig
 from nextblock.data import BadSample, Batch, keyed_seed
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation
@@ -31,6 +31,7 @@ from nextblock.models.heads import (
     Head,
     HeadConfig,
     LinearHead,
+    Tokens,
     check_attention_heads,
     create_head,
     fitting_heads,
@@ -94,7 +95,9 @@ def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: 
         tokens = [one for one in config.tokens if one != "class" or head == "linear"]
         num_heads = _attention_heads(config, model) if head == "attentive" else 1
         num_queries = fitting_heads(encoder.embed_dim, QUERIES) if head == "ep" else 1
-        for attention, seen, chosen in product(attentions, tokens, layers):
+        choices: list[tuple[Attention, Tokens, tuple[int, ...]]]
+        choices = [(a, t, chosen) for a in attentions for t in tokens for chosen in layers]
+        for attention, seen, chosen in choices:
             made = HeadConfig(
                 kind=head,
                 num_classes=num_classes,
@@ -265,7 +268,8 @@ def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
     Raises `UsageError` if all heads of a kind diverged.
     """
     found: dict[HeadName, int] = {}
-    for kind in dict.fromkeys(one.candidate.head for one in trained):
+    kinds: list[HeadName] = list(dict.fromkeys(one.candidate.head for one in trained))
+    for kind in kinds:
         of_kind = [i for i, one in enumerate(trained) if one.candidate.head == kind]
         alive = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
         if not alive:
