@@ -184,6 +184,7 @@ def test_a_run_stopped_by_a_signal_is_saved_and_says_so(tiny, tmp_path, monkeypa
     ("error", "code", "message"),
     [
         (KeyError("surprise"), 1, "KeyError: 'surprise'; run it again with --debug to see where"),
+        (ValueError("of numpy"), 1, "ValueError: of numpy; run it again with --debug to see where"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -19,6 +19,8 @@ from einops import rearrange
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
+from nextblock.errors import UsageError
+
 
 def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Tensor, "k m"]:
     """The patches in every block, both in raster order; `grid` and `block` are (rows, columns) of patches."""
@@ -51,7 +53,7 @@ def check_order(order: Shaped[Tensor, "*k"], num_blocks: int) -> None:
     if not wrong and not torch.compiler.is_compiling() and order.device.type == "cpu":
         wrong = order.sort().values.tolist() != list(range(num_blocks))
     if wrong:
-        raise ValueError(
+        raise UsageError(
             f"block_order must be a permutation of 0..{num_blocks - 1}, got "
             f"{order.tolist() if order.device.type == 'cpu' else tuple(order.shape)}"
         )

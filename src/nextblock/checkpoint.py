@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
+from nextblock.errors import UsageError
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
@@ -57,7 +58,7 @@ class UnknownFormatError(CheckpointError):
         self.path, self.content = path, content
 
 
-class MissingSettingError(CheckpointError, ValueError):
+class MissingSettingError(CheckpointError, UsageError):
     """A foreign file lacks settings without which its model cannot be built: the caller has to give them."""
 
     def __init__(self, **reasons: str) -> None:
@@ -191,7 +192,7 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
         if kind == "model":
             return build_model(from_dict(ModelConfig, settings), weights, str(path))
         if kind not in ("classifier", "timm classifier"):
-            raise ValueError(f"kind {kind!r}")
+            raise UsageError(f"kind {kind!r}")
         head, names = from_dict(HeadConfig, settings["head"]), settings["class_names"]
         if kind == "classifier":
             return build_model(from_dict(ModelConfig, settings["model"]), weights, str(path), head, names)

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from nextblock.errors import UsageError
+
 
 class LaunchError(RuntimeError):
     """Processes were started in a way that does not fit together."""
@@ -80,7 +82,7 @@ def launch(argv: Sequence[str], devices: int, device: str) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     there, what = (torch.cuda.device_count(), "GPU") if is_cuda else (cores, "CPU core")
     if devices > there:
-        raise ValueError(
+        raise UsageError(
             f"--devices {devices}, but {socket.gethostname()} has {there} {what}{'s' * (there != 1)}; "
             f"use at most --devices {there}"
         )

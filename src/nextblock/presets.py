@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, pair
+from nextblock.errors import UsageError
 from nextblock.settings import flatten, from_dict, nearest_name, read_value, require, setting_types, to_dict
 
 GREY_MEAN, GREY_STD = (0.459,), (0.226,)
@@ -31,7 +32,7 @@ def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
         typed = flatten(layer)
         for name in typed:
             if name not in _HINTS:
-                raise ValueError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
+                raise UsageError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
         # Layer by layer, so that what follows from a preset's setting is what a later layer changes.
         new = {name: read_value(name, value, _HINTS[name]) for name, value in typed.items()}
         values |= _with_followers(new, values)
@@ -335,7 +336,7 @@ def list_presets() -> list[str]:
 def get_preset(name: str) -> Preset:
     """The preset of this name; another is refused with the nearest known one."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; {nearest_name(name, list(PRESETS))}")
+        raise UsageError(f"unknown preset {name!r}; {nearest_name(name, list(PRESETS))}")
     return PRESETS[name]
 
 

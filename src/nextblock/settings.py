@@ -14,6 +14,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from nextblock.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,7 @@ class Duration:
         """Read a duration; `allow` names the units that make sense for the setting."""
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z%]+)\s*", str(text))
         if match is None or match[2] not in allow:
-            raise ValueError(f"{text!r} is not a duration here; write {duration(*allow).words}")
+            raise UsageError(f"{text!r} is not a duration here; write {duration(*allow).words}")
         return cls(value=float(match[1]), unit=_UNITS[match[2]][0])  # type: ignore[arg-type]
 
     def steps(self, *, batch_size: int, steps_per_epoch: int, total_steps: int | None = None) -> int:
@@ -104,7 +106,7 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     try:
         return _read(value, hint)
     except ValueError:
-        raise ValueError(f"{name} is {value!r}; it must be {describe_type(hint)}") from None
+        raise UsageError(f"{name} is {value!r}; it must be {describe_type(hint)}") from None
 
 
 def _read(value: Any, hint: Any) -> Any:
@@ -233,7 +235,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     )
 
 
-class UnknownSettingError(ValueError):
+class UnknownSettingError(UsageError):
     """Settings hold a name that this release does not know."""
 
 
@@ -285,21 +287,21 @@ def read_yaml(path: str) -> dict[str, tuple[Any, str]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     # YAML takes these for letters: a name or value would not be the one that stands on the screen.
     odd = _ODD_SPACE.search(text)
     if odd is not None:
         line, code = text.count("\n", 0, odd.start()) + 1, f"{ord(odd[0]):04X}"
-        raise ValueError(
+        raise UsageError(
             f'{path}, line {line}: an odd space (U+{code}); type a plain one, or write "\\u{code}" in quotes'
         )
     found: dict[str, tuple[Any, str]] = {}
     try:
         content = _plain_yaml(text, found)
     except ValueError as error:
-        raise ValueError(f"{path}, {error}") from None
+        raise UsageError(f"{path}, {error}") from None
     if content is not None or not found:
-        raise ValueError(f"{path} has no settings; write lines such as `seed: 1`, or see --print_config")
+        raise UsageError(f"{path} has no settings; write lines such as `seed: 1`, or see --print_config")
     return {name: (value, f"{path}, {line}") for name, (value, line) in found.items()}
 
 
@@ -314,14 +316,14 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
         if isinstance(node, yaml.SequenceNode):
             return [value_of(item, name) for item in node.value]
         if isinstance(node, yaml.MappingNode):
-            raise ValueError(f"{at(node)}: {name} cannot hold `name: value`")  # noqa: TRY004
+            raise UsageError(f"{at(node)}: {name} cannot hold `name: value`")
         if node.style is not None:  # quoted: text, whatever it says
             return node.value
         # An empty value is often a forgotten one, or `#` in a path; `~` is often a home folder. Neither is
         # read as YAML's null, which would silently be "none".
         if node.value in ("", "~"):
             why = "is ~" if node.value else "has no value (# begins a comment)"
-            raise ValueError(f"{at(node)}: {name} {why}; write null for none, or put text in quotes")
+            raise UsageError(f"{at(node)}: {name} {why}; write null for none, or put text in quotes")
         return None if node.value.lower() == "null" else node.value
 
     def collect(node: Any, prefix: str, found: dict[str, tuple[Any, str]]) -> None:
@@ -330,7 +332,7 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
             if isinstance(value, yaml.MappingNode):
                 collect(value, f"{name}.", found)
             elif name in found:  # YAML's own loader would keep the last
-                raise ValueError(f"{at(key)}: {name} is given twice (also {found[name][1]}); keep one")
+                raise UsageError(f"{at(key)}: {name} is given twice (also {found[name][1]}); keep one")
             else:
                 found[name] = value_of(value, name), at(key)
 
@@ -338,14 +340,14 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
         # Aliases can grow without bound, and tags can name Python objects: neither has a use here.
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise ValueError(f"{at(event)}: a value cannot begin with &, * or !; put it in quotes")
+                raise UsageError(f"{at(event)}: a value cannot begin with &, * or !; put it in quotes")
         # compose stops before values are made: every scalar is still the text that was typed. So a setting's
         # type decides what it means, and no value is ever a date, an octal number or a Python object.
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}not YAML: {problem or error}; indent with spaces, `name: value`") from None
+        raise UsageError(f"{where}not YAML: {problem or error}; indent with spaces, `name: value`") from None
     if isinstance(node, yaml.MappingNode) and found is not None:
         return collect(node, "", found)
     return None if node is None else value_of(node, "a value")
@@ -363,7 +365,7 @@ def nearest_name(name: str, known: list[str]) -> str:
 def require(holds: bool, message: str) -> None:
     """Raise `ValueError` with this message unless the rule holds."""
     if not holds:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from nextblock.errors import UsageError
 from nextblock.launch import LaunchError, find_world
 
 __all__ = ["VERBS", "main"]
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in rest:
             raise
-        code = USAGE_ERROR if isinstance(error, ValueError) else FAILURE
+        code = USAGE_ERROR if isinstance(error, UsageError) else FAILURE
         if world.rank and (getattr(error, "is_told", False) or (code == USAGE_ERROR and world.local_rank)):
             return code
         why = str(error)

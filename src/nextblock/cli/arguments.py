@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from nextblock.config import RunConfig
+from nextblock.errors import UsageError
 from nextblock.presets import PRESETS, get_preset, resolve
 from nextblock.settings import (
     from_dict,
@@ -103,7 +104,7 @@ class Parser(argparse.ArgumentParser):
             name, has_value, value = word.partition("=")
             if not name.startswith("--"):
                 if not has_places and word != "-h":
-                    raise ValueError(f"{word!r} belongs to no setting; {self._meant_by_word(word, known)}")
+                    raise UsageError(f"{word!r} belongs to no setting; {self._meant_by_word(word, known)}")
                 words.append(word)
                 continue
             # `--batch-size` is as good as `--batch_size`.
@@ -112,7 +113,7 @@ class Parser(argparse.ArgumentParser):
                 following = "" if i + 1 == len(argv) or argv[i + 1].startswith("-") else argv[i + 1]
                 meant = suggestion(name.removeprefix("--"), known, value if has_value else following)
                 hint = f"did you mean --{meant}?" if meant else f"{self.prog} --help lists all"
-                raise ValueError(f"unknown setting {word.partition('=')[0]}; {hint}")
+                raise UsageError(f"unknown setting {word.partition('=')[0]}; {hint}")
             is_switch = flags[name].nargs == 0
             require(not (is_switch and has_value), f"{name} takes no value")
             if not is_switch and not has_value:
@@ -166,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         if missing is not None:
             names = [name if name.startswith("--") else name.upper() for name in missing[1].split(", ")]
             message = f"{' and '.join(names)} must be given; see {self.prog} --help"
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
@@ -290,7 +291,7 @@ def _read_file(path: str, hints: Mapping[str, Any], others: Collection[str]) -> 
                 why = f"{name} must be settings, `name: value` on lines of their own below"
             elif name in others:
                 why = f"{name} is no setting of a file; give it as --{name} on the command line"
-            raise ValueError(f"{where}: {why}")
+            raise UsageError(f"{where}: {why}")
         values[name] = read_value(f"{where}: {name}", value, hints[name])
     return values
 

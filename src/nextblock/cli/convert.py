@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from nextblock.cli.output import end_with_json
+from nextblock.errors import UsageError
 
 if TYPE_CHECKING:
     from nextblock.cli.arguments import Parser
@@ -92,5 +93,5 @@ def _probe_layers(words: Sequence[str] | None) -> Literal["last", "best"] | tupl
     if len(words) == 1 and words[0] in ("last", "best"):
         return "last" if words[0] == "last" else "best"
     if not all(word.isdecimal() for word in words):
-        raise ValueError(f"--probe_layers {' '.join(words)}: give last, best, or numbers of layers from 0")
+        raise UsageError(f"--probe_layers {' '.join(words)}: give last, best, or numbers of layers from 0")
     return tuple(map(int, words))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nextblock.cli.output import end_with_json
 from nextblock.config import DataConfig
+from nextblock.errors import UsageError
 from nextblock.settings import nearest_name
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     commands = {"pack": _pack, "sample": _sample, "split": _split}
     if argv[0] not in commands:
-        raise ValueError(f"unknown command data {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
+        raise UsageError(f"unknown command data {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
     return commands[argv[0]](argv[1:])
 
 
@@ -82,9 +83,9 @@ def _sample(argv: Sequence[str]) -> int:
     options, data = _parse(parser, argv)
     fraction, count, per_class = options.fraction, options.count, options.per_class
     if [fraction, count, per_class].count(None) != 2:
-        raise ValueError("give one of --fraction, --count and --per_class")
+        raise UsageError("give one of --fraction, --count and --per_class")
     if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"--fraction is {fraction}; use above 0, up to 1")
+        raise UsageError(f"--fraction is {fraction}; use above 0, up to 1")
     source = open_source(options.src, data)
     if per_class is not None:
         numbers = draw_per_class(source, per_class, options.seed)
@@ -112,7 +113,7 @@ def _split(argv: Sequence[str]) -> int:
     for item in options.parts.split(","):
         match = re.fullmatch(r"([\w-]+)=(\d*\.?\d+)", item)
         if match is None or match[1] in parts:
-            raise ValueError(f"--parts {options.parts}: {item!r} is wrong; write train=0.8,val=0.2")
+            raise UsageError(f"--parts {options.parts}: {item!r} is wrong; write train=0.8,val=0.2")
         parts[match[1]] = float(match[2])
     lists = {name: Path(options.out).expanduser() / f"{name}.txt" for name in parts}
     source = open_source(options.src, data)

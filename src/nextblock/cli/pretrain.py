@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json, quote
 from nextblock.config import RunConfig
+from nextblock.errors import UsageError
 from nextblock.presets import PRESETS, get_preset, resolve
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def pretrain(
         shares = [f"{weight:g}" for weight in config.data.weights or ()]
         what = f"{len(shares)} sources, for data.weights {', '.join(shares)} in this order"
         flags = " ".join(["--data.train DIR"] * (len(shares) or 1))
-        raise ValueError(
+        raise UsageError(
             f"there is nothing to train on, and {out} is no run to resume; name "
             f"{what if shares else 'a directory of images'}: {flags}"
         )
@@ -245,7 +246,7 @@ def _monitors(
         ("monitor.early_stop", settings.early_stop),
     ):
         if metric in unmeasured:
-            raise ValueError(f"{name} {metric} cannot be measured: {unmeasured[metric]}")
+            raise UsageError(f"{name} {metric} cannot be measured: {unmeasured[metric]}")
     return monitors
 
 

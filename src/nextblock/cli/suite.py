@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextblock.cli.output import end_with_json, say
+from nextblock.errors import UsageError
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
 from nextblock.evaluate.suite.config import SuiteConfig, SuiteResult
 from nextblock.evaluate.suite.published import PUBLISHED
@@ -46,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     is_list, is_check = (values.pop(name) for name in ("list", "check"))
     if looks:
         if is_list and is_check:
-            raise ValueError("--list and --check are given; give one of them")
+            raise UsageError("--list and --check are given; give one of them")
         only = None if values["only"] is None else tuple(values["only"])
         root = None if values["root"] is None else Path(values["root"]).expanduser()
         return _check(root, only, is_json=is_json) if is_check else _list(root, only, is_json=is_json)
@@ -168,7 +169,7 @@ def _check(root: Path | None, only: tuple[str, ...] | None, *, is_json: bool) ->
     from nextblock.evaluate.suite.layouts import root_at
 
     if root is None:
-        raise ValueError("--check needs --root, the directory of the data sets")
+        raise UsageError("--check needs --root, the directory of the data sets")
     root = root_at(root)
     checks = [check(benchmark, root) for benchmark in chosen(only)]
     console = Console()

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nextblock.config import DataConfig, Size, pair
+from nextblock.errors import UsageError
 
 # Top, left, height and width, in pixels.
 Box = tuple[int, int, int, int]
@@ -183,7 +184,7 @@ def normalize(
     """Scale bytes to [0, 1], subtract each channel's mean and divide by its deviation, on their device."""
     channels = images.shape[1]
     if not channels == len(mean) == len(std):
-        raise ValueError(
+        raise UsageError(
             f"the images have {channels} channels, data.mean has {len(mean)} and data.std {len(std)}; give "
             "one number per channel"
         )

@@ -30,6 +30,7 @@ from nextblock.data.random import keyed_rng
 from nextblock.data.sources.base import DataError, Source
 from nextblock.data.transforms import Crop, EvalCrop, Key, TrainCrop
 from nextblock.data.workers import Note, run_in_workers
+from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class TrainLoader:
         drop_path_draws: int = 0,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank} of {world_size}; ranks run from 0 to {world_size - 1}")
+            raise UsageError(f"rank is {rank} of {world_size}; ranks run from 0 to {world_size - 1}")
         self.order = sample_order(source, data, seed=seed, batch_size=batch_size)
         self.batch_size, self.steps_per_epoch = self.order.batch_size, self.order.steps_per_epoch
         crop = crop or TrainCrop(data=data, image_size=image_size, seed=seed)
@@ -291,7 +292,7 @@ class QuarantineLog:
             try:
                 bad = BadSample(**json.loads(line))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that file") from error
+                raise UsageError(f"{path}, line {number}, is damaged ({error}); delete that file") from error
             self._bad[bad.sample] = bad
 
     @property

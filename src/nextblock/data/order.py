@@ -19,6 +19,7 @@ from jaxtyping import Int64, Integer
 from nextblock.config import DataConfig
 from nextblock.data.random import Permutation, keyed_permutation
 from nextblock.data.sources.base import Source
+from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class VisitOrder:
 
     def __init__(self, n: int, *, seed: int, batch_size: int) -> None:
         if not 1 <= batch_size <= n:
-            raise ValueError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
+            raise UsageError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
         self.batch_size = batch_size
         self.steps_per_epoch = n // batch_size
         # Workers fetch ahead, so the end of one visit and the beginning of the next are asked for in turn.
@@ -139,7 +140,7 @@ def sample_order(
     source's share no sample.
     """
     if data.epoch_samples is not None and data.epoch_samples < batch_size:
-        raise ValueError(
+        raise UsageError(
             f"data.epoch_samples is {data.epoch_samples}, less than one batch of {batch_size}; make it at "
             f"least {batch_size}, or train.batch_size smaller"
         )
@@ -163,7 +164,7 @@ def sample_order(
         if count == 0:
             # Enough for one sample by this weight, rounded up to whole batches.
             enough = math.ceil(math.ceil(sum(weights) / weight) / batch_size) * batch_size
-            raise ValueError(
+            raise UsageError(
                 f"{part.spec!r} has weight {weight:g} of {sum(weights):g}, which is not one of the {epoch} "
                 f"samples of an epoch; raise its share in data.weights, or data.epoch_samples to {enough}"
             )

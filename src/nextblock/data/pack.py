@@ -38,6 +38,7 @@ from nextblock.data.sources.base import decode
 from nextblock.data.sources.tar import TarSource, tar_index
 from nextblock.data.subsets import warn_of_absent_classes
 from nextblock.data.workers import Note, resolve_workers, run_in_workers
+from nextblock.errors import UsageError
 from nextblock.settings import check_types, require
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def pack(
     something else, `TooManyBadImages` beyond data.max_bad_fraction, `InUseError`, `WriteError`.
     """
     if (config.resize_px or config.tile_px or config.format) and data.channels not in (1, 3):
-        raise ValueError(
+        raise UsageError(
             f"data.channels is {data.channels}, and only 1 or 3 can be encoded; leave out resize_px, tile_px "
             "and format to keep the files as they are"
         )
@@ -113,7 +114,7 @@ def pack(
     del settings["workers"]
     in_use = dst.is_file() or any(dst.glob("[!.]*"))
     if in_use and not ((dst / OUTPUT_MARK).exists() and (dst / "manifest.json").exists()):
-        raise ValueError(f"{dst} exists and holds something else; give a new folder")
+        raise UsageError(f"{dst} exists and holds something else; give a new folder")
     # Of two processes on one folder, each would overwrite the other's shards.
     with exclusive(dst):
         manifest = _open_manifest(dst, settings)
@@ -140,10 +141,10 @@ def _open_manifest(dst: Path, settings: dict[str, Any]) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         there, shards = manifest["settings"], manifest["shards"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove {dst}") from error
+        raise UsageError(f"{path} is damaged ({error}); remove {dst}") from error
     differ = [f"{k} {there.get(k)!r}, not {new!r}" for k, new in settings.items() if there.get(k) != new]
     if differ:
-        raise ValueError(f"{dst} holds shards of other settings ({'; '.join(differ)}); give another folder")
+        raise UsageError(f"{dst} holds shards of other settings ({'; '.join(differ)}); give another folder")
     # Shards follow each other without a gap, so from a lost one on all are written again.
     for number, shard in enumerate(shards):
         path = dst / shard["name"]
@@ -206,7 +207,7 @@ def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progre
 def _finish(source: Source, dst: Path, manifest: dict[str, Any], data: DataConfig) -> None:
     """Write names.tsv, complete the manifest and the quarantine list, and name classes without an image."""
     if not manifest["shards"]:
-        raise ValueError(f"{source.spec!r}: none of its {len(source)} images can be read")
+        raise UsageError(f"{source.spec!r}: none of its {len(source)} images can be read")
     # The numbers of the packed images are read from the shards, some of which an earlier call wrote.
     packed = TarSource(str(dst), [dst / shard["name"] for shard in manifest["shards"]], data)
     keys = [Path(packed.name(index)).stem for index in range(len(packed))]

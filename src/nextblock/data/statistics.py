@@ -12,6 +12,7 @@ from nextblock.data.loader import eval_batches
 from nextblock.data.random import keyed_permutation
 from nextblock.data.sources.base import Source
 from nextblock.data.workers import resolve_workers
+from nextblock.errors import UsageError
 
 BATCH_SIZE = 50
 
@@ -43,7 +44,7 @@ def measure_pixels(
         images += len(batch.samples)
         bad += batch.bad
     if not images:
-        raise ValueError(
+        raise UsageError(
             f"data.normalize auto: none of {len(chosen)} images of {source.spec} can be read, such as "
             f"{bad[0].name}: {bad[0].reason}; repair them, or give data.mean and data.std"
         )
@@ -54,7 +55,7 @@ def measure_pixels(
         # pixels * squares - total² is pixels² times the variance, still a whole number: nothing cancels.
         deviation = math.sqrt(pixels * squares - total**2) / pixels / 255
         if round(deviation, 6) == 0:
-            raise ValueError(
+            raise UsageError(
                 f"data.normalize auto: channel {channel} of {data.channels} has the same value everywhere in "
                 f"{images} images of {source.spec}; leave that channel out of the files, or give data.mean "
                 "and data.std with data.normalize given"

@@ -21,6 +21,7 @@ from nextblock.data.random import keyed_permutation
 from nextblock.data.sources import Source, absolute_spec
 from nextblock.data.sources.folder import SUBSET_HEADER
 from nextblock.data.sources.names import text
+from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 def draw(source: Source, count: int, seed: int) -> Numbers:
     """Draw `count` images; with equal seeds, a smaller draw is part of every larger one."""
     if not 1 <= count <= len(source):
-        raise ValueError(f"cannot draw {count} of the {len(source)} images of {source.spec!r}")
+        raise UsageError(f"cannot draw {count} of the {len(source)} images of {source.spec!r}")
     # The first of one shuffled order, whatever the count: that makes draws of one seed parts of each other.
     return np.sort(_shuffled(source, seed)[:count])
 
@@ -41,12 +42,12 @@ def draw(source: Source, count: int, seed: int) -> Numbers:
 def draw_per_class(source: Source, count: int, seed: int) -> Numbers:
     """Draw `count` images of every class; `ValueError` names the classes that have fewer."""
     if count < 1:
-        raise ValueError(f"cannot draw {count} images per class; draw at least 1")
+        raise UsageError(f"cannot draw {count} images per class; draw at least 1")
     classes = _by_class(source, seed)
     sizes = [len(images) for images in classes]
     small = [f"{name} ({size})" for name, size in zip(source.class_names, sizes, strict=True) if size < count]
     if small:
-        raise ValueError(
+        raise UsageError(
             f"{source.spec!r} has classes of fewer than {count} images: {named(small)}; draw at most "
             f"{min(sizes)} per class"
         )
@@ -63,7 +64,7 @@ def split(
     that sum to less than 1 leave the rest out.
     """
     if not parts or min(parts.values()) <= 0 or sum(parts.values()) > 1 + 1e-9:
-        raise ValueError(f"the shares {dict(parts)} must each be above 0, and add up to at most 1")
+        raise UsageError(f"the shares {dict(parts)} must each be above 0, and add up to at most 1")
     # A last share stands for the images that are left out: they are dealt like a part.
     shares = np.array([*parts.values(), max(0.0, 1 - math.fsum(parts.values()))])
     classes = _by_class(source, seed) if stratify else [_shuffled(source, seed)]
@@ -84,7 +85,7 @@ def split(
     divided = {name: np.sort(order[part_of == number]) for number, name in enumerate(parts)}
     empty = [name for name, numbers in divided.items() if not len(numbers)]
     if empty:
-        raise ValueError(f"no image of {source.spec!r} is left for {', '.join(empty)}; give larger shares")
+        raise UsageError(f"no image of {source.spec!r} is left for {', '.join(empty)}; give larger shares")
     return divided
 
 
@@ -167,7 +168,7 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
         # Of several processes, one gets the name. The list then replaces the empty file, whole.
         path.touch(exist_ok=False)
     except FileExistsError as error:
-        raise ValueError(f"{shown} exists already; remove it, or write to another file") from error
+        raise UsageError(f"{shown} exists already; remove it, or write to another file") from error
     except OSError as error:
         raise WriteError(f"cannot write {shown}: {error.strerror}; choose another place") from error
     try:

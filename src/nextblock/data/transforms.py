@@ -21,6 +21,7 @@ from nextblock.config import DataConfig, Size, pair
 from nextblock.data.augment import Box, draw_crop, finish_crop, reduced_box, reduction, train_crop, val_crop
 from nextblock.data.random import keyed_rng, keyed_seed
 from nextblock.data.sources.base import Source
+from nextblock.errors import UsageError
 
 # (visit, sample).
 Key = tuple[int, int]
@@ -102,7 +103,7 @@ class TimmCrop(Crop):
 
     def __post_init__(self) -> None:
         if self.data.channels != 3:
-            raise ValueError(
+            raise UsageError(
                 f"augment timm changes colours, but data.channels is {self.data.channels}; use augment crop"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextblock.atomic import mark_output
+from nextblock.errors import UsageError
 
 __all__ = ["make_directory"]
 
@@ -19,6 +20,6 @@ def make_directory(path: Path) -> None:
             path.mkdir(parents=True)
             mark_output(path)
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} cannot be made a directory ({error.strerror}); give another --out"
         ) from error

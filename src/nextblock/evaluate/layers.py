@@ -6,6 +6,8 @@ import logging
 import re
 from collections.abc import Sequence
 
+from nextblock.errors import UsageError
+
 __all__ = ["check_layers", "layer_choices"]
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ def check_layers(words: Sequence[str], *, several: Sequence[str] = ("each", "bes
         is_left_out = word in ("each", "best") and word not in several
         if WORDS.fullmatch(word) is None or is_left_out:
             known = ", ".join([ONE_CHOICE, *several])
-            raise ValueError(f"layers is {word!r}; use {known}")
+            raise UsageError(f"layers is {word!r}; use {known}")
 
 
 def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
@@ -40,7 +42,7 @@ def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) ->
     if word.startswith("layer") or "+" in word:
         chosen = sorted(int(number) for number in word.removeprefix("layer").split("+"))
         if chosen[-1] >= depth or len(set(chosen)) < len(chosen):
-            raise ValueError(
+            raise UsageError(
                 f"layers is {word}, but the encoder has {depth} layers; name each once, among 0 to "
                 f"{depth - 1}"
             )

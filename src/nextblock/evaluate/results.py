@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
+from nextblock.errors import UsageError
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
 
@@ -21,6 +23,7 @@ __all__ = [
     "FREE_SETTINGS",
     "cut_of",
     "differences",
+    "digest_of",
     "encoder_of",
     "identity_of",
     "images_digest",
@@ -122,8 +125,13 @@ def _labels_digest(source: Source) -> str:
 
 def weights_digest(model: EncoderModel) -> str:
     """A hash of the encoder's weights."""
+    return digest_of(model.encoder)
+
+
+def digest_of(module: nn.Module) -> str:
+    """A hash of a module's weights and their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -149,12 +157,12 @@ def refuse_other_result(
     if result not in found and not any(path for pattern in begun for path in out.glob(pattern)):
         known = {name for name in known if not (out / name).is_dir()}
     if foreign := sorted(name for name in found - known if not name.startswith((".writing-", OUTPUT_MARK))):
-        raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
+        raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
     if result not in found or overwrite:
         return
     different = differences(json.loads((out / result).read_text(encoding="utf-8")), identity)
     if different:
-        raise ValueError(
+        raise UsageError(
             f"{out} holds another result ({'; '.join(different[:3])}); give another --out, or --overwrite"
         )
 

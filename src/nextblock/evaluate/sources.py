@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
 from nextblock.data.random import keyed_permutation
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import check_same_classes
 from nextblock.evaluate.results import images_digest
 from nextblock.evaluate.unreadable import Part
@@ -57,7 +58,7 @@ def check_classes(train: Source, others: Iterable[Source]) -> None:
     """Raise `ValueError` where a source has no labels, train has one class only, or the classes differ."""
     names = train.class_names
     if len(names) == 1:
-        raise ValueError(
+        raise UsageError(
             f"{train.spec} has one class only ({''.join(names)}), so there is nothing to tell apart; give "
             "images of two classes or more"
         )
@@ -80,7 +81,7 @@ def hold_out_test(train: Source, seed: int) -> tuple[Int64[np.ndarray, " kept"],
 def part_of(source: Source, numbers: Int64[np.ndarray, " n"]) -> Part:
     """Some images of a source, as a source; `ValueError` where there are none."""
     if not len(numbers):
-        raise ValueError(
+        raise UsageError(
             f"no class of {source.spec} has an image to spare, so none can be held out; give --val and --test"
         )
     return Part(source.spec, source, numbers)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from nextblock.atomic import write_aside
 from nextblock.checkpoint import MODEL_FILE, save_model
 from nextblock.config import Attention, DataConfig, Size, pair
+from nextblock.errors import UsageError
 from nextblock.interop.cards import CARD_FILE, OFFICIAL_LICENSES, Provenance, model_card, read_provenance
 from nextblock.interop.files import WEIGHT_SUFFIXES, LoadOptions, make_parent
 from nextblock.interop.hub import HUB_SPEC, is_hub_spec, push
@@ -70,7 +71,7 @@ def convert(
     config = found.encoder_model.config
     is_timms = isinstance(config, TimmConfig)
     if to == "onnx" and is_timms:
-        raise ValueError(
+        raise UsageError(
             f"{src} holds a classifier on timm's {config.architecture}, which the format onnx cannot hold; "
             "write it to nextblock, or its encoder to timm"
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, errors, snapshot_download
 
+from nextblock.errors import UsageError
 from nextblock.interop.files import WEIGHT_SUFFIXES, choose_weights
 from nextblock.logs import held_back
 
@@ -71,9 +72,9 @@ def push(folder: Path, spec: str) -> str:
     """Upload a folder as one commit to a model repository, made if need be; returns its address."""
     repo, file, revision = _parts(spec)
     if file is not None:
-        raise ValueError(f"{spec} names a file; whole directories are pushed: hf:{repo}")
+        raise UsageError(f"{spec} names a file; whole directories are pushed: hf:{repo}")
     if revision is not None:
-        raise ValueError(f"{spec} names a revision; weights are pushed to the main branch: hf:{repo}")
+        raise UsageError(f"{spec} names a revision; weights are pushed to the main branch: hf:{repo}")
     with hub_errors(spec, pushing=True):
         api = HfApi()
         address = api.create_repo(repo, exist_ok=True)
@@ -95,7 +96,7 @@ def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of 
         with held_back(logging.WARNING, "httpx", "httpx2"):
             yield
     except errors.HFValidationError as error:
-        raise ValueError(f"{spec} is no name of a repository; write hf:USER/NAME") from error
+        raise UsageError(f"{spec} is no name of a repository; write hf:USER/NAME") from error
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         # The client's errors extend each other: a gated repository counts as not found, and being offline as
         # an OSError. So the special kinds come before the general ones.
@@ -125,7 +126,7 @@ def _parts(spec: str) -> tuple[str, str | None, str | None]:
     # The empty part makes the name of a lone USER empty, which is refused below.
     user, name, *inside = [*path.split("/"), ""] if "/" not in path else path.split("/")
     if not (user and name and all(inside)) or (at and not revision):
-        raise ValueError(
+        raise UsageError(
             f"{spec} is no name of a repository; write hf:USER/NAME[/FILE], with @REVISION for an older one"
         )
     return f"{user}/{name}", "/".join(inside) or None, revision or None

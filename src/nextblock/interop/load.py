@@ -28,6 +28,7 @@ from nextblock.checkpoint import (
     read_model,
 )
 from nextblock.config import DataConfig, Size, pair
+from nextblock.errors import UsageError
 from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim, stores_positions
 from nextblock.interop.files import (
     AIM_FILES,
@@ -125,7 +126,7 @@ def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderMod
     if not spec.startswith(TIMM_SPEC) or parse_timm_spec(spec).name.startswith("nextblock_vit"):
         return read(src, LoadOptions(num_heads=num_heads)).encoder_model
     if num_heads is not None:
-        raise ValueError(f"{spec} tells its attention heads itself; leave num_heads out")
+        raise UsageError(f"{spec} tells its attention heads itself; leave num_heads out")
     return open_timm_encoder(spec)
 
 
@@ -149,7 +150,7 @@ def read(src: str | Path, options: LoadOptions) -> Found:
     config = found.encoder_model.config
     heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
     if options.num_heads not in (None, heads):
-        raise ValueError(
+        raise UsageError(
             f"{src} has {heads} attention heads, as it tells itself, and not {options.num_heads}; "
             "leave num_heads out"
         )

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
 from nextblock.config import ModelConfig, pair
+from nextblock.errors import UsageError
 from nextblock.models.vit import fresh_positions, positions_of, positions_on, vit_arguments
 
 # The arguments of nextblock_vit, all of which JSON can hold, and the settings that they stand for.
@@ -107,7 +108,7 @@ class NextBlockViT(VisionTransformer):
         """Change the image's size; learned positions are resampled, fixed ones and the mask recomputed."""
         if patch_size is not None and patch_size != pair(self.block_config.patch_size):
             own = self.block_config.patch_size
-            raise ValueError(
+            raise UsageError(
                 f"patch_size {patch_size}: the blocks are made for patches of {own} px; leave it out"
             )
         if img_size is not None:
@@ -140,7 +141,7 @@ class NextBlockViT(VisionTransformer):
 
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise ValueError("this model brings its own mask; leave attn_mask and is_causal alone")
+        raise UsageError("this model brings its own mask; leave attn_mask and is_causal alone")
 
 
 def _hashable(value: Any) -> Any:

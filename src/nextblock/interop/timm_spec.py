@@ -19,6 +19,7 @@ from torch import nn
 
 from nextblock.checkpoint import CheckpointError, is_safetensors, read_data, refuse_non_finite
 from nextblock.config import DataConfig, pair
+from nextblock.errors import UsageError
 from nextblock.interop.cards import UNSPECIFIED, Provenance
 from nextblock.interop.hub import hub_errors
 from nextblock.interop.timm import building, described_at, own_config, timm_architecture
@@ -56,7 +57,7 @@ def parse_timm_spec(spec: str) -> TimmSpec:
             arguments[key] = int(value)
         else:
             known = "pretrained=false, checkpoint=FILE, img_size=N, in_chans=N"
-            raise ValueError(f"{spec}: cannot read {option!r}; options of timm:NAME are {known}")
+            raise UsageError(f"{spec}: cannot read {option!r}; options of timm:NAME are {known}")
     if checkpoint is not None and not checkpoint.is_file():
         raise CheckpointError(f"{spec}: {checkpoint} is no file; give the path of the weights")
     return TimmSpec(name, pretrained, checkpoint, arguments)
@@ -70,7 +71,7 @@ def timm_model(spec: str) -> nn.Module:
     name, pretrained, checkpoint, options = parse_timm_spec(spec)
     kind, _, place = name.rpartition(":")  # hf-hub:USER/NAME and local-dir:PATH are timm's as well
     if not kind and not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; {nearest_name(name, timm.list_models())}")
+        raise UsageError(f"timm has no model {name!r}; {nearest_name(name, timm.list_models())}")
     arguments: dict[str, Any] = dict(options)
     if kind == "local-dir":
         own_config(Path(place))  # refuses settings that contradict each other

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.config import Attention
+from nextblock.errors import UsageError
 from nextblock.models.next_block import NextBlockModel
 from nextblock.models.timm_encoder import TimmEncoder
 from nextblock.models.vit import Encoded
@@ -52,11 +53,11 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 0:
-            raise ValueError(
+            raise UsageError(
                 f"layers are {list(self.layers)}; name at least one encoder layer, counted from 0"
             )
         if self.tokens in ("class", "joined") and not self.pooled:
-            raise ValueError(f"tokens {self.tokens} is one vector an image; use patches or all for several")
+            raise UsageError(f"tokens {self.tokens} is one vector an image; use patches or all for several")
 
     def width(self, embed_dim: int) -> int:
         """Channels of these features, of an encoder `embed_dim` wide."""
@@ -67,17 +68,17 @@ class FeatureConfig:
     def check_encoder(self, depth: int, *, has_class_token: bool) -> None:
         """Raise `ValueError` if an encoder has no such layers or tokens."""
         if max(self.layers) >= depth:
-            raise ValueError(
+            raise UsageError(
                 f"layers {list(self.layers)} of an encoder with {depth}; choose among 0 to {depth - 1}"
             )
         if self.tokens in ("class", "joined") and not has_class_token:
-            raise ValueError(f"tokens {self.tokens}: this encoder has no class token; use patches")
+            raise UsageError(f"tokens {self.tokens}: this encoder has no class token; use patches")
 
 
 def last_layers(count: int, depth: int) -> tuple[int, ...]:
     """Name the last `count` of `depth` layers, counted from 0."""
     if not 1 <= count <= depth:
-        raise ValueError(f"the last {count} layers of an encoder with {depth}: use 1 to {depth}")
+        raise UsageError(f"the last {count} layers of an encoder with {depth}: use 1 to {depth}")
     return tuple(range(depth - count, depth))
 
 
@@ -135,7 +136,7 @@ class HeadConfig(FeatureConfig):
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_heads", "num_queries", "hidden_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1")
+                raise UsageError(f"{name} is {getattr(self, name)}; use at least 1")
         # Frozen, so set past the guard: only an attentive head pools by itself and needs every token.
         object.__setattr__(self, "pooled", self.kind != "attentive")
         super().__post_init__()
@@ -224,7 +225,7 @@ def fitting_heads(dim: int, most: int) -> int:
 def check_attention_heads(dim: int, num_heads: int) -> None:
     """Raise `ValueError` if an attentive head of this width cannot have so many attention heads."""
     if dim % num_heads:
-        raise ValueError(
+        raise UsageError(
             f"an attentive head {dim} channels wide cannot have {num_heads} attention heads; set "
             f"attentive_heads (--attentive_heads) to a divisor, such as {fitting_heads(dim, num_heads)}"
         )
@@ -265,7 +266,7 @@ class ImageClassifier(nn.Module):
         # Known before a head is built, so a wrong layer is not found only with the first image.
         head_config.check_encoder(config.depth, has_class_token=config.has_class_token)
         if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(
+            raise UsageError(
                 f"{len(class_names)} class names for a head of {num_classes} classes; give one for each"
             )
         self.encoder_model = encoder_model

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nextblock.blocks import block_orders, check_order, may_attend, patches_of_blocks, raster_mask
 from nextblock.config import Attention, ModelConfig, pair
+from nextblock.errors import UsageError
 from nextblock.models.predictor import Predictor, join_blocks
 from nextblock.models.vit import (
     Encoded,
@@ -246,7 +247,7 @@ class NextBlockModel(nn.Module):
         """
         kind = self.config.feature_attention if attention == "native" else attention
         if kind not in ("causal", "full"):
-            raise ValueError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
+            raise UsageError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
         config = self._config_at(images, predicting=False, blocks_matter=kind == "causal")
         # Here tokens stay in raster order, and the mask is permuted instead: features are read as they lie.
         mask = None
@@ -279,10 +280,10 @@ class NextBlockModel(nn.Module):
         """The settings at the size of these images; `self.config` itself if they have its size."""
         if not images.is_floating_point():
             why = "divide by 255, subtract the mean and divide by the deviation"
-            raise ValueError(f"images are {images.dtype}; {why}")
+            raise UsageError(f"images are {images.dtype}; {why}")
         channels = self.config.in_chans
         if images.shape[1] != channels:
-            raise ValueError(f"images have {images.shape[1]} channels, the model takes {channels}")
+            raise UsageError(f"images have {images.shape[1]} channels, the model takes {channels}")
         # Shapes alone are looked at: they are constants of a compiled graph, and wait for no GPU.
         size = (images.shape[2], images.shape[3])
         if size == pair(self.config.image_size):
@@ -307,26 +308,26 @@ class NextBlockModel(nn.Module):
         if lengths is not None:
             if lengths.shape != (batch,):
                 shape = tuple(lengths.shape)
-                raise ValueError(f"prefix_lengths has shape {shape}; give one length an image, ({batch},)")
+                raise UsageError(f"prefix_lengths has shape {shape}; give one length an image, ({batch},)")
             if config.encoder_attention != "block_causal" or config.predictor_attention != "native":
-                raise ValueError("this model has attention masks of its own, which know no prefix; leave it")
+                raise UsageError("this model has attention masks of its own, which know no prefix; leave it")
             # Values are looked at only if that neither waits for a GPU nor breaks a compiled graph.
             visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
             if visible and not all(0 <= length < k for length in lengths.tolist()):
-                raise ValueError(
+                raise UsageError(
                     f"prefix_lengths must lie in 0..{k - 1} (an image has {k} blocks and the last must "
                     f"be left to predict), got {lengths.tolist()}"
                 )
         if drop_path is not None and drop_path.shape != (batch, 2 * config.depth):
             shape, wanted = tuple(drop_path.shape), (batch, 2 * config.depth)
-            raise ValueError(f"drop_path has shape {shape}; give two numbers for each layer, {wanted}")
+            raise UsageError(f"drop_path has shape {shape}; give two numbers for each layer, {wanted}")
 
 
 def check_predicts(config: ModelConfig, *, leaks: bool) -> None:
     """Raise `ValueError` if a model of these settings cannot predict, or may not because its masks leak."""
     config.check_predicts()
     if leaks:
-        raise ValueError(
+        raise UsageError(
             f"under model.encoder_attention {config.encoder_attention} and model.predictor_attention "
             f"{config.predictor_attention} tokens see the blocks they are to predict, so training would "
             "learn to copy; use block_causal and native"

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.config import Attention, ValCrop
+from nextblock.errors import UsageError
 from nextblock.models.vit import Encoded
 
 
@@ -73,7 +74,7 @@ class TimmEncoder(nn.Module):
     def encode(self, images: Float[Tensor, "b c h w"], attention: Attention = "native") -> Encoded:
         """Tokens and every layer, in raster order, with the class and register tokens beside."""
         if attention == "causal":
-            raise ValueError(
+            raise UsageError(
                 f"{self.config.architecture} was not trained with a causal mask; use attention native or full"
             )
         # Asked for prefix tokens where there are none, some of timm's architectures fail, and others give the
@@ -99,7 +100,7 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         or "return_prefix_tokens" not in inspect.signature(gives_layers).parameters
         or len({(layer["num_chs"], layer["reduction"]) for layer in layers}) != 1
     ):
-        raise ValueError(
+        raise UsageError(
             f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
             "vision transformers (vit, deit, beit, eva, aimv2, dinov2, ...)"
         )

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nextblock.errors import UsageError
 from nextblock.launch import LaunchError, World
 from nextblock.version import __version__
 
@@ -194,7 +195,7 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
     """
     if world.size == 1 and not (needed and world.launcher):
         if needed:
-            raise ValueError("train.strategy fsdp needs several processes: --devices N, torchrun or srun")
+            raise UsageError("train.strategy fsdp needs several processes: --devices N, torchrun or srun")
         yield ALONE
         return
     if dist.is_initialized():
@@ -377,14 +378,14 @@ def find_device(device: torch.device, world: World) -> torch.device:
     if world.size == 1 and (device.type != "cuda" or not world.launcher):
         return device  # a process group, be it of one, needs a numbered GPU
     if device.type == "mps":
-        raise ValueError("train.device mps is one device; use train.device cpu, or one process")
+        raise UsageError("train.device mps is one device; use train.device cpu, or one process")
     if device.type == "cpu":
         return device
     count = torch.cuda.device_count()
     # A scheduler that gives each task its own GPU shows it as the only one.
     index = 0 if count == 1 and world.launcher != "torchrun" else world.local_rank
     if index >= count:
-        raise ValueError(
+        raise UsageError(
             f"rank {world.rank} on {socket.gethostname()} is process {world.local_rank + 1} of this machine, "
             f"which has {count} GPUs; start one process for each GPU"
         )

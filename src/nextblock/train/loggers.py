@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from nextblock.atomic import write_text
 from nextblock.config import RunConfig
+from nextblock.errors import UsageError
 from nextblock.settings import flatten, to_dict
 from nextblock.train.run_dir import DamagedRunError, RunDir
 
@@ -161,7 +162,7 @@ def require_packages(names: tuple[str, ...]) -> None:
             importlib.import_module(name)
         except ImportError as error:
             need = f"monitor.loggers {name} needs a package ({error})"
-            raise ValueError(f"{need}: pip install {name}") from error
+            raise UsageError(f"{need}: pip install {name}") from error
 
 
 class Loggers:

@@ -32,6 +32,7 @@ from nextblock.data import (
     resolve_workers,
 )
 from nextblock.data.loader import NO_IMAGES
+from nextblock.errors import UsageError
 from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
@@ -119,7 +120,7 @@ def train(
     check_predicts(config.model, leaks=masks_leak(config.model))
     data = config.data
     if data.normalize == "auto" and (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD):
-        raise ValueError(
+        raise UsageError(
             "data.normalize is auto, but data.mean and data.std were not measured; nextblock.pretrain does "
             "that, or set them to those of nextblock.data.statistics.measure_pixels"
         )

@@ -37,6 +37,7 @@ import yaml
 from nextblock.atomic import OUTPUT_MARK, RUN_FILES, WriteError, exclusive, remove, write_text
 from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
+from nextblock.errors import UsageError
 from nextblock.settings import from_dict, to_dict
 from nextblock.train.distributed import ALONE, Group
 from nextblock.train.runtime import device_name
@@ -62,7 +63,7 @@ LOG_FILES = ("*.out", "*.err", "*.log", "slurm-*")
 LOST = "restore it from a copy, or train on from the weights here: --model.init RUN with another --out"
 
 
-class RunDirError(ValueError):
+class RunDirError(UsageError):
     """`--out` holds something else than this run."""
 
 

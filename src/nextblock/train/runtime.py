@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 
 from nextblock.config import ModelConfig
+from nextblock.errors import UsageError
 from nextblock.plan import peak_tflops, step_flops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +35,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device(next(kind for kind, is_there in available.items() if is_there))
     if not available[name]:
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise ValueError(
+        raise UsageError(
             f"device {name!r} is not available to this torch ({torch.__version__}); available: {there}"
         )
     return torch.device(name)
@@ -87,7 +88,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     if precision == "auto":
         precision = native_precision(device)
     if precision == "fp16" and device.type == "cpu":
-        raise ValueError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+        raise UsageError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 

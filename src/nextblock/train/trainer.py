@@ -29,6 +29,7 @@ from nextblock.data import (
     normalize,
     resolve_workers,
 )
+from nextblock.errors import UsageError
 from nextblock.interop import initialize
 from nextblock.models import NextBlockModel, Prediction
 from nextblock.optim import build_optimizer, set_lr
@@ -326,7 +327,7 @@ def sample_patches(
             kept = torch.stack([of_image[sample] for sample in batch.samples.tolist()])
             found.append(tokenizer.patches(pixels)[kept])
     if not found:
-        raise ValueError(
+        raise UsageError(
             f"none of {len(images)} images of {source.spec!r} can be read, so there is nothing to fit "
             "model.tokenizer kmeans on; give images that can be read"
         )

@@ -23,6 +23,7 @@ from nextblock.atomic import write_aside
 from nextblock.blocks import block_orders, check_order, unpatchify
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
+from nextblock.errors import UsageError
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
@@ -132,7 +133,7 @@ def _first_order(config: ModelConfig) -> Int64[Tensor, " k"]:
 
 def _check_channels(config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
     if not len(mean) == len(std) == config.in_chans:
-        raise ValueError(
+        raise UsageError(
             f"the model's images have {config.in_chans} channels, but the mean has {len(mean)} and the "
             f"deviation {len(std)}; give data.mean and data.std with one number a channel"
         )
@@ -157,7 +158,7 @@ def draw_predictions(
     `block_order` it is the model's own (of a random set, the first).
     """
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f"{len(titles)} titles for {len(images)} images; give one a title each, or none")
+        raise UsageError(f"{len(titles)} titles for {len(images)} images; give one a title each, or none")
     draw_sheet(_look(model, images, mean, std, block_order), path, titles)
 
 
@@ -245,13 +246,13 @@ def some_images(
 ) -> tuple[UInt8[Tensor, "b c h w"], list[str], tuple[BadSample, ...]]:
     """Up to `count` images evenly spaced over a source, their names, and those that cannot be read."""
     if count < 1:
-        raise ValueError(f"num_images is {count}; draw at least 1")
+        raise UsageError(f"num_images is {count}; draw at least 1")
     batches = list(eval_batches(source, data, image_size, count, _spread(len(source), count)))
     bad = tuple(sample for batch in batches for sample in batch.bad)
     images = torch.cat([batch.images for batch in batches])
     if len(images) == 0:
         reasons = "; ".join(f"{sample.name}: {sample.reason}" for sample in bad[:3])
-        raise ValueError(f"none of the {len(bad)} chosen images of {source.spec} can be read ({reasons})")
+        raise UsageError(f"none of the {len(bad)} chosen images of {source.spec} can be read ({reasons})")
     names = [source.name(int(sample)) for batch in batches for sample in batch.samples]
     return images, names, bad
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextblock.errors import UsageError
 from nextblock.visualize.words import BASELINE_WORDS
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def read_run(run_dir: Path) -> RunSummary:
     """Read a run directory's files; raises `ValueError` on a directory that is no run or a damaged file."""
     if not (run_dir / "config.yaml").is_file():
         found = "it has none" if run_dir.is_dir() else "there is no such directory"
-        raise ValueError(
+        raise UsageError(
             f"{run_dir} is no run: a run holds config.yaml, and {found}; "
             "give the directory that `nextblock pretrain --out` wrote"
         )
@@ -161,7 +162,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"line {number} of {path} is not JSON ({error.msg}); remove that line"
             ) from error
     return lines
@@ -174,7 +175,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is not JSON ({error.msg}, line {error.lineno}); remove it or write it again"
         ) from error
 
@@ -213,7 +214,7 @@ def _probe_rows(probe: dict[str, Any], path: Path | None) -> tuple[ProbeRow, ...
             for row in rows
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is no probe result: each of its rows needs head, encoder, split, top1 and top5 "
             f"({error!r}); probe again"
         ) from error
@@ -390,7 +391,7 @@ def plot_losses(summary: RunSummary, path: Path) -> None:
     from nextblock.visualize.figure import MUTED, save_png
 
     if not summary.train:
-        raise ValueError(
+        raise UsageError(
             f"{summary.run_dir / 'metrics.jsonl'} holds no training step yet; train before drawing"
         )
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")

@@ -3,6 +3,7 @@
     DIR                                             searched recursively; classes: its first-level folders
     DIR of tars                                     one tar a class, as ImageNet-21k is distributed
     files:LIST.txt                                  one path a line; classes: after a tab
+    X.jpg, X.png, ...                               one image
     X.tar, shards-{000000..000999}.tar              WebDataset's layout; classes: .cls, .json, or folders
     https://HOST/x-{0000..0009}.tar, s3:, gs:       such shards on a server, copied into the cache folder
     X.zip                                           classes: first-level folders
@@ -25,10 +26,12 @@ from nextblock.data.sources.base import Damage, DataError, EncodedSource, Labels
 from nextblock.data.sources.datasets import DigitsSource, TorchvisionSource
 from nextblock.data.sources.folder import FilesSource, FolderSource, local_path
 from nextblock.data.sources.huggingface import HF_OPTIONS, HuggingFaceSource
+from nextblock.data.sources.names import EXTENSIONS
 from nextblock.data.sources.remote import RemoteTarSource
 from nextblock.data.sources.subset import ConcatSource, SubsetSource, read_subset_list
 from nextblock.data.sources.tar import TarSource, open_class_tars, open_tars
 from nextblock.data.sources.zip import ZipSource
+from nextblock.errors import UsageError
 from nextblock.settings import nearest_name
 
 __all__ = [
@@ -62,7 +65,7 @@ _KEYWORD = re.compile(r"[A-Za-z][A-Za-z0-9+]+:")
 def open_source(spec: str, data: DataConfig) -> Source:
     """Open what `spec` names (see the grammar above); `ValueError` if there is nothing to read."""
     if not spec.strip():
-        raise ValueError("the name of a source is empty; name a directory of images, or . for this one")
+        raise UsageError("the name of a source is empty; name a directory of images, or . for this one")
     path, (kind, _, rest) = local_path(spec), spec.partition(":")
     # A path comes first: a folder called digits must not silently become scikit-learn's. Whoever meant the
     # keyword is told how to write it.
@@ -80,6 +83,8 @@ def open_source(spec: str, data: DataConfig) -> Source:
             return HuggingFaceSource(spec, str(path), {}, data)
         if ending == ".tar":
             return TarSource(spec, [path], data)
+        if ending.encode() in EXTENSIONS:
+            return FilesSource.of_one(spec, path, data)
         problem = f"it is a file; give the directory that holds it, or files:{spec} if it lists images"
     else:
         # Nothing lies there, so it is a keyword, an address, or shards that braces name.
@@ -104,7 +109,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
             problem = f"there is no such path and no kind of source {kind!r}; {nearest}"
     if _COMPRESSED_TAR.search(spec):
         problem = "images in a compressed tar cannot be read in random order; unpack it"
-    raise ValueError(f"{spec!r}: {problem}; known sources: {KNOWN}")
+    raise UsageError(f"{spec!r}: {problem}; known sources: {KNOWN}")
 
 
 def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
@@ -115,12 +120,12 @@ def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
     head, numbers = read_subset_list(spec, path)
     of = of or head.get("of", "")
     if not of:
-        raise ValueError(f"{spec!r}: the list names no source; write subset:{text},of=SPEC")
+        raise UsageError(f"{spec!r}: the list names no source; write subset:{text},of=SPEC")
     try:
         source = open_source(of, data)
     except ValueError as error:
         remedy = f"if the list's source has moved, write subset:{text},of=SPEC"
-        raise ValueError(f"{spec!r}: {error}; {remedy}") from error
+        raise UsageError(f"{spec!r}: {error}; {remedy}") from error
     return SubsetSource(spec, source, numbers, head.get("fingerprint"))
 
 
@@ -131,7 +136,7 @@ def open_sources(specs: Sequence[str], data: DataConfig) -> Source:
     for number, spec in enumerate(specs):
         if places[number] in places[:number]:
             how = "name each source once, with a larger share in data.weights"
-            raise ValueError(f"data.train names {spec!r} twice; {how}")
+            raise UsageError(f"data.train names {spec!r} twice; {how}")
     parts = [open_source(spec, data) for spec in specs]
     return parts[0] if len(parts) == 1 else ConcatSource(parts)
 
@@ -166,8 +171,8 @@ def read_options(spec: str, text: str, known: Sequence[str] = ()) -> dict[str, s
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if not key or not value:
-            raise ValueError(f"{spec!r}: {item!r} is no option; write key=value, such as split=train")
+            raise UsageError(f"{spec!r}: {item!r} is no option; write key=value, such as split=train")
         if known and key not in known:
-            raise ValueError(f"{spec!r}: there is no option {key!r}; {nearest_name(key, list(known))}")
+            raise UsageError(f"{spec!r}: there is no option {key!r}; {nearest_name(key, list(known))}")
         options[key] = value
     return options

@@ -18,6 +18,7 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, Reduce, decode_image
 from nextblock.data.sources.names import Names, text
+from nextblock.errors import UsageError
 
 # The class of every image, int64 (n,), and the classes' names.
 Labels = tuple[np.ndarray, tuple[str, ...]]
@@ -126,7 +127,7 @@ class Source(ABC):
     @property
     def _labels(self) -> Labels:
         if isinstance(self._found, ValueError):
-            raise ValueError(str(self._found))  # noqa: TRY004 - no wrong type, but no labels
+            raise UsageError(str(self._found))
         return self._found
 
     def _check(self, index: int) -> None:

@@ -20,6 +20,7 @@ from nextblock.data.decode import BadImageError, check_pixels, image_to_tensor, 
 from nextblock.data.random import keyed_permutation
 from nextblock.data.sources.base import DataError, Labels, Source, decode, read_file
 from nextblock.data.sources.names import text
+from nextblock.errors import UsageError
 from nextblock.settings import nearest_name
 
 
@@ -41,7 +42,7 @@ class DigitsSource(Source):
         is_test[shuffled[np.argsort(classes[shuffled], kind="stable")][::5]] = True
         kept = {"all": is_test | True, "train": ~is_test, "test": is_test}
         if split not in kept:
-            raise ValueError(f"{spec!r}: digits has no split {split!r}; {nearest_name(split, list(kept))}")
+            raise UsageError(f"{spec!r}: digits has no split {split!r}; {nearest_name(split, list(kept))}")
         self.spec, self._split = spec, split
         self._numbers = np.flatnonzero(kept[split])
         self._classes = classes[self._numbers].astype(np.int64)
@@ -79,13 +80,13 @@ class TorchvisionSource(Source):
         try:
             first = self._dataset[0]
         except (AttributeError, ImportError, TypeError) as error:
-            raise ValueError(f"{spec!r} yields no pictures: {error}; name a dataset of pictures") from error
+            raise UsageError(f"{spec!r} yields no pictures: {error}; name a dataset of pictures") from error
         except Exception:
             first = (Path(), None)
         picture, self._first_label = first[:2] if isinstance(first, tuple) else (first, None)
         if not isinstance(picture, Path | Image.Image):
             problem = f"yields no pictures but {type(picture).__name__}; name a dataset of pictures"
-            raise ValueError(f"{spec!r} {problem}")  # noqa: TRY004 - the user's mistake
+            raise UsageError(f"{spec!r} {problem}")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -117,12 +118,12 @@ class TorchvisionSource(Source):
                 with pillow_errors():
                     labels = _class_numbers([self._dataset[i][1] for i in range(len(self))], len(self))
             except BadImageError as error:
-                raise ValueError(
+                raise UsageError(
                     f"{self.spec!r}: labels come with the images; one is bad: {error}"
                 ) from error
         if labels is None:
             where = "neither targets, _labels or labels nor what it yields are class numbers"
-            raise ValueError(f"{self.spec!r} has no labels: {where}")
+            raise UsageError(f"{self.spec!r} has no labels: {where}")
         # Some datasets' `classes` are numbers, or lack the last ones: then the numbers are the names.
         number = int(labels.max()) + 1
         names = getattr(self._dataset, "classes", None) or ()
@@ -162,13 +163,13 @@ def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
     known = {key: value for key, value in exported.items() if isinstance(value, type)}
     if name not in known:
         nearest = nearest_name(name, sorted(known))
-        raise ValueError(f"{spec!r}: torchvision has no dataset {name!r}; {nearest}")
+        raise UsageError(f"{spec!r}: torchvision has no dataset {name!r}; {nearest}")
     parameters = inspect.signature(known[name]).parameters
     # A dataset with a train flag has two splits: "val" must not silently mean "test".
     if "train" in parameters and "split" in options and "split" not in parameters:
         split, splits = options["split"], ["train", "test"]
         if split not in splits:
-            raise ValueError(f"{spec!r}: {name} has no split {split!r}; {nearest_name(split, splits)}")
+            raise UsageError(f"{spec!r}: {name} has no split {split!r}; {nearest_name(split, splits)}")
         options = {key: value for key, value in options.items() if key != "split"}
         options["train"] = str(split == "train")
     # Nothing is downloaded unless the user says so, although some datasets would do it by themselves.
@@ -191,5 +192,5 @@ def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
         is_failure = arguments.get("download") and isinstance(error, RuntimeError | OSError)
         raise (DataError if is_failure else ValueError)(f"{spec!r}: {error}") from error
     if is_empty:
-        raise ValueError(f"{spec!r}: the dataset has no images")
+        raise UsageError(f"{spec!r}: the dataset has no images")
     return dataset

@@ -12,6 +12,7 @@ from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig
 from nextblock.data.sources.base import EncodedSource, Labels, read_file
 from nextblock.data.sources.names import Names, in_class_order, kind_of, report_others, text
+from nextblock.errors import UsageError
 
 # The first line of a list of numbers, which tells it from a list of files.
 SUBSET_HEADER = b"# images of a source of nextblock; read it as subset:THIS_FILE"
@@ -60,7 +61,7 @@ def _images_below(
         status = os.stat(root + b"/" + below)  # noqa: PTH116 - bytes
     except OSError as error:
         folder = text(root + b"/" + below.rstrip(b"/"))
-        raise ValueError(f"cannot list {folder!r}: {error.strerror}; make it readable or move it") from error
+        raise UsageError(f"cannot list {folder!r}: {error.strerror}; make it readable or move it") from error
     if below and any(entry.name == OUTPUT_MARK.encode() for entry in found):
         others["written by nextblock"] += 1
         return
@@ -100,7 +101,7 @@ class FilesSource(EncodedSource):
         try:
             lines = list_path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
         except OSError as error:
-            raise ValueError(f"cannot read {spec!r}: {error.strerror} ({list_path.absolute()})") from error
+            raise UsageError(f"cannot read {spec!r}: {error.strerror} ({list_path.absolute()})") from error
         # A dictionary finds repeated names at once, and keeps the order of the list.
         first_line: dict[bytes, int] = {}
         labels: list[str] = []
@@ -108,7 +109,7 @@ class FilesSource(EncodedSource):
             line, problem = ended.rstrip(b"\r"), ""
             if line == SUBSET_HEADER:
                 subset = spec.replace("files:", "subset:", 1)
-                raise ValueError(f"{spec!r} is a list of image numbers; read it as {subset}")
+                raise UsageError(f"{spec!r} is a list of image numbers; read it as {subset}")
             if not line.strip() or line.startswith(b"#"):
                 continue
             name, _, label = line.partition(b"\t")
@@ -122,14 +123,22 @@ class FilesSource(EncodedSource):
             elif first_line and bool(label) != bool(labels):
                 problem = "some lines have a class after a tab, others none; give every line one, or none"
             if problem:
-                raise ValueError(f"{spec!r}, line {number}: {problem}")
+                raise UsageError(f"{spec!r}, line {number}: {problem}")
             first_line[name] = number
             if label:
                 labels.append(text(label))
         if not first_line:
-            raise ValueError(f"{spec!r} lists no images: every line is blank or a comment")
+            raise UsageError(f"{spec!r} lists no images: every line is blank or a comment")
         self._names = Names.of(list(first_line))
         self._listed = in_class_order(labels)
+
+    @classmethod
+    def of_one(cls, spec: str, path: Path, data: DataConfig) -> FilesSource:
+        """One image file as a source of one image."""
+        one = cls.__new__(cls)
+        one.spec, one._data, one._root = spec, data, os.fsencode(path.parent.absolute())
+        one._names, one._listed = Names.of([os.fsencode(path.name)]), in_class_order([])
+        return one
 
     def path(self, index: int) -> Path:
         """Where the file lies, absolute."""
@@ -141,7 +150,7 @@ class FilesSource(EncodedSource):
 
     def _find_labels(self) -> Labels:
         if not self._listed[1]:
-            raise ValueError(f"{self.spec!r} has no labels; add a tab and a class to every line")
+            raise UsageError(f"{self.spec!r} has no labels; add a tab and a class to every line")
         return self._listed
 
 

@@ -17,6 +17,7 @@ from nextblock.data.decode import BadImageError
 from nextblock.data.sources.base import DataError, EncodedSource, Labels, check_size, read_file
 from nextblock.data.sources.folder import any_unicode_form
 from nextblock.data.sources.names import in_class_order, text
+from nextblock.errors import UsageError
 from nextblock.logs import held_back
 from nextblock.settings import nearest_name
 
@@ -52,7 +53,7 @@ class HuggingFaceSource(EncodedSource):
             is_mistake = isinstance(cause, ValueError | TypeError | KeyError | FileNotFoundError)
             raise (ValueError if is_mistake else DataError)(reason) from error
         if not len(self):
-            raise ValueError(f"{spec!r}: the dataset has no rows")
+            raise UsageError(f"{spec!r}: the dataset has no rows")
         self._kinds = {column: _kind(feature) for column, feature in self._rows.features.items()}
         self._image = self._image_column()
         if "label" in options:
@@ -100,7 +101,7 @@ class HuggingFaceSource(EncodedSource):
             return found[0]
         reason = f"{option}={named} does not fit" if named else f"{', '.join(found) or 'none'} could hold it"
         columns = ", ".join(f"{name} ({kind})" for name, kind in self._kinds.items())
-        raise ValueError(
+        raise UsageError(
             f"{self.spec!r}: no single column for the {option} ({reason}); choose by {option}=COLUMN of "
             f"{' or '.join(kinds)}; the columns are {columns}"
         )
@@ -120,7 +121,7 @@ class HuggingFaceSource(EncodedSource):
         whole = [name for name in named if not self._is_measurement(name)]
         name = self._choose("label", stated or whole, LABEL_KINDS)
         if self._is_measurement(name):
-            raise ValueError(f"{self.spec!r}: the column {name} holds {self._kinds[name]} that are not whole")
+            raise UsageError(f"{self.spec!r}: the column {name} holds {self._kinds[name]} that are not whole")
         return name
 
     def _is_measurement(self, name: str) -> bool:
@@ -140,14 +141,14 @@ class HuggingFaceSource(EncodedSource):
         kind, values = self._kinds[name], self._column(name)
         missing = values.is_null(nan_is_null=True).true_count
         if missing:
-            raise ValueError(f"{self.spec!r}: {missing} of {len(self)} rows have no {name}; drop them")
+            raise UsageError(f"{self.spec!r}: {missing} of {len(self)} rows have no {name}; drop them")
         if kind == "ClassLabel":
             # Test splits of the hub often state -1 for every row: hidden labels.
             numbers, names = values.to_numpy().astype(np.int64), self._rows.features[name].names
             outside = numbers[(numbers < 0) | (numbers >= len(names))]
             if len(outside):
                 what = f"{len(outside)} of {len(self)} rows have {name} {outside[0]}"
-                raise ValueError(f"{self.spec!r}: {what}, which is no class; choose another split=")
+                raise UsageError(f"{self.spec!r}: {what}, which is no class; choose another split=")
             return numbers, tuple(names)
         # Arrow lists the distinct values in the order in which they appear; `rank` sorts them.
         encoded = values.dictionary_encode()
@@ -211,7 +212,7 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
     # What can be no name of the hub is a path, and is never looked for there.
     is_name = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?", name)
     if not name or (not path.exists() and (not is_name or name.lower().endswith(".parquet"))):
-        raise ValueError("write hf:NAME,split=train or hf:PATH,split=train")
+        raise UsageError("write hf:NAME,split=train or hf:PATH,split=train")
     # Pictures that the library itself fetched lie in its caches. Folders count in both forms, because some
     # paths of the library have links resolved and others do not.
     place, folders = name, [library.HF_DATASETS_CACHE, Path(HF_HUB_CACHE)]
@@ -221,13 +222,13 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
     split, config, revision = map(options.get, ("split", "config", "revision"))
     is_saved = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
     if (is_saved or path.is_file()) and (config or revision):
-        raise ValueError("it has no config or revision to choose; leave that out")
+        raise UsageError("it has no config or revision to choose; leave that out")
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise ValueError(f"{path.name} is no parquet file; give one, or a folder of them")
+            raise UsageError(f"{path.name} is no parquet file; give one, or a folder of them")
         # One file is one split. It is called as asked for only if its name agrees: test must not mean train.
         if split not in (None, "train", *re.split(r"[^A-Za-z0-9]+", path.stem)):
-            raise ValueError(f"the name of this one file does not say {split}; leave split= out")
+            raise UsageError(f"the name of this one file does not say {split}; leave split= out")
         # The library takes the names of files as patterns, so brackets in them are escaped.
         files = {split or "train": glob.escape(place)}
         return datasets.load_dataset("parquet", data_files=files, split=split or "train"), folders
@@ -239,9 +240,9 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
         saved = datasets.get_dataset_split_names(place, config, revision=revision)
     splits = list(saved) or [str(split)]
     if split is None and len(splits) > 1:
-        raise ValueError(f"there are several splits ({', '.join(splits)}); choose one by split=NAME")
+        raise UsageError(f"there are several splits ({', '.join(splits)}); choose one by split=NAME")
     if split not in (None, *splits):
-        raise ValueError(f"there is no split {split!r}; {nearest_name(split, splits)}")
+        raise UsageError(f"there is no split {split!r}; {nearest_name(split, splits)}")
     if is_saved:
         return saved[splits[0] if split is None else split], folders
     return datasets.load_dataset(place, config, split=splits[0], revision=revision), folders

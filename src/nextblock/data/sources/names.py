@@ -12,6 +12,8 @@ from decimal import Decimal
 
 import numpy as np
 
+from nextblock.errors import UsageError
+
 log = logging.getLogger(__name__)
 
 # Endings of image files, in small or capital letters.
@@ -54,7 +56,7 @@ class Names:
         in_root = int(np.count_nonzero(ends >= self._offsets[1:]))
         if in_root:
             where = f"{in_root} of its {len(self)} images lie in no folder"
-            raise ValueError(f"{spec!r} has no labels: {where}; put every image into a folder of its class")
+            raise UsageError(f"{spec!r} has no labels: {where}; put every image into a folder of its class")
         folders: dict[bytes, int] = {}
         places = zip(starts.tolist(), ends.tolist(), strict=True)
         numbers = [folders.setdefault(self.joined[start:end], len(folders)) for start, end in places]
@@ -111,7 +113,7 @@ def report_others(spec: str, num_images: int, others: Counter[str]) -> None:
         remedy = "name tars by X.tar or shards-{000..999}.tar, and unpack a tar of tars"
         if ".tar" not in others:
             remedy = f"an image's name ends in {b' '.join(EXTENSIONS).decode()}"
-        raise ValueError(f"no images in {spec!r} and its folders: {found or 'it is empty'}; {remedy}")
+        raise UsageError(f"no images in {spec!r} and its folders: {found or 'it is empty'}; {remedy}")
     if found:
         level = logging.WARNING if ".tar" in others else logging.INFO
         log.log(level, "%s: %d images; ignored %s", spec, num_images, found)

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from nextblock.config import DataConfig
 from nextblock.data.sources import tar
 from nextblock.data.sources.base import DataError, OpenFile
+from nextblock.errors import UsageError
 from nextblock.logs import held_back
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,12 @@ class RemoteTarSource(tar.TarSource):
     def __init__(self, spec: str, data: DataConfig) -> None:
         self._urls = urls = tar.expand_braces(spec)
         if not urlsplit(urls[0]).path.endswith(".tar"):
-            raise ValueError(f"{spec!r}: only tar shards are read from a server, such as https://HOST/x.tar")
+            raise UsageError(f"{spec!r}: only tar shards are read from a server, such as https://HOST/x.tar")
         try:
             _file_system(urls[0])
         except ImportError as error:
             package = "gcsfs" if spec.startswith("gs:") else "fsspec aiohttp s3fs"
-            raise ValueError(f"{spec!r} needs a package ({error}): pip install {package}") from error
+            raise UsageError(f"{spec!r} needs a package ({error}): pip install {package}") from error
         folder = tar.cache_dir(data, "remote")
         with suppress(OSError):  # told when the first copy is to be kept; indexes alone may be there already
             folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nextblock.data.decode import Reduce
 from nextblock.data.sources.base import Labels, Source
+from nextblock.errors import UsageError
 
 
 class _Derived(Source):
@@ -48,15 +49,15 @@ class SubsetSource(_Derived):
         # Numbers mean nothing in another list of images: better no image than the wrong ones.
         if fingerprint is not None and fingerprint != of.fingerprint:
             remedy = "name the source as it was by of=SPEC, or draw the list again"
-            raise ValueError(f"{spec!r}: {of.spec!r} is not what the list was drawn from; {remedy}")
+            raise UsageError(f"{spec!r}: {of.spec!r} is not what the list was drawn from; {remedy}")
         largest = numbers.max()
         if largest >= len(of):
-            raise ValueError(
+            raise UsageError(
                 f"{spec!r}: the list names image {largest}, but {of.spec!r} has {len(of)}, from 0"
             )
         # An image twice would weigh double in every epoch and in every accuracy.
         if len(np.unique(numbers)) < len(numbers):
-            raise ValueError(f"{spec!r}: the list names an image twice; name each once")
+            raise UsageError(f"{spec!r}: the list names an image twice; name each once")
         self.spec, self.of, self._numbers = spec, of, numbers
         self.in_memory, self.damage = of.in_memory, of.damage
 
@@ -90,7 +91,7 @@ class SubsetSource(_Derived):
 def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]:
     """The head of a list of numbers (`of`, `fingerprint`), and the numbers."""
     if not path.is_file():
-        raise ValueError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
+        raise UsageError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
     # Lines of the head are "# key: value"; the first one says what the file is, and is no key that counts.
     head: dict[str, str] = {}
     numbers = []
@@ -103,9 +104,9 @@ def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]
             numbers.append(int(number))
         elif number:
             begin = f"line {place} of the list begins with {number[:40]!r}, not with the number of an image"
-            raise ValueError(f"{spec!r}: {begin}; a list of paths is read as files:LIST.txt")
+            raise UsageError(f"{spec!r}: {begin}; a list of paths is read as files:LIST.txt")
     if not numbers:
-        raise ValueError(f"{spec!r}: the list names no image")
+        raise UsageError(f"{spec!r}: the list names no image")
     return head, np.array(numbers, dtype=np.int64)
 
 
@@ -156,9 +157,9 @@ class ConcatSource(_Derived):
         # Labels of several sources can be joined only if equal numbers mean equal classes.
         without = next((part.spec for part in self.parts if not part.has_labels), None)
         if without is not None:
-            raise ValueError(f"{self.spec!r} has no labels, because {without!r} has none")
+            raise UsageError(f"{self.spec!r} has no labels, because {without!r} has none")
         if len(self._classes()) > 1:
-            raise ValueError(f"{self.spec!r} has no labels: its sources have different classes")
+            raise UsageError(f"{self.spec!r} has no labels: its sources have different classes")
         return np.concatenate([part.labels for part in self.parts]), self.parts[0].class_names
 
     def _make_fingerprint(self) -> str:

@@ -37,6 +37,7 @@ from nextblock.data.sources.names import (
     report_others,
     text,
 )
+from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +130,11 @@ class TarSource(EncodedSource):
         """Those that members state; if none does, first-level folders, or tars named after classes."""
         if self._unusable:
             first = self._unusable[0]
-            raise ValueError(f"{self.spec!r} has an unusable label: {first}; use text or numbers")
+            raise UsageError(f"{self.spec!r} has an unusable label: {first}; use text or numbers")
         without = np.flatnonzero(self._numbers < 0)
         if 0 < len(without) < len(self):
             number, first = f"{len(without)} of its {len(self)} images", self.name(int(without[0]))
-            raise ValueError(
+            raise UsageError(
                 f"{self.spec!r} has no labels for {number}, the first {first!r}; add .cls members"
             )
         if not len(without):
@@ -145,7 +146,7 @@ class TarSource(EncodedSource):
             if len(self._stems) < 2 or len(folders[1]) > 1:
                 return folders
         if len(self._stems) < 2:
-            raise ValueError(f"{self.spec!r} has no labels; add .cls members, or put each class in a folder")
+            raise UsageError(f"{self.spec!r} has no labels; add .cls members, or put each class in a folder")
         shards = np.flatnonzero(self._counts)  # a tar without images is no class, like an empty folder
         rank, names = in_class_order([self._stems[shard] for shard in shards])
         return np.repeat(rank, self._counts[shards]), names
@@ -166,7 +167,7 @@ def open_tars(spec: str, data: DataConfig) -> TarSource:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(f"{spec!r}: {len(missing)} of {len(paths)} shards are missing: {first}")
+        raise UsageError(f"{spec!r}: {len(missing)} of {len(paths)} shards are missing: {first}")
     return TarSource(spec, paths, data)
 
 
@@ -197,7 +198,7 @@ def expand_braces(spec: str) -> list[str]:
         return [spec]
     first, last = found.groups()
     if not 0 <= int(last) - int(first) < 10**6:
-        raise ValueError(f"{spec!r}: {found[0]} must run upwards, over a million numbers at most")
+        raise UsageError(f"{spec!r}: {found[0]} must run upwards, over a million numbers at most")
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     rests = expand_braces(spec[found.end() :])
     return [spec[: found.start()] + number + rest for number in numbers for rest in rests]
@@ -232,7 +233,7 @@ def tar_index(path: Path, data: DataConfig) -> TarIndex:
                 return index
         index = build_index(OpenFile(path), str(path))
     except OSError as error:
-        raise ValueError(f"cannot read the shard {str(path)!r}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read the shard {str(path)!r}: {error.strerror or error}") from error
     if not any(write_index(place, index, stamp) for place in places):
         log.info("cannot save the index %s; set data.cache_dir to a writable folder", cached)
     return index
@@ -371,7 +372,7 @@ def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]],
     members, others = [], Counter[str]()
     position, end, has_end_mark = 0, os.fstat(file.number).st_size, False
     if not end:
-        raise ValueError(f"{called!r} is empty (0 bytes); fetch or pack it again")
+        raise UsageError(f"{called!r} is empty (0 bytes); fetch or pack it again")
     # Only headers are read, from one to the next: a header states where its member's content lies and how
     # long it is, and `tarfile` follows the long names and sizes that come in headers of their own before it.
     with _HeaderFile(file.number, closefd=False) as reader:
@@ -392,7 +393,7 @@ def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]],
                 member, following = None, 0
             if position == 0 and member is None:
                 begin = f"it begins with {block[:8]!r}"
-                raise ValueError(f"{called!r} is no plain tar ({begin}); unpack it if it is compressed")
+                raise UsageError(f"{called!r} is no plain tar ({begin}); unpack it if it is compressed")
             # Damage may lead back to an earlier place, and reading would never end.
             if member is None or member.size < 0 or following <= position:
                 cut = f"the header at byte {position:,} is cut off or damaged"

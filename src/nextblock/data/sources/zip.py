@@ -15,6 +15,7 @@ from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
 from nextblock.data.sources.base import EncodedSource, OpenFile, check_size
 from nextblock.data.sources.names import Names, kind_of, member_names, report_others, text
+from nextblock.errors import UsageError
 
 
 class ZipSource(EncodedSource):
@@ -29,9 +30,9 @@ class ZipSource(EncodedSource):
             with zipfile.ZipFile(path) as file:
                 members = file.infolist()
         except OSError as error:
-            raise ValueError(f"cannot read {spec!r}: {error.strerror or error}") from error
+            raise UsageError(f"cannot read {spec!r}: {error.strerror or error}") from error
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise ValueError(f"{spec!r} is no zip, or damaged: {error}; fetch or pack it again") from error
+            raise UsageError(f"{spec!r} is no zip, or damaged: {error}; fetch or pack it again") from error
         images: dict[bytes, zipfile.ZipInfo] = {}
         others = Counter[str]()
         names = member_names([member.filename.encode("utf-8", "surrogateescape") for member in members])
@@ -47,7 +48,7 @@ class ZipSource(EncodedSource):
             is_known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             if member.flag_bits & 0x41 or not is_known:
                 how = "is encrypted or not packed by deflate; pack it again by zip -0"
-                raise ValueError(f"{spec!r}: {text(name)!r} {how}")
+                raise UsageError(f"{spec!r}: {text(name)!r} {how}")
         self._names = Names.of(list(images))
         places = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in images.values()

@@ -11,6 +11,7 @@ from typing import Any
 from timm.layers import Attention
 from torch import nn
 
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
 
 __all__ = ["TARGETS", "MissingPeftError", "add_lora", "merge_lora"]
@@ -33,7 +34,7 @@ def add_lora(encoder: nn.Module, *, rank: int, alpha: float, dropout: float, see
     blocks: Any = getattr(encoder, "blocks", ())
     attention = [getattr(block, "attn", None) for block in blocks]
     if not attention or not all(isinstance(one, Attention) for one in attention):
-        raise ValueError(
+        raise UsageError(
             f"LoRA is for the attention of timm's VisionTransformer, and this {type(encoder).__name__} has "
             "another kind; train the whole network (lora.rank 0)"
         )

@@ -13,6 +13,7 @@ from torch import nn
 
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import keyed_seed
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.lora import add_lora
@@ -75,7 +76,7 @@ def tuning_groups(classifier: ImageClassifier, config: FinetuneConfig) -> list[d
     depth = classifier.encoder_model.config.depth
     blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())
     if config.actual_layer_decay != 1 and len(blocks) != depth:
-        raise ValueError(
+        raise UsageError(
             f"layer_decay is {config.actual_layer_decay:g}, but this encoder does not name its layers "
             "blocks; set layer_decay 1"
         )
@@ -98,7 +99,7 @@ def set_drop_path(encoder: nn.Module, rate: float) -> None:
         hasattr(block, "drop_path1") and hasattr(block, "drop_path2") for block in blocks
     ):
         if rate:
-            raise ValueError(
+            raise UsageError(
                 f"drop_path is {rate:g}, but the layers of this {type(encoder).__name__} have no place for "
                 "it; set drop_path 0"
             )
@@ -116,11 +117,11 @@ def _encoder_of(model: EncoderModel, config: FinetuneConfig) -> EncoderModel:
     if isinstance(model, NextBlockModel):
         return _sized(model, config)
     if config.attention == "causal":
-        raise ValueError(
+        raise UsageError(
             f"{model.config.architecture} was not trained with a causal mask; use attention native or full"
         )
     if config.image_size is not None and pair(config.image_size) != model.config.image_size:
-        raise ValueError(
+        raise UsageError(
             f"image_size is {config.image_size}, and timm builds {model.config.architecture} at "
             f"{model.config.image_size}; give the size with the name: timm:NAME,img_size=N"
         )
@@ -132,7 +133,7 @@ def _sized(model: NextBlockModel, config: FinetuneConfig) -> NextBlockModel:
         return encoder_at(model, config.image_size, config.attention)
     except ValueError as error:  # the same, by the settings of this command
         message = str(error).replace("model.image_size", "image_size")
-        raise ValueError(message.replace("another patch_size or block_size", "attention full")) from error
+        raise UsageError(message.replace("another patch_size or block_size", "attention full")) from error
 
 
 def _head_config(model: EncoderModel, config: FinetuneConfig, num_classes: int) -> HeadConfig:

@@ -15,6 +15,7 @@ import torch
 
 from nextblock.config import DataConfig, OptimConfig
 from nextblock.data import BadSample, Source, keyed_seed
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
@@ -22,7 +23,7 @@ from nextblock.evaluate.features import (
     iterate_features,
     seeded,
 )
-from nextblock.evaluate.measures import Measures
+from nextblock.evaluate.metrics import Measures
 from nextblock.evaluate.probe.config import (
     EncoderName,
     HeadName,
@@ -170,7 +171,7 @@ def compete(subject: Subject, arena: Arena) -> Found:
         elapsed_s = time.perf_counter() - started_at_s
         for (head, number), measures in zip(winners.items(), measured.measures, strict=True):
             if measures is None:
-                raise ValueError(_diverged(head, [subject.candidates[number].lr]))
+                raise UsageError(_diverged(head, [subject.candidates[number].lr]))
             rows.append(_row(subject, number, split, measures, arena.config, elapsed_s))
     return Found(
         rows=tuple(rows),
@@ -328,7 +329,7 @@ def _require_survivors(subject: Subject, alive: Sequence[int]) -> None:
     survivors = {subject.candidates[number].head for number in alive}
     for head in _kinds(subject.candidates):
         if head not in survivors:
-            raise ValueError(_diverged(head, [one.lr for one in subject.candidates if one.head == head]))
+            raise UsageError(_diverged(head, [one.lr for one in subject.candidates if one.head == head]))
 
 
 def _diverged(head: HeadName, rates: Sequence[float]) -> str:

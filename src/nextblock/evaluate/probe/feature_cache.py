@@ -30,6 +30,7 @@ from torch import Tensor
 from nextblock.atomic import write_text
 from nextblock.checkpoint import CheckpointError
 from nextblock.data import BadSample, TooManyBadImages
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import FeatureBatch
 
 __all__ = ["ABOUT_FILE", "FILLING", "FeatureCache", "StoredFeatures"]
@@ -189,7 +190,7 @@ def _peeked(batches: Iterator[FeatureBatch]) -> tuple[FeatureBatch, Iterator[Fea
             return batch, chain(seen, batches)
     bad = [one for batch in seen for one in batch.bad]
     first = f", the first: {bad[0].name}: {bad[0].reason}" if bad else ""
-    raise ValueError(f"none of the images could be read ({len(bad)} bad{first})")
+    raise UsageError(f"none of the images could be read ({len(bad)} bad{first})")
 
 
 def _write(

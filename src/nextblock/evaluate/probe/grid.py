@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from nextblock.config import Attention, ModelConfig
+from nextblock.errors import UsageError
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.probe.config import HeadName, ProbeConfig, recipe_of
 from nextblock.evaluate.probe.recipes import Recipe
@@ -120,7 +121,7 @@ def _layers(
         return layer_choices(word, encoder.depth, best)
     if was_asked_for:
         sizes = ", ".join(f"{width} x {layers}" for width, layers in BEST_LAYERS_OF_SIZE)
-        raise ValueError(
+        raise UsageError(
             f"layers best is known of AIM's sizes (width x layers: {sizes}), not of an encoder "
             f"{encoder.embed_dim} wide with {encoder.depth} layers; use each to find out, or name them: 3+4+5"
         )
@@ -132,9 +133,9 @@ def _check_tokens(config: ProbeConfig, encoder: ModelConfig | TimmConfig) -> Non
     class_tokens = [one for one in config.tokens if one in ("class", "joined")]
     has_class_token = isinstance(encoder, TimmConfig) and encoder.has_class_token
     if class_tokens and not has_class_token:
-        raise ValueError(f"tokens {class_tokens[0]}: this encoder has no class token; use patches")
+        raise UsageError(f"tokens {class_tokens[0]}: this encoder has no class token; use patches")
     if "attentive" in config.heads and len(class_tokens) == len(config.tokens):
-        raise ValueError(
+        raise UsageError(
             f"an attentive head sees many tokens, not tokens {' or '.join(class_tokens)}; "
             "add --tokens patches, or leave it out: --heads linear"
         )

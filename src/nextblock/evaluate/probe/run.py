@@ -22,6 +22,7 @@ from nextblock.atomic import write_text
 from nextblock.checkpoint import save_classifier
 from nextblock.config import DataConfig, pair
 from nextblock.data import BadSample, Source, keyed_seed
+from nextblock.errors import UsageError
 from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import (
     Extract,
@@ -160,7 +161,7 @@ def _divide(
     choice: tuple[Split, Source] | None = None
     if has_choice(candidates) and "val" in given and "test" in given:
         if are_same_images(given["val"], given["test"]):
-            raise ValueError(
+            raise UsageError(
                 f"val {given['val'].spec} and test {given['test'].spec} are the same images: the winner "
                 "would be measured on the images it is chosen on; leave --val out"
             )

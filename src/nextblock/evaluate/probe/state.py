@@ -15,6 +15,7 @@ import torch
 from nextblock.atomic import write_aside
 from nextblock.checkpoint import CheckpointError
 from nextblock.data import BadSample
+from nextblock.errors import UsageError
 from nextblock.evaluate.probe.train_heads import Feed, Lesson
 from nextblock.evaluate.results import differences
 from nextblock.settings import Duration
@@ -128,7 +129,7 @@ class Progress:
         there = _read(path)
         different = differences(json.loads(there["identity"]), json.loads(self._state["identity"]))
         if different:
-            raise ValueError(
+            raise UsageError(
                 f"{path.parent} holds another probe, unfinished ({'; '.join(different[:3])}); give another "
                 "--out, or --overwrite"
             )

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nextblock.config import DataConfig, OptimConfig, Size
 from nextblock.data import BadSample, Source, TrainLoader, VisitOrder, resolve_workers
 from nextblock.data.transforms import TimmCrop
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import (
     Extract,
     FeatureBatch,
@@ -34,7 +35,7 @@ from nextblock.evaluate.features import (
     features_of_batch,
     iterate_features,
 )
-from nextblock.evaluate.measures import Measures, Tally
+from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.probe.feature_cache import StoredFeatures
 from nextblock.models.heads import Head
 from nextblock.optim import build_optimizer, lr_at, set_lr
@@ -314,5 +315,5 @@ def measure(
             else:
                 tallies[number] = None
     if not images:
-        raise ValueError(f"none of the {len(bad)} images of {source.spec} could be read")
+        raise UsageError(f"none of the {len(bad)} images of {source.spec} could be read")
     return Measured(tuple(None if tally is None else tally.measures() for tally in tallies), tuple(bad))

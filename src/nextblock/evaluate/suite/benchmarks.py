@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nextblock.errors import UsageError
 from nextblock.evaluate.probe.recipes import HeadName
 from nextblock.settings import nearest_name
 
@@ -382,5 +383,5 @@ def chosen(names: tuple[str, ...] | None) -> tuple[Benchmark, ...]:
     known = [benchmark.name for benchmark in BENCHMARKS]
     for name in names or ():
         if name not in known:
-            raise ValueError(f"there is no benchmark {name!r}; {nearest_name(name, known)}")
+            raise UsageError(f"there is no benchmark {name!r}; {nearest_name(name, known)}")
     return tuple(benchmark for benchmark in BENCHMARKS if not names or benchmark.name in names)

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from nextblock.errors import UsageError
 from nextblock.evaluate.suite.benchmarks import Benchmark, Folders, Hub, Layout, Listed, Torchvision
 
 __all__ = ["Files", "MissingDataError", "Sources", "find", "folder_of", "root_at"]
@@ -67,7 +68,7 @@ def root_at(place: str | Path) -> Path:
     """The directory of the data sets, from anywhere; `ValueError` where its name cannot stand in a source."""
     root = Path(place).expanduser().absolute()
     if "," in str(root):
-        raise ValueError(
+        raise UsageError(
             f"root is {str(root)!r}; a comma would end it in the name of a source: give a path without one, "
             "that of a link, say"
         )
@@ -106,7 +107,7 @@ def find(benchmark: Benchmark, root: Path, *, download: bool = False) -> Files |
     except FileNotFoundError as error:
         raise _missing(benchmark, root, f"there is no {error.filename}") from error
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{benchmark.name}: the annotations in {folder} are not what they should be "
             f"({type(error).__name__}: {error}); fetch them anew: {_how(benchmark, root)}"
         ) from error
@@ -171,7 +172,7 @@ def _files(benchmark: Benchmark, folder: Path, rows: list[_Row]) -> Files:
     test = np.flatnonzero(splits == benchmark.test).astype(np.int64)
     for split in (*benchmark.train, benchmark.test):
         if not (splits == split).any():
-            raise ValueError(f"no image is of the split {split}")
+            raise UsageError(f"no image is of the split {split}")
     base = str(folder.absolute())
     return Files(tuple(f"{base}/{row.path}" for row in rows), tuple(row.label for row in rows), train, test)
 

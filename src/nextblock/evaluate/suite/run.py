@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import open_source
+from nextblock.errors import UsageError
 from nextblock.evaluate.directories import make_directory
 from nextblock.evaluate.features import evaluation_data
 from nextblock.evaluate.probe.run import BEGUN as PROBE_BEGUN
@@ -191,7 +192,7 @@ def _score(benchmark: Benchmark, config: SuiteConfig, root: Path, subject: _Subj
 def _check_classes(benchmark: Benchmark, classes: int) -> None:
     problem = class_problem(benchmark, classes)
     if problem is not None:
-        raise ValueError(problem)
+        raise UsageError(problem)
 
 
 def _result(config: SuiteConfig, subject: _Subject, found: _Found) -> SuiteResult:
