@@ -296,7 +296,7 @@ def measure_embedding(options: Options, emit: Emit) -> None:
                 nextblock.embed(
                     model=str(root / "encoder.safetensors"),
                     data=str(images),
-                    out=str(root / f"{len(seconds)}.npy"),
+                    out=str(root / f"{len(seconds)}.npz"),
                     encode_batch_size=batch,
                     precision="bf16",
                     device=options.device,
