@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import benchmark
 
 
 class Row(NamedTuple):
@@ -76,9 +75,11 @@ def now_s() -> float:
 
     CPU seconds of one thread hardly depend on what else the machine does.
     """
-    if torch.get_num_threads() == 1 and not torch.accelerator.is_available():
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    elif torch.get_num_threads() == 1:
         return time.process_time()
-    return benchmark.timer()
+    return time.perf_counter()
 
 
 def gemm_gflops(
@@ -89,15 +90,13 @@ def gemm_gflops(
     Of each shape it is the median over so many seconds: a processor is faster for a moment than it can be for
     long, and a training step takes long.
     """
+    from torch.utils.benchmark import Timer  # here, as it warns if a CUDA toolkit has no GPU
+
     rates = []
     for rows, inner, columns in shapes:
         a, b = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, inner), (inner, columns)))
-        timer = benchmark.Timer(
-            "torch.mm(a, b, out=c)",
-            globals={"a": a, "b": b, "c": a @ b},
-            timer=now_s,
-            num_threads=torch.get_num_threads(),
-        )
+        of = {"globals": {"a": a, "b": b, "c": a @ b}, "num_threads": torch.get_num_threads()}
+        timer = Timer("torch.mm(a, b, out=c)", timer=now_s, **of)
         rates.append(2e-9 * rows * inner * columns / timer.blocked_autorange(min_run_time=seconds).median)
     return max(rates)
 
