@@ -37,7 +37,6 @@ VERBS = {
     "data": "pack images into shards, draw and divide subsets",
     "plan": "estimate memory and time of a training, before it is run",
     "presets": "list the named runs and model sizes",
-    "bench": "measure speed against the plain alternative",
 }
 
 USAGE_ERROR, FAILURE = 2, 1
