@@ -65,7 +65,7 @@ def classify(**settings: Any) -> Result:
                 rows=tuple(rows.of(indices[:SHOWN])),
                 notes=tuple(_notes(config, facts, has_labels=source.has_labels)),
                 facts=facts,
-                columns=_columns(config.top),
+                columns=_columns(rows.top),
             )
 
 
