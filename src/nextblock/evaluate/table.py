@@ -251,7 +251,7 @@ class FeatureTable:
                 if self.group.is_main:
                     _make(place, key, (n, *shape))
         with self.group.together():
-            kinds = [_map(place, (n, *shape)) for place, shape in zip(places, shapes, strict=True)]
+            kinds = [_map(place) for place in places]
         for kind, place in zip(kinds, places, strict=True):
             # A reason that was written just before a kill: its image is encoded again.
             self._bad |= {one.sample: one for one in _read_bad(place) if kind.state[one.sample] == UNREADABLE}
@@ -316,17 +316,14 @@ def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     write_text(place / "about.json", json.dumps(key, indent=1) + "\n")
 
 
-def _map(place: Path, shape: tuple[int, ...]) -> _Kind:
-    # Read first: to be written, numpy would fill up a file that was cut off.
-    found = []
+def _map(place: Path) -> _Kind:
+    files = [place / "features.npy", place / "state.npy"]
     try:
-        for name, dims in (("features", shape), ("state", shape[:1])):
-            if np.load(place / f"{name}.npy", mmap_mode="r").shape != dims:
-                raise ValueError(f"{name}.npy has another shape than {dims}")
-            found.append(np.load(place / f"{name}.npy", mmap_mode="r+"))
+        for file in files:
+            np.load(file, mmap_mode="r")  # "r+" would fill up a file that was cut off, with zeros
+        return _Kind(*(np.load(file, mmap_mode="r+") for file in files), place)
     except (OSError, ValueError, EOFError) as error:
         raise WriteError(f"{place} holds damaged features ({error}); remove it") from error
-    return _Kind(*found, place)
 
 
 def _read_bad(place: Path) -> Iterator[BadSample]:
