@@ -123,14 +123,14 @@ def test_every_row_is_what_its_setting_gives_alone(run):
                 assert row["top1_se"] == pytest.approx(np.sqrt(top1 * (1 - top1) / 31))
                 assert row["balanced"] == pytest.approx(balanced_accuracy_score(truth, predicted))
                 assert row["is_default"] == ((k, temperature) == (20, 0.07))
-    assert found.facts["images"] == {"train": 48, "test": 31}
+    assert found.facts["num_images"] == {"train": 48, "test": 31}
     assert found.facts["bad_images"] == {"train": 0, "test": 1}
     assert found.notes[0].startswith("31 images of test, among 48 of train. Report the row marked *")
 
 
 def test_without_test_each_image_is_left_out_and_the_fixed_setting_is_named(run):
     found = run("knn", train="toy-0", k=(1,), baselines=False)
-    assert found.facts["images"] == {"train": 48, "test": 48}
+    assert found.facts["num_images"] == {"train": 48, "test": 48}
     (note,) = found.notes
     assert "48 images of train, among the others (leave-one-out)" in note
     assert "The setting fixed beforehand, k 20, temperature 0.07, is not among these" in note

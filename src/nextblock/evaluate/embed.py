@@ -214,9 +214,9 @@ def _about(path: Path) -> dict[str, Any]:
         if path.suffix == ".parquet":
             about = about_parquet(path)
         else:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(str(file["about"])) if "about" in file else None
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                about = json.loads(str(arrays["about"])) if "about" in arrays else None
+    except (OSError, ValueError, TypeError, EOFError, KeyError, BadZipFile) as error:
         raise UsageError(f"{path} cannot be read as features: {error}; choose another --out") from error
     if about is None or "shape" not in about:
         raise UsageError(f"{path} was not written by `nextblock embed`; choose another --out, or --overwrite")

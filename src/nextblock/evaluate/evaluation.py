@@ -93,6 +93,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
+        assert not self.identity.keys() & self.facts.keys(), "a fact would hide what the result is made from"
         own = {"verb": self.verb, "rows": list(self.rows), "notes": list(self.notes)}
         return finite({**self.identity, **self.facts, **own})
 

@@ -142,7 +142,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
     verdict = add_leads(rows, rights, match=("shots",))
     facts = {
         "num_classes": len(train.source.class_names),
-        "images": {"test": images},
+        "num_images": {"test": images},
         "bad_images": opened.bad_counts(),
     }
     notes = (_about(rows, images, config.draws), *verdict, *missing_note(sources))

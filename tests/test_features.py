@@ -1,0 +1,154 @@
+"""Features: what heads see, the cheap baselines against slow definitions, and how images are cut."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from nextblock.checkpoint import save_classifier, save_model
+from nextblock.config import DataConfig, ModelConfig, RunConfig
+from nextblock.data import normalize
+from nextblock.data.sources import SubsetSource
+from nextblock.evaluate.features import (
+    encoder_extract,
+    evaluation_data,
+    histogram_extract,
+    small_pixels_extract,
+    untrained,
+)
+from nextblock.models.heads import HeadConfig, ImageClassifier
+from nextblock.settings import to_dict
+from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
+
+ATTENTIVE = HeadConfig(num_classes=4, layers=(0, 1), num_heads=4)
+LINEAR = HeadConfig(kind="linear", num_classes=4, layers=(1,))
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_features_are_what_each_head_sees_of_each_image(chunk):
+    model, images = toy_model(), normalize(ToySource(5).images, DATA.mean, DATA.std)
+    with torch.no_grad():
+        found = encoder_extract(model, [ATTENTIVE.features, LINEAR.features], chunk=chunk)(images)
+        for features, config in zip(found, (ATTENTIVE, LINEAR), strict=True):
+            for sample in range(5):
+                expected = ImageClassifier(model, config).features(images[[sample]])[0]
+                torch.testing.assert_close(features[sample], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_of_one_attention_share_one_pass(monkeypatch):
+    model, asked = toy_model(), []
+    encode = model.encode
+    monkeypatch.setattr(
+        model, "encode", lambda images, attention: asked.append(attention) or encode(images, attention)
+    )
+    heads = [ATTENTIVE, LINEAR, replace(LINEAR, attention="full"), replace(ATTENTIVE, layers=(0,))]
+    encoder_extract(model, [head.features for head in heads])(torch.randn(3, 3, 16, 16))
+    assert sorted(asked) == ["full", "native"]
+
+
+def test_small_pixels_are_means_of_areas():
+    images = torch.randn(2, 3, 32, 48)
+    (found,) = small_pixels_extract(images)
+    for image, vector in zip(images.numpy(), found.numpy(), strict=True):
+        areas = [
+            image[c, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3].mean()
+            for c in range(3)
+            for y in range(16)
+            for x in range(16)
+        ]
+        np.testing.assert_allclose(vector, areas, atol=1e-6)
+
+
+def histogram(pixels):
+    """Slowly, of pixels from 0 to 255, (c h w): 4 levels of three channels jointly, 32 of each channel."""
+    channels, height, width = pixels.shape
+    joint, alone = np.zeros(4 ** min(3, channels)), np.zeros((channels, 32))
+    for y in range(height):
+        for x in range(width):
+            levels = [float(value) / 255 * (1 - 1e-9) for value in pixels[:, y, x]]
+            joint[sum(int(4 * level) * 4**c for c, level in enumerate(levels[:3]))] += 1
+            for c, level in enumerate(levels):
+                alone[c, int(32 * level)] += 1
+    return np.sqrt(np.concatenate([joint, alone.ravel()]) / (height * width))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_histograms_are_those_of_the_slow_definition(channels):
+    rng = np.random.default_rng(0)
+    data = DataConfig(channels=channels, mean=(0.4,) * channels, std=(0.2,) * channels)
+    levels = np.array([3, 60, 100, 150, 200, 255], dtype=np.uint8)  # none at an edge of a bin
+    images = torch.from_numpy(rng.choice(levels, (2, channels, 5, 7)))
+    images[1] = 100  # constant
+    (found,) = histogram_extract(data)(normalize(images, data.mean, data.std))
+    for image, vector in zip(images.numpy(), found.numpy(), strict=True):
+        np.testing.assert_allclose(vector, histogram(image), atol=1e-6)
+    assert sorted(found[1].unique().tolist()) == [0, 1]
+
+
+def test_the_dot_product_of_histograms_is_their_overlap():
+    images = torch.full((3, 3, 4, 4), 250, dtype=torch.uint8)
+    images[0, :, :2] = 10  # half black, half white; all white; all black
+    images[2] = 10
+    (found,) = histogram_extract(DATA)(normalize(images, DATA.mean, DATA.std))
+    overlap = found @ found.T / 4  # a joint part, and three of the channels
+    expected = torch.tensor([[1, 0.5**0.5, 0.5**0.5], [0.5**0.5, 1, 0], [0.5**0.5, 0, 1]])
+    torch.testing.assert_close(overlap, expected)
+
+
+def test_untrained_is_the_same_network_with_weights_from_the_seed_alone():
+    model = toy_model()
+    before = torch.random.get_rng_state()
+    first, again, other = untrained(model, 1), untrained(model, 1), untrained(model, 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+        assert weight.shape == model.state_dict()[name].shape
+    for another in (other, model):
+        name = "encoder.pos_embed"
+        assert not torch.equal(first.state_dict()[name], another.state_dict()[name])
+    assert not first.training
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+def test_a_subset_is_a_source_of_its_images():
+    source = ToySource(12, bad={5})
+    subset = SubsetSource(source.spec, source, np.array([5, 2, 11]))
+    assert len(subset) == 3
+    assert subset.labels.tolist() == [1, 2, 3]
+    assert subset.class_names == source.class_names
+    assert torch.equal(subset.read(2), source.images[11])
+    assert subset.name(0) == "toy-0[5]"
+    assert subset.fingerprint != SubsetSource(source.spec, source, np.array([5, 2, 10])).fingerprint
+    with pytest.raises(IndexError, match="image 3 of 3"):
+        subset.read(3)
+
+
+def test_images_are_cut_as_the_run_cut_them_even_in_a_folder_named_checkpoints(tmp_path):
+    run = RunConfig(model=CONFIG, data=replace(DATA, train="there", mean=(0.1, 0.2, 0.3), val_resize_px=20))
+    for place in (tmp_path / "mine", tmp_path / "checkpoints" / "mine"):
+        place.mkdir(parents=True)
+        (place / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
+        checkpoint = place / "checkpoints" / "step_00000010"
+        for inside in (place, checkpoint, checkpoint / "model.safetensors"):
+            assert evaluation_data(str(inside), CONFIG) == replace(run.data, train=None)
+
+
+def test_images_are_cut_as_a_file_alone_says(tmp_path):
+    said = replace(DATA, mean=(0.1, 0.2, 0.3), val_resize_px=20)
+    directory = tmp_path / "checkpoints" / "run" / "probe"
+    save_classifier(directory, ImageClassifier(toy_model(), ATTENTIVE), data=said)
+    for place in (directory, directory / "model.safetensors"):
+        found = evaluation_data(str(place), CONFIG)
+        assert (found.mean, found.std, found.val_resize_px) == (said.mean, said.std, 20)
+    save_model(tmp_path / "silent.safetensors", toy_model())
+    assert evaluation_data(str(tmp_path / "silent.safetensors"), CONFIG).val_resize_px == 18
+
+
+@pytest.mark.parametrize(("image_size", "resize_px"), [(256, 300), (224, 256), (56, 64)])
+def test_images_of_a_bare_file_of_weights_are_cut_as_officially(tmp_path, image_size, resize_px):
+    config = ModelConfig(image_size=image_size, patch_size=14 if image_size % 14 == 0 else 16, predictor=None)
+    found = evaluation_data(str(tmp_path / "weights.ckpt"), config)
+    assert found.val_resize_px == resize_px
+    assert found.mean == (0.485, 0.456, 0.406)
