@@ -39,22 +39,37 @@ def toy_table(source, extract=None, *, directory=None, group=ALONE, data=DATA, b
     )
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """`run(verb, **settings)` calls a verb on a saved toy model; `run.sources` are known by their specs."""
+class Verb:
+    """Calls a verb with settings, by default `usual`; `sources` are known by their specs."""
+
+    def __init__(self, sources, **usual):
+        self.sources, self.usual = sources, usual
+
+    def __call__(self, verb=None, **settings):
+        usual = {**self.usual, **settings}
+        return getattr(nextblock, verb or usual["verb"])(**{k: v for k, v in usual.items() if k != "verb"})
+
+    def with_usual(self, **usual):
+        return Verb(self.sources, **{**self.usual, **usual})
+
+
+@pytest.fixture(name="run")
+def toy_verb(tmp_path, monkeypatch):
+    """`run(verb, **settings)` calls a verb on a saved toy model and toy sources."""
     save_model(tmp_path / "model.safetensors", toy_model(), data=DATA)
-
-    def call(verb, **settings):
-        usual = {"model": str(tmp_path / "model.safetensors"), "device": "cpu", "workers": 0}
-        return getattr(nextblock, verb)(**{**usual, "max_bad_fraction": 0.5, **settings})
-
-    call.sources = {"toy-0": ToySource(48), "toy-1": ToySource(32, seed=1)}
+    run = Verb(
+        {"toy-0": ToySource(48), "toy-1": ToySource(32, seed=1)},
+        model=str(tmp_path / "model.safetensors"),
+        device="cpu",
+        workers=0,
+        max_bad_fraction=0.5,
+    )
     for module in OPENERS:
         monkeypatch.setattr(
             f"nextblock.evaluate.{module}.open_source",
-            lambda spec, data: call.sources[spec] if spec in call.sources else open_source(spec, data),
+            lambda spec, data: run.sources[spec] if spec in run.sources else open_source(spec, data),
         )
-    return call
+    return run
 
 
 def written(path):

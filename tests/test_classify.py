@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluating import run, written  # noqa: F401 - a fixture
+from evaluating import toy_verb, written  # noqa: F401 - a fixture
 from nextblock.checkpoint import CheckpointError, save_classifier
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages, eval_batches, normalize
@@ -35,11 +35,13 @@ def classifier(kind: Literal["attentive", "linear"] = "linear", names=NAMES, mod
 def classify(run, tmp_path):
     """`classify(made, **settings)` saves a classifier and calls the verb."""
 
+    run.sources["toy-0"] = ToySource(12, bad={4}, class_names=("a", "=b", "c", "d"))
+    verb = run.with_usual(model=str(tmp_path / "classifier"), data="toy-0")
+
     def call(made=None, **settings):
         save_classifier(tmp_path / "classifier", made or classifier(), data=DATA)
-        return run("classify", **{"model": str(tmp_path / "classifier"), "data": "toy-0", **settings})
+        return verb("classify", **settings)
 
-    call.sources = run.sources = {"toy-0": ToySource(12, bad={4}, class_names=("a", "=b", "c", "d"))}
     return call
 
 
@@ -51,8 +53,8 @@ def probabilities(made, source, size=16):
 
 
 @pytest.mark.parametrize("kind", ["attentive", "linear"])
-def test_classes_and_probabilities_are_the_classifiers_own(classify, tmp_path, kind):
-    made, source, out = classifier(kind), classify.sources["toy-0"], tmp_path / "out.json"
+def test_classes_and_probabilities_are_the_classifiers_own(classify, run, tmp_path, kind):
+    made, source, out = classifier(kind), run.sources["toy-0"], tmp_path / "out.json"
     found = classify(made, top=3, out=str(out), encode_batch_size=5)
     rows, (own, samples) = written(out), probabilities(made, source)
     assert [row["index"] for row in rows] == samples.tolist() == [0, 1, 2, 3, *range(5, 12)]
@@ -89,10 +91,10 @@ def test_some_of_the_classifiers_classes_are_measured_too_and_others_are_not(cla
     assert set(classify(classifier(names=None)).rows[0]["classes"]) <= set("0123")
 
 
-def test_a_classifier_on_a_timm_encoder_classifies(classify):
+def test_a_classifier_on_a_timm_encoder_classifies(classify, run):
     made = classifier(model=open_encoder("timm:vit_tiny_patch16_224,pretrained=false,img_size=32"))
     found = classify(made, top=1)
-    own, _ = probabilities(made, classify.sources["toy-0"], size=32)
+    own, _ = probabilities(made, run.sources["toy-0"], size=32)
     assert [row["classes"][0] for row in found.rows] == [NAMES[int(n)] for n in own.argmax(1)[:10]]
 
 
@@ -139,7 +141,7 @@ def test_the_command_classifies_one_image_by_the_classifier_of_a_fine_tuning(cla
 
 
 def test_too_many_unreadable_images_and_models_without_a_head_are_refused(classify, run, tmp_path):
-    classify.sources["toy-0"] = ToySource(4, bad={0, 1, 2})
+    run.sources["toy-0"] = ToySource(4, bad={0, 1, 2})
     with pytest.raises(TooManyBadImages, match=r"toy-0\[2\]: truncated"):
         classify()
     with pytest.raises(CheckpointError, match="holds no classification head"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluating import run  # noqa: F401 - a fixture
+from evaluating import toy_verb  # noqa: F401 - a fixture
 from nextblock.cli import main
 from nextblock.data import eval_batches, normalize
 from nextblock.errors import UsageError
@@ -22,11 +22,12 @@ from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 @pytest.fixture
 def embed(run, tmp_path):
-    def call(suffix=".npz", **settings):
-        return run("embed", **{"data": "toy-0", "out": str(tmp_path / f"features{suffix}"), **settings})
+    run.sources["toy-0"] = ToySource(10, bad={2, 7})
+    return run.with_usual(verb="embed", data="toy-0", out=str(tmp_path / "features.npz"))
 
-    call.sources = run.sources = {"toy-0": ToySource(10, bad={2, 7})}
-    return call
+
+def place(tmp_path, suffix):
+    return str(tmp_path / f"features{suffix}")
 
 
 READABLE = [0, 1, 3, 4, 5, 6, 8, 9]
@@ -53,7 +54,7 @@ READABLE = [0, 1, 3, 4, 5, 6, 8, 9]
 def test_features_are_those_of_the_slow_definition_and_come_back_from_either_file(
     embed, tmp_path, suffix, changes, slow
 ):
-    model, found = toy_model(), embed(suffix, **changes)
+    model, found = toy_model(), embed(out=place(tmp_path, suffix), **changes)
     expected = []
     for batch in eval_batches(embed.sources["toy-0"], DATA, 16, 1, READABLE):
         with torch.no_grad():
@@ -65,13 +66,14 @@ def test_features_are_those_of_the_slow_definition_and_come_back_from_either_fil
     assert np.array_equal(again.features, found.features)
     assert again.indices.tolist() == READABLE
     assert again.names == [f"toy-0[{index}]" for index in READABLE]
+    assert again.labels is not None
     assert again.labels.tolist() == [index % 4 for index in READABLE]
     assert again.class_names == ("a", "b", "c", "d")
     assert again.about["bad"] == 2
 
 
 def test_parquet_lists_the_nearest_images_and_shows_them(embed, tmp_path):
-    found = embed(".parquet", neighbors=3, thumbnail_px=8)
+    found = embed(out=place(tmp_path, ".parquet"), neighbors=3, thumbnail_px=8)
     table = pyarrow.parquet.read_table(tmp_path / "features.parquet").to_pylist()
     features = found.features.astype(np.float64)
     normed = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -92,9 +94,10 @@ def test_parquet_lists_the_nearest_images_and_shows_them(embed, tmp_path):
     assert (plane.std(axis=0) > 0).all()
 
 
-def test_unlabelled_images_plain_tables_and_a_single_image(embed, tmp_path, run):
+def test_unlabelled_images_plain_tables_and_a_single_image(embed, tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "one.png")
-    found = embed(".parquet", data=str(tmp_path / "one.png"), thumbnail_px=0, neighbors=0)
+    out = place(tmp_path, ".parquet")
+    found = embed(out=out, data=str(tmp_path / "one.png"), thumbnail_px=0, neighbors=0)
     assert (found.features.shape, found.labels, found.class_names) == ((1, 32), None, None)
     assert found.names == ["one.png"]
     assert pyarrow.parquet.read_table(tmp_path / "features.parquet").column_names == [
@@ -113,16 +116,17 @@ def test_unlabelled_images_plain_tables_and_a_single_image(embed, tmp_path, run)
 def test_the_same_command_reads_its_file_and_another_is_refused_unless_it_is_to_overwrite(
     embed, tmp_path, suffix
 ):
-    first = embed(suffix)
+    embed = embed.with_usual(out=place(tmp_path, suffix))
+    first = embed()
     content, reads = (tmp_path / f"features{suffix}").read_bytes(), embed.sources["toy-0"].reads
-    assert np.array_equal(embed(suffix, encode_batch_size=3).features, first.features)
+    assert np.array_equal(embed(encode_batch_size=3).features, first.features)
     assert embed.sources["toy-0"].reads == reads
     with pytest.raises(
         UsageError, match=r"holds other features \(settings.layers: last there, layer0 here\)"
     ):
-        embed(suffix, layers="layer0")
+        embed(layers="layer0")
     assert (tmp_path / f"features{suffix}").read_bytes() == content
-    assert not np.array_equal(embed(suffix, layers="layer0", overwrite=True).features, first.features)
+    assert not np.array_equal(embed(layers="layer0", overwrite=True).features, first.features)
 
 
 class Signals(ToySource):
@@ -156,8 +160,8 @@ def test_one_that_was_stopped_resumes_and_leaves_nothing_but_its_file(embed, tmp
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_file_of_something_else_is_kept(embed, tmp_path, suffix, content):
     (tmp_path / f"features{suffix}").write_bytes(content)
-    with pytest.raises(UsageError, match="cannot be read as features.*; choose another --out"):
-        embed(suffix)
+    with pytest.raises(UsageError, match=r"cannot be read as features.*; choose another --out"):
+        embed(out=place(tmp_path, suffix))
     assert (tmp_path / f"features{suffix}").read_bytes() == content
 
 
@@ -166,7 +170,7 @@ def test_another_table_or_array_is_no_file_of_features(embed, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"feature": [1]}), tmp_path / "features.parquet")
     for suffix in (".npz", ".parquet"):
         with pytest.raises(UsageError, match="was not written by `nextblock embed`"):
-            embed(suffix)
+            embed(out=place(tmp_path, suffix))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evaluating import run, written  # noqa: F401 - a fixture
+from evaluating import toy_verb, written  # noqa: F401 - a fixture
 from nextblock.atomic import InUseError, exclusive
 from nextblock.checkpoint import save_model
 from nextblock.cli import main
@@ -27,13 +27,7 @@ from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 @pytest.fixture
 def knn(run, tmp_path):
     """kNN of toy sources into a directory, quickly."""
-
-    def call(**settings):
-        usual = {"train": "toy-0", "k": (1,), "baselines": False, "out": str(tmp_path / "out")}
-        return run("knn", **{**usual, **settings})
-
-    call.sources = run.sources
-    return call
+    return run.with_usual(verb="knn", train="toy-0", k=(1,), baselines=False, out=str(tmp_path / "out"))
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -94,7 +88,7 @@ def test_a_directory_of_other_files_or_of_a_training_run_is_refused(knn, tmp_pat
     (tmp_path / "run").mkdir()
     for name in (".nextblock", "config.yaml", "quarantine.jsonl"):
         (tmp_path / "run" / name).touch()
-    with pytest.raises(UsageError, match="is a training run; choose another --out, such as .*run/knn"):
+    with pytest.raises(UsageError, match=r"is a training run; choose another --out, such as .*run/knn"):
         knn(out=str(tmp_path / "run"))
 
 
@@ -113,12 +107,12 @@ def test_a_second_process_into_one_directory_is_refused_at_once(knn, tmp_path):
     knn()
 
 
-def test_features_in_a_cache_serve_the_next_command(knn, run, tmp_path):
+def test_features_in_a_cache_serve_the_next_command(knn, tmp_path):
     cache = {"cache": str(tmp_path / "cache")}
     first = knn(out=None, **cache)
-    before = run.sources["toy-0"].reads
+    before = knn.sources["toy-0"].reads
     assert knn(out=None, k=(1, 3), **cache).rows[0] == first.rows[0]
-    assert run.sources["toy-0"].reads == before
+    assert knn.sources["toy-0"].reads == before
 
 
 def test_a_result_finds_its_rows_and_is_json_and_markdown():
@@ -126,13 +120,13 @@ def test_a_result_finds_its_rows_and_is_json_and_markdown():
     identity = {"settings": {"model": "a|b"}}
     result = Result(verb="knn", rows=rows, notes=("A note.",), identity=identity, columns=(Column("k", "k"),))
     assert result.row(k=3) is rows[1]
-    with pytest.raises(LookupError, match="no row of knn has {'k': 5}"):
+    with pytest.raises(LookupError, match=r"no row of knn has \{'k': 5\}"):
         result.row(k=5)
     assert result.markdown() == "# knn of a\\|b\n\n| k |\n| --- |\n| 1 |\n| 3 |\n\nA note.\n"
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["rows"][0]["loss"] is None
 
 
-# ------------------------------------------------------------------------------------ what a result is made of
+# -------------------------------------------------------------------------------- what a result is made of
 
 
 def identity(source=None, data=DATA, encoder=None, **changes):
@@ -182,7 +176,7 @@ def test_of_another_version_only_that_is_said():
 class Signals(ToySource):
     """Sends this process a signal when image 20 is read first."""
 
-    number = None
+    number: signal.Signals | None = None
 
     def _read(self, index):
         if index == 20 and self.number is not None:

@@ -10,7 +10,6 @@ import yaml
 from nextblock.checkpoint import save_classifier, save_model
 from nextblock.config import DataConfig, ModelConfig, RunConfig
 from nextblock.data import normalize
-from nextblock.data.sources import SubsetSource
 from nextblock.evaluate.features import (
     encoder_extract,
     evaluation_data,
@@ -110,19 +109,6 @@ def test_untrained_is_the_same_network_with_weights_from_the_seed_alone():
         assert not torch.equal(first.state_dict()[name], another.state_dict()[name])
     assert not first.training
     assert not any(parameter.requires_grad for parameter in first.parameters())
-
-
-def test_a_subset_is_a_source_of_its_images():
-    source = ToySource(12, bad={5})
-    subset = SubsetSource(source.spec, source, np.array([5, 2, 11]))
-    assert len(subset) == 3
-    assert subset.labels.tolist() == [1, 2, 3]
-    assert subset.class_names == source.class_names
-    assert torch.equal(subset.read(2), source.images[11])
-    assert subset.name(0) == "toy-0[5]"
-    assert subset.fingerprint != SubsetSource(source.spec, source, np.array([5, 2, 10])).fingerprint
-    with pytest.raises(IndexError, match="image 3 of 3"):
-        subset.read(3)
 
 
 def test_images_are_cut_as_the_run_cut_them_even_in_a_folder_named_checkpoints(tmp_path):

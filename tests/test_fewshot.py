@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from evaluating import run, toy_table  # noqa: F401 - a fixture
+from evaluating import toy_table, toy_verb  # noqa: F401 - a fixture
 from nextblock.data import keyed_seed
 from nextblock.errors import UsageError
 from nextblock.evaluate import splits
@@ -47,7 +47,7 @@ def test_the_penalty_is_chosen_by_cross_validation_that_does_not_leak_scaling(se
     queries, _ = some_classes(20, 12, seed=50)
     found = regress(features, labels, folds=5, seed=seed)
     c = best_penalty(features, labels, 5, seed)
-    assert found[-1].C == c
+    assert found["logisticregression"].get_params()["C"] == c
     scaler = StandardScaler().fit(features)
     plain = LogisticRegression(C=c, max_iter=1000).fit(scaler.transform(features), labels)
     np.testing.assert_allclose(found.predict_proba(queries), plain.predict_proba(scaler.transform(queries)))
@@ -55,9 +55,9 @@ def test_the_penalty_is_chosen_by_cross_validation_that_does_not_leak_scaling(se
 
 def test_folds_are_as_many_as_the_smallest_class_has_images_and_with_one_the_penalty_is_fixed():
     features, labels = some_classes(8, 4)  # three, three, two
-    assert regress(features, labels, 5, seed=0)[-1].C == best_penalty(features, labels, 2, 0)
     one = regress(features[:5], labels[:5], 5, seed=0)  # two, two, one
-    assert one[-1].C == DEFAULT_C
+    for fit, c in ((regress(features, labels, 5, 0), best_penalty(features, labels, 2, 0)), (one, DEFAULT_C)):
+        assert fit["logisticregression"].get_params()["C"] == c
 
 
 def test_a_constant_channel_is_no_obstacle():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluating import run, toy_table, written  # noqa: F401 - a fixture
+from evaluating import toy_table, toy_verb, written  # noqa: F401 - a fixture
 from nextblock.cli import main
 from nextblock.errors import UsageError
 from nextblock.visualize.contact_sheet import draw_contact_sheet

@@ -321,9 +321,10 @@ def _map(place: Path) -> _Kind:
     try:
         for file in files:
             np.load(file, mmap_mode="r")  # "r+" would fill up a file that was cut off, with zeros
-        return _Kind(*(np.load(file, mmap_mode="r+") for file in files), place)
+        rows, state = (np.load(file, mmap_mode="r+") for file in files)
     except (OSError, ValueError, EOFError) as error:
         raise WriteError(f"{place} holds damaged features ({error}); remove it") from error
+    return _Kind(rows, state, place)
 
 
 def _read_bad(place: Path) -> Iterator[BadSample]:
