@@ -80,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130 if world.rank else _complain(f"nextblock {verb}", "interrupted", 130)
     except Exception as error:
-        if "--debug" in rest:
+        stopped_by = getattr(error, "signal", None)  # a signal that the verb answers by stopping in order
+        if "--debug" in rest and stopped_by is None:
             raise
         code = USAGE_ERROR if isinstance(error, UsageError) else FAILURE
+        code = code if stopped_by is None else 128 + stopped_by
         if world.rank and (getattr(error, "is_told", False) or (code == USAGE_ERROR and world.local_rank)):
             return code
         why = str(error)
