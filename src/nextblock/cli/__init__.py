@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,6 @@ VERBS = {
     "data": "pack images into shards, draw and divide subsets",
     "plan": "estimate memory and time of a training, before it is run",
     "presets": "list the named runs and model sizes",
-    "bench": "measure speed against the plain alternative",
 }
 
 USAGE_ERROR, FAILURE = 2, 1
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = find_world()
     except LaunchError as error:
-        return _complain("nextblock", str(error), FAILURE)
+        return _complain(f"nextblock {verb}", str(error), USAGE_ERROR)
+    if world.size > 1:  # torch's own stack traces of broken connections, before it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if world.rank == 0:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     else:
@@ -76,11 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --print_config
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        return _complain(f"nextblock {verb}", "interrupted", 130)
+        return 130 if world.rank else _complain(f"nextblock {verb}", "interrupted", 130)
     except Exception as error:
-        if "--debug" in rest:
+        stopped_by = getattr(error, "signal", None)  # a signal that the verb answers by stopping in order
+        if "--debug" in rest and stopped_by is None:
             raise
         code = USAGE_ERROR if isinstance(error, UsageError) else FAILURE
+        code = code if stopped_by is None else 128 + stopped_by
         if world.rank and (getattr(error, "is_told", False) or (code == USAGE_ERROR and world.local_rank)):
             return code
         why = str(error)
