@@ -20,7 +20,7 @@ QUICK = {
 
 
 def known_sources():
-    """toy-1 and toy-2 are other images than toy-0; `bad` of three kinds of names cannot be read."""
+    """toy-1 and toy-2 are other images than toy-0; of "bad" and "rotten" some cannot be read."""
     return {
         "toy-0": ToySource(96),
         "toy-1": ToySource(48, seed=1),
@@ -37,15 +37,14 @@ def known_sources():
 @pytest.fixture
 def known(monkeypatch):
     """Sources and model are found by these names; the sources."""
-    sources = know(monkeypatch.setattr)
-    return sources
+    return know(monkeypatch.setattr)
 
 
 def know(replace):
     """Let an evaluation find toy sources and the toy model."""
     sources = known_sources()
     replace(splits, "open_source", lambda spec, data: sources[spec])
-    replace(evaluation, "open_model", lambda settings: (toy_model(), DATA))
+    replace(evaluation, "open_model", lambda *_: (toy_model(), DATA))
     return sources
 
 

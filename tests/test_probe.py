@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import nextblock
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages
 from nextblock.errors import UsageError
+from nextblock.evaluate import evaluation
 from nextblock.evaluate.evaluation import Stopped
 from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.heads import Grid
@@ -19,7 +21,7 @@ from nextblock.evaluate.probe.settings import RECIPES, ProbeSettings
 from nextblock.models.heads import ImageClassifier
 from probing import QUICK, know, known, run, scores  # noqa: F401 - a fixture
 from ranks import run_ranks
-from toy import one_thread  # noqa: F401 - a fixture
+from toy import DATA, one_thread, toy_model  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("known")
 HEADS = ("linear", "attentive", "ep")
@@ -133,17 +135,10 @@ def test_unreadable_images_are_left_out_and_counted(augment, tmp_path):
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
 def test_more_unreadable_images_than_allowed_stop_the_probe(augment, monkeypatch):
-    monkeypatch.setattr("nextblock.evaluate.evaluation.open_model", _strict)
+    strict = (toy_model(), replace(DATA, max_bad_fraction=0.1))
+    monkeypatch.setattr(evaluation, "open_model", lambda *_: strict)
     with pytest.raises(TooManyBadImages, match="of the 96 images of toy-0 cannot be read"):
         run(train="rotten", augment=augment)
-
-
-def _strict(_):
-    from dataclasses import replace
-
-    from toy import DATA, toy_model
-
-    return toy_model(), replace(DATA, max_bad_fraction=0.1)
 
 
 def test_crops_are_new_in_every_epoch_and_repeatable():

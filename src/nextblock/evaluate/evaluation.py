@@ -76,6 +76,8 @@ class Result:
     """What holds for all rows: classes, numbers of images, unreadable images."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Settings, weights, and images that the result is made from."""
+    rights: Sequence[np.ndarray] = field(default=(), repr=False, compare=False)
+    """For each row, how often each test image was classified correctly, 0 to 1: for paired differences."""
     columns: Sequence[Column] = field(default=(), repr=False, compare=False)
     """How the rows are shown."""
 

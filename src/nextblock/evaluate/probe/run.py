@@ -439,9 +439,7 @@ class _Probe:
             },
             "grid": self.grid,
         }
-        return Result(
-            verb="probe", rows=tuple(rows), notes=(about, *notes), facts=facts, rights=tuple(rights)
-        )
+        return Result(verb="probe", rows=tuple(rows), notes=(about, *notes), facts=facts, rights=rights)
 
     def save(self, out: Path, result: Result) -> None:
         """Write the winners as classifiers, every candidate as grid.csv, and the pictures."""
