@@ -14,6 +14,7 @@ from nextblock.evaluate.probe.settings import ProbeSettings
 from nextblock.interop import open_encoder
 from nextblock.models.next_block import NextBlockModel
 from nextblock.optim import lr_at, parameter_groups
+from nextblock.settings import from_dict
 from toy import CONFIG, one_thread, toy_model  # noqa: F401 - a fixture
 
 DEEP = {"image_size": 16, "patch_size": 4, "block_size": 2, "predictor": None}
@@ -29,6 +30,10 @@ def deep_model(width=32, depth=8, heads=2):
         return NextBlockModel(ModelConfig(embed_dim=width, depth=depth, num_heads=heads, **DEEP))
 
 
+def configs(candidates, head=None):
+    return [one.config for one in candidates if one.config is not None and head in (None, one.head)]
+
+
 # ------------------------------------------------------------------------------------------------ the grid
 
 
@@ -38,22 +43,23 @@ def test_the_grid_of_xtra_is_its_official_sweep():
     last6 = [2, 3, 4, 5, 6, 7]
     wanted = {"linear": (0.0, [7], 1), "attentive": (0.1, last6, 16), "ep": (0.1, last6, 1)}
     rows = [
-        (one.head, one.lr, one.weight_decay, list(one.config.layers), one.config.num_heads) for one in found
+        (one.head, one.lr, one.weight_decay, list(config.layers), config.num_heads)
+        for one, config in zip(found, configs(found), strict=True)
     ]
     assert rows == [
         (head, lr, decay, layers, heads) for head, (decay, layers, heads) in wanted.items() for lr in rates
     ]
-    assert {one.config.num_queries for one in found if one.head == "ep"} == {32}
-    assert all(one.config.bias for one in found)
+    assert {one.num_queries for one in configs(found, "ep")} == {32}
+    assert all(one.bias for one in configs(found))
 
 
 def test_the_grid_of_aim_is_the_sweep_of_aimv2_with_aims_heads():
     found = encoder_candidates(settings(recipe="aim"), deep_model(heads=4), 4)
     assert len(found) == 3 * 2 * 7  # the best layers are known for AIM's own sizes only
-    assert {one.config.num_heads for one in found if one.head == "attentive"} == {4}
-    assert not any(one.config.bias for one in found)
+    assert {one.num_heads for one in configs(found, "attentive")} == {4}
+    assert not any(one.bias for one in configs(found))
     known = encoder_candidates(settings(recipe="aim", heads=("ep",)), deep_model(2048, 24, 16), 4)
-    assert len({one.config.layers for one in known}) == 2
+    assert len({one.layers for one in configs(known)}) == 2
 
 
 def test_every_setting_is_crossed_with_every_other():
@@ -68,7 +74,10 @@ def test_every_setting_is_crossed_with_every_other():
         toy_model(),
         4,
     )
-    rows = {(one.config.layers, one.config.attention, one.lr, one.weight_decay) for one in found}
+    rows = {
+        (config.layers, config.attention, one.lr, one.weight_decay)
+        for one, config in zip(found, configs(found), strict=True)
+    }
     assert rows == set(product(((0,), (1,)), ("native", "full"), (1e-3, 1e-2), (0, 1)))
     assert len(found) == len(rows)  # "last" and "each" name the same layer once
 
@@ -90,13 +99,13 @@ def test_what_an_encoder_lacks_is_refused(changes, message):
 def test_timms_encoders_are_probed_on_their_class_token_and_on_all_tokens():
     config = settings(tokens=("patches", "class", "all"), attention=("full", "native"), lr=(1e-2,))
     found = encoder_candidates(config, open_encoder(TIMM), 4)
-    tokens = {head: [one.config.tokens for one in found if one.head == head] for head in config.heads}
+    tokens = {head: [one.tokens for one in configs(found, head)] for head in config.heads}
     assert tokens == {
         "linear": ["patches", "class", "all"],
         "attentive": ["patches", "all"],
         "ep": ["patches", "all"],
     }
-    assert {one.config.attention for one in found} == {"full"}  # which native is too
+    assert {one.attention for one in configs(found)} == {"full"}  # which native is too
 
 
 # ------------------------------------------------------------------------------------------ the schedule
@@ -116,6 +125,13 @@ def test_epochs_and_batches_follow_the_number_of_images(images, batch, steps, ep
     plan = settings().schedule(images)
     assert (plan.batch_size, plan.steps_per_epoch, plan.epochs) == (batch, steps, epochs)
     assert plan.warmup_steps == round(epochs / 10 * steps)
+
+
+def test_one_value_stands_for_a_list_of_it():
+    given = from_dict(
+        ProbeSettings, {"model": "R", "train": "T", "heads": "ep", "lr": 1e-3, "layers": "each"}
+    )
+    assert (given.heads, given.lr, given.layers) == (("ep",), (1e-3,), ("each",))
 
 
 def test_what_is_given_stays():
@@ -139,8 +155,8 @@ def test_every_head_of_a_grid_is_bit_for_bit_the_head_trained_alone():
         clip_grad=0.5,
     )
     candidates = encoder_candidates(config, toy_model(), 4)
-    columns = list(dict.fromkeys(one.features for one in candidates))
-    seen = [columns.index(one.features) for one in candidates]
+    columns = list(dict.fromkeys(one.features for one in configs(candidates)))
+    seen = [columns.index(one.features) for one in configs(candidates)]
     plan, generator = config.schedule(64), torch.Generator().manual_seed(0)
     batches = [
         (

@@ -130,6 +130,8 @@ def _read(value: Any, hint: Any) -> Any:
             return value
     elif origin is tuple:
         parts = value if text is None else split_list(text, args[0])
+        if args[-1] is Ellipsis and isinstance(parts, int | float):  # one value stands for a list of it
+            parts = [parts]
         if isinstance(parts, list | tuple):
             kinds = args[:1] * len(parts) if args[-1] is Ellipsis else args
             return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))

@@ -84,19 +84,19 @@ def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: 
     """All heads to train on an encoder, kind after kind; `UsageError` if it lacks what they need."""
     recipe, encoder, found = config.resolved(), model.config, []
     # For timm's encoders native and full are the same: of both the first competes.
-    attentions = config.attention
-    if isinstance(encoder, TimmConfig):
-        same = [one for one in attentions if one != "causal"][1:]
-        attentions = tuple(one for one in attentions if one not in same)
+    attentions: list[Attention] = list(config.attention)
+    if isinstance(encoder, TimmConfig) and {"native", "full"} <= set(attentions):
+        attentions.remove(max("native", "full", key=attentions.index))
     for head in config.heads:
         layers = dict.fromkeys(
             chosen for word in recipe.layers[head] for chosen in _layers(word, config, model)
         )
-        tokens = [one for one in config.tokens if one != "class" or head == "linear"]
+        tokens: list[Tokens] = [one for one in config.tokens if one != "class" or head == "linear"]
         num_heads = _attention_heads(config, model) if head == "attentive" else 1
         num_queries = fitting_heads(encoder.embed_dim, QUERIES) if head == "ep" else 1
-        choices: list[tuple[Attention, Tokens, tuple[int, ...]]]
-        choices = [(a, t, chosen) for a in attentions for t in tokens for chosen in layers]
+        choices: list[tuple[Attention, Tokens, tuple[int, ...]]] = [
+            (attention, seen, chosen) for attention in attentions for seen in tokens for chosen in layers
+        ]
         for attention, seen, chosen in choices:
             made = HeadConfig(
                 kind=head,
