@@ -77,7 +77,7 @@ def run(tmp_path_factory):
         (["info", "x", "--num_head", "3"], "--num_head; did you mean --num_heads?"),
         (["info", "x", "--num_heads", "three"], "num_heads is 'three'; it must be a whole number or null"),
         (["presets", "xtra-b16-in1kk"], "unknown preset 'xtra-b16-in1kk'; did you mean 'xtra-b16-in1k'?"),
-        (["probe", "--model", "x"], "--train and --out must be given"),
+        (["probe", "--model", "x"], "--train must be given"),
         (["report", "nowhere"], "nowhere is no run"),
     ],
 )

@@ -130,8 +130,6 @@ def _read(value: Any, hint: Any) -> Any:
             return value
     elif origin is tuple:
         parts = value if text is None else split_list(text, args[0])
-        if args[-1] is Ellipsis and isinstance(parts, int | float):  # one value stands for a list of it
-            parts = [parts]
         if isinstance(parts, list | tuple):
             kinds = args[:1] * len(parts) if args[-1] is Ellipsis else args
             return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))
@@ -263,6 +261,11 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             given[name] = tuple(value)
         elif isinstance(value, Path):
             given[name] = str(value)
+        elif isinstance(value, int | float) and all(
+            kind is type(None) or (get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis)
+            for kind in kinds_of(hints[name])
+        ):
+            given[name] = (value,)  # one number stands for a list of it
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
     missing = [name for name in required if name not in given]
     require(not missing, f"{' and '.join(missing)} must be given")
