@@ -278,8 +278,11 @@ class TooManyBadImages(DataError):  # noqa: N818 - it says what happened
 class QuarantineLog:
     """One JSON line for every unreadable file, however often it is met, restarts included."""
 
-    def __init__(self, path: Path, num_files: int, max_bad_fraction: float) -> None:
+    def __init__(
+        self, path: Path, num_files: int, max_bad_fraction: float, setting: str = "data.max_bad_fraction"
+    ) -> None:
         self._path, self._num_files, self._max_bad_fraction = path, num_files, max_bad_fraction
+        self._setting = setting
         self._bad: dict[int, BadSample] = {}
         if not path.exists():
             return
@@ -318,7 +321,7 @@ class QuarantineLog:
         if self.count > allowed:
             first = "".join(f"\n  {bad.name}: {bad.reason}" for bad in self.bad[:10])
             raise TooManyBadImages(
-                f"{self.count} of {self._num_files} files cannot be read, more than data.max_bad_fraction "
+                f"{self.count} of {self._num_files} files cannot be read, more than {self._setting} "
                 f"{self._max_bad_fraction:g} allows. The first are:{first}\nAll are listed in {self._path}. "
-                "Fix or remove them and delete that list, or raise data.max_bad_fraction."
+                "Fix or remove them and delete that list, or raise {self._setting}."
             )

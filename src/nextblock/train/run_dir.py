@@ -157,7 +157,7 @@ class RunDir:
         with self._reading("config.yaml", LOST) as text:
             settings = _mapping(yaml.safe_load(text))
         try:
-            there = from_dict(RunConfig, settings)
+            there = from_dict(type(config), settings)
         except ValueError as error:
             raise RunDirError(
                 f"{self.path}/config.yaml is not of this version of nextblock: {error}; choose another --out"
