@@ -115,10 +115,10 @@ class Learner(ABC):
     ) -> tuple[dict[str, float], list[BadSample]] | None:
         """What is measured on validation images, and which are unreadable; None if it was asked to stop."""
 
-    def _draw(self, step: Step) -> Any:
+    def _draw(self, step: Step) -> Any:  # noqa: B027 - most draw nothing
         """What all micro-batches of a step share, f(seed, step)."""
 
-    def _stepped(self) -> None:
+    def _stepped(self) -> None:  # noqa: B027 - nothing, usually
         """Do what follows a step that changed the weights."""
 
     def kept(self) -> Mapping[str, Tensor]:
@@ -240,3 +240,7 @@ class Learner(ABC):
                 yield self.model
         finally:
             self.model.train()
+
+
+MakeLearner = Callable[[RunConfig, torch.device, Path | None, Group], Learner]
+"""Makes what learns: fresh, or with the weights and state of a checkpoint. All ranks call it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
 from nextblock.train.best import EARLY_STOP, Best, read_bests
 from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
-from nextblock.train.learner import Learner, Sums
+from nextblock.train.learner import MakeLearner, Sums
 from nextblock.train.loggers import Loggers, require_packages
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
@@ -106,15 +106,15 @@ def train(
     reporter: Reporter,
     overwrite: bool = False,
     group: Group = ALONE,
-    learner: Callable[[RunConfig, torch.device, Path | None, Group], Learner] = Trainer,
+    learner: MakeLearner = Trainer,
 ) -> TrainResult:
     """Train on `sources["train"]` into the run directory `out`, or resume there.
 
-    `sources["val"]`, if given, is validated on. `learner` makes what learns: fresh, or from a checkpoint. Every process of `group` calls this alike; rank 0 alone
-    prints and writes, but for its part of a checkpoint. Raises `RunDirError` if `out` holds something else,
-    `InUseError` if another process trains there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and
-    `WriteError` if a disk is full; the last checkpoint stays. What it changes of the process (signals, seeds,
-    memory, algorithms) is put back.
+    `sources["val"]`, if given, is validated on. `learner` makes what learns, fresh or from a checkpoint.
+    Every process of `group` calls this alike; rank 0 alone prints and writes, but for its part of a
+    checkpoint. Raises `RunDirError` if `out` holds something else, `InUseError` if another process trains
+    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and `WriteError` if a disk is full; the
+    last checkpoint stays. What it changes of the process (signals, seeds, memory, algorithms) is put back.
     """
     # All that can be refused is refused before a directory is made, or an old run removed.
     config.check_trainable()

@@ -47,7 +47,8 @@ def not_learned(loss: float, references: dict[str, float]) -> str | None:
         return None
     return (
         f"the loss {loss:.4f} is not below {references.get(name, math.nan):.4f}, that of predicting "
-        f"{meaning}: nothing is learned so far. Train longer, try another learning rate, or look at the images"
+        f"{meaning}: nothing is learned so far. Train longer, try another learning rate, or "
+        "look at the images"
     )
 
 
