@@ -26,7 +26,7 @@ from nextblock.errors import UsageError
 from nextblock.evaluate.classify_config import ClassifyConfig
 from nextblock.evaluate.embed.files import check_writable, parquet_package
 from nextblock.evaluate.features import check_bad, evaluation_data, iterate_features
-from nextblock.evaluate.measures import Measures, Tally
+from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.interop import load_classifier
 from nextblock.models.heads import ImageClassifier
 from nextblock.train.runtime import autocast, choose_device

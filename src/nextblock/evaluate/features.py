@@ -23,6 +23,7 @@ import yaml
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
 from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, pair
@@ -36,7 +37,8 @@ from nextblock.data import (
     resolve_workers,
 )
 from nextblock.errors import UsageError
-from nextblock.evaluate.settings import EvaluationSettings
+from nextblock.evaluate.layers import layer_choices
+from nextblock.evaluate.settings import EvalSettings, EvaluationSettings, FrozenSettings
 from nextblock.evaluate.unreadable import whole_of
 from nextblock.interop import open_encoder
 from nextblock.interop.load import official_data, recorded_data
@@ -106,6 +108,14 @@ class Features(NamedTuple):
 # -------------------------------------------------------------------------------------- images to features
 
 
+def pooled(settings: FrozenSettings, depth: int) -> FeatureConfig:
+    """One vector an image, as the settings say, of an encoder with `depth` layers."""
+    (layers,) = layer_choices(settings.layers, depth)
+    return FeatureConfig(
+        layers=layers, norm_layers=True, tokens=settings.tokens, attention=settings.attention
+    )
+
+
 def encoder_extract(
     model: EncoderModel,
     wanted: Sequence[FeatureConfig],
@@ -142,6 +152,33 @@ def _encoder_features(
 def pixel_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
     """The normalised pixels themselves, as one vector an image."""
     return (rearrange(images, "b c h w -> b (c h w)"),)
+
+
+SMALL_PX = 16
+
+
+def small_pixels_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
+    """The images at 16 x 16 px as vectors: what any encoder should beat, and small enough for a million."""
+    return (rearrange(adaptive_avg_pool2d(images.float(), SMALL_PX), "b c h w -> b (c h w)"),)
+
+
+def histogram_extract(data: DataConfig) -> Extract:
+    """Colour histograms of normalised images: 4 levels of each channel jointly, and 32 of each alone.
+
+    Roots of the shares, so that the dot product of two is their overlap (the Bhattacharyya coefficient). Of
+    more than three channels the joint part uses the first three.
+    """
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (data.mean, data.std))
+
+    def extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
+        levels = (images.float() * std.to(images.device) + mean.to(images.device)).clamp(0, 1 - 1e-6)
+        levels = rearrange(levels, "b c h w -> b c (h w)")
+        joint = sum((levels[:, c] * 4).long() * 4**c for c in range(min(3, data.channels)))
+        parts = [one_hot(joint, 4 ** min(3, data.channels))]  # type: ignore[arg-type]
+        parts += [one_hot(level, 32) for level in (levels * 32).long().unbind(1)]
+        return (torch.cat([part.float().mean(1) for part in parts], 1).sqrt(),)
+
+    return extract
 
 
 def features_of_batch(batch: Batch, extract: Extract, data: DataConfig, device: torch.device) -> FeatureBatch:
@@ -316,7 +353,7 @@ def check_same_classes(train: Source, other: Source) -> None:
     )
 
 
-def open_model(config: EvaluationSettings) -> tuple[EncoderModel, DataConfig]:
+def open_model(config: EvaluationSettings | EvalSettings) -> tuple[EncoderModel, DataConfig]:
     """Open the model that a config names, and how images are cut and normalised for it."""
     model = open_encoder(config.model, num_heads=config.num_heads)
     return model, evaluation_data(

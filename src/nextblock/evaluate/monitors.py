@@ -17,7 +17,7 @@ from nextblock.data.random import keyed_permutation
 from nextblock.errors import UsageError
 from nextblock.evaluate.features import Features, NoFeaturesError, NonFiniteFeaturesError, gather_features
 from nextblock.evaluate.knn import predict_all
-from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE
+from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import Duration, require
 from nextblock.train import MonitorEvent
