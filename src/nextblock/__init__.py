@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nextblock.cli.classify import classify
     from nextblock.cli.embed import embed
-    from nextblock.cli.finetune import finetune
     from nextblock.cli.predict import predict
     from nextblock.cli.pretrain import pretrain
     from nextblock.cli.probe import probe
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
     from nextblock.evaluate.fewshot import fewshot
+    from nextblock.evaluate.finetune.run import finetune
     from nextblock.evaluate.knn import knn
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
@@ -59,6 +59,7 @@ _HOMES = {
     "create_model": "interop",
     "list_presets": "presets",
     "fewshot": "evaluate.fewshot",
+    "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",
     "load": "interop",
 }
