@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in rest:
             raise
         code = USAGE_ERROR if isinstance(error, UsageError) else FAILURE
+        if type(error).__name__ == "Stopped":  # by name, as its file imports torch
+            code = 128 + error.signal  # type: ignore[attr-defined]
         if world.rank and (getattr(error, "is_told", False) or (code == USAGE_ERROR and world.local_rank)):
             return code
         why = str(error)

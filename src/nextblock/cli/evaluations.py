@@ -6,14 +6,19 @@ import importlib
 from collections.abc import Sequence
 
 from nextblock.cli.output import end_with_json, say
-from nextblock.launch import find_world
+from nextblock.launch import find_world, launch
 
 
 def run_verb(verb: str, settings: type, about: str, argv: Sequence[str]) -> int:
     """Parse the words, call `nextblock.VERB`, print its table and notes on rank 0."""
     from nextblock.cli.arguments import Parser, parse_settings
 
-    values, is_json = parse_settings(Parser(verb, about), settings, argv, overwrite="another result")
+    parser = Parser(verb, about)
+    parser.add_argument("--devices", type=int, help="processes on this machine, one for each GPU or CPU core")
+    values, is_json = parse_settings(parser, settings, argv, overwrite="another result")
+    devices = values.pop("devices")
+    if devices is not None:
+        return launch(verb, argv, devices, values["device"])
     result = getattr(importlib.import_module("nextblock"), verb)(**values)
     if find_world().rank == 0:
         result.table.print()

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool
+from torch import Tensor
 
 from nextblock.atomic import OUTPUT_MARK, exclusive, write_text
 from nextblock.config import DataConfig, pair
@@ -28,21 +29,22 @@ from nextblock.errors import UsageError
 from nextblock.evaluate.features import (
     encoder_extract,
     histogram_extract,
+    open_classifier,
     open_model,
     small_pixels_extract,
     untrained,
 )
 from nextblock.evaluate.metrics import paired
-from nextblock.evaluate.results import cut_of, differences, encoder_of, identity_of, images_digest
+from nextblock.evaluate.results import cut_of, differences, digest_of, encoder_of, identity_of, images_digest
 from nextblock.evaluate.settings import EvalSettings
 from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.evaluate.tables import Column, Table, count, escape_markdown, finite, write_csv
 from nextblock.launch import find_world
 from nextblock.models import EncoderModel
-from nextblock.models.heads import FeatureConfig
+from nextblock.models.heads import FeatureConfig, ImageClassifier
 from nextblock.settings import to_dict
 from nextblock.train.distributed import Group, find_device, process_group
-from nextblock.train.runtime import StopRequest, choose_device, stop_on_signals
+from nextblock.train.runtime import StopRequest, autocast, choose_device, stop_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,9 @@ PROGRESS_EVERY_S = 10.0
 
 class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
     """A signal stopped an evaluation; what was encoded is kept if there is a place for it."""
+
+    is_told = True
+    """All ranks raise it, and rank 0 says so."""
 
     def __init__(self, by: signal.Signals, message: str) -> None:
         super().__init__(message)
@@ -146,19 +151,17 @@ class Evaluation:
         device: torch.device,
         group: Group,
         stop: StopRequest,
+        classifier: ImageClassifier | None = None,
     ) -> None:
         self.settings, self.model, self.data, self.device = settings, model, data, device
-        self.group, self._stop = group, stop
+        self.group, self._stop, self.classifier = group, stop, classifier
         self.bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = {}
         """Unreadable images by what their source is for."""
         self._weights = encoder_of(model)
 
-    @property
-    def features_dir(self) -> Path | None:
+        out = None if settings.out is None else Path(settings.out) / "features"
+        self.features_dir = out if settings.cache is None else Path(settings.cache)
         """Where tables are kept; None: in memory."""
-        if self.settings.cache is not None:
-            return Path(self.settings.cache)
-        return None if self.settings.out is None else Path(self.settings.out) / "features"
 
     def check_stop(self) -> None:
         """Raise `Stopped` if a signal asked for it; all ranks must call this alike."""
@@ -200,6 +203,33 @@ class Evaluation:
         Raises `Stopped`, and what `FeatureTable.fill` raises.
         """
         extract, origins = self.extract(encoder, wanted, seed)
+        return self.fill(purpose, source, extract, origins, indices)
+
+    def logits(self, purpose: str, source: Source) -> FeatureTable:
+        """The filled table of the classifier's logits of a source."""
+        classifier, precision = self.classifier, self.settings.precision
+        assert classifier is not None, "a classifier was opened"
+
+        def extract(images: Tensor) -> tuple[Tensor, ...]:
+            with autocast(images.device, precision):
+                return (classifier(images).float(),)
+
+        origin = {
+            "classifier": digest_of(classifier),
+            "head": to_dict(classifier.head_config),
+            "precision": precision,
+        }
+        return self.fill(purpose, source, extract, [origin])
+
+    def fill(
+        self,
+        purpose: str,
+        source: Source,
+        extract: Extract,
+        origins: list[dict[str, Any]],
+        indices: Any = None,
+    ) -> FeatureTable:
+        """A filled table of whatever `extract` gives, each part made from what `origins` say."""
         images = {
             "source": source.fingerprint,
             "sample": None if source.in_memory else images_digest(source),
@@ -226,8 +256,8 @@ class Evaluation:
                 shown_s, speed = now_s, done / (now_s - started_s)
                 left_s = (images - done) / speed
                 log.info(
-                    "%s, %s: %d of %s encoded, %.0f images/s, %.0f s left",
-                    encoder, purpose, done, count(images, "image"), speed, left_s,
+                    "%s: %d of %s encoded, %.0f images/s, %.0f s left",
+                    purpose, done, count(images, "image"), speed, left_s,
                 )  # fmt: skip
 
         if not table.fill(indices, should_stop=lambda: self.group.any(self._stop), progress=show):
@@ -253,7 +283,7 @@ class Evaluation:
         if settings.out is None:
             found = measure()
             if group.is_main:
-                self._report_bad(None)
+                self.report_bad(None)
             return replace(found, identity=identity, columns=columns)
         out = Path(settings.out)
         with group.together():
@@ -266,7 +296,7 @@ class Evaluation:
             found = replace(measure(), identity=identity, columns=columns)
             with group.together():
                 if group.is_main:
-                    self._report_bad(out)
+                    self.report_bad(out)
                     if save is not None:
                         save(out, found)
                     write_text(out / f"{verb}.csv", write_csv(found.rows))
@@ -277,7 +307,17 @@ class Evaluation:
                         shutil.rmtree(out / "features", ignore_errors=True)
         return found
 
-    def _report_bad(self, out: Path | None) -> None:
+    @contextmanager
+    def working(self, out: Path | None) -> Iterator[Callable[[], None]]:
+        """For a result that is one file: features are kept beside it, until what is yielded is called."""
+        if out is None or self.settings.cache is not None:
+            yield lambda: None
+            return
+        self.features_dir = out.with_name(f".{out.name}.features")
+        with _held(self.features_dir, self.group):
+            yield lambda: shutil.rmtree(str(self.features_dir), ignore_errors=True)
+
+    def report_bad(self, out: Path | None) -> None:
         """Name unreadable images: a few in the log, all in quarantine.jsonl."""
         lines = []
         for purpose, (source, bad) in self.bad.items():
@@ -299,15 +339,18 @@ class Evaluation:
 
 
 @contextmanager
-def evaluation(settings: EvalSettings) -> Iterator[Evaluation]:
-    """Open the model that the settings name, frozen, on the device, with the other processes if there are."""
+def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[Evaluation]:
+    """Open the model or classifier that the settings name, frozen, and meet the other processes if any."""
     world = find_world()
     device = find_device(choose_device(settings.device), world)
     with process_group(world, device) as group, _stopping(group) as stop:
+        found = None
         with group.together():
-            model, data = open_model(settings)
+            if classifier:
+                found = open_classifier(settings).to(device).eval().requires_grad_(requires_grad=False)
+            model, data = open_model(settings, found)
         model.to(device).eval().requires_grad_(requires_grad=False)
-        yield Evaluation(settings, model, data, device, group, stop)
+        yield Evaluation(settings, model, data, device, group, stop, found)
 
 
 def _stopping(group: Group) -> Any:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,13 +38,13 @@ from nextblock.data import (
 )
 from nextblock.errors import UsageError
 from nextblock.evaluate.layers import layer_choices
-from nextblock.evaluate.settings import EvalSettings, EvaluationSettings, FrozenSettings
+from nextblock.evaluate.settings import EvalSettings, EvaluationSettings, FrozenSettings, SearchSettings
 from nextblock.evaluate.unreadable import whole_of
-from nextblock.interop import open_encoder
+from nextblock.interop import load_classifier, open_encoder
 from nextblock.interop.load import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.heads import FeatureConfig, pool_features
+from nextblock.models.heads import FeatureConfig, ImageClassifier, pool_features
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict
 from nextblock.train.distributed import ALONE, Group
@@ -108,7 +108,7 @@ class Features(NamedTuple):
 # -------------------------------------------------------------------------------------- images to features
 
 
-def pooled(settings: FrozenSettings, depth: int) -> FeatureConfig:
+def pooled(settings: FrozenSettings | SearchSettings, depth: int) -> FeatureConfig:
     """One vector an image, as the settings say, of an encoder with `depth` layers."""
     (layers,) = layer_choices(settings.layers, depth)
     return FeatureConfig(
@@ -353,12 +353,31 @@ def check_same_classes(train: Source, other: Source) -> None:
     )
 
 
-def open_model(config: EvaluationSettings | EvalSettings) -> tuple[EncoderModel, DataConfig]:
-    """Open the model that a config names, and how images are cut and normalised for it."""
-    model = open_encoder(config.model, num_heads=config.num_heads)
+def open_model(
+    config: EvaluationSettings | EvalSettings, classifier: ImageClassifier | None = None
+) -> tuple[EncoderModel, DataConfig]:
+    """Open the model that a config names (or take that of a classifier), and how images are cut for it."""
+    spec = classifier_directory(config.model)
+    model = classifier.encoder_model if classifier else open_encoder(spec, num_heads=config.num_heads)
     return model, evaluation_data(
-        config.model, model.config, workers=config.workers, max_bad_fraction=config.max_bad_fraction
+        spec, model.config, workers=config.workers, max_bad_fraction=config.max_bad_fraction
     )
+
+
+def open_classifier(config: Any) -> ImageClassifier:
+    """Open the classifier that a config names; `CheckpointError` if it is a model without a head."""
+    return load_classifier(
+        classifier_directory(config.model),
+        config.head,
+        num_heads=config.num_heads,
+        probe_layers=config.probe_layers,
+    )
+
+
+def classifier_directory(spec: str) -> str:
+    """For the directory of a fine-tuning its classifier; else what was given."""
+    tuned = Path(spec).expanduser() / "classifier"
+    return str(tuned) if (tuned / MODEL_FILE).is_file() else spec
 
 
 def evaluation_data(

@@ -154,6 +154,87 @@ class FewshotSettings(FrozenSettings):
             Shots.parse(text)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings(EvalSettings):
+    """Features of images, in a file."""
+
+    data: str
+    """Images: a directory, an image file, `torchvision:CIFAR10,root=DIR`, or `digits`."""
+    out: str | None = None
+    """File to write: .parquet, or .npz for NumPy."""
+    layers: str = "last"
+    """last, last6 (or any number), layer7 or 3+4+5 (from 0), averaged; or each: every layer, kept apart."""
+    tokens: Literal["patches", "class", "joined", "all"] = "patches"
+    """Patches, class token, class token and mean patch joined, or all tokens."""
+    pool: Literal["mean", "none"] = "mean"
+    """The mean over the tokens, one vector an image; none: every token."""
+    norm: bool = True
+    """Apply the encoder's final norm to each layer's output first."""
+    attention: Attention = "native"
+    """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
+    neighbors: Natural = 10
+    """parquet: nearest images listed for each image; 0: none."""
+    thumbnail_px: Natural = 96
+    """parquet: longer side of the thumbnails; 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers((self.layers,), several=("each",))
+        require(
+            self.out is not None and self.out.endswith((".parquet", ".npz")),
+            f"out is {self.out or 'missing'}; name a file that ends in .parquet or .npz",
+        )
+        require(
+            self.pool == "mean" or self.tokens in ("patches", "all"),
+            f"tokens {self.tokens} is one vector an image; pool none needs tokens patches or all",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(EvalSettings):
+    """The images that a model sees as most alike."""
+
+    data: str
+    """Images to search: a directory, or any other source."""
+    query: str
+    """An image file, or a source of up to 64 images, whose nearest images are found."""
+    top: Count = 12
+    """Images found for each query."""
+    layers: str = "last"
+    """Encoder layers, averaged after the final norm: last, last6, layer7 or 3+4+5 (from 0)."""
+    tokens: Literal["patches", "class", "joined", "all"] = "patches"
+    """Mean patch, class token, both joined, or the mean of all tokens."""
+    attention: Attention = "native"
+    """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers((self.layers,), several=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifySettings(EvalSettings):
+    """Classes of images by a trained classifier."""
+
+    data: str
+    """Images: a directory, an image file, or any other source; they need no labels."""
+    out: str | None = None
+    """File to write: .csv, .json or .parquet; none: print only."""
+    head: str | None = None
+    """The second file of an official AIM classifier."""
+    probe_layers: Literal["last", "best"] | tuple[int, ...] | None = None
+    """Layers that an official AIM head averages, if its file does not say."""
+    top: Count = 5
+    """Likeliest classes of each image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.out is None or self.out.endswith((".csv", ".json", ".parquet")),
+            f"out is {self.out}; its name must end in .csv, .json or .parquet",
+        )
+
+
 class Shots(NamedTuple):
     """How many labels: images of every class, or a share of every class."""
 

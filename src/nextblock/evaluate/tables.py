@@ -102,13 +102,14 @@ def write_csv(rows: Iterable[Row]) -> str:
     with io.StringIO(newline="") as text:
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        writer.writerows({name: safe_cell(value) for name, value in row.items()} for row in rows)
         return text.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def safe_cell(value: Any) -> Any:
+    """A value for a cell of a CSV file: lists joined by a blank, text that would be a formula quoted."""
     if isinstance(value, list | tuple):
-        return " ".join(str(_cell(one)) for one in value)
+        return " ".join(str(safe_cell(one)) for one in value)
     # OWASP, "CSV injection": such a cell is a formula to a spreadsheet.
     return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
@@ -130,3 +131,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: finite(one) for name, one in value.items()}
     return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def end_of(name: str, letters: int) -> str:
+    """At most `letters` of a name, its last ones, after an ellipsis if it is cut."""
+    return name if len(name) <= letters else f"…{name[len(name) - letters + 1 :]}"

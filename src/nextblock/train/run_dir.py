@@ -210,8 +210,8 @@ class RunDir:
             part, then = next(changed, (source, then))
             raise RunDirError(
                 f"{config.flag(f'data.{kind}')} {part.spec!r} has changed since this run began: "
-                f"{then.get('num_images')} images then, {len(part)} now, or other names; the order of samples "
-                "would not be the same. "
+                f"{then.get('num_images')} images then, {len(part)} now, or other names; the order of "
+                "samples would not be the same. "
                 "Restore the images, or begin a new run with another --out"
             )
         return config

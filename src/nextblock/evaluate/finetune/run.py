@@ -150,8 +150,8 @@ class FineTuner(Learner):
             num_classes=self.model.head_config.num_classes,
             seed=keyed_seed(self.config.seed, "mixing", drawn.index),
         )  # fmt: skip
-        for number, path in self._paths:
-            path.draws = batch.drop_path[mixed.order, number].to(self.device)
+        for place, path in self._paths:
+            path.draws = batch.drop_path[mixed.order, place].to(self.device)
         if settings.lora.dropout:
             # Third-party dropout draws from the global generator, so unlike all else it depends on how the
             # batch is cut. The run has its own generator, which is put back at its end.
