@@ -115,8 +115,9 @@ class Learner(ABC):
     ) -> tuple[dict[str, float], list[BadSample]] | None:
         """What is measured on validation images, and which are unreadable; None if it was asked to stop."""
 
-    def _draw(self, step: Step) -> Any:  # noqa: B027 - most draw nothing
-        """What all micro-batches of a step share, f(seed, step)."""
+    def _draw(self, step: Step) -> Any:
+        """What the losses of a step's micro-batches share, f(seed, step)."""
+        return step
 
     def _stepped(self) -> None:  # noqa: B027 - nothing, usually
         """Do what follows a step that changed the weights."""
@@ -126,7 +127,7 @@ class Learner(ABC):
         return {}
 
     def fit_targets(self, source: Source) -> bool:  # noqa: ARG002 - most have none
-        """Fit what must be fitted before the first step, and return whether anything was."""
+        """Fit targets that must be, before the first step, and return whether any were."""
         return False
 
     # ----------------------------------------------------------------------------------------------- a step

@@ -77,7 +77,7 @@ def build_classifier(
     with seeded(keyed_seed(settings.seed, "fine-tuning head")):
         classifier = ImageClassifier(encoder_model, head_config, class_names)
     encoder: Any = encoder_model.encoder
-    set_drop_path(encoder, settings.actual_drop_path)
+    set_drop_path(encoder, settings.decay_and_drop_path[1])
     if settings.activation_checkpointing:
         (encoder_model if isinstance(encoder_model, NextBlockModel) else encoder).set_grad_checkpointing(True)
     if settings.lora.rank:
@@ -127,7 +127,7 @@ def tuning_groups(classifier: ImageClassifier, settings: FinetuneSettings) -> li
     """The optimizer's groups: layer i of L learns at decay^(L + 1 - i) of the rate, norm and head at all."""
     depth = classifier.encoder_model.config.depth
     blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())
-    decay = settings.actual_layer_decay
+    decay, _ = settings.decay_and_drop_path
     if decay != 1 and len(blocks) != depth:
         raise UsageError(
             f"layer_decay is {decay:g}, but this encoder does not name its layers blocks; set layer_decay 1"

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 from timm.data.mixup import Mixup, mixup_target
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextblock.atomic import remove
 from nextblock.checkpoint import MODEL_FILE, save_classifier
@@ -105,9 +105,8 @@ class FineTuner(Learner):
         }
         self.resume(checkpoint)
         if checkpoint is not None and self.averaged is not None:
-            kept = load_file(checkpoint / OPTIMIZER_FILE)
-            weights = {name: kept[f"averaged/{name}"] for name in _moving(self.averaged.module)}
-            self.averaged.module.load_state_dict({**self.averaged.module.state_dict(), **weights})
+            kept, average = load_file(checkpoint / OPTIMIZER_FILE), self.averaged.module
+            average.load_state_dict({name: kept[f"averaged/{name}"] for name in average.state_dict()})
 
     @property
     def tuned(self) -> ImageClassifier:
@@ -116,7 +115,7 @@ class FineTuner(Learner):
 
     def kept(self) -> Mapping[str, Tensor]:
         """The average."""
-        average = {} if self.averaged is None else _moving(self.averaged.module)
+        average = {} if self.averaged is None else self.averaged.module.state_dict()
         return {f"averaged/{name}": tensor for name, tensor in average.items()}
 
     def describe(self) -> tuple[str, str]:
@@ -134,9 +133,6 @@ class FineTuner(Learner):
 
     def _counts(self, visits: list[int], samples: list[int]) -> list[int]:  # noqa: ARG002
         return [len(samples)]
-
-    def _draw(self, step: Step) -> Step:
-        return step
 
     def _loss(self, batch: Batch, drawn: Step, divisors: list[int]) -> Float[Tensor, ""]:
         images, settings = batch.images, self.settings
@@ -186,9 +182,9 @@ class FineTuner(Learner):
         found = self.measure(batches, self.labels["val"], lambda: self.group.any(should_stop()))
         if found is None:
             return None
-        names = {"top1": "top1", "top5": "top5", "balanced": "balanced"}
-        names |= {"calibration_error": "calibration_error", "val_loss": "loss"}
-        return {name: getattr(found[0], of) for name, of in names.items()}, found[1]
+        values = found[0].row()
+        shown = {name: values[name] for name in ("top1", "top5", "balanced", "calibration_error")}
+        return {**shown, "val_loss": values["loss"]}, found[1]
 
     @torch.no_grad()
     def measure(
@@ -214,12 +210,6 @@ class FineTuner(Learner):
         return Tally.joined(tallies).measures(), bad
 
 
-def _moving(network: nn.Module) -> dict[str, Tensor]:
-    """Weights that take gradients, and buffers."""
-    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
-
-
 class Mixed(NamedTuple):
     """Images, for each how much it is of which class, and which rows of the batch they were."""
 
@@ -243,12 +233,12 @@ def mix(
     Labels are smoothed. Global generators are as before.
     """
     firsts = [i for i in range(len(pairs) - 1) if pairs[i] == pairs[i + 1]] if settings.mixes else []
-    alone = [i for i in range(len(pairs)) if i not in {*firsts, *(i + 1 for i in firsts)}]
+    both = [*firsts, *(i + 1 for i in reversed(firsts))]
+    alone = sorted({*range(len(pairs))} - {*both})
     targets = mixup_target(labels[alone], num_classes, smoothing=settings.label_smoothing)
     if not firsts:
         return Mixed(images, targets, alone)
-    # timm mixes image i with the i-th from the end, so the seconds follow in reverse.
-    both = [*firsts, *(i + 1 for i in reversed(firsts))]
+    # timm mixes image i with the i-th from the end: the seconds of the pairs follow in reverse.
     mixer = Mixup(
         mixup_alpha=settings.mixup,
         cutmix_alpha=settings.cutmix,
@@ -346,15 +336,8 @@ def _measure(
         data, batch_size = tuner.config.data, config.encode_batch_size or 128
         if config.lora.rank:
             merge_lora(tuner.tuned.encoder_model.encoder)
-        batches = eval_batches(
-            measured.source,
-            data,
-            tuner.config.model.image_size,
-            batch_size,
-            workers=resolve_workers(data.workers, measured.source, group.sharing_cores),
-            rank=group.rank,
-            world_size=group.size,
-        )
+        size, workers = tuner.config.model.image_size, resolve_workers(data.workers, measured.source)
+        batches = eval_batches(measured.source, data, size, batch_size, None, workers, group.rank, group.size)
         found = tuner.measure(batches, torch.from_numpy(measured.labels), opened.check_stop)
         assert found is not None, "check_stop raises"
         measures, bad = found

@@ -37,8 +37,6 @@ Decay = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1 (1: the sa
 
 LAYERS: dict[Kind, int] = {"linear": 1, "attentive": 6}
 """Last layers that a head sees unless they are given."""
-WHOLE_LAYER_DECAY, WHOLE_DROP_PATH = 0.65, 0.1
-"""Of the whole network: MAE's published recipe for ViT-B/16 (its FINETUNE.md)."""
 
 FREE = (
     *("model", "train", "val", "test", "out", "num_heads", "device", "workers", "max_bad_fraction"),
@@ -103,7 +101,7 @@ class FinetuneSettings(EvalSettings):
     """Another side in pixels, or (rows, columns), with positions resampled; null: the model's own."""
     epochs: Count = 100
     """How often every image is seen."""
-    batch_size: Count = 256
+    batch_size: Count = 256  # type: ignore[assignment] # nothing is encoded here
     """Images per optimizer step, over all processes; a last partial batch of an epoch is dropped."""
     micro_batch_size: Count | None = None
     """Images per forward pass of a process; lower it when memory runs out; null: its share of the batch."""
@@ -154,8 +152,7 @@ class FinetuneSettings(EvalSettings):
         micro = self.micro_batch_size
         require(self.end_lr <= self.lr, f"end_lr {self.end_lr} is above lr {self.lr}; lower it")
         require(
-            self.attentive_heads is None or self.head == "attentive",
-            "attentive_heads needs --head attentive",
+            self.attentive_heads is None or self.head == "attentive", "attentive_heads needs --head attentive"
         )
         require(
             self.head_norm == "layer" or micro is None or micro >= self.batch_size,
@@ -180,16 +177,13 @@ class FinetuneSettings(EvalSettings):
         return bool(self.mixup or self.cutmix)
 
     @property
-    def actual_layer_decay(self) -> float:
-        """The layer decay in use."""
-        usual = 1.0 if self.lora.rank else WHOLE_LAYER_DECAY
-        return usual if self.layer_decay is None else self.layer_decay
-
-    @property
-    def actual_drop_path(self) -> float:
-        """The drop-path rate in use."""
-        usual = 0.0 if self.lora.rank else WHOLE_DROP_PATH
-        return usual if self.drop_path is None else self.drop_path
+    def decay_and_drop_path(self) -> tuple[float, float]:
+        """Layer decay and drop-path rate in use: MAE's for ViT-B/16 (its FINETUNE.md), none with LoRA."""
+        decay, rate = (1.0, 0.0) if self.lora.rank else (0.65, 0.1)
+        return (
+            decay if self.layer_decay is None else self.layer_decay,
+            rate if self.drop_path is None else self.drop_path,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,27 +224,21 @@ class TuneConfig(RunConfig):
             **dict.fromkeys(("train", "val", "weights", "epoch_samples")),
             normalize="given",
         )
+
+        def same(*names: str) -> dict[str, Any]:
+            return {name: getattr(settings, name) for name in names}
+
         return cls(
             seed=settings.seed,
             model=model,
             data=data,
             optim=OptimConfig(
-                lr=settings.lr,
                 start_lr=settings.end_lr,
-                end_lr=settings.end_lr,
-                warmup=settings.warmup,
-                weight_decay=settings.weight_decay,
-                betas=settings.betas,
-                clip_grad=settings.clip_grad,
+                **same("lr", "end_lr", "warmup", "weight_decay", "betas", "clip_grad"),
             ),
             train=TrainConfig(
                 duration=f"{settings.epochs}ep",
-                batch_size=settings.batch_size,
-                micro_batch_size=settings.micro_batch_size,
-                precision=settings.precision,
-                device=settings.device,
-                deterministic=settings.deterministic,
-                activation_checkpointing=settings.activation_checkpointing,
+                **same("batch_size", "micro_batch_size", "precision", "device", "deterministic"),
             ),
             checkpoint=TuneCheckpoint(
                 every=settings.save_every, keep=1, keep_best=None if settings.val is None else "top1"
