@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from einops import rearrange
 from jaxtyping import Float, Int64
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
 from nextblock.checkpoint import MODEL_FILE
-from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, pair
+from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size
 from nextblock.data import (
     BadSample,
     Batch,
@@ -47,7 +46,6 @@ from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import FeatureConfig, ImageClassifier, pool_features
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict
-from nextblock.train.distributed import ALONE, Group
 from nextblock.train.runtime import autocast
 
 __all__ = [
@@ -62,7 +60,6 @@ __all__ = [
     "encoder_extract",
     "evaluation_data",
     "features_of_batch",
-    "gather_features",
     "iterate_features",
     "open_model",
     "pixel_extract",
@@ -237,67 +234,6 @@ def collect_features(batches: Iterable[FeatureBatch]) -> Features:
         raise NoFeaturesError(f"none of the images could be read ({len(bad)} bad{first})")
     features = tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
     return Features(features, torch.cat(samples), tuple(bad))
-
-
-def gather_features(
-    extract: Extract,
-    source: Source,
-    data: DataConfig,
-    image_size: Size,
-    *,
-    batch_size: int,
-    indices: Int64[np.ndarray, " n"] | None = None,
-    device: torch.device,
-    group: Group = ALONE,
-    should_stop: Callable[[], bool] = bool,
-) -> Features | None:
-    """Take features of a source's images, or of those at `indices`, each rank of its share; all get all.
-
-    They come in the order asked for, in main memory. `extract` must call the model once a batch: a rank
-    whose share is used up gives it an image of zeros, as the others may need its part of the model. None if
-    `should_stop`, which is asked once a batch and must answer alike on all ranks. Raises
-    `NonFiniteFeaturesError`, and `NoFeaturesError` if no image could be read, on all ranks.
-    """
-    workers = resolve_workers(data.workers, source, group.sharing_cores)
-    found: list[FeatureBatch] = []
-    failure: NonFiniteFeaturesError | None = None
-    for batch in eval_batches(source, data, image_size, batch_size, indices, workers, group.rank, group.size):
-        if should_stop():
-            return None
-        try:
-            part = features_of_batch(batch, extract, data, device)
-        except NonFiniteFeaturesError as error:
-            failure = failure or error  # the others learn it at the end: until then they need this rank
-            continue
-        if group.size > 1 and not part.features:
-            with torch.no_grad():
-                unused = extract(torch.zeros(1, data.channels, *pair(image_size), device=device))
-            part = part._replace(features=tuple(one[:0] for one in unused))
-        found.append(part._replace(features=tuple(one.cpu() for one in part.features)))
-    failures = [one for one in group.gather(str(failure) if failure else None) if one]
-    if failures:
-        raise failure or NonFiniteFeaturesError(failures[0])
-    own = collect_features(found)
-    if group.size == 1:
-        return own
-    shares = group.gather((len(own.samples), own.bad))
-    counts, bad = [count for count, _ in shares], tuple(one for _, of_rank in shares for one in of_rank)
-    if not any(counts):
-        return collect_features([FeatureBatch((), own.samples, bad)])  # which says why there is none
-    features = tuple(_gather_rows(one, counts, group) for one in own.features)
-    return Features(features, _gather_rows(own.samples, counts, group), bad)
-
-
-def _gather_rows(own: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-    """The rows of all ranks in their order, on all ranks; `counts` says how many each has."""
-    # Each rank sends its rows into their place: unlike `all_gather`, that takes no second copy of them all.
-    whole = own.new_empty(sum(counts), *own.shape[1:])
-    for rank, part in enumerate(whole.split(list(counts))):
-        if rank == group.rank:
-            part.copy_(own)
-        if len(part):
-            dist.broadcast(part, src=rank)
-    return whole
 
 
 # ------------------------------------------------------------------------------------------ what they need
