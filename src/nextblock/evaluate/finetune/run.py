@@ -347,6 +347,13 @@ def _measure(
         rows.append({"encoder": encoder, "split": split, **measures.row(), "epoch": epoch})
         rights.append(measures.right)
         if encoder == MODEL:
+            trained = f"adapters of rank {config.lora.rank}" if config.lora.rank else "the whole network"
+            chosen = f"epoch {epoch} was the best on val." if val else "the last one is measured."
+            notes.insert(
+                0,
+                f"Trained: {trained} and a {config.head} head, {count(config.epochs, 'epoch')} of "
+                f"{count(len(train_on.source), 'image')} of {config.train}; {chosen}",
+            )
             facts = {"class_names": names, "per_class": measures.per_class, "confusion": measures.confusion}
             facts |= {"train_images": len(train_on.source)}
             with group.together():

@@ -79,7 +79,7 @@ class FinetuneSettings(EvalSettings):
     """Labelled images to measure on, once, at the end."""
     val: str | None = None
     """Labelled images to choose the best epoch on; with neither val nor test a tenth of train is held out."""
-    out: str  # type: ignore[assignment] # a run needs a place
+    out: str = field()  # required: a run needs a place
     """Directory for the result, the classifier and the run; the same command resumes in it."""
     baselines: bool = True
     """Also train the same network from scratch; false halves the time."""
