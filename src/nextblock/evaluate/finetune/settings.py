@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from nextblock.config import (
@@ -26,10 +26,8 @@ from nextblock.settings import (
     Share,
     check_types,
     duration,
-    flatten,
     require,
     require_range,
-    to_dict,
 )
 
 Kind = Literal["linear", "attentive"]
@@ -38,10 +36,10 @@ Decay = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1 (1: the sa
 LAYERS: dict[Kind, int] = {"linear": 1, "attentive": 6}
 """Last layers that a head sees unless they are given."""
 
-FREE = (
+FREE = {
     *("model", "train", "val", "test", "out", "num_heads", "device", "workers", "max_bad_fraction"),
     *("encode_batch_size", "cache", "overwrite", "baselines", "save_every", "val_every"),
-)
+}
 """Settings that change no weight, or name what is known by its content."""
 
 
@@ -50,9 +48,9 @@ class LoraSettings:
     """Low-rank adapters on the attention of a frozen encoder, merged into it at the end."""
 
     rank: Natural | None = None
-    """Rank of the adapters, such as 8; null or 0: no adapters, the whole network is trained."""
+    """Rank of the adapters, such as 8; none or 0: no adapters, the whole network is trained."""
     alpha: Positive | None = None
-    """What adapters add is multiplied by alpha / rank; null: the rank, so by 1."""
+    """What adapters add is multiplied by alpha / rank; none: the rank, so by 1."""
     dropout: Rate = 0.0
     """Share of an adapter's inputs that is dropped in training."""
 
@@ -88,23 +86,23 @@ class FinetuneSettings(EvalSettings):
     head: Kind = "linear"
     """A linear layer on the mean patch, or one on patches pooled by a learned query."""
     layers: Count | None = None
-    """Mean of the outputs of this many last layers; null: 1 for the linear head, 6 for the attentive one."""
+    """Mean of the outputs of this many last layers; none: 1 for the linear head, 6 for the attentive one."""
     head_norm: Literal["layer", "batch"] = "layer"
     """Norm of the head's input: the encoder's final norm, or a batch norm as probes have it."""
     attentive_heads: Count | None = None
-    """Attentive head: attention heads; must divide the encoder's width. null: 16."""
+    """Attentive head: attention heads; must divide the encoder's width. none: 16."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
     """Of encoders with a class token: patches alone, class token, class token and mean patch joined, all."""
     attention: Attention = "native"
     """Attention mask to train and use it with: `native` (as trained for), `causal`, or `full`."""
     image_size: Size | None = None
-    """Another side in pixels, or (rows, columns), with positions resampled; null: the model's own."""
+    """Another side in pixels, or (rows, columns), with positions resampled; none: the model's own."""
     epochs: Count = 100
     """How often every image is seen."""
     batch_size: Count = 256  # type: ignore[assignment] # nothing is encoded here
     """Images per optimizer step, over all processes; a last partial batch of an epoch is dropped."""
     micro_batch_size: Count | None = None
-    """Images per forward pass of a process; lower it when memory runs out; null: its share of the batch."""
+    """Images per forward pass of a process; lower it when memory runs out; none: its share of the batch."""
     lr: Positive = 5e-4
     """Peak learning rate of AdamW, of the head; used as it is, never scaled by the batch size."""
     end_lr: Amount = 1e-6
@@ -112,21 +110,21 @@ class FinetuneSettings(EvalSettings):
     warmup: Annotated[str, duration("ep", "st", "sa", "%", least=0)] = "5%"
     """Length of the linear warm-up: 5ep, 500st, or a share of the run such as 5%."""
     layer_decay: Decay | None = None
-    """Each layer learns at this share of the rate of the one above it; null: 0.65, and 1 with LoRA."""
+    """Each layer learns at this share of the rate of the one above it; none: 0.65, and 1 with LoRA."""
     weight_decay: Amount = 0.05
     """Decay of weights; biases, norms, positions, class and register tokens are not decayed."""
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     """AdamW's two decay rates."""
     clip_grad: Positive | None = 1.0
-    """Clip the gradient's norm to this; null: no clipping."""
+    """Clip the gradient's norm to this; none: no clipping."""
     drop_path: Rate | None = None
-    """Drop-path rate of the last layer, growing linearly from 0 at the first; null: 0.1, and 0 with LoRA."""
+    """Drop-path rate of the last layer, growing linearly from 0 at the first; none: 0.1, and 0 with LoRA."""
     augment: Literal["none", "crop", "timm"] = "crop"
     """none: the centre crop; crop: a random crop and flip; timm: RandAugment and random erasing besides."""
     crop_scale: tuple[float, float] | None = None
-    """augment crop: share of the image's area that a crop covers, drawn uniformly; null: 0.08 to 1."""
+    """augment crop: share of the image's area that a crop covers, drawn uniformly; none: 0.08 to 1."""
     flip: Share | None = None
-    """augment crop, timm: probability of a horizontal flip; null: that of the model's run, else a half."""
+    """augment crop, timm: probability of a horizontal flip; none: that of the model's run, else a half."""
     mixup: Amount = 0.0
     """Mix pairs of images and their labels by a share from Beta(mixup, mixup); 0: off."""
     cutmix: Amount = 0.0
@@ -135,7 +133,7 @@ class FinetuneSettings(EvalSettings):
     label_smoothing: Rate = 0.1
     """Share of a label's weight that is spread over all classes."""
     ema_decay: Rate | None = None
-    """Average the weights over steps with this decay, such as 0.9999, and keep the average; null: off."""
+    """Average the weights over steps with this decay, such as 0.9999, and keep the average; none: off."""
     val_every: Count = 1
     """Measure on val after every so many epochs, and after the last."""
     save_every: Annotated[str, duration("ep", "st", "sa", "min")] = "1ep"
@@ -262,10 +260,10 @@ class TuneConfig(RunConfig):
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings in which two are not the same run: {name: (here, there)}."""
-        assert isinstance(other, TuneConfig)
-        mine, theirs = (
-            {name: value for name, value in flatten(to_dict(one.finetune)).items() if name not in FREE}
-            | flatten({"encoder": to_dict(one.model)})
-            for one in (self, other)
-        )
-        return {name: (value, theirs.get(name)) for name, value in mine.items() if theirs.get(name) != value}
+        found = {name.removeprefix("finetune."): pair for name, pair in super().differences(other).items()}
+        ours = {one.name for one in fields(FinetuneSettings)} - FREE
+        return {
+            n: pair
+            for n, pair in found.items()
+            if n.partition(".")[0] in ours or n.startswith(("data.", "model."))
+        }
