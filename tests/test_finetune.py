@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_the_classifier_kept_measures_as_reported(tmp_path):
 
 def test_another_image_size_makes_a_model_of_that_size(tmp_path):
     run(tmp_path, replace(QUICK, epochs=1, image_size=24, attention="full"))
-    classifier = load(tmp_path / "classifier")
+    classifier: Any = load(tmp_path / "classifier")
     assert classifier.encoder_model.config.image_size == 24
     assert classifier.encoder_model.config.feature_attention == "full"
     assert classifier(torch.zeros(2, 3, 24, 24)).shape == (2, 4)

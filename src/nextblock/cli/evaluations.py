@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nextblock.cli.output import end_with_json, say
 from nextblock.launch import find_world, launch
+from nextblock.settings import Count
 
 if TYPE_CHECKING:
     from nextblock.evaluate.evaluation import Result
@@ -26,7 +27,9 @@ def run_verb(
     from nextblock.cli.arguments import Parser, parse_settings
 
     parser = Parser(verb, about)
-    parser.add_argument("--devices", type=int, help="processes on this machine, one for each GPU or CPU core")
+    parser.add_argument(
+        "--devices", type=Count, help="processes on this machine, one for each GPU or CPU core"
+    )
     values, is_json = parse_settings(parser, settings, argv, overwrite="another result")
     devices = values.pop("devices")
     if devices is not None:

@@ -25,6 +25,7 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
     from nextblock.cli.arguments import Parser, parse_run
     from nextblock.launch import find_world, launch
+    from nextblock.settings import Count
 
     parser = Parser("pretrain", "Train a vision transformer to predict the next block of an image.")
     parser.add_argument(
@@ -36,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="start over if --out holds another run")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument(
-        "--devices", type=int, help="processes on this machine, one for each GPU (or CPU core)"
+        "--devices", type=Count, help="processes on this machine, one for each GPU (or CPU core)"
     )
     config, options = parse_run(parser, [*_recorded_settings(argv), *argv])
     if options.devices is not None:

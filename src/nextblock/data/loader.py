@@ -329,5 +329,5 @@ class QuarantineLog:
             raise TooManyBadImages(
                 f"{self.count} of {self._num_files} files cannot be read, more than {self._setting} "
                 f"{self._max_bad_fraction:g} allows. The first are:{first}\nAll are listed in {self._path}. "
-                "Fix or remove them and delete that list, or raise {self._setting}."
+                f"Fix or remove them and delete that list, or raise {self._setting}."
             )

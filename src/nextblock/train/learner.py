@@ -106,8 +106,12 @@ class Learner(ABC):
         """The parts of the model, and what becomes of an image, for a run's first lines."""
 
     @abstractmethod
-    def reference_losses(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
-        """The loss on these images of predictions that need no model, by name."""
+    def reference_losses(self, own: Sequence[UInt8[Tensor, "_ c h w"]], most: int) -> dict[str, float]:
+        """The loss of predictions that need no model, by name, on the first `most` images.
+
+        `own` are this rank's; with those of the others they do not depend on ranks or micro-batches. Empty
+        if there is none.
+        """
 
     @abstractmethod
     def validate(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -171,7 +171,7 @@ class FineTuner(Learner):
 
     # ------------------------------------------------------------------------------------------ measuring
 
-    def reference_losses(self, images: Tensor) -> dict[str, float]:  # noqa: ARG002
+    def reference_losses(self, own: Sequence[Tensor], most: int) -> dict[str, float]:  # noqa: ARG002
         """The loss of finding all classes equally likely, whatever the label smoothing."""
         return {"uniform": math.log(self.model.head_config.num_classes)}
 
