@@ -33,7 +33,7 @@ SHORT_RUN = [*("--train.duration", "2st", "--train.batch_size", "8", "--train.mi
 SHORTENED = {
     "pretrain": [*TINY_MODEL, *SHORT_RUN, "--train.precision", "fp32", "--optim.warmup", "1st"],
     "probe": ["--epochs", "2", "--batch_size", "8"],
-    "finetune": ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1"],
+    "finetune": ["--epochs", "2", "--batch_size", "8", "--warmup", "1ep"],
     "fewshot": ["--draws", "2"],
 }
 

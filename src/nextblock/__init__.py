@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextblock.cli.finetune import finetune
     from nextblock.cli.predict import predict
     from nextblock.cli.pretrain import pretrain
     from nextblock.cli.probe import probe
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from nextblock.evaluate.classify import classify
     from nextblock.evaluate.embed import embed
     from nextblock.evaluate.fewshot import fewshot
+    from nextblock.evaluate.finetune.run import finetune
     from nextblock.evaluate.knn import knn
     from nextblock.evaluate.search import search
     from nextblock.interop import create_model, load
@@ -61,6 +61,7 @@ _HOMES = {
     "classify": "evaluate.classify",
     "embed": "evaluate.embed",
     "fewshot": "evaluate.fewshot",
+    "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",
     "load": "interop",
     "search": "evaluate.search",

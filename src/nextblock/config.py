@@ -300,6 +300,10 @@ class RunConfig:
                 f"{name} {metric} needs monitor.knn_every, e.g. --monitor.knn_every 5ep",
             )
 
+    def flag(self, name: str) -> str:
+        """What the command line calls a setting, for messages."""
+        return name
+
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Dotted settings in which two configs are not the same run: {name: (here, there)}."""
         # By setting, as files have them: a resumed run must compute the same, wherever it is stored.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
     from nextblock.cli.arguments import Parser, parse_run
     from nextblock.launch import find_world, launch
-    from nextblock.settings import Count, require
+    from nextblock.settings import Count
 
     parser = Parser("pretrain", "Train a vision transformer to predict the next block of an image.")
     parser.add_argument(
@@ -41,29 +40,13 @@ def run(argv: Sequence[str]) -> int:
         "--devices", type=Count, help="processes on this machine, one for each GPU (or CPU core)"
     )
     config, options = parse_run(parser, [*_recorded_settings(argv), *argv])
-    world = find_world()
     if options.devices is not None:
-        require(
-            world.launcher is None,
-            f"--devices {options.devices} starts processes, and {world.launcher} has done so; leave it out",
-        )
-        debug = ["--debug"] * ("--debug" in sys.argv)  # taken from `argv` already
-        words = ["pretrain", *_without_devices(argv), *debug]
-        return launch(words, options.devices, config.train.device)
+        return launch("pretrain", argv, options.devices, config.train.device)
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
-    if options.json and world.rank == 0:
+    if options.json and find_world().rank == 0:
         values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}
         end_with_json(values)
     return 0 if result.is_finished else 128 + signal.Signals[str(result.stopped_by)]
-
-
-def _without_devices(argv: Sequence[str]) -> list[str]:
-    """The words of a command for each of the processes that --devices asks for."""
-    words = [word for word in argv if not word.startswith("--devices=")]
-    if "--devices" in words:
-        place = words.index("--devices")
-        del words[place : place + 2]
-    return words
 
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:

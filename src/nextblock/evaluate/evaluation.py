@@ -59,6 +59,9 @@ PROGRESS_EVERY_S = 10.0
 class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
     """A signal stopped an evaluation; what was encoded is kept if there is a place for it."""
 
+    is_told = True
+    """All ranks raise it, and rank 0 says so."""
+
     def __init__(self, by: signal.Signals, message: str) -> None:
         super().__init__(message)
         self.signal = by
