@@ -18,7 +18,7 @@ import yaml
 
 import nextblock
 from nextblock.cli import VERBS, main
-from nextblock.cli.output import quote
+from nextblock.logs import quote
 from nextblock.presets import PRESETS
 from tiny_runs import (
     TINY_FLAGS,
@@ -164,7 +164,7 @@ def test_too_many_broken_pictures_stop_the_run_with_the_first_ten(tiny, tmp_path
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_stopped_by_a_signal_is_saved_and_says_so(tiny, tmp_path, monkeypatch, number, code):
-    monkeypatch.setattr("nextblock.cli.pretrain._monitors", lambda *_: [SignalAt(2, number)])
+    monkeypatch.setattr("nextblock.pretraining._monitors", lambda *_: [SignalAt(2, number)])
     stopped, out, err = tiny("--json")
     assert stopped == code
     assert json.loads(out)["stopped_by"] == number.name
@@ -192,7 +192,7 @@ def test_an_unforeseen_error_and_ctrl_c_are_one_line(tiny, monkeypatch, error, c
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("nextblock.cli.pretrain._monitors", broken)
+    monkeypatch.setattr("nextblock.pretraining._monitors", broken)
     assert refused(tiny(), code=code).endswith(message)
 
 

@@ -15,12 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nextblock.cli.arguments import resolve
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import ConcatSource, Source, open_source
 from nextblock.data.advice import Checkup
 from nextblock.data.doctor import IMAGE, Examination, crops_per_core_s, examine, shared_images
-from nextblock.presets import get_preset
+from nextblock.presets import get_preset, resolve
 from tiny_runs import call_cli, refused, write_images
 from toy import ToySource
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
+from nextblock.cli.weights import info
 from safetensors.torch import save_file
 
 from nextblock.checkpoint import (
@@ -16,7 +17,6 @@ from nextblock.checkpoint import (
     UnknownFormatError,
     save_model,
 )
-from nextblock.cli.info import run as info
 from nextblock.interop import create_model, initialize, load, load_model
 from nextblock.interop.files import LoadOptions
 from nextblock.models import NextBlockModel

@@ -99,7 +99,7 @@ def test_other_images_are_refused_with_their_numbers(stopped):
 
 def test_images_may_move_between_two_starts(tmp_path, monkeypatch):
     write_images(tmp_path / "here", 10)
-    monkeypatch.setattr("nextblock.cli.pretrain._monitors", lambda *_: [SignalAt(2, signal.SIGINT)])
+    monkeypatch.setattr("nextblock.pretraining._monitors", lambda *_: [SignalAt(2, signal.SIGINT)])
     config, reporter = settings({"train.duration": "4st"}), Quiet()
     for place, stop in (("here", 2), ("there", 4)):
         (tmp_path / "here").rename(tmp_path / place)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from nextblock.cli.fewshot import fewshot
     from nextblock.cli.finetune import finetune
     from nextblock.cli.knn import knn
-    from nextblock.cli.predict import predict
-    from nextblock.cli.pretrain import pretrain
     from nextblock.cli.probe import probe
     from nextblock.cli.search import search
     from nextblock.cli.suite import suite
@@ -24,7 +22,9 @@ if TYPE_CHECKING:
     from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
+    from nextblock.prediction import predict
     from nextblock.presets import list_presets
+    from nextblock.pretraining import pretrain
 
 from nextblock.version import __version__ as __version__
 
@@ -59,6 +59,8 @@ _HOMES = {
     "create_model": "interop",
     "list_presets": "presets",
     "load": "interop",
+    "predict": "prediction",
+    "pretrain": "pretraining",
 }
 
 
