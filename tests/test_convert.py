@@ -15,10 +15,10 @@ import pytest
 import timm
 import torch
 import yaml
-from nextblock.cli.weights import convert as run
 from timm.models.vision_transformer import VisionTransformer
 
 from nextblock.checkpoint import CheckpointError, read_data, save_model
+from nextblock.cli.weights import convert as run
 from nextblock.config import DataConfig
 from nextblock.interop import load, load_model
 from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance

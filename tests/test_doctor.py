@@ -324,7 +324,7 @@ def test_several_sources_are_one_compared_with_validation_and_a_cut_archive_is_a
     ("words", "message"),
     [
         (("nowhere",), "there is no such directory"),
-        (("digits", "--samples", 0), "samples is 0; use at least 1"),
+        (("digits", "--samples", 0), "samples is '0'; it must be a whole number from 1 or none"),
         (("digits", "--images_per_s", ".nan"), "images_per_s is '.nan'; it must be a number"),
         (("digits", "--out", "/dev/null/x.json"), "cannot be written; name"),
     ],

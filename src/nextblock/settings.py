@@ -160,7 +160,7 @@ def _read(value: Any, hint: Any) -> Any:
             kinds = args[:1] * len(parts) if args[-1] is Ellipsis else args
             return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))
     elif hint is type(None):
-        if text is None or text.lower() in NONE_WORDS:
+        if value is None or (text or "").lower() in NONE_WORDS:
             return None
     elif hint is str and isinstance(value, str | Path):
         # Only `~` and `~/` are homes: `~x` is a folder's name like any. os.path's expanduser and not

@@ -87,8 +87,8 @@ def _help() -> str:
     verbs = "\n".join(f"  {verb:<10}{VERBS[verb].about}" for verb in _commands())
     return (
         "Pre-train a vision transformer by predicting the next block of an image.\n\n"
-        "  nextblock doctor DIR                            # are the images fit?\n"
-        "  nextblock pretrain --data.train DIR --out RUN   # the same command again resumes\n"
+        "  nextblock doctor DIR                            # look at the images first\n"
+        "  nextblock pretrain --data.train DIR --out RUN   # again: resume\n"
         "  nextblock report RUN\n\n"
         f"commands:\n{verbs}\n\n"
         "nextblock COMMAND --help explains one. --debug shows where an error comes from.\n"

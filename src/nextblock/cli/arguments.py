@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
             name, has_value, value = word.partition("=")
             if not name.startswith("--"):
                 if not has_places:
-                    rest = list(takewhile(lambda one: not one.startswith("-"), [word, *left]))
+                    rest = [word, *takewhile(lambda one: not one.startswith("-"), left)]
                     meant = self._meant_by_words(rest, words[-1] if words else "", known)
                     raise UsageError(f"{word!r} belongs to no setting; {meant}")
                 words.append(word)
@@ -336,9 +336,7 @@ def _read_file(path: str, hints: Mapping[str, Any], others: Collection[str]) -> 
     for name, (value, where) in read_yaml(path).items():
         if name not in hints:
             meant = suggestion(name, list(hints))
-            why = f"unknown setting {name}; " + (
-                f"did you mean {meant}?" if meant else "--help-all lists all"
-            )
+            why = f"unknown setting {name}; " + (f"did you mean {meant}?" if meant else "see --help-all")
             if any(known.startswith(f"{name}.") for known in hints):
                 why = f"{name} must be settings, `name: value` on lines of their own below"
             elif name in others:
