@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+from nextblock.logs import counted
 from nextblock.model_config import Attention as Attention
 from nextblock.model_config import ModelConfig, Rate, Section, pair
 from nextblock.model_config import Size as Size
@@ -26,6 +27,7 @@ from nextblock.settings import (
     require,
     require_range,
     to_dict,
+    typed,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -99,10 +101,10 @@ class DataConfig(Section):
         super().__post_init__()
         specs, weights = self.train_specs, self.weights
         require(self.train != () != weights, "data.train or data.weights is empty; name one or several")
-        require(len(set(specs)) == len(specs), f"data.train names a source twice: {list(specs)}")
+        require(len(set(specs)) == len(specs), f"data.train names a source twice: {typed(specs)}")
         require(
             weights is None or not specs or len(specs) == len(weights),
-            f"data.train names {len(specs)} source{'s' * (len(specs) > 1)} and data.weights "
+            f"data.train names {counted(len(specs), 'source')} and data.weights "
             f"{len(weights or ())}; give --data.train once for each weight, or set data.weights auto",
         )
         require(
@@ -118,7 +120,8 @@ class DataConfig(Section):
         )
         require(
             len(self.mean) == len(self.std) > 0,
-            f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}; give as many of each",
+            f"data.mean has {counted(len(self.mean), 'channel')} and data.std {len(self.std)}; "
+            "give as many of each",
         )
 
     @property
@@ -303,7 +306,7 @@ class RunConfig:
         )
         require(
             self.data.normalize == "auto" or len(self.data.mean) == channels,
-            f"data.mean has {len(self.data.mean)} channels, model.in_chans is {channels}; "
+            f"data.mean has {counted(len(self.data.mean), 'channel')}, model.in_chans is {channels}; "
             "give as many numbers, also for data.std, or use data.normalize auto",
         )
 

@@ -83,18 +83,13 @@ class Parser(argparse.ArgumentParser):
 
     def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
         """A flag for each setting of a config, which `parse` returns if it is given; the settings' types."""
-        # A section of the config becomes a group of the help. No defaults: a flag that is not given must not
-        # hide what a file says.
-        groups: dict[str, Any] = {"": super()}
         hints = {}
         for setting in setting_types(cls, f"{section}." if section else ""):
-            part, _, leaf = setting.name.rpartition(".")
-            if leaf in skip:
+            if setting.name.rpartition(".")[2] in skip:
                 continue
-            if part not in groups:
-                groups[part] = self.add_argument_group(part)
+            # No defaults: a flag that is not given must not hide what a file says.
             options = {"action": "append", "default": argparse.SUPPRESS, "metavar": _metavar(setting.hint)}
-            self.described.append((groups[part].add_argument(f"--{setting.name}", **options), setting))
+            self.described.append((super().add_argument(f"--{setting.name}", **options), setting))
             hints[setting.name] = setting.hint
         self.hints |= hints
         return hints

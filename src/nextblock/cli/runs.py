@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nextblock.atomic import RUN_FILES, is_locked
 from nextblock.cli.arguments import Parser
-from nextblock.cli.output import end_with_json, say
+from nextblock.cli.output import end_with_json
 from nextblock.logs import clock, printable
 from nextblock.settings import require
 
@@ -71,13 +71,12 @@ def runs(argv: Sequence[str]) -> int:
         table.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, (printable(row["run"]), row["status"], *_cells(row))))
-    if rows:
-        Console().print(table)
-    else:
-        say(f"no runs below {printable(str(top))}")
+    console = Console()
+    console.print(table if rows else f"no runs below {printable(str(top))}", markup=False, highlight=False)
     for row in rows:
         if row["message"] is not None:
-            say(printable(f"{row['run']}: {row['status']}: {row['message']}"))
+            text = printable(f"{row['run']}: {row['status']}: {row['message']}")
+            console.print(text, highlight=False, markup=False, emoji=False)
     if options.json:
         end_with_json(rows)
     return 0

@@ -7,6 +7,7 @@ import math
 from nextblock.checkpoint import latest_checkpoint
 from nextblock.config import RunConfig, pair
 from nextblock.data import TrainLoader
+from nextblock.logs import counted
 from nextblock.train.run_dir import RunDir
 from nextblock.train.runtime import device_name
 from nextblock.train.trainer import Trainer
@@ -40,8 +41,9 @@ def opening_lines(
         f"image {times(pair(settings.image_size))} px -> {times(settings.grid)} patches of "
         f"{settings.patch_size} px -> {times(settings.block_grid)} blocks of "
         f"{times(pair(settings.block_size))} patches",
-        f"{images:,} images, batch {batch_size:,}{in_parts} -> {loader.steps_per_epoch:,} steps an epoch, "
-        f"{total_steps:,} steps in {total_steps / loader.steps_per_epoch:,.4g} epochs",
+        f"{counted(images, 'image')}, batch {batch_size:,}{in_parts} -> "
+        f"{counted(loader.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(total_steps, 'step')} in {total_steps / loader.steps_per_epoch:,.4g} epochs",
         f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {config.checkpoint.every} in "
         f"{run.checkpoints}, the latest {config.checkpoint.keep} kept",
     ]
