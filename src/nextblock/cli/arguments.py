@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
         self.hints: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.described: list[tuple[argparse.Action, Setting]] = []
+        self.before: dict[str, str] = {}  # the word before each that belongs to no flag
         super().__init__(
             prog=f"nextblock {verb}", allow_abbrev=False, add_help=False, conflict_handler="resolve"
         )
@@ -88,8 +89,13 @@ class Parser(argparse.ArgumentParser):
             if setting.name.rpartition(".")[2] in skip:
                 continue
             # No defaults: a flag that is not given must not hide what a file says.
-            options = {"action": "append", "default": argparse.SUPPRESS, "metavar": _metavar(setting.hint)}
-            self.described.append((super().add_argument(f"--{setting.name}", **options), setting))
+            action = super().add_argument(
+                f"--{setting.name}",
+                action="append",
+                default=argparse.SUPPRESS,
+                metavar=_metavar(setting.hint),
+            )
+            self.described.append((action, setting))
             hints[setting.name] = setting.hint
         self.hints |= hints
         return hints
@@ -113,6 +119,7 @@ class Parser(argparse.ArgumentParser):
                     rest = [word, *takewhile(lambda one: not one.startswith("-"), left)]
                     meant = self._meant_by_words(rest, words[-1] if words else "", known)
                     raise UsageError(f"{word!r} belongs to no setting; {meant}")
+                self.before.setdefault(word, words[-1] if words else "")
                 words.append(word)
                 continue
             # `--batch-size` is as good as `--batch_size`.
@@ -209,7 +216,8 @@ class Parser(argparse.ArgumentParser):
         if what == "the following arguments are required":
             message = f"{' and '.join(names.split(', '))} must be given; see {self.prog} --help"
         elif what == "unrecognized arguments":
-            message = f"{names} is too much; see {self.prog} --help"
+            meant = self._meant_by_words(names.split(), self.before.get(names.split()[0], ""), ())
+            message = f"{names} is too much; {meant}"
         raise UsageError(message)
 
 

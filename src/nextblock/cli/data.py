@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nextblock.data.advice import Checkup
     from nextblock.data.doctor import Examination
 
+Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0, up to 1")]
 SOURCE = "images: a directory, X.tar, hf:NAME,split=train or any other source"
 READING = {"channels", "decoder", "background", "max_bad_fraction", "max_pixels", "cache_dir", "cache_gb"}
 """Settings of data that reading a source needs."""
@@ -78,12 +79,11 @@ def pack(argv: Sequence[str]) -> int:
 
 def sample(argv: Sequence[str]) -> int:
     """Write a list of some images."""
-    above_0 = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0, up to 1")]
     parser = Parser("data sample")
     add = parser.add_argument
     add("src", type=str, help=SOURCE)
     add("out", type=str, help="file to write the list to")
-    add("--fraction", type=above_0 | None, help="share of the images, up to 1")
+    add("--fraction", type=Fraction | None, help="share of the images, up to 1")
     add("--count", type=Natural | None, help="number of images")
     add("--per_class", type=Natural | None, help="number of images of each class")
     add("--seed", type=int, default=0, help="equal seeds draw equal images (default: 0)")

@@ -24,7 +24,8 @@ def run(argv: Sequence[str]) -> int:
     share = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1")]
     parser = Parser("plan")
     add = parser.add_argument
-    add("--gpu", type=Literal[*GPUS] | None, help="the GPU, or another with --gpu_memory_gb and --gpu_tflops")
+    known: Any = Literal[*GPUS]
+    add("--gpu", type=known | None, help="the GPU, or another with --gpu_memory_gb and --gpu_tflops")
     add("--gpus", type=Count, default=1, help="number of GPUs (default: 1)")
     add("--gpus_per_node", type=Count, default=8, help="GPUs of a machine (default: 8)")
     add("--gpu_memory_gb", type=Positive | None, help="memory of a GPU")
@@ -34,9 +35,7 @@ def run(argv: Sequence[str]) -> int:
     config, options = parse_run(parser, argv)
     memory_gb, tflops = options.gpu_memory_gb, options.gpu_tflops
     is_known = options.gpu is not None or None not in (memory_gb, tflops)
-    require(
-        is_known, f"--gpu must be given: {describe_type(Literal[*GPUS])}; or --gpu_memory_gb and --gpu_tflops"
-    )
+    require(is_known, f"--gpu must be given: {describe_type(known)}; or --gpu_memory_gb and --gpu_tflops")
     gpu = GPUS.get(str(options.gpu), Gpu(0, 0, 0, "", ""))
     peak = {} if tflops is None else {"tflops": tflops, "fp32_tflops": tflops, "source": "--gpu_tflops"}
     gpu = replace(gpu, memory_gb=memory_gb or gpu.memory_gb, **peak)
