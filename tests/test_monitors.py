@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import nextblock
-from nextblock.evaluate.features import gather_features
 from nextblock.evaluate.monitors import FeatureMonitor, rankme
+from nextblock.evaluate.table import FeatureTable
 from nextblock.plan import step_flops
 from nextblock.train import MonitorEvent
 from nextblock.train.runtime import device_use
@@ -124,9 +125,9 @@ def test_features_that_are_no_numbers_or_missing_are_told_and_the_run_goes_on(ca
     with torch.no_grad():
         next(model.encoder.norm.parameters()).fill_(torch.nan)
     assert measured(ToySource(24), ToySource(24, seed=1), model=model) == {}
-    assert "the features of 24 of 24 images are no numbers" in caplog.text
+    assert "24 of 24 feature vectors contain NaN or inf (first: image 0)" in caplog.text
     assert measured(None, ToySource(4, bad=range(4))) == {}
-    assert "none of the images could be read (4 bad, the first: toy-0[0]: truncated)" in caplog.text
+    assert "no image of toy-0 could be read; the first: toy-0[0]: truncated" in caplog.text
 
 
 def test_a_run_that_is_asked_to_stop_stops_after_a_batch():
@@ -155,30 +156,32 @@ def test_impossible_settings_are_refused():
 # ------------------------------------------------------------------------------------------- several ranks
 
 
-def gathered_here(count, bad):
+def filled_here(count, bad):
     source = ToySource(count, bad=bad)
 
-    def gather(group):
-        return gather_features(
+    def fill(group):
+        table = FeatureTable(
             lambda images: (images.mean((2, 3)), images.flatten(2)),
             source,
-            DATA,
+            replace(DATA, max_bad_fraction=1.0),
             16,
             batch_size=2,
-            indices=torch.arange(count).flip(0).numpy(),
             device=CPU,
             group=group,
         )
+        table.fill()
+        return table
 
-    features = in_group(gather)
-    return [one.numpy() for one in features.features], features.samples.tolist(), features.bad, source.reads
+    table = in_group(fill)
+    rows = table.readable()
+    return [table.read(rows, kind).numpy() for kind in (0, 1)], rows.tolist(), table.bad, source.reads
 
 
 @pytest.mark.parametrize(("count", "bad"), [(11, ()), (11, (0, 1, 2, 3, 9)), (2, ())])
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_a_source_and_all_get_its_features_in_order(world, count, bad):
-    alone, samples, unreadable, _ = gathered_here(count, bad)
-    found = run_ranks(world, gathered_here, count, bad)
+    alone, samples, unreadable, _ = filled_here(count, bad)
+    found = run_ranks(world, filled_here, count, bad)
     for features, *rest in found:
         assert all((mine == theirs).all() for mine, theirs in zip(features, alone, strict=True))
         assert rest[:2] == [samples, unreadable]
@@ -188,9 +191,10 @@ def test_ranks_share_a_source_and_all_get_its_features_in_order(world, count, ba
 
 
 def test_ranks_that_find_no_readable_image_all_say_so():
-    found = run_ranks(2, gathered_here, 4, range(4))
+    found = run_ranks(2, filled_here, 4, range(4))
     assert all(
-        str(one).startswith("NoFeaturesError: none of the images could be read (4 bad") for one in found
+        str(one).startswith("NoFeaturesError: no image of toy-0 could be read; the first: toy-0[0]")
+        for one in found
     )
 
 

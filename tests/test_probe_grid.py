@@ -15,7 +15,7 @@ from nextblock.config import ModelConfig, OptimConfig
 from nextblock.data import Source, keyed_rng
 from nextblock.evaluate.features import encoder_extract, seeded
 from nextblock.evaluate.layers import layer_choices
-from nextblock.evaluate.measures import Measures
+from nextblock.evaluate.metrics import Measures
 from nextblock.evaluate.probe.competition import choose
 from nextblock.evaluate.probe.config import ProbeConfig, Split, probe_config
 from nextblock.evaluate.probe.grid import Candidate, encoder_candidates

@@ -9,15 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextblock.cli.classify import classify
-    from nextblock.cli.embed import embed
-    from nextblock.cli.fewshot import fewshot
     from nextblock.cli.finetune import finetune
-    from nextblock.cli.knn import knn
     from nextblock.cli.probe import probe
-    from nextblock.cli.search import search
     from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
+    from nextblock.evaluate.classify import classify
+    from nextblock.evaluate.embed import embed
+    from nextblock.evaluate.fewshot import fewshot
+    from nextblock.evaluate.knn import knn
+    from nextblock.evaluate.search import search
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
@@ -58,9 +58,14 @@ _HOMES = {
     "convert": "interop.convert",
     "create_model": "interop",
     "list_presets": "presets",
+    "classify": "evaluate.classify",
+    "embed": "evaluate.embed",
+    "fewshot": "evaluate.fewshot",
+    "knn": "evaluate.knn",
     "load": "interop",
     "predict": "prediction",
     "pretrain": "pretraining",
+    "search": "evaluate.search",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = find_world()
     except LaunchError as error:
-        return _complain("nextblock", str(error), FAILURE)
+        return _complain(f"nextblock {verb}", str(error), USAGE_ERROR)
+    if world.size > 1:  # torch's own stack traces of broken connections, before it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if world.rank == 0:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     else:
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --print_config
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        return _complain(f"nextblock {verb}", "interrupted", 130)
+        return 130 if world.rank else _complain(f"nextblock {verb}", "interrupted", 130)
     except Exception as error:
         stopped_by = getattr(error, "signal", None)  # a long command was stopped, and its work is saved
         if "--debug" in rest and stopped_by is None:

@@ -14,18 +14,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
 from nextblock.checkpoint import MODEL_FILE
-from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size, pair
+from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size
 from nextblock.data import (
     BadSample,
     Batch,
@@ -36,16 +36,16 @@ from nextblock.data import (
     resolve_workers,
 )
 from nextblock.errors import UsageError
-from nextblock.evaluate.settings import EvaluationSettings
+from nextblock.evaluate.layers import layer_choices
+from nextblock.evaluate.settings import EvalSettings, EvaluationSettings, FrozenSettings, SearchSettings
 from nextblock.evaluate.unreadable import whole_of
-from nextblock.interop import open_encoder
+from nextblock.interop import load_classifier, open_encoder
 from nextblock.interop.load import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.heads import FeatureConfig, pool_features
+from nextblock.models.heads import FeatureConfig, ImageClassifier, pool_features
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict
-from nextblock.train.distributed import ALONE, Group
 from nextblock.train.runtime import autocast
 
 __all__ = [
@@ -60,7 +60,6 @@ __all__ = [
     "encoder_extract",
     "evaluation_data",
     "features_of_batch",
-    "gather_features",
     "iterate_features",
     "open_model",
     "pixel_extract",
@@ -106,6 +105,14 @@ class Features(NamedTuple):
 # -------------------------------------------------------------------------------------- images to features
 
 
+def pooled(settings: FrozenSettings | SearchSettings, depth: int) -> FeatureConfig:
+    """One vector an image, as the settings say, of an encoder with `depth` layers."""
+    (layers,) = layer_choices(settings.layers, depth)
+    return FeatureConfig(
+        layers=layers, norm_layers=True, tokens=settings.tokens, attention=settings.attention
+    )
+
+
 def encoder_extract(
     model: EncoderModel,
     wanted: Sequence[FeatureConfig],
@@ -142,6 +149,33 @@ def _encoder_features(
 def pixel_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
     """The normalised pixels themselves, as one vector an image."""
     return (rearrange(images, "b c h w -> b (c h w)"),)
+
+
+SMALL_PX = 16
+
+
+def small_pixels_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
+    """The images at 16 x 16 px as vectors: what any encoder should beat, and small enough for a million."""
+    return (rearrange(adaptive_avg_pool2d(images.float(), SMALL_PX), "b c h w -> b (c h w)"),)
+
+
+def histogram_extract(data: DataConfig) -> Extract:
+    """Colour histograms of normalised images: 4 levels of each channel jointly, and 32 of each alone.
+
+    Roots of the shares, so that the dot product of two is their overlap (the Bhattacharyya coefficient). Of
+    more than three channels the joint part uses the first three.
+    """
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (data.mean, data.std))
+
+    def extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
+        levels = (images.float() * std.to(images.device) + mean.to(images.device)).clamp(0, 1 - 1e-6)
+        levels = rearrange(levels, "b c h w -> b c (h w)")
+        joint = sum((levels[:, c] * 4).long() * 4**c for c in range(min(3, data.channels)))
+        parts = [one_hot(joint, 4 ** min(3, data.channels))]  # type: ignore[arg-type]
+        parts += [one_hot(level, 32) for level in (levels * 32).long().unbind(1)]
+        return (torch.cat([part.float().mean(1) for part in parts], 1).sqrt(),)
+
+    return extract
 
 
 def features_of_batch(batch: Batch, extract: Extract, data: DataConfig, device: torch.device) -> FeatureBatch:
@@ -202,67 +236,6 @@ def collect_features(batches: Iterable[FeatureBatch]) -> Features:
     return Features(features, torch.cat(samples), tuple(bad))
 
 
-def gather_features(
-    extract: Extract,
-    source: Source,
-    data: DataConfig,
-    image_size: Size,
-    *,
-    batch_size: int,
-    indices: Int64[np.ndarray, " n"] | None = None,
-    device: torch.device,
-    group: Group = ALONE,
-    should_stop: Callable[[], bool] = bool,
-) -> Features | None:
-    """Take features of a source's images, or of those at `indices`, each rank of its share; all get all.
-
-    They come in the order asked for, in main memory. `extract` must call the model once a batch: a rank
-    whose share is used up gives it an image of zeros, as the others may need its part of the model. None if
-    `should_stop`, which is asked once a batch and must answer alike on all ranks. Raises
-    `NonFiniteFeaturesError`, and `NoFeaturesError` if no image could be read, on all ranks.
-    """
-    workers = resolve_workers(data.workers, source, group.sharing_cores)
-    found: list[FeatureBatch] = []
-    failure: NonFiniteFeaturesError | None = None
-    for batch in eval_batches(source, data, image_size, batch_size, indices, workers, group.rank, group.size):
-        if should_stop():
-            return None
-        try:
-            part = features_of_batch(batch, extract, data, device)
-        except NonFiniteFeaturesError as error:
-            failure = failure or error  # the others learn it at the end: until then they need this rank
-            continue
-        if group.size > 1 and not part.features:
-            with torch.no_grad():
-                unused = extract(torch.zeros(1, data.channels, *pair(image_size), device=device))
-            part = part._replace(features=tuple(one[:0] for one in unused))
-        found.append(part._replace(features=tuple(one.cpu() for one in part.features)))
-    failures = [one for one in group.gather(str(failure) if failure else None) if one]
-    if failures:
-        raise failure or NonFiniteFeaturesError(failures[0])
-    own = collect_features(found)
-    if group.size == 1:
-        return own
-    shares = group.gather((len(own.samples), own.bad))
-    counts, bad = [count for count, _ in shares], tuple(one for _, of_rank in shares for one in of_rank)
-    if not any(counts):
-        return collect_features([FeatureBatch((), own.samples, bad)])  # which says why there is none
-    features = tuple(_gather_rows(one, counts, group) for one in own.features)
-    return Features(features, _gather_rows(own.samples, counts, group), bad)
-
-
-def _gather_rows(own: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-    """The rows of all ranks in their order, on all ranks; `counts` says how many each has."""
-    # Each rank sends its rows into their place: unlike `all_gather`, that takes no second copy of them all.
-    whole = own.new_empty(sum(counts), *own.shape[1:])
-    for rank, part in enumerate(whole.split(list(counts))):
-        if rank == group.rank:
-            part.copy_(own)
-        if len(part):
-            dist.broadcast(part, src=rank)
-    return whole
-
-
 # ------------------------------------------------------------------------------------------ what they need
 
 
@@ -316,12 +289,31 @@ def check_same_classes(train: Source, other: Source) -> None:
     )
 
 
-def open_model(config: EvaluationSettings) -> tuple[EncoderModel, DataConfig]:
-    """Open the model that a config names, and how images are cut and normalised for it."""
-    model = open_encoder(config.model, num_heads=config.num_heads)
+def open_model(
+    config: EvaluationSettings | EvalSettings, classifier: ImageClassifier | None = None
+) -> tuple[EncoderModel, DataConfig]:
+    """Open the model that a config names (or take that of a classifier), and how images are cut for it."""
+    spec = classifier_directory(config.model)
+    model = classifier.encoder_model if classifier else open_encoder(spec, num_heads=config.num_heads)
     return model, evaluation_data(
-        config.model, model.config, workers=config.workers, max_bad_fraction=config.max_bad_fraction
+        spec, model.config, workers=config.workers, max_bad_fraction=config.max_bad_fraction
     )
+
+
+def open_classifier(config: Any) -> ImageClassifier:
+    """Open the classifier that a config names; `CheckpointError` if it is a model without a head."""
+    return load_classifier(
+        classifier_directory(config.model),
+        config.head,
+        num_heads=config.num_heads,
+        probe_layers=config.probe_layers,
+    )
+
+
+def classifier_directory(spec: str) -> str:
+    """For the directory of a fine-tuning its classifier; else what was given."""
+    tuned = Path(spec).expanduser() / "classifier"
+    return str(tuned) if (tuned / MODEL_FILE).is_file() else spec
 
 
 def evaluation_data(

@@ -1,288 +1,171 @@
 """How good features are with few labels: logistic regression on several draws of k images a class, or 1 %.
 
-The features are computed once. An encoder, its untrained twin and the raw pixels learn from the same images,
-so that their differences are not those of the draw.
+The model and its baselines learn from the same draws, so that their differences are not those of the draw.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-import time
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Int64
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from nextblock.data import Source, keyed_seed
 from nextblock.data.subsets import draw_per_class, split
 from nextblock.errors import UsageError
-from nextblock.evaluate.features import Features
-from nextblock.evaluate.fewshot_config import (
-    C_GRID,
-    DEFAULT_C,
-    FewshotConfig,
-    FewshotResult,
-    FewshotRow,
-    Shots,
-)
-from nextblock.evaluate.frozen import (
-    Opened,
-    Subject,
-    feature_config,
-    markdown_table,
-    measured,
-    open_all,
-    subjects,
-)
-from nextblock.evaluate.measures import Measures, Tally
-from nextblock.evaluate.probe.config import EncoderName
-
-__all__ = ["Regression", "comparison", "draw_shots", "fewshot", "fewshot_opened", "regress", "summary"]
+from nextblock.evaluate.evaluation import BASELINES, MODEL, Evaluation, Result, add_leads, evaluation
+from nextblock.evaluate.features import pooled
+from nextblock.evaluate.knn import accuracies
+from nextblock.evaluate.settings import FewshotSettings, Shots
+from nextblock.evaluate.splits import Labelled, missing_note, open_labelled
+from nextblock.evaluate.tables import Column, count, lead, number, share
+from nextblock.settings import from_dict
 
 log = logging.getLogger(__name__)
 
+C_GRID, DEFAULT_C = (1e-3, 1e-2, 1e-1, 1.0, 10.0), 1.0
+"""Inverse strengths of the L2 penalty to choose among, and the one if there is nothing to choose by."""
 MAX_ITERATIONS = 1000
-TEST_ROWS = 4096
-"""So many images of the test at a time are widened to fp64."""
 
-
-# ---------------------------------------------------------------------------------------------- regression
-
-
-class Regression(NamedTuple):
-    """A logistic regression on standardised features, ready to tell log-probabilities."""
-
-    scaler: StandardScaler
-    basis: Float64[np.ndarray, "d r"] | None
-    """Orthonormal directions that the labelled images span, where they are fewer than the channels."""
-    model: LogisticRegression
-    chosen: bool
-    """Whether C was chosen by cross-validation."""
-
-    @property
-    def c(self) -> float:
-        """Inverse strength of the penalty."""
-        return float(self.model.C)
-
-    @property
-    def converged(self) -> bool:
-        """Whether the solver stopped by itself."""
-        return int(self.model.n_iter_.max()) < MAX_ITERATIONS
-
-    def log_p(self, features: Float64[np.ndarray, "q d"]) -> Float64[np.ndarray, "q classes"]:
-        """Log-probabilities of the classes that were learned, in rising order."""
-        standard = np.asarray(self.scaler.transform(features))
-        margin = self.model.decision_function(standard if self.basis is None else standard @ self.basis)
-        # scikit-learn gives two classes one number, and its own logarithm of a probability of 0 warns.
-        logits = np.stack([np.zeros_like(margin), margin], axis=1) if margin.ndim == 1 else margin
-        return torch.from_numpy(logits).log_softmax(dim=1).numpy()
+COLUMNS = (
+    Column("encoder", "features"),
+    Column("shots", "labels", lambda shots, _: shots if shots.endswith("%") else f"{shots} a class"),
+    number("train_images", "images"),
+    share("top1", "top-1 %"),
+    share("balanced", "balanced %"),
+    lead("the model's lead"),
+)
 
 
 def regress(
-    features: Float64[np.ndarray, "n d"], labels: Int64[np.ndarray, " n"], folds: int, seed: int
-) -> Regression:
-    """Learn from few labelled images; C by cross-validation where every class has two, else `DEFAULT_C`.
+    features: Float[np.ndarray, "n d"], labels: Int64[np.ndarray, " n"], folds: int, seed: int
+) -> Pipeline:
+    """Learn from few labelled images; C by cross-validation if every class has two, else `DEFAULT_C`.
 
-    The features are standardised by these images' own mean and deviation. Where there are fewer images than
-    channels, the regression runs in the span of the images, which holds the solution of an L2 penalty: the
-    same function, sooner. Of equally good penalties the strongest is taken.
+    Features are standardised by the images that are learned from, in each fold by that fold's.
     """
-    scaler = StandardScaler().fit(features)
-    standard, basis = np.asarray(scaler.transform(features)), None
-    if len(features) < features.shape[1]:
-        basis = np.linalg.qr(standard.T).Q
-        standard = standard @ basis
-    _, numbers = np.unique(labels, return_counts=True)
-    model = LogisticRegression(C=DEFAULT_C, max_iter=MAX_ITERATIONS)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=DEFAULT_C, max_iter=MAX_ITERATIONS))
+    fewest = int(np.unique(labels, return_counts=True)[1].min())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
-        if numbers.min() < 2:
-            return Regression(scaler, basis, model.fit(standard, labels), chosen=False)
-        parts = StratifiedKFold(min(folds, int(numbers.min())), shuffle=True, random_state=seed)
-        search = GridSearchCV(model, {"C": list(C_GRID)}, cv=parts).fit(standard, labels)
-    return Regression(scaler, basis, search.best_estimator_, chosen=True)
-
-
-# ------------------------------------------------------------------------------------------------ the draws
+        warnings.simplefilter("ignore", ConvergenceWarning)  # counted by whoever asks
+        if fewest < 2:
+            return model.fit(features, labels)
+        parts = StratifiedKFold(min(folds, fewest), shuffle=True, random_state=seed)
+        search = GridSearchCV(model, {"logisticregression__C": list(C_GRID)}, cv=parts)
+        return search.fit(features, labels).best_estimator_
 
 
 def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n"]:
-    """Draw so many images of every class, or such a share of each, in rising order.
-
-    Raises `ValueError` where a class has too few.
-    """
+    """Draw images of every class, or a share of each, in rising order; refuses if a class has too few."""
     if shots.per_class is not None:
         return draw_per_class(source, shots.per_class, seed)
     assert shots.share is not None
     drawn = split(source, {"few": shots.share}, seed, stratify=True)["few"]
-    number = np.bincount(source.labels[drawn], minlength=len(source.class_names))
-    missing = [name for name, count in zip(source.class_names, number, strict=True) if not count]
+    numbers = np.bincount(source.labels[drawn], minlength=len(source.class_names))
+    missing = [name for name, found in zip(source.class_names, numbers, strict=True) if not found]
     if missing:
         raise UsageError(
-            f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(number)} classes without "
-            f"an image ({', '.join(missing[:3])}); use a larger share, or images per class, such as 1"
+            f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(numbers)} classes without "
+            f"an image ({', '.join(missing[:3])}); use a larger share, or images of every class, such as 1"
         )
     return drawn
 
 
-def _draws(source: Source, config: FewshotConfig) -> dict[str, list[Int64[np.ndarray, " n"]]]:
-    """By shots, the images of each of the draws."""
-    seeds = [keyed_seed(config.seed, "few-shot draw", number) for number in range(config.seeds)]
-    return {text: [draw_shots(source, Shots.parse(text), seed) for seed in seeds] for text in config.shots}
+def fewshot(**settings: Any) -> Result:
+    """Measure a model's features with few labels; `settings` are the fields of `FewshotSettings`.
 
-
-# ------------------------------------------------------------------------------------------- the evaluation
-
-
-def fewshot(config: FewshotConfig) -> FewshotResult:
-    """Measure a model with few labels; write fewshot.json, fewshot.csv and fewshot.md where `out` is given.
-
-    Raises `ValueError` where `out` holds another result, labels are missing, the classes differ, or a class
-    has too few images.
+    Rows: encoder, shots, train_images, top1 and its standard error over draws and test images, balanced,
+    draws (top-1 of each), top1_std (over draws), c (penalties), unconverged. Raises `UsageError` as `knn`,
+    and if a class has too few images.
     """
-    opened = open_all(config, {"test": config.test})
-    return measured(opened, config, "fewshot", fewshot_opened, _markdown)
+    config = from_dict(FewshotSettings, settings)
+    with evaluation(config) as opened:
+        sources = open_labelled({"train": config.train, "test": config.test}, opened.data)
+        of = {purpose: one.source for purpose, one in sources.items()}
+        return opened.result("fewshot", of, COLUMNS, lambda: measure_fewshot(opened, config, sources))
 
 
-def fewshot_opened(opened: Opened, config: FewshotConfig) -> FewshotResult:
+def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, Labelled]) -> Result:
     """Measure an open model on open sources, "train" and "test"."""
-    started_at_s = time.perf_counter()
-    draws = _draws(opened.sources["train"], config)
+    train, test = sources["train"], sources["test"]
+    wanted = [pooled(config, opened.model.config.depth)]
+    seeds = [keyed_seed(config.seed, "few-shot draw", number) for number in range(config.draws)]
+    draws = {
+        text: [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds] for text in config.shots
+    }
     drawn = np.unique(np.concatenate([numbers for of_shots in draws.values() for numbers in of_shots]))
-    rows: list[FewshotRow] = []
-    features: dict[str, Features] = {}
-    for subject in subjects(opened, config, {"train": drawn}):
-        features = subject.features
-        rows += [_row(subject, text, of_shots, opened, config) for text, of_shots in draws.items()]
-    return FewshotResult(
-        rows=tuple(rows),
-        num_classes=len(opened.sources["train"].class_names),
-        measured_images=len(features["test"].samples),
-        layers=feature_config(config, opened.model.config).layers,
-        bad_images={purpose: len(found.bad) for purpose, found in features.items()},
-        elapsed_s=time.perf_counter() - started_at_s,
-    )
-
-
-def _row(
-    subject: Subject,
-    shots: str,
-    draws: list[Int64[np.ndarray, " n"]],
-    opened: Opened,
-    config: FewshotConfig,
-) -> FewshotRow:
-    """Learn from every draw, and sum up what that gave."""
-    known, source = subject.features["train"], opened.sources["train"]
-    fits, found, numbers = [], [], []
-    for number, drawn in enumerate(draws):
-        rows = np.flatnonzero(np.isin(known.samples.numpy(), drawn))
-        labels = source.labels[known.samples[rows].numpy()]
-        _check_classes(labels, source, shots)
-        few = known.features[0][rows].double().numpy()
-        fits.append(regress(few, labels, config.folds, keyed_seed(config.seed, "folds", number) % 2**32))
-        found.append(_measure(fits[-1], subject.features["test"], opened.sources["test"]))
-        numbers.append(len(rows))
-    top1 = tuple(one.top1 for one in found)
-    log.info("%s, shots %s: top-1 %.2f %%", subject.encoder, shots, 100 * statistics.fmean(top1))
-    return FewshotRow(
-        encoder=subject.encoder,
-        shots=shots,
-        train_images=statistics.fmean(numbers),
-        top1=statistics.fmean(top1),
-        top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
-        top5=statistics.fmean(one.top5 for one in found),
-        balanced=statistics.fmean(one.balanced for one in found),
-        draws=top1,
-        c=tuple(fit.c for fit in fits),
-        chosen=all(fit.chosen for fit in fits),
-        unconverged=sum(not fit.converged for fit in fits),
-    )
+    rows, rights, images = [], [], 0
+    for encoder in (MODEL, *(BASELINES if config.baselines else ())):
+        known = opened.table("train", train.source, encoder, wanted, indices=drawn, seed=config.seed)
+        table = opened.table("test", test.source, encoder, wanted, seed=config.seed)
+        numbers = table.readable()
+        asked, truth, images = table.read(numbers).double().numpy(), test.labels[numbers], len(numbers)
+        for text, of_shots in draws.items():
+            fits, found, learned = [], [], []
+            for draw, indices in enumerate(of_shots):
+                few = known.readable(indices)
+                _check_classes(train.labels[few], train.source, text)
+                seed = keyed_seed(config.seed, "folds", draw) % 2**32
+                fit = regress(known.read(few).double().numpy(), train.labels[few], config.folds, seed)
+                fits.append(fit[-1])
+                found.append(fit.predict(asked) == truth)
+                learned.append(len(few))
+            measured = [accuracies(right, truth) for right in found]
+            top1 = [one["top1"] for one in measured]
+            spread = statistics.stdev(top1) if len(top1) > 1 else None
+            log.info("%s, labels %s: top-1 %.1f %%", encoder, text, 100 * statistics.fmean(top1))
+            rights.append(np.mean(found, axis=0))
+            rows.append(
+                {
+                    "encoder": encoder,
+                    "shots": text,
+                    "train_images": statistics.fmean(learned),
+                    "top1": statistics.fmean(top1),
+                    "top1_se": None if spread is None else spread / len(top1) ** 0.5,
+                    "top1_std": spread,
+                    "balanced": statistics.fmean(one["balanced"] for one in measured),
+                    "draws": top1,
+                    "c": [float(fit.C) for fit in fits],
+                    "unconverged": sum(int(fit.n_iter_.max()) >= MAX_ITERATIONS for fit in fits),
+                }
+            )
+    verdict = add_leads(rows, rights, match=("shots",))
+    facts = {
+        "num_classes": len(train.source.class_names),
+        "images": {"test": images},
+        "bad_images": opened.bad_counts(),
+    }
+    notes = (_about(rows, images, config.draws), *verdict, *missing_note(sources))
+    return Result(verb="fewshot", rows=tuple(rows), notes=notes, facts=facts)
 
 
 def _check_classes(labels: Int64[np.ndarray, " n"], source: Source, shots: str) -> None:
-    """Refuse a draw of which a class could not be read at all."""
+    """Refuse a draw that has no readable image of some class."""
     missing = sorted(set(range(len(source.class_names))) - set(labels.tolist()))
     if missing:
         names = ", ".join(source.class_names[label] for label in missing[:3])
         raise UsageError(
-            f"shots {shots}: of {len(missing)} classes ({names}) no drawn image of {source.spec} could be "
-            "read; repair or remove the unreadable ones, use more shots, or another --seed"
+            f"labels {shots}: no drawn image of {count(len(missing), 'class', 'classes')} of {source.spec} "
+            f"is readable ({names}); repair or remove unreadable images, use more labels, or another --seed"
         )
 
 
-def _measure(fit: Regression, features: Features, source: Source) -> Measures:
-    tally = Tally(len(source.class_names), confusion=False)
-    truth = torch.from_numpy(source.labels)[features.samples]
-    for some, labels in zip(features.features[0].split(TEST_ROWS), truth.split(TEST_ROWS), strict=True):
-        tally.add(torch.from_numpy(fit.log_p(some.double().numpy())), labels)
-    return tally.measures()
-
-
-# --------------------------------------------------------------------------------------------- what is said
-
-
-def summary(result: FewshotResult) -> str:
-    """Say what the numbers are, and what they rest on."""
-    first = [row for row in result.rows if row.encoder == result.rows[0].encoder]
-    number = len(first[0].draws)
-    spread = f"mean and standard deviation over {number} draws" if number > 1 else "of one draw"
-    unchosen = sorted({row.shots for row in result.rows if not row.chosen})
-    fixed = (
-        f" With shots {', '.join(unchosen)} some class has one image to learn from: there the penalty is not "
-        f"chosen but C {DEFAULT_C:g}."
-        if unchosen
-        else ""
-    )
-    unconverged = sum(row.unconverged for row in result.rows)
-    short = f" {unconverged} regressions stopped at {MAX_ITERATIONS} iterations." if unconverged else ""
+def _about(rows: list[dict[str, Any]], images: int, draws: int) -> str:
+    spread = f"mean of {count(draws, 'draw')} ± its standard error" if draws > 1 else "one draw"
+    fixed = sorted({row["shots"] for row in rows if row["shots"] == "1"})
+    unconverged = sum(row["unconverged"] for row in rows)
     return (
-        f"Top-1 of logistic regression, {spread}, the same draws for all encoders; measured on "
-        f"{result.measured_images} images, {result.num_classes} classes. The L2 penalty is chosen by "
-        f"cross-validation within the few labels.{fixed}{short}"
-    )
-
-
-def comparison(result: FewshotResult) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table: a line for each number of labels, top-1 of every encoder in %."""
-    encoders: list[EncoderName] = list(dict.fromkeys(row.encoder for row in result.rows))
-    first = [row for row in result.rows if row.encoder == encoders[0]]
-    lines = [
-        [
-            row.shots if row.shots.endswith("%") else f"{row.shots} a class",
-            f"{row.train_images:g}",
-            *(_told(result.row(encoder, row.shots)) for encoder in encoders),
-        ]
-        for row in first
-    ]
-    return ["shots", "images", *encoders], lines
-
-
-def _told(row: FewshotRow) -> str:
-    spread = "" if row.top1_std is None else f" ± {100 * row.top1_std:.2f}"
-    return f"{100 * row.top1:.2f}{spread}"
-
-
-def _markdown(result: FewshotResult, identity: Mapping[str, Any]) -> str:
-    settings, sources = identity["settings"], identity["sources"]
-    return "\n".join(
-        [
-            f"# Few labels: {settings['model']}",
-            "",
-            f"Train {sources['train']['spec']}, test {sources['test']['spec']}. {summary(result)}",
-            "",
-            f"Top-1 in %. Features: tokens {settings['tokens']}, layers {', '.join(map(str, result.layers))} "
-            f"after the final norm, attention {settings['attention']}; unreadable images "
-            f"left out: {sum(result.bad_images.values())}. Encoder weights {identity['weights']}.",
-            "",
-            *markdown_table(*comparison(result)),
-            "",
-        ]
+        f"Logistic regression, {spread}, on {count(images, 'image')} of test; the L2 penalty is chosen by "
+        "cross-validation within the labelled images"
+        + (f", with one image a class it is C {DEFAULT_C:g}." if fixed else ".")
+        + (f" {count(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
     )

@@ -6,46 +6,25 @@ for its class with weight exp(similarity / temperature).
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nextblock.errors import UsageError
-from nextblock.evaluate.features import (
-    Features,
-)
-from nextblock.evaluate.frozen import (
-    Opened,
-    Subject,
-    feature_config,
-    markdown_table,
-    measured,
-    open_all,
-    subjects,
-)
-from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE, KnnConfig, KnnResult, KnnRow
-from nextblock.evaluate.probe.config import EncoderName
-
-__all__ = [
-    "Nearest",
-    "comparison",
-    "knn",
-    "knn_opened",
-    "knn_predict",
-    "nearest_neighbours",
-    "predict_all",
-    "summary",
-]
-
-log = logging.getLogger(__name__)
+from nextblock.evaluate.evaluation import BASELINES, MODEL, Evaluation, Result, add_leads, evaluation
+from nextblock.evaluate.features import pooled
+from nextblock.evaluate.metrics import standard_error
+from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
+from nextblock.evaluate.splits import Labelled, missing_note, open_labelled
+from nextblock.evaluate.tables import Column, count, lead, number, share
+from nextblock.settings import from_dict
 
 QUERIES, NEIGHBOURS = 1024, 65_536
 """So many images at a time are compared with so many training images: a quarter of a gigabyte."""
@@ -142,135 +121,90 @@ def predict_all(
 
 # ------------------------------------------------------------------------------------------- the evaluation
 
+COLUMNS = (
+    Column("encoder", "features"),
+    Column("k", "k", lambda k, row: f"{k}{' *' if row['is_default'] else ''}"),
+    number("temperature", "temperature"),
+    share("top1", "top-1 %"),
+    share("balanced", "balanced %"),
+    lead("the model's lead"),
+)
 
-def knn(config: KnnConfig) -> KnnResult:
-    """Measure a model by nearest neighbours, and write knn.json, knn.csv and knn.md where `out` is given.
 
-    Raises `ValueError` where `out` holds another result, labels are missing, or the classes differ.
+def knn(**settings: Any) -> Result:
+    """Measure a model's features by their nearest neighbours; `settings` are the fields of `KnnSettings`.
+
+    Rows: encoder, k, temperature, top1 and its standard error, balanced (mean accuracy of the classes),
+    is_default (the setting fixed beforehand). Raises `UsageError` if `out` holds another result, labels are
+    missing, or test has classes that train lacks.
     """
-    advice = "leave out --val to compare each image of train with the others"
-    opened = open_all(config, {"val": config.val}, advice=advice)
-    return measured(opened, config, "knn", knn_opened, _markdown)
+    config = from_dict(KnnSettings, settings)
+    with evaluation(config) as opened:
+        sources = open_labelled({"train": config.train, "test": config.test}, opened.data)
+        of = {purpose: one.source for purpose, one in sources.items()}
+        return opened.result("knn", of, COLUMNS, lambda: _measure(opened, config, sources))
 
 
-def knn_opened(opened: Opened, config: KnnConfig) -> KnnResult:
-    """Measure an open model on open sources: "train", and "val" unless one is left out at a time."""
-    started_at_s = time.perf_counter()
-    rows: list[KnnRow] = []
-    features: dict[str, Features] = {}
-    for subject in subjects(opened, config):
-        features = subject.features
-        rows += _rows(subject, opened, config)
-    return KnnResult(
-        rows=tuple(rows),
-        split="val" if "val" in features else "leave-one-out",
-        num_classes=len(opened.sources["train"].class_names),
-        train_images=len(features["train"].samples),
-        measured_images=len(features.get("val", features["train"]).samples),
-        layers=feature_config(config, opened.model.config).layers,
-        bad_images={purpose: len(found.bad) for purpose, found in features.items()},
-        elapsed_s=time.perf_counter() - started_at_s,
-    )
-
-
-def _rows(subject: Subject, opened: Opened, config: KnnConfig) -> list[KnnRow]:
-    """One row for every k and temperature."""
-    labels = {
-        purpose: torch.from_numpy(opened.sources[purpose].labels)[found.samples]
-        for purpose, found in subject.features.items()
-    }
-    if "val" not in labels and len(labels["train"]) < 2:
-        raise UsageError(f"{config.train} has one readable image: left out, none is near it; give --val")
-    settings = list(product(config.k, config.temperature))
-    predictions = predict_all(
-        subject.features["val"].features[0] if "val" in labels else None,
-        subject.features["train"].features[0],
-        labels["train"],
-        len(opened.sources["train"].class_names),
-        settings,
-        next(opened.model.parameters()).device,
-    )
-    rows = []
-    for (k, temperature), predicted in zip(settings, predictions, strict=True):
-        top1, balanced = _accuracies(predicted, labels.get("val", labels["train"]))
-        is_default = (k, temperature) == (DEFAULT_K, DEFAULT_TEMPERATURE)
-        rows.append(
-            KnnRow(
-                encoder=subject.encoder,
-                k=k,
-                temperature=temperature,
-                top1=top1,
-                balanced=balanced,
-                is_default=is_default,
-            )
+def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelled]) -> Result:
+    wanted = [pooled(config, opened.model.config.depth)]
+    train, settings = sources["train"], list(product(config.k, config.temperature))
+    rows, rights, images = [], [], {}
+    for encoder in (MODEL, *(BASELINES if config.baselines else ())):
+        known = opened.table("train", train.source, encoder, wanted, seed=config.seed)
+        chosen = known.readable()
+        truth, asked = train.labels[chosen], None
+        images = {"train": len(chosen), "test": len(chosen)}
+        if "test" in sources:
+            table = opened.table("test", sources["test"].source, encoder, wanted, seed=config.seed)
+            numbers = table.readable()
+            truth, asked = sources["test"].labels[numbers], table.read(numbers)
+            images["test"] = len(numbers)
+        elif len(chosen) < 2:
+            raise UsageError(f"{config.train} has one readable image, so it has no neighbour; give --test")
+        labels = torch.from_numpy(train.labels[chosen])
+        predictions = predict_all(
+            asked, known.read(chosen), labels, len(train.source.class_names), settings, opened.device
         )
-    return rows
+        for (k, temperature), predicted in zip(settings, predictions, strict=True):
+            rights.append(predicted.numpy() == truth)
+            rows.append(
+                {
+                    "encoder": encoder,
+                    "k": k,
+                    "temperature": temperature,
+                    **accuracies(rights[-1], truth),
+                    "is_default": (k, temperature) == (DEFAULT_K, DEFAULT_TEMPERATURE),
+                }
+            )
+    verdict = add_leads(rows, rights, match=("k", "temperature"))
+    facts = {
+        "num_classes": len(train.source.class_names),
+        "images": images,
+        "bad_images": opened.bad_counts(),
+    }
+    return Result(
+        verb="knn",
+        rows=tuple(rows),
+        notes=(_about(rows, images, is_left_out="test" not in sources), *verdict, *missing_note(sources)),
+        facts=facts,
+    )
 
 
-def _accuracies(predicted: Int64[Tensor, " q"], truth: Int64[Tensor, " q"]) -> tuple[float, float]:
-    """Share of right ones: of all images, and in the mean over the classes that have images."""
-    images = torch.bincount(truth)
-    right = torch.bincount(truth[predicted == truth], minlength=len(images))
-    of_class = right[images > 0].double() / images[images > 0]
-    return int(right.sum()) / len(truth), float(of_class.mean())
+def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) -> dict[str, float]:
+    """top1 with its standard error, and the mean over the classes that have images."""
+    images = np.bincount(truth)
+    of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
+    top1 = int(right.sum()) / len(right)
+    return {"top1": top1, "top1_se": standard_error(top1, len(right)), "balanced": float(of_class.mean())}
 
 
-def summary(result: KnnResult) -> str:
-    """Say what was compared with what, and which row to report."""
-    leave_one_out = result.split == "leave-one-out"
-    images, neighbours = result.measured_images, result.train_images - leave_one_out
+def _about(rows: Sequence[dict[str, Any]], images: dict[str, int], *, is_left_out: bool) -> str:
     among = (
-        f"{images} images of train, each by its nearest among the other {neighbours} (leave-one-out)"
-        if leave_one_out
-        else f"{images} images of val, by their nearest among {neighbours} of train"
+        f"Each of {count(images['train'], 'image')} of train, among the others (leave-one-out)."
+        if is_left_out
+        else f"{count(images['test'], 'image')} of test, among {images['train']:,} of train."
     )
-    most = max(row.k for row in result.rows)
-    fewer = f" For k {most} all {neighbours} vote." if most > neighbours else ""
     default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
-    advice = (
-        f"The row marked * ({default}) is the setting fixed beforehand: report that one."
-        if any(row.is_default for row in result.rows)
-        else f"The setting fixed beforehand, {default}, is not among these."
-    )
-    several = len({(row.k, row.temperature) for row in result.rows}) > 1
-    caution = (
-        " All rows were measured on the same images, so the best of them is chosen on what it is measured on."
-        if several
-        else ""
-    )
-    return f"{among}; {result.num_classes} classes. {advice}{caution}{fewer}"
-
-
-def comparison(result: KnnResult) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table: a line for every k and temperature, top-1 of every encoder in %."""
-    encoders: list[EncoderName] = list(dict.fromkeys(row.encoder for row in result.rows))
-    first = [row for row in result.rows if row.encoder == encoders[0]]
-    lines = [
-        [
-            f"{row.k}{' *' if row.is_default else ''}",
-            f"{row.temperature:g}",
-            *(f"{100 * result.row(encoder, row.k, row.temperature).top1:.2f}" for encoder in encoders),
-        ]
-        for row in first
-    ]
-    return ["k", "temperature", *encoders], lines
-
-
-def _markdown(result: KnnResult, identity: Mapping[str, Any]) -> str:
-    settings, sources = identity["settings"], identity["sources"]
-    train, val = sources["train"]["spec"], sources.get("val", sources["train"])["spec"]
-    seen = "" if train == val else f", val {val}"
-    return "\n".join(
-        [
-            f"# Nearest neighbours of {settings['model']}",
-            "",
-            f"Train {train}{seen}. {summary(result)}",
-            "",
-            f"Top-1 in %. Features: tokens {settings['tokens']}, layers {', '.join(map(str, result.layers))} "
-            f"after the final norm, attention {settings['attention']}; unreadable images "
-            f"left out: {sum(result.bad_images.values())}. Encoder weights {identity['weights']}.",
-            "",
-            *markdown_table(*comparison(result)),
-            "",
-        ]
-    )
+    if not any(row["is_default"] for row in rows):
+        return f"{among} The setting fixed beforehand, {default}, is not among these."
+    return f"{among} Report the row marked * ({default}): it was fixed before anything was measured."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,14 +16,12 @@ from nextblock.config import DataConfig, Size
 from nextblock.data import Source
 from nextblock.data.random import keyed_permutation
 from nextblock.errors import UsageError
-from nextblock.evaluate.features import Features, NoFeaturesError, NonFiniteFeaturesError, gather_features
 from nextblock.evaluate.knn import predict_all
-from nextblock.evaluate.knn_config import DEFAULT_K, DEFAULT_TEMPERATURE
+from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE
+from nextblock.evaluate.table import FeatureTable, NoFeaturesError, NonFiniteFeaturesError
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import Duration, require
 from nextblock.train import MonitorEvent
-
-__all__ = ["FeatureMonitor", "knn_accuracy", "missing_classes", "rankme"]
 
 log = logging.getLogger(__name__)
 
@@ -43,29 +42,6 @@ def rankme(features: Float[Tensor, "n d"]) -> float:
 def missing_classes(train: Source, val: Source) -> list[str]:
     """Classes of `val`, by name, that `train` does not have."""
     return sorted(set(val.class_names) - set(train.class_names))
-
-
-def knn_accuracy(
-    known: Features,
-    asked: Features,
-    train: Source,
-    val: Source,
-    *,
-    k: int = DEFAULT_K,
-    temperature: float = DEFAULT_TEMPERATURE,
-    device: torch.device,
-) -> float:
-    """Top-1 accuracy of kNN on images of `val` among those of `train`, whose classes are matched by name.
-
-    An image of a class that `train` does not have counts as wrong.
-    """
-    numbers = {name: number for number, name in enumerate(train.class_names)}
-    meaning = torch.tensor([numbers.get(name, -1) for name in val.class_names])
-    truth = meaning[torch.from_numpy(val.labels)[asked.samples]]
-    labels = torch.from_numpy(train.labels)[known.samples]
-    settings = [(k, temperature)]
-    (predicted,) = predict_all(asked.features[0], known.features[0], labels, len(numbers), settings, device)
-    return float((predicted == truth).float().mean())
 
 
 class FeatureMonitor:
@@ -99,37 +75,45 @@ class FeatureMonitor:
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
         """Measure the model as it is now; nothing if it has no features, or the run was asked to stop."""
-        found: list[Features] = []
+        tables: list[tuple[Source, FeatureTable, np.ndarray]] = []
         for source, purpose in ((self._source, "knn val"), (self._train, "knn train")):
             if source is None:
                 continue
             indices = np.sort(keyed_permutation(self._seed, len(source), purpose)[: self._max_samples])
+            table = FeatureTable(
+                partial(_mean_tokens, model=model),
+                source,
+                replace(self._data, max_bad_fraction=1.0),  # the run itself counts them
+                self._image_size,
+                batch_size=self._batch_size,
+                device=event.device,
+                group=event.group,
+            )
             try:
-                features = gather_features(
-                    partial(_mean_tokens, model=model),
-                    source,
-                    self._data,
-                    self._image_size,
-                    batch_size=self._batch_size,
-                    indices=indices,
-                    device=event.device,
-                    group=event.group,
-                    should_stop=event.should_stop,
-                )
+                if not table.fill(indices, should_stop=event.should_stop):
+                    return {}
             except (NonFiniteFeaturesError, NoFeaturesError) as error:
                 log.warning("kNN and RankMe are not measured at step %d: %s", event.step, error)
                 return {}
-            if features is None:
-                return {}
-            found.append(features)
+            tables.append((source, table, table.readable(indices)))
         if not event.group.is_main:
             return {}
-        values = {"rankme": rankme(found[0].features[0])}
+        features = [table.read(indices) for _, table, indices in tables]
+        values = {"rankme": rankme(features[0])}
         if self._train is not None:
-            asked, known = found
-            values["knn/top1"] = knn_accuracy(
-                known, asked, self._train, self._source, k=self._k, device=event.device
+            val_labels, train_labels = (source.labels[indices] for source, _, indices in tables)
+            numbers = {name: number for number, name in enumerate(self._train.class_names)}
+            # An image of a class that train lacks counts as wrong.
+            meaning = np.array([numbers.get(name, -1) for name in self._source.class_names])
+            (guess,) = predict_all(
+                features[0],
+                features[1],
+                torch.from_numpy(train_labels),
+                len(numbers),
+                [(self._k, DEFAULT_TEMPERATURE)],
+                event.device,
             )
+            values["knn/top1"] = float((guess.numpy() == meaning[val_labels]).mean())
         return values
 
 

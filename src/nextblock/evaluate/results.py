@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig, ModelConfig
@@ -22,6 +23,7 @@ __all__ = [
     "FREE_SETTINGS",
     "cut_of",
     "differences",
+    "digest_of",
     "encoder_of",
     "identity_of",
     "images_digest",
@@ -123,8 +125,13 @@ def _labels_digest(source: Source) -> str:
 
 def weights_digest(model: EncoderModel) -> str:
     """A hash of the encoder's weights."""
+    return digest_of(model.encoder)
+
+
+def digest_of(module: nn.Module) -> str:
+    """A hash of a module's weights and their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nextblock.atomic import writing
 from nextblock.checkpoint import prune_checkpoints
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
@@ -115,7 +117,7 @@ def train(
     `WriteError` if a disk is full; the last checkpoint stays. What it changes of the process (signals, seeds,
     memory, algorithms) is put back.
     """
-    # All that can be refused is refused before a directory is made, or an old run removed.
+    # All that can be refused is refused before a directory is made.
     config.check_trainable()
     check_predicts(config.model, leaks=masks_leak(config.model))
     data = config.data
@@ -129,7 +131,7 @@ def train(
     run = RunDir(out)
     with ExitStack() as stack:
         stack.enter_context(process_settings(device, deterministic=config.train.deterministic))
-        # ------------------------------------------- model and optimizer, as the last checkpoint left them
+        # -------------------------------------------- model and optimizer, as the last checkpoint left them
         group.check_same({f"data.{kind}": source.fingerprint for kind, source in sources.items()})
         with group.together():
             if group.is_main:
@@ -229,7 +231,8 @@ def train(
                     loggers = Loggers(config, run, trainer.step)
                 metrics = stack.enter_context(MetricsLog(run.metrics, loggers))
             baselines = run.baselines() if group.is_main else {}
-        latest, keeping, stopping = group.broadcast((latest, keeping, stopping))
+        latest, keeping, stopping, baselines = group.broadcast((latest, keeping, stopping, baselines))
+        first_images: list[Tensor] = []
         if not group.is_main:
             stack.enter_context(log_to_file(run.logs / f"rank_{group.rank:04d}.log"))
 
@@ -248,7 +251,7 @@ def train(
             """The step's micro-batches as they arrive; lists what is unreadable, and measures the wait."""
             # The trainer takes them from here one by one, so that workers read on while it computes. What is
             # measured is only the time in which it had nothing to compute.
-            nonlocal waited_s, baselines, failure
+            nonlocal waited_s, failure
             waited_s, samples = 0.0, 0
             share = loader.batch_size / group.size
             for number in range(1, step.num_micro_batches + 1):
@@ -260,9 +263,8 @@ def train(
                     batch, failure = NO_IMAGES, error
                 waited_s += time.perf_counter() - started_s
                 unreadable.extend(batch.bad)
-                if group.is_main and not baselines and len(batch.images):  # on the run's first images
-                    baselines = trainer.reference_losses(batch.images[:BASELINE_IMAGES])
-                    run.write_baselines(baselines)
+                if not baselines and sum(map(len, first_images)) < BASELINE_IMAGES:
+                    first_images.append(batch.images)
                 yield batch
                 samples += len(batch.images) + len(batch.bad)
                 if number < step.num_micro_batches:
@@ -275,7 +277,12 @@ def train(
 
         def check(sums: Sums) -> None:
             """List what was unreadable; end the run if it was too much, or if a rank could not read on."""
-            nonlocal is_time_to_save
+            nonlocal is_time_to_save, baselines
+            if not baselines:
+                baselines = trainer.reference_losses(first_images, BASELINE_IMAGES)
+                first_images.clear()
+                if group.is_main:
+                    run.write_baselines(baselines)
             is_time_to_save, is_failing, num_unreadable = map(bool, sums.notes)
             if not num_unreadable and not is_failing:
                 return
@@ -301,6 +308,7 @@ def train(
             is_best |= keeping.add(trainer.step, values)  # alike on all ranks, as the values are
             stopping.add(trainer.step, values)
             if metrics is not None:
+                run.check_present()
                 metrics.write(kind, trainer.step, values)
             latest.update({name: value for name, value in values.items() if math.isfinite(value)})
 
@@ -320,8 +328,7 @@ def train(
             measured = trainer.validation_loss(batches, lambda: stop)
             reporter.busy_with = ""
             if measured is None:
-                cut_short.add("val")
-                return
+                return cut_short.add("val")
             loss, bad = measured
             if bad:
                 log.warning("%d validation images cannot be read, such as %s: %s", len(bad), *bad[0][1:])
@@ -462,13 +469,11 @@ def train(
                         log.warning("step %d: %s", trainer.step, warning)
                     is_behind = warning is not None
 
-                # Validation, pictures, kNN.
                 if val is not None and is_time(val_every):
                     validate()
                 observe()
 
                 # Checkpoint, unless the run is in trouble: what came before it must not be pruned away.
-                # A new best was measured on weights that are fine, as skipped steps change none.
                 is_time_to_save |= trainer.step % save_every == 0
                 if is_best or (is_time_to_save and not nonfinite):
                     save()
@@ -482,7 +487,7 @@ def train(
                 if trainer.step < total:
                     reporter.note(f"{EARLY_STOP}: {stopping}")
         received = group.gather(stop.signal.name if stop.signal is not None else None)
-        baselines, num_bad = group.broadcast((baselines, quarantine.count if quarantine else 0))
+        num_bad = group.broadcast(quarantine.count if quarantine else 0)
     stopped_by = next((name for name in received if name and not is_over()), None)
     return TrainResult(
         run_dir=out,

@@ -21,6 +21,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.errors import UsageError
 from nextblock.settings import from_dict, to_dict, typed
-from nextblock.train.distributed import ALONE, Group
+from nextblock.train.distributed import ALONE, Group, is_lost
 from nextblock.train.runtime import device_name
 
 PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
@@ -342,7 +343,8 @@ class RunDir:
             yield
             status = "finished" if step() == total_steps else "stopped"
         except BaseException as error:
-            message = " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE_LETTERS]
+            what = "another process of the run died" if is_lost(error) else str(error)
+            message = textwrap.shorten(what or type(error).__name__, MESSAGE_LETTERS, placeholder=" …")
             raise
         finally:
             is_over.set()

@@ -245,8 +245,16 @@ class Trainer:
         finally:
             self.model.train()
 
-    def reference_losses(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
-        """The loss on these images of predictions that need no model, by name: see `targets`."""
+    def reference_losses(self, own: Sequence[UInt8[Tensor, "_ c h w"]], most: int) -> dict[str, float]:
+        """The loss of predictions that need no model, by name (see `targets`), on the first `most` images.
+
+        `own` are this rank's; with those of the others they do not depend on ranks or micro-batches. Empty
+        if there is none.
+        """
+        found = [images for of_rank in self.group.gather(list(own)) for images in of_rank if len(images)]
+        if not found:
+            return {}
+        images = torch.cat(found)[:most]
         with self.looking() as model:
             assert model.targets is not None, "checked before training begins"
             targets = model.targets.of_blocks(self.to_model(images), model.orders[0])

@@ -3,6 +3,7 @@
     DIR                                             searched recursively; classes: its first-level folders
     DIR of tars                                     one tar a class, as ImageNet-21k is distributed
     files:LIST.txt                                  one path a line; classes: after a tab
+    X.jpg, X.png, ...                               one image
     X.tar, shards-{000000..000999}.tar              WebDataset's layout; classes: .cls, .json, or folders
     https://HOST/x-{0000..0009}.tar, s3:, gs:       such shards on a server, copied into the cache folder
     X.zip                                           classes: first-level folders
@@ -25,6 +26,7 @@ from nextblock.data.sources.base import Damage, DataError, EncodedSource, Labels
 from nextblock.data.sources.datasets import DigitsSource, TorchvisionSource
 from nextblock.data.sources.folder import FilesSource, FolderSource, local_path
 from nextblock.data.sources.huggingface import HF_OPTIONS, HuggingFaceSource
+from nextblock.data.sources.names import EXTENSIONS
 from nextblock.data.sources.remote import RemoteTarSource
 from nextblock.data.sources.subset import ConcatSource, SubsetSource, read_subset_list
 from nextblock.data.sources.tar import TarSource, open_class_tars, open_tars
@@ -81,6 +83,8 @@ def open_source(spec: str, data: DataConfig) -> Source:
             return HuggingFaceSource(spec, str(path), {}, data)
         if ending == ".tar":
             return TarSource(spec, [path], data)
+        if ending.encode() in EXTENSIONS:
+            return FilesSource.of_one(spec, path, data)
         problem = f"it is a file; give the directory that holds it, or files:{spec} if it lists images"
     else:
         # Nothing lies there, so it is a keyword, an address, or shards that braces name.

@@ -132,6 +132,14 @@ class FilesSource(EncodedSource):
         self._names = Names.of(list(first_line))
         self._listed = in_class_order(labels)
 
+    @classmethod
+    def of_one(cls, spec: str, path: Path, data: DataConfig) -> FilesSource:
+        """One image file as a source of one image."""
+        one = cls.__new__(cls)
+        one.spec, one._data, one._root = spec, data, os.fsencode(path.parent.absolute())
+        one._names, one._listed = Names.of([os.fsencode(path.name)]), in_class_order([])
+        return one
+
     def path(self, index: int) -> Path:
         """Where the file lies, absolute."""
         self._check(index)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nextblock.evaluate.measures import Measures
+from nextblock.evaluate.metrics import Measures
 
 __all__ = ["FinetuneResult", "FinetuneRow", "finetune_markdown", "result_from_dict"]
 

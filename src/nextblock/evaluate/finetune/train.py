@@ -24,7 +24,7 @@ from nextblock.evaluate.finetune.config import FinetuneConfig
 from nextblock.evaluate.finetune.lora import merge_lora
 from nextblock.evaluate.finetune.model import tuning_groups
 from nextblock.evaluate.finetune.report import WeightsName
-from nextblock.evaluate.measures import Measures, Tally
+from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.models.heads import ImageClassifier
 from nextblock.optim import lr_at, set_lr
 from nextblock.train.logging import StepOutcome, Window

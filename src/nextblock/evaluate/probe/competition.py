@@ -23,7 +23,7 @@ from nextblock.evaluate.features import (
     iterate_features,
     seeded,
 )
-from nextblock.evaluate.measures import Measures
+from nextblock.evaluate.metrics import Measures
 from nextblock.evaluate.probe.config import (
     EncoderName,
     HeadName,

@@ -35,7 +35,7 @@ from nextblock.evaluate.features import (
     features_of_batch,
     iterate_features,
 )
-from nextblock.evaluate.measures import Measures, Tally
+from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.probe.feature_cache import StoredFeatures
 from nextblock.models.heads import Head
 from nextblock.optim import build_optimizer, lr_at, set_lr

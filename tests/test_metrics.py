@@ -12,7 +12,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from nextblock.evaluate.measures import Tally
+from nextblock.evaluate.metrics import Tally
 
 
 def some_logits(count=200, classes=7, seed=0):

@@ -1,12 +1,14 @@
-"""What a classifier's logits are worth: accuracies, calibration, loss, confusion; summed up by batches."""
+"""Accuracy, calibration, loss and confusion of logits, summed up by batches; standard errors."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nextblock.errors import UsageError
@@ -19,7 +21,7 @@ MAX_CONFUSION_CLASSES = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """How well logits tell the classes of labelled images."""
+    """How good logits are on labelled images."""
 
     images: int
     top1: float
@@ -37,10 +39,33 @@ class Measures:
     """Accuracy of each class; None of one without images."""
     confusion: tuple[tuple[int, ...], ...] | None
     """Images by true class (row) and likeliest class (column); None beyond 1,000 classes or unasked."""
+    right: Bool[np.ndarray, " n"]
+    """Whether each image was classified correctly, in the order in which they were added."""
+
+    def row(self) -> dict[str, float | int]:
+        """The numbers of a table's row, with the standard error of top-1."""
+        names = ("images", "top1", "top5", "balanced", "calibration_error", "loss")
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "top1_se": standard_error(self.top1, self.images)}
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy over so many independent images: sqrt(p (1 - p) / n)."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def paired(one: Bool[np.ndarray, " n"], other: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+    """Difference of two accuracies on the same images, and its standard error: that of the mean difference.
+
+    Two classifiers err on many of the same images, so this is smaller than of two accuracies by themselves.
+    """
+    difference = one.astype(float) - other.astype(float)
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return float(difference.mean()), error
 
 
 class Tally:
-    """Sums up logits and labels, a batch at a time, on the CPU; the logits may lie on any device."""
+    """Sums up logits and labels, a batch at a time, on the CPU; the logits may be on any device."""
 
     def __init__(self, num_classes: int, *, confusion: bool = True) -> None:
         if num_classes < 1:
@@ -52,8 +77,9 @@ class Tally:
         self._class_right = torch.zeros(num_classes, dtype=torch.int64)
         self._top5_right = 0
         self._loss = 0.0
-        # of each bin: images rightly told, less the sum of their confidences
+        # Of each bin: images classified correctly, less the sum of their confidences.
         self._excess = torch.zeros(CONFIDENCE_BINS, dtype=torch.float64)
+        self._right: list[np.ndarray] = []
 
     def add(self, logits: Float[Tensor, "b c"], labels: Int64[Tensor, " b"]) -> None:
         """Count a batch in.
@@ -75,7 +101,7 @@ class Tally:
         likeliest, ranked = top.values[:, 0].cpu().double(), top.indices.cpu()
         if likeliest.isnan().any():
             raise UsageError(
-                f"{int(likeliest.isnan().sum())} of {len(truth)} images have logits that are no numbers: "
+                f"{int(likeliest.isnan().sum())} of {len(truth)} images have logits that are NaN: "
                 "the head or the encoder diverged; train with a lower learning rate, encode in fp32, or look "
                 "at the encoder's weights"
             )
@@ -87,6 +113,7 @@ class Tally:
     ) -> None:
         """Count in the right ones; `ranked` are the likeliest classes, the first one with `confidence`."""
         right = ranked[:, 0] == truth
+        self._right.append(right.numpy())
         self._class_images += torch.bincount(truth, minlength=self.num_classes)
         self._class_right += torch.bincount(truth[right], minlength=self.num_classes)
         self._top5_right += int((ranked == rearrange(truth, "b -> b 1")).sum())
@@ -94,7 +121,7 @@ class Tally:
         self._excess.index_add_(0, bins, right.double() - confidence)
         if self._confusion is not None:
             cells = torch.bincount(truth * self.num_classes + ranked[:, 0], minlength=self.num_classes**2)
-            self._confusion += rearrange(cells, "(truth told) -> truth told", told=self.num_classes)
+            self._confusion += rearrange(cells, "(truth guess) -> truth guess", guess=self.num_classes)
 
     def measures(self) -> Measures:
         """All batches together; `ValueError` if there was no image."""
@@ -113,4 +140,5 @@ class Tally:
             loss=self._loss / images,
             per_class=per_class,
             confusion=None if self._confusion is None else tuple(map(tuple, self._confusion.tolist())),
+            right=np.concatenate(self._right),
         )

@@ -1,0 +1,102 @@
+"""Labelled sources of an evaluation: opened together, classes matched by name, overlaps found; hold-outs.
+
+In every command `train` is what is learned from and `test` what is measured on; `val` is only ever what
+something is chosen on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from nextblock.config import DataConfig
+from nextblock.data import Source, open_source
+from nextblock.data.doctor import shared_images
+from nextblock.data.random import keyed_permutation
+from nextblock.errors import UsageError
+from nextblock.evaluate.tables import count
+
+log = logging.getLogger(__name__)
+
+
+class Labelled(NamedTuple):
+    """A source, and the class of each of its images by the numbers of train's classes."""
+
+    source: Source
+    labels: Int64[np.ndarray, " n"]
+    missing: tuple[str, ...] = ()
+    """Classes of train that have no image here."""
+
+
+def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str, Labelled]:
+    """Open the sources that are given, by purpose; "train" is the first. Warns of images in two of them.
+
+    Raises `UsageError` if one has no labels, if train has a single class, or if another one has a class that
+    train lacks.
+    """
+    sources = {purpose: open_source(spec, data) for purpose, spec in specs.items() if spec is not None}
+    train = sources["train"]
+    names = train.class_names
+    if len(names) == 1:
+        raise UsageError(f"{train.spec} has one class only ({names[0]}); give images of two classes or more")
+    found = {purpose: _matched(train, source) for purpose, source in sources.items()}
+    purposes = list(sources)
+    for i, purpose in enumerate(purposes):
+        for other in purposes[:i]:
+            shared = shared_images(sources[other], sources[purpose])
+            if shared is not None:
+                which = (
+                    f"{len(shared.pairs)} of {count(shared.num_compared, 'image')} compared"
+                    if shared.pairs
+                    else "all images"
+                )
+                log.warning(
+                    "%s of %s %s are also in %s: accuracy on them says nothing about new images",
+                    which, purpose, sources[purpose].spec, other,
+                )  # fmt: skip
+    return found
+
+
+def _matched(train: Source, other: Source) -> Labelled:
+    """Match the classes of a source with those of train, by name."""
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    present = [other.class_names[number] for number in np.unique(other.labels)]
+    unknown = [name for name in present if name not in numbers]
+    if unknown:
+        some = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        raise UsageError(
+            f"{other.spec} has {count(len(unknown), 'class', 'classes')} that {train.spec} lacks: {some}; "
+            "remove these images, or add some to train"
+        )
+    meaning = np.array([numbers.get(name, -1) for name in other.class_names], dtype=np.int64)
+    there = set(present)
+    return Labelled(other, meaning[other.labels], tuple(name for name in numbers if name not in there))
+
+
+def missing_note(labelled: Mapping[str, Labelled]) -> list[str]:
+    """Sentences about classes that are in train but not in another source."""
+    return [
+        f"{one.source.spec} has no image of {count(len(one.missing), 'class', 'classes')} of train: "
+        + ", ".join(one.missing[:8])
+        + (", …" if len(one.missing) > 8 else "")
+        for one in labelled.values()
+        if one.missing
+    ]
+
+
+def hold_out(
+    labels: Int64[np.ndarray, " n"], seed: int, *, share: float = 0.1
+) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " held"]]:
+    """Split indices into (kept, held out): of each class this share, at least one image if it has two."""
+    held = [np.empty(0, dtype=np.int64)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = keyed_permutation(seed, len(members), "hold-out", int(label))
+        number = min(max(1, round(share * len(members))), len(members) - 1)
+        held.append(members[order[:number]])
+    chosen = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

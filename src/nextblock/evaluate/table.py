@@ -1,0 +1,325 @@
+"""Features of a source of images: encoded once, kept by the number of the image, read by every evaluation.
+
+On disk, each kind of features has a directory of its own, whose name is a hash of what they are made from:
+
+    features.npy   fp32, a row an image
+    state.npy      a byte an image: not encoded, encoded, or unreadable
+    about.json     what they are made from
+    bad.jsonl      why images were unreadable
+
+Rows are filled as they are needed, in any order and by any number of processes; what a killed process left
+unfinished is filled by the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from nextblock.atomic import WriteError, mark_output, write_text, writing
+from nextblock.config import DataConfig, Size, pair
+from nextblock.data import (
+    BadSample,
+    Batch,
+    Source,
+    TooManyBadImages,
+    eval_batches,
+    normalize,
+    resolve_workers,
+)
+from nextblock.train.distributed import ALONE, Group
+
+Extract = Callable[[Tensor], tuple[Tensor, ...]]
+"""From normalised images (b c h w) to features, each (b n d) or (b d)."""
+
+Progress = Callable[[int, int], None]
+"""Called with the images encoded and the images to encode."""
+
+MISSING, ENCODED, UNREADABLE = 0, 1, 2
+FLUSH_EVERY_S = 5.0
+"""More than this is not lost to a kill."""
+
+
+class NonFiniteFeaturesError(RuntimeError):
+    """Features are NaN or infinite; the message names an image, and what to try."""
+
+
+class NoFeaturesError(RuntimeError):
+    """None of the images could be read."""
+
+
+class _Kind(NamedTuple):
+    """One kind of features of a source: arrays in memory, or mapped from a directory."""
+
+    rows: Float[np.ndarray, "n ..."]
+    state: Shaped[np.ndarray, " n"]
+    directory: Path | None
+
+
+class FeatureTable:
+    """Features of the images of a source, one kind or several, by the images' numbers.
+
+    `extract` gives one tensor for each kind; `keys` say what each is made from, as JSON takes it. Without a
+    `directory` the table is in memory. `image_size` is the encoder's.
+    """
+
+    def __init__(
+        self,
+        extract: Extract,
+        source: Source,
+        data: DataConfig,
+        image_size: Size,
+        *,
+        batch_size: int,
+        device: torch.device,
+        group: Group = ALONE,
+        directory: Path | None = None,
+        keys: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self.source, self.extract, self.group = source, extract, group
+        self._data, self._image_size, self._batch_size = data, image_size, batch_size
+        self._device, self._directory, self._keys = device, directory, keys
+        self._bad: dict[int, BadSample] = {}
+        self._kinds: tuple[_Kind, ...] = ()
+
+    # ------------------------------------------------------------------------------------------------- read
+
+    @property
+    def bad(self) -> tuple[BadSample, ...]:
+        """Images that could not be read, as far as met, in the source's order."""
+        return tuple(self._bad[number] for number in sorted(self._bad))
+
+    def readable(self, indices: Int64[np.ndarray, " n"] | None = None) -> Int64[np.ndarray, " m"]:
+        """Those of the images at `indices`, or of all, that have features."""
+        chosen = np.arange(len(self.source)) if indices is None else np.asarray(indices, dtype=np.int64)
+        return chosen[self._kinds[0].state[chosen] == ENCODED]
+
+    def read(self, indices: Int64[np.ndarray, " n"], kind: int = 0) -> Float[Tensor, "n ..."]:
+        """The features of readable images, in the order asked for, in main memory."""
+        return torch.from_numpy(self._kinds[kind].rows[indices])
+
+    # ------------------------------------------------------------------------------------------------- fill
+
+    def fill(
+        self,
+        indices: Int64[np.ndarray, " n"] | None = None,
+        *,
+        should_stop: Callable[[], bool] = bool,
+        progress: Progress | None = None,
+    ) -> bool:
+        """Encode those of the images at `indices`, or of all, that are not encoded yet; all ranks together.
+
+        Each rank encodes its share, and all can read all. `extract` is called once a batch on every rank,
+        with an image of zeros if its share is used up: others may hold a part of the model. False if
+        `should_stop`, which is asked once a batch and must answer alike on all ranks. Raises on all ranks
+        `NonFiniteFeaturesError`, `NoFeaturesError` if no image could be read, and `TooManyBadImages`.
+        """
+        group = self.group
+        with group.together():
+            if not self._kinds:
+                self._kinds = self._open()
+        states = np.stack([kind.state for kind in self._kinds])
+        wanted = np.arange(len(self.source)) if indices is None else np.asarray(indices, dtype=np.int64)
+        missing = wanted[(states[:, wanted] == MISSING).any(axis=0)]
+        if group.any(len(missing)):
+            missing = group.broadcast(missing)
+            if not self._encode(missing, should_stop, progress):
+                return False
+            self._exchange(missing)
+        self._check_bad()
+        if len(wanted) and not len(self.readable(wanted)):
+            one = self._bad[int(wanted[0])]
+            raise NoFeaturesError(
+                f"no image of {self.source.spec} could be read; the first: {one.name}: {one.reason}"
+            )
+        return True
+
+    def _encode(
+        self, missing: Int64[np.ndarray, " n"], should_stop: Callable[[], bool], progress: Progress | None
+    ) -> bool:
+        """Encode this rank's share of the missing images; False if it was asked to stop."""
+        group, data = self.group, self._data
+        workers = resolve_workers(data.workers, self.source, group.sharing_cores)
+        # What is found is flushed first, and only then counted as done: a kill in between costs time alone.
+        done: list[tuple[np.ndarray, int]] = []
+        failure: str | None = None
+        flushed_s, count, is_stopped = time.monotonic(), 0, False
+        for batch in eval_batches(
+            self.source, data, self._image_size, self._batch_size, missing, workers, group.rank, group.size
+        ):
+            if should_stop():
+                is_stopped = True
+                break
+            features = features_of_batch(batch, self.extract, data, self._device, self._image_size)
+            failure = failure or _non_finite(features, batch)
+            samples, bad = batch.samples.numpy(), np.array([one.sample for one in batch.bad], dtype=np.int64)
+            for kind, found in zip(self._kinds, features, strict=True):
+                kind.rows[samples] = found[: len(samples)].cpu().numpy()
+            done += [(samples, ENCODED), (bad, UNREADABLE)]
+            self._note_bad(batch.bad)
+            count += len(samples) + len(bad)
+            if progress is not None:
+                progress(count * group.size, len(missing))
+            if failure is None and time.monotonic() - flushed_s >= FLUSH_EVERY_S:
+                self._flush(done)
+                flushed_s = time.monotonic()
+        failures = [one for one in group.gather(failure) if one]
+        if failures:
+            raise NonFiniteFeaturesError(failures[0])
+        self._flush(done)
+        return not is_stopped
+
+    def _flush(self, done: list[tuple[np.ndarray, int]]) -> None:
+        for kind in self._kinds:
+            if kind.directory is not None:
+                kind.rows.flush()  # type: ignore[attr-defined]
+            for samples, state in done:
+                kind.state[samples] = state
+            if kind.directory is not None:
+                kind.state.flush()  # type: ignore[attr-defined]
+        done.clear()
+
+    def _note_bad(self, bad: Sequence[BadSample]) -> None:
+        self._bad |= {one.sample: one for one in bad}
+        for kind in self._kinds if bad else ():
+            if kind.directory is not None:
+                with writing(kind.directory / "bad.jsonl"), (kind.directory / "bad.jsonl").open("a") as file:
+                    file.writelines(json.dumps(one) + "\n" for one in bad)
+
+    def _exchange(self, missing: Int64[np.ndarray, " n"]) -> None:
+        """Give every rank the rows that the others encoded."""
+        group = self.group
+        if group.size == 1:
+            return
+        self._bad |= {one.sample: one for bad in group.gather(self.bad) for one in bad}
+        if self._directory is not None:  # all have mapped the same files, but another host may see old pages
+            self._kinds = self._open()
+            return
+        for rank in range(group.size):
+            start, stop = (len(missing) * number // group.size for number in (rank, rank + 1))
+            share = missing[start:stop]  # as `eval_batches` divides
+            for kind in self._kinds:
+                # In place: unlike `all_gather`, that takes no second copy of all rows.
+                rows, state = torch.from_numpy(kind.rows[share]), torch.from_numpy(kind.state[share])
+                if len(share):
+                    dist.broadcast(rows, src=rank, group=group.processes)
+                    dist.broadcast(state, src=rank, group=group.processes)
+                kind.rows[share], kind.state[share] = rows.numpy(), state.numpy()
+
+    def _check_bad(self) -> None:
+        allowed = self._data.max_bad_fraction * len(self.source)
+        if len(self._bad) <= max(allowed, 1 if allowed else 0):
+            return
+        for kind in self._kinds:  # or images that are repaired now would stay unreadable
+            if kind.directory is not None and self.group.is_main:
+                shutil.rmtree(kind.directory, ignore_errors=True)
+        first = "".join(f"\n  {one.name}: {one.reason}" for one in self.bad[:10])
+        raise TooManyBadImages(
+            f"{len(self._bad)} of the {len(self.source)} images of {self.source.spec} cannot be read, more "
+            f"than max_bad_fraction {self._data.max_bad_fraction:g} allows; the first are:{first}\n"
+            "Repair or remove them, or allow more by --max_bad_fraction."
+        )
+
+    # ------------------------------------------------------------------------------------------------- open
+
+    def _open(self) -> tuple[_Kind, ...]:
+        blank = torch.zeros(1, self._data.channels, *pair(self._image_size), device=self._device)
+        with torch.no_grad():
+            shapes = [tuple(one.shape[1:]) for one in self.extract(blank)]
+        n = len(self.source)
+        if self._directory is None:
+            # Pages that are never written take no memory.
+            return tuple(_Kind(np.zeros((n, *s), "f4"), np.zeros(n, "u1"), None) for s in shapes)
+        places = [self._directory / _name(key) for key in self._keys]
+        for place, key, shape in zip(places, self._keys, shapes, strict=True):
+            if self.group.is_main and not (place / "about.json").is_file():
+                _make(place, key, (n, *shape))
+        if self.group.size > 1:
+            dist.barrier(group=self.group.processes)
+        kinds = []
+        for place in places:
+            try:
+                rows, state = (np.load(place / f"{n}.npy", mmap_mode="r+") for n in ("features", "state"))
+            except (OSError, ValueError, EOFError) as error:
+                raise WriteError(f"{place} holds damaged features ({error}); remove it") from error
+            # A reason that was written just before a kill: its image is encoded again.
+            self._bad |= {one.sample: one for one in _read_bad(place) if state[one.sample] == UNREADABLE}
+            kinds.append(_Kind(rows, state, place))
+        return tuple(kinds)
+
+
+def features_of_batch(
+    batch: Batch, extract: Extract, data: DataConfig, device: torch.device, image_size: Size
+) -> tuple[Float[Tensor, "b ..."], ...]:
+    """Normalise a batch's images on the device and take their features, without gradients.
+
+    For a batch without readable images, the features of an image of zeros.
+    """
+    with torch.no_grad():
+        if not len(batch.samples):
+            return extract(torch.zeros(1, data.channels, *pair(image_size), device=device))
+        images = batch.images.to(device, non_blocking=True)
+        if not images.is_floating_point():  # else they come normalised
+            images = normalize(images, data.mean, data.std)
+        return extract(images)
+
+
+def _non_finite(features: tuple[Tensor, ...], batch: Batch) -> str | None:
+    if not len(batch.samples):
+        return None
+    finite = torch.stack([one.isfinite().flatten(1).all(dim=1) for one in features]).all(dim=0).cpu()
+    if finite.all():
+        return None
+    return (
+        f"{int((~finite).sum())} of {len(finite)} feature vectors contain NaN or inf (first: image "
+        f"{int(batch.samples[~finite][0])}); encode with --precision fp32, or look at the weights: the "
+        "training may have diverged"
+    )
+
+
+def table_gb(shapes: Sequence[tuple[int, ...]], images: int) -> float:
+    """Gigabytes that features of these shapes take on disk."""
+    return 4e-9 * images * sum(map(math.prod, shapes))
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Make an empty table; its description last, which says that the files are whole."""
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        mark_output(place.parent)
+        for name, dtype, dims in (("features.npy", "<f4", shape), ("state.npy", "u1", shape[:1])):
+            array = np.lib.format.open_memmap(place / name, mode="w+", dtype=dtype, shape=dims)
+            size = (place / name).stat().st_size
+            del array
+            if hasattr(os, "posix_fallocate"):
+                # A full disk is an error here; later, writing through the map would kill the process.
+                with (place / name).open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+    write_text(place / "about.json", json.dumps(key, indent=1) + "\n")
+
+
+def _read_bad(place: Path) -> Iterator[BadSample]:
+    if not (place / "bad.jsonl").is_file():
+        return
+    for line in (place / "bad.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            yield BadSample(*json.loads(line))
+        except (ValueError, TypeError):  # cut off by a kill; its image is not counted as done
+            continue

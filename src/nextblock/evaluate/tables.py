@@ -1,0 +1,138 @@
+"""Rows as a table: on the terminal, in Markdown and as CSV. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+Row = Mapping[str, Any]
+
+
+class Column(NamedTuple):
+    """A column of a table: its key in the rows, its head, and how a value is shown (the row is given too)."""
+
+    key: str
+    title: str
+    show: Callable[[Any, Row], str] = lambda value, _: "" if value is None else str(value)
+
+
+def percent(value: float | None, row: Row, key: str = "") -> str:
+    """A share in percent, with its standard error if the row has one as `KEY_se`."""
+    if value is None:
+        return ""
+    error = row.get(f"{key}_se")
+    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def share(key: str, title: str) -> Column:
+    """A column of shares in percent, beside their standard errors."""
+    return Column(key, title, lambda value, row: percent(value, row, key))
+
+
+def lead(title: str) -> Column:
+    """A column of paired differences, "lead", in points of percent, with their standard errors."""
+
+    def show(value: float | None, row: Row) -> str:
+        return "" if value is None else f"{100 * value:+.1f} ± {100 * row['lead_se']:.1f}"
+
+    return Column("lead", title, show)
+
+
+def number(key: str, title: str, form: str = "g") -> Column:
+    """A column of numbers in a format."""
+    return Column(key, title, lambda value, _: "" if value is None else format(value, form))
+
+
+class Table(NamedTuple):
+    """Rows, and which of their values are shown, in which order."""
+
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+
+    def cells(self) -> list[list[str]]:
+        """The text of each cell; a column without any text is left out of `head` too."""
+        return [[one.show(row.get(one.key), row) for one in self._shown] for row in self.rows]
+
+    @property
+    def head(self) -> list[str]:
+        """The titles of the columns that have a text in some row."""
+        return [one.title for one in self._shown]
+
+    @property
+    def _shown(self) -> list[Column]:
+        return [c for c in self.columns if any(c.show(row.get(c.key), row) for row in self.rows)]
+
+    def markdown(self) -> str:
+        """A table in Markdown."""
+        lines = [self.head, ["---"] * len(self.head), *self.cells()]
+        return "".join(f"| {' | '.join(map(escape_markdown, line))} |\n" for line in lines)
+
+    def rich(self) -> RichTable:
+        """A table for the terminal: one line a row, never cut."""
+        from rich.box import SIMPLE
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        table = RichTable(box=SIMPLE, pad_edge=False)
+        for title in self.head:
+            table.add_column(escape(title), no_wrap=True, overflow="ignore")
+        for row in self.cells():
+            table.add_row(*map(escape, row))
+        return table
+
+    def print(self) -> None:
+        """Print it, as wide as it is: cut off, its numbers would be of no use."""
+        from rich.console import Console
+
+        console, table = Console(), self.rich()
+        console.width = max(console.width, Console(width=500).measure(table).maximum)
+        console.print(table)
+
+
+def write_csv(rows: Iterable[Row]) -> str:
+    """All values of all rows as CSV, lists joined by a blank; text that a spreadsheet would run is quoted."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with io.StringIO(newline="") as text:
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: safe_cell(value) for name, value in row.items()} for row in rows)
+        return text.getvalue()
+
+
+def safe_cell(value: Any) -> Any:
+    """A value for a cell of a CSV file: lists joined by a blank, text that would be a formula quoted."""
+    if isinstance(value, list | tuple):
+        return " ".join(str(safe_cell(one)) for one in value)
+    # OWASP, "CSV injection": such a cell is a formula to a spreadsheet.
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
+def escape_markdown(text: str) -> str:
+    """Text that stands for itself in a cell of a table in Markdown."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """1 image, 2 images, 1,000 images."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def finite(value: Any) -> Any:
+    """The same value for JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(one) for name, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def end_of(name: str, letters: int) -> str:
+    """At most `letters` of a name, its last ones, after an ellipsis if it is cut."""
+    return name if len(name) <= letters else f"…{name[len(name) - letters + 1 :]}"
