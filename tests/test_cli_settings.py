@@ -294,7 +294,7 @@ def test_all_help_does_not_wait_for_torch_and_lists_every_setting_with_its_meani
 def test_help_is_a_line_examples_that_are_understood_and_the_usual_settings(cli, verb):
     code, out, _ = cli(*verb.split(), "--help")
     about, _, *rest = out.splitlines()
-    known = set(re.findall(r"--[a-z_A-Z.]+", cli(*verb.split(), "--help-all")[1]))
+    known = {*re.findall(r"^  (--[a-z_A-Z.]+)", cli(*verb.split(), "--help-all")[1], flags=re.MULTILINE)}
     assert (code, about, len(rest) <= 40) == (0, f"{VERBS[verb].about}.", True)
     for i, example in enumerate(VERBS[verb].examples):
         assert rest[i] == f"  nextblock {verb} {example}".rstrip()

@@ -41,10 +41,10 @@ VERBS = {
         "Measure a frozen encoder's features by nearest neighbours",
         (
             "--model RUN --train TRAIN",
-            "--model RUN --train TRAIN --val TEST --k 1,20",
-            "--model timm:vit_base_patch16_224.mae --train TRAIN --val TEST",
+            "--model RUN --train TRAIN --test TEST --k 1,20",
+            "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
         ),
-        "model train val k out",
+        "model train test k out",
     ),
     "fewshot": Verb(
         "Measure a frozen encoder's features with few labels",
@@ -72,7 +72,7 @@ VERBS = {
     "classify": Verb(
         "Name the classes of images with a trained head",
         (
-            "--model RUN/probe/attentive --data DIR --out classes.csv",
+            "--model RUN/probe/attentive --data IMAGE",
             "--model RUN/finetuned --data DIR --out classes.csv --top 1",
             "--model backbone.pth --head head.pth --data DIR --out classes.csv",
         ),
@@ -81,20 +81,20 @@ VERBS = {
     "embed": Verb(
         "Write the features of images to a file",
         (
-            "--model RUN --data DIR --out features.npy",
+            "--model RUN --data DIR --out features.npz",
             "--model RUN --data DIR --out features.parquet",
-            "--model timm:vit_base_patch16_224.mae --data DIR --out features.npy",
+            "--model timm:vit_base_patch16_224.mae --data DIR --out features.npz",
         ),
         "model data out layers pool",
     ),
     "search": Verb(
         "Find the images nearest to one, and draw them",
         (
-            "--model RUN --data DIR --query IMAGE --out nearest.png",
-            "--model RUN --data DIR --query IMAGE --out nearest.png --top 20",
-            "--model RUN --data DIR --features features.npy --query IMAGE --out nearest.png",
+            "--model RUN --data DIR --query IMAGE",
+            "--model RUN --data DIR --query IMAGE --out nearest --top 20",
+            "--model RUN --data DIR --query QUERIES --out nearest --layers last6",
         ),
-        "model data query out top features",
+        "model data query out top",
     ),
     "predict": Verb(
         "Draw how a model predicts the next blocks of images",
