@@ -231,6 +231,8 @@ def test_info_on_a_run(cli, run):
     assert (told["grid"], told["blocks"]) == ([4, 4], 4)
     assert told["total_params"] == sum(tensor.numel() for tensor in weights(run, 3).values())
     assert (told["steps"], told["config"]["depth"]) == (3, 1)
+    first = json.loads(cli("info", run / "checkpoints" / "step_00000003", "--json")[1])
+    assert (first["steps"], first["loss"]) == (3, metrics(run)[-1]["loss"])
     code, out, _ = cli("info", run)
     assert code == 0
     assert "16 wide, 1 layer, 2 heads" in out

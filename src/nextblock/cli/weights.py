@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nextblock.atomic import RUN_FILES
 from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.config import Attention, Size, pair
@@ -66,9 +68,9 @@ def _run_of(found: Found) -> RunSummary | None:
     from nextblock.visualize.report import read_run
 
     path = (found.path or Path()).absolute()
-    place = next((folder for folder in (path, *path.parents[:3]) if (folder / "config.yaml").is_file()), None)
-    is_of_run = place is not None and (place / "metrics.jsonl").is_file() and found.format == "nextblock"
-    return read_run(place) if place is not None and is_of_run else None
+    places = (path, *path.parents[:3]) if found.format == "nextblock" else ()
+    runs = (place for place in places if all((place / file).is_file() for file in RUN_FILES))
+    return next(map(read_run, runs), None)
 
 
 def _facts(found: Found, run: RunSummary | None, src: str) -> Iterator[tuple[str, str]]:
@@ -87,9 +89,8 @@ def _facts(found: Found, run: RunSummary | None, src: str) -> Iterator[tuple[str
     what = "encoder with predictor" if kind == "model" else "encoder alone"
     if head is not None:
         layers = "" if head["layers"] is None else f" on layer {', '.join(map(str, head['layers']))}"
-        what = (
-            f"classifier of {counted(head['num_classes'], 'class', 'classes')}, {head['kind']} head{layers}"
-        )
+        classes = counted(head["num_classes"], "class", "classes")
+        what = f"classifier of {classes}, {head['kind']} head{layers}"
     yield "what", what
     yield "format", f"{found.format}" + (f", {found.path}" if found.path else "")
     yield "image", f"{by(config.image_size)} px, {counted(config.in_chans, 'channel')}"
@@ -108,14 +109,10 @@ def _facts(found: Found, run: RunSummary | None, src: str) -> Iterator[tuple[str
     sizes = (f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}" for number in numbers)
     yield "parameters", "{} in the encoder, {} in all".format(*sizes)
     if run is not None:
-        settings, beat, (loss, step) = (
-            recorded_config(run.run_dir),
-            run.heartbeat,
-            run.final_loss or (None, 0),
-        )
-        total = f" of {beat['total_steps']:,}" if beat.get("total_steps") else ""
+        settings, loss, total = recorded_config(run.run_dir), values["loss"], run.heartbeat.get("total_steps")
+        whole = f" of {total:,}" if total else ""
         where = f" on {', '.join(settings.data.train_specs)}" if settings else ""
-        yield "trained", f"{counted(beat.get('step', step), 'step')}{total}{where}"
+        yield "trained", f"{counted(values['steps'], 'step')}{whole}{where}"
         baselines = (f"{BASELINE_WORDS.get(name, name)} {value:.4f}" for name, value in run.baselines.items())
         yield "loss", "not logged yet" if loss is None else "; ".join((f"{loss:.4f}", *baselines))
         if run.final_val_loss is not None:
@@ -151,7 +148,13 @@ def _model(found: Found, run: RunSummary | None) -> dict[str, Any]:
     if is_classifier:
         values["head"] = to_dict(model.head_config)
     if run is not None:
-        values |= {"steps": run.heartbeat.get("step"), "loss": run.final_loss and run.final_loss[0]}
+        # A checkpoint before the last has steps and loss of its own.
+        named = re.search(r"checkpoints/step_(\d+)", str(found.path))
+        step = (
+            int(named[1]) if named else run.heartbeat.get("step", run.train[-1]["step"] if run.train else 0)
+        )
+        loss = next((line["loss"] for line in reversed(run.train) if line["step"] <= step), None)
+        values |= {"steps": step, "loss": loss}
     # A stand-in is not what the file holds.
     for name in found.assumed.keys() & STAND_INS.keys():
         section = values["config"] if name in values["config"] else values.get("head", {})
