@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from nextblock.evaluate.classify_config import ClassifyConfig
 
 import nextblock
 from nextblock.checkpoint import save_classifier, save_model
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages, eval_batches, normalize
 from nextblock.evaluate.classify import classify_images
-from nextblock.evaluate.classify_config import ClassifyConfig
 from nextblock.evaluate.features import seeded
 from nextblock.interop import open_encoder
 from nextblock.models.heads import HeadConfig, ImageClassifier

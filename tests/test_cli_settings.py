@@ -277,7 +277,7 @@ for verb in sys.argv[1:]:
 assert not {"torch", "timm", "torchvision", "matplotlib", "yaml", "rich"} & sys.modules.keys()
 """
 # The others' settings still live beside torch.
-LIGHT = [verb for verb in VERBS if verb not in ("bench", "classify", "finetune", "probe", "search", "suite")]
+LIGHT = [verb for verb in VERBS if verb not in ("finetune", "probe", "suite")]
 
 
 def test_all_help_does_not_wait_for_torch_and_lists_every_setting_with_its_meaning():
@@ -290,7 +290,7 @@ def test_all_help_does_not_wait_for_torch_and_lists_every_setting_with_its_meani
     assert "one less than there are cores; 0: the main process. (default: auto)" in words
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "bench"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_is_a_line_examples_that_are_understood_and_the_usual_settings(cli, verb):
     code, out, _ = cli(*verb.split(), "--help")
     about, _, *rest = out.splitlines()

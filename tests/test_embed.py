@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from nextblock.evaluate.embed.config import FORMATS, EmbedConfig
+from nextblock.evaluate.embed.files import EmbeddingsError, iterate_features_of, read_embeddings
+from nextblock.evaluate.embed.run import embed_model
 from safetensors.numpy import load_file
 
 import nextblock
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages, eval_batches, normalize
 from nextblock.evaluate.embed import run as embed_module
-from nextblock.evaluate.embed.config import FORMATS, EmbedConfig
-from nextblock.evaluate.embed.files import EmbeddingsError, iterate_features_of, read_embeddings
-from nextblock.evaluate.embed.run import embed_model
 from nextblock.evaluate.layers import layer_choices
 from nextblock.interop import open_encoder
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture

@@ -7,6 +7,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from nextblock.evaluate.fewshot_config import C_GRID, DEFAULT_C, FewshotConfig, Shots
+from nextblock.evaluate.frozen import Opened
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
@@ -18,8 +20,6 @@ from nextblock.cli import main
 from nextblock.cli.fewshot import fewshot
 from nextblock.data import Source, keyed_seed
 from nextblock.evaluate.fewshot import comparison, draw_shots, fewshot_opened, regress, summary
-from nextblock.evaluate.fewshot_config import C_GRID, DEFAULT_C, FewshotConfig, Shots
-from nextblock.evaluate.frozen import Opened
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+from nextblock.evaluate.frozen import Opened, feature_config
+from nextblock.evaluate.knn_config import KnnConfig
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -14,7 +16,6 @@ from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.data import Source
 from nextblock.evaluate.features import collect_features, encoder_extract, iterate_features
-from nextblock.evaluate.frozen import Opened, feature_config
 from nextblock.evaluate.knn import (
     comparison,
     knn,
@@ -23,7 +24,6 @@ from nextblock.evaluate.knn import (
     nearest_neighbours,
     summary,
 )
-from nextblock.evaluate.knn_config import KnnConfig
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-
 from nextblock.evaluate.knn_config import KnnConfig
+
 from nextblock.evaluate.results import differences, identity_of, refuse_other_result
 from nextblock.models.next_block import NextBlockModel
 from toy import DATA, ToySource, toy_model

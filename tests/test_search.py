@@ -7,6 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from nextblock.evaluate.embed.config import EmbedConfig
+from nextblock.evaluate.embed.files import EmbeddingsError, read_embeddings
+from nextblock.evaluate.embed.run import embed_model
+from nextblock.evaluate.search_config import SearchConfig
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -14,12 +18,8 @@ import nextblock.cli.search as search_cli
 from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.data import TooManyBadImages
-from nextblock.evaluate.embed.config import EmbedConfig
-from nextblock.evaluate.embed.files import EmbeddingsError, read_embeddings
-from nextblock.evaluate.embed.run import embed_model
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.search import MOST_COPIES, ImageFile, nearest, search_model
-from nextblock.evaluate.search_config import SearchConfig
 from nextblock.interop import open_encoder
 from nextblock.models import NextBlockModel
 from nextblock.visualize.contact_sheet import Cell, SheetRow, draw_contact_sheet, thumbnail

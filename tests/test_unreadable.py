@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from nextblock.evaluate.fewshot_config import FewshotConfig
+from nextblock.evaluate.knn_config import KnnConfig
 
 from nextblock.data import BadSample, TooManyBadImages, keyed_seed
 from nextblock.evaluate import features as features_module
 from nextblock.evaluate import sources as evaluation_sources
 from nextblock.evaluate.features import check_bad
 from nextblock.evaluate.fewshot import fewshot
-from nextblock.evaluate.fewshot_config import FewshotConfig
 from nextblock.evaluate.knn import knn
-from nextblock.evaluate.knn_config import KnnConfig
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.sources import hold_out, part_of
 from nextblock.evaluate.unreadable import in_whole, report_unreadable, whole_of

@@ -154,7 +154,6 @@ VERBS = {
         "List the named runs and model sizes",
         ("", "xtra-b16-in1k", "--all"),
     ),
-    "bench": Verb("Measure speed against the plain alternative", ()),
     "data pack": Verb(
         "Write the images of a source as tar shards, with an index beside each",
         (
