@@ -89,7 +89,7 @@ def test_names_that_are_no_text_are_printed_escaped(capsys, tmp_path):
         ),
         (("pack", "digits", "{tmp}/out", "--resize_px", "8", "--tile_px", "8"), "either resize_px or tile"),
         (("sample", "digits", "{tmp}/l.txt"), "give one of --fraction, --count and --per_class"),
-        (("sample", "digits", "{tmp}/l.txt", "--count", "0"), "cannot draw 0 of the 1797 images"),
+        (("sample", "digits", "{tmp}/l.txt", "--count", "0"), "cannot draw 0 of 1,797 images"),
         (
             ("sample", "digits", "{tmp}/l.txt", "--fraction", "10"),
             "fraction is '10'; it must be",

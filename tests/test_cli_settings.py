@@ -277,7 +277,7 @@ for verb in sys.argv[1:]:
 assert not {"torch", "timm", "torchvision", "matplotlib", "yaml", "rich"} & sys.modules.keys()
 """
 # The others' settings still live beside torch.
-LIGHT = [verb for verb in VERBS if verb not in ("finetune", "probe", "suite")]
+LIGHT = [verb for verb in VERBS if verb not in ("finetune", "probe")]
 
 
 def test_all_help_does_not_wait_for_torch_and_lists_every_setting_with_its_meaning():

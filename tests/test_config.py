@@ -92,7 +92,7 @@ def of_model(**changes):
         (of_model(tokenizer="kmeans", norm_pixels=False), "norm_pixels false"),
         ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is 0.5,0.3; give smallest,largest"),
         ({"data.crop_scale": (0.0, 1.0)}, "above 0"),
-        ({"data.mean": (0.5,)}, "1 channels and data.std 3"),
+        ({"data.mean": (0.5,)}, "1 channel and data.std 3"),
         ({"data.train": ()}, "data.train or data.weights is empty"),
         ({"data.train": ("A", "B", "A")}, "names a source twice"),
         ({"data.train": ("A", "B"), "data.weights": (1.0,)}, "names 2 sources and data.weights 1"),

@@ -149,7 +149,7 @@ def test_a_setting_that_is_not_implemented_is_refused(content, settings, words, 
         ("enc.norm.bias", "none", "holds 'enc.norm.bias' of type str"),
         ("enc.pos_embed", 3, "holds 'enc.pos_embed' of type int"),
         ("enc.pos_embed", torch.zeros(3), "holds enc.pos_embed of shape (3,)"),
-        ("enc.norm.bias", torch.full((48,), torch.nan), "1 tensors of"),
+        ("enc.norm.bias", torch.full((48,), torch.nan), "NaN or inf in 1 tensor"),
         ("enc.norm.bias", torch.full((48,), torch.inf), "holds NaN or inf in 1 tensor (encoder.norm.bias)"),
     ],
 )

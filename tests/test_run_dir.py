@@ -150,7 +150,7 @@ def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(run):
     del told["data"]["val_crop"]
     (run / "config.yaml").write_text(yaml.safe_dump(told))
     open_with(run)
-    with pytest.raises(RunDirError, match=r"data.val_crop: 'center' there, 'squash' now"):
+    with pytest.raises(RunDirError, match=r"data.val_crop: center there, squash now"):
         open_with(run, {"data.val_crop": "squash"})
     (run / "config.yaml").write_text(yaml.safe_dump({**told, "dream": 1}))
     with pytest.raises(RunDirError, match=r"config.yaml is not of this version .* unknown setting 'dream'"):
