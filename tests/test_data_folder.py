@@ -117,6 +117,16 @@ def test_the_fingerprint_depends_on_the_names_only_and_travels_to_a_worker(tmp_p
     assert len(set(prints)) == 3
 
 
+@pytest.mark.parametrize("name", ["a.png", "A.PNG", "ü\udcff.png"])
+def test_an_image_file_is_a_source_of_one_image_without_a_label(tmp_path, name):
+    make_images(tmp_path, ["other.png", name])
+    source = opened(os.fsdecode(os.fsencode(tmp_path / name)))
+    travelled = pickle.loads(pickle.dumps(source))
+    assert (len(source), source.has_labels) == (1, False)
+    assert travelled.read(0)[:, 0, 0].tolist() == [1, 100, 200]
+    assert travelled.fingerprint == source.fingerprint != opened(tmp_path).fingerprint
+
+
 def test_a_file_larger_than_any_image_is_unreadable_and_is_not_read(tmp_path):
     make_images(tmp_path, ["1.png"])
     with (tmp_path / "2.tif").open("wb") as file:

@@ -1,62 +1,36 @@
-"""Features in files: what they are, where they go, that a run cut off goes on, and what is refused."""
+"""Features in files: what they are, both formats, nearest images and thumbnails, resuming, refusals."""
 
-import csv
+import io
 import json
-from dataclasses import replace
+import os
+import signal
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from nextblock.evaluate.embed.config import FORMATS, EmbedConfig
-from nextblock.evaluate.embed.files import EmbeddingsError, iterate_features_of, read_embeddings
-from nextblock.evaluate.embed.run import embed_model
-from safetensors.numpy import load_file
+from PIL import Image
 
-import nextblock
+from evaluating import toy_verb  # noqa: F401 - a fixture
 from nextblock.cli import main
-from nextblock.data import TooManyBadImages, eval_batches, normalize
-from nextblock.evaluate.embed import run as embed_module
-from nextblock.evaluate.layers import layer_choices
-from nextblock.interop import open_encoder
+from nextblock.data import eval_batches, normalize
+from nextblock.errors import UsageError
+from nextblock.evaluate.embed import read_embeddings
+from nextblock.evaluate.evaluation import Stopped
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
-TIMM = "timm:vit_tiny_patch16_224,pretrained=false,img_size=32"
+
+@pytest.fixture
+def embed(run, tmp_path):
+    run.sources["toy-0"] = ToySource(10, bad={2, 7})
+    return run.with_usual(verb="embed", data="toy-0", out=str(tmp_path / "features.npz"))
 
 
-def settings(tmp_path, suffix=".npy", **changes):
-    values = {"model": "RUN", "data": "toy-0", "out": str(tmp_path / f"features{suffix}")}
-    return EmbedConfig(**{"encode_batch_size": 4, "device": "cpu", **values, **changes})
+def place(tmp_path, suffix):
+    return str(tmp_path / f"features{suffix}")
 
 
-def run(tmp_path, suffix=".npy", *, source=None, data=DATA, model=None, **changes):
-    return embed_model(
-        model or toy_model(), settings(tmp_path, suffix, **changes), source or ToySource(10), data
-    )
-
-
-def encoded(model, source, attention="native", size=16):
-    """All layers of every readable image, one image at a time."""
-    found = []
-    for batch in eval_batches(source, DATA, size, 1):
-        if len(batch.samples):
-            with torch.no_grad():
-                found.append(model.encode(normalize(batch.images, DATA.mean, DATA.std), attention))
-    return found
-
-
-class Breaks(ToySource):
-    """Stops the run when an image is asked for, as a kill would."""
-
-    at: int | None = None
-
-    def _read(self, index):
-        if index == self.at:
-            raise KeyboardInterrupt
-        return super()._read(index)
-
-
-# ---------------------------------------------------------------------------------------- what they are
+READABLE = [0, 1, 3, 4, 5, 6, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -65,351 +39,158 @@ class Breaks(ToySource):
         ({}, lambda model, e: model.final_norm(e.layers[1]).mean(1)),
         ({"norm": False}, lambda model, e: e.layers[1].mean(1)),
         ({"layers": "last2", "norm": False}, lambda model, e: ((e.layers[0] + e.layers[1]) / 2).mean(1)),
-        (
-            {"layers": "0+1", "layer_pool": "concat"},
-            lambda model, e: torch.cat([model.final_norm(x) for x in e.layers], -1).mean(1),
-        ),
         ({"layers": "layer0", "pool": "none"}, lambda model, e: model.final_norm(e.layers[0])),
         (
             {"layers": "each"},
             lambda model, e: torch.stack([model.final_norm(x).mean(1) for x in e.layers], 1),
         ),
+        (
+            {"layers": "each", "pool": "none", "attention": "full"},
+            lambda model, e: torch.stack([model.final_norm(x) for x in e.layers], 1),
+        ),
     ],
 )
-def test_features_are_those_of_the_slow_definition(tmp_path, changes, slow):
-    model, source = toy_model(), ToySource(6)
-    found = run(tmp_path, source=source, model=model, **changes)
-    expected = torch.cat([slow(model, one) for one in encoded(model, source)]).detach()
-    assert found.features.shape == expected.shape
-    torch.testing.assert_close(torch.from_numpy(np.array(found.features)), expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_features_are_those_of_the_slow_definition_and_come_back_from_either_file(
+    embed, tmp_path, suffix, changes, slow
+):
+    model, found = toy_model(), embed(out=place(tmp_path, suffix), **changes)
+    expected = []
+    for batch in eval_batches(embed.sources["toy-0"], DATA, 16, 1, READABLE):
+        with torch.no_grad():
+            images = normalize(batch.images, DATA.mean, DATA.std)
+            expected.append(slow(model, model.encode(images, changes.get("attention", "native"))))
+    assert found.features.dtype == np.float32
+    np.testing.assert_allclose(found.features, torch.cat(expected), atol=1e-5)
+    again = read_embeddings(tmp_path / f"features{suffix}")
+    assert np.array_equal(again.features, found.features)
+    assert again.indices.tolist() == READABLE
+    assert again.names == [f"toy-0[{index}]" for index in READABLE]
+    assert again.labels is not None
+    assert again.labels.tolist() == [index % 4 for index in READABLE]
+    assert again.class_names == ("a", "b", "c", "d")
+    assert again.about["bad"] == 2
 
 
-def test_attention_is_the_one_asked_for(tmp_path):
-    model, source = toy_model(), ToySource(4)
-    found = run(tmp_path, source=source, model=model, attention="full").features
-    full = torch.cat([one.tokens.mean(1) for one in encoded(model, source, "full")])
-    native = torch.cat([one.tokens.mean(1) for one in encoded(model, source)])
-    np.testing.assert_allclose(found, full, atol=1e-5)
-    assert not np.allclose(found, native, atol=1e-3)
+def test_parquet_lists_the_nearest_images_and_shows_them(embed, tmp_path):
+    found = embed(out=place(tmp_path, ".parquet"), neighbors=3, thumbnail_px=8)
+    table = pyarrow.parquet.read_table(tmp_path / "features.parquet").to_pylist()
+    features = found.features.astype(np.float64)
+    normed = features / np.linalg.norm(features, axis=1, keepdims=True)
+    distance = 1 - normed @ normed.T
+    for row, line in enumerate(table):
+        order = [other for other in distance[row].argsort() if other != row][:3]
+        assert line["neighbors"]["ids"] == order
+        np.testing.assert_allclose(line["neighbors"]["distances"], distance[row][order], atol=1e-5)
+        picture = Image.open(io.BytesIO(line["thumbnail"]["bytes"]))
+        assert (picture.format, picture.size) == ("PNG", (8, 8))
+        mean = np.asarray(picture).mean((0, 1)) - embed.sources["toy-0"].images[line["index"]].numpy().mean(
+            (1, 2)
+        )
+        assert np.abs(mean).max() < 2
+        assert line["class"] == "abcd"[line["label"]]
+    plane = np.array([[line["projection_x"], line["projection_y"]] for line in table])
+    assert np.isfinite(plane).all()
+    assert (plane.std(axis=0) > 0).all()
 
 
-def test_class_and_register_tokens_of_a_timm_encoder_are_taken_as_asked(tmp_path):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = open_encoder(TIMM)
-    source = ToySource(3)
-    one = encoded(model, source, size=32)
-    normed = torch.cat([model.final_norm(torch.cat([e.prefix[-1], e.layers[-1]], 1)) for e in one]).detach()
-    wanted = {
-        "class": normed[:, 0],
-        "patches": normed[:, 1:].mean(1),
-        "joined": torch.cat([normed[:, 0], normed[:, 1:].mean(1)], -1),
-        "all": normed.mean(1),
-    }
-    for tokens, expected in wanted.items():
-        found = run(tmp_path, f"-{tokens}.npy", source=source, model=model, tokens=tokens).features
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    every = run(tmp_path, "-every.npy", source=source, model=model, tokens="all", pool="none").features
-    np.testing.assert_allclose(every, normed, atol=1e-5)
-
-
-def test_half_precision_is_a_rounding(tmp_path):
-    whole, half = run(tmp_path), run(tmp_path, "-16.npy", dtype="fp16")
-    assert half.features.dtype == np.float16
-    np.testing.assert_array_equal(half.features, np.asarray(whole.features).astype(np.float16))
-
-
-def test_numbers_beyond_half_precision_are_refused(tmp_path):
-    model = toy_model()
-    with torch.no_grad():
-        for parameter in model.final_norm.parameters():
-            parameter.fill_(1e6)
-    with pytest.raises(EmbeddingsError, match="--dtype fp32"):
-        run(tmp_path, model=model, dtype="fp16")
-
-
-# ----------------------------------------------------------------------------------------- where they go
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_every_format_gives_back_features_names_and_labels_in_order(tmp_path, suffix, dtype):
-    source = ToySource(10, bad={2, 7})
-    found = run(tmp_path, suffix, source=source, pool="none", dtype=dtype)
-    readable = [0, 1, 3, 4, 5, 6, 8, 9]
-    np.testing.assert_array_equal(found.indices, readable)
-    assert found.names == tuple(f"toy-0[{i}]" for i in readable)
-    np.testing.assert_array_equal(found.labels, source.labels[readable])
-    assert found.class_names == ("a", "b", "c", "d")
-    assert found.features.shape == (8, 16, 32)
-    expected = run(tmp_path, "-other.npy", pool="none", dtype=dtype)  # none bad
-    np.testing.assert_allclose(found.features, expected.features[readable], atol=2e-3)
-    parts = list(iterate_features_of(found.path, found.origin))
-    np.testing.assert_array_equal(np.concatenate(parts), found.features)
-
-
-def test_parquet_is_read_by_its_own_library(tmp_path):
-    found = run(tmp_path, ".parquet")
-    table = pyarrow.parquet.read_table(found.path)
-    assert table.column_names == ["index", "name", "label", "class", "feature"]
-    assert table.schema.field("feature").type.list_size == 32
-    rows = table.to_pylist()
-    assert [(row["index"], row["name"], row["label"], row["class"]) for row in rows[:2]] == [
-        (0, "toy-0[0]", 0, "a"),
-        (1, "toy-0[1]", 1, "b"),
+def test_unlabelled_images_plain_tables_and_a_single_image(embed, tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "one.png")
+    out = place(tmp_path, ".parquet")
+    found = embed(out=out, data=str(tmp_path / "one.png"), thumbnail_px=0, neighbors=0)
+    assert (found.features.shape, found.labels, found.class_names) == ((1, 32), None, None)
+    assert found.names == ["one.png"]
+    assert pyarrow.parquet.read_table(tmp_path / "features.parquet").column_names == [
+        "index",
+        "name",
+        "feature",
+        "projection_x",
+        "projection_y",
     ]
-    np.testing.assert_array_equal(np.array([row["feature"] for row in rows], np.float32), found.features)
-    assert json.loads(table.schema.metadata[b"nextblock"])["identity"]["settings"]["data"] == "toy-0"
 
 
-def test_npy_and_safetensors_are_read_by_their_own_libraries(tmp_path):
-    npy, tensors = run(tmp_path), run(tmp_path, ".safetensors")
-    loaded = load_file(tensors.path)
-    assert loaded.keys() == {"features", "index", "label"}
-    np.testing.assert_array_equal(np.load(npy.path), loaded["features"])
-    for path in (npy.path, tensors.path):
-        with path.with_name(f"{path.name}.names.csv").open(newline="") as file:
-            rows = list(csv.reader(file))
-        assert rows[0] == ["row", "index", "name", "label", "class"]
-        assert rows[4] == ["3", "3", "toy-0[3]", "3", "d"]
+# ---------------------------------------------------------------------------------- again, stopped, refused
 
 
-def test_images_without_labels_have_none(tmp_path):
-    class Unlabelled(ToySource):
-        @property
-        def has_labels(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return False
-
-    for suffix in FORMATS:
-        found = run(tmp_path, suffix, source=Unlabelled(4))
-        assert (found.labels, found.class_names, len(found.names)) == (None, None, 4)
-
-
-def test_many_rows_come_back_whole_from_all_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("nextblock.evaluate.embed.files.ROWS", 3)
-    for suffix in FORMATS:
-        found = run(tmp_path, suffix)
-        parts = list(iterate_features_of(found.path, found.origin))
-        assert [len(part) for part in parts] == [3, 3, 3, 1]
-        np.testing.assert_array_equal(np.concatenate(parts), found.features)
-        assert found.names == tuple(f"toy-0[{i}]" for i in range(10))
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_the_same_command_reads_its_file_and_another_is_refused_unless_it_is_to_overwrite(
+    embed, tmp_path, suffix
+):
+    embed = embed.with_usual(out=place(tmp_path, suffix))
+    first = embed()
+    content, reads = (tmp_path / f"features{suffix}").read_bytes(), embed.sources["toy-0"].reads
+    assert np.array_equal(embed(encode_batch_size=3).features, first.features)
+    assert embed.sources["toy-0"].reads == reads
+    with pytest.raises(
+        UsageError, match=r"holds other features \(settings.layers: last there, layer0 here\)"
+    ):
+        embed(layers="layer0")
+    assert (tmp_path / f"features{suffix}").read_bytes() == content
+    assert not np.array_equal(embed(layers="layer0", overwrite=True).features, first.features)
 
 
-# --------------------------------------------------------------------------------------------- going on
+class Signals(ToySource):
+    is_armed = True
+
+    def _read(self, index):
+        if index == 5 and self.is_armed:
+            self.is_armed = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super()._read(index)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_a_run_cut_off_goes_on_to_the_same_bytes_and_reads_nothing_twice(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(embed_module, "COMMIT_EVERY_S", 0.0)
-    whole = run(tmp_path, f"-whole{suffix}", source=ToySource(21, bad={5}))
-    cut = Breaks(21, bad={5})
-    cut.at = 14
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, suffix, source=cut)
-    out = tmp_path / f"features{suffix}"
-    assert not out.exists()
-    again = ToySource(21, bad={5})
-    found = run(tmp_path, suffix, source=again)
-    assert again.reads == 21 - 12  # three batches of four were done
-    assert np.asarray(found.features).tobytes() == np.asarray(whole.features).tobytes()
-    np.testing.assert_array_equal(found.indices, whole.indices)
-    assert found.origin.bad == 1
-    (bad,) = (tmp_path / f"{out.name}.quarantine.jsonl").read_text().splitlines()
-    assert json.loads(bad) == {"name": "toy-0[5]", "sample": 5, "reason": "truncated"}
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+def test_one_that_was_stopped_resumes_and_leaves_nothing_but_its_file(embed, tmp_path):
+    whole = embed(data="toy-0", out=str(tmp_path / "whole.npz")).features
+    embed.sources["toy-0"] = source = Signals(10, bad={2, 7})
+    with pytest.raises(Stopped, match="the same command resumes"):
+        embed(encode_batch_size=2)
+    assert not (tmp_path / "features.npz").exists()
+    assert (tmp_path / ".features.npz.features").is_dir()
+    stopped_at = source.reads
+    assert np.array_equal(embed(encode_batch_size=2).features, whole)
+    assert source.reads - stopped_at <= 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "features.npz",
+        "model.safetensors",
+        "whole.npz",
+    ]
 
 
-def test_what_was_written_after_the_last_count_is_written_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_module, "COMMIT_EVERY_S", 0.0)
-    whole, cut = run(tmp_path, "-whole.npy"), Breaks(10)
-    cut.at = 8
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, source=cut)
-    with (tmp_path / ".features.npy.partial" / "features.npy").open("ab") as file:
-        file.write(b"half a row")
-    assert run(tmp_path).features.tobytes() == whole.features.tobytes()
+@pytest.mark.parametrize("content", [b"", b"mine", b"PK\x03\x04mine", b"PAR1mine"])
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_file_of_something_else_is_kept(embed, tmp_path, suffix, content):
+    (tmp_path / f"features{suffix}").write_bytes(content)
+    with pytest.raises(UsageError, match=r"cannot be read as features.*; choose another --out"):
+        embed(out=place(tmp_path, suffix))
+    assert (tmp_path / f"features{suffix}").read_bytes() == content
 
 
-def test_killed_before_the_first_count_it_begins_anew(tmp_path):
-    cut = Breaks(10)
-    cut.at = 8
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, source=cut)
-    assert run(tmp_path).features.tobytes() == run(tmp_path, "-whole.npy").features.tobytes()
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_killed_while_the_file_is_made_it_is_made_from_what_is_done(tmp_path, monkeypatch, suffix):
-    whole = run(tmp_path, f"-whole{suffix}", source=ToySource(10, bad={1}))
-    finish = embed_module.write
-
-    def killed(*args):
-        finish(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(embed_module, "write", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, suffix, source=ToySource(10, bad={1}))
-    again = ToySource(10, bad={1})
-    found = run(tmp_path, suffix, source=again)
-    assert again.reads == 0
-    np.testing.assert_array_equal(found.features, whole.features)
-
-
-def test_a_finished_file_is_recognised_and_not_made_again(tmp_path):
-    first = run(tmp_path)
-    before = first.path.stat().st_mtime_ns
-    again = ToySource(10)
-    assert run(tmp_path, source=again, encode_batch_size=7).features.tobytes() == first.features.tobytes()
-    assert (again.reads, first.path.stat().st_mtime_ns) == (0, before)
-
-
-@pytest.mark.parametrize("damage", ["names lost", "names cut off", "features cut off", "features empty"])
-def test_a_damaged_file_is_not_taken_for_finished_and_is_made_anew_if_asked(tmp_path, damage):
-    first = run(tmp_path)
-    names, content = tmp_path / "features.npy.names.csv", first.path.read_bytes()
-    if damage == "names lost":
-        names.unlink()
-    elif damage == "names cut off":
-        names.write_text("".join(names.read_text().splitlines(keepends=True)[:-1]))
-    else:
-        first.path.write_bytes(content[:-4] if damage == "features cut off" else b"")
-    with pytest.raises(EmbeddingsError, match=r"anew with --overwrite"):
-        run(tmp_path)
-    if damage.startswith("features"):
-        with pytest.raises(EmbeddingsError, match="is not the whole file of 10 rows"):
-            read_embeddings(first.path)
-    again = run(tmp_path, overwrite=True)
-    assert (again.path.read_bytes(), len(again.names)) == (content, 10)
-
-
-# --------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_a_file_of_other_features_is_refused_and_left_and_replaced_if_asked(tmp_path, suffix):
-    first = run(tmp_path, suffix)
-    content = first.path.read_bytes()
-    with pytest.raises(ValueError, match=r"holds other features \(settings.norm: True there, False here"):
-        run(tmp_path, suffix, norm=False)
-    with pytest.raises(ValueError, match="weights"):
-        run(tmp_path, suffix, model=toy_model(1))
-    assert first.path.read_bytes() == content
-    other = run(tmp_path, suffix, norm=False, overwrite=True)
-    assert not np.allclose(other.features, run(tmp_path, "-again.npy").features, atol=1e-2)
-    assert read_embeddings(other.path).origin.identity["settings"]["norm"] is False
-
-
-def test_a_file_of_something_else_is_refused(tmp_path):
-    np.save(tmp_path / "features.npy", np.zeros(3))
-    (tmp_path / "features.parquet").write_text("no parquet")
-    for suffix in (".npy", ".parquet"):
-        with pytest.raises(ValueError, match="was not written by `nextblock embed`"):
-            run(tmp_path, suffix)
-    with pytest.raises(EmbeddingsError, match="holds no features"):
-        read_embeddings(tmp_path / "features.npy")
-
-
-def test_unfinished_features_of_others_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_module, "COMMIT_EVERY_S", 0.0)
-    cut = Breaks(10)
-    cut.at = 8
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, source=cut)
-    with pytest.raises(ValueError, match="unfinished features of others"):
-        run(tmp_path, norm=False)
-    assert run(tmp_path, norm=False, overwrite=True).origin.rows == 10
-
-
-def test_more_unreadable_images_than_allowed_stop_it_with_their_names(tmp_path):
-    with pytest.raises(TooManyBadImages, match=r"toy-0\[1\]: truncated"):
-        run(tmp_path, source=ToySource(10, bad={1, 2}), data=replace(DATA, max_bad_fraction=0.1))
-    assert not (tmp_path / "features.npy").exists()
-
-
-def test_images_that_have_been_repaired_count_as_readable(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_module, "COMMIT_EVERY_S", 0.0)
-    strict = replace(DATA, max_bad_fraction=0.1)
-    with pytest.raises(TooManyBadImages):
-        run(tmp_path, source=ToySource(10, bad={1, 9}), data=strict)
-    assert run(tmp_path, data=strict).origin.rows == 10
-
-
-def test_what_is_refused_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError, match="class"):
-        run(tmp_path, tokens="class")
-    with pytest.raises(ValueError, match="none of the 3 images"):
-        run(tmp_path, source=ToySource(3, bad={0, 1, 2}), data=replace(DATA, max_bad_fraction=1.0))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_directory_that_cannot_be_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file cannot be made a directory \(\w.*\); give another --out"):
-        run(tmp_path / "file")
-
-
-def test_a_list_of_names_of_another_length_is_refused(tmp_path):
-    found = run(tmp_path)
-    names = tmp_path / "features.npy.names.csv"
-    names.write_text("".join(names.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(EmbeddingsError, match="has 9 rows, but was made with 10"):
-        _ = read_embeddings(found.path).names
-
-
-def test_a_disk_too_small_is_refused_at_the_first_batch(tmp_path, monkeypatch):
-    class Usage:
-        free = 100
-
-    monkeypatch.setattr(embed_module.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(EmbeddingsError, match="make room"):
-        run(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_another_table_or_array_is_no_file_of_features(embed, tmp_path):
+    np.savez(tmp_path / "features.npz", feature=np.ones(3))
+    pyarrow.parquet.write_table(pyarrow.table({"feature": [1]}), tmp_path / "features.parquet")
+    for suffix in (".npz", ".parquet"):
+        with pytest.raises(UsageError, match="was not written by `nextblock embed`"):
+            embed(out=place(tmp_path, suffix))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": "x.csv"}, r"out is 'x.csv'; its name must end in .parquet"),
-        ({"layers": "first"}, "layers is 'first'; use last, last6"),
-        ({"layers": "last0"}, "layers is 'last0'"),
+        ({"out": "x.npy"}, "out is x.npy; name a file that ends in .parquet or .npz"),
+        ({"out": None}, "out is missing; name a file"),
         ({"tokens": "class", "pool": "none"}, "pool none needs tokens patches or all"),
-        ({"encode_batch_size": 0}, "use at least 1"),
+        ({"layers": "best"}, "layers is 'best'"),
+        ({"layers": "layer2"}, "the encoder has 2 layers"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        settings(tmp_path, **changes)
+def test_settings_that_cannot_be_are_refused(embed, changes, message):
+    with pytest.raises(UsageError, match=message):
+        embed(**changes)
 
 
-def test_layers_by_their_words():
-    assert layer_choices("last", 4) == ((3,),)
-    assert layer_choices("last3", 4) == ((1, 2, 3),)
-    assert layer_choices("2+0", 4) == ((0, 2),)
-    assert layer_choices("layer1", 4) == ((1,),)
-    assert layer_choices("each", 3) == ((0,), (1,), (2,))
-    assert layer_choices("last5", 4) == ((0, 1, 2, 3),)
-    for words in ("layer4", "1+4", "1+1"):
-        with pytest.raises(ValueError, match="the encoder has 4"):
-            layer_choices(words, 4)
-
-
-# --------------------------------------------------------------------------------------------- the command
-
-
-def test_the_command_and_python_make_the_same_file(tmp_path, capsys):
-    from nextblock.checkpoint import save_model
-
-    model = tmp_path / "model.safetensors"
-    save_model(model, toy_model(), data=DATA)
-    words = ["--model", str(model), "--data", "digits:split=test", "--encode_batch_size", "128"]
-    words += ["--device", "cpu", "--workers", "0"]
-    assert main(["embed", *words, "--out", str(tmp_path / "a.npy"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (told["shape"], told["images"], told["bad"]) == ([360, 32], 360, 0)
-    found = nextblock.embed(
-        model=model, data="digits:split=test", out=tmp_path / "a.parquet", encode_batch_size=128, device="cpu"
-    )
-    np.testing.assert_array_equal(found.features, np.load(tmp_path / "a.npy"))
-    assert found.class_names == tuple("0123456789")
+def test_the_command_says_what_the_file_holds(run, tmp_path, capsys):
+    words = ["embed", "--model", str(tmp_path / "model.safetensors"), "--data", "toy-0", "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path / "a.npz"), "--workers", "0", "--json"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2] == f"{tmp_path / 'a.npz'}: 48 x 32 features, 0 unreadable"
+    assert json.loads(printed[-1]) == {"out": str(tmp_path / "a.npz"), "shape": [48, 32], "bad": 0}

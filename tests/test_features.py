@@ -1,4 +1,4 @@
-"""Features: against one image at a time, one pass for all heads, and what they need."""
+"""Features: what heads see, the cheap baselines against slow definitions, and how images are cut."""
 
 from dataclasses import replace
 
@@ -8,46 +8,32 @@ import torch
 import yaml
 
 from nextblock.checkpoint import save_classifier, save_model
-from nextblock.config import ModelConfig, RunConfig
-from nextblock.data import TooManyBadImages, normalize
-from nextblock.data.sources import SubsetSource
+from nextblock.config import DataConfig, ModelConfig, RunConfig
+from nextblock.data import normalize
 from nextblock.evaluate.features import (
-    check_bad,
-    check_same_classes,
-    collect_features,
     encoder_extract,
     evaluation_data,
-    iterate_features,
-    pixel_extract,
+    histogram_extract,
+    small_pixels_extract,
     untrained,
 )
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.settings import to_dict
 from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
-CPU = torch.device("cpu")
 ATTENTIVE = HeadConfig(num_classes=4, layers=(0, 1), num_heads=4)
 LINEAR = HeadConfig(kind="linear", num_classes=4, layers=(1,))
 
 
-def batches(extract, source, **settings):
-    return iterate_features(extract, source, DATA, 16, **{"batch_size": 5, "device": CPU, **settings})
-
-
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_features_are_what_each_head_sees_of_each_image(chunk):
-    model, source = toy_model(), ToySource(12)
-    found = collect_features(
-        batches(encoder_extract(model, [ATTENTIVE.features, LINEAR.features], chunk=chunk), source)
-    )
-    assert found.samples.tolist() == list(range(12))
-    for features, config in zip(found.features, (ATTENTIVE, LINEAR), strict=True):
-        classifier = ImageClassifier(model, config)
-        for sample in range(12):
-            image = normalize(source.read(sample)[None], DATA.mean, DATA.std)
-            with torch.no_grad():
-                expected = classifier.features(image)[0]
-            torch.testing.assert_close(features[sample], expected, atol=1e-5, rtol=1e-5)
+    model, images = toy_model(), normalize(ToySource(5).images, DATA.mean, DATA.std)
+    with torch.no_grad():
+        found = encoder_extract(model, [ATTENTIVE.features, LINEAR.features], chunk=chunk)(images)
+        for features, config in zip(found, (ATTENTIVE, LINEAR), strict=True):
+            for sample in range(5):
+                expected = ImageClassifier(model, config).features(images[[sample]])[0]
+                torch.testing.assert_close(features[sample], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_heads_of_one_attention_share_one_pass(monkeypatch):
@@ -61,37 +47,53 @@ def test_heads_of_one_attention_share_one_pass(monkeypatch):
     assert sorted(asked) == ["full", "native"]
 
 
-def test_pixel_features_are_the_normalised_pixels():
-    source = ToySource(3)
-    found = collect_features(batches(pixel_extract, source))
-    expected = normalize(source.images, DATA.mean, DATA.std).reshape(3, -1)
-    torch.testing.assert_close(found.features[0], expected)
+def test_small_pixels_are_means_of_areas():
+    images = torch.randn(2, 3, 32, 48)
+    (found,) = small_pixels_extract(images)
+    for image, vector in zip(images.numpy(), found.numpy(), strict=True):
+        areas = [
+            image[c, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3].mean()
+            for c in range(3)
+            for y in range(16)
+            for x in range(16)
+        ]
+        np.testing.assert_allclose(vector, areas, atol=1e-6)
 
 
-def test_features_come_in_the_order_of_the_indices_without_unreadable_images():
-    source = ToySource(12, bad={3, 7})
-    found = collect_features(batches(pixel_extract, source, indices=np.array([9, 3, 1, 7, 0]), batch_size=1))
-    assert found.samples.tolist() == [9, 1, 0]
-    assert [bad.sample for bad in found.bad] == [3, 7]
-    assert found.bad[0].name == "toy-0[3]"
+def histogram(pixels):
+    """Slowly, of pixels from 0 to 255, (c h w): 4 levels of three channels jointly, 32 of each channel."""
+    channels, height, width = pixels.shape
+    joint, alone = np.zeros(4 ** min(3, channels)), np.zeros((channels, 32))
+    for y in range(height):
+        for x in range(width):
+            levels = [float(value) / 255 * (1 - 1e-9) for value in pixels[:, y, x]]
+            joint[sum(int(4 * level) * 4**c for c, level in enumerate(levels[:3]))] += 1
+            for c, level in enumerate(levels):
+                alone[c, int(32 * level)] += 1
+    return np.sqrt(np.concatenate([joint, alone.ravel()]) / (height * width))
 
 
-def test_features_carry_no_gradient():
-    found = collect_features(batches(encoder_extract(toy_model(), [LINEAR.features]), ToySource(4)))
-    assert not found.features[0].requires_grad
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_histograms_are_those_of_the_slow_definition(channels):
+    rng = np.random.default_rng(0)
+    data = DataConfig(channels=channels, mean=(0.4,) * channels, std=(0.2,) * channels)
+    levels = np.array([3, 60, 100, 150, 200, 255], dtype=np.uint8)  # none at an edge of a bin
+    images = torch.from_numpy(rng.choice(levels, (2, channels, 5, 7)))
+    images[1] = 100  # constant
+    (found,) = histogram_extract(data)(normalize(images, data.mean, data.std))
+    for image, vector in zip(images.numpy(), found.numpy(), strict=True):
+        np.testing.assert_allclose(vector, histogram(image), atol=1e-6)
+    assert sorted(found[1].unique().tolist()) == [0, 1]
 
 
-def test_a_source_without_a_readable_image_is_refused():
-    with pytest.raises(ValueError, match=r"none of the images could be read \(4 bad, the first: toy-0\[0\]"):
-        collect_features(batches(pixel_extract, ToySource(4, bad=range(4))))
-
-
-def test_more_bad_images_than_allowed_stop_the_work():
-    source = ToySource(10, bad=range(6))
-    found = collect_features(batches(pixel_extract, source))
-    check_bad(found.bad, source, replace(DATA, max_bad_fraction=0.6))
-    with pytest.raises(TooManyBadImages, match=r"6 of the 10 images of toy-0 cannot be read.*\n  toy-0\[0\]"):
-        check_bad(found.bad, source, DATA)
+def test_the_dot_product_of_histograms_is_their_overlap():
+    images = torch.full((3, 3, 4, 4), 250, dtype=torch.uint8)
+    images[0, :, :2] = 10  # half black, half white; all white; all black
+    images[2] = 10
+    (found,) = histogram_extract(DATA)(normalize(images, DATA.mean, DATA.std))
+    overlap = found @ found.T / 4  # a joint part, and three of the channels
+    expected = torch.tensor([[1, 0.5**0.5, 0.5**0.5], [0.5**0.5, 1, 0], [0.5**0.5, 0, 1]])
+    torch.testing.assert_close(overlap, expected)
 
 
 def test_untrained_is_the_same_network_with_weights_from_the_seed_alone():
@@ -109,55 +111,25 @@ def test_untrained_is_the_same_network_with_weights_from_the_seed_alone():
     assert not any(parameter.requires_grad for parameter in first.parameters())
 
 
-def test_a_subset_is_a_source_of_its_images():
-    source = ToySource(12, bad={5})
-    subset = SubsetSource(source.spec, source, np.array([5, 2, 11]))
-    assert len(subset) == 3
-    assert subset.labels.tolist() == [1, 2, 3]
-    assert subset.class_names == source.class_names
-    assert torch.equal(subset.read(2), source.images[11])
-    assert subset.name(0) == "toy-0[5]"
-    assert subset.fingerprint != SubsetSource(source.spec, source, np.array([5, 2, 10])).fingerprint
-    with pytest.raises(IndexError, match="image 3 of 3"):
-        subset.read(3)
-
-
-def test_sources_of_other_classes_are_refused_with_the_differences():
-    train = ToySource(4)
-    check_same_classes(train, ToySource(8, seed=1))
-    with pytest.raises(ValueError, match=r"only toy-0 has b, d; only toy-1 has e; give two sources"):
-        check_same_classes(train, ToySource(4, seed=1, class_names=("a", "c", "e")))
-    with pytest.raises(ValueError, match="their order differs"):
-        check_same_classes(train, ToySource(4, seed=1, class_names=("b", "a", "c", "d")))
-
-
-def test_images_are_cut_as_the_run_cut_them(tmp_path):
+def test_images_are_cut_as_the_run_cut_them_even_in_a_folder_named_checkpoints(tmp_path):
     run = RunConfig(model=CONFIG, data=replace(DATA, train="there", mean=(0.1, 0.2, 0.3), val_resize_px=20))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
-    for place in (tmp_path, tmp_path / "checkpoints" / "step_00000010"):
-        assert evaluation_data(str(place), CONFIG) == replace(run.data, train=None)
+    for place in (tmp_path / "mine", tmp_path / "checkpoints" / "mine"):
+        place.mkdir(parents=True)
+        (place / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
+        checkpoint = place / "checkpoints" / "step_00000010"
+        for inside in (place, checkpoint, checkpoint / "model.safetensors"):
+            assert evaluation_data(str(inside), CONFIG) == replace(run.data, train=None)
 
 
 def test_images_are_cut_as_a_file_alone_says(tmp_path):
     said = replace(DATA, mean=(0.1, 0.2, 0.3), val_resize_px=20)
-    classifier = ImageClassifier(toy_model(), ATTENTIVE)
-    save_classifier(tmp_path / "checkpoints" / "run" / "probe", classifier, data=said)
     directory = tmp_path / "checkpoints" / "run" / "probe"
+    save_classifier(directory, ImageClassifier(toy_model(), ATTENTIVE), data=said)
     for place in (directory, directory / "model.safetensors"):
         found = evaluation_data(str(place), CONFIG)
         assert (found.mean, found.std, found.val_resize_px) == (said.mean, said.std, 20)
     save_model(tmp_path / "silent.safetensors", toy_model())
     assert evaluation_data(str(tmp_path / "silent.safetensors"), CONFIG).val_resize_px == 18
-
-
-def test_a_run_in_a_folder_named_checkpoints_is_found(tmp_path):
-    run = RunConfig(model=CONFIG, data=replace(DATA, val_resize_px=20))
-    place = tmp_path / "checkpoints" / "mine"
-    place.mkdir(parents=True)
-    (place / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
-    checkpoint = place / "checkpoints" / "step_00000010"
-    for inside in (place, checkpoint, checkpoint / "model.safetensors"):
-        assert evaluation_data(str(inside), CONFIG).val_resize_px == 20
 
 
 @pytest.mark.parametrize(("image_size", "resize_px"), [(256, 300), (224, 256), (56, 64)])

@@ -34,7 +34,7 @@ SHORTENED = {
     "pretrain": [*TINY_MODEL, *SHORT_RUN, "--train.precision", "fp32", "--optim.warmup", "1st"],
     "probe": ["--epochs", "2", "--batch_size", "8"],
     "finetune": ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1"],
-    "fewshot": ["--seeds", "2"],
+    "fewshot": ["--draws", "2"],
 }
 
 
@@ -88,8 +88,8 @@ def places(tmp_path) -> dict[str, str]:
         "RUN/finetuned": str(tmp_path / "run" / "finetuned"),
         "IMAGE": str(tmp_path / "train" / "cat" / "0.png"),
         "classes.csv": str(tmp_path / "classes.csv"),
-        "features.npy": str(tmp_path / "features.npy"),
-        "nearest.png": str(tmp_path / "nearest.png"),
+        "features.parquet": str(tmp_path / "features.parquet"),
+        "nearest": str(tmp_path / "nearest"),
         "runs/demo": str(tmp_path / "demo"),
         "runs/demo/probe": str(tmp_path / "demo" / "probe"),
         "runs/demo/predictions": str(tmp_path / "demo" / "predictions"),

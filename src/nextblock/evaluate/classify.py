@@ -48,7 +48,7 @@ def classify(**settings: Any) -> Result:
             indices = table.readable()
             rows = _Rows(table, classifier, source, config.top)
             truth = classes_of(source, classifier.class_names)
-            facts = {"images": len(indices), "bad_images": opened.bad_counts(), "measures": None}
+            facts = {"num_images": len(indices), "bad_images": opened.bad_counts(), "measures": None}
             if truth is not None:
                 tally = Tally(classifier.head_config.num_classes, confusion=False)
                 for chosen in np.array_split(indices, -(-len(indices) // CHUNK)):
@@ -65,7 +65,7 @@ def classify(**settings: Any) -> Result:
                 rows=tuple(rows.of(indices[:SHOWN])),
                 notes=tuple(_notes(config, facts, has_labels=source.has_labels)),
                 facts=facts,
-                columns=_columns(config.top),
+                columns=_columns(rows.top),
             )
 
 
@@ -118,9 +118,9 @@ def _columns(top: int) -> tuple[Column, ...]:
 
 
 def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool) -> Iterator[str]:
-    more = facts["images"] - SHOWN
+    more = facts["num_images"] - SHOWN
     if config.out is not None:
-        yield f"All {count(facts['images'], 'image')}: {config.out}"
+        yield f"All {count(facts['num_images'], 'image')}: {config.out}"
     elif more > 0:
         yield f"{count(more, 'more image')}; --out FILE.csv writes all"
     found = facts["measures"]

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -129,8 +130,9 @@ def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.nda
         plane = None
     if plane is None:
         plane = np.zeros((len(features), 2))
-        some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
-        plane[:, : some.shape[1]] = some
+        if len(features) > 1:
+            some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
+            plane[:, : some.shape[1]] = some
     found = {"projection_x": plane[:, 0], "projection_y": plane[:, 1]}
     if neighbors and len(features) > 1:
         parts = [
@@ -212,9 +214,9 @@ def _about(path: Path) -> dict[str, Any]:
         if path.suffix == ".parquet":
             about = about_parquet(path)
         else:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(str(file["about"])) if "about" in file else None
-    except (OSError, ValueError, EOFError, KeyError) as error:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                about = json.loads(str(arrays["about"])) if "about" in arrays else None
+    except (OSError, ValueError, TypeError, EOFError, KeyError, BadZipFile) as error:
         raise UsageError(f"{path} cannot be read as features: {error}; choose another --out") from error
     if about is None or "shape" not in about:
         raise UsageError(f"{path} was not written by `nextblock embed`; choose another --out, or --overwrite")

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nextblock.atomic import OUTPUT_MARK, exclusive, write_text
+from nextblock.atomic import OUTPUT_MARK, RUN_FILES, exclusive, write_text
 from nextblock.config import DataConfig, pair
 from nextblock.data import BadSample, Source, keyed_seed
 from nextblock.errors import UsageError
@@ -93,6 +93,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
+        assert not self.identity.keys() & self.facts.keys(), "a fact would hide what the result is made from"
         own = {"verb": self.verb, "rows": list(self.rows), "notes": list(self.notes)}
         return finite({**self.identity, **self.facts, **own})
 
@@ -104,11 +105,14 @@ class Result:
 
 
 def add_leads(
-    rows: Sequence[dict[str, Any]], rights: Sequence[Bool[np.ndarray, " n"]], match: Sequence[str]
+    rows: Sequence[dict[str, Any]],
+    rights: Sequence[Bool[np.ndarray, " n"] | Float[np.ndarray, " n"]],
+    match: Sequence[str],
 ) -> list[str]:
     """Give each baseline's row the model's lead over it; a sentence for each that the model does not beat.
 
-    `rights` say of each row which images were classified correctly; rows are compared that agree in `match`.
+    `rights` say of each row which images were classified correctly, or how often; rows are compared that
+    agree in `match`.
     The lead is "lead" with its paired standard error "lead_se".
     """
 
@@ -166,7 +170,8 @@ class Evaluation:
             return
         names = [name for name in self.group.gather(self._stop.signal and self._stop.signal.name) if name]
         kept = "the same command resumes" if self.features_dir else "nothing is kept without --out or --cache"
-        raise Stopped(signal.Signals[names[0]], f"stopped by {names[0]}; {kept}")
+        with self.group.together():
+            raise Stopped(signal.Signals[names[0]], f"stopped by {names[0]}; {kept}")
 
     def extract(
         self, encoder: str, wanted: Sequence[FeatureConfig], seed: int
@@ -249,7 +254,7 @@ class Evaluation:
         def show(done: int, images: int) -> None:
             nonlocal shown_s
             now_s = time.monotonic()
-            if now_s - shown_s >= PROGRESS_EVERY_S and self.group.is_main:
+            if done and now_s - shown_s >= PROGRESS_EVERY_S and self.group.is_main:
                 shown_s, speed = now_s, done / (now_s - started_s)
                 left_s = (images - done) / speed
                 log.info(
@@ -374,6 +379,8 @@ def _held(out: Path, group: Group) -> Iterator[None]:
 def _read(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool) -> Result | None:
     """The result of this very evaluation if `out` has it; `UsageError` if it holds anything else."""
     path = out / f"{verb}.json"
+    if any((out / name).is_file() for name in RUN_FILES):
+        raise UsageError(f"{out} is a training run; choose another --out, such as {out / verb}")
     if not path.is_file():
         foreign = (
             [] if not out.is_dir() or (out / OUTPUT_MARK).is_file() else sorted(p.name for p in out.iterdir())

@@ -22,7 +22,7 @@ import yaml
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, one_hot
+from torch.nn.functional import adaptive_avg_pool2d
 
 from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size
@@ -169,11 +169,17 @@ def histogram_extract(data: DataConfig) -> Extract:
 
     def extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
         levels = (images.float() * std.to(images.device) + mean.to(images.device)).clamp(0, 1 - 1e-6)
-        levels = rearrange(levels, "b c h w -> b c (h w)")
-        joint = sum((levels[:, c] * 4).long() * 4**c for c in range(min(3, data.channels)))
-        parts = [one_hot(joint, 4 ** min(3, data.channels))]  # type: ignore[arg-type]
-        parts += [one_hot(level, 32) for level in (levels * 32).long().unbind(1)]
-        return (torch.cat([part.float().mean(1) for part in parts], 1).sqrt(),)
+        levels = rearrange(levels, "b c h w -> c b (h w)")
+        joint = sum((level * 4).long() * 4**c for c, level in enumerate(levels[:3]))
+        numbers = [(joint, 4 ** min(3, data.channels)), *(((level * 32).long(), 32) for level in levels)]
+        # Counted in place: a one-hot of every pixel would take gigabytes.
+        counts = [
+            images.new_zeros(len(images), bins, dtype=torch.float32).scatter_add_(
+                1, pixels, torch.ones_like(levels[0])
+            )
+            for pixels, bins in numbers
+        ]
+        return ((torch.cat(counts, 1) / levels.shape[-1]).sqrt(),)
 
     return extract
 

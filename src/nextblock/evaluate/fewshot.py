@@ -83,7 +83,7 @@ def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n
 def fewshot(**settings: Any) -> Result:
     """Measure a model's features with few labels; `settings` are the fields of `FewshotSettings`.
 
-    Rows: encoder, shots, train_images, top1 and its standard error over draws and test images, balanced,
+    Rows: encoder, shots, train_images, top1 (mean over draws) and its standard error, balanced,
     draws (top-1 of each), top1_std (over draws), c (penalties), unconverged. Raises `UsageError` as `knn`,
     and if a class has too few images.
     """
@@ -112,6 +112,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
         for text, of_shots in draws.items():
             fits, found, learned = [], [], []
             for draw, indices in enumerate(of_shots):
+                opened.check_stop()
                 few = known.readable(indices)
                 _check_classes(train.labels[few], train.source, text)
                 seed = keyed_seed(config.seed, "folds", draw) % 2**32
@@ -141,7 +142,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
     verdict = add_leads(rows, rights, match=("shots",))
     facts = {
         "num_classes": len(train.source.class_names),
-        "images": {"test": images},
+        "num_images": {"test": images},
         "bad_images": opened.bad_counts(),
     }
     notes = (_about(rows, images, config.draws), *verdict, *missing_note(sources))

@@ -179,7 +179,7 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
     verdict = add_leads(rows, rights, match=("k", "temperature"))
     facts = {
         "num_classes": len(train.source.class_names),
-        "images": images,
+        "num_images": images,
         "bad_images": opened.bad_counts(),
     }
     return Result(

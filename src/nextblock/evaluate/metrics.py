@@ -54,7 +54,10 @@ def standard_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
-def paired(one: Bool[np.ndarray, " n"], other: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+def paired(
+    one: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
+    other: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
+) -> tuple[float, float]:
     """Difference of two accuracies on the same images, and its standard error: that of the mean difference.
 
     Two classifiers err on many of the same images, so this is smaller than of two accuracies by themselves.

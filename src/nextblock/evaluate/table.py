@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
@@ -128,9 +129,8 @@ class FeatureTable:
         `NonFiniteFeaturesError`, `NoFeaturesError` if no image could be read, and `TooManyBadImages`.
         """
         group = self.group
-        with group.together():
-            if not self._kinds:
-                self._kinds = self._open()
+        if not self._kinds:
+            self._kinds = self._open()
         states = np.stack([kind.state for kind in self._kinds])
         wanted = np.arange(len(self.source)) if indices is None else np.asarray(indices, dtype=np.int64)
         missing = wanted[(states[:, wanted] == MISSING).any(axis=0)]
@@ -139,12 +139,13 @@ class FeatureTable:
             if not self._encode(missing, should_stop, progress):
                 return False
             self._exchange(missing)
-        self._check_bad()
-        if len(wanted) and not len(self.readable(wanted)):
-            one = self._bad[int(wanted[0])]
-            raise NoFeaturesError(
-                f"no image of {self.source.spec} could be read; the first: {one.name}: {one.reason}"
-            )
+        with group.together():
+            self._check_bad()
+            if len(wanted) and not len(self.readable(wanted)):
+                one = self._bad[int(wanted[0])]
+                raise NoFeaturesError(
+                    f"no image of {self.source.spec} could be read; the first: {one.name}: {one.reason}"
+                )
         return True
 
     def _encode(
@@ -172,13 +173,14 @@ class FeatureTable:
             self._note_bad(batch.bad)
             count += len(samples) + len(bad)
             if progress is not None:
-                progress(count * group.size, len(missing))
+                progress(min(count * group.size, len(missing)), len(missing))
             if failure is None and time.monotonic() - flushed_s >= FLUSH_EVERY_S:
                 self._flush(done)
                 flushed_s = time.monotonic()
         failures = [one for one in group.gather(failure) if one]
-        if failures:
-            raise NonFiniteFeaturesError(failures[0])
+        with group.together():
+            if failures:
+                raise NonFiniteFeaturesError(failures[0])
         self._flush(done)
         return not is_stopped
 
@@ -244,20 +246,15 @@ class FeatureTable:
             # Pages that are never written take no memory.
             return tuple(_Kind(np.zeros((n, *s), "f4"), np.zeros(n, "u1"), None) for s in shapes)
         places = [self._directory / _name(key) for key in self._keys]
-        for place, key, shape in zip(places, self._keys, shapes, strict=True):
-            if self.group.is_main and not (place / "about.json").is_file():
-                _make(place, key, (n, *shape))
-        if self.group.size > 1:
-            dist.barrier(group=self.group.processes)
-        kinds = []
-        for place in places:
-            try:
-                rows, state = (np.load(place / f"{n}.npy", mmap_mode="r+") for n in ("features", "state"))
-            except (OSError, ValueError, EOFError) as error:
-                raise WriteError(f"{place} holds damaged features ({error}); remove it") from error
+        with self.group.together():
+            for place, key, shape in zip(places, self._keys, shapes, strict=True):
+                if self.group.is_main:
+                    _make(place, key, (n, *shape))
+        with self.group.together():
+            kinds = [_map(place) for place in places]
+        for kind, place in zip(kinds, places, strict=True):
             # A reason that was written just before a kill: its image is encoded again.
-            self._bad |= {one.sample: one for one in _read_bad(place) if state[one.sample] == UNREADABLE}
-            kinds.append(_Kind(rows, state, place))
+            self._bad |= {one.sample: one for one in _read_bad(place) if kind.state[one.sample] == UNREADABLE}
         return tuple(kinds)
 
 
@@ -300,10 +297,14 @@ def _name(key: Mapping[str, Any]) -> str:
 
 
 def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    """Make an empty table; its description last, which says that the files are whole."""
+    """Make an empty table unless it is there; its description last, which says that the files are whole."""
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
         mark_output(place.parent)
+    # Two commands with one cache: the second must not empty files that the first fills already.
+    with FileLock(place / ".lock"), writing(place):
+        if (place / "about.json").is_file():
+            return
         for name, dtype, dims in (("features.npy", "<f4", shape), ("state.npy", "u1", shape[:1])):
             array = np.lib.format.open_memmap(place / name, mode="w+", dtype=dtype, shape=dims)
             size = (place / name).stat().st_size
@@ -313,6 +314,17 @@ def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
                 with (place / name).open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, size)
     write_text(place / "about.json", json.dumps(key, indent=1) + "\n")
+
+
+def _map(place: Path) -> _Kind:
+    files = [place / "features.npy", place / "state.npy"]
+    try:
+        for file in files:
+            np.load(file, mmap_mode="r")  # "r+" would fill up a file that was cut off, with zeros
+        rows, state = (np.load(file, mmap_mode="r+") for file in files)
+    except (OSError, ValueError, EOFError) as error:
+        raise WriteError(f"{place} holds damaged features ({error}); remove it") from error
+    return _Kind(rows, state, place)
 
 
 def _read_bad(place: Path) -> Iterator[BadSample]:

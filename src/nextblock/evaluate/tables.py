@@ -115,8 +115,10 @@ def safe_cell(value: Any) -> Any:
     """A value for a cell of a CSV file: lists joined by a blank, text that would be a formula quoted."""
     if isinstance(value, list | tuple):
         return " ".join(str(safe_cell(one)) for one in value)
-    # OWASP, "CSV injection": such a cell is a formula to a spreadsheet.
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+    if not isinstance(value, str):
+        return value
+    # OWASP, "CSV injection": such a cell is a formula to a spreadsheet. Python's csv does not quote "\r".
+    return ("'" if value[:1] in tuple("=+-@\t\r") else "") + value.replace("\r", " ")
 
 
 def escape_markdown(text: str) -> str:

@@ -1,0 +1,81 @@
+"""What tests of evaluations share: a saved toy model, toy sources under their names, a table of features."""
+
+import json
+
+import pytest
+import torch
+
+import nextblock
+from nextblock.checkpoint import save_model
+from nextblock.data import open_source
+from nextblock.evaluate.features import encoder_extract
+from nextblock.evaluate.table import FeatureTable
+from nextblock.models.heads import FeatureConfig
+from nextblock.train.distributed import ALONE
+from toy import DATA, ToySource, toy_model
+
+CPU = torch.device("cpu")
+MEAN_PATCH = FeatureConfig(layers=(1,), norm_layers=True)
+EVERY_TOKEN = FeatureConfig(layers=(0,), norm_layers=True, pooled=False)
+OPENERS = ("splits", "embed", "search", "classify")
+
+
+def toy_extract(*wanted):
+    """Features of the toy model, by default the mean patch of its last layer."""
+    return encoder_extract(toy_model(), wanted or [MEAN_PATCH])
+
+
+def toy_table(source, extract=None, *, directory=None, group=ALONE, data=DATA, batch_size=4, keys=({},)):
+    return FeatureTable(
+        extract or toy_extract(),
+        source,
+        data,
+        16,
+        batch_size=batch_size,
+        device=CPU,
+        group=group,
+        directory=directory,
+        keys=keys,
+    )
+
+
+class Verb:
+    """Calls a verb with settings, by default `usual`; `sources` are known by their specs."""
+
+    def __init__(self, sources, **usual):
+        self.sources, self.usual = sources, usual
+
+    def __call__(self, verb=None, **settings):
+        usual = {**self.usual, **settings}
+        return getattr(nextblock, verb or usual["verb"])(**{k: v for k, v in usual.items() if k != "verb"})
+
+    def with_usual(self, **usual):
+        return Verb(self.sources, **{**self.usual, **usual})
+
+
+@pytest.fixture(name="run")
+def toy_verb(tmp_path, monkeypatch):
+    """`run(verb, **settings)` calls a verb on a saved toy model and toy sources."""
+    save_model(tmp_path / "model.safetensors", toy_model(), data=DATA)
+    run = Verb(
+        {"toy-0": ToySource(48), "toy-1": ToySource(32, seed=1)},
+        model=str(tmp_path / "model.safetensors"),
+        device="cpu",
+        workers=0,
+        max_bad_fraction=0.5,
+    )
+    for module in OPENERS:
+        monkeypatch.setattr(
+            f"nextblock.evaluate.{module}.open_source",
+            lambda spec, data: run.sources[spec] if spec in run.sources else open_source(spec, data),
+        )
+    return run
+
+
+def written(path):
+    """A file of JSON, which must not hold NaN."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)

@@ -1,0 +1,263 @@
+"""Tables of features: the same rows in memory, on disk, after a kill, and of any number of processes."""
+
+import errno
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import ranks
+from evaluating import EVERY_TOKEN, MEAN_PATCH, toy_extract, toy_table
+from nextblock.atomic import WriteError
+from nextblock.data import TooManyBadImages, normalize
+from nextblock.evaluate import table as table_module
+from nextblock.evaluate.table import NoFeaturesError, NonFiniteFeaturesError
+from toy import DATA, ToySource, one_thread  # noqa: F401 - a fixture
+
+
+def rows_alone(source, extract, indices):
+    """The slow definition: one image at a time."""
+    images = [normalize(source.images[index][None], DATA.mean, DATA.std) for index in indices]
+    with torch.no_grad():
+        return [torch.cat(kind) for kind in zip(*map(extract, images), strict=True)]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_rows_are_what_the_extract_gives_of_each_image(tmp_path, on_disk):
+    source, extract = ToySource(10, bad={3}), toy_extract(MEAN_PATCH, EVERY_TOKEN)
+    table = toy_table(source, extract, directory=tmp_path if on_disk else None, keys=({"a": 1}, {"a": 2}))
+    assert table.fill()
+    readable = table.readable()
+    assert readable.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    for kind, expected in enumerate(rows_alone(source, extract, readable)):
+        torch.testing.assert_close(table.read(readable, kind), expected, atol=1e-6, rtol=1e-5)
+    backwards = readable[::-1].copy()
+    assert torch.equal(table.read(backwards), table.read(readable).flip(0))
+    assert [(one.sample, one.name, one.reason) for one in table.bad] == [(3, "toy-0[3]", "truncated")]
+
+
+def test_on_disk_and_in_memory_are_equal_and_the_directory_says_what_it_holds(tmp_path):
+    source = ToySource(9, bad={2})
+    memory, disk = toy_table(source), toy_table(source, directory=tmp_path, keys=({"encoder": "toy"},))
+    memory.fill()
+    disk.fill()
+    assert torch.equal(memory.read(memory.readable()), disk.read(disk.readable()))
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert json.loads((place / "about.json").read_text()) == {"encoder": "toy"}
+    assert np.array_equal(np.load(place / "features.npy")[disk.readable()], disk.read(disk.readable()))
+    assert json.loads((place / "bad.jsonl").read_text()) == [2, "toy-0[2]", "truncated"]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_subset_is_encoded_first_and_the_rest_when_it_is_needed(tmp_path, on_disk):
+    source = ToySource(12, bad={5})
+    table = toy_table(source, directory=tmp_path if on_disk else None)
+    assert table.fill(np.array([7, 5, 2]))
+    assert source.reads == 3
+    assert table.readable(np.array([7, 5, 2])).tolist() == [7, 2]
+    assert table.readable().tolist() == [2, 7]
+    before = table.read(np.array([2, 7]))
+    table.fill()
+    assert source.reads == 12
+    whole = toy_table(ToySource(12, bad={5}))
+    whole.fill()
+    assert torch.equal(table.read(table.readable()), whole.read(whole.readable()))
+    assert torch.equal(table.read(np.array([2, 7])), before)
+
+
+def test_features_of_another_origin_have_a_place_of_their_own(tmp_path):
+    source = ToySource(4)
+    for key in ({"weights": "a"}, {"weights": "b"}, {"weights": "a"}):
+        toy_table(source, directory=tmp_path, keys=(key,)).fill()
+    assert source.reads == 8
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+
+
+def test_of_two_kinds_the_one_that_is_missing_is_encoded(tmp_path):
+    source = ToySource(4)
+    toy_table(source, directory=tmp_path, keys=({"a": 1},)).fill()
+    both = toy_table(
+        source, toy_extract(MEAN_PATCH, EVERY_TOKEN), directory=tmp_path, keys=({"a": 1}, {"a": 2})
+    )
+    both.fill()
+    expected = rows_alone(source, toy_extract(EVERY_TOKEN), range(4))[0]
+    torch.testing.assert_close(both.read(np.arange(4), 1), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_too_many_unreadable_images_stop_it_and_are_read_again_next_time(tmp_path):
+    data = replace(DATA, max_bad_fraction=0.25)
+    toy_table(ToySource(8, bad={1, 6}), directory=tmp_path / "few", data=data).fill()
+    with pytest.raises(TooManyBadImages, match=r"3 of the 8 images of toy-0 .*\n  toy-0\[1\]: truncated"):
+        toy_table(ToySource(8, bad={1, 2, 6}), directory=tmp_path, data=data).fill()
+    repaired = toy_table(ToySource(8), directory=tmp_path, data=data)
+    repaired.fill()
+    assert len(repaired.readable()) == 8
+
+
+def test_a_source_without_a_readable_image_is_refused():
+    with pytest.raises(
+        NoFeaturesError, match=r"no image of toy-0 could be read; the first: toy-0\[0\]: trunc"
+    ):
+        toy_table(ToySource(3, bad=range(3)), data=replace(DATA, max_bad_fraction=1)).fill()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_features_that_are_nan_are_refused_and_not_kept(tmp_path, on_disk):
+    source = ToySource(8)
+
+    def extract(images):
+        features = images.flatten(1).clone()
+        features[(images.mean((1, 2, 3)) - images_of_5).abs() < 1e-6, 0] = float("nan")
+        return (features,)
+
+    images_of_5 = normalize(source.images[5][None], DATA.mean, DATA.std).mean()
+    directory = tmp_path if on_disk else None
+    with pytest.raises(
+        NonFiniteFeaturesError, match=r"1 of 4 feature vectors contain NaN or inf \(first: image 5\)"
+    ):
+        toy_table(source, extract, directory=directory).fill()
+    if on_disk:
+        mended = toy_table(source, lambda images: (images.flatten(1),), directory=directory)
+        mended.fill()
+        assert mended.read(mended.readable()).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------- stops, kills, damage
+
+
+def test_a_stop_keeps_what_was_encoded(tmp_path):
+    asked = iter([False, False, True])
+    table = toy_table(ToySource(20), directory=tmp_path)
+    assert not table.fill(should_stop=lambda: next(asked))
+    assert table.readable().tolist() == list(range(8))
+    source = ToySource(20)
+    assert toy_table(source, directory=tmp_path).fill()
+    assert source.reads == 12
+
+
+class Kills(ToySource):
+    def _read(self, index):
+        if index == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._read(index)
+
+
+def fill_until_killed(directory):
+    table_module.FLUSH_EVERY_S = 0
+    toy_table(Kills(16, bad={1}), directory=directory).fill()
+
+
+def test_after_a_kill_the_rest_is_encoded_and_the_rows_are_the_same(tmp_path):
+    assert ranks.run_ranks(1, fill_until_killed, tmp_path) == [-signal.SIGKILL]
+    source = ToySource(16, bad={1})
+    table, whole = toy_table(source, directory=tmp_path), toy_table(ToySource(16, bad={1}))
+    table.fill()
+    whole.fill()
+    assert source.reads == 8  # two batches were whole
+    assert table.readable().tolist() == whole.readable().tolist()
+    assert torch.equal(table.read(table.readable()), whole.read(whole.readable()))
+    assert table.bad == whole.bad
+
+
+def test_what_a_kill_left_of_a_table_half_made_is_made_again(tmp_path):
+    toy_table(ToySource(4), directory=tmp_path).fill()
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (place / "about.json").unlink()
+    (place / "features.npy").write_bytes(b"half")
+    source = ToySource(4)
+    toy_table(source, directory=tmp_path).fill()
+    assert source.reads == 4
+
+
+def test_a_second_command_waits_until_the_first_has_made_the_files(tmp_path, monkeypatch):
+    first, second = toy_table(ToySource(8), directory=tmp_path), toy_table(ToySource(8), directory=tmp_path)
+    other, make = threading.Thread(target=second.fill), np.lib.format.open_memmap
+
+    def halfway(*args, **options):
+        monkeypatch.undo()
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        return make(*args, **options)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", halfway)
+    first.fill()
+    other.join()
+    assert torch.equal(first.read(np.arange(8)), second.read(np.arange(8)))
+
+
+@pytest.mark.parametrize("name", ["features.npy", "state.npy"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
+def test_damaged_files_are_named(tmp_path, name, damage):
+    toy_table(ToySource(64), directory=tmp_path).fill()
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    content = (place / name).read_bytes()
+    (place / name).unlink()
+    if damage != "gone":
+        (place / name).write_bytes(content[:-9] if damage == "cut" else b"garbage")
+    with pytest.raises(WriteError, match=r"holds damaged features .*; remove it"):
+        toy_table(ToySource(64), directory=tmp_path).fill()
+
+
+def test_the_next_table_knows_why_images_are_unreadable_and_skips_a_line_that_was_cut_off(tmp_path):
+    toy_table(ToySource(8, bad={1, 6}), directory=tmp_path).fill()
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    with (place / "bad.jsonl").open("a") as file:
+        file.write('[7, "toy')
+    source = ToySource(8, bad={1, 6})
+    again = toy_table(source, directory=tmp_path)
+    again.fill()
+    assert [one.sample for one in again.bad] == [1, 6]
+    assert source.reads == 0
+
+
+def test_a_full_disk_is_an_error_before_anything_is_encoded(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    source = ToySource(8)
+    with pytest.raises(WriteError, match="No space left on device"):
+        toy_table(source, directory=tmp_path).fill()
+    assert source.reads == 0
+    monkeypatch.undo()
+    assert toy_table(source, directory=tmp_path).fill()
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def fill_together(source, directory, data=DATA):
+    """The rows that one rank sees, the images without any, and how many this rank read."""
+
+    def filled(group):
+        table = toy_table(source, directory=directory, group=group, data=data)
+        table.fill(np.arange(2, len(source)))
+        table.fill()
+        return table.readable(), table.read(table.readable()).numpy(), table.bad, source.reads
+
+    return ranks.in_group(filled)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(("world", "images", "bad"), [(2, 13, {0, 4, 12}), (3, 14, {7}), (3, 3, {1})])
+def test_rows_are_the_same_of_several_processes(tmp_path, on_disk, world, images, bad):
+    expected = toy_table(ToySource(images, bad=bad))
+    expected.fill()
+    found = ranks.run_ranks(world, fill_together, ToySource(images, bad=bad), tmp_path if on_disk else None)
+    for readable, rows, reasons, _ in found:
+        assert readable.tolist() == expected.readable().tolist()
+        np.testing.assert_allclose(rows, expected.read(expected.readable()), atol=1e-6)
+        assert reasons == expected.bad
+    assert sum(reads for *_, reads in found) == images
+
+
+def test_too_many_unreadable_images_stop_all_processes_and_rank_0_reports(tmp_path):
+    data = replace(DATA, max_bad_fraction=0.2)
+    found = ranks.run_ranks(2, fill_together, ToySource(10, bad={3, 8, 9}), tmp_path, data)
+    assert all("TooManyBadImages: 3 of the 10 images" in str(error) and error.is_told for error in found)
