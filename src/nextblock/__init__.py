@@ -9,8 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextblock.cli.predict import predict
-    from nextblock.cli.pretrain import pretrain
     from nextblock.cli.probe import probe
     from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
@@ -24,7 +22,9 @@ if TYPE_CHECKING:
     from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
+    from nextblock.prediction import predict
     from nextblock.presets import list_presets
+    from nextblock.pretraining import pretrain
 
 from nextblock.version import __version__ as __version__
 
@@ -64,6 +64,8 @@ _HOMES = {
     "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",
     "load": "interop",
+    "predict": "prediction",
+    "pretrain": "pretraining",
     "search": "evaluate.search",
 }
 

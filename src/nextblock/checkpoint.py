@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.errors import UsageError
+from nextblock.logs import counted
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
@@ -294,7 +295,9 @@ def refuse_non_finite(weights: Mapping[str, Tensor], origin: str, remedy: str) -
     ]
     if bad:
         named = _listed(bad, ", ")
-        raise CheckpointError(f"{len(bad)} tensors of {origin} hold NaN or inf ({named}); {remedy}")
+        raise CheckpointError(
+            f"{origin} holds NaN or inf in {counted(len(bad), 'tensor')} ({named}); {remedy}"
+        )
 
 
 def _listed(names: list[str], separator: str) -> str:

@@ -7,6 +7,7 @@ import math
 from nextblock.checkpoint import latest_checkpoint
 from nextblock.config import RunConfig
 from nextblock.data import TrainLoader
+from nextblock.logs import counted
 from nextblock.train.learner import Learner
 from nextblock.train.run_dir import RunDir
 from nextblock.train.runtime import device_name
@@ -32,8 +33,9 @@ def opening_lines(
     lines = [
         f"{processes}{device_name(trainer.device)} · {config.train.precision} · {parts}",
         image,
-        f"{images:,} images, batch {batch_size:,}{in_parts} -> {loader.steps_per_epoch:,} steps an epoch, "
-        f"{total_steps:,} steps in {total_steps / loader.steps_per_epoch:,.4g} epochs",
+        f"{counted(images, 'image')}, batch {batch_size:,}{in_parts} -> "
+        f"{counted(loader.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(total_steps, 'step')} in {total_steps / loader.steps_per_epoch:,.4g} epochs",
         f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {config.checkpoint.every} in "
         f"{run.checkpoints}, the latest {config.checkpoint.keep} kept",
     ]

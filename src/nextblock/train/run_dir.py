@@ -39,7 +39,7 @@ from nextblock.atomic import OUTPUT_MARK, RUN_FILES, WriteError, exclusive, remo
 from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.errors import UsageError
-from nextblock.settings import from_dict, to_dict
+from nextblock.settings import from_dict, to_dict, typed
 from nextblock.train.distributed import ALONE, Group, is_lost
 from nextblock.train.runtime import device_name
 
@@ -173,7 +173,7 @@ class RunDir:
         # What touches no weight, such as workers, checkpoints and the place of the images, is not compared.
         if differences := config.differences(there):
             listed = "; ".join(
-                f"{name}: {old!r} there, {new!r} now" for name, (new, old) in differences.items()
+                f"{name}: {typed(old)} there, {typed(new)} now" for name, (new, old) in differences.items()
             )
             # The schedule depends on the duration, so a longer run is another run from its first step on.
             longer = (
