@@ -276,8 +276,7 @@ for verb in sys.argv[1:]:
     assert main([*verb.split(), "--help-all"]) == 0
 assert not {"torch", "timm", "torchvision", "matplotlib", "yaml", "rich"} & sys.modules.keys()
 """
-# The others' settings still live beside torch.
-LIGHT = [verb for verb in VERBS if verb not in ("finetune", "probe")]
+LIGHT = [verb for verb in VERBS if verb != "probe"]  # whose settings still live beside rich
 
 
 def test_all_help_does_not_wait_for_torch_and_lists_every_setting_with_its_meaning():
