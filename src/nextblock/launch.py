@@ -69,11 +69,20 @@ SHUTDOWN_TIMEOUT_S = 24 * 3600
 """A rank that was asked to stop finishes its step, however long that takes; a second signal ends it."""
 
 
-def launch(argv: Sequence[str], devices: int, device: str) -> int:
-    """Run `nextblock ARGV` in so many processes on this machine, through torch's elastic launcher.
+def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
+    """Run `nextblock VERB ARGV` in so many processes on this machine, through torch's elastic launcher.
 
-    Gives the exit status of the run. Raises `UsageError` if the machine has fewer GPUs or cores.
+    Gives the exit status of the run. Raises `UsageError` if the machine has fewer GPUs or cores, or if a
+    launcher has started this process.
     """
+    launcher = find_world().launcher
+    if launcher is not None:
+        raise UsageError(f"--devices {devices} starts processes, and {launcher} has done so; leave it out")
+    words = [word for word in argv if not word.startswith("--devices=")]
+    if "--devices" in words:
+        place = words.index("--devices")
+        del words[place : place + 2]
+    words += ["--debug"] * ("--debug" in sys.argv)  # taken from `argv` already
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -96,7 +105,7 @@ def launch(argv: Sequence[str], devices: int, device: str) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
     logging.disable(logging.ERROR)  # the launcher's own; processes say what there is to say
     try:
-        run(parser.parse_args([*options, "-m", "nextblock", *argv]))
+        run(parser.parse_args([*options, "-m", "nextblock", verb, *words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:  # it has said why

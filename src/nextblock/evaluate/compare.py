@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import torch
 
 from nextblock.atomic import exclusive, write_text
 from nextblock.data import open_source
-from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import BASELINES, MODEL, UNTRAINED, Result, evaluation
+from nextblock.evaluate.evaluation import MODEL, UNTRAINED, Result, evaluation
 from nextblock.evaluate.features import pooled
 from nextblock.evaluate.fewshot import fewshot
 from nextblock.evaluate.knn import knn
@@ -31,7 +29,6 @@ from nextblock.evaluate.settings import (
     DEFAULT_K,
     CompareSettings,
     EvalSettings,
-    FewshotSettings,
     KnnSettings,
     ScoreSettings,
 )

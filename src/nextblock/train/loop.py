@@ -35,11 +35,11 @@ from nextblock.data import (
 )
 from nextblock.data.loader import NO_IMAGES
 from nextblock.errors import UsageError
-from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
 from nextblock.train.best import EARLY_STOP, Best, read_bests
 from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
+from nextblock.train.learner import MakeLearner, Sums
 from nextblock.train.loggers import Loggers, require_packages
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
@@ -56,14 +56,14 @@ from nextblock.train.runtime import (
     process_settings,
     stop_on_signals,
 )
-from nextblock.train.state import Saver, Snapshot, find_intact, write_snapshot
-from nextblock.train.trainer import Sums, Trainer
+from nextblock.train.state import Saver, find_intact, write_snapshot
+from nextblock.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 BASELINE_IMAGES = 256
 
-SHOWN = ("loss", "val_loss", "knn/top1")
+SHOWN = ("loss", "val_loss", "knn/top1", "top1")
 """What the screen shows of the measured values."""
 
 
@@ -95,7 +95,7 @@ class TrainResult:
 
     @property
     def warning(self) -> str | None:
-        """Cause and remedy if the training loss is not below that of predicting zero, or all tokens alike."""
+        """Cause and remedy if the training loss is not below that of predicting zero, or all alike."""
         return not_learned(self.losses.get("loss", math.nan), self.baselines)
 
 
@@ -108,18 +108,18 @@ def train(
     reporter: Reporter,
     overwrite: bool = False,
     group: Group = ALONE,
+    learner: MakeLearner = Trainer,
 ) -> TrainResult:
     """Train on `sources["train"]` into the run directory `out`, or resume there.
 
-    `sources["val"]`, if given, is validated on. Every process of `group` calls this alike; rank 0 alone
-    prints and writes, but for its part of a checkpoint. Raises `RunDirError` if `out` holds something else,
-    `InUseError` if another process trains there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and
-    `WriteError` if a disk is full; the last checkpoint stays. What it changes of the process (signals, seeds,
-    memory, algorithms) is put back.
+    `sources["val"]`, if given, is validated on. `learner` makes what learns, fresh or from a checkpoint.
+    Every process of `group` calls this alike; rank 0 alone prints and writes, but for its part of a
+    checkpoint. Raises `RunDirError` if `out` holds something else, `InUseError` if another process trains
+    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and `WriteError` if a disk is full; the
+    last checkpoint stays. What it changes of the process (signals, seeds, memory, algorithms) is put back.
     """
     # All that can be refused is refused before a directory is made.
     config.check_trainable()
-    check_predicts(config.model, leaks=masks_leak(config.model))
     data = config.data
     if data.normalize == "auto" and (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD):
         raise UsageError(
@@ -151,7 +151,7 @@ def train(
                 device.type,
             )
         checkpoint = None if is_anew else find_intact(run.checkpoints, group)
-        trainer = Trainer(config, device, checkpoint, group)
+        trainer = learner(config, device, checkpoint, group)
 
         # -------------------------------------------------------------------- data, and durations in steps
         source, val = sources["train"], sources.get("val")
@@ -172,8 +172,7 @@ def train(
             pin_memory=device.type == "cuda",
             rank=group.rank,
             world_size=group.size,
-            # Two for each layer: attention and MLP.
-            drop_path_draws=2 * config.model.depth if config.model.drop_path else 0,
+            **trainer.loader_options,
         )
 
         def steps(duration: str) -> int:
@@ -194,12 +193,10 @@ def train(
         )
         if warmup >= total:
             log.warning(
-                "optim.warmup %s is %d steps, train.duration %s only %d: the rate never reaches its peak",
-                config.optim.warmup,
-                warmup,
-                config.train.duration,
-                total,
-            )
+                "%s %s is %d steps, %s %s only %d: the rate never reaches its peak",
+                config.flag("optim.warmup"), config.optim.warmup, warmup,
+                config.flag("train.duration"), config.train.duration, total,
+            )  # fmt: skip
         is_fitted_now = trainer.fit_targets(source)
 
         # ------------------------------------------------------------------------------------- the records
@@ -212,7 +209,7 @@ def train(
             require(
                 group.size <= loader.batch_size,
                 f"a batch of {loader.batch_size} cannot be divided among {group.size} processes; start "
-                "fewer, or raise train.batch_size",
+                f"fewer, or raise {config.flag('train.batch_size')}",
             )
             latest, metrics, quarantine = dict[str, float](), None, None
             if group.is_main:
@@ -224,7 +221,8 @@ def train(
                 # Lines after the checkpoint are dropped, as their steps are done again; of a run that
                 # begins, also those of step 0.
                 latest = run.cut_metrics(trainer.step or -1)
-                quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction)
+                setting = config.flag("data.max_bad_fraction")
+                quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction, setting)
                 loggers = None
                 if not is_over():
                     stack.enter_context(run.beating(lambda: trainer.step, total))
@@ -325,14 +323,14 @@ def train(
                 rank=group.rank,
                 world_size=group.size,
             )
-            measured = trainer.validation_loss(batches, lambda: stop)
+            measured = trainer.validate(batches, lambda: stop)
             reporter.busy_with = ""
             if measured is None:
                 return cut_short.add("val")
-            loss, bad = measured
+            values, bad = measured
             if bad:
                 log.warning("%d validation images cannot be read, such as %s: %s", len(bad), *bad[0][1:])
-            record("val", {"val_loss": loss, "val_bad": len(bad)})
+            record("val", {**values, "val_bad": len(bad)})
 
         def observe(*, at_start: bool = False) -> None:
             """Call the monitors whose time it is; all values or none are recorded."""
@@ -363,7 +361,9 @@ def train(
             # cannot replace the last good checkpoint.
             weights = trainer.model.state_dict().values()
             if group.any(not all(local_part(tensor).isfinite().all() for tensor in weights)):
-                raise NonFiniteError(f"weights are not finite after step {trainer.step}. {remedy(run)}")
+                raise NonFiniteError(
+                    f"weights are not finite after step {trainer.step}. {remedy(run, config)}"
+                )
             reporter.busy_with = f"the checkpoint of step {trainer.step}"
             with group.together():
                 if metrics is not None:
@@ -371,10 +371,9 @@ def train(
                     # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint
                     # without the lines up to it would leave a gap in the curve.
                     metrics.sync()
-            step, state = trainer.step, {**trainer.state(), "cut_short": sorted(cut_short)}
-            best, best_step = keeping.record(), keeping.step
+            step, best, best_step = trainer.step, keeping.record(), keeping.step
             saver.wait()
-            snapshot = Snapshot.take(trainer.model, trainer.optimizer, state, copied=saver.in_background)
+            snapshot = trainer.snapshot(sorted(cut_short), copied=saver.in_background)
 
             def write(group: Group) -> None:
                 write_snapshot(run.checkpoints, snapshot, step, group, data=data)
@@ -434,7 +433,7 @@ def train(
                     raise NonFiniteError(
                         f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {nonfinite} steps in "
                         f"a row, the last of them step {step.index}, whose first samples are {names}. "
-                        f"{remedy(run)}, or look at those images"
+                        f"{remedy(run, config)}, or look at those images"
                     )
                 elapsed_s = time.perf_counter() - started_s
                 trainer.window.add(outcome, waited_s=waited_s, elapsed_s=elapsed_s)
@@ -460,7 +459,7 @@ def train(
                     parts = zip(source.parts, seen, strict=False)
                     seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
                     shown = {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part}
-                    used = device_use(device, values["images_per_s"], config.model, group.size)
+                    used = device_use(device, values["images_per_s"], trainer.counted, group.size)
                     record("train", shown | used)
                     trainer.window = Window()
                     # Told once, until the loss falls below; in the warm-up nothing is expected yet.

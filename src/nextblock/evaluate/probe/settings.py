@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.settings import EvalSettings, check_distinct
-from nextblock.settings import Amount, Count, Natural, Positive, Rule, duration, require
+from nextblock.settings import Amount, Auto, Count, Natural, Positive, Rule, duration, require
 
 HeadName = Literal["linear", "attentive", "ep"]
 MIN_STEPS, MIN_BATCH, MAX_BATCH, EPOCHS, MIN_STEPS_PER_EPOCH = 2_000, 16, 1024, 100, 20
@@ -95,31 +95,31 @@ class ProbeSettings(EvalSettings):
     sweep."""
     heads: tuple[HeadName, ...] = ("linear", "attentive", "ep")
     """Kinds of heads: linear (on the mean patch), attentive (XTRA's and AIM's), ep (Efficient Probing)."""
-    layers: tuple[str, ...] | None = None
+    layers: tuple[str, ...] | Auto = None
     """Layers whose mean a head sees: last, last6, layer7, 3+4+5 (from 0), best (AIM's choice), or each;
-    none: the recipe's (xtra: linear last, the others last6)."""
+    auto: the recipe's (xtra: linear last, the others last6)."""
     attention: tuple[Attention, ...] = ("native",)
     """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
     tokens: tuple[Literal["patches", "class", "all"], ...] = ("patches",)
     """What a head sees of an encoder with a class token; class is for linear heads only."""
-    attentive_heads: Count | None = None
-    """Attention heads of an attentive head; none: 16, or as many as the encoder's (recipe aim)."""
-    epochs: Count | None = None
-    """How often the heads see every image; none: 100, or more for at least 2,000 steps."""
-    batch_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] | None = None
-    """Images a step; none: the largest power of two from 16 to 1024 that leaves 20 steps an epoch. A last
+    attentive_heads: Count | Auto = None
+    """Attention heads of an attentive head; auto: 16, or as many as the encoder's (recipe aim)."""
+    epochs: Count | Auto = None
+    """How often the heads see every image; auto: 100, or more for at least 2,000 steps."""
+    batch_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] | Auto = None
+    """Images a step; auto: the largest power of two from 16 to 1024 that leaves 20 steps an epoch. A last
     partial batch of an epoch is dropped."""
-    lr: tuple[Positive, ...] | None = None
-    """Peak learning rates of AdamW, never scaled; none: the recipe's seven, and more if the best is at an end
+    lr: tuple[Positive, ...] | Auto = None
+    """Peak learning rates of AdamW, never scaled; auto: the recipe's seven, and more if the best is at an end
     of these."""
     end_lr: Amount = 1e-5
     """Learning rate at the end of the cosine."""
-    weight_decay: tuple[Amount, ...] | None = None
-    """Decay of the heads' weights; none: the recipe's (xtra: linear 0, the others 0.1)."""
-    warmup_epochs: Amount | None = None
-    """Linear warm-up from a tenth of lr; none: a tenth of the epochs (recipe aim: a twentieth)."""
-    betas: tuple[float, float] | None = None
-    """Decay rates of AdamW's moments; none: 0.9 and 0.95 (recipe aim: 0.999)."""
+    weight_decay: tuple[Amount, ...] | Auto = None
+    """Decay of the heads' weights; auto: the recipe's (xtra: linear 0, the others 0.1)."""
+    warmup_epochs: Amount | Auto = None
+    """Linear warm-up from a tenth of lr; auto: a tenth of the epochs (recipe aim: a twentieth)."""
+    betas: tuple[float, float] | Auto = None
+    """Decay rates of AdamW's moments; auto: 0.9 and 0.95 (recipe aim: 0.999)."""
     clip_grad: Positive | None = 3.0
     """Clip the norm of each head's gradient; none: do not."""
     augment: Literal["none", "crop", "timm"] = "none"
