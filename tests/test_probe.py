@@ -163,7 +163,8 @@ def test_winners_are_written_as_classifiers_of_the_accuracy_that_was_measured(tm
     out = tmp_path / "out"
     result = run(out=str(out), lr=(1e-3, 1e-2), epochs=3)
     there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    assert there == {"probe.json", "probe.md", "probe.csv", "grid.csv", "figures", *HEADS}
+    files = {"probe.json", "probe.md", "probe.csv", "grid.csv", "right.npz", "figures"}
+    assert there == files | set(HEADS)
     drawn = {f"{name}.png" for name in ("probe", "attention-ep", *(f"confusion-{head}" for head in HEADS))}
     assert {path.name for path in (out / "figures").iterdir()} == drawn | {".nextblock"}
     assert len((out / "grid.csv").read_text().splitlines()) == 1 + 6
