@@ -5,6 +5,7 @@
 #         index that carries them:  make demo TORCH="torch torchvision --index-url https://INDEX/cpu"
 #         It counts when .venv is filled: after a change of mind, remove .venv and install again.
 # PYTEST_ARGS  what pytest gets:  make test PYTEST_ARGS="tests/test_blocks.py -x"
+# BENCH_ARGS   what the benchmarks get:  make bench BENCH_ARGS="--rounds 1"
 
 # `python3` if it is new enough, else the newest versioned one there is.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -20,7 +21,7 @@ DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one .venv would meet
-.PHONY: help install demo test test-slow gpu-check lint format clean
+.PHONY: help install demo test test-slow bench gpu-check lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /:/' | awk -F: '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -39,6 +40,9 @@ test: .venv/.installed-test ## the tests that take seconds
 
 test-slow: .venv/.installed-test ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+bench: .venv/.installed ## speed against plain alternatives; about 25 minutes on two cores
+	for script in step data probe load; do $(VENV_PYTHON) benchmarks/$$script.py $(BENCH_ARGS) || exit; done
 
 gpu-check: .venv/.installed-test ## GPU tests and benchmarks in 8 minutes, into gpu-check.json
 	$(VENV_PYTHON) benchmarks/gpu_check.py

@@ -118,17 +118,19 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
     """Rates of matrix products, of the encoder, and of training steps in bf16, with peak memory."""
     import torch
 
+    from common import gemm_gflops
     from nextblock import plan
-    from nextblock.bench.flops import encode_flops
-    from nextblock.bench.gemm import measure_gemm
-    from nextblock.bench.variants import LEARNING_RATE, StepJob, noise, step_of
     from nextblock.presets import model_config
     from nextblock.train.runtime import process_settings
     from nextblock.train.trainer import Trainer
+    from step import LEARNING_RATE, PLAINLY, noise, run_config, step_of
 
     name, changes = MODELS[model]
-    plainly = {"drop_path": 0.0, "order": "raster", "num_predicted_blocks": 1, "init": None}
-    config = model_config(name, **plainly, **(TINY if options.quick else changes))
+    config = model_config(name, **PLAINLY, **(TINY if options.quick else changes))
+    run = run_config(config, batch_size=1, precision="bf16", device=options.device)
+    # The whole encoder of all patches, also those of the last block.
+    encoder = plan.stacks(config)[0]._replace(tokens=config.num_patches)
+    encode_flops = plan.forward_flops(config)["patch_embed"] + encoder.depth * encoder.flops
     device = torch.device(options.device)
     is_cuda = device.type == "cuda"
     peak = plan.peak_tflops(torch.cuda.get_device_name()) if is_cuda else None
@@ -168,7 +170,7 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
     def batches(recompute: bool) -> Iterator[int]:
         """The sizes that should fit by the plan's count, the largest first."""
         free = 0.9 * torch.cuda.get_device_properties(device).total_memory if is_cuda else float("inf")
-        needs = plan.memory(job.run, "bf16", 1, sharded=False, recompute=recompute)
+        needs = plan.memory(run, "bf16", 1, sharded=False, recompute=recompute)
         fixed = sum(needs.values()) - needs["image"]
         for batch in TINY_BATCHES if options.quick else BATCHES:
             if fixed + batch * needs["image"] <= free:
@@ -195,23 +197,18 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
 
     tokens, hidden = 64 * config.num_patches, int(config.embed_dim * config.mlp_ratio)
     shapes = [(tokens, config.embed_dim, hidden), (tokens, hidden, config.embed_dim)]
-    settings = {"precision": "bf16", "device": options.device, "threads": None}
     gemm = None
     if not options.quick:  # the large square takes long on a CPU
-        rates = measure_gemm({**settings, "shapes": shapes, "quick": True})["gflops"]
-        gemm = max(map(median, rates.values())) / 1000
+        gemm = gemm_gflops([*shapes, (4096, 4096, 4096)], device, torch.bfloat16, 0.2) / 1000
         emit("gemm", tflops=gemm, peak_tflops=peak)
 
-    job = StepJob(variant="ours", model=config, batch_size=1, steps=1, **settings)  # type: ignore[arg-type]
     with process_settings(device):
-        trainer = Trainer(job.run, device, None)
+        trainer = Trainer(run, device, None)
 
         def encode(batch: int) -> None:
             images = trainer.to_model(pinned(batch))
             with trainer.looking() as network:
-                report(
-                    "encode", batch, time_calls(lambda _: network.encode(images).tokens), encode_flops(config)
-                )
+                report("encode", batch, time_calls(lambda _: network.encode(images).tokens), encode_flops)
 
         def train(batch: int, *, compiled: bool, recompute: bool) -> None:
             images, losses = pinned(batch), []
@@ -250,52 +247,83 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
 
 def measure_data(options: Options, emit: Emit) -> None:
     """Training crops per second on one core, from JPEG files, with each decoder that makes exact pixels."""
-    from nextblock.bench.data import PHOTOS, SIZES, measure_crops, write_photos
+    import torch
 
+    from data import PHOTOS, SIZES, time_crops, write_photos
+    from nextblock.data import jpeg_decoder
+
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        write_photos(Path(folder))
+        write_photos(Path(folder), SIZES)
         for image_size in (256, 224):
-            job = {"folder": folder, "steps": 2 if options.quick else 8, "image_size": image_size}
-            result = measure_crops({**job, "clock": "wall", "threads": 1, "variant": "auto"})
+            laps_s = time_crops(Path(folder), SIZES, "auto", image_size, 2 if options.quick else 8)
             for size in SIZES:
-                per_s = PHOTOS / median(result["laps_s"][size])
-                told = {"crop_px": image_size, "files_px": size, "decoder": result["decoder"]}
-                emit("data", images_per_s_per_core=per_s, **told)
+                told = {"crop_px": image_size, "files_px": size, "decoder": jpeg_decoder("auto")}
+                emit("data", images_per_s_per_core=PHOTOS / median(laps_s[size]), **told)
             if options.quick:
                 return
 
 
 def measure_embedding(options: Options, emit: Emit) -> None:
-    """All that `nextblock embed` does: images in memory, cropped, encoded in bf16, written to a file."""
-    from nextblock.bench.embed import measure_embed
-    from nextblock.presets import model_config
-    from nextblock.settings import to_dict
+    """All that `nextblock embed` does for an image: decode, crop, encode in bf16, write to a file."""
+    import torch
+    from PIL import Image
 
+    import nextblock
+    from common import peak_memory_mb
+    from nextblock.checkpoint import save_model
+    from nextblock.presets import model_config
+    from step import noise
+
+    # The start (reading the model, hashing it, starting workers) takes as long with few images as with many,
+    # so what more images take is the rate.
+    few, many, batch = (8, 24, 8) if options.quick else (256, 2304, 256)
     for name, changes in MODELS.values():
-        sizes = TINY if options.quick else changes
-        config = model_config(name, predictor=None, drop_path=0.0, init=None, **sizes)
-        job = {"precision": "bf16", "device": options.device, "threads": None, "clock": "wall"}
-        job |= {"batch_size": 8 if options.quick else 256, "images": 16 if options.quick else 2048}
-        result = measure_embed({**job, "model": to_dict(config), "attention": "native", "is_jpeg": False})
-        emit("embed", model=name, **{name: result[name] for name in ("images_per_s", "peak_memory_mb")})
+        config = model_config(
+            name, predictor=None, drop_path=0.0, init=None, **(TINY if options.quick else changes)
+        )
+        seconds = []
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            save_model(root / "encoder.safetensors", nextblock.NextBlockModel(config))
+            photos = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in noise(config, 64)]
+            for number in (few, few, many):  # the first is a warm-up
+                images = root / str(len(seconds))
+                images.mkdir()
+                for index in range(number):
+                    photos[index % len(photos)].save(images / f"{index:05d}.jpg", quality=90)
+                started_s = time.perf_counter()
+                nextblock.embed(
+                    model=str(root / "encoder.safetensors"),
+                    data=str(images),
+                    out=str(root / f"{len(seconds)}.npz"),
+                    encode_batch_size=batch,
+                    precision="bf16",
+                    device=options.device,
+                )
+                seconds.append(time.perf_counter() - started_s)
+        per_s = (many - few) / (seconds[2] - seconds[1])
+        emit(
+            "embed",
+            model=name,
+            images_per_s=per_s,
+            peak_memory_mb=peak_memory_mb(torch.device(options.device)),
+        )
         if options.quick:
             return
 
 
 def measure_probe(options: Options, emit: Emit) -> None:
     """Seconds of probing 18 heads in one run, and of a single head; the first run counts nowhere."""
-    from nextblock.bench.probe import HEADS, QUICK_RATES, RATES, prepare, probe_heads
+    from probe import HEADS, RATES, prepare, probe
 
     for model in ("xtra-small-64",) if options.quick else ("xtra-b16", "xtra-h14"):
         with tempfile.TemporaryDirectory() as folder:
-            job = {"folder": folder, "model": model, "epochs": 2 if options.quick else 10}
-            job |= {"augment": "none", "threads": None}
-            prepare(job)
-            one = {"lr": RATES[:1], "heads": HEADS[1:]}
-            probe_heads({**job, "name": "warm-up", **one})
-            alone_s = probe_heads({**job, "name": "one", **one})["elapsed_s"]
-            rates = QUICK_RATES if options.quick else RATES
-            grid = probe_heads({**job, "name": "grid", "lr": rates, "heads": HEADS})
+            prepare(Path(folder), model)
+            epochs, rates = (2, RATES[::8]) if options.quick else (10, RATES)
+            probe(Path(folder), HEADS[1:], RATES[:1], epochs)
+            alone_s = probe(Path(folder), HEADS[1:], RATES[:1], epochs)["elapsed_s"]
+            grid = probe(Path(folder), HEADS, rates, epochs)
             emit("probe", model=model, heads=len(grid["top1"]), grid_s=grid["elapsed_s"], one_head_s=alone_s)
 
 

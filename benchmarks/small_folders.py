@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 
 import nextblock
 from nextblock.cli import main
-from nextblock.config import DataConfig, ModelConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
+from nextblock.config import DataConfig, ModelConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig, pair
 from nextblock.data import open_source
 from nextblock.evaluate import features as ft
 from nextblock.evaluate.knn import knn_predict
@@ -83,7 +83,7 @@ def run(root: Path, design: str, seed: str, samples: str) -> None:
     config = RunConfig(
         seed=int(seed),
         model=model,
-        data=DataConfig(train=both, val_resize_px=model.image_size, normalize="auto", workers=0),
+        data=DataConfig(train=both, val_resize_px=max(pair(model.image_size)), normalize="auto", workers=0),
         optim=OptimConfig(lr=1e-3, warmup="10%"),
         train=TrainConfig(duration=f"{samples}sa", batch_size=32, precision="fp32", device="cpu"),
         monitor=MonitorConfig(pictures_every=None, knn_every=None, tensorboard=False),
@@ -98,6 +98,7 @@ def untrained(root: Path, design: str, seed: str) -> None:
     """Measure fresh weights, on images normalised as for a trained run of the design."""
     trained = next((root / "runs").glob(f"{design}-0-*"))
     model, row = nextblock.load(trained), {"design": f"untrained {design}", "seed": int(seed)}
+    assert isinstance(model, NextBlockModel)
     measure(root, ft.untrained(model, int(seed)), ft.evaluation_data(str(trained), model.config), row)
 
 
@@ -130,7 +131,9 @@ def measure(root: Path, encoder: NextBlockModel | ft.Extract, data: DataConfig, 
             found = ft.collect_features(batches)
             x.append(found.features[0].numpy())
             y.append(source.labels[found.samples.numpy()])
-        predicted = knn_predict(*map(torch.from_numpy, (x[1], x[0], y[0])), len(source.class_names))
+        predicted = knn_predict(
+            torch.from_numpy(x[1]), torch.from_numpy(x[0]), torch.from_numpy(y[0]), len(source.class_names)
+        )
         row[f"{name} knn"] = float((predicted.numpy() == y[1]).mean())
         if extract is ft.pixel_extract:  # 12,288 numbers an image: 256 components keep nearly all of it
             pca = PCA(256, random_state=0).fit(x[0])
@@ -139,7 +142,7 @@ def measure(root: Path, encoder: NextBlockModel | ft.Extract, data: DataConfig, 
         head = make_pipeline(scaler, LogisticRegression(max_iter=500))
         folds = StratifiedKFold(5, shuffle=True, random_state=0)  # file order groups similar images
         probe = GridSearchCV(head, {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1]}, cv=folds)
-        row[f"{name} linear"] = float(probe.fit(x[0], y[0]).score(x[1], y[1]))
+        row[f"{name} linear"] = float((probe.fit(x[0], y[0]).predict(x[1]) == y[1]).mean())
     with (root / "results.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 

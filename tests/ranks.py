@@ -25,7 +25,7 @@ from toy import ToySource
 
 # A process that has imported torch and is forked for each rank: a rank starts in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ranks", "nextblock.cli.pretrain", "nextblock.evaluate.monitors"])
+CONTEXT.set_forkserver_preload(["ranks", "nextblock.pretraining", "nextblock.evaluate.monitors"])
 
 
 class RankFailed(Exception):  # noqa: N818 - it says what happened

@@ -15,7 +15,7 @@ import nextblock.config
 import nextblock.model_config
 from nextblock.config import CheckpointConfig, DataConfig, ModelConfig, MonitorConfig, RunConfig
 from nextblock.presets import resolve
-from nextblock.settings import Duration, flatten, from_dict, nearest_name, to_dict
+from nextblock.settings import Duration, flatten, from_dict, nearest_name, to_dict, typed
 
 
 def refuses(changes, *parts):
@@ -38,13 +38,13 @@ def test_derived_numbers_count_rows_before_columns():
     [
         ("model.depth", 0, "a whole number from 1"),
         *(("model.depth", v, "a whole number") for v in (True, "\uff11\uff12", "012", "1:30", "9" * 5000)),
-        ("model.block_mlp_dim", 0, "a whole number from 1 or null"),
+        ("model.block_mlp_dim", 0, "a whole number from 1 or none"),
         ("model.block_size", (2, 0), "one whole number from 1, or two: 64, 32,64 or 32x64"),
         *(("model.block_size", v, "one whole number") for v in (2.0, (1, 2, 3))),
         ("model.norm_eps", 0.0, "a number above 0"),
         ("model.drop_path", 1.0, "from 0 to below 1"),
-        ("model.order", "diagonal", "raster or spiral or checkerboard"),
-        ("data.train", 3, "text or a list, each text or null"),
+        ("model.order", "diagonal", "raster, spiral, checkerboard, fixed_random or random"),
+        ("data.train", 3, "text or a list, each text or none"),
         ("data.weights", (0.5, 0.0), "each a number above 0"),
         ("data.flip", True, "a number"),
         ("data.color_jitter", (0.4, 0.4, 0.2, 0.6), "the last (hue) at most 0.5"),
@@ -63,7 +63,8 @@ def test_derived_numbers_count_rows_before_columns():
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(name, value, message):
-    refuses({name: value}, f"{name} is {value!r}; it must be ", message)
+    shown = repr(value) if isinstance(value, str) else typed(value)
+    refuses({name: value}, f"{name} is {shown}; it must be ", message)
 
 
 def of_model(**changes):
@@ -88,10 +89,10 @@ def of_model(**changes):
         (of_model(positions="sincos", embed_dim=90, num_heads=3), "model.embed_dim 90 cannot be divided"),
         (of_model(positions="sincos", predictor_dim=90, predictor="mlp"), "use 88 or 92"),
         (of_model(tokenizer="kmeans", loss="l1"), "model.loss l1 are for pixels"),
-        (of_model(tokenizer="kmeans", norm_pixels=False), "norm_pixels False"),
-        ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is (0.5, 0.3); give (smallest, largest)"),
+        (of_model(tokenizer="kmeans", norm_pixels=False), "norm_pixels false"),
+        ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is 0.5,0.3; give smallest,largest"),
         ({"data.crop_scale": (0.0, 1.0)}, "above 0"),
-        ({"data.mean": (0.5,)}, "1 channels and data.std 3"),
+        ({"data.mean": (0.5,)}, "1 channel and data.std 3"),
         ({"data.train": ()}, "data.train or data.weights is empty"),
         ({"data.train": ("A", "B", "A")}, "names a source twice"),
         ({"data.train": ("A", "B"), "data.weights": (1.0,)}, "names 2 sources and data.weights 1"),
@@ -109,7 +110,7 @@ def test_what_cannot_be_together_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.predictor": None}, "model.predictor is null"),
+        ({"model.predictor": None}, "model.predictor is none"),
         ({"model.block_size": 16}, "no next block; use a smaller model.block_size"),
         ({"train.precision": "fp16", "train.device": "cpu"}, "fp16 needs a GPU"),
     ],

@@ -18,7 +18,7 @@ import yaml
 from timm.models.vision_transformer import VisionTransformer
 
 from nextblock.checkpoint import CheckpointError, read_data, save_model
-from nextblock.cli.convert import run
+from nextblock.cli.weights import convert as run
 from nextblock.config import DataConfig
 from nextblock.interop import load, load_model
 from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
@@ -224,7 +224,7 @@ def test_the_command_writes_and_tells_what_it_wrote(run_dir, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_command_writes_onnx_in_a_process_of_its_own(golden_dir, tmp_path):
     words = [str(golden_dir / "xtra_k2.ckpt"), f"{tmp_path}/x.onnx", "--to", "onnx", "--layers", "3"]
-    code = "import sys; from nextblock.cli.convert import run; sys.exit(run(sys.argv[1:]))"
+    code = "import sys; from nextblock.cli.weights import convert as run; sys.exit(run(sys.argv[1:]))"
     environment = {**os.environ, "JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *words, "--layers", "1", "--num_heads", "3", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nextblock.cli.arguments import resolve
-from nextblock.cli.pretrain import pretrain
 from nextblock.data import BadImageError, decode_image
 from nextblock.evaluate.probe.config import ProbeConfig
 from nextblock.evaluate.probe.run import probe
+from nextblock.presets import resolve
+from nextblock.pretraining import pretrain
 from test_data_decode import encode, exif, photo, pixels, png_16, sixteen_bits
 from tiff_files import bands, tiff
 from tiny_runs import TINY, Quiet

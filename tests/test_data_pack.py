@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from nextblock.atomic import WriteError
-from nextblock.config import DataConfig
+from nextblock.config import DataConfig, PackConfig
 from nextblock.data import Source, TooManyBadImages, open_source
 from nextblock.data import pack as packing
-from nextblock.data.pack import PackConfig, pack
+from nextblock.data.pack import pack
 from tiff_files import tiff
 from tiny_runs import write_images
 

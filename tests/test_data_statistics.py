@@ -11,11 +11,12 @@ import torch
 import yaml
 from PIL import Image
 
-from nextblock.cli.pretrain import pretrain, run
+from nextblock.cli.pretrain import run
 from nextblock.config import DataConfig
-from nextblock.data import eval_batches, open_source, statistics
+from nextblock.data import eval_batches, open_source
 from nextblock.data.statistics import measure_pixels
 from nextblock.evaluate.features import evaluation_data
+from nextblock.pretraining import pretrain
 from nextblock.train import train
 from tiny_runs import TINY, Quiet
 
@@ -95,7 +96,7 @@ def test_a_run_keeps_what_was_measured_and_goes_on_with_it(folder, tmp_path, mon
     def must_not(*_, **__):
         raise AssertionError("measured anew")
 
-    monkeypatch.setattr(statistics, "measure_pixels", must_not)
+    monkeypatch.setattr("nextblock.pretraining.measure_pixels", must_not)
     train_on(folder, tmp_path / "run")
     assert resolved(tmp_path / "run") == (mean, std)
     evaluated = evaluation_data(str(tmp_path / "run"), TINY.model)

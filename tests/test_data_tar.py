@@ -308,7 +308,7 @@ ONE, TWO = member("1.png", picture(1)), member("2.png", picture(2))
 def test_the_images_before_damage_are_used_and_the_rest_is_told(tmp_path, caplog, content, reason):
     path = tmp_path / "x.tar"
     path.write_bytes(content)
-    told = f"x.tar: {reason}; the 1 images before that are used"
+    told = f"x.tar: {reason}; 1 image before that can be used"
     for _ in range(2):  # with a new index, and with the one that was kept
         source = opened(path)
         assert reds(source) == [1]

@@ -15,12 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nextblock.cli.arguments import resolve
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import ConcatSource, Source, open_source
 from nextblock.data.advice import Checkup
 from nextblock.data.doctor import IMAGE, Examination, crops_per_core_s, examine, shared_images
-from nextblock.presets import get_preset
+from nextblock.presets import get_preset, resolve
 from tiny_runs import call_cli, refused, write_images
 from toy import ToySource
 
@@ -325,7 +324,7 @@ def test_several_sources_are_one_compared_with_validation_and_a_cut_archive_is_a
     ("words", "message"),
     [
         (("nowhere",), "there is no such directory"),
-        (("digits", "--samples", 0), "samples is 0; use at least 1"),
+        (("digits", "--samples", 0), "samples is '0'; it must be a whole number from 1 or none"),
         (("digits", "--images_per_s", ".nan"), "images_per_s is '.nan'; it must be a number"),
         (("digits", "--out", "/dev/null/x.json"), "cannot be written; name"),
     ],

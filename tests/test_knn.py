@@ -208,4 +208,5 @@ def test_the_command_prints_a_table_and_finds_the_same_on_two_processes(run, tmp
         "knn.json",
         "knn.md",
         "quarantine.jsonl",
+        "right.npz",
     ]

@@ -163,13 +163,13 @@ def test_a_job_that_cannot_be_requeued_is_a_warning(slurm, monkeypatch) -> None:
 
 
 def _pretrain_until_a_signal(out: Path, images: Path, requeue: bool) -> tuple[int, list[str], str | None]:
-    from nextblock.cli import pretrain as cli
+    from nextblock import pretraining
 
     reporter = Quiet()
     stop = After(2, lambda _, event: event.group.rank == 1 and os.kill(os.getpid(), signal.SIGUSR1))
-    cli._monitors = lambda *_: [stop]
+    pretraining._monitors = lambda *_: [stop]
     changes = {"data.train": str(images), "checkpoint.requeue": requeue}
-    result = cli.pretrain(settings(changes), out=out, reporter=reporter)
+    result = pretraining.pretrain(settings(changes), out=out, reporter=reporter)
     os.kill(os.getpid(), signal.SIGTERM) if requeue else None  # as SLURM does
     return result.step, reporter.notes, result.stopped_by
 

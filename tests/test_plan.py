@@ -236,7 +236,7 @@ def test_steps_follow_from_the_number_of_images(capsys, words, steps):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--gpu", "h1000"], "unknown GPU 'h1000'; known: h100, "),
+        (["--gpu", "h1000"], "gpu is 'h1000'; did you mean h100?"),
         (["--gpu_memory_gb", "80"], "--gpu must be given"),
         (["--gpu", "v100", "--train.precision", "bf16"], "does not compute in bf16"),
         (["--gpu", "h100", "--gpus", "257"], "257 GPUs are more than the 256 images of a step"),

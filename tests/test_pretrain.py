@@ -15,9 +15,9 @@ import torch
 
 import nextblock
 from nextblock.cli import main
-from nextblock.cli.arguments import resolve
 from nextblock.interop import load_model
 from nextblock.models.vit import sincos_positions
+from nextblock.presets import resolve
 from tiny_runs import (
     TINY,
     TINY_FLAGS,

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from nextblock.bench import probe as bench
 from nextblock.cli import main
-from nextblock.config import DataConfig
-from nextblock.data import Source, open_source
+from nextblock.data import Source
 from nextblock.evaluate.probe.config import Split
 from nextblock.evaluate.probe.run import probe, probe_model
 from nextblock.evaluate.sources import are_same_images, open_labelled
@@ -60,14 +58,6 @@ def test_choosing_and_measuring_on_the_same_images_is_refused():
         probe_model(toy_model(), SEVERAL, ToySource(48), given, DATA)
     chosen = probe_model(toy_model(), replace(SEVERAL, lr=(1e-2,)), ToySource(48), given, DATA).result
     assert chosen.chosen_on is None  # where nothing is chosen both are measured
-
-
-def test_the_bench_chooses_and_measures_on_different_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SPLITS", dict.fromkeys(bench.SPLITS, 2))
-    bench._write_pictures(tmp_path)
-    val, test = (open_source(str(tmp_path / split), DataConfig()) for split in ("val", "test"))
-    assert val.fingerprint == test.fingerprint
-    assert not are_same_images(val, test)
 
 
 def test_one_winner_is_not_several(known, tmp_path):

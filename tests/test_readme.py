@@ -33,7 +33,7 @@ SHORT_RUN = [*("--train.duration", "2st", "--train.batch_size", "8", "--train.mi
 SHORTENED = {
     "pretrain": [*TINY_MODEL, *SHORT_RUN, "--train.precision", "fp32", "--optim.warmup", "1st"],
     "probe": ["--epochs", "2", "--batch_size", "8"],
-    "finetune": ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1"],
+    "finetune": ["--epochs", "2", "--batch_size", "8", "--warmup", "1ep"],
     "fewshot": ["--draws", "2"],
 }
 
@@ -142,13 +142,13 @@ def test_the_python_of_the_readme_runs(tmp_path):
 
 
 def test_the_table_of_presets_in_the_readme_is_that_of_the_registry():
-    from nextblock.cli.presets import parameters_m
+    from nextblock.plan import count_parameters
     from nextblock.presets import PRESETS
 
     for name in ("xtra-b16-in1k", "xtra-h14-in21k", "aim-600m-in1k"):
         preset = PRESETS[name]
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
-        assert f"{parameters_m(preset.config.model)[0]:.1f} M" in row
+        assert f"{count_parameters(preset.config.model).encoder / 1e6:.1f} M" in row
         assert preset.published is not None
         assert preset.published[:6] in row
 

@@ -273,7 +273,7 @@ def test_an_emulated_precision_is_pointed_out(tmp_path, monkeypatch, caplog, pre
     [
         ({"train.precision": "fp16"}, "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32"),
         ({"model.block_size": 4}, "the whole image is one block, so there is no next block"),
-        ({"model.predictor": None}, "model.predictor is null"),
+        ({"model.predictor": None}, "model.predictor is none"),
         ({"train.device": "mps"}, "device 'mps' is not available .* available: .*cpu"),
         ({"model.init": "nowhere"}, "nowhere does not exist"),
         ({"model.in_chans": 1, "data.channels": 3}, "data.channels is 3, model.in_chans is 1; give one"),

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from nextblock.cli.pretrain import pretrain
 from nextblock.data import ConcatSource, TooManyBadImages
+from nextblock.pretraining import pretrain
 from nextblock.train import RunDirError
 from tiny_runs import TINY, TINY_FLAGS, Quiet, call_cli, logged_steps, metrics, refused, run_toy, write_images
 from toy import ToySource

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nextblock.cli import main
-from nextblock.cli.arguments import resolve
 from nextblock.config import CheckpointConfig, DataConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
 from nextblock.data import Source
 from nextblock.models import NextBlockModel
+from nextblock.presets import resolve
 from nextblock.train import Monitor, MonitorEvent, Reporter, Tick, TrainResult, train
 from toy import ToySource, tiny_config
 

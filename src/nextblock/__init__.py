@@ -9,22 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextblock.cli.finetune import finetune
-    from nextblock.cli.predict import predict
-    from nextblock.cli.pretrain import pretrain
     from nextblock.cli.probe import probe
     from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
     from nextblock.evaluate.classify import classify
     from nextblock.evaluate.embed import embed
     from nextblock.evaluate.fewshot import fewshot
+    from nextblock.evaluate.finetune.run import finetune
     from nextblock.evaluate.knn import knn
     from nextblock.evaluate.search import search
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
+    from nextblock.prediction import predict
     from nextblock.presets import list_presets
+    from nextblock.pretraining import pretrain
 
 from nextblock.version import __version__ as __version__
 
@@ -61,8 +61,11 @@ _HOMES = {
     "classify": "evaluate.classify",
     "embed": "evaluate.embed",
     "fewshot": "evaluate.fewshot",
+    "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",
     "load": "interop",
+    "predict": "prediction",
+    "pretrain": "pretraining",
     "search": "evaluate.search",
 }
 

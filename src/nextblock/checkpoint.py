@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from nextblock.atomic import remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.errors import UsageError
+from nextblock.logs import counted
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
-STATE_FILE = "state.pt"
 CHECKSUMS_FILE = "checksums.json"
 RECORDED_DATA = ("mean", "std", "val_resize_px", "val_crop")
 NAMES_SHOWN = 10
@@ -296,7 +295,9 @@ def refuse_non_finite(weights: Mapping[str, Tensor], origin: str, remedy: str) -
     ]
     if bad:
         named = _listed(bad, ", ")
-        raise CheckpointError(f"{len(bad)} tensors of {origin} hold NaN or inf ({named}); {remedy}")
+        raise CheckpointError(
+            f"{origin} holds NaN or inf in {counted(len(bad), 'tensor')} ({named}); {remedy}"
+        )
 
 
 def _listed(names: list[str], separator: str) -> str:
@@ -332,17 +333,6 @@ def prune_checkpoints(directory: Path, keep: int, keep_every: int | None = None,
     for step, path in list(checkpoints(directory).items())[:-keep]:
         if not step or not (step == best or (keep_every and step % keep_every == 0)):
             remove(path)
-
-
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's training state, on the CPU."""
-    # weights_only: a state holds tensors and numbers, and no file can make torch run code.
-    try:
-        return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{checkpoint / STATE_FILE} cannot be read ({type(error).__name__}); {_remedy(checkpoint)}"
-        ) from error
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+from nextblock.logs import counted
 from nextblock.model_config import Attention as Attention
 from nextblock.model_config import ModelConfig, Rate, Section, pair
 from nextblock.model_config import Size as Size
 from nextblock.settings import (
     Amount,
+    Auto,
     Count,
     Natural,
     Positive,
@@ -25,6 +27,7 @@ from nextblock.settings import (
     require,
     require_range,
     to_dict,
+    typed,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,12 +51,12 @@ class DataConfig(Section):
 
     train: str | tuple[str, ...] | None = None
     """Images to train on: a directory, a tar, `hf:NAME,split=train`, `digits`; repeat it for a mixture."""
-    weights: tuple[Positive, ...] | None = None
-    """Share of each source of a mixture in an epoch, in proportion; null: by their numbers of images."""
-    epoch_samples: Count | None = None
-    """Samples that count as an epoch; null: as many as there are images."""
+    weights: tuple[Positive, ...] | Auto = None
+    """Share of each source of a mixture in an epoch, in proportion; auto: by their numbers of images."""
+    epoch_samples: Count | Auto = None
+    """Samples that count as an epoch; auto: as many as there are images."""
     val: str | None = None
-    """Images to validate on, same grammar; null: none."""
+    """Images to validate on, in the same grammar."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest; drawn uniformly."""
     crop_ratio: tuple[float, float] = (0.75, 1.5)
@@ -61,11 +64,11 @@ class DataConfig(Section):
     flip: Share = 0.5
     """Probability of a horizontal flip; use 0 when left and right differ, as in text."""
     color_jitter: Jitter | None = None
-    """Largest change of brightness, contrast, saturation and hue in training; null: none."""
+    """Largest change of brightness, contrast, saturation and hue in training: four numbers."""
     color_jitter_prob: Share = 0.8
     """Probability that a training image's colours are changed at all."""
-    val_resize_px: Count | None = None
-    """Shorter side in pixels before the validation crop; null: follows model.image_size (300 for 256)."""
+    val_resize_px: Count | Auto = None
+    """Shorter side in pixels before the validation crop; auto: follows model.image_size (300 for 256)."""
     val_crop: ValCrop = "center"
     """Validation crop: center cuts out the middle, squash ignores the aspect ratio, border shows the whole
     image and fills the rest with data.mean."""
@@ -80,8 +83,8 @@ class DataConfig(Section):
     """Mean of each channel, of pixels in [0, 1], that is subtracted."""
     std: tuple[Deviation, ...] = IMAGENET_STD
     """Standard deviation of each channel, of pixels in [0, 1], that is divided by."""
-    workers: Natural | None = None
-    """Processes that decode; null: up to 8, one less than there are cores; 0: the main process."""
+    workers: Natural | Auto = None
+    """Processes that decode; auto: up to 8, one less than there are cores; 0: the main process."""
     decoder: Literal["auto", "pillow", "fast"] = "auto"
     """JPEG decoder: auto is torchcodec if it works here, else Pillow; fast decodes large photos at a half, a
     quarter or an eighth of their size for training crops. Fixed for a run."""
@@ -89,8 +92,8 @@ class DataConfig(Section):
     """Stop when more than this share of the files cannot be read; one is always allowed, unless this is 0."""
     max_pixels: Count = 178_956_970
     """Count an image of more pixels as unreadable; raise it for large scenes."""
-    cache_dir: str | None = None
-    """Folder for indexes of shards and copies of remote shards; null: ~/.cache/nextblock."""
+    cache_dir: str | Auto = None
+    """Folder for indexes of shards and copies of remote shards; auto: ~/.cache/nextblock."""
     cache_gb: Positive = 100.0
     """Most that copies of remote shards may take, in GB; the least recently used go first."""
 
@@ -98,15 +101,15 @@ class DataConfig(Section):
         super().__post_init__()
         specs, weights = self.train_specs, self.weights
         require(self.train != () != weights, "data.train or data.weights is empty; name one or several")
-        require(len(set(specs)) == len(specs), f"data.train names a source twice: {list(specs)}")
+        require(len(set(specs)) == len(specs), f"data.train names a source twice: {typed(specs)}")
         require(
             weights is None or not specs or len(specs) == len(weights),
-            f"data.train names {len(specs)} source{'s' * (len(specs) > 1)} and data.weights "
-            f"{len(weights or ())}; give --data.train once for each weight, or set data.weights null",
+            f"data.train names {counted(len(specs), 'source')} and data.weights "
+            f"{len(weights or ())}; give --data.train once for each weight, or set data.weights auto",
         )
         require(
             self.color_jitter is None or self.channels in (1, 3),
-            f"data.color_jitter changes colours, data.channels is {self.channels}; set it null",
+            f"data.color_jitter changes colours, data.channels is {self.channels}; set it to none",
         )
         require_range("data.crop_scale", self.crop_scale, 0, 1)
         require_range("data.crop_ratio", self.crop_ratio, 0, 1e6)
@@ -117,7 +120,8 @@ class DataConfig(Section):
         )
         require(
             len(self.mean) == len(self.std) > 0,
-            f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}; give as many of each",
+            f"data.mean has {counted(len(self.mean), 'channel')} and data.std {len(self.std)}; "
+            "give as many of each",
         )
 
     @property
@@ -128,6 +132,28 @@ class DataConfig(Section):
     def resize_px(self, image_size: int | tuple[int, int]) -> int:
         """Pixels of the shorter side before the validation crop: as given, or in proportion 300 to 256."""
         return self.val_resize_px or round(max(pair(image_size)) * 300 / 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """How images are written to shards."""
+
+    shard_mb: Annotated[float, Rule(lambda mb: mb >= 0.001, "from 0.001")] = 256.0
+    """Size of a shard in megabytes; a larger image, or all tiles of one, makes a larger shard."""
+    resize_px: Count | None = None
+    """Shrink images whose shorter side is longer than this; none: keep the size, and the bytes."""
+    quality: Annotated[int, Rule(lambda q: 1 <= q <= 100, "from 1 to 100")] = 90
+    """Quality of JPEG and WebP, 1 to 100."""
+    format: Literal["jpeg", "webp", "png"] | None = None
+    """Re-encode every image; none: only those that are shrunk or cut (as JPEG), or are not files (as PNG)."""
+    tile_px: Count | None = None
+    """Cut images that are wider or higher into square tiles of this side, the last ones overlapping."""
+    workers: Natural | Auto = None
+    """Processes that read and encode; auto: up to 8, one less than there are cores; 0: the main process."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(not (self.resize_px and self.tile_px), "give either resize_px or tile_px, not both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +175,7 @@ class OptimConfig(Section):
     eps: Positive = 1e-8
     """AdamW's epsilon."""
     clip_grad: Annotated[float, Rule(lambda x: x > 0, "above 0")] | None = 1.0
-    """Clip the gradient's norm to this; null: no clipping."""
+    """Clip the gradient's norm to this; none: no clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +188,7 @@ class TrainConfig(Section):
     """Images per optimizer step, over all GPUs and micro-batches."""
     micro_batch_size: Count | Literal["auto"] | None = None
     """Images per forward pass of a process; lower it when memory runs out: gradients accumulate. auto: as
-    many as fit into memory; null: the process's whole share of the batch."""
+    many as fit into memory; none: the process's whole share of the batch."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: a copy of the model in each (ddp), or a part (fsdp); auto: ddp if it fits."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -196,11 +222,11 @@ class CheckpointConfig(Section):
     keep: Count = 2
     """How many of the latest checkpoints stay."""
     keep_every: Length | None = None
-    """Keep one for good this often (a duration); null: none but the latest."""
+    """Keep one for good this often (a duration); none: none but the latest."""
     requeue: bool = False
     """Under SLURM, put the job back into the queue when a signal stopped the run, so that it resumes."""
     keep_best: Metric | None = None
-    """Also keep the checkpoint with the best knn, rankme or val_loss; RUN/best.json names it. null: none."""
+    """Also keep the checkpoint with the best knn, rankme or val_loss; RUN/best.json names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,19 +238,19 @@ class MonitorConfig(Section):
     val_every: Length = "1ep"
     """Measure the validation loss this often, if data.val is given."""
     pictures_every: Length | None = "20ep"
-    """Draw the same few images' predictions this often; null: never."""
+    """Draw the same few images' predictions this often; none: never."""
     pictures: Count = 8
     """How many images to draw."""
     knn_every: Length | None = "20ep"
-    """Measure kNN accuracy, if there are labels, and RankMe of the features this often; null: never."""
-    knn_train: str | None = None
-    """Labelled images that kNN compares with, if those of data.train have no labels; null: data.train."""
-    knn_val: str | None = None
-    """Labelled images on which kNN is measured; goes with monitor.knn_train. null: data.val."""
+    """Measure kNN accuracy, if there are labels, and RankMe of the features this often; none: never."""
+    knn_train: str | Auto = None
+    """Labelled images that kNN compares with, if those of data.train have no labels; auto: data.train."""
+    knn_val: str | Auto = None
+    """Labelled images on which kNN is measured; goes with monitor.knn_train; auto: data.val."""
     knn_samples: Count = 10_000
     """Use at most this many images of each source for kNN and RankMe."""
     early_stop: Metric | None = None
-    """End the run when knn, rankme or val_loss no longer improves, see monitor.patience; null: never."""
+    """End the run when knn, rankme or val_loss no longer improves, see monitor.patience; none: never."""
     patience: Count = 5
     """End the run after this many measurements in a row without a new best of monitor.early_stop."""
     tensorboard: bool = True
@@ -247,7 +273,7 @@ class RunConfig:
     """Everything that decides what a pre-training run does."""
 
     preset: str | None = None
-    """Preset that these settings start from; `nextblock presets` lists them."""
+    """Preset to start from; `nextblock presets` lists them. none: xtra-b16, the defaults."""
     seed: Natural = 0
     """Seed of weights, data order, augmentation, block orders and drop path."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -280,7 +306,7 @@ class RunConfig:
         )
         require(
             self.data.normalize == "auto" or len(self.data.mean) == channels,
-            f"data.mean has {len(self.data.mean)} channels, model.in_chans is {channels}; "
+            f"data.mean has {counted(len(self.data.mean), 'channel')}, model.in_chans is {channels}; "
             "give as many numbers, also for data.std, or use data.normalize auto",
         )
 
@@ -299,6 +325,10 @@ class RunConfig:
                 metric in (None, "val_loss") or self.monitor.knn_every is not None,
                 f"{name} {metric} needs monitor.knn_every, e.g. --monitor.knn_every 5ep",
             )
+
+    def flag(self, name: str) -> str:
+        """What the command line calls a setting, for messages."""
+        return name
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Dotted settings in which two configs are not the same run: {name: (here, there)}."""

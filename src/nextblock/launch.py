@@ -48,17 +48,18 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
     for launcher, (rank_name, size_name, local_name) in names.items():
         if rank_name not in env or size_name not in env:
             continue
-        try:
-            rank, size, local_rank = (int(env.get(name, 0)) for name in (rank_name, size_name, local_name))
-        except ValueError as error:
-            raise LaunchError(f"{rank_name}, {size_name} or {local_name} is no number: {error}") from None
+        values = [env.get(name, "0") for name in (rank_name, size_name, local_name)]
+        if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+            given = ", ".join(
+                f"{name}={env[name]}" for name in (rank_name, size_name, local_name) if name in env
+            )
+            raise LaunchError(
+                f"the environment has {given}; a rank is a number from 0 to {size_name} - 1: unset them to "
+                "start one process, or start through torchrun, srun or mpirun"
+            )
+        rank, size, local_rank = map(int, values)
         if launcher != "torchrun" and size == 1:
             continue
-        if not 0 <= rank < size:
-            raise LaunchError(
-                f"{rank_name} is {rank} and {size_name} {size}; ranks run from 0 to {size - 1}: unset both, "
-                "or start through torchrun"
-            )
         return World(rank, size, local_rank, launcher)
     return World()
 
@@ -68,11 +69,20 @@ SHUTDOWN_TIMEOUT_S = 24 * 3600
 """A rank that was asked to stop finishes its step, however long that takes; a second signal ends it."""
 
 
-def launch(argv: Sequence[str], devices: int, device: str) -> int:
-    """Run `nextblock ARGV` in so many processes on this machine, through torch's elastic launcher.
+def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
+    """Run `nextblock VERB ARGV` in so many processes on this machine, through torch's elastic launcher.
 
-    Gives the exit status of the run. Raises `ValueError` if the machine has fewer GPUs or cores.
+    Gives the exit status of the run. Raises `UsageError` if the machine has fewer GPUs or cores, or if a
+    launcher has started this process.
     """
+    launcher = find_world().launcher
+    if launcher is not None:
+        raise UsageError(f"--devices {devices} starts processes, and {launcher} has done so; leave it out")
+    words = [word for word in argv if not word.startswith("--devices=")]
+    if "--devices" in words:
+        place = words.index("--devices")
+        del words[place : place + 2]
+    words += ["--debug"] * ("--debug" in sys.argv)  # taken from `argv` already
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -95,12 +105,17 @@ def launch(argv: Sequence[str], devices: int, device: str) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
     logging.disable(logging.ERROR)  # the launcher's own; processes say what there is to say
     try:
-        run(parser.parse_args([*options, "-m", "nextblock", *argv]))
+        run(parser.parse_args([*options, "-m", "nextblock", verb, *words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:  # it has said why
             return failure.exitcode
-        sys.stderr.write(f"nextblock: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}\n")
+        killer = signal.Signals(-failure.exitcode).name
+        sys.stderr.write(
+            f"nextblock: rank {rank} on {socket.gethostname()} was killed by {killer}"
+            + (", perhaps for lack of memory" if killer == "SIGKILL" else "")
+            + "; the same command resumes from the last checkpoint\n"
+        )
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -1,8 +1,10 @@
-"""Words on the screen: other libraries' log lines held back, lengths of time, names with odd characters."""
+"""Words on the screen: other libraries' log lines held back, counts, lengths of time, odd names."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +26,23 @@ def held_back(below: int, *names: str) -> Iterator[None]:
 def printable(text: str) -> str:
     """Text with control characters, which a terminal would obey, written as escapes."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def quote(word: str) -> str:
+    """A word as one types it in a shell; one with control characters as $'...', which bash and zsh read."""
+    if word.isprintable():
+        return shlex.quote(word)
+    # By bytes, so that a name that is not UTF-8 stays what it is.
+    letters = (
+        f"\\{c}" if c in "\\'" else c if c.isprintable() else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
+        for c in word
+    )
+    return f"$'{''.join(letters)}'"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: "1 image", "1,797 images"; `plural` if that does not end in a mere s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def clock(seconds: float) -> str:

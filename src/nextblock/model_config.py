@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nextblock.settings import Count, Positive, Rule, check_types, require
+from nextblock.settings import Auto, Count, Positive, Rule, check_types, require, typed
 
 Attention = Literal["native", "causal", "full"]
 """Attention mask used for features: as the model was trained for, the pre-training mask, or none."""
@@ -53,8 +53,8 @@ class ModelConfig(Section):
     """Epsilon of every LayerNorm."""
     bias: bool = True
     """Give the linear maps of all layers a bias; AIM has none."""
-    qk_scale: Positive | None = None
-    """Factor on query-key products before the softmax; null: 1 / sqrt(head width)."""
+    qk_scale: Positive | Auto = None
+    """Factor on query-key products before the softmax; auto: 1 / sqrt(head width)."""
     patch_norm: bool = False
     """Normalise embedded patches before positions are added, as AIM does."""
     positions: Literal["learned", "sincos"] = "learned"
@@ -77,13 +77,13 @@ class ModelConfig(Section):
     num_predicted_blocks: Count = 1
     """How many blocks ahead are predicted, each by its own block MLP; their losses are averaged."""
     predictor: Literal["transformer", "mlp", "linear"] | None = "transformer"
-    """Predictor: transformer layers (XTRA), MLPs on each patch (AIM), a linear map; null: encoder only."""
+    """Predictor: transformer layers (XTRA), MLPs on each patch (AIM), a linear map; none: encoder only."""
     predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
     """Attention mask of a transformer predictor; native: the encoder's. The others are for official files."""
-    predictor_block_size: Size | None = None
-    """Patches along a block's side in the predictor's own mask: 4, or 2x4; null: block_size."""
+    predictor_block_size: Size | Auto = None
+    """Patches along a block's side in the predictor's own mask: 4, or 2x4; auto: block_size."""
     projection_dim: Count | None = 4096
-    """Hidden width of the MLP between encoder and predictor; null: one linear map."""
+    """Hidden width of the MLP between encoder and predictor; none: one linear map."""
     predictor_dim: Count = 768
     """Width of the predictor."""
     predictor_depth: Count = 8
@@ -95,7 +95,7 @@ class ModelConfig(Section):
     predictor_extra_norm: bool = False
     """Predictor "mlp": add each layer's normed input before the MLP, as AIM's official code does."""
     block_mlp_dim: Count | None = 6144
-    """Hidden width of the MLP that turns a block's tokens into the next block; null: one linear map."""
+    """Hidden width of the MLP that turns a block's tokens into the next block; none: one linear map."""
     norm_pixels: bool = True
     """Normalise the target pixels of each block by its own mean and deviation."""
     loss: Literal["mse", "l1"] = "mse"
@@ -145,14 +145,15 @@ class ModelConfig(Section):
         )
         require(
             self.tokenizer is None or (self.norm_pixels and self.loss == "mse"),
-            f"model.norm_pixels {self.norm_pixels} and model.loss {self.loss} are for pixels; omit them",
+            f"model.norm_pixels {typed(self.norm_pixels)} and model.loss {self.loss} are for pixels; "
+            "leave both out",
         )
 
     def check_predicts(self) -> None:
         """Refuse settings of a model that cannot predict; it may still encode."""
         require(
             self.predictor is not None,
-            "this is an encoder alone (model.predictor is null): it encodes, but cannot predict blocks",
+            "this is an encoder alone (model.predictor is none): it encodes, but cannot predict blocks",
         )
         require(
             self.num_blocks > 1,

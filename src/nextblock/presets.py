@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, pair
 from nextblock.errors import UsageError
 from nextblock.settings import flatten, from_dict, nearest_name, read_value, require, setting_types, to_dict
+
+DEFAULT_PRESET = "xtra-b16"
+"""What a run starts from if no preset is named."""
 
 GREY_MEAN, GREY_STD = (0.459,), (0.226,)
 """ImageNet's, its channels weighted 0.299, 0.587 and 0.114 as in the conversion to grey."""
@@ -336,7 +340,12 @@ def list_presets() -> list[str]:
 def get_preset(name: str) -> Preset:
     """The preset of this name; another is refused with the nearest known one."""
     if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}; {nearest_name(name, list(PRESETS))}")
+        meant = nearest_name(name, list(PRESETS))
+        if (Path(name) / "config.yaml").is_file():
+            meant = f"it is a run: --out {name} resumes it, --model.init {name} starts from its weights"
+        elif Path(name).is_file():
+            meant = "it is a file: --config takes settings, --model.init weights"
+        raise UsageError(f"unknown preset {name!r}; {meant}")
     return PRESETS[name]
 
 

@@ -36,6 +36,8 @@ Natural = Annotated[int, Rule(lambda n: n >= 0, "from 0")]
 Positive = Annotated[float, Rule(lambda x: 0 < x < math.inf, "above 0")]
 Amount = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "from 0")]
 Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1")]
+Auto = Annotated[None, Rule(lambda _: True, "auto")]
+"""None for a setting that is then worked out; people write "auto", and "none" of any other None."""
 
 _UNITS = {
     "ep": ("epochs", "800ep"),
@@ -92,6 +94,8 @@ def duration(*units: str, least: float = 1e-9) -> Rule:
 # ------------------------------------------------------------------------------------------- reading a value
 
 
+NONE_WORDS = ("none", "null")
+"""The second is what YAML has, and `--print_config` prints."""
 # Python's own int() and float() read more than anybody means: other scripts' digits, "1_0", "nan", "inf".
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]{3})*)")
 _NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]{3})*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -106,7 +110,26 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     try:
         return _read(value, hint)
     except ValueError:
-        raise UsageError(f"{name} is {value!r}; it must be {describe_type(hint)}") from None
+        choices = _choices(hint)
+        for word in value if isinstance(value, list | tuple) else [value]:
+            near = [] if word in choices else difflib.get_close_matches(str(word).lower(), choices, 1, 0.65)
+            require(not near, f"{name} is {word!r}; did you mean {''.join(near)}?")
+        shown = repr(value) if isinstance(value, str) else typed(value)
+        raise UsageError(f"{name} is {shown}; it must be {describe_type(hint)}") from None
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a type knows, also those of a list's elements."""
+    if get_origin(hint) is Literal:
+        return [word for word in get_args(hint) if isinstance(word, str)]
+    return [word for arg in get_args(hint) for word in _choices(arg)]
+
+
+def typed(value: Any) -> str:
+    """A value as people type it: "0.5,1", "none", "true"."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(typed, value))
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read(value: Any, hint: Any) -> Any:
@@ -119,13 +142,16 @@ def _read(value: Any, hint: Any) -> Any:
         if args[1].holds(found):
             return found
     elif origin in (Union, types.UnionType):
+        if value == "auto" and Auto in args:
+            return None
         # The value's own type first: text for `str | tuple` stays text, and becomes a list only if the type
         # has no text. The others follow in their written order, and the first that fits wins.
         for kind in sorted(args, key=lambda kind: type(value) not in kinds_of(kind)):
             with contextlib.suppress(ValueError):
                 return _read(value, kind)
     elif origin is Literal:
-        # By type as well: True == 1, and neither stands for the other.
+        # YAML's none may be one of the words. By type as well: True == 1, and neither stands for the other.
+        value = "none" if value is None else value
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
     elif origin is tuple:
@@ -133,6 +159,9 @@ def _read(value: Any, hint: Any) -> Any:
         if isinstance(parts, list | tuple):
             kinds = args[:1] * len(parts) if args[-1] is Ellipsis else args
             return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))
+    elif hint is type(None):
+        if value is None or (text or "").lower() in NONE_WORDS:
+            return None
     elif hint is str and isinstance(value, str | Path):
         # Only `~` and `~/` are homes: `~x` is a folder's name like any. os.path's expanduser and not
         # pathlib's, which fails if nobody's home is known.
@@ -166,18 +195,18 @@ def split_list(text: str, kind: Any) -> list[Any]:
 
 
 def describe_type(hint: Any) -> str:
-    """A setting's type as an error message says it: "a whole number from 1 or null"."""
+    """A setting's type as an error message says it: "a whole number from 1 or none"."""
     args, origin = get_args(hint), get_origin(hint)
     if origin is Annotated:
         return f"{describe_type(args[0])} {args[1].words}" if args[0] in (int, float) else args[1].words
     if origin is Literal:
-        return " or ".join(map(str, args))
+        return " or ".join(filter(None, (", ".join(map(str, args[:-1])), str(args[-1]))))
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(arg) for arg in args)
     if origin is tuple:
         number = "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
         return f"{number}, each {describe_type(args[0])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return words.get(hint) or hint.__name__
 
 
@@ -320,11 +349,11 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
         if node.style is not None:  # quoted: text, whatever it says
             return node.value
         # An empty value is often a forgotten one, or `#` in a path; `~` is often a home folder. Neither is
-        # read as YAML's null, which would silently be "none".
+        # read as YAML's null.
         if node.value in ("", "~"):
             why = "is ~" if node.value else "has no value (# begins a comment)"
-            raise UsageError(f"{at(node)}: {name} {why}; write null for none, or put text in quotes")
-        return None if node.value.lower() == "null" else node.value
+            raise UsageError(f"{at(node)}: {name} {why}; write none, or put text in quotes")
+        return None if node.value.lower() in NONE_WORDS else node.value
 
     def collect(node: Any, prefix: str, found: dict[str, tuple[Any, str]]) -> None:
         for key, value in node.value:
@@ -363,7 +392,7 @@ def nearest_name(name: str, known: list[str]) -> str:
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise `ValueError` with this message unless the rule holds."""
+    """Raise `UsageError` with this message unless the rule holds."""
     if not holds:
         raise UsageError(message)
 
@@ -372,5 +401,5 @@ def require_range(name: str, bounds: tuple[float, float], low: float, high: floa
     """Refuse bounds that are not (smallest, largest) above `low` and up to `high`."""
     require(
         low < bounds[0] <= bounds[1] <= high,
-        f"{name} is {bounds}; give (smallest, largest) above {low} and up to {high}",
+        f"{name} is {typed(bounds)}; give smallest,largest above {low} and up to {high}",
     )

@@ -1,7 +1,7 @@
 """From words on the command line to settings: the preset, then all --config files, then all flags.
 
 The order on the line does not matter. The last value of a repeated flag counts, or all of them in this order
-if the setting is a list (`--data.train A --data.train B`). Whatever is wrong raises `ValueError` with what
+if the setting is a list (`--data.train A --data.train B`). Whatever is wrong raises `UsageError` with what
 would be right. A value is the text that was typed, read by its setting's type: nothing else is guessed.
 """
 
@@ -17,14 +17,19 @@ import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from nextblock.cli.verbs import VERBS, Verb
 from nextblock.config import RunConfig
 from nextblock.errors import UsageError
-from nextblock.presets import PRESETS, get_preset, resolve
+from nextblock.logs import quote
+from nextblock.presets import DEFAULT_PRESET, PRESETS, get_preset, resolve
 from nextblock.settings import (
+    NONE_WORDS,
+    Auto,
+    Setting,
     from_dict,
     kinds_of,
     read_value,
@@ -33,10 +38,8 @@ from nextblock.settings import (
     setting_types,
     split_list,
     to_dict,
+    typed,
 )
-
-DEFAULT_PRESET = "xtra-b16"
-"""What a run starts from when no preset is named."""
 
 _SLIPS = {
     ("data", "images", "dataset"): ("data.train", "train", "data"),
@@ -53,18 +56,26 @@ _SLIPS = {
 class Parser(argparse.ArgumentParser):
     """A parser of one command: every flag has a type, by which `parse` reads its text."""
 
-    def __init__(self, verb: str, about: str) -> None:
+    def __init__(self, verb: str, about: str = "") -> None:
+        # What the help says comes from the command's row; `about` is for a command without one.
+        self.verb = VERBS.get(verb, Verb(about, ()))
         self.hints: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
-        self.described: list[tuple[argparse.Action, type, str]] = []
-        super().__init__(prog=f"nextblock {verb}", description=about, allow_abbrev=False)
+        self.described: list[tuple[argparse.Action, Setting]] = []
+        self.before: dict[str, str] = {}  # the word before each that belongs to no flag
+        super().__init__(
+            prog=f"nextblock {verb}", allow_abbrev=False, add_help=False, conflict_handler="resolve"
+        )
+        self.add_argument("--json", action="store_true", help="end with one line of JSON")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         """As argparse's, but `type` may be any annotation, such as `int | None`."""
         # argparse keeps all texts of a flag, and no default beside them: `parse` reads them, once all of
         # them are known, and fills in the default.
         hint, default = options.pop("type", None), options.get("default")
-        if hint is not None and names[0].startswith("--"):
+        if not names[0].startswith("--"):
+            options |= {"metavar": names[0].upper()}
+        elif hint is not None:
             options |= {"action": "append", "default": None, "metavar": _metavar(hint)}
         action = super().add_argument(*names, **options)
         if hint is not None:
@@ -73,46 +84,51 @@ class Parser(argparse.ArgumentParser):
 
     def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
         """A flag for each setting of a config, which `parse` returns if it is given; the settings' types."""
-        # A section of the config becomes a group of the help. No defaults: a flag that is not given must not
-        # hide what a file says.
-        groups: dict[str, Any] = {"": super()}
         hints = {}
-        for name, hint, default, owner in setting_types(cls, f"{section}." if section else ""):
-            part, _, leaf = name.rpartition(".")
-            if leaf in skip:
+        for setting in setting_types(cls, f"{section}." if section else ""):
+            if setting.name.rpartition(".")[2] in skip:
                 continue
-            if part not in groups:
-                groups[part] = self.add_argument_group(part)
-            options = {"action": "append", "default": argparse.SUPPRESS, "metavar": _metavar(hint)}
-            words = "" if default is MISSING else f" (default: {_shown(default)})"
-            action = groups[part].add_argument(f"--{name}", help=words, **options)
-            self.described.append((action, owner, leaf))
-            hints[name] = hint
+            # No defaults: a flag that is not given must not hide what a file says.
+            action = super().add_argument(
+                f"--{setting.name}",
+                action="append",
+                default=argparse.SUPPRESS,
+                metavar=_metavar(setting.hint),
+            )
+            self.described.append((action, setting))
+            hints[setting.name] = setting.hint
         self.hints |= hints
         return hints
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse words: each flag's text becomes a value of its type."""
+        if {"-h", "--help", "--help-all"} & set(argv):
+            sys.stdout.write(self.help(is_whole="--help-all" in argv))
+            raise SystemExit(0)
         flags = {name: action for action in self._actions for name in action.option_strings}
-        known = [name.removeprefix("--") for name in flags if name.startswith("--")]
+        known = [name.removeprefix("--") for name in flags]
         has_places = any(not action.option_strings for action in self._actions)
         words: list[str] = []
         # argparse takes a value such as "-1e-3" for a flag, and says little of a word it does not know. So
         # each flag is looked up here, and joined with its value by "=", before argparse sees it.
         left = iter(argv)
-        for i, word in enumerate(left):
+        for word in left:
             name, has_value, value = word.partition("=")
             if not name.startswith("--"):
-                if not has_places and word != "-h":
-                    raise UsageError(f"{word!r} belongs to no setting; {self._meant_by_word(word, known)}")
+                if not has_places:
+                    rest = [word, *takewhile(lambda one: not one.startswith("-"), left)]
+                    meant = self._meant_by_words(rest, words[-1] if words else "", known)
+                    raise UsageError(f"{word!r} belongs to no setting; {meant}")
+                self.before.setdefault(word, words[-1] if words else "")
                 words.append(word)
                 continue
             # `--batch-size` is as good as `--batch_size`.
             name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
             if name not in flags:
-                following = "" if i + 1 == len(argv) or argv[i + 1].startswith("-") else argv[i + 1]
-                meant = suggestion(name.removeprefix("--"), known, value if has_value else following)
-                hint = f"did you mean --{meant}?" if meant else f"{self.prog} --help lists all"
+                following = value if has_value else next(left, "--")
+                following = "" if following.startswith("-") else following
+                meant = suggestion(name.removeprefix("--"), known, following)
+                hint = f"did you mean --{meant}?" if meant else f"{self.prog} --help-all lists all"
                 raise UsageError(f"unknown setting {word.partition('=')[0]}; {hint}")
             is_switch = flags[name].nargs == 0
             require(not (is_switch and has_value), f"{name} takes no value")
@@ -137,56 +153,97 @@ class Parser(argparse.ArgumentParser):
             setattr(options, name, value)
         return options
 
-    def _meant_by_word(self, word: str, known: Sequence[str]) -> str:
-        """What to type instead of a word that belongs to no flag."""
-        preset = difflib.get_close_matches(word, [*PRESETS], n=1, cutoff=0.7)
-        source = next((one for one in ("data.train", "train", "data", "model") if one in known), None)
+    def _meant_by_words(self, words: Sequence[str], before: str, known: Sequence[str]) -> str:
+        """What to type instead of words of no flag; `before` is the flag and value before them."""
+        word, path = words[0], Path(words[0])
+        flag, _, value = before.removeprefix("--").partition("=")
         flags = sorted((one for one in known if one.startswith(word.lstrip("-"))), key=len)
-        if word.startswith("-") and flags:
-            return f"did you mean --{flags[0]}?"
-        # A bare word is most often a preset or a folder of images.
-        if "preset" in known and preset and not Path(word).exists():
+        if word.startswith("-"):
+            return f"did you mean --{flags[0]}?" if flags else f"see {self.prog} --help"
+        hint, values = self.hints.get(flag, str), [quote(one) for one in (value, *words)]
+        element, joined = _element(hint), f"--{flag} {','.join(values)}"
+        if element is not None:
+            each = " ".join(f"--{flag} {one}" for one in values)
+            return f"write {each}" if kinds_of(element) == [str] else f"write {joined} or {each}"
+        if any(get_origin(kind) is tuple for kind in kinds_of(hint)):  # a number or a pair
+            return f"write {joined}"
+        # A bare word is most often a preset, a run, settings, or a folder of images.
+        preset = difflib.get_close_matches(word, [*PRESETS], n=1, cutoff=0.7)
+        if "preset" in known and preset and not path.exists():
             return f"did you mean --preset {preset[0]}?"
-        if source is None or word == "help" or word.startswith("-"):
+        if (path / "config.yaml").is_file():
+            return f"did you mean --{'out' if 'preset' in known else 'model'} {word}?"
+        if path.suffix in (".yaml", ".yml"):
+            return f"did you mean --config {word}?"
+        source = next((one for one in ("data.train", "train", "data", "model") if one in known), None)
+        if source is None or word == "help":
             return f"see {self.prog} --help"
         return f"did you mean --{source} {word}?"
 
-    def format_help(self) -> str:
-        """The help, with the sentences that stand below the settings in the source."""
+    def help(self, *, is_whole: bool) -> str:
+        """What the command does, examples, and the settings that people use; or all, by section."""
         # Only now: reading the source of every config takes longer than to parse a command.
-        for action, owner, leaf in self.described:
-            action.help = (_sentences(owner).get(leaf, "") + str(action.help)).replace("%", "%%")
+        for action, (name, hint, default, owner) in self.described:
+            words = "auto" if default is None and Auto in get_args(hint) else typed(default) or "[]"
+            words = "required" if default is MISSING else f"default: {words}"
+            sentence = _sentences(owner).get(name.rpartition(".")[2], "")
+            action.help = f"{sentence} ({words})".replace("%", "%%")
         self.described.clear()
-        places = "".join(f"{action.dest.upper()} " for action in self._actions if not action.option_strings)
-        self.usage = f"{self.prog} {places}[--SETTING VALUE ...]"
-        return super().format_help()
+        shared = ("json", "overwrite", "config", "print_config")
+        places = [action for action in self._actions if not action.option_strings]
+        flags = {action.dest: action for action in self._actions if action.option_strings}
+        parts: dict[str, list[argparse.Action]] = {}
+        if is_whole:
+            parts |= {"arguments": places, "settings": []}
+            for name, action in flags.items():
+                title = "every command" if name in shared else name.rpartition(".")[0] or "settings"
+                parts.setdefault(title, []).append(action)
+        else:
+            usual = self.verb.usual.split() or [name for name in flags if name not in shared]
+            parts["usual settings"] = [*places, *(flags[name] for name in usual if name in flags)]
+        formatter = self._get_formatter()
+        for title in sorted(parts, key="every command".__eq__):
+            formatter.start_section(title)
+            formatter.add_arguments(parts[title])
+            formatter.end_section()
+        examples = "".join(f"  {self.prog} {example}".rstrip() + "\n" for example in self.verb.examples)
+        end = "" if is_whole else f"\nall settings: {self.prog} --help-all\n"
+        return f"{self.verb.about}.\n\n{examples}\n{formatter.format_help()}{end}"
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
-        missing = re.match(r"the following arguments are required: (.+)", message)
-        if missing is not None:
-            names = [name if name.startswith("--") else name.upper() for name in missing[1].split(", ")]
-            message = f"{' and '.join(names)} must be given; see {self.prog} --help"
+        what, _, names = message.partition(": ")
+        if what == "the following arguments are required":
+            message = f"{' and '.join(names.split(', '))} must be given; see {self.prog} --help"
+        elif what == "unrecognized arguments":
+            meant = self._meant_by_words(names.split(), self.before.get(names.split()[0], ""), ())
+            message = f"{names} is too much; {meant}"
         raise UsageError(message)
+
+
+def _element(hint: Any) -> Any:
+    """The type of a list's elements; None if the setting is no list, such as a number that may be a pair."""
+    kinds = kinds_of(hint)
+    elements = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    return elements[0] if elements and not {int, float} & set(kinds) else None
 
 
 def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
     """The value of a flag that was given once or several times."""
-    kinds = kinds_of(hint)
-    elements = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
-    is_list = bool(elements) and not {int, float} & set(kinds)  # a number or a pair is no list
-    # Several values make a list if the setting is one. But null and a whole [A, B] replace what came before
+    kinds, element = kinds_of(hint), _element(hint)
+    nones = NONE_WORDS + ("auto",) * (Auto in get_args(hint)) if type(None) in kinds else ()
+    # Several values make a list if the setting is one. But none and a whole [A, B] replace what came before
     # them, and are replaced by what comes after; of any other setting the last value counts.
     kept: list[str] = []
     for text in texts:
-        goes_on = is_list and not any(one.startswith("[") or one == "null" for one in (text, *kept))
+        goes_on = element is not None and not any(one[:1] == "[" or one in nones for one in (text, *kept))
         kept = [*kept, text] if goes_on else [text]
-    if kept == ["null"] and type(None) in kinds:
-        is_file = str in kinds and Path("null").exists()
-        require(not is_file, f"{name} null means none; write ./null for the file of that name")
+    if kept[0] in nones:
+        is_file = str in kinds and Path(kept[0]).exists()
+        require(not is_file, f"{name} {kept[0]} means no value; write ./{kept[0]} for the file of that name")
         return None
-    if is_list and (len(kept) > 1 or kept[0].startswith("[") or str not in kinds):
-        return read_value(name, [part for text in kept for part in split_list(text, elements[0])], hint)
+    if element is not None and (len(kept) > 1 or kept[0].startswith("[") or str not in kinds):
+        return read_value(name, [part for text in kept for part in split_list(text, element)], hint)
     return read_value(name, kept[0], hint)
 
 
@@ -198,19 +255,13 @@ def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
 
 
 def _metavar(hint: Any) -> str:
-    # The first kind is the usual one; a setting that may also be null shows the other.
+    # The first kind is the usual one; a setting that may also be none shows the other.
     kind = kinds_of(hint)[0]
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return "A,B,..."
     return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(_shown, value))
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @functools.cache
@@ -234,11 +285,10 @@ def parse_settings(
 
     `overwrite` says what the flag --overwrite replaces, for a config with such a field.
     """
-    others = [action.dest for action in parser._actions if action.dest != "help"]
+    others = [action.dest for action in parser._actions if action.dest != "json"]
     hints = parser.add_settings(config, skip=() if overwrite is None else ("overwrite",))
     if overwrite is not None:
         parser.add_argument("--overwrite", action="store_true", help=f"replace {overwrite} in --out")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     layers, options = _layers(parser, hints, argv)
     values = {name: value for layer in layers for name, value in layer.items()}
     if overwrite is not None:
@@ -283,10 +333,13 @@ def _layers(
 
 def _read_file(path: str, hints: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
     values = {}
+    is_preset, is_run = path in PRESETS, (Path(path) / "config.yaml").is_file()
+    require(not is_preset or Path(path).exists(), f"--config {path} is a preset; write --preset {path}")
+    require(not is_run, f"--config {path} is a run; write --config {path}/config.yaml for its settings")
     for name, (value, where) in read_yaml(path).items():
         if name not in hints:
             meant = suggestion(name, list(hints))
-            why = f"unknown setting {name}; " + (f"did you mean {meant}?" if meant else "--help lists all")
+            why = f"unknown setting {name}; " + (f"did you mean {meant}?" if meant else "see --help-all")
             if any(known.startswith(f"{name}.") for known in hints):
                 why = f"{name} must be settings, `name: value` on lines of their own below"
             elif name in others:

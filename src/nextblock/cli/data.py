@@ -1,149 +1,149 @@
-"""`nextblock data pack | sample | split`: a source as shards, and lists of some of its images."""
+"""`nextblock doctor` and `data pack | sample | split`: images examined, as shards, in lists."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from nextblock.cli.output import end_with_json
-from nextblock.config import DataConfig
+from nextblock.cli.arguments import Parser, built
+from nextblock.cli.output import end_with_json, say
+from nextblock.cli.verbs import VERBS
+from nextblock.config import DataConfig, PackConfig, Size, pair
 from nextblock.errors import UsageError
-from nextblock.settings import nearest_name
+from nextblock.logs import counted
+from nextblock.presets import model_config
+from nextblock.settings import Auto, Count, Natural, Positive, Rule, check_types, nearest_name, require
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from nextblock.cli.arguments import Parser
+    from nextblock.data.advice import Checkup
+    from nextblock.data.doctor import Examination
 
-HELP = """\
-usage: nextblock data pack SRC DST [--SETTING VALUE ...]
-       nextblock data sample SRC OUT.txt --fraction 0.01 | --count N | --per_class K
-       nextblock data split SRC --parts train=0.8,val=0.2 --out DIR
-
-commands:
-  pack      write a source as tar shards: bytes kept, re-encoded, or cut into tiles
-  sample    draw some images of a source: a fraction, a number, or as many of each class
-  split     divide a source into parts, such as train, val and test
-
-nextblock data COMMAND --help lists its settings.
-"""
-SETTINGS = ("channels", "decoder", "background", "max_bad_fraction", "max_pixels", "cache_dir", "cache_gb")
+Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0, up to 1")]
+SOURCE = "images: a directory, X.tar, hf:NAME,split=train or any other source"
+READING = {"channels", "decoder", "background", "max_bad_fraction", "max_pixels", "cache_dir", "cache_gb"}
 """Settings of data that reading a source needs."""
+NOT_OF_DOCTOR = {"train", "val", "weights", "epoch_samples", "workers"}
+"""Settings of data that have other names in `doctor`, or no meaning."""
+FIRST_BAD = 10
+
+# ------------------------------------------------------------------------------------ pack, sample and split
 
 
-def run(argv: Sequence[str]) -> int:
-    """Pack, sample or split; print what was written."""
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return 0
-    commands = {"pack": _pack, "sample": _sample, "split": _split}
-    if argv[0] not in commands:
+def data(argv: Sequence[str]) -> int:
+    """What is left of `nextblock data` without one of its commands: help, or a slip."""
+    commands = {
+        verb.removeprefix("data "): row.about for verb, row in VERBS.items() if verb.startswith("data ")
+    }
+    if argv and argv[0] not in ("-h", "--help", "--help-all"):
         raise UsageError(f"unknown command data {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
-    return commands[argv[0]](argv[1:])
+    examples = "".join(f"  nextblock data {example}\n" for example in VERBS["data"].examples)
+    listed = "".join(f"  {name:<8}{about}\n" for name, about in commands.items())
+    end = "nextblock data COMMAND --help explains one.\n"
+    sys.stdout.write(f"{VERBS['data'].about}.\n\n{examples}\ncommands:\n{listed}\n{end}")
+    return 0
 
 
-def _pack(argv: Sequence[str]) -> int:
-    from nextblock.cli.arguments import built
-    from nextblock.data.pack import PackConfig, pack
-    from nextblock.data.sources import open_source
-
-    parser = _parser("pack", "Write the images of a source as tar shards, with an index beside each.")
+def pack(argv: Sequence[str]) -> int:
+    """Write shards; print where they are and what is missing from them."""
+    parser = Parser("data pack")
+    parser.add_argument("src", type=str, help=SOURCE)
     parser.add_argument("dst", type=str, help="folder to write; the same command again resumes or reads it")
     parser.add_settings(PackConfig)
-    options, data = _parse(parser, argv)
+    options, settings = _parse(parser, argv)
     config = built(PackConfig, options)
-    source = open_source(options.src, data)
+
+    from nextblock.data.pack import pack as pack_images
+    from nextblock.data.sources import open_source
+
+    source = open_source(options.src, settings)
     with _progress(source.spec, len(source)) as progress:
-        done = pack(source, Path(options.dst).expanduser(), config, data, progress)
-    size = f"{done.shards} shard{'s' * (done.shards != 1)}, {done.num_bytes / 1e6:.2f} MB"
-    lines = [f"{done.samples} images in {size}: {done.spec}"]
+        done = pack_images(source, Path(options.dst).expanduser(), config, settings, progress)
+    size = f"{counted(done.shards, 'shard')}, {done.num_bytes / 1e6:.2f} MB"
+    _say(f"{counted(done.samples, 'image')} in {size}: {done.spec}")
     if done.bad:
-        lines.append(f"{done.bad} of {done.images} cannot be read: {done.place}/quarantine.jsonl")
-    _say(*lines, *(f"not whole: {damage}" for damage in done.damage))
+        _say(f"{done.bad} of {done.images} cannot be read: {done.place}/quarantine.jsonl")
+    _say(*(f"not whole: {damage}" for damage in done.damage))
     if options.json:
         end_with_json(done._asdict())
     return 0
 
 
-def _sample(argv: Sequence[str]) -> int:
+def sample(argv: Sequence[str]) -> int:
+    """Write a list of some images."""
+    parser = Parser("data sample")
+    add = parser.add_argument
+    add("src", type=str, help=SOURCE)
+    add("out", type=str, help="file to write the list to")
+    add("--fraction", type=Fraction | None, help="share of the images, up to 1")
+    add("--count", type=Natural | None, help="number of images")
+    add("--per_class", type=Natural | None, help="number of images of each class")
+    add("--seed", type=int, default=0, help="equal seeds draw equal images (default: 0)")
+    options, settings = _parse(parser, argv)
+    fraction, count, per_class = options.fraction, options.count, options.per_class
+    require([fraction, count, per_class].count(None) == 2, "give one of --fraction, --count and --per_class")
+
     from nextblock.data.sources import open_source
     from nextblock.data.subsets import draw, draw_per_class, write_subset
 
-    parser = _parser("sample", "Draw some images of a source, and write them as a list.")
-    parser.add_argument("out", type=str, help="file to write the list to")
-    parser.add_argument("--fraction", type=float | None, default=None, help="share of the images, up to 1")
-    parser.add_argument("--count", type=int | None, default=None, help="number of images")
-    parser.add_argument("--per_class", type=int | None, default=None, help="number of images of each class")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal images")
-    options, data = _parse(parser, argv)
-    fraction, count, per_class = options.fraction, options.count, options.per_class
-    if [fraction, count, per_class].count(None) != 2:
-        raise UsageError("give one of --fraction, --count and --per_class")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UsageError(f"--fraction is {fraction}; use above 0, up to 1")
-    source = open_source(options.src, data)
+    source = open_source(options.src, settings)
     if per_class is not None:
         numbers = draw_per_class(source, per_class, options.seed)
     else:
         count = count if fraction is None else max(1, round(fraction * len(source)))
         numbers = draw(source, count, options.seed)
     spec = write_subset(Path(options.out).expanduser(), source, numbers)
-    _say(f"{len(numbers)} of {len(source)} images: {spec}")
+    _say(f"{len(numbers)} of {counted(len(source), 'image')}: {spec}")
     if options.json:
         end_with_json({"spec": spec, "images": len(numbers), "of": len(source)})
     return 0
 
 
-def _split(argv: Sequence[str]) -> int:
-    from nextblock.data.sources import open_source
-    from nextblock.data.subsets import split, write_subset
-
-    parser = _parser("split", "Divide a source into parts, and write each as a list.")
-    parser.add_argument("--parts", type=str, required=True, help="names and shares: train=0.8,val=0.2")
-    parser.add_argument("--out", type=str, required=True, help="folder for the lists, NAME.txt each")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds make equal parts")
-    parser.add_argument("--stratify", action="store_true", help="keep the shares within every class")
-    options, data = _parse(parser, argv)
+def split(argv: Sequence[str]) -> int:
+    """Write a list of each part."""
+    parser = Parser("data split")
+    add = parser.add_argument
+    add("src", type=str, help=SOURCE)
+    add("--parts", type=str, required=True, help="names and shares, such as train=0.8,val=0.2")
+    add("--out", type=str, required=True, help="folder for the lists, NAME.txt each")
+    add("--seed", type=int, default=0, help="equal seeds make equal parts (default: 0)")
+    add("--stratify", action="store_true", help="keep the shares within every class")
+    options, settings = _parse(parser, argv)
     parts: dict[str, float] = {}
     for item in options.parts.split(","):
         match = re.fullmatch(r"([\w-]+)=(\d*\.?\d+)", item)
         if match is None or match[1] in parts:
             raise UsageError(f"--parts {options.parts}: {item!r} is wrong; write train=0.8,val=0.2")
         parts[match[1]] = float(match[2])
-    lists = {name: Path(options.out).expanduser() / f"{name}.txt" for name in parts}
-    source = open_source(options.src, data)
-    written = []
-    for name, numbers in split(source, parts, options.seed, stratify=options.stratify).items():
-        spec = write_subset(lists[name], source, numbers)
+
+    from nextblock.data import subsets
+    from nextblock.data.sources import open_source
+
+    source = open_source(options.src, settings)
+    written, whole = [], counted(len(source), "image")
+    for name, numbers in subsets.split(source, parts, options.seed, stratify=options.stratify).items():
+        spec = subsets.write_subset(Path(options.out).expanduser() / f"{name}.txt", source, numbers)
         written.append({"part": name, "spec": spec, "images": len(numbers)})
-        _say(f"{name}: {len(numbers)} of {len(source)} images: {spec}")
+        _say(f"{name}: {len(numbers)} of {whole}: {spec}")
     left_out = len(source) - sum(part["images"] for part in written)
     if left_out:
-        _say(f"{left_out} images are in no part")
+        _say(f"in no part: {counted(left_out, 'image')}")
     if options.json:
         end_with_json({"parts": written, "of": len(source), "left_out": left_out})
     return 0
 
 
-def _parser(what: str, about: str) -> Parser:
-    from nextblock.cli.arguments import Parser
-
-    parser = Parser(f"data {what}", about)
-    parser.add_argument("src", type=str, help="a directory, X.tar, hf:NAME,split=train or any other source")
-    return parser
-
-
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Namespace, DataConfig]:
-    from nextblock.cli.arguments import built
-
-    others = {name for name in DataConfig.__dataclass_fields__ if name not in SETTINGS}
-    parser.add_settings(DataConfig, "data", skip=others)
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    """All options, and how the source is read."""
+    parser.add_settings(DataConfig, "data", skip=DataConfig.__dataclass_fields__.keys() - READING)
     options = parser.parse(argv)
     return options, built(DataConfig, options, "data")
 
@@ -152,17 +152,154 @@ def _say(*lines: str) -> None:
     """Print lines; bytes of a path that are no text appear escaped."""
     from nextblock.data.sources.names import text
 
-    sys.stdout.writelines(text(os.fsencode(line)) + "\n" for line in lines)
+    say(*(text(os.fsencode(line)) for line in lines))
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's standard error; elsewhere nothing."""
+def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, called with the number that is done and, if known, of unreadable files."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(what), total=total)
-        yield lambda done: bar.update(task, completed=done)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def update(done: int, bad: int = 0) -> None:
+            unreadable = f", {bad:,} unreadable" if bad else ""
+            bar.update(task, completed=done, description=escape(what) + unreadable)
+
+        yield update
+
+
+# ----------------------------------------------------------------------------------------------------- doctor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What to examine, and for which model."""
+
+    val: str | None = None
+    """Images to validate on: also examined, and compared with the training images."""
+    model: str = "xtra-b16"
+    """Model size or preset to check the image size, patches and blocks of."""
+    image_size: Size | Auto = None
+    """Image size in pixels: 64 (square), or rows and columns as 32,64 or 32x64; auto: the model's."""
+    patch_size: Count | Auto = None
+    """Side of a patch in pixels; auto: the model's."""
+    block_size: Size | Auto = None
+    """Patches along a block's side: 4, or rows and columns as 2,4 or 2x4; auto: the model's."""
+    samples: Count | None = None
+    """Examine this many images, drawn at random; none: all."""
+    workers: Natural | Auto = None
+    """Processes that read; auto: up to 8, one less than there are cores; 0: the main process."""
+    images_per_s: Positive | None = None
+    """Images that your GPU takes in a second, to work out how many workers it needs."""
+    out: str | None = None
+    """JSON file for everything that was found, including every unreadable file."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Examine, print what was found; 1 if something would stop a run or spoil its results."""
+    parser = Parser("doctor")
+    parser.add_argument("src", type=str, nargs="+", help="images to train on; several are one mixture")
+    parser.add_settings(DoctorConfig)
+    parser.add_settings(DataConfig, "data", skip=NOT_OF_DOCTOR)
+    options = parser.parse(argv)
+    config, settings = built(DoctorConfig, options), built(DataConfig, options, "data")
+    out = None if config.out is None else Path(config.out).expanduser()
+    if out is not None:
+        # Refused now, and not after hours of reading.
+        existing = next(path for path in (out, *out.parents) if path.exists())
+        is_writable = os.access(existing, os.W_OK) and (existing != out) == existing.is_dir()
+        require(is_writable, f"--out {out} cannot be written; name another file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    from nextblock.atomic import write_text
+
+    checkup = _examine(config, settings, options.src)
+    say(*_lines(checkup, config.model))
+    report = checkup.report()
+    if out is not None:
+        write_text(out, json.dumps(report, indent=1) + "\n")
+    if options.json:
+        end_with_json(report)
+    return 0 if report["fit"] else 1
+
+
+def _examine(config: DoctorConfig, data: DataConfig, src: Sequence[str]) -> Checkup:
+    """Everything that takes time."""
+    from nextblock.data import open_source, open_sources, resolve_workers
+    from nextblock.data.advice import Checkup
+    from nextblock.data.doctor import crops_per_core_s, examine
+
+    model, size_problem = model_config(config.model), None
+    given = {name: getattr(config, name) for name in ("image_size", "patch_size", "block_size")}
+    try:
+        model = replace(model, **{name: value for name, value in given.items() if value is not None})
+    except UsageError as error:
+        size_problem = str(error)
+    train = open_sources(src, data)
+    found: list[Examination] = []
+    for source in [train] if config.val is None else [train, open_source(config.val, data)]:
+        workers = resolve_workers(config.workers, source)
+        with _progress(source.spec, min(len(source), config.samples or len(source))) as progress:
+            found.append(examine(source, data, samples=config.samples, workers=workers, progress=progress))
+    return Checkup(
+        train=found[0],
+        val=found[1] if len(found) > 1 else None,
+        data=data,
+        model=model,
+        size_problem=size_problem,
+        per_core_s=crops_per_core_s(train, data, model.image_size) if len(found[0].images) else None,
+        images_per_s=config.images_per_s,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+
+
+def _lines(checkup: Checkup, name: str) -> Iterator[str]:
+    """The report: what there is, what is wrong, what to set, the verdict."""
+    yield from _summary("training", checkup.train)
+    if checkup.per_core_s is not None:
+        cores = counted(checkup.cores, "core")
+        yield f"  speed       {checkup.per_core_s:,.0f} training crops/s per core; {cores}"
+    if checkup.size_problem is None:
+        model = checkup.model
+        sides = (model.image_size, model.grid, model.block_size)
+        size, grid, block = ("x".join(map(str, pair(side))) for side in sides)
+        blocks = f"{counted(model.num_blocks, 'block')} of {block}"
+        yield f"  model       {name}, {size} px, {grid} patches of {model.patch_size} px in {blocks}"
+    if checkup.val is not None:
+        yield from _summary("validation", checkup.val)
+    yield from (f"{finding.severity}: {finding.what}: {finding.text}" for finding in checkup.findings)
+    if checkup.advice:
+        yield "\nadvice for nextblock pretrain:"
+        width = max(map(len, checkup.advice))
+        yield from (f"  {flags:<{width}}  # {why}" for flags, why in checkup.advice.items())
+    yield f"\n{checkup.verdict}"
+
+
+def _summary(name: str, found: Examination) -> Iterator[str]:
+    bad = found.bad
+    yield f"{name}: {found.spec}"
+    yield f"  images      {found.examined:,} of {len(found.source):,} examined, {len(bad):,} unreadable"
+    yield from (" ".join(f"    {it.name}: {it.reason}".split("\n")) for it in bad[:FIRST_BAD])
+    if len(bad) > FIRST_BAD:
+        yield f"    ... and {len(bad) - FIRST_BAD:,} more; --out FILE.json lists all"
+    if not len(found.images):
+        return
+    yield f"  kinds       {', '.join(f'{kind} {count:,}' for kind, count in found.kinds.most_common())}"
+    for side, (low, median, high) in found.sides_px.items():
+        yield f"  {side.removesuffix('er') + ' side':<12}{low:,.0f} to {high:,.0f} px, median {median:,.0f}"
+    if found.class_counts:
+        counts = found.class_counts.values()
+        each = " to ".join(f"{number:,}" for number in sorted({min(counts), max(counts)}))
+        images = "image" if max(counts) == 1 else "images"
+        yield f"  classes     {len(counts):,}, with {each} {images} each"
+    yield f"  duplicates  {sum(len(group) - 1 for group in found.duplicates):,}"
+    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in found.mean_std)
+    yield f"  pixels      mean {mean}; deviation {std}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,36 +17,26 @@ def say(*lines: str) -> None:
         console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str, below: str) -> None:
-    """Print a table of words, and sentences below it."""
+def print_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", below: str = ""
+) -> None:
+    """Print a table of words, and sentences below it; without a head, names and what is known of them."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*head, title=escape(title))
+    table = Table(*head, title=escape(title)) if head else Table.grid(padding=(0, 2))
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console()
-    console.print(table)
-    console.print(below, highlight=False, markup=False)
+    console.print(table, highlight=False)
+    if below:
+        console.print(below, highlight=False, markup=False)
 
 
 def end_with_json(values: Any) -> None:
     """Print values as JSON, in one line."""
     sys.stdout.write(json.dumps(values) + "\n")
-
-
-def quote(word: str) -> str:
-    """A word as one types it in a shell; one with control characters as $'...', which bash and zsh read."""
-    if word.isprintable():
-        return shlex.quote(word)
-    # By bytes, so that a name that is not UTF-8 stays what it is.
-    letters = (f"\\{c}" if c in "\\'" else c if c.isprintable() else _escaped(c) for c in word)
-    return f"$'{''.join(letters)}'"
-
-
-def _escaped(letter: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
 
 
 def end_of(name: str, letters: int) -> str:

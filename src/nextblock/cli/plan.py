@@ -5,13 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+from nextblock.cli.arguments import Parser, parse_run
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.config import RunConfig
+from nextblock.logs import counted
 from nextblock.plan import GPUS, RESERVE, Gpu, plan
-from nextblock.presets import PRESETS
-from nextblock.settings import Count, Positive, Rule, require
+from nextblock.presets import DEFAULT_PRESET, PRESETS
+from nextblock.settings import Count, Positive, Rule, describe_type, require
 
 KNOWN_IMAGES = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 13_100_000}
 """Of the data sets that presets name; the second as XTRA's authors prepared it."""
@@ -19,111 +21,93 @@ KNOWN_IMAGES = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 13_100_000}
 
 def run(argv: Sequence[str]) -> int:
     """Print parameters, arithmetic, length, memory, speed, and all that is assumed."""
-    from nextblock.cli.arguments import DEFAULT_PRESET, Parser, parse_run
-
     share = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1")]
-    parser = Parser("plan", "Estimate memory and time of a training from its settings. Nothing is run.")
-    parser.add_argument("--gpu", type=str | None, default=None, help=f"one of: {', '.join(GPUS)}")
-    parser.add_argument("--gpus", type=Count, default=1, help="number of GPUs (default: 1)")
-    parser.add_argument("--gpus_per_node", type=Count, default=8, help="GPUs of a machine (default: 8)")
-    parser.add_argument(
-        "--gpu_memory_gb", type=Positive | None, default=None, help="memory of a GPU not listed"
-    )
-    parser.add_argument(
-        "--gpu_tflops",
-        type=Positive | None,
-        default=None,
-        help="its dense peak in the run's precision, TFLOP/s",
-    )
-    parser.add_argument("--mfu", type=share, default=0.4, help="share of the peak reached (default: 0.4)")
-    parser.add_argument("--images", type=Count | None, default=None, help="number of training images")
-    parser.add_argument("--json", action="store_true", help="print JSON: bytes, operations, images a second")
+    parser = Parser("plan")
+    add = parser.add_argument
+    known: Any = Literal[*GPUS]
+    add("--gpu", type=known | None, help="the GPU, or another with --gpu_memory_gb and --gpu_tflops")
+    add("--gpus", type=Count, default=1, help="number of GPUs (default: 1)")
+    add("--gpus_per_node", type=Count, default=8, help="GPUs of a machine (default: 8)")
+    add("--gpu_memory_gb", type=Positive | None, help="memory of a GPU")
+    add("--gpu_tflops", type=Positive | None, help="its dense peak in the run's precision, TFLOP/s")
+    add("--mfu", type=share, default=0.4, help="share of the peak reached (default: 0.4)")
+    add("--images", type=Count | None, help="number of training images")
     config, options = parse_run(parser, argv)
-    gpu = _gpu(options.gpu, options.gpu_memory_gb, options.gpu_tflops)
+    memory_gb, tflops = options.gpu_memory_gb, options.gpu_tflops
+    is_known = options.gpu is not None or None not in (memory_gb, tflops)
+    require(is_known, f"--gpu must be given: {describe_type(known)}; or --gpu_memory_gb and --gpu_tflops")
+    gpu = GPUS.get(str(options.gpu), Gpu(0, 0, 0, "", ""))
+    peak = {} if tflops is None else {"tflops": tflops, "fp32_tflops": tflops, "source": "--gpu_tflops"}
+    gpu = replace(gpu, memory_gb=memory_gb or gpu.memory_gb, **peak)
     preset, images = config.preset or DEFAULT_PRESET, options.images
     if images is None and config.data.train_specs:
         from nextblock.data import open_sources
 
         images = len(open_sources(config.data.train_specs, config.data))
     images = images or KNOWN_IMAGES.get(PRESETS[preset].images)
-    told = plan(config, gpu, options.gpus, mfu=options.mfu, images=images)
+    found = plan(config, gpu, options.gpus, mfu=options.mfu, images=images)
     if options.json:
-        given = {
-            "preset": preset,
-            "gpu": vars(gpu),
-            "gpus": options.gpus,
-            "mfu": options.mfu,
-            "images": images,
-        }
-        end_with_json(given | told)
+        given = {"gpus": options.gpus, "mfu": options.mfu, "images": images}
+        end_with_json({"preset": preset, "gpu": vars(gpu)} | given | found)
         return 0
     what = f"{options.gpus} x {options.gpu or 'GPU'} of {gpu.memory_gb:g} GB"
-    head = f"{preset} on {what}: {told['batch_size']:,} images a step, {told['images_per_gpu']:,} a GPU"
-    say(*textwrap.wrap(head, 79), "")
-    for name, text in _facts(config, told):
+    batch = f"{counted(found['batch_size'], 'image')} a step, {found['images_per_gpu']:,} a GPU"
+    say(*textwrap.wrap(f"{preset} on {what}: {batch}", 79), "")
+    for name, text in _facts(config, found):
         say(*textwrap.wrap(text, 79, initial_indent=f"{name:<12}", subsequent_indent=" " * 12))
     ways = ["1 GPU"] if options.gpus == 1 else ["DDP", "FSDP2"]
     per_node = min(options.gpus, options.gpus_per_node)
     print_table(
         ["", *(f"{way}{again}" for way in ways for again in ("", ",\nrecompute"))],
-        [(name, *(v.rjust(6) for v in values)) for name, *values in _rows(told, options.gpus, per_node)],
+        [(name, *(v.rjust(6) for v in values)) for name, *values in _rows(found, options.gpus, per_node)],
         title="GB on each GPU, and speed",
         below="recompute: with --train.activation_checkpointing true\n"
         "largest micro-batch: the most images that fit in one forward pass on a GPU",
     )
     say("", "Assumed:")
-    for text in _assumptions(config, told, gpu, options.mfu):
+    for text in _assumptions(config, found, gpu, options.mfu):
         say(*textwrap.wrap(text, 79, initial_indent="- ", subsequent_indent="  "))
     return 0
 
 
-def _gpu(name: str | None, memory_gb: float | None, tflops: float | None) -> Gpu:
-    """The GPU of this name, changed by what else was given."""
-    known = f"known: {', '.join(GPUS)}; for another give --gpu_memory_gb and --gpu_tflops"
-    require(name is None or name in GPUS, f"unknown GPU {name!r}; {known}")
-    require(name is not None or None not in (memory_gb, tflops), f"--gpu must be given; {known}")
-    gpu = GPUS.get(str(name), Gpu(0, 0, 0, "", ""))
-    peak = {} if tflops is None else {"tflops": tflops, "fp32_tflops": tflops, "source": "--gpu_tflops"}
-    return replace(gpu, memory_gb=memory_gb or gpu.memory_gb, **peak)
-
-
-def _facts(config: RunConfig, told: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(config: RunConfig, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     counts = {
-        name: f"{told['parameters'][name] / 1e6:,.1f} M" for name in ("encoder", "predictor", "trained")
+        name: f"{found['parameters'][name] / 1e6:,.1f} M" for name in ("encoder", "predictor", "trained")
     }
     yield (
         "parameters",
         "encoder {encoder}, predictor {predictor}, together {trained}".format(**counts),
     )
-    forward = told["forward_flops"]
+    forward = found["forward_flops"]
     whole = sum(forward.values())
     parts = ", ".join(
         f"{name} {flops / whole:.0%}" for name, flops in forward.items() if flops >= whole / 200
     )
-    work = [f"{flops / 1e9:,.1f}" for flops in (whole, told["step_flops"], told["step_flops_recomputed"])]
+    work = [f"{flops / 1e9:,.1f}" for flops in (whole, found["step_flops"], found["step_flops_recomputed"])]
     yield (
         "arithmetic",
         f"{work[0]} GFLOP an image forward ({parts}); {work[1]} with the backward pass, "
         f"{work[2]} if layers are recomputed",
     )
-    if told["steps"] is None:
+    if found["steps"] is None:
         yield (
             "length",
-            f"{config.train.duration}, of unknown length: --images N or --data.train DIR tells it",
+            f"{config.train.duration}, whose steps depend on the images: give --images N or --data.train DIR",
         )
     else:
-        epochs = "" if told["epochs"] is None else f", {told['epochs']:,.4g} epochs"
-        yield "length", f"{told['steps']:,} steps, {told['samples']:,} samples{epochs}"
-    model, optimizer, kept = told["model_bytes"], told["optimizer_bytes"], config.checkpoint.keep
+        epochs = "" if found["epochs"] is None else f", {found['epochs']:,.4g} epochs"
+        steps, samples = counted(found["steps"], "step"), counted(found["samples"], "sample")
+        yield "length", f"{steps}, {samples}{epochs}"
+    model, optimizer, kept = found["model_bytes"], found["optimizer_bytes"], config.checkpoint.keep
     yield (
         "checkpoint",
         f"{(model + optimizer) / 1e9:.3g} GB (model {model / 1e9:.3g}, optimizer {optimizer / 1e9:.3g}); "
-        f"{kept} are kept: {kept * (model + optimizer) / 1e9:.3g} GB of disk",
+        f"the latest {kept} take {kept * (model + optimizer) / 1e9:.3g} GB of disk",
     )
 
 
-def _rows(told: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
-    ways = told["layouts"]
+def _rows(found: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
+    ways = found["layouts"]
     digits = 1 if ways[0]["total"] >= 1e9 else 3
     sizes = {
         "weights, fp32": "weights",
@@ -131,7 +115,7 @@ def _rows(told: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]
         "gradients, fp32": "gradients",
         "AdamW's moments, fp32": "moments",
         "exchange between GPUs": "exchange",
-        f"activations, {told['micro_batch']} images": "activations",
+        f"activations, {counted(found['micro_batch'], 'image')}": "activations",
         "in all": "total",
     }
     for name, key in sizes.items():
@@ -148,12 +132,15 @@ def _rows(told: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]
     )
     for name, share in shares.items():
         yield [name, *("-" if rate is None else f"{rate * share:,.0f}" for rate in rates)]
-    if told["steps"] is not None:
-        yield ["days", *("-" if rate is None else f"{told['samples'] / rate / 86400:,.3g}" for rate in rates)]
+    if found["steps"] is not None:
+        yield [
+            "days",
+            *("-" if rate is None else f"{found['samples'] / rate / 86400:,.3g}" for rate in rates),
+        ]
 
 
-def _assumptions(config: RunConfig, told: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:
-    precision, is_fp32 = told["precision"], told["precision"] == "fp32"
+def _assumptions(config: RunConfig, found: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:
+    precision, is_fp32 = found["precision"], found["precision"] == "fp32"
     yield (
         f"{mfu:.0%} of the peak is reached (--mfu), recomputed work included; exchange between GPUs costs "
         "no time beyond that, and images are decoded in time"

@@ -3,67 +3,32 @@
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from nextblock.cli.output import end_with_json, quote
-from nextblock.config import RunConfig
-from nextblock.errors import UsageError
-from nextblock.presets import PRESETS, get_preset, resolve
-
-if TYPE_CHECKING:
-    from nextblock.data import Source
-    from nextblock.train import Monitor, Reporter, TrainResult
-
-SMALL_FOLDER = 50_000
-"""Fewer images are what the presets for small folders are made for."""
+from nextblock.cli.arguments import Parser, parse_run
+from nextblock.cli.output import end_with_json
+from nextblock.launch import find_world, launch
+from nextblock.settings import Count
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
-    from nextblock.cli.arguments import Parser, parse_run
-    from nextblock.launch import find_world, launch
-    from nextblock.settings import require
-
-    parser = Parser("pretrain", "Train a vision transformer to predict the next block of an image.")
-    parser.add_argument(
-        "--out",
-        type=str,
-        required=True,
-        help="run directory; the same command resumes the run there, and so does --out alone",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="start over if --out holds another run")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument(
-        "--devices", type=int, help="processes on this machine, one for each GPU (or CPU core)"
-    )
+    parser = Parser("pretrain")
+    add = parser.add_argument
+    add("--out", type=str, required=True, help="run directory; the same command, or --out alone, resumes it")
+    add("--overwrite", action="store_true", help="start over if --out holds another run")
+    add("--devices", type=Count | None, help="processes on this machine, one for each GPU (or CPU core)")
     config, options = parse_run(parser, [*_recorded_settings(argv), *argv])
-    world = find_world()
     if options.devices is not None:
-        require(
-            world.launcher is None,
-            f"--devices {options.devices} starts processes, and {world.launcher} has done so; leave it out",
-        )
-        debug = ["--debug"] * ("--debug" in sys.argv)  # taken from `argv` already
-        words = ["pretrain", *_without_devices(argv), *debug]
-        return launch(words, options.devices, config.train.device)
+        return launch("pretrain", argv, options.devices, config.train.device)
+
+    from nextblock.pretraining import pretrain
+
     result = pretrain(config, out=options.out, overwrite=options.overwrite)
-    if options.json and world.rank == 0:
-        values = {**vars(result), "run_dir": str(result.run_dir), "warning": result.warning}
-        end_with_json(values)
+    if options.json and find_world().rank == 0:
+        end_with_json({**vars(result), "run_dir": str(result.run_dir), "warning": result.warning})
     return 0 if result.is_finished else 128 + signal.Signals[str(result.stopped_by)]
-
-
-def _without_devices(argv: Sequence[str]) -> list[str]:
-    """The words of a command for each of the processes that --devices asks for."""
-    words = [word for word in argv if not word.startswith("--devices=")]
-    if "--devices" in words:
-        place = words.index("--devices")
-        del words[place : place + 2]
-    return words
 
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:
@@ -73,230 +38,3 @@ def _recorded_settings(argv: Sequence[str]) -> list[str]:
         return []
     config = Path(words[words.index("--out") + 1]) / "config.yaml"
     return ["--config", str(config)] if config.is_file() else []
-
-
-def pretrain(
-    preset_or_config: str | RunConfig,
-    *,
-    out: str | Path,
-    overwrite: bool = False,
-    reporter: Reporter | None = None,
-    **overrides: Any,
-) -> TrainResult:
-    """Train, or resume the run in `out`, as `nextblock pretrain` does.
-
-    Every process that torchrun, `srun` or `mpirun` starts calls this alike: they train one model together.
-    `overrides` are settings by dotted name (`**{"optim.lr": 1e-4}`) or section (`data={"train": "DIR"}`).
-    Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
-    """
-    from nextblock.data import open_source, open_sources
-    from nextblock.data.doctor import shared_images
-    from nextblock.launch import find_world, ignore_sigterm, requeue_job
-    from nextblock.settings import require
-    from nextblock.train import Reporter, train
-    from nextblock.train.distributed import find_device, process_group
-    from nextblock.train.runtime import choose_device
-
-    require(str(out) != "", "--out is empty; name a directory")
-    config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
-    config = resolve(config, overrides) if overrides else config
-    if not config.data.train_specs:
-        shares = [f"{weight:g}" for weight in config.data.weights or ()]
-        what = f"{len(shares)} sources, for data.weights {', '.join(shares)} in this order"
-        flags = " ".join(["--data.train DIR"] * (len(shares) or 1))
-        raise UsageError(
-            f"there is nothing to train on, and {out} is no run to resume; name "
-            f"{what if shares else 'a directory of images'}: {flags}"
-        )
-    world = find_world()
-    device = find_device(choose_device(config.train.device), world)
-    with process_group(world, device, needed=config.train.strategy == "fsdp") as group:
-        reporter = reporter or Reporter(is_quiet=not group.is_main)
-        with group.together():
-            sources = {"train": open_sources(config.data.train_specs, config.data)}
-            labelled: dict[str, Source] = {}
-            if config.monitor.knn_every is not None and config.monitor.knn_train is not None:
-                for name in ("knn_train", "knn_val"):
-                    labelled[f"monitor.{name}"] = open_source(getattr(config.monitor, name), config.data)
-            is_new = (
-                overwrite or not (Path(out) / "config.yaml").is_file()
-            )  # one that resumes was told before
-            for hint in _hints(config, len(sources["train"])) if is_new else ():
-                reporter.note(hint)
-            if config.data.val is not None:
-                sources["val"] = open_source(config.data.val, config.data)
-                shared = shared_images(sources["train"], sources["val"]) if group.is_main else None
-                if shared is not None:
-                    reporter.note(f"WARNING: {shared}")
-            shared = shared_images(*labelled.values()) if labelled and is_new and group.is_main else None
-            if shared is not None:
-                reporter.note(f"WARNING: monitor.knn_val: {shared}")
-            if config.data.normalize == "auto" and group.is_main:
-                begun = None if overwrite else Path(out)
-                config = _with_statistics(config, sources["train"], begun, reporter)
-        config = group.broadcast(config)
-        group.check_same({name: source.fingerprint for name, source in labelled.items()})
-        with group.together():
-            monitors = _monitors(config, sources, labelled, reporter if is_new else None)
-        result = train(
-            config,
-            Path(out),
-            sources,
-            monitors=monitors,
-            reporter=reporter,
-            overwrite=overwrite,
-            group=group,
-        )
-    for line in _conclusion(result, sources):
-        reporter.note(line)
-    if result.stopped_by is not None and config.checkpoint.requeue:
-        ignore_sigterm()
-        if group.is_main:
-            reporter.note(requeue_job())
-    return result
-
-
-def _with_statistics(config: RunConfig, source: Source, out: Path | None, reporter: Reporter) -> RunConfig:
-    """Fill in data.mean and data.std: the run's that is in `out`, or else measured on a sample."""
-    from nextblock.data.statistics import measure_pixels
-    from nextblock.train.run_dir import recorded_config
-
-    # A run that resumes keeps its own numbers: new ones of the same images could differ in the last digit.
-    begun = None if out is None else recorded_config(out)
-    if begun and begun.data.normalize == "auto" and len(begun.data.mean) == config.data.channels:
-        mean, std, origin = begun.data.mean, begun.data.std, f"as recorded in {out}"
-    else:
-        measured = measure_pixels(source, config.data, config.model.image_size, config.seed)
-        mean, std, origin = measured.mean, measured.std, f"measured on {measured.images} images"
-    words = (" ".join(f"{number:g}" for number in numbers) for numbers in (mean, std))
-    reporter.note("data.normalize auto: mean {}, deviation {}, {}".format(*words, origin))
-    return replace(config, data=replace(config.data, mean=mean, std=std))
-
-
-def _hints(config: RunConfig, images: int) -> Iterator[str]:
-    """What a user may not have meant, said and not changed."""
-    from nextblock.cli.arguments import DEFAULT_PRESET
-
-    if config.preset is None:
-        yield f"no preset named: based on {DEFAULT_PRESET}; `nextblock presets` lists others"
-    if (
-        config.preset is None
-        and config.model.embed_dim == RunConfig().model.embed_dim
-        and images < SMALL_FOLDER
-    ):
-        yield (
-            f"{images:,} images are few for so large a model; --preset xtra-small-64, or xtra-small-128 for "
-            "larger images, is made for such folders"
-        )
-    preset = PRESETS.get(config.preset or DEFAULT_PRESET)
-    batch_size, lr = min(config.train.batch_size, images), config.optim.lr
-    if preset is None or preset.config.optim.lr != lr or preset.config.train.batch_size == batch_size:
-        return
-    meant = preset.config.train.batch_size
-    yield (
-        f"batch {batch_size} instead of {meant}: optim.lr stays {lr:g}. It is never scaled for you; in "
-        f"proportion to the batch it would be {lr * batch_size / meant:.2g}"
-    )
-
-
-def _monitors(
-    config: RunConfig, sources: dict[str, Source], labelled: dict[str, Source], reporter: Reporter | None
-) -> list[Monitor]:
-    """Pictures of the same few images, RankMe, and kNN accuracy if there are labels.
-
-    `labelled` are the two sources of kNN, by their settings; if there are none, it takes those of `data`.
-    """
-    from nextblock.data.subsets import named
-    from nextblock.evaluate.monitors import FeatureMonitor, missing_classes
-    from nextblock.visualize import PredictionMonitor, some_images
-
-    settings, data, size = config.monitor, config.data, config.model.image_size
-    monitors: list[Monitor] = []
-    if settings.pictures_every is not None:
-        images, _, _ = some_images(sources.get("val", sources["train"]), data, size, settings.pictures)
-        monitors.append(PredictionMonitor(images, data.mean, data.std, settings.pictures_every))
-    unmeasured: dict[str | None, str] = {}
-    if "val" not in sources:
-        unmeasured["val_loss"] = "it needs validation images, --data.val"
-    if settings.knn_every is not None:
-        labelled = labelled or {f"data.{kind}": source for kind, source in sources.items()}
-        obstacle = _knn_obstacle(labelled)
-        if obstacle is None:
-            (ours, train), (theirs, val) = labelled.items()
-            missing = missing_classes(train, val)
-            share = f"{len(missing)} of {len(val.class_names)} classes of {theirs}"
-            note = f"{share} are not in {ours} and count as wrong in kNN: {named(missing)}" if missing else ""
-        else:
-            train, val = None, sources.get("val", sources["train"])
-            unmeasured["knn"], note = obstacle, f"kNN is not measured: {obstacle}"
-        if note and reporter is not None:
-            reporter.note(note)
-        features = FeatureMonitor(
-            val,
-            data,
-            train=train,
-            image_size=size,
-            every=settings.knn_every,
-            max_samples=settings.knn_samples,
-            seed=config.seed,
-        )
-        monitors.append(features)
-    for name, metric in (
-        ("checkpoint.keep_best", config.checkpoint.keep_best),
-        ("monitor.early_stop", settings.early_stop),
-    ):
-        if metric in unmeasured:
-            raise UsageError(f"{name} {metric} cannot be measured: {unmeasured[metric]}")
-    return monitors
-
-
-def _knn_obstacle(sources: dict[str, Source]) -> str | None:
-    """Why kNN accuracy cannot be measured on two sources, named by their settings; None if it can."""
-    from nextblock.data.subsets import named
-
-    if len(sources) < 2:
-        return (
-            "it needs labelled validation images, --data.val, or two labelled sources, --monitor.knn_train "
-            "and --monitor.knn_val"
-        )
-    unlabelled = [name for name, source in sources.items() if not source.has_labels]
-    if unlabelled:
-        return f"{' and '.join(unlabelled)} have no labels; the first folders of a directory are classes"
-    (ours, train), (theirs, val) = sources.items()
-    apart = sorted({*train.class_names, *val.class_names})
-    if len(apart) == len(train.class_names) + len(val.class_names):
-        return f"{ours} and {theirs} have no class in common ({named(apart, 3)})"
-    return "there is only one class" if len(train.class_names) < 2 else None
-
-
-def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str]:
-    """How a run ended, where its weights are, and what to do next."""
-    from nextblock.train.logging import losses_text
-
-    unreadable = f"; unreadable images: {result.num_bad}, see quarantine.jsonl" if result.num_bad else ""
-    if not result.is_finished and result.step == 0:
-        yield f"stopped by {result.stopped_by} before the first step: nothing to save yet"
-        return
-    if not result.is_finished:
-        yield (
-            f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps}, saved; "
-            f"the same command resumes{unreadable}"
-        )
-        return
-    is_complete = result.stopped_by is None
-    ending = "complete" if is_complete else "ended early"
-    ending = ending if result.warning is None else "ended without learning"
-    number = result.step if is_complete else f"{result.step} of {result.total_steps}"
-    yield f"{ending}: {number} steps, in {result.run_dir}{unreadable}"
-    if result.warning is not None:
-        yield f"WARNING: {result.warning}"
-    yield losses_text(result.losses, result.baselines)
-    yield f"weights: {result.run_dir}/checkpoints/step_{result.step:08d}/model.safetensors; next:"
-    run, spec = str(result.run_dir), sources["train"].parts[0].spec
-    if sources["train"].has_labels:
-        first = ["knn", "--model", run, "--train", spec]
-    else:
-        first = ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"]
-    predict = ["predict", "--model", run, "--data", spec, "--out", f"{run}/predict"]
-    for words in (first, predict, ["convert", run, f"{run}/timm", "--to", "timm"]):
-        yield f"  nextblock {' '.join(map(quote, words))}"

@@ -1,4 +1,4 @@
-"""`nextblock runs`: the runs below a directory, and how they are doing, read from their files alone."""
+"""`nextblock runs` and `report`: what runs are doing and have done, read from their files alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextblock.atomic import RUN_FILES, is_locked
+from nextblock.cli.arguments import Parser
 from nextblock.cli.output import end_with_json
 from nextblock.logs import clock, printable
+from nextblock.settings import require
 
 if TYPE_CHECKING:
     from nextblock.visualize.report import RunSummary
@@ -22,22 +24,40 @@ LATE_S = 30.0
 """From this age on, the lock of a run on this machine is asked for as well."""
 
 
-def run(argv: Sequence[str]) -> int:
+def report(argv: Sequence[str]) -> int:
+    """Print the summary of a run directory; write it and the loss curve, if there is one, into the run."""
+    parser = Parser("report")
+    parser.add_argument("run", type=str, help="run directory")
+    options = parser.parse(argv)
+
+    from rich.console import Console
+
+    from nextblock.visualize.report import plot_losses, read_run, report_markdown, report_table, report_values
+
+    summary, run = read_run(Path(options.run)), Path(options.run)
+    if summary.train:
+        plot_losses(summary, run / "losses.png")
+    (run / "report.md").write_text(report_markdown(summary), encoding="utf-8")
+    Console().print(report_table(summary))
+    if options.json:
+        end_with_json(report_values(summary))
+    return 0
+
+
+def runs(argv: Sequence[str]) -> int:
     """Print a table of runs, and below it what ended those that failed."""
+    parser = Parser("runs")
+    parser.add_argument("dir", type=str, help="directory, searched in full; or a run")
+    options = parser.parse(argv)
+    top = Path(options.dir)
+    require(top.is_dir(), f"{printable(str(top))} is no directory")
+
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from nextblock.cli.arguments import Parser
-    from nextblock.settings import require
     from nextblock.visualize.report import read_run
 
-    parser = Parser("runs", "List the runs below a directory and how they are doing.")
-    parser.add_argument("dir", type=str, help="directory, searched in full; or a run")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parser.parse(argv)
-    top = Path(options.dir)
-    require(top.is_dir(), f"{printable(str(top))} is no directory")
     rows: list[dict[str, Any]] = []
     for path in _find_runs(top):
         name = top.resolve().name if path == top else str(path.relative_to(top))
@@ -45,14 +65,13 @@ def run(argv: Sequence[str]) -> int:
             rows.append({"run": name, **_values(read_run(path))})
         except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
             rows.append({"run": name, "status": "unreadable", "message": str(error)})
-    console = Console()
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for title in ("status", "step", "loss", "best kNN", "heartbeat"):
-        is_left = title == "status"
-        table.add_column(title, justify="left" if is_left else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, (printable(row["run"]), row["status"], *_cells(row))))
+    console = Console()
     console.print(table if rows else f"no runs below {printable(str(top))}", markup=False, highlight=False)
     for row in rows:
         if row["message"] is not None:

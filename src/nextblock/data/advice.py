@@ -14,6 +14,7 @@ import numpy as np
 from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data.doctor import Examination, Shared
 from nextblock.data.subsets import named
+from nextblock.logs import counted
 
 IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
 # Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result.
@@ -125,8 +126,8 @@ class Checkup:
         # Accuracy over all images hides a class with a tenth of another's.
         (largest, many), (smallest, few) = present[0], [item for item in present if item[1]][-1]
         if many >= 10 * few:
-            what = f"{many:,} images in {largest}, {few:,} in {smallest}; report the accuracy of each class"
-            yield Finding("warning", "unbalanced classes", what)
+            what = f"{counted(many, 'image')} in {largest}, {few:,} in {smallest}"
+            yield Finding("warning", "unbalanced classes", f"{what}; report the accuracy of each class")
 
     def _of_settings(self) -> Iterator[Finding]:
         data, (mean, std), needed = self.data, self.train.mean_std, self.workers_needed
@@ -136,8 +137,8 @@ class Checkup:
             remedy = "shrink the images: nextblock data pack --resize_px N"
             yield Finding("warning", "slow decoding", f"{what}; {remedy}")
         if data.normalize == "given" and len(data.mean) != len(mean):
-            what = f"{len(mean)} channels, but data.mean has {len(data.mean)}; use --data.normalize auto"
-            yield Finding("problem", "normalisation", what)
+            what = f"{counted(len(mean), 'channel')}, but data.mean has {len(data.mean)}"
+            yield Finding("problem", "normalisation", f"{what}; use --data.normalize auto")
         elif data.normalize == "given":
             # Ordinary photographs differ less than this from ImageNet.
             ratio = np.exp(np.abs(np.log((std + 1e-9) / data.std)))
@@ -161,7 +162,7 @@ class Checkup:
         # 4 x 4 blocks at every size, as XTRA has; of 2 x 2 patches in the small presets.
         patch, block = (size // 16, 4) if size >= 64 and not is_small else (size // 8, 2)
         flags = f"--model.image_size {size} --model.patch_size {patch} --model.block_size {block}"
-        found = {f"--preset {preset}": f"{images:,} images; a rule of thumb"}
+        found = {f"--preset {preset}": f"{counted(images, 'image')}; a rule of thumb"}
         if not (is_small and preset.endswith(f"-{size}")):
             found[flags] = f"median shorter side {side:,.0f} px"
         if data.channels != 3:

@@ -24,6 +24,8 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 from torch import Tensor
 
+from nextblock.logs import counted
+
 log = logging.getLogger(__name__)
 
 Decoder = Literal["auto", "pillow", "fast"]
@@ -393,7 +395,7 @@ def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Bac
     elif extra > 1 and number != channels:
         if (kind, bits[0]) == (_COLOUR, 8) and number <= 6:
             return None  # Pillow leaves out the further samples of RGB
-        raise BadImageError(f"has {number} channels, data.channels is {channels}")
+        raise BadImageError(f"has {counted(number, 'channel')}, data.channels is {channels}")
     elif not (bits[0] == 16 and (kind, number) in _DEEP_TIFF) and (kind, number) != (_GREY, 3):
         return None
 

@@ -25,6 +25,7 @@ from nextblock.data.sources.base import decode
 from nextblock.data.sources.names import text
 from nextblock.data.subsets import named
 from nextblock.data.workers import Note, run_in_workers
+from nextblock.logs import counted
 
 # A readable image: its number in the source, a hash of its content, (height, width) of the upright picture.
 # Of 13 million different images any two have the same 64 bits with a probability of 1 in 200,000.
@@ -141,7 +142,7 @@ def _look_at(
     except BadImageError as error:
         return BadSample(index, source.name(index), str(error))
     if len(pixels) != data.channels:
-        reason = f"has {len(pixels)} channels, data.channels is {data.channels}"
+        reason = f"has {counted(len(pixels), 'channel')}, data.channels is {data.channels}"
         return BadSample(index, source.name(index), reason)
     # From counts of the 256 values the moments are exact, whatever the order of the pixels.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels]).numpy()

@@ -88,6 +88,7 @@ class TrainLoader:
     `batch_size` is the global one. Rank r of w takes the r-th of w contiguous parts of every step's samples,
     as equal as can be, in micro-batches. All ranks have as many micro-batches, since they meet after each; if
     a rank has no sample left, its micro-batches are empty. `drop_path_draws`: numbers drawn for each image.
+    `unit`: so many samples that follow each other are never divided; a micro-batch is a multiple of it.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TrainLoader:
         world_size: int = 1,
         crop: Crop | None = None,
         drop_path_draws: int = 0,
+        unit: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
             raise UsageError(f"rank is {rank} of {world_size}; ranks run from 0 to {world_size - 1}")
@@ -115,7 +117,8 @@ class TrainLoader:
         self._read = _Reader(source, crop, seed, drop_path_draws)
         self._start_step, self._workers, self._pin_memory = start_step, workers, pin_memory
         micro = micro_batch_size or batch_size
-        self._micro_batches = _share(self.batch_size, micro, CHUNK if workers else micro, rank, world_size)
+        chunk = CHUNK if workers else micro
+        self._micro_batches = _share(self.batch_size, micro, chunk, rank, world_size, unit)
 
     def __iter__(self) -> Iterator[Step]:
         # Workers ask _keys for work ahead of this loop, but hand out chunks in its order. So the next chunks
@@ -253,12 +256,15 @@ def _warn_of_pipes() -> None:
     )
 
 
-def _share(total: int, batch_size: int, chunk: int, rank: int, world_size: int) -> list[list[slice]]:
+def _share(
+    total: int, batch_size: int, chunk: int, rank: int, world_size: int, unit: int = 1
+) -> list[list[slice]]:
     """A rank's contiguous share of `total` samples: for each batch the slices of its chunks."""
     # Rounding the borders of the shares down makes shares that differ by one at most and leave no gap.
-    start, stop = (total * number // world_size for number in (rank, rank + 1))
+    units = -(-total // unit)
+    start, stop = (min(total, unit * (units * number // world_size)) for number in (rank, rank + 1))
     # Batches are counted by the largest share: a rank with less has its last one short or empty.
-    begins = range(start, start + -(-total // world_size), batch_size)
+    begins = range(start, start + unit * -(-units // world_size), batch_size)
     return [_slices(min(begin, stop), min(begin + batch_size, stop), chunk) for begin in begins]
 
 
@@ -278,8 +284,11 @@ class TooManyBadImages(DataError):  # noqa: N818 - it says what happened
 class QuarantineLog:
     """One JSON line for every unreadable file, however often it is met, restarts included."""
 
-    def __init__(self, path: Path, num_files: int, max_bad_fraction: float) -> None:
+    def __init__(
+        self, path: Path, num_files: int, max_bad_fraction: float, setting: str = "data.max_bad_fraction"
+    ) -> None:
         self._path, self._num_files, self._max_bad_fraction = path, num_files, max_bad_fraction
+        self._setting = setting
         self._bad: dict[int, BadSample] = {}
         if not path.exists():
             return
@@ -318,7 +327,7 @@ class QuarantineLog:
         if self.count > allowed:
             first = "".join(f"\n  {bad.name}: {bad.reason}" for bad in self.bad[:10])
             raise TooManyBadImages(
-                f"{self.count} of {self._num_files} files cannot be read, more than data.max_bad_fraction "
+                f"{self.count} of {self._num_files} files cannot be read, more than {self._setting} "
                 f"{self._max_bad_fraction:g} allows. The first are:{first}\nAll are listed in {self._path}. "
-                "Fix or remove them and delete that list, or raise data.max_bad_fraction."
+                f"Fix or remove them and delete that list, or raise {self._setting}."
             )

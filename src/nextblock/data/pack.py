@@ -18,10 +18,10 @@ import math
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextblock.atomic import OUTPUT_MARK, exclusive, write_aside, write_text
-from nextblock.config import DataConfig
+from nextblock.config import DataConfig, PackConfig
 from nextblock.data.decode import TIFF_STARTS, BadImageError
 from nextblock.data.loader import BadSample, QuarantineLog
 from nextblock.data.sources import Source
@@ -39,7 +39,6 @@ from nextblock.data.sources.tar import TarSource, tar_index
 from nextblock.data.subsets import warn_of_absent_classes
 from nextblock.data.workers import Note, resolve_workers, run_in_workers
 from nextblock.errors import UsageError
-from nextblock.settings import check_types, require
 
 log = logging.getLogger(__name__)
 
@@ -52,33 +51,6 @@ _STARTS = {
     **{b"ftypavi": "avif", b"ftyp": "heic"},
     **dict.fromkeys(TIFF_STARTS, "tif"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackConfig:
-    """How images are written to shards."""
-
-    shard_mb: float = 256.0
-    """Size of a shard in megabytes; a larger image, or all tiles of one, makes a larger shard."""
-    resize_px: int | None = None
-    """Shrink images whose shorter side is longer than this; null: keep the size, and the bytes."""
-    quality: int = 90
-    """Quality of JPEG and WebP, 1 to 100."""
-    format: Literal["jpeg", "webp", "png"] | None = None
-    """Re-encode every image; null: only those that are shrunk or cut (as JPEG), or are not files (as PNG)."""
-    tile_px: int | None = None
-    """Cut images that are wider or higher into square tiles of this side, the last ones overlapping."""
-    workers: int | None = None
-    """Processes that read and encode; null: up to 8, one less than there are cores; 0: the main process."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        least = {"shard_mb": 0.001, "resize_px": 1, "quality": 1, "tile_px": 1, "workers": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            require(value is None or value >= low, f"{name} is {value}; use at least {low}")
-        require(self.quality <= 100, f"quality is {self.quality}; use 1 to 100")
-        require(not (self.resize_px and self.tile_px), "give either resize_px or tile_px, not both")
 
 
 class Packed(NamedTuple):

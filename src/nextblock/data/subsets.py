@@ -22,6 +22,7 @@ from nextblock.data.sources import Source, absolute_spec
 from nextblock.data.sources.folder import SUBSET_HEADER
 from nextblock.data.sources.names import text
 from nextblock.errors import UsageError
+from nextblock.logs import counted
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 def draw(source: Source, count: int, seed: int) -> Numbers:
     """Draw `count` images; with equal seeds, a smaller draw is part of every larger one."""
     if not 1 <= count <= len(source):
-        raise UsageError(f"cannot draw {count} of the {len(source)} images of {source.spec!r}")
+        raise UsageError(f"cannot draw {count} of {counted(len(source), 'image')} of {source.spec!r}")
     # The first of one shuffled order, whatever the count: that makes draws of one seed parts of each other.
     return np.sort(_shuffled(source, seed)[:count])
 

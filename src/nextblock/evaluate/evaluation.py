@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nextblock.atomic import OUTPUT_MARK, RUN_FILES, exclusive, write_text
+from nextblock.atomic import OUTPUT_MARK, RUN_FILES, exclusive, write_aside, write_text
 from nextblock.config import DataConfig, pair
 from nextblock.data import BadSample, Source, keyed_seed
 from nextblock.errors import UsageError
@@ -51,13 +51,16 @@ log = logging.getLogger(__name__)
 MODEL, UNTRAINED, PIXELS, HISTOGRAM = "model", "untrained", "pixels 16x16", "colour histogram"
 """Encoders, as rows of tables name them."""
 BASELINES = (UNTRAINED, PIXELS, HISTOGRAM)
-QUARANTINE = "quarantine.jsonl"
+QUARANTINE, RIGHTS = "quarantine.jsonl", "right.npz"
 SHOWN_BAD = 3
 PROGRESS_EVERY_S = 10.0
 
 
 class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
     """A signal stopped an evaluation; what was encoded is kept if there is a place for it."""
+
+    is_told = True
+    """All ranks raise it, and rank 0 says so."""
 
     def __init__(self, by: signal.Signals, message: str) -> None:
         super().__init__(message)
@@ -76,6 +79,8 @@ class Result:
     """What holds for all rows: classes, numbers of images, unreadable images."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Settings, weights, and images that the result is made from."""
+    rights: Sequence[np.ndarray] = field(default=(), repr=False, compare=False)
+    """For each row, how often each test image was classified correctly, 0 to 1: for paired differences."""
     columns: Sequence[Column] = field(default=(), repr=False, compare=False)
     """How the rows are shown."""
 
@@ -301,6 +306,9 @@ class Evaluation:
                     self.report_bad(out)
                     if save is not None:
                         save(out, found)
+                    if found.rights:
+                        with write_aside(out / RIGHTS) as aside, aside.open("wb") as file:
+                            np.savez_compressed(file, *found.rights)
                     write_text(out / f"{verb}.csv", write_csv(found.rows))
                     write_text(out / f"{verb}.md", found.markdown())
                     text = json.dumps(found.as_dict(), indent=1, allow_nan=False)
@@ -402,4 +410,15 @@ def _read(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool)
         raise UsageError(
             f"{out} holds another result ({'; '.join(different[:3])}); choose another --out, or --overwrite"
         )
-    return Result(verb=verb, rows=tuple(rows), notes=tuple(notes), facts=facts, identity=dict(identity))
+    rights: list[np.ndarray] = []
+    if (out / RIGHTS).is_file():
+        with np.load(out / RIGHTS, allow_pickle=False) as file:
+            rights = [file[name] for name in file.files]
+    return Result(
+        verb=verb,
+        rows=tuple(rows),
+        notes=tuple(notes),
+        facts=facts,
+        identity=dict(identity),
+        rights=rights,
+    )

@@ -146,7 +146,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
         "bad_images": opened.bad_counts(),
     }
     notes = (_about(rows, images, config.draws), *verdict, *missing_note(sources))
-    return Result(verb="fewshot", rows=tuple(rows), notes=notes, facts=facts)
+    return Result(verb="fewshot", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
 
 
 def _check_classes(labels: Int64[np.ndarray, " n"], source: Source, shots: str) -> None:

@@ -187,6 +187,7 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
         rows=tuple(rows),
         notes=(_about(rows, images, is_left_out="test" not in sources), *verdict, *missing_note(sources)),
         facts=facts,
+        rights=rights,
     )
 
 

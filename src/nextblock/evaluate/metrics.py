@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +84,16 @@ class Tally:
         # Of each bin: images classified correctly, less the sum of their confidences.
         self._excess = torch.zeros(CONFIDENCE_BINS, dtype=torch.float64)
         self._right: list[np.ndarray] = []
+
+    @classmethod
+    def joined(cls, tallies: Sequence[Tally]) -> Tally:
+        """All images of these tallies, such as those of several processes, in this order."""
+        whole = cls(tallies[0].num_classes, confusion=tallies[0]._confusion is not None)
+        for one in tallies:
+            for name, value in vars(one).items():
+                if name != "num_classes" and value is not None:
+                    setattr(whole, name, getattr(whole, name) + value)  # sums, and a list that grows
+        return whole
 
     def add(self, logits: Float[Tensor, "b c"], labels: Int64[Tensor, " b"]) -> None:
         """Count a batch in.

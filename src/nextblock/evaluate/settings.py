@@ -213,17 +213,59 @@ class SearchSettings(EvalSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifySettings(EvalSettings):
+class ScoreSettings(EvalSettings):
+    """A trained classifier."""
+
+    head: str | None = None
+    """The second file of an official AIM classifier."""
+    probe_layers: Literal["last", "best"] | tuple[int, ...] | None = None
+    """Layers that an official AIM head averages, if its file does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(ScoreSettings):
+    """One model or several, measured in several ways."""
+
+    model: tuple[str, ...]  # type: ignore[assignment]
+    """Run directories, files of weights, hf:USER/NAME, or timm:NAME; repeatable."""
+    train: str | None = None
+    """Labelled images to learn from; none: the model is a classifier, and is measured as it is."""
+    test: str | None = None
+    """Labelled images to measure on."""
+    methods: tuple[Literal["knn", "fewshot", "linear", "attentive", "ep"], ...] = (
+        "knn",
+        "fewshot",
+        "linear",
+        "attentive",
+        "ep",
+    )
+    """knn: 20 nearest neighbours; fewshot: logistic regression on few labels; the others: trained heads."""
+    shots: str = "5"
+    """Labels of fewshot: images of every class, or a share of each, such as 1%."""
+    epochs: Count | None = None
+    """How often trained heads see every image; none: as the probe does."""
+    baselines: bool = True
+    """Also measure the same encoder untrained, images of 16x16 px, and a colour histogram."""
+    classes: str | None = None
+    """Without train: file with the name of each class of the classifier, a line each, in their order."""
+    seed: Natural = 0
+    """Seed of all that is drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_distinct(self, "model", "methods")
+        Shots.parse(self.shots)
+        require(self.test is not None, "test is missing; give labelled images to measure on: --test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifySettings(ScoreSettings):
     """Classes of images by a trained classifier."""
 
     data: str
     """Images: a directory, an image file, or any other source; they need no labels."""
     out: str | None = None
     """File to write: .csv, .json or .parquet; none: print only."""
-    head: str | None = None
-    """The second file of an official AIM classifier."""
-    probe_layers: Literal["last", "best"] | tuple[int, ...] | None = None
-    """Layers that an official AIM head averages, if its file does not say."""
     top: Count = 5
     """Likeliest classes of each image."""
 

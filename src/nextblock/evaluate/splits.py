@@ -7,7 +7,8 @@ something is chosen on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,38 @@ def _matched(train: Source, other: Source) -> Labelled:
     meaning = np.array([numbers.get(name, -1) for name in other.class_names], dtype=np.int64)
     there = set(present)
     return Labelled(other, meaning[other.labels], tuple(name for name in numbers if name not in there))
+
+
+def numbered(
+    source: Source, names: Sequence[str] | None, num_classes: int, names_file: str | None = None
+) -> Int64[np.ndarray, " n"]:
+    """The labels of a source as a classifier numbers its classes: by name, or by number if it knows no names.
+
+    `names_file` has the names of the classifier's classes, a line each. Raises `UsageError` if the classes
+    cannot be matched.
+    """
+    if names_file is not None:
+        names = Path(names_file).read_text(encoding="utf-8").split("\n")
+        names = [name.strip() for name in names if name.strip()]
+        if len(names) != num_classes:
+            raise UsageError(
+                f"{names_file} has {count(len(names), 'name')}, the classifier {num_classes} classes"
+            )
+    if names is None:
+        if len(source.class_names) != num_classes:
+            raise UsageError(
+                f"{source.spec} has {count(len(source.class_names), 'class', 'classes')}, the classifier "
+                f"{num_classes} without names; give their names: --classes FILE, a line each"
+            )
+        return source.labels
+    meaning = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in source.class_names if name not in meaning]
+    if unknown:
+        raise UsageError(
+            f"the classifier does not know {count(len(unknown), 'class', 'classes')} of {source.spec}: "
+            f"{', '.join(unknown[:5])}; give its names as this source has them: --classes FILE, a line each"
+        )
+    return np.array([meaning[name] for name in source.class_names], dtype=np.int64)[source.labels]
 
 
 def missing_note(labelled: Mapping[str, Labelled]) -> list[str]:

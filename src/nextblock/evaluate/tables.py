@@ -35,13 +35,18 @@ def share(key: str, title: str) -> Column:
     return Column(key, title, lambda value, row: percent(value, row, key))
 
 
-def lead(title: str) -> Column:
-    """A column of paired differences, "lead", in points of percent, with their standard errors."""
+def difference(key: str, title: str) -> Column:
+    """A column of differences in points of percent, beside their standard errors."""
 
     def show(value: float | None, row: Row) -> str:
-        return "" if value is None else f"{100 * value:+.1f} ± {100 * row['lead_se']:.1f}"
+        return "" if value is None else f"{100 * value:+.1f} ± {100 * row[f'{key}_se']:.1f}"
 
-    return Column("lead", title, show)
+    return Column(key, title, show)
+
+
+def lead(title: str) -> Column:
+    """The column of the model's paired leads over its baselines."""
+    return difference("lead", title)
 
 
 def number(key: str, title: str, form: str = "g") -> Column:

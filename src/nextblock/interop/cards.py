@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from nextblock.config import DataConfig, ModelConfig, pair
-from nextblock.logs import held_back
+from nextblock.logs import counted, held_back
 from nextblock.models.timm_encoder import TimmConfig
 
 CARD_FILE = "README.md"
@@ -91,11 +91,11 @@ def model_card(
         **licence,
     )
     link = f" ({provenance.license_link})" if provenance.license_link else ""
-    encoder, attention = f"{config.embed_dim} wide, {config.depth} layers", "full"
+    encoder, attention = f"{config.embed_dim} wide, {counted(config.depth, 'layer')}", "full"
     if isinstance(config, TimmConfig):
         encoder, attention = f"timm's {config.architecture}, {encoder}", "its own"
     else:
-        encoder += f", {config.num_heads} heads, patches of {config.patch_size} px"
+        encoder += f", {counted(config.num_heads, 'head')}, patches of {config.patch_size} px"
         if config.feature_attention == "causal":
             block = pair(config.block_size)
             attention = f"block-causal, blocks of {block[0]}x{block[1]} patches, {config.order} order"
@@ -120,7 +120,7 @@ Licence of the weights: {provenance.license}{link}.
 |---|---|
 | encoder | {encoder} |
 | attention of its features | {attention} |
-| image | {rows}x{columns} px, {config.in_chans} channels |
+| image | {rows}x{columns} px, {counted(config.in_chans, "channel")} |
 | shorter side resized to | {data.resize_px(config.image_size)} px |
 | validation crop | {data.val_crop} |
 | mean | {mean} |

@@ -83,7 +83,7 @@ def convert(
         "out, or write an encoder of this package to timm or onnx",
     )
     # Another origin keeps the licence; another licence drops the old one's name and link with it.
-    provenance = _provenance(found, str(src))
+    provenance = provenance_of(found, str(src))
     if origin is not None:
         provenance = replace(provenance, origin=origin)
     if license is not None:
@@ -194,7 +194,7 @@ def _num_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _provenance(found: Found, src: str) -> Provenance:
+def provenance_of(found: Found, src: str) -> Provenance:
     """Where weights come from: as a card beside them says, else by the kind of their source."""
     if found.path is None:
         return timm_provenance(src)

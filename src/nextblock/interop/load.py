@@ -54,6 +54,8 @@ from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
+from nextblock.presets import PRESETS
+from nextblock.settings import require
 
 # The model in what DeepSpeed, and Lightning with it, save as a directory.
 DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
@@ -140,6 +142,11 @@ def as_model(found: Found, origin: str, *, drop_prefix_tokens: bool = False) -> 
 
 def read(src: str | Path, options: LoadOptions) -> Found:
     """Build what `src` holds, on the CPU, in fp32 and evaluation mode; `CheckpointError` says why not."""
+    require(
+        str(src) not in PRESETS or Path(src).exists(),
+        f"{src} is a preset, not a model; train it first: nextblock pretrain --preset {src} --data.train DIR "
+        "--out RUN, and then give RUN",
+    )
     named = str(src).startswith(TIMM_SPEC)  # an unknown name is the caller's mistake, not a damaged file
     # What fails while a file is read is the file's fault, unless the caller gave settings: a ValueError is
     # then about them.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nextblock.blocks import block_orders, check_order, may_attend, patches_of_blocks, raster_mask
 from nextblock.config import Attention, ModelConfig, pair
 from nextblock.errors import UsageError
+from nextblock.logs import counted
 from nextblock.models.predictor import Predictor, join_blocks
 from nextblock.models.vit import (
     Encoded,
@@ -283,7 +284,7 @@ class NextBlockModel(nn.Module):
             raise UsageError(f"images are {images.dtype}; {why}")
         channels = self.config.in_chans
         if images.shape[1] != channels:
-            raise UsageError(f"images have {images.shape[1]} channels, the model takes {channels}")
+            raise UsageError(f"images have {counted(images.shape[1], 'channel')}, the model takes {channels}")
         # Shapes alone are looked at: they are constants of a compiled graph, and wait for no GPU.
         size = (images.shape[2], images.shape[3])
         if size == pair(self.config.image_size):

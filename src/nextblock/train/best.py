@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextblock.checkpoint import checkpoints
-from nextblock.config import Metric
 from nextblock.train.run_dir import RunDir
 
 EARLY_STOP = "early stop"
 """What ended a run whose metric no longer improved."""
 
-NAMES: dict[Metric, tuple[str, int]] = {
+NAMES: dict[str, tuple[str, int]] = {
     "knn": ("knn/top1", 1),
     "rankme": ("rankme", 1),
     "val_loss": ("val_loss", -1),
+    "top1": ("top1", 1),
 }
 """What each metric is called in metrics.jsonl, and whether high (1) or low (-1) is good."""
 
@@ -26,7 +26,7 @@ NAMES: dict[Metric, tuple[str, int]] = {
 class Best:
     """The best value of a metric among those added, all after at least one step of training."""
 
-    metric: Metric | None
+    metric: str | None
     """None: nothing is compared."""
     value: float = math.nan
     step: int = 0

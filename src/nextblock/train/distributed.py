@@ -9,12 +9,12 @@ gradients travel by NCCL.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import random
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +29,12 @@ from nextblock.errors import UsageError
 from nextblock.launch import LaunchError, World
 from nextblock.version import __version__
 
+log = logging.getLogger(__name__)
+
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for each other at the start."""
+WAIT_NOTICE = timedelta(seconds=15)
+"""After so long rank 0 says for whom it waits."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for others that are alive: they may write a checkpoint, or draw."""
 SILENT_S = 60.0
@@ -52,17 +56,20 @@ def _told(error: Exception) -> Exception:
 def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
     """Host and port of the store, and a name for this launch that another one on the same port lacks."""
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
-    launch = " ".join(sys.argv)
+    # Started by hand, ranks have no name in common but this: a program's path may differ between hosts.
+    launch = "by hand"
     if world.launcher == "torchrun":
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
         launch = "/".join([env[name] for name in names if name in env] or [launch])
     elif world.launcher == "slurm":
+        if "SLURM_JOB_ID" not in env:
+            raise DistributedError("SLURM_PROCID is set, but not SLURM_JOB_ID; unset it, or start with srun")
         launch = (
             f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_STEP_ID', 0)}-{env.get('SLURM_RESTART_COUNT', 0)}"
         )
         if host is None:
             # The first of "gpu[07-09,12],big1" is gpu07; scontrol says so as well, but containers lack it.
-            nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+            nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
             host = re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes).split(",")[0]
     elif world.launcher == "mpi":
         launch = f"mpi-{env.get('PMIX_NAMESPACE') or env.get('LSB_JOBID') or launch}"
@@ -244,6 +251,13 @@ class _Store:
         self.world = world
         host, port, launch = _meeting_point(world, os.environ)
         self.where = f"{host}:{port}"
+        try:
+            socket.getaddrinfo(host, port)
+        except OSError as error:
+            raise DistributedError(
+                f"rank {world.rank} on {socket.gethostname()} does not know the host {host}, where the "
+                "processes of this run meet; set MASTER_ADDR to a name or address of the host of rank 0"
+            ) from error
         # torchrun's agent holds a store already.
         is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
@@ -276,32 +290,55 @@ class _Store:
         self.store.set(f"hello/{self.world.rank}", json.dumps(hello))
         peers: list[dict[str, Any]] = []
         for rank in range(self.world.size):
-            try:
-                self.store.wait([f"hello/{rank}"], JOIN_TIMEOUT)
-            except RuntimeError as error:
-                raise DistributedError(
-                    f"rank {rank} of {self.world.size} did not come to {self.where} within "
-                    f"{JOIN_TIMEOUT.seconds // 60} minutes; look at its log, or at the number of processes"
-                ) from error
+            self._wait_for(rank)
             peers.append(json.loads(self.store.get(f"hello/{rank}")))
-        first = peers[0]
-        for rank, peer in enumerate(peers):
-            if peer["size"] != first["size"]:
-                raise DistributedError(
-                    f"rank {rank} on {peer['host']} was started as one of {peer['size']} processes, rank 0 "
-                    f"on {first['host']} as one of {first['size']}; is another run meeting at {self.where}?"
-                )
-            for name, version in peer["versions"].items():
-                if version != first["versions"][name]:
-                    raise DistributedError(
-                        f"rank {rank} on {peer['host']} has {name} {version}, rank 0 on {first['host']} has "
-                        f"{first['versions'][name]}; install the same everywhere"
-                    )
+            problem = self._mismatch(rank, peers[-1], peers[0]) or self._mismatch(
+                self.world.rank, hello, peers[0]
+            )
+            if problem is not None:
+                # Others find it as well, if the store does not end with this process before they have.
+                time.sleep(3 * BEAT_S)
+                raise DistributedError(problem)
         return peers
+
+    def _wait_for(self, rank: int) -> None:
+        """Wait until a rank has come, and say so if that takes long."""
+        name, deadline_s = f"hello/{rank}", time.monotonic() + JOIN_TIMEOUT.seconds
+        while not self.store.check([name]):
+            try:
+                self.store.wait([name], WAIT_NOTICE)
+            except dist.DistStoreError:
+                who = f"rank {rank} of {self.world.size}"
+                if time.monotonic() > deadline_s:
+                    raise DistributedError(
+                        f"{who} did not come to {self.where} within {JOIN_TIMEOUT.seconds // 60} minutes; "
+                        "look at its log, or at the number of processes"
+                    ) from None
+                if self.world.rank == 0:
+                    log.warning("waiting for %s at %s", who, self.where)
+
+    def _mismatch(self, rank: int, peer: dict[str, Any], first: dict[str, Any]) -> str | None:
+        if peer["size"] != first["size"]:
+            return (
+                f"rank {rank} on {peer['host']} was started as one of {peer['size']} processes, rank 0 "
+                f"on {first['host']} as one of {first['size']}; is another run meeting at {self.where}?"
+            )
+        for name, version in peer["versions"].items():
+            if version != first["versions"][name]:
+                return (
+                    f"rank {rank} on {peer['host']} has {name} {version}, rank 0 on {first['host']} has "
+                    f"{first['versions'][name]}; install the same everywhere"
+                )
+        return None
 
     def own_connection(self) -> dist.Store:
         """A second connection: a thread that waits on the first would hold it."""
         return self.store.clone()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of a wait for another process, which is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def _speaks(group: Group, problem: str) -> bool:
@@ -348,14 +385,14 @@ class _Watch(threading.Thread):
                     step = beat.split()[1] if beat else "0"
                     return f"{group.name(rank)} died or hangs; it was last heard of in step {step}"
         except RuntimeError:  # the store is gone, and with it whoever holds it
-            holder = "torchrun's agent" if "TORCHELASTIC_RUN_ID" in os.environ else group.name(0)
-            return f"{holder} died; this was in step {group.step}"
+            holder = "the launcher" if "TORCHELASTIC_RUN_ID" in os.environ else group.name(0)
+            return f"{holder} died; the same command resumes from the last checkpoint"
         return None
 
     def cause_of(self, error: Exception) -> str | None:
         """Why a wait for others failed; None if this rank failed by itself. The others learn either."""
         group, problem = self._group, None
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+        lost = is_lost(error)
         # A connection broke: whose? The one that says nothing for five seconds, while the others still beat.
         deadline_s = time.monotonic() + 8 * BEAT_S
         while lost and problem is None and time.monotonic() < deadline_s:

@@ -137,7 +137,7 @@ LINE_EVERY_S = 10.0
 LINE_LETTERS = 80
 """Without a terminal: longest line."""
 
-WORDS = {"copy_previous": "copy", "val_loss": "val", "knn/top1": "kNN"}
+WORDS = {"copy_previous": "copy", "val_loss": "val", "knn/top1": "kNN", "top1": "val top-1"}
 """Shorter names on the progress line."""
 
 
@@ -172,7 +172,7 @@ def losses_text(losses: dict[str, float], baselines: dict[str, float]) -> str:
     compare = ", ".join(f"{WORDS.get(name, name)} {loss:.2f}" for name, loss in baselines.items())
     parts = []
     for name, value in losses.items():
-        text = f"{value:.1%}" if name.startswith("knn/") else f"{value:.4f}"
+        text = f"{value:.1%}" if name.endswith("top1") else f"{value:.4f}"
         beside = f" ({compare})" if name == "loss" and compare else ""
         parts.append(f"{WORDS.get(name, name)} {text}{beside}")
     return " · ".join(parts)

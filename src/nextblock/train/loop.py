@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nextblock.atomic import writing
 from nextblock.checkpoint import prune_checkpoints
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
@@ -33,11 +35,11 @@ from nextblock.data import (
 )
 from nextblock.data.loader import NO_IMAGES
 from nextblock.errors import UsageError
-from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
 from nextblock.train.best import EARLY_STOP, Best, read_bests
 from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
+from nextblock.train.learner import MakeLearner, Sums
 from nextblock.train.loggers import Loggers, require_packages
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
@@ -54,14 +56,14 @@ from nextblock.train.runtime import (
     process_settings,
     stop_on_signals,
 )
-from nextblock.train.state import Saver, Snapshot, find_intact, write_snapshot
-from nextblock.train.trainer import Sums, Trainer
+from nextblock.train.state import Saver, find_intact, write_snapshot
+from nextblock.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 BASELINE_IMAGES = 256
 
-SHOWN = ("loss", "val_loss", "knn/top1")
+SHOWN = ("loss", "val_loss", "knn/top1", "top1")
 """What the screen shows of the measured values."""
 
 
@@ -93,7 +95,7 @@ class TrainResult:
 
     @property
     def warning(self) -> str | None:
-        """Cause and remedy if the training loss is not below that of predicting zero, or all tokens alike."""
+        """Cause and remedy if the training loss is not below that of predicting zero, or all alike."""
         return not_learned(self.losses.get("loss", math.nan), self.baselines)
 
 
@@ -106,18 +108,18 @@ def train(
     reporter: Reporter,
     overwrite: bool = False,
     group: Group = ALONE,
+    learner: MakeLearner = Trainer,
 ) -> TrainResult:
     """Train on `sources["train"]` into the run directory `out`, or resume there.
 
-    `sources["val"]`, if given, is validated on. Every process of `group` calls this alike; rank 0 alone
-    prints and writes, but for its part of a checkpoint. Raises `RunDirError` if `out` holds something else,
-    `InUseError` if another process trains there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and
-    `WriteError` if a disk is full; the last checkpoint stays. What it changes of the process (signals, seeds,
-    memory, algorithms) is put back.
+    `sources["val"]`, if given, is validated on. `learner` makes what learns, fresh or from a checkpoint.
+    Every process of `group` calls this alike; rank 0 alone prints and writes, but for its part of a
+    checkpoint. Raises `RunDirError` if `out` holds something else, `InUseError` if another process trains
+    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and `WriteError` if a disk is full; the
+    last checkpoint stays. What it changes of the process (signals, seeds, memory, algorithms) is put back.
     """
-    # All that can be refused is refused before a directory is made, or an old run removed.
+    # All that can be refused is refused before a directory is made.
     config.check_trainable()
-    check_predicts(config.model, leaks=masks_leak(config.model))
     data = config.data
     if data.normalize == "auto" and (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD):
         raise UsageError(
@@ -129,7 +131,7 @@ def train(
     run = RunDir(out)
     with ExitStack() as stack:
         stack.enter_context(process_settings(device, deterministic=config.train.deterministic))
-        # ------------------------------------------- model and optimizer, as the last checkpoint left them
+        # -------------------------------------------- model and optimizer, as the last checkpoint left them
         group.check_same({f"data.{kind}": source.fingerprint for kind, source in sources.items()})
         with group.together():
             if group.is_main:
@@ -149,7 +151,7 @@ def train(
                 device.type,
             )
         checkpoint = None if is_anew else find_intact(run.checkpoints, group)
-        trainer = Trainer(config, device, checkpoint, group)
+        trainer = learner(config, device, checkpoint, group)
 
         # -------------------------------------------------------------------- data, and durations in steps
         source, val = sources["train"], sources.get("val")
@@ -170,8 +172,7 @@ def train(
             pin_memory=device.type == "cuda",
             rank=group.rank,
             world_size=group.size,
-            # Two for each layer: attention and MLP.
-            drop_path_draws=2 * config.model.depth if config.model.drop_path else 0,
+            **trainer.loader_options,
         )
 
         def steps(duration: str) -> int:
@@ -192,12 +193,10 @@ def train(
         )
         if warmup >= total:
             log.warning(
-                "optim.warmup %s is %d steps, train.duration %s only %d: the rate never reaches its peak",
-                config.optim.warmup,
-                warmup,
-                config.train.duration,
-                total,
-            )
+                "%s %s is %d steps, %s %s only %d: the rate never reaches its peak",
+                config.flag("optim.warmup"), config.optim.warmup, warmup,
+                config.flag("train.duration"), config.train.duration, total,
+            )  # fmt: skip
         is_fitted_now = trainer.fit_targets(source)
 
         # ------------------------------------------------------------------------------------- the records
@@ -210,7 +209,7 @@ def train(
             require(
                 group.size <= loader.batch_size,
                 f"a batch of {loader.batch_size} cannot be divided among {group.size} processes; start "
-                "fewer, or raise train.batch_size",
+                f"fewer, or raise {config.flag('train.batch_size')}",
             )
             latest, metrics, quarantine = dict[str, float](), None, None
             if group.is_main:
@@ -222,14 +221,16 @@ def train(
                 # Lines after the checkpoint are dropped, as their steps are done again; of a run that
                 # begins, also those of step 0.
                 latest = run.cut_metrics(trainer.step or -1)
-                quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction)
+                setting = config.flag("data.max_bad_fraction")
+                quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction, setting)
                 loggers = None
                 if not is_over():
                     stack.enter_context(run.beating(lambda: trainer.step, total))
                     loggers = Loggers(config, run, trainer.step)
                 metrics = stack.enter_context(MetricsLog(run.metrics, loggers))
             baselines = run.baselines() if group.is_main else {}
-        latest, keeping, stopping = group.broadcast((latest, keeping, stopping))
+        latest, keeping, stopping, baselines = group.broadcast((latest, keeping, stopping, baselines))
+        first_images: list[Tensor] = []
         if not group.is_main:
             stack.enter_context(log_to_file(run.logs / f"rank_{group.rank:04d}.log"))
 
@@ -248,7 +249,7 @@ def train(
             """The step's micro-batches as they arrive; lists what is unreadable, and measures the wait."""
             # The trainer takes them from here one by one, so that workers read on while it computes. What is
             # measured is only the time in which it had nothing to compute.
-            nonlocal waited_s, baselines, failure
+            nonlocal waited_s, failure
             waited_s, samples = 0.0, 0
             share = loader.batch_size / group.size
             for number in range(1, step.num_micro_batches + 1):
@@ -260,9 +261,8 @@ def train(
                     batch, failure = NO_IMAGES, error
                 waited_s += time.perf_counter() - started_s
                 unreadable.extend(batch.bad)
-                if group.is_main and not baselines and len(batch.images):  # on the run's first images
-                    baselines = trainer.reference_losses(batch.images[:BASELINE_IMAGES])
-                    run.write_baselines(baselines)
+                if not baselines and sum(map(len, first_images)) < BASELINE_IMAGES:
+                    first_images.append(batch.images)
                 yield batch
                 samples += len(batch.images) + len(batch.bad)
                 if number < step.num_micro_batches:
@@ -275,7 +275,12 @@ def train(
 
         def check(sums: Sums) -> None:
             """List what was unreadable; end the run if it was too much, or if a rank could not read on."""
-            nonlocal is_time_to_save
+            nonlocal is_time_to_save, baselines
+            if not baselines:
+                baselines = trainer.reference_losses(first_images, BASELINE_IMAGES)
+                first_images.clear()
+                if group.is_main:
+                    run.write_baselines(baselines)
             is_time_to_save, is_failing, num_unreadable = map(bool, sums.notes)
             if not num_unreadable and not is_failing:
                 return
@@ -301,6 +306,7 @@ def train(
             is_best |= keeping.add(trainer.step, values)  # alike on all ranks, as the values are
             stopping.add(trainer.step, values)
             if metrics is not None:
+                run.check_present()
                 metrics.write(kind, trainer.step, values)
             latest.update({name: value for name, value in values.items() if math.isfinite(value)})
 
@@ -317,15 +323,14 @@ def train(
                 rank=group.rank,
                 world_size=group.size,
             )
-            measured = trainer.validation_loss(batches, lambda: stop)
+            measured = trainer.validate(batches, lambda: stop)
             reporter.busy_with = ""
             if measured is None:
-                cut_short.add("val")
-                return
-            loss, bad = measured
+                return cut_short.add("val")
+            values, bad = measured
             if bad:
                 log.warning("%d validation images cannot be read, such as %s: %s", len(bad), *bad[0][1:])
-            record("val", {"val_loss": loss, "val_bad": len(bad)})
+            record("val", {**values, "val_bad": len(bad)})
 
         def observe(*, at_start: bool = False) -> None:
             """Call the monitors whose time it is; all values or none are recorded."""
@@ -356,7 +361,9 @@ def train(
             # cannot replace the last good checkpoint.
             weights = trainer.model.state_dict().values()
             if group.any(not all(local_part(tensor).isfinite().all() for tensor in weights)):
-                raise NonFiniteError(f"weights are not finite after step {trainer.step}. {remedy(run)}")
+                raise NonFiniteError(
+                    f"weights are not finite after step {trainer.step}. {remedy(run, config)}"
+                )
             reporter.busy_with = f"the checkpoint of step {trainer.step}"
             with group.together():
                 if metrics is not None:
@@ -364,10 +371,9 @@ def train(
                     # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint
                     # without the lines up to it would leave a gap in the curve.
                     metrics.sync()
-            step, state = trainer.step, {**trainer.state(), "cut_short": sorted(cut_short)}
-            best, best_step = keeping.record(), keeping.step
+            step, best, best_step = trainer.step, keeping.record(), keeping.step
             saver.wait()
-            snapshot = Snapshot.take(trainer.model, trainer.optimizer, state, copied=saver.in_background)
+            snapshot = trainer.snapshot(sorted(cut_short), copied=saver.in_background)
 
             def write(group: Group) -> None:
                 write_snapshot(run.checkpoints, snapshot, step, group, data=data)
@@ -427,7 +433,7 @@ def train(
                     raise NonFiniteError(
                         f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {nonfinite} steps in "
                         f"a row, the last of them step {step.index}, whose first samples are {names}. "
-                        f"{remedy(run)}, or look at those images"
+                        f"{remedy(run, config)}, or look at those images"
                     )
                 elapsed_s = time.perf_counter() - started_s
                 trainer.window.add(outcome, waited_s=waited_s, elapsed_s=elapsed_s)
@@ -453,7 +459,7 @@ def train(
                     parts = zip(source.parts, seen, strict=False)
                     seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
                     shown = {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part}
-                    used = device_use(device, values["images_per_s"], config.model, group.size)
+                    used = device_use(device, values["images_per_s"], trainer.counted, group.size)
                     record("train", shown | used)
                     trainer.window = Window()
                     # Told once, until the loss falls below; in the warm-up nothing is expected yet.
@@ -462,13 +468,11 @@ def train(
                         log.warning("step %d: %s", trainer.step, warning)
                     is_behind = warning is not None
 
-                # Validation, pictures, kNN.
                 if val is not None and is_time(val_every):
                     validate()
                 observe()
 
                 # Checkpoint, unless the run is in trouble: what came before it must not be pruned away.
-                # A new best was measured on weights that are fine, as skipped steps change none.
                 is_time_to_save |= trainer.step % save_every == 0
                 if is_best or (is_time_to_save and not nonfinite):
                     save()
@@ -482,7 +486,7 @@ def train(
                 if trainer.step < total:
                     reporter.note(f"{EARLY_STOP}: {stopping}")
         received = group.gather(stop.signal.name if stop.signal is not None else None)
-        baselines, num_bad = group.broadcast((baselines, quarantine.count if quarantine else 0))
+        num_bad = group.broadcast(quarantine.count if quarantine else 0)
     stopped_by = next((name for name in received if name and not is_over()), None)
     return TrainResult(
         run_dir=out,

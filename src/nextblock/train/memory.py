@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nextblock.plan import activation_bytes
-from nextblock.train.trainer import Trainer
+from nextblock.train.learner import Learner
 
 CPU_SHARE = 0.5
 """What activations may take of the memory that is free on a machine, over all its processes."""
@@ -19,7 +19,7 @@ BYTES_PER_TRAINED = 12
 """A gradient and AdamW's two moments, fp32: not there yet before the first step."""
 
 
-def largest_micro_batch(trainer: Trainer, share: int) -> int:
+def largest_micro_batch(trainer: Learner, share: int) -> int:
     """The images of a forward pass, at most this process's `share` of a batch; the same on all ranks.
 
     Counted from the layers' shapes, see `plan.activation_bytes`. On a GPU that number is then tried, unless
@@ -58,7 +58,7 @@ def _even(share: int, most: int) -> int:
     return -(-share // passes)
 
 
-def _runs(trainer: Trainer, images: int) -> bool:
+def _runs(trainer: Learner, images: int) -> bool:
     """Whether a forward and backward pass of so many images finds the memory."""
     try:
         trainer.run_empty(images)

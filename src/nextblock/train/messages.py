@@ -5,43 +5,37 @@ from __future__ import annotations
 import math
 
 from nextblock.checkpoint import latest_checkpoint
-from nextblock.config import RunConfig, pair
+from nextblock.config import RunConfig
 from nextblock.data import TrainLoader
+from nextblock.logs import counted
+from nextblock.train.learner import Learner
 from nextblock.train.run_dir import RunDir
 from nextblock.train.runtime import device_name
-from nextblock.train.trainer import Trainer
 
 
 def opening_lines(
     config: RunConfig,
     micro: int | None,
-    trainer: Trainer,
+    trainer: Learner,
     loader: TrainLoader,
     images: int,
     total_steps: int,
     run: RunDir,
 ) -> list[str]:
     """What a run is about to do, in a few lines."""
-    model, settings, batch_size = trainer.model, config.model, loader.batch_size
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    predictor = sum(p.numel() for p in model.parameters()) - encoder
+    model, batch_size = trainer.model, loader.batch_size
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW's two, fp32
-
-    def times(numbers: tuple[int, int]) -> str:
-        return f"{numbers[0]}x{numbers[1]}"
-
     in_parts = f" (micro-batches of {micro})" if micro is not None and micro < batch_size else ""
     group = trainer.group
     processes = f"{group.size} processes ({trainer.strategy}), each on " if group.size > 1 else ""
+    parts, image = trainer.describe()
     lines = [
-        f"{processes}{device_name(trainer.device)} · {config.train.precision} · "
-        f"encoder {encoder / 1e6:.1f} M, predictor {predictor / 1e6:.1f} M parameters",
-        f"image {times(pair(settings.image_size))} px -> {times(settings.grid)} patches of "
-        f"{settings.patch_size} px -> {times(settings.block_grid)} blocks of "
-        f"{times(pair(settings.block_size))} patches",
-        f"{images:,} images, batch {batch_size:,}{in_parts} -> {loader.steps_per_epoch:,} steps an epoch, "
-        f"{total_steps:,} steps in {total_steps / loader.steps_per_epoch:,.4g} epochs",
+        f"{processes}{device_name(trainer.device)} · {config.train.precision} · {parts}",
+        image,
+        f"{counted(images, 'image')}, batch {batch_size:,}{in_parts} -> "
+        f"{counted(loader.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(total_steps, 'step')} in {total_steps / loader.steps_per_epoch:,.4g} epochs",
         f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {config.checkpoint.every} in "
         f"{run.checkpoints}, the latest {config.checkpoint.keep} kept",
     ]
@@ -49,18 +43,20 @@ def opening_lines(
 
 
 def not_learned(loss: float, references: dict[str, float]) -> str | None:
-    """Cause and remedy if a loss is not below that of predicting zero, or all tokens alike; else None."""
-    name, meaning = ("zero", "zero") if "zero" in references else ("uniform", "all tokens alike")
+    """Cause and remedy if a loss is not below that of predicting zero, or all alike; else None."""
+    name, meaning = ("zero", "zero") if "zero" in references else ("uniform", "all alike")
     if loss < references.get(name, math.inf):
         return None
     return (
         f"the loss {loss:.4f} is not below {references.get(name, math.nan):.4f}, that of predicting "
-        f"{meaning}: nothing is learned so far. Train longer, try another optim.lr, or look at the images"
+        f"{meaning}: nothing is learned so far. Train longer, try another learning rate, or "
+        "look at the images"
     )
 
 
-def remedy(run: RunDir) -> str:
+def remedy(run: RunDir, config: RunConfig) -> str:
     """What to do about weights or losses that are not finite."""
     latest = latest_checkpoint(run.checkpoints)
     saved = f"The last checkpoint, {latest}, is intact" if latest else "No checkpoint was written yet"
-    return f"{saved}. Try a lower optim.lr, a longer optim.warmup, train.precision bf16 or fp32"
+    lr, warmup, precision = map(config.flag, ("optim.lr", "optim.warmup", "train.precision"))
+    return f"{saved}. Try a lower {lr}, a longer {warmup}, {precision} bf16 or fp32"

@@ -46,8 +46,13 @@ def choose_strategy(config: RunConfig, group: Group, device: torch.device) -> St
     return "ddp" if all(group.gather(fits)) else "fsdp"
 
 
-def replicate(model: NextBlockModel, forward: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Wrap a model for DDP, ready to run the same way in its first step as in every later one."""
+def replicate(
+    model: nn.Module, forward: Any, device: torch.device, touch: Callable[[nn.Module], Tensor]
+) -> DistributedDataParallel:
+    """Wrap a model for DDP, ready to run the same way in its first step as in every later one.
+
+    `touch` gives a loss of zero that depends on every parameter.
+    """
     # Tables are the same everywhere, and centroids never change. Older releases of torch have another name.
     known = signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -59,7 +64,7 @@ def replicate(model: NextBlockModel, forward: nn.Module, device: torch.device) -
     # depend on the buckets, so a resumed run, whose first pass is another step's, would differ in the last
     # digit. Two passes over nothing, in every run, leave all steps with the final buckets.
     for _ in range(2):
-        touch(model, replicas, device).backward()
+        touch(replicas).backward()
     model.zero_grad(set_to_none=True)
     return replicas
 
@@ -119,13 +124,3 @@ def synchronised(forward: nn.Module | Callable[..., object], *, is_last: bool) -
             yield
     else:
         yield
-
-
-def touch(model: NextBlockModel, forward: Callable[..., Any], device: torch.device, count: int = 1) -> Tensor:
-    """A loss of zero that depends on every parameter: for ranks without an image, as others wait for them."""
-    config = model.config
-    rows, columns = (side * config.patch_size for side in config.grid)
-    images = torch.zeros(count, config.in_chans, rows, columns, device=device)
-    prefix = torch.zeros(count, dtype=torch.int64) if config.prefix else None
-    draws = torch.ones(count, 2 * config.depth) if config.drop_path else None
-    return 0 * forward(images, model.orders[0].cpu(), prefix, draws).loss

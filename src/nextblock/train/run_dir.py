@@ -21,6 +21,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -38,9 +39,11 @@ from nextblock.atomic import OUTPUT_MARK, RUN_FILES, WriteError, exclusive, remo
 from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.errors import UsageError
-from nextblock.settings import from_dict, to_dict
-from nextblock.train.distributed import ALONE, Group
+from nextblock.settings import from_dict, to_dict, typed
+from nextblock.train.distributed import ALONE, Group, is_lost
 from nextblock.train.runtime import device_name
+
+T = TypeVar("T", bound=RunConfig)
 
 PACKAGES = ("nextblock", "torch", "torchvision", "timm", "torchcodec", "numpy", "pillow", "safetensors")
 OTHER_FILES = (
@@ -157,7 +160,7 @@ class RunDir:
         with self._reading("config.yaml", LOST) as text:
             settings = _mapping(yaml.safe_load(text))
         try:
-            there = from_dict(RunConfig, settings)
+            there = from_dict(type(config), settings)
         except ValueError as error:
             raise RunDirError(
                 f"{self.path}/config.yaml is not of this version of nextblock: {error}; choose another --out"
@@ -170,7 +173,7 @@ class RunDir:
         # What touches no weight, such as workers, checkpoints and the place of the images, is not compared.
         if differences := config.differences(there):
             listed = "; ".join(
-                f"{name}: {old!r} there, {new!r} now" for name, (new, old) in differences.items()
+                f"{name}: {typed(old)} there, {typed(new)} now" for name, (new, old) in differences.items()
             )
             # The schedule depends on the duration, so a longer run is another run from its first step on.
             longer = (
@@ -195,7 +198,8 @@ class RunDir:
             )
         if "val" in recorded and "val" not in sources:
             raise RunDirError(
-                f"{self.path} validates on {recorded['val']['spec']!r}; name these images again: --data.val"
+                f"{self.path} validates on {recorded['val']['spec']!r}; name these images again: "
+                f"--{config.flag('data.val')}"
             )
         for kind, source in sources.items():
             then = recorded.get(kind, {})
@@ -206,8 +210,9 @@ class RunDir:
             changed = (pair for pair in parts if pair[0].fingerprint != pair[1]["fingerprint"])
             part, then = next(changed, (source, then))
             raise RunDirError(
-                f"data.{kind} {part.spec!r} has changed since this run began: {then.get('num_images')} "
-                f"images then, {len(part)} now, or other names; the order of samples would not be the same. "
+                f"{config.flag(f'data.{kind}')} {part.spec!r} has changed since this run began: "
+                f"{then.get('num_images')} images then, {len(part)} now, or other names; the order of "
+                "samples would not be the same. "
                 "Restore the images, or begin a new run with another --out"
             )
         return config
@@ -342,7 +347,8 @@ class RunDir:
             yield
             status = "finished" if step() == total_steps else "stopped"
         except BaseException as error:
-            message = " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE_LETTERS]
+            what = "another process of the run died" if is_lost(error) else str(error)
+            message = textwrap.shorten(what or type(error).__name__, MESSAGE_LETTERS, placeholder=" …")
             raise
         finally:
             is_over.set()
@@ -366,12 +372,12 @@ def _mapping(values: Any) -> dict[str, Any]:
     return values
 
 
-def recorded_config(path: Path) -> RunConfig | None:
+def recorded_config(path: Path, kind: type[T] = RunConfig) -> T | None:
     """The settings of the run in a directory; None if there is none, or none that this version reads."""
     if not RunDir(path).is_run():
         return None
     try:
-        return from_dict(RunConfig, _mapping(yaml.safe_load((path / "config.yaml").read_text("utf-8"))))
+        return from_dict(kind, _mapping(yaml.safe_load((path / "config.yaml").read_text("utf-8"))))
     except (ValueError, TypeError, yaml.YAMLError):
         return None  # `RunDir.check` says what is wrong
 

@@ -50,18 +50,21 @@ def device_name(device: torch.device) -> str:
 
 
 def device_use(
-    device: torch.device, images_per_s: float, model: ModelConfig, processes: int
+    device: torch.device, images_per_s: float, model: ModelConfig | None, processes: int
 ) -> dict[str, float]:
     """Peak memory of this process, of its GPU if it has one; TFLOP/s of the model on all devices together.
 
     With the device's 16-bit peak, if that is known, also the share of it: model-FLOPs utilisation (`mfu`).
     """
-    tflops, peak = images_per_s * step_flops(model) / 1e12, None
+    peak = None
     if device.type == "cuda":
         memory, peak = torch.cuda.max_memory_allocated(device), peak_tflops(device_name(device))
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if model is None:
+        return {"memory_gb": memory / 1e9}
+    tflops = images_per_s * step_flops(model) / 1e12
     share = {} if peak is None else {"mfu": tflops / (processes * peak)}
     return {"memory_gb": memory / 1e9, "tflops": tflops, **share}
 

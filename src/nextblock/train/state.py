@@ -41,6 +41,7 @@ from nextblock.checkpoint import (
 from nextblock.config import DataConfig
 from nextblock.interop.files import distributed_reader
 from nextblock.models import NextBlockModel
+from nextblock.models.heads import ImageClassifier
 from nextblock.train.distributed import ALONE, Group
 from nextblock.train.parallel import full_weights
 
@@ -56,25 +57,27 @@ KINDS = ("exp_avg", "exp_avg_sq", "step")
 class Snapshot(NamedTuple):
     """What a checkpoint is made of. All ranks take one; of a sharded model each has its part of `moments`."""
 
-    model: NextBlockModel
+    model: NextBlockModel | ImageClassifier
     """For its settings."""
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    """AdamW's by parameter, and what else the learner keeps."""
     state: Mapping[str, Any]
     """As JSON takes it."""
 
     @classmethod
     def take(
         cls,
-        model: NextBlockModel,
+        model: NextBlockModel | ImageClassifier,
         optimizer: torch.optim.Optimizer | None,
         state: Mapping[str, Any],
         *,
+        kept: Mapping[str, Tensor] | None = None,
         copied: bool = False,
     ) -> Snapshot:
         """Note a model and its optimizer, or copy them to main memory. All ranks must call this."""
         weights = full_weights(model)
-        moments = {} if optimizer is None else optimizer_tensors(model, optimizer)
+        moments = {} if optimizer is None else {**optimizer_tensors(model, optimizer), **(kept or {})}
         if copied:
             weights, moments = (
                 {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}

@@ -1,22 +1,19 @@
-"""What trains: model, optimizer and scaler, one optimizer step at a time, and all that a checkpoint saves."""
+"""What pre-trains: the next-block loss of a micro-batch, its divisors, its validation, its fitted targets."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from nextblock.checkpoint import MODEL_FILE, CheckpointError, read_model
-from nextblock.config import RunConfig
+from nextblock.config import RunConfig, pair
 from nextblock.data import (
     BadSample,
     Batch,
@@ -31,185 +28,73 @@ from nextblock.data import (
 )
 from nextblock.errors import UsageError
 from nextblock.interop import initialize
-from nextblock.models import NextBlockModel, Prediction
-from nextblock.optim import build_optimizer, set_lr
+from nextblock.models import NextBlockModel
+from nextblock.models.next_block import check_predicts, masks_leak
+from nextblock.optim import build_optimizer
 from nextblock.targets import KMeansTokenizer, combine, count_kept_rows, draw_prefix_lengths
 from nextblock.train.distributed import ALONE, Group
-from nextblock.train.logging import StepOutcome, Window
-from nextblock.train.parallel import choose_strategy, local_part, replicate, shard, synchronised, touch, whole
-from nextblock.train.runtime import autocast
-from nextblock.train.state import load_state
+from nextblock.train.learner import Learner
+from nextblock.train.parallel import choose_strategy, shard
 
 log = logging.getLogger(__name__)
 
 
-class Sums(NamedTuple):
-    """What the micro-batches of a step added up to, over all ranks."""
+class Trainer(Learner):
+    """A model that learns to predict next blocks: made fresh (or from `model.init`), or from a checkpoint."""
 
-    loss: float
-    images: int
-    scale: float
-    """Blocks that were planned over those that were predicted: what unreadable images make of the divisor."""
-    notes: list[float]
-    """What the ranks had to say besides, added up."""
-
-
-class Trainer:
-    """A model that learns. Made fresh (or from `model.init`), or from a checkpoint.
-
-    With several processes each holds a copy or a part of the model, and all make the same calls.
-    """
+    model: NextBlockModel
 
     def __init__(
         self, config: RunConfig, device: torch.device, checkpoint: Path | None, group: Group = ALONE
     ) -> None:
-        self.config, self.device, self.group = config, device, group
-        self.strategy = choose_strategy(config, group, device)
-        self.autocast = autocast(device, config.train.precision)
+        check_predicts(config.model, leaks=masks_leak(config.model))
+        strategy = choose_strategy(config, group, device)
 
         def make() -> NextBlockModel:
             return _fresh_model(config) if checkpoint is None else read_run_model(checkpoint)
 
-        if self.strategy == "fsdp":
-            self.model = shard(make, config, device, group)
+        if strategy == "fsdp":
+            model = shard(make, config, device, group)
         else:
             with group.together():
-                self.model = make().to(device)
-        self.model.train()
-        self.model.set_grad_checkpointing(config.train.activation_checkpointing)
-        self.model.predictor_fp32 = config.train.predictor_fp32
-        self._forward: Callable[..., Prediction] = self.model
-        if config.train.compile and self.strategy != "fsdp":
-            self._forward = torch.compile(self.model)  # type: ignore[assignment]
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self._orders = self.model.orders.cpu()  # drawn from there: no wait for a GPU in every step
-        self.step = 0
-        """Optimizer steps done."""
-        self.window = Window()
-        self.cut_short: list[str] = []
-        """What of "val" and "monitor" a signal cut short after the step of the checkpoint."""
-        if checkpoint is not None:
-            state = load_state(checkpoint, self.model, self.optimizer, group)
-            self.step = state["step"]
-            self.scaler.load_state_dict(state["scaler"])
-            self.window = Window(**state["window"])
-            self.cut_short = state["cut_short"]
+                model = make().to(device)
+        model.train()
+        model.set_grad_checkpointing(config.train.activation_checkpointing)
+        model.predictor_fp32 = config.train.predictor_fp32
+        super().__init__(config, device, group, model, build_optimizer(model, config.optim), strategy)
+        if config.train.compile and strategy != "fsdp":
+            self._forward = torch.compile(model)
+        self._orders = model.orders.cpu()  # drawn from there: no wait for a GPU in every step
+        # A hole changes each distance's number by its own ratio.
+        self.holes_differ = config.model.prefix and config.model.num_predicted_blocks > 1
+        # Two for each layer: attention and MLP.
+        self.loader_options = {"drop_path_draws": 2 * config.model.depth if config.model.drop_path else 0}
+        self.counted = config.model
+        self.resume(checkpoint)
 
-    def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs besides model and optimizer, as JSON takes it."""
-        return {"step": self.step, "scaler": self.scaler.state_dict(), "window": dict(vars(self.window))}
+    # ------------------------------------------------------------------------------------------- the loss
 
-    # ----------------------------------------------------------------------------------------------- a step
-
-    def train_step(
-        self,
-        step: Step,
-        lr: float,
-        *,
-        notes: Callable[[], Sequence[float]] = tuple,
-        check: Callable[[Sums], object] = bool,
-    ) -> StepOutcome:
-        """Make one optimizer step over the micro-batches as they arrive; non-finite ones change no weight.
-
-        `notes` are numbers that each rank adds to the sums, for which `check` is called; if that raises, no
-        weight has changed.
-        """
-        sums = self._accumulate(step, notes)
-        check(sums)
-        return self._update(sums, lr)
-
-    def _accumulate(self, step: Step, notes: Callable[[], Sequence[float]]) -> Sums:
-        """Run the micro-batches forward and backward as they arrive, then add up over ranks.
-
-        The loss is the sum over predicted blocks divided by their number in the whole batch, so that ranks
-        and micro-batches of any sizes, with or without holes, give the loss and gradient of the batch.
-        """
-        model, group = self.config.model, self.group
-        # Not before the first step, as targets may have to be fitted.
-        if self.strategy == "ddp" and not isinstance(self._forward, DistributedDataParallel):
-            with self.autocast:
-                self._forward = replicate(self.model, self._forward, self.device)  # type: ignore[arg-type]
-        batches, visits, samples = step.micro_batches, step.keys.visits.tolist(), step.keys.samples.tolist()
-        # The divisors are known before any image is, as they follow from the keys of the global batch. An
-        # unreadable image makes them too large; loss and gradient, which are linear in 1 / divisor, are
-        # rescaled once at the end, by what was planned over what was predicted.
-        planned = self._num_predicted(visits, samples)
-        if model.prefix and model.num_predicted_blocks > 1:
-            # A hole changes each distance's number by its own ratio, so no rescaling at the end is right.
-            # What is readable must be known first.
-            batches = list(batches)
-            there = [self._num_predicted(batch.visits.tolist(), batch.samples.tolist()) for batch in batches]
-            planned = [
-                int(number) for number in group.sum([sum(numbers) for numbers in zip(*there, strict=True)])
-            ]
-        # One order for all micro-batches of the step, f(seed, step): one of the model's set.
+    def _draw(self, step: Step) -> Int64[Tensor, " k"]:
+        """The order of the blocks: one of the model's set."""
         order_index = keyed_rng(self.config.seed, "block-order", step.index).integers(len(self._orders))
-        order = self._orders[int(order_index)]
-        # Summed on the device. Its value is asked for once, after the last micro-batch, as that waits.
-        loss = torch.zeros((), device=self.device)
-        images, predicted = 0, 0
-        for number, batch in enumerate(batches, start=1):
-            if len(batch.images):
-                images += len(batch.images)
-                predicted += self._num_predicted(batch.visits.tolist(), batch.samples.tolist())[0]
-            if len(batch.images) or self.strategy != "single":
-                is_last = number == step.num_micro_batches
-                loss += self._backward(batch, order, [max(1, n) for n in planned], is_last=is_last)
-        total, images, predicted, *noted = group.sum([loss.item(), images, predicted, *notes()])
-        scale = planned[0] / max(1, predicted)
-        return Sums(float(np.float32(total) * np.float32(scale)), int(images), scale, noted)
+        return self._orders[int(order_index)]
 
-    def _backward(
-        self, batch: Batch, order: Int64[Tensor, " k"], divisors: list[int], *, is_last: bool
-    ) -> Float[Tensor, ""]:
-        with synchronised(self._forward, is_last=is_last):
-            if len(batch.images):
-                images = self.to_model(batch.images)
-                with self.autocast:
-                    draws = batch.drop_path if self.config.model.drop_path else None
-                    out = self._forward(images, order, self._prefix_lengths(batch), draws)
-                # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
-                loss = combine([part.block_loss for part in out.distances], divisors)
-            else:
-                with self.autocast:
-                    loss = touch(self.model, self._forward, self.device)
-            # DDP and FSDP2 take the mean over ranks, and the divisor has counted all ranks already.
-            shared = loss if self.group.size == 1 else loss * self.group.size
-            self.scaler.scale(shared).backward()
-        return loss.detach()
-
-    def _update(self, sums: Sums, lr: float) -> StepOutcome:
-        """Rescale and clip the gradient and step, if loss and gradient are finite; else no weight changes."""
-        self.step += 1
-        set_lr(self.optimizer, lr)
-        if not sums.images:
-            self.optimizer.zero_grad(set_to_none=True)
-            return StepOutcome(0.0, 0.0, 0)
-        self.scaler.unscale_(self.optimizer)
-        if sums.scale != 1:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_([local_part(grad) for grad in grads], sums.scale)
-        limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
-        # Under a scaler, its own `step` leaves the weights alone if a gradient is infinite, and `update` then
-        # lowers the scale; so it must be called.
-        if math.isfinite(sums.loss) and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(sums.loss, grad_norm, sums.images)
-
-    def run_empty(self, count: int) -> None:
-        """A forward and backward pass of so many images without content, on this rank alone."""
+    def _loss(self, batch: Batch, drawn: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
+        images = self.to_model(batch.images)
         with self.autocast:
-            loss = touch(self.model, self.model, self.device, count)
-        loss.backward()
+            draws = batch.drop_path if self.config.model.drop_path else None
+            out = self._forward(images, drawn, self._prefix_lengths(batch), draws)
+        # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
+        return combine([part.block_loss for part in out.distances], divisors)
 
-    def is_fine(self, outcome: StepOutcome) -> bool:
-        """Whether a step was finite, or a scaler is still looking for its scale."""
-        # A scaler lowers its scale until gradients are finite; below 1 the scale is not what is wrong.
-        return outcome.is_finite(scaled=self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
+    def _touch(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
+        config = self.model.config
+        rows, columns = (side * config.patch_size for side in config.grid)
+        images = torch.zeros(count, config.in_chans, rows, columns, device=self.device)
+        prefix = torch.zeros(count, dtype=torch.int64) if config.prefix else None
+        draws = torch.ones(count, 2 * config.depth) if config.drop_path else None
+        with self.autocast:
+            return 0 * forward(images, self.model.orders[0].cpu(), prefix, draws).loss
 
     def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
         """How many blocks of each image all its tokens may attend to; None if the model has no prefix."""
@@ -218,7 +103,7 @@ class Trainer:
         visits, samples = batch.visits.tolist(), batch.samples.tolist()
         return draw_prefix_lengths(self.config.seed, visits, samples, self.config.model.num_blocks)
 
-    def _num_predicted(self, visits: list[int], samples: list[int]) -> list[int]:
+    def _counts(self, visits: list[int], samples: list[int]) -> list[int]:
         """How many blocks of these images are predicted, one number for each distance."""
         model = self.config.model
         if model.prefix:
@@ -230,23 +115,16 @@ class Trainer:
 
     # ---------------------------------------------------------------------------- evaluation, fitted targets
 
-    def to_model(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pixels as the model takes them: on its device, normalised."""
-        on_device = images.to(self.device, non_blocking=True)
-        return normalize(on_device, self.config.data.mean, self.config.data.std)
+    def reference_losses(self, own: Sequence[UInt8[Tensor, "_ c h w"]], most: int) -> dict[str, float]:
+        """The loss of predictions that need no model, by name (see `targets`), on the first `most` images.
 
-    @contextmanager
-    def looking(self) -> Iterator[NextBlockModel]:
-        """Give the model in evaluation mode without gradients."""
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.autocast:
-                yield self.model
-        finally:
-            self.model.train()
-
-    def reference_losses(self, images: UInt8[Tensor, "b c h w"]) -> dict[str, float]:
-        """The loss on these images of predictions that need no model, by name: see `targets`."""
+        `own` are this rank's; with those of the others they do not depend on ranks or micro-batches. Empty
+        if there is none.
+        """
+        found = [images for of_rank in self.group.gather(list(own)) for images in of_rank if len(images)]
+        if not found:
+            return {}
+        images = torch.cat(found)[:most]
         with self.looking() as model:
             assert model.targets is not None, "checked before training begins"
             targets = model.targets.of_blocks(self.to_model(images), model.orders[0])
@@ -275,10 +153,34 @@ class Trainer:
                     totals[0] += torch.stack([part.block_loss.cpu().double().sum() for part in out])
                     totals[1] += torch.stack([part.kept.cpu().sum() for part in out])
                 elif self.strategy == "fsdp":
-                    touch(model, model, self.device)
+                    self._touch(model)
         sums, counts = torch.tensor(self.group.sum(totals.flatten().tolist())).view(2, distances)
         bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
         return float((sums / counts).mean()), bad
+
+    def validate(
+        self, batches: Iterator[Batch], should_stop: Callable[[], object]
+    ) -> tuple[dict[str, float], list[BadSample]] | None:
+        """The validation loss."""
+        measured = self.validation_loss(batches, should_stop)
+        return None if measured is None else ({"val_loss": measured[0]}, measured[1])
+
+    def describe(self) -> tuple[str, str]:
+        """The sizes of encoder and predictor; an image's patches and blocks."""
+        settings = self.config.model
+        encoder = sum(p.numel() for p in self.model.encoder.parameters())
+        predictor = sum(p.numel() for p in self.model.parameters()) - encoder
+        image, grid, blocks, block = (
+            "{}x{}".format(*numbers)
+            for numbers in (
+                pair(settings.image_size), settings.grid, settings.block_grid, pair(settings.block_size)
+            )
+        )  # fmt: skip
+        return (
+            f"encoder {encoder / 1e6:.1f} M, predictor {predictor / 1e6:.1f} M parameters",
+            f"image {image} px -> {grid} patches of {settings.patch_size} px -> {blocks} blocks of {block} "
+            "patches",
+        )
 
     def fit_targets(self, source: Source) -> bool:
         """Fit the targets, f(seed), if they must be, and return whether they were.

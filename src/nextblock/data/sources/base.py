@@ -19,6 +19,7 @@ from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, Reduce, decode_image
 from nextblock.data.sources.names import Names, text
 from nextblock.errors import UsageError
+from nextblock.logs import counted
 
 # The class of every image, int64 (n,), and the classes' names.
 Labels = tuple[np.ndarray, tuple[str, ...]]
@@ -40,7 +41,7 @@ class Damage(NamedTuple):
     images: int
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.reason}; the {self.images} images before that are used"
+        return f"{self.shard}: {self.reason}; {counted(self.images, 'image')} before that can be used"
 
 
 class Source(ABC):

@@ -1,103 +1,116 @@
-"""The network that is fine-tuned: an encoder at its size, with a head, drop path and perhaps adapters."""
+"""The network that is fine-tuned: an encoder at its size, with a head, drop path and perhaps adapters.
+
+Adapters (LoRA, Hu et al. 2021, by peft) are on each layer's `qkv` and `proj`. timm keeps queries, keys and
+values in one matrix, so one adapter of rank r serves the three.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath
-from torch import nn
+from jaxtyping import Float
+from timm.layers import Attention
+from torch import Tensor, nn
 
-from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.config import pair
 from nextblock.data import keyed_seed
 from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
-from nextblock.evaluate.finetune.config import FinetuneConfig
-from nextblock.evaluate.finetune.lora import add_lora
-from nextblock.evaluate.settings import CROP_RATIO
-from nextblock.interop.timm import data_at, encoder_at
+from nextblock.evaluate.finetune.settings import LAYERS, FinetuneSettings
+from nextblock.interop.timm import encoder_at
 from nextblock.models import EncoderModel, NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
-from nextblock.models.timm_encoder import TimmConfig
 from nextblock.optim import layer_decay_groups
 
-__all__ = ["build_classifier", "images_for", "set_drop_path", "tuning_groups"]
+ADAPTED = r"blocks\.\d+\.attn\.(qkv|proj)"
+"""Names of the adapted maps; a bare "proj" would be the patch embedding as well."""
 
-EncoderConfig = ModelConfig | TimmConfig
+
+class MissingPeftError(RuntimeError):
+    """LoRA was asked for, and peft is not installed."""
+
+
+class KeyedDropPath(nn.Module):
+    """Drop path by numbers from outside, uniform in [0, 1), one an image; a branch below `rate` is dropped.
+
+    timm's own draws from a global generator: other ranks or micro-batches would then change the result.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        # Set before each forward pass, which a backward pass follows before the next: a layer that is
+        # recomputed there sees the same numbers.
+        self.draws: Float[Tensor, " b"] | None = None
+
+    def forward(self, branch: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Drop images' branches, and let the others grow: the expectation stays what it is without."""
+        if not self.training:
+            return branch
+        assert self.draws is not None
+        return branch * (self.draws >= self.rate).to(branch.dtype).div(1 - self.rate)[:, None, None]
 
 
 def build_classifier(
-    model: EncoderModel, config: FinetuneConfig, class_names: Sequence[str]
+    model: EncoderModel, settings: FinetuneSettings, class_names: Sequence[str]
 ) -> ImageClassifier:
-    """A classifier ready to be trained: head and adapters are f(seed), what stays frozen takes no gradient.
+    """A classifier ready to be trained, on the CPU: a copy of the encoder, with head and adapters f(seed).
 
-    Of our own models the encoder alone, at the image size and for the attention that is asked for: it becomes
-    one of that size, whose native attention that is. Raises `ValueError` for what an encoder cannot do.
+    The encoder of our own models takes the image size and attention that are asked for, which become its own.
+    Raises `UsageError` for what an encoder cannot do.
     """
-    encoder_model = _encoder_of(model, config)
-    head_config = _head_config(encoder_model, config, len(class_names))
-    with seeded(keyed_seed(config.seed, "fine-tuning head")):
+    encoder_model = _encoder_of(copy.deepcopy(model).cpu(), settings).requires_grad_(requires_grad=True)
+    depth = encoder_model.config.depth
+    head_config = HeadConfig(
+        kind=settings.head,
+        num_classes=len(class_names),
+        layers=last_layers(min(settings.layers or LAYERS[settings.head], depth), depth),
+        norm_layers=settings.head_norm == "layer",
+        batch_norm=settings.head_norm == "batch",
+        num_heads=settings.attentive_heads or 16,
+        tokens=settings.tokens,
+    )
+    with seeded(keyed_seed(settings.seed, "fine-tuning head")):
         classifier = ImageClassifier(encoder_model, head_config, class_names)
-    set_drop_path(encoder_model.encoder, config.actual_drop_path)
-    if config.activation_checkpointing:
-        _recompute(encoder_model)
-    if config.uses_lora:
-        rank = config.lora.rank
-        assert rank
-        add_lora(
-            encoder_model.encoder,
-            rank=rank,
-            alpha=rank if config.lora.alpha is None else config.lora.alpha,
-            dropout=config.lora.dropout,
-            seed=keyed_seed(config.seed, "adapters"),
-        )
+    encoder: Any = encoder_model.encoder
+    set_drop_path(encoder, settings.decay_and_drop_path[1])
+    if settings.activation_checkpointing:
+        (encoder_model if isinstance(encoder_model, NextBlockModel) else encoder).set_grad_checkpointing(True)
+    if settings.lora.rank:
+        add_lora(encoder, settings)
     return classifier
 
 
-def images_for(
-    data: DataConfig, before: EncoderConfig, after: EncoderConfig, config: FinetuneConfig
-) -> DataConfig:
-    """How images are cut: as for the model `before`, the same share of the picture at another size."""
-    if isinstance(before, ModelConfig) and isinstance(after, ModelConfig):
-        data = data_at(data, before, after)
-    return replace(
-        data,
-        crop_scale=config.actual_crop_scale,
-        crop_ratio=CROP_RATIO,
-        flip=data.flip if config.flip is None else config.flip,
-    )
-
-
-def tuning_groups(classifier: ImageClassifier, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """The optimizer's groups: layer i of L learns at decay^(L + 1 - i) of the rate, norm and head at all."""
-    depth = classifier.encoder_model.config.depth
-    blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())
-    if config.actual_layer_decay != 1 and len(blocks) != depth:
+def _encoder_of(model: EncoderModel, settings: FinetuneSettings) -> EncoderModel:
+    if isinstance(model, NextBlockModel):
+        try:
+            return encoder_at(model, settings.image_size, settings.attention)
+        except ValueError as error:  # the same, by the settings of this command
+            message = str(error).replace("model.image_size", "image_size")
+            raise UsageError(message.replace("another patch_size or block_size", "attention full")) from error
+    name = model.config.architecture
+    if settings.attention == "causal":
+        raise UsageError(f"{name} was not trained with a causal mask; use attention native or full")
+    if settings.image_size is not None and pair(settings.image_size) != model.config.image_size:
         raise UsageError(
-            f"layer_decay is {config.actual_layer_decay:g}, but this encoder does not name its layers "
-            "blocks; set layer_decay 1"
+            f"image_size is {settings.image_size}, and timm builds {name} at {model.config.image_size}; give "
+            "the size with the name: timm:NAME,img_size=N"
         )
-    return layer_decay_groups(
-        classifier,
-        config.weight_decay,
-        config.actual_layer_decay,
-        partial(_layer_of, top=depth + 1),
-        depth + 1,
-    )
+    return model
 
 
 def set_drop_path(encoder: nn.Module, rate: float) -> None:
     """Give a timm encoder's layers this drop path, from 0 at the first to `rate` at the last.
 
-    Raises `ValueError` where layers have none and a rate is asked for.
+    Raises `UsageError` if layers have none and a rate is asked for.
     """
     blocks: list[Any] = list(getattr(encoder, "blocks", ()))
-    if not blocks or not all(
-        hasattr(block, "drop_path1") and hasattr(block, "drop_path2") for block in blocks
-    ):
+    names = ("drop_path1", "drop_path2")
+    if not blocks or not all(hasattr(block, name) for block in blocks for name in names):
         if rate:
             raise UsageError(
                 f"drop_path is {rate:g}, but the layers of this {type(encoder).__name__} have no place for "
@@ -106,55 +119,21 @@ def set_drop_path(encoder: nn.Module, rate: float) -> None:
         return
     for i, block in enumerate(blocks):
         its_rate = rate * i / max(1, len(blocks) - 1)
-        for name in ("drop_path1", "drop_path2"):
-            setattr(block, name, DropPath(its_rate) if its_rate else nn.Identity())
+        for name in names:
+            setattr(block, name, KeyedDropPath(its_rate) if its_rate else nn.Identity())
 
 
-# ---------------------------------------------------------------------------------------------------- parts
-
-
-def _encoder_of(model: EncoderModel, config: FinetuneConfig) -> EncoderModel:
-    if isinstance(model, NextBlockModel):
-        return _sized(model, config)
-    if config.attention == "causal":
+def tuning_groups(classifier: ImageClassifier, settings: FinetuneSettings) -> list[dict[str, Any]]:
+    """The optimizer's groups: layer i of L learns at decay^(L + 1 - i) of the rate, norm and head at all."""
+    depth = classifier.encoder_model.config.depth
+    blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())
+    decay, _ = settings.decay_and_drop_path
+    if decay != 1 and len(blocks) != depth:
         raise UsageError(
-            f"{model.config.architecture} was not trained with a causal mask; use attention native or full"
+            f"layer_decay is {decay:g}, but this encoder does not name its layers blocks; set layer_decay 1"
         )
-    if config.image_size is not None and pair(config.image_size) != model.config.image_size:
-        raise UsageError(
-            f"image_size is {config.image_size}, and timm builds {model.config.architecture} at "
-            f"{model.config.image_size}; give the size with the name: timm:NAME,img_size=N"
-        )
-    return model
-
-
-def _sized(model: NextBlockModel, config: FinetuneConfig) -> NextBlockModel:
-    try:
-        return encoder_at(model, config.image_size, config.attention)
-    except ValueError as error:  # the same, by the settings of this command
-        message = str(error).replace("model.image_size", "image_size")
-        raise UsageError(message.replace("another patch_size or block_size", "attention full")) from error
-
-
-def _head_config(model: EncoderModel, config: FinetuneConfig, num_classes: int) -> HeadConfig:
-    depth = model.config.depth
-    return HeadConfig(
-        kind=config.head,
-        num_classes=num_classes,
-        layers=last_layers(min(config.actual_layers, depth), depth),
-        norm_layers=config.head_norm == "layer",
-        batch_norm=config.head_norm == "batch",
-        num_heads=config.actual_attentive_heads,
-        tokens=config.tokens,
-    )
-
-
-def _recompute(model: EncoderModel) -> None:
-    if isinstance(model, NextBlockModel):
-        model.set_grad_checkpointing()
-    else:
-        encoder: Any = model.encoder
-        encoder.set_grad_checkpointing(True)
+    layer_of = partial(_layer_of, top=depth + 1)
+    return layer_decay_groups(classifier, settings.weight_decay, decay, layer_of, depth + 1)
 
 
 def _layer_of(name: str, *, top: int) -> int:
@@ -164,3 +143,50 @@ def _layer_of(name: str, *, top: int) -> int:
         return top
     block = re.match(r"blocks\.(\d+)\.", part)
     return 0 if block is None else int(block[1]) + 1
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def add_lora(encoder: nn.Module, settings: FinetuneSettings) -> None:
+    """Put adapters on a timm encoder's attention, in place, and freeze all but them.
+
+    At first they add nothing. Raises `UsageError` for attention of other kinds, which may use the weights of
+    `qkv` without calling it, and `MissingPeftError` if peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPeftError(
+            f"lora.rank needs peft, which cannot be imported ({error}); "
+            "pip install peft, or train the whole network (lora.rank 0)"
+        ) from error
+    blocks: Any = getattr(encoder, "blocks", ())
+    attention = [getattr(block, "attn", None) for block in blocks]
+    if not attention or not all(isinstance(one, Attention) for one in attention):
+        raise UsageError(
+            f"LoRA is for the attention of timm's VisionTransformer, and this {type(encoder).__name__} has "
+            "another kind; train the whole network (lora.rank 0)"
+        )
+    rank, alpha = settings.lora.rank or 0, settings.lora.alpha
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type] # a number will do
+        lora_dropout=settings.lora.dropout,
+        target_modules=ADAPTED,
+    )
+    with seeded(keyed_seed(settings.seed, "adapters")):
+        peft.LoraModel(encoder, config, "default")  # type: ignore[arg-type] # any module will do
+    adapted = [name for name, _ in encoder.named_modules() if name.endswith("lora_A")]
+    assert len(adapted) == 2 * len(attention), adapted
+
+
+def merge_lora(encoder: nn.Module) -> None:
+    """Add the adapters to the weights they are on, and remove them: the same function, without peft."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {name: part for name, part in encoder.named_modules() if isinstance(part, BaseTunerLayer)}
+    for name, adapter in found.items():
+        adapter.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(encoder.get_submodule(parent), child, adapter.get_base_layer())

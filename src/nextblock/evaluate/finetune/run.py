@@ -1,351 +1,409 @@
-"""Fine-tuning: encoder and head trained together on labels, whole or by adapters.
+"""Fine-tuning: encoder and head trained together on labels, by the engine that pre-trains.
 
-OUT/settings.json        what this result is made from, written first
-    state/state.pt       what is needed to go on; removed at the end
-    metrics.jsonl        one JSON object an epoch, and one of each measuring on val
-    quarantine.jsonl     images that could not be read; while it trains, those to train on
-    classifier/          the classifier, as `nextblock.load` reads it
-    finetune.md, .json   the result, written last
+OUT/finetune.json, .md, .csv   the result
+    classifier/                the classifier, as `nextblock.load` reads it
+    model/, scratch/           the runs: config.yaml, metrics.jsonl, checkpoints (until the result is written)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import shutil
-import time
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+from jaxtyping import Float, Int64
+from safetensors.torch import load_file
+from timm.data.mixup import Mixup, mixup_target
+from timm.utils import ModelEmaV3
+from torch import Tensor
 
-from nextblock.atomic import write_aside, write_text
-from nextblock.checkpoint import STATE_FILE, load_state, save_classifier
-from nextblock.config import DataConfig, pair
-from nextblock.data import (
-    BadSample,
-    QuarantineLog,
-    Source,
-    Step,
-    TooManyBadImages,
-    TrainLoader,
-    resolve_workers,
-)
-from nextblock.data.transforms import Crop, EvalCrop, TimmCrop
-from nextblock.evaluate.directories import make_directory
-from nextblock.evaluate.features import check_bad, open_model
-from nextblock.evaluate.finetune.config import FinetuneConfig
-from nextblock.evaluate.finetune.model import build_classifier, images_for
-from nextblock.evaluate.finetune.report import (
-    FinetuneResult,
-    FinetuneRow,
-    Split,
-    WeightsName,
-    finetune_markdown,
-    result_from_dict,
-)
-from nextblock.evaluate.finetune.train import FineTuner, Measured, measure_classifier
-from nextblock.evaluate.results import identity_of, refuse_other_result
-from nextblock.evaluate.sources import check_classes, hold_out_test, open_labelled, part_of
-from nextblock.evaluate.unreadable import QUARANTINE, in_whole, report_unreadable, whole_of
+from nextblock.atomic import remove
+from nextblock.checkpoint import MODEL_FILE, save_classifier
+from nextblock.config import pair
+from nextblock.data import BadSample, Batch, QuarantineLog, Step, eval_batches, keyed_seed, resolve_workers
+from nextblock.data.sources import SubsetSource
+from nextblock.data.transforms import EvalCrop, TimmCrop, seeded_globally
+from nextblock.errors import UsageError
+from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, evaluation
+from nextblock.evaluate.features import check_bad, untrained
+from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups
+from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, TunedModel
+from nextblock.evaluate.metrics import Measures, Tally
+from nextblock.evaluate.results import weights_digest
+from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
+from nextblock.evaluate.tables import Column, count, lead, number, share
 from nextblock.models import EncoderModel
 from nextblock.models.heads import ImageClassifier
-from nextblock.settings import Duration, to_dict
-from nextblock.train import NonFiniteError, Reporter, RunDir, Tick
-from nextblock.train.logging import MetricsLog, StepOutcome, Window
-from nextblock.train.runtime import autocast, choose_device, process_settings, stop_on_signals
+from nextblock.settings import from_dict, require
+from nextblock.train import Reporter, train
+from nextblock.train.distributed import Group
+from nextblock.train.learner import Learner
+from nextblock.train.run_dir import recorded_config
+from nextblock.train.runtime import autocast, seed_device
+from nextblock.train.state import OPTIMIZER_FILE
 
-__all__ = ["finetune", "finetune_model"]
-
-log = logging.getLogger(__name__)
-
-SETTINGS, RESULT, STATE, CLASSIFIER = "settings.json", "finetune.json", "state", "classifier"
-CONFUSION = "confusion.png"
-"""Drawn by who has the result."""
-OURS = (RESULT, STATE, CLASSIFIER, CONFUSION, "finetune.md", "metrics.jsonl", QUARANTINE)
-"""What may lie in OUT besides `SETTINGS`, and without it is not of fine-tuning."""
-NONFINITE_LIMIT = 5
-"""Steps in a row whose loss or gradient is not finite, after which training stops."""
+SCRATCH = "from scratch"
+RUNS = {MODEL: "model", SCRATCH: "scratch"}
+"""The rows, and their runs in OUT."""
 
 
-class Sources(NamedTuple):
-    """Images to train on, and those to measure on, by split, test the last."""
-
-    train: Source
-    measured: dict[Split, Source]
+# ------------------------------------------------------------------------------------------------ learning
 
 
-def finetune(config: FinetuneConfig, reporter: Reporter) -> FinetuneResult:
-    """Fine-tune as the settings say, or go on where the same command stopped; the result stands in `out`.
+class FineTuner(Learner):
+    """A classifier that learns, as a whole or by what `requires_grad`; perhaps with an average of it."""
 
-    Raises `ValueError` where `out` holds another result, where labels are missing, where the sources' classes
-    differ, or where the encoder cannot do what is asked; `TooManyBadImages`, `NonFiniteError`.
-    """
-    model, data = open_model(config)
-    return finetune_model(model, config, _open_sources(config, data), data, reporter)
-
-
-def finetune_model(
-    model: EncoderModel, config: FinetuneConfig, sources: Sources, data: DataConfig, reporter: Reporter
-) -> FinetuneResult:
-    """The same of an open model and open sources; `data` says how images were cut for the model."""
-    device = choose_device(config.device)
-    autocast(device, config.precision)  # refuses what the device cannot do
-    check_classes(sources.train, sources.measured.values())
-    out = Path(config.out)
-    identity = identity_of(config, model, data, {"train": sources.train, **sources.measured})
-    ours = OURS if (out / SETTINGS).is_file() else ()
-    refuse_other_result(out, SETTINGS, identity, ours, overwrite=config.overwrite)
-    if (out / RESULT).is_file() and not config.overwrite:
-        reporter.note(f"{out} is complete; --overwrite does it again")
-        return result_from_dict(json.loads((out / RESULT).read_text(encoding="utf-8")))
-    with process_settings(device, deterministic=config.deterministic):
-        classifier = build_classifier(model, config, sources.train.class_names)
-        data = images_for(data, model.config, classifier.encoder_model.config, config)
-        loop = _Loop(out, classifier, config, sources, data, device, anew=config.overwrite)
-        _begin(out, identity, overwrite=config.overwrite)
-        stopped_by = loop.run(reporter)
-        if stopped_by is not None:
-            return loop.result((), {}, stopped_by)
-        return _conclude(loop, identity)
-
-
-def _begin(out: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
-    """Write what the result is made from; with `overwrite`, once the other one is removed."""
-    for name in (SETTINGS, *OURS) if overwrite else ():
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    make_directory(out)
-    write_text(out / SETTINGS, json.dumps(identity, indent=2) + "\n")
-
-
-def _conclude(loop: _Loop, identity: dict[str, Any]) -> FinetuneResult:
-    """Measure what was trained, and write it with its result."""
-    out, kept = loop.out, loop.tuner.finish()
-    rows: list[FinetuneRow] = []
-    bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = {}
-    # Merged adapters round otherwise than those that were measured in the last epoch.
-    known = {} if loop.config.uses_lora else loop.last_watched
-    for split, source in loop.sources.measured.items():
-        for weights, classifier in kept.items():
-            found = known.get(weights) if source is loop.watched else None
-            found = found or loop.measure(classifier, source)
-            rows.append(FinetuneRow(split=split, weights=weights, measures=found.measures))
-            bad[split] = (source, found.bad)
-    result = loop.result(tuple(rows), {split: len(found) for split, (_, found) in bad.items()}, None)
-    save_classifier(out / CLASSIFIER, list(kept.values())[-1], data=loop.data)
-    page = finetune_markdown(result, identity, out / CLASSIFIER, batch_size=loop.loader.batch_size)
-    write_text(out / "finetune.md", page)
-    write_text(out / RESULT, json.dumps({**identity, **to_dict(result)}, indent=2) + "\n")
-    # Not before: who goes on takes what the list names for images to train on.
-    report_unreadable(out, {"train": (whole_of(loop.sources.train), loop.quarantine.bad), **bad})
-    shutil.rmtree(out / STATE, ignore_errors=True)
-    return result
-
-
-def _open_sources(config: FinetuneConfig, data: DataConfig) -> Sources:
-    """What to train and to measure on; without labels there is nothing to do."""
-    others: dict[Split, str | None] = {"val": config.val, "test": config.test}
-    train, given = open_labelled(config.train, others, data)
-    if given:
-        return Sources(train, given)
-    kept, held = hold_out_test(train, config.seed)
-    return Sources(part_of(train, kept), {"held-out": part_of(train, held)})
-
-
-class _Loop:
-    """Training and what surrounds it: the loader, the records, the state on disk."""
+    model: ImageClassifier
+    config: TuneConfig
 
     def __init__(
         self,
-        out: Path,
-        classifier: ImageClassifier,
-        config: FinetuneConfig,
-        sources: Sources,
-        data: DataConfig,
+        config: TuneConfig,
         device: torch.device,
+        checkpoint: Path | None,
+        group: Group,
         *,
-        anew: bool,
+        make: Callable[[], ImageClassifier],
+        labels: Mapping[str, Int64[np.ndarray, " n"]],
     ) -> None:
-        self.out, self.config, self.sources, self.data = out, config, sources, data
-        self.image_size = pair(classifier.encoder_model.config.image_size)
-        self.trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-        self.parameters = sum(p.numel() for name, p in classifier.named_parameters() if "lora_" not in name)
-        self.labels = torch.from_numpy(sources.train.labels)
-        watched = [source for split, source in sources.measured.items() if split != "test"]
-        self.watched = watched[0] if watched else None
-        """What is measured on after epochs."""
-        self.last_watched: dict[WeightsName, Measured] = {}
-        """What was found there the last time."""
-        saved = load_state(out / STATE) if (out / STATE).is_dir() and not anew else None
-        self.loader = self._loader(0 if saved is None else saved["step"], device)
-        self.tuner = FineTuner(
-            classifier, config, data, steps_per_epoch=self.loader.steps_per_epoch, device=device
-        )
-        if saved is not None:
-            self.tuner.restore(saved)
-        self._nonfinite = 0
-        self._saved_step, self._saved_at_s = self.tuner.step, time.monotonic()
-        saving = Duration.parse(config.save_every, allow=("ep", "st", "sa", "min"))
-        self._save_s = saving.value * 60 if saving.unit == "minutes" else None
-        self._save_steps = None if self._save_s is not None else max(1, self._steps(saving))
+        settings = self.settings = config.finetune
+        with group.together():
+            if group.size > 1 and settings.head_norm == "batch":
+                raise UsageError(
+                    "head_norm batch would take its statistics from each process's part of the batch; use "
+                    "head_norm layer, or one process"
+                )
+            model = make()
+            stored = {} if checkpoint is None else load_file(checkpoint / MODEL_FILE)
+            model.load_state_dict(stored or model.state_dict())
+            model.to(device).train()
+            groups = tuning_groups(model, settings)
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        super().__init__(config, device, group, model, optimizer, "single" if group.size == 1 else "ddp")
+        self.labels = {purpose: torch.from_numpy(one) for purpose, one in labels.items()}
+        self.averaged: ModelEmaV3 | None = None
+        if settings.ema_decay is not None:
+            self.averaged = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)
+        blocks: Any = getattr(model.encoder_model.encoder, "blocks", ())
+        paths = [getattr(block, name, None) for block in blocks for name in ("drop_path1", "drop_path2")]
+        self._paths = [(i, path) for i, path in enumerate(paths) if isinstance(path, KeyedDropPath)]
+        crop = {"none": EvalCrop, "timm": TimmCrop}.get(settings.augment)
+        size = config.model.image_size
+        self.loader_options = {
+            "crop": crop and crop(data=config.data, image_size=size, seed=config.seed),
+            "drop_path_draws": len(paths) if self._paths else 0,
+            "unit": 2 if settings.mixes else 1,  # a pair that is mixed is on one rank, in one micro-batch
+        }
+        self.resume(checkpoint)
+        if checkpoint is not None and self.averaged is not None:
+            kept, average = load_file(checkpoint / OPTIMIZER_FILE), self.averaged.module
+            average.load_state_dict({name: kept[f"averaged/{name}"] for name in average.state_dict()})
 
-    def run(self, reporter: Reporter) -> str | None:
-        """Train to the end; gives the signal that asked to stop before it, if one did."""
-        tuner = self.tuner
-        records = RunDir(self.out)
-        records.cut_metrics(tuner.step or -1)  # what was written after the state will be written again
-        self.quarantine = QuarantineLog(
-            records.quarantine, len(whole_of(self.sources.train)), self.data.max_bad_fraction
-        )
-        with (
-            stop_on_signals() as stop,
-            reporter,
-            MetricsLog(records.metrics, None) as metrics,
-        ):
-            reporter.begin(tuner.step, tuner.total_steps)
-            steps = iter(self.loader)
-            while tuner.step < tuner.total_steps and not stop:
-                started_s = time.perf_counter()
-                step = next(steps)
-                waited_s = time.perf_counter() - started_s
-                lr = tuner.lr
-                outcome = self._learn(step)
-                tuner.window.add(outcome, waited_s=waited_s, elapsed_s=time.perf_counter() - started_s)
-                reporter.update(self._tick(lr))
-                if tuner.step % self.loader.steps_per_epoch == 0:
-                    self._end_epoch(metrics, lr)
-                self._save_if_due()
-            self._save()
-        is_cut = tuner.step < tuner.total_steps
-        return stop.signal.name if stop.signal is not None and is_cut else None
+    @property
+    def tuned(self) -> ImageClassifier:
+        """What is measured and kept: the average if there is one."""
+        return self.model if self.averaged is None else self.averaged.module  # type: ignore[return-value]
 
-    def measure(self, classifier: ImageClassifier, source: Source) -> Measured:
-        """Measure on a source; `TooManyBadImages` where too many of it cannot be read."""
-        found = measure_classifier(
-            classifier,
-            source,
-            self.data,
-            image_size=self.image_size,
-            batch_size=self.config.encode_batch_size,
-            precision=self.config.precision,
-        )
-        of_train = self.quarantine.count if whole_of(source) is whole_of(self.sources.train) else 0
-        check_bad(found.bad, source, self.data, besides=of_train)
-        return found
+    def kept(self) -> Mapping[str, Tensor]:
+        """The average."""
+        average = {} if self.averaged is None else self.averaged.module.state_dict()
+        return {f"averaged/{name}": tensor for name, tensor in average.items()}
 
-    def result(
-        self, rows: tuple[FinetuneRow, ...], bad: dict[str, int], stopped_by: str | None
-    ) -> FinetuneResult:
-        """What was found so far."""
-        return FinetuneResult(
-            rows=rows,
-            class_names=self.sources.train.class_names,
-            train_images=len(self.sources.train),
-            bad_images={"train": self.quarantine.count, **bad},
-            step=self.tuner.step,
-            total_steps=self.tuner.total_steps,
-            trained_parameters=self.trained,
-            parameters=self.parameters,
-            stopped_by=stopped_by,
+    def describe(self) -> tuple[str, str]:
+        """What is trained, and on what."""
+        (rows, columns), head = pair(self.config.model.image_size), self.model.head_config
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        what = f"adapters of rank {self.settings.lora.rank}" if self.settings.lora.rank else "whole network"
+        return (
+            f"{what} and {head.kind} head, {trained / 1e6:.2f} of {parameters / 1e6:.2f} M parameters",
+            f"image {rows}x{columns} px -> {count(head.num_classes, 'class', 'classes')}",
         )
 
-    # --------------------------------------------------------------------------------------------- its parts
+    # ------------------------------------------------------------------------------------------- the loss
 
-    def _learn(self, step: Step) -> StepOutcome:
-        (batch,) = step.micro_batches  # the tuner cuts it, once images are mixed over the whole batch
-        for bad in batch.bad:
-            self._note_bad(bad)
-        outcome = self.tuner.learn(batch.images, self.labels[batch.samples])
-        scaler = self.tuner.scaler
-        if outcome.is_finite(scaled=scaler.is_enabled() and scaler.get_scale() >= 1):
-            self._nonfinite = 0
-            return outcome
-        self._nonfinite += 1
-        log.warning("step %d: loss %s, gradient norm %s; weights left as they are", step.index, *outcome[:2])
-        if self._nonfinite >= NONFINITE_LIMIT:
-            raise NonFiniteError(
-                f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {NONFINITE_LIMIT} steps in a "
-                f"row, the last of them step {step.index}; try a lower lr, a longer warmup_epochs, or "
-                "precision bf16 or fp32; if it was so from the first step, look at the model's weights"
+    def _counts(self, visits: list[int], samples: list[int]) -> list[int]:  # noqa: ARG002
+        return [len(samples)]
+
+    def _loss(self, batch: Batch, drawn: Step, divisors: list[int]) -> Float[Tensor, ""]:
+        images, settings = batch.images, self.settings
+        if self.model.head_config.batch_norm and len(images) == 1:  # of which there are no statistics
+            return 0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[return-value]
+        # timm's crops come as floats, normalised.
+        images = images.to(self.device) if images.is_floating_point() else self.to_model(images)
+        labels = self.labels["train"][batch.samples].to(self.device)
+        pairs = {sample: place // 2 for place, sample in enumerate(drawn.keys.samples.tolist())}
+        mixed = mix(images, labels, [pairs[sample] for sample in batch.samples.tolist()], settings,
+            num_classes=self.model.head_config.num_classes,
+            seed=keyed_seed(self.config.seed, "mixing", drawn.index),
+        )  # fmt: skip
+        for place, path in self._paths:
+            path.draws = batch.drop_path[mixed.order, place].to(self.device)
+        if settings.lora.dropout:
+            # Third-party dropout draws from the global generator, so unlike all else it depends on how the
+            # batch is cut. The run has its own generator, which is put back at its end.
+            first = int(batch.samples[0])
+            seed_device(keyed_seed(self.config.seed, "dropout", drawn.index, first), self.device)
+        with self.autocast:
+            logits = self._forward(mixed.images)
+        return F.cross_entropy(logits.float(), mixed.targets, reduction="sum") / divisors[0]
+
+    def _touch(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
+        model = self.config.model
+        images = torch.zeros(count, model.in_chans, *pair(model.image_size), device=self.device)
+        for _, path in self._paths:
+            path.draws = torch.ones(count, device=self.device)
+        with self.autocast:
+            return 0 * forward(images).float().sum()
+
+    def _stepped(self) -> None:
+        if self.averaged is not None:
+            self.averaged.update(self.model, self.step)
+
+    # ------------------------------------------------------------------------------------------ measuring
+
+    def reference_losses(self, own: Sequence[Tensor], most: int) -> dict[str, float]:  # noqa: ARG002
+        """The loss of finding all classes equally likely, whatever the label smoothing."""
+        return {"uniform": math.log(self.model.head_config.num_classes)}
+
+    def validate(
+        self, batches: Iterator[Batch], should_stop: Callable[[], object]
+    ) -> tuple[dict[str, float], list[BadSample]] | None:
+        """Accuracy and loss."""
+        found = self.measure(batches, self.labels["val"], lambda: self.group.any(should_stop()))
+        if found is None:
+            return None
+        values = found[0].row()
+        shown = {name: values[name] for name in ("top1", "top5", "balanced", "calibration_error")}
+        return {**shown, "val_loss": values["loss"]}, found[1]
+
+    @torch.no_grad()
+    def measure(
+        self, batches: Iterator[Batch], labels: Int64[Tensor, " n"], should_stop: Callable[[], object]
+    ) -> tuple[Measures, list[BadSample]] | None:
+        """Measure on a rank's share of a source; all ranks learn all. None if `should_stop`, asked alike."""
+        classifier, bad = self.tuned, list[BadSample]()
+        tally = Tally(self.model.head_config.num_classes)
+        was_training = classifier.training
+        classifier.eval()
+        for batch in batches:
+            bad += batch.bad
+            if should_stop():
+                classifier.train(was_training)
+                return None
+            if len(batch.images):
+                with self.autocast:
+                    logits = classifier(self.to_model(batch.images))
+                tally.add(logits.float(), labels[batch.samples])
+        classifier.train(was_training)
+        tallies = self.group.gather(tally)
+        bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
+        return Tally.joined(tallies).measures(), bad
+
+
+class Mixed(NamedTuple):
+    """Images, for each how much it is of which class, and which rows of the batch they were."""
+
+    images: Float[Tensor, "b c h w"]
+    targets: Float[Tensor, "b classes"]
+    order: list[int]
+
+
+def mix(
+    images: Float[Tensor, "b c h w"],
+    labels: Int64[Tensor, " b"],
+    pairs: list[int],
+    settings: FinetuneSettings,
+    *,
+    num_classes: int,
+    seed: int,
+) -> Mixed:
+    """Mix the two images of each pair, and their labels, by timm's mixup and cutmix, a function of `seed`.
+
+    Neighbours with the same number in `pairs` are a pair; one whose partner is unreadable is left alone.
+    Labels are smoothed. Global generators are as before.
+    """
+    firsts = [i for i in range(len(pairs) - 1) if pairs[i] == pairs[i + 1]] if settings.mixes else []
+    both = [*firsts, *(i + 1 for i in reversed(firsts))]
+    alone = sorted({*range(len(pairs))} - {*both})
+    targets = mixup_target(labels[alone], num_classes, smoothing=settings.label_smoothing)
+    if not firsts:
+        return Mixed(images, targets, alone)
+    # timm mixes image i with the i-th from the end: the seconds of the pairs follow in reverse.
+    mixer = Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.label_smoothing,
+        num_classes=num_classes,
+    )
+    with seeded_globally(seed):
+        mixed_images, mixed_targets = mixer(images[both], labels[both])
+    return Mixed(
+        torch.cat([mixed_images, images[alone]]), torch.cat([mixed_targets, targets]), [*both, *alone]
+    )
+
+
+# ----------------------------------------------------------------------------------------- the evaluation
+
+COLUMNS = (
+    Column("encoder", "weights"),
+    Column("split", "measured on"),
+    number("images", "images", ",d"),
+    share("top1", "top-1 %"),
+    share("top5", "top-5 %"),
+    share("balanced", "balanced %"),
+    share("calibration_error", "ECE %"),
+    lead("the model's lead"),
+)
+
+
+def finetune(*, reporter: Reporter | None = None, **settings: Any) -> Result:
+    """Train encoder and head together; `settings` are the fields of `FinetuneSettings`.
+
+    Rows: encoder ("model", "from scratch"), split, images, top1 with its standard error, top5, balanced,
+    calibration_error, loss, epoch. The classifier is in OUT/classifier. Raises `UsageError` if `out` holds
+    another result, labels are missing, or the encoder cannot do what is asked; `Stopped`, `TooManyBadImages`,
+    `NonFiniteError`.
+    """
+    config = from_dict(FinetuneSettings, settings)
+    with evaluation(config) as opened:
+        specs = {"train": config.train, "val": config.val, "test": config.test}
+        return tune(opened, config, open_labelled(specs, opened.data), reporter)
+
+
+def tune(
+    opened: Evaluation,
+    config: FinetuneSettings,
+    sources: dict[str, Labelled],
+    reporter: Reporter | None = None,
+) -> Result:
+    """The same of an open model and open sources."""
+    # What an encoder or a device cannot do is refused before anything is written.
+    autocast(opened.device, config.precision)
+    tuning_groups(build_classifier(opened.model, config, sources["train"].source.class_names), config)
+    reporter = reporter or Reporter(is_quiet=not opened.group.is_main)
+    of = {purpose: one.source for purpose, one in sources.items()}
+    result = opened.result("finetune", of, COLUMNS, lambda: _measure(opened, config, sources, reporter))
+    if opened.group.is_main:
+        for name in RUNS.values():
+            remove(Path(config.out) / name / "checkpoints")
+    return result
+
+
+def _measure(
+    opened: Evaluation, config: FinetuneSettings, sources: dict[str, Labelled], reporter: Reporter
+) -> Result:
+    """Train the model, and the same network from scratch; measure both."""
+    out, group, notes = Path(config.out), opened.group, missing_note(sources)
+    with group.together():
+        if group.is_main and config.overwrite and (out / "finetune.json").is_file():
+            for name in ("finetune.json", "classifier", *RUNS.values()):
+                remove(out / name)
+    train_on, val = sources["train"], sources.get("val")
+    split = "test" if "test" in sources else "val" if val else "held-out"
+    measured = sources.get(split)
+    if measured is None:
+        kept, held = hold_out(train_on.labels, config.seed)
+        require(len(held) > 0, f"no class of {config.train} has two images, so none is held out; give --test")
+        train_on, measured = (
+            Labelled(SubsetSource(config.train, train_on.source, part), train_on.labels[part])
+            for part in (kept, held)
+        )
+        notes.append(f"Measured on {count(len(held), 'image')} of train, a tenth of each class, held out.")
+    elif split == "val":
+        notes.append(
+            "The epoch was chosen on the images it is measured on: for an unbiased number give --test."
+        )
+    names, rows, rights, facts = train_on.source.class_names, [], [], {}
+    for encoder, place in RUNS.items() if config.baselines else [(MODEL, RUNS[MODEL])]:
+        model, settings = opened.model, config
+        if encoder == SCRATCH:
+            # Layer decay protects what was pre-trained; fresh lower layers would hardly learn.
+            model = untrained(model, keyed_seed(config.seed, "untrained encoder"))
+            settings = replace(config, layer_decay=1.0)
+            frozen = ", frozen but for the adapters" if config.lora.rank else ""
+            notes.append(f"{encoder}: fresh weights{frozen}, trained the same way with layer_decay 1.")
+        tuner, epoch = _train(opened, model, settings, out / place, train_on, val, reporter)
+        data, batch_size = tuner.config.data, config.encode_batch_size or 128
+        if config.lora.rank:
+            merge_lora(tuner.tuned.encoder_model.encoder)
+        size, workers = tuner.config.model.image_size, resolve_workers(data.workers, measured.source)
+        batches = eval_batches(measured.source, data, size, batch_size, None, workers, group.rank, group.size)
+        found = tuner.measure(batches, torch.from_numpy(measured.labels), opened.check_stop)
+        assert found is not None, "check_stop raises"
+        measures, bad = found
+        check_bad(bad, measured.source, data)
+        seen = QuarantineLog(out / place / "quarantine.jsonl", len(train_on.source), 1.0).bad
+        opened.bad |= {"train": (train_on.source, seen), split: (measured.source, tuple(bad))}
+        rows.append({"encoder": encoder, "split": split, **measures.row(), "epoch": epoch})
+        rights.append(measures.right)
+        if encoder == MODEL:
+            trained = f"adapters of rank {config.lora.rank}" if config.lora.rank else "the whole network"
+            chosen = f"epoch {epoch} was the best on val." if val else "the last one is measured."
+            notes.insert(
+                0,
+                f"Trained: {trained} and a {config.head} head, {count(config.epochs, 'epoch')} of "
+                f"{count(len(train_on.source), 'image')} of {config.train}; {chosen}",
             )
-        return outcome
+            facts = {"class_names": names, "per_class": measures.per_class, "confusion": measures.confusion}
+            facts |= {"train_images": len(train_on.source)}
+            with group.together():
+                if group.is_main:
+                    save_classifier(out / "classifier", tuner.tuned.eval(), data=data)
+    facts["bad_images"] = opened.bad_counts()
+    verdict = add_leads(rows, rights, match=())
+    return Result(verb="finetune", rows=tuple(rows), notes=(*notes, *verdict), facts=facts)
 
-    def _note_bad(self, bad: BadSample) -> None:
-        try:
-            self.quarantine.add(in_whole(bad, self.sources.train))
-        except TooManyBadImages as error:  # the same, by the settings of this command
-            told = str(error).replace("raise data.max_bad_fraction", "allow more by --max_bad_fraction")
-            raise TooManyBadImages(told.replace("data.max_bad_fraction", "max_bad_fraction")) from error
 
-    def _end_epoch(self, metrics: MetricsLog, lr: float) -> None:
-        tuner = self.tuner
-        epoch = tuner.step // self.loader.steps_per_epoch
-        values = {"epoch": epoch, "lr": lr, **tuner.window.values(), "bad": self.quarantine.count}
-        metrics.write("train", tuner.step, values)
-        tuner.window = Window()
-        if self.watched and (epoch % self.config.val_every == 0 or epoch == self.config.epochs):
-            found: dict[str, float] = {"epoch": epoch}
-            for weights, classifier in tuner.networks().items():
-                self.last_watched[weights] = self.measure(classifier, self.watched)
-                measures = self.last_watched[weights].measures
-                prefix = "" if weights == "last" else f"{weights}/"
-                names = ("top1", "top5", "balanced", "loss", "calibration_error")
-                found |= {f"{prefix}{name}": getattr(measures, name) for name in names}
-            metrics.write("val", tuner.step, found)
-            log.info("epoch %d: top-1 %.2f %% on %s", epoch, 100 * found["top1"], self.watched.spec)
-
-    def _tick(self, lr: float) -> Tick:
-        return Tick(
-            step=self.tuner.step,
-            epoch=self.tuner.step / self.loader.steps_per_epoch,
-            lr=lr,
-            values=self.tuner.window.values(),
-            num_bad=self.quarantine.count,
+def _train(
+    opened: Evaluation,
+    model: EncoderModel,
+    settings: FinetuneSettings,
+    place: Path,
+    train_on: Labelled,
+    val: Labelled | None,
+    reporter: Reporter,
+) -> tuple[FineTuner, int]:
+    """Train, or resume; gives the tuner after its last epoch, or its best on val, and which one that is."""
+    given = {"train": train_on, **({} if val is None else {"val": val})}
+    old, group = model.config.image_size, opened.group
+    size = settings.image_size or old
+    # The same share of the picture at another size.
+    resize_px = round(opened.data.resize_px(old) * max(pair(size)) / max(pair(old)))
+    names = train_on.source.class_names
+    labels = hashlib.sha256("\n".join(names).encode() + train_on.labels.tobytes()).hexdigest()[:16]
+    tuned = TunedModel(
+        image_size=size, in_chans=model.config.in_chans, weights=weights_digest(model), labels=labels
+    )
+    config = TuneConfig.of(settings, tuned, replace(opened.data, val_resize_px=resize_px))
+    learner: Any = partial(
+        FineTuner,
+        make=partial(build_classifier, model, settings, names),
+        labels={purpose: one.labels for purpose, one in given.items()},
+    )
+    # A command that was stopped is repeated with the same --overwrite: this very run is then resumed.
+    begun = recorded_config(place, TuneConfig)
+    overwrite = group.broadcast(settings.overwrite and (begun is None or bool(config.differences(begun))))
+    sources = {purpose: one.source for purpose, one in given.items()}
+    result = train(
+        config, place, sources, reporter=reporter, overwrite=overwrite, group=group, learner=learner
+    )
+    if result.stopped_by is not None:
+        raise Stopped(
+            signal.Signals[result.stopped_by],
+            f"stopped by {result.stopped_by} after step {result.step} of {result.total_steps} in {place}, "
+            "saved; the same command resumes",
         )
-
-    def _loader(self, start_step: int, device: torch.device) -> TrainLoader:
-        config, source = self.config, self.sources.train
-        return TrainLoader(
-            source,
-            self.data,
-            image_size=self.image_size,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            start_step=start_step,
-            workers=resolve_workers(self.data.workers, source),
-            pin_memory=device.type == "cuda",
-            crop=self._crop(),
-        )
-
-    def _crop(self) -> Crop | None:
-        """What cuts the images; None: the loader's own random crop."""
-        if self.config.augment == "timm":
-            return TimmCrop(data=self.data, image_size=self.image_size, seed=self.config.seed)
-        if self.config.augment == "none":
-            return EvalCrop(data=self.data, image_size=self.image_size)
-        return None
-
-    def _steps(self, duration: Duration) -> int:
-        return duration.steps(batch_size=self.loader.batch_size, steps_per_epoch=self.loader.steps_per_epoch)
-
-    def _save_if_due(self) -> None:
-        """Save if it is time, unless steps are not finite: what came before must stay."""
-        if self._save_steps is not None:
-            is_due = self.tuner.step % self._save_steps == 0
-        else:
-            is_due = self._save_s is not None and time.monotonic() - self._saved_at_s >= self._save_s
-        if is_due and not self._nonfinite:
-            self._save()
-
-    def _save(self) -> None:
-        """Write the state, unless it is saved already."""
-        if self.tuner.step == self._saved_step:
-            return
-        with write_aside(self.out / STATE) as aside:
-            aside.mkdir()
-            torch.save(self.tuner.state(), aside / STATE_FILE)
-        self._saved_step, self._saved_at_s = self.tuner.step, time.monotonic()
+    best = place / "best.json"
+    step = json.loads(best.read_text())["step"] if best.is_file() else result.step
+    tuner = learner(config, opened.device, place / "checkpoints" / f"step_{step:08d}", group)
+    return tuner, round(step * settings.epochs / result.total_steps)

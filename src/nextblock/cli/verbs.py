@@ -1,0 +1,184 @@
+"""The commands as rows of data: what each does, three examples, the settings people use, the function."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A command."""
+
+    about: str
+    """One sentence, without its full stop."""
+    examples: tuple[str, ...]
+    """What follows the command's name."""
+    usual: str = ""
+    """Settings that --help shows, besides words without a flag; if empty, all."""
+    run: str = ""
+    """MODULE:FUNCTION below `nextblock.cli`; if empty, `run` in the module of the command's name."""
+
+
+VERBS = {
+    "pretrain": Verb(
+        "Pre-train a vision transformer on any images, or resume a run",
+        (
+            "--data.train DIR --out RUN",
+            "--preset xtra-small-64 --data.train DIR --data.val DIR2 --out RUN",
+            "--out RUN                     # resume",
+        ),
+        "data.train out preset data.val train.duration train.batch_size devices",
+    ),
+    "probe": Verb(
+        "Train heads on a frozen encoder's features; measure their accuracy",
+        (
+            "--model RUN --train TRAIN --test TEST --out RUN/probe",
+            "--model RUN --train TRAIN --out RUN/probe --heads linear --epochs 10",
+            "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST --out mae",
+        ),
+        "model train test out heads epochs",
+    ),
+    "knn": Verb(
+        "Measure a frozen encoder's features by nearest neighbours",
+        (
+            "--model RUN --train TRAIN",
+            "--model RUN --train TRAIN --test TEST --k 1,20",
+            "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
+        ),
+        "model train test k out",
+    ),
+    "fewshot": Verb(
+        "Measure a frozen encoder's features with few labels",
+        (
+            "--model RUN --train TRAIN --test TEST",
+            "--model RUN --train TRAIN --test TEST --shots 1,5,10",
+            "--model RUN --train TRAIN --test TEST --out RUN/fewshot",
+        ),
+        "model train test shots out",
+    ),
+    "finetune": Verb(
+        "Train encoder and head together, whole or by LoRA",
+        (
+            "--model RUN --train TRAIN --test TEST --out RUN/finetuned",
+            "--model RUN --train TRAIN --test TEST --out RUN/lora --lora.rank 8",
+            "--model CHECKPOINT --train TRAIN --out OUT --epochs 50 --lr 5e-4",
+        ),
+        "model train test out epochs lr lora.rank",
+    ),
+    "suite": Verb(
+        "Probe the fifteen benchmarks of the AIM and XTRA papers",
+        ("--list", "--check --root DIR", "--model RUN --root DIR --out RUN/suite"),
+        "model root out only list check",
+    ),
+    "classify": Verb(
+        "Name the classes of images with a trained head",
+        (
+            "--model RUN/probe/attentive --data IMAGE",
+            "--model RUN/finetuned --data DIR --out classes.csv --top 1",
+            "--model backbone.pth --head head.pth --data DIR --out classes.csv",
+        ),
+        "model data out head top",
+    ),
+    "embed": Verb(
+        "Write the features of images to a file",
+        (
+            "--model RUN --data DIR --out features.npz",
+            "--model RUN --data DIR --out features.parquet",
+            "--model timm:vit_base_patch16_224.mae --data DIR --out features.npz",
+        ),
+        "model data out layers pool",
+    ),
+    "search": Verb(
+        "Find the images nearest to one, and draw them",
+        (
+            "--model RUN --data DIR --query IMAGE",
+            "--model RUN --data DIR --query IMAGE --out nearest --top 20",
+            "--model RUN --data DIR --query QUERIES --out nearest --layers last6",
+        ),
+        "model data query out top",
+    ),
+    "predict": Verb(
+        "Draw how a model predicts the next blocks of images",
+        (
+            "--model RUN --data DIR --out RUN/predictions",
+            "--model RUN --data digits:split=test --out RUN/predictions --num_images 16",
+            "--model xtra.ckpt --num_heads 12 --data DIR --out predictions",
+        ),
+        run="weights:predict",
+    ),
+    "runs": Verb(
+        "List the runs below a directory and how they are doing",
+        ("DIR", "RUN", "DIR --json"),
+        run="runs:runs",
+    ),
+    "report": Verb(
+        "Sum up a run: accuracies, speed, losses, pictures",
+        ("RUN", "RUN --json", "RUN && less RUN/report.md"),
+        run="runs:report",
+    ),
+    "convert": Verb(
+        "Write a model in another format, or push it to the Hugging Face hub",
+        ("RUN ENCODER --to timm", "RUN encoder.onnx", "xtra.ckpt hf:USER/NAME --num_heads 12"),
+        "to num_heads image_size head license",
+        run="weights:convert",
+    ),
+    "info": Verb(
+        "Show what a run or a weight file holds",
+        ("RUN", "xtra.ckpt --num_heads 12", "backbone.pth --head head.pth"),
+        run="weights:info",
+    ),
+    "doctor": Verb(
+        "Examine images before training",
+        ("DIR", "DIR --val DIR2 --out found.json", "DIR --model xtra-small-64 --samples 1000"),
+        "val model samples images_per_s out",
+        run="data:doctor",
+    ),
+    "data": Verb(
+        "Pack images into shards, draw and divide subsets",
+        (
+            "pack DIR SHARDS",
+            "sample DIR few.txt --fraction 0.01",
+            "split DIR --parts train=0.8,val=0.2 --out LISTS",
+        ),
+        run="data:data",
+    ),
+    "plan": Verb(
+        "Estimate a training's memory and time; nothing is run",
+        (
+            "--gpu h100",
+            "--preset aim-7b-dfn2b+ --gpus 64 --gpu h100",
+            "--preset xtra-l16 --data.train DIR --gpu_memory_gb 80 --gpu_tflops 300",
+        ),
+        "preset gpu gpus images data.train train.batch_size",
+    ),
+    "presets": Verb(
+        "List the named runs and model sizes",
+        ("", "xtra-b16-in1k", "--all"),
+    ),
+    "data pack": Verb(
+        "Write the images of a source as tar shards, with an index beside each",
+        (
+            "DIR SHARDS                    # again: resume",
+            "DIR SHARDS --resize_px 512 --quality 90",
+            "SCENES TILES --tile_px 1024",
+        ),
+        "resize_px tile_px format quality workers",
+        run="data:pack",
+    ),
+    "data sample": Verb(
+        "Draw some images of a source, and write them as a list",
+        ("DIR few.txt --fraction 0.01", "DIR few.txt --count 1000 --seed 1", "DIR few.txt --per_class 5"),
+        "fraction count per_class seed",
+        run="data:sample",
+    ),
+    "data split": Verb(
+        "Divide a source into parts, and write each as a list",
+        (
+            "DIR --parts train=0.8,val=0.2 --out LISTS",
+            "DIR --parts train=0.8,val=0.2 --out LISTS --stratify",
+            "DIR --parts train=0.5 --out LISTS --seed 1",
+        ),
+        "parts out stratify seed",
+        run="data:split",
+    ),
+}
+"""By the words that choose it; those of two words are not in the list of commands."""
