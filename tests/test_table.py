@@ -107,7 +107,8 @@ def test_a_source_without_a_readable_image_is_refused():
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_features_that_are_nan_are_refused_and_not_kept(tmp_path, on_disk):
+def test_features_that_are_nan_are_refused_and_not_kept(tmp_path, on_disk, monkeypatch):
+    monkeypatch.setattr(table_module, "FLUSH_EVERY_S", 0)
     source = ToySource(8)
 
     def extract(images):

@@ -17,7 +17,7 @@ from nextblock.evaluate.monitors import FeatureMonitor, missing_classes
 from nextblock.launch import find_world, ignore_sigterm, requeue_job
 from nextblock.logs import counted, quote
 from nextblock.presets import DEFAULT_PRESET, PRESETS, get_preset, resolve
-from nextblock.settings import require
+from nextblock.settings import flatten, require, to_dict
 from nextblock.train import Monitor, Reporter, TrainResult, train
 from nextblock.train.distributed import find_device, process_group
 from nextblock.train.logging import losses_text
@@ -57,6 +57,8 @@ def pretrain(
     world = find_world()
     device = find_device(choose_device(config.train.device), world)
     with process_group(world, device, needed=config.train.strategy == "fsdp") as group:
+        # Rank 0's settings would count without a word.
+        group.check_same({"--out": str(out), **flatten(to_dict(config))})
         reporter = reporter or Reporter(is_quiet=not group.is_main)
         with group.together():
             sources = {"train": open_sources(config.data.train_specs, config.data)}

@@ -64,7 +64,8 @@ def runs(argv: Sequence[str]) -> int:
         try:
             rows.append({"run": name, **_values(read_run(path))})
         except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
-            rows.append({"run": name, "status": "unreadable", "message": str(error)})
+            why = f"a file of it is damaged ({error}); `nextblock pretrain --out {path}` may say which"
+            rows.append({"run": name, "status": "unreadable", "message": why})
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for title in ("status", "step", "loss", "best kNN", "heartbeat"):

@@ -311,7 +311,7 @@ def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         place.mkdir(parents=True, exist_ok=True)
         mark_output(place.parent)
     # Two commands with one cache: the second must not empty files that the first fills already.
-    with FileLock(place / ".lock"), writing(place):
+    with writing(place), FileLock(place / ".lock"):
         if (place / "about.json").is_file():
             return
         for name, dtype, dims in (("features.npy", "<f4", shape), ("state.npy", "u1", shape[:1])):
@@ -322,7 +322,7 @@ def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
                 # A full disk is an error here; later, writing through the map would kill the process.
                 with (place / name).open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, size)
-    write_text(place / "about.json", json.dumps(key, indent=1) + "\n")
+        write_text(place / "about.json", json.dumps(key, indent=1) + "\n")
 
 
 def _map(place: Path) -> _Kind:
