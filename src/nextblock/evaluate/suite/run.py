@@ -15,7 +15,7 @@ from nextblock.config import DataConfig, ModelConfig, pair
 from nextblock.data import open_source
 from nextblock.errors import UsageError
 from nextblock.evaluate.directories import make_directory
-from nextblock.evaluate.evaluation import MODEL, QUARANTINE, Stopped
+from nextblock.evaluate.evaluation import MODEL, QUARANTINE, RIGHTS, Stopped
 from nextblock.evaluate.features import evaluation_data
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.results import differences, identity_of, refuse_other_result
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _NOT_OF_THE_RESULT = ("only", "root", "download")
 """Settings that change which benchmarks are measured, and where they lie, not what is found."""
 
-PROBE_FILES = ("probe.md", "probe.csv", "grid.csv", QUARANTINE, "figures", "features", "heads")
+PROBE_FILES = ("probe.md", "probe.csv", "grid.csv", QUARANTINE, RIGHTS, "figures", "features", "heads")
 PROBE_FILES += ("linear", "attentive", "ep")
 PROBE_BEGUN = (OUTPUT_MARK,)
 
