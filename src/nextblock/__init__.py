@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
     from nextblock.evaluate.classify import classify
+    from nextblock.evaluate.compare import compare
     from nextblock.evaluate.embed import embed
     from nextblock.evaluate.fewshot import fewshot
     from nextblock.evaluate.finetune.run import finetune
@@ -34,6 +35,7 @@ __all__ = [
     "NextBlockModel",
     "RunConfig",
     "classify",
+    "compare",
     "convert",
     "create_model",
     "embed",
@@ -55,6 +57,7 @@ _HOMES = {
     "ModelConfig": "config",
     "NextBlockModel": "models",
     "RunConfig": "config",
+    "compare": "evaluate.compare",
     "convert": "interop.convert",
     "create_model": "interop",
     "list_presets": "presets",

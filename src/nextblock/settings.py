@@ -290,11 +290,13 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             given[name] = tuple(value)
         elif isinstance(value, Path):
             given[name] = str(value)
-        elif isinstance(value, int | float) and all(
+        elif isinstance(value, int | float | str) and all(
             kind is type(None) or (get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis)
             for kind in kinds_of(hints[name])
         ):
-            given[name] = (value,)  # one number stands for a list of it
+            # One value stands for a list of it, and text for what it reads as.
+            is_text = isinstance(value, str)
+            given[name] = read_value(name, value, hints[name]) if is_text else (value,)
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
     missing = [name for name in required if name not in given]
     require(not missing, f"{' and '.join(missing)} must be given")

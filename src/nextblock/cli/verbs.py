@@ -28,6 +28,16 @@ VERBS = {
         ),
         "data.train out preset data.val train.duration train.batch_size devices",
     ),
+    "eval": Verb(
+        "Measure models in several ways in one table, or a classifier as it is",
+        (
+            "--model RUN --train TRAIN --test TEST --out RUN/eval",
+            "--model RUN --model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
+            "--model CLASSIFIER --test TEST",
+        ),
+        "model train test methods out",
+        run="evaluations:compare",
+    ),
     "probe": Verb(
         "Train heads on a frozen encoder's features; measure their accuracy",
         (
@@ -36,6 +46,7 @@ VERBS = {
             "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST --out mae",
         ),
         "model train test out heads epochs",
+        run="evaluations:probe",
     ),
     "knn": Verb(
         "Measure a frozen encoder's features by nearest neighbours",
@@ -45,6 +56,7 @@ VERBS = {
             "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
         ),
         "model train test k out",
+        run="evaluations:knn",
     ),
     "fewshot": Verb(
         "Measure a frozen encoder's features with few labels",
@@ -54,6 +66,7 @@ VERBS = {
             "--model RUN --train TRAIN --test TEST --out RUN/fewshot",
         ),
         "model train test shots out",
+        run="evaluations:fewshot",
     ),
     "finetune": Verb(
         "Train encoder and head together, whole or by LoRA",
@@ -63,6 +76,7 @@ VERBS = {
             "--model CHECKPOINT --train TRAIN --out OUT --epochs 50 --lr 5e-4",
         ),
         "model train test out epochs lr lora.rank",
+        run="evaluations:finetune",
     ),
     "suite": Verb(
         "Probe the fifteen benchmarks of the AIM and XTRA papers",
@@ -77,6 +91,7 @@ VERBS = {
             "--model backbone.pth --head head.pth --data DIR --out classes.csv",
         ),
         "model data out head top",
+        run="evaluations:classify",
     ),
     "embed": Verb(
         "Write the features of images to a file",
@@ -86,6 +101,7 @@ VERBS = {
             "--model timm:vit_base_patch16_224.mae --data DIR --out features.npz",
         ),
         "model data out layers pool",
+        run="evaluations:embed",
     ),
     "search": Verb(
         "Find the images nearest to one, and draw them",
@@ -95,6 +111,7 @@ VERBS = {
             "--model RUN --data DIR --query QUERIES --out nearest --layers last6",
         ),
         "model data query out top",
+        run="evaluations:search",
     ),
     "predict": Verb(
         "Draw how a model predicts the next blocks of images",

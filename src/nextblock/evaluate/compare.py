@@ -6,25 +6,35 @@ of its own below it, OUT/MODEL/knn and so on: the same command again reads what 
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from nextblock.atomic import exclusive, write_text
 from nextblock.data import open_source
-from nextblock.evaluate.evaluation import MODEL, UNTRAINED, Result, evaluation
+from nextblock.evaluate.evaluation import (
+    MODEL,
+    NOT_BETTER,
+    UNTRAINED,
+    WHAT_TO_TRY,
+    Result,
+    evaluation,
+)
 from nextblock.evaluate.features import pooled
 from nextblock.evaluate.fewshot import fewshot
 from nextblock.evaluate.knn import knn
 from nextblock.evaluate.metrics import Tally, paired
 from nextblock.evaluate.probe.heads import encoder_candidates
 from nextblock.evaluate.probe.run import probe
-from nextblock.evaluate.probe.settings import ProbeSettings
+from nextblock.evaluate.probe.settings import HeadName, ProbeSettings
 from nextblock.evaluate.settings import (
     DEFAULT_K,
     CompareSettings,
@@ -33,12 +43,12 @@ from nextblock.evaluate.settings import (
     ScoreSettings,
 )
 from nextblock.evaluate.splits import numbered, open_labelled
-from nextblock.evaluate.tables import Column, count, difference, lead, share, write_csv
+from nextblock.evaluate.tables import Column, count, difference, end_of, lead, share, write_csv
 from nextblock.launch import find_world
 from nextblock.settings import from_dict, to_dict
 
 COLUMNS = (
-    Column("model", "model"),
+    Column("model", "model", lambda name, _: end_of(name or "", 32)),
     Column("encoder", "features"),
     Column("method", "method"),
     share("top1", "top-1 %"),
@@ -69,14 +79,15 @@ def compare(**settings: Any) -> Result:
         for number, model in enumerate(config.model):
             # Two models may end in the same name.
             name = f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', model)[-60:]}"
-            out = Path(config.out) / name if config.out is not None else None
-            found = _score(config, model) if config.train is None else _measure(config, model, out, scratch)
+            measure = _score if config.train is None else _measure
+            found = measure(config, model, Path(scratch) / name)
             for result in found:
                 names = {"model": model} if len(config.model) > 1 else {}
                 rows += [{**names, **row} for row in result.rows]
                 rights += result.rights
-                notes += result.notes
+                notes += [note for note in result.notes if not note.startswith(NOT_BETTER)]
         _compare_with_first(rows, rights, config.model[0])
+        notes = [*_not_better(rows), *notes]
         result = Result(
             verb="eval",
             rows=tuple(rows),
@@ -87,19 +98,22 @@ def compare(**settings: Any) -> Result:
         if config.out is not None and is_main:
             write_text(Path(config.out) / "eval.csv", write_csv(rows))
             write_text(Path(config.out) / "eval.md", result.markdown())
+            write_text(Path(config.out) / "eval.json", json.dumps(result.as_dict(), indent=1) + "\n")
     return result
 
 
-def _measure(config: CompareSettings, model: str, out: Path | None, scratch: str) -> list[Result]:
+def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
     """The results of all methods for one model, each with the rows that `compare` shows."""
     common = {name: getattr(config, name) for name in SHARED if name not in ("layers", "tokens")}
     common |= {"model": model, "train": config.train, "baselines": config.baselines, "seed": config.seed}
-    common["cache"] = config.cache or f"{scratch}/features"
-    heads = tuple(method for method in config.methods if method in ("linear", "attentive", "ep"))
-    _encode(config, common, heads)
+    common["cache"] = config.cache or str(out / "features")
+    heads: tuple[Any, ...] = tuple(one for one in config.methods if one in get_args(HeadName))
+    files = {f"{verb}/{verb}.json" for verb in ("probe" if one in heads else one for one in config.methods)}
+    if not all((out / file).is_file() for file in files):
+        _encode(config, common, heads)
     found = []
     for method in config.methods:
-        place = {"out": None if out is None else str(out / method)}
+        place = {"out": str(out / ("probe" if method in heads else method))}
         if method == "knn":
             result = knn(**common, **place, test=config.test, k=(DEFAULT_K,))
             rows = [{**row, "method": f"kNN, k {row['k']}"} for row in result.rows]
@@ -107,17 +121,27 @@ def _measure(config: CompareSettings, model: str, out: Path | None, scratch: str
             assert config.test is not None, "the settings are checked"
             result = fewshot(**common, **place, test=config.test, shots=(config.shots,))
             rows = [{**row, "method": f"{row['shots']} labels a class"} for row in result.rows]
-        elif method == heads[0]:
-            place = {"out": str((Path(scratch) if out is None else out) / "probe")}
+        elif method in heads[:1]:
             result = probe(**common, **place, test=config.test, heads=heads, epochs=config.epochs)
             rows = [{**row, "method": row["head"]} for row in result.rows]
         else:
             continue
-        found.append(Result(verb=method, rows=tuple(rows), notes=result.notes[1:], rights=result.rights))
+        # All heads come from one probe; shown head by head, as the other methods are.
+        order = sorted(range(len(rows)), key=lambda i: [*heads, None].index(rows[i].get("head")))
+        found.append(
+            Result(
+                verb=method,
+                rows=tuple(rows[i] for i in order),
+                notes=result.notes[1:],
+                rights=[result.rights[i] for i in order],
+            )
+        )
+    if config.cache is None:
+        shutil.rmtree(out / "features", ignore_errors=True)
     return found
 
 
-def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[str, ...]) -> None:
+def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[Any, ...]) -> None:
     """Encode all images once, for all methods together, into the cache that they share."""
     settings = KnnSettings(**common)
     with evaluation(settings) as opened:
@@ -133,7 +157,7 @@ def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[str, .
                 opened.table(purpose, labelled.source, encoder, wanted, seed=config.seed)
 
 
-def _score(config: CompareSettings, model: str) -> list[Result]:
+def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
     """The accuracy of a trained classifier as it is."""
     common = {name: getattr(config, name) for name in SHARED}
     settings = ScoreSettings(
@@ -156,6 +180,19 @@ def _score(config: CompareSettings, model: str) -> list[Result]:
     row = {"encoder": "model", "method": "its own classifier", **measures.row()}
     note = f"{count(len(indices), 'image')} of {source.spec}, as the classifier is: nothing was trained."
     return [Result(verb="eval", rows=(row,), notes=(note,), rights=(measures.right,))]
+
+
+def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """For each model a sentence about the baselines that it does not beat by two standard errors."""
+    for model in dict.fromkeys(row.get("model") for row in rows):
+        unbeaten: dict[str, list[str]] = {}
+        for row in rows:
+            if row.get("model") == model and "lead" in row and row["lead"] <= 2 * row["lead_se"]:
+                unbeaten.setdefault(row["encoder"], []).append(f"{row['method']} {100 * row['lead']:+.1f}")
+        if unbeaten:
+            which = " or ".join(f"{encoder} ({', '.join(points)})" for encoder, points in unbeaten.items())
+            claim = NOT_BETTER if model is None else NOT_BETTER.replace("The model", model)
+            yield f"{claim} {which}{WHAT_TO_TRY}"
 
 
 def _compare_with_first(rows: list[dict[str, Any]], rights: list[np.ndarray], first: str) -> None:

@@ -51,6 +51,10 @@ log = logging.getLogger(__name__)
 MODEL, UNTRAINED, PIXELS, HISTOGRAM = "model", "untrained", "pixels 16x16", "colour histogram"
 """Encoders, as rows of tables name them."""
 BASELINES = (UNTRAINED, PIXELS, HISTOGRAM)
+NOT_BETTER = "The model is not clearly better than"
+WHAT_TO_TRY = (
+    ": train it longer, on more images, or start from another model's weights (pretrain --model.init)."
+)
 QUARANTINE, RIGHTS = "quarantine.jsonl", "right.npz"
 SHOWN_BAD = 3
 PROGRESS_EVERY_S = 10.0
@@ -138,12 +142,7 @@ def add_leads(
         for encoder, (least, lead, error) in best.items()
         if least <= 0
     ]
-    if not unbeaten:
-        return []
-    return [
-        f"The model is not clearly better than {' or '.join(unbeaten)}: train it longer, on more images, or "
-        "start from another model's weights (pretrain --model.init)."
-    ]
+    return [f"{NOT_BETTER} {' or '.join(unbeaten)}{WHAT_TO_TRY}"] if unbeaten else []
 
 
 class Evaluation:

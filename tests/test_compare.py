@@ -1,0 +1,120 @@
+"""`nextblock eval`: methods and models in one table, each image encoded once; classifiers as they are."""
+
+import json
+
+import pytest
+import torch
+
+from evaluating import toy_verb, written  # noqa: F401 - a fixture
+from nextblock.checkpoint import save_classifier, save_model
+from nextblock.cli import main
+from nextblock.errors import UsageError
+from nextblock.models import NextBlockModel
+from nextblock.models.heads import HeadConfig, ImageClassifier
+from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
+
+QUICK = {"train": "toy-0", "test": "toy-1", "shots": "2", "epochs": 2}
+
+
+def other_model(path):
+    model = toy_model(3)
+    save_model(path, model, data=DATA)
+    return str(path)
+
+
+def test_all_methods_stand_in_one_table_as_each_gives_alone(run, tmp_path):
+    found = run("compare", **QUICK, out=str(tmp_path / "eval"))
+    methods = ["kNN, k 20", "2 labels a class", "linear", "attentive", "ep"]
+    assert list(dict.fromkeys(row["method"] for row in found.rows)) == methods
+    alone = run("knn", train="toy-0", test="toy-1", k=(20,))
+    for encoder in ("model", "untrained", "pixels 16x16", "colour histogram"):
+        for key in ("top1", "top1_se", "balanced"):
+            mine = found.row(encoder=encoder, method="kNN, k 20")
+            assert mine[key] == alone.row(encoder=encoder)[key]
+    probe = run("probe", train="toy-0", test="toy-1", epochs=2, out=str(tmp_path / "probe"))
+    assert found.row(encoder="model", method="ep")["top1"] == probe.row(encoder="model", head="ep")["top1"]
+    assert written(tmp_path / "eval" / "eval.json")["rows"] == json.loads(json.dumps(found.rows))
+    assert (tmp_path / "eval" / "eval.md").read_text().count("| linear |") == 4
+    # The same command reads what is there.
+    assert run("compare", **QUICK, out=str(tmp_path / "eval")).rows == found.rows
+    assert not list((tmp_path / "eval").rglob("features.npy"))
+
+
+def test_each_image_is_encoded_once_for_each_encoder(run, monkeypatch):
+    images, encode = [], NextBlockModel.encode
+
+    def counting(self, batch, *args, **options):
+        images.append(len(batch))
+        return encode(self, batch, *args, **options)
+
+    monkeypatch.setattr(NextBlockModel, "encode", counting)
+    # Without ep, which encodes a few images more to draw its queries' attention.
+    run("compare", **QUICK, methods=("knn", "fewshot", "linear", "attentive"), encode_batch_size=16)
+    assert sum(number for number in images if number > 1) == 2 * (48 + 32)  # the model and untrained
+
+
+def test_models_are_compared_on_the_same_images(run, tmp_path):
+    models = (run.usual["model"], other_model(tmp_path / "other.safetensors"))
+    found = run("compare", **QUICK, model=models, methods=("knn", "linear"), baselines=False)
+    assert len(found.rows) == 4
+    first, second = (found.row(model=model, method="linear") for model in models)
+    assert "to_first" not in first
+    assert second["to_first"] == pytest.approx(second["top1"] - first["top1"])
+    assert second["to_first_se"] >= 0
+
+
+def test_baselines_that_are_not_beaten_are_named_once(run):
+    found = run("compare", **QUICK, methods=("knn", "fewshot"))
+    (note,) = [note for note in found.notes if note.startswith("The model is not clearly better than")]
+    assert "pixels 16x16 (kNN, k 20 " in note
+    assert note.endswith("start from another model's weights (pretrain --model.init).")
+
+
+# ------------------------------------------------------------------------------------------- a classifier
+
+
+def classifier(path, names):
+    torch.manual_seed(0)
+    head = HeadConfig(kind="linear", num_classes=4, layers=(1,))
+    save_classifier(path, ImageClassifier(toy_model(), head, names), data=DATA)
+    return str(path)
+
+
+def test_a_classifier_is_measured_as_it_is_by_names_or_by_numbers(run, tmp_path):
+    named = classifier(tmp_path / "named", ("a", "b", "c", "d"))
+    turned = classifier(tmp_path / "turned", ("d", "c", "b", "a"))
+    nameless = classifier(tmp_path / "nameless", None)
+    (row,) = run("compare", model=(named,), test="toy-1").rows
+    assert (row["method"], row["images"]) == ("its own classifier", 32)
+    assert 0 <= row["top1"] <= row["top5"] == 1
+    (by_number,) = run("compare", model=(nameless,), test="toy-1").rows
+    assert by_number["top1"] == row["top1"]
+    (other,) = run("compare", model=(turned,), test="toy-1").rows
+    assert other["top1"] != row["top1"]
+    names = tmp_path / "classes.txt"
+    names.write_text("d\nc\nb\na\n")
+    (given,) = run("compare", model=(nameless,), test="toy-1", classes=str(names)).rows
+    assert given["top1"] == other["top1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "listed", "message"),
+    [
+        (("a", "b", "x", "y"), None, "does not know 2 classes of toy-1: c, d; give its names"),
+        (None, "a\nb\n", "has 2 names, the classifier 4 classes"),
+    ],
+)
+def test_classes_that_cannot_be_matched_are_refused(run, tmp_path, names, listed, message):
+    classes = None
+    if listed is not None:
+        classes = tmp_path / "classes.txt"
+        classes.write_text(listed)
+        classes = str(classes)
+    with pytest.raises(UsageError, match=message):
+        run("compare", model=(classifier(tmp_path / "c", names),), test="toy-1", classes=classes)
+
+
+def test_an_encoder_without_a_head_asks_for_train(run, capsys):
+    words = ["eval", "--model", run.usual["model"], "--test", "digits:split=test", "--device", "cpu"]
+    assert main(words) == 1
+    assert "holds no classification head" in capsys.readouterr().err
