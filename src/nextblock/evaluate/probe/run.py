@@ -87,8 +87,7 @@ MEASURED = 128
 """Images of a feature table that are measured at a time."""
 MAX_WRITTEN_CLASSES = 100
 """Confusions of more classes are drawn, and not written."""
-LONG_S, REPORT_EVERY_S = 60.0, 30.0
-"""Heads that took longer to train are kept until the result is written."""
+REPORT_EVERY_S = 30.0
 DRAWN = 4
 
 
@@ -283,8 +282,8 @@ class _Probe:
         every = Duration.parse(config.save_every, allow=("min", "ep"))
         is_timed = every.unit == "minutes"
         save_s = 60 * every.value if is_timed else math.inf
-        save_steps = plan.steps if is_timed else max(1, round(every.value * plan.steps_per_epoch))
-        started_s = saved_s = shown_s = time.monotonic()
+        save_steps = plan.steps + 1 if is_timed else max(1, round(every.value * plan.steps_per_epoch))
+        saved_s = shown_s = time.monotonic()
         log.info("%s: training %s, %s", encoder, count(len(heads), "head"), count(plan.steps, "step"))
         labels = torch.from_numpy(self.sources["train"].labels)
         try:
@@ -303,8 +302,7 @@ class _Probe:
         except Stopped:
             self._save_state(place, grid, step)
             raise
-        if config.augment != "none" or time.monotonic() - started_s > LONG_S:
-            self._save_state(place, grid, step)
+        self._save_state(place, grid, step)
         grid.finish()
         return heads
 
