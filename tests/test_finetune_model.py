@@ -47,7 +47,7 @@ def tuner(settings=PLAIN) -> Any:
     )
 
 
-def steps(one, count=1, source=SOURCE):
+def steps(one, count=1, source=SOURCE) -> list[Any]:
     sizes: dict[str, Any] = {"image_size": 16, "batch_size": 12, "micro_batch_size": 12, "seed": 0}
     return take(TrainLoader(source, DATA, **sizes, **one.loader_options), count)
 

@@ -86,7 +86,7 @@ def compare(**settings: Any) -> Result:
                 rows += [{**names, **row} for row in result.rows]
                 rights += result.rights
                 notes += [note for note in result.notes if not note.startswith(NOT_BETTER)]
-        _compare_with_first(rows, rights, config.model[0])
+        _compare_with_first(rows, rights, next(iter(config.model)))
         notes = [*_not_better(rows), *notes]
         result = Result(
             verb="eval",
