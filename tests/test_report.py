@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from PIL import Image
 from rich.console import Console
 
 from nextblock.visualize.report import (
-    ENCODERS,
     plot_losses,
     read_run,
     report_markdown,
@@ -19,8 +19,18 @@ from nextblock.visualize.report import (
 )
 
 
-def probe_row(head: str, encoder: str, top1: float, split: str = "val") -> dict:
-    return {"head": head, "encoder": encoder, "split": split, "top1": top1, "top5": 1.0, "lr": 1e-3}
+def probe_row(head: str, encoder: str, top1: float) -> dict:
+    return {"head": head, "encoder": encoder, "top1": top1, "top1_se": 0.012, "top5": 1.0, "lr": 1e-3}
+
+
+def write_result(
+    path: Path, verb: str, rows: list[dict], *, test: str | None = "digits:split=test", notes: Any = ()
+) -> None:
+    """A result as evaluations write it."""
+    path.mkdir(parents=True, exist_ok=True)
+    sources = {"train": {"spec": "digits"}, **({"test": {"spec": test}} if test else {})}
+    result = {"verb": verb, "rows": rows, "sources": sources, **more}
+    (path / f"{verb}.json").write_text(json.dumps(result))
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -48,7 +58,6 @@ def run_dir(tmp_path) -> Path:
     write_lines(run / "metrics.jsonl", lines)
     (run / "baselines.json").write_text('{"zero": 0.984375, "copy_previous": 1.5}')
     (run / "environment.json").write_text('[{"device": "a GPU"}]')
-    (run / "probe").mkdir()
     rows = [
         probe_row("attentive", "model", 0.97),
         probe_row("linear", "model", 0.9512),
@@ -56,7 +65,7 @@ def run_dir(tmp_path) -> Path:
         probe_row("linear", "untrained", 0.605),
         probe_row("linear", "pixels 16x16", 0.90),
     ]
-    (run / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
+    write_result(run / "probe", "probe", rows)
     (run / "pictures").mkdir()
     for step in (9, 30):
         (run / "pictures" / f"step_{step:08d}.png").write_bytes(b"")
@@ -81,8 +90,8 @@ def test_a_run_is_read_from_its_files(run_dir):
     assert summary.baselines == {"zero": 0.984375, "copy_previous": 1.5}
     assert summary.environment == {"device": "a GPU"}
     assert summary.picture == run_dir / "pictures" / "step_00000030.png"
-    assert len(summary.probes) == 5
-    assert not summary.raw_pixels_suffice
+    assert len(summary.results) == 5
+    assert summary.notes == ()
 
 
 def test_drawn_predictions_are_shown_before_the_monitors_pictures(run_dir):
@@ -91,14 +100,28 @@ def test_drawn_predictions_are_shown_before_the_monitors_pictures(run_dir):
     assert read_run(run_dir).picture == run_dir / "predict-val" / "predictions.png"
 
 
-def test_the_newest_probe_counts(run_dir):
-    newer = run_dir / "evaluations" / "again"
-    newer.mkdir(parents=True)
-    (newer / "probe.json").write_text(json.dumps({"rows": [probe_row("linear", "model", 0.5)]}))
-    os.utime(run_dir / "probe" / "probe.json", (1, 1))
-    summary = read_run(run_dir)
-    assert summary.probe_file == newer / "probe.json"
-    assert [row.top1 for row in summary.probes] == [0.5]
+def test_every_result_is_shown_with_the_images_it_was_measured_on(run_dir):
+    write_result(run_dir / "suite" / "cifar", "probe", [probe_row("linear", "model", 0.5)], test="CIFAR-10")
+    knn = [{"encoder": "model", "k": k, "top1": k / 100, "is_default": k == 20} for k in (5, 20)]
+    write_result(run_dir / "knn", "knn", knn, test=None)
+    few = [{"encoder": "model", "shots": shots, "top1": 0.3} for shots in ("5", "1%")]
+    write_result(run_dir / "few", "fewshot", few)
+    lines = report_markdown(read_run(run_dir)).splitlines()
+    assert "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |" in lines
+    assert "| linear | CIFAR-10 | 50.0 ± 1.2 | - | - |" in lines
+    assert "| kNN, k 20 | digits, each by the others | 20.0 | - | - |" in lines
+    assert "| 5 labels a class | digits:split=test | 30.0 | - | - |" in lines
+    assert "| 1% of the labels | digits:split=test | 30.0 | - | - |" in lines
+
+
+def test_what_a_result_says_of_its_baselines_is_repeated_and_nothing_is_excused(run_dir):
+    rows = [probe_row("linear", "model", 0.28), probe_row("linear", "pixels 16x16", 0.30)]
+    note = "The model is not clearly better than pixels 16x16 (-2.0 ± 1.1 points)"
+    write_result(run_dir / "probe", "probe", rows, notes=["400 images of test.", note])
+    for text in (rendered(run_dir), report_markdown(read_run(run_dir))):
+        assert f"probe: {note}" in text
+        assert "400 images" not in text
+        assert "tiny" not in text
 
 
 def test_a_line_that_is_being_written_is_left_out(run_dir):
@@ -122,9 +145,8 @@ def test_losses_that_are_no_numbers_are_not_the_final_loss(run_dir):
 def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
     text = rendered(run_dir)
     rows = [line.split() for line in text.splitlines()]
-    assert ["probe,", "top-1", "on", "val", "model", "untrained", "pixels", "16x16"] in rows
-    assert ["attentive", "97.0%", "71.0%", "-"] in rows
-    assert ["linear", "95.1%", "60.5%", "90.0%"] in rows
+    assert ["top-1", "%", "measured", "on", "model", "untrained", "pixels", "16x16"] in rows
+    assert ["attentive", "digits:split=test", "97.0", "±", "1.2", "71.0", "±", "1.2", "-"] in rows
     for words in (
         "110 images/s on a GPU",
         "0.8125 at step 30",
@@ -134,54 +156,21 @@ def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
     ):
         assert words in text
     assert "step_00000030.png" in text
-    assert "Raw pixels" not in text
 
 
 def test_markdown_says_the_same(run_dir):
     text = report_markdown(read_run(run_dir))
-    assert (
-        "| probe, top-1 on val | model | untrained | pixels 16x16 |\n| --- | ---: | ---: | ---: |\n" in text
-    )
-    assert "| linear | 95.1% | 60.5% | 90.0% |\n" in text
+    head = "| top-1 % | measured on | model | untrained | pixels 16x16 |\n"
+    assert f"{head}| --- | --- | ---: | ---: | ---: |\n" in text
+    assert "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |\n" in text
     assert "- speed: 110 images/s" in text
     assert "copying the previous block 1.5000" in text
-
-
-def test_several_splits_are_rows_of_their_own(run_dir):
-    rows = [probe_row("linear", "model", 0.9, "val"), probe_row("linear", "model", 0.8, "test")]
-    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
-    text = report_markdown(read_run(run_dir))
-    assert "| linear, val | 90.0% |" in text
-    assert "| linear, test | 80.0% |" in text
-
-
-@pytest.mark.parametrize(("raw", "is_explained"), [(0.97, True), (0.9413, True), (0.93, False)])
-def test_raw_pixels_within_a_point_are_explained(run_dir, raw, is_explained):
-    rows = [probe_row("linear", "model", 0.9512), probe_row("linear", "pixels 16x16", raw)]
-    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
-    for text in (rendered(run_dir), report_markdown(read_run(run_dir))):
-        assert ("trained against untrained" in text) == is_explained
-
-
-@pytest.mark.parametrize(
-    ("spec", "size"),
-    [
-        ("digits:split=train", "8 x 8 px"),
-        ("torchvision:CIFAR10,root=x", "32 x 32 px"),
-        ("a/folder", "on tiny pictures a linear layer"),
-    ],
-)
-def test_the_size_of_the_probed_pictures_is_said_where_it_is_known(run_dir, spec, size):
-    rows = [probe_row("linear", "model", 0.9), probe_row("linear", "pixels 16x16", 0.9)]
-    content = {"rows": rows, "sources": {"train": {"spec": spec}}}
-    (run_dir / "probe" / "probe.json").write_text(json.dumps(content))
-    assert size in report_markdown(read_run(run_dir))
 
 
 def test_missing_pieces_are_said_with_the_command_that_makes_them(tmp_path):
     (tmp_path / "config.yaml").touch()
     for text in (rendered(tmp_path), report_markdown(read_run(tmp_path))):
-        assert f"nextblock probe --model {tmp_path}" in text
+        assert f"nextblock eval --model {tmp_path}" in text
         assert f"nextblock predict --model {tmp_path}" in text
         assert text.count("not logged yet") == 2
 
@@ -201,11 +190,12 @@ def test_a_validation_that_is_no_number_is_not_the_validation_loss(run_dir):
 
 def test_the_values_for_programs_are_those_of_the_report(run_dir):
     values = report_values(read_run(run_dir))
-    assert values["accuracies"]["model"]["linear"] == {"val": {"top1": 0.9512, "top5": 1.0}}
-    assert list(values["accuracies"]["pixels 16x16"]) == ["linear"]
-    del values["accuracies"]
+    linear = {"method": "linear", "on": "digits:split=test", "top1_se": 0.012}
+    assert {**linear, "encoder": "model", "top1": 0.9512} in values["results"]
+    assert len(values.pop("results")) == 5
     assert values == {
         "run": str(run_dir),
+        "notes": [],
         "final_loss": 0.8125,
         "final_step": 30,
         "baselines": {"zero": 0.984375, "copy_previous": 1.5},
@@ -215,12 +205,6 @@ def test_the_values_for_programs_are_those_of_the_report(run_dir):
         "knn": {"top1": 0.625},
         "picture": str(run_dir / "pictures" / "step_00000030.png"),
     }
-
-
-def test_of_several_probes_of_one_kind_the_best_counts_for_programs_too(run_dir):
-    rows = [probe_row("linear", "model", top1) for top1 in (0.5, 0.9, 0.7)]
-    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": rows}))
-    assert report_values(read_run(run_dir))["accuracies"]["model"]["linear"]["val"]["top1"] == 0.9
 
 
 def test_a_run_without_a_logged_line_has_values_all_unknown(tmp_path):
@@ -272,7 +256,7 @@ def test_a_damaged_line_is_refused_by_its_number(run_dir):
 
 def test_damaged_side_files_are_refused(run_dir):
     (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": [{"head": "linear"}]}))
-    with pytest.raises(ValueError, match=r"no probe result.*encoder"):
+    with pytest.raises(ValueError, match=r"probe\.json is damaged or of an older release .*measure again"):
         read_run(run_dir)
     (run_dir / "probe" / "probe.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
@@ -291,9 +275,3 @@ def test_the_report_does_not_wait_for_torch():
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_encoders_compared_are_those_the_probe_names():
-    from nextblock.evaluate.evaluation import BASELINES, MODEL
-
-    assert (MODEL, *BASELINES) == ENCODERS

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nextblock.errors import UsageError
 from nextblock.visualize.words import BASELINE_WORDS
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 __all__ = [
-    "ProbeRow",
+    "Measured",
     "RunSummary",
     "plot_losses",
     "read_run",
@@ -31,26 +31,21 @@ __all__ = [
     "report_values",
 ]
 
-ENCODERS = ("model", "untrained", "pixels 16x16", "colour histogram")
-"""The columns of the probe table: what the accuracies compare."""
-SIDES_PX = {"digits": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR10": 32, "CIFAR100": 32}
-"""Sources of tiny pictures whose size is known by their name."""
-SAME_ACCURACY = 0.01
-"""Accuracies that differ by no more count as equal."""
+VERBS = ("probe", "knn", "fewshot", "finetune")
+"""What results below a run are reported, in this order."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeRow:
-    """One probe's accuracy, as a share of 1."""
+class Measured(NamedTuple):
+    """An accuracy below a run."""
 
-    head: str
-    """Attentive or linear."""
+    method: str
+    """The head, or how it was measured."""
+    on: str
+    """The images it was measured on."""
     encoder: str
-    """One of `ENCODERS`."""
-    split: str
-    """What it was measured on: val, test or held-out."""
+    """The model, or one of its baselines."""
     top1: float
-    top5: float
+    top1_se: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +65,12 @@ class RunSummary:
     """Versions and hardware, as the run wrote them."""
     heartbeat: dict[str, Any] = field(default_factory=dict)
     """The run's status, step and time, as it last wrote them; empty if it never did."""
-    probes: tuple[ProbeRow, ...] = ()
-    """The newest probe's accuracies."""
-    probe_file: Path | None = None
-    """Where they were read."""
+    results: tuple[Measured, ...] = ()
+    """The accuracies of every result below the run."""
+    notes: tuple[str, ...] = ()
+    """What these results say about the model, each with its source."""
     picture: Path | None = None
     """The latest picture of predictions."""
-    source_px: int | None = None
-    """Side of the probed pictures before any resizing, where known."""
 
     @property
     def images_per_s(self) -> float | None:
@@ -113,16 +106,6 @@ class RunSummary:
         steps, values = _series(self.monitor, "knn/top1")
         return max(zip(values, steps, strict=True), default=None)
 
-    @property
-    def raw_pixels_suffice(self) -> bool:
-        """Whether a probe does as well on raw pixels as on the trained encoder: within a point, or better."""
-        best = _best_accuracies(self)
-        return any(
-            raw >= best[head, split, "model"] - SAME_ACCURACY
-            for (head, split, encoder), raw in best.items()
-            if encoder == "pixels 16x16" and (head, split, "model") in best
-        )
-
 
 # -------------------------------------------------------------------------------- reading
 
@@ -136,8 +119,8 @@ def read_run(run_dir: Path) -> RunSummary:
             "give the directory that `nextblock pretrain --out` wrote"
         )
     lines = _read_lines(run_dir / "metrics.jsonl")
-    probe_file = _newest(run_dir.rglob("probe.json"))
-    probe = _read_json(probe_file) if probe_file else {}
+    files = [path for verb in VERBS for path in sorted(run_dir.rglob(f"{verb}.json"))]
+    results = {path: _read_json(path) for path in files}
     return RunSummary(
         run_dir=run_dir,
         train=tuple(line for line in lines if line.get("kind") == "train"),
@@ -146,10 +129,9 @@ def read_run(run_dir: Path) -> RunSummary:
         baselines=_read_json(run_dir / "baselines.json"),
         environment=_last_start(run_dir / "environment.json"),
         heartbeat=_read_json(run_dir / "heartbeat.json"),
-        probes=_probe_rows(probe, probe_file),
-        probe_file=probe_file,
+        results=tuple(one for path, values in results.items() for one in _measured(path, values)),
+        notes=tuple(note for values in results.values() for note in _verdicts(values)),
         picture=_newest(run_dir.glob("predict*/predictions.png")) or _last_picture(run_dir),
-        source_px=_source_px(probe),
     )
 
 
@@ -199,68 +181,61 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _probe_rows(probe: dict[str, Any], path: Path | None) -> tuple[ProbeRow, ...]:
-    """The rows of a probe's file, those of the encoders and heads that the report compares."""
-    rows = probe.get("rows", []) if probe else []
+def _measured(path: Path, values: dict[str, Any]) -> Iterator[Measured]:
+    """The accuracies in a result; of kNN those of the setting that was fixed beforehand."""
     try:
-        return tuple(
-            ProbeRow(
-                head=row["head"],
-                encoder=row["encoder"],
-                split=row["split"],
-                top1=float(row["top1"]),
-                top5=float(row["top5"]),
-            )
-            for row in rows
-        )
-    except (KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} is no probe result: each of its rows needs head, encoder, split, top1 and top5 "
-            f"({error!r}); probe again"
-        ) from error
+        on = _images(values)
+        for row in values["rows"]:
+            method = row.get("head") or values["verb"]
+            if values["verb"] == "fewshot":
+                method = row["shots"] + (" of the labels" if "%" in row["shots"] else " labels a class")
+            elif values["verb"] == "knn":
+                if not row["is_default"]:
+                    continue
+                method = f"kNN, k {row['k']}"
+            yield Measured(method, on, row["encoder"], float(row["top1"]), row.get("top1_se"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged or of an older release ({error!r}); measure again") from error
 
 
-def _source_px(probe: dict[str, Any]) -> int | None:
-    """The side of the pictures that were probed, where the source's name tells."""
-    spec = probe.get("sources", {}).get("train", {}).get("spec", "")
-    name = spec.removeprefix("torchvision:").partition(",")[0].partition(":")[0]
-    return SIDES_PX.get(name)
+def _images(values: dict[str, Any]) -> str:
+    """What a result was measured on."""
+    sources = values["sources"]
+    if "test" in sources:
+        return sources["test"]["spec"]
+    return f"{sources['train']['spec']}, " + ("each by the others" if values["verb"] == "knn" else "held out")
+
+
+def _verdicts(values: dict[str, Any]) -> list[str]:
+    """What a result says of a model that does not beat its baselines."""
+    return [f"{values['verb']}: {note}" for note in values.get("notes", ()) if "not clearly better" in note]
 
 
 # -------------------------------------------------------------------------------- what is said
 
 
-def _best_accuracies(summary: RunSummary) -> dict[tuple[str, str, str], float]:
-    """The best top-1 of each head on each split with each encoder."""
-    best: dict[tuple[str, str, str], float] = {}
-    for row in summary.probes:
-        key = (row.head, row.split, row.encoder)
-        best[key] = max(row.top1, best.get(key, 0.0))
-    return best
-
-
-def _probe_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
-    """Heads (and splits, if there are several) down, encoders across; top-1 in percent."""
-    best = _best_accuracies(summary)
-    encoders = [name for name in ENCODERS if any(encoder == name for _, _, encoder in best)]
-    splits = list(dict.fromkeys(split for _, split, _ in best))
+def _table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """A line for each method and images, encoders across; top-1 in percent with its standard error."""
+    encoders = list(dict.fromkeys(one.encoder for one in summary.results))
+    found = {(one.method, one.on, one.encoder): one for one in summary.results}  # the last of each counts
     rows = []
-    for head, split in dict.fromkeys((head, split) for head, split, _ in best):
-        accuracies = (best.get((head, split, encoder)) for encoder in encoders)
-        cells = ["-" if accuracy is None else f"{accuracy:.1%}" for accuracy in accuracies]
-        rows.append([head if len(splits) == 1 else f"{head}, {split}", *cells])
-    first = "probe, top-1" if len(splits) > 1 else f"probe, top-1 on {splits[0]}"
-    return [first, *encoders], rows
+    for method, on in dict.fromkeys((one.method, one.on) for one in summary.results):
+        cells = [found.get((method, on, encoder)) for encoder in encoders]
+        rows.append([method, on, *("-" if one is None else _percent(one) for one in cells)])
+    return ["top-1 %", "measured on", *encoders], rows
+
+
+def _percent(one: Measured) -> str:
+    return f"{100 * one.top1:.1f}" + ("" if one.top1_se is None else f" ± {100 * one.top1_se:.1f}")
 
 
 def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     """What else is known, as (name, value); what is missing is said with the command that makes it."""
     run = summary.run_dir
     facts = []
-    if not summary.probes:
-        facts.append(
-            ("probe", f"none yet: nextblock probe --model {run} --train SOURCE --out {run / 'probe'}")
-        )
+    if not summary.results:
+        how = f"nextblock eval --model {run} --train TRAIN --test TEST --out {run / 'eval'}"
+        facts.append(("accuracy", f"none yet: {how}"))
     facts.append(("speed", _speed(summary)))
     facts.append(("training loss", _loss(summary)))
     if summary.final_val_loss is not None:
@@ -298,17 +273,6 @@ def _baseline_words(summary: RunSummary) -> str:
     )
 
 
-def _notes(summary: RunSummary) -> list[str]:
-    if not summary.raw_pixels_suffice:
-        return []
-    size = summary.source_px
-    tiny = f"pictures as small as these ({size} x {size} px)" if size else "tiny pictures"
-    return [
-        f"Raw pixels do as well as the trained encoder or better under the same head: on {tiny} a linear "
-        "layer already tells most classes apart, so the comparison that tells is trained against untrained."
-    ]
-
-
 def report_table(summary: RunSummary) -> Group:
     """The report for a terminal: print it with a `rich.console.Console`."""
     from rich.console import Group
@@ -316,11 +280,11 @@ def report_table(summary: RunSummary) -> Group:
     from rich.text import Text
 
     parts: list[Any] = [Text(f"Report of {summary.run_dir}", style="bold")]
-    if summary.probes:
-        header, rows = _probe_table(summary)
+    if summary.results:
+        header, rows = _table(summary)
         probes = Table(box=None, pad_edge=False)
         for column, name in enumerate(header):
-            probes.add_column(Text(name), justify="left" if column == 0 else "right")
+            probes.add_column(Text(name), justify="left" if column < 2 else "right")
         for row in rows:
             probes.add_row(*(Text(cell) for cell in row))
         parts += ["", probes]
@@ -330,7 +294,7 @@ def report_table(summary: RunSummary) -> Group:
     for name, value in _facts(summary):
         facts.add_row(Text(name), Text(value))
     parts += ["", facts]
-    for note in _notes(summary):
+    for note in summary.notes:
         parts += ["", Text(note, style="italic")]
     return Group(*parts)
 
@@ -338,34 +302,28 @@ def report_table(summary: RunSummary) -> Group:
 def report_markdown(summary: RunSummary) -> str:
     """The same as Markdown."""
     lines = [f"# Report of {summary.run_dir}", ""]
-    if summary.probes:
-        header, rows = _probe_table(summary)
+    if summary.results:
+        header, rows = _table(summary)
         lines += [
             _row(header),
-            _row(["---"] + ["---:"] * (len(header) - 1)),
+            _row(["---", "---"] + ["---:"] * (len(header) - 2)),
             *(_row(row) for row in rows),
             "",
         ]
     lines += [f"- {name}: {value}" for name, value in _facts(summary)]
-    for note in _notes(summary):
+    for note in summary.notes:
         lines += ["", note]
     return "\n".join(lines) + "\n"
 
 
 def report_values(summary: RunSummary) -> dict[str, Any]:
-    """The same for programs, ready for JSON: accuracies are shares of 1, null stands for what is not known.
-
-    `accuracies` holds top1 and top5 by encoder, then head, then split.
-    """
-    accuracies: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for row in sorted(summary.probes, key=lambda row: row.top1):
-        splits = accuracies.setdefault(row.encoder, {}).setdefault(row.head, {})
-        splits[row.split] = {"top1": row.top1, "top5": row.top5}
+    """The same for programs, ready for JSON: accuracies are shares of 1, null is what is not known."""
     loss, step = summary.final_loss or (None, None)
     val_loss, val_step = summary.final_val_loss or (None, None)
     return {
         "run": str(summary.run_dir),
-        "accuracies": accuracies,
+        "results": [one._asdict() for one in summary.results],
+        "notes": list(summary.notes),
         "final_loss": loss,
         "final_step": step,
         "baselines": summary.baselines,
