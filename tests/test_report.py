@@ -29,7 +29,7 @@ def write_result(
     """A result as evaluations write it."""
     path.mkdir(parents=True, exist_ok=True)
     sources = {"train": {"spec": "digits"}, **({"test": {"spec": test}} if test else {})}
-    result = {"verb": verb, "rows": rows, "sources": sources, **more}
+    result = {"verb": verb, "rows": rows, "notes": list(notes), "sources": sources}
     (path / f"{verb}.json").write_text(json.dumps(result))
 
 
