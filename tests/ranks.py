@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+import nextblock
 from nextblock.data import DataError
 from nextblock.launch import find_world
 from nextblock.train import TrainResult, distributed, train
 from nextblock.train.distributed import Group, process_group
 from nextblock.visualize import predictions
-from tiny_runs import CPU, After, Quiet, settings
+from tiny_runs import CPU, TINY, After, Quiet, settings
 from toy import ToySource
 
 # A process that has imported torch and is forked for each rank: a rank starts in milliseconds.
@@ -173,6 +174,8 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     is_odd = find_world().rank == 1
     if what == "version" and is_odd:
         distributed.__version__ = "0.0.1"
+    elif what == "size" and is_odd:
+        os.environ["WORLD_SIZE"] = "4"
     elif what == "images" and is_odd:
         sources = {"train": ToySource(40, seed=5)}
     elif what == "disk":
@@ -194,3 +197,10 @@ def train_and_draw(out: Path) -> list[str]:
     monitor = predictions.PredictionMonitor(images, [0.5] * 3, [0.5] * 3, every="2st")
     train_together(out, {"train.batch_size": 10, "train.duration": "4st"}, monitors=(monitor,))
     return drawn
+
+
+def pretrain_otherwise(folder: Path, changes: Mapping[str, Any], out: Path) -> TrainResult:
+    """Pre-train by the public function; rank 1 with changed settings."""
+    own = {"optim.lr": 1.0} if find_world().rank == 1 and not changes else changes
+    name = "other" if find_world().rank == 1 and changes else "run"
+    return nextblock.pretrain(TINY, out=out / name, reporter=Quiet(), **{"data.train": str(folder), **own})

@@ -69,7 +69,7 @@ def run(tmp_path_factory):
     ("words", "message"),
     [
         (["pretrian"], "unknown command 'pretrian'; did you mean 'pretrain'?"),
-        (["xyz"], "unknown command 'xyz'; known: pretrain, probe, "),
+        (["xyz"], "unknown command 'xyz'; known: pretrain, eval, probe, "),
         (["pretrain"], "--out must be given"),
         (["pretrain", "--out", "x", "--preset", "xtra-tny"], "'xtra-tny'; did you mean 'xtra-tiny'?"),
         (["pretrain", "--out", "x", "--optim.lr", "-1e-3"], "optim.lr is '-1e-3'; it must be a number from"),

@@ -17,13 +17,14 @@ from nextblock.train.state import find_intact
 from ranks import (
     RankFailed,
     SignalRank,
+    pretrain_otherwise,
     run_ranks,
     train_and_die,
     train_and_draw,
     train_otherwise,
     train_together,
 )
-from tiny_runs import loss_lines, same, weights
+from tiny_runs import loss_lines, same, weights, write_images
 from toy import ToySource
 
 BASE = {
@@ -122,7 +123,7 @@ PLACES = {
     "in a step": "nextblock.train.trainer.combine",
     "inside a checkpoint": "nextblock.train.state.checksum",
     "before the last rename": "nextblock.train.state.save_model",
-    "inside a resume": "nextblock.train.trainer.load_state",
+    "inside a resume": "nextblock.train.learner.load_state",
 }
 
 
@@ -158,6 +159,7 @@ def test_killed_anywhere_the_run_ends_as_if_it_had_not_been(trials, seed, whole,
     ("what", "message", "saved"),
     [
         ("version", r"rank 1 on \S+ has nextblock 0.0.1, rank 0 on \S+ has .*install the same", []),
+        ("size", r"rank 1 on \S+ was started as one of 4 processes, rank 0 on \S+ as one of 3", []),
         ("images", r"rank 1 on \S+ has data.train 'toy-5-40', rank 0 on \S+ has 'toy-0-40'", []),
         ("batch", "a batch of 2 cannot be divided among 3 processes; start fewer, or raise train.batch", []),
         ("disk", r"rank 1 on \S+: the disk is gone", ["step_00000004"]),
@@ -170,8 +172,30 @@ def test_what_is_wrong_with_one_rank_ends_all_and_names_it(what, message, saved,
     assert re.search(message, str(results[0]))
     assert [path.name for path in tmp_path.glob("run/checkpoints/step_*")] == saved
     # The launcher may end rank 0 before it has spoken: a rank with an error of its own speaks for itself.
-    assert results[2].is_told == (what != "version")
+    assert results[2].is_told == (what not in ("version", "size"))
     assert what != "bug" or not results[1].is_told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"rank 1 on \S+ has optim.lr 1.0, rank 0 on \S+ has 0.001; all processes .* need the same"),
+        ({"seed": 1}, r"rank 1 on \S+ has --out '\S+/other', rank 0 on \S+ has '\S+/run'"),
+    ],
+)
+def test_ranks_of_other_settings_are_refused(changes, message, tmp_path):
+    write_images(tmp_path / "images", 8)
+    results = run_ranks(2, pretrain_otherwise, tmp_path / "images", changes, tmp_path)
+    assert re.search(message, str(results[0]))
+    assert results[1].is_told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_the_reference_losses_do_not_depend_on_ranks_or_micro_batches(tmp_path):
+    changes = {"train.batch_size": 10, "train.duration": "1st"}
+    alone, *_ = run_ranks(1, train_together, tmp_path / "alone", changes)
+    divided, *_ = run_ranks(3, train_together, tmp_path / "ranks", {**changes, "train.micro_batch_size": 2})
+    assert alone.baselines == divided.baselines
 
 
 def test_pictures_are_drawn_by_one_rank(tmp_path):

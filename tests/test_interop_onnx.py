@@ -191,7 +191,7 @@ NONE_OTHER = "name layers from 0 to 0, each once"
         ("aim, causal and larger", {"layers": [0, 0]}, ValueError, NONE_OTHER),
         ("aim, linear", {"attention": "causal"}, ValueError, "this classifier's head is made for 'native'"),
         ("a directory", {}, CheckpointError, "is a directory"),
-        ("damaged", {}, CheckpointError, r"NaN or inf \(encoder\.norm\.weight\)"),
+        ("damaged", {}, CheckpointError, r"NaN or inf in 1 tensor \(encoder\.norm\.weight\)"),
         ("no onnxscript", {}, OnnxError, "needs onnxscript: pip install onnx onnxruntime onnxscript"),
     ],
 )

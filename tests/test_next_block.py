@@ -269,7 +269,7 @@ def test_images_of_bytes_or_other_channels_and_unknown_attention_are_refused_wit
     for call in (model, model.encode):
         with pytest.raises(ValueError, match=r"torch\.uint8; divide by 255, subtract the mean"):
             call(IMAGES.byte())
-        with pytest.raises(ValueError, match="images have 1 channels, the model takes 3"):
+        with pytest.raises(ValueError, match="images have 1 channel, the model takes 3"):
             call(IMAGES[:, :1])
     with pytest.raises(ValueError, match="attention is 'bidirectional'; it must be 'native', 'causal' or"):
         model.encode(IMAGES, attention="bidirectional")

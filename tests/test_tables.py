@@ -9,7 +9,6 @@ import pytest
 from nextblock.evaluate.tables import (
     Column,
     Table,
-    count,
     end_of,
     finite,
     lead,
@@ -18,6 +17,7 @@ from nextblock.evaluate.tables import (
     share,
     write_csv,
 )
+from nextblock.logs import counted
 
 COLUMNS = (
     Column("name", "features"),
@@ -74,7 +74,7 @@ def test_nan_and_infinity_become_null():
 
 
 def test_counts_and_ends():
-    assert [count(1, "class", "classes"), count(2, "class", "classes"), count(12345, "image")] == [
+    assert [counted(1, "class", "classes"), counted(2, "class", "classes"), counted(12345, "image")] == [
         "1 class",
         "2 classes",
         "12,345 images",

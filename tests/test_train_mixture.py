@@ -58,7 +58,7 @@ def test_a_run_tells_which_source_or_weight_of_a_mixture_has_changed(tmp_path):
         run_toy(tmp_path, changes, sources=mixture(second=6))
     with pytest.raises(RunDirError, match=r"data.train 'toy-0' has changed .*: 30 images then, 29 now"):
         run_toy(tmp_path, changes, sources=mixture(first=29, second=6))
-    with pytest.raises(RunDirError, match=r"data.weights: \[0.75, 0.25\] there, \[0.5, 0.5\] now"):
+    with pytest.raises(RunDirError, match=r"data.weights: 0.75,0.25 there, 0.5,0.5 now"):
         run_toy(tmp_path, {**changes, "data.weights": (0.5, 0.5)}, sources=mixture())
     run_toy(tmp_path, changes, sources=mixture())
 

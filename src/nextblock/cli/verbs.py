@@ -29,7 +29,7 @@ VERBS = {
         "data.train out preset data.val train.duration train.batch_size devices",
     ),
     "eval": Verb(
-        "Measure models in several ways in one table, or a classifier as it is",
+        "Measure models in several ways, in one table; or a classifier",
         (
             "--model RUN --train TRAIN --test TEST --out RUN/eval",
             "--model RUN --model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",

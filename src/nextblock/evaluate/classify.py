@@ -20,7 +20,8 @@ from nextblock.evaluate.files import pyarrow, write_parquet
 from nextblock.evaluate.metrics import Tally
 from nextblock.evaluate.settings import ClassifySettings
 from nextblock.evaluate.table import FeatureTable
-from nextblock.evaluate.tables import Column, count, end_of, percent, safe_cell
+from nextblock.evaluate.tables import Column, end_of, percent, safe_cell
+from nextblock.logs import counted
 from nextblock.models.heads import ImageClassifier
 from nextblock.settings import from_dict
 
@@ -120,15 +121,15 @@ def _columns(top: int) -> tuple[Column, ...]:
 def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool) -> Iterator[str]:
     more = facts["num_images"] - SHOWN
     if config.out is not None:
-        yield f"All {count(facts['num_images'], 'image')}: {config.out}"
+        yield f"All {counted(facts['num_images'], 'image')}: {config.out}"
     elif more > 0:
-        yield f"{count(more, 'more image')}; --out FILE.csv writes all"
+        yield f"{counted(more, 'more image')}; --out FILE.csv writes all"
     found = facts["measures"]
     if found is not None:
         top5, balanced = (percent(found[name], {}) for name in ("top5", "balanced"))
         yield (
             f"top-1 {percent(found['top1'], found, 'top1')} %, top-5 {top5} %, balanced {balanced} % of "
-            f"{count(found['images'], 'labelled image')}"
+            f"{counted(found['images'], 'labelled image')}"
         )
     elif has_labels:
         yield "No accuracy: the classifier does not know all classes of these labels."

@@ -43,8 +43,9 @@ from nextblock.evaluate.settings import (
     ScoreSettings,
 )
 from nextblock.evaluate.splits import numbered, open_labelled
-from nextblock.evaluate.tables import Column, count, difference, end_of, lead, share, write_csv
+from nextblock.evaluate.tables import Column, difference, end_of, lead, share, write_csv
 from nextblock.launch import find_world
+from nextblock.logs import counted
 from nextblock.settings import from_dict, to_dict
 
 COLUMNS = (
@@ -178,7 +179,7 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
         opened.report_bad(None)
     measures = tally.measures()
     row = {"encoder": "model", "method": "its own classifier", **measures.row()}
-    note = f"{count(len(indices), 'image')} of {source.spec}, as the classifier is: nothing was trained."
+    note = f"{counted(len(indices), 'image')} of {source.spec}, as the classifier is: nothing was trained."
     return [Result(verb="eval", rows=(row,), notes=(note,), rights=(measures.right,))]
 
 

@@ -38,8 +38,9 @@ from nextblock.evaluate.metrics import paired
 from nextblock.evaluate.results import cut_of, differences, digest_of, encoder_of, identity_of, images_digest
 from nextblock.evaluate.settings import EvalSettings
 from nextblock.evaluate.table import Extract, FeatureTable
-from nextblock.evaluate.tables import Column, Table, count, escape_markdown, finite, write_csv
+from nextblock.evaluate.tables import Column, Table, escape_markdown, finite, write_csv
 from nextblock.launch import find_world
+from nextblock.logs import counted
 from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig, ImageClassifier
 from nextblock.settings import to_dict
@@ -263,7 +264,7 @@ class Evaluation:
                 left_s = (images - done) / speed
                 log.info(
                     "%s: %d of %s encoded, %.0f images/s, %.0f s left",
-                    purpose, done, count(images, "image"), speed, left_s,
+                    purpose, done, counted(images, "image"), speed, left_s,
                 )  # fmt: skip
 
         if not table.fill(indices, should_stop=lambda: self.group.any(self._stop), progress=show):
@@ -335,7 +336,7 @@ class Evaluation:
                 names = "; ".join(" ".join(f"{one.name}: {one.reason}".split()) for one in bad[:SHOWN_BAD])
                 log.warning(
                     "%s of %s (%s) skipped, unreadable: %s%s",
-                    count(len(bad), "image"), source.spec, purpose, names, "; …" * (len(bad) > SHOWN_BAD),
+                    counted(len(bad), "image"), source.spec, purpose, names, "; …" * (len(bad) > SHOWN_BAD),
                 )  # fmt: skip
         if out is not None and lines:
             write_text(out / QUARANTINE, "\n".join(lines) + "\n")

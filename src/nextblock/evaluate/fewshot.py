@@ -27,7 +27,8 @@ from nextblock.evaluate.features import pooled
 from nextblock.evaluate.knn import accuracies
 from nextblock.evaluate.settings import FewshotSettings, Shots
 from nextblock.evaluate.splits import Labelled, missing_note, open_labelled
-from nextblock.evaluate.tables import Column, count, lead, number, share
+from nextblock.evaluate.tables import Column, lead, number, share
+from nextblock.logs import counted
 from nextblock.settings import from_dict
 
 log = logging.getLogger(__name__)
@@ -155,18 +156,18 @@ def _check_classes(labels: Int64[np.ndarray, " n"], source: Source, shots: str) 
     if missing:
         names = ", ".join(source.class_names[label] for label in missing[:3])
         raise UsageError(
-            f"labels {shots}: no drawn image of {count(len(missing), 'class', 'classes')} of {source.spec} "
+            f"labels {shots}: no drawn image of {counted(len(missing), 'class', 'classes')} of {source.spec} "
             f"is readable ({names}); repair or remove unreadable images, use more labels, or another --seed"
         )
 
 
 def _about(rows: list[dict[str, Any]], images: int, draws: int) -> str:
-    spread = f"mean of {count(draws, 'draw')} ± its standard error" if draws > 1 else "one draw"
+    spread = f"mean of {counted(draws, 'draw')} ± its standard error" if draws > 1 else "one draw"
     fixed = sorted({row["shots"] for row in rows if row["shots"] == "1"})
     unconverged = sum(row["unconverged"] for row in rows)
     return (
-        f"Logistic regression, {spread}, on {count(images, 'image')} of test; the L2 penalty is chosen by "
+        f"Logistic regression, {spread}, on {counted(images, 'image')} of test; the L2 penalty is chosen by "
         "cross-validation within the labelled images"
         + (f", with one image a class it is C {DEFAULT_C:g}." if fixed else ".")
-        + (f" {count(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
+        + (f" {counted(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
     )

@@ -23,7 +23,8 @@ from nextblock.evaluate.features import pooled
 from nextblock.evaluate.metrics import standard_error
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
 from nextblock.evaluate.splits import Labelled, missing_note, open_labelled
-from nextblock.evaluate.tables import Column, count, lead, number, share
+from nextblock.evaluate.tables import Column, lead, number, share
+from nextblock.logs import counted
 from nextblock.settings import from_dict
 
 QUERIES, NEIGHBOURS = 1024, 65_536
@@ -201,9 +202,9 @@ def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) ->
 
 def _about(rows: Sequence[dict[str, Any]], images: dict[str, int], *, is_left_out: bool) -> str:
     among = (
-        f"Each of {count(images['train'], 'image')} of train, among the others (leave-one-out)."
+        f"Each of {counted(images['train'], 'image')} of train, among the others (leave-one-out)."
         if is_left_out
-        else f"{count(images['test'], 'image')} of test, among {images['train']:,} of train."
+        else f"{counted(images['test'], 'image')} of test, among {images['train']:,} of train."
     )
     default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
     if not any(row["is_default"] for row in rows):

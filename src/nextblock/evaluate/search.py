@@ -14,7 +14,8 @@ from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, evaluation
 from nextblock.evaluate.features import pooled
 from nextblock.evaluate.knn import nearest_neighbours
 from nextblock.evaluate.settings import SearchSettings
-from nextblock.evaluate.tables import Column, count, number
+from nextblock.evaluate.tables import Column, number
+from nextblock.logs import counted
 from nextblock.settings import from_dict
 
 MAX_QUERIES = 64
@@ -45,7 +46,7 @@ def search(**settings: Any) -> Result:
         }
         if len(sources["query"]) > MAX_QUERIES:
             raise UsageError(
-                f"{config.query} has {count(len(sources['query']), 'image')}; give at most {MAX_QUERIES}"
+                f"{config.query} has {counted(len(sources['query']), 'image')}; give at most {MAX_QUERIES}"
             )
 
         def draw(out: Path, result: Result) -> None:
@@ -86,7 +87,7 @@ def _measure(opened: Evaluation, config: SearchSettings, sources: dict[str, Sour
                     "is_query": is_query,
                 }
             )
-    searched = count(len(numbers["data"]), "image")
+    searched = counted(len(numbers["data"]), "image")
     notes = [f"{searched} of {source.spec} searched."]
     if config.out is not None:
         notes.append(f"Sheet: {Path(config.out) / SHEET}")

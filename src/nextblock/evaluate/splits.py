@@ -19,7 +19,7 @@ from nextblock.data import Source, open_source
 from nextblock.data.doctor import shared_images
 from nextblock.data.random import keyed_permutation
 from nextblock.errors import UsageError
-from nextblock.evaluate.tables import count
+from nextblock.logs import counted
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str
             shared = shared_images(sources[other], sources[purpose])
             if shared is not None:
                 which = (
-                    f"{len(shared.pairs)} of {count(shared.num_compared, 'image')} compared"
+                    f"{len(shared.pairs)} of {counted(shared.num_compared, 'image')} compared"
                     if shared.pairs
                     else "all images"
                 )
@@ -70,7 +70,7 @@ def _matched(train: Source, other: Source) -> Labelled:
     if unknown:
         some = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
         raise UsageError(
-            f"{other.spec} has {count(len(unknown), 'class', 'classes')} that {train.spec} lacks: {some}; "
+            f"{other.spec} has {counted(len(unknown), 'class', 'classes')} that {train.spec} lacks: {some}; "
             "remove these images, or add some to train"
         )
     meaning = np.array([numbers.get(name, -1) for name in other.class_names], dtype=np.int64)
@@ -91,12 +91,12 @@ def numbered(
         names = [name.strip() for name in names if name.strip()]
         if len(names) != num_classes:
             raise UsageError(
-                f"{names_file} has {count(len(names), 'name')}, the classifier {num_classes} classes"
+                f"{names_file} has {counted(len(names), 'name')}, the classifier {num_classes} classes"
             )
     if names is None:
         if len(source.class_names) != num_classes:
             raise UsageError(
-                f"{source.spec} has {count(len(source.class_names), 'class', 'classes')}, the classifier "
+                f"{source.spec} has {counted(len(source.class_names), 'class', 'classes')}, the classifier "
                 f"{num_classes} without names; give their names: --classes FILE, a line each"
             )
         return source.labels
@@ -104,7 +104,7 @@ def numbered(
     unknown = [name for name in source.class_names if name not in meaning]
     if unknown:
         raise UsageError(
-            f"the classifier does not know {count(len(unknown), 'class', 'classes')} of {source.spec}: "
+            f"the classifier does not know {counted(len(unknown), 'class', 'classes')} of {source.spec}: "
             f"{', '.join(unknown[:5])}; give its names as this source has them: --classes FILE, a line each"
         )
     return np.array([meaning[name] for name in source.class_names], dtype=np.int64)[source.labels]
@@ -113,7 +113,7 @@ def numbered(
 def missing_note(labelled: Mapping[str, Labelled]) -> list[str]:
     """Sentences about classes that are in train but not in another source."""
     return [
-        f"{one.source.spec} has no image of {count(len(one.missing), 'class', 'classes')} of train: "
+        f"{one.source.spec} has no image of {counted(len(one.missing), 'class', 'classes')} of train: "
         + ", ".join(one.missing[:8])
         + (", …" if len(one.missing) > 8 else "")
         for one in labelled.values()

@@ -126,11 +126,6 @@ def escape_markdown(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
-    """1 image, 2 images, 1,000 images."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 def finite(value: Any) -> Any:
     """The same value for JSON, which has no NaN and no infinity: they become null."""
     if isinstance(value, float):

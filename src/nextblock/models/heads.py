@@ -255,7 +255,9 @@ def normalized(features: Float[Tensor, "b *n d"], norm: nn.Module) -> Float[Tens
     """Features after a batch norm, whose statistics are over all tokens of all images, as officially."""
     if features.ndim == 2:
         return norm(features)
-    return rearrange(norm(rearrange(features, "b n d -> (b n) d")), "(b n) d -> b n d", b=len(features))
+    # By the number of tokens, as an exported graph is to take any number of images.
+    n = features.shape[1]
+    return rearrange(norm(rearrange(features, "b n d -> (b n) d")), "(b n) d -> b n d", n=n)
 
 
 def fitting_heads(dim: int, most: int) -> int:

@@ -40,7 +40,8 @@ from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, T
 from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.results import weights_digest
 from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
-from nextblock.evaluate.tables import Column, count, lead, number, share
+from nextblock.evaluate.tables import Column, lead, number, share
+from nextblock.logs import counted
 from nextblock.models import EncoderModel
 from nextblock.models.heads import ImageClassifier
 from nextblock.settings import from_dict, require
@@ -126,7 +127,7 @@ class FineTuner(Learner):
         what = f"adapters of rank {self.settings.lora.rank}" if self.settings.lora.rank else "whole network"
         return (
             f"{what} and {head.kind} head, {trained / 1e6:.2f} of {parameters / 1e6:.2f} M parameters",
-            f"image {rows}x{columns} px -> {count(head.num_classes, 'class', 'classes')}",
+            f"image {rows}x{columns} px -> {counted(head.num_classes, 'class', 'classes')}",
         )
 
     # ------------------------------------------------------------------------------------------- the loss
@@ -318,7 +319,7 @@ def _measure(
             Labelled(SubsetSource(config.train, train_on.source, part), train_on.labels[part])
             for part in (kept, held)
         )
-        notes.append(f"Measured on {count(len(held), 'image')} of train, a tenth of each class, held out.")
+        notes.append(f"Measured on {counted(len(held), 'image')} of train, a tenth of each class, held out.")
     elif split == "val":
         notes.append(
             "The epoch was chosen on the images it is measured on: for an unbiased number give --test."
@@ -351,8 +352,8 @@ def _measure(
             chosen = f"epoch {epoch} was the best on val." if val else "the last one is measured."
             notes.insert(
                 0,
-                f"Trained: {trained} and a {config.head} head, {count(config.epochs, 'epoch')} of "
-                f"{count(len(train_on.source), 'image')} of {config.train}; {chosen}",
+                f"Trained: {trained} and a {config.head} head, {counted(config.epochs, 'epoch')} of "
+                f"{counted(len(train_on.source), 'image')} of {config.train}; {chosen}",
             )
             facts = {"class_names": names, "per_class": measures.per_class, "confusion": measures.confusion}
             facts |= {"train_images": len(train_on.source)}

@@ -62,7 +62,8 @@ from nextblock.evaluate.results import identity_of
 from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
 from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
 from nextblock.evaluate.table import Extract, FeatureTable, check_bad, table_gb
-from nextblock.evaluate.tables import Column, count, lead, number, share, write_csv
+from nextblock.evaluate.tables import Column, lead, number, share, write_csv
+from nextblock.logs import counted
 from nextblock.models.heads import FeatureConfig, Head, ImageClassifier, layer_words
 from nextblock.settings import Duration, from_dict
 
@@ -284,7 +285,7 @@ class _Probe:
         save_s = 60 * every.value if is_timed else math.inf
         save_steps = plan.steps + 1 if is_timed else max(1, round(every.value * plan.steps_per_epoch))
         saved_s = shown_s = time.monotonic()
-        log.info("%s: training %s, %s", encoder, count(len(heads), "head"), count(plan.steps, "step"))
+        log.info("%s: training %s, %s", encoder, counted(len(heads), "head"), counted(plan.steps, "step"))
         labels = torch.from_numpy(self.sources["train"].labels)
         try:
             for features, numbers in self._train_batches(encoder, columns, step):
@@ -391,7 +392,7 @@ class _Probe:
         gb = table_gb(self._shapes(MODEL, columns), images) * (1 + config.baselines)
         if config.augment == "none" and gb > config.cache_gb:
             raise UsageError(
-                f"the features of {count(images, 'image')} take {gb:.3g} GB, more than cache_gb "
+                f"the features of {counted(images, 'image')} take {gb:.3g} GB, more than cache_gb "
                 f"{config.cache_gb:g}; use --augment crop, which keeps none and encodes in every epoch, or "
                 "--heads linear, or raise --cache_gb"
             )
@@ -410,14 +411,17 @@ class _Probe:
             for part in self.parts
         }
         about = (
-            f"Heads were trained on {count(counts['train'], 'image')} of train for "
-            f"{count(plan.epochs, 'epoch')} of {count(plan.steps_per_epoch, 'step')}, batch {plan.batch_size}"
+            f"Heads were trained on {counted(counts['train'], 'image')} of train for "
+            f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}, batch "
+            f"{plan.batch_size}"
         )
         if self.choice is not None:
             of = "held out of train" if self.choice.purpose == "train" else "of val"
-            about += f", the best of each kind was chosen on {count(counts[self.choice.name], 'image')} {of}"
+            about += (
+                f", the best of each kind was chosen on {counted(counts[self.choice.name], 'image')} {of}"
+            )
         of = "held out of train" if self.measured.purpose == "train" else "of test"
-        about += f", and measured once on {count(counts[self.measured.name], 'image')} {of}."
+        about += f", and measured once on {counted(counts[self.measured.name], 'image')} {of}."
         attentive = (
             one.config.num_heads for one in self.candidates if one.config and one.head == "attentive"
         )
