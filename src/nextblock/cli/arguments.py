@@ -47,6 +47,7 @@ _SLIPS = {
     ("epochs",): ("train.duration 100ep",),
     ("steps",): ("train.duration 10000st",),
     ("gpu", "gpus"): ("train.device cuda", "device cuda"),
+    ("val", "validation"): ("data.val", "test"),
     ("checkpoint", "pretrained"): ("model.init", "model"),
     ("output", "output_dir"): ("out",),
 }
