@@ -32,6 +32,7 @@ from nextblock.config import DataConfig, ModelConfig, MonitorConfig, OptimConfig
 from nextblock.data import open_source
 from nextblock.evaluate import features as ft
 from nextblock.evaluate.knn import knn_predict
+from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import FeatureConfig
 
@@ -105,8 +106,12 @@ def untrained(root: Path, design: str, seed: str) -> None:
 def baselines(root: Path) -> None:
     """Measure what needs no encoder, on images of 64 px."""
     data = DataConfig(val_resize_px=64, mean=(0.5,) * 3, std=(0.25,) * 3, workers=0)
-    for design, extract in (("pixels", ft.pixel_extract), ("histogram", _histogram)):
+    for design, extract in (("pixels", _pixels), ("histogram", _histogram)):
         measure(root, extract, data, {"design": design})
+
+
+def _pixels(images: torch.Tensor) -> tuple[torch.Tensor]:
+    return (images.flatten(1),)
 
 
 def _histogram(images: torch.Tensor) -> tuple[torch.Tensor]:
@@ -117,7 +122,7 @@ def _histogram(images: torch.Tensor) -> tuple[torch.Tensor]:
     return (torch.cat([part.float().mean(1) for part in parts], 1).sqrt(),)
 
 
-def measure(root: Path, encoder: NextBlockModel | ft.Extract, data: DataConfig, row: dict[str, Any]) -> None:
+def measure(root: Path, encoder: NextBlockModel | Extract, data: DataConfig, row: dict[str, Any]) -> None:
     """Add top-1 of 20 neighbours and of logistic regression, C cross-validated, for each folder."""
     extract, size = encoder, 64
     if isinstance(encoder, NextBlockModel):
@@ -127,18 +132,18 @@ def measure(root: Path, encoder: NextBlockModel | ft.Extract, data: DataConfig, 
         x, y = [], []
         for part in ("train", "val"):
             source = open_source(f"files:{root}/{name}-split/{part}.txt", data)
-            batches = ft.iterate_features(extract, source, data, size, batch_size=64, device=CPU)
-            found = ft.collect_features(batches)
-            x.append(found.features[0].numpy())
-            y.append(source.labels[found.samples.numpy()])
+            table = FeatureTable(extract, source, data, size, batch_size=64, device=CPU)
+            table.fill()
+            x.append(table.read(table.readable()).numpy())
+            y.append(source.labels[table.readable()])
         predicted = knn_predict(
             torch.from_numpy(x[1]), torch.from_numpy(x[0]), torch.from_numpy(y[0]), len(source.class_names)
         )
         row[f"{name} knn"] = float((predicted.numpy() == y[1]).mean())
-        if extract is ft.pixel_extract:  # 12,288 numbers an image: 256 components keep nearly all of it
+        if extract is _pixels:  # 12,288 numbers an image: 256 components keep nearly all of it
             pca = PCA(256, random_state=0).fit(x[0])
             x = [pca.transform(one) for one in x]
-        scaler = StandardScaler(with_std=extract is not ft.pixel_extract)
+        scaler = StandardScaler(with_std=extract is not _pixels)
         head = make_pipeline(scaler, LogisticRegression(max_iter=500))
         folds = StratifiedKFold(5, shuffle=True, random_state=0)  # file order groups similar images
         probe = GridSearchCV(head, {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1]}, cv=folds)

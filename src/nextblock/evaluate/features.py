@@ -9,36 +9,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import yaml
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from nextblock.checkpoint import MODEL_FILE
-from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig, Size
+from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig
 from nextblock.data import (
-    BadSample,
-    Batch,
     Source,
-    TooManyBadImages,
-    eval_batches,
-    normalize,
-    resolve_workers,
 )
 from nextblock.errors import UsageError
 from nextblock.evaluate.layers import layer_choices
-from nextblock.evaluate.settings import EvalSettings, EvaluationSettings, FrozenSettings, SearchSettings
-from nextblock.evaluate.unreadable import whole_of
+from nextblock.evaluate.settings import EvalSettings, FrozenSettings, SearchSettings
+from nextblock.evaluate.table import Extract
 from nextblock.interop import load_classifier, open_encoder
 from nextblock.interop.load import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
@@ -48,58 +41,9 @@ from nextblock.models.timm_encoder import TimmConfig
 from nextblock.settings import from_dict
 from nextblock.train.runtime import autocast
 
-__all__ = [
-    "Extract",
-    "FeatureBatch",
-    "Features",
-    "NoFeaturesError",
-    "NonFiniteFeaturesError",
-    "check_bad",
-    "check_same_classes",
-    "collect_features",
-    "encoder_extract",
-    "evaluation_data",
-    "features_of_batch",
-    "iterate_features",
-    "open_model",
-    "pixel_extract",
-    "seeded",
-    "untrained",
-]
-
 log = logging.getLogger(__name__)
 
-Extract = Callable[[Tensor], tuple[Tensor, ...]]
-"""From normalised images (b c h w) to features, each (b n d) or (b d)."""
-
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-class NonFiniteFeaturesError(ValueError):
-    """Features are NaN or infinite; the message says of which images, and what to look at."""
-
-
-class NoFeaturesError(ValueError):
-    """None of the images could be read."""
-
-
-class FeatureBatch(NamedTuple):
-    """Features of the readable images of one batch."""
-
-    features: tuple[Float[Tensor, "b *patches f"], ...]
-    """One tensor for each of what the extract gives, fp32; empty where no image of the batch was readable."""
-    samples: Int64[Tensor, " b"]
-    """Which of the source's images these are."""
-    bad: tuple[BadSample, ...]
-    """Images that could not be read, left out."""
-
-
-class Features(NamedTuple):
-    """Features of all readable images of a source, in the order asked for, in main memory."""
-
-    features: tuple[Float[Tensor, "n *patches f"], ...]
-    samples: Int64[Tensor, " n"]
-    bad: tuple[BadSample, ...]
 
 
 # -------------------------------------------------------------------------------------- images to features
@@ -146,11 +90,6 @@ def _encoder_features(
     return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
 
 
-def pixel_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
-    """The normalised pixels themselves, as one vector an image."""
-    return (rearrange(images, "b c h w -> b (c h w)"),)
-
-
 SMALL_PX = 16
 
 
@@ -184,64 +123,6 @@ def histogram_extract(data: DataConfig) -> Extract:
     return extract
 
 
-def features_of_batch(batch: Batch, extract: Extract, data: DataConfig, device: torch.device) -> FeatureBatch:
-    """Normalise a batch's images on the device and take their features, without gradients.
-
-    Raises `NonFiniteFeaturesError` where features are no numbers.
-    """
-    if not len(batch.samples):
-        return FeatureBatch((), batch.samples, batch.bad)
-    with torch.no_grad():
-        images = batch.images.to(device, non_blocking=True)
-        if not images.is_floating_point():  # else they come normalised
-            images = normalize(images, data.mean, data.std)
-        features = extract(images)
-    _check_finite(features, batch)
-    return FeatureBatch(features, batch.samples, batch.bad)
-
-
-def _check_finite(features: tuple[Tensor, ...], batch: Batch) -> None:
-    finite = torch.stack([one.isfinite().flatten(1).all(dim=1) for one in features]).all(dim=0)
-    lost = int((~finite).sum())
-    if lost:
-        raise NonFiniteFeaturesError(
-            f"the features of {lost} of {len(finite)} images are no numbers, the first those of image "
-            f"{int(batch.samples[~finite.cpu()][0])}; encode with --precision fp32, or look at the weights: "
-            "the training may have diverged"
-        )
-
-
-def iterate_features(
-    extract: Extract,
-    source: Source,
-    data: DataConfig,
-    image_size: Size,
-    *,
-    batch_size: int,
-    indices: Int64[np.ndarray, " n"] | None = None,
-    device: torch.device,
-) -> Iterator[FeatureBatch]:
-    """Take features of the centre crops of a source's images, or of those at `indices` in that order."""
-    workers = resolve_workers(data.workers, source)
-    for batch in eval_batches(source, data, image_size, batch_size, indices=indices, workers=workers):
-        yield features_of_batch(batch, extract, data, device)
-
-
-def collect_features(batches: Iterable[FeatureBatch]) -> Features:
-    """Join these batches to one, in main memory; raises `NoFeaturesError` if no image could be read."""
-    parts, samples, bad = [], [], []
-    for batch in batches:
-        bad += batch.bad
-        if batch.features:
-            parts.append([features.cpu() for features in batch.features])
-            samples.append(batch.samples.cpu())
-    if not parts:
-        first = f", the first: {bad[0].name}: {bad[0].reason}" if bad else ""
-        raise NoFeaturesError(f"none of the images could be read ({len(bad)} bad{first})")
-    features = tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
-    return Features(features, torch.cat(samples), tuple(bad))
-
-
 # ------------------------------------------------------------------------------------------ what they need
 
 
@@ -263,21 +144,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def check_bad(bad: Collection[BadSample], source: Source, data: DataConfig, *, besides: int = 0) -> None:
-    """Raise `TooManyBadImages` where more of the source is unreadable than `data.max_bad_fraction` allows.
-
-    Of a `Part` it is the whole that counts; `besides`: so many images of its other parts are unreadable.
-    """
-    count, images = len(bad) + besides, len(whole_of(source))
-    if count > data.max_bad_fraction * images:
-        first = "".join(f"\n  {one.name}: {one.reason}" for one in list(bad)[:10])
-        raise TooManyBadImages(
-            f"{count} of the {images} images of {source.spec} cannot be read, more than "
-            f"max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
-            "Repair or remove them, or allow more by --max_bad_fraction."
-        )
-
-
 def check_same_classes(train: Source, other: Source) -> None:
     """Refuse two sources whose labels do not mean the same classes, and say where they differ."""
     ours, theirs = train.class_names, other.class_names
@@ -296,7 +162,7 @@ def check_same_classes(train: Source, other: Source) -> None:
 
 
 def open_model(
-    config: EvaluationSettings | EvalSettings, classifier: ImageClassifier | None = None
+    config: EvalSettings, classifier: ImageClassifier | None = None
 ) -> tuple[EncoderModel, DataConfig]:
     """Open the model that a config names (or take that of a classifier), and how images are cut for it."""
     spec = classifier_directory(config.model)

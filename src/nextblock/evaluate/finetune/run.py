@@ -34,12 +34,13 @@ from nextblock.data.sources import SubsetSource
 from nextblock.data.transforms import EvalCrop, TimmCrop, seeded_globally
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, evaluation
-from nextblock.evaluate.features import check_bad, untrained
+from nextblock.evaluate.features import untrained
 from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups
 from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, TunedModel
 from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.results import weights_digest
 from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
+from nextblock.evaluate.table import check_bad
 from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
 from nextblock.models import EncoderModel
