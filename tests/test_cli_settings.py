@@ -175,7 +175,7 @@ def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
             "'b' belongs to no setting; write --data.train a --data.train",
         ),
         ("pretrain --out r --data d", "unknown setting --data; did you mean --data.train d?"),
-        ("pretrain --out r --val d", "--data.val?"),
+        ("pretrain --out r --val d", "--data.val d?"),
         ("pretrain --out r --model.size small", "--preset small?"),
         ("pretrain --out r --train.epochs 3", "--train.duration 3ep?"),
         ("pretrain --out r --lr=3", "unknown setting --lr; did you mean --optim.lr?"),
