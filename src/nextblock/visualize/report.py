@@ -284,7 +284,7 @@ def report_table(summary: RunSummary) -> Group:
         header, rows = _table(summary)
         probes = Table(box=None, pad_edge=False)
         for column, name in enumerate(header):
-            probes.add_column(Text(name), justify="left" if column < 2 else "right")
+            probes.add_column(Text(name), justify="left" if column < 2 else "right", overflow="fold")
         for row in rows:
             probes.add_row(*(Text(cell) for cell in row))
         parts += ["", probes]
