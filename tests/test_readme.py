@@ -35,6 +35,7 @@ SHORTENED = {
     "probe": ["--epochs", "2", "--batch_size", "8"],
     "finetune": ["--epochs", "2", "--batch_size", "8", "--warmup", "1ep"],
     "fewshot": ["--draws", "2"],
+    "eval": ["--epochs", "2"],
 }
 
 
@@ -84,6 +85,7 @@ def places(tmp_path) -> dict[str, str]:
         "RUN": str(tmp_path / "run"),
         "RUN/probe": str(tmp_path / "run" / "probe"),
         "RUN/probe/attentive": str(tmp_path / "run" / "probe" / "attentive"),
+        "RUN/eval": str(tmp_path / "run" / "eval"),
         "RUN/predictions": str(tmp_path / "run" / "predictions"),
         "RUN/finetuned": str(tmp_path / "run" / "finetuned"),
         "IMAGE": str(tmp_path / "train" / "cat" / "0.png"),

@@ -79,7 +79,7 @@ def compare(**settings: Any) -> Result:
         scratch = config.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="nextblock-"))
         for number, model in enumerate(config.model):
             # Two models may end in the same name.
-            name = f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', model)[-60:]}"
+            name = f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', Path(model).name)}"
             measure = _score if config.train is None else _measure
             found = measure(config, model, Path(scratch) / name)
             for result in found:
