@@ -11,6 +11,8 @@ from nextblock.cli import main
 from nextblock.errors import UsageError
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
+from ranks import run_ranks
+from test_knn import run_main
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 QUICK = {"train": "toy-0", "test": "toy-1", "shots": "2", "epochs": 2}
@@ -118,3 +120,22 @@ def test_an_encoder_without_a_head_asks_for_train(run, capsys):
     words = ["eval", "--model", run.usual["model"], "--test", "digits:split=test", "--device", "cpu"]
     assert main(words) == 1
     assert "holds no classification head" in capsys.readouterr().err
+
+
+def test_two_processes_find_what_one_does(run, tmp_path, capsys):
+    words = [
+        "eval",
+        "--model",
+        run.usual["model"],
+        "--train",
+        "digits:split=test",
+        "--test",
+        "digits:split=test",
+    ]
+    words += ["--methods", "knn", "--methods", "fewshot", "--shots", "1", "--device", "cpu", "--workers", "0"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    # They meet anew for each method.
+    assert run_ranks(2, run_main, [*words, "--out", str(tmp_path / "two")]) == [0, 0]
+    one, two = (written(tmp_path / name / "eval.json")["rows"] for name in ("one", "two"))
+    assert one == two
+    assert run_ranks(2, run_main, words) == [2, 2]  # without --out

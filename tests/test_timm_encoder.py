@@ -334,7 +334,7 @@ def test_its_image_size_and_its_heads_are_its_own_and_onnx_cannot_hold_it(saved,
         convert(saved[1], tmp_path / "out", to="timm", image_size=48)
     with pytest.raises(ValueError, match="has its own attention heads, as it tells itself, and not 3"):
         open_encoder(saved[1], num_heads=3)
-    with pytest.raises(ValueError, match="tells its attention heads itself; leave num_heads out"):
+    with pytest.raises(ValueError, match="records its attention heads; leave num_heads out"):
         open_encoder(TOKEN, num_heads=2)
     with pytest.raises(ValueError, match="on timm's test_vit, which the format onnx cannot hold; write it"):
         convert(saved[1], tmp_path / "out", to="onnx")

@@ -46,7 +46,7 @@ from nextblock.evaluate.splits import numbered, open_labelled
 from nextblock.evaluate.tables import Column, difference, end_of, lead, share, write_csv
 from nextblock.launch import find_world
 from nextblock.logs import counted
-from nextblock.settings import from_dict, to_dict
+from nextblock.settings import from_dict, require, to_dict
 
 COLUMNS = (
     Column("model", "model", lambda name, _: end_of(name or "", 32)),
@@ -69,6 +69,10 @@ def compare(**settings: Any) -> Result:
     model must be a classifier, whose accuracy on `test` is measured as it is.
     """
     config = from_dict(CompareSettings, settings)
+    require(
+        config.train is None or config.out is not None or find_world().size == 1,
+        "several processes share features through files; give --out on a disk that all of them see",
+    )
     rows: list[dict[str, Any]] = []
     rights: list[np.ndarray] = []
     notes: list[str] = []

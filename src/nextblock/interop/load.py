@@ -128,7 +128,7 @@ def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderMod
     if not spec.startswith(TIMM_SPEC) or parse_timm_spec(spec).name.startswith("nextblock_vit"):
         return read(src, LoadOptions(num_heads=num_heads)).encoder_model
     if num_heads is not None:
-        raise UsageError(f"{spec} tells its attention heads itself; leave num_heads out")
+        raise UsageError(f"{spec} records its attention heads; leave num_heads out")
     return open_timm_encoder(spec)
 
 

@@ -8,6 +8,8 @@ gradients travel by NCCL.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import os
@@ -213,7 +215,7 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("torch", store.store),
+        store=dist.PrefixStore("torch", store.store),  # below the prefix of this meeting
         rank=world.rank,
         world_size=world.size,
         timeout=COLLECTIVE_TIMEOUT,
@@ -244,6 +246,15 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
             dist.destroy_process_group()
 
 
+_MEETINGS = itertools.count()
+
+
+@functools.cache
+def _tcp_store(host: str, port: int, *, is_master: bool) -> dist.Store:
+    # Kept until the process ends: a second one could not have the port of the first.
+    return dist.TCPStore(host, port, is_master=is_master, timeout=JOIN_TIMEOUT, wait_for_workers=False)
+
+
 class _Store:
     """The store in which ranks meet before they have a process group, and which outlives a broken one."""
 
@@ -261,7 +272,7 @@ class _Store:
         # torchrun's agent holds a store already.
         is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            tcp = dist.TCPStore(host, port, is_master=is_master, timeout=JOIN_TIMEOUT, wait_for_workers=False)
+            tcp = _tcp_store(host, port, is_master=is_master)
         except (RuntimeError, ValueError) as error:
             busy = "EADDRINUSE" in str(error) or "address already in use" in str(error)
             if busy:
@@ -272,7 +283,8 @@ class _Store:
                 f"rank {world.rank} on {socket.gethostname()} cannot reach {self.where}, where the processes "
                 f"of this run meet: {str(error).splitlines()[0]}"
             ) from error
-        self.store = dist.PrefixStore(f"nextblock/{launch}", tcp)
+        # A command may join its processes several times: what they said before must not be read again.
+        self.store = dist.PrefixStore(f"nextblock/{launch}/{next(_MEETINGS)}", tcp)
 
     def meet(self) -> list[dict[str, Any]]:
         """Wait for all ranks; gives what each says of itself. Refuses other versions."""

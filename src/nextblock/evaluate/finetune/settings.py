@@ -155,7 +155,7 @@ class FinetuneSettings(EvalSettings):
         require(
             self.head_norm == "layer" or micro is None or micro >= self.batch_size,
             f"head_norm batch would take its statistics from micro-batches of {micro}, not the batch of "
-            f"{self.batch_size}; use head_norm layer, or micro_batch_size null",
+            f"{self.batch_size}; use head_norm layer, or micro_batch_size none",
         )
         require(
             self.head_norm == "layer" or self.batch_size >= 2, "head_norm batch needs batch_size 2 or more"

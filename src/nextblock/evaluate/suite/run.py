@@ -59,7 +59,7 @@ def suite(config: SuiteConfig) -> SuiteResult:
 
     A benchmark that was measured is not probed again, wherever its images are now. Those whose images are
     missing, or whose probe fails, are named in the result; the others go on. Raises `ValueError` where `out`
-    holds something else, `Stopped` where a signal stopped it: the same call goes on.
+    holds something else, `Stopped` after a signal: the same call resumes.
     """
     root = root_at(config.root)
     subject = _open(config)
