@@ -109,14 +109,14 @@ def pcam(root: Path) -> None:
                 file[kind] = values
 
 
-def hub(folder: Path, *splits: str, config: str | None = None) -> None:
+def hub(root: Path, name: str, *splits: str, config: str | None = None) -> None:
     """A repository of parquet files, four classes, twice as many images in the first split."""
     import datasets
 
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"kind {n}" for n in range(4)])}
     )
-    inside = config or "data"
+    folder, inside = root / name, config or "data"
     (folder / inside).mkdir(parents=True)
     for start, split in enumerate(splits):
         labels = [label for label in range(4) for _ in range(2 if start == 0 else 1)]
@@ -135,7 +135,19 @@ def hub(folder: Path, *splits: str, config: str | None = None) -> None:
     write(folder / "README.md", ["---", *(["configs:", *configs] if config else ["license: unknown"]), "---"])
 
 
-def imagenet(root: Path) -> None:
+def cars(root: Path) -> None:
+    hub(root, "stanford_cars", "train", "test", "contrast")
+
+
+def camelyon17(root: Path) -> None:
+    hub(root, "camelyon17", "id_train", "id_val", "ood_val")
+
+
+def fmow(root: Path) -> None:
+    hub(root, "fMoW", "train", "val", "test", config="WILDS")
+
+
+def imagenet1k(root: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         names = {f"n{label:08}/{label}_{n}.JPEG": label for label in range(3) for n in range(count)}
         write_pictures(root / "imagenet" / split, names)

@@ -56,39 +56,32 @@ def opened(name: str, root: Path, **changes: Any) -> tuple[Source, Source]:
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "classes", "copy"),
+    ("name", "classes", "sizes"),
     [
-        ("imagenet1k", (9, 6), 3, copies.imagenet),
-        ("inat18", (6, 3), 3, copies.inat18),
-        ("cifar10", (50, 20), 10, copies.cifar10),
-        ("food101", (6, 3), 3, copies.food101),
-        ("dtd", (6, 3), 3, copies.dtd),  # of its first division
-        ("pets", (6, 3), 3, copies.pets),
-        ("cars", (8, 4), 4, lambda root: copies.hub(root / "stanford_cars", "train", "test", "contrast")),
-        ("iwildcam", (3, 3), 5, copies.iwildcam),  # with the classes that only other splits have
-        ("camelyon17", (8, 4), 4, lambda root: copies.hub(root / "camelyon17", "id_train", "x", "ood_val")),
-        ("pcam", (6, 4), 2, copies.pcam),
-        ("rxrx1", (3, 6), 3, copies.rxrx1),  # site 1 of the training experiments
-        ("fmow", (8, 4), 4, lambda root: copies.hub(root / "fMoW", "train", "val", "test", config="WILDS")),
-        ("infograph", (6, 3), 3, copies.infograph),
+        *((name, 3, (6, 3)) for name in ("inat18", "food101", "dtd", "pets", "infograph")),
+        *((name, 4, (8, 4)) for name in ("cars", "camelyon17", "fmow")),
+        ("imagenet1k", 3, (9, 6)),
+        ("cifar10", 10, (50, 20)),
+        ("pcam", 2, (6, 4)),
+        ("iwildcam", 5, (3, 3)),  # with the classes that only other splits have
+        ("rxrx1", 3, (3, 6)),  # site 1 of the training experiments
     ],
-)  # fmt: skip
-def test_each_layout_is_read_with_its_splits_and_classes(tmp_path, name, sizes, classes, copy):
+)
+def test_each_layout_is_read_with_its_splits_and_classes(tmp_path, name, classes, sizes):
     if name == "pcam":
         pytest.importorskip("h5py")
-    copy(tmp_path / "data")
-    train, test = opened(name, tmp_path / "data")
-    assert (len(train), len(test)) == sizes
-    assert len(train.class_names) == len(test.class_names) == classes
+    getattr(copies, name)(tmp_path / "data")
+    found = opened(name, tmp_path / "data")
+    assert tuple(map(len, found)) == sizes
+    assert [len(source.class_names) for source in found] == [classes] * 2
     # The pictures of a class have one colour.
-    labels = np.concatenate([train.labels, test.labels])
-    images = [
-        source.read(i).float().mean((1, 2)).numpy() for source in (train, test) for i in range(len(source))
-    ]
-    centres = {label: np.mean([image for image, one in zip(images, labels, strict=True) if one == label], 0)
-               for label in set(labels.tolist())}  # fmt: skip
-    for label, image in zip(labels, images, strict=True):
-        assert min(centres, key=lambda one: np.abs(centres[one] - image).sum()) == label
+    colours: dict[int, list[np.ndarray]] = {}
+    for source in found:
+        for i, label in enumerate(source.labels.tolist()):
+            colours.setdefault(label, []).append(source.read(i).float().mean((1, 2)).numpy())
+    centres = np.stack([np.mean(colours[label], axis=0) for label in sorted(colours)])
+    for i, label in enumerate(sorted(colours)):
+        assert all(np.abs(centres - colour).sum(1).argmin() == i for colour in colours[label])
 
 
 def test_a_quick_look_draws_images_by_the_seed_and_keeps_all_classes(tmp_path):
@@ -131,8 +124,7 @@ def probed(monkeypatch) -> list[str]:
     names: list[str] = []
 
     def counting(**settings):
-        name = Path(settings["out"]).name
-        names.append(name)
+        names.append(Path(settings["out"]).name)
         return nextblock.probe(**settings)
 
     monkeypatch.setattr(suite_run, "probe", counting)
@@ -145,7 +137,7 @@ def run(tmp_path):
     save_model(tmp_path / "toy.safetensors", toy_model(), data=DATA)
     copies.cifar10(tmp_path / "data")
     copies.dtd(tmp_path / "data", 47)
-    copies.hub(tmp_path / "data" / "camelyon17", "id_train", "ood_val")
+    copies.camelyon17(tmp_path / "data")
 
     def call(**changes: Any) -> Result:
         settings = {"model": tmp_path / "toy.safetensors", "root": tmp_path / "data", "out": tmp_path / "out"}
@@ -153,6 +145,12 @@ def run(tmp_path):
         return nextblock.suite(**{**settings, **quick, "device": "cpu", "workers": 0, **changes})
 
     return call
+
+
+def command(tmp_path: Path, *words: object) -> list[str]:
+    places = ("--model", tmp_path / "toy.safetensors", "--root", tmp_path / "data")
+    quick = ("--augment", "none", "--epochs", 2, "--lr", 1e-2, "--device", "cpu")
+    return [str(word) for word in ("suite", *places, *quick, *words)]
 
 
 def statuses(result: Result) -> dict[str, str]:
@@ -209,51 +207,28 @@ def test_one_that_fails_stops_no_other_and_the_command_returns_1(run, tmp_path, 
     found = run(only=("dtd", "camelyon17"))
     assert statuses(found) == {"dtd": "failed", "camelyon17": "measured"}
     assert "cannot be read, more than max_bad_fraction" in found.row(benchmark="dtd")["why"]
-    words = [
-        "suite",
-        "--model",
-        tmp_path / "toy.safetensors",
-        "--root",
-        tmp_path / "data",
-        "--augment",
-        "none",
-    ]
-    words += ["--out", tmp_path / "out", "--only", "dtd", "--epochs", 2, "--lr", 1e-2, "--device", "cpu"]
-    assert main([*map(str, words), "--json"]) == 1
+    words = command(tmp_path, "--out", tmp_path / "out", "--only", "dtd")
+    assert main([*words, "--json"]) == 1
     assert "DTD failed: " in capsys.readouterr().out
     copies.dtd(tmp_path / "data", 47)
-    assert main([*map(str, words)]) == 0
+    assert main(words) == 0
     assert probed == ["dtd", "camelyon17", "dtd", "dtd"]
 
 
 def test_two_processes_find_the_same(run, tmp_path):
-    words = [
-        "suite",
-        "--model",
-        tmp_path / "toy.safetensors",
-        "--root",
-        tmp_path / "data",
-        "--augment",
-        "none",
-    ]
-    words += ["--out", tmp_path / "two", "--only", "dtd", "--only", "pets", "--epochs", 2, "--lr", 1e-2]
-    assert run_ranks(2, run_main, [*map(str, words), "--device", "cpu"]) == [0, 0]
+    words = command(tmp_path, "--out", tmp_path / "two", "--only", "dtd", "--only", "pets")
+    assert run_ranks(2, run_main, words) == [0, 0]
     rows = json.loads((tmp_path / "two" / "suite.json").read_text())["rows"]
     top1 = next(row["top1"] for row in rows if row["benchmark"] == "dtd")
     assert top1 == run(only=("dtd",)).row(benchmark="dtd")["top1"]
 
 
-def test_the_encoder_runs_in_bf16_if_the_device_computes_in_it_and_the_table_says_so(
-    run, monkeypatch, tmp_path
-):
-    for precision in ("fp32", "bf16"):
-        monkeypatch.setattr(suite_run, "native_precision", lambda device, found=precision: found)
-        found = run(only=("camelyon17",), out=tmp_path / precision)
-        assert found.identity["settings"]["precision"] == precision
-        assert (
-            f"The encoder runs in {precision}, heads in fp32; officially both run in bf16-mixed."
-            in found.notes
-        )
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_encoder_runs_in_bf16_if_the_device_computes_in_it(run, monkeypatch, tmp_path, precision):
+    monkeypatch.setattr(suite_run, "native_precision", lambda device: precision)
+    assert f"Precision: encoder {precision}, heads fp32; officially both bf16-mixed." in run().notes
+    probe = json.loads((tmp_path / "out" / "camelyon17" / "probe.json").read_text())
+    assert probe["settings"]["precision"] == precision
 
 
 @pytest.mark.parametrize(
@@ -334,8 +309,7 @@ def test_with_all_fifteen_there_is_a_mean_and_the_linear_one_is_not_in_it():
 
 
 def test_the_picture_has_a_dot_for_each_number():
-    figure = draw_suite(
-        ["A", "B", "C"], {"mine": [0.9, None, 0.5], "XTRA": [None, None, None], "MAE": [0.1] * 3}
-    )
+    top1 = {"mine": [0.9, None, 0.5], "XTRA": [None, None, None], "MAE": [0.1] * 3}
+    figure = draw_suite(["A", "B", "C"], top1)
     dots = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].lines}
     assert dots == {"mine": [90, 50], "XTRA": [], "MAE": [10, 10, 10]}

@@ -207,6 +207,8 @@ class Grid:
         parts = max(1, len(labels) // (self._config.norm_batch_size or len(labels)))
         normed = {
             column: torch.cat([normalized(part, norm) for part in features[column].tensor_split(parts)])
+            if parts > 1
+            else normalized(features[column], norm)
             for column, norm in self._norms.items()
         }
         # No head sees another's weights, so the gradient of the sum is each head's own. One that diverges

@@ -202,7 +202,7 @@ def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[st
         *([f"Not official: {', '.join(words)}."] if words else []),
         "The best learning rate is chosen on a tenth of train, held out; test is measured once. "
         "Which rate and epoch XTRA's paper reports is not known, nor how AIM trained its heads.",
-        f"The encoder runs in {config.precision}, heads in fp32; officially both run in bf16-mixed.",
+        f"Precision: encoder {config.precision}, heads fp32; officially both bf16-mixed.",
         "A batch norm sees at most 1,024 images, as officially: batches of 4,096 are accumulated.",
         "Published: AIM's Table 6, XTRA's code. Pre-trained on ImageNet-1k (DINO, MAE H/14, XTRA B/16), "
         "ImageNet-21k (iBOT, BEiT, XTRA H/14), LVD (DINOv2, at 516 px), IG-3B (MAE 2B/14), DFN-2B+ (AIM).",
