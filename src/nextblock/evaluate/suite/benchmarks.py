@@ -6,11 +6,65 @@ Table B1, from the lab of AIM.
 
 from __future__ import annotations
 
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nextblock.errors import UsageError
-from nextblock.evaluate.suite import layouts
 from nextblock.settings import nearest_name
+
+# ------------------------------------------------------------- readers of the data sets' own annotation files
+
+Images = Iterator[tuple[str, str, str]]
+"""(split, path below the data set's folder, class) of every image."""
+Reader = Callable[[Path], Images]
+
+
+def dtd(folder: Path) -> Images:
+    """Lines of CLASS/NAME.jpg; the first of DTD's ten divisions, torchvision's default."""
+    for split in ("train", "val", "test"):
+        for line in _lines(folder / "labels" / f"{split}1.txt"):
+            yield split, f"images/{line}", line.partition("/")[0]
+
+
+def inat2018(folder: Path) -> Images:
+    """COCO's layout: images with numbers, and the category of each number."""
+    for split in ("train", "val"):
+        found = json.loads((folder / f"{split}2018.json").read_text(encoding="utf-8"))
+        category = {one["image_id"]: one["category_id"] for one in found["annotations"]}
+        for image in found["images"]:
+            yield split, image["file_name"], str(category[image["id"]])
+
+
+def iwildcam(folder: Path) -> Images:
+    """WILDS' table; no split has all classes, so all splits are read."""
+    for row in csv.DictReader(_lines(folder / "metadata.csv")):
+        yield row["split"], f"train/{row['filename']}", row["y"]
+
+
+def rxrx1(folder: Path) -> Images:
+    """WILDS' table; site 2 of the training experiments is a split of its own."""
+    for row in csv.DictReader(_lines(folder / "metadata.csv")):
+        split = "id_test" if (row["dataset"], row["site"]) == ("train", "2") else row["dataset"]
+        path = f"images/{row['experiment']}/Plate{row['plate']}/{row['well']}_s{row['site']}.png"
+        yield split, path, row["sirna_id"]
+
+
+def infograph(folder: Path) -> Images:
+    """Lines of infograph/CLASS/NAME.jpg and the class's number."""
+    for split in ("train", "test"):
+        for line in _lines(folder / f"infograph_{split}.txt"):
+            path = line.rpartition(" ")[0]
+            yield split, path, path.split("/")[1]
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+# --------------------------------------------------------------------------------------------------- the rows
 
 # Rates that the official training reaches. Without warm-up its scheduler starts the cosine at a tenth of the
 # rate that its configs name, so the rows without warm-up have a tenth of those.
@@ -31,7 +85,7 @@ class Benchmark(NamedTuple):
     """To train on and to test on; None if not known."""
     at: str
     """Its folder below the root."""
-    source: str | layouts.Reader
+    source: str | Reader
     """A source with {root} and {split}, or the reader of its annotation files."""
     get: str
     """How to get it into {root}; {at} is its folder."""
@@ -99,7 +153,7 @@ _REGISTER = "registration; non-commercial"
 BENCHMARKS = (
     Benchmark("imagenet1k", "IN-1k", 1000, (1_281_167, 50_000), "imagenet", _FOLDERS, _IMAGENET,
         test="val", lr=SEVEN, batch_size=4096, warmup_epochs=10, terms=_REGISTER),
-    Benchmark("inat18", "iNAT-18", 8142, (437_513, 24_426), "inat2018", layouts.inat2018, _INAT, test="val",
+    Benchmark("inat18", "iNAT-18", 8142, (437_513, 24_426), "inat2018", inat2018, _INAT, test="val",
         lr=(*SEVEN, 8e-3, 1e-2, 1e-1), batch_size=4096, warmup_epochs=10, terms="non-commercial"),
     Benchmark("cifar10", "CIFAR-10", 10, (50_000, 10_000), "cifar-10-batches-py", _TORCHVISION % "CIFAR10",
         _torchvision("CIFAR10")),
@@ -107,26 +161,26 @@ BENCHMARKS = (
         _torchvision("CIFAR100")),
     Benchmark("food101", "Food101", 101, (75_750, 25_250), "food-101", _TORCHVISION % "Food101",
         _torchvision("Food101")),
-    Benchmark("dtd", "DTD", 47, (3_760, 1_880), "dtd/dtd", layouts.dtd, _torchvision("DTD"),
+    Benchmark("dtd", "DTD", 47, (3_760, 1_880), "dtd/dtd", dtd, _torchvision("DTD"),
         train="train+val", batch_size=128),
     Benchmark("pets", "Pets", 37, (3_680, 3_669), "oxford-iiit-pet", _TORCHVISION % "OxfordIIITPet",
         _torchvision("OxfordIIITPet"), train="trainval", batch_size=128),
     Benchmark("cars", "Cars", 196, (8_144, 8_041), "stanford_cars", _HUB % "stanford_cars",
         _hub("tanganke/stanford_cars"), lr=TEN, batch_size=128),
-    Benchmark("iwildcam", "iWildCam", 182, (129_809, None), "iwildcam_v2.0", layouts.iwildcam,
+    Benchmark("iwildcam", "iWildCam", 182, (129_809, None), "iwildcam_v2.0", iwildcam,
         _WILDS.format("iwildcam", "train/FILENAME"), test="val", terms="CDLA permissive 1.0"),
     Benchmark("camelyon17", "CAM17", 2, (302_436, 34_904), "camelyon17", _HUB % "camelyon17",
         _hub("jxie/camelyon17"), train="id_train", test="ood_val"),
     Benchmark("pcam", "PCAM", 2, (262_144, 32_768), "pcam", _TORCHVISION % "PCAM", _PCAM,
         test="val", batch_size=4096),
-    Benchmark("rxrx1", "RxRx1", 1139, (40_612, 9_854), "rxrx1_v1.0", layouts.rxrx1,
+    Benchmark("rxrx1", "RxRx1", 1139, (40_612, 9_854), "rxrx1_v1.0", rxrx1,
         _WILDS.format("rxrx1", "images/EXPERIMENT/PlateN/WELL_sSITE.png"), test="val",
         terms="CC BY-NC-SA 4.0"),
     Benchmark("eurosat", "EuroSAT", 10, (16_200, 5_400), "eurosat", _HUB % "eurosat",
         _hub("tanganke/eurosat")),
     Benchmark("fmow", "fMoW", 62, (76_863, 19_915), "fMoW", _HUB % "fMoW,config=WILDS",
         f"accept the terms on its page; {_hub('danielz01/fMoW')}", test="val", terms="to be accepted"),
-    Benchmark("infograph", "Infograph", 345, (36_023, 15_582), "domainnet", layouts.infograph, _DOMAINNET,
+    Benchmark("infograph", "Infograph", 345, (36_023, 15_582), "domainnet", infograph, _DOMAINNET,
         lr=TEN, batch_size=256, terms="non-commercial"),
     # The recipe of XTRA-B/16: random crops alone, and no decay.
     Benchmark("imagenet1k-linear", "IN-1k linear", 1000, (1_281_167, 50_000), "imagenet", _FOLDERS, _IMAGENET,

@@ -84,15 +84,15 @@ def suite(**settings: Any) -> Result:
             place = out if opened.group.is_main else None
             del opened  # or two copies of the model would be in memory: each probe opens it
         result = _result(config, identity, rows, place)
-        for i, (name, specs) in enumerate(sources.items(), start=1):
-            (one,) = chosen((name,))
-            log.info("%s, %d of %d", one.title, i, len(sources))
+        wanted = [one for one in config.benchmarks if one.name in sources]
+        for i, one in enumerate(wanted, start=1):
+            log.info("%s, %d of %d", one.title, i, len(wanted))
             try:
-                rows[name] = _measured(probe(**config.probe(one, *specs)))
+                rows[one.name] = _measured(probe(**config.probe(one, *sources[one.name])))
             except (Stopped, LaunchError):
                 raise
             except (ValueError, RuntimeError, OSError) as error:
-                rows[name] = _problem(one, error)
+                rows[one.name] = _problem(one, error)
             result = _result(config, identity, rows, place)
     return result
 
