@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import pickle
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,39 +15,39 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
-def picture(label: int, number: int = 0) -> np.ndarray:
-    """A 16-px picture whose colour tells its class, and its number a little."""
-    rng = np.random.default_rng(label)
-    noise = np.random.default_rng((label, number)).integers(-20, 21, (16, 16, 3))
-    return (rng.integers(20, 236, 3) + noise).clip(0, 255).astype(np.uint8)
+KINDS = ("t-shirt", "The_Mona_Lisa", "ant")
 
 
-def encoded(label: int, number: int = 0) -> bytes:
+def picture(label: int, number: int = 0, size: int = 16) -> np.ndarray:
+    """A picture whose colour tells its class, and its number a little."""
+    noise = np.random.default_rng((label, number)).integers(-20, 21, (size, size, 3))
+    return (np.random.default_rng(label).integers(20, 236, 3) + noise).clip(0, 255).astype(np.uint8)
+
+
+def encoded(label: int, number: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture(label, number)).save(file, "PNG")
     return file.getvalue()
 
 
-def write_picture(path: Path, label: int, number: int = 0) -> None:
+def write(path: Path, content: bytes | str | Iterable[str]) -> None:
+    """Bytes, text, or lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(label, number))
+    text = content if isinstance(content, str | bytes) else "".join(f"{line}\n" for line in content)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
-def write_text(path: Path, lines: Iterable[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def write_pictures(folder: Path, labels: Mapping[str, int]) -> None:
+    for name, label in labels.items():
+        write(folder / name, encoded(label, zlib.crc32(name.encode())))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-# ------------------------------------------------------------------------------------------ of torchvision
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
 
 
 def trust_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,180 +58,141 @@ def trust_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: True)
 
 
-def _cifar_rows(classes: int, per_class: int, start: int) -> tuple[np.ndarray, list[int]]:
-    labels = [label for label in range(classes) for _ in range(per_class)]
-    images = [
-        np.asarray(Image.fromarray(picture(label, start + i)).resize((32, 32)))
-        for i, label in enumerate(labels)
-    ]
-    return np.stack(images).transpose(0, 3, 1, 2).reshape(len(labels), -1), labels
-
-
-def cifar10(root: Path, *, classes: int = 10, names: int = 10) -> None:
+def cifar10(root: Path) -> None:
     """Five batches of one image a class, and two a class to test on."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for number in range(1, 6):
-        data, labels = _cifar_rows(classes, 1, 100 * number)
-        (folder / f"data_batch_{number}").write_bytes(pickle.dumps({"data": data, "labels": labels}))
-    data, labels = _cifar_rows(classes, 2, 900)
-    (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": labels}))
-    told = {"label_names": [f"class {number}" for number in range(names)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(told))
+    names = {f"data_batch_{number}": 1 for number in range(1, 6)} | {"test_batch": 2}
+    for start, (name, count) in enumerate(names.items()):
+        labels = [label for label in range(10) for _ in range(count)]
+        images = [picture(label, 100 * start + i, 32) for i, label in enumerate(labels)]
+        data = np.stack(images).transpose(0, 3, 1, 2).reshape(len(labels), -1)
+        write(root / "cifar-10-batches-py" / name, pickle.dumps({"data": data, "labels": labels}))
+    meta = {"label_names": [f"class {number}" for number in range(10)]}
+    write(root / "cifar-10-batches-py" / "batches.meta", pickle.dumps(meta))
 
 
-def cifar100(root: Path) -> None:
-    folder = root / "cifar-100-python"
-    folder.mkdir(parents=True)
-    for split, count in (("train", 2), ("test", 1)):
-        data, labels = _cifar_rows(100, count, 0)
-        coarse = [label // 5 for label in labels]
-        entry = {"data": data, "fine_labels": labels, "coarse_labels": coarse}
-        (folder / split).write_bytes(pickle.dumps(entry))
-    told = {"fine_label_names": [f"fine {number}" for number in range(100)]}
-    (folder / "meta").write_bytes(pickle.dumps(told))
-
-
-def food101(root: Path, classes: int = 101) -> None:
+def food101(root: Path) -> None:
     for split, numbers in (("train", (1, 2)), ("test", (3,))):
-        by_class = {f"dish_{n}": [f"dish_{n}/{number}{n}" for number in numbers] for n in range(classes)}
-        write_text(root / "food-101" / "meta" / f"{split}.json", [json.dumps(by_class)])
-        for label, names in enumerate(by_class.values()):
-            for name in names:
-                write_picture(root / "food-101" / "images" / f"{name}.jpg", label, len(name))
+        names = {f"dish_{label}": [f"dish_{label}/{n}" for n in numbers] for label in range(3)}
+        write(root / "food-101" / "meta" / f"{split}.json", json.dumps(names))
+        pictures = {f"{name}.jpg": label for label, many in enumerate(names.values()) for name in many}
+        write_pictures(root / "food-101" / "images", pictures)
 
 
-def dtd(root: Path, classes: int = 47) -> None:
+def dtd(root: Path, classes: int = 3) -> None:
     """One image a class in each of the three splits, and other splits in the second of the ten divisions."""
     folder = root / "dtd" / "dtd"
     for number, split in enumerate(("train", "val", "test")):
-        names = [f"texture{label}/texture{label}_{number:04}.jpg" for label in range(classes)]
-        write_text(folder / "labels" / f"{split}1.txt", names)
-        write_text(folder / "labels" / f"{split}2.txt", names[::-1])
-        for label, name in enumerate(names):
-            write_picture(folder / "images" / name, label, number)
+        names = {f"texture{label}/texture{label}_{number:04}.jpg": label for label in range(classes)}
+        write(folder / "labels" / f"{split}1.txt", names)
+        write(folder / "labels" / f"{split}2.txt", list(names)[::-1])
+        write_pictures(folder / "images", names)
 
 
-def pets(root: Path, classes: int = 37) -> None:
+def pets(root: Path) -> None:
     folder = root / "oxford-iiit-pet"
     for split, numbers in (("trainval", (1, 2)), ("test", (3,))):
-        rows = [(f"big_breed_{label}_{number}", label) for label in range(classes) for number in numbers]
-        write_text(
-            folder / "annotations" / f"{split}.txt", [f"{name} {label + 1} 1 1" for name, label in rows]
-        )
-        for number, (name, label) in enumerate(rows):
-            write_picture(folder / "images" / f"{name}.jpg", label, number)
+        names = {f"big_breed_{label}_{n}": label for label in range(3) for n in numbers}
+        lines = (f"{name} {label + 1} 1 1" for name, label in names.items())
+        write(folder / "annotations" / f"{split}.txt", lines)
+        write_pictures(folder / "images", {f"{name}.jpg": label for name, label in names.items()})
 
 
 def pcam(root: Path) -> None:
     h5py = importlib.import_module("h5py")
-    folder = root / "pcam"
-    folder.mkdir(parents=True)
+    (root / "pcam").mkdir(parents=True)
     for split, count in (("train", 6), ("valid", 4)):
         labels = np.arange(count) % 2
         images = np.stack([picture(int(label), number) for number, label in enumerate(labels)])
-        for kind, name, values in (
-            ("x", "x", images),
-            ("y", "y", labels.reshape(-1, 1, 1, 1).astype(np.uint8)),
-        ):
-            with h5py.File(folder / f"camelyonpatch_level_2_split_{split}_{kind}.h5", "w") as file:
-                file[name] = values
+        for kind, values in (("x", images), ("y", labels.reshape(-1, 1, 1, 1).astype(np.uint8))):
+            name = f"camelyonpatch_level_2_split_{split}_{kind}.h5"
+            with h5py.File(root / "pcam" / name, "w") as file:
+                file[kind] = values
 
 
-# ------------------------------------------------------------------------------------- of the hub, as copied
-
-
-def hub(folder: Path, splits: Mapping[str, int], classes: int, *, config: str | None = None) -> None:
-    """A repository of parquet files, `splits` images a class in each, with its card."""
+def hub(root: Path, name: str, *splits: str, config: str | None = None) -> None:
+    """A repository of parquet files, four classes, twice as many images in the first split."""
     import datasets
 
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"kind {n}" for n in range(classes)])}
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"kind {n}" for n in range(4)])}
     )
-    inside = "data" if config is None else config
+    folder, inside = root / name, config or "data"
     (folder / inside).mkdir(parents=True)
-    for start, (split, count) in enumerate(splits.items()):
-        labels = [label for label in range(classes) for _ in range(count)]
+    for start, split in enumerate(splits):
+        labels = [label for label in range(4) for _ in range(2 if start == 0 else 1)]
         images = [{"bytes": encoded(label, 100 * start + i), "path": None} for i, label in enumerate(labels)]
         rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         rows.to_parquet(folder / inside / f"{split}-00000-of-00001-0c47fc6c1fd0d1.parquet")
-    card = ["---", "license: unknown"]
-    if config is not None:
-        files = [f"  - {{split: {split}, path: {inside}/{split}-*}}" for split in splits]
-        card += ["configs:", f"- config_name: {config}", "  data_files:", *files]
-        card += ["- config_name: other", "  data_files:", *files]
-    write_text(folder / "README.md", [*card, "---"])
+    files = [f"  - {{split: {split}, path: {inside}/{split}-*}}" for split in splits]
+    configs = [
+        f"- config_name: {config}",
+        "  data_files:",
+        *files,
+        "- config_name: other",
+        "  data_files:",
+        *files,
+    ]
+    write(folder / "README.md", ["---", *(["configs:", *configs] if config else ["license: unknown"]), "---"])
 
 
-# ------------------------------------------------------------------------------------------------ of others
+def cars(root: Path) -> None:
+    hub(root, "stanford_cars", "train", "test", "contrast")
 
 
-def imagenet(root: Path, classes: int = 3) -> None:
+def camelyon17(root: Path) -> None:
+    hub(root, "camelyon17", "id_train", "id_val", "ood_val")
+
+
+def fmow(root: Path) -> None:
+    hub(root, "fMoW", "train", "val", "test", config="WILDS")
+
+
+def imagenet1k(root: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
-        for label in range(classes):
-            for number in range(count):
-                name = f"n{label:08}_{number}.JPEG"
-                write_picture(root / "imagenet" / split / f"n{label:08}" / name, label, number)
+        names = {f"n{label:08}/{label}_{n}.JPEG": label for label in range(3) for n in range(count)}
+        write_pictures(root / "imagenet" / split, names)
 
 
-def inat2018(root: Path, classes: int = 3) -> None:
-    folder = root / "inat2018"
+def inat18(root: Path) -> None:
     for split, numbers in (("train", (0, 1)), ("val", (2,))):
-        rows = [(label, number) for label in range(classes) for number in numbers]
-        names = [f"train_val2018/Plantae/{label}/{number:032x}.jpg" for label, number in rows]
+        names = {f"train_val2018/Plantae/{label}/{n:032x}.jpg": label for label in range(3) for n in numbers}
         images = [{"id": 10 * i + len(split), "file_name": name} for i, name in enumerate(names)]
         annotations = [
-            {"id": i, "image_id": image["id"], "category_id": label}
-            for i, (image, (label, _)) in enumerate(zip(images, rows, strict=True))
+            {"id": i, "image_id": image["id"], "category_id": names[image["file_name"]]}
+            for i, image in enumerate(images)
         ]
-        told = {"images": images, "annotations": annotations[::-1], "categories": []}
-        write_text(folder / f"{split}2018.json", [json.dumps(told)])
-        for name, (label, number) in zip(names, rows, strict=True):
-            write_picture(folder / name, label, number)
+        found = {"images": images, "annotations": annotations[::-1], "categories": []}
+        write(root / "inat2018" / f"{split}2018.json", json.dumps(found))
+        write_pictures(root / "inat2018", names)
 
 
 def iwildcam(root: Path) -> None:
-    """Five classes: the last is in neither train nor val, which lacks another as well."""
-    folder = root / "iwildcam_v2.0"
-    of_splits = {"train": (0, 1, 2, 3), "val": (0, 1, 3), "test": (4, 0), "id_val": (0,), "id_test": (1,)}
-    rows = [
-        {"split": split, "location_remapped": 7, "filename": f"{split}-{label}.jpg", "y": label}
-        for split, labels in of_splits.items()
-        for label in labels
-    ]
-    write_csv(folder / "metadata.csv", rows)
-    for row in rows:
-        if row["split"] in ("train", "val"):
-            write_picture(folder / "train" / str(row["filename"]), int(str(row["y"])))
+    """Five classes: the last is in neither train nor val; one of val is not in train."""
+    of_splits = {"train": (0, 1, 2), "val": (0, 1, 3), "test": (4, 0), "id_val": (0,), "id_test": (1,)}
+    names = {
+        f"{split}-{label}.jpg": (split, label) for split, labels in of_splits.items() for label in labels
+    }
+    rows = [{"split": split, "filename": name, "y": label} for name, (split, label) in names.items()]
+    write_csv(root / "iwildcam_v2.0" / "metadata.csv", rows)
+    write_pictures(root / "iwildcam_v2.0" / "train", {name: label for name, (_, label) in names.items()})
 
 
 def rxrx1(root: Path) -> None:
     """Three classes, two sites of each well."""
-    folder = root / "rxrx1_v1.0"
-    rows = [
-        {"dataset": split, "experiment": f"HEPG2-0{e}", "plate": 1, "well": f"B0{label}", "site": site}
-        | {"cell_type": "HEPG2", "sirna": f"s{label}", "sirna_id": label}
-        for e, split in enumerate(("train", "val", "test"))
-        for label in range(3)
-        for site in (1, 2)
-    ]
-    write_csv(folder / "metadata.csv", rows)
-    for row in rows:
-        name = f"{row['well']}_s{row['site']}.png"
-        write_picture(
-            folder / "images" / str(row["experiment"]) / f"Plate{row['plate']}" / name,
-            int(str(row["sirna_id"])),
-        )
+    rows, names = [], {}
+    for e, split in enumerate(("train", "val", "test")):
+        for label in range(3):
+            for site in (1, 2):
+                well = {"experiment": f"HEPG2-0{e}", "plate": 1, "well": f"B0{label}", "site": site}
+                rows.append({"dataset": split, **well, "cell_type": "HEPG2", "sirna_id": label})
+                names[f"HEPG2-0{e}/Plate1/B0{label}_s{site}.png"] = label
+    write_csv(root / "rxrx1_v1.0" / "metadata.csv", rows)
+    write_pictures(root / "rxrx1_v1.0" / "images", names)
 
 
-def domainnet(root: Path) -> None:
-    folder = root / "domainnet"
+def infograph(root: Path) -> None:
     for split, numbers in (("train", (1, 2)), ("test", (3,))):
-        rows = [(label, n, c) for c, label in enumerate(("t-shirt", "The_Mona_Lisa", "ant")) for n in numbers]
-        names = [f"infograph/{label}/infograph_{c:03}_{number:06}.jpg" for label, number, c in rows]
-        write_text(
-            folder / f"infograph_{split}.txt",
-            [f"{name} {c}" for name, (_, _, c) in zip(names, rows, strict=True)],
-        )
-        for name, (_, number, c) in zip(names, rows, strict=True):
-            write_picture(folder / name, c, number)
+        names = {f"infograph/{kind}/{c}_{n:06}.jpg": c for c, kind in enumerate(KINDS) for n in numbers}
+        lines = (f"{name} {c}" for name, c in names.items())
+        write(root / "domainnet" / f"infograph_{split}.txt", lines)
+        write_pictures(root / "domainnet", names)

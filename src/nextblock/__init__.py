@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextblock.cli.suite import suite
     from nextblock.config import ModelConfig, RunConfig
     from nextblock.evaluate.classify import classify
     from nextblock.evaluate.compare import compare
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from nextblock.evaluate.knn import knn
     from nextblock.evaluate.probe.run import probe
     from nextblock.evaluate.search import search
+    from nextblock.evaluate.suite.run import suite
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
     from nextblock.models import NextBlockModel
@@ -51,7 +51,7 @@ __all__ = [
     "suite",
 ]
 
-# Where each name lives; the verbs live in files of their own names under cli.
+# The module of each name.
 _HOMES = {
     "ImageClassifier": "models.heads",
     "ModelConfig": "config",
@@ -71,6 +71,7 @@ _HOMES = {
     "pretrain": "pretraining",
     "probe": "evaluate.probe.run",
     "search": "evaluate.search",
+    "suite": "evaluate.suite.run",
 }
 
 
@@ -79,7 +80,7 @@ def __getattr__(name: str) -> Any:
     # by `import nextblock` or by the command's help.
     if name not in __all__:
         raise AttributeError(f"module 'nextblock' has no attribute {name!r}; it has {', '.join(__all__)}")
-    home = importlib.import_module(f"nextblock.{_HOMES.get(name, f'cli.{name}')}")
+    home = importlib.import_module(f"nextblock.{_HOMES[name]}")
     return getattr(home, name)
 
 

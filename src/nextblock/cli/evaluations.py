@@ -20,6 +20,7 @@ from nextblock.evaluate.settings import (
     KnnSettings,
     SearchSettings,
 )
+from nextblock.evaluate.suite.settings import SuiteSettings
 from nextblock.launch import find_world, launch
 from nextblock.settings import Count
 
@@ -33,14 +34,21 @@ def _run(
     settings: type,
     *,
     function: str | None = None,
-    after: Callable[[Result, Path], None] | None = None,
+    after: Callable[[Result, Path], int | None] | None = None,
+    switch: tuple[str, str] | None = None,
 ) -> int:
-    """Parse the words, call `nextblock.VERB` (or another function), print its table and notes on rank 0."""
+    """Parse the words, call `nextblock.VERB` (or another function), print its table and notes on rank 0.
+
+    Returns what `after` returns, or 0. `switch` is a flag that was not given, and its help.
+    """
     parser = Parser(verb)
+    if switch is not None:
+        parser.add_argument(switch[0], action="store_true", help=switch[1])
     parser.add_argument(
         "--devices", type=Count | None, help="processes on this machine, one for each GPU or CPU core"
     )
     values, is_json = parse_settings(parser, settings, argv, overwrite="another result")
+    values = {name: value for name, value in values.items() if switch is None or name != switch[0][2:]}
     devices = values.pop("devices")
     if devices is not None:
         return launch(verb, argv, devices, values["device"])
@@ -55,11 +63,10 @@ def _run(
         result.table.print()
         say(*result.notes)
         end = result.as_dict()
-    if after is not None:
-        after(result, Path(values["out"]))
+    code = after(result, Path(values["out"])) if after is not None else None
     if is_json:
         end_with_json(end)
-    return 0
+    return code or 0
 
 
 def _draw_confusion(result: Result, out: Path) -> None:
@@ -69,6 +76,31 @@ def _draw_confusion(result: Result, out: Path) -> None:
     if confusion is not None:
         title = f"fine-tuned, on {row['split']}: top-1 {row['top1']:.1%}"
         draw_confusion(confusion, result.facts["class_names"], title, out / "confusion.png")
+
+
+def suite(argv: Sequence[str]) -> int:
+    """Probe the benchmarks; 1 if one failed or none was measured. With --list, show them."""
+    switch = "--list", "list the benchmarks, those below --root, and how to get the others"
+    if switch[0] not in argv or {"-h", "--help", "--help-all"} & set(argv):
+        return _run(argv, verb="suite", settings=SuiteSettings, after=_suite_code, switch=switch)
+    parser = Parser("suite")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--root", type=str | None)
+    parser.add_argument("--only", type=tuple[str, ...] | None)
+    options = parser.parse(argv)
+    from nextblock.evaluate.suite.run import list_benchmarks
+
+    result = list_benchmarks(options.root, options.only)
+    result.table.print()
+    say(*result.notes)
+    if options.json:
+        end_with_json(result.as_dict())
+    return 0
+
+
+def _suite_code(result: Result, _: Path) -> int:
+    found = {row["status"] for row in result.rows}
+    return int("failed" in found or "measured" not in found)
 
 
 knn = partial(_run, verb="knn", settings=KnnSettings)

@@ -80,8 +80,13 @@ VERBS = {
     ),
     "suite": Verb(
         "Probe the fifteen benchmarks of the AIM and XTRA papers",
-        ("--list", "--check --root DIR", "--model RUN --root DIR --out RUN/suite"),
-        "model root out only list check",
+        (
+            "--list --root DIR             # what is there, how to get the others",
+            "--model RUN --root DIR --out RUN/suite",
+            "--model RUN --root DIR --out quick --only cifar10 --augment none --epochs 10",
+        ),
+        "model root out only augment list",
+        run="evaluations:suite",
     ),
     "classify": Verb(
         "Name the classes of images with a trained head",

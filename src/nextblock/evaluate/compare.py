@@ -6,7 +6,6 @@ of its own below it, OUT/MODEL/knn and so on: the same command again reads what 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from nextblock.atomic import exclusive, write_text
+from nextblock.atomic import exclusive
 from nextblock.data import open_source
 from nextblock.evaluate.evaluation import (
     MODEL,
@@ -43,7 +42,7 @@ from nextblock.evaluate.settings import (
     ScoreSettings,
 )
 from nextblock.evaluate.splits import numbered, open_labelled
-from nextblock.evaluate.tables import Column, difference, end_of, lead, share, write_csv
+from nextblock.evaluate.tables import Column, difference, end_of, lead, share
 from nextblock.launch import find_world
 from nextblock.logs import counted
 from nextblock.settings import from_dict, require, to_dict
@@ -101,9 +100,7 @@ def compare(**settings: Any) -> Result:
             columns=COLUMNS,
         )
         if config.out is not None and is_main:
-            write_text(Path(config.out) / "eval.csv", write_csv(rows))
-            write_text(Path(config.out) / "eval.md", result.markdown())
-            write_text(Path(config.out) / "eval.json", json.dumps(result.as_dict(), indent=1) + "\n")
+            result.write(Path(config.out))
     return result
 
 

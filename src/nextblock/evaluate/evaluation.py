@@ -113,6 +113,13 @@ class Result:
         model = escape_markdown(str(self.identity["settings"]["model"]))
         return f"# {self.verb} of {model}\n\n{self.table.markdown()}{notes}"
 
+    def write(self, out: Path) -> None:
+        """Write VERB.csv, VERB.md and, last, VERB.json."""
+        write_text(out / f"{self.verb}.csv", write_csv(self.rows))
+        write_text(out / f"{self.verb}.md", self.markdown())
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
+        write_text(out / f"{self.verb}.json", text + "\n")
+
 
 def add_leads(
     rows: Sequence[dict[str, Any]],
@@ -294,7 +301,7 @@ class Evaluation:
             return replace(found, identity=identity, columns=columns)
         out = Path(settings.out)
         with group.together():
-            there = _read(out, verb, identity, overwrite=settings.overwrite) if group.is_main else None
+            there = read_result(out, verb, identity, overwrite=settings.overwrite) if group.is_main else None
         there = group.broadcast(there)
         if there is not None:
             log.info("%s has this result already", out)
@@ -309,10 +316,7 @@ class Evaluation:
                     if found.rights:
                         with write_aside(out / RIGHTS) as aside, aside.open("wb") as file:
                             np.savez_compressed(file, *found.rights)
-                    write_text(out / f"{verb}.csv", write_csv(found.rows))
-                    write_text(out / f"{verb}.md", found.markdown())
-                    text = json.dumps(found.as_dict(), indent=1, allow_nan=False)
-                    write_text(out / f"{verb}.json", text + "\n")
+                    found.write(out)
                     if settings.cache is None:
                         shutil.rmtree(out / "features", ignore_errors=True)
         return found
@@ -384,7 +388,7 @@ def _held(out: Path, group: Group) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
-def _read(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool) -> Result | None:
+def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool) -> Result | None:
     """The result of this very evaluation if `out` has it; `UsageError` if it holds anything else."""
     path = out / f"{verb}.json"
     if any((out / name).is_file() for name in RUN_FILES):

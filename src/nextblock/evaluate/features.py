@@ -25,10 +25,6 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig
-from nextblock.data import (
-    Source,
-)
-from nextblock.errors import UsageError
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.settings import EvalSettings, FrozenSettings, SearchSettings
 from nextblock.evaluate.table import Extract
@@ -142,23 +138,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         yield
-
-
-def check_same_classes(train: Source, other: Source) -> None:
-    """Refuse two sources whose labels do not mean the same classes, and say where they differ."""
-    ours, theirs = train.class_names, other.class_names
-    if ours == theirs:
-        return
-    only = [
-        f"only {source.spec} has " + ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-        for source, names in ((train, set(ours) - set(theirs)), (other, set(theirs) - set(ours)))
-        if names
-    ]
-    raise UsageError(
-        f"{train.spec} ({len(ours)} classes) and {other.spec} ({len(theirs)}) do not have the same classes: "
-        + ("; ".join(only) if only else "their order differs")
-        + "; give two sources with the same class names"
-    )
 
 
 def open_model(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
-from nextblock.errors import UsageError
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
 
@@ -27,7 +24,6 @@ __all__ = [
     "encoder_of",
     "identity_of",
     "images_digest",
-    "refuse_other_result",
     "weights_digest",
 ]
 
@@ -41,6 +37,8 @@ FREE_SETTINGS = (
     "encode_batch_size",
     "save_every",
     "overwrite",
+    "root",
+    "only",
 )
 """Settings that do not change what an evaluation finds."""
 
@@ -135,36 +133,6 @@ def digest_of(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def refuse_other_result(
-    out: Path,
-    result: str,
-    identity: Mapping[str, Any],
-    ours: Collection[str],
-    *,
-    begun: Sequence[str] = (),
-    overwrite: bool = False,
-) -> None:
-    """Raise `ValueError` where `out` holds anything but this very result, whole or cut off.
-
-    `result` is the name of the file in `out` that begins with the identity; `ours` are the names of
-    everything that the evaluation may write there. A directory is not taken for ours by its name alone: the
-    result must be there, or what matches a pattern of `begun`. To `overwrite`, another result will do.
-    """
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    known = {*ours, result}
-    if result not in found and not any(path for pattern in begun for path in out.glob(pattern)):
-        known = {name for name in known if not (out / name).is_dir()}
-    if foreign := sorted(name for name in found - known if not name.startswith((".writing-", OUTPUT_MARK))):
-        raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); give another --out")
-    if result not in found or overwrite:
-        return
-    different = differences(json.loads((out / result).read_text(encoding="utf-8")), identity)
-    if different:
-        raise UsageError(
-            f"{out} holds another result ({'; '.join(different[:3])}); give another --out, or --overwrite"
-        )
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

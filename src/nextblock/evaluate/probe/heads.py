@@ -203,7 +203,14 @@ class Grid:
                 warmup_steps=self._schedule.warmup_steps,
                 total_steps=self._schedule.steps,
             )
-        normed = {column: normalized(features[column], norm) for column, norm in self._norms.items()}
+        # Official training accumulates large batches from parts, each normalized by itself.
+        parts = max(1, len(labels) // (self._config.norm_batch_size or len(labels)))
+        normed = {
+            column: torch.cat([normalized(part, norm) for part in features[column].tensor_split(parts)])
+            if parts > 1
+            else normalized(features[column], norm)
+            for column, norm in self._norms.items()
+        }
         # No head sees another's weights, so the gradient of the sum is each head's own. One that diverges
         # adds NaN to the sum, which nobody reads, and to no other head's gradient.
         losses = [

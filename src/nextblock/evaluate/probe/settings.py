@@ -109,6 +109,8 @@ class ProbeSettings(EvalSettings):
     batch_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] | Auto = None
     """Images a step; auto: the largest power of two from 16 to 1024 that leaves 20 steps an epoch. A last
     partial batch of an epoch is dropped."""
+    norm_batch_size: Count | None = None
+    """Images that the heads' batch norm averages over in training; none: the whole batch."""
     lr: tuple[Positive, ...] | Auto = None
     """Peak learning rates of AdamW, never scaled; auto: the recipe's seven, and more if the best is at an end
     of these."""

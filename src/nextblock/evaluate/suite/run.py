@@ -1,257 +1,232 @@
-"""Probes a model on the benchmarks, one after another; what is done is kept, what fails stops no other."""
+"""Probes a model on the benchmarks, one after another; a probe that fails stops no other."""
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from nextblock.atomic import OUTPUT_MARK
-from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.atomic import exclusive, write_text
+from nextblock.config import DataConfig
 from nextblock.data import open_source
+from nextblock.data.sources import absolute_spec
+from nextblock.data.sources.folder import SUBSET_HEADER
+from nextblock.data.subsets import draw
 from nextblock.errors import UsageError
-from nextblock.evaluate.directories import make_directory
-from nextblock.evaluate.evaluation import MODEL, QUARANTINE, RIGHTS, Stopped
-from nextblock.evaluate.features import evaluation_data
+from nextblock.evaluate.evaluation import MODEL, Result, Stopped, evaluation, read_result
 from nextblock.evaluate.probe.run import probe
-from nextblock.evaluate.results import differences, identity_of, refuse_other_result
-from nextblock.evaluate.suite.benchmarks import BENCHMARKS, Benchmark, chosen
-from nextblock.evaluate.suite.check import (
-    class_problem,
-    count_problems,
-    known_differences,
-    labels_are_slow,
-)
-from nextblock.evaluate.suite.config import Score, SuiteConfig, SuiteResult
-from nextblock.evaluate.suite.layouts import MissingDataError, find, root_at
-from nextblock.evaluate.suite.sources import write_sources
-from nextblock.evaluate.suite.tables import RESULT_FILES, write_tables
-from nextblock.interop import open_encoder
-from nextblock.models.timm_encoder import TimmConfig
-from nextblock.settings import from_dict
-
-__all__ = ["suite"]
+from nextblock.evaluate.results import identity_of
+from nextblock.evaluate.suite.benchmarks import BENCHMARKS, EPOCHS, FIFTEEN, PUBLISHED, Benchmark, chosen
+from nextblock.evaluate.suite.settings import SuiteSettings
+from nextblock.evaluate.tables import Column, number, share
+from nextblock.launch import LaunchError
+from nextblock.logs import counted
+from nextblock.settings import from_dict, require, typed
+from nextblock.train.runtime import native_precision
+from nextblock.visualize.suite import draw_suite
 
 log = logging.getLogger(__name__)
 
-_NOT_OF_THE_RESULT = ("only", "root", "download")
-"""Settings that change which benchmarks are measured, and where they lie, not what is found."""
+MEASURED, MISSING, FAILED, MEAN = "measured", "missing", "failed", "mean"
+COLUMNS = (
+    Column("title", "benchmark"),
+    share("top1", "top-1 %"),
+    Column("status", "status", lambda status, _: status if status in (MISSING, FAILED) else ""),
+    number("lr", "lr"),
+    *(share(label, label) for label in PUBLISHED),
+)
+LIST_COLUMNS = (
+    Column("benchmark", "name"),
+    number("classes", "classes", ","),
+    number("train_images", "train", ","),
+    number("test_images", "test", ","),
+    Column("terms", "terms"),
+    Column("found", "found", lambda found, _: {True: "yes", False: "no"}.get(found, "")),
+)
+DRAWN = ("MAE H/14", "AIM-0.6B", "DINOv2 g/14", "XTRA H/14", "XTRA B/16")
 
-PROBE_FILES = ("probe.md", "probe.csv", "grid.csv", QUARANTINE, RIGHTS, "figures", "features", "heads")
-PROBE_FILES += ("linear", "attentive", "ep")
-PROBE_BEGUN = (OUTPUT_MARK,)
 
-_FILES = ("lists", *RESULT_FILES, *(benchmark.name for benchmark in BENCHMARKS))
-_BEGUN = ("lists/*.txt", *(f"*/{pattern}" for pattern in ("probe.json", *PROBE_BEGUN)))
-"""What the suite writes, and what tells one that has no table yet."""
+def suite(**settings: Any) -> Result:
+    """Probe a model on the benchmarks below a directory; `settings` are the fields of `SuiteSettings`.
 
-_OF_THE_RECIPE = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "layers")
-_OFFICIAL = {"attentive_heads": 16, "attention": ("native",), "tokens": ("patches",)}
-"""What else the official probes have; none of it differs between benchmarks."""
-
-
-def suite(config: SuiteConfig) -> SuiteResult:
-    """Probe every chosen benchmark that is below the root, and write the table after each.
-
-    A benchmark that was measured is not probed again, wherever its images are now. Those whose images are
-    missing, or whose probe fails, are named in the result; the others go on. Raises `ValueError` where `out`
-    holds something else, `Stopped` after a signal: the same call resumes.
+    Rows, in the order of AIM's table: benchmark (its name, or "mean" of the fifteen), title, status
+    ("measured", "missing", "failed", or None if it was not asked for), why (it is missing or failed), top1
+    and its standard error, top5, lr, weight_decay, layers, classes, train_images, test_images, bad_images;
+    published accuracies under the models' names. Raises `UsageError` if `out` holds another result, `Stopped`
+    after a signal. The same call resumes, and measures what was missing or failed.
     """
-    root = root_at(config.root)
-    subject = _open(config)
-    out = Path(config.out)
-    refuse_other_result(out, "suite.json", subject.identity, _FILES, begun=_BEGUN, overwrite=config.overwrite)
-    make_directory(out)
-    found = _Found(_kept(out / "suite.json"))
-    if config.overwrite:
-        found = _cleared(out, config, subject, found)
-    result = _result(config, subject, found)
-    for benchmark in chosen(config.only):
-        if benchmark.name in found.scores:
-            log.info("%s: measured before; --only %s --overwrite does it anew", *[benchmark.name] * 2)
-        else:
-            _measure(benchmark, config, root, subject, found)
-        result = _result(config, subject, found)
-        write_tables(out, result, subject.identity)
+    config = from_dict(SuiteSettings, settings)
+    out, rows, sources = Path(config.out), {}, {}
+    with ExitStack() as stack:
+        with evaluation(config) as opened:
+            if config.precision == "auto":
+                config = replace(config, precision=native_precision(opened.device))
+            identity = identity_of(config, opened.model, opened.data, {})
+            with opened.group.together():
+                if opened.group.is_main:
+                    there = read_result(out, "suite", identity, overwrite=config.overwrite)
+                    stack.enter_context(exclusive(out))
+                    known = there.rows if there else ()
+                    rows = {row["benchmark"]: row for row in known if row["status"] == MEASURED}
+                    for one in config.benchmarks:
+                        if config.overwrite:
+                            (out / one.name / "probe.json").unlink(missing_ok=True)
+                        if one.name not in rows:
+                            try:
+                                sources[one.name] = sources_of(one, config.root, out / "lists", config)
+                            except (ValueError, OSError) as error:
+                                rows[one.name] = _problem(one, error)
+            rows, sources = opened.group.broadcast((rows, sources))
+            place = out if opened.group.is_main else None
+            del opened  # or two copies of the model would be in memory: each probe opens it
+        result = _result(config, identity, rows, place)
+        wanted = [one for one in config.benchmarks if one.name in sources]
+        for i, one in enumerate(wanted, start=1):
+            log.info("%s, %d of %d", one.title, i, len(wanted))
+            try:
+                rows[one.name] = _measured(probe(**config.probe(one, *sources[one.name])))
+            except (Stopped, LaunchError):
+                raise
+            except (ValueError, RuntimeError, OSError) as error:
+                rows[one.name] = _problem(one, error)
+            result = _result(config, identity, rows, place)
     return result
 
 
-def _cleared(out: Path, config: SuiteConfig, subject: _Subject, found: _Found) -> _Found:
-    """Remove what is to be measured anew, all of a table of other settings; what is left of the scores.
+def _problem(one: Benchmark, error: Exception) -> dict[str, Any]:
+    status, why = MISSING if isinstance(error, FileNotFoundError) else FAILED, " ".join(str(error).split())
+    log.warning("%s: %s: %s", one.name, status, why)
+    return {"status": status, "why": why}
 
-    So all that a stop leaves is of this call, or agrees with it.
+
+def _measured(found: Result) -> dict[str, Any]:
+    row, sources = found.row(encoder=MODEL), found.identity["sources"]
+    names = ("top1", "top1_se", "top5", "lr", "weight_decay", "layers", "elapsed_s")
+    return {
+        "status": MEASURED,
+        **{name: row[name] for name in names},
+        "classes": found.facts["num_classes"],
+        "train_images": sources["train"]["images"],
+        "test_images": sources["test"]["images"],
+        "bad_images": sum(found.facts["bad_images"].values()),
+    }
+
+
+def sources_of(
+    one: Benchmark, root: str, lists: Path, config: SuiteSettings | None = None
+) -> tuple[str, str]:
+    """A benchmark's sources to train and to test on; those that need lists of images have them in `lists`.
+
+    Raises `FileNotFoundError` if its folder is not there, `UsageError` if its annotations cannot be read.
     """
-    table = out / "suite.json"
-    is_same = table.is_file() and not differences(
-        json.loads(table.read_text(encoding="utf-8")), subject.identity
-    )
-    again = {benchmark.name for benchmark in (chosen(config.only) if is_same else BENCHMARKS)}
-    probes = [out / name for name in sorted(again) if (out / name).is_dir()]
-    for probed in probes:
-        refuse_other_result(probed, "probe.json", {}, PROBE_FILES, begun=PROBE_BEGUN, overwrite=True)
-    left = _Found({name: score for name, score in found.scores.items() if name not in again})
-    for name in RESULT_FILES:
-        (out / name).unlink(missing_ok=True)
-    if left.scores:
-        write_tables(out, _result(config, subject, left), subject.identity)
-    for probed in probes:
-        shutil.rmtree(probed)
-    return left
+    place = Path(root).absolute()
+    folder, how = place / one.at, one.how_to_get(str(place))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no {folder}; {how}")
+    lists.mkdir(parents=True, exist_ok=True)
 
+    def subset(purpose: str, of: str, numbers: list[int]) -> str:
+        lines = (SUBSET_HEADER.decode(), f"# of: {absolute_spec(of)}", *map(str, numbers))
+        write_text(lists / f"{one.name}-{purpose}.txt", "\n".join(lines))
+        return f"subset:{lists / one.name}-{purpose}.txt"
 
-class _Subject(NamedTuple):
-    """What is measured, without its weights: every probe reads them anew."""
-
-    identity: dict[str, Any]
-    architecture: str
-    data: DataConfig
-
-
-def _open(config: SuiteConfig) -> _Subject:
-    model = open_encoder(config.model, num_heads=config.num_heads)
-    data = evaluation_data(config.model, model.config)
-    identity = identity_of(config, model, data, {})
-    for name in _NOT_OF_THE_RESULT:
-        del identity["settings"][name]
-    return _Subject(identity, _architecture(model.config), data)
-
-
-def _architecture(config: ModelConfig | TimmConfig) -> str:
-    if isinstance(config, TimmConfig):
-        return config.architecture
-    height, _ = pair(config.image_size)
-    return f"ViT {config.embed_dim}x{config.depth}/{config.patch_size} at {height} px"
-
-
-@dataclass
-class _Found:
-    """What is known so far, by benchmark."""
-
-    scores: dict[str, Score]
-    missing: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-def _kept(path: Path) -> dict[str, Score]:
-    """The scores of an earlier call."""
-    if not path.is_file():
-        return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return {score["name"]: from_dict(Score, score) for score in stored["scores"]}
-
-
-def _measure(benchmark: Benchmark, config: SuiteConfig, root: Path, subject: _Subject, found: _Found) -> None:
-    """Measure one benchmark, and note what came of it."""
-    name = benchmark.name
-    try:
-        found.scores[name] = _score(benchmark, config, root, subject)
-    except Stopped:
-        raise
-    except MissingDataError as error:
-        found.missing[name] = str(error)
-        log.warning("%s is left out: %s", name, error)
-    except (ValueError, RuntimeError, OSError) as error:
-        found.failed[name] = " ".join(str(error).split())
-        log.error("%s failed: %s", name, found.failed[name])  # noqa: TRY400 - a line for the user
-
-
-def _score(benchmark: Benchmark, config: SuiteConfig, root: Path, subject: _Subject) -> Score:
-    located = find(benchmark, root, download=config.download)
-    specs = write_sources(
-        located,
-        Path(config.out) / "lists",
-        benchmark.name,
-        max_images=config.max_images,
-        seed=config.seed,
-        data=subject.data,
-    )
-    train, test = (open_source(spec, subject.data) for spec in specs)
-    if not labels_are_slow(benchmark):
-        _check_classes(benchmark, len(train.class_names))
-    log.info("%s: %d images to train on, %d to test on", benchmark.name, len(train), len(test))
-    result = probe(**vars(config.probe(benchmark, train=specs.train, test=specs.test)))
-    _check_classes(benchmark, result.facts["num_classes"])
-    row = result.row(encoder=MODEL, split="test")
-    return Score(
-        name=benchmark.name,
-        top1=row["top1"],
-        top5=row["top5"],
-        images=(len(train), len(test)),
-        trained_on=result.facts["split_images"]["train"],
-        classes=result.facts["num_classes"],
-        bad_images=sum(result.facts["bad_images"].values()),
-        lr=row["lr"],
-        weight_decay=row["weight_decay"],
-        layers=tuple(row["layers"]),
-        attention=row["attention"],
-        elapsed_s=row["elapsed_s"],
-    )
-
-
-def _check_classes(benchmark: Benchmark, classes: int) -> None:
-    problem = class_problem(benchmark, classes)
-    if problem is not None:
-        raise UsageError(problem)
-
-
-def _result(config: SuiteConfig, subject: _Subject, found: _Found) -> SuiteResult:
-    order = {benchmark.name: benchmark for benchmark in BENCHMARKS}
-    scores = tuple(found.scores[name] for name in order if name in found.scores)
-    return SuiteResult(
-        model=config.model,
-        architecture=subject.architecture,
-        scores=scores,
-        missing=dict(found.missing),
-        failed=dict(found.failed),
-        notes=tuple(_notes(config, scores, order)),
-    )
-
-
-def _notes(config: SuiteConfig, scores: tuple[Score, ...], order: Mapping[str, Benchmark]) -> list[str]:
-    """What differs from the papers' measurements."""
-    notes = [
-        "Where learning rates compete, the best is chosen on a tenth of every class's training images, at "
-        "least one, held out: the reported head was never trained on them (column trained on). The test "
-        "images are looked at once. Which rate and epoch the papers report is not known, nor how AIM's heads "
-        "were trained.",
-    ]
-    if config.augment != "official":
-        notes.append(
-            f"Training images: augment {config.augment}; the official probes train on random crops with "
-            "RandAugment and random erasing (--augment official)."
-        )
-    changed = [name for name in _OF_THE_RECIPE if getattr(config, name) is not None]
-    changed += [name for name, official in _OFFICIAL.items() if getattr(config, name) not in (None, official)]
-    if changed:
-        told = ", ".join(f"{name} {_told(getattr(config, name))}" for name in changed)
-        notes.append(f"Not the official settings: {told}.")
-    if config.lr is None:
-        notes.append(
-            "Learning rates without a warm-up are those that the official code reaches: a tenth of those it "
-            "names."
-        )
-    if config.max_images is not None:
-        notes.append(
-            f"Only up to {config.max_images:,} images to train on and to test on: not the benchmarks."
-        )
+    if isinstance(one.source, str):
+        specs = [one.source.format(root=place, split=s) for s in (one.train, one.test)]
     else:
-        notes += [
-            f"{order[score.name].title}: {problem}."
-            for score in scores
-            for problem in (
-                *count_problems(order[score.name], score.images),
-                *known_differences(order[score.name], score.images),
-            )
-        ]
-    lost = [f"{order[score.name].title} {score.bad_images}" for score in scores if score.bad_images]
-    if lost:
-        notes.append(f"Unreadable images, left out: {', '.join(lost)}.")
-    return notes
+        try:
+            images = list(one.source(folder))
+            lacking = {*one.train.split("+"), one.test} - {split for split, _, _ in images}
+            require(not lacking, f"no image of {', '.join(sorted(lacking))}")
+        except (OSError, LookupError, ValueError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UsageError(f"cannot read the annotations in {folder} ({why}); {how}") from error
+        # One list of all splits, and of each split the numbers in it: so both have all classes.
+        everything = lists / f"{one.name}.txt"
+        write_text(everything, "".join(f"{folder}/{path}\t{label}\n" for _, path, label in images))
+        specs = []
+        for purpose, splits in (("train", one.train.split("+")), ("test", (one.test,))):
+            numbers = [i for i, (split, _, _) in enumerate(images) if split in splits]
+            specs.append(subset(purpose, f"files:{everything}", numbers))
+    if config is not None and config.max_images is not None:
+        for i, purpose in enumerate(("train", "test")):
+            source = open_source(specs[i], DataConfig(workers=0))
+            numbers = draw(source, min(config.max_images, len(source)), config.seed)
+            specs[i] = subset(f"{purpose}-drawn", specs[i], numbers.tolist())
+    return specs[0], specs[1]
 
 
-def _told(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _result(
+    config: SuiteSettings, identity: dict[str, Any], rows: Mapping[str, dict[str, Any]], out: Path | None
+) -> Result:
+    """The table of all benchmarks, written to `out`."""
+    titles = {one.name: one.title for one in chosen(FIFTEEN)} | {MEAN: "mean of fifteen"}
+    titles |= {one.name: one.title for one in BENCHMARKS}
+    known = [rows[name]["top1"] for name in FIFTEEN if "top1" in rows.get(name, ())]
+    means = {MEAN: {"top1": sum(known) / 15}} if len(known) == 15 else {}
+    table = []
+    for i, (name, title) in enumerate(titles.items()):
+        published = {label: round(cells[i] / 100, 3) for label, cells in PUBLISHED.items() if i < len(cells)}
+        own = {"status": None, "top1": None, **rows.get(name, means.get(name, {}))}
+        table.append({"benchmark": name, "title": title, **own, **published})
+    notes = tuple(_notes(config, rows))
+    result = Result(verb="suite", rows=tuple(table), notes=notes, identity=identity, columns=COLUMNS)
+    if out is not None:
+        result.write(out)
+        dots = {label: [row.get(label) for row in table[:15]] for label in ("top1", *DRAWN)}
+        dots = {Path(config.model).name: dots.pop("top1"), **dots}
+        draw_suite([row["title"] for row in table[:15]], dots, out / "suite.png")
+    return result
+
+
+def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What is missing, and what differs from the official measurements."""
+    notes = []
+    for one in BENCHMARKS:
+        row = rows.get(one.name, {})
+        if "why" in row:
+            notes.append(f"{one.title} {'is ' * (row['status'] == MISSING)}{row['status']}: {row['why']}")
+        elif row and config.max_images is None:
+            notes.append(one.unlike_the_papers(row["classes"], row["train_images"], row["test_images"]) or "")
+        if row.get("bad_images"):
+            notes.append(f"{one.title}: {counted(row['bad_images'], 'unreadable image')} skipped.")
+    official = {"augment": "official", "epochs": EPOCHS, "attention": ("native",)}
+    official |= dict.fromkeys(("lr", "layers", "max_images"))
+    changed = {name: getattr(config, name) for name, usual in official.items()}
+    words = [f"{name} {typed(value)}" for name, value in changed.items() if value != official[name]]
+    return [
+        *filter(None, notes),
+        *([f"Not official: {', '.join(words)}."] if words else []),
+        "The best learning rate is chosen on a tenth of train, held out; test is measured once. "
+        "Which rate and epoch XTRA's paper reports is not known, nor how AIM trained its heads.",
+        f"Precision: encoder {config.precision}, heads fp32; officially both bf16-mixed.",
+        "A batch norm sees at most 1,024 images, as officially: batches of 4,096 are accumulated.",
+        "Published: AIM's Table 6, XTRA's code. Pre-trained on ImageNet-1k (DINO, MAE H/14, XTRA B/16), "
+        "ImageNet-21k (iBOT, BEiT, XTRA H/14), LVD (DINOv2, at 516 px), IG-3B (MAE 2B/14), DFN-2B+ (AIM).",
+    ]
+
+
+def list_benchmarks(root: str | None, only: tuple[str, ...] | None) -> Result:
+    """The benchmarks as rows; with a root also whether each is found, and how it differs from the papers'."""
+    rows, notes = [], []
+    for one in chosen(only):
+        found = None if root is None else (Path(root) / one.at).is_dir()
+        row = {"benchmark": one.name, "classes": one.classes, "train_images": one.images[0]}
+        row |= {"test_images": one.images[1], "terms": one.terms, "found": found}
+        rows.append({**row, "at": one.at, "get": one.how_to_get(root or "ROOT")})
+        if not found:
+            notes.append(f"{one.name}: {rows[-1]['get']}")
+        elif not str(one.source).startswith("hf:"):  # copies of the hub are converted first, which takes long
+            with TemporaryDirectory() as lists:
+                try:
+                    specs = sources_of(one, str(root), Path(lists))
+                    train, test = (open_source(spec, DataConfig(workers=0)) for spec in specs)
+                    # PCAM's labels come with its images, one by one.
+                    classes = None if one.name == "pcam" else len(train.class_names)
+                    notes.append(one.unlike_the_papers(classes, len(train), len(test)) or "")
+                except (ValueError, RuntimeError, OSError) as error:
+                    notes.append(f"{one.name}: {error}")
+    return Result(verb="suite", rows=tuple(rows), notes=tuple(filter(None, notes)), columns=LIST_COLUMNS)
