@@ -251,7 +251,7 @@ def asked(monkeypatch):
 def test_probe_layers_are_names_or_numbers(words, layers, asked):
     assert run(["src", "dst", "--probe_layers", *words]) == 0
     assert asked[0]["probe_layers"] == layers
-    with pytest.raises(ValueError, match="--probe_layers lost: give last, best, or numbers"):
+    with pytest.raises(ValueError, match="probe_layers is 'lost'; did you mean last"):
         run(["src", "dst", "--probe_layers", "lost"])
 
 

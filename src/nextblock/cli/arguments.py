@@ -243,7 +243,9 @@ def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
         is_file = str in kinds and Path(kept[0]).exists()
         require(not is_file, f"{name} {kept[0]} means no value; write ./{kept[0]} for the file of that name")
         return None
-    if element is not None and (len(kept) > 1 or kept[0].startswith("[") or str not in kinds):
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    is_list = len(kept) > 1 or kept[0].startswith("[") or not {str, kept[0]} & {*kinds, *words}
+    if element is not None and is_list:
         return read_value(name, [part for text in kept for part in split_list(text, element)], hint)
     return read_value(name, kept[0], hint)
 

@@ -12,7 +12,6 @@ from nextblock.atomic import RUN_FILES
 from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.config import Attention, Size, pair
-from nextblock.errors import UsageError
 from nextblock.logs import counted
 from nextblock.prediction import PredictConfig
 from nextblock.settings import Auto, Count, Natural, Positive, check_types, to_dict
@@ -198,8 +197,8 @@ class _ConvertConfig:
     """File of an AIM classifier's head, if SRC is its backbone."""
     num_heads: Count | None = None
     """Attention heads of the encoder, if the file does not record them."""
-    probe_layers: tuple[str, ...] | None = None
-    """Layers that an AIM head averages: last, best, or numbers from 0; if its file does not say."""
+    probe_layers: Literal["last", "best"] | tuple[Natural, ...] | None = None
+    """Layers that an AIM head averages, if its file does not say: last, best, or numbers from 0."""
     norm_eps: Positive | None = None
     """Epsilon of the norms of an AIM file."""
     license: str | None = None
@@ -220,15 +219,7 @@ def convert(argv: Sequence[str]) -> int:
 
     from nextblock.interop import convert as interop
 
-    layers = given.pop("probe_layers")
-    if layers in (("last",), ("best",)):
-        (layers,) = layers
-    elif layers is not None:
-        if not all(word.isdecimal() for word in layers):
-            words = " ".join(layers)
-            raise UsageError(f"--probe_layers {words}: give last, best, or numbers of layers from 0")
-        layers = tuple(map(int, layers))
-    done = interop.convert(**given, probe_layers=layers)
+    done = interop.convert(**given)
     checked = "" if done.difference is None else f", onnxruntime within {done.difference:.0e} of torch"
     say(f"{done.to}: {done.place} ({done.num_bytes / 1e6:.1f} MB{checked})")
     if is_json:

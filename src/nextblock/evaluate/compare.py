@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nextblock.atomic import exclusive, write_text
+from nextblock.config import pair
 from nextblock.data import open_source
 from nextblock.evaluate.evaluation import (
     MODEL,
@@ -46,7 +47,7 @@ from nextblock.evaluate.splits import numbered, open_labelled
 from nextblock.evaluate.tables import Column, difference, end_of, lead, share, write_csv
 from nextblock.launch import find_world
 from nextblock.logs import counted
-from nextblock.settings import from_dict, require, to_dict
+from nextblock.settings import from_dict, require, to_dict, typed
 
 COLUMNS = (
     Column("model", "model", lambda name, _: end_of(name or "", 32)),
@@ -183,7 +184,12 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
         opened.report_bad(None)
     measures = tally.measures()
     row = {"encoder": "model", "method": "its own classifier", **measures.row()}
-    note = f"{counted(len(indices), 'image')} of {source.spec}, as the classifier is: nothing was trained."
+    size, cut = pair(opened.model.config.image_size), opened.data
+    note = (
+        f"{counted(len(indices), 'image')} of {source.spec}; nothing was trained. Preprocessing: resize to "
+        f"{cut.resize_px(size)} px (bicubic), {cut.val_crop} crop {size[0]}x{size[1]} px, mean "
+        f"{typed(cut.mean)}, std {typed(cut.std)}."
+    )
     return [Result(verb="eval", rows=(row,), notes=(note,), rights=(measures.right,))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal, NamedTuple
 
 from nextblock.config import Attention
@@ -177,8 +177,8 @@ class ScoreSettings(EvalSettings):
 
     head: str | None = None
     """The second file of an official AIM classifier."""
-    probe_layers: Literal["last", "best"] | tuple[int, ...] | None = None
-    """Layers that an official AIM head averages, if its file does not say."""
+    probe_layers: Literal["last", "best"] | tuple[Natural, ...] | None = None
+    """Layers that an official AIM head averages, if its file does not say: last, best, or numbers from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +215,11 @@ class CompareSettings(ScoreSettings):
         check_distinct(self, "model", "methods")
         Shots.parse(self.shots)
         require(self.test is not None, "test is missing; give labelled images to measure on: --test")
+        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        wrong = sorted(given & {"methods", "shots", "epochs", "baselines"}) if self.train is None else []
+        require(not wrong, f"{', '.join(wrong)} needs train; without it a classifier is measured as it is")
+        wrong = sorted(given & {"head", "probe_layers", "classes"}) if self.train is not None else []
+        require(not wrong, f"{', '.join(wrong)} is for a classifier, measured as it is; leave out train")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,12 +161,18 @@ def read_aim(
     ours = _with_positions(ours, config, origin)
     if layers is None:
         return build_model(config, ours, origin)
+    _, queries, width = shape_of(ours, "head.query", 3, origin)
+    if width != config.embed_dim:
+        raise CheckpointError(
+            f"the head is for an encoder {width} wide, {origin} is {config.embed_dim} wide; give the head of "
+            "the same model"
+        )
     head_config = HeadConfig(
         kind="attentive",
         num_classes=shape_of(ours, "head.linear.weight", 2, origin)[0],
         layers=layers,
         num_heads=config.num_heads,
-        num_queries=shape_of(ours, "head.query", 3, origin)[1],
+        num_queries=queries,
         batch_norm="head.norm.running_mean" in ours,
         bias="head.linear.bias" in ours,
     )

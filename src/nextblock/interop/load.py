@@ -110,12 +110,13 @@ def load_classifier(src: str | Path, head: str | Path | None = None, **settings:
     """Load as `load` does what must be a classifier; `CheckpointError` if it is a model without a head."""
     # Of timm only the encoder is taken, and not every one of them can be loaded as one of ours.
     is_timm = str(src).startswith(TIMM_SPEC) or is_timm_directory(Path(src))
-    found = None if is_timm else load(src, head, **settings)
-    if found is None or isinstance(found, NextBlockModel):
-        raise CheckpointError(
-            f"{src} holds no classification head; `nextblock probe` and `nextblock finetune` write one"
-        )
-    return found
+    found = None if is_timm else read(src, LoadOptions(head=head, **settings))
+    if found is None or isinstance(found.model, NextBlockModel):
+        remedy = "`nextblock probe` and `nextblock finetune` write one; eval trains several, given --train"
+        if found is not None and found.format == "official AIM":
+            remedy = "give AIM's head, which is a file of its own: --head FILE"
+        raise CheckpointError(f"{src} holds no classification head; {remedy}")
+    return found.model
 
 
 def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderModel:
