@@ -142,8 +142,8 @@ def test_flags_given_several_times_win_over_config_files_as_one(resolved, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--data.weights 0.8 --data.weights x", "data.weights is 0.8,x; it must be a list, each a"),
-        ("--optim.betas 0.9", "optim.betas is 0.9; it must be a list of 2, each a number"),
+        ("--data.weights 0.8 --data.weights x", "data.weights is 0.8,x; it must be a list of numbers"),
+        ("--optim.betas 0.9", "optim.betas is 0.9; it must be a list of 2 numbers"),
         ("--data.weights --seed 3", "--data.weights needs a value"),
         ("--seed 3 --data.train", "--data.train needs a value"),
     ],

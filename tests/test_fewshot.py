@@ -14,7 +14,7 @@ from nextblock.errors import UsageError
 from nextblock.evaluate import splits
 from nextblock.evaluate.evaluation import BASELINES, MODEL
 from nextblock.evaluate.fewshot import C_GRID, DEFAULT_C, draw_shots, regress
-from nextblock.evaluate.settings import Shots
+from nextblock.evaluate.settings import FewshotSettings, Shots
 from toy import ToySource, one_thread  # noqa: F401 - a fixture
 
 
@@ -77,6 +77,10 @@ def test_shots_are_images_of_every_class_or_a_share_of_each():
     assert np.bincount(source.labels[share]).tolist() == [6, 6, 6, 6]
     assert not np.array_equal(few, draw_shots(source, Shots.parse("3"), seed=1))
     assert np.array_equal(few, draw_shots(source, Shots.parse("3"), seed=0))
+
+
+def test_several_shots_may_be_one_list_as_the_help_shows_it():
+    assert FewshotSettings(model="x", train="a", test="b", shots=("1,5", "10%")).shots == ("1", "5", "10%")
 
 
 def test_a_share_that_leaves_a_class_empty_is_refused():

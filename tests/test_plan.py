@@ -209,7 +209,7 @@ def planned(capsys, *words):
 
 
 def test_the_command_prints_what_a_stranger_needs_in_80_columns(capsys):
-    out = planned(capsys, "--preset", "aim-7b-dfn2b+", "--gpus", "64", "--gpu", "h100")
+    out = planned(capsys, "--preset", "aim-7b-dfn2b+", "--gpus", "64", "--gpu", "H100")
     assert max(map(len, out.splitlines())) <= 80
     assert {"6,857.8", "1,200,000", "989.4"} <= set(out.split())
 

@@ -30,8 +30,10 @@ from nextblock.settings import (
     NONE_WORDS,
     Auto,
     Setting,
+    choices_of,
     from_dict,
     kinds_of,
+    listed,
     read_value,
     read_yaml,
     require,
@@ -168,6 +170,9 @@ class Parser(argparse.ArgumentParser):
             return f"write {each}" if kinds_of(element) == [str] else f"write {joined} or {each}"
         if any(get_origin(kind) is tuple for kind in kinds_of(hint)):  # a number or a pair
             return f"write {joined}"
+        choices = [name for name, hint in self.hints.items() if word.lower() in choices_of(hint)]
+        if choices:
+            return f"did you mean --{choices[0]} {word}?"
         # A bare word is most often a preset, a run, settings, or a folder of images.
         preset = difflib.get_close_matches(word, [*PRESETS], n=1, cutoff=0.7)
         if "preset" in known and preset and not path.exists():
@@ -215,7 +220,7 @@ class Parser(argparse.ArgumentParser):
         """Raise what argparse would print."""
         what, _, names = message.partition(": ")
         if what == "the following arguments are required":
-            message = f"{' and '.join(names.split(', '))} must be given; see {self.prog} --help"
+            message = f"{listed(names.split(', '))} must be given; see {self.prog} --help"
         elif what == "unrecognized arguments":
             meant = self._meant_by_words(names.split(), self.before.get(names.split()[0], ""), ())
             message = f"{names} is too much; {meant}"
@@ -259,9 +264,11 @@ def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
 
 def _metavar(hint: Any) -> str:
     # The first kind is the usual one; a setting that may also be none shows the other.
-    kind = kinds_of(hint)[0]
+    kind, *others = kinds_of(hint)
     if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
+        return "|".join(
+            [*map(str, get_args(kind)), *["A,B,..."] * any(get_origin(one) is tuple for one in others)]
+        )
     if get_origin(kind) is tuple:
         return "A,B,..."
     return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
@@ -299,7 +306,7 @@ def parse_settings(
     # Asked for only now: a file of settings may give what the flags do not.
     required = [setting.name for setting in setting_types(config) if setting.default is MISSING]
     missing = [f"--{name}" for name in required if name not in values]
-    require(not missing, f"{' and '.join(missing)} must be given; see {parser.prog} --help")
+    require(not missing, f"{listed(missing)} must be given; see {parser.prog} --help")
     settings = from_dict(config, values)
     _print_if_asked(settings, options)
     given = {name: getattr(options, name) for name in others}

@@ -124,7 +124,6 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             result = knn(**common, **place, test=config.test, k=(DEFAULT_K,))
             rows = [{**row, "method": f"kNN, k {row['k']}"} for row in result.rows]
         elif method == "fewshot":
-            assert config.test is not None, "the settings are checked"
             result = fewshot(**common, **place, test=config.test, shots=(config.shots,))
             rows = [{**row, "method": f"{row['shots']} labels a class"} for row in result.rows]
         elif method in heads[:1]:
@@ -169,7 +168,6 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
     settings = ScoreSettings(
         model=model, head=config.head, probe_layers=config.probe_layers, cache=config.cache, **common
     )
-    assert config.test is not None, "the settings are checked"
     with evaluation(settings, classifier=True) as opened:
         source = open_source(config.test, opened.data)
         classifier = opened.classifier
