@@ -118,7 +118,7 @@ def test_numbers_are_means_over_draws(run):
     assert row["top1_std"] == statistics.stdev(top1) > 0
     assert row["top1_se"] == pytest.approx(statistics.stdev(top1) / 3**0.5)
     assert (row["train_images"], found.row(shots="25%")["train_images"]) == (8, 12)
-    assert "mean of 3 draws ± its standard error, on 40 images of test" in found.notes[0]
+    assert "mean of 3 draws ± its standard error, on 40 test images" in found.notes[0]
 
 
 def test_baselines_learn_from_the_same_few_images_and_no_others_are_encoded(run, monkeypatch):
@@ -130,7 +130,7 @@ def test_baselines_learn_from_the_same_few_images_and_no_others_are_encoded(run,
     row = found.rows[0]
     assert (row["top1_se"], row["top1_std"], row["c"]) == (None, None, [DEFAULT_C])
     assert "one draw" in found.notes[0]
-    assert "with one image a class it is C 1." in found.notes[0]
+    assert "with one image a class C is 1." in found.notes[0]
 
 
 def test_a_draw_without_a_readable_image_of_a_class_is_refused(run):

@@ -69,7 +69,7 @@ def runs(argv: Sequence[str]) -> int:
             rows.append({"run": name, **_values(summary)})
         except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
             # A file that is not JSON is named already; what else fails is a value of the wrong kind.
-            why = str(error) if isinstance(error, UsageError) else f"{path / file} is damaged ({error!r})"
+            why = str(error) if isinstance(error, UsageError) else f"{path / file} is damaged; remove it"
             rows.append({"run": name, "status": "unreadable", "message": why})
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")

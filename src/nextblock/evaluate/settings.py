@@ -207,7 +207,7 @@ class CompareSettings(ScoreSettings):
     baselines: bool = True
     """Also measure the same encoder untrained, images of 16x16 px, and a colour histogram."""
     classes: str | None = None
-    """Without train: file with the name of each class of the classifier, a line each, in their order."""
+    """Without train: file with the names of the classifier's classes, one a line, in logit order."""
     seed: Natural = 0
     """Seed of all that is drawn."""
 

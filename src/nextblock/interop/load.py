@@ -113,7 +113,7 @@ def load_classifier(src: str | Path, head: str | Path | None = None, **settings:
     is_timm = str(src).startswith(TIMM_SPEC) or is_timm_directory(Path(src))
     found = None if is_timm else read(src, LoadOptions(head=head, **settings))
     if found is None or isinstance(found.model, NextBlockModel):
-        remedy = "`nextblock probe` and `nextblock finetune` write one; eval trains several, given --train"
+        remedy = "`nextblock probe` and `nextblock finetune` write one; eval trains some if you give --train"
         if found is not None and found.format == "official AIM":
             remedy = "give AIM's head, which is a file of its own: --head FILE"
         raise CheckpointError(f"{src} holds no classification head; {remedy}")
