@@ -92,7 +92,7 @@ def test_a_verb_of_evaluation_takes_config_files_and_prints_its_settings(cli, tm
 
 def test_without_images_or_a_run_there_is_nothing_to_train_on(cli, tmp_path):
     error = refused(cli("pretrain", "--out", tmp_path / "run"))
-    assert f"nothing to train on, and {tmp_path / 'run'} is no run to resume; name a directory" in error
+    assert f"nothing to train on, and {tmp_path / 'run'} is not a run to resume; name a directory" in error
     assert not (tmp_path / "run").exists()
 
 

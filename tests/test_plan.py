@@ -240,7 +240,7 @@ def test_steps_follow_from_the_number_of_images(capsys, words, steps):
         (["--gpu_memory_gb", "80"], "--gpu must be given"),
         (["--gpu", "v100", "--train.precision", "bf16"], "does not compute in bf16"),
         (["--gpu", "h100", "--gpus", "257"], "257 GPUs are more than the 256 images of a step"),
-        (["--gpu", "h100", "--mfu", "1.5"], "above 0, up to 1"),
+        (["--gpu", "h100", "--mfu", "1.5"], "above 0 and up to 1"),
         (["--gpu", "h100", "--model.predictor_attention", "full"], "training would learn to copy"),
     ],
 )

@@ -270,7 +270,7 @@ def _metavar(hint: Any) -> str:
             [*map(str, get_args(kind)), *["A,B,..."] * any(get_origin(one) is tuple for one in others)]
         )
     if get_origin(kind) is tuple:
-        return "A,B,..."
+        return "TEXT" if kinds_of(get_args(kind)[0]) == [str] else "A,B,..."  # text may hold commas
     return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
 
 

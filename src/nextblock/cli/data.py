@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nextblock.data.advice import Checkup
     from nextblock.data.doctor import Examination
 
-Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0, up to 1")]
+Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0 and up to 1")]
 SOURCE = "images: a directory, X.tar, hf:NAME,split=train or any other source"
 READING = {"channels", "decoder", "background", "max_bad_fraction", "max_pixels", "cache_dir", "cache_gb"}
 """Settings of data that reading a source needs."""
