@@ -124,6 +124,7 @@ def test_without_images_or_a_run_there_is_nothing_to_train_on(cli, tmp_path):
         ("--optim.betas 0.8 --optim.betas 0.9", "optim.betas", [0.8, 0.9]),
         ("--model.image_size 64 --model.image_size 32", "model.image_size", 32),  # no list: the last counts
         ("--optim.lr 1 --optim.lr 2", "optim.lr", 2.0),
+        ("--train.precision BF16", "train.precision", "bf16"),
     ],
 )
 def test_values_of_a_flag_given_several_times_are_a_list_if_the_setting_is_one(

@@ -201,10 +201,6 @@ UNUSUAL = resolve(
 )
 
 
-def test_words_are_read_in_any_letter_case():
-    assert from_dict(RunConfig, {"train": {"precision": "BF16"}}).train.precision == "bf16"
-
-
 @pytest.mark.parametrize("config", [RunConfig(), UNUSUAL], ids=["default", "unusual"])
 def test_a_config_comes_back_from_yaml_and_from_dotted_names(config):
     assert from_dict(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
