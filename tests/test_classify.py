@@ -87,7 +87,7 @@ def test_some_of_the_classifiers_classes_are_measured_too_and_others_are_not(cla
     for names in (None, ("a", "b", "c", "x")):
         found = classify(classifier(names=names))
         assert found.facts["measures"] is None
-        assert found.notes[-1] == "No accuracy: the classifier does not know all classes of these labels."
+        assert found.notes[-1] == "No accuracy: the classifier does not know all of these images' classes."
     assert set(classify(classifier(names=None)).rows[0]["classes"]) <= set("0123")
 
 

@@ -81,7 +81,12 @@ def run(tmp_path_factory):
         ),
         (["presets", "xtra-b16-in1kk"], "unknown preset 'xtra-b16-in1kk'; did you mean 'xtra-b16-in1k'?"),
         (["probe", "--model", "x"], "--train must be given"),
-        (["report", "nowhere"], "nowhere is no run"),
+        (["finetune", "--head", "linear"], "--model, --out and --train must be given"),
+        (["eval", "--model", "x", "--train", "digits"], "--test must be given"),
+        (["embed", "--model", "x", "--data", "digits"], "--out must be given"),
+        (["knn", "--device", "gpu"], "device is 'gpu'; did you mean cuda?"),
+        (["plan", "H100"], "did you mean --gpu H100?"),
+        (["report", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_wrong_usage_is_told_with_code_2(cli, words, message):
@@ -263,7 +268,7 @@ def test_info_tells_what_an_official_file_is_and_what_it_does_not_tell(cli, gold
     assert code == 0
     assert (told["kind"], told["format"]) == GOLDEN[name]
     assert told["config"]["num_heads"] is None
-    assert "give it as num_heads=" in told["assumed"]["num_heads"]
+    assert "give them: num_heads=" in told["assumed"]["num_heads"]
     code, out, _ = cli("info", golden_dir / name, "--num_heads", "3", "--json")
     told = json.loads(out)
     assert (code, told["config"]["num_heads"]) == (0, 3)
@@ -296,7 +301,9 @@ def test_info_lists_the_tensors_of_a_file_that_is_no_model(cli, golden_dir):
     ("name", "message"),
     [
         ("words.txt", "cannot be read as a weight file"),
-        ("nowhere", "does not exist"),
+        ("nowhere", "does not exist; known: a run"),
+        ("word.txt", "words.txt?"),
+        ("xtra-b61", "did you mean xtra-b16?"),
         (".", "holds no model"),
     ],
 )

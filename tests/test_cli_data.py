@@ -78,7 +78,7 @@ def test_names_that_are_no_text_are_printed_escaped(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("pakc",), "unknown command data 'pakc'; did you mean 'pack'?"),
+        (("pakc",), "unknown command 'pakc'; did you mean 'pack'?"),
         (("pack", "digits"), "DST must be given"),
         (("pack", "nowhere", "{tmp}/out"), "there is no such directory"),
         (("pack", "digits", "{tmp}/out", "--tile", "5"), "unknown setting --tile; did you mean --tile_px?"),

@@ -92,7 +92,7 @@ def test_a_verb_of_evaluation_takes_config_files_and_prints_its_settings(cli, tm
 
 def test_without_images_or_a_run_there_is_nothing_to_train_on(cli, tmp_path):
     error = refused(cli("pretrain", "--out", tmp_path / "run"))
-    assert f"nothing to train on, and {tmp_path / 'run'} is no run to resume; name a directory" in error
+    assert f"nothing to train on, and {tmp_path / 'run'} is not a run to resume; name a directory" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -124,6 +124,7 @@ def test_without_images_or_a_run_there_is_nothing_to_train_on(cli, tmp_path):
         ("--optim.betas 0.8 --optim.betas 0.9", "optim.betas", [0.8, 0.9]),
         ("--model.image_size 64 --model.image_size 32", "model.image_size", 32),  # no list: the last counts
         ("--optim.lr 1 --optim.lr 2", "optim.lr", 2.0),
+        ("--train.precision BF16", "train.precision", "bf16"),
     ],
 )
 def test_values_of_a_flag_given_several_times_are_a_list_if_the_setting_is_one(
@@ -142,8 +143,8 @@ def test_flags_given_several_times_win_over_config_files_as_one(resolved, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--data.weights 0.8 --data.weights x", "data.weights is 0.8,x; it must be a list, each a"),
-        ("--optim.betas 0.9", "optim.betas is 0.9; it must be a list of 2, each a number"),
+        ("--data.weights 0.8 --data.weights x", "data.weights is 0.8,x; it must be a list of numbers"),
+        ("--optim.betas 0.9", "optim.betas is 0.9; it must be a list of 2 numbers"),
         ("--data.weights --seed 3", "--data.weights needs a value"),
         ("--seed 3 --data.train", "--data.train needs a value"),
     ],

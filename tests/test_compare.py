@@ -102,7 +102,7 @@ def test_a_classifier_is_measured_as_it_is_by_names_or_by_numbers(run, tmp_path)
 @pytest.mark.parametrize(
     ("names", "listed", "message"),
     [
-        (("a", "b", "x", "y"), None, "does not know 2 classes of toy-1: c, d; give its names"),
+        (("a", "b", "x", "y"), None, "does not know 2 classes of toy-1: c, d; name its classes"),
         (None, "a\nb\n", "has 2 names, the classifier 4 classes"),
     ],
 )
@@ -114,6 +114,19 @@ def test_classes_that_cannot_be_matched_are_refused(run, tmp_path, names, listed
         classes = str(classes)
     with pytest.raises(UsageError, match=message):
         run("compare", model=(classifier(tmp_path / "c", names),), test="toy-1", classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ("knn",), "shots": "3"}, "methods, shots needs train"),
+        ({"train": "toy-0", "classes": "FILE"}, "classes is for a classifier"),
+        ({"classes": "FILE"}, "classes: FILE is not a file"),
+    ],
+)
+def test_settings_without_effect_are_refused(run, tmp_path, settings, message):
+    with pytest.raises(UsageError, match=message):
+        run("compare", model=(classifier(tmp_path / "c", None),), test="toy-1", **settings)
 
 
 def test_an_encoder_without_a_head_asks_for_train(run, capsys):

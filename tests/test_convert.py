@@ -178,7 +178,7 @@ def test_the_suffix_tells_the_format_unless_one_is_given_and_must_not_contradict
     [
         ({"to": "timm", "layers": [1]}, "layers means nothing to the format timm; it is for onnx"),
         ({"to": "nextblock", "attention": "full"}, "attention means nothing to the format nextblock"),
-        ({"image_size": 32}, r"is of images of \(16, 24\) px, as it tells itself.*to timm or onnx"),
+        ({"image_size": 32}, r"records images of \(16, 24\) px and keeps them.*to timm or onnx"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, words, run_dir, tmp_path):
@@ -251,7 +251,7 @@ def asked(monkeypatch):
 def test_probe_layers_are_names_or_numbers(words, layers, asked):
     assert run(["src", "dst", "--probe_layers", *words]) == 0
     assert asked[0]["probe_layers"] == layers
-    with pytest.raises(ValueError, match="--probe_layers lost: give last, best, or numbers"):
+    with pytest.raises(ValueError, match="probe_layers is 'lost'; did you mean last"):
         run(["src", "dst", "--probe_layers", "lost"])
 
 

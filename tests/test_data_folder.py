@@ -59,7 +59,7 @@ def test_a_directory_is_searched_in_the_order_of_its_paths_parts_and_the_rest_is
     assert "6 images; ignored 3 files, none with an image's extension (.txt, no extension)" in caplog.text
     assert "2 hidden" in caplog.text
     assert not source.has_labels
-    with pytest.raises(ValueError, match="1 of its 6 images lie in no folder"):
+    with pytest.raises(ValueError, match="1 of its 6 images are in no folder"):
         _ = source.labels
 
 

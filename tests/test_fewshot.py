@@ -14,7 +14,7 @@ from nextblock.errors import UsageError
 from nextblock.evaluate import splits
 from nextblock.evaluate.evaluation import BASELINES, MODEL
 from nextblock.evaluate.fewshot import C_GRID, DEFAULT_C, draw_shots, regress
-from nextblock.evaluate.settings import Shots
+from nextblock.evaluate.settings import FewshotSettings, Shots
 from toy import ToySource, one_thread  # noqa: F401 - a fixture
 
 
@@ -79,6 +79,10 @@ def test_shots_are_images_of_every_class_or_a_share_of_each():
     assert np.array_equal(few, draw_shots(source, Shots.parse("3"), seed=0))
 
 
+def test_several_shots_may_be_one_list_as_the_help_shows_it():
+    assert FewshotSettings(model="x", train="a", test="b", shots=("1,5", "10%")).shots == ("1", "5", "10%")
+
+
 def test_a_share_that_leaves_a_class_empty_is_refused():
     with pytest.raises(UsageError, match=r"1.0000% of toy-0 leaves 3 of its 4 classes without an image"):
         draw_shots(ToySource(96), Shots.parse("1%"), seed=0)
@@ -114,7 +118,7 @@ def test_numbers_are_means_over_draws(run):
     assert row["top1_std"] == statistics.stdev(top1) > 0
     assert row["top1_se"] == pytest.approx(statistics.stdev(top1) / 3**0.5)
     assert (row["train_images"], found.row(shots="25%")["train_images"]) == (8, 12)
-    assert "mean of 3 draws ± its standard error, on 40 images of test" in found.notes[0]
+    assert "mean of 3 draws ± its standard error, on 40 test images" in found.notes[0]
 
 
 def test_baselines_learn_from_the_same_few_images_and_no_others_are_encoded(run, monkeypatch):
@@ -126,7 +130,7 @@ def test_baselines_learn_from_the_same_few_images_and_no_others_are_encoded(run,
     row = found.rows[0]
     assert (row["top1_se"], row["top1_std"], row["c"]) == (None, None, [DEFAULT_C])
     assert "one draw" in found.notes[0]
-    assert "with one image a class it is C 1." in found.notes[0]
+    assert "with one image a class C is 1." in found.notes[0]
 
 
 def test_a_draw_without_a_readable_image_of_a_class_is_refused(run):

@@ -269,7 +269,7 @@ def test_a_size_that_the_blocks_do_not_divide_is_refused_with_what_would_do(tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_decay": 1.5}, "layer_decay is 1.5; it must be a number above 0, up to 1"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5; it must be a number above 0 and up to 1"),
         ({"mixup": 0.8, "micro_batch_size": 5}, "use an even number"),
         ({"attentive_heads": 16}, "attentive_heads needs --head attentive"),
         ({"augment": "timm"}, "crop_scale needs --augment crop"),

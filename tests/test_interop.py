@@ -137,8 +137,8 @@ def test_a_setting_that_is_not_implemented_is_refused(content, settings, words, 
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("enc-1.weight", torch.zeros(1), "holds 'enc-1.weight', which is no part of an XTRA model"),
-        ("an.enc.norm.bias", torch.zeros(1), "holds 'an.enc.norm.bias', which is no part"),
+        ("enc-1.weight", torch.zeros(1), "holds 'enc-1.weight', which is not part of an XTRA model"),
+        ("an.enc.norm.bias", torch.zeros(1), "holds 'an.enc.norm.bias', which is not part"),
         ("proj.mlp.0.weight", None, "lacks 'proj.mlp.0.weight'"),
         ("predictor.blocks.0.mlp.fc1.weight", None, "lacks 'predictor.blocks.0.mlp.fc1.weight'"),
         ("enc.norm.bias", None, "missing: encoder.norm.bias"),
@@ -165,14 +165,14 @@ def test_weights_damaged_or_not_whole_are_refused_by_name(name, tensor, words, c
 def test_two_tensors_of_one_name_are_refused(content, load_content):
     weights = content["state_dict"]
     weights["classifier.0.running_mean"] = weights["classifier.bn.running_mean"]
-    with pytest.raises(CheckpointError, match=r"holds 'classifier\.0\.running_mean', which is no part"):
+    with pytest.raises(CheckpointError, match=r"holds 'classifier\.0\.running_mean', which is not part"):
         load_content(content)
 
 
 @pytest.mark.parametrize("told", [None, "all"])
 def test_weights_without_their_settings_are_refused(told, content, tmp_path):
     torch.save({**content, "hyper_parameters": told}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=r"without the settings .*; give the original checkpoint"):
+    with pytest.raises(CheckpointError, match=r"without hyper_parameters, .*; give the original checkpoint"):
         load(tmp_path / "x.ckpt", num_heads=3)
 
 

@@ -85,7 +85,7 @@ def test_a_directory_of_apples_files_is_a_classifier(backbone, head, golden, gol
     assert isinstance(other, ImageClassifier)
     assert other.head_config.layers == (0, 1)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is no JSON .*; mend it"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON .*; repair or remove it"):
         load(tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_an_image_size_is_asked_for_if_it_cannot_be_guessed(backbone, whole):
         (PROJECTION, (48, 3, 14, 3), "has patches of 14x3 px; they must be"),
         (PROJECTION, None, f"lacks '{PROJECTION}'"),
         (f"{BLOCKS}2.mlp.fc2.weight", None, "missing: encoder.blocks.2.mlp.fc2.weight"),
-        ("trunk.extra", (1,), "holds 'trunk.extra', which is no part"),
+        ("trunk.extra", (1,), "holds 'trunk.extra', which is not part"),
         (f"{BLOCKS}0.attn.qkv.bias", (144,), "unexpected: encoder.blocks.0"),
         (f"{BLOCKS}1.attn.q_proj.weight", (48,), "blocks.1.attn.k_proj.we"),
     ],
@@ -225,13 +225,13 @@ def test_positions_that_are_not_the_fixed_ones_are_refused(name, whole):
 
 def test_a_head_that_does_not_belong_or_is_not_whole_is_refused(backbone, head, golden_dir, tmp_path):
     for of_head, layers, words in (
-        (backbone, (1, 2), "is no head of an AIM classifier .it holds: preprocessor"),
-        ([torch.zeros(1)], (1, 2), "is no head of an AIM classifier"),
+        (backbone, (1, 2), "is not the head of an AIM classifier .it holds: preprocessor"),
+        ([torch.zeros(1)], (1, 2), "is not the head of an AIM classifier"),
         ({**head, "head.extra": torch.zeros(1)}, (1, 2), r"holds 'head\.extra'"),
         ({"head.cls_token": torch.zeros(1, 1, 48)}, (1, 2), r"lacks 'head\.linear\.weight'"),
         (head, "last", "last 6 layers"),
         (head, (3, 4), "an encoder with 4"),
-        (head, "best", "says nothing of FILE, an encoder 48 wide with 4 layers"),
+        (head, "best", "known for AIM's sizes only, and FILE is 48 wide with 4 layers"),
     ):
         with pytest.raises((ValueError, CheckpointError), match=words):
             read(backbone, of_head, probe_layers=layers)
@@ -239,5 +239,5 @@ def test_a_head_that_does_not_belong_or_is_not_whole_is_refused(backbone, head, 
         read({**backbone, **head}, head)
     with pytest.raises(CheckpointError, match=r"head\.pth does not exist; give the path"):
         load(golden_dir / "aim_nano_backbone.pth", tmp_path / "head.pth", **TO_LOAD)
-    with pytest.raises(UnknownFormatError, match="load its backbone, with head= this file"):
+    with pytest.raises(UnknownFormatError, match="give its backbone, and this file as head="):
         load(golden_dir / "aim_nano_head.pth")

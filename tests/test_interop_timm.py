@@ -394,7 +394,7 @@ DIFFERENT = "describe different encoders.*nextblock_vit with attention causal"
 @pytest.mark.parametrize(
     ("config", "metadata", "words"),
     [
-        ("{", OWN, r"config\.json is no JSON"),  # all of these would be opened under full attention, or not
+        ("{", OWN, r"config\.json is not JSON"),  # all of these would be opened under full attention, or not
         ("[]", OWN, r"config\.json holds a list"),
         ({"nextblock": FULL}, OWN, DIFFERENT),
         ({"architecture": "vit_base_patch16_224"}, OWN, DIFFERENT),

@@ -118,14 +118,16 @@ def test_every_row_is_what_its_setting_gives_alone(run):
                 assert row["is_default"] == ((k, temperature) == (20, 0.07))
     assert found.facts["num_images"] == {"train": 48, "test": 31}
     assert found.facts["bad_images"] == {"train": 0, "test": 1}
-    assert found.notes[0].startswith("31 images of test, among 48 of train. Report the row marked *")
+    assert found.notes[0].startswith(
+        "31 test images, classified by 48 training images. Report the row marked *"
+    )
 
 
 def test_without_test_each_image_is_left_out_and_the_fixed_setting_is_named(run):
     found = run("knn", train="toy-0", k=(1,), baselines=False)
     assert found.facts["num_images"] == {"train": 48, "test": 48}
     (note,) = found.notes
-    assert "48 images of train, among the others (leave-one-out)" in note
+    assert "48 training images, each classified by the others" in note
     assert "The setting fixed beforehand, k 20, temperature 0.07, is not among these" in note
 
 

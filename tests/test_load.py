@@ -101,7 +101,7 @@ def test_what_lightning_saves_by_deepspeed_is_read_from_its_directory(golden_dir
         ("xtra_k2.ckpt", {"num_heads": 3, "probe_layers": (1,)}, "no use for probe_layers="),
         ("own.safetensors", {"head": "head.pth"}, "no use for head="),
         ("timm:vit_tiny_patch16_224,pretrained=false", {"image_size": 32}, "no use for image_size="),
-        ("own.safetensors", {"num_heads": 2}, "has 3 attention heads, as it tells itself, and not 2"),
+        ("own.safetensors", {"num_heads": 2}, "records 3 attention heads, not 2"),
     ],
 )
 def test_a_setting_that_a_file_has_no_use_for_is_refused(file, settings, words, golden_dir, tmp_path):
@@ -226,7 +226,7 @@ def test_info_says_what_is_assumed_or_untold(golden_dir, capsys):
     backbone = golden_dir / "aim_nano_backbone.pth"
     told = told_by_info(capsys, backbone)
     assert (told["config"]["image_size"], told["config"]["num_heads"]) == (224, None)
-    assert "the file tells none" in told["assumed"]["image_size"]
+    assert "the file records none" in told["assumed"]["image_size"]
     assert "how many attention heads" in told["assumed"]["num_heads"]
     told = told_by_info(capsys, backbone, "--num_heads", 3, "--image_size", 56)
     assert told["grid"] == [4, 4]

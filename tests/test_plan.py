@@ -209,7 +209,7 @@ def planned(capsys, *words):
 
 
 def test_the_command_prints_what_a_stranger_needs_in_80_columns(capsys):
-    out = planned(capsys, "--preset", "aim-7b-dfn2b+", "--gpus", "64", "--gpu", "h100")
+    out = planned(capsys, "--preset", "aim-7b-dfn2b+", "--gpus", "64", "--gpu", "H100")
     assert max(map(len, out.splitlines())) <= 80
     assert {"6,857.8", "1,200,000", "989.4"} <= set(out.split())
 
@@ -240,7 +240,7 @@ def test_steps_follow_from_the_number_of_images(capsys, words, steps):
         (["--gpu_memory_gb", "80"], "--gpu must be given"),
         (["--gpu", "v100", "--train.precision", "bf16"], "does not compute in bf16"),
         (["--gpu", "h100", "--gpus", "257"], "257 GPUs are more than the 256 images of a step"),
-        (["--gpu", "h100", "--mfu", "1.5"], "above 0, up to 1"),
+        (["--gpu", "h100", "--mfu", "1.5"], "above 0 and up to 1"),
         (["--gpu", "h100", "--model.predictor_attention", "full"], "training would learn to copy"),
     ],
 )

@@ -151,7 +151,7 @@ def go_on_from(src, tmp_path, model, caplog):
 def test_pretraining_goes_on_from_an_official_xtra_file(golden_dir, tmp_path, caplog):
     official = load_model(golden_dir / "xtra_k2.ckpt", num_heads=3)
     trained, told = go_on_from(golden_dir / "xtra_k2.ckpt", tmp_path, official.config, caplog)
-    assert "does not tell its attention heads; taken to be 3 as here" in told[0]
+    assert "does not record its attention heads; assuming 3" in told[0]
     assert told[1].endswith(f"{len(official.state_dict())} tensors loaded")
     assert not any(message.startswith(("fresh", "unused")) for message in told)
     for name, tensor in trained.state_dict().items():

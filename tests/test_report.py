@@ -241,9 +241,9 @@ def test_a_long_curve_is_smoothed_and_may_have_holes(tmp_path):
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run: a run holds config\.yaml, and it has none"):
+    with pytest.raises(ValueError, match=r"is not a run: it has no config\.yaml"):
         read_run(tmp_path)
-    with pytest.raises(ValueError, match="no such directory"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         read_run(tmp_path / "nowhere")
 
 

@@ -233,7 +233,7 @@ def test_log_files_and_what_a_killed_start_left_do_not_occupy_a_directory_and_lo
 def test_a_directory_with_other_files_is_refused_even_with_overwrite(tmp_path, name):
     (tmp_path / name).write_text("years: of work")
     for overwrite in (False, True):
-        with pytest.raises(RunDirError, match="exists and is no run; choose another --out, or empty it"):
+        with pytest.raises(RunDirError, match="exists and is not a run; choose another --out, or empty it"):
             run_toy(tmp_path, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [name], "not even a lock"
     assert (tmp_path / name).read_text() == "years: of work"
@@ -241,7 +241,7 @@ def test_a_directory_with_other_files_is_refused_even_with_overwrite(tmp_path, n
 
 def test_a_file_in_the_place_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="exists and is no run"):
+    with pytest.raises(RunDirError, match="exists and is not a run"):
         run_toy(tmp_path / "file")
     with pytest.raises(RunDirError, match=r"cannot make or write the directory .*; choose"):
         run_toy(tmp_path / "file" / "run")

@@ -106,12 +106,16 @@ def test_a_run_that_holds_its_lock_is_running(silent, runs):
     assert runs(run.parent)[1]["run"]["status"] == "stopped"
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"time": 3}', '{"time": "2026-01-01T00:00:00+00:00"}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"time": "x"}', '{"time": 3}', '{"time": "2026-01-01T00:00:00+00:00"}']
+)
 def test_a_damaged_heartbeat_hides_no_other_run(content, silent, runs):
     run = silent(0)
     shutil.copytree(run, run.parent / ("x" * 100))
     (run / "heartbeat.json").write_text(content)
-    assert [row["status"] for row in runs(run.parent)[1].values()] == ["unreadable", "running"]
+    damaged, sound = runs(run.parent)[1].values()
+    assert (damaged["status"], sound["status"]) == ("unreadable", "running")
+    assert str(run / "heartbeat.json") in damaged["message"]
 
 
 def test_a_run_beats_while_it_trains_and_a_finished_one_is_left_alone(tmp_path, monkeypatch):

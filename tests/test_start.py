@@ -105,7 +105,7 @@ def test_heads_that_a_file_does_not_tell_are_taken_to_be_the_models_with_a_warni
     model = tiny_model(1, image_size=56, patch_size=14, embed_dim=48, depth=4, block_size=1, **AIM)
     initialize(model, golden_dir / "aim_nano_backbone.pth")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "aim_nano_backbone.pth does not tell its attention heads; taken to be 3 as here" in warning
+    assert "aim_nano_backbone.pth does not record its attention heads; assuming 3" in warning
     assert "set model.num_heads" in warning
 
 

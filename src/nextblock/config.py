@@ -37,7 +37,9 @@ ValCrop = Literal["center", "squash", "border"]
 """How an image is brought to the size of a validation crop."""
 
 Pixel = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1 (divide values of bytes by 255)")]
-Deviation = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1 (divide values of bytes by 255)")]
+Deviation = Annotated[
+    float, Rule(lambda x: 0 < x <= 1, "above 0 and up to 1 (divide values of bytes by 255)")
+]
 Jitter = Annotated[
     tuple[Share, Share, Share, Share],
     Rule(lambda changes: changes[3] <= 0.5, "four numbers from 0 to 1, the last (hue) at most 0.5"),

@@ -51,7 +51,7 @@ def pretrain(
         what = f"{len(shares)} sources, for data.weights {', '.join(shares)} in this order"
         flags = " ".join(["--data.train DIR"] * (len(shares) or 1))
         raise UsageError(
-            f"there is nothing to train on, and {out} is no run to resume; name "
+            f"there is nothing to train on, and {out} is not a run to resume; name "
             f"{what if shares else 'a directory of images'}: {flags}"
         )
     world = find_world()

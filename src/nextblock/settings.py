@@ -9,7 +9,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -110,19 +110,20 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     try:
         return _read(value, hint)
     except ValueError:
-        choices = _choices(hint)
+        choices = choices_of(hint)
         for word in value if isinstance(value, list | tuple) else [value]:
             near = [] if word in choices else difflib.get_close_matches(str(word).lower(), choices, 1, 0.65)
+            near = ["cuda"] if word == "gpu" and "cuda" in choices else near
             require(not near, f"{name} is {word!r}; did you mean {''.join(near)}?")
         shown = repr(value) if isinstance(value, str) else typed(value)
         raise UsageError(f"{name} is {shown}; it must be {describe_type(hint)}") from None
 
 
-def _choices(hint: Any) -> list[str]:
+def choices_of(hint: Any) -> list[str]:
     """The words that a type knows, also those of a list's elements."""
     if get_origin(hint) is Literal:
         return [word for word in get_args(hint) if isinstance(word, str)]
-    return [word for arg in get_args(hint) for word in _choices(arg)]
+    return [word for arg in get_args(hint) for word in choices_of(arg)]
 
 
 def typed(value: Any) -> str:
@@ -152,6 +153,7 @@ def _read(value: Any, hint: Any) -> Any:
     elif origin is Literal:
         # YAML's none may be one of the words. By type as well: True == 1, and neither stands for the other.
         value = "none" if value is None else value
+        value = text.lower() if text is not None and text.lower() in args else value
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
     elif origin is tuple:
@@ -200,12 +202,13 @@ def describe_type(hint: Any) -> str:
     if origin is Annotated:
         return f"{describe_type(args[0])} {args[1].words}" if args[0] in (int, float) else args[1].words
     if origin is Literal:
-        return " or ".join(filter(None, (", ".join(map(str, args[:-1])), str(args[-1]))))
+        return listed([*map(str, args)], "or")
     if origin in (Union, types.UnionType):
-        return " or ".join(describe_type(arg) for arg in args)
+        return listed([describe_type(arg) for arg in args], "or")
     if origin is tuple:
-        number = "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
-        return f"{number}, each {describe_type(args[0])}"
+        count, each = "" if args[-1] is Ellipsis else f" of {len(args)}", describe_type(args[0])
+        plural = re.sub("^a (whole )?number", r"\1numbers", each)
+        return f"a list{count}, each {each}" if plural == each else f"a list{count or ' of'} {plural}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return words.get(hint) or hint.__name__
 
@@ -299,7 +302,7 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             given[name] = read_value(name, value, hints[name]) if is_text else (value,)
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
     missing = [name for name in required if name not in given]
-    require(not missing, f"{' and '.join(missing)} must be given")
+    require(not missing, f"{listed(missing)} must be given")
     return cls(**given)
 
 
@@ -390,6 +393,11 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
 
 
 # --------------------------------------------------------------------------------------------------- refusals
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """Names in a sentence: "a, b and c"."""
+    return f" {last} ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def nearest_name(name: str, known: list[str]) -> str:

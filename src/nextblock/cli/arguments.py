@@ -30,8 +30,10 @@ from nextblock.settings import (
     NONE_WORDS,
     Auto,
     Setting,
+    choices_of,
     from_dict,
     kinds_of,
+    listed,
     read_value,
     read_yaml,
     require,
@@ -168,6 +170,9 @@ class Parser(argparse.ArgumentParser):
             return f"write {each}" if kinds_of(element) == [str] else f"write {joined} or {each}"
         if any(get_origin(kind) is tuple for kind in kinds_of(hint)):  # a number or a pair
             return f"write {joined}"
+        choices = [name for name, hint in self.hints.items() if word.lower() in choices_of(hint)]
+        if choices:
+            return f"did you mean --{choices[0]} {word}?"
         # A bare word is most often a preset, a run, settings, or a folder of images.
         preset = difflib.get_close_matches(word, [*PRESETS], n=1, cutoff=0.7)
         if "preset" in known and preset and not path.exists():
@@ -215,7 +220,7 @@ class Parser(argparse.ArgumentParser):
         """Raise what argparse would print."""
         what, _, names = message.partition(": ")
         if what == "the following arguments are required":
-            message = f"{' and '.join(names.split(', '))} must be given; see {self.prog} --help"
+            message = f"{listed(names.split(', '))} must be given; see {self.prog} --help"
         elif what == "unrecognized arguments":
             meant = self._meant_by_words(names.split(), self.before.get(names.split()[0], ""), ())
             message = f"{names} is too much; {meant}"
@@ -243,7 +248,9 @@ def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
         is_file = str in kinds and Path(kept[0]).exists()
         require(not is_file, f"{name} {kept[0]} means no value; write ./{kept[0]} for the file of that name")
         return None
-    if element is not None and (len(kept) > 1 or kept[0].startswith("[") or str not in kinds):
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    is_list = len(kept) > 1 or kept[0].startswith("[") or not {str, kept[0]} & {*kinds, *words}
+    if element is not None and is_list:
         return read_value(name, [part for text in kept for part in split_list(text, element)], hint)
     return read_value(name, kept[0], hint)
 
@@ -257,11 +264,13 @@ def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
 
 def _metavar(hint: Any) -> str:
     # The first kind is the usual one; a setting that may also be none shows the other.
-    kind = kinds_of(hint)[0]
+    kind, *others = kinds_of(hint)
     if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
+        return "|".join(
+            [*map(str, get_args(kind)), *["A,B,..."] * any(get_origin(one) is tuple for one in others)]
+        )
     if get_origin(kind) is tuple:
-        return "A,B,..."
+        return "TEXT" if kinds_of(get_args(kind)[0]) == [str] else "A,B,..."  # text may hold commas
     return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
 
 
@@ -297,7 +306,7 @@ def parse_settings(
     # Asked for only now: a file of settings may give what the flags do not.
     required = [setting.name for setting in setting_types(config) if setting.default is MISSING]
     missing = [f"--{name}" for name in required if name not in values]
-    require(not missing, f"{' and '.join(missing)} must be given; see {parser.prog} --help")
+    require(not missing, f"{listed(missing)} must be given; see {parser.prog} --help")
     settings = from_dict(config, values)
     _print_if_asked(settings, options)
     given = {name: getattr(options, name) for name in others}

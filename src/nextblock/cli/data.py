@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nextblock.data.advice import Checkup
     from nextblock.data.doctor import Examination
 
-Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0, up to 1")]
+Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0 and up to 1")]
 SOURCE = "images: a directory, X.tar, hf:NAME,split=train or any other source"
 READING = {"channels", "decoder", "background", "max_bad_fraction", "max_pixels", "cache_dir", "cache_gb"}
 """Settings of data that reading a source needs."""
@@ -44,7 +44,7 @@ def data(argv: Sequence[str]) -> int:
         verb.removeprefix("data "): row.about for verb, row in VERBS.items() if verb.startswith("data ")
     }
     if argv and argv[0] not in ("-h", "--help", "--help-all"):
-        raise UsageError(f"unknown command data {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
+        raise UsageError(f"unknown command {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
     examples = "".join(f"  nextblock data {example}\n" for example in VERBS["data"].examples)
     listed = "".join(f"  {name:<8}{about}\n" for name, about in commands.items())
     end = "nextblock data COMMAND --help explains one.\n"
@@ -71,7 +71,7 @@ def pack(argv: Sequence[str]) -> int:
     _say(f"{counted(done.samples, 'image')} in {size}: {done.spec}")
     if done.bad:
         _say(f"{done.bad} of {done.images} cannot be read: {done.place}/quarantine.jsonl")
-    _say(*(f"not whole: {damage}" for damage in done.damage))
+    _say(*(f"incomplete: {damage}" for damage in done.damage))
     if options.json:
         end_with_json(done._asdict())
     return 0

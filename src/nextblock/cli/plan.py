@@ -21,7 +21,7 @@ KNOWN_IMAGES = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 13_100_000}
 
 def run(argv: Sequence[str]) -> int:
     """Print parameters, arithmetic, length, memory, speed, and all that is assumed."""
-    share = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1")]
+    share = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0 and up to 1")]
     parser = Parser("plan")
     add = parser.add_argument
     known: Any = Literal[*GPUS]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nextblock.atomic import RUN_FILES, is_locked
 from nextblock.cli.arguments import Parser
 from nextblock.cli.output import end_with_json
+from nextblock.errors import UsageError
 from nextblock.logs import clock, printable
 from nextblock.settings import require
 
@@ -50,7 +51,7 @@ def runs(argv: Sequence[str]) -> int:
     parser.add_argument("dir", type=str, help="directory, searched in full; or a run")
     options = parser.parse(argv)
     top = Path(options.dir)
-    require(top.is_dir(), f"{printable(str(top))} is no directory")
+    require(top.is_dir(), f"{printable(str(top))} is not a directory")
 
     from rich.console import Console
     from rich.table import Table
@@ -61,10 +62,14 @@ def runs(argv: Sequence[str]) -> int:
     rows: list[dict[str, Any]] = []
     for path in _find_runs(top):
         name = top.resolve().name if path == top else str(path.relative_to(top))
+        file = "metrics.jsonl"
         try:
-            rows.append({"run": name, **_values(read_run(path))})
+            summary = read_run(path)
+            file = "heartbeat.json"
+            rows.append({"run": name, **_values(summary)})
         except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
-            why = f"a file of it is damaged ({error}); `nextblock pretrain --out {path}` may say which"
+            # A file that is not JSON is named already; what else fails is a value of the wrong kind.
+            why = str(error) if isinstance(error, UsageError) else f"{path / file} is damaged; remove it"
             rows.append({"run": name, "status": "unreadable", "message": why})
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,14 +12,12 @@ from nextblock.atomic import RUN_FILES
 from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.config import Attention, Size, pair
-from nextblock.errors import UsageError
 from nextblock.logs import counted
 from nextblock.prediction import PredictConfig
 from nextblock.settings import Auto, Count, Natural, Positive, check_types, to_dict
 
 if TYPE_CHECKING:
     from nextblock.interop.load import Found
-    from nextblock.visualize.report import RunSummary
 
 MAX_TENSORS = 12
 """How many tensors of a file that is no model are listed."""
@@ -54,8 +52,7 @@ def info(argv: Sequence[str]) -> int:
         if "further_tensors" in values:
             facts.append(("more", counted(values["further_tensors"], "tensor")))
     else:
-        run = _run_of(found)
-        values, facts = _model(found, run), list(_facts(found, run, options.file))
+        values, facts = _model(found, options.file)
     if options.json:
         end_with_json(values)
     else:
@@ -63,103 +60,95 @@ def info(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run_of(found: Found) -> RunSummary | None:
-    """What a run's files say of it, if the model is a run's."""
-    from nextblock.visualize.report import read_run
-
-    path = (found.path or Path()).absolute()
-    places = (path, *path.parents[:3]) if found.format == "nextblock" else ()
-    runs = (place for place in places if all((place / file).is_file() for file in RUN_FILES))
-    return next(map(read_run, runs), None)
-
-
-def _facts(found: Found, run: RunSummary | None, src: str) -> Iterator[tuple[str, str]]:
-    """The rows of the table, from what it is to where it came from."""
+def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """All that is known of a model, for JSON; and the rows of the table, from what it is to its origin."""
     from nextblock.interop.cards import UNSPECIFIED
     from nextblock.interop.convert import provenance_of
+    from nextblock.models import NextBlockModel
+    from nextblock.models.heads import ImageClassifier
     from nextblock.models.timm_encoder import TimmConfig
     from nextblock.train.run_dir import recorded_config
+    from nextblock.visualize.report import read_run
     from nextblock.visualize.words import BASELINE_WORDS
 
     def by(size: int | tuple[int, int]) -> str:
         return "x".join(map(str, pair(size)))
 
-    values = _model(found, run)
-    head, kind, config = values.get("head"), values["kind"], found.encoder_model.config
-    what = "encoder with predictor" if kind == "model" else "encoder alone"
-    if head is not None:
-        layers = "" if head["layers"] is None else f" on layer {', '.join(map(str, head['layers']))}"
-        classes = counted(head["num_classes"], "class", "classes")
-        what = f"classifier of {classes}, {head['kind']} head{layers}"
-    yield "what", what
-    yield "format", f"{found.format}" + (f", {found.path}" if found.path else "")
-    yield "image", f"{by(config.image_size)} px, {counted(config.in_chans, 'channel')}"
+    def millions(number: int) -> str:
+        return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
+
+    model, encoder_model, assumed = found.model, found.encoder_model, found.assumed
+    config = encoder_model.config
+    can_predict = isinstance(encoder_model, NextBlockModel) and encoder_model.predictor is not None
+    kind, what = ("model", "encoder with predictor") if can_predict else ("encoder", "encoder alone")
+    head = None
+    if isinstance(model, ImageClassifier):
+        kind, head = "classifier", to_dict(model.head_config)
+        layers = "" if "probe_layers" in assumed else f" on layer {', '.join(map(str, head['layers']))}"
+        what = (
+            f"classifier of {counted(head['num_classes'], 'class', 'classes')}, {head['kind']} head{layers}"
+        )
+    numbers = [sum(w.numel() for w in part.parameters()) for part in (encoder_model.encoder, model)]
+    values: dict[str, Any] = {
+        "kind": kind,
+        "format": found.format,
+        "encoder_params": numbers[0],
+        "total_params": numbers[1],
+        "config": to_dict(config),
+        "assumed": dict(assumed),
+        **({} if head is None else {"head": head}),
+    }
+    # A stand-in is not what the file holds.
+    if "num_heads" in assumed:
+        values["config"]["num_heads"] = None
+    if head is not None and "probe_layers" in assumed:
+        head["layers"] = None
+    facts = [
+        ("what", what),
+        ("format", found.format + (f", {found.path}" if found.path else "")),
+        ("image", f"{by(config.image_size)} px, {counted(config.in_chans, 'channel')}"),
+    ]
+    size = f"{config.embed_dim} wide, {counted(config.depth, 'layer')}"
     if isinstance(config, TimmConfig):
-        yield "encoder", f"{config.architecture}, {config.embed_dim} wide, {counted(config.depth, 'layer')}"
+        facts.append(("encoder", f"{config.architecture}, {size}"))
     else:
-        yield "patches", f"{config.num_patches:,} ({by(config.grid)}) of {by(config.patch_size)} px"
+        values |= {"grid": list(config.grid), "blocks": config.num_blocks}
         blocks = f"{config.num_blocks:,} ({by(config.block_grid)}) of {by(config.block_size)} patches"
-        yield "blocks", f"{blocks}, {by(config.block_px)} px, order {config.order}"
         prefix = ", with a random prefix" if config.prefix else ""
         trained = f"{config.encoder_attention.replace('_', '-')}{prefix} in pre-training"
-        yield "attention", f"{trained}; {config.feature_attention} for features"
-        heads = "" if "num_heads" in found.assumed else f", {counted(config.num_heads, 'head')}"
-        yield "encoder", f"{config.embed_dim} wide, {counted(config.depth, 'layer')}{heads}"
-    numbers = (values["encoder_params"], values["total_params"])
-    sizes = (f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}" for number in numbers)
-    yield "parameters", "{} in the encoder, {} in all".format(*sizes)
-    if run is not None:
-        settings, loss, total = recorded_config(run.run_dir), values["loss"], run.heartbeat.get("total_steps")
-        whole = f" of {total:,}" if total else ""
-        where = f" on {', '.join(settings.data.train_specs)}" if settings else ""
-        yield "trained", f"{counted(values['steps'], 'step')}{whole}{where}"
-        baselines = (f"{BASELINE_WORDS.get(name, name)} {value:.4f}" for name, value in run.baselines.items())
-        yield "loss", "not logged yet" if loss is None else "; ".join((f"{loss:.4f}", *baselines))
-        if run.final_val_loss is not None:
-            yield "val loss", f"{run.final_val_loss[0]:.4f} at step {run.final_val_loss[1]:,}"
-    uses = {"classifier": ["classify"], "model": ["predict", "pretrain --model.init"]}.get(kind, [])
-    uses += ["probe", "knn", "fewshot", "finetune", "embed", "search", "convert"]
-    yield "good for", ", ".join(uses)
-    provenance = provenance_of(found, src)
-    licence = "" if provenance.license == UNSPECIFIED else f"; licence: {provenance.license}"
-    yield "came from", provenance.origin + licence
-    yield from ((f"{name}?", why) for name, why in found.assumed.items())
-
-
-def _model(found: Found, run: RunSummary | None) -> dict[str, Any]:
-    """All that is known of a model, for JSON."""
-    from nextblock.models import NextBlockModel
-    from nextblock.models.heads import ImageClassifier
-    from nextblock.models.timm_encoder import TimmConfig
-
-    model, encoder_model = found.model, found.encoder_model
-    config, is_classifier = encoder_model.config, isinstance(model, ImageClassifier)
-    can_predict = isinstance(encoder_model, NextBlockModel) and encoder_model.predictor is not None
-    values: dict[str, Any] = {
-        "kind": "classifier" if is_classifier else "model" if can_predict else "encoder",
-        "format": found.format,
-        "encoder_params": sum(p.numel() for p in encoder_model.encoder.parameters()),
-        "total_params": sum(p.numel() for p in model.parameters()),
-        "config": to_dict(config),
-        "assumed": dict(found.assumed),
-    }
-    if not isinstance(config, TimmConfig):
-        values |= {"grid": list(config.grid), "blocks": config.num_blocks}
-    if is_classifier:
-        values["head"] = to_dict(model.head_config)
-    if run is not None:
+        heads = "" if "num_heads" in assumed else f", {counted(config.num_heads, 'head')}"
+        facts += [
+            ("patches", f"{config.num_patches:,} ({by(config.grid)}) of {by(config.patch_size)} px"),
+            ("blocks", f"{blocks}, {by(config.block_px)} px, order {config.order}"),
+            ("attention", f"{trained}; {config.feature_attention} for features"),
+            ("encoder", size + heads),
+        ]
+    facts.append(("parameters", "{} in the encoder, {} in all".format(*map(millions, numbers))))
+    path = (found.path or Path()).absolute()
+    places = (path, *path.parents[:3]) if found.format == "nextblock" else ()
+    for place in [one for one in places if all((one / file).is_file() for file in RUN_FILES)][:1]:
+        run, settings = read_run(place), recorded_config(place)
         # A checkpoint before the last has steps and loss of its own.
         named = re.search(r"checkpoints/step_(\d+)", str(found.path))
-        step = (
-            int(named[1]) if named else run.heartbeat.get("step", run.train[-1]["step"] if run.train else 0)
-        )
+        last = run.train[-1]["step"] if run.train else 0
+        step = int(named[1]) if named else run.heartbeat.get("step", last)
         loss = next((line["loss"] for line in reversed(run.train) if line["step"] <= step), None)
         values |= {"steps": step, "loss": loss}
-    # A stand-in is not what the file holds.
-    for name in found.assumed.keys() & STAND_INS.keys():
-        section = values["config"] if name in values["config"] else values.get("head", {})
-        section["layers" if name == "probe_layers" else name] = None
-    return values
+        whole = f" of {run.heartbeat['total_steps']:,}" if run.heartbeat.get("total_steps") else ""
+        where = f" on {', '.join(settings.data.train_specs)}" if settings else ""
+        baselines = (f"{BASELINE_WORDS.get(name, name)} {value:.4f}" for name, value in run.baselines.items())
+        facts += [
+            ("trained", f"{counted(step, 'step')}{whole}{where}"),
+            ("loss", "not logged yet" if loss is None else "; ".join((f"{loss:.4f}", *baselines))),
+        ]
+        if run.final_val_loss is not None:
+            facts.append(("val loss", "{:.4f} at step {:,}".format(*run.final_val_loss)))
+    uses = {"classifier": ["classify", "eval"], "model": ["predict", "pretrain --model.init"]}.get(kind, [])
+    uses += ["probe", "knn", "fewshot", "finetune", "embed", "search", "convert"]
+    provenance = provenance_of(found, src)
+    licence = "" if provenance.license == UNSPECIFIED else f"; licence: {provenance.license}"
+    facts += [("good for", ", ".join(uses)), ("came from", provenance.origin + licence)]
+    return values, facts + [(f"{name}?", why) for name, why in assumed.items()]
 
 
 def _tensors(path: Path, content: Any, why: str) -> dict[str, Any]:
@@ -198,8 +187,8 @@ class _ConvertConfig:
     """File of an AIM classifier's head, if SRC is its backbone."""
     num_heads: Count | None = None
     """Attention heads of the encoder, if the file does not record them."""
-    probe_layers: tuple[str, ...] | None = None
-    """Layers that an AIM head averages: last, best, or numbers from 0; if its file does not say."""
+    probe_layers: Literal["last", "best"] | tuple[Natural, ...] | None = None
+    """Layers that an AIM head averages, if its file does not say: last, best, or numbers from 0."""
     norm_eps: Positive | None = None
     """Epsilon of the norms of an AIM file."""
     license: str | None = None
@@ -220,15 +209,7 @@ def convert(argv: Sequence[str]) -> int:
 
     from nextblock.interop import convert as interop
 
-    layers = given.pop("probe_layers")
-    if layers in (("last",), ("best",)):
-        (layers,) = layers
-    elif layers is not None:
-        if not all(word.isdecimal() for word in layers):
-            words = " ".join(layers)
-            raise UsageError(f"--probe_layers {words}: give last, best, or numbers of layers from 0")
-        layers = tuple(map(int, layers))
-    done = interop.convert(**given, probe_layers=layers)
+    done = interop.convert(**given)
     checked = "" if done.difference is None else f", onnxruntime within {done.difference:.0e} of torch"
     say(f"{done.to}: {done.place} ({done.num_bytes / 1e6:.1f} MB{checked})")
     if is_json:

@@ -132,7 +132,7 @@ def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool)
             f"{counted(found['images'], 'labelled image')}"
         )
     elif has_labels:
-        yield "No accuracy: the classifier does not know all classes of these labels."
+        yield "No accuracy: the classifier does not know all of these images' classes."
 
 
 def _write(out: Path, rows: _Rows, indices: Int64[np.ndarray, " n"]) -> None:

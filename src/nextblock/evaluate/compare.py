@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nextblock.atomic import exclusive
+from nextblock.config import pair
 from nextblock.data import open_source
 from nextblock.evaluate.evaluation import (
     MODEL,
@@ -45,7 +46,7 @@ from nextblock.evaluate.splits import numbered, open_labelled
 from nextblock.evaluate.tables import Column, difference, end_of, lead, share
 from nextblock.launch import find_world
 from nextblock.logs import counted
-from nextblock.settings import from_dict, require, to_dict
+from nextblock.settings import from_dict, require, to_dict, typed
 
 COLUMNS = (
     Column("model", "model", lambda name, _: end_of(name or "", 32)),
@@ -120,7 +121,6 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             result = knn(**common, **place, test=config.test, k=(DEFAULT_K,))
             rows = [{**row, "method": f"kNN, k {row['k']}"} for row in result.rows]
         elif method == "fewshot":
-            assert config.test is not None, "the settings are checked"
             result = fewshot(**common, **place, test=config.test, shots=(config.shots,))
             rows = [{**row, "method": f"{row['shots']} labels a class"} for row in result.rows]
         elif method in heads[:1]:
@@ -165,7 +165,6 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
     settings = ScoreSettings(
         model=model, head=config.head, probe_layers=config.probe_layers, cache=config.cache, **common
     )
-    assert config.test is not None, "the settings are checked"
     with evaluation(settings, classifier=True) as opened:
         source = open_source(config.test, opened.data)
         classifier = opened.classifier
@@ -180,7 +179,12 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
         opened.report_bad(None)
     measures = tally.measures()
     row = {"encoder": "model", "method": "its own classifier", **measures.row()}
-    note = f"{counted(len(indices), 'image')} of {source.spec}, as the classifier is: nothing was trained."
+    size, cut = pair(opened.model.config.image_size), opened.data
+    note = (
+        f"{counted(len(indices), 'image')} of {source.spec}; nothing was trained. Preprocessing: resize to "
+        f"{cut.resize_px(size)} px (bicubic), {cut.val_crop} crop {size[0]}x{size[1]} px, mean "
+        f"{typed(cut.mean)}, std {typed(cut.std)}."
+    )
     return [Result(verb="eval", rows=(row,), notes=(note,), rights=(measures.right,))]
 
 

@@ -62,7 +62,6 @@ def embed(**settings: Any) -> Embeddings:
     The same command again reads the file, or resumes. Raises `UsageError` if `out` is another file.
     """
     config = from_dict(EmbedSettings, settings)
-    assert config.out is not None
     out = Path(config.out)
     if out.suffix == ".parquet":
         pyarrow()

@@ -198,7 +198,9 @@ def _recorded_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataCon
         return replace(recorded, channels=config.in_chans)  # timm's files tell no number of channels
     official = official_data(config.image_size, config.in_chans)
     log.info(
-        "%s does not tell how its images were cut: shorter side to %d px", model_spec, official.val_resize_px
+        "%s has no preprocessing metadata; resizing the shorter side to %d px",
+        model_spec,
+        official.val_resize_px,
     )
     return official
 

@@ -166,8 +166,8 @@ def _about(rows: list[dict[str, Any]], images: int, draws: int) -> str:
     fixed = sorted({row["shots"] for row in rows if row["shots"] == "1"})
     unconverged = sum(row["unconverged"] for row in rows)
     return (
-        f"Logistic regression, {spread}, on {counted(images, 'image')} of test; the L2 penalty is chosen by "
+        f"Logistic regression: {spread}, on {counted(images, 'test image')}. The L2 penalty is chosen by "
         "cross-validation within the labelled images"
-        + (f", with one image a class it is C {DEFAULT_C:g}." if fixed else ".")
+        + (f"; with one image a class C is {DEFAULT_C:g}." if fixed else ".")
         + (f" {counted(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
     )

@@ -202,9 +202,9 @@ def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) ->
 
 def _about(rows: Sequence[dict[str, Any]], images: dict[str, int], *, is_left_out: bool) -> str:
     among = (
-        f"Each of {counted(images['train'], 'image')} of train, among the others (leave-one-out)."
+        f"{counted(images['train'], 'training image')}, each classified by the others (leave-one-out)."
         if is_left_out
-        else f"{counted(images['test'], 'image')} of test, among {images['train']:,} of train."
+        else f"{counted(images['test'], 'test image')}, classified by {images['train']:,} training images."
     )
     default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
     if not any(row["is_default"] for row in rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -28,11 +29,12 @@ def check_layers(words: Sequence[str], *, several: Sequence[str] = ("each", "bes
             raise UsageError(f"layers is {word!r}; use {known}")
 
 
+@functools.lru_cache  # so that a note on layers comes once, not once for each head
 def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
     """The layers that a word means of an encoder with `depth`, counted from 0; of "each" several choices.
 
     A bare number is short for that many last ones; more than there are means all. `best` are those that
-    "best" stands for. Raises `ValueError` for layers that the encoder has not got.
+    "best" stands for. Raises `ValueError` for layers that the encoder lacks.
     """
     if word == "each":
         return tuple((layer,) for layer in range(depth))
@@ -49,5 +51,5 @@ def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) ->
         return (tuple(chosen),)
     count = int(word.removeprefix("last") or 1)
     if count > depth:
-        log.info("the encoder has %d layers: all of them are taken, not %d", depth, count)
+        log.info("the encoder has %d layers: using all of them, not %d", depth, count)
     return (tuple(range(max(0, depth - count), depth)),)

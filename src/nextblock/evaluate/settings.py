@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal, NamedTuple
 
 from nextblock.config import Attention
@@ -108,6 +108,7 @@ class FewshotSettings(FrozenSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "shots", tuple(",".join(self.shots).split(",")))
         check_distinct(self, "shots")
         for text in self.shots:
             Shots.parse(text)
@@ -119,7 +120,7 @@ class EmbedSettings(EvalSettings):
 
     data: str
     """Images: a directory, an image file, `torchvision:CIFAR10,root=DIR`, or `digits`."""
-    out: str | None = None
+    out: str = field()  # required
     """File to write: .parquet, or .npz for NumPy."""
     layers: str = "last"
     """last, last6 (or any number), layer7 or 3+4+5 (from 0), averaged; or each: every layer, kept apart."""
@@ -140,8 +141,8 @@ class EmbedSettings(EvalSettings):
         super().__post_init__()
         check_layers((self.layers,), several=("each",))
         require(
-            self.out is not None and self.out.endswith((".parquet", ".npz")),
-            f"out is {self.out or 'missing'}; name a file that ends in .parquet or .npz",
+            self.out.endswith((".parquet", ".npz")),
+            f"out is {self.out}; name a file that ends in .parquet or .npz",
         )
         require(
             self.pool == "mean" or self.tokens in ("patches", "all"),
@@ -177,8 +178,8 @@ class ScoreSettings(EvalSettings):
 
     head: str | None = None
     """The second file of an official AIM classifier."""
-    probe_layers: Literal["last", "best"] | tuple[int, ...] | None = None
-    """Layers that an official AIM head averages, if its file does not say."""
+    probe_layers: Literal["last", "best"] | tuple[Natural, ...] | None = None
+    """Layers that an official AIM head averages, if its file does not say: last, best, or numbers from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ class CompareSettings(ScoreSettings):
     """Run directories, files of weights, hf:USER/NAME, or timm:NAME; repeatable."""
     train: str | None = None
     """Labelled images to learn from; none: the model is a classifier, and is measured as it is."""
-    test: str | None = None
+    test: str
     """Labelled images to measure on."""
     methods: tuple[Literal["knn", "fewshot", "linear", "attentive", "ep"], ...] = (
         "knn",
@@ -206,7 +207,7 @@ class CompareSettings(ScoreSettings):
     baselines: bool = True
     """Also measure the same encoder untrained, images of 16x16 px, and a colour histogram."""
     classes: str | None = None
-    """Without train: file with the name of each class of the classifier, a line each, in their order."""
+    """Without train: file with the names of the classifier's classes, one a line, in logit order."""
     seed: Natural = 0
     """Seed of all that is drawn."""
 
@@ -214,7 +215,11 @@ class CompareSettings(ScoreSettings):
         super().__post_init__()
         check_distinct(self, "model", "methods")
         Shots.parse(self.shots)
-        require(self.test is not None, "test is missing; give labelled images to measure on: --test")
+        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        wrong = sorted(given & {"methods", "shots", "epochs", "baselines"}) if self.train is None else []
+        require(not wrong, f"{', '.join(wrong)} needs train; without it a classifier is measured as it is")
+        wrong = sorted(given & {"head", "probe_layers", "classes"}) if self.train is not None else []
+        require(not wrong, f"{', '.join(wrong)} is for a classifier, measured as it is; leave out train")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,14 @@ from nextblock.data.doctor import shared_images
 from nextblock.data.random import keyed_permutation
 from nextblock.errors import UsageError
 from nextblock.logs import counted
+from nextblock.settings import require
 
 log = logging.getLogger(__name__)
+
+
+AS_LOGITS = (
+    "name its classes as the images' folders do, one a line in the order of its logits: --classes FILE"
+)
 
 
 class Labelled(NamedTuple):
@@ -87,17 +93,19 @@ def numbered(
     cannot be matched.
     """
     if names_file is not None:
+        require(Path(names_file).is_file(), f"classes: {names_file} is not a file; give one name a line")
         names = Path(names_file).read_text(encoding="utf-8").split("\n")
         names = [name.strip() for name in names if name.strip()]
         if len(names) != num_classes:
             raise UsageError(
-                f"{names_file} has {counted(len(names), 'name')}, the classifier {num_classes} classes"
+                f"{names_file} has {counted(len(names), 'name')}, the classifier "
+                f"{counted(num_classes, 'class', 'classes')}; {AS_LOGITS}"
             )
     if names is None:
         if len(source.class_names) != num_classes:
             raise UsageError(
                 f"{source.spec} has {counted(len(source.class_names), 'class', 'classes')}, the classifier "
-                f"{num_classes} without names; give their names: --classes FILE, a line each"
+                f"{num_classes} without names; {AS_LOGITS}"
             )
         return source.labels
     meaning = {name: number for number, name in enumerate(names)}
@@ -105,7 +113,7 @@ def numbered(
     if unknown:
         raise UsageError(
             f"the classifier does not know {counted(len(unknown), 'class', 'classes')} of {source.spec}: "
-            f"{', '.join(unknown[:5])}; give its names as this source has them: --classes FILE, a line each"
+            f"{', '.join(unknown[:5])}{', …' * (len(unknown) > 5)}; {AS_LOGITS}"
         )
     return np.array([meaning[name] for name in source.class_names], dtype=np.int64)[source.labels]
 

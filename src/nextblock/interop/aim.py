@@ -135,7 +135,7 @@ def read_aim(
         if not is_aim_head(head):
             held = ", ".join(list(of_head)[:5]) or "nothing known"
             raise CheckpointError(
-                f"the head given with {origin} is no head of an AIM classifier (it holds: {held})"
+                f"the head given with {origin} is not the head of an AIM classifier (it holds: {held})"
             )
         twice = sorted(weights.keys() & of_head.keys())
         if twice:
@@ -161,12 +161,18 @@ def read_aim(
     ours = _with_positions(ours, config, origin)
     if layers is None:
         return build_model(config, ours, origin)
+    _, queries, width = shape_of(ours, "head.query", 3, origin)
+    if width != config.embed_dim:
+        raise CheckpointError(
+            f"the head is for an encoder {width} wide, {origin} is {config.embed_dim} wide; give the head of "
+            "the same model"
+        )
     head_config = HeadConfig(
         kind="attentive",
         num_classes=shape_of(ours, "head.linear.weight", 2, origin)[0],
         layers=layers,
         num_heads=config.num_heads,
-        num_queries=shape_of(ours, "head.query", 3, origin)[1],
+        num_queries=queries,
         batch_norm="head.norm.running_mean" in ours,
         bias="head.linear.bias" in ours,
     )
@@ -209,7 +215,7 @@ def _model_config(
         layers = _probe_layers(options.probe_layers, (width, depth), origin)
         if layers is None:
             # Apple's heads on the last and on the best layers differ by the name of their file alone.
-            missing["probe_layers"] = f"{origin} does not tell which layers its head averages: {CHOICES}"
+            missing["probe_layers"] = f"{origin} does not record which layers its head averages: {CHOICES}"
     size = _image_size(weights, patch_size, options, origin)
     if isinstance(size, str):
         missing["image_size"] = size
@@ -325,8 +331,8 @@ def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str)
         return last_layers(PROBED_LAYERS, size[1])
     if size not in BEST_LAYERS_OF_SIZE:
         raise CheckpointError(
-            f"probe_layers {given!r} says nothing of {origin}, an encoder {size[0]} wide with {size[1]} "
-            f"layers; {CHOICES}"
+            f"probe_layers {given!r} is known for AIM's sizes only, and {origin} is {size[0]} wide with "
+            f"{size[1]} layers; {CHOICES}"
         )
     return BEST_LAYERS_OF_SIZE[size]
 

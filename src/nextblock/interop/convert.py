@@ -79,7 +79,7 @@ def convert(
     size = pair(config.image_size if image_size is None else image_size)
     require(
         size == pair(config.image_size) or (to != "nextblock" and not is_timms),
-        f"{src} is of images of {config.image_size} px, as it tells itself, and stays so; leave image_size "
+        f"{src} records images of {config.image_size} px and keeps them; leave image_size "
         "out, or write an encoder of this package to timm or onnx",
     )
     # Another origin keeps the licence; another licence drops the old one's name and link with it.

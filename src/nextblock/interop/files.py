@@ -223,9 +223,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); mend it, or remove it") from error
+        raise CheckpointError(f"{path} is not JSON ({error}); repair or remove it") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not settings; mend it, or remove it")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not settings; repair or remove it")
     return content
 
 

@@ -66,8 +66,8 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
     found = read(src, LoadOptions(fallback=fallback, drop_prefix_tokens=True))
     if "num_heads" in found.assumed:
         log.warning(
-            "%s does not tell its attention heads; taken to be %d as here (a wrong number changes its "
-            "features: set model.num_heads to the file's)", src, config.num_heads
+            "%s does not record its attention heads; assuming %d, as in this model (a wrong number changes "
+            "its features: set model.num_heads to the file's)", src, config.num_heads
         )  # fmt: skip
     report = initialize_from(model, as_model(found, str(src), drop_prefix_tokens=True), str(src))
     log.info("weights of %s: %d tensors loaded", report.origin, len(report.loaded))

@@ -9,6 +9,7 @@ hf:USER/NAME, hf:USER/NAME/FILE, timm:NAME               any of these from the h
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -110,12 +111,13 @@ def load_classifier(src: str | Path, head: str | Path | None = None, **settings:
     """Load as `load` does what must be a classifier; `CheckpointError` if it is a model without a head."""
     # Of timm only the encoder is taken, and not every one of them can be loaded as one of ours.
     is_timm = str(src).startswith(TIMM_SPEC) or is_timm_directory(Path(src))
-    found = None if is_timm else load(src, head, **settings)
-    if found is None or isinstance(found, NextBlockModel):
-        raise CheckpointError(
-            f"{src} holds no classification head; `nextblock probe` and `nextblock finetune` write one"
-        )
-    return found
+    found = None if is_timm else read(src, LoadOptions(head=head, **settings))
+    if found is None or isinstance(found.model, NextBlockModel):
+        remedy = "`nextblock probe` and `nextblock finetune` write one; eval trains some if you give --train"
+        if found is not None and found.format == "official AIM":
+            remedy = "give AIM's head, which is a file of its own: --head FILE"
+        raise CheckpointError(f"{src} holds no classification head; {remedy}")
+    return found.model
 
 
 def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderModel:
@@ -158,8 +160,7 @@ def read(src: str | Path, options: LoadOptions) -> Found:
     heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
     if options.num_heads not in (None, heads):
         raise UsageError(
-            f"{src} has {heads} attention heads, as it tells itself, and not {options.num_heads}; "
-            "leave num_heads out"
+            f"{src} records {heads} attention heads, not {options.num_heads}; leave num_heads out"
         )
     return found
 
@@ -174,7 +175,12 @@ def _read(src: str | Path, options: LoadOptions) -> Found:
         return Found(model, "timm model", None)
     path = fetch(origin) if is_hub_spec(src) else Path(src)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; known: {KNOWN}")
+        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = [str(path.with_name(one)) for one in difflib.get_close_matches(path.name, beside, 1)]
+        near = near or difflib.get_close_matches(path.name, [*PRESETS], 1, 0.8)
+        raise CheckpointError(
+            f"{path} does not exist; " + (f"did you mean {near[0]}?" if near else f"known: {KNOWN}")
+        )
     if is_timm_directory(path):
         return Found(read_timm(path, options), "timm directory", path)
     own = own_file(path)
@@ -194,7 +200,9 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
     # By the names of the tensors alone. AIM and XTRA have prefixes that nobody else uses, so they come before
     # timm, whose bare names (blocks.0.attn ...) are many people's.
     if is_aim_head(content):
-        why = f"{origin} is an AIM classifier's head alone; load its backbone, with head= this file (--head)"
+        why = (
+            f"{origin} is an AIM classifier's head alone; give its backbone, and this file as head= (--head)"
+        )
         raise UnknownFormatError(why, file, content)
     if is_aim(content):
         format_, head = "official AIM", options.head
@@ -204,7 +212,7 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         beside = hub_settings(read_json(file.parent / "config.json"), content)
         options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
         if options.image_size is None and not stores_positions(content):
-            assumed["image_size"] = "Apple's; the file tells none, and the encoder takes any (--image_size)"
+            assumed["image_size"] = "Apple's; the file records none, and the encoder takes any (--image_size)"
         build = partial(read_aim, content, origin, head=head)
     elif is_xtra(content):
         format_, build = "official XTRA", partial(read_xtra, content, origin)
@@ -215,7 +223,7 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
         why = f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}"
         if isinstance(content, Mapping) and OWN_WEIGHTS & content.keys():
-            why = f"{origin} has lost its settings (safetensors' metadata); take it as nextblock wrote it"
+            why = f"{origin} has lost its settings (safetensors' metadata); use the file that nextblock wrote"
         raise UnknownFormatError(why, file, content)
     try:
         model = build(options)

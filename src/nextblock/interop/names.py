@@ -26,7 +26,7 @@ def renamed(
         start = next((start for start in table if re.match(start, name)), None)
         new = "" if start is None else re.sub(start, table[start], name, count=1)
         if not new or new in ours:
-            raise CheckpointError(f"{origin} holds {name!r}, which is no part of an {layout} model")
+            raise CheckpointError(f"{origin} holds {name!r}, which is not part of an {layout} model")
         ours[new] = tensor
     return ours
 
@@ -84,6 +84,6 @@ def ratio_of(hidden: int, width: int) -> float:
 def untold_heads(size: tuple[int, int], origin: str) -> str:
     """Why the caller has to tell the heads of an encoder (width, layers): a wrong number fits unnoticed."""
     return (
-        f"{origin} does not tell how many attention heads its encoder has ({size[0]} wide, {size[1]} "
-        "layers): give it as num_heads= (--num_heads)"
+        f"{origin} does not record how many attention heads its encoder has ({size[0]} wide, {size[1]} "
+        "layers); give them: num_heads= (--num_heads)"
     )

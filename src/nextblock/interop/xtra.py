@@ -83,8 +83,8 @@ def read_xtra(
     weights, told = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
     if not told or not isinstance(told, Mapping):
         raise CheckpointError(
-            f"{origin} is an XTRA model without the settings it was trained by (hyper_parameters), which "
-            "tell its predictor's heads; give the original checkpoint"
+            f"{origin} is an XTRA model without hyper_parameters, which hold its block size and heads; give "
+            "the original checkpoint"
         )
     settings = {name: value for name, value in told.items() if value is not None}
     is_classifier = any(name.startswith("classifier.") for name in weights)

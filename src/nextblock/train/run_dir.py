@@ -103,8 +103,8 @@ class RunDir:
         is_new = not self.path.exists()
         if not is_new and not self.is_run() and not self._is_free():
             if self.path == Path():  # what Path makes of ""
-                raise RunDirError("--out is empty, or this directory, which is no run; name another")
-            raise RunDirError(f"{self.path} exists and is no run; choose another --out, or empty it")
+                raise RunDirError("--out is empty, or this directory, which is not a run; name another")
+            raise RunDirError(f"{self.path} exists and is not a run; choose another --out, or empty it")
         if is_new and self.path.is_symlink():
             raise RunDirError(
                 f"{self.path} is a link to nothing ({self.path.readlink()}); make that directory, or choose "

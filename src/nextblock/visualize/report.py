@@ -113,11 +113,8 @@ class RunSummary:
 def read_run(run_dir: Path) -> RunSummary:
     """Read a run directory's files; raises `ValueError` on a directory that is no run or a damaged file."""
     if not (run_dir / "config.yaml").is_file():
-        found = "it has none" if run_dir.is_dir() else "there is no such directory"
-        raise UsageError(
-            f"{run_dir} is no run: a run holds config.yaml, and {found}; "
-            "give the directory that `nextblock pretrain --out` wrote"
-        )
+        why = "is not a run: it has no config.yaml" if run_dir.is_dir() else "does not exist"
+        raise UsageError(f"{run_dir} {why}; give the directory that `nextblock pretrain --out` wrote")
     lines = _read_lines(run_dir / "metrics.jsonl")
     files = [path for verb in VERBS for path in sorted(run_dir.rglob(f"{verb}.json"))]
     results = {path: _read_json(path) for path in files}
@@ -137,7 +134,7 @@ def read_run(run_dir: Path) -> RunSummary:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file, none without a file; a last one without newline is being written."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     whole = text[: text.rfind("\n") + 1]
     lines = []
     for number, line in enumerate(whole.splitlines(), start=1):
@@ -155,7 +152,7 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{path} is not JSON ({error.msg}, line {error.lineno}); remove it or write it again"

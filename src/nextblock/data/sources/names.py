@@ -55,7 +55,7 @@ class Names:
         ends = slashes[np.searchsorted(slashes, starts)]
         in_root = int(np.count_nonzero(ends >= self._offsets[1:]))
         if in_root:
-            where = f"{in_root} of its {len(self)} images lie in no folder"
+            where = f"{in_root} of its {len(self)} images are in no folder"
             raise UsageError(f"{spec!r} has no labels: {where}; put every image into a folder of its class")
         folders: dict[bytes, int] = {}
         places = zip(starts.tolist(), ends.tolist(), strict=True)

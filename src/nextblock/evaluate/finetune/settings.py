@@ -31,7 +31,7 @@ from nextblock.settings import (
 )
 
 Kind = Literal["linear", "attentive"]
-Decay = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0, up to 1 (1: the same rate for all layers)")]
+Decay = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0 and up to 1 (1: the same rate for all layers)")]
 
 LAYERS: dict[Kind, int] = {"linear": 1, "attentive": 6}
 """Last layers that a head sees unless they are given."""

@@ -418,7 +418,7 @@ class _Probe:
         if self.choice is not None:
             of = "held out of train" if self.choice.purpose == "train" else "of val"
             about += (
-                f", the best of each kind was chosen on {counted(counts[self.choice.name], 'image')} {of}"
+                f". The best of each kind was chosen on {counted(counts[self.choice.name], 'image')} {of}"
             )
         of = "held out of train" if self.measured.purpose == "train" else "of test"
         about += f", and measured once on {counted(counts[self.measured.name], 'image')} {of}."
