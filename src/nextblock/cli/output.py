@@ -37,8 +37,3 @@ def print_table(
 def end_with_json(values: Any) -> None:
     """Print values as JSON, in one line."""
     sys.stdout.write(json.dumps(values) + "\n")
-
-
-def end_of(name: str, letters: int) -> str:
-    """At most `letters` of a name, its last ones, an ellipsis standing for what is left out."""
-    return name if len(name) <= letters else f"…{name[len(name) - letters + 1 :]}"
