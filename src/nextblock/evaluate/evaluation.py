@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from nextblock.evaluate.features import (
 from nextblock.evaluate.metrics import paired
 from nextblock.evaluate.results import cut_of, differences, digest_of, encoder_of, identity_of, images_digest
 from nextblock.evaluate.settings import EvalSettings
+from nextblock.evaluate.splits import Labelled
 from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.evaluate.tables import Column, Table, escape_markdown, finite, write_csv
 from nextblock.launch import find_world
@@ -146,34 +147,36 @@ def add_leads(
     return [f"{NOT_BETTER} {' or '.join(unbeaten)}{WHAT_TO_TRY}"] if unbeaten else []
 
 
+@dataclass
 class Evaluation:
     """An open model and the means to evaluate it; made by `evaluation`. All ranks make the same calls."""
 
-    def __init__(
-        self,
-        settings: EvalSettings,
-        model: EncoderModel,
-        data: DataConfig,
-        device: torch.device,
-        group: Group,
-        stop: StopRequest,
-        classifier: ImageClassifier | None = None,
-    ) -> None:
-        self.settings, self.model, self.data, self.device = settings, model, data, device
-        self.group, self._stop, self.classifier = group, stop, classifier
-        self.bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = {}
-        """Unreadable images by what their source is for."""
-        self._weights = encoder_of(model)
+    settings: EvalSettings
+    model: EncoderModel
+    data: DataConfig
+    device: torch.device
+    group: Group
+    stop: StopRequest
+    classifier: ImageClassifier | None = None
+    bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = field(default_factory=dict)
+    """Unreadable images by what their source is for."""
 
-        out = None if settings.out is None else Path(settings.out) / "features"
-        self.features_dir = out if settings.cache is None else Path(settings.cache)
+    def __post_init__(self) -> None:
+        self._weights = encoder_of(self.model)
+        out = None if self.settings.out is None else Path(self.settings.out) / "features"
+        self.features_dir = out if self.settings.cache is None else Path(self.settings.cache)
         """Where tables are kept; None: in memory."""
+
+    def identity(self, sources: Mapping[str, Source | Labelled]) -> dict[str, Any]:
+        """What makes a result from these sources what it is."""
+        plain = {name: one.source if isinstance(one, Labelled) else one for name, one in sources.items()}
+        return identity_of(self.settings, self.model, self.data, plain)
 
     def check_stop(self) -> None:
         """Raise `Stopped` if a signal asked for it; all ranks must call this alike."""
-        if not self.group.any(self._stop):
+        if not self.group.any(self.stop):
             return
-        names = [name for name in self.group.gather(self._stop.signal and self._stop.signal.name) if name]
+        names = [name for name in self.group.gather(self.stop.signal and self.stop.signal.name) if name]
         kept = "the same command resumes" if self.features_dir else "nothing is kept without --out or --cache"
         with self.group.together():
             raise Stopped(signal.Signals[names[0]], f"stopped by {names[0]}; {kept}")
@@ -267,7 +270,7 @@ class Evaluation:
                     purpose, done, counted(images, "image"), speed, left_s,
                 )  # fmt: skip
 
-        if not table.fill(indices, should_stop=lambda: self.group.any(self._stop), progress=show):
+        if not table.fill(indices, should_stop=lambda: self.group.any(self.stop), progress=show):
             self.check_stop()
         self.bad[purpose] = (source, table.bad)
         return table
@@ -275,7 +278,7 @@ class Evaluation:
     def result(
         self,
         verb: str,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, Source | Labelled],
         columns: Sequence[Column],
         measure: Callable[[], Result],
         *,
@@ -285,8 +288,7 @@ class Evaluation:
 
         Raises `UsageError` if `out` holds something else.
         """
-        settings, group = self.settings, self.group
-        identity = identity_of(settings, self.model, self.data, sources)
+        settings, group, identity = self.settings, self.group, self.identity(sources)
         if settings.out is None:
             found = measure()
             if group.is_main:
@@ -353,7 +355,10 @@ def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[
     """Open the model or classifier that the settings name, frozen, and meet the other processes if any."""
     world = find_world()
     device = find_device(choose_device(settings.device), world)
-    with process_group(world, device) as group, _stopping(group) as stop:
+    with ExitStack() as stack:
+        group = stack.enter_context(process_group(world, device))
+        is_quiet = not group.is_main
+        stop = stack.enter_context(stop_on_signals(lambda: "finishing this batch", is_quiet=is_quiet))
         found = None
         with group.together():
             if classifier:
@@ -361,10 +366,6 @@ def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[
             model, data = open_model(settings, found)
         model.to(device).eval().requires_grad_(requires_grad=False)
         yield Evaluation(settings, model, data, device, group, stop, found)
-
-
-def _stopping(group: Group) -> Any:
-    return stop_on_signals(lambda: "finishing this batch", is_quiet=not group.is_main)
 
 
 @contextmanager

@@ -91,8 +91,7 @@ def fewshot(**settings: Any) -> Result:
     config = from_dict(FewshotSettings, settings)
     with evaluation(config) as opened:
         sources = open_labelled({"train": config.train, "test": config.test}, opened.data)
-        of = {purpose: one.source for purpose, one in sources.items()}
-        return opened.result("fewshot", of, COLUMNS, lambda: measure_fewshot(opened, config, sources))
+        return opened.result("fewshot", sources, COLUMNS, lambda: measure_fewshot(opened, config, sources))
 
 
 def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, Labelled]) -> Result:

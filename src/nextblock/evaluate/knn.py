@@ -142,8 +142,7 @@ def knn(**settings: Any) -> Result:
     config = from_dict(KnnSettings, settings)
     with evaluation(config) as opened:
         sources = open_labelled({"train": config.train, "test": config.test}, opened.data)
-        of = {purpose: one.source for purpose, one in sources.items()}
-        return opened.result("knn", of, COLUMNS, lambda: _measure(opened, config, sources))
+        return opened.result("knn", sources, COLUMNS, lambda: _measure(opened, config, sources))
 
 
 def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelled]) -> Result:

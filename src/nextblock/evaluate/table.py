@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +111,7 @@ class FeatureTable:
         return chosen[self._is_encoded(chosen)]
 
     def _is_encoded(self, chosen: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        return np.stack([kind.state[chosen] == 1 for kind in self._kinds]).all(axis=0)
+        return np.array([kind.state[chosen] for kind in self._kinds]).min(axis=0) == 1
 
     def read(self, indices: Int64[np.ndarray, " n"], kind: int = 0) -> Float[Tensor, "n ..."]:
         """The features of readable images, in the order asked for, in main memory."""
@@ -221,9 +220,7 @@ class FeatureTable:
     # ------------------------------------------------------------------------------------------------- open
 
     def _open(self) -> tuple[_Kind, ...]:
-        blank = torch.zeros(1, self._data.channels, *pair(self._image_size), device=self._device)
-        with torch.no_grad():
-            shapes = [tuple(one.shape[1:]) for one in self.extract(blank)]
+        shapes = feature_shapes(self.extract, self._data, self._image_size, self._device)
         n = len(self.source)
         if self._directory is None:
             # Pages that are never written take no memory.
@@ -236,6 +233,15 @@ class FeatureTable:
                     _make(place, key, (n, *shape))
         with self.group.together():
             return tuple(_map(place) for place in places)
+
+
+def feature_shapes(
+    extract: Extract, data: DataConfig, image_size: Size, device: torch.device
+) -> list[tuple[int, ...]]:
+    """The shapes of one image's features."""
+    with torch.no_grad():
+        blank = torch.zeros(1, data.channels, *pair(image_size), device=device)
+        return [tuple(one.shape[1:]) for one in extract(blank)]
 
 
 def features_of_batch(
@@ -279,11 +285,6 @@ def check_bad(bad: Sequence[BadSample], source: Source, data: DataConfig) -> Non
         f"max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
         "Repair or remove them, or allow more by --max_bad_fraction."
     )
-
-
-def table_gb(shapes: Sequence[tuple[int, ...]], images: int) -> float:
-    """Gigabytes that features of these shapes take on disk."""
-    return 4e-9 * images * sum(map(math.prod, shapes))
 
 
 def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:

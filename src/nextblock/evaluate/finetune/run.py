@@ -293,8 +293,7 @@ def tune(
     autocast(opened.device, config.precision)
     tuning_groups(build_classifier(opened.model, config, sources["train"].source.class_names), config)
     reporter = reporter or Reporter(is_quiet=not opened.group.is_main)
-    of = {purpose: one.source for purpose, one in sources.items()}
-    result = opened.result("finetune", of, COLUMNS, lambda: _measure(opened, config, sources, reporter))
+    result = opened.result("finetune", sources, COLUMNS, lambda: _measure(opened, config, sources, reporter))
     if opened.group.is_main:
         for name in RUNS.values():
             remove(Path(config.out) / name / "checkpoints")
