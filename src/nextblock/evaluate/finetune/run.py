@@ -7,7 +7,6 @@ OUT/finetune.json, .md, .csv   the result
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import signal
@@ -38,7 +37,7 @@ from nextblock.evaluate.features import untrained
 from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups
 from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, TunedModel
 from nextblock.evaluate.metrics import Measures, Tally
-from nextblock.evaluate.results import weights_digest
+from nextblock.evaluate.results import digest_of, labels_digest
 from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
 from nextblock.evaluate.table import check_bad
 from nextblock.evaluate.tables import Column, lead, number, share
@@ -138,7 +137,8 @@ class FineTuner(Learner):
 
     def _loss(self, batch: Batch, drawn: Step, divisors: list[int]) -> Float[Tensor, ""]:
         images, settings = batch.images, self.settings
-        if self.model.head_config.batch_norm and len(images) == 1:  # of which there are no statistics
+        # A batch norm has no statistics of one image: it then adds nothing to any gradient.
+        if self.model.head_config.batch_norm and len(images) == 1:
             return 0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[return-value]
         # timm's crops come as floats, normalised.
         images = images.to(self.device) if images.is_floating_point() else self.to_model(images)
@@ -175,7 +175,7 @@ class FineTuner(Learner):
 
     def reference_losses(self, own: Sequence[Tensor], most: int) -> dict[str, float]:  # noqa: ARG002
         """The loss of finding all classes equally likely, whatever the label smoothing."""
-        return {"uniform": math.log(self.model.head_config.num_classes)}
+        return {"chance": math.log(self.model.head_config.num_classes)}
 
     def validate(
         self, batches: Iterator[Batch], should_stop: Callable[[], object]
@@ -381,9 +381,11 @@ def _train(
     # The same share of the picture at another size.
     resize_px = round(opened.data.resize_px(old) * max(pair(size)) / max(pair(old)))
     names = train_on.source.class_names
-    labels = hashlib.sha256("\n".join(names).encode() + train_on.labels.tobytes()).hexdigest()[:16]
     tuned = TunedModel(
-        image_size=size, in_chans=model.config.in_chans, weights=weights_digest(model), labels=labels
+        image_size=size,
+        in_chans=model.config.in_chans,
+        weights=digest_of(model.encoder),
+        labels=labels_digest(train_on.source),
     )
     config = TuneConfig.of(settings, tuned, replace(opened.data, val_resize_px=resize_px))
     learner: Any = partial(
