@@ -161,10 +161,15 @@ def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
 def test_markdown_says_the_same(run_dir):
     text = report_markdown(read_run(run_dir))
     head = "| top-1 % | measured on | model | untrained | pixels 16x16 |\n"
-    assert f"{head}| --- | --- | ---: | ---: | ---: |\n" in text
+    assert f"{head}| --- | --- | --- | --- | --- |\n" in text
     assert "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |\n" in text
     assert "- speed: 110 images/s" in text
     assert "copying the previous block 1.5000" in text
+
+
+def test_a_fine_tuning_is_compared_with_chance_and_not_with_tokens(run_dir):
+    (run_dir / "baselines.json").write_text('{"chance": 1.3863}')
+    assert "(without a model: all classes equally likely 1.3863)" in report_markdown(read_run(run_dir))
 
 
 def test_missing_pieces_are_said_with_the_command_that_makes_them(tmp_path):

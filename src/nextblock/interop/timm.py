@@ -197,7 +197,8 @@ def encoder_at(
         near = nearest_sizes((rows, columns), (unit[0], unit[1]))
         require(
             not near,
-            f"an image of {rows}x{columns} px cannot be cut into {unit[0]}x{unit[1]} px; "
+            f"an image of {rows}x{columns} px cannot be cut into "
+            f"{'blocks' if is_causal else 'patches'} of {unit[0]}x{unit[1]} px; "
             f"use image_size {near}" + ", or attention full" * is_causal,
         )
         config = replace(config, image_size=image_size, block_size=block_size)
