@@ -15,6 +15,7 @@ from nextblock.data import open_source
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
+from nextblock.visualize import predictions
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (
     PredictionMonitor,
@@ -281,6 +282,18 @@ def test_predict_writes_a_picture_and_each_images_losses(tmp_path):
         assert row.loss > 0
 
 
+def test_many_images_are_predicted_in_batches_with_the_numbers_of_one_pass(tmp_path, monkeypatch):
+    model, data, sizes = small_model(), DataConfig(val_resize_px=32), []
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    found = []
+    for at_once in (20, 8):
+        monkeypatch.setattr(predictions, "AT_ONCE", at_once)
+        result = predict(model, open_source("digits", data), data, tmp_path, num_images=20, device=CPU)
+        found.append([row.loss for row in result.rows])
+    assert sizes == [20, 8, 8, 4]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def write_folder(folder: Path, count: int) -> None:
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -328,5 +341,5 @@ def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
     assert [row.baselines["uniform"] for row in result.rows] == [pytest.approx(math.log(5))] * 3
     assert all(0 < row.baselines["frequency"] <= math.log(5) for row in result.rows)
     told = json.loads((tmp_path / "predictions.json").read_text())
-    assert (told["loss"], told["vocab_size"]) == ("cross_entropy", 5)
+    assert (told["loss_function"], told["vocab_size"]) == ("cross_entropy", 5)
     assert "norm_pixels" not in told

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["BASELINE_WORDS"]
-
 BASELINE_WORDS = {
     "zero": "predicting zero",
     "copy_previous": "copying the previous block",
