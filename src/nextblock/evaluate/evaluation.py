@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nextblock.atomic import OUTPUT_MARK, RUN_FILES, exclusive, write_aside, write_text
@@ -31,13 +31,14 @@ from nextblock.evaluate.features import (
     histogram_extract,
     open_classifier,
     open_model,
+    pooled,
     small_pixels_extract,
     untrained,
 )
 from nextblock.evaluate.metrics import paired
 from nextblock.evaluate.results import cut_of, differences, digest_of, encoder_of, identity_of, images_digest
-from nextblock.evaluate.settings import EvalSettings
-from nextblock.evaluate.splits import Labelled
+from nextblock.evaluate.settings import EvalSettings, FrozenSettings
+from nextblock.evaluate.splits import Labelled, open_labelled
 from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.evaluate.tables import Column, Table, escape_markdown, finite, write_csv
 from nextblock.launch import find_world
@@ -366,6 +367,37 @@ def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[
             model, data = open_model(settings, found)
         model.to(device).eval().requires_grad_(requires_grad=False)
         yield Evaluation(settings, model, data, device, group, stop, found)
+
+
+@contextmanager
+def labelled_evaluation(settings: Any) -> Iterator[tuple[Evaluation, dict[str, Labelled]]]:
+    """The same with the labelled sources that the settings name, of train, val, and test."""
+    with evaluation(settings) as opened:
+        specs = {purpose: getattr(settings, purpose, None) for purpose in ("train", "val", "test")}
+        yield opened, open_labelled(specs, opened.data)
+
+
+def frozen_tables(
+    opened: Evaluation,
+    config: FrozenSettings,
+    sources: Mapping[str, Labelled],
+    **some: Int64[np.ndarray, " n"],
+) -> Iterator[tuple[str, dict[str, FeatureTable]]]:
+    """The tables of all sources for the model and then each baseline, one vector an image.
+
+    `some` names the images that are needed of a source of which not all are.
+    """
+    wanted = [pooled(config, opened.model.config.depth)]
+    for encoder in (MODEL, *(BASELINES if config.baselines else ())):
+        yield (
+            encoder,
+            {
+                purpose: opened.table(
+                    purpose, one.source, encoder, wanted, indices=some.get(purpose), seed=config.seed
+                )
+                for purpose, one in sources.items()
+            },
+        )
 
 
 @contextmanager

@@ -18,11 +18,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import BASELINES, MODEL, Evaluation, Result, add_leads, evaluation
-from nextblock.evaluate.features import pooled
+from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
 from nextblock.evaluate.metrics import standard_error
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
-from nextblock.evaluate.splits import Labelled, missing_note, open_labelled
+from nextblock.evaluate.splits import Labelled, missing_note
 from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
 from nextblock.settings import from_dict
@@ -140,30 +139,31 @@ def knn(**settings: Any) -> Result:
     missing, or test has classes that train lacks.
     """
     config = from_dict(KnnSettings, settings)
-    with evaluation(config) as opened:
-        sources = open_labelled({"train": config.train, "test": config.test}, opened.data)
+    with labelled_evaluation(config) as (opened, sources):
         return opened.result("knn", sources, COLUMNS, lambda: _measure(opened, config, sources))
 
 
 def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelled]) -> Result:
-    wanted = [pooled(config, opened.model.config.depth)]
     train, settings = sources["train"], list(product(config.k, config.temperature))
     rows, rights, images = [], [], {}
-    for encoder in (MODEL, *(BASELINES if config.baselines else ())):
-        known = opened.table("train", train.source, encoder, wanted, seed=config.seed)
-        chosen = known.readable()
+    for encoder, tables in frozen_tables(opened, config, sources):
+        chosen = tables["train"].readable()
         truth, asked = train.labels[chosen], None
         images = {"train": len(chosen), "test": len(chosen)}
         if "test" in sources:
-            table = opened.table("test", sources["test"].source, encoder, wanted, seed=config.seed)
-            numbers = table.readable()
-            truth, asked = sources["test"].labels[numbers], table.read(numbers)
+            numbers = tables["test"].readable()
+            truth, asked = sources["test"].labels[numbers], tables["test"].read(numbers)
             images["test"] = len(numbers)
         elif len(chosen) < 2:
             raise UsageError(f"{config.train} has one readable image, so it has no neighbour; give --test")
         labels = torch.from_numpy(train.labels[chosen])
         predictions = predict_all(
-            asked, known.read(chosen), labels, len(train.source.class_names), settings, opened.device
+            asked,
+            tables["train"].read(chosen),
+            labels,
+            len(train.source.class_names),
+            settings,
+            opened.device,
         )
         for (k, temperature), predicted in zip(settings, predictions, strict=True):
             rights.append(predicted.numpy() == truth)

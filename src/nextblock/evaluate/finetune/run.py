@@ -32,13 +32,13 @@ from nextblock.data import BadSample, Batch, QuarantineLog, Step, eval_batches, 
 from nextblock.data.sources import SubsetSource
 from nextblock.data.transforms import EvalCrop, TimmCrop, seeded_globally
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, evaluation
+from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, labelled_evaluation
 from nextblock.evaluate.features import untrained
 from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups
 from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, TunedModel
 from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.results import digest_of, labels_digest
-from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
+from nextblock.evaluate.splits import Labelled, hold_out, missing_note
 from nextblock.evaluate.table import check_bad
 from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
@@ -277,9 +277,8 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> Result:
     `NonFiniteError`.
     """
     config = from_dict(FinetuneSettings, settings)
-    with evaluation(config) as opened:
-        specs = {"train": config.train, "val": config.val, "test": config.test}
-        return tune(opened, config, open_labelled(specs, opened.data), reporter)
+    with labelled_evaluation(config) as (opened, sources):
+        return tune(opened, config, sources, reporter)
 
 
 def tune(

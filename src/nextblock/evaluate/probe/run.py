@@ -49,7 +49,7 @@ from nextblock.evaluate.evaluation import (
     Result,
     Stopped,
     add_leads,
-    evaluation,
+    labelled_evaluation,
 )
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.metrics import Measures, Tally
@@ -66,7 +66,7 @@ from nextblock.evaluate.probe.heads import (
 )
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings
 from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
-from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
+from nextblock.evaluate.splits import Labelled, hold_out, missing_note
 from nextblock.evaluate.table import (
     FeatureTable,
     NonFiniteFeaturesError,
@@ -114,9 +114,7 @@ def probe(**settings: Any) -> Result:
     diverged; `Stopped` after a signal.
     """
     config = from_dict(ProbeSettings, settings)
-    with evaluation(config) as opened:
-        specs = {"train": config.train, "val": config.val, "test": config.test}
-        sources = open_labelled(specs, opened.data)
+    with labelled_evaluation(config) as (opened, sources):
         run = _Probe(opened, config, sources)
         result = opened.result("probe", sources, COLUMNS, run.measure, save=run.save)
         if run.states is not None and opened.group.is_main:
