@@ -356,10 +356,10 @@ def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[
     """Open the model or classifier that the settings name, frozen, and meet the other processes if any."""
     world = find_world()
     device = find_device(choose_device(settings.device), world)
-    with ExitStack() as stack:
-        group = stack.enter_context(process_group(world, device))
-        is_quiet = not group.is_main
-        stop = stack.enter_context(stop_on_signals(lambda: "finishing this batch", is_quiet=is_quiet))
+    with (
+        process_group(world, device) as group,
+        stop_on_signals(lambda: "finishing this batch", is_quiet=not group.is_main) as stop,
+    ):
         found = None
         with group.together():
             if classifier:
@@ -403,18 +403,11 @@ def frozen_tables(
 @contextmanager
 def _held(out: Path, group: Group) -> Iterator[None]:
     """Hold the lock of a directory on rank 0."""
-    if not group.is_main:
-        with group.together():
-            pass
+    with ExitStack() as stack:
+        with group.together():  # if it is held by another command, all ranks end
+            if group.is_main:
+                stack.enter_context(exclusive(out))
         yield
-        return
-    lock = exclusive(out)
-    with group.together():
-        lock.__enter__()
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _read(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool) -> Result | None:
@@ -422,21 +415,16 @@ def _read(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool)
     path = out / f"{verb}.json"
     if any((out / name).is_file() for name in RUN_FILES):
         raise UsageError(f"{out} is a training run; choose another --out, such as {out / verb}")
-    if not path.is_file():
-        foreign = (
-            [] if not out.is_dir() or (out / OUTPUT_MARK).is_file() else sorted(p.name for p in out.iterdir())
-        )
+    if not path.is_file() and out.is_dir() and not (out / OUTPUT_MARK).is_file():
+        foreign = sorted(one.name for one in out.iterdir())
         if foreign:
             raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); choose another --out")
-        return None
-    if overwrite:
+    if overwrite or not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         different = differences(values, identity)
-        facts = {name: value for name, value in values.items() if name not in identity}
-        rows, notes = facts.pop("rows"), facts.pop("notes")
-        facts.pop("verb")
+        own = {"verb": verb, "rows": tuple(values["rows"]), "notes": tuple(values["notes"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged ({error}); remove it, or give --overwrite") from error
     if different:
@@ -447,11 +435,5 @@ def _read(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool)
     if (out / RIGHTS).is_file():
         with np.load(out / RIGHTS, allow_pickle=False) as file:
             rights = [file[name] for name in file.files]
-    return Result(
-        verb=verb,
-        rows=tuple(rows),
-        notes=tuple(notes),
-        facts=facts,
-        identity=dict(identity),
-        rights=rights,
-    )
+    facts = {name: value for name, value in values.items() if name not in {*identity, *own}}
+    return Result(**own, facts=facts, identity=dict(identity), rights=rights)

@@ -287,7 +287,7 @@ def tune(
     sources: dict[str, Labelled],
     reporter: Reporter | None = None,
 ) -> Result:
-    """The same of an open model and open sources."""
+    """The same with an open model and open sources."""
     # What an encoder or a device cannot do is refused before anything is written.
     autocast(opened.device, config.precision)
     tuning_groups(build_classifier(opened.model, config, sources["train"].source.class_names), config)
@@ -392,7 +392,7 @@ def _train(
         make=partial(build_classifier, model, settings, names),
         labels={purpose: one.labels for purpose, one in given.items()},
     )
-    # A command that was stopped is repeated with the same --overwrite: this very run is then resumed.
+    # A command that was stopped is repeated with the same --overwrite: it then resumes this very run.
     begun = recorded_config(place, TuneConfig)
     overwrite = group.broadcast(settings.overwrite and (begun is None or bool(config.differences(begun))))
     sources = {purpose: one.source for purpose, one in given.items()}

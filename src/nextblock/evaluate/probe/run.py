@@ -141,14 +141,15 @@ class _Probe:
         self.opened, self.config, self.sources = opened, config, sources
         self.class_names = sources["train"].source.class_names
         self.candidates = encoder_candidates(config, opened.model, len(self.class_names))
-        self._divide()
+        self.train, self.choice, self.measured = self._parts()
+        self.parts = [one for one in (self.train, self.choice, self.measured) if one is not None]
         self.schedule = config.schedule(len(self.train.numbers))
         self.states = None if config.out is None else Path(config.out) / "heads"
         self.winners: dict[HeadName, tuple[Trained, Measures]] = {}
         self.grid: list[dict[str, Any]] = []
 
-    def _divide(self) -> None:
-        """Which images to train on, to choose on, and to measure on; none is held out without need."""
+    def _parts(self) -> tuple[_Part, _Part | None, _Part]:
+        """The images to train on, to choose on, and to measure on; none is held out without need."""
         config, labels = self.config, self.sources["train"].labels
         numbers = np.arange(len(labels))
 
@@ -164,16 +165,14 @@ class _Probe:
             numbers, held = numbers[kept], numbers[held]
             return _Part(name, "train", held)
 
-        self.measured = part("test", "held-out", config.seed, 0.1)
-        self.choice: _Part | None = None
+        measured, choice = part("test", "held-out", config.seed, 0.1), None
         kinds = [one.head for one in self.candidates]
         if len(set(kinds)) < len(kinds):
             share = 0.1 if "test" in self.sources else 1 / 9  # of what is left: a tenth of all
-            self.choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
+            choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
         elif config.val is not None:
             log.info("each head has one candidate: nothing is chosen on val")
-        self.train = _Part("train", "train", numbers)
-        self.parts = [one for one in (self.train, self.choice, self.measured) if one is not None]
+        return _Part("train", "train", numbers), choice, measured
 
     # ------------------------------------------------------------------------------------------- the features
 
@@ -421,17 +420,17 @@ class _Probe:
             rights += [one.right for one in measured]
         verdict = add_leads(rows, rights, match=("head",))
         counts = {part.name: len(self._readable(part)) for part in self.parts}
+
+        def images_of(part: _Part) -> str:
+            of = "held out of train" if part.purpose == "train" else f"of {part.purpose}"
+            return f"{counted(counts[part.name], 'image')} {of}"
+
+        chosen = self.choice and f", the best of each kind was chosen on {images_of(self.choice)}"
         about = (
             f"Heads were trained on {counted(counts['train'], 'image')} of train for "
             f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}, batch "
-            f"{plan.batch_size}"
+            f"{plan.batch_size}{chosen or ''}, and measured once on {images_of(self.measured)}."
         )
-        if self.choice is not None:
-            of = "held out of train" if self.choice.purpose == "train" else "of val"
-            images = counted(counts[self.choice.name], "image")
-            about += f", the best of each kind was chosen on {images} {of}"
-        of = "held out of train" if self.measured.purpose == "train" else "of test"
-        about += f", and measured once on {counted(counts[self.measured.name], 'image')} {of}."
         attentive = [
             one.config.num_heads for one in self.candidates if one.config and one.head == "attentive"
         ]
