@@ -176,6 +176,16 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
                     "is_default": (k, temperature) == (DEFAULT_K, DEFAULT_TEMPERATURE),
                 }
             )
+    among = (
+        f"{counted(images['test'], 'image')} of test, among {images['train']:,} of train."
+        if "test" in sources
+        else f"Each of {counted(images['train'], 'image')} of train, among the others (leave-one-out)."
+    )
+    default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
+    if any(row["is_default"] for row in rows):
+        about = f"{among} Report the row marked * ({default}): it was fixed before anything was measured."
+    else:
+        about = f"{among} The setting fixed beforehand, {default}, is not among these."
     verdict = add_leads(rows, rights, match=("k", "temperature"))
     facts = {
         "num_classes": len(train.source.class_names),
@@ -185,7 +195,7 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
     return Result(
         verb="knn",
         rows=tuple(rows),
-        notes=(_about(rows, images, is_left_out="test" not in sources), *verdict, *missing_note(sources)),
+        notes=(about, *verdict, *missing_note(sources)),
         facts=facts,
         rights=rights,
     )
@@ -197,15 +207,3 @@ def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) ->
     of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
     top1 = int(right.sum()) / len(right)
     return {"top1": top1, "top1_se": standard_error(top1, len(right)), "balanced": float(of_class.mean())}
-
-
-def _about(rows: Sequence[dict[str, Any]], images: dict[str, int], *, is_left_out: bool) -> str:
-    among = (
-        f"Each of {counted(images['train'], 'image')} of train, among the others (leave-one-out)."
-        if is_left_out
-        else f"{counted(images['test'], 'image')} of test, among {images['train']:,} of train."
-    )
-    default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
-    if not any(row["is_default"] for row in rows):
-        return f"{among} The setting fixed beforehand, {default}, is not among these."
-    return f"{among} Report the row marked * ({default}): it was fixed before anything was measured."

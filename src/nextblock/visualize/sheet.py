@@ -72,7 +72,9 @@ class _Layout:
         self.cell_height_in = self.cell_width_in * height / width
         across_in = columns * (self.cell_width_in + self.gap_in) - self.gap_in
         self.width_in = self.left_in + across_in + self.right_in
-        self.subtitle = wrapped(_subtitle(look), self.width_in - 0.4, 8.5)
+        parts = [f"mean loss {look.losses.mean():.3f}"]
+        parts += [f"{BASELINE_WORDS[name]} {losses.mean():.3f}" for name, losses in look.baselines.items()]
+        self.subtitle = wrapped("   ·   ".join(parts), self.width_in - 0.4, 8.5)
         self.caption = wrapped(_caption(look), self.width_in - 0.4, 8)
         # From one band of images to the next: three cells, their losses, the next titles.
         self.band_in = 3 * (self.cell_height_in + self.gap_in) + (0.56 if has_titles else 0.4)
@@ -154,12 +156,6 @@ def shortened(name: str, letters: int) -> str:
         return drawable
     head = (letters - 1) // 2
     return drawable[:head] + "…" + drawable[len(drawable) - (letters - 1 - head) :]
-
-
-def _subtitle(look: Look) -> str:
-    parts = [f"mean loss {look.losses.mean():.3f}"]
-    parts += [f"{BASELINE_WORDS[name]} {losses.mean():.3f}" for name, losses in look.baselines.items()]
-    return "   ·   ".join(parts)
 
 
 def _caption(look: Look) -> str:
