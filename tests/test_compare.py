@@ -12,7 +12,6 @@ from nextblock.errors import UsageError
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from ranks import run_ranks
-from test_knn import run_main
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 QUICK = {"train": "toy-0", "test": "toy-1", "shots": "2", "epochs": 2}
@@ -148,7 +147,7 @@ def test_two_processes_find_what_one_does(run, tmp_path, capsys):
     words += ["--methods", "knn", "--methods", "fewshot", "--shots", "1", "--device", "cpu", "--workers", "0"]
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
     # They meet anew for each method.
-    assert run_ranks(2, run_main, [*words, "--out", str(tmp_path / "two")]) == [0, 0]
+    assert run_ranks(2, main, [*words, "--out", str(tmp_path / "two")]) == [0, 0]
     one, two = (written(tmp_path / name / "eval.json")["rows"] for name in ("one", "two"))
     assert one == two
-    assert run_ranks(2, run_main, words) == [2, 2]  # without --out
+    assert run_ranks(2, main, words) == [2, 2]  # without --out

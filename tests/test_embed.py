@@ -148,7 +148,7 @@ def test_one_that_was_stopped_resumes_and_leaves_nothing_but_its_file(embed, tmp
     assert (tmp_path / ".features.npz.features").is_dir()
     stopped_at = source.reads
     assert np.array_equal(embed(encode_batch_size=2).features, whole)
-    assert source.reads - stopped_at <= 6
+    assert source.reads - stopped_at <= 7  # one unreadable image is tried again
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "features.npz",
         "model.safetensors",

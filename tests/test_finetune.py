@@ -41,6 +41,7 @@ def test_it_learns_colours_and_so_does_the_same_network_from_scratch(tmp_path, c
     assert min(ours["top1"], scratch["top1"]) > 0.8
     assert scratch["lead"] == pytest.approx(ours["top1"] - scratch["top1"])
     assert any("from scratch: fresh weights" in note for note in result.notes)
+    assert json.loads((tmp_path / "model/baselines.json").read_text()) == {"chance": pytest.approx(np.log(4))}
 
 
 def test_shuffled_labels_leave_it_at_chance(tmp_path):

@@ -280,9 +280,8 @@ def test_merged_adapters_are_the_same_function_in_a_plain_network():
 
 
 def test_attention_whose_qkv_is_no_layer_of_its_own_is_refused():
-    encoder: Any = timm.create_model(
-        "beit_base_patch16_224", num_classes=0, depth=1, embed_dim=24, num_heads=2
-    )
+    sizes: dict[str, Any] = {"num_classes": 0, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    encoder: Any = timm.create_model("beit_base_patch16_224", **sizes)
     with pytest.raises(ValueError, match=r"this Beit has another kind.*lora\.rank 0"):
         add_lora(encoder, LORA)
 
@@ -299,13 +298,9 @@ def test_without_peft_the_message_says_how_to_install_it(monkeypatch):
 @pytest.mark.parametrize("head", ["linear", "attentive"])
 def test_the_head_sees_normed_layers_the_last_one_or_six(head):
     settings = replace(PLAIN, head=head, attentive_heads=4 if head == "attentive" else None)
+    layers, num_heads = ((1,), 16) if head == "linear" else ((0, 1), 4)
     assert build_classifier(toy_model(), settings, NAMES).head_config == HeadConfig(
-        kind=head,
-        num_classes=4,
-        layers=(1,) if head == "linear" else (0, 1),
-        norm_layers=True,
-        batch_norm=False,
-        num_heads=4 if head == "attentive" else 16,
+        kind=head, num_classes=4, layers=layers, norm_layers=True, batch_norm=False, num_heads=num_heads
     )
 
 

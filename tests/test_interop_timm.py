@@ -214,7 +214,7 @@ def test_learned_positions_are_resampled_as_timm_does():
 
 
 def test_an_image_size_that_the_blocks_do_not_divide_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot be cut into blocks of 2x2"):
+    with pytest.raises(ValueError, match="blocks of 8x8 px; use image_size 16x24 or 16x32, or att"):
         written(encoder(XTRA), tmp_path / "out", image_size=(16, 28))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="cannot be cut into blocks of 2x2"):

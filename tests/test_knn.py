@@ -45,18 +45,13 @@ def test_at_high_temperature_it_is_scikit_learns_plain_vote():
     queries, neighbours, labels = some_vectors(60), some_vectors(50, seed=1), torch.arange(50) % 2
     for k in (1, 5, 9):  # odd, and two classes: no ties
         plain = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(neighbours, labels)
-        assert knn_predict(queries, neighbours, labels, 2, k=k, temperature=1e6).tolist() == list(
-            plain.predict(queries)
-        )
+        predicted = knn_predict(queries, neighbours, labels, 2, k=k, temperature=1e6)
+        assert predicted.tolist() == plain.predict(queries).tolist()
 
 
 def test_a_low_temperature_does_not_overflow():
-    assert knn_predict(torch.eye(4), torch.eye(4), torch.arange(4), 4, temperature=1e-4).tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    predicted = knn_predict(torch.eye(4), torch.eye(4), torch.arange(4), 4, temperature=1e-4)
+    assert predicted.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
@@ -80,15 +75,12 @@ def test_with_nothing_asked_each_image_is_predicted_by_all_others(monkeypatch):
     monkeypatch.setattr("nextblock.evaluate.knn.QUERIES", 7)
     vectors, labels = some_vectors(30), torch.arange(30) % 4
     settings = [(1, 0.07), (4, 0.07), (4, 1.0)]
-    for (k, temperature), predicted in zip(
-        settings, predict_all(None, vectors, labels, 4, settings, CPU), strict=True
-    ):
+    found = predict_all(None, vectors, labels, 4, settings, CPU)
+    for (k, temperature), predicted in zip(settings, found, strict=True):
         for row in range(30):
             others = [other for other in range(30) if other != row]
-            alone = knn_predict(
-                vectors[[row]], vectors[others], labels[others], 4, k=k, temperature=temperature
-            )
-            assert predicted[row] == alone
+            known = (vectors[others], labels[others], 4)
+            assert predicted[row] == knn_predict(vectors[[row]], *known, k=k, temperature=temperature)
 
 
 # ------------------------------------------------------------------------------------------- the evaluation
@@ -181,10 +173,6 @@ def test_settings_that_cannot_be_are_refused(run, changes, message):
 # ----------------------------------------------------------------------------------------------- processes
 
 
-def run_main(words):
-    return main(words)
-
-
 def test_the_command_prints_a_table_and_finds_the_same_on_two_processes(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for number, name in enumerate(("cat", "dog")):
@@ -201,14 +189,9 @@ def test_the_command_prints_a_table_and_finds_the_same_on_two_processes(run, tmp
     assert "top-1 %" in printed
     assert "20 *" in printed
     assert json.loads(printed.splitlines()[-1])["rows"] == written(tmp_path / "one" / "knn.json")["rows"]
-    assert ranks.run_ranks(2, run_main, [*words, "--out", str(tmp_path / "two")]) == [0, 0]
+    assert ranks.run_ranks(2, main, [*words, "--out", str(tmp_path / "two")]) == [0, 0]
     one, two = (written(tmp_path / name / "knn.json") for name in ("one", "two"))
     assert one == two
     assert one["bad_images"] == {"train": 1}
-    assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.name[0] != ".") == [
-        "knn.csv",
-        "knn.json",
-        "knn.md",
-        "quarantine.jsonl",
-        "right.npz",
-    ]
+    files = {path.name for path in (tmp_path / "two").iterdir() if path.name[0] != "."}
+    assert files == {"knn.csv", "knn.json", "knn.md", "quarantine.jsonl", "right.npz"}

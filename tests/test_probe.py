@@ -44,6 +44,7 @@ def test_all_heads_tell_colours_apart_and_the_baselines_stand_beside():
     assert all("lead" in row for row in result.rows[3:])
     assert any("not clearly better than" in note for note in result.notes)
     assert result.facts["split_images"] == {"train": 96, "test": 48}
+    assert np.array(list(result.facts["confusion"].values())).shape == (3, 4, 4)  # of the model's heads alone
 
 
 def test_shuffled_labels_leave_the_chosen_heads_at_chance():
@@ -70,8 +71,7 @@ def test_winners_are_chosen_on_other_images_than_they_are_measured_on(changes, c
 
 
 def test_the_images_of_the_three_purposes_are_disjoint(monkeypatch):
-    made = []
-    original = probe_module._Probe.measure
+    made, original = [], probe_module._Probe.measure
     monkeypatch.setattr(probe_module._Probe, "measure", lambda self: made.append(self) or original(self))
     run(test=None, lr=(1e-3, 1e-2), heads=("linear",), epochs=1)
     numbers = np.concatenate([part.numbers for part in made[0].parts])
@@ -232,11 +232,7 @@ def test_two_processes_find_what_one_finds(augment, tmp_path):
     written = json.loads((tmp_path / "out/probe.json").read_text())["rows"]
     assert [row["loss"] for row in written] == [row["loss"] for row in first]
     for mine, theirs in zip(expected.rows, first, strict=True):
-        assert (mine["encoder"], mine["head"], mine["lr"]) == (
-            theirs["encoder"],
-            theirs["head"],
-            theirs["lr"],
-        )
+        assert all(mine[name] == theirs[name] for name in ("encoder", "head", "lr"))
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert isinstance(nextblock.load(tmp_path / "out/ep"), ImageClassifier)
 

@@ -134,9 +134,11 @@ def test_losses_that_are_no_numbers_are_not_the_final_loss(run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(train_line(40, float("nan"))) + "\n")
         file.write(json.dumps({**train_line(50, 0.0), "loss": None}) + "\n")
+        file.write(json.dumps({"kind": "val", "step": 40, "val_loss": None}) + "\n")
     summary = read_run(run_dir)
     assert summary.final_loss == (0.8125, 30)
     assert "0.8125 at step 30" in report_markdown(summary)
+    assert "- validation loss: 0.7500 at step 30\n" in report_markdown(summary)
 
 
 # ------------------------------------------------------------------------------- what is said
@@ -161,10 +163,15 @@ def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
 def test_markdown_says_the_same(run_dir):
     text = report_markdown(read_run(run_dir))
     head = "| top-1 % | measured on | model | untrained | pixels 16x16 |\n"
-    assert f"{head}| --- | --- | ---: | ---: | ---: |\n" in text
+    assert f"{head}| --- | --- | --- | --- | --- |\n" in text
     assert "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |\n" in text
     assert "- speed: 110 images/s" in text
     assert "copying the previous block 1.5000" in text
+
+
+def test_a_fine_tuning_is_compared_with_chance_and_not_with_tokens(run_dir):
+    (run_dir / "baselines.json").write_text('{"chance": 1.3863}')
+    assert "(without a model: all classes equally likely 1.3863)" in report_markdown(read_run(run_dir))
 
 
 def test_missing_pieces_are_said_with_the_command_that_makes_them(tmp_path):
@@ -173,6 +180,9 @@ def test_missing_pieces_are_said_with_the_command_that_makes_them(tmp_path):
         assert f"nextblock eval --model {tmp_path}" in text
         assert f"nextblock predict --model {tmp_path}" in text
         assert text.count("not logged yet") == 2
+    values = report_values(read_run(tmp_path))
+    assert not any(value for name, value in values.items() if name != "run")
+    assert values["final_loss"] is None
 
 
 def test_names_with_brackets_and_bars_come_through(tmp_path):
@@ -180,12 +190,6 @@ def test_names_with_brackets_and_bars_come_through(tmp_path):
     run.mkdir()
     write_lines(run / "metrics.jsonl", [train_line(1, 1.0)])
     assert "run [red] 1" in rendered(run)
-
-
-def test_a_validation_that_is_no_number_is_not_the_validation_loss(run_dir):
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"kind": "val", "step": 40, "val_loss": None}) + "\n")
-    assert "- validation loss: 0.7500 at step 30\n" in report_markdown(read_run(run_dir))
 
 
 def test_the_values_for_programs_are_those_of_the_report(run_dir):
@@ -205,13 +209,6 @@ def test_the_values_for_programs_are_those_of_the_report(run_dir):
         "knn": {"top1": 0.625},
         "picture": str(run_dir / "pictures" / "step_00000030.png"),
     }
-
-
-def test_a_run_without_a_logged_line_has_values_all_unknown(tmp_path):
-    (tmp_path / "config.yaml").touch()
-    values = report_values(read_run(tmp_path))
-    assert not any(value for name, value in values.items() if name != "run")
-    assert values["final_loss"] is None
 
 
 # ------------------------------------------------------------------------------- the curve

@@ -32,7 +32,6 @@ from nextblock.evaluate.suite.run import list_benchmarks, sources_of  # noqa: E4
 from nextblock.evaluate.suite.settings import SuiteSettings  # noqa: E402
 from nextblock.visualize.suite import draw_suite  # noqa: E402
 from ranks import run_ranks  # noqa: E402
-from test_knn import run_main  # noqa: E402
 from toy import DATA, one_thread, toy_model  # noqa: E402, F401 - a fixture
 
 SETTINGS: dict[str, Any] = {"model": "m", "root": "r", "out": "o"}
@@ -217,7 +216,7 @@ def test_one_that_fails_stops_no_other_and_the_command_returns_1(run, tmp_path, 
 
 def test_two_processes_find_the_same(run, tmp_path):
     words = command(tmp_path, "--out", tmp_path / "two", "--only", "dtd", "--only", "pets")
-    assert run_ranks(2, run_main, words) == [0, 0]
+    assert run_ranks(2, main, words) == [0, 0]
     rows = json.loads((tmp_path / "two" / "suite.json").read_text())["rows"]
     top1 = next(row["top1"] for row in rows if row["benchmark"] == "dtd")
     assert top1 == run(only=("dtd",)).row(benchmark="dtd")["top1"]
@@ -236,7 +235,7 @@ def test_the_encoder_runs_in_bf16_if_the_device_computes_in_it(run, monkeypatch,
     [
         ({"only": ("cifar",)}, "there is no benchmark 'cifar'; did you mean 'cifar10'"),
         ({"root": "a,b"}, "a,b; a comma ends a path here"),
-        ({"lr": (0.0,)}, "a number above 0"),
+        ({"lr": (0.0,)}, "numbers above 0"),
         ({"layers": ("middle",)}, "layers"),
     ],
 )

@@ -50,7 +50,7 @@ def test_on_disk_and_in_memory_are_equal_and_the_directory_says_what_it_holds(tm
     (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert json.loads((place / "about.json").read_text()) == {"encoder": "toy"}
     assert np.array_equal(np.load(place / "features.npy")[disk.readable()], disk.read(disk.readable()))
-    assert json.loads((place / "bad.jsonl").read_text()) == [2, "toy-0[2]", "truncated"]
+    assert np.flatnonzero(np.load(place / "state.npy") == 0).tolist() == [2]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -81,9 +81,8 @@ def test_features_of_another_origin_have_a_place_of_their_own(tmp_path):
 def test_of_two_kinds_the_one_that_is_missing_is_encoded(tmp_path):
     source = ToySource(4)
     toy_table(source, directory=tmp_path, keys=({"a": 1},)).fill()
-    both = toy_table(
-        source, toy_extract(MEAN_PATCH, EVERY_TOKEN), directory=tmp_path, keys=({"a": 1}, {"a": 2})
-    )
+    extract, keys = toy_extract(MEAN_PATCH, EVERY_TOKEN), ({"a": 1}, {"a": 2})
+    both = toy_table(source, extract, directory=tmp_path, keys=keys)
     both.fill()
     expected = rows_alone(source, toy_extract(EVERY_TOKEN), range(4))[0]
     torch.testing.assert_close(both.read(np.arange(4), 1), expected, atol=1e-6, rtol=1e-5)
@@ -100,10 +99,9 @@ def test_too_many_unreadable_images_stop_it_and_are_read_again_next_time(tmp_pat
 
 
 def test_a_source_without_a_readable_image_is_refused():
-    with pytest.raises(
-        NoFeaturesError, match=r"no image of toy-0 could be read; the first: toy-0\[0\]: trunc"
-    ):
-        toy_table(ToySource(3, bad=range(3)), data=replace(DATA, max_bad_fraction=1)).fill()
+    table = toy_table(ToySource(3, bad=range(3)), data=replace(DATA, max_bad_fraction=1))
+    with pytest.raises(NoFeaturesError, match=r"no image of toy-0 could be read; the first: toy-0\[0\]: tr"):
+        table.fill()
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -159,7 +157,7 @@ def test_after_a_kill_the_rest_is_encoded_and_the_rows_are_the_same(tmp_path):
     table, whole = toy_table(source, directory=tmp_path), toy_table(ToySource(16, bad={1}))
     table.fill()
     whole.fill()
-    assert source.reads == 8  # two batches were whole
+    assert source.reads == 9  # two batches were whole, but for an image that is tried again
     assert table.readable().tolist() == whole.readable().tolist()
     assert torch.equal(table.read(table.readable()), whole.read(whole.readable()))
     assert table.bad == whole.bad
@@ -205,16 +203,18 @@ def test_damaged_files_are_named(tmp_path, name, damage):
         toy_table(ToySource(64), directory=tmp_path).fill()
 
 
-def test_the_next_table_knows_why_images_are_unreadable_and_skips_a_line_that_was_cut_off(tmp_path):
-    toy_table(ToySource(8, bad={1, 6}), directory=tmp_path).fill()
-    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    with (place / "bad.jsonl").open("a") as file:
-        file.write('[7, "toy')
+def test_unreadable_images_are_tried_again_by_the_next_table_and_not_by_this_one(tmp_path):
     source = ToySource(8, bad={1, 6})
-    again = toy_table(source, directory=tmp_path)
+    table = toy_table(source, directory=tmp_path)
+    table.fill()
+    table.fill()
+    assert source.reads == 8
+    repaired = ToySource(8, bad={6})
+    again = toy_table(repaired, directory=tmp_path)
     again.fill()
-    assert [one.sample for one in again.bad] == [1, 6]
-    assert source.reads == 0
+    assert repaired.reads == 2
+    assert [one.sample for one in again.bad] == [6]
+    torch.testing.assert_close(again.read(np.array([1])), rows_alone(repaired, toy_extract(), [1])[0])
 
 
 def test_a_full_disk_is_an_error_before_anything_is_encoded(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from nextblock.data import open_source
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
+from nextblock.visualize import predictions
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (
     PredictionMonitor,
@@ -53,12 +54,8 @@ def small_model(**overrides) -> NextBlockModel:
 
 def random_images(config: ModelConfig, count: int = 2, seed: int = 0) -> Tensor:
     """Images whose pixels, normalised with mean 0.5 and deviation 0.25, lie in [0, 1]."""
-    size = (
-        count,
-        config.in_chans,
-        *(blocks * px for blocks, px in zip(config.block_grid, config.block_px, strict=True)),
-    )
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 4 - 2
+    sides = (blocks * px for blocks, px in zip(config.block_grid, config.block_px, strict=True))
+    return torch.rand((count, config.in_chans, *sides), generator=torch.Generator().manual_seed(seed)) * 4 - 2
 
 
 def constants(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -212,19 +209,19 @@ def test_drawing_leaves_a_training_model_as_it_was(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_wrong_number_of_titles_or_channels_is_refused(tmp_path):
-    model = small_model()
-    images = random_images(model.config)
-    with pytest.raises(ValueError, match="1 titles for 2 images"):
-        draw_predictions(model, images, *constants(model.config), tmp_path / "s.png", titles=["one"])
-    with pytest.raises(ValueError, match="3 channels, but the mean has 1"):
-        draw_predictions(model, images, (0.5,), (0.25,), tmp_path / "s.png")
-
-
-def test_a_model_without_predictor_is_refused(tmp_path):
-    model = small_model(predictor=None)
-    with pytest.raises(ValueError, match="predict"):
-        draw_predictions(model, random_images(model.config), *constants(model.config), tmp_path / "s.png")
+@pytest.mark.parametrize(
+    ("changes", "channels", "titles", "message"),
+    [
+        ({}, 3, ["one"], "1 titles for 2 images"),
+        ({}, 1, None, "3 channels, but the mean has 1"),
+        ({"predictor": None}, 3, None, "cannot predict blocks"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path, changes, channels, titles, message):
+    model = small_model(**changes)
+    images, mean, std = random_images(model.config), (0.5,) * channels, (0.25,) * channels
+    with pytest.raises(ValueError, match=message):
+        draw_predictions(model, images, mean, std, tmp_path / "s.png", titles=titles)
 
 
 def test_a_failed_write_leaves_the_old_picture_alone(tmp_path):
@@ -281,38 +278,31 @@ def test_predict_writes_a_picture_and_each_images_losses(tmp_path):
         assert row.loss > 0
 
 
-def write_folder(folder: Path, count: int) -> None:
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
+def test_many_images_are_predicted_in_batches_with_the_numbers_of_one_pass(tmp_path, monkeypatch):
+    model, data, sizes = small_model(), DataConfig(val_resize_px=32), []
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    found = []
+    for at_once in (20, 8):
+        monkeypatch.setattr(predictions, "AT_ONCE", at_once)
+        result = predict(model, open_source("digits", data), data, tmp_path, num_images=20, device=CPU)
+        found.append([row.loss for row in result.rows])
+    assert sizes == [20, 8, 8, 4]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_predict_says_which_chosen_images_are_broken_and_draws_the_others(tmp_path):
-    write_folder(tmp_path / "images", 3)
-    (tmp_path / "images" / "1.png").write_bytes(b"no image")
-    data = DataConfig(val_resize_px=32)
-    source = open_source(str(tmp_path / "images"), data)
-    result = predict(small_model(), source, data, tmp_path / "out", num_images=8, device=CPU)
+    data, source = DataConfig(val_resize_px=32), ToySource(3, bad={1})
+    result = predict(small_model(), source, data, tmp_path, num_images=8, device=CPU)
     assert len(result.rows) == 2
-    assert [Path(sample.name).name for sample in result.bad] == ["1.png"]
+    assert [sample.name for sample in result.bad] == ["toy-0[1]"]
 
 
-def test_predict_refuses_a_source_of_which_it_can_read_nothing(tmp_path):
-    write_folder(tmp_path / "images", 1)
-    (tmp_path / "images" / "0.png").write_bytes(b"no image")
-    data = DataConfig(val_resize_px=32)
-    source = open_source(str(tmp_path / "images"), data)
-    with pytest.raises(ValueError, match="none of the 1 chosen images"):
-        predict(small_model(), source, data, tmp_path / "out", device=CPU)
+@pytest.mark.parametrize(("count", "message"), [(2, "none of the 2 chosen images"), (0, "num_images is 0")])
+def test_predict_refuses_to_draw_nothing(tmp_path, count, message):
+    data, source = DataConfig(val_resize_px=32), ToySource(3, bad=range(3))
+    with pytest.raises(ValueError, match=message):
+        predict(small_model(), source, data, tmp_path / "out", num_images=count, device=CPU)
     assert not (tmp_path / "out").exists()
-
-
-def test_predict_refuses_to_draw_no_image(tmp_path):
-    data = DataConfig(val_resize_px=32)
-    with pytest.raises(ValueError, match="num_images is 0"):
-        predict(small_model(), open_source("digits", data), data, tmp_path, num_images=0, device=CPU)
 
 
 # --------------------------------------------------------------------------------------------------- tokens
@@ -328,5 +318,5 @@ def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
     assert [row.baselines["uniform"] for row in result.rows] == [pytest.approx(math.log(5))] * 3
     assert all(0 < row.baselines["frequency"] <= math.log(5) for row in result.rows)
     told = json.loads((tmp_path / "predictions.json").read_text())
-    assert (told["loss"], told["vocab_size"]) == ("cross_entropy", 5)
+    assert (told["loss_function"], told["vocab_size"]) == ("cross_entropy", 5)
     assert "norm_pixels" not in told

@@ -31,6 +31,14 @@ class Section:
         check_types(self, type(self).__name__.removesuffix("Config").lower())
 
 
+def nearest_sizes(sides: tuple[int, int], unit: tuple[int, int]) -> str:
+    """The sizes below and above that pieces of `unit` pixels fill, as "16 or 24"; "" if they fill `sides`."""
+    below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
+    above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
+    near = ["x".join(map(str, dict.fromkeys(size))) for size in (below, above) if min(size) > 0]
+    return "" if sides == below else " or ".join(near)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """The network and its objective: a timm ViT that encodes, and a predictor of the next block's pixels."""
@@ -120,13 +128,11 @@ class ModelConfig(Section):
         blocks = f"blocks of {block[0]}x{block[1]} patches of {p} px"
         # Patches first, then blocks, which patches must fill; the nearest sizes that can be cut are named.
         for parts, unit in ((f"{p}-px patches", (p, p)), (blocks, self.block_px)):
-            below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
-            above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
-            near = ["x".join(map(str, dict.fromkeys(size))) for size in (below, above) if min(size) > 0]
+            near = nearest_sizes(sides, unit)
             require(
-                sides == below,
+                not near,
                 f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
-                f"use model.image_size {' or '.join(near)}, or another patch_size or block_size",
+                f"use model.image_size {near}, or another patch_size or block_size",
             )
         is_possible = self.encoder_attention == "block_causal" or self.feature_attention == "full"
         require(is_possible, "model.encoder_attention full needs model.feature_attention full")

@@ -30,7 +30,7 @@ from nextblock.evaluate.evaluation import MODEL, Evaluation, evaluation
 from nextblock.evaluate.files import about_parquet, pyarrow, write_parquet
 from nextblock.evaluate.knn import nearest_neighbours
 from nextblock.evaluate.layers import layer_choices
-from nextblock.evaluate.results import differences, identity_of
+from nextblock.evaluate.results import differences
 from nextblock.evaluate.settings import EmbedSettings
 from nextblock.models.heads import FeatureConfig
 from nextblock.settings import from_dict
@@ -67,7 +67,7 @@ def embed(**settings: Any) -> Embeddings:
         pyarrow()
     with evaluation(config) as opened:
         source = open_source(config.data, opened.data)
-        identity = identity_of(config, opened.model, opened.data, {"data": source})
+        identity = opened.identity({"data": source})
         with opened.group.together():
             is_there = out.exists() and not config.overwrite
             if is_there and (different := differences(_about(out), identity)):

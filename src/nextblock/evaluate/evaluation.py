@@ -12,14 +12,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nextblock.atomic import OUTPUT_MARK, RUN_FILES, exclusive, write_aside, write_text
@@ -31,12 +31,14 @@ from nextblock.evaluate.features import (
     histogram_extract,
     open_classifier,
     open_model,
+    pooled,
     small_pixels_extract,
     untrained,
 )
 from nextblock.evaluate.metrics import paired
 from nextblock.evaluate.results import cut_of, differences, digest_of, encoder_of, identity_of, images_digest
-from nextblock.evaluate.settings import EvalSettings
+from nextblock.evaluate.settings import EvalSettings, FrozenSettings
+from nextblock.evaluate.splits import Labelled, open_labelled
 from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.evaluate.tables import Column, Table, escape_markdown, finite, write_csv
 from nextblock.launch import find_world
@@ -153,34 +155,36 @@ def add_leads(
     return [f"{NOT_BETTER} {' or '.join(unbeaten)}{WHAT_TO_TRY}"] if unbeaten else []
 
 
+@dataclass
 class Evaluation:
     """An open model and the means to evaluate it; made by `evaluation`. All ranks make the same calls."""
 
-    def __init__(
-        self,
-        settings: EvalSettings,
-        model: EncoderModel,
-        data: DataConfig,
-        device: torch.device,
-        group: Group,
-        stop: StopRequest,
-        classifier: ImageClassifier | None = None,
-    ) -> None:
-        self.settings, self.model, self.data, self.device = settings, model, data, device
-        self.group, self._stop, self.classifier = group, stop, classifier
-        self.bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = {}
-        """Unreadable images by what their source is for."""
-        self._weights = encoder_of(model)
+    settings: EvalSettings
+    model: EncoderModel
+    data: DataConfig
+    device: torch.device
+    group: Group
+    stop: StopRequest
+    classifier: ImageClassifier | None = None
+    bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = field(default_factory=dict)
+    """Unreadable images by what their source is for."""
 
-        out = None if settings.out is None else Path(settings.out) / "features"
-        self.features_dir = out if settings.cache is None else Path(settings.cache)
+    def __post_init__(self) -> None:
+        self._weights = encoder_of(self.model)
+        out = None if self.settings.out is None else Path(self.settings.out) / "features"
+        self.features_dir = out if self.settings.cache is None else Path(self.settings.cache)
         """Where tables are kept; None: in memory."""
+
+    def identity(self, sources: Mapping[str, Source | Labelled]) -> dict[str, Any]:
+        """What makes a result from these sources what it is."""
+        plain = {name: one.source if isinstance(one, Labelled) else one for name, one in sources.items()}
+        return identity_of(self.settings, self.model, self.data, plain)
 
     def check_stop(self) -> None:
         """Raise `Stopped` if a signal asked for it; all ranks must call this alike."""
-        if not self.group.any(self._stop):
+        if not self.group.any(self.stop):
             return
-        names = [name for name in self.group.gather(self._stop.signal and self._stop.signal.name) if name]
+        names = [name for name in self.group.gather(self.stop.signal and self.stop.signal.name) if name]
         kept = "the same command resumes" if self.features_dir else "nothing is kept without --out or --cache"
         with self.group.together():
             raise Stopped(signal.Signals[names[0]], f"stopped by {names[0]}; {kept}")
@@ -274,7 +278,7 @@ class Evaluation:
                     purpose, done, counted(images, "image"), speed, left_s,
                 )  # fmt: skip
 
-        if not table.fill(indices, should_stop=lambda: self.group.any(self._stop), progress=show):
+        if not table.fill(indices, should_stop=lambda: self.group.any(self.stop), progress=show):
             self.check_stop()
         self.bad[purpose] = (source, table.bad)
         return table
@@ -282,7 +286,7 @@ class Evaluation:
     def result(
         self,
         verb: str,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, Source | Labelled],
         columns: Sequence[Column],
         measure: Callable[[], Result],
         *,
@@ -292,8 +296,7 @@ class Evaluation:
 
         Raises `UsageError` if `out` holds something else.
         """
-        settings, group = self.settings, self.group
-        identity = identity_of(settings, self.model, self.data, sources)
+        settings, group, identity = self.settings, self.group, self.identity(sources)
         if settings.out is None:
             found = measure()
             if group.is_main:
@@ -357,7 +360,10 @@ def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[
     """Open the model or classifier that the settings name, frozen, and meet the other processes if any."""
     world = find_world()
     device = find_device(choose_device(settings.device), world)
-    with process_group(world, device) as group, _stopping(group) as stop:
+    with (
+        process_group(world, device) as group,
+        stop_on_signals(lambda: "finishing this batch", is_quiet=not group.is_main) as stop,
+    ):
         found = None
         with group.together():
             if classifier:
@@ -367,25 +373,45 @@ def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[
         yield Evaluation(settings, model, data, device, group, stop, found)
 
 
-def _stopping(group: Group) -> Any:
-    return stop_on_signals(lambda: "finishing this batch", is_quiet=not group.is_main)
+@contextmanager
+def labelled_evaluation(settings: Any) -> Iterator[tuple[Evaluation, dict[str, Labelled]]]:
+    """The same with the labelled sources that the settings name, of train, val, and test."""
+    with evaluation(settings) as opened:
+        specs = {purpose: getattr(settings, purpose, None) for purpose in ("train", "val", "test")}
+        yield opened, open_labelled(specs, opened.data)
+
+
+def frozen_tables(
+    opened: Evaluation,
+    config: FrozenSettings,
+    sources: Mapping[str, Labelled],
+    **some: Int64[np.ndarray, " n"],
+) -> Iterator[tuple[str, dict[str, FeatureTable]]]:
+    """The tables of all sources for the model and then each baseline, one vector an image.
+
+    `some` names the images that are needed of a source of which not all are.
+    """
+    wanted = [pooled(config, opened.model.config.depth)]
+    for encoder in (MODEL, *(BASELINES if config.baselines else ())):
+        yield (
+            encoder,
+            {
+                purpose: opened.table(
+                    purpose, one.source, encoder, wanted, indices=some.get(purpose), seed=config.seed
+                )
+                for purpose, one in sources.items()
+            },
+        )
 
 
 @contextmanager
 def _held(out: Path, group: Group) -> Iterator[None]:
     """Hold the lock of a directory on rank 0."""
-    if not group.is_main:
-        with group.together():
-            pass
+    with ExitStack() as stack:
+        with group.together():  # if it is held by another command, all ranks end
+            if group.is_main:
+                stack.enter_context(exclusive(out))
         yield
-        return
-    lock = exclusive(out)
-    with group.together():
-        lock.__enter__()
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool) -> Result | None:
@@ -393,21 +419,16 @@ def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite:
     path = out / f"{verb}.json"
     if any((out / name).is_file() for name in RUN_FILES):
         raise UsageError(f"{out} is a training run; choose another --out, such as {out / verb}")
-    if not path.is_file():
-        foreign = (
-            [] if not out.is_dir() or (out / OUTPUT_MARK).is_file() else sorted(p.name for p in out.iterdir())
-        )
+    if not path.is_file() and out.is_dir() and not (out / OUTPUT_MARK).is_file():
+        foreign = sorted(one.name for one in out.iterdir())
         if foreign:
             raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); choose another --out")
-        return None
-    if overwrite:
+    if overwrite or not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         different = differences(values, identity)
-        facts = {name: value for name, value in values.items() if name not in identity}
-        rows, notes = facts.pop("rows"), facts.pop("notes")
-        facts.pop("verb")
+        own = {"verb": verb, "rows": tuple(values["rows"]), "notes": tuple(values["notes"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged ({error}); remove it, or give --overwrite") from error
     if different:
@@ -418,11 +439,5 @@ def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite:
     if (out / RIGHTS).is_file():
         with np.load(out / RIGHTS, allow_pickle=False) as file:
             rights = [file[name] for name in file.files]
-    return Result(
-        verb=verb,
-        rows=tuple(rows),
-        notes=tuple(notes),
-        facts=facts,
-        identity=dict(identity),
-        rights=rights,
-    )
+    facts = {name: value for name, value in values.items() if name not in {*identity, *own}}
+    return Result(**own, facts=facts, identity=dict(identity), rights=rights)

@@ -22,11 +22,10 @@ from sklearn.preprocessing import StandardScaler
 from nextblock.data import Source, keyed_seed
 from nextblock.data.subsets import draw_per_class, split
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import BASELINES, MODEL, Evaluation, Result, add_leads, evaluation
-from nextblock.evaluate.features import pooled
+from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
 from nextblock.evaluate.knn import accuracies
 from nextblock.evaluate.settings import FewshotSettings, Shots
-from nextblock.evaluate.splits import Labelled, missing_note, open_labelled
+from nextblock.evaluate.splits import Labelled, missing_note
 from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
 from nextblock.settings import from_dict
@@ -89,25 +88,21 @@ def fewshot(**settings: Any) -> Result:
     and if a class has too few images.
     """
     config = from_dict(FewshotSettings, settings)
-    with evaluation(config) as opened:
-        sources = open_labelled({"train": config.train, "test": config.test}, opened.data)
-        of = {purpose: one.source for purpose, one in sources.items()}
-        return opened.result("fewshot", of, COLUMNS, lambda: measure_fewshot(opened, config, sources))
+    with labelled_evaluation(config) as (opened, sources):
+        return opened.result("fewshot", sources, COLUMNS, lambda: measure_fewshot(opened, config, sources))
 
 
 def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, Labelled]) -> Result:
     """Measure an open model on open sources, "train" and "test"."""
     train, test = sources["train"], sources["test"]
-    wanted = [pooled(config, opened.model.config.depth)]
     seeds = [keyed_seed(config.seed, "few-shot draw", number) for number in range(config.draws)]
     draws = {
         text: [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds] for text in config.shots
     }
     drawn = np.unique(np.concatenate([numbers for of_shots in draws.values() for numbers in of_shots]))
     rows, rights, images = [], [], 0
-    for encoder in (MODEL, *(BASELINES if config.baselines else ())):
-        known = opened.table("train", train.source, encoder, wanted, indices=drawn, seed=config.seed)
-        table = opened.table("test", test.source, encoder, wanted, seed=config.seed)
+    for encoder, tables in frozen_tables(opened, config, sources, train=drawn):
+        known, table = tables["train"], tables["test"]
         numbers = table.readable()
         asked, truth, images = table.read(numbers).double().numpy(), test.labels[numbers], len(numbers)
         for text, of_shots in draws.items():

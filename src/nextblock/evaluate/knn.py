@@ -18,11 +18,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import BASELINES, MODEL, Evaluation, Result, add_leads, evaluation
-from nextblock.evaluate.features import pooled
+from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
 from nextblock.evaluate.metrics import standard_error
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
-from nextblock.evaluate.splits import Labelled, missing_note, open_labelled
+from nextblock.evaluate.splits import Labelled, missing_note
 from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
 from nextblock.settings import from_dict
@@ -140,31 +139,31 @@ def knn(**settings: Any) -> Result:
     missing, or test has classes that train lacks.
     """
     config = from_dict(KnnSettings, settings)
-    with evaluation(config) as opened:
-        sources = open_labelled({"train": config.train, "test": config.test}, opened.data)
-        of = {purpose: one.source for purpose, one in sources.items()}
-        return opened.result("knn", of, COLUMNS, lambda: _measure(opened, config, sources))
+    with labelled_evaluation(config) as (opened, sources):
+        return opened.result("knn", sources, COLUMNS, lambda: _measure(opened, config, sources))
 
 
 def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelled]) -> Result:
-    wanted = [pooled(config, opened.model.config.depth)]
     train, settings = sources["train"], list(product(config.k, config.temperature))
     rows, rights, images = [], [], {}
-    for encoder in (MODEL, *(BASELINES if config.baselines else ())):
-        known = opened.table("train", train.source, encoder, wanted, seed=config.seed)
-        chosen = known.readable()
+    for encoder, tables in frozen_tables(opened, config, sources):
+        chosen = tables["train"].readable()
         truth, asked = train.labels[chosen], None
         images = {"train": len(chosen), "test": len(chosen)}
         if "test" in sources:
-            table = opened.table("test", sources["test"].source, encoder, wanted, seed=config.seed)
-            numbers = table.readable()
-            truth, asked = sources["test"].labels[numbers], table.read(numbers)
+            numbers = tables["test"].readable()
+            truth, asked = sources["test"].labels[numbers], tables["test"].read(numbers)
             images["test"] = len(numbers)
         elif len(chosen) < 2:
             raise UsageError(f"{config.train} has one readable image, so it has no neighbour; give --test")
         labels = torch.from_numpy(train.labels[chosen])
         predictions = predict_all(
-            asked, known.read(chosen), labels, len(train.source.class_names), settings, opened.device
+            asked,
+            tables["train"].read(chosen),
+            labels,
+            len(train.source.class_names),
+            settings,
+            opened.device,
         )
         for (k, temperature), predicted in zip(settings, predictions, strict=True):
             rights.append(predicted.numpy() == truth)
@@ -177,6 +176,16 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
                     "is_default": (k, temperature) == (DEFAULT_K, DEFAULT_TEMPERATURE),
                 }
             )
+    among = (
+        f"{counted(images['test'], 'test image')}, classified by {images['train']:,} training images."
+        if "test" in sources
+        else f"{counted(images['train'], 'training image')}, each classified by the others (leave-one-out)."
+    )
+    default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
+    if any(row["is_default"] for row in rows):
+        about = f"{among} Report the row marked * ({default}): it was fixed before anything was measured."
+    else:
+        about = f"{among} The setting fixed beforehand, {default}, is not among these."
     verdict = add_leads(rows, rights, match=("k", "temperature"))
     facts = {
         "num_classes": len(train.source.class_names),
@@ -186,7 +195,7 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
     return Result(
         verb="knn",
         rows=tuple(rows),
-        notes=(_about(rows, images, is_left_out="test" not in sources), *verdict, *missing_note(sources)),
+        notes=(about, *verdict, *missing_note(sources)),
         facts=facts,
         rights=rights,
     )
@@ -198,15 +207,3 @@ def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) ->
     of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
     top1 = int(right.sum()) / len(right)
     return {"top1": top1, "top1_se": standard_error(top1, len(right)), "balanced": float(of_class.mean())}
-
-
-def _about(rows: Sequence[dict[str, Any]], images: dict[str, int], *, is_left_out: bool) -> str:
-    among = (
-        f"{counted(images['train'], 'training image')}, each classified by the others (leave-one-out)."
-        if is_left_out
-        else f"{counted(images['test'], 'test image')}, classified by {images['train']:,} training images."
-    )
-    default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
-    if not any(row["is_default"] for row in rows):
-        return f"{among} The setting fixed beforehand, {default}, is not among these."
-    return f"{among} Report the row marked * ({default}): it was fixed before anything was measured."

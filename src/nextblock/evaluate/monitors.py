@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -81,7 +80,7 @@ class FeatureMonitor:
                 continue
             indices = np.sort(keyed_permutation(self._seed, len(source), purpose)[: self._max_samples])
             table = FeatureTable(
-                partial(_mean_tokens, model=model),
+                lambda images: (reduce(model.encode(images).tokens.float(), "b n d -> b d", "mean"),),
                 source,
                 replace(self._data, max_bad_fraction=1.0),  # the run itself counts them
                 self._image_size,
@@ -115,7 +114,3 @@ class FeatureMonitor:
             )
             values["knn/top1"] = float((guess.numpy() == meaning[val_labels]).mean())
         return values
-
-
-def _mean_tokens(images: Float[Tensor, "b c h w"], *, model: NextBlockModel) -> tuple[Float[Tensor, "b d"]]:
-    return (reduce(model.encode(images).tokens.float(), "b n d -> b d", "mean"),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,17 +16,6 @@ from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
 from nextblock.models import EncoderModel
 from nextblock.settings import flatten, to_dict
-
-__all__ = [
-    "FREE_SETTINGS",
-    "cut_of",
-    "differences",
-    "digest_of",
-    "encoder_of",
-    "identity_of",
-    "images_digest",
-    "weights_digest",
-]
 
 FREE_SETTINGS = (
     "out",
@@ -59,27 +49,24 @@ def identity_of(
 
     `config` is the verb's dataclass of settings; `sources` are named by what they serve for ("train").
     """
+    is_augmented = getattr(config, "augment", "none") != "none"
     return {
         "format_version": FORMAT_VERSION,
         "settings": {name: v for name, v in to_dict(config).items() if name not in FREE_SETTINGS},
         **encoder_of(model),
-        "images": {**cut_of(data), **_augmented(config, data)},
+        # A flip matters only if training images are varied.
+        "images": {**cut_of(data), **({"flip": data.flip} if is_augmented else {})},
         "sources": {
             purpose: {
                 "spec": source.spec,
                 "fingerprint": source.fingerprint,
                 "images": len(source),
                 "sample": None if source.in_memory else images_digest(source),
-                "labels": _labels_digest(source) if source.has_labels else None,
+                "labels": labels_digest(source) if source.has_labels else None,
             }
             for purpose, source in sources.items()
         },
     }
-
-
-def _augmented(config: Any, data: DataConfig) -> dict[str, Any]:
-    """What of the images' settings matters only where training images are varied."""
-    return {} if getattr(config, "augment", "none") == "none" else {"flip": data.flip}
 
 
 def cut_of(data: DataConfig) -> dict[str, Any]:
@@ -91,19 +78,19 @@ def cut_of(data: DataConfig) -> dict[str, Any]:
 def encoder_of(model: EncoderModel) -> dict[str, Any]:
     """What makes an encoder what it is, ready for JSON: the same weights with other attention are another."""
     config = model.config
-    if isinstance(config, ModelConfig):  # also where it has been exported without what it predicts with
+    if isinstance(config, ModelConfig):  # the same if it was exported without what it predicts with
         config = replace(config, predictor=None, tokenizer=None, init=None)
-    else:  # how its images are cut is told apart
+    else:  # how its images are cut is recorded apart
         config = replace(
             config, mean=None, std=None, crop_pct=None, crop_mode="center", interpolation="bicubic"
         )
-    return {"weights": weights_digest(model), "encoder": to_dict(config)}
+    return {"weights": digest_of(model.encoder), "encoder": to_dict(config)}
 
 
 def images_digest(source: Source) -> str:
     """A hash of the pixels of a few images from all over a source.
 
-    Fingerprints of folders are of names, and 0001.jpg of one folder is another image than that of the next.
+    The fingerprint of a folder covers names alone, and 0001.jpg of two folders may be two images.
     """
     digest = hashlib.sha256()
     for number in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=np.int64)).tolist():
@@ -114,16 +101,10 @@ def images_digest(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def _labels_digest(source: Source) -> str:
-    """A hash of the classes of all images, which a list of the same files may state otherwise."""
-    digest = hashlib.sha256("\n".join(source.class_names).encode())
-    digest.update(source.labels.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def weights_digest(model: EncoderModel) -> str:
-    """A hash of the encoder's weights."""
-    return digest_of(model.encoder)
+def labels_digest(source: Source) -> str:
+    """A hash of the classes of all images: two lists of the same files may differ in them."""
+    names = "\n".join(source.class_names).encode()
+    return hashlib.sha256(names + source.labels.tobytes()).hexdigest()[:16]
 
 
 def digest_of(module: nn.Module) -> str:
@@ -136,22 +117,16 @@ def digest_of(module: nn.Module) -> str:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """In words, what of the identity `here` another one has not got, or has otherwise.
+    """In words, what of the identity `here` another one lacks, or has with another value.
 
-    Where model and images lie does not count: their digests and fingerprints say what they are.
+    Paths of model and images do not count: digests and fingerprints identify them.
     """
     old, new = flatten(there), flatten(json.loads(json.dumps(here)))
     if old.get("format_version") != new.get("format_version", old.get("format_version")):
         return ["written by another version of nextblock"]
+    places = re.compile(rf"settings\.(.*\.)?({'|'.join(_PLACES)})|sources\..*\.spec")
     return [
         f"{name}: {old.get(name)} there, {value} here"
         for name, value in new.items()
-        if old.get(name) != value and not _is_place(name)
+        if old.get(name) != value and not places.fullmatch(name)
     ]
-
-
-def _is_place(name: str) -> bool:
-    parts = name.split(".")
-    if parts[0] == "settings":
-        return parts[-1] in _PLACES
-    return parts[0] == "sources" and parts[-1] == "spec"

@@ -3,23 +3,20 @@
 On disk, each kind of features has a directory of its own, whose name is a hash of what they are made from:
 
     features.npy   fp32, a row an image
-    state.npy      a byte an image: not encoded, encoded, or unreadable
+    state.npy      a byte an image: whether it is encoded
     about.json     what they are made from
-    bad.jsonl      why images were unreadable
 
 Rows are filled as they are needed, in any order and by any number of processes; what a killed process left
-unfinished is filled by the next one.
+unfinished is filled by the next one. Unreadable images are not recorded, so every command tries them again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from nextblock.atomic import WriteError, mark_output, write_text, writing
@@ -49,7 +46,6 @@ Extract = Callable[[Tensor], tuple[Tensor, ...]]
 Progress = Callable[[int, int], None]
 """Called with the images encoded and the images to encode."""
 
-MISSING, ENCODED, UNREADABLE = 0, 1, 2
 FLUSH_EVERY_S = 5.0
 """More than this is not lost to a kill."""
 
@@ -66,8 +62,14 @@ class _Kind(NamedTuple):
     """One kind of features of a source: arrays in memory, or mapped from a directory."""
 
     rows: Float[np.ndarray, "n ..."]
-    state: Shaped[np.ndarray, " n"]
-    directory: Path | None
+    state: UInt8[np.ndarray, " n"]
+    """1 if an image is encoded, else 0."""
+
+    def flush(self) -> None:
+        """Write what is mapped from files to disk."""
+        for array in self:
+            if isinstance(array, np.memmap):
+                array.flush()
 
 
 class FeatureTable:
@@ -106,7 +108,10 @@ class FeatureTable:
     def readable(self, indices: Int64[np.ndarray, " n"] | None = None) -> Int64[np.ndarray, " m"]:
         """Those of the images at `indices`, or of all, that have features."""
         chosen = np.arange(len(self.source)) if indices is None else np.asarray(indices, dtype=np.int64)
-        return chosen[self._kinds[0].state[chosen] == ENCODED]
+        return chosen[self._is_encoded(chosen)]
+
+    def _is_encoded(self, chosen: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        return np.array([kind.state[chosen] for kind in self._kinds]).min(axis=0) == 1
 
     def read(self, indices: Int64[np.ndarray, " n"], kind: int = 0) -> Float[Tensor, "n ..."]:
         """The features of readable images, in the order asked for, in main memory."""
@@ -131,16 +136,15 @@ class FeatureTable:
         group = self.group
         if not self._kinds:
             self._kinds = self._open()
-        states = np.stack([kind.state for kind in self._kinds])
         wanted = np.arange(len(self.source)) if indices is None else np.asarray(indices, dtype=np.int64)
-        missing = wanted[(states[:, wanted] == MISSING).any(axis=0)]
+        missing = wanted[~self._is_encoded(wanted) & ~np.isin(wanted, list(self._bad))]
         if group.any(len(missing)):
             missing = group.broadcast(missing)
             if not self._encode(missing, should_stop, progress):
                 return False
             self._exchange(missing)
         with group.together():
-            self._check_bad()
+            check_bad(self.bad, self.source, self._data)
             if len(wanted) and not len(self.readable(wanted)):
                 one = self._bad[int(wanted[0])]
                 raise NoFeaturesError(
@@ -154,8 +158,15 @@ class FeatureTable:
         """Encode this rank's share of the missing images; False if it was asked to stop."""
         group, data = self.group, self._data
         workers = resolve_workers(data.workers, self.source, group.sharing_cores)
-        # What is found is flushed first, and only then counted as done: a kill in between costs time alone.
-        done: list[tuple[np.ndarray, int]] = []
+        done: list[np.ndarray] = []
+
+        def flush() -> None:
+            # Rows reach the disk before their state says so: a kill in between costs time alone.
+            for kind in self._kinds:
+                kind.flush()
+                kind.state[np.concatenate(done)] = 1
+                kind.flush()
+
         failure: str | None = None
         flushed_s, count, is_stopped = time.monotonic(), 0, False
         for batch in eval_batches(
@@ -166,40 +177,25 @@ class FeatureTable:
                 break
             features = features_of_batch(batch, self.extract, data, self._device, self._image_size)
             failure = failure or non_finite(features, batch)
-            samples, bad = batch.samples.numpy(), np.array([one.sample for one in batch.bad], dtype=np.int64)
+            samples = batch.samples.numpy()
             for kind, found in zip(self._kinds, features, strict=True):
                 kind.rows[samples] = found[: len(samples)].cpu().numpy()
-            done += [(samples, ENCODED), (bad, UNREADABLE)]
-            self._note_bad(batch.bad)
-            count += len(samples) + len(bad)
+            done.append(samples)
+            self._bad |= {one.sample: one for one in batch.bad}
+            count += len(samples) + len(batch.bad)
             if progress is not None:
                 progress(min(count * group.size, len(missing)), len(missing))
             if failure is None and time.monotonic() - flushed_s >= FLUSH_EVERY_S:
-                self._flush(done)
+                flush()
+                done.clear()
                 flushed_s = time.monotonic()
         failures = [one for one in group.gather(failure) if one]
         with group.together():
             if failures:
                 raise NonFiniteFeaturesError(failures[0])
-        self._flush(done)
+        if done:
+            flush()
         return not is_stopped
-
-    def _flush(self, done: list[tuple[np.ndarray, int]]) -> None:
-        for kind in self._kinds:
-            if kind.directory is not None:
-                kind.rows.flush()  # type: ignore[attr-defined]
-            for samples, state in done:
-                kind.state[samples] = state
-            if kind.directory is not None:
-                kind.state.flush()  # type: ignore[attr-defined]
-        done.clear()
-
-    def _note_bad(self, bad: Sequence[BadSample]) -> None:
-        self._bad |= {one.sample: one for one in bad}
-        for kind in self._kinds if bad else ():
-            if kind.directory is not None:
-                with writing(kind.directory / "bad.jsonl"), (kind.directory / "bad.jsonl").open("a") as file:
-                    file.writelines(json.dumps(one) + "\n" for one in bad)
 
     def _exchange(self, missing: Int64[np.ndarray, " n"]) -> None:
         """Give every rank the rows that the others encoded."""
@@ -221,36 +217,31 @@ class FeatureTable:
                     dist.broadcast(state, src=rank, group=group.processes)
                 kind.rows[share], kind.state[share] = rows.numpy(), state.numpy()
 
-    def _check_bad(self) -> None:
-        try:
-            check_bad(self.bad, self.source, self._data)
-        except TooManyBadImages:
-            for kind in self._kinds:  # or images that are repaired now would stay unreadable
-                if kind.directory is not None and self.group.is_main:
-                    shutil.rmtree(kind.directory, ignore_errors=True)
-            raise
-
     # ------------------------------------------------------------------------------------------------- open
 
     def _open(self) -> tuple[_Kind, ...]:
-        blank = torch.zeros(1, self._data.channels, *pair(self._image_size), device=self._device)
-        with torch.no_grad():
-            shapes = [tuple(one.shape[1:]) for one in self.extract(blank)]
+        shapes = feature_shapes(self.extract, self._data, self._image_size, self._device)
         n = len(self.source)
         if self._directory is None:
             # Pages that are never written take no memory.
-            return tuple(_Kind(np.zeros((n, *s), "f4"), np.zeros(n, "u1"), None) for s in shapes)
-        places = [self._directory / _name(key) for key in self._keys]
+            return tuple(_Kind(np.zeros((n, *s), "f4"), np.zeros(n, "u1")) for s in shapes)
+        texts = [json.dumps(key, sort_keys=True).encode() for key in self._keys]
+        places = [self._directory / hashlib.blake2b(text, digest_size=8).hexdigest() for text in texts]
         with self.group.together():
             for place, key, shape in zip(places, self._keys, shapes, strict=True):
                 if self.group.is_main:
                     _make(place, key, (n, *shape))
         with self.group.together():
-            kinds = [_map(place) for place in places]
-        for kind, place in zip(kinds, places, strict=True):
-            # A reason that was written just before a kill: its image is encoded again.
-            self._bad |= {one.sample: one for one in _read_bad(place) if kind.state[one.sample] == UNREADABLE}
-        return tuple(kinds)
+            return tuple(_map(place) for place in places)
+
+
+def feature_shapes(
+    extract: Extract, data: DataConfig, image_size: Size, device: torch.device
+) -> list[tuple[int, ...]]:
+    """The shapes of one image's features."""
+    with torch.no_grad():
+        blank = torch.zeros(1, data.channels, *pair(image_size), device=device)
+        return [tuple(one.shape[1:]) for one in extract(blank)]
 
 
 def features_of_batch(
@@ -296,15 +287,6 @@ def check_bad(bad: Sequence[BadSample], source: Source, data: DataConfig) -> Non
     )
 
 
-def table_gb(shapes: Sequence[tuple[int, ...]], images: int) -> float:
-    """Gigabytes that features of these shapes take on disk."""
-    return 4e-9 * images * sum(map(math.prod, shapes))
-
-
-def _name(key: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
 def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     """Make an empty table unless it is there; its description last, which says that the files are whole."""
     with writing(place):
@@ -333,14 +315,4 @@ def _map(place: Path) -> _Kind:
         rows, state = (np.load(file, mmap_mode="r+") for file in files)
     except (OSError, ValueError, EOFError) as error:
         raise WriteError(f"{place} holds damaged features ({error}); remove it") from error
-    return _Kind(rows, state, place)
-
-
-def _read_bad(place: Path) -> Iterator[BadSample]:
-    if not (place / "bad.jsonl").is_file():
-        return
-    for line in (place / "bad.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            yield BadSample(*json.loads(line))
-        except (ValueError, TypeError):  # cut off by a kill; its image is not counted as done
-            continue
+    return _Kind(rows, state)

@@ -43,9 +43,10 @@ from nextblock.interop.hub import HubError
 from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, untold_heads
 from nextblock.interop.timm_models import NextBlockViT, model_args
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
+from nextblock.model_config import nearest_sizes
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.vit import positions_on, vit_arguments
-from nextblock.settings import from_dict, to_dict
+from nextblock.settings import from_dict, require, to_dict
 
 log = logging.getLogger(__name__)
 
@@ -189,10 +190,19 @@ def encoder_at(
     if attention != "native":
         config = replace(config, feature_attention=attention)
     if image_size is not None and pair(image_size) != pair(config.image_size):
-        block_size = config.block_size if config.feature_attention == "causal" else 1
+        # A block size means something only under a mask; without one, any grid of patches is allowed.
+        is_causal = config.feature_attention == "causal"
+        block_size = config.block_size if is_causal else 1
+        (rows, columns), unit = pair(image_size), [n * config.patch_size for n in pair(block_size)]
+        near = nearest_sizes((rows, columns), (unit[0], unit[1]))
+        require(
+            not near,
+            f"an image of {rows}x{columns} px cannot be cut into "
+            f"{'blocks' if is_causal else 'patches'} of {unit[0]}x{unit[1]} px; "
+            f"use image_size {near}" + ", or attention full" * is_causal,
+        )
         config = replace(config, image_size=image_size, block_size=block_size)
-    # Fixed positions are computed for the new grid and learned ones resampled, as `encode` does it. A block
-    # size means something only under a mask; without one, any grid is allowed.
+    # Fixed positions are computed for the new grid and learned ones resampled, as `encode` does it.
     weights = dict(model.encoder.state_dict())
     weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
     return _encoder(config, weights, "the model")

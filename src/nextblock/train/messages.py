@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from nextblock.checkpoint import latest_checkpoint
 from nextblock.config import RunConfig
 from nextblock.data import TrainLoader
@@ -44,12 +42,13 @@ def opening_lines(
 
 def not_learned(loss: float, references: dict[str, float]) -> str | None:
     """Cause and remedy if a loss is not below that of predicting zero, or all alike; else None."""
-    name, meaning = ("zero", "zero") if "zero" in references else ("uniform", "all alike")
-    if loss < references.get(name, math.inf):
+    meanings = {"zero": "zero", "uniform": "all alike", "chance": "all classes alike"}
+    name = next((one for one in meanings if one in references), None)
+    if name is None or loss < references[name]:
         return None
     return (
-        f"the loss {loss:.4f} is not below {references.get(name, math.nan):.4f}, that of predicting "
-        f"{meaning}: nothing is learned so far. Train longer, try another learning rate, or "
+        f"the loss {loss:.4f} is not below {references[name]:.4f}, that of predicting "
+        f"{meanings[name]}: nothing is learned so far. Train longer, try another learning rate, or "
         "look at the images"
     )
 

@@ -20,8 +20,6 @@ from matplotlib.ticker import MaxNLocator
 from nextblock.models.heads import layer_words
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
 
-__all__ = ["draw_attention", "draw_confusion", "draw_grid"]
-
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
 """Of more lines only the winners' are named."""

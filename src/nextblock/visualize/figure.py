@@ -16,8 +16,6 @@ from matplotlib.figure import Figure
 
 from nextblock.atomic import mark_output, write_aside
 
-__all__ = ["INK", "MUTED", "axes_at", "save_png", "text_at", "wrapped"]
-
 INK = "#1f2328"
 MUTED = "#656d76"
 

@@ -8,7 +8,6 @@ model's public calls.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,20 +22,15 @@ from nextblock.atomic import write_aside
 from nextblock.blocks import block_orders, check_order, unpatchify
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
-from nextblock.errors import UsageError
+from nextblock.evaluate.tables import finite
 from nextblock.models import NextBlockModel
+from nextblock.settings import require
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
 
-__all__ = [
-    "ImageLoss",
-    "PredictResult",
-    "PredictionMonitor",
-    "draw_predictions",
-    "predict",
-    "predicted_image",
-]
+AT_ONCE = 16
+"""Images that go through the model together."""
 
 # -------------------------------------------------------------------------------- blocks to image
 
@@ -52,15 +46,14 @@ def predicted_image(
     """The image that the predicted next blocks make, grey or RGB in [0, 1]; the first block is a grey hatch.
 
     Row i of `predictions` is the block at position i+1 of `order`; the block at position 0 is never
-    predicted. Where the model predicts normalised pixels (`config.norm_pixels`), a prediction says nothing of
+    predicted. If the model predicts normalised pixels (`config.norm_pixels`), a prediction says nothing of
     the block's brightness and contrast: it is un-normalised with the mean and deviation of the *true* block
     (unbiased variance, 1e-6 inside the root), taken from `images` (normalised, as the model saw them). Raw
-    predictions are shown as they are. `shown` is 3 where there are three channels or more (the first three),
-    else 1 (the first).
+    predictions are shown as they are. `shown` is 3 with three channels or more (the first three), else 1.
     """
     blocks = PixelTargets(config).to_pixels(predictions, images, order)
-    first = torch.zeros_like(blocks[:, :1])
-    by_position = torch.cat([first, blocks], dim=1)
+    by_position = torch.cat([torch.zeros_like(blocks[:, :1]), blocks], dim=1)
+    # The inverse permutation: where in the order each place of the raster comes.
     in_raster_order = by_position.index_select(1, torch.argsort(order))
     pictures = _visible(unpatchify(in_raster_order, config.block_grid, config.block_px), mean, std)
     known = _predicted_pixels(config, order).to(pictures.device)
@@ -70,22 +63,21 @@ def predicted_image(
 def _visible(
     images: Float[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b shown h w"]:
-    """Undo the normalisation, clip to [0, 1] (what is no number is black), keep one or three channels."""
-    shift = torch.tensor(mean, dtype=torch.float32, device=images.device)
-    scale = torch.tensor(std, dtype=torch.float32, device=images.device)
+    """Undo the normalisation, clip to [0, 1] (NaN is black), keep one or three channels."""
+    shift, scale = (torch.tensor(one, dtype=torch.float32, device=images.device) for one in (mean, std))
     pixels = images.float() * rearrange(scale, "c -> c 1 1") + rearrange(shift, "c -> c 1 1")
     return torch.nan_to_num(pixels, nan=0.0).clamp(0, 1)[:, : shown_channels(images.shape[1])]
 
 
 def _predicted_pixels(config: ModelConfig, order: Int64[Tensor, " k"]) -> Bool[Tensor, "h w"]:
-    """True where a pixel lies in a block that is predicted: everywhere but in the first of the order."""
+    """True for pixels of blocks that are predicted: all but the first of the order."""
     predicted = torch.ones(config.num_blocks, dtype=torch.bool)
     predicted[int(order[0])] = False
     pieces = predicted[None, :, None].expand(1, -1, config.block_px[0] * config.block_px[1])
     return unpatchify(pieces, config.block_grid, config.block_px)[0, 0]
 
 
-# -------------------------------------------------------------------------------- one look
+# -------------------------------------------------------------------------------- pictures
 
 
 def _look(
@@ -93,26 +85,37 @@ def _look(
     images: Float[Tensor, "b c h w"],
     mean: Sequence[float],
     std: Sequence[float],
-    block_order: Int64[Tensor, " k"] | None,
+    block_order: Int64[Tensor, " k"] | None = None,
 ) -> Look:
     """Predict every next block once, without gradients or drop path; the model's mode stays as it was."""
     config = replace(model.config, image_size=(images.shape[2], images.shape[3]))
-    _check_channels(config, mean, std)
-    order = _first_order(config) if block_order is None else block_order
-    check_order(order.cpu(), config.num_blocks)
-    was_training = model.training
-    if was_training:
-        model.eval()
+    require(
+        len(mean) == len(std) == config.in_chans,
+        f"the model's images have {config.in_chans} channels, but the mean has {len(mean)} and the deviation "
+        f"{len(std)}; give data.mean and data.std with one number a channel",
+    )
+    if block_order is None:  # the order that a model takes when it is given none
+        block_order = block_orders(config.order, config.block_grid, config.order_seed)[0]
+    check_order(block_order.cpu(), config.num_blocks)
+    on_device, was_training = block_order.to(images.device), model.training
+    model.eval()
+    config.check_predicts()
+    assert model.targets is not None, "it predicts"
+    parts = []
     try:
         with torch.no_grad():
-            on_device = order.to(images.device)
-            out = model(images, block_order=on_device)
-            assert model.targets is not None
-            references = model.targets.reference_losses(model.targets.of_blocks(images, on_device))
+            # What the layers make of all images at once may not fit into memory; what they predict does.
+            for some in images.split(AT_ONCE):
+                out = model(some, block_order=on_device)
+                targets = model.targets.of_blocks(some, on_device)
+                parts.append((out.block_loss, out.predictions.float().cpu(), targets))
+            block_loss, predictions, targets = (torch.cat(kind) for kind in zip(*parts, strict=True))
+            # Of all images together: how frequent a token is depends on them.
+            references = model.targets.reference_losses(targets)
     finally:
-        if was_training:
-            model.train()
-    images, order, predictions = images.float().cpu(), order.cpu(), out.predictions.float().cpu()
+        model.train(was_training)
+    images, order = images.float().cpu(), block_order.cpu()
+    # Of tokens the pixels of their centroids, which are raw.
     drawn = model.targets.to_pixels(predictions, images, order)
     raw = replace(config, tokenizer=None, norm_pixels=False)
     return Look(
@@ -121,25 +124,9 @@ def _look(
         originals=_visible(images, mean, std),
         pictures=predicted_image(drawn, images, raw, order, mean, std),
         predicted=_predicted_pixels(config, order),
-        losses=out.block_loss.float().mean(1).cpu(),
+        losses=block_loss.float().mean(1).cpu(),
         baselines={name: losses.cpu() for name, losses in references.items()},
     )
-
-
-def _first_order(config: ModelConfig) -> Int64[Tensor, " k"]:
-    """The order that a model takes when it is given none."""
-    return block_orders(config.order, config.block_grid, config.order_seed)[0]
-
-
-def _check_channels(config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
-    if not len(mean) == len(std) == config.in_chans:
-        raise UsageError(
-            f"the model's images have {config.in_chans} channels, but the mean has {len(mean)} and the "
-            f"deviation {len(std)}; give data.mean and data.std with one number a channel"
-        )
-
-
-# -------------------------------------------------------------------------------- the sheet
 
 
 def draw_predictions(
@@ -154,15 +141,14 @@ def draw_predictions(
 ) -> None:
     """Draw a contact sheet, a PNG under 1.5 MB: of each image the original, its prediction and the error.
 
-    `images` are normalised and lie on the model's device; `mean` and `std` bring them back to [0, 1]. Without
+    `images` are normalised and on the model's device; `mean` and `std` bring them back to [0, 1]. Without
     `block_order` it is the model's own (of a random set, the first).
     """
-    if titles is not None and len(titles) != len(images):
-        raise UsageError(f"{len(titles)} titles for {len(images)} images; give one a title each, or none")
+    require(
+        titles is None or len(titles) == len(images),
+        f"{len(titles or ())} titles for {len(images)} images; give one a title each, or none",
+    )
     draw_sheet(_look(model, images, mean, std, block_order), path, titles)
-
-
-# -------------------------------------------------------------------------------- while training
 
 
 class PredictionMonitor:
@@ -171,15 +157,12 @@ class PredictionMonitor:
     def __init__(
         self, images: UInt8[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float], every: str
     ) -> None:
-        self.images = images
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        self.every = every
+        self.images, self.mean, self.std, self.every = images, tuple(mean), tuple(std), every
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
         """Draw the images as they are predicted at this step."""
         images = normalize(self.images.to(event.device), self.mean, self.std)
-        look = _look(model, images, self.mean, self.std, None)
+        look = _look(model, images, self.mean, self.std)
         with event.group.together():
             if event.group.is_main:
                 draw_sheet(look, event.run_dir / "pictures" / f"step_{event.step:08d}.png", None)
@@ -233,11 +216,28 @@ def predict(
     sorted one differ, and the same every time. The model is moved to `device`.
     """
     images, names, bad = some_images(source, data, model.config.image_size, num_images)
-    model = model.to(device)
-    look = _look(model, normalize(images.to(device), data.mean, data.std), data.mean, data.std, None)
-    result = PredictResult(picture=out_dir / "predictions.png", rows=_rows(names, look), bad=bad)
+    model, config = model.to(device), model.config
+    look = _look(model, normalize(images.to(device), data.mean, data.std), data.mean, data.std)
+    kinds = {kind: losses.tolist() for kind, losses in look.baselines.items()}
+    rows = tuple(
+        ImageLoss(name=name, loss=loss, baselines={kind: losses[i] for kind, losses in kinds.items()})
+        for i, (name, loss) in enumerate(zip(names, look.losses.tolist(), strict=True))
+    )
+    result = PredictResult(picture=out_dir / "predictions.png", rows=rows, bad=bad)
     draw_sheet(look, result.picture, names)
-    _write_json(result, model.config, out_dir / "predictions.json")
+    if config.tokenizer is None:
+        target = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
+    else:
+        tokens = {"tokenizer": config.tokenizer, "vocab_size": config.vocab_size}
+        target = {"loss_function": "cross_entropy", **tokens}
+    content = {
+        "mean_loss": result.mean_loss,
+        **target,
+        "images": [row.as_dict() for row in rows],
+        "bad": [{"name": sample.name, "reason": sample.reason} for sample in bad],
+    }
+    with write_aside(out_dir / "predictions.json") as aside:
+        aside.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return result
 
 
@@ -245,52 +245,14 @@ def some_images(
     source: Source, data: DataConfig, image_size: Size, count: int
 ) -> tuple[UInt8[Tensor, "b c h w"], list[str], tuple[BadSample, ...]]:
     """Up to `count` images evenly spaced over a source, their names, and those that cannot be read."""
-    if count < 1:
-        raise UsageError(f"num_images is {count}; draw at least 1")
-    batches = list(eval_batches(source, data, image_size, count, _spread(len(source), count)))
+    require(count >= 1, f"num_images is {count}; draw at least 1")
+    # One from the middle of each of as many equal parts.
+    parts = min(len(source), count)
+    indices = (2 * np.arange(parts, dtype=np.int64) + 1) * len(source) // (2 * parts)
+    batches = list(eval_batches(source, data, image_size, count, indices))
     bad = tuple(sample for batch in batches for sample in batch.bad)
     images = torch.cat([batch.images for batch in batches])
-    if len(images) == 0:
-        reasons = "; ".join(f"{sample.name}: {sample.reason}" for sample in bad[:3])
-        raise UsageError(f"none of the {len(bad)} chosen images of {source.spec} can be read ({reasons})")
+    reasons = "; ".join(f"{sample.name}: {sample.reason}" for sample in bad[:3])
+    require(len(images) > 0, f"none of the {len(bad)} chosen images of {source.spec} can be read ({reasons})")
     names = [source.name(int(sample)) for batch in batches for sample in batch.samples]
     return images, names, bad
-
-
-def _spread(length: int, count: int) -> Int64[np.ndarray, " n"]:
-    """Up to `count` indices, one from the middle of each of as many equal parts."""
-    count = min(length, count)
-    return (2 * np.arange(count, dtype=np.int64) + 1) * length // (2 * count)
-
-
-def _rows(names: Sequence[str], look: Look) -> tuple[ImageLoss, ...]:
-    return tuple(
-        ImageLoss(
-            name=name,
-            loss=float(loss),
-            baselines={kind: float(losses[i]) for kind, losses in look.baselines.items()},
-        )
-        for i, (name, loss) in enumerate(zip(names, look.losses, strict=True))
-    )
-
-
-def _write_json(result: PredictResult, config: ModelConfig, path: Path) -> None:
-    content = {
-        "mean_loss": _number(result.mean_loss),
-        **_target_in_json(config),
-        "images": [{name: _number(value) for name, value in row.as_dict().items()} for row in result.rows],
-        "bad": [{"name": sample.name, "reason": sample.reason} for sample in result.bad],
-    }
-    with write_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _target_in_json(config: ModelConfig) -> dict[str, object]:
-    if config.tokenizer is not None:
-        return {"loss": "cross_entropy", "tokenizer": config.tokenizer, "vocab_size": config.vocab_size}
-    return {"loss": config.loss, "norm_pixels": config.norm_pixels}
-
-
-def _number(value: float | str) -> float | str | None:
-    """JSON has no infinity; a loss that is not finite is null."""
-    return value if isinstance(value, str) or math.isfinite(value) else None

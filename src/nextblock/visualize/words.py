@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["BASELINE_WORDS"]
-
 BASELINE_WORDS = {
     "zero": "predicting zero",
     "copy_previous": "copying the previous block",
     "uniform": "predicting all tokens alike",
     "frequency": "predicting tokens by their frequency",
+    "chance": "all classes equally likely",
 }
-"""None of them needs a model: the first two are for pixels, the others for tokens."""
+"""None of them needs a model: the first two are for pixels, the next two for tokens, the last for classes."""

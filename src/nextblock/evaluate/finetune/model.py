@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from nextblock.config import pair
 from nextblock.data import keyed_seed
-from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.finetune.settings import LAYERS, FinetuneSettings
 from nextblock.interop.timm import encoder_at
 from nextblock.models import EncoderModel, NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
 from nextblock.optim import layer_decay_groups
+from nextblock.settings import require
 
 ADAPTED = r"blocks\.\d+\.attn\.(qkv|proj)"
 """Names of the adapted maps; a bare "proj" would be the patch embedding as well."""
@@ -63,8 +62,22 @@ def build_classifier(
     The encoder of our own models takes the image size and attention that are asked for, which become its own.
     Raises `UsageError` for what an encoder cannot do.
     """
-    encoder_model = _encoder_of(copy.deepcopy(model).cpu(), settings).requires_grad_(requires_grad=True)
-    depth = encoder_model.config.depth
+    model = copy.deepcopy(model).cpu()
+    if isinstance(model, NextBlockModel):
+        model = encoder_at(model, settings.image_size, settings.attention)
+    else:
+        name, size = model.config.architecture, model.config.image_size
+        require(
+            settings.attention != "causal",
+            f"{name} was not trained with a causal mask; use attention native or full",
+        )
+        require(
+            settings.image_size is None or pair(settings.image_size) == size,
+            f"image_size is {settings.image_size}, and timm builds {name} at {size}; give the size with the "
+            "name: timm:NAME,img_size=N",
+        )
+    model.requires_grad_(requires_grad=True)
+    depth = model.config.depth
     head_config = HeadConfig(
         kind=settings.head,
         num_classes=len(class_names),
@@ -75,32 +88,14 @@ def build_classifier(
         tokens=settings.tokens,
     )
     with seeded(keyed_seed(settings.seed, "fine-tuning head")):
-        classifier = ImageClassifier(encoder_model, head_config, class_names)
-    encoder: Any = encoder_model.encoder
+        classifier = ImageClassifier(model, head_config, class_names)
+    encoder: Any = model.encoder
     set_drop_path(encoder, settings.decay_and_drop_path[1])
     if settings.activation_checkpointing:
-        (encoder_model if isinstance(encoder_model, NextBlockModel) else encoder).set_grad_checkpointing(True)
+        (model if isinstance(model, NextBlockModel) else encoder).set_grad_checkpointing(True)
     if settings.lora.rank:
         add_lora(encoder, settings)
     return classifier
-
-
-def _encoder_of(model: EncoderModel, settings: FinetuneSettings) -> EncoderModel:
-    if isinstance(model, NextBlockModel):
-        try:
-            return encoder_at(model, settings.image_size, settings.attention)
-        except ValueError as error:  # the same, by the settings of this command
-            message = str(error).replace("model.image_size", "image_size")
-            raise UsageError(message.replace("another patch_size or block_size", "attention full")) from error
-    name = model.config.architecture
-    if settings.attention == "causal":
-        raise UsageError(f"{name} was not trained with a causal mask; use attention native or full")
-    if settings.image_size is not None and pair(settings.image_size) != model.config.image_size:
-        raise UsageError(
-            f"image_size is {settings.image_size}, and timm builds {name} at {model.config.image_size}; give "
-            "the size with the name: timm:NAME,img_size=N"
-        )
-    return model
 
 
 def set_drop_path(encoder: nn.Module, rate: float) -> None:
@@ -111,11 +106,11 @@ def set_drop_path(encoder: nn.Module, rate: float) -> None:
     blocks: list[Any] = list(getattr(encoder, "blocks", ()))
     names = ("drop_path1", "drop_path2")
     if not blocks or not all(hasattr(block, name) for block in blocks for name in names):
-        if rate:
-            raise UsageError(
-                f"drop_path is {rate:g}, but the layers of this {type(encoder).__name__} have no place for "
-                "it; set drop_path 0"
-            )
+        require(
+            not rate,
+            f"drop_path is {rate:g}, but the layers of this {type(encoder).__name__} have no place for it; "
+            "set drop_path 0",
+        )
         return
     for i, block in enumerate(blocks):
         its_rate = rate * i / max(1, len(blocks) - 1)
@@ -128,21 +123,19 @@ def tuning_groups(classifier: ImageClassifier, settings: FinetuneSettings) -> li
     depth = classifier.encoder_model.config.depth
     blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())
     decay, _ = settings.decay_and_drop_path
-    if decay != 1 and len(blocks) != depth:
-        raise UsageError(
-            f"layer_decay is {decay:g}, but this encoder does not name its layers blocks; set layer_decay 1"
-        )
-    layer_of = partial(_layer_of, top=depth + 1)
+    require(
+        decay == 1 or len(blocks) == depth,
+        f"layer_decay is {decay:g}, but this encoder does not name its layers blocks; set layer_decay 1",
+    )
+
+    def layer_of(name: str) -> int:
+        part = name.removeprefix("encoder_model.encoder.")
+        if part == name or re.match(r"(fc_)?norm\.", part):  # the head, or the encoder's final norm
+            return depth + 1
+        block = re.match(r"blocks\.(\d+)\.", part)
+        return 0 if block is None else int(block[1]) + 1  # patch and position embeddings come before layer 1
+
     return layer_decay_groups(classifier, settings.weight_decay, decay, layer_of, depth + 1)
-
-
-def _layer_of(name: str, *, top: int) -> int:
-    """Layer i of a classifier's encoder, from 1; `top` for its final norm and the head; 0 for the rest."""
-    part = name.removeprefix("encoder_model.encoder.")
-    if part == name or re.match(r"(fc_)?norm\.", part):
-        return top
-    block = re.match(r"blocks\.(\d+)\.", part)
-    return 0 if block is None else int(block[1]) + 1
 
 
 # ------------------------------------------------------------------------------------------------- adapters
@@ -163,11 +156,11 @@ def add_lora(encoder: nn.Module, settings: FinetuneSettings) -> None:
         ) from error
     blocks: Any = getattr(encoder, "blocks", ())
     attention = [getattr(block, "attn", None) for block in blocks]
-    if not attention or not all(isinstance(one, Attention) for one in attention):
-        raise UsageError(
-            f"LoRA is for the attention of timm's VisionTransformer, and this {type(encoder).__name__} has "
-            "another kind; train the whole network (lora.rank 0)"
-        )
+    require(
+        bool(attention) and all(isinstance(one, Attention) for one in attention),
+        f"LoRA is for the attention of timm's VisionTransformer, and this {type(encoder).__name__} has "
+        "another kind; train the whole network (lora.rank 0)",
+    )
     rank, alpha = settings.lora.rank or 0, settings.lora.alpha
     config = peft.LoraConfig(
         r=rank,

@@ -7,7 +7,6 @@ OUT/finetune.json, .md, .csv   the result
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import signal
@@ -33,13 +32,13 @@ from nextblock.data import BadSample, Batch, QuarantineLog, Step, eval_batches, 
 from nextblock.data.sources import SubsetSource
 from nextblock.data.transforms import EvalCrop, TimmCrop, seeded_globally
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, evaluation
+from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, labelled_evaluation
 from nextblock.evaluate.features import untrained
 from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups
 from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, TunedModel
 from nextblock.evaluate.metrics import Measures, Tally
-from nextblock.evaluate.results import weights_digest
-from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
+from nextblock.evaluate.results import digest_of, labels_digest
+from nextblock.evaluate.splits import Labelled, hold_out, missing_note
 from nextblock.evaluate.table import check_bad
 from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
@@ -138,7 +137,8 @@ class FineTuner(Learner):
 
     def _loss(self, batch: Batch, drawn: Step, divisors: list[int]) -> Float[Tensor, ""]:
         images, settings = batch.images, self.settings
-        if self.model.head_config.batch_norm and len(images) == 1:  # of which there are no statistics
+        # A batch norm has no statistics of one image: it then adds nothing to any gradient.
+        if self.model.head_config.batch_norm and len(images) == 1:
             return 0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[return-value]
         # timm's crops come as floats, normalised.
         images = images.to(self.device) if images.is_floating_point() else self.to_model(images)
@@ -175,7 +175,7 @@ class FineTuner(Learner):
 
     def reference_losses(self, own: Sequence[Tensor], most: int) -> dict[str, float]:  # noqa: ARG002
         """The loss of finding all classes equally likely, whatever the label smoothing."""
-        return {"uniform": math.log(self.model.head_config.num_classes)}
+        return {"chance": math.log(self.model.head_config.num_classes)}
 
     def validate(
         self, batches: Iterator[Batch], should_stop: Callable[[], object]
@@ -277,9 +277,8 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> Result:
     `NonFiniteError`.
     """
     config = from_dict(FinetuneSettings, settings)
-    with evaluation(config) as opened:
-        specs = {"train": config.train, "val": config.val, "test": config.test}
-        return tune(opened, config, open_labelled(specs, opened.data), reporter)
+    with labelled_evaluation(config) as (opened, sources):
+        return tune(opened, config, sources, reporter)
 
 
 def tune(
@@ -288,13 +287,12 @@ def tune(
     sources: dict[str, Labelled],
     reporter: Reporter | None = None,
 ) -> Result:
-    """The same of an open model and open sources."""
+    """The same with an open model and open sources."""
     # What an encoder or a device cannot do is refused before anything is written.
     autocast(opened.device, config.precision)
     tuning_groups(build_classifier(opened.model, config, sources["train"].source.class_names), config)
     reporter = reporter or Reporter(is_quiet=not opened.group.is_main)
-    of = {purpose: one.source for purpose, one in sources.items()}
-    result = opened.result("finetune", of, COLUMNS, lambda: _measure(opened, config, sources, reporter))
+    result = opened.result("finetune", sources, COLUMNS, lambda: _measure(opened, config, sources, reporter))
     if opened.group.is_main:
         for name in RUNS.values():
             remove(Path(config.out) / name / "checkpoints")
@@ -382,9 +380,11 @@ def _train(
     # The same share of the picture at another size.
     resize_px = round(opened.data.resize_px(old) * max(pair(size)) / max(pair(old)))
     names = train_on.source.class_names
-    labels = hashlib.sha256("\n".join(names).encode() + train_on.labels.tobytes()).hexdigest()[:16]
     tuned = TunedModel(
-        image_size=size, in_chans=model.config.in_chans, weights=weights_digest(model), labels=labels
+        image_size=size,
+        in_chans=model.config.in_chans,
+        weights=digest_of(model.encoder),
+        labels=labels_digest(train_on.source),
     )
     config = TuneConfig.of(settings, tuned, replace(opened.data, val_resize_px=resize_px))
     learner: Any = partial(
@@ -392,7 +392,7 @@ def _train(
         make=partial(build_classifier, model, settings, names),
         labels={purpose: one.labels for purpose, one in given.items()},
     )
-    # A command that was stopped is repeated with the same --overwrite: this very run is then resumed.
+    # A command that was stopped is repeated with the same --overwrite: it then resumes this very run.
     begun = recorded_config(place, TuneConfig)
     overwrite = group.broadcast(settings.overwrite and (begun is None or bool(config.differences(begun))))
     sources = {purpose: one.source for purpose, one in given.items()}

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nextblock.config import Attention, ModelConfig
-from nextblock.data import BadSample, Batch, keyed_seed
+from nextblock.data import keyed_seed
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import Evaluation
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.metrics import Measures
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings, Schedule
-from nextblock.evaluate.table import Extract, NonFiniteFeaturesError, features_of_batch, non_finite
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE
-from nextblock.models import EncoderModel
-from nextblock.models.heads import (
-    FeatureConfig,
-    Head,
-    HeadConfig,
-    LinearHead,
-    Tokens,
-    check_attention_heads,
-    create_head,
-    fitting_heads,
-    normalized,
-)
-from nextblock.models.heads import HeadName as AnyHead
+from nextblock.models import EncoderModel, heads
+from nextblock.models.heads import FeatureConfig, Head, HeadConfig, Tokens, fitting_heads
 from nextblock.models.timm_encoder import TimmConfig
 from nextblock.optim import lr_at, parameter_groups
 
@@ -75,9 +61,11 @@ class Candidate:
         }
 
     def create(self, dim: int, num_classes: int, seed: int) -> Head:
-        """A fresh head for an encoder (or vectors) `dim` wide; its weights depend on seed, kind and size."""
-        with seeded(keyed_seed(seed, "probe head", get_args(AnyHead).index(self.head))):
-            return create_head(self.config, dim) if self.config else LinearHead(dim, num_classes)
+        """A fresh head for features `dim` wide; its weights depend on seed, kind and size."""
+        with seeded(keyed_seed(seed, "probe head", get_args(heads.HeadName).index(self.head))):
+            if self.config is None:
+                return heads.LinearHead(dim, num_classes)
+            return heads.create_head(self.config, dim)
 
 
 def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: int) -> tuple[Candidate, ...]:
@@ -87,17 +75,22 @@ def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: 
     attentions: list[Attention] = list(config.attention)
     if isinstance(encoder, TimmConfig) and {"native", "full"} <= set(attentions):
         attentions.remove(max("native", "full", key=attentions.index))
-    for head in config.heads:
-        layers = dict.fromkeys(
-            chosen for word in recipe.layers[head] for chosen in _layers(word, config, model)
+    best = BEST_LAYERS_OF_SIZE.get((encoder.embed_dim, encoder.depth))
+    if best is None and config.layers is not None and "best" in config.layers:
+        sizes = ", ".join(f"{width} x {layers}" for width, layers in BEST_LAYERS_OF_SIZE)
+        raise UsageError(
+            f"the best layers are known for AIM's sizes only (width x layers: {sizes}), not for "
+            f"{encoder.embed_dim} x {encoder.depth}; use --layers each, or name them: 3+4+5"
         )
+    for head in config.heads:
+        # A recipe may offer "best", which other sizes go without.
+        words = [word for word in recipe.layers[head] if word != "best" or best is not None]
+        layers = dict.fromkeys(chosen for one in words for chosen in layer_choices(one, encoder.depth, best))
+        # A class token is one vector an image: there is nothing for a query to choose among.
         tokens: list[Tokens] = [one for one in config.tokens if one != "class" or head == "linear"]
         num_heads = _attention_heads(config, model) if head == "attentive" else 1
         num_queries = fitting_heads(encoder.embed_dim, QUERIES) if head == "ep" else 1
-        choices: list[tuple[Attention, Tokens, tuple[int, ...]]] = [
-            (attention, seen, chosen) for attention in attentions for seen in tokens for chosen in layers
-        ]
-        for attention, seen, chosen in choices:
+        for attention, seen, chosen in product(attentions, tokens, layers):
             made = HeadConfig(
                 kind=head,
                 num_classes=num_classes,
@@ -116,34 +109,11 @@ def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: 
     return tuple(found)
 
 
-def baseline_candidates(config: ProbeSettings) -> tuple[Candidate, ...]:
-    """The linear heads to train on vectors that no encoder made."""
-    recipe = config.resolved()
-    return tuple(
-        Candidate(head="linear", config=None, lr=lr, weight_decay=decay)
-        for decay, lr in product(recipe.weight_decay["linear"], recipe.lr)
-    )
-
-
-def _layers(word: str, config: ProbeSettings, model: EncoderModel) -> tuple[tuple[int, ...], ...]:
-    """The choices that a word means; for "best" none if it is the recipe's and not known."""
-    encoder = model.config
-    best = BEST_LAYERS_OF_SIZE.get((encoder.embed_dim, encoder.depth))
-    if word != "best" or best is not None:
-        return layer_choices(word, encoder.depth, best)
-    if config.layers is not None:
-        sizes = ", ".join(f"{width} x {layers}" for width, layers in BEST_LAYERS_OF_SIZE)
-        raise UsageError(
-            f"the best layers are known for AIM's sizes only (width x layers: {sizes}), not for "
-            f"{encoder.embed_dim} x {encoder.depth}; use --layers each, or name them: 3+4+5"
-        )
-    return ()
-
-
 def _attention_heads(config: ProbeSettings, model: EncoderModel) -> int:
+    """Attention heads of an attentive head: as given, or the most that the width can be divided among."""
     width, wanted = model.config.embed_dim, ATTENTION_HEADS
     if config.attentive_heads is not None:
-        check_attention_heads(width, config.attentive_heads)
+        heads.check_attention_heads(width, config.attentive_heads)
         return config.attentive_heads
     if config.resolved().encoder_heads:
         if isinstance(model.config, ModelConfig):
@@ -157,43 +127,52 @@ def _attention_heads(config: ProbeSettings, model: EncoderModel) -> int:
     return fitting
 
 
+def baseline_candidates(config: ProbeSettings) -> tuple[Candidate, ...]:
+    """The linear heads to train on vectors that no encoder made."""
+    recipe = config.resolved()
+    grid = product(recipe.weight_decay["linear"], recipe.lr)
+    return tuple(Candidate(head="linear", config=None, lr=lr, weight_decay=decay) for decay, lr in grid)
+
+
 # ------------------------------------------------------------------------------------------------ the grid
 
 
-class Grid:
+class Grid(nn.Module):
     """Heads in training; what each learns is, bit for bit, what it would learn alone.
 
-    `columns` says for each head which of a batch's features it sees.
+    `columns` says for each head which of a batch's features it sees. `state_dict` holds what was learned.
     """
 
     def __init__(
         self,
-        heads: Sequence[Head],
+        members: Sequence[Head],
         candidates: Sequence[Candidate],
         columns: Sequence[int],
         config: ProbeSettings,
         schedule: Schedule,
     ) -> None:
-        self.heads, self.columns = tuple(heads), tuple(columns)
-        self._candidates, self._config, self._schedule = candidates, config, schedule
+        super().__init__()
+        self._candidates, self._columns = candidates, columns
+        self._config, self._schedule = config, schedule
         # The batch norms have no weights, so those of the heads that see the same features are equal: they
         # leave the heads until the end, and run once for all of them.
-        self._norms = {column: head.norm for column, head in zip(columns, heads, strict=True)}
-        for head in heads:
+        self.norms = nn.ModuleDict({str(k): head.norm for k, head in zip(columns, members, strict=True)})
+        for head in members:
             head.norm = nn.Identity()
-            head.train()
+        self.members = nn.ModuleList(members)
         groups = [
             {**group, "head": number}
-            for number, (head, one) in enumerate(zip(heads, candidates, strict=True))
+            for number, (head, one) in enumerate(zip(members, candidates, strict=True))
             for group in parameter_groups(head, one.weight_decay)
         ]
-        self._optimizer = torch.optim.AdamW(groups, betas=config.resolved().betas, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=config.resolved().betas, fused=True)
+        self.train()
 
     def learn(
         self, features: Sequence[Float[Tensor, "b ..."]], labels: Int64[Tensor, " b"], step: int
     ) -> None:
         """Take one step of all heads on a batch."""
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             peak = self._candidates[group["head"]].lr
             group["lr"] = lr_at(
                 step,
@@ -206,51 +185,29 @@ class Grid:
         # Official training accumulates large batches from parts, each normalized by itself.
         parts = max(1, len(labels) // (self._config.norm_batch_size or len(labels)))
         normed = {
-            column: torch.cat([normalized(part, norm) for part in features[column].tensor_split(parts)])
+            k: torch.cat([heads.normalized(part, norm) for part in features[int(k)].tensor_split(parts)])
             if parts > 1
-            else normalized(features[column], norm)
-            for column, norm in self._norms.items()
+            else heads.normalized(features[int(k)], norm)
+            for k, norm in self.norms.items()
         }
         # No head sees another's weights, so the gradient of the sum is each head's own. One that diverges
         # adds NaN to the sum, which nobody reads, and to no other head's gradient.
         losses = [
-            F.cross_entropy(head(normed[column]), labels)
-            for head, column in zip(self.heads, self.columns, strict=True)
+            F.cross_entropy(head(normed[str(k)]), labels)
+            for head, k in zip(self.members, self._columns, strict=True)
         ]
         torch.stack(losses).sum().backward()
         if self._config.clip_grad is not None:
-            for head in self.heads:
+            for head in self.members:
                 nn.utils.clip_grad_norm_(head.parameters(), self._config.clip_grad)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def finish(self) -> None:
         """Give every head its norm back, and set it to evaluation."""
-        for head, column in zip(self.heads, self.columns, strict=True):
-            head.norm = deepcopy(self._norms[column])
-            head.eval()
-
-    def state_dict(self, *, is_done: bool) -> dict[str, Any]:
-        """What was learned so far: tensors, numbers and strings only."""
-        state = {
-            "norms": {column: norm.state_dict() for column, norm in self._norms.items()},
-            "heads": [head.state_dict() for head in self.heads],
-        }
-        return state if is_done else {**state, "optimizer": self._optimizer.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave before `finish`."""
-        for column, norm in self._norms.items():
-            norm.load_state_dict(state["norms"][column])
-        for head, weights in zip(self.heads, state["heads"], strict=True):
-            head.load_state_dict(weights)
-        if "optimizer" in state:
-            self._optimizer.load_state_dict(state["optimizer"])
-
-
-def is_finite(head: Head) -> bool:
-    """Whether all weights and running statistics are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in head.state_dict().values())
+        for head, column in zip(self.members, self._columns, strict=True):
+            head.norm = deepcopy(self.norms[str(column)])
+        self.eval()
 
 
 # -------------------------------------------------------------------------------------------- the best heads
@@ -332,38 +289,3 @@ def rate_notes(grid: Sequence[Mapping[str, Any]], given: Sequence[float]) -> lis
         "Diverged: {}.": lost,
     }
     return [sentence.format("; ".join(found)) for sentence, found in sentences.items() if found]
-
-
-# ------------------------------------------------------------------------- batches without a feature table
-
-
-def encoded(
-    opened: Evaluation, batches: Iterable[Batch], extract: Extract
-) -> Iterator[tuple[tuple[Float[Tensor, "b ..."], ...], Int64[Tensor, " b"], tuple[BadSample, ...]]]:
-    """Features, samples and unreadable images of batches that the ranks share; all ranks get all of them."""
-    group = opened.group
-    for batch in batches:
-        opened.check_stop()
-        features = features_of_batch(
-            batch, extract, opened.data, opened.device, opened.model.config.image_size
-        )
-        features = tuple(one[: len(batch.samples)] for one in features)
-        parts = group.gather((batch.samples, batch.bad, non_finite(features, batch)))
-        failure = next((one for _, _, one in parts if one), None)
-        if failure is not None:
-            raise NonFiniteFeaturesError(failure)
-        samples = torch.cat([one for one, _, _ in parts])
-        if group.size > 1:
-            features = tuple(_together(one, [len(part[0]) for part in parts], opened) for one in features)
-        yield features, samples, tuple(one for _, bad, _ in parts for one in bad)
-
-
-def _together(own: Tensor, counts: Sequence[int], opened: Evaluation) -> Tensor:
-    """The rows of all ranks, in the order of ranks; `counts` says how many each has."""
-    whole = own.new_empty(sum(counts), *own.shape[1:])
-    for rank, part in enumerate(whole.split(list(counts))):
-        if rank == opened.group.rank:
-            part.copy_(own)
-        if len(part):
-            dist.broadcast(part, src=rank, group=opened.group.processes)
-    return whole

@@ -21,13 +21,22 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+import torch.distributed as dist
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from nextblock.atomic import write_aside, write_text
 from nextblock.checkpoint import save_classifier
 from nextblock.config import pair
-from nextblock.data import BadSample, TrainLoader, eval_batches, keyed_seed, normalize, resolve_workers
+from nextblock.data import (
+    BadSample,
+    Batch,
+    TrainLoader,
+    eval_batches,
+    keyed_seed,
+    normalize,
+    resolve_workers,
+)
 from nextblock.data.order import VisitOrder
 from nextblock.data.sources import SubsetSource
 from nextblock.data.transforms import TimmCrop
@@ -40,7 +49,7 @@ from nextblock.evaluate.evaluation import (
     Result,
     Stopped,
     add_leads,
-    evaluation,
+    labelled_evaluation,
 )
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.metrics import Measures, Tally
@@ -52,16 +61,20 @@ from nextblock.evaluate.probe.heads import (
     beyond,
     choose,
     diverged,
-    encoded,
     encoder_candidates,
-    is_finite,
     rate_notes,
 )
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings
-from nextblock.evaluate.results import identity_of
 from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
-from nextblock.evaluate.splits import Labelled, hold_out, missing_note, open_labelled
-from nextblock.evaluate.table import Extract, FeatureTable, check_bad, table_gb
+from nextblock.evaluate.splits import Labelled, hold_out, missing_note
+from nextblock.evaluate.table import (
+    FeatureTable,
+    NonFiniteFeaturesError,
+    check_bad,
+    feature_shapes,
+    features_of_batch,
+    non_finite,
+)
 from nextblock.evaluate.tables import Column, lead, number, share, write_csv
 from nextblock.logs import counted
 from nextblock.models.heads import FeatureConfig, Head, ImageClassifier, layer_words
@@ -101,12 +114,9 @@ def probe(**settings: Any) -> Result:
     diverged; `Stopped` after a signal.
     """
     config = from_dict(ProbeSettings, settings)
-    with evaluation(config) as opened:
-        specs = {"train": config.train, "val": config.val, "test": config.test}
-        sources = open_labelled(specs, opened.data)
+    with labelled_evaluation(config) as (opened, sources):
         run = _Probe(opened, config, sources)
-        of = {purpose: one.source for purpose, one in sources.items()}
-        result = opened.result("probe", of, COLUMNS, run.measure, save=run.save)
+        result = opened.result("probe", sources, COLUMNS, run.measure, save=run.save)
         if run.states is not None and opened.group.is_main:
             shutil.rmtree(run.states, ignore_errors=True)
         return result
@@ -120,8 +130,8 @@ class _Part(NamedTuple):
     numbers: Int64[np.ndarray, " n"]
 
 
-Features = tuple[Float[Tensor, "b ..."], ...]
-Columns = list[FeatureConfig | None]
+Lot = tuple[tuple[Tensor, ...], np.ndarray]
+"""Features of images, one tensor for each choice of features, and the images' numbers in their source."""
 
 
 class _Probe:
@@ -131,17 +141,15 @@ class _Probe:
         self.opened, self.config, self.sources = opened, config, sources
         self.class_names = sources["train"].source.class_names
         self.candidates = encoder_candidates(config, opened.model, len(self.class_names))
-        self._divide()
+        self.train, self.choice, self.measured = self._parts()
+        self.parts = [one for one in (self.train, self.choice, self.measured) if one is not None]
         self.schedule = config.schedule(len(self.train.numbers))
         self.states = None if config.out is None else Path(config.out) / "heads"
         self.winners: dict[HeadName, tuple[Trained, Measures]] = {}
         self.grid: list[dict[str, Any]] = []
-        self._tables: dict[str, FeatureTable] = {}
 
-    # --------------------------------------------------------------------------------------------- the images
-
-    def _divide(self) -> None:
-        """Which images to train on, to choose on, and to measure on; none is held out without need."""
+    def _parts(self) -> tuple[_Part, _Part | None, _Part]:
+        """The images to train on, to choose on, and to measure on; none is held out without need."""
         config, labels = self.config, self.sources["train"].labels
         numbers = np.arange(len(labels))
 
@@ -157,69 +165,84 @@ class _Probe:
             numbers, held = numbers[kept], numbers[held]
             return _Part(name, "train", held)
 
-        self.measured = part("test", "held-out", config.seed, 0.1)
-        self.choice: _Part | None = None
+        measured, choice = part("test", "held-out", config.seed, 0.1), None
         kinds = [one.head for one in self.candidates]
         if len(set(kinds)) < len(kinds):
             share = 0.1 if "test" in self.sources else 1 / 9  # of what is left: a tenth of all
-            self.choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
+            choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
         elif config.val is not None:
             log.info("each head has one candidate: nothing is chosen on val")
-        self.train = _Part("train", "train", numbers)
-        self.parts = [one for one in (self.train, self.choice, self.measured) if one is not None]
-
-    def _note_bad(self, purpose: str, bad: Iterable[BadSample]) -> None:
-        source = self.sources[purpose].source
-        known = {one.sample: one for one in (*self.opened.bad.get(purpose, (source, ()))[1], *bad)}
-        found = tuple(known[sample] for sample in sorted(known))
-        check_bad(found, source, self.opened.data)
-        self.opened.bad[purpose] = (source, found)
+        return _Part("train", "train", numbers), choice, measured
 
     # ------------------------------------------------------------------------------------------- the features
 
-    def _extract(self, encoder: str, columns: Columns) -> Extract:
-        wanted = [one for one in columns if one is not None]
-        return self.opened.extract(encoder, wanted, self.config.seed)[0]
+    def _start(self, encoder: str, candidates: Sequence[Candidate]) -> None:
+        """Make this the encoder whose features are taken, those that the candidates see."""
+        self.columns = list(dict.fromkeys(one.features for one in candidates))
+        wanted: list[FeatureConfig] = [one for one in self.columns if one is not None]
+        self.extract, self.origins = self.opened.extract(encoder, wanted, self.config.seed)
+        size = self.opened.model.config.image_size
+        self.shapes = feature_shapes(self.extract, self.opened.data, size, self.opened.device)
+        self.tables: dict[str, FeatureTable] = {}
 
-    def _shapes(self, encoder: str, columns: Columns) -> list[tuple[int, ...]]:
-        """Of one image's features."""
-        opened = self.opened
-        blank = torch.zeros(1, opened.data.channels, *pair(opened.model.config.image_size))
-        with torch.no_grad():
-            return [tuple(one.shape[1:]) for one in self._extract(encoder, columns)(blank.to(opened.device))]
+    def _from_table(self, part: _Part, lots: Iterable[np.ndarray]) -> Iterator[Lot]:
+        """The readable images of each lot; the first lot has all that is needed of the source encoded."""
+        if part.purpose not in self.tables:
+            needed = np.concatenate([one.numbers for one in self.parts if one.purpose == part.purpose])
+            source, indices = self.sources[part.purpose].source, np.sort(needed)
+            table = self.opened.fill(part.purpose, source, self.extract, self.origins, indices)
+            self.tables[part.purpose] = table
+        table, device = self.tables[part.purpose], self.opened.device
+        for lot in lots:
+            self.opened.check_stop()
+            some = table.readable(lot)
+            yield tuple(table.read(some, kind).to(device) for kind in range(len(self.columns))), some
 
-    def _table(self, purpose: str, encoder: str, columns: Columns) -> FeatureTable:
-        """All that is needed of a source, encoded once."""
-        if purpose not in self._tables:
-            numbers = np.concatenate([part.numbers for part in self.parts if part.purpose == purpose])
-            self._tables[purpose] = self.opened.table(
-                purpose,
-                self.sources[purpose].source,
-                encoder,
-                [one for one in columns if one is not None],
-                indices=np.sort(numbers),
-                seed=self.config.seed,
-            )
-        return self._tables[purpose]
+    def _encoded(
+        self, purpose: str, batches: Iterable[Batch], numbers: Int64[np.ndarray, " n"]
+    ) -> Iterator[Lot]:
+        """Features of batches that the ranks share, without a table; all ranks get all of them.
 
-    def _from_table(
-        self, table: FeatureTable, columns: Columns, numbers: Int64[np.ndarray, " n"]
-    ) -> tuple[Features, Int64[np.ndarray, " b"]]:
-        some = table.readable(numbers)
-        return tuple(table.read(some, k).to(self.opened.device) for k in range(len(columns))), some
+        `numbers` are the numbers in their source of the images that the batches count.
+        """
+        opened, group = self.opened, self.opened.group
+        for batch in batches:
+            opened.check_stop()
+            size = opened.model.config.image_size
+            features = features_of_batch(batch, self.extract, opened.data, opened.device, size)
+            features = [one[: len(batch.samples)] for one in features]
+            shares = group.gather((batch.samples, batch.bad, non_finite(tuple(features), batch)))
+            if failures := [failure for _, _, failure in shares if failure]:
+                raise NonFiniteFeaturesError(failures[0])
+            if group.size > 1:
+                for kind, own in enumerate(features):
+                    # Rank after rank into one tensor: shares differ in size, which not all backends gather.
+                    features[kind] = whole = own.new_empty(
+                        sum(len(one) for one, *_ in shares), *own.shape[1:]
+                    )
+                    for rank, rows in enumerate(whole.split([len(one) for one, *_ in shares])):
+                        if rank == group.rank:
+                            rows.copy_(own)
+                        if len(rows):
+                            dist.broadcast(rows, src=rank, group=group.processes)
+            bad = [one for _, of_rank, _ in shares for one in of_rank]
+            self._note_bad(purpose, [one._replace(sample=int(numbers[one.sample])) for one in bad])
+            yield tuple(features), numbers[torch.cat([one for one, *_ in shares]).numpy()]
 
-    def _train_batches(
-        self, encoder: str, columns: Columns, start: int
-    ) -> Iterator[tuple[Features, Int64[np.ndarray, " b"]]]:
-        """Features and numbers of images, from a step on; unreadable images are left out."""
+    def _note_bad(self, purpose: str, bad: Iterable[BadSample]) -> None:
+        source, known = self.opened.bad.get(purpose, (self.sources[purpose].source, ()))
+        by_number = {one.sample: one for one in (*known, *bad)}
+        found = tuple(by_number[sample] for sample in sorted(by_number))
+        check_bad(found, source, self.opened.data)
+        self.opened.bad[purpose] = (source, found)
+
+    def _train_batches(self, start: int) -> Iterator[Lot]:
+        """What to train on, from a step on; unreadable images are left out."""
         opened, plan, numbers, seed = self.opened, self.schedule, self.train.numbers, self.config.seed
         if self.config.augment == "none":
-            table = self._table("train", encoder, columns)
             order = VisitOrder(len(numbers), seed=seed, batch_size=plan.batch_size)
-            for step in range(start, plan.steps):
-                opened.check_stop()
-                yield self._from_table(table, columns, numbers[order.keys(step).samples])
-            return
+            lots = (numbers[order.keys(step).samples] for step in range(start, plan.steps))
+            return self._from_table(self.train, lots)
         source, size = self.sources["train"].source, opened.model.config.image_size
         if len(numbers) < len(source):
             source = SubsetSource(source.spec, source, numbers)
@@ -236,50 +259,58 @@ class _Probe:
             world_size=opened.group.size,
             crop=TimmCrop(data=data, image_size=size, seed=seed) if self.config.augment == "timm" else None,
         )
-        batches = (next(step.micro_batches) for step in islice(loader, plan.steps - start))
-        for features, samples, bad in encoded(opened, batches, self._extract(encoder, columns)):
-            self._note_bad("train", (one._replace(sample=int(numbers[one.sample])) for one in bad))
-            yield features, numbers[samples.numpy()]
+        steps = islice(loader, plan.steps - start)
+        return self._encoded("train", (next(step.micro_batches) for step in steps), numbers)
 
-    def _centre_crops(
-        self, part: _Part, encoder: str, columns: Columns
-    ) -> Iterator[tuple[Features, Int64[np.ndarray, " b"]]]:
-        """Features and numbers of a part's readable images."""
-        opened, group, source = self.opened, self.opened.group, self.sources[part.purpose].source
+    def _centre_crops(self, part: _Part) -> Iterator[Lot]:
+        """All readable images of a part."""
+        opened, source, numbers = self.opened, self.sources[part.purpose].source, part.numbers
         if self.config.augment == "none":
-            table = self._table(part.purpose, encoder, columns)
-            for start in range(0, len(part.numbers), MEASURED):
-                yield self._from_table(table, columns, part.numbers[start : start + MEASURED])
-            return
-        size, workers = opened.settings.images_at_once(opened.device.type), opened.data.workers
+            return self._from_table(part, np.split(numbers, range(MEASURED, len(numbers), MEASURED)))
+        data, group, size = opened.data, opened.group, opened.model.config.image_size
+        at_once, workers = opened.settings.images_at_once(opened.device.type), opened.data.workers
         workers = resolve_workers(workers, source, group.sharing_cores)
-        cut = (opened.data, opened.model.config.image_size, size, part.numbers, workers)
-        batches = eval_batches(source, *cut, group.rank, group.size)
-        for features, samples, bad in encoded(opened, batches, self._extract(encoder, columns)):
-            self._note_bad(part.purpose, bad)
-            yield features, samples.numpy()
+        batches = eval_batches(source, data, size, at_once, numbers, workers, group.rank, group.size)
+        return self._encoded(part.purpose, batches, np.arange(len(source)))
 
     # ---------------------------------------------------------------------------------------------- the heads
 
-    def _train(self, encoder: str, candidates: Sequence[Candidate], columns: Columns) -> list[Head]:
+    def _train(self, encoder: str, candidates: Sequence[Candidate]) -> list[Head]:
         """Train heads side by side, from where a stopped probe left them."""
         opened, config, plan = self.opened, self.config, self.schedule
-        widths = [shape[-1] for shape in self._shapes(encoder, columns)]
-        seen = [columns.index(one.features) for one in candidates]
+        seen = [self.columns.index(one.features) for one in candidates]
         heads = [
-            one.create(widths[column], len(self.class_names), config.seed).to(opened.device)
+            one.create(self.shapes[column][-1], len(self.class_names), config.seed).to(opened.device)
             for one, column in zip(candidates, seen, strict=True)
         ]
-        grid = Grid(heads, candidates, seen, config, plan)
-        place, state = self._place(encoder, candidates), None
+        grid, place, state, step = Grid(heads, candidates, seen, config, plan), None, None, 0
+        if self.states is not None and opened.group.is_main:
+            # The file is named after all that these heads depend on.
+            key = json.dumps(
+                [opened.identity(self.sources), encoder, [one.row() for one in candidates]], sort_keys=True
+            )
+            place = self.states / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
         with opened.group.together():
             if place is not None and place.is_file():
                 state = torch.load(place, map_location="cpu", weights_only=True)
-        state, step = opened.group.broadcast(state), 0
+        state = opened.group.broadcast(state)
         if state is not None:
             step = state["step"]
-            grid.load_state_dict(state["grid"])
+            grid.load_state_dict(state["heads"])
+            if "optimizer" in state:
+                grid.optimizer.load_state_dict(state["optimizer"])
             self._note_bad("train", (BadSample(*one) for one in state["bad"]))
+
+        def save() -> None:
+            if place is not None and step:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                bad = [tuple(one) for one in opened.bad.get("train", (None, ()))[1]]
+                learned = {"heads": grid.state_dict(), "step": step, "bad": bad}
+                if step < plan.steps:
+                    learned["optimizer"] = grid.optimizer.state_dict()
+                with write_aside(place) as aside:
+                    torch.save(learned, aside)
+
         every = Duration.parse(config.save_every, allow=("min", "ep"))
         is_timed = every.unit == "minutes"
         save_s = 60 * every.value if is_timed else math.inf
@@ -288,8 +319,8 @@ class _Probe:
         log.info("%s: training %s, %s", encoder, counted(len(heads), "head"), counted(plan.steps, "step"))
         labels = torch.from_numpy(self.sources["train"].labels)
         try:
-            for features, numbers in self._train_batches(encoder, columns, step):
-                if len(numbers) < 2:
+            for features, numbers in self._train_batches(step):
+                if len(numbers) < 2:  # a batch norm has no statistics of one image
                     log.warning("step %d skipped: it has fewer than 2 readable images", step)
                 else:
                     grid.learn(features, labels[numbers].to(opened.device), step)
@@ -299,34 +330,16 @@ class _Probe:
                     log.info("%s: step %d of %d", encoder, step, plan.steps)
                 if now_s - saved_s >= save_s or step % save_steps == 0:
                     saved_s = now_s
-                    self._save_state(place, grid, step)
+                    save()
         except Stopped:
-            self._save_state(place, grid, step)
+            save()
             raise
-        self._save_state(place, grid, step)
+        save()
         grid.finish()
         return heads
 
-    def _place(self, encoder: str, candidates: Sequence[Candidate]) -> Path | None:
-        """The file for these heads, named after all that they depend on; on rank 0."""
-        if self.states is None or not self.opened.group.is_main:
-            return None
-        of = {purpose: one.source for purpose, one in self.sources.items()}
-        identity = identity_of(self.config, self.opened.model, self.opened.data, of)
-        key = json.dumps([identity, encoder, [one.row() for one in candidates]], sort_keys=True)
-        return self.states / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
-
-    def _save_state(self, place: Path | None, grid: Grid, step: int) -> None:
-        if place is None or not step:
-            return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        bad = [tuple(one) for one in self.opened.bad.get("train", (None, ()))[1]]
-        learned = grid.state_dict(is_done=step == self.schedule.steps)
-        with write_aside(place) as aside:
-            torch.save({"grid": learned, "step": step, "bad": bad}, aside)
-
     def _measure(
-        self, part: _Part, encoder: str, trained: Sequence[Trained], columns: Columns, *, confusion: bool
+        self, part: _Part, trained: Sequence[Trained], *, confusion: bool = False
     ) -> list[Measures | None]:
         """Measure heads on a part; None for one whose weights or logits are not finite."""
         labels = torch.from_numpy(self.sources[part.purpose].labels)
@@ -334,11 +347,11 @@ class _Probe:
             None if one.is_diverged else Tally(len(self.class_names), confusion=confusion) for one in trained
         ]
         with torch.no_grad():
-            for features, numbers in self._centre_crops(part, encoder, columns):
+            for features, numbers in self._centre_crops(part):
                 for i, (one, tally) in enumerate(zip(trained, tallies, strict=True)):
                     if tally is None or not len(numbers):
                         continue
-                    logits = one.head(features[columns.index(one.candidate.features)])
+                    logits = one.head(features[self.columns.index(one.candidate.features)])
                     if logits.isfinite().all():
                         tally.add(logits, labels[numbers])
                     else:
@@ -347,16 +360,17 @@ class _Probe:
 
     def _encoder(self, encoder: str) -> tuple[list[dict[str, Any]], list[Measures]]:
         """Train the heads of one encoder, choose the best, measure them: their rows."""
-        started_s, config, self._tables = time.monotonic(), self.config, {}
+        started_s, config = time.monotonic(), self.config
         new = self.candidates if encoder in (MODEL, UNTRAINED) else baseline_candidates(config)
-        columns: Columns = list(dict.fromkeys(one.features for one in new))
+        self._start(encoder, new)
         trained: list[Trained] = []
         winners: dict[HeadName, int] = {}
         for _ in range(ROUNDS + 1):  # the grid, then what extends it
-            heads = self._train(encoder, new, columns)
-            more = [Trained(one, head, not is_finite(head)) for one, head in zip(new, heads, strict=True)]
+            heads = self._train(encoder, new)
+            finite = [all(t.isfinite().all() for t in head.state_dict().values()) for head in heads]
+            more = [Trained(one, head, not ok) for one, head, ok in zip(new, heads, finite, strict=True)]
             if self.choice is not None:
-                found = self._measure(self.choice, encoder, more, columns, confusion=False)
+                found = self._measure(self.choice, more)
                 more = [replace(a, score=b, is_diverged=b is None) for a, b in zip(more, found, strict=True)]
             trained += more
             # GPUs of several ranks may round otherwise: rank 0 chooses for all.
@@ -369,7 +383,8 @@ class _Probe:
             row = {"encoder": encoder, **one.candidate.row(), **score}
             self.grid.append({**row, "is_winner": i in winners.values(), "is_diverged": one.is_diverged})
         best = [trained[i] for i in winners.values()]
-        measured = self._measure(self.measured, encoder, best, columns, confusion=encoder == MODEL)
+        # Of baselines nobody looks at the confused classes.
+        measured = self._measure(self.measured, best, confusion=encoder == MODEL)
         rows, sound = [], []
         for one, found in zip(best, measured, strict=True):
             if found is None:
@@ -387,9 +402,9 @@ class _Probe:
     def measure(self) -> Result:
         """Probe the model and its baselines."""
         config, plan, opened = self.config, self.schedule, self.opened
-        columns: Columns = list(dict.fromkeys(one.features for one in self.candidates))
+        self._start(MODEL, self.candidates)
         images = sum(len(self.sources[purpose].labels) for purpose in {one.purpose for one in self.parts})
-        gb = table_gb(self._shapes(MODEL, columns), images) * (1 + config.baselines)
+        gb = 4e-9 * images * sum(map(math.prod, self.shapes)) * (1 + config.baselines)
         if config.augment == "none" and gb > config.cache_gb:
             raise UsageError(
                 f"the features of {counted(images, 'image')} take {gb:.3g} GB, more than cache_gb "
@@ -404,27 +419,22 @@ class _Probe:
             rows += found
             rights += [one.right for one in measured]
         verdict = add_leads(rows, rights, match=("head",))
-        notes = [*verdict, *rate_notes(self.grid, config.resolved().lr), *missing_note(self.sources)]
-        left_out = {purpose: [one.sample for one in bad] for purpose, (_, bad) in opened.bad.items()}
-        counts = {
-            part.name: int((~np.isin(part.numbers, left_out.get(part.purpose, []))).sum())
-            for part in self.parts
-        }
+        counts = {part.name: len(self._readable(part)) for part in self.parts}
+
+        def images_of(part: _Part) -> str:
+            of = "held out of train" if part.purpose == "train" else f"of {part.purpose}"
+            return f"{counted(counts[part.name], 'image')} {of}"
+
+        chosen = self.choice and f". The best of each kind was chosen on {images_of(self.choice)}"
         about = (
             f"Heads were trained on {counted(counts['train'], 'image')} of train for "
             f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}, batch "
-            f"{plan.batch_size}"
+            f"{plan.batch_size}{chosen or ''}, and measured once on {images_of(self.measured)}."
         )
-        if self.choice is not None:
-            of = "held out of train" if self.choice.purpose == "train" else "of val"
-            about += (
-                f". The best of each kind was chosen on {counted(counts[self.choice.name], 'image')} {of}"
-            )
-        of = "held out of train" if self.measured.purpose == "train" else "of test"
-        about += f", and measured once on {counted(counts[self.measured.name], 'image')} {of}."
-        attentive = (
+        attentive = [
             one.config.num_heads for one in self.candidates if one.config and one.head == "attentive"
-        )
+        ]
+        is_written = len(self.class_names) <= MAX_WRITTEN_CLASSES
         facts = {
             "num_classes": len(self.class_names),
             "class_names": list(self.class_names),
@@ -432,16 +442,17 @@ class _Probe:
             "bad_images": opened.bad_counts(),
             "chosen_on": self.choice and self.choice.name,
             "schedule": {**plan._asdict(), "betas": list(config.resolved().betas)},
-            "attentive_heads": next(attentive, None),
-            "per_class": {name: list(found.per_class) for name, (_, found) in self.winners.items()},
-            "confusion": {
-                name: [list(row) for row in found.confusion]
-                for name, (_, found) in self.winners.items()
-                if found.confusion is not None and len(self.class_names) <= MAX_WRITTEN_CLASSES
-            },
+            "attentive_heads": attentive[0] if attentive else None,
+            "per_class": {name: found.per_class for name, (_, found) in self.winners.items()},
+            "confusion": {n: found.confusion for n, (_, found) in self.winners.items() if is_written},
             "grid": self.grid,
         }
-        return Result(verb="probe", rows=tuple(rows), notes=(about, *notes), facts=facts, rights=rights)
+        notes = (about, *verdict, *rate_notes(self.grid, config.resolved().lr), *missing_note(self.sources))
+        return Result(verb="probe", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
+
+    def _readable(self, part: _Part) -> Int64[np.ndarray, " n"]:
+        bad = [one.sample for one in self.opened.bad.get(part.purpose, (None, ()))[1]]
+        return part.numbers[~np.isin(part.numbers, bad)]
 
     def save(self, out: Path, result: Result) -> None:
         """Write the winners as classifiers, every candidate as grid.csv, and the pictures."""
@@ -467,16 +478,18 @@ class _Probe:
 
     def _attention(self, classifier: ImageClassifier) -> tuple[np.ndarray, np.ndarray]:
         """Some images (b h w c), and how the ep head's queries weigh their patches (b q rows columns)."""
-        data, size, part = self.opened.data, pair(self.opened.model.config.image_size), self.measured
-        bad = [one.sample for one in self.opened.bad.get(part.purpose, (None, ()))[1]]
-        readable = part.numbers[~np.isin(part.numbers, bad)]
+        data, size, readable = (
+            self.opened.data,
+            self.opened.model.config.image_size,
+            self._readable(self.measured),
+        )
         chosen = readable[np.linspace(0, len(readable) - 1, min(DRAWN, len(readable)), dtype=int)]
-        (batch,) = eval_batches(self.sources[part.purpose].source, data, size, DRAWN, chosen)
+        (batch,) = eval_batches(self.sources[self.measured.purpose].source, data, size, DRAWN, chosen)
         images = batch.images.to(self.opened.device)
         # Of tokens "all" the head weighs the class token too; the picture shows the patches alone.
         classifier.head_config = replace(classifier.head_config, tokens="patches")
         with torch.no_grad():
             features = classifier.features(normalize(images, data.mean, data.std))
             weights = classifier.head.attention(features)  # type: ignore[operator]
-        rows = round((weights.shape[-1] * size[0] / size[1]) ** 0.5)
+        rows = round((weights.shape[-1] * pair(size)[0] / pair(size)[1]) ** 0.5)
         return images.permute(0, 2, 3, 1).cpu().numpy(), weights.unflatten(-1, (rows, -1)).cpu().numpy()
