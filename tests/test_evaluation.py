@@ -19,8 +19,8 @@ from nextblock.evaluate.evaluation import Result, Stopped
 from nextblock.evaluate.results import differences, identity_of
 from nextblock.evaluate.settings import KnnSettings
 from nextblock.evaluate.table import NonFiniteFeaturesError
-from nextblock.evaluate.tables import Column
 from nextblock.models.next_block import NextBlockModel
+from nextblock.tables import Column
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 

@@ -19,7 +19,7 @@ SRC = Path(__file__).parents[1] / "src" / "nextblock"
 # A file may import those before it, and files of its own entry. A package stands for the files in it that
 # have no entry of their own.
 ORDER: Sequence[str] = """
-    version errors logs launch atomic settings model_config config presets data.random data.decode
+    version errors logs launch atomic tables settings model_config config presets data.random data.decode
     data.augment data.sources.names data.sources.base data.sources.folder data.sources.tar
     data.sources.zip data.sources.remote data.sources.datasets data.sources.huggingface
     data.sources.subset data.sources data.order data.transforms data.workers data.loader data.statistics

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from nextblock.evaluate.tables import (
+from nextblock.logs import counted
+from nextblock.tables import (
     Column,
     Table,
     end_of,
@@ -17,7 +18,6 @@ from nextblock.evaluate.tables import (
     share,
     write_csv,
 )
-from nextblock.logs import counted
 
 COLUMNS = (
     Column("name", "features"),

@@ -20,10 +20,10 @@ from nextblock.evaluate.files import pyarrow, write_parquet
 from nextblock.evaluate.metrics import Tally
 from nextblock.evaluate.settings import ClassifySettings
 from nextblock.evaluate.table import FeatureTable
-from nextblock.evaluate.tables import Column, end_of, percent, safe_cell
 from nextblock.logs import counted
 from nextblock.models.heads import ImageClassifier
 from nextblock.settings import from_dict
+from nextblock.tables import Column, end_of, percent, safe_cell
 
 CHUNK = 4096
 SHOWN, SHOWN_CLASSES, NAME_LETTERS = 10, 3, 32

@@ -43,10 +43,10 @@ from nextblock.evaluate.settings import (
     ScoreSettings,
 )
 from nextblock.evaluate.splits import numbered, open_labelled
-from nextblock.evaluate.tables import Column, difference, end_of, lead, share
 from nextblock.launch import find_world
 from nextblock.logs import counted
 from nextblock.settings import from_dict, require, to_dict, typed
+from nextblock.tables import Column, difference, end_of, lead, share
 
 COLUMNS = (
     Column("model", "model", lambda name, _: end_of(name or "", 32)),

@@ -40,12 +40,12 @@ from nextblock.evaluate.results import cut_of, differences, digest_of, encoder_o
 from nextblock.evaluate.settings import EvalSettings, FrozenSettings
 from nextblock.evaluate.splits import Labelled, open_labelled
 from nextblock.evaluate.table import Extract, FeatureTable
-from nextblock.evaluate.tables import Column, Table, escape_markdown, finite, write_csv
 from nextblock.launch import find_world
 from nextblock.logs import counted
 from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig, ImageClassifier
 from nextblock.settings import to_dict
+from nextblock.tables import Column, Table, escape_markdown, finite, write_csv
 from nextblock.train.distributed import Group, find_device, process_group
 from nextblock.train.runtime import StopRequest, autocast, choose_device, stop_on_signals
 

@@ -26,9 +26,9 @@ from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_
 from nextblock.evaluate.knn import accuracies
 from nextblock.evaluate.settings import FewshotSettings, Shots
 from nextblock.evaluate.splits import Labelled, missing_note
-from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
 from nextblock.settings import from_dict
+from nextblock.tables import Column, lead, number, share
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_
 from nextblock.evaluate.metrics import standard_error
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
 from nextblock.evaluate.splits import Labelled, missing_note
-from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
 from nextblock.settings import from_dict
+from nextblock.tables import Column, lead, number, share
 
 QUERIES, NEIGHBOURS = 1024, 65_536
 """So many images at a time are compared with so many training images: a quarter of a gigabyte."""

@@ -14,9 +14,9 @@ from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, evaluation
 from nextblock.evaluate.features import pooled
 from nextblock.evaluate.knn import nearest_neighbours
 from nextblock.evaluate.settings import SearchSettings
-from nextblock.evaluate.tables import Column, number
 from nextblock.logs import counted
 from nextblock.settings import from_dict
+from nextblock.tables import Column, number
 
 MAX_QUERIES = 64
 SAME = 1 - 1e-5

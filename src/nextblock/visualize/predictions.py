@@ -22,9 +22,9 @@ from nextblock.atomic import write_aside
 from nextblock.blocks import block_orders, check_order, unpatchify
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
-from nextblock.evaluate.tables import finite
 from nextblock.models import NextBlockModel
 from nextblock.settings import require
+from nextblock.tables import finite
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels

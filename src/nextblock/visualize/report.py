@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nextblock.errors import UsageError
-from nextblock.evaluate.tables import Column, Row, Table, percent
+from nextblock.tables import Column, Row, Table, percent
 from nextblock.visualize.words import BASELINE_WORDS
 
 if TYPE_CHECKING:

@@ -40,11 +40,11 @@ from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.results import digest_of, labels_digest
 from nextblock.evaluate.splits import Labelled, hold_out, missing_note
 from nextblock.evaluate.table import check_bad
-from nextblock.evaluate.tables import Column, lead, number, share
 from nextblock.logs import counted
 from nextblock.models import EncoderModel
 from nextblock.models.heads import ImageClassifier
 from nextblock.settings import from_dict, require
+from nextblock.tables import Column, lead, number, share
 from nextblock.train import Reporter, train
 from nextblock.train.distributed import Group
 from nextblock.train.learner import Learner

@@ -75,10 +75,10 @@ from nextblock.evaluate.table import (
     features_of_batch,
     non_finite,
 )
-from nextblock.evaluate.tables import Column, lead, number, share, write_csv
 from nextblock.logs import counted
 from nextblock.models.heads import FeatureConfig, Head, ImageClassifier, layer_words
 from nextblock.settings import Duration, from_dict
+from nextblock.tables import Column, lead, number, share, write_csv
 
 log = logging.getLogger(__name__)
 

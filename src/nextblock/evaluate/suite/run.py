@@ -22,10 +22,10 @@ from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.results import identity_of
 from nextblock.evaluate.suite.benchmarks import BENCHMARKS, EPOCHS, FIFTEEN, PUBLISHED, Benchmark, chosen
 from nextblock.evaluate.suite.settings import SuiteSettings
-from nextblock.evaluate.tables import Column, number, share
 from nextblock.launch import LaunchError
 from nextblock.logs import counted
 from nextblock.settings import from_dict, require, typed
+from nextblock.tables import Column, number, share
 from nextblock.train.runtime import native_precision
 from nextblock.visualize.suite import draw_suite
 
