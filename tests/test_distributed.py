@@ -37,7 +37,7 @@ BASE = {
 KINDS = {
     "xtra": {"model.order": "random"},
     "aim": {"model.prefix": True, "model.num_predicted_blocks": 2},
-    "tokens": {"model.tokenizer": "kmeans", "model.vocab_size": 8, "train.activation_checkpointing": True},
+    "tokens": {"model.target": "tokens", "model.vocab_size": 8, "train.activation_checkpointing": True},
 }
 QUICK = {("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("tokens", 2, "ddp")}
 WORLDS = [

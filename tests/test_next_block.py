@@ -38,7 +38,7 @@ AIM = {
 OBLONG = {"image_size": (24, 16), "block_size": (3, 1)}  # 2x4 blocks of 3x1 patches
 DROP_PATH = {"drop_path": 0.6, "depth": 4}
 DRAWS = torch.rand(7, 2 * 4, generator=torch.Generator().manual_seed(1))
-TOKENS = {"tokenizer": "kmeans", "vocab_size": 7}
+TOKENS = {"target": "tokens", "vocab_size": 7}
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ CASES = {
     "bf16": {**ALL_RANDOM, "train.precision": "bf16"},
     "prefix": PREFIX,
     "mlp": {**PREFIX, **ONE_PATCH, "model.predictor": "mlp"},
-    "tokens": {**PREFIX, "model.tokenizer": "kmeans", "model.vocab_size": 6},
+    "tokens": {**PREFIX, "model.target": "tokens", "model.vocab_size": 6},
     "mixture": {**ALL_RANDOM, "data.train": ("toy-0", "toy-1"), "data.weights": (0.75, 0.25)},
 }
 

@@ -17,7 +17,7 @@ from nextblock.visualize.report import read_run, report_markdown
 from tiny_runs import CPU, Quiet, checkpoints, crash_toy, metrics, run_toy, settings, weights
 from toy import ToySource
 
-TOKENS = {"model.tokenizer": "kmeans", "model.vocab_size": 6}
+TOKENS = {"model.target": "tokens", "model.vocab_size": 6}
 CENTROIDS = "tokenizer.centroids"
 
 

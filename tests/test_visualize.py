@@ -319,7 +319,7 @@ def test_predict_refuses_to_draw_no_image(tmp_path):
 
 
 def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
-    model = tiny_model(tokenizer="kmeans", vocab_size=5)
+    model = tiny_model(target="tokens", vocab_size=5)
     assert model.targets is not None
     model.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     data = DataConfig(val_resize_px=24, workers=0)

@@ -253,6 +253,9 @@ class MonitorConfig(Section):
     """End the run when knn, rankme or val_loss no longer improves, see monitor.patience; none: never."""
     patience: Count = 5
     """End the run after this many measurements in a row without a new best of monitor.early_stop."""
+    collapse: Share | None = 0.01
+    """With model.target embedding, stop when the variance of the targets' directions falls below this: 1 is
+    random directions, 0 all alike; none: never."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
     loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
@@ -313,6 +316,10 @@ class RunConfig:
     def check_trainable(self) -> None:
         """Refuse settings with which a model may encode, but nothing can be learned."""
         self.model.check_predicts()
+        require(
+            self.model.teacher is None or self.model.teacher_dim is not None,
+            "model.teacher_dim is not known; nextblock.pretrain reads it, or give the teacher's width",
+        )
         require(
             self.train.precision != "fp16" or self.train.device != "cpu",
             "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32",

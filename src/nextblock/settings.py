@@ -278,6 +278,9 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
         section, _, rest = name.partition(".")
         if name == "token_px" and value is None:  # a retired setting, which older files hold as null
             continue
+        if name == "tokenizer" and "target" in known:  # and one that was renamed
+            name = section = "target"
+            value = "pixels" if value is None else "tokens"
         # Refused and not dropped: a setting with a slip would silently keep its default.
         if section not in known:
             raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from nextblock.atomic import OUTPUT_MARK
+from nextblock.checkpoint import digest_of
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
 from nextblock.errors import UsageError
@@ -94,7 +94,7 @@ def encoder_of(model: EncoderModel) -> dict[str, Any]:
     """What makes an encoder what it is, ready for JSON: the same weights with other attention are another."""
     config = model.config
     if isinstance(config, ModelConfig):  # also where it has been exported without what it predicts with
-        config = replace(config, predictor=None, tokenizer=None, init=None)
+        config = config.encoder_alone()
     else:  # how its images are cut is told apart
         config = replace(
             config, mean=None, std=None, crop_pct=None, crop_mode="center", interpolation="bicubic"
@@ -126,15 +126,6 @@ def _labels_digest(source: Source) -> str:
 def weights_digest(model: EncoderModel) -> str:
     """A hash of the encoder's weights."""
     return digest_of(model.encoder)
-
-
-def digest_of(module: nn.Module) -> str:
-    """A hash of a module's weights and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def refuse_other_result(

@@ -126,6 +126,10 @@ class Learner(ABC):
     def _stepped(self) -> None:  # noqa: B027 - nothing, usually
         """Do what follows a step that changed the weights."""
 
+    def health(self) -> dict[str, float]:
+        """Signs of training that has gone wrong though the loss looks well, by name. All ranks call it."""
+        return {}
+
     def kept(self) -> Mapping[str, Tensor]:
         """Tensors that a checkpoint needs besides weights and moments."""
         return {}

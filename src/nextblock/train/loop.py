@@ -43,7 +43,7 @@ from nextblock.train.learner import MakeLearner, Sums
 from nextblock.train.loggers import Loggers, require_packages
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
-from nextblock.train.messages import not_learned, opening_lines, remedy
+from nextblock.train.messages import not_learned, opening_lines, refuse_collapse, remedy
 from nextblock.train.monitors import Monitor, MonitorEvent
 from nextblock.train.parallel import local_part
 from nextblock.train.run_dir import RunDir
@@ -458,10 +458,12 @@ def train(
                     seen = loader.order.seen(trainer.step) if len(source.parts) > 1 else ()
                     parts = zip(source.parts, seen, strict=False)
                     seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
+                    health = trainer.health()
                     shown = {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part}
                     used = device_use(device, values["images_per_s"], trainer.counted, group.size)
-                    record("train", shown | used)
+                    record("train", shown | used | health)
                     trainer.window = Window()
+                    refuse_collapse(health, trainer.step, run, config)
                     # Told once, until the loss falls below; in the warm-up nothing is expected yet.
                     warning = not_learned(values["loss"], baselines) if trainer.step > warmup else None
                     if warning is not None and not is_behind:

@@ -54,6 +54,21 @@ def not_learned(loss: float, references: dict[str, float]) -> str | None:
     )
 
 
+class CollapseError(RuntimeError):
+    """All targets have become nearly one vector, which is easy to predict and teaches nothing."""
+
+
+def refuse_collapse(health: dict[str, float], step: int, run: RunDir, config: RunConfig) -> None:
+    """Raise `CollapseError` with a remedy if training has made all targets alike."""
+    variance, limit = health.get("target_variance", math.inf), config.monitor.collapse
+    if limit is not None and variance < limit:
+        raise CollapseError(
+            f"step {step}: the targets have collapsed. Their variance {variance:.2g} is below "
+            f"monitor.collapse {limit:g}: patch embeddings are nearly one vector, so the low loss means "
+            f"nothing. {remedy(run, config)}, or model.target pixels"
+        )
+
+
 def remedy(run: RunDir, config: RunConfig) -> str:
     """What to do about weights or losses that are not finite."""
     latest = latest_checkpoint(run.checkpoints)

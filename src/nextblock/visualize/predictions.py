@@ -18,14 +18,15 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nextblock.atomic import write_aside
-from nextblock.blocks import block_orders, check_order, unpatchify
+from nextblock.blocks import block_orders, check_order, patchify, take, unpatchify
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.errors import UsageError
 from nextblock.models import NextBlockModel
-from nextblock.targets import PixelTargets
+from nextblock.targets import PixelTargets, make_targets
 from nextblock.train import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
 
@@ -58,9 +59,28 @@ def predicted_image(
     predictions are shown as they are. `shown` is 3 where there are three channels or more (the first three),
     else 1 (the first).
     """
-    blocks = PixelTargets(config).to_pixels(predictions, images, order)
-    first = torch.zeros_like(blocks[:, :1])
-    by_position = torch.cat([first, blocks], dim=1)
+    true = _predicted_blocks(images, config, order)
+    return _joined(PixelTargets(config).to_pixels(predictions, true, true), config, order, mean, std)
+
+
+def _predicted_blocks(
+    images: Float[Tensor, "b c h w"], config: ModelConfig, order: Int64[Tensor, " k"]
+) -> Float[Tensor, "b steps p"]:
+    """The true pixels of the blocks that the first output map predicts."""
+    _, first, count = config.steps(config.distances[0])
+    return take(patchify(images.float(), config.block_px), order[first : first + count])
+
+
+def _joined(
+    blocks: Float[Tensor, "b steps p"],
+    config: ModelConfig,
+    order: Int64[Tensor, " k"],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Tensor, "b shown h w"]:
+    """Predicted blocks as images; the others are a grey hatch."""
+    _, first, count = config.steps(config.distances[0])
+    by_position = pad(blocks, (0, 0, first, config.num_blocks - first - count))
     in_raster_order = by_position.index_select(1, torch.argsort(order))
     pictures = _visible(unpatchify(in_raster_order, config.block_grid, config.block_px), mean, std)
     known = _predicted_pixels(config, order).to(pictures.device)
@@ -78,9 +98,10 @@ def _visible(
 
 
 def _predicted_pixels(config: ModelConfig, order: Int64[Tensor, " k"]) -> Bool[Tensor, "h w"]:
-    """True where a pixel lies in a block that is predicted: everywhere but in the first of the order."""
-    predicted = torch.ones(config.num_blocks, dtype=torch.bool)
-    predicted[int(order[0])] = False
+    """True where a pixel lies in a block that is predicted: usually everywhere but in the first."""
+    _, first, count = config.steps(config.distances[0])
+    predicted = torch.zeros(config.num_blocks, dtype=torch.bool)
+    predicted[order[first : first + count]] = True
     pieces = predicted[None, :, None].expand(1, -1, config.block_px[0] * config.block_px[1])
     return unpatchify(pieces, config.block_grid, config.block_px)[0, 0]
 
@@ -108,18 +129,18 @@ def _look(
             on_device = order.to(images.device)
             out = model(images, block_order=on_device)
             assert model.targets is not None
-            references = model.targets.reference_losses(model.targets.of_blocks(images, on_device))
+            references = model.targets.reference_losses(model.targets_of(images, on_device))
     finally:
         if was_training:
             model.train()
     images, order, predictions = images.float().cpu(), order.cpu(), out.predictions.float().cpu()
-    drawn = model.targets.to_pixels(predictions, images, order)
-    raw = replace(config, tokenizer=None, norm_pixels=False)
+    true = _predicted_blocks(images, config, order)
+    drawn = model.targets.to_pixels(predictions, out.targets.cpu(), true)
     return Look(
         config=config,
         is_raster=order.tolist() == list(range(len(order))),
         originals=_visible(images, mean, std),
-        pictures=predicted_image(drawn, images, raw, order, mean, std),
+        pictures=_joined(drawn, config, order, mean, std),
         predicted=_predicted_pixels(config, order),
         losses=out.block_loss.float().mean(1).cpu(),
         baselines={name: losses.cpu() for name, losses in references.items()},
@@ -277,18 +298,12 @@ def _rows(names: Sequence[str], look: Look) -> tuple[ImageLoss, ...]:
 def _write_json(result: PredictResult, config: ModelConfig, path: Path) -> None:
     content = {
         "mean_loss": _number(result.mean_loss),
-        **_target_in_json(config),
+        **make_targets(config).facts,
         "images": [{name: _number(value) for name, value in row.as_dict().items()} for row in result.rows],
         "bad": [{"name": sample.name, "reason": sample.reason} for sample in result.bad],
     }
     with write_aside(path) as aside:
         aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _target_in_json(config: ModelConfig) -> dict[str, object]:
-    if config.tokenizer is not None:
-        return {"loss": "cross_entropy", "tokenizer": config.tokenizer, "vocab_size": config.vocab_size}
-    return {"loss": config.loss, "norm_pixels": config.norm_pixels}
 
 
 def _number(value: float | str) -> float | str | None:

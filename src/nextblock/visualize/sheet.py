@@ -24,6 +24,7 @@ from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from nextblock.config import ModelConfig
+from nextblock.targets import make_targets
 from nextblock.visualize.figure import MUTED, axes_at, save_png, text_at, wrapped
 from nextblock.visualize.words import BASELINE_WORDS
 
@@ -221,24 +222,15 @@ def _caption(look: Look) -> str:
     """What is seen, in a few sentences."""
     config = look.config
     order = "row by row" if look.is_raster else "in another order than row by row"
+    context = f"the true blocks before it, {order}"
+    if config.mask_ratio is not None:
+        context = "all blocks that are not masked; those are hatched"
+    elif not config.class_token:
+        context += "; the first one (hatched) has none before it and is not predicted"
     sentences = [
-        f"Each block of {config.block_px[0]} x {config.block_px[1]} px is predicted from the true blocks "
-        f"before it, {order}; the first one (hatched) has none before it and is not predicted.",
-        _loss_in_words(config),
+        f"Each block of {config.block_px[0]} x {config.block_px[1]} px is predicted from {context}.",
+        *make_targets(config).words,
     ]
-    if config.tokenizer is not None:
-        sentences.append(
-            "Shown: the likeliest tokens' centroids, with the mean and deviation of the true patches."
-        )
-    elif config.norm_pixels:
-        sentences.append("Predicted blocks are un-normalised with the mean and deviation of the true ones.")
     if config.in_chans not in (1, 3):
         sentences.append(f"Shown: {shown_channels(config.in_chans)} of {config.in_chans} channels.")
     return " ".join(sentences)
-
-
-def _loss_in_words(config: ModelConfig) -> str:
-    if config.tokenizer is not None:
-        return f"Loss: cross-entropy of {config.vocab_size} tokens, in nats."
-    pixels = "block-normalised" if config.norm_pixels else "raw"
-    return f"Loss: {'squared' if config.loss == 'mse' else 'absolute'} error of {pixels} pixels."
