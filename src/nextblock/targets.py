@@ -226,7 +226,7 @@ class EmbeddingTargets:
         blocks = patchify(self._vectors(images, embedded, grid).float(), pair(self.config.block_size))
         return take(rearrange(blocks, "b k (e m) -> b k m e", e=self.width), order)
 
-    def _vectors(self, _: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def _vectors(self, images: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002
         assert embedded is not None, "the model hands its patch embeddings over"
         return rearrange(embedded.detach(), "b (i j) e -> b e i j", i=grid[0])
 
@@ -273,7 +273,7 @@ class FeatureTargets(EmbeddingTargets):
             raise UsageError("model.teacher_dim is not given; nextblock.pretrain reads it from the teacher")
         super().__init__(config, config.teacher_dim)
 
-    def _vectors(self, images: Tensor, _: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def _vectors(self, images: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002
         if self.teacher is None:
             raise UsageError(
                 f"this model predicts features of {self.config.teacher}, which is not loaded; it encodes "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -45,7 +46,8 @@ def attach_teacher(
         )
     theirs = teacher.config
     data = recorded_data(config.teacher) or official_data(theirs.image_size, theirs.in_chans)
-    model.targets.teacher = _Teacher(teacher, (mean, std), (data.mean, data.std))
+    targets: Any = model.targets
+    targets.teacher = _Teacher(teacher, (mean, std), (data.mean, data.std))
 
 
 class _Teacher:

@@ -28,6 +28,7 @@ from nextblock.models.vit import (
     build_encoder,
     embed_patches,
     layer_outputs,
+    positions_of,
     positions_on,
     rotary_positions,
 )
@@ -118,7 +119,8 @@ class NextBlockModel(nn.Module):
         for name, table in _geometry(self.config, self.leaks, self._device)._asdict().items():
             self.register_buffer(name, table, persistent=False)
         if self.config.positions == "rope" and self._device.type != "meta":
-            self.encoder.rope.init_non_persistent_buffers()  # of use to who calls the encoder by itself
+            encoder: Any = self.encoder
+            encoder.rope.init_non_persistent_buffers()  # of use to who calls the encoder by itself
 
     @property
     def _device(self) -> torch.device:
@@ -188,7 +190,9 @@ class NextBlockModel(nn.Module):
             table = self._rotary(config, 1.0 if rope_scale is None else rope_scale)
             rope = table[patches] if patches.ndim == 1 else table[patches][:, None]
         else:
-            tokens = tokens + take(positions_on(config.grid, self.encoder.pos_embed, self.config), patches)
+            tokens = tokens + take(
+                positions_on(config.grid, positions_of(self.encoder), self.config), patches
+            )
         tokens = self._with_class_token(tokens)
         drop_path = None if drop_path is None else drop_path.to(images.device, non_blocking=True)
         tokens = layer_outputs(
@@ -252,7 +256,7 @@ class NextBlockModel(nn.Module):
             own = positions_on(config.grid, predictor.pos_embed, self.config)
             positions = pad(take(own, table[order[..., :seen]].flatten(-2)), (0, 0, behind * m, 0))
         # The block that a row predicts comes next, so its patches are those of the order one further on.
-        if predictor.target_embed is not None:
+        if predictor.target_embed is not None and positions is not None:
             theirs = positions_on(config.grid, predictor.target_embed, self.config)
             positions = positions + take(theirs, table[order[..., 1 - behind :]].flatten(-2))
 
@@ -324,7 +328,7 @@ class NextBlockModel(nn.Module):
         if config.positions == "rope":
             rope = self._rotary(config, 1.0)
         else:
-            tokens = tokens + positions_on(config.grid, self.encoder.pos_embed, self.config)
+            tokens = tokens + positions_on(config.grid, positions_of(self.encoder), self.config)
         tokens = self._with_class_token(tokens)
         layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute, rope=rope)
         patches = tuple(layer[:, q:] for layer in layers)

@@ -166,17 +166,19 @@ def build_encoder(config: ModelConfig) -> VisionTransformer | Eva:
             block_fn=layer,
             **vit_arguments(config),
         )
-    for block in encoder.blocks if config.qk_norm else ():
-        for name in ("q_norm", "k_norm"):
-            is_scaled = config.qk_norm == "scale"
-            norm = nn.LayerNorm(
-                block.attn.head_dim, eps=config.norm_eps, elementwise_affine=is_scaled, bias=False
-            )
-            setattr(block.attn, name, norm)
+    if config.qk_norm is not None:
+        options: Any = {
+            "eps": config.norm_eps,
+            "elementwise_affine": config.qk_norm == "scale",
+            "bias": False,
+        }
+        for attention in (module for name, module in encoder.named_modules() if name.endswith(".attn")):
+            for name in ("q_norm", "k_norm"):
+                setattr(attention, name, nn.LayerNorm(config.embed_dim // config.num_heads, **options))
     init_linear(encoder, config)
     # The patch projection is a convolution, which init_linear passes over. As a matrix it maps a patch's
     # values (c i j) to the width, and that is what Xavier's bound is computed from.
-    projection = encoder.patch_embed.proj
+    projection: Any = encoder.patch_embed.proj
     if config.weight_init == "trunc_normal":
         nn.init.kaiming_normal_(projection.weight, mode="fan_in")
     elif config.weight_init == "trunc_normal_all":
@@ -284,7 +286,7 @@ def embed_patches(
     return encoder.patch_embed.norm(rearrange(embedded, "b d i j -> b (i j) d"))
 
 
-def positions_of(encoder: VisionTransformer) -> Float[Tensor, "1 n d"]:
+def positions_of(encoder: VisionTransformer | Eva) -> Float[Tensor, "1 n d"]:
     """The encoder's position embedding."""
     assert encoder.pos_embed is not None
     return encoder.pos_embed

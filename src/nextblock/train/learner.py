@@ -249,6 +249,10 @@ class Learner(ABC):
                 yield self.model
         finally:
             self.model.train()
+            # FSDP2 expects a backward pass after each forward pass and leaves the root's parameters whole,
+            # where they have no gradient: one looking between backward and step would lose it.
+            if self.strategy == "fsdp":
+                self.model.reshard()
 
 
 MakeLearner = Callable[[RunConfig, torch.device, Path | None, Group], Learner]

@@ -458,12 +458,11 @@ def train(
                     seen = loader.order.seen(trainer.step) if len(source.parts) > 1 else ()
                     parts = zip(source.parts, seen, strict=False)
                     seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
-                    health = trainer.health()
                     shown = {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part}
                     used = device_use(device, values["images_per_s"], trainer.counted, group.size)
-                    record("train", shown | used | health)
-                    trainer.window = Window()
+                    record("train", shown | used | (health := trainer.health()))
                     refuse_collapse(health, trainer.step, run, config)
+                    trainer.window = Window()
                     # Told once, until the loss falls below; in the warm-up nothing is expected yet.
                     warning = not_learned(values["loss"], baselines) if trainer.step > warmup else None
                     if warning is not None and not is_behind:

@@ -82,7 +82,8 @@ class Trainer(Learner):
         # Two for each layer: attention and MLP.
         self.loader_options = {"drop_path_draws": 2 * config.model.depth if config.model.drop_path else 0}
         self.counted = config.model
-        self._last_targets: Tensor | None = None
+        may_collapse = model.targets is not None and model.targets.may_collapse
+        self._last_targets: Tensor | None = torch.empty(0, 1) if may_collapse else None
         self.resume(checkpoint)
 
     # ------------------------------------------------------------------------------------------- the loss
@@ -104,7 +105,7 @@ class Trainer(Learner):
             own = self._orders_of(batch)
             prefix = self._prefix_lengths(batch)
             out = self._forward(images, order if own is None else own, prefix, draws, rope_scale)
-        if self.model.targets.may_collapse:
+        if self._last_targets is not None:
             self._last_targets = out.targets
         # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
         return combine([part.block_loss for part in out.distances], divisors)
@@ -195,10 +196,10 @@ class Trainer(Learner):
 
     def health(self) -> dict[str, float]:
         """Variance and RankMe of the last targets if training changes these: the least of all ranks."""
-        if not (self.model.targets and self.model.targets.may_collapse):
+        if self._last_targets is None:
             return {}
         found: dict[str, float] = {}
-        if self._last_targets is not None:
+        if len(self._last_targets):
             vectors = self._last_targets.detach().flatten(0, -2)[:HEALTH_VECTORS].float().cpu()
             found = {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
         of_ranks = [of_rank for of_rank in self.group.gather(found) if of_rank]
