@@ -15,9 +15,8 @@ from nextblock.checkpoint import digest_of
 from nextblock.config import pair
 from nextblock.errors import UsageError
 from nextblock.interop.load import official_data, open_encoder, recorded_data
+from nextblock.logs import counted
 from nextblock.models import EncoderModel, NextBlockModel
-
-Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 def teacher_facts(spec: str) -> tuple[int, str]:
@@ -31,8 +30,9 @@ def attach_teacher(
 ) -> None:
     """Load the teacher whose features a model predicts; a model with another target is left as it is.
 
-    `mean` and `std` are those by which the model's images are normalised. Raises `UsageError` if the
-    teacher's weights are not those that the model was trained with.
+    `mean` and `std` are those by which the model's images are normalised. A teacher of colour images sees
+    grey ones as colour. Raises `UsageError` if the teacher's weights are not those that the model was trained
+    with, or if it takes other channels or gives another width than recorded.
     """
     config = model.config
     if config.teacher is None or model.targets is None:
@@ -45,27 +45,41 @@ def attach_teacher(
             f"{config.teacher_digest}); give back the old ones, or start a new run"
         )
     theirs = teacher.config
+    if config.in_chans not in (1, theirs.in_chans):
+        raise UsageError(
+            f"{config.teacher} takes images of {counted(theirs.in_chans, 'channel')}, and model.in_chans is "
+            f"{config.in_chans}; choose a teacher of as many channels"
+        )
+    if config.teacher_dim != theirs.embed_dim:
+        raise UsageError(
+            f"{config.teacher} has features of width {theirs.embed_dim}, and model.teacher_dim is "
+            f"{config.teacher_dim}; leave model.teacher_dim out"
+        )
     data = recorded_data(config.teacher) or official_data(theirs.image_size, theirs.in_chans)
     targets: Any = model.targets
-    targets.teacher = _Teacher(teacher, (mean, std), (data.mean, data.std))
+    # As tensors on the device, so that no step waits for a copy.
+    statistics = [
+        torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)
+        for numbers in (mean, std, data.mean, data.std)
+    ]
+    targets.teacher = _Teacher(teacher, *statistics)
 
 
 class _Teacher:
     """From images as the student sees them to features on the teacher's grid."""
 
-    def __init__(self, teacher: EncoderModel, ours: Statistics, theirs: Statistics) -> None:
-        self.teacher, self.ours, self.theirs = teacher, ours, theirs
+    def __init__(
+        self, teacher: EncoderModel, mean: Tensor, std: Tensor, own_mean: Tensor, own_std: Tensor
+    ) -> None:
+        self.teacher, self.mean, self.std, self.own_mean, self.own_std = teacher, mean, std, own_mean, own_std
         self.size = pair(teacher.config.image_size)
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
         # Its own normalisation and image size, in the precision of its weights, whatever autocast says.
-        ours, theirs = (
-            [torch.tensor(numbers, device=images.device).view(-1, 1, 1) for numbers in both]
-            for both in (self.ours, self.theirs)
-        )
         with torch.autocast(images.device.type, enabled=False):
-            images = (images.float() * ours[1] + ours[0] - theirs[0]) / theirs[1]
+            # One channel becomes as many as the teacher's means.
+            images = (images.float() * self.std + self.mean - self.own_mean) / self.own_std
             if images.shape[2:] != self.size:
                 images = interpolate(images, size=self.size, mode="bicubic", antialias=True)
             tokens = self.teacher.encode(images).tokens

@@ -223,13 +223,14 @@ class NextBlockModel(nn.Module):
         assert self.targets is not None, "an encoder alone has none"
         return self.targets.of_blocks(images, order, embed_patches(self.encoder, images))
 
-    def _rotary(self, config: ModelConfig, scale: Tensor | float) -> Float[Tensor, "n 2h"]:
+    def _rotary(self, config: ModelConfig, scale: Tensor | float) -> Float[Tensor, "n r"]:
         with torch.autocast(self._device.type, enabled=False):
             table = rotary_positions(config.grid, config.embed_dim // config.num_heads, scale)
         return table.to(self._device, non_blocking=True)
 
     def _with_class_token(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n2 d"]:
-        token = self.encoder.cls_token
+        # Layers add to fp32, also under autocast, where without learned positions nothing else sees to it.
+        tokens, token = tokens.to(self.encoder.patch_embed.proj.weight.dtype), self.encoder.cls_token
         if token is None:
             return tokens
         return torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
@@ -385,8 +386,9 @@ class NextBlockModel(nn.Module):
             if lengths.shape != (batch,):
                 shape = tuple(lengths.shape)
                 raise UsageError(f"prefix_lengths has shape {shape}; give one length an image, ({batch},)")
-            if config.encoder_attention != "block_causal" or config.predictor_attention != "native":
-                raise UsageError("this model has attention masks of its own, which know no prefix; leave it")
+            is_plain = config.encoder_attention == "block_causal" and config.predictor_attention == "native"
+            if not is_plain or config.class_token or config.mask_ratio or config.predict_visible:
+                raise UsageError("the attention masks of this model know no prefix; leave prefix_lengths out")
             # Values are looked at only if that neither waits for a GPU nor breaks a compiled graph.
             visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
             if visible and not all(0 <= length < k for length in lengths.tolist()):

@@ -80,7 +80,7 @@ class RopeLayer(EvaBlock):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        rope: Float[Tensor, "*b n 2h"] | None = None,
+        rope: Float[Tensor, "*c p r"] | None = None,
         attn_mask: Bool[Tensor, "*b n n"] | None = None,
         is_causal: bool = False,
         drop_path: Float[Tensor, "b 2"] | None = None,
@@ -118,7 +118,7 @@ def layer_outputs(
     *,
     recompute: bool = False,
     drop_path: Float[Tensor, "b draws"] | None = None,
-    rope: Float[Tensor, "*b n 2h"] | None = None,
+    rope: Float[Tensor, "*c p r"] | None = None,
 ) -> tuple[Float[Tensor, "*rows d"], ...]:
     """Run layers one after the other, and return what each returns.
 
@@ -294,7 +294,7 @@ def positions_of(encoder: VisionTransformer | Eva) -> Float[Tensor, "1 n d"]:
 
 def rotary_positions(
     grid: tuple[int, int], head_dim: int, scale: Tensor | float = 1.0
-) -> Float[Tensor, "n 2h"]:
+) -> Float[Tensor, "n r"]:
     """Sines, then cosines, of the angles by which queries and keys are turned, in raster order.
 
     As in NEPA and DINOv3: coordinates are those of the patches' centres in [-1, 1], times `scale`.

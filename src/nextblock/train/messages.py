@@ -43,14 +43,14 @@ def opening_lines(
 
 
 def not_learned(loss: float, references: dict[str, float]) -> str | None:
-    """Cause and remedy if a loss is not below that of predicting zero, or all alike; else None."""
-    name, meaning = ("zero", "zero") if "zero" in references else ("uniform", "all alike")
-    if loss < references.get(name, math.inf):
+    """Cause and remedy if a loss is not below that of predicting always the same; else None."""
+    words = {"zero": "zero", "uniform": "all alike", "mean": "the mean vector"}
+    found = [(value, words[name]) for name, value in references.items() if name in words]
+    if not found or loss < found[0][0]:
         return None
     return (
-        f"the loss {loss:.4f} is not below {references.get(name, math.nan):.4f}, that of predicting "
-        f"{meaning}: nothing is learned so far. Train longer, try another learning rate, or "
-        "look at the images"
+        f"the loss {loss:.4f} is not below {found[0][0]:.4f}, that of predicting {found[0][1]}: nothing is "
+        "learned so far. Train longer, try another learning rate, or look at the images"
     )
 
 

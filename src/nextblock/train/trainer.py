@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from nextblock.train.parallel import choose_strategy, shard
 log = logging.getLogger(__name__)
 
 HEALTH_VECTORS = 1024
-"""So many target vectors of a micro-batch are looked at for collapse."""
+"""So many target vectors of a micro-batch, chosen at random, are looked at for collapse."""
 
 
 class Trainer(Learner):
@@ -82,8 +83,9 @@ class Trainer(Learner):
         # Two for each layer: attention and MLP.
         self.loader_options = {"drop_path_draws": 2 * config.model.depth if config.model.drop_path else 0}
         self.counted = config.model
-        may_collapse = model.targets is not None and model.targets.may_collapse
-        self._last_targets: Tensor | None = torch.empty(0, 1) if may_collapse else None
+        self._may_collapse = model.targets is not None and model.targets.may_collapse
+        self._last_targets: tuple[Tensor, Tensor] | None = None
+        """Those of the last micro-batch, and which of them count, if training could make them alike."""
         self.resume(checkpoint)
 
     # ------------------------------------------------------------------------------------------- the loss
@@ -105,8 +107,8 @@ class Trainer(Learner):
             own = self._orders_of(batch)
             prefix = self._prefix_lengths(batch)
             out = self._forward(images, order if own is None else own, prefix, draws, rope_scale)
-        if self._last_targets is not None:
-            self._last_targets = out.targets
+        if self._may_collapse:
+            self._last_targets = out.targets, out.kept
         # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
         return combine([part.block_loss for part in out.distances], divisors)
 
@@ -157,7 +159,9 @@ class Trainer(Learner):
             assert model.targets is not None, "checked before training begins"
             targets = model.targets_of(self.to_model(images), model.orders[0])
             losses = model.targets.reference_losses(targets)
-            return {name: loss.mean().item() for name, loss in losses.items()}
+            # What training changes is not to be compared with later losses.
+            when = "initial_" if self._may_collapse else ""
+            return {f"{when}{name}": loss.mean().item() for name, loss in losses.items()}
 
     def validation_loss(
         self, batches: Iterator[Batch], should_stop: Callable[[], object] = bool
@@ -196,12 +200,18 @@ class Trainer(Learner):
 
     def health(self) -> dict[str, float]:
         """Variance and RankMe of the last targets if training changes these: the least of all ranks."""
-        if self._last_targets is None:
+        if not self._may_collapse:
             return {}
         found: dict[str, float] = {}
-        if len(self._last_targets):
-            vectors = self._last_targets.detach().flatten(0, -2)[:HEALTH_VECTORS].float().cpu()
-            found = {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
+        if self._last_targets is not None:
+            targets, kept = self._last_targets
+            vectors = targets[kept].flatten(0, -2)
+            # From everywhere: those of one image or one place are more alike.
+            chosen = torch.randperm(len(vectors), generator=torch.Generator("cpu").manual_seed(0))
+            vectors = vectors[chosen[:HEALTH_VECTORS].to(vectors.device)].float().cpu()
+            found = dict.fromkeys(("target_variance", "target_rankme"), math.nan)
+            if vectors.isfinite().all():  # else there are no singular values
+                found = {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
         of_ranks = [of_rank for of_rank in self.group.gather(found) if of_rank]
         return {name: min(of_rank[name] for of_rank in of_ranks) for name in (of_ranks or [{}])[0]}
 
@@ -271,7 +281,7 @@ def sample_patches(
     if not found:
         raise UsageError(
             f"none of {len(images)} images of {source.spec!r} can be read, so there is nothing to fit "
-            "model.tokenizer kmeans on; give images that can be read"
+            "model.target tokens on; give images that can be read"
         )
     return torch.cat(found)
 

@@ -9,5 +9,8 @@ BASELINE_WORDS = {
     "copy_previous": "copying the previous block",
     "uniform": "predicting all tokens alike",
     "frequency": "predicting tokens by their frequency",
+    "mean": "predicting the mean vector",
+    "initial_mean": "predicting the mean vector, before training",
+    "initial_copy_previous": "copying the previous block, before training",
 }
-"""None of them needs a model: the first two are for pixels, the others for tokens."""
+"""None of them needs a model. Pixels: the first two; tokens: the next two; vectors: mean, copy_previous."""
