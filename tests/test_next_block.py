@@ -351,7 +351,9 @@ def test_the_scale_of_attention_is_the_one_given():
     assert_close(other(IMAGES).predictions, plain(IMAGES).predictions, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, AIM, own("full"), TOKENS], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, AIM, own("full"), TOKENS, {"positions": "rope", "num_heads": 2}], ids=str
+)
 def test_a_model_built_without_data_is_complete_once_its_weights_are_assigned(changes):
     whole = token_model() if changes is TOKENS else tiny_model(**changes)
     with torch.device("meta"):
@@ -360,6 +362,7 @@ def test_a_model_built_without_data_is_complete_once_its_weights_are_assigned(ch
     images = tiny_images(size=whole.config.image_size)
     assert torch.equal(model.eval()(images).predictions, whole(images).predictions)
     assert torch.equal(model.encode(images).tokens, whole.encode(images).tokens)
+    assert torch.equal(model.to("cpu").encoder(images), whole.encoder(images))
 
 
 def test_tables_are_made_anew_after_to_empty():

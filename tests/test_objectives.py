@@ -1,4 +1,4 @@
-"""What is predicted: embeddings, features, masked blocks, against loops; who sees whom; collapse; refusals."""
+"""Embeddings, features, masked blocks: against loops; who sees whom; copying does not solve it."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def timms_rope(head_dim, grid):
 
 
 def slow_tokens(model, image, order):
-    """The encoder's tokens of one image in raster order, behind its class token, and the mask."""
+    """One image's embedded patches, its tokens (class token, then raster order), its patches' positions."""
     config, encoder = model.config, model.encoder
     positions, mask = slow_mask(config, order, [0])
     embedded = encoder.patch_embed.proj(image[None]).flatten(2).transpose(1, 2)
@@ -63,7 +63,7 @@ def slow_tokens(model, image, order):
         mask = torch.tensor([[True] + [False] * len(positions)] + [[True, *row] for row in mask.tolist()])
     for layer in encoder.blocks:
         hidden = layer(hidden, attn_mask=mask, **rope)
-    return embedded, encoder.norm(hidden), mask, positions
+    return embedded, encoder.norm(hidden), positions
 
 
 def slow_loss(model, images, orders):
@@ -73,7 +73,7 @@ def slow_loss(model, images, orders):
     losses: list[list[Any]] = [[] for _ in config.distances]
     for number, image in enumerate(images):
         order = orders[number].tolist()
-        embedded, tokens, mask, positions = slow_tokens(model, image, order)
+        embedded, tokens, positions = slow_tokens(model, image, order)
         of_position = [[n for n, p in enumerate(positions) if p == position] for position in range(k)]
         if config.target == "embedding":
             targets = embedded[0].detach()
@@ -249,7 +249,7 @@ def test_causal_features_are_those_of_the_order_with_the_class_token_before_it(c
     model = model_of(**changes)
     found = model.encode(IMAGES, "causal")
     for number, image in enumerate(IMAGES):
-        _, tokens, *_ = slow_tokens(model, image, model.orders[0].tolist())
+        _, tokens, _ = slow_tokens(model, image, model.orders[0].tolist())
         assert_close(found.tokens[number], tokens[0, 1:], atol=1e-5, rtol=1e-5)
 
 

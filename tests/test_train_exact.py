@@ -18,6 +18,8 @@ from nextblock.models import NextBlockModel
 from nextblock.targets import TokenTargets
 from tiny_runs import (
     ALL_RANDOM,
+    EMBEDDING,
+    MASKED,
     TINY_FLAGS,
     Meddle,
     Quiet,
@@ -31,6 +33,7 @@ from tiny_runs import (
     metrics,
     run_toy,
     settings,
+    write_teacher,
 )
 from toy import ToySource
 
@@ -42,8 +45,16 @@ CASES = {
     "prefix": PREFIX,
     "mlp": {**PREFIX, **ONE_PATCH, "model.predictor": "mlp"},
     "tokens": {**PREFIX, "model.target": "tokens", "model.vocab_size": 6},
+    "embedding": {**ALL_RANDOM, **EMBEDDING, "model.predictor": "identity"},
+    "features": {**ALL_RANDOM, "model.predict_visible": True},
+    "masked": {**ALL_RANDOM, **MASKED},
     "mixture": {**ALL_RANDOM, "data.train": ("toy-0", "toy-1"), "data.weights": (0.75, 0.25)},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teacher(tmp_path_factory):
+    CASES["features"] |= write_teacher(tmp_path_factory.mktemp("teacher") / "model.safetensors")
 
 
 def sources(case):
@@ -66,7 +77,14 @@ def whole(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("case", "steps"), [("fp32", range(7)), ("bf16", (0, 1, 4)), ("tokens", (4,))])
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    [
+        ("fp32", range(7)),
+        ("bf16", (0, 1, 4)),
+        *((one, (4,)) for one in ("tokens", "embedding", "features", "masked")),
+    ],
+)
 def test_a_run_stopped_by_signals_goes_on_bit_for_bit(whole, tmp_path, case, steps):
     for last, step in pairwise([0, *steps]):
         number = (signal.SIGINT, signal.SIGTERM)[step % 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,17 +13,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from nextblock.checkpoint import digest_of
-from nextblock.config import pair
+from nextblock.config import ModelConfig, pair
 from nextblock.errors import UsageError
 from nextblock.interop.load import official_data, open_encoder, recorded_data
 from nextblock.logs import counted
 from nextblock.models import EncoderModel, NextBlockModel
 
 
-def teacher_facts(spec: str) -> tuple[int, str]:
-    """Width of a teacher's features, and the hash of its weights."""
-    teacher = open_encoder(spec)
-    return teacher.config.embed_dim, digest_of(teacher.encoder)
+def with_teacher(config: ModelConfig) -> ModelConfig:
+    """The settings with the width of their teacher's features and the hash of its weights."""
+    teacher, digest = _open(config)
+    return replace(config, teacher_dim=teacher.config.embed_dim, teacher_digest=digest)
 
 
 def attach_teacher(
@@ -32,37 +33,44 @@ def attach_teacher(
 
     `mean` and `std` are those by which the model's images are normalised. A teacher of colour images sees
     grey ones as colour. Raises `UsageError` if the teacher's weights are not those that the model was trained
-    with, or if it takes other channels or gives another width than recorded.
+    with, or if it takes other channels or gives another width.
     """
     config = model.config
     if config.teacher is None or model.targets is None:
         return
-    teacher = open_encoder(config.teacher).to(device).eval().requires_grad_(requires_grad=False)
-    digest = digest_of(teacher.encoder)
-    if config.teacher_digest not in (None, digest):
-        raise UsageError(
-            f"the weights of {config.teacher} have changed since training started (hash {digest}, recorded "
-            f"{config.teacher_digest}); give back the old ones, or start a new run"
-        )
+    teacher, _ = _open(config)
     theirs = teacher.config
-    if config.in_chans not in (1, theirs.in_chans):
-        raise UsageError(
-            f"{config.teacher} takes images of {counted(theirs.in_chans, 'channel')}, and model.in_chans is "
-            f"{config.in_chans}; choose a teacher of as many channels"
-        )
-    if config.teacher_dim != theirs.embed_dim:
-        raise UsageError(
-            f"{config.teacher} has features of width {theirs.embed_dim}, and model.teacher_dim is "
-            f"{config.teacher_dim}; leave model.teacher_dim out"
-        )
     data = recorded_data(config.teacher) or official_data(theirs.image_size, theirs.in_chans)
-    targets: Any = model.targets
     # As tensors on the device, so that no step waits for a copy.
     statistics = [
         torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)
         for numbers in (mean, std, data.mean, data.std)
     ]
-    targets.teacher = _Teacher(teacher, *statistics)
+    targets: Any = model.targets
+    targets.teacher = _Teacher(teacher.to(device).eval().requires_grad_(requires_grad=False), *statistics)
+
+
+def _open(config: ModelConfig) -> tuple[EncoderModel, str]:
+    """The teacher of these settings, and the hash of its weights."""
+    assert config.teacher is not None
+    teacher = open_encoder(config.teacher)
+    digest, theirs = digest_of(teacher.encoder), teacher.config
+    if config.in_chans not in (1, theirs.in_chans):
+        raise UsageError(
+            f"{config.teacher} takes images of {counted(theirs.in_chans, 'channel')}, and model.in_chans is "
+            f"{config.in_chans}; choose a teacher of as many channels"
+        )
+    if config.teacher_dim not in (None, theirs.embed_dim):
+        raise UsageError(
+            f"features of {config.teacher} are {theirs.embed_dim} wide, and model.teacher_dim is "
+            f"{config.teacher_dim}; leave model.teacher_dim out"
+        )
+    if config.teacher_digest not in (None, digest):
+        raise UsageError(
+            f"the weights of {config.teacher} have changed since training started (hash {digest}, recorded "
+            f"{config.teacher_digest}); put the old ones back, or start a new run"
+        )
+    return teacher, digest
 
 
 class _Teacher:
