@@ -39,7 +39,11 @@ KINDS = {
     "aim": {"model.prefix": True, "model.num_predicted_blocks": 2},
     "tokens": {"model.target": "tokens", "model.vocab_size": 8, "train.activation_checkpointing": True},
 }
-KINDS |= {"embedding": EMBEDDING, "features": {"model.predict_visible": True}, "masked": MASKED}
+KINDS |= {
+    "embedding": {**EMBEDDING, "model.num_heads": 5},
+    "features": {"model.predict_visible": True},
+    "masked": MASKED,
+}
 QUICK = {("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("tokens", 2, "ddp"), ("embedding", 2, "fsdp")}
 QUICK |= {("features", 2, "ddp"), ("masked", 2, "ddp")}
 WORLDS = [

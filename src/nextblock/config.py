@@ -317,10 +317,6 @@ class RunConfig:
         """Refuse settings with which a model may encode, but nothing can be learned."""
         self.model.check_predicts()
         require(
-            self.model.teacher is None or self.model.teacher_dim is not None,
-            "model.teacher_dim is not known; nextblock.pretrain reads it, or give the teacher's width",
-        )
-        require(
             self.train.precision != "fp16" or self.train.device != "cpu",
             "train.precision fp16 needs a GPU; on a CPU use bf16 or fp32",
         )

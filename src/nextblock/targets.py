@@ -270,7 +270,10 @@ class FeatureTargets(EmbeddingTargets):
 
     def __init__(self, config: ModelConfig) -> None:
         if config.teacher_dim is None:
-            raise UsageError("model.teacher_dim is not given; nextblock.pretrain reads it from the teacher")
+            raise UsageError(
+                "model.teacher_dim, the width of the teacher's features, is not known; give it, e.g. "
+                "--model.teacher_dim 768 (nextblock pretrain reads it from the teacher)"
+            )
         super().__init__(config, config.teacher_dim)
 
     def _vectors(self, images: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002
