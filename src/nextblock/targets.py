@@ -204,7 +204,7 @@ class EmbeddingTargets:
         self.facts = {"loss": "cosine", "target": config.target, "teacher": config.teacher}
         self.words = [
             f"Loss: {self.loss_name} of {self.name}.",
-            "Shown for each patch: of these images the patch whose vector is nearest to the predicted one.",
+            "A predicted vector is shown as the patch of these images whose own vector is nearest.",
         ]
 
     def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
@@ -263,7 +263,7 @@ class FeatureTargets(EmbeddingTargets):
     """Features of a frozen teacher on the patches of a block, by cosine (D-iGPT, arXiv 2312.02147)."""
 
     may_collapse = False
-    scale, loss_name, name = 2, "2 - 2 cosine", "the teacher's features"
+    scale, loss_name, name = 2, "2 - 2 x cosine", "the teacher's features"
     teacher: Callable[[Tensor], Tensor] | None = None
     """From normalised images to features (b e i j) on the teacher's own grid. No part of the model: it is
     neither trained nor saved."""

@@ -116,7 +116,8 @@ def draw_sheet(look: Look, path: Path, titles: Sequence[str] | None) -> None:
     _draw_scale(figure, layout, largest_error)
     _label(figure, layout, look, titles)
     text_width = layout.width_in - 0.4
-    text_at(figure, 0.2, 0.22, "Next-block prediction", size=13, weight="bold", va="top")
+    title = f"{'Next' if look.config.mask_ratio is None else 'Masked'}-block prediction"
+    text_at(figure, 0.2, 0.22, title, size=13, weight="bold", va="top")
     text_at(figure, 0.2, 0.5, wrapped(subtitle, text_width, 8.5), size=8.5, color=MUTED, va="top")
     below = layout.top_in + layout.bands * layout.band_in - (0.16 if titles is not None else 0.02)
     text_at(figure, 0.2, below, wrapped(caption, text_width, 8), size=8, color=MUTED, va="top")
@@ -186,8 +187,9 @@ def _draw_scale(figure: Figure, layout: _Layout, largest: float) -> None:
 
 def _label(figure: Figure, layout: _Layout, look: Look, titles: Sequence[str] | None) -> None:
     """The rows' names at the left, the images' titles above them, their losses below."""
+    predicted = "next-block\nprediction" if look.config.mask_ratio is None else "masked\nblocks"
     for band in range(layout.bands):
-        for panel, words in enumerate(("original", "next-block\nprediction", "absolute\nerror")):
+        for panel, words in enumerate(("original", predicted, "absolute\nerror")):
             x, y = layout.cell(band * layout.columns, panel)
             middle = y + layout.cell_height_in / 2
             text_at(figure, x - 0.1, middle, words, size=8.5, ha="right", va="center")
@@ -221,16 +223,18 @@ def _subtitle(look: Look) -> str:
 def _caption(look: Look) -> str:
     """What is seen, in a few sentences."""
     config = look.config
-    order = "row by row" if look.is_raster else "in another order than row by row"
-    context = f"the true blocks before it, {order}"
+    size = f"block of {config.block_px[0]} x {config.block_px[1]} px"
     if config.mask_ratio is not None:
-        context = "all blocks that are not masked; those are hatched"
-    elif not config.class_token:
-        context += "; the first one (hatched) has none before it and is not predicted"
-    sentences = [
-        f"Each block of {config.block_px[0]} x {config.block_px[1]} px is predicted from {context}.",
-        *make_targets(config).words,
-    ]
+        first = f"Each masked {size} is predicted from all blocks that are not masked (hatched)."
+    else:
+        order = "row by row" if look.is_raster else "in another order than row by row"
+        alone = (
+            "is predicted from a class token alone"
+            if config.class_token
+            else "(hatched) has none before it and is not predicted"
+        )
+        first = f"Each {size} is predicted from the true blocks before it, {order}; the first one {alone}."
+    sentences = [first, *make_targets(config).words]
     if config.in_chans not in (1, 3):
         sentences.append(f"Shown: {shown_channels(config.in_chans)} of {config.in_chans} channels.")
     return " ".join(sentences)
