@@ -218,3 +218,29 @@ def test_a_deterministic_run_on_a_cpu_is_the_plain_one_and_a_compiled_one_nearly
         assert done.returncode == 0, done.stderr
         losses.append([line["loss"] for line in metrics(tmp_path / value)])
     assert losses[1] == pytest.approx(losses[0], rel=0, abs=tolerance)
+
+
+def test_a_steps_scale_of_rotary_coordinates_and_an_images_order_are_drawn_by_the_seed(tmp_path, monkeypatch):
+    seen, forward = [], NextBlockModel.forward
+
+    def remember(self, images, block_order=None, *rest):
+        if self.training and block_order is not None:
+            seen.append((rest[-1].item(), block_order.tolist()))
+        return forward(self, images, block_order, *rest)
+
+    monkeypatch.setattr(NextBlockModel, "forward", remember)
+
+    def drawn(name, **changes):
+        seen.clear()
+        run_toy(tmp_path / name, {**EMBEDDING, "train.duration": "10st", **changes})
+        return [scale for scale, _ in seen], [order for _, orders in seen for order in orders]
+
+    scales, orders = drawn("a")
+    assert drawn("b", **{"train.micro_batch_size": 4}) == ([s for s in scales for _ in range(2)], orders)
+    assert all(0.5 <= scale <= 2 for scale in scales)
+    assert min(scales) < 0.9 < 1.1 < max(scales)
+    assert len(set(scales)) == 10
+    assert len(set(map(tuple, orders))) > 15, "of 24, for 80 draws: every image and visit has its own"
+    other_scales, other_orders = drawn("c", seed=1)
+    assert set(other_scales).isdisjoint(scales)
+    assert other_orders != orders
