@@ -38,6 +38,13 @@ AIM = {
 OBLONG = {"image_size": (24, 16), "block_size": (3, 1)}  # 2x4 blocks of 3x1 patches
 DROP_PATH = {"drop_path": 0.6, "depth": 4}
 DRAWS = torch.rand(7, 2 * 4, generator=torch.Generator().manual_seed(1))
+NEPA = {
+    "target": "embedding",
+    "predictor": "identity",
+    "class_token": True,
+    "positions": "rope",
+    "num_heads": 2,
+}
 TOKENS = {"target": "tokens", "vocab_size": 7}
 
 
@@ -375,7 +382,8 @@ def test_tables_are_made_anew_after_to_empty():
 
 
 @pytest.mark.parametrize(
-    ("changes", "lengths", "breaks"), [({"drop_path": 0.2}, None, 0), (AIM, [1, 3], 1), (TOKENS, None, 0)]
+    ("changes", "lengths", "breaks"),
+    [({"drop_path": 0.2}, None, 0), (AIM, [1, 3], 1), (TOKENS, None, 0), (NEPA, None, 0)],
 )
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")

@@ -21,8 +21,7 @@ from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
 from nextblock.data import DataError, TooManyBadImages, VisitOrder
 from nextblock.models import NextBlockModel
-from nextblock.train import NonFiniteError
-from nextblock.train.messages import CollapseError
+from nextblock.train import CollapseError, NonFiniteError
 from tiny_runs import (
     TINY_FLAGS,
     After,
