@@ -115,8 +115,8 @@ def train(
     `sources["val"]`, if given, is validated on. `learner` makes what learns, fresh or from a checkpoint.
     Every process of `group` calls this alike; rank 0 alone prints and writes, but for its part of a
     checkpoint. Raises `RunDirError` if `out` holds something else, `InUseError` if another process trains
-    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, `CollapseError`, and `WriteError` if a disk
-    is full; the last checkpoint stays. What it changes of the process (signals, seeds, ...) is put back.
+    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, `CollapseError`, and `WriteError` if a
+    disk is full; the last checkpoint stays. What it changes of the process (signals, seeds, ...) is put back.
     """
     # All that can be refused is refused before a directory is made.
     config.check_trainable()
