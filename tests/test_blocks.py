@@ -57,12 +57,24 @@ def test_a_token_may_attend_to_its_block_to_earlier_ones_and_to_its_images_prefi
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("kind", ["raster", "spiral", "checkerboard", "fixed_random", "random"])
+@pytest.mark.parametrize("kind", ["spiral", "checkerboard", "fixed_random", "random", "per_image"])
 def test_every_order_is_a_permutation_of_the_blocks(kind, grid):
     orders, k = block_orders(kind, grid, seed=3), grid[0] * grid[1]
     assert [sorted(order) for order in orders.tolist()] == [list(range(k))] * (k if kind == "random" else 1)
     if kind == "random":
         assert sorted(orders[:, 0].tolist()) == list(range(k)), "each has its own first block"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_rows_and_columns_are_read_forwards_or_backwards(grid):
+    rows, columns = grid
+    by_row = [row * columns + column for row in range(rows) for column in range(columns)]
+    by_column = [row * columns + column for column in range(columns) for row in range(rows)]
+    orders = {"raster": by_row, "reverse": by_row[::-1]}
+    orders |= {"column": by_column, "reverse_column": by_column[::-1]}
+    assert {kind: block_orders(kind, grid, seed=3).tolist() for kind in orders} == {
+        kind: [order] for kind, order in orders.items()
+    }
 
 
 @pytest.mark.parametrize("grid", GRIDS)

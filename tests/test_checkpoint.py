@@ -72,6 +72,11 @@ def rewrite(path, change: Callable[[dict], dict] = dict, **metadata):
         {"predictor": None, "feature_attention": "full"},
         {"num_predicted_blocks": 2, "order": "random", "order_seed": 3, "drop_path": 0.1, "loss": "l1"},
         {"image_size": (24, 16), "block_size": (3, 1), "positions": "sincos"},
+        {"mask_ratio": 0.5, "order": "per_image", "feature_attention": "full", "target": "embedding"},
+        {
+            **{"positions": "rope", "num_heads": 2, "qk_norm": "scale", "layer_scale": 0.1},
+            **{"class_token": True, "target": "embedding", "predictor": "identity"},
+        },
     ],
     ids=str,
 )
@@ -93,7 +98,7 @@ def test_a_model_comes_back_with_its_settings_and_weights_drawn_by_nobody(change
     assert all(torch.equal(found.get_buffer(name), table) for name, table in model.named_buffers())
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     assert {name: p.requires_grad for name, p in found.named_parameters()} == wanted
-    assert all(wanted.values()) == (model.config.positions == "learned")
+    assert all(wanted.values()) == (model.config.positions != "sincos")
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.add_(1)

@@ -43,7 +43,7 @@ def test_derived_numbers_count_rows_before_columns():
         *(("model.block_size", v, "one whole number") for v in (2.0, (1, 2, 3))),
         ("model.norm_eps", 0.0, "a number above 0"),
         ("model.drop_path", 1.0, "from 0 to below 1"),
-        ("model.order", "diagonal", "raster, spiral, checkerboard, fixed_random or random"),
+        ("model.order", "diagonal", "fixed_random, random or per_image"),
         ("data.train", 3, "text, a list, each text or none"),
         ("data.weights", (0.5, 0.0), "a list of numbers above 0"),
         ("data.flip", True, "a number"),
@@ -67,6 +67,10 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(name, value,
     refuses({name: value}, f"{name} is {shown}; it must be ", message)
 
 
+FEATURES = {"target": "features", "teacher": "timm:NAME"}
+MASKED = {"mask_ratio": 0.5, "order": "per_image", "feature_attention": "full"}
+
+
 def of_model(**changes):
     return {f"model.{name}": value for name, value in changes.items()}
 
@@ -88,8 +92,43 @@ def of_model(**changes):
         (of_model(encoder_attention="full"), "needs model.feature_attention full"),
         (of_model(positions="sincos", embed_dim=90, num_heads=3), "model.embed_dim 90 cannot be divided"),
         (of_model(positions="sincos", predictor_dim=90, predictor="mlp"), "use 88 or 92"),
-        (of_model(tokenizer="kmeans", loss="l1"), "model.loss l1 are for pixels"),
-        (of_model(tokenizer="kmeans", norm_pixels=False), "norm_pixels false"),
+        (of_model(target="tokens", loss="l1"), "model.loss l1 are for pixels"),
+        (of_model(target="tokens", norm_pixels=False), "norm_pixels false"),
+        *(
+            (of_model(**changes), message)
+            for changes, message in (
+                ({"positions": "rope", "embed_dim": 60, "num_heads": 6}, "head width divisible by 4, not 10"),
+                ({"positions": "rope", "bias": False}, "model.positions rope needs model.bias true"),
+                ({"positions": "rope", "patch_norm": True}, "rope knows no model.patch_norm"),
+                ({"rope_rescale": 2.0}, "model.rope_rescale needs model.positions rope"),
+                ({"qk_scale": 0.5, "qk_norm": "plain"}, "model.qk_scale excludes model.qk_norm and rope"),
+                ({"class_token": True, "prefix": True}, "class_token and model.prefix exclude each other"),
+                ({"class_token": True, **MASKED}, "class_token and model.mask_ratio exclude each other"),
+                (
+                    {"class_token": True, "predictor_attention": "full"},
+                    "class_token excludes attention masks",
+                ),
+                ({"target": "features"}, "model.target features and model.teacher go together"),
+                ({"teacher": "timm:NAME"}, "model.target features and model.teacher go together"),
+                ({"predict_visible": True}, "model.predict_visible needs model.target features"),
+                ({**FEATURES, "predict_visible": True, "prefix": True}, "predict_visible and model.prefix"),
+                ({"predictor": "identity"}, "identity needs model.target embedding"),
+                (
+                    {"predictor": "identity", "target": "embedding", "num_predicted_blocks": 2},
+                    "and model.num_predicted_blocks 1",
+                ),
+                ({"target_positions": True, "predictor": "linear"}, "transformer or mlp, not linear"),
+                ({"target_positions": True, "num_predicted_blocks": 2}, "needs model.num_predicted_blocks 1"),
+                ({"target_positions": True, "predictor_attention": "full"}, "excludes own attention masks"),
+                ({**MASKED, "prefix": True}, "model.mask_ratio excludes model.prefix"),
+                ({**MASKED, "target_positions": True}, "model.mask_ratio excludes"),
+                ({**MASKED, **FEATURES, "predict_visible": True}, "model.mask_ratio excludes"),
+                ({**MASKED, "order": "random"}, "model.mask_ratio needs model.order per_image"),
+                ({**MASKED, "num_predicted_blocks": 2}, "and model.num_predicted_blocks 1"),
+                ({**MASKED, "feature_attention": "causal"}, "set model.feature_attention full"),
+                ({**MASKED, "mask_ratio": 1.0}, "above 0, below 1"),
+            )
+        ),
         ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is 0.5,0.3; give smallest,largest"),
         ({"data.crop_scale": (0.0, 1.0)}, "above 0"),
         ({"data.mean": (0.5,)}, "1 channel and data.std 3"),

@@ -24,7 +24,7 @@ from ranks import (
     train_otherwise,
     train_together,
 )
-from tiny_runs import loss_lines, same, weights, write_images
+from tiny_runs import EMBEDDING, MASKED, loss_lines, same, weights, write_images, write_teacher
 from toy import ToySource
 
 BASE = {
@@ -37,9 +37,15 @@ BASE = {
 KINDS = {
     "xtra": {"model.order": "random"},
     "aim": {"model.prefix": True, "model.num_predicted_blocks": 2},
-    "tokens": {"model.tokenizer": "kmeans", "model.vocab_size": 8, "train.activation_checkpointing": True},
+    "tokens": {"model.target": "tokens", "model.vocab_size": 8, "train.activation_checkpointing": True},
 }
-QUICK = {("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("tokens", 2, "ddp")}
+KINDS |= {
+    "embedding": {**EMBEDDING, "model.num_heads": 5},
+    "features": {"model.predict_visible": True},
+    "masked": MASKED,
+}
+QUICK = {("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("tokens", 2, "ddp"), ("embedding", 2, "fsdp")}
+QUICK |= {("features", 2, "ddp"), ("masked", 2, "ddp")}
 WORLDS = [
     pytest.param(kind, world, strategy, marks=() if (kind, world, strategy) in QUICK else pytest.mark.slow)
     for kind in KINDS
@@ -48,6 +54,11 @@ WORLDS = [
 ]
 
 pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teacher(tmp_path_factory):
+    KINDS["features"] |= write_teacher(tmp_path_factory.mktemp("teacher") / "model.safetensors")
 
 
 def sources() -> dict[str, ToySource]:

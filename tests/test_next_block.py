@@ -38,7 +38,14 @@ AIM = {
 OBLONG = {"image_size": (24, 16), "block_size": (3, 1)}  # 2x4 blocks of 3x1 patches
 DROP_PATH = {"drop_path": 0.6, "depth": 4}
 DRAWS = torch.rand(7, 2 * 4, generator=torch.Generator().manual_seed(1))
-TOKENS = {"tokenizer": "kmeans", "vocab_size": 7}
+NEPA = {
+    "target": "embedding",
+    "predictor": "identity",
+    "class_token": True,
+    "positions": "rope",
+    "num_heads": 2,
+}
+TOKENS = {"target": "tokens", "vocab_size": 7}
 
 
 @pytest.fixture
@@ -351,7 +358,9 @@ def test_the_scale_of_attention_is_the_one_given():
     assert_close(other(IMAGES).predictions, plain(IMAGES).predictions, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, AIM, own("full"), TOKENS], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, AIM, own("full"), TOKENS, {"positions": "rope", "num_heads": 2}], ids=str
+)
 def test_a_model_built_without_data_is_complete_once_its_weights_are_assigned(changes):
     whole = token_model() if changes is TOKENS else tiny_model(**changes)
     with torch.device("meta"):
@@ -360,6 +369,7 @@ def test_a_model_built_without_data_is_complete_once_its_weights_are_assigned(ch
     images = tiny_images(size=whole.config.image_size)
     assert torch.equal(model.eval()(images).predictions, whole(images).predictions)
     assert torch.equal(model.encode(images).tokens, whole.encode(images).tokens)
+    assert torch.equal(model.to("cpu").encoder(images), whole.encoder(images))
 
 
 def test_tables_are_made_anew_after_to_empty():
@@ -372,7 +382,8 @@ def test_tables_are_made_anew_after_to_empty():
 
 
 @pytest.mark.parametrize(
-    ("changes", "lengths", "breaks"), [({"drop_path": 0.2}, None, 0), (AIM, [1, 3], 1), (TOKENS, None, 0)]
+    ("changes", "lengths", "breaks"),
+    [({"drop_path": 0.2}, None, 0), (AIM, [1, 3], 1), (TOKENS, None, 0), (NEPA, None, 0)],
 )
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")

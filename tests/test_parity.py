@@ -13,7 +13,7 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.config import OptimConfig
 from nextblock.interop import load
 from nextblock.models.heads import ImageClassifier
-from nextblock.models.vit import patch_tokens
+from nextblock.models.vit import embed_patches
 from nextblock.optim import build_optimizer, lr_at, set_lr
 from nextblock.targets import normalize_blocks
 
@@ -109,11 +109,15 @@ def test_features_logits_and_settings_of_a_probe_are_the_official_ones(name, gol
         assert (head.kind, head.layers, head.num_classes) == ("linear", (3,), 10)
 
 
+def patch_tokens(model, images):
+    return embed_patches(model.encoder, images) + model.encoder.pos_embed
+
+
 @torch.no_grad()
 def test_aims_patches_layers_and_logits_are_the_official_ones(golden, golden_dir, load_golden, aim_encoder):
     expected, head = golden("aim_nano"), {"head": golden_dir / "aim_nano_head.pth", "probe_layers": (1, 2)}
     classifier = load_golden("aim_nano_backbone.pth", **head)
-    embedded = patch_tokens(aim_encoder.encoder, expected["images"], aim_encoder.config)
+    embedded = patch_tokens(aim_encoder, expected["images"])
     assert_close(embedded, expected["embedded_tokens"], **TENSOR)
     layers = torch.stack(aim_encoder.encode(expected["images"]).layers)
     assert_close(layers, expected["layer_features"], **TENSOR)
@@ -123,7 +127,7 @@ def test_aims_patches_layers_and_logits_are_the_official_ones(golden, golden_dir
 @torch.no_grad()
 def test_aims_attention_under_a_prefix_is_the_official_one(golden, aim_encoder):
     expected = golden("aim_nano")
-    tokens = patch_tokens(aim_encoder.encoder, expected["images"], aim_encoder.config)
+    tokens = patch_tokens(aim_encoder, expected["images"])
     layer = aim_encoder.encoder.blocks[0]
     mask = may_attend(torch.arange(16), expected["prefix_lengths"])
     attended = layer.attn(layer.norm1(tokens), attn_mask=mask)
@@ -137,7 +141,7 @@ def test_aims_mask_encoder_loss_and_predictions_in_training_are_the_official_one
     expected = golden("aim_pretrain_nano")
     mask = may_attend(torch.arange(16), expected["prefix_lengths"])
     assert torch.equal(mask.squeeze(1), expected["attention_allowed"].bool())
-    embedded = patch_tokens(aim_model.encoder, expected["images"], aim_model.config)
+    embedded = patch_tokens(aim_model, expected["images"])
     assert_close(embedded, expected["embedded_tokens"], **TENSOR)
     seen = []
     aim_model.encoder.norm.register_forward_hook(lambda *call: seen.append(call[-1]))

@@ -40,7 +40,7 @@ MODELS = {
     "aim, causal": replace(AIM, prefix=False),
     "aim, linear": replace(AIM, predictor="linear"),
     "aim, blocks": replace(AIM, block_size=(2, 4), predictor_extra_norm=False, patch_norm=False),
-    "aim, tokens": replace(AIM, tokenizer="kmeans", vocab_size=32),
+    "aim, tokens": replace(AIM, target="tokens", vocab_size=32),
 }
 
 

@@ -30,15 +30,26 @@ def millions(*parts):
 
 
 NEWER = {
+    "model.class_token": False,
     "model.encoder_attention": "block_causal",
+    "model.layer_scale": None,
+    "model.mask_ratio": None,
+    "model.predict_visible": False,
     "model.predictor_attention": "native",
     "model.predictor_block_size": None,
     "model.qk_scale": None,
+    "model.qk_norm": None,
     "model.resample_antialias": True,
+    "model.rope_rescale": 1.0,
+    "model.target_positions": False,
+    "model.teacher": None,
+    "model.teacher_digest": None,
+    "model.teacher_dim": None,
     "train.strategy": "auto",
     "checkpoint.in_background": False,
     "checkpoint.keep_best": None,
     "checkpoint.requeue": False,
+    "monitor.collapse": 0.01,
     "monitor.early_stop": None,
     "monitor.knn_train": None,
     "monitor.knn_val": None,
@@ -52,6 +63,7 @@ NEWER = {
 def settings_of(name):
     found = json.loads(json.dumps(flatten(to_dict(get_preset(name).config))))
     assert {key: found.pop(key) for key in NEWER} == NEWER
+    found["model.tokenizer"] = {"pixels": None, "tokens": "kmeans"}[found.pop("model.target")]
     return found
 
 

@@ -27,7 +27,7 @@ def started(other, **changes):
 
 
 def test_a_model_of_the_same_sizes_takes_everything_over_and_create_model_too(tmp_path):
-    tokens = {"tokenizer": "kmeans", "vocab_size": 5}
+    tokens = {"target": "tokens", "vocab_size": 5}
     other = tiny_model(2, **tokens)
     assert other.targets is not None
     other.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)

@@ -33,7 +33,7 @@ def noise(*shape, seed=0):
 
 
 def token_targets(vocab_size=7) -> TokenTargets:
-    targets = make_targets(tiny_config(tokenizer="kmeans", vocab_size=vocab_size))
+    targets = make_targets(tiny_config(target="tokens", vocab_size=vocab_size))
     assert isinstance(targets, TokenTargets)
     targets.fit(noise(60, 48, seed=1), seed=0)
     return targets
@@ -43,6 +43,11 @@ def block_at(images: Tensor, position: int, order=ORDER) -> Tensor:
     """The pixels (b c 8 8) of the block at a position of the order."""
     top, left = divmod(int(order[position]), 3)
     return images[:, :, top * 8 : top * 8 + 8, left * 8 : left * 8 + 8]
+
+
+def true_blocks(images: Tensor) -> Tensor:
+    """The pixels (b 5 192) of all blocks but the first."""
+    return torch.stack([block_at(images, position).flatten(1) for position in range(1, 6)], dim=1)
 
 
 def test_a_block_is_normalised_by_its_own_mean_and_unbiased_deviation():
@@ -91,7 +96,8 @@ def test_reference_losses_of_pixels_are_the_distances_to_zero_and_to_the_block_b
 @pytest.mark.parametrize("norm", [True, False])
 def test_perfect_predictions_are_drawn_as_the_true_pixels(norm):
     targets, images = make_targets(tiny_config(norm_pixels=norm)), noise(2, 3, 16, 24)
-    drawn = targets.to_pixels(targets.of_blocks(images, ORDER)[:, 1:], images, ORDER)
+    found = targets.of_blocks(images, ORDER)[:, 1:]
+    drawn = targets.to_pixels(found, found, true_blocks(images))
     for position in range(1, 6):
         expected = block_at(images, position).flatten(1)
         torch.testing.assert_close(drawn[:, position - 1], expected, atol=1e-5, rtol=1e-5)
@@ -135,7 +141,8 @@ def test_reference_losses_of_tokens_are_the_vocabulary_and_the_entropy():
 
 def test_tokens_are_drawn_as_centroids_with_the_mean_and_deviation_of_the_true_patch():
     targets, images, logits = token_targets(), noise(2, 3, 16, 24), noise(2, 5, 4, 7, seed=2)
-    drawn = targets.to_pixels(logits, images, ORDER).view(2, 5, 3, 8, 8)
+    tokens = targets.of_blocks(images, ORDER)[:, 1:]
+    drawn = targets.to_pixels(logits, tokens, true_blocks(images)).view(2, 5, 3, 8, 8)
     for step in range(5):
         for patch, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
             true = block_at(images, step + 1)[0, :, row : row + 4, column : column + 4]
@@ -146,7 +153,7 @@ def test_tokens_are_drawn_as_centroids_with_the_mean_and_deviation_of_the_true_p
 
 def test_outputs_of_a_block_are_its_pixel_values_or_its_tokens_logits():
     assert make_targets(ModelConfig(block_size=2)).outputs == 3 * 32 * 32
-    assert make_targets(ModelConfig(block_size=2, tokenizer="kmeans", vocab_size=100)).outputs == 400
+    assert make_targets(ModelConfig(block_size=2, target="tokens", vocab_size=100)).outputs == 400
 
 
 def draw(seed, samples, num_blocks, visit=0):
@@ -254,7 +261,7 @@ def test_flat_patches_have_one_token_whatever_their_grey():
 
 
 def test_targets_that_need_a_fit_say_so_and_are_refused_before():
-    targets = make_targets(tiny_config(tokenizer="kmeans", vocab_size=7))
+    targets = make_targets(tiny_config(target="tokens", vocab_size=7))
     assert targets.needs_fit
     assert not token_targets().needs_fit
     assert not make_targets(tiny_config()).needs_fit

@@ -18,6 +18,8 @@ from nextblock.models import NextBlockModel
 from nextblock.targets import TokenTargets
 from tiny_runs import (
     ALL_RANDOM,
+    EMBEDDING,
+    MASKED,
     TINY_FLAGS,
     Meddle,
     Quiet,
@@ -31,6 +33,7 @@ from tiny_runs import (
     metrics,
     run_toy,
     settings,
+    write_teacher,
 )
 from toy import ToySource
 
@@ -41,9 +44,17 @@ CASES = {
     "bf16": {**ALL_RANDOM, "train.precision": "bf16"},
     "prefix": PREFIX,
     "mlp": {**PREFIX, **ONE_PATCH, "model.predictor": "mlp"},
-    "tokens": {**PREFIX, "model.tokenizer": "kmeans", "model.vocab_size": 6},
+    "tokens": {**PREFIX, "model.target": "tokens", "model.vocab_size": 6},
+    "embedding": {**ALL_RANDOM, **EMBEDDING, "model.predictor": "identity"},
+    "features": {**ALL_RANDOM, "model.predict_visible": True},
+    "masked": {**ALL_RANDOM, **MASKED},
     "mixture": {**ALL_RANDOM, "data.train": ("toy-0", "toy-1"), "data.weights": (0.75, 0.25)},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teacher(tmp_path_factory):
+    CASES["features"] |= write_teacher(tmp_path_factory.mktemp("teacher") / "model.safetensors")
 
 
 def sources(case):
@@ -66,7 +77,14 @@ def whole(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("case", "steps"), [("fp32", range(7)), ("bf16", (0, 1, 4)), ("tokens", (4,))])
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    [
+        ("fp32", range(7)),
+        ("bf16", (0, 1, 4)),
+        *((one, (4,)) for one in ("tokens", "embedding", "features", "masked")),
+    ],
+)
 def test_a_run_stopped_by_signals_goes_on_bit_for_bit(whole, tmp_path, case, steps):
     for last, step in pairwise([0, *steps]):
         number = (signal.SIGINT, signal.SIGTERM)[step % 2]
@@ -200,3 +218,29 @@ def test_a_deterministic_run_on_a_cpu_is_the_plain_one_and_a_compiled_one_nearly
         assert done.returncode == 0, done.stderr
         losses.append([line["loss"] for line in metrics(tmp_path / value)])
     assert losses[1] == pytest.approx(losses[0], rel=0, abs=tolerance)
+
+
+def test_a_steps_scale_of_rotary_coordinates_and_an_images_order_are_drawn_by_the_seed(tmp_path, monkeypatch):
+    seen, forward = [], NextBlockModel.forward
+
+    def remember(self, images, block_order=None, *rest):
+        if self.training and block_order is not None:
+            seen.append((rest[-1].item(), block_order.tolist()))
+        return forward(self, images, block_order, *rest)
+
+    monkeypatch.setattr(NextBlockModel, "forward", remember)
+
+    def drawn(name, **changes):
+        seen.clear()
+        run_toy(tmp_path / name, {**EMBEDDING, "train.duration": "10st", **changes})
+        return [scale for scale, _ in seen], [order for _, orders in seen for order in orders]
+
+    scales, orders = drawn("a")
+    assert drawn("b", **{"train.micro_batch_size": 4}) == ([s for s in scales for _ in range(2)], orders)
+    assert all(0.5 <= scale <= 2 for scale in scales)
+    assert min(scales) < 0.9 < 1.1 < max(scales)
+    assert len(set(scales)) == 10
+    assert len(set(map(tuple, orders))) > 15, "of 24, for 80 draws: every image and visit has its own"
+    other_scales, other_orders = drawn("c", seed=1)
+    assert set(other_scales).isdisjoint(scales)
+    assert other_orders != orders

@@ -21,15 +21,18 @@ from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
 from nextblock.data import DataError, TooManyBadImages, VisitOrder
 from nextblock.models import NextBlockModel
-from nextblock.train import NonFiniteError
+from nextblock.train import CollapseError, NonFiniteError
 from tiny_runs import (
+    TINY_FLAGS,
     After,
     Quiet,
     Remember,
     assert_same_end,
+    call_cli,
     checkpoints,
     crash_toy,
     metrics,
+    refused,
     run_toy,
     same,
     settings,
@@ -283,3 +286,49 @@ def test_an_impossible_run_is_refused_and_leaves_no_directory(tmp_path, changes,
     with pytest.raises((ValueError, CheckpointError), match=message):
         run_toy(tmp_path / "run", changes)
     assert not (tmp_path / "run").exists()
+
+
+@torch.no_grad()
+def make_constant(model, _):
+    model.encoder.patch_embed.proj.weight.zero_()
+    model.encoder.patch_embed.proj.bias.fill_(1)
+
+
+@pytest.mark.parametrize("limit", [0.01, None])
+def test_a_run_whose_targets_become_alike_stops_unless_it_may_go_on(tmp_path, limit):
+    changes = {"model.target": "embedding", "optim.lr": 1e-5, "monitor.collapse": limit}
+    monitors = [After(3, make_constant)]
+    if limit is None:
+        assert run_toy(tmp_path, changes, monitors=monitors).is_finished
+    else:
+        with pytest.raises(CollapseError, match=r"step 4: .* collapsed.* Try a lower optim.lr, .*pixels"):
+            run_toy(tmp_path, changes, monitors=monitors)
+    variances = [line["target_variance"] for line in metrics(tmp_path)]
+    assert min(variances[:3]) > 0.1
+    assert max(variances[3:]) < 0.01
+    ranks = [line["target_rankme"] for line in metrics(tmp_path)]
+    assert max(ranks[3:]) < 1.5 < min(ranks[:3])
+
+
+def test_a_prefix_hides_no_collapse(tmp_path):
+    changes = {"model.target": "embedding", "model.prefix": True, "model.predictor": "mlp"}
+    with pytest.raises(CollapseError, match="step 4"):
+        run_toy(tmp_path, {**changes, "optim.lr": 1e-5}, monitors=[After(3, make_constant)])
+
+
+def test_targets_that_are_not_finite_are_left_to_the_check_of_the_loss(tmp_path):
+    @torch.no_grad()
+    def spoil(model, _):
+        model.encoder.patch_embed.proj.bias.fill_(math.nan)
+
+    with pytest.raises(NonFiniteError):
+        run_toy(tmp_path, {"model.target": "embedding"}, monitors=[After(2, spoil)])
+    assert [line["target_variance"] is None for line in metrics(tmp_path)][:3] == [False, False, True]
+
+
+def test_a_collapse_ends_the_command_with_one(tmp_path, capsys, monkeypatch):
+    collapsed = {"target_variance": 0.0}
+    monkeypatch.setattr("nextblock.train.trainer.Trainer.health", lambda _: collapsed)
+    words = [*TINY_FLAGS, "--data.train", "digits:split=test", "--model.target", "embedding"]
+    message = refused(call_cli(capsys, "pretrain", *words, "--out", tmp_path / "run"), code=1)
+    assert "the targets have collapsed" in message

@@ -7,17 +7,20 @@ import math
 
 import pytest
 import torch
+import yaml
 from einops import rearrange
+from safetensors.torch import load_file
 
 import nextblock
+from nextblock.checkpoint import CHECKSUMS_FILE, read_metadata, write_safetensors
 from nextblock.data import normalize
 from nextblock.targets import KMeansTokenizer
 from nextblock.train.trainer import Trainer, sample_patches
 from nextblock.visualize.report import read_run, report_markdown
-from tiny_runs import CPU, Quiet, checkpoints, crash_toy, metrics, run_toy, settings, weights
+from tiny_runs import CPU, Quiet, checkpoints, crash_toy, metrics, run_toy, same, settings, weights
 from toy import ToySource
 
-TOKENS = {"model.tokenizer": "kmeans", "model.vocab_size": 6}
+TOKENS = {"model.target": "tokens", "model.vocab_size": 6}
 CENTROIDS = "tokenizer.centroids"
 
 
@@ -116,3 +119,39 @@ def test_baselines_of_tokens_are_guessing_evenly_and_by_frequency_and_a_run_goes
     assert isinstance(model, nextblock.NextBlockModel)
     assert isinstance(model.tokenizer, KMeansTokenizer)
     assert model.tokenizer.is_fitted
+
+
+NEWER = {
+    *("rope_rescale", "class_token", "qk_norm", "layer_scale", "mask_ratio", "target_positions", "target"),
+    *("teacher", "teacher_dim", "teacher_digest", "predict_visible"),
+}
+
+
+def as_written_before(model: dict) -> dict:
+    """The settings of a model as the release before `model.target` wrote them."""
+    tokenizer = {"pixels": None, "tokens": "kmeans"}[model["target"]]
+    return {
+        **{name: value for name, value in model.items() if name not in NEWER},
+        "tokenizer": tokenizer,
+        "token_px": None,
+    }
+
+
+@pytest.mark.parametrize("changes", [{}, TOKENS], ids=["pixels", "tokens"])
+def test_runs_of_the_release_before_load_and_resume(tmp_path, changes):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    run_toy(whole, changes)
+    run_toy(run, changes, stop=3)
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"] = as_written_before(config["model"])
+    del config["monitor"]["collapse"]
+    path.write_text(yaml.safe_dump(config))
+    file = run / "checkpoints/step_00000003/model.safetensors"
+    metadata, tensors = read_metadata(file), load_file(file)
+    metadata["config"] = json.dumps(as_written_before(json.loads(metadata["config"])))
+    write_safetensors(file, tensors, metadata)
+    (file.parent / CHECKSUMS_FILE).unlink()
+    assert nextblock.load(file).config == settings(changes).model
+    run_toy(run, changes)
+    assert same(weights(run, 7), weights(whole, 7))

@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from nextblock.atomic import WriteError
+from nextblock.blocks import patchify
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig
 from nextblock.data import open_source
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
-from nextblock.visualize import predictions
+from nextblock.visualize import predictions, sheet
 from nextblock.visualize.figure import save_png, wrapped
 from nextblock.visualize.predictions import (
     PredictionMonitor,
@@ -23,8 +24,8 @@ from nextblock.visualize.predictions import (
     predict,
     predicted_image,
 )
-from nextblock.visualize.sheet import MAX_PICTURE_BYTES
-from toy import ToySource, tiny_model
+from nextblock.visualize.sheet import MAX_PICTURE_BYTES, draw_sheet
+from toy import ToySource, tiny_images, tiny_model
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -308,8 +309,52 @@ def test_predict_refuses_to_draw_nothing(tmp_path, count, message):
 # --------------------------------------------------------------------------------------------------- tokens
 
 
+@pytest.mark.parametrize(
+    ("changes", "words", "is_drawn"),
+    [
+        ({"target": "embedding"}, ["first one (hatched)", "1 - cosine", "row by row"], [0, 1, 1, 1, 1, 1]),
+        (
+            {"target": "embedding", "class_token": True, "predictor": "identity", "order": "reverse"},
+            ["another order", "from a class token alone"],
+            [1] * 6,
+        ),
+        (
+            {"mask_ratio": 0.5, "order": "per_image", "feature_attention": "full"},
+            ["Each masked block of 8 x 8 px is predicted from all blocks that are not masked"],
+            None,
+        ),
+    ],
+)
+def test_a_sheet_shows_the_blocks_that_its_objective_predicts_and_says_from_what(
+    tmp_path, monkeypatch, changes, words, is_drawn
+):
+    looks = []
+    monkeypatch.setattr(predictions, "draw_sheet", lambda look, *_: looks.append(look))
+    model = tiny_model(**changes)
+    predictions.draw_predictions(model, tiny_images(), [0.5] * 3, [0.5] * 3, tmp_path / "a.png")
+    (look,) = looks
+    caption = sheet._caption(look)
+    assert all(part in caption for part in words), caption
+    blocks = look.predicted.unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).float().mean(2).flatten()
+    order = model.orders[0].tolist()
+    assert blocks.tolist() == (is_drawn or [float(block in order[3:]) for block in range(6)])
+    draw_sheet(look, tmp_path / "a.png", None)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_vector_is_drawn_as_the_patch_of_these_images_whose_own_is_nearest():
+    model, images = tiny_model(target="embedding"), tiny_images()
+    order = model.orders[0]
+    targets = model.targets_of(images, order)
+    true = patchify(images, (8, 8))[:, order]
+    # Predictions of other lengths, in the opposite order: each is exactly some patch's own vector.
+    drawn = model.targets.to_pixels(2 * targets.flip(0, 1, 2), targets, true)
+    other = patchify(drawn.view(12, 3, 8, 8), (4, 4)).flatten(0, 1).flip(0)
+    assert torch.equal(other, patchify(true.reshape(12, 3, 8, 8), (4, 4)).flatten(0, 1))
+
+
 def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
-    model = tiny_model(tokenizer="kmeans", vocab_size=5)
+    model = tiny_model(target="tokens", vocab_size=5)
     assert model.targets is not None
     model.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     data = DataConfig(val_resize_px=24, workers=0)

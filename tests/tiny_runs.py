@@ -19,13 +19,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.config import CheckpointConfig, DataConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
 from nextblock.data import Source
 from nextblock.models import NextBlockModel
 from nextblock.presets import resolve
 from nextblock.train import Monitor, MonitorEvent, Reporter, Tick, TrainResult, train
-from toy import ToySource, tiny_config
+from toy import ToySource, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,15 @@ ALL_RANDOM = {
     "monitor.log_every": "3st",
 }
 """All that draws random numbers, micro-batches that do not divide the batch, windows of three steps."""
+
+EMBEDDING = {
+    "model.target": "embedding",
+    "model.order": "per_image",
+    "model.class_token": True,
+    "model.positions": "rope",
+    "model.rope_rescale": 2.0,
+}
+MASKED = {"model.mask_ratio": 0.5, "model.order": "per_image", "model.feature_attention": "full"}
 
 TINY_FLAGS = (
     *("--preset", "xtra-tiny", "--train.device", "cpu", "--data.workers", "0", "--data.val_resize_px", "16"),
@@ -174,6 +184,14 @@ class Meddle:
         random.seed(event.step)
         model.train()
         return {"meddle/sum": torch.rand(()).item() + np.random.rand() + random.random()}  # noqa: NPY002
+
+
+def write_teacher(path: Path, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """Write a small model, and give the settings of a run that predicts its features."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(seed, **{"image_size": 8, "embed_dim": 12, "num_heads": 2, **changes})
+    save_model(path, model, data=DataConfig(val_resize_px=8))
+    return {"model.target": "features", "model.teacher": str(path), "model.teacher_dim": 12}
 
 
 def call_cli(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -35,23 +35,27 @@ def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Ten
     k = block_grid[0] * block_grid[1]
     if kind == "random":
         return random_orders(k, seed)
-    if kind == "fixed_random":
+    if kind in ("fixed_random", "per_image"):  # the latter for features; training draws its own
         # From a generator of its own on the CPU: the same order on every device, whatever else draws.
         return torch.randperm(k, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[None]
     if kind == "spiral":
         return spiral_order(block_grid)[None]
     if kind == "checkerboard":
         return checkerboard_order(block_grid)[None]
-    assert kind == "raster", kind
-    return torch.arange(k, dtype=torch.int64)[None]
+    blocks = torch.arange(k, dtype=torch.int64)
+    blocks = blocks.view(block_grid).T.flatten() if "column" in kind else blocks
+    return (blocks.flip(0) if "reverse" in kind else blocks)[None]
 
 
-def check_order(order: Shaped[Tensor, "*k"], num_blocks: int) -> None:
-    """Raise `ValueError` unless `order` is a permutation of the blocks; on the CPU by its values as well."""
+def check_order(order: Shaped[Tensor, "*k"], num_blocks: int, batch: int | None = None) -> None:
+    """Raise `ValueError` unless `order` is a permutation of the blocks, or one for each image of a batch.
+
+    On the CPU by its values as well.
+    """
     # Looking at values would wait for a GPU and break a compiled graph; shapes are always known.
-    wrong = order.shape != (num_blocks,)
+    wrong = tuple(order.shape) not in ((num_blocks,), (batch, num_blocks))
     if not wrong and not torch.compiler.is_compiling() and order.device.type == "cpu":
-        wrong = order.sort().values.tolist() != list(range(num_blocks))
+        wrong = bool((order.sort(-1).values != torch.arange(num_blocks)).any())
     if wrong:
         raise UsageError(
             f"block_order must be a permutation of 0..{num_blocks - 1}, got "
@@ -98,6 +102,15 @@ def random_orders(num_blocks: int, seed: int) -> Int64[Tensor, "k k"]:
         # which their keys came, so the set is a function of the seed alone.
         orders.setdefault(int(order[0]), order)
     return torch.stack(list(orders.values()))
+
+
+def take(
+    values: Shaped[Tensor, "#b n *d"], index: Int64[Tensor, " s"] | Int64[Tensor, "b s"]
+) -> Shaped[Tensor, "b s *d"]:
+    """Rows of each image by number: the same for all images, or each image's own."""
+    if index.ndim == 1:
+        return values.index_select(1, index)
+    return torch.take_along_dim(values, index.view(*index.shape, *[1] * (values.ndim - 2)), dim=1)
 
 
 def may_attend(

@@ -233,11 +233,12 @@ def build_model(
     prefix = "" if head is None else "encoder_model."
     # Also on the meta device, time and memory grow with these sizes: whoever damaged the settings must not
     # make us build a billion layers before the weights are compared.
-    positions = weights.get(f"{prefix}encoder.pos_embed")
-    sizes = {"patches": (config.num_patches, 0 if positions is None else positions.shape[1])}
+    positions, sizes = weights.get(f"{prefix}encoder.pos_embed"), {}
+    if config.positions != "rope":
+        sizes["patches"] = (config.num_patches, 0 if positions is None else positions.shape[1])
     parts = {"layers": ("encoder.blocks", config.depth)}
-    if config.predictor is not None:
-        parts["predicted blocks"] = ("predictor.block_mlps", config.num_predicted_blocks)
+    if config.predictor not in (None, "identity"):
+        parts["predicted blocks"] = ("predictor.block_mlps", len(config.distances))
         if config.predictor != "linear":
             parts["predictor layers"] = ("predictor.blocks", config.predictor_depth)
     for what, (part, told) in parts.items():
@@ -346,6 +347,15 @@ def checksum(path: Path) -> dict[str, int | str]:
     """A file's size and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def digest_of(module: nn.Module) -> str:
+    """A hash of a module's weights and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def find_damage(

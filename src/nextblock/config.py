@@ -255,6 +255,9 @@ class MonitorConfig(Section):
     """End the run when knn, rankme or val_loss no longer improves, see monitor.patience; none: never."""
     patience: Count = 5
     """End the run after this many measurements in a row without a new best of monitor.early_stop."""
+    collapse: Share | None = 0.01
+    """With model.target embedding, stop when the variance of the targets' directions falls below this: 1 is
+    random directions, 0 all alike; none: never."""
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
     loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()

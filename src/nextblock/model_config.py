@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
 
 from nextblock.settings import Auto, Count, Positive, Rule, check_types, require, typed
 
@@ -24,6 +24,17 @@ Size = Annotated[
 Rate = Annotated[float, Rule(lambda x: 0 <= x < 1, "from 0 to below 1")]
 
 
+class Steps(NamedTuple):
+    """Rows of the predictor that predict blocks at positions of the order."""
+
+    row: int
+    """The first row."""
+    position: int
+    """The position that it predicts."""
+    count: int
+    """How many there are."""
+
+
 class Section:
     """Settings whose values are checked by their types."""
 
@@ -41,7 +52,7 @@ def nearest_sizes(sides: tuple[int, int], unit: tuple[int, int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """The network and its objective: a timm ViT that encodes, and a predictor of the next block's pixels."""
+    """The network and its objective: a timm ViT that encodes, and a predictor of the next block."""
 
     image_size: Size = 256
     """Image size in pixels: 64 (square), or rows and columns as 32,64 or 32x64."""
@@ -65,27 +76,47 @@ class ModelConfig(Section):
     """Factor on query-key products before the softmax; auto: 1 / sqrt(head width)."""
     patch_norm: bool = False
     """Normalise embedded patches before positions are added, as AIM does."""
-    positions: Literal["learned", "sincos"] = "learned"
-    """Position embeddings of encoder and predictor: learned, or fixed sines and cosines of row and column."""
-    weight_init: Literal["trunc_normal", "xavier_uniform"] = "trunc_normal"
-    """Initial weights of linear maps: truncated normal 0.02 (XTRA), or Xavier uniform (AIM)."""
+    positions: Literal["learned", "sincos", "rope"] = "learned"
+    """Positions of encoder and predictor: learned embeddings, or fixed sines and cosines of row and column;
+    rope: rotary in the encoder (NEPA), learned in the predictor."""
+    rope_rescale: Annotated[float, Rule(lambda x: x >= 1, "from 1")] = 1.0
+    """In training, stretch rotary coordinates by one factor a step, log-uniform from 1/x to x; 1: not."""
+    class_token: bool = False
+    """Put a class token before the first block, which is then predicted from it (NEPA)."""
+    qk_norm: Literal["plain", "scale"] | None = None
+    """LayerNorm on each head's queries and keys: plain, or with a learned scale; none: no norm."""
+    layer_scale: Positive | None = None
+    """Initial value of LayerScale, a learned factor on each branch of an encoder layer; none: no factor."""
+    weight_init: Literal["trunc_normal", "trunc_normal_all", "xavier_uniform"] = "trunc_normal"
+    """Initial weights of linear maps: truncated normal 0.02 (XTRA), or Xavier uniform (AIM);
+    trunc_normal_all: those of the patch projection too (NEPA)."""
     drop_path: Rate = 0.0
     """Drop-path rate of the encoder's last layer; grows linearly from 0 at the first."""
     block_size: Size = 4
     """Patches along a block's side: 4, or rows and columns as 2,4 or 2x4; 1 is plain causal attention."""
     encoder_attention: Literal["block_causal", "full"] = "block_causal"
     """Attention mask of the encoder; full lets every patch see the targets, so it cannot be pre-trained."""
-    order: Literal["raster", "spiral", "checkerboard", "fixed_random", "random"] = "raster"
-    """Order of the blocks: row by row, from the centre out, every other block first, one random order, or
-    random: as many orders as blocks, one drawn a step."""
+    order: Literal[
+        "raster", "reverse", "column", "reverse_column", "spiral", "checkerboard",
+        "fixed_random", "random", "per_image",
+    ] = "raster"  # fmt: skip
+    """Order of the blocks: row by row, the same backwards, column by column, the same backwards, from the
+    centre out, every other block first, one random order; random: as many orders as blocks, one drawn a step;
+    per_image: another random order for every image and visit."""
     order_seed: int = 0
     """Seed of the random orders."""
     prefix: bool = False
     """Let all tokens attend to a prefix of random length, as AIM does; only blocks after it are predicted."""
+    mask_ratio: Annotated[float, Rule(lambda x: 0 < x < 1, "above 0, below 1")] | None = None
+    """Replace this share of the blocks, drawn for each image, by a mask token and predict them from all
+    others, instead of next blocks (AIM's comparison); needs model.order per_image."""
     num_predicted_blocks: Count = 1
     """How many blocks ahead are predicted, each by its own block MLP; their losses are averaged."""
-    predictor: Literal["transformer", "mlp", "linear"] | None = "transformer"
-    """Predictor: transformer layers (XTRA), MLPs on each patch (AIM), a linear map; none: encoder only."""
+    predictor: Literal["transformer", "mlp", "linear", "identity"] | None = "transformer"
+    """Predictor: transformer layers (XTRA), MLPs on each patch (AIM), a linear map, identity: the encoder's
+    output itself (NEPA); none: encoder only."""
+    target_positions: bool = False
+    """Tell the predictor where the block that it predicts lies; advised for model.order per_image."""
     predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
     """Attention mask of a transformer predictor; native: the encoder's. The others are for official files."""
     predictor_block_size: Size | Auto = None
@@ -108,19 +139,25 @@ class ModelConfig(Section):
     """Normalise the target pixels of each block by its own mean and deviation."""
     loss: Literal["mse", "l1"] = "mse"
     """Distance between predicted and true pixels."""
-    tokenizer: Literal["kmeans"] | None = None
-    """Predict k-means tokens of patches by cross-entropy instead of pixels; fitted on data.train."""
+    target: Literal["pixels", "tokens", "embedding", "features"] = "pixels"
+    """What is predicted of a block: its pixels; k-means tokens of its patches, fitted on data.train; the
+    encoder's own patch embeddings (NEPA); or features of a frozen teacher (D-iGPT)."""
     vocab_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] = 8192
     """Number of k-means tokens."""
+    teacher: str | None = None
+    """Encoder whose features are predicted: timm:NAME, a run, or a file of weights."""
+    teacher_dim: Count | Auto = None
+    """Width of the teacher's features; auto: read from the teacher when training starts."""
+    teacher_digest: str | Auto = None
+    """Hash of the teacher's weights, so that a run resumes with the same ones; auto: computed."""
+    predict_visible: bool = False
+    """Predict the teacher's features of the visible blocks too, by a map of their own (D-iGPT)."""
     feature_attention: Literal["causal", "full"] = "causal"
     """What native attention means for features of this model: the pre-training mask, or no mask."""
     resample_antialias: bool = True
     """Antialias learned positions that are resampled to another grid, as timm does; XTRA does not."""
     init: str | None = None
     """Start from these weights, anything `nextblock info` reads; what does not fit is resampled or fresh."""
-
-    has_class_token = False
-    """No setting: these encoders have patches alone, unlike some of timm's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +174,7 @@ class ModelConfig(Section):
         is_possible = self.encoder_attention == "block_causal" or self.feature_attention == "full"
         require(is_possible, "model.encoder_attention full needs model.feature_attention full")
         self._check_widths("embed_dim", "num_heads")
+        self._check_encoder()
         if self.predictor is None:
             return
         if self.predictor == "transformer":
@@ -144,15 +182,11 @@ class ModelConfig(Section):
         elif self.predictor == "mlp":
             self._check_widths("predictor_dim")
         self._check_own_mask()
+        self._check_target()
         require(
             self.num_blocks == 1 or self.num_predicted_blocks < self.num_blocks,
             f"model.num_predicted_blocks is {self.num_predicted_blocks}, but an image has only "
             f"{self.num_blocks} blocks; predict at most {self.num_blocks - 1} ahead",
-        )
-        require(
-            self.tokenizer is None or (self.norm_pixels and self.loss == "mse"),
-            f"model.norm_pixels {typed(self.norm_pixels)} and model.loss {self.loss} are for pixels; "
-            "leave both out",
         )
 
     def check_predicts(self) -> None:
@@ -172,9 +206,84 @@ class ModelConfig(Section):
         # Sines and cosines of row and column take a quarter of the width each.
         quarters = dim // 4 * 4
         require(
-            self.positions == "learned" or dim % 4 == 0,
+            self.positions != "sincos" or dim % 4 == 0,
             f"model.{width} {dim} cannot be divided by 4 (sincos); use {quarters or 4} or {quarters + 4}",
         )
+
+    def _check_encoder(self) -> None:
+        """Refuse options of the encoder that exclude each other."""
+        head_dim = self.embed_dim // self.num_heads
+        is_rope = self.positions == "rope"
+        for is_wrong, what in (
+            (
+                is_rope and head_dim % 4,
+                f"model.positions rope needs a head width divisible by 4, not {head_dim}",
+            ),
+            (is_rope and not self.bias, "model.positions rope needs model.bias true"),
+            (is_rope and self.patch_norm, "model.positions rope knows no model.patch_norm; leave it out"),
+            (self.rope_rescale != 1 and not is_rope, "model.rope_rescale needs model.positions rope"),
+            (self.qk_scale and (self.qk_norm or is_rope), "model.qk_scale excludes model.qk_norm and rope"),
+            (self.class_token and self.prefix, "model.class_token and model.prefix exclude each other"),
+            (
+                self.class_token and self.mask_ratio,
+                "model.class_token and model.mask_ratio exclude each other",
+            ),
+        ):
+            require(not is_wrong, what)
+
+    def _check_target(self) -> None:
+        """Refuse what does not fit the target, or the way in which it is predicted."""
+        target = self.target
+        is_plain = self.encoder_attention == "block_causal" and self.predictor_attention == "native"
+        for is_wrong, what in (
+            (
+                target != "pixels" and not (self.norm_pixels and self.loss == "mse"),
+                f"model.norm_pixels {typed(self.norm_pixels)} and model.loss {self.loss} are for pixels; "
+                "leave both out",
+            ),
+            (
+                (target == "features") != (self.teacher is not None),
+                "model.target features and model.teacher go together, e.g. --model.teacher timm:NAME",
+            ),
+            (
+                self.predict_visible and target != "features",
+                "model.predict_visible needs model.target features",
+            ),
+            (
+                self.predict_visible and self.prefix,
+                "model.predict_visible and model.prefix exclude each other",
+            ),
+            (
+                self.predictor == "identity" and (target != "embedding" or self.num_predicted_blocks > 1),
+                "model.predictor identity needs model.target embedding and model.num_predicted_blocks 1",
+            ),
+            (
+                self.target_positions and self.predictor not in ("transformer", "mlp"),
+                f"model.target_positions needs model.predictor transformer or mlp, not {self.predictor}",
+            ),
+            (
+                self.target_positions and (self.num_predicted_blocks > 1 or not is_plain),
+                "model.target_positions needs model.num_predicted_blocks 1, and excludes own attention masks",
+            ),
+            (
+                self.class_token and not is_plain,
+                "model.class_token excludes attention masks of the model's own",
+            ),
+            (
+                self.mask_ratio
+                and (self.prefix or self.target_positions or self.predict_visible or not is_plain),
+                "model.mask_ratio excludes model.prefix, target_positions, predict_visible and other masks",
+            ),
+            (
+                self.mask_ratio and (self.order != "per_image" or self.num_predicted_blocks > 1),
+                "model.mask_ratio needs model.order per_image and model.num_predicted_blocks 1",
+            ),
+            (
+                self.mask_ratio and self.feature_attention == "causal",
+                "model.mask_ratio trains with full attention; set model.feature_attention full",
+            ),
+        ):
+            require(not is_wrong, what)
 
     def _check_own_mask(self) -> None:
         """Refuse attention masks of the predictor's or the encoder's own that nothing could follow."""
@@ -200,6 +309,38 @@ class ModelConfig(Section):
             self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
             f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]}",
         )
+
+    def encoder_alone(self) -> ModelConfig:
+        """The settings of the encoder by itself, without what it learned from."""
+        return replace(
+            self, predictor=None, target="pixels", teacher=None, teacher_dim=None, teacher_digest=None,
+            mask_ratio=None, init=None,
+        )  # fmt: skip
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the encoder has one, as those of timm say too."""
+        return self.class_token
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """How many blocks ahead each output map predicts; 0 is the block at which it stands."""
+        if self.mask_ratio is not None:
+            return (0,)
+        ahead = range(1, self.num_predicted_blocks + 1)
+        return (*ahead, 0) if self.predict_visible else (*ahead,)
+
+    def steps(self, distance: int) -> Steps:
+        """Which rows of the predictor predict so many blocks ahead, and which positions of the order."""
+        k = self.num_blocks
+        if self.mask_ratio is not None:
+            # Masked blocks are the last of an image's order, and each predicts itself.
+            hidden = min(k - 1, max(1, round(self.mask_ratio * k)))
+            return Steps(k - hidden, k - hidden, hidden)
+        # Row r stands at position r, or behind a class token at r - 1. The last block has no row.
+        behind = int(self.class_token)
+        row, position = max(0, behind - distance), max(0, distance - behind)
+        return Steps(row, position, min(k - 1 + behind - row, k - position))
 
     @property
     def grid(self) -> tuple[int, int]:

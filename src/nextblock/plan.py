@@ -101,11 +101,12 @@ class Stack(NamedTuple):
 
 def stacks(config: ModelConfig) -> tuple[Stack, Stack]:
     """The layers of encoder and predictor."""
-    m, tokens = config.patches_per_block, (config.num_blocks - 1) * config.patches_per_block
+    m = config.patches_per_block
+    tokens = (config.num_blocks - (config.mask_ratio is None)) * m + config.class_token
     encoder = Stack(
         config.depth, tokens, config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.num_heads, 2
     )
-    if config.predictor == "linear":
+    if not _has_layers(config):
         return encoder, Stack(0, _rows(config) * m, config.embed_dim, 0, 0, 0)
     width, depth = config.predictor_dim, config.predictor_depth
     hidden = int(width * config.predictor_mlp_ratio)
@@ -119,18 +120,26 @@ def _rows(config: ModelConfig) -> float:
     k, ahead = config.num_blocks, config.num_predicted_blocks
     # Of use is a row whose farthest target lies behind the prefix, as in `NextBlockModel.forward`.
     lost = sum(max(0, length - ahead) for length in range(1, k)) / (k - 1)
-    return k - 1 - lost * config.prefix
+    return k - (config.mask_ratio is None) + config.class_token - lost * config.prefix
 
 
 def _rows_by_distance(config: ModelConfig) -> list[float]:
     """Rows that each block MLP sees."""
-    distances = range(1, config.num_predicted_blocks + 1)
-    return [_rows(config) if config.prefix else config.num_blocks - distance for distance in distances]
+    return [_rows(config) if config.prefix else config.steps(d).count for d in config.distances]
 
 
-def _outputs(config: ModelConfig) -> int:
-    """Numbers predicted of a block."""
-    return config.block_values if config.tokenizer is None else config.patches_per_block * config.vocab_size
+def _has_layers(config: ModelConfig) -> bool:
+    """Whether the predictor is more than an output map."""
+    return config.predictor in ("transformer", "mlp")
+
+
+def _targets(config: ModelConfig) -> Any:
+    import torch
+
+    from nextblock.targets import make_targets
+
+    with torch.device("meta"):
+        return make_targets(config)
 
 
 def _mlp_flops(rows: float, inputs: int, hidden: int | None, outputs: int) -> float:
@@ -148,10 +157,11 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
     return {
         "patch_embed": patches * config.embed_dim,
         "encoder": encoder.depth * encoder.flops,
-        "projection": projection * (config.predictor != "linear"),
+        "projection": projection * _has_layers(config),
         "predictor": predictor.depth * predictor.flops,
-        "block_mlp": _mlp_flops(rows, joined, config.block_mlp_dim, _outputs(config)),
-        "tokenizer": patches * config.vocab_size * (config.tokenizer is not None),
+        "block_mlp": _mlp_flops(rows, joined, config.block_mlp_dim, _targets(config).outputs)
+        * (config.predictor != "identity"),
+        "tokenizer": _targets(config).flops,
     }
 
 
@@ -242,8 +252,8 @@ def activation_bytes(
     """What autograd saves in the forward pass of a batch; with `recompute`, layers keep their input alone."""
     encoder, predictor = stacks(config)
     factor = 4 if precision == "fp32" else 2  # bytes of a factor of a product; all else is fp32
-    rows, outputs, n = _rows_by_distance(config), _outputs(config), config.num_patches
-    between = config.predictor != "linear"  # a linear predictor has neither projection nor norm
+    rows, outputs, n = _rows_by_distance(config), _targets(config).outputs, config.num_patches
+    between = _has_layers(config)  # a linear predictor has neither projection nor norm
     layers, masks = 0.0, 0.0
     for stack, number in ((encoder, factor), (predictor, 4 if predictor_fp32 else factor)):
         layers += stack.depth * (4 * stack.tokens * stack.width if recompute else stack.saved_bytes(number))

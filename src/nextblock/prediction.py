@@ -43,11 +43,12 @@ def predict(**settings: Any) -> PredictResult:
     config = from_dict(PredictConfig, settings)  # first: torch takes seconds, a wrong setting none
     from nextblock.data import open_source
     from nextblock.evaluate.features import evaluation_data
-    from nextblock.interop import load_model
+    from nextblock.interop import attach_teacher, load_model
     from nextblock.train.runtime import choose_device
     from nextblock.visualize import predict as predict_images
 
     model = load_model(config.model, num_heads=config.num_heads)
     data = evaluation_data(config.model, model.config, workers=config.workers)
     source, device = open_source(config.data, data), choose_device(config.device)
+    attach_teacher(model, data.mean, data.std, device)
     return predict_images(model, source, data, Path(config.out), num_images=config.num_images, device=device)

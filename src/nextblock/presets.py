@@ -314,7 +314,7 @@ _AIM_ABLATIONS = [
     _aim("head-depth-6", _both(76.2, 65.3, "Table 4"), predictor_depth=6),
     _aim("head-depth-8", _both(77.1, 68.1, "Table 4"), predictor_depth=8),
     _aim("target-raw", norm_pixels=False),
-    _aim("target-kmeans", None, "The number of tokens is ours.", tokenizer="kmeans", vocab_size=8192),
+    _aim("target-kmeans", None, "The number of tokens is ours.", target="tokens", vocab_size=8192),
     _aim("deep", None, _OUR_SHAPE, embed_dim=1280, depth=32, num_heads=10),
 ]
 

@@ -14,6 +14,7 @@ from nextblock.data.statistics import measure_pixels
 from nextblock.data.subsets import named
 from nextblock.errors import UsageError
 from nextblock.evaluate.monitors import FeatureMonitor, missing_classes
+from nextblock.interop.teacher import with_teacher
 from nextblock.launch import find_world, ignore_sigterm, requeue_job
 from nextblock.logs import counted, quote
 from nextblock.presets import DEFAULT_PRESET, PRESETS, get_preset, resolve
@@ -81,6 +82,8 @@ def pretrain(
             if config.data.normalize == "auto" and group.is_main:
                 begun = None if overwrite else Path(out)
                 config = _with_statistics(config, sources["train"], begun, reporter)
+            if config.model.teacher is not None and group.is_main:
+                config = replace(config, model=with_teacher(config.model))
         config = group.broadcast(config)
         group.check_same({name: source.fingerprint for name, source in labelled.items()})
         with group.together():

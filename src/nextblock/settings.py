@@ -279,8 +279,10 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
     given: dict[str, Any] = {}
     for name, value in values.items():
         section, _, rest = name.partition(".")
-        if name == "token_px" and value is None:  # a retired setting, which older files hold as null
+        if name in ("token_px", "tokenizer") and value is None:  # retired settings, null in older files
             continue
+        if (name, value) == ("tokenizer", "kmeans") and "target" in known:  # its name in older files
+            name, section, value = "target", "target", "tokens"
         # Refused and not dropped: a setting with a slip would silently keep its default.
         if section not in known:
             raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")

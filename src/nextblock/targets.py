@@ -1,6 +1,6 @@
-"""What the model predicts of each block, and how far off it is: pixels, or k-means tokens.
+"""What the model predicts of each block, and how far off it is: pixels, tokens, embeddings, features.
 
-Both kinds have the same methods, so that the model, training and pictures need not know which one it is.
+All kinds have the same methods, so that the model, training and pictures need not know which one it is.
 Everything is computed in fp32, whatever the precision around it. The loss of several micro-batches or
 processes is a sum over kept blocks divided by their number in the whole batch; so block losses and counts
 come apart here.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, embedding
+from torch.nn.functional import cosine_similarity, cross_entropy, embedding, interpolate, normalize
 
-from nextblock.blocks import patchify, unpatchify
-from nextblock.config import ModelConfig
-from nextblock.data.random import keyed_seed
+from nextblock.blocks import patchify, take, unpatchify
+from nextblock.config import ModelConfig, pair
+from nextblock.data.random import keyed_permutation, keyed_seed
+from nextblock.errors import UsageError
 from nextblock.settings import require
 
 NORMALIZE_EPS = 1e-6
@@ -41,13 +42,24 @@ class PixelTargets:
 
     needs_fit = False
     """Whether `fit` must be called before targets can be made."""
+    may_collapse = False
+    """Whether training could make all targets alike."""
     tokenizer = None
     """The module behind the targets, which is saved with the model."""
+    flops = 0
+    """Operations that make the targets of an image."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.outputs = config.block_values
         """Numbers that the predictor puts out for a block."""
+        self.facts: dict[str, object] = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
+        """What the loss is, ready for JSON."""
+        error, pixels = "squared" if config.loss == "mse" else "absolute", "block-normalised"
+        self.words = [f"Loss: {error} error of {pixels if config.norm_pixels else 'raw'} pixels."]
+        """Sentences for the caption of a picture: the loss, and what is drawn for a prediction."""
+        if config.norm_pixels:
+            self.words += ["Predicted blocks are un-normalised with the mean and deviation of the true ones."]
 
     def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
         """Fit to normalised patches of training images; the result is f(patches, seed). Pixels need none."""
@@ -57,11 +69,14 @@ class PixelTargets:
         return outputs
 
     def of_blocks(
-        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"]
+        self,
+        images: Float[Tensor, "b c h w"],
+        order: Int64[Tensor, "... k"],
+        embedded: Float[Tensor, "b n d"] | None = None,  # noqa: ARG002 - for targets made from it
     ) -> Float[Tensor, "b k *t"]:
-        """The targets of all blocks, along the order."""
+        """The targets of all blocks, along the order; `embedded` are the encoder's patch embeddings."""
         # A block is one large patch, so patchify cuts blocks as well; the order then sorts them by position.
-        pixels = patchify(images.float(), self.config.block_px).index_select(1, order)
+        pixels = take(patchify(images.float(), self.config.block_px), order)
         return normalize_blocks(pixels) if self.config.norm_pixels else pixels
 
     def losses(
@@ -87,29 +102,37 @@ class PixelTargets:
     def to_pixels(
         self,
         predictions: Float[Tensor, "b steps *p"],
-        images: Float[Tensor, "b c h w"],
-        order: Int64[Tensor, " k"],
+        targets: Float[Tensor, "b steps *t"],  # noqa: ARG002
+        true: Float[Tensor, "b steps values"],
     ) -> Float[Tensor, "b steps values"]:
-        """Pixels that predictions of positions 1, 2, ... stand for, to be drawn.
+        """Pixels that predictions stand for, to be drawn; `true` are the pixels of the predicted blocks.
 
         A normalised prediction says nothing of brightness and contrast: it gets those of the true pixels.
         """
-        if not self.config.norm_pixels:
-            return predictions.float()
-        true = patchify(images.float(), self.config.block_px).index_select(1, order[1:])
-        return denormalize_blocks(predictions.float(), true)
+        pixels = predictions.float()
+        return denormalize_blocks(pixels, true) if self.config.norm_pixels else pixels
 
 
 class TokenTargets:
     """The k-means token of each patch of a block, by cross-entropy (AIM, section 4.1)."""
 
+    may_collapse = False
+
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.tokenizer = KMeansTokenizer(config.vocab_size, config.in_chans, config.patch_size)
         self.outputs = config.patches_per_block * config.vocab_size
-        # Of a block: patches along (height, width), and the (height, width) of one.
-        self._per_block = (config.block_px[0] // config.patch_size, config.block_px[1] // config.patch_size)
-        self._patch_px = (config.patch_size, config.patch_size)
+        values = config.num_patches * config.in_chans * config.patch_size**2
+        self.flops = 2 * values * config.vocab_size
+        self.facts = {
+            "loss_function": "cross_entropy",
+            "tokenizer": "kmeans",
+            "vocab_size": config.vocab_size,
+        }
+        self.words = [
+            f"Loss: cross-entropy of {config.vocab_size} tokens, in nats.",
+            "Shown: the likeliest tokens' centroids, with the mean and deviation of the true patches.",
+        ]
 
     @property
     def needs_fit(self) -> bool:
@@ -125,12 +148,15 @@ class TokenTargets:
         return rearrange(outputs, "b k (m v) -> b k m v", v=self.config.vocab_size)
 
     def of_blocks(
-        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, " k"]
+        self,
+        images: Float[Tensor, "b c h w"],
+        order: Int64[Tensor, "... k"],
+        embedded: Float[Tensor, "b n d"] | None = None,  # noqa: ARG002
     ) -> Int64[Tensor, "b k m"]:
         """Tokens, in raster order within a block."""
         # Tokens are an image of one channel, a pixel a patch, so blocks are cut out of it like pixels.
         tokens = rearrange(self.tokenizer(images), "b i j -> b 1 i j")
-        return patchify(tokens, self._per_block).index_select(1, order)
+        return take(patchify(tokens, pair(self.config.block_size)), order)
 
     def losses(
         self, predictions: Float[Tensor, "b steps m v"], targets: Int64[Tensor, "b steps m"]
@@ -152,27 +178,154 @@ class TokenTargets:
     def to_pixels(
         self,
         predictions: Float[Tensor, "b steps m v"],
-        images: Float[Tensor, "b c h w"],
-        order: Int64[Tensor, " k"],
+        targets: Int64[Tensor, "b steps m"],  # noqa: ARG002
+        true: Float[Tensor, "b steps p"],
     ) -> Float[Tensor, "b steps p"]:
         """The likeliest tokens' centroids, each with the mean and deviation of the true patch."""
         # A centroid is a normalised patch: it gets the brightness and contrast of the true one.
         centroids = self.tokenizer.centroids.to(predictions.device)
-        patches = rearrange(embedding(predictions.argmax(-1), centroids), "b k m p -> (b k) m p")
-        # A true block is an image of its own, cut into the same patches; then the patches go back together.
-        true = patchify(images.float(), self.config.block_px).index_select(1, order[1:])
-        blocks = rearrange(true, "b k p -> (b k) p").view(-1, images.shape[1], *self.config.block_px)
-        patches = denormalize_blocks(patches, patchify(blocks, self._patch_px))
-        blocks = unpatchify(patches, self._per_block, self._patch_px)
-        return rearrange(blocks, "(b k) c h w -> b k (c h w)", b=len(images))
+        patches = embedding(predictions.argmax(-1), centroids)
+        return join_patches(denormalize_blocks(patches, patches_in(true, self.config)), self.config)
 
 
-Targets = PixelTargets | TokenTargets
+class EmbeddingTargets:
+    """The encoder's own input embeddings of a block's patches, by cosine (NEPA, arXiv 2512.16922).
+
+    They are what the patch projection makes, before positions are added: a position tells where a patch lies,
+    which is known. They are detached, so the projection learns by what the encoder needs of its input alone;
+    nothing else keeps all embeddings from becoming one vector.
+    """
+
+    needs_fit, may_collapse = False, True
+    tokenizer = None
+    flops = 0
+    scale, loss_name, name = 1, "1 - cosine", "patch embeddings"
+
+    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
+        self.config = config
+        self.width = config.embed_dim if width is None else width
+        self.outputs = config.patches_per_block * self.width
+        self.facts = {"loss_function": "cosine", "target": config.target, "teacher": config.teacher}
+        self.words = [
+            f"Loss: {self.loss_name} of {self.name}.",
+            "A predicted vector is shown as the patch of these images whose own vector is nearest.",
+        ]
+
+    def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
+        """Embeddings need no fit."""
+
+    def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps m e"]:
+        """A vector for each patch of a block."""
+        return rearrange(outputs, "b k (m e) -> b k m e", e=self.width)
+
+    def of_blocks(
+        self,
+        images: Float[Tensor, "b c h w"],
+        order: Int64[Tensor, "... k"],
+        embedded: Float[Tensor, "b n d"] | None = None,
+    ) -> Float[Tensor, "b k m e"]:
+        """Vectors of all patches, in raster order within a block."""
+        grid = (images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size)
+        # An image of e channels, a pixel a patch.
+        blocks = patchify(self._vectors(images, embedded, grid).float(), pair(self.config.block_size))
+        return take(rearrange(blocks, "b k (e m) -> b k m e", e=self.width), order)
+
+    def _vectors(self, images: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002
+        assert embedded is not None, "the model hands its patch embeddings over"
+        return rearrange(embedded.detach(), "b (i j) e -> b e i j", i=grid[0])
+
+    def losses(
+        self, predictions: Float[Tensor, "b steps m e"], targets: Float[Tensor, "b steps m e"]
+    ) -> Float32[Tensor, "b steps"]:
+        """Mean over a block's patches of 1 - cosine; NEPA's loss is the same less 1."""
+        return self.scale * (1 - cosine_similarity(predictions.float(), targets.float(), dim=-1)).mean(-1)
+
+    def reference_losses(self, targets: Float[Tensor, "b k m e"]) -> dict[str, Float[Tensor, " b"]]:
+        """Predicting the "mean" direction of these targets, and "copy_previous", the previous block."""
+        true = targets[:, 1:]
+        mean = normalize(targets, dim=-1).mean((0, 1, 2)).expand_as(true)
+        return {
+            "mean": self.losses(mean, true).mean(1),
+            "copy_previous": self.losses(targets[:, :-1], true).mean(1),
+        }
+
+    def to_pixels(
+        self,
+        predictions: Float[Tensor, "b steps m e"],
+        targets: Float[Tensor, "b steps m e"],
+        true: Float[Tensor, "b steps p"],
+    ) -> Float[Tensor, "b steps p"]:
+        """For each predicted vector the patch of these images whose own is nearest to it."""
+        wanted, own = (normalize(x.float(), dim=-1).flatten(0, 2) for x in (predictions, targets))
+        patches = patches_in(true, self.config)
+        parts = wanted.split(max(1, MAX_DISTANCES // len(own)))
+        nearest = torch.cat([(part @ own.T).argmax(1) for part in parts])
+        return join_patches(patches.flatten(0, 2)[nearest.cpu()].view_as(patches), self.config)
+
+
+class FeatureTargets(EmbeddingTargets):
+    """Features of a frozen teacher on the patches of a block, by cosine (D-iGPT, arXiv 2312.02147)."""
+
+    may_collapse = False
+    scale, loss_name, name = 2, "2 - 2 x cosine", "the teacher's features"
+    teacher: Callable[[Tensor], Tensor] | None = None
+    """From normalised images to features (b e i j) on the teacher's own grid. No part of the model: it is
+    neither trained nor saved."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        if config.teacher_dim is None:
+            raise UsageError(
+                "model.teacher_dim, the width of the teacher's features, is not known; give it, e.g. "
+                "--model.teacher_dim 768 (nextblock pretrain reads it from the teacher)"
+            )
+        super().__init__(config, config.teacher_dim)
+
+    def _vectors(self, images: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002
+        if self.teacher is None:
+            raise UsageError(
+                f"this model predicts features of {self.config.teacher}, which is not loaded; it encodes "
+                "without, and predicts after nextblock.interop.attach_teacher(model, mean, std)"
+            )
+        # Vectors on another grid are resampled like pixels, then made unit vectors.
+        features = interpolate(self.teacher(images).float(), size=grid, mode="bilinear")
+        return normalize(features, dim=1)
+
+
+Targets = PixelTargets | TokenTargets | EmbeddingTargets
+
+KINDS: dict[str, type[Targets]] = {
+    "pixels": PixelTargets,
+    "tokens": TokenTargets,
+    "embedding": EmbeddingTargets,
+    "features": FeatureTargets,
+}
 
 
 def make_targets(config: ModelConfig) -> Targets:
     """What a model of these settings predicts."""
-    return PixelTargets(config) if config.tokenizer is None else TokenTargets(config)
+    return KINDS[config.target](config)
+
+
+def spread(vectors: Float[Tensor, "*r e"]) -> float:
+    """Variance of directions, 1 - |mean unit vector|²: the mean of 1 - cosine over all pairs."""
+    return 1 - float(normalize(vectors.float(), dim=-1).flatten(0, -2).mean(0).square().sum())
+
+
+# ------------------------------------------------------------------------------------- patches within a block
+
+
+def patches_in(blocks: Float[Tensor, "b k p"], config: ModelConfig) -> Float[Tensor, "b k m q"]:
+    """The patches of blocks, each as (c h w)."""
+    side = config.patch_size
+    of_block = rearrange(blocks, "b k (c h w) -> (b k) c h w", h=config.block_px[0], w=config.block_px[1])
+    return rearrange(patchify(of_block, (side, side)), "(b k) m q -> b k m q", b=len(blocks))
+
+
+def join_patches(patches: Float[Tensor, "b k m q"], config: ModelConfig) -> Float[Tensor, "b k p"]:
+    """What `patches_in` took apart."""
+    side = config.patch_size
+    of_block = unpatchify(rearrange(patches, "b k m q -> (b k) m q"), pair(config.block_size), (side, side))
+    return rearrange(of_block, "(b k) c h w -> b k (c h w)", b=len(patches))
 
 
 # -------------------------------------------------------------------------------------- normalised pixels
@@ -207,6 +360,15 @@ def draw_prefix_lengths(
     keys = zip(visits, samples, strict=True)
     lengths = [1 + keyed_seed(seed, "prefix", visit, sample) % (num_blocks - 1) for visit, sample in keys]
     return torch.tensor(lengths, dtype=torch.int64)
+
+
+def draw_orders(
+    seed: int, visits: Iterable[int], samples: Iterable[int], num_blocks: int
+) -> Int64[Tensor, "b k"]:
+    """An order of the blocks for each image, f(seed, visit, sample)."""
+    keys = zip(visits, samples, strict=True)
+    orders = [keyed_permutation(seed, num_blocks, "order", visit, sample) for visit, sample in keys]
+    return torch.from_numpy(np.stack(orders)) if orders else torch.empty(0, num_blocks, dtype=torch.int64)
 
 
 def kept_rows(steps: int, distance: int, prefix_lengths: Int64[Tensor, " b"]) -> Bool[Tensor, "b steps"]:

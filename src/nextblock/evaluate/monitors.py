@@ -8,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from einops import reduce
-from jaxtyping import Float
-from torch import Tensor
 
 from nextblock.config import DataConfig, Size
 from nextblock.data import Source
@@ -21,21 +19,9 @@ from nextblock.evaluate.table import FeatureTable, NoFeaturesError, NonFiniteFea
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import Duration, require
 from nextblock.train import MonitorEvent
+from nextblock.train.monitors import rankme
 
 log = logging.getLogger(__name__)
-
-RANKME_EPS = 1e-7
-
-
-def rankme(features: Float[Tensor, "n d"]) -> float:
-    """Effective rank of features, from 1 to min(n, d): RankMe, Garrido et al., arXiv 2210.02885, ICML 2023.
-
-    exp of the entropy of the singular values, which are divided by their sum; 1e-7 is added to each. Compare
-    it between measurements on the same images only: it grows with their number.
-    """
-    values = torch.linalg.svdvals(features.double())
-    shares = values / values.sum() + RANKME_EPS
-    return float((-(shares * shares.log()).sum()).exp())
 
 
 def missing_classes(train: Source, val: Source) -> list[str]:

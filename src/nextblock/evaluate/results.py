@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import nn
 
+from nextblock.checkpoint import digest_of
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.data import BadImageError, Source
 from nextblock.models import EncoderModel
@@ -79,7 +79,7 @@ def encoder_of(model: EncoderModel) -> dict[str, Any]:
     """What makes an encoder what it is, ready for JSON: the same weights with other attention are another."""
     config = model.config
     if isinstance(config, ModelConfig):  # the same if it was exported without what it predicts with
-        config = replace(config, predictor=None, tokenizer=None, init=None)
+        config = config.encoder_alone()
     else:  # how its images are cut is recorded apart
         config = replace(
             config, mean=None, std=None, crop_pct=None, crop_mode="center", interpolation="bicubic"
@@ -105,15 +105,6 @@ def labels_digest(source: Source) -> str:
     """A hash of the classes of all images: two lists of the same files may differ in them."""
     names = "\n".join(source.class_names).encode()
     return hashlib.sha256(names + source.labels.tobytes()).hexdigest()[:16]
-
-
-def digest_of(module: nn.Module) -> str:
-    """A hash of a module's weights and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

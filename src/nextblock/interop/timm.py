@@ -186,7 +186,7 @@ def encoder_at(
     model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
 ) -> NextBlockModel:
     """The encoder alone, at another image size or with other attention of its features if they are given."""
-    config = replace(model.config, predictor=None, tokenizer=None, init=None)
+    config = model.config.encoder_alone()
     if attention != "native":
         config = replace(config, feature_attention=attention)
     if image_size is not None and pair(image_size) != pair(config.image_size):

@@ -14,19 +14,23 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from nextblock.blocks import block_orders, check_order, may_attend, patches_of_blocks, raster_mask
+from nextblock.blocks import block_orders, check_order, may_attend, patches_of_blocks, raster_mask, take
 from nextblock.config import Attention, ModelConfig, pair
 from nextblock.errors import UsageError
 from nextblock.logs import counted
+from nextblock.model_config import Steps
 from nextblock.models.predictor import Predictor, join_blocks
 from nextblock.models.vit import (
+    INIT_STD,
     Encoded,
     build_encoder,
+    embed_patches,
     layer_outputs,
-    patch_tokens,
     positions_of,
     positions_on,
+    rotary_positions,
 )
 from nextblock.targets import combine, kept_rows, make_targets
 
@@ -41,21 +45,25 @@ class Further(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What `NextBlockModel.forward` returns; row i predicts the block at position i+1 of the order."""
+    """What `NextBlockModel.forward` returns; row i predicts the block at position i+1 of the order.
+
+    With a class token there is a row more in front, for the first block; a model with `mask_ratio` has a row
+    for each masked block, the last of the order.
+    """
 
     loss: Float[Tensor, ""]
     """Mean of `block_loss` over kept rows, averaged over the predicted distances; fp32."""
     predictions: Float[Tensor, "b steps *p"]
-    """Predicted pixel values (b steps p), in (c h w) order, normalised if the targets are; of a model that
-    predicts tokens, their logits (b steps m v)."""
+    """Predicted pixel values (b steps p), in (c h w) order, normalised if the targets are; logits of tokens
+    (b steps m v); or vectors (b steps m e)."""
     targets: Shaped[Tensor, "b steps *t"]
-    """True pixel values as the loss saw them (b steps p), or integer tokens (b steps m)."""
+    """What the loss saw as true: pixel values (b steps p), tokens (b steps m), or vectors (b steps m e)."""
     block_loss: Float[Tensor, "b steps"]
     """Loss of each block."""
     kept: Bool[Tensor, "b steps"]
     """False if the target lies in the prefix; predictions, targets and losses of those rows are zero."""
     further: tuple[Further, ...]
-    """The same four for distances 2, 3, ...; empty unless several blocks ahead are predicted."""
+    """The same four for distances 2, 3, ..., and last for the visible blocks, if these are predicted."""
 
     @property
     def distances(self) -> tuple[Further, ...]:
@@ -70,7 +78,8 @@ class Geometry(NamedTuple):
     orders: Int64[Tensor, "o k"]
     """The set of block orders; the first is for validation and features."""
     mask: Bool[Tensor, "s s"] | None
-    """The encoder's, over the sequence of `forward`, without a prefix; None: all see all."""
+    """The encoder's, over the sequence of `forward` with its class token, without a prefix; None: all see
+    all."""
     predictor_mask: Bool[Tensor, "n n"] | None
     """The predictor's, over all patches in raster order, if it is not the encoder's."""
 
@@ -94,6 +103,9 @@ class NextBlockModel(nn.Module):
         self.targets = None if config.predictor is None else make_targets(config)
         self.predictor = None if self.targets is None else Predictor(config, self.targets.outputs)
         self.tokenizer = None if self.targets is None else self.targets.tokenizer  # saved with the model
+        self.mask_token = None
+        if config.mask_ratio is not None and self.predictor is not None:
+            self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.embed_dim), std=INIT_STD))
         self.recompute = False
         self.predictor_fp32 = False
         """Keep the predictor's layers out of autocast; `train.predictor_fp32`."""
@@ -101,26 +113,35 @@ class NextBlockModel(nn.Module):
 
     def make_buffers(self) -> None:
         """Make the tables that no model file holds, always with data; call it again after `to_empty`."""
-        device = positions_of(self.encoder).device
         self.leaks = masks_leak(self.config)
         """Whether tokens see what they are to predict, so that training would learn nothing."""
         # Buffers move with the model and are no weights: a file need not hold what its settings tell.
-        for name, table in _geometry(self.config, self.leaks, device)._asdict().items():
+        for name, table in _geometry(self.config, self.leaks, self._device)._asdict().items():
             self.register_buffer(name, table, persistent=False)
+        if self.config.positions == "rope":  # timm's own table, for who calls the encoder by itself
+            encoder: Any = self.encoder
+            with torch.device("cpu"):
+                encoder.rope.to_empty(device=self.patches_of_blocks.device).reset_parameters()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.encoder.patch_embed.proj.weight.device
 
     def forward(
         self,
         images: Float[Tensor, "b c h w"],
-        block_order: Int64[Tensor, " k"] | None = None,
+        block_order: Int64[Tensor, "... k"] | None = None,
         prefix_lengths: Int64[Tensor, " b"] | None = None,
         drop_path: Float[Tensor, "b draws"] | None = None,
+        rope_scale: Float[Tensor, ""] | None = None,
     ) -> Prediction:
         """Predict every block from those before it.
 
-        `images` are normalised. `block_order` goes from position in the sequence to block in raster order;
-        None: the model's one order, or the first of its random set. `prefix_lengths`, one for each image,
-        count blocks along the order that all tokens may attend to, and that are not predicted; None, 0 and 1
-        are the same. `drop_path`: uniform numbers in [0, 1), two for each encoder layer; None: drawn from
+        `images` are normalised. `block_order` goes from position in the sequence to block in raster order,
+        one for all images or one for each; None: the model's first. With `mask_ratio` its last blocks are the
+        masked ones. `prefix_lengths`, one for each image, count blocks along the order that all tokens may
+        attend to, and that are not predicted; None, 0 and 1 are the same. `rope_scale` stretches rotary
+        coordinates. `drop_path`: uniform numbers in [0, 1), two for each encoder layer; None: drawn from
         torch's global generator. Only used in training. Raises `ValueError` for wrong shapes, and for values
         of `block_order` and `prefix_lengths` that cannot be if these lie on the CPU.
         """
@@ -132,6 +153,7 @@ class NextBlockModel(nn.Module):
         self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
         # Everything is made for the size of these images; at the model's own size these are its buffers.
         geometry, k, m = self._geometry_at(config, leaks=leaks), config.num_blocks, config.patches_per_block
+        hidden = config.steps(0).count if self.mask_token is not None else 0
         # Validation and pictures give no order, and always get the same one: their numbers can be compared.
         order = geometry.orders[0] if block_order is None else block_order
         order = order.to(images.device, non_blocking=True)
@@ -139,7 +161,8 @@ class NextBlockModel(nn.Module):
         # The last block is the end of the sequence. No earlier token attends to it and nothing is predicted
         # from it, so it is left out: the loss is the same, and 1/k of the work is saved. Only masks that leak
         # (those of some official files) need it.
-        patches = geometry.patches_of_blocks[order[: k if leaks else k - 1]].flatten()
+        seen = k if leaks or hidden else k - 1
+        patches = geometry.patches_of_blocks[order[..., :seen]].flatten(-2)
         # In the order of the blocks the mask is a staircase, whichever block comes when. A prefix opens it
         # for each image, and tells which rows are predicted.
         mask, rows, prefix = geometry.mask, None, None
@@ -159,29 +182,66 @@ class NextBlockModel(nn.Module):
 
         # Each token carries its position, so the sequence can be permuted: attention sees a set, and the mask
         # alone says what comes before what.
-        tokens = patch_tokens(self.encoder, images, self.config).index_select(1, patches)
+        embedded = embed_patches(self.encoder, images)
+        tokens, rope = take(embedded, patches), None
+        if self.mask_token is not None:
+            masked = self.mask_token.to(tokens.dtype).expand(len(images), hidden * m, -1)
+            tokens = torch.cat([tokens[:, : (k - hidden) * m], masked], dim=1)
+        if config.positions == "rope":
+            table = self._rotary(config, 1.0 if rope_scale is None else rope_scale)
+            rope = table[patches] if patches.ndim == 1 else table[patches][:, None]
+        else:
+            tokens = tokens + take(
+                positions_on(config.grid, positions_of(self.encoder), self.config), patches
+            )
+        tokens = self._with_class_token(tokens)
         drop_path = None if drop_path is None else drop_path.to(images.device, non_blocking=True)
         tokens = layer_outputs(
-            self.encoder.blocks, tokens, mask, recompute=self.recompute, drop_path=drop_path
+            self.encoder.blocks, tokens, mask, recompute=self.recompute, drop_path=drop_path, rope=rope
         )[-1]
-        joined = self._decode(self.encoder.norm(tokens), config, patches, predictor_mask, rows)
+        tokens = self.encoder.norm(tokens)
+        # For the predictor the class token is a block before the first: as many tokens as any other.
+        if config.class_token and m > 1:
+            tokens = torch.cat([tokens[:, :1].expand(-1, m, -1), tokens[:, 1:]], dim=1)
+            predictor_mask = may_attend(torch.arange(k, device=images.device).repeat_interleave(m))
+        joined = self._decode(tokens, config, order, geometry.patches_of_blocks, predictor_mask, rows)
 
         # Each distance has an output map of its own, on the same joined tokens.
-        targets = self.targets.of_blocks(images, order)
+        targets = self.targets.of_blocks(images, order, embedded)
         distances = [
-            self._predict(mlp, joined, targets, distance, rows, prefix)
-            for distance, mlp in enumerate(self.predictor.block_mlps, start=1)
+            self._predict(mlp, joined, targets, config.steps(distance), distance, rows, prefix)
+            for distance, mlp in zip(config.distances, self.predictor.block_mlps, strict=True)
         ]
         # Means over this batch. Training divides the same block losses by numbers of the whole step instead.
         counts = [part.kept.sum().float() for part in distances]
         loss = combine([part.block_loss for part in distances], counts)
         return Prediction(loss, *distances[0], further=tuple(distances[1:]))
 
+    def targets_of(
+        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, "... k"]
+    ) -> Shaped[Tensor, "b k *t"]:
+        """The targets of all blocks, along the order."""
+        assert self.targets is not None, "an encoder alone has none"
+        return self.targets.of_blocks(images, order, embed_patches(self.encoder, images))
+
+    def _rotary(self, config: ModelConfig, scale: Tensor | float) -> Float[Tensor, "n r"]:
+        with torch.autocast(self._device.type, enabled=False):
+            table = rotary_positions(config.grid, config.embed_dim // config.num_heads, scale)
+        return table.to(self._device, non_blocking=True)
+
+    def _with_class_token(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n2 d"]:
+        # Layers add to fp32, also under autocast, where without learned positions nothing else sees to it.
+        tokens, token = tokens.to(self.encoder.patch_embed.proj.weight.dtype), self.encoder.cls_token
+        if token is None:
+            return tokens
+        return torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+
     def _decode(
         self,
         tokens: Float[Tensor, "b s e"],
         config: ModelConfig,
-        patches: Int64[Tensor, " s"],
+        order: Int64[Tensor, "... k"],
+        table: Int64[Tensor, "k m"],
         mask: Bool[Tensor, "*b s s"] | None,
         rows: Int64[Tensor, " r"] | None,
     ) -> Float[Tensor, "*joined dm"]:
@@ -193,8 +253,14 @@ class NextBlockModel(nn.Module):
         assert predictor is not None
         # The predictor has positions of its own: it sees tokens that the encoder has mixed, and must know
         # where each of them lies.
+        behind, seen = int(config.class_token), tokens.shape[1] // m - int(config.class_token)
         if predictor.pos_embed is not None:
-            positions = positions_on(config.grid, predictor.pos_embed, self.config).index_select(1, patches)
+            own = positions_on(config.grid, predictor.pos_embed, self.config)
+            positions = pad(take(own, table[order[..., :seen]].flatten(-2)), (0, 0, behind * m, 0))
+        # The block that a row predicts comes next, so its patches are those of the order one further on.
+        if predictor.target_embed is not None and positions is not None:
+            theirs = positions_on(config.grid, predictor.target_embed, self.config)
+            positions = positions + take(theirs, table[order[..., 1 - behind :]].flatten(-2))
 
         def pick(by_token: Tensor) -> Tensor:
             if rows is None:
@@ -205,10 +271,12 @@ class NextBlockModel(nn.Module):
         if predictor.mixes_tokens:
             return join_blocks(pick(predictor(tokens, positions, mask, **settings)))
         # Without attention a predictor computes each token alone, so its layers need the picked ones only.
-        # Positions are the same in all images: row r of (b k) is block r mod k of the sequence.
+        # If positions are the same in all images, row r of (b k) is block r mod k of the sequence.
         if positions is not None:
-            positions = rearrange(positions, "1 (k m) d -> k m d", m=m)
-            positions = positions if rows is None else positions.index_select(0, rows % len(positions))
+            positions = rearrange(positions, "b (k m) d -> b k m d", m=m)
+            if rows is not None:
+                positions = positions.flatten(0, 1)
+                positions = positions.index_select(0, rows % len(positions))
         return join_blocks(predictor(pick(tokens), positions, **settings))
 
     def _predict(
@@ -216,18 +284,18 @@ class NextBlockModel(nn.Module):
         mlp: nn.Module,
         joined: Float[Tensor, "*joined dm"],
         all_targets: Shaped[Tensor, "b k *t"],
+        which: Steps,
         distance: int,
         rows: Int64[Tensor, " r"] | None,
         prefix: Int64[Tensor, " b"] | None,
     ) -> Further:
-        """Rows 0 .. k-1-distance predict `distance` blocks ahead."""
+        """What the rows `which` predict, `distance` blocks ahead."""
         assert self.targets is not None
-        # Row i stands at position i and predicts position i + distance; the last rows have no target.
-        targets = all_targets[:, distance:]
+        targets = all_targets[:, which.position : which.position + which.count]
         batch, steps = targets.shape[:2]
         if rows is None or prefix is None:
             kept = torch.ones(batch, steps, dtype=torch.bool, device=targets.device)
-            predictions = self.targets.shaped(mlp(joined[:, :steps]))
+            predictions = self.targets.shaped(mlp(joined[:, which.row : which.row + steps]))
         else:
             # The MLP sees the picked rows alone; its outputs go back to their places among (b k-1). A row
             # that another distance needs is zeroed here, as its own target lies in the prefix or beyond.
@@ -251,14 +319,23 @@ class NextBlockModel(nn.Module):
             raise UsageError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
         config = self._config_at(images, predicting=False, blocks_matter=kind == "causal")
         # Here tokens stay in raster order, and the mask is permuted instead: features are read as they lie.
-        mask = None
+        mask, rope, q = None, None, int(config.class_token)
         if kind == "causal" and config.encoder_attention == "block_causal":
             geometry = self._geometry_at(config, leaks=False)
             mask = raster_mask(geometry.patches_of_blocks, geometry.orders[0])
+            # All see the class token, and it sees itself alone.
+            mask = pad(pad(mask, (0, 0, q, 0), value=False), (q, 0), value=True)
         # The patch projection's output is a transposed view; without a copy every norm would make one.
-        tokens = patch_tokens(self.encoder, images, self.config).contiguous()
-        layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute)
-        return Encoded(self.encoder.norm(layers[-1]), layers)
+        tokens = embed_patches(self.encoder, images).contiguous()
+        if config.positions == "rope":
+            rope = self._rotary(config, 1.0)
+        else:
+            tokens = tokens + positions_on(config.grid, positions_of(self.encoder), self.config)
+        tokens = self._with_class_token(tokens)
+        layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute, rope=rope)
+        patches = tuple(layer[:, q:] for layer in layers)
+        prefix = tuple(layer[:, :q] for layer in layers) if q else ()
+        return Encoded(self.encoder.norm(patches[-1]), patches, prefix, has_class_token=bool(q))
 
     @property
     def final_norm(self) -> nn.Module:
@@ -273,7 +350,7 @@ class NextBlockModel(nn.Module):
         """The tables at a size, on the model's device; the buffers at the model's own size."""
         if config is self.config:
             return Geometry(self.patches_of_blocks, self.orders, self.mask, self.predictor_mask)
-        return _geometry(config, leaks, positions_of(self.encoder).device)
+        return _geometry(config, leaks, self._device)
 
     def _config_at(
         self, images: Tensor, *, predicting: bool = True, blocks_matter: bool = True
@@ -305,13 +382,14 @@ class NextBlockModel(nn.Module):
     ) -> None:
         k = config.num_blocks
         if order is not None:
-            check_order(order, k)
+            check_order(order, k, batch)
         if lengths is not None:
             if lengths.shape != (batch,):
                 shape = tuple(lengths.shape)
                 raise UsageError(f"prefix_lengths has shape {shape}; give one length an image, ({batch},)")
-            if config.encoder_attention != "block_causal" or config.predictor_attention != "native":
-                raise UsageError("this model has attention masks of its own, which know no prefix; leave it")
+            is_plain = config.encoder_attention == "block_causal" and config.predictor_attention == "native"
+            if not is_plain or config.class_token or config.mask_ratio or config.predict_visible:
+                raise UsageError("the attention masks of this model know no prefix; leave prefix_lengths out")
             # Values are looked at only if that neither waits for a GPU nor breaks a compiled graph.
             visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
             if visible and not all(0 <= length < k for length in lengths.tolist()):
@@ -357,9 +435,10 @@ def _geometry(config: ModelConfig, leaks: bool, device: torch.device) -> Geometr
     with torch.device("cpu"):
         mask = None
         # Without the last block, unless some mask lets an earlier token see it.
-        if config.encoder_attention == "block_causal":
+        if config.encoder_attention == "block_causal" and config.mask_ratio is None:
             seen = config.num_blocks if leaks else config.num_blocks - 1
-            mask = may_attend(torch.arange(seen).repeat_interleave(config.patches_per_block))
+            positions = torch.arange(seen).repeat_interleave(config.patches_per_block)
+            mask = may_attend(pad(positions, (int(config.class_token), 0), value=-1))
         table = patches_of_blocks(config.grid, pair(config.block_size))
         orders = block_orders(config.order, config.block_grid, config.order_seed)
         tables: list[Any] = [table, orders, mask, _predictor_mask(config)]

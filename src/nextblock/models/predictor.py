@@ -6,6 +6,7 @@ MLP") of a block's joined tokens for each predicted distance.
     transformer   layers under a mask: a patch's output knows the patches before it (XTRA)
     mlp           residual MLPs, each patch alone (AIM)
     linear        neither projection nor layers: the output map on the encoder's tokens
+    identity      the encoder's tokens themselves (NEPA)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 
 import torch
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from jaxtyping import Bool, Float
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
@@ -57,19 +59,25 @@ class Predictor(nn.Module):
         # A linear predictor is its output maps alone: the other parts are there, and do nothing.
         self.projection: nn.Module = nn.Identity()
         self.register_parameter("pos_embed", None)
+        self.register_parameter("target_embed", None)
         self.blocks, width = nn.Sequential(), config.embed_dim
         self.norm: nn.Module = nn.Identity()
-        if config.predictor != "linear":
+        if config.predictor in ("transformer", "mlp"):
             width = config.predictor_dim
             self.projection = _mlp(config.embed_dim, config.projection_dim, width, bias=False)
             self.pos_embed = fresh_positions(config, width)
+            if config.target_positions:
+                self.target_embed = fresh_positions(config, width)
             # Built in this order, as each module draws its weights from the global generator.
             layer = _transformer_layer if self.mixes_tokens else ResidualMlp
             self.blocks = nn.Sequential(*[layer(config) for _ in range(config.predictor_depth)])
             self.norm = layer_norm(config)(width)
         joined = width * config.patches_per_block
         # One map for each predicted distance: the tokens are shared, what is read from them is not.
-        maps = (_mlp(joined, config.block_mlp_dim, outputs) for _ in range(config.num_predicted_blocks))
+        if config.predictor == "identity":
+            maps = [Rearrange("... (d m) -> ... (m d)", m=config.patches_per_block)]  # see join_blocks
+        else:
+            maps = [_mlp(joined, config.block_mlp_dim, outputs) for _ in config.distances]
         self.block_mlps = nn.ModuleList(maps)
         init_linear(self, config)
 

@@ -7,6 +7,7 @@ mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -24,6 +26,7 @@ from nextblock.config import ModelConfig, pair
 
 INIT_STD = 0.02
 SINCOS_BASE = 10_000.0
+ROPE_BASE = 100.0
 
 
 class Encoded(NamedTuple):
@@ -71,6 +74,26 @@ class Layer(Block):
         return x + _drop(self.ls2(self.mlp(self.norm2(x))), self.drop_path2, drop_path[:, 1])
 
 
+class RopeLayer(EvaBlock):
+    """timm's layer with rotary positions, with drop path's random numbers as an argument as in `Layer`."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        rope: Float[Tensor, "*c p r"] | None = None,
+        attn_mask: Bool[Tensor, "*b n n"] | None = None,
+        is_causal: bool = False,
+        drop_path: Float[Tensor, "b 2"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Attention, then an MLP, each added to what it is given; `rope` leaves the class token as it is."""
+        if drop_path is None or not self.training:
+            return super().forward(x, rope, attn_mask, is_causal)
+        factors = [1 if gamma is None else gamma for gamma in (self.gamma_1, self.gamma_2)]
+        attended = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + _drop(factors[0] * attended, self.drop_path1, drop_path[:, 0])
+        return x + _drop(factors[1] * self.mlp(self.norm2(x)), self.drop_path2, drop_path[:, 1])
+
+
 class _Scale(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -95,16 +118,19 @@ def layer_outputs(
     *,
     recompute: bool = False,
     drop_path: Float[Tensor, "b draws"] | None = None,
+    rope: Float[Tensor, "*c p r"] | None = None,
 ) -> tuple[Float[Tensor, "*rows d"], ...]:
     """Run layers one after the other, and return what each returns.
 
-    `mask` is for transformer layers; `recompute` keeps only the layers' inputs for the backward pass;
-    `drop_path` holds two numbers for each image and layer (see `Layer`).
+    `mask` and `rope` are for transformer layers; `recompute` keeps only the layers' inputs for the backward
+    pass; `drop_path` holds two numbers for each image and layer (see `Layer`).
     """
     outputs = []
     for number, layer in enumerate(layers):
         # Mask and draws are arguments, not held by a layer: a recomputed layer must see those of its batch.
         given: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
+        if rope is not None:
+            given["rope"] = rope
         if drop_path is not None:
             given["drop_path"] = drop_path[:, 2 * number : 2 * number + 2]
         # Nothing is recomputed where no gradient is asked for, as in evaluation. The reentrant kind takes
@@ -120,8 +146,8 @@ def layer_outputs(
 # ----------------------------------------------------------------------------------------- building, weights
 
 
-def build_encoder(config: ModelConfig) -> VisionTransformer:
-    """The timm ViT of these settings: no class token, a final norm, no head.
+def build_encoder(config: ModelConfig) -> VisionTransformer | Eva:
+    """The timm ViT of these settings, with rotary positions timm's `Eva`: a final norm, no head.
 
     Initialised as official XTRA: linear layers from a truncated normal of deviation 0.02 with zero biases,
     the patch projection Kaiming-normal (fan in), learned positions truncated normal 0.02; or as AIM's
@@ -129,24 +155,82 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     """
     # timm builds the module and names its weights; its own initialisation is skipped, ours follows.
     layer: Any = partial(Layer, qk_scale=config.qk_scale)
-    encoder = VisionTransformer(
-        num_classes=0,
-        global_pool="",
-        drop_path_rate=config.drop_path,
-        weight_init="skip",
-        block_fn=layer,
-        **vit_arguments(config),
-    )
+    if config.positions == "rope":
+        encoder = _rope_encoder(config)
+    else:
+        encoder = VisionTransformer(
+            num_classes=0,
+            global_pool="",
+            drop_path_rate=config.drop_path,
+            weight_init="skip",
+            block_fn=layer,
+            **vit_arguments(config),
+        )
+    if config.qk_norm is not None:
+        options: Any = {
+            "eps": config.norm_eps,
+            "elementwise_affine": config.qk_norm == "scale",
+            "bias": False,
+        }
+        for attention in (module for name, module in encoder.named_modules() if name.endswith(".attn")):
+            for name in ("q_norm", "k_norm"):
+                setattr(attention, name, nn.LayerNorm(config.embed_dim // config.num_heads, **options))
     init_linear(encoder, config)
     # The patch projection is a convolution, which init_linear passes over. As a matrix it maps a patch's
     # values (c i j) to the width, and that is what Xavier's bound is computed from.
-    projection = encoder.patch_embed.proj
+    projection: Any = encoder.patch_embed.proj
     if config.weight_init == "trunc_normal":
         nn.init.kaiming_normal_(projection.weight, mode="fan_in")
+    elif config.weight_init == "trunc_normal_all":
+        nn.init.trunc_normal_(projection.weight, std=INIT_STD)
     else:
         nn.init.xavier_uniform_(rearrange(projection.weight.data, "d c i j -> d (c i j)"))
     nn.init.zeros_(projection.bias)
-    encoder.pos_embed = fresh_positions(config, config.embed_dim)
+    if encoder.cls_token is not None:
+        nn.init.trunc_normal_(encoder.cls_token, std=INIT_STD)
+    if config.positions != "rope":
+        encoder.pos_embed = fresh_positions(config, config.embed_dim)
+    return encoder
+
+
+def _rope_encoder(config: ModelConfig) -> Eva:
+    # Built without layers, as timm has no argument for a class of layers of our own.
+    encoder = Eva(
+        img_size=pair(config.image_size),
+        patch_size=config.patch_size,
+        in_chans=config.in_chans,
+        num_classes=0,
+        global_pool="",
+        embed_dim=config.embed_dim,
+        depth=0,
+        num_heads=config.num_heads,
+        attn_type="rope",
+        norm_layer=layer_norm(config),
+        class_token=config.class_token,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_temperature=ROPE_BASE,
+        rope_rotate_half=True,
+    )
+    rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+    encoder.blocks = nn.ModuleList(
+        RopeLayer(
+            config.embed_dim,
+            config.num_heads,
+            qkv_bias=True,
+            mlp_ratio=config.mlp_ratio,
+            num_prefix_tokens=int(config.class_token),
+            attn_type="rope",
+            rotate_half=True,
+            drop_path=rate,
+            init_values=config.layer_scale,
+            norm_layer=layer_norm(config),
+        )
+        for rate in rates
+    )
+    entry = {"num_chs": config.embed_dim, "reduction": config.patch_size}
+    encoder.feature_info = [{"module": f"blocks.{i}", **entry} for i in range(config.depth)]
     return encoder
 
 
@@ -162,7 +246,9 @@ def vit_arguments(config: ModelConfig) -> dict[str, Any]:
         "mlp_ratio": config.mlp_ratio,
         "qkv_bias": config.bias,
         "proj_bias": config.bias,  # timm gives it to the MLP as well
-        "class_token": False,
+        "class_token": config.class_token,
+        "no_embed_class": True,  # it has no position
+        "init_values": config.layer_scale,
         "norm_layer": layer_norm(config),
         "embed_norm_layer": layer_norm(config) if config.patch_norm else None,
     }
@@ -178,7 +264,7 @@ def init_linear(module: nn.Module, config: ModelConfig) -> None:
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
-        if config.weight_init == "trunc_normal":
+        if config.weight_init != "xavier_uniform":
             nn.init.trunc_normal_(layer.weight, std=INIT_STD)
         else:
             # Xavier's bound depends on the width of a map, and qkv is three maps in one.
@@ -191,21 +277,36 @@ def init_linear(module: nn.Module, config: ModelConfig) -> None:
 # ------------------------------------------------------------------------------------- patches and positions
 
 
-def patch_tokens(
-    encoder: VisionTransformer, images: Float[Tensor, "b c h w"], config: ModelConfig
+def embed_patches(
+    encoder: VisionTransformer | Eva, images: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b n d"]:
-    """Embedded patches with their positions, in raster order; `config` is that of the encoder's own size."""
+    """Embedded patches without their positions, in raster order."""
     # timm's own patch embedding insists on one image size, so its two parts are called one by one.
     embedded = encoder.patch_embed.proj(images)
-    grid = (embedded.shape[2], embedded.shape[3])
-    tokens = encoder.patch_embed.norm(rearrange(embedded, "b d i j -> b (i j) d"))
-    return tokens + positions_on(grid, positions_of(encoder), config)
+    return encoder.patch_embed.norm(rearrange(embedded, "b d i j -> b (i j) d"))
 
 
-def positions_of(encoder: VisionTransformer) -> Float[Tensor, "1 n d"]:
-    """The encoder's position embedding, which ours always have."""
+def positions_of(encoder: VisionTransformer | Eva) -> Float[Tensor, "1 n d"]:
+    """The encoder's position embedding."""
     assert encoder.pos_embed is not None
     return encoder.pos_embed
+
+
+def rotary_positions(
+    grid: tuple[int, int], head_dim: int, scale: Tensor | float = 1.0
+) -> Float[Tensor, "n r"]:
+    """Sines, then cosines, of the angles by which queries and keys are turned, in raster order.
+
+    As in NEPA and DINOv3: coordinates are those of the patches' centres in [-1, 1], times `scale`.
+    """
+    # Row and column have a quarter of a head's width each, of frequencies 2 pi / 100^(i / (head_dim / 4)).
+    # Turned together are channel i and i + head_dim / 2, so every angle comes twice.
+    row, column = torch.meshgrid(*((2 * torch.arange(n) + 1.0) / n - 1 for n in grid), indexing="ij")
+    places = scale * torch.stack([row.flatten(), column.flatten()], dim=1)
+    quarter = head_dim // 4
+    periods = ROPE_BASE ** (torch.arange(quarter, dtype=torch.float32) / quarter)
+    angles = rearrange(2 * math.pi * places[..., None] / periods, "n a f -> n (a f)").tile(2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def fresh_positions(config: ModelConfig, dim: int) -> Parameter:

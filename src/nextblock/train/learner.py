@@ -126,6 +126,10 @@ class Learner(ABC):
     def _stepped(self) -> None:  # noqa: B027 - nothing, usually
         """Do what follows a step that changed the weights."""
 
+    def health(self) -> dict[str, float]:
+        """Signs of training that has gone wrong though the loss looks well, by name. All ranks call it."""
+        return {}
+
     def kept(self) -> Mapping[str, Tensor]:
         """Tensors that a checkpoint needs besides weights and moments."""
         return {}
@@ -245,6 +249,10 @@ class Learner(ABC):
                 yield self.model
         finally:
             self.model.train()
+            # FSDP2 expects a backward pass after each forward pass and leaves the root's parameters whole,
+            # where they have no gradient: one looking between backward and step would lose it.
+            if self.strategy == "fsdp":
+                self.model.reshard()
 
 
 MakeLearner = Callable[[RunConfig, torch.device, Path | None, Group], Learner]

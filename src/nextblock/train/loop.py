@@ -43,7 +43,7 @@ from nextblock.train.learner import MakeLearner, Sums
 from nextblock.train.loggers import Loggers, require_packages
 from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
 from nextblock.train.memory import largest_micro_batch
-from nextblock.train.messages import not_learned, opening_lines, remedy
+from nextblock.train.messages import not_learned, opening_lines, refuse_collapse, remedy
 from nextblock.train.monitors import Monitor, MonitorEvent
 from nextblock.train.parallel import local_part
 from nextblock.train.run_dir import RunDir
@@ -115,8 +115,8 @@ def train(
     `sources["val"]`, if given, is validated on. `learner` makes what learns, fresh or from a checkpoint.
     Every process of `group` calls this alike; rank 0 alone prints and writes, but for its part of a
     checkpoint. Raises `RunDirError` if `out` holds something else, `InUseError` if another process trains
-    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, and `WriteError` if a disk is full; the
-    last checkpoint stays. What it changes of the process (signals, seeds, memory, algorithms) is put back.
+    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, `CollapseError`, and `WriteError` if a
+    disk is full; the last checkpoint stays. What it changes of the process (signals, seeds, ...) is put back.
     """
     # All that can be refused is refused before a directory is made.
     config.check_trainable()
@@ -460,7 +460,8 @@ def train(
                     seen_by_part = {f"seen/{part.spec}": count for part, count in parts}
                     shown = {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part}
                     used = device_use(device, values["images_per_s"], trainer.counted, group.size)
-                    record("train", shown | used)
+                    record("train", shown | used | (health := trainer.health()))
+                    refuse_collapse(health, trainer.step, run, config)
                     trainer.window = Window()
                     # Told once, until the loss falls below; in the warm-up nothing is expected yet.
                     warning = not_learned(values["loss"], baselines) if trainer.step > warmup else None

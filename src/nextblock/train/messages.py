@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nextblock.checkpoint import latest_checkpoint
 from nextblock.config import RunConfig
 from nextblock.data import TrainLoader
@@ -41,16 +43,30 @@ def opening_lines(
 
 
 def not_learned(loss: float, references: dict[str, float]) -> str | None:
-    """Cause and remedy if a loss is not below that of predicting zero, or all alike; else None."""
-    meanings = {"zero": "zero", "uniform": "all alike", "chance": "all classes alike"}
-    name = next((one for one in meanings if one in references), None)
-    if name is None or loss < references[name]:
+    """Cause and remedy if a loss is not below that of predicting always the same; else None."""
+    words = {"zero": "zero", "uniform": "all alike", "chance": "all classes alike", "mean": "the mean vector"}
+    found = [(value, words[name]) for name, value in references.items() if name in words]
+    if not found or loss < found[0][0]:
         return None
     return (
-        f"the loss {loss:.4f} is not below {references[name]:.4f}, that of predicting "
-        f"{meanings[name]}: nothing is learned so far. Train longer, try another learning rate, or "
-        "look at the images"
+        f"the loss {loss:.4f} is not below {found[0][0]:.4f}, that of predicting {found[0][1]}: nothing is "
+        "learned so far. Train longer, try another learning rate, or look at the images"
     )
+
+
+class CollapseError(RuntimeError):
+    """All targets have become nearly one vector, which is easy to predict and teaches nothing."""
+
+
+def refuse_collapse(health: dict[str, float], step: int, run: RunDir, config: RunConfig) -> None:
+    """Raise `CollapseError` with a remedy if training has made all targets alike."""
+    variance, limit = health.get("target_variance", math.inf), config.monitor.collapse
+    if limit is not None and variance < limit:
+        raise CollapseError(
+            f"step {step}: the targets have collapsed. Their variance {variance:.2g} is below "
+            f"monitor.collapse {limit:g}: patch embeddings are nearly one vector, so the low loss means "
+            f"nothing. {remedy(run, config)}, or model.target pixels"
+        )
 
 
 def remedy(run: RunDir, config: RunConfig) -> str:

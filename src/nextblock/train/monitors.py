@@ -7,9 +7,24 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nextblock.models.next_block import NextBlockModel
 from nextblock.train.distributed import ALONE, Group
+
+RANKME_EPS = 1e-7
+
+
+def rankme(features: Float[Tensor, "n d"]) -> float:
+    """Effective rank of features, from 1 to min(n, d): RankMe, Garrido et al., arXiv 2210.02885, ICML 2023.
+
+    exp of the entropy of the singular values, which are divided by their sum; 1e-7 is added to each. Compare
+    it between measurements on the same images only: it grows with their number.
+    """
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + RANKME_EPS
+    return float((-(shares * shares.log()).sum()).exp())
 
 
 class MonitorEvent(NamedTuple):

@@ -90,7 +90,8 @@ def shard(
             layer.compile()
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "encode")
+    for method in ("encode", "targets_of"):
+        register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
     model.make_buffers()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,27 @@ from nextblock.data import (
     resolve_workers,
 )
 from nextblock.errors import UsageError
-from nextblock.interop import initialize
+from nextblock.interop import attach_teacher, initialize
 from nextblock.models import NextBlockModel
 from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import build_optimizer
-from nextblock.targets import KMeansTokenizer, combine, count_kept_rows, draw_prefix_lengths
+from nextblock.targets import (
+    KMeansTokenizer,
+    combine,
+    count_kept_rows,
+    draw_orders,
+    draw_prefix_lengths,
+    spread,
+)
 from nextblock.train.distributed import ALONE, Group
 from nextblock.train.learner import Learner
+from nextblock.train.monitors import rankme
 from nextblock.train.parallel import choose_strategy, shard
 
 log = logging.getLogger(__name__)
+
+HEALTH_VECTORS = 1024
+"""So many target vectors of a micro-batch, chosen at random, are looked at for collapse."""
 
 
 class Trainer(Learner):
@@ -61,6 +73,7 @@ class Trainer(Learner):
         model.train()
         model.set_grad_checkpointing(config.train.activation_checkpointing)
         model.predictor_fp32 = config.train.predictor_fp32
+        attach_teacher(model, config.data.mean, config.data.std, device)
         super().__init__(config, device, group, model, build_optimizer(model, config.optim), strategy)
         if config.train.compile and strategy != "fsdp":
             self._forward = torch.compile(model)
@@ -70,20 +83,32 @@ class Trainer(Learner):
         # Two for each layer: attention and MLP.
         self.loader_options = {"drop_path_draws": 2 * config.model.depth if config.model.drop_path else 0}
         self.counted = config.model
+        self._may_collapse = model.targets is not None and model.targets.may_collapse
+        self._last_targets: tuple[Tensor, Tensor] | None = None
+        """Those of the last micro-batch, and which of them count, if training could make them alike."""
         self.resume(checkpoint)
 
     # ------------------------------------------------------------------------------------------- the loss
 
-    def _draw(self, step: Step) -> Int64[Tensor, " k"]:
-        """The order of the blocks: one of the model's set."""
-        order_index = keyed_rng(self.config.seed, "block-order", step.index).integers(len(self._orders))
-        return self._orders[int(order_index)]
+    def _draw(self, step: Step) -> tuple[Int64[Tensor, " k"], Float[Tensor, ""] | None]:
+        """The order of the blocks, one of the model's set, and the scale of rotary coordinates."""
+        seed, limit = self.config.seed, self.config.model.rope_rescale
+        order_index = keyed_rng(seed, "block-order", step.index).integers(len(self._orders))
+        scale = None
+        if limit != 1:
+            scale = torch.tensor(limit ** (2 * keyed_rng(seed, "rope", step.index).random() - 1))
+        return self._orders[int(order_index)], scale
 
-    def _loss(self, batch: Batch, drawn: Int64[Tensor, " k"], divisors: list[int]) -> Float[Tensor, ""]:
+    def _loss(self, batch: Batch, drawn: tuple[Any, Any], divisors: list[int]) -> Float[Tensor, ""]:
         images = self.to_model(batch.images)
+        order, rope_scale = drawn
         with self.autocast:
             draws = batch.drop_path if self.config.model.drop_path else None
-            out = self._forward(images, drawn, self._prefix_lengths(batch), draws)
+            own = self._orders_of(batch)
+            prefix = self._prefix_lengths(batch)
+            out = self._forward(images, order if own is None else own, prefix, draws, rope_scale)
+        if self._may_collapse:
+            self._last_targets = out.targets, out.kept
         # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
         return combine([part.block_loss for part in out.distances], divisors)
 
@@ -96,6 +121,13 @@ class Trainer(Learner):
         with self.autocast:
             return 0 * forward(images, self.model.orders[0].cpu(), prefix, draws).loss
 
+    def _orders_of(self, batch: Batch) -> Int64[Tensor, "b k"] | None:
+        """The images' own orders; None if all have the same."""
+        if self.config.model.order != "per_image":
+            return None
+        visits, samples = batch.visits.tolist(), batch.samples.tolist()
+        return draw_orders(self.config.seed, visits, samples, self.config.model.num_blocks)
+
     def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
         """How many blocks of each image all its tokens may attend to; None if the model has no prefix."""
         if not self.config.model.prefix:
@@ -106,12 +138,10 @@ class Trainer(Learner):
     def _counts(self, visits: list[int], samples: list[int]) -> list[int]:
         """How many blocks of these images are predicted, one number for each distance."""
         model = self.config.model
-        if model.prefix:
-            lengths = draw_prefix_lengths(self.config.seed, visits, samples, model.num_blocks)
-        else:
-            lengths = torch.zeros(len(samples), dtype=torch.int64)
-        distances = range(1, model.num_predicted_blocks + 1)
-        return [count_kept_rows(lengths, model.num_blocks, distance) for distance in distances]
+        if not model.prefix:
+            return [len(samples) * model.steps(distance).count for distance in model.distances]
+        lengths = draw_prefix_lengths(self.config.seed, visits, samples, model.num_blocks)
+        return [count_kept_rows(lengths, model.num_blocks, distance) for distance in model.distances]
 
     # ---------------------------------------------------------------------------- evaluation, fitted targets
 
@@ -127,20 +157,22 @@ class Trainer(Learner):
         images = torch.cat(found)[:most]
         with self.looking() as model:
             assert model.targets is not None, "checked before training begins"
-            targets = model.targets.of_blocks(self.to_model(images), model.orders[0])
+            targets = model.targets_of(self.to_model(images), model.orders[0])
             losses = model.targets.reference_losses(targets)
-            return {name: loss.mean().item() for name, loss in losses.items()}
+            # What training changes is not to be compared with later losses.
+            when = "initial_" if self._may_collapse else ""
+            return {f"{when}{name}": loss.mean().item() for name, loss in losses.items()}
 
     def validation_loss(
         self, batches: Iterator[Batch], should_stop: Callable[[], object] = bool
     ) -> tuple[float, list[BadSample]] | None:
         """The loss over all these images, under the first order (NaN of none), and those unreadable.
 
-        An image's prefix, if the model has one, is that of its visit 0, always the same. None if it was asked
-        to stop before the end.
+        An image's prefix or order, if the model has one for each, is that of its visit 0, always the same.
+        None if it was asked to stop before the end.
         """
         # Sums and counts for each distance, in fp64 on the CPU: the mean does not depend on batches or ranks.
-        distances = self.config.model.num_predicted_blocks
+        distances = len(self.config.model.distances)
         totals = torch.zeros(2, distances, dtype=torch.float64)
         bad: list[BadSample] = []
         with self.looking() as model:
@@ -149,7 +181,8 @@ class Trainer(Learner):
                 if self.group.any(should_stop()):
                     return None
                 if len(batch.images):
-                    out = model(self.to_model(batch.images), None, self._prefix_lengths(batch)).distances
+                    order, prefix = self._orders_of(batch), self._prefix_lengths(batch)
+                    out = model(self.to_model(batch.images), order, prefix).distances
                     totals[0] += torch.stack([part.block_loss.cpu().double().sum() for part in out])
                     totals[1] += torch.stack([part.kept.cpu().sum() for part in out])
                 elif self.strategy == "fsdp":
@@ -164,6 +197,23 @@ class Trainer(Learner):
         """The validation loss."""
         measured = self.validation_loss(batches, should_stop)
         return None if measured is None else ({"val_loss": measured[0]}, measured[1])
+
+    def health(self) -> dict[str, float]:
+        """Variance and RankMe of the last targets if training changes these: the least of all ranks."""
+        if not self._may_collapse:
+            return {}
+        found: dict[str, float] = {}
+        if self._last_targets is not None:
+            targets, kept = self._last_targets
+            vectors = targets[kept].flatten(0, -2)
+            # From everywhere: those of one image or one place are more alike.
+            chosen = torch.randperm(len(vectors), generator=torch.Generator("cpu").manual_seed(0))
+            vectors = vectors[chosen[:HEALTH_VECTORS].to(vectors.device)].float().cpu()
+            found = dict.fromkeys(("target_variance", "target_rankme"), math.nan)
+            if vectors.isfinite().all():  # else there are no singular values
+                found = {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
+        of_ranks = [of_rank for of_rank in self.group.gather(found) if of_rank]
+        return {name: min(of_rank[name] for of_rank in of_ranks) for name in (of_ranks or [{}])[0]}
 
     def describe(self) -> tuple[str, str]:
         """The sizes of encoder and predictor; an image's patches and blocks."""
@@ -231,7 +281,7 @@ def sample_patches(
     if not found:
         raise UsageError(
             f"none of {len(images)} images of {source.spec!r} can be read, so there is nothing to fit "
-            "model.tokenizer kmeans on; give images that can be read"
+            "model.target tokens on; give images that can be read"
         )
     return torch.cat(found)
 

@@ -17,15 +17,16 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nextblock.atomic import write_aside
-from nextblock.blocks import block_orders, check_order, unpatchify
+from nextblock.blocks import block_orders, check_order, patchify, take, unpatchify
 from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.models import NextBlockModel
 from nextblock.settings import require
 from nextblock.tables import finite
-from nextblock.targets import PixelTargets
+from nextblock.targets import PixelTargets, make_targets
 from nextblock.train import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
 
@@ -51,8 +52,28 @@ def predicted_image(
     (unbiased variance, 1e-6 inside the root), taken from `images` (normalised, as the model saw them). Raw
     predictions are shown as they are. `shown` is 3 with three channels or more (the first three), else 1.
     """
-    blocks = PixelTargets(config).to_pixels(predictions, images, order)
-    by_position = torch.cat([torch.zeros_like(blocks[:, :1]), blocks], dim=1)
+    true = _predicted_blocks(images, config, order)
+    return _joined(PixelTargets(config).to_pixels(predictions, true, true), config, order, mean, std)
+
+
+def _predicted_blocks(
+    images: Float[Tensor, "b c h w"], config: ModelConfig, order: Int64[Tensor, " k"]
+) -> Float[Tensor, "b steps p"]:
+    """The true pixels of the blocks that the first output map predicts."""
+    _, first, count = config.steps(config.distances[0])
+    return take(patchify(images.float(), config.block_px), order[first : first + count])
+
+
+def _joined(
+    blocks: Float[Tensor, "b steps p"],
+    config: ModelConfig,
+    order: Int64[Tensor, " k"],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Tensor, "b shown h w"]:
+    """Predicted blocks as images; the others are a grey hatch."""
+    _, first, count = config.steps(config.distances[0])
+    by_position = pad(blocks, (0, 0, first, config.num_blocks - first - count))
     # The inverse permutation: where in the order each place of the raster comes.
     in_raster_order = by_position.index_select(1, torch.argsort(order))
     pictures = _visible(unpatchify(in_raster_order, config.block_grid, config.block_px), mean, std)
@@ -70,9 +91,10 @@ def _visible(
 
 
 def _predicted_pixels(config: ModelConfig, order: Int64[Tensor, " k"]) -> Bool[Tensor, "h w"]:
-    """True for pixels of blocks that are predicted: all but the first of the order."""
-    predicted = torch.ones(config.num_blocks, dtype=torch.bool)
-    predicted[int(order[0])] = False
+    """True where a pixel lies in a block that is predicted: usually everywhere but in the first."""
+    _, first, count = config.steps(config.distances[0])
+    predicted = torch.zeros(config.num_blocks, dtype=torch.bool)
+    predicted[order[first : first + count]] = True
     pieces = predicted[None, :, None].expand(1, -1, config.block_px[0] * config.block_px[1])
     return unpatchify(pieces, config.block_grid, config.block_px)[0, 0]
 
@@ -107,22 +129,20 @@ def _look(
             # What the layers make of all images at once may not fit into memory; what they predict does.
             for some in images.split(AT_ONCE):
                 out = model(some, block_order=on_device)
-                targets = model.targets.of_blocks(some, on_device)
-                parts.append((out.block_loss, out.predictions.float().cpu(), targets))
-            block_loss, predictions, targets = (torch.cat(kind) for kind in zip(*parts, strict=True))
+                targets = model.targets_of(some, on_device)
+                parts.append((out.block_loss, out.predictions.float().cpu(), out.targets.cpu(), targets))
+            block_loss, predictions, wanted, targets = (torch.cat(kind) for kind in zip(*parts, strict=True))
             # Of all images together: how frequent a token is depends on them.
             references = model.targets.reference_losses(targets)
     finally:
         model.train(was_training)
     images, order = images.float().cpu(), block_order.cpu()
-    # Of tokens the pixels of their centroids, which are raw.
-    drawn = model.targets.to_pixels(predictions, images, order)
-    raw = replace(config, tokenizer=None, norm_pixels=False)
+    drawn = model.targets.to_pixels(predictions, wanted, _predicted_blocks(images, config, order))
     return Look(
         config=config,
         is_raster=order.tolist() == list(range(len(order))),
         originals=_visible(images, mean, std),
-        pictures=predicted_image(drawn, images, raw, order, mean, std),
+        pictures=_joined(drawn, config, order, mean, std),
         predicted=_predicted_pixels(config, order),
         losses=block_loss.float().mean(1).cpu(),
         baselines={name: losses.cpu() for name, losses in references.items()},
@@ -225,14 +245,9 @@ def predict(
     )
     result = PredictResult(picture=out_dir / "predictions.png", rows=rows, bad=bad)
     draw_sheet(look, result.picture, names)
-    if config.tokenizer is None:
-        target = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
-    else:
-        tokens = {"tokenizer": config.tokenizer, "vocab_size": config.vocab_size}
-        target = {"loss_function": "cross_entropy", **tokens}
     content = {
         "mean_loss": result.mean_loss,
-        **target,
+        **make_targets(config).facts,
         "images": [row.as_dict() for row in rows],
         "bad": [{"name": sample.name, "reason": sample.reason} for sample in bad],
     }

@@ -23,6 +23,7 @@ from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from nextblock.config import ModelConfig
+from nextblock.targets import make_targets
 from nextblock.visualize.figure import MUTED, axes_at, save_png, text_at, wrapped
 from nextblock.visualize.words import BASELINE_WORDS
 
@@ -114,8 +115,10 @@ def draw_sheet(look: Look, path: Path, titles: Sequence[str] | None) -> None:
     bar.outline.set_visible(False)  # type: ignore[operator]
     axes.tick_params(labelsize=7, length=2, width=0.5, color=MUTED, labelcolor=MUTED)
     # The rows' names at the left, the images' titles above them, their losses below.
+    is_masked = look.config.mask_ratio is not None
+    predicted = "masked\nblocks" if is_masked else "next-block\nprediction"
     for band in range(layout.bands):
-        for panel, words in enumerate(("original", "next-block\nprediction", "absolute\nerror")):
+        for panel, words in enumerate(("original", predicted, "absolute\nerror")):
             x, y = layout.cell(band * layout.columns, panel)
             text_at(figure, x - 0.1, y + height / 2, words, size=8.5, ha="right", va="center")
     for image, loss in enumerate(look.losses.tolist()):
@@ -128,7 +131,8 @@ def draw_sheet(look: Look, path: Path, titles: Sequence[str] | None) -> None:
                 layout.cell(image, 0)[1] - 0.05,
             )
             text_at(figure, x + width / 2, above, name, size=7.5, ha="center", va="bottom", color=MUTED)
-    text_at(figure, 0.2, 0.22, "Next-block prediction", size=13, weight="bold", va="top")
+    title = f"{'Masked' if is_masked else 'Next'}-block prediction"
+    text_at(figure, 0.2, 0.22, title, size=13, weight="bold", va="top")
     text_at(figure, 0.2, 0.5, layout.subtitle, size=8.5, color=MUTED, va="top")
     text_at(figure, 0.2, layout.caption_in, layout.caption, size=8, color=MUTED, va="top")
     save_png(figure, path, dpis=(200, 170, 150, 130, 110, 90, 70), max_bytes=MAX_PICTURE_BYTES)
@@ -161,24 +165,18 @@ def shortened(name: str, letters: int) -> str:
 def _caption(look: Look) -> str:
     """What is seen, in a few sentences."""
     config = look.config
-    order = "row by row" if look.is_raster else "in another order than row by row"
-    sentences = [
-        f"Each block of {config.block_px[0]} x {config.block_px[1]} px is predicted from the true blocks "
-        f"before it, {order}; the first one (hatched) has none before it and is not predicted."
-    ]
-    if config.tokenizer is not None:
-        sentences += [
-            f"Loss: cross-entropy of {config.vocab_size} tokens, in nats.",
-            "Shown: the likeliest tokens' centroids, with the mean and deviation of the true patches.",
-        ]
+    size = f"block of {config.block_px[0]} x {config.block_px[1]} px"
+    if config.mask_ratio is not None:
+        first = f"Each masked {size} is predicted from all blocks that are not masked (hatched)."
     else:
-        error = "squared" if config.loss == "mse" else "absolute"
-        pixels = "block-normalised" if config.norm_pixels else "raw"
-        sentences.append(f"Loss: {error} error of {pixels} pixels.")
-        if config.norm_pixels:
-            sentences.append(
-                "Predicted blocks are un-normalised with the mean and deviation of the true ones."
-            )
+        order = "row by row" if look.is_raster else "in another order than row by row"
+        alone = (
+            "is predicted from a class token alone"
+            if config.class_token
+            else "(hatched) has none before it and is not predicted"
+        )
+        first = f"Each {size} is predicted from the true blocks before it, {order}; the first one {alone}."
+    sentences = [first, *make_targets(config).words]
     if config.in_chans not in (1, 3):
         sentences.append(f"Shown: {shown_channels(config.in_chans)} of {config.in_chans} channels.")
     return " ".join(sentences)

@@ -8,5 +8,9 @@ BASELINE_WORDS = {
     "uniform": "predicting all tokens alike",
     "frequency": "predicting tokens by their frequency",
     "chance": "all classes equally likely",
+    "mean": "predicting the mean vector",
+    "initial_mean": "predicting the mean vector, before training",
+    "initial_copy_previous": "copying the previous block, before training",
 }
-"""None of them needs a model: the first two are for pixels, the next two for tokens, the last for classes."""
+"""None of them needs a model. Pixels: the first two; tokens: the next two; classes: chance; vectors: mean and
+copy_previous."""

@@ -1,0 +1,96 @@
+"""The teacher of `model.target features`: a frozen encoder, and how it sees the student's images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from nextblock.checkpoint import digest_of
+from nextblock.config import ModelConfig, pair
+from nextblock.errors import UsageError
+from nextblock.interop.load import official_data, open_encoder, recorded_data
+from nextblock.logs import counted
+from nextblock.models import EncoderModel, NextBlockModel
+
+
+def with_teacher(config: ModelConfig) -> ModelConfig:
+    """The settings with the width of their teacher's features and the hash of its weights."""
+    teacher, digest = _open(config)
+    return replace(config, teacher_dim=teacher.config.embed_dim, teacher_digest=digest)
+
+
+def attach_teacher(
+    model: NextBlockModel, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+) -> None:
+    """Load the teacher whose features a model predicts; a model with another target is left as it is.
+
+    `mean` and `std` are those by which the model's images are normalised. A teacher of colour images sees
+    grey ones as colour. Raises `UsageError` if the teacher's weights are not those that the model was trained
+    with, or if it takes other channels or gives another width.
+    """
+    config = model.config
+    if config.teacher is None or model.targets is None:
+        return
+    teacher, _ = _open(config)
+    theirs = teacher.config
+    data = recorded_data(config.teacher) or official_data(theirs.image_size, theirs.in_chans)
+    # As tensors on the device, so that no step waits for a copy.
+    statistics = [
+        torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)
+        for numbers in (mean, std, data.mean, data.std)
+    ]
+    targets: Any = model.targets
+    targets.teacher = _Teacher(teacher.to(device).eval().requires_grad_(requires_grad=False), *statistics)
+
+
+def _open(config: ModelConfig) -> tuple[EncoderModel, str]:
+    """The teacher of these settings, and the hash of its weights."""
+    assert config.teacher is not None
+    teacher = open_encoder(config.teacher)
+    digest, theirs = digest_of(teacher.encoder), teacher.config
+    if config.in_chans not in (1, theirs.in_chans):
+        raise UsageError(
+            f"{config.teacher} takes images of {counted(theirs.in_chans, 'channel')}, and model.in_chans is "
+            f"{config.in_chans}; choose a teacher of as many channels"
+        )
+    if config.teacher_dim not in (None, theirs.embed_dim):
+        raise UsageError(
+            f"features of {config.teacher} are {theirs.embed_dim} wide, and model.teacher_dim is "
+            f"{config.teacher_dim}; leave model.teacher_dim out"
+        )
+    if config.teacher_digest not in (None, digest):
+        raise UsageError(
+            f"the weights of {config.teacher} have changed since training started (hash {digest}, recorded "
+            f"{config.teacher_digest}); put the old ones back, or start a new run"
+        )
+    return teacher, digest
+
+
+class _Teacher:
+    """From images as the student sees them to features on the teacher's grid."""
+
+    def __init__(
+        self, teacher: EncoderModel, mean: Tensor, std: Tensor, own_mean: Tensor, own_std: Tensor
+    ) -> None:
+        self.teacher, self.mean, self.std, self.own_mean, self.own_std = teacher, mean, std, own_mean, own_std
+        self.size = pair(teacher.config.image_size)
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
+        # Its own normalisation and image size, in the precision of its weights, whatever autocast says.
+        with torch.autocast(images.device.type, enabled=False):
+            # One channel becomes as many as the teacher's means.
+            images = (images.float() * self.std + self.mean - self.own_mean) / self.own_std
+            if images.shape[2:] != self.size:
+                images = interpolate(images, size=self.size, mode="bicubic", antialias=True)
+            tokens = self.teacher.encode(images).tokens
+        # Rows of patches, as the teacher's patches are square.
+        rows = round((tokens.shape[1] * self.size[0] / self.size[1]) ** 0.5)
+        return rearrange(tokens, "b (i j) e -> b e i j", i=rows)
