@@ -1,12 +1,14 @@
 """timm's format, out and in: a directory of config.json and model.safetensors, or a weight file alone.
 
-An encoder under full attention with timm's epsilon leaves as one of timm's own architectures with every
-argument given; any other as `nextblock_vit` (see `timm_models`). Its settings stand in config.json and in the
+An encoder under full attention with timm's epsilon, or with a class token, rotary positions, normed queries
+or LayerScale, leaves as one of timm's own architectures with every argument given; any other as
+`nextblock_vit` (see `timm_models`). Its settings stand in config.json and in the
 metadata of the weight file, so that either alone gives back the same encoder.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -37,6 +39,7 @@ from nextblock.checkpoint import (
     write_safetensors,
 )
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
+from nextblock.errors import UsageError
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
 from nextblock.interop.files import MAIN_FILES, LoadOptions, make_parent, read_content, read_json, unwrapped
 from nextblock.interop.hub import HubError
@@ -44,17 +47,19 @@ from nextblock.interop.names import count_numbered, needed, only_tensors, patch_
 from nextblock.interop.timm_models import NextBlockViT, model_args
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.vit import positions_on, vit_arguments
+from nextblock.models.vit import ROPE_BASE, positions_on, vit_arguments
 from nextblock.settings import from_dict, to_dict
 
 log = logging.getLogger(__name__)
 
 # Of what stands under "nextblock" in config.json and in the weight file's metadata.
 FORMAT_VERSION = 1
-# The timm architecture that stands for all whose arguments are given in full.
-STOCK = "vit_base_patch16_224"
+# The timm architectures that stand for all whose arguments are given in full; ROPE has rotary positions.
+STOCK, ROPE = "vit_base_patch16_224", "vit_base_patch16_rope_224"
 # Epsilon of timm's LayerNorms.
 TIMM_EPS = 1e-6
+# By which the epsilon of an encoder may differ in timm.
+MAX_EPS_ERROR = 1e-9
 # Held while a timm model draws from torch's global generator, whose state is put back afterwards.
 _BUILDING = Lock()
 
@@ -77,16 +82,17 @@ def write_timm(
     data: DataConfig,
     provenance: Provenance,
     image_size: Size | None = None,
+    attention: Attention = "native",
     address: str | None = None,
 ) -> None:
     """Write an encoder as a directory that `timm.create_model("local-dir:DIRECTORY")` opens.
 
-    `data` says how its images are cut and normalised. `image_size` writes an encoder of ours at that size,
-    with the positions that `encode` would use there. The predictor is left out. `address` is the place that
-    the card names, as timm writes it ("hf-hub:USER/NAME").
+    `data` says how its images are cut and normalised. `image_size` and `attention` write an encoder of ours
+    at that size and with that mask, with the positions that `encode` would use there. The predictor is left
+    out. `address` is the place that the card names, as timm writes it ("hf-hub:USER/NAME").
     """
     if isinstance(model, NextBlockModel):
-        whole, model = model, encoder_at(model, image_size)
+        whole, model = model, encoder_at(model, image_size, attention)
         data = data_at(data, whole.config, model.config)
     config = model.config
     size = pair(config.image_size)
@@ -114,8 +120,10 @@ def write_timm(
     # tell all of our settings, and one file may be copied without the other.
     described: dict[str, Any] = {"num_classes": 0, "num_features": config.embed_dim}
     metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
+    weights = model.encoder.state_dict()
     if isinstance(config, ModelConfig):
         architecture, arguments = timm_architecture(config)
+        weights = _as_timm_has(weights, config)
         own = {"format_version": FORMAT_VERSION, "model": to_dict(config)}
         described |= {"global_pool": "avg", "nextblock": own}
         metadata["nextblock"] = json.dumps(own)
@@ -129,21 +137,86 @@ def write_timm(
     with write_aside(directory) as aside:
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(aside / MAIN_FILES[0], model.encoder.state_dict(), metadata)
+        write_safetensors(aside / MAIN_FILES[0], weights, metadata)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
     # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
-    # that nobody notices.
-    if config.feature_attention == "causal" or config.norm_eps != TIMM_EPS:
+    # that nobody notices. nextblock_vit has none of the newer parts.
+    if config.qk_scale is not None:
+        raise UsageError("timm scales queries by their width alone, so model.qk_scale has no place there")
+    if not _has_newer_parts(config) and (config.feature_attention == "causal" or config.norm_eps != TIMM_EPS):
         return "nextblock_vit", model_args(config)
+    if config.feature_attention == "causal":
+        raise UsageError(
+            "timm has no mask for an encoder with rotary positions, a class token, normed queries or "
+            "LayerScale; write it with full attention (--attention full)"
+        )
     # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
+    # What changes nothing is left out, as the first release did not write it: its directories are still read.
     norms = ("norm_layer", "embed_norm_layer")
-    arguments = {name: value for name, value in vit_arguments(config).items() if name not in norms}
-    arguments |= {"img_size": list(pair(config.image_size)), "global_pool": "avg", "fc_norm": False}
-    return STOCK, arguments | ({"embed_norm_layer": "layernorm"} if config.patch_norm else {})
+    given = {name: value for name, value in vit_arguments(config).items() if name not in norms}
+    arguments = {name: value for name, value in given.items() if value is not None}
+    arguments |= {"img_size": list(pair(config.image_size)), "global_pool": "avg"}
+    arguments |= {"qk_norm": True} if config.qk_norm else {}
+    if not config.class_token or config.positions == "rope":
+        del arguments["no_embed_class"]
+    if config.positions != "rope":
+        norm = {"embed_norm_layer": "layernorm"} if config.patch_norm else {}
+        return STOCK, arguments | {"fc_norm": False} | norm
+    del arguments["proj_bias"]
+    arguments |= {"attn_type": "rope", "use_abs_pos_emb": False, "use_rot_pos_emb": True}
+    arguments |= {"rope_type": "dinov3", "rope_temperature": ROPE_BASE, "rope_rotate_half": True}
+    arguments |= {"rope_grid_indexing": "ij", "use_fc_norm": False}
+    return ROPE, arguments | {"init_values": config.layer_scale}  # which this one has unless told
+
+
+def _has_newer_parts(config: ModelConfig) -> bool:
+    """Whether an encoder has parts that nextblock_vit lacks."""
+    return config.positions == "rope" or bool(config.class_token or config.qk_norm or config.layer_scale)
+
+
+def _as_timm_has(
+    weights: Mapping[str, Tensor], config: ModelConfig, *, back: bool = False
+) -> dict[str, Tensor]:
+    """Our encoder's weights as timm's architecture with newer parts needs them; `back`: the other way."""
+    if not _has_newer_parts(config):
+        return dict(weights)
+    # timm's norms have one epsilon. The norm of s x with epsilon s²e is that of x with e, so all that is added
+    # to the tokens is written s times as large, and so are queries and keys that are normed. A power of two
+    # changes no digit: NEPA's 1e-12 becomes 0.95e-12.
+    scale = 2.0 ** round(math.log2(TIMM_EPS / config.norm_eps) / 2)
+    if abs(TIMM_EPS / scale**2 - config.norm_eps) > MAX_EPS_ERROR:
+        raise UsageError(
+            f"timm's norms have epsilon {TIMM_EPS:g}, and model.norm_eps {config.norm_eps:g} cannot be "
+            "brought to it; train with model.norm_eps 1e-6"
+        )
+    scale = 1 / scale if back else scale
+    writers = r"patch_embed\..*|cls_token|pos_embed|.*\.gamma(_[12])?"
+    writers += "" if config.layer_scale else r"|.*\.(attn\.proj|mlp\.fc2)\.\w+"
+    changed = {}
+    for name, weight in weights.items():
+        rows = torch.ones(len(weight), *[1] * (weight.ndim - 1))
+        if re.fullmatch(writers, name):
+            rows *= scale
+        elif config.qk_norm and ".attn.qkv." in name:
+            rows[: 2 * config.embed_dim] *= scale
+        changed[name] = weight if scale == 1 else weight * rows
+    # timm's norms of queries and keys have weight and bias, ours at most a weight.
+    head_dim = config.embed_dim // config.num_heads
+    constant = {"plain": {"weight": 1.0, "bias": 0.0}, "scale": {"bias": 0.0}, None: {}}[config.qk_norm]
+    for layer, part, (kind, value) in itertools.product(range(config.depth), "qk", constant.items()):
+        name, tensor = f"blocks.{layer}.attn.{part}_norm.{kind}", torch.full((head_dim,), value)
+        if not back:
+            changed[name] = tensor
+        elif not torch.equal(changed.pop(name, tensor).float(), tensor):
+            raise CheckpointError(
+                f"{name} has been trained since it was written, and model.qk_norm {config.qk_norm} has none; "
+                "evaluate it as --model timm:local-dir:DIR"
+            )
+    return changed
 
 
 def _card(
@@ -160,6 +233,11 @@ def _card(
             notes.append(
                 "timm and transformers need the second line above (`pip install nextblock`), which teaches "
                 "them `nextblock_vit`, its block mask and its epsilon."
+            )
+        if model.config.norm_eps < TIMM_EPS and architecture != "nextblock_vit":
+            notes.append(
+                "timm's norms have a larger epsilon than this encoder's. Its tokens are therefore scaled by a power "
+                "of two before the last norm, in what single layers return as well; fp16 may overflow."
             )
         elif model.config.positions == "sincos":
             notes.append(
@@ -194,7 +272,8 @@ def encoder_at(
     # Fixed positions are computed for the new grid and learned ones resampled, as `encode` does it. A block
     # size means something only under a mask; without one, any grid is allowed.
     weights = dict(model.encoder.state_dict())
-    weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
+    if "pos_embed" in weights:
+        weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
     return _encoder(config, weights, "the model")
 
 
@@ -234,7 +313,7 @@ def read_timm(
     config, described = own_config(path), described_at(path)
     weights = only_tensors(unwrapped(read_content(file)) if weights is None else weights, origin)
     if config is not None:
-        return _encoder(config, weights, origin)
+        return _encoder(config, _as_timm_has(weights, config, back=True), origin)
     if not described:
         log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
         return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)

@@ -223,7 +223,7 @@ class NextBlockModel(nn.Module):
         assert self.targets is not None, "an encoder alone has none"
         return self.targets.of_blocks(images, order, embed_patches(self.encoder, images))
 
-    def _rotary(self, config: ModelConfig, scale: Tensor | float) -> Float[Tensor, "n 2h"]:
+    def _rotary(self, config: ModelConfig, scale: Tensor | float) -> Float[Tensor, "n r"]:
         with torch.autocast(self._device.type, enabled=False):
             table = rotary_positions(config.grid, config.embed_dim // config.num_heads, scale)
         return table.to(self._device, non_blocking=True)
@@ -232,7 +232,7 @@ class NextBlockModel(nn.Module):
         token = self.encoder.cls_token
         if token is None:
             return tokens
-        return torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def _decode(
         self,

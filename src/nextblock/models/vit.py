@@ -80,7 +80,7 @@ class RopeLayer(EvaBlock):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        rope: Float[Tensor, "*b n 2h"] | None = None,
+        rope: Float[Tensor, "*c p r"] | None = None,
         attn_mask: Bool[Tensor, "*b n n"] | None = None,
         is_causal: bool = False,
         drop_path: Float[Tensor, "b 2"] | None = None,
@@ -118,7 +118,7 @@ def layer_outputs(
     *,
     recompute: bool = False,
     drop_path: Float[Tensor, "b draws"] | None = None,
-    rope: Float[Tensor, "*b n 2h"] | None = None,
+    rope: Float[Tensor, "*c p r"] | None = None,
 ) -> tuple[Float[Tensor, "*rows d"], ...]:
     """Run layers one after the other, and return what each returns.
 
@@ -229,6 +229,12 @@ def _rope_encoder(config: ModelConfig) -> Eva:
         )
         for rate in rates
     )
+    # No file holds its tables, so they have data from the start, on the meta device too.
+    rope: Any = encoder.rope
+    if rope.periods.is_meta:
+        with torch.device("cpu"):
+            rope.to_empty(device="cpu")
+            rope.init_non_persistent_buffers()
     entry = {"num_chs": config.embed_dim, "reduction": config.patch_size}
     encoder.feature_info = [{"module": f"blocks.{i}", **entry} for i in range(config.depth)]
     return encoder
@@ -294,7 +300,7 @@ def positions_of(encoder: VisionTransformer | Eva) -> Float[Tensor, "1 n d"]:
 
 def rotary_positions(
     grid: tuple[int, int], head_dim: int, scale: Tensor | float = 1.0
-) -> Float[Tensor, "n 2h"]:
+) -> Float[Tensor, "n r"]:
     """Sines, then cosines, of the angles by which queries and keys are turned, in raster order.
 
     As in NEPA and DINOv3: coordinates are those of the patches' centres in [-1, 1], times `scale`.
