@@ -1,4 +1,4 @@
-"""Official NEPA files: against a restatement of the official forward pass in plain torch, and what is refused."""
+"""Official NEPA files: against a restatement of the official model in plain torch, and what is refused."""
 
 import json
 import math
@@ -12,7 +12,6 @@ from torch.nn.functional import cosine_similarity, gelu, layer_norm, linear
 
 from nextblock.checkpoint import CheckpointError
 from nextblock.cli import main
-from nextblock.cli.weights import info
 from nextblock.interop import load, load_model
 from nextblock.interop.convert import convert
 from nextblock.interop.load import recorded_data
@@ -24,6 +23,7 @@ from toy import tiny_images
 
 DIM, DEPTH, HEADS, PATCH, SIDE, CLASSES = 24, 3, 3, 4, 16, 5
 LAYER = "vit_nepa.encoder.layer."
+ATTENTION = f"{LAYER}1.attention.attention."
 CONFIG = {
     "model_type": "vit_nepa", "architectures": ["ViTNepaForPreTraining"], "hidden_size": DIM,
     "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 48, "hidden_act": "gelu",
@@ -87,7 +87,9 @@ def restated(weights, images, *, causal):
         x = linear(x, *both(f"attention.attention.{kind}", i)).view(b, -1, HEADS, side).transpose(1, 2)
         if kind == "value":
             return x
-        x = layer_norm(x, (side,), weights.get(f"{LAYER}{i}.attention.attention.{kind[0]}_norm.weight"), None, 1e-12)
+        x = layer_norm(
+            x, (side,), weights.get(f"{LAYER}{i}.attention.attention.{kind[0]}_norm.weight"), None, 1e-12
+        )
         turned = torch.cat([-x[..., side // 2 :], x[..., : side // 2]], dim=-1)
         rotated = x[:, :, 1:] * angles.cos() + turned[:, :, 1:] * angles.sin()
         return torch.cat([x[:, :, :1], rotated], dim=2)
@@ -146,7 +148,10 @@ def test_tokens_and_loss_are_those_of_the_official_model(affine, tmp_path):
 def test_what_is_of_no_use_is_passed_over_and_the_prefix_may_be_absent():
     weights = official()
     expected = read(weights).encode(IMAGES).tokens
-    more = {"embeddings.mask_token": torch.zeros(1, 1, DIM), "rope_embeddings.inv_freq": 100.0 ** -torch.tensor([0, 0.5])}
+    more = {
+        "embeddings.mask_token": torch.zeros(1, 1, DIM),
+        "rope_embeddings.inv_freq": 100.0 ** -torch.tensor([0, 0.5]),
+    }
     bare = {name.removeprefix("vit_nepa."): weight for name, weight in weights.items()}
     assert torch.equal(read(bare | more).encode(IMAGES).tokens, expected)
     with pytest.raises(CheckpointError, match="rotary frequencies of another kind"):
@@ -158,7 +163,9 @@ def test_a_classifier_is_the_mean_patch_after_a_norm_and_a_map(tmp_path):
     model = load(saved(tmp_path, weights, is_causal=False, layerscale_value=None))
     assert isinstance(model, ImageClassifier)
     _, tokens = restated(weights, IMAGES, causal=False)
-    pooled = layer_norm(tokens[:, 1:].mean(1), (DIM,), weights["fc_norm.weight"], weights["fc_norm.bias"], 1e-12)
+    pooled = layer_norm(
+        tokens[:, 1:].mean(1), (DIM,), weights["fc_norm.weight"], weights["fc_norm.bias"], 1e-12
+    )
     same(model(IMAGES), linear(pooled, weights["classifier.weight"], weights["classifier.bias"]))
     convert(tmp_path, tmp_path / "own")
     again = load(tmp_path / "own")
@@ -178,9 +185,9 @@ def test_commands_take_it_as_any_other_model(tmp_path, capsys):
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     same(vit.forward_features(IMAGES)[:, 1:], expected)
     assert torch.equal(load_model(tmp_path / "timm").encode(IMAGES).tokens, expected)
-    # A knn of digits takes their size, and full attention any number of patches.
-    argv = ["--train", "digits:split=train", "--test", "digits:split=val", "--samples", "64", "--device", "cpu"]
-    del argv
+    sources = ["--train", "digits:split=test", "--test", "digits:split=test", "--device", "cpu"]
+    settings = ["--out", str(tmp_path / "knn"), "--baselines", "false", "--workers", "0", "--k", "1"]
+    assert main(["knn", "--model", str(place), *sources, *settings]) == 0
 
 
 @pytest.mark.parametrize(
@@ -188,10 +195,10 @@ def test_commands_take_it_as_any_other_model(tmp_path, capsys):
     [
         (f"{LAYER}1.output.dense.weight", None, "missing: encoder.blocks.1.mlp.fc2.weight"),
         (f"{LAYER}1.layer_scale.lambda1", None, "missing: encoder.blocks.1.gamma_1"),
-        (f"{LAYER}1.attention.attention.key.bias", None, "lacks 'vit_nepa.encoder.layer.1.attention.attention.key.bias'"),
-        (f"{LAYER}1.attention.attention.q_norm.weight", (8,), "unexpected: encoder.blocks.1.attn.q_norm.weight"),
-        (f"{LAYER}1.attention.attention.q_norm.bias", (8,), "unexpected: encoder.blocks.1.attn.q_norm.bias"),
-        ("vit_nepa.pooler.dense.weight", (DIM, DIM), "holds 'vit_nepa.pooler.dense.weight', which is no part of an NEPA"),
+        (f"{ATTENTION}key.bias", None, f"lacks '{ATTENTION}key.bias'"),
+        (f"{ATTENTION}q_norm.weight", (8,), "unexpected: encoder.blocks.1.attn.q_norm.weight"),
+        (f"{ATTENTION}q_norm.bias", (8,), "unexpected: encoder.blocks.1.attn.q_norm.bias"),
+        ("vit_nepa.pooler.weight", (DIM, DIM), "'vit_nepa.pooler.weight', which is no part of an NEPA model"),
         (f"{LAYER}0.intermediate.gate_proj.weight", (48, DIM), "a gated MLP (gate_proj)"),
         ("classifier.weight", (CLASSES, DIM), "a classifier of the last token (no fc_norm)"),
     ],
@@ -217,4 +224,3 @@ def test_a_file_without_its_config_json_is_refused(tmp_path):
     save_file(official(), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"without its config\.json"):
         load(tmp_path)
-    del info

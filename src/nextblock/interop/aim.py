@@ -28,7 +28,6 @@ from nextblock.interop.files import LoadOptions, ProbeLayers, unwrapped
 from nextblock.interop.names import (
     count_numbered,
     fused,
-    needed,
     only_tensors,
     patch_shape,
     ratio_of,

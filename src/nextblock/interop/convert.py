@@ -76,7 +76,10 @@ def convert(
             f"{src} holds a classifier on timm's {config.architecture}, which the format onnx cannot hold; "
             "write it to nextblock, or its encoder to timm"
         )
-    require(attention != "causal" or not is_timms, f"{src} holds an encoder of timm, which has no mask; leave attention out")
+    require(
+        attention != "causal" or not is_timms,
+        f"{src} holds an encoder of timm, which has no mask; leave attention out",
+    )
     # Only an encoder of ours can bring its positions and its mask to another size.
     size = pair(config.image_size if image_size is None else image_size)
     require(
@@ -166,8 +169,8 @@ def _write_directory(
         elif isinstance(encoder, NextBlockModel) and encoder.predictor is not None:
             log.info("left out: the predictor, which timm's models do not have")
         address = None if repo is None else f"hf-hub:{repo}"
-        use: dict[str, Any] = {"image_size": image_size, "attention": attention or "native"}
-        write_timm(encoder, directory, data=data, provenance=provenance, address=address, **use)
+        written: dict[str, Any] = {"image_size": image_size, "attention": attention or "native"}
+        write_timm(encoder, directory, data=data, provenance=provenance, address=address, **written)
         return
     place = directory.name if repo is None else f"{HUB_SPEC}{repo}"
     use, notes = "features = model.encode(images)  # features.tokens, features.layers", []

@@ -145,10 +145,12 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         return {f"model.{name}": (ours, its) for name, (ours, its) in values.items() if ours != its}
 
     # What differs is only told, as weights may well begin a run under other settings. Learned positions may
-    # begin where fixed ones are, and a fresh bias is zero: both are the same function.
-    differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
-    differing += ["positions"] if here.positions == "sincos" else []
+    # begin where fixed ones are, and a fresh bias is zero: both are the same function. Of LayerScale it only
+    # matters whether there is one.
+    differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale", "class_token", "qk_norm"]
+    differing += ["positions"] if here.positions != "learned" or there.positions == "rope" else []
     differing += [] if here.bias else ["bias"]
+    differing += ["layer_scale"] if (here.layer_scale is None) != (there.layer_scale is None) else []
     # Blocks and their order mean nothing to an encoder under full attention that predicts nothing.
     task = ["feature_attention"]
     if there.predictor is not None or there.feature_attention == "causal":

@@ -48,7 +48,7 @@ from nextblock.interop.timm_models import NextBlockViT, model_args
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.vit import ROPE_BASE, positions_on, vit_arguments
-from nextblock.settings import from_dict, to_dict
+from nextblock.settings import from_dict, require, to_dict
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,8 @@ def write_timm(
     metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
     weights = model.encoder.state_dict()
     if isinstance(config, ModelConfig):
+        scaled = config.qk_scale is not None
+        require(not scaled, "timm has no place for model.qk_scale; write to nextblock or onnx")
         architecture, arguments = timm_architecture(config)
         weights = _as_timm_has(weights, config)
         own = {"format_version": FORMAT_VERSION, "model": to_dict(config)}
@@ -145,8 +147,6 @@ def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
     # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
     # that nobody notices. nextblock_vit has none of the newer parts.
-    if config.qk_scale is not None:
-        raise UsageError("timm scales queries by their width alone, so model.qk_scale has no place there")
     if not _has_newer_parts(config) and (config.feature_attention == "causal" or config.norm_eps != TIMM_EPS):
         return "nextblock_vit", model_args(config)
     if config.feature_attention == "causal":
@@ -184,8 +184,8 @@ def _as_timm_has(
     """Our encoder's weights as timm's architecture with newer parts needs them; `back`: the other way."""
     if not _has_newer_parts(config):
         return dict(weights)
-    # timm's norms have one epsilon. The norm of s x with epsilon s²e is that of x with e, so all that is added
-    # to the tokens is written s times as large, and so are queries and keys that are normed. A power of two
+    # timm's norms have one epsilon. The norm of s x with epsilon s²e is that of x with e. So all that is
+    # added to the tokens is written s times as large, and so are normed queries and keys. A power of two
     # changes no digit: NEPA's 1e-12 becomes 0.95e-12.
     scale = 2.0 ** round(math.log2(TIMM_EPS / config.norm_eps) / 2)
     if abs(TIMM_EPS / scale**2 - config.norm_eps) > MAX_EPS_ERROR:
@@ -198,7 +198,7 @@ def _as_timm_has(
     writers += "" if config.layer_scale else r"|.*\.(attn\.proj|mlp\.fc2)\.\w+"
     changed = {}
     for name, weight in weights.items():
-        rows = torch.ones(len(weight), *[1] * (weight.ndim - 1))
+        rows = weight.new_ones(len(weight), *[1] * (weight.ndim - 1))
         if re.fullmatch(writers, name):
             rows *= scale
         elif config.qk_norm and ".attn.qkv." in name:
@@ -206,15 +206,16 @@ def _as_timm_has(
         changed[name] = weight if scale == 1 else weight * rows
     # timm's norms of queries and keys have weight and bias, ours at most a weight.
     head_dim = config.embed_dim // config.num_heads
-    constant = {"plain": {"weight": 1.0, "bias": 0.0}, "scale": {"bias": 0.0}, None: {}}[config.qk_norm]
+    constant: dict[str, float] = {} if config.qk_norm is None else {"bias": 0.0}
+    constant |= {"weight": 1.0} if config.qk_norm == "plain" else {}
     for layer, part, (kind, value) in itertools.product(range(config.depth), "qk", constant.items()):
         name, tensor = f"blocks.{layer}.attn.{part}_norm.{kind}", torch.full((head_dim,), value)
         if not back:
             changed[name] = tensor
-        elif not torch.equal(changed.pop(name, tensor).float(), tensor):
+        elif not torch.equal(changed.pop(name, tensor + 1).float(), tensor):
             raise CheckpointError(
-                f"{name} has been trained since it was written, and model.qk_norm {config.qk_norm} has none; "
-                "evaluate it as --model timm:local-dir:DIR"
+                f"{name} is not {value:g}, and model.qk_norm {config.qk_norm} has no such weight; take the "
+                "file as it was written"
             )
     return changed
 
@@ -236,8 +237,8 @@ def _card(
             )
         if model.config.norm_eps < TIMM_EPS and architecture != "nextblock_vit":
             notes.append(
-                "timm's norms have a larger epsilon than this encoder's. Its tokens are therefore scaled by a power "
-                "of two before the last norm, in what single layers return as well; fp16 may overflow."
+                "timm's norms have a larger epsilon than this encoder's. Its tokens are therefore scaled by "
+                "a power of two up to the last norm, which shows in single layers; fp16 may overflow."
             )
         elif model.config.positions == "sincos":
             notes.append(

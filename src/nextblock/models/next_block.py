@@ -118,9 +118,10 @@ class NextBlockModel(nn.Module):
         # Buffers move with the model and are no weights: a file need not hold what its settings tell.
         for name, table in _geometry(self.config, self.leaks, self._device)._asdict().items():
             self.register_buffer(name, table, persistent=False)
-        if self.config.positions == "rope" and self._device.type != "meta":
+        if self.config.positions == "rope":  # timm's own table, for who calls the encoder by itself
             encoder: Any = self.encoder
-            encoder.rope.init_non_persistent_buffers()  # of use to who calls the encoder by itself
+            with torch.device("cpu"):
+                encoder.rope.to_empty(device=self.patches_of_blocks.device).reset_parameters()
 
     @property
     def _device(self) -> torch.device:

@@ -229,12 +229,6 @@ def _rope_encoder(config: ModelConfig) -> Eva:
         )
         for rate in rates
     )
-    # No file holds its tables, so they have data from the start, on the meta device too.
-    rope: Any = encoder.rope
-    if rope.periods.is_meta:
-        with torch.device("cpu"):
-            rope.to_empty(device="cpu")
-            rope.init_non_persistent_buffers()
     entry = {"num_chs": config.embed_dim, "reduction": config.patch_size}
     encoder.feature_info = [{"module": f"blocks.{i}", **entry} for i in range(config.depth)]
     return encoder
