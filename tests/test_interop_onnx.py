@@ -21,7 +21,7 @@ from nextblock.evaluate.features import seeded
 from nextblock.interop.cards import Provenance
 from nextblock.interop.onnx import OPSET, OnnxError, write_onnx
 from nextblock.models.heads import HeadConfig, ImageClassifier
-from test_interop_timm import AIM, XTRA, encoder
+from test_interop_timm import AIM, NEWER, XTRA, encoder
 from toy import tiny_images
 
 pytestmark = pytest.mark.xdist_group("onnx")
@@ -36,11 +36,13 @@ def classifier(config, **head):
 SHALLOW = replace(AIM, depth=1)
 MODELS = {
     "xtra, attentive": classifier(replace(XTRA, depth=2), layers=(0, 1)),
+    "nepa": classifier(replace(NEWER["nepa"], depth=1), kind="linear", layers=(0,), tokens="joined"),
     "aim, causal and larger": encoder(SHALLOW),
     "aim, linear": classifier(SHALLOW, kind="linear", layers=(0,), norm_layers=True),
 }
 SETTINGS = [
     {"layers": [1, 0]},
+    {},
     {"attention": "causal", "image_size": [32, 48], "layers": [0]},
     {},
 ]

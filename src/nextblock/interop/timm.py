@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 # Of what stands under "nextblock" in config.json and in the weight file's metadata.
 FORMAT_VERSION = 1
 # The timm architectures that stand for all whose arguments are given in full; ROPE has rotary positions.
-STOCK, ROPE = "vit_base_patch16_224", "vit_base_patch16_rope_224"
+STOCK, ROPE = "vit_base_patch16_224", "eva_giant_patch14_224"
 # Epsilon of timm's LayerNorms.
 TIMM_EPS = 1e-6
 # By which the epsilon of an encoder may differ in timm.
@@ -169,8 +169,7 @@ def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     del arguments["proj_bias"]
     arguments |= {"attn_type": "rope", "use_abs_pos_emb": False, "use_rot_pos_emb": True}
     arguments |= {"rope_type": "dinov3", "rope_temperature": ROPE_BASE, "rope_rotate_half": True}
-    arguments |= {"rope_grid_indexing": "ij", "use_fc_norm": False}
-    return ROPE, arguments | {"init_values": config.layer_scale}  # which this one has unless told
+    return ROPE, arguments | {"use_fc_norm": False}
 
 
 def _has_newer_parts(config: ModelConfig) -> bool:
