@@ -170,7 +170,7 @@ def test_the_file_tells_how_to_feed_it(graphs):
 def test_large_weights_lie_beside_the_graph_and_files_follow_the_umask(graphs):
     written = {path.name: oct(path.stat().st_mode & 0o777) for path in graphs[0].glob("*.onnx*")}
     assert set(written.values()) == {"0o640"}
-    assert [name for name in written if name.endswith(".data")] == ["2.onnx.data"]
+    assert [name for name in written if name.endswith(".data")] == ["3.onnx.data"]
 
 
 def test_a_graph_that_fails_or_differs_is_refused_and_not_left_on_disk(graphs):

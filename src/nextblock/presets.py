@@ -349,11 +349,11 @@ def _nepa(size: str, tuned: float) -> Preset:
     return Preset(
         *(f"nepa-{size}14-in1k", "recipe", "ImageNet-1k"),
         about=f"NEPA ViT-{size.upper()}/14 on ImageNet-1k: from the patches so far the encoder itself "
-        "predicts the embedding of the next one. Values of the official scripts (lr 3e-4 for every 256 images); the "
-        "ratio of crops and the start of the warm-up are the defaults of what they call. Departures: "
-        "crops are resized by bicubic, not bilinear interpolation, and no average of the weights is kept "
-        "(EMA 0.9999, which plays no part in the official loss). How validation images are resized is not "
-        "published.",
+        "predicts the embedding of the next one. Values of the official scripts (lr 3e-4 for every 256 "
+        "images); the ratio of crops and the start of the warm-up are the defaults of what they call. "
+        "Departures: crops are resized by bicubic, not bilinear interpolation, and no average of the weights "
+        "is kept (EMA 0.9999, which plays no part in the official loss). How validation images are resized "
+        "is not published.",
         base=f"nepa-{size}14",
         changes={"batch_size": 4096, "micro_batch_size": 64, "precision": "bf16", "duration": "1600ep"}
         | {"lr": 4.8e-3, "start_lr": 0.0, "end_lr": 0.0, "warmup": "2.5%", "mean": _HALF, "std": _HALF}

@@ -8,7 +8,6 @@ metadata of the weight file, so that either alone gives back the same encoder.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -39,27 +38,20 @@ from nextblock.checkpoint import (
     write_safetensors,
 )
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
-from nextblock.errors import UsageError
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
 from nextblock.interop.files import MAIN_FILES, LoadOptions, make_parent, read_content, read_json, unwrapped
 from nextblock.interop.hub import HubError
 from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, untold_heads
-from nextblock.interop.timm_models import NextBlockViT, model_args
+from nextblock.interop.timm_models import TIMM_EPS, NextBlockViT, as_timm_has, timm_architecture
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.vit import ROPE_BASE, positions_on, vit_arguments
+from nextblock.models.vit import positions_on
 from nextblock.settings import from_dict, require, to_dict
 
 log = logging.getLogger(__name__)
 
 # Of what stands under "nextblock" in config.json and in the weight file's metadata.
 FORMAT_VERSION = 1
-# The timm architectures that stand for all whose arguments are given in full; ROPE has rotary positions.
-STOCK, ROPE = "vit_base_patch16_224", "eva_giant_patch14_224"
-# Epsilon of timm's LayerNorms.
-TIMM_EPS = 1e-6
-# By which the epsilon of an encoder may differ in timm.
-MAX_EPS_ERROR = 1e-9
 # Held while a timm model draws from torch's global generator, whose state is put back afterwards.
 _BUILDING = Lock()
 
@@ -125,7 +117,7 @@ def write_timm(
         scaled = config.qk_scale is not None
         require(not scaled, "timm has no place for model.qk_scale; write to nextblock or onnx")
         architecture, arguments = timm_architecture(config)
-        weights = _as_timm_has(weights, config)
+        weights = as_timm_has(weights, config)
         own = {"format_version": FORMAT_VERSION, "model": to_dict(config)}
         described |= {"global_pool": "avg", "nextblock": own}
         metadata["nextblock"] = json.dumps(own)
@@ -141,82 +133,6 @@ def write_timm(
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         write_safetensors(aside / MAIN_FILES[0], weights, metadata)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
-    # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
-    # that nobody notices. nextblock_vit has none of the newer parts.
-    if not _has_newer_parts(config) and (config.feature_attention == "causal" or config.norm_eps != TIMM_EPS):
-        return "nextblock_vit", model_args(config)
-    if config.feature_attention == "causal":
-        raise UsageError(
-            "timm has no mask for an encoder with rotary positions, a class token, normed queries or "
-            "LayerScale; write it with full attention (--attention full)"
-        )
-    # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
-    # What changes nothing is left out, as the first release did not write it: its directories are still read.
-    norms = ("norm_layer", "embed_norm_layer")
-    given = {name: value for name, value in vit_arguments(config).items() if name not in norms}
-    arguments = {name: value for name, value in given.items() if value is not None}
-    arguments |= {"img_size": list(pair(config.image_size)), "global_pool": "avg"}
-    arguments |= {"qk_norm": True} if config.qk_norm else {}
-    if not config.class_token or config.positions == "rope":
-        del arguments["no_embed_class"]
-    if config.positions != "rope":
-        norm = {"embed_norm_layer": "layernorm"} if config.patch_norm else {}
-        return STOCK, arguments | {"fc_norm": False} | norm
-    del arguments["proj_bias"]
-    arguments |= {"attn_type": "rope", "use_abs_pos_emb": False, "use_rot_pos_emb": True}
-    arguments |= {"rope_type": "dinov3", "rope_temperature": ROPE_BASE, "rope_rotate_half": True}
-    return ROPE, arguments | {"use_fc_norm": False}
-
-
-def _has_newer_parts(config: ModelConfig) -> bool:
-    """Whether an encoder has parts that nextblock_vit lacks."""
-    return config.positions == "rope" or bool(config.class_token or config.qk_norm or config.layer_scale)
-
-
-def _as_timm_has(
-    weights: Mapping[str, Tensor], config: ModelConfig, *, back: bool = False
-) -> dict[str, Tensor]:
-    """Our encoder's weights as timm's architecture with newer parts needs them; `back`: the other way."""
-    if not _has_newer_parts(config):
-        return dict(weights)
-    # timm's norms have one epsilon. The norm of s x with epsilon s²e is that of x with e. So all that is
-    # added to the tokens is written s times as large, and so are normed queries and keys. A power of two
-    # changes no digit: NEPA's 1e-12 becomes 0.95e-12.
-    scale = 2.0 ** round(math.log2(TIMM_EPS / config.norm_eps) / 2)
-    if abs(TIMM_EPS / scale**2 - config.norm_eps) > MAX_EPS_ERROR:
-        raise UsageError(
-            f"timm's norms have epsilon {TIMM_EPS:g}, and model.norm_eps {config.norm_eps:g} cannot be "
-            "brought to it; train with model.norm_eps 1e-6"
-        )
-    scale = 1 / scale if back else scale
-    writers = r"patch_embed\..*|cls_token|pos_embed|.*\.gamma(_[12])?"
-    writers += "" if config.layer_scale else r"|.*\.(attn\.proj|mlp\.fc2)\.\w+"
-    changed = {}
-    for name, weight in weights.items():
-        rows = weight.new_ones(len(weight), *[1] * (weight.ndim - 1))
-        if re.fullmatch(writers, name):
-            rows *= scale
-        elif config.qk_norm and ".attn.qkv." in name:
-            rows[: 2 * config.embed_dim] *= scale
-        changed[name] = weight if scale == 1 else weight * rows
-    # timm's norms of queries and keys have weight and bias, ours at most a weight.
-    head_dim = config.embed_dim // config.num_heads
-    constant: dict[str, float] = {} if config.qk_norm is None else {"bias": 0.0}
-    constant |= {"weight": 1.0} if config.qk_norm == "plain" else {}
-    for layer, part, (kind, value) in itertools.product(range(config.depth), "qk", constant.items()):
-        name, tensor = f"blocks.{layer}.attn.{part}_norm.{kind}", torch.full((head_dim,), value)
-        if not back:
-            changed[name] = tensor
-        elif not torch.equal(changed.pop(name, tensor + 1).float(), tensor):
-            raise CheckpointError(
-                f"{name} is not {value:g}, and model.qk_norm {config.qk_norm} has no such weight; take the "
-                "file as it was written"
-            )
-    return changed
 
 
 def _card(
@@ -313,7 +229,7 @@ def read_timm(
     config, described = own_config(path), described_at(path)
     weights = only_tensors(unwrapped(read_content(file)) if weights is None else weights, origin)
     if config is not None:
-        return _encoder(config, _as_timm_has(weights, config, back=True), origin)
+        return _encoder(config, as_timm_has(weights, config, back=True), origin)
     if not described:
         log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
         return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)
