@@ -20,6 +20,7 @@ from nextblock.interop.load import as_model, read
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import positions_on
 from nextblock.presets import model_config
+from nextblock.settings import typed
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,6 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
             groups = (part if count == 1 else f"{part} ({count})" for part, count in in_groups(names).items())
             log.info("  %s: %s", what, ", ".join(groups))
             log.debug("  %s, by name: %s", what, ", ".join(names))
-
-    def typed(value: object) -> str:  # as on the command line
-        return str(value).lower() if isinstance(value, bool) else str(value)
 
     if report.trained_otherwise:
         pairs = report.trained_otherwise.items()
