@@ -1,7 +1,7 @@
 """Official NEPA files, the layout of transformers: config.json beside model.safetensors or pytorch_model.bin.
 
 Sizes come from the tensors, the rest from config.json: neither the heads nor a norm of queries and keys
-without weights shows in the tensors. A setting that is absent there has the official default.
+without weights shows in the tensors, so these must be there. Another absent setting has its official default.
 """
 
 from __future__ import annotations
