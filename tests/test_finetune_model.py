@@ -24,14 +24,16 @@ from nextblock.evaluate.finetune.model import (
 from nextblock.evaluate.finetune.run import FineTuner, mix
 from nextblock.evaluate.finetune.settings import LoraSettings, TuneConfig, TunedModel
 from nextblock.interop import open_encoder
+from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig
 from nextblock.train.distributed import ALONE
 from tiny_runs import same
-from toy import DATA, ToySource, one_thread, take, tiny_images, toy_model  # noqa: F401 - a fixture
+from toy import CONFIG, DATA, ToySource, one_thread, take, tiny_images, toy_model  # noqa: F401 - a fixture
 
 PLAIN = replace(QUICK, batch_size=12, lr=1e-3, layer_decay=1.0, drop_path=0.0, clip_grad=None, augment="none",
                 crop_scale=None)  # fmt: skip
 NAMES = ("a", "b", "c", "d")
+ROTARY = replace(CONFIG, positions="rope", class_token=True, qk_norm="scale", layer_scale=0.1)
 SOURCE = ToySource(12)
 
 
@@ -77,11 +79,12 @@ def scale_by_definition(name, decay, depth):
     return decay ** (depth + 1 - index)
 
 
-@pytest.mark.parametrize("spec", [None, "timm:test_vit,pretrained=false,img_size=32"], ids=["ours", "timm"])
+@pytest.mark.parametrize("spec", ["ours", "rotary", "timm:test_vit,pretrained=false,img_size=32"])
 @pytest.mark.parametrize("lora", [LoraSettings(), LoraSettings(rank=2)], ids=["whole", "lora"])
 def test_rates_fall_by_the_layer(spec, lora):
     settings = replace(PLAIN, layer_decay=0.5, lora=lora)
-    encoder = open_encoder(spec) if spec else toy_model()
+    own = {"ours": toy_model, "rotary": lambda: NextBlockModel(ROTARY)}
+    encoder = own[spec]() if spec in own else open_encoder(spec)
     classifier = build_classifier(encoder, settings, NAMES)
     for name, (scale, _) in scales(classifier, settings).items():
         assert scale == scale_by_definition(name, 0.5, encoder.config.depth), name

@@ -21,7 +21,7 @@ from nextblock.evaluate.features import seeded
 from nextblock.interop.cards import Provenance
 from nextblock.interop.onnx import OPSET, OnnxError, write_onnx
 from nextblock.models.heads import HeadConfig, ImageClassifier
-from test_interop_timm import AIM, XTRA, encoder
+from test_interop_timm import AIM, NEWER, XTRA, encoder
 from toy import tiny_images
 
 pytestmark = pytest.mark.xdist_group("onnx")
@@ -36,11 +36,13 @@ def classifier(config, **head):
 SHALLOW = replace(AIM, depth=1)
 MODELS = {
     "xtra, attentive": classifier(replace(XTRA, depth=2), layers=(0, 1)),
+    "nepa": classifier(replace(NEWER["nepa"], depth=1), kind="linear", layers=(0,), tokens="joined"),
     "aim, causal and larger": encoder(SHALLOW),
     "aim, linear": classifier(SHALLOW, kind="linear", layers=(0,), norm_layers=True),
 }
 SETTINGS = [
     {"layers": [1, 0]},
+    {},
     {"attention": "causal", "image_size": [32, 48], "layers": [0]},
     {},
 ]
@@ -168,7 +170,7 @@ def test_the_file_tells_how_to_feed_it(graphs):
 def test_large_weights_lie_beside_the_graph_and_files_follow_the_umask(graphs):
     written = {path.name: oct(path.stat().st_mode & 0o777) for path in graphs[0].glob("*.onnx*")}
     assert set(written.values()) == {"0o640"}
-    assert [name for name in written if name.endswith(".data")] == ["2.onnx.data"]
+    assert [name for name in written if name.endswith(".data")] == ["3.onnx.data"]
 
 
 def test_a_graph_that_fails_or_differs_is_refused_and_not_left_on_disk(graphs):

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 from nextblock.checkpoint import CheckpointError, read_data
 from nextblock.config import DataConfig, ModelConfig, pair
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
 from nextblock.interop import initialize, load, load_model
 from nextblock.interop.cards import Provenance
@@ -29,6 +32,7 @@ from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import positions_of, resample_positions
 from nextblock.settings import to_dict
+from test_checkpoint import same_weights
 from toy import tiny_images, tiny_model
 
 XTRA = ModelConfig(
@@ -44,6 +48,16 @@ CONFIGS = {
     "aim, causal": replace(AIM, feature_attention="causal", order="spiral"),
 }
 STOCK = ("xtra, full attention", "aim")
+UNMASKED = replace(XTRA, block_size=1, feature_attention="full")
+CLASS = replace(UNMASKED, class_token=True, layer_scale=0.1, qk_norm="scale")
+NEWER = {
+    "nepa": replace(CLASS, positions="rope", qk_norm="plain", norm_eps=1e-12),
+    "rotary": replace(UNMASKED, positions="rope"),
+    "rotary, normed": replace(UNMASKED, positions="rope", qk_norm="scale", norm_eps=1e-12),
+    "class token": CLASS,
+    "class token, patch norm": replace(AIM, class_token=True, norm_eps=1e-12),
+}
+"""Encoders with parts that nextblock_vit lacks."""
 PREDICTOR = {"predictor": "transformer", "predictor_dim": 16, "predictor_heads": 2, "predictor_depth": 1}
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=19)
 FROM_TEST = Provenance(origin="a test", license="mit")
@@ -132,6 +146,47 @@ def test_it_comes_back_from_its_directory_or_a_weight_file_alone(case, tmp_path)
         assert found.config == replace(model.config, predictor=None)
         assert torch.equal(found.encode(IMAGES).tokens, model.encode(IMAGES).tokens)
     assert recorded_data(alone) == DATA
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_parts_leave_as_timms_own_architectures_and_come_back_bit_for_bit(name, tmp_path):
+    config = NEWER[name]
+    model, q = encoder(config), int(config.class_token)
+    vit, expected = opened(written(model, tmp_path / "out")), model.encode(IMAGES)
+    assert type(vit) is (Eva if config.positions == "rope" else VisionTransformer)
+    assert_same(vit.forward_features(IMAGES)[:, q:], expected.tokens)
+    assert_same(vit(IMAGES), expected.tokens.mean(dim=1))
+    # timm's epsilon is 1e-6: for a smaller one, tokens are larger by a power of two until the last norm.
+    scale = 1024 if config.norm_eps < 1e-6 else 1
+    layers = vit.forward_intermediates(IMAGES, output_fmt="NLC", intermediates_only=True)
+    assert_same([layer / scale for layer in layers], list(expected.layers))
+    shutil.copy(tmp_path / "out" / "model.safetensors", tmp_path / "alone.safetensors")
+    for src in (tmp_path / "out", tmp_path / "alone.safetensors"):
+        found = load_model(src)
+        assert found.config == config
+        assert same_weights(found, model)
+    larger = tiny_images(size=LARGER)
+    resized = written(load_model(tmp_path / "out"), tmp_path / "larger", image_size=LARGER)
+    assert_same(opened(resized).forward_features(larger)[:, q:], model.encode(larger).tokens)
+
+
+def test_newer_parts_that_timm_cannot_have_are_refused(tmp_path):
+    causal = encoder(replace(CLASS, feature_attention="causal"))
+    with pytest.raises(UsageError, match=r"timm has no mask for .*\(--attention full\)"):
+        written(causal, tmp_path / "out")
+    vit = opened(written(causal, tmp_path / "full", attention="full"))
+    assert_same(vit.forward_features(IMAGES)[:, 1:], causal.encode(IMAGES, "full").tokens)
+    with pytest.raises(UsageError, match=r"model\.norm_eps 1e-05 cannot be brought to it"):
+        written(encoder(replace(CLASS, norm_eps=1e-5)), tmp_path / "out")
+    with pytest.raises(UsageError, match=r"no place for model\.qk_scale"):
+        written(encoder(replace(UNMASKED, qk_scale=0.5)), tmp_path / "out")
+    file = tmp_path / "full" / "model.safetensors"
+    weights, name = load_file(file), "blocks.1.attn.q_norm.bias"
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+    save_file(weights | {name: torch.ones(8)}, file, metadata)
+    with pytest.raises(CheckpointError, match=f"{name} is not 0, and model"):
+        load_model(tmp_path / "full")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -128,6 +128,17 @@ def test_settings_by_which_the_same_weights_compute_something_else_are_told(tmp_
     assert "set model.patch_norm true (here false)" in caplog.text
 
 
+def test_parts_of_the_encoder_that_one_of_them_lacks_are_told():
+    parts = {"class_token": True, "qk_norm": "plain", "positions": "rope", "layer_scale": 0.1}
+    plain = {"class_token": False, "qk_norm": None, "positions": "learned", "layer_scale": None}
+    _, report = started(tiny_model(2, **parts))
+    assert report.differing == {f"model.{name}": (plain[name], parts[name]) for name in parts}
+    assert {"encoder.cls_token", "encoder.blocks.1.gamma_2"} <= set(report.unused)
+    model, report = started(tiny_model(2, **parts), **parts | {"layer_scale": 0.5})
+    assert report.differing == {}
+    assert same_weights(model, tiny_model(2, **parts))
+
+
 @pytest.mark.parametrize(
     ("changes", "resampled"), [(AIM, []), ({"patch_norm": True, "bias": False}, ["encoder.pos_embed"])]
 )

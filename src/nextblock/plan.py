@@ -231,7 +231,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     layers = [count(layer) for layer in [*model.encoder.blocks, *model.predictor.blocks]]
     return Parameters(
         encoder=count(model.encoder),
-        predictor=count(model.predictor),
+        predictor=count(model) - count(model.encoder),  # with the mask token
         frozen=count(model, trained=False)
         + sum(b.numel() for b in (model.tokenizer or nn.Module()).buffers()),
         cast=cast(model),

@@ -1,8 +1,9 @@
 """Named runs and model sizes as rows of data, and how settings are changed by name.
 
 XTRA's figures come from the paper's abstract and the official code and checkpoints; AIM's from the paper
-(arXiv 2401.08541) and Apple's training code (`apple/ml-l3m`), whose AIM recipe is an example on ImageNet.
-What none of them tells is marked as ours. To add a preset, add a row; settings are named without section.
+(arXiv 2401.08541) and Apple's training code (`apple/ml-l3m`), whose AIM recipe is an example on ImageNet;
+NEPA's and D-iGPT's come from their papers and code. What none of them tells is marked as ours. To add a
+preset, add a row; settings are named without section.
 """
 
 from __future__ import annotations
@@ -305,6 +306,18 @@ _AIM_ABLATIONS = [
     _aim("order-spiral", _both(76.3, 67.7), order="spiral", **_CAUSAL),
     _aim("order-checkerboard", _both(76.0, 68.2), order="checkerboard", **_CAUSAL),
     _aim("order-random", _both(75.7, 65.8), _OUR_ORDER, order="fixed_random", **_CAUSAL),
+    *(
+        _aim(f"order-{order.replace('_', '-')}", order=order, **_CAUSAL)
+        for order in ("reverse", "column", "reverse_column")
+    ),
+    *(
+        _aim(
+            f"masked-{share}",
+            f"{attentive} % attentive probe on ImageNet-1k (AIM, Table 5)",
+            **{"mask_ratio": share / 100, "order": "per_image", "prefix": False},
+        )
+        for share, attentive in ((50, 70.3), (75, 77.8))
+    ),
     _aim("crop-0.08", _both(77.7, 68.4), crop_scale=(0.08, 1.0)),
     _aim("crop-1.0", _both(63.5, 49.6), crop_scale=(1.0, 1.0)),
     _aim("head-none", _both(75.4, 64.0), predictor="linear"),
@@ -318,6 +331,63 @@ _AIM_ABLATIONS = [
     _aim("deep", None, _OUR_SHAPE, embed_dim=1280, depth=32, num_heads=10),
 ]
 
+# ----------------------------------------------------------------------------------------------- NEPA, D-iGPT
+
+_NEPA_MODEL = {
+    **{"block_size": 1, "positions": "rope", "rope_rescale": 2.0, "class_token": True, "qk_norm": "plain"},
+    **{"layer_scale": 1e-5, "norm_eps": 1e-12, "weight_init": "trunc_normal_all", "target": "embedding"},
+    **{"predictor": "identity", "feature_attention": "full"},
+}
+_HALF = (0.5, 0.5, 0.5)
+_NEPA_SIZES = [
+    _size("nepa-b14", "1 million", micro_batch_size=32, **_PATCH14, **_NEPA_MODEL),
+    _size("nepa-l14", "1 million", "nepa-b14", embed_dim=1024, depth=24, num_heads=16, qk_norm="scale"),
+]
+
+
+def _nepa(size: str, tuned: float) -> Preset:
+    return Preset(
+        *(f"nepa-{size}14-in1k", "recipe", "ImageNet-1k"),
+        about=f"NEPA ViT-{size.upper()}/14 on ImageNet-1k: from the patches so far the encoder itself "
+        "predicts the embedding of the next one. Values of the official scripts (lr 3e-4 for every 256 "
+        "images); the ratio of crops and the start of the warm-up are the defaults of what they call. "
+        "Departures: crops are resized by bicubic, not bilinear interpolation, and no average of the weights "
+        "is kept (EMA 0.9999, which plays no part in the official loss). How validation images are resized "
+        "is not published.",
+        base=f"nepa-{size}14",
+        changes={"batch_size": 4096, "micro_batch_size": 64, "precision": "bf16", "duration": "1600ep"}
+        | {"lr": 4.8e-3, "start_lr": 0.0, "end_lr": 0.0, "warmup": "2.5%", "mean": _HALF, "std": _HALF}
+        | {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)},
+        published=f"{tuned} % fine-tuned on ImageNet-1k (arXiv 2512.16922)",
+    )
+
+
+_OTHER_RUNS = [
+    Preset(
+        *("nepa-tiny", "small", "digits"),
+        about="A few minutes on two CPU cores; beside xtra-tiny, of the same budget. This project's own.",
+        changes=_TINY | _NEPA_MODEL,
+    ),
+    _nepa("b", 83.8),
+    _nepa("l", 85.3),
+    Preset(
+        *("digpt-b16-in1k", "recipe", "ImageNet-1k"),
+        about="After D-iGPT ViT-B/16 on ImageNet-1k: features of OpenCLIP-H in the next of four blocks, in a "
+        "random order for each image, and those of the visible blocks. Epochs, batch, decay and rate (1.5e-4 "
+        "for every 256 images) are the official ones. Departures: officially, decoders cross-attend from "
+        "positions to features of layers 6, 8, 10 and 12, and predict CLIP's 1024 projected features and the "
+        "class token too; here a self-attending predictor reads the last layer and predicts the teacher's "
+        "1280 features of patches. Its sizes, warm-up, crops and the attention of features are ours.",
+        base="xtra-b16",
+        changes={**_224, "block_size": 7, "order": "per_image", "class_token": True, "target": "features"}
+        | {"teacher": "timm:vit_huge_patch14_clip_224.laion2b", "teacher_dim": 1280}
+        | {"predict_visible": True, "target_positions": True, "feature_attention": "full"}
+        | {"predictor_dim": 512, "predictor_depth": 4, "predictor_heads": 8, "block_mlp_dim": 1024}
+        | {"batch_size": 4096, "micro_batch_size": 64, "lr": 2.4e-3, "duration": "300ep"},
+        published="86.2 % fine-tuned on ImageNet-1k by the official code (arXiv 2312.02147)",
+    ),
+]
+
 # ----------------------------------------------------------------------------------------------- the registry
 
 PRESETS: dict[str, Preset] = {
@@ -325,6 +395,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         *(*_XTRA_RUNS, *_XTRA_ABLATIONS, *_XTRA_SIZES),
         *(*_AIM_RUNS, *_AIM_ABLATIONS, *_AIM_SIZES),
+        *(*_OTHER_RUNS, *_NEPA_SIZES),
     )
 }
 SIZES: dict[str, ModelConfig] = {

@@ -182,7 +182,7 @@ class _ConvertConfig:
     layers: tuple[Natural, ...] | None = None
     """Layers whose outputs an ONNX file gives as well, counted from 0."""
     attention: Attention | None = None
-    """Attention mask of an ONNX file; none: native."""
+    """Attention mask of the encoder that is written (timm, onnx); none: native."""
     head: str | None = None
     """File of an AIM classifier's head, if SRC is its backbone."""
     num_heads: Count | None = None

@@ -27,7 +27,7 @@ from nextblock.config import ModelConfig, Size, pair
 from nextblock.interop.files import LoadOptions, ProbeLayers, unwrapped
 from nextblock.interop.names import (
     count_numbered,
-    needed,
+    fused,
     only_tensors,
     patch_shape,
     ratio_of,
@@ -152,7 +152,7 @@ def read_aim(
     config, layers = _model_config(weights, options, origin)
     # From here on nothing is skipped: a name that no rule fits, a tensor that the model lacks, or one of
     # another shape is refused, as each would be another function.
-    ours = renamed(_fused(weights, origin), NAMES, "AIM", origin)
+    ours = renamed(fused(weights, ("q_proj", "k_proj", "v_proj"), origin), NAMES, "AIM", origin)
     for name in set(OUTPUT_MAP) & ours.keys():
         # Official patches are flattened from (row, column, channel), ours from (channel, row, column). The
         # last map has a row, and a bias, for each value of a patch, so its rows are sorted the same way.
@@ -308,20 +308,6 @@ def _are_positions(stored: Float[Tensor, "b n d"], computed: Float[Tensor, "1 n2
     # Half precision rounds sines by more than the tolerance; a file in it is still the same function.
     tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps)
     return stored.shape == computed.shape and bool((stored.float() - computed).abs().max() <= tolerance)
-
-
-def _fused(weights: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Separate maps to queries, keys and values, joined under the names of the inference layout."""
-    fused = dict(weights)
-    for name in weights:
-        if match := re.fullmatch(r"(.+\.attn\.)q_proj\.(\w+)", name):
-            # Rows in the order q, k, v, as timm's attention takes the joint map apart. Each part goes over
-            # its heads in the same order in both layouts, so nothing within it moves.
-            parts = [f"{match[1]}{part}_proj.{match[2]}" for part in "qkv"]
-            fused[f"{match[1]}qkv.{match[2]}"] = torch.cat([needed(weights, part, origin) for part in parts])
-            for part in parts:
-                del fused[part]
-    return fused
 
 
 def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str) -> tuple[int, ...] | None:

@@ -25,6 +25,7 @@ KNOWN_LICENSES = (
 """Names by which the hub knows a licence; any other is "other" there, with a name."""
 OFFICIAL_LICENSES = {
     "official AIM": "Apple's own licence, if these are the weights that Apple released; see their origin",
+    "official NEPA": "apache-2.0, if these are the weights that SixAILab released; see their origin",
     "official XTRA": "none is stated for the official XTRA weights, if these are they; ask their authors",
 }
 """By the format that `load` finds. One's own weights may be in these layouts too."""

@@ -58,13 +58,14 @@ def convert(
 
     `dst` is a path where nothing is yet, or "hf:USER/NAME" for a "nextblock" or "timm" directory on the
     Hugging Face hub; without `to` its suffix tells the format. `image_size` (timm, onnx) writes the encoder
-    at that size, and is that of an AIM file which does not tell it; `layers` and `attention` (onnx) choose
-    outputs and mask; `license` and `origin` go into the model card. `settings` say what the source does not
-    tell, as in `load`: `head`, `num_heads`, `probe_layers`, `norm_eps`.
+    at that size, and is that of an AIM file which does not tell it; `attention` (timm, onnx) chooses
+    its mask and `layers` (onnx) outputs; `license` and `origin` go into the model card. `settings` say what
+    the source does not tell, as in `load`: `head`, `num_heads`, `probe_layers`, `norm_eps`.
     """
     to = target_of(dst, to)
-    for name, value in (("layers", layers), ("attention", attention)):
-        require(value is None or to == "onnx", f"{name} means nothing to the format {to}; it is for onnx")
+    for name, value, formats in (("layers", layers, ["onnx"]), ("attention", attention, ["onnx", "timm"])):
+        fits = value is None or to in formats
+        require(fits, f"{name} means nothing to the format {to}; it is for {' and '.join(formats)}")
     path = _place(dst, to)
     fallback = {} if image_size is None else {"image_size": image_size}
     found = read(src, LoadOptions(**settings, fallback=fallback))
@@ -75,6 +76,10 @@ def convert(
             f"{src} holds a classifier on timm's {config.architecture}, which the format onnx cannot hold; "
             "write it to nextblock, or its encoder to timm"
         )
+    require(
+        attention != "causal" or not is_timms,
+        f"{src} holds an encoder of timm, which has no mask; leave attention out",
+    )
     # Only an encoder of ours can bring its positions and its mask to another size.
     size = pair(config.image_size if image_size is None else image_size)
     require(
@@ -95,7 +100,7 @@ def convert(
         # The hub takes a folder, in one commit. Card and timm show its name: the repository's.
         with tempfile.TemporaryDirectory() as aside:
             folder = Path(aside) / repo.rpartition("/")[2]
-            _write_directory(found, folder, to, image_size, data, provenance, repo)
+            _write_directory(found, folder, to, image_size, attention, data, provenance, repo)
             return Converted(to, push(folder, str(dst)), _num_bytes(folder), None)
     difference = None
     if to == "onnx":
@@ -104,7 +109,7 @@ def convert(
         use: dict[str, Any] = {"layers": layers, "attention": attention or "native", "image_size": image_size}
         difference = write_onnx(found.model, path, data=data, provenance=provenance, **use)
     else:
-        _write_directory(found, path, to, image_size, data, provenance)
+        _write_directory(found, path, to, image_size, attention, data, provenance)
     return Converted(to, str(path), _num_bytes(path), difference)
 
 
@@ -149,6 +154,7 @@ def _write_directory(
     directory: Path,
     to: Target,
     image_size: Size | None,
+    attention: Attention | None,
     data: DataConfig,
     provenance: Provenance,
     repo: str | None = None,
@@ -163,8 +169,8 @@ def _write_directory(
         elif isinstance(encoder, NextBlockModel) and encoder.predictor is not None:
             log.info("left out: the predictor, which timm's models do not have")
         address = None if repo is None else f"hf-hub:{repo}"
-        size = image_size
-        write_timm(encoder, directory, data=data, provenance=provenance, image_size=size, address=address)
+        written: dict[str, Any] = {"image_size": image_size, "attention": attention or "native"}
+        write_timm(encoder, directory, data=data, provenance=provenance, address=address, **written)
         return
     place = directory.name if repo is None else f"{HUB_SPEC}{repo}"
     use, notes = "features = model.encode(images)  # features.tokens, features.layers", []

@@ -20,6 +20,7 @@ from nextblock.interop.load import as_model, read
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import positions_on
 from nextblock.presets import model_config
+from nextblock.settings import typed
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,6 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
             log.info("  %s: %s", what, ", ".join(groups))
             log.debug("  %s, by name: %s", what, ", ".join(names))
 
-    def typed(value: object) -> str:  # as on the command line
-        return str(value).lower() if isinstance(value, bool) else str(value)
-
     if report.trained_otherwise:
         pairs = report.trained_otherwise.items()
         others = [f"{name} {typed(there)} there, {typed(here)} here" for name, (here, there) in pairs]
@@ -145,10 +143,12 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         return {f"model.{name}": (ours, its) for name, (ours, its) in values.items() if ours != its}
 
     # What differs is only told, as weights may well begin a run under other settings. Learned positions may
-    # begin where fixed ones are, and a fresh bias is zero: both are the same function.
-    differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale"]
-    differing += ["positions"] if here.positions == "sincos" else []
+    # begin where fixed ones are, and a fresh bias is zero: both are the same function. Of LayerScale it only
+    # matters whether there is one.
+    differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale", "class_token", "qk_norm"]
+    differing += ["positions"] if here.positions != "learned" or there.positions == "rope" else []
     differing += [] if here.bias else ["bias"]
+    differing += ["layer_scale"] if (here.layer_scale is None) != (there.layer_scale is None) else []
     # Blocks and their order mean nothing to an encoder under full attention that predicts nothing.
     task = ["feature_attention"]
     if there.predictor is not None or there.feature_attention == "causal":

@@ -3,6 +3,7 @@
 RUN, a checkpoint, a probe's head, MODEL.safetensors     what this package writes
 *.ckpt, mp_rank_00_model_states.pt                       official XTRA: models and classifiers
 backbone.pth and head.pth, AIM's training layout         official AIM, also as a distributed checkpoint
+DIR with NEPA's config.json and weights                  official NEPA: models and classifiers
 DIR with a timm config.json, a ViT's state dict          timm
 hf:USER/NAME, hf:USER/NAME/FILE, timm:NAME               any of these from the hub, or by timm's name
 """
@@ -43,6 +44,7 @@ from nextblock.interop.files import (
     unwrapped,
 )
 from nextblock.interop.hub import fetch, is_hub_spec
+from nextblock.interop.nepa import is_nepa, nepa_data, read_nepa
 from nextblock.interop.timm import from_timm, is_timm_directory, is_timm_weights, read_timm
 from nextblock.interop.timm_spec import (
     TIMM_SPEC,
@@ -61,8 +63,11 @@ from nextblock.settings import require
 # The model in what DeepSpeed, and Lightning with it, save as a directory.
 DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
 # In every model and classifier that this package writes, but for those on an encoder of timm.
-OWN_WEIGHTS = {"encoder.pos_embed", "encoder_model.encoder.pos_embed"}
-KNOWN = "a run, a checkpoint, official XTRA and AIM files, timm directories and ViTs, hf:USER/NAME, timm:NAME"
+OWN_WEIGHTS = {f"{prefix}encoder.patch_embed.proj.weight" for prefix in ("", "encoder_model.")}
+KNOWN = (
+    "a run, a checkpoint, official XTRA, AIM and NEPA files, timm directories and ViTs, hf:USER/NAME, "
+    "timm:NAME"
+)
 
 
 class Found(NamedTuple):
@@ -216,6 +221,9 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         build = partial(read_aim, content, origin, head=head)
     elif is_xtra(content):
         format_, build = "official XTRA", partial(read_xtra, content, origin)
+    elif is_nepa(content):
+        settings = read_json(file.parent / "config.json")
+        format_, build = "official NEPA", lambda _: read_nepa(content, settings, origin)
     elif is_timm_weights(unwrapped(content)):
         # The file's metadata and the config.json beside it say what the weights do not: mask, epsilon, heads.
         format_, build = "timm state dict", partial(read_timm, file, weights=unwrapped(content))
@@ -275,6 +283,10 @@ def recorded_data(src: str | Path) -> DataConfig | None:
     own = None if is_timm or is_timm_directory(path) else own_file(path)
     if own is not None:
         return read_data(own)
+    folder = path if path.is_dir() else path.parent
+    nepa = None if is_timm else nepa_data(read_json(folder / "config.json"))
+    if nepa is not None:
+        return nepa
     return read_timm_data(place) if is_timm or path.exists() else None
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf, nextafter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nextblock.checkpoint import CheckpointError
@@ -29,6 +30,20 @@ def renamed(
             raise CheckpointError(f"{origin} holds {name!r}, which is not part of an {layout} model")
         ours[new] = tensor
     return ours
+
+
+def fused(weights: Mapping[str, Tensor], parts: Sequence[str], origin: str) -> dict[str, Tensor]:
+    """Separate maps to queries, keys and values, called `parts`, joined under the name "qkv"."""
+    joined = dict(weights)
+    for name in weights:
+        if match := re.fullmatch(rf"(.+\.){parts[0]}\.(\w+)", name):
+            # Rows in the order q, k, v, as timm's attention takes the joint map apart. Each part goes over
+            # its heads in the same order in both layouts, so nothing within it moves.
+            three = [f"{match[1]}{part}.{match[2]}" for part in parts]
+            joined[f"{match[1]}qkv.{match[2]}"] = torch.cat([needed(weights, part, origin) for part in three])
+            for part in three:
+                del joined[part]
+    return joined
 
 
 def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:

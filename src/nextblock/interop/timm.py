@@ -1,7 +1,8 @@
 """timm's format, out and in: a directory of config.json and model.safetensors, or a weight file alone.
 
-An encoder under full attention with timm's epsilon leaves as one of timm's own architectures with every
-argument given; any other as `nextblock_vit` (see `timm_models`). Its settings stand in config.json and in the
+An encoder under full attention with timm's epsilon, or with a class token, rotary positions, normed queries
+or LayerScale, leaves as one of timm's own architectures with every argument given; any other as
+`nextblock_vit` (see `timm_models`). Its settings stand in config.json and in the
 metadata of the weight file, so that either alone gives back the same encoder.
 """
 
@@ -41,21 +42,17 @@ from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_ca
 from nextblock.interop.files import MAIN_FILES, LoadOptions, make_parent, read_content, read_json, unwrapped
 from nextblock.interop.hub import HubError
 from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, untold_heads
-from nextblock.interop.timm_models import NextBlockViT, model_args
+from nextblock.interop.timm_models import TIMM_EPS, NextBlockViT, as_timm_has, timm_architecture
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.model_config import nearest_sizes
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.vit import positions_on, vit_arguments
+from nextblock.models.vit import positions_on
 from nextblock.settings import from_dict, require, to_dict
 
 log = logging.getLogger(__name__)
 
 # Of what stands under "nextblock" in config.json and in the weight file's metadata.
 FORMAT_VERSION = 1
-# The timm architecture that stands for all whose arguments are given in full.
-STOCK = "vit_base_patch16_224"
-# Epsilon of timm's LayerNorms.
-TIMM_EPS = 1e-6
 # Held while a timm model draws from torch's global generator, whose state is put back afterwards.
 _BUILDING = Lock()
 
@@ -78,16 +75,17 @@ def write_timm(
     data: DataConfig,
     provenance: Provenance,
     image_size: Size | None = None,
+    attention: Attention = "native",
     address: str | None = None,
 ) -> None:
     """Write an encoder as a directory that `timm.create_model("local-dir:DIRECTORY")` opens.
 
-    `data` says how its images are cut and normalised. `image_size` writes an encoder of ours at that size,
-    with the positions that `encode` would use there. The predictor is left out. `address` is the place that
-    the card names, as timm writes it ("hf-hub:USER/NAME").
+    `data` says how its images are cut and normalised. `image_size` and `attention` write an encoder of ours
+    at that size and with that mask, with the positions that `encode` would use there. The predictor is left
+    out. `address` is the place that the card names, as timm writes it ("hf-hub:USER/NAME").
     """
     if isinstance(model, NextBlockModel):
-        whole, model = model, encoder_at(model, image_size)
+        whole, model = model, encoder_at(model, image_size, attention)
         data = data_at(data, whole.config, model.config)
     config = model.config
     size = pair(config.image_size)
@@ -115,8 +113,12 @@ def write_timm(
     # tell all of our settings, and one file may be copied without the other.
     described: dict[str, Any] = {"num_classes": 0, "num_features": config.embed_dim}
     metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
+    weights = model.encoder.state_dict()
     if isinstance(config, ModelConfig):
+        scaled = config.qk_scale is not None
+        require(not scaled, "timm has no place for model.qk_scale; write to nextblock or onnx")
         architecture, arguments = timm_architecture(config)
+        weights = as_timm_has(weights, config)
         own = {"format_version": FORMAT_VERSION, "model": to_dict(config)}
         described |= {"global_pool": "avg", "nextblock": own}
         metadata["nextblock"] = json.dumps(own)
@@ -130,21 +132,8 @@ def write_timm(
     with write_aside(directory) as aside:
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(aside / MAIN_FILES[0], model.encoder.state_dict(), metadata)
+        write_safetensors(aside / MAIN_FILES[0], weights, metadata)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
-    # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
-    # that nobody notices.
-    if config.feature_attention == "causal" or config.norm_eps != TIMM_EPS:
-        return "nextblock_vit", model_args(config)
-    # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
-    norms = ("norm_layer", "embed_norm_layer")
-    arguments = {name: value for name, value in vit_arguments(config).items() if name not in norms}
-    arguments |= {"img_size": list(pair(config.image_size)), "global_pool": "avg", "fc_norm": False}
-    return STOCK, arguments | ({"embed_norm_layer": "layernorm"} if config.patch_norm else {})
 
 
 def _card(
@@ -161,6 +150,11 @@ def _card(
             notes.append(
                 "timm and transformers need the second line above (`pip install nextblock`), which teaches "
                 "them `nextblock_vit`, its block mask and its epsilon."
+            )
+        if model.config.norm_eps < TIMM_EPS and architecture != "nextblock_vit":
+            notes.append(
+                "timm's norms have a larger epsilon than this encoder's. Its tokens are therefore scaled by "
+                "a power of two up to the last norm, which shows in single layers; fp16 may overflow."
             )
         elif model.config.positions == "sincos":
             notes.append(
@@ -204,7 +198,8 @@ def encoder_at(
         config = replace(config, image_size=image_size, block_size=block_size)
     # Fixed positions are computed for the new grid and learned ones resampled, as `encode` does it.
     weights = dict(model.encoder.state_dict())
-    weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
+    if "pos_embed" in weights:
+        weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
     return _encoder(config, weights, "the model")
 
 
@@ -244,7 +239,7 @@ def read_timm(
     config, described = own_config(path), described_at(path)
     weights = only_tensors(unwrapped(read_content(file)) if weights is None else weights, origin)
     if config is not None:
-        return _encoder(config, weights, origin)
+        return _encoder(config, as_timm_has(weights, config, back=True), origin)
     if not described:
         log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
         return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)

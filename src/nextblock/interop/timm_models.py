@@ -1,4 +1,6 @@
-"""`nextblock_vit`, a timm model with a block mask; importing this module registers it with timm.
+"""What an encoder of ours is in timm: one of its own models, or `nextblock_vit`, which has a block mask.
+
+Importing this module registers `nextblock_vit` with timm.
 
 timm's own `VisionTransformer` applies no mask and fixes the epsilon of its norms, so encoders under a block
 mask, or with another epsilon, are written for this class. In everything else it is a `VisionTransformer`:
@@ -7,10 +9,14 @@ names of weights, `features_only`, `forward_intermediates`, `reset_classifier`, 
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -18,10 +24,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nextblock.blocks import block_orders, patches_of_blocks, raster_mask
+from nextblock.checkpoint import CheckpointError
 from nextblock.config import ModelConfig, pair
 from nextblock.errors import UsageError
-from nextblock.models.vit import fresh_positions, positions_of, positions_on, vit_arguments
+from nextblock.models.vit import ROPE_BASE, fresh_positions, positions_of, positions_on, vit_arguments
 
+# The timm architectures that stand for all whose arguments are given in full; ROPE has rotary positions.
+STOCK, ROPE = "vit_base_patch16_224", "eva_giant_patch14_224"
+# Epsilon of timm's LayerNorms.
+TIMM_EPS = 1e-6
+# By which the epsilon of an encoder may differ in timm.
+MAX_EPS_ERROR = 1e-9
 # The arguments of nextblock_vit, all of which JSON can hold, and the settings that they stand for.
 ARGUMENTS = {
     "img_size": "image_size",
@@ -180,3 +193,82 @@ def nextblock_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **kwargs,
     )
+
+
+# ------------------------------------------------------------------------------ an encoder as timm has it
+
+
+def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
+    # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
+    # that nobody notices. nextblock_vit has none of the newer parts.
+    if not _has_newer_parts(config) and (config.feature_attention == "causal" or config.norm_eps != TIMM_EPS):
+        return "nextblock_vit", model_args(config)
+    if config.feature_attention == "causal":
+        raise UsageError(
+            "timm has no mask for an encoder with rotary positions, a class token, normed queries or "
+            "LayerScale; write it with full attention (--attention full)"
+        )
+    # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
+    # What changes nothing is left out, as the first release did not write it: its directories are still read.
+    norms = ("norm_layer", "embed_norm_layer")
+    given = {name: value for name, value in vit_arguments(config).items() if name not in norms}
+    arguments = {name: value for name, value in given.items() if value is not None}
+    arguments |= {"img_size": list(pair(config.image_size)), "global_pool": "avg"}
+    arguments |= {"qk_norm": True} if config.qk_norm else {}
+    if not config.class_token or config.positions == "rope":
+        del arguments["no_embed_class"]
+    if config.positions != "rope":
+        norm = {"embed_norm_layer": "layernorm"} if config.patch_norm else {}
+        return STOCK, arguments | {"fc_norm": False} | norm
+    del arguments["proj_bias"]
+    arguments |= {"attn_type": "rope", "use_abs_pos_emb": False, "use_rot_pos_emb": True}
+    arguments |= {"rope_type": "dinov3", "rope_temperature": ROPE_BASE, "rope_rotate_half": True}
+    return ROPE, arguments | {"use_fc_norm": False}
+
+
+def _has_newer_parts(config: ModelConfig) -> bool:
+    """Whether an encoder has parts that nextblock_vit lacks."""
+    return config.positions == "rope" or bool(config.class_token or config.qk_norm or config.layer_scale)
+
+
+def as_timm_has(
+    weights: Mapping[str, Tensor], config: ModelConfig, *, back: bool = False
+) -> dict[str, Tensor]:
+    """Our encoder's weights as timm's architecture with newer parts needs them; `back`: the other way."""
+    if not _has_newer_parts(config):
+        return dict(weights)
+    # timm's norms have one epsilon. The norm of s x with epsilon s²e is that of x with e. So all that is
+    # added to the tokens is written s times as large, and so are normed queries and keys. A power of two
+    # changes no digit: NEPA's 1e-12 becomes 0.95e-12.
+    scale = 2.0 ** round(math.log2(TIMM_EPS / config.norm_eps) / 2)
+    if abs(TIMM_EPS / scale**2 - config.norm_eps) > MAX_EPS_ERROR:
+        raise UsageError(
+            f"timm's norms have epsilon {TIMM_EPS:g}, and model.norm_eps {config.norm_eps:g} cannot be "
+            "brought to it; train with model.norm_eps 1e-6"
+        )
+    scale = 1 / scale if back else scale
+    writers = r"patch_embed\..*|cls_token|pos_embed|.*\.gamma(_[12])?"
+    writers += "" if config.layer_scale else r"|.*\.(attn\.proj|mlp\.fc2)\.\w+"
+    changed = {}
+    for name, weight in weights.items():
+        rows = weight.new_ones(len(weight), *[1] * (weight.ndim - 1))
+        if re.fullmatch(writers, name):
+            rows *= scale
+        elif config.qk_norm and ".attn.qkv." in name:
+            rows[: 2 * config.embed_dim] *= scale
+        changed[name] = weight if scale == 1 else weight * rows
+    # timm's norms of queries and keys have weight and bias, ours at most a weight.
+    head_dim = config.embed_dim // config.num_heads
+    constant: dict[str, float] = {} if config.qk_norm is None else {"bias": 0.0}
+    constant |= {"weight": 1.0} if config.qk_norm == "plain" else {}
+    for layer, part, (kind, value) in itertools.product(range(config.depth), "qk", constant.items()):
+        name, tensor = f"blocks.{layer}.attn.{part}_norm.{kind}", torch.full((head_dim,), value)
+        if not back:
+            changed[name] = tensor
+        elif not torch.equal(changed.pop(name, tensor + 1).float(), tensor):
+            raise CheckpointError(
+                f"{name} is not {value:g}, and model.qk_norm {config.qk_norm} has no such weight; take the "
+                "file as it was written"
+            )
+    return changed

@@ -22,7 +22,8 @@ from nextblock.config import DataConfig, pair
 from nextblock.errors import UsageError
 from nextblock.interop.cards import UNSPECIFIED, Provenance
 from nextblock.interop.hub import hub_errors
-from nextblock.interop.timm import building, described_at, own_config, timm_architecture
+from nextblock.interop.timm import building, described_at, own_config
+from nextblock.interop.timm_models import timm_architecture
 from nextblock.models.timm_encoder import TimmEncoder
 from nextblock.settings import nearest_name
 

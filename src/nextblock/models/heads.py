@@ -137,6 +137,9 @@ class HeadConfig(FeatureConfig):
     """Normalise the features per channel (batch norm without affine) first."""
     bias: bool = True
     """Give the linear layer a bias; AIM's heads have none."""
+    pooled_norm: float | None = None
+    """Linear head: epsilon of a LayerNorm of the pooled features, in place of batch norm (NEPA); none: no
+    LayerNorm."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_heads", "num_queries"):
@@ -153,11 +156,21 @@ class HeadConfig(FeatureConfig):
 
 
 class LinearHead(nn.Module):
-    """Batch norm without affine, then one linear layer."""
+    """Batch norm without affine, or LayerNorm of epsilon `pooled_norm`; then one linear layer."""
 
-    def __init__(self, dim: int, num_classes: int, *, batch_norm: bool = True, bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        batch_norm: bool = True,
+        bias: bool = True,
+        pooled_norm: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
+        if pooled_norm is not None:
+            self.norm = nn.LayerNorm(dim, eps=pooled_norm)
         self.linear = nn.Linear(dim, num_classes, bias=bias)
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
@@ -283,7 +296,7 @@ def create_head(config: HeadConfig, embed_dim: int) -> Head:
         return AttentiveHead(width, config.num_classes, **attention, **common)
     if config.kind == "ep":
         return EfficientHead(width, config.num_classes, num_queries=config.num_queries, **common)
-    return LinearHead(width, config.num_classes, **common)
+    return LinearHead(width, config.num_classes, pooled_norm=config.pooled_norm, **common)
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm1d:

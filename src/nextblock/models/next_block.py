@@ -234,7 +234,7 @@ class NextBlockModel(nn.Module):
         tokens, token = tokens.to(self.encoder.patch_embed.proj.weight.dtype), self.encoder.cls_token
         if token is None:
             return tokens
-        return torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def _decode(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope
 from torch import Tensor, nn
 
 from nextblock.config import pair
@@ -156,8 +156,9 @@ def add_lora(encoder: nn.Module, settings: FinetuneSettings) -> None:
         ) from error
     blocks: Any = getattr(encoder, "blocks", ())
     attention = [getattr(block, "attn", None) for block in blocks]
+    known = [isinstance(one, Attention | AttentionRope) and one.qkv is not None for one in attention]
     require(
-        bool(attention) and all(isinstance(one, Attention) for one in attention),
+        bool(known) and all(known),
         f"LoRA is for the attention of timm's VisionTransformer, and this {type(encoder).__name__} has "
         "another kind; train the whole network (lora.rank 0)",
     )
