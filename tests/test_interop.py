@@ -137,7 +137,7 @@ def test_a_setting_that_is_not_implemented_is_refused(content, settings, words, 
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("enc-1.weight", torch.zeros(1), "holds 'enc-1.weight', which is not part of an XTRA model"),
+        ("enc-1.weight", torch.zeros(1), "holds 'enc-1.weight', which is not in the XTRA layout"),
         ("an.enc.norm.bias", torch.zeros(1), "holds 'an.enc.norm.bias', which is not part"),
         ("proj.mlp.0.weight", None, "lacks 'proj.mlp.0.weight'"),
         ("predictor.blocks.0.mlp.fc1.weight", None, "lacks 'predictor.blocks.0.mlp.fc1.weight'"),

@@ -169,5 +169,5 @@ def test_aims_gradient_is_as_long_as_the_official_one(golden, aim_model):
 
 @pytest.mark.parametrize("name", MODELS + PROBES)
 def test_a_file_that_does_not_tell_its_heads_is_refused_asking_for_them(name, load_golden):
-    with pytest.raises(CheckpointError, match=re.escape("give it as num_heads=")):
+    with pytest.raises(CheckpointError, match=re.escape("give them: num_heads=")):
         load_golden(f"{name}.ckpt", num_heads=None)

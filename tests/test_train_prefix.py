@@ -81,7 +81,7 @@ def test_under_drop_path_a_step_depends_on_neither_micro_batches_nor_ranks():
         for rank in range(world_size):
             ranks = {"rank": rank, "world_size": world_size, "drop_path_draws": 8}
             for batch in take(loader(source, micro_batch_size, **ranks), 1)[0].micro_batches:
-                loss += trainer._backward(batch, torch.arange(16), [8 * 15], is_last=True)
+                loss += trainer._backward(batch, (torch.arange(16), None), [8 * 15], is_last=True)
         losses.append(loss.item())
         gradients.append(gradient(trainer.model))
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
@@ -122,10 +122,10 @@ def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_th
 ):
     seen, forward = [], NextBlockModel.forward
 
-    def remember(self, images, block_order=None, prefix_lengths=None, drop_path=None):
+    def remember(self, images, block_order=None, prefix_lengths=None, *others):
         if self.training:
             seen.append([] if prefix_lengths is None else prefix_lengths.tolist())
-        return forward(self, images, block_order, prefix_lengths, drop_path)
+        return forward(self, images, block_order, prefix_lengths, *others)
 
     monkeypatch.setattr(NextBlockModel, "forward", remember)
     run_toy(tmp_path, {**PREFIX, "data.workers": workers, "train.micro_batch_size": 3})

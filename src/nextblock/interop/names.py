@@ -27,7 +27,7 @@ def renamed(
         start = next((start for start in table if re.match(start, name)), None)
         new = "" if start is None else re.sub(start, table[start], name, count=1)
         if not new or new in ours:
-            raise CheckpointError(f"{origin} holds {name!r}, which is not part of an {layout} model")
+            raise CheckpointError(f"{origin} holds {name!r}, which is not in the {layout} layout")
         ours[new] = tensor
     return ours
 
