@@ -138,7 +138,7 @@ def test_a_setting_that_is_not_implemented_is_refused(content, settings, words, 
     ("name", "tensor", "words"),
     [
         ("enc-1.weight", torch.zeros(1), "holds 'enc-1.weight', which is not in the XTRA layout"),
-        ("an.enc.norm.bias", torch.zeros(1), "holds 'an.enc.norm.bias', which is not part"),
+        ("an.enc.norm.bias", torch.zeros(1), "holds 'an.enc.norm.bias', which is not in"),
         ("proj.mlp.0.weight", None, "lacks 'proj.mlp.0.weight'"),
         ("predictor.blocks.0.mlp.fc1.weight", None, "lacks 'predictor.blocks.0.mlp.fc1.weight'"),
         ("enc.norm.bias", None, "missing: encoder.norm.bias"),
@@ -165,7 +165,7 @@ def test_weights_damaged_or_not_whole_are_refused_by_name(name, tensor, words, c
 def test_two_tensors_of_one_name_are_refused(content, load_content):
     weights = content["state_dict"]
     weights["classifier.0.running_mean"] = weights["classifier.bn.running_mean"]
-    with pytest.raises(CheckpointError, match=r"holds 'classifier\.0\.running_mean', which is not part"):
+    with pytest.raises(CheckpointError, match=r"holds 'classifier\.0\.running_mean', which is not in"):
         load_content(content)
 
 
