@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import Any
 
 import pytest
 import timm
@@ -118,7 +119,7 @@ def saved(directory, weights, **settings):
     return directory
 
 
-def read(weights, **settings):
+def read(weights, **settings) -> Any:
     return read_nepa(weights, {**CONFIG, **settings}, "FILE")
 
 
@@ -182,7 +183,7 @@ def test_commands_take_it_as_any_other_model(tmp_path, capsys):
     assert (data.mean, data.std) == ((0.5,) * 3, (0.5,) * 3)
     assert main(["convert", str(place), str(tmp_path / "timm"), "--to", "timm"]) == 0
     expected = load_model(place).encode(IMAGES, attention="full").tokens
-    vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    vit: Any = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     same(vit.forward_features(IMAGES)[:, 1:], expected)
     assert torch.equal(load_model(tmp_path / "timm").encode(IMAGES).tokens, expected)
     sources = ["--train", "digits:split=test", "--test", "digits:split=test", "--device", "cpu"]

@@ -159,7 +159,7 @@ def test_newer_parts_leave_as_timms_own_architectures_and_come_back_bit_for_bit(
     # timm's epsilon is 1e-6: for a smaller one, tokens are larger by a power of two until the last norm.
     scale = 1024 if config.norm_eps < 1e-6 else 1
     layers = vit.forward_intermediates(IMAGES, output_fmt="NLC", intermediates_only=True)
-    assert_same([layer / scale for layer in layers], list(expected.layers))
+    assert_same([torch.as_tensor(layer) / scale for layer in layers], list(expected.layers))
     shutil.copy(tmp_path / "out" / "model.safetensors", tmp_path / "alone.safetensors")
     for src in (tmp_path / "out", tmp_path / "alone.safetensors"):
         found = load_model(src)

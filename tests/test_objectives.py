@@ -198,8 +198,8 @@ def test_a_row_sees_the_blocks_up_to_where_it_stands_and_no_masked_one(changes):
     out = model(images, ORDERS if config.order == "per_image" else None)
     for distance, part in zip(config.distances, out.distances, strict=True):
         which = config.steps(distance)
-        assert part.predictions.shape[1] == which.count > 0
-        for step in range(which.count):
+        assert part.predictions.shape[1] == which.number > 0
+        for step in range(which.number):
             output = part.predictions[:, step].square().sum()
             (gradient,) = torch.autograd.grad(output, images, retain_graph=True)
             reached = patchify(gradient, config.block_px).abs().amax(-1).gather(1, orders) > 0

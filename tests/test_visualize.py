@@ -348,6 +348,7 @@ def test_a_vector_is_drawn_as_the_patch_of_these_images_whose_own_is_nearest():
     targets = model.targets_of(images, order)
     true = patchify(images, (8, 8))[:, order]
     # Predictions of other lengths, in the opposite order: each is exactly some patch's own vector.
+    assert model.targets is not None
     drawn = model.targets.to_pixels(2 * targets.flip(0, 1, 2), targets, true)
     other = patchify(drawn.view(12, 3, 8, 8), (4, 4)).flatten(0, 1).flip(0)
     assert torch.equal(other, patchify(true.reshape(12, 3, 8, 8), (4, 4)).flatten(0, 1))

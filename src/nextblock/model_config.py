@@ -31,7 +31,7 @@ class Steps(NamedTuple):
     """The first row."""
     position: int
     """The position that it predicts."""
-    count: int
+    number: int
     """How many there are."""
 
 

@@ -125,7 +125,7 @@ def _rows(config: ModelConfig) -> float:
 
 def _rows_by_distance(config: ModelConfig) -> list[float]:
     """Rows that each block MLP sees."""
-    return [_rows(config) if config.prefix else config.steps(d).count for d in config.distances]
+    return [_rows(config) if config.prefix else config.steps(d).number for d in config.distances]
 
 
 def _has_layers(config: ModelConfig) -> bool:

@@ -153,7 +153,7 @@ class NextBlockModel(nn.Module):
         self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
         # Everything is made for the size of these images; at the model's own size these are its buffers.
         geometry, k, m = self._geometry_at(config, leaks=leaks), config.num_blocks, config.patches_per_block
-        hidden = config.steps(0).count if self.mask_token is not None else 0
+        hidden = config.steps(0).number if self.mask_token is not None else 0
         # Validation and pictures give no order, and always get the same one: their numbers can be compared.
         order = geometry.orders[0] if block_order is None else block_order
         order = order.to(images.device, non_blocking=True)
@@ -291,7 +291,7 @@ class NextBlockModel(nn.Module):
     ) -> Further:
         """What the rows `which` predict, `distance` blocks ahead."""
         assert self.targets is not None
-        targets = all_targets[:, which.position : which.position + which.count]
+        targets = all_targets[:, which.position : which.position + which.number]
         batch, steps = targets.shape[:2]
         if rows is None or prefix is None:
             kept = torch.ones(batch, steps, dtype=torch.bool, device=targets.device)

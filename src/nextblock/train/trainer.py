@@ -139,7 +139,7 @@ class Trainer(Learner):
         """How many blocks of these images are predicted, one number for each distance."""
         model = self.config.model
         if not model.prefix:
-            return [len(samples) * model.steps(distance).count for distance in model.distances]
+            return [len(samples) * model.steps(distance).number for distance in model.distances]
         lengths = draw_prefix_lengths(self.config.seed, visits, samples, model.num_blocks)
         return [count_kept_rows(lengths, model.num_blocks, distance) for distance in model.distances]
 
