@@ -92,8 +92,8 @@ def of_model(**changes):
         (of_model(encoder_attention="full"), "needs model.feature_attention full"),
         (of_model(positions="sincos", embed_dim=90, num_heads=3), "model.embed_dim 90 cannot be divided"),
         (of_model(positions="sincos", predictor_dim=90, predictor="mlp"), "use 88 or 92"),
-        (of_model(target="tokens", loss="l1"), "model.loss l1 are for pixels"),
-        (of_model(target="tokens", norm_pixels=False), "norm_pixels false"),
+        (of_model(target="tokens", loss="l1"), "model.loss are for target pixels"),
+        (of_model(target="tokens", norm_pixels=False), "norm_pixels and model.loss are for target pixels"),
         *(
             (of_model(**changes), message)
             for changes, message in (
@@ -103,7 +103,7 @@ def of_model(**changes):
                 ({"rope_rescale": 2.0}, "model.rope_rescale needs model.positions rope"),
                 ({"qk_scale": 0.5, "qk_norm": "plain"}, "model.qk_scale excludes model.qk_norm and rope"),
                 ({"class_token": True, "prefix": True}, "class_token and model.prefix exclude each other"),
-                ({"class_token": True, **MASKED}, "class_token and model.mask_ratio exclude each other"),
+                ({"class_token": True, **MASKED}, "model.mask_ratio excludes model.class_token"),
                 (
                     {"class_token": True, "predictor_attention": "full"},
                     "class_token excludes attention masks",

@@ -13,9 +13,8 @@ from timm.layers import DropPath
 from torch.nn.functional import cross_entropy, gelu
 from torch.testing import assert_close
 
-from nextblock.blocks import patchify
+from nextblock.blocks import normalize_blocks, patchify
 from nextblock.models import NextBlockModel
-from nextblock.targets import normalize_blocks
 from toy import tiny_images, tiny_model
 
 IMAGES = tiny_images()

@@ -8,14 +8,13 @@ from einops import rearrange
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.testing import assert_close
 
-from nextblock.blocks import may_attend, unpatchify
+from nextblock.blocks import may_attend, normalize_blocks, unpatchify
 from nextblock.checkpoint import CheckpointError
 from nextblock.config import OptimConfig
 from nextblock.interop import load
 from nextblock.models.heads import ImageClassifier
 from nextblock.models.vit import embed_patches
 from nextblock.optim import build_optimizer, lr_at, set_lr
-from nextblock.targets import normalize_blocks
 
 LOSS = {"atol": 1e-5, "rtol": 0}
 TENSOR = {"atol": 1e-4, "rtol": 0}

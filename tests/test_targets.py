@@ -9,19 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextblock import targets as targets_module
+from nextblock import kmeans
+from nextblock.blocks import normalize_blocks
 from nextblock.config import ModelConfig
+from nextblock.kmeans import KMeansTokenizer, fit_kmeans, nearest_centroids
 from nextblock.targets import (
-    KMeansTokenizer,
     TokenTargets,
     combine,
     count_kept_rows,
     draw_prefix_lengths,
-    fit_kmeans,
     kept_rows,
     make_targets,
-    nearest_centroids,
-    normalize_blocks,
+    spread,
 )
 from toy import tiny_config
 
@@ -215,7 +214,7 @@ def test_the_nearest_centroid_is_the_first_at_the_least_distance(max_distances):
 def algorithm(request, monkeypatch):
     """Both ways to fit, whatever the size."""
     if request.param == "batches":
-        monkeypatch.setattr(targets_module, "MAX_LLOYD_PRODUCTS", 0)
+        monkeypatch.setattr(kmeans, "MAX_LLOYD_PRODUCTS", 0)
     return request.param
 
 
@@ -267,3 +266,19 @@ def test_targets_that_need_a_fit_say_so_and_are_refused_before():
     assert not make_targets(tiny_config()).needs_fit
     with pytest.raises(ValueError, match="no centroids yet; fit it"):
         targets.of_blocks(noise(1, 3, 16, 24), ORDER)
+
+
+def test_the_spread_of_vectors_is_0_on_a_line_and_near_1_in_all_directions():
+    line = torch.tensor([1.0, 2.0, 3.0]) * torch.tensor([1.0, -2.0, 0.5, -0.1])[:, None]
+    assert spread(line) == pytest.approx(0, abs=1e-6)
+    assert spread(torch.eye(8)) == pytest.approx(7 / 8)
+    pairs = torch.nn.functional.normalize(noise(5, 3), dim=1)
+    assert spread(pairs) == pytest.approx(1 - float((pairs @ pairs.T).square().mean()), abs=1e-6)
+
+
+def test_a_masked_block_has_no_visible_block_before_it_to_be_copied():
+    config = tiny_config(mask_ratio=0.5, order="per_image", feature_attention="full")
+    blocks = make_targets(config).of_blocks(noise(2, 3, 16, 24), ORDER)
+    found = make_targets(config).reference_losses(blocks)
+    assert list(found) == ["zero"]
+    torch.testing.assert_close(found["zero"], blocks[:, 3:].square().mean((1, 2)))

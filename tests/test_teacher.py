@@ -1,9 +1,12 @@
 """The teacher of `model.target features`: what it sees, what it is no part of, and what is refused."""
 
+import json
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 from torch.nn.functional import interpolate
 from torch.testing import assert_close
 
@@ -59,6 +62,29 @@ def test_the_teacher_is_no_part_of_the_model_and_does_not_learn(tmp_path):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_a_teacher_of_timm_sees_images_by_its_own_mean_and_deviation(tmp_path):
+    vit = timm.create_model("test_vit", num_classes=0)
+    save_for_hf(
+        vit, tmp_path / "timm", model_config={"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    )
+    settings = {"target": "features", "teacher": f"timm:local-dir:{tmp_path / 'timm'}", "teacher_dim": 64}
+    model: Any = tiny_model(**settings)
+    attach_teacher(model, MEAN, STD)
+    teacher = model.targets.teacher
+    assert teacher.own_mean.flatten().tolist() == [0.5] * 3
+    assert teacher.own_std.flatten().tolist() == [0.25] * 3
+
+
+def test_parts_of_the_loss_are_told_apart_if_visible_blocks_are_predicted(tmp_path):
+    settings = write_teacher(tmp_path / "teacher.safetensors")
+    result = pretrain(tmp_path, **settings, **{"model.predict_visible": True})
+    (line,) = (
+        one for one in map(json.loads, (tmp_path / "run/metrics.jsonl").open()) if one["kind"] == "train"
+    )
+    assert (line["loss_next"] + line["loss_visible"]) / 2 == pytest.approx(line["loss"], rel=1e-5)
+    assert result.losses["loss_next"] == line["loss_next"]
+
+
 def test_a_model_without_its_teacher_encodes_and_says_how_to_predict(tmp_path):
     model = student(write_teacher(tmp_path / "teacher.safetensors"))
     model.encode(tiny_images())
@@ -79,8 +105,13 @@ def test_a_run_records_its_teacher_and_resumes_with_the_same_weights_alone(tmp_p
     config = load_model(tmp_path / "run").config
     assert (config.teacher, config.teacher_dim, len(config.teacher_digest or "")) == (str(path), 12, 16)
     pretrain(tmp_path, **settings)
+    moved = path.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ValueError, match=r"has moved, give its new place: --model.teacher PLACE"):
+        pretrain(tmp_path, **settings)
+    longer = {"model.teacher": str(moved), "train.duration": "1st"}
+    assert pretrain(tmp_path, **{**settings, **longer}).step == 1
     write_teacher(path, seed=5)
-    with pytest.raises(ValueError, match=r"teacher"):
+    with pytest.raises(ValueError, match=r"have changed since training started"):
         pretrain(tmp_path, **settings)
     model: Any = load_model(tmp_path / "run")
     with pytest.raises(ValueError, match=r"have changed since training started .* put the old ones back"):
@@ -98,7 +129,7 @@ def test_a_run_records_its_teacher_and_resumes_with_the_same_weights_alone(tmp_p
             "are 12 wide, and model.teacher_dim is 13; leave model.teacher_dim out",
         ),
         ({"in_chans": 1}, {}, "images of 1 channel, and model.in_chans is 3; choose a teacher of as many"),
-        ({}, {"model.teacher": None}, "model.target features and model.teacher go together"),
+        ({}, {"model.teacher": None}, "model.target features needs model.teacher"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(

@@ -320,7 +320,7 @@ def test_predict_refuses_to_draw_nothing(tmp_path, count, message):
         ),
         (
             {"mask_ratio": 0.5, "order": "per_image", "feature_attention": "full"},
-            ["Each masked block of 8 x 8 px is predicted from all blocks that are not masked"],
+            ["Each masked block of 8 x 8 px is predicted from the visible blocks"],
             None,
         ),
     ],

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from nextblock.errors import UsageError
+
+NORMALIZE_EPS = 1e-6
 
 
 def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Tensor, "k m"]:
@@ -156,3 +158,17 @@ def unpatchify(
     return rearrange(
         pieces, "b (r q) (c h w) -> b c (r h) (q w)", r=grid[0], q=grid[1], h=size_px[0], w=size_px[1]
     )
+
+
+def normalize_blocks(pixels: Float[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
+    """Subtract each row's mean, divide by its deviation (unbiased variance, eps 1e-6 inside the root)."""
+    # Each block by itself, so the target is the structure of a block and not how bright it is. Official XTRA
+    # and MAE use the unbiased variance, with eps inside the root.
+    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)
+    return (pixels - mean) * torch.rsqrt(variance + NORMALIZE_EPS)
+
+
+def denormalize_blocks(pixels: Float[Tensor, "*b p"], true: Float[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
+    """Give normalised rows the mean and deviation of the true ones."""
+    variance, mean = torch.var_mean(true, dim=-1, keepdim=True, correction=1)
+    return pixels * torch.sqrt(variance + NORMALIZE_EPS) + mean

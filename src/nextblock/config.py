@@ -349,4 +349,6 @@ class RunConfig:
 
 _DATA_PLACES = ("train", "val", "workers", "max_bad_fraction", "cache_dir", "cache_gb")
 _FREE_SETTINGS = {"preset", "train.device", "train.strategy", *(f"data.{name}" for name in _DATA_PLACES)}
-"""What may change when a run is resumed, besides checkpoint and monitor; source.json knows the images."""
+_FREE_SETTINGS.add("model.teacher")
+"""What may change when a run is resumed, besides checkpoint and monitor; source.json knows the images, and
+model.teacher_digest the teacher."""

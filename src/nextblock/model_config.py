@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
-from nextblock.settings import Auto, Count, Positive, Rule, check_types, require, typed
+from nextblock.settings import Auto, Count, Positive, Rule, check_types, require
 
 Attention = Literal["native", "causal", "full"]
 """Attention mask used for features: as the model was trained for, the pre-training mask, or none."""
@@ -221,12 +221,18 @@ class ModelConfig(Section):
             ),
             (is_rope and not self.bias, "model.positions rope needs model.bias true"),
             (is_rope and self.patch_norm, "model.positions rope knows no model.patch_norm; leave it out"),
-            (self.rope_rescale != 1 and not is_rope, "model.rope_rescale needs model.positions rope"),
+            (
+                self.rope_rescale != 1 and not is_rope,
+                "model.rope_rescale needs model.positions rope; set model.rope_rescale 1",
+            ),
             (self.qk_scale and (self.qk_norm or is_rope), "model.qk_scale excludes model.qk_norm and rope"),
-            (self.class_token and self.prefix, "model.class_token and model.prefix exclude each other"),
+            (
+                self.class_token and self.prefix,
+                "model.class_token and model.prefix exclude each other; set one of them to false",
+            ),
             (
                 self.class_token and self.mask_ratio,
-                "model.class_token and model.mask_ratio exclude each other",
+                "model.mask_ratio excludes model.class_token; set it to false",
             ),
         ):
             require(not is_wrong, what)
@@ -238,12 +244,12 @@ class ModelConfig(Section):
         for is_wrong, what in (
             (
                 target != "pixels" and not (self.norm_pixels and self.loss == "mse"),
-                f"model.norm_pixels {typed(self.norm_pixels)} and model.loss {self.loss} are for pixels; "
-                "leave both out",
+                f"model.norm_pixels and model.loss are for target pixels, not {target}; leave them out",
             ),
             (
                 (target == "features") != (self.teacher is not None),
-                "model.target features and model.teacher go together, e.g. --model.teacher timm:NAME",
+                "model.target features needs model.teacher, e.g. timm:NAME, and model.teacher needs "
+                "model.target features",
             ),
             (
                 self.predict_visible and target != "features",

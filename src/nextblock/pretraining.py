@@ -83,7 +83,10 @@ def pretrain(
                 begun = None if overwrite else Path(out)
                 config = _with_statistics(config, sources["train"], begun, reporter)
             if config.model.teacher is not None and group.is_main:
-                config = replace(config, model=with_teacher(config.model))
+                begun = None if overwrite else recorded_config(Path(out))
+                # A run that resumes knows the hash of its teacher's weights.
+                digest = config.model.teacher_digest or (begun and begun.model.teacher_digest)
+                config = replace(config, model=with_teacher(replace(config.model, teacher_digest=digest)))
         config = group.broadcast(config)
         group.check_same({name: source.fingerprint for name, source in labelled.items()})
         with group.together():

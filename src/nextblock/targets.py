@@ -9,28 +9,20 @@ come apart here.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float32, Int64
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Float32, Int64, Shaped
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, embedding, interpolate, normalize
 
-from nextblock.blocks import patchify, take, unpatchify
+from nextblock.blocks import denormalize_blocks, normalize_blocks, patchify, take, unpatchify
 from nextblock.config import ModelConfig, pair
 from nextblock.data.random import keyed_permutation, keyed_seed
 from nextblock.errors import UsageError
-from nextblock.settings import require
-
-NORMALIZE_EPS = 1e-6
-MAX_DISTANCES = 2**24
-"""Distances held at a time when the nearest centroids are sought: 64 MiB of fp32."""
-MAX_LLOYD_PRODUCTS = 2 * 10**10
-"""Patches x clusters x values up to which every step of a fit sees all patches: about a minute on a core."""
+from nextblock.kmeans import MAX_DISTANCES, KMeansTokenizer, fit_kmeans
 
 
 class PixelTargets:
@@ -92,12 +84,9 @@ class PixelTargets:
         Predicting "zero", and "copy_previous", the previous block. With normalised pixels and MSE, zero costs
         about 1 (exactly (p-1)/p on a block that is not flat).
         """
-        # Position 0 is never predicted.
-        true = targets[:, 1:]
-        return {
-            "zero": self.losses(torch.zeros_like(true), true).mean(1),
-            "copy_previous": self.losses(targets[:, :-1], true).mean(1),
-        }
+        true = predicted(targets, self.config)
+        zero = {"zero": self.losses(torch.zeros_like(true), true).mean(1)}
+        return zero | copying(self, targets)
 
     def to_pixels(
         self,
@@ -242,12 +231,9 @@ class EmbeddingTargets:
 
     def reference_losses(self, targets: Float[Tensor, "b k m e"]) -> dict[str, Float[Tensor, " b"]]:
         """Predicting the "mean" direction of these targets, and "copy_previous", the previous block."""
-        true = targets[:, 1:]
+        true = predicted(targets, self.config)
         mean = normalize(targets, dim=-1).mean((0, 1, 2)).expand_as(true)
-        return {
-            "mean": self.losses(mean, true).mean(1),
-            "copy_previous": self.losses(targets[:, :-1], true).mean(1),
-        }
+        return {"mean": self.losses(mean, true).mean(1)} | copying(self, targets)
 
     def to_pixels(
         self,
@@ -306,9 +292,24 @@ def make_targets(config: ModelConfig) -> Targets:
     return KINDS[config.target](config)
 
 
+def predicted(targets: Shaped[Tensor, "b k *t"], config: ModelConfig) -> Shaped[Tensor, "b steps *t"]:
+    """Of the targets along the order those that the first output map predicts."""
+    _, first, number = config.steps(config.distances[0])
+    return targets[:, first : first + number]
+
+
+def copying(kind: Targets, targets: Float[Tensor, "b k *t"]) -> dict[str, Float[Tensor, " b"]]:
+    """The loss of predicting each block by the one before it; a masked block has none that is visible."""
+    if kind.config.mask_ratio is not None:
+        return {}
+    return {"copy_previous": kind.losses(targets[:, :-1], targets[:, 1:]).mean(1)}
+
+
 def spread(vectors: Float[Tensor, "*r e"]) -> float:
-    """Variance of directions, 1 - |mean unit vector|²: the mean of 1 - cosine over all pairs."""
-    return 1 - float(normalize(vectors.float(), dim=-1).flatten(0, -2).mean(0).square().sum())
+    """Variance of directions up to their sign: the mean of 1 - cosine² over all pairs; 0: all on one line."""
+    # Of the matrix of second moments, whose squared entries add up to the mean of cosine².
+    units = normalize(vectors.float(), dim=-1).flatten(0, -2)
+    return 1 - float((units.T @ units / len(units)).square().sum())
 
 
 # ------------------------------------------------------------------------------------- patches within a block
@@ -326,23 +327,6 @@ def join_patches(patches: Float[Tensor, "b k m q"], config: ModelConfig) -> Floa
     side = config.patch_size
     of_block = unpatchify(rearrange(patches, "b k m q -> (b k) m q"), pair(config.block_size), (side, side))
     return rearrange(of_block, "(b k) c h w -> b k (c h w)", b=len(patches))
-
-
-# -------------------------------------------------------------------------------------- normalised pixels
-
-
-def normalize_blocks(pixels: Float[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
-    """Subtract each row's mean, divide by its deviation (unbiased variance, eps 1e-6 inside the root)."""
-    # Each block by itself, so the target is the structure of a block and not how bright it is. Official XTRA
-    # and MAE use the unbiased variance, with eps inside the root.
-    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)
-    return (pixels - mean) * torch.rsqrt(variance + NORMALIZE_EPS)
-
-
-def denormalize_blocks(pixels: Float[Tensor, "*b p"], true: Float[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
-    """Give normalised rows the mean and deviation of the true ones."""
-    variance, mean = torch.var_mean(true, dim=-1, keepdim=True, correction=1)
-    return pixels * torch.sqrt(variance + NORMALIZE_EPS) + mean
 
 
 # ----------------------------------------------------------------------- prefixes, kept rows and their sum
@@ -395,99 +379,3 @@ def combine(
     # means: micro-batches and processes then add up to exactly the batch's loss.
     means = [part.sum() / divisor for part, divisor in zip(losses, divisors, strict=True)]
     return torch.stack(means).mean()
-
-
-# ------------------------------------------------------------------------------------------------ k-means
-
-
-class KMeansTokenizer(nn.Module):
-    """Tokens are the nearest of `vocab_size` centroids to each patch's normalised pixels.
-
-    The centroids are a buffer, so a model's file holds them; they are zero until a fit or a file fills them.
-    """
-
-    centroids: Float[Tensor, "v p"]
-
-    def __init__(self, vocab_size: int, in_chans: int, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        values = in_chans * patch_size**2
-        # A buffer: saved and moved with the model, and never changed by an optimizer.
-        self.register_buffer("centroids", torch.zeros(vocab_size, values, dtype=torch.float32))
-        self._seen_fitted = False
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether there are centroids; waits for the device."""
-        return bool(self.centroids.any())
-
-    def patches(self, images: Float[Tensor, "b c h w"]) -> Float32[Tensor, "b n p"]:
-        """Normalised patches in raster order: what is clustered."""
-        return normalize_blocks(patchify(images.float(), (self.patch_size, self.patch_size)))
-
-    @torch.no_grad()
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Int64[Tensor, "b i j"]:
-        """The tokens of images; `ValueError` before there are centroids."""
-        # Looking at the buffer waits for a GPU and breaks a compiled graph: once is enough, and a training
-        # run fits before it compiles.
-        if not torch.compiler.is_compiling() and not self._seen_fitted:
-            self._seen_fitted = self.is_fitted
-            require(
-                self._seen_fitted,
-                "the k-means tokenizer has no centroids yet; fit it on patches of the training images, "
-                "or load a model that was trained with one",
-            )
-        with torch.autocast(images.device.type, enabled=False):
-            patches = rearrange(self.patches(images), "b n p -> (b n) p")
-            tokens = nearest_centroids(patches, self.centroids.float())
-        rows, columns = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
-        return rearrange(tokens, "(b i j) -> b i j", i=rows, j=columns)
-
-
-def nearest_centroids(
-    points: Float[Tensor, "r p"], centroids: Float[Tensor, "v p"], max_distances: int = MAX_DISTANCES
-) -> Int64[Tensor, " r"]:
-    """The index of the centroid nearest to each point, the lowest of those equally near."""
-    # |x - c|² = |x|² - 2 x·c + |c|², whose first term is the same for all centroids. addmm makes one matrix
-    # of distances, not three, and points are split so that it holds at most `max_distances`.
-    offsets = centroids.square().sum(1)
-    size = max(1, max_distances // len(centroids))
-    nearest = [torch.addmm(offsets, part, centroids.T, alpha=-2).argmin(1) for part in points.split(size)]
-    return torch.cat(nearest)
-
-
-def fit_kmeans(patches: Float[Tensor, "r p"], vocab_size: int, seed: int) -> Float32[Tensor, "v p"]:
-    """Cluster a sample of patches: Lloyd's algorithm if that is affordable, else mini-batches.
-
-    The same patches and seed give the same centroids on the same machine. `ValueError` if the patches are too
-    few.
-    """
-    from sklearn.cluster import KMeans, MiniBatchKMeans  # a second, and needed only here
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    points = patches.detach().to("cpu", torch.float32).numpy()
-    # Clusters start at distinct patches in random order: many patches are flat, hence equal, and clusters
-    # that start at the same point stay empty.
-    shuffled = points[np.random.default_rng(seed % 2**32).permutation(len(points))]
-    _, distinct = np.unique(shuffled, axis=0, return_index=True)
-    require(
-        len(distinct) >= vocab_size,
-        f"{len(points)} patches hold only {len(distinct)} distinct ones, too few for {vocab_size} tokens; "
-        f"set model.vocab_size to at most {len(distinct)}, or use more images",
-    )
-    start = shuffled[np.sort(distinct)[:vocab_size]]
-    common: dict[str, Any] = {"init": start, "n_init": 1, "random_state": seed % 2**32}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a token that no patch has does no harm
-        if points.size * vocab_size <= MAX_LLOYD_PRODUCTS:
-            # One thread: several add their sums in any order, and the last digits would differ by run.
-            with threadpool_limits(1):
-                centroids = KMeans(vocab_size, max_iter=25, **common).fit(points).cluster_centers_
-        else:
-            # A fixed number of passes, as stopping early would depend on such a sum. No reassignment: it
-            # moves rare clusters onto random patches, mostly flat ones, and few tokens would be left.
-            common |= {"max_iter": 5, "max_no_improvement": None, "reassignment_ratio": 0.0}
-            batches = MiniBatchKMeans(vocab_size, batch_size=max(1024, vocab_size), **common)
-            centroids = batches.fit(points).cluster_centers_
-    return torch.from_numpy(np.asarray(centroids)).float().to(patches.device)

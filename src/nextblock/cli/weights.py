@@ -116,11 +116,17 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
         blocks = f"{config.num_blocks:,} ({by(config.block_grid)}) of {by(config.block_size)} patches"
         prefix = ", with a random prefix" if config.prefix else ""
         trained = f"{config.encoder_attention.replace('_', '-')}{prefix} in pre-training"
+        target = config.target
+        if config.mask_ratio is not None:
+            trained, target = "full in pre-training", f"{target} of {config.mask_ratio:.0%} masked blocks"
+        if config.teacher is not None:
+            target += f" of {config.teacher} (weights {config.teacher_digest})"
         heads = "" if "num_heads" in assumed else f", {counted(config.num_heads, 'head')}"
         facts += [
             ("patches", f"{config.num_patches:,} ({by(config.grid)}) of {by(config.patch_size)} px"),
             ("blocks", f"{blocks}, {by(config.block_px)} px, order {config.order}"),
             ("attention", f"{trained}; {config.feature_attention} for features"),
+            *([("predicts", target)] if can_predict else []),
             ("encoder", size + heads),
         ]
     facts.append(("parameters", "{} in the encoder, {} in all".format(*map(millions, numbers))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nextblock.checkpoint import digest_of
+from nextblock.checkpoint import CheckpointError, digest_of
 from nextblock.config import ModelConfig, pair
 from nextblock.errors import UsageError
 from nextblock.interop.load import official_data, open_encoder, recorded_data
 from nextblock.logs import counted
 from nextblock.models import EncoderModel, NextBlockModel
+from nextblock.models.timm_encoder import TimmConfig
+
+log = logging.getLogger(__name__)
 
 
 def with_teacher(config: ModelConfig) -> ModelConfig:
@@ -27,24 +31,36 @@ def with_teacher(config: ModelConfig) -> ModelConfig:
 
 
 def attach_teacher(
-    model: NextBlockModel, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+    model: NextBlockModel,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+    place: str | None = None,
 ) -> None:
     """Load the teacher whose features a model predicts; a model with another target is left as it is.
 
-    `mean` and `std` are those by which the model's images are normalised. A teacher of colour images sees
+    `mean` and `std` are those by which the model's images are normalised; `place` is where the teacher is, if
+    not where the model's settings say. A teacher of colour images sees
     grey ones as colour. Raises `UsageError` if the teacher's weights are not those that the model was trained
     with, or if it takes other channels or gives another width.
     """
     config = model.config
     if config.teacher is None or model.targets is None:
         return
-    teacher, _ = _open(config)
-    theirs = teacher.config
-    data = recorded_data(config.teacher) or official_data(theirs.image_size, theirs.in_chans)
+    # The teacher may have moved since the model was written.
+    teacher, _ = _open(config if place is None else replace(config, teacher=place))
+    theirs: Any = teacher.config
+    own = (theirs.mean, theirs.std) if isinstance(theirs, TimmConfig) else (None, None)
+    if None in own:
+        data = recorded_data(place or config.teacher)
+        if data is None:
+            log.warning("%s records no mean and deviation of its images; taking ImageNet's", config.teacher)
+            data = official_data(theirs.image_size, theirs.in_chans)
+        own = (data.mean, data.std)
     # As tensors on the device, so that no step waits for a copy.
     statistics = [
         torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)
-        for numbers in (mean, std, data.mean, data.std)
+        for numbers in (mean, std, *own)
     ]
     targets: Any = model.targets
     targets.teacher = _Teacher(teacher.to(device).eval().requires_grad_(requires_grad=False), *statistics)
@@ -53,7 +69,13 @@ def attach_teacher(
 def _open(config: ModelConfig) -> tuple[EncoderModel, str]:
     """The teacher of these settings, and the hash of its weights."""
     assert config.teacher is not None
-    teacher = open_encoder(config.teacher)
+    try:
+        teacher = open_encoder(config.teacher)
+    except (CheckpointError, UsageError) as error:
+        raise UsageError(
+            f"the teacher, model.teacher {config.teacher}, cannot be read: {error}. If it has moved, give "
+            "its new place: --model.teacher PLACE"
+        ) from error
     digest, theirs = digest_of(teacher.encoder), teacher.config
     if config.in_chans not in (1, theirs.in_chans):
         raise UsageError(

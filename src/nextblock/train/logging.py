@@ -137,7 +137,10 @@ LINE_EVERY_S = 10.0
 LINE_LETTERS = 80
 """Without a terminal: longest line."""
 
-WORDS = {"copy_previous": "copy", "val_loss": "val", "knn/top1": "kNN", "top1": "val top-1"}
+WORDS = {
+    **{"copy_previous": "copy", "loss_next": "next", "mean_loss": "mean now"},
+    **{"val_loss": "val", "knn/top1": "kNN", "top1": "val top-1"},
+}
 """Shorter names on the progress line."""
 
 
@@ -170,10 +173,10 @@ class Tick(NamedTuple):
 def losses_text(losses: dict[str, float], baselines: dict[str, float]) -> str:
     """The loss beside those of predictions that need no model, and what else was measured."""
     compare = ", ".join(f"{WORDS.get(name, name)} {loss:.2f}" for name, loss in baselines.items())
-    parts = []
+    parts, compared = [], "loss_next" if "loss_next" in losses else "loss"
     for name, value in losses.items():
         text = f"{value:.1%}" if name.endswith("top1") else f"{value:.4f}"
-        beside = f" ({compare})" if name == "loss" and compare else ""
+        beside = f" ({compare})" if name == compared and compare else ""
         parts.append(f"{WORDS.get(name, name)} {text}{beside}")
     return " · ".join(parts)
 

@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 BASELINE_IMAGES = 256
 
-SHOWN = ("loss", "val_loss", "knn/top1", "top1")
+SHOWN = ("loss", "loss_next", "mean_loss", "val_loss", "knn/top1", "top1")
 """What the screen shows of the measured values."""
 
 
@@ -96,7 +96,7 @@ class TrainResult:
     @property
     def warning(self) -> str | None:
         """Cause and remedy if the training loss is not below that of predicting zero, or all alike."""
-        return not_learned(self.losses.get("loss", math.nan), self.baselines)
+        return not_learned(self.losses, self.baselines)
 
 
 def train(
@@ -464,7 +464,7 @@ def train(
                     refuse_collapse(health, trainer.step, run, config)
                     trainer.window = Window()
                     # Told once, until the loss falls below; in the warm-up nothing is expected yet.
-                    warning = not_learned(values["loss"], baselines) if trainer.step > warmup else None
+                    warning = not_learned({**values, **health}, baselines) if trainer.step > warmup else None
                     if warning is not None and not is_behind:
                         log.warning("step %d: %s", trainer.step, warning)
                     is_behind = warning is not None

@@ -42,8 +42,11 @@ def opening_lines(
     return [*lines, f"resuming at step {trainer.step:,}"] if trainer.step else lines
 
 
-def not_learned(loss: float, references: dict[str, float]) -> str | None:
-    """Cause and remedy if a loss is not below that of predicting always the same; else None."""
+def not_learned(losses: dict[str, float], references: dict[str, float]) -> str | None:
+    """Cause and remedy if the loss is not below that of predicting always the same; else None."""
+    # If visible blocks are predicted too, theirs is another loss; if targets change, so does their mean.
+    loss = losses.get("loss_next", losses.get("loss", math.nan))
+    references = references | ({"mean": losses["mean_loss"]} if "mean_loss" in losses else {})
     words = {"zero": "zero", "uniform": "all alike", "chance": "all classes alike", "mean": "the mean vector"}
     found = [(value, words[name]) for name, value in references.items() if name in words]
     if not found or loss < found[0][0]:
@@ -64,8 +67,9 @@ def refuse_collapse(health: dict[str, float], step: int, run: RunDir, config: Ru
     if limit is not None and variance < limit:
         raise CollapseError(
             f"step {step}: the targets have collapsed. Their variance {variance:.2g} is below "
-            f"monitor.collapse {limit:g}: patch embeddings are nearly one vector, so the low loss means "
-            f"nothing. {remedy(run, config)}, or model.target pixels"
+            f"monitor.collapse {limit:g}: patch embeddings lie nearly on one line, so the low loss means "
+            f"nothing. Try a lower {config.flag('optim.lr')}, a longer {config.flag('optim.warmup')}, or "
+            f"model.target pixels; the checkpoints in {run.checkpoints} are of earlier steps"
         )
 
 

@@ -122,6 +122,8 @@ def process_settings(device: torch.device, *, deterministic: bool = False) -> It
         stack.enter_context(warnings.catch_warnings())
         # It warns of operations in place on what a sharded model gives back; we make none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        # Of a gradient with axes of length 1, such as a class token's, whose strides mean nothing.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         if libc is not None and hasattr(libc, "mallopt"):  # musl has none
             # By default glibc maps a large tensor afresh and unmaps it when it is freed, and the kernel
             # clears each page at the first touch: on a CPU a tenth of a training step and more. With the heap

@@ -29,11 +29,11 @@ from nextblock.data import (
 )
 from nextblock.errors import UsageError
 from nextblock.interop import attach_teacher, initialize
+from nextblock.kmeans import KMeansTokenizer
 from nextblock.models import NextBlockModel
 from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import build_optimizer
 from nextblock.targets import (
-    KMeansTokenizer,
     combine,
     count_kept_rows,
     draw_orders,
@@ -73,7 +73,7 @@ class Trainer(Learner):
         model.train()
         model.set_grad_checkpointing(config.train.activation_checkpointing)
         model.predictor_fp32 = config.train.predictor_fp32
-        attach_teacher(model, config.data.mean, config.data.std, device)
+        attach_teacher(model, config.data.mean, config.data.std, device, config.model.teacher)
         super().__init__(config, device, group, model, build_optimizer(model, config.optim), strategy)
         if config.train.compile and strategy != "fsdp":
             self._forward = torch.compile(model)
@@ -84,8 +84,8 @@ class Trainer(Learner):
         self.loader_options = {"drop_path_draws": 2 * config.model.depth if config.model.drop_path else 0}
         self.counted = config.model
         self._may_collapse = model.targets is not None and model.targets.may_collapse
-        self._last_targets: tuple[Tensor, Tensor] | None = None
-        """Those of the last micro-batch, and which of them count, if training could make them alike."""
+        self._last: list[tuple[Tensor, Tensor]] | None = None
+        """Targets of the last micro-batch, then the losses of each distance; and which of them count."""
         self.resume(checkpoint)
 
     # ------------------------------------------------------------------------------------------- the loss
@@ -107,8 +107,9 @@ class Trainer(Learner):
             own = self._orders_of(batch)
             prefix = self._prefix_lengths(batch)
             out = self._forward(images, order if own is None else own, prefix, draws, rope_scale)
-        if self._may_collapse:
-            self._last_targets = out.targets, out.kept
+        if self._may_collapse or self.config.model.predict_visible:
+            losses = [(part.block_loss.detach(), part.kept) for part in out.distances]
+            self._last = [(out.targets, out.kept), *losses]
         # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
         return combine([part.block_loss for part in out.distances], divisors)
 
@@ -199,21 +200,26 @@ class Trainer(Learner):
         return None if measured is None else ({"val_loss": measured[0]}, measured[1])
 
     def health(self) -> dict[str, float]:
-        """Variance and RankMe of the last targets if training changes these: the least of all ranks."""
-        if not self._may_collapse:
-            return {}
+        """Of the last micro-batch, the mean over ranks: how alike targets are, and parts of the loss."""
         found: dict[str, float] = {}
-        if self._last_targets is not None:
-            targets, kept = self._last_targets
+        if self._last is not None and self.config.model.predict_visible:
+            nearest, *_, visible = (losses[kept].mean().item() for losses, kept in self._last[1:])
+            found |= {"loss_next": nearest, "loss_visible": visible}
+        if self._last is not None and self._may_collapse:
+            targets, kept = self._last[0]
             vectors = targets[kept].flatten(0, -2)
             # From everywhere: those of one image or one place are more alike.
             chosen = torch.randperm(len(vectors), generator=torch.Generator("cpu").manual_seed(0))
             vectors = vectors[chosen[:HEALTH_VECTORS].to(vectors.device)].float().cpu()
-            found = dict.fromkeys(("target_variance", "target_rankme"), math.nan)
+            found |= dict.fromkeys(("target_variance", "target_rankme"), math.nan)
             if vectors.isfinite().all():  # else there are no singular values
-                found = {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
+                units = torch.nn.functional.normalize(vectors, dim=-1)
+                alike = torch.nn.functional.cosine_similarity(units.mean(0), units, dim=-1).mean()
+                found |= {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
+                found["mean_loss"] = 1 - alike.item()  # of predicting their mean now
         of_ranks = [of_rank for of_rank in self.group.gather(found) if of_rank]
-        return {name: min(of_rank[name] for of_rank in of_ranks) for name in (of_ranks or [{}])[0]}
+        names = (of_ranks or [{}])[0]
+        return {name: sum(of_rank[name] for of_rank in of_ranks) / len(of_ranks) for name in names}
 
     def describe(self) -> tuple[str, str]:
         """The sizes of encoder and predictor; an image's patches and blocks."""

@@ -116,7 +116,7 @@ def draw_sheet(look: Look, path: Path, titles: Sequence[str] | None) -> None:
     axes.tick_params(labelsize=7, length=2, width=0.5, color=MUTED, labelcolor=MUTED)
     # The rows' names at the left, the images' titles above them, their losses below.
     is_masked = look.config.mask_ratio is not None
-    predicted = "masked\nblocks" if is_masked else "next-block\nprediction"
+    predicted = "prediction of\nmasked blocks" if is_masked else "next-block\nprediction"
     for band in range(layout.bands):
         for panel, words in enumerate(("original", predicted, "absolute\nerror")):
             x, y = layout.cell(band * layout.columns, panel)
@@ -167,9 +167,11 @@ def _caption(look: Look) -> str:
     config = look.config
     size = f"block of {config.block_px[0]} x {config.block_px[1]} px"
     if config.mask_ratio is not None:
-        first = f"Each masked {size} is predicted from all blocks that are not masked (hatched)."
+        first = f"Each masked {size} is predicted from the visible blocks, which are hatched."
     else:
         order = "row by row" if look.is_raster else "in another order than row by row"
+        if config.order == "per_image":
+            order = "in one random order (training draws another for each image)"
         alone = (
             "is predicted from a class token alone"
             if config.class_token
