@@ -272,7 +272,7 @@ def test_only_what_does_not_decide_the_weights_is_free():
             free.append(dotted)
     unsaid = [name for name in free if not name.startswith(("checkpoint.", "monitor."))]
     places = ["data.train", "data.val", "data.workers", "data.max_bad_fraction", "data.cache_dir"]
-    assert unsaid == ["preset", *places, "data.cache_gb", "train.strategy", "train.device"]
+    assert unsaid == ["preset", "model.teacher", *places, "data.cache_gb", "train.strategy", "train.device"]
     assert len(free) - len(unsaid) == len(fields(CheckpointConfig)) + len(fields(MonitorConfig))
 
 

@@ -155,4 +155,6 @@ def _assumptions(config: RunConfig, found: dict[str, Any], gpu: Gpu, mfu: float)
     )
     if config.model.prefix:
         yield "prefixes have their mean length"
+    if config.model.teacher is not None:
+        yield "the teacher's forward pass and memory come on top: they are not counted"
     yield "nothing here was measured on a GPU"
