@@ -25,7 +25,7 @@ from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
 from nextblock.evaluate.knn import accuracies
 from nextblock.evaluate.settings import FewshotSettings, Shots
-from nextblock.evaluate.splits import Labelled, missing_note
+from nextblock.evaluate.splits import Labelled, source_notes
 from nextblock.logs import counted
 from nextblock.settings import from_dict
 from nextblock.tables import Column, lead, number, share
@@ -141,7 +141,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
         "num_images": {"test": images},
         "bad_images": opened.bad_counts(),
     }
-    notes = (_about(rows, images, config.draws), *verdict, *missing_note(sources))
+    notes = (_about(rows, images, config.draws), *verdict, *source_notes(sources))
     return Result(verb="fewshot", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
 
 
