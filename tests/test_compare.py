@@ -71,6 +71,15 @@ def test_baselines_that_are_not_beaten_are_named_once(run):
     assert note.endswith("start from another model's weights (pretrain --model.init).")
 
 
+def test_few_shot_is_left_out_and_noted_if_a_class_has_too_few_images(run):
+    settings = {**QUICK, "shots": "13", "baselines": False}
+    found = run("compare", **settings, methods=("knn", "fewshot"))
+    assert [row["method"] for row in found.rows] == ["kNN, k 20"]
+    assert found.notes[-1].endswith("draw at most 12 per class (--shots 12)")
+    with pytest.raises(UsageError, match="Labels 13 not measured"):
+        run("compare", **settings, methods=("fewshot",))
+
+
 # ------------------------------------------------------------------------------------------- a classifier
 
 

@@ -29,7 +29,7 @@ from nextblock.evaluate.evaluation import (
     evaluation,
 )
 from nextblock.evaluate.features import pooled
-from nextblock.evaluate.fewshot import fewshot
+from nextblock.evaluate.fewshot import TooFewImagesError, fewshot
 from nextblock.evaluate.knn import knn
 from nextblock.evaluate.metrics import Tally, paired
 from nextblock.evaluate.probe.heads import encoder_candidates
@@ -111,7 +111,9 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
     common |= {"model": model, "train": config.train, "baselines": config.baselines, "seed": config.seed}
     common["cache"] = config.cache or str(out / "features")
     heads: tuple[Any, ...] = tuple(one for one in config.methods if one in get_args(HeadName))
-    files = {f"{verb}/{verb}.json" for verb in ("probe" if one in heads else one for one in config.methods)}
+    # Few-shot may be impossible and then leaves no file; alone it encodes what it needs.
+    verbs = {"probe" if one in heads else one for one in config.methods} - {"fewshot"}
+    files = {f"{verb}/{verb}.json" for verb in verbs}
     if not all((out / file).is_file() for file in files):
         _encode(config, common, heads)
     found = []
@@ -121,7 +123,13 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             result = knn(**common, **place, test=config.test, k=(DEFAULT_K,))
             rows = [{**row, "method": f"kNN, k {row['k']}"} for row in result.rows]
         elif method == "fewshot":
-            result = fewshot(**common, **place, test=config.test, shots=(config.shots,))
+            try:
+                result = fewshot(**common, **place, test=config.test, shots=(config.shots,))
+            except TooFewImagesError as error:
+                if config.methods == ("fewshot",):
+                    raise
+                found.append(Result(verb=method, rows=(), notes=(str(error),)))
+                continue
             rows = [{**row, "method": f"{row['shots']} labels a class"} for row in result.rows]
         elif method in heads[:1]:
             result = probe(**common, **place, test=config.test, heads=heads, epochs=config.epochs)

@@ -36,6 +36,11 @@ C_GRID, DEFAULT_C = (1e-3, 1e-2, 1e-1, 1.0, 10.0), 1.0
 """Inverse strengths of the L2 penalty to choose among, and the one if there is nothing to choose by."""
 MAX_ITERATIONS = 1000
 
+
+class TooFewImagesError(UsageError):
+    """No number of labels that was asked for can be drawn."""
+
+
 COLUMNS = (
     Column("encoder", "features"),
     Column("shots", "labels", lambda shots, _: shots if shots.endswith("%") else f"{shots} a class"),
@@ -85,7 +90,7 @@ def fewshot(**settings: Any) -> Result:
 
     Rows: encoder, shots, train_images, top1 (mean over draws) and its standard error, balanced,
     draws (top-1 of each), top1_std (over draws), c (penalties), unconverged. Raises `UsageError` as `knn`,
-    and if a class has too few images.
+    and if a class has too few images for all `shots`; those that it has too few for are named in the notes.
     """
     config = from_dict(FewshotSettings, settings)
     with labelled_evaluation(config) as (opened, sources):
@@ -96,9 +101,14 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
     """Measure an open model on open sources, "train" and "test"."""
     train, test = sources["train"], sources["test"]
     seeds = [keyed_seed(config.seed, "few-shot draw", number) for number in range(config.draws)]
-    draws = {
-        text: [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds] for text in config.shots
-    }
+    draws, lacking = {}, []
+    for text in config.shots:
+        try:
+            draws[text] = [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds]
+        except UsageError as error:
+            lacking.append(f"Labels {text} not measured: {error} (--shots {np.bincount(train.labels).min()})")
+    if not draws:
+        raise TooFewImagesError("; ".join(lacking))
     drawn = np.unique(np.concatenate([numbers for of_shots in draws.values() for numbers in of_shots]))
     rows, rights, images = [], [], 0
     for encoder, tables in frozen_tables(opened, config, sources, train=drawn):
@@ -141,7 +151,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
         "num_images": {"test": images},
         "bad_images": opened.bad_counts(),
     }
-    notes = (_about(rows, images, config.draws), *verdict, *source_notes(sources))
+    notes = (_about(rows, images, config.draws), *verdict, *lacking, *source_notes(sources))
     return Result(verb="fewshot", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
 
 
