@@ -1,6 +1,7 @@
 """`nextblock eval`: methods and models in one table, each image encoded once; classifiers as they are."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from evaluating import toy_verb, written  # noqa: F401 - a fixture
 from nextblock.checkpoint import save_classifier, save_model
 from nextblock.cli import main
 from nextblock.errors import UsageError
+from nextblock.evaluate import compare
+from nextblock.evaluate.evaluation import Stopped
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from ranks import run_ranks
@@ -78,6 +81,15 @@ def test_few_shot_is_left_out_and_noted_if_a_class_has_too_few_images(run):
     assert found.notes[-1].endswith("draw at most 12 per class (--shots 12)")
     with pytest.raises(UsageError, match="Labels 13 not measured"):
         run("compare", **settings, methods=("fewshot",))
+
+
+def test_a_stop_without_a_directory_says_that_nothing_was_saved(run, monkeypatch):
+    def stop(**_):
+        raise Stopped(signal.SIGINT, "stopped by SIGINT; the same command resumes")
+
+    monkeypatch.setattr(compare, "knn", stop)
+    with pytest.raises(Stopped, match="stopped by SIGINT; nothing was saved; give --out"):
+        run("compare", **QUICK, methods=("knn",), baselines=False)
 
 
 # ------------------------------------------------------------------------------------------- a classifier

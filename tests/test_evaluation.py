@@ -206,7 +206,7 @@ def test_a_signal_stops_in_order_and_the_same_command_resumes(run, tmp_path, cap
 def test_without_a_directory_it_is_said_that_nothing_is_kept(knn):
     knn.sources["toy-0"] = source = Signals(48)
     source.number = signal.SIGTERM
-    with pytest.raises(Stopped, match="nothing is kept without --out or --cache") as caught:
+    with pytest.raises(Stopped, match="nothing was saved; give --out to be able to resume") as caught:
         knn(out=None, encode_batch_size=8)
     assert caught.value.signal == signal.SIGTERM
 

@@ -23,9 +23,11 @@ from nextblock.data import open_source
 from nextblock.evaluate.evaluation import (
     MODEL,
     NOT_BETTER,
+    NOT_SAVED,
     UNTRAINED,
     WHAT_TO_TRY,
     Result,
+    Stopped,
     evaluation,
 )
 from nextblock.evaluate.features import pooled
@@ -85,7 +87,12 @@ def compare(**settings: Any) -> Result:
             # Two models may end in the same name.
             name = f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', Path(model).name)}"
             measure = _score if config.train is None else _measure
-            found = measure(config, model, Path(scratch) / name)
+            try:
+                found = measure(config, model, Path(scratch) / name)
+            except Stopped as error:
+                if config.out is None and config.cache is None:  # scratch does not last
+                    raise Stopped(error.signal, f"stopped by {error.signal.name}; {NOT_SAVED}") from error
+                raise
             for result in found:
                 names = {"model": model} if len(config.model) > 1 else {}
                 rows += [{**names, **row} for row in result.rows]
@@ -167,11 +174,12 @@ def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[Any, .
                 opened.table(purpose, labelled.source, encoder, wanted, seed=config.seed)
 
 
-def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
+def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
     """The accuracy of a trained classifier as it is."""
     common = {name: getattr(config, name) for name in SHARED}
+    cache = config.cache or (config.out and str(out / "features"))
     settings = ScoreSettings(
-        model=model, head=config.head, probe_layers=config.probe_layers, cache=config.cache, **common
+        model=model, head=config.head, probe_layers=config.probe_layers, cache=cache, **common
     )
     with evaluation(settings, classifier=True) as opened:
         source = open_source(config.test, opened.data)
@@ -185,6 +193,8 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
         for some in np.split(indices, range(4096, len(indices), 4096)):
             tally.add(table.read(some), torch.from_numpy(truth[some]))
         opened.report_bad(None)
+    if config.cache is None:
+        shutil.rmtree(out, ignore_errors=True)  # it held nothing but the features
     measures = tally.measures()
     row = {"encoder": "model", "method": "its own classifier", **measures.row()}
     size, cut = pair(opened.model.config.image_size), opened.data

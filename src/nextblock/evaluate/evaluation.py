@@ -58,6 +58,7 @@ NOT_BETTER = "The model is not clearly better than"
 WHAT_TO_TRY = (
     ": train it longer, on more images, or start from another model's weights (pretrain --model.init)."
 )
+NOT_SAVED = "nothing was saved; give --out to be able to resume"
 QUARANTINE, RIGHTS = "quarantine.jsonl", "right.npz"
 SHOWN_BAD = 3
 PROGRESS_EVERY_S = 10.0
@@ -185,7 +186,7 @@ class Evaluation:
         if not self.group.any(self.stop):
             return
         names = [name for name in self.group.gather(self.stop.signal and self.stop.signal.name) if name]
-        kept = "the same command resumes" if self.features_dir else "nothing is kept without --out or --cache"
+        kept = "the same command resumes" if self.features_dir else NOT_SAVED
         with self.group.together():
             raise Stopped(signal.Signals[names[0]], f"stopped by {names[0]}; {kept}")
 
