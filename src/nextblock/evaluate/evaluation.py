@@ -132,8 +132,8 @@ def add_leads(
     """Give each baseline's row the model's lead over it; a sentence for each that the model does not beat.
 
     `rights` say of each row which images were classified correctly, or how often; rows are compared that
-    agree in `match`.
-    The lead is "lead" with its paired standard error "lead_se".
+    agree in `match`. The lead is "lead" with its paired standard error "lead_se". The sentence is about rows
+    marked "is_default" if there are any.
     """
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -142,10 +142,13 @@ def add_leads(
     pairs = list(zip(rows, rights, strict=True))
     ours = {key(row): right for row, right in pairs if row["encoder"] == MODEL}
     best: dict[str, tuple[float, float, float]] = {}
+    is_marked = any(row.get("is_default") for row in rows)
     for row, right in pairs:
         if row["encoder"] == MODEL:
             continue
         row["lead"], row["lead_se"] = paired(ours[key(row)], right)
+        if is_marked and not row["is_default"]:
+            continue
         found = (row["lead"] - 2 * row["lead_se"], row["lead"], row["lead_se"])
         best[row["encoder"]] = max(found, best.get(row["encoder"], found))
     unbeaten = [
