@@ -11,7 +11,7 @@ from nextblock.checkpoint import save_classifier, save_model
 from nextblock.cli import main
 from nextblock.errors import UsageError
 from nextblock.evaluate import compare
-from nextblock.evaluate.evaluation import Stopped
+from nextblock.evaluate.evaluation import SATURATED, Stopped
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from ranks import run_ranks
@@ -68,6 +68,8 @@ def test_models_are_compared_on_the_same_images(run, tmp_path):
 
 
 def test_baselines_that_are_not_beaten_are_named_once(run):
+    assert SATURATED in run("compare", **QUICK, methods=("knn", "fewshot")).notes
+    run.sources |= {"toy-0": ToySource(48, shuffled=True), "toy-1": ToySource(40, seed=1)}
     found = run("compare", **QUICK, methods=("knn", "fewshot"))
     (note,) = [note for note in found.notes if note.startswith("The model is not clearly better than")]
     assert "pixels 16x16 (kNN, k 20 " in note

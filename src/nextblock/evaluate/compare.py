@@ -24,6 +24,7 @@ from nextblock.evaluate.evaluation import (
     MODEL,
     NOT_BETTER,
     NOT_SAVED,
+    SATURATED,
     UNTRAINED,
     WHAT_TO_TRY,
     Result,
@@ -97,7 +98,7 @@ def compare(**settings: Any) -> Result:
                 names = {"model": model} if len(config.model) > 1 else {}
                 rows += [{**names, **row} for row in result.rows]
                 rights += result.rights
-                notes += [note for note in result.notes if not note.startswith(NOT_BETTER)]
+                notes += [note for note in result.notes if not note.startswith((NOT_BETTER, SATURATED))]
         _compare_with_first(rows, rights, next(iter(config.model)))
         notes = [*_not_better(rows), *notes]
         result = Result(
@@ -215,8 +216,9 @@ def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:
                 unbeaten.setdefault(row["encoder"], []).append(f"{row['method']} {100 * row['lead']:+.1f}")
         if unbeaten:
             which = " or ".join(f"{encoder} ({', '.join(points)})" for encoder, points in unbeaten.items())
-            claim = NOT_BETTER if model is None else NOT_BETTER.replace("The model", model)
-            yield f"{claim} {which}{WHAT_TO_TRY}"
+            is_saturated = all(row["top1"] == 1 for row in rows if row.get("model") == model)
+            note = SATURATED if is_saturated else f"{NOT_BETTER} {which}{WHAT_TO_TRY}"
+            yield note if model is None else note.replace("The model", model, 1)
 
 
 def _compare_with_first(rows: list[dict[str, Any]], rights: list[np.ndarray], first: str) -> None:

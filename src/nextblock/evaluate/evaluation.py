@@ -58,6 +58,9 @@ NOT_BETTER = "The model is not clearly better than"
 WHAT_TO_TRY = (
     ": train it longer, on more images, or start from another model's weights (pretrain --model.init)."
 )
+SATURATED = (
+    "The model and its baselines are all at 100 %: the test is too easy or too small to tell them apart."
+)
 NOT_SAVED = "nothing was saved; give --out to be able to resume"
 QUARANTINE, RIGHTS = "quarantine.jsonl", "right.npz"
 SHOWN_BAD = 3
@@ -156,6 +159,8 @@ def add_leads(
         for encoder, (least, lead, error) in best.items()
         if least <= 0
     ]
+    if unbeaten and all((right == 1).all() for row, right in pairs if not is_marked or row["is_default"]):
+        return [SATURATED]
     return [f"{NOT_BETTER} {' or '.join(unbeaten)}{WHAT_TO_TRY}"] if unbeaten else []
 
 
