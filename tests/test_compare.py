@@ -38,7 +38,9 @@ def test_all_methods_stand_in_one_table_as_each_gives_alone(run, tmp_path):
     probe = run("probe", train="toy-0", test="toy-1", epochs=2, out=str(tmp_path / "probe"))
     assert found.row(encoder="model", method="ep")["top1"] == probe.row(encoder="model", head="ep")["top1"]
     assert written(tmp_path / "eval" / "eval.json")["rows"] == json.loads(json.dumps(found.rows))
-    assert (tmp_path / "eval" / "eval.md").read_text().count("| linear |") == 4
+    text = (tmp_path / "eval" / "eval.md").read_text()
+    assert text.startswith(f"# eval of {tmp_path}/model.safetensors\n")
+    assert text.count("| linear |") == 4
     # The same command reads what is there.
     assert run("compare", **QUICK, out=str(tmp_path / "eval")).rows == found.rows
     assert not list((tmp_path / "eval").rglob("features.npy"))
@@ -73,6 +75,7 @@ def test_baselines_that_are_not_beaten_are_named_once(run):
     found = run("compare", **QUICK, methods=("knn", "fewshot"))
     (note,) = [note for note in found.notes if note.startswith("The model is not clearly better than")]
     assert "pixels 16x16 (kNN, k 20 " in note
+    assert found.notes[1] == "48 train images, 40 test images."
     assert note.endswith("start from another model's weights (pretrain --model.init).")
 
 

@@ -144,13 +144,15 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             rows = [{**row, "method": row["head"]} for row in result.rows]
         else:
             continue
+        numbers = {name: one["images"] for name, one in result.identity["sources"].items()}
+        images = ", ".join(counted(number, f"{name} image") for name, number in numbers.items())
         # All heads come from one probe; shown head by head, as the other methods are.
         order = sorted(range(len(rows)), key=lambda i: [*heads, None].index(rows[i].get("head")))
         found.append(
             Result(
                 verb=method,
                 rows=tuple(rows[i] for i in order),
-                notes=result.notes[1:],
+                notes=(f"{images}.", *result.notes[1:]),
                 rights=[result.rights[i] for i in order],
             )
         )

@@ -116,8 +116,9 @@ class Result:
     def markdown(self) -> str:
         """Title, table and notes in Markdown."""
         notes = "".join(f"\n{note}\n" for note in self.notes)
-        model = escape_markdown(str(self.identity["settings"]["model"]))
-        return f"# {self.verb} of {model}\n\n{self.table.markdown()}{notes}"
+        model = self.identity["settings"]["model"]
+        title = model if isinstance(model, str) else ", ".join(model)
+        return f"# {self.verb} of {escape_markdown(title)}\n\n{self.table.markdown()}{notes}"
 
     def write(self, out: Path) -> None:
         """Write VERB.csv, VERB.md and, last, VERB.json."""
