@@ -135,7 +135,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
                 {
                     "encoder": encoder,
                     "shots": text,
-                    "train_images": statistics.fmean(learned),
+                    "train_images": statistics.mean(learned),
                     "top1": statistics.fmean(top1),
                     "top1_se": None if spread is None else spread / len(top1) ** 0.5,
                     "top1_std": spread,
