@@ -94,6 +94,8 @@ class Result:
     """For each row, how often each test image was classified correctly, 0 to 1: for paired differences."""
     columns: Sequence[Column] = field(default=(), repr=False, compare=False)
     """How the rows are shown."""
+    brief: Table | None = field(default=None, repr=False, compare=False)
+    """What the terminal shows in place of the whole table."""
 
     def row(self, **values: Any) -> dict[str, Any]:
         """The first row that has these values."""
