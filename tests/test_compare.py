@@ -41,6 +41,7 @@ def test_all_methods_stand_in_one_table_as_each_gives_alone(run, tmp_path):
     text = (tmp_path / "eval" / "eval.md").read_text()
     assert text.startswith(f"# eval of {tmp_path}/model.safetensors\n")
     assert text.count("| linear |") == 4
+    assert "top-5" not in text  # four classes
     # The same command reads what is there.
     assert run("compare", **QUICK, out=str(tmp_path / "eval")).rows == found.rows
     assert not list((tmp_path / "eval").rglob("features.npy"))

@@ -79,6 +79,7 @@ def compare(**settings: Any) -> Result:
     rows: list[dict[str, Any]] = []
     rights: list[np.ndarray] = []
     notes: list[str] = []
+    num_classes = 0
     with ExitStack() as stack:
         is_main = find_world().rank == 0
         if config.out is not None and is_main:
@@ -95,6 +96,7 @@ def compare(**settings: Any) -> Result:
                     raise Stopped(error.signal, f"stopped by {error.signal.name}; {NOT_SAVED}") from error
                 raise
             for result in found:
+                num_classes = max(num_classes, result.facts.get("num_classes", 0))
                 names = {"model": model} if len(config.model) > 1 else {}
                 rows += [{**names, **row} for row in result.rows]
                 rights += result.rights
@@ -105,6 +107,7 @@ def compare(**settings: Any) -> Result:
             verb="eval",
             rows=tuple(rows),
             notes=tuple(dict.fromkeys(notes)),
+            facts={"num_classes": num_classes},
             identity={"settings": to_dict(config)},
             columns=COLUMNS,
         )
@@ -153,6 +156,7 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
                 verb=method,
                 rows=tuple(rows[i] for i in order),
                 notes=(f"{images}.", *result.notes[1:]),
+                facts={"num_classes": result.facts["num_classes"]},
                 rights=[result.rights[i] for i in order],
             )
         )
@@ -206,7 +210,8 @@ def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
         f"{cut.resize_px(size)} px (bicubic), {cut.val_crop} crop {size[0]}x{size[1]} px, mean "
         f"{typed(cut.mean)}, std {typed(cut.std)}."
     )
-    return [Result(verb="eval", rows=(row,), notes=(note,), rights=(measures.right,))]
+    facts = {"num_classes": num_classes}
+    return [Result(verb="eval", rows=(row,), notes=(note,), facts=facts, rights=(measures.right,))]
 
 
 def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -62,6 +62,7 @@ SATURATED = (
     "The model and its baselines are all at 100 %: the test is too easy or too small to tell them apart."
 )
 NOT_SAVED = "nothing was saved; give --out to be able to resume"
+TOP = 5
 QUARANTINE, RIGHTS = "quarantine.jsonl", "right.npz"
 SHOWN_BAD = 3
 PROGRESS_EVERY_S = 10.0
@@ -106,8 +107,9 @@ class Result:
 
     @property
     def table(self) -> Table:
-        """The rows as they are shown."""
-        return Table(self.rows, self.columns)
+        """The rows as they are shown; of five classes, each image's is among the five likeliest."""
+        has_top5 = self.facts.get("num_classes", TOP + 1) > TOP
+        return Table(self.rows, [one for one in self.columns if one.key != "top5" or has_top5])
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""

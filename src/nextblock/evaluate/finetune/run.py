@@ -355,7 +355,7 @@ def _measure(
                 f"{counted(len(train_on.source), 'image')} of {config.train}; {chosen}",
             )
             facts = {"class_names": names, "per_class": measures.per_class, "confusion": measures.confusion}
-            facts |= {"train_images": len(train_on.source)}
+            facts |= {"train_images": len(train_on.source), "num_classes": len(names)}
             with group.together():
                 if group.is_main:
                     save_classifier(out / "classifier", tuner.tuned.eval(), data=data)
