@@ -146,6 +146,9 @@ def test_too_many_unreadable_images_and_models_without_a_head_are_refused(classi
         classify()
     with pytest.raises(CheckpointError, match="holds no classification head"):
         run("classify", data="toy-0")
+    save_classifier(tmp_path / "probe" / "linear", classifier(), data=DATA)
+    with pytest.raises(UsageError, match=r"give --model .*probe/linear$"):
+        run("classify", data="toy-0", model=str(tmp_path / "probe"))
 
 
 @pytest.mark.parametrize(

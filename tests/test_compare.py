@@ -1,6 +1,7 @@
 """`nextblock eval`: methods and models in one table, each image encoded once; classifiers as they are."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from evaluating import toy_verb, written  # noqa: F401 - a fixture
 from nextblock.checkpoint import save_classifier, save_model
 from nextblock.cli import main
 from nextblock.errors import UsageError
+from nextblock.evaluate import compare
+from nextblock.evaluate.evaluation import SATURATED, Stopped
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from ranks import run_ranks
@@ -35,7 +38,10 @@ def test_all_methods_stand_in_one_table_as_each_gives_alone(run, tmp_path):
     probe = run("probe", train="toy-0", test="toy-1", epochs=2, out=str(tmp_path / "probe"))
     assert found.row(encoder="model", method="ep")["top1"] == probe.row(encoder="model", head="ep")["top1"]
     assert written(tmp_path / "eval" / "eval.json")["rows"] == json.loads(json.dumps(found.rows))
-    assert (tmp_path / "eval" / "eval.md").read_text().count("| linear |") == 4
+    text = (tmp_path / "eval" / "eval.md").read_text()
+    assert text.startswith(f"# eval of {tmp_path}/model.safetensors\n")
+    assert text.count("| linear |") == 4
+    assert "top-5" not in text  # four classes
     # The same command reads what is there.
     assert run("compare", **QUICK, out=str(tmp_path / "eval")).rows == found.rows
     assert not list((tmp_path / "eval").rglob("features.npy"))
@@ -65,10 +71,31 @@ def test_models_are_compared_on_the_same_images(run, tmp_path):
 
 
 def test_baselines_that_are_not_beaten_are_named_once(run):
+    assert SATURATED in run("compare", **QUICK, methods=("knn", "fewshot")).notes
+    run.sources |= {"toy-0": ToySource(48, shuffled=True), "toy-1": ToySource(40, seed=1)}
     found = run("compare", **QUICK, methods=("knn", "fewshot"))
     (note,) = [note for note in found.notes if note.startswith("The model is not clearly better than")]
     assert "pixels 16x16 (kNN, k 20 " in note
+    assert found.notes[1] == "48 train images, 40 test images."
     assert note.endswith("start from another model's weights (pretrain --model.init).")
+
+
+def test_few_shot_is_left_out_and_noted_if_a_class_has_too_few_images(run):
+    settings = {**QUICK, "shots": "13", "baselines": False}
+    found = run("compare", **settings, methods=("knn", "fewshot"))
+    assert [row["method"] for row in found.rows] == ["kNN, k 20"]
+    assert found.notes[-1].endswith("draw at most 12 per class (--shots 12)")
+    with pytest.raises(UsageError, match="Labels 13 not measured"):
+        run("compare", **settings, methods=("fewshot",))
+
+
+def test_a_stop_without_a_directory_says_that_nothing_was_saved(run, monkeypatch):
+    def stop(**_):
+        raise Stopped(signal.SIGINT, "stopped by SIGINT; the same command resumes")
+
+    monkeypatch.setattr(compare, "knn", stop)
+    with pytest.raises(Stopped, match="stopped by SIGINT; nothing was saved; give --out"):
+        run("compare", **QUICK, methods=("knn",), baselines=False)
 
 
 # ------------------------------------------------------------------------------------------- a classifier

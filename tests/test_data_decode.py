@@ -263,7 +263,7 @@ def test_16_bits_are_composited_then_rounded_in_parts_of_any_size(channels, orie
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"<html>404 not found</html>", "not an image of a known format"),
+        (b"<html>404 not found</html>", r"not an image of a known format \(it starts with '<html>40'\)"),
         (encode(photo(), "JPEG")[:-200], "truncated"),
         (encode(photo())[:-300], "truncated"),
         (b"\x89PNG\r\n\x1a\n", "truncated or corrupt"),

@@ -339,7 +339,7 @@ def test_cut_and_damaged_headers_are_refused_by_name_or_give_whole_images(tmp_pa
     [
         (b"", r"is empty \(0 bytes\); fetch or pack it again"),
         (gzip.compress(END, mtime=0), "unpack it if it is compressed"),
-        (b"<html>" * 200, r"is no plain tar \(it begins with b'<html><h'\)"),
+        (b"<html>" * 200, r"is no plain tar \(it starts with '<html><h'\)"),
         (END, "no images in .*: it is empty"),
         (member("n01.tar", b"x") + END, "no images in .*unpack a tar of tars"),
     ],

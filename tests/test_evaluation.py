@@ -126,6 +126,15 @@ def test_a_result_finds_its_rows_and_is_json_and_markdown():
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["rows"][0]["loss"] is None
 
 
+@pytest.mark.parametrize(("num_classes", "head"), [(5, ["top1"]), (6, ["top1", "top5"])])
+def test_top_5_is_shown_of_more_than_five_classes(num_classes, head):
+    columns = [Column("top1", "top1"), Column("top5", "top5")]
+    rows = ({"top1": 0.5, "top5": 1.0},)
+    assert (
+        Result(verb="knn", rows=rows, facts={"num_classes": num_classes}, columns=columns).table.head == head
+    )
+
+
 # -------------------------------------------------------------------------------- what a result is made of
 
 
@@ -206,7 +215,7 @@ def test_a_signal_stops_in_order_and_the_same_command_resumes(run, tmp_path, cap
 def test_without_a_directory_it_is_said_that_nothing_is_kept(knn):
     knn.sources["toy-0"] = source = Signals(48)
     source.number = signal.SIGTERM
-    with pytest.raises(Stopped, match="nothing is kept without --out or --cache") as caught:
+    with pytest.raises(Stopped, match="nothing was saved; give --out to be able to resume") as caught:
         knn(out=None, encode_batch_size=8)
     assert caught.value.signal == signal.SIGTERM
 

@@ -139,6 +139,10 @@ def test_a_draw_without_a_readable_image_of_a_class_is_refused(run):
         run("fewshot", train="toy-0", test="toy-1", shots=("1",), draws=1, baselines=False)
 
 
-def test_more_images_than_a_class_has_are_refused(run):
-    with pytest.raises(UsageError, match="toy-0"):
-        run("fewshot", train="toy-0", test="toy-1", shots=("13",))
+def test_more_images_than_a_class_has_are_left_out_and_refused_if_nothing_is_left(run):
+    usual = {"train": "toy-0", "test": "toy-1", "draws": 1, "baselines": False}
+    found = run("fewshot", **usual, shots=("1", "13"))
+    assert [row["shots"] for row in found.rows] == ["1"]
+    assert "Labels 13 not measured: 'toy-0' has classes of fewer than 13 images" in found.notes[-1]
+    with pytest.raises(UsageError, match=r"\(--shots 12\)"):
+        run("fewshot", **usual, shots=("13",))

@@ -14,7 +14,7 @@ import ranks
 from evaluating import toy_table, toy_verb, written  # noqa: F401 - a fixture
 from nextblock.cli import main
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import BASELINES, MODEL, add_leads
+from nextblock.evaluate.evaluation import BASELINES, MODEL, SATURATED, add_leads
 from nextblock.evaluate.features import small_pixels_extract
 from nextblock.evaluate.knn import knn_predict, nearest_neighbours, predict_all
 from nextblock.evaluate.metrics import paired
@@ -145,6 +145,9 @@ def test_leads_compare_equal_settings_and_baselines_that_are_as_good_are_named()
     assert "not clearly better than untrained (+12.5 ± 12.5 points)" in note
     assert "pixels" not in note
     assert add_leads(rows[:1] + rows[4:5], [rights[0], rights[4]], match=("k",)) == []
+    (note,) = add_leads([{**row, "is_default": row["k"] == 2} for row in rows], rights, match=("k",))
+    assert "untrained (-12.5 ± 12.5 points) or pixels 16x16 (-87.5" in note
+    assert add_leads(rows[::2], [np.ones(8, dtype=bool)] * 3, match=("k",)) == [SATURATED]
 
 
 def test_one_readable_image_has_no_neighbour(run):

@@ -9,7 +9,7 @@ from torch import nn
 
 from nextblock.config import ModelConfig
 from nextblock.errors import UsageError
-from nextblock.evaluate.probe.heads import Grid, encoder_candidates
+from nextblock.evaluate.probe.heads import Grid, encoder_candidates, rate_notes
 from nextblock.evaluate.probe.settings import ProbeSettings
 from nextblock.interop import open_encoder
 from nextblock.models.next_block import NextBlockModel
@@ -138,6 +138,16 @@ def test_what_is_given_stays():
 
 
 # --------------------------------------------------------------------------------------------- the training
+
+
+def test_a_best_rate_at_the_end_of_the_grid_is_noted_unless_one_inside_is_as_good():
+    def row(lr, top1):
+        return {"encoder": "model", "head": "linear", "lr": lr, "top1": top1, "is_diverged": False}
+
+    for inside, notes in ((0.8, 1), (0.9, 0)):
+        grid = [row(1e-3, 0.9), row(1e-2, inside), row(1e-1, 0.1)]
+        grid = [{**one, "is_winner": one["lr"] == 1e-3} for one in grid]
+        assert len(rate_notes(grid, [1e-3, 1e-2, 1e-1])) == notes
 
 
 def test_every_head_of_a_grid_is_bit_for_bit_the_head_trained_alone():

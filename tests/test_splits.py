@@ -9,7 +9,7 @@ from PIL import Image
 from nextblock.config import DataConfig
 from nextblock.errors import UsageError
 from nextblock.evaluate import splits
-from nextblock.evaluate.splits import hold_out, missing_note, open_labelled
+from nextblock.evaluate.splits import hold_out, open_labelled, source_notes
 from toy import DATA, ToySource
 
 
@@ -41,13 +41,13 @@ def test_classes_are_matched_by_name_whatever_their_order(known):
     assert found["train"].labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert found["test"].labels.tolist() == [3, 1, 2, 0, 3, 1, 2, 0]
     assert found["test"].missing == ()
-    assert missing_note(found) == []
+    assert source_notes(found) == []
 
 
 def test_classes_without_an_image_are_named(known):
     found = known(ToySource(8, class_names=("a", "b", "c", "d")), ToySource(2, seed=1))
     assert found["test"].missing == ("c", "d")
-    assert missing_note(found) == ["toy-1 has no image of 2 classes of train: c, d"]
+    assert source_notes(found) == ["toy-1 has no image of 2 classes of train: c, d"]
 
 
 def test_a_class_that_train_lacks_is_refused(known):
@@ -82,8 +82,11 @@ def test_images_that_are_in_both_are_warned_of_under_whatever_name(tmp_path, cap
     ]
     for train, test, words in pairs:
         caplog.clear()
-        open_labelled({"train": train, "test": test}, DataConfig())
+        splits.warn_once.cache_clear()
+        for _ in range(2):
+            found = open_labelled({"train": train, "test": test}, DataConfig())
         (warning,) = caplog.messages
+        assert source_notes(found) == [warning]
         assert words in warning
         assert "are also in train: accuracy on them says nothing about new images" in warning
     caplog.clear()

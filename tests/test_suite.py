@@ -112,6 +112,8 @@ def test_the_list_shows_what_is_found_how_it_differs_and_how_to_get_the_others(t
     assert str(tmp_path) in notes["pets"]
     assert len(notes) == len(BENCHMARKS) - 3
     assert [row["found"] for row in list_benchmarks(None, ("pets",)).rows] == [None]
+    with pytest.raises(UsageError, match="there is no directory"):
+        list_benchmarks(str(tmp_path / "none"), None)
 
 
 # ---------------------------------------------------------------------------------------------- end to end
@@ -211,6 +213,10 @@ def test_one_that_fails_stops_no_other_and_the_command_returns_1(run, tmp_path, 
     assert "DTD failed: " in capsys.readouterr().out
     copies.dtd(tmp_path / "data", 47)
     assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "DTD" in printed
+    assert "CIFAR" not in printed
+    assert "| CIFAR-10 |" in (tmp_path / "out" / "suite.md").read_text()
     assert probed == ["dtd", "camelyon17", "dtd", "dtd"]
 
 

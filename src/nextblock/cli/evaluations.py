@@ -60,7 +60,7 @@ def _run(
         say(f"{result.path}: {shape} features, {result.about['bad']} unreadable")
         end = {"out": str(result.path), "shape": result.features.shape, "bad": result.about["bad"]}
     else:
-        result.table.print()
+        (result.brief or result.table).print()
         say(*result.notes)
         end = result.as_dict()
     code = after(result, Path(values["out"])) if after is not None else None

@@ -140,7 +140,7 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
             if name == "JPEG":  # its factory would also look for the further pictures of an MPO
                 return JpegImagePlugin.JpegImageFile(io.BytesIO(content), "")
             return parse(io.BytesIO(_without_texts(content) if name == "PNG" else content), "")
-    raise BadImageError(f"not an image of a known format (it begins with {content[:8]!r})")
+    raise BadImageError(f"not an image of a known format (it starts with {repr(content[:8])[1:]})")
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from nextblock.atomic import write_aside
 from nextblock.data import Source, open_source
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import Result, evaluation
+from nextblock.evaluate.evaluation import TOP, Result, evaluation
 from nextblock.evaluate.files import pyarrow, write_parquet
 from nextblock.evaluate.metrics import Tally
 from nextblock.evaluate.settings import ClassifySettings
@@ -26,7 +26,7 @@ from nextblock.settings import from_dict
 from nextblock.tables import Column, end_of, percent, safe_cell
 
 CHUNK = 4096
-SHOWN, SHOWN_CLASSES, NAME_LETTERS = 10, 3, 32
+SHOWN, SHOWN_CLASSES, NAME_LETTERS = 10, 3, 60
 
 
 def classify(**settings: Any) -> Result:
@@ -49,9 +49,15 @@ def classify(**settings: Any) -> Result:
             indices = table.readable()
             rows = _Rows(table, classifier, source, config.top)
             truth = classes_of(source, classifier.class_names)
-            facts = {"num_images": len(indices), "bad_images": opened.bad_counts(), "measures": None}
+            num_classes = classifier.head_config.num_classes
+            facts = {
+                "num_classes": num_classes,
+                "num_images": len(indices),
+                "bad_images": opened.bad_counts(),
+                "measures": None,
+            }
             if truth is not None:
-                tally = Tally(classifier.head_config.num_classes, confusion=False)
+                tally = Tally(num_classes, confusion=False)
                 for chosen in np.array_split(indices, -(-len(indices) // CHUNK)):
                     tally.add(table.read(chosen), torch.from_numpy(truth[chosen]))
                 facts["measures"] = tally.measures().row()
@@ -126,10 +132,10 @@ def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool)
         yield f"{counted(more, 'more image')}; --out FILE.csv writes all"
     found = facts["measures"]
     if found is not None:
-        top5, balanced = (percent(found[name], {}) for name in ("top5", "balanced"))
+        top5 = f"top-5 {percent(found['top5'], {})} %, " if facts["num_classes"] > TOP else ""
         yield (
-            f"top-1 {percent(found['top1'], found, 'top1')} %, top-5 {top5} %, balanced {balanced} % of "
-            f"{counted(found['images'], 'labelled image')}"
+            f"top-1 {percent(found['top1'], found, 'top1')} %, {top5}balanced "
+            f"{percent(found['balanced'], {})} % of {counted(found['images'], 'labelled image')}"
         )
     elif has_labels:
         yield "No accuracy: the classifier does not know all of these images' classes."

@@ -23,13 +23,16 @@ from nextblock.data import open_source
 from nextblock.evaluate.evaluation import (
     MODEL,
     NOT_BETTER,
+    NOT_SAVED,
+    SATURATED,
     UNTRAINED,
     WHAT_TO_TRY,
     Result,
+    Stopped,
     evaluation,
 )
 from nextblock.evaluate.features import pooled
-from nextblock.evaluate.fewshot import fewshot
+from nextblock.evaluate.fewshot import TooFewImagesError, fewshot
 from nextblock.evaluate.knn import knn
 from nextblock.evaluate.metrics import Tally, paired
 from nextblock.evaluate.probe.heads import encoder_candidates
@@ -76,6 +79,7 @@ def compare(**settings: Any) -> Result:
     rows: list[dict[str, Any]] = []
     rights: list[np.ndarray] = []
     notes: list[str] = []
+    num_classes = 0
     with ExitStack() as stack:
         is_main = find_world().rank == 0
         if config.out is not None and is_main:
@@ -85,18 +89,25 @@ def compare(**settings: Any) -> Result:
             # Two models may end in the same name.
             name = f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', Path(model).name)}"
             measure = _score if config.train is None else _measure
-            found = measure(config, model, Path(scratch) / name)
+            try:
+                found = measure(config, model, Path(scratch) / name)
+            except Stopped as error:
+                if config.out is None and config.cache is None:  # scratch does not last
+                    raise Stopped(error.signal, f"stopped by {error.signal.name}; {NOT_SAVED}") from error
+                raise
             for result in found:
+                num_classes = max(num_classes, result.facts.get("num_classes", 0))
                 names = {"model": model} if len(config.model) > 1 else {}
                 rows += [{**names, **row} for row in result.rows]
                 rights += result.rights
-                notes += [note for note in result.notes if not note.startswith(NOT_BETTER)]
+                notes += [note for note in result.notes if not note.startswith((NOT_BETTER, SATURATED))]
         _compare_with_first(rows, rights, next(iter(config.model)))
         notes = [*_not_better(rows), *notes]
         result = Result(
             verb="eval",
             rows=tuple(rows),
             notes=tuple(dict.fromkeys(notes)),
+            facts={"num_classes": num_classes},
             identity={"settings": to_dict(config)},
             columns=COLUMNS,
         )
@@ -111,7 +122,9 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
     common |= {"model": model, "train": config.train, "baselines": config.baselines, "seed": config.seed}
     common["cache"] = config.cache or str(out / "features")
     heads: tuple[Any, ...] = tuple(one for one in config.methods if one in get_args(HeadName))
-    files = {f"{verb}/{verb}.json" for verb in ("probe" if one in heads else one for one in config.methods)}
+    # Few-shot may be impossible and then leaves no file; alone it encodes what it needs.
+    verbs = {"probe" if one in heads else one for one in config.methods} - {"fewshot"}
+    files = {f"{verb}/{verb}.json" for verb in verbs}
     if not all((out / file).is_file() for file in files):
         _encode(config, common, heads)
     found = []
@@ -121,20 +134,29 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             result = knn(**common, **place, test=config.test, k=(DEFAULT_K,))
             rows = [{**row, "method": f"kNN, k {row['k']}"} for row in result.rows]
         elif method == "fewshot":
-            result = fewshot(**common, **place, test=config.test, shots=(config.shots,))
+            try:
+                result = fewshot(**common, **place, test=config.test, shots=(config.shots,))
+            except TooFewImagesError as error:
+                if config.methods == ("fewshot",):
+                    raise
+                found.append(Result(verb=method, rows=(), notes=(str(error),)))
+                continue
             rows = [{**row, "method": f"{row['shots']} labels a class"} for row in result.rows]
         elif method in heads[:1]:
             result = probe(**common, **place, test=config.test, heads=heads, epochs=config.epochs)
             rows = [{**row, "method": row["head"]} for row in result.rows]
         else:
             continue
+        numbers = {name: one["images"] for name, one in result.identity["sources"].items()}
+        images = ", ".join(counted(number, f"{name} image") for name, number in numbers.items())
         # All heads come from one probe; shown head by head, as the other methods are.
         order = sorted(range(len(rows)), key=lambda i: [*heads, None].index(rows[i].get("head")))
         found.append(
             Result(
                 verb=method,
                 rows=tuple(rows[i] for i in order),
-                notes=result.notes[1:],
+                notes=(f"{images}.", *result.notes[1:]),
+                facts={"num_classes": result.facts["num_classes"]},
                 rights=[result.rights[i] for i in order],
             )
         )
@@ -159,11 +181,12 @@ def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[Any, .
                 opened.table(purpose, labelled.source, encoder, wanted, seed=config.seed)
 
 
-def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
+def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
     """The accuracy of a trained classifier as it is."""
     common = {name: getattr(config, name) for name in SHARED}
+    cache = config.cache or (config.out and str(out / "features"))
     settings = ScoreSettings(
-        model=model, head=config.head, probe_layers=config.probe_layers, cache=config.cache, **common
+        model=model, head=config.head, probe_layers=config.probe_layers, cache=cache, **common
     )
     with evaluation(settings, classifier=True) as opened:
         source = open_source(config.test, opened.data)
@@ -177,6 +200,8 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
         for some in np.split(indices, range(4096, len(indices), 4096)):
             tally.add(table.read(some), torch.from_numpy(truth[some]))
         opened.report_bad(None)
+    if config.cache is None:
+        shutil.rmtree(out, ignore_errors=True)  # it held nothing but the features
     measures = tally.measures()
     row = {"encoder": "model", "method": "its own classifier", **measures.row()}
     size, cut = pair(opened.model.config.image_size), opened.data
@@ -185,7 +210,8 @@ def _score(config: CompareSettings, model: str, _: Path) -> list[Result]:
         f"{cut.resize_px(size)} px (bicubic), {cut.val_crop} crop {size[0]}x{size[1]} px, mean "
         f"{typed(cut.mean)}, std {typed(cut.std)}."
     )
-    return [Result(verb="eval", rows=(row,), notes=(note,), rights=(measures.right,))]
+    facts = {"num_classes": num_classes}
+    return [Result(verb="eval", rows=(row,), notes=(note,), facts=facts, rights=(measures.right,))]
 
 
 def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -197,8 +223,9 @@ def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:
                 unbeaten.setdefault(row["encoder"], []).append(f"{row['method']} {100 * row['lead']:+.1f}")
         if unbeaten:
             which = " or ".join(f"{encoder} ({', '.join(points)})" for encoder, points in unbeaten.items())
-            claim = NOT_BETTER if model is None else NOT_BETTER.replace("The model", model)
-            yield f"{claim} {which}{WHAT_TO_TRY}"
+            is_saturated = all(row["top1"] == 1 for row in rows if row.get("model") == model)
+            note = SATURATED if is_saturated else f"{NOT_BETTER} {which}{WHAT_TO_TRY}"
+            yield note if model is None else note.replace("The model", model, 1)
 
 
 def _compare_with_first(rows: list[dict[str, Any]], rights: list[np.ndarray], first: str) -> None:

@@ -58,6 +58,11 @@ NOT_BETTER = "The model is not clearly better than"
 WHAT_TO_TRY = (
     ": train it longer, on more images, or start from another model's weights (pretrain --model.init)."
 )
+SATURATED = (
+    "The model and its baselines are all at 100 %: the test is too easy or too small to tell them apart."
+)
+NOT_SAVED = "nothing was saved; give --out to be able to resume"
+TOP = 5
 QUARANTINE, RIGHTS = "quarantine.jsonl", "right.npz"
 SHOWN_BAD = 3
 PROGRESS_EVERY_S = 10.0
@@ -90,6 +95,8 @@ class Result:
     """For each row, how often each test image was classified correctly, 0 to 1: for paired differences."""
     columns: Sequence[Column] = field(default=(), repr=False, compare=False)
     """How the rows are shown."""
+    brief: Table | None = field(default=None, repr=False, compare=False)
+    """What the terminal shows in place of the whole table."""
 
     def row(self, **values: Any) -> dict[str, Any]:
         """The first row that has these values."""
@@ -100,8 +107,9 @@ class Result:
 
     @property
     def table(self) -> Table:
-        """The rows as they are shown."""
-        return Table(self.rows, self.columns)
+        """The rows as they are shown; of five classes, each image's is among the five likeliest."""
+        has_top5 = self.facts.get("num_classes", TOP + 1) > TOP
+        return Table(self.rows, [one for one in self.columns if one.key != "top5" or has_top5])
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -112,8 +120,9 @@ class Result:
     def markdown(self) -> str:
         """Title, table and notes in Markdown."""
         notes = "".join(f"\n{note}\n" for note in self.notes)
-        model = escape_markdown(str(self.identity["settings"]["model"]))
-        return f"# {self.verb} of {model}\n\n{self.table.markdown()}{notes}"
+        model = self.identity["settings"]["model"]
+        title = model if isinstance(model, str) else ", ".join(model)
+        return f"# {self.verb} of {escape_markdown(title)}\n\n{self.table.markdown()}{notes}"
 
     def write(self, out: Path) -> None:
         """Write VERB.csv, VERB.md and, last, VERB.json."""
@@ -131,8 +140,8 @@ def add_leads(
     """Give each baseline's row the model's lead over it; a sentence for each that the model does not beat.
 
     `rights` say of each row which images were classified correctly, or how often; rows are compared that
-    agree in `match`.
-    The lead is "lead" with its paired standard error "lead_se".
+    agree in `match`. The lead is "lead" with its paired standard error "lead_se". The sentence is about rows
+    marked "is_default" if there are any.
     """
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -141,10 +150,13 @@ def add_leads(
     pairs = list(zip(rows, rights, strict=True))
     ours = {key(row): right for row, right in pairs if row["encoder"] == MODEL}
     best: dict[str, tuple[float, float, float]] = {}
+    is_marked = any(row.get("is_default") for row in rows)
     for row, right in pairs:
         if row["encoder"] == MODEL:
             continue
         row["lead"], row["lead_se"] = paired(ours[key(row)], right)
+        if is_marked and not row["is_default"]:
+            continue
         found = (row["lead"] - 2 * row["lead_se"], row["lead"], row["lead_se"])
         best[row["encoder"]] = max(found, best.get(row["encoder"], found))
     unbeaten = [
@@ -152,6 +164,8 @@ def add_leads(
         for encoder, (least, lead, error) in best.items()
         if least <= 0
     ]
+    if unbeaten and all((right == 1).all() for row, right in pairs if not is_marked or row["is_default"]):
+        return [SATURATED]
     return [f"{NOT_BETTER} {' or '.join(unbeaten)}{WHAT_TO_TRY}"] if unbeaten else []
 
 
@@ -185,7 +199,7 @@ class Evaluation:
         if not self.group.any(self.stop):
             return
         names = [name for name in self.group.gather(self.stop.signal and self.stop.signal.name) if name]
-        kept = "the same command resumes" if self.features_dir else "nothing is kept without --out or --cache"
+        kept = "the same command resumes" if self.features_dir else NOT_SAVED
         with self.group.together():
             raise Stopped(signal.Signals[names[0]], f"stopped by {names[0]}; {kept}")
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig
 from nextblock.evaluate.layers import layer_choices
+from nextblock.evaluate.probe.settings import HeadName
 from nextblock.evaluate.settings import EvalSettings, FrozenSettings, SearchSettings
 from nextblock.evaluate.table import Extract
 from nextblock.interop import load_classifier, open_encoder
@@ -34,7 +35,7 @@ from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import FeatureConfig, ImageClassifier, pool_features
 from nextblock.models.timm_encoder import TimmConfig
-from nextblock.settings import from_dict
+from nextblock.settings import from_dict, require
 from nextblock.train.runtime import autocast
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,9 @@ def open_model(
 
 def open_classifier(config: Any) -> ImageClassifier:
     """Open the classifier that a config names; `CheckpointError` if it is a model without a head."""
+    place = Path(config.model).expanduser()
+    probed = [str(place / name) for name in get_args(HeadName) if (place / name / MODEL_FILE).is_file()]
+    require(not probed, f"{place} holds the heads of a probe; give --model {' or '.join(probed)}")
     return load_classifier(
         classifier_directory(config.model),
         config.head,

@@ -25,7 +25,7 @@ from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
 from nextblock.evaluate.knn import accuracies
 from nextblock.evaluate.settings import FewshotSettings, Shots
-from nextblock.evaluate.splits import Labelled, missing_note
+from nextblock.evaluate.splits import Labelled, source_notes
 from nextblock.logs import counted
 from nextblock.settings import from_dict
 from nextblock.tables import Column, lead, number, share
@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 C_GRID, DEFAULT_C = (1e-3, 1e-2, 1e-1, 1.0, 10.0), 1.0
 """Inverse strengths of the L2 penalty to choose among, and the one if there is nothing to choose by."""
 MAX_ITERATIONS = 1000
+
+
+class TooFewImagesError(UsageError):
+    """No number of labels that was asked for can be drawn."""
+
 
 COLUMNS = (
     Column("encoder", "features"),
@@ -85,7 +90,7 @@ def fewshot(**settings: Any) -> Result:
 
     Rows: encoder, shots, train_images, top1 (mean over draws) and its standard error, balanced,
     draws (top-1 of each), top1_std (over draws), c (penalties), unconverged. Raises `UsageError` as `knn`,
-    and if a class has too few images.
+    and if a class has too few images for all `shots`; those that it has too few for are named in the notes.
     """
     config = from_dict(FewshotSettings, settings)
     with labelled_evaluation(config) as (opened, sources):
@@ -96,9 +101,14 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
     """Measure an open model on open sources, "train" and "test"."""
     train, test = sources["train"], sources["test"]
     seeds = [keyed_seed(config.seed, "few-shot draw", number) for number in range(config.draws)]
-    draws = {
-        text: [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds] for text in config.shots
-    }
+    draws, lacking = {}, []
+    for text in config.shots:
+        try:
+            draws[text] = [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds]
+        except UsageError as error:
+            lacking.append(f"Labels {text} not measured: {error} (--shots {np.bincount(train.labels).min()})")
+    if not draws:
+        raise TooFewImagesError("; ".join(lacking))
     drawn = np.unique(np.concatenate([numbers for of_shots in draws.values() for numbers in of_shots]))
     rows, rights, images = [], [], 0
     for encoder, tables in frozen_tables(opened, config, sources, train=drawn):
@@ -125,7 +135,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
                 {
                     "encoder": encoder,
                     "shots": text,
-                    "train_images": statistics.fmean(learned),
+                    "train_images": statistics.mean(learned),
                     "top1": statistics.fmean(top1),
                     "top1_se": None if spread is None else spread / len(top1) ** 0.5,
                     "top1_std": spread,
@@ -141,7 +151,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
         "num_images": {"test": images},
         "bad_images": opened.bad_counts(),
     }
-    notes = (_about(rows, images, config.draws), *verdict, *missing_note(sources))
+    notes = (_about(rows, images, config.draws), *verdict, *lacking, *source_notes(sources))
     return Result(verb="fewshot", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
 
 

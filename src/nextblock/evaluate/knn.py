@@ -21,7 +21,7 @@ from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
 from nextblock.evaluate.metrics import standard_error
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
-from nextblock.evaluate.splits import Labelled, missing_note
+from nextblock.evaluate.splits import Labelled, source_notes
 from nextblock.logs import counted
 from nextblock.settings import from_dict
 from nextblock.tables import Column, lead, number, share
@@ -195,7 +195,7 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
     return Result(
         verb="knn",
         rows=tuple(rows),
-        notes=(about, *verdict, *missing_note(sources)),
+        notes=(about, *verdict, *source_notes(sources)),
         facts=facts,
         rights=rights,
     )

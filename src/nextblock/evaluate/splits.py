@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ from nextblock.logs import counted
 from nextblock.settings import require
 
 log = logging.getLogger(__name__)
-
+warn_once = cache(log.warning)
+"""A command may open its sources several times."""
 
 AS_LOGITS = (
     "name its classes as the images' folders do, one a line in the order of its logits: --classes FILE"
@@ -37,10 +39,12 @@ class Labelled(NamedTuple):
     labels: Int64[np.ndarray, " n"]
     missing: tuple[str, ...] = ()
     """Classes of train that have no image here."""
+    overlaps: tuple[str, ...] = ()
+    """Sentences about images of other sources that are also here."""
 
 
 def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str, Labelled]:
-    """Open the sources that are given, by purpose; "train" is the first. Warns of images in two of them.
+    """Open the sources that are given, by purpose; "train" is the first. Warns once of images in two.
 
     Raises `UsageError` if one has no labels, if train has a single class, or if another one has a class that
     train lacks.
@@ -61,10 +65,12 @@ def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str
                     if shared.pairs
                     else "all images"
                 )
-                log.warning(
-                    "%s of %s %s are also in %s: accuracy on them says nothing about new images",
-                    which, purpose, sources[purpose].spec, other,
-                )  # fmt: skip
+                note = (
+                    f"{which} of {purpose} {sources[purpose].spec} are also in {other}: accuracy on them "
+                    "says nothing about new images."
+                )
+                warn_once(note)
+                found[purpose] = found[purpose]._replace(overlaps=(*found[purpose].overlaps, note))
     return found
 
 
@@ -118,9 +124,9 @@ def numbered(
     return np.array([meaning[name] for name in source.class_names], dtype=np.int64)[source.labels]
 
 
-def missing_note(labelled: Mapping[str, Labelled]) -> list[str]:
-    """Sentences about classes that are in train but not in another source."""
-    return [
+def source_notes(labelled: Mapping[str, Labelled]) -> list[str]:
+    """Sentences about images in two sources, and about classes of train that another one lacks."""
+    return [note for one in labelled.values() for note in one.overlaps] + [
         f"{one.source.spec} has no image of {counted(len(one.missing), 'class', 'classes')} of train: "
         + ", ".join(one.missing[:8])
         + (", …" if len(one.missing) > 8 else "")

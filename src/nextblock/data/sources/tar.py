@@ -392,7 +392,7 @@ def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]],
             except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError):
                 member, following = None, 0
             if position == 0 and member is None:
-                begin = f"it begins with {block[:8]!r}"
+                begin = f"it starts with {repr(block[:8])[1:]}"
                 raise UsageError(f"{called!r} is no plain tar ({begin}); unpack it if it is compressed")
             # Damage may lead back to an earlier place, and reading would never end.
             if member is None or member.size < 0 or following <= position:

@@ -38,7 +38,7 @@ from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, m
 from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, TunedModel
 from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.results import digest_of, labels_digest
-from nextblock.evaluate.splits import Labelled, hold_out, missing_note
+from nextblock.evaluate.splits import Labelled, hold_out, source_notes
 from nextblock.evaluate.table import check_bad
 from nextblock.logs import counted
 from nextblock.models import EncoderModel
@@ -303,7 +303,7 @@ def _measure(
     opened: Evaluation, config: FinetuneSettings, sources: dict[str, Labelled], reporter: Reporter
 ) -> Result:
     """Train the model, and the same network from scratch; measure both."""
-    out, group, notes = Path(config.out), opened.group, missing_note(sources)
+    out, group, notes = Path(config.out), opened.group, source_notes(sources)
     with group.together():
         if group.is_main and config.overwrite and (out / "finetune.json").is_file():
             for name in ("finetune.json", "classifier", *RUNS.values()):
@@ -355,7 +355,7 @@ def _measure(
                 f"{counted(len(train_on.source), 'image')} of {config.train}; {chosen}",
             )
             facts = {"class_names": names, "per_class": measures.per_class, "confusion": measures.confusion}
-            facts |= {"train_images": len(train_on.source)}
+            facts |= {"train_images": len(train_on.source), "num_classes": len(names)}
             with group.together():
                 if group.is_main:
                     save_classifier(out / "classifier", tuner.tuned.eval(), data=data)

@@ -279,13 +279,15 @@ def rate_notes(grid: Sequence[Mapping[str, Any]], given: Sequence[float]) -> lis
         diverged = sorted({row["lr"] for row in rows if row["is_diverged"]})
         if len(rates) > len(given):
             extended.append(f"{encoder} {head} {rates[0]:g} … {rates[-1]:g}")
-        if len(rates) > 1 and best in (rates[0], rates[-1]):
+        top1 = max(row["top1"] or 0 for row in rows)
+        is_inside = any(row["top1"] == top1 and rates[0] < row["lr"] < rates[-1] for row in rows)
+        if len(rates) > 1 and best in (rates[0], rates[-1]) and not is_inside:
             at_end.append(f"{encoder} {head} {best:g}")
         if diverged:
             lost.append(f"{encoder} {head} at {', '.join(f'{lr:g}' for lr in diverged)}")
     sentences = {
         "The grid of learning rates was extended, as the best was at its end: {}.": extended,
-        "The best learning rate is at the end of those tried: {}. Try more with --lr.": at_end,
+        "The best learning rate is at the end of those tried: {}. Try more with probe --lr.": at_end,
         "Diverged: {}.": lost,
     }
     return [sentence.format("; ".join(found)) for sentence, found in sentences.items() if found]

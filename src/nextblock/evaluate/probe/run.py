@@ -66,7 +66,7 @@ from nextblock.evaluate.probe.heads import (
 )
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings
 from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
-from nextblock.evaluate.splits import Labelled, hold_out, missing_note
+from nextblock.evaluate.splits import Labelled, hold_out, source_notes
 from nextblock.evaluate.table import (
     FeatureTable,
     NonFiniteFeaturesError,
@@ -447,7 +447,7 @@ class _Probe:
             "confusion": {n: found.confusion for n, (_, found) in self.winners.items() if is_written},
             "grid": self.grid,
         }
-        notes = (about, *verdict, *rate_notes(self.grid, config.resolved().lr), *missing_note(self.sources))
+        notes = (about, *verdict, *rate_notes(self.grid, config.resolved().lr), *source_notes(self.sources))
         return Result(verb="probe", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
 
     def _readable(self, part: _Part) -> Int64[np.ndarray, " n"]:

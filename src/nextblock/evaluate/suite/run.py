@@ -25,7 +25,7 @@ from nextblock.evaluate.suite.settings import SuiteSettings
 from nextblock.launch import LaunchError
 from nextblock.logs import counted
 from nextblock.settings import from_dict, require, typed
-from nextblock.tables import Column, number, share
+from nextblock.tables import Column, Table, number, share
 from nextblock.train.runtime import native_precision
 from nextblock.visualize.suite import draw_suite
 
@@ -60,6 +60,7 @@ def suite(**settings: Any) -> Result:
     after a signal. The same call resumes, and measures what was missing or failed.
     """
     config = from_dict(SuiteSettings, settings)
+    require(Path(config.root).is_dir(), f"there is no directory {config.root} (--root)")
     out, rows, sources = Path(config.out), {}, {}
     with ExitStack() as stack:
         with evaluation(config) as opened:
@@ -99,7 +100,8 @@ def suite(**settings: Any) -> Result:
 
 def _problem(one: Benchmark, error: Exception) -> dict[str, Any]:
     status, why = MISSING if isinstance(error, FileNotFoundError) else FAILED, " ".join(str(error).split())
-    log.warning("%s: %s: %s", one.name, status, why)
+    if status == FAILED:  # what is missing stands below the table
+        log.warning("%s: %s: %s", one.name, status, why)
     return {"status": status, "why": why}
 
 
@@ -173,7 +175,14 @@ def _result(
         own = {"status": None, "top1": None, **rows.get(name, means.get(name, {}))}
         table.append({"benchmark": name, "title": title, **own, **published})
     notes = tuple(_notes(config, rows))
-    result = Result(verb="suite", rows=tuple(table), notes=notes, identity=identity, columns=COLUMNS)
+    asked = {one.name for one in config.benchmarks} | ({MEAN} if config.only is None else set())
+    brief = Table(
+        [row for row in table if row["benchmark"] in asked],
+        [one for one in COLUMNS if one.key in DRAWN or one.key not in PUBLISHED],
+    )
+    result = Result(
+        verb="suite", rows=tuple(table), notes=notes, identity=identity, columns=COLUMNS, brief=brief
+    )
     if out is not None:
         result.write(out)
         dots = {label: [row.get(label) for row in table[:15]] for label in ("top1", *DRAWN)}
@@ -211,6 +220,7 @@ def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[st
 
 def list_benchmarks(root: str | None, only: tuple[str, ...] | None) -> Result:
     """The benchmarks as rows; with a root also whether each is found, and how it differs from the papers'."""
+    require(root is None or Path(root).is_dir(), f"there is no directory {root} (--root)")
     rows, notes = [], []
     for one in chosen(only):
         found = None if root is None else (Path(root) / one.at).is_dir()
