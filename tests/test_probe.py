@@ -14,7 +14,7 @@ from nextblock.cli import main
 from nextblock.data import TooManyBadImages
 from nextblock.errors import UsageError
 from nextblock.evaluate import evaluation
-from nextblock.evaluate.evaluation import Stopped
+from nextblock.evaluate.evaluation import SATURATED, Stopped
 from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.heads import Grid
 from nextblock.evaluate.probe.settings import RECIPES, ProbeSettings
@@ -42,7 +42,7 @@ def test_all_heads_tell_colours_apart_and_the_baselines_stand_beside():
     assert min(row["top1"] for row in result.rows) > 0.9
     assert all(row["top5"] == 1 for row in result.rows)  # of four classes
     assert all("lead" in row for row in result.rows[3:])
-    assert any("not clearly better than" in note for note in result.notes)
+    assert SATURATED in result.notes
     assert result.facts["split_images"] == {"train": 96, "test": 48}
     assert np.array(list(result.facts["confusion"].values())).shape == (3, 4, 4)  # of the model's heads alone
 
