@@ -197,7 +197,7 @@ def test_an_image_size_is_asked_for_if_it_cannot_be_guessed(backbone, whole):
         (PROJECTION, (48, 3, 14, 3), "has patches of 14x3 px; they must be"),
         (PROJECTION, None, f"lacks '{PROJECTION}'"),
         (f"{BLOCKS}2.mlp.fc2.weight", None, "missing: encoder.blocks.2.mlp.fc2.weight"),
-        ("trunk.extra", (1,), "holds 'trunk.extra', which is not part"),
+        ("trunk.extra", (1,), "holds 'trunk.extra', which is not in"),
         (f"{BLOCKS}0.attn.qkv.bias", (144,), "unexpected: encoder.blocks.0"),
         (f"{BLOCKS}1.attn.q_proj.weight", (48,), "blocks.1.attn.k_proj.we"),
     ],
