@@ -44,8 +44,7 @@ KINDS |= {
     "features": {"model.predict_visible": True},
     "masked": MASKED,
 }
-QUICK = {("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("tokens", 2, "ddp"), ("embedding", 2, "fsdp")}
-QUICK |= {("features", 2, "ddp"), ("masked", 2, "ddp")}
+QUICK = {("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("embedding", 2, "fsdp"), ("features", 2, "ddp")}
 WORLDS = [
     pytest.param(kind, world, strategy, marks=() if (kind, world, strategy) in QUICK else pytest.mark.slow)
     for kind in KINDS
