@@ -91,10 +91,11 @@ def sources(root: Path, name: str) -> tuple[str, str]:
 def pretrain(root: Path, name: str, variant: str, seed: int) -> Path:
     """Train one variant; what is there already is complete at once."""
     out = root / "runs" / f"{name}-{list(VARIANTS).index(variant)}-{seed}"
-    settings = COMMON | SETS[name] | VARIANTS[variant] | {"seed": seed}
+    settings: dict[str, Any] = {**COMMON, **SETS[name], **VARIANTS[variant], "seed": seed}
+    settings["data.train"] = sources(root, name)[0]
     if "model.teacher" in settings:
         settings["model.teacher"] = str(pretrain(root, name, "pixels", TEACHER_SEED))
-    nextblock.pretrain("xtra-tiny", out=out, **{"data.train": sources(root, name)[0]}, **settings)
+    nextblock.pretrain("xtra-tiny", out=out, **settings)
     return out
 
 
