@@ -39,7 +39,9 @@ def report(argv: Sequence[str]) -> int:
     if summary.train:
         plot_losses(summary, run / "losses.png")
     (run / "report.md").write_text(report_markdown(summary), encoding="utf-8")
-    Console().print(report_table(summary))
+    console = Console()
+    console.width = max(console.width, 84)  # what a probe of all heads with all baselines takes
+    console.print(report_table(summary))
     if options.json:
         end_with_json(report_values(summary))
     return 0

@@ -229,7 +229,9 @@ def report_table(summary: RunSummary) -> Group:
     from rich.text import Text
 
     table = _table(summary).rich()
-    for column in table.columns:  # a long source folds; the numbers of all encoders stay in sight
+    table.box = None
+    # A long source folds; the numbers of all encoders stay in sight.
+    for column in table.columns[1:2]:
         column.no_wrap, column.overflow = False, "fold"
     facts = RichTable(box=None, pad_edge=False, show_header=False)
     facts.add_column(style="dim", no_wrap=True)
@@ -238,7 +240,7 @@ def report_table(summary: RunSummary) -> Group:
         facts.add_row(Text(name), Text(value))
     notes = [part for note in summary.notes for part in ("", Text(note, style="italic"))]
     title = Text(f"Report of {summary.run_dir}", style="bold")
-    return Group(title, table if summary.results else "", facts, *notes)
+    return Group(title, *((table, "") if summary.results else ()), facts, *notes)
 
 
 def report_markdown(summary: RunSummary) -> str:
