@@ -80,7 +80,7 @@ class ModelConfig(Section):
     """Positions of encoder and predictor: learned embeddings, or fixed sines and cosines of row and column;
     rope: rotary in the encoder (NEPA), learned in the predictor."""
     rope_rescale: Annotated[float, Rule(lambda x: x >= 1, "from 1")] = 1.0
-    """In training, stretch rotary coordinates by one factor a step, log-uniform from 1/x to x; 1: not."""
+    """In training, stretch rotary coordinates by one factor a step, log-uniform from 1/x to x; 1: off."""
     class_token: bool = False
     """Put a class token before the first block, which is then predicted from it (NEPA)."""
     qk_norm: Literal["plain", "scale"] | None = None
