@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from nextblock.evaluate.suite.run import suite
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
+    from nextblock.look.predict import predict
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
-    from nextblock.prediction import predict
     from nextblock.presets import list_presets
     from nextblock.pretraining import pretrain
 
@@ -67,7 +67,7 @@ _HOMES = {
     "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",
     "load": "interop",
-    "predict": "prediction",
+    "predict": "look.predict",
     "pretrain": "pretraining",
     "probe": "evaluate.probe.run",
     "search": "evaluate.search",

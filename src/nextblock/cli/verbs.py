@@ -125,7 +125,7 @@ VERBS = {
             "--model RUN --data digits:split=test --out RUN/predictions --num_images 16",
             "--model xtra.ckpt --num_heads 12 --data DIR --out predictions",
         ),
-        run="weights:predict",
+        run="look:predict",
     ),
     "runs": Verb(
         "List the runs below a directory and how they are doing",

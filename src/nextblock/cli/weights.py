@@ -1,4 +1,4 @@
-"""`nextblock info`, `convert` and `predict`: what a model is, in another format, and what it predicts."""
+"""`nextblock info` and `convert`: what a model is, and the same in another format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.config import Attention, Size, pair
 from nextblock.logs import counted
-from nextblock.prediction import PredictConfig
 from nextblock.settings import Auto, Count, Natural, Positive, check_types, to_dict
 
 if TYPE_CHECKING:
@@ -220,36 +219,4 @@ def convert(argv: Sequence[str]) -> int:
     say(f"{done.to}: {done.place} ({done.num_bytes / 1e6:.1f} MB{checked})")
     if is_json:
         end_with_json(done._asdict())
-    return 0
-
-
-# ---------------------------------------------------------------------------------------------------- predict
-
-
-def predict(argv: Sequence[str]) -> int:
-    """Draw predictions; print a table of losses."""
-    values, is_json = parse_settings(Parser("predict"), PredictConfig, argv)
-
-    from nextblock import prediction
-    from nextblock.visualize.words import BASELINE_WORDS
-
-    result = prediction.predict(**values)
-    head = ["image", "loss", *(BASELINE_WORDS[name] for name in result.rows[0].baselines)]
-    losses = ((row.loss, *row.baselines.values()) for row in result.rows)
-    rows = [
-        (row.name, *(f"{value:.3f}" for value in numbers))
-        for row, numbers in zip(result.rows, losses, strict=True)
-    ]
-    print_table(head, rows)
-    say(f"picture: {result.picture}")
-    if result.bad:
-        named = [" ".join(f"{sample.name}: {sample.reason}".split()) for sample in result.bad[:3]]
-        more = ["..."] if len(result.bad) > len(named) else []
-        chosen = counted(len(result.rows) + len(result.bad), "image")
-        say(f"{len(result.bad)} of {chosen} could not be read: " + "; ".join(named + more))
-    if is_json:
-        bad = [{"name": sample.name, "reason": sample.reason} for sample in result.bad]
-        rows = [row.as_dict() for row in result.rows]
-        picture = {"picture": str(result.picture), "mean_loss": result.mean_loss}
-        end_with_json({**picture, "rows": rows, "bad": bad})
     return 0

@@ -1,0 +1,39 @@
+"""The commands that draw: words to settings, a call, a table, and where the pictures are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nextblock.cli.arguments import Parser, parse_settings
+from nextblock.cli.output import end_with_json, print_table, say
+from nextblock.logs import counted
+from nextblock.look.settings import PredictSettings
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Draw predictions; print a table of losses."""
+    values, is_json = parse_settings(Parser("predict"), PredictSettings, argv)
+
+    from nextblock.look import predict as look
+    from nextblock.visualize.words import BASELINE_WORDS
+
+    result = look.predict(**values)
+    head = ["image", "loss", *(BASELINE_WORDS[name] for name in result.rows[0].baselines)]
+    losses = ((row.loss, *row.baselines.values()) for row in result.rows)
+    rows = [
+        (row.name, *(f"{value:.3f}" for value in numbers))
+        for row, numbers in zip(result.rows, losses, strict=True)
+    ]
+    print_table(head, rows)
+    say(f"picture: {result.picture}")
+    if result.bad:
+        named = [" ".join(f"{sample.name}: {sample.reason}".split()) for sample in result.bad[:3]]
+        more = ["..."] if len(result.bad) > len(named) else []
+        chosen = counted(len(result.rows) + len(result.bad), "image")
+        say(f"{len(result.bad)} of {chosen} could not be read: " + "; ".join(named + more))
+    if is_json:
+        bad = [{"name": sample.name, "reason": sample.reason} for sample in result.bad]
+        rows = [row.as_dict() for row in result.rows]
+        picture = {"picture": str(result.picture), "mean_loss": result.mean_loss}
+        end_with_json({**picture, "rows": rows, "bad": bad})
+    return 0

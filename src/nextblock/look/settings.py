@@ -1,0 +1,37 @@
+"""Settings that every command that draws has: which model, which images, where to. Quick to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nextblock.settings import Count, Natural, check_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookSettings:
+    """A model, and the images that it is shown."""
+
+    model: str
+    """Run, checkpoint or weight file with a predictor, or hf:USER/NAME."""
+    num_heads: Count | None = None
+    """Attention heads of the encoder; only for files that do not record them."""
+    data: str
+    """Images: a directory, a tar, `torchvision:CIFAR10,root=DIR`, `digits` or any other source."""
+    out: str
+    """Directory for the pictures and their numbers."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: CUDA, then MPS, then CPU."""
+    workers: Natural | None = None
+    """Processes that decode; auto: as in pre-training."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSettings(LookSettings):
+    """What `predict` draws."""
+
+    num_images: Count = 8
+    """Number of images, evenly spaced over the source."""
