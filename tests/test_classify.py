@@ -123,8 +123,16 @@ def test_a_file_that_is_there_is_kept_unless_asked(classify, tmp_path):
     with pytest.raises(UsageError, match="exists; choose another --out, or give --overwrite"):
         classify(out=str(out))
     assert out.read_text() == "mine"
-    classify(out=str(out), overwrite=True)
+    first = classify(out=str(out), overwrite=True)
     assert out.read_text().startswith("index,name,class_1")
+    # The same command reads what it wrote, another one is refused.
+    written_at = out.stat().st_mtime_ns
+    again = classify(out=str(out))
+    assert (again.rows, again.facts, again.notes) == (first.rows, first.facts, first.notes)
+    assert again.table.markdown() == first.table.markdown()
+    assert out.stat().st_mtime_ns == written_at
+    with pytest.raises(UsageError, match="top: 5 there, 1 here"):
+        classify(out=str(out), top=1)
 
 
 def test_the_command_classifies_one_image_by_the_classifier_of_a_fine_tuning(classify, tmp_path, capsys):

@@ -38,6 +38,11 @@ def test_a_column_without_any_text_is_left_out():
     assert table.cells() == [["model", "50.0 ± 1.2", "", "20"], ["pixels", "25.0", "+25.0 ± 4.0", ""]]
 
 
+@pytest.mark.parametrize(("top1", "shown"), [(1.0, "100.0"), (0.0, "0.0"), (0.999, "99.9 ± 1.0")])
+def test_all_or_none_right_has_no_error_beside_it(top1, shown):
+    assert Table([{"top1": top1, "top1_se": 0.01}], COLUMNS).cells() == [[shown]]
+
+
 def test_markdown_cells_stand_for_themselves():
     rows = ({"name": "a|b\\c\n<img>"}, {"name": "plain"})
     assert Table(rows, COLUMNS[:1]).markdown() == (

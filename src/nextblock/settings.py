@@ -403,9 +403,10 @@ def listed(names: Sequence[str], last: str = "and") -> str:
 
 
 def nearest_name(name: str, known: list[str]) -> str:
-    """The end of an error message: the known name close to a misspelt one, or all of them."""
+    """The end of an error message: the known name close to a misspelt one, or up to 40 of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)
+    more = f" and {len(known) - 40} more" if len(known) > 40 else ""
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known[:40]) + more
 
 
 def require(holds: bool, message: str) -> None:

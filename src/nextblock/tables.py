@@ -23,10 +23,13 @@ class Column(NamedTuple):
 
 
 def percent(value: float | None, row: Row, key: str = "") -> str:
-    """A share in percent, with its standard error if the row has one as `KEY_se`."""
+    """A share in percent, with its standard error if the row has one as `KEY_se`.
+
+    None or all is shown alone: the error is computed from the images that differ, and there are none.
+    """
     if value is None:
         return ""
-    error = row.get(f"{key}_se")
+    error = row.get(f"{key}_se") if 0 < value < 1 else None
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 

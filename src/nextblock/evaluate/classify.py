@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from nextblock.atomic import write_aside
+from nextblock.atomic import write_aside, write_text
+from nextblock.checkpoint import digest_of
 from nextblock.data import Source, open_source
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import TOP, Result, evaluation
+from nextblock.evaluate.evaluation import TOP, Result, evaluation, stored_result
 from nextblock.evaluate.files import pyarrow, write_parquet
 from nextblock.evaluate.metrics import Tally
 from nextblock.evaluate.settings import ClassifySettings
@@ -24,6 +27,8 @@ from nextblock.logs import counted
 from nextblock.models.heads import ImageClassifier
 from nextblock.settings import from_dict
 from nextblock.tables import Column, end_of, percent, safe_cell
+
+log = logging.getLogger(__name__)
 
 CHUNK = 4096
 SHOWN, SHOWN_CLASSES, NAME_LETTERS = 10, 3, 60
@@ -34,16 +39,24 @@ def classify(**settings: Any) -> Result:
 
     Rows of the result: the first images, with index, name, classes and probabilities (likeliest first), and
     true_class if the source has labels; `out` gets all of them. `facts["measures"]` has the accuracies if all
-    classes of the source are the classifier's.
+    classes of the source are the classifier's. What `out` is made from stands in OUT.about.json: the
+    same command again reads it. Raises `UsageError` if `out` is another file.
     """
     config = from_dict(ClassifySettings, settings)
-    if config.out is not None and Path(config.out).exists() and not config.overwrite:
-        raise UsageError(f"{config.out} exists; choose another --out, or give --overwrite")
     with evaluation(config, classifier=True) as opened:
         source = open_source(config.data, opened.data)
         classifier = opened.classifier
         assert classifier is not None
         out = None if config.out is None else Path(config.out)
+        identity = opened.identity({"data": source}) | {"classifier": digest_of(classifier)}
+        if out is not None and out.exists() and not config.overwrite:
+            about = _about(out)
+            with opened.group.together():
+                if not about.is_file():
+                    raise UsageError(f"{out} exists; choose another --out, or give --overwrite")
+                found = stored_result(about, "classify", identity)
+            log.info("%s has these classes already", out)
+            return replace(found, columns=_columns(len(found.rows[0]["classes"])))
         with opened.working(out) as finish:
             table = opened.logits("data", source)
             indices = table.readable()
@@ -61,19 +74,28 @@ def classify(**settings: Any) -> Result:
                 for chosen in np.array_split(indices, -(-len(indices) // CHUNK)):
                     tally.add(table.read(chosen), torch.from_numpy(truth[chosen]))
                 facts["measures"] = tally.measures().row()
-            with opened.group.together():
-                if opened.group.is_main:
-                    opened.report_bad(None)
-                    if out is not None:
-                        _write(out, rows, indices)
-                    finish()
-            return Result(
+            found = Result(
                 verb="classify",
                 rows=tuple(rows.of(indices[:SHOWN])),
                 notes=tuple(_notes(config, facts, has_labels=source.has_labels)),
                 facts=facts,
+                identity=identity,
                 columns=_columns(rows.top),
             )
+            with opened.group.together():
+                if opened.group.is_main:
+                    opened.report_bad(None)
+                    if out is not None:
+                        _about(out).unlink(missing_ok=True)  # of the file that is replaced
+                        _write(out, rows, indices)
+                        write_text(_about(out), json.dumps(found.as_dict(), indent=1) + "\n")
+                    finish()
+            return found
+
+
+def _about(out: Path) -> Path:
+    """Where it stands what a file of classes is made from, with its first rows and the accuracies."""
+    return out.with_name(f"{out.name}.about.json")
 
 
 def classes_of(source: Source, names: Sequence[str] | None) -> Int64[np.ndarray, " n"] | None:

@@ -6,6 +6,7 @@ of its own below it, OUT/MODEL/knn and so on: the same command again reads what 
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tempfile
@@ -51,6 +52,8 @@ from nextblock.logs import counted
 from nextblock.settings import from_dict, require, to_dict, typed
 from nextblock.tables import Column, difference, end_of, lead, share
 
+log = logging.getLogger(__name__)
+
 COLUMNS = (
     Column("model", "model", lambda name, _: end_of(name or "", 32)),
     Column("encoder", "features"),
@@ -59,7 +62,7 @@ COLUMNS = (
     share("top5", "top-5 %"),
     share("balanced", "balanced %"),
     lead("the model's lead"),
-    difference("to_first", "to the first model"),
+    difference("to_first", "lead over the first model"),
 )
 SHARED = tuple(EvalSettings.__dataclass_fields__.keys() - {"model", "out", "cache"})
 
@@ -128,7 +131,11 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
     if not all((out / file).is_file() for file in files):
         _encode(config, common, heads)
     found = []
+    parts = [method for method in config.methods if method not in heads[1:]]
     for method in config.methods:
+        if method in parts:
+            what = ", ".join(heads) if method in heads else method
+            log.info("%s: %s (part %d of %d)", model, what, 1 + parts.index(method), len(parts))
         place = {"out": str(out / ("probe" if method in heads else method))}
         if method == "knn":
             result = knn(**common, **place, test=config.test, k=(DEFAULT_K,))

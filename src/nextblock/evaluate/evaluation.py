@@ -439,6 +439,16 @@ def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite:
             raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); choose another --out")
     if overwrite or not path.is_file():
         return None
+    found = stored_result(path, verb, identity)
+    rights: list[np.ndarray] = []
+    if (out / RIGHTS).is_file():
+        with np.load(out / RIGHTS, allow_pickle=False) as file:
+            rights = [file[name] for name in file.files]
+    return replace(found, rights=rights)
+
+
+def stored_result(path: Path, verb: str, identity: Mapping[str, Any]) -> Result:
+    """The result in a JSON file; `UsageError` if it is damaged or of another evaluation."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         different = differences(values, identity)
@@ -447,11 +457,7 @@ def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite:
         raise UsageError(f"{path} is damaged ({error}); remove it, or give --overwrite") from error
     if different:
         raise UsageError(
-            f"{out} holds another result ({'; '.join(different[:3])}); choose another --out, or --overwrite"
+            f"{path} is of another result ({'; '.join(different[:3])}); choose another --out, or --overwrite"
         )
-    rights: list[np.ndarray] = []
-    if (out / RIGHTS).is_file():
-        with np.load(out / RIGHTS, allow_pickle=False) as file:
-            rights = [file[name] for name in file.files]
     facts = {name: value for name, value in values.items() if name not in {*identity, *own}}
-    return Result(**own, facts=facts, identity=dict(identity), rights=rights)
+    return Result(**own, facts=facts, identity=dict(identity))

@@ -183,7 +183,7 @@ def _read(src: str | Path, options: LoadOptions) -> Found:
         beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
         near = [str(path.with_name(one)) for one in difflib.get_close_matches(path.name, beside, 1)]
         near = near or difflib.get_close_matches(path.name, [*PRESETS], 1, 0.8)
-        raise CheckpointError(
+        raise UsageError(
             f"{path} does not exist; " + (f"did you mean {near[0]}?" if near else f"known: {KNOWN}")
         )
     if is_timm_directory(path):
