@@ -10,13 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from nextblock.visualize.report import (
-    plot_losses,
-    read_run,
-    report_markdown,
-    report_table,
-    report_values,
-)
+from nextblock.errors import UsageError
+from nextblock.report import plot_losses, read_run, report_markdown, report_table, report_values
 
 
 def probe_row(head: str, encoder: str, top1: float) -> dict:
@@ -268,7 +263,7 @@ def test_a_curve_without_steps_is_refused(tmp_path):
 
 def test_the_report_does_not_wait_for_torch():
     code = (
-        "import sys; from nextblock.visualize import read_run, report_table; "
+        "import sys; from nextblock.report import read_run, run_page; "
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

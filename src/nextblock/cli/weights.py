@@ -66,8 +66,8 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.models.timm_encoder import TimmConfig
+    from nextblock.report import read_run
     from nextblock.train.run_dir import recorded_config
-    from nextblock.visualize.report import read_run
     from nextblock.visualize.words import BASELINE_WORDS
 
     def by(size: int | tuple[int, int]) -> str:
