@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from nextblock.errors import UsageError
 from nextblock.report import plot_losses, read_run, report_markdown, report_table, report_values
 
 
@@ -189,7 +188,8 @@ def test_names_with_brackets_and_bars_come_through(tmp_path):
 
 def test_the_values_for_programs_are_those_of_the_report(run_dir):
     values = report_values(read_run(run_dir))
-    linear = {"method": "linear", "on": "digits:split=test", "top1_se": 0.012}
+    linear = {"method": "linear", "on": "digits:split=test", "top1_se": 0.012, "labels": "digits"}
+    linear["file"] = "probe/probe.json"
     assert {**linear, "encoder": "model", "top1": 0.9512} in values["results"]
     assert len(values.pop("results")) == 5
     assert values == {

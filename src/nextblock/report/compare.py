@@ -130,9 +130,13 @@ class Comparison:
         """All of it for programs, ready for JSON: accuracies are shares of 1, null is what is not known."""
         rows = []
         for i, row in enumerate(self.rows):
-            own = {name: value for name, value in row.items() if name.removesuffix("_se") not in self.measures}
+            own = {
+                name: value for name, value in row.items() if name.removesuffix("_se") not in self.measures
+            }
             found = {name: values[i] for name, values in self.measures.items()}
-            own["accuracies"] = {name: one and {"top1": one[0], "top1_se": one[1]} for name, one in found.items()}
+            own["accuracies"] = {
+                name: one and {"top1": one[0], "top1_se": one[1]} for name, one in found.items()
+            }
             rows.append(own)
         relations = [one._asdict() for one in self.relations]
         known = {"differing": self.differing, "unlike": self.unlike, "relations": relations}

@@ -79,6 +79,7 @@ def page_values(summary: RunSummary, *, pictures: bool = True) -> dict[str, Any]
         {
             "title": title,
             "share": name in SHARES,
+            "zero": name in FROM_ZERO,
             "series": [curve("", *summary.series(name))],
             "marks": marks,
         }

@@ -246,11 +246,12 @@ class RunSummary:
 
 def read_run(run_dir: Path) -> RunSummary:
     """Read a run, or what `nextblock finetune --out` wrote; `UsageError` on anything else, or damage."""
+    if run_dir.name == "model" and _is_tuned(run_dir):  # within what `finetune --out` wrote
+        run_dir = run_dir.parent
     training = run_dir
     if not (run_dir / "config.yaml").is_file():
         training = run_dir / "model"
-        tuned = training / "config.yaml"
-        if not (tuned.is_file() and "\nfinetune:" in f"\n{tuned.read_text(encoding='utf-8')}"):
+        if not _is_tuned(training):
             why = "is not a run: it has no config.yaml" if run_dir.is_dir() else "does not exist"
             why = "is a file" if run_dir.is_file() else why
             runs = sorted(run_dir.glob("*/config.yaml"))
@@ -289,6 +290,12 @@ def read_run(run_dir: Path) -> RunSummary:
         pictures=tuple(sorted((training / "pictures").glob("step_[0-9]*.png"))),
         drawn=asked[-1] if asked else None,
     )
+
+
+def _is_tuned(training: Path) -> bool:
+    """Whether a directory holds the training of a fine-tuning."""
+    config = training / "config.yaml"
+    return config.is_file() and "\nfinetune:" in config.read_text(encoding="utf-8", errors="replace")
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ __all__ = [
     "some_images",
 ]
 
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
