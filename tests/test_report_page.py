@@ -458,7 +458,7 @@ def test_a_comparison_has_a_point_for_each_run_and_links_to_their_pages(opened, 
     chart = page.locator("#relations figure").first
     assert chart.locator("svg > circle").count() == 3
     assert "Pearson r -0.99" in chart.inner_text()
-    assert "kNN while training, by validation loss" in chart.inner_text()
+    assert "Accuracy: kNN while training." in page.locator("#loss-accuracy-and-cost").inner_text()
     titles = page.locator("#relations h3").all_inner_texts()
     assert [title.partition(" by ")[2] for title in titles] == [
         "validation loss",

@@ -212,9 +212,8 @@ def comparison_group(found: Comparison) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    relations = [
-        Text(f"validation loss and {one.accuracy}: {relation_words(one)}") for one in found.relations
-    ]
+    known = [one for one in found.relations if one.runs >= MIN_RUNS] or found.relations[:1]
+    relations = [Text(f"validation loss and {one.accuracy}: {relation_words(one)}") for one in known]
     notes = [Text(one, style="italic") for one in warnings(found)]
     return Group(comparison_table(found).rich(), *relations, *notes)
 
@@ -233,14 +232,22 @@ def comparison_page(found: Comparison, folder: Path) -> str:
         [one.accuracy, str(one.runs), *("-" if r is None else f"{r:+.2f}" for r in one[2:])]
         for one in found.relations
     ]
+    correlations = table("correlations", ["accuracy", "runs", "Pearson r", SPEARMAN], relations)
     charts, lacking = _relation_charts(found)
     differing = [[name, *map(shown, values)] for name, values in found.differing.items()]
     parts = {
         "Results": "<p>Accuracies are top-1 in percent ± one standard error.</p>\n"
         + table("results", results.head, results.cells())
         + (f"<p>Pages of their own: {', '.join(links)}.</p>\n" if links else ""),
-        "Loss, accuracy and cost": '<div id="relations" class="charts"></div>\n'
-        + (table("correlations", ["accuracy", "runs", "Pearson r", SPEARMAN], relations) if relations else "")
+        "Loss, accuracy and cost": "".join(
+            f"<p>Accuracy: {text(one)}.</p>\n" for one in [*found.measures][:1]
+        )
+        + '<div id="relations" class="charts pairs"></div>\n'
+        + (
+            f"<p>Correlation of the validation loss with each accuracy:</p>\n{correlations}"
+            if relations
+            else ""
+        )
         + what_to_type(lacking),
         "Curves": '<div id="charts" class="charts"></div>\n',
         "Settings that differ": table("settings that differ", ["setting", *found.names], differing)
@@ -299,7 +306,7 @@ def _relation_charts(found: Comparison) -> tuple[list[dict[str, Any]], list[tupl
                 (f"No chart by {words}: {f'it is {known.pop():,.4g} for all' if known else 'not known'}.", "")
             )
             continue
-        for y, title in {"val_loss": "Validation loss", measure: f"Accuracy, {measure},"}.items():
+        for y, title in {"val_loss": "Validation loss", measure: "Accuracy"}.items():
             points = [
                 {"name": row["run"], "x": row[x], "y": row[y], "colour": i}
                 for i, row in enumerate(found.rows)

@@ -185,7 +185,7 @@ def table(about: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 def section(title: str, content: str) -> str:
     """A part of the page below its heading."""
-    name = title.lower().replace(" ", "-")
+    name = re.sub("[^a-z]+", "-", title.lower())
     return f'<section id="{name}">\n<h2>{text(title)}</h2>\n{content}</section>\n'
 
 
