@@ -224,7 +224,7 @@ def comparison_page(found: Comparison, folder: Path) -> str:
     notes = "".join(f"<p class=note>{text(one)}</p>\n" for one in warnings(found))
     pages = {name: run.run_dir / "report.html" for name, run in zip(found.names, found.runs, strict=True)}
     links = [
-        f'<a href="{quote(os.path.relpath(path, folder))}">{text(name)}</a>'
+        f'<a href="{quote(os.path.relpath(path, folder), errors="surrogateescape")}">{text(name)}</a>'
         for name, path in pages.items()
         if path.is_file()
     ]

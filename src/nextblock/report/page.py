@@ -33,8 +33,10 @@ from nextblock.visualize.words import BASELINE_WORDS
 MAX_POINTS = 400
 """A longer curve is drawn as means of so many parts, each with its smallest and largest value."""
 MAX_PICTURES = 40
-MAX_PICTURE_BYTES = 11_000_000
+MAX_PICTURE_BYTES = 9_000_000
 """Of all pictures together; base64 makes a third more of them."""
+MAX_DRAWN_BYTES = 1_500_000
+"""Of the picture that predict drew. In all, a page stays below 15 MB."""
 SHOWN_UNREADABLE = 10
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -148,6 +150,8 @@ def data_url(content: bytes) -> str:
 
 def _smaller(content: bytes, limit: int) -> bytes:
     """A picture as JPEG of at most so many bytes: at its size, or at the first smaller one that fits."""
+    if len(content) <= limit:
+        return content
     from PIL import Image
 
     with Image.open(io.BytesIO(content)) as picture:
@@ -292,7 +296,10 @@ def _predictions(summary: RunSummary) -> str:
         damaged = counted(len(summary.pictures) - len(whole), "picture")
         parts.append(f"<p>{damaged} in pictures/ cannot be read.</p>\n")
     for path in _whole([summary.drawn] if summary.drawn else []):
-        name, picture = path.relative_to(summary.run_dir), data_url(_smaller(path.read_bytes(), 3_000_000))
+        name, picture = (
+            path.relative_to(summary.run_dir),
+            data_url(_smaller(path.read_bytes(), MAX_DRAWN_BYTES)),
+        )
         parts.append(
             f"<figure><figcaption>Drawn by nextblock predict: {text(name)}</figcaption>"
             '<div class="scroll" tabindex="0" role="region" aria-label="picture drawn by predict">'

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from nextblock.logs import printable
 from nextblock.logs import quote as typed_word
 from nextblock.report.read import Measured, RunSummary
 from nextblock.tables import Column, Row, Table, escape_markdown, percent
@@ -95,16 +96,15 @@ def report_table(summary: RunSummary) -> Group:
 
 def report_markdown(summary: RunSummary, *, losses: Path | None = None) -> str:
     """The same as Markdown with its pictures: the loss curve, if it was drawn, and the latest predictions."""
-    table = f"{results_table(summary.results).markdown()}\n" if summary.results else ""
-    lines = "".join(f"- {name}: {escape_markdown(value)}\n" for name, value in facts(summary))
-    notes = "".join(f"\n{escape_markdown(note)}\n" for note in summary.notes)
-    pictures = {"Loss by step": losses, "Predictions": summary.picture}
-    shown = "".join(
-        f"\n![{title}]({quote(str(path.relative_to(summary.run_dir)))})\n"
-        for title, path in pictures.items()
-        if path is not None
-    )
-    return f"# Report of {escape_markdown(str(summary.run_dir))}\n\n{table}{lines}{notes}{shown}"
+    parts = [f"# Report of {escape_markdown(str(summary.run_dir))}\n\n"]
+    parts += [f"{results_table(summary.results).markdown()}\n"] if summary.results else []
+    parts += [f"- {name}: {escape_markdown(value)}\n" for name, value in facts(summary)]
+    parts += [f"\n{escape_markdown(note)}\n" for note in summary.notes]
+    for title, path in {"Loss by step": losses, "Predictions": summary.picture}.items():
+        if path is not None:
+            place = quote(str(path.relative_to(summary.run_dir)), errors="surrogateescape")
+            parts.append(f"\n![{title}]({place})\n")
+    return "\n".join(map(printable, "".join(parts).split("\n")))
 
 
 def report_values(summary: RunSummary) -> dict[str, Any]:
