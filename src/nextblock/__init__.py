@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nextblock.evaluate.suite.run import suite
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
+    from nextblock.look.complete import complete
     from nextblock.look.predict import predict
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
@@ -36,6 +37,7 @@ __all__ = [
     "RunConfig",
     "classify",
     "compare",
+    "complete",
     "convert",
     "create_model",
     "embed",
@@ -67,6 +69,7 @@ _HOMES = {
     "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",
     "load": "interop",
+    "complete": "look.complete",
     "predict": "look.predict",
     "pretrain": "pretraining",
     "probe": "evaluate.probe.run",

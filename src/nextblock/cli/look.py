@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.logs import counted
-from nextblock.look.settings import PredictSettings
+from nextblock.look.settings import CompleteSettings, PredictSettings
+
+if TYPE_CHECKING:
+    from nextblock.visualize import PredictResult
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -17,11 +21,25 @@ def predict(argv: Sequence[str]) -> int:
     from nextblock.look import predict as look
     from nextblock.visualize.words import BASELINE_WORDS
 
-    result = look.predict(**values)
-    head = ["image", "loss", *(BASELINE_WORDS[name] for name in result.rows[0].baselines)]
+    return _show(look.predict(**values), "loss", BASELINE_WORDS, 3, is_json=is_json)
+
+
+def complete(argv: Sequence[str]) -> int:
+    """Draw completions; print a table of errors."""
+    values, is_json = parse_settings(Parser("complete"), CompleteSettings, argv)
+
+    from nextblock.look import complete as look
+    from nextblock.visualize.completion import FILL_WORDS
+
+    return _show(look.complete(**values), "mean squared error", FILL_WORDS, 4, is_json=is_json)
+
+
+def _show(result: PredictResult, loss: str, words: Mapping[str, str], digits: int, *, is_json: bool) -> int:
+    """Print a table of losses, where the picture is, and what could not be read."""
+    head = ["image", loss, *(words[name] for name in result.rows[0].baselines)]
     losses = ((row.loss, *row.baselines.values()) for row in result.rows)
     rows = [
-        (row.name, *(f"{value:.3f}" for value in numbers))
+        (row.name, *(f"{value:.{digits}f}" for value in numbers))
         for row, numbers in zip(result.rows, losses, strict=True)
     ]
     print_table(head, rows)

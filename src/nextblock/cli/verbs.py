@@ -127,6 +127,16 @@ VERBS = {
         ),
         run="look:predict",
     ),
+    "complete": Verb(
+        "Give a model parts of images, and draw how it continues them",
+        (
+            "--model RUN --data DIR --out RUN/completions",
+            "--model RUN --data IMAGE --out completed --given_rows 0.25",
+            "--model RUN --data DIR --out completed --given_blocks 0,1,5 --order spiral",
+        ),
+        "model data out given_rows given given_blocks order num_images",
+        run="look:complete",
+    ),
     "runs": Verb(
         "List the runs below a directory and how they are doing",
         ("DIR", "RUN", "DIR --json"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nextblock.settings import Count, Natural, check_types
+from nextblock.settings import Auto, Count, Natural, Share, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +35,27 @@ class PredictSettings(LookSettings):
 
     num_images: Count = 8
     """Number of images, evenly spaced over the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteSettings(LookSettings):
+    """What `complete` is given of each image, and how it continues."""
+
+    given: Natural | None = None
+    """Give the first so many blocks of the order."""
+    given_rows: Share | None = None
+    """Give the blocks above this share of the height; 0.5 if nothing says what is given."""
+    given_blocks: tuple[Natural, ...] | None = None
+    """Give these blocks, counted row by row from 0: 0,1,5."""
+    order: (
+        Literal["raster", "reverse", "column", "reverse_column", "spiral", "checkerboard", "fixed_random"]
+        | Auto
+    ) = None
+    """Order in which the other blocks are predicted; auto: the model's."""
+    num_images: Count = 8
+    """Number of images, evenly spaced over the source."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ways = [name for name in ("given", "given_rows", "given_blocks") if getattr(self, name) is not None]
+        require(len(ways) < 2, f"{' and '.join(ways)} exclude each other; use one")
