@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
     from nextblock.look.predict import predict
+    from nextblock.look.surprise import surprise
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.presets import list_presets
@@ -49,6 +50,7 @@ __all__ = [
     "probe",
     "search",
     "suite",
+    "surprise",
 ]
 
 # The module of each name.
@@ -72,6 +74,7 @@ _HOMES = {
     "probe": "evaluate.probe.run",
     "search": "evaluate.search",
     "suite": "evaluate.suite.run",
+    "surprise": "look.surprise",
 }
 
 
