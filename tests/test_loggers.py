@@ -141,7 +141,7 @@ def test_pictures_and_settings_reach_tensorboard_and_wandb(services, tmp_path):
     changes = {"monitor.loggers": ("wandb", "mlflow"), "monitor.tensorboard": True}
     run_toy(tmp_path, changes, stop=3, monitors=[Draws()])
     run_toy(tmp_path, changes, monitors=[Draws()])
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
     shown = events.Images("pictures/grey")
     assert [one.step for one in shown] == [0, 2, 4, 6, 7]
     for one in shown:
