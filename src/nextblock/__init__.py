@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nextblock.interop.convert import convert
     from nextblock.look.complete import complete
     from nextblock.look.predict import predict
+    from nextblock.look.surprise import surprise
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.presets import list_presets
@@ -51,6 +52,7 @@ __all__ = [
     "probe",
     "search",
     "suite",
+    "surprise",
 ]
 
 # The module of each name.
@@ -75,6 +77,7 @@ _HOMES = {
     "probe": "evaluate.probe.run",
     "search": "evaluate.search",
     "suite": "evaluate.suite.run",
+    "surprise": "look.surprise",
 }
 
 

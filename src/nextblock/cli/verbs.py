@@ -137,6 +137,16 @@ VERBS = {
         "model data out given_rows given given_blocks order num_images",
         run="look:complete",
     ),
+    "surprise": Verb(
+        "Rank images by how badly their blocks are predicted",
+        (
+            "--model RUN --data DIR --out RUN/surprise",
+            "--model RUN --data DIR --out odd --score largest --num_images 16",
+            "--model RUN --data DIR        # only print",
+        ),
+        "model data out score num_images",
+        run="evaluations:surprise",
+    ),
     "runs": Verb(
         "List the runs below a directory and how they are doing",
         ("DIR", "RUN", "DIR --json"),

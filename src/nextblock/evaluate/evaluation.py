@@ -95,6 +95,8 @@ class Result:
     """For each row, how often each test image was classified correctly, 0 to 1: for paired differences."""
     columns: Sequence[Column] = field(default=(), repr=False, compare=False)
     """How the rows are shown."""
+    all_rows: Sequence[dict[str, Any]] = field(default=(), repr=False, compare=False)
+    """What VERB.csv holds, if `rows` are only some of it."""
     brief: Table | None = field(default=None, repr=False, compare=False)
     """What the terminal shows in place of the whole table."""
 
@@ -126,7 +128,7 @@ class Result:
 
     def write(self, out: Path) -> None:
         """Write VERB.csv, VERB.md and, last, VERB.json."""
-        write_text(out / f"{self.verb}.csv", write_csv(self.rows))
+        write_text(out / f"{self.verb}.csv", write_csv(self.all_rows or self.rows))
         write_text(out / f"{self.verb}.md", self.markdown())
         text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
         write_text(out / f"{self.verb}.json", text + "\n")
@@ -305,12 +307,15 @@ class Evaluation:
         measure: Callable[[], Result],
         *,
         save: Callable[[Path, Result], None] | None = None,
+        made_from: Mapping[str, Any] | None = None,
     ) -> Result:
         """Measure and write the result, or read it if `out` holds it; `save` writes what else belongs to it.
 
-        Raises `UsageError` if `out` holds something else.
+        `made_from` is what it is made from besides settings, encoder, and images, ready for JSON. Raises
+        `UsageError` if `out` holds something else.
         """
-        settings, group, identity = self.settings, self.group, self.identity(sources)
+        settings, group = self.settings, self.group
+        identity = {**self.identity(sources), **(made_from or {})}
         if settings.out is None:
             found = measure()
             if group.is_main:

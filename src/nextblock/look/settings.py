@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nextblock.evaluate.settings import EvalSettings
 from nextblock.settings import Auto, Count, Natural, Share, check_types, require
 
 
@@ -35,6 +36,24 @@ class PredictSettings(LookSettings):
 
     num_images: Count = 8
     """Number of images, evenly spaced over the source."""
+    distance: Count = 1
+    """Draw what is predicted so many blocks ahead; above 1 for models with several predicted blocks."""
+    unpredicted: Literal["hatch", "mean"] = "hatch"
+    """Blocks that are not predicted, such as the first: a hatch, or their mean colour."""
+    each_image: bool = False
+    """Also write every image to OUT/images: original and prediction side by side, in full size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurpriseSettings(EvalSettings):
+    """How badly each block of images is predicted."""
+
+    data: str
+    """Images, all of which are measured: a directory, or any other source."""
+    score: Literal["mean", "largest"] = "mean"
+    """What ranks the images: the mean loss of the blocks, or the largest."""
+    num_images: Count = 8
+    """Images that are drawn: so many of the highest scores, and half as many of the lowest."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,11 @@ class MetricsLog:
         if self._loggers is not None:
             self._loggers.log(kind, step, values)
 
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Give a picture to the loggers that take one."""
+        if self._loggers is not None:
+            self._loggers.image(step, name, path)
+
     def sync(self) -> None:
         """Flush all lines to the disk: before a checkpoint is named, or a power cut leaves a gap."""
         with writing(self._path):
