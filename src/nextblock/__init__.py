@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from nextblock.evaluate.suite.run import suite
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
+    from nextblock.look.features import features
     from nextblock.look.predict import predict
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.presets import list_presets
     from nextblock.pretraining import pretrain
+    from nextblock.visualize.orders import draw_order
 
 from nextblock.version import __version__ as __version__
 
@@ -38,7 +40,9 @@ __all__ = [
     "compare",
     "convert",
     "create_model",
+    "draw_order",
     "embed",
+    "features",
     "fewshot",
     "finetune",
     "knn",
@@ -62,7 +66,9 @@ _HOMES = {
     "create_model": "interop",
     "list_presets": "presets",
     "classify": "evaluate.classify",
+    "draw_order": "visualize.orders",
     "embed": "evaluate.embed",
+    "features": "look.features",
     "fewshot": "evaluate.fewshot",
     "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",

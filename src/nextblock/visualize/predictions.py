@@ -25,7 +25,7 @@ from nextblock.config import DataConfig, ModelConfig, Size
 from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.models import NextBlockModel
 from nextblock.settings import require
-from nextblock.tables import finite
+from nextblock.tables import Shown, finite
 from nextblock.targets import PixelTargets, make_targets
 from nextblock.train import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, shown_channels
@@ -207,7 +207,7 @@ class ImageLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictResult:
+class PredictResult(Shown):
     """What `predict` found and wrote."""
 
     picture: Path
