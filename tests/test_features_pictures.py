@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import nextblock
 from nextblock.checkpoint import save_classifier, save_model
 from nextblock.config import DataConfig
 from nextblock.data import eval_batches, normalize, open_source
-from nextblock.errors import UsageError
 from nextblock.evaluate.features import attention_maps
 from nextblock.look import features as look
 from nextblock.models.heads import AttentiveHead, HeadConfig, ImageClassifier
@@ -190,13 +190,11 @@ def test_the_command_prints_what_it_found_and_writes_the_same(places, tmp_path, 
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(changes, message, places, tmp_path, capsys):
     if "head" in changes:
-        model = tiny_model(seed=changes["head"] == "other")
+        model = tiny_model(seed=int(changes["head"] == "other"))
         kind = "ep" if changes["head"] == "other" else "linear"
         head_on(model, kind, tmp_path / changes["head"], **({"num_queries": 3} if kind == "ep" else {}))
         changes = {"head": str(tmp_path / changes["head"])}
     changes = {name: places["data"] if value == "DIR" else value for name, value in changes.items()}
-    with pytest.raises(UsageError, match=message):
-        nextblock.features(**{**places, **changes})
-    assert not Path(places["out"]).exists()
     flags = [f"--{name}={value}" for name, value in {**places, **changes}.items()]
-    assert refused(call_cli(capsys, "features", *flags))
+    assert re.search(message, refused(call_cli(capsys, "features", *flags)))
+    assert not Path(places["out"]).exists()

@@ -128,7 +128,7 @@ VERBS = {
         run="look:predict",
     ),
     "features": Verb(
-        "Draw patch features as colours, where a head looks, and the nearest patches",
+        "Draw patch features as colours, nearest patches, where a head looks",
         (
             "--model RUN --data DIR --out RUN/features",
             "--model RUN --data DIR --out RUN/features --head RUN/probe/ep",
@@ -184,8 +184,8 @@ VERBS = {
     ),
     "presets": Verb(
         "List the named runs and model sizes",
-        ("", "xtra-b16-in1k", "--all", "aim-600m --model.image_size 112 --draw order.png --prefix 20"),
-        "name all draw prefix model.image_size model.block_size model.order",
+        ("", "xtra-b16-in1k", "aim-600m --draw order.png --prefix 20 --model.image_size 112"),
+        "all draw prefix model.image_size model.block_size",
     ),
     "data pack": Verb(
         "Write the images of a source as tar shards, with an index beside each",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nextblock.atomic import write_text
 from nextblock.config import DataConfig, pair
-from nextblock.data import BadSample, Source, normalize, open_source
+from nextblock.data import BadSample, Source, eval_batches, normalize, open_source
 from nextblock.data.sources import SubsetSource
 from nextblock.evaluate.features import (
     attention_maps,
@@ -305,16 +305,12 @@ def _nearest(
     def marked(picture: np.ndarray, words: str, at: tuple[int, int]) -> Cell:
         return Cell(picture, words, (at[0] / grid[0], at[1] / grid[1], 1 / grid[0], 1 / grid[1]))
 
+    require(len(rows) > 0, f"{source.spec} has no other image than the query, so nothing is near")
+    (found,) = eval_batches(source, opened.data, size, len(rows), [row["index"] for row in rows])
     cells = [marked(_pictures(image)[0], f"query\n{name}", patch)]
-    for row in rows:
-        found, _, _ = some_images(
-            SubsetSource(source.spec, source, np.array([row["index"]])), opened.data, size, 1
-        )
-        cells.append(
-            marked(
-                _pictures(found)[0], f"{row['similarity']:.3f}\n{row['class'] or row['name']}", row["patch"]
-            )
-        )
+    for row, picture in zip(rows, _pictures(found.images), strict=True):
+        words = f"similarity {row['similarity']:.3f}\n{row['class'] or row['name']}"
+        cells.append(marked(picture, words, row["patch"]))
     caption = (
         f"Marked: the patches nearest to the query's, by the cosine similarity of their features, in "
         f"{counted(len(numbers), 'image')}; at most {counted(each, 'patch', 'patches')} an image."

@@ -61,8 +61,8 @@ class PatchColours:
         *places, width = features.shape
         values, span = self.pca.transform(features.reshape(-1, width)), self.high - self.low
         colours = np.full((len(values), 3), 0.5)
-        varies = np.flatnonzero(span > 0)
-        colours[:, varies] = ((values - self.low) / np.where(span > 0, span, 1))[:, varies]
+        varies = np.flatnonzero(span > 1e-6 * span.max())
+        colours[:, varies] = (values - self.low)[:, varies] / span[varies]
         return colours.clip(0, 1).reshape(*places, 3)
 
 

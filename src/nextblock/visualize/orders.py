@@ -27,8 +27,8 @@ HIDDEN, EARLIER, OWN, PREFIX = range(4)
 """Why a token (row) attends to another (column), or that it does not."""
 COLOURS = ("#f3f4f6", "#8ec5ff", "#0969da", "#f2b705")
 ARROW, GREY = "#bc4c00", "#c9d1d9"
-MAX_ARROWS = 16
-"""Of more blocks no path is drawn."""
+FEW = 16
+"""Of more blocks neither their path nor their borders in the mask are drawn."""
 TOP_IN, SIDE_IN = 0.95, 3.6
 
 
@@ -156,7 +156,7 @@ def _draw_grid(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
             back = {"facecolor": shades[number], "edgecolor": "none", "pad": 1}
             size = min(size_pt, 13)
             axes.text(x, y, str(number), ha="center", va="center", size=size, color=INK, bbox=back, zorder=3)
-    if k <= MAX_ARROWS:
+    if k <= FEW:
         for start, end in pairwise(places):
             arrow = FancyArrowPatch(
                 start,
@@ -184,17 +184,18 @@ def _draw_mask(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
         shown.attends, cmap=colours, vmin=0, vmax=PREFIX, interpolation="nearest", extent=(0, n, n, 0)
     )
     m, q = config.patches_per_block, int(config.class_token)
-    if config.num_blocks <= 64:
+    if config.num_blocks <= FEW:
         for at in range(q, n, m):
             axes.axhline(at, color="white", linewidth=0.6)
             axes.axvline(at, color="white", linewidth=0.6)
-    ticks = range(config.num_blocks) if config.num_blocks <= 16 else ()
+    ticks = range(config.num_blocks) if config.num_blocks <= FEW else ()
     axes.set_xticks([q + (number + 0.5) * m for number in ticks], list(ticks))
-    names = ["class token"] * q + [str(number) for number in ticks]
+    names = ["class"] * q + [str(number) for number in ticks]
     axes.set_yticks([0.5] * q + [q + (number + 0.5) * m for number in ticks], names)
     axes.tick_params(labelsize=7, length=0, colors=MUTED, labeltop=True, labelbottom=False)
     axes.spines[:].set(linewidth=0.6, color=MUTED)
     axes.set_ylabel("who attends, along the sequence", size=8, color=INK)
+    axes.yaxis.set_label_coords(-0.1, 0.5)
     axes.set_title("what is attended to", size=8, color=INK)
 
 
@@ -213,7 +214,9 @@ def _caption(config: ModelConfig, shown: Geometry) -> str:
             "patches attend to all."
         )
     elif _is_full(shown):
-        said.append("All patches attend to all: nothing is hidden from a patch, so nothing can be predicted.")
+        said.append(
+            "All patches attend to all, so the model would see what it predicts: it cannot be trained."
+        )
     else:
         own = "itself and all earlier patches" if unit == "patch" else "its own block and all earlier blocks"
         said.append(f"Right: a patch (row) attends to {own} (columns).")
