@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
     from nextblock.look.complete import complete
+    from nextblock.look.features import features
     from nextblock.look.predict import predict
     from nextblock.look.surprise import surprise
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.presets import list_presets
     from nextblock.pretraining import pretrain
+    from nextblock.visualize.orders import draw_order
 
 from nextblock.version import __version__ as __version__
 
@@ -41,7 +43,9 @@ __all__ = [
     "complete",
     "convert",
     "create_model",
+    "draw_order",
     "embed",
+    "features",
     "fewshot",
     "finetune",
     "knn",
@@ -66,7 +70,9 @@ _HOMES = {
     "create_model": "interop",
     "list_presets": "presets",
     "classify": "evaluate.classify",
+    "draw_order": "visualize.orders",
     "embed": "evaluate.embed",
+    "features": "look.features",
     "fewshot": "evaluate.fewshot",
     "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",

@@ -147,6 +147,16 @@ VERBS = {
         "model data out score num_images",
         run="evaluations:surprise",
     ),
+    "features": Verb(
+        "Draw patch features as colours, nearest patches, where a head looks",
+        (
+            "--model RUN --data DIR --out RUN/features",
+            "--model RUN --data DIR --out RUN/features --head RUN/probe/ep",
+            "--model timm:vit_base_patch16_224.mae --data DIR --out mae --query IMAGE --patch 3,5",
+        ),
+        "model data out num_images head query patch",
+        run="look:features",
+    ),
     "runs": Verb(
         "List the runs below a directory and how they are doing",
         ("DIR", "RUN", "DIR --json"),
@@ -194,7 +204,8 @@ VERBS = {
     ),
     "presets": Verb(
         "List the named runs and model sizes",
-        ("", "xtra-b16-in1k", "--all"),
+        ("", "xtra-b16-in1k", "aim-600m --draw order.png --prefix 20 --model.image_size 112"),
+        "all draw prefix model.image_size model.block_size",
     ),
     "data pack": Verb(
         "Write the images of a source as tar shards, with an index beside each",

@@ -6,6 +6,7 @@ result; another one is refused. One that was stopped resumes from the features t
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import shutil
@@ -118,6 +119,10 @@ class Result:
         assert not self.identity.keys() & self.facts.keys(), "a fact would hide what the result is made from"
         own = {"verb": self.verb, "rows": list(self.rows), "notes": list(self.notes)}
         return finite({**self.identity, **self.facts, **own})
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return (self.brief or self.table)._repr_html_() + notes
 
     def markdown(self) -> str:
         """Title, table and notes in Markdown."""

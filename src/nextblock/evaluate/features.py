@@ -87,6 +87,28 @@ def _encoder_features(
     return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
 
 
+def attention_maps(
+    classifier: ImageClassifier, images: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b q rows columns"]:
+    """How an attentive or ep head weighs the patches of normalised images, a map a query (and head).
+
+    A map sums to 1. Of tokens "all" the head weighs the class token too; the maps are of the patches alone.
+    """
+    config = replace(classifier.head_config, tokens="patches")
+    with torch.no_grad():
+        encoded = classifier.encoder_model.encode(images, attention=config.attention)
+        features = pool_features(encoded, config, classifier.encoder_model.final_norm)
+        weights = classifier.head.attention(features)  # type: ignore[operator]
+    rows, _ = patch_grid(weights.shape[-1], images.shape[-2:])
+    return rearrange(weights, "b q (rows columns) -> b q rows columns", rows=rows)
+
+
+def patch_grid(patches: int, image_size: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of so many square patches that fill an image of (height, width)."""
+    rows = round((patches * image_size[0] / image_size[1]) ** 0.5)
+    return rows, patches // rows
+
+
 SMALL_PX = 16
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nextblock.config import Attention
+from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.settings import EvalSettings
 from nextblock.settings import Auto, Count, Natural, Share, check_types, require
 
@@ -78,3 +80,36 @@ class CompleteSettings(LookSettings):
         super().__post_init__()
         ways = [name for name in ("given", "given_rows", "given_blocks") if getattr(self, name) is not None]
         require(len(ways) < 2, f"{' and '.join(ways)} exclude each other; use one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesSettings(LookSettings):
+    """What `features` draws."""
+
+    model: str
+    """A run directory, a file of weights, hf:USER/NAME, or timm:NAME."""
+    num_images: Count = 8
+    """Number of images, evenly spaced over the source."""
+    fit_images: Count = 256
+    """Images whose patches choose the colours, evenly spaced too; the colours are the same for all."""
+    layers: str = "last"
+    """Encoder layers, averaged after the final norm: last, last6, layer7 or 3+4+5 (from 0)."""
+    attention: Attention = "native"
+    """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
+    head: str | None = None
+    """Draw where an attentive or ep head on this encoder looks: RUN/probe/ep, or an official AIM head."""
+    query: str | None = None
+    """Draw the patches nearest to one of this image: a file, or the number of an image of data, from 0."""
+    patch: tuple[Natural, Natural] | None = None
+    """Row and column of the query's patch, from 0; none: the one least like the rest of its image."""
+    top: Count = 13
+    """Nearest patches to draw."""
+    per_image: Count = 1
+    """At most so many of them in one image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers((self.layers,), several=())
+        require(
+            self.patch is None or self.query is not None, "patch is a patch of the query; give --query too"
+        )

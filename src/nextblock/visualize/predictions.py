@@ -29,7 +29,7 @@ from nextblock.data import BadSample, Source, eval_batches, normalize
 from nextblock.logs import counted
 from nextblock.models import NextBlockModel
 from nextblock.settings import require
-from nextblock.tables import finite
+from nextblock.tables import Shown, finite
 from nextblock.targets import PixelTargets, make_targets
 from nextblock.train import MonitorEvent
 from nextblock.visualize.sheet import Look, draw_sheet, hatch, panel_gap, shown_channels, side_by_side
@@ -256,7 +256,7 @@ class ImageLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictResult:
+class PredictResult(Shown):
     """What `predict` found and wrote."""
 
     picture: Path
