@@ -10,13 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from nextblock.visualize.report import (
-    plot_losses,
-    read_run,
-    report_markdown,
-    report_table,
-    report_values,
-)
+from nextblock.report import plot_losses, read_run, report_markdown, report_table, report_values
 
 
 def probe_row(head: str, encoder: str, top1: float) -> dict:
@@ -194,7 +188,8 @@ def test_names_with_brackets_and_bars_come_through(tmp_path):
 
 def test_the_values_for_programs_are_those_of_the_report(run_dir):
     values = report_values(read_run(run_dir))
-    linear = {"method": "linear", "on": "digits:split=test", "top1_se": 0.012}
+    linear = {"method": "linear", "on": "digits:split=test", "top1_se": 0.012, "labels": "digits"}
+    linear["file"] = "probe/probe.json"
     assert {**linear, "encoder": "model", "top1": 0.9512} in values["results"]
     assert len(values.pop("results")) == 5
     assert values == {
@@ -268,7 +263,7 @@ def test_a_curve_without_steps_is_refused(tmp_path):
 
 def test_the_report_does_not_wait_for_torch():
     code = (
-        "import sys; from nextblock.visualize import read_run, report_table; "
+        "import sys; from nextblock.report import read_run, run_page; "
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,7 @@ from nextblock.checkpoint import CHECKSUMS_FILE, read_metadata, write_safetensor
 from nextblock.data import normalize
 from nextblock.kmeans import KMeansTokenizer
 from nextblock.train.trainer import Trainer, sample_patches
-from nextblock.visualize.report import read_run, report_markdown
+from nextblock.report import read_run, report_markdown
 from tiny_runs import CPU, Quiet, checkpoints, crash_toy, metrics, run_toy, same, settings, weights
 from toy import ToySource
 

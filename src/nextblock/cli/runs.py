@@ -2,49 +2,90 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import platform
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextblock.atomic import RUN_FILES, is_locked
+from nextblock.atomic import RUN_FILES, write_text
 from nextblock.cli.arguments import Parser
 from nextblock.cli.output import end_with_json
 from nextblock.errors import UsageError
 from nextblock.logs import clock, printable
-from nextblock.settings import require
+from nextblock.settings import Auto, require
 
 if TYPE_CHECKING:
-    from nextblock.visualize.report import RunSummary
+    from nextblock.report import RunSummary
 
-SILENT_S = 300.0
-"""A run whose heartbeat is older has failed: it beats every ten seconds."""
-LATE_S = 30.0
-"""From this age on, the lock of a run on this machine is asked for as well."""
+log = logging.getLogger(__name__)
 
 
 def report(argv: Sequence[str]) -> int:
-    """Print the summary of a run directory; write it and the loss curve, if there is one, into the run."""
+    """Sum up a run: print it, and write report.md, report.html and losses.png into it; or compare several."""
     parser = Parser("report")
-    parser.add_argument("run", type=str, help="run directory")
+    parser.add_argument("run", nargs="+", type=str, help="run directories; several are compared")
+    parser.add_argument(
+        "--out",
+        type=str | Auto,
+        metavar="FILE.html",
+        help="page to write (default: report.html in the run, of several in the folder that holds them)",
+    )
     options = parser.parse(argv)
 
     from rich.console import Console
 
-    from nextblock.visualize.report import plot_losses, read_run, report_markdown, report_table, report_values
+    from nextblock import report as made
 
-    summary, run = read_run(Path(options.run)), Path(options.run)
-    if summary.train:
-        plot_losses(summary, run / "losses.png")
-    (run / "report.md").write_text(report_markdown(summary), encoding="utf-8")
+    paths = _runs_named(options.run)
+    page = _page_path(options.out, paths)
+    summaries = [made.read_run(path) for path in paths]
+    summary, run = summaries[0], paths[0]
     console = Console()
-    console.width = max(console.width, 84)  # what a probe of all heads with all baselines takes
-    console.print(report_table(summary))
+    if len(paths) == 1:
+        if options.out is None:  # else the run is left as it is: it may be another's
+            losses = run / "losses.png" if summary.train else None
+            if losses is not None:
+                made.plot_losses(summary, losses)
+            write_text(run / "report.md", made.report_markdown(summary, losses=losses))
+        write_text(page, made.run_page(summary))
+        shown, values = made.report_table(summary), made.report_values(summary)
+        console.width = max(console.width, 84)  # what a probe of all heads with all baselines takes
+    else:
+        compared = made.Comparison(summaries)
+        write_text(page, made.comparison_page(compared, page.parent))
+        shown, values = made.comparison_group(compared), compared.values()
+        console.width = max(console.width, Console(width=500).measure(shown).maximum)
+    log.info("open in a browser: %s", printable(str(page)))
+    console.print(shown)
     if options.json:
-        end_with_json(report_values(summary))
+        end_with_json({**values, "page": str(page)})
     return 0
+
+
+def _runs_named(names: Sequence[str]) -> list[Path]:
+    """The directories of these names, each once, without files: `runs/*` names those as well."""
+    paths = list({Path(name).resolve(): Path(name) for name in names}.values())
+    files = [path for path in paths if path.is_file()]
+    for path in files if len(files) < len(paths) else ():
+        log.warning("%s is a file and no run; skipped", printable(str(path)))
+        paths.remove(path)
+    return paths
+
+
+def _page_path(out: str | None, runs: Sequence[Path]) -> Path:
+    """Where the page goes: as given, else into the run, or the closest directory that holds all runs."""
+    if out is not None:
+        path = Path(out)
+        require(path.suffix == ".html" and not path.is_dir(), f"--out {out} must be a file, FILE.html")
+        require(path.parent.is_dir(), f"--out {out}: there is no directory {path.parent}; make it first")
+        return path
+    if len(runs) == 1:
+        return runs[0] / "report.html"
+    folder = Path(os.path.commonpath([path.resolve().parent for path in runs]))
+    is_place = folder != Path(folder.anchor) and not (folder / "config.yaml").exists()
+    require(is_place, f"the runs have only {folder} in common, no place for a page; give --out FILE.html")
+    return folder / "report.html"
 
 
 def runs(argv: Sequence[str]) -> int:
@@ -59,7 +100,7 @@ def runs(argv: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from nextblock.visualize.report import read_run
+    from nextblock.report import read_run
 
     rows: list[dict[str, Any]] = []
     for path in _find_runs(top):
@@ -101,38 +142,17 @@ def _find_runs(top: Path) -> Iterator[Path]:
 
 def _values(summary: RunSummary) -> dict[str, Any]:
     """The row of a run, as JSON has it."""
-    beat = summary.heartbeat
     loss, step = summary.final_loss or (None, 0)
-    age_s = None
-    if "time" in beat:
-        age_s = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(beat["time"])).total_seconds())
-    status, message = _status(summary, age_s)
+    status = summary.status
     return {
-        "status": status,
-        "message": message,
-        "step": beat.get("step", step),
-        "total_steps": beat.get("total_steps"),
+        "status": status.word,
+        "message": status.message,
+        "step": summary.heartbeat.get("step", step),
+        "total_steps": summary.heartbeat.get("total_steps"),
         "loss": loss,
         "best_knn": summary.best_knn[0] if summary.best_knn else None,
-        "heartbeat_age_s": age_s,
+        "heartbeat_age_s": status.age_s,
     }
-
-
-def _status(summary: RunSummary, age_s: float | None) -> tuple[str, str | None]:
-    """Running, stopped, finished or failed, and why it failed."""
-    beat = summary.heartbeat
-    if age_s is None:  # by a release that wrote no heartbeat
-        if summary.environment.get("complete"):
-            return "finished", None
-        return "running" if is_locked(summary.run_dir) else "stopped", None
-    if beat["status"] != "running":
-        return beat["status"], beat.get("message")
-    # A killed process cannot write that it failed. Its lock tells at once, but on its own machine only.
-    # Not asked while the run is heard of: the question takes the lock for an instant.
-    is_late = age_s > LATE_S and beat["host"] == platform.node()
-    if age_s > SILENT_S or (is_late and is_locked(summary.run_dir) is False):
-        return "failed", f"no heartbeat for {_about(age_s)}"
-    return "running", None
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -163,8 +163,12 @@ VERBS = {
         run="runs:runs",
     ),
     "report": Verb(
-        "Sum up a run: accuracies, speed, losses, pictures",
-        ("RUN", "RUN --json", "RUN && less RUN/report.md"),
+        "Sum up a run as text and as a page, or compare several",
+        (
+            "RUN                           # writes RUN/report.html too",
+            "RUNS/* --out runs.html",
+            "RUN --json",
+        ),
         run="runs:report",
     ),
     "convert": Verb(

@@ -37,12 +37,13 @@ def info(argv: Sequence[str]) -> int:
     options = parser.parse(argv)
 
     from nextblock.checkpoint import UnknownFormatError
+    from nextblock.evaluate.features import classifier_directory
     from nextblock.interop.files import LoadOptions
     from nextblock.interop.load import read
 
     known = {name: getattr(options, name) for name in given}
     try:
-        found = read(options.file, LoadOptions(**known, fallback=STAND_INS))
+        found = read(classifier_directory(options.file), LoadOptions(**known, fallback=STAND_INS))
     except UnknownFormatError as error:
         values = _tensors(error.path, error.content, str(error))
         shapes = values.get("tensors", {}).items()
@@ -66,8 +67,8 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.models.timm_encoder import TimmConfig
+    from nextblock.report import read_run
     from nextblock.train.run_dir import recorded_config
-    from nextblock.visualize.report import read_run
     from nextblock.visualize.words import BASELINE_WORDS
 
     def by(size: int | tuple[int, int]) -> str:

@@ -1,7 +1,4 @@
-"""Looking at a model and at a run: predicted pictures, and the report of what a run achieved.
-
-Imported lazily: the report reads files alone, and must not wait for torch.
-"""
+"""Looking at a model: predicted pictures. Imported lazily, as figures and words alone need no torch."""
 
 from __future__ import annotations
 
@@ -17,27 +14,18 @@ if TYPE_CHECKING:
         predicted_image,
         some_images,
     )
-    from nextblock.visualize.report import RunSummary, plot_losses, read_run, report_markdown, report_table
 
 __all__ = [
     "PredictResult",
     "PredictionMonitor",
-    "RunSummary",
     "draw_predictions",
-    "plot_losses",
     "predict",
     "predicted_image",
-    "read_run",
-    "report_markdown",
-    "report_table",
     "some_images",
 ]
-
-_REPORT = {"RunSummary", "plot_losses", "read_run", "report_markdown", "report_table"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "report" if name in _REPORT else "predictions"
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return getattr(importlib.import_module(f"{__name__}.predictions"), name)

@@ -1,0 +1,319 @@
+"""Several runs beside each other: what differs, their curves, and how loss, accuracy and cost go together.
+
+The relations are those of AIM's figures 1, 4 and 5 (arXiv 2401.08541): accuracy against validation loss, and
+both against compute, images seen and parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
+
+from nextblock.report.page import curve, page, section, shown, table, text, what_to_type
+from nextblock.report.read import RunSummary
+from nextblock.report.words import how_to_measure
+from nextblock.settings import listed
+from nextblock.tables import Column, Table, finite, number, percent
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+SPEARMAN = "Spearman ρ"  # noqa: RUF001 - its usual letter
+MIN_RUNS = 3
+"""Of fewer points a correlation says nothing: through two there is always a line."""
+SAME_LOSS = (
+    *(
+        "model.target",
+        "model.norm_pixels",
+        "model.loss",
+        "model.block_size",
+        "model.patch_size",
+        "model.image_size",
+    ),
+    *(
+        "model.vocab_size",
+        "model.teacher_digest",
+        "model.mask_ratio",
+        "model.prefix",
+        "model.num_predicted_blocks",
+    ),
+    *("model.order", "data.val", "data.val_resize_px", "data.mean", "data.std"),
+)
+"""Runs that differ in one of these predict other things, and their losses are not to be compared."""
+COSTS = {"flops": "model FLOPs", "images": "images seen", "parameters": "encoder parameters"}
+
+
+class Relation(NamedTuple):
+    """How validation loss goes together with an accuracy, over the runs that have both."""
+
+    accuracy: str
+    runs: int
+    pearson: float | None
+    """None if there are too few runs, or all have the same value."""
+    spearman: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs, and what there is to compare of them."""
+
+    runs: Sequence[RunSummary]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A name of each run: its directory's, with as much of the path as tells it from the others."""
+        paths = [run.run_dir.resolve() for run in self.runs]
+        for length in range(1, max(len(path.parts) for path in paths) + 1):
+            names = ["/".join(path.parts[-length:]) for path in paths]
+            if len(set(names)) == len(names):
+                return names
+        return [str(path) for path in paths]
+
+    @cached_property
+    def measures(self) -> dict[str, list[tuple[float, float | None] | None]]:
+        """Accuracies by what they are, with the standard error of each run; first what the most runs have."""
+        found: dict[str, dict[int, tuple[float, float | None]]] = {}
+        for i, run in enumerate(self.runs):
+            for one in run.results:
+                if one.encoder == "model":
+                    found.setdefault(f"{one.method} on {one.on}", {})[i] = (one.top1, one.top1_se)
+            if "knn/top1" in run.knn:
+                found.setdefault("kNN while training", {})[i] = (run.knn["knn/top1"][0], None)
+        ranked = sorted(found.items(), key=lambda item: -len(item[1]))
+        return {name: [values.get(i) for i in range(len(self.runs))] for name, values in ranked}
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of each run: cost, losses, and under the name of each measure its accuracy."""
+        rows = []
+        for i, (name, run) in enumerate(zip(self.names, self.runs, strict=True)):
+            row: dict[str, Any] = {"run": name, "status": run.status.word, "step": run.step}
+            row |= {"images": run.step * run.batch_size or None, "parameters": run.encoder_parameters}
+            row |= {"flops": run.flops, "loss": (run.final_loss or (None,))[0]}
+            row["val_loss"] = (run.final_val_loss or (None,))[0]
+            for measure, values in self.measures.items():
+                row[measure], row[f"{measure}_se"] = values[i] or (None, None)
+            rows.append(row)
+        return rows
+
+    @cached_property
+    def differing(self) -> dict[str, list[Any]]:
+        """The settings in which the runs differ, with the value of each run."""
+        names = dict.fromkeys(name for run in self.runs for name in run.settings)
+        values = {name: [run.settings.get(name) for run in self.runs] for name in names}
+        return {name: all_ for name, all_ in values.items() if any(one != all_[0] for one in all_)}
+
+    @property
+    def unlike(self) -> list[str]:
+        """The settings that make the runs' losses different things."""
+        return [name for name in SAME_LOSS if name in self.differing]
+
+    @cached_property
+    def relations(self) -> list[Relation]:
+        """Validation loss beside each accuracy."""
+        found = []
+        for measure in self.measures:
+            pairs = [
+                (r["val_loss"], r[measure]) for r in self.rows if None not in (r["val_loss"], r[measure])
+            ]
+            x, y = [one for one, _ in pairs], [one for _, one in pairs]
+            found.append(Relation(measure, len(pairs), correlation(x, y), correlation(ranks(x), ranks(y))))
+        return found
+
+    def values(self) -> dict[str, Any]:
+        """All of it for programs, ready for JSON: accuracies are shares of 1, null is what is not known."""
+        rows = []
+        for i, row in enumerate(self.rows):
+            own = {
+                name: value for name, value in row.items() if name.removesuffix("_se") not in self.measures
+            }
+            found = {name: values[i] for name, values in self.measures.items()}
+            own["accuracies"] = {
+                name: one and {"top1": one[0], "top1_se": one[1]} for name, one in found.items()
+            }
+            rows.append(own)
+        relations = [one._asdict() for one in self.relations]
+        known = {"differing": self.differing, "unlike": self.unlike, "relations": relations}
+        return finite({"runs": rows, **known})
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's r; None of fewer than three pairs, or if one of the two never changes."""
+    if len(x) < MIN_RUNS or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    return statistics.correlation(x, y)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value, from 1; equal ones share the mean of theirs. Pearson of ranks is Spearman."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
+        for value in values
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ shown
+
+
+def comparison_table(found: Comparison, *, accuracies: int = 3) -> Table:
+    """A row of each run: losses, and the accuracies that the most runs have."""
+
+    def accuracy(name: str) -> Column:
+        return Column(name, name, lambda value, row: "-" if value is None else percent(value, row, name))
+
+    def count(value: float | None, _: Any) -> str:
+        return "-" if value is None else f"{value:,}" if value < 1e6 else f"{value / 1e6:,.1f} M"
+
+    return Table(
+        found.rows,
+        [
+            Column("run", "run"),
+            Column("status", "status"),
+            Column("step", "step", count),
+            Column("images", "images seen", count),
+            Column("parameters", "encoder", count),
+            Column("flops", "FLOPs", lambda value, _: "-" if value is None else f"{value:.1e}"),
+            number("loss", "loss", ".4f"),
+            number("val_loss", "val loss", ".4f"),
+            *map(accuracy, list(found.measures)[:accuracies]),
+        ],
+    )
+
+
+def relation_words(one: Relation) -> str:
+    """A correlation in words."""
+    if one.runs < MIN_RUNS:
+        return f"no correlation of {one.runs} {'run' if one.runs == 1 else 'runs'}; {MIN_RUNS} are needed"
+    if one.pearson is None or one.spearman is None:
+        return f"no correlation: one of the two is the same in all {one.runs} runs"
+    return f"Pearson r {one.pearson:+.2f}, {SPEARMAN} {one.spearman:+.2f}, {one.runs} runs"
+
+
+def warnings(found: Comparison) -> Iterator[str]:
+    """What keeps the runs from being compared as they are."""
+    if found.unlike:
+        yield (
+            f"The runs differ in {listed(found.unlike)}, so their losses measure different things: compare "
+            "accuracies, and take no correlation with the loss for one."
+        )
+    unfinished = [row["run"] for row in found.rows if row["status"] != "finished"]
+    if unfinished:
+        yield f"Not finished: {listed(unfinished)}."
+
+
+def comparison_group(found: Comparison) -> Group:
+    """The comparison for a terminal: print it with a `rich.console.Console`."""
+    from rich.console import Group
+    from rich.text import Text
+
+    known = [one for one in found.relations if one.runs >= MIN_RUNS] or found.relations[:1]
+    relations = [Text(f"validation loss and {one.accuracy}: {relation_words(one)}") for one in known]
+    notes = [Text(one, style="italic") for one in warnings(found)]
+    return Group(comparison_table(found).rich(), *relations, *notes)
+
+
+def comparison_page(found: Comparison, folder: Path) -> str:
+    """The page of a comparison, to be written into `folder`."""
+    count, results = len(found.runs), comparison_table(found, accuracies=len(found.measures))
+    notes = "".join(f"<p class=note>{text(one)}</p>\n" for one in warnings(found))
+    pages = {name: run.run_dir / "report.html" for name, run in zip(found.names, found.runs, strict=True)}
+    links = [
+        f'<a href="{quote(os.path.relpath(path, folder), errors="surrogateescape")}">{text(name)}</a>'
+        for name, path in pages.items()
+        if path.is_file()
+    ]
+    relations = [
+        [one.accuracy, str(one.runs), *("-" if r is None else f"{r:+.2f}" for r in one[2:])]
+        for one in found.relations
+    ]
+    correlations = table("correlations", ["accuracy", "runs", "Pearson r", SPEARMAN], relations)
+    charts, lacking = _relation_charts(found)
+    differing = [[name, *map(shown, values)] for name, values in found.differing.items()]
+    parts = {
+        "Results": "<p>Accuracies are top-1 in percent ± one standard error.</p>\n"
+        + table("results", results.head, results.cells())
+        + (f"<p>Pages of their own: {', '.join(links)}.</p>\n" if links else ""),
+        "Loss, accuracy and cost": "".join(
+            f"<p>Accuracy: {text(one)}.</p>\n" for one in [*found.measures][:1]
+        )
+        + '<div id="relations" class="charts pairs"></div>\n'
+        + (
+            f"<p>Correlation of the validation loss with each accuracy:</p>\n{correlations}"
+            if relations
+            else ""
+        )
+        + what_to_type(lacking),
+        "Curves": '<div id="charts" class="charts"></div>\n',
+        "Settings that differ": table("settings that differ", ["setting", *found.names], differing)
+        if differing
+        else "<p>None: all runs have the same settings.</p>\n",
+    }
+    names = text(", ".join(found.names))
+    head = f"<header><h1>{count} runs compared</h1>\n<p class=muted>{names}</p></header>\n"
+    body = head + notes + "".join(section(title, content) for title, content in parts.items())
+    values = finite({"charts": _curve_charts(found), "relations": charts})
+    return page(f"{count} runs compared · nextblock", body, values)
+
+
+def _curve_charts(found: Comparison) -> list[dict[str, Any]]:
+    """The curves of all runs, by images seen: batches may differ."""
+    titles = {
+        "val_loss": "Validation loss",
+        "loss": "Training loss",
+        "knn/top1": "kNN accuracy",
+        "rankme": "RankMe",
+    }
+    charts = []
+    for key, title in titles.items():
+        series = []
+        for i, (name, run) in enumerate(zip(found.names, found.runs, strict=True)):
+            steps, values = run.series(key)
+            if steps:
+                images = [step * (run.batch_size or 1) for step in steps]
+                series.append({**curve(name, images, values), "colour": i})
+        if series:
+            charts.append(
+                {
+                    "title": title,
+                    "series": series,
+                    "x": "images seen",
+                    "share": key == "knn/top1",
+                    "wide": key == "val_loss",
+                }
+            )
+    return charts
+
+
+def _relation_charts(found: Comparison) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Points of runs: accuracy against validation loss, both against what they cost; and what is missing."""
+    charts, lacking = list[dict[str, Any]](), list[tuple[str, str]]()
+    measure = next(iter(found.measures), "")
+    if not measure:
+        lacking.append(("No run has an accuracy yet. Measure each:", how_to_measure(found.runs[0])))
+    if all(row["val_loss"] is None for row in found.rows):
+        lacking.append(("No run has a validation loss.", "nextblock pretrain --data.val DIR2 ..."))
+    axes = {"val_loss": "validation loss"} | COSTS
+    for x, words in axes.items():
+        known = {row[x] for row in found.rows} - {None}
+        if x in COSTS and len(known) < 2:
+            lacking.append(
+                (f"No chart by {words}: {f'it is {known.pop():,.4g} for all' if known else 'not known'}.", "")
+            )
+            continue
+        for y, title in {"val_loss": "Validation loss", measure: "Accuracy"}.items():
+            points = [
+                {"name": row["run"], "x": row[x], "y": row[y], "colour": i}
+                for i, row in enumerate(found.rows)
+                if x != y and y and None not in (row[x], row[y])
+            ]
+            if points:
+                own = {"note": relation_words(found.relations[0]), "wide": True} if x == "val_loss" else {}
+                kind = {"log": x in COSTS, "share": y == measure}
+                charts.append({"title": f"{title} by {words}", "points": points, "x": words, **kind, **own})
+    return charts, lacking

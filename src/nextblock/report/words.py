@@ -1,0 +1,178 @@
+"""What a report says of a run: on the terminal, in Markdown, for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from nextblock.logs import printable
+from nextblock.logs import quote as typed_word
+from nextblock.report.read import Measured, RunSummary
+from nextblock.tables import Column, Row, Table, escape_markdown, percent
+from nextblock.visualize.words import BASELINE_WORDS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Group
+
+
+def results_table(results: Sequence[Measured]) -> Table:
+    """A line for each method and images, encoders across; top-1 in percent with its standard error."""
+
+    def show(one: Measured | None, _: Row) -> str:
+        return "-" if one is None else percent(one.top1, one._asdict(), "top1")
+
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in results:  # the last of each counts
+        rows.setdefault(one[:2], {"method": one.method, "on": one.on})[one.encoder] = one
+    encoders = dict.fromkeys(one.encoder for one in results)
+    columns = [Column("method", "top-1 %"), Column("on", "measured on")]
+    return Table(list(rows.values()), [*columns, *(Column(name, name, show) for name in encoders)])
+
+
+def command(verb: str, *words: Path | str) -> str:
+    """A command as one types it; words in capitals are to be filled in."""
+    return " ".join(["nextblock", *verb.split(), *(typed_word(str(word)) for word in words)])
+
+
+def how_to_measure(summary: RunSummary) -> str:
+    """The command that makes accuracies."""
+    run = summary.run_dir
+    if summary.is_tuned:
+        return command("eval", "--model", run, "--test", "TEST", "--out", run / "eval")
+    return command("eval", "--model", run, "--train", "TRAIN", "--test", "TEST", "--out", run / "eval")
+
+
+def how_to_draw(summary: RunSummary) -> str:
+    """The command that draws predictions."""
+    run = summary.run_dir
+    return command("predict", "--model", run, "--data", "SOURCE", "--out", run / "predict")
+
+
+def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
+    """What else is known, as (name, value); what is missing is said with the command that makes it."""
+    rate, loss = summary.images_per_s, summary.final_loss
+    if not summary.results:
+        yield "accuracy", f"none yet: {how_to_measure(summary)}"
+    device = f" on {summary.environment['device']}" if "device" in summary.environment else ""
+    speed = None if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    yield "speed", "not logged yet" if speed is None else f"{speed} images/s{device}"
+    words = [f"{BASELINE_WORDS.get(name, name)} {value:.4f}" for name, value in summary.baselines.items()]
+    beside = f"without a model: {', '.join(words)}" if words else "its baselines were not measured"
+    yield (
+        "training loss",
+        "not logged yet" if loss is None else "{:.4f} at step {:,} ({})".format(*loss, beside),
+    )
+    if summary.final_val_loss is not None:
+        yield "validation loss", "{:.4f} at step {:,}".format(*summary.final_val_loss)
+    for name, (value, step) in summary.knn.items():
+        yield name.replace("/", " "), f"{value:.1%} at step {step:,}"
+    if not summary.is_tuned:  # a classifier predicts no blocks
+        yield "picture", str(summary.picture or f"none yet: {how_to_draw(summary)}")
+
+
+def report_table(summary: RunSummary) -> Group:
+    """The report for a terminal: print it with a `rich.console.Console`."""
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    table = results_table(summary.results).rich()
+    table.box = None
+    # A long source folds; the numbers of all encoders stay in sight.
+    for column in table.columns[1:2]:
+        column.no_wrap, column.overflow = False, "fold"
+    grid = RichTable(box=None, pad_edge=False, show_header=False)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts(summary):
+        grid.add_row(Text(name), Text(value))
+    notes = [part for note in summary.notes for part in ("", Text(note, style="italic"))]
+    title = Text(f"Report of {summary.run_dir}", style="bold")
+    return Group(title, *((table, "") if summary.results else ()), grid, *notes)
+
+
+def report_markdown(summary: RunSummary, *, losses: Path | None = None) -> str:
+    """The same as Markdown with its pictures: the loss curve, if it was drawn, and the latest predictions."""
+    parts = [f"# Report of {escape_markdown(str(summary.run_dir))}\n\n"]
+    parts += [f"{results_table(summary.results).markdown()}\n"] if summary.results else []
+    parts += [f"- {name}: {escape_markdown(value)}\n" for name, value in facts(summary)]
+    parts += [f"\n{escape_markdown(note)}\n" for note in summary.notes]
+    for title, path in {"Loss by step": losses, "Predictions": summary.picture}.items():
+        if path is not None:
+            place = quote(str(path.relative_to(summary.run_dir)), errors="surrogateescape")
+            parts.append(f"\n![{title}]({place})\n")
+    return "\n".join(map(printable, "".join(parts).split("\n")))
+
+
+def report_values(summary: RunSummary) -> dict[str, Any]:
+    """The same for programs, ready for JSON: accuracies are shares of 1, null is what is not known."""
+    loss, step = summary.final_loss or (None, None)
+    val_loss, val_step = summary.final_val_loss or (None, None)
+    return {
+        "run": str(summary.run_dir),
+        "results": [one._asdict() for one in summary.results],
+        "notes": list(summary.notes),
+        "final_loss": loss,
+        "final_step": step,
+        "baselines": summary.baselines,
+        "val_loss": val_loss,
+        "val_step": val_step,
+        "images_per_s": summary.images_per_s,
+        "knn": {name.removeprefix("knn/"): value for name, (value, _) in summary.knn.items()},
+        "picture": str(summary.picture) if summary.picture else None,
+    }
+
+
+def commands(summary: RunSummary) -> Iterator[tuple[str, str]]:
+    """What to do next, as (why, command)."""
+    run, status = summary.run_dir, summary.status.word
+    if summary.is_tuned:
+        if status != "finished":
+            yield "Resume: the same command again", command("finetune", "--model", "RUN", "...", "--out", run)
+        yield "Name the classes of images", command("classify", "--model", run, "--data", "IMAGES")
+        yield "Measure it on other images", how_to_measure(summary)
+        return
+    if status not in ("finished", "running"):
+        yield "Resume", command("pretrain", "--out", run)
+    specs = summary.settings.get("data.train") or "DIR"
+    sources = [
+        word for spec in ([specs] if isinstance(specs, str) else specs) for word in ("--data.train", spec)
+    ]
+    yield "Train on from its weights", command("pretrain", "--model.init", run, *sources, "--out", "NEW_RUN")
+    yield "Measure it", how_to_measure(summary)
+    yield "Draw predictions", how_to_draw(summary)
+    yield (
+        "Fine-tune it",
+        command("finetune", "--model", run, "--train", "TRAIN", "--test", "TEST", "--out", run / "finetuned"),
+    )
+    yield "Take the encoder elsewhere", command("convert", run, run / "timm", "--to", "timm")
+    yield "Compare it with other runs", command("report", run, "OTHER_RUN")
+
+
+def missing(summary: RunSummary) -> Iterator[tuple[str, str]]:
+    """What a page cannot show of this run: a sentence, and the command that would make it."""
+    if summary.is_tuned:
+        return
+    new = ("--data.train", "DIR", "--out", "NEW_RUN")
+    if not summary.series("val_loss")[0]:
+        needs = (
+            "needs validation images" if not summary.settings.get("data.val") else "is measured every epoch"
+        )
+        yield (
+            f"No validation loss yet: it {needs}.",
+            command("pretrain", *new, "--data.val", "DIR2", "--monitor.val_every", "1ep"),
+        )
+    knn, rank = (bool(summary.series(name)[0]) for name in ("knn/top1", "rankme"))
+    if not rank:
+        yield (
+            "No RankMe and no kNN accuracy by step.",
+            command("pretrain", *new, "--monitor.knn_every", "5ep"),
+        )
+    elif not knn:
+        labelled = ("--monitor.knn_train", "LABELLED", "--monitor.knn_val", "LABELLED2")
+        yield "No kNN accuracy by step: it needs labelled images.", command("pretrain", *new, *labelled)
+    if not summary.pictures:
+        yield "No pictures by step.", command("pretrain", *new, "--monitor.pictures_every", "5ep")

@@ -1,0 +1,470 @@
+"""The report as a page: what it holds, that names do no harm in it, and that it works offline."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from scipy import stats
+
+from nextblock.errors import UsageError
+from nextblock.presets import get_preset, resolve
+from nextblock.report import Comparison, comparison_page, page_values, read_run, run_page, words
+from nextblock.report import compare as comparing
+from nextblock.report import page as paging
+from nextblock.settings import to_dict
+from test_report import probe_row, train_line, write_result
+from tiny_runs import call_cli
+
+CHROMIUM = Path("/usr/bin/chromium")
+ODD = "</script><script>alert(1)</script>"
+
+
+def write_run(
+    run: Path, *, scale: float = 1.0, steps: int = 60, pictures: int = 0, changes: dict | None = None
+) -> Path:
+    """A finished run with all that a page shows but results and pictures, unless asked for."""
+    run.mkdir(parents=True)
+    config = resolve(
+        get_preset("xtra-tiny").config,
+        {"data.train": "digits", "data.val": "digits:split=test"},
+        changes or {},
+    )
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (run / "source.json").write_text(json.dumps({"train": {"num_images": 1437}}))
+    (run / "baselines.json").write_text('{"zero": 0.9948, "copy_previous": 1.9202}')
+    beat = {"status": "finished", "step": steps, "total_steps": steps, "host": "here", "message": None}
+    (run / "heartbeat.json").write_text(json.dumps({**beat, "time": datetime.now(UTC).isoformat()}))
+    start = {
+        "started": "2026-11-30T04:27:28+0000",
+        "host": "here",
+        "device": "a GPU",
+        "command": ["nextblock", "x"],
+    }
+    (run / "environment.json").write_text(json.dumps([{**start, "step": 0}, {**start, "step": 20}]))
+    lines = []
+    for step in range(10, steps + 1, 10):
+        lines.append(
+            {
+                **train_line(step, scale / step, 50.0),
+                "grad_norm": 1.0,
+                "data_wait": 0.02,
+                "tflops": 0.01,
+                "memory_gb": 2,
+            }
+        )
+        lines.append({"kind": "val", "step": step, "val_loss": 1.1 * scale / step})
+        lines.append({"kind": "monitor", "step": step, "knn/top1": 0.9 - scale / 10, "rankme": 5.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number in range(pictures):
+        (run / "pictures").mkdir(exist_ok=True)
+        pixels = np.full((30, 60, 3), 20 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(run / "pictures" / f"step_{10 * number:08d}.png")
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """Three runs of falling loss and rising accuracy."""
+    return [write_run(tmp_path / "runs" / f"run {i}", scale=3.0 - i, steps=40 + 10 * i) for i in range(3)]
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def test_settings_are_compared_with_those_of_the_preset(tmp_path):
+    summary = read_run(write_run(tmp_path / "run", changes={"optim.lr": 0.5, "model.depth": 2}))
+    assert summary.changed == {
+        "model.depth": (4, 2),
+        "data.train": (None, "digits"),
+        "data.val": (None, "digits:split=test"),
+        "optim.lr": (2e-3, 0.5),
+    }
+
+
+def test_a_run_knows_its_cost(tmp_path):
+    summary = read_run(write_run(tmp_path / "run"))
+    assert (summary.step, summary.batch_size) == (60, 64)
+    assert summary.flops == pytest.approx(1e12 * 0.01 / 50 * 60 * 64)
+    (tmp_path / "run" / "source.json").write_text('{"train": {"num_images": 20}}')
+    assert read_run(tmp_path / "run").batch_size == 20, "a batch is no larger than its source"
+
+
+def test_the_encoders_parameters_are_counted_in_the_head_of_its_file(tmp_path):
+    from nextblock.checkpoint import save_model
+    from nextblock.plan import count_parameters
+    from toy import tiny_model
+
+    run, model = write_run(tmp_path / "run"), tiny_model()
+    assert read_run(run).encoder_parameters is None
+    for step in (10, 60):
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        save_model(folder / "model.safetensors", model)
+    assert read_run(run).encoder_parameters == count_parameters(model.config).encoder
+    (folder / "model.safetensors").write_bytes(b"cut")
+    assert read_run(run).encoder_parameters == count_parameters(model.config).encoder, "of the one before"
+
+
+def test_another_model_that_was_measured_below_a_run_keeps_its_own_name(tmp_path):
+    run = write_run(tmp_path / "run")
+    names = {
+        "timm:vit": "timm:vit",
+        str(run): "model",
+        "moved/away": "model",
+        str(run / "pictures"): "pictures",
+    }
+    (run / "pictures").mkdir()
+    for i, model in enumerate(names):
+        write_result(run / f"{i}", "probe", [probe_row("linear", "model", 0.5)])
+        result = json.loads((run / f"{i}" / "probe.json").read_text())
+        (run / f"{i}" / "probe.json").write_text(json.dumps({**result, "settings": {"model": model}}))
+    assert [one.encoder for one in read_run(run).results] == list(names.values())
+
+
+def test_what_eval_measured_is_read_once_and_a_scored_classifier_as_well(tmp_path):
+    run = write_run(tmp_path / "run")
+    row = {"encoder": "model", "method": "its own classifier", "top1": 0.75, "top1_se": 0.01}
+    write_result(run / "eval", "eval", [row])
+    result = {"verb": "eval", "rows": [row], "notes": [], "settings": {"model": [str(run)], "test": "PHOTOS"}}
+    (run / "eval" / "eval.json").write_text(json.dumps(result))
+    assert [one[:4] for one in read_run(run).results] == [("its own classifier", "PHOTOS", "model", 0.75)]
+    write_result(run / "eval" / "0-run" / "probe", "probe", [probe_row("linear", "model", 0.5)])
+    assert [one.method for one in read_run(run).results] == ["linear"]
+
+
+def test_a_fine_tuning_is_reported_by_the_directory_it_was_written_to(tmp_path):
+    out = tmp_path / "tuned"
+    write_run(out / "model")
+    with pytest.raises(UsageError, match=r"tuned is not a run.*give its runs, such as .*model"):
+        read_run(out)
+    with (out / "model" / "config.yaml").open("a") as file:
+        file.write("finetune:\n  epochs: 3\n")
+    rows = [{"encoder": name, "top1": top1} for name, top1 in (("model", 0.9), ("from scratch", 0.6))]
+    write_result(out, "finetune", rows)
+    summary = read_run(out)
+    assert summary.is_tuned
+    assert summary.final_loss == (1 / 60, 60)
+    assert [(one.encoder, one.top1) for one in summary.results] == [("model", 0.9), ("from scratch", 0.6)]
+    html = run_page(summary)
+    assert "nextblock classify --model" in html.replace("<span>", "").replace("</span>", "")
+    assert "<h2>Predictions</h2>" not in html
+
+
+# --------------------------------------------------------------------------------------------------- values
+
+
+def test_values_are_the_logged_numbers(tmp_path):
+    values = page_values(read_run(write_run(tmp_path / "run", pictures=2)))
+    charts = {chart["title"]: chart for chart in values["charts"]}
+    loss = charts["Loss"]
+    assert [one["name"] for one in loss["series"]] == ["training", "validation"]
+    assert loss["series"][0]["x"] == [10, 20, 30, 40, 50, 60]
+    assert loss["series"][0]["y"] == [1 / step for step in loss["series"][0]["x"]]
+    assert loss["references"][0] == {"name": "predicting zero", "value": 0.9948}
+    assert loss["marks"] == [20], "where it resumed"
+    assert charts["kNN accuracy"]["share"]
+    assert charts["Time spent waiting for images"]["series"][0]["y"] == [0.02] * 6
+    assert [one["step"] for one in values["pictures"]] == [0, 10]
+    assert page_values(read_run(tmp_path / "run"), pictures=False)["pictures"] == []
+
+
+def test_a_long_curve_keeps_its_means_and_its_extremes():
+    y = np.random.default_rng(0).standard_normal(3 * paging.MAX_POINTS)
+    one = paging.curve("", list(range(len(y))), y.tolist())
+    by_three = y.reshape(-1, 3)
+    np.testing.assert_allclose(one["y"], by_three.mean(1))
+    assert (one["low"], one["high"]) == (by_three.min(1).tolist(), by_three.max(1).tolist())
+    assert one["x"] == list(range(2, len(y), 3))
+
+
+def test_many_large_pictures_become_few_small_ones(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", pictures=0)
+    (run / "pictures").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(run / "pictures" / f"step_{number:08d}.png")
+    (run / "pictures" / "step_00000003.png").write_bytes(b"")
+    monkeypatch.setattr(paging, "MAX_PICTURES", 5)
+    monkeypatch.setattr(paging, "MAX_PICTURE_BYTES", 10_000)
+    pictures = page_values(read_run(run))["pictures"]
+    assert [one["step"] for one in pictures] == [0, 2, 5, 6, 8], "evenly of those that can be read"
+    assert all(one["src"].startswith("data:image/jpeg;base64,") for one in pictures)
+    assert sum(len(one["src"]) for one in pictures) < 10_000 * 4 / 3 + 5 * 30
+    html = run_page(read_run(run))
+    assert "5 of 8 pictures, evenly spaced." in html
+    assert "1 picture in pictures/ cannot be read." in html
+
+
+@pytest.mark.parametrize(("items", "count"), [(3, 5), (5, 5), (17, 5), (1000, 40)])
+def test_evenly_spaced_items_hold_the_first_and_the_last(items, count):
+    chosen = paging.evenly(range(items), count)
+    assert (chosen[0], chosen[-1], len(chosen)) == (0, items - 1, min(items, count))
+    assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------- words
+
+
+def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    html = run_page(read_run(tmp_path)).replace("<span>", "").replace("</span>", "")
+    for words_ in (
+        f"nextblock eval --model {tmp_path} --train TRAIN",
+        f"nextblock predict --model {tmp_path} --data SOURCE",
+        f"nextblock pretrain --out {tmp_path}<",
+        "--data.val DIR2",
+        "--monitor.knn_every 5ep",
+        "Nothing is logged yet",
+        "None: every image could be read so far.",
+    ):
+        assert words_ in html
+
+
+def test_a_page_names_results_settings_starts_and_unreadable_images(tmp_path):
+    run = write_run(tmp_path / "run", changes={"optim.lr": 0.5})
+    note = "The model is not clearly better than pixels 16x16 (-2.0 ± 1.1 points)"
+    write_result(run / "probe", "probe", [probe_row("linear", "model", 0.9512)], notes=[note])
+    rows = [{"name": f"{i}.png", "sample": i, "reason": "cut off"} for i in range(12)]
+    (run / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = run_page(read_run(run))
+    assert "<tr><td>linear</td><td>digits:split=test</td><td class=n>95.1 ± 1.2</td></tr>" in html
+    assert f"probe: {note}" in html
+    assert "<tr><td>optim.lr</td><td>0.002</td><td>0.5</td></tr>" in html
+    assert "12 images in quarantine.jsonl, the first 10:" in html
+    assert "9.png" in html
+    assert "10.png" not in html
+    assert "<tr><td>resumed</td><td class=n>20</td><td>2026-11-30 04:27 +0000</td>" in html
+
+
+def test_markdown_shows_the_pictures_by_relative_path(tmp_path):
+    run = write_run(tmp_path / "a <b>", pictures=1)
+    text = words.report_markdown(read_run(run), losses=run / "losses.png")
+    assert text.startswith("# Report of ")
+    assert "<b>" not in text
+    assert text.endswith("\n![Loss by step](losses.png)\n\n![Predictions](pictures/step_00000000.png)\n")
+
+
+# --------------------------------------------------------------------------------------------- several runs
+
+
+def test_correlations_are_those_of_scipy_ties_included():
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        x, y = rng.integers(0, 5, 9).tolist(), rng.standard_normal(9).round(1).tolist()
+        assert comparing.correlation(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+        ranked = comparing.correlation(comparing.ranks(x), comparing.ranks(y))
+        assert ranked == pytest.approx(stats.spearmanr(x, y).statistic)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1, 2], [2, 1]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [4, 4, 4]), ([], [])]
+)
+def test_too_few_or_equal_values_have_no_correlation(x, y):
+    assert comparing.correlation(x, y) is None
+
+
+def test_runs_are_compared(runs):
+    found = Comparison([read_run(run) for run in runs])
+    assert found.names == ["run 0", "run 1", "run 2"]
+    assert [row["images"] for row in found.rows] == [64 * 40, 64 * 50, 64 * 60]
+    losses, accuracies = [1.1 * 3 / 40, 1.1 * 2 / 50, 1.1 / 60], [0.6, 0.7, 0.8]
+    assert [row["val_loss"] for row in found.rows] == pytest.approx(losses)
+    (relation,) = found.relations
+    assert (relation.accuracy, relation.runs) == ("kNN while training", 3)
+    assert relation.pearson == pytest.approx(stats.pearsonr(losses, accuracies).statistic)
+    assert relation.spearman == pytest.approx(-1)
+    assert (found.differing, found.unlike) == ({}, [])
+    json.dumps(found.values(), allow_nan=False)
+
+
+def test_the_measure_that_most_runs_have_comes_first_and_is_drawn(runs):
+    for run in runs[:2]:
+        write_result(run / "probe", "probe", [probe_row("linear", "model", 0.5)])
+    (runs[0] / "metrics.jsonl").write_text(json.dumps({"kind": "val", "step": 1, "val_loss": 2}) + "\n")
+    (runs[1] / "metrics.jsonl").write_text("")
+    found = Comparison([read_run(run) for run in runs])
+    assert list(found.measures) == ["linear on digits:split=test", "kNN while training"]
+    assert "no correlation of 1 run; 3 are needed" in comparing.relation_words(found.relations[0])
+
+
+def test_losses_of_different_targets_are_not_taken_for_comparable(tmp_path):
+    changes = ({}, {"model.block_size": 4}, {"optim.lr": 1.0})
+    runs = [read_run(write_run(tmp_path / str(i), changes=one)) for i, one in enumerate(changes)]
+    found = Comparison(runs)
+    assert found.unlike == ["model.block_size"]
+    assert found.differing == {"model.block_size": [2, 4, 2], "optim.lr": [2e-3, 2e-3, 1.0]}
+    assert "The runs differ in model.block_size" in comparison_page(found, tmp_path)
+    assert Comparison([runs[0], runs[2]]).unlike == []
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [read_run(write_run(tmp_path / name / "run")) for name in ("a", "b")]
+    assert Comparison(runs).names == ["a/run", "b/run"]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def cli(capsys):
+    return partial(call_cli, capsys)
+
+
+def test_report_of_one_run_writes_a_page_into_it_or_leaves_the_run_alone(cli, tmp_path):
+    run = write_run(tmp_path / "run")
+    before = sorted(run.iterdir())
+    code, out, _ = cli("report", run, "--out", tmp_path / "x.html", "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["page"] == str(tmp_path / "x.html")
+    assert sorted(run.iterdir()) == before
+    assert cli("report", run)[0] == 0
+    names = {path.name for path in set(run.iterdir()) - set(before)}
+    assert names == {"report.md", "report.html", "losses.png"}
+    assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_report_of_several_runs_writes_one_page_beside_them_again_and_again(cli, runs):
+    for _ in range(2):
+        code, out, _ = cli("report", *sorted(runs[0].parent.iterdir()), "--json")
+        assert code == 0
+    values = json.loads(out.splitlines()[-1])
+    assert values["page"] == str(runs[0].parent / "report.html")
+    assert [row["run"] for row in values["runs"]] == ["run 0", "run 1", "run 2"]
+    assert "validation loss and kNN while training: Pearson r -0.99" in out
+    assert not (runs[0] / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        ("x.txt", "must be a file, FILE.html"),
+        ("no/x.html", "there is no directory"),
+        ("d.html", "must be a file"),
+    ],
+)
+def test_a_place_that_is_no_page_is_refused(cli, tmp_path, out, why):
+    (tmp_path / "d.html").mkdir()
+    code, _, err = cli("report", write_run(tmp_path / "run"), "--out", tmp_path / out)
+    assert code == 2
+    assert why in err
+
+
+# ------------------------------------------------------------------------------------------------ a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM.exists():
+        pytest.skip("no chromium here")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        one = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        yield one
+        one.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """`opened(html)` -> the page in a browser; nothing may be fetched, and nothing may go wrong in it."""
+    page, wrong = browser.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    page.on(
+        "request",
+        lambda request: wrong.append(request.url) if request.url[:5] not in ("file:", "data:") else None,
+    )
+
+    def open_(html: str):
+        (tmp_path / "page.html").write_text(html, encoding="utf-8")
+        page.goto(f"file://{tmp_path / 'page.html'}")
+        return page
+
+    yield open_
+    page.close()
+    assert wrong == []
+
+
+def check_layout(page) -> None:
+    """No sideways scrolling, dark or light; headings go down one level at a time."""
+    for width in (400, 1600):
+        for scheme in ("light", "dark"):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, scheme)
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(one => +one.tagName[1])")
+    assert levels[0] == 1
+    assert max(np.diff(levels)) == 1
+
+
+def test_the_slider_changes_the_picture_and_charts_tell_their_values(opened, tmp_path):
+    run = write_run(tmp_path / ("long name " * 10), pictures=3)
+    write_result(
+        run / "probe", "probe", [probe_row("linear", name * 9, 0.5) for name in ("model", "untrained")]
+    )
+    page = opened(run_page(read_run(run)))
+    check_layout(page)
+    slider, picture = page.get_by_label("Step", exact=True), page.locator("#steps img")
+    last = picture.get_attribute("src")
+    assert (slider.input_value(), page.locator("#steps output").inner_text()) == ("2", "20")
+    slider.press("ArrowLeft")
+    assert page.locator("#steps output").inner_text() == "10"
+    assert picture.get_attribute("src") != last
+    assert "step 10" in picture.get_attribute("alt")
+    chart = page.locator("#charts figure").first
+    assert "training 0.01667" in chart.inner_text()
+    for _ in range(6):
+        chart.locator("svg").press("ArrowLeft")
+    assert chart.locator("output").inner_text() == "training 0.1validation 0.11step 10"
+    box = chart.locator("svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 15, box["y"] + 50)
+    assert "step 60" in chart.locator("output").inner_text()
+
+
+def test_hostile_names_are_text_and_nothing_else(opened, tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    run = write_run(tmp_path / name, pictures=1)
+    row = {"name": f"{ODD}\x1b[2J\ud800.png", "sample": 1, "reason": "<b>no</b>"}
+    (run / "quarantine.jsonl").write_text(json.dumps(row) + "\n")
+    (run / "baselines.json").write_text(json.dumps({ODD: 1.0}))
+    write_result(
+        run / "probe", "probe", [probe_row(ODD, "model", 0.5)], test=ODD, notes=[f"not clearly better {ODD}"]
+    )
+    page = opened(run_page(read_run(run)))
+    assert page.locator("h1").inner_text() == name
+    assert page.evaluate("document.scripts.length") == 2
+    assert page.evaluate("document.querySelectorAll('td b, img[src=x]').length") == 0
+    assert "\\x1b[2J\\ud800.png" in page.locator("#unreadable-images").inner_text()
+    assert ODD in page.locator("#charts").inner_text()
+    other = write_run(tmp_path / "other")
+    page = opened(comparison_page(Comparison([read_run(run), read_run(other)]), tmp_path))
+    assert name in page.locator("#relations").inner_html().replace("&lt;", "<").replace("&gt;", ">")
+
+
+def test_a_comparison_has_a_point_for_each_run_and_links_to_their_pages(opened, runs, tmp_path):
+    (runs[1] / "report.html").write_text("<!DOCTYPE html><title>own</title>")
+    page = opened(comparison_page(Comparison([read_run(run) for run in runs]), tmp_path))
+    check_layout(page)
+    chart = page.locator("#relations figure").first
+    assert chart.locator("svg > circle").count() == 3
+    assert "Pearson r -0.99" in chart.inner_text()
+    assert "Accuracy: kNN while training." in page.locator("#loss-accuracy-and-cost").inner_text()
+    titles = page.locator("#relations h3").all_inner_texts()
+    assert [title.partition(" by ")[2] for title in titles] == [
+        "validation loss",
+        *["model FLOPs"] * 2,
+        *["images seen"] * 2,
+    ]
+    page.get_by_role("link", name="run 1").click()
+    assert page.title() == "own"
+    assert os.path.relpath(runs[1], tmp_path) == "runs/run 1"
