@@ -157,6 +157,15 @@ VERBS = {
         "model data out num_images head query patch",
         run="look:features",
     ),
+    "serve": Verb(
+        "Show on a local page what a model does with an image you drop",
+        (
+            "RUN --data digits:split=test",
+            "timm:vit_base_patch16_224.mae --data DIR --open true",
+            "RUN --port 0                  # any free port",
+        ),
+        "model data port open",
+    ),
     "runs": Verb(
         "List the runs below a directory and how they are doing",
         ("DIR", "RUN", "DIR --json"),
