@@ -1,6 +1,8 @@
 """Completion: cached as recomputed, the statistics by their definition, what is given, what is refused."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +237,12 @@ def test_what_is_given_must_make_sense(file, tmp_path, capsys, words, message):
     words = ["--model", file, "--data", "digits", "--out", tmp_path / "x", "--workers", "0", *words]
     assert message in refused(call_cli(capsys, "complete", *words))
     assert not (tmp_path / "x").exists()
+
+
+def test_the_benchmark_compares_equal_images(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["complete", "--quick", "--json", "--rounds", "1"])
+    importlib.import_module("complete").main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["largest_difference"] < 1e-4
+    assert [row["budget"] for row in found["rows"]] == 2 * ["at least 4.0"]
