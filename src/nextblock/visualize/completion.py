@@ -122,9 +122,7 @@ def _caption(config: ModelConfig, given: int, *, is_own: bool) -> str:
         how = f"one after the other in {order}, each from the given blocks and its own predictions"
         sentences = [first, f"The model predicts them {how}."]
     if config.norm_pixels:
-        sentences.append(
-            "It predicts neither brightness nor contrast; these continue those of the neighbours."
-        )
+        sentences.append("It predicts neither brightness nor contrast; they continue the neighbours'.")
     return " ".join(sentences)
 
 
