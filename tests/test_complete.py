@@ -189,7 +189,7 @@ def file(tmp_path_factory):
     ],
 )
 def test_the_command_draws_what_was_given_and_writes_its_errors(file, tmp_path, capsys, words, given):
-    words = ["--model", file, "--data", "digits:split=test", "--out", tmp_path, "--num_images", "2", *words]
+    words = ["--model", file, "--data", "digits:split=test", "--out", tmp_path, "--num_images", "1", *words]
     code, out, _ = call_cli(capsys, "complete", *words, "--workers", "0", "--device", "cpu", "--json")
     assert code == 0
     values, found = json.loads(out.splitlines()[-1]), json.loads((tmp_path / "completions.json").read_text())
@@ -197,7 +197,8 @@ def test_the_command_draws_what_was_given_and_writes_its_errors(file, tmp_path, 
     assert sorted(found["order"][: len(given)]) == given
     assert values["rows"] == found["images"]
     assert {"loss", "given_mean", "nearest_given"} <= found["images"][0].keys()
-    assert Image.open(values["picture"]).format == "PNG"
+    with Image.open(values["picture"]) as picture:
+        assert picture.format == "PNG"
 
 
 def test_errors_are_those_of_hidden_pixels_beside_two_fillings(file, tmp_path):
