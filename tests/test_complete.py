@@ -1,6 +1,8 @@
 """Completion: cached as recomputed, the statistics by their definition, what is given, what is refused."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,7 +189,7 @@ def file(tmp_path_factory):
     ],
 )
 def test_the_command_draws_what_was_given_and_writes_its_errors(file, tmp_path, capsys, words, given):
-    words = ["--model", file, "--data", "digits:split=test", "--out", tmp_path, "--num_images", "2", *words]
+    words = ["--model", file, "--data", "digits:split=test", "--out", tmp_path, "--num_images", "1", *words]
     code, out, _ = call_cli(capsys, "complete", *words, "--workers", "0", "--device", "cpu", "--json")
     assert code == 0
     values, found = json.loads(out.splitlines()[-1]), json.loads((tmp_path / "completions.json").read_text())
@@ -195,7 +197,8 @@ def test_the_command_draws_what_was_given_and_writes_its_errors(file, tmp_path, 
     assert sorted(found["order"][: len(given)]) == given
     assert values["rows"] == found["images"]
     assert {"loss", "given_mean", "nearest_given"} <= found["images"][0].keys()
-    assert Image.open(values["picture"]).format == "PNG"
+    with Image.open(values["picture"]) as picture:
+        assert picture.format == "PNG"
 
 
 def test_errors_are_those_of_hidden_pixels_beside_two_fillings(file, tmp_path):
@@ -235,3 +238,12 @@ def test_what_is_given_must_make_sense(file, tmp_path, capsys, words, message):
     words = ["--model", file, "--data", "digits", "--out", tmp_path / "x", "--workers", "0", *words]
     assert message in refused(call_cli(capsys, "complete", *words))
     assert not (tmp_path / "x").exists()
+
+
+def test_the_benchmark_compares_equal_images(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["complete", "--quick", "--json", "--rounds", "1"])
+    importlib.import_module("complete").main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["largest_difference"] < 1e-4
+    assert [row["budget"] for row in found["rows"]] == 2 * ["at least 4.0"]

@@ -64,8 +64,8 @@ class CompleteSettings(LookSettings):
 
     given: Natural | None = None
     """Give the first so many blocks of the order."""
-    given_rows: Share | None = None
-    """Give the blocks above this share of the height; 0.5 if nothing says what is given."""
+    given_rows: Share | Auto = None
+    """Give the blocks above this share of the height; auto: 0.5, unless given or given_blocks is set."""
     given_blocks: tuple[Natural, ...] | None = None
     """Give these blocks, counted row by row from 0: 0,1,5."""
     order: (

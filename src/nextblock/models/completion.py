@@ -272,7 +272,7 @@ class _Cached:
         return model.targets.shaped(predictor.block_mlps[0](join_blocks(last)))
 
 
-Kept = tuple[Float[Tensor, "b heads n e"], Float[Tensor, "b heads n e"]]
+Kept = tuple[Float[Tensor, "b heads _ e"], Float[Tensor, "b heads _ e"]]
 """Keys and values of an attention."""
 
 

@@ -24,10 +24,10 @@ from nextblock.visualize.predictions import AT_ONCE, ImageLoss, PredictResult, s
 from nextblock.visualize.sheet import MAX_PICTURE_BYTES, _draw_cell, hatch, shortened
 
 FILL_WORDS = {
-    "given_mean": "mean of the given pixels",
-    "nearest_given": "mean of the nearest given block",
+    "given_mean": "filling with the given mean",
+    "nearest_given": "filling with the nearest block's mean",
 }
-"""What hidden blocks can be filled with without a model."""
+"""How hidden blocks are filled without a model: by mean colours of all given pixels, or the nearest block."""
 
 
 def draw_completions(
@@ -75,9 +75,7 @@ def draw_completions(
         "given": torch.where(hidden, hatch(config), originals),
         "completion": completed,
     }
-    is_own = order is None
-    caption = _caption(config, parts[0].given, is_own=is_own)
-    _draw(panels, result, caption, config)
+    _draw(panels, result, _caption(config, parts[0].given, is_own=order is None), config)
     content = {
         "mean_loss": result.mean_loss,
         "loss_function": "mse of hidden pixels from 0 to 1",
@@ -116,17 +114,15 @@ def _fillings(
 
 
 def _caption(config: ModelConfig, given: int, *, is_own: bool) -> str:
-    first = f"Given are {given} of {counted(config.num_blocks, 'block')}; the others are hatched."
+    first = f"{given} of {counted(config.num_blocks, 'block')} are given; the others are hatched."
     if config.mask_ratio is not None:
         sentences = [first, "The model predicts them from the given ones, all at once."]
     else:
-        order = "in the model's order" if is_own else "in the order that was asked for"
-        sentences = [
-            first,
-            f"The model predicts them one after the other {order}, from given and predicted ones.",
-        ]
+        order = "its own order" if is_own else "the order asked for"
+        how = f"one after the other in {order}, each from the given blocks and its own predictions"
+        sentences = [first, f"The model predicts them {how}."]
     if config.norm_pixels:
-        sentences.append("It predicts no brightness and no contrast: they continue those of the neighbours.")
+        sentences.append("It predicts neither brightness nor contrast; they continue the neighbours'.")
     return " ".join(sentences)
 
 
@@ -149,7 +145,7 @@ def _draw(
     caption = wrapped(caption, across - 0.4, 8)
     top, band = 0.86 + 0.16 * (subtitle.count("\n") + 1), len(panels) * (height + gap) + 0.56
     below = top + bands * band - 0.16
-    figure = Figure(figsize=(across, below + 0.16 * (caption.count("\n") + 1) + 0.26))
+    figure = Figure(figsize=(across, below + 0.16 * (caption.count("\n") + 1) + 0.1))
     for image, row in enumerate(result.rows):
         x, y = left + image % columns * (width + gap), top + image // columns * band
         name = shortened(row.name, int(width * 72 / (7.5 * 0.62)))
