@@ -367,8 +367,8 @@ def test_the_second_distance_is_drawn_with_its_own_losses_and_two_blocks_unpredi
     assert [row.baselines["zero"] for row in result.rows] == pytest.approx(
         true.square().mean((1, 2)).tolist()
     )
-    assert "at least 2 before it" in sheet._caption(look)
-    assert "the first 2 blocks (in mean colour) cannot be" in sheet._caption(look)
+    assert "predicted 2 blocks ahead" in sheet._caption(look)
+    assert "the first 2 blocks (in mean colour)" in sheet._caption(look)
 
 
 def eval_images(images: Tensor, data: DataConfig) -> Tensor:
@@ -396,7 +396,7 @@ def test_each_image_is_written_beside_its_prediction_pixel_for_pixel(looks, tmp_
     for count in (3, 2):
         predict(small_model(), source, data, tmp_path, num_images=count, device=CPU, each_image=True)
     files = sorted(path.name for path in (tmp_path / "images").glob("[!.]*"))
-    assert files == ["1_toy-0_0_.png", "2_toy-0_2_.png"]
+    assert files == ["1_toy-0_0.png", "2_toy-0_2.png"]
     for name, index, row in zip(files, (0, 2), range(2), strict=True):
         pixels = torch.from_numpy(pixels_of(tmp_path / "images" / name)).permute(2, 0, 1)
         assert torch.equal(pixels[:, :, :32], val_crop(source.read(index), 32, data).long())

@@ -336,7 +336,7 @@ def _write_each(look: Look, names: Sequence[str], folder: Path) -> None:
         mark_output(aside)
         for number, (name, picture) in enumerate(zip(names, pixels, strict=True), start=1):
             # Names may hold folders and whatever no file may; the number keeps two of them apart.
-            plain = re.sub(r"[^\w.-]+", "_", name)[-100:]
+            plain = re.sub(r"[^\w.-]+", "_", name.removesuffix(Path(name).suffix))[-100:].strip("_.")
             Image.fromarray(picture).save(aside / f"{number:0{len(str(len(names)))}d}_{plain}.png")
 
 

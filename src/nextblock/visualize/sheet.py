@@ -182,19 +182,19 @@ def _draw_cell(axes: Axes, pixels: Shaped[Tensor, "shown h w"], config: ModelCon
     picture = rearrange(pixels.expand(3, -1, -1), "c h w -> h w c").numpy()
     enlarged = max(picture.shape[:2]) < 128
     axes.imshow(picture, interpolation="nearest" if enlarged else "antialiased", aspect="auto")
-    axes.set(xticks=[], yticks=[])
+    axes.set(xticks=[], yticks=[], autoscale_on=False)
     axes.spines[:].set(linewidth=0.4, color=MUTED)
     rows, columns = config.block_grid
     line = {"color": "#8c959f", "linewidth": 0.5 if max(rows, columns) <= 8 else 0.25, "alpha": 0.7}
-    # A cell may hold several panels of the image's size.
-    (height, width), (block_height, block_width) = picture.shape[:2], config.block_px
-    gap = panel_gap(columns * block_width)
-    for top in range(0, height, rows * block_height + gap):
-        for row in range(1, rows):
-            axes.axhline(top + row * block_height - 0.5, **line)
-    for left in range(0, width, columns * block_width + gap):
-        for column in range(1, columns):
-            axes.axvline(left + column * block_width - 0.5, **line)
+    # A cell holds the image, or a panel of its size for each channel that is shown.
+    height, width = rows * config.block_px[0], columns * config.block_px[1]
+    gap = panel_gap(width)
+    panels = 1 if picture.shape[1] == width else shown_channels(config.in_chans)
+    for panel in range(panels):
+        down, along = divmod(panel, (picture.shape[1] + gap) // (width + gap))
+        top, left = down * (height + gap) - 0.5, along * (width + gap) - 0.5
+        axes.hlines(top + np.arange(1, rows) * config.block_px[0], left, left + width, **line)
+        axes.vlines(left + np.arange(1, columns) * config.block_px[1], top, top + height, **line)
 
 
 def shortened(name: str, letters: int) -> str:
@@ -224,9 +224,9 @@ def _caption(look: Look) -> str:
         elif look.distance == 1:
             alone = f"the first one ({shown}) has none before it and is not predicted"
         else:
-            alone = f"the first {counted(position, 'block')} ({shown}) cannot be"
-        before = "before it" if look.distance == 1 else f"at least {look.distance} before it"
-        first = f"Each {size} is predicted from the true blocks {before}, {order}; {alone}."
+            alone = f"the first {counted(position, 'block')} ({shown}) cannot be predicted"
+        ahead = "" if look.distance == 1 else f"{look.distance} blocks ahead, "
+        first = f"Each {size} is predicted {ahead}from the true blocks before it, {order}; {alone}."
     sentences = [first, *make_targets(config).words]
     if look.zero is not None:
         what = "each true block's mean, which is given" if config.norm_pixels else "data.mean"

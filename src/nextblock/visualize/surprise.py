@@ -64,12 +64,15 @@ def draw_surprise(
     scale = Normalize(low, max(high, low + 1e-6), clip=True)
     pictures = side_by_side(images[:, : shown_channels(images.shape[1])])
     maps = heat_maps(losses, config, scale)
-    columns = min(COLUMNS, len(rows))
+    groups = [[i for i, row in enumerate(rows) if row["group"] == group] for group in ("highest", "lowest")]
+    columns = min(COLUMNS, max(map(len, groups)))
     height_px, width_px = pictures.shape[-2:]
     width_in = min(2.0, max(1.15, 9.2 / columns), max(0.8, 2.4 * width_px / height_px))
     # Of tiled channels a heat map has the size of one panel, in a cell as wide as all of them.
     cells_in = [width_in * height_px / width_px, width_in * maps.shape[-2] / maps.shape[-1]]
-    band_in = sum(cells_in) + 0.07 + 0.75
+    # Above the cells name and class, below them the two scores.
+    above_in = 0.3 if all(row["class"] is None for row in rows) else 0.43
+    band_in = above_in + sum(cells_in) + 0.07 + 0.45
     across_in = LEFT_IN + columns * (width_in + GAP_IN) + BAR_IN
     sentences = [
         f"Score: the {score} loss of an image's blocks.",
@@ -80,13 +83,12 @@ def draw_surprise(
     if np.isnan(losses).any():
         sentences.append("Hatched blocks are not predicted.")
     caption = wrapped(" ".join(sentences), across_in - 0.4, 8)
-    groups = [[i for i, row in enumerate(rows) if row["group"] == group] for group in ("highest", "lowest")]
     bands = [group[at : at + columns] for group in groups for at in range(0, len(group), columns)]
     top_in = 0.55
     figure = Figure(figsize=(across_in, top_in + band_in * len(bands) + 0.16 * (caption.count("\n") + 2)))
     text_at(figure, 0.2, 0.2, "Surprise: how badly blocks are predicted", size=13, weight="bold", va="top")
     for number, band in enumerate(bands):
-        y = top_in + number * band_in + 0.3
+        y = top_in + number * band_in + above_in
         words = f"{rows[band[0]]['group']}\nscores"
         text_at(figure, LEFT_IN - 0.1, y + cells_in[0] / 2, words, size=8.5, ha="right", va="center")
         below = y + cells_in[0] + 0.07
@@ -97,7 +99,9 @@ def draw_surprise(
             _draw_cell(axes_at(figure, x, y, width_in, cells_in[0]), pictures[image], config)
             _draw_cell(axes_at(figure, x, below, width_in, cells_in[1]), maps[image], config)
             middle, letters = x + width_in / 2, int(width_in * 72 / (7.5 * 0.62))
-            name = shortened(row["name"], letters)
+            name = "\n".join(
+                shortened(row[key], letters) for key in ("name", "class") if row[key] is not None
+            )
             text_at(figure, middle, y - 0.05, name, size=7.5, ha="center", va="bottom", color=MUTED)
             words = f"mean {row['mean_loss']:.3f}\nlargest {row['largest_loss']:.3f}"
             text_at(figure, middle, below + cells_in[1] + 0.06, words, size=8, ha="center", va="top")
