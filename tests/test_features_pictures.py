@@ -185,14 +185,16 @@ def test_the_command_prints_what_it_found_and_writes_the_same(places, tmp_path, 
         ({"query": "DIR"}, "has 13 images; give an image file"),
         ({"head": "linear"}, "is a linear head, which weighs all patches alike"),
         ({"head": "other"}, "is a head on another encoder than .*; give --model"),
+        ({"head": "none-such"}, "there is no head .*none-such; give a classifier's directory"),
+        ({"head": "probe"}, "holds the heads of a probe; give --head .*/probe/ep"),
         ({"layers": "layer2"}, "the encoder has 2 layers"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(changes, message, places, tmp_path, capsys):
+    head_on(tiny_model(), "linear", tmp_path / "linear")
+    head_on(tiny_model(seed=1), "ep", tmp_path / "other", num_queries=3)
+    head_on(tiny_model(), "ep", tmp_path / "probe" / "ep", num_queries=3)
     if "head" in changes:
-        model = tiny_model(seed=int(changes["head"] == "other"))
-        kind = "ep" if changes["head"] == "other" else "linear"
-        head_on(model, kind, tmp_path / changes["head"], **({"num_queries": 3} if kind == "ep" else {}))
         changes = {"head": str(tmp_path / changes["head"])}
     changes = {name: places["data"] if value == "DIR" else value for name, value in changes.items()}
     flags = [f"--{name}={value}" for name, value in {**places, **changes}.items()]

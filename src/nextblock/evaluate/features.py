@@ -176,15 +176,20 @@ def open_model(
 
 def open_classifier(config: Any) -> ImageClassifier:
     """Open the classifier that a config names; `CheckpointError` if it is a model without a head."""
-    place = Path(config.model).expanduser()
-    probed = [str(place / name) for name in get_args(HeadName) if (place / name / MODEL_FILE).is_file()]
-    require(not probed, f"{place} holds the heads of a probe; give --model {' or '.join(probed)}")
+    check_one_head(config.model, "model")
     return load_classifier(
         classifier_directory(config.model),
         config.head,
         num_heads=config.num_heads,
         probe_layers=config.probe_layers,
     )
+
+
+def check_one_head(spec: str, setting: str) -> None:
+    """Refuse the directory of a probe, which holds several heads, as a classifier."""
+    place = Path(spec).expanduser()
+    probed = [str(place / name) for name in get_args(HeadName) if (place / name / MODEL_FILE).is_file()]
+    require(not probed, f"{place} holds the heads of a probe; give --{setting} {' or '.join(probed)}")
 
 
 def classifier_directory(spec: str) -> str:

@@ -21,6 +21,7 @@ from nextblock.data import BadSample, Source, eval_batches, normalize, open_sour
 from nextblock.data.sources import SubsetSource
 from nextblock.evaluate.features import (
     attention_maps,
+    check_one_head,
     classifier_directory,
     encoder_extract,
     evaluation_data,
@@ -31,6 +32,7 @@ from nextblock.evaluate.results import encoder_of
 from nextblock.evaluate.search import SAME
 from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.interop import load_classifier, open_encoder
+from nextblock.interop.hub import is_hub_spec
 from nextblock.interop.load import own_file
 from nextblock.logs import counted
 from nextblock.look.settings import FeaturesSettings
@@ -212,9 +214,14 @@ def _draw_colours(
 def _opened_head(opened: _Opened, config: FeaturesSettings) -> Callable[[Tensor, Path], Path]:
     """Open the head that the settings name; what is returned draws where it looks in images."""
     assert config.head is not None, "a head is asked for"
+    check_one_head(config.head, "head")
     spec = classifier_directory(config.head)
     # A head of ours is saved with its encoder; the second file of an official AIM classifier needs the first.
     alone = own_file(Path(spec)) is not None or config.head == config.model
+    require(
+        alone or Path(config.head).exists() or is_hub_spec(config.head),
+        f"there is no head {config.head}; give a classifier's directory, such as RUN/probe/ep",
+    )
     files = (spec, None) if alone else (config.model, config.head)
     classifier = load_classifier(*files, num_heads=config.num_heads)
     require(

@@ -125,7 +125,7 @@ def draw_order(
         text_at(figure, x + 0.17, y + 0.06, names[kind], size=8, va="center")
         x += 0.31 + 0.068 * len(names[kind])
     text_at(figure, 0.2, caption_in, caption, size=8.5, color=MUTED, va="top", linespacing=1.25)
-    save_png(figure, Path(path), dpis=(130, 100, 80), max_bytes=60_000)
+    save_png(figure, Path(path), dpis=(130, 110, 100, 90), max_bytes=60_000)
     return Path(path)
 
 
