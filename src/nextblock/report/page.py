@@ -278,6 +278,7 @@ def _curves(summary: RunSummary) -> str:
     note = "Point at a chart to read its values, or focus it and use the arrow keys."
     if len(summary.train) > MAX_POINTS:
         note += " Lines are means of several logged lines; the band goes from the smallest to the largest."
+    note += " ▲ marks where the run resumed." if any(start.get("step") for start in summary.starts) else ""
     return f'<p class=muted>{note}</p>\n<div id="charts" class="charts"></div>\n{lacking}'
 
 

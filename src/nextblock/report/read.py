@@ -258,7 +258,6 @@ def read_run(run_dir: Path) -> RunSummary:
             meant = f"its runs, such as {runs[0].parent}" if runs else "what `nextblock pretrain --out` wrote"
             raise UsageError(f"{run_dir} {why}; give {meant}")
     lines = _read_lines(training / "metrics.jsonl")
-    starts = read_json(training / "environment.json")
     by_verb = {f"{verb}.json": verb for verb in VERBS}
     files = [path for path in _files_below(run_dir) if path.name in by_verb]
     # What `eval` measured lies method by method below it, unless it scored a classifier.
@@ -278,7 +277,7 @@ def read_run(run_dir: Path) -> RunSummary:
             for kind in ("train", "val", "monitor")
         },
         baselines=read_json(training / "baselines.json"),
-        starts=tuple([starts] if isinstance(starts, dict) and starts else starts or ()),
+        starts=_starts(training),
         heartbeat=read_json(training / "heartbeat.json"),
         results=tuple(one for path, values in results.items() for one in _measured(run_dir, path, values)),
         notes=tuple(
@@ -317,6 +316,12 @@ def read_json(path: Path) -> Any:
         raise UsageError(
             f"{path} is not JSON ({error.msg}, line {error.lineno}); remove it or write it again"
         ) from error
+
+
+def _starts(training: Path) -> tuple[dict[str, Any], ...]:
+    """The starts of a run; a dict is from before 0.1.0, when only the first was recorded."""
+    starts = read_json(training / "environment.json")
+    return tuple(starts) if isinstance(starts, list) else (starts,) * bool(starts)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -369,7 +374,7 @@ def _measured(run_dir: Path, path: Path, values: dict[str, Any]) -> Iterator[Mea
 def _other_model(model: Any, run_dir: Path) -> str | None:
     """The name of a model that was measured below a run and is not the run's; None if it is.
 
-    A checkpoint within the run is one. A path that leads nowhere is taken for the run's own, which moved.
+    A checkpoint within the run is one; a copy of the run is not, nor what is no longer there: the run moved.
     """
     model = model[0] if isinstance(model, list | tuple) and len(model) == 1 else model
     if not isinstance(model, str):
@@ -377,6 +382,7 @@ def _other_model(model: Any, run_dir: Path) -> str | None:
     if not Path(model).exists():
         return model if model.partition(":")[0] in ("timm", "hf") else None
     place, run = Path(model).resolve(), run_dir.resolve()
-    if place == run:
-        return None
-    return str(place.relative_to(run)) if run in place.parents else model
+    if run in place.parents:
+        return str(place.relative_to(run))
+    # A copy of the run began at the same moment.
+    return None if place == run or _starts(place)[:1] == _starts(run)[:1] != () else model
