@@ -24,7 +24,7 @@ ORDER: Sequence[str] = """
     data.sources.zip data.sources.remote data.sources.datasets data.sources.huggingface
     data.sources.subset data.sources data.order data.transforms data.workers data.loader data.statistics
     data.subsets data.doctor data.advice data.pack data blocks kmeans targets models plan optim checkpoint
-    interop train visualize report evaluate look pretraining cli __main__
+    interop train visualize report evaluate look serve pretraining cli __main__
 """.split()  # noqa: SIM905 - one entry a line would take two screens
 
 # No longer maintained, not exact, or with side effects on the user's process: chosen against.

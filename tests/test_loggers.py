@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections import defaultdict
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nextblock.train import MonitorEvent
 from nextblock.train.loggers import LoggerError
 from tiny_runs import checkpoints, crash_toy, run_toy
 
@@ -26,11 +31,18 @@ class Told:
         self.endings: list[Any] = []
 
     def log(self, values, step):
-        self.steps.append(step)
+        if not isinstance(next(iter(values.values())), Picture):
+            self.steps.append(step)
         self.values |= values
 
     def finish(self, **how):
         self.endings.append(how)
+
+
+class Picture(str):
+    """W&B's Image."""
+
+    __slots__ = ()
 
 
 class Pair(NamedTuple):
@@ -87,7 +99,7 @@ def services(monkeypatch):
 
     for name in NAMES:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["wandb"].__dict__.update(init=start("wandb"), Settings=dict)
+    sys.modules["wandb"].__dict__.update(init=start("wandb"), Settings=dict, Image=Picture)
     sys.modules["trackio"].__dict__.update(init=start("trackio"))
     entities = SimpleNamespace(Metric=Pair, Param=Pair)
     sys.modules["mlflow"].__dict__.update(MlflowClient=lambda: Client(services["mlflow"]), entities=entities)
@@ -110,6 +122,36 @@ def test_a_resumed_run_continues_its_curves_and_sends_no_step_twice(services, tm
     assert [ending["status"] for ending in endings] == ["FINISHED", "FAILED", "FINISHED"]
     run_toy(tmp_path, changes, overwrite=True)
     assert all(len(runs) == 2 for runs in services.values()), "another run has another curve"
+
+
+class Draws:
+    """A monitor that sends a picture as grey as its step."""
+
+    every = "2st"
+
+    def __call__(self, model: object, event: MonitorEvent) -> dict[str, float]:
+        path = event.run_dir / "grey.png"
+        Image.new("L", (3, 2), 10 * event.step).save(path)
+        assert event.log_image is not None
+        event.log_image(event.step, "pictures/grey", path)
+        return {"pictures/level": 10 * event.step}
+
+
+def test_pictures_and_settings_reach_tensorboard_and_wandb(services, tmp_path):
+    changes = {"monitor.loggers": ("wandb", "mlflow"), "monitor.tensorboard": True}
+    run_toy(tmp_path, changes, stop=3, monitors=[Draws()])
+    run_toy(tmp_path, changes, monitors=[Draws()])
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    shown = events.Images("pictures/grey")
+    assert [one.step for one in shown] == [0, 2, 4, 6, 7]
+    for one in shown:
+        with Image.open(io.BytesIO(one.encoded_image_string)) as picture:
+            assert np.array_equal(picture, np.full((2, 3, 3), 10 * one.step))
+    (text,) = {one.tensor_proto.string_val[0] for one in events.Tensors("settings/text_summary")}
+    assert "\n      lr: 0.001\n" in text.decode()
+    (told,) = services["wandb"].values()
+    assert told.values["pictures/grey"] == str(tmp_path / "grey.png")
+    assert told.values["pictures/level"] == 70
 
 
 def test_a_logger_that_fails_is_reported_once_and_dropped(services, tmp_path, monkeypatch, caplog):

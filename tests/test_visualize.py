@@ -12,7 +12,9 @@ from torch import Tensor
 from nextblock.atomic import WriteError
 from nextblock.blocks import patchify
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig
-from nextblock.data import open_source
+from nextblock.data import normalize, open_source
+from nextblock.data.augment import val_crop
+from nextblock.errors import UsageError
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
@@ -24,7 +26,7 @@ from nextblock.visualize.predictions import (
     predict,
     predicted_image,
 )
-from nextblock.visualize.sheet import MAX_PICTURE_BYTES, draw_sheet
+from nextblock.visualize.sheet import MAX_PICTURE_BYTES, draw_sheet, side_by_side
 from toy import ToySource, tiny_images, tiny_model
 
 CPU = torch.device("cpu")
@@ -87,7 +89,7 @@ def test_prediction_is_put_together_as_a_loop_over_pixels_does(config):
         2, config.num_blocks - 1, config.block_values, generator=torch.Generator().manual_seed(1)
     )
     mean, std = constants(config)
-    shown = 3 if config.in_chans >= 3 else 1
+    shown = config.in_chans
     pictures = predicted_image(predictions, images, config, order, mean, std)
 
     assert pictures.shape == (2, shown, *images.shape[2:])
@@ -251,8 +253,10 @@ def test_the_monitor_writes_its_picture_and_returns_the_mean_loss(tmp_path):
     images = torch.randint(
         0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    monitor = PredictionMonitor(images, IMAGENET_MEAN, IMAGENET_STD, "2ep")
-    measured = monitor(model, MonitorEvent(step=12, run_dir=tmp_path, device=CPU))
+    monitor, sent = PredictionMonitor(images, IMAGENET_MEAN, IMAGENET_STD, "2ep"), []
+    event = MonitorEvent(step=12, run_dir=tmp_path, device=CPU, log_image=lambda *what: sent.append(what))
+    measured = monitor(model, event)
+    assert sent == [(12, "pictures/predictions", tmp_path / "pictures" / "step_00000012.png")]
 
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     expected = model((images / 255 - mean) / std).loss.item()
@@ -304,6 +308,126 @@ def test_predict_refuses_to_draw_nothing(tmp_path, count, message):
     with pytest.raises(ValueError, match=message):
         predict(small_model(), source, data, tmp_path / "out", num_images=count, device=CPU)
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------- channels, distances, pixels
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 1), (4, 2, 2), (5, 2, 3)]
+)
+def test_channels_that_are_no_colours_are_panels_with_a_gap_between(channels, rows, columns):
+    pictures = torch.rand(2, channels, 32, 64)
+    tiled = side_by_side(pictures)
+    assert tiled.shape == (2, 3 if channels == 3 else 1, rows * 34 - 2, columns * 66 - 2)
+    if channels == 3:
+        assert torch.equal(tiled, pictures)
+        return
+    expected = torch.ones(2, 1, rows * 34 - 2, columns * 66 - 2)
+    for channel in range(channels):
+        top, left = 34 * (channel // columns), 66 * (channel % columns)
+        expected[:, 0, top : top + 32, left : left + 64] = pictures[:, channel]
+    assert torch.equal(tiled, expected)
+    white = torch.zeros(1, 2, 32, 64, dtype=torch.uint8)
+    assert side_by_side(white)[0, 0, 0, 64:66].tolist() == [255, 255]
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """What is drawn, in place of drawing it."""
+    looks = []
+    monkeypatch.setattr(predictions, "draw_sheet", lambda look, *_: looks.append(look))
+    return looks
+
+
+def test_the_second_distance_is_drawn_with_its_own_losses_and_two_blocks_unpredicted(looks, tmp_path):
+    model, data = small_model(num_predicted_blocks=2), DataConfig(val_resize_px=32)
+    result = predict(
+        model, ToySource(3), data, tmp_path, num_images=3, device=CPU, distance=2, unpredicted="mean"
+    )
+    (look,) = looks
+    images = torch.stack([ToySource(3).read(index) for index in range(3)])
+    images = eval_images(images, data)
+    out = model(images).further[0]
+    np.testing.assert_allclose([row.loss for row in result.rows], out.block_loss.detach().mean(1), rtol=1e-5)
+    # The first two blocks in their mean colours, and all others as the targets' statistics say.
+    mean = look.originals[:, :, :8, 8:16].mean((2, 3))
+    torch.testing.assert_close(look.pictures[:, :, 3, 12], mean)
+    assert not look.predicted[:8, :16].any()
+    assert look.predicted[:, 16:].all()
+    zero = PixelTargets(model.config).to_pixels(
+        torch.zeros_like(out.targets), out.targets, blocks(images)[:, 2:]
+    )
+    for block in (2, 9, 15):
+        top, left = 8 * (block // 4), 8 * (block % 4)
+        std, centre = (torch.tensor(numbers)[:, None, None] for numbers in (data.std, data.mean))
+        pixels = (zero[:, block - 2].view(3, 3, 8, 8) * std + centre).clamp(0, 1)
+        torch.testing.assert_close(look.zero[:, :, top : top + 8, left : left + 8], pixels)
+    true = out.targets
+    assert [row.baselines["zero"] for row in result.rows] == pytest.approx(
+        true.square().mean((1, 2)).tolist()
+    )
+    assert "predicted 2 blocks ahead" in sheet._caption(look)
+    assert "the first 2 blocks (in mean colour)" in sheet._caption(look)
+
+
+def eval_images(images: Tensor, data: DataConfig) -> Tensor:
+    crops = torch.stack([val_crop(image, 32, data) for image in images])
+    return normalize(crops, data.mean, data.std)
+
+
+def blocks(images: Tensor) -> Tensor:
+    return patchify(images, (8, 8))
+
+
+@pytest.mark.parametrize("target", ["pixels", "tokens", "embedding"])
+def test_only_pixels_have_a_row_of_predicting_zero(looks, tmp_path, target):
+    model = tiny_model(target=target, vocab_size=5)
+    assert model.targets is not None
+    if target == "tokens":
+        model.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    draw_predictions(model, tiny_images(), [0.5] * 3, [0.5] * 3, tmp_path / "a.png")
+    assert (looks[0].zero is not None) == (target == "pixels")
+    assert ("Predicting zero" in sheet._caption(looks[0])) == (target == "pixels")
+
+
+def test_each_image_is_written_beside_its_prediction_pixel_for_pixel(looks, tmp_path):
+    data, source = DataConfig(val_resize_px=32), ToySource(3)
+    for count in (3, 2):
+        predict(small_model(), source, data, tmp_path, num_images=count, device=CPU, each_image=True)
+    files = sorted(path.name for path in (tmp_path / "images").glob("[!.]*"))
+    assert files == ["1_toy-0_0.png", "2_toy-0_2.png"]
+    for name, index, row in zip(files, (0, 2), range(2), strict=True):
+        pixels = torch.from_numpy(pixels_of(tmp_path / "images" / name)).permute(2, 0, 1)
+        assert torch.equal(pixels[:, :, :32], val_crop(source.read(index), 32, data).long())
+        assert (pixels[:, :, 32] == 255).all()
+        assert torch.equal(pixels[:, :, 33:], (looks[1].pictures[row] * 255).round().long())
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({}, {"distance": 2}, "distance is 2, but this model predicts 1 block ahead"),
+        ({"num_predicted_blocks": 3}, {"distance": 4}, "give 1 to 3"),
+        ({"class_token": True}, {"unpredicted": "mean"}, "predicts every block"),
+        ({}, {"each_image": True}, "images holds other files"),
+    ],
+)
+def test_predict_refuses_what_is_impossible_and_to_replace_what_is_not_its_own(
+    tmp_path, changes, settings, message
+):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.png").touch()
+    with pytest.raises(UsageError, match=message):
+        predict(
+            small_model(**changes),
+            ToySource(3),
+            DataConfig(val_resize_px=32),
+            tmp_path,
+            device=CPU,
+            **settings,
+        )
+    assert [path.name for path in tmp_path.rglob("*")] == ["images", "mine.png"]
 
 
 # --------------------------------------------------------------------------------------------------- tokens

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from nextblock.evaluate.suite.run import suite
     from nextblock.interop import create_model, load
     from nextblock.interop.convert import convert
+    from nextblock.look.complete import complete
+    from nextblock.look.features import features
     from nextblock.look.predict import predict
+    from nextblock.look.surprise import surprise
     from nextblock.models import NextBlockModel
     from nextblock.models.heads import ImageClassifier
     from nextblock.presets import list_presets
     from nextblock.pretraining import pretrain
+    from nextblock.visualize.orders import draw_order
 
 from nextblock.version import __version__ as __version__
 
@@ -36,9 +40,12 @@ __all__ = [
     "RunConfig",
     "classify",
     "compare",
+    "complete",
     "convert",
     "create_model",
+    "draw_order",
     "embed",
+    "features",
     "fewshot",
     "finetune",
     "knn",
@@ -49,6 +56,7 @@ __all__ = [
     "probe",
     "search",
     "suite",
+    "surprise",
 ]
 
 # The module of each name.
@@ -62,16 +70,20 @@ _HOMES = {
     "create_model": "interop",
     "list_presets": "presets",
     "classify": "evaluate.classify",
+    "draw_order": "visualize.orders",
     "embed": "evaluate.embed",
+    "features": "look.features",
     "fewshot": "evaluate.fewshot",
     "finetune": "evaluate.finetune.run",
     "knn": "evaluate.knn",
     "load": "interop",
+    "complete": "look.complete",
     "predict": "look.predict",
     "pretrain": "pretraining",
     "probe": "evaluate.probe.run",
     "search": "evaluate.search",
     "suite": "evaluate.suite.run",
+    "surprise": "look.surprise",
 }
 
 

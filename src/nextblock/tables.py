@@ -1,11 +1,17 @@
-"""Rows as a table: on the terminal, in Markdown and as CSV. Imports nothing heavy."""
+"""How results are shown: rows as a table (terminal, Markdown, CSV, notebook), and pictures in a notebook.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -81,6 +87,12 @@ class Table(NamedTuple):
         lines = [self.head, ["---"] * len(self.head), *self.cells()]
         return "".join(f"| {' | '.join(map(escape_markdown, line))} |\n" for line in lines)
 
+    def _repr_html_(self) -> str:
+        """A table in HTML, as a notebook shows it."""
+        lines = [("th", self.head), *(("td", cells) for cells in self.cells())]
+        rows = ("".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in cells) for tag, cells in lines)
+        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
     def rich(self) -> RichTable:
         """A table for the terminal: one line a row, never cut."""
         from rich.box import SIMPLE
@@ -101,6 +113,32 @@ class Table(NamedTuple):
         console, table = Console(), self.rich()
         console.width = max(console.width, Console(width=500).measure(table).maximum)
         console.print(table)
+
+
+class Shown:
+    """A result with a picture, which a notebook draws when the result is a cell's last line."""
+
+    picture: Path
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """All pictures of the result."""
+        return (self.picture,)
+
+    def show(self) -> None:
+        """Draw the pictures in a notebook; elsewhere print where they are."""
+        ipython = sys.modules.get("IPython")  # not imported: neither notebook nor IPython
+        shell = ipython and ipython.get_ipython()
+        for path in self.pictures:
+            if shell and hasattr(shell, "kernel"):
+                from IPython.display import Image, display
+
+                display(Image(filename=str(path)))
+            else:
+                sys.stdout.write(f"{path}\n")
+
+    def _repr_png_(self) -> bytes | None:
+        return self.picture.read_bytes() if self.picture.is_file() else None
 
 
 def write_csv(rows: Iterable[Row]) -> str:

@@ -22,6 +22,7 @@ from nextblock.evaluate.settings import (
 )
 from nextblock.evaluate.suite.settings import SuiteSettings
 from nextblock.launch import find_world, launch
+from nextblock.look.settings import SurpriseSettings
 from nextblock.settings import Count
 
 if TYPE_CHECKING:
@@ -110,4 +111,5 @@ finetune = partial(_run, verb="finetune", settings=FinetuneSettings, after=_draw
 embed = partial(_run, verb="embed", settings=EmbedSettings)
 search = partial(_run, verb="search", settings=SearchSettings)
 classify = partial(_run, verb="classify", settings=ClassifySettings)
+surprise = partial(_run, verb="surprise", settings=SurpriseSettings)
 compare = partial(_run, verb="eval", settings=CompareSettings, function="compare")

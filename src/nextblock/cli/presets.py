@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from nextblock.cli.arguments import Parser
 from nextblock.cli.output import end_with_json, say
-from nextblock.config import RunConfig, pair
-from nextblock.presets import PRESETS, Preset, get_preset
-from nextblock.settings import flatten, to_dict, typed
+from nextblock.config import ModelConfig, RunConfig, pair
+from nextblock.presets import PRESETS, Preset, get_preset, resolve
+from nextblock.settings import Natural, flatten, listed, require, to_dict, typed
 
 _TABLES = {
     "size": "Sizes for any folder of images (from so many images on: a rule of thumb)",
@@ -25,8 +26,19 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser("presets")
     parser.add_argument("name", type=str, nargs="?", help="show all about this one")
     parser.add_argument("--all", action="store_true", help="list the ablations too")
+    parser.add_argument("--draw", type=str | None, help="PNG to write: order of its blocks, attention mask")
+    parser.add_argument(
+        "--prefix", type=Natural | None, help="with --draw: blocks that all patches attend to"
+    )
+    parser.add_settings(ModelConfig, "model")
     options = parser.parse(argv)
     chosen = [get_preset(options.name)] if options.name else list(PRESETS.values())
+    changes = {name: value for name, value in vars(options).items() if name.startswith("model.")}
+    if options.draw is not None:
+        require(options.name is not None, "--draw needs a preset: nextblock presets NAME --draw FILE.png")
+        return _draw(resolve(chosen[0].config, changes), options)
+    of_draw = [f"--{name}" for name in changes] + ["--prefix"] * (options.prefix is not None)
+    require(not of_draw, f"{listed(of_draw)} is for a picture; give --draw FILE.png too")
     if options.json:
         end_with_json([_values(preset) for preset in chosen])
     elif options.name:
@@ -39,6 +51,15 @@ def run(argv: Sequence[str]) -> int:
             "params M: millions, with the predictor. step GB: an estimate, one micro-batch.",
             "nextblock presets NAME shows one with its command; --all adds the ablations.",
         )
+    return 0
+
+
+def _draw(config: RunConfig, options: Namespace) -> int:
+    from nextblock.visualize.orders import draw_order
+
+    say(f"picture: {draw_order(config, options.draw, options.prefix)}")
+    if options.json:
+        end_with_json({"picture": options.draw})
     return 0
 
 

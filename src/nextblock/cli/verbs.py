@@ -127,6 +127,45 @@ VERBS = {
         ),
         run="look:predict",
     ),
+    "complete": Verb(
+        "Give a model parts of images, and draw how it continues them",
+        (
+            "--model RUN --data DIR --out RUN/completions",
+            "--model RUN --data IMAGE --out completed --given_rows 0.25",
+            "--model RUN --data DIR --out completed --given_blocks 0,1,5 --order spiral",
+        ),
+        "model data out given_rows given given_blocks order num_images",
+        run="look:complete",
+    ),
+    "surprise": Verb(
+        "Rank images by how badly their blocks are predicted",
+        (
+            "--model RUN --data DIR --out RUN/surprise",
+            "--model RUN --data DIR --out odd --score largest --num_images 16",
+            "--model RUN --data DIR        # only print",
+        ),
+        "model data out score num_images",
+        run="evaluations:surprise",
+    ),
+    "features": Verb(
+        "Draw patch features as colours, nearest patches, where a head looks",
+        (
+            "--model RUN --data DIR --out RUN/features",
+            "--model RUN --data DIR --out RUN/features --head RUN/probe/ep",
+            "--model timm:vit_base_patch16_224.mae --data DIR --out mae --query IMAGE --patch 3,5",
+        ),
+        "model data out num_images head query patch",
+        run="look:features",
+    ),
+    "serve": Verb(
+        "Show on a local page what a model does with an image you drop",
+        (
+            "RUN --data digits:split=test",
+            "timm:vit_base_patch16_224.mae --data DIR --open true",
+            "RUN --port 0                  # any free port",
+        ),
+        "model data port open",
+    ),
     "runs": Verb(
         "List the runs below a directory and how they are doing",
         ("DIR", "RUN", "DIR --json"),
@@ -178,7 +217,8 @@ VERBS = {
     ),
     "presets": Verb(
         "List the named runs and model sizes",
-        ("", "xtra-b16-in1k", "--all"),
+        ("", "xtra-b16-in1k", "aim-600m --draw order.png --prefix 20 --model.image_size 112"),
+        "all draw prefix model.image_size model.block_size",
     ),
     "data pack": Verb(
         "Write the images of a source as tar shards, with an index beside each",

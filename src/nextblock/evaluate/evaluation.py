@@ -6,6 +6,7 @@ result; another one is refused. One that was stopped resumes from the features t
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import shutil
@@ -95,6 +96,8 @@ class Result:
     """For each row, how often each test image was classified correctly, 0 to 1: for paired differences."""
     columns: Sequence[Column] = field(default=(), repr=False, compare=False)
     """How the rows are shown."""
+    all_rows: Sequence[dict[str, Any]] = field(default=(), repr=False, compare=False)
+    """What VERB.csv holds, if `rows` are only some of it."""
     brief: Table | None = field(default=None, repr=False, compare=False)
     """What the terminal shows in place of the whole table."""
 
@@ -117,6 +120,10 @@ class Result:
         own = {"verb": self.verb, "rows": list(self.rows), "notes": list(self.notes)}
         return finite({**self.identity, **self.facts, **own})
 
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return (self.brief or self.table)._repr_html_() + notes
+
     def markdown(self) -> str:
         """Title, table and notes in Markdown."""
         notes = "".join(f"\n{note}\n" for note in self.notes)
@@ -126,7 +133,7 @@ class Result:
 
     def write(self, out: Path) -> None:
         """Write VERB.csv, VERB.md and, last, VERB.json."""
-        write_text(out / f"{self.verb}.csv", write_csv(self.rows))
+        write_text(out / f"{self.verb}.csv", write_csv(self.all_rows or self.rows))
         write_text(out / f"{self.verb}.md", self.markdown())
         text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
         write_text(out / f"{self.verb}.json", text + "\n")
@@ -305,12 +312,15 @@ class Evaluation:
         measure: Callable[[], Result],
         *,
         save: Callable[[Path, Result], None] | None = None,
+        made_from: Mapping[str, Any] | None = None,
     ) -> Result:
         """Measure and write the result, or read it if `out` holds it; `save` writes what else belongs to it.
 
-        Raises `UsageError` if `out` holds something else.
+        `made_from` is what it is made from besides settings, encoder, and images, ready for JSON. Raises
+        `UsageError` if `out` holds something else.
         """
-        settings, group, identity = self.settings, self.group, self.identity(sources)
+        settings, group = self.settings, self.group
+        identity = {**self.identity(sources), **(made_from or {})}
         if settings.out is None:
             found = measure()
             if group.is_main:

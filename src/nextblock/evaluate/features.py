@@ -87,6 +87,28 @@ def _encoder_features(
     return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
 
 
+def attention_maps(
+    classifier: ImageClassifier, images: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b q rows columns"]:
+    """How an attentive or ep head weighs the patches of normalised images, a map a query (and head).
+
+    A map sums to 1. Of tokens "all" the head weighs the class token too; the maps are of the patches alone.
+    """
+    config = replace(classifier.head_config, tokens="patches")
+    with torch.no_grad():
+        encoded = classifier.encoder_model.encode(images, attention=config.attention)
+        features = pool_features(encoded, config, classifier.encoder_model.final_norm)
+        weights = classifier.head.attention(features)  # type: ignore[operator]
+    rows, _ = patch_grid(weights.shape[-1], images.shape[-2:])
+    return rearrange(weights, "b q (rows columns) -> b q rows columns", rows=rows)
+
+
+def patch_grid(patches: int, image_size: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of so many square patches that fill an image of (height, width)."""
+    rows = round((patches * image_size[0] / image_size[1]) ** 0.5)
+    return rows, patches // rows
+
+
 SMALL_PX = 16
 
 
@@ -154,15 +176,20 @@ def open_model(
 
 def open_classifier(config: Any) -> ImageClassifier:
     """Open the classifier that a config names; `CheckpointError` if it is a model without a head."""
-    place = Path(config.model).expanduser()
-    probed = [str(place / name) for name in get_args(HeadName) if (place / name / MODEL_FILE).is_file()]
-    require(not probed, f"{place} holds the heads of a probe; give --model {' or '.join(probed)}")
+    check_one_head(config.model, "model")
     return load_classifier(
         classifier_directory(config.model),
         config.head,
         num_heads=config.num_heads,
         probe_layers=config.probe_layers,
     )
+
+
+def check_one_head(spec: str, setting: str) -> None:
+    """Refuse the directory of a probe, which holds several heads, as a classifier."""
+    place = Path(spec).expanduser()
+    probed = [str(place / name) for name in get_args(HeadName) if (place / name / MODEL_FILE).is_file()]
+    require(not probed, f"{place} holds the heads of a probe; give --{setting} {' or '.join(probed)}")
 
 
 def classifier_directory(spec: str) -> str:

@@ -22,4 +22,14 @@ def predict(**settings: Any) -> PredictResult:
     from nextblock.visualize import predict as predict_images
 
     model, source, data, device = open_look(config)
-    return predict_images(model, source, data, Path(config.out), num_images=config.num_images, device=device)
+    return predict_images(
+        model,
+        source,
+        data,
+        Path(config.out),
+        num_images=config.num_images,
+        device=device,
+        distance=config.distance,
+        unpredicted=config.unpredicted,
+        each_image=config.each_image,
+    )

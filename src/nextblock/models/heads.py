@@ -201,21 +201,27 @@ class AttentiveHead(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.linear = nn.Linear(dim, num_classes, bias=bias)
 
+    def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b qh n"]:
+        """How each head of each query weighs the tokens of each image, query by query; a row sums to 1."""
+        return rearrange(self._weights(normalized(tokens, self.norm)), "b q h n -> b (q h) n")
+
+    def _weights(self, normed: Float[Tensor, "b n d"]) -> Float[Tensor, "b q h n"]:
+        query = rearrange(self.query, "1 q (h e) -> q h e", h=self.num_heads)
+        key = rearrange(self.key.weight, "(h e) d -> h e d", h=self.num_heads)
+        # The queries are the same for every image, so keys of single patches are never formed:
+        # q·(K x) = (Kᵀq)·x folds the key matrix into the queries. Per patch that costs d·heads·queries
+        # products instead of d².
+        patch_query = einsum(query, key, "q h e, h e d -> q h d") * key.shape[1] ** -0.5
+        return einsum(normed, patch_query, "b n d, q h d -> b q h n").softmax(dim=-1)
+
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
         normed = normalized(tokens, self.norm)
-        query = rearrange(self.query, "1 q (h e) -> q h e", h=self.num_heads)
-        key = rearrange(self.key.weight, "(h e) d -> h e d", h=self.num_heads)
         value = rearrange(self.value.weight, "(h e) d -> h e d", h=self.num_heads)
-
-        # The queries are the same for every image, so keys and values of single patches are never formed:
-        # q·(K x) = (Kᵀq)·x folds the key matrix into the queries, and the mean of V x over patches is V
-        # applied to the mean of x. Per patch that costs 2·d·heads·queries products instead of 2·d².
+        # Nor are values of single patches formed: the mean of V x over patches is V applied to the mean of x.
         # Each head of each query has its own patch mean; queries are averaged before the value map, which is
         # linear, so it is applied once.
-        patch_query = einsum(query, key, "q h e, h e d -> q h d") * key.shape[1] ** -0.5
-        scores = einsum(normed, patch_query, "b n d, q h d -> b q h n")
-        patch_mean = einsum(scores.softmax(dim=-1), normed, "b q h n, b n d -> b q h d")
+        patch_mean = einsum(self._weights(normed), normed, "b q h n, b n d -> b q h d")
         pooled = einsum(reduce(patch_mean, "b q h d -> b h d", "mean"), value, "b h d, h e d -> b h e")
         return self.linear(rearrange(pooled, "b h e -> b (h e)"))
 

@@ -1,4 +1,4 @@
-"""Loggers: where else a run's numbers go. TensorBoard, W&B, MLflow and Trackio, behind one small protocol.
+"""Loggers: where else a run's numbers and pictures go: TensorBoard, W&B, MLflow and Trackio.
 
 A logger's own id of the run is kept in RUN/loggers.json, so a run that resumes continues its curve there.
 """
@@ -14,7 +14,12 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import yaml
+from PIL import Image
 
 from nextblock.atomic import write_text
 from nextblock.config import RunConfig
@@ -45,7 +50,10 @@ class RunInfo(NamedTuple):
 
 
 class Logger(Protocol):
-    """Sends numbers somewhere. Whatever it raises is reported once, and ends the logger, not the run."""
+    """Sends numbers somewhere. Whatever it raises is reported once, and ends the logger, not the run.
+
+    One that takes pictures has `image(step, name, path)` too.
+    """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send values of a step; steps never decrease."""
@@ -57,15 +65,22 @@ class Logger(Protocol):
 class TensorBoard:
     """Events in RUN/tensorboard; those after `start_step` are hidden, as these steps are done again."""
 
-    def __init__(self, directory: Path, start_step: int) -> None:
+    def __init__(self, directory: Path, start_step: int, settings: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+        # It reads Markdown, in which indented lines stand for themselves.
+        self._writer.add_text("settings", indent(settings, "    "), start_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write an event for each value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Write the picture as an event."""
+        with Image.open(path) as picture:
+            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self, *, failed: bool) -> None:  # noqa: ARG002 - it has no place for it
         """Close the file."""
@@ -92,6 +107,10 @@ class WandB:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the values; a process of W&B's own sends them."""
         self._run.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Queue the picture."""
+        self._run.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def close(self, *, failed: bool) -> None:
         """Wait until all is sent."""
@@ -172,18 +191,19 @@ class Loggers:
         self._loggers: dict[str, Logger] = {}
         self._last_steps: dict[str, Mapping[str, int]] = {}
         if config.monitor.tensorboard:
-            self._loggers["tensorboard"] = TensorBoard(run.path / "tensorboard", start_step)
+            settings = yaml.safe_dump(to_dict(config), sort_keys=False)
+            self._loggers["tensorboard"] = TensorBoard(run.path / "tensorboard", start_step, settings)
         file, ids = run.path / "loggers.json", dict[str, str]()
         try:
             if file.is_file():
                 ids = {**json.loads(file.read_text(encoding="utf-8"))}
         except (ValueError, TypeError) as error:
             raise DamagedRunError(f"{file} is damaged; remove it: loggers then begin new curves") from error
-        name, settings = run.path.resolve().name, flatten(to_dict(config))
+        name, values = run.path.resolve().name, flatten(to_dict(config))
         for kind in dict.fromkeys(config.monitor.loggers):
             known = ids.get(kind)
             try:
-                logger = OPTIONAL[kind](RunInfo(known, config.monitor.project, name, settings, run.path))
+                logger = OPTIONAL[kind](RunInfo(known, config.monitor.project, name, values, run.path))
             except Exception as error:
                 # A run that begins has somebody who can help; one that is requeued at night continues
                 # without it.
@@ -201,10 +221,17 @@ class Loggers:
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Send the values of a line of metrics, as "train/loss" unless a name has a slash."""
         named = {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}
+        self._send(kind, step, "log", named)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Send a monitor's picture to the loggers that take one."""
+        self._send("monitor", step, "image", name, path)
+
+    def _send(self, kind: str, step: int, method: str, *what: Any) -> None:
         for name, logger in list(self._loggers.items()):
-            if step > self._last_steps.get(name, {}).get(kind, -1):
+            if step > self._last_steps.get(name, {}).get(kind, -1) and hasattr(logger, method):
                 try:
-                    logger.log(step, named)
+                    getattr(logger, method)(step, *what)
                 except Exception as error:
                     self._drop(name, error)
 

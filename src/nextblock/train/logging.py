@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +108,11 @@ class MetricsLog:
         if self._loggers is not None:
             self._loggers.log(kind, step, values)
 
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Give a picture to the loggers that take one."""
+        if self._loggers is not None:
+            self._loggers.image(step, name, path)
+
     def sync(self) -> None:
         """Flush all lines to the disk: before a checkpoint is named, or a power cut leaves a gap."""
         with writing(self._path):
@@ -192,7 +198,7 @@ class _TwoLines(Progress):
 
 
 class Reporter:
-    """A progress bar on a terminal, log records above it; elsewhere a line every ten seconds.
+    """A progress bar on a terminal or in a notebook, log records above it; else a line every ten seconds.
 
     It never fails: a terminal that is gone must not keep a run from being saved.
     """
@@ -226,7 +232,9 @@ class Reporter:
         """Show the bar."""
         self._first, self._done, self._total = step, step, total_steps
         self._began_s = self._step_began_s = time.monotonic()
-        if not self.console.is_terminal or self.is_quiet:
+        # A notebook is no terminal, but shows a bar if ipywidgets is installed; without it, lines.
+        is_live = self.console.is_jupyter and find_spec("ipywidgets") is not None
+        if not (self.console.is_terminal or is_live) or self.is_quiet:
             return
         self._bar = _TwoLines(
             TextColumn("step {task.fields[step]}/{task.total:,.0f}"),

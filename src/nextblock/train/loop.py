@@ -341,7 +341,7 @@ def train(
                     cut_short.add("monitor")
                 return "monitor" in cut_short
 
-            event = MonitorEvent(trainer.step, out, device, group, should_stop)
+            event = MonitorEvent(trainer.step, out, device, group, should_stop, metrics and metrics.image)
             values: dict[str, float] = {}
             for monitor, every in zip(monitors, monitor_every, strict=True):
                 if at_start or is_time(every):

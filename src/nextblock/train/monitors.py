@@ -15,6 +15,9 @@ from nextblock.train.distributed import ALONE, Group
 
 RANKME_EPS = 1e-7
 
+LogImage = Callable[[int, str, Path], None]
+"""Called with the step, a name such as "pictures/predictions", and a PNG."""
+
 
 def rankme(features: Float[Tensor, "n d"]) -> float:
     """Effective rank of features, from 1 to min(n, d): RankMe, Garrido et al., arXiv 2210.02885, ICML 2023.
@@ -40,6 +43,8 @@ class MonitorEvent(NamedTuple):
     """The processes of the run. All call every monitor; only `group.is_main` may write."""
     should_stop: Callable[[], bool] = bool
     """Whether the run was asked to stop: what is returned is then dropped. All ranks must ask alike."""
+    log_image: LogImage | None = None
+    """Sends a picture to the run's loggers; None on ranks that have none."""
 
 
 @runtime_checkable

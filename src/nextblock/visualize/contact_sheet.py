@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from nextblock.data import Source
 from nextblock.visualize.figure import INK, MUTED, save_png
-from nextblock.visualize.sheet import MAX_PICTURE_BYTES, shortened, shown_channels
+from nextblock.visualize.sheet import MAX_PICTURE_BYTES, shortened, shown_channels, side_by_side
 
 CELL_IN = 1.35
 MAX_COLUMNS = 7
@@ -23,7 +23,7 @@ ACCENT = "#bc4c00"
 def draw_contact_sheet(
     rows: Sequence[Mapping[str, Any]], queries: Source, source: Source, path: Path
 ) -> None:
-    """Draw the rows of a search as a PNG; of an image with many channels the first three are shown."""
+    """Draw the rows of a search as a PNG; channels that are no colours are drawn each by itself."""
     found = [list(group) for _, group in groupby(rows, key=lambda row: row["query_index"])]
     columns = min(MAX_COLUMNS, max(map(len, found)))
     lines = [-(-len(group) // columns) for group in found]
@@ -44,8 +44,8 @@ def draw_contact_sheet(
 
 def _draw(axes: Axes, source: Source, index: int, words: Sequence[str], color: str) -> None:
     pixels = source.read(index)
-    shown = pixels[: shown_channels(len(pixels))].expand(3, -1, -1)
-    picture = rearrange(shown, "c h w -> h w c").numpy()
+    shown = side_by_side(pixels[None, : shown_channels(len(pixels))])[0]
+    picture = rearrange(shown.expand(3, -1, -1), "c h w -> h w c").numpy()
     axes.axis("on")
     axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 128 else "antialiased")
     axes.set(xticks=[], yticks=[])

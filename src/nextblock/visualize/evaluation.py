@@ -170,14 +170,21 @@ def draw_confusion(
 
 
 def draw_attention(
-    images: Num[np.ndarray, "b h w c"], attention: Float[np.ndarray, "b q rows columns"], path: Path
+    images: Num[np.ndarray, "b h w c"],
+    attention: Float[np.ndarray, "b q rows columns"],
+    path: Path,
+    *,
+    unit: str = "query",
 ) -> None:
-    """Draw images, the mean over queries of how they weigh the patches, and some queries by themselves."""
-    number, queries = attention.shape[:2]
+    """Draw images, the mean over queries of how they weigh the patches, and some queries by themselves.
+
+    `unit` is what has a map: a query, or a head of a query.
+    """
+    count, queries = attention.shape[:2]
     chosen = np.unique(np.linspace(0, queries - 1, DRAWN_QUERIES, dtype=int))
-    titles = ["image", f"mean of {queries}", *(f"query {query}" for query in chosen)]
-    figure = Figure(figsize=(1.1 * len(titles), 1.15 * number + 0.3), layout="constrained")
-    axes = figure.subplots(number, len(titles), squeeze=False)
+    titles = ["image", f"mean of {queries}", *(f"{unit} {number}" for number in chosen)]
+    figure = Figure(figsize=(1.1 * len(titles), 1.15 * count + 0.3), layout="constrained")
+    axes = figure.subplots(count, len(titles), squeeze=False)
     height, width = images.shape[1:3]
     for line, image, maps in zip(axes, images, attention, strict=True):
         shown = image if image.shape[-1] in (3, 4) else image[..., 0]

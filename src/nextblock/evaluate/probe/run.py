@@ -27,7 +27,6 @@ from torch import Tensor
 
 from nextblock.atomic import write_aside, write_text
 from nextblock.checkpoint import save_classifier
-from nextblock.config import pair
 from nextblock.data import (
     BadSample,
     Batch,
@@ -51,7 +50,7 @@ from nextblock.evaluate.evaluation import (
     add_leads,
     labelled_evaluation,
 )
-from nextblock.evaluate.features import seeded
+from nextblock.evaluate.features import attention_maps, seeded
 from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.probe.heads import (
     Candidate,
@@ -486,10 +485,5 @@ class _Probe:
         chosen = readable[np.linspace(0, len(readable) - 1, min(DRAWN, len(readable)), dtype=int)]
         (batch,) = eval_batches(self.sources[self.measured.purpose].source, data, size, DRAWN, chosen)
         images = batch.images.to(self.opened.device)
-        # Of tokens "all" the head weighs the class token too; the picture shows the patches alone.
-        classifier.head_config = replace(classifier.head_config, tokens="patches")
-        with torch.no_grad():
-            features = classifier.features(normalize(images, data.mean, data.std))
-            weights = classifier.head.attention(features)  # type: ignore[operator]
-        rows = round((weights.shape[-1] * pair(size)[0] / pair(size)[1]) ** 0.5)
-        return images.permute(0, 2, 3, 1).cpu().numpy(), weights.unflatten(-1, (rows, -1)).cpu().numpy()
+        maps = attention_maps(classifier, normalize(images, data.mean, data.std))
+        return images.permute(0, 2, 3, 1).cpu().numpy(), maps.cpu().numpy()

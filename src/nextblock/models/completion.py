@@ -1,0 +1,306 @@
+"""Completing images: some blocks are given, and a model predicts the others from them by itself.
+
+The given blocks come first, then the hidden ones, each predicted from all before it: given or predicted, they
+enter the model alike. Keys and values of every attention are kept, so a further block costs one block of
+tokens. A model that predicts masked blocks predicts all hidden ones at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int64
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from torch import Tensor
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
+
+from nextblock.blocks import block_orders, check_order, may_attend, patches_of_blocks, patchify, unpatchify
+from nextblock.config import ModelConfig, pair
+from nextblock.models.next_block import NextBlockModel
+from nextblock.models.predictor import join_blocks
+from nextblock.models.vit import RopeLayer, embed_patches, positions_of, positions_on, rotary_positions
+from nextblock.settings import require
+
+
+class Completion(NamedTuple):
+    """What `complete` returns."""
+
+    images: Float[Tensor, "b c h w"]
+    """Normalised as they came: given blocks untouched, the others as predicted."""
+    order: Int64[Tensor, " k"]
+    """The order that was used, from position to block: the given blocks first."""
+    given: int
+    """How many blocks were given."""
+
+
+def complete(
+    model: NextBlockModel,
+    images: Float[Tensor, "b c h w"],
+    given: Bool[Tensor, " k"],
+    *,
+    order: Int64[Tensor, " k"] | None = None,
+    cached: bool = True,
+) -> Completion:
+    """Predict the blocks of normalised images that are not `given`; their pixels are not looked at.
+
+    `given` is True for a block in raster order. Given blocks, then hidden ones, each in `order`, without it
+    the model's first. A model that was trained with prefixes lets all tokens attend to the given blocks.
+    `cached` False predicts every block by the model's own `forward` on the image completed so far: slower,
+    with the same result. Raises `ValueError` for a model that cannot complete.
+    """
+    config = replace(model.config, image_size=(images.shape[2], images.shape[3]))
+    check_completes(config)
+    k, given = config.num_blocks, given.cpu()
+    require(given.shape == (k,), f"given has shape {tuple(given.shape)}, but an image has {k} blocks")
+    count = int(given.sum())
+    require(count < k, f"all {k} blocks are given; hide at least one")
+    require(
+        count > 0 or config.class_token,
+        "no block is given, and without a class token this model predicts from given blocks only; give one",
+    )
+    if order is None:
+        order = block_orders(config.order, config.block_grid, config.order_seed)[0]
+    check_order(order := order.cpu(), k)
+    order = torch.cat([order[given[order]], order[~given[order]]])
+    canvas, was_training = _Canvas(model, images, config, given), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            predict = (_Cached if cached else _Recomputed)(model, config, order.to(images.device), count)
+            position = count
+            while position < k:  # one block at a time, or all of a model that predicts masked blocks
+                for prediction in predict(canvas.images, position).unbind(1):
+                    canvas.fill(int(order[position]), prediction)
+                    position += 1
+    finally:
+        model.train(was_training)
+    return Completion(canvas.images, order.to(images.device), count)
+
+
+def check_completes(config: ModelConfig) -> None:
+    """Raise `ValueError` if a model of these settings cannot complete images."""
+    config.check_predicts()
+    require(
+        config.target in ("pixels", "tokens"),
+        f"this model predicts vectors (model.target {config.target}), which are no pixels to continue from; "
+        "use a model with target pixels or tokens",
+    )
+    require(
+        config.encoder_attention == "block_causal" and config.predictor_attention == "native",
+        f"model.encoder_attention {config.encoder_attention} and model.predictor_attention "
+        f"{config.predictor_attention} may show tokens later blocks, which are not known yet; use a "
+        "model with block_causal and native",
+    )
+
+
+class _Canvas:
+    """Images that are completed piece by piece: by blocks, or by patches if the model predicts their tokens.
+
+    A normalised prediction tells neither brightness nor contrast. Both continue those of its neighbours, the
+    known pieces nearest to it. The deviation is the mean of theirs, where a piece of one colour counts as 0.
+    The mean of each channel is such that along shared edges the pixels on both sides have the same; without a
+    shared edge it is the neighbours' own. If nothing is known, they are 0 and 1, those of all data.
+    """
+
+    def __init__(
+        self,
+        model: NextBlockModel,
+        images: Float[Tensor, "b c h w"],
+        config: ModelConfig,
+        given: Bool[Tensor, " k"],
+    ) -> None:
+        self.config, self.tokenizer = config, model.tokenizer
+        self.table = patches_of_blocks(config.grid, pair(config.block_size))
+        self.grid, self.size_px, self.known = config.block_grid, config.block_px, given.clone()
+        if self.tokenizer is not None:
+            self.grid, self.size_px = config.grid, (config.patch_size, config.patch_size)
+            self.known = torch.zeros(config.num_patches, dtype=torch.bool)
+            self.known[self.table[given]] = True
+        # What is hidden is not looked at, not even by a mistake.
+        pieces = patchify(images.float(), self.size_px)
+        pieces = pieces.masked_fill(~self.known.to(images.device)[:, None], 0)
+        self.images = unpatchify(pieces, self.grid, self.size_px)
+
+    def fill(self, block: int, prediction: Float[Tensor, "b ..."]) -> None:
+        """Put the pixels of a predicted block in its place."""
+        if self.tokenizer is None:
+            self._put(block, prediction)
+            return
+        patches = embedding(prediction.argmax(-1), self.tokenizer.centroids)
+        for patch, pixels in zip(self.table[block].tolist(), patches.unbind(1), strict=True):
+            self._put(patch, pixels)
+
+    def _put(self, piece: int, values: Float[Tensor, "b p"]) -> None:
+        pixels = rearrange(values.float(), "b (c h w) -> b c h w", c=self.config.in_chans, h=self.size_px[0])
+        if self.config.norm_pixels and self.known.any():
+            pixels = self._with_statistics(piece, pixels)
+        self._at(piece).copy_(pixels)
+        self.known[piece] = True
+
+    def _at(self, piece: int) -> Float[Tensor, "b c h w"]:
+        (row, column), (height, width) = divmod(piece, self.grid[1]), self.size_px
+        return self.images[:, :, row * height :, column * width :][:, :, :height, :width]
+
+    def _with_statistics(self, piece: int, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        there, across = self.known.nonzero().flatten(), self.grid[1]
+        rows, columns = there // across - piece // across, there % across - piece % across
+        distance = rows.square() + columns.square()
+        near = distance == distance.min()
+        deviations, theirs, ours = [], [], []
+        for index, row, column in zip(*(x[near].tolist() for x in (there, rows, columns)), strict=True):
+            other = self._at(index)
+            is_flat = (other == other[..., :1, :1]).flatten(1).all(1)
+            deviations.append(other.flatten(1).std(1).masked_fill(is_flat, 0))
+            if distance.min() > 1:  # no shared edge
+                theirs, ours = [*theirs, other.flatten(2)], [*ours, pixels.flatten(2)]
+            elif row:  # above or below: their last row is next to our first, or their first to our last
+                theirs, ours = [*theirs, other[:, :, -(row < 0)]], [*ours, pixels[:, :, -(row > 0)]]
+            else:
+                theirs, ours = [*theirs, other[..., -(column < 0)]], [*ours, pixels[..., -(column > 0)]]
+        deviation = torch.stack(deviations).mean(0)[:, None, None]
+        # Differences are averaged, so that the mean of equal colours is exactly this colour.
+        edge = torch.cat(theirs, dim=-1)
+        origin = edge[..., :1]
+        mean = origin + (edge - origin - deviation * torch.cat(ours, dim=-1)).mean(-1, keepdim=True)
+        return mean[..., None] + deviation[..., None] * pixels
+
+
+# ----------------------------------------------------------------------------------------- predicting a block
+
+
+class _Recomputed:
+    """Predictions by the model's `forward` on the image completed so far."""
+
+    def __init__(
+        self, model: NextBlockModel, config: ModelConfig, order: Int64[Tensor, " k"], given: int
+    ) -> None:
+        self.model, self.config, self.order, self.given = model, config, order, given
+        hidden, trained = len(order) - given, config.steps(0).number
+        require(
+            config.mask_ratio is None or hidden == trained,
+            f"model.mask_ratio {config.mask_ratio} predicts {trained} blocks, not {hidden}; leave out cached",
+        )
+
+    def __call__(self, images: Float[Tensor, "b c h w"], position: int) -> Float[Tensor, "b steps *p"]:
+        """The prediction of the block at a position of the order, or of all masked blocks."""
+        lengths = torch.full((len(images),), self.given) if self.config.prefix else None
+        predictions = self.model(images, self.order, lengths).predictions
+        if self.config.mask_ratio is not None:
+            return predictions
+        row = position - self.config.steps(1).position
+        return predictions[:, row : row + 1]
+
+
+class _Cached:
+    """The same predictions from keys and values that were kept: each block enters the model once."""
+
+    def __init__(
+        self, model: NextBlockModel, config: ModelConfig, order: Int64[Tensor, " k"], given: int
+    ) -> None:
+        self.model, self.config, self.order, self.given = model, config, order, given
+        assert model.predictor is not None
+        self.predictor = model.predictor
+        table = patches_of_blocks(config.grid, pair(config.block_size)).to(order.device)
+        m, behind, patches = config.patches_per_block, int(config.class_token), table[order].flatten()
+        # Positions along the sequence; a class token has none: it is not turned (sine 0, cosine 1), and its
+        # embedding is zero. The predictor sees it as a block.
+        self.rope, self.positions = None, None
+        if config.positions == "rope":
+            rope = rotary_positions(config.grid, config.embed_dim // config.num_heads).to(order.device)
+            unturned = rope.new_tensor([0.0, 1.0]).repeat_interleave(rope.shape[1] // 2)
+            self.rope = torch.cat([unturned.expand(behind, -1), rope[patches]])
+        else:
+            own = positions_on(config.grid, positions_of(model.encoder), model.config)
+            self.positions = pad(own[:, patches], (0, 0, behind, 0))
+        self.predictor_positions = None
+        if self.predictor.pos_embed is not None:
+            own = positions_on(config.grid, self.predictor.pos_embed, model.config)
+            self.predictor_positions = pad(own[:, patches], (0, 0, behind * m, 0))
+        if self.predictor.target_embed is not None:
+            # A row predicts the next block; the last one predicts none.
+            theirs = positions_on(config.grid, self.predictor.target_embed, model.config)
+            self.predictor_positions += pad(theirs[:, patches[(1 - behind) * m :]], (0, 0, 0, m))
+        self.entered, self.place = 0, slice(0, 0)
+        """Blocks that have entered, and where their last tokens lie in the sequence."""
+        self.kept: list[Kept | None] = [None] * len(model.encoder.blocks)
+        self.predictor_kept: list[Kept | None] = [None] * len(self.predictor.blocks)
+
+    def __call__(self, images: Float[Tensor, "b c h w"], position: int) -> Float[Tensor, "b steps *p"]:
+        """The prediction of the block at a position of the order, or of all masked blocks."""
+        model, config, predictor, m = self.model, self.config, self.predictor, self.config.patches_per_block
+        encoder, first, new = model.encoder, self.place.stop == 0, position - self.entered
+        behind = int(config.class_token and first)
+        # Blocks that are known since the last call are embedded, each as a small image of its own.
+        pixels = patchify(images, config.block_px)[:, self.order[self.entered : position]]
+        blocks = rearrange(pixels, "b s (c h w) -> (b s) c h w", c=config.in_chans, h=config.block_px[0])
+        tokens = rearrange(embed_patches(encoder, blocks), "(b s) m d -> b (s m) d", b=len(images))
+        steps = 1
+        if model.mask_token is not None:
+            steps = len(self.order) - self.given
+            tokens = torch.cat([tokens, model.mask_token.expand(len(images), steps * m, -1)], dim=1)
+        if behind and encoder.cls_token is not None:
+            tokens = torch.cat([encoder.cls_token.expand(len(images), -1, -1), tokens], dim=1)
+        # Masks matter among the given blocks only: whatever enters later attends to all that is there.
+        mask = predictor_mask = None
+        if first and not config.prefix and model.mask_token is None:
+            places = torch.arange(-behind, new, device=images.device).repeat_interleave(m)
+            predictor_mask = may_attend(places)
+            mask = may_attend(places[behind * (m - 1) :])
+        place = self.place = slice(self.place.stop, self.place.stop + tokens.shape[1])
+        rope = None if self.rope is None else self.rope[place]
+        tokens = tokens if self.positions is None else tokens + self.positions[:, place]
+        tokens = encoder.norm(_attend(encoder.blocks, tokens, self.kept, mask, rope))
+        if behind:
+            tokens = torch.cat([tokens[:, :1].expand(-1, m - 1, -1), tokens], dim=1)
+        # The predictor's sequence ends at the same block. Without attention only what predicts is of use.
+        tokens = tokens if predictor.mixes_tokens else tokens[:, -steps * m :]
+        stop = place.stop + config.class_token * (m - 1)
+        place = slice(stop - tokens.shape[1], stop)
+        tokens = predictor.projection(tokens)
+        if self.predictor_positions is not None:
+            tokens = tokens + self.predictor_positions[:, place]
+        if predictor.mixes_tokens:
+            tokens = _attend(predictor.blocks, tokens, self.predictor_kept, predictor_mask)
+        else:
+            tokens = predictor.blocks(tokens)
+        self.entered = position
+        last = rearrange(predictor.norm(tokens[:, -steps * m :]), "b (s m) d -> b s m d", m=m)
+        assert model.targets is not None
+        return model.targets.shaped(predictor.block_mlps[0](join_blocks(last)))
+
+
+Kept = tuple[Float[Tensor, "b heads _ e"], Float[Tensor, "b heads _ e"]]
+"""Keys and values of an attention."""
+
+
+def _attend(
+    layers: Any,
+    tokens: Float[Tensor, "b n d"],
+    kept: list[Kept | None],
+    mask: Bool[Tensor, "n n"] | None = None,
+    rope: Float[Tensor, "n r"] | None = None,
+) -> Float[Tensor, "b n d"]:
+    """What transformer layers make of tokens that also attend to those before them, whose keys are `kept`."""
+    # timm's attention keeps nothing, so its layers are written out here.
+    for number, layer in enumerate(layers):
+        attention = layer.attn
+        qkv = attention.qkv(layer.norm1(tokens))
+        q, k, v = rearrange(qkv, "b n (three h e) -> three b h n e", three=3, h=attention.num_heads)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        if rope is not None:
+            q, k = (apply_rot_embed_cat(x, rope, half=attention.rotate_half) for x in (q, k))
+        if (before := kept[number]) is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))
+        kept[number] = (k, v)
+        attended = rearrange(scaled_dot_product_attention(q, k, v, mask), "b h n e -> b n (h e)")
+        attended = attention.proj(attention.norm(attended))
+        if isinstance(layer, RopeLayer):
+            factors = [1 if gamma is None else gamma for gamma in (layer.gamma_1, layer.gamma_2)]
+        else:  # LayerScale is a module here, or an Identity
+            factors = [getattr(scale, "gamma", 1) for scale in (layer.ls1, layer.ls2)]
+        tokens = tokens + factors[0] * attended
+        tokens = tokens + factors[1] * layer.mlp(layer.norm2(tokens))
+    return tokens

@@ -1,0 +1,219 @@
+"""The page's server, for the user of this machine alone: who may ask, how much, what an error looks like."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from inspect import signature
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from nextblock.errors import UsageError
+from nextblock.report import run_page
+from nextblock.serve.session import Session
+from nextblock.serve.settings import ServeSettings
+from nextblock.tables import finite
+
+log = logging.getLogger(__name__)
+
+CALLS = {
+    "GET": ("about", "run", "picture", "thumbnail"),
+    "POST": (
+        *("upload", "example", "choose", "reload"),
+        *("predict", "complete", "surprise", "features", "nearest"),
+    ),
+}
+UNLOCKED = ("about", "run", "picture")
+"""What does not wait for the model."""
+MAX_JSON_BYTES, CHUNK_BYTES = 1 << 20, 1 << 16
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+FOLLOW = """
+const back = document.createElement("a");
+[back.href, back.textContent] = ["/", "Show it an image"];
+document.body.prepend(back);
+setInterval(async () => {
+  const answer = document.hidden ? null : await fetch("/api/run").catch(() => null);
+  if (!answer?.ok) return;
+  const {sections, values} = await answer.json();
+  const newer = new DOMParser().parseFromString(sections, "text/html");
+  // Charts and slider stay in place, lest they lose the pointer; what had none before is taken anew.
+  const part = document.getElementById("charts") && document.getElementById("steps") ? "header" : "main";
+  if (part === "main") document.querySelector(part).replaceChildren(...newer.body.children);
+  else document.querySelector(part).replaceWith(newer.querySelector(part));
+  nextblock.show(values);
+}, 5000);
+"""
+
+
+class RefusedError(Exception):
+    """A request that is answered by an HTTP status and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `session`, which is set once the address is known to be free; else `UsageError`."""
+
+    daemon_threads = True
+    session: Session
+
+    def __init__(self, host: str, port: int) -> None:
+        try:
+            self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            super().__init__(address[:2], Handler)
+        except OSError as error:
+            why = f"cannot listen on {host}:{port} ({error.strerror}); give this machine's address as --host"
+            if error.errno == errno.EADDRINUSE:
+                why = f"port {port} is in use; choose another --port, or --port 0 for any free one"
+            elif error.errno == errno.EACCES:
+                why = f"port {port} needs an administrator; choose a --port from 1024"
+            raise UsageError(why) from error
+        self.is_any = address[0] in ("0.0.0.0", "::")
+        name = socket.gethostname() if self.is_any else host
+        self.names = {name.lower(), "localhost"}
+        self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}/"
+
+    def knows(self, host: str) -> bool:
+        """Whether a Host header names this server; another page's name may be led here (DNS rebinding)."""
+        with suppress(ValueError):
+            parts = urlsplit(f"//{host}")
+            is_known = parts.hostname in self.names
+            if self.is_any and not is_known:
+                is_known = bool(ipaddress.ip_address(parts.hostname or ""))  # an address is nobody's name
+            return is_known and (parts.port or 80) == self.server_port
+        return False
+
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing of a browser that went away, and one line of anything else."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError | TimeoutError):
+            log.warning("%s: %s", type(error).__name__, error)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: refused, or answered by a method of the session."""
+
+    server: Server  # type: ignore[assignment]
+    server_version, sys_version, timeout = "nextblock", "", 60
+
+    def do_GET(self) -> None:
+        """Answer any request."""
+        status, content = 200, b""
+        try:
+            content = self._answer()
+        except RefusedError as error:
+            status, content = error.status, {"error": str(error)}
+        except Exception as error:
+            # Sentences of ours are meant for the user. What other code raises may tell anything: its kind is
+            # named, and the rest stays on the terminal.
+            is_ours = type(error).__module__.startswith("nextblock.")
+            status = 400 if is_ours and isinstance(error, ValueError) else 500
+            kind = type(error).__name__
+            content = {"error": str(error) if is_ours else f"This failed ({kind}); the terminal says more."}
+            if not is_ours:
+                log.warning("%s: %s: %s", self.path.partition("?")[0], kind, error)
+        kind = "application/json"
+        if isinstance(content, bytes):
+            kind = "image/png" if content.startswith(b"\x89PNG") else "text/html; charset=utf-8"
+        else:
+            content = json.dumps(finite(content), allow_nan=False).encode()
+        self.send_response(status)
+        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET  # noqa: N815 - http.server's name
+
+    def _answer(self) -> Any:
+        address, session = urlsplit(self.path), self.server.session
+        is_page = self.command == "GET" and address.path in ("/", "/run")
+        self._check_sender(is_page=is_page)
+        body = self._body(is_upload=address.path == "/api/upload")
+        if is_page and address.path == "/":
+            return (resources.files("nextblock.serve") / "page.html").read_bytes()
+        if is_page:
+            return run_page(session.summary(), script=FOLLOW).encode()
+        name = address.path.removeprefix("/api/")
+        if name not in CALLS[self.command] or name == address.path:
+            raise RefusedError(404, "There is nothing here.")
+        call, arguments = getattr(session, name), dict[str, Any](parse_qsl(address.query))
+        try:
+            if self.command == "POST":
+                arguments = {"content": body} if name == "upload" else json.loads(body or b"{}")
+            signature(call).bind(**arguments)
+        except (ValueError, TypeError):
+            raise RefusedError(400, f"{name} needs {', '.join(signature(call).parameters)}.") from None
+        with nullcontext() if name in UNLOCKED else session.lock:
+            return call(**arguments)
+
+    def _check_sender(self, *, is_page: bool) -> None:
+        """Refuse what another page sends or leads here: it would see the user's images, or make work."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        site = self.headers.get("Sec-Fetch-Site", "none")
+        is_foreign = origin not in (None, f"http://{host}") or site not in ("none", "same-origin")
+        if not self.server.knows(host) or (is_foreign and not (is_page and origin is None)):
+            raise RefusedError(403, f"Refused. Open {self.server.url}, by this very address and port.")
+
+    def _body(self, *, is_upload: bool) -> bytes:
+        length, most = self.headers.get("Content-Length", "0"), MAX_JSON_BYTES
+        if is_upload:
+            most = int(self.server.session.settings.max_upload_mb * 1e6)
+        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
+            raise RefusedError(411, "The request does not say how long it is.")
+        if int(length) > most:
+            # Read on, within reason: a browser that is cut off while it sends does not see the answer.
+            left = min(int(length), 8 * most)
+            while left > 0 and (part := self.rfile.read(min(CHUNK_BYTES, left))):
+                left -= len(part)
+            what = f"{most / 1e6:g} MB, the limit; start nextblock serve with a larger --max_upload_mb"
+            raise RefusedError(413, f"This is larger than {what}.")
+        return self.rfile.read(int(length))
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing of single requests."""
+
+
+def serve(settings: ServeSettings, tell: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C, which is raised on as KeyboardInterrupt; `tell` is given its address.
+
+    Each request has a thread of its own; the main one encodes the images of --data.
+    """
+    with Server(settings.host, settings.port) as server:  # first: loading a model takes longer
+        server.session = session = Session(settings)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tell(server.url)
+        if settings.open:
+            webbrowser.open(server.url)
+        try:
+            while True:
+                session.changed.clear()
+                session.index()
+                session.changed.wait()
+        except KeyboardInterrupt:
+            # No thread may be inside torch while the interpreter ends, so nobody gets the lock any more.
+            if not session.lock.acquire(timeout=1):
+                os._exit(130)
+            raise
+        finally:
+            server.shutdown()

@@ -1,0 +1,96 @@
+"""The drawn order and mask are those of the slow definitions, and of the model that is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nextblock
+from nextblock.blocks import block_orders, may_attend
+from nextblock.config import pair
+from nextblock.errors import UsageError
+from nextblock.models import NextBlockModel
+from nextblock.visualize.orders import EARLIER, OWN, PREFIX, geometry
+from tiny_runs import call_cli, refused
+from toy import tiny_config
+
+CONFIGS = {
+    "raster": (tiny_config(), None),
+    "oblong blocks": (tiny_config(block_size=(2, 3), order="spiral"), None),
+    "single patches": (tiny_config(block_size=1, order="column"), None),
+    "random, prefix": (tiny_config(order="random", order_seed=1), 3),
+    "class token": (tiny_config(class_token=True, order="per_image"), None),
+    "prefix of its own": (tiny_config(prefix=True, order="checkerboard"), None),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_order_and_mask_are_those_of_the_slow_definition(name):
+    config, prefix = CONFIGS[name]
+    shown = geometry(config, prefix)
+    order = block_orders(config.order, config.block_grid, config.order_seed)[0].tolist()
+    rows, columns = pair(config.block_size)
+    for row, column in np.ndindex(config.grid):
+        block = row // rows * config.block_grid[1] + column // columns
+        assert shown.positions[row, column] == order.index(block)
+
+    length = prefix or (config.num_blocks // 2 if config.prefix else 0)
+    assert (shown.prefix, shown.masked) == (length, 0)
+    sequence = [-1] * config.class_token
+    sequence += [place for place in range(config.num_blocks) for _ in range(config.patches_per_block)]
+    assert shown.attends.shape == (len(sequence), len(sequence))
+    for i, asks in enumerate(sequence):
+        for j, seen in enumerate(sequence):
+            kind = OWN if seen == asks else EARLIER if seen < asks else PREFIX if seen < length else 0
+            assert shown.attends[i, j] == kind
+    prefixes = torch.tensor([length]) if length else None
+    allowed = may_attend(torch.tensor(sequence), prefixes).view(len(sequence), -1)
+    assert ((shown.attends > 0) == allowed.numpy()).all()
+
+
+@pytest.mark.parametrize("name", ["raster", "class token"])
+def test_the_drawn_mask_is_the_models_but_for_its_last_block(name):
+    config, _ = CONFIGS[name]
+    mask = NextBlockModel(config).mask
+    assert mask is not None
+    m = config.patches_per_block
+    assert ((geometry(config).attends > 0)[:-m, :-m] == mask.numpy()).all()
+
+
+def test_masked_blocks_are_the_last_of_the_order_and_all_attend_to_all():
+    config = tiny_config(mask_ratio=0.5, order="per_image", feature_attention="full")
+    shown = geometry(config)
+    assert (shown.masked, shown.prefix) == (3, 0)
+    assert (shown.attends > 0).all()
+
+
+def test_a_prefix_that_the_mask_cannot_have_is_refused():
+    with pytest.raises(UsageError, match="prefix is 6; it must be from 0 to 5, of 6 blocks"):
+        geometry(tiny_config(), 6)
+    with pytest.raises(UsageError, match="know no prefix"):
+        geometry(tiny_config(class_token=True), 2)
+
+
+def test_the_command_draws_a_preset_with_settings_changed(tmp_path, capsys):
+    path = tmp_path / "order.png"
+    words = ("presets", "xtra-tiny", "--draw", path, "--model.image_size", "16x24", "--prefix", "2")
+    assert call_cli(capsys, *words)[:2] == (0, f"picture: {path}\n")
+    with Image.open(path) as picture:
+        assert picture.width > picture.height
+    assert path.stat().st_size < 60_000
+    assert nextblock.draw_order(tiny_config(block_size=(4, 6)), tmp_path / "one.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["xtra-tiny", "--prefix", "1"], "--prefix is for a picture; give --draw FILE.png too"),
+        (["xtra-tiny", "--model.block_size", "1"], "--model.block_size is for a picture"),
+        (["--draw", "x.png"], "--draw needs a preset"),
+        (["xtra-tiny", "--draw", "x.png", "--model.block_size", "3"], "cannot be cut into blocks"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(words, message, capsys):
+    assert message in refused(call_cli(capsys, "presets", *words))

@@ -1,0 +1,202 @@
+"""`nextblock features`: colours, a head's attention and nearest patches, each against a slow definition."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nextblock
+from nextblock.checkpoint import save_classifier, save_model
+from nextblock.config import DataConfig
+from nextblock.data import eval_batches, normalize, open_source
+from nextblock.evaluate.features import attention_maps
+from nextblock.look import features as look
+from nextblock.models.heads import AttentiveHead, HeadConfig, ImageClassifier
+from nextblock.visualize.features import PatchColours
+from tiny_runs import call_cli, refused, write_images
+from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
+
+DATA = DataConfig(val_resize_px=24, workers=0, max_bad_fraction=0.5)
+GRID, SIZE = (4, 6), (16, 24)
+
+
+@pytest.fixture(name="places")
+def saved_model_and_images(tmp_path):
+    """Settings of a saved model of 4x6 patches and twelve pictures, one of which cannot be read."""
+    save_model(tmp_path / "model.safetensors", tiny_model(), data=DATA)
+    write_images(tmp_path / "images", 12, broken=1)
+    return {
+        "model": str(tmp_path / "model.safetensors"),
+        "data": str(tmp_path / "images"),
+        "out": str(tmp_path / "out"),
+        "device": "cpu",
+        "workers": 0,
+        "num_images": 3,
+    }
+
+
+@pytest.fixture(name="cells")
+def drawn_cells(monkeypatch):
+    """The cells of every sheet that is drawn, by the name of its file."""
+    found, draw = {}, look.draw_cells
+
+    def keep(rows, path, **options):
+        found[path.name] = [cell for row in rows for cell in row]
+        draw(rows, path, **options)
+
+    monkeypatch.setattr(look, "draw_cells", keep)
+    return found
+
+
+def patches_of(places, count=12):
+    """The features of all patches of the readable pictures, (b n d)."""
+    (batch,) = eval_batches(open_source(places["data"], DATA), DATA, SIZE, count, range(count))
+    with torch.no_grad():
+        return tiny_model().encode(normalize(batch.images, DATA.mean, DATA.std)).tokens
+
+
+def head_on(model, kind, folder, **options):
+    config = HeadConfig(kind=kind, num_classes=3, num_heads=4, layers=(0, 1), **options)
+    torch.manual_seed(0)
+    classifier = ImageClassifier(model, config, ("a", "b", "c")).eval()
+    save_classifier(folder, classifier, data=DATA)
+    return classifier
+
+
+def test_colours_are_the_first_three_principal_components_within_their_quantiles():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, 7)) * [5, 4, 3, 1, 0.5, 0.2, 0.1] @ rng.normal(size=(7, 7))
+    colours = PatchColours.fit(features)
+    centred = features - features.mean(axis=0)
+    variances, vectors = np.linalg.eigh(centred.T @ centred)
+    for channel in range(3):
+        vector = vectors[:, -1 - channel]
+        values = centred @ (vector * np.sign(vector[np.abs(vector).argmax()]))
+        low, high = np.quantile(values, (0.01, 0.99))
+        expected = ((values - low) / (high - low)).clip(0, 1)
+        np.testing.assert_allclose(colours.colours(features)[:, channel], expected, atol=1e-9)
+        assert colours.explained[channel] == pytest.approx(variances[-1 - channel] / variances.sum())
+    # A map of places: each patch by itself.
+    some = features[:24].reshape(2, 3, 4, 7)
+    np.testing.assert_allclose(colours.colours(some).reshape(24, 3), colours.colours(features)[:24])
+
+
+def test_a_component_that_is_not_there_is_grey():
+    colours = PatchColours.fit(np.array([[0.0, 1.0], [0.0, 3.0], [0.0, 7.0]]))
+    assert (colours.colours(np.array([[0.0, 100.0]])) == [1.0, 0.5, 0.5]).all()
+
+
+def test_all_images_are_drawn_in_the_colours_of_the_whole_folder(places, cells):
+    result = nextblock.features(**places)
+    assert result.fitted_on == 12
+    assert [sample.name for sample in result.bad] == ["broken_00.png"]
+    patches = patches_of(places)
+    colours = PatchColours.fit(patches.reshape(-1, patches.shape[-1]).numpy())
+    drawn = {cell.words: cell.picture for cell in cells["features.png"] if cell.words}
+    assert list(drawn) == list(result.images) == ["0002.png", "0006.png", "0010.png"]
+    for name, picture in drawn.items():
+        expected = colours.colours(patches[int(name[:4])].numpy()).reshape(*GRID, 3)
+        np.testing.assert_allclose(picture, expected, atol=1e-4)
+
+
+def test_the_nearest_patches_are_those_of_the_slow_definition(places, cells):
+    query = str(Path(places["data"]) / "0005.png")
+    result = nextblock.features(**places, query=query, patch=(2, 3), top=15, per_image=2)
+    patches = torch.nn.functional.normalize(patches_of(places), dim=-1)
+    wanted = patches[5, 2 * GRID[1] + 3]
+    expected = []
+    for index in set(range(12)) - {5}:  # not in the query itself
+        similar = (patches[index] @ wanted).tolist()
+        best = sorted(range(len(similar)), key=similar.__getitem__, reverse=True)[:2]
+        expected += [(similar[place], index, divmod(place, GRID[1])) for place in best]
+    expected = sorted(expected, reverse=True)[:15]
+    assert [(row["index"], row["patch"]) for row in result.rows] == [one[1:] for one in expected]
+    assert [row["similarity"] for row in result.rows] == pytest.approx([one[0] for one in expected], abs=1e-6)
+    first = cells["nearest.png"][0]
+    assert first.words == "query\n0005.png"
+    assert first.mark == (2 / 4, 3 / 6, 1 / 4, 1 / 6)
+    # The same image by its number; without a patch, the one least like the mean of its image.
+    result = nextblock.features(**places, query="5")
+    least = int((patches[5] @ patches[5].mean(0)).argmin())
+    assert result.patch == divmod(least, GRID[1])
+    assert 5 not in [row["index"] for row in result.rows]
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_attention_of_an_attentive_head_is_the_softmax_of_queries_and_keys(queries):
+    torch.manual_seed(0)
+    head = AttentiveHead(24, 3, num_heads=4, num_queries=queries).eval()
+    tokens = torch.randn(2, 6, 24)
+    found = head.attention(tokens)
+    keys = head.key(tokens * (1 + 1e-6) ** -0.5)  # batch norm of fresh statistics
+    for query in range(queries):
+        for number in range(4):
+            part = slice(6 * number, 6 * number + 6)
+            scores = keys[..., part] @ head.query[0, query, part] * 6**-0.5
+            torch.testing.assert_close(found[:, 4 * query + number], scores.softmax(-1))
+
+
+@pytest.mark.parametrize("kind", ["attentive", "ep"])
+def test_maps_of_a_head_are_drawn_over_the_grid(kind, places, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(look, "draw_attention", lambda *found, unit: drawn.update(found=found, unit=unit))
+    classifier = head_on(tiny_model(), kind, tmp_path / "head", num_queries={"attentive": 1, "ep": 3}[kind])
+    result = nextblock.features(**places, head=str(tmp_path / "head"))
+    pictures, maps, path = drawn["found"]
+    assert (result.attention, drawn["unit"]) == (path, {"attentive": "head", "ep": "query"}[kind])
+    assert pictures.shape == (3, *SIZE, 3)
+    assert maps.shape == (3, {"attentive": 4, "ep": 3}[kind], *GRID)
+    images = normalize(torch.from_numpy(pictures).movedim(-1, 1), DATA.mean, DATA.std)
+    weights = classifier.head.attention(classifier.features(images)).detach()
+    np.testing.assert_allclose(maps.reshape(3, -1, 24), weights.numpy(), atol=1e-6)
+    assert attention_maps(classifier, tiny_images()).sum((-2, -1)).allclose(torch.ones(2, len(maps[0])))
+
+
+def test_the_command_prints_what_it_found_and_writes_the_same(places, tmp_path, capsys):
+    head_on(tiny_model(), "ep", tmp_path / "head", num_queries=3)
+    flags = [f"--{name}={value}" for name, value in places.items()]
+    words = ["features", *flags, "--head", tmp_path / "head", "--query", "1", "--top", "2", "--json"]
+    code, shown, _ = call_cli(capsys, *words)
+    assert code == 0
+    values = json.loads(shown.splitlines()[-1])
+    out = Path(places["out"])
+    written = json.loads((out / "features.json").read_text())
+    assert values == {name: value for name, value in written.items() if name != "settings"}
+    assert written["settings"]["num_images"] == 3
+    assert values["pictures"] == [
+        str(out / name) for name in ("features.png", "attention.png", "nearest.png")
+    ]
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("attention.png", "nearest.png"))
+    assert "1 image could not be read: broken_00.png" in shown
+    assert f"{100 * values['explained'][0]:.1f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch": "1,1"}, "patch is a patch of the query; give --query too"),
+        ({"query": "13"}, "query is 13, but .* has 13 images, numbered from 0"),
+        ({"query": "0", "patch": "4,0"}, "patch is 4,0, but an image has 4 rows of 6 patches"),
+        ({"query": "DIR"}, "has 13 images; give an image file"),
+        ({"head": "linear"}, "is a linear head, which weighs all patches alike"),
+        ({"head": "other"}, "is a head on another encoder than .*; give --model"),
+        ({"head": "none-such"}, "there is no head .*none-such; give a classifier's directory"),
+        ({"head": "probe"}, "holds the heads of a probe; give --head .*/probe/ep"),
+        ({"layers": "layer2"}, "the encoder has 2 layers"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(changes, message, places, tmp_path, capsys):
+    head_on(tiny_model(), "linear", tmp_path / "linear")
+    head_on(tiny_model(seed=1), "ep", tmp_path / "other", num_queries=3)
+    head_on(tiny_model(), "ep", tmp_path / "probe" / "ep", num_queries=3)
+    if "head" in changes:
+        changes = {"head": str(tmp_path / changes["head"])}
+    changes = {name: places["data"] if value == "DIR" else value for name, value in changes.items()}
+    flags = [f"--{name}={value}" for name, value in {**places, **changes}.items()]
+    assert re.search(message, refused(call_cli(capsys, "features", *flags)))
+    assert not Path(places["out"]).exists()
