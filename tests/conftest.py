@@ -69,6 +69,9 @@ def at_first_call(function: Any = None, *, typechecker: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        # One worker runs a file and makes what its tests share once. pytest-xdist 3.8 asks for groups by a
+        # name that pytest 9.2 no longer has, so that `loadgroup` alone divides every file.
+        config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # `LONGEST` says what comes first
         return  # this process runs no test
     # Before the hook, as all that is first imported under it is compiled anew.
@@ -82,14 +85,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tiny models gain nothing from more, and test workers share the cores
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs a file and makes what its tests share once; see `LONGEST` for the order."""
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_finish() -> None:
