@@ -32,6 +32,8 @@ from tiny_runs import (
     write_images,
 )
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+
 
 @pytest.fixture
 def cli(capsys):

@@ -34,23 +34,24 @@ READABLE = [0, 1, 3, 4, 5, 6, 8, 9]
 
 
 @pytest.mark.parametrize(
-    ("changes", "slow"),
+    ("suffix", "changes", "slow"),
     [
-        ({}, lambda model, e: model.final_norm(e.layers[1]).mean(1)),
-        ({"norm": False}, lambda model, e: e.layers[1].mean(1)),
-        ({"layers": "last2", "norm": False}, lambda model, e: ((e.layers[0] + e.layers[1]) / 2).mean(1)),
-        ({"layers": "layer0", "pool": "none"}, lambda model, e: model.final_norm(e.layers[0])),
+        (".parquet", {}, lambda model, e: model.final_norm(e.layers[1]).mean(1)),
+        (".npz", {"norm": False}, lambda model, e: e.layers[1].mean(1)),
+        (".npz", {"layers": "last2", "norm": False}, lambda _, e: ((e.layers[0] + e.layers[1]) / 2).mean(1)),
+        (".parquet", {"layers": "layer0", "pool": "none"}, lambda model, e: model.final_norm(e.layers[0])),
         (
+            ".npz",
             {"layers": "each"},
             lambda model, e: torch.stack([model.final_norm(x).mean(1) for x in e.layers], 1),
         ),
         (
+            ".parquet",
             {"layers": "each", "pool": "none", "attention": "full"},
             lambda model, e: torch.stack([model.final_norm(x) for x in e.layers], 1),
         ),
     ],
 )
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_features_are_those_of_the_slow_definition_and_come_back_from_either_file(
     embed, tmp_path, suffix, changes, slow
 ):
@@ -156,8 +157,10 @@ def test_one_that_was_stopped_resumes_and_leaves_nothing_but_its_file(embed, tmp
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"mine", b"PK\x03\x04mine", b"PAR1mine"])
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [(".npz", b""), (".npz", b"PK\x03\x04mine"), (".parquet", b"mine"), (".parquet", b"PAR1mine")],
+)
 def test_a_file_of_something_else_is_kept(embed, tmp_path, suffix, content):
     (tmp_path / f"features{suffix}").write_bytes(content)
     with pytest.raises(UsageError, match=r"cannot be read as features.*; choose another --out"):

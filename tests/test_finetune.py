@@ -26,6 +26,7 @@ from ranks import run_ranks
 from tiny_runs import same
 from toy import DATA, ToySource, one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 TIMM = "timm:test_vit,pretrained=false,img_size=32"
 
 

@@ -24,8 +24,6 @@ from nextblock.models.heads import HeadConfig, ImageClassifier
 from test_interop_timm import AIM, NEWER, XTRA, encoder
 from toy import tiny_images
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 
 def classifier(config, **head):
     with seeded(1):

@@ -177,8 +177,7 @@ def filled_here(count, bad):
     return [table.read(rows, kind).numpy() for kind in (0, 1)], rows.tolist(), table.bad, source.reads
 
 
-@pytest.mark.parametrize(("count", "bad"), [(11, ()), (11, (0, 1, 2, 3, 9)), (2, ())])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "count", "bad"), [(2, 11, (0, 1, 2, 3, 9)), (3, 11, ()), (3, 2, ())])
 def test_ranks_share_a_source_and_all_get_its_features_in_order(world, count, bad):
     alone, samples, unreadable, _ = filled_here(count, bad)
     found = run_ranks(world, filled_here, count, bad)
@@ -208,7 +207,7 @@ def monitored(out, strategy, world):
     return train.reads + val.reads
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")])
+@pytest.mark.parametrize(("world", "strategy"), [(3, "ddp"), (2, "fsdp")])
 def test_knn_and_rankme_are_the_same_on_any_number_of_ranks(tmp_path, world, strategy):
     reads = run_ranks(1, monitored, tmp_path / "alone", strategy, 1)[0]
     shares = run_ranks(world, monitored, tmp_path / "ranks", strategy, world)
@@ -355,7 +354,7 @@ def test_a_run_ends_early_once_its_metric_no_longer_improves_and_is_then_over(tm
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_all_ranks_keep_the_best_and_end_early_together(tmp_path, strategy):
     changes = {**EARLY, **KEEP, "train.strategy": strategy}
-    for _ in range(2):
+    for _ in range(2 if strategy == "ddp" else 1):  # again it is over
         found = run_ranks(2, train_together, tmp_path, changes, None, (Scripted(VALUES),))
         assert [(one.step, one.stopped_by) for one in found] == [(4, "early stop")] * 2
     assert checkpoints(tmp_path) == ["step_00000002", "step_00000004"]

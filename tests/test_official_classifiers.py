@@ -34,7 +34,7 @@ def images(tmp_path):
     rng, found = np.random.default_rng(0), []
     for label, name in enumerate(CLASSES):
         (tmp_path / "val" / name).mkdir(parents=True)
-        for number in range(3):
+        for number in range(2):
             pixels = rng.integers(0, 256, (3, 2, 3), dtype=np.uint8)
             image = Image.fromarray(pixels).resize((90 + 5 * label, 80 + 20 * number))
             image.save(tmp_path / "val" / name / f"{number}.png")
@@ -94,18 +94,20 @@ def test_top_1_and_top_5_are_those_of_the_slow_definition(layout, files, images,
     ranked = [sorted(range(10), key=lambda label: -one[label])[:5] for one in logits.tolist()]
     assert len({first for first, *_ in ranked}) >= 3, "the classes differ from image to image"
     labels = [label for _, label in images]
-    assert row["images"] == 30
+    assert row["images"] == 20
     pairs = list(zip(ranked, labels, strict=True))
-    assert row["top1"] == sum(five[0] == label for five, label in pairs) / 30
-    assert row["top5"] == sum(label in five for five, label in pairs) / 30
+    assert row["top1"] == sum(five[0] == label for five, label in pairs) / 20
+    assert row["top5"] == sum(label in five for five, label in pairs) / 20
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
     assert row["loss"] == pytest.approx(loss, rel=1e-4)
     assert f"resize to {resized_px} px (bicubic), center crop {cut_px}x{cut_px} px" in note
 
+    if layout not in ("linear Lightning", "AIM, best"):
+        return
     # The same classes by name, in the file's order: the first class is the last logit.
     Path("names.txt").write_text("\n".join(reversed(CLASSES)))
     by_name, _ = score(capsys, "--model", name, *words, "--classes", "names.txt")
-    assert by_name["top1"] == sum(five[0] == 9 - label for five, label in pairs) / 30
+    assert by_name["top1"] == sum(five[0] == 9 - label for five, label in pairs) / 20
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_another_number_of_classes_needs_their_names(layout, name, files, images
     assert "--classes FILE" in error
     (tmp_path / "names.txt").write_text("\n".join(CLASSES))
     row, _ = score(capsys, *words[1:5], *LAYOUTS[layout][1], "--classes", "names.txt")
-    assert row["images"] == 27
+    assert row["images"] == 18
 
 
 def test_a_backbone_without_its_head_asks_for_it(files, images, capsys):

@@ -30,6 +30,8 @@ from tiny_runs import (
     write_images,
 )
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+
 
 def write_classes(folder, names):
     for name in names:

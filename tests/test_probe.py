@@ -23,7 +23,7 @@ from probing import QUICK, know, known, run, scores  # noqa: F401 - a fixture
 from ranks import run_ranks
 from toy import DATA, one_thread, toy_model  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.usefixtures("known")
+pytestmark = pytest.mark.usefixtures("known", "coarse_pictures")
 HEADS = ("linear", "attentive", "ep")
 
 

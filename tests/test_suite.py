@@ -34,6 +34,7 @@ from nextblock.visualize.suite import draw_suite  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from toy import DATA, one_thread, toy_model  # noqa: E402, F401 - a fixture
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 SETTINGS: dict[str, Any] = {"model": "m", "root": "r", "out": "o"}
 
 
@@ -170,7 +171,7 @@ def test_what_is_found_is_probed_once_and_what_is_missing_is_named(run, tmp_path
     assert probe["rows"][0]["top1"] == row["top1"]
     settings = {"augment": "timm", "batch_size": 128, "norm_batch_size": 1024, "heads": ["attentive"]}
     assert settings.items() <= probe["settings"].items()
-    assert (tmp_path / "out" / "suite.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "suite.png").is_file()
     assert "\n| CIFAR-10 | " in (tmp_path / "out" / "suite.md").read_text()
     # What is there is read, and what was missing is measured once it is there.
     again = run(only=("cifar10", "dtd", "pets"), augment="official", lr=None)
@@ -231,7 +232,10 @@ def test_two_processes_find_the_same(run, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_encoder_runs_in_bf16_if_the_device_computes_in_it(run, monkeypatch, tmp_path, precision):
     monkeypatch.setattr(suite_run, "native_precision", lambda device: precision)
-    assert f"Precision: encoder {precision}, heads fp32; officially both bf16-mixed." in run().notes
+    assert (
+        f"Precision: encoder {precision}, heads fp32; officially both bf16-mixed."
+        in run(only=("camelyon17",)).notes
+    )
     probe = json.loads((tmp_path / "out" / "camelyon17" / "probe.json").read_text())
     assert probe["settings"]["precision"] == precision
 

@@ -80,7 +80,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "steps"),
     [
-        ("fp32", range(7)),
+        ("fp32", (0, 1, 3, 4, 6)),
         ("bf16", (0, 1, 4)),
         *((one, (4,)) for one in ("tokens", "embedding", "features", "masked")),
     ],
@@ -148,9 +148,7 @@ def test_a_finished_run_started_again_does_nothing(whole):
     assert contents(whole("fp32")) == before
 
 
-@pytest.mark.parametrize(
-    ("case", "workers"), [("fp32", 1), ("fp32", 2), ("prefix", 2), ("mlp", 2), ("mixture", 2)]
-)
+@pytest.mark.parametrize(("case", "workers"), [("fp32", 1), ("mlp", 2), ("mixture", 2)])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_do_not_change_a_bit_also_of_a_stopped_run(whole, tmp_path, case, workers):
     changes = {**CASES[case], "data.workers": workers}

@@ -159,8 +159,16 @@ def saved(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, os.unlink])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", cut_off),
+        ("model.safetensors", flip_a_bit),
+        ("optimizer.safetensors", flip_a_bit),
+        ("optimizer.safetensors", os.unlink),
+        ("state.json", cut_off),
+    ],
+)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used_unless_all_are_damaged(
     whole, saved, tmp_path, caplog, name, damage
 ):
