@@ -69,11 +69,7 @@ def at_first_call(function: Any = None, *, typechecker: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
-        # One worker runs a file and makes what its tests share once. pytest-xdist 3.8 asks for groups by a
-        # name that pytest 9.2 no longer has, so that `loadgroup` alone divides every file.
-        config.option.dist = "loadfile"
-        config.option.loadscopereorder = False  # `LONGEST` says what comes first
-        return  # this process runs no test
+        return  # this process only hands tests to others
     # Before the hook, as all that is first imported under it is compiled anew.
     import sklearn.linear_model  # noqa: F401
     import timm  # noqa: F401

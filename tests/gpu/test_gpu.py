@@ -52,7 +52,6 @@ if HAS_CUDA:
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.xdist_group("gpu"),  # one worker has the memory to itself
     pytest.mark.skipif(DEVICE == "cuda" and not HAS_CUDA, reason="needs a CUDA GPU"),
     pytest.mark.filterwarnings("default"),  # such as that TF32 is off
 ]
