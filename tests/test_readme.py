@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -88,6 +89,9 @@ def places(tmp_path) -> dict[str, str]:
         "RUN/probe/attentive": str(tmp_path / "run" / "probe" / "attentive"),
         "RUN/eval": str(tmp_path / "run" / "eval"),
         "RUN/predictions": str(tmp_path / "run" / "predictions"),
+        "RUN/completions": str(tmp_path / "run" / "completions"),
+        "RUN/surprise": str(tmp_path / "run" / "surprise"),
+        "RUN/features": str(tmp_path / "run" / "features"),
         "RUN/finetuned": str(tmp_path / "run" / "finetuned"),
         "IMAGE": str(tmp_path / "train" / "cat" / "0.png"),
         "classes.csv": str(tmp_path / "classes.csv"),
@@ -105,8 +109,12 @@ def run_shortened(command: str, places: dict[str, str]) -> None:
     words = [places.get(word, word) for word in shlex.split(command)[1:]]
     shorter = SHORTENED.get(words[0], [])
     asks_for_help = "--help" in words
-    code = main(words if asks_for_help else words + shorter)
-    assert code == 0, f"{command} ended with {code}"
+    with pytest.MonkeyPatch.context() as patch:
+        if words[0] == "serve":  # Ctrl-C, once it serves
+            patch.setattr("nextblock.serve.session.Session.index", Mock(side_effect=KeyboardInterrupt))
+            shorter = ["--port", "0"]
+        code = main(words if asks_for_help else words + shorter)
+    assert code == (130 if words[0] == "serve" else 0), f"{command} ended with {code}"
 
 
 def test_every_nextblock_command_of_the_readme_runs_in_the_order_in_which_it_stands(places, capsys):
