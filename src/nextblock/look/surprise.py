@@ -19,6 +19,7 @@ from nextblock.config import ModelConfig
 from nextblock.data import Source, eval_batches, open_source
 from nextblock.evaluate.evaluation import Evaluation, Result, evaluation
 from nextblock.evaluate.files import pyarrow, write_parquet
+from nextblock.evaluate.results import encoder_of
 from nextblock.interop import attach_teacher
 from nextblock.logs import counted
 from nextblock.look.settings import SurpriseSettings
@@ -136,7 +137,7 @@ def _measure(opened: Evaluation, model: NextBlockModel, source: Source, predicto
         with autocast(images.device, opened.settings.precision):
             return (block_surprise(model, images)[:, columns.to(images.device)],)
 
-    origin = {**predictor, "precision": opened.settings.precision}
+    origin = {**encoder_of(model), **predictor, "precision": opened.settings.precision}
     table = opened.fill("data", source, extract, [origin])
     indices = table.readable()
     blocks = np.full((len(indices), model.config.num_blocks), np.nan, dtype=np.float32)
