@@ -180,7 +180,7 @@ def test_predictions_are_those_of_predict(server, paths, tmp_path):
     assert pixels_of(found["picture"]).shape == (16, 24, 3)
 
 
-@pytest.mark.parametrize("given", ["111000", "100000", "010101", "111111"])
+@pytest.mark.parametrize("given", ["111000", "100000", "010101"])
 def test_completions_and_surprise_are_those_of_the_library(server, kept, given):
     _, images = seen()
     blocks = [one == "1" for one in given]
@@ -189,6 +189,11 @@ def test_completions_and_surprise_are_those_of_the_library(server, kept, given):
     assert (pixels_of(found["picture"]) == completed).all()
     losses = block_surprise(tiny_model(), images)[0].tolist()
     assert call(server, "surprise", image=kept)["losses"] == [None, *map(pytest.approx, losses[1:])]
+
+
+def test_an_image_whose_blocks_are_all_given_is_itself(server, kept):
+    found = call(server, "complete", image=kept, given=[True] * 6)
+    assert (pixels_of(found["picture"]) == shown(seen()[1])).all()
 
 
 def test_blocks_that_are_not_the_models_are_refused(server, kept):
