@@ -21,7 +21,14 @@ from nextblock.models.completion import complete
 from nextblock.tables import finite
 from nextblock.visualize.figure import MUTED, axes_at, save_png, text_at, wrapped
 from nextblock.visualize.predictions import AT_ONCE, ImageLoss, PredictResult, some_images
-from nextblock.visualize.sheet import MAX_PICTURE_BYTES, _draw_cell, hatch, shortened
+from nextblock.visualize.sheet import (
+    MAX_PICTURE_BYTES,
+    draw_cell,
+    drawn_channels,
+    hatch,
+    shortened,
+    side_by_side,
+)
 
 FILL_WORDS = {
     "given_mean": "filling with the given mean",
@@ -75,6 +82,8 @@ def draw_completions(
         "given": torch.where(hidden, hatch(config), originals),
         "completion": completed,
     }
+    shown = drawn_channels(config.in_chans)
+    panels = {name: side_by_side(pictures[:, :shown]) for name, pictures in panels.items()}
     _draw(panels, result, _caption(config, parts[0].given, is_own=order is None), config)
     content = {
         "mean_loss": result.mean_loss,
@@ -151,8 +160,7 @@ def _draw(
         name = shortened(row.name, int(width * 72 / (7.5 * 0.62)))
         text_at(figure, x + width / 2, y - 0.05, name, size=7.5, ha="center", va="bottom", color=MUTED)
         for words, pictures in panels.items():
-            shown = pictures[image, : 3 if pictures.shape[1] >= 3 else 1]
-            _draw_cell(axes_at(figure, x, y, width, height), shown, config)
+            draw_cell(axes_at(figure, x, y, width, height), pictures[image], config)
             if image % columns == 0:
                 text_at(figure, x - 0.1, y + height / 2, words, size=8.5, ha="right", va="center")
             y += height + gap

@@ -153,7 +153,7 @@ def draw_sheet(look: Look, path: Path, titles: Sequence[str] | None) -> None:
     cells = {**{name: side_by_side(pixels) for name, pixels in panels.items()}, "absolute\nerror": colours}
     for panel, pixels in enumerate(cells.values()):
         for image in range(len(pixels)):
-            _draw_cell(axes_at(figure, *layout.cell(image, panel), width, height), pixels[image], look.config)
+            draw_cell(axes_at(figure, *layout.cell(image, panel), width, height), pixels[image], look.config)
     # The colour bar, at the right of the first band's errors.
     x, y = layout.cell(layout.columns - 1, len(panels))
     axes = axes_at(figure, x + width + 0.1, y, 0.09, height)
@@ -183,7 +183,8 @@ def draw_sheet(look: Look, path: Path, titles: Sequence[str] | None) -> None:
     save_png(figure, path, dpis=(200, 170, 150, 130, 110, 90, 70), max_bytes=MAX_PICTURE_BYTES)
 
 
-def _draw_cell(axes: Axes, pixels: Shaped[Tensor, "shown h w"], config: ModelConfig) -> None:
+def draw_cell(axes: Axes, pixels: Shaped[Tensor, "shown h w"], config: ModelConfig) -> None:
+    """Draw a picture of `side_by_side` with the lines between its blocks."""
     picture = rearrange(pixels.expand(3, -1, -1), "c h w -> h w c").numpy()
     enlarged = max(picture.shape[:2]) < 128
     axes.imshow(picture, interpolation="nearest" if enlarged else "antialiased", aspect="auto")

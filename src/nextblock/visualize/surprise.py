@@ -22,7 +22,7 @@ from nextblock.visualize.figure import MUTED, axes_at, save_png, text_at, wrappe
 from nextblock.visualize.sheet import (
     ERROR_COLOURS,
     MAX_PICTURE_BYTES,
-    _draw_cell,
+    draw_cell,
     drawn_channels,
     hatch,
     shortened,
@@ -96,8 +96,8 @@ def draw_surprise(
         text_at(figure, LEFT_IN - 0.1, below + cells_in[1] / 2, words, size=8.5, ha="right", va="center")
         for column, image in enumerate(band):
             x, row = LEFT_IN + column * (width_in + GAP_IN), rows[image]
-            _draw_cell(axes_at(figure, x, y, width_in, cells_in[0]), pictures[image], config)
-            _draw_cell(axes_at(figure, x, below, width_in, cells_in[1]), maps[image], config)
+            draw_cell(axes_at(figure, x, y, width_in, cells_in[0]), pictures[image], config)
+            draw_cell(axes_at(figure, x, below, width_in, cells_in[1]), maps[image], config)
             middle, letters = x + width_in / 2, int(width_in * 72 / (7.5 * 0.62))
             name = "\n".join(
                 shortened(row[key], letters) for key in ("name", "class") if row[key] is not None
