@@ -44,7 +44,7 @@ test-slow: .venv/.installed-test ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow $(PYTEST_ARGS)
 
 bench: .venv/.installed ## speed against plain alternatives; about 25 minutes on two cores
-	for script in step data probe load; do $(VENV_PYTHON) benchmarks/$$script.py $(BENCH_ARGS) || exit; done
+	for script in step data probe load complete; do $(VENV_PYTHON) benchmarks/$$script.py $(BENCH_ARGS) || exit; done
 
 gpu-check: .venv/.installed-test ## GPU tests and benchmarks in 8 minutes, into gpu-check.json
 	$(VENV_PYTHON) benchmarks/gpu_check.py
