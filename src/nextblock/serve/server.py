@@ -201,7 +201,7 @@ def serve(settings: ServeSettings, tell: Callable[[str], None]) -> None:
     """
     with Server(settings.host, settings.port) as server:  # first: loading a model takes longer
         server.session = session = Session(settings)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         tell(server.url)
         if settings.open:
             webbrowser.open(server.url)
