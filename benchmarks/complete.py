@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from common import Row, best_device, now_s, parse, report
-from nextblock.config import ModelConfig
+from nextblock.config import ModelConfig, pair
 from nextblock.models import NextBlockModel
 from nextblock.models.completion import complete
 
@@ -44,7 +44,7 @@ def main() -> None:
     given = torch.arange(config.num_blocks) < config.num_blocks // 2
     table, differences = [], []
     for count in (1, 8):
-        images = torch.randn(count, config.in_chans, *[config.image_size] * 2, device=device)
+        images = torch.randn(count, config.in_chans, *pair(config.image_size), device=device)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         completed = {}
         for _ in range(options.rounds + 1):  # the first is not timed

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_that_are_kept_give_the_images_that_forward_gives(kind):
     model, images = model_of(**KINDS[kind]), tiny_images()
-    k = 24 * 16 // (16 * torch.tensor(model.config.block_size).expand(2).prod().item())
+    k = replace(model.config, image_size=(16, 24)).num_blocks
     for seed in (None, 1):
         order = None if seed is None else some_order(seed, k)
         given = torch.zeros(k, dtype=torch.bool)
@@ -71,6 +72,17 @@ def test_keys_that_are_kept_give_the_images_that_forward_gives(kind):
         original, completed = (patchify(x, model.config.block_px) for x in (images, fast.images))
         assert torch.equal(original[:, given], completed[:, given])
         assert ((original != completed).any(-1).all(0) == ~given).all()
+
+
+def test_given_blocks_are_the_prefix_of_a_model_that_was_trained_with_prefixes():
+    model, images = tiny_model(prefix=True, norm_pixels=False), tiny_images()
+    first = complete(model, images, UPPER).images[:, :, 8:, :8].flatten(1)
+    with torch.no_grad():
+        prefixed, causal = (
+            model(images, prefix_lengths=n).predictions[:, 2] for n in (torch.tensor([3, 3]), None)
+        )
+    torch.testing.assert_close(first, prefixed, atol=1e-4, rtol=1e-4)
+    assert (first - causal).abs().max() > 1e-2
 
 
 def test_masked_blocks_are_predicted_at_once_as_forward_does_and_in_any_number():
@@ -132,6 +144,7 @@ def test_white_stays_exactly_white_and_other_colours_too(target):
 def test_tokens_become_the_likeliest_centroids():
     model, images = model_of(target="tokens", vocab_size=12), tiny_images()
     completed = complete(model, images, torch.arange(6) < 5).images[:, :, 8:, 16:]
+    assert model.tokenizer is not None
     with torch.no_grad():
         centroids = model.tokenizer.centroids[model(images).predictions[:, -1].argmax(-1)]
     for found, wanted in zip(patchify(completed, (4, 4)).flatten(0, 1), centroids.flatten(0, 1), strict=True):

@@ -215,14 +215,15 @@ class _Cached:
         else:
             own = positions_on(config.grid, positions_of(model.encoder), model.config)
             self.positions = pad(own[:, patches], (0, 0, behind, 0))
-        self.predictor_positions = None
+        own = None
         if self.predictor.pos_embed is not None:
             own = positions_on(config.grid, self.predictor.pos_embed, model.config)
-            self.predictor_positions = pad(own[:, patches], (0, 0, behind * m, 0))
-        if self.predictor.target_embed is not None:
+            own = pad(own[:, patches], (0, 0, behind * m, 0))
+        if own is not None and self.predictor.target_embed is not None:
             # A row predicts the next block; the last one predicts none.
             theirs = positions_on(config.grid, self.predictor.target_embed, model.config)
-            self.predictor_positions += pad(theirs[:, patches[(1 - behind) * m :]], (0, 0, 0, m))
+            own = own + pad(theirs[:, patches[(1 - behind) * m :]], (0, 0, 0, m))
+        self.predictor_positions = own
         self.entered, self.place = 0, slice(0, 0)
         """Blocks that have entered, and where their last tokens lie in the sequence."""
         self.kept: list[Kept | None] = [None] * len(model.encoder.blocks)
