@@ -16,7 +16,7 @@ from nextblock.config import DataConfig
 from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import attention_maps
 from nextblock.look import features as look
-from nextblock.models.heads import AttentiveHead, HeadConfig, ImageClassifier
+from nextblock.models.heads import AttentiveHead, HeadConfig, ImageClassifier, LinearHead
 from nextblock.visualize.features import PatchColours
 from tiny_runs import call_cli, refused, write_images
 from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
@@ -152,6 +152,7 @@ def test_maps_of_a_head_are_drawn_over_the_grid(kind, places, tmp_path, monkeypa
     assert pictures.shape == (3, *SIZE, 3)
     assert maps.shape == (3, {"attentive": 4, "ep": 3}[kind], *GRID)
     images = normalize(torch.from_numpy(pictures).movedim(-1, 1), DATA.mean, DATA.std)
+    assert not isinstance(classifier.head, LinearHead)
     weights = classifier.head.attention(classifier.features(images)).detach()
     np.testing.assert_allclose(maps.reshape(3, -1, 24), weights.numpy(), atol=1e-6)
     assert attention_maps(classifier, tiny_images()).sum((-2, -1)).allclose(torch.ones(2, len(maps[0])))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,11 +29,14 @@ LEFT_IN, GAP_IN = 0.95, 0.09
 class PatchColours:
     """A map from features to colours: their three first principal components as red, green and blue."""
 
-    pca: PCA
+    mean: Float[np.ndarray, " d"]
+    components: Float[np.ndarray, "components d"]
     low: Float[np.ndarray, " components"]
     """The value of each component that is dark."""
     high: Float[np.ndarray, " components"]
     """The value that is bright."""
+    explained: tuple[float, ...]
+    """Shares of the features' variance that red, green and blue show."""
 
     @classmethod
     def fit(cls, features: Float[np.ndarray, "r d"]) -> PatchColours:
@@ -43,27 +45,20 @@ class PatchColours:
         A component's sign is arbitrary: here its largest weight is positive. Its range is that of the
         patches, without the hundredth at either end.
         """
-        count = min(3, *features.shape)
-        pca = PCA(count, svd_solver="covariance_eigh").fit(features)
-        weights = pca.components_
-        largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1)[:, None], axis=1)
-        pca.components_ = weights * np.where(largest < 0, -1, 1).astype(weights.dtype)
-        low, high = np.quantile(pca.transform(features), (QUANTILE, 1 - QUANTILE), axis=0)
-        return cls(pca, low, high)
-
-    @property
-    def explained(self) -> tuple[float, ...]:
-        """Shares of the features' variance that red, green and blue show."""
-        return tuple(self.pca.explained_variance_ratio_.tolist())
+        pca = PCA(min(3, *features.shape), svd_solver="covariance_eigh").fit(features)
+        mean, components = np.asarray(pca.mean_), np.array(pca.components_)
+        largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
+        components[largest[:, 0] < 0] *= -1
+        low, high = np.quantile((features - mean) @ components.T, (QUANTILE, 1 - QUANTILE), axis=0)
+        return cls(mean, components, low, high, tuple(pca.explained_variance_ratio_.tolist()))
 
     def colours(self, features: Float[np.ndarray, "*p d"]) -> Float[np.ndarray, "*p 3"]:
         """Colours of patches, in [0, 1]; a component that does not vary, or is not there, is 0.5."""
-        *places, width = features.shape
-        values, span = self.pca.transform(features.reshape(-1, width)), self.high - self.low
-        colours = np.full((len(values), 3), 0.5)
+        values, span = (features - self.mean) @ self.components.T, self.high - self.low
+        colours = np.full((*features.shape[:-1], 3), 0.5)
         varies = np.flatnonzero(span > 1e-6 * span.max())
-        colours[:, varies] = (values - self.low)[:, varies] / span[varies]
-        return colours.clip(0, 1).reshape(*places, 3)
+        colours[..., varies] = (values - self.low)[..., varies] / span[varies]
+        return colours.clip(0, 1)
 
 
 class Cell(NamedTuple):
@@ -101,7 +96,7 @@ def draw_cells(
     height_in = caption_in + 0.16 * (caption.count("\n") + 1) + 0.12
     figure = Figure(figsize=(width_in, height_in))
     top_in = 0.58
-    for row, name, below_in in zip_longest(rows, names, below, fillvalue=""):
+    for row, name, below_in in zip(rows, names or [""] * len(rows), below, strict=True):
         text_at(figure, left_in - 0.1, top_in + high_in / 2, name, size=8.5, ha="right", va="center")
         for column, cell in enumerate(row):
             x = left_in + column * (cell_in + GAP_IN)

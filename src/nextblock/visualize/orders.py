@@ -189,7 +189,7 @@ def _draw_mask(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
             axes.axhline(at, color="white", linewidth=0.6)
             axes.axvline(at, color="white", linewidth=0.6)
     ticks = range(config.num_blocks) if config.num_blocks <= FEW else ()
-    axes.set_xticks([q + (number + 0.5) * m for number in ticks], list(ticks))
+    axes.set_xticks([q + (number + 0.5) * m for number in ticks], list(map(str, ticks)))
     names = ["class"] * q + [str(number) for number in ticks]
     axes.set_yticks([0.5] * q + [q + (number + 0.5) * m for number in ticks], names)
     axes.tick_params(labelsize=7, length=0, colors=MUTED, labeltop=True, labelbottom=False)
