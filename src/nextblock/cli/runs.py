@@ -38,8 +38,8 @@ def report(argv: Sequence[str]) -> int:
     from nextblock import report as made
 
     paths = _runs_named(options.run)
-    page = _page_path(options.out, paths)
     summaries = [made.read_run(path) for path in paths]
+    page = _page_path(options.out, paths)
     summary, run = summaries[0], paths[0]
     console = Console()
     if len(paths) == 1:
