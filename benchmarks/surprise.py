@@ -28,6 +28,7 @@ from nextblock.blocks import normalize_blocks, patchify
 from nextblock.config import DataConfig
 from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import evaluation_data
+from nextblock.interop import load_model
 from targets import SEEDS, prepare, pretrain, sources
 
 PIXELS = 64
@@ -80,11 +81,16 @@ def of_model(run: Path, spec: str, out: Path) -> dict[str, np.ndarray]:
 
 
 def auroc(score: np.ndarray, is_odd: Bool[np.ndarray, " n"]) -> tuple[float, float]:
-    """The area under the ROC curve, and its standard error (Hanley and McNeil 1982)."""
-    area, odd, even = float(roc_auc_score(is_odd, score)), int(is_odd.sum()), int((~is_odd).sum())
+    """The area under the ROC curve, and its standard error (Hanley and McNeil, Radiology 1982)."""
+    area = float(roc_auc_score(is_odd, score))
+    return area, standard_error(area, int(is_odd.sum()), int((~is_odd).sum()))
+
+
+def standard_error(area: float, odd: int, even: int) -> float:
+    """That of an area under the ROC curve of so many odd images and others."""
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     variance = area * (1 - area) + (odd - 1) * (q1 - area**2) + (even - 1) * (q2 - area**2)
-    return area, math.sqrt(variance / (odd * even))
+    return math.sqrt(variance / (odd * even))
 
 
 def table(found: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str]) -> str:
@@ -116,7 +122,7 @@ def study(root: Path, seeds: Sequence[int]) -> str:
         of_model(run, test_spec, root / "surprise" / str(seed)) for run, seed in zip(runs, seeds, strict=True)
     ]
     found = {name: [scores[name] for scores in models] for name in models[0]}
-    model_config = nextblock.load(runs[0]).config
+    model_config = load_model(runs[0]).config
     data = evaluation_data(str(runs[0]), model_config, workers=0)
     train, test = read(train_spec, data), read(test_spec, data)
     baselines = without_model(train, test, model_config.block_px)

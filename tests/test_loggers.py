@@ -146,7 +146,7 @@ def test_pictures_and_settings_reach_tensorboard_and_wandb(services, tmp_path):
     assert [one.step for one in shown] == [0, 2, 4, 6, 7]
     for one in shown:
         with Image.open(io.BytesIO(one.encoded_image_string)) as picture:
-            assert np.array_equal(picture, np.full((2, 3, 3), 10 * one.step))
+            assert np.array_equal(np.asarray(picture), np.full((2, 3, 3), 10 * one.step))
     (text,) = {one.tensor_proto.string_val[0] for one in events.Tensors("settings/text_summary")}
     assert "\n      lr: 0.001\n" in text.decode()
     (told,) = services["wandb"].values()

@@ -1,6 +1,8 @@
 """Surprise: each block's loss in its place, the ranking, the files, and what the same command reads again."""
 
 import csv
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +21,10 @@ from nextblock.look.surprise import block_surprise
 from nextblock.visualize.sheet import ERROR_COLOURS, hatch
 from nextblock.visualize.surprise import heat_maps
 from toy import ToySource, one_thread, tiny_config, tiny_images, tiny_model  # noqa: F401 - a fixture
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from surprise import auroc, standard_error
 
 DATA = DataConfig(val_resize_px=24, workers=0, max_bad_fraction=0.5)
 
@@ -93,7 +99,13 @@ def run(tmp_path, monkeypatch):
 
         def __call__(self, **settings):
             save_model(tmp_path / "model.safetensors", self.model, data=DATA)
-            usual = {"data": "toy", "device": "cpu", "workers": 0, "out": str(tmp_path / "out")}
+            usual = {
+                "data": "toy",
+                "num_images": 3,
+                "device": "cpu",
+                "workers": 0,
+                "out": str(tmp_path / "out"),
+            }
             return nextblock.surprise(model=str(tmp_path / "model.safetensors"), **{**usual, **settings})
 
     run = Run()
@@ -135,11 +147,11 @@ def test_the_same_command_reads_its_result_and_another_predictor_is_refused(run,
     reads = run.source.reads
     assert run().rows == tuple(written(tmp_path / "out" / "surprise.json")["rows"]) == first.rows
     assert run.source.reads == reads
-    with pytest.raises(UsageError, match=r"settings\.num_images: 8 there, 2 here"):
+    with pytest.raises(UsageError, match=r"settings\.num_images: 3 there, 2 here"):
         run(num_images=2)
     with torch.no_grad():
         next(run.model.predictor.parameters()).add_(1)  # of the same encoder
-    with pytest.raises(UsageError, match=r"predictor: .* there"):
+    with pytest.raises(UsageError, match=r"predictor\.weights: .* there"):
         run()
     assert run(overwrite=True).rows != first.rows
 
@@ -159,3 +171,12 @@ def test_a_model_that_predicts_nothing_is_refused(run, tmp_path, changes, words)
     with pytest.raises(UsageError, match=words):
         run()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_auroc_is_the_share_of_pairs_in_order_with_the_error_of_the_papers_example():
+    odd, even = np.array([3.0, 1.0, 2.0]), np.array([0.0, 2.0, 1.5, 0.5])
+    pairs = [(a > b) + (a == b) / 2 for a in odd for b in even]
+    area, error = auroc(np.concatenate([odd, even]), np.arange(7) < 3)
+    assert area == pytest.approx(np.mean(pairs))
+    assert error == standard_error(area, 3, 4)
+    assert standard_error(0.893, 51, 58) == pytest.approx(0.032, abs=1e-3)

@@ -19,17 +19,19 @@ from nextblock.config import ModelConfig
 from nextblock.data import Source, eval_batches, open_source
 from nextblock.evaluate.evaluation import Evaluation, Result, evaluation
 from nextblock.evaluate.files import pyarrow, write_parquet
+from nextblock.evaluate.results import encoder_of
 from nextblock.interop import attach_teacher
 from nextblock.logs import counted
 from nextblock.look.settings import SurpriseSettings
 from nextblock.models import NextBlockModel
-from nextblock.settings import from_dict, require, to_dict
+from nextblock.settings import from_dict, require
 from nextblock.tables import Column, end_of, number
 from nextblock.targets import make_targets
 from nextblock.train.runtime import autocast
 from nextblock.visualize.surprise import draw_surprise
 
 PICTURE, PARQUET = "surprise.png", "surprise.parquet"
+PREDICTING = ("predictor", "target", "mask_ratio", "teacher_digest")
 CHUNK, NAME_LETTERS = 4096, 60
 HIGHEST, LOWEST = "highest", "lowest"
 
@@ -80,7 +82,7 @@ class Losses(NamedTuple):
     @property
     def mean(self) -> Float[np.ndarray, " n"]:
         """The mean over predicted blocks."""
-        return np.nanmean(self.blocks, axis=1, dtype=np.float64)
+        return np.asarray(np.nanmean(self.blocks, axis=1, dtype=np.float64))
 
     @property
     def largest(self) -> Float[np.ndarray, " n"]:
@@ -110,9 +112,9 @@ def surprise(**settings: Any) -> Result:
         model.config.check_predicts()
         attach_teacher(model, opened.data.mean, opened.data.std, opened.device)
         source = open_source(config.data, opened.data)
-        # Where weights come from, and where a teacher lies, makes no difference.
-        told = {name: v for name, v in to_dict(model.config).items() if name not in ("init", "teacher")}
-        predictor = {"predictor": digest_of(model), "predicts": told}
+        # What the encoder's identity leaves out.
+        told = {name: getattr(model.config, name) for name in PREDICTING}
+        predictor = {"predictor": {"weights": digest_of(model), **told}}
         losses: list[Losses] = []
 
         def measure() -> Result:
@@ -135,7 +137,7 @@ def _measure(opened: Evaluation, model: NextBlockModel, source: Source, predicto
         with autocast(images.device, opened.settings.precision):
             return (block_surprise(model, images)[:, columns.to(images.device)],)
 
-    origin = {**predictor, "precision": opened.settings.precision}
+    origin = {**encoder_of(model), **predictor, "precision": opened.settings.precision}
     table = opened.fill("data", source, extract, [origin])
     indices = table.readable()
     blocks = np.full((len(indices), model.config.num_blocks), np.nan, dtype=np.float32)

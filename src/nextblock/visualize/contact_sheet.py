@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from nextblock.data import Source
 from nextblock.visualize.figure import INK, MUTED, save_png
-from nextblock.visualize.sheet import MAX_PICTURE_BYTES, shortened, shown_channels, side_by_side
+from nextblock.visualize.sheet import MAX_PICTURE_BYTES, drawn_channels, shortened, side_by_side
 
 CELL_IN = 1.35
 MAX_COLUMNS = 7
@@ -44,7 +44,7 @@ def draw_contact_sheet(
 
 def _draw(axes: Axes, source: Source, index: int, words: Sequence[str], color: str) -> None:
     pixels = source.read(index)
-    shown = side_by_side(pixels[None, : shown_channels(len(pixels))])[0]
+    shown = side_by_side(pixels[None, : drawn_channels(len(pixels))])[0]
     picture = rearrange(shown.expand(3, -1, -1), "c h w -> h w c").numpy()
     axes.axis("on")
     axes.imshow(picture, interpolation="nearest" if max(picture.shape[:2]) < 128 else "antialiased")

@@ -32,7 +32,7 @@ from nextblock.settings import require
 from nextblock.tables import Shown, finite
 from nextblock.targets import PixelTargets, make_targets
 from nextblock.train import MonitorEvent
-from nextblock.visualize.sheet import Look, draw_sheet, hatch, panel_gap, shown_channels, side_by_side
+from nextblock.visualize.sheet import Look, draw_sheet, drawn_channels, hatch, panel_gap, side_by_side
 
 AT_ONCE = 16
 """Images that go through the model together."""
@@ -98,7 +98,7 @@ def _visible(
     """Undo the normalisation, clip to [0, 1] (NaN is black), keep the channels that are shown."""
     shift, scale = (torch.tensor(one, dtype=torch.float32, device=images.device) for one in (mean, std))
     pixels = images.float() * rearrange(scale, "c -> c 1 1") + rearrange(shift, "c -> c 1 1")
-    return torch.nan_to_num(pixels, nan=0.0).clamp(0, 1)[:, : shown_channels(images.shape[1])]
+    return torch.nan_to_num(pixels, nan=0.0).clamp(0, 1)[:, : drawn_channels(images.shape[1])]
 
 
 def _predicted_pixels(

@@ -57,7 +57,12 @@ class Look(NamedTuple):
 
 
 def shown_channels(channels: int) -> int:
-    """How many channels a picture shows: all, up to `MAX_CHANNELS`; three are colours."""
+    """How many channels one RGB or grey picture shows: three if there are as many, else one."""
+    return 3 if channels >= 3 else 1
+
+
+def drawn_channels(channels: int) -> int:
+    """How many channels `side_by_side` is given: all, up to `MAX_CHANNELS`; three are colours."""
     return min(channels, MAX_CHANNELS)
 
 
@@ -189,7 +194,7 @@ def _draw_cell(axes: Axes, pixels: Shaped[Tensor, "shown h w"], config: ModelCon
     # A cell holds the image, or a panel of its size for each channel that is shown.
     height, width = rows * config.block_px[0], columns * config.block_px[1]
     gap = panel_gap(width)
-    panels = 1 if picture.shape[1] == width else shown_channels(config.in_chans)
+    panels = 1 if picture.shape[1] == width else drawn_channels(config.in_chans)
     for panel in range(panels):
         down, along = divmod(panel, (picture.shape[1] + gap) // (width + gap))
         top, left = down * (height + gap) - 0.5, along * (width + gap) - 0.5
@@ -232,7 +237,7 @@ def _caption(look: Look) -> str:
         what = "each true block's mean, which is given" if config.norm_pixels else "data.mean"
         sentences.append(f"Predicting zero shows {what}; all else comes from the model.")
     if config.in_chans not in (1, 3):
-        number = shown_channels(config.in_chans)
+        number = drawn_channels(config.in_chans)
         few = f"the first {number} of {config.in_chans}" if number < config.in_chans else f"all {number}"
         sentences.append(f"Grey panels: {few} channels, each by itself.")
     return " ".join(sentences)

@@ -23,9 +23,9 @@ from nextblock.visualize.sheet import (
     ERROR_COLOURS,
     MAX_PICTURE_BYTES,
     _draw_cell,
+    drawn_channels,
     hatch,
     shortened,
-    shown_channels,
     side_by_side,
 )
 
@@ -62,7 +62,7 @@ def draw_surprise(
     """
     low, high = np.nanquantile(all_losses, QUANTILES).tolist()
     scale = Normalize(low, max(high, low + 1e-6), clip=True)
-    pictures = side_by_side(images[:, : shown_channels(images.shape[1])])
+    pictures = side_by_side(images[:, : drawn_channels(images.shape[1])])
     maps = heat_maps(losses, config, scale)
     groups = [[i for i, row in enumerate(rows) if row["group"] == group] for group in ("highest", "lowest")]
     columns = min(COLUMNS, max(map(len, groups)))
