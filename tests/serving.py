@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -43,7 +44,7 @@ def served(**settings):
         server.shutdown()
 
 
-def ask(server, method, path, body=None, **headers):
+def ask(server, method, path, body=None, **headers) -> tuple[int, Any]:
     """Status and content of an answer: JSON, or bytes."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}

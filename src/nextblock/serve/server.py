@@ -80,7 +80,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int) -> None:
         try:
             self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            super().__init__(address[:2], Handler)
+            super().__init__((str(address[0]), port), Handler)
         except OSError as error:
             why = f"cannot listen on {host}:{port} ({error.strerror}); give this machine's address as --host"
             if error.errno == errno.EADDRINUSE:
@@ -103,7 +103,7 @@ class Server(ThreadingHTTPServer):
             return is_known and (parts.port or 80) == self.server_port
         return False
 
-    def handle_error(self, *_: Any) -> None:
+    def handle_error(self, *_: Any) -> None:  # type: ignore[override]
         """Say nothing of a browser that went away, and one line of anything else."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(413, f"This is larger than {what}.")
         return self.rfile.read(int(length))
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_: Any) -> None:  # type: ignore[override]
         """Say nothing of single requests."""
 
 
@@ -201,7 +201,7 @@ def serve(settings: ServeSettings, tell: Callable[[str], None]) -> None:
     """
     with Server(settings.host, settings.port) as server:  # first: loading a model takes longer
         server.session = session = Session(settings)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         tell(server.url)
         if settings.open:
             webbrowser.open(server.url)
