@@ -50,7 +50,7 @@ from nextblock.serve.settings import ServeSettings
 from nextblock.settings import require
 from nextblock.train.runtime import choose_device
 from nextblock.visualize.features import PatchColours
-from nextblock.visualize.predictions import _look, _visible
+from nextblock.visualize.predictions import look_at, visible
 from nextblock.visualize.sheet import shown_channels
 from nextblock.visualize.words import BASELINE_WORDS
 
@@ -188,7 +188,7 @@ class Session:
     def predict(self, image: Any) -> dict[str, Any]:
         """Every block predicted from the true ones before it, and the loss beside the reference losses."""
         model, data = self._predictor(), self.data
-        look = _look(model, self._normalized(image), data.mean, data.std)
+        look = look_at(model, self._normalized(image), data.mean, data.std)
         assert model.targets is not None, "it predicts"
         return {
             "picture": _url(look.pictures[0]),
@@ -205,7 +205,7 @@ class Session:
         require(is_right, f"given must be true or false for each of the {k} blocks")
         if not all(given):
             images = complete(model, images, torch.tensor(given)).images
-        return {"picture": _url(_visible(images.cpu(), self.data.mean, self.data.std)[0])}
+        return {"picture": _url(visible(images.cpu(), self.data.mean, self.data.std)[0])}
 
     def surprise(self, image: Any) -> dict[str, Any]:
         """The loss of each block, in raster order; null for blocks that are not predicted."""

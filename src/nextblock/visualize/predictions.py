@@ -86,13 +86,13 @@ def _joined(
     by_position = pad(blocks, (0, 0, first, config.num_blocks - first - count))
     # The inverse permutation: where in the order each place of the raster comes.
     in_raster_order = by_position.index_select(1, torch.argsort(order))
-    pictures = _visible(unpatchify(in_raster_order, config.block_grid, config.block_px), mean, std)
+    pictures = visible(unpatchify(in_raster_order, config.block_grid, config.block_px), mean, std)
     others = hatch(config) if others is None else others
     known = _predicted_pixels(config, order, distance).to(pictures.device)
     return torch.where(known, pictures, others.to(pictures.device))
 
 
-def _visible(
+def visible(
     images: Float[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b shown h w"]:
     """Undo the normalisation, clip to [0, 1] (NaN is black), keep the channels that are shown."""
@@ -122,7 +122,7 @@ def _block_means(pictures: Float[Tensor, "b shown h w"], config: ModelConfig) ->
 # -------------------------------------------------------------------------------- pictures
 
 
-def _look(
+def look_at(
     model: NextBlockModel,
     images: Float[Tensor, "b c h w"],
     mean: Sequence[float],
@@ -173,7 +173,7 @@ def _look(
     finally:
         model.train(was_training)
     images, order = images.float().cpu(), block_order.cpu()
-    true, originals = _predicted_blocks(images, config, order, distance), _visible(images, mean, std)
+    true, originals = _predicted_blocks(images, config, order, distance), visible(images, mean, std)
     others = _block_means(originals, config) if unpredicted == "mean" else None
 
     def joined(outputs: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def draw_predictions(
         titles is None or len(titles) == len(images),
         f"{len(titles or ())} titles for {len(images)} images; give one a title each, or none",
     )
-    draw_sheet(_look(model, images, mean, std, block_order), path, titles)
+    draw_sheet(look_at(model, images, mean, std, block_order), path, titles)
 
 
 class PredictionMonitor:
@@ -228,7 +228,7 @@ class PredictionMonitor:
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
         """Draw the images as they are predicted at this step."""
         images = normalize(self.images.to(event.device), self.mean, self.std)
-        look = _look(model, images, self.mean, self.std)
+        look = look_at(model, images, self.mean, self.std)
         with event.group.together():
             if event.group.is_main:
                 path = event.run_dir / "pictures" / f"step_{event.step:08d}.png"
@@ -296,7 +296,7 @@ def predict(
     )
     images, names, bad = some_images(source, data, model.config.image_size, num_images)
     model, config = model.to(device), model.config
-    look = _look(
+    look = look_at(
         model,
         normalize(images.to(device), data.mean, data.std),
         data.mean,
