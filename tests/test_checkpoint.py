@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import nextblock
-from nextblock.atomic import WriteError, write_aside
+from nextblock.atomic import WriteError, write_aside, write_text
 from nextblock.checkpoint import (
     CheckpointError,
     is_safetensors,
@@ -30,6 +30,7 @@ from nextblock.checkpoint import (
     save_model,
 )
 from nextblock.config import DataConfig, OptimConfig
+from nextblock.errors import UsageError
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
@@ -221,6 +222,14 @@ def test_an_interrupted_write_leaves_nothing_behind(interruption, tmp_path):
         raise interruption
     assert files_in(tmp_path) == ["config.yaml"]
     assert target.read_text() == "before"
+
+
+def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(UsageError, match="mine is a directory; name a file"):
+        write_text(tmp_path / "mine", "a picture")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
 
 def test_all_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):

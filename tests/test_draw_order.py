@@ -43,7 +43,8 @@ def test_order_and_mask_are_those_of_the_slow_definition(name):
     assert shown.attends.shape == (len(sequence), len(sequence))
     for i, asks in enumerate(sequence):
         for j, seen in enumerate(sequence):
-            kind = OWN if seen == asks else EARLIER if seen < asks else PREFIX if seen < length else 0
+            in_prefix = 0 <= seen < length
+            kind = OWN if seen == asks else PREFIX if in_prefix else EARLIER if seen < asks else 0
             assert shown.attends[i, j] == kind
     prefixes = torch.tensor([length]) if length else None
     allowed = may_attend(torch.tensor(sequence), prefixes).view(len(sequence), -1)
@@ -69,7 +70,7 @@ def test_masked_blocks_are_the_last_of_the_order_and_all_attend_to_all():
 def test_a_prefix_that_the_mask_cannot_have_is_refused():
     with pytest.raises(UsageError, match="prefix is 6; it must be from 0 to 5, of 6 blocks"):
         geometry(tiny_config(), 6)
-    with pytest.raises(UsageError, match="know no prefix"):
+    with pytest.raises(UsageError, match="have no prefix"):
         geometry(tiny_config(class_token=True), 2)
 
 
@@ -86,6 +87,7 @@ def test_the_command_draws_a_preset_with_settings_changed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["xtra-tiny", "--draw", "."], "--draw . must be a name that ends in .png"),
         (["xtra-tiny", "--prefix", "1"], "--prefix is for a picture; give --draw FILE.png too"),
         (["xtra-tiny", "--model.block_size", "1"], "--model.block_size is for a picture"),
         (["--draw", "x.png"], "--draw needs a preset"),

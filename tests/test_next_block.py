@@ -340,7 +340,7 @@ def test_own_masks_are_honoured_and_refused_in_training_if_they_leak(changes, en
             model.train()(images)
     else:
         model.train()(images)
-    with pytest.raises(ValueError, match="know no prefix"):
+    with pytest.raises(ValueError, match="have no prefix"):
         model.eval()(images, prefix_lengths=torch.tensor([1, 1]))
 
 

@@ -266,7 +266,7 @@ def test_layers_add_in_fp32_under_autocast(changes):
 
 @pytest.mark.parametrize("changes", [CLASS, MASKED, {**FEATURES, "predict_visible": True}], ids=str)
 def test_a_prefix_is_refused_by_models_that_have_none(changes):
-    with pytest.raises(ValueError, match="know no prefix; leave prefix_lengths out"):
+    with pytest.raises(ValueError, match="have no prefix; leave prefix_lengths out"):
         model_of(**changes)(IMAGES, ORDERS, torch.tensor([1, 2]))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from nextblock.errors import UsageError
+
 OUTPUT_MARK = ".nextblock"
 """A file in every directory that nextblock wrote: a search for images passes such directories by."""
 
@@ -129,6 +131,8 @@ def write_aside(target: Path) -> Iterator[Path]:
                 if not path.is_dir():
                     path.chmod(mode)
                 _flush(path)
+            if target.is_dir() and not aside.is_dir():  # never take a folder's place with a file
+                raise UsageError(f"{target} is a directory; name a file")
             # A rename within a folder happens at once, so no reader ever sees half of the output. A directory
             # cannot be renamed onto another one, so the old one steps aside, and comes back if that fails.
             if target.is_dir():

@@ -118,12 +118,13 @@ class Table(NamedTuple):
 class Shown:
     """A result with a picture, which a notebook draws when the result is a cell's last line."""
 
-    picture: Path
+    picture: Any
+    """Path of a PNG, or None."""
 
     @property
     def pictures(self) -> tuple[Path, ...]:
         """All pictures of the result."""
-        return (self.picture,)
+        return (self.picture,) if self.picture else ()
 
     def show(self) -> None:
         """Draw the pictures in a notebook; elsewhere print where they are."""
@@ -138,7 +139,7 @@ class Shown:
                 sys.stdout.write(f"{path}\n")
 
     def _repr_png_(self) -> bytes | None:
-        return self.picture.read_bytes() if self.picture.is_file() else None
+        return self.picture.read_bytes() if self.picture and self.picture.is_file() else None
 
 
 def write_csv(rows: Iterable[Row]) -> str:

@@ -36,6 +36,7 @@ def run(argv: Sequence[str]) -> int:
     changes = {name: value for name, value in vars(options).items() if name.startswith("model.")}
     if options.draw is not None:
         require(options.name is not None, "--draw needs a preset: nextblock presets NAME --draw FILE.png")
+        require(options.draw.endswith(".png"), f"--draw {options.draw} must be a name that ends in .png")
         return _draw(resolve(chosen[0].config, changes), options)
     of_draw = [f"--{name}" for name in changes] + ["--prefix"] * (options.prefix is not None)
     require(not of_draw, f"{listed(of_draw)} is for a picture; give --draw FILE.png too")

@@ -46,7 +46,7 @@ from nextblock.logs import counted
 from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig, ImageClassifier
 from nextblock.settings import to_dict
-from nextblock.tables import Column, Table, escape_markdown, finite, write_csv
+from nextblock.tables import Column, Shown, Table, escape_markdown, finite, write_csv
 from nextblock.train.distributed import Group, find_device, process_group
 from nextblock.train.runtime import StopRequest, autocast, choose_device, stop_on_signals
 
@@ -81,7 +81,7 @@ class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Shown):
     """What an evaluation found: rows of plain values, one for each encoder, head, or setting."""
 
     verb: str
@@ -98,6 +98,8 @@ class Result:
     """How the rows are shown."""
     all_rows: Sequence[dict[str, Any]] = field(default=(), repr=False, compare=False)
     """What VERB.csv holds, if `rows` are only some of it."""
+    picture: Path | None = field(default=None, repr=False, compare=False)
+    """What `show` draws in a notebook."""
     brief: Table | None = field(default=None, repr=False, compare=False)
     """What the terminal shows in place of the whole table."""
 

@@ -154,6 +154,8 @@ def read(src: str | Path, options: LoadOptions) -> Found:
         f"{src} is a preset, not a model; train it first: nextblock pretrain --preset {src} --data.train DIR "
         "--out RUN, and then give RUN",
     )
+    if not str(src).startswith(TIMM_SPEC) and not is_hub_spec(str(src)):
+        _check_exists(Path(src))
     named = str(src).startswith(TIMM_SPEC)  # an unknown name is the caller's mistake, not a damaged file
     # What fails while a file is read is the file's fault, unless the caller gave settings: a ValueError is
     # then about them.
@@ -170,6 +172,16 @@ def read(src: str | Path, options: LoadOptions) -> Found:
     return found
 
 
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = [str(path.with_name(one)) for one in difflib.get_close_matches(path.name, beside, 1)]
+        near = near or difflib.get_close_matches(path.name, [*PRESETS], 1, 0.8)
+        raise UsageError(
+            f"{path} does not exist; " + (f"did you mean {near[0]}?" if near else f"known: {KNOWN}")
+        )
+
+
 def _read(src: str | Path, options: LoadOptions) -> Found:
     origin = str(src)
     # What is cheapest to tell comes first: a name, a directory's config.json, the metadata of our own file.
@@ -179,13 +191,6 @@ def _read(src: str | Path, options: LoadOptions) -> Found:
         model = from_timm(timm_model(origin), origin, drop_prefix_tokens=options.drop_prefix_tokens)
         return Found(model, "timm model", None)
     path = fetch(origin) if is_hub_spec(src) else Path(src)
-    if not path.exists():
-        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = [str(path.with_name(one)) for one in difflib.get_close_matches(path.name, beside, 1)]
-        near = near or difflib.get_close_matches(path.name, [*PRESETS], 1, 0.8)
-        raise UsageError(
-            f"{path} does not exist; " + (f"did you mean {near[0]}?" if near else f"known: {KNOWN}")
-        )
     if is_timm_directory(path):
         return Found(read_timm(path, options), "timm directory", path)
     own = own_file(path)

@@ -43,7 +43,7 @@ class PredictSettings(LookSettings):
     unpredicted: Literal["hatch", "mean"] = "hatch"
     """Blocks that are not predicted, such as the first: a hatch, or their mean colour."""
     each_image: bool = False
-    """Also write every image to OUT/images: original and prediction side by side, in full size."""
+    """Also write each drawn image to OUT/images: original and prediction side by side, in full size."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,8 @@ def surprise(**settings: Any) -> Result:
                 _write_parquet(out / PARQUET, result.all_rows, losses[0])
             _draw(out / PICTURE, opened, result, source, losses[0])
 
-        return opened.result("surprise", {"data": source}, COLUMNS, measure, save=save, made_from=predictor)
+        found = opened.result("surprise", {"data": source}, COLUMNS, measure, save=save, made_from=predictor)
+        return replace(found, picture=Path(config.out) / PICTURE if config.out else None)
 
 
 def _measure(opened: Evaluation, model: NextBlockModel, source: Source, predictor: dict[str, Any]) -> Losses:

@@ -389,7 +389,7 @@ class NextBlockModel(nn.Module):
                 raise UsageError(f"prefix_lengths has shape {shape}; give one length an image, ({batch},)")
             is_plain = config.encoder_attention == "block_causal" and config.predictor_attention == "native"
             if not is_plain or config.class_token or config.mask_ratio or config.predict_visible:
-                raise UsageError("the attention masks of this model know no prefix; leave prefix_lengths out")
+                raise UsageError("the attention masks of this model have no prefix; leave prefix_lengths out")
             # Values are looked at only if that neither waits for a GPU nor breaks a compiled graph.
             visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
             if visible and not all(0 <= length < k for length in lengths.tolist()):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
@@ -58,7 +58,7 @@ def geometry(config: ModelConfig, prefix: int | None = None) -> Geometry:
         prefix = k // 2 if config.prefix else 0
     elif prefix:
         knows_prefix = not (is_full or q or config.predict_visible or config.predictor_attention != "native")
-        require(knows_prefix, "the attention masks of this model know no prefix; leave --prefix out")
+        require(knows_prefix, "the attention masks of this model have no prefix; leave --prefix out")
         require(
             0 <= prefix < k, f"prefix is {prefix}; it must be from 0 to {k - 1}, of {counted(k, 'block')}"
         )
@@ -71,8 +71,7 @@ def geometry(config: ModelConfig, prefix: int | None = None) -> Geometry:
     seen = torch.ones(len(sequence), len(sequence), dtype=torch.bool) if is_full else may_attend(sequence)
     attends = torch.where(seen, EARLIER, HIDDEN)
     if prefix:
-        opened: Bool[torch.Tensor, "s s"] = may_attend(sequence, torch.tensor([prefix]))[0, 0]
-        attends[opened & ~seen] = PREFIX
+        attends[:, (sequence >= 0) & (sequence < prefix)] = PREFIX
     attends[sequence[:, None] == sequence[None]] = OWN
     return Geometry(
         rearrange(positions.numpy(), "(r c) -> r c", r=config.grid[0]),
@@ -222,16 +221,15 @@ def _caption(config: ModelConfig, shown: Geometry) -> str:
         said.append(f"Right: a patch (row) attends to {own} (columns).")
         if shown.prefix:
             first = f"first {counted(shown.prefix, unit, units)}" if shown.prefix > 1 else f"first {unit}"
-            more = (
-                f"All patches attend to the {first}, the prefix (yellow); only later {units} are predicted."
-            )
+            more = f"All patches attend to the {first}, the prefix (yellow)."
             if config.prefix:
                 more += " In training its length is drawn for each image."
             said.append(more)
+        first = shown.prefix if shown.prefix > 1 else "one"
         said.append(
             f"All attend to the class token, which sees itself alone; the first {unit} is predicted from it."
             if config.class_token
-            else f"Each {unit} is predicted from the {units} before it."
+            else f"Each {unit} but the first {first} is predicted from the {units} before it."
         )
     if config.predictor_attention != "native":
         said.append(f"The predictor attends under a mask of its own: {config.predictor_attention}.")

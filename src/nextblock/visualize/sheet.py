@@ -235,7 +235,12 @@ def _caption(look: Look) -> str:
         first = f"Each {size} is predicted {ahead}from the true blocks before it, {order}; {alone}."
     sentences = [first, *make_targets(config).words]
     if look.zero is not None:
-        what = "each true block's mean, which is given" if config.norm_pixels else "data.mean"
+        colours = " and colours" if config.in_chans > 1 else ""
+        what = (
+            f"each true block's mean over pixels{colours}, which is given"
+            if config.norm_pixels
+            else "data.mean"
+        )
         sentences.append(f"Predicting zero shows {what}; all else comes from the model.")
     if config.in_chans not in (1, 3):
         number = drawn_channels(config.in_chans)
