@@ -127,7 +127,7 @@ def test_a_device_that_is_not_there_is_refused(tiny, monkeypatch):
 
 
 def test_weights_to_start_from_that_are_not_there_fail_and_the_corrected_command_runs(tiny, run):
-    assert "does not exist" in refused(tiny("--model.init", "nowhere"), code=1)
+    assert "does not exist" in refused(tiny("--model.init", "nowhere"), code=2)
     code, _, _ = tiny("--model.init", run)
     assert code == 0
 
@@ -300,18 +300,18 @@ def test_info_lists_the_tensors_of_a_file_that_is_no_model(cli, golden_dir):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "code", "message"),
     [
-        ("words.txt", "cannot be read as a weight file"),
-        ("nowhere", "does not exist; known: a run"),
-        ("word.txt", "words.txt?"),
-        ("xtra-b61", "did you mean xtra-b16?"),
-        (".", "holds no model"),
+        ("words.txt", 1, "cannot be read as a weight file"),
+        ("nowhere", 2, "does not exist; known: a run"),
+        ("word.txt", 2, "words.txt?"),
+        ("xtra-b61", 2, "did you mean xtra-b16?"),
+        (".", 1, "holds no model"),
     ],
 )
-def test_info_fails_on_what_holds_no_tensors(cli, tmp_path, name, message):
+def test_info_fails_on_what_holds_no_tensors(cli, tmp_path, name, code, message):
     (tmp_path / "words.txt").write_text("words")
-    assert message in refused(cli("info", tmp_path / name), code=1)
+    assert message in refused(cli("info", tmp_path / name), code=code)
 
 
 def test_presets_are_listed(cli):

@@ -17,6 +17,7 @@ from nextblock.checkpoint import (
     save_model,
 )
 from nextblock.cli.weights import info
+from nextblock.errors import UsageError
 from nextblock.interop import create_model, initialize, load, load_model
 from nextblock.interop.files import LoadOptions
 from nextblock.models import NextBlockModel
@@ -136,7 +137,7 @@ def test_a_file_is_read_once_however_much_it_does_not_tell(golden_dir, tmp_path,
 
 
 def test_a_path_without_one_model_is_refused_with_what_was_looked_for_and_found(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+    with pytest.raises(UsageError, match="nowhere does not exist"):
         load(tmp_path / "nowhere")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(CheckpointError, match=r"looked for model\.safetensors, check.*found notes\.txt"):
