@@ -23,6 +23,7 @@ from nextblock.visualize.figure import MUTED, axes_at, save_png, text_at, wrappe
 from nextblock.visualize.predictions import AT_ONCE, ImageLoss, PredictResult, some_images
 from nextblock.visualize.sheet import (
     MAX_PICTURE_BYTES,
+    channel_words,
     draw_cell,
     drawn_channels,
     hatch,
@@ -132,7 +133,7 @@ def _caption(config: ModelConfig, given: int, *, is_own: bool) -> str:
         sentences = [first, f"The model predicts them {how}."]
     if config.norm_pixels:
         sentences.append("It predicts neither brightness nor contrast; they continue the neighbours'.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *channel_words(config.in_chans)])
 
 
 def _draw(

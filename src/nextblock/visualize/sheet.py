@@ -82,6 +82,13 @@ def side_by_side(pictures: Shaped[Tensor, "b shown h w"]) -> Shaped[Tensor, "b c
     return tiled[..., :-gap, :-gap]
 
 
+def channel_words(channels: int) -> list[str]:
+    """A sentence for a caption about what `side_by_side` does with so many channels, if it does anything."""
+    number = drawn_channels(channels)
+    few = f"the first {number} of {channels}" if number < channels else f"all {number}"
+    return [] if channels in (1, 3) else [f"Grey panels: {few} channels, each by itself."]
+
+
 def panel_gap(width_px: int) -> int:
     """Pixels between the panels of `side_by_side`."""
     return max(1, width_px // 32)
@@ -242,8 +249,4 @@ def _caption(look: Look) -> str:
             else "data.mean"
         )
         sentences.append(f"Predicting zero shows {what}; all else comes from the model.")
-    if config.in_chans not in (1, 3):
-        number = drawn_channels(config.in_chans)
-        few = f"the first {number} of {config.in_chans}" if number < config.in_chans else f"all {number}"
-        sentences.append(f"Grey panels: {few} channels, each by itself.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *channel_words(config.in_chans)])

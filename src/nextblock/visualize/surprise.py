@@ -22,6 +22,7 @@ from nextblock.visualize.figure import MUTED, axes_at, save_png, text_at, wrappe
 from nextblock.visualize.sheet import (
     ERROR_COLOURS,
     MAX_PICTURE_BYTES,
+    channel_words,
     draw_cell,
     drawn_channels,
     hatch,
@@ -82,6 +83,7 @@ def draw_surprise(
     ]
     if np.isnan(losses).any():
         sentences.append("Hatched blocks are not predicted.")
+    sentences += channel_words(config.in_chans)
     caption = wrapped(" ".join(sentences), across_in - 0.4, 8)
     bands = [group[at : at + columns] for group in groups for at in range(0, len(group), columns)]
     top_in = 0.55
