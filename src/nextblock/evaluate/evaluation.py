@@ -469,7 +469,7 @@ def stored_result(path: Path, verb: str, identity: Mapping[str, Any]) -> Result:
         raise UsageError(f"{path} is damaged ({error}); remove it, or give --overwrite") from error
     if different:
         raise UsageError(
-            f"{path} is of another result ({'; '.join(different[:3])}); choose another --out, or --overwrite"
+            f"{path} holds another result ({'; '.join(different[:3])}); choose another --out, or --overwrite"
         )
     facts = {name: value for name, value in values.items() if name not in {*identity, *own}}
     return Result(**own, facts=facts, identity=dict(identity))
