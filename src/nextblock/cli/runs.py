@@ -39,9 +39,8 @@ def report(argv: Sequence[str]) -> int:
 
     paths = _runs_named(options.run)
     summaries = [made.read_run(path) for path in paths]
-    page = _page_path(options.out, paths)
-    summary = summaries[0]
-    run = summary.run_dir
+    page = _page_path(options.out, [one.run_dir for one in summaries])
+    summary, run = summaries[0], summaries[0].run_dir
     console = Console()
     if len(paths) == 1:
         # All is made before anything is written: a file that cannot be read leaves the last report whole.

@@ -203,9 +203,8 @@ def relation_words(one: Relation) -> str:
 def warnings(found: Comparison) -> Iterator[str]:
     """What keeps the runs from being compared as they are."""
     for losses, names in found.unlike.items():
-        advice = (
-            "" if losses == "training losses" else " Compare accuracies; a correlation means nothing here."
-        )
+        advice = " Compare accuracies; a correlation with these losses means nothing."
+        advice = "" if losses == "training losses" else advice
         yield f"The runs differ in {listed(names)}, so their {losses} measure different things.{advice}"
     unfinished = [row["run"] for row in found.rows if row["status"] != "finished"]
     if unfinished:
