@@ -312,7 +312,7 @@ def test_losses_of_different_targets_are_not_taken_for_comparable(tmp_path):
 
 def test_accuracies_on_other_images_or_from_other_labels_are_other_accuracies(tmp_path):
     knn = {"monitor.knn_every": "1ep", "monitor.knn_train": "A", "monitor.knn_val": "B"}
-    runs = [write_run(tmp_path / str(i), changes=one) for i, one in enumerate(({}, knn))]
+    runs = [write_run(tmp_path / str(i), changes=one, steps=40 + 10 * i) for i, one in enumerate(({}, knn))]
     for run, train in zip(runs, ("A", "TEN"), strict=True):
         write_result(run / "probe", "probe", [probe_row("linear", "model", 0.5)], train=train)
     found = Comparison([read_run(run) for run in runs])
@@ -327,9 +327,8 @@ def test_accuracies_on_other_images_or_from_other_labels_are_other_accuracies(tm
         "kNN accuracy on digits:split=test, labels from digits",
         "kNN accuracy on B, labels from A",
     ]
-    assert comparing._relation_charts(found)[0][0]["title"] == "Validation loss by images seen", (
-        "no lone point"
-    )
+    by_cost = [f"Validation loss by {cost}" for cost in ("model FLOPs", "images seen")]
+    assert [chart["title"] for chart in comparing._relation_charts(found)[0]] == by_cost, "no lone points"
 
 
 def test_losses_on_other_images_are_not_compared_if_there_are_any(tmp_path):
