@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -70,9 +71,10 @@ class Comparison:
     def measures(self) -> dict[str, list[tuple[float, float | None] | None]]:
         """Accuracies by what they are, with the standard error of each run; first what the most runs have."""
         found: dict[str, dict[int, tuple[float, float | None]]] = {}
-        own = [[one for one in (*run.results, *run.monitored) if one.encoder == "model"] for run in self.runs]
-        for i, results in enumerate(told_apart(*own)):
-            for one in results:
+        own = told_apart(*([one for one in run.results if one.encoder == "model"] for run in self.runs))
+        knn = told_apart(*(run.monitored for run in self.runs))
+        for i, results in enumerate(zip(own, knn, strict=True)):
+            for one in chain(*results):
                 found.setdefault(f"{one.method} {one.where}", {})[i] = (one.top1, one.top1_se)
         ranked = sorted(found.items(), key=lambda item: -len(item[1]))
         return {name: [values.get(i) for i in range(len(self.runs))] for name, values in ranked}
