@@ -18,11 +18,17 @@ def probe_row(head: str, encoder: str, top1: float) -> dict:
 
 
 def write_result(
-    path: Path, verb: str, rows: list[dict], *, test: str | None = "digits:split=test", notes: Any = ()
+    path: Path,
+    verb: str,
+    rows: list[dict],
+    *,
+    train: str = "digits",
+    test: str | None = "digits:split=test",
+    notes: Any = (),
 ) -> None:
     """A result as evaluations write it."""
     path.mkdir(parents=True, exist_ok=True)
-    sources = {"train": {"spec": "digits"}, **({"test": {"spec": test}} if test else {})}
+    sources = {"train": {"spec": train}, **({"test": {"spec": test}} if test else {})}
     result = {"verb": verb, "rows": rows, "notes": list(notes), "sources": sources}
     (path / f"{verb}.json").write_text(json.dumps(result))
 
@@ -88,6 +94,11 @@ def test_a_run_is_read_from_its_files(run_dir):
     assert summary.notes == ()
 
 
+def test_a_copy_of_a_picture_is_none_of_the_monitor(run_dir):
+    (run_dir / "pictures" / "step_50_copy.png").write_bytes(b"")
+    assert [path.stem for path in read_run(run_dir).pictures] == ["step_00000009", "step_00000030"]
+
+
 def test_drawn_predictions_are_shown_before_the_monitors_pictures(run_dir):
     (run_dir / "predict-val").mkdir()
     (run_dir / "predict-val" / "predictions.png").write_bytes(b"")
@@ -108,12 +119,23 @@ def test_every_result_is_shown_with_the_images_it_was_measured_on(run_dir):
     assert "| 1% of the labels | digits:split=test | 30.0 | - | - |" in lines
 
 
+def test_results_of_other_labels_or_other_files_have_rows_of_their_own(run_dir):
+    ten = [probe_row("linear", "model", 0.5), probe_row("linear", "pixels 16x16", 0.3)]
+    write_result(run_dir / "probe_b", "probe", ten, train="TEN")
+    write_result(run_dir / "probe_c", "probe", ten[:1], train="TEN")
+    lines = report_markdown(read_run(run_dir)).splitlines()
+    on = "| linear | digits:split=test"
+    assert f"{on} | digits |  | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |" in lines
+    assert f"{on} | TEN | probe_b/probe.json | 50.0 ± 1.2 | - | 30.0 ± 1.2 |" in lines
+    assert f"{on} | TEN | probe_c/probe.json | 50.0 ± 1.2 | - | - |" in lines
+
+
 def test_what_a_result_says_of_its_baselines_is_repeated_and_nothing_is_excused(run_dir):
     rows = [probe_row("linear", "model", 0.28), probe_row("linear", "pixels 16x16", 0.30)]
     note = "The model is not clearly better than pixels 16x16 (-2.0 ± 1.1 points)"
     write_result(run_dir / "probe", "probe", rows, notes=["400 images of test.", note])
     for text in (rendered(run_dir), report_markdown(read_run(run_dir))):
-        assert f"probe: {note}" in text
+        assert f"probe/probe.json: {note}" in text
         assert "400 images" not in text
         assert "tiny" not in text
 
@@ -132,6 +154,9 @@ def test_losses_that_are_no_numbers_are_not_the_final_loss(run_dir):
     summary = read_run(run_dir)
     assert summary.final_loss == (0.8125, 30)
     assert "0.8125 at step 30" in report_markdown(summary)
+    for text in (rendered(run_dir), report_markdown(summary)):
+        assert "2 logged losses are not numbers: steps 40, 50." in text
+        assert "1 logged validation loss is not a number: step 40." in text
     assert "- validation loss: 0.7500 at step 30\n" in report_markdown(summary)
 
 
@@ -152,6 +177,26 @@ def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
     ):
         assert words in text
     assert "step_00000030.png" in text
+
+
+def test_a_failure_is_said_with_its_message(run_dir):
+    beat = {
+        "status": "failed",
+        "message": "the disk is full",
+        "step": 30,
+        "time": "2026-11-30T04:27:28+00:00",
+    }
+    (run_dir / "heartbeat.json").write_text(json.dumps(beat))
+    assert "- status: failed: the disk is full\n" in report_markdown(read_run(run_dir))
+    assert "failed: the disk is full" in rendered(run_dir)
+    assert report_values(read_run(run_dir))["message"] == "the disk is full"
+
+
+def test_commands_name_the_run_wherever_they_are_typed(run_dir, monkeypatch):
+    monkeypatch.chdir(run_dir)
+    text = report_markdown(read_run(Path()), losses=Path("losses.png"))
+    assert text.startswith(f"# Report of {run_dir}\n")
+    assert "![Loss by step](losses.png)" in text
 
 
 def test_markdown_says_the_same(run_dir):
@@ -175,7 +220,7 @@ def test_missing_pieces_are_said_with_the_command_that_makes_them(tmp_path):
         assert f"nextblock predict --model {tmp_path}" in text
         assert text.count("not logged yet") == 2
     values = report_values(read_run(tmp_path))
-    assert not any(value for name, value in values.items() if name != "run")
+    assert not any(value for name, value in values.items() if name not in ("run", "status"))
     assert values["final_loss"] is None
 
 
@@ -194,6 +239,8 @@ def test_the_values_for_programs_are_those_of_the_report(run_dir):
     assert len(values.pop("results")) == 5
     assert values == {
         "run": str(run_dir),
+        "status": "stopped",
+        "message": None,
         "notes": [],
         "final_loss": 0.8125,
         "final_step": 30,

@@ -171,7 +171,7 @@ def test_values_are_the_logged_numbers(tmp_path):
     assert loss["series"][0]["y"] == [1 / step for step in loss["series"][0]["x"]]
     assert loss["references"][0] == {"name": "predicting zero", "value": 0.9948}
     assert loss["marks"] == [20], "where it resumed"
-    assert charts["kNN accuracy"]["share"]
+    assert charts["kNN accuracy on digits:split=test"]["share"]
     assert charts["Time spent waiting for images"]["series"][0]["y"] == [0.02] * 6
     assert [one["step"] for one in values["pictures"]] == [0, 10]
     assert page_values(read_run(tmp_path / "run"), pictures=False)["pictures"] == []
@@ -237,7 +237,8 @@ def test_a_page_names_results_settings_starts_and_unreadable_images(tmp_path):
     (run / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html = run_page(read_run(run))
     assert "<tr><td>linear</td><td>digits:split=test</td><td class=n>95.1 ± 1.2</td></tr>" in html
-    assert f"probe: {note}" in html
+    assert f"probe/probe.json: {note}" in html
+    assert "<dt>linear</dt><dd>95.1%<small>on digits:split=test</small></dd>" in html
     assert "<tr><td>optim.lr</td><td>0.002</td><td>0.5</td></tr>" in html
     assert "12 images in quarantine.jsonl, the first 10:" in html
     assert "9.png" in html
@@ -279,10 +280,10 @@ def test_runs_are_compared(runs):
     losses, accuracies = [1.1 * 3 / 40, 1.1 * 2 / 50, 1.1 / 60], [0.6, 0.7, 0.8]
     assert [row["val_loss"] for row in found.rows] == pytest.approx(losses)
     (relation,) = found.relations
-    assert (relation.accuracy, relation.runs) == ("kNN while training", 3)
+    assert (relation.accuracy, relation.runs) == ("kNN while training on digits:split=test", 3)
     assert relation.pearson == pytest.approx(np.corrcoef(losses, accuracies)[0, 1])
     assert relation.spearman == pytest.approx(-1)
-    assert (found.differing, found.unlike) == ({}, [])
+    assert (found.differing, found.unlike) == ({}, {})
     json.dumps(found.values(), allow_nan=False)
 
 
@@ -292,7 +293,10 @@ def test_the_measure_that_most_runs_have_comes_first_and_is_drawn(runs):
     (runs[0] / "metrics.jsonl").write_text(json.dumps({"kind": "val", "step": 1, "val_loss": 2}) + "\n")
     (runs[1] / "metrics.jsonl").write_text("")
     found = Comparison([read_run(run) for run in runs])
-    assert list(found.measures) == ["linear on digits:split=test", "kNN while training"]
+    assert list(found.measures) == [
+        "linear on digits:split=test",
+        "kNN while training on digits:split=test",
+    ]
     assert "no correlation of 1 run; 3 are needed" in comparing.relation_words(found.relations[0])
 
 
@@ -300,10 +304,45 @@ def test_losses_of_different_targets_are_not_taken_for_comparable(tmp_path):
     changes = ({}, {"model.block_size": 4}, {"optim.lr": 1.0})
     runs = [read_run(write_run(tmp_path / str(i), changes=one)) for i, one in enumerate(changes)]
     found = Comparison(runs)
-    assert found.unlike == ["model.block_size"]
+    assert found.unlike == {"losses": ["model.block_size"]}
     assert found.differing == {"model.block_size": [2, 4, 2], "optim.lr": [2e-3, 2e-3, 1.0]}
     assert "The runs differ in model.block_size" in comparison_page(found, tmp_path)
-    assert Comparison([runs[0], runs[2]]).unlike == []
+    assert Comparison([runs[0], runs[2]]).unlike == {}
+
+
+def test_accuracies_on_other_images_or_from_other_labels_are_other_accuracies(tmp_path):
+    knn = {"monitor.knn_every": "1ep", "monitor.knn_train": "A", "monitor.knn_val": "B"}
+    runs = [write_run(tmp_path / str(i), changes=one, steps=40 + 10 * i) for i, one in enumerate(({}, knn))]
+    for run, train in zip(runs, ("A", "TEN"), strict=True):
+        write_result(run / "probe", "probe", [probe_row("linear", "model", 0.5)], train=train)
+    found = Comparison([read_run(run) for run in runs])
+    assert {name: [one is not None for one in values] for name, values in found.measures.items()} == {
+        "linear on digits:split=test, labels from A": [True, False],
+        "kNN while training on digits:split=test, labels from digits": [True, False],
+        "linear on digits:split=test, labels from TEN": [False, True],
+        "kNN while training on B, labels from A": [False, True],
+    }
+    titles = [chart["title"] for chart in comparing._curve_charts(found)]
+    assert titles[2:4] == [
+        "kNN accuracy on digits:split=test, labels from digits",
+        "kNN accuracy on B, labels from A",
+    ]
+    by_cost = [f"Validation loss by {cost}" for cost in ("model FLOPs", "images seen")]
+    assert [chart["title"] for chart in comparing._relation_charts(found)[0]] == by_cost, "no lone points"
+
+
+def test_losses_on_other_images_are_not_compared_if_there_are_any(tmp_path):
+    runs = [
+        write_run(tmp_path / str(i), changes=one)
+        for i, one in enumerate(({}, {"data.val": None}, {"data.train": "A", "data.val": "B"}))
+    ]
+    lines = (runs[1] / "metrics.jsonl").read_text().splitlines()
+    (runs[1] / "metrics.jsonl").write_text("".join(f"{one}\n" for one in lines if "val_loss" not in one))
+    first, blind, other = map(read_run, runs)
+    assert Comparison([first, blind]).unlike == {}
+    assert comparing.comparison_table(Comparison([first, blind])).cells()[1][-3] == "-"
+    both = {"training losses": ["data.train"], "validation losses": ["data.val"]}
+    assert Comparison([first, other]).unlike == both
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -332,6 +371,15 @@ def test_report_of_one_run_writes_a_page_into_it_or_leaves_the_run_alone(cli, tm
     assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def test_a_report_that_cannot_be_made_leaves_the_last_one(cli, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "report.md").write_text("the last")
+    (run / "quarantine.jsonl").write_text("damaged\n")
+    assert cli("report", run)[0] == 2
+    assert (run / "report.md").read_text() == "the last"
+    assert not (run / "losses.png").exists()
+
+
 def test_report_of_several_runs_writes_one_page_beside_them_again_and_again(cli, runs):
     assert cli("report", *runs)[0] == 0
     code, out, _ = cli("report", *sorted(runs[0].parent.iterdir()), "--json")  # the page is among them
@@ -339,7 +387,7 @@ def test_report_of_several_runs_writes_one_page_beside_them_again_and_again(cli,
     values = json.loads(out.splitlines()[-1])
     assert values["page"] == str(runs[0].parent / "report.html")
     assert [row["run"] for row in values["runs"]] == ["run 0", "run 1", "run 2"]
-    assert "validation loss and kNN while training: Pearson r -0.99" in out
+    assert "validation loss and kNN while training on digits:split=test: Pearson r -0.99" in out
     assert not (runs[0] / "report.html").exists()
 
 
@@ -459,7 +507,10 @@ def test_a_comparison_has_a_point_for_each_run_and_links_to_their_pages(opened, 
     chart = page.locator("#relations figure").first
     assert chart.locator("svg > circle").count() == 3
     assert "Pearson r -0.99" in chart.inner_text()
-    assert "Accuracy: kNN while training." in page.locator("#loss-accuracy-and-cost").inner_text()
+    assert (
+        "Accuracy: kNN while training on digits:split=test."
+        in page.locator("#loss-accuracy-and-cost").inner_text()
+    )
     titles = page.locator("#relations h3").all_inner_texts()
     assert [title.partition(" by ")[2] for title in titles] == [
         "validation loss",

@@ -39,22 +39,25 @@ def report(argv: Sequence[str]) -> int:
 
     paths = _runs_named(options.run)
     summaries = [made.read_run(path) for path in paths]
-    page = _page_path(options.out, paths)
-    summary, run = summaries[0], paths[0]
+    page = _page_path(options.out, [one.run_dir for one in summaries])
+    summary, run = summaries[0], summaries[0].run_dir
     console = Console()
     if len(paths) == 1:
+        # All is made before anything is written: a file that cannot be read leaves the last report whole.
+        losses = run / "losses.png" if summary.train else None
+        html, markdown = made.run_page(summary), made.report_markdown(summary, losses=losses)
+        shown, values = made.report_table(summary), made.report_values(summary)
         if options.out is None:  # else the run is left as it is: it may be another's
-            losses = run / "losses.png" if summary.train else None
             if losses is not None:
                 made.plot_losses(summary, losses)
-            write_text(run / "report.md", made.report_markdown(summary, losses=losses))
-        write_text(page, made.run_page(summary))
-        shown, values = made.report_table(summary), made.report_values(summary)
+            write_text(run / "report.md", markdown)
+        write_text(page, html)
         console.width = max(console.width, 84)  # what a probe of all heads with all baselines takes
     else:
         compared = made.Comparison(summaries)
-        write_text(page, made.comparison_page(compared, page.parent))
+        html = made.comparison_page(compared, page.parent)
         shown, values = made.comparison_group(compared), compared.values()
+        write_text(page, html)
         console.width = max(console.width, Console(width=500).measure(shown).maximum)
     log.info("open in a browser: %s", printable(str(page)))
     console.print(shown)

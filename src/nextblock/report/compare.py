@@ -11,15 +11,16 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from nextblock.report.page import curve, page, section, shown, table, text, what_to_type
+from nextblock.report.page import curve, page, prose, section, shown, table, text, what_to_type
 from nextblock.report.read import RunSummary
-from nextblock.report.words import how_to_measure
+from nextblock.report.words import how_to_measure, told_apart
 from nextblock.settings import listed
-from nextblock.tables import Column, Table, finite, number, percent
+from nextblock.tables import Column, Table, finite, percent
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,25 +28,16 @@ if TYPE_CHECKING:
 SPEARMAN = "Spearman ρ"  # noqa: RUF001 - its usual letter
 MIN_RUNS = 3
 """Of fewer points a correlation says nothing: through two there is always a line."""
-SAME_LOSS = (
-    *(
-        "model.target",
-        "model.norm_pixels",
-        "model.loss",
-        "model.block_size",
-        "model.patch_size",
-        "model.image_size",
+SAME_LOSS = {
+    "losses": (
+        *("model.target", "model.norm_pixels", "model.loss", "model.block_size", "model.patch_size"),
+        *("model.image_size", "model.vocab_size", "model.teacher_digest", "model.mask_ratio"),
+        *("model.prefix", "model.num_predicted_blocks", "model.order", "data.mean", "data.std"),
     ),
-    *(
-        "model.vocab_size",
-        "model.teacher_digest",
-        "model.mask_ratio",
-        "model.prefix",
-        "model.num_predicted_blocks",
-    ),
-    *("model.order", "data.val", "data.val_resize_px", "data.mean", "data.std"),
-)
-"""Runs that differ in one of these predict other things, and their losses are not to be compared."""
+    "training losses": ("data.train",),
+    "validation losses": ("data.val", "data.val_resize_px"),
+}
+"""Runs that differ in one of these predict other things, and such losses are not to be compared."""
 COSTS = {"flops": "model FLOPs", "images": "images seen", "parameters": "encoder parameters"}
 
 
@@ -79,12 +71,11 @@ class Comparison:
     def measures(self) -> dict[str, list[tuple[float, float | None] | None]]:
         """Accuracies by what they are, with the standard error of each run; first what the most runs have."""
         found: dict[str, dict[int, tuple[float, float | None]]] = {}
-        for i, run in enumerate(self.runs):
-            for one in run.results:
-                if one.encoder == "model":
-                    found.setdefault(f"{one.method} on {one.on}", {})[i] = (one.top1, one.top1_se)
-            if "knn/top1" in run.knn:
-                found.setdefault("kNN while training", {})[i] = (run.knn["knn/top1"][0], None)
+        own = told_apart(*([one for one in run.results if one.encoder == "model"] for run in self.runs))
+        knn = told_apart(*(run.monitored for run in self.runs))
+        for i, results in enumerate(zip(own, knn, strict=True)):
+            for one in chain(*results):
+                found.setdefault(f"{one.method} {one.where}", {})[i] = (one.top1, one.top1_se)
         ranked = sorted(found.items(), key=lambda item: -len(item[1]))
         return {name: [values.get(i) for i in range(len(self.runs))] for name, values in ranked}
 
@@ -110,9 +101,22 @@ class Comparison:
         return {name: all_ for name, all_ in values.items() if any(one != all_[0] for one in all_)}
 
     @property
-    def unlike(self) -> list[str]:
-        """The settings that make the runs' losses different things."""
-        return [name for name in SAME_LOSS if name in self.differing]
+    def unlike(self) -> dict[str, list[str]]:
+        """The settings that make losses of the runs different things, by which losses."""
+        keys, found = {"training losses": "loss", "validation losses": "val_loss"}, {}
+        for losses, names in SAME_LOSS.items():
+            # Runs without such a loss do not matter.
+            key = keys.get(losses, "run")
+            kept = [i for i, row in enumerate(self.rows) if row[key] is not None]
+            differ = [
+                name
+                for name in names
+                if name in self.differing
+                and any(self.differing[name][i] != self.differing[name][kept[0]] for i in kept)
+            ]
+            if differ:
+                found[losses] = differ
+        return found
 
     @cached_property
     def relations(self) -> list[Relation]:
@@ -170,6 +174,9 @@ def comparison_table(found: Comparison, *, accuracies: int = 3) -> Table:
     def count(value: float | None, _: Any) -> str:
         return "-" if value is None else f"{value:,}" if value < 1e6 else f"{value / 1e6:,.1f} M"
 
+    def loss(value: float | None, _: Any) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
     return Table(
         found.rows,
         [
@@ -179,8 +186,8 @@ def comparison_table(found: Comparison, *, accuracies: int = 3) -> Table:
             Column("images", "images seen", count),
             Column("parameters", "encoder", count),
             Column("flops", "FLOPs", lambda value, _: "-" if value is None else f"{value:.1e}"),
-            number("loss", "loss", ".4f"),
-            number("val_loss", "val loss", ".4f"),
+            Column("loss", "loss", loss),
+            Column("val_loss", "val loss", loss),
             *map(accuracy, list(found.measures)[:accuracies]),
         ],
     )
@@ -197,11 +204,10 @@ def relation_words(one: Relation) -> str:
 
 def warnings(found: Comparison) -> Iterator[str]:
     """What keeps the runs from being compared as they are."""
-    if found.unlike:
-        yield (
-            f"The runs differ in {listed(found.unlike)}, so their losses measure different things: compare "
-            "accuracies, and take no correlation with the loss for one."
-        )
+    for losses, names in found.unlike.items():
+        advice = " Compare accuracies; a correlation with these losses means nothing."
+        advice = "" if losses == "training losses" else advice
+        yield f"The runs differ in {listed(names)}, so their {losses} measure different things.{advice}"
     unfinished = [row["run"] for row in found.rows if row["status"] != "finished"]
     if unfinished:
         yield f"Not finished: {listed(unfinished)}."
@@ -221,7 +227,7 @@ def comparison_group(found: Comparison) -> Group:
 def comparison_page(found: Comparison, folder: Path) -> str:
     """The page of a comparison, to be written into `folder`."""
     count, results = len(found.runs), comparison_table(found, accuracies=len(found.measures))
-    notes = "".join(f"<p class=note>{text(one)}</p>\n" for one in warnings(found))
+    notes = "".join(f"<p class=note>{prose(one)}</p>\n" for one in warnings(found))
     pages = {name: run.run_dir / "report.html" for name, run in zip(found.names, found.runs, strict=True)}
     links = [
         f'<a href="{quote(os.path.relpath(path, folder), errors="surrogateescape")}">{text(name)}</a>'
@@ -269,24 +275,19 @@ def _curve_charts(found: Comparison) -> list[dict[str, Any]]:
         "knn/top1": "kNN accuracy",
         "rankme": "RankMe",
     }
-    charts = []
+    charts = list[dict[str, Any]]()
+    knn = told_apart(*(run.monitored for run in found.runs))
     for key, title in titles.items():
-        series = []
+        series: dict[str, list[dict[str, Any]]] = {}
         for i, (name, run) in enumerate(zip(found.names, found.runs, strict=True)):
             steps, values = run.series(key)
             if steps:
                 images = [step * (run.batch_size or 1) for step in steps]
-                series.append({**curve(name, images, values), "colour": i})
-        if series:
-            charts.append(
-                {
-                    "title": title,
-                    "series": series,
-                    "x": "images seen",
-                    "share": key == "knn/top1",
-                    "wide": key == "val_loss",
-                }
-            )
+                # kNN on other images is another measure.
+                where = "".join(f" {one.where}" for one in knn[i]) if key == "knn/top1" else ""
+                series.setdefault(title + where, []).append({**curve(name, images, values), "colour": i})
+        more = {"x": "images seen", "share": key == "knn/top1", "wide": key == "val_loss"}
+        charts += [{"title": title, "series": one, **more} for title, one in series.items()]
     return charts
 
 
@@ -302,8 +303,9 @@ def _relation_charts(found: Comparison) -> tuple[list[dict[str, Any]], list[tupl
     for x, words in axes.items():
         known = {row[x] for row in found.rows} - {None}
         if x in COSTS and len(known) < 2:
+            value = [f"{one:,}" if isinstance(one, int) else f"{one:.2e}" for one in known]
             lacking.append(
-                (f"No chart by {words}: {f'it is {known.pop():,.4g} for all' if known else 'not known'}.", "")
+                (f"No chart by {words}: {f'it is {value[0]} for all' if value else 'not known'}.", "")
             )
             continue
         for y, title in {"val_loss": "Validation loss", measure: "Accuracy"}.items():
@@ -312,7 +314,7 @@ def _relation_charts(found: Comparison) -> tuple[list[dict[str, Any]], list[tupl
                 for i, row in enumerate(found.rows)
                 if x != y and y and None not in (row[x], row[y])
             ]
-            if points:
+            if len(points) > 1:
                 own = {"note": relation_words(found.relations[0]), "wide": True} if x == "val_loss" else {}
                 kind = {"log": x in COSTS, "share": y == measure}
                 charts.append({"title": f"{title} by {words}", "points": points, "x": words, **kind, **own})

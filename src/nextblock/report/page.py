@@ -24,7 +24,15 @@ from nextblock.logs import counted, printable
 from nextblock.logs import quote as typed_word
 from nextblock.presets import DEFAULT_PRESET
 from nextblock.report.read import RunSummary
-from nextblock.report.words import commands, how_to_draw, how_to_measure, missing, results_table
+from nextblock.report.words import (
+    commands,
+    how_to_draw,
+    how_to_measure,
+    missing,
+    not_numbers,
+    results_table,
+    told_apart,
+)
 from nextblock.settings import typed
 from nextblock.tables import finite
 from nextblock.version import __version__
@@ -77,9 +85,10 @@ def page_values(summary: RunSummary, *, pictures: bool = True) -> dict[str, Any]
         {"name": BASELINE_WORDS.get(name, name), "value": value} for name, value in summary.baselines.items()
     ]
     charts = [{"title": "Loss", "wide": True, "series": loss, "references": references, "marks": marks}]
+    knn = "".join(f" {one.where}" for one in told_apart(summary.monitored)[0])
     charts += [
         {
-            "title": title,
+            "title": title + knn * (name == "knn/top1"),
             "share": name in SHARES,
             "zero": name in FROM_ZERO,
             "series": [curve("", *summary.series(name))],
@@ -171,6 +180,11 @@ def text(value: Any) -> str:
     return html.escape(printable(str(value)))
 
 
+def prose(value: Any) -> str:
+    """Text for HTML in which no line is broken between a flag's dashes and its name."""
+    return re.sub("--[a-z_.]+", lambda flag: f"<span>{flag[0]}</span>", text(value))
+
+
 def table(about: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in a box of its own that scrolls; cells are plain text, and numbers are set to the right."""
     cells = [list(row) for row in rows]
@@ -195,13 +209,10 @@ def section(title: str, content: str) -> str:
 
 def what_to_type(rows: Sequence[tuple[str, str]]) -> str:
     """Sentences, each with the command that belongs to it, if there is one."""
-    # A line is not broken between a flag's dashes and its name.
-    codes = [
-        re.sub("--[a-z_.]+", lambda flag: f"<span>{flag[0]}</span>", text(command)) for _, command in rows
-    ]
     return "".join(
-        f"<div class=how><p>{text(why)}</p>{f'<pre><code>{code}</code></pre>' if code else ''}</div>\n"
-        for (why, _), code in zip(rows, codes, strict=True)
+        f"<div class=how><p>{prose(why)}</p>"
+        f"{f'<pre><code>{prose(command)}</code></pre>' if command else ''}</div>\n"
+        for why, command in rows
     )
 
 
@@ -238,18 +249,20 @@ def _head(summary: RunSummary) -> str:
         )
         if found is not None
     ]
-    own = [one for one in summary.results if one.encoder == "model"]
-    tiles += [(one.method, f"{one.top1:.1%}", f"on {one.on}") for one in own[:2]]
-    if not own and "knn/top1" in summary.knn:
-        value, step = summary.knn["knn/top1"]
-        tiles.append(("kNN", f"{value:.1%}", f"at step {step:,}"))
+    own = [one for one in told_apart(summary.results)[0] if one.encoder == "model"]
+    tiles += [(one.method, f"{one.top1:.1%}", one.where) for one in own[:2]]
+    for one in () if own else told_apart(summary.monitored)[0]:
+        step = summary.knn["knn/top1"][1]
+        tiles.append(("kNN", f"{one.top1:.1%}", f"{one.where}, at step {step:,}"))
     if summary.images_per_s is not None:
-        tiles.append(("images/s", f"{summary.images_per_s:,.3g}", summary.environment.get("device", "")))
+        tiles.append(
+            ("images/s, median", f"{summary.images_per_s:,.3g}", summary.environment.get("device", ""))
+        )
     boxes = "".join(
         f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(more)}</small></dd></div>\n"
         for name, value, more in tiles
     )
-    line = text(" · ".join(filter(None, parts)))
+    line = prose(" · ".join(filter(None, parts)))
     return (
         f'<header><h1>{text(summary.name)}</h1>\n<p class="muted">{line}</p>\n'
         f'<dl class="tiles">{boxes}</dl></header>\n'
@@ -258,12 +271,12 @@ def _head(summary: RunSummary) -> str:
 
 def _accuracy(summary: RunSummary) -> str:
     if not summary.results:
-        return what_to_type([("No result lies below this run yet. Measure it:", how_to_measure(summary))])
+        return what_to_type([("This run has no results yet. Measure it:", how_to_measure(summary))])
     found = results_table(summary.results)
     labels = list(dict.fromkeys(one.labels for one in summary.results if one.labels))
     files = ", ".join(dict.fromkeys(one.file for one in summary.results))
     learned = f"Labels came from {', '.join(labels)}. " if labels else ""
-    notes = "".join(f"<p class=note>{text(note)}</p>\n" for note in summary.notes)
+    notes = "".join(f"<p class=note>{prose(note)}</p>\n" for note in summary.notes)
     return (
         "<p>Top-1 in percent ± one standard error, each on the images named beside it.</p>\n"
         f"{table('accuracies', found.head, found.cells())}{notes}"
@@ -272,7 +285,8 @@ def _accuracy(summary: RunSummary) -> str:
 
 
 def _curves(summary: RunSummary) -> str:
-    lacking = what_to_type([*missing(summary)])
+    lacking = "".join(f"<p class=note>{text(one)}</p>\n" for one in not_numbers(summary))
+    lacking += what_to_type([*missing(summary)])
     if not summary.train:
         return f"<p>Nothing is logged yet; the first line comes after monitor.log_every.</p>\n{lacking}"
     note = "Point at a chart to read its values, or focus it and use the arrow keys."
@@ -337,7 +351,7 @@ def _unreadable(summary: RunSummary) -> str:
 
 def _starts(summary: RunSummary) -> str:
     if not summary.starts:
-        return "<p>environment.json names none.</p>\n"
+        return "<p>No start was recorded: environment.json is missing or empty.</p>\n"
     rows = []
     for start in summary.starts:
         packages = start.get("packages") or {}

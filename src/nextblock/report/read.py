@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import struct
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from nextblock.atomic import is_locked
 from nextblock.errors import UsageError
 from nextblock.logs import clock
 from nextblock.presets import DEFAULT_PRESET, PRESETS
-from nextblock.settings import flatten, to_dict
+from nextblock.settings import flatten, to_dict, typed
 
 VERBS = ("probe", "knn", "fewshot", "finetune", "eval")
 """What results below a run are reported, in this order."""
@@ -52,6 +53,12 @@ class Measured(NamedTuple):
     """The labelled images that the head, or kNN, learned from; None if nothing was learned."""
     file: str
     """The result, from the run's directory."""
+
+    @property
+    def where(self) -> str:
+        """The images, and what else tells this result from others."""
+        labels = self.labels and f"labels from {self.labels}"
+        return ", ".join(filter(None, (f"on {self.on}", labels, self.file)))
 
 
 class Status(NamedTuple):
@@ -136,6 +143,19 @@ class RunSummary:
             for name, value in line.items()
             if name.startswith("knn/") and is_number(value)
         }
+
+    @property
+    def monitored(self) -> tuple[Measured, ...]:
+        """The latest kNN accuracy while training, as a result; empty if there is none."""
+        train, val = (
+            self.settings.get(f"monitor.knn_{name}") or self.settings.get(f"data.{name}")
+            for name in ("train", "val")
+        )
+        if "knn/top1" not in self.knn:
+            return ()
+        on, top1 = typed(val or "unknown images"), self.knn["knn/top1"][0]
+        labels = typed(train) if train else None
+        return (Measured("kNN while training", on, "model", top1, None, labels, "metrics.jsonl"),)
 
     @property
     def best_knn(self) -> tuple[float, int] | None:
@@ -257,6 +277,8 @@ def read_run(run_dir: Path) -> RunSummary:
             runs = sorted(run_dir.glob("*/config.yaml"))
             meant = f"its runs, such as {runs[0].parent}" if runs else "what `nextblock pretrain --out` wrote"
             raise UsageError(f"{run_dir} {why}; give {meant}")
+    # Commands are typed, and pages are read, in other directories.
+    run_dir, training = run_dir.absolute(), training.absolute()
     lines = _read_lines(training / "metrics.jsonl")
     by_verb = {f"{verb}.json": verb for verb in VERBS}
     files = [path for path in _files_below(run_dir) if path.name in by_verb]
@@ -268,6 +290,9 @@ def read_run(run_dir: Path) -> RunSummary:
         if path.name != "eval.json" or not any(path.parent in folder.parents for folder in folders)
     ]
     results = {path: read_json(path) for path in files}
+    pictures = [
+        path for path in (training / "pictures").glob("step_*.png") if re.fullmatch(r"step_[0-9]+", path.stem)
+    ]
     asked = sorted(run_dir.glob("predict*/predictions.png"), key=lambda path: (path.stat().st_mtime_ns, path))
     return RunSummary(
         run_dir=run_dir,
@@ -281,12 +306,12 @@ def read_run(run_dir: Path) -> RunSummary:
         heartbeat=read_json(training / "heartbeat.json"),
         results=tuple(one for path, values in results.items() for one in _measured(run_dir, path, values)),
         notes=tuple(
-            f"{values['verb']}: {note}"
-            for values in results.values()
+            f"{path.relative_to(run_dir)}: {note}"
+            for path, values in results.items()
             for note in values.get("notes", ())
             if "not clearly better" in note
         ),
-        pictures=tuple(sorted((training / "pictures").glob("step_[0-9]*.png"))),
+        pictures=tuple(sorted(pictures)),
         drawn=asked[-1] if asked else None,
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from nextblock.logs import printable
+from nextblock.logs import counted, printable
 from nextblock.logs import quote as typed_word
-from nextblock.report.read import Measured, RunSummary
+from nextblock.report.read import Measured, RunSummary, is_number
 from nextblock.tables import Column, Row, Table, escape_markdown, percent
 from nextblock.visualize.words import BASELINE_WORDS
 
@@ -18,17 +20,32 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
+def told_apart(*runs: Sequence[Measured]) -> list[list[Measured]]:
+    """The results of each run with the labels only if they differ, the file only if nothing else does."""
+    differ = len({one.labels for run in runs for one in run} - {None}) > 1
+    kept = [[one if differ else one._replace(labels=None) for one in run] for run in runs]
+
+    def about(one: Measured) -> tuple[str, str, str | None]:
+        return one.method, one.on, one.labels
+
+    files = [Counter(key for key, _ in {(about(one), one.file) for one in run}) for run in kept]
+    shared = {key for found in files for key, count in found.items() if count > 1}
+    return [[one if about(one) in shared else one._replace(file="") for one in run] for run in kept]
+
+
 def results_table(results: Sequence[Measured]) -> Table:
-    """A line for each method and images, encoders across; top-1 in percent with its standard error."""
+    """A line for each method of each result, encoders across; top-1 in percent with its standard error."""
 
     def show(one: Measured | None, _: Row) -> str:
         return "-" if one is None else percent(one.top1, one._asdict(), "top1")
 
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for one in results:  # the last of each counts
-        rows.setdefault(one[:2], {"method": one.method, "on": one.on})[one.encoder] = one
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in told_apart(results)[0]:
+        own: dict[str, Any] = {"method": one.method, "on": one.on, "labels": one.labels, "file": one.file}
+        rows.setdefault(tuple(own.values()), own)[one.encoder] = one
     encoders = dict.fromkeys(one.encoder for one in results)
     columns = [Column("method", "top-1 %"), Column("on", "measured on")]
+    columns += [Column("labels", "labels from"), Column("file", "result")]
     return Table(list(rows.values()), [*columns, *(Column(name, name, show) for name in encoders)])
 
 
@@ -53,7 +70,8 @@ def how_to_draw(summary: RunSummary) -> str:
 
 def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
     """What else is known, as (name, value); what is missing is said with the command that makes it."""
-    rate, loss = summary.images_per_s, summary.final_loss
+    rate, loss, status = summary.images_per_s, summary.final_loss, summary.status
+    yield "status", ": ".join(filter(None, (status.word, status.message)))
     if not summary.results:
         yield "accuracy", f"none yet: {how_to_measure(summary)}"
     device = f" on {summary.environment['device']}" if "device" in summary.environment else ""
@@ -63,14 +81,27 @@ def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
     beside = f"without a model: {', '.join(words)}" if words else "its baselines were not measured"
     yield (
         "training loss",
-        "not logged yet" if loss is None else "{:.4f} at step {:,} ({})".format(*loss, beside),
+        ("not a number" if summary.train else "not logged yet")
+        if loss is None
+        else "{:.4f} at step {:,} ({})".format(*loss, beside),
     )
     if summary.final_val_loss is not None:
         yield "validation loss", "{:.4f} at step {:,}".format(*summary.final_val_loss)
     for name, (value, step) in summary.knn.items():
-        yield name.replace("/", " "), f"{value:.1%} at step {step:,}"
+        where = "".join(f" on {one.on}" for one in summary.monitored)
+        yield name.replace("/", " "), f"{value:.1%} at step {step:,}{where}"
     if not summary.is_tuned:  # a classifier predicts no blocks
         yield "picture", str(summary.picture or f"none yet: {how_to_draw(summary)}")
+
+
+def not_numbers(summary: RunSummary) -> Iterator[str]:
+    """A sentence on logged losses that are NaN or infinite, if there are any: no curve shows them."""
+    for kind, lines, name in (("", summary.train, "loss"), ("validation ", summary.val, "val_loss")):
+        steps = [f"{line['step']:,}" for line in lines if name in line and not is_number(line[name])]
+        if steps:
+            what = counted(len(steps), f"logged {kind}loss", f"logged {kind}losses")
+            are = "is not a number: step" if len(steps) == 1 else "are not numbers: steps"
+            yield f"{what} {are} {', '.join(steps[:5])}{', ...' if len(steps) > 5 else ''}."
 
 
 def report_table(summary: RunSummary) -> Group:
@@ -82,14 +113,15 @@ def report_table(summary: RunSummary) -> Group:
     table = results_table(summary.results).rich()
     table.box = None
     # A long source folds; the numbers of all encoders stay in sight.
-    for column in table.columns[1:2]:
+    for column in table.columns[1 : -len({one.encoder for one in summary.results})]:
         column.no_wrap, column.overflow = False, "fold"
     grid = RichTable(box=None, pad_edge=False, show_header=False)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in facts(summary):
         grid.add_row(Text(name), Text(value))
-    notes = [part for note in summary.notes for part in ("", Text(note, style="italic"))]
+    said = (*summary.notes, *not_numbers(summary))
+    notes = [part for note in said for part in ("", Text(note, style="italic"))]
     title = Text(f"Report of {summary.run_dir}", style="bold")
     return Group(title, *((table, "") if summary.results else ()), grid, *notes)
 
@@ -99,10 +131,10 @@ def report_markdown(summary: RunSummary, *, losses: Path | None = None) -> str:
     parts = [f"# Report of {escape_markdown(str(summary.run_dir))}\n\n"]
     parts += [f"{results_table(summary.results).markdown()}\n"] if summary.results else []
     parts += [f"- {name}: {escape_markdown(value)}\n" for name, value in facts(summary)]
-    parts += [f"\n{escape_markdown(note)}\n" for note in summary.notes]
+    parts += [f"\n{escape_markdown(note)}\n" for note in (*summary.notes, *not_numbers(summary))]
     for title, path in {"Loss by step": losses, "Predictions": summary.picture}.items():
         if path is not None:
-            place = quote(str(path.relative_to(summary.run_dir)), errors="surrogateescape")
+            place = quote(os.path.relpath(path, summary.run_dir), errors="surrogateescape")
             parts.append(f"\n![{title}]({place})\n")
     return "\n".join(map(printable, "".join(parts).split("\n")))
 
@@ -113,8 +145,10 @@ def report_values(summary: RunSummary) -> dict[str, Any]:
     val_loss, val_step = summary.final_val_loss or (None, None)
     return {
         "run": str(summary.run_dir),
+        "status": summary.status.word,
+        "message": summary.status.message,
         "results": [one._asdict() for one in summary.results],
-        "notes": list(summary.notes),
+        "notes": [*summary.notes, *not_numbers(summary)],
         "final_loss": loss,
         "final_step": step,
         "baselines": summary.baselines,
