@@ -107,9 +107,10 @@ def test_images_of_two_channels_and_four_are_drawn_by_their_first(channels, tmp_
     places = {"model": tmp_path / "model.safetensors", "data": tmp_path / "images", "head": tmp_path / "head"}
     out = {"out": str(tmp_path / "out"), "device": "cpu", "workers": 0}
     nextblock.features(**{name: str(path) for name, path in places.items()}, **out, query="0")
-    shown = pixels[..., : {2: 1, 4: 3}[channels]]
-    for place, image in ((("features.png", 0), shown[0]), (("nearest.png", 1), shown[1])):
-        np.testing.assert_array_equal(cells[place[0]][place[1]].picture, image)
+    (batch,) = eval_batches(open_source(str(places["data"]), data), data, SIZE, 2, range(2))
+    shown = batch.images[:, : {2: 1, 4: 3}[channels]].movedim(1, -1).numpy()
+    np.testing.assert_array_equal(cells["features.png"][0].picture, shown[0])
+    np.testing.assert_array_equal(cells["nearest.png"][1].picture, shown[1])
     assert (tmp_path / "out" / "attention.png").is_file()
 
 

@@ -202,10 +202,10 @@ def _draw_colours(
         for colour, share in zip(("red", "green", "blue"), colours.explained, strict=False)
     )
     caption = (
-        f"Red, green and blue are the first three principal components of "
-        f"{known.shape[0] * known.shape[1]:,} patches of {counted(known.shape[0], 'image')}, on one scale: "
-        f"one that varies little stays grey. They show {shares} of the features' "
-        "variance. Patches of one colour may differ in the rest."
+        "Red, green and blue are the first three principal components of "
+        f"{known.shape[0] * known.shape[1]:,} patches of {counted(known.shape[0], 'image')}, on one scale: a "
+        f"component that varies little stays grey. They show {shares} of the features' variance. Patches of "
+        "one colour may differ in the rest."
     )
     title, lines = "Patch features as colours", ["image", "patch\nfeatures"] * bands
     draw_cells(rows, out / "features.png", size=size, title=title, caption=caption, names=lines)
