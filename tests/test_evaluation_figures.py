@@ -154,7 +154,7 @@ def test_maps_of_attention_have_one_scale_an_image_and_lie_over_its_grey(channel
     attention = np.zeros((2, 3, 2, 4), dtype=np.float32)
     attention[0, 1, 0, 3], attention[0, 2], attention[1] = 0.5, 0.25, 0.125
     draw_attention(images, attention, tmp_path / "a.png", names=["one.png", "a long name.png"])
-    assert found["names"] == ["one.png\n0 to 50.0 %", "a lon…e.png\n0 to 12.5 %"]
+    assert found["names"] == ["one.png\n0 to 50.0 %", "a lo…e.png\n0 to 12.5 %"]
     row, shown = found["rows"][0], images[0, ..., : 3 if channels >= 3 else 1]
     assert [cell.words for cell in row] == ["image", "mean of 3", "query 0", "query 1", "query 2"]
     np.testing.assert_array_equal(row[0].picture, shown)

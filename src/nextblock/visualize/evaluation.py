@@ -198,7 +198,7 @@ def draw_attention(
         colours = (1 - FAINT) * colormaps["inferno"](some / largest)[..., :3]
         pictures = [one[patches] + beneath for one in colours]
         cells.append([Cell(shown, "image"), *map(Cell, pictures, titles)])
-        labels.append(f"{shortened(name, 11)}\n0 to {100 * largest:.1f} %".strip())
+        labels.append(f"{shortened(name, 10)}\n0 to {100 * largest:.1f} %".strip())
     caption = (
         "Colours are shares of the attention, from 0 (black) to the largest of the row (pale yellow), on the "
         "left. All maps of a row have this scale. The image is faint beneath them."
