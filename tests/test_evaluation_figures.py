@@ -153,14 +153,14 @@ def test_maps_of_attention_have_one_scale_an_image_and_lie_over_its_grey(channel
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 16, channels), dtype=np.uint8)
     attention = np.zeros((2, 3, 2, 4), dtype=np.float32)
     attention[0, 1, 0, 3], attention[0, 2], attention[1] = 0.5, 0.25, 0.125
-    draw_attention(images, attention, tmp_path / "a.png", names=["one.png", "a long name.png"])
-    assert found["names"] == ["one.png\n0 to 50.0 %", "a lo…e.png\n0 to 12.5 %"]
+    draw_attention(images, attention, tmp_path / "a.png", names=["one.png", "two.png"])
+    assert found["names"] == ["0 to\n50.0 %", "0 to\n12.5 %"]
     row, shown = found["rows"][0], images[0, ..., : 3 if channels >= 3 else 1]
-    assert [cell.words for cell in row] == ["image", "mean of 3", "query 0", "query 1", "query 2"]
+    assert [cell.words for cell in row] == ["one.png", "mean of 3", "query 0", "query 1", "query 2"]
     np.testing.assert_array_equal(row[0].picture, shown)
     colours, grey = colormaps["inferno"], shown.mean(-1) / 255
     for line, column, share in ((0, 12, 1.0), (3, 15, 1.0), (4, 15, 0.0), (3, 11, 0.0)):
-        expected = 0.85 * np.array(colours(share)[:3]) + 0.15 * grey[line, column]
+        expected = 0.9 * np.array(colours(share)[:3]) + 0.1 * grey[line, column]
         np.testing.assert_allclose(row[3].picture[line, column], expected, atol=1e-6)
-    expected = 0.85 * np.array(colours(0.5)[:3]) + 0.15 * grey[7, 0]
+    expected = 0.9 * np.array(colours(0.5)[:3]) + 0.1 * grey[7, 0]
     np.testing.assert_allclose(row[4].picture[7, 0], expected, atol=1e-6)

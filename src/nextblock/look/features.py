@@ -334,7 +334,7 @@ def _nearest(
     cells = [marked(_pictures(image)[0], f"query\n{name}", patch)]
     for row, picture in zip(rows, _pictures(found.images), strict=True):
         words = f"similarity {row['similarity']:.3f}\n{row['name']}"
-        words += "" if row["class"] is None else f"\n{row['class']}"
+        words += "" if row["class"] is None else f"\nclass {row['class']}"
         cells.append(marked(picture, words, row["patch"]))
     caption = (
         f"Marked: the patches nearest to the query's, by the cosine similarity of their features, in "

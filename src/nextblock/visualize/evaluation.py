@@ -20,13 +20,13 @@ from matplotlib.ticker import MaxNLocator
 from nextblock.models.heads import layer_words
 from nextblock.visualize.features import Cell, draw_cells
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
-from nextblock.visualize.sheet import shortened, shown_channels
+from nextblock.visualize.sheet import shown_channels
 
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
 """Of more lines only the winners' are named."""
 DRAWN_QUERIES = 8
-FAINT = 0.15
+FAINT = 0.1
 """The weight of the image beneath a map of attention."""
 
 HEAD_COLOURS = {"attentive": "#0969da", "linear": "#c2410c", "ep": "#1a7f37"}
@@ -197,11 +197,11 @@ def draw_attention(
         beneath = FAINT * shown.mean(axis=-1, keepdims=True) / 255
         colours = (1 - FAINT) * colormaps["inferno"](some / largest)[..., :3]
         pictures = [one[patches] + beneath for one in colours]
-        cells.append([Cell(shown, "image"), *map(Cell, pictures, titles)])
-        labels.append(f"{shortened(name, 10)}\n0 to {100 * largest:.1f} %".strip())
+        cells.append([Cell(shown, name or "image"), *map(Cell, pictures, titles)])
+        labels.append(f"0 to\n{100 * largest:.1f} %")
     caption = (
-        "Colours are shares of the attention, from 0 (black) to the largest of the row (pale yellow), on the "
-        "left. All maps of a row have this scale. The image is faint beneath them."
+        "Colours are shares of the attention, from 0 (black) to the largest of the row (pale yellow), whose "
+        "value is on the left. All maps of a row have this scale. The image is faint beneath them."
     )
     size, title = (height, width), "Attention of a head over the patches"
     draw_cells(cells, path, size=size, title=title, caption=caption, names=labels)
