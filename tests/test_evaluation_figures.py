@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from nextblock.visualize import evaluation
@@ -145,12 +146,21 @@ def test_up_to_40_classes_are_named(tmp_path, figures, classes, is_labelled):
     assert ("a class with …ng name 12" in [tick.get_text() for tick in axes.get_yticklabels()]) == is_labelled
 
 
-def test_a_query_that_sees_one_patch_is_drawn_over_that_patch(tmp_path, figures):
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_maps_of_attention_have_one_scale_an_image_and_lie_over_its_grey(channels, tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(evaluation, "draw_cells", lambda rows, _, **words: found.update(rows=rows, **words))
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 16, channels), dtype=np.uint8)
     attention = np.zeros((2, 3, 2, 4), dtype=np.float32)
-    attention[:, 1, 0, 3] = 1
-    draw_attention(np.zeros((2, 8, 16, 1), dtype=np.uint8), attention, tmp_path / "a.png")
-    axes = figures["a.png"].axes
-    assert [one.get_title() for one in axes[:5]] == ["image", "mean of 3", "query 0", "query 1", "query 2"]
-    assert len(axes) == 2 * 5
-    np.testing.assert_array_equal(axes[3].images[1].get_array(), attention[0, 1])
-    assert list(axes[3].images[1].get_extent()) == list(axes[3].images[0].get_extent()) == [0, 16, 8, 0]
+    attention[0, 1, 0, 3], attention[0, 2], attention[1] = 0.5, 0.25, 0.125
+    draw_attention(images, attention, tmp_path / "a.png", names=["one.png", "two.png"])
+    assert found["names"] == ["0 to\n50.0 %", "0 to\n12.5 %"]
+    row, shown = found["rows"][0], images[0, ..., : 3 if channels >= 3 else 1]
+    assert [cell.words for cell in row] == ["one.png", "mean of 3", "query 0", "query 1", "query 2"]
+    np.testing.assert_array_equal(row[0].picture, shown)
+    colours, grey = colormaps["inferno"], shown.mean(-1) / 255
+    for line, column, share in ((0, 12, 1.0), (3, 15, 1.0), (4, 15, 0.0), (3, 11, 0.0)):
+        expected = 0.9 * np.array(colours(share)[:3]) + 0.1 * grey[line, column]
+        np.testing.assert_allclose(row[3].picture[line, column], expected, atol=1e-6)
+    expected = 0.9 * np.array(colours(0.5)[:3]) + 0.1 * grey[7, 0]
+    np.testing.assert_allclose(row[4].picture[7, 0], expected, atol=1e-6)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import nextblock
 from nextblock.checkpoint import save_classifier, save_model
@@ -60,25 +62,26 @@ def patches_of(places, count=12):
         return tiny_model().encode(normalize(batch.images, DATA.mean, DATA.std)).tokens
 
 
-def head_on(model, kind, folder, **options):
+def head_on(model, kind, folder, data=DATA, **options):
     config = HeadConfig(kind=kind, num_classes=3, num_heads=4, layers=(0, 1), **options)
     torch.manual_seed(0)
     classifier = ImageClassifier(model, config, ("a", "b", "c")).eval()
-    save_classifier(folder, classifier, data=DATA)
+    save_classifier(folder, classifier, data=data)
     return classifier
 
 
-def test_colours_are_the_first_three_principal_components_within_their_quantiles():
+def test_colours_are_the_first_three_principal_components_on_one_scale():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 7)) * [5, 4, 3, 1, 0.5, 0.2, 0.1] @ rng.normal(size=(7, 7))
     colours = PatchColours.fit(features)
     centred = features - features.mean(axis=0)
     variances, vectors = np.linalg.eigh(centred.T @ centred)
+    widest = np.ptp(np.quantile(centred @ vectors[:, -3:], (0.01, 0.99), axis=0), axis=0).max()
     for channel in range(3):
         vector = vectors[:, -1 - channel]
         values = centred @ (vector * np.sign(vector[np.abs(vector).argmax()]))
         low, high = np.quantile(values, (0.01, 0.99))
-        expected = ((values - low) / (high - low)).clip(0, 1)
+        expected = (0.5 + (values - (low + high) / 2) / widest).clip(0, 1)
         np.testing.assert_allclose(colours.colours(features)[:, channel], expected, atol=1e-9)
         assert colours.explained[channel] == pytest.approx(variances[-1 - channel] / variances.sum())
     # A map of places: each patch by itself.
@@ -88,7 +91,27 @@ def test_colours_are_the_first_three_principal_components_within_their_quantiles
 
 def test_a_component_that_is_not_there_is_grey():
     colours = PatchColours.fit(np.array([[0.0, 1.0], [0.0, 3.0], [0.0, 7.0]]))
-    assert (colours.colours(np.array([[0.0, 100.0]])) == [1.0, 0.5, 0.5]).all()
+    np.testing.assert_allclose(colours.colours(np.array([[0.0, 100.0]])), [[1.0, 0.5, 0.5]], atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_two_channels_and_four_are_drawn_by_their_first(channels, tmp_path, cells):
+    data = DataConfig(val_resize_px=24, channels=channels, mean=(0.5,) * channels, std=(0.2,) * channels)
+    model = tiny_model(in_chans=channels)
+    save_model(tmp_path / "model.safetensors", model, data=data)
+    head_on(model, "ep", tmp_path / "head", data=data, num_queries=3)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *SIZE, channels), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for name, one in zip("ab", pixels, strict=True):
+        Image.fromarray(one).save(tmp_path / "images" / f"{name}.png")
+    places = {"model": tmp_path / "model.safetensors", "data": tmp_path / "images", "head": tmp_path / "head"}
+    out = {"out": str(tmp_path / "out"), "device": "cpu", "workers": 0}
+    nextblock.features(**{name: str(path) for name, path in places.items()}, **out, query="0")
+    (batch,) = eval_batches(open_source(str(places["data"]), data), data, SIZE, 2, range(2))
+    shown = batch.images[:, : {2: 1, 4: 3}[channels]].movedim(1, -1).numpy()
+    np.testing.assert_array_equal(cells["features.png"][0].picture, shown[0])
+    np.testing.assert_array_equal(cells["nearest.png"][1].picture, shown[1])
+    assert (tmp_path / "out" / "attention.png").is_file()
 
 
 def test_all_images_are_drawn_in_the_colours_of_the_whole_folder(places, cells):
@@ -127,6 +150,25 @@ def test_the_nearest_patches_are_those_of_the_slow_definition(places, cells):
     assert 5 not in [row["index"] for row in result.rows]
 
 
+def test_copies_of_a_query_are_left_out_only_if_it_is_a_file(places, cells):
+    folder = Path(places["data"])
+    shutil.copy(folder / "0005.png", folder / "copy.png")
+    result = nextblock.features(**places, query="5", top=1)
+    assert (result.rows[0]["name"], result.rows[0]["similarity"]) == ("copy.png", pytest.approx(1))
+    assert cells["nearest.png"][1].words == "similarity 1.000\ncopy.png"
+    result = nextblock.features(**places, query=str(folder / "0005.png"), top=20)
+    assert {row["name"] for row in result.rows} == {f"{i:04d}.png" for i in range(12)} - {"0005.png"}
+
+
+def test_a_rerun_removes_the_pictures_that_are_not_asked_for_again(places, tmp_path):
+    head_on(tiny_model(), "ep", tmp_path / "head", num_queries=3)
+    out = Path(places["out"])
+    nextblock.features(**places, query="5", head=str(tmp_path / "head"))
+    assert {path.name for path in out.glob("*.png")} == {"features.png", "attention.png", "nearest.png"}
+    nextblock.features(**places)
+    assert {path.name for path in out.glob("*.png")} == {"features.png"}
+
+
 @pytest.mark.parametrize("queries", [1, 2])
 def test_attention_of_an_attentive_head_is_the_softmax_of_queries_and_keys(queries):
     torch.manual_seed(0)
@@ -144,11 +186,12 @@ def test_attention_of_an_attentive_head_is_the_softmax_of_queries_and_keys(queri
 @pytest.mark.parametrize("kind", ["attentive", "ep"])
 def test_maps_of_a_head_are_drawn_over_the_grid(kind, places, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(look, "draw_attention", lambda *found, unit: drawn.update(found=found, unit=unit))
+    monkeypatch.setattr(look, "draw_attention", lambda *found, **words: drawn.update(found=found, **words))
     classifier = head_on(tiny_model(), kind, tmp_path / "head", num_queries={"attentive": 1, "ep": 3}[kind])
     result = nextblock.features(**places, head=str(tmp_path / "head"))
     pictures, maps, path = drawn["found"]
     assert (result.attention, drawn["unit"]) == (path, {"attentive": "head", "ep": "query"}[kind])
+    assert tuple(drawn["names"]) == result.images
     assert pictures.shape == (3, *SIZE, 3)
     assert maps.shape == (3, {"attentive": 4, "ep": 3}[kind], *GRID)
     images = normalize(torch.from_numpy(pictures).movedim(-1, 1), DATA.mean, DATA.std)
@@ -161,10 +204,14 @@ def test_maps_of_a_head_are_drawn_over_the_grid(kind, places, tmp_path, monkeypa
 def test_the_command_prints_what_it_found_and_writes_the_same(places, tmp_path, capsys):
     head_on(tiny_model(), "ep", tmp_path / "head", num_queries=3)
     flags = [f"--{name}={value}" for name, value in places.items()]
+    for path in Path(places["data"]).glob("0*.png"):
+        path.rename(path.with_name("long" * 40 + path.name))
     words = ["features", *flags, "--head", tmp_path / "head", "--query", "1", "--top", "2", "--json"]
     code, shown, _ = call_cli(capsys, *words)
     assert code == 0
-    values = json.loads(shown.splitlines()[-1])
+    *lines, last = shown.splitlines()
+    assert max(len(line) for line in lines if "long" in line) < 110
+    values = json.loads(last)
     out = Path(places["out"])
     written = json.loads((out / "features.json").read_text())
     assert values == {name: value for name, value in written.items() if name != "settings"}
@@ -184,6 +231,8 @@ def test_the_command_prints_what_it_found_and_writes_the_same(places, tmp_path, 
         ({"query": "13"}, "query is 13, but .* has 13 images, numbered from 0"),
         ({"query": "0", "patch": "4,0"}, "patch is 4,0, but an image has 4 rows of 6 patches"),
         ({"query": "DIR"}, "has 13 images; give an image file"),
+        ({"query": "0", "data": "ONE"}, "has no readable image but the query; give data of more images"),
+        ({"query": "ONE", "data": "ONE"}, "has no readable image but the query and its copies; give data"),
         ({"head": "linear"}, "is a linear head, which weighs all patches alike"),
         ({"head": "other"}, "is a head on another encoder than .*; give --model"),
         ({"head": "none-such"}, "there is no head .*none-such; give a classifier's directory"),
@@ -197,7 +246,9 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(changes, message
     head_on(tiny_model(), "ep", tmp_path / "probe" / "ep", num_queries=3)
     if "head" in changes:
         changes = {"head": str(tmp_path / changes["head"])}
-    changes = {name: places["data"] if value == "DIR" else value for name, value in changes.items()}
+    write_images(tmp_path / "one", 1)
+    folders = {"DIR": places["data"], "ONE": str(tmp_path / "one")}
+    changes = {name: folders.get(value, value) for name, value in changes.items()}
     flags = [f"--{name}={value}" for name, value in {**places, **changes}.items()]
     assert re.search(message, refused(call_cli(capsys, "features", *flags)))
     assert not Path(places["out"]).exists()

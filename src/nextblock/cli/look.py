@@ -9,7 +9,7 @@ from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.logs import counted
 from nextblock.look.settings import CompleteSettings, FeaturesSettings, PredictSettings
-from nextblock.tables import Column, Table, number
+from nextblock.tables import Column, Table, end_of, number
 
 if TYPE_CHECKING:
     from nextblock.data import BadSample
@@ -61,6 +61,7 @@ def features(argv: Sequence[str]) -> int:
     values, is_json = parse_settings(Parser("features"), FeaturesSettings, argv)
 
     from nextblock.look.features import features as look
+    from nextblock.look.surprise import NAME_LETTERS
 
     result = look(**values)
     shares = (f"{100 * share:.1f}" for share in result.explained)
@@ -69,7 +70,7 @@ def features(argv: Sequence[str]) -> int:
         columns = (
             Column("rank", "rank"),
             number("similarity", "similarity", ".4f"),
-            Column("name", "image"),
+            Column("name", "image", lambda name, _: end_of(name, NAME_LETTERS)),
             Column("class", "class"),
             Column("patch", "patch", lambda patch, _: f"{patch[0]},{patch[1]}"),
         )

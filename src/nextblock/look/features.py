@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nextblock.atomic import write_text
+from nextblock.atomic import remove, write_text
 from nextblock.config import DataConfig, pair
 from nextblock.data import BadSample, Source, eval_batches, normalize, open_source
 from nextblock.data.sources import SubsetSource
@@ -141,15 +141,17 @@ def features(**settings: Any) -> FeaturesResult:
     known = fitted.read(fitted.readable())
     colours = PatchColours.fit(rearrange(known, "b n d -> (b n) d").numpy())
     maps = rearrange(colours.colours(patches.numpy()), "b (r q) c -> b r q c", r=grid[0])
-    pictures = _pictures(images)
-    _draw_colours(pictures, maps, names, colours, known, out, size)
     unreadable = [*bad, *fitted.bad]
-    attention = None if draw_head is None else draw_head(images, out / "attention.png")
+    near = None if query is None else _nearest(opened, config, *query, grid)
+    for name in ("features.json", "attention.png", "nearest.png"):  # of a result that is replaced
+        remove(out / name)
+    _draw_colours(_pictures(images), maps, names, colours, known, out, size)
+    attention = None if draw_head is None else draw_head(images, names, out / "attention.png")
     nearest, rows, patch = None, (), None
-    if query is not None:
-        nearest = out / "nearest.png"
-        table, rows, patch = _nearest(opened, config, query, grid, nearest)
-        unreadable += table.bad
+    if near is not None:
+        nearest, rows, patch = out / "nearest.png", near.rows, near.patch
+        unreadable += near.bad
+        draw_cells(near.cells, nearest, size=size, title="Nearest patches", caption=near.caption)
     result = FeaturesResult(
         picture=out / "features.png",
         attention=attention,
@@ -200,9 +202,10 @@ def _draw_colours(
         for colour, share in zip(("red", "green", "blue"), colours.explained, strict=False)
     )
     caption = (
-        f"Patches of one colour have similar features. Red, green and blue are the first three principal "
-        f"components of {known.shape[0] * known.shape[1]:,} patches of {counted(known.shape[0], 'image')}, "
-        f"the same for all images. Of the features' variance they show: {shares}."
+        "Red, green and blue are the first three principal components of "
+        f"{known.shape[0] * known.shape[1]:,} patches of {counted(known.shape[0], 'image')}, on one scale: a "
+        f"component that varies little stays grey. They show {shares} of the features' variance. Patches of "
+        "one colour may differ in the rest."
     )
     title, lines = "Patch features as colours", ["image", "patch\nfeatures"] * bands
     draw_cells(rows, out / "features.png", size=size, title=title, caption=caption, names=lines)
@@ -211,7 +214,7 @@ def _draw_colours(
 # ----------------------------------------------------------------------------------------------- attention
 
 
-def _opened_head(opened: _Opened, config: FeaturesSettings) -> Callable[[Tensor, Path], Path]:
+def _opened_head(opened: _Opened, config: FeaturesSettings) -> Callable[[Tensor, list[str], Path], Path]:
     """Open the head that the settings name; what is returned draws where it looks in images."""
     assert config.head is not None, "a head is asked for"
     check_one_head(config.head, "head")
@@ -235,10 +238,10 @@ def _opened_head(opened: _Opened, config: FeaturesSettings) -> Callable[[Tensor,
     )
     classifier.to(opened.device).eval()
 
-    def draw(images: UInt8[Tensor, "b c h w"], path: Path) -> Path:
+    def draw(images: UInt8[Tensor, "b c h w"], names: list[str], path: Path) -> Path:
         maps = attention_maps(classifier, opened.ready(images)).cpu().numpy()
         unit = "query" if kind == "ep" or classifier.head_config.num_heads == 1 else "head"
-        draw_attention(_pictures(images), maps, path, unit=unit)
+        draw_attention(_pictures(images), maps, path, unit=unit, names=names)
         return path
 
     return draw
@@ -247,28 +250,38 @@ def _opened_head(opened: _Opened, config: FeaturesSettings) -> Callable[[Tensor,
 # ------------------------------------------------------------------------------------------ nearest patches
 
 
-def _query(opened: _Opened, config: FeaturesSettings) -> Source:
-    """The query's image, as a source of one image."""
+class _Near(NamedTuple):
+    """The nearest patches: what is said of them and drawn."""
+
+    rows: tuple[dict[str, Any], ...]
+    patch: tuple[int, int]
+    bad: tuple[BadSample, ...]
+    cells: list[list[Cell]]
+    caption: str
+
+
+def _query(opened: _Opened, config: FeaturesSettings) -> tuple[Source, int | None]:
+    """The query's image, as a source of one image, and its number, if it is one of the data."""
     text, source = str(config.query), opened.source
     if text.isdecimal() and not Path(text).exists():
         require(
             int(text) < len(source),
             f"query is {text}, but {source.spec} has {counted(len(source), 'image')}, numbered from 0",
         )
-        return SubsetSource(source.spec, source, np.array([int(text)]))
+        return SubsetSource(source.spec, source, np.array([int(text)])), int(text)
     found = open_source(text, opened.data)
     require(
         len(found) == 1,
         f"query {text} has {counted(len(found), 'image')}; give an image file, or the number of an image of "
         "data, from 0",
     )
-    return found
+    return found, None
 
 
 def _nearest(
-    opened: _Opened, config: FeaturesSettings, query: Source, grid: tuple[int, int], path: Path
-) -> tuple[FeatureTable, tuple[dict[str, Any], ...], tuple[int, int]]:
-    """Find and draw the patches nearest to one of the query; a table of all images, the rows, the patch."""
+    opened: _Opened, config: FeaturesSettings, query: Source, number: int | None, grid: tuple[int, int]
+) -> _Near:
+    """Find the patches nearest to one of the query, which may be image `number` of the data."""
     size = pair(opened.model.config.image_size)
     image, (name,), _ = some_images(query, opened.data, size, 1)
     own = F.normalize(opened.patches(image)[0], dim=-1)
@@ -286,12 +299,12 @@ def _nearest(
     source, table = opened.source, opened.table(best, opened.source)
     numbers = table.readable()
     values, places = (table.read(numbers, kind).numpy() for kind in (0, 1))
-    pixels, rows, same = query.read(0), [], set[int]()
+    pixels, rows, same = query.read(0), [], set() if number is None else {number}
     for flat in np.argsort(-values, axis=None, kind="stable").tolist():
         row, rank = divmod(flat, each)
         index, similarity = int(numbers[row]), float(values[row, rank])
-        # The query itself is no neighbour; its own patch comes before any other of that image.
-        if similarity > SAME and torch.equal(pixels, source.read(index)):
+        # A file may be in the data too; then its own patch comes before any other of that image.
+        if number is None and similarity > SAME and torch.equal(pixels, source.read(index)):
             same.add(index)
         if index in same:
             continue
@@ -312,16 +325,21 @@ def _nearest(
     def marked(picture: np.ndarray, words: str, at: tuple[int, int]) -> Cell:
         return Cell(picture, words, (at[0] / grid[0], at[1] / grid[1], 1 / grid[0], 1 / grid[1]))
 
-    require(len(rows) > 0, f"{source.spec} has no other image than the query, so nothing is near")
+    require(
+        len(rows) > 0,
+        f"{source.spec} has no readable image but the query{' and its copies' if number is None else ''}; "
+        "give data of more images, or a query that is not one of them",
+    )
     (found,) = eval_batches(source, opened.data, size, len(rows), [row["index"] for row in rows])
     cells = [marked(_pictures(image)[0], f"query\n{name}", patch)]
     for row, picture in zip(rows, _pictures(found.images), strict=True):
-        words = f"similarity {row['similarity']:.3f}\n{row['class'] or row['name']}"
+        words = f"similarity {row['similarity']:.3f}\n{row['name']}"
+        words += "" if row["class"] is None else f"\nclass {row['class']}"
         cells.append(marked(picture, words, row["patch"]))
     caption = (
         f"Marked: the patches nearest to the query's, by the cosine similarity of their features, in "
         f"{counted(len(numbers), 'image')}; at most {counted(each, 'patch', 'patches')} an image."
+        + (" Copies of the query are left out." if number is None else "")
     )
     lines = [cells[start : start + 7] for start in range(0, len(cells), 7)]
-    draw_cells(lines, path, size=size, title="Nearest patches", caption=caption)
-    return table, tuple(rows), patch
+    return _Near(tuple(rows), patch, table.bad, lines, caption)

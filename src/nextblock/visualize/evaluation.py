@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -18,12 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nextblock.models.heads import layer_words
+from nextblock.visualize.features import Cell, draw_cells
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
+from nextblock.visualize.sheet import shown_channels
 
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
 """Of more lines only the winners' are named."""
 DRAWN_QUERIES = 8
+FAINT = 0.1
+"""The weight of the image beneath a map of attention."""
 
 HEAD_COLOURS = {"attentive": "#0969da", "linear": "#c2410c", "ep": "#1a7f37"}
 STYLES = {"model": "-", "untrained": "--", "pixels 16x16": ":", "colour histogram": "-."}
@@ -170,30 +174,34 @@ def draw_confusion(
 
 
 def draw_attention(
-    images: Num[np.ndarray, "b h w c"],
+    images: UInt8[np.ndarray, "b h w c"],
     attention: Float[np.ndarray, "b q rows columns"],
     path: Path,
     *,
     unit: str = "query",
+    names: Sequence[str] = (),
 ) -> None:
     """Draw images, the mean over queries of how they weigh the patches, and some queries by themselves.
 
-    `unit` is what has a map: a query, or a head of a query.
+    `unit` is what has a map: a query, or a head of a query. The maps of an image have one scale.
     """
     count, queries = attention.shape[:2]
     chosen = np.unique(np.linspace(0, queries - 1, DRAWN_QUERIES, dtype=int))
-    titles = ["image", f"mean of {queries}", *(f"{unit} {number}" for number in chosen)]
-    figure = Figure(figsize=(1.1 * len(titles), 1.15 * count + 0.3), layout="constrained")
-    axes = figure.subplots(count, len(titles), squeeze=False)
-    height, width = images.shape[1:3]
-    for line, image, maps in zip(axes, images, attention, strict=True):
-        shown = image if image.shape[-1] in (3, 4) else image[..., 0]
-        for place, one in enumerate(line):
-            one.imshow(shown, cmap="gray", extent=(0, width, height, 0))
-            one.set_axis_off()
-            if place:
-                weights = maps.mean(axis=0) if place == 1 else maps[chosen[place - 2]]
-                one.imshow(weights, cmap="inferno", alpha=0.75, extent=(0, width, height, 0))
-    for one, title in zip(axes[0], titles, strict=True):
-        one.set_title(title, fontsize=8, color=INK)
-    save_png(figure, path, dpis=(160,))
+    titles = [f"mean of {queries}", *(f"{unit} {number}" for number in chosen)]
+    maps = np.concatenate([attention.mean(axis=1, keepdims=True), attention[:, chosen]], axis=1)
+    (height, width), (rows, columns) = images.shape[1:3], maps.shape[2:]
+    patches = np.arange(height)[:, None] * rows // height, np.arange(width) * columns // width
+    cells, labels = [], []
+    for image, some, name in zip(images, maps, names or [""] * count, strict=True):
+        shown, largest = image[..., : shown_channels(image.shape[-1])], some.max()
+        beneath = FAINT * shown.mean(axis=-1, keepdims=True) / 255
+        colours = (1 - FAINT) * colormaps["inferno"](some / largest)[..., :3]
+        pictures = [one[patches] + beneath for one in colours]
+        cells.append([Cell(shown, name or "image"), *map(Cell, pictures, titles)])
+        labels.append(f"0 to\n{100 * largest:.1f} %")
+    caption = (
+        "Colours are shares of the attention, from 0 (black) to the largest of the row (pale yellow), whose "
+        "value is on the left. All maps of a row have this scale. The image is faint beneath them."
+    )
+    size, title = (height, width), "Attention of a head over the patches"
+    draw_cells(cells, path, size=size, title=title, caption=caption, names=labels)

@@ -31,10 +31,10 @@ class PatchColours:
 
     mean: Float[np.ndarray, " d"]
     components: Float[np.ndarray, "components d"]
-    low: Float[np.ndarray, " components"]
-    """The value of each component that is dark."""
-    high: Float[np.ndarray, " components"]
-    """The value that is bright."""
+    middle: Float[np.ndarray, " components"]
+    """The value of each component that is 0.5."""
+    span: float
+    """From dark to bright, the same for all: a component that varies less stays nearer to grey."""
     explained: tuple[float, ...]
     """Shares of the features' variance that red, green and blue show."""
 
@@ -42,22 +42,23 @@ class PatchColours:
     def fit(cls, features: Float[np.ndarray, "r d"]) -> PatchColours:
         """Fit the map on the features of patches of many images; the same ones give the same colours.
 
-        A component's sign is arbitrary: here its largest weight is positive. Its range is that of the
-        patches, without the hundredth at either end.
+        A component's sign is arbitrary: here its largest weight is positive. The span is the widest range
+        that a component has in the patches, without the hundredth at either end.
         """
         pca = PCA(min(3, *features.shape), svd_solver="covariance_eigh").fit(features)
         mean, components = np.asarray(pca.mean_), np.array(pca.components_)
         largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
         components[largest[:, 0] < 0] *= -1
         low, high = np.quantile((features - mean) @ components.T, (QUANTILE, 1 - QUANTILE), axis=0)
-        return cls(mean, components, low, high, tuple(pca.explained_variance_ratio_.tolist()))
+        explained = tuple(pca.explained_variance_ratio_.tolist())
+        return cls(mean, components, (low + high) / 2, float((high - low).max()), explained)
 
     def colours(self, features: Float[np.ndarray, "*p d"]) -> Float[np.ndarray, "*p 3"]:
         """Colours of patches, in [0, 1]; a component that does not vary, or is not there, is 0.5."""
-        values, span = (features - self.mean) @ self.components.T, self.high - self.low
         colours = np.full((*features.shape[:-1], 3), 0.5)
-        varies = np.flatnonzero(span > 1e-6 * span.max())
-        colours[..., varies] = (values - self.low)[..., varies] / span[varies]
+        if self.span > 0:
+            values = (features - self.mean) @ self.components.T
+            colours[..., : len(self.middle)] += (values - self.middle) / self.span
         return colours.clip(0, 1)
 
 
