@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -15,8 +16,6 @@ from nextblock.tables import Column, Row, Table, escape_markdown, percent
 from nextblock.visualize.words import BASELINE_WORDS
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Group
 
 
@@ -71,7 +70,8 @@ def how_to_draw(summary: RunSummary) -> str:
 def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
     """What else is known, as (name, value); what is missing is said with the command that makes it."""
     rate, loss, status = summary.images_per_s, summary.final_loss, summary.status
-    yield "status", ": ".join(filter(None, (status.word, status.message)))
+    if status.word != "finished":
+        yield "status", ": ".join(filter(None, (status.word, status.message)))
     if not summary.results:
         yield "accuracy", f"none yet: {how_to_measure(summary)}"
     device = f" on {summary.environment['device']}" if "device" in summary.environment else ""
@@ -91,7 +91,10 @@ def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
         where = "".join(f" on {one.on}" for one in summary.monitored)
         yield name.replace("/", " "), f"{value:.1%} at step {step:,}{where}"
     if not summary.is_tuned:  # a classifier predicts no blocks
-        yield "picture", str(summary.picture or f"none yet: {how_to_draw(summary)}")
+        here, picture = Path.cwd(), summary.picture
+        if picture is not None and picture.is_relative_to(here):
+            picture = picture.relative_to(here)
+        yield "picture", str(picture or f"none yet: {how_to_draw(summary)}")
 
 
 def not_numbers(summary: RunSummary) -> Iterator[str]:
