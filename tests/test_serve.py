@@ -1,7 +1,7 @@
 """The page's server: who may ask, what is refused, and that every answer is what the library gives."""
 
 import shutil
-import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -283,7 +283,7 @@ def test_the_command_tells_its_address_ends_at_ctrl_c_and_names_a_port_in_use(
     paths, capsys, server, monkeypatch
 ):
     # As by Ctrl-C, once the page is up.
-    monkeypatch.setattr(Session, "index", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Session, "index", Mock(side_effect=KeyboardInterrupt))
     code = main(["serve", paths[0], "--port", "0", "--device", "cpu", "--json"])
     told = capsys.readouterr()
     assert told.err == "nextblock serve: interrupted\n"
