@@ -82,7 +82,7 @@ def test_a_link_of_another_page_opens_the_page_but_reads_nothing(server):
     ("method", "path", "body", "status", "words"),
     [
         ("POST", "/api/upload", b"x" * 150_000, 413, "larger than 0.1 MB"),
-        ("POST", "/api/upload", b"x" * 3_000_000, 413, "--max_upload_mb"),
+        ("POST", "/api/upload", b"x" * 700_000, 413, "--max_upload_mb"),
         ("POST", "/api/predict", b"x" * 1_100_000, 413, "larger"),
         ("POST", "/api/upload", b"this is no picture", 400, "cannot be read as an image"),
         ("POST", "/api/upload", png(NOISE)[:200], 400, "truncated"),
