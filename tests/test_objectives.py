@@ -273,6 +273,7 @@ def test_a_prefix_is_refused_by_models_that_have_none(changes):
 @pytest.mark.parametrize("changes", [{}, EMBEDDING, FEATURES], ids=["pixels", "embedding", "features"])
 @pytest.mark.parametrize("leaks", [False, True])
 def test_noise_is_predicted_only_under_a_mask_that_shows_it(changes, leaks):
+    """Why a mask's polarity matters: inverted, it shows what is to be predicted, and copying is learned."""
     one_layer = {"depth": 1, "embed_dim": 32, "num_heads": 2, "predictor": "linear", "block_mlp_dim": None}
     model = model_of(image_size=8, block_size=1, in_chans=1, **one_layer, **changes).train()
     if changes is FEATURES:  # of each patch alone: a coarser teacher would show one patch in the next

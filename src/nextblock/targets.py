@@ -36,6 +36,8 @@ class PixelTargets:
     """Whether `fit` must be called before targets can be made."""
     may_collapse = False
     """Whether training could make all targets alike."""
+    are_pixels = True
+    """Whether a prediction stands for pixels, from which an image can be continued."""
     tokenizer = None
     """The module behind the targets, which is saved with the model."""
     flops = 0
@@ -105,7 +107,7 @@ class PixelTargets:
 class TokenTargets:
     """The k-means token of each patch of a block, by cross-entropy (AIM, section 4.1)."""
 
-    may_collapse = False
+    may_collapse, are_pixels = False, True
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -185,7 +187,7 @@ class EmbeddingTargets:
     nothing else keeps all embeddings from becoming one vector.
     """
 
-    needs_fit, may_collapse = False, True
+    needs_fit, may_collapse, are_pixels = False, True, False
     tokenizer = None
     flops = 0
     scale, loss_name, name = 1, "1 - cosine", "patch embeddings"

@@ -23,6 +23,7 @@ from nextblock.models.next_block import NextBlockModel
 from nextblock.models.predictor import join_blocks
 from nextblock.models.vit import RopeLayer, embed_patches, positions_of, positions_on, rotary_positions
 from nextblock.settings import require
+from nextblock.targets import KINDS
 
 
 class Completion(NamedTuple):
@@ -84,7 +85,7 @@ def check_completes(config: ModelConfig) -> None:
     """Raise `ValueError` if a model of these settings cannot complete images."""
     config.check_predicts()
     require(
-        config.target in ("pixels", "tokens"),
+        KINDS[config.target].are_pixels,
         f"this model predicts vectors (model.target {config.target}), which are no pixels to continue from; "
         "use a model with target pixels or tokens",
     )
