@@ -54,7 +54,7 @@ setInterval(async () => {
   if (!answer?.ok) return;
   const {sections, values} = await answer.json();
   const newer = new DOMParser().parseFromString(sections, "text/html");
-  // Charts and slider stay in place, lest they lose the pointer; what had none before is taken anew.
+  // Charts and slider stay in place, lest they lose the pointer; what had none before is replaced.
   const part = document.getElementById("charts") && document.getElementById("steps") ? "header" : "main";
   if (part === "main") document.querySelector(part).replaceChildren(...newer.body.children);
   else document.querySelector(part).replaceWith(newer.querySelector(part));

@@ -277,7 +277,7 @@ class Session:
     # --------------------------------------------------------------------------------------------- the run
 
     def summary(self) -> RunSummary:
-        """The files of the run, read anew; `UsageError` if the model is none."""
+        """The files of the run, read again; `UsageError` if the model is none."""
         require(self.is_run, "This model is no run, so there are no losses to follow.")
         return read_run(self.run_dir)
 
