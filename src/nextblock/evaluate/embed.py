@@ -124,7 +124,7 @@ def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.nda
     try:
         from umap import UMAP  # type: ignore[import-not-found]
 
-        plane = UMAP(random_state=0).fit_transform(features) if len(features) > 3 else None
+        plane = UMAP(random_state=0, n_jobs=1).fit_transform(features) if len(features) > 3 else None
     except ImportError:
         plane = None
     if plane is None:
