@@ -77,6 +77,7 @@ def run_shortened(command: str, changes: Sequence[tuple[str, str]] = ()) -> None
     for old, new in [(r"\bIMAGE\b", "IMAGE.png"), *changes]:
         command = re.sub(old, new, command)
     words = shlex.split(command)[1:]
+    words = [one for word in words for one in (map(str, Path().glob(word)) if "*" in word else [word])]
     out = words[words.index("--out") + 1] if "--out" in words else ""
     if "--data.train" in words or words[0] == "finetune":  # another run than the one there
         shutil.rmtree(out, ignore_errors=True)

@@ -257,9 +257,8 @@ def trained(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run_shortened("nextblock pretrain --data.train DIR --out RUN")
-        run_shortened(
-            "nextblock probe --model RUN --train TRAIN --test TEST --baselines false --out RUN/probe"
-        )
+        run_shortened("nextblock probe --model RUN --train TRAIN --test TEST --out RUN/probe")
+    shutil.copytree(folder / "RUN", folder / "RUNS" / "first")
     return folder
 
 

@@ -125,8 +125,10 @@ class Presets(SphinxDirective):
             settings = ", ".join(f"`{name} {typed(ours[name])}`" for name in changed)
             end = f"Published: {preset.published}." if preset.published else ""
             differs = f"Differs from {f'`{preset.base}`' if preset.base else 'the defaults'} in {settings}."
-            differs = "" if preset.group == "ablation" else differs
-            entries.append(f"`{preset.name}`\n: {marked(preset.about)} {end}\n\n  {differs}\n")
+            # All sizes have one sentence, and an ablation's says what it changes.
+            words = {"size": [differs], "ablation": [marked(preset.about), end]}
+            parts = words.get(preset.group, [marked(preset.about), end, differs])
+            entries.append(f"`{preset.name}`\n: {' '.join(parts)}\n")
         table = [] if self.arguments[0] == "ablation" else [*table, ""]
         return self.parse_text_to_nodes("\n".join([*table, *entries]))
 
