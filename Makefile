@@ -21,7 +21,7 @@ DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one .venv would meet
-.PHONY: help install demo test test-slow bench gpu-check lint format clean
+.PHONY: help install demo test test-slow docs bench gpu-check lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /:/' | awk -F: '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -43,6 +43,9 @@ test: .venv/.installed-test ## the tests that take seconds
 test-slow: .venv/.installed-test ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow $(PYTEST_ARGS)
 
+docs: .venv/.installed-test ## the documentation as a site, in docs/_build/html
+	$(VENV_PYTHON) -m sphinx -W --keep-going -q docs docs/_build/html
+
 bench: .venv/.installed ## speed against plain alternatives; about 25 minutes on two cores
 	for script in step data probe load complete; do $(VENV_PYTHON) benchmarks/$$script.py $(BENCH_ARGS) || exit; done
 
@@ -59,7 +62,7 @@ format: .venv/.installed-test ## sort imports, mend what ruff can, format
 	$(VENV_PYTHON) -m ruff format
 
 clean: ## remove caches and build outputs; .venv and runs stay
-	rm -rf build dist .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make pip run once, and again when pyproject.toml changes. The test extra includes all of `install`.

@@ -1,4 +1,4 @@
-"""Run every GPU test and benchmark in at most 8 minutes, and write gpu-check.json: see docs/gpu.md.
+"""Run every GPU test and benchmark in at most 8 minutes, and write gpu-check.json: see docs/guides/gpu.md.
 
     python benchmarks/gpu_check.py                        # on a machine with a CUDA GPU; or: make gpu-check
     python benchmarks/gpu_check.py --device cpu --quick   # tiny sizes: a check of this script, no benchmark

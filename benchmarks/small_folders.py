@@ -1,4 +1,4 @@
-"""Compare small designs on two small folders at equal CPU time; docs/small_folders.md has the result.
+"""Compare small designs on two small folders at equal CPU time; docs/results/small_folders.md has the result.
 
     python benchmarks/small_folders.py prepare DIR                 # write both folders and split them
     python benchmarks/small_folders.py run DIR DESIGN SEED SAMPLES # train, then measure

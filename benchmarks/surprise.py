@@ -3,7 +3,7 @@
     python benchmarks/surprise.py DIR            # seeds 0, 1 and 2
     python benchmarks/surprise.py DIR 0 1        # these seeds alone
 
-docs/look.md has the result. Needs PyPI's elpv-dataset. The models are the runs on pixels of
+docs/results/surprise.md has the result. Needs PyPI's elpv-dataset. The models are the runs on pixels of
 benchmarks/targets.py, of the same DIR; those that are missing are trained. They see no labels, and their
 training images have as many defective cells as the test images.
 """

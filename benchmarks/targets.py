@@ -4,9 +4,9 @@
     python benchmarks/targets.py DIR table       # only print what there is
     python benchmarks/targets.py DIR cost        # seconds of a training step of each, against pixels
 
-docs/targets.md has the result. Needs PyPI's elpv-dataset. All variants share the encoder's size, the data
-order, the learning rate and the number of images seen. The teacher of `features` is the run on pixels with
-seed 100, of the same length.
+docs/results/targets.md has the result. Needs PyPI's elpv-dataset. All variants share the encoder's size, the
+data order, the learning rate and the number of images seen. The teacher of `features` is the run on pixels
+with seed 100, of the same length.
 """
 
 from __future__ import annotations

@@ -4,11 +4,9 @@ import json
 import logging
 import os
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,12 +251,3 @@ def test_probe_layers_are_names_or_numbers(words, layers, asked):
     assert asked[0]["probe_layers"] == layers
     with pytest.raises(ValueError, match="probe_layers is 'lost'; did you mean last"):
         run(["src", "dst", "--probe_layers", "lost"])
-
-
-DOCS = (Path(__file__).parents[1] / "docs" / "weights.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("command", re.findall(r"^nextblock convert (.+)$", DOCS, flags=re.MULTILINE))
-def test_the_commands_of_the_docs_are_understood(command, asked):
-    assert run(shlex.split(command)) == 0
-    assert [call["src"] for call in asked] == [command.split()[0]]

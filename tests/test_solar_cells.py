@@ -1,4 +1,4 @@
-"""The harder set of docs/results.md: photographs of solar cells, carried by a package of the test extra."""
+"""The harder set of docs/results/accuracy.md: photographs of solar cells in a package of the test extra."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nextblock.cli import main
 from nextblock.config import DataConfig
 from nextblock.data import open_source
 
-RESULTS = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+RESULTS = (Path(__file__).parent.parent / "docs" / "results" / "accuracy.md").read_text()
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ _SMALL = {
 }
 _SMALL_ABOUT = (
     "For folders of 1,000 to 50,000 images; about an hour on two CPU cores (an estimate). This project's "
-    "own: docs/small_folders.md says what was measured, and what was not."
+    "own: docs/results/small_folders.md says what was measured, and what was not."
 )
 
 _XTRA_RUNS = [

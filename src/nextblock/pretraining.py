@@ -42,7 +42,7 @@ def pretrain(
 
     Every process that torchrun, `srun` or `mpirun` starts calls this alike: they train one model together.
     `overrides` are settings by dotted name (`**{"optim.lr": 1e-4}`) or section (`data={"train": "DIR"}`).
-    Raises `ValueError` for impossible settings and `RuntimeError`s that say what happened and what to do.
+    Raises `ValueError` for impossible settings, else a `RuntimeError` that says what happened and what to do.
     """
     require(str(out) != "", "--out is empty; name a directory")
     config = get_preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
