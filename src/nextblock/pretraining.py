@@ -9,6 +9,7 @@ from typing import Any
 
 from nextblock.config import RunConfig
 from nextblock.data import Source, open_source, open_sources
+from nextblock.data.advice import WHEN_IT_PAYS
 from nextblock.data.doctor import shared_images
 from nextblock.data.statistics import measure_pixels
 from nextblock.data.subsets import named
@@ -130,7 +131,7 @@ def _hints(config: RunConfig, images: int) -> Iterator[str]:
         if config.model.embed_dim == RunConfig().model.embed_dim and images < SMALL_FOLDER:
             yield (
                 f"so large a model needs more than {counted(images, 'image')}; try --preset xtra-small-64, "
-                "or xtra-small-128 for larger images"
+                f"or xtra-small-128 for larger images. {WHEN_IT_PAYS} says what to expect"
             )
     preset = PRESETS.get(config.preset or DEFAULT_PRESET)
     batch_size, lr = min(config.train.batch_size, images), config.optim.lr

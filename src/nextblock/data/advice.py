@@ -18,6 +18,7 @@ from nextblock.logs import counted
 
 IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
 # Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result.
+WHEN_IT_PAYS = "docs/guides/when_it_pays.md"
 PRESETS_BELOW = {50_000: "xtra-small", 100_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
 
 
@@ -162,7 +163,7 @@ class Checkup:
         # 4 x 4 blocks at every size, as XTRA has; of 2 x 2 patches in the small presets.
         patch, block = (size // 16, 4) if size >= 64 and not is_small else (size // 8, 2)
         flags = f"--model.image_size {size} --model.patch_size {patch} --model.block_size {block}"
-        found = {f"--preset {preset}": f"{counted(images, 'image')}; a rule of thumb"}
+        found = {f"--preset {preset}": f"{counted(images, 'image')}; see {WHEN_IT_PAYS}"}
         if not (is_small and preset.endswith(f"-{size}")):
             found[flags] = f"median shorter side {side:,.0f} px"
         if data.channels != 3:
