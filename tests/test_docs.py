@@ -161,7 +161,7 @@ def opened(site):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         address, wrong = f"http://127.0.0.1:{server.server_port}", []
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
-        page = browser.new_page()
+        page = browser.new_context().new_page()
         page.context.set_default_timeout(120_000)  # of a machine that is busy
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on(
