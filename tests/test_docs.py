@@ -150,7 +150,7 @@ def opened(site):
     from playwright.sync_api import sync_playwright
 
     class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *words):
+        def log_message(self, format, *args):  # noqa: A002 - the base class's name
             pass
 
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -237,6 +237,12 @@ def test_every_command_is_understood_by_the_parser(capsys):
     assert len(commands) > 80
     for command in commands:
         parse(command)
+
+
+def test_the_quick_start_prints_what_the_readme_prints():
+    readme, quick_start = (path.read_text() for path in (ROOT / "README.md", DOCS / "quickstart.md"))
+    (printed,) = re.findall(r"```\n(top-1.*?)```", readme, flags=re.DOTALL)
+    assert blocks_of(quick_start, "text") == [printed]
 
 
 def test_a_misspelt_flag_on_a_page_would_be_found(capsys):
