@@ -175,7 +175,9 @@ def write_signature(
     _app: Sphinx, what: str, _name: str, found: Any, *_: Any
 ) -> tuple[str, str | None] | None:
     """Signatures as the source has them, with the shapes of tensors."""
-    if what not in ("function", "method", "class") or (what == "class" and not hasattr(found, "forward")):
+    if what == "class" and not hasattr(found, "forward"):
+        return "", None  # results and settings: their fields say more
+    if what not in ("function", "method", "class"):
         return None
     signature = inspect.signature(found)
     parameters = [
@@ -190,6 +192,13 @@ def write_signature(
     return shown, None if returns is signature.empty or what == "class" else str(returns)
 
 
+def leave_out_aliases(_app: Sphinx, _what: str, _name: str, _found: Any, *rest: Any) -> None:
+    """Drop the docstring that Python gives each field of a named tuple."""
+    lines: list[str] = rest[-1]
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register all of it."""
     directives: dict[str, type[Directive]] = {"settings": Settings, "command": Command, "presets": Presets}
@@ -197,4 +206,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
         app.add_directive(name, directive)
     app.add_post_transform(Links)
     app.connect("autodoc-process-signature", write_signature)
+    app.connect("autodoc-process-docstring", leave_out_aliases)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
