@@ -201,10 +201,10 @@ def table(about: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     )
 
 
-def section(title: str, content: str) -> str:
+def section(title: str, *parts: str) -> str:
     """A part of the page below its heading."""
     name = re.sub("[^a-z]+", "-", title.lower())
-    return f'<section id="{name}">\n<h2>{text(title)}</h2>\n{content}</section>\n'
+    return f'<section id="{name}">\n<h2>{text(title)}</h2>\n{"".join(parts)}</section>\n'
 
 
 def what_to_type(rows: Sequence[tuple[str, str]]) -> str:
