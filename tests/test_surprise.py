@@ -17,9 +17,8 @@ from nextblock.checkpoint import save_model
 from nextblock.config import DataConfig
 from nextblock.data import eval_batches, normalize
 from nextblock.errors import UsageError
-from nextblock.look.surprise import block_surprise
+from nextblock.look.surprise import block_surprise, heat_maps
 from nextblock.visualize.sheet import ERROR_COLOURS, hatch
-from nextblock.visualize.surprise import heat_maps
 from toy import ToySource, one_thread, tiny_config, tiny_images, tiny_model  # noqa: F401 - a fixture
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nextblock.blocks import block_orders, patchify, unpatchify
 from nextblock.config import ModelConfig
-from nextblock.data import normalize
 from nextblock.logs import counted
 from nextblock.look.opened import LookResult, losses_result, open_look
 from nextblock.look.settings import CompleteSettings
@@ -33,15 +32,15 @@ def complete(**settings: Any) -> LookResult:
     Losses are mean squared errors of the hidden pixels, from 0 to 1; the others are named in `FILL_WORDS`.
     """
     asked = from_dict(CompleteSettings, settings)
-    model, source, data, device = open_look(asked)
+    opened = open_look(asked)
+    model, source, data, _ = opened
     config = model.config
     completion.check_completes(config)
     order = block_orders(asked.order or config.order, config.block_grid, config.order_seed)[0]
     given = _given_blocks(asked, config, order)
     images, names, bad = some_images(source, data, config.image_size, asked.num_images)
     parts = [
-        completion.complete(model, normalize(some.to(device), data.mean, data.std), given, order=order)
-        for some in images.split(AT_ONCE)
+        completion.complete(model, opened.ready(some), given, order=order) for some in images.split(AT_ONCE)
     ]
     originals = images / 255
     completed = visible(torch.cat([part.images.cpu() for part in parts]), data.mean, data.std)

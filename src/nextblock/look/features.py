@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,31 +13,28 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nextblock.atomic import remove
-from nextblock.config import DataConfig, pair
-from nextblock.data import BadSample, Source, eval_batches, normalize, open_source
+from nextblock.config import pair
+from nextblock.data import BadSample, Source, eval_batches, open_source
 from nextblock.data.sources import SubsetSource
 from nextblock.evaluate.features import (
     attention_maps,
     check_one_head,
     classifier_directory,
     encoder_extract,
-    evaluation_data,
     patch_grid,
 )
 from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import encoder_of
 from nextblock.evaluate.search import SAME
 from nextblock.evaluate.table import Extract, FeatureTable
-from nextblock.interop import load_classifier, open_encoder
+from nextblock.interop import load_classifier
 from nextblock.interop.hub import is_hub_spec
 from nextblock.interop.load import own_file
 from nextblock.logs import counted
-from nextblock.look.opened import LookResult, about_image, write_numbers
+from nextblock.look.opened import LookResult, Opened, about_image, open_look, write_numbers
 from nextblock.look.settings import FeaturesSettings
-from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig, ImageClassifier, LinearHead
 from nextblock.settings import from_dict, require, to_dict
-from nextblock.train.runtime import choose_device
 from nextblock.visualize.evaluation import draw_attention
 from nextblock.visualize.features import PatchColours
 from nextblock.visualize.predictions import evenly_spaced, some_images
@@ -47,28 +44,12 @@ AT_ONCE = 16
 """Images encoded at a time."""
 
 
-class _Opened(NamedTuple):
-    """An encoder, images, and how it sees them."""
-
-    model: EncoderModel
-    source: Source
-    data: DataConfig
-    device: torch.device
-    extract: Extract
-
-    def table(self, extract: Extract, source: Source) -> FeatureTable:
-        """The filled table of what `extract` gives of a source."""
-        size = self.model.config.image_size
-        table = FeatureTable(extract, source, self.data, size, batch_size=AT_ONCE, device=self.device)
-        table.fill()
-        return table
-
-    def patches(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        with torch.no_grad():
-            return self.extract(self.ready(images))[0].cpu()
-
-    def ready(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return normalize(images.to(self.device), self.data.mean, self.data.std)
+def _filled(opened: Opened, extract: Extract, source: Source) -> FeatureTable:
+    """The table of what `extract` gives of a source."""
+    size, device = opened.model.config.image_size, opened.device
+    table = FeatureTable(extract, source, opened.data, size, batch_size=AT_ONCE, device=device)
+    table.fill()
+    return table
 
 
 def features(**settings: Any) -> LookResult:
@@ -81,19 +62,18 @@ def features(**settings: Any) -> LookResult:
     query's). Rows: the nearest patches.
     """
     config = from_dict(FeaturesSettings, settings)
-    model, device = open_encoder(config.model, num_heads=config.num_heads), choose_device(config.device)
-    model.to(device).eval().requires_grad_(requires_grad=False)
+    opened = open_look(config, predicts=False)
+    model, source, data, _ = opened
     (layers,) = layer_choices(config.layers, model.config.depth)
     wanted = FeatureConfig(layers=layers, norm_layers=True, pooled=False, attention=config.attention)
-    data = evaluation_data(config.model, model.config, workers=config.workers)
-    source, extract = open_source(config.data, data), encoder_extract(model, [wanted], chunk=AT_ONCE)
-    opened = _Opened(model, source, data, device, extract)
+    encode = encoder_extract(model, [wanted], chunk=AT_ONCE)
     out, size = Path(config.out), pair(model.config.image_size)
     # What may be refused comes before what takes time.
     classifier = None if config.head is None else _open_head(opened, config, config.head)
     query = None if config.query is None else _open_query(opened, config.query)
     images, names, bad = some_images(source, data, size, config.num_images)
-    patches = opened.patches(images)
+    (patches,) = encode(opened.ready(images))
+    patches = patches.cpu()
     grid = patch_grid(patches.shape[1], size)
     row, column = config.patch or (0, 0)
     require(
@@ -102,14 +82,14 @@ def features(**settings: Any) -> LookResult:
     )
 
     some = SubsetSource(source.spec, source, evenly_spaced(len(source), config.fit_images))
-    fitted = opened.table(extract, some)
+    fitted = _filled(opened, encode, some)
     known = fitted.read(fitted.readable())
     colours = PatchColours.fit(rearrange(known, "b n d -> (b n) d").numpy())
     maps = rearrange(colours.colours(patches.numpy()), "b (r q) c -> b r q c", r=grid[0])
     unreadable = [*bad, *fitted.bad]
     rows, patch, cells, caption = [], None, [], ""
     if query is not None:
-        rows, patch, cells, caption, bad = _nearest(opened, config, *query, grid)
+        rows, patch, cells, caption, bad = _nearest(opened, config, encode, *query, grid)
         unreadable += bad
     for name in ("features.json", "attention.png", "nearest.png"):  # of a result that is replaced
         remove(out / name)
@@ -161,7 +141,7 @@ def _pictures(images: UInt8[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w show
     return rearrange(images[:, : shown_channels(images.shape[1])], "b c h w -> b h w c").numpy()
 
 
-def _open_head(opened: _Opened, config: FeaturesSettings, head: str) -> ImageClassifier:
+def _open_head(opened: Opened, config: FeaturesSettings, head: str) -> ImageClassifier:
     """Open a head; `UsageError` if it is one on another encoder, or does not look anywhere."""
     check_one_head(head, "head")
     spec = classifier_directory(head)
@@ -184,7 +164,7 @@ def _open_head(opened: _Opened, config: FeaturesSettings, head: str) -> ImageCla
     return classifier.to(opened.device).eval()
 
 
-def _open_query(opened: _Opened, text: str) -> tuple[Source, int | None]:
+def _open_query(opened: Opened, text: str) -> tuple[Source, int | None]:
     """The query's image, as a source of one image, and its number, if it is one of the data."""
     source = opened.source
     if text.isdecimal() and not Path(text).exists():
@@ -203,7 +183,12 @@ def _open_query(opened: _Opened, text: str) -> tuple[Source, int | None]:
 
 
 def _nearest(
-    opened: _Opened, config: FeaturesSettings, query: Source, number: int | None, grid: tuple[int, int]
+    opened: Opened,
+    config: FeaturesSettings,
+    encode: Extract,
+    query: Source,
+    number: int | None,
+    grid: tuple[int, int],
 ) -> tuple[list[dict[str, Any]], tuple[int, int], list[list[Cell]], str, tuple[BadSample, ...]]:
     """Find the patches nearest to one of the query, which may be image `number` of the data.
 
@@ -211,18 +196,18 @@ def _nearest(
     """
     size = pair(opened.model.config.image_size)
     image, (name,), _ = some_images(query, opened.data, size, 1)
-    own = F.normalize(opened.patches(image)[0], dim=-1)
+    own = F.normalize(encode(opened.ready(image))[0][0].cpu(), dim=-1)
     patch = config.patch or divmod(int((own @ own.mean(0)).argmin()), grid[1])
     wanted = own[patch[0] * grid[1] + patch[1]].to(opened.device)
     each = min(config.per_image, len(own))
 
     # Only the best of each image are kept, so that a folder of any size can be searched.
     def best(images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
-        similar = F.normalize(opened.extract(images)[0], dim=-1) @ wanted
+        similar = F.normalize(encode(images)[0], dim=-1) @ wanted
         values, places = similar.topk(each, dim=-1)
         return values, places.float()
 
-    source, table = opened.source, opened.table(best, opened.source)
+    source, table = opened.source, _filled(opened, best, opened.source)
     numbers = table.readable()
     values, places = (table.read(numbers, kind).numpy() for kind in (0, 1))
     pixels, rows, same = query.read(0), [], {number}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from nextblock.atomic import write_text
 from nextblock.config import DataConfig
-from nextblock.data import BadSample, Source, open_source
+from nextblock.data import BadSample, Source, normalize, open_source
 from nextblock.evaluate.features import evaluation_data
-from nextblock.interop import attach_teacher, load_model
+from nextblock.interop import attach_teacher, load_model, open_encoder
 from nextblock.look.settings import LookSettings
 from nextblock.models import NextBlockModel
 from nextblock.tables import Shown, finite
@@ -22,22 +24,28 @@ from nextblock.train.runtime import choose_device
 
 
 class Opened(NamedTuple):
-    """What a command that draws works with; the model is on the device, in evaluation mode."""
+    """What a command that draws works with."""
 
-    model: NextBlockModel
+    model: Any
+    """On the device, frozen, in evaluation mode: a `NextBlockModel` if it predicts, else any encoder."""
     source: Source
     data: DataConfig
     """How images are cut and normalised for this model."""
     device: torch.device
 
+    def ready(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Images as the model takes them."""
+        return normalize(images.to(self.device), self.data.mean, self.data.std)
 
-def open_look(config: LookSettings) -> Opened:
-    """Load the model, open the images; a teacher is attached if the model predicts its features."""
-    model = load_model(config.model, num_heads=config.num_heads)
+
+def open_look(config: LookSettings, *, predicts: bool = True) -> Opened:
+    """Load a model, open images; a teacher is attached if the model predicts its features."""
+    model = (load_model if predicts else open_encoder)(config.model, num_heads=config.num_heads)
     data = evaluation_data(config.model, model.config, workers=config.workers)
     source, device = open_source(config.data, data), choose_device(config.device)
-    attach_teacher(model, data.mean, data.std, device)
-    return Opened(model.to(device).eval(), source, data, device)
+    if isinstance(model, NextBlockModel) and predicts:
+        attach_teacher(model, data.mean, data.std, device)
+    return Opened(model.to(device).eval().requires_grad_(requires_grad=False), source, data, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from nextblock.atomic import OUTPUT_MARK, mark_output, write_aside
-from nextblock.data import normalize
 from nextblock.look.opened import LookResult, losses_result, open_look
 from nextblock.look.settings import PredictSettings
 from nextblock.settings import from_dict, require
@@ -26,7 +25,8 @@ def predict(**settings: Any) -> LookResult:
     OUT/predictions.json has the losses. With `each_image` every image is also in OUT/images.
     """
     config = from_dict(PredictSettings, settings)
-    model, source, data, device = open_look(config)
+    opened = open_look(config)
+    model, source, data, _ = opened
     out = Path(config.out)
     folder = out / "images"
     require(
@@ -34,14 +34,8 @@ def predict(**settings: Any) -> LookResult:
         f"{folder} holds other files, which each_image would replace; choose another --out",
     )
     images, names, bad = some_images(source, data, model.config.image_size, config.num_images)
-    look = look_at(
-        model,
-        normalize(images.to(device), data.mean, data.std),
-        data.mean,
-        data.std,
-        distance=config.distance,
-        unpredicted=config.unpredicted,
-    )
+    how = {"distance": config.distance, "unpredicted": config.unpredicted}
+    look = look_at(model, opened.ready(images), data.mean, data.std, **how)
     picture = out / "predictions.png"
     draw_sheet(look, picture, names)
     if config.each_image:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from matplotlib.colors import Normalize
 from torch import Tensor
 
 from nextblock.checkpoint import digest_of
+from nextblock.config import ModelConfig
 from nextblock.data import Source, eval_batches, open_source
 from nextblock.evaluate.evaluation import Evaluation, Result, evaluation
 from nextblock.evaluate.files import pyarrow, write_parquet
@@ -28,11 +30,20 @@ from nextblock.tables import Column, end_of, number
 from nextblock.targets import make_targets
 from nextblock.train.runtime import autocast
 from nextblock.visualize.predictions import predicted_blocks
-from nextblock.visualize.surprise import draw_surprise
+from nextblock.visualize.sheet import (
+    banded,
+    channel_words,
+    coloured,
+    draw_cells,
+    pictures_of,
+    pixels_of_blocks,
+)
 
 PICTURE = "surprise.png"
 PREDICTING = ("predictor", "target", "mask_ratio", "teacher_digest")
 """What the encoder's identity leaves out."""
+QUANTILES = (0.01, 0.99)
+"""Of the losses of all blocks: the ends of the colour scale."""
 CHUNK, NAME_LETTERS = 4096, 60
 
 COLUMNS = (
@@ -104,7 +115,7 @@ def surprise(**settings: Any) -> Result:
         def save(out: Path, result: Result) -> None:
             if find_spec("pyarrow"):
                 _write_parquet(out / "surprise.parquet", result.all_rows, losses[0])
-            _draw(out / PICTURE, opened, model, result, source, losses[0])
+            _draw(out / PICTURE, opened, model.config, result, source, losses[0])
 
         found = opened.result("surprise", {"data": source}, COLUMNS, measure, save=save, made_from=predictor)
         if config.out is None:
@@ -114,7 +125,7 @@ def surprise(**settings: Any) -> Result:
             opened.features_dir = None
             measured = _measure(opened, model, source, predictor)
             if opened.group.is_main:
-                _draw(picture, opened, model, found, source, measured)
+                _draw(picture, opened, model.config, found, source, measured)
         return replace(found, picture=picture)
 
 
@@ -185,13 +196,43 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]], losses: Losses) -
     write_parquet(path, tables(), {"block_losses": "in raster order; NaN: not predicted"})
 
 
+def heat_maps(
+    losses: Float[np.ndarray, "m k"], config: ModelConfig, scale: Normalize
+) -> Float[Tensor, "m 3 h w"]:
+    """Every block in the colour of its loss, at the size of the image; NaN is hatched."""
+    return coloured(pixels_of_blocks(torch.from_numpy(losses), config), scale, config)
+
+
 def _draw(
-    path: Path, opened: Evaluation, model: NextBlockModel, result: Result, source: Source, losses: Losses
+    path: Path, opened: Evaluation, config: ModelConfig, result: Result, source: Source, losses: Losses
 ) -> None:
+    """Draw the rows' images, each above a heat map; colours span nearly all losses of the whole set."""
     chosen = np.array([row["index"] for row in result.rows])
-    (batch,) = eval_batches(source, opened.data, model.config.image_size, len(chosen), chosen)
+    (batch,) = eval_batches(source, opened.data, config.image_size, len(chosen), chosen)
     # Files may have gone since they were measured.
     there = set(batch.samples.tolist())
     rows = [row for row in result.rows if row["index"] in there]
-    score = opened.settings.score  # type: ignore[attr-defined]
-    draw_surprise(path, model.config, batch.images, losses.of(rows), rows, losses.blocks, score)
+    low, high = np.nanquantile(losses.blocks, QUANTILES).tolist()
+    scale = Normalize(low, max(high, low + 1e-6), clip=True)
+    pictures, maps = pictures_of(batch.images), pictures_of(heat_maps(losses.of(rows), config, scale))
+    lines, names = [], []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        of_group = [i for i, row in enumerate(rows) if row["group"] == group]
+        some = [rows[i] for i in of_group]
+        more, more_names = banded(
+            {f"{group}\nscores": pictures[of_group], "loss of\nblocks": maps[of_group]},
+            [f"mean {row['mean_loss']:.3f}\nlargest {row['largest_loss']:.3f}" for row in some],
+            ["\n".join(filter(None, (row["name"], row["class"]))) for row in some],
+        )
+        lines += more
+        names += more_names
+    sentences = [
+        f"Score: the {result.identity['settings']['score']} loss of an image's blocks.",
+        *make_targets(config).words[:1],
+        f"Colours: from the 1st to the 99th percentile of the losses of all blocks of "
+        f"{counted(len(losses.blocks), 'image')}, {low:.2g} to {high:.2g}.",
+        *["Hatched blocks are not predicted."] * (len(predicted_blocks(config)) < config.num_blocks),
+        *channel_words(config.in_chans),
+    ]
+    title, caption = "Surprise: how badly blocks are predicted", " ".join(sentences)
+    draw_cells(lines, path, title=title, caption=caption, names=names, blocks_of=config, bar=(1, scale))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nextblock.atomic import is_locked
+from nextblock.config import MonitorConfig
 from nextblock.errors import UsageError
 from nextblock.logs import clock
 from nextblock.presets import DEFAULT_PRESET, PRESETS
@@ -34,6 +35,7 @@ _PASSED_BY = {"checkpoints", "tensorboard", "wandb", "pictures"}
 
 SILENT_S = 300.0
 """A run whose heartbeat is older has failed: it beats every ten seconds."""
+KNN_SAMPLES = MonitorConfig().knn_samples
 LATE_S = 30.0
 """From this age on, the lock of a run on this machine is asked for as well."""
 
@@ -154,14 +156,10 @@ class RunSummary:
         if "knn/top1" not in self.knn:
             return ()
         on, top1 = typed(val or "unknown images"), self.knn["knn/top1"][0]
+        most = self.settings.get("monitor.knn_samples", KNN_SAMPLES)
+        on += f" (up to {most:,} images)" * (most != KNN_SAMPLES)  # fewer images are another measure
         labels = typed(train) if train else None
         return (Measured("kNN while training", on, "model", top1, None, labels, "metrics.jsonl"),)
-
-    @property
-    def best_knn(self) -> tuple[float, int] | None:
-        """The best of the monitored kNN accuracies, and its step."""
-        steps, values = self.series("knn/top1")
-        return max(zip(values, steps, strict=True), default=None)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of the logged lines that hold a finite number under `name`."""
@@ -185,7 +183,7 @@ class RunSummary:
     @property
     def is_tuned(self) -> bool:
         """Whether this is a fine-tuning, which has a classifier and predicts no blocks."""
-        return any(name.startswith("finetune.") for name in self.settings)
+        return self.training_dir != self.run_dir
 
     @property
     def changed(self) -> dict[str, tuple[Any, Any]]:

@@ -91,7 +91,7 @@ def draw_cells(
     subtitle, caption = wrapped(subtitle, across_in - 0.4, 8.5), wrapped(caption, across_in - 0.4, 8)
     y, places = 0.56 + 0.18 * _lines(subtitle), []
     for row in rows:
-        y += LINE_IN * max(_lines(cell.above) for cell in row)
+        y += 1.3 * LINE_IN * max(_lines(cell.above) for cell in row)
         height_px, width_px = row[0].picture.shape[:2]
         places.append((y, cell_in * height_px / width_px))
         y += places[-1][1] + GAP_IN + LINE_IN * max(_lines(cell.words) for cell in row)
@@ -123,8 +123,8 @@ def draw_cells(
                 (cell.words, y + high_in + 0.05, "top"),
             ):
                 words = "\n".join(shortened(line, letters) for line in words.split("\n"))
-                style = {"size": 7.5, "linespacing": 1.1, "color": MUTED, "ha": "center", "va": side}
-                text_at(figure, x + cell_in / 2, at, words, **style)
+                style = {"size": 7.5, "linespacing": 1.1, "color": INK if side == "top" else MUTED}
+                text_at(figure, x + cell_in / 2, at, words, ha="center", va=side, **style)
     if bar is not None:
         (y, high_in), scale = places[bar[0]], bar[1]
         axes = axes_at(figure, left_in + columns * (cell_in + GAP_IN), y, 0.09, high_in)
