@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import statistics
-import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from nextblock.atomic import is_locked
 from nextblock.config import MonitorConfig
@@ -248,14 +249,11 @@ class RunSummary:
 
     @cached_property
     def encoder_parameters(self) -> int | None:
-        """Numbers in the encoder's tensors, from the head of the latest checkpoint; None without one."""
+        """Numbers in the encoder's tensors, from the latest checkpoint; None without one."""
         for path in sorted(self.training_dir.glob("checkpoints/step_*/model.safetensors"), reverse=True):
-            with suppress(OSError, ValueError, struct.error, KeyError), path.open("rb") as file:
-                # safetensors: the length of the head in 8 bytes, then JSON that names each tensor's shape.
-                (length,) = struct.unpack("<Q", file.read(8))
-                tensors = json.loads(file.read(length))
-                shapes = [one["shape"] for name, one in tensors.items() if name.startswith("encoder.")]
-                return sum(map(math.prod, shapes)) or None
+            with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+                names = [name for name in file.keys() if name.startswith("encoder.")]  # noqa: SIM118 - no dict
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in names) or None
         return None
 
 
@@ -369,12 +367,10 @@ def _measured(run_dir: Path, path: Path, values: dict[str, Any]) -> Iterator[Mea
     """The accuracies in a result; of kNN those of the setting that was fixed beforehand."""
     try:
         verb, sources = values["verb"], values.get("sources", {})
-        held_out = "each by the others" if verb == "knn" else "held out"
         labels = sources["train"]["spec"] if sources else None
-        if "test" in sources:
-            on = sources["test"]["spec"]
-        else:
-            on = f"{labels}, {held_out}" if sources else values["settings"]["test"]
+        on = f"{labels}, {'each by the others' if verb == 'knn' else 'held out'}"
+        if "test" in sources or not sources:
+            on = sources["test"]["spec"] if sources else values["settings"]["test"]
         for row in values["rows"]:
             method = row.get("head") or row.get("method") or verb
             if verb == "fewshot":

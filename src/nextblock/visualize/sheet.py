@@ -132,7 +132,7 @@ def draw_cells(
         colours.set_ticks(np.linspace(*scale.inverse([0, 1]), 3))
         colours.outline.set_visible(False)  # type: ignore[operator]
         axes.tick_params(labelsize=7, length=2, width=0.5, color=MUTED, labelcolor=MUTED)
-    save_png(figure, path, dpis=(200, 170, 150, 130, 110, 90, 70), max_bytes=MAX_PICTURE_BYTES)
+    save_png(figure, path, dpis=(200, 170, 150, 130, 110, 90, 70, 50), max_bytes=MAX_PICTURE_BYTES)
 
 
 def _lines(words: str) -> int:
