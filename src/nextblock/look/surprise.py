@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ PREDICTING = ("predictor", "target", "mask_ratio", "teacher_digest")
 """What the encoder's identity leaves out."""
 QUANTILES = (0.01, 0.99)
 """Of the losses of all blocks: the ends of the colour scale."""
-CHUNK, NAME_LETTERS = 4096, 60
+NAME_LETTERS = 60
 
 COLUMNS = (
     Column("group", "score"),
@@ -106,16 +107,15 @@ def surprise(**settings: Any) -> Result:
         source = open_source(config.data, opened.data)
         told = {name: getattr(model.config, name) for name in PREDICTING}
         predictor = {"predictor": {"weights": digest_of(model), **told}}
-        losses: list[Losses] = []
-
-        def measure() -> Result:
-            losses.append(_measure(opened, model, source, predictor))
-            return _result(opened, config, model, source, losses[0])
+        measured = cache(lambda: _measure(opened, model, source, predictor))
 
         def save(out: Path, result: Result) -> None:
             if find_spec("pyarrow"):
-                _write_parquet(out / "surprise.parquet", result.all_rows, losses[0])
-            _draw(out / PICTURE, opened, model.config, result, source, losses[0])
+                _write_parquet(out / "surprise.parquet", result.all_rows, measured())
+            _draw(out / PICTURE, opened, model.config, result, source, measured())
+
+        def measure() -> Result:
+            return _result(opened, config, model, source, measured())
 
         found = opened.result("surprise", {"data": source}, COLUMNS, measure, save=save, made_from=predictor)
         if config.out is None:
@@ -123,9 +123,9 @@ def surprise(**settings: Any) -> Result:
         picture = Path(config.out) / PICTURE
         if opened.group.broadcast(not picture.is_file()):  # deleted since the result was written
             opened.features_dir = None
-            measured = _measure(opened, model, source, predictor)
+            losses = measured()  # by all ranks
             if opened.group.is_main:
-                _draw(picture, opened, model.config, found, source, measured)
+                _draw(picture, opened, model.config, found, source, losses)
         return replace(found, picture=picture)
 
 
@@ -183,17 +183,12 @@ def _result(
 
 
 def _write_parquet(path: Path, rows: Sequence[dict[str, Any]], losses: Losses) -> None:
-    pa = pyarrow()
-
-    def tables() -> Any:
-        for start in range(0, len(rows), CHUNK):
-            some = rows[start : start + CHUNK]
-            columns = {name: [row[name] for row in some] for name in rows[0]}
-            columns["class"] = pa.array(columns["class"], pa.string())
-            columns["block_losses"] = pa.array(losses.of(some).tolist(), pa.list_(pa.float32()))
-            yield pa.table(columns)
-
-    write_parquet(path, tables(), {"block_losses": "in raster order; NaN: not predicted"})
+    pa, blocks = pyarrow(), losses.of(rows)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["class"] = pa.array(columns["class"], pa.string())
+    ends = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * blocks.shape[1])
+    columns["block_losses"] = pa.ListArray.from_arrays(ends, pa.array(blocks.ravel()))
+    write_parquet(path, [pa.table(columns)], {"block_losses": "in raster order; NaN: not predicted"})
 
 
 def heat_maps(
