@@ -148,7 +148,7 @@ def _measure(opened: Evaluation, model: NextBlockModel, source: Source, predicto
 def _result(
     opened: Evaluation, config: SurpriseSettings, model: NextBlockModel, source: Source, losses: Losses
 ) -> Result:
-    mean = np.nanmean(losses.blocks, axis=1, dtype=np.float64)
+    mean = np.asarray(np.nanmean(losses.blocks, axis=1, dtype=np.float64))
     largest, block = np.nanmax(losses.blocks, axis=1), np.nanargmax(losses.blocks, axis=1)
     # Of equal scores the first image comes first.
     ranked = np.argsort(-(mean if config.score == "mean" else largest), kind="stable").tolist()

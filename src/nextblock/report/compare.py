@@ -75,14 +75,13 @@ class Comparison:
     @cached_property
     def measures(self) -> dict[str, list[dict[str, float | None] | None]]:
         """Accuracies by what they are, with the standard error of each run; first what the most runs have."""
-        found: dict[str, dict[int, dict[str, float | None]]] = {}
+        found: dict[str, list[dict[str, float | None] | None]] = {}
         own = told_apart(*([one for one in run.results if one.encoder == "model"] for run in self.runs))
         for i, results in enumerate(zip(own, self.monitored, strict=True)):
             for one in chain(*results):
-                accuracy = {"top1": one.top1, "top1_se": one.top1_se}
-                found.setdefault(f"{one.method} {one.where}", {})[i] = accuracy
-        ranked = sorted(found.items(), key=lambda item: -len(item[1]))
-        return {name: [values.get(i) for i in range(len(self.runs))] for name, values in ranked}
+                values = found.setdefault(f"{one.method} {one.where}", [None] * len(self.runs))
+                values[i] = {"top1": one.top1, "top1_se": one.top1_se}
+        return dict(sorted(found.items(), key=lambda item: item[1].count(None)))
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -171,11 +170,10 @@ def comparison_table(found: Comparison, *, accuracies: int = 3) -> Table:
     """A row of each run: losses, and the accuracies that the most runs have."""
 
     def accuracy(name: str) -> Column:
-        return Column(
-            "accuracies",
-            name,
-            lambda all_, _: "-" if all_[name] is None else percent(all_[name]["top1"], all_[name], "top1"),
-        )
+        def show(found: dict[str, Any], _: Any) -> str:
+            return "-" if found[name] is None else percent(found[name]["top1"], found[name], "top1")
+
+        return Column("accuracies", name, show)
 
     def known(key: str, title: str, show: Callable[[Any], str]) -> Column:
         return Column(key, title, lambda value, _: "-" if value is None else show(value))

@@ -242,8 +242,8 @@ def _head(summary: RunSummary) -> str:
         tiles.append(("validation loss", f"{loss:.4f}", f"at step {step:,}"))
     own = [one for one in told_apart(summary.results)[0] if one.encoder == "model"]
     tiles += [(one.method, f"{one.top1:.1%}", one.where) for one in own[:2]]
-    for one in () if own else told_apart(summary.monitored)[0]:
-        step = summary.knn["knn/top1"][1]
+    if summary.final_knn is not None and not own:
+        (one,), step = told_apart(summary.monitored)[0], summary.final_knn[1]
         tiles.append(("kNN", f"{one.top1:.1%}", f"{one.where}, at step {step:,}"))
     if summary.images_per_s is not None:
         device = summary.environment.get("device", "")

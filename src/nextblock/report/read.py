@@ -105,7 +105,7 @@ class RunSummary:
     @property
     def name(self) -> str:
         """The name of its directory."""
-        return self.run_dir.name or self.run_dir.resolve().name
+        return self.run_dir.name
 
     @property
     def picture(self) -> Path | None:
@@ -138,36 +138,28 @@ class RunSummary:
         return (values[-1], steps[-1]) if values else None
 
     @property
-    def knn(self) -> dict[str, tuple[float, int]]:
-        """The latest of the monitored kNN accuracies by name ("knn/top1"), each with its step."""
-        return {
-            name: (value, line["step"])
-            for line in self.monitor
-            for name, value in line.items()
-            if name.startswith("knn/") and is_number(value)
-        }
+    def final_knn(self) -> tuple[float, int] | None:
+        """The latest kNN accuracy while training, and its step."""
+        return self._last("knn/top1")
 
     @property
     def monitored(self) -> tuple[Measured, ...]:
         """The latest kNN accuracy while training, as a result; empty if there is none."""
+        if self.final_knn is None:
+            return ()
         train, val = (
             self.settings.get(f"monitor.knn_{name}") or self.settings.get(f"data.{name}")
             for name in ("train", "val")
         )
-        if "knn/top1" not in self.knn:
-            return ()
-        on, top1 = typed(val or "unknown images"), self.knn["knn/top1"][0]
-        most = self.settings.get("monitor.knn_samples", KNN_SAMPLES)
+        on, most = typed(val or "unknown images"), self.settings.get("monitor.knn_samples", KNN_SAMPLES)
         on += f" (up to {most:,} images)" * (most != KNN_SAMPLES)  # fewer images are another measure
-        labels = typed(train) if train else None
+        labels, top1 = typed(train) if train else None, self.final_knn[0]
         return (Measured("kNN while training", on, "model", top1, None, labels, "metrics.jsonl"),)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of the logged lines that hold a finite number under `name`."""
         kept = [line for line in (*self.train, *self.val, *self.monitor) if is_number(line.get(name))]
         return [line["step"] for line in kept], [line[name] for line in kept]
-
-    # ----------------------------------------------------------------------- read when they are asked for
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -222,8 +214,6 @@ class RunSummary:
             return Status("failed", f"no heartbeat for {silent}", age_s)
         return Status("running", None, age_s)
 
-    # -------------------------------------------------------------------------- what it cost, and its size
-
     @property
     def step(self) -> int:
         """Steps done, as far as is known."""
@@ -276,13 +266,12 @@ def read_run(run_dir: Path) -> RunSummary:
     # Commands are typed, and pages are read, in other directories.
     run_dir, training = run_dir.absolute(), training.absolute()
     lines = _read_lines(training / "metrics.jsonl")
-    by_verb = {f"{verb}.json": verb for verb in VERBS}
-    files = [path for path in _files_below(run_dir) if path.name in by_verb]
+    files = [path for path in _files_below(run_dir) if path.suffix == ".json" and path.stem in VERBS]
     # What `eval` measured lies method by method below it, unless it scored a classifier.
     folders = {path.parent for path in files if path.name != "eval.json"}
     files = [
         path
-        for path in sorted(files, key=lambda path: (VERBS.index(by_verb[path.name]), path))
+        for path in sorted(files, key=lambda path: (VERBS.index(path.stem), path))
         if path.name != "eval.json" or not any(path.parent in folder.parents for folder in folders)
     ]
     results = {path: read_json(path) for path in files}

@@ -129,7 +129,7 @@ def draw_cells(
         (y, high_in), scale = places[bar[0]], bar[1]
         axes = axes_at(figure, left_in + columns * (cell_in + GAP_IN), y, 0.09, high_in)
         colours = figure.colorbar(ScalarMappable(scale, cmap=ERROR_COLOURS), cax=axes, format="%.3g")
-        colours.set_ticks(np.linspace(*scale.inverse([0, 1]), 3))
+        colours.set_ticks([float(scale.inverse(share)) for share in (0, 0.5, 1)])
         colours.outline.set_visible(False)  # type: ignore[operator]
         axes.tick_params(labelsize=7, length=2, width=0.5, color=MUTED, labelcolor=MUTED)
     save_png(figure, path, dpis=(200, 170, 150, 130, 110, 90, 70, 50), max_bytes=MAX_PICTURE_BYTES)
