@@ -64,6 +64,7 @@ def features(**settings: Any) -> LookResult:
     config = from_dict(FeaturesSettings, settings)
     opened = open_look(config, predicts=False)
     model, source, data, _ = opened
+    model.requires_grad_(requires_grad=False)
     (layers,) = layer_choices(config.layers, model.config.depth)
     wanted = FeatureConfig(layers=layers, norm_layers=True, pooled=False, attention=config.attention)
     encode = encoder_extract(model, [wanted], chunk=AT_ONCE)

@@ -27,7 +27,7 @@ class Opened(NamedTuple):
     """What a command that draws works with."""
 
     model: Any
-    """On the device, frozen, in evaluation mode: a `NextBlockModel` if it predicts, else any encoder."""
+    """On the device, in evaluation mode: a `NextBlockModel` if it predicts, else any encoder."""
     source: Source
     data: DataConfig
     """How images are cut and normalised for this model."""
@@ -45,7 +45,7 @@ def open_look(config: LookSettings, *, predicts: bool = True) -> Opened:
     source, device = open_source(config.data, data), choose_device(config.device)
     if isinstance(model, NextBlockModel) and predicts:
         attach_teacher(model, data.mean, data.std, device)
-    return Opened(model.to(device).eval().requires_grad_(requires_grad=False), source, data, device)
+    return Opened(model.to(device).eval(), source, data, device)
 
 
 @dataclass(frozen=True, kw_only=True)
