@@ -20,10 +20,10 @@ from nextblock.report import Comparison, comparison_page, page_values, read_run,
 from nextblock.report import compare as comparing
 from nextblock.report import page as paging
 from nextblock.settings import to_dict
+from serving import browser  # noqa: F401 - a fixture
 from test_report import probe_row, train_line, write_result
 from tiny_runs import call_cli
 
-CHROMIUM = Path("/usr/bin/chromium")
 ODD = "</script><script>alert(1)</script>"
 
 
@@ -418,21 +418,8 @@ def test_a_place_that_is_no_page_is_refused(cli, tmp_path, out, why):
 # ------------------------------------------------------------------------------------------------ a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        pytest.skip("no chromium here")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
-        yield one
-        one.close()
-
-
 @pytest.fixture
-def opened(browser, tmp_path):
+def opened(browser, tmp_path):  # noqa: F811
     """`opened(html)` -> the page in a browser; nothing may be fetched, and nothing may go wrong in it."""
     page, wrong = browser.new_page(), []
     page.on("console", lambda message: wrong.append(message.text))

@@ -176,7 +176,7 @@ class RunSummary:
     @property
     def is_tuned(self) -> bool:
         """Whether this is a fine-tuning, which has a classifier and predicts no blocks."""
-        return self.training_dir != self.run_dir
+        return any(name.startswith("finetune.") for name in self.settings)
 
     @property
     def changed(self) -> dict[str, tuple[Any, Any]]:
