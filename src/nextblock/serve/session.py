@@ -154,9 +154,7 @@ class Session:
 
     def thumbnail(self, index: Any) -> bytes:
         """An image of --data, made small."""
-        picture = _picture(self._read(index))
-        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        return _png(picture)
+        return _png(self._read(index), THUMBNAIL_PX)
 
     def _read(self, index: Any) -> UInt8[Tensor, "c h w"]:
         source = self._source()
@@ -222,7 +220,7 @@ class Session:
         source, table, images = self._source(), self.table, self._normalized(image)
         require(not self.search_failed, self.search_failed)
         top, rows = _number("top", top, MOST_NEAREST + 1), []
-        # The table is there once the first batch is.
+        # Features are there once the first batch is.
         numbers = table.readable() if table is not None and self.encoded else np.empty(0, dtype=np.int64)
         if table is not None and len(numbers):
             with torch.no_grad():
@@ -305,15 +303,14 @@ def _number(name: str, value: Any, below: float) -> int:
     return int(value)
 
 
-def _picture(pixels: Shaped[Tensor, "c h w"]) -> Image.Image:
+def _png(pixels: Shaped[Tensor, "c h w"], most_px: int | None = None) -> bytes:
     """Bytes, or floats in [0, 1], as a colour picture; of many channels the first three."""
     if pixels.is_floating_point():
         pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     shown = pixels[: shown_channels(len(pixels))].expand(3, -1, -1)
-    return Image.fromarray(np.ascontiguousarray(rearrange(shown, "c h w -> h w c").numpy()))
-
-
-def _png(picture: Image.Image) -> bytes:
+    picture = Image.fromarray(np.ascontiguousarray(rearrange(shown, "c h w -> h w c").numpy()))
+    if most_px is not None:
+        picture.thumbnail((most_px, most_px))
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
@@ -321,4 +318,4 @@ def _png(picture: Image.Image) -> bytes:
 
 def _url(pixels: Shaped[Tensor, "c h w"]) -> str:
     """A picture as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(_png(_picture(pixels))).decode()
+    return "data:image/png;base64," + base64.b64encode(_png(pixels)).decode()
