@@ -1,4 +1,4 @@
-"""What tests of the page share: a saved tiny model, a folder of pictures, a server on a free port."""
+"""What tests of pages share: a browser, a saved tiny model, a folder of pictures, a server on a free port."""
 
 import base64
 import http.client
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from nextblock.checkpoint import save_model
@@ -19,6 +20,20 @@ from nextblock.serve.settings import ServeSettings
 from toy import tiny_model
 
 DATA = DataConfig(val_resize_px=16, workers=0)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium; without it a test is skipped."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as started:
+        try:
+            browser = started.chromium.launch(executable_path="/usr/bin/chromium", args=args)
+        except playwright.Error as error:
+            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
 
 
 def save_tiny(folder, model=None):

@@ -232,7 +232,7 @@ def test_errors_are_those_of_hidden_pixels_beside_two_fillings(file, tmp_path):
         "nearest_given": columns.repeat_interleave(8, -1)[:, :, None],
     }
     expected = {name: float((x - true[..., 8:, :]).square().mean()) for name, x in filled.items()}
-    row = result.rows[0].as_dict()
+    row = result.rows[0]
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 

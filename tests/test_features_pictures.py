@@ -116,12 +116,12 @@ def test_images_of_two_channels_and_four_are_drawn_by_their_first(channels, tmp_
 
 def test_all_images_are_drawn_in_the_colours_of_the_whole_folder(places, cells):
     result = nextblock.features(**places)
-    assert result.fitted_on == 12
+    assert result.facts["fitted_on"] == 12
     assert [sample.name for sample in result.bad] == ["broken_00.png"]
     patches = patches_of(places)
     colours = PatchColours.fit(patches.reshape(-1, patches.shape[-1]).numpy())
     drawn = {cell.words: cell.picture for cell in cells["features.png"] if cell.words}
-    assert list(drawn) == list(result.images) == ["0002.png", "0006.png", "0010.png"]
+    assert list(drawn) == result.facts["images"] == ["0002.png", "0006.png", "0010.png"]
     for name, picture in drawn.items():
         expected = colours.colours(patches[int(name[:4])].numpy()).reshape(*GRID, 3)
         np.testing.assert_allclose(picture, expected, atol=1e-4)
@@ -146,7 +146,7 @@ def test_the_nearest_patches_are_those_of_the_slow_definition(places, cells):
     # The same image by its number; without a patch, the one least like the mean of its image.
     result = nextblock.features(**places, query="5")
     least = int((patches[5] @ patches[5].mean(0)).argmin())
-    assert result.patch == divmod(least, GRID[1])
+    assert result.facts["patch"] == divmod(least, GRID[1])
     assert 5 not in [row["index"] for row in result.rows]
 
 
@@ -190,8 +190,8 @@ def test_maps_of_a_head_are_drawn_over_the_grid(kind, places, tmp_path, monkeypa
     classifier = head_on(tiny_model(), kind, tmp_path / "head", num_queries={"attentive": 1, "ep": 3}[kind])
     result = nextblock.features(**places, head=str(tmp_path / "head"))
     pictures, maps, path = drawn["found"]
-    assert (result.attention, drawn["unit"]) == (path, {"attentive": "head", "ep": "query"}[kind])
-    assert tuple(drawn["names"]) == result.images
+    assert (result.pictures[1], drawn["unit"]) == (path, {"attentive": "head", "ep": "query"}[kind])
+    assert drawn["names"] == result.facts["images"]
     assert pictures.shape == (3, *SIZE, 3)
     assert maps.shape == (3, {"attentive": 4, "ep": 3}[kind], *GRID)
     images = normalize(torch.from_numpy(pictures).movedim(-1, 1), DATA.mean, DATA.std)

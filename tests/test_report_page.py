@@ -20,10 +20,10 @@ from nextblock.report import Comparison, comparison_page, page_values, read_run,
 from nextblock.report import compare as comparing
 from nextblock.report import page as paging
 from nextblock.settings import to_dict
+from serving import browser  # noqa: F401 - a fixture
 from test_report import probe_row, train_line, write_result
 from tiny_runs import call_cli
 
-CHROMIUM = Path("/usr/bin/chromium")
 ODD = "</script><script>alert(1)</script>"
 
 
@@ -239,6 +239,8 @@ def test_a_page_names_results_settings_starts_and_unreadable_images(tmp_path):
     assert "<tr><td>linear</td><td>digits:split=test</td><td class=n>95.1 ± 1.2</td></tr>" in html
     assert f"probe/probe.json: {note}" in html
     assert "<dt>linear</dt><dd>95.1%<small>on digits:split=test</small></dd>" in html
+    assert "<dt>training loss</dt><dd>0.0167<small>predicting zero: 0.995</small></dd>" in html
+    assert "<dt>validation loss</dt><dd>0.0183<small>at step 60</small></dd>" in html
     assert "<tr><td>optim.lr</td><td>0.002</td><td>0.5</td></tr>" in html
     assert "12 images in quarantine.jsonl, the first 10:" in html
     assert "9.png" in html
@@ -331,6 +333,13 @@ def test_accuracies_on_other_images_or_from_other_labels_are_other_accuracies(tm
     assert [chart["title"] for chart in comparing._relation_charts(found)[0]] == by_cost, "no lone points"
 
 
+def test_knn_of_another_number_of_images_is_another_accuracy(tmp_path):
+    changes = ({}, {"monitor.knn_samples": 1000})
+    runs = [read_run(write_run(tmp_path / str(i), changes=one)) for i, one in enumerate(changes)]
+    knn = "kNN while training on digits:split=test"
+    assert [*Comparison(runs).measures] == [knn, f"{knn} (up to 1,000 images)"]
+
+
 def test_losses_on_other_images_are_not_compared_if_there_are_any(tmp_path):
     runs = [
         write_run(tmp_path / str(i), changes=one)
@@ -409,21 +418,8 @@ def test_a_place_that_is_no_page_is_refused(cli, tmp_path, out, why):
 # ------------------------------------------------------------------------------------------------ a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        pytest.skip("no chromium here")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
-        yield one
-        one.close()
-
-
 @pytest.fixture
-def opened(browser, tmp_path):
+def opened(browser, tmp_path):  # noqa: F811
     """`opened(html)` -> the page in a browser; nothing may be fetched, and nothing may go wrong in it."""
     page, wrong = browser.new_page(), []
     page.on("console", lambda message: wrong.append(message.text))
@@ -478,6 +474,15 @@ def test_the_slider_changes_the_picture_and_charts_tell_their_values(opened, tmp
     box = chart.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 15, box["y"] + 50)
     assert "step 60" in chart.locator("output").inner_text()
+
+
+def test_more_than_ten_runs_differ_in_colour_or_dashes(opened, tmp_path):
+    runs = [read_run(write_run(tmp_path / str(i), steps=20 + 10 * i)) for i in range(11)]
+    page = opened(comparison_page(Comparison(runs), tmp_path))
+    for marks in ("#charts figure:first-child .curve", "#relations figure:first-child svg > circle"):
+        look = "['stroke', 'stroke-dasharray', 'fill'].map(name => one.getAttribute(name)).join()"
+        looks = page.locator(marks).evaluate_all(f"all => all.map(one => {look})")
+        assert len(looks) == len(set(looks)) == 11
 
 
 def test_hostile_names_are_text_and_nothing_else(opened, tmp_path):

@@ -10,13 +10,12 @@ from einops import rearrange
 
 import nextblock
 from nextblock.cli import main
-from nextblock.data import normalize, open_source
+from nextblock.data import normalize
 from nextblock.data.augment import val_crop
 from nextblock.look.surprise import block_surprise
 from nextblock.models.completion import complete
 from nextblock.serve import session as session_module
 from nextblock.serve.session import Session
-from nextblock.visualize import predict
 from serving import DATA, ask, call, pixels_of, png, save_tiny, served
 from tiny_runs import contents, refused, run_toy
 from toy import one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
@@ -171,11 +170,11 @@ def test_about_and_the_kept_image_are_those_of_the_model(server, paths):
 
 
 def test_predictions_are_those_of_predict(server, paths, tmp_path):
-    source = open_source(f"{paths[1]}/b/8.png", DATA)
-    (row,) = predict(tiny_model(), source, DATA, tmp_path, num_images=1, device=torch.device("cpu")).rows
+    image = {"data": f"{paths[1]}/b/8.png", "out": str(tmp_path)}
+    (row,) = nextblock.predict(model=paths[0], **image, device="cpu", workers=0).rows
     found = call(server, "predict", **{"image": call(server, "choose", index=8)["image"]})
-    assert found["loss"] == pytest.approx(row.loss, rel=1e-6)
-    assert [*found["references"].values()] == pytest.approx([*row.baselines.values()], rel=1e-6)
+    losses = [found["loss"], *found["references"].values()]
+    assert losses == pytest.approx([*row.values()][1:], rel=1e-6)
     assert found["words"][0] == "Loss: squared error of block-normalised pixels."
     assert pixels_of(found["picture"]).shape == (16, 24, 3)
 

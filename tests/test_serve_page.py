@@ -3,28 +3,14 @@
 import numpy as np
 import pytest
 
-from serving import png, save_tiny, served
+from serving import browser, png, save_tiny, served  # noqa: F401 - a fixture
 from toy import one_thread, toy_model  # noqa: F401 - a fixture
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = "/usr/bin/chromium"
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 READY = "#cards:not([hidden]):not(:has(.busy))"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        try:
-            browser = started.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        except playwright.Error as error:
-            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def page(browser):
+def page(browser):  # noqa: F811
     page, said = browser.new_page(viewport={"width": 400, "height": 800}), []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))

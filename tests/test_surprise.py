@@ -17,9 +17,8 @@ from nextblock.checkpoint import save_model
 from nextblock.config import DataConfig
 from nextblock.data import eval_batches, normalize
 from nextblock.errors import UsageError
-from nextblock.look.surprise import block_surprise
+from nextblock.look.surprise import block_surprise, heat_maps
 from nextblock.visualize.sheet import ERROR_COLOURS, hatch
-from nextblock.visualize.surprise import heat_maps
 from toy import ToySource, one_thread, tiny_config, tiny_images, tiny_model  # noqa: F401 - a fixture
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -147,6 +146,10 @@ def test_the_same_command_reads_its_result_and_another_predictor_is_refused(run,
     reads = run.source.reads
     assert run().rows == tuple(written(tmp_path / "out" / "surprise.json")["rows"]) == first.rows
     assert run.source.reads == reads
+    (tmp_path / "out" / "surprise.png").unlink()
+    assert run().rows == first.rows
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"surprise.png", "surprise.csv"}
+    assert not (tmp_path / "out" / "features").exists()
     with pytest.raises(UsageError, match=r"settings\.num_images: 3 there, 2 here"):
         run(num_images=2)
     with torch.no_grad():

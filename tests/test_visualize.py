@@ -15,18 +15,15 @@ from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfi
 from nextblock.data import normalize, open_source
 from nextblock.data.augment import val_crop
 from nextblock.errors import UsageError
+from nextblock.look import predict as look
+from nextblock.look.opened import Opened
 from nextblock.models import NextBlockModel
 from nextblock.targets import PixelTargets
 from nextblock.train import MonitorEvent
-from nextblock.visualize import predictions, sheet
+from nextblock.visualize import predictions
 from nextblock.visualize.figure import save_png, wrapped
-from nextblock.visualize.predictions import (
-    PredictionMonitor,
-    draw_predictions,
-    predict,
-    predicted_image,
-)
-from nextblock.visualize.sheet import MAX_PICTURE_BYTES, draw_sheet, side_by_side
+from nextblock.visualize.predictions import PredictionMonitor, draw_sheet, joined, look_at
+from nextblock.visualize.sheet import MAX_PICTURE_BYTES, side_by_side
 from toy import ToySource, tiny_images, tiny_model
 
 CPU = torch.device("cpu")
@@ -69,6 +66,29 @@ def random_order(config: ModelConfig) -> Tensor:
     return torch.randperm(config.num_blocks, generator=torch.Generator().manual_seed(3))
 
 
+def predicted_image(predictions: Tensor, images: Tensor, config: ModelConfig, order: Tensor) -> Tensor:
+    """The picture of all blocks but the first of an order."""
+    true = patchify(images, config.block_px)[:, order[1:]]
+    pixels = PixelTargets(config).to_pixels(predictions, true, true)
+    return joined(pixels, order[1:], config, *constants(config))
+
+
+def draw_predictions(model: NextBlockModel, images: Tensor, path: Path, names=None) -> None:
+    draw_sheet(look_at(model, images, *constants(model.config)), path, names)
+
+
+@pytest.fixture
+def predict(monkeypatch, tmp_path):
+    """`predict(model, source, **settings)` with what is already open."""
+    data = DataConfig(val_resize_px=32)
+
+    def call(model, source, out=tmp_path, **settings):
+        monkeypatch.setattr(look, "open_look", lambda _: Opened(model, source, data, CPU))
+        return look.predict(model="", data="", out=str(out), **settings)
+
+    return call
+
+
 GEOMETRIES = [
     small_config(),
     small_config(image_size=(24, 32), block_size=(3, 2)),
@@ -90,7 +110,7 @@ def test_prediction_is_put_together_as_a_loop_over_pixels_does(config):
     )
     mean, std = constants(config)
     shown = config.in_chans
-    pictures = predicted_image(predictions, images, config, order, mean, std)
+    pictures = predicted_image(predictions, images, config, order)
 
     assert pictures.shape == (2, shown, *images.shape[2:])
     for image in range(2):
@@ -112,9 +132,8 @@ def test_prediction_is_put_together_as_a_loop_over_pixels_does(config):
 def test_targets_as_predictions_give_the_picture_back_outside_the_first_block(config, in_order):
     images = random_images(config)
     order = torch.arange(config.num_blocks) if in_order == "raster" else random_order(config)
-    mean, std = constants(config)
     targets = PixelTargets(config).of_blocks(images, order)[:, 1:]
-    pictures = predicted_image(targets, images, config, order, mean, std)
+    pictures = predicted_image(targets, images, config, order)
 
     original = (images * 0.25 + 0.5)[:, : pictures.shape[1]]
     row, column = divmod(int(order[0]), config.block_grid[1])
@@ -129,7 +148,7 @@ def test_a_zero_prediction_shows_each_block_in_its_true_mean():
     config = small_config()
     images, order = random_images(config), torch.arange(config.num_blocks)
     zero = torch.zeros(2, config.num_blocks - 1, config.block_values)
-    pictures = predicted_image(zero, images, config, order, *constants(config))
+    pictures = predicted_image(zero, images, config, order)
     for image in range(2):
         mean = images[image, :, 8:16, 8:16].mean() * 0.25 + 0.5
         torch.testing.assert_close(pictures[image, :, 8:16, 8:16], mean.expand(3, 8, 8), atol=1e-5, rtol=0)
@@ -139,7 +158,7 @@ def test_predictions_that_are_no_numbers_are_shown_black():
     config = small_config()
     images, order = random_images(config), torch.arange(config.num_blocks)
     broken = torch.full((2, config.num_blocks - 1, config.block_values), float("nan"))
-    pictures = predicted_image(broken, images, config, order, *constants(config))
+    pictures = predicted_image(broken, images, config, order)
     assert pictures[:, :, 8:].abs().max() == 0
 
 
@@ -155,15 +174,14 @@ def pixels_of(path: Path) -> np.ndarray:
 def test_a_sheet_is_drawn_at_every_geometry_and_is_small(config, tmp_path):
     path = tmp_path / "new" / "sheet.png"
     model = NextBlockModel(config)
-    draw_predictions(model, random_images(config), *constants(config), path)
+    draw_predictions(model, random_images(config), path)
     assert path.stat().st_size <= MAX_PICTURE_BYTES
     assert [file.name for file in path.parent.glob("[!.]*")] == ["sheet.png"]
 
 
 def test_the_sheet_shows_original_and_prediction_one_above_the_other(tmp_path):
-    config = small_config()
     pure_red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 32, 32)[None]
-    draw_predictions(small_model(), pure_red * 4 - 2, *constants(config), tmp_path / "red.png")
+    draw_predictions(small_model(), pure_red * 4 - 2, tmp_path / "red.png")
     pixels = pixels_of(tmp_path / "red.png")
     is_red = (pixels == [255, 0, 0]).all(-1)
     rows = np.flatnonzero(is_red.sum(1) > is_red.sum(1).max() / 2)
@@ -172,32 +190,25 @@ def test_the_sheet_shows_original_and_prediction_one_above_the_other(tmp_path):
     assert not np.array_equal(inside[0, 0], [255, 255, 255]), "another picture lies below it"
 
 
-def test_the_hatch_lies_where_the_given_order_starts(tmp_path):
-    config, model = small_config(), small_model()
-    images = torch.full((1, 3, 32, 32), -2.0)
-    last_first = torch.arange(config.num_blocks).flip(0)
-    draw_predictions(model, images, *constants(config), tmp_path / "first.png")
-    draw_predictions(model, images, *constants(config), tmp_path / "last.png", block_order=last_first)
-    centres = []
-    for name in ("first.png", "last.png"):
-        hatched = np.isin(pixels_of(tmp_path / name), [199, 219]).all(-1)
+def test_the_hatch_lies_where_the_order_starts(tmp_path):
+    images, centres = torch.full((1, 3, 32, 32), -2.0), []
+    for order in ("raster", "reverse"):
+        draw_predictions(small_model(order=order), images, tmp_path / "s.png")
+        hatched = np.isin(pixels_of(tmp_path / "s.png"), [199, 219]).all(-1)
         centres.append(np.argwhere(hatched).mean(0))
     assert (centres[1] > centres[0] + 50).all()
 
 
 def test_names_that_no_font_or_formula_can_take_are_drawn(tmp_path):
-    config = small_config()
-    titles = ["花/$x_$\n.png", "a/very/long/path/of/a/file/that/does/not/fit/anywhere.jpeg"]
-    draw_predictions(
-        small_model(), random_images(config), *constants(config), tmp_path / "s.png", titles=titles
-    )
+    names = ["花/$x_$\n.png", "a/very/long/path/of/a/file/that/does/not/fit/anywhere.jpeg"]
+    draw_predictions(small_model(), random_images(small_config()), tmp_path / "s.png", names)
     assert (tmp_path / "s.png").exists()
 
 
 @pytest.mark.slow
 def test_eight_noisy_large_images_stay_under_the_limit(tmp_path):
     config = small_config(image_size=256, patch_size=16, block_size=4)
-    draw_predictions(NextBlockModel(config), random_images(config, 8), *constants(config), tmp_path / "s.png")
+    draw_predictions(NextBlockModel(config), random_images(config, 8), tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size <= MAX_PICTURE_BYTES
 
 
@@ -205,26 +216,11 @@ def test_drawing_leaves_a_training_model_as_it_was(tmp_path):
     model = small_model(drop_path=0.5).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    draw_predictions(model, random_images(model.config), *constants(model.config), tmp_path / "s.png")
+    draw_predictions(model, random_images(model.config), tmp_path / "s.png")
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("changes", "channels", "titles", "message"),
-    [
-        ({}, 3, ["one"], "1 titles for 2 images"),
-        ({}, 1, None, "3 channels, but the mean has 1"),
-        ({"predictor": None}, 3, None, "cannot predict blocks"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(tmp_path, changes, channels, titles, message):
-    model = small_model(**changes)
-    images, mean, std = random_images(model.config), (0.5,) * channels, (0.25,) * channels
-    with pytest.raises(ValueError, match=message):
-        draw_predictions(model, images, mean, std, tmp_path / "s.png", titles=titles)
 
 
 def test_a_failed_write_leaves_the_old_picture_alone(tmp_path):
@@ -265,48 +261,43 @@ def test_the_monitor_writes_its_picture_and_returns_the_mean_loss(tmp_path):
     assert [path.name for path in (tmp_path / "pictures").glob("[!.]*")] == ["step_00000012.png"]
 
 
-def test_predict_writes_a_picture_and_each_images_losses(tmp_path):
-    model = small_model()
-    data = DataConfig(val_resize_px=32)
-    result = predict(model, open_source("digits", data), data, tmp_path / "out", num_images=4, device=CPU)
+def test_predict_writes_a_picture_and_each_images_losses(predict, tmp_path):
+    digits = open_source("digits", DataConfig(val_resize_px=32))
+    result = predict(small_model(), digits, tmp_path / "out", num_images=4)
 
     written = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
     assert result.picture == tmp_path / "out" / "predictions.png"
     assert result.picture.stat().st_size > 10_000
-    assert [row["name"] for row in written["images"]] == [row.name for row in result.rows]
-    assert len(result.rows) == len({row.name for row in result.rows}) == 4
-    assert written["mean_loss"] == pytest.approx(result.mean_loss)
+    assert tuple(written["images"]) == result.rows
+    assert len(result.rows) == len({row["name"] for row in result.rows}) == 4
+    assert written["mean_loss"] == pytest.approx(np.mean([row["loss"] for row in result.rows]))
     assert result.bad == ()
     for row in result.rows:
-        assert 0.5 < row.baselines["zero"] <= 1.0
-        assert row.baselines["copy_previous"] > row.baselines["zero"]
-        assert row.loss > 0
+        assert 0.5 < row["zero"] <= 1.0
+        assert row["copy_previous"] > row["zero"]
+        assert row["loss"] > 0
 
 
-def test_many_images_are_predicted_in_batches_with_the_numbers_of_one_pass(tmp_path, monkeypatch):
-    model, data, sizes = small_model(), DataConfig(val_resize_px=32), []
+def test_many_images_are_predicted_in_batches_with_the_numbers_of_one_pass(predict, monkeypatch):
+    model, digits, sizes = small_model(), open_source("digits", DataConfig(val_resize_px=32)), []
     model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     found = []
     for at_once in (20, 8):
         monkeypatch.setattr(predictions, "AT_ONCE", at_once)
-        result = predict(model, open_source("digits", data), data, tmp_path, num_images=20, device=CPU)
-        found.append([row.loss for row in result.rows])
+        found.append([row["loss"] for row in predict(model, digits, num_images=20).rows])
     assert sizes == [20, 8, 8, 4]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_predict_says_which_chosen_images_are_broken_and_draws_the_others(tmp_path):
-    data, source = DataConfig(val_resize_px=32), ToySource(3, bad={1})
-    result = predict(small_model(), source, data, tmp_path, num_images=8, device=CPU)
+def test_predict_says_which_chosen_images_are_broken_and_draws_the_others(predict):
+    result = predict(small_model(), ToySource(3, bad={1}))
     assert len(result.rows) == 2
     assert [sample.name for sample in result.bad] == ["toy-0[1]"]
 
 
-@pytest.mark.parametrize(("count", "message"), [(2, "none of the 2 chosen images"), (0, "num_images is 0")])
-def test_predict_refuses_to_draw_nothing(tmp_path, count, message):
-    data, source = DataConfig(val_resize_px=32), ToySource(3, bad=range(3))
-    with pytest.raises(ValueError, match=message):
-        predict(small_model(), source, data, tmp_path / "out", num_images=count, device=CPU)
+def test_predict_refuses_to_draw_nothing(predict, tmp_path):
+    with pytest.raises(UsageError, match="none of the 2 chosen images"):
+        predict(small_model(), ToySource(3, bad=range(3)), tmp_path / "out", num_images=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -336,20 +327,20 @@ def test_channels_that_are_no_colours_are_panels_with_a_gap_between(channels, ro
 def looks(monkeypatch):
     """What is drawn, in place of drawing it."""
     looks = []
-    monkeypatch.setattr(predictions, "draw_sheet", lambda look, *_: looks.append(look))
+    monkeypatch.setattr(look, "draw_sheet", lambda look, *_: looks.append(look))
     return looks
 
 
-def test_the_second_distance_is_drawn_with_its_own_losses_and_two_blocks_unpredicted(looks, tmp_path):
+def test_the_second_distance_is_drawn_with_its_own_losses_and_two_blocks_unpredicted(predict, looks):
     model, data = small_model(num_predicted_blocks=2), DataConfig(val_resize_px=32)
-    result = predict(
-        model, ToySource(3), data, tmp_path, num_images=3, device=CPU, distance=2, unpredicted="mean"
-    )
+    result = predict(model, ToySource(3), num_images=3, distance=2, unpredicted="mean")
     (look,) = looks
     images = torch.stack([ToySource(3).read(index) for index in range(3)])
     images = eval_images(images, data)
     out = model(images).further[0]
-    np.testing.assert_allclose([row.loss for row in result.rows], out.block_loss.detach().mean(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        [row["loss"] for row in result.rows], out.block_loss.detach().mean(1), rtol=1e-5
+    )
     # The first two blocks in their mean colours, and all others as the targets' statistics say.
     mean = look.originals[:, :, :8, 8:16].mean((2, 3))
     torch.testing.assert_close(look.pictures[:, :, 3, 12], mean)
@@ -364,11 +355,9 @@ def test_the_second_distance_is_drawn_with_its_own_losses_and_two_blocks_unpredi
         pixels = (zero[:, block - 2].view(3, 3, 8, 8) * std + centre).clamp(0, 1)
         torch.testing.assert_close(look.zero[:, :, top : top + 8, left : left + 8], pixels)
     true = out.targets
-    assert [row.baselines["zero"] for row in result.rows] == pytest.approx(
-        true.square().mean((1, 2)).tolist()
-    )
-    assert "predicted 2 blocks ahead" in sheet._caption(look)
-    assert "the first 2 blocks (in mean colour)" in sheet._caption(look)
+    assert [row["zero"] for row in result.rows] == pytest.approx(true.square().mean((1, 2)).tolist())
+    assert "predicted 2 blocks ahead" in predictions._caption(look)
+    assert "the first 2 blocks (in mean colour)" in predictions._caption(look)
 
 
 def eval_images(images: Tensor, data: DataConfig) -> Tensor:
@@ -381,20 +370,20 @@ def blocks(images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("target", ["pixels", "tokens", "embedding"])
-def test_only_pixels_have_a_row_of_predicting_zero(looks, tmp_path, target):
+def test_only_pixels_have_a_row_of_predicting_zero(target):
     model = tiny_model(target=target, vocab_size=5)
     assert model.targets is not None
     if target == "tokens":
         model.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
-    draw_predictions(model, tiny_images(), [0.5] * 3, [0.5] * 3, tmp_path / "a.png")
-    assert (looks[0].zero is not None) == (target == "pixels")
-    assert ("Predicting zero" in sheet._caption(looks[0])) == (target == "pixels")
+    seen = look_at(model, tiny_images(), [0.5] * 3, [0.5] * 3)
+    assert (seen.zero is not None) == (target == "pixels")
+    assert ("Predicting zero" in predictions._caption(seen)) == (target == "pixels")
 
 
-def test_each_image_is_written_beside_its_prediction_pixel_for_pixel(looks, tmp_path):
+def test_each_image_is_written_beside_its_prediction_pixel_for_pixel(predict, looks, tmp_path):
     data, source = DataConfig(val_resize_px=32), ToySource(3)
     for count in (3, 2):
-        predict(small_model(), source, data, tmp_path, num_images=count, device=CPU, each_image=True)
+        predict(small_model(), source, num_images=count, each_image=True)
     files = sorted(path.name for path in (tmp_path / "images").glob("[!.]*"))
     assert files == ["1_toy-0_0.png", "2_toy-0_2.png"]
     for name, index, row in zip(files, (0, 2), range(2), strict=True):
@@ -407,6 +396,7 @@ def test_each_image_is_written_beside_its_prediction_pixel_for_pixel(looks, tmp_
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
+        ({"predictor": None}, {}, "cannot predict blocks"),
         ({}, {"distance": 2}, "distance is 2, but this model predicts 1 block ahead"),
         ({"num_predicted_blocks": 3}, {"distance": 4}, "give 1 to 3"),
         ({"class_token": True}, {"unpredicted": "mean"}, "predicts every block"),
@@ -414,19 +404,12 @@ def test_each_image_is_written_beside_its_prediction_pixel_for_pixel(looks, tmp_
     ],
 )
 def test_predict_refuses_what_is_impossible_and_to_replace_what_is_not_its_own(
-    tmp_path, changes, settings, message
+    predict, tmp_path, changes, settings, message
 ):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.png").touch()
     with pytest.raises(UsageError, match=message):
-        predict(
-            small_model(**changes),
-            ToySource(3),
-            DataConfig(val_resize_px=32),
-            tmp_path,
-            device=CPU,
-            **settings,
-        )
+        predict(small_model(**changes), ToySource(3), **settings)
     assert [path.name for path in tmp_path.rglob("*")] == ["images", "mine.png"]
 
 
@@ -450,14 +433,11 @@ def test_predict_refuses_what_is_impossible_and_to_replace_what_is_not_its_own(
     ],
 )
 def test_a_sheet_shows_the_blocks_that_its_objective_predicts_and_says_from_what(
-    tmp_path, monkeypatch, changes, words, is_drawn
+    tmp_path, changes, words, is_drawn
 ):
-    looks = []
-    monkeypatch.setattr(predictions, "draw_sheet", lambda look, *_: looks.append(look))
     model = tiny_model(**changes)
-    predictions.draw_predictions(model, tiny_images(), [0.5] * 3, [0.5] * 3, tmp_path / "a.png")
-    (look,) = looks
-    caption = sheet._caption(look)
+    look = look_at(model, tiny_images(), [0.5] * 3, [0.5] * 3)
+    caption = predictions._caption(look)
     assert all(part in caption for part in words), caption
     blocks = look.predicted.unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).float().mean(2).flatten()
     order = model.orders[0].tolist()
@@ -478,15 +458,14 @@ def test_a_vector_is_drawn_as_the_patch_of_these_images_whose_own_is_nearest():
     assert torch.equal(other, patchify(true.reshape(12, 3, 8, 8), (4, 4)).flatten(0, 1))
 
 
-def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(tmp_path):
+def test_a_sheet_of_tokens_tells_their_loss_beside_guessing(predict, tmp_path):
     model = tiny_model(target="tokens", vocab_size=5)
     assert model.targets is not None
     model.targets.fit(torch.randn(60, 48, generator=torch.Generator().manual_seed(1)), seed=0)
-    data = DataConfig(val_resize_px=24, workers=0)
-    result = predict(model, ToySource(6), data, tmp_path, num_images=3, device=torch.device("cpu"))
+    result = predict(model, ToySource(6), num_images=3)
     assert result.picture.stat().st_size > 1000
-    assert [row.baselines["uniform"] for row in result.rows] == [pytest.approx(math.log(5))] * 3
-    assert all(0 < row.baselines["frequency"] <= math.log(5) for row in result.rows)
+    assert [row["uniform"] for row in result.rows] == [pytest.approx(math.log(5))] * 3
+    assert all(0 < row["frequency"] <= math.log(5) for row in result.rows)
     told = json.loads((tmp_path / "predictions.json").read_text())
     assert (told["loss_function"], told["vocab_size"]) == ("cross_entropy", 5)
     assert "norm_pixels" not in told

@@ -12,8 +12,7 @@ from nextblock.look.settings import CompleteSettings, FeaturesSettings, PredictS
 from nextblock.tables import Column, Table, end_of, number
 
 if TYPE_CHECKING:
-    from nextblock.data import BadSample
-    from nextblock.visualize import PredictResult
+    from nextblock.look.opened import LookResult
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -23,7 +22,7 @@ def predict(argv: Sequence[str]) -> int:
     from nextblock.look import predict as look
     from nextblock.visualize.words import BASELINE_WORDS
 
-    return _show(look.predict(**values), "loss", BASELINE_WORDS, 3, is_json=is_json)
+    return _show(look.predict(**values), {"loss": "loss", **BASELINE_WORDS}, 3, is_json=is_json)
 
 
 def complete(argv: Sequence[str]) -> int:
@@ -31,29 +30,18 @@ def complete(argv: Sequence[str]) -> int:
     values, is_json = parse_settings(Parser("complete"), CompleteSettings, argv)
 
     from nextblock.look import complete as look
-    from nextblock.visualize.completion import FILL_WORDS
 
-    return _show(look.complete(**values), "mean squared error", FILL_WORDS, 4, is_json=is_json)
+    words = {"loss": "mean squared error", **look.FILL_WORDS}
+    return _show(look.complete(**values), words, 4, is_json=is_json)
 
 
-def _show(result: PredictResult, loss: str, words: Mapping[str, str], digits: int, *, is_json: bool) -> int:
+def _show(result: LookResult, words: Mapping[str, str], digits: int, *, is_json: bool) -> int:
     """Print a table of losses, where the picture is, and what could not be read."""
-    head = ["image", loss, *(words[name] for name in result.rows[0].baselines)]
-    losses = ((row.loss, *row.baselines.values()) for row in result.rows)
-    rows = [
-        (row.name, *(f"{value:.{digits}f}" for value in numbers))
-        for row, numbers in zip(result.rows, losses, strict=True)
-    ]
-    print_table(head, rows)
-    say(f"picture: {result.picture}")
+    kinds = [name for name in result.rows[0] if name != "name"]
+    rows = [[row["name"], *(f"{row[kind]:.{digits}f}" for kind in kinds)] for row in result.rows]
+    print_table(["image", *(words[kind] for kind in kinds)], rows)
     chosen = counted(len(result.rows) + len(result.bad), "image")
-    _say_bad(result.bad, f"{len(result.bad)} of {chosen}")
-    if is_json:
-        bad = [{"name": sample.name, "reason": sample.reason} for sample in result.bad]
-        rows = [row.as_dict() for row in result.rows]
-        picture = {"picture": str(result.picture), "mean_loss": result.mean_loss}
-        end_with_json({**picture, "rows": rows, "bad": bad})
-    return 0
+    return _end(result, f"{len(result.bad)} of {chosen}", is_json=is_json)
 
 
 def features(argv: Sequence[str]) -> int:
@@ -64,9 +52,9 @@ def features(argv: Sequence[str]) -> int:
     from nextblock.look.surprise import NAME_LETTERS
 
     result = look(**values)
-    shares = (f"{100 * share:.1f}" for share in result.explained)
+    shares = (f"{100 * share:.1f}" for share in result.facts["explained"])
     print_table(["colour", "variance %"], zip(("red", "green", "blue"), shares, strict=False))
-    if result.nearest is not None:
+    if result.rows:
         columns = (
             Column("rank", "rank"),
             number("similarity", "similarity", ".4f"),
@@ -75,16 +63,16 @@ def features(argv: Sequence[str]) -> int:
             Column("patch", "patch", lambda patch, _: f"{patch[0]},{patch[1]}"),
         )
         Table(result.rows, columns).print()
+    return _end(result, counted(len(result.bad), "image"), is_json=is_json)
+
+
+def _end(result: LookResult, unreadable: str, *, is_json: bool) -> int:
     for path in result.pictures:
         say(f"picture: {path}")
-    _say_bad(result.bad, counted(len(result.bad), "image"))
+    if result.bad:
+        named = [" ".join(f"{sample.name}: {sample.reason}".split()) for sample in result.bad[:3]]
+        more = ["..."] if len(result.bad) > len(named) else []
+        say(f"{unreadable} could not be read: " + "; ".join(named + more))
     if is_json:
         end_with_json(result.as_dict())
     return 0
-
-
-def _say_bad(bad: Sequence[BadSample], share: str) -> None:
-    if bad:
-        named = [" ".join(f"{sample.name}: {sample.reason}".split()) for sample in bad[:3]]
-        more = ["..."] if len(bad) > len(named) else []
-        say(f"{share} could not be read: " + "; ".join(named + more))

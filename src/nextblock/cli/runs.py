@@ -153,7 +153,7 @@ def _values(summary: RunSummary) -> dict[str, Any]:
         "step": summary.heartbeat.get("step", step),
         "total_steps": summary.heartbeat.get("total_steps"),
         "loss": loss,
-        "best_knn": summary.best_knn[0] if summary.best_knn else None,
+        "best_knn": max(summary.series("knn/top1")[1], default=None),
         "heartbeat_age_s": status.age_s,
     }
 

@@ -3,53 +3,81 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from nextblock.blocks import block_orders, patchify, unpatchify
+from nextblock.config import ModelConfig
+from nextblock.logs import counted
+from nextblock.look.opened import LookResult, losses_result, open_look
 from nextblock.look.settings import CompleteSettings
+from nextblock.models import completion
 from nextblock.settings import from_dict, require
+from nextblock.visualize.predictions import AT_ONCE, some_images, visible
+from nextblock.visualize.sheet import banded, channel_words, draw_cells, hatch, pictures_of, pixels_of_blocks
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Int64
-    from torch import Tensor
+FILL_WORDS = {
+    "given_mean": "filling with the given mean",
+    "nearest_given": "filling with the nearest block's mean",
+}
+"""How hidden blocks are filled without a model: by mean colours of all given pixels, or the nearest block."""
 
-    from nextblock.config import ModelConfig
-    from nextblock.visualize import PredictResult
 
-
-def complete(**settings: Any) -> PredictResult:
+def complete(**settings: Any) -> LookResult:
     """Complete images as `nextblock complete` does; `settings` are the fields of `CompleteSettings`.
 
-    Paths may stand for strings.
+    Losses are mean squared errors of the hidden pixels, from 0 to 1; the others are named in `FILL_WORDS`.
     """
-    config = from_dict(CompleteSettings, settings)
-    from nextblock.blocks import block_orders
-    from nextblock.look.opened import open_look
-    from nextblock.models.completion import check_completes
-    from nextblock.visualize.completion import draw_completions
-
-    model, source, data, device = open_look(config)
-    check_completes(model.config)
-    order = block_orders(
-        config.order or model.config.order, model.config.block_grid, model.config.order_seed
-    )[0]
-    return draw_completions(
-        model,
-        source,
-        data,
-        Path(config.out),
-        given_blocks(config, model.config, order),
-        order if config.order else None,
-        num_images=config.num_images,
-        device=device,
+    asked = from_dict(CompleteSettings, settings)
+    opened = open_look(asked)
+    model, source, data, _ = opened
+    config = model.config
+    completion.check_completes(config)
+    order = block_orders(asked.order or config.order, config.block_grid, config.order_seed)[0]
+    given = _given_blocks(asked, config, order)
+    images, names, bad = some_images(source, data, config.image_size, asked.num_images)
+    parts = [
+        completion.complete(model, opened.ready(some), given, order=order) for some in images.split(AT_ONCE)
+    ]
+    originals = images / 255
+    completed = visible(torch.cat([part.images.cpu() for part in parts]), data.mean, data.std)
+    hidden = pixels_of_blocks(~given, config)
+    filled = {"loss": completed, **_fillings(originals, given, hidden, config)}
+    losses = {
+        name: (pixels - originals).square()[..., hidden].mean((1, 2)).tolist()
+        for name, pixels in filled.items()
+    }
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    parts_words = [f"mean squared error {means.pop('loss'):.4f}"]
+    parts_words += [f"{FILL_WORDS[name]} {value:.4f}" for name, value in means.items()]
+    panels = {
+        "original": pictures_of(originals),
+        "given": pictures_of(torch.where(hidden, hatch(config), originals)),
+        "completion": pictures_of(completed),
+    }
+    rows, lines = banded(panels, [f"error {loss:.4f}" for loss in losses["loss"]], names)
+    picture = Path(asked.out) / "completions.png"
+    draw_cells(
+        rows,
+        picture,
+        title="Completed by the model",
+        subtitle="   ·   ".join(parts_words),
+        caption=_caption(config, int(given.sum()), is_own=asked.order is None),
+        names=lines,
+        blocks_of=config,
     )
+    facts = {"given": given.nonzero().flatten().tolist(), "order": parts[0].order.tolist()}
+    loss = "mse of hidden pixels from 0 to 1"
+    return losses_result(picture, names, losses, bad, loss_function=loss, **facts)
 
 
-def given_blocks(
+def _given_blocks(
     settings: CompleteSettings, config: ModelConfig, order: Int64[Tensor, " k"]
 ) -> Bool[Tensor, " k"]:
     """Which blocks the settings give, in raster order."""
-    import torch
-
     k, (rows, columns) = config.num_blocks, config.block_grid
     if settings.given_blocks is not None:
         wrong = [block for block in settings.given_blocks if block >= k]
@@ -67,6 +95,42 @@ def given_blocks(
             + (f"use {1 / rows:.2g} to {1 - 1 / rows:.2g}" if rows > 1 else "use given or given_blocks"),
         )
         chosen = torch.arange(above * columns)
-    given = torch.zeros(k, dtype=torch.bool)
-    given[chosen] = True
-    return given
+    return torch.isin(torch.arange(k), chosen)
+
+
+def _fillings(
+    images: Float[Tensor, "b c h w"],
+    given: Bool[Tensor, " k"],
+    hidden: Bool[Tensor, "h w"],
+    config: ModelConfig,
+) -> dict[str, Float[Tensor, "b c h w"]]:
+    """The images with hidden blocks filled in simple ways; none if no block is given."""
+    if not given.any():
+        return {}
+    colour = images[..., ~hidden].mean(-1)[..., None, None]
+    # Of every block the nearest given one, by their centres in pixels.
+    rows, columns = config.block_grid
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+    centres = (places * torch.tensor(config.block_px)).float()
+    nearest = given.nonzero().flatten()[torch.cdist(centres, centres[given]).argmin(1)]
+    of_blocks = patchify(images, config.block_px).unflatten(-1, (images.shape[1], -1))
+    means = of_blocks.mean(-1, keepdim=True).expand_as(of_blocks)[:, nearest].flatten(2)
+    near = unpatchify(means, config.block_grid, config.block_px)
+    return {
+        "given_mean": torch.where(hidden, colour, images),
+        "nearest_given": torch.where(hidden, near, images),
+    }
+
+
+def _caption(config: ModelConfig, given: int, *, is_own: bool) -> str:
+    how = "from the given ones, all at once"
+    if config.mask_ratio is None:
+        order = "its own order" if is_own else "the order asked for"
+        how = f"one after the other in {order}, each from the given blocks and its own predictions"
+    sentences = [
+        f"{given} of {counted(config.num_blocks, 'block')} are given; the others are hatched.",
+        f"The model predicts them {how}.",
+    ]
+    if config.norm_pixels:
+        sentences.append("It predicts neither brightness nor contrast; they continue the neighbours'.")
+    return " ".join([*sentences, *channel_words(config.in_chans)])

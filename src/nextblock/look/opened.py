@@ -1,34 +1,104 @@
-"""A model that predicts, and the images to show it, made ready."""
+"""What commands that draw share: a model that predicts and images, made ready, and their result."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
+from nextblock.atomic import write_text
 from nextblock.config import DataConfig
-from nextblock.data import Source, open_source
+from nextblock.data import BadSample, Source, normalize, open_source
 from nextblock.evaluate.features import evaluation_data
-from nextblock.interop import attach_teacher, load_model
+from nextblock.interop import attach_teacher, load_model, open_encoder
 from nextblock.look.settings import LookSettings
 from nextblock.models import NextBlockModel
+from nextblock.tables import Shown, finite
 from nextblock.train.runtime import choose_device
 
 
 class Opened(NamedTuple):
-    """What a command that draws works with; the model is on the device, in evaluation mode."""
+    """What a command that draws works with."""
 
-    model: NextBlockModel
+    model: Any
+    """On the device, in evaluation mode: a `NextBlockModel` if it predicts, else any encoder."""
     source: Source
     data: DataConfig
     """How images are cut and normalised for this model."""
     device: torch.device
 
+    def ready(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Images as the model takes them."""
+        return normalize(images.to(self.device), self.data.mean, self.data.std)
 
-def open_look(config: LookSettings) -> Opened:
-    """Load the model, open the images; a teacher is attached if the model predicts its features."""
-    model = load_model(config.model, num_heads=config.num_heads)
+
+def open_look(config: LookSettings, *, predicts: bool = True) -> Opened:
+    """Load a model, open images; a teacher is attached if the model predicts its features."""
+    model = (load_model if predicts else open_encoder)(config.model, num_heads=config.num_heads)
     data = evaluation_data(config.model, model.config, workers=config.workers)
     source, device = open_source(config.data, data), choose_device(config.device)
-    attach_teacher(model, data.mean, data.std, device)
+    if isinstance(model, NextBlockModel) and predicts:
+        attach_teacher(model, data.mean, data.std, device)
     return Opened(model.to(device).eval(), source, data, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookResult(Shown):
+    """What a command drew and found."""
+
+    picture: Path
+    further: tuple[Path, ...] = ()
+    """More pictures."""
+    rows: tuple[dict[str, Any], ...]
+    """Of `predict` and `complete` the losses of each image that is drawn, of `features` nearest patches."""
+    bad: tuple[BadSample, ...]
+    """Images that could not be read, as far as met."""
+    facts: dict[str, Any]
+    """The numbers, ready for JSON but for NaN."""
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """All pictures of the result."""
+        return (self.picture, *self.further)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        bad = [{"name": sample.name, "reason": sample.reason} for sample in self.bad]
+        return finite({**self.facts, "bad": bad})
+
+
+def write_numbers(path: Path, content: dict[str, Any]) -> None:
+    """Write numbers as JSON."""
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def losses_result(
+    picture: Path,
+    names: Sequence[str],
+    losses: Mapping[str, Sequence[float]],
+    bad: tuple[BadSample, ...],
+    **facts: Any,
+) -> LookResult:
+    """The result of images' losses, "loss" and what it would be without a model; written as JSON as well."""
+    kinds = zip(*losses.values(), strict=True)
+    rows = tuple(
+        {"name": name, **dict(zip(losses, values, strict=True))}
+        for name, values in zip(names, kinds, strict=True)
+    )
+    found = {"picture": str(picture), "mean_loss": sum(losses["loss"]) / len(rows), "rows": rows}
+    result = LookResult(picture=picture, rows=rows, bad=bad, facts=found)
+    content = {"mean_loss": found["mean_loss"], **facts, "images": rows, "bad": result.as_dict()["bad"]}
+    write_numbers(picture.with_suffix(".json"), content)
+    return result
+
+
+def about_image(source: Source, index: int) -> dict[str, Any]:
+    """What rows say of an image."""
+    name = source.class_names[source.labels[index]] if source.has_labels else None
+    return {"index": index, "name": source.name(index), "class": name}

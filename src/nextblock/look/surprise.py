@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from matplotlib.colors import Normalize
 from torch import Tensor
 
-from nextblock.blocks import block_orders
 from nextblock.checkpoint import digest_of
 from nextblock.config import ModelConfig
 from nextblock.data import Source, eval_batches, open_source
@@ -22,18 +23,29 @@ from nextblock.evaluate.files import pyarrow, write_parquet
 from nextblock.evaluate.results import encoder_of
 from nextblock.interop import attach_teacher
 from nextblock.logs import counted
+from nextblock.look.opened import about_image
 from nextblock.look.settings import SurpriseSettings
 from nextblock.models import NextBlockModel
 from nextblock.settings import from_dict, require
 from nextblock.tables import Column, end_of, number
 from nextblock.targets import make_targets
 from nextblock.train.runtime import autocast
-from nextblock.visualize.surprise import draw_surprise
+from nextblock.visualize.predictions import predicted_blocks
+from nextblock.visualize.sheet import (
+    banded,
+    channel_words,
+    coloured,
+    draw_cells,
+    pictures_of,
+    pixels_of_blocks,
+)
 
-PICTURE, PARQUET = "surprise.png", "surprise.parquet"
+PICTURE = "surprise.png"
 PREDICTING = ("predictor", "target", "mask_ratio", "teacher_digest")
-CHUNK, NAME_LETTERS = 4096, 60
-HIGHEST, LOWEST = "highest", "lowest"
+"""What the encoder's identity leaves out."""
+QUANTILES = (0.01, 0.99)
+"""Of the losses of all blocks: the ends of the colour scale."""
+NAME_LETTERS = 60
 
 COLUMNS = (
     Column("group", "score"),
@@ -44,9 +56,6 @@ COLUMNS = (
     number("largest_loss", "largest", ".3f"),
     number("largest_block", "of block"),
 )
-
-
-# ---------------------------------------------------------------------------------------- losses of blocks
 
 
 @torch.no_grad()
@@ -64,33 +73,17 @@ def block_surprise(model: NextBlockModel, images: Float[Tensor, "b c h w"]) -> F
     return losses
 
 
-def predicted_blocks(config: ModelConfig) -> Int64[Tensor, " steps"]:
-    """The blocks that the first output map predicts, by their raster numbers, in the order of its rows."""
-    order = block_orders(config.order, config.block_grid, config.order_seed)[0]
-    _, first, count = config.steps(config.distances[0])
-    return order[first : first + count]
-
-
 class Losses(NamedTuple):
     """The losses of readable images."""
 
     indices: Int64[np.ndarray, " n"]
-    """Their numbers in the source."""
+    """Their numbers in the source, in order."""
     blocks: Float[np.ndarray, "n k"]
     """In raster order, NaN where a block is not predicted."""
 
-    @property
-    def mean(self) -> Float[np.ndarray, " n"]:
-        """The mean over predicted blocks."""
-        return np.asarray(np.nanmean(self.blocks, axis=1, dtype=np.float64))
-
-    @property
-    def largest(self) -> Float[np.ndarray, " n"]:
-        """The largest of an image."""
-        return np.nanmax(self.blocks, axis=1)
-
-
-# --------------------------------------------------------------------------------------------- the command
+    def of(self, rows: Sequence[dict[str, Any]]) -> Float[np.ndarray, "m k"]:
+        """The blocks' losses of rows."""
+        return self.blocks[np.searchsorted(self.indices, [row["index"] for row in rows])]
 
 
 def surprise(**settings: Any) -> Result:
@@ -112,22 +105,28 @@ def surprise(**settings: Any) -> Result:
         model.config.check_predicts()
         attach_teacher(model, opened.data.mean, opened.data.std, opened.device)
         source = open_source(config.data, opened.data)
-        # What the encoder's identity leaves out.
         told = {name: getattr(model.config, name) for name in PREDICTING}
         predictor = {"predictor": {"weights": digest_of(model), **told}}
-        losses: list[Losses] = []
-
-        def measure() -> Result:
-            losses.append(_measure(opened, model, source, predictor))
-            return _result(opened, config, source, losses[0])
+        measured = cache(lambda: _measure(opened, model, source, predictor))
 
         def save(out: Path, result: Result) -> None:
             if find_spec("pyarrow"):
-                _write_parquet(out / PARQUET, result.all_rows, losses[0])
-            _draw(out / PICTURE, opened, result, source, losses[0])
+                _write_parquet(out / "surprise.parquet", result.all_rows, measured())
+            _draw(out / PICTURE, opened, model.config, result, source, measured())
+
+        def measure() -> Result:
+            return _result(opened, config, model, source, measured())
 
         found = opened.result("surprise", {"data": source}, COLUMNS, measure, save=save, made_from=predictor)
-        return replace(found, picture=Path(config.out) / PICTURE if config.out else None)
+        if config.out is None:
+            return found
+        picture = Path(config.out) / PICTURE
+        if opened.group.broadcast(not picture.is_file()):  # deleted since the result was written
+            opened.features_dir = None
+            losses = measured()  # by all ranks
+            if opened.group.is_main:
+                _draw(picture, opened, model.config, found, source, losses)
+        return replace(found, picture=picture)
 
 
 def _measure(opened: Evaluation, model: NextBlockModel, source: Source, predictor: dict[str, Any]) -> Losses:
@@ -146,67 +145,89 @@ def _measure(opened: Evaluation, model: NextBlockModel, source: Source, predicto
     return Losses(indices, blocks)
 
 
-def _result(opened: Evaluation, config: SurpriseSettings, source: Source, losses: Losses) -> Result:
-    mean, largest, block = losses.mean, losses.largest, np.nanargmax(losses.blocks, axis=1)
+def _result(
+    opened: Evaluation, config: SurpriseSettings, model: NextBlockModel, source: Source, losses: Losses
+) -> Result:
+    mean = np.asarray(np.nanmean(losses.blocks, axis=1, dtype=np.float64))
+    largest, block = np.nanmax(losses.blocks, axis=1), np.nanargmax(losses.blocks, axis=1)
     # Of equal scores the first image comes first.
     ranked = np.argsort(-(mean if config.score == "mean" else largest), kind="stable").tolist()
-    rows = []
-    for place in ranked:
-        index = int(losses.indices[place])
-        rows.append(
-            {
-                "index": index,
-                "name": source.name(index),
-                "class": source.class_names[source.labels[index]] if source.has_labels else None,
-                "mean_loss": float(mean[place]),
-                "largest_loss": float(largest[place]),
-                "largest_block": int(block[place]),
-            }
-        )
+    rows = [
+        {
+            **about_image(source, int(losses.indices[place])),
+            "mean_loss": float(mean[place]),
+            "largest_loss": float(largest[place]),
+            "largest_block": int(block[place]),
+        }
+        for place in ranked
+    ]
     count = config.num_images
-    shown = [{"group": HIGHEST, "rank": rank, **row} for rank, row in enumerate(rows[:count], start=1)]
-    first = max(count, len(rows) - (count + 1) // 2)
-    lowest = enumerate(rows[first:], start=first + 1)
-    shown += [{"group": LOWEST, "rank": rank, **row} for rank, row in lowest]
+    lowest = max(count, len(rows) - (count + 1) // 2)
+    shown = [
+        {"group": "highest" if rank <= count else "lowest", "rank": rank, **row}
+        for rank, row in enumerate(rows, start=1)
+        if rank <= count or rank > lowest
+    ]
     notes = [f"{counted(len(rows), 'image')} of {source.spec}, mean loss {mean.mean():.3f}."]
     if config.out is not None:
-        notes.append(
-            f"Picture: {Path(config.out) / PICTURE}; all images: {Path(config.out) / 'surprise.csv'}"
-        )
+        out = Path(config.out)
+        notes.append(f"Picture: {out / PICTURE}; all images: {out / 'surprise.csv'}")
     facts = {
         "num_images": len(rows),
         "bad_images": opened.bad_counts(),
         "mean_loss": float(mean.mean()),
-        "block_grid": list(opened.model.config.block_grid),  # type: ignore[union-attr]
-        **make_targets(opened.model.config).facts,  # type: ignore[arg-type]
+        "block_grid": list(model.config.block_grid),
+        **make_targets(model.config).facts,
     }
     return Result(verb="surprise", rows=tuple(shown), notes=tuple(notes), facts=facts, all_rows=tuple(rows))
 
 
 def _write_parquet(path: Path, rows: Sequence[dict[str, Any]], losses: Losses) -> None:
-    pa = pyarrow()
-    places = {index: place for place, index in enumerate(losses.indices.tolist())}
-
-    def tables() -> Any:
-        for start in range(0, len(rows), CHUNK):
-            some = rows[start : start + CHUNK]
-            columns = {name: [row[name] for row in some] for name in rows[0]}
-            columns["class"] = pa.array(columns["class"], pa.string())
-            blocks = losses.blocks[[places[row["index"]] for row in some]]
-            columns["block_losses"] = pa.array(blocks.tolist(), pa.list_(pa.float32()))
-            yield pa.table(columns)
-
-    write_parquet(path, tables(), {"block_losses": "in raster order; NaN: not predicted"})
+    pa, blocks = pyarrow(), losses.of(rows)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["class"] = pa.array(columns["class"], pa.string())
+    ends = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * blocks.shape[1])
+    columns["block_losses"] = pa.ListArray.from_arrays(ends, pa.array(blocks.ravel()))
+    write_parquet(path, [pa.table(columns)], {"block_losses": "in raster order; NaN: not predicted"})
 
 
-def _draw(path: Path, opened: Evaluation, result: Result, source: Source, losses: Losses) -> None:
-    score = result.identity["settings"]["score"]
-    config = opened.model.config
-    assert isinstance(config, ModelConfig)
+def heat_maps(
+    losses: Float[np.ndarray, "m k"], config: ModelConfig, scale: Normalize
+) -> Float[Tensor, "m 3 h w"]:
+    """Every block in the colour of its loss, at the size of the image; NaN is hatched."""
+    return coloured(pixels_of_blocks(torch.from_numpy(losses), config), scale, config)
+
+
+def _draw(
+    path: Path, opened: Evaluation, config: ModelConfig, result: Result, source: Source, losses: Losses
+) -> None:
+    """Draw the rows' images, each above a heat map; colours span nearly all losses of the whole set."""
     chosen = np.array([row["index"] for row in result.rows])
     (batch,) = eval_batches(source, opened.data, config.image_size, len(chosen), chosen)
     # Files may have gone since they were measured.
-    there = np.isin(chosen, batch.samples.numpy())
-    rows = [row for row, is_there in zip(result.rows, there, strict=True) if is_there]
-    drawn = losses.blocks[np.searchsorted(losses.indices, chosen[there])]
-    draw_surprise(path, config, batch.images, drawn, rows, losses.blocks, score)
+    there = set(batch.samples.tolist())
+    rows = [row for row in result.rows if row["index"] in there]
+    low, high = np.nanquantile(losses.blocks, QUANTILES).tolist()
+    scale = Normalize(low, max(high, low + 1e-6), clip=True)
+    pictures, maps = pictures_of(batch.images), pictures_of(heat_maps(losses.of(rows), config, scale))
+    lines, names = [], []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        of_group = [i for i, row in enumerate(rows) if row["group"] == group]
+        some = [rows[i] for i in of_group]
+        more, more_names = banded(
+            {f"{group}\nscores": pictures[of_group], "loss of\nblocks": maps[of_group]},
+            [f"mean {row['mean_loss']:.3f}\nlargest {row['largest_loss']:.3f}" for row in some],
+            ["\n".join(filter(None, (row["name"], row["class"]))) for row in some],
+        )
+        lines += more
+        names += more_names
+    sentences = [
+        f"Score: the {result.identity['settings']['score']} loss of an image's blocks.",
+        *make_targets(config).words[:1],
+        f"Colours: from the 1st to the 99th percentile of the losses of all blocks of "
+        f"{counted(len(losses.blocks), 'image')}, {low:.2g} to {high:.2g}.",
+        *["Hatched blocks are not predicted."] * (len(predicted_blocks(config)) < config.num_blocks),
+        *channel_words(config.in_chans),
+    ]
+    title, caption = "Surprise: how badly blocks are predicted", " ".join(sentences)
+    draw_cells(lines, path, title=title, caption=caption, names=names, blocks_of=config, bar=(1, scale))

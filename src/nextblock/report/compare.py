@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from nextblock.report.page import curve, page, prose, section, shown, table, text, what_to_type
-from nextblock.report.read import RunSummary
+from nextblock.report.read import Measured, RunSummary
 from nextblock.report.words import how_to_measure, told_apart
 from nextblock.settings import listed
 from nextblock.tables import Column, Table, finite, percent
@@ -68,30 +68,49 @@ class Comparison:
         return [str(path) for path in paths]
 
     @cached_property
-    def measures(self) -> dict[str, list[tuple[float, float | None] | None]]:
+    def monitored(self) -> list[list[Measured]]:
+        """The kNN accuracy of each run while it trained, if there is one."""
+        return told_apart(*(run.monitored for run in self.runs))
+
+    @cached_property
+    def measures(self) -> dict[str, list[dict[str, float | None] | None]]:
         """Accuracies by what they are, with the standard error of each run; first what the most runs have."""
-        found: dict[str, dict[int, tuple[float, float | None]]] = {}
+        found: dict[str, list[dict[str, float | None] | None]] = {}
         own = told_apart(*([one for one in run.results if one.encoder == "model"] for run in self.runs))
-        knn = told_apart(*(run.monitored for run in self.runs))
-        for i, results in enumerate(zip(own, knn, strict=True)):
+        for i, results in enumerate(zip(own, self.monitored, strict=True)):
             for one in chain(*results):
-                found.setdefault(f"{one.method} {one.where}", {})[i] = (one.top1, one.top1_se)
-        ranked = sorted(found.items(), key=lambda item: -len(item[1]))
-        return {name: [values.get(i) for i in range(len(self.runs))] for name, values in ranked}
+                values = found.setdefault(f"{one.method} {one.where}", [None] * len(self.runs))
+                values[i] = {"top1": one.top1, "top1_se": one.top1_se}
+        return dict(sorted(found.items(), key=lambda item: item[1].count(None)))
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """A row of each run: cost, losses, and under the name of each measure its accuracy."""
-        rows = []
-        for i, (name, run) in enumerate(zip(self.names, self.runs, strict=True)):
-            row: dict[str, Any] = {"run": name, "status": run.status.word, "step": run.step}
-            row |= {"images": run.step * run.batch_size or None, "parameters": run.encoder_parameters}
-            row |= {"flops": run.flops, "loss": (run.final_loss or (None,))[0]}
-            row["val_loss"] = (run.final_val_loss or (None,))[0]
-            for measure, values in self.measures.items():
-                row[measure], row[f"{measure}_se"] = values[i] or (None, None)
-            rows.append(row)
-        return rows
+        """A row of each run: cost, losses, and accuracies by the name of the measure."""
+        return [
+            {
+                "run": name,
+                "status": run.status.word,
+                "step": run.step,
+                "images": run.step * run.batch_size or None,
+                "parameters": run.encoder_parameters,
+                "flops": run.flops,
+                "loss": run.final_loss and run.final_loss[0],
+                "val_loss": run.final_val_loss and run.final_val_loss[0],
+                "accuracies": {measure: values[i] for measure, values in self.measures.items()},
+            }
+            for i, (name, run) in enumerate(zip(self.names, self.runs, strict=True))
+        ]
+
+    def pairs(self, x: str, y: str) -> list[tuple[int, Any, Any]]:
+        """Runs by number with two values that they have both: of a row, or the accuracy of that name."""
+        found = []
+        for i, row in enumerate(self.rows):
+            both = [
+                row[name] if name in row else (row["accuracies"][name] or {}).get("top1") for name in (x, y)
+            ]
+            if None not in both:
+                found.append((i, *both))
+        return found
 
     @cached_property
     def differing(self) -> dict[str, list[Any]]:
@@ -106,16 +125,11 @@ class Comparison:
         keys, found = {"training losses": "loss", "validation losses": "val_loss"}, {}
         for losses, names in SAME_LOSS.items():
             # Runs without such a loss do not matter.
-            key = keys.get(losses, "run")
-            kept = [i for i, row in enumerate(self.rows) if row[key] is not None]
-            differ = [
-                name
-                for name in names
-                if name in self.differing
-                and any(self.differing[name][i] != self.differing[name][kept[0]] for i in kept)
-            ]
-            if differ:
-                found[losses] = differ
+            kept = [i for i, row in enumerate(self.rows) if row[keys.get(losses, "run")] is not None]
+            for name in names:
+                values = [self.differing[name][i] for i in kept] if name in self.differing else []
+                if any(value != values[0] for value in values):
+                    found.setdefault(losses, []).append(name)
         return found
 
     @cached_property
@@ -123,28 +137,15 @@ class Comparison:
         """Validation loss beside each accuracy."""
         found = []
         for measure in self.measures:
-            pairs = [
-                (r["val_loss"], r[measure]) for r in self.rows if None not in (r["val_loss"], r[measure])
-            ]
-            x, y = [one for one, _ in pairs], [one for _, one in pairs]
+            pairs = self.pairs("val_loss", measure)
+            x, y = [one for _, one, _ in pairs], [one for _, _, one in pairs]
             found.append(Relation(measure, len(pairs), correlation(x, y), correlation(ranks(x), ranks(y))))
         return found
 
     def values(self) -> dict[str, Any]:
         """All of it for programs, ready for JSON: accuracies are shares of 1, null is what is not known."""
-        rows = []
-        for i, row in enumerate(self.rows):
-            own = {
-                name: value for name, value in row.items() if name.removesuffix("_se") not in self.measures
-            }
-            found = {name: values[i] for name, values in self.measures.items()}
-            own["accuracies"] = {
-                name: one and {"top1": one[0], "top1_se": one[1]} for name, one in found.items()
-            }
-            rows.append(own)
-        relations = [one._asdict() for one in self.relations]
-        known = {"differing": self.differing, "unlike": self.unlike, "relations": relations}
-        return finite({"runs": rows, **known})
+        known = {"differing": self.differing, "unlike": self.unlike}
+        return finite({"runs": self.rows, **known, "relations": [one._asdict() for one in self.relations]})
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -169,28 +170,28 @@ def comparison_table(found: Comparison, *, accuracies: int = 3) -> Table:
     """A row of each run: losses, and the accuracies that the most runs have."""
 
     def accuracy(name: str) -> Column:
-        return Column(name, name, lambda value, row: "-" if value is None else percent(value, row, name))
+        def show(found: dict[str, Any], _: Any) -> str:
+            return "-" if found[name] is None else percent(found[name]["top1"], found[name], "top1")
 
-    def count(value: float | None, _: Any) -> str:
-        return "-" if value is None else f"{value:,}" if value < 1e6 else f"{value / 1e6:,.1f} M"
+        return Column("accuracies", name, show)
 
-    def loss(value: float | None, _: Any) -> str:
-        return "-" if value is None else f"{value:.4f}"
+    def known(key: str, title: str, show: Callable[[Any], str]) -> Column:
+        return Column(key, title, lambda value, _: "-" if value is None else show(value))
 
-    return Table(
-        found.rows,
-        [
-            Column("run", "run"),
-            Column("status", "status"),
-            Column("step", "step", count),
-            Column("images", "images seen", count),
-            Column("parameters", "encoder", count),
-            Column("flops", "FLOPs", lambda value, _: "-" if value is None else f"{value:.1e}"),
-            Column("loss", "loss", loss),
-            Column("val_loss", "val loss", loss),
-            *map(accuracy, list(found.measures)[:accuracies]),
-        ],
-    )
+    def count(value: float) -> str:
+        return f"{value:,}" if value < 1e6 else f"{value / 1e6:,.1f} M"
+
+    columns = [
+        Column("run", "run"),
+        Column("status", "status"),
+        known("step", "step", count),
+        known("images", "images seen", count),
+        known("parameters", "encoder", count),
+        known("flops", "FLOPs", "{:.1e}".format),
+        known("loss", "loss", "{:.4f}".format),
+        known("val_loss", "val loss", "{:.4f}".format),
+    ]
+    return Table(found.rows, [*columns, *map(accuracy, [*found.measures][:accuracies])])
 
 
 def relation_words(one: Relation) -> str:
@@ -226,45 +227,43 @@ def comparison_group(found: Comparison) -> Group:
 
 def comparison_page(found: Comparison, folder: Path) -> str:
     """The page of a comparison, to be written into `folder`."""
-    count, results = len(found.runs), comparison_table(found, accuracies=len(found.measures))
-    notes = "".join(f"<p class=note>{prose(one)}</p>\n" for one in warnings(found))
+    results = comparison_table(found, accuracies=len(found.measures))
     pages = {name: run.run_dir / "report.html" for name, run in zip(found.names, found.runs, strict=True)}
     links = [
         f'<a href="{quote(os.path.relpath(path, folder), errors="surrogateescape")}">{text(name)}</a>'
         for name, path in pages.items()
         if path.is_file()
     ]
-    relations = [
-        [one.accuracy, str(one.runs), *("-" if r is None else f"{r:+.2f}" for r in one[2:])]
-        for one in found.relations
-    ]
-    correlations = table("correlations", ["accuracy", "runs", "Pearson r", SPEARMAN], relations)
     charts, lacking = _relation_charts(found)
-    differing = [[name, *map(shown, values)] for name, values in found.differing.items()]
-    parts = {
-        "Results": "<p>Accuracies are top-1 in percent ± one standard error.</p>\n"
-        + table("results", results.head, results.cells())
-        + (f"<p>Pages of their own: {', '.join(links)}.</p>\n" if links else ""),
-        "Loss, accuracy and cost": "".join(
-            f"<p>Accuracy: {text(one)}.</p>\n" for one in [*found.measures][:1]
-        )
-        + '<div id="relations" class="charts pairs"></div>\n'
-        + (
-            f"<p>Correlation of the validation loss with each accuracy:</p>\n{correlations}"
-            if relations
-            else ""
-        )
-        + what_to_type(lacking),
-        "Curves": '<div id="charts" class="charts"></div>\n',
-        "Settings that differ": table("settings that differ", ["setting", *found.names], differing)
-        if differing
-        else "<p>None: all runs have the same settings.</p>\n",
-    }
-    names = text(", ".join(found.names))
-    head = f"<header><h1>{count} runs compared</h1>\n<p class=muted>{names}</p></header>\n"
-    body = head + notes + "".join(section(title, content) for title, content in parts.items())
+    relations = "".join(f"<p>Accuracy: {text(one)}.</p>\n" for one in [*found.measures][:1])
+    relations += '<div id="relations" class="charts pairs"></div>\n'
+    if found.relations:
+        cells = [
+            [one.accuracy, str(one.runs), *("-" if r is None else f"{r:+.2f}" for r in one[2:])]
+            for one in found.relations
+        ]
+        relations += "<p>Correlation of the validation loss with each accuracy:</p>\n"
+        relations += table("correlations", ["accuracy", "runs", "Pearson r", SPEARMAN], cells)
+    settings = "<p>None: all runs have the same settings.</p>\n"
+    if found.differing:
+        cells = [[name, *map(shown, values)] for name, values in found.differing.items()]
+        settings = table("settings that differ", ["setting", *found.names], cells)
+    title = f"{len(found.runs)} runs compared"
+    body = [
+        f"<header><h1>{title}</h1>\n<p class=muted>{text(', '.join(found.names))}</p></header>\n",
+        *(f"<p class=note>{prose(one)}</p>\n" for one in warnings(found)),
+        section(
+            "Results",
+            "<p>Accuracies are top-1 in percent ± one standard error.</p>\n",
+            table("results", results.head, results.cells()),
+            f"<p>Pages of their own: {', '.join(links)}.</p>\n" if links else "",
+        ),
+        section("Loss, accuracy and cost", relations, what_to_type(lacking)),
+        section("Curves", '<div id="charts" class="charts"></div>\n'),
+        section("Settings that differ", settings),
+    ]
     values = finite({"charts": _curve_charts(found), "relations": charts})
-    return page(f"{count} runs compared · nextblock", body, values)
+    return page(f"{title} · nextblock", "".join(body), values)
 
 
 def _curve_charts(found: Comparison) -> list[dict[str, Any]]:
@@ -275,20 +274,18 @@ def _curve_charts(found: Comparison) -> list[dict[str, Any]]:
         "knn/top1": "kNN accuracy",
         "rankme": "RankMe",
     }
-    charts = list[dict[str, Any]]()
-    knn = told_apart(*(run.monitored for run in found.runs))
+    charts: dict[str, dict[str, Any]] = {}
     for key, title in titles.items():
-        series: dict[str, list[dict[str, Any]]] = {}
         for i, (name, run) in enumerate(zip(found.names, found.runs, strict=True)):
             steps, values = run.series(key)
             if steps:
                 images = [step * (run.batch_size or 1) for step in steps]
                 # kNN on other images is another measure.
-                where = "".join(f" {one.where}" for one in knn[i]) if key == "knn/top1" else ""
-                series.setdefault(title + where, []).append({**curve(name, images, values), "colour": i})
-        more = {"x": "images seen", "share": key == "knn/top1", "wide": key == "val_loss"}
-        charts += [{"title": title, "series": one, **more} for title, one in series.items()]
-    return charts
+                where = "".join(f" {one.where}" for one in found.monitored[i]) if key == "knn/top1" else ""
+                more = {"x": "images seen", "share": key == "knn/top1", "wide": key == "val_loss"}
+                chart = charts.setdefault(title + where, {"title": title + where, "series": [], **more})
+                chart["series"].append({**curve(name, images, values), "colour": i})
+    return [*charts.values()]
 
 
 def _relation_charts(found: Comparison) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
@@ -299,23 +296,18 @@ def _relation_charts(found: Comparison) -> tuple[list[dict[str, Any]], list[tupl
         lacking.append(("No run has an accuracy yet. Measure each:", how_to_measure(found.runs[0])))
     if all(row["val_loss"] is None for row in found.rows):
         lacking.append(("No run has a validation loss.", "nextblock pretrain --data.val DIR2 ..."))
-    axes = {"val_loss": "validation loss"} | COSTS
-    for x, words in axes.items():
+    for x, words in {"val_loss": "validation loss", **COSTS}.items():
         known = {row[x] for row in found.rows} - {None}
         if x in COSTS and len(known) < 2:
             value = [f"{one:,}" if isinstance(one, int) else f"{one:.2e}" for one in known]
-            lacking.append(
-                (f"No chart by {words}: {f'it is {value[0]} for all' if value else 'not known'}.", "")
-            )
+            why = f"it is {value[0]} for all" if value else "not known"
+            lacking.append((f"No chart by {words}: {why}.", ""))
             continue
         for y, title in {"val_loss": "Validation loss", measure: "Accuracy"}.items():
-            points = [
-                {"name": row["run"], "x": row[x], "y": row[y], "colour": i}
-                for i, row in enumerate(found.rows)
-                if x != y and y and None not in (row[x], row[y])
-            ]
-            if len(points) > 1:
+            pairs = found.pairs(x, y) if y and x != y else []
+            if len(pairs) > 1:
+                points = [{"name": found.names[i], "x": a, "y": b, "colour": i} for i, a, b in pairs]
                 own = {"note": relation_words(found.relations[0]), "wide": True} if x == "val_loss" else {}
-                kind = {"log": x in COSTS, "share": y == measure}
-                charts.append({"title": f"{title} by {words}", "points": points, "x": words, **kind, **own})
+                kind = {"x": words, "log": x in COSTS, "share": y == measure}
+                charts.append({"title": f"{title} by {words}", "points": points, **kind, **own})
     return charts, lacking

@@ -49,23 +49,19 @@ SHOWN_UNREADABLE = 10
 PNG = b"\x89PNG\r\n\x1a\n"
 
 CURVES = {
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm, before clipping",
-    "images_per_s": "Images per second",
-    "data_wait": "Time spent waiting for images",
-    "memory_gb": "Peak memory, GB",
-    "mfu": "Model-FLOPs utilisation",
-    "knn/top1": "kNN accuracy",
-    "top1": "Accuracy on validation images",
-    "rankme": "RankMe, effective rank of the features",
-    "target_variance": "Variance of the targets' directions",
-    "target_rankme": "RankMe of the targets",
+    "lr": ("Learning rate", "zero"),
+    "grad_norm": ("Gradient norm, before clipping",),
+    "images_per_s": ("Images per second", "zero"),
+    "data_wait": ("Time spent waiting for images", "zero", "share"),
+    "memory_gb": ("Peak memory, GB", "zero"),
+    "mfu": ("Model-FLOPs utilisation", "zero", "share"),
+    "knn/top1": ("kNN accuracy", "share"),
+    "top1": ("Accuracy on validation images", "share"),
+    "rankme": ("RankMe, effective rank of the features",),
+    "target_variance": ("Variance of the targets' directions",),
+    "target_rankme": ("RankMe of the targets",),
 }
-"""What is drawn besides the loss, if a run logged it."""
-SHARES = {"data_wait", "mfu", "knn/top1", "top1"}
-"""Of these, shares of 1, shown in percent."""
-FROM_ZERO = {"lr", "images_per_s", "data_wait", "memory_gb", "mfu"}
-"""Of these, amounts, drawn from zero."""
+"""What is drawn besides the loss, if a run logged it: shares of 1 in percent, amounts from zero."""
 
 
 # ---------------------------------------------------------------------------------------------------- values
@@ -77,36 +73,33 @@ def page_values(summary: RunSummary, *, pictures: bool = True) -> dict[str, Any]
     A chart: title, share (values in percent), series (name, x, y; of a thinned one also low and high),
     references (horizontal lines: name, value), marks (steps at which the run resumed).
     """
-    marks = [start["step"] for start in summary.starts if start.get("step")]
-    loss = [
-        curve(name, *summary.series(key)) for key, name in (("loss", "training"), ("val_loss", "validation"))
-    ]
-    references = [
-        {"name": BASELINE_WORDS.get(name, name), "value": value} for name, value in summary.baselines.items()
-    ]
-    charts = [{"title": "Loss", "wide": True, "series": loss, "references": references, "marks": marks}]
+    loss = [("training", "loss"), ("validation", "val_loss")]
+    charts = [_chart(summary, "Loss", loss, wide=True, references=_references(summary))]
     knn = "".join(f" {one.where}" for one in told_apart(summary.monitored)[0])
-    charts += [
-        {
-            "title": title + knn * (name == "knn/top1"),
-            "share": name in SHARES,
-            "zero": name in FROM_ZERO,
-            "series": [curve("", *summary.series(name))],
-            "marks": marks,
-        }
-        for name, title in CURVES.items()
-    ]
-    for chart in charts:
-        chart["x"] = "step"
-        chart["series"] = [one for one in chart["series"] if one["x"]]
+    for name, (title, *kinds) in CURVES.items():
+        title += knn * (name == "knn/top1")
+        charts.append(_chart(summary, title, [("", name)], share="share" in kinds, zero="zero" in kinds))
     return {
         "run": summary.name,
         "status": summary.status.word,
         "step": summary.step,
         "total_steps": summary.heartbeat.get("total_steps"),
-        "charts": [finite(chart) for chart in charts if chart["series"]],
+        "charts": [chart for chart in charts if chart["series"]],
         "pictures": _pictures(summary.pictures) if pictures else [],
     }
+
+
+def _chart(summary: RunSummary, title: str, names: Iterable[tuple[str, str]], **more: Any) -> dict[str, Any]:
+    """A chart of logged values by step, each with the name of its line."""
+    series = [curve(word, *summary.series(name)) for word, name in names]
+    marks = [start["step"] for start in summary.starts if start.get("step")]
+    known = [one for one in series if one["x"]]
+    return finite({"title": title, "x": "step", "series": known, "marks": marks, **more})
+
+
+def _references(summary: RunSummary) -> list[dict[str, Any]]:
+    baselines = summary.baselines.items()
+    return [{"name": BASELINE_WORDS.get(name, name), "value": value} for name, value in baselines]
 
 
 def curve(name: str, x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
@@ -201,10 +194,10 @@ def table(about: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     )
 
 
-def section(title: str, content: str) -> str:
+def section(title: str, *parts: str) -> str:
     """A part of the page below its heading."""
     name = re.sub("[^a-z]+", "-", title.lower())
-    return f'<section id="{name}">\n<h2>{text(title)}</h2>\n{content}</section>\n'
+    return f'<section id="{name}">\n<h2>{text(title)}</h2>\n{"".join(parts)}</section>\n'
 
 
 def what_to_type(rows: Sequence[tuple[str, str]]) -> str:
@@ -239,32 +232,28 @@ def _head(summary: RunSummary) -> str:
     steps = f"step {summary.step:,}" + (f" of {total:,}" if total else "")
     what = "fine-tuning" if summary.is_tuned else summary.settings.get("preset") or DEFAULT_PRESET
     sources = summary.settings.get("data.train")
-    parts = [status.word, steps, what, *([typed(sources)] if sources else []), status.message]
-    plain = [f"{BASELINE_WORDS.get(name, name)}: {value:.3f}" for name, value in summary.baselines.items()]
-    tiles = [
-        (name, f"{found[0]:.4f}", (plain or [""])[0])
-        for name, found in (
-            ("training loss", summary.final_loss),
-            ("validation loss", summary.final_val_loss),
-        )
-        if found is not None
-    ]
+    line = " · ".join(filter(None, (status.word, steps, what, typed(sources or ""), status.message)))
+    tiles = []
+    if summary.final_loss is not None:  # references are of training images
+        plain = [f"{one['name']}: {one['value']:.3f}" for one in _references(summary)]
+        tiles.append(("training loss", f"{summary.final_loss[0]:.4f}", (plain or [""])[0]))
+    if summary.final_val_loss is not None:
+        loss, step = summary.final_val_loss
+        tiles.append(("validation loss", f"{loss:.4f}", f"at step {step:,}"))
     own = [one for one in told_apart(summary.results)[0] if one.encoder == "model"]
     tiles += [(one.method, f"{one.top1:.1%}", one.where) for one in own[:2]]
-    for one in () if own else told_apart(summary.monitored)[0]:
-        step = summary.knn["knn/top1"][1]
+    if summary.final_knn is not None and not own:
+        (one,), step = told_apart(summary.monitored)[0], summary.final_knn[1]
         tiles.append(("kNN", f"{one.top1:.1%}", f"{one.where}, at step {step:,}"))
     if summary.images_per_s is not None:
-        tiles.append(
-            ("images/s, median", f"{summary.images_per_s:,.3g}", summary.environment.get("device", ""))
-        )
+        device = summary.environment.get("device", "")
+        tiles.append(("images/s, median", f"{summary.images_per_s:,.3g}", device))
     boxes = "".join(
         f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(more)}</small></dd></div>\n"
         for name, value, more in tiles
     )
-    line = prose(" · ".join(filter(None, parts)))
     return (
-        f'<header><h1>{text(summary.name)}</h1>\n<p class="muted">{line}</p>\n'
+        f'<header><h1>{text(summary.name)}</h1>\n<p class="muted">{prose(line)}</p>\n'
         f'<dl class="tiles">{boxes}</dl></header>\n'
     )
 
@@ -311,14 +300,12 @@ def _predictions(summary: RunSummary) -> str:
         damaged = counted(len(summary.pictures) - len(whole), "picture")
         parts.append(f"<p>{damaged} in pictures/ cannot be read.</p>\n")
     for path in _whole([summary.drawn] if summary.drawn else []):
-        name, picture = (
-            path.relative_to(summary.run_dir),
-            data_url(_smaller(path.read_bytes(), MAX_DRAWN_BYTES)),
-        )
+        name = text(path.relative_to(summary.run_dir))
+        source = data_url(_smaller(path.read_bytes(), MAX_DRAWN_BYTES))
         parts.append(
-            f"<figure><figcaption>Drawn by nextblock predict: {text(name)}</figcaption>"
+            f"<figure><figcaption>Drawn by nextblock predict: {name}</figcaption>"
             '<div class="scroll" tabindex="0" role="region" aria-label="picture drawn by predict">'
-            f'<img alt="Originals, predictions and errors" src="{picture}"></div></figure>\n'
+            f'<img alt="Originals, predictions and errors" src="{source}"></div></figure>\n'
         )
     return "".join(parts) or what_to_type([("No picture yet. Draw one:", how_to_draw(summary))])
 
@@ -373,10 +360,14 @@ def _starts(summary: RunSummary) -> str:
 # ---------------------------------------------------------------------------------------------------- a page
 
 
+def asset(name: str) -> str:
+    """A file of this package: a template, or the style that pages share."""
+    return (resources.files("nextblock.report") / name).read_text(encoding="utf-8")
+
+
 def page(title: str, body: str, values: Mapping[str, Any], *, script: str = "") -> str:
     """A whole page: `values` are what its script draws, and `script` is run after it."""
-    template = (resources.files("nextblock.report") / "page.html").read_text(encoding="utf-8")
-    template = template.replace("{{script}}", script)
+    template = asset("page.html").replace("{{script}}", script)
     own = re.search(r"<script>(.*?)</script>", template, flags=re.DOTALL)
     assert own is not None, "the template has a script"
     # No other script runs, whatever a name might smuggle in, and nothing is fetched from elsewhere.
@@ -385,6 +376,7 @@ def page(title: str, body: str, values: Mapping[str, Any], *, script: str = "") 
     parts = {
         "policy": "default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; connect-src 'self'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        "style": asset("style.html"),
         "title": text(title),
         "body": body,
         "foot": f"Written {now} by nextblock {__version__}.",

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import statistics
-import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from nextblock.atomic import is_locked
+from nextblock.config import MonitorConfig
 from nextblock.errors import UsageError
 from nextblock.logs import clock
 from nextblock.presets import DEFAULT_PRESET, PRESETS
@@ -34,6 +36,7 @@ _PASSED_BY = {"checkpoints", "tensorboard", "wandb", "pictures"}
 
 SILENT_S = 300.0
 """A run whose heartbeat is older has failed: it beats every ten seconds."""
+KNN_SAMPLES = MonitorConfig().knn_samples
 LATE_S = 30.0
 """From this age on, the lock of a run on this machine is asked for as well."""
 
@@ -102,7 +105,7 @@ class RunSummary:
     @property
     def name(self) -> str:
         """The name of its directory."""
-        return self.run_dir.name or self.run_dir.resolve().name
+        return self.run_dir.name
 
     @property
     def picture(self) -> Path | None:
@@ -135,40 +138,28 @@ class RunSummary:
         return (values[-1], steps[-1]) if values else None
 
     @property
-    def knn(self) -> dict[str, tuple[float, int]]:
-        """The latest of the monitored kNN accuracies by name ("knn/top1"), each with its step."""
-        return {
-            name: (value, line["step"])
-            for line in self.monitor
-            for name, value in line.items()
-            if name.startswith("knn/") and is_number(value)
-        }
+    def final_knn(self) -> tuple[float, int] | None:
+        """The latest kNN accuracy while training, and its step."""
+        return self._last("knn/top1")
 
     @property
     def monitored(self) -> tuple[Measured, ...]:
         """The latest kNN accuracy while training, as a result; empty if there is none."""
+        if self.final_knn is None:
+            return ()
         train, val = (
             self.settings.get(f"monitor.knn_{name}") or self.settings.get(f"data.{name}")
             for name in ("train", "val")
         )
-        if "knn/top1" not in self.knn:
-            return ()
-        on, top1 = typed(val or "unknown images"), self.knn["knn/top1"][0]
-        labels = typed(train) if train else None
+        on, most = typed(val or "unknown images"), self.settings.get("monitor.knn_samples", KNN_SAMPLES)
+        on += f" (up to {most:,} images)" * (most != KNN_SAMPLES)  # fewer images are another measure
+        labels, top1 = typed(train) if train else None, self.final_knn[0]
         return (Measured("kNN while training", on, "model", top1, None, labels, "metrics.jsonl"),)
-
-    @property
-    def best_knn(self) -> tuple[float, int] | None:
-        """The best of the monitored kNN accuracies, and its step."""
-        steps, values = self.series("knn/top1")
-        return max(zip(values, steps, strict=True), default=None)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of the logged lines that hold a finite number under `name`."""
         kept = [line for line in (*self.train, *self.val, *self.monitor) if is_number(line.get(name))]
         return [line["step"] for line in kept], [line[name] for line in kept]
-
-    # ----------------------------------------------------------------------- read when they are asked for
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -223,8 +214,6 @@ class RunSummary:
             return Status("failed", f"no heartbeat for {silent}", age_s)
         return Status("running", None, age_s)
 
-    # -------------------------------------------------------------------------- what it cost, and its size
-
     @property
     def step(self) -> int:
         """Steps done, as far as is known."""
@@ -250,14 +239,11 @@ class RunSummary:
 
     @cached_property
     def encoder_parameters(self) -> int | None:
-        """Numbers in the encoder's tensors, from the head of the latest checkpoint; None without one."""
+        """Numbers in the encoder's tensors, from the latest checkpoint; None without one."""
         for path in sorted(self.training_dir.glob("checkpoints/step_*/model.safetensors"), reverse=True):
-            with suppress(OSError, ValueError, struct.error, KeyError), path.open("rb") as file:
-                # safetensors: the length of the head in 8 bytes, then JSON that names each tensor's shape.
-                (length,) = struct.unpack("<Q", file.read(8))
-                tensors = json.loads(file.read(length))
-                shapes = [one["shape"] for name, one in tensors.items() if name.startswith("encoder.")]
-                return sum(map(math.prod, shapes)) or None
+            with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+                names = [name for name in file.keys() if name.startswith("encoder.")]  # noqa: SIM118 - no dict
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in names) or None
         return None
 
 
@@ -280,13 +266,12 @@ def read_run(run_dir: Path) -> RunSummary:
     # Commands are typed, and pages are read, in other directories.
     run_dir, training = run_dir.absolute(), training.absolute()
     lines = _read_lines(training / "metrics.jsonl")
-    by_verb = {f"{verb}.json": verb for verb in VERBS}
-    files = [path for path in _files_below(run_dir) if path.name in by_verb]
+    files = [path for path in _files_below(run_dir) if path.suffix == ".json" and path.stem in VERBS]
     # What `eval` measured lies method by method below it, unless it scored a classifier.
     folders = {path.parent for path in files if path.name != "eval.json"}
     files = [
         path
-        for path in sorted(files, key=lambda path: (VERBS.index(by_verb[path.name]), path))
+        for path in sorted(files, key=lambda path: (VERBS.index(path.stem), path))
         if path.name != "eval.json" or not any(path.parent in folder.parents for folder in folders)
     ]
     results = {path: read_json(path) for path in files}
@@ -371,12 +356,10 @@ def _measured(run_dir: Path, path: Path, values: dict[str, Any]) -> Iterator[Mea
     """The accuracies in a result; of kNN those of the setting that was fixed beforehand."""
     try:
         verb, sources = values["verb"], values.get("sources", {})
-        held_out = "each by the others" if verb == "knn" else "held out"
         labels = sources["train"]["spec"] if sources else None
-        if "test" in sources:
-            on = sources["test"]["spec"]
-        else:
-            on = f"{labels}, {held_out}" if sources else values["settings"]["test"]
+        on = f"{labels}, {'each by the others' if verb == 'knn' else 'held out'}"
+        if "test" in sources or not sources:
+            on = sources["test"]["spec"] if sources else values["settings"]["test"]
         for row in values["rows"]:
             method = row.get("head") or row.get("method") or verb
             if verb == "fewshot":

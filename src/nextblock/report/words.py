@@ -48,23 +48,20 @@ def results_table(results: Sequence[Measured]) -> Table:
     return Table(list(rows.values()), [*columns, *(Column(name, name, show) for name in encoders)])
 
 
-def command(verb: str, *words: Path | str) -> str:
-    """A command as one types it; words in capitals are to be filled in."""
-    return " ".join(["nextblock", *verb.split(), *(typed_word(str(word)) for word in words)])
+def command(words: str, run: Path) -> str:
+    """A command as one types it, with the run in place of {}; words in capitals are to be filled in."""
+    return " ".join(["nextblock", *(typed_word(word.format(run)) for word in words.split())])
 
 
 def how_to_measure(summary: RunSummary) -> str:
     """The command that makes accuracies."""
-    run = summary.run_dir
-    if summary.is_tuned:
-        return command("eval", "--model", run, "--test", "TEST", "--out", run / "eval")
-    return command("eval", "--model", run, "--train", "TRAIN", "--test", "TEST", "--out", run / "eval")
+    train = "" if summary.is_tuned else "--train TRAIN "
+    return command(f"eval --model {{}} {train}--test TEST --out {{}}/eval", summary.run_dir)
 
 
 def how_to_draw(summary: RunSummary) -> str:
     """The command that draws predictions."""
-    run = summary.run_dir
-    return command("predict", "--model", run, "--data", "SOURCE", "--out", run / "predict")
+    return command("predict --model {} --data SOURCE --out {}/predict", summary.run_dir)
 
 
 def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
@@ -79,17 +76,12 @@ def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
     yield "speed", "not logged yet" if speed is None else f"{speed} images/s{device}"
     words = [f"{BASELINE_WORDS.get(name, name)} {value:.4f}" for name, value in summary.baselines.items()]
     beside = f"without a model: {', '.join(words)}" if words else "its baselines were not measured"
-    yield (
-        "training loss",
-        ("not a number" if summary.train else "not logged yet")
-        if loss is None
-        else "{:.4f} at step {:,} ({})".format(*loss, beside),
-    )
+    last = "not a number" if summary.train else "not logged yet"
+    yield "training loss", "{:.4f} at step {:,} ({})".format(*loss, beside) if loss else last
     if summary.final_val_loss is not None:
         yield "validation loss", "{:.4f} at step {:,}".format(*summary.final_val_loss)
-    for name, (value, step) in summary.knn.items():
-        where = "".join(f" on {one.on}" for one in summary.monitored)
-        yield name.replace("/", " "), f"{value:.1%} at step {step:,}{where}"
+    if summary.final_knn is not None:
+        yield "knn top1", "{:.1%} at step {:,} on {}".format(*summary.final_knn, summary.monitored[0].on)
     if not summary.is_tuned:  # a classifier predicts no blocks
         here, picture = Path.cwd(), summary.picture
         if picture is not None and picture.is_relative_to(here):
@@ -158,7 +150,7 @@ def report_values(summary: RunSummary) -> dict[str, Any]:
         "val_loss": val_loss,
         "val_step": val_step,
         "images_per_s": summary.images_per_s,
-        "knn": {name.removeprefix("knn/"): value for name, (value, _) in summary.knn.items()},
+        "knn": {"top1": summary.final_knn[0]} if summary.final_knn else {},
         "picture": str(summary.picture) if summary.picture else None,
     }
 
@@ -168,48 +160,36 @@ def commands(summary: RunSummary) -> Iterator[tuple[str, str]]:
     run, status = summary.run_dir, summary.status.word
     if summary.is_tuned:
         if status != "finished":
-            yield "Resume: the same command again", command("finetune", "--model", "RUN", "...", "--out", run)
-        yield "Name the classes of images", command("classify", "--model", run, "--data", "IMAGES")
+            yield "Resume: the same command again", command("finetune --model RUN ... --out {}", run)
+        yield "Name the classes of images", command("classify --model {} --data IMAGES", run)
         yield "Measure it on other images", how_to_measure(summary)
         return
     if status not in ("finished", "running"):
-        yield "Resume", command("pretrain", "--out", run)
+        yield "Resume", command("pretrain --out {}", run)
     specs = summary.settings.get("data.train") or "DIR"
-    sources = [
-        word for spec in ([specs] if isinstance(specs, str) else specs) for word in ("--data.train", spec)
-    ]
-    yield "Train on from its weights", command("pretrain", "--model.init", run, *sources, "--out", "NEW_RUN")
+    sources = "".join(
+        f" --data.train {typed_word(spec)}" for spec in ([specs] if isinstance(specs, str) else specs)
+    )
+    yield "Train on from its weights", command("pretrain --model.init {}", run) + f"{sources} --out NEW_RUN"
     yield "Measure it", how_to_measure(summary)
     yield "Draw predictions", how_to_draw(summary)
-    yield (
-        "Fine-tune it",
-        command("finetune", "--model", run, "--train", "TRAIN", "--test", "TEST", "--out", run / "finetuned"),
-    )
-    yield "Take the encoder elsewhere", command("convert", run, run / "timm", "--to", "timm")
-    yield "Compare it with other runs", command("report", run, "OTHER_RUN")
+    yield "Fine-tune it", command("finetune --model {} --train TRAIN --test TEST --out {}/finetuned", run)
+    yield "Take the encoder elsewhere", command("convert {} {}/timm --to timm", run)
+    yield "Compare it with other runs", command("report {} OTHER_RUN", run)
 
 
 def missing(summary: RunSummary) -> Iterator[tuple[str, str]]:
     """What a page cannot show of this run: a sentence, and the command that would make it."""
     if summary.is_tuned:
         return
-    new = ("--data.train", "DIR", "--out", "NEW_RUN")
-    if not summary.series("val_loss")[0]:
-        needs = (
-            "needs validation images" if not summary.settings.get("data.val") else "is measured every epoch"
-        )
-        yield (
-            f"No validation loss yet: it {needs}.",
-            command("pretrain", *new, "--data.val", "DIR2", "--monitor.val_every", "1ep"),
-        )
-    knn, rank = (bool(summary.series(name)[0]) for name in ("knn/top1", "rankme"))
-    if not rank:
-        yield (
-            "No RankMe and no kNN accuracy by step.",
-            command("pretrain", *new, "--monitor.knn_every", "5ep"),
-        )
-    elif not knn:
-        labelled = ("--monitor.knn_train", "LABELLED", "--monitor.knn_val", "LABELLED2")
-        yield "No kNN accuracy by step: it needs labelled images.", command("pretrain", *new, *labelled)
+    new = "nextblock pretrain --data.train DIR --out NEW_RUN"
+    if summary.final_val_loss is None:
+        needs = "is measured every epoch" if summary.settings.get("data.val") else "needs validation images"
+        yield f"No validation loss yet: it {needs}.", f"{new} --data.val DIR2 --monitor.val_every 1ep"
+    if not summary.series("rankme")[0]:
+        yield "No RankMe and no kNN accuracy by step.", f"{new} --monitor.knn_every 5ep"
+    elif summary.final_knn is None:
+        labelled = "--monitor.knn_train LABELLED --monitor.knn_val LABELLED2"
+        yield "No kNN accuracy by step: it needs labelled images.", f"{new} {labelled}"
     if not summary.pictures:
-        yield "No pictures by step.", command("pretrain", *new, "--monitor.pictures_every", "5ep")
+        yield "No pictures by step.", f"{new} --monitor.pictures_every 5ep"

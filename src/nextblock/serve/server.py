@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from nextblock.errors import UsageError
 from nextblock.report import run_page
+from nextblock.report.page import asset
 from nextblock.serve.session import Session
 from nextblock.serve.settings import ServeSettings
 from nextblock.tables import finite
@@ -151,7 +152,8 @@ class Handler(BaseHTTPRequestHandler):
         self._check_sender(is_page=is_page)
         body = self._body(is_upload=address.path == "/api/upload")
         if is_page and address.path == "/":
-            return (resources.files("nextblock.serve") / "page.html").read_bytes()
+            page = (resources.files("nextblock.serve") / "page.html").read_text(encoding="utf-8")
+            return page.replace("{{style}}", asset("style.html")).encode()
         if is_page:
             return run_page(session.summary(), script=FOLLOW).encode()
         name = address.path.removeprefix("/api/")

@@ -41,6 +41,7 @@ from nextblock.evaluate.knn import nearest_neighbours
 from nextblock.evaluate.settings import CPU_BATCH, GPU_BATCH, SearchSettings
 from nextblock.evaluate.table import FeatureTable
 from nextblock.interop import attach_teacher, open_encoder
+from nextblock.look.opened import about_image
 from nextblock.look.surprise import block_surprise
 from nextblock.models import EncoderModel, NextBlockModel
 from nextblock.models.completion import complete
@@ -80,8 +81,8 @@ class Session:
 
     def reload(self) -> dict[str, Any]:
         """Load the model, of a run its newest checkpoint; the images of --data are then encoded again."""
-        newest = self._newest()
-        self.step = None if newest is None else int(newest.name.removeprefix("step_"))
+        newest = latest_checkpoint(self.run_dir / "checkpoints") if self.is_run else None
+        self.step = None if newest is None else _step_of(newest)
         if self.is_run and newest is None:
             self.no_prediction = "The run has saved no checkpoint yet; its first one can be loaded here."
             return self.about()
@@ -102,9 +103,6 @@ class Session:
             self._begin_index(model, self.source)
         return self.about()
 
-    def _newest(self) -> Path | None:
-        return latest_checkpoint(self.run_dir / "checkpoints") if self.is_run else None
-
     def _model(self) -> EncoderModel:
         if self.opened is None:
             raise UsageError(self.no_prediction)
@@ -117,13 +115,14 @@ class Session:
 
     def about(self) -> dict[str, Any]:
         """What is served: sizes of the model, and what it cannot do, as sentences."""
-        config, newest = None if self.opened is None else self.opened.config, self._newest()
+        config = None if self.opened is None else self.opened.config
+        newest = latest_checkpoint(self.run_dir / "checkpoints") if self.is_run else None
         is_colour = config is not None and config.in_chans in (1, 3)
         return {
             "model": self.settings.model,
             "is_run": self.is_run,
             "step": self.step,
-            "newest": None if newest is None else int(newest.name.removeprefix("step_")),
+            "newest": None if newest is None else _step_of(newest),
             "image_size": None if config is None else pair(config.image_size),
             "block_grid": getattr(config, "block_grid", (0, 0)),
             "no_prediction": self.no_prediction,
@@ -155,9 +154,7 @@ class Session:
 
     def thumbnail(self, index: Any) -> bytes:
         """An image of --data, made small."""
-        picture = _picture(self._read(index))
-        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        return _png(picture)
+        return _png(self._read(index), THUMBNAIL_PX)
 
     def _read(self, index: Any) -> UInt8[Tensor, "c h w"]:
         source = self._source()
@@ -169,10 +166,8 @@ class Session:
         return self.source
 
     def _keep(self, pixels: UInt8[Tensor, "c h w"], index: int = -1) -> dict[str, Any]:
-        number, crop = (
-            max(self.images, default=-1) + 1,
-            val_crop(pixels, self._model().config.image_size, self.data),
-        )
+        number = max(self.images, default=-1) + 1
+        crop = val_crop(pixels, self._model().config.image_size, self.data)
         self.images[number] = crop, index
         if len(self.images) > KEPT_IMAGES:
             del self.images[min(self.images)]
@@ -225,7 +220,7 @@ class Session:
         source, table, images = self._source(), self.table, self._normalized(image)
         require(not self.search_failed, self.search_failed)
         top, rows = _number("top", top, MOST_NEAREST + 1), []
-        # The table is there once the first batch is.
+        # Features are there once the first batch is.
         numbers = table.readable() if table is not None and self.encoded else np.empty(0, dtype=np.int64)
         if table is not None and len(numbers):
             with torch.no_grad():
@@ -234,12 +229,10 @@ class Session:
             own = np.flatnonzero(numbers == self.images[int(image)][1])
             itself = torch.from_numpy(own).to(self.device) if len(own) else None
             found = nearest_neighbours(asked, known, top, itself=itself)
-            for similarity, row in zip(found.similarity[0].tolist(), found.rows[0].tolist(), strict=True):
-                index = int(numbers[row])
-                name = source.class_names[source.labels[index]] if source.has_labels else None
-                rows.append(
-                    {"index": index, "name": source.name(index), "similarity": similarity, "class": name}
-                )
+            rows = [
+                {**about_image(source, int(numbers[row])), "similarity": similarity}
+                for similarity, row in zip(found.similarity[0].tolist(), found.rows[0].tolist(), strict=True)
+            ]
         return {"rows": rows, "searched": len(numbers), "images": len(source), "is_done": self.is_indexed}
 
     # ---------------------------------------------------------------------------------- features of --data
@@ -296,7 +289,11 @@ class Session:
 
 
 def _pictures(summary: RunSummary) -> dict[int, Path]:
-    return {int(path.stem.removeprefix("step_")): path for path in summary.pictures}
+    return {_step_of(path): path for path in summary.pictures}
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def _number(name: str, value: Any, below: float) -> int:
@@ -306,15 +303,14 @@ def _number(name: str, value: Any, below: float) -> int:
     return int(value)
 
 
-def _picture(pixels: Shaped[Tensor, "c h w"]) -> Image.Image:
+def _png(pixels: Shaped[Tensor, "c h w"], most_px: int | None = None) -> bytes:
     """Bytes, or floats in [0, 1], as a colour picture; of many channels the first three."""
     if pixels.is_floating_point():
         pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     shown = pixels[: shown_channels(len(pixels))].expand(3, -1, -1)
-    return Image.fromarray(np.ascontiguousarray(rearrange(shown, "c h w -> h w c").numpy()))
-
-
-def _png(picture: Image.Image) -> bytes:
+    picture = Image.fromarray(np.ascontiguousarray(rearrange(shown, "c h w -> h w c").numpy()))
+    if most_px is not None:
+        picture.thumbnail((most_px, most_px))
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
@@ -322,4 +318,4 @@ def _png(picture: Image.Image) -> bytes:
 
 def _url(pixels: Shaped[Tensor, "c h w"]) -> str:
     """A picture as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(_png(_picture(pixels))).decode()
+    return "data:image/png;base64," + base64.b64encode(_png(pixels)).decode()

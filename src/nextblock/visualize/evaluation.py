@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nextblock.models.heads import layer_words
-from nextblock.visualize.features import Cell, draw_cells
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
-from nextblock.visualize.sheet import shown_channels
+from nextblock.visualize.sheet import Cell, draw_cells, shown_channels
 
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
@@ -203,5 +202,4 @@ def draw_attention(
         "Colours are shares of the attention, from 0 (black) to the largest of the row (pale yellow), whose "
         "value is on the left. All maps of a row have this scale. The image is faint beneath them."
     )
-    size, title = (height, width), "Attention of a head over the patches"
-    draw_cells(cells, path, size=size, title=title, caption=caption, names=labels)
+    draw_cells(cells, path, title="Attention of a head over the patches", caption=caption, names=labels)

@@ -14,7 +14,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
 
 from nextblock.blocks import block_orders, may_attend, patches_of_blocks
 from nextblock.config import ModelConfig, RunConfig, pair
@@ -147,7 +146,8 @@ def _draw_grid(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
             draw(at, color=INK if is_edge else "white", linewidth=1.1 if is_edge else 0.4)
     axes.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
     axes.spines[:].set(linewidth=1.1, color=INK)
-    places = _centres(shown)
+    # The middle of each block, (x, y) in patches, along the order.
+    places = [np.argwhere(shown.positions == number).mean(0)[::-1] + 0.5 for number in range(k)]
     size_pt = 72 * axes.bbox.height / axes.figure.dpi / rows * min(block) * 0.34
     if size_pt >= 4.5:
         for number, (x, y) in enumerate(places):
@@ -155,25 +155,16 @@ def _draw_grid(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
             back = {"facecolor": shades[number], "edgecolor": "none", "pad": 1}
             size = min(size_pt, 13)
             axes.text(x, y, str(number), ha="center", va="center", size=size, color=INK, bbox=back, zorder=3)
-    if k <= FEW:
-        for start, end in pairwise(places):
-            arrow = FancyArrowPatch(
-                start,
-                end,
-                arrowstyle="-|>",
-                mutation_scale=7,
-                linewidth=0.8,
-                color=ARROW,
-                shrinkA=11,
-                shrinkB=11,
-            )
-            axes.add_patch(arrow)
-
-
-def _centres(shown: Geometry) -> list[tuple[float, float]]:
-    """The middle of each block, (x, y) in patches, along the order."""
-    where = [np.argwhere(shown.positions == number) + 0.5 for number in range(shown.positions.max() + 1)]
-    return [(float(one[:, 1].mean()), float(one[:, 0].mean())) for one in where]
+    arrow = {
+        "arrowstyle": "-|>",
+        "mutation_scale": 7,
+        "linewidth": 0.8,
+        "color": ARROW,
+        "shrinkA": 11,
+        "shrinkB": 11,
+    }
+    for start, end in pairwise(places if k <= FEW else ()):
+        axes.annotate("", end, start, arrowprops=arrow)
 
 
 def _draw_mask(axes: Axes, config: ModelConfig, shown: Geometry) -> None:

@@ -473,17 +473,20 @@ class _Probe:
                 title = f"{name} head, {self.measured.name}: top-1 {found.top1:.1%}"
                 draw_confusion(found.confusion, self.class_names, title, drawn / f"confusion-{name}.png")
             if name == "ep":
-                draw_attention(*self._attention(classifier), drawn / "attention-ep.png")
+                images, maps, names = self._attention(classifier)
+                draw_attention(images, maps, drawn / "attention-ep.png", names=names)
 
-    def _attention(self, classifier: ImageClassifier) -> tuple[np.ndarray, np.ndarray]:
-        """Some images (b h w c), and how the ep head's queries weigh their patches (b q rows columns)."""
+    def _attention(self, classifier: ImageClassifier) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Images (b h w c), how the ep head's queries weigh patches (b q rows columns), names of classes."""
         data, size, readable = (
             self.opened.data,
             self.opened.model.config.image_size,
             self._readable(self.measured),
         )
+        source = self.sources[self.measured.purpose].source
         chosen = readable[np.linspace(0, len(readable) - 1, min(DRAWN, len(readable)), dtype=int)]
-        (batch,) = eval_batches(self.sources[self.measured.purpose].source, data, size, DRAWN, chosen)
+        (batch,) = eval_batches(source, data, size, DRAWN, chosen)
         images = batch.images.to(self.opened.device)
         maps = attention_maps(classifier, normalize(images, data.mean, data.std))
-        return images.permute(0, 2, 3, 1).cpu().numpy(), maps.cpu().numpy()
+        names = [source.class_names[source.labels[index]] for index in batch.samples.tolist()]
+        return images.permute(0, 2, 3, 1).cpu().numpy(), maps.cpu().numpy(), names
