@@ -76,8 +76,8 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
         yield
     except (CheckpointError, MissingSettingError):
         raise
-    # Damaged settings can fail anywhere in a reader, in any way. These errors mean the file; others, such as
-    # MemoryError, are not its fault.
+    # Damaged settings can fail anywhere in a reader, in any way. These errors point to the file; others,
+    # such as MemoryError, do not.
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         # By name, as higher layers define these classes. They already say cause and remedy.
         named = type(error).__name__ in ("HubError", "WriteError")

@@ -82,9 +82,9 @@ class DataConfig(Section):
     normalize: Literal["given", "auto"] = "given"
     """given: normalise by data.mean and data.std; auto: measure them on a sample of data.train."""
     mean: tuple[Pixel, ...] = IMAGENET_MEAN
-    """Mean of each channel, subtracted from pixels in [0, 1]."""
+    """Mean of each channel, for pixels in [0, 1]."""
     std: tuple[Deviation, ...] = IMAGENET_STD
-    """Standard deviation of each channel, for pixels in [0, 1]; divides them."""
+    """Standard deviation of each channel, for pixels in [0, 1]."""
     workers: Natural | Auto = None
     """Processes that decode images; auto: number of cores minus one, at most 8; 0: the main process."""
     decoder: Literal["auto", "pillow", "fast"] = "auto"

@@ -66,7 +66,7 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 SHUTDOWN_TIMEOUT_S = 24 * 3600
-"""A rank that is asked to stop finishes its step first, however long that takes; a second signal kills it."""
+"""A rank that is asked to stop finishes its step first, however long that takes; a second signal ends it."""
 
 
 def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:

@@ -325,7 +325,7 @@ class ModelConfig(Section):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the encoder has a class token; `TimmConfig` has the same property."""
+        """Whether the encoder has a class token; `TimmConfig` has the same attribute."""
         return self.class_token
 
     @property

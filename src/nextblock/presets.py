@@ -107,7 +107,7 @@ class Preset:
 
 
 def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Preset:
-    about = "A size with defaults for any folder of images. The defaults are ours; no result is published."
+    about = "A size with defaults for any folder of images. The defaults are ours, not a published recipe."
     return Preset(name, "size", images, about, changes, base)
 
 
