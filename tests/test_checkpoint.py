@@ -341,7 +341,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, path, t
         save_model(tmp_path / "new.safetensors", model)
     assert files_in(tmp_path) == ["model.safetensors"]
     rewrite(path, spoil)
-    message = r"model\.safetensors holds NaN or inf in 1 tensor \(encoder.norm.bias\); take"
+    message = r"model\.safetensors contains NaN or inf in 1 tensor \(encoder.norm.bias\); take"
     with pytest.raises(CheckpointError, match=message):
         read_model(path)
 

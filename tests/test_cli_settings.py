@@ -287,7 +287,7 @@ def test_all_help_does_not_wait_for_torch_and_lists_every_setting_with_its_meani
         assert f"--{name} " in done.stdout
     words = " ".join(done.stdout.split())
     assert "Image size in pixels: 64 (square), or rows and columns as 32,64 or 32x64. (default: 256)" in words
-    assert "one less than there are cores; 0: the main process. (default: auto)" in words
+    assert "number of cores minus one, at most 8; 0: the main process. (default: auto)" in words
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -207,7 +207,7 @@ def test_a_saved_dataset_yields_pictures_labels_names_and_holes(cats) -> None:
     batches = [next(iter(eval_batches(source, DATA, 8, batch_size=5, workers=n))) for n in (0, 2)]
     assert batches[0].samples.tolist() == [0, 1, 4]
     assert [bad.name for bad in batches[0].bad] == ["cats[all][2]", "cats[all][3]"]
-    assert "the row holds no image" in batches[0].bad[1].reason
+    assert "the row contains no image" in batches[0].bad[1].reason
     assert torch.equal(batches[0].images, batches[1].images)
 
 

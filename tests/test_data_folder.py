@@ -163,7 +163,7 @@ def test_a_tilde_and_the_other_unicode_form_lead_to_a_path(tmp_path, monkeypatch
         ("empty", "no images in '.*empty' and its folders: it is empty; an image's name ends in .avif"),
         ("other", r"2 files, none with an image's extension \(.csv, .txt\)"),
         ("gone", "no such directory or file .searched /.*/gone"),
-        ("x.rar", r"is a file; give the directory that holds it, or files:x.rar"),
+        ("x.rar", r"is a file; give the directory that contains it, or files:x.rar"),
         ("x.tar.gz", "in a compressed tar cannot be read in random order; unpack it"),
         ("shards-{000..009}.tar.zst", "unpack it"),
         ("torchvison:CIFAR10", "no kind of source 'torchvison'; did you mean 'torchvision'"),

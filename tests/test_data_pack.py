@@ -247,6 +247,6 @@ def test_a_full_disk_keeps_whole_shards(folder, tmp_path, data, monkeypatch):
 
 
 def test_a_folder_of_something_else_is_refused(folder, data):
-    with pytest.raises(ValueError, match="holds something else; give a new folder"):
+    with pytest.raises(ValueError, match="contains something else; give a new folder"):
         pack(open_source("digits", data), folder, CONFIG, data)
     assert sorted(path.name for path in folder.iterdir()) == ["cat", "dog"]  # nor is it marked as output

@@ -232,7 +232,7 @@ def test_a_cache_that_cannot_be_written_and_what_is_no_tar_are_refused_with_a_re
     with pytest.raises(RemoteError, match=r"no copy can be kept in .*; set data\.cache_dir"):
         open_source(f"{server.url}/s-0.tar", DataConfig(cache_dir=str(tmp_path / "file")))
     (server.root / "page.tar").write_bytes(b"<html>" * 200)
-    with pytest.raises(ValueError, match=r"^'http://[^ ]*/page\.tar' is no plain tar"):
+    with pytest.raises(ValueError, match=r"^'http://[^ ]*/page\.tar' is not a plain tar"):
         open_source(f"{server.url}/page.tar", data)
     with pytest.raises(ValueError, match="only tar shards are read from a server"):
         open_source(f"{server.url}/x.zip", data)

@@ -211,7 +211,7 @@ def test_labels_come_from_cls_then_json_then_folders(tmp_path, members, expected
         (sample("a/1", cls="1") | sample("a/2"), r"no labels for 1 of its 2 images, the first 'x.tar/a/2"),
         (sample("a/1", json='{"label": [1, 2]}'), r"unusable label: x.tar/a/1.json: 'label' is \[1, 2\]"),
         (sample("1", json='{"cls": NaN}'), "'cls' is NaN"),
-        (sample("1", json='{"cls"'), "1.json is no JSON"),
+        (sample("1", json='{"cls"'), "1.json is not JSON"),
     ],
 )
 def test_missing_and_unusable_labels_are_told_only_when_asked_for(tmp_path, members, message):
@@ -339,7 +339,7 @@ def test_cut_and_damaged_headers_are_refused_by_name_or_give_whole_images(tmp_pa
     [
         (b"", r"is empty \(0 bytes\); fetch or pack it again"),
         (gzip.compress(END, mtime=0), "unpack it if it is compressed"),
-        (b"<html>" * 200, r"is no plain tar \(it starts with '<html><h'\)"),
+        (b"<html>" * 200, r"is not a plain tar \(it starts with '<html><h'\)"),
         (END, "no images in .*: it is empty"),
         (member("n01.tar", b"x") + END, "no images in .*unpack a tar of tars"),
     ],

@@ -140,5 +140,5 @@ def test_encrypted_members_and_other_methods_are_refused_with_a_remedy(tmp_path,
 
 def test_what_is_no_zip_is_refused(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"PK\3\4" + bytes(100))
-    with pytest.raises(ValueError, match="is no zip, or damaged"):
+    with pytest.raises(ValueError, match="is not a zip, or damaged"):
         opened(tmp_path / "x.zip")

@@ -253,7 +253,7 @@ def test_a_port_in_use_is_told_with_the_remedy(tmp_path):
     ("env", "message"),
     [
         ({}, r"--devices 9999, but \S+ has \d+ CPU cores?; use at most"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "--devices 9999 starts processes, and torchrun has done so"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "--devices 9999 starts processes, but torchrun has done so"),
     ],
 )
 def test_devices_are_refused_if_there_are_fewer_or_a_launcher_gave_them(

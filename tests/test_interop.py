@@ -150,7 +150,7 @@ def test_a_setting_that_is_not_implemented_is_refused(content, settings, words, 
         ("enc.pos_embed", 3, "holds 'enc.pos_embed' of type int"),
         ("enc.pos_embed", torch.zeros(3), "holds enc.pos_embed of shape (3,)"),
         ("enc.norm.bias", torch.full((48,), torch.nan), "NaN or inf in 1 tensor"),
-        ("enc.norm.bias", torch.full((48,), torch.inf), "holds NaN or inf in 1 tensor (encoder.norm.bias)"),
+        ("enc.norm.bias", torch.full((48,), torch.inf), "NaN or inf in 1 tensor (encoder.norm.bias)"),
     ],
 )
 def test_weights_damaged_or_not_whole_are_refused_by_name(name, tensor, words, content, load_content):

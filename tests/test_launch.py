@@ -159,7 +159,7 @@ def test_a_job_that_cannot_be_requeued_is_a_warning(slurm, monkeypatch) -> None:
     assert "WARNING: job 7 is not back in the queue: Requested" in requeue_job({"SLURM_JOB_ID": "7"})
     monkeypatch.setenv("PATH", str(slurm.parent))
     assert "WARNING" in requeue_job({"SLURM_JOB_ID": "7"})
-    assert "no SLURM job" in requeue_job({})
+    assert "not a SLURM job" in requeue_job({})
 
 
 def _pretrain_until_a_signal(out: Path, images: Path, requeue: bool) -> tuple[int, list[str], str | None]:

@@ -246,7 +246,7 @@ def test_as_many_tokens_as_distinct_patches_are_the_patches_and_more_are_refused
     points = torch.cat([torch.zeros(50, 6), noise(7, 6).repeat(3, 1)])
     centroids = fit_kmeans(points, 8, seed=0)
     torch.testing.assert_close(centroids[nearest_centroids(points, centroids)], points, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"71 patches hold only 8 distinct ones, .* at most 8"):
+    with pytest.raises(ValueError, match=r"71 patches contain only 8 distinct ones, .* at most 8"):
         fit_kmeans(points, 9, seed=0)
 
 

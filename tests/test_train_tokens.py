@@ -91,7 +91,7 @@ def test_the_checkpoint_of_step_0_is_not_kept_for_good_and_a_run_from_the_weight
 
 
 def test_too_few_patches_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="640 patches hold only 640 distinct ones, too few for 700 tokens"):
+    with pytest.raises(ValueError, match="640 patches contain only 640 distinct ones, too few for 700"):
         run_toy(tmp_path / "run", {**TOKENS, "model.vocab_size": 700})
     assert not (tmp_path / "run").exists()
 

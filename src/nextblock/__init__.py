@@ -88,8 +88,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Called for names that the module does not have yet, so torch is imported by whoever needs it, and not
-    # by `import nextblock` or by the command's help.
+    # Called only for names that are not loaded yet, so neither `import nextblock` nor `--help` imports torch.
     if name not in __all__:
         raise AttributeError(f"module 'nextblock' has no attribute {name!r}; it has {', '.join(__all__)}")
     home = importlib.import_module(f"nextblock.{_HOMES[name]}")

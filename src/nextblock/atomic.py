@@ -1,4 +1,4 @@
-"""Output that is there whole or not at all, written by one process at a time, and never taken for data."""
+"""Atomic output: files and directories appear whole or not at all, written by one process at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from nextblock.errors import UsageError
 
 OUTPUT_MARK = ".nextblock"
-"""A file in every directory that nextblock wrote: a search for images passes such directories by."""
+"""A file in every directory that nextblock wrote; image searches skip such directories."""
 
 RUN_FILES = ("source.json", "environment.json", "config.yaml")
-"""What makes a directory a run, in the order of writing: other projects have a config.yaml as well."""
+"""The files that identify a run, in writing order; other projects have a config.yaml too."""
 
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
-"""What errors of torch's file writer name."""
+"""Names in the errors of torch's file writer."""
 
 
 class WriteError(RuntimeError):
@@ -41,26 +41,26 @@ def mark_output(directory: Path) -> None:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Make and mark a directory, and be the only process that writes to it meanwhile.
+    """Create and mark a directory, and lock it: only one process writes to it at a time.
 
-    Raises `InUseError`, which names the other process, if there is one.
+    Raises `InUseError`, which names the other process, if the lock is taken.
     """
     from filelock import FileLock, Timeout
 
     directory.mkdir(parents=True, exist_ok=True)
     mark_output(directory)
     owner = directory / f"{OUTPUT_MARK}-owner"
-    # A lock of the operating system, not the presence of a file: it ends with its process, also when that is
-    # killed or the machine restarts. `-owner` only names the holder to whoever waits.
+    # An operating-system lock, not the mere presence of a file: it ends with its process, even after a kill
+    # or a reboot. `-owner` only tells others who holds it.
     lock = FileLock(directory / f"{OUTPUT_MARK}-lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         try:
-            told = json.loads(owner.read_text())
-            who = f"process {told['pid']} on {told['host']}, since {told['since']}"
+            holder = json.loads(owner.read_text())
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError):
-            who = "another process, which began just now"
+            who = "another process, which has just started"
         raise InUseError(
             f"{directory} is being written by {who}; wait until it ends, or choose another directory"
         ) from error
@@ -69,13 +69,13 @@ def exclusive(directory: Path) -> Iterator[None]:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         yield
     finally:
-        # First the name, then the lock: whoever gets the lock next writes a name of its own.
+        # Remove the name before releasing the lock: the next holder writes its own.
         owner.unlink(missing_ok=True)
         lock.release()
 
 
 def is_locked(directory: Path) -> bool | None:
-    """Whether a process of this machine holds `exclusive` on a directory; None if it cannot be told."""
+    """Whether a process of this machine holds `exclusive` on a directory; None if unknown."""
     try:
         import fcntl
 
@@ -90,7 +90,7 @@ def is_locked(directory: Path) -> bool | None:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turn what goes wrong while `target` is written into a `WriteError` that says so."""
+    """Turn errors while `target` is written into a `WriteError`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -99,7 +99,7 @@ def writing(target: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
             raise
         cause = str(error)
-        if isinstance(error, RuntimeError):  # torch tells a position in its file, and no cause
+        if isinstance(error, RuntimeError):  # torch reports a file position, not the cause
             place = next(path for path in target.absolute().parents if path.exists())
             free_mb = shutil.disk_usage(place).free // 1_000_000
             cause = f"the disk is full, or a quota is used up ({free_mb} MB free there)"
@@ -111,30 +111,30 @@ def writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def write_aside(target: Path) -> Iterator[Path]:
-    """Give a path beside `target` to write a file or directory to, flush it to disk, and move it into place.
+    """Yield a path next to `target` to write to, then flush it to disk and move it into place.
 
-    Whatever goes wrong, `target` is either as it was before or complete. (A directory that is replaced has,
-    for the instant between two renames, the name `.before-...`.)
+    Whatever goes wrong, `target` is either unchanged or complete. Replacing a directory takes two renames;
+    between them the old one is called `.before-...`.
     """
     aside, before = (target.with_name(f".{what}-{target.name}") for what in ("writing", "before"))
     with writing(target):
-        # A killed process may have left one. The mode of a new file is what the umask gives; some writers
-        # make theirs for the owner alone.
+        # A killed process may have left one. An empty file shows the mode that the umask gives; some writers
+        # create files that only the owner can read.
         remove(aside)
         aside.touch()
         mode = stat.S_IMODE(aside.stat().st_mode)
         aside.unlink()
         try:
             yield aside
-            # First every byte, then the names: after a power cut, a name leads to all of its content.
+            # Flush the content before any rename: after a power cut, a name then has its full content.
             for path in (*aside.rglob("*"), aside):
                 if not path.is_dir():
                     path.chmod(mode)
                 _flush(path)
-            if target.is_dir() and not aside.is_dir():  # never take a folder's place with a file
+            if target.is_dir() and not aside.is_dir():  # never replace a folder by a file
                 raise UsageError(f"{target} is a directory; name a file")
-            # A rename within a folder happens at once, so no reader ever sees half of the output. A directory
-            # cannot be renamed onto another one, so the old one steps aside, and comes back if that fails.
+            # A rename within a folder is atomic, so no reader sees half of the output. A directory cannot be
+            # renamed onto another, so the old one is moved away first, and moved back on failure.
             if target.is_dir():
                 remove(before)
                 target.replace(before)
@@ -145,14 +145,14 @@ def write_aside(target: Path) -> Iterator[Path]:
                     before.replace(target)
                 raise
             remove(before)
-            # The new name itself is an entry of the folder, which has to reach the disk as well.
+            # The new name is an entry of the parent folder, which must reach the disk too.
             _flush(target.parent)
         finally:
             remove(aside)
 
 
 def _flush(path: Path) -> None:
-    """Flush a file, or the names in a directory: a file whose name is lost is lost as well."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -167,7 +167,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a directory with all in it; what is not there stays so."""
+    """Remove a file, a link or a whole directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

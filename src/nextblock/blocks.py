@@ -1,4 +1,4 @@
-"""The geometry of blocks: which patch lies in which block, which block comes when, who may attend to whom.
+"""The geometry of blocks: the patches of a block, the order of blocks, and attention masks.
 
 Pure functions. A *block* is a rectangle of patches; blocks and patches are numbered in raster order; an
 *order* is a permutation of the blocks, from position in the sequence to block.
@@ -33,12 +33,12 @@ def patches_of_blocks(grid: tuple[int, int], block: tuple[int, int]) -> Int64[Te
 
 
 def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Tensor, "o k"]:
-    """The orders that a setting of `order` stands for: one, but for "random"; `seed` is for random ones."""
+    """Return the orders of a kind: one, except for "random"; only random kinds use `seed`."""
     k = block_grid[0] * block_grid[1]
     if kind == "random":
         return random_orders(k, seed)
-    if kind in ("fixed_random", "per_image"):  # the latter for features; training draws its own
-        # From a generator of its own on the CPU: the same order on every device, whatever else draws.
+    if kind in ("fixed_random", "per_image"):  # per_image: for features; training draws its own
+        # A separate CPU generator: the same order on every device, independent of other draws.
         return torch.randperm(k, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[None]
     if kind == "spiral":
         return spiral_order(block_grid)[None]
@@ -52,9 +52,9 @@ def block_orders(kind: str, block_grid: tuple[int, int], seed: int) -> Int64[Ten
 def check_order(order: Shaped[Tensor, "*k"], num_blocks: int, batch: int | None = None) -> None:
     """Raise `ValueError` unless `order` is a permutation of the blocks, or one for each image of a batch.
 
-    On the CPU by its values as well.
+    Values are checked on the CPU only.
     """
-    # Looking at values would wait for a GPU and break a compiled graph; shapes are always known.
+    # Reading values would wait for a GPU and break a compiled graph; shapes are always known.
     wrong = tuple(order.shape) not in ((num_blocks,), (batch, num_blocks))
     if not wrong and not torch.compiler.is_compiling() and order.device.type == "cpu":
         wrong = bool((order.sort(-1).values != torch.arange(num_blocks)).any())
@@ -75,33 +75,33 @@ def spiral_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
          9  8  7  6
     """
     blocks = torch.arange(block_grid[0] * block_grid[1], dtype=torch.int64).view(block_grid)
-    # Peel the left column off, turn what remains so that the next side is on the left, and repeat. Read
+    # Peel off the left column, rotate the rest so that the next side is on the left, and repeat. Read
     # backwards, the spiral starts in the middle.
     inward = []
     while blocks.numel():
         inward.append(blocks[:, 0])
-        blocks = blocks[:, 1:].rot90(-1)  # what was the bottom row becomes the left column, read downwards
+        blocks = blocks[:, 1:].rot90(-1)  # the bottom row becomes the left column, read downwards
     return torch.cat(inward).flip(0)
 
 
 def checkerboard_order(block_grid: tuple[int, int]) -> Int64[Tensor, " k"]:
     """Blocks whose row and column are both even or both odd, then the others, both in raster order (AIM)."""
     rows, columns = torch.meshgrid(*map(torch.arange, block_grid), indexing="ij")
-    # A stable sort keeps equal keys as they lie: each colour's blocks stay in raster order.
+    # A stable sort keeps each colour's blocks in raster order.
     return torch.argsort((rows + columns).flatten() % 2, stable=True)
 
 
 def random_orders(num_blocks: int, seed: int) -> Int64[Tensor, "k k"]:
-    """As many pseudo-random orders as there are blocks, no two of which start with the same block.
+    """One pseudo-random order per block, each starting with a different block.
 
-    The first is for validation and features; training draws one a step for the whole batch.
+    Validation and features use the first; training draws one per step for the whole batch.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     orders: dict[int, Tensor] = {}
     while len(orders) < num_blocks:
         order = torch.randperm(num_blocks, generator=generator, device="cpu")
-        # As XTRA's official set: an order whose first block is taken is drawn again. Dicts keep the order in
-        # which their keys came, so the set is a function of the seed alone.
+        # As in XTRA's official set, an order whose first block is taken is drawn again. Dicts keep insertion
+        # order, so the set depends on the seed alone.
         orders.setdefault(int(order[0]), order)
     return torch.stack(list(orders.values()))
 
@@ -109,7 +109,7 @@ def random_orders(num_blocks: int, seed: int) -> Int64[Tensor, "k k"]:
 def take(
     values: Shaped[Tensor, "#b n *d"], index: Int64[Tensor, " s"] | Int64[Tensor, "b s"]
 ) -> Shaped[Tensor, "b s *d"]:
-    """Rows of each image by number: the same for all images, or each image's own."""
+    """Select rows of each image by index: the same for all images, or per image."""
     if index.ndim == 1:
         return values.index_select(1, index)
     return torch.take_along_dim(values, index.view(*index.shape, *[1] * (values.ndim - 2)), dim=1)
@@ -120,25 +120,24 @@ def may_attend(
 ) -> Bool[Tensor, "n n"] | Bool[Tensor, "b 1 n n"]:
     """Which token (row) may attend to which (column): its own block, earlier blocks, and the prefix.
 
-    `positions` holds each token's block's position in the order, `prefix_lengths` how many blocks along the
-    order every token of an image may attend to. The prefix 0 is the same as 1: all see the first block
-    anyhow. (XTRA's block-causal mask; with a prefix, AIM's section 4.2.)
+    `positions` holds the position in the order of each token's block. `prefix_lengths` holds how many blocks
+    along the order all tokens of an image may attend to. A prefix of 0 equals 1: all see the first block
+    anyway. (XTRA's block-causal mask; with a prefix, AIM's section 4.2.)
     """
-    # Rows ask, columns are seen. All tokens of a block have one position, so `>=` opens a block's own tokens
-    # to each other and makes the mask a staircase of blocks.
+    # Rows are queries, columns are keys. All tokens of a block share a position, so `>=` lets them see each
+    # other and makes the mask a staircase of blocks.
     causal = positions[:, None] >= positions[None, :]
     if prefix_lengths is None:
         return causal
-    # A prefix opens its columns to every row. Its lengths differ by image, so the mask gets a batch axis, and
-    # an axis of 1 that stands for all heads.
+    # Every row may attend to the prefix's columns. Its length differs by image, so the mask gets a batch
+    # axis, and an axis of size 1 for all heads.
     in_prefix = positions[None, :] < prefix_lengths[:, None]
     return causal | rearrange(in_prefix, "b n -> b 1 1 n")
 
 
 def raster_mask(patches_of_blocks: Int64[Tensor, "k m"], order: Int64[Tensor, " k"]) -> Bool[Tensor, "n n"]:
     """`may_attend` without a prefix, over all patches in raster order, whatever the order of the blocks."""
-    # Invert the order: every patch of the block that comes t-th is given position t, at the patch's own place
-    # in raster order.
+    # Invert the order: each patch of the t-th block gets position t, stored at the patch's raster index.
     positions = torch.empty(patches_of_blocks.numel(), dtype=torch.int64, device=order.device)
     positions[patches_of_blocks[order]] = torch.arange(len(order), device=order.device)[:, None]
     return may_attend(positions)
@@ -146,15 +145,15 @@ def raster_mask(patches_of_blocks: Int64[Tensor, "k m"], order: Int64[Tensor, " 
 
 def patchify(images: Shaped[Tensor, "b c h w"], size_px: tuple[int, int]) -> Shaped[Tensor, "b k p"]:
     """Cut images into rectangles of `size_px` (height, width), in raster order, each as (c h w)."""
-    # Rows of rectangles before columns, and within a rectangle channel before row before column: `unpatchify`
-    # and the official pixel order depend on it.
+    # Rectangles in raster order, and pixels within one as channel, row, column: `unpatchify` and the official
+    # pixel order depend on it.
     return rearrange(images, "b c (r h) (q w) -> b (r q) (c h w)", h=size_px[0], w=size_px[1])
 
 
 def unpatchify(
     pieces: Shaped[Tensor, "b k p"], grid: tuple[int, int], size_px: tuple[int, int]
 ) -> Shaped[Tensor, "b c h w"]:
-    """Put the pieces of `patchify` together; `grid` is their number along the image, (rows, columns)."""
+    """Undo `patchify`; `grid` is the number of pieces along the image, (rows, columns)."""
     return rearrange(
         pieces, "b (r q) (c h w) -> b c (r h) (q w)", r=grid[0], q=grid[1], h=size_px[0], w=size_px[1]
     )
@@ -162,8 +161,8 @@ def unpatchify(
 
 def normalize_blocks(pixels: Float[Tensor, "*b p"]) -> Float[Tensor, "*b p"]:
     """Subtract each row's mean, divide by its deviation (unbiased variance, eps 1e-6 inside the root)."""
-    # Each block by itself, so the target is the structure of a block and not how bright it is. Official XTRA
-    # and MAE use the unbiased variance, with eps inside the root.
+    # Per block, so the target is the structure of a block and not its brightness. Official XTRA and MAE
+    # use the unbiased variance, with eps inside the root.
     variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)
     return (pixels - mean) * torch.rsqrt(variance + NORMALIZE_EPS)
 

@@ -6,8 +6,8 @@ the network; and, if known, `data` (JSON): mean, deviation, resize and crop of i
 directory `step_00001234` with `model.safetensors` (encoder and predictor), what a run needs to resume, and
 `checksums.json`, written aside, flushed to disk and renamed.
 
-The promise of `format_version`: every later release reads what an earlier one wrote. A file of a newer
-version than this one knows is refused.
+`format_version` is a promise: every later release reads the files of earlier ones. A file with a newer
+version is refused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CheckpointError(RuntimeError):
 
 
 class UnknownFormatError(CheckpointError):
-    """A file can be read, but holds no model that is known; `content` is what it holds."""
+    """A file can be read, but contains no known model; `content` is what it contains."""
 
     def __init__(self, message: str, path: Path, content: Any) -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ class UnknownFormatError(CheckpointError):
 
 
 class MissingSettingError(CheckpointError, UsageError):
-    """A foreign file lacks settings without which its model cannot be built: the caller has to give them."""
+    """A foreign file lacks settings that its model needs; the caller must give them."""
 
     def __init__(self, **reasons: str) -> None:
         super().__init__("; ".join(reasons.values()))
@@ -68,18 +68,18 @@ class MissingSettingError(CheckpointError, UsageError):
 
 @contextmanager
 def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[None]:
-    """Turn whatever a damaged or contradictory file makes its reader raise into one `CheckpointError`.
+    """Turn any error that a damaged or contradictory file causes into a `CheckpointError`.
 
-    With `values_of_caller` a `ValueError` passes: the caller gave settings, and one of them may be the cause.
+    With `values_of_caller` a `ValueError` passes: one of the caller's settings may be the cause.
     """
     try:
         yield
     except (CheckpointError, MissingSettingError):
         raise
-    # Damaged settings can fail anywhere in a reader, in any way. All of these mean the file; anything else,
-    # such as a full memory, is not its fault.
+    # Damaged settings can fail anywhere in a reader, in any way. These errors point to the file; others,
+    # such as MemoryError, do not.
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        # By name, as these classes may lie above this file. They say cause and remedy already.
+        # By name, as higher layers define these classes. They already say cause and remedy.
         named = type(error).__name__ in ("HubError", "WriteError")
         if named or (values_of_caller and isinstance(error, ValueError)):
             raise
@@ -92,18 +92,18 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
 
 
 def _newer_writer(origin: str | Path, error: Exception) -> str | None:
-    """The newer release that wrote a file, by its own word or by a setting that is unknown here; or None."""
+    """The newer release that wrote a file, by its metadata or an unknown setting; else None."""
     version = None
     with suppress(CheckpointError, OSError):
         version = read_metadata(Path(origin)).get("nextblock_version")
-    if version is None:  # files from before 0.1.0 do not say it, and others may leave it out
+    if version is None:  # files from before 0.1.0 lack it, and others may
         return "a newer release of nextblock" if isinstance(error, UnknownSettingError) else None
-    theirs, ours = ([int(part) for part in re.findall(r"\d+", text)] for text in (version, __version__))
-    return f"nextblock {version}" if theirs > ours else None
+    writer, own = ([int(part) for part in re.findall(r"\d+", text)] for text in (version, __version__))
+    return f"nextblock {version}" if writer > own else None
 
 
 def _remedy(origin: str | Path) -> str:
-    """What to do about a damaged file; a run has checkpoints before the last."""
+    """What to do about a damaged file; a run also has earlier checkpoints."""
     path = Path(origin).parent if Path(origin).name == MODEL_FILE else Path(origin)
     is_checkpoint = re.fullmatch(r"step_\d+", path.name)
     return f"remove {path} to resume from the one before" if is_checkpoint else "take an intact copy of it"
@@ -121,8 +121,8 @@ def save_model(
 ) -> None:
     """Write a model or classifier as one safetensors file that `nextblock.load` reads.
 
-    With `data`, the file says how its images are normalised and cut. `weights`: those of a model that is
-    sharded, whole. Weights with NaN or inf are refused.
+    `data` records how images are normalised and cropped. `weights` are the gathered weights of a sharded
+    model. Weights with NaN or inf are refused.
     """
     if isinstance(model, ImageClassifier):
         kind = "timm classifier" if isinstance(model.encoder_model, TimmEncoder) else "classifier"
@@ -146,12 +146,12 @@ def save_model(
 
 
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors, from any device, with the file mode that the umask gives; NaN and inf are refused."""
-    # Refused before anything is written: what a file replaces may be the last good one.
+    """Write tensors from any device, with the file mode of the umask; NaN and inf are refused."""
+    # Check before writing: the file to be replaced may be the last good one.
     remedy = "it was not saved; an earlier checkpoint may be finite"
     refuse_non_finite(weights, f"the model for {path}", remedy)
-    # safetensors puts a file of its own in this place, which its owner alone may read. So an empty file shows
-    # first which mode the umask gives.
+    # safetensors creates a file that only its owner can read, so an empty file first shows the mode that the
+    # umask gives.
     path.touch()
     mode = path.stat().st_mode
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path, dict(metadata))
@@ -167,9 +167,9 @@ def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataC
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: the header's length, then a JSON object."""
+    """Whether a file starts like safetensors: the header's length, then a JSON object."""
     with path.open("rb") as file:
-        # Eight bytes give the length of the header; then comes JSON, which no pickle and no zip has there.
+        # Eight bytes give the length of the header, then JSON begins. No pickle or zip has a brace there.
         start = file.read(9)
     return start[8:] == b"{"
 
@@ -185,19 +185,19 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
                 f"{path} has format version {metadata['format_version']}, this release reads up to "
                 f"{FORMAT_VERSION}; upgrade nextblock"
             )
-        # load_file maps the file, so weights are read from the disk once, when they are used.
+        # load_file memory-maps the file, so weights are read once, when they are used.
         settings, weights, kind = json.loads(metadata["config"]), load_file(path), metadata["kind"]
-        read_data(path)  # refused here if it is damaged, not by whoever asks for it later
+        read_data(path)  # raise now if it is damaged, not when it is needed
         if kind == "model":
             return build_model(from_dict(ModelConfig, settings), weights, str(path))
         if kind not in ("classifier", "timm classifier"):
             raise UsageError(f"kind {kind!r}")
-        settings["head"].pop("hidden_dim", None)  # of a kind of head that is gone
+        settings["head"].pop("hidden_dim", None)  # of a head type that no longer exists
         head, names = from_dict(HeadConfig, settings["head"]), settings["class_names"]
         if kind == "classifier":
             return build_model(from_dict(ModelConfig, settings["model"]), weights, str(path), head, names)
         settings["model"].pop("prefix_tokens", None)  # in files from before 0.1.0
-        # Not built on meta: some of timm's networks have tables that no file holds.
+        # Not on the meta device: some of timm's networks have tables that no file contains.
         encoder = TimmEncoder.fresh(from_dict(TimmConfig, settings["model"]))
         classifier = ImageClassifier(encoder, head, names)
         load_strictly(classifier, weights, str(path))
@@ -205,14 +205,14 @@ def read_model(path: Path) -> NextBlockModel | ImageClassifier:
 
 
 def read_data(path: Path) -> DataConfig | None:
-    """How a model file says that its images are normalised and cut; None if it does not say."""
+    """The normalisation and crop that a model file records; None if it has none."""
     recorded = read_metadata(path).get("data")
     with blame(path):
         return None if recorded is None else from_dict(DataConfig, json.loads(recorded))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself."""
+    """The metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as handle:
             return handle.metadata() or {}
@@ -231,8 +231,8 @@ def build_model(
     """Build a model, or a classifier with this head, around the weights of a file, in evaluation mode."""
     # A classifier's encoder is one level deeper than a model's.
     prefix = "" if head is None else "encoder_model."
-    # Also on the meta device, time and memory grow with these sizes: whoever damaged the settings must not
-    # make us build a billion layers before the weights are compared.
+    # Even on the meta device, time and memory grow with these sizes: damaged settings must not build a
+    # billion layers before the weights are compared.
     positions, sizes = weights.get(f"{prefix}encoder.pos_embed"), {}
     if config.positions != "rope":
         sizes["patches"] = (config.num_patches, 0 if positions is None else positions.shape[1])
@@ -241,17 +241,17 @@ def build_model(
         parts["predicted blocks"] = ("predictor.block_mlps", len(config.distances))
         if config.predictor != "linear":
             parts["predictor layers"] = ("predictor.blocks", config.predictor_depth)
-    for what, (part, told) in parts.items():
+    for what, (part, configured) in parts.items():
         pattern = re.compile(rf"{re.escape(prefix + part)}\.(\d+)\.")
         numbers = {match[1] for name in weights if (match := pattern.match(name))}
-        sizes[what] = (told, len(numbers))
-    wrong = [f"{told} {what}, the weights {held}" for what, (told, held) in sizes.items() if told != held]
+        sizes[what] = (configured, len(numbers))
+    wrong = [f"{said} {what}, the weights {has}" for what, (said, has) in sizes.items() if said != has]
     if wrong:
         raise CheckpointError(
             f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
         )
-    # On the meta device tensors have shapes and no data: building costs no memory and draws no random number,
-    # and the tensors of the file then take the places of the empty ones.
+    # On the meta device tensors have shapes but no data: building costs no memory and draws no random
+    # numbers. The file's tensors then replace the empty ones.
     with torch.device("meta"):
         model: NextBlockModel | ImageClassifier = NextBlockModel(config)
         model = model if head is None else ImageClassifier(model, head, class_names)
@@ -260,8 +260,8 @@ def build_model(
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Give a model all weights by name, in fp32; refuse what does not fit it or is not finite."""
-    # All problems are listed at once: their pattern tells what kind of file it is.
+    """Load all weights by name, in fp32; raise if any are missing, do not fit or are not finite."""
+    # List all problems at once: their pattern shows what kind of file it is.
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in weights]
     problems += [f"unexpected: {name}" for name in weights if name not in own]
@@ -271,7 +271,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
         for name, w, mine in both
         if w.shape != mine.shape
     ]
-    # Complex numbers in place of real ones would pass here and fail in the first image.
+    # Complex weights would load here, and fail on the first image.
     problems += [
         f"dtype of {name}: {w.dtype} in the file, {mine.dtype} in the model"
         for name, w, mine in both
@@ -280,8 +280,8 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
     if problems:
         listed = _listed(problems, "\n  ")
         raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {listed}")
-    # Converted before they are assigned: the tensors themselves become the parameters, so there is no second
-    # copy of them. Copying would need the model's own memory, and on the meta device it has none.
+    # Convert, then assign: the tensors themselves become the parameters, without a second copy. A model on
+    # the meta device has no memory to copy into.
     in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
     refuse_non_finite(in_fp32, origin, _remedy(origin))
     model.load_state_dict(in_fp32, strict=True, assign=True)
@@ -289,7 +289,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
 
 def refuse_non_finite(weights: Mapping[str, Tensor], origin: str, remedy: str) -> None:
     """Refuse weights with NaN or inf, by name."""
-    # A finite sum has finite terms, and one pass is all it takes; only if it is not are the terms looked at.
+    # A finite sum has finite terms, so one pass is enough. Terms are checked only if the sum is not finite.
     bad = [
         name
         for name, w in weights.items()
@@ -298,7 +298,7 @@ def refuse_non_finite(weights: Mapping[str, Tensor], origin: str, remedy: str) -
     if bad:
         named = _listed(bad, ", ")
         raise CheckpointError(
-            f"{origin} holds NaN or inf in {counted(len(bad), 'tensor')} ({named}); {remedy}"
+            f"{origin} contains NaN or inf in {counted(len(bad), 'tensor')} ({named}); {remedy}"
         )
 
 
@@ -311,11 +311,11 @@ def _listed(names: list[str], separator: str) -> str:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the highest step whose model has its right size, or None.
+    """The latest checkpoint whose model file has the right size, or None.
 
-    What is half written has another name and is not seen. A run that resumes looks at every byte.
+    Half-written checkpoints have other names and are ignored. A run that resumes checks every byte.
     """
-    # Whoever evaluates asks too, perhaps of a run that is training: nothing is renamed, nothing read in full.
+    # Evaluations call this too, perhaps while the run is training: rename nothing, read no file in full.
     for path in reversed(checkpoints(directory).values()):
         damage = find_damage(path, model_size_only=True)
         if damage is None:
@@ -325,11 +325,11 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def prune_checkpoints(directory: Path, keep: int, keep_every: int | None = None, *, best: int = 0) -> None:
-    """Remove what a kill left half written, and old checkpoints.
+    """Remove half-written and old checkpoints.
 
-    The latest `keep` stay, those of every `keep_every` steps, and that of step `best`; 0 is none.
+    Keeps the latest `keep`, those of every `keep_every` steps, and that of step `best` (0: none).
     """
-    # Left by a killed process. Nobody else writes here now, as the run holds the lock of its directory.
+    # Left by a killed process. No other process writes here, as the run holds its directory's lock.
     for half_written in directory.glob(".writing-*"):
         remove(half_written)
     for step, path in list(checkpoints(directory).items())[:-keep]:
@@ -338,7 +338,7 @@ def prune_checkpoints(directory: Path, keep: int, keep_every: int | None = None,
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
-    """The checkpoints by step, in the order of steps."""
+    """The checkpoints by step, in ascending order."""
     names = {path: re.fullmatch(r"step_(\d+)", path.name) for path in directory.glob("step_*")}
     return dict(sorted((int(name[1]), path) for path, name in names.items() if name))
 
@@ -361,13 +361,13 @@ def digest_of(module: nn.Module) -> str:
 def find_damage(
     checkpoint: Path, *, model_size_only: bool = False, rank: int = 0, world_size: int = 1
 ) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is, as far as its checksums tell.
+    """Describe damage to a checkpoint's files; None if sizes and checksums match.
 
-    Rank r of w looks at every w-th file. `model_size_only`: only at whether the model has its size.
+    Rank r of w checks every w-th file. `model_size_only` checks only the size of the model file.
     """
     try:
         (checkpoint / MODEL_FILE).stat()
-        sums_file = checkpoint / CHECKSUMS_FILE  # missing before there were checksums
+        sums_file = checkpoint / CHECKSUMS_FILE  # missing in old checkpoints
         sums = json.loads(sums_file.read_text()) if sums_file.is_file() else {}
         names = [MODEL_FILE] if model_size_only else list(sums)[rank::world_size]
         for name in names:
@@ -375,7 +375,7 @@ def find_damage(
             if name in sums and size != sums[name]["bytes"]:
                 return f"{checkpoint / name} has {size} bytes instead of {sums[name]['bytes']}"
             if not model_size_only and checksum(checkpoint / name) != sums[name]:
-                return f"{checkpoint / name} is damaged: its checksum is another"
+                return f"{checkpoint / name} is damaged: its checksum differs"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{checkpoint} is damaged: {error}"
     return None

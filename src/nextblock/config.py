@@ -1,7 +1,7 @@
-"""The settings of a run: frozen dataclasses, checked where they are made, to and from YAML.
+"""The settings of a run: frozen dataclasses, checked on construction, to and from YAML.
 
-Every field is a dotted flag of the command line (`--model.block_size 4`) and a key of `config.yaml`. Types
-carry the bounds; only rules across fields are written by hand. Nothing here imports torch.
+Every field is a command-line flag (`--model.block_size 4`) and a key of `config.yaml`. Types carry the
+bounds; only rules across fields are written by hand. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ValCrop = Literal["center", "squash", "border"]
-"""How an image is brought to the size of a validation crop."""
+"""How an image is fitted to the size of a validation crop."""
 
 Pixel = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1 (divide values of bytes by 255)")]
 Deviation = Annotated[
@@ -54,9 +54,9 @@ class DataConfig(Section):
     train: str | tuple[str, ...] | None = None
     """Images to train on: a directory, a tar, `hf:NAME,split=train`, `digits`; repeat it for a mixture."""
     weights: tuple[Positive, ...] | Auto = None
-    """Share of each source of a mixture in an epoch, in proportion; auto: by their numbers of images."""
+    """Relative share of each source of a mixture in an epoch; auto: its number of images."""
     epoch_samples: Count | Auto = None
-    """Samples that count as an epoch; auto: as many as there are images."""
+    """Samples per epoch; auto: the number of images."""
     val: str | None = None
     """Images to validate on, in the same grammar."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
@@ -68,36 +68,36 @@ class DataConfig(Section):
     color_jitter: Jitter | None = None
     """Largest change of brightness, contrast, saturation and hue in training: four numbers."""
     color_jitter_prob: Share = 0.8
-    """Probability that a training image's colours are changed at all."""
+    """Probability that data.color_jitter is applied to a training image."""
     val_resize_px: Count | Auto = None
     """Shorter side in pixels before the validation crop; auto: follows model.image_size (300 for 256)."""
     val_crop: ValCrop = "center"
     """Validation crop: center cuts out the middle, squash ignores the aspect ratio, border shows the whole
     image and fills the rest with data.mean."""
     background: Literal["white", "grey", "black"] = "white"
-    """Colour under the transparent parts of an image."""
+    """Colour behind the transparent parts of an image."""
     channels: Count = 3
-    """Channels of an image: 1 (grey), 3 (colour), or as many as the files have; sets model.in_chans, and mean
-    and std if they are not given: ImageNet's for 1 and 3, else normalize auto."""
+    """Channels per image: 1 (grey), 3 (colour), or the number in the files. Sets model.in_chans too, and the
+    defaults of mean and std: ImageNet's for 1 and 3, else normalize auto."""
     normalize: Literal["given", "auto"] = "given"
-    """given: normalise by data.mean and data.std; auto: by those measured on a sample of data.train."""
+    """given: normalise by data.mean and data.std; auto: measure them on a sample of data.train."""
     mean: tuple[Pixel, ...] = IMAGENET_MEAN
-    """Mean of each channel, of pixels in [0, 1], that is subtracted."""
+    """Mean of each channel, for pixels in [0, 1]."""
     std: tuple[Deviation, ...] = IMAGENET_STD
-    """Standard deviation of each channel, of pixels in [0, 1], that is divided by."""
+    """Standard deviation of each channel, for pixels in [0, 1]."""
     workers: Natural | Auto = None
-    """Processes that decode; auto: up to 8, one less than there are cores; 0: the main process."""
+    """Processes that decode images; auto: number of cores minus one, at most 8; 0: the main process."""
     decoder: Literal["auto", "pillow", "fast"] = "auto"
     """JPEG decoder: auto is torchcodec if it works here, else Pillow; fast decodes large photos at a half, a
-    quarter or an eighth of their size for training crops. Fixed for a run."""
+    quarter or an eighth of their size for training crops. Cannot change within a run."""
     max_bad_fraction: Share = 0.01
     """Stop when more than this share of the files cannot be read; one is always allowed, unless this is 0."""
     max_pixels: Count = 178_956_970
-    """Count an image of more pixels as unreadable; raise it for large scenes."""
+    """Treat images with more pixels than this as unreadable; raise it for large scenes."""
     cache_dir: str | Auto = None
     """Folder for indexes of shards and copies of remote shards; auto: ~/.cache/nextblock."""
     cache_gb: Positive = 100.0
-    """Most that copies of remote shards may take, in GB; the least recently used go first."""
+    """Limit on the copies of remote shards, in GB; the least recently used are removed first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +111,7 @@ class DataConfig(Section):
         )
         require(
             self.color_jitter is None or self.channels in (1, 3),
-            f"data.color_jitter changes colours, data.channels is {self.channels}; set it to none",
+            f"data.color_jitter changes colours, but data.channels is {self.channels}; set it to none",
         )
         require_range("data.crop_scale", self.crop_scale, 0, 1)
         require_range("data.crop_ratio", self.crop_ratio, 0, 1e6)
@@ -149,9 +149,9 @@ class PackConfig:
     format: Literal["jpeg", "webp", "png"] | None = None
     """Re-encode every image; none: only those that are shrunk or cut (as JPEG), or are not files (as PNG)."""
     tile_px: Count | None = None
-    """Cut images that are wider or higher into square tiles of this side, the last ones overlapping."""
+    """Cut larger images into square tiles with this side; the last tiles overlap."""
     workers: Natural | Auto = None
-    """Processes that read and encode; auto: up to 8, one less than there are cores; 0: the main process."""
+    """Processes that read and encode; auto: number of cores minus one, at most 8; 0: the main process."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -182,25 +182,25 @@ class OptimConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
-    """How long, how much at a time, on what, and in which precision."""
+    """Length of the run, batch size, device and precision."""
 
     duration: Length = "100ep"
     """Length of the run: epochs (800ep), steps (500000st) or samples (2000000sa)."""
     batch_size: Count = 256
     """Images per optimizer step, over all GPUs and micro-batches."""
     micro_batch_size: Count | Literal["auto"] | None = None
-    """Images per forward pass of a process; lower it when memory runs out: gradients accumulate. auto: as
-    many as fit into memory; none: the process's whole share of the batch."""
+    """Images per forward pass of a process; lower it when memory runs out: gradients accumulate. auto: the
+    most that fit in memory; none: the process's whole share of the batch."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """With several processes: a copy of the model in each (ddp), or a part (fsdp); auto: ddp if it fits."""
+    """With several processes: replicate the model (ddp), or shard it (fsdp); auto: ddp if it fits."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast precision; weights stay fp32. auto: bf16 if the device computes it, else fp32."""
+    """Autocast precision; weights stay fp32. auto: bf16 if the device supports it, else fp32."""
     predictor_fp32: bool = False
     """Run the predictor in fp32 under fp16, as official XTRA does (it may overflow)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     deterministic: bool = False
-    """Only deterministic algorithms, so that CUDA runs repeat bit for bit; slower."""
+    """Use only deterministic algorithms, so that CUDA runs repeat bit for bit; slower."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -210,7 +210,7 @@ class TrainConfig(Section):
 
 
 Metric = Literal["knn", "rankme", "val_loss"]
-"""A measured value by which checkpoints are compared: of kNN accuracy and RankMe, high is good."""
+"""A metric to compare checkpoints by; higher is better, except for the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +220,11 @@ class CheckpointConfig(Section):
     every: Annotated[str, duration("ep", "st", "sa", "min")] = "30min"
     """Save this often: 30min, 1ep, 500st or 10000sa. The end of the run, ctrl-C and SIGTERM save as well."""
     in_background: bool = False
-    """Train on while a checkpoint is written; takes a copy of weights and moments in main memory."""
+    """Keep training while a checkpoint is written; copies weights and moments to main memory."""
     keep: Count = 2
-    """How many of the latest checkpoints stay."""
+    """How many of the latest checkpoints to keep."""
     keep_every: Length | None = None
-    """Keep one for good this often (a duration); none: none but the latest."""
+    """Keep one checkpoint permanently this often (a duration); none: only the latest."""
     requeue: bool = False
     """Under SLURM, put the job back into the queue when a signal stopped the run, so that it resumes."""
     keep_best: Metric | None = None
@@ -240,7 +240,7 @@ class MonitorConfig(Section):
     val_every: Length = "1ep"
     """Measure the validation loss this often, if data.val is given."""
     pictures_every: Length | None = "20ep"
-    """Draw the same few images' predictions this often; none: never."""
+    """Draw predictions of the same few images this often; none: never."""
     pictures: Count = 8
     """How many images to draw."""
     knn_every: Length | None = "20ep"
@@ -261,9 +261,9 @@ class MonitorConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events to RUN/tensorboard."""
     loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
-    """Send the numbers there as well; each needs its package."""
+    """Also send metrics to these services; each needs its package."""
     project: str = "nextblock"
-    """Project of the loggers (MLflow: experiment); the run has the name of its directory."""
+    """Project of the loggers (MLflow: experiment); the run is named after its directory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,7 +297,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_types(self)
         resize_px = self.data.resize_px(self.model.image_size)
-        # Recorded as a number: the rule may change with a release, the run may not.
+        # Store the resolved number: a later release may change the rule, but not the run.
         if self.data.val_resize_px is None:
             object.__setattr__(self, "data", replace(self.data, val_resize_px=resize_px))
         require(
@@ -316,7 +316,7 @@ class RunConfig:
         )
 
     def check_trainable(self) -> None:
-        """Refuse settings with which a model may encode, but nothing can be learned."""
+        """Refuse settings of a model that can encode but not be trained."""
         self.model.check_predicts()
         require(
             self.train.precision != "fp16" or self.train.device != "cpu",
@@ -332,17 +332,17 @@ class RunConfig:
             )
 
     def flag(self, name: str) -> str:
-        """What the command line calls a setting, for messages."""
+        """The command-line name of a setting, for messages."""
         return name
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
-        """Dotted settings in which two configs are not the same run: {name: (here, there)}."""
-        # By setting, as files have them: a resumed run must compute the same, wherever it is stored.
-        mine, theirs = flatten(to_dict(self)), flatten(to_dict(other))
+        """Settings that make two configs different runs: {dotted name: (own, the other's)}."""
+        # A resumed run must compute the same; where its images are and how it saves may change.
+        own, others = flatten(to_dict(self)), flatten(to_dict(other))
         return {
-            name: (value, theirs.get(name))
-            for name, value in mine.items()
-            if theirs.get(name) != value
+            name: (value, others.get(name))
+            for name, value in own.items()
+            if others.get(name) != value
             and not (name in _FREE_SETTINGS or name.startswith(("checkpoint.", "monitor.")))
         }
 
@@ -350,5 +350,5 @@ class RunConfig:
 _DATA_PLACES = ("train", "val", "workers", "max_bad_fraction", "cache_dir", "cache_gb")
 _FREE_SETTINGS = {"preset", "train.device", "train.strategy", *(f"data.{name}" for name in _DATA_PLACES)}
 _FREE_SETTINGS.add("model.teacher")
-"""What may change when a run is resumed, besides checkpoint and monitor; source.json knows the images, and
+"""What may change on resume, besides checkpoint and monitor. source.json identifies the images, and
 model.teacher_digest the teacher."""

@@ -1,8 +1,8 @@
-"""The error that stands for a user's mistake."""
+"""The error raised for a user's mistake."""
 
 
 class UsageError(ValueError):
-    """A setting, a file or a combination of them that cannot be used: the message gives cause and remedy.
+    """A setting, a file or a combination of them cannot be used; the message says why and what to do.
 
-    Any other `ValueError` is a fault of this program.
+    Any other `ValueError` is a bug.
     """

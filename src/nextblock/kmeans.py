@@ -1,4 +1,4 @@
-"""Tokens of patches by k-means: the tokenizer that a model is saved with, and the fit of its centroids."""
+"""K-means tokens of patches: the tokenizer, which is saved with the model, and the fit of its centroids."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nextblock.blocks import normalize_blocks, patchify
 from nextblock.settings import require
 
 MAX_DISTANCES = 2**24
-"""Distances held at a time when the nearest centroids are sought: 64 MiB of fp32."""
+"""Distances in memory at once when searching the nearest centroids: 64 MiB of fp32."""
 MAX_LLOYD_PRODUCTS = 2 * 10**10
-"""Patches x clusters x values up to which every step of a fit sees all patches: about a minute on a core."""
+"""Patches x clusters x values up to which Lloyd's algorithm is used: about a minute on a core."""
 
 
 class KMeansTokenizer(nn.Module):
     """Tokens are the nearest of `vocab_size` centroids to each patch's normalised pixels.
 
-    The centroids are a buffer, so a model's file holds them; they are zero until a fit or a file fills them.
+    The centroids are a buffer, so model files contain them; they are zero until a fit or a file fills them.
     """
 
     centroids: Float[Tensor, "v p"]
@@ -38,18 +38,18 @@ class KMeansTokenizer(nn.Module):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there are centroids; waits for the device."""
+        """Whether centroids are set; waits for the device."""
         return bool(self.centroids.any())
 
     def patches(self, images: Float[Tensor, "b c h w"]) -> Float32[Tensor, "b n p"]:
-        """Normalised patches in raster order: what is clustered."""
+        """Normalised patches in raster order, the points to cluster."""
         return normalize_blocks(patchify(images.float(), (self.patch_size, self.patch_size)))
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b c h w"]) -> Int64[Tensor, "b i j"]:
-        """The tokens of images; `ValueError` before there are centroids."""
-        # Looking at the buffer waits for a GPU and breaks a compiled graph: once is enough, and a training
-        # run fits before it compiles.
+        """The tokens of images; raises `ValueError` if centroids are not set."""
+        # Reading the buffer waits for a GPU and breaks a compiled graph, so check only once; a training run
+        # fits before it compiles.
         if not torch.compiler.is_compiling() and not self._seen_fitted:
             self._seen_fitted = self.is_fitted
             require(
@@ -67,9 +67,9 @@ class KMeansTokenizer(nn.Module):
 def nearest_centroids(
     points: Float[Tensor, "r p"], centroids: Float[Tensor, "v p"], max_distances: int = MAX_DISTANCES
 ) -> Int64[Tensor, " r"]:
-    """The index of the centroid nearest to each point, the lowest of those equally near."""
+    """The index of the centroid nearest to each point; the lowest in a tie."""
     # |x - c|² = |x|² - 2 x·c + |c|², whose first term is the same for all centroids. addmm makes one matrix
-    # of distances, not three, and points are split so that it holds at most `max_distances`.
+    # of distances instead of three, and splitting the points limits it to `max_distances`.
     offsets = centroids.square().sum(1)
     size = max(1, max_distances // len(centroids))
     nearest = [torch.addmm(offsets, part, centroids.T, alpha=-2).argmin(1) for part in points.split(size)]
@@ -79,10 +79,10 @@ def nearest_centroids(
 def fit_kmeans(patches: Float[Tensor, "r p"], vocab_size: int, seed: int) -> Float32[Tensor, "v p"]:
     """Cluster a sample of patches: Lloyd's algorithm if that is affordable, else mini-batches.
 
-    The same patches and seed give the same centroids on the same machine. `ValueError` if the patches are too
-    few.
+    The same patches and seed give the same centroids on the same machine. Raises `ValueError` if there are
+    too few distinct patches.
     """
-    from sklearn.cluster import KMeans, MiniBatchKMeans  # a second, and needed only here
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second, needed only here
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
@@ -93,20 +93,20 @@ def fit_kmeans(patches: Float[Tensor, "r p"], vocab_size: int, seed: int) -> Flo
     _, distinct = np.unique(shuffled, axis=0, return_index=True)
     require(
         len(distinct) >= vocab_size,
-        f"{len(points)} patches hold only {len(distinct)} distinct ones, too few for {vocab_size} tokens; "
+        f"{len(points)} patches contain only {len(distinct)} distinct ones, too few for {vocab_size} tokens; "
         f"set model.vocab_size to at most {len(distinct)}, or use more images",
     )
     start = shuffled[np.sort(distinct)[:vocab_size]]
     common: dict[str, Any] = {"init": start, "n_init": 1, "random_state": seed % 2**32}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a token that no patch has does no harm
+        warnings.simplefilter("ignore", ConvergenceWarning)  # an unused token does no harm
         if points.size * vocab_size <= MAX_LLOYD_PRODUCTS:
-            # One thread: several add their sums in any order, and the last digits would differ by run.
+            # One thread: several would add their sums in any order, and the last digits would vary.
             with threadpool_limits(1):
                 centroids = KMeans(vocab_size, max_iter=25, **common).fit(points).cluster_centers_
         else:
-            # A fixed number of passes, as stopping early would depend on such a sum. No reassignment: it
-            # moves rare clusters onto random patches, mostly flat ones, and few tokens would be left.
+            # A fixed number of passes, as early stopping would depend on such a sum. No reassignment: it
+            # moves rare clusters to random, mostly flat patches, which leaves few tokens in use.
             common |= {"max_iter": 5, "max_no_improvement": None, "reassignment_ratio": 0.0}
             batches = MiniBatchKMeans(vocab_size, batch_size=max(1024, vocab_size), **common)
             centroids = batches.fit(points).cluster_centers_

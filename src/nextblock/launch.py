@@ -1,6 +1,6 @@
-"""How processes of a run are started: what a launcher tells each of them, and `--devices`.
+"""Start the processes of a run: read a launcher's environment, and run `--devices`.
 
-Imports nothing heavy: it is asked before anything is known to be needed.
+Imports torch only inside functions, so that commands start fast.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from nextblock.errors import UsageError
 
 
 class LaunchError(RuntimeError):
-    """Processes were started in a way that does not fit together."""
+    """The environment describes an impossible set of processes."""
 
 
 class World(NamedTuple):
-    """Which process of how many this is, as its launcher says."""
+    """Rank of this process and number of processes, as reported by the launcher."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     launcher: str | None = None
-    """torchrun, slurm or mpi; None: started alone."""
+    """torchrun, slurm or mpi; None if started alone."""
 
 
 def find_world(env: Mapping[str, str] = os.environ) -> World:
-    """Read what torchrun, SLURM (`srun`), or Open MPI and LSF (`mpirun`, `jsrun`) tell a process.
+    """Read the ranks that torchrun, SLURM (`srun`), or Open MPI and LSF (`mpirun`, `jsrun`) set.
 
-    Raises `LaunchError` for numbers that contradict each other.
+    Raises `LaunchError` if they contradict each other.
     """
-    # SLURM's variables survive in every process below a job step: torchrun's come first, and mpirun's, which
-    # starts its daemons on other nodes by a step of its own. A shell inside an allocation carries
-    # SLURM_NTASKS as well, but only a step of several tasks has SLURM_STEP_NUM_TASKS > 1.
+    # Every process below a job step inherits SLURM's variables, so they are checked last. (mpirun starts its
+    # daemons on other nodes in a job step of its own.) A shell inside an allocation also has SLURM_NTASKS,
+    # but only a step of several tasks has SLURM_STEP_NUM_TASKS > 1.
     names = {
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -66,23 +66,23 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 SHUTDOWN_TIMEOUT_S = 24 * 3600
-"""A rank that was asked to stop finishes its step, however long that takes; a second signal ends it."""
+"""A rank that is asked to stop finishes its step first, however long that takes; a second signal ends it."""
 
 
 def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
-    """Run `nextblock VERB ARGV` in so many processes on this machine, through torch's elastic launcher.
+    """Run `nextblock VERB ARGV` in several processes on this machine with torch's elastic launcher.
 
-    Gives the exit status of the run. Raises `UsageError` if the machine has fewer GPUs or cores, or if a
-    launcher has started this process.
+    Returns the run's exit status. Raises `UsageError` if the machine has fewer GPUs or cores, or if a
+    launcher started this process.
     """
     launcher = find_world().launcher
     if launcher is not None:
-        raise UsageError(f"--devices {devices} starts processes, and {launcher} has done so; leave it out")
+        raise UsageError(f"--devices {devices} starts processes, but {launcher} has done so; leave it out")
     words = [word for word in argv if not word.startswith("--devices=")]
     if "--devices" in words:
         place = words.index("--devices")
         del words[place : place + 2]
-    words += ["--debug"] * ("--debug" in sys.argv)  # taken from `argv` already
+    words += ["--debug"] * ("--debug" in sys.argv)  # no longer in `argv`
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -90,11 +90,11 @@ def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
 
     is_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    there, what = (torch.cuda.device_count(), "GPU") if is_cuda else (cores, "CPU core")
-    if devices > there:
+    limit, unit = (torch.cuda.device_count(), "GPU") if is_cuda else (cores, "CPU core")
+    if devices > limit:
         raise UsageError(
-            f"--devices {devices}, but {socket.gethostname()} has {there} {what}{'s' * (there != 1)}; "
-            f"use at most --devices {there}"
+            f"--devices {devices}, but {socket.gethostname()} has {limit} {unit}{'s' * (limit != 1)}; "
+            f"use at most --devices {limit}"
         )
     options = [f"--nproc-per-node={devices}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     parser = get_args_parser()
@@ -103,12 +103,12 @@ def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
     later = {"--signals-to-handle": SIGNALS, "--shutdown-timeout": SHUTDOWN_TIMEOUT_S}
     options += [f"{name}={value}" for name, value in later.items() if name in known]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
-    logging.disable(logging.ERROR)  # the launcher's own; processes say what there is to say
+    logging.disable(logging.ERROR)  # the launcher's errors; each process reports its own
     try:
         run(parser.parse_args([*options, "-m", "nextblock", verb, *words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:  # it has said why
+        if failure.exitcode > 0:  # the process has reported why
             return failure.exitcode
         killer = signal.Signals(-failure.exitcode).name
         sys.stderr.write(
@@ -125,20 +125,20 @@ def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
 
 
 def requeue_job(env: Mapping[str, str] = os.environ) -> str:
-    """Put this SLURM job back into the queue; gives one line that says so, or a warning that says why not."""
+    """Requeue this SLURM job; return a line that says so, or a warning that says why not."""
     job = env.get("SLURM_JOB_ID")
     if job is None:
-        return "WARNING: checkpoint.requeue is set, but this is no SLURM job; start it again yourself"
+        return "WARNING: checkpoint.requeue is set, but this is not a SLURM job; restart it yourself"
 
     def ask(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
     try:
-        # `scancel JOB` must end a job for good, and a job that is pre-empted is requeued by SLURM. Both are
-        # COMPLETING by now; so is one at its time limit, which SLURM would not start again.
+        # A job ended by `scancel` must stay ended, and SLURM itself requeues a pre-empted one. Both are
+        # COMPLETING by now. So is a job at its time limit, which SLURM does not restart.
         state = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").strip()
         if state.startswith("COMPLETING") and "TimeLimit" not in state:
-            return f"job {job} was cancelled or pre-empted: whether it starts again is up to SLURM"
+            return f"job {job} was cancelled or pre-empted: SLURM decides whether it restarts"
         ask("scontrol", "requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip()
@@ -147,6 +147,6 @@ def requeue_job(env: Mapping[str, str] = os.environ) -> str:
 
 
 def ignore_sigterm() -> None:
-    """Let this process leave with its own exit status, although SLURM ends a requeued job by SIGTERM."""
+    """Keep this process's own exit status: SLURM sends SIGTERM to a requeued job."""
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Words on the screen: other libraries' log lines held back, counts, lengths of time, odd names."""
+"""Text for the terminal: counts, durations, odd file names; and muting of other libraries' loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def held_back(below: int, *names: str) -> Iterator[None]:
-    """Hold back the lines of these loggers below a level, and leave their levels as they were."""
+    """Drop these loggers' lines below a level, then restore their levels."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -24,15 +24,15 @@ def held_back(below: int, *names: str) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Text with control characters, which a terminal would obey, written as escapes."""
+    """Escape control characters, which a terminal would execute."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def quote(word: str) -> str:
-    """A word as one types it in a shell; one with control characters as $'...', which bash and zsh read."""
+    """Quote a word for a shell; control characters need $'...', which bash and zsh read."""
     if word.isprintable():
         return shlex.quote(word)
-    # By bytes, so that a name that is not UTF-8 stays what it is.
+    # Byte by byte, which preserves names that are not UTF-8.
     letters = (
         f"\\{c}" if c in "\\'" else c if c.isprintable() else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
         for c in word
@@ -41,12 +41,12 @@ def quote(word: str) -> str:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """A number with its noun: "1 image", "1,797 images"; `plural` if that does not end in a mere s."""
+    """Format a count with its noun: "1 image", "1,797 images"; give `plural` if adding s is wrong."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def clock(seconds: float) -> str:
-    """A length of time in the two units that matter: "2 d 3 h", "5 min 10 s"."""
+    """Format a duration in its two largest units: "2 d 3 h", "5 min 10 s"."""
     units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
     rest, parts = round(seconds), []
     for name, length in units:

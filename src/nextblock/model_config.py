@@ -9,11 +9,11 @@ from typing import Annotated, Literal, NamedTuple
 from nextblock.settings import Auto, Count, Positive, Rule, check_types, require
 
 Attention = Literal["native", "causal", "full"]
-"""Attention mask used for features: as the model was trained for, the pre-training mask, or none."""
+"""Attention mask used for features: native (as trained for), causal (as in pre-training), or full."""
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """`4` and `(4, 4)` alike as (rows, columns)."""
+    """Return (rows, columns) of `4` or `(4, 4)`."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -25,25 +25,25 @@ Rate = Annotated[float, Rule(lambda x: 0 <= x < 1, "from 0 to below 1")]
 
 
 class Steps(NamedTuple):
-    """Rows of the predictor that predict blocks at positions of the order."""
+    """A range of the predictor's rows, and the positions of the order that they predict."""
 
     row: int
     """The first row."""
     position: int
-    """The position that it predicts."""
+    """The position that the first row predicts."""
     number: int
-    """How many there are."""
+    """How many rows there are."""
 
 
 class Section:
-    """Settings whose values are checked by their types."""
+    """Base of settings whose types check their values."""
 
     def __post_init__(self) -> None:
         check_types(self, type(self).__name__.removesuffix("Config").lower())
 
 
 def nearest_sizes(sides: tuple[int, int], unit: tuple[int, int]) -> str:
-    """The sizes below and above that pieces of `unit` pixels fill, as "16 or 24"; "" if they fill `sides`."""
+    """Name the multiples of `unit` pixels nearest to `sides`, as "16 or 24"; "" if `sides` is one."""
     below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
     above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
     near = ["x".join(map(str, dict.fromkeys(size))) for size in (below, above) if min(size) > 0]
@@ -71,25 +71,25 @@ class ModelConfig(Section):
     norm_eps: Positive = 1e-6
     """Epsilon of every LayerNorm."""
     bias: bool = True
-    """Give the linear maps of all layers a bias; AIM has none."""
+    """Use a bias in the linear maps of all layers; AIM has none."""
     qk_scale: Positive | Auto = None
     """Factor on query-key products before the softmax; auto: 1 / sqrt(head width)."""
     patch_norm: bool = False
-    """Normalise embedded patches before positions are added, as AIM does."""
+    """Normalise patch embeddings before positions are added, as AIM does."""
     positions: Literal["learned", "sincos", "rope"] = "learned"
     """Positions of encoder and predictor: learned embeddings, or fixed sines and cosines of row and column;
     rope: rotary in the encoder (NEPA), learned in the predictor."""
     rope_rescale: Annotated[float, Rule(lambda x: x >= 1, "from 1")] = 1.0
-    """In training, stretch rotary coordinates by one factor a step, log-uniform from 1/x to x; 1: off."""
+    """In training, stretch rotary coordinates by a factor per step, log-uniform from 1/x to x; 1: off."""
     class_token: bool = False
-    """Put a class token before the first block, which is then predicted from it (NEPA)."""
+    """Put a class token first, and predict the first block from it (NEPA)."""
     qk_norm: Literal["plain", "scale"] | None = None
     """LayerNorm on each head's queries and keys: plain, or with a learned scale; none: no norm."""
     layer_scale: Positive | None = None
     """Initial value of LayerScale, a learned factor on each branch of an encoder layer; none: no factor."""
     weight_init: Literal["trunc_normal", "trunc_normal_all", "xavier_uniform"] = "trunc_normal"
     """Initial weights of linear maps: truncated normal 0.02 (XTRA), or Xavier uniform (AIM);
-    trunc_normal_all: those of the patch projection too (NEPA)."""
+    trunc_normal_all: the patch projection too (NEPA)."""
     drop_path: Rate = 0.0
     """Drop-path rate of the encoder's last layer; grows linearly from 0 at the first."""
     block_size: Size = 4
@@ -101,22 +101,22 @@ class ModelConfig(Section):
         "fixed_random", "random", "per_image",
     ] = "raster"  # fmt: skip
     """Order of the blocks: row by row, the same backwards, column by column, the same backwards, from the
-    centre out, every other block first, one random order; random: as many orders as blocks, one drawn a step;
-    per_image: another random order for every image and visit."""
+    centre out, every other block first, one random order; random: one of a fixed set, drawn per step;
+    per_image: a new random order for every image and visit."""
     order_seed: int = 0
     """Seed of the random orders."""
     prefix: bool = False
     """Let all tokens attend to a prefix of random length, as AIM does; only blocks after it are predicted."""
     mask_ratio: Annotated[float, Rule(lambda x: 0 < x < 1, "above 0, below 1")] | None = None
-    """Replace this share of the blocks, drawn for each image, by a mask token and predict them from all
-    others, instead of next blocks (AIM's comparison); needs model.order per_image."""
+    """Instead of next blocks, predict this share of the blocks, drawn per image and replaced by a mask token,
+    from all others (AIM's comparison); needs model.order per_image."""
     num_predicted_blocks: Count = 1
-    """How many blocks ahead are predicted, each by its own block MLP; their losses are averaged."""
+    """How many blocks ahead to predict, each with its own block MLP; the losses are averaged."""
     predictor: Literal["transformer", "mlp", "linear", "identity"] | None = "transformer"
     """Predictor: transformer layers (XTRA), MLPs on each patch (AIM), a linear map, identity: the encoder's
     output itself (NEPA); none: encoder only."""
     target_positions: bool = False
-    """Tell the predictor where the block that it predicts lies; advised for model.order per_image."""
+    """Tell the predictor the position of the block to predict; recommended for model.order per_image."""
     predictor_attention: Literal["native", "block_causal", "causal", "full"] = "native"
     """Attention mask of a transformer predictor; native: the encoder's. The others are for official files."""
     predictor_block_size: Size | Auto = None
@@ -140,30 +140,30 @@ class ModelConfig(Section):
     loss: Literal["mse", "l1"] = "mse"
     """Distance between predicted and true pixels."""
     target: Literal["pixels", "tokens", "embedding", "features"] = "pixels"
-    """What is predicted of a block: its pixels; k-means tokens of its patches, fitted on data.train; the
+    """What to predict for a block: its pixels; k-means tokens of its patches, fitted on data.train; the
     encoder's own patch embeddings (NEPA); or features of a frozen teacher (D-iGPT)."""
     vocab_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] = 8192
     """Number of k-means tokens."""
     teacher: str | None = None
-    """Encoder whose features are predicted: timm:NAME, a run, or a file of weights."""
+    """Encoder whose features are predicted: timm:NAME, a run, or a weights file."""
     teacher_dim: Count | Auto = None
     """Width of the teacher's features; auto: read from the teacher when training starts."""
     teacher_digest: str | Auto = None
     """Hash of the teacher's weights, so that a run resumes with the same ones; auto: computed."""
     predict_visible: bool = False
-    """Predict the teacher's features of the visible blocks too, by a map of their own (D-iGPT)."""
+    """Also predict the teacher's features of the visible blocks, with a separate output map (D-iGPT)."""
     feature_attention: Literal["causal", "full"] = "causal"
-    """What native attention means for features of this model: the pre-training mask, or no mask."""
+    """Meaning of native attention for this model's features: the pre-training mask, or no mask."""
     resample_antialias: bool = True
-    """Antialias learned positions that are resampled to another grid, as timm does; XTRA does not."""
+    """Antialias learned positions when resampling them to another grid, as timm does; XTRA does not."""
     init: str | None = None
-    """Start from these weights, anything `nextblock info` reads; what does not fit is resampled or fresh."""
+    """Start from these weights, anything `nextblock info` reads; the rest is resampled or initialised."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sides, p, block = pair(self.image_size), self.patch_size, pair(self.block_size)
         blocks = f"blocks of {block[0]}x{block[1]} patches of {p} px"
-        # Patches first, then blocks, which patches must fill; the nearest sizes that can be cut are named.
+        # Patches first, then the blocks made of them; the message names the nearest sizes that work.
         for parts, unit in ((f"{p}-px patches", (p, p)), (blocks, self.block_px)):
             near = nearest_sizes(sides, unit)
             require(
@@ -220,7 +220,7 @@ class ModelConfig(Section):
                 f"model.positions rope needs a head width divisible by 4, not {head_dim}",
             ),
             (is_rope and not self.bias, "model.positions rope needs model.bias true"),
-            (is_rope and self.patch_norm, "model.positions rope knows no model.patch_norm; leave it out"),
+            (is_rope and self.patch_norm, "model.positions rope excludes model.patch_norm; leave it out"),
             (
                 self.rope_rescale != 1 and not is_rope,
                 "model.rope_rescale needs model.positions rope; set model.rope_rescale 1",
@@ -238,7 +238,7 @@ class ModelConfig(Section):
             require(not is_wrong, what)
 
     def _check_target(self) -> None:
-        """Refuse what does not fit the target, or the way in which it is predicted."""
+        """Refuse options that do not fit the target, or the way it is predicted."""
         target = self.target
         is_plain = self.encoder_attention == "block_causal" and self.predictor_attention == "native"
         for is_wrong, what in (
@@ -269,16 +269,16 @@ class ModelConfig(Section):
             ),
             (
                 self.target_positions and (self.num_predicted_blocks > 1 or not is_plain),
-                "model.target_positions needs model.num_predicted_blocks 1, and excludes own attention masks",
+                "model.target_positions needs model.num_predicted_blocks 1, and no custom attention masks",
             ),
             (
                 self.class_token and not is_plain,
-                "model.class_token excludes attention masks of the model's own",
+                "model.class_token excludes custom attention masks",
             ),
             (
                 self.mask_ratio
                 and (self.prefix or self.target_positions or self.predict_visible or not is_plain),
-                "model.mask_ratio excludes model.prefix, target_positions, predict_visible and other masks",
+                "model.mask_ratio excludes model.prefix, target_positions, predict_visible and custom masks",
             ),
             (
                 self.mask_ratio and (self.order != "per_image" or self.num_predicted_blocks > 1),
@@ -292,7 +292,7 @@ class ModelConfig(Section):
             require(not is_wrong, what)
 
     def _check_own_mask(self) -> None:
-        """Refuse attention masks of the predictor's or the encoder's own that nothing could follow."""
+        """Refuse custom attention masks that contradict other settings."""
         own, block = self.predictor_attention, self.predictor_block_size
         require(
             block is None or own == "block_causal",
@@ -300,7 +300,7 @@ class ModelConfig(Section):
         )
         if own == "native" and self.encoder_attention == "block_causal":
             return
-        # These masks count blocks row by row, and know no prefix: other orders would let targets be seen.
+        # These masks assume raster order without a prefix; in any other order, targets would be visible.
         require(
             self.order == "raster" and not self.prefix,
             f"model.encoder_attention {self.encoder_attention} and model.predictor_attention {own} need "
@@ -317,7 +317,7 @@ class ModelConfig(Section):
         )
 
     def encoder_alone(self) -> ModelConfig:
-        """The settings of the encoder by itself, without what it learned from."""
+        """The settings of the encoder, without predictor, target and initial weights."""
         return replace(
             self, predictor=None, target="pixels", teacher=None, teacher_dim=None, teacher_digest=None,
             mask_ratio=None, init=None,
@@ -325,25 +325,25 @@ class ModelConfig(Section):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the encoder has one, as those of timm say too."""
+        """Whether the encoder has a class token; `TimmConfig` has the same attribute."""
         return self.class_token
 
     @property
     def distances(self) -> tuple[int, ...]:
-        """How many blocks ahead each output map predicts; 0 is the block at which it stands."""
+        """How many blocks ahead each output map predicts; 0 is the current block."""
         if self.mask_ratio is not None:
             return (0,)
         ahead = range(1, self.num_predicted_blocks + 1)
         return (*ahead, 0) if self.predict_visible else (*ahead,)
 
     def steps(self, distance: int) -> Steps:
-        """Which rows of the predictor predict so many blocks ahead, and which positions of the order."""
+        """The predictor rows that predict `distance` blocks ahead, and the positions that they predict."""
         k = self.num_blocks
         if self.mask_ratio is not None:
-            # Masked blocks are the last of an image's order, and each predicts itself.
+            # Masked blocks come last in an image's order, and each predicts itself.
             hidden = min(k - 1, max(1, round(self.mask_ratio * k)))
             return Steps(k - hidden, k - hidden, hidden)
-        # Row r stands at position r, or behind a class token at r - 1. The last block has no row.
+        # Row r is at position r, or at r - 1 if a class token comes first. The last block has no row.
         behind = int(self.class_token)
         row, position = max(0, behind - distance), max(0, distance - behind)
         return Steps(row, position, min(k - 1 + behind - row, k - position))

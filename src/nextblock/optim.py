@@ -1,4 +1,4 @@
-"""What the optimizer is told: which parameters decay, and the learning rate of every step."""
+"""The optimizer: parameter groups with and without decay, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ UNDECAYED = ("pos_embed", "cls_token", "reg_token")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Official XTRA's two groups: what has several dimensions and no "bias" in its name is decayed."""
-    # By dimensions and names alone, as officially: a norm's scale has one dimension, a bias says so in its
-    # name. Learned positions have three, so they are decayed. Frozen parameters are in neither group.
+    """Official XTRA's two groups: parameters of several dimensions without "bias" in their name decay."""
+    # Dimensions and names decide, as in the official code: a norm's scale has one dimension. Learned
+    # positions have three, so they decay. Frozen parameters are in neither group.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim > 1 and "bias" not in name]
     rest = [p for name, p in named if p.ndim <= 1 or "bias" in name]
@@ -28,15 +28,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def layer_decay_groups(
     model: nn.Module, weight_decay: float, layer_decay: float, layer_of: Callable[[str], int], top: int
 ) -> list[dict[str, Any]]:
-    """Groups for fine-tuning whose rate is multiplied by layer_decay^(top - layer), BEiT's and MAE's rule.
+    """Groups for fine-tuning with rates scaled by layer_decay^(top - layer), as in BEiT and MAE.
 
-    `layer_of` gives the layer of a parameter's name: 0 for all that comes before layer 1, `top` for all that
-    comes after the last one, the head among them. (timm's own rule puts the final norm with the last layer.)
-    One-dimensional parameters, positions, class and register tokens are not decayed. Frozen parameters are in
-    no group.
+    `layer_of` maps a parameter's name to its layer: 0 before layer 1, `top` after the last layer, including
+    the head. (timm's own rule puts the final norm with the last layer.) One-dimensional parameters,
+    positions, class and register tokens do not decay. Frozen parameters are in no group.
     """
-    # One group for each pair of layer and decay: a group's parameters share a rate, and its `lr_scale` stays
-    # with it when `set_lr` changes the rate at every step.
+    # One group per layer and decay: a group's parameters share a rate, and its `lr_scale` persists when
+    # `set_lr` changes the rate at every step.
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -53,7 +52,7 @@ def layer_decay_groups(
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the two groups. Fused: several times quicker than the default, on a CPU too."""
+    """AdamW over the two groups, fused: several times faster than the default, on a CPU too."""
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
@@ -65,8 +64,8 @@ def lr_at(step: int, *, peak: float, start: float, end: float, warmup_steps: int
     `total_steps`, one after the last: the scheduler that official XTRA uses. Without warm-up
     the first step has `peak`; a warm-up of one step has `start`.
     """
-    # A function of the step alone, so a resumed run needs no state of a scheduler. The first step of the
-    # cosine has the peak again, as the last of the warm-up did.
+    # A function of the step alone, so a resumed run needs no scheduler state. The first step of the cosine
+    # has the peak again, like the last of the warm-up.
     if step < warmup_steps:
         share = step / (warmup_steps - 1) if warmup_steps > 1 else 0.0
         return start + (peak - start) * share

@@ -1,11 +1,11 @@
-"""What a training will need, counted from its settings: arithmetic, memory and time. Nothing is trained.
+"""Estimate the arithmetic, memory and time of a training run from its settings, without training.
 
-Arithmetic is that of matrix products, two operations for a multiplication and its addition. Attention counts
-all pairs of tokens that it computes, also those that a mask forbids. Encoder and predictor see all blocks but
-the last, and a prefix takes predicted blocks away, as in `NextBlockModel.forward`.
+Arithmetic is that of matrix products, two operations per multiply-add. Attention counts all pairs of tokens,
+including masked ones. Encoder and predictor see all blocks but the last, and a prefix removes predicted
+blocks, as in `NextBlockModel.forward`.
 
 Memory is what PyTorch keeps: fp32 weights, gradients and AdamW's moments, autocast's 16-bit copies of the
-weights, and what autograd saves for the backward pass if a fused kernel computes attention.
+weights, and what autograd saves for the backward pass with a fused attention kernel.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from nextblock.config import ModelConfig, RunConfig
 from nextblock.settings import Duration, require
 
 RESERVE = 0.1
-"""Share of a GPU's memory left to the CUDA context, NCCL, kernels' workspace and fragmentation."""
+"""Share of a GPU's memory reserved for CUDA context, NCCL, kernel workspace and fragmentation."""
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its maker describes it; peaks are TFLOP/s of dense products."""
+    """A GPU's published figures; peaks are TFLOP/s of dense products."""
 
     memory_gb: float
     tflops: float
-    """In bf16 or fp16, summed in fp32."""
+    """In bf16 or fp16, accumulated in fp32."""
     fp32_tflops: float
-    """In fp32 proper: torch uses TF32 only if it is told to."""
+    """In true fp32: torch uses TF32 only on request."""
     device: str
-    """Regular expression to be found in `torch.cuda.get_device_name()`."""
+    """Regular expression that matches `torch.cuda.get_device_name()`."""
     source: str
     has_bf16: bool = True
 
 
-# Makers' figures. The data sheets themselves could not be read, so the source is a page that quotes them.
+# Vendors' figures. Their data sheets could not be read, so each source is a page that quotes them.
 _GARDEN = "glennklockwood.com/garden/processors"
 GPUS = {
     "h100": Gpu(80, 989.4, 66.9, r"\bH100 80GB HBM3", f"{_GARDEN}/h100 (SXM)"),
@@ -60,7 +60,7 @@ GPUS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak dense 16-bit TFLOP/s of what `torch.cuda.get_device_name()` names; None if it is not known."""
+    """Peak dense 16-bit TFLOP/s of a `torch.cuda.get_device_name()`; None if unknown."""
     return next((gpu.tflops for gpu in GPUS.values() if re.search(gpu.device, device_name)), None)
 
 
@@ -68,7 +68,7 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 class Stack(NamedTuple):
-    """Layers of one kind, and what they compute of an image."""
+    """Layers of one kind, and their work per image."""
 
     depth: int
     tokens: float
@@ -81,19 +81,19 @@ class Stack(NamedTuple):
 
     @property
     def last_flops(self) -> float:
-        """The last product of a layer: its MLP's second map."""
+        """Operations of a layer's last product, its MLP's second map."""
         return 2 * self.tokens * self.width * self.hidden
 
     @property
     def flops(self) -> float:
-        """Products of one layer: MLP, and qkv and output maps, scores and weighted sums."""
+        """Operations of one layer: MLP, qkv and output maps, scores and weighted sums."""
         attention = 8 * self.tokens * self.width**2 + 4 * self.tokens**2 * self.width
         return 2 * self.last_flops + attention * (self.heads > 0)
 
     def saved_bytes(self, number: int) -> float:
-        """What autograd saves of one layer; `number` is the bytes of a factor of a product."""
-        # fp32: what each norm is given, and its two statistics. Factors: what goes into the MLP, and its
-        # hidden values before and after the activation. Of attention: its input, q k v, its output, log-sums.
+        """Bytes that autograd saves per layer; `number` is the bytes per element of a product's operands."""
+        # fp32: each norm's input and two statistics. Operands: the MLP's input, and its hidden values before
+        # and after the activation. Attention: its input, q k v, its output, and log-sums.
         rest = 4 * self.norms * (self.width + 2) + number * (self.width + 2 * self.hidden)
         attention = 5 * number * self.width + 4 * self.heads
         return self.tokens * (rest + attention * (self.heads > 0))
@@ -116,9 +116,9 @@ def stacks(config: ModelConfig) -> tuple[Stack, Stack]:
 
 
 def _rows(config: ModelConfig) -> float:
-    """Blocks of an image that predict; the mean over prefixes, which are uniform on 1 .. k-1."""
+    """Blocks per image that predict, averaged over prefixes, which are uniform on 1 .. k-1."""
     k, ahead = config.num_blocks, config.num_predicted_blocks
-    # Of use is a row whose farthest target lies behind the prefix, as in `NextBlockModel.forward`.
+    # A row is computed if its farthest target lies behind the prefix, as in `NextBlockModel.forward`.
     lost = sum(max(0, length - ahead) for length in range(1, k)) / (k - 1)
     return k - (config.mask_ratio is None) + config.class_token - lost * config.prefix
 
@@ -143,14 +143,14 @@ def _targets(config: ModelConfig) -> Any:
 
 
 def _mlp_flops(rows: float, inputs: int, hidden: int | None, outputs: int) -> float:
-    """An MLP; without a hidden width, one linear map."""
+    """Operations of an MLP; without a hidden width, of one linear map."""
     return 2 * rows * (inputs * outputs if hidden is None else hidden * (inputs + outputs))
 
 
 def forward_flops(config: ModelConfig) -> dict[str, float]:
     """Operations of one image's forward pass, by part."""
     encoder, predictor = stacks(config)
-    # Per vector that it makes of a patch; all patches are embedded, the last block's too.
+    # Per dimension of the embedding. All patches are embedded, including the last block's.
     patches = 2 * config.num_patches * config.in_chans * config.patch_size**2
     projection = _mlp_flops(predictor.tokens, config.embed_dim, config.projection_dim, predictor.width)
     joined, rows = predictor.width * config.patches_per_block, sum(_rows_by_distance(config))
@@ -167,11 +167,11 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
 
 def step_flops_by_part(config: ModelConfig, *, recompute: bool = False) -> dict[str, float]:
     """Operations of one image's forward and backward pass, by part."""
-    # Backward, every product comes twice: once for each factor's gradient. Images want none, and the tokens
-    # of k-means are made without gradients.
+    # The backward pass has two products for each one, a gradient per operand. Images need no gradient, and
+    # k-means tokens are computed without.
     times = {"patch_embed": 2, "tokenizer": 1}
     parts = {name: times.get(name, 3) * flops for name, flops in forward_flops(config).items()}
-    # A checkpointed layer is run again only as far as the backward pass needs it: without its last product,
+    # A checkpointed layer is recomputed only as far as the backward pass needs it: without its last product,
     # which nothing saves.
     for name, stack in zip(("encoder", "predictor"), stacks(config), strict=True):
         parts[name] += recompute * stack.depth * (stack.flops - stack.last_flops)
@@ -179,7 +179,7 @@ def step_flops_by_part(config: ModelConfig, *, recompute: bool = False) -> dict[
 
 
 def step_flops(config: ModelConfig, *, recompute: bool = False) -> float:
-    """Operations of one image's forward and backward pass; with `recompute`, of checkpointed layers too.
+    """Operations of one image's forward and backward pass; with `recompute`, including checkpointed layers.
 
     Model-FLOPs utilisation leaves recomputation out, by definition.
     """
@@ -190,30 +190,30 @@ def step_flops(config: ModelConfig, *, recompute: bool = False) -> float:
 
 
 class Parameters(NamedTuple):
-    """Numbers of a model's parameters."""
+    """Parameter counts of a model."""
 
     encoder: int
     predictor: int
     frozen: int
-    """Not trained and in neither: sin-cos positions, and centroids of k-means."""
+    """Not trained, and counted in neither: sin-cos positions and k-means centroids."""
     cast: int
-    """What autocast copies to 16 bits: matrices and their biases."""
+    """Copied to 16 bits by autocast: matrices and their biases."""
     predictor_cast: int
-    """Of these, those of the predictor's layers."""
+    """The part of `cast` in the predictor's layers."""
     layer: int
-    """The largest layer."""
+    """In the largest layer."""
     outside: int
-    """All that lies in no layer, such as the block MLP."""
+    """Outside all layers, such as in the block MLP."""
 
     @property
     def trained(self) -> int:
-        """All that is trained."""
+        """All trained parameters."""
         return self.encoder + self.predictor
 
 
 @functools.cache
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Count the parameters of a model that is built without memory."""
+    """Count the parameters of a model, built on the meta device."""
     import torch
     from torch import nn
 
@@ -249,21 +249,21 @@ def activation_bytes(
     predictor_fp32: bool = False,
     recompute: bool = False,
 ) -> float:
-    """What autograd saves in the forward pass of a batch; with `recompute`, layers keep their input alone."""
+    """Bytes that autograd saves for a batch; with `recompute`, layers keep only their input."""
     encoder, predictor = stacks(config)
-    factor = 4 if precision == "fp32" else 2  # bytes of a factor of a product; all else is fp32
+    factor = 4 if precision == "fp32" else 2  # bytes per element of operands; the rest is fp32
     rows, outputs, n = _rows_by_distance(config), _targets(config).outputs, config.num_patches
     between = _has_layers(config)  # a linear predictor has neither projection nor norm
     layers, masks = 0.0, 0.0
     for stack, number in ((encoder, factor), (predictor, 4 if predictor_fp32 else factor)):
         layers += stack.depth * (4 * stack.tokens * stack.width if recompute else stack.saved_bytes(number))
-        # Each attention makes numbers of the mask.
+        # Each attention converts the boolean mask to numbers.
         masks += number * stack.depth * stack.tokens**2 * (stack.heads > 0 and not recompute)
     image = (
         factor * n * config.in_chans * config.patch_size**2
         + 4 * n * (encoder.width + 2) * config.patch_norm
         + layers
-        + 4 * encoder.tokens * (encoder.width + 2)  # what the final norm is given, and its statistics
+        + 4 * encoder.tokens * (encoder.width + 2)  # the final norm's input and statistics
         + between * factor * predictor.tokens * (encoder.width + 2 * (config.projection_dim or 0))
         + between * 4 * predictor.tokens * (predictor.width + 2)
         # A block's tokens as the input of each block MLP, and hidden values before and after the activation.
@@ -273,14 +273,14 @@ def activation_bytes(
         + 4 * outputs * sum(config.num_blocks - 1 - i for i in range(len(rows)))
         + factor * outputs * sum(rows) * config.prefix
     )
-    # With prefixes every image has its own mask, else the batch has one.
+    # With prefixes every image has its own mask, else the batch shares one.
     return batch * (image + masks) if config.prefix else batch * image + masks
 
 
 def memory(
     config: RunConfig, precision: Precision, gpus: int, *, sharded: bool, recompute: bool
 ) -> dict[str, float]:
-    """Bytes on each GPU: under FSDP2 if `sharded`, else DDP; "image" grows with the micro-batch."""
+    """Bytes per GPU, under FSDP2 if `sharded`, else DDP; "image" is per image of the micro-batch."""
     count, fp32 = count_parameters(config.model), config.train.predictor_fp32
     share = gpus if sharded else 1
     one, two = (
@@ -295,10 +295,10 @@ def memory(
         "weights": 4 * (count.trained + count.frozen) / share,
         "gradients": 4 * count.trained / share,
         "moments": 8 * count.trained / share,
-        # Whole under FSDP2 too: autograd keeps the copies that autocast makes of gathered weights.
+        # Not sharded by FSDP2: autograd keeps autocast's copies of the gathered weights.
         "copies": 0 if precision == "fp32" else 2 * (count.cast - fp32 * count.predictor_cast),
-        # DDP copies gradients into buckets. FSDP2 gathers weights, and makes gradients before it scatters
-        # them: of the layer in hand and the next, and all along of what lies in no layer.
+        # DDP copies gradients into buckets. FSDP2 holds gathered weights and unscattered gradients of the
+        # current and the next layer, and throughout of parameters outside all layers.
         "exchange": 8 * (count.outside + 2 * count.layer) if sharded else 4 * count.trained * (gpus > 1),
         "masks": 2 * one - two,
         "image": two - one + layer * recompute,
@@ -309,7 +309,7 @@ def memory(
 
 
 def precision_on(gpu: Gpu, precision: str) -> Precision:
-    """What train.precision means on a GPU; `ValueError` if it cannot compute in it."""
+    """Resolve train.precision on a GPU; raises `ValueError` if the GPU does not support it."""
     if precision == "auto":
         return "bf16" if gpu.has_bf16 else "fp32"
     require(
@@ -320,7 +320,7 @@ def precision_on(gpu: Gpu, precision: str) -> Precision:
 
 
 def images_per_s(config: RunConfig, gpu: Gpu, *, recompute: bool) -> float:
-    """Images a second at a GPU's peak."""
+    """Images per second at a GPU's peak."""
     parts = step_flops_by_part(config.model, recompute=recompute)
     is_fp32 = precision_on(gpu, config.train.precision) == "fp32"
     fp32 = sum(parts.values()) if is_fp32 else parts["predictor"] * config.train.predictor_fp32
@@ -328,16 +328,16 @@ def images_per_s(config: RunConfig, gpu: Gpu, *, recompute: bool) -> float:
 
 
 def plan(config: RunConfig, gpu: Gpu, gpus: int, *, mfu: float, images: int | None = None) -> dict[str, Any]:
-    """All of the above for a training on so many GPUs, as plain values; bytes, operations, images a second.
+    """Estimate a training run on `gpus` GPUs, as plain values in bytes, operations and images per second.
 
-    Without `images`, the number of images, there may be no steps, samples, epochs and days. `ValueError` for
-    what could not be trained.
+    Without `images`, the number of images, steps, samples and epochs may be None. Raises `ValueError` for
+    settings that cannot be trained.
     """
     from nextblock.models.next_block import check_predicts, masks_leak
 
     config.check_trainable()
     check_predicts(config.model, leaks=masks_leak(config.model))
-    # As the training loop counts: of few images, a batch is all of them; an epoch is whole batches.
+    # As in the training loop: a batch is at most all images, and an epoch is a whole number of batches.
     epoch, batch_size = config.data.epoch_samples or images, config.train.batch_size
     batch_size = min(batch_size, epoch or batch_size)
     duration, steps_per_epoch = Duration.parse(config.train.duration), epoch and epoch // batch_size

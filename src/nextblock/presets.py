@@ -2,8 +2,8 @@
 
 XTRA's figures come from the paper's abstract and the official code and checkpoints; AIM's from the paper
 (arXiv 2401.08541) and Apple's training code (`apple/ml-l3m`), whose AIM recipe is an example on ImageNet;
-NEPA's and D-iGPT's come from their papers and code. What none of them tells is marked as ours. To add a
-preset, add a row; settings are named without section.
+NEPA's and D-iGPT's come from their papers and code. Values that none of them states are marked as
+ours. To add a preset, add a row; settings are named without their section.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from nextblock.errors import UsageError
 from nextblock.settings import flatten, from_dict, nearest_name, read_value, require, setting_types, to_dict
 
 DEFAULT_PRESET = "xtra-b16"
-"""What a run starts from if no preset is named."""
+"""The preset of a run that names none."""
 
 GREY_MEAN, GREY_STD = (0.459,), (0.226,)
-"""ImageNet's, its channels weighted 0.299, 0.587 and 0.114 as in the conversion to grey."""
+"""ImageNet's, with channels weighted 0.299, 0.587 and 0.114 as in the conversion to grey."""
 
 _HINTS = {setting.name: setting.hint for setting in setting_types(RunConfig)}
 _SECTIONED = {name.rpartition(".")[2]: name for name in _HINTS}
 
 
 def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
-    """A run's settings with some changed, by dotted name ("optim.lr") or nested dicts; later layers win."""
-    # All settings as one flat dict, changed name by name, and built and checked as a whole at the end: on the
-    # way there, two settings may contradict each other.
+    """Change a run's settings by dotted name ("optim.lr") or nested dicts; later layers win."""
+    # Change a flat dict name by name, then build and check the config once at the end: until then, two
+    # settings may contradict each other.
     values, typed = flatten(to_dict(base)), dict[str, Any]()
     for layer in layers:
         typed = flatten(layer)
         for name in typed:
             if name not in _HINTS:
                 raise UsageError(f"unknown setting {name!r}; {nearest_name(name, list(_HINTS))}")
-        # Layer by layer, so that what follows from a preset's setting is what a later layer changes.
+        # Layer by layer, so that a later layer can change what followed from an earlier one.
         new = {name: read_value(name, value, _HINTS[name]) for name, value in typed.items()}
         values |= _with_followers(new, values)
     config = from_dict(RunConfig, values)
-    # Only of the last layer, which somebody typed: a run's own config.yaml rightly has both.
+    # Check only the last layer, which the user typed: a run's own config.yaml rightly has both.
     measured = " and ".join(name for name in ("data.mean", "data.std") if name in typed)
     require(
         not measured or config.data.normalize == "given",
@@ -53,18 +53,18 @@ def resolve(base: RunConfig, *layers: Mapping[str, Any]) -> RunConfig:
 
 
 def _with_followers(new: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """These changes, and the settings that follow them unless they are given as well."""
+    """Add the settings that follow from these changes, unless they are given too."""
     if "model.image_size" in new and "data.val_resize_px" not in new:
-        # In proportion: published recipes have 300 for 256, 256 for 224, and each keeps its own.
+        # In proportion: published recipes use 300 for 256 and 256 for 224, and each keeps its ratio.
         scale = max(pair(new["model.image_size"])) / max(pair(values["model.image_size"]))
         new["data.val_resize_px"] = round(values["data.val_resize_px"] * scale)
-    # One number under two names: whichever is given sets the other, and both must agree if both are.
+    # One number under two names: the given one sets the other. If both are given, they must agree.
     for name, other in (("data.channels", "model.in_chans"), ("model.in_chans", "data.channels")):
         if name in new:
             new.setdefault(other, new[name])
     channels = new.get("data.channels", values["data.channels"])
     if channels != values["data.channels"] and not {"data.mean", "data.std"} & new.keys():
-        # ImageNet's numbers suit grey and colour; of other channels nothing is known before the images.
+        # ImageNet's numbers suit grey and colour; for other channels they must be measured.
         if channels in (1, 3):
             means, deviations = (GREY_MEAN, GREY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
             new |= {"data.mean": means, "data.std": deviations}
@@ -75,7 +75,7 @@ def _with_followers(new: dict[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 @dataclass(frozen=True)
 class Preset:
-    """A named run: what it changes of another, or of the defaults."""
+    """A named run: changes to another preset, or to the defaults."""
 
     name: str
     group: Literal["size", "recipe", "small", "ablation"]
@@ -87,12 +87,12 @@ class Preset:
     """Settings without their section: `{"embed_dim": 192}`."""
     base: str | None = None
     published: str | None = None
-    """The result it was published to reach, if one is confirmed."""
+    """Its published result, if confirmed."""
 
     @cached_property
     def config(self) -> RunConfig:
         """All settings, resolved."""
-        # A preset is what it changes of its base, and its base likewise: sizes, then recipes, then ablations.
+        # Presets build on each other: sizes, then recipes, then ablations.
         base = RunConfig() if self.base is None else PRESETS[self.base].config
         changes = {_SECTIONED[name]: value for name, value in self.changes.items()}
         return resolve(base, changes | {"preset": self.name})
@@ -107,14 +107,14 @@ class Preset:
 
 
 def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Preset:
-    about = "A size, with defaults for any folder of images; the defaults are ours and nobody's result."
+    about = "A size with defaults for any folder of images. The defaults are ours, not a published recipe."
     return Preset(name, "size", images, about, changes, base)
 
 
 def _ablation(
     base: str, family: str, axis: str, published: str | None = None, note: str = "", /, **changes: Any
 ) -> Preset:
-    """A recipe with a few settings changed; they say what it is, the one that matters first."""
+    """A recipe with a few settings changed, the most important first."""
     # The text is made from the changes, so the two cannot disagree.
     what = ", ".join(f"{name} {value}" for name, value in changes.items())
     unknown = "No confirmed result is published." if "xtra" in base else "The paper's figure is not known."
@@ -205,7 +205,7 @@ _XTRA_RUNS = [
     Preset(
         *("xtra-b16-ablation", "recipe", "ImageNet-1k"),
         about="The baseline of XTRA's ablations: ViT-B/16 on ImageNet-1k, 100 epochs, predictor half as wide."
-        " Officially 114 images a GPU on a number of GPUs not known; 2088 is assumed. "
+        " Officially 114 images a GPU on an unknown number of GPUs; 2088 is assumed. "
         "No confirmed result is published.",
         base="xtra-b16",
         changes=_XTRA
@@ -277,14 +277,14 @@ def _both(attentive: float, linear: float, table: str = "Table 3") -> str:
 _AIM_RUNS = [
     Preset(
         *("aim-tiny", "small", "digits"),
-        about="A few minutes on two CPU cores; beside xtra-tiny, of the same budget. This project's own.",
+        about="A few minutes on two CPU cores; same budget as xtra-tiny. This project's own.",
         changes=_TINY | _AIM_MODEL | {"predictor_depth": 4},
     ),
     Preset(
         *("aim-600m-in1k", "recipe", "ImageNet-1k"),
         about="AIM-0.6B on ImageNet-1k with the values of the training code's example: 125,000 steps, 256 "
-        "images a GPU on a number of GPUs not known; the paper's batch of 4096 is assumed. Of its "
-        "own ImageNet run, whose accuracies are given, neither length nor use of colour jitter is known.",
+        "images a GPU on an unknown number of GPUs; the paper's batch of 4096 is assumed. The accuracies "
+        "are of the paper's own ImageNet run; its length and use of colour jitter are not known.",
         base="aim-600m",
         changes=_AIM
         | {"color_jitter": (0.4, 0.4, 0.2, 0.1), "duration": "125000st", "micro_batch_size": 256},
@@ -297,9 +297,9 @@ _AIM_RUNS = [
 ]
 
 _CAUSAL = {"prefix": False, "feature_attention": "causal"}
-_INFERRED = "Table 3, raster order; that this row is the causal one is inferred"
-_OUR_ORDER = "The order is ours: the official table is another."
-_OUR_SHAPE = "The shape is ViT-H's, which is our choice; the paper's is not known."
+_INFERRED = "Table 3, raster order; we infer that this row is the causal one"
+_OUR_ORDER = "The order is ours; the official table differs."
+_OUR_SHAPE = "We chose ViT-H's shape; the paper's is not known."
 _aim = partial(_ablation, "aim-600m-in1k", "aim-600m-ablation")
 _AIM_ABLATIONS = [
     _aim("causal", _both(77.4, 69.5, _INFERRED), **_CAUSAL),
@@ -348,9 +348,9 @@ _NEPA_SIZES = [
 def _nepa(size: str, tuned: float) -> Preset:
     return Preset(
         *(f"nepa-{size}14-in1k", "recipe", "ImageNet-1k"),
-        about=f"NEPA ViT-{size.upper()}/14 on ImageNet-1k: from the patches so far the encoder itself "
-        "predicts the embedding of the next one. Values of the official scripts (lr 3e-4 for every 256 "
-        "images); the ratio of crops and the start of the warm-up are the defaults of what they call. "
+        about=f"NEPA ViT-{size.upper()}/14 on ImageNet-1k: the encoder itself predicts the embedding "
+        "of the next patch from the patches so far. Values of the official scripts (lr 3e-4 for every 256 "
+        "images); the ratio of crops and the start of the warm-up are defaults of the code they call. "
         "Departures: crops are resized by bicubic, not bilinear interpolation, and no average of the weights "
         "is kept (EMA 0.9999, which plays no part in the official loss). How validation images are resized "
         "is not published.",
@@ -365,7 +365,7 @@ def _nepa(size: str, tuned: float) -> Preset:
 _OTHER_RUNS = [
     Preset(
         *("nepa-tiny", "small", "digits"),
-        about="A few minutes on two CPU cores; beside xtra-tiny, of the same budget. This project's own.",
+        about="A few minutes on two CPU cores; same budget as xtra-tiny. This project's own.",
         changes=_TINY | _NEPA_MODEL,
     ),
     _nepa("b", 83.8),
@@ -409,7 +409,7 @@ def list_presets() -> list[str]:
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of this name; another is refused with the nearest known one."""
+    """Return the preset of this name; an unknown name raises `UsageError` with the nearest one."""
     if name not in PRESETS:
         meant = nearest_name(name, list(PRESETS))
         if (Path(name) / "config.yaml").is_file():
@@ -421,5 +421,5 @@ def get_preset(name: str) -> Preset:
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """The network's settings of a size ("xtra-b16") or a preset, with any field changed."""
+    """The network settings of a size ("xtra-b16") or preset, with any field overridden."""
     return resolve(get_preset(name).config, {"model": overrides}).model

@@ -28,7 +28,7 @@ from nextblock.train.runtime import choose_device
 from nextblock.visualize.predictions import PredictionMonitor, some_images
 
 SMALL_FOLDER = 50_000
-"""Fewer images are what the presets for small folders are made for."""
+"""Presets for small folders are made for fewer images than this."""
 
 
 def pretrain(
@@ -41,7 +41,7 @@ def pretrain(
 ) -> TrainResult:
     """Train, or resume the run in `out`, as `nextblock pretrain` does.
 
-    Every process that torchrun, `srun` or `mpirun` starts calls this alike: they train one model together.
+    Every process that torchrun, `srun` or `mpirun` starts makes the same call; together they train one model.
     `overrides` are settings by dotted name (`**{"optim.lr": 1e-4}`) or section (`data={"train": "DIR"}`).
     Raises `ValueError` for impossible settings, else a `RuntimeError` that says what happened and what to do.
     """
@@ -59,7 +59,7 @@ def pretrain(
     world = find_world()
     device = find_device(choose_device(config.train.device), world)
     with process_group(world, device, needed=config.train.strategy == "fsdp") as group:
-        # Rank 0's settings would count without a word.
+        # Otherwise rank 0's settings would silently win.
         group.check_same({"--out": str(out), **flatten(to_dict(config))})
         reporter = reporter or Reporter(is_quiet=not group.is_main)
         with group.together():
@@ -68,7 +68,7 @@ def pretrain(
             if config.monitor.knn_every is not None and config.monitor.knn_train is not None:
                 for name in ("knn_train", "knn_val"):
                     labelled[f"monitor.{name}"] = open_source(getattr(config.monitor, name), config.data)
-            # A run that resumes has had its hints.
+            # A resumed run has already shown its hints.
             is_new = overwrite or not (Path(out) / "config.yaml").is_file()
             for hint in _hints(config, len(sources["train"])) if is_new else ():
                 reporter.note(hint)
@@ -81,12 +81,12 @@ def pretrain(
             if shared is not None:
                 reporter.note(f"WARNING: monitor.knn_val: {shared}")
             if config.data.normalize == "auto" and group.is_main:
-                begun = None if overwrite else Path(out)
-                config = _with_statistics(config, sources["train"], begun, reporter)
+                earlier = None if overwrite else Path(out)
+                config = _with_statistics(config, sources["train"], earlier, reporter)
             if config.model.teacher is not None and group.is_main:
-                begun = None if overwrite else recorded_config(Path(out))
-                # A run that resumes knows the hash of its teacher's weights.
-                digest = config.model.teacher_digest or (begun and begun.model.teacher_digest)
+                recorded = None if overwrite else recorded_config(Path(out))
+                # A resumed run has recorded the hash of its teacher's weights.
+                digest = config.model.teacher_digest or (recorded and recorded.model.teacher_digest)
                 config = replace(config, model=with_teacher(replace(config.model, teacher_digest=digest)))
         config = group.broadcast(config)
         group.check_same({name: source.fingerprint for name, source in labelled.items()})
@@ -111,11 +111,11 @@ def pretrain(
 
 
 def _with_statistics(config: RunConfig, source: Source, out: Path | None, reporter: Reporter) -> RunConfig:
-    """Fill in data.mean and data.std: the run's that is in `out`, or else measured on a sample."""
-    # A run that resumes keeps its own numbers: new ones of the same images could differ in the last digit.
-    begun = None if out is None else recorded_config(out)
-    if begun and begun.data.normalize == "auto" and len(begun.data.mean) == config.data.channels:
-        mean, std, origin = begun.data.mean, begun.data.std, f"as recorded in {out}"
+    """Fill in data.mean and data.std: as recorded by the run in `out`, else measured on a sample."""
+    # A resumed run keeps its numbers: measured again, they could differ in the last digit.
+    recorded = None if out is None else recorded_config(out)
+    if recorded and recorded.data.normalize == "auto" and len(recorded.data.mean) == config.data.channels:
+        mean, std, origin = recorded.data.mean, recorded.data.std, f"as recorded in {out}"
     else:
         measured = measure_pixels(source, config.data, config.model.image_size, config.seed)
         mean, std, origin = measured.mean, measured.std, f"measured on {counted(measured.images, 'image')}"
@@ -125,12 +125,12 @@ def _with_statistics(config: RunConfig, source: Source, out: Path | None, report
 
 
 def _hints(config: RunConfig, images: int) -> Iterator[str]:
-    """What a user may not have meant, said and not changed."""
+    """Yield hints on settings that the user may not have meant; they are not changed."""
     if config.preset is None:
         yield f"no preset named: based on {DEFAULT_PRESET}; `nextblock presets` lists others"
         if config.model.embed_dim == RunConfig().model.embed_dim and images < SMALL_FOLDER:
             yield (
-                f"so large a model needs more than {counted(images, 'image')}; try --preset xtra-small-64, "
+                f"a model this big needs more than {counted(images, 'image')}; try --preset xtra-small-64, "
                 f"or xtra-small-128 for larger images. {WHEN_IT_PAYS} says what to expect"
             )
     preset = PRESETS.get(config.preset or DEFAULT_PRESET)
@@ -149,7 +149,7 @@ def _monitors(
 ) -> list[Monitor]:
     """Pictures of the same few images, RankMe, and kNN accuracy if there are labels.
 
-    `labelled` are the two sources of kNN, by their settings; if there are none, it takes those of `data`.
+    `labelled` holds the two sources of kNN by setting name; if empty, kNN uses those of `data`.
     """
     settings, data, size = config.monitor, config.data, config.model.image_size
     monitors: list[Monitor] = []
@@ -163,10 +163,10 @@ def _monitors(
         labelled = labelled or {f"data.{kind}": source for kind, source in sources.items()}
         obstacle = _knn_obstacle(labelled)
         if obstacle is None:
-            (ours, train), (theirs, val) = labelled.items()
+            (train_name, train), (val_name, val) = labelled.items()
             missing = missing_classes(train, val)
-            share = f"{len(missing)} of {len(val.class_names)} classes of {theirs}"
-            note = f"{share} are not in {ours} and count as wrong in kNN: {named(missing)}" if missing else ""
+            share = f"{len(missing)} of {len(val.class_names)} classes of {val_name} are not in {train_name}"
+            note = f"{share} and count as wrong in kNN: {named(missing)}" if missing else ""
         else:
             train, val = None, sources.get("val", sources["train"])
             unmeasured["knn"], note = obstacle, f"kNN is not measured: {obstacle}"
@@ -201,10 +201,10 @@ def _knn_obstacle(sources: dict[str, Source]) -> str | None:
     unlabelled = [name for name, source in sources.items() if not source.has_labels]
     if unlabelled:
         return f"{' and '.join(unlabelled)} have no labels; the first folders of a directory are classes"
-    (ours, train), (theirs, val) = sources.items()
-    apart = sorted({*train.class_names, *val.class_names})
-    if len(apart) == len(train.class_names) + len(val.class_names):
-        return f"{ours} and {theirs} have no class in common ({named(apart, 3)})"
+    (train_name, train), (val_name, val) = sources.items()
+    classes = sorted({*train.class_names, *val.class_names})
+    if len(classes) == len(train.class_names) + len(val.class_names):
+        return f"{train_name} and {val_name} have no class in common ({named(classes, 3)})"
     return "there is only one class" if len(train.class_names) < 2 else None
 
 

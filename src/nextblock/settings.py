@@ -1,4 +1,4 @@
-"""What all settings share: typed and bounded values from Python, YAML and the command line; durations."""
+"""Base of all settings: typed and bounded values from Python, YAML or the command line; durations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Positive = Annotated[float, Rule(lambda x: 0 < x < math.inf, "above 0")]
 Amount = Annotated[float, Rule(lambda x: 0 <= x < math.inf, "from 0")]
 Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1")]
 Auto = Annotated[None, Rule(lambda _: True, "auto")]
-"""None for a setting that is then worked out; people write "auto", and "none" of any other None."""
+"""None in Python, "auto" in text: the value is derived. Any other None is written "none"."""
 
 _UNITS = {
     "ep": ("epochs", "800ep"),
@@ -65,7 +65,7 @@ class Duration:
         return cls(value=float(match[1]), unit=_UNITS[match[2]][0])  # type: ignore[arg-type]
 
     def steps(self, *, batch_size: int, steps_per_epoch: int, total_steps: int | None = None) -> int:
-        """The same length in optimizer steps (rounded to the nearest; samples are divided by the batch)."""
+        """Convert to optimizer steps, rounded to the nearest; samples are divided by the batch size."""
         if self.unit == "epochs":
             return round(self.value * steps_per_epoch)
         if self.unit == "samples":
@@ -78,9 +78,9 @@ class Duration:
 
 
 def duration(*units: str, least: float = 1e-9) -> Rule:
-    """The rule of a duration in these units, above 0 unless `least` is 0."""
+    """Return the rule of a duration in these units, above 0 unless `least` is 0."""
 
-    # "0%" is no length, but a warm-up of none is meant: there `least` is 0.
+    # `least` is 0 for warm-up, where "0%" means none.
     def holds(text: str) -> bool:
         try:
             return Duration.parse(text, allow=units).value >= least
@@ -95,17 +95,17 @@ def duration(*units: str, least: float = 1e-9) -> Rule:
 
 
 NONE_WORDS = ("none", "null")
-"""The second is what YAML has, and `--print_config` prints."""
-# Python's own int() and float() read more than anybody means: other scripts' digits, "1_0", "nan", "inf".
+"""`null` is YAML's word, which `--print_config` prints."""
+# Python's int() and float() accept more than anybody means: other scripts' digits, "1_0", "nan", "inf".
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]{3})*)")
 _NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]{3})*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def read_value(name: str, value: Any, hint: Any) -> Any:
-    """The value as its type says: text becomes a number, a list, a pair ("64", "32,64", "32x64").
+    """Convert a value to its type: text becomes a number, a list or a pair ("64", "32,64", "32x64").
 
-    A string setting keeps its text, but for `~/`, which is the home folder. What does not fit is refused.
+    A string setting keeps its text, but `~/` becomes the home folder. Raises `UsageError` if nothing fits.
     """
     try:
         return _read(value, hint)
@@ -120,14 +120,14 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def choices_of(hint: Any) -> list[str]:
-    """The words that a type knows, also those of a list's elements."""
+    """The words that a type allows, including those of a list's elements."""
     if get_origin(hint) is Literal:
         return [word for word in get_args(hint) if isinstance(word, str)]
     return [word for arg in get_args(hint) for word in choices_of(arg)]
 
 
 def typed(value: Any) -> str:
-    """A value as people type it: "0.5,1", "none", "true"."""
+    """Format a value as it would be typed: "0.5,1", "none", "true"."""
     if isinstance(value, list | tuple):
         return ",".join(map(typed, value))
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -135,23 +135,23 @@ def typed(value: Any) -> str:
 
 def _read(value: Any, hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
-    # Text comes from the command line or YAML and is read by the hint; anything else comes from Python and
-    # must have the type already, but for a whole number where a number is asked.
+    # Text comes from the command line or YAML and is parsed by the hint. Anything else comes from Python and
+    # must have the right type already, except that an int passes for a float.
     text = value if isinstance(value, str) else None
     if origin is Annotated:
-        found = _read(value, args[0])
-        if args[1].holds(found):
-            return found
+        parsed = _read(value, args[0])
+        if args[1].holds(parsed):
+            return parsed
     elif origin in (Union, types.UnionType):
         if value == "auto" and Auto in args:
             return None
-        # The value's own type first: text for `str | tuple` stays text, and becomes a list only if the type
-        # has no text. The others follow in their written order, and the first that fits wins.
+        # Try the value's own type first: text for `str | tuple` stays text, and becomes a list only if the
+        # hint has no str. The others follow in written order, and the first that fits wins.
         for kind in sorted(args, key=lambda kind: type(value) not in kinds_of(kind)):
             with contextlib.suppress(ValueError):
                 return _read(value, kind)
     elif origin is Literal:
-        # YAML's none may be one of the words. By type as well: True == 1, and neither stands for the other.
+        # YAML's null may be one of the words. Compare types too, because True == 1.
         value = "none" if value is None else value
         value = text.lower() if text is not None and text.lower() in args else value
         if any(value == arg and type(value) is type(arg) for arg in args):
@@ -165,14 +165,14 @@ def _read(value: Any, hint: Any) -> Any:
         if value is None or (text or "").lower() in NONE_WORDS:
             return None
     elif hint is str and isinstance(value, str | Path):
-        # Only `~` and `~/` are homes: `~x` is a folder's name like any. os.path's expanduser and not
-        # pathlib's, which fails if nobody's home is known.
+        # Only `~` and `~/` mean the home folder: `~x` is an ordinary name. pathlib's expanduser raises if
+        # the home folder is unknown, os.path's does not.
         is_home = str(value) == "~" or str(value).startswith("~/")
         return os.path.expanduser(str(value)) if is_home else str(value)  # noqa: PTH111
     elif hint is bool and text is not None:
         if text.lower() in _SWITCH:
             return _SWITCH[text.lower()]
-    # ASCII only, and no leading zeros: int("１２") and YAML's 012 = 10 are not what anybody means.
+    # ASCII digits without leading zeros: nobody means int("１２") or YAML's 012 = 10.
     elif hint in (int, float) and text is not None:
         if (_INTEGER if hint is int else _NUMBER).fullmatch(text.strip(" ")):
             return hint(text)
@@ -185,19 +185,19 @@ def _read(value: Any, hint: Any) -> Any:
 
 
 def split_list(text: str, kind: Any) -> list[Any]:
-    """The parts of "[a, b]", "(1, 2)", "1,2" or "32x64"; text that may hold commas is one part."""
+    """Split "[a, b]", "(1, 2)", "1,2" or "32x64"; a list of strings is split only inside brackets."""
     text = text.strip(" ")
     if text[:1] + text[-1:] in ("[]", "()"):
         try:
-            # YAML and not a split at commas: parts may be quoted, or lists.
+            # Parse YAML instead of splitting at commas: parts may be quoted, or lists.
             return _plain_yaml(f"[{text[1:-1]}]")
         except ValueError:
-            return [text]  # as it was typed, for the error or a file's name
+            return [text]  # unchanged: a file name, or for the error message
     return [text] if kinds_of(kind) == [str] else re.split(r" *, *|(?<=[0-9]) *x *(?=[0-9])", text)
 
 
 def describe_type(hint: Any) -> str:
-    """A setting's type as an error message says it: "a whole number from 1 or none"."""
+    """Describe a setting's type for an error message: "a whole number from 1 or none"."""
     args, origin = get_args(hint), get_origin(hint)
     if origin is Annotated:
         return f"{describe_type(args[0])} {args[1].words}" if args[0] in (int, float) else args[1].words
@@ -222,14 +222,14 @@ def kinds_of(hint: Any) -> list[Any]:
     return [hint]
 
 
-# Annotations are text here (`from __future__ import annotations`), and evaluating them is slow: once a class.
+# Annotations are strings (`from __future__ import annotations`); evaluating them is slow, so do it once.
 @functools.cache
 def _own_types(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
 class Setting(NamedTuple):
-    """One setting: its dotted name, type, default (`MISSING` if it must be given), and its dataclass."""
+    """One setting: its dotted name, type, default (`MISSING` if required), and its dataclass."""
 
     name: str
     hint: Any
@@ -238,7 +238,7 @@ class Setting(NamedTuple):
 
 
 def setting_types(cls: type, prefix: str = "") -> Iterator[Setting]:
-    """Every setting of a config, those of its sections included."""
+    """Yield every setting of a config, including those of its sections."""
     for field in fields(cls):
         hint = _own_types(cls)[field.name]
         if is_dataclass(hint):
@@ -248,31 +248,31 @@ def setting_types(cls: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def check_types(config: Any, section: str = "") -> None:
-    """Give each field the value that its type says, or refuse it; first thing in a `__post_init__`."""
+    """Convert each field to its type, or raise; call this first in a `__post_init__`."""
     for name, hint in _own_types(type(config)).items():
         value = getattr(config, name)
-        found = read_value(f"{section}.{name}" if section else name, value, hint)
-        if found is not value:  # frozen for everybody but its own constructor
-            object.__setattr__(config, name, found)
+        parsed = read_value(f"{section}.{name}" if section else name, value, hint)
+        if parsed is not value:  # the dataclass is frozen, but this runs in its constructor
+            object.__setattr__(config, name, parsed)
 
 
 # ------------------------------------------------------------------------------------------- dicts and YAML
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dicts, lists and numbers, ready for YAML or JSON."""
-    # YAML and JSON have lists and no tuples: written as lists, they come back through `from_dict` as tuples.
+    """Convert a config to plain dicts, lists and numbers, ready for YAML or JSON."""
+    # YAML and JSON have no tuples: they are written as lists, and `from_dict` converts them back.
     return asdict(
         config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
     )
 
 
 class UnknownSettingError(UsageError):
-    """Settings hold a name that this release does not know."""
+    """Settings contain a name that this release does not know."""
 
 
 def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """Build a config from what `to_dict` wrote, dotted names or keywords; refuse unknown and missing keys."""
+    """Build a config from `to_dict`'s output, dotted names or keywords; reject unknown and missing keys."""
     # Dotted names become nested dicts first: "model.depth" and {"model": {"depth": 1}} are the same, and each
     # section then checks its own names.
     known, hints = {f.name: f for f in fields(cls)}, _own_types(cls)  # type: ignore[arg-type]
@@ -283,12 +283,12 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             continue
         if (name, value) == ("tokenizer", "kmeans") and "target" in known:  # its name in older files
             name, section, value = "target", "target", "tokens"
-        # Refused and not dropped: a setting with a slip would silently keep its default.
+        # Raise instead of dropping it: a misspelt setting would silently keep its default.
         if section not in known:
             raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
-        # JSON and YAML have no tuples, and Python callers give paths; types are checked by the config itself.
+        # JSON and YAML have no tuples, and Python callers give paths. The config itself checks types.
         if is_dataclass(hints[name]) and isinstance(value, Mapping):
             given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
         elif isinstance(value, list):
@@ -299,7 +299,7 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             kind is type(None) or (get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis)
             for kind in kinds_of(hints[name])
         ):
-            # One value stands for a list of it, and text for what it reads as.
+            # A single value becomes a list of one; text is parsed by its type.
             is_text = isinstance(value, str)
             given[name] = read_value(name, value, hints[name]) if is_text else (value,)
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
@@ -309,7 +309,7 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
+    """Flatten nested dicts into one with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -323,13 +323,13 @@ _ODD_SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200f\u2028-\u202f\u205f-\u2064\u
 
 
 def read_yaml(path: str) -> dict[str, tuple[Any, str]]:
-    """A file of settings: {dotted name: (text, list or None, where it stands)}."""
+    """Read a settings file as {dotted name: (text, list or None, "FILE, line N")}."""
     require(Path(path).is_file(), f"--config {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    # YAML takes these for letters: a name or value would not be the one that stands on the screen.
+    # YAML treats these as letters: a name or value would differ from what the screen shows.
     odd = _ODD_SPACE.search(text)
     if odd is not None:
         line, code = text.count("\n", 0, odd.start()) + 1, f"{ord(odd[0]):04X}"
@@ -347,7 +347,7 @@ def read_yaml(path: str) -> dict[str, tuple[Any, str]]:
 
 
 def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> Any:
-    """YAML's lists and text; a mapping at the top goes to `found` by dotted names, and gives None."""
+    """Parse YAML to lists and text; a top-level mapping fills `found` by dotted name, and returns None."""
     import yaml
 
     def at(node: Any) -> str:
@@ -378,12 +378,12 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
                 found[name] = value_of(value, name), at(key)
 
     try:
-        # Aliases can grow without bound, and tags can name Python objects: neither has a use here.
+        # Aliases can grow without bound, and tags can name Python objects. Neither is needed here.
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise UsageError(f"{at(event)}: a value cannot begin with &, * or !; put it in quotes")
-        # compose stops before values are made: every scalar is still the text that was typed. So a setting's
-        # type decides what it means, and no value is ever a date, an octal number or a Python object.
+        # compose stops before it constructs values, so every scalar is still the typed text. The setting's
+        # type decides its meaning, and no value becomes a date, an octal number or a Python object.
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
@@ -398,25 +398,25 @@ def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> A
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
-    """Names in a sentence: "a, b and c"."""
+    """Join names as in a sentence: "a, b and c"."""
     return f" {last} ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def nearest_name(name: str, known: list[str]) -> str:
-    """The end of an error message: the known name close to a misspelt one, or up to 40 of them."""
+    """End an error message with the known name nearest to a misspelt one, or with up to 40 known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
     more = f" and {len(known) - 40} more" if len(known) > 40 else ""
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known[:40]) + more
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise `UsageError` with this message unless the rule holds."""
+    """Raise `UsageError` with this message unless the condition holds."""
     if not holds:
         raise UsageError(message)
 
 
 def require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
-    """Refuse bounds that are not (smallest, largest) above `low` and up to `high`."""
+    """Raise unless the bounds are (smallest, largest), above `low` and up to `high`."""
     require(
         low < bounds[0] <= bounds[1] <= high,
         f"{name} is {typed(bounds)}; give smallest,largest above {low} and up to {high}",

@@ -1,4 +1,4 @@
-"""How results are shown: rows as a table (terminal, Markdown, CSV, notebook), and pictures in a notebook.
+"""Show results: rows as a table (terminal, Markdown, CSV, notebook), and pictures in a notebook.
 
 Imports nothing heavy.
 """
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 class Column(NamedTuple):
-    """A column of a table: its key in the rows, its head, and how a value is shown (the row is given too)."""
+    """A table column: its key in the rows, its title, and a function from (value, row) to text."""
 
     key: str
     title: str
@@ -29,9 +29,9 @@ class Column(NamedTuple):
 
 
 def percent(value: float | None, row: Row, key: str = "") -> str:
-    """A share in percent, with its standard error if the row has one as `KEY_se`.
+    """Format a share in percent, with its standard error if the row has `KEY_se`.
 
-    None or all is shown alone: the error is computed from the images that differ, and there are none.
+    0 % and 100 % have no error: the images do not differ, so it would come out as zero.
     """
     if value is None:
         return ""
@@ -40,12 +40,12 @@ def percent(value: float | None, row: Row, key: str = "") -> str:
 
 
 def share(key: str, title: str) -> Column:
-    """A column of shares in percent, beside their standard errors."""
+    """A column of shares in percent, with standard errors."""
     return Column(key, title, lambda value, row: percent(value, row, key))
 
 
 def difference(key: str, title: str) -> Column:
-    """A column of differences in points of percent, beside their standard errors."""
+    """A column of differences in percentage points, with standard errors."""
 
     def show(value: float | None, row: Row) -> str:
         return "" if value is None else f"{100 * value:+.1f} ± {100 * row[f'{key}_se']:.1f}"
@@ -59,23 +59,23 @@ def lead(title: str) -> Column:
 
 
 def number(key: str, title: str, form: str = "g") -> Column:
-    """A column of numbers in a format."""
+    """A column of numbers, formatted with `form`."""
     return Column(key, title, lambda value, _: "" if value is None else format(value, form))
 
 
 class Table(NamedTuple):
-    """Rows, and which of their values are shown, in which order."""
+    """Rows, and the columns to show."""
 
     rows: Sequence[Row]
     columns: Sequence[Column]
 
     def cells(self) -> list[list[str]]:
-        """The text of each cell; a column without any text is left out of `head` too."""
+        """The text of each cell; empty columns are dropped, here and in `head`."""
         return [[one.show(row.get(one.key), row) for one in self._shown] for row in self.rows]
 
     @property
     def head(self) -> list[str]:
-        """The titles of the columns that have a text in some row."""
+        """The titles of the columns that are not empty."""
         return [one.title for one in self._shown]
 
     @property
@@ -83,18 +83,18 @@ class Table(NamedTuple):
         return [c for c in self.columns if any(c.show(row.get(c.key), row) for row in self.rows)]
 
     def markdown(self) -> str:
-        """A table in Markdown."""
+        """The table in Markdown."""
         lines = [self.head, ["---"] * len(self.head), *self.cells()]
         return "".join(f"| {' | '.join(map(escape_markdown, line))} |\n" for line in lines)
 
     def _repr_html_(self) -> str:
-        """A table in HTML, as a notebook shows it."""
+        """The table in HTML, for notebooks."""
         lines = [("th", self.head), *(("td", cells) for cells in self.cells())]
         rows = ("".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in cells) for tag, cells in lines)
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
     def rich(self) -> RichTable:
-        """A table for the terminal: one line a row, never cut."""
+        """The table for the terminal: one line per row, never truncated."""
         from rich.box import SIMPLE
         from rich.markup import escape
         from rich.table import Table as RichTable
@@ -107,7 +107,7 @@ class Table(NamedTuple):
         return table
 
     def print(self) -> None:
-        """Print it, as wide as it is: cut off, its numbers would be of no use."""
+        """Print the table at full width: truncated numbers would be useless."""
         from rich.console import Console
 
         console, table = Console(), self.rich()
@@ -127,8 +127,8 @@ class Shown:
         return (self.picture,) if self.picture else ()
 
     def show(self) -> None:
-        """Draw the pictures in a notebook; elsewhere print where they are."""
-        ipython = sys.modules.get("IPython")  # not imported: neither notebook nor IPython
+        """Draw the pictures in a notebook; elsewhere print their paths."""
+        ipython = sys.modules.get("IPython")  # only looked up: a notebook has imported it
         shell = ipython and ipython.get_ipython()
         for path in self.pictures:
             if shell and hasattr(shell, "kernel"):
@@ -143,7 +143,7 @@ class Shown:
 
 
 def write_csv(rows: Iterable[Row]) -> str:
-    """All values of all rows as CSV, lists joined by a blank; text that a spreadsheet would run is quoted."""
+    """Format all values of all rows as CSV, each made safe by `safe_cell`."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     with io.StringIO(newline="") as text:
@@ -154,22 +154,22 @@ def write_csv(rows: Iterable[Row]) -> str:
 
 
 def safe_cell(value: Any) -> Any:
-    """A value for a cell of a CSV file: lists joined by a blank, text that would be a formula quoted."""
+    """Prepare a value for CSV: join lists by spaces, quote text that a spreadsheet would run."""
     if isinstance(value, list | tuple):
         return " ".join(str(safe_cell(one)) for one in value)
     if not isinstance(value, str):
         return value
-    # OWASP, "CSV injection": such a cell is a formula to a spreadsheet. Python's csv does not quote "\r".
+    # OWASP, "CSV injection": a spreadsheet runs such a cell as a formula. Python's csv does not quote "\r".
     return ("'" if value[:1] in tuple("=+-@\t\r") else "") + value.replace("\r", " ")
 
 
 def escape_markdown(text: str) -> str:
-    """Text that stands for itself in a cell of a table in Markdown."""
+    """Escape text for a cell of a Markdown table."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def finite(value: Any) -> Any:
-    """The same value for JSON, which has no NaN and no infinity: they become null."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -178,5 +178,5 @@ def finite(value: Any) -> Any:
 
 
 def end_of(name: str, letters: int) -> str:
-    """At most `letters` of a name, its last ones, after an ellipsis if it is cut."""
+    """Shorten a name to its end, at most `letters` characters with the ellipsis."""
     return name if len(name) <= letters else f"…{name[len(name) - letters + 1 :]}"

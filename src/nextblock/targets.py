@@ -1,9 +1,8 @@
-"""What the model predicts of each block, and how far off it is: pixels, tokens, embeddings, features.
+"""What the model predicts for each block, and its losses: pixels, tokens, embeddings, features.
 
-All kinds have the same methods, so that the model, training and pictures need not know which one it is.
-Everything is computed in fp32, whatever the precision around it. The loss of several micro-batches or
-processes is a sum over kept blocks divided by their number in the whole batch; so block losses and counts
-come apart here.
+All kinds have the same methods, so the model, training and pictures need not know the kind. Everything is
+computed in fp32, whatever the surrounding precision. Block losses and counts of kept blocks are separate,
+because the loss over micro-batches and processes is a sum divided by the count in the whole batch.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ class PixelTargets:
     may_collapse = False
     """Whether training could make all targets alike."""
     are_pixels = True
-    """Whether a prediction stands for pixels, from which an image can be continued."""
+    """Whether a prediction can be turned into pixels, so that an image can be continued."""
     tokenizer = None
-    """The module behind the targets, which is saved with the model."""
+    """The module that makes the targets; saved with the model."""
     flops = 0
-    """Operations that make the targets of an image."""
+    """Operations to make the targets of an image."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.outputs = config.block_values
-        """Numbers that the predictor puts out for a block."""
+        """Numbers that the predictor outputs per block."""
         self.facts: dict[str, object] = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
-        """What the loss is, ready for JSON."""
+        """Describes the loss, ready for JSON."""
         error, pixels = "squared" if config.loss == "mse" else "absolute", "block-normalised"
         self.words = [f"Loss: {error} error of {pixels if config.norm_pixels else 'raw'} pixels."]
         """Sentences for the caption of a picture: the loss, and what is drawn for a prediction."""
@@ -56,10 +55,10 @@ class PixelTargets:
             self.words += ["Predicted blocks are un-normalised with the mean and deviation of the true ones."]
 
     def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
-        """Fit to normalised patches of training images; the result is f(patches, seed). Pixels need none."""
+        """Fit to normalised patches of training images; the result is f(patches, seed). Not for pixels."""
 
     def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps *p"]:
-        """The predictor's outputs as predictions."""
+        """Shape the predictor's outputs as predictions."""
         return outputs
 
     def of_blocks(
@@ -81,10 +80,10 @@ class PixelTargets:
         return (difference.square() if self.config.loss == "mse" else difference.abs()).mean(-1)
 
     def reference_losses(self, targets: Float[Tensor, "b k *t"]) -> dict[str, Float[Tensor, " b"]]:
-        """The mean loss of each image without a model, from the targets of all its blocks.
+        """Each image's mean loss when predicting "zero" or the previous block ("copy_previous").
 
-        Predicting "zero", and "copy_previous", the previous block. With normalised pixels and MSE, zero costs
-        about 1 (exactly (p-1)/p on a block that is not flat).
+        `targets` are those of all blocks. With normalised pixels and MSE, zero costs about 1 (exactly (p-1)/p
+        on a block that is not flat).
         """
         true = predicted(targets, self.config)
         zero = {"zero": self.losses(torch.zeros_like(true), true).mean(1)}
@@ -96,9 +95,9 @@ class PixelTargets:
         targets: Float[Tensor, "b steps *t"],  # noqa: ARG002
         true: Float[Tensor, "b steps values"],
     ) -> Float[Tensor, "b steps values"]:
-        """Pixels that predictions stand for, to be drawn; `true` are the pixels of the predicted blocks.
+        """Turn predictions into pixels to draw; `true` are the pixels of the predicted blocks.
 
-        A normalised prediction says nothing of brightness and contrast: it gets those of the true pixels.
+        A normalised prediction has no brightness and contrast of its own: it gets those of the true pixels.
         """
         pixels = predictions.float()
         return denormalize_blocks(pixels, true) if self.config.norm_pixels else pixels
@@ -145,7 +144,7 @@ class TokenTargets:
         embedded: Float[Tensor, "b n d"] | None = None,  # noqa: ARG002
     ) -> Int64[Tensor, "b k m"]:
         """Tokens, in raster order within a block."""
-        # Tokens are an image of one channel, a pixel a patch, so blocks are cut out of it like pixels.
+        # Tokens are an image of one channel with one pixel per patch, so patchify cuts blocks out of it.
         tokens = rearrange(self.tokenizer(images), "b i j -> b 1 i j")
         return take(patchify(tokens, pair(self.config.block_size)), order)
 
@@ -157,8 +156,8 @@ class TokenTargets:
         return cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).mean(-1)
 
     def reference_losses(self, targets: Int64[Tensor, "b k m"]) -> dict[str, Float[Tensor, " b"]]:
-        """Predicting all tokens alike, "uniform", and by their "frequency" in these images."""
-        # Who knows only how frequent each token is pays the entropy of these frequencies.
+        """Losses when predicting all tokens equally ("uniform") or by their "frequency" in these images."""
+        # Predicting each token by its frequency costs the entropy of the frequencies.
         shares = targets.cpu().flatten().bincount().double() / targets.numel()
         costs = {"uniform": math.log(self.config.vocab_size), "frequency": -torch.xlogy(shares, shares).sum()}
         return {
@@ -172,7 +171,7 @@ class TokenTargets:
         targets: Int64[Tensor, "b steps m"],  # noqa: ARG002
         true: Float[Tensor, "b steps p"],
     ) -> Float[Tensor, "b steps p"]:
-        """The likeliest tokens' centroids, each with the mean and deviation of the true patch."""
+        """Centroids of the likeliest tokens, each with the mean and deviation of the true patch."""
         # A centroid is a normalised patch: it gets the brightness and contrast of the true one.
         centroids = self.tokenizer.centroids.to(predictions.device)
         patches = embedding(predictions.argmax(-1), centroids)
@@ -182,9 +181,9 @@ class TokenTargets:
 class EmbeddingTargets:
     """The encoder's own input embeddings of a block's patches, by cosine (NEPA, arXiv 2512.16922).
 
-    They are what the patch projection makes, before positions are added: a position tells where a patch lies,
-    which is known. They are detached, so the projection learns by what the encoder needs of its input alone;
-    nothing else keeps all embeddings from becoming one vector.
+    They are the output of the patch projection before positions are added: the position of a patch is known
+    anyway. They are detached, so the projection learns only as the encoder's input; nothing else stops all
+    embeddings from becoming one vector.
     """
 
     needs_fit, may_collapse, are_pixels = False, True, False
@@ -199,7 +198,7 @@ class EmbeddingTargets:
         self.facts = {"loss_function": "cosine", "target": config.target, "teacher": config.teacher}
         self.words = [
             f"Loss: {self.loss_name} of {self.name}.",
-            "A predicted vector is shown as the patch of these images whose own vector is nearest.",
+            "A predicted vector is shown as the patch of these images with the nearest vector.",
         ]
 
     def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
@@ -217,22 +216,22 @@ class EmbeddingTargets:
     ) -> Float[Tensor, "b k m e"]:
         """Vectors of all patches, in raster order within a block."""
         grid = (images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size)
-        # An image of e channels, a pixel a patch.
+        # Vectors are an image of e channels with one pixel per patch.
         blocks = patchify(self._vectors(images, embedded, grid).float(), pair(self.config.block_size))
         return take(rearrange(blocks, "b k (e m) -> b k m e", e=self.width), order)
 
     def _vectors(self, images: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002
-        assert embedded is not None, "the model hands its patch embeddings over"
+        assert embedded is not None, "the model passes its patch embeddings"
         return rearrange(embedded.detach(), "b (i j) e -> b e i j", i=grid[0])
 
     def losses(
         self, predictions: Float[Tensor, "b steps m e"], targets: Float[Tensor, "b steps m e"]
     ) -> Float32[Tensor, "b steps"]:
-        """Mean over a block's patches of 1 - cosine; NEPA's loss is the same less 1."""
+        """Mean over a block's patches of 1 - cosine; NEPA's loss is this minus 1."""
         return self.scale * (1 - cosine_similarity(predictions.float(), targets.float(), dim=-1)).mean(-1)
 
     def reference_losses(self, targets: Float[Tensor, "b k m e"]) -> dict[str, Float[Tensor, " b"]]:
-        """Predicting the "mean" direction of these targets, and "copy_previous", the previous block."""
+        """Losses when predicting the targets' "mean" direction or the previous block ("copy_previous")."""
         true = predicted(targets, self.config)
         mean = normalize(targets, dim=-1).mean((0, 1, 2)).expand_as(true)
         return {"mean": self.losses(mean, true).mean(1)} | copying(self, targets)
@@ -243,7 +242,7 @@ class EmbeddingTargets:
         targets: Float[Tensor, "b steps m e"],
         true: Float[Tensor, "b steps p"],
     ) -> Float[Tensor, "b steps p"]:
-        """For each predicted vector the patch of these images whose own is nearest to it."""
+        """For each predicted vector, the patch of these images with the nearest vector."""
         wanted, own = (normalize(x.float(), dim=-1).flatten(0, 2) for x in (predictions, targets))
         patches = patches_in(true, self.config)
         parts = wanted.split(max(1, MAX_DISTANCES // len(own)))
@@ -257,7 +256,7 @@ class FeatureTargets(EmbeddingTargets):
     may_collapse = False
     scale, loss_name, name = 2, "2 - 2 x cosine", "the teacher's features"
     teacher: Callable[[Tensor], Tensor] | None = None
-    """From normalised images to features (b e i j) on the teacher's own grid. No part of the model: it is
+    """Maps normalised images to features (b e i j) on the teacher's own grid. Not a part of the model: it is
     neither trained nor saved."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -271,10 +270,10 @@ class FeatureTargets(EmbeddingTargets):
     def _vectors(self, images: Tensor, embedded: Tensor | None, grid: tuple[int, int]) -> Tensor:  # noqa: ARG002
         if self.teacher is None:
             raise UsageError(
-                f"this model predicts features of {self.config.teacher}, which is not loaded; it encodes "
-                "without, and predicts after nextblock.interop.attach_teacher(model, mean, std)"
+                f"this model predicts features of {self.config.teacher}, which is not loaded; it can "
+                "encode, and predicts after nextblock.interop.attach_teacher(model, mean, std)"
             )
-        # Vectors on another grid are resampled like pixels, then made unit vectors.
+        # Vectors on another grid are resampled like pixels, then normalised to length 1.
         features = interpolate(self.teacher(images).float(), size=grid, mode="bilinear")
         return normalize(features, dim=1)
 
@@ -290,18 +289,18 @@ KINDS: dict[str, type[Targets]] = {
 
 
 def make_targets(config: ModelConfig) -> Targets:
-    """What a model of these settings predicts."""
+    """Build the targets of a model with these settings."""
     return KINDS[config.target](config)
 
 
 def predicted(targets: Shaped[Tensor, "b k *t"], config: ModelConfig) -> Shaped[Tensor, "b steps *t"]:
-    """Of the targets along the order those that the first output map predicts."""
+    """Select the targets, in order, that the first output map predicts."""
     _, first, number = config.steps(config.distances[0])
     return targets[:, first : first + number]
 
 
 def copying(kind: Targets, targets: Float[Tensor, "b k *t"]) -> dict[str, Float[Tensor, " b"]]:
-    """The loss of predicting each block by the one before it; a masked block has none that is visible."""
+    """The loss of copying the previous block; empty for masked blocks, which may have no visible one."""
     if kind.config.mask_ratio is not None:
         return {}
     return {"copy_previous": kind.losses(targets[:, :-1], targets[:, 1:]).mean(1)}
@@ -309,7 +308,7 @@ def copying(kind: Targets, targets: Float[Tensor, "b k *t"]) -> dict[str, Float[
 
 def spread(vectors: Float[Tensor, "*r e"]) -> float:
     """Variance of directions up to their sign: the mean of 1 - cosine² over all pairs; 0: all on one line."""
-    # Of the matrix of second moments, whose squared entries add up to the mean of cosine².
+    # The squared entries of the second-moment matrix add up to the mean of cosine² over all pairs.
     units = normalize(vectors.float(), dim=-1).flatten(0, -2)
     return 1 - float((units.T @ units / len(units)).square().sum())
 
@@ -325,7 +324,7 @@ def patches_in(blocks: Float[Tensor, "b k p"], config: ModelConfig) -> Float[Ten
 
 
 def join_patches(patches: Float[Tensor, "b k m q"], config: ModelConfig) -> Float[Tensor, "b k p"]:
-    """What `patches_in` took apart."""
+    """Undo `patches_in`."""
     side = config.patch_size
     of_block = unpatchify(rearrange(patches, "b k m q -> (b k) m q"), pair(config.block_size), (side, side))
     return rearrange(of_block, "(b k) c h w -> b k (c h w)", b=len(patches))
@@ -337,12 +336,12 @@ def join_patches(patches: Float[Tensor, "b k m q"], config: ModelConfig) -> Floa
 def draw_prefix_lengths(
     seed: int, visits: Iterable[int], samples: Iterable[int], num_blocks: int
 ) -> Int64[Tensor, " b"]:
-    """How many blocks of each image all its tokens may attend to (AIM, section 4.2): 1 to num_blocks - 1.
+    """Draw the length of each image's prefix in blocks (AIM, section 4.2): 1 to num_blocks - 1.
 
-    Each is f(seed, visit, sample), so it is known before the image is.
+    Each is f(seed, visit, sample), so it is known before the image is read.
     """
-    # Keyed by visit and sample, not drawn one after the other: no generator has a state to save, and a length
-    # depends on no worker, rank or micro-batch. 63 random bits modulo k-1: the bias is below k / 2**63.
+    # Keyed by visit and sample, not drawn in sequence: there is no generator state to save, and a length does
+    # not depend on worker, rank or micro-batch. 63 random bits modulo k-1: the bias is below k / 2**63.
     keys = zip(visits, samples, strict=True)
     lengths = [1 + keyed_seed(seed, "prefix", visit, sample) % (num_blocks - 1) for visit, sample in keys]
     return torch.tensor(lengths, dtype=torch.int64)
@@ -351,7 +350,7 @@ def draw_prefix_lengths(
 def draw_orders(
     seed: int, visits: Iterable[int], samples: Iterable[int], num_blocks: int
 ) -> Int64[Tensor, "b k"]:
-    """An order of the blocks for each image, f(seed, visit, sample)."""
+    """Draw an order of the blocks for each image, f(seed, visit, sample)."""
     keys = zip(visits, samples, strict=True)
     orders = [keyed_permutation(seed, num_blocks, "order", visit, sample) for visit, sample in keys]
     return torch.from_numpy(np.stack(orders)) if orders else torch.empty(0, num_blocks, dtype=torch.int64)
@@ -364,20 +363,20 @@ def kept_rows(steps: int, distance: int, prefix_lengths: Int64[Tensor, " b"]) ->
 
 
 def count_kept_rows(prefix_lengths: Int64[Tensor, " b"], num_blocks: int, distance: int) -> int:
-    """How many rows `kept_rows` keeps of images with these prefixes."""
-    # Row i, of 0 .. k-1-distance, is kept if i + distance >= S: k - S rows, but never more than there are.
+    """Count the rows that `kept_rows` keeps for these prefixes."""
+    # Row i, of 0 .. k-1-distance, is kept if i + distance >= S: k - S rows, at most k - distance.
     return int((num_blocks - prefix_lengths).clamp(max=num_blocks - distance).sum())
 
 
 def combine(
     losses: Sequence[Float[Tensor, "b _"]], divisors: Sequence[int | Float[Tensor, ""]]
 ) -> Float[Tensor, ""]:
-    """Sum block losses, divide them, and average over the predicted distances: the loss of a part of a batch.
+    """Compute the loss of a part of a batch: sum block losses, divide, average over predicted distances.
 
-    Rows that are not kept hold zero. `divisors` are numbers of kept rows, one for each distance: those of
-    this part for its own mean, those of the global batch for its share of the batch's loss.
+    Rows that are not kept are zero. `divisors` holds a count of kept rows per distance: this part's for its
+    own mean, or the global batch's for its share of the batch's loss.
     """
-    # Distances weigh alike, however many rows each has. A sum over the whole batch's count, and not a mean of
-    # means: micro-batches and processes then add up to exactly the batch's loss.
+    # Distances have equal weight, however many rows each has. Sums are divided by the global count, not
+    # averaged by part, so micro-batches and processes add up to exactly the batch's loss.
     means = [part.sum() / divisor for part, divisor in zip(losses, divisors, strict=True)]
     return torch.stack(means).mean()

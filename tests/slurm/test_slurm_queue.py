@@ -175,7 +175,7 @@ def test_a_job_that_is_cancelled_is_saved_and_stays_cancelled(queue: Queue) -> N
     queue.call("scancel", job)
     queue.until_state(job, "CANCELLED")
     assert "saved; the same command resumes" in queue.log(job)
-    assert "up to SLURM" in queue.log(job)
+    assert "SLURM decides" in queue.log(job)
 
 
 WORLDS = """

@@ -1,4 +1,4 @@
-"""Images: where they are (sources), to pixels (decode), crops (transforms), batches (order, loader)."""
+"""Images from sources to batches: sources, decode, transforms, order, loader."""
 
 from nextblock.data.augment import normalize
 from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder

@@ -1,4 +1,4 @@
-"""What an examined source means for a run: findings, the flags that suit the images, a verdict."""
+"""What an examined source means for a run: findings, suitable flags, and a verdict."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nextblock.data.subsets import named
 from nextblock.logs import counted
 
 IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
-# Presets for fewer images than that; beyond, xtra-h14. Rules of thumb, nobody's result.
 WHEN_IT_PAYS = "docs/guides/when_it_pays.md"
+# Presets for fewer images than this; above, xtra-h14. Rules of thumb, not a published result.
 PRESETS_BELOW = {50_000: "xtra-small", 100_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
 
 
@@ -32,23 +32,23 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkup:
-    """All that was found out, and what follows from it."""
+    """The findings of a check, and the advice that follows."""
 
     train: Examination
     val: Examination | None = None
     data: DataConfig
     model: ModelConfig
     size_problem: str | None = None
-    """Why the model cannot have the sizes that were asked for."""
+    """Why the model cannot have the requested sizes."""
     per_core_s: float | None = None
-    """Training crops that a core makes in a second."""
+    """Training crops per core and second."""
     images_per_s: float | None = None
-    """Images that the GPU takes in a second."""
+    """Images per second that the GPU trains on."""
     cores: int = 1
 
     @property
     def workers_needed(self) -> int | None:
-        """Processes that keep the GPU busy; None if a rate is not known."""
+        """Processes needed to keep the GPU busy; None if a rate is unknown."""
         if self.per_core_s is None or self.images_per_s is None:
             return None
         return math.ceil(self.images_per_s / self.per_core_s)
@@ -59,80 +59,80 @@ class Checkup:
         if self.val is None:
             return None
         train, val = self.train.images, self.val.images
-        # Each digest of the training images with the first image that has it, to name one twin only.
+        # Map each training digest to its first image, to name only one twin.
         digests, first = np.unique(train["digest"], return_index=True)
-        ours = val[np.isin(val["digest"], digests)]
-        theirs = train[first[np.searchsorted(digests, ours["digest"])]]
-        pairs = list(zip(self.val.names(ours), self.train.names(theirs), strict=True))
+        copies = val[np.isin(val["digest"], digests)]
+        twins = train[first[np.searchsorted(digests, copies["digest"])]]
+        pairs = list(zip(self.val.names(copies), self.train.names(twins), strict=True))
         return Shared(pairs, len(val)) if pairs else None
 
     @cached_property
     def findings(self) -> list[Finding]:
         """Problems first, then warnings; each says what, why and what to do."""
-        found = [*self._of_reading(self.train)]
-        found += [] if self.val is None else self._of_reading(self.val)
+        findings = [*self._check_reading(self.train)]
+        findings += [] if self.val is None else self._check_reading(self.val)
         if self.size_problem is not None:
-            found.append(Finding("problem", "image size", self.size_problem))
+            findings.append(Finding("problem", "image size", self.size_problem))
         if self.shared is not None:
-            found.append(Finding("problem", "leakage", str(self.shared)))
+            findings.append(Finding("problem", "leakage", str(self.shared)))
         if len(self.train.images):
-            found += [*self._of_images(), *self._of_classes(), *self._of_settings()]
-        return sorted(found, key=lambda finding: finding.severity != "problem")
+            findings += [*self._check_images(), *self._check_classes(), *self._check_settings()]
+        return sorted(findings, key=lambda finding: finding.severity != "problem")
 
-    def _of_reading(self, found: Examination) -> Iterator[Finding]:
-        bad, examined, most = len(found.bad), found.examined, self.data.max_bad_fraction
-        what = f"{bad:,} of {examined:,} in {found.spec}"
+    def _check_reading(self, examination: Examination) -> Iterator[Finding]:
+        bad, examined, most = len(examination.bad), examination.examined, self.data.max_bad_fraction
+        what = f"{bad:,} of {examined:,} in {examination.spec}"
         # The rule of a run: one unreadable file is always allowed, unless the setting is 0.
         if bad > (max(1, most * examined) if most else 0) or bad == examined:
             remedy = f"repair or remove them (data.max_bad_fraction is {most:g})"
             yield Finding("problem", "too many unreadable files", f"{what}; {remedy}")
         elif bad:
             yield Finding("warning", "unreadable files", f"{what}; a run skips them")
-        if found.source.damage:
-            what = named(list(map(str, found.source.damage)), 5)
+        if examination.source.damage:
+            what = named(list(map(str, examination.source.damage)), 5)
             yield Finding("problem", "damaged archives", f"{what}; download or pack again")
 
-    def _of_images(self) -> Iterator[Finding]:
-        found, images, crop = self.train, self.train.images, np.array(pair(self.model.image_size))
-        if groups := found.duplicates:
+    def _check_images(self) -> Iterator[Finding]:
+        train, images, crop = self.train, self.train.images, np.array(pair(self.model.image_size))
+        if groups := train.duplicates:
             repeated = sum(len(group) - 1 for group in groups)
-            twins = named([" = ".join(found.names(group[:3])) for group in groups], 5)
+            twins = named([" = ".join(train.names(group[:3])) for group in groups], 5)
             what = (
                 f"{repeated:,} of {len(images):,} images repeat another exactly ({twins}); keep one of each"
             )
-            # A few twins waste time; many make a sample count several times, and end up in both splits.
+            # A few twins waste time. Many give images too much weight, and end up in both splits.
             yield Finding("problem" if repeated > len(images) / 10 else "warning", "duplicates", what)
-        # Slightly small images matter if most are; those of less than half the crop always do.
+        # Slightly small images matter if most are; images below half the crop always do.
         is_usual = bool((np.median(images["size"], axis=0) < crop).any())
         small = images[(images["size"] < crop / (1 if is_usual else 2)).any(axis=1)]
         if len(small):
             remedy = "use the size advised below" if is_usual else "remove thumbnails"
             what = f"{len(small):,} of {len(images):,} will be enlarged to {crop[1]}x{crop[0]} px"
-            yield Finding("warning", "small images", f"{what} ({named(found.names(small), 5)}); {remedy}")
-        if blank := found.names(images[images["is_blank"]]):
+            yield Finding("warning", "small images", f"{what} ({named(train.names(small), 5)}); {remedy}")
+        if blank := train.names(images[images["is_blank"]]):
             what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove what is no picture"
             yield Finding("warning", "blank images", what)
 
-    def _of_classes(self) -> Iterator[Finding]:
-        found, present = self.train, Counter(self.train.class_counts).most_common()
+    def _check_classes(self) -> Iterator[Finding]:
+        train, present = self.train, Counter(self.train.class_counts).most_common()
         if not present:
             return
-        # Folders without an image are no classes of the source, but may have been meant as such.
-        empty = found.source.empty_classes()
-        if found.examined == len(found.source):  # a sample misses small classes
+        # Folders without an image are not classes of the source, but may have been meant as such.
+        empty = train.source.empty_classes()
+        if train.examined == len(train.source):  # a sample misses small classes
             empty = [name for name, count in present if not count] + empty
         if empty:
             what = f"{len(empty):,} without a readable image ({named(empty, 5)}); fill or remove them"
             yield Finding("warning", "empty classes", what)
-        # Accuracy over all images hides a class with a tenth of another's.
+        # Overall accuracy hides a class with a tenth of another's images.
         (largest, many), (smallest, few) = present[0], [item for item in present if item[1]][-1]
         if many >= 10 * few:
             what = f"{counted(many, 'image')} in {largest}, {few:,} in {smallest}"
             yield Finding("warning", "unbalanced classes", f"{what}; report the accuracy of each class")
 
-    def _of_settings(self) -> Iterator[Finding]:
+    def _check_settings(self) -> Iterator[Finding]:
         data, (mean, std), needed = self.data, self.train.mean_std, self.workers_needed
-        # One core is the main process's, which computes.
+        # The main process needs one core.
         if needed is not None and needed > max(1, self.cores - 1):
             what = f"{self.images_per_s:,.0f} images/s need {needed:,} workers, more than {self.cores} cores"
             remedy = "shrink the images: nextblock data pack --resize_px N"
@@ -141,7 +141,7 @@ class Checkup:
             what = f"{counted(len(mean), 'channel')}, but data.mean has {len(data.mean)}"
             yield Finding("problem", "normalisation", f"{what}; use --data.normalize auto")
         elif data.normalize == "given":
-            # Ordinary photographs differ less than this from ImageNet.
+            # Ordinary photographs differ less from ImageNet.
             ratio = np.exp(np.abs(np.log((std + 1e-9) / data.std)))
             if np.abs(mean - data.mean).max() > 0.1 or ratio.max() > 1.5:
                 what = "data.mean and data.std are far from those of the images; use --data.normalize auto"
@@ -149,40 +149,40 @@ class Checkup:
 
     @cached_property
     def advice(self) -> dict[str, str]:
-        """Flags of `nextblock pretrain` that suit the images, and why."""
+        """Flags of `nextblock pretrain` that suit the images, with the reason."""
         train, data, images = self.train, self.data, len(self.train.source)
         if not len(train.images):
             return {}
         preset = next((name for most, name in PRESETS_BELOW.items() if images < most), "xtra-h14")
         side, is_small = train.sides_px["shorter"][1], preset == "xtra-small"
-        # xtra-h14 takes patches of at most 14 px; for a small preset larger images cost too much.
+        # xtra-h14 has patches of at most 14 px; in a small preset larger images cost too much.
         most = 128 if is_small else 224 if preset == "xtra-h14" else 256
         size = next((size for size in IMAGE_SIZES if size <= min(side, most)), IMAGE_SIZES[-1])
         if is_small:
             preset = "xtra-small-128" if size > 64 else "xtra-small-64"
-        # 4 x 4 blocks at every size, as XTRA has; of 2 x 2 patches in the small presets.
+        # 4 x 4 blocks at every size, as in XTRA; blocks of 2 x 2 patches in the small presets.
         patch, block = (size // 16, 4) if size >= 64 and not is_small else (size // 8, 2)
         flags = f"--model.image_size {size} --model.patch_size {patch} --model.block_size {block}"
-        found = {f"--preset {preset}": f"{counted(images, 'image')}; see {WHEN_IT_PAYS}"}
+        advice = {f"--preset {preset}": f"{counted(images, 'image')}; see {WHEN_IT_PAYS}"}
         if not (is_small and preset.endswith(f"-{size}")):
-            found[flags] = f"median shorter side {side:,.0f} px"
+            advice[flags] = f"median shorter side {side:,.0f} px"
         if data.channels != 3:
-            found[f"--data.channels {data.channels}"] = "as examined"
+            advice[f"--data.channels {data.channels}"] = "as examined"
         if self.per_core_s is not None and not train.source.in_memory:
             workers = min(max(1, self.cores - 1), self.workers_needed or self.cores)
-            found[f"--data.workers {workers}"] = f"{self.per_core_s:,.0f} crops/s each"
-        # Only JPEG can be decoded smaller, and it pays if a crop is still large enough at half the size.
+            advice[f"--data.workers {workers}"] = f"{self.per_core_s:,.0f} crops/s each"
+        # Only JPEG can be decoded smaller, which pays if a crop is still large enough at half the size.
         if train.kinds["JPEG"] > len(train.images) / 2 and side >= 2 * size and data.decoder == "auto":
-            found["--data.decoder fast"] = f"the photos are {side / size:.1f} times the image size"
-        # A channel without any variation cannot be normalised, and would be refused.
+            advice["--data.decoder fast"] = f"the photos are {side / size:.1f} times the image size"
+        # A constant channel cannot be normalised, and would be refused.
         is_far = any(finding.what == "normalisation" for finding in self.findings)
         if is_far and train.mean_std[1].min() > 1e-6:
-            found["--data.normalize auto"] = "measures your images"
-        return found
+            advice["--data.normalize auto"] = "measures your images"
+        return advice
 
     @cached_property
     def verdict(self) -> str:
-        """Whether a run can begin, in a line."""
+        """Whether a run can start, in one line."""
         problems = dict.fromkeys(finding.what for finding in self.findings if finding.severity == "problem")
         if problems:
             return f"not fit for training: {', '.join(problems)}"

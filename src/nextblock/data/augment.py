@@ -1,8 +1,8 @@
-"""Crops, flips and changed colours of uint8 images: pure functions of an image and a generator.
+"""Crops, flips and colour jitter of uint8 images: pure functions of an image and a generator.
 
 The crop is torchvision's random resized crop and the pixels are those of its v2 functions (bicubic,
-antialiased, on uint8). The kernel is called directly, as torchvision takes seconds to import; only changing
-colours imports it.
+antialiased, on uint8). The kernel is called directly, because torchvision takes seconds to import; only
+colour jitter imports it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def train_crop(
 ) -> UInt8[Tensor, "c rows columns"]:
     """A random crop resized to `size`, flipped left to right with probability `data.flip`.
 
-    With `data.color_jitter`, its colours are changed with probability `data.color_jitter_prob`.
+    With `data.color_jitter`, its colours change with probability `data.color_jitter_prob`.
     """
-    # Drawing and cutting are two functions because a reduced JPEG is drawn in full and cut in its reduction.
+    # Drawing and cutting are separate: the box is drawn in the full image, but may be cut from a reduced one.
     flip, box = draw_crop(image.shape[-2], image.shape[-1], data, rng)
     return finish_crop(image, flip, box, pair(size), data, rng)
 
@@ -51,11 +51,11 @@ def finish_crop(
     data: DataConfig,
     rng: np.random.Generator,
 ) -> UInt8[Tensor, "c rows columns"]:
-    """Cut the box that was drawn, resize and flip it; with `data.color_jitter`, change its colours."""
+    """Cut out the drawn box, resize and flip it; with `data.color_jitter`, change its colours."""
     top, left, rows, columns = box
     crop = resize(image[:, top : top + rows, left : left + columns], size)
     crop = crop.flip(-1) if flip else crop
-    # Drawn last, so that crops are the same with and without it.
+    # Draw this last, so that crops are the same with and without it.
     if data.color_jitter is not None and rng.random() < data.color_jitter_prob:
         return color_jitter(crop, data.color_jitter, rng)
     return crop
@@ -66,10 +66,10 @@ def random_resized_crop_box(
 ) -> Box:
     """Draw a crop: its share of the area uniformly from `scale`, width over height log-uniformly.
 
-    Of ten draws the first that fits is taken; if none does, the largest centred crop whose ratio is allowed
-    (torchvision's `RandomResizedCrop.get_params`). Only `rng.random` is used, so the stream is a stable one.
+    Returns the first of ten draws that fits, else the largest centred crop with an allowed ratio
+    (torchvision's `RandomResizedCrop.get_params`). Uses only `rng.random`, whose stream numpy keeps stable.
     """
-    # Two draws for each try, then two for the place, always in this order: that makes crops reproducible.
+    # Two draws per try, then two for the position, always in this order: that makes crops reproducible.
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
@@ -88,15 +88,15 @@ def random_resized_crop_box(
 
 
 def reduction(box: Box, target: tuple[int, int]) -> int:
-    """The largest of 1, 2, 4, 8 by which the box can shrink and still be no smaller than the target."""
-    # The crop must not be enlarged afterwards: that would be blurred where full decoding is sharp.
+    """The largest of 1, 2, 4, 8 by which the box can shrink without becoming smaller than the target."""
+    # A crop that is enlarged afterwards would be blurred where full decoding is sharp.
     fitting = [f for f in (2, 4, 8) if box[2] >= f * target[0] and box[3] >= f * target[1]]
     return max(fitting, default=1)
 
 
 def reduced_box(box: Box, size: tuple[int, int], factor: int) -> Box:
     """The box in a picture reduced to `size` (height, width), rounded to whole pixels."""
-    # Corners are rounded, not sides: so a box that ends with the picture still does.
+    # Round corners, not sides: a box that reaches the edge of the picture still does.
     top, left = round(box[0] / factor), round(box[1] / factor)
     bottom, right = round((box[0] + box[2]) / factor), round((box[1] + box[3]) / factor)
     return top, left, min(bottom, size[0]) - top, min(right, size[1]) - left
@@ -105,16 +105,16 @@ def reduced_box(box: Box, size: tuple[int, int], factor: int) -> Box:
 def color_jitter(
     image: UInt8[Tensor, "c h w"], strengths: tuple[float, float, float, float], rng: np.random.Generator
 ) -> UInt8[Tensor, "c h w"]:
-    """Change brightness, contrast, saturation and hue, in random order; of grey, the first two.
+    """Change brightness, contrast, saturation and hue in random order; for grey, only the first two.
 
-    The first three are multiplied by a factor drawn uniformly from 1 - strength to 1 + strength; the hue, a
-    circle of length 1, is turned by up to its strength either way (torchvision's `ColorJitter`).
+    The first three are multiplied by a factor drawn uniformly from 1 - strength to 1 + strength. The hue, a
+    circle of length 1, shifts by up to its strength either way (torchvision's `ColorJitter`).
     """
     from torchvision.transforms.v2 import functional
 
     centres = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
     changes = [(getattr(functional, f"adjust_{name}"), centre) for name, centre in centres.items()]
-    # Four factors and four keys to sort by, drawn whatever the strengths: a strength of 0 moves no other.
+    # Four factors and four sort keys, always drawn: a strength of 0 does not change the other draws.
     drawn = [rng.random() for _ in range(8)]
     for i in sorted(range(4), key=lambda i: drawn[4 + i]):
         if strengths[i] > 0:
@@ -127,15 +127,15 @@ def color_jitter(
 
 
 def val_crop(image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig) -> UInt8[Tensor, "c rows columns"]:
-    """The crop for validation and evaluation that `data.val_crop` asks for: no chance in it."""
+    """The deterministic crop for validation and evaluation, chosen by `data.val_crop`."""
     if data.val_crop == "center":
         return eval_crop(image, size, data.resize_px(size))
     rows, columns = pair(size)
-    # Whole pixels rounded down, as timm has them.
+    # Whole pixels, rounded down as in timm.
     height, width = (data.resize_px(size) * side // min(rows, columns) for side in (rows, columns))
     if data.val_crop == "squash":
         return _centre(resize(image, (height, width)), (rows, columns))
-    # The border that is left: the whole picture shrinks until its longer side, relative to the frame, fits.
+    # Border: shrink the whole picture until its longer side, relative to the frame, fits.
     ratio = max(image.shape[-2] / height, image.shape[-1] / width)
     height, width = (max(1, round(side / ratio)) for side in image.shape[-2:])
     inside = _centre(resize(image, (height, width)), (min(height, rows), min(width, columns)))
@@ -147,16 +147,16 @@ def val_crop(image: UInt8[Tensor, "c h w"], size: Size, data: DataConfig) -> UIn
 
 
 def eval_crop(image: UInt8[Tensor, "c h w"], size: Size, resize_px: int) -> UInt8[Tensor, "c rows columns"]:
-    """The centre of the image: the shorter side resized to `resize_px`, then `size` cut out of the middle.
+    """Resize the shorter side to `resize_px`, then cut `size` out of the middle.
 
-    If that would leave the picture smaller than the crop along a side, it is enlarged until it covers it.
+    If a side would then be smaller than the crop, the image is enlarged until it covers the crop.
     """
     rows, columns = pair(size)
-    # Only the middle of a strip counts: one pixel by a million would become 300 by 300 million.
+    # Keep only the middle of a narrow strip: 1 x 1,000,000 pixels would become 300 x 300,000,000.
     height, width = min(image.shape[1], 32 * image.shape[2]), min(image.shape[2], 32 * image.shape[1])
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     image = image[:, top : top + height, left : left + width]
-    # Truncated like torchvision's, so that the pixels agree with it.
+    # Truncate like torchvision, so that the pixels agree.
     short = min(height, width)
     target = int(resize_px * height / short), int(resize_px * width / short)
     if target[0] < rows or target[1] < columns:
@@ -188,14 +188,14 @@ def normalize(
             f"the images have {channels} channels, data.mean has {len(mean)} and data.std {len(std)}; give "
             "one number per channel"
         )
-    # In place, one pass each over the batch: a batch of floats is four times the bytes.
+    # In place, to avoid copies: floats take four times the memory of bytes.
     shift, scale = (_per_channel(numbers, images.device) for numbers in (mean, std))
     return images.float().div_(255).sub_(shift).div_(scale)
 
 
 @lru_cache(maxsize=16)
 def _per_channel(numbers: tuple[float | int, ...], device: torch.device) -> Float[Tensor, "c 1 1"]:
-    # Made once: a copy from Python to a GPU waits until the GPU has done all its work. As no inference
-    # tensor, so that whoever asks first, anybody can use it.
+    # Cached: a copy from Python to a GPU waits for all of the GPU's work. Not an inference tensor, so that
+    # training can use it even if inference asked first.
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)

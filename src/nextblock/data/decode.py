@@ -1,8 +1,9 @@
-"""Bytes of an image file to pixels, or a reason why that cannot be done.
+"""Decode an image file's bytes to pixels, or give the reason why that fails.
 
-torchcodec decodes JPEG (Pillow's pixels, in half the time), tifffile TIFF of bands or 16-bit colour, Pillow
-the rest; the content decides, never the name. One set of rules: images are turned as Pillow's `getexif` says,
-alpha is composited over a background, 16 bits are divided by 257 and rounded, the first frame is taken.
+torchcodec decodes JPEG (Pillow's pixels, in half the time), tifffile decodes TIFF with bands or 16-bit
+colour, and Pillow the rest. The content decides, never the file name. The rules are the same for all: images
+are rotated as Pillow's `getexif` says, alpha is composited over a background, 16 bits are divided by 257 and
+rounded, and the first frame is used.
 """
 
 from __future__ import annotations
@@ -31,41 +32,41 @@ log = logging.getLogger(__name__)
 Decoder = Literal["auto", "pillow", "fast"]
 Background = Literal["white", "grey", "black"]
 
-# Given a JPEG's upright height and width, and which axes (-2, -1) of the stored image are flipped to make it
-# upright: by how much (1, 2, 4 or 8) it may be reduced while it is decoded.
+# From a JPEG's upright height and width, and the axes (-2, -1) of the stored image that are flipped to make
+# it upright, to the factor (1, 2, 4 or 8) by which decoding may shrink it.
 Reduce = Callable[[int, int, tuple[int, ...]], int]
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-# What Pillow is asked to read. Its other formats are no photographs, and some run programs (EPS).
+# Formats read by Pillow. Its other formats are not photographs, and some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 _BEHIND = {"white": 255, "grey": 128, "black": 0}
-# Pixels converted at a time, so that doubles and copies never exist for the whole image.
+# Pixels converted at a time, so that float64 copies never cover the whole image.
 _PART_PX = 1 << 18
 # Encoders write about ten scans in a JPEG; each costs as much time as the whole image.
 _MAX_SCANS = 100
 # Axes to flip for an EXIF orientation, after rows and columns are swapped for 5 to 8.
 _FLIPS: dict[int, tuple[int, ...]] = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}
-# What torch raises as RuntimeError.
+# How torch reports failed allocations, as RuntimeError.
 _NO_MEMORY = re.compile(r"allocate memory|CPUAllocator|nsufficient memory|bad_alloc")
 _HEIC_BRAND = re.compile(rb"hei[cxms]|hev[cx]")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-# Channels by Pillow's mode; the others are colours, three.
+# Channels by Pillow's mode; all other modes have three.
 _CHANNELS = {"RGBA": 4, "LA": 2, "RGBa": 4, "La": 2, "L": 1, "1": 1, "I": 1, "I;16": 1, "I;16B": 1, "PA": 4}
-# Samples of a 16-bit PNG by Pillow's raw mode, and the raw mode that keeps what the first one drops.
+# Samples of a 16-bit PNG by Pillow's raw mode, and the raw mode for the bytes that the first one drops.
 _DEEP_PNG = {"LA;16B": (2, "RGBA"), "RGB;16B": (3, "RGB;16L"), "RGBA;16B": (4, "RGBA;16L")}
 _GREY, _COLOUR, _CMYK = 1, 2, 5  # TIFF photometric
-# Photometric and samples of 16 bits that Pillow cuts to 8, does not read, or does not invert.
+# Photometric and number of 16-bit samples that Pillow cuts to 8 bits, does not read, or does not invert.
 _DEEP_TIFF = ((_COLOUR, 3), (_COLOUR, 4), (_GREY, 2), (0, 1), (_CMYK, 4))
-# None, LZW, deflate, PackBits, deflate, LZMA, zstd: they unpack to no more than asked for.
+# None, LZW, deflate, PackBits, deflate, LZMA, zstd: they never unpack to more than requested.
 _LOSSLESS = (1, 5, 8, 32773, 32946, 34925, 50000)
 _NO_RANGE = "have no fixed range; save 8 or 16 bits a channel"
 
 
 class BadImageError(ValueError):
-    """A file that is no readable image; the message is the reason, without the file's name."""
+    """A file is not a readable image; the message gives the reason without the file name."""
 
 
 def decode_image(
@@ -79,14 +80,13 @@ def decode_image(
 ) -> UInt8[Tensor, "c h w"]:
     """Decode a file's content; raises `BadImageError` if it is unreadable, MemoryError if memory is short.
 
-    Three channels are RGB, one is grey (ITU-R 601 luma). Any other number must be what the file stores: the
-    bands of a TIFF, or colour or grey with alpha. Headers are checked against `max_pixels` before decoding.
-    With decoder "fast", `reduce` is called with a JPEG's upright height and width, and returns by how much
-    the decoded image may be smaller: 1, 2, 4 or 8.
+    Three channels are RGB, one is grey (ITU-R 601 luma). Any other number must match the file: the bands of a
+    TIFF, or colour or grey with alpha. Headers are checked against `max_pixels` before decoding. With decoder
+    "fast", `reduce` chooses the factor by which decoding shrinks a JPEG.
     """
     if not content:
         raise BadImageError("the file is empty (0 bytes)")
-    # Every path reads the header first, and refuses what would take more memory than max_pixels pixels may.
+    # Every path reads the header first and refuses images that would take more memory than max_pixels pixels.
     with pillow_errors():
         if content[:4] in TIFF_STARTS:
             pixels = _decode_tiff(content, max_pixels, channels, background)
@@ -104,7 +104,7 @@ def decode_image(
 
 @contextmanager
 def pillow_errors(size: tuple[int, int] | None = None) -> Iterator[None]:
-    """Turn what a decoder raises into `BadImageError` or, with the (width, height) if given, MemoryError."""
+    """Turn a decoder's errors into `BadImageError`, or into MemoryError with the (width, height) if given."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -112,8 +112,8 @@ def pillow_errors(size: tuple[int, int] | None = None) -> Iterator[None]:
     except BadImageError:
         raise
     except Exception as error:
-        # On corrupt input Pillow's parsers let nearly anything through: struct.error, IndexError, ... Memory
-        # that is short is another matter: the file may be good, so it must not be skipped as a bad one.
+        # On corrupt input Pillow's parsers raise nearly anything: struct.error, IndexError, ... Running out
+        # of memory is different: the file may be good, so it must not be skipped as bad.
         text = str(error) or type(error).__name__
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
             text = f"not enough memory to decode {size[0]} x {size[1]} pixels" if size else text
@@ -124,20 +124,20 @@ def pillow_errors(size: tuple[int, int] | None = None) -> Iterator[None]:
 
 
 def open_image(content: bytes) -> ImageFile.ImageFile:
-    """Read the header only; the pixels are decoded when they are asked for."""
+    """Read only the header; pixels are decoded on first access."""
     brands = content[8 : min(int.from_bytes(content[:4]), 256)] if content[4:8] == b"ftyp" else b""
     if _HEIC_BRAND.search(brands) and b"avi" not in brands:
         try:
             from pillow_heif import HeifImageFile
         except ImportError:
             raise BadImageError("HEIC needs pillow-heif: pip install pillow-heif") from None
-        return HeifImageFile(io.BytesIO(content), "")  # registering it would change the user's Pillow
-    # Image.open has a limit of pixels in a module variable, which is not ours to change: ask its parsers.
+        return HeifImageFile(io.BytesIO(content), "")  # registering it would change Pillow globally
+    # Image.open limits pixels by a module variable, which is not ours to change: call its parsers directly.
     Image.init()
     for name in FORMATS:
         parse, accept = Image.OPEN[name]
         if accept and accept(content[:16]) is True:
-            if name == "JPEG":  # its factory would also look for the further pictures of an MPO
+            if name == "JPEG":  # its factory would also parse the other pictures of an MPO
                 return JpegImagePlugin.JpegImageFile(io.BytesIO(content), "")
             return parse(io.BytesIO(_without_texts(content) if name == "PNG" else content), "")
     raise BadImageError(f"not an image of a known format (it starts with {repr(content[:8])[1:]})")
@@ -152,10 +152,10 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF or XMP orientation, 1 to 8; 1 (upright) if there is none or its block is damaged."""
+    """The EXIF or XMP orientation, 1 to 8; 1 (upright) if it is missing or damaged."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # a damaged block raises anything; the picture itself may be fine
+    except Exception as error:  # a damaged block can raise anything; the pixels may be fine
         log.debug("damaged EXIF block: %s", error)
         return 1
     return value if value in range(1, 9) else 1
@@ -166,21 +166,21 @@ def image_to_tensor(
 ) -> UInt8[Tensor, "c h w"]:
     """The upright pixels of a Pillow image of any mode, channels-last in memory, which resizes faster.
 
-    `channels` is 3 for RGB, 1 for grey, or as many as the image has; otherwise raises `BadImageError`.
+    `channels` is 3 for RGB, 1 for grey, or the image's own number; otherwise raises `BadImageError`.
     """
-    found = _CHANNELS.get(image.mode, 3)
-    _check_channels({1: 2, 3: 4}.get(found, found) if "transparency" in image.info else found, channels)
+    stored = _CHANNELS.get(image.mode, 3)
+    _check_channels({1: 2, 3: 4}.get(stored, stored) if "transparency" in image.info else stored, channels)
     is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not is_deep:
         raise BadImageError(f"32-bit pixels (Pillow's mode {image.mode}) {_NO_RANGE}")
     image.load()
-    orientation = orientation_of(image)  # after loading, which turns a TIFF and then says 1
+    orientation = orientation_of(image)  # after loading, which rotates a TIFF and resets this to 1
     if image.mode == "RGB" and "transparency" not in image.info and channels == 3:
         return _upright(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"), orientation)
 
     def convert(box: Box) -> np.ndarray:
         part = image.crop(box)
-        if is_deep:  # converted by Pillow, 16 bits would be cut off at 255
+        if is_deep:  # Pillow's own conversion would clip 16 bits at 255
             values = np.asarray(part).astype(np.uint16)[..., None]
             return _eight_bits(_with_alpha(values, image), channels, background)
         return _from_mode(part, channels, background)
@@ -191,15 +191,15 @@ def image_to_tensor(
 # ----------------------------------------------------------------------------------------- samples to pixels
 
 
-def _check_channels(found: int, wanted: int) -> None:
-    if found != wanted and wanted not in (1, 3):
-        raise BadImageError(f"has {found} channel{'s' * (found != 1)}, data.channels is {wanted}")
+def _check_channels(stored: int, wanted: int) -> None:
+    if stored != wanted and wanted not in (1, 3):
+        raise BadImageError(f"has {stored} channel{'s' * (stored != 1)}, data.channels is {wanted}")
 
 
 def _in_parts(
     size: tuple[int, int], channels: int, orientation: int, convert: Callable[[Box], np.ndarray]
 ) -> Tensor:
-    """The upright pixels of an image of this stored (width, height), converted in parts of few pixels."""
+    """Convert an image of this stored (width, height) part by part; returns its upright pixels."""
     width, height = size
     pixels = np.empty((height, width, channels), np.uint8)
     columns = min(width, _PART_PX)
@@ -212,14 +212,14 @@ def _in_parts(
 
 
 def _upright(pixels: UInt8[Tensor, "c h w"], orientation: int) -> UInt8[Tensor, "c rows columns"]:
-    """Turn stored pixels by their orientation, 1 to 8; others mean 1."""
+    """Rotate stored pixels by their orientation, 1 to 8; any other value means 1."""
     if orientation in (5, 6, 7, 8):
         pixels = rearrange(pixels, "c h w -> c w h")
     return torch.flip(pixels, _FLIPS[orientation]) if orientation in _FLIPS else pixels
 
 
 def _from_mode(image: Image.Image, channels: int, background: Background) -> np.ndarray:
-    """The pixels of an image of 8 bits or fewer a sample."""
+    """The pixels of an image with at most 8 bits per sample."""
     image = image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image  # not premultiplied
     if channels in (2, 4):
         return np.asarray(image.convert("LA" if channels == 2 else "RGBA"))
@@ -231,7 +231,7 @@ def _from_mode(image: Image.Image, channels: int, background: Background) -> np.
 
 
 def _with_alpha(values: np.ndarray, image: Image.Image) -> np.ndarray:
-    """16-bit samples, with alpha if a colour of the image is transparent."""
+    """Add an alpha channel to 16-bit samples if one colour of the image is transparent."""
     if "transparency" not in image.info:
         return values
     is_seen = (values != np.asarray(image.info["transparency"])).any(-1, keepdims=True)
@@ -241,14 +241,14 @@ def _with_alpha(values: np.ndarray, image: Image.Image) -> np.ndarray:
 def _eight_bits(
     values: np.ndarray, channels: int, background: Background = "white", *, is_premultiplied: bool = False
 ) -> np.ndarray:
-    """Samples (h w c) as 8-bit pixels. If RGB or grey is wanted of 2 or 4, the last is alpha."""
+    """Convert samples (h w c) to 8-bit pixels. If 2 or 4 become RGB or grey, the last is alpha."""
     pixels = values
     if channels in (1, 3) and values.shape[-1] in (2, 4):
         colour, alpha = values[..., :-1].astype(np.float64), values[..., -1:] / 65535
         colour = colour if is_premultiplied else colour * alpha
         pixels = np.minimum(colour + 257 * _BEHIND[background] * (1 - alpha), 65535)
     if values.dtype != np.uint8:
-        # 65535 = 255 * 257. Rounded once, after compositing: twice could be off by one.
+        # 65535 = 255 * 257. Round once, after compositing: rounding twice could be off by one.
         pixels = np.rint(pixels / 257).astype(np.uint8)
     if channels == 1 and pixels.shape[-1] == 3:
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
@@ -260,7 +260,7 @@ def _eight_bits(
 
 @cache
 def _torchcodec() -> Callable[..., Any] | None:
-    """The JPEG decoder of torchcodec, or None (logged once) if this installation has none that works."""
+    """The JPEG decoder of torchcodec, or None (logged once) if it does not work here."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
@@ -270,7 +270,7 @@ def _torchcodec() -> Callable[..., Any] | None:
 
 
 def jpeg_decoder(decoder: Decoder) -> Literal["torchcodec", "pillow", "pillow-draft"]:
-    """What decodes JPEG for training in this installation under this setting."""
+    """The JPEG decoder that training uses in this installation with this setting."""
     if decoder == "fast":
         return "pillow-draft"
     return "torchcodec" if decoder == "auto" and _torchcodec() else "pillow"
@@ -289,8 +289,8 @@ def _decode_jpeg(
     start, components = image.fp.tell(), len(image.getbands())
     header = b"\xff\xda\0" + bytes((6 + 2 * components, components))
     if "progression" in image.info or not content.startswith(header, start - 8 - 2 * components):
-        # In coded pixels, 0xff is followed by 0 or by a restart marker, so further scans and the picture's
-        # end are found by their bytes alone. What follows the end (a phone's film, say) is cut off.
+        # In coded pixels, 0xff is followed by 0 or a restart marker, so further scans and the end of the
+        # picture are found by their bytes alone. Anything after the end (a phone's video, say) is cut off.
         end = content.find(b"\xff\xd9", start)
         if 0 <= end < len(content) - 2:
             content = content[: end + 2]
@@ -302,13 +302,13 @@ def _decode_jpeg(
         height, width = image.size if orientation > 4 else image.size[::-1]
         factor = reduce(height, width, _FLIPS.get(orientation, ()))
         if factor > 1:
-            # libjpeg leaves out the fine part of every 8 x 8 block of frequencies: cheaper than all of it.
+            # libjpeg skips the high frequencies of every 8 x 8 block, which is cheaper than decoding all.
             image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
             return image_to_tensor(image, channels)
     decode = None if decoder == "pillow" else _torchcodec()
     if decode is None:
         return image_to_tensor(image, channels)
-    # torchcodec turns an image by itself, unlike Pillow, so it gets it without EXIF and XMP.
+    # Unlike Pillow, torchcodec rotates images itself, so remove EXIF and XMP first.
     plain = content
     for name, data in image.applist:
         if name == "APP1":
@@ -327,9 +327,9 @@ def _decode_jpeg(
 
 
 def _without_texts(content: bytes) -> bytes:
-    """A PNG without the texts and colour profiles that Pillow would unpack, but for what may turn it."""
-    # Pillow refuses a PNG with more than a megabyte of compressed text (a bomb, for all it knows), but nobody
-    # needs the text. A chunk is its length, its kind, the content and a checksum of 4 bytes.
+    """Remove texts and colour profiles from a PNG, except those that may hold its orientation."""
+    # Pillow refuses a PNG with more than a megabyte of compressed text as a possible bomb, but the text is
+    # not needed. A chunk is its length, its kind, the content and a checksum of 4 bytes.
     parts, start, place = [], 0, 8
     while place < len(content):
         kind, end = content[place + 4 : place + 8], place + 12 + int.from_bytes(content[place : place + 4])
@@ -344,7 +344,7 @@ def _without_texts(content: bytes) -> bytes:
 def _decode_deep_png(
     image: ImageFile.ImageFile, content: bytes, channels: int, background: Background
 ) -> Tensor:
-    """All 16 bits of a PNG, of whose colours Pillow keeps 8."""
+    """Decode all 16 bits of a PNG; Pillow would keep 8 of each colour."""
     # Pillow's unpackers take the high bytes of big-endian samples (RGB;16B) or of little-endian ones
     # (RGB;16L); the latter are the low bytes of a big-endian file. Grey with alpha is read as four bytes.
     number, low_mode = _DEEP_PNG[str(image.tile[0].args)]
@@ -360,7 +360,7 @@ def _decode_deep_png(
         values = high.astype(np.uint16) << 8 | low
         return _eight_bits(_with_alpha(values, image), channels, background)
 
-    # The orientation is known now, as EXIF may come after the pixels.
+    # Read the orientation only now: EXIF may come after the pixels.
     return _in_parts(image.size, channels, orientation_of(image), convert)
 
 
@@ -368,11 +368,11 @@ def _decode_deep_png(
 
 
 def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Background) -> Tensor | None:
-    """Bands, and 16-bit colour; None if Pillow is to read the file, whose header is checked all the same."""
+    """Decode bands and 16-bit colour; None if Pillow should read the file. Always checks the header."""
     if content[:4] == b"MM\0+":
         raise BadImageError("big-endian BigTIFF is not read; save it as little-endian")
-    # Pillow's parser of directories, used alone: Pillow refuses bands before it tells their header. This old
-    # class gives every value as a tuple.
+    # Use only Pillow's directory parser: Pillow itself refuses bands before it shows the header. This old
+    # class returns every value as a tuple.
     file = io.BytesIO(content)
     tags = TiffImagePlugin.ImageFileDirectory_v1(file.read(16 if content[2:4] == b"+\0" else 8))
     file.seek(tags.next)
@@ -381,27 +381,27 @@ def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Bac
     check_pixels((width, height), max_pixels)
     kind, number = tags.get(262, (0,))[0], tags.get(277, (len(bits),))[0]
     columns, rows = (tags[322][0], tags[323][0]) if 324 in tags else (width, height)
-    # Tiles at the right and bottom edge are decoded whole, however far they reach beyond the image.
+    # Tiles at the right and bottom edge are decoded whole, however far they extend beyond the image.
     padded = math.ceil(width / columns) * columns * math.ceil(height / rows) * rows
     if min(width, height, number, rows, columns) < 1 or padded > max(max_pixels, 1 << 24):
         raise BadImageError(f"its tiles of {columns} x {rows} unpack to none or too many pixels")
 
-    # Who decodes: Pillow what it reads rightly, tifffile what Pillow cuts to 8 bits or does not know.
+    # Pillow decodes what it reads correctly, tifffile what Pillow cuts to 8 bits or does not support.
     extra = number - {_GREY: 1, _COLOUR: 3}.get(kind, number)
     if channels not in (1, 3):
         if kind not in (_GREY, _COLOUR):
-            raise BadImageError(f"its colours (TIFF photometric {kind}) are no channels; save them as RGB")
+            raise BadImageError(f"its colours (TIFF photometric {kind}) are not channels; save them as RGB")
         _check_channels(number, channels)
     elif extra > 1 and number != channels:
         if (kind, bits[0]) == (_COLOUR, 8) and number <= 6:
-            return None  # Pillow leaves out the further samples of RGB
+            return None  # Pillow drops the extra samples of RGB
         raise BadImageError(f"has {counted(number, 'channel')}, data.channels is {channels}")
     elif not (bits[0] == 16 and (kind, number) in _DEEP_TIFF) and (kind, number) != (_GREY, 3):
         return None
 
     with pillow_errors((width, height)):
         values = _tiff_samples(content, (height, width, number))
-        alpha = {1, 2} & set(tags.get(338, ()))  # 1 is multiplied into the colours already
+        alpha = {1, 2} & set(tags.get(338, ()))  # 1: the colours are premultiplied
         if kind == 0:
             values = ~values  # white is 0
         elif extra and number != channels and channels in (1, 3) and not alpha:
@@ -420,7 +420,7 @@ def _decode_tiff(content: bytes, max_pixels: int, channels: int, background: Bac
 
 
 def _tiff_samples(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """The samples of the first page, (h w c), as they are stored."""
+    """The stored samples of the first page, (h w c)."""
     try:
         import imagecodecs  # noqa: F401 - tifffile unpacks with it
         import tifffile
@@ -437,10 +437,10 @@ def _tiff_samples(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         if page.bitspersample not in (8, 16) or page.dtype not in (np.uint8, np.uint16):
             raise BadImageError(f"{page.bitspersample}-bit samples of type {page.dtype} {_NO_RANGE}")
         packing = int(page.compression), int(page.predictor)
-        # tifffile undoes predictor 2 wrongly if nothing is packed.
+        # tifffile decodes predictor 2 wrongly in uncompressed files.
         if packing[0] not in _LOSSLESS or packing[1] not in (1, 2) or packing == (1, 2):
             raise BadImageError(f"TIFF compression {packing} is not read; save it with deflate")
-        # Packing adds little; the same bytes listed again and again would be read for hours.
+        # Compression adds little overhead; reading a file that lists the same bytes many times takes hours.
         counts, segments = page.databytecounts, math.prod(page.chunked)
         most = segments * (4 * math.prod(page.chunks) * page.dtype.itemsize + 1024)
         ends = [offset + count for offset, count in zip(page.dataoffsets, counts, strict=False)]

@@ -1,4 +1,4 @@
-"""What a source holds, found by reading it: `examine` looks at all images, `shared_images` at a few."""
+"""Examine the content of sources: `examine` reads all images, `shared_images` a few."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from nextblock.data.workers import Note, run_in_workers
 from nextblock.logs import counted
 
 # A readable image: its number in the source, a hash of its content, (height, width) of the upright picture.
-# Of 13 million different images any two have the same 64 bits with a probability of 1 in 200,000.
+# Among 13 million different images, the probability of any two equal 64-bit hashes is 1 in 200,000.
 IMAGE = np.dtype([("index", "i8"), ("digest", "u8"), ("size", "i4", (2,)), ("is_blank", "?")])
 
 
 class Examination:
-    """What was found in images of a source; `images` are the readable ones, ascending, of dtype `IMAGE`."""
+    """Findings about a source's images; `images` are the readable ones, ascending, of dtype `IMAGE`."""
 
     def __init__(self, source: Source, channels: int) -> None:
         self.source = source
         self.spec = text(os.fsencode(source.spec))
         self.images = np.zeros(0, IMAGE)
         self.bad: list[BadSample] = []
-        self.kinds = Counter[str]()  # formats, and what is special about files
+        self.kinds = Counter[str]()  # formats and special properties
         self.sums = np.zeros((2, channels))
 
     @property
     def examined(self) -> int:
-        """Number of images examined, with the unreadable ones."""
+        """Number of images examined, including unreadable ones."""
         return len(self.images) + len(self.bad)
 
     @property
     def mean_std(self) -> np.ndarray:
-        """Mean and deviation of each channel, of pixels in [0, 1]; every image counts alike."""
-        # The variance is the mean square less the squared mean; rounding may make it less than nothing.
+        """Mean and deviation of each channel, for pixels in [0, 1]; images have equal weight."""
+        # The variance is the mean square minus the squared mean; rounding may make it negative.
         mean, square = self.sums / max(1, len(self.images))
         return np.array([mean, np.sqrt(np.maximum(square - mean**2, 0))])
 
@@ -78,12 +78,12 @@ class Examination:
 
     @cached_property
     def duplicates(self) -> list[np.ndarray]:
-        """Groups of images with the same content, ascending, in the order of their first."""
-        # Equal digests are equal kinds; only kinds of several images are groups.
-        _, kinds, counts = np.unique(self.images["digest"], return_inverse=True, return_counts=True)
+        """Groups of images with the same content, ordered by their first image."""
+        # Equal digests get equal numbers; only numbers that occur several times form groups.
+        _, numbers, counts = np.unique(self.images["digest"], return_inverse=True, return_counts=True)
         groups = defaultdict[int, list[int]](list)
-        for place in np.flatnonzero(counts[kinds] > 1).tolist():
-            groups[kinds[place]].append(place)
+        for place in np.flatnonzero(counts[numbers] > 1).tolist():
+            groups[numbers[place]].append(place)
         return [self.images[places] for places in groups.values()]
 
     def report(self) -> dict[str, Any]:
@@ -107,36 +107,36 @@ def examine(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Examination:
-    """Decode all images as training does, or `samples` of them, always the same.
+    """Decode all images as training does, or always the same `samples` of them.
 
-    `progress` is called with the numbers of images that were examined and that are unreadable.
+    `progress` is called with the numbers of examined and of unreadable images.
     """
-    # Sorted, since archives are read fastest from front to back.
+    # Sorted, because archives are read fastest from front to back.
     indices = np.arange(len(source))
     if samples is not None and samples < len(source):
         indices = np.sort(keyed_permutation(0, len(source), "doctor")[:samples])
-    found, images = Examination(source, data.channels), []
+    examination, images = Examination(source, data.channels), []
     for look in run_in_workers(partial(_look_at, source, data), map(int, indices), source, workers, ahead=32):
         if isinstance(look, BadSample):
-            found.bad.append(look)
+            examination.bad.append(look)
         else:
             image, kinds, moments = look
             images.append(image)
-            found.kinds.update(kinds)
-            found.sums += moments
+            examination.kinds.update(kinds)
+            examination.sums += moments
         if progress is not None:
-            progress(len(images) + len(found.bad), len(found.bad))
-    found.images = np.array(images, IMAGE)
-    return found
+            progress(len(images) + len(examination.bad), len(examination.bad))
+    examination.images = np.array(images, IMAGE)
+    return examination
 
 
 def _look_at(
     source: Source, data: DataConfig, index: int, note: Note
 ) -> tuple[tuple[Any, ...], list[str], np.ndarray] | BadSample:
-    """A row of `IMAGE`, kinds, and the mean and mean square of each channel; or why it is unreadable."""
+    """A row of `IMAGE`, its kinds, and each channel's mean and mean square; or why it is unreadable."""
     note(index)
     try:
-        # The file is read once, for its hash, its header and its pixels.
+        # Read the file once, for its hash, its header and its pixels.
         content = source.content(index)
         pixels = source.read(index) if content is None else decode(content, data)
     except BadImageError as error:
@@ -144,11 +144,11 @@ def _look_at(
     if len(pixels) != data.channels:
         reason = f"has {counted(len(pixels), 'channel')}, data.channels is {data.channels}"
         return BadSample(index, source.name(index), reason)
-    # From counts of the 256 values the moments are exact, whatever the order of the pixels.
+    # Counts of the 256 values make the moments independent of the order of pixels.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels]).numpy()
     values = np.arange(256) / 255
     moments = np.array([counts @ values, counts @ values**2]) / pixels[0].numel()
-    # One value in each channel: nothing to see.
+    # One value per channel: a blank image.
     is_blank = np.count_nonzero(counts) == len(pixels)
     digest = _digest(pixels if content is None else content)
     kinds = ["raw pixels"] if content is None else _kinds_of(content)
@@ -156,19 +156,19 @@ def _look_at(
 
 
 def _digest(image: bytes | Tensor) -> int:
-    """A hash of a file's content, or of the pixels of an image that is no file."""
+    """A hash of a file's content, or of the pixels of an image that is not a file."""
     content = image if isinstance(image, bytes) else image.numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _kinds_of(content: bytes) -> list[str]:
-    """The format of a readable file, and what is special about it, from its header."""
+    """The format and special properties of a readable file, from its header."""
     try:
         with pillow_errors():
             image = open_image(content)
-    except BadImageError:  # another library than Pillow decoded it
+    except BadImageError:  # a library other than Pillow decoded it
         return ["other"]
-    # Pillow's mode shows 16 bits of grey images only: a PNG has its depth in byte 24, a TIFF in tag 258.
+    # Pillow's mode shows 16 bits only for grey images. A PNG has its depth in byte 24, a TIFF in tag 258.
     depth = content[24] if image.format == "PNG" else max(getattr(image, "tag_v2", {}).get(258, (8,)))
     kinds = {
         str(image.format): True,
@@ -181,16 +181,16 @@ def _kinds_of(content: bytes) -> list[str]:
 
 
 def crops_per_core_s(source: Source, data: DataConfig, image_size: Size) -> float | None:
-    """Training crops that one core makes in a second of its own time, so without waiting for a disk.
+    """Training crops per second of one core's CPU time, so without waiting for a disk.
 
     Measured on 64 images; None if none of them can be read.
     """
-    # In steps of one image an epoch holds every source of a mixture, however small.
+    # With steps of one image, an epoch includes every source of a mixture, however small.
     loader = TrainLoader(source, data, image_size=image_size, seed=0, batch_size=1)
     counts = (len(batch.images) for step in loader for batch in step.micro_batches)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # One thread, as in a worker; and the process's own time, as others may use the core meanwhile.
+    # One thread, as in a worker; and CPU time, because other processes may use the core too.
     try:
         next(counts)  # draws the order and loads libraries
         started_s = time.process_time()
@@ -204,10 +204,10 @@ def crops_per_core_s(source: Source, data: DataConfig, image_size: Size) -> floa
 
 
 class Shared(NamedTuple):
-    """Validation images that are also training images; as text, one sentence."""
+    """Validation images that are also training images; `str` gives one sentence."""
 
     pairs: list[tuple[str, str]]
-    """Names in validation and in training; none if the lists are equal and nothing was read."""
+    """Names in validation and in training; empty if the lists are equal and nothing was read."""
     num_compared: int
 
     def __str__(self) -> str:
@@ -219,40 +219,40 @@ class Shared(NamedTuple):
 
 
 def shared_images(train: Source, val: Source, *, most: int = 200, others: int = 1000) -> Shared | None:
-    """A quick look for validation images in the training data; None if it finds none.
+    """Quickly search for validation images in the training data; None if there are none.
 
-    It compares `most` validation images with `others` training images of the same file name and `others` of
-    any. So in a large source it misses copies under other names, and everywhere copies that were encoded
-    again. Sources on a server are compared by their lists alone.
+    Compares `most` validation images with `others` training images of the same file name and `others` of any
+    name. So it misses re-encoded copies, and in a large source copies with other names. Sources on a server
+    are compared only by their lists.
     """
     is_same_list = train.fingerprint == val.fingerprint
     specs = [getattr(part, "of", part).spec for source in (train, val) for part in source.parts]
-    if any("://" in spec for spec in specs):  # to read a few images would fetch as many shards
+    if any("://" in spec for spec in specs):  # reading a few images would fetch as many shards
         return Shared([], 0) if is_same_list else None
     chosen = _drawn(len(val), most)
     wanted = dict(_digests(val, chosen))
     files = {val.name(index).rpartition("/")[2] for index in wanted.values()}
-    # The likeliest: the same place in the same list, the same file name (moved to another folder), any.
+    # Candidates: the same place in the same list, the same file name (moved to another folder), any.
     alike = [index for index in _drawn(len(train), 200_000) if train.name(index).rpartition("/")[2] in files]
-    likely = [*(chosen if is_same_list else ()), *alike[:others], *_drawn(len(train), others)]
-    # A dictionary drops those that are likely for several reasons: each image is read once.
+    candidates = [*(chosen if is_same_list else ()), *alike[:others], *_drawn(len(train), others)]
+    # A dictionary drops repeated candidates, so each image is read once.
     twins: dict[int, int] = {}
-    for digest, index in _digests(train, dict.fromkeys(likely)):
+    for digest, index in _digests(train, dict.fromkeys(candidates)):
         if digest in wanted:
             twins.setdefault(wanted[digest], index)
-    pairs = [(val.name(ours), train.name(theirs)) for ours, theirs in sorted(twins.items())]
+    pairs = [(val.name(index), train.name(twin)) for index, twin in sorted(twins.items())]
     return Shared(pairs, len(wanted)) if pairs else None
 
 
 def _drawn(length: int, most: int) -> list[int]:
-    """Up to `most` numbers below `length`, at random, ascending."""
+    """Up to `most` random numbers below `length`, ascending."""
     return np.sort(keyed_rng(0, "shared").choice(length, min(length, most), replace=False)).tolist()
 
 
 def _digests(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Digest and number of each readable image."""
     for index in indices:
-        # Unreadable and empty files would all be equal to each other.
+        # Skip unreadable and empty files, which would all match each other.
         with suppress(BadImageError):
             content = source.content(index)
             if content != b"":

@@ -1,9 +1,9 @@
-"""Batches in an order that is a function of the seed alone, decoded while the step before computes.
+"""Batches in an order that depends on the seed alone, decoded while the previous step computes.
 
 A step's samples are f(seed, step), see `order`; an image's crop is f(seed, visit, sample), see `transforms`.
-So neither depends on the number of worker processes, on the size of the micro-batches, or on where a run was
-interrupted: to start at step one million costs what it costs to start at step zero. An unreadable image
-leaves a hole in its batch.
+So neither depends on the number of workers, the micro-batch size, or where a run was interrupted, and
+starting at step one million costs as much as starting at step zero. An unreadable image leaves a hole in its
+batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-# Images that travel from a worker at once; the main process joins chunks to micro-batches.
+# Images that a worker sends at once; the main process joins chunks to micro-batches.
 CHUNK = 64
 
 
@@ -47,16 +47,16 @@ class BadSample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images, their numbers in the source, and those that are missing because they cannot be read."""
+    """Images, their numbers in the source, and the images that could not be read."""
 
     images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]
-    """Bytes, to be normalised on the device; floats if they are normalised."""
+    """Bytes, to be normalised on the device; or floats, already normalised."""
     samples: Int64[Tensor, " b"]
     bad: tuple[BadSample, ...]
     visits: Int64[Tensor, " b"]
     """How often each image's source had been traversed before; 0 in evaluation."""
     drop_path: Float[Tensor, "b draws"]
-    """Uniform in [0, 1), f(seed, visit, sample): what drop path compares with its rate."""
+    """Uniform in [0, 1), f(seed, visit, sample); drop path compares them with its rate."""
 
 
 NO_IMAGES = Batch(
@@ -66,29 +66,29 @@ NO_IMAGES = Batch(
     torch.empty(0, dtype=torch.int64),
     torch.empty(0, 0),
 )
-"""What a rank computes on that has no images left, or failed: the others wait for it in every pass."""
+"""The input of a rank that has no images left or has failed: other ranks wait for it in every pass."""
 
 
 class Step(NamedTuple):
     """One optimizer step."""
 
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - hides tuple.index, of no use here
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - hides tuple.index, unused here
     """Number of the step, from 0."""
     keys: StepKeys
     """The samples of the global batch, over all ranks; some may turn out to be unreadable."""
     micro_batches: Iterator[Batch]
     """This rank's images, as they arrive. They can be consumed once, and only before the next step."""
     num_micro_batches: int
-    """How many there are: as many on all ranks."""
+    """How many there are; the same on all ranks."""
 
 
 class TrainLoader:
-    """Endless iterator over training steps from `start_step`; each `iter()` begins there again.
+    """Endless iterator over training steps from `start_step`; each `iter()` starts there again.
 
-    `batch_size` is the global one. Rank r of w takes the r-th of w contiguous parts of every step's samples,
-    as equal as can be, in micro-batches. All ranks have as many micro-batches, since they meet after each; if
-    a rank has no sample left, its micro-batches are empty. `drop_path_draws`: numbers drawn for each image.
-    `unit`: so many samples that follow each other are never divided; a micro-batch is a multiple of it.
+    `batch_size` is the global one. Rank r of w takes the r-th of w contiguous, nearly equal parts of every
+    step's samples, in micro-batches. All ranks have the same number of micro-batches, since they synchronise
+    after each; a rank without samples left gets empty ones. `drop_path_draws`: numbers drawn per image.
+    `unit` consecutive samples are never split; a micro-batch is a multiple of it.
     """
 
     def __init__(
@@ -121,15 +121,15 @@ class TrainLoader:
         self._micro_batches = _share(self.batch_size, micro, chunk, rank, world_size, unit)
 
     def __iter__(self) -> Iterator[Step]:
-        # Workers ask _keys for work ahead of this loop, but hand out chunks in its order. So the next chunks
-        # are always those of the next micro-batch, and nothing has to be matched up.
+        # Workers run ahead of this loop, but return chunks in the order of _keys. So the next chunks always
+        # belong to the next micro-batch.
         chunks = self._read.chunks(self._keys(), self._workers, len(self._micro_batches[0]))
         for index in count(self._start_step):
-            # A generator: a micro-batch is handed out as soon as its chunks are there, while workers decode
-            # those that follow.
+            # A generator: a micro-batch is yielded as soon as its chunks arrive, while workers decode the
+            # following ones.
             batches = (_join(chunks, parts, self._pin_memory) for parts in self._micro_batches)
             yield Step(index, self.order.keys(index), batches, len(self._micro_batches))
-            for _ in batches:  # those that the step left, lest the next step gets them
+            for _ in batches:  # drain what the step left, or the next step would get it
                 pass
 
     def _keys(self) -> Iterator[list[Key]]:
@@ -152,9 +152,10 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Centre crops in the order of the source, or of `indices`; the last batch may be smaller.
 
-    Rank r of w gets the r-th of w contiguous parts. All ranks get as many batches, the last perhaps empty.
+    Rank r of w gets the r-th of w contiguous parts. All ranks get the same number of batches; the last may
+    be empty.
     """
-    # Without visits: a key's first number is 0, and nothing is drawn by it.
+    # There are no visits: the first number of a key is 0 and unused.
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     chunk = min(batch_size, CHUNK) if workers else batch_size
     batches = _share(len(chosen), batch_size, chunk, rank, world_size)
@@ -177,7 +178,7 @@ class _Chunk(NamedTuple):
 
 
 class _Reader:
-    """What a worker runs: keys in, a chunk of crops out."""
+    """The function that workers run: from keys to a chunk of crops."""
 
     def __init__(self, source: Source, crop: Crop, seed: int = 0, drop_path_draws: int = 0) -> None:
         self._source, self._crop, self._seed, self._draws = source, crop, seed, drop_path_draws
@@ -186,8 +187,8 @@ class _Reader:
         self, keys: Iterable[list[Key]], workers: int, chunks_per_micro_batch: int
     ) -> Iterator[_Chunk]:
         """Chunks in the order of their keys."""
-        # Workers hold a whole micro-batch ready while the step computes on the one before: however large it
-        # is, the step then waits only if decoding is slower than computing.
+        # Workers prefetch a whole micro-batch while the step computes on the previous one. Whatever its size,
+        # the step then waits only if decoding is slower than computing.
         ahead = max(2, 1 + -(-chunks_per_micro_batch // max(1, workers)))
         return run_in_workers(self, keys, self._source, workers, ahead=ahead)
 
@@ -196,10 +197,10 @@ class _Reader:
         images = torch.empty((len(keys), crop.data.channels, *pair(crop.image_size)), dtype=crop.dtype)
         drop_path = np.empty((len(keys), self._draws), dtype=np.float32)
         bad: list[BadSample] = []
-        # Holes: what cannot be read takes no row, so later images move up, and the tensors are cut at the
-        # end. Crops and drop path are functions of the image's key, so the others stay what they would be.
+        # An unreadable image takes no row: later images move up, and the tensors are cut at the end. Crops
+        # and drop path are functions of the image's key, so a hole does not change the other images.
         for key in keys:
-            note(key[1])  # before it is read: if that kills the process, the note remains
+            note(key[1])  # before reading: if that kills the process, the note remains
             try:
                 image = crop.read(self._source, key)
             except BadImageError as error:
@@ -211,8 +212,8 @@ class _Reader:
             read.append(key)
         images = images[: len(read)]
         if get_worker_info() is not None:
-            # Left alone, torch moves images to shared memory as they are sent, in a thread whose failure
-            # nobody hears of: the main process would wait for ever. If it is full, bytes go through a pipe.
+            # By default torch moves images to shared memory on sending, in a thread whose failure nobody
+            # notices: the main process would wait forever. If it is full, send bytes through a pipe.
             try:
                 images.share_memory_()
             except RuntimeError:
@@ -221,7 +222,7 @@ class _Reader:
 
 
 def _join(chunks: Iterator[_Chunk], parts: list[slice], pin_memory: bool) -> Batch:
-    """The next chunks, one for each part, as one batch; each is copied into place as it arrives."""
+    """Join the next chunks, one per part, to a batch; each is copied into place as it arrives."""
     images, end = torch.empty(0), 0
     keys: list[Key] = []
     bad: list[BadSample] = []
@@ -230,8 +231,8 @@ def _join(chunks: Iterator[_Chunk], parts: list[slice], pin_memory: bool) -> Bat
         chunk = next(chunks)
         if isinstance(chunk.images, np.ndarray):
             _warn_of_pipes()
-        # A single chunk is the batch as it is. Several are copied, into page-locked memory if asked: copies
-        # from there to the device overlap with its computing.
+        # A single chunk is the batch itself. Several are copied, into pinned memory if requested: copies from
+        # there to the device overlap with its computing.
         arrived = torch.as_tensor(chunk.images)
         if len(parts) == 1 and not pin_memory:
             images = arrived
@@ -259,30 +260,30 @@ def _warn_of_pipes() -> None:
 def _share(
     total: int, batch_size: int, chunk: int, rank: int, world_size: int, unit: int = 1
 ) -> list[list[slice]]:
-    """A rank's contiguous share of `total` samples: for each batch the slices of its chunks."""
-    # Rounding the borders of the shares down makes shares that differ by one at most and leave no gap.
+    """A rank's contiguous share of `total` samples: for each batch, the slices of its chunks."""
+    # Rounding the borders down makes shares without gaps that differ by at most one unit.
     units = -(-total // unit)
     start, stop = (min(total, unit * (units * number // world_size)) for number in (rank, rank + 1))
-    # Batches are counted by the largest share: a rank with less has its last one short or empty.
+    # The largest share determines the number of batches: on other ranks the last may be short or empty.
     begins = range(start, start + unit * -(-units // world_size), batch_size)
     return [_slices(min(begin, stop), min(begin + batch_size, stop), chunk) for begin in begins]
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
-    """Parts of at most `size`; of nothing, one empty part."""
-    # An empty part still makes an empty micro-batch, which a rank without samples needs.
+    """Slices of at most `size`; one empty slice for an empty range."""
+    # A rank without samples needs an empty micro-batch.
     return [slice(begin, min(begin + size, stop)) for begin in range(start, max(stop, start + 1), size)]
 
 
 # ----------------------------------------------------------------------------------------------- quarantine
 
 
-class TooManyBadImages(DataError):  # noqa: N818 - it says what happened
-    """More of the files are unreadable than `data.max_bad_fraction` allows."""
+class TooManyBadImages(DataError):  # noqa: N818 - says what happened
+    """More files are unreadable than `data.max_bad_fraction` allows."""
 
 
 class QuarantineLog:
-    """One JSON line for every unreadable file, however often it is met, restarts included."""
+    """One JSON line per unreadable file, however often it is read, restarts included."""
 
     def __init__(
         self, path: Path, num_files: int, max_bad_fraction: float, setting: str = "data.max_bad_fraction"
@@ -293,7 +294,7 @@ class QuarantineLog:
         if not path.exists():
             return
         content = path.read_bytes()
-        # A crash while a line was written leaves it without its end: cut it off, the file is met again.
+        # A crash while writing leaves an incomplete line: cut it off, its file will be read again.
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(path, whole)
@@ -315,8 +316,8 @@ class QuarantineLog:
         return tuple(self._bad.values())
 
     def add(self, bad: BadSample) -> None:
-        """Note a file; `TooManyBadImages` if there are more than the limit, which is one file at least."""
-        # Appended, so that a crash costs one line at most, and an image met in every epoch is one line.
+        """Record a file; raises `TooManyBadImages` beyond the limit, one file at least unless it is 0."""
+        # Append, so that a crash costs at most one line. An image read in every epoch is one line.
         if bad.sample not in self._bad:
             self._bad[bad.sample] = bad
             line = json.dumps({"name": bad.name, "sample": bad.sample, "reason": bad.reason})

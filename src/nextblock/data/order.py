@@ -1,4 +1,4 @@
-"""Which samples a training step holds: a function of the seed and of the step's number alone.
+"""The samples of a training step, as a function of the seed and the step's number alone.
 
 One source is traversed in a new order at every visit (`VisitOrder`). A mixture takes a fixed number of
 samples from each of its sources every epoch (`MixtureOrder`).
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class StepKeys(NamedTuple):
-    """What a step holds. With the seed, (visit, sample) decides how an image is cropped."""
+    """The samples of a step. With the seed, (visit, sample) decides how an image is cropped."""
 
     epoch: int
     visits: Int64[np.ndarray, " b"]
@@ -34,34 +34,34 @@ class StepKeys(NamedTuple):
 
 
 class VisitOrder:
-    """One source of `n` images: an epoch is a visit, without the last images, which fill no batch."""
+    """One source of `n` images: an epoch is one visit, without the last incomplete batch."""
 
     def __init__(self, n: int, *, seed: int, batch_size: int) -> None:
         if not 1 <= batch_size <= n:
             raise UsageError(f"a batch of {batch_size} out of {n} images; use 1 to {n}")
         self.batch_size = batch_size
         self.steps_per_epoch = n // batch_size
-        # Workers fetch ahead, so the end of one visit and the beginning of the next are asked for in turn.
+        # Workers prefetch, so requests alternate between the end of one visit and the start of the next.
         self._visit = lru_cache(maxsize=2)(lambda visit: Permutation(seed, n, "order", visit))
 
     def keys(self, step: int) -> StepKeys:
-        """The slice of the visit's order that the step holds."""
-        # The remainder of a visit fills no batch and is dropped, so visits begin at whole steps; every visit
-        # drops other images, because its order is another one.
+        """The step's slice of the visit's order."""
+        # The incomplete last batch of a visit is dropped, so visits begin at whole steps. Every visit has its
+        # own order, so it drops other images.
         visit, place = divmod(step, self.steps_per_epoch)
         positions = np.arange(place * self.batch_size, (place + 1) * self.batch_size, dtype=np.int64)
         return StepKeys(visit, np.full(self.batch_size, visit, dtype=np.int64), self._visit(visit)[positions])
 
     def seen(self, step: int) -> tuple[int, ...]:
-        """As many as the steps hold."""
+        """Samples of each source used before this step."""
         return (step * self.batch_size,)
 
 
 class MixtureOrder:
-    """Sources of the given `sizes`; every epoch holds `counts` samples of each.
+    """Sources of the given `sizes`; every epoch contains `counts` samples of each.
 
     A source is an endless stream: its permutation at visit 0, then that of visit 1, and so on. An epoch takes
-    the next `counts[i]` samples of stream i, so no image comes again before its visit is over. Nothing is
+    the next `counts[i]` samples of stream i, so no image repeats before its visit is over. Nothing is
     dropped: an epoch is a whole number of batches.
     """
 
@@ -77,18 +77,18 @@ class MixtureOrder:
         )
 
     def keys(self, step: int) -> StepKeys:
-        """Follow every source's stream through the places that the epoch's pattern gives it."""
+        """The step's samples: each source's stream fills its places in the epoch's pattern."""
         epoch, place = divmod(step, self.steps_per_epoch)
         pattern, before = self._pattern(epoch)
         sources = pattern[place * self.batch_size : (place + 1) * self.batch_size]
         visits, samples = (np.empty(self.batch_size, dtype=np.int64) for _ in range(2))
         for i, size in enumerate(self._sizes):
             places = np.flatnonzero(sources == i)
-            # Where this step's part of stream i begins: whole epochs, then this epoch's steps before it.
+            # Start of this step in stream i: earlier epochs, then earlier steps of this epoch.
             first = epoch * self._counts[i] + int(before[place, i])
             stream = np.arange(first, first + len(places), dtype=np.int64)
-            # Position p of the endless stream is position p % size of visit p // size: nothing is counted up,
-            # so any step of any epoch costs the same.
+            # Position p of the endless stream is position p % size of visit p // size. There is no running
+            # count, so any step of any epoch costs the same.
             visits[places], within = np.divmod(stream, size)
             # A step may cross the end of a visit, or several of a small source; each has its own permutation.
             for visit in np.unique(visits[places]).tolist():
@@ -97,7 +97,7 @@ class MixtureOrder:
         return StepKeys(epoch, visits, samples)
 
     def seen(self, step: int) -> tuple[int, ...]:
-        """Whole epochs by their counts, the part of one by its pattern."""
+        """Samples of each source used before this step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         part = self._pattern(epoch)[1][place].tolist() if place else [0] * len(self._counts)
         return tuple(epoch * count + more for count, more in zip(self._counts, part, strict=True))
@@ -105,25 +105,25 @@ class MixtureOrder:
     def _make_pattern(
         self, epoch: int
     ) -> tuple[Integer[np.ndarray, " epoch"], Int64[np.ndarray, "steps sources"]]:
-        """Which source each place of the epoch draws from; how many of each the steps before a step hold."""
-        # A shuffled range, of which the first counts[0] numbers stand for source 0, the next counts[1] for
-        # source 1: so every source has exactly its count, and the sources are mixed within every batch.
+        """The source of each place in the epoch, and per step the samples of each source in earlier steps."""
+        # In a shuffled range, the counts[0] smallest numbers stand for source 0, the next counts[1] for
+        # source 1, and so on. Every source gets exactly its count, and every batch mixes the sources.
         shuffled = keyed_permutation(self._seed, sum(self._counts), "mixture", epoch)
         pattern = np.searchsorted(np.cumsum(self._counts), shuffled, side="right")
         pattern = pattern.astype(np.min_scalar_type(len(self._counts)))
         by_step = pattern.reshape(self.steps_per_epoch, self.batch_size)
         counts = np.stack([(by_step == i).sum(1) for i in range(len(self._counts))], axis=1)
-        # An exclusive sum: what the steps before each step hold.
+        # An exclusive sum: only the steps before each step.
         return pattern, np.cumsum(counts, axis=0) - counts
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
-    """Divide `total` in proportion to the weights, by largest remainders; of equal ones the first wins."""
-    # Weights are the decimals they print as: of 10, the weights 0.8 and 0.2 are 8 and 2, not 7.999… and 2.
+    """Divide `total` in proportion to the weights, by largest remainders; the first wins a tie."""
+    # Weights are exact decimals: 0.8 and 0.2 of 10 are 8 and 2, not 7.999… and 2.
     exact = [Fraction(str(weight)) for weight in weights]
     quotas = [weight * total / sum(exact) for weight in exact]
     counts = [int(quota) for quota in quotas]
-    # Rounding down leaves fewer than len(weights) over: they go to those that lost most by it.
+    # Rounding down leaves a remainder below len(weights), which goes to those that lost most.
     by_remainder = sorted(range(len(quotas)), key=lambda i: counts[i] - quotas[i])
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
@@ -135,9 +135,9 @@ def sample_order(
 ) -> VisitOrder | MixtureOrder:
     """The order of a run's samples: of one source, visit by visit, or of a mixture.
 
-    A mixture's epoch is `data.epoch_samples`, or as many samples as there are images, down to whole batches.
-    One source with `data.epoch_samples` is a mixture of one. `ValueError` if an epoch is no batch, or a
-    source's share no sample.
+    A mixture's epoch is `data.epoch_samples`, or the number of images, rounded down to whole batches. One
+    source with `data.epoch_samples` is a mixture of one. Raises `ValueError` if an epoch is less than a
+    batch, or a source's share less than a sample.
     """
     if data.epoch_samples is not None and data.epoch_samples < batch_size:
         raise UsageError(
@@ -156,13 +156,13 @@ def sample_order(
     parts = source.parts
     if len(parts) == 1 and data.epoch_samples is None:
         return VisitOrder(len(source), seed=seed, batch_size=batch_size)
-    # Whole batches only, so that every epoch holds the same number of each source and nothing is dropped.
+    # Whole batches only, so that every epoch has the same number of each source and drops nothing.
     epoch = total - total % batch_size
     weights = data.weights if data.weights is not None and len(parts) > 1 else [len(part) for part in parts]
     counts = shares(weights, epoch)
     for part, weight, count in zip(parts, weights, counts, strict=True):
         if count == 0:
-            # Enough for one sample by this weight, rounded up to whole batches.
+            # Enough for one sample of this weight, rounded up to whole batches.
             enough = math.ceil(math.ceil(sum(weights) / weight) / batch_size) * batch_size
             raise UsageError(
                 f"{part.spec!r} has weight {weight:g} of {sum(weights):g}, which is not one of the {epoch} "

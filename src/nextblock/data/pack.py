@@ -1,12 +1,12 @@
-"""Any source as tar shards in the WebDataset layout, which slow disks and servers read fast.
+"""Pack any source into tar shards in the WebDataset layout, which slow disks and servers read fast.
 
     DST/shard-000000.tar    KEY.jpg and, if there are labels, KEY.cls (the class's name); its index beside it
     DST/names.tsv           KEY and the image's name in the source
     DST/manifest.json       counts, classes, the source, the settings, and the finished shards
     DST/quarantine.jsonl    unreadable images, and shards of the source that end early, if any
 
-The shards depend on the source and the settings alone, not on the number of workers. Each appears whole or
-not at all. It is then noted in the manifest, so interrupted packing resumes after the last finished shard.
+The shards depend only on the source and the settings, not on the number of workers. Each appears whole or
+not at all, and is then recorded in the manifest, so interrupted packing resumes after the last finished one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int], None] | None
 Member = tuple[str, bytes]
 
-# First bytes of files that are kept, and their extensions. JPEG 2000 is missing, as few programs read it.
+# First bytes of files that are kept, and their extensions. JPEG 2000 is missing: few programs read it.
 _STARTS = {
     **{b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif", b"P": "ppm"},
     **{b"ftypavi": "avif", b"ftyp": "heic"},
@@ -54,14 +54,14 @@ _STARTS = {
 
 
 class Packed(NamedTuple):
-    """What was written; `spec` is how to name it as a source."""
+    """What was written; `spec` names it as a source."""
 
     place: str
     spec: str
     shards: int
     samples: int
     images: int
-    """Of the source; each is a sample, or several tiles, or bad."""
+    """Images of the source; each is a sample, or several tiles, or bad."""
     bad: int
     damage: list[str]
     num_bytes: int
@@ -72,22 +72,22 @@ def pack(
 ) -> Packed:
     """Write shards of all readable images of a source; `progress` is called with the number of images done.
 
-    The same call resumes interrupted packing, or reads what is finished. `ValueError` if `dst` holds
-    something else, `TooManyBadImages` beyond data.max_bad_fraction, `InUseError`, `WriteError`.
+    The same call resumes interrupted packing, or reads a finished result. Raises `ValueError` if `dst`
+    contains something else, `TooManyBadImages` beyond data.max_bad_fraction, `InUseError`, `WriteError`.
     """
     if (config.resize_px or config.tile_px or config.format) and data.channels not in (1, 3):
         raise UsageError(
-            f"data.channels is {data.channels}, and only 1 or 3 can be encoded; leave out resize_px, tile_px "
+            f"data.channels is {data.channels}, but only 1 or 3 can be encoded; leave out resize_px, tile_px "
             "and format to keep the files as they are"
         )
-    # What the shards depend on: an interrupted call is resumed by one of the same settings only.
+    # All that the shards depend on: only a call with the same settings resumes an interrupted one.
     settings = {"source": source.fingerprint, **asdict(config)}
     settings |= {name: getattr(data, name) for name in ("channels", "decoder", "background", "max_pixels")}
     del settings["workers"]
     in_use = dst.is_file() or any(dst.glob("[!.]*"))
     if in_use and not ((dst / OUTPUT_MARK).exists() and (dst / "manifest.json").exists()):
-        raise UsageError(f"{dst} exists and holds something else; give a new folder")
-    # Of two processes on one folder, each would overwrite the other's shards.
+        raise UsageError(f"{dst} exists and contains something else; give a new folder")
+    # Two processes in one folder would overwrite each other's shards.
     with exclusive(dst):
         manifest = _open_manifest(dst, settings)
         if not manifest["finished"]:
@@ -105,19 +105,19 @@ def pack(
 
 
 def _open_manifest(dst: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call with these settings noted, up to the first lost shard; or a new manifest."""
+    """Read the manifest of an earlier call with these settings, up to the first lost shard, or make one."""
     path = dst / "manifest.json"
     if not path.exists():
         write_text(path, json.dumps({"finished": False, "settings": settings, "shards": []}))
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        there, shards = manifest["settings"], manifest["shards"]
+        saved, shards = manifest["settings"], manifest["shards"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}); remove {dst}") from error
-    differ = [f"{k} {there.get(k)!r}, not {new!r}" for k, new in settings.items() if there.get(k) != new]
+    differ = [f"{k} {saved.get(k)!r}, not {new!r}" for k, new in settings.items() if saved.get(k) != new]
     if differ:
         raise UsageError(f"{dst} holds shards of other settings ({'; '.join(differ)}); give another folder")
-    # Shards follow each other without a gap, so from a lost one on all are written again.
+    # Each shard continues the previous one, so a lost shard and all after it are written again.
     for number, shard in enumerate(shards):
         path = dst / shard["name"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -129,11 +129,11 @@ def _open_manifest(dst: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progress: Progress) -> None:
-    """Write the shards that are missing, and note each in the manifest as soon as it is whole."""
+    """Write the missing shards, and record each in the manifest as soon as it is whole."""
     source, config, data = encoder
     shards, bad = manifest["shards"], dst / "quarantine.jsonl"
     start = shards[-1]["next"] if shards else 0
-    # An interrupted call may have noted bad images of the shard that it did not finish. They are read again.
+    # An interrupted call may have recorded bad images of an unfinished shard. They are read again.
     if bad.exists():
         noted = bad.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
         write_text(bad, "".join(f"{line}\n" for line in noted if 0 <= json.loads(line)["sample"] < start))
@@ -143,17 +143,17 @@ def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progre
         path = dst / f"shard-{len(shards):06d}.tar"
         with write_aside(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
             for name, content in members:
-                head = tarfile.TarInfo(name)  # time and owner 0: equal images, equal bytes
+                head = tarfile.TarInfo(name)  # time and owner stay 0: equal images give equal bytes
                 head.size = len(content)
                 tar.addfile(head, io.BytesIO(content))
-        # The shard counts once the manifest names it. If the process is killed before that, the next one
+        # The shard counts once the manifest names it. If the process is killed before that, the next call
         # writes the same bytes again.
         tar_index(path, data)
         shards.append({"name": path.name, "bytes": path.stat().st_size, "next": following})
         write_text(dst / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
-    # A shard is held in memory until it is full. It begins with an image, not with a later tile: so the
-    # number of the image that follows is all it takes to resume.
+    # A shard stays in memory until it is full. It never splits the tiles of an image, so the number of the
+    # next image is enough to resume.
     shard: list[Member] = []
     used, following = 0, start
     numbers = range(start, len(source))
@@ -162,7 +162,7 @@ def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progre
         for index, (members, reason) in zip(numbers, results, strict=True):
             if reason:
                 quarantine.add(BadSample(index, source.name(index), reason))
-            # In a tar, a member takes a header of 512 bytes, and its content filled up to a multiple of 512.
+            # A tar member takes a header of 512 bytes, and its content padded to a multiple of 512.
             size = sum(512 + -(-len(content) // 512) * 512 for _, content in members)
             if shard and used + size > config.shard_mb * 1e6:
                 finish_shard(shard, following)
@@ -177,19 +177,19 @@ def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progre
 
 
 def _finish(source: Source, dst: Path, manifest: dict[str, Any], data: DataConfig) -> None:
-    """Write names.tsv, complete the manifest and the quarantine list, and name classes without an image."""
+    """Write names.tsv, complete manifest and quarantine list, and warn about classes without an image."""
     if not manifest["shards"]:
         raise UsageError(f"{source.spec!r}: none of its {len(source)} images can be read")
-    # The numbers of the packed images are read from the shards, some of which an earlier call wrote.
+    # Read the numbers of the packed images from the shards: an earlier call may have written some.
     packed = TarSource(str(dst), [dst / shard["name"] for shard in manifest["shards"]], data)
     keys = [Path(packed.name(index)).stem for index in range(len(packed))]
     write_text(
         dst / "names.tsv", "".join(f"{key}\t{source.name(int(key.partition('_')[0]))}\n" for key in keys)
     )
-    # Without a limit: too many bad images have been refused before.
+    # No limit: too many bad images have already raised an error.
     quarantine = QuarantineLog(dst / "quarantine.jsonl", len(source), math.inf)
     bad = [sample.sample for sample in quarantine.bad]
-    for number, damage in enumerate(source.damage):  # these have numbers that no image has
+    for number, damage in enumerate(source.damage):  # negative numbers, which no image has
         quarantine.add(BadSample(-1 - number, damage.shard, damage.reason))
     warn_of_absent_classes(str(dst), source, np.delete(np.arange(len(source)), bad))
     classes = source.class_names if source.has_labels else ()
@@ -199,7 +199,7 @@ def _finish(source: Source, dst: Path, manifest: dict[str, Any], data: DataConfi
 
 
 class _Encoder(NamedTuple):
-    """What a worker runs: the members that an image becomes; or none, and why it cannot be read."""
+    """The function that workers run: from an image to its members, or none and the reason."""
 
     source: Source
     config: PackConfig
@@ -220,10 +220,10 @@ class _Encoder(NamedTuple):
         return members, ""
 
     def _files(self, index: int) -> Iterator[tuple[str, str, bytes]]:
-        """The files that an image becomes: what follows its number in the name, extension, content."""
+        """The files of an image: the end of its name after its number, extension, and content."""
         (source, config, data), tile = self, self.config.tile_px
         content = source.content(index)
-        # Decoded even if the bytes are kept: that is how an unreadable image is found.
+        # Decode even if the bytes are kept, to find unreadable images.
         pixels = source.read(index) if content is None else decode(content, data)
         height, width = pixels.shape[1:]
         is_cut = tile is not None and max(height, width) > tile
@@ -234,7 +234,7 @@ class _Encoder(NamedTuple):
                 if start.startswith(magic):
                     yield "", extension, content
                     return
-        # Pixels that are no file have not lost anything yet, so they are kept as they are: PNG.
+        # Pixels that do not come from a file have lost nothing yet, so keep them exactly, as PNG.
         kind = config.format or ("png" if content is None else "jpeg")
         extension = "jpg" if kind == "jpeg" else kind
         if tile is None or not is_cut:
@@ -245,7 +245,7 @@ class _Encoder(NamedTuple):
             yield f"_{top:06d}_{left:06d}", extension, self._encode(piece, kind)
 
     def _encode(self, pixels: UInt8[Tensor, "c h w"], kind: str) -> bytes:
-        # Pillow wants the channels last, and grey without any.
+        # Pillow wants channels last, and grey without a channel axis.
         values = np.ascontiguousarray(rearrange(pixels, "c h w -> h w c").numpy())
         file, resize_px = io.BytesIO(), self.config.resize_px
         try:
@@ -254,11 +254,11 @@ class _Encoder(NamedTuple):
                 width, height = (max(1, round(side * (resize_px / shorter))) for side in image.size)
                 image = image.resize((width, height), Image.Resampling.LANCZOS)
             image.save(file, kind.upper(), **({} if kind == "png" else {"quality": self.config.quality}))
-        except (OSError, ValueError, TypeError) as error:  # too large for the format, or of other channels
+        except (OSError, ValueError, TypeError) as error:  # too large for the format, or wrong channels
             raise BadImageError(f"cannot be written as {kind}: {error}") from error
         return file.getvalue()
 
 
 def _starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin that cover a length; the last ends with it, and so may overlap the one before."""
+    """Starts of tiles that cover a length; the last ends with it, and may overlap the one before."""
     return [*range(0, length - tile, tile), max(0, length - tile)]

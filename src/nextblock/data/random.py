@@ -1,6 +1,6 @@
 """Random numbers as functions of the seed, a purpose, and numbers such as (visit, sample).
 
-Nothing here has state: a run can stop, skip, or divide its work among processes and still draw the same
+Nothing here has state: a run can stop, skip or split its work among processes, and still draw the same
 numbers. The key is a hash (BLAKE2b) and the generator is counter-based (Philox), the same on every platform.
 """
 
@@ -22,14 +22,14 @@ def keyed_seed(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def keyed_rng(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A generator of its own for `purpose` and its numbers; two different keys share no numbers."""
+    """A separate generator for `purpose` and its numbers; different keys give independent streams."""
     return np.random.Generator(np.random.Philox(key=_key(seed, purpose, numbers)))
 
 
 def keyed_permutation(seed: int, length: int, purpose: str, *numbers: int) -> np.ndarray:
     """A permutation of range(length)."""
-    # Built from raw bits: numpy promises that those stay the same in all its versions, but not what
-    # Generator.permutation makes of them.
+    # Built from raw bits: numpy keeps those stable across versions, but not the result of
+    # Generator.permutation.
     bits = np.random.Philox(key=_key(seed, purpose, numbers)).random_raw(length)
     return np.argsort(bits, kind="stable")
 
@@ -37,8 +37,8 @@ def keyed_permutation(seed: int, length: int, purpose: str, *numbers: int) -> np
 class Permutation:
     """`keyed_permutation` of any length: `permutation[positions]` are the numbers at these positions.
 
-    Up to `MAX_TABLE` numbers it holds a table, which costs 20 bytes a number to make. Beyond, a Feistel
-    network computes the numbers at a position from the position alone.
+    Up to `MAX_TABLE` numbers it stores a table, which takes 20 bytes per number to build. Above that, a
+    Feistel network computes each number from its position alone.
     """
 
     def __init__(self, seed: int, length: int, purpose: str, *numbers: int) -> None:
@@ -51,8 +51,8 @@ class Permutation:
             return self._table[positions]
         # The network permutes all numbers of an even number of bits, a range up to four times as long as
         # ours. A result outside our range is permuted again until it falls inside ("cycle walking", Black
-        # and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Every cycle through our range enters it
-        # again, so the walk ends, and no two positions end at the same number: it is a permutation.
+        # and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Every cycle that leaves our range comes
+        # back, so the walk ends, and no two positions end at the same number: it is a permutation.
         half = np.uint64(-(-(self._length - 1).bit_length() // 2))
         values = _feistel(positions.astype(np.uint64), half, self._round_keys)
         while (outside := values >= self._length).any():
@@ -72,13 +72,13 @@ def _feistel(
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
-        # A round can be undone whatever the mixing is, because the half that was mixed in is kept: so no two
-        # inputs ever meet.
+        # A round is invertible for any mixing function, because it keeps the half that it mixes in. So no
+        # two inputs collide.
         left, right = right, left ^ (mixed & mask)
     return left << half | right
 
 
 def _key(seed: int, purpose: str, numbers: tuple[int, ...]) -> int:
-    # Decimal numbers between commas after a zero byte: no two keys have the same text.
+    # Decimal numbers between commas after a zero byte: different keys have different text.
     text = f"{purpose}\0{seed},{','.join(map(str, numbers))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

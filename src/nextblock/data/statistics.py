@@ -18,7 +18,7 @@ BATCH_SIZE = 50
 
 
 class PixelStatistics(NamedTuple):
-    """Mean and deviation of each channel, of pixels in [0, 1], to six digits, and of how many images."""
+    """Mean and deviation of each channel to six digits, for pixels in [0, 1], and the number of images."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -28,14 +28,14 @@ class PixelStatistics(NamedTuple):
 def measure_pixels(
     source: Source, data: DataConfig, image_size: Size, seed: int, *, most: int = 1000
 ) -> PixelStatistics:
-    """Measure the centre crops, as in validation, of up to `most` images drawn by the seed.
+    """Measure the validation crops of up to `most` images drawn by the seed.
 
     Raises `ValueError` if no image of the sample can be read, or if a channel is the same everywhere.
     """
-    # Drawn by the seed, so that a run that starts again measures the same.
+    # Drawn by the seed, so that a restarted run measures the same.
     chosen = np.sort(keyed_permutation(seed, len(source), "statistics")[:most])
     workers = resolve_workers(data.workers, source)
-    # Sums of whole numbers are exact, so the result depends neither on workers nor on batches.
+    # Integer sums are exact, so the result does not depend on workers or batches.
     totals = np.zeros((2, data.channels), dtype=np.int64)
     images, bad = 0, []
     for batch in eval_batches(source, data, image_size, BATCH_SIZE, chosen, workers=workers):
@@ -48,11 +48,11 @@ def measure_pixels(
             f"data.normalize auto: none of {len(chosen)} images of {source.spec} can be read, such as "
             f"{bad[0].name}: {bad[0].reason}; repair them, or give data.mean and data.std"
         )
-    # Computed in whole numbers (Python's have no limit) up to one division at the end.
+    # Computed in Python's unbounded integers, up to one division at the end.
     pixels = images * math.prod(pair(image_size))
     mean, std = [], []
     for channel, (total, squares) in enumerate(totals.T.tolist()):
-        # pixels * squares - total² is pixels² times the variance, still a whole number: nothing cancels.
+        # pixels * squares - total² is pixels² times the variance, an exact integer: nothing cancels.
         deviation = math.sqrt(pixels * squares - total**2) / pixels / 255
         if round(deviation, 6) == 0:
             raise UsageError(

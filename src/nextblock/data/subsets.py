@@ -1,7 +1,7 @@
-"""Some images of a source: drawn by a seed, divided into parts, and written as a list.
+"""Subsets of a source: drawn by a seed, split into parts, and written as a list.
 
-Images that are files are listed by path and class (`files:LIST.txt`). Others are listed by number, below the
-source's name and fingerprint (`subset:LIST.txt`).
+Images that are files are listed by path and class (`files:LIST.txt`), others by number, below the source's
+name and fingerprint (`subset:LIST.txt`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 def draw(source: Source, count: int, seed: int) -> Numbers:
-    """Draw `count` images; with equal seeds, a smaller draw is part of every larger one."""
+    """Draw `count` images; with equal seeds, larger draws contain smaller ones."""
     if not 1 <= count <= len(source):
         raise UsageError(f"cannot draw {count} of {counted(len(source), 'image')} of {source.spec!r}")
-    # The first of one shuffled order, whatever the count: that makes draws of one seed parts of each other.
+    # Always a prefix of one shuffled order, so that draws of one seed contain each other.
     return np.sort(_shuffled(source, seed)[:count])
 
 
@@ -58,20 +58,20 @@ def draw_per_class(source: Source, count: int, seed: int) -> Numbers:
 def split(
     source: Source, parts: Mapping[str, float], seed: int, *, stratify: bool = False
 ) -> dict[str, Numbers]:
-    """Divide the images into parts of the given shares, each image in one part at most.
+    """Split the images into parts of the given shares; each image is in at most one part.
 
-    Every part has its share to within one image. With `stratify` it has it to within two of every class, and
-    of several parts each has at least one image of every class with as many images as there are parts. Shares
-    that sum to less than 1 leave the rest out.
+    Every part has its share to within one image, and with `stratify` to within two of every class. Then each
+    of several parts also has an image of every class, if the class has enough. Shares that sum to less than 1
+    leave the rest out.
     """
     if not parts or min(parts.values()) <= 0 or sum(parts.values()) > 1 + 1e-9:
         raise UsageError(f"the shares {dict(parts)} must each be above 0, and add up to at most 1")
-    # A last share stands for the images that are left out: they are dealt like a part.
+    # The last share is that of the images left out, which are dealt like a part.
     shares = np.array([*parts.values(), max(0.0, 1 - math.fsum(parts.values()))])
     classes = _by_class(source, seed) if stratify else [_shuffled(source, seed)]
-    # One deal runs through all classes, so rounding in one class is made up for in the next.
+    # One deal runs through all classes, so the next class makes up for rounding in the one before.
     part_of = _deal(shares, len(source))
-    # Of a single part (1 % of the labels, say) the share is what counts.
+    # For a single part (1 % of the labels, say) only the share counts.
     if stratify and len(parts) > 1:
         for in_class in np.split(part_of, np.cumsum([len(images) for images in classes])[:-1]):
             _give_to_empty(in_class, shares)
@@ -95,7 +95,7 @@ def _shuffled(source: Source, seed: int) -> np.ndarray:
 
 
 def _by_class(source: Source, seed: int) -> list[np.ndarray]:
-    """The images of every class, shuffled."""
+    """The images of each class, shuffled."""
     # A stable sort by class keeps the shuffled order within each class.
     shuffled = _shuffled(source, seed)
     labels = source.labels[shuffled]
@@ -104,9 +104,9 @@ def _by_class(source: Source, seed: int) -> list[np.ndarray]:
 
 
 def _deal(shares: np.ndarray, count: int) -> np.ndarray:
-    """A part for each of `count` places; the last share is of those left out."""
-    # Each place goes to the part that is furthest behind its share, the first of equal ones. So every part
-    # has its share of the places before any place to within one, and of those between two to within two.
+    """Assign a part to each of `count` places; the last share is of those left out."""
+    # Each place goes to the part that is furthest behind its share, the first in a tie. So every part has
+    # its share to within one in any prefix, and to within two in any range of places.
     got = np.zeros(len(shares))
     part_of = np.empty(count, dtype=np.int64)
     for place in range(count):
@@ -117,12 +117,12 @@ def _deal(shares: np.ndarray, count: int) -> np.ndarray:
 
 
 def _give_to_empty(part_of: np.ndarray, shares: np.ndarray) -> None:
-    """Move single images, in place, so that every part has one of a class that has enough of them."""
+    """Move single images of a class, in place, so that every part has one if there are enough."""
     num_parts = len(shares) - 1
     for part in range(num_parts):
         counts = np.bincount(part_of, minlength=len(shares))
-        # Whoever is furthest above its share gives its last image, but no part its only one. With as many
-        # images as parts there is always one who can: some part has two, or an image is left out.
+        # The part furthest above its share gives its last image, but never its only one. If there is an image
+        # per part, one can always give: some part has two, or an image is left out.
         can_give = counts >= [2] * num_parts + [1]
         if len(part_of) >= num_parts and counts[part] == 0:
             giver = np.argmax(np.where(can_give, counts - shares * len(part_of), -np.inf))
@@ -130,16 +130,16 @@ def _give_to_empty(part_of: np.ndarray, shares: np.ndarray) -> None:
 
 
 def named(names: Sequence[str], most: int = 10) -> str:
-    """Names in one line, the first `most` of them."""
+    """Join the first `most` names in one line."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def warn_of_absent_classes(place: str, source: Source, numbers: Numbers) -> None:
-    """Name the classes of which `place` holds no image; `numbers` are the images that it holds."""
+    """Warn about classes without an image among `numbers`, which are the images of `place`."""
     if not source.has_labels:
         return
-    found = set(source.labels[numbers].tolist())
-    absent = [name for label, name in enumerate(source.class_names) if label not in found]
+    present = set(source.labels[numbers].tolist())
+    absent = [name for label, name in enumerate(source.class_names) if label not in present]
     absent += source.empty_classes()
     if absent:
         log.warning("%s: no image of %d classes: %s", place, len(absent), named(absent))
@@ -148,14 +148,14 @@ def warn_of_absent_classes(place: str, source: Source, numbers: Numbers) -> None
 def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     """Write a list of images, whole or not at all; returns the spec that reads it.
 
-    `ValueError` if there is another file of that name, also if another process has just written it.
+    Raises `ValueError` if a different file of that name exists, even if another process has just written it.
     """
     shown = text(os.fsencode(path))
     warn_of_absent_classes(shown, source, numbers)
     lines, spec = _file_lines(source, numbers), f"files:{path}"
     if lines is None:
         of, spec = absolute_spec(source.spec), f"subset:{path}"
-        # The head of a list holds a line of text; a path that is none is given with the spec instead.
+        # The head of a list has lines of text; an unprintable path goes into the spec instead.
         head = [f"# of: {of}"] if of.isprintable() else []
         spec += "" if head else f",of={of}"
         head.append(f"# fingerprint: {source.fingerprint}")
@@ -166,7 +166,7 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
         return spec
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of several processes, one gets the name. The list then replaces the empty file, whole.
+        # Only one of several processes creates the file. The list then replaces the empty file, whole.
         path.touch(exist_ok=False)
     except FileExistsError as error:
         raise UsageError(f"{shown} exists already; remove it, or write to another file") from error
@@ -182,12 +182,12 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
 
 
 def _file_lines(source: Source, numbers: Numbers) -> list[bytes] | None:
-    """Paths, with classes if there are any; None if images are not files, or a line cannot hold one."""
+    """Paths, with classes if there are any; None if images are not files, or do not fit in a line."""
     lines = []
     for number in numbers.tolist():
         path = source.path(number)
         label = source.class_names[source.labels[number]] if source.has_labels else ""
-        # Spaces around a class are lost when the list is read, and control characters end a line or a path.
+        # Reading a list strips spaces around a class, and control characters would end a line or a path.
         if path is None or label != label.strip() or _CONTROL.search(line := os.fsencode(path.absolute())):
             return None
         lines.append(line + (b"\t" + label.encode() if source.has_labels else b""))

@@ -1,4 +1,4 @@
-"""What becomes of one image on its way into a batch: a function of the seed, the visit and the sample."""
+"""Transforms of one image for a batch, as functions of the seed, the visit and the sample."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 @dataclass(frozen=True, kw_only=True)
 class Crop(ABC):
-    """Makes one image of a batch from a source's image."""
+    """Turns a source's image into an image of a batch."""
 
     data: DataConfig
     image_size: Size
@@ -44,7 +44,7 @@ class Crop(ABC):
         """Crop an image's pixels."""
 
     def read(self, source: Source, key: Key) -> Tensor:
-        """The crop of a source's image; `BadImageError` if it cannot be read."""
+        """Read and crop a source's image; raises `BadImageError` if it cannot be read."""
         return self(source.read(key[1]), key)
 
 
@@ -64,28 +64,28 @@ class TrainCrop(Crop):
         return train_crop(image, self.image_size, self.data, keyed_rng(self.seed, "augment", *key))
 
     def read(self, source: Source, key: Key) -> Tensor:
-        """The crop; a large JPEG is decoded no larger than its crop needs if `data.decoder` is fast."""
+        """Read and crop; if `data.decoder` is fast, a JPEG is decoded no larger than the crop needs."""
         if self.data.decoder != "fast":
             return super().read(source, key)
-        # The crop is drawn in the full picture, from its header, exactly as without reduction. Then the
-        # picture is decoded at the largest reduction that leaves the crop at least as large as its target.
+        # Draw the crop in the full picture, whose size is in the header, exactly as without reduction. Then
+        # decode at the largest reduction that leaves the crop at least as large as its target.
         rng, size = keyed_rng(self.seed, "augment", *key), pair(self.image_size)
         drawn: list[tuple[bool, Box, int]] = []
 
         def reduce(height: int, width: int, flips: tuple[int, ...]) -> int:
             flip, box = draw_crop(height, width, self.data, rng)
             factor = reduction(box, size)
-            # A side that the factor does not divide is padded at the stored right and bottom. A flip brings
-            # the padding to the left and top, and so moves the crop.
+            # A side that the factor does not divide is padded at the stored right and bottom. A flip moves
+            # the padding to the left and top, and thereby the crop.
             top = box[0] + (-height % factor if -2 in flips else 0)
             left = box[1] + (-width % factor if -1 in flips else 0)
             drawn.append((flip, (top, left, box[2], box[3]), factor))
             return factor
 
         pixels = source.read(key[1], reduce)
-        if not drawn:  # no JPEG, so nobody asked for a reduction, and nothing was drawn
+        if not drawn:  # not a JPEG, so `reduce` was not called, and nothing was drawn
             return self(pixels, key)
-        # From here on as without reduction, with the same generator: it has drawn the crop, not the colours.
+        # From here on as without reduction: the generator has drawn the crop, but not yet the colours.
         ((flip, box, factor),) = drawn
         box = reduced_box(box, (pixels.shape[1], pixels.shape[2]), factor)
         return finish_crop(pixels, flip, box, size, self.data, rng)
@@ -109,7 +109,7 @@ class TimmCrop(Crop):
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], key: Key) -> Float[Tensor, "3 rows columns"]:
         """Crop an image's pixels."""
-        # timm works on Pillow's images.
+        # timm works on Pillow images.
         picture = Image.fromarray(np.ascontiguousarray(rearrange(image, "c h w -> h w c").numpy()))
         with seeded_globally(keyed_seed(self.seed, "timm", *key)):
             return self._transform(picture)
@@ -131,7 +131,7 @@ class TimmCrop(Crop):
             re_mode="pixel",
             re_count=1,
         )
-        # Replaced in this transform alone; the module of timm stays as it is.
+        # Replaced in this transform only; the timm module is unchanged.
         (policy,) = (part for part in transform.transforms if isinstance(part, RandAugment))
         for operation in policy.ops:
             if operation.name == "PosterizeIncreasing":
@@ -140,16 +140,16 @@ class TimmCrop(Crop):
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    # timm's strongest keeps 0 bits of each colour, which is black and which Pillow 13 refuses.
+    # timm's strongest keeps 0 bits of each colour, which is black, and Pillow 13 refuses it.
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 @contextmanager
 def seeded_globally(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch (its CPU's), and put them back afterwards."""
-    # Third-party augmentation draws from these. Seeded for one image and put back, neither worker processes
-    # nor anything else in this process makes a difference to it.
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - it is the global one that is meant
+    """Seed the global generators of Python, numpy and torch (CPU), then restore them."""
+    # Third-party augmentation draws from these. Seeding per image makes it independent of worker processes,
+    # and of everything else in this process.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is meant
     try:
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)

@@ -1,7 +1,7 @@
-"""Work done ahead in worker processes, in order; what becomes of a worker that is killed.
+"""Run work ahead in worker processes, in order, and report workers that are killed.
 
-Training, `doctor` and `pack` hand their work out here. Ctrl-C and many schedulers' SIGTERM reach every
-process of the group: the main process finishes its step and saves, and needs its workers until then.
+Training, `doctor` and `pack` use this. Ctrl-C and many schedulers' SIGTERM reach every process of the group,
+but the main process needs its workers until it has finished its step and saved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nextblock.data.sources.base import DataError, Source
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Called with the number of the image that is read next, so that a crash can name it.
+# Called with the number of the next image to read, so that a crash can name it.
 Note = Callable[[int], None]
 
 
@@ -33,15 +33,15 @@ class WorkerError(DataError):
 
 
 def resolve_workers(workers: int | None, source: Source, sharing: int = 1) -> int:
-    """Worker processes: as asked, else none for a source in memory, else a core each but one, up to 8.
+    """The number of workers: as given; 0 for a source in memory; else the cores minus one, at most 8.
 
-    `sharing`: so many processes, this one among them, share the cores.
+    `sharing` processes, including this one, share the cores.
     """
     if workers is not None:
         return workers
     if source.in_memory:
         return 0
-    # The cores this process may use: a container or a scheduler often gives fewer than there are.
+    # The cores that this process may use: containers and schedulers often limit them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(0, cores // sharing - 1))
 
@@ -49,12 +49,12 @@ def resolve_workers(workers: int | None, source: Source, sharing: int = 1) -> in
 def run_in_workers(
     function: Callable[[T, Note], R], items: Iterable[T], source: Source, workers: int, *, ahead: int = 2
 ) -> Generator[R, None, None]:
-    """`function(item, note)` of every item, in their order; each worker prepares `ahead` items in advance.
+    """Yield `function(item, note)` for every item, in order; each worker prepares `ahead` items in advance.
 
-    Without workers the main process does it when asked for. `WorkerError` names the image that was read when
-    a worker was killed; `DataError` the one for which there was no memory.
+    Without workers the main process computes each result on demand. `WorkerError` names the image that a
+    killed worker was reading, `DataError` the one for which there was no memory.
     """
-    # Which image each worker reads. A killed worker leaves no message, but shared memory outlives it.
+    # The image that each worker reads. A killed worker leaves no message, but shared memory outlives it.
     reading = torch.full((max(1, workers),), -1, dtype=torch.int64)
     if workers:
         reading.share_memory_()
@@ -72,20 +72,20 @@ def run_in_workers(
         while True:
             try:
                 with gate.opened():
-                    # Dead while nobody waited: its results may be half sent, so do not wait for them.
+                    # It died while nobody waited: its results may be half sent, so do not wait for them.
                     if workers and _killed_workers(iterator):
                         raise RuntimeError("a worker has been killed")  # noqa: TRY301
                     result = next(iterator)
             except StopIteration:
                 return
             except Exception as error:
-                # The frames of torch that raise a worker's error again hold the iterator. Left to the garbage
-                # collector, the workers would be told to end too late, and each be waited for during 5 s.
+                # torch's frames, which re-raise a worker's error, hold the iterator. Left to the garbage
+                # collector, the workers would be stopped late, after a wait of 5 s each.
                 traceback.clear_frames(error.__traceback__)
                 if not workers:
                     raise
                 if isinstance(error, OSError | EOFError):
-                    # Its shared memory was to be fetched from a worker that is just dying: wait a little.
+                    # Fetching shared memory from a worker that is just dying failed: wait a little.
                     sentinels = {worker.sentinel: worker for worker in iterator._workers}
                     for sentinel in connection.wait(list(sentinels), timeout=5):
                         sentinels[sentinel].join(5)  # it closes its files before it has an exit code
@@ -93,7 +93,7 @@ def run_in_workers(
                 if not killed:
                     raise
                 (worker, code), cause = killed[0], "most likely the machine ran out of memory: use"
-                if -code == signal.SIGBUS:  # what a process gets that writes to memory there is no room for
+                if -code == signal.SIGBUS:  # raised by a write when shared memory is full
                     cause = "shared memory (/dev/shm) is full: give more (docker run --shm-size=2g), or use"
                 sample = int(reading[worker])
                 where = f" while it read {source.name(sample)}" if sample >= 0 else ""
@@ -110,11 +110,11 @@ class _Work(Dataset):
     def __init__(self, function: Callable[[Any, Note], Any], reading: torch.Tensor, source: Source) -> None:
         self._function, self._reading, self._source = function, reading, source
 
-    # torch prefers this to __getitem__ and hands it what the batch sampler yields, which may be anything.
+    # torch prefers this to __getitem__, and passes whatever the batch sampler yields.
     def __getitems__(self, item: Any) -> Any:
         worker = get_worker_info()
         place = 0 if worker is None else worker.id
-        # Memory that is short is no fault of the image: it must not become a hole in the data.
+        # Running out of memory is not the image's fault: it must not become a hole in the data.
         try:
             return self._function(item, partial(self._reading.__setitem__, place))
         except MemoryError as error:
@@ -125,17 +125,17 @@ class _Work(Dataset):
             ) from error
 
 
-# No lambda: where workers are spawned, it is pickled.
+# Not a lambda: it is pickled if workers are spawned.
 def _as_is(result: Any) -> Any:
     return result
 
 
 def _start(worker: int) -> None:  # noqa: ARG001 - the loader passes the worker's number
-    """Ignore the signals that ask a run to stop; obey SIGTERM only from the parent, if the system tells."""
+    """Ignore the signals that stop a run; obey SIGTERM only from the parent, if the system can tell."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        # A blocked signal waits to be fetched together with its sender: torch ends workers by SIGTERM too.
+        # sigwaitinfo fetches a blocked signal with its sender: torch too ends workers with SIGTERM.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
@@ -150,7 +150,7 @@ def _obey(parent: int) -> None:
 
 
 class _Gate:
-    """A handler of SIGCHLD that calls torch's, which raises, only while the gate is open."""
+    """A SIGCHLD handler that calls torch's, which raises, only while the gate is open."""
 
     def __init__(self, handler: Any) -> None:
         self._handler, self._is_open = handler, False
@@ -170,12 +170,12 @@ class _Gate:
 
 @contextmanager
 def _sigchld_gate() -> Iterator[_Gate]:
-    """Let torch hear of a worker's death while we wait for a result, and at no other time."""
-    # torch's handler would raise anywhere in the main thread, also amid the optimizer's step, and leave
-    # weights that are half old, half new. It must raise while we wait: of a worker killed as it sent a large
-    # result, half a message has arrived, and the rest never will.
+    """Let torch notice a worker's death only while we wait for a result."""
+    # torch's handler could raise anywhere in the main thread, even within the optimizer's step, and leave the
+    # weights half updated. It must raise while we wait: if a worker is killed while it sends a large result,
+    # the rest of the message never arrives.
     outer: Any = signal.getsignal(signal.SIGCHLD)
-    # A validation loader finds the gate of the training loader, and shares it: either may wait.
+    # A validation loader shares the gate of the training loader: either may wait.
     gate = outer if isinstance(outer, _Gate) else _Gate(outer)
     is_main = threading.current_thread() is threading.main_thread()
     is_ours = gate is not outer and callable(outer) and is_main
@@ -189,5 +189,5 @@ def _sigchld_gate() -> Iterator[_Gate]:
 
 
 def _killed_workers(iterator: Any) -> list[tuple[int, int]]:
-    """Number and exit code of every worker that has ended by a signal."""
+    """Number and exit code of every worker killed by a signal."""
     return [(n, w.exitcode) for n, w in enumerate(iterator._workers) if (w.exitcode or 0) < 0]

@@ -1,4 +1,4 @@
-"""Where images are, and how to name it.
+"""Sources of images, and the grammar of their names.
 
     DIR                                             searched recursively; classes: its first-level folders
     DIR of tars                                     one tar a class, as ImageNet-21k is distributed
@@ -56,19 +56,19 @@ KNOWN = (
     "digits:split=train"
 )
 _KINDS = ("files", "torchvision", "hf", "digits", "subset", "https", "s3", "gs")
-# What compresses a tar as a whole: to read its last image, all before it must be unpacked.
+# Compression of a tar as a whole: reading its last image means unpacking all of it.
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _URL = re.compile(r"(https?|s3|gs)://")
 _KEYWORD = re.compile(r"[A-Za-z][A-Za-z0-9+]+:")
 
 
 def open_source(spec: str, data: DataConfig) -> Source:
-    """Open what `spec` names (see the grammar above); `ValueError` if there is nothing to read."""
+    """Open the source that `spec` names (grammar above); raises `ValueError` if there is nothing to read."""
     if not spec.strip():
         raise UsageError("the name of a source is empty; name a directory of images, or . for this one")
     path, (kind, _, rest) = local_path(spec), spec.partition(":")
-    # A path comes first: a folder called digits must not silently become scikit-learn's. Whoever meant the
-    # keyword is told how to write it.
+    # A path comes first: a folder called digits must not silently become scikit-learn's. The warning says how
+    # to write the keyword.
     if path.exists():
         if spec in _KINDS:
             keyword = "digits:split=all" if spec == "digits" else f"{spec}:..."
@@ -85,9 +85,9 @@ def open_source(spec: str, data: DataConfig) -> Source:
             return TarSource(spec, [path], data)
         if ending.encode() in EXTENSIONS:
             return FilesSource.of_one(spec, path, data)
-        problem = f"it is a file; give the directory that holds it, or files:{spec} if it lists images"
+        problem = f"it is a file; give the directory that contains it, or files:{spec} if it lists images"
     else:
-        # Nothing lies there, so it is a keyword, an address, or shards that braces name.
+        # There is no such path, so it is a keyword, an address, or shards in braces.
         name, _, options = rest.partition(",")
         if kind == "digits":
             return DigitsSource(spec, read_options(spec, rest, ("split",)).get("split", "all"), data)
@@ -113,8 +113,8 @@ def open_source(spec: str, data: DataConfig) -> Source:
 
 
 def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
-    """Open `subset:LIST.txt` or `subset:LIST.txt,of=SPEC`; all that follows `of=` is the other source."""
-    # Of several ,of= the first is this list's; the rest belongs to the other source.
+    """Open `subset:LIST.txt` or `subset:LIST.txt,of=SPEC`; the rest after `of=` is the other source."""
+    # The first ,of= is this list's; any others belong to the other source.
     text, _, of = spec.removeprefix("subset:").partition(",of=")
     path = local_path(text)
     head, numbers = read_subset_list(spec, path)
@@ -130,8 +130,8 @@ def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
 
 
 def open_sources(specs: Sequence[str], data: DataConfig) -> Source:
-    """Open what the specs name: one source as it is, several as a mixture; none of them twice."""
-    # One directory may have two names, such as d and d/: paths are compared by where they lead.
+    """Open one source as it is, or several different ones as a mixture."""
+    # One directory may have two names, such as d and d/, so compare resolved paths.
     places = [str(local_path(spec).resolve()) if local_path(spec).exists() else spec for spec in specs]
     for number, spec in enumerate(specs):
         if places[number] in places[:number]:
@@ -142,9 +142,9 @@ def open_sources(specs: Sequence[str], data: DataConfig) -> Source:
 
 
 def absolute_spec(spec: str) -> str:
-    """The same source under a name that works in any working directory."""
+    """Name the same source so that it works in any working directory."""
     kind, _, rest = spec.partition(":")
-    # As in opening, a path comes before a keyword.
+    # As in `open_source`, a path comes before a keyword.
     if not local_path(spec).exists():
         if kind == "digits" or _URL.match(spec):
             return spec
@@ -166,12 +166,12 @@ def _absolute(path: str) -> str:
 
 
 def read_options(spec: str, text: str, known: Sequence[str] = ()) -> dict[str, str]:
-    """Read `key=value,key=value`; `ValueError` for a key that is not known, if any are."""
+    """Parse `key=value,key=value`; if `known` keys are given, any other raises `ValueError`."""
     options = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if not key or not value:
-            raise UsageError(f"{spec!r}: {item!r} is no option; write key=value, such as split=train")
+            raise UsageError(f"{spec!r}: {item!r} is not an option; write key=value, such as split=train")
         if known and key not in known:
             raise UsageError(f"{spec!r}: there is no option {key!r}; {nearest_name(key, list(known))}")
         options[key] = value

@@ -1,4 +1,4 @@
-"""What a source of images is: a numbered list with names, and with labels if there are any."""
+"""The base of all sources: a numbered list of images with names and, if there are any, labels."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Labels = tuple[np.ndarray, tuple[str, ...]]
 
 
 class DataError(RuntimeError):
-    """Reading images failed for a reason that is no single image's fault; a run saves and stops."""
+    """Reading images failed, but no single image is at fault; a run saves and stops."""
 
     def __init__(self, message: str = "") -> None:
-        # The error of a worker process reaches the main process with its traceback as its message.
+        # A worker's error reaches the main process with its traceback in the message: keep the last part.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class Damage(NamedTuple):
-    """An archive that cannot be read to its end; the number of images before that, which are used."""
+    """An archive that cannot be read to its end, and the number of usable images before the damage."""
 
     shard: str
     reason: str
@@ -45,33 +45,33 @@ class Damage(NamedTuple):
 
 
 class Source(ABC):
-    """A numbered list of images, the same at every opening. An image is opened only when it is read."""
+    """A numbered list of images, always in the same order. An image is opened only when it is read."""
 
     spec: str
-    """What it was opened from."""
+    """The name it was opened by."""
     in_memory = False
-    """Whether reading an image costs next to nothing, so that worker processes would not help."""
+    """Whether reading an image is so cheap that worker processes would not help."""
     damage: tuple[Damage, ...] = ()
-    """Archives of this source that are not whole."""
+    """Incomplete archives of this source."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:  # noqa: ARG002
-        """The image's upright pixels; `BadImageError` if unreadable. `reduce` may shrink a JPEG."""
+        """The image's upright pixels; raises `BadImageError`. `reduce` may shrink a JPEG."""
         self._check(index)
         return self._read(index)
 
     def content(self, index: int) -> bytes | None:  # noqa: ARG002 - sources of files override it
-        """The encoded file, or None if images are no files; `BadImageError` if unreadable."""
+        """The encoded file, or None if images are not files; raises `BadImageError`."""
         return None
 
     def path(self, index: int) -> Path | None:  # noqa: ARG002 - folders override it
-        """Where the image's file lies, or None if it is not a file of its own."""
+        """The path of the image's own file; None if it has none."""
         return None
 
     def name(self, index: int) -> str:
-        """What messages call the image, printable: its path below the directory, or its number."""
+        """The image's printable name for messages: its path below the directory, or its number."""
         self._check(index)
         return self._name(index)
 
@@ -82,26 +82,26 @@ class Source(ABC):
 
     @property
     def has_labels(self) -> bool:
-        """Whether `labels` returns any."""
-        return not isinstance(self._found, ValueError)
+        """Whether there are labels."""
+        return not isinstance(self._labels_or_error, ValueError)
 
     @property
     def labels(self) -> np.ndarray:
-        """The class of every image, int64 (n,); `ValueError` says what was searched if there are none."""
+        """The class of every image, int64 (n,); raises `ValueError`, which says where it looked."""
         return self._labels[0]
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes by number; `ValueError` like `labels`."""
+        """Names of the classes by number; raises `ValueError` like `labels`."""
         return self._labels[1]
 
     def empty_classes(self) -> list[str]:
-        """Folders that look like classes but hold no image."""
+        """Folders that look like classes but contain no image."""
         return []
 
     @cached_property
     def fingerprint(self) -> str:
-        """The number of images and a hash of their names, not of their pixels: equal for equal lists."""
+        """Identifies the list: the number of images and a hash of their names, not of their pixels."""
         return self._make_fingerprint()
 
     @abstractmethod
@@ -116,10 +116,10 @@ class Source(ABC):
     @abstractmethod
     def _make_fingerprint(self) -> str: ...
 
-    # Labels are found when they are first asked for: an unlabelled folder is only refused if labels are
-    # needed. The refusal is kept as well, because workers ask for every image whether there are labels.
+    # Labels are searched on first use: an unlabelled folder is an error only if labels are needed. The error
+    # is cached too, because `has_labels` may be called for every image.
     @cached_property
-    def _found(self) -> Labels | ValueError:
+    def _labels_or_error(self) -> Labels | ValueError:
         try:
             return self._find_labels()
         except ValueError as error:
@@ -127,9 +127,9 @@ class Source(ABC):
 
     @property
     def _labels(self) -> Labels:
-        if isinstance(self._found, ValueError):
-            raise UsageError(str(self._found))
-        return self._found
+        if isinstance(self._labels_or_error, ValueError):
+            raise UsageError(str(self._labels_or_error))
+        return self._labels_or_error
 
     def _check(self, index: int) -> None:
         # A negative number would count from the end of an array, and silently be another image.
@@ -138,12 +138,12 @@ class Source(ABC):
 
 
 class EncodedSource(Source):
-    """A source of encoded files, wherever they lie. A subclass gives `_content`, within `check_size`.
+    """A source of encoded files. A subclass defines `_content`, which must call `check_size`.
 
-    If it gives `_names`, and `_prefix` for the fingerprint, the classes are the names' first-level folders.
+    If it sets `_names`, and `_prefix` for the fingerprint, first-level folders are the classes.
     """
 
-    # Workers get a copy of the source, by fork or by pickle: what it holds should be few, compact objects.
+    # Workers get a copy of the source, by fork or pickle, so it should hold few and compact objects.
     _data: DataConfig
     _names: Names
     _prefix: str
@@ -152,11 +152,11 @@ class EncodedSource(Source):
         return len(self._names)
 
     def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
-        """The image's upright pixels; `BadImageError` if unreadable."""
+        """The image's upright pixels; raises `BadImageError`."""
         return decode(self.content(index), self._data, reduce)
 
     def content(self, index: int) -> bytes:
-        """The encoded file; `BadImageError` if it cannot be read."""
+        """The encoded file; raises `BadImageError`."""
         self._check(index)
         return self._content(index)
 
@@ -177,7 +177,7 @@ class EncodedSource(Source):
 
 
 def decode(content: bytes, data: DataConfig, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:
-    """A file's pixels by the settings of a run; see `decode_image`."""
+    """Decode a file with the settings of a run; see `decode_image`."""
     return decode_image(
         content,
         decoder=data.decoder,
@@ -189,9 +189,9 @@ def decode(content: bytes, data: DataConfig, reduce: Reduce | None = None) -> UI
 
 
 def check_size(num_bytes: int, data: DataConfig) -> None:
-    """`BadImageError` for a file larger than `data.max_pixels` pixels of 16 bits can be, with metadata.
+    """Raise `BadImageError` for a file larger than `data.max_pixels` pixels of 16 bits with metadata.
 
-    Checked before a byte is read: a file larger than the memory costs nothing.
+    Called before reading, so that a file larger than memory costs nothing.
     """
     # 16 bits for each of at least four channels, uncompressed, and 64 MiB for profiles, EXIF and padding.
     most = 2 * max(4, data.channels) * data.max_pixels + 2**26
@@ -200,8 +200,8 @@ def check_size(num_bytes: int, data: DataConfig) -> None:
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """A regular file, opened; `OSError` if it cannot be read, or is a pipe or a device."""
-    # O_NONBLOCK: opening a pipe that nobody writes to would stop the worker for ever.
+    """Open a regular file; raises `OSError` if it cannot be read, or is a pipe or a device."""
+    # O_NONBLOCK: opening a pipe that nobody writes to would block the worker forever.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -210,7 +210,7 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def open_encoded(source: Source, index: int) -> io.BufferedIOBase | None:
-    """An image's file of any size, to read parts of; None if images are no files; `OSError`."""
+    """Open an image's file of any size; None if images are not files. Raises `OSError`."""
     if path := source.path(index):
         return open_file(path)
     content = source.content(index)
@@ -218,7 +218,7 @@ def open_encoded(source: Source, index: int) -> io.BufferedIOBase | None:
 
 
 def read_file(path: Path, data: DataConfig) -> bytes:
-    """A file's content; `BadImageError` if it cannot be read, or is too large for an image."""
+    """Read a file; raises `BadImageError` if that fails, or it is too large for an image."""
     try:
         with open_file(path) as file:
             check_size(os.fstat(file.fileno()).st_size, data)
@@ -228,15 +228,15 @@ def read_file(path: Path, data: DataConfig) -> bytes:
 
 
 class OpenFile:
-    """A file that processes and threads read at once; it is closed when nobody holds it any longer."""
+    """A file for concurrent reads by processes and threads; closed when it is garbage-collected."""
 
     def __init__(self, path: Path) -> None:
         file = open_file(path)
         self.number = file.fileno()
-        # Collected without this, an open file warns; and a `with` has no place where reads come in any order.
+        # Without this, garbage collection would warn about an open file.
         weakref.finalize(self, file.close)
 
     def read(self, size: int, offset: int) -> bytes:
-        """The bytes there; fewer at the end of the file."""
-        # A plain read moves the position of the file, which forked workers share; pread has none.
+        """Read up to `size` bytes; fewer at the end of the file."""
+        # A plain read would move the file position, which forked workers share; pread does not.
         return os.pread(self.number, size, offset)

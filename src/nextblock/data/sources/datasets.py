@@ -25,7 +25,7 @@ from nextblock.settings import nearest_name
 
 
 class DigitsSource(Source):
-    """The 1,797 handwritten digits that scikit-learn carries, or a fixed stratified 80 % or 20 % of them.
+    """scikit-learn's 1,797 handwritten digits, or a fixed stratified 80 % or 20 % of them.
 
     They are 8 x 8 px with values 0 to 16, scaled to 0 to 255 and repeated to `data.channels` channels.
     """
@@ -36,15 +36,15 @@ class DigitsSource(Source):
         from sklearn.datasets import load_digits
 
         values, classes = map(np.asarray, load_digits(return_X_y=True))
-        # Every fifth of a shuffled list that is then sorted by class: a fifth of each class, for all time.
+        # Every fifth of a shuffled list, stably sorted by class: always the same fifth of each class.
         shuffled = keyed_permutation(0, len(classes), "digits split")
         is_test = np.zeros(len(classes), dtype=bool)
         is_test[shuffled[np.argsort(classes[shuffled], kind="stable")][::5]] = True
-        kept = {"all": is_test | True, "train": ~is_test, "test": is_test}
-        if split not in kept:
-            raise UsageError(f"{spec!r}: digits has no split {split!r}; {nearest_name(split, list(kept))}")
+        splits = {"all": is_test | True, "train": ~is_test, "test": is_test}
+        if split not in splits:
+            raise UsageError(f"{spec!r}: digits has no split {split!r}; {nearest_name(split, list(splits))}")
         self.spec, self._split = spec, split
-        self._numbers = np.flatnonzero(kept[split])
+        self._numbers = np.flatnonzero(splits[split])
         self._classes = classes[self._numbers].astype(np.int64)
         grey = np.rint(values[self._numbers].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self._images = repeat(torch.from_numpy(grey), "b h w -> b c h w", c=data.channels).contiguous()
@@ -56,7 +56,7 @@ class DigitsSource(Source):
         return self._images[index]
 
     def _name(self, index: int) -> str:
-        # The number among all digits: one image has one name in every split.
+        # The number among all digits, so that an image has the same name in every split.
         return f"digits[{self._numbers[index]}]"
 
     def _find_labels(self) -> Labels:
@@ -71,12 +71,12 @@ class TorchvisionSource(Source):
     """Any torchvision dataset of pictures; its options are its constructor's arguments."""
 
     def __init__(self, spec: str, name: str, options: dict[str, str], data: DataConfig) -> None:
-        self.spec, self._called, self._data = spec, name, data
+        self.spec, self._display_name, self._data = spec, name, data
         self._split = options.get("split", "default")
         self._dataset = _open_torchvision(spec, name, options)
         self.in_memory = isinstance(getattr(self._dataset, "data", None), np.ndarray | Tensor)
-        # Datasets of videos, flow or patches are refused here. A first image that is merely broken is not:
-        # it is reported when it is read, by whatever a decoder raises.
+        # Refuse datasets of videos, flow or patches here, but not a broken first image, for which a decoder
+        # may raise anything: it is reported when it is read.
         try:
             first = self._dataset[0]
         except (AttributeError, ImportError, TypeError) as error:
@@ -93,8 +93,8 @@ class TorchvisionSource(Source):
 
     @property
     def has_labels(self) -> bool:
-        """Whether the dataset states one class number per image, or yields them."""
-        # Told from the first image: to look at all would decode the whole dataset.
+        """Whether the dataset stores or yields one class number per image."""
+        # Judge by the first image: checking all would decode the whole dataset.
         first = self._first_label
         return self._stated_labels is not None or (isinstance(first, int | np.integer) and int(first) >= 0)
 
@@ -109,7 +109,7 @@ class TorchvisionSource(Source):
 
     def _name(self, index: int) -> str:
         samples = getattr(self._dataset, "samples", None)
-        return f"{self._called}[{index}]" if samples is None else text(os.fsencode(samples[index][0]))
+        return f"{self._display_name}[{index}]" if samples is None else text(os.fsencode(samples[index][0]))
 
     def _find_labels(self) -> Labels:
         labels = self._stated_labels
@@ -124,7 +124,7 @@ class TorchvisionSource(Source):
         if labels is None:
             where = "neither targets, _labels or labels nor what it yields are class numbers"
             raise UsageError(f"{self.spec!r} has no labels: {where}")
-        # Some datasets' `classes` are numbers, or lack the last ones: then the numbers are the names.
+        # If `classes` has numbers or lacks some, as in some datasets, use the numbers as names.
         number = int(labels.max()) + 1
         names = getattr(self._dataset, "classes", None) or ()
         if len(names) < number or not all(isinstance(name, str) for name in names):
@@ -132,19 +132,19 @@ class TorchvisionSource(Source):
         return labels, tuple(names)
 
     def _make_fingerprint(self) -> str:
-        # The library checks the files of its datasets, so name, split and size tell them apart.
-        return f"torchvision-{self._called}-{self._split}-{len(self)}"
+        # The library verifies the files of its datasets, so name, split and size identify them.
+        return f"torchvision-{self._display_name}-{self._split}-{len(self)}"
 
     @cached_property
     def _stated_labels(self) -> np.ndarray | None:
-        # torchvision's classes keep labels under three names; some use one of them for boxes or captions.
-        found = (getattr(self._dataset, name, None) for name in ("targets", "_labels", "labels"))
-        labels = (_class_numbers(values, len(self)) for values in found)
+        # torchvision stores labels under three names; some datasets use one for boxes or captions.
+        stored = (getattr(self._dataset, name, None) for name in ("targets", "_labels", "labels"))
+        labels = (_class_numbers(values, len(self)) for values in stored)
         return next((values for values in labels if values is not None), None)
 
 
 def _class_numbers(values: Any, length: int) -> np.ndarray | None:
-    """One class number per image as int64 (n,), or None if these values are something else."""
+    """Convert to one class number per image, int64 (n,); None if the values are something else."""
     if not isinstance(values, list | tuple | np.ndarray | Tensor) or len(values) != length:
         return None
     try:
@@ -156,7 +156,7 @@ def _class_numbers(values: Any, length: int) -> np.ndarray | None:
 
 
 def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
-    """Construct a dataset; it yields the paths of its files instead of pictures if it can."""
+    """Construct a dataset, which yields paths instead of pictures if possible."""
     from torchvision import datasets
 
     exported = {key: getattr(datasets, key) for key in datasets.__all__ if key != "VisionDataset"}
@@ -172,23 +172,23 @@ def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
             raise UsageError(f"{spec!r}: {name} has no split {split!r}; {nearest_name(split, splits)}")
         options = {key: value for key, value in options.items() if key != "split"}
         options["train"] = str(split == "train")
-    # Nothing is downloaded unless the user says so, although some datasets would do it by themselves.
+    # Download only on request, although some datasets would by default.
     arguments: dict[str, Any] = {"download": False} if "download" in parameters else {}
-    # The constructor knows its options. Their types follow from what is written, but for those that are text
-    # by default: year=2012 of VOCDetection is one.
+    # The constructor checks its options. Their types follow from the written text, except for options whose
+    # default is text: VOCDetection's year=2012, for example.
     for key, value in options.items():
         is_text = key == "root" or (key in parameters and isinstance(parameters[key].default, str))
         number = int(value) if value.isdecimal() and not is_text else value
         arguments[key] = value.lower() == "true" if value.lower() in ("true", "false") else number
     # Torchvision's loader decodes before the size can be checked, and drops alpha and 16 bits. With Path as
-    # the loader the dataset yields paths, and its files are decoded by the same rules as all others.
+    # loader the dataset yields paths, so its files are decoded by the same rules as all others.
     if "loader" in parameters:
         arguments["loader"] = Path
     try:
         dataset = known[name](**arguments)
         is_empty = not len(dataset)  # a wrong argument may show only here
     except Exception as error:
-        # While fetching, the network or the disk may fail. Everything else is missing or misspelt.
+        # A download can fail for the network or the disk. Otherwise something is missing or misspelt.
         is_failure = arguments.get("download") and isinstance(error, RuntimeError | OSError)
         raise (DataError if is_failure else ValueError)(f"{spec!r}: {error}") from error
     if is_empty:

@@ -14,7 +14,7 @@ from nextblock.data.sources.base import EncodedSource, Labels, read_file
 from nextblock.data.sources.names import Names, in_class_order, kind_of, report_others, text
 from nextblock.errors import UsageError
 
-# The first line of a list of numbers, which tells it from a list of files.
+# The first line of a list of numbers, which distinguishes it from a list of files.
 SUBSET_HEADER = b"# images of a source of nextblock; read it as subset:THIS_FILE"
 
 
@@ -31,14 +31,14 @@ class FolderSource(EncodedSource):
         self._names = Names.of(images)
 
     def path(self, index: int) -> Path:
-        """Where the file lies."""
+        """The file's path."""
         self._check(index)
         return Path(os.fsdecode(self._root + b"/" + self._names[index]))
 
     def empty_classes(self) -> list[str]:
-        """First-level folders in which no image lies."""
+        """First-level folders without an image."""
         with os.scandir(self._root) as entries:
-            # A link was either followed, and is a class, or leads back up.
+            # Skip links: they were either followed, and are classes, or lead back up.
             folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         names = {text(name) for name in folders if not name.startswith(b".")}
         return sorted(names - set(self.class_names))
@@ -50,36 +50,36 @@ class FolderSource(EncodedSource):
 def _images_below(
     root: bytes, below: bytes, parents: tuple[tuple[int, int], ...], others: Counter[str]
 ) -> Iterator[bytes]:
-    """The images in `root/below` and its folders, sorted; `others` counts what is no image.
+    """Yield the images in `root/below` and its folders, sorted; `others` counts all other files.
 
-    Links to directories are followed, unless they lead back up. Names that begin with a dot are skipped, and
-    so are directories that nextblock wrote.
+    Links to directories are followed, unless they lead back up. Names that start with a dot, and directories
+    that nextblock wrote, are skipped.
     """
     try:
         with os.scandir(root + b"/" + below) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
+            listing = sorted(entries, key=lambda entry: entry.name)
         status = os.stat(root + b"/" + below)  # noqa: PTH116 - bytes
     except OSError as error:
         folder = text(root + b"/" + below.rstrip(b"/"))
         raise UsageError(f"cannot list {folder!r}: {error.strerror}; make it readable or move it") from error
-    if below and any(entry.name == OUTPUT_MARK.encode() for entry in found):
+    if below and any(entry.name == OUTPUT_MARK.encode() for entry in listing):
         others["written by nextblock"] += 1
         return
-    # A directory is itself, whatever link leads to it, by device and inode: among its own parents it is a
-    # loop. Elsewhere it may be listed twice, under two names.
+    # Device and inode identify a directory, whatever link leads to it. Among its own parents it is a loop;
+    # elsewhere it may be listed twice, under two names.
     place = status.st_dev, status.st_ino
     if place in parents:
         return
-    # Names are sorted as bytes, whatever order the file system lists them in. Folders are searched in place,
-    # so images come in the order of their paths' parts (a/z before a-b): the order that fingerprints state.
-    for entry in found:
+    # Names are sorted as bytes, independent of the file system's order. Folders are searched in place, so
+    # images are ordered by the parts of their paths (a/z before a-b). Fingerprints depend on this order.
+    for entry in listing:
         kind = kind_of(entry.name)
-        # A link may lead nowhere or to itself, which is_dir tells by an error.
+        # A link may lead nowhere or to itself: entry.is_dir would raise an error.
         is_link = entry.is_symlink()
         is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()  # noqa: PTH112 - bytes
         if kind != "hidden" and is_folder:
             yield from _images_below(root, below + entry.name + b"/", (*parents, place), others)
-        # A link that leads nowhere is listed, to be reported as unreadable; a pipe or a socket is not.
+        # List a broken link, to report it as unreadable, but not a pipe or a socket.
         elif kind == "image" and (is_link or entry.is_file()):
             yield below + entry.name
         else:
@@ -89,8 +89,8 @@ def _images_below(
 class FilesSource(EncodedSource):
     """The files of a list, in its order.
 
-    One path a line, absolute or relative to the list's folder; after a tab, if wanted, its class. Blank lines
-    and lines that begin with # are skipped. A file that is not there is reported when it is read.
+    One path per line, absolute or relative to the list's folder, with an optional class after a tab. Blank
+    lines and lines that start with # are skipped. A missing file is reported when it is read.
     """
 
     _prefix = "files"
@@ -102,7 +102,7 @@ class FilesSource(EncodedSource):
             lines = list_path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
         except OSError as error:
             raise UsageError(f"cannot read {spec!r}: {error.strerror} ({list_path.absolute()})") from error
-        # A dictionary finds repeated names at once, and keeps the order of the list.
+        # A dictionary finds repeated names, and keeps the order of the list.
         first_line: dict[bytes, int] = {}
         labels: list[str] = []
         for number, ended in enumerate(lines, start=1):
@@ -134,14 +134,14 @@ class FilesSource(EncodedSource):
 
     @classmethod
     def of_one(cls, spec: str, path: Path, data: DataConfig) -> FilesSource:
-        """One image file as a source of one image."""
+        """Open a single image file."""
         one = cls.__new__(cls)
         one.spec, one._data, one._root = spec, data, os.fsencode(path.parent.absolute())
         one._names, one._listed = Names.of([os.fsencode(path.name)]), in_class_order([])
         return one
 
     def path(self, index: int) -> Path:
-        """Where the file lies, absolute."""
+        """The file's absolute path."""
         self._check(index)
         return any_unicode_form(Path(os.fsdecode(os.path.join(self._root, self._names[index]))))  # noqa: PTH118
 
@@ -155,14 +155,14 @@ class FilesSource(EncodedSource):
 
 
 def local_path(text: str) -> Path:
-    """The path that a user means: `~` is the home directory, and accents come in either Unicode form."""
+    """Resolve a path that a user typed: expand `~`, and find either Unicode form of accents."""
     return any_unicode_form(Path(os.path.expanduser(text)))  # noqa: PTH111 - Path("./~x") means a user's home
 
 
 def any_unicode_form(path: Path) -> Path:
-    """The path, or, if only that exists, the same with composed or with separate accents (NFC, NFD).
+    """The path, or its form with composed (NFC) or separate (NFD) accents if only that exists.
 
-    macOS separates accents in file names and keyboards compose them: they look alike and differ in bytes.
+    macOS separates accents in file names, keyboards compose them: they look alike but differ in bytes.
     """
     forms = (path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")))
     return next((form for form in forms if os.path.lexists(form)), path)

@@ -22,18 +22,18 @@ from nextblock.logs import held_back
 from nextblock.settings import nearest_name
 
 HF_OPTIONS = ("split", "config", "image", "label", "revision")
-# Names of columns that are taken as labels if the dataset does not say which column holds them.
+# Names of columns used as labels if the dataset does not declare one.
 LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "fine_label")
 LABEL_KINDS = ("ClassLabel", "int", "uint", "string", "bool", "float")
-# Rows whose bytes enter the fingerprint, besides the sizes of all.
+# Rows whose bytes enter the fingerprint, in addition to the sizes of all.
 SAMPLED_ROWS = 64
 
 
 class HuggingFaceSource(EncodedSource):
-    """The rows of one split of a dataset of the Hugging Face hub, or of one on disk.
+    """The rows of one split of a dataset, from the Hugging Face hub or from disk.
 
-    The rows stay in Arrow files that are mapped into memory, so workers share them and any row is read at
-    once. Images are taken as their encoded bytes, or as the files that rows name.
+    Rows stay in memory-mapped Arrow files, so workers share them, and access to any row is fast. A row has an
+    image's encoded bytes, or names its file.
     """
 
     def __init__(self, spec: str, name: str, options: dict[str, str], data: DataConfig) -> None:
@@ -44,12 +44,12 @@ class HuggingFaceSource(EncodedSource):
                 self._rows, self._folders = _load(name, path, options)
         except ImportError as error:
             raise DataError(f"{spec!r} needs a package: pip install datasets") from error
-        except Exception as error:  # the library and its parts raise anything
+        except Exception as error:  # the library and its dependencies raise anything
             cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
             reason = f"{spec!r}: {' '.join(str(cause).split()).rstrip('.') or type(cause).__name__}"
             reason += "" if path.exists() else f"; there is no file or folder {path.absolute()}"
-            # Wrong names and damaged files are the user's to mend. Other errors, a lost connection or a full
-            # disk say, are failures.
+            # Wrong names and damaged files are the user's mistakes. Other errors, such as a lost connection
+            # or a full disk, are failures.
             is_mistake = isinstance(cause, ValueError | TypeError | KeyError | FileNotFoundError)
             raise (ValueError if is_mistake else DataError)(reason) from error
         if not len(self):
@@ -62,14 +62,14 @@ class HuggingFaceSource(EncodedSource):
         if self._kinds[self._image] == "Image":
             feature: Any = type(self._rows.features[self._image])
             self._images = self._images.cast_column(self._image, feature(decode=False))
-        self._called = f"{path.name or name}[{self._rows.split or options.get('split', 'all')}]"
+        self._display_name = f"{path.name or name}[{self._rows.split or options.get('split', 'all')}]"
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def has_labels(self) -> bool:
-        """Whether one column holds labels; rows without one are refused when labels are asked for."""
+        """Whether one column contains labels; reading them raises if a row has none."""
         try:
             return bool(self._label_column())
         except ValueError:
@@ -80,26 +80,26 @@ class HuggingFaceSource(EncodedSource):
         if isinstance(value, dict):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if value is None:
-            raise BadImageError("the row holds no image")
+            raise BadImageError("the row contains no image")
         if isinstance(value, bytes):
             check_size(len(value), self._data)
             return value
-        # Rows come from strangers: only the dataset's own files are read, and those that the library fetched.
+        # Rows are untrusted: read only the dataset's own files, and those that the library fetched.
         path = Path(os.path.normpath(self._folders[0] / value))
         if "\0" in value or not any(path.is_relative_to(folder) for folder in self._folders):
             raise BadImageError(f"the row names {text(value.encode())}, a file not below {self._folders[0]}")
         return read_file(path, self._data)
 
     def _name(self, index: int) -> str:
-        return text(os.fsencode(f"{self._called}[{index}]"))
+        return text(os.fsencode(f"{self._display_name}[{index}]"))
 
     def _choose(self, option: str, candidates: list[str], kinds: tuple[str, ...]) -> str:
-        """The column that the option names, or the only candidate; `ValueError` unless its kind fits."""
+        """The column named by the option, or the only candidate; `ValueError` unless its kind fits."""
         named = self._options.get(option)
-        found = [named] if named else candidates
-        if len(found) == 1 and self._kinds.get(found[0], "?").startswith(kinds):
-            return found[0]
-        reason = f"{option}={named} does not fit" if named else f"{', '.join(found) or 'none'} could hold it"
+        fits = [named] if named else candidates
+        if len(fits) == 1 and self._kinds.get(fits[0], "?").startswith(kinds):
+            return fits[0]
+        reason = f"{option}={named} does not fit" if named else f"{', '.join(fits) or 'none'} could hold it"
         columns = ", ".join(f"{name} ({kind})" for name, kind in self._kinds.items())
         raise UsageError(
             f"{self.spec!r}: no single column for the {option} ({reason}); choose by {option}=COLUMN of "
@@ -107,17 +107,17 @@ class HuggingFaceSource(EncodedSource):
         )
 
     def _image_column(self) -> str:
-        """The column of images: the one named, the one of image features, or the one of bytes."""
+        """The column of images: as named, else the only one of image features, else of bytes."""
         of_kind = {k: [name for name, kind in self._kinds.items() if kind == k] for k in ("Image", "binary")}
-        # A column of paths counts only if it is named: it may as well hold captions or addresses.
+        # A column of text must be named to be used as paths: it may contain captions or addresses.
         return self._choose("image", of_kind["Image"] or of_kind["binary"], ("Image", "binary", "string"))
 
     def _label_column(self) -> str:
-        """The column of labels: the one named, the one of class labels, or one of `LABEL_NAMES`."""
+        """The column of labels: as named, else the only one of class labels, else of `LABEL_NAMES`."""
         others = [name for name in self._kinds if name != self._image]
         stated = [name for name in others if self._kinds[name] == "ClassLabel"]
         named = [n for n in others if n.lower() in LABEL_NAMES and self._kinds[n].startswith(LABEL_KINDS)]
-        # Integers with gaps become floats in many a table: whole ones are classes, others are measurements.
+        # Tables turn integers with gaps into floats: whole ones are classes, others are measurements.
         whole = [name for name in named if not self._is_measurement(name)]
         name = self._choose("label", stated or whole, LABEL_KINDS)
         if self._is_measurement(name):
@@ -136,21 +136,21 @@ class HuggingFaceSource(EncodedSource):
         return table.column(name).combine_chunks()
 
     def _find_labels(self) -> Labels:
-        """Class labels as they are; of other columns the distinct values, sorted, are the classes."""
+        """Class labels as declared; in other columns, the sorted distinct values are the classes."""
         name = self._label_column()
         kind, values = self._kinds[name], self._column(name)
         missing = values.is_null(nan_is_null=True).true_count
         if missing:
             raise UsageError(f"{self.spec!r}: {missing} of {len(self)} rows have no {name}; drop them")
         if kind == "ClassLabel":
-            # Test splits of the hub often state -1 for every row: hidden labels.
+            # Test splits on the hub often hide labels, with -1 in every row.
             numbers, names = values.to_numpy().astype(np.int64), self._rows.features[name].names
             outside = numbers[(numbers < 0) | (numbers >= len(names))]
             if len(outside):
                 what = f"{len(outside)} of {len(self)} rows have {name} {outside[0]}"
                 raise UsageError(f"{self.spec!r}: {what}, which is no class; choose another split=")
             return numbers, tuple(names)
-        # Arrow lists the distinct values in the order in which they appear; `rank` sorts them.
+        # Arrow lists distinct values in order of appearance; `rank` sorts them.
         encoded = values.dictionary_encode()
         classes = [int(v) if kind.startswith("float") else v for v in encoded.dictionary.to_pylist()]
         rank, names = in_class_order([text(str(name).encode()) for name in classes])
@@ -163,13 +163,12 @@ class HuggingFaceSource(EncodedSource):
         return f"hf-{len(self)}-{digest.hexdigest()}"
 
     def _version(self) -> str:
-        """What tells this state of the dataset from another, wherever it lies and whichever process asks."""
+        """Identifies this state of the dataset, wherever it is stored and whichever process asks."""
         split = (self._rows.info.splits or {}).get(str(self._rows.split).partition("[")[0])
-        if split is None:  # save_to_disk keeps the dataset's own fingerprint
+        if split is None:  # save_to_disk stores the dataset's own fingerprint
             return str(self._rows._fingerprint)
-        # The library's fingerprint depends on its cache and version. So: all sizes and file names, in their
-        # order, and the bytes of some rows. The sizes are read from the column's offsets: no other image is
-        # touched.
+        # The library's fingerprint depends on its cache and version, so hash all sizes and file names in
+        # order, and the bytes of some rows. Sizes come from the column's offsets: no other image is read.
         import pyarrow.compute as pc
 
         sizes, names = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
@@ -191,7 +190,7 @@ class HuggingFaceSource(EncodedSource):
 
 
 def _kind(feature: Any) -> str:
-    """What a column holds, in words; bytes alone or with a path are "binary"."""
+    """The kind of a column in words; bytes, alone or with a path, are "binary"."""
     if isinstance(feature, dict):
         return "binary" if _kind(feature.get("bytes")) == "binary" else f"structs of {', '.join(feature)}"
     name = type(feature).__name__
@@ -201,20 +200,20 @@ def _kind(feature: Any) -> str:
 
 
 def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Path]]:
-    """Open one split, and the folders whose files its rows may name.
+    """Open one split; returns it with the folders whose files its rows may name.
 
-    It lies on disk if there is such a path, else on the hub or in the library's cache.
+    An existing path is read from disk, any other name from the hub or the library's cache.
     """
     import datasets
     from datasets import config as library
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    # What can be no name of the hub is a path, and is never looked for there.
+    # A string that cannot be a hub name is a path, and is never looked up there.
     is_name = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?", name)
     if not name or (not path.exists() and (not is_name or name.lower().endswith(".parquet"))):
         raise UsageError("write hf:NAME,split=train or hf:PATH,split=train")
-    # Pictures that the library itself fetched lie in its caches. Folders count in both forms, because some
-    # paths of the library have links resolved and others do not.
+    # Images that the library fetched are in its caches. Allow each folder with and without links resolved, as
+    # the library uses both forms.
     place, folders = name, [library.HF_DATASETS_CACHE, Path(HF_HUB_CACHE)]
     if path.exists():
         place, folders = str(path), [path if path.is_dir() else path.parent, *folders]
@@ -226,13 +225,13 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise UsageError(f"{path.name} is no parquet file; give one, or a folder of them")
-        # One file is one split. It is called as asked for only if its name agrees: test must not mean train.
+        # One file is one split. Its name must agree with the requested one: test must not mean train.
         if split not in (None, "train", *re.split(r"[^A-Za-z0-9]+", path.stem)):
             raise UsageError(f"the name of this one file does not say {split}; leave split= out")
-        # The library takes the names of files as patterns, so brackets in them are escaped.
+        # The library treats file names as patterns, so escape brackets.
         files = {split or "train": glob.escape(place)}
         return datasets.load_dataset("parquet", data_files=files, split=split or "train"), folders
-    # Asked for before anything is loaded: without a split the library would fetch them all.
+    # List splits before loading: without a split the library would fetch them all.
     saved: Any = datasets.load_from_disk(place) if is_saved else {}
     if isinstance(saved, datasets.Dataset):
         saved = {str(saved.split): saved}

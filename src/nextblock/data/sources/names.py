@@ -1,4 +1,4 @@
-"""Names of many files: kept small in memory, told apart by extension, turned into classes and messages."""
+"""Names of many files: compact storage, kinds by extension, classes, and text for messages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-# Endings of image files, in small or capital letters.
+# Endings of image files, in lower or upper case.
 EXTENSIONS = b".avif .bmp .gif .heic .heif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 
 
 class Names:
-    """Many names in one array of bytes, one behind the other in `joined`.
+    """Many names, concatenated in the bytes `joined`.
 
     A million paths as Python strings take 100 MB, and a forked worker that touches one copies its page.
     """
@@ -32,7 +32,7 @@ class Names:
 
     @classmethod
     def of(cls, names: Sequence[bytes]) -> Names:
-        """The names of a list."""
+        """Store a list of names."""
         return cls(b"".join(names), np.fromiter(map(len, names), dtype=np.int64, count=len(names)))
 
     def __len__(self) -> int:
@@ -44,10 +44,10 @@ class Names:
     def first_folders(self, spec: str) -> tuple[np.ndarray, tuple[str, ...]]:
         """Each path's first-level folder as a class number, int64 (n,), and the classes' names.
 
-        `ValueError` if a name lies in no folder; the message calls the source `spec`.
+        Raises `ValueError`, which names the source `spec`, if a path has no folder.
         """
-        # A name's folder ends at the first slash after the name's start. If that slash lies beyond the name's
-        # end, or there is none (the sentinel), the name lies in no folder.
+        # A name's folder ends at the first slash after its start. If that slash is beyond the name's end, or
+        # there is none (the sentinel), the name has no folder.
         slashes = np.append(
             np.flatnonzero(np.frombuffer(self.joined, dtype=np.uint8) == ord("/")), len(self.joined)
         )
@@ -64,9 +64,9 @@ class Names:
         return rank[numbers], classes
 
     def digest(self, *more: np.ndarray) -> str:
-        """A hash of all names, and of further numbers if given."""
-        # The offsets enter too: ("ab", "c") is not ("a", "bc"). Runs are identified by this hash: int64 in
-        # little-endian order gives the same on every machine.
+        """A hash of all names, and of more numbers if given."""
+        # Include the offsets: ("ab", "c") is not ("a", "bc"). This hash identifies runs, so use little-endian
+        # int64, which is the same on every machine.
         digest = hashlib.blake2b(self._offsets.astype("<i8", copy=False).tobytes(), digest_size=16)
         digest.update(self.joined)
         for numbers in more:
@@ -75,24 +75,24 @@ class Names:
 
 
 def text(name: bytes) -> str:
-    """A name as printable text: bytes that are no UTF-8 and control characters appear escaped.
+    """Convert a name to printable text, with invalid UTF-8 and control characters escaped.
 
-    Accents come in Unicode's composed form (NFC), whichever form the file system stores.
+    Accents are in Unicode's composed form (NFC), whichever form the file system stores.
     """
-    # Two forms of one accent must be one class and look the same in a message; names are compared as text,
-    # while files are opened by their bytes.
+    # Two forms of one accent must be one class and look the same in a message. Files are still opened by
+    # their bytes.
     decoded = unicodedata.normalize("NFC", name.decode("utf-8", "backslashreplace"))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
 
 def extension(path: bytes) -> bytes:
-    """The end of a file's name from its last dot, in small letters; empty if nothing follows a dot."""
+    """The end of a file's name from its last dot, in lower case; empty if nothing follows a dot."""
     start, dot, end = path.rpartition(b"/")[2].rpartition(b".")
     return dot + end.lower() if start and end else b""
 
 
 def kind_of(path: bytes) -> str:
-    """What a file is by its name: "image", "hidden" (itself or a folder), or another extension."""
+    """A file's kind by its name: "image", "hidden" (itself or a folder), or another extension."""
     if path.startswith(b".") or b"/." in path:
         return "hidden"
     ending = extension(path)
@@ -100,7 +100,7 @@ def kind_of(path: bytes) -> str:
 
 
 def report_others(spec: str, num_images: int, others: Counter[str]) -> None:
-    """Log how many files of a source are no images, and their kinds; `ValueError` if there is no image."""
+    """Log the files of a source that are not images, by kind; raises `ValueError` if there is no image."""
     number, parts = others.total() - others["hidden"], []
     if number:
         kinds = sorted(set(others) - {"hidden"}, key=lambda kind: (-others[kind], kind))
@@ -108,34 +108,32 @@ def report_others(spec: str, num_images: int, others: Counter[str]) -> None:
         parts.append(f"{number:,} file{plural}, none with an image's extension ({listed})")
     if others["hidden"]:
         parts.append(f"{others['hidden']:,} hidden (beginning with a dot)")
-    found = " and ".join(parts)
+    ignored = " and ".join(parts)
     if not num_images:
         remedy = "name tars by X.tar or shards-{000..999}.tar, and unpack a tar of tars"
         if ".tar" not in others:
             remedy = f"an image's name ends in {b' '.join(EXTENSIONS).decode()}"
-        raise UsageError(f"no images in {spec!r} and its folders: {found or 'it is empty'}; {remedy}")
-    if found:
+        raise UsageError(f"no images in {spec!r} and its folders: {ignored or 'it is empty'}; {remedy}")
+    if ignored:
         level = logging.WARNING if ".tar" in others else logging.INFO
-        log.log(level, "%s: %d images; ignored %s", spec, num_images, found)
+        log.log(level, "%s: %d images; ignored %s", spec, num_images, ignored)
 
 
 def member_names(names: Sequence[bytes]) -> list[bytes]:
-    """Names in an archive as paths below it: without a leading `/` or `./`.
-
-    Some Windows tools write backslashes between folders; they count as such where no name has a slash.
-    """
-    # On Linux a backslash may be part of a name: it separates folders only where nothing else does.
+    """Convert names in an archive to relative paths, without a leading `/` or `./`."""
+    # Some Windows tools write backslashes between folders. On Linux a backslash may be part of a name, so it
+    # is a separator only if no name has a slash.
     if not any(b"/" in name for name in names):
         names = [name.replace(b"\\", b"/") for name in names]
     return [re.sub(rb"^(\.?/)+", b"", name) for name in names]
 
 
 def in_class_order(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The class number of each name, int64, and the classes' names by number.
+    """The class number of each name, int64, and the names of the classes.
 
-    Classes are sorted as numbers if all are numbers, else as text. Equal names are one class.
+    Classes are sorted as numbers if all are numbers, else as text.
     """
-    # As text, 10 comes before 9. Decimal compares exactly, where floats of many digits would be equal.
+    # As text, 10 comes before 9. Decimal compares exactly; as floats, long numbers could be equal.
     distinct = set(names)
     are_numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name) for name in distinct)
     classes = sorted(distinct, key=lambda name: (Decimal(name) if are_numbers else 0, name))

@@ -1,7 +1,7 @@
 """Tar shards on a server: `https://HOST/x-{0000..0003}.tar`, `s3://BUCKET/...`, `gs://BUCKET/...`.
 
-A shard is copied whole into the cache folder when it is first needed, by one process while others wait. Its
-index stays when the copy goes, so that a later start knows every name without fetching anything.
+A shard is copied whole into the cache folder on first use, by one process while others wait. Its index stays
+when the copy is removed, so that a later start knows every name without fetching anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Pauses between the attempts to reach a server.
+# Pauses between attempts to reach a server.
 RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 _FINAL_STATUS = (400, 401, 403, 404, 405, 410)
 _TAGS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "updated", "mtime")
@@ -35,11 +35,11 @@ _TALKATIVE = ("botocore", "aiobotocore")
 
 
 class RemoteError(DataError):
-    """A shard on a server cannot be fetched, which is no image's fault: a run saves and stops."""
+    """A shard on a server cannot be fetched, and no image is at fault: a run saves and stops."""
 
 
 class RemoteTarSource(tar.TarSource):
-    """The images of shards of which only some may lie on this machine; `RemoteError` if the server fails."""
+    """The images of remote shards, copied here as needed; raises `RemoteError` if the server fails."""
 
     def __init__(self, spec: str, data: DataConfig) -> None:
         self._urls = urls = tar.expand_braces(spec)
@@ -51,7 +51,7 @@ class RemoteTarSource(tar.TarSource):
             package = "gcsfs" if spec.startswith("gs:") else "fsspec aiohttp s3fs"
             raise UsageError(f"{spec!r} needs a package ({error}): pip install {package}") from error
         folder = tar.cache_dir(data, "remote")
-        with suppress(OSError):  # told when the first copy is to be kept; indexes alone may be there already
+        with suppress(OSError):  # reported on the first copy; stored indexes may be enough
             folder.mkdir(parents=True, exist_ok=True)
         with held_back(logging.WARNING, *_TALKATIVE):
             self._states = tar.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
@@ -62,7 +62,7 @@ class RemoteTarSource(tar.TarSource):
                     *(spec, total_gb, total_gb * 1.01),
                 )
             names = [PurePosixPath(urlsplit(url).path).name for url in urls]
-            # A shard that changes on the server gets another name in the cache, and so another index.
+            # A shard that changes on the server gets a new name in the cache, and so a new index.
             keys = [
                 tar.digest(json.dumps([url, *state]).encode())
                 for url, state in zip(urls, self._states, strict=True)
@@ -71,40 +71,39 @@ class RemoteTarSource(tar.TarSource):
             super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
 
     def _index(self, shard: int) -> tar.TarIndex:
-        """A shard's index: as kept, or as it lies beside the shard on the server, or made from a copy."""
+        """A shard's index: from the cache, or from beside the shard on the server, or built from a copy."""
         url, (size, _) = self._urls[shard], self._states[shard]
-        kept = self._paths[shard].with_suffix(tar.INDEX_ENDING)
-        index = tar.read_index(kept)
+        cached = self._paths[shard].with_suffix(tar.INDEX_ENDING)
+        index = tar.read_index(cached)
         if index is None:
-            parts = urlsplit(url)  # what follows the path (a signature, say) stays
+            parts = urlsplit(url)  # keep the query (a signature, say)
             address = parts._replace(path=parts.path + tar.INDEX_ENDING).geturl()
             with suppress(RemoteError, OSError):
-                _attempt(address, lambda: _download(address, kept))
-                index = tar.read_index(kept)
-        # An index from the server is of this shard if the size agrees. Its time never does: uploading changes
-        # it.
+                _attempt(address, lambda: _download(address, cached))
+                index = tar.read_index(cached)
+        # An index from the server belongs to this shard if the size agrees. Uploading changes the time.
         if index is None or index.head["stamp"][0] != size:
             index = tar.build_index(self._open_copy(shard), url)
-            tar.write_index(kept, index, [size])
+            tar.write_index(cached, index, [size])
         return index
 
     def _open(self, shard: int) -> OpenFile:
         if shard not in self._files:
-            # A copy that was removed takes room on the disk as long as it is open.
+            # A removed copy takes disk space as long as it is open.
             for other in [n for n, file in self._files.items() if os.fstat(file.number).st_nlink == 0]:
                 del self._files[other]
             with held_back(logging.WARNING, *_TALKATIVE):
                 self._files[shard] = self._open_copy(shard)
-        os.utime(self._files[shard].number)  # the copies used longest ago are removed first
+        os.utime(self._files[shard].number)  # the least recently used copies are removed first
         return super()._open(shard)
 
     def _open_copy(self, shard: int) -> OpenFile:
-        """The copy of a shard, fetched if need be; it stays readable if it is removed to make room."""
+        """Open a shard's copy, fetching it if necessary; it stays readable when removed to make room."""
         from filelock import FileLock
 
         url, path = self._urls[shard], self._paths[shard]
         try:
-            # The system frees the lock when its process ends, however that ends.
+            # The system releases the lock when its process ends, for whatever reason.
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
                     _fetch(url, self._states[shard], path, int(self._data.cache_gb * 1e9))
@@ -115,7 +114,7 @@ class RemoteTarSource(tar.TarSource):
 
 
 def _fetch(url: str, state: tuple[int, str | None], path: Path, limit: int) -> None:
-    """Copy a shard to `path`, whole or not at all, among at most `limit` bytes of copies."""
+    """Copy a shard to `path`, whole or not at all, within `limit` bytes of copies."""
     size, part = state[0], path.with_suffix(".part")
     if size > limit:
         how = "raise it, or write smaller shards"
@@ -123,45 +122,45 @@ def _fetch(url: str, state: tuple[int, str | None], path: Path, limit: int) -> N
 
     def fetch() -> None:
         _download(url, part)
-        # The index is of one state of the file: with another one it would point to wrong bytes.
+        # The index describes one state of the file: in another it would point to wrong bytes.
         if _state(url) != state:
             raise RemoteError(f"{url} has changed on the server; start again when it no longer changes")
         if part.stat().st_size != size:
-            raise ConnectionError(f"{part.stat().st_size:,} of {size:,} bytes came")
+            raise ConnectionError(f"received {part.stat().st_size:,} of {size:,} bytes")
 
     try:
         _make_room(size, limit, path.parent)
         _attempt(url, fetch)
-        # On the disk before it gets its name: after a power cut a copy is whole, or not there.
+        # Flush before renaming: after a power cut a copy is whole or absent.
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        _make_room(size, limit, path.parent)  # once more, as others may have come meanwhile
+        _make_room(size, limit, path.parent)  # again, as other copies may have arrived meanwhile
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _make_room(coming: int, limit: int, folder: Path) -> None:
-    """Remove the copies used longest ago, except those being opened, until `coming` bytes fit the limit."""
+def _make_room(needed: int, limit: int, folder: Path) -> None:
+    """Remove the least recently used copies, unless being opened, until `needed` bytes fit the limit."""
     from filelock import FileLock, Timeout
 
-    # One process at a time counts and removes: two would each see the other's room as free.
+    # One process at a time: two would both count the same space as free.
     with FileLock(folder / "lock"):
         stats = [(path.stat(), path) for path in folder.glob("*.tar")]
-        total = coming + sum(status.st_size for status, _ in stats)
+        total = needed + sum(status.st_size for status, _ in stats)
         for status, path in sorted(stats, key=lambda one: one[0].st_mtime_ns):
             if total <= limit:
                 break
-            # A lock that is held means that its copy is being opened; waiting for it could last forever.
+            # A held lock means that the copy is being opened; waiting for it could deadlock.
             with suppress(Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
                 path.unlink()
                 total -= status.st_size
 
 
 def _state(url: str) -> tuple[int, str | None]:
-    """A file's size, and the first tag that the server states: what differs if the file does."""
+    """A file's size and the server's first tag (ETag or similar), which change with the file."""
     files, path = _file_system(url)
-    files.invalidate_cache()  # fsspec remembers what it was told earlier
+    files.invalidate_cache()  # fsspec caches earlier answers
     info = files.info(path)
     if info.get("size") is None:
         raise RemoteError(f"{url}: the server states no length; use one that does")
@@ -174,31 +173,31 @@ def _download(url: str, target: Path) -> None:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The means to reach a server; asked for each time, as those of a parent process do not work."""
+    """A file system for a server; created per call, as one from a parent process does not work."""
     from fsspec.core import url_to_fs
 
     if not url.startswith("http"):
         return url_to_fs(url)
     import aiohttp
 
-    # aiohttp's own limit is five minutes for the whole file, and it disregards proxies.
+    # By default aiohttp allows five minutes for the whole file, and ignores proxies.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=60)
     return url_to_fs(url, client_kwargs={"timeout": timeout, "trust_env": True})
 
 
 def _attempt(url: str, action: Callable[[], T]) -> T:
-    """Do it, again after a pause if the network or the server failed."""
+    """Run an action; retry after a pause if the network or the server failed."""
     pauses_s = list(RETRY_AFTER_S)
     while True:
         try:
             return action()
         except RemoteError:
             raise
-        except Exception as error:  # every kind of server has its own
-            # Over http fsspec says of whatever went wrong that the file was not found.
+        except Exception as error:  # every kind of server raises its own
+            # Over http, fsspec reports any error as FileNotFoundError.
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-            # Asking again helps if the network or the server failed, not if the file or the right is missing.
+            # Retrying helps if the network or the server failed, not if file or permission is missing.
             status = getattr(cause, "status", None)
             refused = isinstance(cause, FileNotFoundError | PermissionError | ValueError) and status is None
             if refused or status in _FINAL_STATUS or "Credentials" in repr(cause):

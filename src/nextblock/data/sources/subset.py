@@ -1,4 +1,4 @@
-"""Sources made of other sources: some images of one (`subset:LIST.txt`), or all of several (a mixture)."""
+"""Sources built from other sources: some images of one (`subset:LIST.txt`), or all of several (a mixture)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from nextblock.errors import UsageError
 
 
 class _Derived(Source):
-    """A source whose every image is an image of another source, which reads it."""
+    """A source whose images belong to other sources, which read them."""
 
     @abstractmethod
     def _locate(self, index: int) -> tuple[Source, int]:
-        """The other source, and the image's number there."""
+        """The image's source, and its number there."""
 
-    # Overridden as a whole, not `_read`: only so does `reduce` reach the source that decodes.
+    # Override `read` rather than `_read`, so that `reduce` reaches the source that decodes.
     def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
-        """The image, as the other source reads it."""
+        """Read the image from its source."""
         source, number = self._locate(index)
         return source.read(number, reduce)
 
     def content(self, index: int) -> bytes | None:
-        """The encoded file, as the other source has it."""
+        """The encoded file in its source."""
         source, number = self._locate(index)
         return source.content(number)
 
     def path(self, index: int) -> Path | None:
-        """Where the other source has the file."""
+        """The file's path in its source."""
         source, number = self._locate(index)
         return source.path(number)
 
@@ -46,7 +46,7 @@ class SubsetSource(_Derived):
     """Some images of the source `of`, in the order of `numbers`; classes keep their numbers and names."""
 
     def __init__(self, spec: str, of: Source, numbers: np.ndarray, fingerprint: str | None = None) -> None:
-        # Numbers mean nothing in another list of images: better no image than the wrong ones.
+        # Numbers are meaningless in another list of images, so raise instead of using wrong images.
         if fingerprint is not None and fingerprint != of.fingerprint:
             remedy = "name the source as it was by of=SPEC, or draw the list again"
             raise UsageError(f"{spec!r}: {of.spec!r} is not what the list was drawn from; {remedy}")
@@ -55,7 +55,7 @@ class SubsetSource(_Derived):
             raise UsageError(
                 f"{spec!r}: the list names image {largest}, but {of.spec!r} has {len(of)}, from 0"
             )
-        # An image twice would weigh double in every epoch and in every accuracy.
+        # A repeated image would count twice in every epoch and every accuracy.
         if len(np.unique(numbers)) < len(numbers):
             raise UsageError(f"{spec!r}: the list names an image twice; name each once")
         self.spec, self.of, self._numbers = spec, of, numbers
@@ -77,22 +77,22 @@ class SubsetSource(_Derived):
         return self.of.name(int(self._numbers[index]))
 
     def _find_labels(self) -> Labels:
-        # All classes of the other source stay, even those without an image here: a classifier's outputs keep
-        # their meaning.
+        # Keep all classes of the other source, even without an image here, so that a classifier's outputs
+        # keep their meaning.
         return self.of.labels[self._numbers], self.of.class_names
 
     def _make_fingerprint(self) -> str:
-        # The same images in another order are another source, as runs visit images by their numbers.
+        # Another order is another source, because runs visit images by number.
         digest = hashlib.blake2b(self.of.fingerprint.encode(), digest_size=16)
         digest.update(self._numbers.astype("<i8").tobytes())
         return f"subset-{len(self)}-{digest.hexdigest()}"
 
 
 def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]:
-    """The head of a list of numbers (`of`, `fingerprint`), and the numbers."""
+    """Read a list of numbers; returns its head (`of`, `fingerprint`) and the numbers."""
     if not path.is_file():
         raise UsageError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
-    # Lines of the head are "# key: value"; the first one says what the file is, and is no key that counts.
+    # Lines of the head are "# key: value"; the first describes the file, and its key is ignored.
     head: dict[str, str] = {}
     numbers = []
     for place, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -111,7 +111,7 @@ def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]
 
 
 class ConcatSource(_Derived):
-    """The images of several sources; image i of a part has the number i plus the sizes of those before it."""
+    """The images of several sources; image i of a part has number i plus the sizes of earlier parts."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         assert len(parts) >= 2
@@ -119,7 +119,7 @@ class ConcatSource(_Derived):
         self.spec = " + ".join(part.spec for part in parts)
         self.in_memory = all(part.in_memory for part in parts)
         self.damage = tuple(damage for part in parts for damage in part.damage)
-        # Image i of part p has the number starts[p] + i; the last entry is the number of all images.
+        # Image i of part p has number starts[p] + i; the last entry is the total.
         self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
@@ -132,7 +132,7 @@ class ConcatSource(_Derived):
 
     @property
     def has_labels(self) -> bool:
-        """Whether every part has labels, of the same classes."""
+        """Whether every part has labels, with the same classes."""
         return all(part.has_labels for part in self.parts) and len(self._classes()) == 1
 
     def _classes(self) -> set[tuple[str, ...]]:
@@ -145,7 +145,7 @@ class ConcatSource(_Derived):
 
     def _locate(self, index: int) -> tuple[Source, int]:
         self._check(index)
-        # The last start that is not above the number is that of its part.
+        # The part is the last one whose start is not above the number.
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part], index - int(self._starts[part])
 
@@ -154,7 +154,7 @@ class ConcatSource(_Derived):
         return f"{part.spec}: {part.name(within)}"
 
     def _find_labels(self) -> Labels:
-        # Labels of several sources can be joined only if equal numbers mean equal classes.
+        # Labels can be joined only if equal numbers mean equal classes in all sources.
         without = next((part.spec for part in self.parts if not part.has_labels), None)
         if without is not None:
             raise UsageError(f"{self.spec!r} has no labels, because {without!r} has none")
@@ -163,6 +163,6 @@ class ConcatSource(_Derived):
         return np.concatenate([part.labels for part in self.parts]), self.parts[0].class_names
 
     def _make_fingerprint(self) -> str:
-        # In the parts' order: it decides the images' numbers.
+        # In the order of the parts, which determines the images' numbers.
         text = "\n".join(part.fingerprint for part in self.parts)
         return f"mixture-{len(self)}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

@@ -1,7 +1,7 @@
-"""Tar shards in WebDataset's layout: every image member is a sample, read at any place in any order.
+"""Tar shards in WebDataset's layout: every image member is a sample, read in any order.
 
-What lies where is read from a tar's headers once, and kept as `X.tar.nextblock-index` beside the tar, or in
-the cache folder if that place cannot be written.
+An index is built from a tar's headers once, and stored as `X.tar.nextblock-index` beside the tar, or in the
+cache folder if that place is not writable.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _BLOCK = 512
 _MAX_HEADER_BYTES = _MAX_LABEL_BYTES = 2**20
 # Shards that a process keeps open; systems allow 1024 open files or fewer.
 MAX_OPEN = 64
-# Names of tars that are parts of a whole: train_003, 00012. Anything else may be a class.
+# Names of tars that are parts of a dataset: train_003, 00012. Any other name may be a class.
 _SHARD_STEM = re.compile(r".*[-_.]\d+|\d{4,6}|train|val|test")
 
 
 class TarSource(EncodedSource):
-    """The images of tar shards in the order of shards and members; of several of one name the last counts.
+    """The images of tar shards, in the order of shards and members; the last of equal names counts.
 
-    `stems`, if given, are the classes of the shards whose images state none.
+    `stems`, if given, are the classes of shards whose images have no labels.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TarSource(EncodedSource):
     ) -> None:
         self.spec, self._data, self._paths, self._stems = spec, data, tuple(paths), tuple(stems)
         names = list(names) or [text(os.fsencode(path.name)) for path in paths]
-        # Shards of one name in several folders are called by their paths.
+        # Shards with the same name in several folders are named by their paths.
         self._shard_names = names if len(set(names)) == len(paths) else [str(path) for path in paths]
         self._files: dict[int, OpenFile] = {}
         heads, joined, tables = zip(*in_threads(self._index, range(len(paths))), strict=True)
@@ -80,8 +80,8 @@ class TarSource(EncodedSource):
         self._names = Names(b"".join(joined), lengths)
         self._counts = np.array([table.shape[1] for table in tables])
         self._ends = np.cumsum(self._counts)
-        # Every shard numbers its own classes. Here equal classes get equal numbers: those of a shard begin at
-        # its start among the classes of all. An image without a class has the number -1 in every shard.
+        # Every shard numbers its own classes. Shift a shard's numbers to its start in the joint list, then
+        # map equal classes to equal numbers. An image without a class has the number -1 in every shard.
         classes = [name for head in heads for name in head["classes"]]
         starts = np.cumsum([0, *(len(head["classes"]) for head in heads)])[:-1]
         rank, self._classes = in_class_order(classes)
@@ -95,7 +95,7 @@ class TarSource(EncodedSource):
             log.warning("%s", damage)
 
     def empty_classes(self) -> list[str]:
-        """Tars without images among those that are classes."""
+        """Tars without images, if tars are the classes."""
         are_classes = self.has_labels and set(self.class_names) <= set(self._stems)
         return sorted(set(self._stems) - set(self.class_names)) if are_classes else []
 
@@ -113,21 +113,21 @@ class TarSource(EncodedSource):
         return content
 
     def _open(self, shard: int) -> OpenFile:
-        # The last entry of the dictionary is the one used last, so the first one is closed.
-        self._files[shard] = found = self._files.pop(shard, None) or OpenFile(self._paths[shard])
+        # The dictionary is in order of last use, so the first file is closed.
+        self._files[shard] = file = self._files.pop(shard, None) or OpenFile(self._paths[shard])
         if len(self._files) > MAX_OPEN:
             self._files.pop(next(iter(self._files)), None)
-        return found
+        return file
 
     def _shard_of(self, index: int) -> int:
-        # _ends holds where each shard's images end; side="right" steps over shards without images.
+        # _ends[i] is where shard i's images end; side="right" skips shards without images.
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int) -> str:
         return f"{self._shard_names[self._shard_of(index)]}/{text(self._names[index])}"
 
     def _find_labels(self) -> Labels:
-        """Those that members state; if none does, first-level folders, or tars named after classes."""
+        """Labels of members; if there are none, first-level folders, or tars named after classes."""
         if self._unusable:
             first = self._unusable[0]
             raise UsageError(f"{self.spec!r} has an unusable label: {first}; use text or numbers")
@@ -139,7 +139,7 @@ class TarSource(EncodedSource):
             )
         if not len(without):
             return self._numbers, self._classes
-        # A tar of one class may hold its images in a folder, called the same in all tars, or like the class.
+        # A tar of one class may have its images in a folder, named the same in all tars, or like the class.
         # So folders are the classes only if there are several; otherwise the tars are.
         with suppress(ValueError):
             folders = self._names.first_folders(self.spec)
@@ -147,7 +147,7 @@ class TarSource(EncodedSource):
                 return folders
         if len(self._stems) < 2:
             raise UsageError(f"{self.spec!r} has no labels; add .cls members, or put each class in a folder")
-        shards = np.flatnonzero(self._counts)  # a tar without images is no class, like an empty folder
+        shards = np.flatnonzero(self._counts)  # like an empty folder, a tar without images is not a class
         rank, names = in_class_order([self._stems[shard] for shard in shards])
         return np.repeat(rank, self._counts[shards]), names
 
@@ -162,7 +162,7 @@ class TarSource(EncodedSource):
 
 
 def open_tars(spec: str, data: DataConfig) -> TarSource:
-    """The shards that a spec with braces names; `ValueError` names the first three that are missing."""
+    """Open the shards of a spec with braces; `ValueError` names the first three missing ones."""
     paths = [local_path(name) for name in expand_braces(spec)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -172,12 +172,12 @@ def open_tars(spec: str, data: DataConfig) -> TarSource:
 
 
 def open_class_tars(spec: str, path: Path, data: DataConfig) -> TarSource | None:
-    """The tars of a directory that has neither images nor folders; None for any other directory.
+    """Open the tars of a directory without images and folders; None for any other directory.
 
     Their names are classes (ImageNet-21k), unless all are numbered like shards (`train_003`, `00012`).
     """
     tars = []
-    # If the directory cannot be read, the search for images says so.
+    # If the directory cannot be read, the later search for images reports it.
     with suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -192,38 +192,38 @@ def open_class_tars(spec: str, path: Path, data: DataConfig) -> TarSource | None
 
 
 def expand_braces(spec: str) -> list[str]:
-    """The names that braces stand for: `x-{008..010}.tar` is x-008.tar, x-009.tar, x-010.tar."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-    if not found:
+    """Expand braces: `x-{008..010}.tar` gives x-008.tar, x-009.tar, x-010.tar."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+    if not braces:
         return [spec]
-    first, last = found.groups()
+    first, last = braces.groups()
     if not 0 <= int(last) - int(first) < 10**6:
-        raise UsageError(f"{spec!r}: {found[0]} must run upwards, over a million numbers at most")
+        raise UsageError(f"{spec!r}: {braces[0]} must run upwards, over at most a million numbers")
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    rests = expand_braces(spec[found.end() :])
-    return [spec[: found.start()] + number + rest for number in numbers for rest in rests]
+    rests = expand_braces(spec[braces.end() :])
+    return [spec[: braces.start()] + number + rest for number in numbers for rest in rests]
 
 
 # ----------------------------------------------------------------------------------------------- indexes
 
 
 class TarIndex(NamedTuple):
-    """What lies where in a tar."""
+    """The positions of images in a tar, and their classes."""
 
     head: dict[str, Any]
     """`classes`; `others`: ignored members by kind; `damage`: reason and images before it; `unusable`: the
-    first label that is none; `stamp`: size and time of the tar when it was indexed."""
+    first invalid label; `stamp`: size and time of the tar when it was indexed."""
     names: bytes
-    """The images' names, joined."""
+    """The images' names, concatenated."""
     table: np.ndarray
     """Rows of int64: lengths of the names, offsets of the images (-1: sparse), sizes, classes (-1: none)."""
 
 
 def tar_index(path: Path, data: DataConfig) -> TarIndex:
-    """A tar's index, kept until the tar's size or time changes; `ValueError` if it is no tar."""
+    """Read or build a tar's index, stored until its size or time changes; `ValueError` if it is not a tar."""
     try:
-        # Beside the tar, the index serves every user and moves with it; a read-only place leaves the cache.
-        # A tar that was packed again or had members added has another size or time: its index is rebuilt.
+        # Beside the tar, the index serves every user and moves with it; if that is read-only, use the cache.
+        # A tar that was repacked or extended has another size or time, so its index is rebuilt.
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns]
         cached = cache_dir(data, "indexes") / (digest(os.fsencode(path.absolute())) + INDEX_ENDING)
@@ -240,14 +240,14 @@ def tar_index(path: Path, data: DataConfig) -> TarIndex:
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """The results for all shards, several at once, with a bar on a terminal."""
+    """Apply a function to all shards in parallel, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     hide = len(items) < 2 or not console.is_terminal
     with ThreadPoolExecutor(min(THREADS, len(items))) as threads:
-        # After an error `map` cancels the items that have not begun.
+        # After an error `map` cancels the items that have not started.
         results = threads.map(function, items)
         shown = track(results, "indexing", len(items), console=console, transient=True, disable=hide)
         return list(shown)
@@ -260,14 +260,14 @@ def cache_dir(data: DataConfig, part: str) -> Path:
 
 
 def digest(content: bytes) -> str:
-    """A hash that tells contents apart."""
+    """A hash of the content."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_index(path: Path, stamp: object = None) -> TarIndex | None:
-    """The index at `path`; None if it is missing, damaged, or of another stamp (None: any will do)."""
+    """Read an index; None if it is missing, damaged, or has another stamp (None accepts any)."""
     # A line of JSON, the table, the names. Every start reads one such file per shard, and ImageNet-21k has
-    # 20,000 shards: read plainly, they take 2 s together; as .npz, 8 s.
+    # 20,000 shards: this format takes 2 s for all, .npz takes 8 s.
     try:
         line, _, body = path.read_bytes().partition(b"\n")
         head = json.loads(line)
@@ -279,17 +279,17 @@ def read_index(path: Path, stamp: object = None) -> TarIndex | None:
             return TarIndex(head, names, numbers.reshape(4, -1))
     except OSError:
         return None
-    except (ValueError, LookupError, TypeError):  # no JSON, or not what was written
+    except (ValueError, LookupError, TypeError):  # not JSON, or not an index
         pass
     log.info("%s is damaged and will be rebuilt", path)
     return None
 
 
 def write_index(path: Path, index: TarIndex, stamp: object) -> bool:
-    """Write an index whole or not at all; whether that worked."""
+    """Write an index whole or not at all; returns whether that worked."""
     body = index.table.astype("<i8").tobytes() + index.names
     head = {"version": _VERSION, "stamp": stamp, "check": digest(body), "images": index.table.shape[1]}
-    # All ranks of a run may write the same index at once, each under a name of its own.
+    # All ranks of a run may write the same index at once, so each needs its own temporary name.
     aside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,10 +302,10 @@ def write_index(path: Path, index: TarIndex, stamp: object) -> bool:
     return True
 
 
-def build_index(file: OpenFile, called: str) -> TarIndex:
-    """Read all headers of a tar, which errors call `called`; `ValueError` if it is no plain tar, or empty."""
-    members, others, problem = _members(file, called)
-    # A dictionary keeps the place of the first member of a name and the content of the last, as on unpacking.
+def build_index(file: OpenFile, origin: str) -> TarIndex:
+    """Index a tar, named `origin` in errors, from its headers; `ValueError` if it is empty or not plain."""
+    members, others, problem = _members(file, origin)
+    # Of equal names, a dictionary keeps the first position and the last content, like unpacking.
     images: dict[bytes, tuple[int, int]] = {}
     labels: dict[str, dict[bytes, str | ValueError]] = {".json": {}, ".cls": {}}
     for name, (_, offset, size) in zip(member_names([name for name, *_ in members]), members, strict=True):
@@ -316,12 +316,12 @@ def build_index(file: OpenFile, called: str) -> TarIndex:
             others[kind] += 1
         elif label := _label(name, file.read(min(size, _MAX_LABEL_BYTES), offset)):
             labels[kind][name[: -len(kind)]] = label
-    of_key = labels[".json"] | labels[".cls"]  # of both, .cls counts
+    of_key = labels[".json"] | labels[".cls"]  # .cls wins
     classes: dict[str, int] = {}
     unusable, rows = "", []
     for name, place in images.items():
-        # An image's label has its name up to the last dot (v1.0_3.png and v1.0_3.cls), or, as WebDataset has
-        # it, up to the first one: the images of one sample share it (k.left.png, k.right.png and k.cls).
+        # An image's label has its name up to the last dot (v1.0_3.png and v1.0_3.cls) or, as in WebDataset,
+        # up to the first dot: the images of a sample share it (k.left.png, k.right.png and k.cls).
         folder, slash, base = name.rpartition(b"/")
         short = folder + slash + base.partition(b".")[0]
         label = of_key.get(name.rpartition(b".")[0]) or of_key.get(short) or ""
@@ -334,17 +334,17 @@ def build_index(file: OpenFile, called: str) -> TarIndex:
 
 
 def _label(member: bytes, content: bytes) -> str | ValueError:
-    """The label in a .cls or .json member; empty if it states none, and the error if it is none."""
+    """The label in a .cls or .json member; empty if it has none, an error if it is invalid."""
     if extension(member) == b".cls":
         return text(content.strip())
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
-        return ValueError(f"{text(member)} is no JSON of up to 1 MiB")
+        return ValueError(f"{text(member)} is not JSON of up to 1 MiB")
     problem: str | ValueError = ""
     for field in ("label", "cls", "class") if isinstance(values, dict) else ():
         value = values.get(field)
-        # Tables turn whole numbers into floats if one is missing: 2.0 is class 2.
+        # Tables turn integers into floats if one is missing: 2.0 is class 2.
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
@@ -356,7 +356,7 @@ def _label(member: bytes, content: bytes) -> str | ValueError:
 
 
 class _HeaderFile(io.FileIO):
-    """A tar of which `left` bytes may be read, so that no header, whatever it states, fills the memory."""
+    """A tar of which only `left` bytes may be read, so that no forged header fills the memory."""
 
     left = 0
 
@@ -367,14 +367,14 @@ class _HeaderFile(io.FileIO):
         return super().read(size) or b""
 
 
-def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]], Counter[str], str]:
+def _members(file: OpenFile, origin: str) -> tuple[list[tuple[bytes, int, int]], Counter[str], str]:
     """Name, offset (-1: sparse) and size of every file in a tar; the number of links; the damage, if any."""
     members, others = [], Counter[str]()
     position, end, has_end_mark = 0, os.fstat(file.number).st_size, False
     if not end:
-        raise UsageError(f"{called!r} is empty (0 bytes); fetch or pack it again")
-    # Only headers are read, from one to the next: a header states where its member's content lies and how
-    # long it is, and `tarfile` follows the long names and sizes that come in headers of their own before it.
+        raise UsageError(f"{origin!r} is empty (0 bytes); fetch or pack it again")
+    # Read only headers, each of which gives the position and size of its member's content. `tarfile` handles
+    # the long names and sizes that precede it in extra headers.
     with _HeaderFile(file.number, closefd=False) as reader:
         while block := file.read(_BLOCK, position):
             if not any(block):
@@ -383,7 +383,7 @@ def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]],
                 zeros = len(chunk) - len(chunk.lstrip(b"\0"))
                 position, has_end_mark = position + max(_BLOCK, zeros // _BLOCK * _BLOCK), True
                 continue
-            # A new TarFile for each member: one that continues by itself hides damage as a normal end.
+            # Use a new TarFile per member: one that continues would report damage as a normal end.
             reader.seek(position)
             reader.left = _MAX_HEADER_BYTES
             try:
@@ -393,17 +393,17 @@ def _members(file: OpenFile, called: str) -> tuple[list[tuple[bytes, int, int]],
                 member, following = None, 0
             if position == 0 and member is None:
                 begin = f"it starts with {repr(block[:8])[1:]}"
-                raise UsageError(f"{called!r} is no plain tar ({begin}); unpack it if it is compressed")
-            # Damage may lead back to an earlier place, and reading would never end.
+                raise UsageError(f"{origin!r} is not a plain tar ({begin}); unpack it if it is compressed")
+            # A damaged header may point backwards, and reading would never end.
             if member is None or member.size < 0 or following <= position:
                 cut = f"the header at byte {position:,} is cut off or damaged"
                 return members, others, "" if has_end_mark else cut
-            # What looks like a header after the mark is another tar, which needs a mark of its own.
+            # A header after the end mark starts another tar, which needs its own mark.
             has_end_mark = False
             if member.isreg():
                 name = member.name.encode("utf-8", "surrogateescape")
-                # A sparse file takes less room than its size says, any other one up to a block more: so one
-                # of the two ends lies beyond the file only if content is missing.
+                # A sparse file takes less space than its size, any other file up to a block more. So the
+                # smaller of the two ends is beyond the file only if content is missing.
                 if min(following, member.offset_data + member.size) > end:
                     return members, others, f"the file ends within {text(name)!r}"
                 members.append((name, -1 if member.issparse() else member.offset_data, member.size))

@@ -19,20 +19,20 @@ from nextblock.errors import UsageError
 
 
 class ZipSource(EncodedSource):
-    """The images of a zip in the order of its directory; of several of one name the last counts."""
+    """The images of a zip in the order of its directory; the last of equal names counts."""
 
     _prefix = "zip"
 
     def __init__(self, spec: str, path: Path, data: DataConfig) -> None:
         self.spec, self._data, self._path = spec, data, path
         try:
-            # Only names, places and sizes are kept: `zipfile` takes 1 KB a member, and forks cannot share it.
+            # Keep only names, positions and sizes: `zipfile` takes 1 KB per member, which forks cannot share.
             with zipfile.ZipFile(path) as file:
                 members = file.infolist()
         except OSError as error:
             raise UsageError(f"cannot read {spec!r}: {error.strerror or error}") from error
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise UsageError(f"{spec!r} is no zip, or damaged: {error}; fetch or pack it again") from error
+            raise UsageError(f"{spec!r} is not a zip, or damaged: {error}; fetch or pack it again") from error
         images: dict[bytes, zipfile.ZipInfo] = {}
         others = Counter[str]()
         names = member_names([member.filename.encode("utf-8", "surrogateescape") for member in members])
@@ -44,7 +44,7 @@ class ZipSource(EncodedSource):
                 others[kind] += 1
         report_others(spec, len(images), others)
         for name, member in images.items():
-            # Bits 0 and 6 mark encryption. Of methods, only these two unpack in bounded memory.
+            # Bits 0 and 6 mark encryption. Only these two methods unpack in bounded memory.
             is_known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             if member.flag_bits & 0x41 or not is_known:
                 how = "is encrypted or not packed by deflate; pack it again by zip -0"
@@ -53,8 +53,8 @@ class ZipSource(EncodedSource):
         places = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in images.values()
         ]
-        # The directory at the zip's end states all places, so no member is opened before it is read. If it is
-        # damaged, it may state sizes beyond int64.
+        # The directory at the zip's end has all positions, so members need not be opened here. A damaged one
+        # may have sizes beyond int64.
         self._places = np.array([[min(n, 2**63 - 1) for n in place] for place in places], dtype=np.int64)
         self._file: OpenFile | None = None
 
@@ -63,17 +63,17 @@ class ZipSource(EncodedSource):
         check_size(max(size, packed_size), self._data)
         try:
             self._file = file = self._file or OpenFile(self._path)
-            # The member follows its own header, whose name and extra field have lengths of their own.
+            # The content follows the member's own header, whose name and extra field vary in length.
             name_size, extra_size = struct.unpack("<26xHH", file.read(30, offset))
             content = file.read(packed_size, offset + 30 + name_size + extra_size)
             if method == zipfile.ZIP_DEFLATED:
-                # One byte more than stated shows a false size without unpacking a bomb.
+                # One byte more than stated reveals a false size without unpacking a bomb.
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
         except OSError as error:
             raise BadImageError(f"its zip cannot be read: {error.strerror or error}") from error
         except (zlib.error, struct.error) as error:
             raise BadImageError(f"the zip is damaged here: {error}") from error
-        # The bytes are checked every time: a damaged image may well decode, into other pixels.
+        # Check the bytes every time: a damaged image may still decode, to wrong pixels.
         if len(content) != size or zlib.crc32(content) != checksum:
             raise BadImageError("the zip is damaged here: length or checksum is wrong")
         return content
