@@ -1,4 +1,4 @@
-"""Words on the screen: other libraries' log lines held back, counts, lengths of time, odd names."""
+"""Text for the terminal: muted log lines of other libraries, counts, durations, unusual names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held_back(below: int, *names: str) -> Iterator[None]:
-    """Hold back the lines of these loggers below a level, and leave their levels as they were."""
+def muted(below: int, *names: str) -> Iterator[None]:
+    """Mute lines of these loggers below a level; restores their levels on exit."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from nextblock.config import DataConfig, ModelConfig, pair
-from nextblock.logs import counted, held_back
+from nextblock.logs import counted, muted
 from nextblock.models.timm_encoder import TimmConfig
 
 CARD_FILE = "README.md"
@@ -45,7 +45,7 @@ class Provenance:
 def read_provenance(directory: Path, *, origin: str) -> Provenance | None:
     """What the card in a directory says, with `origin` if it has a licence only; None if it says nothing."""
     try:
-        with held_back(logging.ERROR, "huggingface_hub.repocard"):  # a card without metadata is no fault
+        with muted(logging.ERROR, "huggingface_hub.repocard"):  # a card without metadata is no fault
             head = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # anybody's file: no card, no YAML, not text
         return None

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, errors, snapshot_download
 
 from nextblock.errors import UsageError
 from nextblock.interop.files import WEIGHT_SUFFIXES, choose_weights
-from nextblock.logs import held_back
+from nextblock.logs import muted
 
 HUB_SPEC = "hf:"
 # What is fetched with every weight file: its settings, and its card for the licence.
@@ -92,8 +92,8 @@ def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of 
     """
     log_in = "log in by `hf auth login`, or set HF_TOKEN"
     try:
-        # A line in the log for every request is of use to nobody.
-        with held_back(logging.WARNING, "httpx", "httpx2"):
+        # Nobody needs a log line for every request.
+        with muted(logging.WARNING, "httpx", "httpx2"):
             yield
     except errors.HFValidationError as error:
         raise UsageError(f"{spec} is no name of a repository; write hf:USER/NAME") from error

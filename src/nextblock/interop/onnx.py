@@ -20,7 +20,7 @@ from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
 from nextblock.interop.files import make_parent
 from nextblock.interop.timm import data_at, encoder_at
-from nextblock.logs import held_back
+from nextblock.logs import muted
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier, pool_features
 from nextblock.settings import require, to_dict
@@ -109,7 +109,7 @@ def write_onnx(
     ]
     make_parent(path)
     # The exporter's notes and warnings are nothing that a user can act on; its errors are raised.
-    with held_back(logging.ERROR, *TALKATIVE), warnings.catch_warnings(), torch.no_grad():
+    with muted(logging.ERROR, *TALKATIVE), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
