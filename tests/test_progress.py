@@ -124,7 +124,7 @@ def test_off_a_terminal_a_step_is_told_whole_within_80_columns_and_only_a_long_o
 def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
     reporter = Reporter(console())
     reporter.begin(0, 10)
-    assert reporter.finishing() == "finishing step 1 (its length is not known yet; 0 s so far)"
+    assert reporter.finishing() == "finishing step 1 (its duration is not known yet; 0 s so far)"
     reporter._began_s -= 40
     reporter.update(TICK._replace(step=4))
     assert reporter.finishing() == "finishing step 5, about 10 s"
