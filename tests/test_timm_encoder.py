@@ -330,13 +330,13 @@ def test_a_model_of_ours_starts_from_its_patches_and_otherwise_it_is_refused_as_
 
 
 def test_its_image_size_and_its_heads_are_its_own_and_onnx_cannot_hold_it(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"images of \(32, 32\) px and keeps them; leave image_size out"):
+    with pytest.raises(ValueError, match=r"keeps its image size of \(32, 32\) px; leave image_size out"):
         convert(saved[1], tmp_path / "out", to="timm", image_size=48)
     with pytest.raises(ValueError, match="records its own attention heads, not 3"):
         open_encoder(saved[1], num_heads=3)
     with pytest.raises(ValueError, match="records its attention heads; leave num_heads out"):
         open_encoder(TOKEN, num_heads=2)
-    with pytest.raises(ValueError, match="on timm's test_vit, which the format onnx cannot hold; write it"):
+    with pytest.raises(ValueError, match="on timm's test_vit, which onnx does not support; write it"):
         convert(saved[1], tmp_path / "out", to="onnx")
     assert not (tmp_path / "out").exists()
 

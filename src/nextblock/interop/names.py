@@ -96,7 +96,7 @@ def ratio_of(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else nextafter(ratio, inf)
 
 
-def untold_heads(size: tuple[int, int], origin: str) -> str:
+def unknown_heads(size: tuple[int, int], origin: str) -> str:
     """Why the caller has to tell the heads of an encoder (width, layers): a wrong number fits unnoticed."""
     return (
         f"{origin} does not record how many attention heads its encoder has ({size[0]} wide, {size[1]} "

@@ -41,7 +41,7 @@ from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
 from nextblock.interop.files import MAIN_FILES, LoadOptions, make_parent, read_content, read_json, unwrapped
 from nextblock.interop.hub import HubError
-from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, untold_heads
+from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, unknown_heads
 from nextblock.interop.timm_models import TIMM_EPS, NextBlockViT, as_timm_has, timm_architecture
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.model_config import nearest_sizes
@@ -385,7 +385,7 @@ def read_timm_weights(
         needed(kept, "norm.weight", origin)
         heads = num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
         if heads is None:
-            raise MissingSettingError(num_heads=untold_heads((width, depth), origin))
+            raise MissingSettingError(num_heads=unknown_heads((width, depth), origin))
         patches = kept["pos_embed"].shape[1]
         rows = columns = math.isqrt(patches) * patch_size
         eps = TIMM_EPS

@@ -23,7 +23,7 @@ from nextblock.interop.names import (
     ratio_of,
     renamed,
     shape_of,
-    untold_heads,
+    unknown_heads,
 )
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
@@ -98,7 +98,7 @@ def read_xtra(
     of_arch = NUM_HEADS_OF_ARCH.get(str(settings.get("enc_arch")))
     heads = options.num_heads or settings.get("enc_num_heads") or of_arch or NUM_HEADS_OF_SIZE.get(size)
     if heads is None:
-        raise MissingSettingError(num_heads=untold_heads(size, origin))
+        raise MissingSettingError(num_heads=unknown_heads(size, origin))
 
     # A file that was continued at another size keeps its old enc_img_size: the stored positions decide.
     num_patches = shape_of(weights, "enc.pos_embed", 3, origin)[1]

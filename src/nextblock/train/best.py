@@ -57,7 +57,7 @@ class Best:
     def __str__(self) -> str:
         name, sign = NAMES[self.metric] if self.metric else ("", 0)
         improved = "risen above" if sign > 0 else "fallen below"
-        best = f"{self.value:.4g}, its value at step {self.step}"
+        best = f"{self.value:.4g}, that of step {self.step}"
         return f"{name} has not {improved} {best}, in {self.since} measurements (monitor.patience)"
 
 
