@@ -1,4 +1,4 @@
-"""Text for the terminal: muted log lines of other libraries, counts, durations, unusual names."""
+"""Text for the terminal: counts, durations, odd file names; and muting of other libraries' loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def muted(below: int, *names: str) -> Iterator[None]:
-    """Mute lines of these loggers below a level; restores their levels on exit."""
+    """Drop these loggers' lines below a level, then restore their levels."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -107,7 +107,7 @@ class _Teacher:
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
         # The teacher runs in the precision of its weights, even under autocast.
         with torch.autocast(images.device.type, enabled=False):
-            # Broadcasting turns one channel into as many as the teacher's means.
+            # Broadcasting expands one channel to the number of the teacher's means.
             images = (images.float() * self.std + self.mean - self.own_mean) / self.own_std
             if images.shape[2:] != self.size:
                 images = interpolate(images, size=self.size, mode="bicubic", antialias=True)

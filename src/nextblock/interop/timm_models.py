@@ -74,7 +74,7 @@ class _Block(Block):
 class NextBlockViT(VisionTransformer):
     """timm's `VisionTransformer` with a block mask, built from `ARGUMENTS` (defaults as in `ModelConfig`).
 
-    With `attention` "causal" a patch attends to its own block and earlier ones in `order`; "full" is no mask.
+    `attention` "causal": a patch attends to its own block and earlier ones in `order`; "full": to all.
     """
 
     order_mask: Bool[Tensor, "n n"] | None

@@ -80,13 +80,13 @@ def read_xtra(
     content: Mapping[str, Any], origin: str, options: LoadOptions
 ) -> NextBlockModel | ImageClassifier:
     """Build the model or classifier in an official file; refuses files that lack settings."""
-    weights, given = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
-    if not given or not isinstance(given, Mapping):
+    weights, recorded = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
+    if not recorded or not isinstance(recorded, Mapping):
         raise CheckpointError(
             f"{origin} is an XTRA model without hyper_parameters, which hold its block size and heads; give "
             "the original checkpoint"
         )
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in recorded.items() if value is not None}
     is_classifier = any(name.startswith("classifier.") for name in weights)
     with_predictor = not is_classifier and any(name.startswith("predictor.") for name in weights)
     _refuse_other_functions(settings, weights, origin, is_classifier, with_predictor)
