@@ -135,7 +135,7 @@ def read_aim(
         if not is_aim_head(head):
             held = ", ".join(list(of_head)[:5]) or "nothing known"
             raise CheckpointError(
-                f"the head given with {origin} is not the head of an AIM classifier (it contains: {held})"
+                f"the head given with {origin} is not the head of an AIM classifier (it holds: {held})"
             )
         twice = sorted(weights.keys() & of_head.keys())
         if twice:

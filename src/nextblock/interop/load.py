@@ -233,7 +233,7 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         format_, build = "timm state dict", partial(read_timm, file, weights=unwrapped(content))
     else:
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
-        why = f"{origin} is in no known format (it contains: {', '.join(map(str, held))}); known: {KNOWN}"
+        why = f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}"
         if isinstance(content, Mapping) and OWN_WEIGHTS & content.keys():
             why = f"{origin} has lost its settings (safetensors' metadata); use the file that nextblock wrote"
         raise UnknownFormatError(why, file, content)
