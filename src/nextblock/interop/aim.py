@@ -317,7 +317,7 @@ def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str)
         return last_layers(PROBED_LAYERS, size[1])
     if size not in BEST_LAYERS_OF_SIZE:
         raise CheckpointError(
-            f"probe_layers {given!r} is known for AIM's sizes only, and {origin} has width {size[0]} and "
+            f"probe_layers {given!r} is known for AIM's sizes only, and {origin} is {size[0]} wide with "
             f"{size[1]} layers; {CHOICES}"
         )
     return BEST_LAYERS_OF_SIZE[size]
