@@ -165,7 +165,7 @@ def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
 )
 def test_the_suffix_tells_the_format_unless_one_is_given_and_must_not_contradict_it(dst, to, expected):
     if expected is None:
-        with pytest.raises(ValueError, match=r"says otherwise; name a|misspelt \.(onnx|safetensors);"):
+        with pytest.raises(ValueError, match=r"needs an? .*; name a|misspelt \.(onnx|safetensors);"):
             target_of(dst, to)
     else:
         assert target_of(dst, to) == expected
@@ -174,9 +174,9 @@ def test_the_suffix_tells_the_format_unless_one_is_given_and_must_not_contradict
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"to": "timm", "layers": [1]}, "layers means nothing to the format timm; it is for onnx"),
-        ({"to": "nextblock", "attention": "full"}, "attention means nothing to the format nextblock"),
-        ({"image_size": 32}, r"records images of \(16, 24\) px and keeps them.*to timm or onnx"),
+        ({"to": "timm", "layers": [1]}, "layers does not apply to the format timm, only to onnx"),
+        ({"to": "nextblock", "attention": "full"}, "attention does not apply to the format nextblock"),
+        ({"image_size": 32}, r"keeps its image size of \(16, 24\) px.*to timm or onnx"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, words, run_dir, tmp_path):
@@ -199,7 +199,7 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(run_dir, tmp_path
         (".", None, ValueError, exists),
         (empty, "onnx", ValueError, exists),
         (photo / "out", "timm", ValueError, r"photo\.jpg is a file; name a place in a directory"),
-        ("/proc/a/out", "timm", CheckpointError, r"/proc/a cannot be made .*; choose another place"),
+        ("/proc/a/out", "timm", CheckpointError, r"/proc/a cannot be created .*; choose another place"),
     )
     for place, to, error, words in places:
         with pytest.raises(error, match=words):

@@ -100,8 +100,8 @@ def linear_classifier(layer, class_names=None):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: AttentiveHead(32, 10, num_heads=5), "32 channels wide cannot have 5 attention heads"),
-        (lambda: EfficientHead(32, 10, num_queries=5), "32 channels wide cannot have 5 queries"),
+        (lambda: AttentiveHead(32, 10, num_heads=5), "32 channels cannot have 5 attention heads"),
+        (lambda: EfficientHead(32, 10, num_queries=5), "32 channels cannot have 5 queries"),
         (lambda: HeadConfig(num_classes=0, layers=(1,)), "num_classes is 0"),
         (lambda: HeadConfig(num_classes=2, layers=()), "at least one encoder layer"),
         (lambda: linear_classifier(2), r"layers \[2\] of an encoder with 2"),

@@ -200,7 +200,7 @@ def test_a_named_backbone_and_its_head_make_a_classifier(hub, golden_dir):
         ("hf:me/vit", (403, "GatedRepo"), "is gated: accept its terms"),
         ("push", (403, "Forbidden"), r"refuses hf:me/vit \(status 403\): log in"),
         ("push", (500, "Oops"), r"failed for hf:me/vit .*500.*try it again"),
-        ("hf:me/vit", "no hub", "not in the cache, and the hub could not be asked"),
+        ("hf:me/vit", "no hub", "not in the cache, and the hub could not be reached"),
     ],
 )
 def test_every_failure_of_the_hub_is_told_by_its_cause(spec, status, words, hub, monkeypatch, tmp_path):

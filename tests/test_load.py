@@ -99,9 +99,9 @@ def test_what_lightning_saves_by_deepspeed_is_read_from_its_directory(golden_dir
 @pytest.mark.parametrize(
     ("file", "settings", "words"),
     [
-        ("xtra_k2.ckpt", {"num_heads": 3, "probe_layers": (1,)}, "no use for probe_layers="),
-        ("own.safetensors", {"head": "head.pth"}, "no use for head="),
-        ("timm:vit_tiny_patch16_224,pretrained=false", {"image_size": 32}, "no use for image_size="),
+        ("xtra_k2.ckpt", {"num_heads": 3, "probe_layers": (1,)}, "does not use probe_layers="),
+        ("own.safetensors", {"head": "head.pth"}, "does not use head="),
+        ("timm:vit_tiny_patch16_224,pretrained=false", {"image_size": 32}, "does not use image_size="),
         ("own.safetensors", {"num_heads": 2}, "records 3 attention heads, not 2"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_weight_file_that_is_not_complete_is_refused(length, golden_dir, tmp_p
     ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "fetch it by `git lfs pull`"),
-        (b"<!DOCTYPE html>\n<html>", "is an HTML page, and not a weight file"),
+        (b"<!DOCTYPE html>\n<html>", "is an HTML page, not a weight file"),
         ((2).to_bytes(8, "little"), "cannot be read as a weight file: .*not complete"),
         (b"", "the file is empty"),
         (b"\x08\x08\x12\x07pytorch", "is an ONNX file"),

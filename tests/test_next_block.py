@@ -254,7 +254,7 @@ def test_a_model_of_random_orders_predicts_and_encodes_by_the_first():
     [
         (None, [6, 0], r"0\.\.5 \(an image has 6 blocks"),
         (None, [-1, 0], r"0\.\.5"),
-        (None, [1], r"shape \(1,\); give one length an image, \(2,\)"),
+        (None, [1], r"shape \(1,\); give one length per image, \(2,\)"),
         (None, [1, 1, 1], r"shape \(3,\)"),
         ([0, 1, 2, 3, 4, 4], None, r"permutation of 0\.\.5"),
         ([1, 2, 3, 4, 5, 6], None, r"permutation of 0\.\.5"),
@@ -336,7 +336,7 @@ def test_own_masks_are_honoured_and_refused_in_training_if_they_leak(changes, en
     assert_close(model(images).predictions, expected, atol=1e-4, rtol=1e-4)
     assert model.leaks == leaks
     if leaks:
-        with pytest.raises(ValueError, match="tokens see the blocks they are to predict"):
+        with pytest.raises(ValueError, match="tokens see the blocks they should predict"):
             model.train()(images)
     else:
         model.train()(images)

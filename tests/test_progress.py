@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from nextblock.logs import held_back
+from nextblock.logs import muted
 from nextblock.train import runtime
 from nextblock.train.logging import Reporter, StepOutcome, Tick, Window, log_to_file
 from nextblock.train.runtime import process_settings, stop_on_signals
@@ -124,7 +124,7 @@ def test_off_a_terminal_a_step_is_told_whole_within_80_columns_and_only_a_long_o
 def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
     reporter = Reporter(console())
     reporter.begin(0, 10)
-    assert reporter.finishing() == "finishing step 1 (its length is not known yet; 0 s so far)"
+    assert reporter.finishing() == "finishing step 1 (its duration is not known yet; 0 s so far)"
     reporter._began_s -= 40
     reporter.update(TICK._replace(step=4))
     assert reporter.finishing() == "finishing step 5, about 10 s"
@@ -237,10 +237,10 @@ def test_outside_the_main_thread_signals_are_left_alone():
     assert handlers == [(before, False)]
 
 
-def test_lines_below_the_level_are_held_back_and_levels_come_back_even_after_an_error(caplog):
+def test_lines_below_the_level_are_muted_and_levels_are_restored_even_after_an_error(caplog):
     one, two = logging.getLogger("of.one"), logging.getLogger("of.two")
     one.setLevel(logging.INFO)
-    with pytest.raises(KeyError), held_back(logging.ERROR, "of.one", "of.two"):
+    with pytest.raises(KeyError), muted(logging.ERROR, "of.one", "of.two"):
         one.warning("held")
         two.error("told")
         raise KeyError

@@ -67,7 +67,7 @@ def open_with(run, changes=None, sources=None, *, overwrite=False):
     ],
 )
 def test_what_does_not_touch_the_weights_may_change(stopped, changes):
-    assert not open_with(stopped, changes).is_anew
+    assert not open_with(stopped, changes).starts_over
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_run_records_its_teacher_and_resumes_with_the_same_weights_alone(tmp_p
             {"model.teacher_dim": 13},
             "are 12 wide, and model.teacher_dim is 13; leave model.teacher_dim out",
         ),
-        ({"in_chans": 1}, {}, "images of 1 channel, and model.in_chans is 3; choose a teacher of as many"),
+        ({"in_chans": 1}, {}, "images of 1 channel, and model.in_chans is 3; choose a teacher with"),
         ({}, {"model.teacher": None}, "model.target features needs model.teacher"),
     ],
 )

@@ -249,7 +249,7 @@ def test_what_timm_would_do_in_another_way_is_told_at_opening(tmp_path, caplog):
     assert not caplog.messages
     spec, _ = saved_by_timm(tmp_path, {"crop_mode": "squash", "interpolation": "bilinear"})
     open_encoder(spec)
-    assert caplog.messages == [f"{spec}: timm resizes its images by bilinear, here it is done by bicubic"]
+    assert caplog.messages == [f"{spec}: timm resizes its images by bilinear, nextblock by bicubic"]
     caplog.clear()
     open_encoder("timm:test_vit3,pretrained=false")
     assert "its attention pooling is not used" in caplog.text
@@ -320,7 +320,7 @@ def test_it_is_converted_with_its_head_and_a_card_that_names_no_licence_of_itsel
 
 
 def test_a_model_of_ours_starts_from_its_patches_and_otherwise_it_is_refused_as_timms_is(saved):
-    with pytest.raises(CheckpointError, match=r"cls_token.*As model\.init it can be started from"):
+    with pytest.raises(CheckpointError, match=r"cls_token.*You can still use it as model\.init"):
         load_model(saved[1])
     sizes = {"image_size": 32, "patch_size": 16, "block_size": 1, "embed_dim": 64, "depth": 6, "num_heads": 2}
     model, key = tiny_model(predictor=None, **sizes), "blocks.3.attn.qkv.weight"
@@ -330,13 +330,13 @@ def test_a_model_of_ours_starts_from_its_patches_and_otherwise_it_is_refused_as_
 
 
 def test_its_image_size_and_its_heads_are_its_own_and_onnx_cannot_hold_it(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"images of \(32, 32\) px and keeps them; leave image_size out"):
+    with pytest.raises(ValueError, match=r"keeps its image size of \(32, 32\) px; leave image_size out"):
         convert(saved[1], tmp_path / "out", to="timm", image_size=48)
     with pytest.raises(ValueError, match="records its own attention heads, not 3"):
         open_encoder(saved[1], num_heads=3)
     with pytest.raises(ValueError, match="records its attention heads; leave num_heads out"):
         open_encoder(TOKEN, num_heads=2)
-    with pytest.raises(ValueError, match="on timm's test_vit, which the format onnx cannot hold; write it"):
+    with pytest.raises(ValueError, match="on timm's test_vit, which onnx does not support; write it"):
         convert(saved[1], tmp_path / "out", to="onnx")
     assert not (tmp_path / "out").exists()
 

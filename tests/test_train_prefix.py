@@ -108,7 +108,7 @@ def test_the_validation_loss_is_over_all_kept_blocks_with_the_prefixes_of_visit_
     losses = [one[0] for one in measured if one is not None]
     samples = [sample for sample in range(13) if sample != 4]
     pixels = trainer.to_model(torch.stack([source.images[sample] for sample in samples]))
-    with trainer.looking() as model, torch.no_grad():
+    with trainer.evaluating() as model, torch.no_grad():
         expected = model(pixels, None, draw(samples)).loss.item()
         without = model(pixels).loss.item()
     assert losses == pytest.approx([expected] * 3, rel=1e-5)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held_back(below: int, *names: str) -> Iterator[None]:
+def muted(below: int, *names: str) -> Iterator[None]:
     """Drop these loggers' lines below a level, then restore their levels."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]

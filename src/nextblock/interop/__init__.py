@@ -1,4 +1,4 @@
-"""Models from anywhere and to anywhere: `load` tells a format by its content, `convert` writes others."""
+"""Reading and writing other formats: `load` detects a file's format, `convert` writes another."""
 
 from nextblock.interop.init_from import create_model, initialize
 from nextblock.interop.load import load, load_classifier, load_model, open_encoder

@@ -1,4 +1,4 @@
-"""Official AIM files (v1), in the layouts that Apple's code has.
+"""Official AIM files (v1), in the two layouts of Apple's code.
 
     inference   backbone `.pth` and head `.pth`, or both in one file, as on the Hugging Face hub: fused qkv,
                 positions computed and not stored, LayerNorm eps 1e-6
@@ -6,7 +6,7 @@
                 torch.distributed.checkpoint: separate q, k and v, stored positions, pixels of a patch in
                 (row, column, channel) order, LayerNorm eps 1e-5
 
-Neither says how many attention heads there are, nor which layers a classifier averages.
+Neither records the number of attention heads, or which layers a classifier averages.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ from nextblock.interop.names import (
     ratio_of,
     renamed,
     shape_of,
-    untold_heads,
+    unknown_heads,
 )
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
 from nextblock.models.vit import sincos_positions
 from nextblock.presets import SIZES
 
-# Attention heads by the official (width, depth).
+# Number of attention heads by official (width, depth).
 NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("aim-")}
-# Layers, counted from 0, that Apple's "best" heads average, by the official (width, depth): six in the middle
-# of the encoder, as no file tells them.
+# Layers, counted from 0, that Apple's "best" heads average, by official (width, depth). They are six layers
+# in the middle of the encoder; no file records them.
 BEST_LAYERS_OF_SIZE = {
     (1536, 24): tuple(range(14, 20)),
     (2048, 24): tuple(range(12, 18)),
     (3072, 24): tuple(range(12, 18)),
     (4096, 32): tuple(range(14, 20)),
 }
-# How many of the last layers Apple's "last" heads average.
+# Number of last layers that Apple's "last" heads average.
 PROBED_LAYERS = 6
 IMAGE_SIZE_PX = 224
 INFERENCE_EPS, TRAINING_EPS = 1e-6, 1e-5
 POSITION_TOLERANCE = 1e-4
 CHOICES = 'give probe_layers="last", "best", or the layers themselves, counted from 0 (--probe_layers)'
 
-# The training code's recipe makes the patches in the first of several preprocessors.
+# The training code stores the patch embedding in the first of several preprocessors.
 LISTED_PREPROCESSOR = re.compile(r"^preprocessor\.blocks\.0\.")
 
 
-# Official names, by their beginning, and ours. The first rule that fits counts, so the special ones (norms,
-# positions) stand before the general ones.
+# Prefixes of official names, and ours. The first match wins, so special rules (norms, positions) come before
+# general ones.
 NAMES = {
     r"preprocessor\.pos_embed$": "encoder.pos_embed",
     r"preprocessor\.patchifier\.": "encoder.patch_embed.",
     r"trunk\.blocks\.(\d+)\.norm_([12])\.": r"encoder.blocks.\1.norm\2.",
     r"trunk\.blocks\.": "encoder.blocks.",
     r"trunk\.post_trunk_norm\.": "encoder.norm.",
-    # A classifier's head: attention from learned queries, which are its class tokens.
+    # Head of a classifier: attention from learned queries, which are its class tokens.
     r"head\.cls_token$": "head.query",
     r"head\.k\.": "head.key.",
     r"head\.v\.": "head.value.",
     r"head\.linear\.": "head.linear.",
     r"head\.bn\.": "head.norm.",
-    # The prediction head of pre-training, our predictor; it predicts one block of one patch ahead.
+    # The prediction head of pre-training is our predictor. It predicts the next patch.
     r"head\.decoder_projection\.": "predictor.projection.",
     r"head\.decoder_pos_embed$": "predictor.pos_embed",
     r"head\.decoder_blocks\.(\d+)\.norm_([12])\.": r"predictor.blocks.\1.norm\2.",
@@ -83,51 +83,51 @@ NAMES = {
     r"head\.decoder_norm\.": "predictor.norm.",
     r"head\.decoder_pred\.": "predictor.block_mlps.0.",
 }
-# Our names of what makes pixels: a row, or a number, for each.
+# Our names of the last layer, whose weight has a row, and whose bias a number, per pixel value.
 OUTPUT_MAP = ("predictor.block_mlps.0.weight", "predictor.block_mlps.0.bias")
 
 
 def is_aim(content: Any) -> bool:
-    """Whether a file's content has an AIM trunk (v1, or v2)."""
+    """Whether a file's content has an AIM trunk (v1 or v2)."""
     names = _weights(content)
     return any(name.startswith("trunk.blocks.") for name in names) or _is_aim_v2(names)
 
 
 def is_aim_head(content: Any) -> bool:
-    """Whether a file holds the head of an AIM classifier, and nothing else."""
+    """Whether a file contains only the head of an AIM classifier."""
     names = _weights(content)
     return "head.cls_token" in names and all(name.startswith("head.") for name in names)
 
 
 def stores_positions(content: Any) -> bool:
-    """Whether a file holds the positions of its patches, which tell the size of its images."""
+    """Whether a file contains position embeddings, which determine its image size."""
     return "preprocessor.pos_embed" in _weights(content)
 
 
 def hub_settings(config: Mapping[str, Any], content: Any) -> dict[str, Any]:
-    """The settings that a `config.json` of Apple's files on the hub tells, if it is that of these weights."""
+    """Settings in the `config.json` of Apple's files on the hub, if it belongs to these weights."""
     projection = _weights(content).get("preprocessor.patchifier.proj.weight")
     width = None if projection is None else projection.shape[0]
     if not config or config.get("embed_dim", width) != width:
         return {}
-    # Without a word on the layers, the head averages the last six: a number counts from the end.
+    # A number means that many last layers; six is the default.
     layers, size = config.get("probe_layers", PROBED_LAYERS), config.get("img_size")
     if isinstance(layers, int):
         layers = last_layers(layers, config["num_blocks"]) if "num_blocks" in config else None
-    found = {
+    settings = {
         "num_heads": config.get("num_heads"),
         "probe_layers": None if layers is None else tuple(layers),
         "image_size": tuple(size) if isinstance(size, list) else size,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def read_aim(
     content: Mapping[str, Any], origin: str, options: LoadOptions, head: Any = None
 ) -> NextBlockModel | ImageClassifier:
-    """Build what official files hold: an encoder, a classifier (a backbone and its `head`), or a whole model.
+    """Build the encoder, classifier (a backbone and its `head`) or whole model in official files.
 
-    What the file and the caller leave untold, and files of another architecture, are refused.
+    Refuses other architectures, and missing settings that the caller does not give either.
     """
     weights = _weights(content)
     if head is not None:
@@ -143,19 +143,19 @@ def read_aim(
         weights = {**weights, **of_head}
     if _is_aim_v2(weights):
         raise CheckpointError(f"{origin} is an AIMv2 model (RMSNorm and SwiGLU), and only AIM v1 is read")
-    # Loading the plain matrices alone would be the model before it was adapted.
+    # Loading only the plain matrices would give the model as it was before it was adapted.
     if any(".lora_" in name for name in weights):
         raise CheckpointError(
             f"{origin} holds LoRA weights; merge them where they were trained, and save the result"
         )
     weights = only_tensors(weights, origin)
     config, layers = _model_config(weights, options, origin)
-    # From here on nothing is skipped: a name that no rule fits, a tensor that the model lacks, or one of
-    # another shape is refused, as each would be another function.
+    # From here on nothing is skipped: an unknown name, a missing tensor or another shape is refused, as each
+    # would mean another function.
     ours = renamed(fused(weights, ("q_proj", "k_proj", "v_proj"), origin), NAMES, "AIM", origin)
     for name in set(OUTPUT_MAP) & ours.keys():
         # Official patches are flattened from (row, column, channel), ours from (channel, row, column). The
-        # last map has a row, and a bias, for each value of a patch, so its rows are sorted the same way.
+        # last layer has a row and a bias per value of a patch, so its rows are permuted accordingly.
         pixels = {"h": config.patch_size, "w": config.patch_size}
         ours[name] = rearrange(ours[name], "(h w c) ... -> (c h w) ...", **pixels)
     ours = _with_positions(ours, config, origin)
@@ -164,8 +164,8 @@ def read_aim(
     _, queries, width = shape_of(ours, "head.query", 3, origin)
     if width != config.embed_dim:
         raise CheckpointError(
-            f"the head is for an encoder {width} wide, {origin} is {config.embed_dim} wide; give the head of "
-            "the same model"
+            f"the head is for an encoder of width {width}, but {origin} has width {config.embed_dim}; give "
+            "the head of the same model"
         )
     head_config = HeadConfig(
         kind="attentive",
@@ -181,14 +181,14 @@ def read_aim(
 
 
 def _weights(content: Any) -> dict[str, Any]:
-    """The weights of a file, out of its wrappers, under their plain names."""
+    """Weights of a file, without wrappers, under their plain names."""
     return {LISTED_PREPROCESSOR.sub("preprocessor.", name): w for name, w in unwrapped(content).items()}
 
 
 def _is_aim_v2(names: Mapping[str, Any]) -> bool:
-    """AIMv2 in Apple's names or in those of transformers."""
-    # Its RMSNorm has no bias, and its SwiGLU has a third map. Both would otherwise be "missing" or
-    # "unexpected" tensors, which says less than the name of the architecture.
+    """Whether the names are those of AIMv2, by Apple or by transformers."""
+    # AIMv2's RMSNorm has no bias and its SwiGLU has a third layer. Naming the architecture tells more than
+    # an error about missing and unexpected tensors.
     norms = [name for name in names if name.startswith("trunk.") and ".norm_1." in name]
     return (
         (bool(norms) and all(name.endswith(".weight") for name in norms))
@@ -201,20 +201,20 @@ def _is_aim_v2(names: Mapping[str, Any]) -> bool:
 def _model_config(
     weights: Mapping[str, Tensor], options: LoadOptions, origin: str
 ) -> tuple[ModelConfig, tuple[int, ...] | None]:
-    """The settings of the model, and the layers that its classifier averages if it is one."""
+    """Settings of the model, and the layers that its head averages if it is a classifier."""
     width, in_chans, patch_size = patch_shape(weights, "preprocessor.patchifier.proj.weight", origin)
     depth = count_numbered(weights, "trunk.blocks.", origin)
-    # Any divisor of the width would fit the tensors and compute something else, so the number of heads is
-    # never guessed: the caller tells it, or the official sizes. All that is untold is asked for at once.
+    # Any divisor of the width would fit the tensors but compute something else. So the number of heads comes
+    # from the caller or the official sizes and is never guessed. One error lists all missing settings.
     missing: dict[str, str] = {}
     heads = options.num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
     if heads is None:
-        missing["num_heads"] = untold_heads((width, depth), origin)
+        missing["num_heads"] = unknown_heads((width, depth), origin)
     layers = None
     if "head.cls_token" in weights:
         layers = _probe_layers(options.probe_layers, (width, depth), origin)
         if layers is None:
-            # Apple's heads on the last and on the best layers differ by the name of their file alone.
+            # Apple's heads on the last and on the best layers differ only in their file name.
             missing["probe_layers"] = f"{origin} does not record which layers its head averages: {CHOICES}"
     size = _image_size(weights, patch_size, options, origin)
     if isinstance(size, str):
@@ -222,8 +222,8 @@ def _model_config(
     if missing:
         raise MissingSettingError(**missing)
     assert not isinstance(size, str)
-    # The two layouts were run with different epsilons, and no tensor shows it; only the training code has
-    # separate maps to queries, keys and values.
+    # The two layouts use different epsilons, which no tensor shows. Only the training layout has separate
+    # layers for queries, keys and values.
     from_training = "trunk.blocks.0.attn.q_proj.weight" in weights
     config = ModelConfig(
         image_size=size,
@@ -239,14 +239,14 @@ def _model_config(
         positions="sincos",
         weight_init="xavier_uniform",
         block_size=1,
-        # AIM predicts patch by patch under a causal mask with a free prefix. Its features are made without
-        # a mask, as Apple's probes are.
+        # AIM predicts patch by patch under a causal mask with a bidirectional prefix. Its features use full
+        # attention, as in Apple's probes.
         prefix=True,
         feature_attention="full",
         predictor=None,
     )
-    # With its prediction head the file is a whole model. Each layer there is an MLP on single patches, so all
-    # sizes come from the tensors of the first layer, and no number of heads is needed.
+    # With the prediction head the file contains a whole model. Its layers are MLPs on single patches, so the
+    # first layer's tensors give all sizes, and no number of heads is needed.
     if not any(name.startswith("head.decoder_") for name in weights):
         return config, layers
     width = shape_of(weights, "head.decoder_projection.weight", 2, origin)[0]
@@ -268,7 +268,7 @@ def _model_config(
 def _image_size(
     weights: Mapping[str, Tensor], patch_size: int, options: LoadOptions, origin: str
 ) -> Size | str:
-    """From the caller, the stored positions, the fallback, or Apple's size; why not, if it cannot be told."""
+    """Image size from the caller, stored positions, fallback or Apple's default; else the reason as text."""
     stored, given = weights.get("preprocessor.pos_embed"), options.image_size
     places = None if stored is None else shape_of(weights, "preprocessor.pos_embed", 3, origin)[1]
     if given is not None:
@@ -285,16 +285,16 @@ def _image_size(
             return size
     held = "" if places is None else f"{places} positions of "
     why = f"{held}{patch_size}-px patches, which do not make an image of {rows}x{columns} px"
-    why = f"{origin} holds {why}; give its size in pixels as image_size= (--image_size)"
+    why = f"{origin} has {why}; give its size in pixels as image_size= (--image_size)"
     if given is not None:
         raise CheckpointError(why)
     return why
 
 
 def _stored_size(stored: Float[Tensor, "1 n d"], patch_size: int) -> Size:
-    """The size of the images whose positions these are: each grid has its own; else that of a square."""
-    # The number of patches alone leaves their shape open (16 may be 4x4 or 2x8), but sines and cosines of
-    # row and column do not. So every grid with this number is tried.
+    """Image size that belongs to stored positions; a square if no grid reproduces them."""
+    # The number of patches does not determine the grid (16 may be 4x4 or 2x8), but sines and cosines of row
+    # and column do. So try every grid of this size.
     patches, width = stored.shape[1:]
     for rows in range(1, patches + 1):
         grid = (rows, patches // rows)
@@ -304,8 +304,8 @@ def _stored_size(stored: Float[Tensor, "1 n d"], patch_size: int) -> Size:
 
 
 def _are_positions(stored: Float[Tensor, "b n d"], computed: Float[Tensor, "1 n2 d2"]) -> bool:
-    """Whether stored positions are the fixed ones, but for the rounding of their number format."""
-    # Half precision rounds sines by more than the tolerance; a file in it is still the same function.
+    """Whether stored positions equal the computed ones up to rounding."""
+    # Half precision rounds sines by more than the tolerance, so use its epsilon instead.
     tolerance = max(POSITION_TOLERANCE, torch.finfo(stored.dtype).eps)
     return stored.shape == computed.shape and bool((stored.float() - computed).abs().max() <= tolerance)
 
@@ -324,9 +324,9 @@ def _probe_layers(given: ProbeLayers | None, size: tuple[int, int], origin: str)
 
 
 def _with_positions(weights: Mapping[str, Tensor], config: ModelConfig, origin: str) -> dict[str, Tensor]:
-    """Fixed positions computed if none are stored, and checked if they are."""
-    # The inference layout stores no positions; the training layout stores fixed ones, for the encoder and
-    # for the predictor, which are the same function of the grid at another width.
+    """Add fixed positions if none are stored; else check the stored ones."""
+    # The inference layout stores no positions. The training layout stores fixed ones for encoder and
+    # predictor: the same function of the grid at two widths.
     complete, widths = dict(weights), {"encoder.pos_embed": config.embed_dim}
     if config.predictor is not None:
         widths["predictor.pos_embed"] = config.predictor_dim

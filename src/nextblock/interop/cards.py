@@ -1,4 +1,4 @@
-"""Model cards: the README.md beside written weights, with an origin and a licence that conversions keep."""
+"""Model cards: the README.md next to written weights, with an origin and licence that conversions keep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from nextblock.config import DataConfig, ModelConfig, pair
-from nextblock.logs import counted, held_back
+from nextblock.logs import counted, muted
 from nextblock.models.timm_encoder import TimmConfig
 
 CARD_FILE = "README.md"
@@ -22,35 +22,35 @@ KNOWN_LICENSES = (
     "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
     "cc-by-nc-nd-4.0", "openrail", "apple-ascl", "apple-amlr", "unknown",
 )  # fmt: skip
-"""Names by which the hub knows a licence; any other is "other" there, with a name."""
+"""Licence names that the hub knows; it lists any other as "other" with a name."""
 OFFICIAL_LICENSES = {
     "official AIM": "Apple's own licence, if these are the weights that Apple released; see their origin",
     "official NEPA": "apache-2.0, if these are the weights that SixAILab released; see their origin",
     "official XTRA": "none is stated for the official XTRA weights, if these are they; ask their authors",
 }
-"""By the format that `load` finds. One's own weights may be in these layouts too."""
+"""Licences by the format that `load` detects. Other people's weights may have these layouts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where weights come from, and the terms they are under (not those of this software)."""
+    """Origin and licence of weights (not of this software)."""
 
     origin: str
     license: str = UNSPECIFIED
     license_name: str | None = None
-    """What a card calls a licence that the hub does not know."""
+    """Name in a card for a licence that the hub does not know."""
     license_link: str | None = None
 
 
 def read_provenance(directory: Path, *, origin: str) -> Provenance | None:
-    """What the card in a directory says, with `origin` if it has a licence only; None if it says nothing."""
+    """Read the card in a directory; `origin` is the default. None if it has neither origin nor licence."""
     try:
-        with held_back(logging.ERROR, "huggingface_hub.repocard"):  # a card without metadata is no fault
+        with muted(logging.ERROR, "huggingface_hub.repocard"):  # a card without metadata is not an error
             head = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # anybody's file: no card, no YAML, not text
+    except Exception:  # any file: no card, no YAML, not text
         return None
-    # The hub knows a licence by a short name or as "other" with a name. What nextblock wrote has the full
-    # words in weights_license, which wins; "other" alone says least, and comes last.
+    # The hub knows a licence by a short name, or as "other" with a name. A card by nextblock has the full
+    # text in weights_license, which wins. "other" says least and comes last.
     known = head.get("license")
     known = ", ".join(map(str, known)) if isinstance(known, list) else known
     named = head.get("weights_license") or (known != "other" and known) or head.get("license_name") or known
@@ -75,8 +75,8 @@ def model_card(
     opening: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """A card in Markdown; `opening` is the code that opens the weights, `notes` what its reader must know."""
-    # The hub refuses a card with a licence it does not know, so such a one is "other" with a name.
+    """Write a card in Markdown; `opening` is code that loads the weights, `notes` are bullet points."""
+    # The hub refuses cards with unknown licences, so these become "other" with a name.
     licence: dict[str, Any] = {}
     if provenance.license.lower() in KNOWN_LICENSES:
         licence = {"license": provenance.license.lower()}
@@ -131,7 +131,7 @@ Licence of the weights: {provenance.license}{link}.
 
 
 def _slug(text: str) -> str:
-    """Words as the hub takes them for a licence's name ("apple-s-own-licence"), 60 characters at most."""
-    # Cut between words if that leaves any: half a word would be another name.
+    """Licence name as the hub accepts it ("apple-s-own-licence"), at most 60 characters."""
+    # Cut between words if possible.
     slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
     return (slug if len(slug) <= 60 else slug[:61].rpartition("-")[0] or slug[:60]).strip("-.")

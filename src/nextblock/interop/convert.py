@@ -1,4 +1,4 @@
-"""`nextblock.convert`: from any format that `load` reads to any that is written, on disk or on the hub."""
+"""`nextblock.convert`: read any format that `load` knows and write another, to disk or to the hub."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ ONNX_SUFFIX = ".onnx"
 
 
 class Converted(NamedTuple):
-    """What a conversion wrote."""
+    """Result of a conversion."""
 
     to: Target
     place: str
-    """The path, or the address on the hub."""
+    """Path, or address on the hub."""
     num_bytes: int
-    """Of all files together."""
+    """Total size of all files."""
     difference: float | None
-    """ONNX: onnxruntime's largest difference from torch, over the largest output."""
+    """ONNX: largest difference between onnxruntime and torch, relative to the largest output."""
 
 
 def convert(
@@ -56,16 +56,16 @@ def convert(
 ) -> Converted:
     """Read a model as `nextblock.load` does and write it in the format `to`.
 
-    `dst` is a path where nothing is yet, or "hf:USER/NAME" for a "nextblock" or "timm" directory on the
-    Hugging Face hub; without `to` its suffix tells the format. `image_size` (timm, onnx) writes the encoder
-    at that size, and is that of an AIM file which does not tell it; `attention` (timm, onnx) chooses
-    its mask and `layers` (onnx) outputs; `license` and `origin` go into the model card. `settings` say what
-    the source does not tell, as in `load`: `head`, `num_heads`, `probe_layers`, `norm_eps`.
+    `dst` is a new path, or "hf:USER/NAME" for a "nextblock" or "timm" directory on the Hugging Face hub.
+    Without `to`, its suffix determines the format. `image_size` (timm, onnx) writes the encoder at that size;
+    it is also the size of an AIM file that does not record one. `attention` (timm, onnx) chooses the mask and
+    `layers` (onnx) the outputs. `license` and `origin` go into the model card. `settings` are those that the
+    source does not record, as in `load`: `head`, `num_heads`, `probe_layers`, `norm_eps`.
     """
     to = target_of(dst, to)
     for name, value, formats in (("layers", layers, ["onnx"]), ("attention", attention, ["onnx", "timm"])):
         fits = value is None or to in formats
-        require(fits, f"{name} means nothing to the format {to}; it is for {' and '.join(formats)}")
+        require(fits, f"{name} does not apply to the format {to}, only to {' and '.join(formats)}")
     path = _place(dst, to)
     fallback = {} if image_size is None else {"image_size": image_size}
     found = read(src, LoadOptions(**settings, fallback=fallback))
@@ -73,21 +73,21 @@ def convert(
     is_timms = isinstance(config, TimmConfig)
     if to == "onnx" and is_timms:
         raise UsageError(
-            f"{src} holds a classifier on timm's {config.architecture}, which the format onnx cannot hold; "
+            f"{src} contains a classifier on timm's {config.architecture}, which onnx does not support; "
             "write it to nextblock, or its encoder to timm"
         )
     require(
         attention != "causal" or not is_timms,
-        f"{src} holds an encoder of timm, which has no mask; leave attention out",
+        f"{src} contains a timm encoder, which has no mask; leave attention out",
     )
-    # Only an encoder of ours can bring its positions and its mask to another size.
+    # Only our own encoders can adapt positions and mask to another size.
     size = pair(config.image_size if image_size is None else image_size)
     require(
         size == pair(config.image_size) or (to != "nextblock" and not is_timms),
-        f"{src} records images of {config.image_size} px and keeps them; leave image_size "
+        f"{src} keeps its image size of {config.image_size} px; leave image_size "
         "out, or write an encoder of this package to timm or onnx",
     )
-    # Another origin keeps the licence; another licence drops the old one's name and link with it.
+    # A new origin keeps the licence; a new licence drops the old one's name and link.
     provenance = provenance_of(found, str(src))
     if origin is not None:
         provenance = replace(provenance, origin=origin)
@@ -97,7 +97,7 @@ def convert(
     data = recorded or official_data(config.image_size, config.in_chans)
     if path is None:
         repo = str(dst).removeprefix(HUB_SPEC)
-        # The hub takes a folder, in one commit. Card and timm show its name: the repository's.
+        # The hub receives a folder in one commit. It has the repository's name, which card and timm show.
         with tempfile.TemporaryDirectory() as aside:
             folder = Path(aside) / repo.rpartition("/")[2]
             _write_directory(found, folder, to, image_size, attention, data, provenance, repo)
@@ -114,13 +114,13 @@ def convert(
 
 
 def target_of(dst: str | Path, to: Target | None) -> Target:
-    """The format to write: the one given or, without one, that of the suffix; contradictions are refused."""
+    """Format to write: `to`, or the format of the suffix; refuses contradictions."""
     suffix = "" if is_hub_spec(dst) else Path(dst).suffix.lower()
-    # What is nearly a suffix is a slip ("x.onx"), unless --to is given; "v1.2" is a directory's name.
+    # Without --to, an almost correct suffix is a typo ("x.onx"), but "v1.2" is a directory name.
     known = (ONNX_SUFFIX, *WEIGHT_SUFFIXES)
     near = [] if to or suffix in known else difflib.get_close_matches(suffix, known, n=1, cutoff=0.8)
-    slip = f"{dst}: {suffix} looks like a misspelt {''.join(near)}"
-    require(not near, f"{slip}; mend it, or give the format (--to) if this names a directory")
+    typo = f"{dst}: {suffix} looks like a misspelt {''.join(near)}"
+    require(not near, f"{typo}; fix it, or give the format (--to) if this names a directory")
     is_onnx = suffix == ONNX_SUFFIX
     to = to or ("onnx" if is_onnx else "nextblock")
     require(to in ("nextblock", "timm", "onnx"), f"to is {to!r}; it must be nextblock, timm or onnx")
@@ -128,22 +128,22 @@ def target_of(dst: str | Path, to: Target | None) -> Target:
     fits = is_onnx == (to == "onnx") or (to == "onnx" and not suffix)
     require(
         fits and suffix not in WEIGHT_SUFFIXES,
-        f"{dst}: {to} is {kind}, and {suffix} says otherwise; name {kind}, or give another format (--to)",
+        f"{dst}: the format {to} needs {kind}, not {suffix}; name {kind}, or give another format (--to)",
     )
     return to
 
 
 def _place(dst: str | Path, to: Target) -> Path | None:
-    """The path to write to, refused before anything is read if it cannot be; None for the hub."""
+    """Path to write to, checked before anything is read; None for the hub."""
     if is_hub_spec(dst):
         require(to != "onnx", f"{dst}: only nextblock and timm go to the hub; write onnx to a path")
         return None
     path = Path(dst)
-    path = path.resolve() if path.name in ("", "..") else path  # "." has no name of its own
-    # An empty directory is as good as none, but not for a file.
+    path = path.resolve() if path.name in ("", "..") else path  # "." has no name
+    # An existing empty directory is fine, but not for a file.
     taken = to == "onnx" or any(path.iterdir()) if path.is_dir() else path.exists()
     require(not taken, f"{path} exists already; name a new place, or remove it first")
-    # Looked at now: a long conversion must not end in an error that could be known at once.
+    # Checked now, so that a long conversion does not fail at the end.
     above = next(parent for parent in path.absolute().parents if parent.exists())
     require(above.is_dir(), f"{path} cannot be written: {above} is a file; name a place in a directory")
     return path
@@ -159,10 +159,10 @@ def _write_directory(
     provenance: Provenance,
     repo: str | None = None,
 ) -> None:
-    """Write a "nextblock" or "timm" directory, on its way to `repo` of the hub if one is given."""
+    """Write a "nextblock" or "timm" directory; `repo` is its repository if it will be pushed to the hub."""
     head = None if isinstance(found.model, NextBlockModel) else found.model.head_config
     encoder = found.encoder_model
-    # timm's models hold neither our heads nor a predictor: what is left out is said, and never silent.
+    # timm's models have neither our heads nor a predictor, so log what is left out.
     if to == "timm":
         if head is not None:
             log.info("left out: the classifier's %s head, which timm's models do not have", head.kind)
@@ -194,18 +194,18 @@ def _write_directory(
 
 
 def _num_bytes(path: Path) -> int:
-    """Bytes of a file with what lies beside it under its name, or of all files of a directory."""
-    # An ONNX graph too large for one file has its weights beside it, under its name and a suffix.
+    """Size of a directory, or of a file and files whose names extend its name."""
+    # The weights of a large ONNX graph are in a second file with the same name and a further suffix.
     files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}*")
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def provenance_of(found: Found, src: str) -> Provenance:
-    """Where weights come from: as a card beside them says, else by the kind of their source."""
+    """Origin and licence from the card next to the weights, else from the kind of source."""
     if found.path is None:
         return timm_provenance(src)
-    # From the general to the particular: what is known of such files, and over it whatever a card beside the
-    # weights says, as somebody wrote that for these weights.
+    # What is known about this kind of file is the default. A card next to the weights wins, as it was written
+    # for them.
     name = src if is_hub_spec(src) else found.path.absolute().name
     config, kind = found.encoder_model.config, found.format
     known = Provenance(origin=f"{name}, a {kind}")

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: `hf:USER/NAME[/FILE][@REVISION]` to read weights from, `hf:USER/NAME` to write to.
+"""The Hugging Face hub: read weights from `hf:USER/NAME[/FILE][@REVISION]`, write to `hf:USER/NAME`.
 
-What is fetched lies in huggingface_hub's own cache, so `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as
-everywhere. Whatever goes wrong is one line with its cause and what to do.
+Downloads use huggingface_hub's cache, so `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as usual. Every
+error is one line with a cause and a remedy.
 """
 
 from __future__ import annotations
@@ -17,59 +17,59 @@ from huggingface_hub import HfApi, errors, snapshot_download
 
 from nextblock.errors import UsageError
 from nextblock.interop.files import WEIGHT_SUFFIXES, choose_weights
-from nextblock.logs import held_back
+from nextblock.logs import muted
 
 HUB_SPEC = "hf:"
-# What is fetched with every weight file: its settings, and its card for the licence.
+# Files fetched with every weight file: its settings, and its card for the licence.
 BESIDE = ("config.json", "README.md")
-# The model of a checkpoint in a run's directory.
+# Model of a checkpoint in a run directory.
 CHECKPOINT = re.compile(r"checkpoints/step_(\d+)/model\.safetensors")
 
 
 class HubError(RuntimeError):
-    """The hub did not give or take what was asked; the message says why and what to do."""
+    """The hub refused or failed a request; the message has the cause and a remedy."""
 
 
 def is_hub_spec(src: str | Path) -> bool:
-    """Whether this names a repository of the hub, or a file in one: "hf:USER/NAME[/FILE][@REVISION]"."""
+    """Whether this names a repository on the hub or a file in one: "hf:USER/NAME[/FILE][@REVISION]"."""
     return str(src).startswith(HUB_SPEC)
 
 
 def fetch(spec: str) -> Path:
-    """Bring a model repository's weights, configuration and card into the cache; the folder they lie in.
+    """Fetch a model repository's weights, configuration and card into the cache and return their folder.
 
-    Of several weight files one has to be named ("hf:USER/NAME/FILE"): its path is returned. Files that are
-    there already are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked of the network.
+    If there are several weight files, the spec must name one ("hf:USER/NAME/FILE"), and its path is returned.
+    Cached files are not fetched again. With `HF_HUB_OFFLINE=1` the network is not used.
     """
     repo, file, revision = _parts(spec)
     with hub_errors(spec):
         try:
-            # The list of files comes first: of several weight files only the one that is meant is fetched.
+            # List the files first, so that only the needed weight file is fetched.
             names = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
         except errors.HfHubHTTPError:
             raise
-        except (errors.HTTPError, OSError):  # without a network: what lies in the cache
+        except (errors.HTTPError, OSError):  # without a network, use the cache
             cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
             names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
         if file is None:
             at = "" if revision is None else f"@{revision}"
             wanted = choose_weights(names, spec, as_named=f"{HUB_SPEC}{repo}/{{}}{at}")
-            # By number and not by name: step_100000000 comes after step_99999999.
+            # Sorted by number, not by name: step_100000000 comes after step_99999999.
             steps = sorted((int(match[1]), match[0]) for match in map(CHECKPOINT.fullmatch, names) if match)
-            wanted = wanted or tuple(name for _, name in steps[-1:])  # of a run, the latest checkpoint
+            wanted = wanted or tuple(name for _, name in steps[-1:])  # the latest checkpoint of a run
         elif file in names:
             wanted = (file,)
         else:
             listed = ", ".join([name for name in names if name.endswith(WEIGHT_SUFFIXES)][:8]) or "none"
             raise HubError(f"{spec}: there is no file {file} in it; its weight files are: {listed}")
-        # A file may have brackets in its name, which a pattern would read as a set of letters.
+        # Escaped, as a pattern would read brackets in a name as a set of letters.
         patterns = [*map(glob.escape, wanted), *BESIDE]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     return folder if file is None else folder / file
 
 
 def push(folder: Path, spec: str) -> str:
-    """Upload a folder as one commit to a model repository, made if need be; returns its address."""
+    """Upload a folder as one commit to a model repository, created if necessary; return its address."""
     repo, file, revision = _parts(spec)
     if file is not None:
         raise UsageError(f"{spec} names a file; whole directories are pushed: hf:{repo}")
@@ -86,20 +86,20 @@ def push(folder: Path, spec: str) -> str:
 
 @contextmanager
 def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of a copy") -> Iterator[None]:
-    """Turn what the hub's client raises into one line: the cause, and the remedy.
+    """Turn errors of the hub's client into one line with a cause and a remedy.
 
-    `instead` is what the user can give where there is no network.
+    `instead` is what the user can give without a network.
     """
     log_in = "log in by `hf auth login`, or set HF_TOKEN"
     try:
-        # A line in the log for every request is of use to nobody.
-        with held_back(logging.WARNING, "httpx", "httpx2"):
+        # Nobody needs a log line for every request.
+        with muted(logging.WARNING, "httpx", "httpx2"):
             yield
     except errors.HFValidationError as error:
-        raise UsageError(f"{spec} is no name of a repository; write hf:USER/NAME") from error
+        raise UsageError(f"{spec} is not a repository name; write hf:USER/NAME") from error
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
-        # The client's errors extend each other: a gated repository counts as not found, and being offline as
-        # an OSError. So the special kinds come before the general ones.
+        # The client's error classes inherit from each other: a gated repository is also "not found", offline
+        # mode also an OSError. So special classes come before general ones.
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.GatedRepoError):
             why = f"{spec} is gated: accept its terms on huggingface.co, then {log_in}"
@@ -108,7 +108,7 @@ def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of 
         elif isinstance(error, errors.RevisionNotFoundError):
             why = f"{spec} has no such revision: check what follows the @"
         elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            what = "is not in the cache, and the hub could not be asked for it"
+            what = "is not in the cache, and the hub could not be reached"
             what = "cannot be pushed to without a network" if pushing else what
             why = f"{spec} {what}: connect to the network and unset HF_HUB_OFFLINE"
             why += "" if pushing else f", or give {instead}"
@@ -121,12 +121,12 @@ def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of 
 
 
 def _parts(spec: str) -> tuple[str, str | None, str | None]:
-    """Repository, file and revision of "hf:USER/NAME[/FILE][@REVISION]"."""
+    """Split "hf:USER/NAME[/FILE][@REVISION]" into repository, file and revision."""
     path, at, revision = spec.removeprefix(HUB_SPEC).partition("@")
-    # The empty part makes the name of a lone USER empty, which is refused below.
+    # If only USER is given, the name becomes empty, which is refused below.
     user, name, *inside = [*path.split("/"), ""] if "/" not in path else path.split("/")
     if not (user and name and all(inside)) or (at and not revision):
         raise UsageError(
-            f"{spec} is no name of a repository; write hf:USER/NAME[/FILE], with @REVISION for an older one"
+            f"{spec} is not a repository name; write hf:USER/NAME[/FILE], with @REVISION for an older one"
         )
     return f"{user}/{name}", "/".join(inside) or None, revision or None

@@ -1,7 +1,6 @@
-"""Starting from other weights: what fits is copied, positions are resampled, the rest stays fresh.
+"""Initialising a model from other weights: matching tensors are copied, positions are resampled.
 
-Nothing is skipped silently: a report names every tensor, and the settings under which the same weights
-compute something else.
+All other tensors stay fresh. A report lists every tensor, and settings that change what the weights compute.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class InitReport:
-    """What became of every parameter when a model was given another's weights."""
+    """How each parameter was initialised from another model's weights."""
 
     origin: str
     loaded: tuple[str, ...]
     resampled: tuple[str, ...]
-    """Positions brought to another grid."""
+    """Positions resampled to another grid."""
     fresh: tuple[str, ...]
-    """Missing in the other model, or of another shape: as they were initialised."""
+    """Freshly initialised: missing in the other model, or of another shape there."""
     unused: tuple[str, ...]
-    """In the other model only."""
+    """Only in the other model."""
     differing: dict[str, tuple[object, object]]
-    """Settings of the encoder by which the same weights compute something else: {name: (here, there)}."""
+    """Encoder settings that differ and change what the weights compute: {name: (here, there)}."""
     trained_otherwise: dict[str, tuple[object, object]]
-    """Settings of the task under which the weights were trained, where they are others here."""
+    """Task settings that differ from those of the weights' training: {name: (here, there)}."""
 
 
 def create_model(name: str, **overrides: Any) -> NextBlockModel:
-    """A model of a size ("xtra-b16", "aim-600m") or a preset, with any `ModelConfig` field changed.
+    """Build a model of a size ("xtra-b16", "aim-600m") or a preset; `overrides` are `ModelConfig` fields.
 
-    Its weights are fresh, drawn from torch's global generator; with `init=`, those of another model.
+    Weights are drawn from torch's global generator; `init=` copies those of another model.
     """
     model = NextBlockModel(model_config(name, **overrides))
     if model.config.init is not None:
@@ -55,14 +54,14 @@ def create_model(name: str, **overrides: Any) -> NextBlockModel:
 
 
 def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
-    """Give a model the weights of what `src` names, as `load` does, and log what became of them, by parts.
+    """Copy the weights of `src`, a source that `load` accepts, into a model, and log a summary by parts.
 
-    The report names every tensor. If a file does not tell its attention heads, the model's own number is
-    taken, and a warning says so; class and register tokens of a timm model are left out.
+    If a file does not record its attention heads, this model's number is assumed, with a warning. Class and
+    register tokens of a timm model are dropped.
     """
     config = model.config
-    # Weights to start from need not be exact, so what a file does not tell is taken from this model. A head's
-    # layers do not matter: only the encoder is used.
+    # Initial weights need not be exact, so settings that a file does not record come from this model. A
+    # head's layers do not matter, as only the encoder is used.
     fallback = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
     found = read(src, LoadOptions(fallback=fallback, drop_prefix_tokens=True))
     if "num_heads" in found.assumed:
@@ -94,10 +93,9 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
 
 
 def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -> InitReport:
-    """Give a model another's weights: what fits is copied, positions are resampled, the rest stays fresh.
+    """Copy matching weights of another model and resample its positions; other tensors stay fresh.
 
-    Raises `CheckpointError` where nothing of the encoder fits, or all of it but the number of attention
-    heads, as that is surely not what was meant.
+    Raises `CheckpointError` if nothing of the encoder fits, or if only the number of attention heads differs.
     """
     here, there = model.config, other.config
     if here.embed_dim == there.embed_dim and here.num_heads != there.num_heads:
@@ -105,22 +103,21 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
             f"the encoder in {origin} has {there.num_heads} attention heads, this model {here.num_heads}: "
             f"the weights would fit and mean something else; set model.num_heads {there.num_heads}"
         )
-    # Layers of a predictor of another kind, or with other heads, may fit by name and shape, and would do
-    # something else there. Fixed positions are the same function of the grid in every model.
-    passed_over: tuple[str, ...] = ()
+    # Layers of another kind of predictor, or with other heads, may fit by name and shape but compute
+    # something else. Fixed positions are the same function of the grid in every model.
+    skipped: tuple[str, ...] = ()
     if here.predictor != there.predictor:
-        passed_over = ("predictor.blocks.", "predictor.norm.")
+        skipped = ("predictor.blocks.", "predictor.norm.")
     elif here.predictor == "transformer" and here.predictor_heads != there.predictor_heads:
-        passed_over = ("predictor.blocks.",)
-    # The tensors of a state dict are the model's own, so what is copied into them is in the model at once.
-    # Nothing else changes: what is neither loaded nor resampled keeps its first values.
+        skipped = ("predictor.blocks.",)
+    # The state dict refers to the model's own tensors, so copying into them changes the model in place.
     own, theirs = model.state_dict(), other.state_dict()
     fixed = {name for name in own if name.endswith("pos_embed") and here.positions == "sincos"}
     loaded, resampled = [], []
     for name in own.keys() & theirs.keys() - fixed:
-        if name.startswith(passed_over):
+        if name.startswith(skipped):
             continue
-        # On another grid, positions are resampled even if the number of patches is the same (2x8 for 4x4).
+        # Positions are resampled for another grid even if the number of patches is equal (2x8 and 4x4).
         is_position = name.endswith("pos_embed") and here.grid != there.grid
         if is_position and theirs[name].shape[-1] == own[name].shape[-1]:
             own[name].copy_(positions_on(here.grid, theirs[name], there))
@@ -133,7 +130,7 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
         raise CheckpointError(
             f"nothing of the encoder in {origin} fits: it is {there.embed_dim} wide with "
             f"{there.depth} layers, this model {here.embed_dim} wide with {here.depth}; set model.embed_dim, "
-            "model.depth and model.num_heads as there"
+            "model.depth and model.num_heads to match"
         )
 
     def unlike(*names: str) -> dict[str, tuple[object, object]]:
@@ -142,14 +139,14 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
             del values["block_size"]
         return {f"model.{name}": (ours, its) for name, (ours, its) in values.items() if ours != its}
 
-    # What differs is only told, as weights may well begin a run under other settings. Learned positions may
-    # begin where fixed ones are, and a fresh bias is zero: both are the same function. Of LayerScale it only
-    # matters whether there is one.
+    # Differences are only reported, as a run may well start under other settings. Learned positions can start
+    # from fixed ones, and a fresh bias is zero, so both keep the function. For LayerScale it only matters
+    # whether there is one.
     differing = ["patch_size", "norm_eps", "patch_norm", "qk_scale", "class_token", "qk_norm"]
     differing += ["positions"] if here.positions != "learned" or there.positions == "rope" else []
     differing += [] if here.bias else ["bias"]
     differing += ["layer_scale"] if (here.layer_scale is None) != (there.layer_scale is None) else []
-    # Blocks and their order mean nothing to an encoder under full attention that predicts nothing.
+    # Blocks and their order do not affect an encoder under full attention that predicts nothing.
     task = ["feature_attention"]
     if there.predictor is not None or there.feature_attention == "causal":
         task += ["block_size", "order"] if there.predictor is None else ["block_size", "order", "prefix"]
@@ -165,8 +162,8 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
 
 
 def in_groups(names: Sequence[str]) -> dict[str, int]:
-    """How many tensors each part of a model has: {"encoder.blocks.0-11": 144, "predictor.norm": 2}."""
-    # A part is the first two words of a name; of numbered layers, the lowest and the highest are shown.
+    """Count tensors by part of the model: {"encoder.blocks.0-11": 144, "predictor.norm": 2}."""
+    # A part is the first two words of a name, plus the lowest and highest number of numbered layers.
     layers: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
     for name in names:
@@ -175,7 +172,7 @@ def in_groups(names: Sequence[str]) -> dict[str, int]:
         number = re.match(r"\d+", name.removeprefix(f"{part}."))
         layers.setdefault(part, []).extend([] if number is None else [int(number[0])])
     groups = {}
-    for part, found in layers.items():
-        ends = sorted({min(found), max(found)}) if found else []
+    for part, numbers in layers.items():
+        ends = sorted({min(numbers), max(numbers)}) if numbers else []
         groups[".".join([part, *(["-".join(map(str, ends))] if ends else [])])] = counts[part]
     return groups

@@ -1,6 +1,6 @@
-"""Models from anywhere: a file's format is told by its content, a directory's by what lies in it.
+"""Loading models: the format of a file or directory is detected from its content.
 
-RUN, a checkpoint, a probe's head, MODEL.safetensors     what this package writes
+RUN, a checkpoint, a probe's head, MODEL.safetensors     written by this package
 *.ckpt, mp_rank_00_model_states.pt                       official XTRA: models and classifiers
 backbone.pth and head.pth, AIM's training layout         official AIM, also as a distributed checkpoint
 DIR with NEPA's config.json and weights                  official NEPA: models and classifiers
@@ -60,9 +60,9 @@ from nextblock.models.timm_encoder import TimmConfig
 from nextblock.presets import PRESETS
 from nextblock.settings import require
 
-# The model in what DeepSpeed, and Lightning with it, save as a directory.
+# Model files in directories written by DeepSpeed, and by Lightning with DeepSpeed.
 DEEPSPEED_FILES = ("mp_rank_00_model_states.pt", "checkpoint/mp_rank_00_model_states.pt")
-# In every model and classifier that this package writes, but for those on an encoder of timm.
+# In every model and classifier that this package writes, except on timm encoders.
 OWN_WEIGHTS = {f"{prefix}encoder.patch_embed.proj.weight" for prefix in ("", "encoder_model.")}
 KNOWN = (
     "a run, a checkpoint, official XTRA, AIM and NEPA files, timm directories and ViTs, hf:USER/NAME, "
@@ -71,18 +71,18 @@ KNOWN = (
 
 
 class Found(NamedTuple):
-    """A model, and what is known of how it was found."""
+    """A loaded model and its source."""
 
     model: NextBlockModel | ImageClassifier
     format: str
     path: Path | None
-    """The file or directory; None for a model that timm knows by name."""
+    """File or directory; None for a timm model given by name."""
     assumed: Mapping[str, str] = {}
-    """Settings that neither the caller nor the file told, with the reason why they matter."""
+    """Settings that neither the caller nor the file gave, with the reason why they matter."""
 
     @property
     def encoder_model(self) -> EncoderModel:
-        """The model itself, or that of a classifier."""
+        """The model, or the encoder model of a classifier."""
         return self.model if isinstance(self.model, NextBlockModel) else self.model.encoder_model
 
 
@@ -95,11 +95,11 @@ def load(
     image_size: Size | None = None,
     norm_eps: float | None = None,
 ) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier that a run, a file, `hf:USER/NAME[/FILE]` or `timm:NAME` holds.
+    """Load a model or classifier from a run, a file, `hf:USER/NAME[/FILE]` or `timm:NAME`.
 
-    The result is on the CPU, in fp32 and evaluation mode. `head` is the second file of an AIM classifier; the
-    other arguments say what a foreign file does not tell (see `LoadOptions`). Raises `CheckpointError` if a
-    file is not understood, is damaged, or does not tell enough.
+    The result is on the CPU, in fp32 and evaluation mode. `head` is the second file of an AIM classifier. The
+    other arguments are settings that a foreign file does not record (see `LoadOptions`). Raises
+    `CheckpointError` if a file has an unknown format, is damaged, or lacks settings.
     """
     options = LoadOptions(
         head=head, num_heads=num_heads, probe_layers=probe_layers, image_size=image_size, norm_eps=norm_eps
@@ -108,28 +108,28 @@ def load(
 
 
 def load_model(src: str | Path, **settings: Any) -> NextBlockModel:
-    """Load what can encode and perhaps predict: of a classifier, its encoder, timm's if it can be ours."""
+    """Load a `NextBlockModel`; from a classifier, its encoder, converted from timm if possible."""
     return as_model(read(src, LoadOptions(**settings)), str(src))
 
 
 def load_classifier(src: str | Path, head: str | Path | None = None, **settings: Any) -> ImageClassifier:
-    """Load as `load` does what must be a classifier; `CheckpointError` if it is a model without a head."""
-    # Of timm only the encoder is taken, and not every one of them can be loaded as one of ours.
+    """Load a classifier as `load` does; `CheckpointError` if the model has no head."""
+    # timm models are loaded without their head, so skip reading them: not all can be converted to ours.
     is_timm = str(src).startswith(TIMM_SPEC) or is_timm_directory(Path(src))
     found = None if is_timm else read(src, LoadOptions(head=head, **settings))
     if found is None or isinstance(found.model, NextBlockModel):
         remedy = "`nextblock probe` and `nextblock finetune` write one; eval trains some if you give --train"
         if found is not None and found.format == "official AIM":
-            remedy = "give AIM's head, which is a file of its own: --head FILE"
+            remedy = "give AIM's head, which is a separate file: --head FILE"
         raise CheckpointError(f"{src} holds no classification head; {remedy}")
     return found.model
 
 
 def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderModel:
-    """What can be evaluated: an encoder of ours, or any transformer of timm; of a classifier, its encoder.
+    """Load an encoder for evaluation: ours, or any timm transformer; from a classifier, its encoder.
 
-    "timm:NAME" is taken as it is, with its class and register tokens; only `nextblock_vit`, which is
-    our own encoder under timm's name, comes back as ours.
+    "timm:NAME" keeps its class and register tokens. `nextblock_vit`, our own encoder registered with timm, is
+    returned as a `NextBlockModel`.
     """
     spec = str(src)
     if not spec.startswith(TIMM_SPEC) or parse_timm_spec(spec).name.startswith("nextblock_vit"):
@@ -140,7 +140,7 @@ def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderMod
 
 
 def as_model(found: Found, origin: str, *, drop_prefix_tokens: bool = False) -> NextBlockModel:
-    """Of a classifier its encoder; `CheckpointError` if that is timm's and of another kind than ours."""
+    """The model, or a classifier's encoder; `CheckpointError` for a timm encoder unlike ours."""
     model = found.encoder_model
     if isinstance(model, TimmEncoder):
         return from_timm(model.encoder, origin, drop_prefix_tokens=drop_prefix_tokens)
@@ -148,7 +148,7 @@ def as_model(found: Found, origin: str, *, drop_prefix_tokens: bool = False) -> 
 
 
 def read(src: str | Path, options: LoadOptions) -> Found:
-    """Build what `src` holds, on the CPU, in fp32 and evaluation mode; `CheckpointError` says why not."""
+    """Load `src` on the CPU, in fp32 and evaluation mode; `CheckpointError` if it cannot be loaded."""
     require(
         str(src) not in PRESETS or Path(src).exists(),
         f"{src} is a preset, not a model; train it first: nextblock pretrain --preset {src} --data.train DIR "
@@ -157,8 +157,7 @@ def read(src: str | Path, options: LoadOptions) -> Found:
     if not str(src).startswith(TIMM_SPEC) and not is_hub_spec(str(src)):
         _check_exists(Path(src))
     named = str(src).startswith(TIMM_SPEC)  # an unknown name is the caller's mistake, not a damaged file
-    # What fails while a file is read is the file's fault, unless the caller gave settings: a ValueError is
-    # then about them.
+    # Errors in reading are blamed on the file. But if the caller gave settings, a ValueError is about them.
     with blame(src, values_of_caller=named or bool(options.given)):
         found = _read(src, options)
     if found.format != "official AIM":
@@ -184,8 +183,8 @@ def _check_exists(path: Path) -> None:
 
 def _read(src: str | Path, options: LoadOptions) -> Found:
     origin = str(src)
-    # What is cheapest to tell comes first: a name, a directory's config.json, the metadata of our own file.
-    # Only other people's files are read in full to learn what they are.
+    # Cheap checks come first: a name, a directory's config.json, the metadata of our own file. Only foreign
+    # files are read in full to detect their format.
     if origin.startswith(TIMM_SPEC):
         options.refuse_aims(origin)
         model = from_timm(timm_model(origin), origin, drop_prefix_tokens=options.drop_prefix_tokens)
@@ -203,12 +202,12 @@ def _read(src: str | Path, options: LoadOptions) -> Found:
 
 
 def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> Found:
-    """Read a file that this package did not write; its content is read once."""
+    """Load a file that this package did not write, reading its content once."""
     content = read_content(file)
     build: Callable[[LoadOptions], NextBlockModel | ImageClassifier]
     assumed: dict[str, str] = {}
-    # By the names of the tensors alone. AIM and XTRA have prefixes that nobody else uses, so they come before
-    # timm, whose bare names (blocks.0.attn ...) are many people's.
+    # Detected by tensor names only. AIM and XTRA have unique prefixes, so they come before timm, whose bare
+    # names (blocks.0.attn ...) are widely used.
     if is_aim_head(content):
         why = (
             f"{origin} is an AIM classifier's head alone; give its backbone, and this file as head= (--head)"
@@ -218,7 +217,7 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         format_, head = "official AIM", options.head
         if head is not None:
             head = read_content(fetch(str(head)) if is_hub_spec(head) else Path(head))
-        # A config.json from the hub knows heads and layers, which no weight tells; the caller's values win.
+        # A config.json from the hub records heads and layers, which tensors do not; the caller's values win.
         beside = hub_settings(read_json(file.parent / "config.json"), content)
         options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
         if options.image_size is None and not stores_positions(content):
@@ -230,7 +229,7 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
         settings = read_json(file.parent / "config.json")
         format_, build = "official NEPA", lambda _: read_nepa(content, settings, origin)
     elif is_timm_weights(unwrapped(content)):
-        # The file's metadata and the config.json beside it say what the weights do not: mask, epsilon, heads.
+        # The file's metadata and config.json provide what the tensors do not show: mask, epsilon, heads.
         format_, build = "timm state dict", partial(read_timm, file, weights=unwrapped(content))
     else:
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
@@ -243,14 +242,14 @@ def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> 
     except MissingSettingError as error:
         if not error.reasons.keys() <= options.fallback.keys():
             raise
-        # Who starts from these weights has values that will do. They are reported, as they are a guess.
+        # The caller has fallback values, which are good enough as initial weights. Report them as assumed.
         assumed |= error.reasons
         model = build(replace(options, **{name: options.fallback[name] for name in error.reasons}))
     return Found(model, format_, path, assumed)
 
 
 def _weight_files(path: Path, origin: str) -> list[Path]:
-    """A file itself; of a directory, the model's one or, for a backbone and its head, two."""
+    """The file itself; from a directory, the model's file, or a backbone and its head."""
     if not path.is_dir() or is_distributed(path):
         return [path]
     for name in DEEPSPEED_FILES:
@@ -259,29 +258,29 @@ def _weight_files(path: Path, origin: str) -> list[Path]:
     files = [file.name for file in path.iterdir() if file.is_file()]
     chosen = choose_weights(files, origin, as_named=f"{path}/{{}}")
     if not chosen:
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        listed = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"{path} holds no model: looked for {MODEL_FILE}, checkpoints/step_*/{MODEL_FILE}, a timm "
-            f"config.json and {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)}, found {found}"
+            f"config.json and {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)}, found {listed}"
         )
     return [path / name for name in chosen]
 
 
 def own_file(path: Path) -> Path | None:
-    """The model file in this package's own format that a file, a checkpoint or a run means, if one does."""
+    """Find this package's model file in a file, checkpoint or run; None if there is none."""
     if not path.is_file():
-        # A checkpoint holds a model, a run holds checkpoints: the latest undamaged one counts.
+        # A checkpoint contains a model. A run contains checkpoints: use the latest undamaged one.
         latest = None if (path / MODEL_FILE).is_file() else latest_checkpoint(path / "checkpoints")
         path = (latest or path) / MODEL_FILE
-    # A first look at nine bytes: other people's pickles of many gigabytes are not opened for this.
+    # `is_safetensors` reads nine bytes only, so large foreign pickles are not opened here.
     is_own = path.is_file() and is_safetensors(path) and read_metadata(path).get("format") == "nextblock"
     return path if is_own else None
 
 
 def recorded_data(src: str | Path) -> DataConfig | None:
-    """How a source of weights says that its images are cut and normalised; None where it is silent.
+    """Crop and normalisation that a source of weights records; None if it records none.
 
-    A run's own settings say more, and are read by whoever knows runs.
+    A run's settings contain more; callers that know runs read those instead.
     """
     place = fetch(str(src)) if is_hub_spec(src) else src
     path, is_timm = Path(place), str(place).startswith(TIMM_SPEC)
@@ -296,12 +295,12 @@ def recorded_data(src: str | Path) -> DataConfig | None:
 
 
 def official_data(image_size: Size, channels: int) -> DataConfig:
-    """What official evaluation does: ImageNet's mean and deviation, and a resize by the image size."""
+    """Settings of official evaluation: ImageNet's mean and deviation, and a resize by image size."""
     size = max(pair(image_size))
-    # By the size alone, as official files record nothing of it: the shorter side is 300 px for images of 256
-    # (XTRA-B), else 8/7 of the image (256 px for 224, XTRA-H and AIM).
+    # Official files do not record the resize. The shorter side is 300 px for images of 256 px (XTRA-B), else
+    # 8/7 of the image size (256 px for 224, XTRA-H and AIM).
     resize_px = 300 if size == 256 else round(size * 8 / 7)
     if channels == 3:
         return DataConfig(val_resize_px=resize_px)
-    half = (0.5,) * channels  # nobody has trained officially on other than colour
+    half = (0.5,) * channels  # there are no official numbers for other than three channels
     return DataConfig(val_resize_px=resize_px, channels=channels, mean=half, std=half)

@@ -1,4 +1,4 @@
-"""What the names and shapes of foreign weights tell: our names for them, and the sizes of a model."""
+"""Renaming foreign weights, and deriving a model's sizes from their names and shapes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from nextblock.checkpoint import CheckpointError
 def renamed(
     weights: Mapping[str, Any], table: Mapping[str, str], layout: str, origin: str
 ) -> dict[str, Tensor]:
-    """The tensors of an official file under our names.
+    """Rename the tensors of an official file to our names.
 
-    `table` has expressions for the beginning of a name, and what stands there in ours; the first that fits
-    counts. Raises `CheckpointError` if none fits, or if two tensors would have one name.
+    `table` maps regular expressions for the start of a name to our replacement; the first match wins. Raises
+    `CheckpointError` if none matches, or if two tensors would get the same name.
     """
-    # Two names that became one would lose a tensor: refused, like a name that no rule fits.
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         start = next((start for start in table if re.match(start, name)), None)
@@ -33,12 +32,12 @@ def renamed(
 
 
 def fused(weights: Mapping[str, Tensor], parts: Sequence[str], origin: str) -> dict[str, Tensor]:
-    """Separate maps to queries, keys and values, called `parts`, joined under the name "qkv"."""
+    """Join separate layers for queries, keys and values, named `parts`, under the name "qkv"."""
     joined = dict(weights)
     for name in weights:
         if match := re.fullmatch(rf"(.+\.){parts[0]}\.(\w+)", name):
-            # Rows in the order q, k, v, as timm's attention takes the joint map apart. Each part goes over
-            # its heads in the same order in both layouts, so nothing within it moves.
+            # Rows in the order q, k, v, as timm's attention splits them. Both layouts order heads within a
+            # part the same way, so no row moves within its part.
             three = [f"{match[1]}{part}.{match[2]}" for part in parts]
             joined[f"{match[1]}qkv.{match[2]}"] = torch.cat([needed(weights, part, origin) for part in three])
             for part in three:
@@ -47,16 +46,16 @@ def fused(weights: Mapping[str, Tensor], parts: Sequence[str], origin: str) -> d
 
 
 def needed(held: Mapping[str, Any], name: str, origin: str) -> Any:
-    """The tensor, or the setting, of this name; refused if a file lacks it."""
+    """Return the tensor or setting `name`; `CheckpointError` if the file lacks it."""
     if name not in held:
         raise CheckpointError(
-            f"{origin} lacks {name!r}, without which no model can be built; take the original, whole file"
+            f"{origin} lacks {name!r}, without which no model can be built; use the complete original file"
         )
     return held[name]
 
 
 def only_tensors(weights: Mapping[str, Any], origin: str) -> Mapping[str, Tensor]:
-    """The same weights; refused if one of them is no tensor."""
+    """Return the same weights; `CheckpointError` if any is not a tensor."""
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
@@ -65,7 +64,7 @@ def only_tensors(weights: Mapping[str, Any], origin: str) -> Mapping[str, Tensor
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str, ndim: int, origin: str) -> tuple[int, ...]:
-    """The shape of a tensor that sizes are read from; refused if it has another number of axes."""
+    """Shape of a tensor that determines sizes; `CheckpointError` unless it has `ndim` axes."""
     shape = tuple(needed(weights, name, origin).shape)
     if len(shape) != ndim:
         raise CheckpointError(
@@ -83,21 +82,21 @@ def patch_shape(weights: Mapping[str, Tensor], name: str, origin: str) -> tuple[
 
 
 def count_numbered(weights: Mapping[str, Any], prefix: str, origin: str) -> int:
-    """How many parts there are under `prefix` ("enc.blocks."), by the highest number; at least one."""
+    """Number of parts under `prefix` ("enc.blocks."), from the highest number; at least one."""
     numbers = [int(match[1]) for name in weights if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))]
     return 1 + max(numbers) if numbers else needed({}, f"{prefix}0", origin)
 
 
 def ratio_of(hidden: int, width: int) -> float:
-    """The ratio that an MLP's hidden width is of its width, such that `int(width * ratio)` gives it back."""
-    # The quotient may round down, and int(width * ratio) is then one less than `hidden`. The next larger
-    # float is enough: it is too large by far less than one channel.
+    """Ratio of an MLP's hidden width to its width, such that `int(width * ratio)` is `hidden`."""
+    # The quotient may round down, and int(width * ratio) is then one too small. The next larger float fixes
+    # that, as its error is far less than one channel.
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else nextafter(ratio, inf)
 
 
-def untold_heads(size: tuple[int, int], origin: str) -> str:
-    """Why the caller has to tell the heads of an encoder (width, layers): a wrong number fits unnoticed."""
+def unknown_heads(size: tuple[int, int], origin: str) -> str:
+    """Message that asks for the heads of an encoder of `size` (width, layers)."""
     return (
         f"{origin} does not record how many attention heads its encoder has ({size[0]} wide, {size[1]} "
         "layers); give them: num_heads= (--num_heads)"

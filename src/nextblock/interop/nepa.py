@@ -1,7 +1,7 @@
-"""Official NEPA files, the layout of transformers: config.json beside model.safetensors or pytorch_model.bin.
+"""Official NEPA files in the layout of transformers: config.json and model.safetensors or pytorch_model.bin.
 
-Sizes come from the tensors, the rest from config.json: neither the heads nor a norm of queries and keys
-without weights shows in the tensors, so these must be there. Another absent setting has its official default.
+Sizes come from the tensors, everything else from config.json. Its number of heads and `qk_norm` are required,
+as tensors do not show them. Any other absent setting has its official default.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nextblock.models.vit import ROPE_BASE
 MODEL_TYPE = "vit_nepa"
 _LAYER = r"encoder\.layer\.(\d+)\."
 _BLOCK = r"encoder.blocks.\1."
-# Official names behind an optional "vit_nepa.", and ours.
+# Official names after an optional "vit_nepa.", and ours.
 NAMES = {
     rf"(?:{MODEL_TYPE}\.)?{theirs}": ours
     for theirs, ours in {
@@ -49,7 +49,7 @@ NAMES = {
         r"layernorm\.": "encoder.norm.",
     }.items()
 } | {r"fc_norm\.": "head.norm.", r"classifier\.": "head.linear."}
-# Settings that change the function and that have one value here; absent means that value.
+# Settings of which only this value is supported; absent means the same.
 FIXED = {
     "model_type": MODEL_TYPE,
     "hidden_act": "gelu",
@@ -67,11 +67,11 @@ def is_nepa(content: Any) -> bool:
 
 
 def nepa_data(settings: Mapping[str, Any]) -> DataConfig | None:
-    """How NEPA's images are cut and normalised, if these are the settings of such a model."""
+    """Crop and normalisation of NEPA's images; None if these are not the settings of a NEPA model."""
     if settings.get("model_type") != MODEL_TYPE:
         return None
     half = (0.5,) * int(settings.get("num_channels", 3))
-    # By how much official evaluation resizes is not known; 8/7 of the image is what others do.
+    # The resize of official evaluation is not known; 8/7 of the image size is common.
     resize_px = round(int(settings.get("image_size", 224)) * 8 / 7)
     return DataConfig(mean=half, std=half, channels=len(half), val_resize_px=resize_px)
 
@@ -79,11 +79,11 @@ def nepa_data(settings: Mapping[str, Any]) -> DataConfig | None:
 def read_nepa(
     content: Mapping[str, Any], settings: Mapping[str, Any], origin: str
 ) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier of an official file, with `settings`, its config.json."""
+    """Build the model or classifier of an official file; `settings` is its config.json."""
     weights = only_tensors(unwrapped(content), origin)
     if not settings:
         raise CheckpointError(
-            f"{origin} is a NEPA model without its config.json, which tells its attention heads and norms; "
+            f"{origin} is a NEPA model without its config.json, which records its attention heads and norms; "
             "put the original one beside it"
         )
     is_classifier = any(name.startswith("classifier.") for name in weights)
@@ -107,11 +107,11 @@ def read_nepa(
     for name, tensor in weights.items():
         plain = name.removeprefix(f"{MODEL_TYPE}.")
         if plain == "rope_embeddings.inv_freq":
-            # 1 / 100^(i / quarter): it is computed here, so another one would be another function.
+            # 1 / 100^(i / quarter) is computed, not loaded, so other frequencies would be another function.
             places = torch.arange(len(tensor), dtype=torch.float32) / len(tensor)
             if not torch.allclose(tensor.float(), ROPE_BASE**-places, rtol=1e-2):  # it may be in bf16
                 raise CheckpointError(f"{origin} has rotary frequencies of another kind ({name})")
-        elif plain != "embeddings.mask_token":  # of no use: NEPA masks nothing
+        elif plain != "embeddings.mask_token":  # unused, as NEPA masks nothing
             kept[name] = tensor
     ours = renamed(fused(kept, ("query", "key", "value"), origin), NAMES, "NEPA", origin)
     width, in_chans, patch_size = patch_shape(ours, "encoder.patch_embed.proj.weight", origin)
@@ -133,7 +133,7 @@ def read_nepa(
         rope_rescale=float(settings.get("pos_embed_rescale") or 1.0),
         class_token=True,
         qk_norm=qk_norm,
-        # Classifiers have it folded into the maps before it.
+        # In classifiers it is folded into the preceding layers.
         layer_scale=float(settings.get("layerscale_value") or 1e-5) if _has(ours, "gamma_1") else None,
         weight_init="trunc_normal_all",
         block_size=1,

@@ -1,4 +1,4 @@
-"""ONNX out: an encoder or a classifier as one graph, run by onnxruntime and compared before it is kept."""
+"""ONNX export of an encoder or classifier, verified with onnxruntime before it is kept."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
 from nextblock.interop.files import make_parent
 from nextblock.interop.timm import data_at, encoder_at
-from nextblock.logs import held_back
+from nextblock.logs import muted
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier, pool_features
 from nextblock.settings import require, to_dict
 
 # Version of the ONNX operators; onnxruntime 1.14 and later have it.
 OPSET = 18
-# Largest difference from torch, over the largest output.
+# Largest allowed difference from torch, relative to the largest output.
 TOLERANCE = 1e-4
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class OnnxError(RuntimeError):
-    """A graph could not be made, or does not compute what the model does."""
+    """A graph could not be exported, or its outputs differ from the model's."""
 
 
 class _Graph(nn.Module):
-    """What the graph computes: tokens, the chosen layers, and a classifier's logits."""
+    """The exported module: returns tokens, the chosen layers, and a classifier's logits."""
 
     def __init__(
         self, encoder: NextBlockModel, layers: Sequence[int], classifier: ImageClassifier | None
@@ -48,8 +48,7 @@ class _Graph(nn.Module):
         self.names = ["tokens", *(f"layer_{layer}" for layer in layers), *(["logits"] if classifier else [])]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
-        # One pass through the encoder for all outputs; the encoder has the mask that the head was trained on,
-        # so the head need not ask for it.
+        # One encoder pass serves all outputs. The encoder already has the mask that the head was trained on.
         encoded = self.encoder.encode(images)
         outputs = [encoded.tokens, *(encoded.layers[layer] for layer in self.layers)]
         if self.classifier is not None:
@@ -68,12 +67,12 @@ def write_onnx(
     attention: Attention = "native",
     image_size: Size | None = None,
 ) -> float:
-    """Write `path` and return the largest difference from torch, over the largest output.
+    """Write `path`; return the largest difference from torch, relative to the largest output.
 
-    The batch is free, the image size fixed; a block mask is part of the graph. Outputs are `tokens`, one for
-    each of `layers` (`layer_3`, counted from 0) and a classifier's `logits`. The settings, and how images are
-    normalised, stand in the metadata. Beyond torch's limit for one file the weights lie in `NAME.onnx.data`.
-    Raises `OnnxError` if a package is missing or the outputs differ.
+    The batch size is free, the image size fixed. A block mask is part of the graph. Outputs are `tokens`, one
+    for each of `layers` (`layer_3`, counted from 0) and a classifier's `logits`. The metadata contains the
+    settings and the normalisation. Above torch's limit for one file, weights are in `NAME.onnx.data`. Raises
+    `OnnxError` if a package is missing or the outputs differ.
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a directory; name the file to write")
@@ -91,25 +90,25 @@ def write_onnx(
         )
         attention = own
     if not isinstance(source, NextBlockModel):
-        raise OnnxError("an encoder of timm's is not written as ONNX; use timm's own export")
+        raise OnnxError("timm encoders cannot be written as ONNX; use timm's own export")
     refuse_non_finite(model.state_dict(), "the model", "nothing was written; take an earlier checkpoint")
     layers, depth = tuple(layers or ()), source.config.depth
     require(
         len(set(layers)) == len(layers) and all(0 <= layer < depth for layer in layers),
         f"layers {list(layers)}: name layers from 0 to {depth - 1}, each once",
     )
-    # The graph's size is fixed, so positions and mask are made for it first and become constants.
+    # The image size is fixed, so positions and mask are computed for it and become constants.
     graph = _Graph(encoder_at(source, image_size, attention), layers, classifier).eval()
     config = graph.encoder.config
     data = data_at(data, source.config, config)
-    # Random images of three batch sizes: the first is traced, the others show that the batch is really free.
+    # Three batch sizes: the first is traced, the others verify that the batch size is really free.
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randn(b, config.in_chans, *pair(config.image_size), generator=generator) for b in (2, 1, 3)
     ]
     make_parent(path)
-    # The exporter's notes and warnings are nothing that a user can act on; its errors are raised.
-    with held_back(logging.ERROR, *TALKATIVE), warnings.catch_warnings(), torch.no_grad():
+    # Users cannot act on the exporter's notes and warnings; its errors are raised.
+    with muted(logging.ERROR, *TALKATIVE), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
@@ -118,7 +117,7 @@ def write_onnx(
                 dynamo=True,
                 input_names=["images"],
                 output_names=graph.names,
-                # Only the batch is free. In the example it must not be 1, which would become a constant.
+                # Only the batch size is free. In the example it must not be 1: that would become a constant.
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                 opset_version=OPSET,
                 verbose=False,
@@ -127,8 +126,7 @@ def write_onnx(
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise OnnxError(f"torch cannot export this model as ONNX: {reason}") from error
         assert program is not None
-        # Who runs the graph may have nothing but this file, so it tells how its images are cut and
-        # normalised, where it comes from, and under which licence.
+        # Users of the graph may have only this file, so it records crop, normalisation, origin and licence.
         program.model.metadata_props.update(
             producer="nextblock",
             mean=json.dumps(list(data.mean)),
@@ -142,18 +140,18 @@ def write_onnx(
             license=provenance.license,
         )
         try:
-            # Written beside its place, run by onnxruntime and compared, and only then moved: a graph that
-            # computes something else never has the name that was asked for.
+            # Written to a temporary directory, verified with onnxruntime, and only then moved: a wrong graph
+            # never gets the final name.
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as aside:
                 program.save(Path(aside) / path.name)
-                # Two of the batches have sizes that the exporter has not seen.
+                # The exporter has not seen two of these batch sizes.
                 difference = _difference(graph, Path(aside) / path.name, batches)
                 if not difference <= TOLERANCE:
                     raise OnnxError(
                         f"onnxruntime differs from torch by {difference:.1e} of the largest output, more "
                         f"than {TOLERANCE:.0e}; nothing was written. Try other versions of both"
                     )
-                # The weights first: a graph that is there is whole.
+                # Weights are moved first, so a graph that exists is complete.
                 for file in sorted(Path(aside).iterdir(), reverse=True):
                     with write_aside(path.with_name(file.name)) as target:
                         file.replace(target)
@@ -166,14 +164,14 @@ def write_onnx(
 
 
 def _difference(graph: _Graph, path: Path, batches: Sequence[Tensor]) -> float:
-    """The largest difference between onnxruntime and torch, over each output's largest value."""
+    """Largest difference between onnxruntime and torch, relative to each output's largest value."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     worst = 0.0
     for images in batches:
-        found = session.run(graph.names, {"images": images.numpy()})
-        for ours, theirs in zip(graph(images), found, strict=True):
-            difference = (ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max()
+        actual = session.run(graph.names, {"images": images.numpy()})
+        for expected, output in zip(graph(images), actual, strict=True):
+            difference = (expected - torch.from_numpy(output)).abs().max() / expected.abs().max()
             worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))  # `max` would skip a NaN
     return worst

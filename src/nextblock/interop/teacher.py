@@ -1,4 +1,4 @@
-"""The teacher of `model.target features`: a frozen encoder, and how it sees the student's images."""
+"""The teacher of `model.target features`: a frozen encoder with its own normalisation and image size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def with_teacher(config: ModelConfig) -> ModelConfig:
-    """The settings with the width of their teacher's features and the hash of its weights."""
+    """Return the settings with the width of the teacher's features and the hash of its weights."""
     teacher, digest = _open(config)
     return replace(config, teacher_dim=teacher.config.embed_dim, teacher_digest=digest)
 
@@ -37,12 +37,11 @@ def attach_teacher(
     device: torch.device | str = "cpu",
     place: str | None = None,
 ) -> None:
-    """Load the teacher whose features a model predicts; a model with another target is left as it is.
+    """Load the teacher whose features a model predicts; does nothing for other targets.
 
-    `mean` and `std` are those by which the model's images are normalised; `place` is where the teacher is, if
-    not where the model's settings say. A teacher of colour images sees
-    grey ones as colour. Raises `UsageError` if the teacher's weights are not those that the model was trained
-    with, or if it takes other channels or gives another width.
+    `mean` and `std` are the normalisation of the model's images. `place` overrides the teacher's place in the
+    settings. Grey images are converted for a colour teacher. Raises `UsageError` if the teacher's weights
+    differ from those used in training, or if its channels or width do not match.
     """
     config = model.config
     if config.teacher is None or model.targets is None:
@@ -54,10 +53,10 @@ def attach_teacher(
     if None in own:
         data = recorded_data(place or config.teacher)
         if data is None:
-            log.warning("%s records no mean and deviation of its images; taking ImageNet's", config.teacher)
+            log.warning("%s records no mean and deviation of its images; using ImageNet's", config.teacher)
             data = official_data(theirs.image_size, theirs.in_chans)
         own = (data.mean, data.std)
-    # As tensors on the device, so that no step waits for a copy.
+    # On the device, so that no step waits for a copy.
     statistics = [
         torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)
         for numbers in (mean, std, *own)
@@ -67,7 +66,7 @@ def attach_teacher(
 
 
 def _open(config: ModelConfig) -> tuple[EncoderModel, str]:
-    """The teacher of these settings, and the hash of its weights."""
+    """Open the teacher of these settings; return it with the hash of its weights."""
     assert config.teacher is not None
     try:
         teacher = open_encoder(config.teacher)
@@ -80,7 +79,7 @@ def _open(config: ModelConfig) -> tuple[EncoderModel, str]:
     if config.in_chans not in (1, theirs.in_chans):
         raise UsageError(
             f"{config.teacher} takes images of {counted(theirs.in_chans, 'channel')}, and model.in_chans is "
-            f"{config.in_chans}; choose a teacher of as many channels"
+            f"{config.in_chans}; choose a teacher with the same number of channels"
         )
     if config.teacher_dim not in (None, theirs.embed_dim):
         raise UsageError(
@@ -96,7 +95,7 @@ def _open(config: ModelConfig) -> tuple[EncoderModel, str]:
 
 
 class _Teacher:
-    """From images as the student sees them to features on the teacher's grid."""
+    """Maps the student's normalised images to features on the teacher's grid."""
 
     def __init__(
         self, teacher: EncoderModel, mean: Tensor, std: Tensor, own_mean: Tensor, own_std: Tensor
@@ -106,13 +105,13 @@ class _Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e i j"]:
-        # Its own normalisation and image size, in the precision of its weights, whatever autocast says.
+        # The teacher runs in the precision of its weights, even under autocast.
         with torch.autocast(images.device.type, enabled=False):
-            # One channel becomes as many as the teacher's means.
+            # Broadcasting expands one channel to the number of the teacher's means.
             images = (images.float() * self.std + self.mean - self.own_mean) / self.own_std
             if images.shape[2:] != self.size:
                 images = interpolate(images, size=self.size, mode="bicubic", antialias=True)
             tokens = self.teacher.encode(images).tokens
-        # Rows of patches, as the teacher's patches are square.
+        # Number of patch rows, as the teacher's patches are square.
         rows = round((tokens.shape[1] * self.size[0] / self.size[1]) ** 0.5)
         return rearrange(tokens, "b (i j) e -> b e i j", i=rows)

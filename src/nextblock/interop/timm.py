@@ -1,9 +1,9 @@
-"""timm's format, out and in: a directory of config.json and model.safetensors, or a weight file alone.
+"""Reading and writing timm's format: a directory of config.json and model.safetensors, or a weight file.
 
 An encoder under full attention with timm's epsilon, or with a class token, rotary positions, normed queries
-or LayerScale, leaves as one of timm's own architectures with every argument given; any other as
-`nextblock_vit` (see `timm_models`). Its settings stand in config.json and in the
-metadata of the weight file, so that either alone gives back the same encoder.
+or LayerScale, is written as one of timm's own architectures with all arguments given. Any other is written as
+`nextblock_vit` (see `timm_models`). Both config.json and the weight file's metadata contain our settings, so
+either is enough to rebuild the same encoder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
 from nextblock.interop.files import MAIN_FILES, LoadOptions, make_parent, read_content, read_json, unwrapped
 from nextblock.interop.hub import HubError
-from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, untold_heads
+from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, unknown_heads
 from nextblock.interop.timm_models import TIMM_EPS, NextBlockViT, as_timm_has, timm_architecture
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.model_config import nearest_sizes
@@ -51,17 +51,17 @@ from nextblock.settings import from_dict, require, to_dict
 
 log = logging.getLogger(__name__)
 
-# Of what stands under "nextblock" in config.json and in the weight file's metadata.
+# Version of the entry "nextblock" in config.json and in the weight file's metadata.
 FORMAT_VERSION = 1
-# Held while a timm model draws from torch's global generator, whose state is put back afterwards.
+# Held while a timm model draws from torch's global generator, whose state is then restored.
 _BUILDING = Lock()
 
-# Names in a timm ViT. All others are those of our encoder, which is a timm ViT itself.
+# Names in a timm ViT. All others are as in our encoder, which is a timm ViT.
 HEADS = ("head.", "attn_pool.", "fc_norm.")
 PREFIX_TOKENS = ("cls_token", "reg_token")
 MAPS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 SCALED_MAPS = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
-# Parts of a timm ViT that change nothing in the tokens of an evaluated encoder, or that are folded away.
+# Parts of a timm ViT that do not affect the tokens in evaluation mode, or that are folded into others.
 WITHOUT_EFFECT = ("drop", "head", "attn_pool", "fc_norm", "ls1", "ls2")
 
 
@@ -80,17 +80,17 @@ def write_timm(
 ) -> None:
     """Write an encoder as a directory that `timm.create_model("local-dir:DIRECTORY")` opens.
 
-    `data` says how its images are cut and normalised. `image_size` and `attention` write an encoder of ours
-    at that size and with that mask, with the positions that `encode` would use there. The predictor is left
-    out. `address` is the place that the card names, as timm writes it ("hf-hub:USER/NAME").
+    `data` has its crop and normalisation. `image_size` and `attention` write one of our encoders at that size
+    and with that mask, with the positions that `encode` would use. The predictor is left out. `address` is
+    the address for the card, in timm's form ("hf-hub:USER/NAME").
     """
     if isinstance(model, NextBlockModel):
         whole, model = model, encoder_at(model, image_size, attention)
         data = data_at(data, whole.config, model.config)
     config = model.config
     size = pair(config.image_size)
-    # timm stores a share of the image instead of a size, and rounds it down to whole pixels. Half a pixel
-    # more in the divisor gives the same size back where that would lose one.
+    # timm stores a fraction of the image instead of a size, and rounds down to whole pixels. If that loses a
+    # pixel, half a pixel more in the divisor gives the right size.
     resize_px = data.resize_px(config.image_size)
     crop_pct = min(size) / resize_px
     if math.floor(min(size) / crop_pct) != resize_px:
@@ -109,14 +109,14 @@ def write_timm(
         "classifier": "head",
         **({"license": provenance.license} if provenance.license != UNSPECIFIED else {}),
     }
-    # timm builds from config.json, we from "nextblock" there or in the weight file: timm's arguments do not
-    # tell all of our settings, and one file may be copied without the other.
+    # timm builds from its arguments in config.json. They lack some of our settings, so we build from
+    # "nextblock". It is in both files, as one may be copied without the other.
     described: dict[str, Any] = {"num_classes": 0, "num_features": config.embed_dim}
     metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
     weights = model.encoder.state_dict()
     if isinstance(config, ModelConfig):
         scaled = config.qk_scale is not None
-        require(not scaled, "timm has no place for model.qk_scale; write to nextblock or onnx")
+        require(not scaled, "timm does not support model.qk_scale; write to nextblock or onnx")
         architecture, arguments = timm_architecture(config)
         weights = as_timm_has(weights, config)
         own = {"format_version": FORMAT_VERSION, "model": to_dict(config)}
@@ -142,23 +142,24 @@ def _card(
     place = address.partition(":")[2]
     register, notes = "", []
     if isinstance(model, TimmEncoder):
-        notes.append(f"Commands of nextblock take it as `--model timm:{address}`.")
+        notes.append(f"Commands of nextblock accept it as `--model timm:{address}`.")
     else:
         notes.append(f'`transformers.AutoModel.from_pretrained("{place}")` and `nextblock.load` open it too.')
         if architecture == "nextblock_vit":
             register = "import nextblock.interop.timm_models  # registers nextblock_vit\n"
             notes.append(
-                "timm and transformers need the second line above (`pip install nextblock`), which teaches "
-                "them `nextblock_vit`, its block mask and its epsilon."
+                "timm and transformers need the second line above (`pip install nextblock`), which registers "
+                "`nextblock_vit` with its block mask and its epsilon."
             )
         if model.config.norm_eps < TIMM_EPS and architecture != "nextblock_vit":
             notes.append(
                 "timm's norms have a larger epsilon than this encoder's. Its tokens are therefore scaled by "
-                "a power of two up to the last norm, which shows in single layers; fp16 may overflow."
+                "a power of two up to the last norm. This changes the outputs of single layers, and fp16 may "
+                "overflow."
             )
         elif model.config.positions == "sincos":
             notes.append(
-                "At another `img_size=` timm resamples the fixed positions instead of computing them anew: "
+                "At another `img_size=` timm resamples the fixed positions instead of recomputing them: "
                 "convert again with `--image_size`."
             )
     opening = (
@@ -179,12 +180,12 @@ def _card(
 def encoder_at(
     model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
 ) -> NextBlockModel:
-    """The encoder alone, at another image size or with other attention of its features if they are given."""
+    """Return the encoder without predictor, at another image size or with another attention if given."""
     config = model.config.encoder_alone()
     if attention != "native":
         config = replace(config, feature_attention=attention)
     if image_size is not None and pair(image_size) != pair(config.image_size):
-        # A block size means something only under a mask; without one, any grid of patches is allowed.
+        # The block size matters only under a mask; without one, any grid of patches is allowed.
         is_causal = config.feature_attention == "causal"
         block_size = config.block_size if is_causal else 1
         (rows, columns), unit = pair(image_size), [n * config.patch_size for n in pair(block_size)]
@@ -196,7 +197,7 @@ def encoder_at(
             f"use image_size {near}" + ", or attention full" * is_causal,
         )
         config = replace(config, image_size=image_size, block_size=block_size)
-    # Fixed positions are computed for the new grid and learned ones resampled, as `encode` does it.
+    # Fixed positions are recomputed for the new grid and learned ones resampled, as in `encode`.
     weights = dict(model.encoder.state_dict())
     if "pos_embed" in weights:
         weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
@@ -204,7 +205,7 @@ def encoder_at(
 
 
 def data_at(data: DataConfig, old: ModelConfig, new: ModelConfig) -> DataConfig:
-    """The same share of the picture at another image size."""
+    """Adapt the resize so that the crop keeps its share of the image at another image size."""
     sizes = [max(pair(config.image_size)) for config in (old, new)]
     return replace(data, val_resize_px=round(data.resize_px(old.image_size) * sizes[1] / sizes[0]))
 
@@ -225,11 +226,11 @@ def is_timm_weights(weights: Mapping[str, Any]) -> bool:
 def read_timm(
     path: Path, options: LoadOptions | None = None, weights: Mapping[str, Tensor] | None = None
 ) -> NextBlockModel:
-    """Build the encoder of a timm directory or of a weight file.
+    """Build the encoder of a timm directory or weight file.
 
-    `weights` are those of the file, if they have been read already. Without metadata and config.json it is a
-    timm ViT under full attention. `drop_prefix_tokens` leaves out class and register tokens and their
-    positions, and lists them: good to start from, but not the features of the original.
+    `weights` are the file's, if already read. Without metadata and config.json, it is a timm ViT under full
+    attention. `options.drop_prefix_tokens` drops class and register tokens with their positions, and logs
+    them: fine for initialisation, but the features differ.
     """
     origin, file, options = str(path), _weight_file(path), options or LoadOptions()
     drop = options.drop_prefix_tokens
@@ -244,22 +245,21 @@ def read_timm(
         log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
         return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)
     directory = path if path.is_dir() else path.parent
-    # timm builds what config.json says, as no settings of ours came with it. The weights stay out at first:
-    # timm would load what fits and keep random numbers for the rest.
+    # Without our settings, timm builds what config.json describes. timm would load matching weights and leave
+    # the rest random, so weights are not loaded by timm.
     with building(f"what {directory / 'config.json'} describes", "compare it with timm's, or upgrade timm"):
         vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
-    # So they are loaded strictly here, both sides without the head: any number of classes will do.
+    # They are loaded strictly here, without the head, so the number of classes does not matter.
     load_strictly(vit, {name: w for name, w in weights.items() if not name.startswith("head.")}, origin)
     return from_timm(vit, origin, drop_prefix_tokens=drop)
 
 
 @contextmanager
 def building(what: str, remedy: str) -> Iterator[None]:
-    """Build a timm model: torch's generator stays as it was, and any error of timm becomes one of ours."""
+    """Context to build a timm model: keeps torch's generator unchanged and converts timm's errors."""
     try:
-        # timm draws weights that stay fresh from torch's global generator: from one seed, so they are equal
-        # in every process. The lock keeps another thread from drawing in between, and fork_rng puts the state
-        # back, so no caller's numbers change.
+        # timm draws fresh weights from torch's global generator. A fixed seed makes them equal in every
+        # process. The lock keeps other threads from drawing in between, and fork_rng restores the state.
         with _BUILDING, torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(0)
             yield
@@ -274,31 +274,31 @@ def building(what: str, remedy: str) -> Iterator[None]:
 
 
 def described_at(path: Path) -> dict[str, Any]:
-    """The config.json of a directory, or beside a weight file; {} if it names no timm architecture."""
+    """Read config.json in a directory or next to a weight file; {} if it names no timm architecture."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     content = read_json(file)
     if "architecture" not in content:
         return {}
     kinds = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "nextblock": dict}
     for name, kind in kinds.items():
-        found = content.get(name, kind())
-        if not isinstance(found, kind):
-            raise CheckpointError(f"{file} is damaged: {name} is a {type(found).__name__}; take the original")
+        value = content.get(name, kind())
+        if not isinstance(value, kind):
+            raise CheckpointError(f"{file} is damaged: {name} is a {type(value).__name__}; take the original")
     return content
 
 
 def _weight_file(path: Path) -> Path | None:
-    """A file itself; of a directory, the model."""
+    """The file itself; from a directory, its model file."""
     files = [path] if path.is_file() else [path / name for name in MAIN_FILES]
     return next((file for file in files if file.is_file()), None)
 
 
 def own_config(path: Path) -> ModelConfig | None:
-    """The settings that `write_timm` left in a weight file's metadata and in the config.json beside it."""
+    """Settings that `write_timm` stored in a weight file's metadata and config.json; None without them."""
     described, file = described_at(path), _weight_file(path)
     has_metadata = file is not None and is_safetensors(file)
     recorded = read_metadata(file).get("nextblock") if has_metadata else None  # type: ignore[arg-type]
-    # A file that left its directory has the metadata alone, a pickle the config.json alone: one is enough.
+    # A weight file on its own has only metadata, a pickle only a config.json. Either is enough.
     try:
         own = described.get("nextblock") if recorded is None else json.loads(recorded)
         if own is None:
@@ -313,8 +313,8 @@ def own_config(path: Path) -> ModelConfig | None:
         raise CheckpointError(
             f'the settings under "nextblock" of {path} are damaged ({error}); take the original files'
         ) from error
-    # timm follows architecture and model_args, we follow "nextblock": unless all agree, one would be wrong
-    # without a word. (A changed attention does not change the shape of a single weight.)
+    # timm follows architecture and model_args, we follow "nextblock". If they disagree, one would silently be
+    # wrong: another attention, for example, does not change the shape of any weight.
     architecture, arguments = timm_architecture(config)
     if described and (
         described.get("nextblock") != own
@@ -322,7 +322,7 @@ def own_config(path: Path) -> ModelConfig | None:
         or any(described.get("model_args", {}).get(name) != value for name, value in arguments.items())
     ):
         raise CheckpointError(
-            f"the weight file and the config.json of {path} describe different encoders: by the weights "
+            f"the weight file and the config.json of {path} describe different encoders: the weights are "
             f"timm's {architecture} with attention {config.feature_attention}; take both from one place"
         )
     return config
@@ -332,15 +332,15 @@ def own_config(path: Path) -> ModelConfig | None:
 
 
 def from_timm(vit: nn.Module, origin: str, *, drop_prefix_tokens: bool = False) -> NextBlockModel:
-    """The encoder of a timm `VisionTransformer`; what it does and ours cannot do is refused by name."""
-    # `type` and not `isinstance`: a subclass with the same weights may do something else with them.
+    """Convert a timm `VisionTransformer`; refuses models with parts that our encoder lacks."""
+    # `type`, not `isinstance`: a subclass may use the same weights differently.
     if isinstance(vit, NextBlockViT):
         weights = {name: w for name, w in vit.state_dict().items() if not name.startswith(HEADS)}
         return _encoder(vit.block_config, weights, origin)
     kind = type(vit.blocks[0]) if type(vit) is VisionTransformer else type(vit)
     if kind is not Block:
         raise CheckpointError(
-            f"{origin} is a timm {kind.__name__}; only its VisionTransformer of plain Blocks is read"
+            f"{origin} is a timm {kind.__name__}; only its VisionTransformer of plain Blocks is supported"
         )
     return read_timm_weights(vit.state_dict(), origin, like=vit, drop_prefix_tokens=drop_prefix_tokens)
 
@@ -353,25 +353,25 @@ def read_timm_weights(
     like: Any = None,
     drop_prefix_tokens: bool = False,
 ) -> NextBlockModel:
-    """Build the encoder that a timm ViT's state dict holds, under full attention.
+    """Build the encoder of a timm ViT's state dict, under full attention.
 
-    What the tensors do not tell is taken from `like`, the timm ViT.
+    `like` is the timm ViT, which provides what the tensors do not show.
     """
     width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
     depth = count_numbered(weights, "blocks.", origin)
-    # A head, pooling and the tokens beside the patches are no part of the encoder that is built.
+    # Head, pooling, class and register tokens are not part of the encoder.
     kept = {n: w for n, w in weights.items() if n not in PREFIX_TOKENS and not n.startswith(HEADS)}
     places = needed(kept, "pos_embed", origin).shape[1]
 
-    # Class and register tokens come first, and so do their positions, if they have any: a file alone shows
-    # it by a number of positions that is no square.
+    # Class and register tokens come first, and so do their positions, if they have any. Without `like`, a
+    # number of positions that is not a square shows that they have.
     tokens = [name for name in PREFIX_TOKENS if name in weights]
     count = sum(weights[name].shape[1] for name in tokens)
     have_places = math.isqrt(places) ** 2 != places if like is None else not like.no_embed_class
     if tokens and not drop_prefix_tokens:
         raise CheckpointError(
             f"{origin} has tokens beside the patches ({', '.join(tokens)}), to which all patches attend: "
-            "without them its features would not be its own. As model.init it can be started from"
+            "its features would be different without them. You can still use it as model.init"
         )
     if tokens and have_places:
         kept["pos_embed"] = kept["pos_embed"][:, count:]
@@ -380,12 +380,12 @@ def read_timm_weights(
         positions_too = f", and the positions of {count} of them" if tokens and have_places else ""
         log.info("left out of %s: %s%s", origin, ", ".join(left_out), positions_too)
 
-    # A file alone is taken for timm's plainest: a square image, GELU, one epsilon. Only heads must be told.
+    # Without `like`, assume timm's plain ViT: a square image, GELU, one epsilon. Only heads must be given.
     if like is None:
         needed(kept, "norm.weight", origin)
         heads = num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
         if heads is None:
-            raise MissingSettingError(num_heads=untold_heads((width, depth), origin))
+            raise MissingSettingError(num_heads=unknown_heads((width, depth), origin))
         patches = kept["pos_embed"].shape[1]
         rows = columns = math.isqrt(patches) * patch_size
         eps = TIMM_EPS
@@ -394,13 +394,13 @@ def read_timm_weights(
                 f"{origin} has {patches} patches, which are no square grid; put timm's config.json beside it"
             )
     else:
-        # The network that timm built knows what its tensors do not show. Its norms have one epsilon, which
-        # `_encoder` verifies module by module.
+        # timm's module provides what its tensors do not show. `_encoder` verifies that all norms have one
+        # epsilon.
         heads, (rows, columns) = like.blocks[0].attn.num_heads, like.patch_embed.img_size
         eps = getattr(like.blocks[0].norm1, "eps", TIMM_EPS)
 
-    # LayerScale multiplies what attention and MLP give. That is the same as scaling the rows of their last
-    # map, its bias included: gamma * (W x + b) = (gamma W) x + gamma b.
+    # LayerScale multiplies the outputs of attention and MLP. That equals scaling the rows of their last
+    # layer, including its bias: gamma * (W x + b) = (gamma W) x + gamma b.
     for name in [name for name in kept if name.endswith(tuple(SCALED_MAPS))]:
         last_map = name[:-10] + SCALED_MAPS[name[-10:]]
         if kept[name].shape == (width,) and f"{last_map}.weight" in kept:  # else `_encoder` refuses the name
@@ -409,8 +409,8 @@ def read_timm_weights(
             if f"{last_map}.bias" in kept:
                 kept[f"{last_map}.bias"] = gamma * kept[f"{last_map}.bias"]
 
-    # Our encoder has biases in all kinds of maps or in none. A kind that has none gets zeros, which is exact.
-    # A kind that lacks some is damaged, and `_encoder` names what is missing.
+    # Our encoder has biases in all kinds of linear layers or in none. A kind without biases gets zeros, which
+    # is exact. If only some of a kind are missing, the file is damaged, and `_encoder` lists them.
     biases = {kind: [f"blocks.{i}.{kind}.bias" for i in range(depth)] for kind in MAPS}
     without = [kind for kind, names in biases.items() if not any(name in kept for name in names)]
     for kind in without if len(without) < len(MAPS) else []:
@@ -442,29 +442,29 @@ def read_timm_weights(
 def _encoder(
     config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
 ) -> NextBlockModel:
-    """A model without a predictor that has these weights; `like` must consist of the same modules."""
-    # On torch's meta device nothing is drawn or allocated; the file's tensors become the parameters.
+    """Build a model without a predictor from weights; `like` must consist of the same modules."""
+    # On the meta device nothing is drawn or allocated; the file's tensors become the parameters.
     with torch.device("meta"):
         model = NextBlockModel(config)
     if like is not None:
-        # Names and shapes of weights do not tell all: another activation, epsilon or order of norms has no
-        # weights. So every module is compared with ours by its kind and its arguments.
+        # Names and shapes do not show everything: another activation, epsilon or order of norms has the same
+        # weights. So compare the class and arguments of every module.
         theirs, ours = _modules(like), _modules(model.encoder)
         unlike = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
         if unlike:
             named = (f"{n} is {theirs.get(n)}, here {ours.get(n)}" for n in sorted(unlike)[:3])
             raise CheckpointError(
-                f"{origin} is no encoder of this kind: {'; '.join(named)}. Commands that evaluate "
-                "take any transformer of timm as it is, as --model timm:NAME"
+                f"{origin} is no encoder of this kind: {'; '.join(named)}. Evaluation commands "
+                "accept any timm transformer unchanged, as --model timm:NAME"
             )
     load_strictly(model.encoder, weights, origin)
     return model.eval()
 
 
 def _modules(vit: nn.Module) -> dict[str, str]:
-    """The kind and arguments of every module that has an effect; a bias may be missing, it is then zero."""
+    """Class and arguments of every module that has an effect, ignoring biases: a missing one is zero."""
     return {
-        # Our `Layer` is timm's `Block` but for drop path, which has no effect here.
+        # Our `Layer` is timm's `Block` except for drop path, which has no effect here.
         name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})").replace(
             "Layer()", "Block()"
         )

@@ -1,10 +1,10 @@
-"""What an encoder of ours is in timm: one of its own models, or `nextblock_vit`, which has a block mask.
+"""Our encoders as timm models: one of timm's own, or `nextblock_vit`, which has a block mask.
 
 Importing this module registers `nextblock_vit` with timm.
 
-timm's own `VisionTransformer` applies no mask and fixes the epsilon of its norms, so encoders under a block
-mask, or with another epsilon, are written for this class. In everything else it is a `VisionTransformer`:
-names of weights, `features_only`, `forward_intermediates`, `reset_classifier`, `set_input_size`.
+timm's `VisionTransformer` applies no mask and fixes the epsilon of its norms. So encoders with a block mask
+or another epsilon use `nextblock_vit`. Otherwise it behaves like a `VisionTransformer`: names of weights,
+`features_only`, `forward_intermediates`, `reset_classifier`, `set_input_size`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nextblock.config import ModelConfig, pair
 from nextblock.errors import UsageError
 from nextblock.models.vit import ROPE_BASE, fresh_positions, positions_of, positions_on, vit_arguments
 
-# The timm architectures that stand for all whose arguments are given in full; ROPE has rotary positions.
+# timm architectures used with all arguments given explicitly; ROPE has rotary positions.
 STOCK, ROPE = "vit_base_patch16_224", "eva_giant_patch14_224"
 # Epsilon of timm's LayerNorms.
 TIMM_EPS = 1e-6
-# By which the epsilon of an encoder may differ in timm.
+# Largest allowed difference between an encoder's epsilon and its epsilon in timm.
 MAX_EPS_ERROR = 1e-9
-# The arguments of nextblock_vit, all of which JSON can hold, and the settings that they stand for.
+# Arguments of nextblock_vit, all valid in JSON, and the settings that they correspond to.
 ARGUMENTS = {
     "img_size": "image_size",
     "attention": "feature_attention",
@@ -44,7 +44,7 @@ ARGUMENTS = {
     **{name: name for name in ("order", "order_seed")},
 }
 
-# Arguments of timm's own class that change no token of an evaluated encoder. Any other is refused: it could.
+# Arguments of timm's class that do not affect tokens in evaluation mode. Any other is refused.
 TIMMS_ARGUMENTS = {"num_classes", "global_pool", "drop_rate", "drop_path_rate", "device", "dtype"}
 
 _CFG: dict[str, Any] = {"num_classes": 0, "input_size": (3, 256, 256), "crop_pct": 256 / 300}
@@ -53,7 +53,7 @@ default_cfgs = generate_default_cfgs({"nextblock_vit": _CFG})
 
 
 class _Block(Block):
-    """A layer that recomputes itself: timm drops activation checkpointing as soon as there is a mask."""
+    """A layer with its own activation checkpointing, as timm skips it if there is a mask."""
 
     recompute = False
 
@@ -61,20 +61,20 @@ class _Block(Block):
         self,
         x: Tensor,
         attn_mask: Tensor | None = None,
-        is_causal: bool = False,  # noqa: ARG002 - timm's signature; the model has refused True
+        is_causal: bool = False,  # noqa: ARG002 - timm's signature; the model refuses True
     ) -> Tensor:
-        """One layer under a mask (True: may attend)."""
+        """Apply the layer under a mask (True: may attend)."""
         if self.recompute and x.requires_grad:
-            # The mask is an argument of the recomputed call: a layer that kept it could be recomputed under
-            # another image size's mask.
+            # The mask is an argument of the recomputed call. A mask stored in the layer could already be that
+            # of another image size.
             return checkpoint(super().forward, x, attn_mask=attn_mask, use_reentrant=False)
         return super().forward(x, attn_mask=attn_mask)
 
 
 class NextBlockViT(VisionTransformer):
-    """timm's `VisionTransformer` under a block mask, built from `ARGUMENTS` (defaults: `ModelConfig`'s).
+    """timm's `VisionTransformer` with a block mask, built from `ARGUMENTS` (defaults as in `ModelConfig`).
 
-    `attention` "causal" lets a patch attend to its own block and those before it in `order`, "full" to all.
+    `attention` "causal": a patch attends to its own block and earlier ones in `order`; "full": to all.
     """
 
     order_mask: Bool[Tensor, "n n"] | None
@@ -91,26 +91,26 @@ class NextBlockViT(VisionTransformer):
         of_timm: dict[str, Any] = {"num_classes": 0, "global_pool": "avg"}
         of_timm |= {name: arguments[name] for name in arguments.keys() & TIMMS_ARGUMENTS}
         super().__init__(**of_timm, fc_norm=False, block_fn=_Block, **vit_arguments(config))
-        # A buffer moves with the model; not persistent, as the weight file holds timm's names and no others.
+        # A buffer moves with the model. It is not persistent, as the weight file has timm's names only.
         self.register_buffer("order_mask", None, persistent=False)
         self._set_config(config)
 
     def _set_config(self, config: ModelConfig) -> None:
-        """Take the settings at an image size, with the mask and the fixed positions of that size."""
+        """Apply settings, and compute the mask and fixed positions for their image size."""
         self.block_config = config
-        # Fixed positions are in the weight file, but those of another size: computed here, they are exact.
-        # The parameter keeps timm's name, so the file still fits.
+        # The weight file stores fixed positions, possibly of another size; recomputing them is exact. The
+        # parameter keeps timm's name, so the file still fits.
         if config.positions == "sincos":
             positions = fresh_positions(config, config.embed_dim)
             self.pos_embed = nn.Parameter(positions.to(positions_of(self)), requires_grad=False)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what no weight file holds; transformers calls this, as it builds models without data."""
+        """Compute the mask, which no weight file contains; transformers calls this after a meta build."""
         config = self.block_config
         if config.feature_attention == "full":
             return  # no mask: all patches attend to all
-        # timm keeps tokens in raster order, whatever the order of the blocks: the mask is permuted instead.
+        # timm keeps tokens in raster order for every block order, so the mask is permuted instead.
         table = patches_of_blocks(config.grid, pair(config.block_size))
         order = block_orders(config.order, config.block_grid, config.order_seed)[0]
         self.order_mask = raster_mask(table, order).to(positions_of(self).device)
@@ -118,7 +118,7 @@ class NextBlockViT(VisionTransformer):
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
-        """Change the image's size; learned positions are resampled, fixed ones and the mask recomputed."""
+        """Change the image size; learned positions are resampled, fixed ones and the mask recomputed."""
         if patch_size is not None and patch_size != pair(self.block_config.patch_size):
             own = self.block_config.patch_size
             raise UsageError(
@@ -126,7 +126,7 @@ class NextBlockViT(VisionTransformer):
             )
         if img_size is not None:
             config = replace(self.block_config, image_size=_hashable(img_size))
-            # timm resamples the positions; fixed ones are then replaced by `_set_config`, with the mask.
+            # timm resamples the positions; `_set_config` then recomputes fixed ones and the mask.
             super().set_input_size(img_size=img_size)
             self._set_config(config)
 
@@ -141,37 +141,37 @@ class NextBlockViT(VisionTransformer):
     ) -> Float[Tensor, "b n d"]:
         """Tokens after the final norm, in raster order."""
         _refuse_mask(attn_mask, is_causal)
-        # timm hands the mask to every layer. It is the same for all images of the size, in raster order.
+        # timm passes the mask to every layer.
         return super().forward_features(x, attn_mask=self.order_mask)
 
     def forward_intermediates(
         self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any
     ) -> Any:
-        """Chosen layers' outputs, by the arguments of timm's method."""
+        """Outputs of chosen layers, with the arguments of timm's method."""
         _refuse_mask(attn_mask, is_causal)
         return super().forward_intermediates(x, *args, attn_mask=self.order_mask, **kwargs)
 
 
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise UsageError("this model brings its own mask; leave attn_mask and is_causal alone")
+        raise UsageError("this model has its own mask; leave out attn_mask and is_causal")
 
 
 def _hashable(value: Any) -> Any:
-    """A pair as settings have it; JSON and timm give lists."""
+    """Convert lists from JSON or timm to tuples."""
     return value if isinstance(value, int | float | str) else tuple(value)
 
 
 def model_args(config: ModelConfig) -> dict[str, Any]:
-    """The arguments with which `nextblock_vit` is the encoder of these settings, ready for JSON."""
+    """Arguments with which `nextblock_vit` builds the encoder of these settings, ready for JSON."""
     arguments = {name: getattr(config, field) for name, field in ARGUMENTS.items()}
     sizes = {name: list(pair(arguments[name])) for name in ("img_size", "block_size")}
     return {**arguments, **sizes, "global_pool": "avg"}
 
 
 def _fit(weights: Mapping[str, Tensor], model: NextBlockViT) -> dict[str, Tensor]:
-    """Weights at this model's image size; the size they were written at is in the directory's settings."""
-    # timm 1.0.26 takes the grid of every file for square, so its own resampling is not enough.
+    """Resample positions to this model's image size from the size in the directory's settings."""
+    # timm 1.0.26 assumes a square grid in every file, so its own resampling is not enough.
     pretrained_cfg: Any = model.pretrained_cfg
     source = replace(model.block_config, image_size=tuple(pretrained_cfg["input_size"][1:]))
     if weights["pos_embed"].shape[1] != source.num_patches:
@@ -181,9 +181,9 @@ def _fit(weights: Mapping[str, Tensor], model: NextBlockViT) -> dict[str, Tensor
 
 @register_model
 def nextblock_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a `NextBlockViT` or, with `features_only`, a wrapper of timm around one; for timm to call."""
-    # Strict loading: a missing or a further tensor would be another function, and no error. `_fit` runs
-    # before, so a directory opens at any image size that its blocks divide.
+    """Build a `NextBlockViT`, or timm's wrapper around one with `features_only`; called by timm."""
+    # Load strictly, as a missing or additional tensor would silently be another function. `_fit` runs before,
+    # so a directory opens at any image size that its blocks divide.
     return build_model_with_cfg(
         NextBlockViT,
         "nextblock_vit",
@@ -195,13 +195,13 @@ def nextblock_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     )
 
 
-# ------------------------------------------------------------------------------ an encoder as timm has it
+# ------------------------------------------------------------------------------ our encoders in timm's terms
 
 
 def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The timm name and arguments of an encoder: one of timm's own if possible, else nextblock_vit."""
-    # timm's own class has no mask and one epsilon: any other encoder under its name would be another function
-    # that nobody notices. nextblock_vit has none of the newer parts.
+    """Name and arguments of an encoder in timm: a timm architecture if possible, else nextblock_vit."""
+    # timm's class has no mask and one epsilon; any other encoder under its name would silently compute
+    # something else. nextblock_vit has none of the newer parts.
     if not _has_newer_parts(config) and (config.feature_attention == "causal" or config.norm_eps != TIMM_EPS):
         return "nextblock_vit", model_args(config)
     if config.feature_attention == "causal":
@@ -209,8 +209,8 @@ def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             "timm has no mask for an encoder with rotary positions, a class token, normed queries or "
             "LayerScale; write it with full attention (--attention full)"
         )
-    # JSON holds no classes; timm's own norms are the same. num_classes is left out, as transformers adds it.
-    # What changes nothing is left out, as the first release did not write it: its directories are still read.
+    # Norm classes are left out, as JSON cannot store them and timm's defaults are equal; num_classes, as
+    # transformers adds it; and defaults, as the first release did not write them and `own_config` compares.
     norms = ("norm_layer", "embed_norm_layer")
     given = {name: value for name, value in vit_arguments(config).items() if name not in norms}
     arguments = {name: value for name, value in given.items() if value is not None}
@@ -228,24 +228,24 @@ def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _has_newer_parts(config: ModelConfig) -> bool:
-    """Whether an encoder has parts that nextblock_vit lacks."""
+    """Whether the encoder has parts that nextblock_vit lacks."""
     return config.positions == "rope" or bool(config.class_token or config.qk_norm or config.layer_scale)
 
 
 def as_timm_has(
     weights: Mapping[str, Tensor], config: ModelConfig, *, back: bool = False
 ) -> dict[str, Tensor]:
-    """Our encoder's weights as timm's architecture with newer parts needs them; `back`: the other way."""
+    """Convert our encoder's weights for timm's architectures with newer parts; `back` reverses it."""
     if not _has_newer_parts(config):
         return dict(weights)
-    # timm's norms have one epsilon. The norm of s x with epsilon s²e is that of x with e. So all that is
-    # added to the tokens is written s times as large, and so are normed queries and keys. A power of two
-    # changes no digit: NEPA's 1e-12 becomes 0.95e-12.
+    # timm's norms have a fixed epsilon. The norm of s x with epsilon s²e equals that of x with e. So all
+    # weights that write to the tokens are multiplied by s, and so are normed queries and keys. A power of two
+    # is exact: NEPA's 1e-12 becomes 0.95e-12.
     scale = 2.0 ** round(math.log2(TIMM_EPS / config.norm_eps) / 2)
     if abs(TIMM_EPS / scale**2 - config.norm_eps) > MAX_EPS_ERROR:
         raise UsageError(
             f"timm's norms have epsilon {TIMM_EPS:g}, and model.norm_eps {config.norm_eps:g} cannot be "
-            "brought to it; train with model.norm_eps 1e-6"
+            "converted to it; train with model.norm_eps 1e-6"
         )
     scale = 1 / scale if back else scale
     writers = r"patch_embed\..*|cls_token|pos_embed|.*\.gamma(_[12])?"
@@ -258,7 +258,7 @@ def as_timm_has(
         elif config.qk_norm and ".attn.qkv." in name:
             rows[: 2 * config.embed_dim] *= scale
         changed[name] = weight if scale == 1 else weight * rows
-    # timm's norms of queries and keys have weight and bias, ours at most a weight.
+    # timm's norms of queries and keys have weight and bias; ours have at most a weight.
     head_dim = config.embed_dim // config.num_heads
     constant: dict[str, float] = {} if config.qk_norm is None else {"bias": 0.0}
     constant |= {"weight": 1.0} if config.qk_norm == "plain" else {}
@@ -268,7 +268,7 @@ def as_timm_has(
             changed[name] = tensor
         elif not torch.equal(changed.pop(name, tensor + 1).float(), tensor):
             raise CheckpointError(
-                f"{name} is not {value:g}, and model.qk_norm {config.qk_norm} has no such weight; take the "
-                "file as it was written"
+                f"{name} is not {value:g}, and model.qk_norm {config.qk_norm} has no such weight; use the "
+                "original file"
             )
     return changed

@@ -1,7 +1,7 @@
-"""Models of timm by name: "timm:NAME", with options after commas, and what timm says of their images.
+"""timm models by name: "timm:NAME" with options after commas, and timm's settings for their images.
 
-`pretrained=false` leaves the weights fresh, `checkpoint=FILE` takes them from a file, for machines without a
-network, and `img_size=N` and `in_chans=N` build the architecture for other images, its positions resampled.
+`pretrained=false` leaves the weights fresh. `checkpoint=FILE` reads them from a file, for machines without a
+network. `img_size=N` and `in_chans=N` build the architecture for other images and resample its positions.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from nextblock.settings import nearest_name
 log = logging.getLogger(__name__)
 
 TIMM_SPEC = "timm:"
-# Beginnings of names that belong to a head or to pre-training, and not to the layers that are used.
+# Prefixes of names that belong to a head or to pre-training, which are not used.
 BESIDE = re.compile(r"[^.]*head|decoder_|attn_pool|mask_token|pre_logits")
 
 
 class TimmSpec(NamedTuple):
-    """What "timm:NAME[,option=value ...]" says."""
+    """Parts of "timm:NAME[,option=value ...]"."""
 
     name: str
     pretrained: bool
     checkpoint: Path | None
     arguments: dict[str, int]
-    """img_size and in_chans, if given: the same architecture for other images, its positions resampled."""
+    """img_size and in_chans, if given: build for other images and resample positions."""
 
 
 def parse_timm_spec(spec: str) -> TimmSpec:
-    """Take "timm:NAME[,option=value ...]" apart; `ValueError` says which option is not known."""
+    """Parse "timm:NAME[,option=value ...]"; `ValueError` for an unknown option."""
     name, *options = spec.removeprefix(TIMM_SPEC).split(",")
     pretrained, checkpoint, arguments = True, None, {}
     for option in options:
@@ -65,9 +65,9 @@ def parse_timm_spec(spec: str) -> TimmSpec:
 
 
 def timm_model(spec: str) -> nn.Module:
-    """Build the timm model of a spec, without its classifier; `CheckpointError` says why that cannot be.
+    """Build the timm model of a spec, without its classifier; raises `CheckpointError` if that fails.
 
-    Weights that do not cover the whole of it, or cover more, are refused; heads do not count.
+    Refuses missing and unexpected weights, except in heads.
     """
     name, pretrained, checkpoint, options = parse_timm_spec(spec)
     kind, _, place = name.rpartition(":")  # hf-hub:USER/NAME and local-dir:PATH are timm's as well
@@ -77,8 +77,8 @@ def timm_model(spec: str) -> nn.Module:
     if kind == "local-dir":
         own_config(Path(place))  # refuses settings that contradict each other
     if checkpoint is not None:
-        # The overlay makes timm read this file instead of the weights on the hub, and change them to
-        # `img_size` and `in_chans` as it would change those.
+        # The overlay makes timm read this file instead of the hub's, and adapt it to `img_size` and
+        # `in_chans` in the same way.
         arguments["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
         own = own_config(checkpoint)
         if own is not None and timm_architecture(own)[0] != name.partition(".")[0]:
@@ -89,7 +89,7 @@ def timm_model(spec: str) -> nn.Module:
     instead = "the path of a copy: timm:local-dir:DIR"
     if not kind:
         instead = f"its weights, {spec},checkpoint=FILE, or leave them fresh, {spec},pretrained=false"
-    # hub_errors takes every OSError for the hub's, so it is used only if the hub is asked.
+    # hub_errors treats every OSError as the hub's, so use it only if the hub is contacted.
     is_local = kind == "local-dir" or checkpoint is not None
     asking = nullcontext() if is_local else hub_errors(spec, instead=instead)
     with building(spec, "give whole weights of this architecture, under timm's names"), asking:
@@ -100,16 +100,16 @@ def timm_model(spec: str) -> nn.Module:
 
 
 def _whole_model(create: partial[nn.Module], spec: str) -> nn.Module:
-    """A pretrained timm model without its head, all of whose other weights come from the file."""
+    """Build a pretrained timm model without its head; all other weights must come from the file."""
     try:
-        # timm loads strictly only with as many classes as the file has, so the head goes afterwards.
+        # timm loads strictly only with the file's number of classes, so the head is removed afterwards.
         model: Any = create()
         model.reset_classifier(0)
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
-        # torch lists every tensor that is missing, unexpected or of another shape. If all of them belong to
-        # heads or to pre-training, the rest fits, and can be loaded without timm's strictness.
+        # torch lists every tensor that is missing, unexpected or of another shape. If all belong to heads or
+        # to pre-training, the rest fits and can be loaded without strict checks.
         names = [a or b for a, b in re.findall(r'"([^"\s]+)"|size mismatch for (\S+):', str(error))]
         wrong = [name for name in names if not BESIDE.match(name)]
         if wrong or not names:
@@ -119,7 +119,7 @@ def _whole_model(create: partial[nn.Module], spec: str) -> nn.Module:
                 "(missing, unexpected or of another shape); give this architecture's weights, in timm's names"
             ) from error
         model = create(num_classes=0)
-    # If timm cannot bring the first layer to `in_chans`, it leaves that fresh, and is not strict.
+    # If timm cannot adapt the first layer to `in_chans`, it silently leaves that layer fresh.
     first = model.pretrained_cfg.get("first_conv")
     if "in_chans" in create.keywords and not isinstance(model.get_submodule(first or ""), nn.Conv2d):
         raise CheckpointError(f"{spec}: weights of {first} fit no other number of channels; omit in_chans")
@@ -127,19 +127,19 @@ def _whole_model(create: partial[nn.Module], spec: str) -> nn.Module:
 
 
 def open_timm_encoder(spec: str) -> TimmEncoder:
-    """Any transformer of timm, as it is there, on the CPU in fp32 and evaluation mode."""
+    """Open any timm transformer unchanged, on the CPU in fp32 and evaluation mode."""
     name, _, _, arguments = parse_timm_spec(spec)
     built = timm_model(spec)
-    # If the spec gives a place: timm's own name, so that it can be built again without that place.
+    # If the spec names a place (local-dir:, hf-hub:), record timm's name, to rebuild it without that place.
     settings: Any = built.pretrained_cfg
     try:
         model = TimmEncoder(built, str(settings["architecture"]) if ":" in name else name, arguments)
     except ValueError as error:
         raise CheckpointError(f"{spec}: {error}") from error
     if ":" in name:
-        # Saved heads build the network anew from its architecture's name alone.
-        # timm may have changed an architecture's tensors through config.json (local-dir:, hf-hub:). Then the
-        # same name builds another network, and nothing saved on this one could be opened again.
+        # Saved heads rebuild the network from its architecture's name. But a config.json (local-dir: or
+        # hf-hub:) may change an architecture's tensors. Then the name builds another network, and nothing
+        # saved with this one could be opened again.
         with building(model.config.architecture, "give an architecture that timm knows by name"):
             fresh = TimmEncoder.fresh(model.config)
         ours, again = ({n: t.shape for n, t in one.state_dict().items()} for one in (model, fresh))
@@ -150,16 +150,14 @@ def open_timm_encoder(spec: str) -> TimmEncoder:
                 f"builds {model.config.architecture}; give an architecture that timm knows by name"
             )
     if model.config.interpolation != "bicubic":
-        log.info(
-            "%s: timm resizes its images by %s, here it is done by bicubic", spec, model.config.interpolation
-        )
+        log.info("%s: timm resizes its images by %s, nextblock by bicubic", spec, model.config.interpolation)
     if getattr(model.encoder, "attn_pool", None) is not None:
-        log.info("%s: its attention pooling is not used, features are pooled as for any other encoder", spec)
+        log.info("%s: its attention pooling is not used; features are pooled as for other encoders", spec)
     return model.eval()
 
 
 def timm_settings(src: str | Path) -> tuple[str, dict[str, Any]]:
-    """What a spec, a directory or a weight file is called, and timm's settings of it ({}: none are known)."""
+    """Name of a spec, directory or weight file, and its settings in timm; {} if unknown."""
     if not str(src).startswith(TIMM_SPEC):
         described = described_at(Path(src))
         return f"{src}, a timm directory", {**described, **described.get("pretrained_cfg", {})}
@@ -172,7 +170,7 @@ def timm_settings(src: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def read_timm_data(src: str | Path) -> DataConfig | None:
-    """How images are cut and normalised for a spec, directory or weight file; None if nothing tells it."""
+    """Crop and normalisation for a spec, directory or weight file; None if none are recorded."""
     _, settings = timm_settings(src)
     if not {"mean", "std", "crop_pct", "input_size"} <= settings.keys():
         is_file = Path(src).is_file() and is_safetensors(Path(src))
@@ -181,7 +179,7 @@ def read_timm_data(src: str | Path) -> DataConfig | None:
         return DataConfig(
             mean=tuple(settings["mean"]),
             std=tuple(settings["std"]),
-            # timm resizes to the crop's side over crop_pct, rounded down.
+            # timm resizes to the crop's side divided by crop_pct, rounded down.
             val_resize_px=math.floor(min(settings["input_size"][1:]) / settings["crop_pct"]),
             val_crop=settings.get("crop_mode") or "center",
         )
@@ -191,6 +189,6 @@ def read_timm_data(src: str | Path) -> DataConfig | None:
 
 
 def timm_provenance(src: str | Path) -> Provenance:
-    """The licence that timm's settings of a directory or spec name."""
+    """Origin of a directory or spec, and its licence in timm's settings."""
     origin, settings = timm_settings(src)
     return Provenance(origin=origin, license=settings.get("license") or UNSPECIFIED)

@@ -1,7 +1,7 @@
 """Official XTRA files: Lightning `.ckpt` and DeepSpeed `mp_rank_00_model_states.pt`, models and classifiers.
 
-Only names, shapes and settings are read. Sizes come from the tensors, the rest from the file's
-`hyper_parameters`: flattened names, in which a setting that is absent or null has the official default.
+Sizes come from the tensors, everything else from the file's `hyper_parameters`. These have flattened names; a
+setting that is absent or null has its official default.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from nextblock.interop.names import (
     ratio_of,
     renamed,
     shape_of,
-    untold_heads,
+    unknown_heads,
 )
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.presets import SIZES
 
-# Attention heads by the official (width, depth).
+# Number of attention heads by official (width, depth).
 NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("xtra-")}
 NUM_HEADS_OF_ARCH = {
     "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16, "vit_giant": 16
 }  # fmt: skip
-# Of a predictor and of an attentive head whose settings name none.
+# Default number of heads of predictors and attentive heads.
 DEFAULT_HEADS = 12
 
-# The encoder and the predictor are timm's blocks there as here, with q, k and v in one map in timm's order.
-# There is one pixel map for each predicted distance.
+# Official encoder and predictor also use timm's blocks, with q, k and v in one layer in timm's order. There
+# is one pixel map per predicted distance.
 MODEL_NAMES = {
     r"enc\.": "encoder.",
     r"proj\.mlp\.": "predictor.projection.",
@@ -50,12 +50,12 @@ CLASSIFIER_NAMES = {
     r"classifier\.cls_token$": "head.query",
     r"classifier\.k\.": "head.key.",
     r"classifier\.v\.": "head.value.",
-    # A linear head is a batch norm and a map, or the map alone.
+    # A linear head is a batch norm and a linear layer, or only the layer.
     r"classifier\.(bn|0)\.": "head.norm.",
     r"classifier\.((linear|1)\.)?(?=(weight|bias)$)": "head.linear.",
 }
 
-# Settings that change the function and that have one value here; absent means that value.
+# Settings of which only this value is supported; absent means the same.
 FIXED = {
     "enc_use_out_norm": True,
     "predictor_use_out_norm": True,
@@ -79,28 +79,28 @@ def is_xtra(content: Any) -> bool:
 def read_xtra(
     content: Mapping[str, Any], origin: str, options: LoadOptions
 ) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier that an official file holds; refused if it does not tell enough."""
-    weights, told = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
-    if not told or not isinstance(told, Mapping):
+    """Build the model or classifier in an official file; refuses files that lack settings."""
+    weights, recorded = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
+    if not recorded or not isinstance(recorded, Mapping):
         raise CheckpointError(
             f"{origin} is an XTRA model without hyper_parameters, which hold its block size and heads; give "
             "the original checkpoint"
         )
-    settings = {name: value for name, value in told.items() if value is not None}
+    settings = {name: value for name, value in recorded.items() if value is not None}
     is_classifier = any(name.startswith("classifier.") for name in weights)
     with_predictor = not is_classifier and any(name.startswith("predictor.") for name in weights)
     _refuse_other_functions(settings, weights, origin, is_classifier, with_predictor)
 
-    # The head count is nowhere in the shapes: any divisor of the width would load and compute something else.
+    # Shapes do not show the number of heads: any divisor of the width would load but compute something else.
     # So it comes from the caller, the file's settings, its architecture's name or the official sizes.
     width, in_chans, patch_size = patch_shape(weights, "enc.patch_embed.proj.weight", origin)
     size = width, count_numbered(weights, "enc.blocks.", origin)
     of_arch = NUM_HEADS_OF_ARCH.get(str(settings.get("enc_arch")))
     heads = options.num_heads or settings.get("enc_num_heads") or of_arch or NUM_HEADS_OF_SIZE.get(size)
     if heads is None:
-        raise MissingSettingError(num_heads=untold_heads(size, origin))
+        raise MissingSettingError(num_heads=unknown_heads(size, origin))
 
-    # A file that was continued at another size keeps its old enc_img_size: the stored positions decide.
+    # If training continued at another size, enc_img_size is outdated, so the stored positions decide.
     num_patches = shape_of(weights, "enc.pos_embed", 3, origin)[1]
     given = settings.get("enc_img_size") or [0]
     sides = [int(side) for side in (given if isinstance(given, list | tuple) else [given])]
@@ -119,11 +119,11 @@ def read_xtra(
         block_size=block_size or 1,
         feature_attention="full" if block_size is None else "causal",
         qk_scale=_qk_scale(settings, "enc"),
-        # Official code resamples positions without antialiasing, at any size.
+        # Official code always resamples positions without antialiasing.
         resample_antialias=False,
         predictor=None,
     )
-    # A classifier's encoder came out of pre-training with its mask, so its features keep that mask.
+    # A classifier uses its encoder under the pre-training mask.
     if is_classifier:
         return _classifier(weights, settings, config, origin)
     if with_predictor:
@@ -139,8 +139,8 @@ def _refuse_other_functions(
     is_classifier: bool,
     with_predictor: bool,
 ) -> None:
-    """Refuse settings under which the same weights compute what nothing here computes."""
-    # Only settings of parts that are there count: a classifier still carries its pre-training's.
+    """Refuse settings under which the weights compute something that is not implemented."""
+    # Only settings of existing parts count: a classifier still has the settings of its pre-training.
     parts = "enc_", *["attentive_"] * is_classifier, *["proj_", "predictor_", "aim_"] * with_predictor
     wrong = [
         f"{name} is {settings[name]!r}, only {value!r} is known"
@@ -148,8 +148,8 @@ def _refuse_other_functions(
         if name.startswith(parts) and settings.get(name, value) != value
     ]
     if with_predictor:
-        # One scale and one mask serve encoder and predictor here; a predictor's own mask is known in raster
-        # order only, as the official code permutes the encoder's mask alone.
+        # Here encoder and predictor share one scale. A predictor's own mask is defined in raster order only,
+        # as the official code permutes only the encoder's mask.
         if _qk_scale(settings, "predictor") != _qk_scale(settings, "enc"):
             wrong.append("predictor_qk_scale is not enc_qk_scale")
         if _mask(settings, "enc") is None:
@@ -158,7 +158,7 @@ def _refuse_other_functions(
             wrong.append("a predictor with a mask of its own under aim_pseudo_random")
     is_linear = is_classifier and "classifier.cls_token" not in weights
     if is_linear and not settings.get("cls_avgpool_patchtokens"):
-        wrong.append("cls_avgpool_patchtokens is not set, so that a linear head answers for every patch")
+        wrong.append("cls_avgpool_patchtokens is not set, so a linear head would classify every patch")
     if wrong:
         raise CheckpointError(
             f"{origin} is an XTRA model of a kind that is not implemented: {'; '.join(wrong)}"
@@ -166,15 +166,15 @@ def _refuse_other_functions(
 
 
 def _qk_scale(settings: Mapping[str, Any], part: str) -> float | None:
-    # Official attention is torch's fused one, which ignores qk_scale, unless fused_attn is off.
+    # Official code uses torch's fused attention, which ignores qk_scale, unless fused_attn is off.
     scale = settings.get(f"{part}_qk_scale")
     return float(scale) if scale and not settings.get(f"{part}_fused_attn", True) else None
 
 
 def _mask(settings: Mapping[str, Any], part: str) -> int | None:
-    """Block size of the mask of "enc" or "predictor": 1 if plainly causal, None if there is no mask."""
-    # The block-causal mask wins over the plain one, and a block size counts only under it: official files
-    # carry a block size even if their mask does not use it.
+    """Block size of the mask of "enc" or "predictor": 1 if plain causal, None if there is no mask."""
+    # The block-causal mask wins over the plain one. The block size counts only for it, although official
+    # files record one even if their mask does not use it.
     if settings.get(f"{part}_is_block_causal"):
         return int(settings.get(f"{part}_block_size", 1))
     return 1 if settings.get(f"{part}_is_causal") else None
@@ -183,7 +183,7 @@ def _mask(settings: Mapping[str, Any], part: str) -> int | None:
 def _predictor_settings(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], origin: str
 ) -> dict[str, Any]:
-    # "native" is the encoder's mask. Any other kind of mask is named, a block-causal one with its own size.
+    # "native" means the encoder's mask. Any other mask is named, a block-causal one with its own size.
     mask = _mask(settings, "predictor")
     named = {None: "full", 1: "causal"}.get(mask, "block_causal")
     attention = "native" if mask == _mask(settings, "enc") else named
@@ -210,8 +210,8 @@ def _predictor_settings(
 def _classifier(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
 ) -> NextBlockModel | ImageClassifier:
-    # An attentive head has a learned query, a linear one averages patches. Both read the last layers, whose
-    # averages are stacked side by side unless the settings say that they are averaged as well.
+    # An attentive head has a learned query, a linear head averages patches. Both use the last layers,
+    # concatenated unless the settings say that they are averaged.
     ours = renamed(weights, CLASSIFIER_NAMES, "XTRA", origin)
     attentive = "head.query" in ours
     last = int(settings.get("cls_n_last_blocks", 1))
@@ -228,8 +228,8 @@ def _classifier(
     )
     scale = settings.get("attentive_pooling_qk_scale")
     if attentive and scale:
-        # Our head divides scores by the root of a head's width, theirs multiplies by this scale. The keys
-        # take the ratio of the two, so every score stays what it was.
+        # Our head divides scores by the root of its head width; the official head multiplies by this scale.
+        # Scaling the keys by the ratio keeps every score the same.
         key = ours["head.key.weight"].float()
         ours["head.key.weight"] = key * (float(scale) * math.sqrt(key.shape[0] / head.num_heads))
     return build_model(config, ours, origin, head)

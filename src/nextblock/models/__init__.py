@@ -1,4 +1,4 @@
-"""The networks: encoder, predictor, the model that joins them, probe heads and classifiers."""
+"""The networks: encoder, predictor, the model that combines them, probe heads and classifiers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Completing images: some blocks are given, and a model predicts the others from them by itself.
+"""Completing images: some blocks are given, and the model predicts the others.
 
-The given blocks come first, then the hidden ones, each predicted from all before it: given or predicted, they
-enter the model alike. Keys and values of every attention are kept, so a further block costs one block of
-tokens. A model that predicts masked blocks predicts all hidden ones at once.
+The given blocks come first, then the hidden ones, each predicted from all blocks before it, whether given or
+predicted. Keys and values are cached in every attention layer, so each further block costs one block of
+tokens. A model that predicts masked blocks predicts all hidden blocks at once.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from nextblock.targets import KINDS
 
 
 class Completion(NamedTuple):
-    """What `complete` returns."""
+    """Output of `complete`."""
 
     images: Float[Tensor, "b c h w"]
-    """Normalised as they came: given blocks untouched, the others as predicted."""
+    """Normalised like the input: given blocks unchanged, the others predicted."""
     order: Int64[Tensor, " k"]
-    """The order that was used, from position to block: the given blocks first."""
+    """Block order used, from position to block: the given blocks first."""
     given: int
-    """How many blocks were given."""
+    """Number of given blocks."""
 
 
 def complete(
@@ -45,12 +45,12 @@ def complete(
     order: Int64[Tensor, " k"] | None = None,
     cached: bool = True,
 ) -> Completion:
-    """Predict the blocks of normalised images that are not `given`; their pixels are not looked at.
+    """Predict the blocks of normalised images that are not `given`; their pixels are never read.
 
-    `given` is True for a block in raster order. Given blocks, then hidden ones, each in `order`, without it
-    the model's first. A model that was trained with prefixes lets all tokens attend to the given blocks.
-    `cached` False predicts every block by the model's own `forward` on the image completed so far: slower,
-    with the same result. Raises `ValueError` for a model that cannot complete.
+    `given` is a mask of blocks in raster order. Given and hidden blocks each follow `order` (default: the
+    model's first). A model trained with prefixes lets all tokens attend to the given blocks. With
+    `cached=False`, every block is predicted by the model's `forward` on the image completed so far: slower,
+    with the same result. Raises `ValueError` if the model cannot complete images.
     """
     config = replace(model.config, image_size=(images.shape[2], images.shape[3]))
     check_completes(config)
@@ -72,7 +72,7 @@ def complete(
         with torch.no_grad():
             predict = (_Cached if cached else _Recomputed)(model, config, order.to(images.device), count)
             position = count
-            while position < k:  # one block at a time, or all of a model that predicts masked blocks
+            while position < k:  # one block at a time, or all at once if the model predicts masked blocks
                 for prediction in predict(canvas.images, position).unbind(1):
                     canvas.fill(int(order[position]), prediction)
                     position += 1
@@ -86,24 +86,24 @@ def check_completes(config: ModelConfig) -> None:
     config.check_predicts()
     require(
         KINDS[config.target].are_pixels,
-        f"this model predicts vectors (model.target {config.target}), which are no pixels to continue from; "
+        f"this model predicts vectors (model.target {config.target}), not pixels to continue from; "
         "use a model with target pixels or tokens",
     )
     require(
         config.encoder_attention == "block_causal" and config.predictor_attention == "native",
         f"model.encoder_attention {config.encoder_attention} and model.predictor_attention "
-        f"{config.predictor_attention} may show tokens later blocks, which are not known yet; use a "
+        f"{config.predictor_attention} may let tokens see later blocks, which are not known yet; use a "
         "model with block_causal and native",
     )
 
 
 class _Canvas:
-    """Images that are completed piece by piece: by blocks, or by patches if the model predicts their tokens.
+    """Images completed piece by piece: by blocks, or by patches if the model predicts tokens.
 
-    A normalised prediction tells neither brightness nor contrast. Both continue those of its neighbours, the
-    known pieces nearest to it. The deviation is the mean of theirs, where a piece of one colour counts as 0.
-    The mean of each channel is such that along shared edges the pixels on both sides have the same; without a
-    shared edge it is the neighbours' own. If nothing is known, they are 0 and 1, those of all data.
+    A normalised prediction has neither brightness nor contrast. Both are taken from its neighbours, the
+    nearest known pieces. Its standard deviation is the mean of theirs; a piece of one colour counts as 0. The
+    mean of each channel makes the pixels on both sides of shared edges equal on average. Without a shared
+    edge it is the neighbours' mean. If no piece is known, mean and deviation are 0 and 1, as of all data.
     """
 
     def __init__(
@@ -120,13 +120,13 @@ class _Canvas:
             self.grid, self.size_px = config.grid, (config.patch_size, config.patch_size)
             self.known = torch.zeros(config.num_patches, dtype=torch.bool)
             self.known[self.table[given]] = True
-        # What is hidden is not looked at, not even by a mistake.
+        # Hidden pieces are erased, so that no mistake can use them.
         pieces = patchify(images.float(), self.size_px)
         pieces = pieces.masked_fill(~self.known.to(images.device)[:, None], 0)
         self.images = unpatchify(pieces, self.grid, self.size_px)
 
     def fill(self, block: int, prediction: Float[Tensor, "b ..."]) -> None:
-        """Put the pixels of a predicted block in its place."""
+        """Write the pixels of a predicted block into the images."""
         if self.tokenizer is None:
             self._put(block, prediction)
             return
@@ -146,23 +146,23 @@ class _Canvas:
         return self.images[:, :, row * height :, column * width :][:, :, :height, :width]
 
     def _with_statistics(self, piece: int, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        there, across = self.known.nonzero().flatten(), self.grid[1]
-        rows, columns = there // across - piece // across, there % across - piece % across
+        known, across = self.known.nonzero().flatten(), self.grid[1]
+        rows, columns = known // across - piece // across, known % across - piece % across
         distance = rows.square() + columns.square()
         near = distance == distance.min()
         deviations, theirs, ours = [], [], []
-        for index, row, column in zip(*(x[near].tolist() for x in (there, rows, columns)), strict=True):
+        for index, row, column in zip(*(x[near].tolist() for x in (known, rows, columns)), strict=True):
             other = self._at(index)
             is_flat = (other == other[..., :1, :1]).flatten(1).all(1)
             deviations.append(other.flatten(1).std(1).masked_fill(is_flat, 0))
             if distance.min() > 1:  # no shared edge
                 theirs, ours = [*theirs, other.flatten(2)], [*ours, pixels.flatten(2)]
-            elif row:  # above or below: their last row is next to our first, or their first to our last
+            elif row:  # above or below: their last row adjoins our first, or their first our last
                 theirs, ours = [*theirs, other[:, :, -(row < 0)]], [*ours, pixels[:, :, -(row > 0)]]
             else:
                 theirs, ours = [*theirs, other[..., -(column < 0)]], [*ours, pixels[..., -(column > 0)]]
         deviation = torch.stack(deviations).mean(0)[:, None, None]
-        # Differences are averaged, so that the mean of equal colours is exactly this colour.
+        # Averaging differences from one pixel keeps the mean of equal colours exact.
         edge = torch.cat(theirs, dim=-1)
         origin = edge[..., :1]
         mean = origin + (edge - origin - deviation * torch.cat(ours, dim=-1)).mean(-1, keepdim=True)
@@ -173,7 +173,7 @@ class _Canvas:
 
 
 class _Recomputed:
-    """Predictions by the model's `forward` on the image completed so far."""
+    """Predictions from the model's `forward` on the image completed so far."""
 
     def __init__(
         self, model: NextBlockModel, config: ModelConfig, order: Int64[Tensor, " k"], given: int
@@ -182,7 +182,7 @@ class _Recomputed:
         hidden, trained = len(order) - given, config.steps(0).number
         require(
             config.mask_ratio is None or hidden == trained,
-            f"model.mask_ratio {config.mask_ratio} predicts {trained} blocks, not {hidden}; leave out cached",
+            f"model.mask_ratio {config.mask_ratio} predicts {trained} blocks, not {hidden}; omit cached",
         )
 
     def __call__(self, images: Float[Tensor, "b c h w"], position: int) -> Float[Tensor, "b steps *p"]:
@@ -196,7 +196,7 @@ class _Recomputed:
 
 
 class _Cached:
-    """The same predictions from keys and values that were kept: each block enters the model once."""
+    """The same predictions with cached keys and values: each block passes through the model once."""
 
     def __init__(
         self, model: NextBlockModel, config: ModelConfig, order: Int64[Tensor, " k"], given: int
@@ -206,13 +206,13 @@ class _Cached:
         self.predictor = model.predictor
         table = patches_of_blocks(config.grid, pair(config.block_size)).to(order.device)
         m, behind, patches = config.patches_per_block, int(config.class_token), table[order].flatten()
-        # Positions along the sequence; a class token has none: it is not turned (sine 0, cosine 1), and its
-        # embedding is zero. The predictor sees it as a block.
+        # Positions along the sequence. The class token has none: it is not rotated (sine 0, cosine 1), or its
+        # position embedding is zero. The predictor treats it as a block.
         self.rope, self.positions = None, None
         if config.positions == "rope":
             rope = rotary_positions(config.grid, config.embed_dim // config.num_heads).to(order.device)
-            unturned = rope.new_tensor([0.0, 1.0]).repeat_interleave(rope.shape[1] // 2)
-            self.rope = torch.cat([unturned.expand(behind, -1), rope[patches]])
+            unrotated = rope.new_tensor([0.0, 1.0]).repeat_interleave(rope.shape[1] // 2)
+            self.rope = torch.cat([unrotated.expand(behind, -1), rope[patches]])
         else:
             own = positions_on(config.grid, positions_of(model.encoder), model.config)
             self.positions = pad(own[:, patches], (0, 0, behind, 0))
@@ -221,12 +221,12 @@ class _Cached:
             own = positions_on(config.grid, self.predictor.pos_embed, model.config)
             own = pad(own[:, patches], (0, 0, behind * m, 0))
         if own is not None and self.predictor.target_embed is not None:
-            # A row predicts the next block; the last one predicts none.
-            theirs = positions_on(config.grid, self.predictor.target_embed, model.config)
-            own = own + pad(theirs[:, patches[(1 - behind) * m :]], (0, 0, 0, m))
+            # A row predicts the next block; the last row predicts none.
+            ahead = positions_on(config.grid, self.predictor.target_embed, model.config)
+            own = own + pad(ahead[:, patches[(1 - behind) * m :]], (0, 0, 0, m))
         self.predictor_positions = own
         self.entered, self.place = 0, slice(0, 0)
-        """Blocks that have entered, and where their last tokens lie in the sequence."""
+        """Number of blocks processed so far, and the slice of the sequence that the last call added."""
         self.kept: list[Kept | None] = [None] * len(model.encoder.blocks)
         self.predictor_kept: list[Kept | None] = [None] * len(self.predictor.blocks)
 
@@ -235,7 +235,7 @@ class _Cached:
         model, config, predictor, m = self.model, self.config, self.predictor, self.config.patches_per_block
         encoder, first, new = model.encoder, self.place.stop == 0, position - self.entered
         behind = int(config.class_token and first)
-        # Blocks that are known since the last call are embedded, each as a small image of its own.
+        # Blocks that became known since the last call are embedded, each as a small image.
         pixels = patchify(images, config.block_px)[:, self.order[self.entered : position]]
         blocks = rearrange(pixels, "b s (c h w) -> (b s) c h w", c=config.in_chans, h=config.block_px[0])
         tokens = rearrange(embed_patches(encoder, blocks), "(b s) m d -> b (s m) d", b=len(images))
@@ -245,7 +245,7 @@ class _Cached:
             tokens = torch.cat([tokens, model.mask_token.expand(len(images), steps * m, -1)], dim=1)
         if behind and encoder.cls_token is not None:
             tokens = torch.cat([encoder.cls_token.expand(len(images), -1, -1), tokens], dim=1)
-        # Masks matter among the given blocks only: whatever enters later attends to all that is there.
+        # Only the first call needs masks, among given blocks: later tokens attend to all tokens before them.
         mask = predictor_mask = None
         if first and not config.prefix and model.mask_token is None:
             places = torch.arange(-behind, new, device=images.device).repeat_interleave(m)
@@ -257,7 +257,7 @@ class _Cached:
         tokens = encoder.norm(_attend(encoder.blocks, tokens, self.kept, mask, rope))
         if behind:
             tokens = torch.cat([tokens[:, :1].expand(-1, m - 1, -1), tokens], dim=1)
-        # The predictor's sequence ends at the same block. Without attention only what predicts is of use.
+        # The predictor's sequence ends at the same block. Without attention it needs predicting tokens only.
         tokens = tokens if predictor.mixes_tokens else tokens[:, -steps * m :]
         stop = place.stop + config.class_token * (m - 1)
         place = slice(stop - tokens.shape[1], stop)
@@ -275,7 +275,7 @@ class _Cached:
 
 
 Kept = tuple[Float[Tensor, "b heads _ e"], Float[Tensor, "b heads _ e"]]
-"""Keys and values of an attention."""
+"""Cached keys and values of an attention layer."""
 
 
 def _attend(
@@ -285,8 +285,8 @@ def _attend(
     mask: Bool[Tensor, "n n"] | None = None,
     rope: Float[Tensor, "n r"] | None = None,
 ) -> Float[Tensor, "b n d"]:
-    """What transformer layers make of tokens that also attend to those before them, whose keys are `kept`."""
-    # timm's attention keeps nothing, so its layers are written out here.
+    """Run transformer layers on new tokens, which also attend to earlier tokens through the cache `kept`."""
+    # timm's attention has no cache, so its layers are written out here.
     for number, layer in enumerate(layers):
         attention = layer.attn
         qkv = attention.qkv(layer.norm1(tokens))

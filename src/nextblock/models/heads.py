@@ -1,4 +1,4 @@
-"""From an encoding to classes: which outputs are features, the heads on them, and the classifier of both.
+"""From an encoding to classes: the choice of features, probe heads, and the classifier that combines them.
 
 All heads normalise their input per channel without learned scale or shift, so that one learning rate suits
 any encoder.
@@ -22,32 +22,32 @@ from nextblock.models.timm_encoder import TimmEncoder
 from nextblock.models.vit import Encoded
 
 EncoderModel = NextBlockModel | TimmEncoder
-"""What can be evaluated: it has `encode`, `final_norm`, and its sizes in `config`."""
+"""Any model that can be evaluated: it has `encode`, `final_norm`, and sizes in `config`."""
 
 BATCH_NORM_EPS = 1e-6
 QUERY_STD = 0.02
 
 HeadName = Literal["attentive", "linear", "ep"]
 Tokens = Literal["patches", "class", "joined", "all"]
-"""Patches alone; the class token; class token and mean patch, joined channel by channel; all tokens."""
+"""Patches only; the class token; class token and mean patch, concatenated; all tokens."""
 
 # ----------------------------------------------------------------------------------------------- features
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Which of an encoder's outputs are used, and how they are pooled."""
+    """Which outputs of an encoder are used, and how they are pooled."""
 
     layers: tuple[int, ...]
     """Layers whose outputs are used, counted from 0."""
     layer_pool: Literal["mean", "concat"] = "mean"
-    """Several layers are averaged, or joined channel by channel."""
+    """Average several layers, or concatenate their channels."""
     norm_layers: bool = False
-    """Apply the encoder's final norm to each layer's output first; officially not."""
+    """Apply the encoder's final norm to each layer's output first; official code does not."""
     tokens: Tokens = "patches"
-    """Of encoders with a class token: patches alone, class token, class token and mean patch joined, all."""
+    """`patches`, or with a class token `class`, `joined` (class token and mean patch) or `all`."""
     pooled: bool = True
-    """The mean over the tokens, one vector an image; else every token."""
+    """Average the tokens to one vector per image; else keep every token."""
     attention: Attention = "native"
     """Attention mask used for features: `native` (as trained for), `causal`, or `full`."""
 
@@ -57,33 +57,33 @@ class FeatureConfig:
                 f"layers are {list(self.layers)}; name at least one encoder layer, counted from 0"
             )
         if self.tokens in ("class", "joined") and not self.pooled:
-            raise UsageError(f"tokens {self.tokens} is one vector an image; use patches or all for several")
+            raise UsageError(f"tokens {self.tokens} is one vector per image; use patches or all for several")
 
     def width(self, embed_dim: int) -> int:
-        """Channels of these features, of an encoder `embed_dim` wide."""
-        # Averaged layers keep their width; joined ones, and a class token with the mean patch, add theirs.
+        """Number of channels of these features from an encoder of width `embed_dim`."""
+        # Averaging keeps the width; concatenation, also of class token and mean patch, adds widths.
         layers = len(self.layers) if self.layer_pool == "concat" else 1
         return embed_dim * layers * (2 if self.tokens == "joined" else 1)
 
     def check_encoder(self, depth: int, *, has_class_token: bool) -> None:
-        """Raise `ValueError` if an encoder has no such layers or tokens."""
+        """Raise `ValueError` if an encoder lacks these layers or tokens."""
         if max(self.layers) >= depth:
             raise UsageError(
-                f"layers {list(self.layers)} of an encoder with {depth}; choose among 0 to {depth - 1}"
+                f"layers {list(self.layers)} of an encoder with {depth}; choose from 0 to {depth - 1}"
             )
         if self.tokens in ("class", "joined") and not has_class_token:
             raise UsageError(f"tokens {self.tokens}: this encoder has no class token; use patches")
 
 
 def layer_words(layers: Sequence[int]) -> str:
-    """Layers in few characters: 6-11 if they follow each other, else 3, 7."""
+    """Format layers briefly: "6-11" if they are consecutive, else "3, 7"."""
     if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))
 
 
 def last_layers(count: int, depth: int) -> tuple[int, ...]:
-    """Name the last `count` of `depth` layers, counted from 0."""
+    """Indices of the last `count` of `depth` layers."""
     if not 1 <= count <= depth:
         raise UsageError(f"the last {count} layers of an encoder with {depth}: use 1 to {depth}")
     return tuple(range(depth - count, depth))
@@ -92,22 +92,20 @@ def last_layers(count: int, depth: int) -> tuple[int, ...]:
 def pool_features(
     encoded: Encoded, config: FeatureConfig, norm: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "b *tokens f"]:
-    """The features of an encoding: (b f) if pooled, else (b tokens f).
+    """Extract the features of an encoding: (b f) if pooled, else (b tokens f).
 
-    `norm` is the encoder's final norm, used if the config asks for it.
+    `norm` is the encoder's final norm, used if `config.norm_layers` is set.
     """
     config.check_encoder(len(encoded.layers), has_class_token=encoded.has_class_token)
 
-    # The same for patches and prefix tokens, so that both can be joined channel by channel afterwards.
     def pool(outputs: Sequence[Tensor]) -> Tensor:
         chosen = [outputs[layer] for layer in config.layers]
-        # Each layer is normed by itself, before the mean: layers differ in scale, and the last would win.
+        # Norm each layer before averaging: layers differ in scale, and the last would dominate the mean.
         chosen = [norm(output) for output in chosen] if config.norm_layers else chosen
-        # Layers are averaged token by token; joined, a token has the channels of all of them.
         return torch.stack(chosen).mean(dim=0) if config.layer_pool == "mean" else torch.cat(chosen, dim=-1)
 
     if config.tokens in ("class", "joined"):
-        # The class token is the first of the prefix; registers follow it and are never used alone.
+        # The class token is the first prefix token; registers follow it and are never used alone.
         class_token = pool(encoded.prefix)[:, 0]
         if config.tokens == "class":
             return class_token
@@ -123,40 +121,39 @@ def pool_features(
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(FeatureConfig):
-    """A head and the features it sees; `pooled` follows from the kind."""
+    """A head and its features; `pooled` follows from `kind`."""
 
     kind: HeadName = "attentive"
-    """A linear layer on the mean patch, or one on patches pooled by learned queries: attentive, ep."""
+    """Linear layer on the mean patch (`linear`) or on learned queries' outputs (`attentive`, `ep`)."""
     num_classes: int
     """Number of classes."""
     num_heads: int = 16
-    """Attentive head: attention heads."""
+    """Attentive head: number of attention heads."""
     num_queries: int = 1
-    """Attentive head: learned queries, averaged; ep: learned queries, joined."""
+    """Number of learned queries; their outputs are averaged (attentive) or concatenated (ep)."""
     batch_norm: bool = True
-    """Normalise the features per channel (batch norm without affine) first."""
+    """Normalise the features per channel first (batch norm without affine)."""
     bias: bool = True
     """Give the linear layer a bias; AIM's heads have none."""
     pooled_norm: float | None = None
-    """Linear head: epsilon of a LayerNorm of the pooled features, in place of batch norm (NEPA); none: no
-    LayerNorm."""
+    """Linear head: epsilon of a LayerNorm on the pooled features, in place of batch norm (NEPA)."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_heads", "num_queries"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; use at least 1")
-        # Frozen, so set past the guard: only a linear head cannot pool by itself.
+        # The dataclass is frozen. Only a linear head needs pooled features; the others pool themselves.
         object.__setattr__(self, "pooled", self.kind == "linear")
         super().__post_init__()
 
     @property
     def features(self) -> FeatureConfig:
-        """The features alone, equal for all heads that share them."""
+        """The features without the head, equal for all heads that share them."""
         return FeatureConfig(**{field.name: getattr(self, field.name) for field in fields(FeatureConfig)})
 
 
 class LinearHead(nn.Module):
-    """Batch norm without affine, or LayerNorm of epsilon `pooled_norm`; then one linear layer."""
+    """Batch norm without affine, or a LayerNorm with epsilon `pooled_norm`; then one linear layer."""
 
     def __init__(
         self,
@@ -202,15 +199,14 @@ class AttentiveHead(nn.Module):
         self.linear = nn.Linear(dim, num_classes, bias=bias)
 
     def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b qh n"]:
-        """How each head of each query weighs the tokens of each image, query by query; a row sums to 1."""
+        """Attention weights of each head of each query over the tokens, grouped by query; rows sum to 1."""
         return rearrange(self._weights(normalized(tokens, self.norm)), "b q h n -> b (q h) n")
 
     def _weights(self, normed: Float[Tensor, "b n d"]) -> Float[Tensor, "b q h n"]:
         query = rearrange(self.query, "1 q (h e) -> q h e", h=self.num_heads)
         key = rearrange(self.key.weight, "(h e) d -> h e d", h=self.num_heads)
-        # The queries are the same for every image, so keys of single patches are never formed:
-        # q·(K x) = (Kᵀq)·x folds the key matrix into the queries. Per patch that costs d·heads·queries
-        # products instead of d².
+        # All images share the queries, so keys are never computed: q·(K x) = (Kᵀq)·x folds the key matrix
+        # into the queries. Per patch that costs d·heads·queries products instead of d².
         patch_query = einsum(query, key, "q h e, h e d -> q h d") * key.shape[1] ** -0.5
         return einsum(normed, patch_query, "b n d, q h d -> b q h n").softmax(dim=-1)
 
@@ -218,20 +214,20 @@ class AttentiveHead(nn.Module):
         """Logits of the classes."""
         normed = normalized(tokens, self.norm)
         value = rearrange(self.value.weight, "(h e) d -> h e d", h=self.num_heads)
-        # Nor are values of single patches formed: the mean of V x over patches is V applied to the mean of x.
-        # Each head of each query has its own patch mean; queries are averaged before the value map, which is
-        # linear, so it is applied once.
+        # Nor are values computed per patch: the mean of V x over patches is V applied to the mean of x. Each
+        # head of each query has its own mean. The value map is linear, so it is applied once, after
+        # averaging the queries.
         patch_mean = einsum(self._weights(normed), normed, "b q h n, b n d -> b q h d")
         pooled = einsum(reduce(patch_mean, "b q h d -> b h d", "mean"), value, "b h d, h e d -> b h e")
         return self.linear(rearrange(pooled, "b h e -> b (h e)"))
 
 
 class EfficientHead(nn.Module):
-    """Learned queries that attend to all patches, each giving a part of the channels (ICLR 2026, "EP").
+    """Efficient Probing: learned queries attend to all patches, and each pools its own channels (ICLR 2026).
 
-    Efficient Probing: no map for keys, one attention over the whole width, and a value map whose rows are
-    divided among the queries (billpsomas/efficient-probing, poolings/ep.py). Unlike there, tokens are
-    normalised first, as in all heads here.
+    It has no key map, one attention over the whole width, and a value map whose rows are divided among the
+    queries (billpsomas/efficient-probing, poolings/ep.py). Unlike the original, it normalises tokens first,
+    as all heads here do.
     """
 
     def __init__(
@@ -240,7 +236,7 @@ class EfficientHead(nn.Module):
         super().__init__()
         if dim % num_queries:
             raise UsageError(
-                f"an ep head {dim} channels wide cannot have {num_queries} queries; use a divisor, such as "
+                f"an ep head of {dim} channels cannot have {num_queries} queries; use a divisor, such as "
                 f"{fitting_heads(dim, num_queries)}"
             )
         self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
@@ -250,7 +246,7 @@ class EfficientHead(nn.Module):
         self.linear = nn.Linear(dim, num_classes, bias=bias)
 
     def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b q n"]:
-        """How each query weighs the tokens of each image; a row sums to 1."""
+        """Attention weights of each query over the tokens; rows sum to 1."""
         return self._weights(normalized(tokens, self.norm))
 
     def _weights(self, normed: Float[Tensor, "b n d"]) -> Float[Tensor, "b q n"]:
@@ -260,7 +256,7 @@ class EfficientHead(nn.Module):
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
         normed = normalized(tokens, self.norm)
-        # The mean of V x is V applied to the mean of x: values of single patches are never formed.
+        # The mean of V x is V applied to the mean of x, so values are never computed per patch.
         patch_mean = einsum(self._weights(normed), normed, "b q n, b n d -> b q d")
         value = rearrange(self.value.weight, "(q e) d -> q e d", q=len(self.query))
         pooled = einsum(patch_mean, value, "b q d, q e d -> b q e")
@@ -271,30 +267,30 @@ Head = LinearHead | AttentiveHead | EfficientHead
 
 
 def normalized(features: Float[Tensor, "b *n d"], norm: nn.Module) -> Float[Tensor, "b *n d"]:
-    """Features after a batch norm, whose statistics are over all tokens of all images, as officially."""
+    """Apply a batch norm with statistics over all tokens of all images, as in the official code."""
     if features.ndim == 2:
         return norm(features)
-    # By the number of tokens, as an exported graph is to take any number of images.
+    # Split by the fixed number of tokens, so that an exported graph accepts any batch size.
     n = features.shape[1]
     return rearrange(norm(rearrange(features, "b n d -> (b n) d")), "(b n) d -> b n d", n=n)
 
 
 def fitting_heads(dim: int, most: int) -> int:
-    """The largest number of attention heads, up to `most`, that `dim` channels can be divided among."""
+    """Largest divisor of `dim` up to `most`: a valid number of attention heads."""
     return max(count for count in range(1, most + 1) if dim % count == 0)
 
 
 def check_attention_heads(dim: int, num_heads: int) -> None:
-    """Raise `ValueError` if an attentive head of this width cannot have so many attention heads."""
+    """Raise `ValueError` if `num_heads` does not divide the width of an attentive head."""
     if dim % num_heads:
         raise UsageError(
-            f"an attentive head {dim} channels wide cannot have {num_heads} attention heads; set "
+            f"an attentive head of {dim} channels cannot have {num_heads} attention heads; set "
             f"attentive_heads (--attentive_heads) to a divisor, such as {fitting_heads(dim, num_heads)}"
         )
 
 
 def create_head(config: HeadConfig, embed_dim: int) -> Head:
-    """Make a config's head for an encoder `embed_dim` wide, its weights from torch's global generator."""
+    """Build a head for an encoder of width `embed_dim`; its weights come from torch's global generator."""
     width = config.width(embed_dim)
     common = {"batch_norm": config.batch_norm, "bias": config.bias}
     if config.kind == "attentive":
@@ -306,7 +302,7 @@ def create_head(config: HeadConfig, embed_dim: int) -> Head:
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm1d:
-    # Without scale and shift: the linear layer behind it has both already.
+    # Without scale and shift, as the linear layer after it has both.
     return nn.BatchNorm1d(dim, affine=False, eps=BATCH_NORM_EPS)
 
 
@@ -314,9 +310,9 @@ def _batch_norm(dim: int) -> nn.BatchNorm1d:
 
 
 class ImageClassifier(nn.Module):
-    """An encoder and a head on it: what probes and fine-tuning make, and official classifier files load as.
+    """An encoder with a head: the result of probes and fine-tuning, and of loading official classifier files.
 
-    `class_names`, if known, are in the order of the logits. The head's weights come from torch's global
+    `class_names`, if known, follow the order of the logits. The head's weights come from torch's global
     generator.
     """
 
@@ -325,7 +321,7 @@ class ImageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         config, num_classes = encoder_model.config, head_config.num_classes
-        # Known before a head is built, so a wrong layer is not found only with the first image.
+        # Checked here, so that a wrong layer fails now and not on the first image.
         head_config.check_encoder(config.depth, has_class_token=config.has_class_token)
         if class_names is not None and len(class_names) != num_classes:
             raise UsageError(
@@ -337,11 +333,11 @@ class ImageClassifier(nn.Module):
         self.head = create_head(head_config, config.embed_dim)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *patches f"]:
-        """Compute what the head sees before its batch norm: (b n f) if attentive, else (b f)."""
-        # Under the mask that the head was trained on, which need not be the encoder's own.
+        """Compute the head's input, before its batch norm: (b f) for a linear head, else (b n f)."""
+        # The head was trained under its own attention mask, which may differ from the encoder's.
         encoded = self.encoder_model.encode(images, attention=self.head_config.attention)
         return pool_features(encoded, self.head_config, self.encoder_model.final_norm)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        """Logits of the classes, from normalised images."""
+        """Logits of the classes; `images` are normalised."""
         return self.head(self.features(images))

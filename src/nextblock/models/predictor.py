@@ -1,12 +1,12 @@
 """The predictor: from the encoder's tokens to the prediction of a block.
 
-A projection to the predictor's width, positions of its own, layers and a norm; then one output map ("block
-MLP") of a block's joined tokens for each predicted distance.
+It consists of a projection to the predictor's width, its own positions, layers and a norm. Then one output
+map ("block MLP") per predicted distance maps a block's joined tokens to the prediction.
 
-    transformer   layers under a mask: a patch's output knows the patches before it (XTRA)
-    mlp           residual MLPs, each patch alone (AIM)
-    linear        neither projection nor layers: the output map on the encoder's tokens
-    identity      the encoder's tokens themselves (NEPA)
+    transformer   layers under the attention mask: a patch sees the patches before it (XTRA)
+    mlp           residual MLPs on each patch separately (AIM)
+    linear        no projection and no layers: the output map on the encoder's tokens
+    identity      the encoder's tokens are the prediction (NEPA)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from nextblock.models.vit import Layer, fresh_positions, init_linear, layer_norm
 class ResidualMlp(nn.Module):
     """A layer of AIM's prediction head: x + mlp(norm2(x)).
 
-    With `extra_norm` it begins with x + norm1(x), as Apple's training code does where a transformer layer
-    would attend.
+    With `predictor_extra_norm`, x + norm1(x) comes first, in place of a transformer layer's attention, as in
+    Apple's training code.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -40,23 +40,23 @@ class ResidualMlp(nn.Module):
         self.mlp = Mlp(width, int(width * config.predictor_mlp_ratio), bias=config.bias)
 
     def forward(self, tokens: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """Each token by itself."""
+        """Apply the layer to each token separately."""
         if self.norm1 is not None:
             tokens = tokens + self.norm1(tokens)
         return tokens + self.mlp(self.norm2(tokens))
 
 
 class Predictor(nn.Module):
-    """There is no query for the predicted place: the tokens of block i become the prediction of the next.
+    """Turns the tokens of block i into the prediction of the next block; no query names the target position.
 
-    `outputs` is how many numbers are predicted of a block.
+    `outputs` is the number of values predicted per block.
     """
 
     def __init__(self, config: ModelConfig, outputs: int) -> None:
         super().__init__()
         self.mixes_tokens = config.predictor == "transformer"
-        """Whether layers let tokens attend to each other; else each token can be computed alone."""
-        # A linear predictor is its output maps alone: the other parts are there, and do nothing.
+        """Whether tokens attend to each other; if not, each token can be computed separately."""
+        # A linear predictor has output maps only; its other parts exist and do nothing.
         self.projection: nn.Module = nn.Identity()
         self.register_parameter("pos_embed", None)
         self.register_parameter("target_embed", None)
@@ -68,12 +68,12 @@ class Predictor(nn.Module):
             self.pos_embed = fresh_positions(config, width)
             if config.target_positions:
                 self.target_embed = fresh_positions(config, width)
-            # Built in this order, as each module draws its weights from the global generator.
+            # Keep this order: each module draws its weights from the global generator.
             layer = _transformer_layer if self.mixes_tokens else ResidualMlp
             self.blocks = nn.Sequential(*[layer(config) for _ in range(config.predictor_depth)])
             self.norm = layer_norm(config)(width)
         joined = width * config.patches_per_block
-        # One map for each predicted distance: the tokens are shared, what is read from them is not.
+        # One map per predicted distance; all distances share the tokens.
         if config.predictor == "identity":
             maps = [Rearrange("... (d m) -> ... (m d)", m=config.patches_per_block)]  # see join_blocks
         else:
@@ -90,10 +90,10 @@ class Predictor(nn.Module):
         fp32: bool = False,
         recompute: bool = False,
     ) -> Float[Tensor, "*rows d"]:
-        """Projection, layers and norm; with `fp32` the layers leave autocast, as officially."""
+        """Apply projection, layers and norm; `fp32` runs the layers without autocast."""
         hidden = self.projection(tokens)
-        # The official code runs its decoder (positions, layers, norm) in fp32, as fp16 overflows there; the
-        # projection before it and the block MLPs behind it stay under autocast.
+        # Like the official code: positions, layers and norm run in fp32, as fp16 overflows there. The
+        # projection before them and the block MLPs after them stay under autocast.
         with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
             hidden = hidden.float() if fp32 else hidden
             hidden = hidden if positions is None else hidden + positions
@@ -101,8 +101,8 @@ class Predictor(nn.Module):
 
 
 def join_blocks(tokens: Float[Tensor, "*rows m d"]) -> Float[Tensor, "*rows dm"]:
-    """The tokens of a block as one vector, channel-major: for each channel its patches."""
-    # The official block MLP was trained on this order; the other one would fit, and permute its inputs.
+    """Join the tokens of a block into one vector, channel-major: all patches of a channel are adjacent."""
+    # The official block MLP was trained on this order. Patch-major fits too, but permutes its inputs.
     return rearrange(tokens, "... m d -> ... (d m)")
 
 

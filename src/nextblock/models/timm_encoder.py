@@ -1,7 +1,7 @@
-"""Other people's encoders: a transformer of timm behind the calls that evaluation makes of our own model.
+"""Encoders from timm behind the interface that evaluation uses for our own model.
 
-Class and register tokens stay in the sequence, as the network was trained with them, and are given out apart
-from the patches.
+Class and register tokens stay in the sequence, as the network was trained with them, and are returned
+separately from the patches.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from nextblock.models.vit import Encoded
 
 @dataclass(frozen=True, kw_only=True)
 class TimmConfig:
-    """What a timm encoder is, as far as evaluation asks."""
+    """The properties of a timm encoder that evaluation uses."""
 
     architecture: str
-    """timm's name, with which it is built anew."""
+    """timm's name, from which it can be rebuilt."""
     image_size: tuple[int, int]
     in_chans: int
     embed_dim: int
     depth: int
     has_class_token: bool
     arguments: Mapping[str, int] = field(default_factory=dict)
-    """Arguments of the architecture besides its own: img_size, in_chans."""
+    """Arguments that differ from the architecture's defaults: img_size, in_chans."""
     mean: tuple[float, ...] | None = None
-    """Of the images it was trained on, a number a channel; None where timm does not tell."""
+    """Mean of the training images per channel; None if timm does not record it."""
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
-    """Side of the crop, as a share of the resized picture's side."""
+    """Side of the crop as a fraction of the resized image's side."""
     crop_mode: ValCrop = "center"
     interpolation: str = "bicubic"
-    """By which timm resizes; evaluation resizes by bicubic."""
+    """Interpolation that timm uses; evaluation always uses bicubic."""
 
 
 class TimmEncoder(nn.Module):
-    """A transformer of timm that gives out every layer; `ValueError` if it is none, or not of one width."""
+    """A timm transformer that returns every layer; `ValueError` for other networks or mixed widths."""
 
     def __init__(self, encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> None:
         super().__init__()
@@ -57,42 +57,42 @@ class TimmEncoder(nn.Module):
         arguments: dict[str, Any] = dict(config.arguments)
         built = timm.create_model(config.architecture, pretrained=False, num_classes=0, **arguments)
         model = cls(built, config.architecture, config.arguments)
-        model.config = config  # whose images may be cut otherwise than the architecture's usual ones
+        model.config = config  # its crop may differ from the architecture's default
         return model
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm after the last layer, here of every token.
+        """The norm after the last layer, applied to every token here.
 
-        Where timm pools by the mean it calls it fc_norm, and applies it to that mean.
+        If timm pools by the mean, it calls this norm fc_norm and applies it to that mean.
         """
-        # The norm that timm does not use is an Identity, or is not there at all.
+        # The norm that timm does not use is an Identity or missing.
         norms = (getattr(self.encoder, name, None) for name in ("norm", "fc_norm"))
-        found = (norm for norm in norms if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity))
-        return next(found, nn.Identity())
+        used = (norm for norm in norms if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity))
+        return next(used, nn.Identity())
 
     def encode(self, images: Float[Tensor, "b c h w"], attention: Attention = "native") -> Encoded:
-        """Tokens and every layer, in raster order, with the class and register tokens beside."""
+        """Encode images; patches are in raster order, class and register tokens are in `prefix`."""
         if attention == "causal":
             raise UsageError(
                 f"{self.config.architecture} was not trained with a causal mask; use attention native or full"
             )
-        # Asked for prefix tokens where there are none, some of timm's architectures fail, and others give the
-        # patches alone.
+        # Without prefix tokens, some timm architectures fail when asked for them, and others return patches
+        # only.
         has_prefix = getattr(self.encoder, "num_prefix_tokens", 0) > 0
-        outputs = self.encoder.forward_intermediates(  # type: ignore[operator] # `_described` has seen it
+        outputs = self.encoder.forward_intermediates(  # type: ignore[operator] # `_described` checked it
             images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=has_prefix
         )
         outputs = outputs if has_prefix else [(patches, patches[:, :0]) for patches in outputs]
         patches, prefix = (tuple(parts) for parts in zip(*outputs, strict=True))
-        # Layers come without the norm, as those of our own encoder do; only the tokens have it.
+        # As in our own encoder, layers come without the final norm; only the tokens have it.
         tokens = self.final_norm(patches[-1])
         return Encoded(tokens, patches, prefix, has_class_token=self.config.has_class_token)
 
 
 def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, int]) -> TimmConfig:
-    # Plain transformers tell one entry for each layer, all of one width and resolution, and can give class
-    # and register tokens apart from the patches; hierarchical and convolutional networks cannot.
+    # Plain transformers have one entry per layer, all of one width and resolution, and can return class and
+    # register tokens separately. Hierarchical and convolutional networks cannot.
     layers: Any = getattr(encoder, "feature_info", None) or ()
     gives_layers = getattr(encoder, "forward_intermediates", None)
     if (
@@ -101,23 +101,23 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         or len({(layer["num_chs"], layer["reduction"]) for layer in layers}) != 1
     ):
         raise UsageError(
-            f"{architecture} is no transformer that gives out its layers as tokens; evaluation takes timm's "
+            f"{architecture} is no transformer that returns its layers as tokens; evaluation takes timm's "
             "vision transformers (vit, deit, beit, eva, aimv2, dinov2, ...)"
         )
-    # A network from the hub or a directory may be built for other images than its architecture's usual ones
-    # without anyone having named them: its arguments then come from the module itself.
+    # A network from the hub or a directory may be built for another image size or channel count than its
+    # architecture's default, although no argument says so. The module itself then provides the arguments.
     settings: Any = encoder.pretrained_cfg
     known = timm.get_pretrained_cfg(architecture)
     usual = settings["input_size"] if known is None else known.input_size
-    told, (in_chans, *size) = dict(arguments), settings["input_size"]
+    resolved, (in_chans, *size) = dict(arguments), settings["input_size"]
     built: Any = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
-    if "img_size" not in told and built is not None and tuple(built) != tuple(usual[1:]):
-        told |= {"img_size": built[0]} if len(set(built)) == 1 else {}
-    if "in_chans" not in told and in_chans != usual[0]:
-        told["in_chans"] = in_chans
-    in_chans = told.get("in_chans", int(in_chans))
-    height, width = (told["img_size"],) * 2 if "img_size" in told else size
-    # How its images are normalised and cut, unless timm's numbers are for other channels.
+    if "img_size" not in resolved and built is not None and tuple(built) != tuple(usual[1:]):
+        resolved |= {"img_size": built[0]} if len(set(built)) == 1 else {}
+    if "in_chans" not in resolved and in_chans != usual[0]:
+        resolved["in_chans"] = in_chans
+    in_chans = resolved.get("in_chans", int(in_chans))
+    height, width = (resolved["img_size"],) * 2 if "img_size" in resolved else size
+    # Normalisation and crop, unless timm's numbers are for another number of channels.
     mean, std, crop_pct = (settings.get(name) for name in ("mean", "std", "crop_pct"))
     images: dict[str, Any] = {}
     if None not in (mean, std, crop_pct) and len(mean) == in_chans:
@@ -131,6 +131,6 @@ def _described(encoder: nn.Module, architecture: str, arguments: Mapping[str, in
         embed_dim=layers[0]["num_chs"],
         depth=len(layers),
         has_class_token=getattr(encoder, "cls_token", None) is not None,
-        arguments=told,
+        arguments=resolved,
         **images,
     )

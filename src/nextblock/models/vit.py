@@ -1,8 +1,7 @@
 """The encoder: a timm VisionTransformer, and the loop over its layers.
 
-The module that timm builds keeps its key names, so that its weights go anywhere timm goes. Only the loop over
-the layers is ours: timm's own `forward_features` silently skips gradient checkpointing when it is given a
-mask.
+The encoder keeps timm's key names, so its weights load wherever timm does. Only the loop over the layers is
+ours: timm's `forward_features` silently skips gradient checkpointing when given a mask.
 """
 
 from __future__ import annotations
@@ -35,25 +34,25 @@ class Encoded(NamedTuple):
     tokens: Float[Tensor, "b n d"]
     """After the final norm."""
     layers: tuple[Float[Tensor, "b n d"], ...]
-    """What each layer returns, before the final norm."""
+    """Output of each layer, before the final norm."""
     prefix: tuple[Float[Tensor, "b q d"], ...] = ()
-    """Class token (first) and register tokens of each layer; empty if an encoder has patches only."""
+    """Class token (first) and register tokens of each layer; empty if the encoder has neither."""
     has_class_token: bool = False
-    """Whether the first token of the prefix is one; some encoders have registers alone."""
+    """Whether the first prefix token is a class token; some encoders have only registers."""
 
 
 class Layer(Block):
-    """timm's transformer layer, with drop path's random numbers as an argument, and `qk_scale`.
+    """timm's transformer layer with `qk_scale`, and with the random numbers of drop path as an argument.
 
-    `drop_path` holds uniform numbers in [0, 1), one for each image and branch (attention, MLP). A branch is
-    dropped if its number is below the rate. Without them timm draws from torch's global generator.
+    `drop_path` contains uniform numbers in [0, 1), one per image and branch (attention, MLP). A branch is
+    dropped if its number is below the rate. Without `drop_path`, timm draws from torch's global generator.
     """
 
     def __init__(self, *args: Any, qk_scale: float | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
         if qk_scale is not None:
-            # The attention kernel scales by head_dim**-0.5 itself, so the queries bring what is missing. timm
-            # calls q_norm on the queries alone, and this one has no weights, so files stay as they were.
+            # The attention kernel always scales by head_dim**-0.5, so the queries get the remaining factor.
+            # timm applies q_norm to queries only. _Scale has no weights, so the state dict does not change.
             attention: Any = self.attn
             attention.q_norm = _Scale(qk_scale * attention.head_dim**0.5)
 
@@ -64,9 +63,9 @@ class Layer(Block):
         is_causal: bool = False,
         drop_path: Float[Tensor, "b 2"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Attention, then an MLP, each added to what it is given."""
-        # timm's own layer draws drop path from the global generator: another number of images or processes
-        # would change every later number. Here the numbers come in, a function of seed, step and image.
+        """Attention, then an MLP, each with a residual connection."""
+        # timm draws drop path from the global generator, so the numbers would depend on the batch size and
+        # the number of processes. Here the caller passes them: a function of seed, step and image.
         if drop_path is None or not self.training:
             return super().forward(x, attn_mask, is_causal)
         attended = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
@@ -75,7 +74,7 @@ class Layer(Block):
 
 
 class RopeLayer(EvaBlock):
-    """timm's layer with rotary positions, with drop path's random numbers as an argument as in `Layer`."""
+    """timm's layer with rotary positions; `drop_path` as in `Layer`."""
 
     def forward(
         self,
@@ -85,7 +84,7 @@ class RopeLayer(EvaBlock):
         is_causal: bool = False,
         drop_path: Float[Tensor, "b 2"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Attention, then an MLP, each added to what it is given; `rope` leaves the class token as it is."""
+        """Attention, then an MLP, each with a residual connection; `rope` does not rotate the class token."""
         if drop_path is None or not self.training:
             return super().forward(x, rope, attn_mask, is_causal)
         factors = [1 if gamma is None else gamma for gamma in (self.gamma_1, self.gamma_2)]
@@ -107,7 +106,7 @@ def _drop(branch: Tensor, module: nn.Module, draws: Tensor) -> Tensor:
     rate = getattr(module, "drop_prob", 0.0)  # timm puts an Identity where the rate is 0
     if not rate:
         return branch
-    # Kept branches grow by 1 / (1 - rate), so that the expectation stays what it is without drop path.
+    # Kept branches are scaled by 1 / (1 - rate), so the expectation is the same as without drop path.
     return branch * (draws >= rate).to(branch.dtype).div(1 - rate)[:, None, None]
 
 
@@ -120,21 +119,21 @@ def layer_outputs(
     drop_path: Float[Tensor, "b draws"] | None = None,
     rope: Float[Tensor, "*c p r"] | None = None,
 ) -> tuple[Float[Tensor, "*rows d"], ...]:
-    """Run layers one after the other, and return what each returns.
+    """Run layers in sequence and return the output of each.
 
-    `mask` and `rope` are for transformer layers; `recompute` keeps only the layers' inputs for the backward
-    pass; `drop_path` holds two numbers for each image and layer (see `Layer`).
+    `mask` and `rope` are for transformer layers. `recompute` keeps only the layers' inputs for the backward
+    pass. `drop_path` contains two numbers per image and layer (see `Layer`).
     """
     outputs = []
     for number, layer in enumerate(layers):
-        # Mask and draws are arguments, not held by a layer: a recomputed layer must see those of its batch.
+        # Mask and draws are arguments, not attributes: a recomputed layer must see those of its own batch.
         given: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
         if rope is not None:
             given["rope"] = rope
         if drop_path is not None:
             given["drop_path"] = drop_path[:, 2 * number : 2 * number + 2]
-        # Nothing is recomputed where no gradient is asked for, as in evaluation. The reentrant kind takes
-        # no keyword arguments, such as the mask.
+        # Without gradients, as in evaluation, there is nothing to recompute. The reentrant variant accepts
+        # no keyword arguments such as the mask.
         if recompute and hidden.requires_grad:
             hidden = checkpoint(layer, hidden, **given, use_reentrant=False)
         else:
@@ -147,13 +146,13 @@ def layer_outputs(
 
 
 def build_encoder(config: ModelConfig) -> VisionTransformer | Eva:
-    """The timm ViT of these settings, with rotary positions timm's `Eva`: a final norm, no head.
+    """Build the timm ViT of these settings (timm's `Eva` for rotary positions): a final norm, no head.
 
-    Initialised as official XTRA: linear layers from a truncated normal of deviation 0.02 with zero biases,
-    the patch projection Kaiming-normal (fan in), learned positions truncated normal 0.02; or as AIM's
-    training code: all of them Xavier-uniform. Draws from torch's global generator.
+    `weight_init` follows official XTRA by default. Linear layers and learned positions are drawn from a
+    truncated normal (std 0.02) with zero biases, the patch projection from a Kaiming normal (fan in). AIM's
+    training code makes all of them Xavier-uniform. Draws from torch's global generator.
     """
-    # timm builds the module and names its weights; its own initialisation is skipped, ours follows.
+    # timm builds the module and names its weights. Its own initialisation is skipped, as ours follows.
     layer: Any = partial(Layer, qk_scale=config.qk_scale)
     if config.positions == "rope":
         encoder = _rope_encoder(config)
@@ -176,8 +175,8 @@ def build_encoder(config: ModelConfig) -> VisionTransformer | Eva:
             for name in ("q_norm", "k_norm"):
                 setattr(attention, name, nn.LayerNorm(config.embed_dim // config.num_heads, **options))
     init_linear(encoder, config)
-    # The patch projection is a convolution, which init_linear passes over. As a matrix it maps a patch's
-    # values (c i j) to the width, and that is what Xavier's bound is computed from.
+    # init_linear skips the patch projection, as it is a convolution. Xavier's bound is computed from its
+    # matrix form, which maps a patch's values (c i j) to the width.
     projection: Any = encoder.patch_embed.proj
     if config.weight_init == "trunc_normal":
         nn.init.kaiming_normal_(projection.weight, mode="fan_in")
@@ -194,7 +193,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer | Eva:
 
 
 def _rope_encoder(config: ModelConfig) -> Eva:
-    # Built without layers, as timm has no argument for a class of layers of our own.
+    # Built with depth 0: Eva has no argument for a custom layer class.
     encoder = Eva(
         img_size=pair(config.image_size),
         patch_size=config.patch_size,
@@ -235,7 +234,7 @@ def _rope_encoder(config: ModelConfig) -> Eva:
 
 
 def vit_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of timm's `VisionTransformer` for the encoder of these settings."""
+    """Arguments with which timm's `VisionTransformer` builds the encoder of these settings."""
     return {
         "img_size": pair(config.image_size),
         "patch_size": config.patch_size,
@@ -245,9 +244,9 @@ def vit_arguments(config: ModelConfig) -> dict[str, Any]:
         "num_heads": config.num_heads,
         "mlp_ratio": config.mlp_ratio,
         "qkv_bias": config.bias,
-        "proj_bias": config.bias,  # timm gives it to the MLP as well
+        "proj_bias": config.bias,  # timm uses it for the MLP as well
         "class_token": config.class_token,
-        "no_embed_class": True,  # it has no position
+        "no_embed_class": True,  # the class token has no position
         "init_values": config.layer_scale,
         "norm_layer": layer_norm(config),
         "embed_norm_layer": layer_norm(config) if config.patch_norm else None,
@@ -255,19 +254,19 @@ def vit_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def layer_norm(config: ModelConfig) -> Any:
-    """The LayerNorm of these settings, to be called with a width; timm takes it for a class."""
+    """LayerNorm with the epsilon of these settings; call it with a width, as timm calls a class."""
     return partial(nn.LayerNorm, eps=config.norm_eps)
 
 
 def init_linear(module: nn.Module, config: ModelConfig) -> None:
-    """Give all linear layers of a module their initial weights."""
+    """Initialise all linear layers of a module."""
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
         if config.weight_init != "xavier_uniform":
             nn.init.trunc_normal_(layer.weight, std=INIT_STD)
         else:
-            # Xavier's bound depends on the width of a map, and qkv is three maps in one.
+            # Xavier's bound depends on a layer's output width, and qkv is three layers in one.
             for part in layer.weight.data.chunk(3 if name.endswith("qkv") else 1):
                 nn.init.xavier_uniform_(part)
         if layer.bias is not None:
@@ -280,8 +279,8 @@ def init_linear(module: nn.Module, config: ModelConfig) -> None:
 def embed_patches(
     encoder: VisionTransformer | Eva, images: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b n d"]:
-    """Embedded patches without their positions, in raster order."""
-    # timm's own patch embedding insists on one image size, so its two parts are called one by one.
+    """Embed patches without adding positions, in raster order."""
+    # timm's patch embedding accepts one image size only, so its two parts are called separately.
     embedded = encoder.patch_embed.proj(images)
     return encoder.patch_embed.norm(rearrange(embedded, "b d i j -> b (i j) d"))
 
@@ -295,12 +294,12 @@ def positions_of(encoder: VisionTransformer | Eva) -> Float[Tensor, "1 n d"]:
 def rotary_positions(
     grid: tuple[int, int], head_dim: int, scale: Tensor | float = 1.0
 ) -> Float[Tensor, "n r"]:
-    """Sines, then cosines, of the angles by which queries and keys are turned, in raster order.
+    """Sines, then cosines, of the angles that rotate queries and keys, in raster order.
 
-    As in NEPA and DINOv3: coordinates are those of the patches' centres in [-1, 1], times `scale`.
+    As in NEPA and DINOv3, coordinates are the patch centres in [-1, 1], times `scale`.
     """
-    # Row and column have a quarter of a head's width each, of frequencies 2 pi / 100^(i / (head_dim / 4)).
-    # Turned together are channel i and i + head_dim / 2, so every angle comes twice.
+    # Row and column each get a quarter of the head's width, at frequencies 2 pi / 100^(i / (head_dim / 4)).
+    # Channels i and i + head_dim / 2 rotate together, so every angle appears twice.
     row, column = torch.meshgrid(*((2 * torch.arange(n) + 1.0) / n - 1 for n in grid), indexing="ij")
     places = scale * torch.stack([row.flatten(), column.flatten()], dim=1)
     quarter = head_dim // 4
@@ -310,7 +309,7 @@ def rotary_positions(
 
 
 def fresh_positions(config: ModelConfig, dim: int) -> Parameter:
-    """Position embeddings "1 n d" as a model begins with them; fixed ones take no gradient."""
+    """Initial position embedding (1 n d); fixed sines and cosines take no gradient."""
     if config.positions == "sincos":
         return Parameter(sincos_positions(config.grid, dim), requires_grad=False)
     return Parameter(nn.init.trunc_normal_(torch.empty(1, config.num_patches, dim), std=INIT_STD))
@@ -318,9 +317,9 @@ def fresh_positions(config: ModelConfig, dim: int) -> Parameter:
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
     """Fixed sines and cosines in raster order (AIM, section 4.2, and its code; after MAE)."""
-    # The first half of the channels tells the column, the second the row. Each half is all sines, then all
-    # cosines, of the place over 10000^(i / (dim / 4)), i = 0 .. dim/4 - 1.
-    # In fp64, rounded at the end: large places times small frequencies lose digits in fp32.
+    # The first half of the channels encodes the column, the second the row. Each half is all sines, then all
+    # cosines, of the coordinate over 10000^(i / (dim / 4)), i = 0 .. dim/4 - 1.
+    # Computed in fp64 and rounded at the end: fp32 loses digits for large coordinates.
     frequencies = SINCOS_BASE ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
     angles = [place.flatten()[:, None] * frequencies for place in (column, row)]
@@ -331,8 +330,8 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 n d"]:
 def positions_on(
     grid: tuple[int, int], own: Float[Tensor, "1 n d"], config: ModelConfig
 ) -> Float[Tensor, "1 n2 d"]:
-    """A model's positions on a grid of (rows, columns): its own, else computed anew or resampled."""
-    # Fixed positions are a function of the grid: computed, they are exact. Learned ones are resampled.
+    """A model's position embedding on a grid of (rows, columns), recomputed if fixed, else resampled."""
+    # Fixed positions are a function of the grid, so recomputing them is exact.
     if config.positions == "sincos" and grid != config.grid:
         return sincos_positions(grid, own.shape[-1]).to(own)
     return resample_positions(own, config.grid, grid, antialias=config.resample_antialias)
@@ -345,12 +344,12 @@ def resample_positions(
     *,
     antialias: bool = True,
 ) -> Float[Tensor, "1 n2 d"]:
-    """Learned positions of one grid on another, by bicubic interpolation; the same grid is left alone."""
-    # timm 1.0.26 leaves any grid of as many patches alone if the new one is square, even if it was not.
+    """Resample learned positions from one grid to another by bicubic interpolation."""
+    # timm 1.0.26 compares only the number of patches if the new grid is square: 2x8 would be used for 4x4.
     if old_grid == new_grid:
         return positions
-    # Positions are an image of d channels on the grid, one pixel a patch, so resizing that image gives the
-    # positions of another grid. In fp32, as half precision would round the cubic's weights.
+    # Positions form an image with d channels and one pixel per patch, which can be resized like any other.
+    # In fp32, as half precision would round the interpolation weights.
     on_grid = rearrange(positions.float(), "1 (i j) d -> 1 d i j", i=old_grid[0])
     resampled = interpolate(on_grid, size=new_grid, mode="bicubic", antialias=antialias)
     return rearrange(resampled, "1 d i j -> 1 (i j) d").to(positions.dtype)

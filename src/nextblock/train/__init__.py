@@ -1,4 +1,4 @@
-"""The training engine: one loop, its records, its screen, and the protocol of monitors."""
+"""The training engine: the loop, run records, progress display, and the monitor protocol."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from nextblock.checkpoint import checkpoints
 from nextblock.train.run_dir import RunDir
 
 EARLY_STOP = "early stop"
-"""What ended a run whose metric no longer improved."""
+"""`TrainResult.stopped_by` of a run whose metric stopped improving."""
 
 NAMES: dict[str, tuple[str, int]] = {
     "knn": ("knn/top1", 1),
@@ -19,28 +19,28 @@ NAMES: dict[str, tuple[str, int]] = {
     "val_loss": ("val_loss", -1),
     "top1": ("top1", 1),
 }
-"""What each metric is called in metrics.jsonl, and whether high (1) or low (-1) is good."""
+"""Name of each metric in metrics.jsonl, and whether higher (1) or lower (-1) is better."""
 
 
 @dataclass
 class Best:
-    """The best value of a metric among those added, all after at least one step of training."""
+    """The best value of a metric after at least one training step."""
 
     metric: str | None
-    """None: nothing is compared."""
+    """Metric to compare; None disables the comparison."""
     value: float = math.nan
     step: int = 0
-    """When it was measured; 0: nothing was."""
+    """Step of the best value; 0 if there is none yet."""
     since: int = 0
-    """Measurements after it, none of them better."""
+    """Number of measurements since then without improvement."""
     last_step: int = 0
-    """When the latest of them was made."""
+    """Step of the latest measurement."""
 
     def add(self, step: int, values: Mapping[str, Any]) -> bool:
-        """Take in what was measured after a step; whether it is a new best."""
+        """Add the values measured after a step; return whether they are a new best."""
         name, sign = NAMES[self.metric] if self.metric else ("", 0)
         value = values.get(name)
-        # A run that was stopped while it measured does so again when it resumes: the second time is no news.
+        # A run that was stopped while measuring measures the same step again after resuming: count it once.
         if step <= self.last_step or value is None or not math.isfinite(value):
             return False
         self.last_step = step
@@ -51,7 +51,7 @@ class Best:
         return True
 
     def record(self) -> dict[str, Any]:
-        """What best.json says."""
+        """Content of best.json."""
         return {"metric": self.metric, "value": self.value, "step": self.step}
 
     def __str__(self) -> str:
@@ -62,10 +62,10 @@ class Best:
 
 
 def read_bests(run: RunDir, step: int, keeping: Best, stopping: Best) -> None:
-    """Add what a run has measured up to the step from which it resumes, to what it keeps and stops by."""
+    """Restore both bests from the metrics recorded up to the step from which the run resumes."""
     saved = checkpoints(run.checkpoints)
     for _, values in run.metrics_until(step) if step else ():
         stopping.add(values["step"], values)
-        # The setting may be new to this run: the best that can still be kept is one that was saved.
+        # checkpoint.keep_best may be new to this run, so only steps with a checkpoint can be kept.
         if values["step"] in saved:
             keeping.add(values["step"], values)

@@ -1,9 +1,8 @@
-"""The processes of a run: who takes part, how they meet, what they agree on, and what ends them all.
+"""The processes of a run: rendezvous, agreement between ranks, and detection of failed ranks.
 
-One process is the group of size one, for which everything here is free of charge. Ranks meet in a store of
-torch's (`TCPStore`): there they compare versions before any of them computes, say that they are alive once a
-second, and leave word if they fail. What they agree on in every step goes over gloo on the CPU, also if
-gradients travel by NCCL.
+A single process is a group of size one, at no cost. Ranks meet in a `TCPStore` of torch. There they compare
+versions before any of them computes, send a heartbeat once a second, and report failures. Per-step agreement
+uses gloo on the CPU, even if gradients use NCCL.
 """
 
 from __future__ import annotations
@@ -34,31 +33,31 @@ from nextblock.version import __version__
 log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=10)
-"""How long ranks wait for each other at the start."""
+"""Maximum wait for other ranks at the start."""
 WAIT_NOTICE = timedelta(seconds=15)
-"""After so long rank 0 says for whom it waits."""
+"""Rank 0 logs after this time which rank it is waiting for."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for others that are alive: they may write a checkpoint, or draw."""
+"""Maximum wait for ranks that are alive; they may be writing a checkpoint or drawing pictures."""
 SILENT_S = 60.0
-"""A rank that has said nothing for so long is dead: the others end."""
+"""A rank without a heartbeat for this long counts as dead, and the others exit."""
 BEAT_S = 1.0
 FAILURE = "failure"
 
 
 class DistributedError(LaunchError):
-    """Processes of a run do not find each other, do not fit together, or one of them failed."""
+    """Processes of a run cannot find each other, do not match, or one of them failed."""
 
 
-def _told(error: Exception) -> Exception:
-    """Mark an error that rank 0 reports, so that other ranks need not."""
+def _reported(error: Exception) -> Exception:
+    """Mark an error as reported by rank 0, so that other ranks stay silent."""
     error.is_told = True  # type: ignore[attr-defined]
     return error
 
 
 def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
-    """Host and port of the store, and a name for this launch that another one on the same port lacks."""
+    """Host and port of the store, and a name that tells this launch from others on the same port."""
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
-    # Started by hand, ranks have no name in common but this: a program's path may differ between hosts.
+    # Ranks started by hand share no other name: even the program's path may differ between hosts.
     launch = "by hand"
     if world.launcher == "torchrun":
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -70,7 +69,7 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
             f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_STEP_ID', 0)}-{env.get('SLURM_RESTART_COUNT', 0)}"
         )
         if host is None:
-            # The first of "gpu[07-09,12],big1" is gpu07; scontrol says so as well, but containers lack it.
+            # The first of "gpu[07-09,12],big1" is gpu07. Not from scontrol, which containers lack.
             nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
             host = re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes).split(",")[0]
     elif world.launcher == "mpi":
@@ -78,20 +77,20 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
         if host is None and env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.size):
             host = "localhost"
         if host is None and "LSB_MCPU_HOSTS" in env:
-            # "HOST SLOTS HOST SLOTS ..."; jsrun runs nothing on the first, from which it starts the others.
+            # "HOST SLOTS HOST SLOTS ..."; jsrun starts ranks from the first host but runs none there.
             host = env["LSB_MCPU_HOSTS"].split()[2 if "JSM_NAMESPACE_RANK" in env else 0]
     if host is None:
         raise DistributedError(
             f"{world.size} processes were started, but MASTER_ADDR does not say where they meet; set it to "
             "the host of rank 0, or start through torchrun"
         )
-    # Every rank computes the same port from the launch's name, so none has to be told. From 32768 on Linux
-    # gives ports to whatever connects somewhere.
+    # Every rank derives the same port from the launch's name. Linux uses ports from 32768 on for outgoing
+    # connections, so they are avoided.
     return host, int(port) if port else random.Random(launch).randint(20_000, 32_000), launch
 
 
 class Group:
-    """The ranks of a run, and what they tell each other. All ranks must make the same calls."""
+    """The ranks of a run and their collective operations. All ranks must make the same calls."""
 
     def __init__(
         self, world: World, store: Any, peers: Sequence[dict[str, Any]], processes: Any = None
@@ -101,27 +100,27 @@ class Group:
         self.world, self.rank, self.size = world, world.rank, world.size
         self.host = socket.gethostname()
         self._store, self._peers = store, peers
-        # Ranks that may use the same cores share them; where a scheduler binds each to its own, none does.
+        # Ranks allowed on the same cores share them. A scheduler may instead bind each rank to its own cores.
         mine = peers[self.rank] if peers else None
         self.sharing_cores = sum(
             peer["host"] == self.host and peer["cores"] == mine["cores"] for peer in peers if mine
         ) or 1  # fmt: skip
         self.on_this_host = sum(peer["host"] == self.host for peer in peers) or 1
         self.step = 0
-        """The step in hand, which is named if a rank fails."""
+        """The current step, named in the message if a rank fails."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only rank that prints and writes."""
         return self.rank == 0
 
     @property
     def is_parallel(self) -> bool:
-        """Whether there is a process group of torch's, be it of one process."""
+        """Whether there is a torch process group, even for one process."""
         return self._store is not None
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over ranks, in fp64 and in the order of ranks: the same on all, to the last bit."""
+        """Sums over ranks, in fp64 and in rank order, so all ranks get identical bits."""
         if self.size == 1:
             return list(values)
         mine = torch.tensor(values, dtype=torch.float64)
@@ -130,7 +129,7 @@ class Group:
         return torch.stack(parts).sum(0).tolist()
 
     def any(self, value: object) -> bool:
-        """Whether it is true on some rank."""
+        """Whether `value` is true on any rank."""
         return bool(self.sum([bool(value)])[0])
 
     def gather(self, value: Any) -> list[Any]:
@@ -148,20 +147,20 @@ class Group:
         return values[0]
 
     def name(self, rank: int) -> str:
-        """A rank and its host, for messages."""
+        """Name of a rank with its host, for messages."""
         return f"rank {rank} on {self._peers[rank]['host']}" if self._peers else f"rank {rank}"
 
     def twin(self) -> Group:
-        """The same ranks with connections of their own, for another thread. All ranks must call this."""
+        """The same ranks with separate connections, for another thread. All ranks must call this."""
         if self.size == 1:
             return self
         return Group(self.world, self._store, self._peers, dist.new_group(backend="gloo"))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let an error of one rank end this block on all: those without one get a `DistributedError`.
+        """Raise on all ranks if the block fails on one: ranks without an error raise `DistributedError`.
 
-        Within, ranks must not wait for each other, as one that failed would be waited for.
+        Ranks must not wait for each other inside the block, as they would wait for a failed one.
         """
         mine: Exception | None = None
         try:
@@ -176,10 +175,10 @@ class Group:
         failed = next((rank for rank, message in enumerate(errors) if message is not None), None)
         if failed is not None:
             error = mine or DistributedError(f"{self.name(failed)}: {errors[failed]}")
-            raise _told(error)
+            raise _reported(error)
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raise `DistributedError` if some rank has another value than rank 0."""
+        """Raise `DistributedError` if any rank has another value than rank 0."""
         first, *rest = self.gather(dict(values))
         for rank, others in enumerate(rest, start=1):
             for name, value in first.items():
@@ -188,19 +187,19 @@ class Group:
                         f"{self.name(rank)} has {name} {others.get(name)!r}, {self.name(0)} has {value!r}; "
                         "all processes of a run need the same"
                     )
-                    raise _told(error)
+                    raise _reported(error)
 
 
 ALONE = Group(World(), None, ())
-"""The group of a run of one process."""
+"""The group of a single-process run."""
 
 
 @contextmanager
 def process_group(world: World, device: torch.device, *, needed: bool = False) -> Iterator[Group]:
-    """Join the other processes of a run; with `needed` make a process group for a single one as well.
+    """Join the other processes of a run; with `needed`, make a process group even for a single process.
 
-    Raises `DistributedError` if they do not come together within `JOIN_TIMEOUT`, run other versions, or one
-    of them fails or falls silent: it then names rank, host and step.
+    Raises `DistributedError` if they do not meet within `JOIN_TIMEOUT`, their versions differ, or one of them
+    fails or stops responding; the message then names rank, host and step.
     """
     if world.size == 1 and not (needed and world.launcher):
         if needed:
@@ -208,14 +207,14 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
         yield ALONE
         return
     if dist.is_initialized():
-        raise DistributedError("this process is in a process group of torch's already; leave it first")
+        raise DistributedError("this process already is in a torch process group; leave it first")
     store = _Store(world)
     peers = store.meet()
-    # gloo for what the ranks agree on, on the CPU; NCCL for gradients on GPUs.
+    # gloo for agreement between ranks, on the CPU; NCCL for gradients on GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("torch", store.store),  # below the prefix of this meeting
+        store=dist.PrefixStore("torch", store.store),  # nested in the prefix of this meeting
         rank=world.rank,
         world_size=world.size,
         timeout=COLLECTIVE_TIMEOUT,
@@ -229,16 +228,16 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
     except Exception as error:
         if getattr(error, "is_told", False):
             if not group.is_main:
-                time.sleep(BEAT_S)  # a launcher ends all ranks when the first has left: let rank 0 speak
+                time.sleep(BEAT_S)  # a launcher ends all ranks when the first exits: let rank 0 report first
             raise
         cause = watch.cause_of(error)
         if cause is None:
             error.where = f"{group.name(group.rank)}, step {group.step}"  # type: ignore[attr-defined]
             raise
         lost = DistributedError(cause)
-        raise (lost if _speaks(group, cause) else _told(lost)) from error
+        raise (lost if _is_reporter(group, cause) else _reported(lost)) from error
     else:
-        with suppress(RuntimeError):  # rank 0 may hold the store: no rank leaves before all are done
+        with suppress(RuntimeError):  # rank 0 may host the store: no rank exits before all are done
             dist.barrier()
     finally:
         watch.stop()
@@ -251,12 +250,12 @@ _MEETINGS = itertools.count()
 
 @functools.cache
 def _tcp_store(host: str, port: int, *, is_master: bool) -> dist.Store:
-    # Kept until the process ends: a second one could not have the port of the first.
+    # Cached until the process ends, as a second store could not use the same port.
     return dist.TCPStore(host, port, is_master=is_master, timeout=JOIN_TIMEOUT, wait_for_workers=False)
 
 
 class _Store:
-    """The store in which ranks meet before they have a process group, and which outlives a broken one."""
+    """The store where ranks meet before they have a process group, and which outlives a broken group."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -269,7 +268,7 @@ class _Store:
                 f"rank {world.rank} on {socket.gethostname()} does not know the host {host}, where the "
                 "processes of this run meet; set MASTER_ADDR to a name or address of the host of rank 0"
             ) from error
-        # torchrun's agent holds a store already.
+        # torchrun's agent already hosts a store.
         is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             tcp = _tcp_store(host, port, is_master=is_master)
@@ -283,11 +282,11 @@ class _Store:
                 f"rank {world.rank} on {socket.gethostname()} cannot reach {self.where}, where the processes "
                 f"of this run meet: {str(error).splitlines()[0]}"
             ) from error
-        # A command may join its processes several times: what they said before must not be read again.
+        # A command may join its processes several times: each meeting has its own prefix.
         self.store = dist.PrefixStore(f"nextblock/{launch}/{next(_MEETINGS)}", tcp)
 
     def meet(self) -> list[dict[str, Any]]:
-        """Wait for all ranks; gives what each says of itself. Refuses other versions."""
+        """Wait for all ranks and return what each reports about itself; refuse different versions."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         hello = {
             "host": socket.gethostname(),
@@ -308,13 +307,13 @@ class _Store:
                 self.world.rank, hello, peers[0]
             )
             if problem is not None:
-                # Others find it as well, if the store does not end with this process before they have.
+                # Others find it as well, unless the store ends with this process too early.
                 time.sleep(3 * BEAT_S)
                 raise DistributedError(problem)
         return peers
 
     def _wait_for(self, rank: int) -> None:
-        """Wait until a rank has come, and say so if that takes long."""
+        """Wait until a rank has joined; warn if that takes long."""
         name, deadline_s = f"hello/{rank}", time.monotonic() + JOIN_TIMEOUT.seconds
         while not self.store.check([name]):
             try:
@@ -323,8 +322,8 @@ class _Store:
                 who = f"rank {rank} of {self.world.size}"
                 if time.monotonic() > deadline_s:
                     raise DistributedError(
-                        f"{who} did not come to {self.where} within {JOIN_TIMEOUT.seconds // 60} minutes; "
-                        "look at its log, or at the number of processes"
+                        f"{who} did not join at {self.where} within {JOIN_TIMEOUT.seconds // 60} minutes; "
+                        "check its log and the number of processes"
                     ) from None
                 if self.world.rank == 0:
                     log.warning("waiting for %s at %s", who, self.where)
@@ -344,22 +343,22 @@ class _Store:
         return None
 
     def own_connection(self) -> dist.Store:
-        """A second connection: a thread that waits on the first would hold it."""
+        """A second connection, as a thread that waits on a connection blocks it."""
         return self.store.clone()
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is that of a wait for another process, which is gone."""
+    """Whether an error means that another process is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
-def _speaks(group: Group, problem: str) -> bool:
-    """Whether this rank reports a problem of another one: rank 0 does, unless it is the one that died."""
+def _is_reporter(group: Group, problem: str) -> bool:
+    """Whether this rank reports a problem of another rank: rank 0 does, or all if rank 0 died."""
     return group.is_main or problem.startswith(f"{group.name(0)} died")
 
 
 class _Watch(threading.Thread):
-    """Says once a second that this rank is alive, and ends the process if another one is not."""
+    """Sends a heartbeat once a second, and ends the process if another rank has died."""
 
     def __init__(self, group: Group, store: _Store) -> None:
         super().__init__(daemon=True)
@@ -374,15 +373,15 @@ class _Watch(threading.Thread):
             self._problem = self._problem or self._look()
             if self._problem is None:
                 continue
-            # The main thread may be waiting for the lost rank and find out by itself (gloo does at once).
-            # Otherwise it is deep in a kernel and cannot be interrupted: checkpoints are whole, so leave.
+            # The main thread may be waiting for the lost rank and notice it (gloo does at once). Otherwise
+            # it is in a kernel that cannot be interrupted. Checkpoints are always whole, so exit.
             if not self._ended.wait(10 * BEAT_S):
-                if _speaks(self._group, self._problem):
+                if _is_reporter(self._group, self._problem):
                     os.write(2, f"nextblock pretrain: {self._problem}\n".encode())
                 os._exit(1)
 
     def _look(self, silent_s: float = SILENT_S) -> str | None:
-        """What is wrong with another rank; None if nothing is."""
+        """Send a heartbeat and return the problem of another rank, or None."""
         group, now_s = self._group, time.monotonic()
         self._beats += 1
         try:
@@ -396,25 +395,25 @@ class _Watch(threading.Thread):
                 elif now_s - self._heard[rank][1] > silent_s:
                     step = beat.split()[1] if beat else "0"
                     return f"{group.name(rank)} died or hangs; it was last heard of in step {step}"
-        except RuntimeError:  # the store is gone, and with it whoever holds it
+        except RuntimeError:  # the store is gone, and with it the process that hosts it
             holder = "the launcher" if "TORCHELASTIC_RUN_ID" in os.environ else group.name(0)
             return f"{holder} died; the same command resumes from the last checkpoint"
         return None
 
     def cause_of(self, error: Exception) -> str | None:
-        """Why a wait for others failed; None if this rank failed by itself. The others learn either."""
+        """Return why another rank was lost, or None if this rank failed; report it to the others."""
         group, problem = self._group, None
         lost = is_lost(error)
-        # A connection broke: whose? The one that says nothing for five seconds, while the others still beat.
+        # A connection broke. The lost rank is the one without a heartbeat for five seconds.
         deadline_s = time.monotonic() + 8 * BEAT_S
         while lost and problem is None and time.monotonic() < deadline_s:
             problem = self._problem or self._look(5 * BEAT_S)
             time.sleep(BEAT_S)
-        told = problem or f"{group.name(group.rank)}, step {group.step}: {error}"
+        message = problem or f"{group.name(group.rank)}, step {group.step}: {error}"
         with suppress(RuntimeError):
-            self._store.compare_set(FAILURE, "", told)
+            self._store.compare_set(FAILURE, "", message)
             if group.is_main:
-                time.sleep(3 * BEAT_S)  # the store may end with this process: let the others read it
+                time.sleep(3 * BEAT_S)  # the store may end with this process: let the others read it first
         return problem
 
     def stop(self) -> None:
@@ -423,15 +422,15 @@ class _Watch(threading.Thread):
 
 
 def find_device(device: torch.device, world: World) -> torch.device:
-    """Give this rank's own GPU; `ValueError` if there are more processes here than GPUs."""
+    """Device of this rank; raises `ValueError` if this host has more processes than GPUs."""
     if world.size == 1 and (device.type != "cuda" or not world.launcher):
-        return device  # a process group, be it of one, needs a numbered GPU
+        return device  # no process group: only that needs a numbered GPU
     if device.type == "mps":
         raise UsageError("train.device mps is one device; use train.device cpu, or one process")
     if device.type == "cpu":
         return device
     count = torch.cuda.device_count()
-    # A scheduler that gives each task its own GPU shows it as the only one.
+    # A scheduler that assigns one GPU per task makes it the only visible one.
     index = 0 if count == 1 and world.launcher != "torchrun" else world.local_rank
     if index >= count:
         raise UsageError(

@@ -1,6 +1,6 @@
-"""What learns, whatever it learns: model and optimizer, one step at a time, and all that a checkpoint saves.
+"""The part of training that all tasks share: model, optimizer, training step and checkpoint state.
 
-`Trainer` predicts next blocks, `FineTuner` classes; the loop knows neither.
+`Trainer` predicts next blocks, `FineTuner` predicts classes; the loop is the same for both.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from nextblock.train.state import Snapshot, load_state
 
 
 class Sums(NamedTuple):
-    """What the micro-batches of a step added up to, over all ranks."""
+    """Sums over the micro-batches of a step and over all ranks."""
 
     loss: float
     images: int
     scale: float
-    """Terms of the loss that were planned over those there were: what unreadable images make of it."""
+    """Planned number of loss terms over the actual number; above 1 if images were unreadable."""
     notes: list[float]
-    """What the ranks had to say besides, added up."""
+    """Sums of the `notes` of each rank."""
 
 
 class Learner(ABC):
-    """A model that learns. With several processes each holds a copy or a part; all make the same calls.
+    """A model in training. With several processes, each has a copy or a shard, and all make the same calls.
 
-    A subclass makes the model, calls `resume`, and says what its loss is: `_counts`, `_loss`, `_touch`.
+    A subclass builds the model, calls `resume`, and defines its loss in `_counts`, `_loss` and `_touch`.
     """
 
     holes_differ = False
-    """Whether a missing image changes each of the loss's divisors by a ratio of its own."""
+    """Whether a missing image scales the divisors of the loss by different ratios."""
 
     def __init__(
         self,
@@ -63,79 +63,79 @@ class Learner(ABC):
         self._forward: Callable[..., Any] = model
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self.step = 0
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         self.window = Window()
-        self.cut_short: list[str] = []
-        """What of "val" and "monitor" a signal cut short after the step of the checkpoint."""
+        self.interrupted: list[str] = []
+        """Which of "val" and "monitor" a signal interrupted after the step of the checkpoint."""
         self.loader_options: dict[str, Any] = {}
-        """What `TrainLoader` needs to know besides the settings of a run."""
+        """Additional arguments for `TrainLoader`."""
         self.counted: ModelConfig | None = None
-        """The model whose arithmetic is counted in TFLOP/s; None: it is not."""
+        """The model whose TFLOP/s are reported; None to report none."""
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Continue from a checkpoint, whose weights the model has already."""
+        """Load the training state of a checkpoint; the model already has its weights."""
         if checkpoint is not None:
             state = load_state(checkpoint, self.model, self.optimizer, self.group)
             self.step = state["step"]
             self.scaler.load_state_dict(state["scaler"])
             self.window = Window(**state["window"])
-            self.cut_short = state["cut_short"]
+            self.interrupted = state["cut_short"]
 
-    def snapshot(self, cut_short: Sequence[str], *, copied: bool) -> Snapshot:
-        """All that a checkpoint needs. All ranks must call this."""
+    def snapshot(self, interrupted: Sequence[str], *, copied: bool) -> Snapshot:
+        """Content of a checkpoint. All ranks must call this."""
         state = {"step": self.step, "scaler": self.scaler.state_dict(), "window": dict(vars(self.window))}
-        state["cut_short"] = list(cut_short)
+        state["cut_short"] = list(interrupted)
         return Snapshot.take(self.model, self.optimizer, state, kept=self.kept(), copied=copied)
 
-    # ------------------------------------------------------------------------------- what a subclass says
+    # --------------------------------------------------------------------------- defined by subclasses
 
     @abstractmethod
     def _counts(self, visits: list[int], samples: list[int]) -> list[int]:
-        """How many terms these images add to the loss: the divisors, one for each of its parts."""
+        """Number of terms that these images add to each part of the loss: its divisors."""
 
     @abstractmethod
     def _loss(self, batch: Batch, drawn: Any, divisors: list[int]) -> Float[Tensor, ""]:
-        """The share of a micro-batch in the loss of the batch; `drawn` is what `_draw` gave for the step."""
+        """Contribution of a micro-batch to the loss of the batch; `drawn` is the step's result of `_draw`."""
 
     @abstractmethod
     def _touch(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
-        """A loss of zero that depends on every parameter: for ranks without an image, as others wait."""
+        """Zero loss that depends on every parameter, for ranks without an image: the others wait for them."""
 
     @abstractmethod
     def describe(self) -> tuple[str, str]:
-        """The parts of the model, and what becomes of an image, for a run's first lines."""
+        """Describe the parts of the model and how it divides an image, for a run's opening lines."""
 
     @abstractmethod
     def reference_losses(self, own: Sequence[UInt8[Tensor, "_ c h w"]], most: int) -> dict[str, float]:
-        """The loss of predictions that need no model, by name, on the first `most` images.
+        """Losses of predictions that need no model, by name, on the first `most` images; may be empty.
 
-        `own` are this rank's; with those of the others they do not depend on ranks or micro-batches. Empty
-        if there is none.
+        `own` contains this rank's images. They are gathered, so the result does not depend on ranks or
+        micro-batches.
         """
 
     @abstractmethod
     def validate(
         self, batches: Iterator[Batch], should_stop: Callable[[], object]
     ) -> tuple[dict[str, float], list[BadSample]] | None:
-        """What is measured on validation images, and which are unreadable; None if it was asked to stop."""
+        """Validation values and unreadable images; None if the run was asked to stop."""
 
     def _draw(self, step: Step) -> Any:
-        """What the losses of a step's micro-batches share, f(seed, step)."""
+        """Random numbers that all micro-batches of a step share, f(seed, step)."""
         return step
 
-    def _stepped(self) -> None:  # noqa: B027 - nothing, usually
-        """Do what follows a step that changed the weights."""
+    def _stepped(self) -> None:  # noqa: B027 - optional
+        """Hook after a step that changed the weights."""
 
     def health(self) -> dict[str, float]:
-        """Signs of training that has gone wrong though the loss looks well, by name. All ranks call it."""
+        """Signs, by name, that training fails although the loss looks good. All ranks must call this."""
         return {}
 
     def kept(self) -> Mapping[str, Tensor]:
-        """Tensors that a checkpoint needs besides weights and moments."""
+        """Tensors to save in a checkpoint besides weights and moments."""
         return {}
 
     def fit_targets(self, source: Source) -> bool:  # noqa: ARG002 - most have none
-        """Fit targets that must be, before the first step, and return whether any were."""
+        """Fit targets before the first step if they need it; return whether they did."""
         return False
 
     # ----------------------------------------------------------------------------------------------- a step
@@ -148,40 +148,39 @@ class Learner(ABC):
         notes: Callable[[], Sequence[float]] = tuple,
         check: Callable[[Sums], object] = bool,
     ) -> StepOutcome:
-        """Make one optimizer step over the micro-batches as they arrive; non-finite ones change no weight.
+        """Make one optimizer step over the micro-batches as they arrive; a non-finite step changes no weight.
 
-        `notes` are numbers that each rank adds to the sums, for which `check` is called; if that raises, no
-        weight has changed.
+        `notes` returns numbers that are summed over ranks. `check` receives the sums before the weights
+        change, and may raise.
         """
         sums = self._accumulate(step, notes)
         check(sums)
         return self._update(sums, lr)
 
     def _accumulate(self, step: Step, notes: Callable[[], Sequence[float]]) -> Sums:
-        """Run the micro-batches forward and backward as they arrive, then add up over ranks.
+        """Run the micro-batches forward and backward as they arrive, then sum over ranks.
 
-        The loss is the sum over its terms (blocks, images) divided by their number in the whole batch, so
-        that ranks and micro-batches of any sizes, with or without holes, give the loss and gradient of the
-        batch.
+        The loss is the sum over its terms (blocks, images) divided by their number in the global batch. So
+        loss and gradient do not depend on the sizes of ranks and micro-batches, or on missing images.
         """
         group = self.group
-        # Not before the first step, as targets may have to be fitted.
+        # Wrapped at the first step and not earlier, as targets may have to be fitted first.
         if self.strategy == "ddp" and not isinstance(self._forward, DistributedDataParallel):
             self._forward = replicate(self.model, self._forward, self.device, self._touch)
         batches, visits, samples = step.micro_batches, step.keys.visits.tolist(), step.keys.samples.tolist()
-        # The divisors are known before any image is, as they follow from the keys of the global batch. An
-        # unreadable image makes them too large; loss and gradient, which are linear in 1 / divisor, are
-        # rescaled once at the end, by what was planned over what was there.
+        # The divisors follow from the keys of the global batch, so they are known before any image is read.
+        # Unreadable images make them too large. Loss and gradient are linear in 1 / divisor, so they are
+        # rescaled once at the end by planned / actual terms.
         planned = self._counts(visits, samples)
         if self.holes_differ:
-            # No rescaling at the end would be right. What is readable must be known first.
+            # One factor at the end could not correct several divisors: read all images first.
             batches = list(batches)
-            there = [self._counts(batch.visits.tolist(), batch.samples.tolist()) for batch in batches]
+            actual = [self._counts(batch.visits.tolist(), batch.samples.tolist()) for batch in batches]
             planned = [
-                int(number) for number in group.sum([sum(numbers) for numbers in zip(*there, strict=True)])
+                int(number) for number in group.sum([sum(numbers) for numbers in zip(*actual, strict=True)])
             ]
         drawn = self._draw(step)
-        # Summed on the device. Its value is asked for once, after the last micro-batch, as that waits.
+        # Summed on the device, and read once after the last micro-batch, as reading waits for the GPU.
         loss = torch.zeros((), device=self.device)
         images, terms = 0, 0
         for number, batch in enumerate(batches, start=1):
@@ -191,21 +190,21 @@ class Learner(ABC):
             if len(batch.images) or self.strategy != "single":
                 is_last = number == step.num_micro_batches
                 loss += self._backward(batch, drawn, [max(1, n) for n in planned], is_last=is_last)
-        total, images, terms, *noted = group.sum([loss.item(), images, terms, *notes()])
+        total, images, terms, *note_sums = group.sum([loss.item(), images, terms, *notes()])
         scale = planned[0] / max(1, terms)
-        return Sums(float(np.float32(total) * np.float32(scale)), int(images), scale, noted)
+        return Sums(float(np.float32(total) * np.float32(scale)), int(images), scale, note_sums)
 
     def _backward(self, batch: Batch, drawn: Any, divisors: list[int], *, is_last: bool) -> Float[Tensor, ""]:
         with synchronised(self._forward, is_last=is_last):
-            found = len(batch.images) > 0
-            loss = self._loss(batch, drawn, divisors) if found else self._touch(self._forward)
-            # DDP and FSDP2 take the mean over ranks, and the divisor has counted all ranks already.
+            has_images = len(batch.images) > 0
+            loss = self._loss(batch, drawn, divisors) if has_images else self._touch(self._forward)
+            # DDP and FSDP2 average over ranks, but the divisor already counts all ranks.
             shared = loss if self.group.size == 1 else loss * self.group.size
             self.scaler.scale(shared).backward()
         return loss.detach()
 
     def _update(self, sums: Sums, lr: float) -> StepOutcome:
-        """Rescale and clip the gradient and step, if loss and gradient are finite; else no weight changes."""
+        """Rescale and clip the gradient, then step if loss and gradient are finite."""
         self.step += 1
         set_lr(self.optimizer, lr)
         if not sums.images:
@@ -217,8 +216,8 @@ class Learner(ABC):
             torch._foreach_mul_([local_part(grad) for grad in grads], sums.scale)
         limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
-        # Under a scaler, its own `step` leaves the weights alone if a gradient is infinite, and `update` then
-        # lowers the scale; so it must be called.
+        # A gradient scaler skips the step itself if a gradient is infinite, and `update` then lowers the
+        # scale. So its `step` must be called in that case too.
         if math.isfinite(sums.loss) and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
             self.scaler.step(self.optimizer)
             self._stepped()
@@ -227,33 +226,33 @@ class Learner(ABC):
         return StepOutcome(sums.loss, grad_norm, sums.images)
 
     def run_empty(self, count: int) -> None:
-        """A forward and backward pass of so many images without content, on this rank alone."""
+        """Run a forward and backward pass on `count` black images, on this rank only."""
         self._touch(self.model, count).backward()
 
     def is_fine(self, outcome: StepOutcome) -> bool:
-        """Whether a step was finite, or a scaler is still looking for its scale."""
-        # A scaler lowers its scale until gradients are finite; below 1 the scale is not what is wrong.
+        """Whether a step was finite, or the gradient scaler is still lowering its scale."""
+        # The scaler lowers its scale until gradients are finite; below 1 the scale is not the cause.
         return outcome.is_finite(scaled=self.scaler.is_enabled() and self.scaler.get_scale() >= 1)
 
     def to_model(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pixels as the model takes them: on its device, normalised."""
+        """Move images to the model's device and normalise them."""
         on_device = images.to(self.device, non_blocking=True)
         return normalize(on_device, self.config.data.mean, self.config.data.std)
 
     @contextmanager
-    def looking(self) -> Iterator[Any]:
-        """Give the model in evaluation mode without gradients."""
+    def evaluating(self) -> Iterator[Any]:
+        """Yield the model in evaluation mode without gradients."""
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast:
                 yield self.model
         finally:
             self.model.train()
-            # FSDP2 expects a backward pass after each forward pass and leaves the root's parameters whole,
-            # where they have no gradient: one looking between backward and step would lose it.
+            # FSDP2 expects a backward pass after each forward pass, so it leaves the root's parameters
+            # unsharded, without gradients. Without `reshard`, a step after this would lose its gradient.
             if self.strategy == "fsdp":
                 self.model.reshard()
 
 
 MakeLearner = Callable[[RunConfig, torch.device, Path | None, Group], Learner]
-"""Makes what learns: fresh, or with the weights and state of a checkpoint. All ranks call it."""
+"""Makes a learner, fresh or with the weights and state of a checkpoint. All ranks must call it."""

@@ -1,6 +1,6 @@
-"""Loggers: where else a run's numbers and pictures go: TensorBoard, W&B, MLflow and Trackio.
+"""Loggers that receive a run's numbers and pictures: TensorBoard, W&B, MLflow and Trackio.
 
-A logger's own id of the run is kept in RUN/loggers.json, so a run that resumes continues its curve there.
+RUN/loggers.json stores each logger's id of the run, so that a resumed run continues its curves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nextblock.train.run_dir import DamagedRunError, RunDir
 log = logging.getLogger(__name__)
 
 MAX_PARAMS, MAX_PARAM_LETTERS = 100, 500
-"""MLflow's limits on parameters in a request, and on the text of one."""
+"""MLflow's limits on the parameters per request and on the length of each."""
 
 
 class LoggerError(RuntimeError):
@@ -38,10 +38,10 @@ class LoggerError(RuntimeError):
 
 
 class RunInfo(NamedTuple):
-    """What a logger records of the run."""
+    """What a logger needs to know about the run."""
 
     run_id: str | None
-    """The logger's own id of the run; None: the run is new to it."""
+    """The logger's id of the run; None for a new run."""
     project: str
     name: str
     config: dict[str, Any]
@@ -50,30 +50,30 @@ class RunInfo(NamedTuple):
 
 
 class Logger(Protocol):
-    """Sends numbers somewhere. Whatever it raises is reported once, and ends the logger, not the run.
+    """Sends numbers to a service. An error is reported once and ends the logger, not the run.
 
-    One that takes pictures has `image(step, name, path)` too.
+    A logger that accepts pictures also has `image(step, name, path)`.
     """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send values of a step; steps never decrease."""
+        """Send the values of a step; steps never decrease."""
 
     def close(self, *, failed: bool) -> None:
-        """Send what is left, and how the run ended."""
+        """Send pending values and the state in which the run ended."""
 
 
 class TensorBoard:
-    """Events in RUN/tensorboard; those after `start_step` are hidden, as these steps are done again."""
+    """Events in RUN/tensorboard; events after `start_step` are hidden, as those steps run again."""
 
     def __init__(self, directory: Path, start_step: int, settings: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
-        # It reads Markdown, in which indented lines stand for themselves.
+        # TensorBoard renders Markdown; indented lines are shown verbatim.
         self._writer.add_text("settings", indent(settings, "    "), start_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write an event for each value."""
+        """Write one event per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -82,7 +82,7 @@ class TensorBoard:
         with Image.open(path) as picture:
             self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
-    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - it has no place for it
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - TensorBoard stores no final state
         """Close the file."""
         self._writer.close()
 
@@ -100,12 +100,12 @@ class WandB:
             resume="allow",
             dir=str(info.out),
             config=info.config,
-            allow_val_change=True,  # of what may change when a run resumes, such as data.workers
-            settings=wandb.Settings(console="off"),  # it would put itself before the terminal
+            allow_val_change=True,  # settings such as data.workers may change when a run resumes
+            settings=wandb.Settings(console="off"),  # else W&B captures the terminal's output
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Queue the values; a process of W&B's own sends them."""
+        """Queue the values; W&B sends them from another process."""
         self._run.log(dict(values), step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:
@@ -113,15 +113,15 @@ class WandB:
         self._run.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Wait until all is sent."""
+        """Wait until everything is sent."""
         self._run.finish(exit_code=int(failed))
 
 
 class MLflow:
-    """MLflow, at MLFLOW_TRACKING_URI; a project is an experiment."""
+    """MLflow at MLFLOW_TRACKING_URI; a project becomes an experiment."""
 
     def __init__(self, info: RunInfo) -> None:
-        # A client and not mlflow.start_run, which keeps one current run for the whole process.
+        # Not mlflow.start_run, which keeps one global current run per process.
         mlflow = importlib.import_module("mlflow")
         self._client, self._metric = mlflow.MlflowClient(), mlflow.entities.Metric
         if info.run_id is not None:
@@ -131,7 +131,7 @@ class MLflow:
         experiment = self._client.get_experiment_by_name(info.project)
         place = experiment.experiment_id if experiment else self._client.create_experiment(info.project)
         self.run_id = str(self._client.create_run(place, run_name=info.name).info.run_id)
-        # Those of the first start: MLflow refuses to change a parameter.
+        # Only at the first start, as MLflow refuses to change a parameter.
         param = mlflow.entities.Param
         params = [param(name, str(value)[:MAX_PARAM_LETTERS]) for name, value in info.config.items()]
         for at in range(0, len(params), MAX_PARAMS):
@@ -144,16 +144,16 @@ class MLflow:
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self, *, failed: bool) -> None:
-        """Mark the run as over."""
+        """Mark the run as finished or failed."""
         self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 class Trackio:
-    """Trackio, on this machine, or in the Space that TRACKIO_SPACE_ID names."""
+    """Trackio, on this machine or in the Space named by TRACKIO_SPACE_ID."""
 
     def __init__(self, info: RunInfo) -> None:
         trackio = importlib.import_module("trackio")
-        # It finds a run again by its name alone, so the name has to be unique.
+        # Trackio identifies a run by its name only, so the name must be unique.
         self.run_id = info.run_id or f"{info.name}-{uuid.uuid4().hex[:8]}"
         with contextlib.redirect_stdout(sys.stderr):
             self._run = trackio.init(
@@ -161,17 +161,17 @@ class Trackio:
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Queue the values; a thread of Trackio's own writes them."""
+        """Queue the values; Trackio writes them from another thread."""
         self._run.log(dict(values), step=step)
 
-    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - it has no place for it
-        """Wait until all is written."""
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - Trackio stores no final state
+        """Wait until everything is written."""
         with contextlib.redirect_stdout(sys.stderr):
             self._run.finish()
 
 
 OPTIONAL = {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
-"""The loggers that need the package of that name."""
+"""Loggers that need the package of the same name."""
 
 
 def require_packages(names: tuple[str, ...]) -> None:
@@ -185,7 +185,7 @@ def require_packages(names: tuple[str, ...]) -> None:
 
 
 class Loggers:
-    """All loggers of a run. One that fails while it trains is reported once and dropped."""
+    """All loggers of a run. A logger that fails during training is reported once and dropped."""
 
     def __init__(self, config: RunConfig, run: RunDir, start_step: int) -> None:
         self._loggers: dict[str, Logger] = {}
@@ -205,26 +205,25 @@ class Loggers:
             try:
                 logger = OPTIONAL[kind](RunInfo(known, config.monitor.project, name, values, run.path))
             except Exception as error:
-                # A run that begins has somebody who can help; one that is requeued at night continues
-                # without it.
+                # At the start of a run a user can fix this. A run that resumes continues without the logger.
                 if start_step == 0 and known is None:
                     raise LoggerError(
-                        f"{kind} cannot start ({_cause(error)}); mend it, or leave it out of monitor.loggers"
+                        f"{kind} cannot start ({_cause(error)}); fix it, or leave it out of monitor.loggers"
                     ) from error
-                self._drop(kind, error, f"; to begin a new curve, remove {file}" if known else "")
+                self._drop(kind, error, f"; to start a new curve, remove {file}" if known else "")
                 continue
             self._loggers[kind], ids[kind] = logger, logger.run_id
-            # Steps that a killed process lost are done again, to the same numbers: the curve has them.
+            # Steps that a killed process lost run again with the same numbers. The curve already has them.
             self._last_steps[kind] = run.last_steps if known else {}
             write_text(file, json.dumps(ids, indent=1))
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Send the values of a line of metrics, as "train/loss" unless a name has a slash."""
+        """Send the values of a line of metrics, named "train/loss" unless a name contains a slash."""
         named = {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}
         self._send(kind, step, "log", named)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Send a monitor's picture to the loggers that take one."""
+        """Send a monitor's picture to the loggers that accept pictures."""
         self._send("monitor", step, "image", name, path)
 
     def _send(self, kind: str, step: int, method: str, *what: Any) -> None:
@@ -236,7 +235,7 @@ class Loggers:
                     self._drop(name, error)
 
     def close(self, *, failed: bool) -> None:
-        """Close all."""
+        """Close all loggers."""
         for name, logger in list(self._loggers.items()):
             try:
                 logger.close(failed=failed)
@@ -245,7 +244,7 @@ class Loggers:
 
     def _drop(self, name: str, error: Exception, remedy: str = "") -> None:
         self._loggers.pop(name, None)
-        log.warning("%s gets no more numbers of this run (%s)%s", name, _cause(error), remedy)
+        log.warning("%s receives no more numbers of this run (%s)%s", name, _cause(error), remedy)
 
 
 def _cause(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a run records and shows: windows of steps, metrics.jsonl and loggers, the screen."""
+"""Records and display of a run: averages over steps, metrics.jsonl and loggers, progress."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class StepOutcome(NamedTuple):
     images: int
 
     def is_finite(self, *, scaled: bool) -> bool:
-        """Whether all is well; under a gradient scaler an infinite gradient is no fault of the loss."""
+        """Whether the step is valid; under a gradient scaler (`scaled`) an infinite gradient is expected."""
         return math.isfinite(self.loss) and (scaled or math.isfinite(self.grad_norm))
 
 
 @dataclass
 class Window:
-    """What was seen since the last line of metrics; saved, so that a resumed loss curve is the same."""
+    """Values since the last line of metrics; saved, so that a resumed run writes the same loss curve."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -49,12 +49,12 @@ class Window:
     elapsed_s: float = 0.0
     waited_s: float = 0.0
     skipped: int = 0
-    """Steps that changed no weight: not finite, or without a readable image."""
+    """Steps that changed no weight: non-finite, or without a readable image."""
 
     def add(self, outcome: StepOutcome, *, waited_s: float, elapsed_s: float) -> None:
-        """Note a step; `elapsed_s` is all of its time, `waited_s` the part spent waiting for images."""
-        # A loss and a norm that are not finite are left out one by one: when fp16 backs off, only the norm is
-        # infinite, and the loss counts.
+        """Add a step; `elapsed_s` is its total time, `waited_s` the part spent waiting for images."""
+        # Non-finite losses and norms are skipped separately: when the fp16 scale backs off, only the norm is
+        # infinite and the loss still counts.
         if outcome.images and math.isfinite(outcome.loss):
             self.losses.append(outcome.loss)
         if outcome.images and math.isfinite(outcome.grad_norm):
@@ -65,7 +65,7 @@ class Window:
         self.waited_s += waited_s
 
     def values(self) -> dict[str, float]:
-        """Means of the finite losses and gradient norms (NaN of none), skipped steps, speed, waiting."""
+        """Mean finite loss and gradient norm (NaN if there is none), skipped steps, speed, data wait."""
         elapsed_s = max(self.elapsed_s, 1e-9)
         return {
             "loss": _mean(self.losses),
@@ -84,7 +84,7 @@ def _mean(numbers: list[float]) -> float:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, flushed line by line, and gives the numbers to the loggers."""
+    """Appends to `metrics.jsonl`, flushed line by line, and forwards the numbers to the loggers."""
 
     def __init__(self, path: Path, loggers: Loggers | None) -> None:
         self._path, self._loggers = path, loggers
@@ -100,7 +100,7 @@ class MetricsLog:
             self._loggers.close(failed=error is not None)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Write one line of `kind` ("train", "val", "monitor"); what is not finite is written as null."""
+        """Write one line of `kind` ("train", "val", "monitor"); non-finite values are written as null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with writing(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
@@ -109,21 +109,21 @@ class MetricsLog:
             self._loggers.log(kind, step, values)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Give a picture to the loggers that take one."""
+        """Send a picture to the loggers that accept pictures."""
         if self._loggers is not None:
             self._loggers.image(step, name, path)
 
     def sync(self) -> None:
-        """Flush all lines to the disk: before a checkpoint is named, or a power cut leaves a gap."""
+        """Flush all lines to disk; call it before a checkpoint gets its name, or a power cut leaves a gap."""
         with writing(self._path):
             os.fsync(self._file.fileno())
         if os.fstat(self._file.fileno()).st_nlink == 0:
-            raise WriteError(f"{self._path} was removed while the run wrote to it; what it held is lost")
+            raise WriteError(f"{self._path} was removed while the run wrote to it; its content is lost")
 
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append the package's log records to a file, which the first of them makes."""
+    """Append the package's log records to a file, created by the first record."""
     path.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -136,18 +136,18 @@ def log_to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-# -------------------------------------------------------------------------------------------------- screen
+# ------------------------------------------------------------------------------------------------ progress
 
 LINE_EVERY_S = 10.0
-"""Without a terminal: seconds between lines."""
+"""Seconds between lines if there is no terminal."""
 LINE_LETTERS = 80
-"""Without a terminal: longest line."""
+"""Maximum line length if there is no terminal."""
 
 WORDS = {
     **{"copy_previous": "copy", "loss_next": "next", "mean_loss": "mean now"},
     **{"val_loss": "val", "knn/top1": "kNN", "top1": "val top-1"},
 }
-"""Shorter names on the progress line."""
+"""Short names for the progress line."""
 
 
 class Tick(NamedTuple):
@@ -157,16 +157,16 @@ class Tick(NamedTuple):
     epoch: float
     lr: float
     values: dict[str, float]
-    """What `Window.values` gives, since the last line of metrics."""
+    """`Window.values` since the last line of metrics."""
     num_bad: int
-    """Images that could not be read."""
+    """Number of unreadable images."""
     baselines: dict[str, float] = {}  # noqa: RUF012 - never changed
-    """The loss of predictions that need no model, by name; empty while not measured."""
+    """Losses of predictions that need no model, by name; empty until measured."""
     latest: dict[str, float] = {}  # noqa: RUF012 - never changed
-    """The last validation loss and kNN accuracy."""
+    """Latest validation loss and kNN accuracy."""
 
     def text(self) -> str:
-        """One line, without step and time."""
+        """Format as one line, without step and time."""
         parts = [losses_text({"loss": self.values["loss"], **self.latest}, self.baselines)]
         images_per_s = self.values["images_per_s"]
         speed = f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.2f}"
@@ -177,7 +177,7 @@ class Tick(NamedTuple):
 
 
 def losses_text(losses: dict[str, float], baselines: dict[str, float]) -> str:
-    """The loss beside those of predictions that need no model, and what else was measured."""
+    """Format the loss next to losses that need no model, followed by the other values."""
     compare = ", ".join(f"{WORDS.get(name, name)} {loss:.2f}" for name, loss in baselines.items())
     parts, compared = [], "loss_next" if "loss_next" in losses else "loss"
     for name, value in losses.items():
@@ -188,7 +188,7 @@ def losses_text(losses: dict[str, float], baselines: dict[str, float]) -> str:
 
 
 class _TwoLines(Progress):
-    """Steps, bar and time in one line, what was measured below it, wrapped if the terminal is narrow."""
+    """Steps, bar and time on one line; values below it, wrapped if the terminal is narrow."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -198,17 +198,17 @@ class _TwoLines(Progress):
 
 
 class Reporter:
-    """A progress bar on a terminal or in a notebook, log records above it; else a line every ten seconds.
+    """Shows a progress bar in a terminal or notebook, with log records above; else a line every ten seconds.
 
-    It never fails: a terminal that is gone must not keep a run from being saved.
+    It never fails, as a closed terminal must not prevent a checkpoint.
     """
 
     def __init__(self, console: Console | None = None, *, is_quiet: bool = False) -> None:
         self.is_quiet = is_quiet
-        """Whether another rank does the reporting."""
+        """Whether another rank reports instead."""
         self.console = console or Console(stderr=True, quiet=is_quiet)
         self.busy_with = ""
-        """What is done besides steps just now, such as "validation"."""
+        """Current work other than a step, such as "validation"."""
         self._bar: Progress | None = None
         self._log_streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._task = TaskID(0)
@@ -232,7 +232,7 @@ class Reporter:
         """Show the bar."""
         self._first, self._done, self._total = step, step, total_steps
         self._began_s = self._step_began_s = time.monotonic()
-        # A notebook is no terminal, but shows a bar if ipywidgets is installed; without it, lines.
+        # A notebook is not a terminal, but shows a bar if ipywidgets is installed.
         is_live = self.console.is_jupyter and find_spec("ipywidgets") is not None
         if not (self.console.is_terminal or is_live) or self.is_quiet:
             return
@@ -247,37 +247,37 @@ class Reporter:
             "train", total=total_steps, completed=step, text="", step=f"{step:,}", left="?"
         )
         stderr = sys.stderr
-        self._try(self._bar.start)  # puts in place of sys.stderr a stream that writes above the bar
+        self._try(self._bar.start)  # replaces sys.stderr by a stream that writes above the bar
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is stderr:
                 self._log_streams.append((handler, stderr))
                 handler.setStream(sys.stderr)
 
     def within(self, step: int, share: float) -> None:
-        """Move on within the step after `step`, of which this share is done."""
+        """Show progress within the step after `step`; `share` of it is done."""
         self._done = step + share
         self._show()
 
     def update(self, tick: Tick) -> None:
-        """Show a step that is done."""
+        """Show a finished step."""
         self._done, self._text = tick.step, f"epoch {tick.epoch:.1f} · {tick.text()}"
         self._show(is_last=tick.step == self._total)
         self._step_began_s = time.monotonic()
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
-        # A name may hold control characters, which a terminal would obey.
+        # A file name may contain control characters, which the terminal would execute.
         text = "\n".join(map(printable, text.split("\n")))
         self._try(self.console.print, text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def finishing(self) -> str:
-        """What is in hand, and about how long it takes; for the first Ctrl-C, from another thread."""
+        """Current work and its remaining time; shown on the first Ctrl-C, called from another thread."""
         if self.busy_with:
-            return f"finishing {self.busy_with}" + ("" if self._done else " (no step is done yet to save)")
+            return f"finishing {self.busy_with}" + ("" if self._done else " (no finished step to save yet)")
         step = f"finishing step {math.floor(self._done) + 1}"
         done, now_s = self._done - self._first, time.monotonic()
         if done <= 0:
-            return f"{step} (its length is not known yet; {clock(now_s - self._began_s)} so far)"
+            return f"{step} (its duration is not known yet; {clock(now_s - self._began_s)} so far)"
         a_step_s = (now_s - self._began_s) / done
         return f"{step}, about {clock(max(1.0, a_step_s - (now_s - self._step_began_s)))}"
 
@@ -289,9 +289,9 @@ class Reporter:
             shown = f"{self._done:,.2f}" if share else f"{step:,}"
             self._bar.update(self._task, completed=self._done, text=self._text, step=shown, left=left)
             return
-        # Between the ends of steps only if the step itself is long.
-        is_worth_it = not share or now_s - self._step_began_s >= LINE_EVERY_S
-        if is_last or (is_worth_it and now_s - self._line_s >= LINE_EVERY_S):
+        # Within a step only if the step itself is long.
+        is_due = not share or now_s - self._step_began_s >= LINE_EVERY_S
+        if is_last or (is_due and now_s - self._line_s >= LINE_EVERY_S):
             self._line_s = now_s
             within = f" · {share:.0%} of step {step + 1}" if share else ""
             text = f" · {self._text}" if self._text else ""
@@ -306,7 +306,7 @@ class Reporter:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Lines of at most `width` characters, broken between the parts of a tick, not within them."""
+    """Wrap text to `width` characters, breaking only at " · "."""
     lines = [""]
     for part in text.split(" · "):
         longer = f"{lines[-1]} · {part}" if lines[-1] else part

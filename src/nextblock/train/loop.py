@@ -1,9 +1,8 @@
 """The training loop, in the order in which things happen.
 
-Exactness comes from having nothing to save but weights, optimizer and the number of the step: the order of
-samples is f(seed, visit), a crop and a prefix length f(seed, visit, sample), a block order f(seed, step), and
-drop path takes numbers that are f(seed, visit, sample). So a monitor can disturb nothing, and an interrupted
-run resumes bit for bit.
+An interrupted run resumes exactly because its state is only weights, optimizer and step number. All random
+numbers are functions: the order of samples is f(seed, visit), a block order f(seed, step), and crop, prefix
+length and drop path f(seed, visit, sample). So monitors cannot affect training either.
 """
 
 from __future__ import annotations
@@ -64,38 +63,38 @@ log = logging.getLogger(__name__)
 BASELINE_IMAGES = 256
 
 SHOWN = ("loss", "loss_next", "mean_loss", "val_loss", "knn/top1", "top1")
-"""What the screen shows of the measured values."""
+"""Measured values shown in the terminal."""
 
 
 class NonFiniteError(RuntimeError):
-    """The weights are not finite, or the loss or its gradient were not for several steps in a row."""
+    """Weights are not finite, or loss or gradient were not finite for several steps in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How a call of `train` ended."""
+    """Result of `train`."""
 
     run_dir: Path
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     total_steps: int
     stopped_by: str | None
-    """The signal that asked the run to stop, or "early stop"; None: the run is complete."""
+    """The signal that stopped the run, or "early stop"; None if the run is complete."""
     num_bad: int
-    """Distinct images that could not be read."""
+    """Number of distinct unreadable images."""
     losses: dict[str, float]
-    """The last training loss, and what was measured of "val_loss" and "knn/top1"."""
+    """Last training loss, and the latest measurements such as "val_loss" and "knn/top1"."""
     baselines: dict[str, float]
-    """The loss of predictions that need no model."""
+    """Losses of predictions that need no model."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to train: the same command would not train on."""
+        """Whether the run is complete or stopped early, so that repeating the command trains no further."""
         return self.stopped_by in (None, EARLY_STOP)
 
     @property
     def warning(self) -> str | None:
-        """Cause and remedy if the training loss is not below that of predicting zero, or all alike."""
+        """Cause and remedy if the training loss is not below that of a constant prediction."""
         return not_learned(self.losses, self.baselines)
 
 
@@ -110,15 +109,16 @@ def train(
     group: Group = ALONE,
     learner: MakeLearner = Trainer,
 ) -> TrainResult:
-    """Train on `sources["train"]` into the run directory `out`, or resume there.
+    """Train on `sources["train"]` in the run directory `out`, or resume there.
 
-    `sources["val"]`, if given, is validated on. `learner` makes what learns, fresh or from a checkpoint.
-    Every process of `group` calls this alike; rank 0 alone prints and writes, but for its part of a
-    checkpoint. Raises `RunDirError` if `out` holds something else, `InUseError` if another process trains
-    there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, `CollapseError`, and `WriteError` if a
-    disk is full; the last checkpoint stays. What it changes of the process (signals, seeds, ...) is put back.
+    `sources["val"]`, if given, is used for validation. `learner` makes the learner, fresh or from a
+    checkpoint. Every process of `group` must call this. Only rank 0 prints and writes, except that each rank
+    writes its shard of a checkpoint. Raises `RunDirError` if `out` contains something else, `InUseError` if
+    another process trains there, `DamagedRunError`, `TooManyBadImages`, `NonFiniteError`, `CollapseError`,
+    and `WriteError` if the disk is full; the last checkpoint is kept. Signal handlers, seeds and other
+    settings of the process are restored.
     """
-    # All that can be refused is refused before a directory is made.
+    # Refuse whatever can be refused before creating a directory.
     config.check_trainable()
     data = config.data
     if data.normalize == "auto" and (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD):
@@ -131,17 +131,17 @@ def train(
     run = RunDir(out)
     with ExitStack() as stack:
         stack.enter_context(process_settings(device, deterministic=config.train.deterministic))
-        # -------------------------------------------- model and optimizer, as the last checkpoint left them
+        # ------------------------------------------------ model and optimizer, fresh or from a checkpoint
         group.check_same({f"data.{kind}": source.fingerprint for kind, source in sources.items()})
         with group.together():
             if group.is_main:
                 require_packages(config.monitor.loggers)
                 stack.enter_context(run.locked())
                 config = run.check(config, sources, overwrite=overwrite)
-        config, is_anew = group.broadcast((config, run.is_anew))
+        config, starts_over = group.broadcast((config, run.starts_over))
         if config.train.precision == "auto":
             precision: Any = native_precision(device)
-            # Recorded as what it stands for: on another device, "auto" might resume in another precision.
+            # Recorded as resolved: "auto" might resume in another precision on another device.
             config = replace(config, train=replace(config.train, precision=precision))
         if not is_native(config.train.precision, device):
             log.warning(
@@ -150,7 +150,7 @@ def train(
                 config.train.precision,
                 device.type,
             )
-        checkpoint = None if is_anew else find_intact(run.checkpoints, group)
+        checkpoint = None if starts_over else find_intact(run.checkpoints, group)
         trainer = learner(config, device, checkpoint, group)
 
         # -------------------------------------------------------------------- data, and durations in steps
@@ -176,7 +176,7 @@ def train(
         )
 
         def steps(duration: str) -> int:
-            # In batches of the real size: of few images, a batch is all of them.
+            # Uses the real batch size, which is smaller if there are fewer images.
             size, per_epoch = loader.batch_size, loader.steps_per_epoch
             return max(1, Duration.parse(duration).steps(batch_size=size, steps_per_epoch=per_epoch))
 
@@ -214,18 +214,18 @@ def train(
             latest, metrics, quarantine = dict[str, float](), None, None
             if group.is_main:
                 read_bests(run, trainer.step, keeping, stopping)
-                if not is_over():  # a finished run stays as it is
+                if not is_over():  # a finished run is not changed
                     run.begin(config, sources, device, trainer.step, group=group, overwrite=overwrite)
                     for line in opening_lines(config, micro, trainer, loader, len(source), total, run):
                         reporter.note(line)
-                # Lines after the checkpoint are dropped, as their steps are done again; of a run that
-                # begins, also those of step 0.
+                # Lines after the checkpoint are dropped, as their steps run again; in a new run, also those
+                # of step 0.
                 latest = run.cut_metrics(trainer.step or -1)
                 setting = config.flag("data.max_bad_fraction")
                 quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction, setting)
                 loggers = None
                 if not is_over():
-                    stack.enter_context(run.beating(lambda: trainer.step, total))
+                    stack.enter_context(run.heartbeat(lambda: trainer.step, total))
                     loggers = Loggers(config, run, trainer.step)
                 metrics = stack.enter_context(MetricsLog(run.metrics, loggers))
             baselines = run.baselines() if group.is_main else {}
@@ -234,10 +234,10 @@ def train(
         if not group.is_main:
             stack.enter_context(log_to_file(run.logs / f"rank_{group.rank:04d}.log"))
 
-        waited_s, nonfinite, is_behind, is_time_to_save, is_best = 0.0, 0, False, False, False
+        waited_s, nonfinite, has_warned, is_time_to_save, is_best = 0.0, 0, False, False, False
         failure: DataError | None = None
         unreadable: list[BadSample] = []
-        cut_short: set[str] = set()
+        interrupted: set[str] = set()
         saver = Saver(group, in_background=config.checkpoint.in_background)
         saved_step = -1 if is_fitted_now else trainer.step
         saved_at_s = time.monotonic()
@@ -246,9 +246,9 @@ def train(
             return trainer.step % every == 0 or trainer.step == total
 
         def arriving(step: Step) -> Iterator[Batch]:
-            """The step's micro-batches as they arrive; lists what is unreadable, and measures the wait."""
-            # The trainer takes them from here one by one, so that workers read on while it computes. What is
-            # measured is only the time in which it had nothing to compute.
+            """Yield the step's micro-batches as they arrive; collect unreadable images, measure the wait."""
+            # The trainer consumes them one by one, so workers read while it computes. Only the time in which
+            # it has nothing to compute counts as waiting.
             nonlocal waited_s, failure
             waited_s, samples = 0.0, 0
             share = loader.batch_size / group.size
@@ -257,7 +257,7 @@ def train(
                 try:
                     batch = NO_IMAGES if failure else next(step.micro_batches)
                 except DataError as error:
-                    # Other ranks wait for this one in every pass, so it takes part until the step's end.
+                    # Other ranks wait for this one in every pass, so it takes part until the step ends.
                     batch, failure = NO_IMAGES, error
                 waited_s += time.perf_counter() - started_s
                 unreadable.extend(batch.bad)
@@ -269,12 +269,12 @@ def train(
                     reporter.within(step.index, min(1.0, samples / share))
 
         def notes() -> list[float]:
-            """What this rank has to say at the end of a step; all ranks learn the sums."""
+            """Flags and counts of this rank at the end of a step; all ranks get the sums."""
             is_time_to_save = group.is_main and time.monotonic() - saved_at_s >= save_every_s
             return [is_time_to_save, failure is not None, len(unreadable)]
 
         def check(sums: Sums) -> None:
-            """List what was unreadable; end the run if it was too much, or if a rank could not read on."""
+            """Record unreadable images; end the run if there are too many, or if a rank failed to read."""
             nonlocal is_time_to_save, baselines
             if not baselines:
                 baselines = trainer.reference_losses(first_images, BASELINE_IMAGES)
@@ -294,7 +294,7 @@ def train(
                             for bad in (bad for of_rank in found for bad in of_rank):
                                 quarantine.add(bad)
             except (DataError, DistributedError):
-                # A step that lacks images has changed no weight: those before it are saved.
+                # This step has not changed the weights yet, so the previous step can be saved.
                 save()
                 saver.wait()
                 if trainer.step:
@@ -303,7 +303,7 @@ def train(
 
         def record(kind: str, values: dict[str, float]) -> None:
             nonlocal is_best
-            is_best |= keeping.add(trainer.step, values)  # alike on all ranks, as the values are
+            is_best |= keeping.add(trainer.step, values)  # equal on all ranks, as the values are
             stopping.add(trainer.step, values)
             if metrics is not None:
                 run.check_present()
@@ -311,7 +311,7 @@ def train(
             latest.update({name: value for name, value in values.items() if math.isfinite(value)})
 
         def validate() -> None:
-            """Measure the validation loss, unless the run is asked to stop meanwhile."""
+            """Measure the validation loss; give up if the run is asked to stop meanwhile."""
             assert val is not None
             reporter.busy_with = "a batch of the validation"
             batches = eval_batches(
@@ -326,39 +326,39 @@ def train(
             measured = trainer.validate(batches, lambda: stop)
             reporter.busy_with = ""
             if measured is None:
-                return cut_short.add("val")
+                return interrupted.add("val")
             values, bad = measured
             if bad:
                 log.warning("%d validation images cannot be read, such as %s: %s", len(bad), *bad[0][1:])
             record("val", {**values, "val_bad": len(bad)})
 
         def observe(*, at_start: bool = False) -> None:
-            """Call the monitors whose time it is; all values or none are recorded."""
+            """Call the monitors that are due; record all of their values or none."""
 
-            # They may draw and reseed what they like: a step takes no number from a global generator.
+            # They may use or reseed global generators: a training step draws no numbers from them.
             def should_stop() -> bool:
                 if group.any(stop):
-                    cut_short.add("monitor")
-                return "monitor" in cut_short
+                    interrupted.add("monitor")
+                return "monitor" in interrupted
 
             event = MonitorEvent(trainer.step, out, device, group, should_stop, metrics and metrics.image)
             values: dict[str, float] = {}
             for monitor, every in zip(monitors, monitor_every, strict=True):
                 if at_start or is_time(every):
                     reporter.busy_with = "a batch of the monitors"
-                    with trainer.looking() as model:
+                    with trainer.evaluating() as model:
                         values |= group.broadcast(monitor(model, event))
                     reporter.busy_with = ""
-            if values and "monitor" not in cut_short:
+            if values and "monitor" not in interrupted:
                 record("monitor", values)
 
         def save() -> None:
-            """Write a checkpoint of the steps done, unless there is one, and remove old ones."""
+            """Write a checkpoint of the current step, unless there is one, and prune old ones."""
             nonlocal saved_step, saved_at_s, is_best
             if trainer.step == saved_step:
                 return
-            # A step whose loss and gradient are finite can still make weights that are not. Never saved, they
-            # cannot replace the last good checkpoint.
+            # Weights can become non-finite although loss and gradient are finite. Such weights are never
+            # saved, so they cannot replace the last good checkpoint.
             weights = trainer.model.state_dict().values()
             if group.any(not all(local_part(tensor).isfinite().all() for tensor in weights)):
                 raise NonFiniteError(
@@ -368,12 +368,12 @@ def train(
             with group.together():
                 if metrics is not None:
                     run.check_present()
-                    # First the loss curve, then the checkpoint's name: after a power cut, a checkpoint
-                    # without the lines up to it would leave a gap in the curve.
+                    # Sync the loss curve before the checkpoint appears. Otherwise a power cut could leave a
+                    # checkpoint without the metrics up to it, and the curve would have a gap.
                     metrics.sync()
             step, best, best_step = trainer.step, keeping.record(), keeping.step
             saver.wait()
-            snapshot = trainer.snapshot(sorted(cut_short), copied=saver.in_background)
+            snapshot = trainer.snapshot(sorted(interrupted), copied=saver.in_background)
 
             def write(group: Group) -> None:
                 write_snapshot(run.checkpoints, snapshot, step, group, data=data)
@@ -388,27 +388,27 @@ def train(
 
         # ---------------------------------------------------------------------------------------- the loop
         with stop_on_signals(reporter.finishing, is_quiet=not group.is_main) as stop, reporter:
-            # Fitted tokens are saved at once. A run that is killed early must not fit them again: k-means is
-            # the same on the same machine only.
+            # Fitted tokens are saved at once, so that a run killed early does not fit them again: k-means is
+            # reproducible only on the same machine.
             if is_fitted_now:
                 save()
             if trainer.step == 0:
                 observe(at_start=True)
             elif not is_over():
-                # What the signal cut short that ended the start before this one.
-                again = set(trainer.cut_short)
+                # Repeat the measurements that the last signal interrupted.
+                again = set(trainer.interrupted)
                 if val is not None and "val" in again:
                     validate()
                 if "monitor" in again:
                     observe()
-                is_best = False  # if so, it has the checkpoint from which the run resumes
-            if group.is_main and keeping.step:  # a kill may have come between that checkpoint and this
+                is_best = False  # a best found here already has a checkpoint: the one resumed from
+            if group.is_main and keeping.step:  # a kill may have come between the checkpoint and best.json
                 run.write_best(keeping.record())
-            reporter.begin(trainer.step, total)  # from here on the time left is estimated
+            reporter.begin(trainer.step, total)  # the remaining time is estimated from here on
             step_iterator = iter(loader)
             is_stopping = group.any(stop)
-            # A signal only sets `stop`: the step in hand is finished, and then saved. What one rank was sent,
-            # all learn at the end of the step, so that they leave after the same one.
+            # A signal only sets `stop`: the current step is finished, then saved. All ranks exchange `stop`
+            # at the end of each step, so they end after the same step.
             while not is_over() and not is_stopping:
                 started_s = time.perf_counter()
                 group.step = trainer.step + 1
@@ -424,7 +424,7 @@ def train(
                 unreadable.clear()
                 arrived = step._replace(micro_batches=arriving(step))
                 outcome = trainer.train_step(arrived, lr, notes=notes, check=check)
-                # Such a step has changed no weight. One may be chance; several in a row do not heal.
+                # A non-finite step changes no weight. One may be chance; several in a row will not recover.
                 nonfinite = 0 if trainer.is_fine(outcome) else nonfinite + 1
                 if nonfinite:
                     log.warning("step %d: loss %s, gradient norm %s; step skipped", step.index, *outcome[:2])
@@ -438,8 +438,8 @@ def train(
                 elapsed_s = time.perf_counter() - started_s
                 trainer.window.add(outcome, waited_s=waited_s, elapsed_s=elapsed_s)
 
-                # Screen and metrics. The window is part of the checkpoint: a resumed run writes the same
-                # means, also if it was interrupted between two lines.
+                # Progress and metrics. The window is part of the checkpoint, so a run that is interrupted
+                # between two lines writes the same means.
                 values = trainer.window.values()
                 epoch = trainer.step / loader.steps_per_epoch
                 num_bad = quarantine.count if quarantine is not None else 0
@@ -463,22 +463,22 @@ def train(
                     record("train", shown | used | (health := trainer.health()))
                     refuse_collapse(health, trainer.step, run, config)
                     trainer.window = Window()
-                    # Told once, until the loss falls below; in the warm-up nothing is expected yet.
+                    # Warn once until the loss falls below, and not during warm-up.
                     warning = not_learned({**values, **health}, baselines) if trainer.step > warmup else None
-                    if warning is not None and not is_behind:
+                    if warning is not None and not has_warned:
                         log.warning("step %d: %s", trainer.step, warning)
-                    is_behind = warning is not None
+                    has_warned = warning is not None
 
                 if val is not None and is_time(val_every):
                     validate()
                 observe()
 
-                # Checkpoint, unless the run is in trouble: what came before it must not be pruned away.
+                # Checkpoint, but not after a non-finite step: that could prune the checkpoints before it.
                 is_time_to_save |= trainer.step % save_every == 0
                 if is_best or (is_time_to_save and not nonfinite):
                     save()
                 is_stopping = group.any(stop)
-            # Complete, or stopped by a signal; in both cases unless the last step was just saved.
+            # The run is complete or was stopped by a signal.
             save()
             saver.wait()
         with group.together():

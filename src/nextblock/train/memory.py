@@ -12,18 +12,18 @@ from nextblock.plan import activation_bytes
 from nextblock.train.learner import Learner
 
 CPU_SHARE = 0.5
-"""What activations may take of the memory that is free on a machine, over all its processes."""
+"""Share of a machine's free memory that activations may use, over all its processes."""
 GPU_SHARE = 0.8
-"""What they may take of a GPU's memory that weights, gradients and moments leave free."""
+"""Share of a GPU's memory for activations, after weights, gradients and moments."""
 BYTES_PER_TRAINED = 12
-"""A gradient and AdamW's two moments, fp32: not there yet before the first step."""
+"""Gradient and AdamW's two moments, fp32; not allocated before the first step."""
 
 
 def largest_micro_batch(trainer: Learner, share: int) -> int:
-    """The images of a forward pass, at most this process's `share` of a batch; the same on all ranks.
+    """Largest micro-batch that fits, at most this process's `share` of a batch; the same on all ranks.
 
-    Counted from the layers' shapes, see `plan.activation_bytes`. On a GPU that number is then tried, unless
-    the model is sharded, and halved until it fits.
+    Estimated from the layers' shapes (`plan.activation_bytes`). On a GPU, unless the model is sharded, the
+    estimate is then tried and halved until it fits.
     """
     config, device, group = trainer.config, trainer.device, trainer.group
     one, two = (
@@ -53,13 +53,13 @@ def largest_micro_batch(trainer: Learner, share: int) -> int:
 
 
 def _even(share: int, most: int) -> int:
-    """Parts of at most `most`, all of about the same size."""
+    """Size of the parts if `share` is divided evenly into parts of at most `most`."""
     passes = -(-share // min(share, most))
     return -(-share // passes)
 
 
 def _runs(trainer: Learner, images: int) -> bool:
-    """Whether a forward and backward pass of so many images finds the memory."""
+    """Whether a forward and backward pass of this many images fits into memory."""
     try:
         trainer.run_empty(images)
     except torch.OutOfMemoryError:
@@ -71,7 +71,7 @@ def _runs(trainer: Learner, images: int) -> bool:
 
 
 def free_memory() -> int:
-    """Bytes that this machine has free, or its container if that has less."""
+    """Free memory in bytes of this machine, or of its container if that has less."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

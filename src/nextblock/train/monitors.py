@@ -1,4 +1,4 @@
-"""What looks at a model while it trains."""
+"""Monitors: measurements of a model during training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nextblock.train.distributed import ALONE, Group
 RANKME_EPS = 1e-7
 
 LogImage = Callable[[int, str, Path], None]
-"""Called with the step, a name such as "pictures/predictions", and a PNG."""
+"""Called with the step, a name such as "pictures/predictions", and the path of a PNG."""
 
 
 def rankme(features: Float[Tensor, "n d"]) -> float:
     """Effective rank of features, from 1 to min(n, d): RankMe, Garrido et al., arXiv 2210.02885, ICML 2023.
 
-    exp of the entropy of the singular values, which are divided by their sum; 1e-7 is added to each. Compare
-    it between measurements on the same images only: it grows with their number.
+    It is exp of the entropy of the normalised singular values, plus 1e-7 each. Compare values on the same
+    images only, as it grows with their number.
     """
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum() + RANKME_EPS
@@ -31,29 +31,29 @@ def rankme(features: Float[Tensor, "n d"]) -> float:
 
 
 class MonitorEvent(NamedTuple):
-    """When and where a monitor is called."""
+    """Context of a monitor call."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     run_dir: Path
-    """The run directory; a monitor writes into a folder of its own in it."""
+    """The run directory; a monitor writes into its own folder there."""
     device: torch.device
-    """The model's."""
+    """Device of the model."""
     group: Group = ALONE
     """The processes of the run. All call every monitor; only `group.is_main` may write."""
     should_stop: Callable[[], bool] = bool
-    """Whether the run was asked to stop: what is returned is then dropped. All ranks must ask alike."""
+    """Whether the run was asked to stop; results are then dropped. All ranks must call it equally often."""
     log_image: LogImage | None = None
-    """Sends a picture to the run's loggers; None on ranks that have none."""
+    """Sends a picture to the run's loggers; None on ranks without loggers."""
 
 
 @runtime_checkable
 class Monitor(Protocol):
-    """Looks at the model every `every` (a duration such as "20ep"), and at the end of the run.
+    """Measures the model every `every` (a duration such as "20ep") and at the end of the run.
 
-    The model is in evaluation mode without gradients. What is returned is logged under its names. A monitor
-    leaves the model as it was, so that a run with and without it ends with the same weights. With several
-    processes, all call it and must call the model equally often, as each may hold a part of it.
+    The model is in evaluation mode without gradients. The returned values are logged under their names. A
+    monitor must not change the model, so a run ends with the same weights with and without it. All processes
+    call it and must call the model equally often, as each may hold a shard of it.
     """
 
     every: str

@@ -1,4 +1,4 @@
-"""One model on several processes: a copy each (DDP), or a part each (FSDP2)."""
+"""One model on several processes: replicated (DDP) or sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Strategy = Literal["single", "ddp", "fsdp"]
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments, fp32."""
 REPLICATED_SHARE = 0.6
-"""`train.strategy auto` replicates a model whose training state fills at most this share of a GPU."""
+"""`train.strategy auto` replicates a model if its training state fills at most this share of a GPU."""
 
 
 def choose_strategy(config: RunConfig, group: Group, device: torch.device) -> Strategy:
-    """What `train.strategy` stands for: auto shards a model only if a GPU could not hold it whole."""
+    """Resolve `train.strategy`: auto shards a model only if it does not fit on one GPU."""
     if config.train.strategy == "fsdp":
         return "fsdp"
     if group.size == 1:
@@ -49,20 +49,20 @@ def choose_strategy(config: RunConfig, group: Group, device: torch.device) -> St
 def replicate(
     model: nn.Module, forward: Any, device: torch.device, touch: Callable[[nn.Module], Tensor]
 ) -> DistributedDataParallel:
-    """Wrap a model for DDP, ready to run the same way in its first step as in every later one.
+    """Wrap a model for DDP so that its first step sums gradients in the same order as every later step.
 
-    `touch` gives a loss of zero that depends on every parameter.
+    `touch` returns a zero loss that depends on every parameter.
     """
-    # Tables are the same everywhere, and centroids never change. Older releases of torch have another name.
+    # Ranks have equal buffers: tables and fixed centroids. The option's name depends on torch's version.
     known = signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {sync_buffers: False, "gradient_as_bucket_view": True}
     if device.type == "cuda":
         options["device_ids"] = [device.index]
     replicas = DistributedDataParallel(forward, **options)
-    # DDP regroups gradients into buckets after its first backward pass. Sums over three ranks and more
-    # depend on the buckets, so a resumed run, whose first pass is another step's, would differ in the last
-    # digit. Two passes over nothing, in every run, leave all steps with the final buckets.
+    # DDP regroups gradients into buckets after its first backward pass, and sums over three or more ranks
+    # depend on the buckets. A resumed run starts with another step, so it would differ in the last digit.
+    # Two empty passes in every run make all steps use the final buckets.
     for _ in range(2):
         touch(replicas).backward()
     model.zero_grad(set_to_none=True)
@@ -72,9 +72,9 @@ def replicate(
 def shard(
     make: Callable[[], NextBlockModel], config: RunConfig, device: torch.device, group: Group
 ) -> NextBlockModel:
-    """Build a model of which every rank holds a part; rank 0 alone calls `make` for the weights.
+    """Build a sharded model; only rank 0 calls `make`, for the weights.
 
-    Each layer is gathered as it is computed. Nowhere but on rank 0's CPU is the whole model in memory.
+    Each layer is gathered when it is computed. Only rank 0 holds the whole model, in CPU memory.
     """
     with group.together():
         weights = make().state_dict() if group.is_main else {}
@@ -83,8 +83,8 @@ def shard(
     assert model.predictor is not None
     layers = [*model.encoder.blocks, *getattr(model.predictor, "blocks", ())]
     mesh = init_device_mesh(device.type, (group.size,))
-    # In this order: recomputation is in the loop over the layers, compilation in each layer, and the root
-    # takes what belongs to no layer.
+    # Layers are compiled before they are sharded; recomputation happens outside, in the loop over layers. The
+    # root shards the parameters that belong to no layer.
     for layer in layers:
         if config.train.compile:
             layer.compile()
@@ -100,26 +100,26 @@ def shard(
 
 
 def full_weights(model: nn.Module) -> Mapping[str, Any]:
-    """The whole weights by name, of a sharded model on rank 0 alone. All ranks must call this."""
+    """Full weights by name; of a sharded model, on rank 0 only. All ranks must call this."""
     if not isinstance(model, FSDPModule):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """Part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that was computed from parts."""
+    """The full tensor, gathered if it is distributed."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def synchronised(forward: nn.Module | Callable[..., object], *, is_last: bool) -> Iterator[None]:
-    """Add gradients up over ranks in the last backward pass of a step only."""
-    # FSDP2 adds them up in every pass: kept unsynchronised they would be kept whole, on every rank.
+    """Sum gradients over ranks only in the last backward pass of a step (DDP)."""
+    # FSDP2 sums in every pass: unsynchronised gradients would need full-size memory on every rank.
     if isinstance(forward, DistributedDataParallel) and not is_last:
         with forward.no_sync():
             yield

@@ -1,6 +1,6 @@
-"""The process a run lives in: device and precision, seeds, memory, signals.
+"""Process-wide state of a run: device and precision, seeds, memory, signals.
 
-A library call must leave its caller's process as it found it, so all that is changed here is put back.
+A library call must not change its caller's process, so every change made here is undone at the end.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def choose_device(name: str) -> torch.device:
     """The named device, or for "auto" the best one; `ValueError` if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, is_there in available.items() if is_there))
+        return torch.device(next(kind for kind, is_available in available.items() if is_available))
     if not available[name]:
-        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        usable = ", ".join(kind for kind, is_available in available.items() if is_available)
         raise UsageError(
-            f"device {name!r} is not available to this torch ({torch.__version__}); available: {there}"
+            f"device {name!r} is not available to this torch ({torch.__version__}); available: {usable}"
         )
     return torch.device(name)
 
 
 def device_name(device: torch.device) -> str:
-    """The device's own name; for a CPU also the number of threads."""
+    """Name of the device; for a CPU, with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -52,9 +52,9 @@ def device_name(device: torch.device) -> str:
 def device_use(
     device: torch.device, images_per_s: float, model: ModelConfig | None, processes: int
 ) -> dict[str, float]:
-    """Peak memory of this process, of its GPU if it has one; TFLOP/s of the model on all devices together.
+    """Peak memory of this process (GPU memory on a GPU), and the model's TFLOP/s on all devices together.
 
-    With the device's 16-bit peak, if that is known, also the share of it: model-FLOPs utilisation (`mfu`).
+    If the device's 16-bit peak is known, also its model-FLOPs utilisation (`mfu`).
     """
     peak = None
     if device.type == "cuda":
@@ -70,24 +70,24 @@ def device_use(
 
 
 def is_native(precision: str, device: torch.device) -> bool:
-    """Whether the device computes in this precision; if not, torch emulates it, on a CPU up to 48x slower."""
+    """Whether the device supports this precision; if not, torch emulates it, up to 48x slower on a CPU."""
     if precision == "fp32" or device.type == "mps":
         return True
     if device.type == "cuda":
         return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and later; "bf16" is ARM's name
-        found = torch.cpu.get_capabilities()
-        return precision == "bf16" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        has = torch.cpu.get_capabilities()
+        return precision == "bf16" and any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return precision == "bf16" and torch.cpu._is_avx512_bf16_supported()
 
 
 def native_precision(device: torch.device) -> str:
-    """What `train.precision auto` stands for: bf16 if the device computes in it, else fp32."""
+    """The precision of `train.precision auto`: bf16 if the device supports it, else fp32."""
     return "bf16" if is_native("bf16", device) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The precision of forward passes; `ValueError` for fp16 on a CPU."""
+    """Autocast context for forward passes; `ValueError` for fp16 on a CPU."""
     if precision == "auto":
         precision = native_precision(device)
     if precision == "fp16" and device.type == "cpu":
@@ -97,7 +97,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def seed_device(seed: int, device: torch.device) -> None:
-    """Seed the global generators that dropout draws from; `torch.manual_seed` would visit every backend."""
+    """Seed the global generators of the CPU and this device; `torch.manual_seed` would seed every backend."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -109,28 +109,28 @@ def seed_device(seed: int, device: torch.device) -> None:
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
-MMAP_MAX, TRIM_THRESHOLD = 65_536, 128 * 1024  # its defaults
+MMAP_MAX, TRIM_THRESHOLD = 65_536, 128 * 1024  # glibc's defaults
 
 
 @contextmanager
 def process_settings(device: torch.device, *, deterministic: bool = False) -> Iterator[None]:
-    """Set memory, algorithms and generators of the whole process for one run; put them back at the end."""
+    """Configure memory, algorithms and generators of the process for one run; restore them at the end."""
     libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform.startswith("linux") else None
     with ExitStack() as stack:
         cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(warnings.catch_warnings())
-        # It warns of operations in place on what a sharded model gives back; we make none.
+        # FSDP2 warns about in-place operations on a sharded model's outputs; there are none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        # Of a gradient with axes of length 1, such as a class token's, whose strides mean nothing.
+        # DDP warns about gradients with axes of length 1 (a class token's), whose strides do not matter.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         if libc is not None and hasattr(libc, "mallopt"):  # musl has none
-            # By default glibc maps a large tensor afresh and unmaps it when it is freed, and the kernel
-            # clears each page at the first touch: on a CPU a tenth of a training step and more. With the heap
-            # for all sizes and no trimming, a step reuses the memory of the one before; the peak is the same.
+            # By default glibc maps each large tensor and unmaps it when freed. The kernel then clears its
+            # pages at first touch, which takes a tenth of a training step or more on a CPU. With the heap for
+            # all sizes and no trimming, a step reuses the memory of the previous one; the peak is the same.
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, -1)
-            stack.callback(libc.malloc_trim, 0)  # callbacks run from the last to the first
+            stack.callback(libc.malloc_trim, 0)  # callbacks run in reverse order
             stack.callback(libc.mallopt, M_TRIM_THRESHOLD, TRIM_THRESHOLD)
             stack.callback(libc.mallopt, M_MMAP_MAX, MMAP_MAX)
         if deterministic:
@@ -162,21 +162,19 @@ class StopRequest:
 
 
 ONE_REQUEST_S = 1.0
-"""Signals that follow each other so closely are one request: Ctrl-C reaches a launcher and its child, which
-then passes it on."""
+"""Signals within this time are one request: Ctrl-C reaches a launcher and its child, to which the launcher
+forwards it."""
 
 
 @contextmanager
 def stop_on_signals(
     doing: Callable[[], str] = lambda: "finishing this step", *, is_quiet: bool = False
 ) -> Iterator[StopRequest]:
-    """Note a signal that asks to stop instead of dying of it; a second one ends the process within seconds.
+    """Record a stop signal instead of exiting; a second signal ends the process within seconds.
 
-    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2: schedulers let one choose. `doing` says what is being
-    finished, and about how long that takes; with `is_quiet` nothing is printed.
-
-    Outside the main thread, where Python
-    handles no signals, nothing is done; nor for SIGHUP if it is ignored (nohup).
+    The signals are SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2, as schedulers differ. `doing` describes the
+    current work and its remaining time; with `is_quiet` nothing is printed. Does nothing outside the main
+    thread, where Python handles no signals, and leaves an ignored SIGHUP (nohup) ignored.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -189,8 +187,8 @@ def stop_on_signals(
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
-    # Python runs a handler between two bytecodes of the main thread: after the step, if torch computes for
-    # minutes. The wakeup descriptor gets the signal's number at once, from C, and a thread reads it there.
+    # Python runs handlers between bytecodes of the main thread, so possibly minutes later if torch is
+    # computing. The wakeup descriptor receives the signal's number at once, from C, and a thread reads it.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -205,7 +203,7 @@ def stop_on_signals(
         signal.set_wakeup_fd(wakeup_before)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.write(writer, b"\0")  # ends the watcher; closing would not, as workers hold this end as well
+        os.write(writer, b"\0")  # ends the watcher; closing would not, as workers inherited this end
         watcher.join()
         os.close(writer)
         os.close(reader)
@@ -228,8 +226,8 @@ def _watch(
                 if doing is not None:
                     _say(f"{name}: {doing()}; then the run is saved. Again: stop at once, unsaved")
             elif time.monotonic() - first_s > ONE_REQUEST_S:
-                # The main thread may be deep in a kernel, so no exception reaches it. What it was writing has
-                # another name until it is complete; workers would outlive it by seconds, so they are killed.
+                # No exception reaches a main thread that is inside a kernel, so exit here. Files that it was
+                # writing have temporary names. Workers would survive for seconds, so they are killed.
                 _say(f"{name}: stopped without saving")
                 for child in multiprocessing.active_children():
                     child.kill()
@@ -237,8 +235,8 @@ def _watch(
 
 
 def _say(text: str) -> None:
-    """Write past Python's buffers: the main thread may hold their lock."""
-    with suppress(OSError):  # the terminal may be gone, which must not keep the run from being saved
-        # A progress bar of two or three lines erases as many when it is next drawn: those below the text.
-        # It also hides the cursor, which is shown again.
+    """Write to stderr without Python's buffers, as the main thread may hold their lock."""
+    with suppress(OSError):  # a closed terminal must not prevent the run from being saved
+        # The progress bar erases two or three lines when it redraws, so leave empty lines below the text. It
+        # also hides the cursor, so show it again.
         os.write(2, (f"\n{text}\x1b[?25h\n\n\n" if os.isatty(2) else f"{text}\n").encode())

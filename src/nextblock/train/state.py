@@ -1,9 +1,9 @@
-"""Checkpoints of a run: the whole weights, and what it needs to resume on any number of processes.
+"""Checkpoints of a run: full weights, and the state to resume on any number of processes.
 
-`step_00001234/` holds `model.safetensors` (encoder and predictor, whole), AdamW's state by parameter
-(`optimizer.safetensors`; of a sharded model `optimizer/`, to which every rank writes its part through
-torch.distributed.checkpoint), `state.json` (step, gradient scaler, the open window of metrics) and
-`checksums.json`.
+`step_00001234/` contains `model.safetensors` (full encoder and predictor), AdamW's state by parameter
+(`optimizer.safetensors`), `state.json` (step, gradient scaler, metrics since the last line) and
+`checksums.json`. For a sharded model every rank writes its part of AdamW's state to `optimizer/` with
+torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 OPTIMIZER_DIR = "optimizer"
 STATE_FILE = "state.json"
 KINDS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps for a parameter."""
+"""AdamW's state of a parameter."""
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint is made of. All ranks take one; of a sharded model each has its part of `moments`."""
+    """Content of a checkpoint, taken by all ranks; for a sharded model, `moments` are this rank's part."""
 
     model: NextBlockModel | ImageClassifier
-    """For its settings."""
+    """Used for its settings."""
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
-    """AdamW's by parameter, and what else the learner keeps."""
+    """AdamW's state by parameter, and `Learner.kept`."""
     state: Mapping[str, Any]
-    """As JSON takes it."""
+    """Serialisable as JSON."""
 
     @classmethod
     def take(
@@ -75,7 +75,7 @@ class Snapshot(NamedTuple):
         kept: Mapping[str, Tensor] | None = None,
         copied: bool = False,
     ) -> Snapshot:
-        """Note a model and its optimizer, or copy them to main memory. All ranks must call this."""
+        """Take the tensors of a model and its optimizer, or CPU copies of them. All ranks must call this."""
         weights = full_weights(model)
         moments = {} if optimizer is None else {**optimizer_tensors(model, optimizer), **(kept or {})}
         if copied:
@@ -87,17 +87,17 @@ class Snapshot(NamedTuple):
 
 
 class Saver:
-    """Writes checkpoints one after the other, on request in a thread while training goes on."""
+    """Writes checkpoints in sequence, optionally in a thread while training continues."""
 
     def __init__(self, group: Group, *, in_background: bool) -> None:
         self.in_background = in_background
-        # A thread's messages must not mix with those of training, so it has a process group of its own.
+        # The thread's messages must not mix with those of training, so it has its own process group.
         self._group = group.twin() if in_background else group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, write: Callable[[Group], None]) -> None:
-        """Call `write` with the group to use, now or in the background; first wait for the one before."""
+        """Wait for the previous checkpoint, then call `write` with its group, now or in the background."""
         self.wait()
         if not self.in_background:
             write(self._group)
@@ -113,7 +113,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for what is being written, and raise what went wrong with it."""
+        """Wait for the checkpoint that is being written, and raise its error if it failed."""
         if self._thread is not None:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
@@ -130,17 +130,14 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     data: DataConfig | None = None,
 ) -> Path:
-    """Write `directory/step_XXXXXXXX` by one process; see `write_snapshot`."""
+    """Write `directory/step_XXXXXXXX` from a single process; see `write_snapshot`."""
     return write_snapshot(directory, Snapshot.take(model, optimizer, state), step, ALONE, data=data)
 
 
 def write_snapshot(
     directory: Path, snapshot: Snapshot, step: int, group: Group, *, data: DataConfig | None = None
 ) -> Path:
-    """Write `directory/step_XXXXXXXX`, which appears whole or not at all. All ranks must call this.
-
-    The directory must be on a disk that all ranks see.
-    """
+    """Write `directory/step_XXXXXXXX` atomically. All ranks must call this and see the same disk."""
     model, weights, moments, state = snapshot
     target = directory / f"step_{step:08d}"
     with ExitStack() as stack:
@@ -157,8 +154,8 @@ def write_snapshot(
                     f"{group.name(group.rank)} does not see {aside}, which rank 0 made; --out must be on a "
                     "disk that all hosts share"
                 )
-        # Each rank reads again what it wrote: a disk that is full or fails can leave a file of the right size
-        # with other bytes. Sums tell.
+        # Each rank reads its files back for checksums: a full or failing disk can leave a file of the right
+        # size with wrong bytes.
         sums: dict[str, Any] = {}
         if isinstance(model, FSDPModule):
             with writing(target), _one_failure(group):
@@ -186,10 +183,10 @@ def write_snapshot(
 def load_state(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group = ALONE
 ) -> dict[str, Any]:
-    """Give the optimizer its state and return the rest. All ranks must call this; how many is free."""
+    """Load the optimizer's state and return the rest. All ranks must call this; their number may differ."""
     if not (checkpoint / STATE_FILE).is_file():
         raise CheckpointError(
-            f"{checkpoint} was written by an earlier version of nextblock, whose runs this one does not "
+            f"{checkpoint} was written by an earlier version of nextblock, whose runs this version cannot "
             f"resume; train on from its weights: --model.init {checkpoint} with another --out"
         )
     directory, whole_file = checkpoint / OPTIMIZER_DIR, checkpoint / OPTIMIZER_FILE
@@ -197,43 +194,43 @@ def load_state(
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         reader = distributed_reader(directory) if directory.is_dir() else None
         stored = load_file(whole_file) if reader is None else reader.read_metadata().state_dict_metadata
-    found: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for kind in KINDS:
             key = f"{name}/{kind}"
-            if key not in stored:  # fixed, or no step was made
+            if key not in stored:  # not trained, or no step was made
                 continue
-            # As the parameter is, whole or in parts: the reader of parts fetches just what it finds here.
+            # Sharded like its parameter: `dcp.load` fills these tensors in place with this rank's parts.
             like = parameter.detach() if kind != "step" else torch.zeros((), device=parameter.device)
             if reader is not None:
-                found[key] = torch.zeros_like(like)
+                loaded[key] = torch.zeros_like(like)
             elif isinstance(like, DTensor):
-                found[key] = distribute_tensor(
+                loaded[key] = distribute_tensor(
                     stored[key].to(like.device), like.device_mesh, like.placements, src_data_rank=None
                 )
             else:
-                found[key] = stored[key].to(like.device)
+                loaded[key] = stored[key].to(like.device)
     if reader is not None:
         with _one_failure(group):
-            dcp.load(found, storage_reader=reader, no_dist=group.size == 1)  # type: ignore[arg-type]
+            dcp.load(loaded, storage_reader=reader, no_dist=group.size == 1)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
-        own = {kind: found[f"{name}/{kind}"] for kind in KINDS if f"{name}/{kind}" in found}
+        own = {kind: loaded[f"{name}/{kind}"] for kind in KINDS if f"{name}/{kind}" in loaded}
         if own:
             optimizer.state[parameter] = own
     return state
 
 
 def find_intact(directory: Path, group: Group = ALONE) -> Path | None:
-    """The latest undamaged checkpoint, from which a run can resume; later ones are renamed.
+    """Find the latest undamaged checkpoint to resume from, and rename later ones.
 
-    Raises `CheckpointError` if all are damaged. All ranks must call this: they share the reading.
+    Raises `CheckpointError` if all are damaged. All ranks must call this, as they share the reading.
     """
-    # From the last to the first: those before an undamaged one are not looked at, as each is read in full.
+    # Latest first, stopping at an undamaged one, as each check reads the whole checkpoint.
     damaged: list[tuple[Path, str]] = []
     intact = None
     for path in reversed(group.broadcast(checkpoints(directory)).values()):
-        found = group.gather(find_damage(path, rank=group.rank, world_size=group.size))
-        damage = next((one for one in found if one is not None), None)
+        reports = group.gather(find_damage(path, rank=group.rank, world_size=group.size))
+        damage = next((one for one in reports if one is not None), None)
         if damage is None:
             intact = path
             break
@@ -246,14 +243,14 @@ def find_intact(directory: Path, group: Group = ALONE) -> Path | None:
     for path, damage in damaged if group.is_main else ():
         aside = path.with_name(f"damaged_{path.name}")
         log.warning("%s; resuming from the checkpoint before it; renamed to %s", damage, aside.name)
-        # Not deleted, as its weights may be wanted. The new name is no checkpoint's, so it is not pruned.
+        # Kept, as its weights may still be useful. Its new name is not a checkpoint's, so it is never pruned.
         remove(aside)
         path.rename(aside)
     return intact
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter and kind, "encoder.norm.weight/exp_avg": no order of parameters in it."""
+    """AdamW's state by parameter and kind ("encoder.norm.weight/exp_avg"), not by parameter order."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -263,19 +260,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 @contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
-    """Turn whatever is wrong with a checkpoint's files into a `CheckpointError`."""
+    """Turn errors in reading a checkpoint's files into a `CheckpointError`."""
     try:
         yield
     except (OSError, ValueError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{checkpoint} cannot be resumed from ({' '.join(str(error).split())}); remove it to resume from "
+            f"cannot resume from {checkpoint} ({' '.join(str(error).split())}); remove it to resume from "
             "the one before"
         ) from error
 
 
 @contextmanager
 def _one_failure(group: Group) -> Iterator[None]:
-    """Turn torch's collected failures of ranks, which are no `Exception`, into one."""
+    """Turn torch's `CheckpointException` of several ranks, which is not an `Exception`, into one error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

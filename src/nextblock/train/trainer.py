@@ -1,4 +1,4 @@
-"""What pre-trains: the next-block loss of a micro-batch, its divisors, its validation, its fitted targets."""
+"""Pre-training: the next-block loss of a micro-batch and its divisors, validation, and fitted targets."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ from nextblock.train.parallel import choose_strategy, shard
 log = logging.getLogger(__name__)
 
 HEALTH_VECTORS = 1024
-"""So many target vectors of a micro-batch, chosen at random, are looked at for collapse."""
+"""Number of random target vectors per micro-batch that are checked for collapse."""
 
 
 class Trainer(Learner):
-    """A model that learns to predict next blocks: made fresh (or from `model.init`), or from a checkpoint."""
+    """Trains a model to predict next blocks: a fresh one (or from `model.init`), or one from a checkpoint."""
 
     model: NextBlockModel
 
@@ -77,21 +77,21 @@ class Trainer(Learner):
         super().__init__(config, device, group, model, build_optimizer(model, config.optim), strategy)
         if config.train.compile and strategy != "fsdp":
             self._forward = torch.compile(model)
-        self._orders = model.orders.cpu()  # drawn from there: no wait for a GPU in every step
-        # A hole changes each distance's number by its own ratio.
+        self._orders = model.orders.cpu()  # on the CPU, so drawing one never waits for a GPU
+        # A missing image scales the count of each distance by another ratio.
         self.holes_differ = config.model.prefix and config.model.num_predicted_blocks > 1
-        # Two for each layer: attention and MLP.
+        # Two per layer: attention and MLP.
         self.loader_options = {"drop_path_draws": 2 * config.model.depth if config.model.drop_path else 0}
         self.counted = config.model
         self._may_collapse = model.targets is not None and model.targets.may_collapse
         self._last: list[tuple[Tensor, Tensor]] | None = None
-        """Targets of the last micro-batch, then the losses of each distance; and which of them count."""
+        """Targets of the last micro-batch, then the losses of each distance, each with its `kept` mask."""
         self.resume(checkpoint)
 
     # ------------------------------------------------------------------------------------------- the loss
 
     def _draw(self, step: Step) -> tuple[Int64[Tensor, " k"], Float[Tensor, ""] | None]:
-        """The order of the blocks, one of the model's set, and the scale of rotary coordinates."""
+        """Draw a block order from the model's set, and the scale of rotary coordinates."""
         seed, limit = self.config.seed, self.config.model.rope_rescale
         order_index = keyed_rng(seed, "block-order", step.index).integers(len(self._orders))
         scale = None
@@ -110,7 +110,7 @@ class Trainer(Learner):
         if self._may_collapse or self.config.model.predict_visible:
             losses = [(part.block_loss.detach(), part.kept) for part in out.distances]
             self._last = [(out.targets, out.kept), *losses]
-        # The share of this micro-batch in the batch's loss; gradients add up to those of the batch.
+        # Divided by the counts of the global batch, so gradients of micro-batches sum to the batch's.
         return combine([part.block_loss for part in out.distances], divisors)
 
     def _touch(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
@@ -123,21 +123,21 @@ class Trainer(Learner):
             return 0 * forward(images, self.model.orders[0].cpu(), prefix, draws).loss
 
     def _orders_of(self, batch: Batch) -> Int64[Tensor, "b k"] | None:
-        """The images' own orders; None if all have the same."""
+        """Block orders per image; None if all images share one."""
         if self.config.model.order != "per_image":
             return None
         visits, samples = batch.visits.tolist(), batch.samples.tolist()
         return draw_orders(self.config.seed, visits, samples, self.config.model.num_blocks)
 
     def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
-        """How many blocks of each image all its tokens may attend to; None if the model has no prefix."""
+        """Prefix length of each image in blocks; None if the model has no prefix."""
         if not self.config.model.prefix:
             return None
         visits, samples = batch.visits.tolist(), batch.samples.tolist()
         return draw_prefix_lengths(self.config.seed, visits, samples, self.config.model.num_blocks)
 
     def _counts(self, visits: list[int], samples: list[int]) -> list[int]:
-        """How many blocks of these images are predicted, one number for each distance."""
+        """Number of predicted blocks in these images, for each distance."""
         model = self.config.model
         if not model.prefix:
             return [len(samples) * model.steps(distance).number for distance in model.distances]
@@ -147,36 +147,35 @@ class Trainer(Learner):
     # ---------------------------------------------------------------------------- evaluation, fitted targets
 
     def reference_losses(self, own: Sequence[UInt8[Tensor, "_ c h w"]], most: int) -> dict[str, float]:
-        """The loss of predictions that need no model, by name (see `targets`), on the first `most` images.
+        """Losses of predictions that need no model, by name (see `targets`), on the first `most` images.
 
-        `own` are this rank's; with those of the others they do not depend on ranks or micro-batches. Empty
-        if there is none.
+        `own` contains this rank's images. They are gathered, so the result does not depend on ranks or
+        micro-batches. Empty if there are no images.
         """
-        found = [images for of_rank in self.group.gather(list(own)) for images in of_rank if len(images)]
-        if not found:
+        parts = [images for of_rank in self.group.gather(list(own)) for images in of_rank if len(images)]
+        if not parts:
             return {}
-        images = torch.cat(found)[:most]
-        with self.looking() as model:
+        images = torch.cat(parts)[:most]
+        with self.evaluating() as model:
             assert model.targets is not None, "checked before training begins"
             targets = model.targets_of(self.to_model(images), model.orders[0])
             losses = model.targets.reference_losses(targets)
-            # What training changes is not to be compared with later losses.
+            # If training changes the targets, these losses are not comparable with later ones.
             when = "initial_" if self._may_collapse else ""
             return {f"{when}{name}": loss.mean().item() for name, loss in losses.items()}
 
     def validation_loss(
         self, batches: Iterator[Batch], should_stop: Callable[[], object] = bool
     ) -> tuple[float, list[BadSample]] | None:
-        """The loss over all these images, under the first order (NaN of none), and those unreadable.
+        """Mean loss over all images under the first order (NaN if there are none), and unreadable images.
 
-        An image's prefix or order, if the model has one for each, is that of its visit 0, always the same.
-        None if it was asked to stop before the end.
+        Prefixes and orders per image are always those of visit 0. Returns None if asked to stop.
         """
-        # Sums and counts for each distance, in fp64 on the CPU: the mean does not depend on batches or ranks.
+        # Sums and counts per distance in fp64 on the CPU, so the mean does not depend on batches or ranks.
         distances = len(self.config.model.distances)
         totals = torch.zeros(2, distances, dtype=torch.float64)
         bad: list[BadSample] = []
-        with self.looking() as model:
+        with self.evaluating() as model:
             for batch in batches:
                 bad += batch.bad
                 if self.group.any(should_stop()):
@@ -200,29 +199,29 @@ class Trainer(Learner):
         return None if measured is None else ({"val_loss": measured[0]}, measured[1])
 
     def health(self) -> dict[str, float]:
-        """Of the last micro-batch, the mean over ranks: how alike targets are, and parts of the loss."""
-        found: dict[str, float] = {}
+        """Similarity of targets and parts of the loss in the last micro-batch, averaged over ranks."""
+        values: dict[str, float] = {}
         if self._last is not None and self.config.model.predict_visible:
             nearest, *_, visible = (losses[kept].mean().item() for losses, kept in self._last[1:])
-            found |= {"loss_next": nearest, "loss_visible": visible}
+            values |= {"loss_next": nearest, "loss_visible": visible}
         if self._last is not None and self._may_collapse:
             targets, kept = self._last[0]
             vectors = targets[kept].flatten(0, -2)
-            # From everywhere: those of one image or one place are more alike.
+            # Sampled over images and positions, as vectors of one image or position are more similar.
             chosen = torch.randperm(len(vectors), generator=torch.Generator("cpu").manual_seed(0))
             vectors = vectors[chosen[:HEALTH_VECTORS].to(vectors.device)].float().cpu()
-            found |= dict.fromkeys(("target_variance", "target_rankme"), math.nan)
+            values |= dict.fromkeys(("target_variance", "target_rankme"), math.nan)
             if vectors.isfinite().all():  # else there are no singular values
                 units = torch.nn.functional.normalize(vectors, dim=-1)
-                alike = torch.nn.functional.cosine_similarity(units.mean(0), units, dim=-1).mean()
-                found |= {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
-                found["mean_loss"] = 1 - alike.item()  # of predicting their mean now
-        of_ranks = [of_rank for of_rank in self.group.gather(found) if of_rank]
+                similarity = torch.nn.functional.cosine_similarity(units.mean(0), units, dim=-1).mean()
+                values |= {"target_variance": spread(vectors), "target_rankme": rankme(vectors)}
+                values["mean_loss"] = 1 - similarity.item()  # loss of predicting their current mean
+        of_ranks = [of_rank for of_rank in self.group.gather(values) if of_rank]
         names = (of_ranks or [{}])[0]
         return {name: sum(of_rank[name] for of_rank in of_ranks) / len(of_ranks) for name in names}
 
     def describe(self) -> tuple[str, str]:
-        """The sizes of encoder and predictor; an image's patches and blocks."""
+        """Describe the sizes of encoder and predictor, and an image's patches and blocks."""
         settings = self.config.model
         encoder = sum(p.numel() for p in self.model.encoder.parameters())
         predictor = sum(p.numel() for p in self.model.parameters()) - encoder
@@ -239,14 +238,14 @@ class Trainer(Learner):
         )
 
     def fit_targets(self, source: Source) -> bool:
-        """Fit the targets, f(seed), if they must be, and return whether they were.
+        """Fit the targets, f(seed), if they need it; return whether they did.
 
-        Raises `ValueError` if the patches of `source` are too few.
+        Raises `ValueError` if `source` has too few patches.
         """
         targets, group = self.model.targets, self.group
         if targets is None or targets.tokenizer is None or not targets.needs_fit:
             return False
-        # Once, on rank 0: k-means gives the same on the same machine only.
+        # Only on rank 0, as k-means is reproducible only on the same machine.
         with group.together():
             if group.is_main:
                 patches = sample_patches(targets.tokenizer, source, self.config)
@@ -265,44 +264,44 @@ def sample_patches(
     max_images: int = 2_000,
     max_patches: int = 200_000,
 ) -> Float[Tensor, "r p"]:
-    """Patches, as the tokenizer sees them, of a sample of centre crops: f(seed, source).
+    """Sample patches of centre crops as the tokenizer sees them, f(seed, source).
 
-    Those of unreadable images are missing. `ValueError` if no image can be read.
+    Unreadable images are skipped. Raises `ValueError` if no image can be read.
     """
     images = keyed_permutation(config.seed, len(source), "tokenizer-images")[:max_images]
     per_image = config.model.num_patches
-    # Chosen by number among all patches of those images, before any is read: then it does not matter which
-    # worker reads an image, or that some image cannot be read.
+    # Chosen by index among all patches before any image is read, so the sample depends neither on which
+    # worker reads an image nor on unreadable images.
     patches = keyed_permutation(config.seed, len(images) * per_image, "tokenizer-patches")[:max_patches]
     chosen = np.zeros(len(images) * per_image, dtype=bool)
     chosen[patches] = True
     of_image = dict(zip(images.tolist(), torch.from_numpy(chosen).view(-1, per_image), strict=True))
     workers = resolve_workers(config.data.workers, source)
-    found = []
+    sampled = []
     for batch in eval_batches(source, config.data, config.model.image_size, 64, images, workers):
         if len(batch.images):
             pixels = normalize(batch.images, config.data.mean, config.data.std)
             kept = torch.stack([of_image[sample] for sample in batch.samples.tolist()])
-            found.append(tokenizer.patches(pixels)[kept])
-    if not found:
+            sampled.append(tokenizer.patches(pixels)[kept])
+    if not sampled:
         raise UsageError(
             f"none of {len(images)} images of {source.spec!r} can be read, so there is nothing to fit "
             "model.target tokens on; give images that can be read"
         )
-    return torch.cat(found)
+    return torch.cat(sampled)
 
 
 def read_run_model(checkpoint: Path) -> NextBlockModel:
-    """The model of a pre-training run's checkpoint."""
+    """Read the model of a pre-training run's checkpoint."""
     model = read_model(checkpoint / MODEL_FILE)
     if not isinstance(model, NextBlockModel):
-        raise CheckpointError(f"{checkpoint} holds a classifier, not the model of a pre-training run")
+        raise CheckpointError(f"{checkpoint} contains a classifier, not the model of a pre-training run")
     return model
 
 
 def _fresh_model(config: RunConfig) -> NextBlockModel:
-    """A model whose weights are f(seed), or those of `model.init`."""
-    # Built on the CPU. `torch.manual_seed` would reseed the caller's GPUs as well.
+    """Build a model with weights f(seed), or with those of `model.init`."""
+    # Built on the CPU. Not `torch.manual_seed`, as that would reseed the caller's GPUs as well.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(keyed_seed(config.seed, "weights"))
         model = NextBlockModel(config.model)

@@ -18,7 +18,7 @@ from nextblock.data.sources.base import DataError, EncodedSource, Labels, check_
 from nextblock.data.sources.folder import any_unicode_form
 from nextblock.data.sources.names import in_class_order, text
 from nextblock.errors import UsageError
-from nextblock.logs import held_back
+from nextblock.logs import muted
 from nextblock.settings import nearest_name
 
 HF_OPTIONS = ("split", "config", "image", "label", "revision")
@@ -40,7 +40,7 @@ class HuggingFaceSource(EncodedSource):
         path = any_unicode_form(Path(name).expanduser())
         self.spec, self._data, self._options = spec, data, options
         try:
-            with held_back(logging.CRITICAL, "datasets", "huggingface_hub"):
+            with muted(logging.CRITICAL, "datasets", "huggingface_hub"):
                 self._rows, self._folders = _load(name, path, options)
         except ImportError as error:
             raise DataError(f"{spec!r} needs a package: pip install datasets") from error

@@ -20,7 +20,7 @@ from nextblock.config import DataConfig
 from nextblock.data.sources import tar
 from nextblock.data.sources.base import DataError, OpenFile
 from nextblock.errors import UsageError
-from nextblock.logs import held_back
+from nextblock.logs import muted
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class RemoteTarSource(tar.TarSource):
         folder = tar.cache_dir(data, "remote")
         with suppress(OSError):  # reported on the first copy; stored indexes may be enough
             folder.mkdir(parents=True, exist_ok=True)
-        with held_back(logging.WARNING, *_TALKATIVE):
+        with muted(logging.WARNING, *_TALKATIVE):
             self._states = tar.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
             total_gb = sum(size for size, _ in self._states) / 1e9
             if total_gb > data.cache_gb:
@@ -92,7 +92,7 @@ class RemoteTarSource(tar.TarSource):
             # A removed copy takes disk space as long as it is open.
             for other in [n for n, file in self._files.items() if os.fstat(file.number).st_nlink == 0]:
                 del self._files[other]
-            with held_back(logging.WARNING, *_TALKATIVE):
+            with muted(logging.WARNING, *_TALKATIVE):
                 self._files[shard] = self._open_copy(shard)
         os.utime(self._files[shard].number)  # the least recently used copies are removed first
         return super()._open(shard)
