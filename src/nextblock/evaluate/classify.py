@@ -1,4 +1,4 @@
-"""Classes of images by a trained classifier: the likeliest of each, and how often right."""
+"""Classify images with a trained classifier, and measure its accuracy if they have labels."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def classify(**settings: Any) -> Result:
     """Classify images; `settings` are the fields of `ClassifySettings`.
 
     Rows of the result: the first images, with index, name, classes and probabilities (likeliest first), and
-    true_class if the source has labels; `out` gets all of them. `facts["measures"]` has the accuracies if all
-    classes of the source are the classifier's. What `out` is made from stands in OUT.about.json: the
-    same command again reads it. Raises `UsageError` if `out` is another file.
+    true_class if the source has labels. `out` contains all images. `facts["measures"]` has the accuracies if
+    the classifier knows all classes of the source. OUT.about.json records how `out` was made; repeating the
+    same call reads it. Raises `UsageError` if `out` is another file.
     """
     config = from_dict(ClassifySettings, settings)
     with evaluation(config, classifier=True) as opened:
@@ -86,7 +86,7 @@ def classify(**settings: Any) -> Result:
                 if opened.group.is_main:
                     opened.report_bad(None)
                     if out is not None:
-                        _about(out).unlink(missing_ok=True)  # of the file that is replaced
+                        _about(out).unlink(missing_ok=True)  # it describes the file that is replaced
                         _write(out, rows, indices)
                         write_text(_about(out), json.dumps(found.as_dict(), indent=1) + "\n")
                     finish()
@@ -94,12 +94,12 @@ def classify(**settings: Any) -> Result:
 
 
 def _about(out: Path) -> Path:
-    """Where it stands what a file of classes is made from, with its first rows and the accuracies."""
+    """The JSON file that records how `out` was made, its first rows and the accuracies."""
     return out.with_name(f"{out.name}.about.json")
 
 
 def classes_of(source: Source, names: Sequence[str] | None) -> Int64[np.ndarray, " n"] | None:
-    """The labels as the classifier numbers its classes; None if it does not know them all by name."""
+    """Labels as indices of the classifier's classes; None if it does not know all classes by name."""
     if names is None or not source.has_labels or not set(source.class_names) <= set(names):
         return None
     numbers = {name: number for number, name in enumerate(names)}
@@ -107,7 +107,7 @@ def classes_of(source: Source, names: Sequence[str] | None) -> Int64[np.ndarray,
 
 
 class _Rows:
-    """The rows of images, made as they are asked for."""
+    """The rows of images, made lazily."""
 
     def __init__(self, table: FeatureTable, classifier: ImageClassifier, source: Source, top: int) -> None:
         self._table, self._source = table, source
