@@ -216,7 +216,7 @@ def test_print_config_refuses_what_a_run_refuses(cli, words):
     ("content", "message"),
     [
         ("optim: {lrr: 1}", "c.yaml, line 1: unknown setting optim.lrr; did you mean optim.lr?"),
-        ("out: r", "c.yaml, line 1: out is no setting of a file; give it as --out on the command line"),
+        ("out: r", "c.yaml, line 1: out cannot be set in a file; give it as --out on the command line"),
         ("\noptimm: {lr: 1}", "c.yaml, line 2: unknown setting optimm.lr; did you mean optim.lr?"),
         ("optim: {lr: fast}", "c.yaml, line 1: optim.lr is 'fast'; it must be a number from 0"),
         ("optim: [1", "c.yaml, line 1: not YAML: "),
@@ -227,7 +227,7 @@ def test_print_config_refuses_what_a_run_refuses(cli, words):
         ("seed: 1\nseed: 2", "c.yaml, line 2: seed is given twice (also line 1); keep one"),
         ("data:\n  val: #h", "line 2: data.val has no value (# begins a comment)"),
         ("data:\n  val: ~", "line 2: data.val is ~; write none"),
-        ("optim: evil.Settings", "line 1: optim must be settings"),
+        ("optim: evil.Settings", "line 1: optim is a section"),
         ("data: {val: {a: 1}}", "unknown setting data.val.a"),
         ("data: {val: [{a: 1}]}", "data.val cannot hold `name: value`"),
         ("data: {val: !!python/name:os.system x}", "a value cannot begin with &, * or !"),
