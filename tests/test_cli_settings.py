@@ -173,7 +173,7 @@ def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
     [
         (
             "pretrain --out r --data.train a b",
-            "'b' belongs to no setting; write --data.train a --data.train",
+            "'b' is unexpected; write --data.train a --data.train",
         ),
         ("pretrain --out r --data d", "unknown setting --data; did you mean --data.train d?"),
         ("pretrain --out r --val d", "--data.val d?"),
@@ -190,16 +190,16 @@ def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
         ("pretrain xtra-tyni --out r", "--preset xtra-tiny?"),
         ("pretrain -o r", "--out?"),
         ("pretrain --out r --model.image_size 32 64", "write --model.image_size 32,64"),
-        ("knn --model r --k 1 20", "'20' belongs to no setting; write --k 1,20 or --k 1 --k 20"),
+        ("knn --model r --k 1 20", "'20' is unexpected; write --k 1,20 or --k 1 --k 20"),
         ("probe --heads linear,attentiv", "heads is 'attentiv'; did you mean attentive?"),
         ("knn --model xtra-tiny --train digits", "xtra-tiny is a preset, not a model; train it first"),
         ("pretrain --out r --config xtra-tiny", "xtra-tiny is a preset; write --preset xtra-tiny"),
         ("pretrain --out r settings.yaml", "did you mean --config settings.yaml?"),
-        ("convert a b c", "c is too much; see nextblock convert --help"),
-        ("convert a b --layers 1 2", "2 is too much; write --layers 1,2 or --layers 1 --layers 2"),
+        ("convert a b c", "c is unexpected; see nextblock convert --help"),
+        ("convert a b --layers 1 2", "2 is unexpected; write --layers 1,2 or --layers 1 --layers 2"),
         ("pretrain --epochs 3", "--train.duration 3ep?"),
         ("pretrain --model.patch 4", "--model.patch_size?"),
-        ("knn --model r d", "'d' belongs to no setting; did you mean --train d?"),
+        ("knn --model r d", "'d' is unexpected; did you mean --train d?"),
     ],
 )
 def test_a_slip_is_answered_with_the_flag_that_is_meant(cli, words, message):

@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"nextblock {verb}", allow_abbrev=False, add_help=False, conflict_handler="resolve"
         )
-        self.add_argument("--json", action="store_true", help="end with one line of JSON")
+        self.add_argument("--json", action="store_true", help="print one line of JSON at the end")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         """Add an argument as in argparse, but `type` may be any annotation, such as `int | None`."""
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
                 if not has_positional:
                     rest = [word, *takewhile(lambda one: not one.startswith("-"), remaining)]
                     meant = self._meant_by_words(rest, words[-1] if words else "", known)
-                    raise UsageError(f"{word!r} belongs to no setting; {meant}")
+                    raise UsageError(f"{word!r} is unexpected; {meant}")
                 self.before.setdefault(word, words[-1] if words else "")
                 words.append(word)
                 continue
@@ -222,7 +222,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{listed(names.split(', '))} must be given; see {self.prog} --help"
         elif what == "unrecognized arguments":
             meant = self._meant_by_words(names.split(), self.before.get(names.split()[0], ""), ())
-            message = f"{names} is too much; {meant}"
+            message = f"{names} is unexpected; {meant}"
         raise UsageError(message)
 
 
@@ -332,7 +332,7 @@ def _layers(
 ) -> tuple[list[dict[str, Any]], argparse.Namespace]:
     """Return the settings of each --config file in order, then those of the flags; and all options."""
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; repeatable")
-    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and stop")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
     options = parser.parse(argv)
     others = vars(options).keys() - hints.keys()
     # Each file stays a separate layer, because `resolve` derives dependent settings layer by layer.

@@ -56,7 +56,7 @@ def pack(argv: Sequence[str]) -> int:
     """Write shards; print their path, unreadable images, and damage."""
     parser = Parser("data pack")
     parser.add_argument("src", type=str, help=SOURCE)
-    parser.add_argument("dst", type=str, help="folder to write; the same command again resumes or reads it")
+    parser.add_argument("dst", type=str, help="folder to write; repeating the command resumes")
     parser.add_settings(PackConfig)
     options, settings = _parse(parser, argv)
     config = built(PackConfig, options)
@@ -86,7 +86,7 @@ def sample(argv: Sequence[str]) -> int:
     add("--fraction", type=Fraction | None, help="share of the images, up to 1")
     add("--count", type=Natural | None, help="number of images")
     add("--per_class", type=Natural | None, help="number of images of each class")
-    add("--seed", type=int, default=0, help="equal seeds draw equal images (default: 0)")
+    add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
     options, settings = _parse(parser, argv)
     fraction, count, per_class = options.fraction, options.count, options.per_class
     require([fraction, count, per_class].count(None) == 2, "give one of --fraction, --count and --per_class")
@@ -114,7 +114,7 @@ def split(argv: Sequence[str]) -> int:
     add("src", type=str, help=SOURCE)
     add("--parts", type=str, required=True, help="names and shares, such as train=0.8,val=0.2")
     add("--out", type=str, required=True, help="folder for the lists, NAME.txt each")
-    add("--seed", type=int, default=0, help="equal seeds make equal parts (default: 0)")
+    add("--seed", type=int, default=0, help="the same seed makes the same parts (default: 0)")
     add("--stratify", action="store_true", help="keep the shares within every class")
     options, settings = _parse(parser, argv)
     parts: dict[str, float] = {}
@@ -135,7 +135,7 @@ def split(argv: Sequence[str]) -> int:
         _say(f"{name}: {len(numbers)} of {whole}: {spec}")
     left_out = len(source) - sum(part["images"] for part in written)
     if left_out:
-        _say(f"in no part: {counted(left_out, 'image')}")
+        _say(f"not in any part: {counted(left_out, 'image')}")
     if options.json:
         end_with_json({"parts": written, "of": len(source), "left_out": left_out})
     return 0
@@ -206,7 +206,7 @@ class DoctorConfig:
 def doctor(argv: Sequence[str]) -> int:
     """Examine images and print a report; return 1 if something would stop a run or spoil its results."""
     parser = Parser("doctor")
-    parser.add_argument("src", type=str, nargs="+", help="images to train on; several are one mixture")
+    parser.add_argument("src", type=str, nargs="+", help="images to train on; several form one mixture")
     parser.add_settings(DoctorConfig)
     parser.add_settings(DataConfig, "data", skip=NOT_OF_DOCTOR)
     options = parser.parse(argv)

@@ -81,7 +81,7 @@ def _draw_confusion(result: Result, out: Path) -> None:
 
 def suite(argv: Sequence[str]) -> int:
     """Probe the benchmarks, or list them; return 1 if one failed or none was measured."""
-    switch = "--list", "list the benchmarks, those below --root, and how to get the others"
+    switch = "--list", "list the benchmarks, whether --root contains them, and how to get them"
     if switch[0] not in argv or {"-h", "--help", "--help-all"} & set(argv):
         return _run(argv, verb="suite", settings=SuiteSettings, after=_suite_code, switch=switch)
     parser = Parser("suite")

@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser("plan")
     add = parser.add_argument
     known: Any = Literal[*GPUS]
-    add("--gpu", type=known | None, help="the GPU, or another with --gpu_memory_gb and --gpu_tflops")
+    add("--gpu", type=known | None, help="GPU model; for others give --gpu_memory_gb and --gpu_tflops")
     add("--gpus", type=Count, default=1, help="number of GPUs (default: 1)")
     add("--gpus_per_node", type=Count, default=8, help="GPUs per machine (default: 8)")
     add("--gpu_memory_gb", type=Positive | None, help="memory per GPU in GB")
@@ -45,60 +45,60 @@ def run(argv: Sequence[str]) -> int:
 
         images = len(open_sources(config.data.train_specs, config.data))
     images = images or KNOWN_IMAGES.get(PRESETS[preset].images)
-    found = plan(config, gpu, options.gpus, mfu=options.mfu, images=images)
+    planned = plan(config, gpu, options.gpus, mfu=options.mfu, images=images)
     if options.json:
         given = {"gpus": options.gpus, "mfu": options.mfu, "images": images}
-        end_with_json({"preset": preset, "gpu": vars(gpu)} | given | found)
+        end_with_json({"preset": preset, "gpu": vars(gpu)} | given | planned)
         return 0
     what = f"{options.gpus} x {options.gpu or 'GPU'} of {gpu.memory_gb:g} GB"
-    batch = f"{counted(found['batch_size'], 'image')} per step, {found['images_per_gpu']:,} per GPU"
+    batch = f"{counted(planned['batch_size'], 'image')} per step, {planned['images_per_gpu']:,} per GPU"
     say(*textwrap.wrap(f"{preset} on {what}: {batch}", 79), "")
-    for name, text in _facts(config, found):
+    for name, text in _facts(config, planned):
         say(*textwrap.wrap(text, 79, initial_indent=f"{name:<12}", subsequent_indent=" " * 12))
     ways = ["1 GPU"] if options.gpus == 1 else ["DDP", "FSDP2"]
     per_node = min(options.gpus, options.gpus_per_node)
     print_table(
         ["", *(f"{way}{again}" for way in ways for again in ("", ",\nrecompute"))],
-        [(name, *(v.rjust(6) for v in values)) for name, *values in _rows(found, options.gpus, per_node)],
-        title="GB on each GPU, and speed",
+        [(name, *(v.rjust(6) for v in values)) for name, *values in _rows(planned, options.gpus, per_node)],
+        title="GB per GPU, and speed",
         below="recompute: with --train.activation_checkpointing true\n"
         "largest micro-batch: the most images that fit in one forward pass on a GPU",
     )
     say("", "Assumed:")
-    for text in _assumptions(config, found, gpu, options.mfu):
+    for text in _assumptions(config, planned, gpu, options.mfu):
         say(*textwrap.wrap(text, 79, initial_indent="- ", subsequent_indent="  "))
     return 0
 
 
-def _facts(config: RunConfig, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(config: RunConfig, planned: dict[str, Any]) -> Iterator[tuple[str, str]]:
     counts = {
-        name: f"{found['parameters'][name] / 1e6:,.1f} M" for name in ("encoder", "predictor", "trained")
+        name: f"{planned['parameters'][name] / 1e6:,.1f} M" for name in ("encoder", "predictor", "trained")
     }
     yield (
         "parameters",
         "encoder {encoder}, predictor {predictor}, together {trained}".format(**counts),
     )
-    forward = found["forward_flops"]
+    forward = planned["forward_flops"]
     whole = sum(forward.values())
     parts = ", ".join(
         f"{name} {flops / whole:.0%}" for name, flops in forward.items() if flops >= whole / 200
     )
-    work = [f"{flops / 1e9:,.1f}" for flops in (whole, found["step_flops"], found["step_flops_recomputed"])]
+    work = [f"{flop / 1e9:,.1f}" for flop in (whole, planned["step_flops"], planned["step_flops_recomputed"])]
     yield (
         "arithmetic",
         f"{work[0]} GFLOP per image forward ({parts}); {work[1]} with the backward pass, "
         f"{work[2]} if layers are recomputed",
     )
-    if found["steps"] is None:
+    if planned["steps"] is None:
         yield (
             "length",
             f"{config.train.duration}; steps depend on the images: give --images N or --data.train DIR",
         )
     else:
-        epochs = "" if found["epochs"] is None else f", {found['epochs']:,.4g} epochs"
-        steps, samples = counted(found["steps"], "step"), counted(found["samples"], "sample")
+        epochs = "" if planned["epochs"] is None else f", {planned['epochs']:,.4g} epochs"
+        steps, samples = counted(planned["steps"], "step"), counted(planned["samples"], "sample")
         yield "length", f"{steps}, {samples}{epochs}"
-    model, optimizer, kept = found["model_bytes"], found["optimizer_bytes"], config.checkpoint.keep
+    model, optimizer, kept = planned["model_bytes"], planned["optimizer_bytes"], config.checkpoint.keep
     yield (
         "checkpoint",
         f"{(model + optimizer) / 1e9:.3g} GB (model {model / 1e9:.3g}, optimizer {optimizer / 1e9:.3g}); "
@@ -106,8 +106,8 @@ def _facts(config: RunConfig, found: dict[str, Any]) -> Iterator[tuple[str, str]
     )
 
 
-def _rows(found: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
-    ways = found["layouts"]
+def _rows(planned: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
+    ways = planned["layouts"]
     digits = 1 if ways[0]["total"] >= 1e9 else 3
     sizes = {
         "weights, fp32": "weights",
@@ -115,8 +115,8 @@ def _rows(found: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]
         "gradients, fp32": "gradients",
         "AdamW's moments, fp32": "moments",
         "exchange between GPUs": "exchange",
-        f"activations, {counted(found['micro_batch'], 'image')}": "activations",
-        "in all": "total",
+        f"activations, {counted(planned['micro_batch'], 'image')}": "activations",
+        "total": "total",
     }
     for name, key in sizes.items():
         if any(way[key] for way in ways):
@@ -132,15 +132,15 @@ def _rows(found: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]
     )
     for name, share in shares.items():
         yield [name, *("-" if rate is None else f"{rate * share:,.0f}" for rate in rates)]
-    if found["steps"] is not None:
+    if planned["steps"] is not None:
         yield [
             "days",
-            *("-" if rate is None else f"{found['samples'] / rate / 86400:,.3g}" for rate in rates),
+            *("-" if rate is None else f"{planned['samples'] / rate / 86400:,.3g}" for rate in rates),
         ]
 
 
-def _assumptions(config: RunConfig, found: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:
-    precision, is_fp32 = found["precision"], found["precision"] == "fp32"
+def _assumptions(config: RunConfig, planned: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:
+    precision, is_fp32 = planned["precision"], planned["precision"] == "fp32"
     yield (
         f"{mfu:.0%} of the peak is reached (--mfu), counting recomputed work; exchange between GPUs and "
         "decoding take no further time"

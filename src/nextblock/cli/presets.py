@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser("presets")
     parser.add_argument("name", type=str, nargs="?", help="preset to show in detail")
     parser.add_argument("--all", action="store_true", help="list the ablations too")
-    parser.add_argument("--draw", type=str | None, help="PNG to write: order of its blocks, attention mask")
+    parser.add_argument("--draw", type=str | None, help="PNG to write: block order and attention mask")
     parser.add_argument(
         "--prefix", type=Natural | None, help="with --draw: blocks that all patches attend to"
     )
@@ -38,8 +38,8 @@ def run(argv: Sequence[str]) -> int:
         require(options.name is not None, "--draw needs a preset: nextblock presets NAME --draw FILE.png")
         require(options.draw.endswith(".png"), f"--draw {options.draw} must be a name that ends in .png")
         return _draw(resolve(chosen[0].config, changes), options)
-    of_draw = [f"--{name}" for name in changes] + ["--prefix"] * (options.prefix is not None)
-    require(not of_draw, f"{listed(of_draw)} is for a picture; give --draw FILE.png too")
+    for_draw = [f"--{name}" for name in changes] + ["--prefix"] * (options.prefix is not None)
+    require(not for_draw, f"give --draw FILE.png with {listed(for_draw)}")
     if options.json:
         end_with_json([_values(preset) for preset in chosen])
     elif options.name:

@@ -29,7 +29,7 @@ VERBS = {
         "data.train out preset data.val train.duration train.batch_size devices",
     ),
     "eval": Verb(
-        "Measure models in several ways, in one table; or a classifier",
+        "Measure models in several ways, or a classifier, in one table",
         (
             "--model RUN --train TRAIN --test TEST --out RUN/eval",
             "--model RUN --model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
@@ -69,7 +69,7 @@ VERBS = {
         run="evaluations:fewshot",
     ),
     "finetune": Verb(
-        "Train encoder and head together, whole or by LoRA",
+        "Train encoder and head together, fully or with LoRA",
         (
             "--model RUN --train TRAIN --test TEST --out RUN/finetuned",
             "--model RUN --train TRAIN --test TEST --out RUN/lora --lora.rank 8",
@@ -167,7 +167,7 @@ VERBS = {
         "model data port open",
     ),
     "runs": Verb(
-        "List the runs below a directory and how they are doing",
+        "List the runs below a directory and their status",
         ("DIR", "RUN", "DIR --json"),
         run="runs:runs",
     ),
@@ -207,7 +207,7 @@ VERBS = {
         run="data:data",
     ),
     "plan": Verb(
-        "Estimate a training's memory and time; nothing is run",
+        "Estimate a training's memory and time without running it",
         (
             "--gpu h100",
             "--preset aim-7b-dfn2b+ --gpus 64 --gpu h100",

@@ -129,7 +129,7 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
             *([("predicts", target)] if can_predict else []),
             ("encoder", size + heads),
         ]
-    facts.append(("parameters", "{} in the encoder, {} in all".format(*map(millions, numbers))))
+    facts.append(("parameters", "{} in the encoder, {} in total".format(*map(millions, numbers))))
     path = (found.path or Path()).absolute()
     places = (path, *path.parents[:3]) if found.format == "nextblock" else ()
     for place in [one for one in places if all((one / file).is_file() for file in RUN_FILES)][:1]:

@@ -54,9 +54,9 @@ def classify(**settings: Any) -> Result:
             with opened.group.together():
                 if not about.is_file():
                     raise UsageError(f"{out} exists; choose another --out, or give --overwrite")
-                found = stored_result(about, "classify", identity)
+                result = stored_result(about, "classify", identity)
             log.info("%s has these classes already", out)
-            return replace(found, columns=_columns(len(found.rows[0]["classes"])))
+            return replace(result, columns=_columns(len(result.rows[0]["classes"])))
         with opened.working(out) as finish:
             table = opened.logits("data", source)
             indices = table.readable()
@@ -74,7 +74,7 @@ def classify(**settings: Any) -> Result:
                 for chosen in np.array_split(indices, -(-len(indices) // CHUNK)):
                     tally.add(table.read(chosen), torch.from_numpy(truth[chosen]))
                 facts["measures"] = tally.measures().row()
-            found = Result(
+            result = Result(
                 verb="classify",
                 rows=tuple(rows.of(indices[:SHOWN])),
                 notes=tuple(_notes(config, facts, has_labels=source.has_labels)),
@@ -88,9 +88,9 @@ def classify(**settings: Any) -> Result:
                     if out is not None:
                         _about(out).unlink(missing_ok=True)  # it describes the file that is replaced
                         _write(out, rows, indices)
-                        write_text(_about(out), json.dumps(found.as_dict(), indent=1) + "\n")
+                        write_text(_about(out), json.dumps(result.as_dict(), indent=1) + "\n")
                     finish()
-            return found
+            return result
 
 
 def _about(out: Path) -> Path:
@@ -152,12 +152,12 @@ def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool)
         yield f"All {counted(facts['num_images'], 'image')}: {config.out}"
     elif more > 0:
         yield f"{counted(more, 'more image')}; --out FILE.csv writes all"
-    found = facts["measures"]
-    if found is not None:
-        top5 = f"top-5 {percent(found['top5'], {})} %, " if facts["num_classes"] > TOP else ""
+    measures = facts["measures"]
+    if measures is not None:
+        top5 = f"top-5 {percent(measures['top5'], {})} %, " if facts["num_classes"] > TOP else ""
         yield (
-            f"top-1 {percent(found['top1'], found, 'top1')} %, {top5}balanced "
-            f"{percent(found['balanced'], {})} % of {counted(found['images'], 'labelled image')}"
+            f"top-1 {percent(measures['top1'], measures, 'top1')} %, {top5}balanced "
+            f"{percent(measures['balanced'], {})} % of {counted(measures['images'], 'labelled image')}"
         )
     elif has_labels:
         yield "No accuracy: the classifier does not know all of these images' classes."

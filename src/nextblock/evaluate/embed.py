@@ -69,13 +69,13 @@ def embed(**settings: Any) -> Embeddings:
         source = open_source(config.data, opened.data)
         identity = opened.identity({"data": source})
         with opened.group.together():
-            is_stored = out.exists() and not config.overwrite
-            if is_stored and (different := differences(_about(out), identity)):
+            is_written = out.exists() and not config.overwrite
+            if is_written and (different := differences(_about(out), identity)):
                 raise UsageError(
                     f"{out} holds other features ({'; '.join(different[:3])}); choose another --out, or "
                     "--overwrite"
                 )
-        if is_stored:
+        if is_written:
             log.info("%s has these features already", out)
         else:
             _write(opened, config, source, identity, out)

@@ -112,22 +112,22 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
     drawn = np.unique(np.concatenate([indices for of_shots in draws.values() for indices in of_shots]))
     rows, rights, images = [], [], 0
     for encoder, tables in frozen_tables(opened, config, sources, train=drawn):
-        known, table = tables["train"], tables["test"]
+        train_table, table = tables["train"], tables["test"]
         readable = table.readable()
         queries, truth, images = table.read(readable).double().numpy(), test.labels[readable], len(readable)
         for text, of_shots in draws.items():
             fits, right, learned = [], [], []
             for draw, indices in enumerate(of_shots):
                 opened.check_stop()
-                few = known.readable(indices)
+                few = train_table.readable(indices)
                 _check_classes(train.labels[few], train.source, text)
                 seed = keyed_seed(config.seed, "folds", draw) % 2**32
-                fit = regress(known.read(few).double().numpy(), train.labels[few], config.folds, seed)
+                fit = regress(train_table.read(few).double().numpy(), train.labels[few], config.folds, seed)
                 fits.append(fit[-1])
                 right.append(fit.predict(queries) == truth)
                 learned.append(len(few))
             measured = [accuracies(of_draw, truth) for of_draw in right]
-            top1 = [one["top1"] for one in measured]
+            top1 = [of_draw["top1"] for of_draw in measured]
             spread = statistics.stdev(top1) if len(top1) > 1 else None
             log.info("%s, labels %s: top-1 %.1f %%", encoder, text, 100 * statistics.fmean(top1))
             rights.append(np.mean(right, axis=0))
@@ -139,7 +139,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
                     "top1": statistics.fmean(top1),
                     "top1_se": None if spread is None else spread / len(top1) ** 0.5,
                     "top1_std": spread,
-                    "balanced": statistics.fmean(one["balanced"] for one in measured),
+                    "balanced": statistics.fmean(of_draw["balanced"] for of_draw in measured),
                     "draws": top1,
                     "c": [float(fit.C) for fit in fits],
                     "unconverged": sum(int(fit.n_iter_.max()) >= MAX_ITERATIONS for fit in fits),

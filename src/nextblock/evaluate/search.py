@@ -64,12 +64,12 @@ def _measure(opened: Evaluation, config: SearchSettings, sources: dict[str, Sour
     features = F.normalize(tables["data"].read(numbers["data"]).to(opened.device), dim=-1)
     query_features = tables["query"].read(numbers["query"]).to(opened.device)
     # One more, because the first may be the query itself.
-    found = nearest_neighbours(query_features, features, config.top + 1)
+    nearest = nearest_neighbours(query_features, features, config.top + 1)
     source, queries, rows = sources["data"], sources["query"], []
     for i, query in enumerate(numbers["query"].tolist()):
         kept = 0
-        nearest = zip(found.similarity[i].tolist(), found.rows[i].tolist(), strict=True)
-        for rank, (similarity, row) in enumerate(nearest, start=1):
+        neighbours = zip(nearest.similarity[i].tolist(), nearest.rows[i].tolist(), strict=True)
+        for rank, (similarity, row) in enumerate(neighbours, start=1):
             index = int(numbers["data"][row])
             is_query = similarity > SAME and torch.equal(queries.read(query), source.read(index))
             kept += not is_query

@@ -50,7 +50,7 @@ def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str
     train = sources["train"]
     names = train.class_names
     if len(names) == 1:
-        raise UsageError(f"{train.spec} has one class only ({names[0]}); give images of two classes or more")
+        raise UsageError(f"{train.spec} has only one class ({names[0]}); give images of at least two classes")
     labelled = {purpose: _matched(train, source) for purpose, source in sources.items()}
     purposes = list(sources)
     for i, purpose in enumerate(purposes):

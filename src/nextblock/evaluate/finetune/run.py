@@ -331,7 +331,7 @@ def _measure(
             # Layer decay protects pre-trained layers; with it, new lower layers would hardly learn.
             model = untrained(model, keyed_seed(config.seed, "untrained encoder"))
             settings = replace(config, layer_decay=1.0)
-            frozen = ", frozen but for the adapters" if config.lora.rank else ""
+            frozen = ", frozen except for the adapters" if config.lora.rank else ""
             notes.append(f"{encoder}: fresh weights{frozen}, trained the same way with layer_decay 1.")
         tuner, epoch = _train(opened, model, settings, out / place, train_on, val, reporter)
         data, batch_size = tuner.config.data, config.encode_batch_size or 128
@@ -349,7 +349,7 @@ def _measure(
         rights.append(measures.right)
         if encoder == MODEL:
             trained = f"adapters of rank {config.lora.rank}" if config.lora.rank else "the whole network"
-            chosen = f"epoch {epoch} was the best on val." if val else "the last one is measured."
+            chosen = f"epoch {epoch} was the best on val." if val else "the last epoch was measured."
             notes.insert(
                 0,
                 f"Trained: {trained} and a {config.head} head, {counted(config.epochs, 'epoch')} of "

@@ -260,9 +260,9 @@ class TuneConfig(RunConfig):
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that make two configurations different runs: {name: (own, other's)}."""
         changed = {name.removeprefix("finetune."): pair for name, pair in super().differences(other).items()}
-        ours = {one.name for one in fields(FinetuneSettings)} - FREE
+        relevant = {one.name for one in fields(FinetuneSettings)} - FREE
         return {
             n: pair
             for n, pair in changed.items()
-            if n.partition(".")[0] in ours or n.startswith(("data.", "model."))
+            if n.partition(".")[0] in relevant or n.startswith(("data.", "model."))
         }

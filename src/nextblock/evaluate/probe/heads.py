@@ -235,10 +235,10 @@ def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
     kinds: list[HeadName] = list(dict.fromkeys(one.candidate.head for one in trained))
     for kind in kinds:
         of_kind = [i for i, one in enumerate(trained) if one.candidate.head == kind]
-        alive = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
-        if not alive:
+        finite = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
+        if not finite:
             raise UsageError(diverged(encoder, [trained[i].candidate for i in of_kind]))
-        best[kind] = max(alive, key=lambda i: (s.top1, -s.loss) if (s := alive[i]) else (0.0, 0.0))
+        best[kind] = max(finite, key=lambda i: (s.top1, -s.loss) if (s := finite[i]) else (0.0, 0.0))
     return best
 
 

@@ -231,9 +231,9 @@ class _Probe:
     def _note_bad(self, purpose: str, bad: Iterable[BadSample]) -> None:
         source, known = self.opened.bad.get(purpose, (self.sources[purpose].source, ()))
         by_number = {one.sample: one for one in (*known, *bad)}
-        found = tuple(by_number[sample] for sample in sorted(by_number))
-        check_bad(found, source, self.opened.data)
-        self.opened.bad[purpose] = (source, found)
+        merged = tuple(by_number[sample] for sample in sorted(by_number))
+        check_bad(merged, source, self.opened.data)
+        self.opened.bad[purpose] = (source, merged)
 
     def _train_batches(self, start: int) -> Iterator[FeatureBatch]:
         """Training batches from step `start`, without unreadable images."""
@@ -277,12 +277,12 @@ class _Probe:
     def _train(self, encoder: str, candidates: Sequence[Candidate]) -> list[Head]:
         """Train heads side by side, resuming from a saved state."""
         opened, config, plan = self.opened, self.config, self.schedule
-        seen = [self.columns.index(one.features) for one in candidates]
+        columns = [self.columns.index(one.features) for one in candidates]
         heads = [
             one.create(self.shapes[column][-1], len(self.class_names), config.seed).to(opened.device)
-            for one, column in zip(candidates, seen, strict=True)
+            for one, column in zip(candidates, columns, strict=True)
         ]
-        grid, place, state, step = Grid(heads, candidates, seen, config, plan), None, None, 0
+        grid, place, state, step = Grid(heads, candidates, columns, config, plan), None, None, 0
         if self.states is not None and opened.group.is_main:
             # The file name is a hash of everything that these heads depend on.
             key = json.dumps(

@@ -73,35 +73,35 @@ def suite(**settings: Any) -> Result:
                     stack.enter_context(exclusive(out))
                     old_rows = stored.rows if stored else ()
                     rows = {row["benchmark"]: row for row in old_rows if row["status"] == MEASURED}
-                    for one in config.benchmarks:
+                    for bench in config.benchmarks:
                         if config.overwrite:
-                            (out / one.name / "probe.json").unlink(missing_ok=True)
-                        if one.name not in rows:
+                            (out / bench.name / "probe.json").unlink(missing_ok=True)
+                        if bench.name not in rows:
                             try:
-                                sources[one.name] = sources_of(one, config.root, out / "lists", config)
+                                sources[bench.name] = sources_of(bench, config.root, out / "lists", config)
                             except (ValueError, OSError) as error:
-                                rows[one.name] = _problem(one, error)
+                                rows[bench.name] = _problem(bench, error)
             rows, sources = opened.group.broadcast((rows, sources))
             place = out if opened.group.is_main else None
             del opened  # each probe opens the model again; two copies need not be in memory
         result = _result(config, identity, rows, place)
-        wanted = [one for one in config.benchmarks if one.name in sources]
-        for i, one in enumerate(wanted, start=1):
-            log.info("%s, %d of %d", one.title, i, len(wanted))
+        wanted = [bench for bench in config.benchmarks if bench.name in sources]
+        for i, bench in enumerate(wanted, start=1):
+            log.info("%s, %d of %d", bench.title, i, len(wanted))
             try:
-                rows[one.name] = _measured(probe(**config.probe(one, *sources[one.name])))
+                rows[bench.name] = _measured(probe(**config.probe(bench, *sources[bench.name])))
             except (Stopped, LaunchError):
                 raise
             except (ValueError, RuntimeError, OSError) as error:
-                rows[one.name] = _problem(one, error)
+                rows[bench.name] = _problem(bench, error)
             result = _result(config, identity, rows, place)
     return result
 
 
-def _problem(one: Benchmark, error: Exception) -> dict[str, Any]:
+def _problem(bench: Benchmark, error: Exception) -> dict[str, Any]:
     status, why = MISSING if isinstance(error, FileNotFoundError) else FAILED, " ".join(str(error).split())
     if status == FAILED:  # notes below the table list what is missing
-        log.warning("%s: %s: %s", one.name, status, why)
+        log.warning("%s: %s: %s", bench.name, status, why)
     return {"status": status, "why": why}
 
 
@@ -119,38 +119,38 @@ def _measured(result: Result) -> dict[str, Any]:
 
 
 def sources_of(
-    one: Benchmark, root: str, lists: Path, config: SuiteSettings | None = None
+    bench: Benchmark, root: str, lists: Path, config: SuiteSettings | None = None
 ) -> tuple[str, str]:
     """Sources of a benchmark's training and test images; lists of images are written to `lists`.
 
     Raises `FileNotFoundError` if the folder does not exist, `UsageError` if annotations cannot be read.
     """
     place = Path(root).absolute()
-    folder, how = place / one.at, one.how_to_get(str(place))
+    folder, how = place / bench.at, bench.how_to_get(str(place))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}; {how}")
     lists.mkdir(parents=True, exist_ok=True)
 
     def subset(purpose: str, of: str, numbers: list[int]) -> str:
         lines = (SUBSET_HEADER.decode(), f"# of: {absolute_spec(of)}", *map(str, numbers))
-        write_text(lists / f"{one.name}-{purpose}.txt", "\n".join(lines))
-        return f"subset:{lists / one.name}-{purpose}.txt"
+        write_text(lists / f"{bench.name}-{purpose}.txt", "\n".join(lines))
+        return f"subset:{lists / bench.name}-{purpose}.txt"
 
-    if isinstance(one.source, str):
-        specs = [one.source.format(root=place, split=s) for s in (one.train, one.test)]
+    if isinstance(bench.source, str):
+        specs = [bench.source.format(root=place, split=s) for s in (bench.train, bench.test)]
     else:
         try:
-            images = list(one.source(folder))
-            missing = {*one.train.split("+"), one.test} - {split for split, _, _ in images}
+            images = list(bench.source(folder))
+            missing = {*bench.train.split("+"), bench.test} - {split for split, _, _ in images}
             require(not missing, f"no image of {', '.join(sorted(missing))}")
         except (OSError, LookupError, ValueError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise UsageError(f"cannot read the annotations in {folder} ({why}); {how}") from error
         # Splits are subsets of one list of all images, so that train and test have the same classes.
-        everything = lists / f"{one.name}.txt"
+        everything = lists / f"{bench.name}.txt"
         write_text(everything, "".join(f"{folder}/{path}\t{label}\n" for _, path, label in images))
         specs = []
-        for purpose, splits in (("train", one.train.split("+")), ("test", (one.test,))):
+        for purpose, splits in (("train", bench.train.split("+")), ("test", (bench.test,))):
             numbers = [i for i, (split, _, _) in enumerate(images) if split in splits]
             specs.append(subset(purpose, f"files:{everything}", numbers))
     if config is not None and config.max_images is not None:
@@ -165,8 +165,8 @@ def _result(
     config: SuiteSettings, identity: dict[str, Any], rows: Mapping[str, dict[str, Any]], out: Path | None
 ) -> Result:
     """Make the table of all benchmarks, and write it to `out`."""
-    titles = {one.name: one.title for one in chosen(FIFTEEN)} | {MEAN: "mean of fifteen"}
-    titles |= {one.name: one.title for one in BENCHMARKS}
+    titles = {bench.name: bench.title for bench in chosen(FIFTEEN)} | {MEAN: "mean of fifteen"}
+    titles |= {bench.name: bench.title for bench in BENCHMARKS}
     measured = [rows[name]["top1"] for name in FIFTEEN if "top1" in rows.get(name, ())]
     means = {MEAN: {"top1": sum(measured) / 15}} if len(measured) == 15 else {}
     table = []
@@ -175,10 +175,10 @@ def _result(
         own = {"status": None, "top1": None, **rows.get(name, means.get(name, {}))}
         table.append({"benchmark": name, "title": title, **own, **published})
     notes = tuple(_notes(config, rows))
-    asked = {one.name for one in config.benchmarks} | ({MEAN} if config.only is None else set())
+    requested = {bench.name for bench in config.benchmarks} | ({MEAN} if config.only is None else set())
     brief = Table(
-        [row for row in table if row["benchmark"] in asked],
-        [one for one in COLUMNS if one.key in DRAWN or one.key not in PUBLISHED],
+        [row for row in table if row["benchmark"] in requested],
+        [column for column in COLUMNS if column.key in DRAWN or column.key not in PUBLISHED],
     )
     result = Result(
         verb="suite", rows=tuple(table), notes=notes, identity=identity, columns=COLUMNS, brief=brief
@@ -194,14 +194,16 @@ def _result(
 def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[str]:
     """Sentences about what is missing, and what differs from the official measurements."""
     notes = []
-    for one in BENCHMARKS:
-        row = rows.get(one.name, {})
+    for bench in BENCHMARKS:
+        row = rows.get(bench.name, {})
         if "why" in row:
-            notes.append(f"{one.title} {'is ' * (row['status'] == MISSING)}{row['status']}: {row['why']}")
+            notes.append(f"{bench.title} {'is ' * (row['status'] == MISSING)}{row['status']}: {row['why']}")
         elif row and config.max_images is None:
-            notes.append(one.unlike_the_papers(row["classes"], row["train_images"], row["test_images"]) or "")
+            notes.append(
+                bench.unlike_the_papers(row["classes"], row["train_images"], row["test_images"]) or ""
+            )
         if row.get("bad_images"):
-            notes.append(f"{one.title}: {counted(row['bad_images'], 'unreadable image')} skipped.")
+            notes.append(f"{bench.title}: {counted(row['bad_images'], 'unreadable image')} skipped.")
     official = {"augment": "official", "epochs": EPOCHS, "attention": ("native",)}
     official |= dict.fromkeys(("lr", "layers", "max_images"))
     changed = {name: getattr(config, name) for name, usual in official.items()}
@@ -212,7 +214,7 @@ def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[st
         "The best learning rate is chosen on a tenth of train, held out; test is measured once. It is not "
         "known which rate and epoch XTRA's paper reports, nor how AIM trained its heads.",
         f"Precision: encoder {config.precision}, heads fp32; officially both bf16-mixed.",
-        "A batch norm sees at most 1,024 images, as officially: batches of 4,096 are accumulated.",
+        "As in the official code, batches of 4,096 are accumulated: a batch norm sees at most 1,024 images.",
         "Published: AIM's Table 6, XTRA's code. Pre-trained on ImageNet-1k (DINO, MAE H/14, XTRA B/16), "
         "ImageNet-21k (iBOT, BEiT, XTRA H/14), LVD (DINOv2, at 516 px), IG-3B (MAE 2B/14), DFN-2B+ (AIM).",
     ]
@@ -222,21 +224,21 @@ def list_benchmarks(root: str | None, only: tuple[str, ...] | None) -> Result:
     """List the benchmarks; with a root, also whether each is found and how it differs from the papers'."""
     require(root is None or Path(root).is_dir(), f"there is no directory {root} (--root)")
     rows, notes = [], []
-    for one in chosen(only):
-        found = None if root is None else (Path(root) / one.at).is_dir()
-        row = {"benchmark": one.name, "classes": one.classes, "train_images": one.images[0]}
-        row |= {"test_images": one.images[1], "terms": one.terms, "found": found}
-        rows.append({**row, "at": one.at, "get": one.how_to_get(root or "ROOT")})
+    for bench in chosen(only):
+        found = None if root is None else (Path(root) / bench.at).is_dir()
+        row = {"benchmark": bench.name, "classes": bench.classes, "train_images": bench.images[0]}
+        row |= {"test_images": bench.images[1], "terms": bench.terms, "found": found}
+        rows.append({**row, "at": bench.at, "get": bench.how_to_get(root or "ROOT")})
         if not found:
-            notes.append(f"{one.name}: {rows[-1]['get']}")
-        elif not str(one.source).startswith("hf:"):  # copies of the hub need a slow conversion first
+            notes.append(f"{bench.name}: {rows[-1]['get']}")
+        elif not str(bench.source).startswith("hf:"):  # copies of the hub need a slow conversion first
             with TemporaryDirectory() as lists:
                 try:
-                    specs = sources_of(one, str(root), Path(lists))
+                    specs = sources_of(bench, str(root), Path(lists))
                     train, test = (open_source(spec, DataConfig(workers=0)) for spec in specs)
                     # PCAM's labels are only known by reading its images.
-                    classes = None if one.name == "pcam" else len(train.class_names)
-                    notes.append(one.unlike_the_papers(classes, len(train), len(test)) or "")
+                    classes = None if bench.name == "pcam" else len(train.class_names)
+                    notes.append(bench.unlike_the_papers(classes, len(train), len(test)) or "")
                 except (ValueError, RuntimeError, OSError) as error:
-                    notes.append(f"{one.name}: {error}")
+                    notes.append(f"{bench.name}: {error}")
     return Result(verb="suite", rows=tuple(rows), notes=tuple(filter(None, notes)), columns=LIST_COLUMNS)

@@ -51,31 +51,31 @@ class SuiteSettings(EvalSettings):
         check_distinct(self, "only")
         root = str(Path(self.root).absolute())
         require("," not in root, f"root is {root}; use a path or a link without a comma")
-        for one in self.benchmarks:
-            ProbeSettings(**self.probe(one, "train", "test"))
+        for bench in self.benchmarks:
+            ProbeSettings(**self.probe(bench, "train", "test"))
 
     @property
     def benchmarks(self) -> tuple[Benchmark, ...]:
         """Benchmarks to measure, in the table's order."""
         return chosen(self.only)
 
-    def probe(self, one: Benchmark, train: str, test: str) -> dict[str, Any]:
+    def probe(self, bench: Benchmark, train: str, test: str) -> dict[str, Any]:
         """Settings of a benchmark's probe on these sources."""
         shared = EvalSettings.__dataclass_fields__.keys() - {"out", "overwrite", "precision"}
-        lr = self.lr or one.lr
+        lr = self.lr or bench.lr
         return {
             **{name: getattr(self, name) for name in (*shared, *OF_THE_PROBE)},
-            "out": f"{self.out}/{one.name}",
+            "out": f"{self.out}/{bench.name}",
             "train": train,
             "test": test,
-            "heads": (one.head,),
+            "heads": (bench.head,),
             "lr": lr,
             "end_lr": min(1e-5, *lr),
-            "weight_decay": (one.weight_decay,),
-            "batch_size": one.batch_size,
+            "weight_decay": (bench.weight_decay,),
+            "batch_size": bench.batch_size,
             "norm_batch_size": NORM_BATCH,
-            "warmup_epochs": one.warmup_epochs * self.epochs / EPOCHS,
-            "augment": one.augment if self.augment == "official" else self.augment,
+            "warmup_epochs": bench.warmup_epochs * self.epochs / EPOCHS,
+            "augment": bench.augment if self.augment == "official" else self.augment,
             "precision": "fp32" if self.precision == "auto" else self.precision,
             "baselines": False,
         }
