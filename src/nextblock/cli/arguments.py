@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
             name, has_value, value = word.partition("=")
             if not name.startswith("--"):
                 if not has_positional:
-                    rest = [word, *takewhile(lambda one: not one.startswith("-"), remaining)]
+                    rest = [word, *takewhile(lambda text: not text.startswith("-"), remaining)]
                     meant = self._meant_by_words(rest, words[-1] if words else "", known)
                     raise UsageError(f"{word!r} is unexpected; {meant}")
                 self.before.setdefault(word, words[-1] if words else "")
@@ -159,13 +159,13 @@ class Parser(argparse.ArgumentParser):
         """Suggest what to type instead of words without a flag; `before` is the word before them."""
         word, path = words[0], Path(words[0])
         flag, _, value = before.removeprefix("--").partition("=")
-        flags = sorted((one for one in known if one.startswith(word.lstrip("-"))), key=len)
+        flags = sorted((name for name in known if name.startswith(word.lstrip("-"))), key=len)
         if word.startswith("-"):
             return f"did you mean --{flags[0]}?" if flags else f"see {self.prog} --help"
-        hint, values = self.hints.get(flag, str), [quote(one) for one in (value, *words)]
+        hint, values = self.hints.get(flag, str), [quote(text) for text in (value, *words)]
         element, joined = _element(hint), f"--{flag} {','.join(values)}"
         if element is not None:
-            each = " ".join(f"--{flag} {one}" for one in values)
+            each = " ".join(f"--{flag} {value}" for value in values)
             return f"write {each}" if kinds_of(element) == [str] else f"write {joined} or {each}"
         if any(get_origin(kind) is tuple for kind in kinds_of(hint)):  # a number or a pair
             return f"write {joined}"
@@ -180,7 +180,7 @@ class Parser(argparse.ArgumentParser):
             return f"did you mean --{'out' if 'preset' in known else 'model'} {word}?"
         if path.suffix in (".yaml", ".yml"):
             return f"did you mean --config {word}?"
-        source = next((one for one in ("data.train", "train", "data", "model") if one in known), None)
+        source = next((name for name in ("data.train", "train", "data", "model") if name in known), None)
         if source is None or word == "help":
             return f"see {self.prog} --help"
         return f"did you mean --{source} {word}?"
@@ -241,7 +241,7 @@ def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
     # next text replaces them in turn. For any other setting, the last text counts.
     kept: list[str] = []
     for text in texts:
-        extends = element is not None and not any(one[:1] == "[" or one in nones for one in (text, *kept))
+        extends = element is not None and not any(part[:1] == "[" or part in nones for part in (text, *kept))
         kept = [*kept, text] if extends else [text]
     if kept[0] in nones:
         is_file = str in kinds and Path(kept[0]).exists()
@@ -266,7 +266,7 @@ def _metavar(hint: Any) -> str:
     kind, *others = kinds_of(hint)
     if get_origin(kind) is Literal:
         return "|".join(
-            [*map(str, get_args(kind)), *["A,B,..."] * any(get_origin(one) is tuple for one in others)]
+            [*map(str, get_args(kind)), *["A,B,..."] * any(get_origin(other) is tuple for other in others)]
         )
     if get_origin(kind) is tuple:
         return "TEXT" if kinds_of(get_args(kind)[0]) == [str] else "A,B,..."  # text may hold commas
@@ -320,7 +320,7 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> tuple[RunConfig, argparse.
             action.required = False
     layers, options = _layers(parser, hints, argv)
     # All other settings override the preset, wherever it is named. A flag's preset overrides a config file's.
-    preset = next((one["preset"] for one in reversed(layers) if one.get("preset") is not None), None)
+    preset = next((layer["preset"] for layer in reversed(layers) if layer.get("preset") is not None), None)
     config = replace(resolve(get_preset(preset or DEFAULT_PRESET).config, *layers), preset=preset)
     config.check_trainable()
     _print_if_asked(config, options)
@@ -375,15 +375,15 @@ def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
     section, _, last = name.rpartition(".")
     # Other programs' names come first, because they resemble none of ours, or a wrong one.
     for words, meant in _SLIPS.items():
-        for one in meant if {name, last} & set(words) else ():
-            setting, _, example = one.partition(" ")
+        for option in meant if {name, last} & set(words) else ():
+            setting, _, example = option.partition(" ")
             if setting in known:
                 example = re.sub("[0-9]+", value, example) if value.isdigit() else example
                 return f"{setting} {example or value}".rstrip()
     # Later entries win in `leaves`, so a setting of the same section does. Swapped letters and the start of a
     # name match too.
-    ranked = sorted(known, key=lambda one: one.startswith(f"{section}."))
-    leaves = {one.rpartition(".")[2]: one for one in ranked}
+    ranked = sorted(known, key=lambda candidate: candidate.startswith(f"{section}."))
+    leaves = {candidate.rpartition(".")[2]: candidate for candidate in ranked}
     near = [leaf for leaf in leaves if sorted(leaf) == sorted(last) or leaf.startswith(f"{last}_")]
     near += difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
     return leaves[near[0]] if near else None

@@ -132,7 +132,7 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
     facts.append(("parameters", "{} in the encoder, {} in total".format(*map(millions, numbers))))
     path = (found.path or Path()).absolute()
     places = (path, *path.parents[:3]) if found.format == "nextblock" else ()
-    for place in [one for one in places if all((one / file).is_file() for file in RUN_FILES)][:1]:
+    for place in [path for path in places if all((path / file).is_file() for file in RUN_FILES)][:1]:
         run, settings = read_run(place), recorded_config(place)
         # An earlier checkpoint gets its own step and loss, not the run's latest.
         match = re.search(r"checkpoints/step_(\d+)", str(found.path))

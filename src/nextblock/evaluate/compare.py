@@ -124,9 +124,9 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
     common = {name: getattr(config, name) for name in SHARED if name not in ("layers", "tokens")}
     common |= {"model": model, "train": config.train, "baselines": config.baselines, "seed": config.seed}
     common["cache"] = config.cache or str(out / "features")
-    heads: tuple[Any, ...] = tuple(one for one in config.methods if one in get_args(HeadName))
+    heads: tuple[Any, ...] = tuple(method for method in config.methods if method in get_args(HeadName))
     # Few-shot may be impossible and then leaves no file; it encodes missing features itself.
-    verbs = {"probe" if one in heads else one for one in config.methods} - {"fewshot"}
+    verbs = {"probe" if method in heads else method for method in config.methods} - {"fewshot"}
     files = {f"{verb}/{verb}.json" for verb in verbs}
     if not all((out / file).is_file() for file in files):
         _encode(config, common, heads)
@@ -154,7 +154,7 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             rows = [{**row, "method": row["head"]} for row in result.rows]
         else:
             continue
-        numbers = {name: one["images"] for name, one in result.identity["sources"].items()}
+        numbers = {name: source["images"] for name, source in result.identity["sources"].items()}
         images = ", ".join(counted(number, f"{name} image") for name, number in numbers.items())
         # One probe trains all heads, encoder by encoder; the table groups its rows by head.
         order = sorted(range(len(rows)), key=lambda i: [*heads, None].index(rows[i].get("head")))
@@ -181,8 +181,8 @@ def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[Any, .
         if heads:
             grid = ProbeSettings(**common, heads=heads)
             names = sources["train"].source.class_names
-            of_heads = [one.features for one in encoder_candidates(grid, opened.model, len(names))]
-            wanted += [one for one in dict.fromkeys(of_heads) if one is not None and one not in wanted]
+            of_heads = [c.features for c in encoder_candidates(grid, opened.model, len(names))]
+            wanted += [f for f in dict.fromkeys(of_heads) if f is not None and f not in wanted]
         for encoder in (MODEL, UNTRAINED) if config.baselines else (MODEL,):
             for purpose, labelled in sources.items():
                 opened.table(purpose, labelled.source, encoder, wanted, seed=config.seed)

@@ -114,7 +114,7 @@ class Result(Shown):
     def table(self) -> Table:
         """The table of the rows, without top-5 if there are at most five classes."""
         has_top5 = self.facts.get("num_classes", TOP + 1) > TOP
-        return Table(self.rows, [one for one in self.columns if one.key != "top5" or has_top5])
+        return Table(self.rows, [column for column in self.columns if column.key != "top5" or has_top5])
 
     def as_dict(self) -> dict[str, Any]:
         """All values, ready for JSON."""
@@ -226,7 +226,7 @@ class Evaluation:
         chunk = self.settings.images_at_once(self.device.type)
         function = encoder_extract(model, wanted, precision=self.settings.precision, chunk=chunk)
         return function, [
-            {**origin, "features": to_dict(one), "precision": self.settings.precision} for one in wanted
+            {**origin, "features": to_dict(config), "precision": self.settings.precision} for config in wanted
         ]
 
     def table(
@@ -363,9 +363,9 @@ class Evaluation:
         """Report unreadable images: a few in the log, all in quarantine.jsonl."""
         lines = []
         for purpose, (source, bad) in self.bad.items():
-            lines += [json.dumps({"source": purpose, **one._asdict()}) for one in bad]
+            lines += [json.dumps({"source": purpose, **sample._asdict()}) for sample in bad]
             if bad:
-                names = "; ".join(" ".join(f"{one.name}: {one.reason}".split()) for one in bad[:SHOWN_BAD])
+                names = "; ".join(" ".join(f"{s.name}: {s.reason}".split()) for s in bad[:SHOWN_BAD])
                 log.warning(
                     "%s of %s (%s) skipped, unreadable: %s%s",
                     counted(len(bad), "image"), source.spec, purpose, names, "; …" * (len(bad) > SHOWN_BAD),
@@ -422,9 +422,9 @@ def frozen_tables(
             encoder,
             {
                 purpose: opened.table(
-                    purpose, one.source, encoder, wanted, indices=some.get(purpose), seed=config.seed
+                    purpose, labelled.source, encoder, wanted, indices=some.get(purpose), seed=config.seed
                 )
-                for purpose, one in sources.items()
+                for purpose, labelled in sources.items()
             },
         )
 
@@ -445,7 +445,7 @@ def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite:
     if any((out / name).is_file() for name in RUN_FILES):
         raise UsageError(f"{out} is a training run; choose another --out, such as {out / verb}")
     if not path.is_file() and out.is_dir() and not (out / OUTPUT_MARK).is_file():
-        foreign = sorted(one.name for one in out.iterdir())
+        foreign = sorted(path.name for path in out.iterdir())
         if foreign:
             raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); choose another --out")
     if overwrite or not path.is_file():

@@ -78,10 +78,10 @@ def _encoder_features(
     parts = []
     for some in images.split(chunk):
         with autocast(images.device, precision):
-            kinds: set[Attention] = {one.attention for one in wanted}
+            kinds: set[Attention] = {spec.attention for spec in wanted}
             encoded = {kind: model.encode(some, attention=kind) for kind in sorted(kinds)}
             norm = model.final_norm
-            parts.append([pool_features(encoded[one.attention], one, norm).float() for one in wanted])
+            parts.append([pool_features(encoded[spec.attention], spec, norm).float() for spec in wanted])
     return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
 
 

@@ -89,8 +89,8 @@ class Tally:
     def joined(cls, tallies: Sequence[Tally]) -> Tally:
         """Join tallies, such as those of several processes, in this order."""
         whole = cls(tallies[0].num_classes, confusion=tallies[0]._confusion is not None)
-        for one in tallies:
-            for name, value in vars(one).items():
+        for tally in tallies:
+            for name, value in vars(tally).items():
                 if name != "num_classes" and value is not None:
                     setattr(whole, name, getattr(whole, name) + value)  # sums, and a list that grows
         return whole

@@ -215,7 +215,7 @@ class CompareSettings(ScoreSettings):
         super().__post_init__()
         check_distinct(self, "model", "methods")
         Shots.parse(self.shots)
-        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         wrong = sorted(given & {"methods", "shots", "epochs", "baselines"}) if self.train is None else []
         require(not wrong, f"{', '.join(wrong)} needs train; without it a classifier is measured as it is")
         wrong = sorted(given & {"head", "probe_layers", "classes"}) if self.train is not None else []

@@ -123,12 +123,12 @@ def numbered(
 
 def source_notes(labelled: Mapping[str, Labelled]) -> list[str]:
     """Sentences about images in two sources, and about classes of train without images in another source."""
-    return [note for one in labelled.values() for note in one.overlaps] + [
-        f"{one.source.spec} has no image of {counted(len(one.missing), 'class', 'classes')} of train: "
-        + ", ".join(one.missing[:8])
-        + (", …" if len(one.missing) > 8 else "")
-        for one in labelled.values()
-        if one.missing
+    return [note for split in labelled.values() for note in split.overlaps] + [
+        f"{split.source.spec} has no image of {counted(len(split.missing), 'class', 'classes')} of train: "
+        + ", ".join(split.missing[:8])
+        + (", …" if len(split.missing) > 8 else "")
+        for split in labelled.values()
+        if split.missing
     ]
 
 

@@ -146,9 +146,9 @@ class FeatureTable:
         with group.together():
             check_bad(self.bad, self.source, self._data)
             if len(wanted) and not len(self.readable(wanted)):
-                one = self._bad[int(wanted[0])]
+                first = self._bad[int(wanted[0])]
                 raise NoFeaturesError(
-                    f"no image of {self.source.spec} could be read; the first: {one.name}: {one.reason}"
+                    f"no image of {self.source.spec} could be read; the first: {first.name}: {first.reason}"
                 )
         return True
 
@@ -181,7 +181,7 @@ class FeatureTable:
             for kind, values in zip(self._kinds, features, strict=True):
                 kind.rows[samples] = values[: len(samples)].cpu().numpy()
             done.append(samples)
-            self._bad |= {one.sample: one for one in batch.bad}
+            self._bad |= {sample.sample: sample for sample in batch.bad}
             count += len(samples) + len(batch.bad)
             if progress is not None:
                 progress(min(count * group.size, len(missing)), len(missing))
@@ -189,7 +189,7 @@ class FeatureTable:
                 flush()
                 done.clear()
                 flushed_s = time.monotonic()
-        failures = [one for one in group.gather(failure) if one]
+        failures = [message for message in group.gather(failure) if message]
         with group.together():
             if failures:
                 raise NonFiniteFeaturesError(failures[0])
@@ -202,7 +202,7 @@ class FeatureTable:
         group = self.group
         if group.size == 1:
             return
-        self._bad |= {one.sample: one for bad in group.gather(self.bad) for one in bad}
+        self._bad |= {sample.sample: sample for bad in group.gather(self.bad) for sample in bad}
         if self._directory is not None:  # all ranks map the same files; mapping again drops stale pages
             self._kinds = self._open()
             return
@@ -241,7 +241,7 @@ def feature_shapes(
     """Shapes of one image's features, without the batch dimension."""
     with torch.no_grad():
         blank = torch.zeros(1, data.channels, *pair(image_size), device=device)
-        return [tuple(one.shape[1:]) for one in extract(blank)]
+        return [tuple(tensor.shape[1:]) for tensor in extract(blank)]
 
 
 def features_of_batch(
@@ -264,7 +264,7 @@ def non_finite(features: tuple[Tensor, ...], batch: Batch) -> str | None:
     """Describe the NaN or infinite features of a batch; None if there are none."""
     if not len(batch.samples):
         return None
-    finite = torch.stack([one.isfinite().flatten(1).all(dim=1) for one in features]).all(dim=0).cpu()
+    finite = torch.stack([tensor.isfinite().flatten(1).all(dim=1) for tensor in features]).all(dim=0).cpu()
     if finite.all():
         return None
     return (
@@ -279,7 +279,7 @@ def check_bad(bad: Sequence[BadSample], source: Source, data: DataConfig) -> Non
     allowed = data.max_bad_fraction * len(source)
     if len(bad) <= max(allowed, 1 if allowed else 0):
         return
-    first = "".join(f"\n  {one.name}: {one.reason}" for one in bad[:10])
+    first = "".join(f"\n  {sample.name}: {sample.reason}" for sample in bad[:10])
     raise TooManyBadImages(
         f"{len(bad)} of the {len(source)} images of {source.spec} cannot be read, more than "
         f"max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"

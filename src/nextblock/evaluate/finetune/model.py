@@ -156,7 +156,7 @@ def add_lora(encoder: nn.Module, settings: FinetuneSettings) -> None:
         ) from error
     blocks: Any = getattr(encoder, "blocks", ())
     attention = [getattr(block, "attn", None) for block in blocks]
-    known = [isinstance(one, Attention | AttentionRope) and one.qkv is not None for one in attention]
+    known = [isinstance(module, Attention | AttentionRope) and module.qkv is not None for module in attention]
     require(
         bool(known) and all(known),
         f"LoRA is for the attention of timm's VisionTransformer, but this {type(encoder).__name__} has "

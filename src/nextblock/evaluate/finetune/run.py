@@ -90,7 +90,7 @@ class FineTuner(Learner):
             groups = tuning_groups(model, settings)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
         super().__init__(config, device, group, model, optimizer, "single" if group.size == 1 else "ddp")
-        self.labels = {purpose: torch.from_numpy(one) for purpose, one in labels.items()}
+        self.labels = {purpose: torch.from_numpy(values) for purpose, values in labels.items()}
         self.averaged: ModelEmaV3 | None = None
         if settings.ema_decay is not None:
             self.averaged = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)
@@ -209,7 +209,7 @@ class FineTuner(Learner):
                 tally.add(logits.float(), labels[batch.samples])
         classifier.train(was_training)
         tallies = self.group.gather(tally)
-        bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
+        bad = [sample for of_rank in self.group.gather(bad) for sample in of_rank]
         return Tally.joined(tallies).measures(), bad
 
 
@@ -391,12 +391,12 @@ def _train(
     learner: Any = partial(
         FineTuner,
         make=partial(build_classifier, model, settings, names),
-        labels={purpose: one.labels for purpose, one in given.items()},
+        labels={purpose: labelled.labels for purpose, labelled in given.items()},
     )
     # Repeating an interrupted command, which may include --overwrite, must resume the run and not delete it.
     stored = recorded_config(place, TuneConfig)
     overwrite = group.broadcast(settings.overwrite and (stored is None or bool(config.differences(stored))))
-    sources = {purpose: one.source for purpose, one in given.items()}
+    sources = {purpose: labelled.source for purpose, labelled in given.items()}
     result = train(
         config, place, sources, reporter=reporter, overwrite=overwrite, group=group, learner=learner
     )

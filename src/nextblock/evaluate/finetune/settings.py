@@ -260,7 +260,7 @@ class TuneConfig(RunConfig):
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that make two configurations different runs: {name: (own, other's)}."""
         changed = {name.removeprefix("finetune."): pair for name, pair in super().differences(other).items()}
-        relevant = {one.name for one in fields(FinetuneSettings)} - FREE
+        relevant = {f.name for f in fields(FinetuneSettings)} - FREE
         return {
             n: pair
             for n, pair in changed.items()

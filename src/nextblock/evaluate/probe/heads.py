@@ -50,14 +50,14 @@ class Candidate:
 
     def row(self) -> dict[str, Any]:
         """Settings as values of a table."""
-        one = self.config
+        config = self.config
         return {
             "head": self.head,
             "lr": self.lr,
             "weight_decay": self.weight_decay,
-            "layers": list(one.layers) if one else [],
-            "attention": one and one.attention,
-            "tokens": one and one.tokens,
+            "layers": list(config.layers) if config else [],
+            "attention": config and config.attention,
+            "tokens": config and config.tokens,
         }
 
     def create(self, dim: int, num_classes: int, seed: int) -> Head:
@@ -85,9 +85,9 @@ def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: 
     for head in config.heads:
         # The recipe's "best" is skipped for sizes other than AIM's.
         words = [word for word in recipe.layers[head] if word != "best" or best is not None]
-        layers = dict.fromkeys(chosen for one in words for chosen in layer_choices(one, encoder.depth, best))
+        layers = dict.fromkeys(chosen for w in words for chosen in layer_choices(w, encoder.depth, best))
         # A class token is one vector per image, so a query has nothing to choose among.
-        tokens: list[Tokens] = [one for one in config.tokens if one != "class" or head == "linear"]
+        tokens: list[Tokens] = [token for token in config.tokens if token != "class" or head == "linear"]
         num_heads = _attention_heads(config, model) if head == "attentive" else 1
         num_queries = fitting_heads(encoder.embed_dim, QUERIES) if head == "ep" else 1
         for attention, seen, chosen in product(attentions, tokens, layers):
@@ -162,8 +162,8 @@ class Grid(nn.Module):
         self.members = nn.ModuleList(members)
         groups = [
             {**group, "head": number}
-            for number, (head, one) in enumerate(zip(members, candidates, strict=True))
-            for group in parameter_groups(head, one.weight_decay)
+            for number, (head, candidate) in enumerate(zip(members, candidates, strict=True))
+            for group in parameter_groups(head, candidate.weight_decay)
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=config.resolved().betas, fused=True)
         self.train()
@@ -232,9 +232,9 @@ def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
     Raises `UsageError` if all heads of a kind diverged.
     """
     best: dict[HeadName, int] = {}
-    kinds: list[HeadName] = list(dict.fromkeys(one.candidate.head for one in trained))
+    kinds: list[HeadName] = list(dict.fromkeys(item.candidate.head for item in trained))
     for kind in kinds:
-        of_kind = [i for i, one in enumerate(trained) if one.candidate.head == kind]
+        of_kind = [i for i, item in enumerate(trained) if item.candidate.head == kind]
         finite = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
         if not finite:
             raise UsageError(diverged(encoder, [trained[i].candidate for i in of_kind]))
@@ -244,7 +244,7 @@ def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
 
 def diverged(encoder: str, candidates: Sequence[Candidate]) -> str:
     """Error message for candidates that all diverged."""
-    rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(one.lr for one in candidates))
+    rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(candidate.lr for candidate in candidates))
     return f"{encoder}: the {candidates[0].head} head diverged at learning rate {rates}; use a lower --lr"
 
 
@@ -255,7 +255,7 @@ def beyond(
     further = []
     for kind, i in winners.items() if config.lr is None else ():
         best, score = trained[i].candidate, trained[i].score
-        rates = sorted({one.candidate.lr for one in trained if one.candidate.head == kind})
+        rates = sorted({item.candidate.lr for item in trained if item.candidate.head == kind})
         if score is None or score.top1 == 1:  # nothing to choose by, or nothing to improve
             continue
         if best.lr == rates[-1]:

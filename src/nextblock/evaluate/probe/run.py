@@ -141,7 +141,7 @@ class _Probe:
         self.class_names = sources["train"].source.class_names
         self.candidates = encoder_candidates(config, opened.model, len(self.class_names))
         self.train, self.choice, self.measured = self._parts()
-        self.parts = [one for one in (self.train, self.choice, self.measured) if one is not None]
+        self.parts = [part for part in (self.train, self.choice, self.measured) if part is not None]
         self.schedule = config.schedule(len(self.train.numbers))
         self.states = None if config.out is None else Path(config.out) / "heads"
         self.winners: dict[HeadName, tuple[Trained, Measures]] = {}
@@ -165,7 +165,7 @@ class _Probe:
             return _Part(name, "train", held)
 
         measured, choice = part("test", "held-out", config.seed, 0.1), None
-        kinds = [one.head for one in self.candidates]
+        kinds = [candidate.head for candidate in self.candidates]
         if len(set(kinds)) < len(kinds):
             share = 0.1 if "test" in self.sources else 1 / 9  # of the remaining 90 %, so a tenth of all
             choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
@@ -177,8 +177,8 @@ class _Probe:
 
     def _start(self, encoder: str, candidates: Sequence[Candidate]) -> None:
         """Prepare to extract the features that the candidates see, from this encoder or baseline."""
-        self.columns = list(dict.fromkeys(one.features for one in candidates))
-        wanted: list[FeatureConfig] = [one for one in self.columns if one is not None]
+        self.columns = list(dict.fromkeys(candidate.features for candidate in candidates))
+        wanted: list[FeatureConfig] = [column for column in self.columns if column is not None]
         self.extract, self.origins = self.opened.extract(encoder, wanted, self.config.seed)
         size = self.opened.model.config.image_size
         self.shapes = feature_shapes(self.extract, self.opened.data, size, self.opened.device)
@@ -187,7 +187,7 @@ class _Probe:
     def _from_table(self, part: _Part, batches: Iterable[np.ndarray]) -> Iterator[FeatureBatch]:
         """Read the features of batches of indices; the first call encodes the source for all parts."""
         if part.purpose not in self.tables:
-            needed = np.concatenate([one.numbers for one in self.parts if one.purpose == part.purpose])
+            needed = np.concatenate([other.numbers for other in self.parts if other.purpose == part.purpose])
             source, indices = self.sources[part.purpose].source, np.sort(needed)
             table = self.opened.fill(part.purpose, source, self.extract, self.origins, indices)
             self.tables[part.purpose] = table
@@ -209,7 +209,7 @@ class _Probe:
             opened.check_stop()
             size = opened.model.config.image_size
             features = features_of_batch(batch, self.extract, opened.data, opened.device, size)
-            features = [one[: len(batch.samples)] for one in features]
+            features = [kind[: len(batch.samples)] for kind in features]
             shares = group.gather((batch.samples, batch.bad, non_finite(tuple(features), batch)))
             if failures := [failure for _, _, failure in shares if failure]:
                 raise NonFiniteFeaturesError(failures[0])
@@ -217,20 +217,20 @@ class _Probe:
                 for kind, own in enumerate(features):
                     # Broadcast rank by rank: shares differ in size, which not all backends can gather.
                     features[kind] = whole = own.new_empty(
-                        sum(len(one) for one, *_ in shares), *own.shape[1:]
+                        sum(len(samples) for samples, *_ in shares), *own.shape[1:]
                     )
-                    for rank, rows in enumerate(whole.split([len(one) for one, *_ in shares])):
+                    for rank, rows in enumerate(whole.split([len(samples) for samples, *_ in shares])):
                         if rank == group.rank:
                             rows.copy_(own)
                         if len(rows):
                             dist.broadcast(rows, src=rank, group=group.processes)
-            bad = [one for _, of_rank, _ in shares for one in of_rank]
-            self._note_bad(purpose, [one._replace(sample=int(numbers[one.sample])) for one in bad])
-            yield tuple(features), numbers[torch.cat([one for one, *_ in shares]).numpy()]
+            bad = [sample for _, of_rank, _ in shares for sample in of_rank]
+            self._note_bad(purpose, [sample._replace(sample=int(numbers[sample.sample])) for sample in bad])
+            yield tuple(features), numbers[torch.cat([samples for samples, *_ in shares]).numpy()]
 
     def _note_bad(self, purpose: str, bad: Iterable[BadSample]) -> None:
         source, known = self.opened.bad.get(purpose, (self.sources[purpose].source, ()))
-        by_number = {one.sample: one for one in (*known, *bad)}
+        by_number = {sample.sample: sample for sample in (*known, *bad)}
         merged = tuple(by_number[sample] for sample in sorted(by_number))
         check_bad(merged, source, self.opened.data)
         self.opened.bad[purpose] = (source, merged)
@@ -277,16 +277,16 @@ class _Probe:
     def _train(self, encoder: str, candidates: Sequence[Candidate]) -> list[Head]:
         """Train heads side by side, resuming from a saved state."""
         opened, config, plan = self.opened, self.config, self.schedule
-        columns = [self.columns.index(one.features) for one in candidates]
+        columns = [self.columns.index(candidate.features) for candidate in candidates]
         heads = [
-            one.create(self.shapes[column][-1], len(self.class_names), config.seed).to(opened.device)
-            for one, column in zip(candidates, columns, strict=True)
+            candidate.create(self.shapes[column][-1], len(self.class_names), config.seed).to(opened.device)
+            for candidate, column in zip(candidates, columns, strict=True)
         ]
         grid, place, state, step = Grid(heads, candidates, columns, config, plan), None, None, 0
         if self.states is not None and opened.group.is_main:
             # The file name is a hash of everything that these heads depend on.
             key = json.dumps(
-                [opened.identity(self.sources), encoder, [one.row() for one in candidates]], sort_keys=True
+                [opened.identity(self.sources), encoder, [c.row() for c in candidates]], sort_keys=True
             )
             place = self.states / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
         with opened.group.together():
@@ -298,12 +298,12 @@ class _Probe:
             grid.load_state_dict(state["heads"])
             if "optimizer" in state:
                 grid.optimizer.load_state_dict(state["optimizer"])
-            self._note_bad("train", (BadSample(*one) for one in state["bad"]))
+            self._note_bad("train", (BadSample(*values) for values in state["bad"]))
 
         def save() -> None:
             if place is not None and step:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                bad = [tuple(one) for one in opened.bad.get("train", (None, ()))[1]]
+                bad = [tuple(sample) for sample in opened.bad.get("train", (None, ()))[1]]
                 checkpoint = {"heads": grid.state_dict(), "step": step, "bad": bad}
                 if step < plan.steps:
                     checkpoint["optimizer"] = grid.optimizer.state_dict()
@@ -343,14 +343,14 @@ class _Probe:
         """Measure heads on a part; None for a head with NaN or infinite weights or logits."""
         labels = torch.from_numpy(self.sources[part.purpose].labels)
         tallies: list[Tally | None] = [
-            None if one.is_diverged else Tally(len(self.class_names), confusion=confusion) for one in trained
+            None if t.is_diverged else Tally(len(self.class_names), confusion=confusion) for t in trained
         ]
         with torch.no_grad():
             for features, numbers in self._centre_crops(part):
-                for i, (one, tally) in enumerate(zip(trained, tallies, strict=True)):
+                for i, (item, tally) in enumerate(zip(trained, tallies, strict=True)):
                     if tally is None or not len(numbers):
                         continue
-                    logits = one.head(features[self.columns.index(one.candidate.features)])
+                    logits = item.head(features[self.columns.index(item.candidate.features)])
                     if logits.isfinite().all():
                         tally.add(logits, labels[numbers])
                     else:
@@ -367,7 +367,7 @@ class _Probe:
         for _ in range(ROUNDS + 1):  # the grid, then its extensions
             heads = self._train(encoder, new)
             finite = [all(t.isfinite().all() for t in head.state_dict().values()) for head in heads]
-            more = [Trained(one, head, not ok) for one, head, ok in zip(new, heads, finite, strict=True)]
+            more = [Trained(c, head, not ok) for c, head, ok in zip(new, heads, finite, strict=True)]
             if self.choice is not None:
                 scores = self._measure(self.choice, more)
                 more = [replace(a, score=b, is_diverged=b is None) for a, b in zip(more, scores, strict=True)]
@@ -377,23 +377,23 @@ class _Probe:
             new = beyond(trained, winners, config)
             if not new:
                 break
-        for i, one in enumerate(trained):
-            score = {name: one.score and getattr(one.score, name) for name in ("top1", "top5", "loss")}
-            row = {"encoder": encoder, **one.candidate.row(), **score}
-            self.grid.append({**row, "is_winner": i in winners.values(), "is_diverged": one.is_diverged})
+        for i, item in enumerate(trained):
+            score = {name: item.score and getattr(item.score, name) for name in ("top1", "top5", "loss")}
+            row = {"encoder": encoder, **item.candidate.row(), **score}
+            self.grid.append({**row, "is_winner": i in winners.values(), "is_diverged": item.is_diverged})
         best = [trained[i] for i in winners.values()]
         # Confusions are only drawn for the model.
         measured = self._measure(self.measured, best, confusion=encoder == MODEL)
         rows, sound = [], []
-        for one, found in zip(best, measured, strict=True):
+        for winner, found in zip(best, measured, strict=True):
             if found is None:
-                raise UsageError(diverged(encoder, [one.candidate]))
-            log.info("%s, %s: top-1 %.1f %%", encoder, one.candidate.head, 100 * found.top1)
-            row = {"encoder": encoder, **one.candidate.row(), "split": self.measured.name, **found.row()}
+                raise UsageError(diverged(encoder, [winner.candidate]))
+            log.info("%s, %s: top-1 %.1f %%", encoder, winner.candidate.head, 100 * found.top1)
+            row = {"encoder": encoder, **winner.candidate.row(), "split": self.measured.name, **found.row()}
             rows.append({**row, "epochs": self.schedule.epochs, "elapsed_s": time.monotonic() - started_s})
             sound.append(found)
             if encoder == MODEL:
-                self.winners[one.candidate.head] = (one, found)
+                self.winners[winner.candidate.head] = (winner, found)
         return rows, sound
 
     # --------------------------------------------------------------------------------------------- the result
@@ -402,7 +402,7 @@ class _Probe:
         """Probe the model and its baselines."""
         config, plan, opened = self.config, self.schedule, self.opened
         self._start(MODEL, self.candidates)
-        images = sum(len(self.sources[purpose].labels) for purpose in {one.purpose for one in self.parts})
+        images = sum(len(self.sources[purpose].labels) for purpose in {part.purpose for part in self.parts})
         gb = 4e-9 * images * sum(map(math.prod, self.shapes)) * (1 + config.baselines)
         if config.augment == "none" and gb > config.cache_gb:
             raise UsageError(
@@ -412,11 +412,11 @@ class _Probe:
             )
         rows: list[dict[str, Any]] = []
         rights: list[Bool[np.ndarray, " n"]] = []
-        baselines = [one for one in BASELINES if one == UNTRAINED or "linear" in config.heads]
+        baselines = [baseline for baseline in BASELINES if baseline == UNTRAINED or "linear" in config.heads]
         for encoder in (MODEL, *(baselines if config.baselines else ())):
             new_rows, measured = self._encoder(encoder)
             rows += new_rows
-            rights += [one.right for one in measured]
+            rights += [measures.right for measures in measured]
         verdict = add_leads(rows, rights, match=("head",))
         counts = {part.name: len(self._readable(part)) for part in self.parts}
 
@@ -430,9 +430,7 @@ class _Probe:
             f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}, batch "
             f"{plan.batch_size}{chosen or ''}, and measured once on {images_of(self.measured)}."
         )
-        attentive = [
-            one.config.num_heads for one in self.candidates if one.config and one.head == "attentive"
-        ]
+        attentive = [c.config.num_heads for c in self.candidates if c.config and c.head == "attentive"]
         is_written = len(self.class_names) <= MAX_WRITTEN_CLASSES
         facts = {
             "num_classes": len(self.class_names),
@@ -450,7 +448,7 @@ class _Probe:
         return Result(verb="probe", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
 
     def _readable(self, part: _Part) -> Int64[np.ndarray, " n"]:
-        bad = [one.sample for one in self.opened.bad.get(part.purpose, (None, ()))[1]]
+        bad = [sample.sample for sample in self.opened.bad.get(part.purpose, (None, ()))[1]]
         return part.numbers[~np.isin(part.numbers, bad)]
 
     def save(self, out: Path, result: Result) -> None:
@@ -462,11 +460,11 @@ class _Probe:
             shutil.rmtree(out / name, ignore_errors=True)
         write_text(out / "grid.csv", write_csv(self.grid))
         draw_grid(self.grid, result.facts["chosen_on"], drawn / "probe.png")
-        for name, (one, found) in self.winners.items():
-            assert one.candidate.config is not None
+        for name, (winner, found) in self.winners.items():
+            assert winner.candidate.config is not None
             with seeded(0):  # the new head is replaced on the next line
-                classifier = ImageClassifier(self.opened.model, one.candidate.config, self.class_names)
-            classifier.head = one.head
+                classifier = ImageClassifier(self.opened.model, winner.candidate.config, self.class_names)
+            classifier.head = winner.head
             classifier.eval()
             save_classifier(out / name, classifier, data=data)
             if found.confusion is not None:

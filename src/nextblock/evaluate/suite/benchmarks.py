@@ -33,7 +33,7 @@ def inat2018(folder: Path) -> Images:
     """COCO's layout: images with ids, and the category of each id."""
     for split in ("train", "val"):
         content = json.loads((folder / f"{split}2018.json").read_text(encoding="utf-8"))
-        category = {one["image_id"]: one["category_id"] for one in content["annotations"]}
+        category = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
         for image in content["images"]:
             yield split, image["file_name"], str(category[image["id"]])
 
@@ -190,7 +190,7 @@ BENCHMARKS = (
 """In the order of AIM's Table 6; the linear probe is not one of the fifteen."""
 # fmt: on
 
-FIFTEEN = tuple(one.name for one in BENCHMARKS if one.head == "attentive")
+FIFTEEN = tuple(bench.name for bench in BENCHMARKS if bench.head == "attentive")
 
 # Top-1 in percent on the fifteen, then their mean as printed in AIM's Table 6 (arXiv 2401.08541). Only two
 # cells of XTRA are confirmed, in its official repository.
@@ -219,8 +219,8 @@ XTRA B/16:       76.8
 
 def chosen(names: tuple[str, ...] | None) -> tuple[Benchmark, ...]:
     """Select benchmarks by name, or all, in the table's order; `UsageError` for an unknown name."""
-    known = [one.name for one in BENCHMARKS]
+    known = [bench.name for bench in BENCHMARKS]
     for name in names or ():
         if name not in known:
             raise UsageError(f"there is no benchmark {name!r}; {nearest_name(name, known)}")
-    return tuple(one for one in BENCHMARKS if names is None or one.name in names)
+    return tuple(bench for bench in BENCHMARKS if names is None or bench.name in names)
