@@ -173,7 +173,7 @@ def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
     [
         (
             "pretrain --out r --data.train a b",
-            "'b' belongs to no setting; write --data.train a --data.train",
+            "'b' is unexpected; write --data.train a --data.train",
         ),
         ("pretrain --out r --data d", "unknown setting --data; did you mean --data.train d?"),
         ("pretrain --out r --val d", "--data.val d?"),
@@ -190,16 +190,16 @@ def test_a_home_folder_is_found_behind_an_equals_sign(resolved, monkeypatch):
         ("pretrain xtra-tyni --out r", "--preset xtra-tiny?"),
         ("pretrain -o r", "--out?"),
         ("pretrain --out r --model.image_size 32 64", "write --model.image_size 32,64"),
-        ("knn --model r --k 1 20", "'20' belongs to no setting; write --k 1,20 or --k 1 --k 20"),
+        ("knn --model r --k 1 20", "'20' is unexpected; write --k 1,20 or --k 1 --k 20"),
         ("probe --heads linear,attentiv", "heads is 'attentiv'; did you mean attentive?"),
         ("knn --model xtra-tiny --train digits", "xtra-tiny is a preset, not a model; train it first"),
         ("pretrain --out r --config xtra-tiny", "xtra-tiny is a preset; write --preset xtra-tiny"),
         ("pretrain --out r settings.yaml", "did you mean --config settings.yaml?"),
-        ("convert a b c", "c is too much; see nextblock convert --help"),
-        ("convert a b --layers 1 2", "2 is too much; write --layers 1,2 or --layers 1 --layers 2"),
+        ("convert a b c", "c is unexpected; see nextblock convert --help"),
+        ("convert a b --layers 1 2", "2 is unexpected; write --layers 1,2 or --layers 1 --layers 2"),
         ("pretrain --epochs 3", "--train.duration 3ep?"),
         ("pretrain --model.patch 4", "--model.patch_size?"),
-        ("knn --model r d", "'d' belongs to no setting; did you mean --train d?"),
+        ("knn --model r d", "'d' is unexpected; did you mean --train d?"),
     ],
 )
 def test_a_slip_is_answered_with_the_flag_that_is_meant(cli, words, message):
@@ -216,7 +216,7 @@ def test_print_config_refuses_what_a_run_refuses(cli, words):
     ("content", "message"),
     [
         ("optim: {lrr: 1}", "c.yaml, line 1: unknown setting optim.lrr; did you mean optim.lr?"),
-        ("out: r", "c.yaml, line 1: out is no setting of a file; give it as --out on the command line"),
+        ("out: r", "c.yaml, line 1: out cannot be set in a file; give it as --out on the command line"),
         ("\noptimm: {lr: 1}", "c.yaml, line 2: unknown setting optimm.lr; did you mean optim.lr?"),
         ("optim: {lr: fast}", "c.yaml, line 1: optim.lr is 'fast'; it must be a number from 0"),
         ("optim: [1", "c.yaml, line 1: not YAML: "),
@@ -227,7 +227,7 @@ def test_print_config_refuses_what_a_run_refuses(cli, words):
         ("seed: 1\nseed: 2", "c.yaml, line 2: seed is given twice (also line 1); keep one"),
         ("data:\n  val: #h", "line 2: data.val has no value (# begins a comment)"),
         ("data:\n  val: ~", "line 2: data.val is ~; write none"),
-        ("optim: evil.Settings", "line 1: optim must be settings"),
+        ("optim: evil.Settings", "line 1: optim is a section"),
         ("data: {val: {a: 1}}", "unknown setting data.val.a"),
         ("data: {val: [{a: 1}]}", "data.val cannot hold `name: value`"),
         ("data: {val: !!python/name:os.system x}", "a value cannot begin with &, * or !"),

@@ -88,8 +88,8 @@ def test_the_command_draws_a_preset_with_settings_changed(tmp_path, capsys):
     ("words", "message"),
     [
         (["xtra-tiny", "--draw", "."], "--draw . must be a name that ends in .png"),
-        (["xtra-tiny", "--prefix", "1"], "--prefix is for a picture; give --draw FILE.png too"),
-        (["xtra-tiny", "--model.block_size", "1"], "--model.block_size is for a picture"),
+        (["xtra-tiny", "--prefix", "1"], "give --draw FILE.png with --prefix"),
+        (["xtra-tiny", "--model.block_size", "1"], "give --draw FILE.png with --model.block_size"),
         (["--draw", "x.png"], "--draw needs a preset"),
         (["xtra-tiny", "--draw", "x.png", "--model.block_size", "3"], "cannot be cut into blocks"),
     ],

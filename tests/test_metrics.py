@@ -121,13 +121,13 @@ def test_confusion_is_left_out_beyond_a_thousand_classes_or_unasked():
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
-        (torch.zeros(2, 3), [0, 1], "3 logits an image for 4 classes"),
+        (torch.zeros(2, 3), [0, 1], "3 logits per image for 4 classes"),
         (torch.zeros(2, 4), [0, 4], "labels from 0 to 4 for 4 classes"),
         (torch.zeros(2, 4), [-1, 0], "labels from -1 to 0 for 4 classes"),
         (
             torch.tensor([[0.0, 1, 2, math.nan], [0, 1, 2, 3]]),
             [0, 1],
-            "1 of 2 images have logits",
+            "1 of 2 images have NaN logits",
         ),
         (torch.tensor([[0.0, 1, 2, math.inf], [0, 1, 2, 3]]), [0, 1], "diverged"),
     ],

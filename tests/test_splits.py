@@ -62,7 +62,7 @@ def test_a_name_without_images_is_no_class_that_train_lacks(known):
 
 def test_one_class_is_refused(tmp_path):
     spec = folder(tmp_path / "d", ["cat"])
-    with pytest.raises(UsageError, match=r"has one class only \(cat\); give images of two"):
+    with pytest.raises(UsageError, match=r"has only one class \(cat\); give images of at least two"):
         open_labelled({"train": spec}, DataConfig())
 
 

@@ -244,7 +244,7 @@ def test_the_encoder_runs_in_bf16_if_the_device_computes_in_it(run, monkeypatch,
     ("changes", "message"),
     [
         ({"only": ("cifar",)}, "there is no benchmark 'cifar'; did you mean 'cifar10'"),
-        ({"root": "a,b"}, "a,b; a comma ends a path here"),
+        ({"root": "a,b"}, "a,b; use a path or a link without a comma"),
         ({"lr": (0.0,)}, "numbers above 0"),
         ({"layers": ("middle",)}, "layers"),
     ],

@@ -199,7 +199,7 @@ def test_damaged_files_are_named(tmp_path, name, damage):
     (place / name).unlink()
     if damage != "gone":
         (place / name).write_bytes(content[:-9] if damage == "cut" else b"garbage")
-    with pytest.raises(WriteError, match=r"holds damaged features .*; remove it"):
+    with pytest.raises(WriteError, match=r"contains damaged features .*; remove it"):
         toy_table(ToySource(64), directory=tmp_path).fill()
 
 

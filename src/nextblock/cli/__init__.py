@@ -1,7 +1,7 @@
-"""The command line: `nextblock VERB ...`; `verbs.VERBS` names the function of each.
+"""The command line: `nextblock VERB ...`; `verbs.VERBS` names the function of each verb.
 
-A verb's module is imported when the verb is used, and imports torch when it has work to do, so that help and
-usage errors come at once.
+A verb's module is imported when the verb runs, and imports torch only when it needs it, so that help and
+usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ USAGE_ERROR, FAILURE = 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0, 1 for a failure, 2 for wrong usage, 128 + n if signal n stopped it."""
+    """Run a command; return 0, 1 for a failure, 2 for wrong usage, or 128 + n if signal n stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(_help())
@@ -40,19 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         why = f"unknown command {verb!r}; {nearest_name(verb, _commands())}"
         return _complain("nextblock", why, USAGE_ERROR)
-    # Of several processes rank 0 speaks for all, of what all can get wrong the first one on each host.
     try:
         world = find_world()
     except LaunchError as error:
         return _complain(f"nextblock {verb}", str(error), USAGE_ERROR)
-    if world.size > 1:  # torch's own stack traces of broken connections, before it is imported
+    if world.size > 1:  # hides torch's stack traces of broken connections; set before torch is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if world.rank == 0:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     else:
         logging.basicConfig(handlers=[logging.NullHandler()])
         logging.captureWarnings(capture=True)
-    # What a user can get wrong becomes a message, and a traceback only under --debug.
+    # Errors become messages; --debug shows the traceback.
     try:
         module, _, name = (VERBS[verb].run or f"{verb}:run").partition(":")
         function = getattr(importlib.import_module(f"nextblock.cli.{module}"), name)
@@ -62,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130 if world.rank else _complain(f"nextblock {verb}", "interrupted", 130)
     except Exception as error:
-        stopped_by = getattr(error, "signal", None)  # a long command was stopped, and its work is saved
+        stopped_by = getattr(error, "signal", None)  # a signal stopped the command, which saved its work
         if "--debug" in rest and stopped_by is None:
             raise
         code = USAGE_ERROR if isinstance(error, UsageError) else FAILURE
         code = code if stopped_by is None else 128 + stopped_by
-        is_told = getattr(error, "is_told", False) or stopped_by is not None
-        if world.rank and (is_told or (code == USAGE_ERROR and world.local_rank)):
+        is_on_all = getattr(error, "is_told", False) or stopped_by is not None
+        # Rank 0 prints errors that all ranks raise, the first rank of each host prints usage errors.
+        if world.rank and (is_on_all or (code == USAGE_ERROR and world.local_rank)):
             return code
         why = str(error)
         if code == FAILURE and not type(error).__module__.startswith("nextblock."):

@@ -1,8 +1,8 @@
-"""From words on the command line to settings: the preset, then all --config files, then all flags.
+"""Parse the command line into settings: first the preset, then --config files, then flags.
 
-The order on the line does not matter. The last value of a repeated flag counts, or all of them in this order
-if the setting is a list (`--data.train A --data.train B`). Whatever is wrong raises `UsageError` with what
-would be right. A value is the text that was typed, read by its setting's type: nothing else is guessed.
+The order of words does not matter. Repeating a flag overrides its value, or extends it if the setting is a
+list (`--data.train A --data.train B`). A mistake raises `UsageError`, which says what to type. The type of a
+setting alone decides how its text is read.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ _SLIPS = {
     ("checkpoint", "pretrained"): ("model.init", "model"),
     ("output", "output_dir"): ("out",),
 }
-"""Names that other programs use, and the settings that are meant."""
+"""Names that other programs use, and our settings for them."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command: every flag has a type, by which `parse` reads its text."""
+    """Parser of one command, in which every flag has a type that decides how `parse` reads its text."""
 
     def __init__(self, verb: str, about: str = "") -> None:
-        # What the help says comes from the command's row; `about` is for a command without one.
+        # The help comes from the command's row in VERBS; `about` is for a command without one.
         self.verb = VERBS.get(verb, Verb(about, ()))
         self.hints: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.described: list[tuple[argparse.Action, Setting]] = []
-        self.before: dict[str, str] = {}  # the word before each that belongs to no flag
+        self.before: dict[str, str] = {}  # maps each positional word to the word before it
         super().__init__(
             prog=f"nextblock {verb}", allow_abbrev=False, add_help=False, conflict_handler="resolve"
         )
-        self.add_argument("--json", action="store_true", help="end with one line of JSON")
+        self.add_argument("--json", action="store_true", help="print one line of JSON at the end")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
-        """As argparse's, but `type` may be any annotation, such as `int | None`."""
-        # argparse keeps all texts of a flag, and no default beside them: `parse` reads them, once all of
-        # them are known, and fills in the default.
+        """Add an argument as in argparse, but `type` may be any annotation, such as `int | None`."""
+        # argparse only collects the texts of a flag. `parse` converts them once all are known, and fills in
+        # defaults.
         hint, default = options.pop("type", None), options.get("default")
         if not names[0].startswith("--"):
             options |= {"metavar": names[0].upper()}
@@ -86,12 +86,12 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
-        """A flag for each setting of a config, which `parse` returns if it is given; the settings' types."""
+        """Add a flag for each setting of a config; return the types by name."""
         hints = {}
         for setting in setting_types(cls, f"{section}." if section else ""):
             if setting.name.rpartition(".")[2] in skip:
                 continue
-            # No defaults: a flag that is not given must not hide what a file says.
+            # No defaults: a flag that is not given must not override a config file.
             action = super().add_argument(
                 f"--{setting.name}",
                 action="append",
@@ -104,31 +104,31 @@ class Parser(argparse.ArgumentParser):
         return hints
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse words: each flag's text becomes a value of its type."""
+        """Parse words, and convert each flag's text to its type."""
         if {"-h", "--help", "--help-all"} & set(argv):
             sys.stdout.write(self.help(is_whole="--help-all" in argv))
             raise SystemExit(0)
         flags = {name: action for action in self._actions for name in action.option_strings}
         known = [name.removeprefix("--") for name in flags]
-        has_places = any(not action.option_strings for action in self._actions)
+        has_positional = any(not action.option_strings for action in self._actions)
         words: list[str] = []
-        # argparse takes a value such as "-1e-3" for a flag, and says little of a word it does not know. So
-        # each flag is looked up here, and joined with its value by "=", before argparse sees it.
-        left = iter(argv)
-        for word in left:
+        # argparse mistakes a value such as "-1e-3" for a flag, and explains unknown words poorly. So each
+        # flag is looked up here, and joined with its value by "=", before argparse sees it.
+        remaining = iter(argv)
+        for word in remaining:
             name, has_value, value = word.partition("=")
             if not name.startswith("--"):
-                if not has_places:
-                    rest = [word, *takewhile(lambda one: not one.startswith("-"), left)]
+                if not has_positional:
+                    rest = [word, *takewhile(lambda text: not text.startswith("-"), remaining)]
                     meant = self._meant_by_words(rest, words[-1] if words else "", known)
-                    raise UsageError(f"{word!r} belongs to no setting; {meant}")
+                    raise UsageError(f"{word!r} is unexpected; {meant}")
                 self.before.setdefault(word, words[-1] if words else "")
                 words.append(word)
                 continue
-            # `--batch-size` is as good as `--batch_size`.
+            # Accept `--batch-size` for `--batch_size`.
             name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
             if name not in flags:
-                following = value if has_value else next(left, "--")
+                following = value if has_value else next(remaining, "--")
                 following = "" if following.startswith("-") else following
                 meant = suggestion(name.removeprefix("--"), known, following)
                 hint = f"did you mean --{meant}?" if meant else f"{self.prog} --help-all lists all"
@@ -136,13 +136,12 @@ class Parser(argparse.ArgumentParser):
             is_switch = flags[name].nargs == 0
             require(not (is_switch and has_value), f"{name} takes no value")
             if not is_switch and not has_value:
-                # A value never begins with --, so a flag after a flag means that a value was forgotten.
-                value = next(left, "--")
+                # A value never starts with "--", so a flag after a flag means that the value is missing.
+                value = next(remaining, "--")
                 require(not value.startswith("--"), f"{name} needs a value")
-            # Joined, so that argparse takes a value such as -1e-3 for a value.
             words.append(name if is_switch else f"{name}={value}")
         options = self.parse_args(words)
-        # All texts of a flag are known now: a list takes them all, and of anything else the last one counts.
+        # All texts of a flag are known now: a list takes them all, other settings take the last.
         for name, texts in list(vars(options).items()):
             if name not in self.hints:
                 continue
@@ -157,23 +156,23 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def _meant_by_words(self, words: Sequence[str], before: str, known: Sequence[str]) -> str:
-        """What to type instead of words of no flag; `before` is the flag and value before them."""
+        """Suggest what to type instead of words without a flag; `before` is the word before them."""
         word, path = words[0], Path(words[0])
         flag, _, value = before.removeprefix("--").partition("=")
-        flags = sorted((one for one in known if one.startswith(word.lstrip("-"))), key=len)
+        flags = sorted((name for name in known if name.startswith(word.lstrip("-"))), key=len)
         if word.startswith("-"):
             return f"did you mean --{flags[0]}?" if flags else f"see {self.prog} --help"
-        hint, values = self.hints.get(flag, str), [quote(one) for one in (value, *words)]
+        hint, values = self.hints.get(flag, str), [quote(text) for text in (value, *words)]
         element, joined = _element(hint), f"--{flag} {','.join(values)}"
         if element is not None:
-            each = " ".join(f"--{flag} {one}" for one in values)
+            each = " ".join(f"--{flag} {value}" for value in values)
             return f"write {each}" if kinds_of(element) == [str] else f"write {joined} or {each}"
         if any(get_origin(kind) is tuple for kind in kinds_of(hint)):  # a number or a pair
             return f"write {joined}"
         choices = [name for name, hint in self.hints.items() if word.lower() in choices_of(hint)]
         if choices:
             return f"did you mean --{choices[0]} {word}?"
-        # A bare word is most often a preset, a run, settings, or a folder of images.
+        # A bare word is most often a preset, a run, a config file, or a folder of images.
         preset = difflib.get_close_matches(word, [*PRESETS], n=1, cutoff=0.7)
         if "preset" in known and preset and not path.exists():
             return f"did you mean --preset {preset[0]}?"
@@ -181,14 +180,14 @@ class Parser(argparse.ArgumentParser):
             return f"did you mean --{'out' if 'preset' in known else 'model'} {word}?"
         if path.suffix in (".yaml", ".yml"):
             return f"did you mean --config {word}?"
-        source = next((one for one in ("data.train", "train", "data", "model") if one in known), None)
+        source = next((name for name in ("data.train", "train", "data", "model") if name in known), None)
         if source is None or word == "help":
             return f"see {self.prog} --help"
         return f"did you mean --{source} {word}?"
 
     def help(self, *, is_whole: bool) -> str:
-        """What the command does, examples, and the settings that people use; or all, by section."""
-        # Only now: reading the source of every config takes longer than to parse a command.
+        """Format the help: a sentence, examples, and the usual settings; or all settings by section."""
+        # Sentences are read here and not in `add_settings`, because reading sources is slower than parsing.
         for action, (name, hint, default, owner) in self.described:
             words = "auto" if default is None and Auto in get_args(hint) else typed(default) or "[]"
             words = "required" if default is MISSING else f"default: {words}"
@@ -196,17 +195,17 @@ class Parser(argparse.ArgumentParser):
             action.help = f"{sentence} ({words})".replace("%", "%%")
         self.described.clear()
         shared = ("json", "overwrite", "config", "print_config")
-        places = [action for action in self._actions if not action.option_strings]
+        positional = [action for action in self._actions if not action.option_strings]
         flags = {action.dest: action for action in self._actions if action.option_strings}
         parts: dict[str, list[argparse.Action]] = {}
         if is_whole:
-            parts |= {"arguments": places, "settings": []}
+            parts |= {"arguments": positional, "settings": []}
             for name, action in flags.items():
                 title = "every command" if name in shared else name.rpartition(".")[0] or "settings"
                 parts.setdefault(title, []).append(action)
         else:
             usual = self.verb.usual.split() or [name for name in flags if name not in shared]
-            parts["usual settings"] = [*places, *(flags[name] for name in usual if name in flags)]
+            parts["usual settings"] = [*positional, *(flags[name] for name in usual if name in flags)]
         formatter = self._get_formatter()
         for title in sorted(parts, key="every command".__eq__):
             formatter.start_section(title)
@@ -223,27 +222,27 @@ class Parser(argparse.ArgumentParser):
             message = f"{listed(names.split(', '))} must be given; see {self.prog} --help"
         elif what == "unrecognized arguments":
             meant = self._meant_by_words(names.split(), self.before.get(names.split()[0], ""), ())
-            message = f"{names} is too much; {meant}"
+            message = f"{names} is unexpected; {meant}"
         raise UsageError(message)
 
 
 def _element(hint: Any) -> Any:
-    """The type of a list's elements; None if the setting is no list, such as a number that may be a pair."""
+    """The type of a list's elements; None if the setting is not a list, such as a number or pair."""
     kinds = kinds_of(hint)
     elements = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
     return elements[0] if elements and not {int, float} & set(kinds) else None
 
 
 def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
-    """The value of a flag that was given once or several times."""
+    """Read the value of a flag from all its texts."""
     kinds, element = kinds_of(hint), _element(hint)
     nones = NONE_WORDS + ("auto",) * (Auto in get_args(hint)) if type(None) in kinds else ()
-    # Several values make a list if the setting is one. But none and a whole [A, B] replace what came before
-    # them, and are replaced by what comes after; of any other setting the last value counts.
+    # For a list setting, texts add up. But "none" and a whole "[A, B]" replace the texts before them, and the
+    # next text replaces them in turn. For any other setting, the last text counts.
     kept: list[str] = []
     for text in texts:
-        goes_on = element is not None and not any(one[:1] == "[" or one in nones for one in (text, *kept))
-        kept = [*kept, text] if goes_on else [text]
+        extends = element is not None and not any(part[:1] == "[" or part in nones for part in (text, *kept))
+        kept = [*kept, text] if extends else [text]
     if kept[0] in nones:
         is_file = str in kinds and Path(kept[0]).exists()
         require(not is_file, f"{name} {kept[0]} means no value; write ./{kept[0]} for the file of that name")
@@ -256,18 +255,18 @@ def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
 
 
 def built(cls: type, options: argparse.Namespace, section: str = "") -> Any:
-    """A config of what was given for its settings."""
+    """Build a config from the options that were given."""
     prefix = f"{section}." if section else ""
     names = {setting.name for setting in setting_types(cls, prefix)}
     return from_dict(cls, {k.removeprefix(prefix): v for k, v in vars(options).items() if k in names})
 
 
 def _metavar(hint: Any) -> str:
-    # The first kind is the usual one; a setting that may also be none shows the other.
+    # The first type is the usual one.
     kind, *others = kinds_of(hint)
     if get_origin(kind) is Literal:
         return "|".join(
-            [*map(str, get_args(kind)), *["A,B,..."] * any(get_origin(one) is tuple for one in others)]
+            [*map(str, get_args(kind)), *["A,B,..."] * any(get_origin(other) is tuple for other in others)]
         )
     if get_origin(kind) is tuple:
         return "TEXT" if kinds_of(get_args(kind)[0]) == [str] else "A,B,..."  # text may hold commas
@@ -276,24 +275,24 @@ def _metavar(hint: Any) -> str:
 
 @functools.cache
 def _sentences(cls: type) -> dict[str, str]:
-    """What stands in the source below each setting of a dataclass and of those it extends."""
-    # Python drops the strings below fields, so they are read from the source, base classes first: a field
-    # that is declared again has the sentence of its last declaration.
-    found = {}
+    """Read the docstring below each field of a dataclass and of its base classes."""
+    # Python discards docstrings of fields, so they are read from the source. Base classes come first, so that
+    # a redeclared field gets its newest docstring.
+    sentences = {}
     for owner in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         for field, below in pairwise(tree.body):  # type: ignore[attr-defined]
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
-    return found
+                sentences[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return sentences
 
 
 def parse_settings(
     parser: Parser, config: type, argv: Sequence[str], *, overwrite: str | None = None
 ) -> tuple[dict[str, Any], bool]:
-    """Values for the fields of `config`, each of which is a flag, and whether to end with a line of JSON.
+    """Parse values for the fields of `config`, with a flag each; also return whether --json is given.
 
-    `overwrite` says what the flag --overwrite replaces, for a config with such a field.
+    `overwrite` describes, in the help of --overwrite, what it replaces; None if `config` has no such field.
     """
     others = [action.dest for action in parser._actions if action.dest != "json"]
     hints = parser.add_settings(config, skip=() if overwrite is None else ("overwrite",))
@@ -303,7 +302,7 @@ def parse_settings(
     values = {name: value for layer in layers for name, value in layer.items()}
     if overwrite is not None:
         values["overwrite"] = options.overwrite
-    # Asked for only now: a file of settings may give what the flags do not.
+    # Checked here and not by argparse, because a config file may give required settings.
     required = [setting.name for setting in setting_types(config) if setting.default is MISSING]
     missing = [f"--{name}" for name in required if name not in values]
     require(not missing, f"{listed(missing)} must be given; see {parser.prog} --help")
@@ -314,14 +313,14 @@ def parse_settings(
 
 
 def parse_run(parser: Parser, argv: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
-    """A run's settings, and whatever other flags the parser has."""
+    """Parse a run's settings, and return them with the parser's other options."""
     hints = parser.add_settings(RunConfig)
     if "--print_config" in argv:  # --out is not one of the settings that are printed
         for action in parser._actions:
             action.required = False
     layers, options = _layers(parser, hints, argv)
-    # The preset lies below all other settings, wherever it is named: a flag's wins over a config file's.
-    preset = next((one["preset"] for one in reversed(layers) if one.get("preset") is not None), None)
+    # All other settings override the preset, wherever it is named. A flag's preset overrides a config file's.
+    preset = next((layer["preset"] for layer in reversed(layers) if layer.get("preset") is not None), None)
     config = replace(resolve(get_preset(preset or DEFAULT_PRESET).config, *layers), preset=preset)
     config.check_trainable()
     _print_if_asked(config, options)
@@ -331,12 +330,12 @@ def parse_run(parser: Parser, argv: Sequence[str]) -> tuple[RunConfig, argparse.
 def _layers(
     parser: Parser, hints: Mapping[str, Any], argv: Sequence[str]
 ) -> tuple[list[dict[str, Any]], argparse.Namespace]:
-    """The settings of each --config file, in their order, and on top those of the flags; and all flags."""
+    """Return the settings of each --config file in order, then those of the flags; and all options."""
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; repeatable")
-    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and stop")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
     options = parser.parse(argv)
     others = vars(options).keys() - hints.keys()
-    # Each file is a layer of its own: what follows from one setting is worked out layer by layer.
+    # Each file stays a separate layer, because `resolve` derives dependent settings layer by layer.
     files = [_read_file(path, hints, others) for path in options.config or ()]
     return [*files, {name: value for name, value in vars(options).items() if name in hints}], options
 
@@ -351,9 +350,9 @@ def _read_file(path: str, hints: Mapping[str, Any], others: Collection[str]) -> 
             meant = suggestion(name, list(hints))
             why = f"unknown setting {name}; " + (f"did you mean {meant}?" if meant else "see --help-all")
             if any(known.startswith(f"{name}.") for known in hints):
-                why = f"{name} must be settings, `name: value` on lines of their own below"
+                why = f"{name} is a section; write its settings below it, one `name: value` per line"
             elif name in others:
-                why = f"{name} is no setting of a file; give it as --{name} on the command line"
+                why = f"{name} cannot be set in a file; give it as --{name} on the command line"
             raise UsageError(f"{where}: {why}")
         values[name] = read_value(f"{where}: {name}", value, hints[name])
     return values
@@ -369,21 +368,22 @@ def _print_if_asked(config: Any, options: argparse.Namespace) -> None:
 
 
 def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
-    """The setting that somebody meant by `name`: another program's word, another section, a slip.
+    """Suggest the setting meant by `name`: another program's name, another section, or a typo.
 
-    With the `value` that was given, if the setting takes it as it is or as a number of its units.
+    The suggestion includes `value` if the setting takes it, alone or with a unit.
     """
     section, _, last = name.rpartition(".")
-    # Other programs' words first: they resemble none of ours, or a wrong one.
+    # Other programs' names come first, because they resemble none of ours, or a wrong one.
     for words, meant in _SLIPS.items():
-        for one in meant if {name, last} & set(words) else ():
-            setting, _, example = one.partition(" ")
+        for option in meant if {name, last} & set(words) else ():
+            setting, _, example = option.partition(" ")
             if setting in known:
                 example = re.sub("[0-9]+", value, example) if value.isdigit() else example
                 return f"{setting} {example or value}".rstrip()
-    # Of equal names that of the same section. Part of a name counts, and so do swapped letters.
-    ranked = sorted(known, key=lambda one: one.startswith(f"{section}."))
-    leaves = {one.rpartition(".")[2]: one for one in ranked}
+    # Later entries win in `leaves`, so a setting of the same section does. Swapped letters and the start of a
+    # name match too.
+    ranked = sorted(known, key=lambda candidate: candidate.startswith(f"{section}."))
+    leaves = {candidate.rpartition(".")[2]: candidate for candidate in ranked}
     near = [leaf for leaf in leaves if sorted(leaf) == sorted(last) or leaf.startswith(f"{last}_")]
     near += difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
     return leaves[near[0]] if near else None

@@ -1,4 +1,4 @@
-"""`nextblock doctor` and `data pack | sample | split`: images examined, as shards, in lists."""
+"""`nextblock doctor` and `data pack | sample | split`: examine images, pack shards, write subsets."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0 and up to 1")]
 SOURCE = "images: a directory, X.tar, hf:NAME,split=train or any other source"
 READING = {"channels", "decoder", "background", "max_bad_fraction", "max_pixels", "cache_dir", "cache_gb"}
-"""Settings of data that reading a source needs."""
+"""Data settings that `data` commands need to read a source."""
 NOT_OF_DOCTOR = {"train", "val", "weights", "epoch_samples", "workers"}
-"""Settings of data that have other names in `doctor`, or no meaning."""
+"""Data settings that `doctor` does not use, or calls by other names."""
 FIRST_BAD = 10
 
 # ------------------------------------------------------------------------------------ pack, sample and split
 
 
 def data(argv: Sequence[str]) -> int:
-    """What is left of `nextblock data` without one of its commands: help, or a slip."""
+    """Print the help of `nextblock data`; `UsageError` for an unknown command."""
     commands = {
         verb.removeprefix("data "): row.about for verb, row in VERBS.items() if verb.startswith("data ")
     }
@@ -53,10 +53,10 @@ def data(argv: Sequence[str]) -> int:
 
 
 def pack(argv: Sequence[str]) -> int:
-    """Write shards; print where they are and what is missing from them."""
+    """Write shards; print their path, unreadable images, and damage."""
     parser = Parser("data pack")
     parser.add_argument("src", type=str, help=SOURCE)
-    parser.add_argument("dst", type=str, help="folder to write; the same command again resumes or reads it")
+    parser.add_argument("dst", type=str, help="folder to write; repeating the command resumes")
     parser.add_settings(PackConfig)
     options, settings = _parse(parser, argv)
     config = built(PackConfig, options)
@@ -78,7 +78,7 @@ def pack(argv: Sequence[str]) -> int:
 
 
 def sample(argv: Sequence[str]) -> int:
-    """Write a list of some images."""
+    """Write a list of randomly drawn images."""
     parser = Parser("data sample")
     add = parser.add_argument
     add("src", type=str, help=SOURCE)
@@ -86,7 +86,7 @@ def sample(argv: Sequence[str]) -> int:
     add("--fraction", type=Fraction | None, help="share of the images, up to 1")
     add("--count", type=Natural | None, help="number of images")
     add("--per_class", type=Natural | None, help="number of images of each class")
-    add("--seed", type=int, default=0, help="equal seeds draw equal images (default: 0)")
+    add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
     options, settings = _parse(parser, argv)
     fraction, count, per_class = options.fraction, options.count, options.per_class
     require([fraction, count, per_class].count(None) == 2, "give one of --fraction, --count and --per_class")
@@ -108,13 +108,13 @@ def sample(argv: Sequence[str]) -> int:
 
 
 def split(argv: Sequence[str]) -> int:
-    """Write a list of each part."""
+    """Write one list per part."""
     parser = Parser("data split")
     add = parser.add_argument
     add("src", type=str, help=SOURCE)
     add("--parts", type=str, required=True, help="names and shares, such as train=0.8,val=0.2")
     add("--out", type=str, required=True, help="folder for the lists, NAME.txt each")
-    add("--seed", type=int, default=0, help="equal seeds make equal parts (default: 0)")
+    add("--seed", type=int, default=0, help="the same seed makes the same parts (default: 0)")
     add("--stratify", action="store_true", help="keep the shares within every class")
     options, settings = _parse(parser, argv)
     parts: dict[str, float] = {}
@@ -135,21 +135,21 @@ def split(argv: Sequence[str]) -> int:
         _say(f"{name}: {len(numbers)} of {whole}: {spec}")
     left_out = len(source) - sum(part["images"] for part in written)
     if left_out:
-        _say(f"in no part: {counted(left_out, 'image')}")
+        _say(f"not in any part: {counted(left_out, 'image')}")
     if options.json:
         end_with_json({"parts": written, "of": len(source), "left_out": left_out})
     return 0
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Namespace, DataConfig]:
-    """All options, and how the source is read."""
+    """Parse all options, and the settings for reading the source."""
     parser.add_settings(DataConfig, "data", skip=DataConfig.__dataclass_fields__.keys() - READING)
     options = parser.parse(argv)
     return options, built(DataConfig, options, "data")
 
 
 def _say(*lines: str) -> None:
-    """Print lines; bytes of a path that are no text appear escaped."""
+    """Print lines; undecodable bytes of a path are escaped."""
     from nextblock.data.sources.names import text
 
     say(*(text(os.fsencode(line)) for line in lines))
@@ -157,7 +157,7 @@ def _say(*lines: str) -> None:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, called with the number that is done and, if known, of unreadable files."""
+    """Show a progress bar on a terminal; yields a function of the numbers of done and unreadable files."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
@@ -178,12 +178,12 @@ def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What to examine, and for which model."""
+    """Settings of `doctor`."""
 
     val: str | None = None
-    """Images to validate on: also examined, and compared with the training images."""
+    """Validation images, to examine and to compare with the training images."""
     model: str = "xtra-b16"
-    """Model size or preset to check the image size, patches and blocks of."""
+    """Model size or preset whose image size, patches and blocks are checked."""
     image_size: Size | Auto = None
     """Image size in pixels: 64 (square), or rows and columns as 32,64 or 32x64; auto: the model's."""
     patch_size: Count | Auto = None
@@ -193,27 +193,27 @@ class DoctorConfig:
     samples: Count | None = None
     """Examine this many images, drawn at random; none: all."""
     workers: Natural | Auto = None
-    """Processes that read; auto: up to 8, one less than there are cores; 0: the main process."""
+    """Processes that read; auto: one less than the cores, at most 8; 0: the main process."""
     images_per_s: Positive | None = None
-    """Images that your GPU takes in a second, to work out how many workers it needs."""
+    """Images that your GPU trains on per second, to compute how many workers it needs."""
     out: str | None = None
-    """JSON file for everything that was found, including every unreadable file."""
+    """JSON file for the full report, including every unreadable file."""
 
     def __post_init__(self) -> None:
         check_types(self)
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Examine, print what was found; 1 if something would stop a run or spoil its results."""
+    """Examine images and print a report; return 1 if something would stop a run or spoil its results."""
     parser = Parser("doctor")
-    parser.add_argument("src", type=str, nargs="+", help="images to train on; several are one mixture")
+    parser.add_argument("src", type=str, nargs="+", help="images to train on; several form one mixture")
     parser.add_settings(DoctorConfig)
     parser.add_settings(DataConfig, "data", skip=NOT_OF_DOCTOR)
     options = parser.parse(argv)
     config, settings = built(DoctorConfig, options), built(DataConfig, options, "data")
     out = None if config.out is None else Path(config.out).expanduser()
     if out is not None:
-        # Refused now, and not after hours of reading.
+        # Refuse a bad path now, not after hours of reading.
         existing = next(path for path in (out, *out.parents) if path.exists())
         is_writable = os.access(existing, os.W_OK) and (existing != out) == existing.is_dir()
         require(is_writable, f"--out {out} cannot be written; name another file")
@@ -232,7 +232,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 def _examine(config: DoctorConfig, data: DataConfig, src: Sequence[str]) -> Checkup:
-    """Everything that takes time."""
+    """Examine the sources and measure decoding speed, which takes time."""
     from nextblock.data import open_source, open_sources, resolve_workers
     from nextblock.data.advice import Checkup
     from nextblock.data.doctor import crops_per_core_s, examine
@@ -244,25 +244,25 @@ def _examine(config: DoctorConfig, data: DataConfig, src: Sequence[str]) -> Chec
     except UsageError as error:
         size_problem = str(error)
     train = open_sources(src, data)
-    found: list[Examination] = []
+    examined: list[Examination] = []
     for source in [train] if config.val is None else [train, open_source(config.val, data)]:
         workers = resolve_workers(config.workers, source)
         with _progress(source.spec, min(len(source), config.samples or len(source))) as progress:
-            found.append(examine(source, data, samples=config.samples, workers=workers, progress=progress))
+            examined.append(examine(source, data, samples=config.samples, workers=workers, progress=progress))
     return Checkup(
-        train=found[0],
-        val=found[1] if len(found) > 1 else None,
+        train=examined[0],
+        val=examined[1] if len(examined) > 1 else None,
         data=data,
         model=model,
         size_problem=size_problem,
-        per_core_s=crops_per_core_s(train, data, model.image_size) if len(found[0].images) else None,
+        per_core_s=crops_per_core_s(train, data, model.image_size) if len(examined[0].images) else None,
         images_per_s=config.images_per_s,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
 
 
 def _lines(checkup: Checkup, name: str) -> Iterator[str]:
-    """The report: what there is, what is wrong, what to set, the verdict."""
+    """Lines of the report: summary, findings, advice, verdict."""
     yield from _summary("training", checkup.train)
     if checkup.per_core_s is not None:
         cores = counted(checkup.cores, "core")

@@ -1,4 +1,4 @@
-"""The verbs that evaluate: words to settings, a call, a table."""
+"""The verbs that evaluate: parse settings, call the public function, print its table."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def _run(
     after: Callable[[Result, Path], int | None] | None = None,
     switch: tuple[str, str] | None = None,
 ) -> int:
-    """Parse the words, call `nextblock.VERB` (or another function), print its table and notes on rank 0.
+    """Parse the words, call `nextblock.VERB` or `function`, and print its table and notes on rank 0.
 
-    Returns what `after` returns, or 0. `switch` is a flag that was not given, and its help.
+    Returns the exit code of `after`, or 0. `switch` is a flag that only the help lists, and its description.
     """
     parser = Parser(verb)
     if switch is not None:
@@ -80,8 +80,8 @@ def _draw_confusion(result: Result, out: Path) -> None:
 
 
 def suite(argv: Sequence[str]) -> int:
-    """Probe the benchmarks; 1 if one failed or none was measured. With --list, show them."""
-    switch = "--list", "list the benchmarks, those below --root, and how to get the others"
+    """Probe the benchmarks, or list them; return 1 if one failed or none was measured."""
+    switch = "--list", "list the benchmarks, whether --root contains them, and how to get them"
     if switch[0] not in argv or {"-h", "--help", "--help-all"} & set(argv):
         return _run(argv, verb="suite", settings=SuiteSettings, after=_suite_code, switch=switch)
     parser = Parser("suite")
@@ -100,8 +100,8 @@ def suite(argv: Sequence[str]) -> int:
 
 
 def _suite_code(result: Result, _: Path) -> int:
-    found = {row["status"] for row in result.rows}
-    return int("failed" in found or "measured" not in found)
+    statuses = {row["status"] for row in result.rows}
+    return int("failed" in statuses or "measured" not in statuses)
 
 
 knn = partial(_run, verb="knn", settings=KnnSettings)

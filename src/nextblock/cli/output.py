@@ -1,4 +1,4 @@
-"""What verbs print beside their tables: sentences as they are, names cut to fit, JSON on the last line."""
+"""Terminal output of verbs: lines, tables, and JSON on the last line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def say(*lines: str) -> None:
-    """Print lines as they are: paths and names are neither wrapped nor coloured nor taken for markup."""
+    """Print lines verbatim, without wrapping, colours or markup."""
     from rich.console import Console
 
     console = Console()
@@ -20,7 +20,7 @@ def say(*lines: str) -> None:
 def print_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", below: str = ""
 ) -> None:
-    """Print a table of words, and sentences below it; without a head, names and what is known of them."""
+    """Print a table, and sentences below it; without `head`, a grid of names and values."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -35,5 +35,5 @@ def print_table(
 
 
 def end_with_json(values: Any) -> None:
-    """Print values as JSON, in one line."""
+    """Print values as one line of JSON."""
     sys.stdout.write(json.dumps(values) + "\n")

@@ -1,4 +1,4 @@
-"""`nextblock plan`: what a training will need, before GPUs are asked for."""
+"""`nextblock plan`: estimate a training's memory, speed and length before requesting GPUs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nextblock.presets import DEFAULT_PRESET, PRESETS
 from nextblock.settings import Count, Positive, Rule, describe_type, require
 
 KNOWN_IMAGES = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 13_100_000}
-"""Of the data sets that presets name; the second as XTRA's authors prepared it."""
+"""Images in the data sets of presets; ImageNet-21k as prepared by XTRA's authors."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print parameters, arithmetic, length, memory, speed, and all that is assumed."""
+    """Print parameters, arithmetic, length, memory, speed, and all assumptions."""
     share = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0 and up to 1")]
     parser = Parser("plan")
     add = parser.add_argument
     known: Any = Literal[*GPUS]
-    add("--gpu", type=known | None, help="the GPU, or another with --gpu_memory_gb and --gpu_tflops")
+    add("--gpu", type=known | None, help="GPU model; for others give --gpu_memory_gb and --gpu_tflops")
     add("--gpus", type=Count, default=1, help="number of GPUs (default: 1)")
-    add("--gpus_per_node", type=Count, default=8, help="GPUs of a machine (default: 8)")
-    add("--gpu_memory_gb", type=Positive | None, help="memory of a GPU")
-    add("--gpu_tflops", type=Positive | None, help="its dense peak in the run's precision, TFLOP/s")
+    add("--gpus_per_node", type=Count, default=8, help="GPUs per machine (default: 8)")
+    add("--gpu_memory_gb", type=Positive | None, help="memory per GPU in GB")
+    add("--gpu_tflops", type=Positive | None, help="dense peak per GPU in the run's precision, in TFLOP/s")
     add("--mfu", type=share, default=0.4, help="share of the peak reached (default: 0.4)")
     add("--images", type=Count | None, help="number of training images")
     config, options = parse_run(parser, argv)
@@ -45,60 +45,60 @@ def run(argv: Sequence[str]) -> int:
 
         images = len(open_sources(config.data.train_specs, config.data))
     images = images or KNOWN_IMAGES.get(PRESETS[preset].images)
-    found = plan(config, gpu, options.gpus, mfu=options.mfu, images=images)
+    planned = plan(config, gpu, options.gpus, mfu=options.mfu, images=images)
     if options.json:
         given = {"gpus": options.gpus, "mfu": options.mfu, "images": images}
-        end_with_json({"preset": preset, "gpu": vars(gpu)} | given | found)
+        end_with_json({"preset": preset, "gpu": vars(gpu)} | given | planned)
         return 0
     what = f"{options.gpus} x {options.gpu or 'GPU'} of {gpu.memory_gb:g} GB"
-    batch = f"{counted(found['batch_size'], 'image')} a step, {found['images_per_gpu']:,} a GPU"
+    batch = f"{counted(planned['batch_size'], 'image')} per step, {planned['images_per_gpu']:,} per GPU"
     say(*textwrap.wrap(f"{preset} on {what}: {batch}", 79), "")
-    for name, text in _facts(config, found):
+    for name, text in _facts(config, planned):
         say(*textwrap.wrap(text, 79, initial_indent=f"{name:<12}", subsequent_indent=" " * 12))
     ways = ["1 GPU"] if options.gpus == 1 else ["DDP", "FSDP2"]
     per_node = min(options.gpus, options.gpus_per_node)
     print_table(
         ["", *(f"{way}{again}" for way in ways for again in ("", ",\nrecompute"))],
-        [(name, *(v.rjust(6) for v in values)) for name, *values in _rows(found, options.gpus, per_node)],
-        title="GB on each GPU, and speed",
+        [(name, *(v.rjust(6) for v in values)) for name, *values in _rows(planned, options.gpus, per_node)],
+        title="GB per GPU, and speed",
         below="recompute: with --train.activation_checkpointing true\n"
         "largest micro-batch: the most images that fit in one forward pass on a GPU",
     )
     say("", "Assumed:")
-    for text in _assumptions(config, found, gpu, options.mfu):
+    for text in _assumptions(config, planned, gpu, options.mfu):
         say(*textwrap.wrap(text, 79, initial_indent="- ", subsequent_indent="  "))
     return 0
 
 
-def _facts(config: RunConfig, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(config: RunConfig, planned: dict[str, Any]) -> Iterator[tuple[str, str]]:
     counts = {
-        name: f"{found['parameters'][name] / 1e6:,.1f} M" for name in ("encoder", "predictor", "trained")
+        name: f"{planned['parameters'][name] / 1e6:,.1f} M" for name in ("encoder", "predictor", "trained")
     }
     yield (
         "parameters",
         "encoder {encoder}, predictor {predictor}, together {trained}".format(**counts),
     )
-    forward = found["forward_flops"]
+    forward = planned["forward_flops"]
     whole = sum(forward.values())
     parts = ", ".join(
         f"{name} {flops / whole:.0%}" for name, flops in forward.items() if flops >= whole / 200
     )
-    work = [f"{flops / 1e9:,.1f}" for flops in (whole, found["step_flops"], found["step_flops_recomputed"])]
+    work = [f"{flop / 1e9:,.1f}" for flop in (whole, planned["step_flops"], planned["step_flops_recomputed"])]
     yield (
         "arithmetic",
-        f"{work[0]} GFLOP an image forward ({parts}); {work[1]} with the backward pass, "
+        f"{work[0]} GFLOP per image forward ({parts}); {work[1]} with the backward pass, "
         f"{work[2]} if layers are recomputed",
     )
-    if found["steps"] is None:
+    if planned["steps"] is None:
         yield (
             "length",
-            f"{config.train.duration}, whose steps depend on the images: give --images N or --data.train DIR",
+            f"{config.train.duration}; steps depend on the images: give --images N or --data.train DIR",
         )
     else:
-        epochs = "" if found["epochs"] is None else f", {found['epochs']:,.4g} epochs"
-        steps, samples = counted(found["steps"], "step"), counted(found["samples"], "sample")
+        epochs = "" if planned["epochs"] is None else f", {planned['epochs']:,.4g} epochs"
+        steps, samples = counted(planned["steps"], "step"), counted(planned["samples"], "sample")
         yield "length", f"{steps}, {samples}{epochs}"
-    model, optimizer, kept = found["model_bytes"], found["optimizer_bytes"], config.checkpoint.keep
+    model, optimizer, kept = planned["model_bytes"], planned["optimizer_bytes"], config.checkpoint.keep
     yield (
         "checkpoint",
         f"{(model + optimizer) / 1e9:.3g} GB (model {model / 1e9:.3g}, optimizer {optimizer / 1e9:.3g}); "
@@ -106,8 +106,8 @@ def _facts(config: RunConfig, found: dict[str, Any]) -> Iterator[tuple[str, str]
     )
 
 
-def _rows(found: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
-    ways = found["layouts"]
+def _rows(planned: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
+    ways = planned["layouts"]
     digits = 1 if ways[0]["total"] >= 1e9 else 3
     sizes = {
         "weights, fp32": "weights",
@@ -115,8 +115,8 @@ def _rows(found: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]
         "gradients, fp32": "gradients",
         "AdamW's moments, fp32": "moments",
         "exchange between GPUs": "exchange",
-        f"activations, {counted(found['micro_batch'], 'image')}": "activations",
-        "in all": "total",
+        f"activations, {counted(planned['micro_batch'], 'image')}": "activations",
+        "total": "total",
     }
     for name, key in sizes.items():
         if any(way[key] for way in ways):
@@ -125,36 +125,36 @@ def _rows(found: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]
         "largest micro-batch",
         *(f"{way['largest_micro_batch']:,}" if way["largest_micro_batch"] else "none" for way in ways),
     ]
-    # A speed of what does not fit would mislead.
+    # No speed is shown for a layout that does not fit.
     rates = [way["images_per_s"] if way["largest_micro_batch"] else None for way in ways]
     shares = {"images/s": 1.0} | (
-        {"images/s, a GPU": 1 / gpus, "images/s, a node": per_node / gpus} if gpus > 1 else {}
+        {"images/s per GPU": 1 / gpus, "images/s per node": per_node / gpus} if gpus > 1 else {}
     )
     for name, share in shares.items():
         yield [name, *("-" if rate is None else f"{rate * share:,.0f}" for rate in rates)]
-    if found["steps"] is not None:
+    if planned["steps"] is not None:
         yield [
             "days",
-            *("-" if rate is None else f"{found['samples'] / rate / 86400:,.3g}" for rate in rates),
+            *("-" if rate is None else f"{planned['samples'] / rate / 86400:,.3g}" for rate in rates),
         ]
 
 
-def _assumptions(config: RunConfig, found: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:
-    precision, is_fp32 = found["precision"], found["precision"] == "fp32"
+def _assumptions(config: RunConfig, planned: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:
+    precision, is_fp32 = planned["precision"], planned["precision"] == "fp32"
     yield (
-        f"{mfu:.0%} of the peak is reached (--mfu), recomputed work included; exchange between GPUs costs "
-        "no time beyond that, and images are decoded in time"
+        f"{mfu:.0%} of the peak is reached (--mfu), counting recomputed work; exchange between GPUs and "
+        "decoding take no further time"
     )
     yield f"peak: {gpu.fp32_tflops if is_fp32 else gpu.tflops:g} TFLOP/s in {precision} ({gpu.source})"
     if config.train.predictor_fp32 and not is_fp32:
         yield f"train.predictor_fp32: the predictor's layers have a peak of {gpu.fp32_tflops:g} TFLOP/s"
-    yield "work: matrix products; attention in full, also pairs of tokens that the mask forbids"
+    yield "work: matrix products; attention counts all pairs of tokens, including masked ones"
     yield (
-        f"memory: {RESERVE:.0%} is left free; all parts are at their largest at once; attention runs in a "
-        "fused kernel; FSDP2 wraps each layer, shards over all GPUs, and cannot shard autocast's copies"
+        f"memory: {RESERVE:.0%} is left free; all parts peak at once; attention runs in a fused kernel; "
+        "FSDP2 wraps each layer, shards over all GPUs, and cannot shard autocast's copies"
     )
     if config.model.prefix:
         yield "prefixes have their mean length"
     if config.model.teacher is not None:
-        yield "the teacher's forward pass and memory come on top: they are not counted"
+        yield "the teacher's forward pass and memory are not included"
     yield "nothing here was measured on a GPU"

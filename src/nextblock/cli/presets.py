@@ -14,7 +14,7 @@ from nextblock.presets import PRESETS, Preset, get_preset, resolve
 from nextblock.settings import Natural, flatten, listed, require, to_dict, typed
 
 _TABLES = {
-    "size": "Sizes for any folder of images (from so many images on: a rule of thumb)",
+    "size": "Sizes for any folder of images (images: at least this many, as a rule of thumb)",
     "recipe": "Recipes: published runs",
     "small": "Small folders and trials",
     "ablation": "Ablations: what is varied",
@@ -22,11 +22,11 @@ _TABLES = {
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the presets in short tables, or all about one of them."""
+    """Print the presets in short tables, or one of them in detail."""
     parser = Parser("presets")
-    parser.add_argument("name", type=str, nargs="?", help="show all about this one")
+    parser.add_argument("name", type=str, nargs="?", help="preset to show in detail")
     parser.add_argument("--all", action="store_true", help="list the ablations too")
-    parser.add_argument("--draw", type=str | None, help="PNG to write: order of its blocks, attention mask")
+    parser.add_argument("--draw", type=str | None, help="PNG to write: block order and attention mask")
     parser.add_argument(
         "--prefix", type=Natural | None, help="with --draw: blocks that all patches attend to"
     )
@@ -38,8 +38,8 @@ def run(argv: Sequence[str]) -> int:
         require(options.name is not None, "--draw needs a preset: nextblock presets NAME --draw FILE.png")
         require(options.draw.endswith(".png"), f"--draw {options.draw} must be a name that ends in .png")
         return _draw(resolve(chosen[0].config, changes), options)
-    of_draw = [f"--{name}" for name in changes] + ["--prefix"] * (options.prefix is not None)
-    require(not of_draw, f"{listed(of_draw)} is for a picture; give --draw FILE.png too")
+    for_draw = [f"--{name}" for name in changes] + ["--prefix"] * (options.prefix is not None)
+    require(not for_draw, f"give --draw FILE.png with {listed(for_draw)}")
     if options.json:
         end_with_json([_values(preset) for preset in chosen])
     elif options.name:

@@ -13,7 +13,7 @@ from nextblock.settings import Count
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse the words and train; exits with 128 + signal if a signal stopped the run, which is saved."""
+    """Parse the words and train; return 128 + n if signal n stopped the run, which is saved."""
     parser = Parser("pretrain")
     add = parser.add_argument
     add("--out", type=str, required=True, help="run directory; the same command, or --out alone, resumes it")
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:
-    """For `--out RUN` without a preset, file or source: the words that stand for the run's own settings."""
+    """Words that load the run's own settings, for `--out RUN` without a preset, file or source."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if "--out" not in words[:-1] or {"--preset", "--config", "--data.train"} & set(words):
         return []

@@ -1,4 +1,4 @@
-"""`nextblock runs` and `report`: what runs are doing and have done, read from their files alone."""
+"""`nextblock runs` and `report`: status and results of runs, read from their files."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def _page_path(out: str | None, runs: Sequence[Path]) -> Path:
 
 
 def runs(argv: Sequence[str]) -> int:
-    """Print a table of runs, and below it what ended those that failed."""
+    """Print a table of runs, and below it the messages of failed ones."""
     parser = Parser("runs")
-    parser.add_argument("dir", type=str, help="directory, searched in full; or a run")
+    parser.add_argument("dir", type=str, help="directory to search recursively, or a run")
     options = parser.parse(argv)
     top = Path(options.dir)
     require(top.is_dir(), f"{printable(str(top))} is not a directory")
@@ -114,7 +114,7 @@ def runs(argv: Sequence[str]) -> int:
             file = "heartbeat.json"
             rows.append({"run": name, **_values(summary)})
         except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
-            # A file that is not JSON is named already; what else fails is a value of the wrong kind.
+            # The error for invalid JSON names the file; other errors come from values of the wrong type.
             why = str(error) if isinstance(error, UsageError) else f"{path / file} is damaged; remove it"
             rows.append({"run": name, "status": "unreadable", "message": why})
     table = Table(box=None, pad_edge=False)
@@ -135,7 +135,7 @@ def runs(argv: Sequence[str]) -> int:
 
 
 def _find_runs(top: Path) -> Iterator[Path]:
-    """The runs below a directory in the order of names; there are none within a run."""
+    """Yield the runs below a directory, sorted by name; does not search inside runs."""
     for folder, folders, files in os.walk(top):
         folders.sort()
         if set(RUN_FILES) <= set(files):
@@ -144,7 +144,7 @@ def _find_runs(top: Path) -> Iterator[Path]:
 
 
 def _values(summary: RunSummary) -> dict[str, Any]:
-    """The row of a run, as JSON has it."""
+    """Values of a run's row, ready for JSON."""
     loss, step = summary.final_loss or (None, 0)
     status = summary.status
     return {
@@ -159,7 +159,7 @@ def _values(summary: RunSummary) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """The numbers of a row as text, "-" for those that are not known."""
+    """Numbers of a row as text, "-" if unknown."""
     if "step" not in row:
         return ["-"] * 4
     step, total, age_s = row["step"], row["total_steps"], row["heartbeat_age_s"]
@@ -172,5 +172,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _about(seconds: float) -> str:
-    """A length of time in its largest unit: "2 h"."""
+    """Format a duration in its largest unit: "2 h"."""
     return " ".join(clock(seconds).split()[:2])

@@ -1,4 +1,4 @@
-"""The commands as rows of data: what each does, three examples, the settings people use, the function."""
+"""The commands as data: description, three examples, usual settings, function."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Verb(NamedTuple):
     about: str
     """One sentence, without its full stop."""
     examples: tuple[str, ...]
-    """What follows the command's name."""
+    """Words after the command's name."""
     usual: str = ""
-    """Settings that --help shows, besides words without a flag; if empty, all."""
+    """Settings that --help shows besides positional words; if empty, all."""
     run: str = ""
     """MODULE:FUNCTION below `nextblock.cli`; if empty, `run` in the module of the command's name."""
 
@@ -29,7 +29,7 @@ VERBS = {
         "data.train out preset data.val train.duration train.batch_size devices",
     ),
     "eval": Verb(
-        "Measure models in several ways, in one table; or a classifier",
+        "Measure models in several ways, or a classifier, in one table",
         (
             "--model RUN --train TRAIN --test TEST --out RUN/eval",
             "--model RUN --model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
@@ -69,7 +69,7 @@ VERBS = {
         run="evaluations:fewshot",
     ),
     "finetune": Verb(
-        "Train encoder and head together, whole or by LoRA",
+        "Train encoder and head together, fully or with LoRA",
         (
             "--model RUN --train TRAIN --test TEST --out RUN/finetuned",
             "--model RUN --train TRAIN --test TEST --out RUN/lora --lora.rank 8",
@@ -81,7 +81,7 @@ VERBS = {
     "suite": Verb(
         "Probe the fifteen benchmarks of the AIM and XTRA papers",
         (
-            "--list --root DIR             # what is there, how to get the others",
+            "--list --root DIR             # which are found, how to get the others",
             "--model RUN --root DIR --out RUN/suite",
             "--model RUN --root DIR --out quick --only cifar10 --augment none --epochs 10",
         ),
@@ -167,7 +167,7 @@ VERBS = {
         "model data port open",
     ),
     "runs": Verb(
-        "List the runs below a directory and how they are doing",
+        "List the runs below a directory and their status",
         ("DIR", "RUN", "DIR --json"),
         run="runs:runs",
     ),
@@ -187,7 +187,7 @@ VERBS = {
         run="weights:convert",
     ),
     "info": Verb(
-        "Show what a run or a weight file holds",
+        "Show what a run or a weight file contains",
         ("RUN", "xtra.ckpt --num_heads 12", "backbone.pth --head head.pth"),
         run="weights:info",
     ),
@@ -198,7 +198,7 @@ VERBS = {
         run="data:doctor",
     ),
     "data": Verb(
-        "Pack images into shards, draw and divide subsets",
+        "Pack images into shards, draw and split subsets",
         (
             "pack DIR SHARDS",
             "sample DIR few.txt --fraction 0.01",
@@ -207,7 +207,7 @@ VERBS = {
         run="data:data",
     ),
     "plan": Verb(
-        "Estimate a training's memory and time; nothing is run",
+        "Estimate a training's memory and time without running it",
         (
             "--gpu h100",
             "--preset aim-7b-dfn2b+ --gpus 64 --gpu h100",
@@ -237,7 +237,7 @@ VERBS = {
         run="data:sample",
     ),
     "data split": Verb(
-        "Divide a source into parts, and write each as a list",
+        "Split a source into parts, and write each as a list",
         (
             "DIR --parts train=0.8,val=0.2 --out LISTS",
             "DIR --parts train=0.8,val=0.2 --out LISTS --stratify",
@@ -247,4 +247,4 @@ VERBS = {
         run="data:split",
     ),
 }
-"""By the words that choose it; those of two words are not in the list of commands."""
+"""Commands by name; the list of commands omits names of two words."""

@@ -1,4 +1,4 @@
-"""`nextblock info` and `convert`: what a model is, and the same in another format."""
+"""`nextblock info` and `convert`: describe a model, or write it in another format."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from nextblock.interop.load import Found
 
 MAX_TENSORS = 12
-"""How many tensors of a file that is no model are listed."""
+"""Tensors to list of a file that is not a model."""
 STAND_INS = {"num_heads": 1, "probe_layers": (0,)}
-"""Values to look at a file with if it does not record a setting; they are reported as unknown."""
+"""Values for opening a file that does not record these settings; they are reported as unknown."""
 
 # ------------------------------------------------------------------------------------------------------- info
 
 
 def info(argv: Sequence[str]) -> int:
-    """Describe anything that `nextblock.load` reads, and list the tensors of other weight files."""
+    """Describe anything that `nextblock.load` reads; list the tensors of other weight files."""
     parser = Parser("info")
     add, given = parser.add_argument, ("head", "num_heads", "image_size")
     add("file", type=str, help="run, checkpoint, weight file, hf:USER/NAME[/FILE] or timm:NAME")
@@ -61,7 +61,7 @@ def info(argv: Sequence[str]) -> int:
 
 
 def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """All that is known of a model, for JSON; and the rows of the table, from what it is to its origin."""
+    """Describe a model: values for JSON, and the rows of the table."""
     from nextblock.interop.cards import UNSPECIFIED
     from nextblock.interop.convert import provenance_of
     from nextblock.models import NextBlockModel
@@ -98,7 +98,7 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
         "assumed": dict(assumed),
         **({} if head is None else {"head": head}),
     }
-    # A stand-in is not what the file holds.
+    # Stand-ins do not come from the file.
     if "num_heads" in assumed:
         values["config"]["num_heads"] = None
     if head is not None and "probe_layers" in assumed:
@@ -129,15 +129,15 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
             *([("predicts", target)] if can_predict else []),
             ("encoder", size + heads),
         ]
-    facts.append(("parameters", "{} in the encoder, {} in all".format(*map(millions, numbers))))
+    facts.append(("parameters", "{} in the encoder, {} in total".format(*map(millions, numbers))))
     path = (found.path or Path()).absolute()
     places = (path, *path.parents[:3]) if found.format == "nextblock" else ()
-    for place in [one for one in places if all((one / file).is_file() for file in RUN_FILES)][:1]:
+    for place in [path for path in places if all((path / file).is_file() for file in RUN_FILES)][:1]:
         run, settings = read_run(place), recorded_config(place)
-        # A checkpoint before the last has steps and loss of its own.
-        named = re.search(r"checkpoints/step_(\d+)", str(found.path))
+        # An earlier checkpoint gets its own step and loss, not the run's latest.
+        match = re.search(r"checkpoints/step_(\d+)", str(found.path))
         last = run.train[-1]["step"] if run.train else 0
-        step = int(named[1]) if named else run.heartbeat.get("step", last)
+        step = int(match[1]) if match else run.heartbeat.get("step", last)
         loss = next((line["loss"] for line in reversed(run.train) if line["step"] <= step), None)
         values |= {"steps": step, "loss": loss}
         whole = f" of {run.heartbeat['total_steps']:,}" if run.heartbeat.get("total_steps") else ""
@@ -158,7 +158,7 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
 
 
 def _tensors(path: Path, content: Any, why: str) -> dict[str, Any]:
-    """A file of tensors that is no model: the head of a classifier, or anything."""
+    """Describe a file of tensors that is not a model, such as the head of a classifier."""
     from nextblock.checkpoint import is_safetensors, read_metadata
     from nextblock.interop.aim import is_aim_head
 
@@ -179,22 +179,22 @@ def _tensors(path: Path, content: Any, why: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _ConvertConfig:
-    """What to write, and what the source does not record."""
+    """Settings of `convert`."""
 
     to: Literal["nextblock", "timm", "onnx"] | Auto = None
     """Format to write; auto: onnx for DST.onnx, else nextblock."""
     image_size: Size | Auto = None
-    """Pixels, or rows,columns: the size to write (timm, onnx), or that of an AIM file's images."""
+    """Pixels, or rows,columns: the size to write (timm, onnx), or the image size of an AIM file."""
     layers: tuple[Natural, ...] | None = None
-    """Layers whose outputs an ONNX file gives as well, counted from 0."""
+    """Layers whose outputs an ONNX file also returns, counted from 0."""
     attention: Attention | None = None
-    """Attention mask of the encoder that is written (timm, onnx); none: native."""
+    """Attention mask of the written encoder (timm, onnx); none: native."""
     head: str | None = None
     """File of an AIM classifier's head, if SRC is its backbone."""
     num_heads: Count | None = None
     """Attention heads of the encoder, if the file does not record them."""
     probe_layers: Literal["last", "best"] | tuple[Natural, ...] | None = None
-    """Layers that an AIM head averages, if its file does not say: last, best, or numbers from 0."""
+    """Layers that an AIM head averages, if its file lacks them: last, best, or numbers from 0."""
     norm_eps: Positive | None = None
     """Epsilon of the norms of an AIM file."""
     license: str | None = None
@@ -207,7 +207,7 @@ class _ConvertConfig:
 
 
 def convert(argv: Sequence[str]) -> int:
-    """Convert; print one line of what was written."""
+    """Convert a model, and print one line about the result."""
     parser = Parser("convert")
     parser.add_argument("src", type=str, help="run, weight file, timm directory, timm:NAME or hf:USER/NAME")
     parser.add_argument("dst", type=str, help="a new path, or hf:USER/NAME")

@@ -1,4 +1,4 @@
-"""Classes of images by a trained classifier: the likeliest of each, and how often right."""
+"""Classify images with a trained classifier, and measure its accuracy if they have labels."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def classify(**settings: Any) -> Result:
     """Classify images; `settings` are the fields of `ClassifySettings`.
 
     Rows of the result: the first images, with index, name, classes and probabilities (likeliest first), and
-    true_class if the source has labels; `out` gets all of them. `facts["measures"]` has the accuracies if all
-    classes of the source are the classifier's. What `out` is made from stands in OUT.about.json: the
-    same command again reads it. Raises `UsageError` if `out` is another file.
+    true_class if the source has labels. `out` contains all images. `facts["measures"]` has the accuracies if
+    the classifier knows all classes of the source. OUT.about.json records how `out` was made; repeating the
+    same call reads it. Raises `UsageError` if `out` is another file.
     """
     config = from_dict(ClassifySettings, settings)
     with evaluation(config, classifier=True) as opened:
@@ -54,9 +54,9 @@ def classify(**settings: Any) -> Result:
             with opened.group.together():
                 if not about.is_file():
                     raise UsageError(f"{out} exists; choose another --out, or give --overwrite")
-                found = stored_result(about, "classify", identity)
+                result = stored_result(about, "classify", identity)
             log.info("%s has these classes already", out)
-            return replace(found, columns=_columns(len(found.rows[0]["classes"])))
+            return replace(result, columns=_columns(len(result.rows[0]["classes"])))
         with opened.working(out) as finish:
             table = opened.logits("data", source)
             indices = table.readable()
@@ -74,7 +74,7 @@ def classify(**settings: Any) -> Result:
                 for chosen in np.array_split(indices, -(-len(indices) // CHUNK)):
                     tally.add(table.read(chosen), torch.from_numpy(truth[chosen]))
                 facts["measures"] = tally.measures().row()
-            found = Result(
+            result = Result(
                 verb="classify",
                 rows=tuple(rows.of(indices[:SHOWN])),
                 notes=tuple(_notes(config, facts, has_labels=source.has_labels)),
@@ -86,20 +86,20 @@ def classify(**settings: Any) -> Result:
                 if opened.group.is_main:
                     opened.report_bad(None)
                     if out is not None:
-                        _about(out).unlink(missing_ok=True)  # of the file that is replaced
+                        _about(out).unlink(missing_ok=True)  # it describes the file that is replaced
                         _write(out, rows, indices)
-                        write_text(_about(out), json.dumps(found.as_dict(), indent=1) + "\n")
+                        write_text(_about(out), json.dumps(result.as_dict(), indent=1) + "\n")
                     finish()
-            return found
+            return result
 
 
 def _about(out: Path) -> Path:
-    """Where it stands what a file of classes is made from, with its first rows and the accuracies."""
+    """The JSON file that records how `out` was made, its first rows and the accuracies."""
     return out.with_name(f"{out.name}.about.json")
 
 
 def classes_of(source: Source, names: Sequence[str] | None) -> Int64[np.ndarray, " n"] | None:
-    """The labels as the classifier numbers its classes; None if it does not know them all by name."""
+    """Labels as indices of the classifier's classes; None if it does not know all classes by name."""
     if names is None or not source.has_labels or not set(source.class_names) <= set(names):
         return None
     numbers = {name: number for number, name in enumerate(names)}
@@ -107,7 +107,7 @@ def classes_of(source: Source, names: Sequence[str] | None) -> Int64[np.ndarray,
 
 
 class _Rows:
-    """The rows of images, made as they are asked for."""
+    """The rows of images, made lazily."""
 
     def __init__(self, table: FeatureTable, classifier: ImageClassifier, source: Source, top: int) -> None:
         self._table, self._source = table, source
@@ -152,12 +152,12 @@ def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool)
         yield f"All {counted(facts['num_images'], 'image')}: {config.out}"
     elif more > 0:
         yield f"{counted(more, 'more image')}; --out FILE.csv writes all"
-    found = facts["measures"]
-    if found is not None:
-        top5 = f"top-5 {percent(found['top5'], {})} %, " if facts["num_classes"] > TOP else ""
+    measures = facts["measures"]
+    if measures is not None:
+        top5 = f"top-5 {percent(measures['top5'], {})} %, " if facts["num_classes"] > TOP else ""
         yield (
-            f"top-1 {percent(found['top1'], found, 'top1')} %, {top5}balanced "
-            f"{percent(found['balanced'], {})} % of {counted(found['images'], 'labelled image')}"
+            f"top-1 {percent(measures['top1'], measures, 'top1')} %, {top5}balanced "
+            f"{percent(measures['balanced'], {})} % of {counted(measures['images'], 'labelled image')}"
         )
     elif has_labels:
         yield "No accuracy: the classifier does not know all of these images' classes."

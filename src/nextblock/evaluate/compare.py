@@ -1,7 +1,7 @@
-"""Several ways to measure a model, or several models, in one table: kNN, few labels, trained heads.
+"""Measure one model or several with kNN, few labels and trained heads, in one table.
 
-Each source is encoded once for each model, for all methods together. With `out`, each method has a directory
-of its own below it, OUT/MODEL/knn and so on: the same command again reads what is there.
+For each model, each source is encoded once for all methods. With `out`, each method has its own directory,
+OUT/MODEL/knn and so on, which repeating the command reads.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def compare(**settings: Any) -> Result:
     """Measure one model or several; `settings` are the fields of `CompareSettings`.
 
     Rows: model, encoder ("model" or a baseline), method, top1 and its standard error, top5, balanced, lead
-    (of the model over a baseline), to_first (paired difference to the first model). Without `train` each
-    model must be a classifier, whose accuracy on `test` is measured as it is.
+    (of the model over a baseline), to_first (paired difference to the first model). Without `train`, each
+    model must be a classifier; its accuracy on `test` is measured and nothing is trained.
     """
     config = from_dict(CompareSettings, settings)
     require(
@@ -89,16 +89,16 @@ def compare(**settings: Any) -> Result:
             stack.enter_context(exclusive(Path(config.out)))
         scratch = config.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="nextblock-"))
         for number, model in enumerate(config.model):
-            # Two models may end in the same name.
+            # The number keeps two models with the same last name apart.
             name = f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', Path(model).name)}"
             measure = _score if config.train is None else _measure
             try:
-                found = measure(config, model, Path(scratch) / name)
+                results = measure(config, model, Path(scratch) / name)
             except Stopped as error:
                 if config.out is None and config.cache is None:  # scratch does not last
                     raise Stopped(error.signal, f"stopped by {error.signal.name}; {NOT_SAVED}") from error
                 raise
-            for result in found:
+            for result in results:
                 num_classes = max(num_classes, result.facts.get("num_classes", 0))
                 names = {"model": model} if len(config.model) > 1 else {}
                 rows += [{**names, **row} for row in result.rows]
@@ -120,17 +120,17 @@ def compare(**settings: Any) -> Result:
 
 
 def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
-    """The results of all methods for one model, each with the rows that `compare` shows."""
+    """Measure one model with all methods; each result has the rows that `compare` shows."""
     common = {name: getattr(config, name) for name in SHARED if name not in ("layers", "tokens")}
     common |= {"model": model, "train": config.train, "baselines": config.baselines, "seed": config.seed}
     common["cache"] = config.cache or str(out / "features")
-    heads: tuple[Any, ...] = tuple(one for one in config.methods if one in get_args(HeadName))
-    # Few-shot may be impossible and then leaves no file; alone it encodes what it needs.
-    verbs = {"probe" if one in heads else one for one in config.methods} - {"fewshot"}
+    heads: tuple[Any, ...] = tuple(method for method in config.methods if method in get_args(HeadName))
+    # Few-shot may be impossible and then leaves no file; it encodes missing features itself.
+    verbs = {"probe" if method in heads else method for method in config.methods} - {"fewshot"}
     files = {f"{verb}/{verb}.json" for verb in verbs}
     if not all((out / file).is_file() for file in files):
         _encode(config, common, heads)
-    found = []
+    results = []
     parts = [method for method in config.methods if method not in heads[1:]]
     for method in config.methods:
         if method in parts:
@@ -146,7 +146,7 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             except TooFewImagesError as error:
                 if config.methods == ("fewshot",):
                     raise
-                found.append(Result(verb=method, rows=(), notes=(str(error),)))
+                results.append(Result(verb=method, rows=(), notes=(str(error),)))
                 continue
             rows = [{**row, "method": f"{row['shots']} labels a class"} for row in result.rows]
         elif method in heads[:1]:
@@ -154,11 +154,11 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
             rows = [{**row, "method": row["head"]} for row in result.rows]
         else:
             continue
-        numbers = {name: one["images"] for name, one in result.identity["sources"].items()}
+        numbers = {name: source["images"] for name, source in result.identity["sources"].items()}
         images = ", ".join(counted(number, f"{name} image") for name, number in numbers.items())
-        # All heads come from one probe; shown head by head, as the other methods are.
+        # One probe trains all heads, encoder by encoder; the table groups its rows by head.
         order = sorted(range(len(rows)), key=lambda i: [*heads, None].index(rows[i].get("head")))
-        found.append(
+        results.append(
             Result(
                 verb=method,
                 rows=tuple(rows[i] for i in order),
@@ -169,11 +169,11 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
         )
     if config.cache is None:
         shutil.rmtree(out / "features", ignore_errors=True)
-    return found
+    return results
 
 
 def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[Any, ...]) -> None:
-    """Encode all images once, for all methods together, into the cache that they share."""
+    """Encode all images once, into the cache that the methods share."""
     settings = KnnSettings(**common)
     with evaluation(settings) as opened:
         wanted = [pooled(settings, opened.model.config.depth)]
@@ -181,15 +181,15 @@ def _encode(config: CompareSettings, common: dict[str, Any], heads: tuple[Any, .
         if heads:
             grid = ProbeSettings(**common, heads=heads)
             names = sources["train"].source.class_names
-            of_heads = [one.features for one in encoder_candidates(grid, opened.model, len(names))]
-            wanted += [one for one in dict.fromkeys(of_heads) if one is not None and one not in wanted]
+            of_heads = [c.features for c in encoder_candidates(grid, opened.model, len(names))]
+            wanted += [f for f in dict.fromkeys(of_heads) if f is not None and f not in wanted]
         for encoder in (MODEL, UNTRAINED) if config.baselines else (MODEL,):
             for purpose, labelled in sources.items():
                 opened.table(purpose, labelled.source, encoder, wanted, seed=config.seed)
 
 
 def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
-    """The accuracy of a trained classifier as it is."""
+    """Measure the accuracy of a trained classifier."""
     common = {name: getattr(config, name) for name in SHARED}
     cache = config.cache or (config.out and str(out / "features"))
     settings = ScoreSettings(
@@ -198,7 +198,7 @@ def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
     with evaluation(settings, classifier=True) as opened:
         source = open_source(config.test, opened.data)
         classifier = opened.classifier
-        assert classifier is not None, "asked for"
+        assert classifier is not None, "classifier=True opens one"
         num_classes = classifier.head_config.num_classes
         truth = numbered(source, classifier.class_names, num_classes, config.classes)
         table = opened.logits("test", source)
@@ -208,7 +208,7 @@ def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
             tally.add(table.read(some), torch.from_numpy(truth[some]))
         opened.report_bad(None)
     if config.cache is None:
-        shutil.rmtree(out, ignore_errors=True)  # it held nothing but the features
+        shutil.rmtree(out, ignore_errors=True)  # it contains only features
     measures = tally.measures()
     row = {"encoder": "model", "method": "its own classifier", **measures.row()}
     size, cut = pair(opened.model.config.image_size), opened.data
@@ -222,7 +222,7 @@ def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
 
 
 def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """For each model a sentence about the baselines that it does not beat by two standard errors."""
+    """Yield a sentence per model about the baselines that it does not beat by two standard errors."""
     for model in dict.fromkeys(row.get("model") for row in rows):
         unbeaten: dict[str, list[str]] = {}
         for row in rows:
@@ -236,10 +236,10 @@ def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _compare_with_first(rows: list[dict[str, Any]], rights: list[np.ndarray], first: str) -> None:
-    """Give the rows of other models their paired difference to the first one's with the same method."""
+    """Add each model's paired difference to the first model with the same method to its rows."""
     models = [(row, right) for row, right in zip(rows, rights, strict=True) if row["encoder"] == MODEL]
-    theirs = {row["method"]: right for row, right in models if row.get("model", first) == first}
+    reference = {row["method"]: right for row, right in models if row.get("model", first) == first}
     for row, right in models:
-        other = theirs.get(row["method"])
+        other = reference.get(row["method"])
         if row.get("model", first) != first and other is not None and len(other) == len(right):
             row["to_first"], row["to_first_se"] = paired(right, other)

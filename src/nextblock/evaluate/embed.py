@@ -1,8 +1,8 @@
-"""Features of all images of a source in a file: parquet, which Embedding Atlas opens, or NumPy's npz.
+"""Write the features of a source to a file: parquet, which Embedding Atlas opens, or NumPy's npz.
 
 X.parquet has the columns index, name, label, class, feature (flattened), thumbnail (PNG), projection_x and
 projection_y, and neighbors (ids and cosine distances). X.npz has index, name, label and feature. `index` is
-the image's number in the source; unreadable images have no row.
+the image's index in the source; unreadable images have no row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nextblock.settings import from_dict
 log = logging.getLogger(__name__)
 
 ROWS = 1024
-"""Rows that are written at a time."""
+"""Rows to write at a time."""
 
 
 class Embeddings(NamedTuple):
@@ -46,20 +46,20 @@ class Embeddings(NamedTuple):
 
     path: Path
     features: Float[np.ndarray, "n ..."]
-    """A vector an image; (tokens, d) without pooling, with each layer kept apart (layers, ..., d)."""
+    """One vector per image, or (tokens, d) without pooling; layers "each" adds a first dimension (layers)."""
     indices: Int64[np.ndarray, " n"]
-    """The images' numbers in the source."""
+    """Indices of the images in the source."""
     names: list[str]
     labels: Int64[np.ndarray, " n"] | None
     class_names: tuple[str, ...] | None
     about: Mapping[str, Any]
-    """Settings, weights and images that the features are made from, and how many images are unreadable."""
+    """Identity of the features: settings, weights and images; also the number of unreadable images."""
 
 
 def embed(**settings: Any) -> Embeddings:
     """Write the features of images to a file; `settings` are the fields of `EmbedSettings`.
 
-    The same command again reads the file, or resumes. Raises `UsageError` if `out` is another file.
+    Repeating the call reads the file, or resumes. Raises `UsageError` if `out` is another file.
     """
     config = from_dict(EmbedSettings, settings)
     out = Path(config.out)
@@ -69,13 +69,13 @@ def embed(**settings: Any) -> Embeddings:
         source = open_source(config.data, opened.data)
         identity = opened.identity({"data": source})
         with opened.group.together():
-            is_there = out.exists() and not config.overwrite
-            if is_there and (different := differences(_about(out), identity)):
+            is_written = out.exists() and not config.overwrite
+            if is_written and (different := differences(_about(out), identity)):
                 raise UsageError(
                     f"{out} holds other features ({'; '.join(different[:3])}); choose another --out, or "
                     "--overwrite"
                 )
-        if is_there:
+        if is_written:
             log.info("%s has these features already", out)
         else:
             _write(opened, config, source, identity, out)
@@ -119,7 +119,7 @@ def _write(
 
 
 def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.ndarray]:
-    """Two coordinates for each image, by UMAP if it is installed, else PCA; and its nearest images."""
+    """Project images to two dimensions with UMAP, or PCA if it is not installed; find nearest images."""
     normed = F.normalize(torch.from_numpy(features), dim=-1)
     try:
         from umap import UMAP  # type: ignore[import-not-found]
@@ -132,15 +132,15 @@ def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.nda
         if len(features) > 1:
             some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
             plane[:, : some.shape[1]] = some
-    found = {"projection_x": plane[:, 0], "projection_y": plane[:, 1]}
+    columns = {"projection_x": plane[:, 0], "projection_y": plane[:, 1]}
     if neighbors and len(features) > 1:
         parts = [
             nearest_neighbours(normed[rows], normed, neighbors, itself=rows)
             for rows in torch.arange(len(features)).split(ROWS)
         ]
-        found["ids"] = torch.cat([part.rows for part in parts]).numpy()
-        found["distances"] = 1 - torch.cat([part.similarity for part in parts]).numpy()
-    return found
+        columns["ids"] = torch.cat([part.rows for part in parts]).numpy()
+        columns["distances"] = 1 - torch.cat([part.similarity for part in parts]).numpy()
+    return columns
 
 
 def _parquet(
@@ -150,7 +150,7 @@ def _parquet(
     extra: Mapping[str, np.ndarray],
     thumbnail_px: int,
 ) -> Iterator[Any]:
-    """The file's rows as pyarrow tables."""
+    """Yield the file's rows as pyarrow tables."""
     pa = pyarrow()
     for start in range(0, len(indices), ROWS):
         rows = slice(start, start + ROWS)
@@ -169,7 +169,7 @@ def _parquet(
             columns[name] = pa.array(extra[name][rows].astype("f4"))
         if "ids" in extra:
             pairs = zip(extra["ids"][rows].tolist(), extra["distances"][rows].tolist(), strict=True)
-            columns["neighbors"] = pa.array([{"ids": ids, "distances": far} for ids, far in pairs])
+            columns["neighbors"] = pa.array([{"ids": ids, "distances": values} for ids, values in pairs])
         if thumbnail_px:
             pictures = (thumbnail(source, index, thumbnail_px) for index in chosen.tolist())
             columns["thumbnail"] = pa.array([{"bytes": picture} for picture in pictures])
@@ -177,7 +177,7 @@ def _parquet(
 
 
 def thumbnail(source: Source, index: int, longer_px: int) -> bytes:
-    """An image as a PNG of at most so many pixels along its longer side; of many channels the first three."""
+    """Encode an image as a PNG with its longer side at most `longer_px`; only three channels are shown."""
     pixels = source.read(index)
     shown = pixels[: 3 if len(pixels) >= 3 else 1].expand(3, -1, -1)
     picture = Image.fromarray(rearrange(shown, "c h w -> h w c").contiguous().numpy())
@@ -208,7 +208,7 @@ def _write_npz(
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What a file of features was made from; `UsageError` if it is no such file."""
+    """Read the identity of a file of features; `UsageError` for any other file."""
     try:
         if path.suffix == ".parquet":
             about = about_parquet(path)
@@ -223,7 +223,7 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
-    """Read a file that `embed` wrote, into main memory."""
+    """Read a file written by `embed` into main memory."""
     path = Path(path)
     about = _about(path)
     if path.suffix == ".npz":

@@ -1,7 +1,7 @@
-"""What every evaluation does: open a model, encode sources into tables, keep one result, stop and resume.
+"""Shared steps of evaluations: open a model, encode sources into tables, store a result, stop and resume.
 
-Results: OUT/VERB.json (all of it), VERB.md (the table), VERB.csv (all rows). The same command again reads the
-result; another one is refused. One that was stopped resumes from the features that it has encoded.
+Files: OUT/VERB.json (everything), VERB.md (the table), VERB.csv (all rows). Repeating a command reads its
+result; a different command is refused. An interrupted command resumes from the features already encoded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from nextblock.train.runtime import StopRequest, autocast, choose_device, stop_o
 log = logging.getLogger(__name__)
 
 MODEL, UNTRAINED, PIXELS, HISTOGRAM = "model", "untrained", "pixels 16x16", "colour histogram"
-"""Encoders, as rows of tables name them."""
+"""Names of encoders in the rows of tables."""
 BASELINES = (UNTRAINED, PIXELS, HISTOGRAM)
 NOT_BETTER = "The model is not clearly better than"
 WHAT_TO_TRY = (
@@ -70,10 +70,10 @@ PROGRESS_EVERY_S = 10.0
 
 
 class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
-    """A signal stopped an evaluation; what was encoded is kept if there is a place for it."""
+    """A signal stopped an evaluation; encoded features are kept if it has a directory."""
 
     is_told = True
-    """All ranks raise it, and rank 0 says so."""
+    """All ranks raise it, and only rank 0 prints it."""
 
     def __init__(self, by: signal.Signals, message: str) -> None:
         super().__init__(message)
@@ -82,26 +82,26 @@ class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Shown):
-    """What an evaluation found: rows of plain values, one for each encoder, head, or setting."""
+    """Result of an evaluation: rows of plain values, one per encoder, head, or setting."""
 
     verb: str
     rows: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = ()
-    """Sentences that belong below the table."""
+    """Sentences below the table."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What holds for all rows: classes, numbers of images, unreadable images."""
+    """Values shared by all rows: classes, numbers of images, unreadable images."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """Settings, weights, and images that the result is made from."""
+    """Settings, weights, and images that the result depends on."""
     rights: Sequence[np.ndarray] = field(default=(), repr=False, compare=False)
-    """For each row, how often each test image was classified correctly, 0 to 1: for paired differences."""
+    """Per row, how often each test image was classified correctly, 0 to 1; used for paired differences."""
     columns: Sequence[Column] = field(default=(), repr=False, compare=False)
-    """How the rows are shown."""
+    """Columns of the table."""
     all_rows: Sequence[dict[str, Any]] = field(default=(), repr=False, compare=False)
-    """What VERB.csv holds, if `rows` are only some of it."""
+    """Rows of VERB.csv, if it has more than `rows`."""
     picture: Path | None = field(default=None, repr=False, compare=False)
-    """What `show` draws in a notebook."""
+    """Picture that `show` displays in a notebook."""
     brief: Table | None = field(default=None, repr=False, compare=False)
-    """What the terminal shows in place of the whole table."""
+    """Table for the terminal, in place of the whole one."""
 
     def row(self, **values: Any) -> dict[str, Any]:
         """The first row that has these values."""
@@ -112,13 +112,13 @@ class Result(Shown):
 
     @property
     def table(self) -> Table:
-        """The rows as they are shown; of five classes, each image's is among the five likeliest."""
+        """The table of the rows, without top-5 if there are at most five classes."""
         has_top5 = self.facts.get("num_classes", TOP + 1) > TOP
-        return Table(self.rows, [one for one in self.columns if one.key != "top5" or has_top5])
+        return Table(self.rows, [column for column in self.columns if column.key != "top5" or has_top5])
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
-        assert not self.identity.keys() & self.facts.keys(), "a fact would hide what the result is made from"
+        """All values, ready for JSON."""
+        assert not self.identity.keys() & self.facts.keys(), "a fact would override the identity"
         own = {"verb": self.verb, "rows": list(self.rows), "notes": list(self.notes)}
         return finite({**self.identity, **self.facts, **own})
 
@@ -146,11 +146,11 @@ def add_leads(
     rights: Sequence[Bool[np.ndarray, " n"] | Float[np.ndarray, " n"]],
     match: Sequence[str],
 ) -> list[str]:
-    """Give each baseline's row the model's lead over it; a sentence for each that the model does not beat.
+    """Add the model's lead over each baseline to the baseline's row; return a warning if it beats not all.
 
-    `rights` say of each row which images were classified correctly, or how often; rows are compared that
-    agree in `match`. The lead is "lead" with its paired standard error "lead_se". The sentence is about rows
-    marked "is_default" if there are any.
+    `rights` contain, per row, how often each image was classified correctly. Rows with equal `match` are
+    compared. "lead" gets its paired standard error "lead_se". If rows are marked "is_default", the warning
+    considers only those.
     """
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -166,8 +166,8 @@ def add_leads(
         row["lead"], row["lead_se"] = paired(ours[key(row)], right)
         if is_marked and not row["is_default"]:
             continue
-        found = (row["lead"] - 2 * row["lead_se"], row["lead"], row["lead_se"])
-        best[row["encoder"]] = max(found, best.get(row["encoder"], found))
+        lead = (row["lead"] - 2 * row["lead_se"], row["lead"], row["lead_se"])
+        best[row["encoder"]] = max(lead, best.get(row["encoder"], lead))
     unbeaten = [
         f"{encoder} ({100 * lead:+.1f} ± {100 * error:.1f} points)"
         for encoder, (least, lead, error) in best.items()
@@ -180,7 +180,7 @@ def add_leads(
 
 @dataclass
 class Evaluation:
-    """An open model and the means to evaluate it; made by `evaluation`. All ranks make the same calls."""
+    """An open model with its device and processes, made by `evaluation`. All ranks make the same calls."""
 
     settings: EvalSettings
     model: EncoderModel
@@ -190,21 +190,21 @@ class Evaluation:
     stop: StopRequest
     classifier: ImageClassifier | None = None
     bad: dict[str, tuple[Source, tuple[BadSample, ...]]] = field(default_factory=dict)
-    """Unreadable images by what their source is for."""
+    """Each source with its unreadable images, by purpose."""
 
     def __post_init__(self) -> None:
         self._weights = encoder_of(self.model)
         out = None if self.settings.out is None else Path(self.settings.out) / "features"
         self.features_dir = out if self.settings.cache is None else Path(self.settings.cache)
-        """Where tables are kept; None: in memory."""
+        """Directory of the feature tables; None: in memory."""
 
     def identity(self, sources: Mapping[str, Source | Labelled]) -> dict[str, Any]:
-        """What makes a result from these sources what it is."""
+        """Everything that a result from these sources depends on."""
         plain = {name: one.source if isinstance(one, Labelled) else one for name, one in sources.items()}
         return identity_of(self.settings, self.model, self.data, plain)
 
     def check_stop(self) -> None:
-        """Raise `Stopped` if a signal asked for it; all ranks must call this alike."""
+        """Raise `Stopped` if any rank received a signal; a collective call."""
         if not self.group.any(self.stop):
             return
         names = [name for name in self.group.gather(self.stop.signal and self.stop.signal.name) if name]
@@ -215,7 +215,7 @@ class Evaluation:
     def extract(
         self, encoder: str, wanted: Sequence[FeatureConfig], seed: int
     ) -> tuple[Extract, list[dict[str, Any]]]:
-        """What turns images into the features of an encoder or a baseline, and what these are made from."""
+        """The function from images to features of an encoder or a baseline, and the features' identities."""
         if encoder in (PIXELS, HISTOGRAM):
             function = small_pixels_extract if encoder == PIXELS else histogram_extract(self.data)
             return function, [{"baseline": encoder}]
@@ -226,7 +226,7 @@ class Evaluation:
         chunk = self.settings.images_at_once(self.device.type)
         function = encoder_extract(model, wanted, precision=self.settings.precision, chunk=chunk)
         return function, [
-            {**origin, "features": to_dict(one), "precision": self.settings.precision} for one in wanted
+            {**origin, "features": to_dict(config), "precision": self.settings.precision} for config in wanted
         ]
 
     def table(
@@ -239,15 +239,15 @@ class Evaluation:
         indices: Any = None,
         seed: int = 0,
     ) -> FeatureTable:
-        """The filled table of an encoder's (or a baseline's) features of a source, or of some of its images.
+        """Fill the table of a source's features from an encoder or baseline; `indices` select images.
 
-        Raises `Stopped`, and what `FeatureTable.fill` raises.
+        Raises `Stopped`, and the errors of `FeatureTable.fill`.
         """
         extract, origins = self.extract(encoder, wanted, seed)
         return self.fill(purpose, source, extract, origins, indices)
 
     def logits(self, purpose: str, source: Source) -> FeatureTable:
-        """The filled table of the classifier's logits of a source."""
+        """Fill the table of the classifier's logits for a source."""
         classifier, precision = self.classifier, self.settings.precision
         assert classifier is not None, "a classifier was opened"
 
@@ -270,7 +270,7 @@ class Evaluation:
         origins: list[dict[str, Any]],
         indices: Any = None,
     ) -> FeatureTable:
-        """A filled table of whatever `extract` gives, each part made from what `origins` say."""
+        """Fill a table with the outputs of `extract`; `origins` are their identities, in the same order."""
         images = {
             "source": source.fingerprint,
             "sample": None if source.in_memory else images_digest(source),
@@ -316,57 +316,56 @@ class Evaluation:
         save: Callable[[Path, Result], None] | None = None,
         made_from: Mapping[str, Any] | None = None,
     ) -> Result:
-        """Measure and write the result, or read it if `out` holds it; `save` writes what else belongs to it.
+        """Measure and write the result, or read it from `out`; `save` writes further files.
 
-        `made_from` is what it is made from besides settings, encoder, and images, ready for JSON. Raises
-        `UsageError` if `out` holds something else.
+        `made_from` extends the identity, ready for JSON. Raises `UsageError` if `out` has another result.
         """
         settings, group = self.settings, self.group
         identity = {**self.identity(sources), **(made_from or {})}
         if settings.out is None:
-            found = measure()
+            result = measure()
             if group.is_main:
                 self.report_bad(None)
-            return replace(found, identity=identity, columns=columns)
+            return replace(result, identity=identity, columns=columns)
         out = Path(settings.out)
         with group.together():
-            there = read_result(out, verb, identity, overwrite=settings.overwrite) if group.is_main else None
-        there = group.broadcast(there)
-        if there is not None:
+            stored = read_result(out, verb, identity, overwrite=settings.overwrite) if group.is_main else None
+        stored = group.broadcast(stored)
+        if stored is not None:
             log.info("%s has this result already", out)
-            return replace(there, columns=columns)
-        with _held(out, group):
-            found = replace(measure(), identity=identity, columns=columns)
+            return replace(stored, columns=columns)
+        with _locked(out, group):
+            result = replace(measure(), identity=identity, columns=columns)
             with group.together():
                 if group.is_main:
                     self.report_bad(out)
                     if save is not None:
-                        save(out, found)
-                    if found.rights:
+                        save(out, result)
+                    if result.rights:
                         with write_aside(out / RIGHTS) as aside, aside.open("wb") as file:
-                            np.savez_compressed(file, *found.rights)
-                    found.write(out)
+                            np.savez_compressed(file, *result.rights)
+                    result.write(out)
                     if settings.cache is None:
                         shutil.rmtree(out / "features", ignore_errors=True)
-        return found
+        return result
 
     @contextmanager
     def working(self, out: Path | None) -> Iterator[Callable[[], None]]:
-        """For a result that is one file: features are kept beside it, until what is yielded is called."""
+        """Keep features beside a result that is one file; call the yielded function to delete them."""
         if out is None or self.settings.cache is not None:
             yield lambda: None
             return
         self.features_dir = out.with_name(f".{out.name}.features")
-        with _held(self.features_dir, self.group):
+        with _locked(self.features_dir, self.group):
             yield lambda: shutil.rmtree(str(self.features_dir), ignore_errors=True)
 
     def report_bad(self, out: Path | None) -> None:
-        """Name unreadable images: a few in the log, all in quarantine.jsonl."""
+        """Report unreadable images: a few in the log, all in quarantine.jsonl."""
         lines = []
         for purpose, (source, bad) in self.bad.items():
-            lines += [json.dumps({"source": purpose, **one._asdict()}) for one in bad]
+            lines += [json.dumps({"source": purpose, **sample._asdict()}) for sample in bad]
             if bad:
-                names = "; ".join(" ".join(f"{one.name}: {one.reason}".split()) for one in bad[:SHOWN_BAD])
+                names = "; ".join(" ".join(f"{s.name}: {s.reason}".split()) for s in bad[:SHOWN_BAD])
                 log.warning(
                     "%s of %s (%s) skipped, unreadable: %s%s",
                     counted(len(bad), "image"), source.spec, purpose, names, "; …" * (len(bad) > SHOWN_BAD),
@@ -377,31 +376,31 @@ class Evaluation:
             (out / QUARANTINE).unlink(missing_ok=True)
 
     def bad_counts(self) -> dict[str, int]:
-        """Numbers of unreadable images, by what their source is for."""
+        """Numbers of unreadable images by the purpose of their source."""
         return {purpose: len(bad) for purpose, (_, bad) in self.bad.items()}
 
 
 @contextmanager
 def evaluation(settings: EvalSettings, *, classifier: bool = False) -> Iterator[Evaluation]:
-    """Open the model or classifier that the settings name, frozen, and meet the other processes if any."""
+    """Join the process group, and open the frozen model or classifier of the settings."""
     world = find_world()
     device = find_device(choose_device(settings.device), world)
     with (
         process_group(world, device) as group,
         stop_on_signals(lambda: "finishing this batch", is_quiet=not group.is_main) as stop,
     ):
-        found = None
+        loaded = None
         with group.together():
             if classifier:
-                found = open_classifier(settings).to(device).eval().requires_grad_(requires_grad=False)
-            model, data = open_model(settings, found)
+                loaded = open_classifier(settings).to(device).eval().requires_grad_(requires_grad=False)
+            model, data = open_model(settings, loaded)
         model.to(device).eval().requires_grad_(requires_grad=False)
-        yield Evaluation(settings, model, data, device, group, stop, found)
+        yield Evaluation(settings, model, data, device, group, stop, loaded)
 
 
 @contextmanager
 def labelled_evaluation(settings: Any) -> Iterator[tuple[Evaluation, dict[str, Labelled]]]:
-    """The same with the labelled sources that the settings name, of train, val, and test."""
+    """Open an evaluation and its labelled sources, those of train, val and test that the settings name."""
     with evaluation(settings) as opened:
         specs = {purpose: getattr(settings, purpose, None) for purpose in ("train", "val", "test")}
         yield opened, open_labelled(specs, opened.data)
@@ -413,9 +412,9 @@ def frozen_tables(
     sources: Mapping[str, Labelled],
     **some: Int64[np.ndarray, " n"],
 ) -> Iterator[tuple[str, dict[str, FeatureTable]]]:
-    """The tables of all sources for the model and then each baseline, one vector an image.
+    """Yield the tables of all sources for the model and then each baseline, one vector per image.
 
-    `some` names the images that are needed of a source of which not all are.
+    `some` selects images by purpose; by default all images of a source are encoded.
     """
     wanted = [pooled(config, opened.model.config.depth)]
     for encoder in (MODEL, *(BASELINES if config.baselines else ())):
@@ -423,44 +422,44 @@ def frozen_tables(
             encoder,
             {
                 purpose: opened.table(
-                    purpose, one.source, encoder, wanted, indices=some.get(purpose), seed=config.seed
+                    purpose, labelled.source, encoder, wanted, indices=some.get(purpose), seed=config.seed
                 )
-                for purpose, one in sources.items()
+                for purpose, labelled in sources.items()
             },
         )
 
 
 @contextmanager
-def _held(out: Path, group: Group) -> Iterator[None]:
-    """Hold the lock of a directory on rank 0."""
+def _locked(out: Path, group: Group) -> Iterator[None]:
+    """Lock a directory on rank 0."""
     with ExitStack() as stack:
-        with group.together():  # if it is held by another command, all ranks end
+        with group.together():  # if another command holds the lock, all ranks raise
             if group.is_main:
                 stack.enter_context(exclusive(out))
         yield
 
 
 def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool) -> Result | None:
-    """The result of this very evaluation if `out` has it; `UsageError` if it holds anything else."""
+    """Read this evaluation's result from `out`, or None; `UsageError` if `out` contains anything else."""
     path = out / f"{verb}.json"
     if any((out / name).is_file() for name in RUN_FILES):
         raise UsageError(f"{out} is a training run; choose another --out, such as {out / verb}")
     if not path.is_file() and out.is_dir() and not (out / OUTPUT_MARK).is_file():
-        foreign = sorted(one.name for one in out.iterdir())
+        foreign = sorted(path.name for path in out.iterdir())
         if foreign:
             raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); choose another --out")
     if overwrite or not path.is_file():
         return None
-    found = stored_result(path, verb, identity)
+    stored = stored_result(path, verb, identity)
     rights: list[np.ndarray] = []
     if (out / RIGHTS).is_file():
         with np.load(out / RIGHTS, allow_pickle=False) as file:
             rights = [file[name] for name in file.files]
-    return replace(found, rights=rights)
+    return replace(stored, rights=rights)
 
 
 def stored_result(path: Path, verb: str, identity: Mapping[str, Any]) -> Result:
-    """The result in a JSON file; `UsageError` if it is damaged or of another evaluation."""
+    """Read a result from a JSON file; `UsageError` if it is damaged or from another evaluation."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         different = differences(values, identity)

@@ -1,8 +1,6 @@
-"""Features of a frozen encoder over a source of images, a batch at a time or all in memory.
+"""Functions from normalised images to features: an encoder's, pooled for heads, or those of baselines.
 
-An `Extract` turns normalised images into one or more tensors of features: an encoder's, pooled as heads see
-them, or the pixels themselves, the baseline that every encoder has to beat. One pass over the encoder serves
-all heads.
+One pass through the encoder serves all heads. The module also opens models, classifiers and their data.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def pooled(settings: FrozenSettings | SearchSettings, depth: int) -> FeatureConfig:
-    """One vector an image, as the settings say, of an encoder with `depth` layers."""
+    """Features with one vector per image, from the settings and the encoder's depth."""
     (layers,) = layer_choices(settings.layers, depth)
     return FeatureConfig(
         layers=layers, norm_layers=True, tokens=settings.tokens, attention=settings.attention
@@ -61,10 +59,10 @@ def encoder_extract(
     precision: Precision = "fp32",
     chunk: int = 128,
 ) -> Extract:
-    """An extract of the `wanted` features of a model, in their order, from one pass for each attention.
+    """Make an extract of the `wanted` features of a model, with one pass per kind of attention.
 
-    The model is used as it is: put it in evaluation mode first. `chunk` images at a time go through the
-    encoder, so that all layers of a large batch are never in memory together.
+    Put the model in evaluation mode first. The encoder sees `chunk` images at a time, so that all layers of a
+    large batch are never in memory together.
     """
     return partial(_encoder_features, model=model, wanted=tuple(wanted), precision=precision, chunk=chunk)
 
@@ -80,19 +78,19 @@ def _encoder_features(
     parts = []
     for some in images.split(chunk):
         with autocast(images.device, precision):
-            kinds: set[Attention] = {one.attention for one in wanted}
+            kinds: set[Attention] = {spec.attention for spec in wanted}
             encoded = {kind: model.encode(some, attention=kind) for kind in sorted(kinds)}
             norm = model.final_norm
-            parts.append([pool_features(encoded[one.attention], one, norm).float() for one in wanted])
+            parts.append([pool_features(encoded[spec.attention], spec, norm).float() for spec in wanted])
     return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
 
 
 def attention_maps(
     classifier: ImageClassifier, images: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b q rows columns"]:
-    """How an attentive or ep head weighs the patches of normalised images, a map a query (and head).
+    """Compute how an attentive or ep head weighs the patches of normalised images, one map per query or head.
 
-    A map sums to 1. Of tokens "all" the head weighs the class token too; the maps are of the patches alone.
+    Each map sums to 1. It covers only patches, even if the head also sees the class token.
     """
     config = replace(classifier.head_config, tokens="patches")
     with torch.no_grad():
@@ -104,7 +102,7 @@ def attention_maps(
 
 
 def patch_grid(patches: int, image_size: Sequence[int]) -> tuple[int, int]:
-    """(rows, columns) of so many square patches that fill an image of (height, width)."""
+    """Rows and columns of a grid of square patches that fills an image of (height, width)."""
     rows = round((patches * image_size[0] / image_size[1]) ** 0.5)
     return rows, patches // rows
 
@@ -113,15 +111,15 @@ SMALL_PX = 16
 
 
 def small_pixels_extract(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b p"]]:
-    """The images at 16 x 16 px as vectors: what any encoder should beat, and small enough for a million."""
+    """Resize images to 16 x 16 px and flatten them; small enough for a million images."""
     return (rearrange(adaptive_avg_pool2d(images.float(), SMALL_PX), "b c h w -> b (c h w)"),)
 
 
 def histogram_extract(data: DataConfig) -> Extract:
-    """Colour histograms of normalised images: 4 levels of each channel jointly, and 32 of each alone.
+    """Make an extract of colour histograms: 4 levels per channel jointly, and 32 levels of each channel.
 
-    Roots of the shares, so that the dot product of two is their overlap (the Bhattacharyya coefficient). Of
-    more than three channels the joint part uses the first three.
+    Features are square roots of shares, so that a dot product is the Bhattacharyya coefficient, the overlap
+    of two histograms. The joint histogram uses the first three channels.
     """
     mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (data.mean, data.std))
 
@@ -146,7 +144,7 @@ def histogram_extract(data: DataConfig) -> Extract:
 
 
 def untrained(model: EncoderModel, seed: int) -> EncoderModel:
-    """Make the same network with fresh weights drawn from `seed`: frozen, in evaluation mode, same device."""
+    """Make the same network with weights drawn from `seed`: frozen, in evaluation mode, same device."""
     with seeded(seed):
         if isinstance(model, TimmEncoder):
             fresh = TimmEncoder.fresh(model.config)
@@ -157,7 +155,7 @@ def untrained(model: EncoderModel, seed: int) -> EncoderModel:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Make weights inside from `seed`, and leave torch's global generator as it was."""
+    """Seed torch's global CPU generator for a block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         yield
@@ -166,7 +164,7 @@ def seeded(seed: int) -> Iterator[None]:
 def open_model(
     config: EvalSettings, classifier: ImageClassifier | None = None
 ) -> tuple[EncoderModel, DataConfig]:
-    """Open the model that a config names (or take that of a classifier), and how images are cut for it."""
+    """Open the model of a config, or take the classifier's, with the settings of its images."""
     spec = classifier_directory(config.model)
     model = classifier.encoder_model if classifier else open_encoder(spec, num_heads=config.num_heads)
     return model, evaluation_data(
@@ -175,7 +173,7 @@ def open_model(
 
 
 def open_classifier(config: Any) -> ImageClassifier:
-    """Open the classifier that a config names; `CheckpointError` if it is a model without a head."""
+    """Open the classifier of a config; `CheckpointError` if it is a model without a head."""
     check_one_head(config.model, "model")
     return load_classifier(
         classifier_directory(config.model),
@@ -186,14 +184,14 @@ def open_classifier(config: Any) -> ImageClassifier:
 
 
 def check_one_head(spec: str, setting: str) -> None:
-    """Refuse the directory of a probe, which holds several heads, as a classifier."""
+    """Raise `UsageError` for the directory of a probe, which contains several classifiers."""
     place = Path(spec).expanduser()
     probed = [str(place / name) for name in get_args(HeadName) if (place / name / MODEL_FILE).is_file()]
     require(not probed, f"{place} holds the heads of a probe; give --{setting} {' or '.join(probed)}")
 
 
 def classifier_directory(spec: str) -> str:
-    """For the directory of a fine-tuning its classifier; else what was given."""
+    """The classifier in the directory of a fine-tuning; any other spec is returned unchanged."""
     tuned = Path(spec).expanduser() / "classifier"
     return str(tuned) if (tuned / MODEL_FILE).is_file() else spec
 
@@ -205,9 +203,9 @@ def evaluation_data(
     workers: int | None = None,
     max_bad_fraction: float | None = None,
 ) -> DataConfig:
-    """How to cut and normalise images for a model: as its run did, or as its file says, or as officially.
+    """How to crop and normalise images for a model: as recorded in its run or file, else the official way.
 
-    `workers` and `max_bad_fraction`, where given, are taken in place of the run's.
+    `workers` and `max_bad_fraction` override the run's.
     """
     data = _recorded_data(model_spec, config)
     workers = data.workers if workers is None else workers
@@ -226,7 +224,7 @@ def _recorded_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataCon
     else:
         recorded = recorded_data(model_spec)
     if recorded is not None:
-        return replace(recorded, channels=config.in_chans)  # timm's files tell no number of channels
+        return replace(recorded, channels=config.in_chans)  # timm's files do not record the channels
     official = official_data(config.image_size, config.in_chans)
     log.info(
         "%s has no preprocessing metadata; resizing the shorter side to %d px",
@@ -250,7 +248,7 @@ def _timm_data(config: TimmConfig) -> DataConfig | None:
 
 
 def _run_dir(path: Path) -> Path:
-    """The run that a checkpoint, or the model file in one, belongs to; else the path itself."""
+    """The run directory of a checkpoint or of the model file in one; else the path itself."""
     checkpoint = path.parent if path.name == MODEL_FILE else path
     is_of_run = checkpoint.parent.name == "checkpoints" and checkpoint.name.startswith("step_")
     return checkpoint.parents[1] if is_of_run else path

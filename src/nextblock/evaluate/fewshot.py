@@ -1,6 +1,6 @@
-"""How good features are with few labels: logistic regression on several draws of k images a class, or 1 %.
+"""Few-shot evaluation: logistic regression on several random draws of k images per class, or of 1 %.
 
-The model and its baselines learn from the same draws, so that their differences are not those of the draw.
+The model and its baselines learn from the same draws, so the choice of images does not favour either.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from nextblock.tables import Column, lead, number, share
 log = logging.getLogger(__name__)
 
 C_GRID, DEFAULT_C = (1e-3, 1e-2, 1e-1, 1.0, 10.0), 1.0
-"""Inverse strengths of the L2 penalty to choose among, and the one if there is nothing to choose by."""
+"""Inverse strengths of the L2 penalty to choose among, and the one used without cross-validation."""
 MAX_ITERATIONS = 1000
 
 
 class TooFewImagesError(UsageError):
-    """No number of labels that was asked for can be drawn."""
+    """Some class has too few images for every requested number of labels."""
 
 
 COLUMNS = (
     Column("encoder", "features"),
-    Column("shots", "labels", lambda shots, _: shots if shots.endswith("%") else f"{shots} a class"),
+    Column("shots", "labels", lambda shots, _: shots if shots.endswith("%") else f"{shots} per class"),
     number("train_images", "images"),
     share("top1", "top-1 %"),
     share("balanced", "balanced %"),
@@ -54,14 +54,14 @@ COLUMNS = (
 def regress(
     features: Float[np.ndarray, "n d"], labels: Int64[np.ndarray, " n"], folds: int, seed: int
 ) -> Pipeline:
-    """Learn from few labelled images; C by cross-validation if every class has two, else `DEFAULT_C`.
+    """Fit a regression; choose C by cross-validation if every class has two images, else use `DEFAULT_C`.
 
-    Features are standardised by the images that are learned from, in each fold by that fold's.
+    Features are standardised with the statistics of the images that each fit learns from.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(C=DEFAULT_C, max_iter=MAX_ITERATIONS))
     fewest = int(np.unique(labels, return_counts=True)[1].min())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # counted by whoever asks
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the caller counts these
         if fewest < 2:
             return model.fit(features, labels)
         parts = StratifiedKFold(min(folds, fewest), shuffle=True, random_state=seed)
@@ -70,16 +70,16 @@ def regress(
 
 
 def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n"]:
-    """Draw images of every class, or a share of each, in rising order; refuses if a class has too few."""
+    """Draw images of every class, or a share of each, sorted; `UsageError` if a class has too few."""
     if shots.per_class is not None:
         return draw_per_class(source, shots.per_class, seed)
     assert shots.share is not None
     drawn = split(source, {"few": shots.share}, seed, stratify=True)["few"]
-    numbers = np.bincount(source.labels[drawn], minlength=len(source.class_names))
-    missing = [name for name, found in zip(source.class_names, numbers, strict=True) if not found]
+    counts = np.bincount(source.labels[drawn], minlength=len(source.class_names))
+    missing = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
     if missing:
         raise UsageError(
-            f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(numbers)} classes without "
+            f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(counts)} classes without "
             f"an image ({', '.join(missing[:3])}); use a larger share, or images of every class, such as 1"
         )
     return drawn
@@ -89,8 +89,8 @@ def fewshot(**settings: Any) -> Result:
     """Measure a model's features with few labels; `settings` are the fields of `FewshotSettings`.
 
     Rows: encoder, shots, train_images, top1 (mean over draws) and its standard error, balanced,
-    draws (top-1 of each), top1_std (over draws), c (penalties), unconverged. Raises `UsageError` as `knn`,
-    and if a class has too few images for all `shots`; those that it has too few for are named in the notes.
+    draws (top-1 of each), top1_std (over draws), c (penalties), unconverged. The notes list skipped `shots`,
+    for which a class has too few images. Raises `UsageError` if none is left, and like `knn`.
     """
     config = from_dict(FewshotSettings, settings)
     with labelled_evaluation(config) as (opened, sources):
@@ -109,28 +109,28 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
             lacking.append(f"Labels {text} not measured: {error} (--shots {np.bincount(train.labels).min()})")
     if not draws:
         raise TooFewImagesError("; ".join(lacking))
-    drawn = np.unique(np.concatenate([numbers for of_shots in draws.values() for numbers in of_shots]))
+    drawn = np.unique(np.concatenate([indices for of_shots in draws.values() for indices in of_shots]))
     rows, rights, images = [], [], 0
     for encoder, tables in frozen_tables(opened, config, sources, train=drawn):
-        known, table = tables["train"], tables["test"]
-        numbers = table.readable()
-        asked, truth, images = table.read(numbers).double().numpy(), test.labels[numbers], len(numbers)
+        train_table, table = tables["train"], tables["test"]
+        readable = table.readable()
+        queries, truth, images = table.read(readable).double().numpy(), test.labels[readable], len(readable)
         for text, of_shots in draws.items():
-            fits, found, learned = [], [], []
+            fits, right, learned = [], [], []
             for draw, indices in enumerate(of_shots):
                 opened.check_stop()
-                few = known.readable(indices)
+                few = train_table.readable(indices)
                 _check_classes(train.labels[few], train.source, text)
                 seed = keyed_seed(config.seed, "folds", draw) % 2**32
-                fit = regress(known.read(few).double().numpy(), train.labels[few], config.folds, seed)
+                fit = regress(train_table.read(few).double().numpy(), train.labels[few], config.folds, seed)
                 fits.append(fit[-1])
-                found.append(fit.predict(asked) == truth)
+                right.append(fit.predict(queries) == truth)
                 learned.append(len(few))
-            measured = [accuracies(right, truth) for right in found]
-            top1 = [one["top1"] for one in measured]
+            measured = [accuracies(of_draw, truth) for of_draw in right]
+            top1 = [of_draw["top1"] for of_draw in measured]
             spread = statistics.stdev(top1) if len(top1) > 1 else None
             log.info("%s, labels %s: top-1 %.1f %%", encoder, text, 100 * statistics.fmean(top1))
-            rights.append(np.mean(found, axis=0))
+            rights.append(np.mean(right, axis=0))
             rows.append(
                 {
                     "encoder": encoder,
@@ -139,7 +139,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
                     "top1": statistics.fmean(top1),
                     "top1_se": None if spread is None else spread / len(top1) ** 0.5,
                     "top1_std": spread,
-                    "balanced": statistics.fmean(one["balanced"] for one in measured),
+                    "balanced": statistics.fmean(of_draw["balanced"] for of_draw in measured),
                     "draws": top1,
                     "c": [float(fit.C) for fit in fits],
                     "unconverged": sum(int(fit.n_iter_.max()) >= MAX_ITERATIONS for fit in fits),
@@ -156,7 +156,7 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
 
 
 def _check_classes(labels: Int64[np.ndarray, " n"], source: Source, shots: str) -> None:
-    """Refuse a draw that has no readable image of some class."""
+    """Raise `UsageError` if a draw has no readable image of some class."""
     missing = sorted(set(range(len(source.class_names))) - set(labels.tolist()))
     if missing:
         names = ", ".join(source.class_names[label] for label in missing[:3])
@@ -173,6 +173,6 @@ def _about(rows: list[dict[str, Any]], images: int, draws: int) -> str:
     return (
         f"Logistic regression: {spread}, on {counted(images, 'test image')}. The L2 penalty is chosen by "
         "cross-validation within the labelled images"
-        + (f"; with one image a class C is {DEFAULT_C:g}." if fixed else ".")
+        + (f"; with one image per class, C is {DEFAULT_C:g}." if fixed else ".")
         + (f" {counted(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
     )

@@ -1,4 +1,4 @@
-"""Files that evaluations write beside their results: parquet, with what it was made from in its metadata."""
+"""Parquet files of evaluations, whose metadata records how they were made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = b"nextblock"
 
 
 def pyarrow() -> Any:
-    """The package pyarrow with its module `parquet`; `UsageError` if it is not installed."""
+    """Import pyarrow with its module `parquet`; `UsageError` if it is not installed."""
     try:
         importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -26,7 +26,7 @@ def pyarrow() -> Any:
 
 
 def write_parquet(path: Path, tables: Iterable[Any], about: Mapping[str, Any]) -> None:
-    """Write pyarrow tables of one schema, one after the other; `about` is kept as JSON in the metadata."""
+    """Write pyarrow tables of one schema, one after the other; store `about` as JSON in the metadata."""
     pa = pyarrow()
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
@@ -35,11 +35,11 @@ def write_parquet(path: Path, tables: Iterable[Any], about: Mapping[str, Any]) -
             labelled = table.replace_schema_metadata({KEY: json.dumps(about).encode()})
             writer = writer or pa.parquet.ParquetWriter(aside, labelled.schema)
             writer.write_table(labelled)
-        assert writer is not None, "a table at least"
+        assert writer is not None, "there must be at least one table"
         writer.close()
 
 
 def about_parquet(path: Path) -> dict[str, Any] | None:
-    """What `write_parquet` kept in a file; None if nothing."""
+    """Read the `about` that `write_parquet` stored in a file; None if there is none."""
     metadata = pyarrow().parquet.read_schema(path).metadata or {}
     return json.loads(metadata[KEY]) if KEY in metadata else None

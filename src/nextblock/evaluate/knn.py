@@ -1,7 +1,6 @@
-"""How good features are without training anything: accuracy of their nearest neighbours.
+"""Weighted kNN on cosine similarity (Wu et al., arXiv 1805.01978); nothing is trained.
 
-Weighted kNN on cosine similarity (Wu et al., arXiv 1805.01978): each of the k nearest training images votes
-for its class with weight exp(similarity / temperature).
+Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from nextblock.settings import from_dict
 from nextblock.tables import Column, lead, number, share
 
 QUERIES, NEIGHBOURS = 1024, 65_536
-"""So many images at a time are compared with so many training images: a quarter of a gigabyte."""
+"""Queries and training images per matrix of similarities, which takes a quarter of a gigabyte."""
 
 
 # ------------------------------------------------------------------------------------------------ the vote
 
 
 class Nearest(NamedTuple):
-    """Of each query the most similar neighbours, the most similar first."""
+    """The nearest neighbours of each query, nearest first."""
 
     similarity: Float[Tensor, "q k"]
-    """Cosine."""
+    """Cosine similarity."""
     rows: Int64[Tensor, "q k"]
 
 
@@ -49,9 +48,9 @@ def nearest_neighbours(
     itself: Int64[Tensor, " q"] | None = None,
     chunk: int = NEIGHBOURS,
 ) -> Nearest:
-    """Find the k nearest of `neighbours` (all of them, where there are fewer), `chunk` of these at a time.
+    """Find the k nearest of `neighbours`, or all if there are fewer, in chunks of `chunk` neighbours.
 
-    `neighbours` must be of length 1. `itself` is the row of each query among them, which is not looked at.
+    `neighbours` must have unit length. `itself` is each query's own row in `neighbours`, which is excluded.
     """
     k = min(k, len(neighbours) - (itself is not None))
     queries = F.normalize(queries, dim=-1)
@@ -71,10 +70,10 @@ def nearest_neighbours(
 def _vote(
     nearest: Nearest, labels: Int64[Tensor, " n"], num_classes: int, k: int, temperature: float
 ) -> Int64[Tensor, " q"]:
-    """Let the first k of the nearest vote."""
+    """Predict the class with the largest sum of the k nearest neighbours' weights."""
     similarity, rows = nearest.similarity[:, :k], nearest.rows[:, :k]
     votes = similarity.new_zeros(len(similarity), num_classes)
-    # exp of the difference to the best: the same winner, and no overflow at low temperatures.
+    # Subtracting the largest similarity scales all weights alike, and avoids overflow at low temperatures.
     votes.scatter_add_(1, labels[rows], ((similarity - similarity[:, :1]) / temperature).exp())
     return votes.argmax(dim=-1)
 
@@ -88,32 +87,31 @@ def knn_predict(
     k: int = DEFAULT_K,
     temperature: float = DEFAULT_TEMPERATURE,
 ) -> Int64[Tensor, " q"]:
-    """Predict a class for each query from its k nearest neighbours (all of them, where there are fewer)."""
+    """Predict a class for each query from its k nearest neighbours, or from all if there are fewer."""
     nearest = nearest_neighbours(queries, F.normalize(neighbours, dim=-1), k)
     return _vote(nearest, labels, num_classes, k, temperature)
 
 
 def predict_all(
-    asked: Float[Tensor, "q d"] | None,
-    known: Float[Tensor, "n d"],
+    queries: Float[Tensor, "q d"] | None,
+    features: Float[Tensor, "n d"],
     labels: Int64[Tensor, " n"],
     num_classes: int,
     settings: Sequence[tuple[int, float]],
     device: torch.device,
 ) -> list[Int64[Tensor, " q"]]:
-    """A prediction for every (k, temperature), on the CPU; with nothing asked, of each known one by the rest.
+    """Predict classes for every (k, temperature), on the CPU, from one search for all settings.
 
-    The neighbours stay on the device; so many queries at a time are compared with them, once for all
-    settings.
+    Without queries, each of `features` is classified by the others (leave-one-out).
     """
-    neighbours, labels = F.normalize(known.to(device), dim=-1), labels.to(device)
+    neighbours, labels = F.normalize(features.to(device), dim=-1), labels.to(device)
     most = max(k for k, _ in settings)
     parts: list[list[Tensor]] = [[] for _ in settings]
-    rows = None if asked is not None else torch.arange(len(known), device=device)
-    for start in range(0, len(known if asked is None else asked), QUERIES):
+    rows = None if queries is not None else torch.arange(len(features), device=device)
+    for start in range(0, len(features if queries is None else queries), QUERIES):
         some = slice(start, start + QUERIES)
-        queries = neighbours[some] if asked is None else asked[some].to(device)
-        nearest = nearest_neighbours(queries, neighbours, most, itself=None if rows is None else rows[some])
+        chunk = neighbours[some] if queries is None else queries[some].to(device)
+        nearest = nearest_neighbours(chunk, neighbours, most, itself=None if rows is None else rows[some])
         for part, (k, temperature) in zip(parts, settings, strict=True):
             part.append(_vote(nearest, labels, num_classes, k, temperature).cpu())
     return [torch.cat(part) for part in parts]
@@ -135,8 +133,8 @@ def knn(**settings: Any) -> Result:
     """Measure a model's features by their nearest neighbours; `settings` are the fields of `KnnSettings`.
 
     Rows: encoder, k, temperature, top1 and its standard error, balanced (mean accuracy of the classes),
-    is_default (the setting fixed beforehand). Raises `UsageError` if `out` holds another result, labels are
-    missing, or test has classes that train lacks.
+    is_default (the setting fixed beforehand). Raises `UsageError` if `out` contains another result, labels
+    are missing, or test has classes that train lacks.
     """
     config = from_dict(KnnSettings, settings)
     with labelled_evaluation(config) as (opened, sources):
@@ -148,17 +146,17 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
     rows, rights, images = [], [], {}
     for encoder, tables in frozen_tables(opened, config, sources):
         chosen = tables["train"].readable()
-        truth, asked = train.labels[chosen], None
+        truth, queries = train.labels[chosen], None
         images = {"train": len(chosen), "test": len(chosen)}
         if "test" in sources:
             numbers = tables["test"].readable()
-            truth, asked = sources["test"].labels[numbers], tables["test"].read(numbers)
+            truth, queries = sources["test"].labels[numbers], tables["test"].read(numbers)
             images["test"] = len(numbers)
         elif len(chosen) < 2:
             raise UsageError(f"{config.train} has one readable image, so it has no neighbour; give --test")
         labels = torch.from_numpy(train.labels[chosen])
         predictions = predict_all(
-            asked,
+            queries,
             tables["train"].read(chosen),
             labels,
             len(train.source.class_names),
@@ -202,7 +200,7 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
 
 
 def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) -> dict[str, float]:
-    """top1 with its standard error, and the mean over the classes that have images."""
+    """Compute top-1 accuracy with its standard error, and the mean accuracy of the classes with images."""
     images = np.bincount(truth)
     of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
     top1 = int(right.sum()) / len(right)

@@ -1,4 +1,4 @@
-"""The words by which layers of an encoder are named: last, last6, layer7, 3+4+5, each, best."""
+"""Names of encoder layers on the command line: last, last6, layer7, 3+4+5, each, best."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ ONE_CHOICE = "last, last6 (or any number), layer7 or 3+4+5 (counted from 0)"
 
 
 def check_layers(words: Sequence[str], *, several: Sequence[str] = ("each", "best")) -> None:
-    """Refuse what names no layers; whether an encoder has them is seen when it is known.
+    """Raise `UsageError` for a word that does not name layers; `layer_choices` checks the encoder's depth.
 
-    `several` are the words, besides those of one choice, that whoever asks can use.
+    `several` are the words that the caller accepts besides those of `ONE_CHOICE`.
     """
     for word in words:
-        is_left_out = word in ("each", "best") and word not in several
-        if WORDS.fullmatch(word) is None or is_left_out:
+        is_excluded = word in ("each", "best") and word not in several
+        if WORDS.fullmatch(word) is None or is_excluded:
             known = ", ".join([ONE_CHOICE, *several])
             raise UsageError(f"layers is {word!r}; use {known}")
 
 
 @functools.lru_cache  # so that a note on layers comes once, not once for each head
 def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
-    """The layers that a word means of an encoder with `depth`, counted from 0; of "each" several choices.
+    """Resolve a word to layers, counted from 0; only "each" gives several choices.
 
-    A bare number is short for that many last ones; more than there are means all. `best` are those that
-    "best" stands for. Raises `ValueError` for layers that the encoder lacks.
+    A bare number n means the last n layers, or all if there are fewer. `best` are the layers for "best".
+    Raises `UsageError` for layers that the encoder lacks.
     """
     if word == "each":
         return tuple((layer,) for layer in range(depth))
     if word == "best":
-        assert best is not None, "only who knows them offers the word"
+        assert best is not None, "callers accept `best` only if they know the layers"
         return (best,)
     if word.startswith("layer") or "+" in word:
         chosen = sorted(int(number) for number in word.removeprefix("layer").split("+"))

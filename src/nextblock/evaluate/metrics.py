@@ -1,4 +1,4 @@
-"""Accuracy, calibration, loss and confusion of logits, summed up by batches; standard errors."""
+"""Accuracy, calibration, loss and confusion of logits, accumulated over batches; standard errors."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ class Measures:
     top1: float
     """Share of images whose likeliest class is the right one."""
     top5: float
-    """Share of images whose right class is among the five (or all, if fewer) likeliest."""
+    """Share of images whose right class is among the five likeliest (all, if there are fewer)."""
     balanced: float
-    """Mean of the accuracies of the classes that have images."""
+    """Mean accuracy of the classes that have images."""
     calibration_error: float
-    """Expected calibration error: how far confidence and accuracy lie apart, in the mean over images, by 15
-    equal bins of the likeliest class's probability (Guo et al. 2017)."""
+    """Expected calibration error: mean gap between confidence and accuracy over 15 equal bins of the
+    likeliest class's probability, weighted by their images (Guo et al. 2017)."""
     loss: float
     """Mean cross-entropy."""
     per_class: tuple[float | None, ...]
-    """Accuracy of each class; None of one without images."""
+    """Accuracy of each class; None for a class without images."""
     confusion: tuple[tuple[int, ...], ...] | None
-    """Images by true class (row) and likeliest class (column); None beyond 1,000 classes or unasked."""
+    """Images by true class (row) and likeliest class (column); None if off or beyond 1,000 classes."""
     right: Bool[np.ndarray, " n"]
-    """Whether each image was classified correctly, in the order in which they were added."""
+    """Whether each image was classified correctly, in the order of `Tally.add`."""
 
     def row(self) -> dict[str, float | int]:
-        """The numbers of a table's row, with the standard error of top-1."""
+        """Numbers for a row of a table, with the standard error of top-1."""
         names = ("images", "top1", "top5", "balanced", "calibration_error", "loss")
         values = {name: getattr(self, name) for name in names}
         return {**values, "top1_se": standard_error(self.top1, self.images)}
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """Of an accuracy over so many independent images: sqrt(p (1 - p) / n)."""
+    """Standard error of an accuracy over n independent images: sqrt(p (1 - p) / n)."""
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
@@ -59,9 +59,9 @@ def paired(
     one: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
     other: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
 ) -> tuple[float, float]:
-    """Difference of two accuracies on the same images, and its standard error: that of the mean difference.
+    """Difference of two accuracies on the same images, and its paired standard error.
 
-    Two classifiers err on many of the same images, so this is smaller than of two accuracies by themselves.
+    Two classifiers err on many of the same images, so this error is smaller than for independent accuracies.
     """
     difference = one.astype(float) - other.astype(float)
     error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
@@ -69,7 +69,7 @@ def paired(
 
 
 class Tally:
-    """Sums up logits and labels, a batch at a time, on the CPU; the logits may be on any device."""
+    """Accumulates measures on the CPU, batch by batch; logits may be on any device."""
 
     def __init__(self, num_classes: int, *, confusion: bool = True) -> None:
         if num_classes < 1:
@@ -81,28 +81,28 @@ class Tally:
         self._class_right = torch.zeros(num_classes, dtype=torch.int64)
         self._top5_right = 0
         self._loss = 0.0
-        # Of each bin: images classified correctly, less the sum of their confidences.
+        # Per bin: right images minus the sum of confidences, so images x (accuracy - mean confidence).
         self._excess = torch.zeros(CONFIDENCE_BINS, dtype=torch.float64)
         self._right: list[np.ndarray] = []
 
     @classmethod
     def joined(cls, tallies: Sequence[Tally]) -> Tally:
-        """All images of these tallies, such as those of several processes, in this order."""
+        """Join tallies, such as those of several processes, in this order."""
         whole = cls(tallies[0].num_classes, confusion=tallies[0]._confusion is not None)
-        for one in tallies:
-            for name, value in vars(one).items():
+        for tally in tallies:
+            for name, value in vars(tally).items():
                 if name != "num_classes" and value is not None:
                     setattr(whole, name, getattr(whole, name) + value)  # sums, and a list that grows
         return whole
 
     def add(self, logits: Float[Tensor, "b c"], labels: Int64[Tensor, " b"]) -> None:
-        """Count a batch in.
+        """Add a batch.
 
-        Raises `ValueError` where there are not as many logits as classes, a label is none of the classes, or
-        logits are NaN or infinite, as those of a head that diverged.
+        Raises `UsageError` if the number of logits is not that of the classes, a label is out of range, or
+        logits are NaN or infinite because the model diverged.
         """
         if logits.shape[1] != self.num_classes:
-            raise UsageError(f"{logits.shape[1]} logits an image for {self.num_classes} classes")
+            raise UsageError(f"{logits.shape[1]} logits per image for {self.num_classes} classes")
         if not len(labels):
             return
         truth = labels.cpu()
@@ -115,9 +115,9 @@ class Tally:
         likeliest, ranked = top.values[:, 0].cpu().double(), top.indices.cpu()
         if likeliest.isnan().any():
             raise UsageError(
-                f"{int(likeliest.isnan().sum())} of {len(truth)} images have logits that are NaN: "
-                "the head or the encoder diverged; train with a lower learning rate, encode in fp32, or look "
-                "at the encoder's weights"
+                f"{int(likeliest.isnan().sum())} of {len(truth)} images have NaN logits: the head or the "
+                "encoder diverged; train with a lower learning rate, encode in fp32, or check the encoder's "
+                "weights"
             )
         self._loss -= float(log_p.cpu().double().gather(1, rearrange(truth, "b -> b 1")).sum())
         self._count(truth, ranked, likeliest.exp())
@@ -125,7 +125,7 @@ class Tally:
     def _count(
         self, truth: Int64[Tensor, " b"], ranked: Int64[Tensor, "b five"], confidence: Float[Tensor, " b"]
     ) -> None:
-        """Count in the right ones; `ranked` are the likeliest classes, the first one with `confidence`."""
+        """Add the counts; `ranked` are the likeliest classes, and `confidence` is the first one's."""
         right = ranked[:, 0] == truth
         self._right.append(right.numpy())
         self._class_images += torch.bincount(truth, minlength=self.num_classes)
@@ -138,7 +138,7 @@ class Tally:
             self._confusion += rearrange(cells, "(truth guess) -> truth guess", guess=self.num_classes)
 
     def measures(self) -> Measures:
-        """All batches together; `ValueError` if there was no image."""
+        """Measures of all images added; `UsageError` if there are none."""
         images = int(self._class_images.sum())
         if not images:
             raise UsageError("no image was measured; give a source with readable, labelled images")

@@ -1,4 +1,4 @@
-"""How good the features of a model are while it is pre-trained: kNN accuracy, and RankMe without labels."""
+"""Monitor of feature quality during pre-training: kNN accuracy, and RankMe, which needs no labels."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def missing_classes(train: Source, val: Source) -> list[str]:
-    """Classes of `val`, by name, that `train` does not have."""
+    """Names of the classes of `val` that `train` lacks."""
     return sorted(set(val.class_names) - set(train.class_names))
 
 
 class FeatureMonitor:
-    """Logs RankMe as `rankme` and, with labelled images to compare with, kNN accuracy as `knn/top1`.
+    """Logs RankMe as `rankme` and, if `train` is given, kNN accuracy as `knn/top1`.
 
-    Both are measured on images of `source`, on the mean over patches of the model's final tokens under its
-    native attention, taken once. kNN compares them with images of `train`. At most `max_samples` images of
-    each are used, chosen by `seed`. Every rank encodes its share, and rank 0 returns the values.
+    Both use the mean patch of the final tokens of images of `source`, under the model's native attention.
+    kNN classifies them by images of `train`. At most `max_samples` images of each are used, drawn by `seed`.
+    Every rank encodes its share, and rank 0 returns the values.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FeatureMonitor:
         self._max_samples, self._seed, self._k, self._batch_size = max_samples, seed, k, batch_size
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
-        """Measure the model as it is now; nothing if it has no features, or the run was asked to stop."""
+        """Measure the model now; empty if its features cannot be used, or if the run should stop."""
         tables: list[tuple[Source, FeatureTable, np.ndarray]] = []
         for source, purpose in ((self._source, "knn val"), (self._train, "knn train")):
             if source is None:
@@ -88,8 +88,8 @@ class FeatureMonitor:
         if self._train is not None:
             val_labels, train_labels = (source.labels[indices] for source, _, indices in tables)
             numbers = {name: number for number, name in enumerate(self._train.class_names)}
-            # An image of a class that train lacks counts as wrong.
-            meaning = np.array([numbers.get(name, -1) for name in self._source.class_names])
+            # -1 matches no prediction: an image of a class that train lacks counts as wrong.
+            to_train = np.array([numbers.get(name, -1) for name in self._source.class_names])
             (guess,) = predict_all(
                 features[0],
                 features[1],
@@ -98,5 +98,5 @@ class FeatureMonitor:
                 [(self._k, DEFAULT_TEMPERATURE)],
                 event.device,
             )
-            values["knn/top1"] = float((guess.numpy() == meaning[val_labels]).mean())
+            values["knn/top1"] = float((guess.numpy() == to_train[val_labels]).mean())
         return values

@@ -1,4 +1,4 @@
-"""A directory that holds one result: what it was made from, and the refusal to overwrite another one."""
+"""The identity of a result: what it was made from, and how two results differ."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ FREE_SETTINGS = (
     "root",
     "only",
 )
-"""Settings that do not change what an evaluation finds."""
+"""Settings that do not change a result."""
 
-_PLACES = ("model", "train", "val", "test", "data", "features", "query")
+_PATHS = ("model", "train", "val", "test", "data", "features", "query")
 
 CUT_SETTINGS = ("mean", "std", "channels", "val_resize_px", "val_crop", "decoder", "max_pixels")
-"""Settings of images that tell what an encoder sees of one, and which can be read."""
+"""Settings of images that decide the pixels an encoder sees, and which images can be read."""
 
 FORMAT_VERSION = 2
-LOOKED_AT = 8
-"""So many images of a source are read to know it again."""
+SAMPLED = 8
+"""Images of a source whose pixels are hashed to recognise it."""
 
 
 def identity_of(
     config: Any, model: EncoderModel, data: DataConfig, sources: Mapping[str, Source]
 ) -> dict[str, Any]:
-    """What makes a result what it is, ready for JSON; two evaluations of equal identity find the same.
+    """Everything that a result depends on, ready for JSON: equal identities give equal results.
 
-    `config` is the verb's dataclass of settings; `sources` are named by what they serve for ("train").
+    `config` is the verb's dataclass of settings; the keys of `sources` are purposes such as "train".
     """
     is_augmented = getattr(config, "augment", "none") != "none"
     return {
         "format_version": FORMAT_VERSION,
         "settings": {name: v for name, v in to_dict(config).items() if name not in FREE_SETTINGS},
         **encoder_of(model),
-        # A flip matters only if training images are varied.
+        # The flip matters only with augmentation.
         "images": {**cut_of(data), **({"flip": data.flip} if is_augmented else {})},
         "sources": {
             purpose: {
@@ -70,17 +70,17 @@ def identity_of(
 
 
 def cut_of(data: DataConfig) -> dict[str, Any]:
-    """What tells the pixels that an encoder sees of an image, ready for JSON."""
+    """Settings that decide the pixels an encoder sees, ready for JSON."""
     cut = to_dict(data)
     return {name: cut[name] for name in CUT_SETTINGS}
 
 
 def encoder_of(model: EncoderModel) -> dict[str, Any]:
-    """What makes an encoder what it is, ready for JSON: the same weights with other attention are another."""
+    """Identity of an encoder, ready for JSON: its weights, and settings such as its attention."""
     config = model.config
-    if isinstance(config, ModelConfig):  # the same if it was exported without what it predicts with
+    if isinstance(config, ModelConfig):  # exporting a model without its predictor keeps the identity
         config = config.encoder_alone()
-    else:  # how its images are cut is recorded apart
+    else:  # `cut_of` records how images are cut
         config = replace(
             config, mean=None, std=None, crop_pct=None, crop_mode="center", interpolation="bicubic"
         )
@@ -88,12 +88,12 @@ def encoder_of(model: EncoderModel) -> dict[str, Any]:
 
 
 def images_digest(source: Source) -> str:
-    """A hash of the pixels of a few images from all over a source.
+    """Hash the pixels of a few images spread over a source.
 
-    The fingerprint of a folder covers names alone, and 0001.jpg of two folders may be two images.
+    A folder's fingerprint covers only names, and 0001.jpg in two folders may be two images.
     """
     digest = hashlib.sha256()
-    for number in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=np.int64)).tolist():
+    for number in np.unique(np.linspace(0, len(source) - 1, SAMPLED, dtype=np.int64)).tolist():
         try:
             digest.update(source.read(number).contiguous().numpy().tobytes())
         except BadImageError as error:
@@ -102,22 +102,22 @@ def images_digest(source: Source) -> str:
 
 
 def labels_digest(source: Source) -> str:
-    """A hash of the classes of all images: two lists of the same files may differ in them."""
+    """Hash the classes of all images, in which two lists of the same files may differ."""
     names = "\n".join(source.class_names).encode()
     return hashlib.sha256(names + source.labels.tobytes()).hexdigest()[:16]
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """In words, what of the identity `here` another one lacks, or has with another value.
+def differences(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Describe each entry of `identity` that `stored` lacks, or has with another value.
 
-    Paths of model and images do not count: digests and fingerprints identify them.
+    Paths of models and images are ignored: digests and fingerprints identify them.
     """
-    old, new = flatten(there), flatten(json.loads(json.dumps(here)))
+    old, new = flatten(stored), flatten(json.loads(json.dumps(identity)))
     if old.get("format_version") != new.get("format_version", old.get("format_version")):
         return ["written by another version of nextblock"]
-    places = re.compile(rf"settings\.(.*\.)?({'|'.join(_PLACES)})|sources\..*\.spec")
+    paths = re.compile(rf"settings\.(.*\.)?({'|'.join(_PATHS)})|sources\..*\.spec")
     return [
         f"{name}: {old.get(name)} there, {value} here"
         for name, value in new.items()
-        if old.get(name) != value and not places.fullmatch(name)
+        if old.get(name) != value and not paths.fullmatch(name)
     ]

@@ -1,4 +1,4 @@
-"""The images that a model sees as most alike: cosine similarity of features, one vector an image."""
+"""Find similar images by the cosine similarity of their features, one vector per image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nextblock.tables import Column, number
 
 MAX_QUERIES = 64
 SAME = 1 - 1e-5
-"""From this cosine similarity on, an image may be the query itself."""
+"""An image at least this similar may be the query itself; pixels decide."""
 SHEET = "sheet.png"
 
 COLUMNS = (
@@ -36,7 +36,7 @@ def search(**settings: Any) -> Result:
     """Find the images nearest to each query; `settings` are the fields of `SearchSettings`.
 
     Rows: query, rank (from 1), index and name of the image, similarity (cosine), class, is_query (whether it
-    is the query itself). With `out` a sheet of thumbnails is drawn as well.
+    is the query itself). With `out`, also draws a sheet of thumbnails.
     """
     config = from_dict(SearchSettings, settings)
     with evaluation(config) as opened:
@@ -61,15 +61,15 @@ def _measure(opened: Evaluation, config: SearchSettings, sources: dict[str, Sour
     wanted = [pooled(config, opened.model.config.depth)]
     tables = {purpose: opened.table(purpose, source, MODEL, wanted) for purpose, source in sources.items()}
     numbers = {purpose: table.readable() for purpose, table in tables.items()}
-    known = F.normalize(tables["data"].read(numbers["data"]).to(opened.device), dim=-1)
-    asked = tables["query"].read(numbers["query"]).to(opened.device)
-    # One more, as the first may be the query itself.
-    found = nearest_neighbours(asked, known, config.top + 1)
+    features = F.normalize(tables["data"].read(numbers["data"]).to(opened.device), dim=-1)
+    query_features = tables["query"].read(numbers["query"]).to(opened.device)
+    # One more, because the first may be the query itself.
+    nearest = nearest_neighbours(query_features, features, config.top + 1)
     source, queries, rows = sources["data"], sources["query"], []
     for i, query in enumerate(numbers["query"].tolist()):
         kept = 0
-        nearest = zip(found.similarity[i].tolist(), found.rows[i].tolist(), strict=True)
-        for rank, (similarity, row) in enumerate(nearest, start=1):
+        neighbours = zip(nearest.similarity[i].tolist(), nearest.rows[i].tolist(), strict=True)
+        for rank, (similarity, row) in enumerate(neighbours, start=1):
             index = int(numbers["data"][row])
             is_query = similarity > SAME and torch.equal(queries.read(query), source.read(index))
             kept += not is_query

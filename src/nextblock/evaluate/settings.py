@@ -1,4 +1,4 @@
-"""Settings that every evaluation has: which model, on what device, how exactly. Quick to import."""
+"""Settings of evaluations. Quick to import."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from nextblock.evaluate.layers import check_layers
 from nextblock.settings import Count, Natural, Positive, Rule, Share, check_types, require
 
 CPU_BATCH, GPU_BATCH = 16, 128
-"""On a CPU more gain a few percent of speed and take half a gigabyte of memory; a GPU wants many."""
+"""Larger batches on a CPU gain a few percent of speed and cost half a gigabyte; a GPU needs large ones."""
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (0.75, 1.333)
-"""Training crops of probes and fine-tuning, as of the official linear probe."""
+"""Training crops of probes and fine-tuning, as in the official linear probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Which model is evaluated, and by what means."""
+    """Settings that every evaluation has."""
 
     model: str
-    """A run directory, a file of weights, hf:USER/NAME, or timm:NAME."""
+    """A run directory, a weight file, hf:USER/NAME, or timm:NAME."""
     out: str | None = None
     """Directory for the result; none: print only."""
     num_heads: Count | None = None
-    """Attention heads of the encoder, if its file does not say."""
+    """Attention heads of the encoder, if its file does not record them."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of the encoder; heads are trained in fp32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -35,11 +35,11 @@ class EvalSettings:
     workers: Natural | None = None
     """Processes that decode images; none: as many as the run used."""
     max_bad_fraction: Share | None = None
-    """Stop if more than this share of the images is unreadable; none: what the run allowed."""
+    """Stop if more than this share of the images is unreadable; none: the run's setting."""
     encode_batch_size: Count | None = None
     """Images encoded at a time; none: 16 on a CPU, 128 on a GPU."""
     cache: str | None = None
-    """Directory that keeps features for later commands; none: only until the result is written."""
+    """Directory to keep features in for later commands; none: delete them once the result is written."""
     overwrite: bool = False
     """Replace another result in out."""
 
@@ -47,13 +47,13 @@ class EvalSettings:
         check_types(self)
 
     def images_at_once(self, device_type: str) -> int:
-        """Images encoded at a time."""
+        """Images per encoder batch."""
         return self.encode_batch_size or (CPU_BATCH if device_type == "cpu" else GPU_BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenSettings(EvalSettings):
-    """The same for evaluations of one vector an image, beside baselines."""
+    """Settings of evaluations that use one vector per image, and compare with baselines."""
 
     train: str
     """Labelled images to learn from."""
@@ -66,7 +66,7 @@ class FrozenSettings(EvalSettings):
     baselines: bool = True
     """Also measure the same encoder untrained, images of 16x16 px, and a colour histogram."""
     seed: Natural = 0
-    """Seed of the untrained encoder and of all that is drawn."""
+    """Seed of the untrained encoder and of all random choices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +74,7 @@ class FrozenSettings(EvalSettings):
 
 
 DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07
-"""kNN: the setting to report, fixed before anything is measured."""
+"""The kNN setting to report, fixed before anything is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,9 @@ class KnnSettings(FrozenSettings):
     """Nearest neighbours of a frozen encoder's features."""
 
     test: str | None = None
-    """Labelled images to measure on; none: each image of train by all others (leave-one-out)."""
+    """Labelled images to measure on; none: classify each image of train by all others (leave-one-out)."""
     k: tuple[Count, ...] = (1, 5, DEFAULT_K, 100)
-    """Numbers of neighbours that vote."""
+    """Numbers of neighbours that vote; each is measured."""
     temperature: tuple[Positive, ...] = (DEFAULT_TEMPERATURE,)
     """A neighbour's vote weighs exp(cosine similarity / temperature)."""
 
@@ -100,9 +100,9 @@ class FewshotSettings(FrozenSettings):
     test: str
     """Labelled images to measure on."""
     shots: tuple[str, ...] = ("1", "5", "10")
-    """Labels to learn from: images of every class, or a share of every class, such as 1%."""
+    """Labels to learn from: a number of images per class, or a share of every class, such as 1%."""
     draws: Count = 5
-    """Draws of each number of labels; mean and standard deviation are over these."""
+    """Random draws for each number of labels; accuracies are the mean over draws."""
     folds: Annotated[int, Rule(lambda n: n >= 2, "from 2")] = 5
     """Folds of the cross-validation that chooses the penalty; fewer if the smallest class has fewer."""
 
@@ -116,24 +116,24 @@ class FewshotSettings(FrozenSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedSettings(EvalSettings):
-    """Features of images, in a file."""
+    """Settings of `embed`, which writes features of images to a file."""
 
     data: str
     """Images: a directory, an image file, `torchvision:CIFAR10,root=DIR`, or `digits`."""
     out: str = field()  # required
     """File to write: .parquet, or .npz for NumPy."""
     layers: str = "last"
-    """last, last6 (or any number), layer7 or 3+4+5 (from 0), averaged; or each: every layer, kept apart."""
+    """last, last6 (or any number), layer7 or 3+4+5 (from 0), averaged; each: every layer separately."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
     """Patches, class token, class token and mean patch joined, or all tokens."""
     pool: Literal["mean", "none"] = "mean"
-    """The mean over the tokens, one vector an image; none: every token."""
+    """mean: the mean over tokens, one vector per image; none: every token."""
     norm: bool = True
     """Apply the encoder's final norm to each layer's output first."""
     attention: Attention = "native"
     """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
     neighbors: Natural = 10
-    """parquet: nearest images listed for each image; 0: none."""
+    """parquet: number of nearest images to list for each image; 0: none."""
     thumbnail_px: Natural = 96
     """parquet: longer side of the thumbnails; 0: none."""
 
@@ -146,20 +146,20 @@ class EmbedSettings(EvalSettings):
         )
         require(
             self.pool == "mean" or self.tokens in ("patches", "all"),
-            f"tokens {self.tokens} is one vector an image; pool none needs tokens patches or all",
+            f"tokens {self.tokens} is one vector per image; pool none needs tokens patches or all",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(EvalSettings):
-    """The images that a model sees as most alike."""
+    """Settings of `search`, which finds similar images."""
 
     data: str
     """Images to search: a directory, or any other source."""
     query: str
-    """An image file, or a source of up to 64 images, whose nearest images are found."""
+    """An image file, or a source of up to 64 images; search for images similar to these."""
     top: Count = 12
-    """Images found for each query."""
+    """Images to find for each query."""
     layers: str = "last"
     """Encoder layers, averaged after the final norm: last, last6, layer7 or 3+4+5 (from 0)."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
@@ -174,22 +174,22 @@ class SearchSettings(EvalSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings(EvalSettings):
-    """A trained classifier."""
+    """Settings of evaluations of a trained classifier."""
 
     head: str | None = None
     """The second file of an official AIM classifier."""
     probe_layers: Literal["last", "best"] | tuple[Natural, ...] | None = None
-    """Layers that an official AIM head averages, if its file does not say: last, best, or numbers from 0."""
+    """Layers that an official AIM head averages, if its file lacks them: last, best, or numbers from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(ScoreSettings):
-    """One model or several, measured in several ways."""
+    """Settings of `compare`, which measures one model or several in several ways."""
 
     model: tuple[str, ...]  # type: ignore[assignment]
-    """Run directories, files of weights, hf:USER/NAME, or timm:NAME; repeatable."""
+    """Run directories, weight files, hf:USER/NAME, or timm:NAME; repeatable."""
     train: str | None = None
-    """Labelled images to learn from; none: the model is a classifier, and is measured as it is."""
+    """Labelled images to learn from; none: the model is a classifier, and nothing is trained."""
     test: str
     """Labelled images to measure on."""
     methods: tuple[Literal["knn", "fewshot", "linear", "attentive", "ep"], ...] = (
@@ -201,21 +201,21 @@ class CompareSettings(ScoreSettings):
     )
     """knn: 20 nearest neighbours; fewshot: logistic regression on few labels; the others: trained heads."""
     shots: str = "5"
-    """Labels of fewshot: images of every class, or a share of each, such as 1%."""
+    """Labels of fewshot: a number of images per class, or a share of each class, such as 1%."""
     epochs: Count | None = None
-    """How often trained heads see every image; none: as the probe does."""
+    """Epochs that heads are trained for; none: the probe's default."""
     baselines: bool = True
     """Also measure the same encoder untrained, images of 16x16 px, and a colour histogram."""
     classes: str | None = None
-    """Without train: file with the names of the classifier's classes, one a line, in logit order."""
+    """Without train: file with the names of the classifier's classes, one per line, in logit order."""
     seed: Natural = 0
-    """Seed of all that is drawn."""
+    """Seed of all random choices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_distinct(self, "model", "methods")
         Shots.parse(self.shots)
-        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         wrong = sorted(given & {"methods", "shots", "epochs", "baselines"}) if self.train is None else []
         require(not wrong, f"{', '.join(wrong)} needs train; without it a classifier is measured as it is")
         wrong = sorted(given & {"head", "probe_layers", "classes"}) if self.train is not None else []
@@ -224,14 +224,14 @@ class CompareSettings(ScoreSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifySettings(ScoreSettings):
-    """Classes of images by a trained classifier."""
+    """Settings of `classify`."""
 
     data: str
     """Images: a directory, an image file, or any other source; they need no labels."""
     out: str | None = None
     """File to write: .csv, .json or .parquet; none: print only."""
     top: Count = 5
-    """Likeliest classes of each image."""
+    """Number of likeliest classes per image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,14 +242,14 @@ class ClassifySettings(ScoreSettings):
 
 
 class Shots(NamedTuple):
-    """How many labels: images of every class, or a share of every class."""
+    """A number of labels: images per class, or a share of every class."""
 
     per_class: int | None = None
     share: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Shots:
-        """Read "5" (images a class) or "1%" (of every class)."""
+        """Parse "5" (images per class) or "1%" (of every class)."""
         match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", text)
         if match is not None and match[1] and int(match[1]) >= 1:
             return cls(per_class=int(match[1]))
@@ -261,7 +261,7 @@ class Shots(NamedTuple):
 
 
 def check_distinct(settings: object, *names: str) -> None:
-    """Refuse lists of settings that are empty or name something twice."""
+    """Raise `UsageError` for a list that is empty or repeats a value."""
     for name in names:
         values = getattr(settings, name)
         require(

@@ -1,7 +1,6 @@
-"""Labelled sources of an evaluation: opened together, classes matched by name, overlaps found; hold-outs.
+"""Labelled sources of an evaluation: match classes by name, find overlaps, hold images out.
 
-In every command `train` is what is learned from and `test` what is measured on; `val` is only ever what
-something is chosen on.
+In every command, heads learn from `train` and are measured on `test`; `val` only serves to choose.
 """
 
 from __future__ import annotations
@@ -25,36 +24,34 @@ from nextblock.settings import require
 
 log = logging.getLogger(__name__)
 warn_once = cache(log.warning)
-"""A command may open its sources several times."""
+"""A command may open its sources several times, and should warn once."""
 
-AS_LOGITS = (
-    "name its classes as the images' folders do, one a line in the order of its logits: --classes FILE"
-)
+AS_LOGITS = "name its classes like the images' folders, one per line, in logit order: --classes FILE"
 
 
 class Labelled(NamedTuple):
-    """A source, and the class of each of its images by the numbers of train's classes."""
+    """A source, and its labels as indices of train's classes."""
 
     source: Source
     labels: Int64[np.ndarray, " n"]
     missing: tuple[str, ...] = ()
     """Classes of train that have no image here."""
     overlaps: tuple[str, ...] = ()
-    """Sentences about images of other sources that are also here."""
+    """Sentences about images that are also in other sources."""
 
 
 def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str, Labelled]:
-    """Open the sources that are given, by purpose; "train" is the first. Warns once of images in two.
+    """Open the given sources by purpose, "train" first; warn about images that two sources share.
 
-    Raises `UsageError` if one has no labels, if train has a single class, or if another one has a class that
-    train lacks.
+    Raises `UsageError` if a source has no labels, if train has a single class, or if another source has a
+    class that train lacks.
     """
     sources = {purpose: open_source(spec, data) for purpose, spec in specs.items() if spec is not None}
     train = sources["train"]
     names = train.class_names
     if len(names) == 1:
-        raise UsageError(f"{train.spec} has one class only ({names[0]}); give images of two classes or more")
-    found = {purpose: _matched(train, source) for purpose, source in sources.items()}
+        raise UsageError(f"{train.spec} has only one class ({names[0]}); give images of at least two classes")
+    labelled = {purpose: _matched(train, source) for purpose, source in sources.items()}
     purposes = list(sources)
     for i, purpose in enumerate(purposes):
         for other in purposes[:i]:
@@ -70,12 +67,12 @@ def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str
                     "says nothing about new images."
                 )
                 warn_once(note)
-                found[purpose] = found[purpose]._replace(overlaps=(*found[purpose].overlaps, note))
-    return found
+                labelled[purpose] = labelled[purpose]._replace(overlaps=(*labelled[purpose].overlaps, note))
+    return labelled
 
 
 def _matched(train: Source, other: Source) -> Labelled:
-    """Match the classes of a source with those of train, by name."""
+    """Match the classes of a source to those of train by name."""
     numbers = {name: number for number, name in enumerate(train.class_names)}
     present = [other.class_names[number] for number in np.unique(other.labels)]
     unknown = [name for name in present if name not in numbers]
@@ -85,21 +82,21 @@ def _matched(train: Source, other: Source) -> Labelled:
             f"{other.spec} has {counted(len(unknown), 'class', 'classes')} that {train.spec} lacks: {some}; "
             "remove these images, or add some to train"
         )
-    meaning = np.array([numbers.get(name, -1) for name in other.class_names], dtype=np.int64)
-    there = set(present)
-    return Labelled(other, meaning[other.labels], tuple(name for name in numbers if name not in there))
+    to_train = np.array([numbers.get(name, -1) for name in other.class_names], dtype=np.int64)
+    with_images = set(present)
+    return Labelled(other, to_train[other.labels], tuple(name for name in numbers if name not in with_images))
 
 
 def numbered(
     source: Source, names: Sequence[str] | None, num_classes: int, names_file: str | None = None
 ) -> Int64[np.ndarray, " n"]:
-    """The labels of a source as a classifier numbers its classes: by name, or by number if it knows no names.
+    """Labels of a source as indices of a classifier's classes, matched by name if the names are known.
 
-    `names_file` has the names of the classifier's classes, a line each. Raises `UsageError` if the classes
+    `names_file` lists the names of the classifier's classes, one per line. Raises `UsageError` if the classes
     cannot be matched.
     """
     if names_file is not None:
-        require(Path(names_file).is_file(), f"classes: {names_file} is not a file; give one name a line")
+        require(Path(names_file).is_file(), f"classes: {names_file} is not a file; give one name per line")
         names = Path(names_file).read_text(encoding="utf-8").split("\n")
         names = [name.strip() for name in names if name.strip()]
         if len(names) != num_classes:
@@ -114,36 +111,36 @@ def numbered(
                 f"{num_classes} without names; {AS_LOGITS}"
             )
         return source.labels
-    meaning = {name: number for number, name in enumerate(names)}
-    unknown = [name for name in source.class_names if name not in meaning]
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in source.class_names if name not in numbers]
     if unknown:
         raise UsageError(
             f"the classifier does not know {counted(len(unknown), 'class', 'classes')} of {source.spec}: "
             f"{', '.join(unknown[:5])}{', …' * (len(unknown) > 5)}; {AS_LOGITS}"
         )
-    return np.array([meaning[name] for name in source.class_names], dtype=np.int64)[source.labels]
+    return np.array([numbers[name] for name in source.class_names], dtype=np.int64)[source.labels]
 
 
 def source_notes(labelled: Mapping[str, Labelled]) -> list[str]:
-    """Sentences about images in two sources, and about classes of train that another one lacks."""
-    return [note for one in labelled.values() for note in one.overlaps] + [
-        f"{one.source.spec} has no image of {counted(len(one.missing), 'class', 'classes')} of train: "
-        + ", ".join(one.missing[:8])
-        + (", …" if len(one.missing) > 8 else "")
-        for one in labelled.values()
-        if one.missing
+    """Sentences about images in two sources, and about classes of train without images in another source."""
+    return [note for split in labelled.values() for note in split.overlaps] + [
+        f"{split.source.spec} has no image of {counted(len(split.missing), 'class', 'classes')} of train: "
+        + ", ".join(split.missing[:8])
+        + (", …" if len(split.missing) > 8 else "")
+        for split in labelled.values()
+        if split.missing
     ]
 
 
 def hold_out(
     labels: Int64[np.ndarray, " n"], seed: int, *, share: float = 0.1
 ) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " held"]]:
-    """Split indices into (kept, held out): of each class this share, at least one image if it has two."""
+    """Split indices into (kept, held out); hold out this share of each class, at least one of two images."""
     held = [np.empty(0, dtype=np.int64)]
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         order = keyed_permutation(seed, len(members), "hold-out", int(label))
-        number = min(max(1, round(share * len(members))), len(members) - 1)
+        number = min(max(1, round(share * len(members))), len(members) - 1)  # a single image is kept
         held.append(members[order[:number]])
     chosen = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen

@@ -1,13 +1,13 @@
-"""Features of a source of images: encoded once, kept by the number of the image, read by every evaluation.
+"""Features of a source of images: encoded once, indexed by image, and shared by evaluations.
 
-On disk, each kind of features has a directory of its own, whose name is a hash of what they are made from:
+On disk, each kind of features has its own directory, named by a hash of the features' identity:
 
-    features.npy   fp32, a row an image
-    state.npy      a byte an image: whether it is encoded
-    about.json     what they are made from
+    features.npy   fp32, one row per image
+    state.npy      one byte per image: whether it is encoded
+    about.json     the identity
 
-Rows are filled as they are needed, in any order and by any number of processes; what a killed process left
-unfinished is filled by the next one. Unreadable images are not recorded, so every command tries them again.
+Rows are filled on demand, in any order and by any number of processes. After a kill, the next command fills
+the missing rows. Unreadable images are not recorded, so every command tries them again.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from nextblock.data import (
 from nextblock.train.distributed import ALONE, Group
 
 Extract = Callable[[Tensor], tuple[Tensor, ...]]
-"""From normalised images (b c h w) to features, each (b n d) or (b d)."""
+"""Maps normalised images (b c h w) to features, each (b n d) or (b d)."""
 
 Progress = Callable[[int, int], None]
-"""Called with the images encoded and the images to encode."""
+"""Called with the number of images encoded and the total."""
 
 FLUSH_EVERY_S = 5.0
-"""More than this is not lost to a kill."""
+"""A kill loses at most this much work."""
 
 
 class NonFiniteFeaturesError(RuntimeError):
-    """Features are NaN or infinite; the message names an image, and what to try."""
+    """Features are NaN or infinite."""
 
 
 class NoFeaturesError(RuntimeError):
-    """None of the images could be read."""
+    """No image could be read."""
 
 
 class _Kind(NamedTuple):
@@ -66,17 +66,17 @@ class _Kind(NamedTuple):
     """1 if an image is encoded, else 0."""
 
     def flush(self) -> None:
-        """Write what is mapped from files to disk."""
+        """Write mapped arrays to disk."""
         for array in self:
             if isinstance(array, np.memmap):
                 array.flush()
 
 
 class FeatureTable:
-    """Features of the images of a source, one kind or several, by the images' numbers.
+    """Features of the images of a source, of one kind or several, indexed by image.
 
-    `extract` gives one tensor for each kind; `keys` say what each is made from, as JSON takes it. Without a
-    `directory` the table is in memory. `image_size` is the encoder's.
+    `extract` returns one tensor per kind; `keys` are their identities, ready for JSON. Without a `directory`,
+    the table is in memory. `image_size` is the encoder's.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class FeatureTable:
 
     @property
     def bad(self) -> tuple[BadSample, ...]:
-        """Images that could not be read, as far as met, in the source's order."""
+        """Unreadable images found so far, in the source's order."""
         return tuple(self._bad[number] for number in sorted(self._bad))
 
     def readable(self, indices: Int64[np.ndarray, " n"] | None = None) -> Int64[np.ndarray, " m"]:
-        """Those of the images at `indices`, or of all, that have features."""
+        """The given indices, or all, whose images have features."""
         chosen = np.arange(len(self.source)) if indices is None else np.asarray(indices, dtype=np.int64)
         return chosen[self._is_encoded(chosen)]
 
@@ -114,7 +114,7 @@ class FeatureTable:
         return np.array([kind.state[chosen] for kind in self._kinds]).min(axis=0) == 1
 
     def read(self, indices: Int64[np.ndarray, " n"], kind: int = 0) -> Float[Tensor, "n ..."]:
-        """The features of readable images, in the order asked for, in main memory."""
+        """Read the features of encoded images into main memory, in the order of `indices`."""
         return torch.from_numpy(self._kinds[kind].rows[indices])
 
     # ------------------------------------------------------------------------------------------------- fill
@@ -126,12 +126,12 @@ class FeatureTable:
         should_stop: Callable[[], bool] = bool,
         progress: Progress | None = None,
     ) -> bool:
-        """Encode those of the images at `indices`, or of all, that are not encoded yet; all ranks together.
+        """Encode the given images, or all, that are not encoded yet; a collective call.
 
-        Each rank encodes its share, and all can read all. `extract` is called once a batch on every rank,
-        with an image of zeros if its share is used up: others may hold a part of the model. False if
-        `should_stop`, which is asked once a batch and must answer alike on all ranks. Raises on all ranks
-        `NonFiniteFeaturesError`, `NoFeaturesError` if no image could be read, and `TooManyBadImages`.
+        Each rank encodes its share and can then read all rows. Every rank calls `extract` once per batch, on
+        zeros when its share is done, because the model may be sharded over ranks. Returns False if
+        `should_stop`, which is called once per batch and must agree on all ranks. Raises
+        `NonFiniteFeaturesError`, `NoFeaturesError` and `TooManyBadImages` on all ranks.
         """
         group = self.group
         if not self._kinds:
@@ -146,22 +146,22 @@ class FeatureTable:
         with group.together():
             check_bad(self.bad, self.source, self._data)
             if len(wanted) and not len(self.readable(wanted)):
-                one = self._bad[int(wanted[0])]
+                first = self._bad[int(wanted[0])]
                 raise NoFeaturesError(
-                    f"no image of {self.source.spec} could be read; the first: {one.name}: {one.reason}"
+                    f"no image of {self.source.spec} could be read; the first: {first.name}: {first.reason}"
                 )
         return True
 
     def _encode(
         self, missing: Int64[np.ndarray, " n"], should_stop: Callable[[], bool], progress: Progress | None
     ) -> bool:
-        """Encode this rank's share of the missing images; False if it was asked to stop."""
+        """Encode this rank's share of the missing images; False if stopped."""
         group, data = self.group, self._data
         workers = resolve_workers(data.workers, self.source, group.sharing_cores)
         done: list[np.ndarray] = []
 
         def flush() -> None:
-            # Rows reach the disk before their state says so: a kill in between costs time alone.
+            # Rows reach the disk before their state: a kill in between only repeats work.
             for kind in self._kinds:
                 kind.flush()
                 kind.state[np.concatenate(done)] = 1
@@ -178,10 +178,10 @@ class FeatureTable:
             features = features_of_batch(batch, self.extract, data, self._device, self._image_size)
             failure = failure or non_finite(features, batch)
             samples = batch.samples.numpy()
-            for kind, found in zip(self._kinds, features, strict=True):
-                kind.rows[samples] = found[: len(samples)].cpu().numpy()
+            for kind, values in zip(self._kinds, features, strict=True):
+                kind.rows[samples] = values[: len(samples)].cpu().numpy()
             done.append(samples)
-            self._bad |= {one.sample: one for one in batch.bad}
+            self._bad |= {sample.sample: sample for sample in batch.bad}
             count += len(samples) + len(batch.bad)
             if progress is not None:
                 progress(min(count * group.size, len(missing)), len(missing))
@@ -189,7 +189,7 @@ class FeatureTable:
                 flush()
                 done.clear()
                 flushed_s = time.monotonic()
-        failures = [one for one in group.gather(failure) if one]
+        failures = [message for message in group.gather(failure) if message]
         with group.together():
             if failures:
                 raise NonFiniteFeaturesError(failures[0])
@@ -198,19 +198,19 @@ class FeatureTable:
         return not is_stopped
 
     def _exchange(self, missing: Int64[np.ndarray, " n"]) -> None:
-        """Give every rank the rows that the others encoded."""
+        """Give every rank the rows of the others."""
         group = self.group
         if group.size == 1:
             return
-        self._bad |= {one.sample: one for bad in group.gather(self.bad) for one in bad}
-        if self._directory is not None:  # all have mapped the same files, but another host may see old pages
+        self._bad |= {sample.sample: sample for bad in group.gather(self.bad) for sample in bad}
+        if self._directory is not None:  # all ranks map the same files; mapping again drops stale pages
             self._kinds = self._open()
             return
         for rank in range(group.size):
             start, stop = (len(missing) * number // group.size for number in (rank, rank + 1))
-            share = missing[start:stop]  # as `eval_batches` divides
+            share = missing[start:stop]  # must match how `eval_batches` divides
             for kind in self._kinds:
-                # In place: unlike `all_gather`, that takes no second copy of all rows.
+                # Broadcasting each share in place avoids `all_gather`'s second copy of all rows.
                 rows, state = torch.from_numpy(kind.rows[share]), torch.from_numpy(kind.state[share])
                 if len(share):
                     dist.broadcast(rows, src=rank, group=group.processes)
@@ -223,96 +223,96 @@ class FeatureTable:
         shapes = feature_shapes(self.extract, self._data, self._image_size, self._device)
         n = len(self.source)
         if self._directory is None:
-            # Pages that are never written take no memory.
+            # np.zeros allocates pages only when they are written, so rows that are never filled cost nothing.
             return tuple(_Kind(np.zeros((n, *s), "f4"), np.zeros(n, "u1")) for s in shapes)
         texts = [json.dumps(key, sort_keys=True).encode() for key in self._keys]
-        places = [self._directory / hashlib.blake2b(text, digest_size=8).hexdigest() for text in texts]
+        paths = [self._directory / hashlib.blake2b(text, digest_size=8).hexdigest() for text in texts]
         with self.group.together():
-            for place, key, shape in zip(places, self._keys, shapes, strict=True):
+            for path, key, shape in zip(paths, self._keys, shapes, strict=True):
                 if self.group.is_main:
-                    _make(place, key, (n, *shape))
+                    _make(path, key, (n, *shape))
         with self.group.together():
-            return tuple(_map(place) for place in places)
+            return tuple(_map(path) for path in paths)
 
 
 def feature_shapes(
     extract: Extract, data: DataConfig, image_size: Size, device: torch.device
 ) -> list[tuple[int, ...]]:
-    """The shapes of one image's features."""
+    """Shapes of one image's features, without the batch dimension."""
     with torch.no_grad():
         blank = torch.zeros(1, data.channels, *pair(image_size), device=device)
-        return [tuple(one.shape[1:]) for one in extract(blank)]
+        return [tuple(tensor.shape[1:]) for tensor in extract(blank)]
 
 
 def features_of_batch(
     batch: Batch, extract: Extract, data: DataConfig, device: torch.device, image_size: Size
 ) -> tuple[Float[Tensor, "b ..."], ...]:
-    """Normalise a batch's images on the device and take their features, without gradients.
+    """Normalise a batch on the device and extract its features, without gradients.
 
-    For a batch without readable images, the features of an image of zeros.
+    A batch without readable images gives the features of one image of zeros.
     """
     with torch.no_grad():
         if not len(batch.samples):
             return extract(torch.zeros(1, data.channels, *pair(image_size), device=device))
         images = batch.images.to(device, non_blocking=True)
-        if not images.is_floating_point():  # else they come normalised
+        if not images.is_floating_point():  # float images are normalised already
             images = normalize(images, data.mean, data.std)
         return extract(images)
 
 
 def non_finite(features: tuple[Tensor, ...], batch: Batch) -> str | None:
-    """A sentence about the features of a batch that are NaN or infinite, if any are."""
+    """Describe the NaN or infinite features of a batch; None if there are none."""
     if not len(batch.samples):
         return None
-    finite = torch.stack([one.isfinite().flatten(1).all(dim=1) for one in features]).all(dim=0).cpu()
+    finite = torch.stack([tensor.isfinite().flatten(1).all(dim=1) for tensor in features]).all(dim=0).cpu()
     if finite.all():
         return None
     return (
         f"{int((~finite).sum())} of {len(finite)} feature vectors contain NaN or inf (first: image "
-        f"{int(batch.samples[~finite][0])}); encode with --precision fp32, or look at the weights: the "
-        "training may have diverged"
+        f"{int(batch.samples[~finite][0])}); encode with --precision fp32, or check the weights: training "
+        "may have diverged"
     )
 
 
 def check_bad(bad: Sequence[BadSample], source: Source, data: DataConfig) -> None:
-    """Raise `TooManyBadImages` if more of a source is unreadable than `data.max_bad_fraction` allows."""
+    """Raise `TooManyBadImages` if more images are unreadable than `data.max_bad_fraction` allows."""
     allowed = data.max_bad_fraction * len(source)
     if len(bad) <= max(allowed, 1 if allowed else 0):
         return
-    first = "".join(f"\n  {one.name}: {one.reason}" for one in bad[:10])
+    first = "".join(f"\n  {sample.name}: {sample.reason}" for sample in bad[:10])
     raise TooManyBadImages(
         f"{len(bad)} of the {len(source)} images of {source.spec} cannot be read, more than "
         f"max_bad_fraction {data.max_bad_fraction:g} allows; the first are:{first}\n"
-        "Repair or remove them, or allow more by --max_bad_fraction."
+        "Repair or remove them, or raise --max_bad_fraction."
     )
 
 
-def _make(place: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    """Make an empty table unless it is there; its description last, which says that the files are whole."""
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-        mark_output(place.parent)
-    # Two commands with one cache: the second must not empty files that the first fills already.
-    with writing(place), FileLock(place / ".lock"):
-        if (place / "about.json").is_file():
+def _make(path: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Make an empty table unless there is one. about.json is written last, and marks the files complete."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        mark_output(path.parent)
+    # Two commands may share a cache: the second must not empty the files that the first is filling.
+    with writing(path), FileLock(path / ".lock"):
+        if (path / "about.json").is_file():
             return
         for name, dtype, dims in (("features.npy", "<f4", shape), ("state.npy", "u1", shape[:1])):
-            array = np.lib.format.open_memmap(place / name, mode="w+", dtype=dtype, shape=dims)
-            size = (place / name).stat().st_size
+            array = np.lib.format.open_memmap(path / name, mode="w+", dtype=dtype, shape=dims)
+            size = (path / name).stat().st_size
             del array
             if hasattr(os, "posix_fallocate"):
-                # A full disk is an error here; later, writing through the map would kill the process.
-                with (place / name).open("r+b") as file:
+                # On a full disk this raises; writing through the map later would kill the process (SIGBUS).
+                with (path / name).open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, size)
-        write_text(place / "about.json", json.dumps(key, indent=1) + "\n")
+        write_text(path / "about.json", json.dumps(key, indent=1) + "\n")
 
 
-def _map(place: Path) -> _Kind:
-    files = [place / "features.npy", place / "state.npy"]
+def _map(path: Path) -> _Kind:
+    files = [path / "features.npy", path / "state.npy"]
     try:
         for file in files:
-            np.load(file, mmap_mode="r")  # "r+" would fill up a file that was cut off, with zeros
+            np.load(file, mmap_mode="r")  # raises for a truncated file, which "r+" would extend with zeros
         rows, state = (np.load(file, mmap_mode="r+") for file in files)
     except (OSError, ValueError, EOFError) as error:
-        raise WriteError(f"{place} holds damaged features ({error}); remove it") from error
+        raise WriteError(f"{path} contains damaged features ({error}); remove it") from error
     return _Kind(rows, state)

@@ -1,1 +1,1 @@
-"""Fine-tuning: encoder and head trained together, whole or by low-rank adapters."""
+"""Fine-tuning: train encoder and head together, fully or with low-rank adapters."""

@@ -1,7 +1,7 @@
-"""The network that is fine-tuned: an encoder at its size, with a head, drop path and perhaps adapters.
+"""The network to fine-tune: an encoder with a head, drop path and optional adapters.
 
-Adapters (LoRA, Hu et al. 2021, by peft) are on each layer's `qkv` and `proj`. timm keeps queries, keys and
-values in one matrix, so one adapter of rank r serves the three.
+Adapters (LoRA, Hu et al. 2021, from peft) sit on each layer's `qkv` and `proj`. timm keeps queries, keys and
+values in one matrix, so one adapter of rank r serves all three.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from nextblock.optim import layer_decay_groups
 from nextblock.settings import require
 
 ADAPTED = r"blocks\.\d+\.attn\.(qkv|proj)"
-"""Names of the adapted maps; a bare "proj" would be the patch embedding as well."""
+"""Names of the adapted layers; a bare "proj" would also match the patch embedding."""
 
 
 class MissingPeftError(RuntimeError):
-    """LoRA was asked for, and peft is not installed."""
+    """LoRA needs peft, which is not installed."""
 
 
 class KeyedDropPath(nn.Module):
-    """Drop path by numbers from outside, uniform in [0, 1), one an image; a branch below `rate` is dropped.
+    """Drop path with given draws, uniform in [0, 1), one per image; draws below `rate` drop the branch.
 
-    timm's own draws from a global generator: other ranks or micro-batches would then change the result.
+    timm's drop path draws from a global generator, so its result depends on ranks and micro-batches.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        # Set before each forward pass, which a backward pass follows before the next: a layer that is
-        # recomputed there sees the same numbers.
+        # Set before each forward pass. They stay until its backward pass is done, so activation
+        # checkpointing recomputes a layer with the same draws.
         self.draws: Float[Tensor, " b"] | None = None
 
     def forward(self, branch: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Drop images' branches, and let the others grow: the expectation stays what it is without."""
+        """Drop the branches of some images, and scale the others to keep the expectation."""
         if not self.training:
             return branch
         assert self.draws is not None
@@ -57,10 +57,10 @@ class KeyedDropPath(nn.Module):
 def build_classifier(
     model: EncoderModel, settings: FinetuneSettings, class_names: Sequence[str]
 ) -> ImageClassifier:
-    """A classifier ready to be trained, on the CPU: a copy of the encoder, with head and adapters f(seed).
+    """Build a classifier on the CPU from a copy of the encoder, with head and adapters drawn from the seed.
 
-    The encoder of our own models takes the image size and attention that are asked for, which become its own.
-    Raises `UsageError` for what an encoder cannot do.
+    In models of this package, the given image size and attention replace the encoder's own. Raises
+    `UsageError` if the encoder does not support a setting.
     """
     model = copy.deepcopy(model).cpu()
     if isinstance(model, NextBlockModel):
@@ -73,7 +73,7 @@ def build_classifier(
         )
         require(
             settings.image_size is None or pair(settings.image_size) == size,
-            f"image_size is {settings.image_size}, and timm builds {name} at {size}; give the size with the "
+            f"image_size is {settings.image_size}, but timm builds {name} at {size}; give the size with the "
             "name: timm:NAME,img_size=N",
         )
     model.requires_grad_(requires_grad=True)
@@ -99,27 +99,27 @@ def build_classifier(
 
 
 def set_drop_path(encoder: nn.Module, rate: float) -> None:
-    """Give a timm encoder's layers this drop path, from 0 at the first to `rate` at the last.
+    """Set the drop path of a timm encoder's layers, rising from 0 at the first to `rate` at the last.
 
-    Raises `UsageError` if layers have none and a rate is asked for.
+    Raises `UsageError` if the layers do not support a `rate` above 0.
     """
     blocks: list[Any] = list(getattr(encoder, "blocks", ()))
     names = ("drop_path1", "drop_path2")
     if not blocks or not all(hasattr(block, name) for block in blocks for name in names):
         require(
             not rate,
-            f"drop_path is {rate:g}, but the layers of this {type(encoder).__name__} have no place for it; "
-            "set drop_path 0",
+            f"drop_path is {rate:g}, but the layers of this {type(encoder).__name__} do not support it; set "
+            "drop_path 0",
         )
         return
     for i, block in enumerate(blocks):
-        its_rate = rate * i / max(1, len(blocks) - 1)
+        block_rate = rate * i / max(1, len(blocks) - 1)
         for name in names:
-            setattr(block, name, KeyedDropPath(its_rate) if its_rate else nn.Identity())
+            setattr(block, name, KeyedDropPath(block_rate) if block_rate else nn.Identity())
 
 
 def tuning_groups(classifier: ImageClassifier, settings: FinetuneSettings) -> list[dict[str, Any]]:
-    """The optimizer's groups: layer i of L learns at decay^(L + 1 - i) of the rate, norm and head at all."""
+    """Parameter groups: layer i of L learns at decay^(L + 1 - i) of the rate, norm and head at the rate."""
     depth = classifier.encoder_model.config.depth
     blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())
     decay, _ = settings.decay_and_drop_path
@@ -142,10 +142,10 @@ def tuning_groups(classifier: ImageClassifier, settings: FinetuneSettings) -> li
 
 
 def add_lora(encoder: nn.Module, settings: FinetuneSettings) -> None:
-    """Put adapters on a timm encoder's attention, in place, and freeze all but them.
+    """Add adapters to a timm encoder's attention in place, and freeze everything else.
 
-    At first they add nothing. Raises `UsageError` for attention of other kinds, which may use the weights of
-    `qkv` without calling it, and `MissingPeftError` if peft is not installed.
+    New adapters add nothing to the output. Raises `UsageError` for other kinds of attention, which may use
+    the weights of `qkv` without calling it, and `MissingPeftError` if peft is not installed.
     """
     try:
         import peft
@@ -156,31 +156,31 @@ def add_lora(encoder: nn.Module, settings: FinetuneSettings) -> None:
         ) from error
     blocks: Any = getattr(encoder, "blocks", ())
     attention = [getattr(block, "attn", None) for block in blocks]
-    known = [isinstance(one, Attention | AttentionRope) and one.qkv is not None for one in attention]
+    known = [isinstance(module, Attention | AttentionRope) and module.qkv is not None for module in attention]
     require(
         bool(known) and all(known),
-        f"LoRA is for the attention of timm's VisionTransformer, and this {type(encoder).__name__} has "
+        f"LoRA is for the attention of timm's VisionTransformer, but this {type(encoder).__name__} has "
         "another kind; train the whole network (lora.rank 0)",
     )
     rank, alpha = settings.lora.rank or 0, settings.lora.alpha
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type] # a number will do
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type] # a float works too
         lora_dropout=settings.lora.dropout,
         target_modules=ADAPTED,
     )
     with seeded(keyed_seed(settings.seed, "adapters")):
-        peft.LoraModel(encoder, config, "default")  # type: ignore[arg-type] # any module will do
+        peft.LoraModel(encoder, config, "default")  # type: ignore[arg-type] # any module works
     adapted = [name for name, _ in encoder.named_modules() if name.endswith("lora_A")]
     assert len(adapted) == 2 * len(attention), adapted
 
 
 def merge_lora(encoder: nn.Module) -> None:
-    """Add the adapters to the weights they are on, and remove them: the same function, without peft."""
+    """Merge adapters into the weights and remove them, which leaves the encoder's function unchanged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = {name: part for name, part in encoder.named_modules() if isinstance(part, BaseTunerLayer)}
-    for name, adapter in found.items():
+    adapters = {name: part for name, part in encoder.named_modules() if isinstance(part, BaseTunerLayer)}
+    for name, adapter in adapters.items():
         adapter.merge()
         parent, _, child = name.rpartition(".")
         setattr(encoder.get_submodule(parent), child, adapter.get_base_layer())

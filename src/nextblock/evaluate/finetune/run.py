@@ -1,7 +1,7 @@
-"""Fine-tuning: encoder and head trained together on labels, by the engine that pre-trains.
+"""Fine-tuning: train encoder and head together on labels, with the training loop of pre-training.
 
 OUT/finetune.json, .md, .csv   the result
-    classifier/                the classifier, as `nextblock.load` reads it
+    classifier/                the classifier, readable by `nextblock.load`
     model/, scratch/           the runs: config.yaml, metrics.jsonl, checkpoints (until the result is written)
 """
 
@@ -54,14 +54,14 @@ from nextblock.train.state import OPTIMIZER_FILE
 
 SCRATCH = "from scratch"
 RUNS = {MODEL: "model", SCRATCH: "scratch"}
-"""The rows, and their runs in OUT."""
+"""Rows of the result, and the directories of their runs in OUT."""
 
 
 # ------------------------------------------------------------------------------------------------ learning
 
 
 class FineTuner(Learner):
-    """A classifier that learns, as a whole or by what `requires_grad`; perhaps with an average of it."""
+    """Trains a classifier's parameters that require gradients, optionally with a moving average."""
 
     model: ImageClassifier
     config: TuneConfig
@@ -90,7 +90,7 @@ class FineTuner(Learner):
             groups = tuning_groups(model, settings)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
         super().__init__(config, device, group, model, optimizer, "single" if group.size == 1 else "ddp")
-        self.labels = {purpose: torch.from_numpy(one) for purpose, one in labels.items()}
+        self.labels = {purpose: torch.from_numpy(values) for purpose, values in labels.items()}
         self.averaged: ModelEmaV3 | None = None
         if settings.ema_decay is not None:
             self.averaged = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)
@@ -102,25 +102,25 @@ class FineTuner(Learner):
         self.loader_options = {
             "crop": crop and crop(data=config.data, image_size=size, seed=config.seed),
             "drop_path_draws": len(paths) if self._paths else 0,
-            "unit": 2 if settings.mixes else 1,  # a pair that is mixed is on one rank, in one micro-batch
+            "unit": 2 if settings.mixes else 1,  # mixed pairs must share a rank and a micro-batch
         }
         self.resume(checkpoint)
         if checkpoint is not None and self.averaged is not None:
-            kept, average = load_file(checkpoint / OPTIMIZER_FILE), self.averaged.module
-            average.load_state_dict({name: kept[f"averaged/{name}"] for name in average.state_dict()})
+            state, average = load_file(checkpoint / OPTIMIZER_FILE), self.averaged.module
+            average.load_state_dict({name: state[f"averaged/{name}"] for name in average.state_dict()})
 
     @property
     def tuned(self) -> ImageClassifier:
-        """What is measured and kept: the average if there is one."""
+        """The classifier to measure and save: the moving average if there is one."""
         return self.model if self.averaged is None else self.averaged.module  # type: ignore[return-value]
 
     def kept(self) -> Mapping[str, Tensor]:
-        """The average."""
+        """Tensors of the moving average, which checkpoints store."""
         average = {} if self.averaged is None else self.averaged.module.state_dict()
         return {f"averaged/{name}": tensor for name, tensor in average.items()}
 
     def describe(self) -> tuple[str, str]:
-        """What is trained, and on what."""
+        """Describe the network and its input for the log."""
         (rows, columns), head = pair(self.config.model.image_size), self.model.head_config
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -137,12 +137,13 @@ class FineTuner(Learner):
 
     def _loss(self, batch: Batch, drawn: Step, divisors: list[int]) -> Float[Tensor, ""]:
         images, settings = batch.images, self.settings
-        # A batch norm has no statistics of one image: it then adds nothing to any gradient.
+        # A batch norm cannot normalise a single image, so such a batch contributes zero gradients.
         if self.model.head_config.batch_norm and len(images) == 1:
             return 0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[return-value]
-        # timm's crops come as floats, normalised.
+        # timm's crops are floats and already normalised.
         images = images.to(self.device) if images.is_floating_point() else self.to_model(images)
         labels = self.labels["train"][batch.samples].to(self.device)
+        # Neighbours in the global batch form pairs, so pairs depend neither on ranks nor on micro-batches.
         pairs = {sample: place // 2 for place, sample in enumerate(drawn.keys.samples.tolist())}
         mixed = mix(images, labels, [pairs[sample] for sample in batch.samples.tolist()], settings,
             num_classes=self.model.head_config.num_classes,
@@ -151,8 +152,8 @@ class FineTuner(Learner):
         for place, path in self._paths:
             path.draws = batch.drop_path[mixed.order, place].to(self.device)
         if settings.lora.dropout:
-            # Third-party dropout draws from the global generator, so unlike all else it depends on how the
-            # batch is cut. The run has its own generator, which is put back at its end.
+            # peft's dropout draws from the global generator, so it depends on how the batch is split, unlike
+            # everything else. The training loop restores the generator when it ends.
             first = int(batch.samples[0])
             seed_device(keyed_seed(self.config.seed, "dropout", drawn.index, first), self.device)
         with self.autocast:
@@ -174,25 +175,25 @@ class FineTuner(Learner):
     # ------------------------------------------------------------------------------------------ measuring
 
     def reference_losses(self, own: Sequence[Tensor], most: int) -> dict[str, float]:  # noqa: ARG002
-        """The loss of finding all classes equally likely, whatever the label smoothing."""
+        """Loss of a uniform prediction, which label smoothing does not change."""
         return {"chance": math.log(self.model.head_config.num_classes)}
 
     def validate(
         self, batches: Iterator[Batch], should_stop: Callable[[], object]
     ) -> tuple[dict[str, float], list[BadSample]] | None:
-        """Accuracy and loss."""
-        found = self.measure(batches, self.labels["val"], lambda: self.group.any(should_stop()))
-        if found is None:
+        """Measure accuracy and loss on val."""
+        measured = self.measure(batches, self.labels["val"], lambda: self.group.any(should_stop()))
+        if measured is None:
             return None
-        values = found[0].row()
+        values = measured[0].row()
         shown = {name: values[name] for name in ("top1", "top5", "balanced", "calibration_error")}
-        return {**shown, "val_loss": values["loss"]}, found[1]
+        return {**shown, "val_loss": values["loss"]}, measured[1]
 
     @torch.no_grad()
     def measure(
         self, batches: Iterator[Batch], labels: Int64[Tensor, " n"], should_stop: Callable[[], object]
     ) -> tuple[Measures, list[BadSample]] | None:
-        """Measure on a rank's share of a source; all ranks learn all. None if `should_stop`, asked alike."""
+        """Measure each rank's batches and join them; None if `should_stop`, which must agree on all ranks."""
         classifier, bad = self.tuned, list[BadSample]()
         tally = Tally(self.model.head_config.num_classes)
         was_training = classifier.training
@@ -208,12 +209,12 @@ class FineTuner(Learner):
                 tally.add(logits.float(), labels[batch.samples])
         classifier.train(was_training)
         tallies = self.group.gather(tally)
-        bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
+        bad = [sample for of_rank in self.group.gather(bad) for sample in of_rank]
         return Tally.joined(tallies).measures(), bad
 
 
 class Mixed(NamedTuple):
-    """Images, for each how much it is of which class, and which rows of the batch they were."""
+    """Mixed images, their class weights, and the rows of the batch that they come from."""
 
     images: Float[Tensor, "b c h w"]
     targets: Float[Tensor, "b classes"]
@@ -229,10 +230,10 @@ def mix(
     num_classes: int,
     seed: int,
 ) -> Mixed:
-    """Mix the two images of each pair, and their labels, by timm's mixup and cutmix, a function of `seed`.
+    """Mix the two images of each pair and their labels with timm's mixup and cutmix, and smooth labels.
 
-    Neighbours with the same number in `pairs` are a pair; one whose partner is unreadable is left alone.
-    Labels are smoothed. Global generators are as before.
+    Neighbours with equal `pairs` form a pair; an image whose partner is unreadable stays unmixed. Only `seed`
+    decides the random choices, and global generators are restored.
     """
     firsts = [i for i in range(len(pairs) - 1) if pairs[i] == pairs[i + 1]] if settings.mixes else []
     both = [*firsts, *(i + 1 for i in reversed(firsts))]
@@ -240,7 +241,7 @@ def mix(
     targets = mixup_target(labels[alone], num_classes, smoothing=settings.label_smoothing)
     if not firsts:
         return Mixed(images, targets, alone)
-    # timm mixes image i with the i-th from the end: the seconds of the pairs follow in reverse.
+    # timm mixes image i with the i-th from the end, so the second images of the pairs follow in reverse.
     mixer = Mixup(
         mixup_alpha=settings.mixup,
         cutmix_alpha=settings.cutmix,
@@ -272,9 +273,9 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> Result:
     """Train encoder and head together; `settings` are the fields of `FinetuneSettings`.
 
     Rows: encoder ("model", "from scratch"), split, images, top1 with its standard error, top5, balanced,
-    calibration_error, loss, epoch. The classifier is in OUT/classifier. Raises `UsageError` if `out` holds
-    another result, labels are missing, or the encoder cannot do what is asked; `Stopped`, `TooManyBadImages`,
-    `NonFiniteError`.
+    calibration_error, loss, epoch. The classifier is in OUT/classifier. Raises `UsageError` if `out` has
+    another result, labels are missing, or the encoder does not support a setting; `Stopped`,
+    `TooManyBadImages`, `NonFiniteError`.
     """
     config = from_dict(FinetuneSettings, settings)
     with labelled_evaluation(config) as (opened, sources):
@@ -287,8 +288,8 @@ def tune(
     sources: dict[str, Labelled],
     reporter: Reporter | None = None,
 ) -> Result:
-    """The same with an open model and open sources."""
-    # What an encoder or a device cannot do is refused before anything is written.
+    """Fine-tune an open model on open sources."""
+    # Check the encoder and the device before anything is written.
     autocast(opened.device, config.precision)
     tuning_groups(build_classifier(opened.model, config, sources["train"].source.class_names), config)
     reporter = reporter or Reporter(is_quiet=not opened.group.is_main)
@@ -302,7 +303,7 @@ def tune(
 def _measure(
     opened: Evaluation, config: FinetuneSettings, sources: dict[str, Labelled], reporter: Reporter
 ) -> Result:
-    """Train the model, and the same network from scratch; measure both."""
+    """Train the model and, as a baseline, the same network from scratch; measure both."""
     out, group, notes = Path(config.out), opened.group, source_notes(sources)
     with group.together():
         if group.is_main and config.overwrite and (out / "finetune.json").is_file():
@@ -327,10 +328,10 @@ def _measure(
     for encoder, place in RUNS.items() if config.baselines else [(MODEL, RUNS[MODEL])]:
         model, settings = opened.model, config
         if encoder == SCRATCH:
-            # Layer decay protects what was pre-trained; fresh lower layers would hardly learn.
+            # Layer decay protects pre-trained layers; with it, new lower layers would hardly learn.
             model = untrained(model, keyed_seed(config.seed, "untrained encoder"))
             settings = replace(config, layer_decay=1.0)
-            frozen = ", frozen but for the adapters" if config.lora.rank else ""
+            frozen = ", frozen except for the adapters" if config.lora.rank else ""
             notes.append(f"{encoder}: fresh weights{frozen}, trained the same way with layer_decay 1.")
         tuner, epoch = _train(opened, model, settings, out / place, train_on, val, reporter)
         data, batch_size = tuner.config.data, config.encode_batch_size or 128
@@ -338,17 +339,17 @@ def _measure(
             merge_lora(tuner.tuned.encoder_model.encoder)
         size, workers = tuner.config.model.image_size, resolve_workers(data.workers, measured.source)
         batches = eval_batches(measured.source, data, size, batch_size, None, workers, group.rank, group.size)
-        found = tuner.measure(batches, torch.from_numpy(measured.labels), opened.check_stop)
-        assert found is not None, "check_stop raises"
-        measures, bad = found
+        outcome = tuner.measure(batches, torch.from_numpy(measured.labels), opened.check_stop)
+        assert outcome is not None, "check_stop raises"
+        measures, bad = outcome
         check_bad(bad, measured.source, data)
-        seen = QuarantineLog(out / place / "quarantine.jsonl", len(train_on.source), 1.0).bad
-        opened.bad |= {"train": (train_on.source, seen), split: (measured.source, tuple(bad))}
+        bad_train = QuarantineLog(out / place / "quarantine.jsonl", len(train_on.source), 1.0).bad
+        opened.bad |= {"train": (train_on.source, bad_train), split: (measured.source, tuple(bad))}
         rows.append({"encoder": encoder, "split": split, **measures.row(), "epoch": epoch})
         rights.append(measures.right)
         if encoder == MODEL:
             trained = f"adapters of rank {config.lora.rank}" if config.lora.rank else "the whole network"
-            chosen = f"epoch {epoch} was the best on val." if val else "the last one is measured."
+            chosen = f"epoch {epoch} was the best on val." if val else "the last epoch was measured."
             notes.insert(
                 0,
                 f"Trained: {trained} and a {config.head} head, {counted(config.epochs, 'epoch')} of "
@@ -373,11 +374,11 @@ def _train(
     val: Labelled | None,
     reporter: Reporter,
 ) -> tuple[FineTuner, int]:
-    """Train, or resume; gives the tuner after its last epoch, or its best on val, and which one that is."""
+    """Train or resume; return the tuner of the last epoch, or of the best on val, and that epoch."""
     given = {"train": train_on, **({} if val is None else {"val": val})}
     old, group = model.config.image_size, opened.group
     size = settings.image_size or old
-    # The same share of the picture at another size.
+    # Scale the resize with the image size, so that the crop covers the same share of the image.
     resize_px = round(opened.data.resize_px(old) * max(pair(size)) / max(pair(old)))
     names = train_on.source.class_names
     tuned = TunedModel(
@@ -390,12 +391,12 @@ def _train(
     learner: Any = partial(
         FineTuner,
         make=partial(build_classifier, model, settings, names),
-        labels={purpose: one.labels for purpose, one in given.items()},
+        labels={purpose: labelled.labels for purpose, labelled in given.items()},
     )
-    # A command that was stopped is repeated with the same --overwrite: it then resumes this very run.
-    begun = recorded_config(place, TuneConfig)
-    overwrite = group.broadcast(settings.overwrite and (begun is None or bool(config.differences(begun))))
-    sources = {purpose: one.source for purpose, one in given.items()}
+    # Repeating an interrupted command, which may include --overwrite, must resume the run and not delete it.
+    stored = recorded_config(place, TuneConfig)
+    overwrite = group.broadcast(settings.overwrite and (stored is None or bool(config.differences(stored))))
+    sources = {purpose: labelled.source for purpose, labelled in given.items()}
     result = train(
         config, place, sources, reporter=reporter, overwrite=overwrite, group=group, learner=learner
     )

@@ -1,4 +1,4 @@
-"""Settings of fine-tuning, and the settings of a run that the engine trains by."""
+"""Settings of fine-tuning, and the run configuration that they become."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ Kind = Literal["linear", "attentive"]
 Decay = Annotated[float, Rule(lambda x: 0 < x <= 1, "above 0 and up to 1 (1: the same rate for all layers)")]
 
 LAYERS: dict[Kind, int] = {"linear": 1, "attentive": 6}
-"""Last layers that a head sees unless they are given."""
+"""Default number of last layers that a head averages."""
 
 FREE = {
     *("model", "train", "val", "test", "out", "num_heads", "device", "workers", "max_bad_fraction"),
     *("encode_batch_size", "cache", "overwrite", "baselines", "save_every", "val_every"),
 }
-"""Settings that change no weight, or name what is known by its content."""
+"""Settings that change no weight, or whose content is compared by a digest instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Low-rank adapters on the attention of a frozen encoder, merged into it at the end."""
+    """Low-rank adapters on the attention of a frozen encoder, merged into it after training."""
 
     rank: Natural | None = None
     """Rank of the adapters, such as 8; none or 0: no adapters, the whole network is trained."""
     alpha: Positive | None = None
-    """What adapters add is multiplied by alpha / rank; none: the rank, so by 1."""
+    """Adapter outputs are multiplied by alpha / rank; none: the rank, so by 1."""
     dropout: Rate = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Dropout rate of an adapter's inputs."""
 
     def __post_init__(self) -> None:
         check_types(self, "lora")
@@ -64,11 +64,10 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(EvalSettings):
-    """What to fine-tune, on what, and how.
+    """Settings of `finetune`.
 
-    Layer decay, drop path, weight decay, betas, warm-up, end_lr and lr (its rate for 256 images) are those of
-    MAE's published recipe for ViT-B/16; the augmentation is plainer: its own is augment timm, mixup 0.8,
-    cutmix 1.
+    The defaults of layer decay, drop path, weight decay, betas, warm-up, end_lr and lr (for 256 images) are
+    those of MAE's recipe for ViT-B/16. Its stronger augmentation is augment timm, mixup 0.8, cutmix 1.
     """
 
     train: str
@@ -76,74 +75,74 @@ class FinetuneSettings(EvalSettings):
     test: str | None = None
     """Labelled images to measure on, once, at the end."""
     val: str | None = None
-    """Labelled images to choose the best epoch on; with neither val nor test a tenth of train is held out."""
+    """Labelled images to choose the best epoch on; without val and test, a tenth of train is held out."""
     out: str = field()  # required: a run needs a place
     """Directory for the result, the classifier and the run; the same command resumes in it."""
     baselines: bool = True
     """Also train the same network from scratch; false halves the time."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """Train low-rank adapters and the head alone."""
+    """Train only low-rank adapters and the head."""
     head: Kind = "linear"
-    """A linear layer on the mean patch, or one on patches pooled by a learned query."""
+    """linear: a linear layer on the mean patch; attentive: one on patches pooled by a learned query."""
     layers: Count | None = None
-    """Mean of the outputs of this many last layers; none: 1 for the linear head, 6 for the attentive one."""
+    """Number of last layers that the head averages; none: 1 for the linear head, 6 for the attentive one."""
     head_norm: Literal["layer", "batch"] = "layer"
-    """Norm of the head's input: the encoder's final norm, or a batch norm as probes have it."""
+    """Norm of the head's input: the encoder's final norm, or a batch norm as in probes."""
     attentive_heads: Count | None = None
-    """Attentive head: attention heads; must divide the encoder's width. none: 16."""
+    """Attention heads of the attentive head, which must divide the encoder's width; none: 16."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
-    """Of encoders with a class token: patches alone, class token, class token and mean patch joined, all."""
+    """For encoders with a class token: patches, class token, class token and mean patch joined, or all."""
     attention: Attention = "native"
-    """Attention mask to train and use it with: `native` (as trained for), `causal`, or `full`."""
+    """Attention mask in training and use: `native` (as trained for), `causal`, or `full`."""
     image_size: Size | None = None
-    """Another side in pixels, or (rows, columns), with positions resampled; none: the model's own."""
+    """Image size in pixels, or (rows, columns); positions are resampled. none: the model's size."""
     epochs: Count = 100
-    """How often every image is seen."""
+    """Training epochs."""
     batch_size: Count = 256  # type: ignore[assignment] # nothing is encoded here
-    """Images per optimizer step, over all processes; a last partial batch of an epoch is dropped."""
+    """Images per optimizer step, over all processes; the last partial batch of an epoch is dropped."""
     micro_batch_size: Count | None = None
-    """Images per forward pass of a process; lower it when memory runs out; none: its share of the batch."""
+    """Images per forward pass of a process; lower it if memory runs out; none: its share of the batch."""
     lr: Positive = 5e-4
-    """Peak learning rate of AdamW, of the head; used as it is, never scaled by the batch size."""
+    """Peak learning rate of AdamW for the head; never scaled by the batch size."""
     end_lr: Amount = 1e-6
     """Learning rate at the start of the warm-up and at the end of the cosine."""
     warmup: Annotated[str, duration("ep", "st", "sa", "%", least=0)] = "5%"
     """Length of the linear warm-up: 5ep, 500st, or a share of the run such as 5%."""
     layer_decay: Decay | None = None
-    """Each layer learns at this share of the rate of the one above it; none: 0.65, and 1 with LoRA."""
+    """Ratio of a layer's learning rate to that of the layer above it; none: 0.65, and 1 with LoRA."""
     weight_decay: Amount = 0.05
-    """Decay of weights; biases, norms, positions, class and register tokens are not decayed."""
+    """Weight decay, except for biases, norms, positions, class and register tokens."""
     betas: tuple[Rate, Rate] = (0.9, 0.999)
-    """AdamW's two decay rates."""
+    """Decay rates of AdamW's moments."""
     clip_grad: Positive | None = 1.0
     """Clip the gradient's norm to this; none: no clipping."""
     drop_path: Rate | None = None
     """Drop-path rate of the last layer, growing linearly from 0 at the first; none: 0.1, and 0 with LoRA."""
     augment: Literal["none", "crop", "timm"] = "crop"
-    """none: the centre crop; crop: a random crop and flip; timm: RandAugment and random erasing besides."""
+    """none: the centre crop; crop: a random crop and flip; timm: also RandAugment and random erasing."""
     crop_scale: tuple[float, float] | None = None
-    """augment crop: share of the image's area that a crop covers, drawn uniformly; none: 0.08 to 1."""
+    """augment crop: range of the crop's share of the image area, drawn uniformly; none: 0.08 to 1."""
     flip: Share | None = None
-    """augment crop, timm: probability of a horizontal flip; none: that of the model's run, else a half."""
+    """augment crop, timm: probability of a horizontal flip; none: that of the model's run, else 0.5."""
     mixup: Amount = 0.0
-    """Mix pairs of images and their labels by a share from Beta(mixup, mixup); 0: off."""
+    """Mix pairs of images and their labels with a weight from Beta(mixup, mixup); 0: off."""
     cutmix: Amount = 0.0
-    """Paste a part of one image into another, its area from Beta(cutmix, cutmix); 0: off. With mixup as well,
-    each step takes one of the two at random."""
+    """Paste part of one image into another, with its area from Beta(cutmix, cutmix); 0: off. If mixup is also
+    on, each step draws one of the two at random."""
     label_smoothing: Rate = 0.1
     """Share of a label's weight that is spread over all classes."""
     ema_decay: Rate | None = None
-    """Average the weights over steps with this decay, such as 0.9999, and keep the average; none: off."""
+    """Keep an exponential moving average of the weights with this decay, such as 0.9999; none: off."""
     val_every: Count = 1
-    """Measure on val after every so many epochs, and after the last."""
+    """Measure on val every this many epochs, and after the last."""
     save_every: Annotated[str, duration("ep", "st", "sa", "min")] = "1ep"
-    """Save a checkpoint this often: 1ep, 500st or 10min. Ctrl-C and SIGTERM save as well."""
+    """How often to save a checkpoint: 1ep, 500st or 10min. Ctrl-C and SIGTERM also save one."""
     seed: Natural = 0
     """Seed of head, adapters, order, crops, mixing, drop path and held-out images."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
     deterministic: bool = False
-    """Only deterministic algorithms, so that CUDA runs repeat bit for bit; slower."""
+    """Use only deterministic algorithms, so that CUDA runs repeat bit for bit; slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +161,7 @@ class FinetuneSettings(EvalSettings):
         )
         require(
             not self.mixes or micro is None or micro % 2 == 0,
-            f"micro_batch_size is {micro}, and mixup and cutmix mix pairs; use an even number",
+            f"micro_batch_size is {micro}, but mixup and cutmix mix pairs; use an even number",
         )
         require_range("crop_scale", self.crop_scale or CROP_SCALE, 0, 1)
         require(self.crop_scale is None or self.augment == "crop", "crop_scale needs --augment crop")
@@ -176,7 +175,7 @@ class FinetuneSettings(EvalSettings):
 
     @property
     def decay_and_drop_path(self) -> tuple[float, float]:
-        """Layer decay and drop-path rate in use: MAE's for ViT-B/16 (its FINETUNE.md), none with LoRA."""
+        """Layer decay and drop-path rate; by default MAE's for ViT-B/16 (its FINETUNE.md), off with LoRA."""
         decay, rate = (1.0, 0.0) if self.lora.rank else (0.65, 0.1)
         return (
             decay if self.layer_decay is None else self.layer_decay,
@@ -186,34 +185,34 @@ class FinetuneSettings(EvalSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TunedModel(Section):
-    """What the engine needs to know of the network, and what else decides the run."""
+    """What the training loop needs to know about the network, and digests that identify the run."""
 
     image_size: Size
     in_chans: int
     weights: str
-    """Digest of the encoder's weights before the first step."""
+    """Digest of the encoder's weights before training."""
     labels: str
-    """Digest of the classes of all images to train on."""
+    """Digest of the labels of all training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneCheckpoint(CheckpointConfig):
-    """When to save, and that the epoch with the best accuracy is kept."""
+    """When to save, and whether to keep the epoch with the best accuracy."""
 
     keep_best: Literal["top1"] | None = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(RunConfig):
-    """The settings of a fine-tuning run as the engine takes them; `finetune` holds all, the rest follows."""
+    """Run configuration of a fine-tuning; all of it follows from `finetune` and the model."""
 
-    model: TunedModel  # type: ignore[assignment] # what is common is all that the engine asks for
+    model: TunedModel  # type: ignore[assignment] # the training loop only uses the shared fields
     checkpoint: TuneCheckpoint = field(default_factory=TuneCheckpoint)
     finetune: FinetuneSettings
 
     @classmethod
     def of(cls, settings: FinetuneSettings, model: TunedModel, data: DataConfig) -> TuneConfig:
-        """The run of these settings; `data` is how the model's images are cut for evaluation."""
+        """Make the configuration; `data` says how the model's images are cropped for evaluation."""
         data = replace(
             data,
             crop_scale=settings.crop_scale or CROP_SCALE,
@@ -252,18 +251,18 @@ class TuneConfig(RunConfig):
         )
 
     def check_trainable(self) -> None:
-        """Refuse nothing: any classifier can be trained."""
+        """Accept any configuration: every classifier can be trained."""
 
     def flag(self, name: str) -> str:
-        """What the command line calls a setting: the last part of the engine's name."""
+        """Name of a setting on the command line: the last part of its name here."""
         return name.rpartition(".")[2]
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
-        """Settings in which two are not the same run: {name: (here, there)}."""
-        found = {name.removeprefix("finetune."): pair for name, pair in super().differences(other).items()}
-        ours = {one.name for one in fields(FinetuneSettings)} - FREE
+        """Settings that make two configurations different runs: {name: (own, other's)}."""
+        changed = {name.removeprefix("finetune."): pair for name, pair in super().differences(other).items()}
+        relevant = {f.name for f in fields(FinetuneSettings)} - FREE
         return {
             n: pair
-            for n, pair in found.items()
-            if n.partition(".")[0] in ours or n.startswith(("data.", "model."))
+            for n, pair in changed.items()
+            if n.partition(".")[0] in relevant or n.startswith(("data.", "model."))
         }

@@ -1,1 +1,1 @@
-"""Probes: a grid of heads trained on a frozen encoder, the winner honestly chosen."""
+"""Probes: a grid of heads trained on a frozen encoder, with the best chosen on held-out images."""

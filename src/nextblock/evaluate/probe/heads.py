@@ -1,4 +1,4 @@
-"""A grid of heads that learn side by side from one encoder's features, each as if it were alone."""
+"""A grid of heads trained side by side on one encoder's features, each exactly as if alone."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ from nextblock.optim import lr_at, parameter_groups
 log = logging.getLogger(__name__)
 
 ATTENTION_HEADS, QUERIES = 16, 32
-"""Of official XTRA's attentive heads, and of the published ep head, at every width."""
+"""Attention heads of official XTRA's attentive head, and queries of the published ep head, at every width."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A head to train."""
+    """Settings of one head to train."""
 
     head: HeadName
     config: HeadConfig | None
-    """None on a baseline that is no encoder."""
+    """None for a baseline without an encoder."""
     lr: float
     weight_decay: float
 
     @property
     def features(self) -> FeatureConfig | None:
-        """What it sees of the encoder."""
+        """The features of the encoder that the head sees."""
         return self.config and self.config.features
 
     def row(self) -> dict[str, Any]:
-        """Its settings as values of a table."""
-        one = self.config
+        """Settings as values of a table."""
+        config = self.config
         return {
             "head": self.head,
             "lr": self.lr,
             "weight_decay": self.weight_decay,
-            "layers": list(one.layers) if one else [],
-            "attention": one and one.attention,
-            "tokens": one and one.tokens,
+            "layers": list(config.layers) if config else [],
+            "attention": config and config.attention,
+            "tokens": config and config.tokens,
         }
 
     def create(self, dim: int, num_classes: int, seed: int) -> Head:
-        """A fresh head for features `dim` wide; its weights depend on seed, kind and size."""
+        """Create a head for features of width `dim`; its weights depend on seed, kind and size."""
         with seeded(keyed_seed(seed, "probe head", get_args(heads.HeadName).index(self.head))):
             if self.config is None:
                 return heads.LinearHead(dim, num_classes)
@@ -69,9 +69,9 @@ class Candidate:
 
 
 def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: int) -> tuple[Candidate, ...]:
-    """All heads to train on an encoder, kind after kind; `UsageError` if it lacks what they need."""
-    recipe, encoder, found = config.resolved(), model.config, []
-    # For timm's encoders native and full are the same: of both the first competes.
+    """List the heads to train on an encoder, kind by kind; `UsageError` if it lacks what they need."""
+    recipe, encoder, candidates = config.resolved(), model.config, []
+    # For timm's encoders, native and full attention are the same: keep the first of the two.
     attentions: list[Attention] = list(config.attention)
     if isinstance(encoder, TimmConfig) and {"native", "full"} <= set(attentions):
         attentions.remove(max("native", "full", key=attentions.index))
@@ -83,15 +83,15 @@ def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: 
             f"{encoder.embed_dim} x {encoder.depth}; use --layers each, or name them: 3+4+5"
         )
     for head in config.heads:
-        # A recipe may offer "best", which other sizes go without.
+        # The recipe's "best" is skipped for sizes other than AIM's.
         words = [word for word in recipe.layers[head] if word != "best" or best is not None]
-        layers = dict.fromkeys(chosen for one in words for chosen in layer_choices(one, encoder.depth, best))
-        # A class token is one vector an image: there is nothing for a query to choose among.
-        tokens: list[Tokens] = [one for one in config.tokens if one != "class" or head == "linear"]
+        layers = dict.fromkeys(chosen for w in words for chosen in layer_choices(w, encoder.depth, best))
+        # A class token is one vector per image, so a query has nothing to choose among.
+        tokens: list[Tokens] = [token for token in config.tokens if token != "class" or head == "linear"]
         num_heads = _attention_heads(config, model) if head == "attentive" else 1
         num_queries = fitting_heads(encoder.embed_dim, QUERIES) if head == "ep" else 1
         for attention, seen, chosen in product(attentions, tokens, layers):
-            made = HeadConfig(
+            head_config = HeadConfig(
                 kind=head,
                 num_classes=num_classes,
                 layers=chosen,
@@ -101,16 +101,16 @@ def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: 
                 num_queries=num_queries,
                 bias=recipe.bias,
             )
-            made.check_encoder(encoder.depth, has_class_token=encoder.has_class_token)
-            found += [
-                Candidate(head=head, config=made, lr=lr, weight_decay=decay)
+            head_config.check_encoder(encoder.depth, has_class_token=encoder.has_class_token)
+            candidates += [
+                Candidate(head=head, config=head_config, lr=lr, weight_decay=decay)
                 for decay, lr in product(recipe.weight_decay[head], recipe.lr)
             ]
-    return tuple(found)
+    return tuple(candidates)
 
 
 def _attention_heads(config: ProbeSettings, model: EncoderModel) -> int:
-    """Attention heads of an attentive head: as given, or the most that the width can be divided among."""
+    """Attention heads of an attentive head: as given, or the largest number that fits the width."""
     width, wanted = model.config.embed_dim, ATTENTION_HEADS
     if config.attentive_heads is not None:
         heads.check_attention_heads(width, config.attentive_heads)
@@ -123,12 +123,12 @@ def _attention_heads(config: ProbeSettings, model: EncoderModel) -> int:
             wanted = next((number for number in numbers if isinstance(number, int)), wanted)
     fitting = fitting_heads(width, wanted)
     if fitting != wanted:
-        log.info("%d channels do not divide by %d: attentive heads have %d", width, wanted, fitting)
+        log.info("width %d is not divisible by %d: attentive heads use %d", width, wanted, fitting)
     return fitting
 
 
 def baseline_candidates(config: ProbeSettings) -> tuple[Candidate, ...]:
-    """The linear heads to train on vectors that no encoder made."""
+    """List the linear heads to train on a baseline without an encoder."""
     recipe = config.resolved()
     grid = product(recipe.weight_decay["linear"], recipe.lr)
     return tuple(Candidate(head="linear", config=None, lr=lr, weight_decay=decay) for decay, lr in grid)
@@ -138,9 +138,9 @@ def baseline_candidates(config: ProbeSettings) -> tuple[Candidate, ...]:
 
 
 class Grid(nn.Module):
-    """Heads in training; what each learns is, bit for bit, what it would learn alone.
+    """Heads trained together, each bit for bit as if alone.
 
-    `columns` says for each head which of a batch's features it sees. `state_dict` holds what was learned.
+    `columns` contains, for each head, the index of the features that it sees.
     """
 
     def __init__(
@@ -154,16 +154,16 @@ class Grid(nn.Module):
         super().__init__()
         self._candidates, self._columns = candidates, columns
         self._config, self._schedule = config, schedule
-        # The batch norms have no weights, so those of the heads that see the same features are equal: they
-        # leave the heads until the end, and run once for all of them.
+        # The batch norms have no weights, so heads that see the same features have equal norms. One norm runs
+        # for all heads of a column, until `finish` gives the norms back.
         self.norms = nn.ModuleDict({str(k): head.norm for k, head in zip(columns, members, strict=True)})
         for head in members:
             head.norm = nn.Identity()
         self.members = nn.ModuleList(members)
         groups = [
             {**group, "head": number}
-            for number, (head, one) in enumerate(zip(members, candidates, strict=True))
-            for group in parameter_groups(head, one.weight_decay)
+            for number, (head, candidate) in enumerate(zip(members, candidates, strict=True))
+            for group in parameter_groups(head, candidate.weight_decay)
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=config.resolved().betas, fused=True)
         self.train()
@@ -171,7 +171,7 @@ class Grid(nn.Module):
     def learn(
         self, features: Sequence[Float[Tensor, "b ..."]], labels: Int64[Tensor, " b"], step: int
     ) -> None:
-        """Take one step of all heads on a batch."""
+        """Train all heads for one step on a batch."""
         for group in self.optimizer.param_groups:
             peak = self._candidates[group["head"]].lr
             group["lr"] = lr_at(
@@ -182,7 +182,7 @@ class Grid(nn.Module):
                 warmup_steps=self._schedule.warmup_steps,
                 total_steps=self._schedule.steps,
             )
-        # Official training accumulates large batches from parts, each normalized by itself.
+        # Official training accumulates large batches from parts that are normalized separately.
         parts = max(1, len(labels) // (self._config.norm_batch_size or len(labels)))
         normed = {
             k: torch.cat([heads.normalized(part, norm) for part in features[int(k)].tensor_split(parts)])
@@ -190,8 +190,8 @@ class Grid(nn.Module):
             else heads.normalized(features[int(k)], norm)
             for k, norm in self.norms.items()
         }
-        # No head sees another's weights, so the gradient of the sum is each head's own. One that diverges
-        # adds NaN to the sum, which nobody reads, and to no other head's gradient.
+        # Heads share no weights, so the sum's gradient with respect to a head is that head's own. A diverged
+        # head makes the sum NaN, which is never read, and leaves the other gradients alone.
         losses = [
             F.cross_entropy(head(normed[str(k)]), labels)
             for head, k in zip(self.members, self._columns, strict=True)
@@ -204,7 +204,7 @@ class Grid(nn.Module):
         self.optimizer.zero_grad()
 
     def finish(self) -> None:
-        """Give every head its norm back, and set it to evaluation."""
+        """Give every head its norm back, and switch to evaluation mode."""
         for head, column in zip(self.members, self._columns, strict=True):
             head.norm = deepcopy(self.norms[str(column)])
         self.eval()
@@ -213,12 +213,12 @@ class Grid(nn.Module):
 # -------------------------------------------------------------------------------------------- the best heads
 
 STEP_OUT = 2.0
-"""Learning rates beyond the ends of a grid."""
+"""Factor between learning rates that extend a grid."""
 
 
 @dataclass
 class Trained:
-    """A trained head; its score is on the images to choose on, None if there was nothing to choose."""
+    """A trained head; `score` is measured on the images to choose on, if there are any."""
 
     candidate: Candidate
     head: Head
@@ -227,36 +227,36 @@ class Trained:
 
 
 def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
-    """The best of each kind, by its number: highest top-1, then lowest loss, then the first.
+    """Choose the best head of each kind, as an index: highest top-1, then lowest loss, then the first.
 
     Raises `UsageError` if all heads of a kind diverged.
     """
-    found: dict[HeadName, int] = {}
-    kinds: list[HeadName] = list(dict.fromkeys(one.candidate.head for one in trained))
+    best: dict[HeadName, int] = {}
+    kinds: list[HeadName] = list(dict.fromkeys(item.candidate.head for item in trained))
     for kind in kinds:
-        of_kind = [i for i, one in enumerate(trained) if one.candidate.head == kind]
-        alive = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
-        if not alive:
+        of_kind = [i for i, item in enumerate(trained) if item.candidate.head == kind]
+        finite = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
+        if not finite:
             raise UsageError(diverged(encoder, [trained[i].candidate for i in of_kind]))
-        found[kind] = max(alive, key=lambda i: (s.top1, -s.loss) if (s := alive[i]) else (0.0, 0.0))
-    return found
+        best[kind] = max(finite, key=lambda i: (s.top1, -s.loss) if (s := finite[i]) else (0.0, 0.0))
+    return best
 
 
 def diverged(encoder: str, candidates: Sequence[Candidate]) -> str:
-    """What to say if all of these diverged."""
-    rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(one.lr for one in candidates))
+    """Error message for candidates that all diverged."""
+    rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(candidate.lr for candidate in candidates))
     return f"{encoder}: the {candidates[0].head} head diverged at learning rate {rates}; use a lower --lr"
 
 
 def beyond(
     trained: Sequence[Trained], winners: dict[HeadName, int], config: ProbeSettings
 ) -> list[Candidate]:
-    """Two more learning rates for each winner whose rate is the smallest or largest tried; none if given."""
+    """Two more learning rates for each winner with the smallest or largest rate; none if `lr` is given."""
     further = []
     for kind, i in winners.items() if config.lr is None else ():
         best, score = trained[i].candidate, trained[i].score
-        rates = sorted({one.candidate.lr for one in trained if one.candidate.head == kind})
-        if score is None or score.top1 == 1:  # it cannot get better
+        rates = sorted({item.candidate.lr for item in trained if item.candidate.head == kind})
+        if score is None or score.top1 == 1:  # nothing to choose by, or nothing to improve
             continue
         if best.lr == rates[-1]:
             further += [replace(best, lr=best.lr * factor) for factor in (STEP_OUT, STEP_OUT**2)]
@@ -267,9 +267,9 @@ def beyond(
 
 
 def rate_notes(grid: Sequence[Mapping[str, Any]], given: Sequence[float]) -> list[str]:
-    """What to know about learning rates: extended beyond those given, best at an end, diverged.
+    """Sentences about learning rates: extended, best at the end of the grid, diverged.
 
-    `grid` has a row for each head, as in a probe's facts.
+    `grid` has one row per head, as in a probe's facts.
     """
     extended, at_end, lost = [], [], []
     for encoder, head in dict.fromkeys((row["encoder"], row["head"]) for row in grid):
@@ -286,8 +286,8 @@ def rate_notes(grid: Sequence[Mapping[str, Any]], given: Sequence[float]) -> lis
         if diverged:
             lost.append(f"{encoder} {head} at {', '.join(f'{lr:g}' for lr in diverged)}")
     sentences = {
-        "The grid of learning rates was extended, as the best was at its end: {}.": extended,
+        "The grid of learning rates was extended because the best was at its end: {}.": extended,
         "The best learning rate is at the end of those tried: {}. Try more with probe --lr.": at_end,
         "Diverged: {}.": lost,
     }
-    return [sentence.format("; ".join(found)) for sentence, found in sentences.items() if found]
+    return [sentence.format("; ".join(cases)) for sentence, cases in sentences.items() if cases]

@@ -1,8 +1,8 @@
-"""Probes: what a frozen encoder's features are worth to heads trained on them, honestly chosen.
+"""Probes: train a grid of heads on a frozen encoder's features, and measure the best.
 
-Every image is encoded once; all heads of the grid are trained on the same features. The best of each kind is
-chosen on images that it is not measured on, and measured once. The same encoder untrained, tiny images and a
-colour histogram are probed the same way: without these numbers the first says little.
+Each image is encoded once, and all heads learn from the same features. The best head of each kind is chosen
+on other images than those it is measured on, and measured once. The same encoder untrained, tiny images and
+colour histograms are probed the same way, as baselines.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ COLUMNS = (
 )
 
 ROUNDS = 3
-"""A grid whose best learning rate is at its end is extended up to so many times."""
+"""How often a grid may be extended, if its best learning rate is the smallest or largest."""
 MEASURED = 128
-"""Images of a feature table that are measured at a time."""
+"""Images of a feature table to measure at a time."""
 MAX_WRITTEN_CLASSES = 100
-"""Confusions of more classes are drawn, and not written."""
+"""Confusions of more classes are drawn but not written."""
 REPORT_EVERY_S = 30.0
 DRAWN = 4
 
@@ -108,7 +108,7 @@ def probe(**settings: Any) -> Result:
     """Train heads on a model's features and measure them; `settings` are the fields of `ProbeSettings`.
 
     Rows: encoder, head, split ("test" or "held-out"), images, top1 and its standard error, top5, balanced,
-    calibration_error, loss, lr, weight_decay, layers, attention, tokens. Raises `UsageError` if `out` holds
+    calibration_error, loss, lr, weight_decay, layers, attention, tokens. Raises `UsageError` if `out` has
     another result, labels are missing, another source has classes that train lacks, or all heads of a kind
     diverged; `Stopped` after a signal.
     """
@@ -122,33 +122,33 @@ def probe(**settings: Any) -> Result:
 
 
 class _Part(NamedTuple):
-    """Some images of a source, and what they are for."""
+    """A selection of images: its name in results, the purpose of its source, and indices in that source."""
 
     name: str
     purpose: str
     numbers: Int64[np.ndarray, " n"]
 
 
-Lot = tuple[tuple[Tensor, ...], np.ndarray]
-"""Features of images, one tensor for each choice of features, and the images' numbers in their source."""
+FeatureBatch = tuple[tuple[Tensor, ...], np.ndarray]
+"""Features of images, one tensor per `FeatureConfig`, and the images' indices in their source."""
 
 
 class _Probe:
-    """A probe of open sources."""
+    """A probe of an open model on open sources."""
 
     def __init__(self, opened: Evaluation, config: ProbeSettings, sources: dict[str, Labelled]) -> None:
         self.opened, self.config, self.sources = opened, config, sources
         self.class_names = sources["train"].source.class_names
         self.candidates = encoder_candidates(config, opened.model, len(self.class_names))
         self.train, self.choice, self.measured = self._parts()
-        self.parts = [one for one in (self.train, self.choice, self.measured) if one is not None]
+        self.parts = [part for part in (self.train, self.choice, self.measured) if part is not None]
         self.schedule = config.schedule(len(self.train.numbers))
         self.states = None if config.out is None else Path(config.out) / "heads"
         self.winners: dict[HeadName, tuple[Trained, Measures]] = {}
         self.grid: list[dict[str, Any]] = []
 
     def _parts(self) -> tuple[_Part, _Part | None, _Part]:
-        """The images to train on, to choose on, and to measure on; none is held out without need."""
+        """Images to train on, to choose on, and to measure on; held out of train only if necessary."""
         config, labels = self.config, self.sources["train"].labels
         numbers = np.arange(len(labels))
 
@@ -165,83 +165,83 @@ class _Probe:
             return _Part(name, "train", held)
 
         measured, choice = part("test", "held-out", config.seed, 0.1), None
-        kinds = [one.head for one in self.candidates]
+        kinds = [candidate.head for candidate in self.candidates]
         if len(set(kinds)) < len(kinds):
-            share = 0.1 if "test" in self.sources else 1 / 9  # of what is left: a tenth of all
+            share = 0.1 if "test" in self.sources else 1 / 9  # of the remaining 90 %, so a tenth of all
             choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
         elif config.val is not None:
-            log.info("each head has one candidate: nothing is chosen on val")
+            log.info("each kind of head has one candidate, so val is not used")
         return _Part("train", "train", numbers), choice, measured
 
     # ------------------------------------------------------------------------------------------- the features
 
     def _start(self, encoder: str, candidates: Sequence[Candidate]) -> None:
-        """Make this the encoder whose features are taken, those that the candidates see."""
-        self.columns = list(dict.fromkeys(one.features for one in candidates))
-        wanted: list[FeatureConfig] = [one for one in self.columns if one is not None]
+        """Prepare to extract the features that the candidates see, from this encoder or baseline."""
+        self.columns = list(dict.fromkeys(candidate.features for candidate in candidates))
+        wanted: list[FeatureConfig] = [column for column in self.columns if column is not None]
         self.extract, self.origins = self.opened.extract(encoder, wanted, self.config.seed)
         size = self.opened.model.config.image_size
         self.shapes = feature_shapes(self.extract, self.opened.data, size, self.opened.device)
         self.tables: dict[str, FeatureTable] = {}
 
-    def _from_table(self, part: _Part, lots: Iterable[np.ndarray]) -> Iterator[Lot]:
-        """The readable images of each lot; the first lot has all that is needed of the source encoded."""
+    def _from_table(self, part: _Part, batches: Iterable[np.ndarray]) -> Iterator[FeatureBatch]:
+        """Read the features of batches of indices; the first call encodes the source for all parts."""
         if part.purpose not in self.tables:
-            needed = np.concatenate([one.numbers for one in self.parts if one.purpose == part.purpose])
+            needed = np.concatenate([other.numbers for other in self.parts if other.purpose == part.purpose])
             source, indices = self.sources[part.purpose].source, np.sort(needed)
             table = self.opened.fill(part.purpose, source, self.extract, self.origins, indices)
             self.tables[part.purpose] = table
         table, device = self.tables[part.purpose], self.opened.device
-        for lot in lots:
+        for batch in batches:
             self.opened.check_stop()
-            some = table.readable(lot)
+            some = table.readable(batch)
             yield tuple(table.read(some, kind).to(device) for kind in range(len(self.columns))), some
 
     def _encoded(
         self, purpose: str, batches: Iterable[Batch], numbers: Int64[np.ndarray, " n"]
-    ) -> Iterator[Lot]:
-        """Features of batches that the ranks share, without a table; all ranks get all of them.
+    ) -> Iterator[FeatureBatch]:
+        """Encode each rank's share of the batches without a table, and give all ranks all features.
 
-        `numbers` are the numbers in their source of the images that the batches count.
+        `numbers` maps the batches' sample numbers to indices in the source.
         """
         opened, group = self.opened, self.opened.group
         for batch in batches:
             opened.check_stop()
             size = opened.model.config.image_size
             features = features_of_batch(batch, self.extract, opened.data, opened.device, size)
-            features = [one[: len(batch.samples)] for one in features]
+            features = [kind[: len(batch.samples)] for kind in features]
             shares = group.gather((batch.samples, batch.bad, non_finite(tuple(features), batch)))
             if failures := [failure for _, _, failure in shares if failure]:
                 raise NonFiniteFeaturesError(failures[0])
             if group.size > 1:
                 for kind, own in enumerate(features):
-                    # Rank after rank into one tensor: shares differ in size, which not all backends gather.
+                    # Broadcast rank by rank: shares differ in size, which not all backends can gather.
                     features[kind] = whole = own.new_empty(
-                        sum(len(one) for one, *_ in shares), *own.shape[1:]
+                        sum(len(samples) for samples, *_ in shares), *own.shape[1:]
                     )
-                    for rank, rows in enumerate(whole.split([len(one) for one, *_ in shares])):
+                    for rank, rows in enumerate(whole.split([len(samples) for samples, *_ in shares])):
                         if rank == group.rank:
                             rows.copy_(own)
                         if len(rows):
                             dist.broadcast(rows, src=rank, group=group.processes)
-            bad = [one for _, of_rank, _ in shares for one in of_rank]
-            self._note_bad(purpose, [one._replace(sample=int(numbers[one.sample])) for one in bad])
-            yield tuple(features), numbers[torch.cat([one for one, *_ in shares]).numpy()]
+            bad = [sample for _, of_rank, _ in shares for sample in of_rank]
+            self._note_bad(purpose, [sample._replace(sample=int(numbers[sample.sample])) for sample in bad])
+            yield tuple(features), numbers[torch.cat([samples for samples, *_ in shares]).numpy()]
 
     def _note_bad(self, purpose: str, bad: Iterable[BadSample]) -> None:
         source, known = self.opened.bad.get(purpose, (self.sources[purpose].source, ()))
-        by_number = {one.sample: one for one in (*known, *bad)}
-        found = tuple(by_number[sample] for sample in sorted(by_number))
-        check_bad(found, source, self.opened.data)
-        self.opened.bad[purpose] = (source, found)
+        by_number = {sample.sample: sample for sample in (*known, *bad)}
+        merged = tuple(by_number[sample] for sample in sorted(by_number))
+        check_bad(merged, source, self.opened.data)
+        self.opened.bad[purpose] = (source, merged)
 
-    def _train_batches(self, start: int) -> Iterator[Lot]:
-        """What to train on, from a step on; unreadable images are left out."""
+    def _train_batches(self, start: int) -> Iterator[FeatureBatch]:
+        """Training batches from step `start`, without unreadable images."""
         opened, plan, numbers, seed = self.opened, self.schedule, self.train.numbers, self.config.seed
         if self.config.augment == "none":
             order = VisitOrder(len(numbers), seed=seed, batch_size=plan.batch_size)
-            lots = (numbers[order.keys(step).samples] for step in range(start, plan.steps))
-            return self._from_table(self.train, lots)
+            batches = (numbers[order.keys(step).samples] for step in range(start, plan.steps))
+            return self._from_table(self.train, batches)
         source, size = self.sources["train"].source, opened.model.config.image_size
         if len(numbers) < len(source):
             source = SubsetSource(source.spec, source, numbers)
@@ -261,8 +261,8 @@ class _Probe:
         steps = islice(loader, plan.steps - start)
         return self._encoded("train", (next(step.micro_batches) for step in steps), numbers)
 
-    def _centre_crops(self, part: _Part) -> Iterator[Lot]:
-        """All readable images of a part."""
+    def _centre_crops(self, part: _Part) -> Iterator[FeatureBatch]:
+        """Batches of all readable images of a part, centre-cropped."""
         opened, source, numbers = self.opened, self.sources[part.purpose].source, part.numbers
         if self.config.augment == "none":
             return self._from_table(part, np.split(numbers, range(MEASURED, len(numbers), MEASURED)))
@@ -275,18 +275,18 @@ class _Probe:
     # ---------------------------------------------------------------------------------------------- the heads
 
     def _train(self, encoder: str, candidates: Sequence[Candidate]) -> list[Head]:
-        """Train heads side by side, from where a stopped probe left them."""
+        """Train heads side by side, resuming from a saved state."""
         opened, config, plan = self.opened, self.config, self.schedule
-        seen = [self.columns.index(one.features) for one in candidates]
+        columns = [self.columns.index(candidate.features) for candidate in candidates]
         heads = [
-            one.create(self.shapes[column][-1], len(self.class_names), config.seed).to(opened.device)
-            for one, column in zip(candidates, seen, strict=True)
+            candidate.create(self.shapes[column][-1], len(self.class_names), config.seed).to(opened.device)
+            for candidate, column in zip(candidates, columns, strict=True)
         ]
-        grid, place, state, step = Grid(heads, candidates, seen, config, plan), None, None, 0
+        grid, place, state, step = Grid(heads, candidates, columns, config, plan), None, None, 0
         if self.states is not None and opened.group.is_main:
-            # The file is named after all that these heads depend on.
+            # The file name is a hash of everything that these heads depend on.
             key = json.dumps(
-                [opened.identity(self.sources), encoder, [one.row() for one in candidates]], sort_keys=True
+                [opened.identity(self.sources), encoder, [c.row() for c in candidates]], sort_keys=True
             )
             place = self.states / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
         with opened.group.together():
@@ -298,17 +298,17 @@ class _Probe:
             grid.load_state_dict(state["heads"])
             if "optimizer" in state:
                 grid.optimizer.load_state_dict(state["optimizer"])
-            self._note_bad("train", (BadSample(*one) for one in state["bad"]))
+            self._note_bad("train", (BadSample(*values) for values in state["bad"]))
 
         def save() -> None:
             if place is not None and step:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                bad = [tuple(one) for one in opened.bad.get("train", (None, ()))[1]]
-                learned = {"heads": grid.state_dict(), "step": step, "bad": bad}
+                bad = [tuple(sample) for sample in opened.bad.get("train", (None, ()))[1]]
+                checkpoint = {"heads": grid.state_dict(), "step": step, "bad": bad}
                 if step < plan.steps:
-                    learned["optimizer"] = grid.optimizer.state_dict()
+                    checkpoint["optimizer"] = grid.optimizer.state_dict()
                 with write_aside(place) as aside:
-                    torch.save(learned, aside)
+                    torch.save(checkpoint, aside)
 
         every = Duration.parse(config.save_every, allow=("min", "ep"))
         is_timed = every.unit == "minutes"
@@ -319,7 +319,7 @@ class _Probe:
         labels = torch.from_numpy(self.sources["train"].labels)
         try:
             for features, numbers in self._train_batches(step):
-                if len(numbers) < 2:  # a batch norm has no statistics of one image
+                if len(numbers) < 2:  # a batch norm needs two images
                     log.warning("step %d skipped: it has fewer than 2 readable images", step)
                 else:
                     grid.learn(features, labels[numbers].to(opened.device), step)
@@ -340,17 +340,17 @@ class _Probe:
     def _measure(
         self, part: _Part, trained: Sequence[Trained], *, confusion: bool = False
     ) -> list[Measures | None]:
-        """Measure heads on a part; None for one whose weights or logits are not finite."""
+        """Measure heads on a part; None for a head with NaN or infinite weights or logits."""
         labels = torch.from_numpy(self.sources[part.purpose].labels)
         tallies: list[Tally | None] = [
-            None if one.is_diverged else Tally(len(self.class_names), confusion=confusion) for one in trained
+            None if t.is_diverged else Tally(len(self.class_names), confusion=confusion) for t in trained
         ]
         with torch.no_grad():
             for features, numbers in self._centre_crops(part):
-                for i, (one, tally) in enumerate(zip(trained, tallies, strict=True)):
+                for i, (item, tally) in enumerate(zip(trained, tallies, strict=True)):
                     if tally is None or not len(numbers):
                         continue
-                    logits = one.head(features[self.columns.index(one.candidate.features)])
+                    logits = item.head(features[self.columns.index(item.candidate.features)])
                     if logits.isfinite().all():
                         tally.add(logits, labels[numbers])
                     else:
@@ -358,42 +358,42 @@ class _Probe:
         return [tally and tally.measures() for tally in tallies]
 
     def _encoder(self, encoder: str) -> tuple[list[dict[str, Any]], list[Measures]]:
-        """Train the heads of one encoder, choose the best, measure them: their rows."""
+        """Train the heads of one encoder, choose the best and measure them; return rows and measures."""
         started_s, config = time.monotonic(), self.config
         new = self.candidates if encoder in (MODEL, UNTRAINED) else baseline_candidates(config)
         self._start(encoder, new)
         trained: list[Trained] = []
         winners: dict[HeadName, int] = {}
-        for _ in range(ROUNDS + 1):  # the grid, then what extends it
+        for _ in range(ROUNDS + 1):  # the grid, then its extensions
             heads = self._train(encoder, new)
             finite = [all(t.isfinite().all() for t in head.state_dict().values()) for head in heads]
-            more = [Trained(one, head, not ok) for one, head, ok in zip(new, heads, finite, strict=True)]
+            more = [Trained(c, head, not ok) for c, head, ok in zip(new, heads, finite, strict=True)]
             if self.choice is not None:
-                found = self._measure(self.choice, more)
-                more = [replace(a, score=b, is_diverged=b is None) for a, b in zip(more, found, strict=True)]
+                scores = self._measure(self.choice, more)
+                more = [replace(a, score=b, is_diverged=b is None) for a, b in zip(more, scores, strict=True)]
             trained += more
-            # GPUs of several ranks may round otherwise: rank 0 chooses for all.
+            # GPUs of several ranks may round differently: rank 0 chooses for all.
             winners = self.opened.group.broadcast(choose(encoder, trained))
             new = beyond(trained, winners, config)
             if not new:
                 break
-        for i, one in enumerate(trained):
-            score = {name: one.score and getattr(one.score, name) for name in ("top1", "top5", "loss")}
-            row = {"encoder": encoder, **one.candidate.row(), **score}
-            self.grid.append({**row, "is_winner": i in winners.values(), "is_diverged": one.is_diverged})
+        for i, item in enumerate(trained):
+            score = {name: item.score and getattr(item.score, name) for name in ("top1", "top5", "loss")}
+            row = {"encoder": encoder, **item.candidate.row(), **score}
+            self.grid.append({**row, "is_winner": i in winners.values(), "is_diverged": item.is_diverged})
         best = [trained[i] for i in winners.values()]
-        # Of baselines nobody looks at the confused classes.
+        # Confusions are only drawn for the model.
         measured = self._measure(self.measured, best, confusion=encoder == MODEL)
         rows, sound = [], []
-        for one, found in zip(best, measured, strict=True):
+        for winner, found in zip(best, measured, strict=True):
             if found is None:
-                raise UsageError(diverged(encoder, [one.candidate]))
-            log.info("%s, %s: top-1 %.1f %%", encoder, one.candidate.head, 100 * found.top1)
-            row = {"encoder": encoder, **one.candidate.row(), "split": self.measured.name, **found.row()}
+                raise UsageError(diverged(encoder, [winner.candidate]))
+            log.info("%s, %s: top-1 %.1f %%", encoder, winner.candidate.head, 100 * found.top1)
+            row = {"encoder": encoder, **winner.candidate.row(), "split": self.measured.name, **found.row()}
             rows.append({**row, "epochs": self.schedule.epochs, "elapsed_s": time.monotonic() - started_s})
             sound.append(found)
             if encoder == MODEL:
-                self.winners[one.candidate.head] = (one, found)
+                self.winners[winner.candidate.head] = (winner, found)
         return rows, sound
 
     # --------------------------------------------------------------------------------------------- the result
@@ -402,21 +402,21 @@ class _Probe:
         """Probe the model and its baselines."""
         config, plan, opened = self.config, self.schedule, self.opened
         self._start(MODEL, self.candidates)
-        images = sum(len(self.sources[purpose].labels) for purpose in {one.purpose for one in self.parts})
+        images = sum(len(self.sources[purpose].labels) for purpose in {part.purpose for part in self.parts})
         gb = 4e-9 * images * sum(map(math.prod, self.shapes)) * (1 + config.baselines)
         if config.augment == "none" and gb > config.cache_gb:
             raise UsageError(
                 f"the features of {counted(images, 'image')} take {gb:.3g} GB, more than cache_gb "
-                f"{config.cache_gb:g}; use --augment crop, which keeps none and encodes in every epoch, or "
+                f"{config.cache_gb:g}; use --augment crop, which encodes images again in every epoch, or "
                 "--heads linear, or raise --cache_gb"
             )
         rows: list[dict[str, Any]] = []
         rights: list[Bool[np.ndarray, " n"]] = []
-        baselines = [one for one in BASELINES if one == UNTRAINED or "linear" in config.heads]
+        baselines = [baseline for baseline in BASELINES if baseline == UNTRAINED or "linear" in config.heads]
         for encoder in (MODEL, *(baselines if config.baselines else ())):
-            found, measured = self._encoder(encoder)
-            rows += found
-            rights += [one.right for one in measured]
+            new_rows, measured = self._encoder(encoder)
+            rows += new_rows
+            rights += [measures.right for measures in measured]
         verdict = add_leads(rows, rights, match=("head",))
         counts = {part.name: len(self._readable(part)) for part in self.parts}
 
@@ -430,9 +430,7 @@ class _Probe:
             f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}, batch "
             f"{plan.batch_size}{chosen or ''}, and measured once on {images_of(self.measured)}."
         )
-        attentive = [
-            one.config.num_heads for one in self.candidates if one.config and one.head == "attentive"
-        ]
+        attentive = [c.config.num_heads for c in self.candidates if c.config and c.head == "attentive"]
         is_written = len(self.class_names) <= MAX_WRITTEN_CLASSES
         facts = {
             "num_classes": len(self.class_names),
@@ -450,23 +448,23 @@ class _Probe:
         return Result(verb="probe", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
 
     def _readable(self, part: _Part) -> Int64[np.ndarray, " n"]:
-        bad = [one.sample for one in self.opened.bad.get(part.purpose, (None, ()))[1]]
+        bad = [sample.sample for sample in self.opened.bad.get(part.purpose, (None, ()))[1]]
         return part.numbers[~np.isin(part.numbers, bad)]
 
     def save(self, out: Path, result: Result) -> None:
-        """Write the winners as classifiers, every candidate as grid.csv, and the pictures."""
+        """Write the winners as classifiers, all candidates to grid.csv, and the pictures."""
         from nextblock.visualize.evaluation import draw_attention, draw_confusion, draw_grid
 
         drawn, data = out / "figures", self.opened.data
-        for name in ("figures", *get_args(HeadName)):  # of a result that is replaced
+        for name in ("figures", *get_args(HeadName)):  # delete those of a replaced result
             shutil.rmtree(out / name, ignore_errors=True)
         write_text(out / "grid.csv", write_csv(self.grid))
         draw_grid(self.grid, result.facts["chosen_on"], drawn / "probe.png")
-        for name, (one, found) in self.winners.items():
-            assert one.candidate.config is not None
-            with seeded(0):  # its own head is thrown away
-                classifier = ImageClassifier(self.opened.model, one.candidate.config, self.class_names)
-            classifier.head = one.head
+        for name, (winner, found) in self.winners.items():
+            assert winner.candidate.config is not None
+            with seeded(0):  # the new head is replaced on the next line
+                classifier = ImageClassifier(self.opened.model, winner.candidate.config, self.class_names)
+            classifier.head = winner.head
             classifier.eval()
             save_classifier(out / name, classifier, data=data)
             if found.confusion is not None:
@@ -477,7 +475,7 @@ class _Probe:
                 draw_attention(images, maps, drawn / "attention-ep.png", names=names)
 
     def _attention(self, classifier: ImageClassifier) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images (b h w c), how the ep head's queries weigh patches (b q rows columns), names of classes."""
+        """Images (b h w c), the attention maps of the ep head's queries (b q rows columns), class names."""
         data, size, readable = (
             self.opened.data,
             self.opened.model.config.image_size,

@@ -1,8 +1,8 @@
-"""Settings of a probe, and the recipes that fill in what is not given. Quick to import.
+"""Settings of a probe, and the recipes that supply their defaults. Quick to import.
 
-`xtra` is what XTRA's official code does. AIM v1 publishes its heads but not how they were trained, so `aim`
-trains AIM's heads with the sweep of AIMv2, from the same lab (AIMv2, Table A2). That table has a colour
-jitter of 0.3 besides RandAugment; timm leaves it out if there is RandAugment, and so does augment timm.
+`xtra` follows XTRA's official code. AIM v1 publishes its heads but not how they were trained, so `aim` trains
+AIM's heads with the sweep of AIMv2, from the same lab (AIMv2, Table A2). That table also lists a colour
+jitter of 0.3, which timm skips when it uses RandAugment; augment timm skips it too.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ MIN_STEPS, MIN_BATCH, MAX_BATCH, EPOCHS, MIN_STEPS_PER_EPOCH = 2_000, 16, 1024, 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings that depend on whose protocol a probe follows."""
+    """Default settings of one published protocol."""
 
     lr: tuple[float, ...]
     weight_decay: Mapping[HeadName, tuple[float, ...]]
     layers: Mapping[HeadName, tuple[str, ...]]
     betas: tuple[float, float]
     epochs_per_warmup: int
-    """One epoch of warm-up for so many."""
+    """Training epochs per epoch of warm-up."""
     bias: bool
-    """Whether the linear layer of a head has one."""
+    """Whether the linear layer of a head has a bias."""
     encoder_heads: bool
-    """Whether an attentive head has as many attention heads as the encoder, else 16."""
+    """Whether an attentive head has the encoder's number of attention heads; else it has 16."""
 
 
 RECIPES: Mapping[Literal["xtra", "aim"], Recipe] = {
-    # XTRA's official evaluation of its B/16 on ImageNet-1k. It has no ep head: that one learns as the
-    # attentive head does, from the same features.
+    # XTRA's official evaluation of its B/16 on ImageNet-1k. It has no ep head, which gets the settings of the
+    # attentive head.
     "xtra": Recipe(
         lr=(1e-4, 3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
         weight_decay={"linear": (0.0,), "attentive": (0.1,), "ep": (0.1,)},
@@ -48,7 +48,7 @@ RECIPES: Mapping[Literal["xtra", "aim"], Recipe] = {
         bias=True,
         encoder_heads=False,
     ),
-    # AIM's heads (apple/ml-aim) and AIMv2's attentive sweep; for other heads none is published.
+    # AIM's heads (apple/ml-aim) and AIMv2's attentive sweep; no sweep is published for other heads.
     "aim": Recipe(
         lr=(5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3),
         weight_decay={"linear": (0.05, 0.1), "attentive": (0.05, 0.1), "ep": (0.05, 0.1)},
@@ -62,7 +62,7 @@ RECIPES: Mapping[Literal["xtra", "aim"], Recipe] = {
 
 
 class Schedule(NamedTuple):
-    """How long heads are trained on so many images."""
+    """Epochs, batch size and steps of training."""
 
     epochs: int
     batch_size: int
@@ -77,43 +77,41 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings(EvalSettings):
-    """Heads trained on a frozen encoder's features.
+    """Settings of `probe`, which trains heads on a frozen encoder's features.
 
-    Every kind of head is trained with every learning rate, weight decay, layers, attention and tokens, all on
-    the same features. The best of each kind is chosen on images that it is not measured on, and measured
-    once.
+    Each kind of head is trained with every combination of learning rate, weight decay, layers, attention and
+    tokens. The best of each kind is chosen on val and measured once on test.
     """
 
     train: str
     """Labelled images to train the heads on."""
     test: str | None = None
-    """Labelled images to measure on, once; none: a tenth of train is held out."""
+    """Labelled images to measure on, once; none: hold out a tenth of train."""
     val: str | None = None
-    """Labelled images to choose the best heads on; none: a tenth of train is held out."""
+    """Labelled images to choose the best heads on; none: hold out a tenth of train."""
     recipe: Literal["xtra", "aim"] = "xtra"
-    """Where settings that are not given come from: XTRA's official probes, or AIM's heads with AIMv2's
-    sweep."""
+    """Source of defaults: XTRA's official probes, or AIM's heads with AIMv2's sweep."""
     heads: tuple[HeadName, ...] = ("linear", "attentive", "ep")
     """Kinds of heads: linear (on the mean patch), attentive (XTRA's and AIM's), ep (Efficient Probing)."""
     layers: tuple[str, ...] | Auto = None
-    """Layers whose mean a head sees: last, last6, layer7, 3+4+5 (from 0), best (AIM's choice), or each;
+    """Layers that a head averages: last, last6, layer7, 3+4+5 (from 0), best (AIM's choice), or each;
     auto: the recipe's (xtra: linear last, the others last6)."""
     attention: tuple[Attention, ...] = ("native",)
     """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
     tokens: tuple[Literal["patches", "class", "all"], ...] = ("patches",)
-    """What a head sees of an encoder with a class token; class is for linear heads only."""
+    """Tokens that a head sees, for encoders with a class token; class is for linear heads only."""
     attentive_heads: Count | Auto = None
-    """Attention heads of an attentive head; auto: 16, or as many as the encoder's (recipe aim)."""
+    """Attention heads of an attentive head; auto: 16, or the encoder's number (recipe aim)."""
     epochs: Count | Auto = None
-    """How often the heads see every image; auto: 100, or more for at least 2,000 steps."""
+    """Training epochs; auto: 100, or more if those are fewer than 2,000 steps."""
     batch_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] | Auto = None
-    """Images a step; auto: the largest power of two from 16 to 1024 that leaves 20 steps an epoch. A last
-    partial batch of an epoch is dropped."""
+    """Images per step; auto: the largest power of two from 16 to 1024 with at least 20 steps per epoch. The
+    last partial batch of an epoch is dropped."""
     norm_batch_size: Count | None = None
-    """Images that the heads' batch norm averages over in training; none: the whole batch."""
+    """Images per batch norm in training; none: the whole batch."""
     lr: tuple[Positive, ...] | Auto = None
-    """Peak learning rates of AdamW, never scaled; auto: the recipe's seven, and more if the best is at an end
-    of these."""
+    """Peak learning rates of AdamW, never scaled; auto: the recipe's seven, extended if the best is the
+    smallest or largest."""
     end_lr: Amount = 1e-5
     """Learning rate at the end of the cosine."""
     weight_decay: tuple[Amount, ...] | Auto = None
@@ -123,19 +121,19 @@ class ProbeSettings(EvalSettings):
     betas: tuple[float, float] | Auto = None
     """Decay rates of AdamW's moments; auto: 0.9 and 0.95 (recipe aim: 0.999)."""
     clip_grad: Positive | None = 3.0
-    """Clip the norm of each head's gradient; none: do not."""
+    """Clip the norm of each head's gradient to this; none: no clipping."""
     augment: Literal["none", "crop", "timm"] = "none"
-    """none: centre crops, encoded once; crop: new random crops in every epoch; timm: with RandAugment and
+    """none: centre crops, encoded once; crop: new random crops in every epoch; timm: also RandAugment and
     random erasing, as in XTRA's official probes."""
     baselines: bool = True
-    """Also probe the same encoder untrained, and with linear heads images of 16x16 px and colour
+    """Also probe the same encoder untrained, and train linear heads on images of 16x16 px and colour
     histograms."""
     seed: Natural = 0
     """Seed of heads, order, crops, held-out images and the untrained encoder."""
     cache_gb: Amount = 16.0
     """With augment none: refuse if the features take more gigabytes than this."""
     save_every: Annotated[str, duration("min", "ep")] = "10min"
-    """How often to save what the heads have learned, in minutes or epochs (5ep)."""
+    """How often to save the heads, in minutes or epochs (5ep)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,11 +149,11 @@ class ProbeSettings(EvalSettings):
         )
         require(
             "linear" in self.heads or self.tokens != ("class",),
-            "tokens class is one vector an image, which linear heads take; add --tokens patches",
+            "tokens class is one vector per image, for linear heads only; add --tokens patches",
         )
 
     def resolved(self) -> Recipe:
-        """The recipe, with what is given in its place."""
+        """The recipe, overridden by the given settings."""
         recipe = RECIPES[self.recipe]
         decay = self.weight_decay and dict.fromkeys(recipe.weight_decay, self.weight_decay)
         layers = self.layers and dict.fromkeys(recipe.layers, self.layers)
@@ -168,10 +166,10 @@ class ProbeSettings(EvalSettings):
         )
 
     def schedule(self, images: int) -> Schedule:
-        """Epochs and batches for so many training images."""
+        """Epochs and batches for this number of training images."""
         batch = self.batch_size
         if batch is None:
-            # 569 images in batches of 1024 would be one step an epoch: 100 steps in all teach little.
+            # A small set in batches of 1024 would get one step per epoch, too few to learn in 100 epochs.
             batch = 1 << max(1, images // MIN_STEPS_PER_EPOCH).bit_length() - 1
             batch = min(max(batch, MIN_BATCH), MAX_BATCH)
         batch = min(batch, images)

@@ -1,1 +1,1 @@
-"""The benchmarks of the AIM and XTRA papers: rows of data, and one probe for each."""
+"""The benchmarks of the AIM and XTRA papers, each measured by one probe."""

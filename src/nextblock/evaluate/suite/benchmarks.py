@@ -1,7 +1,7 @@
-"""The benchmarks and the published accuracies as rows of data. Quick to import.
+"""The benchmarks and the published accuracies, as data. Quick to import.
 
-Splits, classes and recipes are those of XTRA-H/14's official code; numbers of images are those of AIMv2's
-Table B1, from the lab of AIM.
+Splits, classes and recipes come from XTRA-H/14's official code; numbers of images come from AIMv2's Table B1,
+by AIM's lab.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def dtd(folder: Path) -> Images:
 
 
 def inat2018(folder: Path) -> Images:
-    """COCO's layout: images with numbers, and the category of each number."""
+    """COCO's layout: images with ids, and the category of each id."""
     for split in ("train", "val"):
-        found = json.loads((folder / f"{split}2018.json").read_text(encoding="utf-8"))
-        category = {one["image_id"]: one["category_id"] for one in found["annotations"]}
-        for image in found["images"]:
+        content = json.loads((folder / f"{split}2018.json").read_text(encoding="utf-8"))
+        category = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+        for image in content["images"]:
             yield split, image["file_name"], str(category[image["id"]])
 
 
 def iwildcam(folder: Path) -> Images:
-    """WILDS' table; no split has all classes, so all splits are read."""
+    """WILDS' table; reads all splits, as none has all classes."""
     for row in csv.DictReader(_lines(folder / "metadata.csv")):
         yield row["split"], f"train/{row['filename']}", row["y"]
 
@@ -66,31 +66,31 @@ def _lines(path: Path) -> list[str]:
 
 # --------------------------------------------------------------------------------------------------- the rows
 
-# Rates that the official training reaches. Without warm-up its scheduler starts the cosine at a tenth of the
-# rate that its configs name, so the rows without warm-up have a tenth of those.
+# Peak rates of the official training. Without warm-up, its scheduler starts the cosine at a tenth of the
+# configured rate, so rows without warm-up list a tenth of the configs' rates.
 SEVEN = (1e-4, 3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3)
 NINE = (1e-5, 3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 4e-4, 8e-4, 1e-3)
 TEN = (*NINE, 1e-2)
 EPOCHS, NORM_BATCH = 100, 1024
-"""Epochs of every probe; images of one batch norm, as larger batches are accumulated."""
+"""Epochs of every probe, and images per batch norm: larger official batches are accumulated."""
 
 
 class Benchmark(NamedTuple):
-    """A data set, how its images are read, and the official recipe of its probe."""
+    """A data set, how to read its images, and the official recipe of its probe."""
 
     name: str
     title: str
     classes: int
     images: tuple[int | None, int | None]
-    """To train on and to test on; None if not known."""
+    """Numbers of training and test images; None if unknown."""
     at: str
-    """Its folder below the root."""
+    """Folder below the root."""
     source: str | Reader
-    """A source with {root} and {split}, or the reader of its annotation files."""
+    """A source with {root} and {split}, or the reader of the annotation files."""
     get: str
-    """How to get it into {root}; {at} is its folder."""
+    """How to get the data into {root}; {at} is the folder."""
     train: str = "train"
-    """Split to train on; of a reader several, joined by +."""
+    """Split to train on; for a reader also several, joined by +."""
     test: str = "test"
     lr: tuple[float, ...] = NINE
     batch_size: int = 512
@@ -101,16 +101,16 @@ class Benchmark(NamedTuple):
     augment: Literal["timm", "crop"] = "timm"
 
     def how_to_get(self, root: str) -> str:
-        """How to get it into a root."""
+        """Instructions for getting the data into a root."""
         return self.get.format(at=f"{root}/{self.at}", root=root)
 
     def unlike_the_papers(self, classes: int | None, train: int, test: int) -> str | None:
-        """A sentence about numbers of classes and images that differ from the papers', if any does."""
+        """Describe numbers of classes and images that differ from the papers'; None if none do."""
         found, known = (classes, train, test), (self.classes, *self.images)
         words = [
-            f"{mine:,} {what}, not {theirs:,}"
-            for what, mine, theirs in zip(("classes", "to train on", "to test on"), found, known, strict=True)
-            if None not in (mine, theirs) and mine != theirs
+            f"{ours:,} {what}, not {theirs:,}"
+            for what, ours, theirs in zip(("classes", "to train on", "to test on"), found, known, strict=True)
+            if None not in (ours, theirs) and ours != theirs
         ]
         return f"{self.title} differs from the papers': {'; '.join(words)}." if words else None
 
@@ -182,18 +182,18 @@ BENCHMARKS = (
         f"accept the terms on its page; {_hub('danielz01/fMoW')}", test="val", terms="to be accepted"),
     Benchmark("infograph", "Infograph", 345, (36_023, 15_582), "domainnet", infograph, _DOMAINNET,
         lr=TEN, batch_size=256, terms="non-commercial"),
-    # The recipe of XTRA-B/16: random crops alone, and no decay.
+    # The recipe of XTRA-B/16: only random crops, and no weight decay.
     Benchmark("imagenet1k-linear", "IN-1k linear", 1000, (1_281_167, 50_000), "imagenet", _FOLDERS, _IMAGENET,
         test="val", lr=SEVEN, batch_size=4096, warmup_epochs=10, terms=_REGISTER, head="linear",
         weight_decay=0.0, augment="crop"),
 )
-"""In the order of AIM's Table 6; the linear one is none of the fifteen."""
+"""In the order of AIM's Table 6; the linear probe is not one of the fifteen."""
 # fmt: on
 
-FIFTEEN = tuple(one.name for one in BENCHMARKS if one.head == "attentive")
+FIFTEEN = tuple(bench.name for bench in BENCHMARKS if bench.head == "attentive")
 
-# Top-1 in percent of the fifteen, then their mean as printed: AIM's Table 6 (arXiv 2401.08541). Of XTRA only
-# two cells are confirmed, in its official repository.
+# Top-1 in percent on the fifteen, then their mean as printed in AIM's Table 6 (arXiv 2401.08541). Only two
+# cells of XTRA are confirmed, in its official repository.
 PUBLISHED: dict[str, tuple[float, ...]] = {
     name: tuple(map(float, cells.split()))
     for name, cells in (
@@ -218,9 +218,9 @@ XTRA B/16:       76.8
 
 
 def chosen(names: tuple[str, ...] | None) -> tuple[Benchmark, ...]:
-    """The benchmarks of these names in the table's order, or all; `UsageError` for an unknown name."""
-    known = [one.name for one in BENCHMARKS]
+    """Select benchmarks by name, or all, in the table's order; `UsageError` for an unknown name."""
+    known = [bench.name for bench in BENCHMARKS]
     for name in names or ():
         if name not in known:
             raise UsageError(f"there is no benchmark {name!r}; {nearest_name(name, known)}")
-    return tuple(one for one in BENCHMARKS if names is None or one.name in names)
+    return tuple(bench for bench in BENCHMARKS if names is None or bench.name in names)

@@ -1,4 +1,4 @@
-"""Probes a model on the benchmarks, one after another; a probe that fails stops no other."""
+"""Probe a model on the benchmarks, one after another; a failed probe does not stop the others."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def suite(**settings: Any) -> Result:
     """Probe a model on the benchmarks below a directory; `settings` are the fields of `SuiteSettings`.
 
     Rows, in the order of AIM's table: benchmark (its name, or "mean" of the fifteen), title, status
-    ("measured", "missing", "failed", or None if it was not asked for), why (it is missing or failed), top1
-    and its standard error, top5, lr, weight_decay, layers, classes, train_images, test_images, bad_images;
-    published accuracies under the models' names. Raises `UsageError` if `out` holds another result, `Stopped`
-    after a signal. The same call resumes, and measures what was missing or failed.
+    ("measured", "missing", "failed", or None if not requested), why (it is missing or failed), top1 and its
+    standard error, top5, lr, weight_decay, layers, classes, train_images, test_images, bad_images; published
+    accuracies under the models' names. Raises `UsageError` if `out` has another result, `Stopped` after a
+    signal. Repeating the call resumes, and retries missing and failed benchmarks.
     """
     config = from_dict(SuiteSettings, settings)
     require(Path(config.root).is_dir(), f"there is no directory {config.root} (--root)")
@@ -69,88 +69,88 @@ def suite(**settings: Any) -> Result:
             identity = identity_of(config, opened.model, opened.data, {})
             with opened.group.together():
                 if opened.group.is_main:
-                    there = read_result(out, "suite", identity, overwrite=config.overwrite)
+                    stored = read_result(out, "suite", identity, overwrite=config.overwrite)
                     stack.enter_context(exclusive(out))
-                    known = there.rows if there else ()
-                    rows = {row["benchmark"]: row for row in known if row["status"] == MEASURED}
-                    for one in config.benchmarks:
+                    old_rows = stored.rows if stored else ()
+                    rows = {row["benchmark"]: row for row in old_rows if row["status"] == MEASURED}
+                    for bench in config.benchmarks:
                         if config.overwrite:
-                            (out / one.name / "probe.json").unlink(missing_ok=True)
-                        if one.name not in rows:
+                            (out / bench.name / "probe.json").unlink(missing_ok=True)
+                        if bench.name not in rows:
                             try:
-                                sources[one.name] = sources_of(one, config.root, out / "lists", config)
+                                sources[bench.name] = sources_of(bench, config.root, out / "lists", config)
                             except (ValueError, OSError) as error:
-                                rows[one.name] = _problem(one, error)
+                                rows[bench.name] = _problem(bench, error)
             rows, sources = opened.group.broadcast((rows, sources))
             place = out if opened.group.is_main else None
-            del opened  # or two copies of the model would be in memory: each probe opens it
+            del opened  # each probe opens the model again; two copies need not be in memory
         result = _result(config, identity, rows, place)
-        wanted = [one for one in config.benchmarks if one.name in sources]
-        for i, one in enumerate(wanted, start=1):
-            log.info("%s, %d of %d", one.title, i, len(wanted))
+        wanted = [bench for bench in config.benchmarks if bench.name in sources]
+        for i, bench in enumerate(wanted, start=1):
+            log.info("%s, %d of %d", bench.title, i, len(wanted))
             try:
-                rows[one.name] = _measured(probe(**config.probe(one, *sources[one.name])))
+                rows[bench.name] = _measured(probe(**config.probe(bench, *sources[bench.name])))
             except (Stopped, LaunchError):
                 raise
             except (ValueError, RuntimeError, OSError) as error:
-                rows[one.name] = _problem(one, error)
+                rows[bench.name] = _problem(bench, error)
             result = _result(config, identity, rows, place)
     return result
 
 
-def _problem(one: Benchmark, error: Exception) -> dict[str, Any]:
+def _problem(bench: Benchmark, error: Exception) -> dict[str, Any]:
     status, why = MISSING if isinstance(error, FileNotFoundError) else FAILED, " ".join(str(error).split())
-    if status == FAILED:  # what is missing stands below the table
-        log.warning("%s: %s: %s", one.name, status, why)
+    if status == FAILED:  # notes below the table list what is missing
+        log.warning("%s: %s: %s", bench.name, status, why)
     return {"status": status, "why": why}
 
 
-def _measured(found: Result) -> dict[str, Any]:
-    row, sources = found.row(encoder=MODEL), found.identity["sources"]
+def _measured(result: Result) -> dict[str, Any]:
+    row, sources = result.row(encoder=MODEL), result.identity["sources"]
     names = ("top1", "top1_se", "top5", "lr", "weight_decay", "layers", "elapsed_s")
     return {
         "status": MEASURED,
         **{name: row[name] for name in names},
-        "classes": found.facts["num_classes"],
+        "classes": result.facts["num_classes"],
         "train_images": sources["train"]["images"],
         "test_images": sources["test"]["images"],
-        "bad_images": sum(found.facts["bad_images"].values()),
+        "bad_images": sum(result.facts["bad_images"].values()),
     }
 
 
 def sources_of(
-    one: Benchmark, root: str, lists: Path, config: SuiteSettings | None = None
+    bench: Benchmark, root: str, lists: Path, config: SuiteSettings | None = None
 ) -> tuple[str, str]:
-    """A benchmark's sources to train and to test on; those that need lists of images have them in `lists`.
+    """Sources of a benchmark's training and test images; lists of images are written to `lists`.
 
-    Raises `FileNotFoundError` if its folder is not there, `UsageError` if its annotations cannot be read.
+    Raises `FileNotFoundError` if the folder does not exist, `UsageError` if annotations cannot be read.
     """
     place = Path(root).absolute()
-    folder, how = place / one.at, one.how_to_get(str(place))
+    folder, how = place / bench.at, bench.how_to_get(str(place))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}; {how}")
     lists.mkdir(parents=True, exist_ok=True)
 
     def subset(purpose: str, of: str, numbers: list[int]) -> str:
         lines = (SUBSET_HEADER.decode(), f"# of: {absolute_spec(of)}", *map(str, numbers))
-        write_text(lists / f"{one.name}-{purpose}.txt", "\n".join(lines))
-        return f"subset:{lists / one.name}-{purpose}.txt"
+        write_text(lists / f"{bench.name}-{purpose}.txt", "\n".join(lines))
+        return f"subset:{lists / bench.name}-{purpose}.txt"
 
-    if isinstance(one.source, str):
-        specs = [one.source.format(root=place, split=s) for s in (one.train, one.test)]
+    if isinstance(bench.source, str):
+        specs = [bench.source.format(root=place, split=s) for s in (bench.train, bench.test)]
     else:
         try:
-            images = list(one.source(folder))
-            lacking = {*one.train.split("+"), one.test} - {split for split, _, _ in images}
-            require(not lacking, f"no image of {', '.join(sorted(lacking))}")
+            images = list(bench.source(folder))
+            missing = {*bench.train.split("+"), bench.test} - {split for split, _, _ in images}
+            require(not missing, f"no image of {', '.join(sorted(missing))}")
         except (OSError, LookupError, ValueError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise UsageError(f"cannot read the annotations in {folder} ({why}); {how}") from error
-        # One list of all splits, and of each split the numbers in it: so both have all classes.
-        everything = lists / f"{one.name}.txt"
+        # Splits are subsets of one list of all images, so that train and test have the same classes.
+        everything = lists / f"{bench.name}.txt"
         write_text(everything, "".join(f"{folder}/{path}\t{label}\n" for _, path, label in images))
         specs = []
-        for purpose, splits in (("train", one.train.split("+")), ("test", (one.test,))):
+        for purpose, splits in (("train", bench.train.split("+")), ("test", (bench.test,))):
             numbers = [i for i, (split, _, _) in enumerate(images) if split in splits]
             specs.append(subset(purpose, f"files:{everything}", numbers))
     if config is not None and config.max_images is not None:
@@ -164,21 +164,21 @@ def sources_of(
 def _result(
     config: SuiteSettings, identity: dict[str, Any], rows: Mapping[str, dict[str, Any]], out: Path | None
 ) -> Result:
-    """The table of all benchmarks, written to `out`."""
-    titles = {one.name: one.title for one in chosen(FIFTEEN)} | {MEAN: "mean of fifteen"}
-    titles |= {one.name: one.title for one in BENCHMARKS}
-    known = [rows[name]["top1"] for name in FIFTEEN if "top1" in rows.get(name, ())]
-    means = {MEAN: {"top1": sum(known) / 15}} if len(known) == 15 else {}
+    """Make the table of all benchmarks, and write it to `out`."""
+    titles = {bench.name: bench.title for bench in chosen(FIFTEEN)} | {MEAN: "mean of fifteen"}
+    titles |= {bench.name: bench.title for bench in BENCHMARKS}
+    measured = [rows[name]["top1"] for name in FIFTEEN if "top1" in rows.get(name, ())]
+    means = {MEAN: {"top1": sum(measured) / 15}} if len(measured) == 15 else {}
     table = []
     for i, (name, title) in enumerate(titles.items()):
         published = {label: round(cells[i] / 100, 3) for label, cells in PUBLISHED.items() if i < len(cells)}
         own = {"status": None, "top1": None, **rows.get(name, means.get(name, {}))}
         table.append({"benchmark": name, "title": title, **own, **published})
     notes = tuple(_notes(config, rows))
-    asked = {one.name for one in config.benchmarks} | ({MEAN} if config.only is None else set())
+    requested = {bench.name for bench in config.benchmarks} | ({MEAN} if config.only is None else set())
     brief = Table(
-        [row for row in table if row["benchmark"] in asked],
-        [one for one in COLUMNS if one.key in DRAWN or one.key not in PUBLISHED],
+        [row for row in table if row["benchmark"] in requested],
+        [column for column in COLUMNS if column.key in DRAWN or column.key not in PUBLISHED],
     )
     result = Result(
         verb="suite", rows=tuple(table), notes=notes, identity=identity, columns=COLUMNS, brief=brief
@@ -192,16 +192,18 @@ def _result(
 
 
 def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What is missing, and what differs from the official measurements."""
+    """Sentences about what is missing, and what differs from the official measurements."""
     notes = []
-    for one in BENCHMARKS:
-        row = rows.get(one.name, {})
+    for bench in BENCHMARKS:
+        row = rows.get(bench.name, {})
         if "why" in row:
-            notes.append(f"{one.title} {'is ' * (row['status'] == MISSING)}{row['status']}: {row['why']}")
+            notes.append(f"{bench.title} {'is ' * (row['status'] == MISSING)}{row['status']}: {row['why']}")
         elif row and config.max_images is None:
-            notes.append(one.unlike_the_papers(row["classes"], row["train_images"], row["test_images"]) or "")
+            notes.append(
+                bench.unlike_the_papers(row["classes"], row["train_images"], row["test_images"]) or ""
+            )
         if row.get("bad_images"):
-            notes.append(f"{one.title}: {counted(row['bad_images'], 'unreadable image')} skipped.")
+            notes.append(f"{bench.title}: {counted(row['bad_images'], 'unreadable image')} skipped.")
     official = {"augment": "official", "epochs": EPOCHS, "attention": ("native",)}
     official |= dict.fromkeys(("lr", "layers", "max_images"))
     changed = {name: getattr(config, name) for name, usual in official.items()}
@@ -209,34 +211,34 @@ def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[st
     return [
         *filter(None, notes),
         *([f"Not official: {', '.join(words)}."] if words else []),
-        "The best learning rate is chosen on a tenth of train, held out; test is measured once. "
-        "Which rate and epoch XTRA's paper reports is not known, nor how AIM trained its heads.",
+        "The best learning rate is chosen on a tenth of train, held out; test is measured once. It is not "
+        "known which rate and epoch XTRA's paper reports, nor how AIM trained its heads.",
         f"Precision: encoder {config.precision}, heads fp32; officially both bf16-mixed.",
-        "A batch norm sees at most 1,024 images, as officially: batches of 4,096 are accumulated.",
+        "As in the official code, batches of 4,096 are accumulated: a batch norm sees at most 1,024 images.",
         "Published: AIM's Table 6, XTRA's code. Pre-trained on ImageNet-1k (DINO, MAE H/14, XTRA B/16), "
         "ImageNet-21k (iBOT, BEiT, XTRA H/14), LVD (DINOv2, at 516 px), IG-3B (MAE 2B/14), DFN-2B+ (AIM).",
     ]
 
 
 def list_benchmarks(root: str | None, only: tuple[str, ...] | None) -> Result:
-    """The benchmarks as rows; with a root also whether each is found, and how it differs from the papers'."""
+    """List the benchmarks; with a root, also whether each is found and how it differs from the papers'."""
     require(root is None or Path(root).is_dir(), f"there is no directory {root} (--root)")
     rows, notes = [], []
-    for one in chosen(only):
-        found = None if root is None else (Path(root) / one.at).is_dir()
-        row = {"benchmark": one.name, "classes": one.classes, "train_images": one.images[0]}
-        row |= {"test_images": one.images[1], "terms": one.terms, "found": found}
-        rows.append({**row, "at": one.at, "get": one.how_to_get(root or "ROOT")})
+    for bench in chosen(only):
+        found = None if root is None else (Path(root) / bench.at).is_dir()
+        row = {"benchmark": bench.name, "classes": bench.classes, "train_images": bench.images[0]}
+        row |= {"test_images": bench.images[1], "terms": bench.terms, "found": found}
+        rows.append({**row, "at": bench.at, "get": bench.how_to_get(root or "ROOT")})
         if not found:
-            notes.append(f"{one.name}: {rows[-1]['get']}")
-        elif not str(one.source).startswith("hf:"):  # copies of the hub are converted first, which takes long
+            notes.append(f"{bench.name}: {rows[-1]['get']}")
+        elif not str(bench.source).startswith("hf:"):  # copies of the hub need a slow conversion first
             with TemporaryDirectory() as lists:
                 try:
-                    specs = sources_of(one, str(root), Path(lists))
+                    specs = sources_of(bench, str(root), Path(lists))
                     train, test = (open_source(spec, DataConfig(workers=0)) for spec in specs)
-                    # PCAM's labels come with its images, one by one.
-                    classes = None if one.name == "pcam" else len(train.class_names)
-                    notes.append(one.unlike_the_papers(classes, len(train), len(test)) or "")
+                    # PCAM's labels are only known by reading its images.
+                    classes = None if bench.name == "pcam" else len(train.class_names)
+                    notes.append(bench.unlike_the_papers(classes, len(train), len(test)) or "")
                 except (ValueError, RuntimeError, OSError) as error:
-                    notes.append(f"{one.name}: {error}")
+                    notes.append(f"{bench.name}: {error}")
     return Result(verb="suite", rows=tuple(rows), notes=tuple(filter(None, notes)), columns=LIST_COLUMNS)
