@@ -102,7 +102,7 @@ def _facts(config: RunConfig, planned: dict[str, Any]) -> Iterator[tuple[str, st
     yield (
         "checkpoint",
         f"{(model + optimizer) / 1e9:.3g} GB (model {model / 1e9:.3g}, optimizer {optimizer / 1e9:.3g}); "
-        f"the latest {kept} take {kept * (model + optimizer) / 1e9:.3g} GB of disk",
+        f"the latest {kept} take {kept * (model + optimizer) / 1e9:.3g} GB",
     )
 
 
