@@ -207,7 +207,7 @@ def measure_steps(options: Options, emit: Emit, model: str) -> None:
 
         def encode(batch: int) -> None:
             images = trainer.to_model(pinned(batch))
-            with trainer.looking() as network:
+            with trainer.evaluating() as network:
                 report("encode", batch, time_calls(lambda _: network.encode(images).tokens), encode_flops)
 
         def train(batch: int, *, compiled: bool, recompute: bool) -> None:

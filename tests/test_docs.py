@@ -46,6 +46,7 @@ OF_OTHERS = {
     "bsub": "LSF is not here",
     "apt-get": "the system's packages",
     "pip": "run by test_readme",
+    "embedding-atlas": "a server of another package; the file's columns are tested by test_embed",
     "export": "a variable of the shell",
 }
 """Commands of other programs, and why they are not run."""
