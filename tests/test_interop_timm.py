@@ -402,7 +402,7 @@ def test_names_of_timm_are_read(caplog):
     assert data is not None
     assert (data.std, data.val_resize_px) == ((0.5, 0.5, 0.5), 84)
     assert timm_provenance("timm:test_vit.r160_in1k").origin == "timm's test_vit.r160_in1k"
-    for name, words in (("test_vit", r"cls_token.*As model\.init"), ("test_resnet", "timm ResNet; only")):
+    for name, words in (("test_vit", r"cls_token.*as model\.init"), ("test_resnet", "timm ResNet; only")):
         with pytest.raises(CheckpointError, match=words):
             load(f"timm:{name},pretrained=false")
 

@@ -136,4 +136,4 @@ def test_a_head_for_another_width_is_refused_with_both(files, images, capsys):
     torch.save({**narrow, "head.linear.weight": head["head.linear.weight"][:, :24]}, "head.pth")
     assert main(["eval", "--model", "backbone.pth", *AIM, "last", "--test", "val"]) == 1
     error = capsys.readouterr().err
-    assert "the head is for an encoder 24 wide, backbone.pth is 48 wide" in error
+    assert "of width 24, but backbone.pth has width 48" in error
