@@ -1,0 +1,348 @@
+"""When pre-training pays: accuracy against images seen, beside SimCLR and DINO at equal CPU time.
+
+    python benchmarks/when_it_pays.py DIR solar    # our curve on solar cells, then the rivals
+    python benchmarks/when_it_pays.py DIR curves   # our curves on digits and stamps
+    python benchmarks/when_it_pays.py DIR scaling  # other widths, targets and blocks on digits
+    python benchmarks/when_it_pays.py DIR table    # Markdown tables of what there is
+    python benchmarks/when_it_pays.py DIR draw FILE.png
+
+What DIR/results.jsonl has already is not computed again. The results: docs/guides/when_it_pays.md and
+docs/results/scaling.md. Needs PyPI's elpv-dataset, Debian's tuxpaint-stamps-default and, for the rivals, an
+environment DIR/lightly-env with lightly-train.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import nextblock
+import small_folders
+import targets
+from nextblock.checkpoint import save_model
+from nextblock.data import open_source
+from nextblock.evaluate.features import evaluation_data
+from nextblock.evaluate.table import FeatureTable
+from nextblock.models import NextBlockModel
+from nextblock.report.compare import correlation, ranks
+
+SEEDS, BATCH, EVERY, LENGTH, SHORT = (0, 1, 2), 32, 1024, 32_768, 8_192
+METHODS = {"knn": "kNN, k 20", "linear": "linear", "ep": "ep"}
+BASELINES = ("untrained", "pixels 16x16", "colour histogram")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as above": {},
+    "half as wide": {"model.embed_dim": 64, "model.num_heads": 2},
+    "single patches": {"model.block_size": 1},
+    "raw pixels": {"model.norm_pixels": False},
+}
+RIVALS: dict[str, dict[str, Any]] = {
+    "simclr": {"method": "simclr"},
+    "dino": {"method": "dino"},
+    "simclr tuned": {"method": "simclr"},
+    # After a few hundred steps of momentum 0.99 half of the teacher would be its first weights, and a last
+    # layer that is frozen for 1,250 steps would never learn.
+    "dino tuned": {
+        "method": "dino",
+        "method_args": {"momentum_start": 0.9, "student_freeze_last_layer_steps": 16},
+    },
+}
+RATES = (("sgd", 4.0), ("adamw", 5e-4), ("adamw", 2e-3))
+"""Tried by a third of the steps; SGD's as a multiple of the method's own rate."""
+SGD_RATE = {"simclr": 0.3, "dino": 0.03}
+
+
+def sources(root: Path, name: str) -> tuple[str, str]:
+    """Images to train and to measure on."""
+    if name == "digits":
+        return targets.sources(root, name)
+    return f"files:{root}/{name}-split/train.txt", f"files:{root}/{name}-split/val.txt"
+
+
+def pretrain(root: Path, name: str, seed: int, images: int, variant: str = "as above") -> Path:
+    """Train as for docs/targets.md, and keep a checkpoint every 1,024 images."""
+    train, test = sources(root, name)
+    out = root / "runs" / f"{name}-{variant.replace(' ', '-')}-{images}-{seed}"
+    nextblock.pretrain("xtra-tiny", out=out, **{
+        **targets.COMMON, **targets.SETS["digits" if name == "digits" else "solar"], **VARIANTS[variant],
+        "data.train": train, "data.val": test, "seed": seed, "train.duration": f"{images}sa",
+        "checkpoint.every": f"{EVERY}sa", "checkpoint.keep": 1000, "monitor.val_every": f"{images}sa",
+    })  # fmt: skip
+    return out
+
+
+def measure(root: Path, name: str, spec: str, row: dict[str, Any], *, baselines: bool = False) -> None:
+    """Add a row for each method and encoder."""
+    train, test = sources(root, name)
+    found = nextblock.compare(
+        model=(spec,), train=train, test=test, methods=tuple(METHODS), baselines=baselines, seed=row["seed"],
+        epochs=30, device="cpu", workers=0,
+    )  # fmt: skip
+    with (root / "results.jsonl").open("a") as file:
+        for one in found.rows:
+            other = {} if one["encoder"] == "model" else {"encoder": one["encoder"], "images": 0}
+            full = {"set": name, **row, **other, "method": one["method"], "top1": one["top1"]}
+            file.write(json.dumps(full) + "\n")
+
+
+def loss_of(root: Path, name: str, spec: str) -> float:
+    """Mean loss of the images to measure on."""
+    model = nextblock.load(spec).eval()
+    data = evaluation_data(spec, model.config, workers=0)
+    source = open_source(sources(root, name)[1], data)
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (model(images).block_loss.mean(1, keepdim=True),)
+
+    table = FeatureTable(
+        extract, source, data, model.config.image_size, batch_size=64, device=torch.device("cpu")
+    )
+    with torch.no_grad():
+        table.fill()
+    return float(table.read(table.readable()).mean())
+
+
+def results(root: Path) -> list[dict[str, Any]]:
+    """All rows so far."""
+    file = root / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def is_done(root: Path, **wanted: Any) -> bool:
+    """Whether a row has these values."""
+    return any(wanted.items() <= row.items() for row in results(root))
+
+
+def curve(root: Path, name: str, seed: int) -> None:
+    """Train, and measure at the end and at the checkpoints of 1,024, 2,048, 4,096, ... images."""
+    started_s = time.process_time()
+    out = pretrain(root, name, seed, LENGTH)
+    cpu_s = time.process_time() - started_s
+    for images in (LENGTH // 2**i for i in range(6)):
+        row = {"encoder": "nextblock", "seed": seed, "images": images}
+        if not is_done(root, set=name, **row):
+            spec = str(out / "checkpoints" / f"step_{images // BATCH:08d}")
+            is_last = images == LENGTH
+            row |= {"loss": loss_of(root, name, spec), **({"cpu_s": cpu_s} if is_last else {})}
+            measure(root, name, spec, row, baselines=is_last)
+
+
+# ------------------------------------------------------------------------------------------------- the rivals
+
+
+def train_rival(root: Path, label: str, seed: int, steps: int, **given: Any) -> tuple[str, dict[str, Any]]:
+    """Train by lightly-train, and put the weights into a model file that `nextblock` reads."""
+    out = root / "rivals" / f"{label.replace(' ', '-')}-{steps}-{seed}"
+    ours = root / "runs" / f"solar-as-above-{LENGTH}-{SEEDS[0]}"
+    model = nextblock.load(ours)
+    assert isinstance(model, NextBlockModel)
+    data = evaluation_data(str(ours), model.config, workers=0)
+    if not (out / "facts.json").is_file():
+        images = root / "solar-train"
+        if not images.is_dir():
+            images.mkdir()
+            for line in (root / "solar-split" / "train.txt").read_text().splitlines():
+                file = Path(line.split("\t")[0])
+                (images / file.name).symlink_to(file)
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "out": str(out),
+            "images": str(images),
+            "steps": steps,
+            "seed": seed,
+            **RIVALS[label],
+            **given,
+        }
+        settings |= {"mean": data.mean, "std": data.std}
+        (out / "settings.json").write_text(json.dumps(settings))
+        script = Path(__file__).with_name("lightly_rival.py")
+        subprocess.run([root / "lightly-env/bin/python", script, out / "settings.json"], check=True)
+    model.encoder.load_state_dict(load_file(out / "encoder.safetensors"))
+    save_model(out / "model.safetensors", model, data=data)
+    return str(out / "model.safetensors"), json.loads((out / "facts.json").read_text())
+
+
+def steps_of(root: Path) -> dict[str, int]:
+    """Steps of each rival in the CPU time of our run, from the difference of two short runs of each."""
+    file = root / "steps.json"
+    if not file.is_file():
+        cost_s = {}
+        for method in ("simclr", "dino"):
+            spent = [train_rival(root, method, 99, steps)[1]["cpu_s"] for steps in (4, 16)]
+            cost_s[method] = (spent[1] - spent[0]) / 12
+        spent = []
+        for images in (EVERY, 4 * EVERY):
+            started_s = time.process_time()
+            pretrain(root, "solar", 99, images)
+            spent.append(time.process_time() - started_s)
+        cost_s["nextblock"] = (spent[1] - spent[0]) / (3 * EVERY // BATCH)
+        budget_s = cost_s["nextblock"] * LENGTH / BATCH
+        steps = {method: round(budget_s / one_s) for method, one_s in cost_s.items()}
+        file.write_text(json.dumps({"steps": steps, "cost_s": cost_s, "budget_s": budget_s}))
+    return json.loads(file.read_text())["steps"]
+
+
+def tuned(root: Path, method: str, steps: int) -> dict[str, Any]:
+    """The best rate by kNN within the training images, each left out once."""
+    file = root / f"tuned-{method}.json"
+    if not file.is_file():
+        trials = []
+        for optim, lr in RATES:
+            given = {"optim": optim, "lr": lr * SGD_RATE[method] if optim == "sgd" else lr}
+            label = f"{method} tuned"
+            RIVALS[f"{label} {optim} {lr}"] = RIVALS[label]
+            spec, _ = train_rival(root, f"{label} {optim} {lr}", 0, steps, **given)
+            train = sources(root, "solar")[0]
+            found = nextblock.knn(model=spec, train=train, k=(20,), baselines=False, device="cpu", workers=0)
+            trials.append({**given, "top1": found.rows[0]["top1"]})
+        file.write_text(json.dumps(trials))
+    best = max(json.loads(file.read_text()), key=lambda trial: trial["top1"])
+    return {"optim": best["optim"], "lr": best["lr"]}
+
+
+def solar(root: Path) -> None:
+    """Our curves on solar cells, then the rivals."""
+    for seed in SEEDS:
+        curve(root, "solar", seed)
+        steps = steps_of(root)
+        for label, rival in RIVALS.copy().items():
+            method = rival["method"]
+            row = {"encoder": label, "seed": seed}
+            if not is_done(root, **row):
+                given = tuned(root, method, steps[method] // 3) if "tuned" in label else {}
+                spec, facts = train_rival(root, label, seed, steps[method], **given)
+                measure(root, "solar", spec, {**row, **facts, "images": facts["steps"] * facts["batch"]})
+
+
+def curves(root: Path) -> None:
+    """Our curves on digits and stamps."""
+    for seed in SEEDS:
+        for name in ("digits", "stamps"):
+            curve(root, name, seed)
+
+
+def scaling(root: Path) -> None:
+    """Variants on digits, each of 8,192 images."""
+    for seed in SEEDS:
+        for variant in VARIANTS:
+            row = {"encoder": variant, "seed": seed, "images": SHORT}
+            if not is_done(root, **row):
+                out = pretrain(root, "digits", seed, SHORT, variant)
+                row["loss"] = loss_of(root, "digits", str(out))
+                measure(root, "digits", str(out), row)
+
+
+# --------------------------------------------------------------------------------------------------- the page
+
+
+def cells(root: Path, key: str = "top1") -> dict[tuple[str, str, int, str], list[float]]:
+    """Values of all seeds by set, encoder, images and method."""
+    found: dict[tuple[str, str, int, str], list[float]] = defaultdict(list)
+    for row in results(root):
+        if key in row:
+            found[row["set"], row["encoder"], row["images"], row["method"]].append(row[key])
+    return found
+
+
+def words(values: list[float]) -> str:
+    """Mean and sample deviation of shares, in per cent."""
+    shown = [100 * value for value in values]
+    return f"{mean(shown):.1f} ± {stdev(shown):.1f}" if len(shown) > 1 else "".join(f"{x:.1f}" for x in shown)
+
+
+def table(root: Path) -> str:
+    """All accuracies as Markdown, and how they go together with the loss."""
+    found, losses = cells(root), cells(root, "loss")
+    lines = []
+    for name in dict.fromkeys(one for one, *_ in found):
+        lines += [
+            f"\n{name}\n",
+            "| encoder | images seen | seeds | loss | kNN | linear | ep |",
+            "|---|" + "---:|" * 6,
+        ]
+        keys = dict.fromkeys(key[:3] for key in found if key[0] == name)
+        for key in sorted(keys, key=lambda key: (key[2] == 0, key[1], key[2])):
+            values = [found.get((*key, method), []) for method in METHODS.values()]
+            loss = losses.get((*key, "linear"), [])
+            one = f"{mean(loss):.3f}" if loss else ""
+            lines.append(
+                f"| {key[1]} | {key[2] or '':,} | {len(values[0])} | {one} | "
+                if key[2]
+                else f"| {key[1]} | | {len(values[0])} | | "
+            )
+            lines[-1] += " | ".join(map(words, values)) + " |"
+        for method in METHODS.values():
+            pairs = [
+                (row["loss"], row["top1"]) for row in results(root)
+                if (row["set"], row["encoder"], row["method"]) == (name, "nextblock", method)
+            ]  # fmt: skip
+            if len(pairs) > 2:
+                x, y = zip(*pairs, strict=True)
+                lines.append(
+                    f"\nloss and {method}: Pearson {correlation(x, y):+.2f}, "
+                    f"Spearman {correlation(ranks(x), ranks(y)):+.2f}, {len(pairs)} checkpoints"
+                )
+    return "\n".join(lines)
+
+
+def draw(root: Path, file: str) -> None:
+    """Accuracy against images seen, a column a set and a row a measure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found, names = cells(root), ("solar", "digits", "stamps")
+    figure, grid = plt.subplots(3, 3, figsize=(10, 8), sharex=True, layout="constrained")
+    for name, column in zip(names, grid.T, strict=True):
+        for (short, method), axes in zip(METHODS.items(), column, strict=True):
+            line = sorted(
+                (images, values) for (one, encoder, images, what), values in found.items()
+                if (one, encoder, what) == (name, "nextblock", method)
+            )  # fmt: skip
+            axes.errorbar(
+                [images for images, _ in line], [100 * mean(v) for _, v in line],
+                [100 * stdev(v) if len(v) > 1 else 0 for _, v in line],
+                marker="o", markersize=3, label="nextblock",
+            )  # fmt: skip
+            for number, baseline in enumerate(BASELINES):
+                if values := found.get((name, baseline, 0, method)):
+                    axes.axhline(100 * mean(values), color=f"C{1 + number}", linestyle="--", label=baseline)
+            for number, label in enumerate(RIVALS):
+                for (one, encoder, images, what), values in found.items():
+                    if (one, encoder, what) == (name, label, method):
+                        axes.errorbar(
+                            images, 100 * mean(values), 100 * stdev(values) if len(values) > 1 else 0,
+                            marker="x", color=f"C{4 + number}", label=label,
+                        )  # fmt: skip
+            axes.set_xscale("log", base=2)
+            axes.set_title(f"{name}: {short}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("images seen")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("top-1, %")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    place, (command, *rest) = Path(sys.argv[1]), sys.argv[2:]
+    place.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if command == "table":
+        sys.stdout.write(table(place) + "\n")
+    elif command == "draw":
+        draw(place, rest[0])
+    else:
+        if not (place / "stamps-split").is_dir():
+            small_folders.prepare(place)
+        {"solar": solar, "curves": curves, "scaling": scaling}[command](place)
