@@ -21,10 +21,12 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-BATCH, PX = 128, 64
+PX = 64
 
 
-def train(out: str, images: str, method: str, steps: int, seed: int, **given: Any) -> None:
+def train(
+    out: str, images: str, method: str, steps: int, seed: int, batch_size: int = 128, **given: Any
+) -> None:
     """Train for so many steps; `given`: mean, std, and optim, lr, method_args if not the method's own."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -32,6 +34,7 @@ def train(out: str, images: str, method: str, steps: int, seed: int, **given: An
         img_size=PX, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0,
         class_token=False, global_pool="avg", fc_norm=False, dynamic_img_size=True,
     )  # fmt: skip
+    encoder.pretrained_cfg = {}  # lightly-train asks for it at the end
     transforms: dict[str, Any] = {
         "image_size": (PX, PX),
         "normalize": {"mean": tuple(given["mean"]), "std": tuple(given["std"])},
@@ -39,11 +42,11 @@ def train(out: str, images: str, method: str, steps: int, seed: int, **given: An
     if method == "dino":
         # 96 of 224 px officially; 32 of 64 are whole patches.
         transforms["local_view"] = {"view_size": (32, 32)}
-    per_epoch = sum(1 for _ in Path(images).iterdir()) // BATCH
+    per_epoch = sum(1 for _ in Path(images).iterdir()) // batch_size
     started_s = time.process_time()
     lightly_train.pretrain(
         out=f"{out}/run", data=images, model=encoder, method=method, method_args=given.get("method_args"),
-        epochs=-(-steps // per_epoch), trainer_args={"max_steps": steps}, batch_size=BATCH, seed=seed,
+        epochs=-(-steps // per_epoch), trainer_args={"max_steps": steps}, batch_size=batch_size, seed=seed,
         optim=given.get("optim", "auto"), optim_args=None if given.get("lr") is None else {"lr": given["lr"]},
         transform_args=transforms, num_workers=0, devices=1, accelerator="cpu", precision="32-true",
         loggers={"tensorboard": None}, overwrite=True,
@@ -54,7 +57,7 @@ def train(out: str, images: str, method: str, steps: int, seed: int, **given: An
         f"{out}/encoder.safetensors",
     )
     parameters = sum(p.numel() for p in encoder.parameters())
-    facts = {"cpu_s": cpu_s, "steps": steps, "parameters": parameters, "batch": BATCH}
+    facts = {"cpu_s": cpu_s, "steps": steps, "parameters": parameters, "batch": batch_size}
     Path(out, "facts.json").write_text(json.dumps(facts))
 
 

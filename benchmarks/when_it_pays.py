@@ -35,7 +35,10 @@ from nextblock.evaluate.table import FeatureTable
 from nextblock.models import NextBlockModel
 from nextblock.report.compare import correlation, ranks
 
-SEEDS, BATCH, EVERY, LENGTH, SHORT = (0, 1, 2), 32, 1024, 32_768, 8_192
+SEEDS, BATCH, EVERY, SHORT = (0, 1, 2), 32, 1024, 8_192
+LENGTHS = {"solar": 32_768, "digits": 32_768, "stamps": 32_768}
+RIVALS_AT = 16_384
+"""Rivals have the CPU time of so many of our images, half of our run on solar cells."""
 METHODS = {"knn": "kNN, k 20", "linear": "linear", "ep": "ep"}
 BASELINES = ("untrained", "pixels 16x16", "colour histogram")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,20 +47,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "single patches": {"model.block_size": 1},
     "raw pixels": {"model.norm_pixels": False},
 }
+SOONER = {"momentum_start": 0.9, "student_freeze_last_layer_steps": 16}
+"""By default half of the teacher would be its first weights after a few hundred steps, and the last layer
+would be frozen for 1,250 steps."""
 RIVALS: dict[str, dict[str, Any]] = {
     "simclr": {"method": "simclr"},
     "dino": {"method": "dino"},
-    "simclr tuned": {"method": "simclr"},
-    # After a few hundred steps of momentum 0.99 half of the teacher would be its first weights, and a last
-    # layer that is frozen for 1,250 steps would never learn.
-    "dino tuned": {
-        "method": "dino",
-        "method_args": {"momentum_start": 0.9, "student_freeze_last_layer_steps": 16},
-    },
+    "simclr tuned": {"method": "simclr", "optim": "adamw", "batch_size": 32},
+    "dino tuned": {"method": "dino", "optim": "adamw", "batch_size": 32, "method_args": SOONER},
 }
-RATES = (("sgd", 4.0), ("adamw", 5e-4), ("adamw", 2e-3))
-"""Tried by a third of the steps; SGD's as a multiple of the method's own rate."""
-SGD_RATE = {"simclr": 0.3, "dino": 0.03}
+RATES = (3e-4, 1e-3, 3e-3)
+"""Of AdamW for the tuned rivals, tried for a third of the steps; lightly-train is given 256 / 32 of it."""
 
 
 def sources(root: Path, name: str) -> tuple[str, str]:
@@ -79,11 +79,14 @@ def pretrain(root: Path, name: str, seed: int, images: int, variant: str = "as a
     return out
 
 
-def measure(root: Path, name: str, spec: str, row: dict[str, Any], *, baselines: bool = False) -> None:
+def measure(
+    root: Path, name: str, spec: str, row: dict[str, Any], *, ep: bool = True, baselines: bool = False
+) -> None:
     """Add a row for each method and encoder."""
     train, test = sources(root, name)
+    methods = tuple(METHODS)[: 3 if ep else 2]
     found = nextblock.compare(
-        model=(spec,), train=train, test=test, methods=tuple(METHODS), baselines=baselines, seed=row["seed"],
+        model=(spec,), train=train, test=test, methods=methods, baselines=baselines, seed=row["seed"],
         epochs=30, device="cpu", workers=0,
     )  # fmt: skip
     with (root / "results.jsonl").open("a") as file:
@@ -123,16 +126,15 @@ def is_done(root: Path, **wanted: Any) -> bool:
 
 def curve(root: Path, name: str, seed: int) -> None:
     """Train, and measure at the end and at the checkpoints of 1,024, 2,048, 4,096, ... images."""
-    started_s = time.process_time()
-    out = pretrain(root, name, seed, LENGTH)
-    cpu_s = time.process_time() - started_s
-    for images in (LENGTH // 2**i for i in range(6)):
+    last = LENGTHS[name]
+    out = pretrain(root, name, seed, last)
+    for images in (EVERY * 2**i for i in range((last // EVERY).bit_length())):
         row = {"encoder": "nextblock", "seed": seed, "images": images}
         if not is_done(root, set=name, **row):
             spec = str(out / "checkpoints" / f"step_{images // BATCH:08d}")
-            is_last = images == LENGTH
-            row |= {"loss": loss_of(root, name, spec), **({"cpu_s": cpu_s} if is_last else {})}
-            measure(root, name, spec, row, baselines=is_last)
+            row["loss"] = loss_of(root, name, spec)
+            has_ep = images in (EVERY, 4 * EVERY, RIVALS_AT, last)  # the costly one
+            measure(root, name, spec, row, ep=has_ep, baselines=images == last)
 
 
 # ------------------------------------------------------------------------------------------------- the rivals
@@ -140,8 +142,9 @@ def curve(root: Path, name: str, seed: int) -> None:
 
 def train_rival(root: Path, label: str, seed: int, steps: int, **given: Any) -> tuple[str, dict[str, Any]]:
     """Train by lightly-train, and put the weights into a model file that `nextblock` reads."""
-    out = root / "rivals" / f"{label.replace(' ', '-')}-{steps}-{seed}"
-    ours = root / "runs" / f"solar-as-above-{LENGTH}-{SEEDS[0]}"
+    rate = f"-{given['lr']:g}" if "lr" in given else ""
+    out = root / "rivals" / f"{label.replace(' ', '-')}{rate}-{steps}-{seed}"
+    ours = root / "runs" / f"solar-as-above-{LENGTHS['solar']}-{SEEDS[0]}"
     model = nextblock.load(ours)
     assert isinstance(model, NextBlockModel)
     data = evaluation_data(str(ours), model.config, workers=0)
@@ -171,41 +174,40 @@ def train_rival(root: Path, label: str, seed: int, steps: int, **given: Any) -> 
 
 
 def steps_of(root: Path) -> dict[str, int]:
-    """Steps of each rival in the CPU time of our run, from the difference of two short runs of each."""
+    """Steps of each rival in our CPU time, from the difference of two short runs of each."""
     file = root / "steps.json"
     if not file.is_file():
         cost_s = {}
-        for method in ("simclr", "dino"):
-            spent = [train_rival(root, method, 99, steps)[1]["cpu_s"] for steps in (4, 16)]
-            cost_s[method] = (spent[1] - spent[0]) / 12
+        for label, rival in RIVALS.items():
+            less = 512 // rival.get("batch_size", 128)
+            spent = [train_rival(root, label, 99, steps)[1]["cpu_s"] for steps in (less, 3 * less)]
+            cost_s[label] = (spent[1] - spent[0]) / (2 * less)
         spent = []
         for images in (EVERY, 4 * EVERY):
             started_s = time.process_time()
             pretrain(root, "solar", 99, images)
             spent.append(time.process_time() - started_s)
         cost_s["nextblock"] = (spent[1] - spent[0]) / (3 * EVERY // BATCH)
-        budget_s = cost_s["nextblock"] * LENGTH / BATCH
-        steps = {method: round(budget_s / one_s) for method, one_s in cost_s.items()}
+        budget_s = cost_s["nextblock"] * RIVALS_AT / BATCH
+        steps = {label: round(budget_s / one_s) for label, one_s in cost_s.items()}
         file.write_text(json.dumps({"steps": steps, "cost_s": cost_s, "budget_s": budget_s}))
     return json.loads(file.read_text())["steps"]
 
 
-def tuned(root: Path, method: str, steps: int) -> dict[str, Any]:
+def tuned_rate(root: Path, label: str, steps: int) -> float:
     """The best rate by kNN within the training images, each left out once."""
-    file = root / f"tuned-{method}.json"
+    file = root / f"{label.replace(' ', '-')}.json"
     if not file.is_file():
-        trials = []
-        for optim, lr in RATES:
-            given = {"optim": optim, "lr": lr * SGD_RATE[method] if optim == "sgd" else lr}
-            label = f"{method} tuned"
-            RIVALS[f"{label} {optim} {lr}"] = RIVALS[label]
-            spec, _ = train_rival(root, f"{label} {optim} {lr}", 0, steps, **given)
-            train = sources(root, "solar")[0]
-            found = nextblock.knn(model=spec, train=train, k=(20,), baselines=False, device="cpu", workers=0)
-            trials.append({**given, "top1": found.rows[0]["top1"]})
+        trials = {}
+        for rate in RATES:
+            spec, _ = train_rival(root, label, 0, steps, lr=rate * 8)
+            found = nextblock.knn(
+                model=spec, train=sources(root, "solar")[0], k=(20,), baselines=False, device="cpu", workers=0
+            )
+            trials[rate] = found.rows[0]["top1"]
         file.write_text(json.dumps(trials))
-    best = max(json.loads(file.read_text()), key=lambda trial: trial["top1"])
-    return {"optim": best["optim"], "lr": best["lr"]}
+    trials = json.loads(file.read_text())
+    return float(max(trials, key=trials.get))
 
 
 def solar(root: Path) -> None:
@@ -213,12 +215,12 @@ def solar(root: Path) -> None:
     for seed in SEEDS:
         curve(root, "solar", seed)
         steps = steps_of(root)
-        for label, rival in RIVALS.copy().items():
-            method = rival["method"]
+        for label in RIVALS:
             row = {"encoder": label, "seed": seed}
             if not is_done(root, **row):
-                given = tuned(root, method, steps[method] // 3) if "tuned" in label else {}
-                spec, facts = train_rival(root, label, seed, steps[method], **given)
+                is_tuned = "tuned" in label
+                given = {"lr": 8 * tuned_rate(root, label, steps[label] // 3)} if is_tuned else {}
+                spec, facts = train_rival(root, label, seed, steps[label], **given)
                 measure(root, "solar", spec, {**row, **facts, "images": facts["steps"] * facts["batch"]})
 
 
