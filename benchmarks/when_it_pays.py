@@ -3,6 +3,7 @@
     python benchmarks/when_it_pays.py DIR solar    # our curve on solar cells, then the rivals
     python benchmarks/when_it_pays.py DIR curves   # our curves on digits and stamps
     python benchmarks/when_it_pays.py DIR scaling  # other widths, targets and blocks on digits
+    python benchmarks/when_it_pays.py DIR solar knn linear  # some measures now, the others another time
     python benchmarks/when_it_pays.py DIR table    # Markdown tables of what there is
     python benchmarks/when_it_pays.py DIR draw FILE.png
 
@@ -80,19 +81,33 @@ def pretrain(root: Path, name: str, seed: int, images: int, variant: str = "as a
 
 
 def measure(
-    root: Path, name: str, spec: str, row: dict[str, Any], *, ep: bool = True, baselines: bool = False
+    root: Path,
+    name: str,
+    spec: str,
+    row: dict[str, Any],
+    methods: list[str],
+    *,
+    has_loss: bool = True,
+    baselines: bool = False,
 ) -> None:
-    """Add a row for each method and encoder."""
+    """Add a row for each method that has none yet; with baselines, for these too."""
+    key = {one: row[one] for one in ("encoder", "seed", "images")}
+    missing = [one for one in methods if not is_done(root, set=name, **key, method=METHODS[one])]
+    if not missing:
+        return
     train, test = sources(root, name)
-    methods = tuple(METHODS)[: 3 if ep else 2]
+    if has_loss:
+        row = {**row, "loss": loss_of(root, name, spec)}
     found = nextblock.compare(
-        model=(spec,), train=train, test=test, methods=methods, baselines=baselines, seed=row["seed"],
+        model=(spec,), train=train, test=test, methods=tuple(missing), baselines=baselines, seed=row["seed"],
         epochs=30, device="cpu", workers=0,
     )  # fmt: skip
     with (root / "results.jsonl").open("a") as file:
         for one in found.rows:
-            other = {} if one["encoder"] == "model" else {"encoder": one["encoder"], "images": 0}
-            full = {"set": name, **row, **other, "method": one["method"], "top1": one["top1"]}
+            facts = row
+            if one["encoder"] != "model":
+                facts = {"encoder": one["encoder"], "seed": row["seed"], "images": 0}
+            full = {"set": name, **facts, "method": one["method"], "top1": one["top1"]}
             file.write(json.dumps(full) + "\n")
 
 
@@ -124,17 +139,14 @@ def is_done(root: Path, **wanted: Any) -> bool:
     return any(wanted.items() <= row.items() for row in results(root))
 
 
-def curve(root: Path, name: str, seed: int) -> None:
+def curve(root: Path, name: str, seed: int, methods: list[str]) -> None:
     """Train, and measure at the end and at the checkpoints of 1,024, 2,048, 4,096, ... images."""
     last = LENGTHS[name]
     out = pretrain(root, name, seed, last)
-    for images in (EVERY * 2**i for i in range((last // EVERY).bit_length())):
+    for images in (last // 2**i for i in range((last // EVERY).bit_length())):
+        spec = str(out / "checkpoints" / f"step_{images // BATCH:08d}")
         row = {"encoder": "nextblock", "seed": seed, "images": images}
-        if not is_done(root, set=name, **row):
-            spec = str(out / "checkpoints" / f"step_{images // BATCH:08d}")
-            row["loss"] = loss_of(root, name, spec)
-            has_ep = images in (EVERY, 4 * EVERY, RIVALS_AT, last)  # the costly one
-            measure(root, name, spec, row, ep=has_ep, baselines=images == last)
+        measure(root, name, spec, row, methods, baselines=images == last)
 
 
 # ------------------------------------------------------------------------------------------------- the rivals
@@ -210,36 +222,32 @@ def tuned_rate(root: Path, label: str, steps: int) -> float:
     return float(max(trials, key=trials.get))
 
 
-def solar(root: Path) -> None:
+def solar(root: Path, methods: list[str]) -> None:
     """Our curves on solar cells, then the rivals."""
     for seed in SEEDS:
-        curve(root, "solar", seed)
+        curve(root, "solar", seed, methods)
         steps = steps_of(root)
         for label in RIVALS:
-            row = {"encoder": label, "seed": seed}
-            if not is_done(root, **row):
-                is_tuned = "tuned" in label
-                given = {"lr": 8 * tuned_rate(root, label, steps[label] // 3)} if is_tuned else {}
-                spec, facts = train_rival(root, label, seed, steps[label], **given)
-                measure(root, "solar", spec, {**row, **facts, "images": facts["steps"] * facts["batch"]})
+            is_tuned = "tuned" in label
+            given = {"lr": 8 * tuned_rate(root, label, steps[label] // 3)} if is_tuned else {}
+            spec, facts = train_rival(root, label, seed, steps[label], **given)
+            row = {"encoder": label, "seed": seed, "images": facts["steps"] * facts["batch"], **facts}
+            measure(root, "solar", spec, row, methods, has_loss=False)
 
 
-def curves(root: Path) -> None:
+def curves(root: Path, methods: list[str]) -> None:
     """Our curves on digits and stamps."""
     for seed in SEEDS:
         for name in ("digits", "stamps"):
-            curve(root, name, seed)
+            curve(root, name, seed, methods)
 
 
-def scaling(root: Path) -> None:
+def scaling(root: Path, methods: list[str]) -> None:
     """Variants on digits, each of 8,192 images."""
     for seed in SEEDS:
         for variant in VARIANTS:
-            row = {"encoder": variant, "seed": seed, "images": SHORT}
-            if not is_done(root, **row):
-                out = pretrain(root, "digits", seed, SHORT, variant)
-                row["loss"] = loss_of(root, "digits", str(out))
-                measure(root, "digits", str(out), row)
+            out = pretrain(root, "digits", seed, SHORT, variant)
+            measure(root, "digits", str(out), {"encoder": variant, "seed": seed, "images": SHORT}, methods)
 
 
 # --------------------------------------------------------------------------------------------------- the page
@@ -347,4 +355,4 @@ if __name__ == "__main__":
     else:
         if not (place / "stamps-split").is_dir():
             small_folders.prepare(place)
-        {"solar": solar, "curves": curves, "scaling": scaling}[command](place)
+        {"solar": solar, "curves": curves, "scaling": scaling}[command](place, rest or list(METHODS))
