@@ -16,7 +16,7 @@ from typing import Any
 
 os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"
 
-import lightly_train
+import lightly_train  # type: ignore[import-not-found]
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -34,7 +34,7 @@ def train(
         img_size=PX, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0,
         class_token=False, global_pool="avg", fc_norm=False, dynamic_img_size=True,
     )  # fmt: skip
-    encoder.pretrained_cfg = {}  # lightly-train asks for it at the end
+    setattr(encoder, "pretrained_cfg", {})  # noqa: B010 - lightly-train asks for it at the end
     transforms: dict[str, Any] = {
         "image_size": (PX, PX),
         "normalize": {"mean": tuple(given["mean"]), "std": tuple(given["std"])},

@@ -113,7 +113,9 @@ def measure(
 
 def loss_of(root: Path, name: str, spec: str) -> float:
     """Mean loss of the images to measure on."""
-    model = nextblock.load(spec).eval()
+    model = nextblock.load(spec)
+    assert isinstance(model, NextBlockModel)
+    model.eval()
     data = evaluation_data(spec, model.config, workers=0)
     source = open_source(sources(root, name)[1], data)
 
