@@ -30,6 +30,7 @@ import nextblock
 import small_folders
 import targets
 from nextblock.checkpoint import save_model
+from nextblock.cli import main
 from nextblock.data import open_source
 from nextblock.evaluate.features import evaluation_data
 from nextblock.evaluate.table import FeatureTable
@@ -47,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half as wide": {"model.embed_dim": 64, "model.num_heads": 2},
     "single patches": {"model.block_size": 1},
     "raw pixels": {"model.norm_pixels": False},
+    "a quarter of the images": {"data.train": "subset:{root}/quarter/quarter.txt"},
 }
 SOONER = {"momentum_start": 0.9, "student_freeze_last_layer_steps": 16}
 """By default half of the teacher would be its first weights after a few hundred steps, and the last layer
@@ -71,9 +73,12 @@ def sources(root: Path, name: str) -> tuple[str, str]:
 def pretrain(root: Path, name: str, seed: int, images: int, variant: str = "as above") -> Path:
     """Train as for docs/targets.md, and keep a checkpoint every 1,024 images."""
     train, test = sources(root, name)
+    changes = VARIANTS[variant]
+    if "data.train" in changes:
+        train = changes["data.train"].format(root=root)
     out = root / "runs" / f"{name}-{variant.replace(' ', '-')}-{images}-{seed}"
     nextblock.pretrain("xtra-tiny", out=out, **{
-        **targets.COMMON, **targets.SETS["digits" if name == "digits" else "solar"], **VARIANTS[variant],
+        **targets.COMMON, **targets.SETS["digits" if name == "digits" else "solar"], **changes,
         "data.train": train, "data.val": test, "seed": seed, "train.duration": f"{images}sa",
         "checkpoint.every": f"{EVERY}sa", "checkpoint.keep": 1000, "monitor.val_every": f"{images}sa",
     })  # fmt: skip
@@ -98,9 +103,11 @@ def measure(
     train, test = sources(root, name)
     if has_loss:
         row = {**row, "loss": loss_of(root, name, spec)}
+    # A whole run keeps its accuracies, for `nextblock report RUN RUN ...`.
+    out = f"{spec}/eval-{'-'.join(missing)}" if Path(spec, "config.yaml").is_file() else None
     found = nextblock.compare(
         model=(spec,), train=train, test=test, methods=tuple(missing), baselines=baselines, seed=row["seed"],
-        epochs=30, device="cpu", workers=0,
+        epochs=30, device="cpu", workers=0, out=out,
     )  # fmt: skip
     with (root / "results.jsonl").open("a") as file:
         for one in found.rows:
@@ -230,7 +237,8 @@ def solar(root: Path, methods: list[str]) -> None:
     """Our curves on solar cells, then the rivals."""
     for seed in SEEDS:
         curve(root, "solar", seed, methods)
-        steps = steps_of(root)
+    steps = steps_of(root)
+    for seed in SEEDS:
         for label in RIVALS:
             is_tuned = "tuned" in label
             given = {"lr": 8 * tuned_rate(root, label, steps[label] // 3)} if is_tuned else {}
@@ -248,6 +256,9 @@ def curves(root: Path, methods: list[str]) -> None:
 
 def scaling(root: Path, methods: list[str]) -> None:
     """Variants on digits, each of 8,192 images."""
+    if not (root / "quarter").is_dir():
+        split = "data split digits:split=train --parts quarter=0.25,rest=0.75 --stratify --out"
+        main([*split.split(), str(root / "quarter")])
     for seed in SEEDS:
         for variant in VARIANTS:
             out = pretrain(root, "digits", seed, SHORT, variant)
