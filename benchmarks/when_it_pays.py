@@ -37,7 +37,7 @@ from nextblock.evaluate.table import FeatureTable
 from nextblock.models import NextBlockModel
 from nextblock.report.compare import correlation, ranks
 
-SEEDS, BATCH, EVERY, SHORT = (0, 1, 2), 32, 1024, 8_192
+SEEDS, BATCH, EVERY, SHORT = (0, 1, 2), 32, 1024, 4_096
 LENGTHS = {"solar": 32_768, "digits": 32_768, "stamps": 32_768}
 RIVALS_AT = 16_384
 """Rivals have the CPU time of so many of our images, half of our run on solar cells."""
@@ -255,7 +255,7 @@ def curves(root: Path, methods: list[str]) -> None:
 
 
 def scaling(root: Path, methods: list[str]) -> None:
-    """Variants on digits, each of 8,192 images."""
+    """Variants on digits, each of 4,096 images."""
     if not (root / "quarter").is_dir():
         split = "data split digits:split=train --parts quarter=0.25,rest=0.75 --stratify --out"
         main([*split.split(), str(root / "quarter")])
@@ -294,7 +294,7 @@ def table(root: Path) -> str:
             "|---|" + "---:|" * 6,
         ]
         keys = dict.fromkeys(key[:3] for key in found if key[0] == name)
-        for key in sorted(keys, key=lambda key: (key[2] == 0, key[1], key[2])):
+        for key in sorted(keys, key=lambda key: (key[2] == 0, key[1] != "nextblock", key[1], key[2])):
             values = [found.get((*key, method), []) for method in METHODS.values()]
             loss = losses.get((*key, "linear"), [])
             one = f"{mean(loss):.3f}" if loss else ""
@@ -348,7 +348,9 @@ def draw(root: Path, file: str) -> None:
                             images, 100 * mean(values), 100 * stdev(values) if len(values) > 1 else 0,
                             marker="x", color=f"C{4 + number}", label=label,
                         )  # fmt: skip
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("log")
+            axes.set_xticks([EVERY * 2**i for i in range(6)], [f"{2**i}k" for i in range(6)])
+            axes.minorticks_off()
             axes.set_title(f"{name}: {short}", fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("images seen")
