@@ -35,9 +35,8 @@ demo: .venv/.installed ## pre-train on 1,797 handwritten digits, probe, draw, re
 	$(NEXTBLOCK) predict --model $(DEMO) --data digits:split=test --out $(DEMO)/predictions
 	$(NEXTBLOCK) report $(DEMO)
 
-# Tests run side by side, so each process gets one thread; the processes that they start need not compile the package again.
+# Tests run side by side, so each process gets one thread.
 test test-slow: export OMP_NUM_THREADS ?= 1
-test test-slow: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.installed-test ## the tests that take seconds
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 

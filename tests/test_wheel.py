@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def test_the_wheel_without_extras_trains_probes_and_draws_in_an_empty_environmen
 
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
     (wheel,) = tmp_path.glob("nextblock-*.whl")
+    assert "nextblock/py.typed" in zipfile.ZipFile(wheel).namelist()
     assert wheel.name == f"nextblock-{nextblock.__version__}-py3-none-any.whl"
     run(sys.executable, "-m", "venv", tmp_path / "empty")
     same_torch = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision")]
