@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -25,12 +26,18 @@ def test_the_version_is_the_same_everywhere():
 
 @pytest.mark.slow
 def test_the_wheel_without_extras_trains_probes_and_draws_in_an_empty_environment(tmp_path):
+    (tmp_path / "tree").mkdir()
+
     def run(*words: str | Path) -> str:
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    # A copy: setuptools would pack what an old build/ holds, and leave one.
+    for part in ("src", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / "tree" / part)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "tree")
     (wheel,) = tmp_path.glob("nextblock-*.whl")
     assert "nextblock/py.typed" in zipfile.ZipFile(wheel).namelist()
     assert wheel.name == f"nextblock-{nextblock.__version__}-py3-none-any.whl"
