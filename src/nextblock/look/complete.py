@@ -23,7 +23,7 @@ FILL_WORDS = {
     "given_mean": "filling with the given mean",
     "nearest_given": "filling with the nearest block's mean",
 }
-"""How hidden blocks are filled without a model: by mean colours of all given pixels, or the nearest block."""
+"""Two ways to fill hidden blocks without a model."""
 
 
 def complete(**settings: Any) -> LookResult:
@@ -104,11 +104,11 @@ def _fillings(
     hidden: Bool[Tensor, "h w"],
     config: ModelConfig,
 ) -> dict[str, Float[Tensor, "b c h w"]]:
-    """The images with hidden blocks filled in simple ways; none if no block is given."""
+    """Fill hidden blocks without a model; empty if no block is given."""
     if not given.any():
         return {}
     colour = images[..., ~hidden].mean(-1)[..., None, None]
-    # Of every block the nearest given one, by their centres in pixels.
+    # The nearest given block of every block, by the distance of their centres in pixels.
     rows, columns = config.block_grid
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
     centres = (places * torch.tensor(config.block_px)).float()

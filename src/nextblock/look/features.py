@@ -45,7 +45,7 @@ AT_ONCE = 16
 
 
 def _filled(opened: Opened, extract: Extract, source: Source) -> FeatureTable:
-    """The table of what `extract` gives of a source."""
+    """Extract features of a source into a table."""
     size, device = opened.model.config.image_size, opened.device
     table = FeatureTable(extract, source, opened.data, size, batch_size=AT_ONCE, device=device)
     table.fill()
@@ -143,7 +143,7 @@ def _pictures(images: UInt8[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w show
 
 
 def _open_head(opened: Opened, config: FeaturesSettings, head: str) -> ImageClassifier:
-    """Open a head; `UsageError` if it is one on another encoder, or does not look anywhere."""
+    """Open a head; `UsageError` if it belongs to another encoder or has no attention."""
     check_one_head(head, "head")
     spec = classifier_directory(head)
     # A head of ours is saved with its encoder; the second file of an official AIM classifier needs the first.
@@ -193,7 +193,7 @@ def _nearest(
 ) -> tuple[list[dict[str, Any]], tuple[int, int], list[list[Cell]], str, tuple[BadSample, ...]]:
     """Find the patches nearest to one of the query, which may be image `number` of the data.
 
-    Gives rows, the query's patch, the sheet and its caption, and images that cannot be read.
+    Return rows, the query's patch, the sheet and its caption, and unreadable images.
     """
     size = pair(opened.model.config.image_size)
     image, (name,), _ = some_images(query, opened.data, size, 1)

@@ -1,4 +1,4 @@
-"""What commands that draw share: a model that predicts and images, made ready, and their result."""
+"""Shared by the commands that draw: an opened model and source, and the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nextblock.train.runtime import choose_device
 
 
 class Opened(NamedTuple):
-    """What a command that draws works with."""
+    """A model and the images to draw."""
 
     model: Any
     """On the device, in evaluation mode: a `NextBlockModel` if it predicts, else any encoder."""
@@ -34,12 +34,12 @@ class Opened(NamedTuple):
     device: torch.device
 
     def ready(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Images as the model takes them."""
+        """Normalise images for the model, on its device."""
         return normalize(images.to(self.device), self.data.mean, self.data.std)
 
 
 def open_look(config: LookSettings, *, predicts: bool = True) -> Opened:
-    """Load a model, open images; a teacher is attached if the model predicts its features."""
+    """Load a model and open its images; attach the teacher if the model predicts one's features."""
     model = (load_model if predicts else open_encoder)(config.model, num_heads=config.num_heads)
     data = evaluation_data(config.model, model.config, workers=config.workers)
     source, device = open_source(config.data, data), choose_device(config.device)
@@ -50,17 +50,17 @@ def open_look(config: LookSettings, *, predicts: bool = True) -> Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class LookResult(Shown):
-    """What a command drew and found."""
+    """Pictures and numbers of a command that draws."""
 
     picture: Path
     further: tuple[Path, ...] = ()
     """More pictures."""
     rows: tuple[dict[str, Any], ...]
-    """Of `predict` and `complete` the losses of each image that is drawn, of `features` nearest patches."""
+    """`predict`, `complete`: losses per drawn image. `features`: the nearest patches."""
     bad: tuple[BadSample, ...]
-    """Images that could not be read, as far as met."""
+    """Unreadable images that were met."""
     facts: dict[str, Any]
-    """The numbers, ready for JSON but for NaN."""
+    """The numbers, ready for JSON except for NaN."""
 
     @property
     def pictures(self) -> tuple[Path, ...]:
@@ -68,7 +68,7 @@ class LookResult(Shown):
         return (self.picture, *self.further)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """All numbers, ready for JSON."""
         bad = [{"name": sample.name, "reason": sample.reason} for sample in self.bad]
         return finite({**self.facts, "bad": bad})
 
