@@ -14,9 +14,9 @@ from PIL import Image
 
 from nextblock.checkpoint import save_model
 from nextblock.config import DataConfig
+from nextblock.look.settings import ServeSettings
 from nextblock.serve.server import Server
 from nextblock.serve.session import Session
-from nextblock.serve.settings import ServeSettings
 from toy import tiny_model
 
 DATA = DataConfig(val_resize_px=16, workers=0)
@@ -48,12 +48,13 @@ def save_tiny(folder, model=None):
 
 
 @contextmanager
-def served(**settings):
-    """A server that has encoded its images."""
+def served(*, is_indexed=True, **settings):
+    """A server that has encoded its images, if wanted."""
     settings = ServeSettings(port=0, device="cpu", **settings)
     with Server(settings.host, settings.port) as server:
         server.session = Session(settings)
-        server.session.index()
+        if is_indexed:
+            server.session.index()
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from PIL import Image
 
 from nextblock.errors import UsageError
 from nextblock.presets import get_preset, resolve
-from nextblock.report import Comparison, comparison_page, page_values, read_run, run_page, words
+from nextblock.report import Comparison, comparison_page, page_values, read, read_run, run_page
 from nextblock.report import compare as comparing
 from nextblock.report import page as paging
 from nextblock.settings import to_dict
@@ -122,7 +120,7 @@ def test_another_model_that_was_measured_below_a_run_keeps_its_own_name(tmp_path
         str(run / "pictures"): "pictures",
     }
     (run / "pictures").mkdir()
-    names |= {str(shutil.copytree(run, tmp_path / "copy")): "model", str(tmp_path): str(tmp_path)}
+    names |= {str(tmp_path): str(tmp_path)}
     for i, model in enumerate(names):
         write_result(run / f"{i}", "probe", [probe_row("linear", "model", 0.5)])
         result = json.loads((run / f"{i}" / "probe.json").read_text())
@@ -144,7 +142,7 @@ def test_what_eval_measured_is_read_once_and_a_scored_classifier_as_well(tmp_pat
 def test_a_fine_tuning_is_reported_by_the_directory_it_was_written_to(tmp_path):
     out = tmp_path / "tuned"
     write_run(out / "model")
-    with pytest.raises(UsageError, match=r"tuned is not a run.*give its runs, such as .*model"):
+    with pytest.raises(UsageError, match="tuned is not a run"):
         read_run(out)
     with (out / "model" / "config.yaml").open("a") as file:
         file.write("finetune:\n  epochs: 3\n")
@@ -152,10 +150,10 @@ def test_a_fine_tuning_is_reported_by_the_directory_it_was_written_to(tmp_path):
     write_result(out, "finetune", rows)
     summary = read_run(out)
     assert summary.is_tuned
-    assert summary.final_loss == (1 / 60, 60)
+    assert summary.last("loss") == (1 / 60, 60)
     assert [(one.encoder, one.top1) for one in summary.results] == [("model", 0.9), ("from scratch", 0.6)]
     html = run_page(summary)
-    assert "nextblock classify --model" in html.replace("<span>", "").replace("</span>", "")
+    assert "nextblock classify --model" in html
     assert "<h2>Predictions</h2>" not in html
 
 
@@ -178,8 +176,8 @@ def test_values_are_the_logged_numbers(tmp_path):
 
 
 def test_a_long_curve_keeps_its_means_and_its_extremes():
-    y = np.random.default_rng(0).standard_normal(3 * paging.MAX_POINTS)
-    one = paging.curve("", list(range(len(y))), y.tolist())
+    y = np.random.default_rng(0).standard_normal(3 * read.MAX_POINTS)
+    one = read.thinned(list(range(len(y))), y.tolist())
     by_three = y.reshape(-1, 3)
     np.testing.assert_allclose(one["y"], by_three.mean(1))
     assert (one["low"], one["high"]) == (by_three.min(1).tolist(), by_three.max(1).tolist())
@@ -192,23 +190,13 @@ def test_many_large_pictures_become_few_small_ones(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
     for number, pixels in enumerate(noise):
         Image.fromarray(pixels).save(run / "pictures" / f"step_{number:08d}.png")
-    (run / "pictures" / "step_00000003.png").write_bytes(b"")
     monkeypatch.setattr(paging, "MAX_PICTURES", 5)
     monkeypatch.setattr(paging, "MAX_PICTURE_BYTES", 10_000)
     pictures = page_values(read_run(run))["pictures"]
-    assert [one["step"] for one in pictures] == [0, 2, 5, 6, 8], "evenly of those that can be read"
+    assert [one["step"] for one in pictures] == [0, 2, 4, 6, 8]
     assert all(one["src"].startswith("data:image/jpeg;base64,") for one in pictures)
     assert sum(len(one["src"]) for one in pictures) < 10_000 * 4 / 3 + 5 * 30
-    html = run_page(read_run(run))
-    assert "5 of 8 pictures, evenly spaced." in html
-    assert "1 picture in pictures/ cannot be read." in html
-
-
-@pytest.mark.parametrize(("items", "count"), [(3, 5), (5, 5), (17, 5), (1000, 40)])
-def test_evenly_spaced_items_hold_the_first_and_the_last(items, count):
-    chosen = paging.evenly(range(items), count)
-    assert (chosen[0], chosen[-1], len(chosen)) == (0, items - 1, min(items, count))
-    assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
+    assert "5 of 9 pictures, evenly spaced." in run_page(read_run(run))
 
 
 # ---------------------------------------------------------------------------------------------------- words
@@ -216,7 +204,7 @@ def test_evenly_spaced_items_hold_the_first_and_the_last(items, count):
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path):
     (tmp_path / "config.yaml").touch()
-    html = run_page(read_run(tmp_path)).replace("<span>", "").replace("</span>", "")
+    html = run_page(read_run(tmp_path))
     for words_ in (
         f"nextblock eval --model {tmp_path} --train TRAIN",
         f"nextblock predict --model {tmp_path} --data SOURCE",
@@ -238,22 +226,13 @@ def test_a_page_names_results_settings_starts_and_unreadable_images(tmp_path):
     html = run_page(read_run(run))
     assert "<tr><td>linear</td><td>digits:split=test</td><td class=n>95.1 ± 1.2</td></tr>" in html
     assert f"probe/probe.json: {note}" in html
-    assert "<dt>linear</dt><dd>95.1%<small>on digits:split=test</small></dd>" in html
-    assert "<dt>training loss</dt><dd>0.0167<small>predicting zero: 0.995</small></dd>" in html
-    assert "<dt>validation loss</dt><dd>0.0183<small>at step 60</small></dd>" in html
+    assert "<dt>training loss</dt><dd>0.0167 at step 60 (without a model: predicting zero 0.9948" in html
+    assert "<dt>validation loss</dt><dd>0.0183 at step 60</dd>" in html
     assert "<tr><td>optim.lr</td><td>0.002</td><td>0.5</td></tr>" in html
     assert "12 images in quarantine.jsonl, the first 10:" in html
     assert "9.png" in html
     assert "10.png" not in html
-    assert "<tr><td>resumed</td><td class=n>20</td><td>2026-11-30 04:27 +0000</td>" in html
-
-
-def test_markdown_shows_the_pictures_by_relative_path(tmp_path):
-    run = write_run(tmp_path / "a <b>", pictures=1)
-    text = words.report_markdown(read_run(run), losses=run / "losses.png")
-    assert text.startswith("# Report of ")
-    assert "<b>" not in text
-    assert text.endswith("\n![Loss by step](losses.png)\n\n![Predictions](pictures/step_00000000.png)\n")
+    assert "<tr><td class=n>20</td><td>2026-11-30T04:27:28+0000</td><td>here</td>" in html
 
 
 # --------------------------------------------------------------------------------------------- several runs
@@ -299,7 +278,7 @@ def test_the_measure_that_most_runs_have_comes_first_and_is_drawn(runs):
         "linear on digits:split=test",
         "kNN while training on digits:split=test",
     ]
-    assert "no correlation of 1 run; 3 are needed" in comparing.relation_words(found.relations[0])
+    assert "no correlation of 1 runs" in found.relations[0].words
 
 
 def test_losses_of_different_targets_are_not_taken_for_comparable(tmp_path):
@@ -308,7 +287,7 @@ def test_losses_of_different_targets_are_not_taken_for_comparable(tmp_path):
     found = Comparison(runs)
     assert found.unlike == {"losses": ["model.block_size"]}
     assert found.differing == {"model.block_size": [2, 4, 2], "optim.lr": [2e-3, 2e-3, 1.0]}
-    assert "The runs differ in model.block_size" in comparison_page(found, tmp_path)
+    assert "The runs differ in model.block_size" in comparison_page(found)
     assert Comparison([runs[0], runs[2]]).unlike == {}
 
 
@@ -333,13 +312,6 @@ def test_accuracies_on_other_images_or_from_other_labels_are_other_accuracies(tm
     assert [chart["title"] for chart in comparing._relation_charts(found)[0]] == by_cost, "no lone points"
 
 
-def test_knn_of_another_number_of_images_is_another_accuracy(tmp_path):
-    changes = ({}, {"monitor.knn_samples": 1000})
-    runs = [read_run(write_run(tmp_path / str(i), changes=one)) for i, one in enumerate(changes)]
-    knn = "kNN while training on digits:split=test"
-    assert [*Comparison(runs).measures] == [knn, f"{knn} (up to 1,000 images)"]
-
-
 def test_losses_on_other_images_are_not_compared_if_there_are_any(tmp_path):
     runs = [
         write_run(tmp_path / str(i), changes=one)
@@ -352,11 +324,6 @@ def test_losses_on_other_images_are_not_compared_if_there_are_any(tmp_path):
     assert comparing.comparison_table(Comparison([first, blind])).cells()[1][-3] == "-"
     both = {"training losses": ["data.train"], "validation losses": ["data.val"]}
     assert Comparison([first, other]).unlike == both
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    runs = [read_run(write_run(tmp_path / name / "run")) for name in ("a", "b")]
-    assert Comparison(runs).names == ["a/run", "b/run"]
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -478,7 +445,7 @@ def test_the_slider_changes_the_picture_and_charts_tell_their_values(opened, tmp
 
 def test_more_than_ten_runs_differ_in_colour_or_dashes(opened, tmp_path):
     runs = [read_run(write_run(tmp_path / str(i), steps=20 + 10 * i)) for i in range(11)]
-    page = opened(comparison_page(Comparison(runs), tmp_path))
+    page = opened(comparison_page(Comparison(runs)))
     for marks in ("#charts figure:first-child .curve", "#relations figure:first-child svg > circle"):
         look = "['stroke', 'stroke-dasharray', 'fill'].map(name => one.getAttribute(name)).join()"
         looks = page.locator(marks).evaluate_all(f"all => all.map(one => {look})")
@@ -501,13 +468,12 @@ def test_hostile_names_are_text_and_nothing_else(opened, tmp_path):
     assert "\\x1b[2J\\ud800.png" in page.locator("#unreadable-images").inner_text()
     assert ODD in page.locator("#charts").inner_text()
     other = write_run(tmp_path / "other")
-    page = opened(comparison_page(Comparison([read_run(run), read_run(other)]), tmp_path))
+    page = opened(comparison_page(Comparison([read_run(run), read_run(other)])))
     assert name in page.locator("#relations").inner_html().replace("&lt;", "<").replace("&gt;", ">")
 
 
-def test_a_comparison_has_a_point_for_each_run_and_links_to_their_pages(opened, runs, tmp_path):
-    (runs[1] / "report.html").write_text("<!DOCTYPE html><title>own</title>")
-    page = opened(comparison_page(Comparison([read_run(run) for run in runs]), tmp_path))
+def test_a_comparison_has_a_point_for_each_run(opened, runs):
+    page = opened(comparison_page(Comparison([read_run(run) for run in runs])))
     check_layout(page)
     chart = page.locator("#relations figure").first
     assert chart.locator("svg > circle").count() == 3
@@ -522,6 +488,3 @@ def test_a_comparison_has_a_point_for_each_run_and_links_to_their_pages(opened, 
         *["model FLOPs"] * 2,
         *["images seen"] * 2,
     ]
-    page.get_by_role("link", name="run 1").click()
-    assert page.title() == "own"
-    assert os.path.relpath(runs[1], tmp_path) == "runs/run 1"

@@ -93,12 +93,11 @@ def test_a_link_of_another_page_opens_the_page_but_reads_nothing(server):
         ("POST", "/api/predict", {"image": "../../x"}, 400, "whole number"),
         ("POST", "/api/choose", {"index": -1}, 400, "whole number"),
         ("POST", "/api/choose", {"index": 9}, 400, "below 9"),
-        ("POST", "/api/example", {"index": 2}, 400, "below 2"),
         ("GET", "/api/thumbnail?index=../a/0.png", None, 400, "whole number"),
         ("GET", "/api/thumbnail", None, 400, "thumbnail needs index"),
-        ("GET", "/api/picture?step=0", None, 400, "no run"),
-        ("GET", "/run", None, 400, "no run"),
-        ("GET", "/api/reload", None, 404, "nothing here"),
+        ("GET", "/api/picture?step=0", None, 400, "not a run"),
+        ("GET", "/run", None, 400, "not a run"),
+        ("GET", "/api/upload", None, 404, "nothing here"),
         ("POST", "/api/about", {}, 404, "nothing here"),
         ("GET", "/api/__init__", None, 404, "nothing here"),
         ("GET", "/../server.py", None, 404, "nothing here"),
@@ -125,7 +124,7 @@ def test_an_unforeseen_error_tells_the_page_only_its_kind(server, kept, monkeypa
 
 def test_a_body_without_a_length_is_refused(server):
     status, found = ask(server, "POST", "/api/upload", Transfer_Encoding="chunked")
-    assert (status, found["error"]) == (411, "The request does not say how long it is.")
+    assert (status, found["error"]) == (411, "The request does not state its length.")
 
 
 def test_more_pixels_than_the_decoder_allows_are_refused(server, monkeypatch):
@@ -162,11 +161,9 @@ def test_about_and_the_kept_image_are_those_of_the_model(server, paths):
     found = ask(server, "GET", "/api/about")[1]
     assert (found["image_size"], found["block_grid"], found["no_prediction"]) == ([16, 24], [2, 3], "")
     assert found["data"] == {"spec": paths[1], "images": 9}
-    assert (found["is_run"], found["step"], found["newest"]) == (False, None, None)
+    assert (found["is_run"], found["step"]) == (False, None)
     picture = ask(server, "POST", "/api/upload", png(NOISE))[1]["picture"]
     assert (pixels_of(picture) == rearrange(seen()[0], "c h w -> h w c").numpy()).all()
-    for index in range(len(found["examples"])):
-        assert pixels_of(call(server, "example", index=index)["picture"]).shape == (16, 24, 3)
 
 
 def test_predictions_are_those_of_predict(server, paths, tmp_path):
@@ -216,8 +213,7 @@ def test_the_nearest_are_those_of_search_and_the_image_itself_is_left_out(server
 
 
 def test_before_the_first_batch_is_encoded_nothing_is_found_yet(paths):
-    with served(model=paths[0], data=paths[1]) as server:
-        call(server, "reload")
+    with served(model=paths[0], data=paths[1], is_indexed=False) as server:
         image = call(server, "choose", index=0)["image"]
         wanted = {"rows": [], "searched": 0, "images": 9, "is_done": False}
         assert call(server, "nearest", image=image) == wanted
@@ -246,36 +242,30 @@ def test_without_data_the_rest_works(paths):
 # --------------------------------------------------------------------------------------- a run, the command
 
 
-def test_a_run_is_followed_its_checkpoints_are_offered_and_nothing_is_written(tmp_path):
+def test_a_run_is_followed_and_nothing_is_written(tmp_path):
     run = tmp_path / "run"
     run_toy(run)
     drawn = run / "pictures" / "step_00000003.png"
     drawn.parent.mkdir()
     drawn.write_bytes(png(NOISE))
-    checkpoint = run / "checkpoints" / "step_00000007"
-    aside = shutil.move(checkpoint, tmp_path / "aside")
+    before = contents(tmp_path)
     with served(model=str(run)) as server:
         about = ask(server, "GET", "/api/about")[1]
-        assert (about["is_run"], about["step"], about["newest"], about["image_size"]) == (
-            True,
-            None,
-            None,
-            None,
-        )
-        assert "no checkpoint yet" in ask(server, "POST", "/api/upload", png(NOISE))[1]["error"]
-        shutil.move(aside, checkpoint)
-        before = contents(tmp_path)
-        assert ask(server, "GET", "/api/about")[1]["newest"] == 7
-        assert call(server, "reload")["step"] == 7
+        assert (about["is_run"], about["step"], about["image_size"]) == (True, 7, [16, 16])
         assert ask(server, "POST", "/api/upload", png(NOISE))[0] == 200
-        values = ask(server, "GET", "/api/run")[1]["values"]
-        assert values["step"] == 7
-        assert values["charts"][0]["series"][0]["x"] == [*range(1, 8)]
-        assert values["pictures"] == [{"step": 3, "src": "/api/picture?step=3"}]
+        found = ask(server, "GET", "/api/run")[1]
+        assert "step 7" in found["header"]
+        assert found["values"]["charts"][0]["series"][0]["x"] == [*range(1, 8)]
+        assert found["values"]["pictures"] == [{"step": 3, "src": "/api/picture?step=3"}]
         assert ask(server, "GET", "/api/picture?step=3")[1] == drawn.read_bytes()
         assert "no picture of step 5" in ask(server, "GET", "/api/picture?step=5")[1]["error"]
         assert b"nextblock" in ask(server, "GET", "/run")[1]
-        assert contents(tmp_path) == before
+    assert contents(tmp_path) == before
+    shutil.rmtree(run / "checkpoints" / "step_00000007")
+    with served(model=str(run)) as server:
+        assert ask(server, "GET", "/api/about")[1]["image_size"] is None
+        assert "no checkpoint yet" in ask(server, "POST", "/api/upload", png(NOISE))[1]["error"]
+        assert ask(server, "GET", "/run")[0] == 200
 
 
 def test_the_command_tells_its_address_ends_at_ctrl_c_and_names_a_port_in_use(
@@ -290,4 +280,4 @@ def test_the_command_tells_its_address_ends_at_ctrl_c_and_names_a_port_in_use(
     assert "Open http://127.0.0.1:" in told.out
     code = main(["serve", paths[0], "--port", str(server.server_port)])
     told = capsys.readouterr()
-    assert "is in use; choose another --port" in refused((code, told.out, told.err))
+    assert "choose another --port" in refused((code, told.out, told.err))

@@ -357,7 +357,7 @@ def test_the_second_distance_is_drawn_with_its_own_losses_and_two_blocks_unpredi
     true = out.targets
     assert [row["zero"] for row in result.rows] == pytest.approx(true.square().mean((1, 2)).tolist())
     assert "predicted 2 blocks ahead" in predictions._caption(look)
-    assert "the first 2 blocks (in mean colour)" in predictions._caption(look)
+    assert "The first 2 blocks (in mean colour) cannot be predicted" in predictions._caption(look)
 
 
 def eval_images(images: Tensor, data: DataConfig) -> Tensor:
@@ -419,10 +419,14 @@ def test_predict_refuses_what_is_impossible_and_to_replace_what_is_not_its_own(
 @pytest.mark.parametrize(
     ("changes", "words", "is_drawn"),
     [
-        ({"target": "embedding"}, ["first one (hatched)", "1 - cosine", "row by row"], [0, 1, 1, 1, 1, 1]),
+        (
+            {"target": "embedding"},
+            ["The first block (hatched)", "1 - cosine", "row by row"],
+            [0, 1, 1, 1, 1, 1],
+        ),
         (
             {"target": "embedding", "class_token": True, "predictor": "identity", "order": "reverse"},
-            ["another order", "from a class token alone"],
+            ["order reverse", "from a class token alone"],
             [1] * 6,
         ),
         (

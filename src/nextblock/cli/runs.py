@@ -55,7 +55,7 @@ def report(argv: Sequence[str]) -> int:
         console.width = max(console.width, 84)  # what a probe of all heads with all baselines takes
     else:
         compared = made.Comparison(summaries)
-        html = made.comparison_page(compared, page.parent)
+        html = made.comparison_page(compared)
         shown, values = made.comparison_group(compared), compared.values()
         write_text(page, html)
         console.width = max(console.width, Console(width=500).measure(shown).maximum)
@@ -145,7 +145,7 @@ def _find_runs(top: Path) -> Iterator[Path]:
 
 def _values(summary: RunSummary) -> dict[str, Any]:
     """Values of a run's row, ready for JSON."""
-    loss, step = summary.final_loss or (None, 0)
+    loss, step = summary.last("loss") or (None, 0)
     status = summary.status
     return {
         "status": status.word,

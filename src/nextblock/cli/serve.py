@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, say
-from nextblock.serve.settings import ServeSettings
+from nextblock.look.settings import ServeSettings
 
 
 def run(argv: Sequence[str]) -> int:

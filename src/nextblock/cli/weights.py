@@ -147,8 +147,8 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
             ("trained", f"{counted(step, 'step')}{whole}{where}"),
             ("loss", "not logged yet" if loss is None else "; ".join((f"{loss:.4f}", *baselines))),
         ]
-        if run.final_val_loss is not None:
-            facts.append(("val loss", "{:.4f} at step {:,}".format(*run.final_val_loss)))
+        if (val_loss := run.last("val_loss")) is not None:
+            facts.append(("val loss", "{:.4f} at step {:,}".format(*val_loss)))
     uses = {"classifier": ["classify", "eval"], "model": ["predict", "pretrain --model.init"]}.get(kind, [])
     uses += ["probe", "knn", "fewshot", "finetune", "embed", "search", "convert"]
     provenance = provenance_of(found, src)

@@ -1,4 +1,4 @@
-"""`nextblock.complete`: images of which a part is given, continued by a model."""
+"""`nextblock.complete`: give a model some blocks of images, and draw how it continues."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FILL_WORDS = {
     "given_mean": "filling with the given mean",
     "nearest_given": "filling with the nearest block's mean",
 }
-"""Two ways to fill hidden blocks without a model."""
+"""Two baselines that fill hidden blocks without a model."""
 
 
 def complete(**settings: Any) -> LookResult:
     """Complete images as `nextblock complete` does; `settings` are the fields of `CompleteSettings`.
 
-    Losses are mean squared errors of the hidden pixels, from 0 to 1; the others are named in `FILL_WORDS`.
+    Losses are mean squared errors of the hidden pixels (0 to 1): the model's, and those of `FILL_WORDS`.
     """
     asked = from_dict(CompleteSettings, settings)
     opened = open_look(asked)
@@ -42,17 +42,15 @@ def complete(**settings: Any) -> LookResult:
     parts = [
         completion.complete(model, opened.ready(some), given, order=order) for some in images.split(AT_ONCE)
     ]
-    originals = images / 255
+    originals, hidden = images / 255, pixels_of_blocks(~given, config)
     completed = visible(torch.cat([part.images.cpu() for part in parts]), data.mean, data.std)
-    hidden = pixels_of_blocks(~given, config)
     filled = {"loss": completed, **_fillings(originals, given, hidden, config)}
     losses = {
         name: (pixels - originals).square()[..., hidden].mean((1, 2)).tolist()
         for name, pixels in filled.items()
     }
-    means = {name: sum(values) / len(values) for name, values in losses.items()}
-    parts_words = [f"mean squared error {means.pop('loss'):.4f}"]
-    parts_words += [f"{FILL_WORDS[name]} {value:.4f}" for name, value in means.items()]
+    words = {"loss": "mean squared error", **FILL_WORDS}
+    means = [f"{words[name]} {sum(values) / len(values):.4f}" for name, values in losses.items()]
     panels = {
         "original": pictures_of(originals),
         "given": pictures_of(torch.where(hidden, hatch(config), originals)),
@@ -64,7 +62,7 @@ def complete(**settings: Any) -> LookResult:
         rows,
         picture,
         title="Completed by the model",
-        subtitle="   ·   ".join(parts_words),
+        subtitle="   ·   ".join(means),
         caption=_caption(config, int(given.sum()), is_own=asked.order is None),
         names=lines,
         blocks_of=config,
@@ -127,10 +125,8 @@ def _caption(config: ModelConfig, given: int, *, is_own: bool) -> str:
     if config.mask_ratio is None:
         order = "its own order" if is_own else "the order asked for"
         how = f"one after the other in {order}, each from the given blocks and its own predictions"
-    sentences = [
-        f"{given} of {counted(config.num_blocks, 'block')} are given; the others are hatched.",
-        f"The model predicts them {how}.",
-    ]
+    sentences = [f"{given} of {counted(config.num_blocks, 'block')} are given; the others are hatched."]
+    sentences.append(f"The model predicts them {how}.")
     if config.norm_pixels:
         sentences.append("It predicts neither brightness nor contrast; they continue the neighbours'.")
     return " ".join([*sentences, *channel_words(config.in_chans)])

@@ -30,7 +30,7 @@ class Opened(NamedTuple):
     """On the device, in evaluation mode: a `NextBlockModel` if it predicts, else any encoder."""
     source: Source
     data: DataConfig
-    """How images are cut and normalised for this model."""
+    """How to crop and normalise images for this model."""
     device: torch.device
 
     def ready(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -58,7 +58,7 @@ class LookResult(Shown):
     rows: tuple[dict[str, Any], ...]
     """`predict`, `complete`: losses per drawn image. `features`: the nearest patches."""
     bad: tuple[BadSample, ...]
-    """Unreadable images that were met."""
+    """Unreadable images."""
     facts: dict[str, Any]
     """The numbers, ready for JSON except for NaN."""
 
@@ -85,11 +85,10 @@ def losses_result(
     bad: tuple[BadSample, ...],
     **facts: Any,
 ) -> LookResult:
-    """The result of images' losses, "loss" and what it would be without a model; written as JSON as well."""
-    kinds = zip(*losses.values(), strict=True)
+    """Make a result from images' losses: "loss", and those without a model; write it as JSON too."""
     rows = tuple(
         {"name": name, **dict(zip(losses, values, strict=True))}
-        for name, values in zip(names, kinds, strict=True)
+        for name, *values in zip(names, *losses.values(), strict=True)
     )
     found = {"picture": str(picture), "mean_loss": sum(losses["loss"]) / len(rows), "rows": rows}
     result = LookResult(picture=picture, rows=rows, bad=bad, facts=found)
@@ -99,6 +98,6 @@ def losses_result(
 
 
 def about_image(source: Source, index: int) -> dict[str, Any]:
-    """What rows say of an image."""
+    """What rows say about an image."""
     name = source.class_names[source.labels[index]] if source.has_labels else None
     return {"index": index, "name": source.name(index), "class": name}

@@ -1,4 +1,4 @@
-"""How badly each block of each image was predicted: what a model finds odd in a set of images."""
+"""How badly a model predicts each block of each image: the images with the highest losses."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from nextblock.visualize.sheet import (
 
 PICTURE = "surprise.png"
 PREDICTING = ("predictor", "target", "mask_ratio", "teacher_digest")
-"""What the encoder's identity leaves out."""
+"""Settings that the encoder's identity leaves out."""
 QUANTILES = (0.01, 0.99)
-"""Of the losses of all blocks: the ends of the colour scale."""
+"""The ends of the colour scale, among the losses of all blocks."""
 NAME_LETTERS = 60
 
 COLUMNS = (
@@ -60,11 +60,11 @@ COLUMNS = (
 
 @torch.no_grad()
 def block_surprise(model: NextBlockModel, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-    """The loss of each block in raster order, NaN where the model does not predict it (the first one).
+    """The loss of each block in raster order; NaN if the model does not predict it, such as the first.
 
-    `images` are normalised and on the model's device; the model is used as it is, so put it in evaluation
-    mode first. Blocks come in the model's own order (of a random set, the first); a model that predicts
-    several blocks ahead counts with its nearest prediction, a masked one with its masked blocks.
+    `images` are normalised and on the model's device. Put the model in evaluation mode first. Blocks are
+    predicted in the model's own order (of a random set, the first). If the model predicts several blocks
+    ahead, the nearest prediction counts.
     """
     config = replace(model.config, image_size=(images.shape[2], images.shape[3]))
     found = model(images).block_loss
@@ -79,7 +79,7 @@ class Losses(NamedTuple):
     indices: Int64[np.ndarray, " n"]
     """Their numbers in the source, in order."""
     blocks: Float[np.ndarray, "n k"]
-    """In raster order, NaN where a block is not predicted."""
+    """In raster order, NaN if a block is not predicted."""
 
     def of(self, rows: Sequence[dict[str, Any]]) -> Float[np.ndarray, "m k"]:
         """The blocks' losses of rows."""
@@ -87,26 +87,25 @@ class Losses(NamedTuple):
 
 
 def surprise(**settings: Any) -> Result:
-    """Rank images by how badly their blocks are predicted; `settings` are the fields of `SurpriseSettings`.
+    """Rank images by the loss of their blocks; `settings` are the fields of `SurpriseSettings`.
 
-    Rows: the images of the highest and of the lowest scores (group, rank from 1), with index, name, class,
+    Rows: the images with the highest and the lowest scores (group, rank from 1), with index, name, class,
     mean_loss, largest_loss and largest_block (raster number from 0). With `out`, surprise.csv has all images,
-    surprise.parquet their blocks' losses too (if pyarrow is installed), and surprise.png shows the rows.
+    surprise.parquet also their blocks' losses (if pyarrow is installed), and surprise.png shows the rows.
     """
     config = from_dict(SurpriseSettings, settings)
     with evaluation(config) as opened:
         model = opened.model
         require(
             isinstance(model, NextBlockModel),
-            f"{config.model} is an encoder alone, which predicts no blocks; give a run or a model with its "
-            "predictor",
+            f"{config.model} is an encoder alone, which predicts no blocks; give a model with its predictor",
         )
         assert isinstance(model, NextBlockModel)
         model.config.check_predicts()
         attach_teacher(model, opened.data.mean, opened.data.std, opened.device)
         source = open_source(config.data, opened.data)
-        told = {name: getattr(model.config, name) for name in PREDICTING}
-        predictor = {"predictor": {"weights": digest_of(model), **told}}
+        settings = {name: getattr(model.config, name) for name in PREDICTING}
+        predictor = {"predictor": {"weights": digest_of(model), **settings}}
         measured = cache(lambda: _measure(opened, model, source, predictor))
 
         def save(out: Path, result: Result) -> None:
@@ -118,19 +117,11 @@ def surprise(**settings: Any) -> Result:
             return _result(opened, config, model, source, measured())
 
         found = opened.result("surprise", {"data": source}, COLUMNS, measure, save=save, made_from=predictor)
-        if config.out is None:
-            return found
-        picture = Path(config.out) / PICTURE
-        if opened.group.broadcast(not picture.is_file()):  # deleted since the result was written
-            opened.features_dir = None
-            losses = measured()  # by all ranks
-            if opened.group.is_main:
-                _draw(picture, opened, model.config, found, source, losses)
-        return replace(found, picture=picture)
+        return found if config.out is None else replace(found, picture=Path(config.out) / PICTURE)
 
 
 def _measure(opened: Evaluation, model: NextBlockModel, source: Source, predictor: dict[str, Any]) -> Losses:
-    # A table takes only what is finite: blocks that are not predicted are left out of it.
+    # A table takes only finite numbers, so it leaves out the blocks that are not predicted.
     columns = predicted_blocks(model.config).sort().values
 
     def extract(images: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +141,7 @@ def _result(
 ) -> Result:
     mean = np.asarray(np.nanmean(losses.blocks, axis=1, dtype=np.float64))
     largest, block = np.nanmax(losses.blocks, axis=1), np.nanargmax(losses.blocks, axis=1)
-    # Of equal scores the first image comes first.
+    # A stable sort: of equal scores, the first image comes first.
     ranked = np.argsort(-(mean if config.score == "mean" else largest), kind="stable").tolist()
     rows = [
         {
@@ -191,31 +182,24 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]], losses: Losses) -
     write_parquet(path, [pa.table(columns)], {"block_losses": "in raster order; NaN: not predicted"})
 
 
-def heat_maps(
-    losses: Float[np.ndarray, "m k"], config: ModelConfig, scale: Normalize
-) -> Float[Tensor, "m 3 h w"]:
-    """Every block in the colour of its loss, at the size of the image; NaN is hatched."""
-    return coloured(pixels_of_blocks(torch.from_numpy(losses), config), scale, config)
-
-
 def _draw(
     path: Path, opened: Evaluation, config: ModelConfig, result: Result, source: Source, losses: Losses
 ) -> None:
-    """Draw the rows' images, each above a heat map; colours span nearly all losses of the whole set."""
+    """Draw the rows' images, each above a heat map of its blocks' losses."""
     chosen = np.array([row["index"] for row in result.rows])
     (batch,) = eval_batches(source, opened.data, config.image_size, len(chosen), chosen)
-    # Files may have gone since they were measured.
-    there = set(batch.samples.tolist())
-    rows = [row for row in result.rows if row["index"] in there]
+    readable = set(batch.samples.tolist())  # a file may have gone since it was measured
+    rows = [row for row in result.rows if row["index"] in readable]
     low, high = np.nanquantile(losses.blocks, QUANTILES).tolist()
     scale = Normalize(low, max(high, low + 1e-6), clip=True)
-    pictures, maps = pictures_of(batch.images), pictures_of(heat_maps(losses.of(rows), config, scale))
+    heat = coloured(pixels_of_blocks(torch.from_numpy(losses.of(rows)), config), scale, config)
+    pictures, maps = pictures_of(batch.images), pictures_of(heat)
     lines, names = [], []
     for group in dict.fromkeys(row["group"] for row in rows):
-        of_group = [i for i, row in enumerate(rows) if row["group"] == group]
-        some = [rows[i] for i in of_group]
+        places = [i for i, row in enumerate(rows) if row["group"] == group]
+        some = [rows[i] for i in places]
         more, more_names = banded(
-            {f"{group}\nscores": pictures[of_group], "loss of\nblocks": maps[of_group]},
+            {f"{group}\nscores": pictures[places], "loss of\nblocks": maps[places]},
             [f"mean {row['mean_loss']:.3f}\nlargest {row['largest_loss']:.3f}" for row in some],
             ["\n".join(filter(None, (row["name"], row["class"]))) for row in some],
         )

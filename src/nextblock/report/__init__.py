@@ -1,13 +1,12 @@
-"""What a run achieved: read from its files, printed, written as Markdown and as a page.
+"""What a run achieved: read from its files, then printed, written as Markdown, and written as a page.
 
-Imported without torch and matplotlib, so that a report starts quickly.
+Importing it loads neither torch nor matplotlib, so that a report starts quickly.
 """
 
 from nextblock.report.compare import Comparison, comparison_group, comparison_page
-from nextblock.report.losses import plot_losses
 from nextblock.report.page import page_values, run_page, run_sections
 from nextblock.report.read import RunSummary, read_run
-from nextblock.report.words import report_markdown, report_table, report_values
+from nextblock.report.words import plot_losses, report_markdown, report_table, report_values
 
 __all__ = [
     "Comparison",

@@ -1,7 +1,6 @@
-"""What a run achieved, read from its files: accuracies, speed, losses beside their references, pictures.
+"""Read what a run achieved from its files: accuracies, speed, losses with their references, pictures.
 
-Nothing here imports torch, so that a report starts quickly. What a run does not have yet is empty, not an
-error.
+Imports no torch, so that a report starts quickly. What a run does not have yet is empty, not an error.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,36 +30,37 @@ from nextblock.presets import DEFAULT_PRESET, PRESETS
 from nextblock.settings import flatten, to_dict, typed
 
 VERBS = ("probe", "knn", "fewshot", "finetune", "eval")
-"""What results below a run are reported, in this order."""
-_PASSED_BY = {"checkpoints", "tensorboard", "wandb", "pictures"}
-"""Folders of a run that hold no results."""
+"""The results that are reported, in this order."""
+_SKIPPED_FOLDERS = {"checkpoints", "tensorboard", "wandb", "pictures"}
 
 SILENT_S = 300.0
-"""A run whose heartbeat is older has failed: it beats every ten seconds."""
-KNN_SAMPLES = MonitorConfig().knn_samples
+"""A run with an older heartbeat has failed: it beats every ten seconds."""
 LATE_S = 30.0
-"""From this age on, the lock of a run on this machine is asked for as well."""
+"""From this age on, also check the lock, if the run is on this machine."""
+MAX_POINTS = 400
+"""Points of a drawn curve."""
+KNN_SAMPLES = MonitorConfig().knn_samples
 
 
 class Measured(NamedTuple):
-    """An accuracy below a run."""
+    """One accuracy from a result below a run."""
 
     method: str
     """The head, or how it was measured."""
     on: str
     """The images it was measured on."""
     encoder: str
-    """The model, one of its baselines, or another model that was measured beside it."""
+    """The model, one of its baselines, or another model."""
     top1: float
     top1_se: float | None
     labels: str | None
-    """The labelled images that the head, or kNN, learned from; None if nothing was learned."""
+    """The labelled images that the head or kNN learned from; None if nothing was learned."""
     file: str
-    """The result, from the run's directory."""
+    """The result file, relative to the run."""
 
     @property
     def where(self) -> str:
-        """The images, and what else tells this result from others."""
+        """The images, and the labels and file if they are known."""
         labels = self.labels and f"labels from {self.labels}"
         return ", ".join(filter(None, (f"on {self.on}", labels, self.file)))
 
@@ -71,7 +72,7 @@ class Status(NamedTuple):
     message: str | None = None
     """Why it failed."""
     age_s: float | None = None
-    """Age of its last sign of life."""
+    """Age of its last heartbeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,27 +81,27 @@ class RunSummary:
 
     run_dir: Path
     training_dir: Path
-    """Where the files of its training lie: the run, or of a fine-tuning its folder `model`."""
-    train: tuple[dict[str, Any], ...] = ()
+    """The directory of the training files: the run itself, or `model` in a fine-tuning."""
+    train: tuple[dict[str, Any], ...]
     """Logged training lines, in order: step, loss, lr, images_per_s, ..."""
-    val: tuple[dict[str, Any], ...] = ()
+    val: tuple[dict[str, Any], ...]
     """Validation lines: step, val_loss."""
-    monitor: tuple[dict[str, Any], ...] = ()
+    monitor: tuple[dict[str, Any], ...]
     """What monitors measured: step, and their own names."""
-    baselines: dict[str, float] = field(default_factory=dict)
-    """The loss without a model, by the names of `BASELINE_WORDS`; empty where not measured."""
-    starts: tuple[dict[str, Any], ...] = ()
+    baselines: dict[str, float]
+    """Losses without a model, by the names of `BASELINE_WORDS`."""
+    starts: tuple[dict[str, Any], ...]
     """Versions and hardware of each start."""
-    heartbeat: dict[str, Any] = field(default_factory=dict)
-    """The run's status, step and time, as it last wrote them; empty if it never did."""
-    results: tuple[Measured, ...] = ()
-    """The accuracies of every result below the run."""
-    notes: tuple[str, ...] = ()
-    """What these results say about the model, each with its source."""
-    pictures: tuple[Path, ...] = ()
-    """The same images as they were predicted at one step after another: pictures/step_00000100.png."""
-    drawn: Path | None = None
-    """The latest picture that `nextblock predict` drew."""
+    heartbeat: dict[str, Any]
+    """Status, step and time that the run wrote last."""
+    results: tuple[Measured, ...]
+    """The accuracies of all results below the run."""
+    notes: tuple[str, ...]
+    """Warnings in these results that the model does not beat its baselines."""
+    pictures: tuple[Path, ...]
+    """Predictions of the same images by step: pictures/step_00000100.png."""
+    drawn: Path | None
+    """The latest picture of `nextblock predict`."""
 
     @property
     def name(self) -> str:
@@ -109,7 +110,7 @@ class RunSummary:
 
     @property
     def picture(self) -> Path | None:
-        """The latest picture of predictions: what was asked for, else the monitor's of the highest step."""
+        """The latest picture of predictions: one of `nextblock predict`, else the monitor's last."""
         return self.drawn or (self.pictures[-1] if self.pictures else None)
 
     @property
@@ -123,53 +124,41 @@ class RunSummary:
         _, rates = self.series("images_per_s")
         return statistics.median(rates) if rates else None
 
-    @property
-    def final_loss(self) -> tuple[float, int] | None:
-        """The last logged training loss that is a number, and its step."""
-        return self._last("loss")
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the logged lines that hold a finite number under `name`."""
+        kept = [line for line in (*self.train, *self.val, *self.monitor) if is_number(line.get(name))]
+        return [line["step"] for line in kept], [line[name] for line in kept]
 
-    @property
-    def final_val_loss(self) -> tuple[float, int] | None:
-        """The last validation loss that is a number, and its step."""
-        return self._last("val_loss")
-
-    def _last(self, name: str) -> tuple[float, int] | None:
+    def last(self, name: str) -> tuple[float, int] | None:
+        """The last finite value logged under `name`, and its step."""
         steps, values = self.series(name)
         return (values[-1], steps[-1]) if values else None
 
     @property
-    def final_knn(self) -> tuple[float, int] | None:
-        """The latest kNN accuracy while training, and its step."""
-        return self._last("knn/top1")
-
-    @property
     def monitored(self) -> tuple[Measured, ...]:
-        """The latest kNN accuracy while training, as a result; empty if there is none."""
-        if self.final_knn is None:
+        """The latest kNN accuracy during training as a result; empty if there is none."""
+        knn = self.last("knn/top1")
+        if knn is None:
             return ()
         train, val = (
             self.settings.get(f"monitor.knn_{name}") or self.settings.get(f"data.{name}")
             for name in ("train", "val")
         )
         on, most = typed(val or "unknown images"), self.settings.get("monitor.knn_samples", KNN_SAMPLES)
-        on += f" (up to {most:,} images)" * (most != KNN_SAMPLES)  # fewer images are another measure
-        labels, top1 = typed(train) if train else None, self.final_knn[0]
-        return (Measured("kNN while training", on, "model", top1, None, labels, "metrics.jsonl"),)
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the logged lines that hold a finite number under `name`."""
-        kept = [line for line in (*self.train, *self.val, *self.monitor) if is_number(line.get(name))]
-        return [line["step"] for line in kept], [line[name] for line in kept]
+        if most != KNN_SAMPLES:  # the number of images changes what is measured
+            on += f" (up to {most:,} images)"
+        labels = typed(train) if train else None
+        return (Measured("kNN while training", on, "model", knn[0], None, labels, "metrics.jsonl"),)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All settings, by dotted name."""
         import yaml
 
+        path = self.training_dir / "config.yaml"
         try:
-            settings = yaml.safe_load((self.training_dir / "config.yaml").read_text(encoding="utf-8"))
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError) as error:
-            path = self.training_dir / "config.yaml"
             raise UsageError(f"{path} is not YAML ({' '.join(str(error).split())}); restore it") from error
         return flatten(settings) if isinstance(settings, dict) else {}
 
@@ -179,9 +168,14 @@ class RunSummary:
         return any(name.startswith("finetune.") for name in self.settings)
 
     @property
+    def preset(self) -> str:
+        """The name of the preset."""
+        return self.settings.get("preset") or DEFAULT_PRESET
+
+    @property
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """The settings that differ from the preset's, as (the preset's, the run's)."""
-        preset = PRESETS.get(self.settings.get("preset") or DEFAULT_PRESET)
+        """The settings that differ from the preset, as (preset's value, run's value)."""
+        preset = PRESETS.get(self.preset)
         usual = flatten(to_dict(preset.config)) if preset else {}
         return {
             name: (usual.get(name), value)
@@ -191,7 +185,7 @@ class RunSummary:
 
     @cached_property
     def unreadable(self) -> dict[str, list[dict[str, Any]]]:
-        """The images that could not be read, by the list that names them: name and reason."""
+        """The unreadable images (name and reason), by the file that lists them."""
         lists = [path for path in _files_below(self.run_dir) if path.name == "quarantine.jsonl"]
         return {str(path.relative_to(self.run_dir)): _read_lines(path) for path in lists}
 
@@ -199,15 +193,13 @@ class RunSummary:
     def status(self) -> Status:
         """Running, stopped, finished or failed, as of now."""
         beat = self.heartbeat
-        if "time" not in beat:  # by a release that wrote no heartbeat
-            if self.environment.get("complete"):
-                return Status("finished")
+        if "time" not in beat:
             return Status("running" if is_locked(self.training_dir) else "stopped")
         age_s = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(beat["time"])).total_seconds())
         if beat["status"] != "running":
             return Status(beat["status"], beat.get("message"), age_s)
-        # A killed process cannot write that it failed. Its lock tells at once, but on its own machine only.
-        # Not asked while the run is heard of: the question takes the lock for an instant.
+        # A killed process cannot write that it failed. Its lock tells at once, but only on its own machine.
+        # Checking takes the lock for an instant, so only do it when the heartbeat is late.
         is_late = age_s > LATE_S and beat["host"] == platform.node()
         if age_s > SILENT_S or (is_late and is_locked(self.training_dir) is False):
             silent = " ".join(clock(age_s).split()[:2])
@@ -216,12 +208,12 @@ class RunSummary:
 
     @property
     def step(self) -> int:
-        """Steps done, as far as is known."""
+        """Steps done so far."""
         return self.heartbeat.get("step", self.train[-1]["step"] if self.train else 0)
 
     @cached_property
     def batch_size(self) -> int:
-        """Images of a step; 0 if it is not known. A source of fewer images makes the batch that size."""
+        """Images per step, at most those of an epoch; 0 if unknown."""
         source = read_json(self.training_dir / "source.json").get("train", {})
         epoch = self.settings.get("data.epoch_samples") or source.get("num_images")
         batch = self.settings.get("train.batch_size", 0)
@@ -230,16 +222,17 @@ class RunSummary:
     @property
     def flops(self) -> float | None:
         """Operations of the model for all images so far, without recomputation; None if not logged."""
-        image = [
+        per_image = [
             1e12 * line["tflops"] / line["images_per_s"]
             for line in self.train
             if is_number(line.get("tflops")) and is_number(line.get("images_per_s")) and line["images_per_s"]
         ]
-        return statistics.median(image) * self.step * self.batch_size if image and self.batch_size else None
+        images = self.step * self.batch_size
+        return statistics.median(per_image) * images if per_image and self.batch_size else None
 
     @cached_property
     def encoder_parameters(self) -> int | None:
-        """Numbers in the encoder's tensors, from the latest checkpoint; None without one."""
+        """Number of the encoder's parameters in the latest checkpoint; None without one."""
         for path in sorted(self.training_dir.glob("checkpoints/step_*/model.safetensors"), reverse=True):
             with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
                 names = [name for name in file.keys() if name.startswith("encoder.")]  # noqa: SIM118 - no dict
@@ -251,43 +244,31 @@ class RunSummary:
 
 
 def read_run(run_dir: Path) -> RunSummary:
-    """Read a run, or what `nextblock finetune --out` wrote; `UsageError` on anything else, or damage."""
-    if run_dir.name == "model" and _is_tuned(run_dir):  # within what `finetune --out` wrote
+    """Read a run, or what `nextblock finetune --out` wrote; `UsageError` for anything else, or damage."""
+    if run_dir.name == "model" and _is_tuned(run_dir):
         run_dir = run_dir.parent
-    training = run_dir
-    if not (run_dir / "config.yaml").is_file():
-        training = run_dir / "model"
-        if not _is_tuned(training):
-            why = "is not a run: it has no config.yaml" if run_dir.is_dir() else "does not exist"
-            why = "is a file" if run_dir.is_file() else why
-            runs = sorted(run_dir.glob("*/config.yaml"))
-            meant = f"its runs, such as {runs[0].parent}" if runs else "what `nextblock pretrain --out` wrote"
-            raise UsageError(f"{run_dir} {why}; give {meant}")
-    # Commands are typed, and pages are read, in other directories.
+    training = run_dir if (run_dir / "config.yaml").is_file() else run_dir / "model"
+    if training != run_dir and not _is_tuned(training):
+        why = "is not a run: it has no config.yaml" if run_dir.exists() else "does not exist"
+        raise UsageError(f"{run_dir} {why}; give a directory that `nextblock pretrain --out` wrote")
+    # The report names these paths in commands, which may be typed in another directory.
     run_dir, training = run_dir.absolute(), training.absolute()
     lines = _read_lines(training / "metrics.jsonl")
-    files = [path for path in _files_below(run_dir) if path.suffix == ".json" and path.stem in VERBS]
-    # What `eval` measured lies method by method below it, unless it scored a classifier.
-    folders = {path.parent for path in files if path.name != "eval.json"}
-    files = [
-        path
-        for path in sorted(files, key=lambda path: (VERBS.index(path.stem), path))
-        if path.name != "eval.json" or not any(path.parent in folder.parents for folder in folders)
-    ]
-    results = {path: read_json(path) for path in files}
+    kinds = {
+        kind: tuple(line for line in lines if line.get("kind") == kind)
+        for kind in ("train", "val", "monitor")
+    }
+    results = {path: read_json(path) for path in _result_files(run_dir)}
     pictures = [
         path for path in (training / "pictures").glob("step_*.png") if re.fullmatch(r"step_[0-9]+", path.stem)
     ]
-    asked = sorted(run_dir.glob("predict*/predictions.png"), key=lambda path: (path.stat().st_mtime_ns, path))
+    drawn = sorted(run_dir.glob("predict*/predictions.png"), key=lambda path: (path.stat().st_mtime_ns, path))
     return RunSummary(
         run_dir=run_dir,
         training_dir=training,
-        **{
-            kind: tuple(line for line in lines if line.get("kind") == kind)
-            for kind in ("train", "val", "monitor")
-        },
+        **kinds,
         baselines=read_json(training / "baselines.json"),
-        starts=_starts(training),
+        starts=tuple(read_json(training / "environment.json")),
         heartbeat=read_json(training / "heartbeat.json"),
         results=tuple(one for path, values in results.items() for one in _measured(run_dir, path, values)),
         notes=tuple(
@@ -297,7 +278,7 @@ def read_run(run_dir: Path) -> RunSummary:
             if "not clearly better" in note
         ),
         pictures=tuple(sorted(pictures)),
-        drawn=asked[-1] if asked else None,
+        drawn=drawn[-1] if drawn else None,
     )
 
 
@@ -308,12 +289,25 @@ def _is_tuned(training: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files below a run but those of its training, in order."""
+    """All files below a run except those of its training, in order."""
     found = []
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(set(folders) - _PASSED_BY)
+        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
         found += [Path(place) / file for file in sorted(files)]
     return found
+
+
+def _result_files(run_dir: Path) -> list[Path]:
+    """The results below a run, by verb and then by path."""
+    files = [path for path in _files_below(run_dir) if path.suffix == ".json" and path.stem in VERBS]
+    files.sort(key=lambda path: (VERBS.index(path.stem), path))
+    # `eval` also writes the result of each method in folders below its own, unless it scored a classifier.
+    folders = {path.parent for path in files if path.name != "eval.json"}
+    return [
+        path
+        for path in files
+        if path.name != "eval.json" or not any(path.parent in folder.parents for folder in folders)
+    ]
 
 
 def read_json(path: Path) -> Any:
@@ -324,26 +318,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError as error:
         raise UsageError(
-            f"{path} is not JSON ({error.msg}, line {error.lineno}); remove it or write it again"
+            f"{path}, line {error.lineno}, is not JSON ({error.msg}); remove the file"
         ) from error
 
 
-def _starts(training: Path) -> tuple[dict[str, Any], ...]:
-    """The starts of a run; a dict is from before 0.1.0, when only the first was recorded."""
-    starts = read_json(training / "environment.json")
-    return tuple(starts) if isinstance(starts, list) else (starts,) * bool(starts)
-
-
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, but a last one that is being written; none if there is no file."""
+    """The lines of a JSONL file without a last one that is being written; none if there is no file."""
     text, lines = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "", []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UsageError(
-                f"line {number} of {path} is not JSON ({error.msg}); remove that line"
-            ) from error
+            raise UsageError(f"{path}, line {number}, is not JSON ({error.msg}); remove that line") from error
     return lines
 
 
@@ -352,14 +338,32 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def thinned(x: Sequence[float], y: Sequence[float]) -> dict[str, list[float]]:
+    """A curve's points; if there are more than `MAX_POINTS`, the means and the range of as many parts."""
+    if len(x) <= MAX_POINTS:
+        return {"x": list(x), "y": list(y)}
+    bounds = [len(x) * part // MAX_POINTS for part in range(MAX_POINTS + 1)]
+    parts = [slice(*pair) for pair in pairwise(bounds)]
+    return {
+        "x": [x[part][-1] for part in parts],
+        "y": [math.fsum(y[part]) / len(y[part]) for part in parts],
+        "low": [min(y[part]) for part in parts],
+        "high": [max(y[part]) for part in parts],
+    }
+
+
 def _measured(run_dir: Path, path: Path, values: dict[str, Any]) -> Iterator[Measured]:
-    """The accuracies in a result; of kNN those of the setting that was fixed beforehand."""
+    """The accuracies in a result; for kNN, only those of the setting that was fixed beforehand."""
     try:
         verb, sources = values["verb"], values.get("sources", {})
         labels = sources["train"]["spec"] if sources else None
-        on = f"{labels}, {'each by the others' if verb == 'knn' else 'held out'}"
-        if "test" in sources or not sources:
-            on = sources["test"]["spec"] if sources else values["settings"]["test"]
+        if "test" in sources:
+            on = sources["test"]["spec"]
+        elif sources:
+            on = f"{labels}, {'each by the others' if verb == 'knn' else 'held out'}"
+        else:  # a classifier that `eval` scored
+            on = values["settings"]["test"]
+        file = str(path.relative_to(run_dir))
         for row in values["rows"]:
             method = row.get("head") or row.get("method") or verb
             if verb == "fewshot":
@@ -368,29 +372,24 @@ def _measured(run_dir: Path, path: Path, values: dict[str, Any]) -> Iterator[Mea
                 if not row["is_default"]:
                     continue
                 method = f"kNN, k {row['k']}"
-            model = row.get("model") or values.get("settings", {}).get("model")
-            other = _other_model(model, run_dir) if verb != "finetune" else None
             encoder = row["encoder"]
-            if other is not None and encoder in ("model", "untrained"):
-                encoder = other if encoder == "model" else f"{encoder} {other}"
-            file = str(path.relative_to(run_dir))
+            if verb != "finetune" and encoder in ("model", "untrained"):
+                other = _other_model(row.get("model") or values.get("settings", {}).get("model"), run_dir)
+                if other is not None:
+                    encoder = other if encoder == "model" else f"{encoder} {other}"
             yield Measured(method, on, encoder, float(row["top1"]), row.get("top1_se"), labels, file)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged or of an older release ({error!r}); measure again") from error
 
 
 def _other_model(model: Any, run_dir: Path) -> str | None:
-    """The name of a model that was measured below a run and is not the run's; None if it is.
-
-    A checkpoint within the run is one; a copy of the run is not, nor what is no longer there: the run moved.
-    """
-    model = model[0] if isinstance(model, list | tuple) and len(model) == 1 else model
+    """The name of a model that is not the run's own; None if it is, or if the path is gone: the run moved."""
+    model = model[0] if isinstance(model, list) and len(model) == 1 else model
     if not isinstance(model, str):
         return None
-    if not Path(model).exists():
-        return model if model.partition(":")[0] in ("timm", "hf") else None
+    if model.startswith(("timm:", "hf:")):
+        return model
     place, run = Path(model).resolve(), run_dir.resolve()
-    if run in place.parents:
-        return str(place.relative_to(run))
-    # A copy of the run began at the same moment.
-    return None if place == run or _starts(place)[:1] == _starts(run)[:1] != () else model
+    if place == run or not place.exists():
+        return None
+    return str(place.relative_to(run)) if run in place.parents else model

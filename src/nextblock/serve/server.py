@@ -1,8 +1,7 @@
-"""The page's server, for the user of this machine alone: who may ask, how much, what an error looks like."""
+"""The page's server: who may ask, how much may be sent, and how errors are answered."""
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import json
 import logging
@@ -20,23 +19,20 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from nextblock.errors import UsageError
+from nextblock.look.settings import ServeSettings
 from nextblock.report import run_page
 from nextblock.report.page import asset
 from nextblock.serve.session import Session
-from nextblock.serve.settings import ServeSettings
 from nextblock.tables import finite
 
 log = logging.getLogger(__name__)
 
 CALLS = {
     "GET": ("about", "run", "picture", "thumbnail"),
-    "POST": (
-        *("upload", "example", "choose", "reload"),
-        *("predict", "complete", "surprise", "features", "nearest"),
-    ),
+    "POST": ("upload", "choose", "predict", "complete", "surprise", "features", "nearest"),
 }
 UNLOCKED = ("about", "run", "picture")
-"""What does not wait for the model."""
+"""Calls that do not wait for the model."""
 MAX_JSON_BYTES, CHUNK_BYTES = 1 << 20, 1 << 16
 HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'; "
@@ -53,19 +49,15 @@ document.body.prepend(back);
 setInterval(async () => {
   const answer = document.hidden ? null : await fetch("/api/run").catch(() => null);
   if (!answer?.ok) return;
-  const {sections, values} = await answer.json();
-  const newer = new DOMParser().parseFromString(sections, "text/html");
-  // Charts and slider stay in place, lest they lose the pointer; what had none before is replaced.
-  const part = document.getElementById("charts") && document.getElementById("steps") ? "header" : "main";
-  if (part === "main") document.querySelector(part).replaceChildren(...newer.body.children);
-  else document.querySelector(part).replaceWith(newer.querySelector(part));
+  const {header, values} = await answer.json();
+  document.querySelector("header").outerHTML = header;
   nextblock.show(values);
 }, 5000);
 """
 
 
 class RefusedError(Exception):
-    """A request that is answered by an HTTP status and a sentence."""
+    """A refused request: an HTTP status and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -73,7 +65,7 @@ class RefusedError(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `session`, which is set once the address is known to be free; else `UsageError`."""
+    """Serves `session`, which is set later. Raises `UsageError` if it cannot listen on the address."""
 
     daemon_threads = True
     session: Session
@@ -83,29 +75,25 @@ class Server(ThreadingHTTPServer):
             self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             super().__init__((str(address[0]), port), Handler)
         except OSError as error:
-            why = f"cannot listen on {host}:{port} ({error.strerror}); give this machine's address as --host"
-            if error.errno == errno.EADDRINUSE:
-                why = f"port {port} is in use; choose another --port, or --port 0 for any free one"
-            elif error.errno == errno.EACCES:
-                why = f"port {port} needs an administrator; choose a --port from 1024"
-            raise UsageError(why) from error
+            why = f"cannot listen on {host}:{port} ({error.strerror})"
+            raise UsageError(f"{why}; choose another --port (0: any free one), or another --host") from error
         self.is_any = address[0] in ("0.0.0.0", "::")
         name = socket.gethostname() if self.is_any else host
         self.names = {name.lower(), "localhost"}
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}/"
 
     def knows(self, host: str) -> bool:
-        """Whether a Host header names this server; another page's name may be led here (DNS rebinding)."""
+        """Whether a Host header names this server. Another site's name may resolve to it (DNS rebinding)."""
         with suppress(ValueError):
             parts = urlsplit(f"//{host}")
             is_known = parts.hostname in self.names
             if self.is_any and not is_known:
-                is_known = bool(ipaddress.ip_address(parts.hostname or ""))  # an address is nobody's name
+                is_known = bool(ipaddress.ip_address(parts.hostname or ""))  # not a site's name
             return is_known and (parts.port or 80) == self.server_port
         return False
 
     def handle_error(self, *_: Any) -> None:  # type: ignore[override]
-        """Say nothing of a browser that went away, and one line of anything else."""
+        """Log errors in one line, except of browsers that disconnected."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
             log.warning("%s: %s", type(error).__name__, error)
@@ -125,8 +113,8 @@ class Handler(BaseHTTPRequestHandler):
         except RefusedError as error:
             status, content = error.status, {"error": str(error)}
         except Exception as error:
-            # Sentences of ours are meant for the user. What other code raises may tell anything: its kind is
-            # named, and the rest stays on the terminal.
+            # Our messages are meant for the user. Other errors may reveal paths, so the page only gets their
+            # type, and the terminal the rest.
             is_ours = type(error).__module__.startswith("nextblock.")
             status = 400 if is_ours and isinstance(error, ValueError) else 500
             kind = type(error).__name__
@@ -170,21 +158,21 @@ class Handler(BaseHTTPRequestHandler):
             return call(**arguments)
 
     def _check_sender(self, *, is_page: bool) -> None:
-        """Refuse what another page sends or leads here: it would see the user's images, or make work."""
+        """Refuse requests from other sites, which could read the user's images; they may link to the page."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         site = self.headers.get("Sec-Fetch-Site", "none")
         is_foreign = origin not in (None, f"http://{host}") or site not in ("none", "same-origin")
         if not self.server.knows(host) or (is_foreign and not (is_page and origin is None)):
-            raise RefusedError(403, f"Refused. Open {self.server.url}, by this very address and port.")
+            raise RefusedError(403, f"Refused. Open {self.server.url} at exactly this address and port.")
 
     def _body(self, *, is_upload: bool) -> bytes:
         length, most = self.headers.get("Content-Length", "0"), MAX_JSON_BYTES
         if is_upload:
             most = int(self.server.session.settings.max_upload_mb * 1e6)
         if not length.isdecimal() or "Transfer-Encoding" in self.headers:
-            raise RefusedError(411, "The request does not say how long it is.")
+            raise RefusedError(411, "The request does not state its length.")
         if int(length) > most:
-            # Read on, within reason: a browser that is cut off while it sends does not see the answer.
+            # Read on, within limits: a browser that is cut off while it sends does not see the answer.
             left = min(int(length), 8 * most)
             while left > 0 and (part := self.rfile.read(min(CHUNK_BYTES, left))):
                 left -= len(part)
@@ -193,27 +181,25 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(length))
 
     def log_message(self, *_: Any) -> None:  # type: ignore[override]
-        """Say nothing of single requests."""
+        """Log no single requests."""
 
 
 def serve(settings: ServeSettings, tell: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C, which is raised on as KeyboardInterrupt; `tell` is given its address.
+    """Serve the page until Ctrl-C, which raises KeyboardInterrupt; `tell` is called with its address.
 
-    Each request has a thread of its own; the main one encodes the images of --data.
+    Each request has its own thread; the main thread encodes the images of --data.
     """
-    with Server(settings.host, settings.port) as server:  # first: loading a model takes longer
+    with Server(settings.host, settings.port) as server:  # first, because loading a model takes longer
         server.session = session = Session(settings)
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         tell(server.url)
         if settings.open:
             webbrowser.open(server.url)
         try:
-            while True:
-                session.changed.clear()
-                session.index()
-                session.changed.wait()
+            session.index()
+            threading.Event().wait()
         except KeyboardInterrupt:
-            # No thread may be inside torch while the interpreter ends, so nobody gets the lock any more.
+            # No thread may be inside torch when the interpreter exits, so keep the lock.
             if not session.lock.acquire(timeout=1):
                 os._exit(130)
             raise

@@ -1,7 +1,7 @@
-"""What the page asks for: an open model, the images it was shown, and a method for each question.
+"""What the page asks for: an open model, the uploaded images, and a method for each question.
 
-Methods take values as they come from JSON or an address, and check them: `UsageError` if they are wrong. They
-return what is sent as JSON, or the bytes of a PNG.
+Methods take values as they come from JSON or a URL and raise `UsageError` if they are wrong. They return
+values for JSON, or the bytes of a PNG.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,119 +40,103 @@ from nextblock.evaluate.knn import nearest_neighbours
 from nextblock.evaluate.settings import CPU_BATCH, GPU_BATCH, SearchSettings
 from nextblock.evaluate.table import FeatureTable
 from nextblock.interop import attach_teacher, open_encoder
+from nextblock.look.features import PatchColours
 from nextblock.look.opened import about_image
+from nextblock.look.settings import ServeSettings
 from nextblock.look.surprise import block_surprise
 from nextblock.models import EncoderModel, NextBlockModel
 from nextblock.models.completion import complete
 from nextblock.report import RunSummary, read_run
-from nextblock.report.page import page_values, run_sections
-from nextblock.serve.settings import ServeSettings
+from nextblock.report.page import page_values, run_header
 from nextblock.settings import require
 from nextblock.train.runtime import choose_device
-from nextblock.visualize.features import PatchColours
 from nextblock.visualize.predictions import look_at, visible
 from nextblock.visualize.sheet import shown_channels
 from nextblock.visualize.words import BASELINE_WORDS
 
 log = logging.getLogger(__name__)
 
-KEPT_IMAGES, MOST_NEAREST, THUMBNAIL_PX = 64, 100, 128
-EXAMPLES = ("china.jpg", "flower.jpg")
-"""Photographs that scikit-learn carries."""
+KEPT_IMAGES, MAX_NEAREST, THUMBNAIL_PX = 64, 100, 128
 
 
 class Session:
-    """A model and what it is shown. Hold `lock` for all but `about`, `run`, `summary`, `picture`, `index`."""
+    """A model and the images it was shown; hold `lock` to call a method that runs the model."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        self.settings, self.lock, self.changed = settings, threading.Lock(), threading.Event()
-        self.device = choose_device(settings.device)
-        self.run_dir = Path(settings.model).expanduser()
-        self.is_run = all((self.run_dir / name).is_file() for name in RUN_FILES)
+        self.settings, self.lock = settings, threading.Lock()
         self.images: dict[int, tuple[UInt8[Tensor, "c h w"], int]] = {}
-        """Kept images by number, each with its number in --data, or -1."""
+        """Uploaded or chosen images by number, each with its number in --data, or -1."""
+        self.model: EncoderModel | None = None
+        self.no_prediction = ""
+        """Why the model predicts no blocks, or is not there."""
         self.source: Source | None = None
         self.table: FeatureTable | None = None
-        self.opened: EncoderModel | None = None
-        self.reload()
+        self.encoded, self.is_indexed, self.search_failed = 0, False, ""
 
-    # ------------------------------------------------------------------------------------------- the model
-
-    def reload(self) -> dict[str, Any]:
-        """Load the model, of a run its newest checkpoint; the images of --data are then encoded again."""
-        newest = latest_checkpoint(self.run_dir / "checkpoints") if self.is_run else None
-        self.step = None if newest is None else _step_of(newest)
-        if self.is_run and newest is None:
-            self.no_prediction = "The run has saved no checkpoint yet; its first one can be loaded here."
-            return self.about()
-        spec = classifier_directory(self.settings.model) if newest is None else str(newest)
-        model = open_encoder(spec, num_heads=self.settings.num_heads)
-        self.data = evaluation_data(spec, model.config, workers=self.settings.workers)
-        model = model.to(self.device).eval().requires_grad_(requires_grad=False)
-        self.no_prediction = ""
+        self.run_dir, spec = Path(settings.model).expanduser(), classifier_directory(settings.model)
+        self.is_run, self.step = all((self.run_dir / name).is_file() for name in RUN_FILES), None
+        if self.is_run:
+            newest = latest_checkpoint(self.run_dir / "checkpoints")
+            if newest is None:
+                self.no_prediction = (
+                    "The run has no checkpoint yet. Start nextblock serve again when it does."
+                )
+                return
+            spec, self.step = str(newest), _step_of(newest)
+        model = open_encoder(spec, num_heads=settings.num_heads)
+        self.data = evaluation_data(spec, model.config, workers=settings.workers)
+        self.device = choose_device(settings.device)
+        self.model = model = model.to(self.device).eval().requires_grad_(requires_grad=False)
         try:
             require(isinstance(model, NextBlockModel), "This is timm's encoder alone: it predicts no blocks.")
             model.config.check_predicts()  # type: ignore[union-attr]
             attach_teacher(model, self.data.mean, self.data.std, self.device)  # type: ignore[arg-type]
         except UsageError as error:
             self.no_prediction = str(error)
-        self.opened = model
-        if self.settings.data is not None:
-            self.source = self.source or open_source(self.settings.data, self.data)
-            self._begin_index(model, self.source)
-        return self.about()
+        if settings.data is not None:
+            self.source = open_source(settings.data, self.data)
+            self._open_table(model, self.source)
 
-    def _model(self) -> EncoderModel:
-        if self.opened is None:
+    def _encoder(self) -> EncoderModel:
+        if self.model is None:
             raise UsageError(self.no_prediction)
-        return self.opened
+        return self.model
 
     def _predictor(self) -> NextBlockModel:
         require(not self.no_prediction, self.no_prediction)
-        assert isinstance(self.opened, NextBlockModel), "else there is a reason"
-        return self.opened
+        assert isinstance(self.model, NextBlockModel), "otherwise there is a reason"
+        return self.model
 
     def about(self) -> dict[str, Any]:
-        """What is served: sizes of the model, and what it cannot do, as sentences."""
-        config = None if self.opened is None else self.opened.config
-        newest = latest_checkpoint(self.run_dir / "checkpoints") if self.is_run else None
-        is_colour = config is not None and config.in_chans in (1, 3)
+        """Sizes of the model, and why it does not predict."""
+        config = None if self.model is None else self.model.config
         return {
             "model": self.settings.model,
             "is_run": self.is_run,
             "step": self.step,
-            "newest": None if newest is None else _step_of(newest),
             "image_size": None if config is None else pair(config.image_size),
             "block_grid": getattr(config, "block_grid", (0, 0)),
             "no_prediction": self.no_prediction,
             "data": None if self.source is None else {"spec": self.source.spec, "images": len(self.source)},
-            "examples": [name.partition(".")[0] for name in EXAMPLES] if is_colour else [],
             "max_upload_mb": self.settings.max_upload_mb,
         }
 
     # ------------------------------------------------------------------------------------------ the images
 
     def upload(self, content: bytes) -> dict[str, Any]:
-        """Keep an image file's pixels, cut as the model takes them."""
-        self._model()
+        """Keep the pixels of an image file, cropped for the model."""
+        self._encoder()
         try:
             return self._keep(decode(content, self.data))
         except BadImageError as error:
             raise UsageError(f"The file cannot be read as an image: {error}.") from error
-
-    def example(self, index: Any) -> dict[str, Any]:
-        """Keep a built-in image."""
-        name = EXAMPLES[_number("index", index, len(EXAMPLES))]
-        # Without importing scikit-learn, which takes seconds.
-        (folder,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
-        return self.upload((Path(folder) / "datasets" / "images" / name).read_bytes())
 
     def choose(self, index: Any) -> dict[str, Any]:
         """Keep an image of --data."""
         return self._keep(self._read(index), int(index))
 
     def thumbnail(self, index: Any) -> bytes:
-        """An image of --data, made small."""
+        """A small picture of an image of --data."""
         return _png(self._read(index), THUMBNAIL_PX)
 
     def _read(self, index: Any) -> UInt8[Tensor, "c h w"]:
@@ -167,7 +150,7 @@ class Session:
 
     def _keep(self, pixels: UInt8[Tensor, "c h w"], index: int = -1) -> dict[str, Any]:
         number = max(self.images, default=-1) + 1
-        crop = val_crop(pixels, self._model().config.image_size, self.data)
+        crop = val_crop(pixels, self._encoder().config.image_size, self.data)
         self.images[number] = crop, index
         if len(self.images) > KEPT_IMAGES:
             del self.images[min(self.images)]
@@ -181,9 +164,9 @@ class Session:
     # ----------------------------------------------------------------------------------------- the answers
 
     def predict(self, image: Any) -> dict[str, Any]:
-        """Every block predicted from the true ones before it, and the loss beside the reference losses."""
-        model, data = self._predictor(), self.data
-        look = look_at(model, self._normalized(image), data.mean, data.std)
+        """Every block predicted from the true ones before it, and the loss with the reference losses."""
+        model = self._predictor()
+        look = look_at(model, self._normalized(image), self.data.mean, self.data.std)
         assert model.targets is not None, "it predicts"
         return {
             "picture": _url(look.pictures[0]),
@@ -193,7 +176,7 @@ class Session:
         }
 
     def complete(self, image: Any, given: Any) -> dict[str, Any]:
-        """The image as the model completes it from the blocks that are given; `given` is in raster order."""
+        """The image completed by the model from the given blocks; `given` is in raster order."""
         model, images = self._predictor(), self._normalized(image)
         k = model.config.num_blocks
         is_right = isinstance(given, list) and len(given) == k and all(isinstance(one, bool) for one in given)
@@ -207,20 +190,20 @@ class Session:
         return {"losses": block_surprise(self._predictor(), self._normalized(image))[0].tolist()}
 
     def features(self, image: Any) -> dict[str, Any]:
-        """The first three principal components of the patch features as colours, a pixel a patch."""
+        """The first three principal components of the patch features as colours, one pixel per patch."""
         images = self._normalized(image)
         with torch.no_grad():
-            tokens = self._model().encode(images).tokens[0].float().cpu().numpy()
+            tokens = self._encoder().encode(images).tokens[0].float().cpu().numpy()
         rows, _ = patch_grid(len(tokens), images.shape[-2:])
         colours = torch.from_numpy(PatchColours.fit(tokens).colours(tokens))
         return {"picture": _url(rearrange(colours, "(i j) c -> c i j", i=rows))}
 
     def nearest(self, image: Any, top: Any = 12) -> dict[str, Any]:
-        """The images of --data that are most alike, of those encoded so far; not the image itself."""
+        """The most similar images of --data among those encoded so far, without the image itself."""
         source, table, images = self._source(), self.table, self._normalized(image)
         require(not self.search_failed, self.search_failed)
-        top, rows = _number("top", top, MOST_NEAREST + 1), []
-        # Features are there once the first batch is.
+        top, rows = _number("top", top, MAX_NEAREST + 1), []
+        # The table has rows once its first batch is encoded.
         numbers = table.readable() if table is not None and self.encoded else np.empty(0, dtype=np.int64)
         if table is not None and len(numbers):
             with torch.no_grad():
@@ -237,32 +220,28 @@ class Session:
 
     # ---------------------------------------------------------------------------------- features of --data
 
-    def _begin_index(self, model: EncoderModel, source: Source) -> None:
-        batch_size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
+    def _open_table(self, model: EncoderModel, source: Source) -> None:
         settings = SearchSettings(model=self.settings.model, data=source.spec, query="")
-        self.extract = encode = encoder_extract(model, [pooled(settings, model.config.depth)])
+        self.extract = encoder_extract(model, [pooled(settings, model.config.depth)])
+        batch_size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
 
         def extract(images: Tensor) -> tuple[Tensor, ...]:
-            with self.lock:  # a batch at a time, so that questions are answered in between
-                return encode(images)
+            with self.lock:  # one batch at a time, so that questions are answered in between
+                return self.extract(images)
 
         size = model.config.image_size
-        self.encoded, self.is_indexed, self.search_failed = 0, False, ""
         self.table = FeatureTable(extract, source, self.data, size, batch_size=batch_size, device=self.device)
-        self.changed.set()
 
     def index(self) -> None:
-        """Encode the images of --data; ends early if the model is loaded again meanwhile."""
-        table = self.table
-        if table is None:
+        """Encode the images of --data."""
+        if self.table is None:
             return
 
         def note(encoded: int, _: int) -> None:
-            self.encoded = encoded if self.table is table else 0
+            self.encoded = encoded
 
         try:
-            if table.fill(should_stop=lambda: self.table is not table, progress=note):
-                self.is_indexed = self.table is table
+            self.is_indexed = self.table.fill(progress=note)
         except (RuntimeError, ValueError) as error:
             log.warning("--data: %s", error)
             self.search_failed = f"The images of --data cannot be searched: {error}"
@@ -270,16 +249,16 @@ class Session:
     # --------------------------------------------------------------------------------------------- the run
 
     def summary(self) -> RunSummary:
-        """The files of the run, read again; `UsageError` if the model is none."""
-        require(self.is_run, "This model is no run, so there are no losses to follow.")
+        """The files of the run, read again; `UsageError` if the model is not a run."""
+        require(self.is_run, "This model is not a run, so there are no losses to follow.")
         return read_run(self.run_dir)
 
     def run(self) -> dict[str, Any]:
-        """What the run's page shows: its text, and the values of its charts and pictures."""
+        """What the run's page updates: its header, charts and pictures."""
         summary = self.summary()
         pictures = [{"step": step, "src": f"/api/picture?step={step}"} for step in _pictures(summary)]
         values = page_values(summary, pictures=False) | {"pictures": pictures}
-        return {"sections": run_sections(summary), "values": values}
+        return {"header": run_header(summary), "values": values}
 
     def picture(self, step: Any) -> bytes:
         """The picture that the run drew at a step."""
@@ -297,25 +276,25 @@ def _step_of(path: Path) -> int:
 
 
 def _number(name: str, value: Any, below: float) -> int:
-    """A whole number from 0, of JSON or of an address."""
+    """A whole number from 0, from JSON or a URL."""
     is_number = isinstance(value, int) or (isinstance(value, str) and value.isdecimal() and len(value) < 10)
     require(is_number and 0 <= int(value) < below, f"{name} must be a whole number from 0 to below {below}")
     return int(value)
 
 
-def _png(pixels: Shaped[Tensor, "c h w"], most_px: int | None = None) -> bytes:
-    """Bytes, or floats in [0, 1], as a colour picture; of many channels the first three."""
+def _png(pixels: Shaped[Tensor, "c h w"], max_px: int | None = None) -> bytes:
+    """A PNG of bytes, or of floats in [0, 1]; of many channels, the first three."""
     if pixels.is_floating_point():
         pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     shown = pixels[: shown_channels(len(pixels))].expand(3, -1, -1)
     picture = Image.fromarray(np.ascontiguousarray(rearrange(shown, "c h w -> h w c").numpy()))
-    if most_px is not None:
-        picture.thumbnail((most_px, most_px))
+    if max_px is not None:
+        picture.thumbnail((max_px, max_px))
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
 
 
 def _url(pixels: Shaped[Tensor, "c h w"]) -> str:
-    """A picture as an address that holds it."""
+    """A picture as a data: URL."""
     return "data:image/png;base64," + base64.b64encode(_png(pixels)).decode()

@@ -1,7 +1,6 @@
-"""What every figure here shares: the colours of its words, a text that wraps, a file that appears whole.
+"""Shared by all figures: text colours, placing in inches, wrapped text, atomic PNG files.
 
-Figures are made through matplotlib's objects (`matplotlib.figure.Figure`), never through pyplot's global
-state.
+Figures are `matplotlib.figure.Figure` objects, without pyplot's global state.
 """
 
 from __future__ import annotations
@@ -26,20 +25,14 @@ def wrapped(text: str, width_in: float, size_pt: float) -> str:
 
 
 def axes_at(figure: Figure, left_in: float, top_in: float, width_in: float, height_in: float) -> Axes:
-    """Axes in a place given in inches from the figure's top left."""
-    whole_width_in, whole_height_in = figure.get_size_inches()
-    return figure.add_axes(
-        (
-            left_in / whole_width_in,
-            (whole_height_in - top_in - height_in) / whole_height_in,
-            width_in / whole_width_in,
-            height_in / whole_height_in,
-        )
-    )
+    """Add axes at a place given in inches from the figure's top left."""
+    wide_in, high_in = figure.get_size_inches()
+    bottom_in = high_in - top_in - height_in
+    return figure.add_axes((left_in / wide_in, bottom_in / high_in, width_in / wide_in, height_in / high_in))
 
 
 def text_at(figure: Figure, x_in: float, y_in: float, words: str, **style: Any) -> None:
-    """Plain words in a place given in inches from the figure's top left."""
+    """Add plain text at a place given in inches from the figure's top left."""
     width_in, height_in = figure.get_size_inches()
     figure.text(x_in / width_in, 1 - y_in / height_in, words, parse_math=False, **{"color": INK, **style})
 
@@ -47,7 +40,7 @@ def text_at(figure: Figure, x_in: float, y_in: float, words: str, **style: Any) 
 def save_png(
     figure: Figure, path: Path, *, dpis: Sequence[int] = (200,), max_bytes: int | None = None
 ) -> None:
-    """Write a PNG aside, then rename it: at the first of `dpis` that stays under `max_bytes`, or the last."""
+    """Write a PNG atomically, at the first of `dpis` that stays under `max_bytes`, or the last."""
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
         mark_output(path.parent)

@@ -1,4 +1,4 @@
-"""The papers' figures, drawn by the code: the order of an image's blocks, and the attention mask."""
+"""The figures of the papers, drawn for any model: the order of an image's blocks, and the attention mask."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from nextblock.blocks import block_orders, may_attend, patches_of_blocks
 from nextblock.config import ModelConfig, RunConfig, pair
@@ -23,11 +24,11 @@ from nextblock.settings import require
 from nextblock.visualize.figure import INK, MUTED, axes_at, save_png, text_at, wrapped
 
 HIDDEN, EARLIER, OWN, PREFIX = range(4)
-"""Why a token (row) attends to another (column), or that it does not."""
+"""Whether a token (row) attends to another (column), and why."""
 COLOURS = ("#f3f4f6", "#8ec5ff", "#0969da", "#f2b705")
 ARROW, GREY = "#bc4c00", "#c9d1d9"
 FEW = 16
-"""Of more blocks neither their path nor their borders in the mask are drawn."""
+"""With more blocks than this, neither their path nor their borders in the mask are drawn."""
 TOP_IN, SIDE_IN = 0.95, 3.6
 
 
@@ -35,18 +36,17 @@ class Geometry(NamedTuple):
     """What is drawn of a model."""
 
     positions: Int64[np.ndarray, "rows columns"]
-    """Of each patch, the place of its block in the order."""
+    """The place of each patch's block in the order."""
     attends: UInt8[np.ndarray, "s s"]
-    """Along the sequence, patches block by block in this order, behind the class token if there is one: how a
-    token (row) attends to another (column)."""
+    """How a token (row) attends to another (column): the class token, if any, then patches block by block."""
     prefix: int
-    """Blocks that all tokens attend to; 0: no prefix."""
+    """Number of blocks that all tokens attend to."""
     masked: int
-    """Blocks at the end of the order that are masked and predicted."""
+    """Number of blocks at the end of the order that are masked and predicted."""
 
 
 def geometry(config: ModelConfig, prefix: int | None = None) -> Geometry:
-    """The order and the mask under which a model is trained; of several orders the first.
+    """The order (of several, the first) and the mask of a model in training.
 
     `prefix` is a number of blocks along the order; None: half of them if the model is trained with a prefix,
     else none. Raises `UsageError` for a prefix that the model's mask cannot have.
@@ -65,7 +65,7 @@ def geometry(config: ModelConfig, prefix: int | None = None) -> Geometry:
     positions = torch.empty(config.num_patches, dtype=torch.int64)
     positions[patches_of_blocks(config.grid, pair(config.block_size))[order]] = torch.arange(k)[:, None]
 
-    # Along the sequence: the class token, which sees itself alone and is seen by all, then block by block.
+    # The class token (-1) sees only itself and is seen by all.
     sequence = torch.cat([torch.full((q,), -1), torch.arange(k).repeat_interleave(m)])
     seen = torch.ones(len(sequence), len(sequence), dtype=torch.bool) if is_full else may_attend(sequence)
     attends = torch.where(seen, EARLIER, HIDDEN)
@@ -94,48 +94,45 @@ def draw_order(
     config = config.model if isinstance(config, RunConfig) else config
     shown = geometry(config, prefix)
     rows, columns = shown.positions.shape
+    is_patch, is_full = config.patches_per_block == 1, not (shown.attends == HIDDEN).any()
+    unit, units = ("patch", "patches") if is_patch else ("block", "blocks")
     grid_high = min(SIDE_IN, SIDE_IN * rows / columns)
-    grid_wide = grid_high * columns / rows
-    width_in = 0.3 + grid_wide + 0.75 + SIDE_IN + 0.3
-    caption = wrapped(_caption(config, shown), width_in - 0.1, 8.5)
-    caption_in = TOP_IN + SIDE_IN + 0.52
-    figure = Figure(figsize=(width_in, caption_in + 0.165 * (caption.count("\n") + 1) + 0.15))
-    left = 0.3
-    _draw_grid(axes_at(figure, left, TOP_IN + (SIDE_IN - grid_high) / 2, grid_wide, grid_high), config, shown)
+    left, grid_wide = 0.3, grid_high * columns / rows
     right = left + grid_wide + 0.75
-    _draw_mask(axes_at(figure, right, TOP_IN, SIDE_IN, SIDE_IN), config, shown)
-    size = "{}x{}".format(*pair(config.image_size))
-    blocks = "{}x{}".format(*pair(config.block_size))
-    title = f"{rows}x{columns} patches in {counted(config.num_blocks, 'block')} of {blocks}"
-    if config.patches_per_block == 1:
-        title = f"{rows}x{columns} patches, each a block"
+    width_in, caption_in = right + SIDE_IN + 0.3, TOP_IN + SIDE_IN + 0.52
+    caption = wrapped(_caption(config, shown, unit, units, is_full=is_full), width_in - 0.1, 8.5)
+    figure = Figure(figsize=(width_in, caption_in + 0.165 * (caption.count("\n") + 1) + 0.15))
+    _draw_grid(axes_at(figure, left, TOP_IN + (SIDE_IN - grid_high) / 2, grid_wide, grid_high), config, shown)
+    mask = axes_at(figure, right, TOP_IN, SIDE_IN, SIDE_IN)
+    _draw_mask(mask, config, shown)
+    blocks = f"{counted(config.num_blocks, 'block')} of {'{}x{}'.format(*pair(config.block_size))}"
+    title = f"{rows}x{columns} patches{', each a block' if is_patch else f' in {blocks}'}"
     text_at(figure, 0.2, 0.16, title, size=13, weight="bold", va="top")
+    size = "{}x{}".format(*pair(config.image_size))
     words = f"an image of {size} px, patches of {config.patch_size} px; order {config.order}"
     text_at(figure, 0.2, 0.43, words, size=8.5, color=MUTED, va="top")
-    unit = "patches" if config.patches_per_block == 1 else "blocks"
-    names = {HIDDEN: "not seen", PREFIX: "prefix", OWN: "itself" if unit == "patches" else "own block"}
-    names[EARLIER] = f"{'other' if _is_full(shown) else 'earlier'} {unit}"
-    x, y = right, TOP_IN + SIDE_IN + 0.24
-    for kind in np.unique(shown.attends).tolist():
-        axes = axes_at(figure, x, y, 0.12, 0.12)
-        axes.set(xticks=[], yticks=[], facecolor=COLOURS[kind])
-        axes.spines[:].set(linewidth=0.5, color=MUTED)
-        text_at(figure, x + 0.17, y + 0.06, names[kind], size=8, va="center")
-        x += 0.31 + 0.068 * len(names[kind])
+    names = (
+        "not seen",
+        f"{'other' if is_full else 'earlier'} {units}",
+        "itself" if is_patch else "own block",
+    )
+    key = [
+        Rectangle((0, 0), 1, 1, facecolor=COLOURS[kind], edgecolor=MUTED, linewidth=0.5, label=name)
+        for kind, name in enumerate((*names, "prefix"))
+        if (shown.attends == kind).any()
+    ]
+    where = {"loc": "upper left", "bbox_to_anchor": (0, -0.03), "borderpad": 0, "columnspacing": 1.2}
+    mask.legend(handles=key, ncols=4, fontsize=8, frameon=False, handlelength=1, **where)
     text_at(figure, 0.2, caption_in, caption, size=8.5, color=MUTED, va="top", linespacing=1.25)
     save_png(figure, Path(path), dpis=(130, 110, 100, 90), max_bytes=60_000)
     return Path(path)
 
 
-def _is_full(shown: Geometry) -> bool:
-    return not (shown.attends == HIDDEN).any()
-
-
 def _draw_grid(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
-    """The patches, coloured by the place of their block, from light to dark."""
+    """Draw the patches, coloured by the place of their block, from light to dark."""
     rows, columns = shown.positions.shape
     block, k = pair(config.block_size), config.num_blocks
-    shades = colormaps["Blues"](np.linspace(0.08, 0.55, k))[:, :3]  # so light that words can be read
+    shades = colormaps["Blues"](np.linspace(0.08, 0.55, k))[:, :3]  # light enough for the numbers on them
     shades[: shown.prefix] = to_rgb(COLOURS[PREFIX])
     shades[k - shown.masked :] = to_rgb(GREY)
     picture = shades[shown.positions]
@@ -155,14 +152,8 @@ def _draw_grid(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
             back = {"facecolor": shades[number], "edgecolor": "none", "pad": 1}
             size = min(size_pt, 13)
             axes.text(x, y, str(number), ha="center", va="center", size=size, color=INK, bbox=back, zorder=3)
-    arrow = {
-        "arrowstyle": "-|>",
-        "mutation_scale": 7,
-        "linewidth": 0.8,
-        "color": ARROW,
-        "shrinkA": 11,
-        "shrinkB": 11,
-    }
+    arrow = {"arrowstyle": "-|>", "mutation_scale": 7, "linewidth": 0.8, "color": ARROW}
+    arrow |= {"shrinkA": 11, "shrinkB": 11}
     for start, end in pairwise(places if k <= FEW else ()):
         axes.annotate("", end, start, arrowprops=arrow)
 
@@ -189,41 +180,36 @@ def _draw_mask(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
     axes.set_title("what is attended to", size=8, color=INK)
 
 
-def _caption(config: ModelConfig, shown: Geometry) -> str:
-    """What is seen, in plain words."""
-    k, unit = config.num_blocks, "patch" if config.patches_per_block == 1 else "block"
-    units = f"{unit}es" if unit == "patch" else f"{unit}s"
+def _caption(config: ModelConfig, shown: Geometry, unit: str, units: str, *, is_full: bool) -> str:
     said = [f"Left: the order of the {units}, from light to dark."]
-    if config.order == "random":
-        said[0] += f" This is the first of {k} random orders; training draws one for each step."
-    elif config.order == "per_image":
-        said[0] += " This is one random order; training draws another for each image and visit."
-    if shown.masked:
-        said.append(
-            f"The last {shown.masked} of {k} {units} (grey) are masked, and predicted from the others. All "
-            "patches attend to all."
+    if config.order in ("random", "per_image"):
+        each = (
+            f"step one of {config.num_blocks}" if config.order == "random" else "image and visit another one"
         )
-    elif _is_full(shown):
+        said.append(f"This is one random order; training draws for each {each}.")
+    if shown.masked:
+        which = f"The last {shown.masked} of {config.num_blocks} {units} (grey)"
+        said.append(f"{which} are masked and predicted from the others. All patches attend to all.")
+    elif is_full:
         said.append(
             "All patches attend to all, so the model would see what it predicts: it cannot be trained."
         )
     else:
-        own = "itself and all earlier patches" if unit == "patch" else "its own block and all earlier blocks"
-        said.append(f"Right: a patch (row) attends to {own} (columns).")
+        own = "itself" if unit == "patch" else "its own block"
+        said.append(f"Right: a patch (row) attends to {own} and all earlier {units} (columns).")
         if shown.prefix:
-            first = f"first {counted(shown.prefix, unit, units)}" if shown.prefix > 1 else f"first {unit}"
-            more = f"All patches attend to the {first}, the prefix (yellow)."
-            if config.prefix:
-                more += " In training its length is drawn for each image."
-            said.append(more)
-        first = shown.prefix if shown.prefix > 1 else "one"
-        said.append(
-            f"All attend to the class token, which sees itself alone; the first {unit} is predicted from it."
-            if config.class_token
-            else f"Each {unit} but the first {first} is predicted from the {units} before it."
-        )
+            prefix = counted(shown.prefix, unit, units)
+            said.append(f"All patches attend to the prefix (yellow), the first {prefix} of the order.")
+        if shown.prefix and config.prefix:
+            said.append("In training its length is drawn for each image.")
+        if config.class_token:
+            said.append(f"The class token sees only itself; the first {unit} is predicted from it.")
+        else:
+            said.append(
+                f"The first {counted(max(1, shown.prefix), unit, units)} of the order: not predicted."
+            )
     if config.predictor_attention != "native":
-        said.append(f"The predictor attends under a mask of its own: {config.predictor_attention}.")
-    if config.feature_attention == "full" and not _is_full(shown):
+        said.append(f"The predictor has its own mask: {config.predictor_attention}.")
+    if config.feature_attention == "full" and not is_full:
         said.append("This is the mask of training; features are computed without a mask.")
     return " ".join(said)

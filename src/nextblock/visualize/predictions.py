@@ -1,7 +1,4 @@
-"""Pictures of what a model predicts: the predicted blocks put together into an image, beside the true one.
-
-All see only the model's public calls.
-"""
+"""Pictures of what a model predicts: the predicted blocks as an image, next to the true one."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ from nextblock.visualize.sheet import (
 from nextblock.visualize.words import BASELINE_WORDS
 
 AT_ONCE = 16
-"""Images that go through the model together."""
+"""Images per forward pass."""
 
 Unpredicted = Literal["hatch", "mean"]
 
@@ -54,20 +51,17 @@ class Look(NamedTuple):
     predicted: Bool[Tensor, "h w"]
     losses: Float[Tensor, " b"]
     baselines: dict[str, Float[Tensor, " b"]]
-    """What the losses would be without a model, by the names of `BASELINE_WORDS`."""
+    """The losses without a model, by the names of `BASELINE_WORDS`."""
     zero: Float[Tensor, "b shown h w"] | None
-    """As `pictures`, if the model predicted zero; None if zero stands for no pixels."""
+    """As `pictures`, if the model predicted zero; None if zero does not stand for pixels."""
     distance: int
-    """How many blocks ahead the drawn blocks are predicted."""
+    """How many blocks ahead the predictions are."""
     unpredicted: Unpredicted
-    """How blocks that are not predicted are drawn."""
+    """How to draw blocks that are not predicted."""
 
 
 def predicted_blocks(config: ModelConfig, distance: int = 1) -> Int64[Tensor, " steps"]:
-    """The blocks that are predicted so many blocks ahead, by their raster numbers, in the order of rows.
-
-    In the model's own order: of a random set, the first.
-    """
+    """Raster numbers of the blocks that are predicted at a distance, in the model's (first) order."""
     order = block_orders(config.order, config.block_grid, config.order_seed)[0]
     _, first, count = config.steps(config.distances[distance - 1])
     return order[first : first + count]
@@ -81,7 +75,7 @@ def joined(
     std: Sequence[float],
     others: Float[Tensor, "*b h w"] | None = None,
 ) -> Float[Tensor, "b shown h w"]:
-    """Blocks at their places (raster numbers) as images in [0, 1]; the rest is from `others`, or a hatch."""
+    """Put blocks at their places (raster numbers) as images in [0, 1]; the rest is `others`, or a hatch."""
     whole = blocks.new_zeros(len(blocks), config.num_blocks, blocks.shape[2])
     whole[:, places] = blocks
     pictures = visible(unpatchify(whole, config.block_grid, config.block_px), mean, std)[:, :MAX_CHANNELS]
@@ -110,7 +104,7 @@ def look_at(
     distance: int = 1,
     unpredicted: Unpredicted = "hatch",
 ) -> Look:
-    """Predict every block once, without gradients or drop path; the model's mode stays as it was."""
+    """Predict every block once, without gradients or drop path; leaves the model's mode unchanged."""
     config = replace(model.config, image_size=(images.shape[2], images.shape[3]))
     config.check_predicts()
     ahead = config.num_predicted_blocks
@@ -122,8 +116,7 @@ def look_at(
     places = predicted_blocks(config, distance)
     require(
         unpredicted == "hatch" or len(places) < config.num_blocks,
-        f"unpredicted is {unpredicted}, but this model predicts every block, the first from its class token; "
-        "leave it out",
+        "this model predicts every block, the first from its class token; leave out unpredicted",
     )
     assert model.targets is not None, "it predicts"
     to_pixels, parts, was_training = model.targets.to_pixels, [], model.training
@@ -131,22 +124,20 @@ def look_at(
     model.eval()
     try:
         with torch.no_grad():
-            # What the layers make of all images at once may not fit into memory; what they predict does.
+            # Activations of all images together may not fit into memory; predictions do.
             for some in images.split(AT_ONCE):
                 out = model(some, block_order=order)
                 part, targets = out.distances[distance - 1], model.targets_of(some, order)
                 parts.append((part.block_loss, part.predictions.float().cpu(), part.targets.cpu(), targets))
             block_loss, predictions, wanted, targets = (torch.cat(kind) for kind in zip(*parts, strict=True))
-            # Of all images together: how frequent a token is depends on them. Blocks before the first that is
-            # predicted at this distance count for nothing.
+            # Over all images, because token frequencies depend on them; without the blocks that cannot be
+            # predicted at this distance.
             references = model.targets.reference_losses(targets[:, distance - 1 :])
     finally:
         model.train(was_training)
     images = images.float().cpu()
-    true, originals = (
-        patchify(images, config.block_px)[:, places],
-        visible(images, mean, std)[:, :MAX_CHANNELS],
-    )
+    true = patchify(images, config.block_px)[:, places]
+    originals = visible(images, mean, std)[:, :MAX_CHANNELS]
     others = None
     if unpredicted == "mean":  # each block in its mean colour
         height, width = config.block_px
@@ -163,7 +154,7 @@ def look_at(
         predicted=pixels_of_blocks(torch.isin(torch.arange(config.num_blocks), places), config),
         losses=block_loss.float().mean(1).cpu(),
         baselines={name: losses.cpu() for name, losses in references.items()},
-        # Zeros for logits or vectors stand for no token and no patch in particular: nothing to draw.
+        # Zero logits or vectors are no particular token or patch, so there is nothing to draw.
         zero=drawn(torch.zeros_like(predictions)) if "zero" in references else None,
         distance=distance,
         unpredicted=unpredicted,
@@ -171,17 +162,13 @@ def look_at(
 
 
 def draw_sheet(look: Look, path: Path, names: Sequence[str] | None) -> None:
-    """Draw a PNG: of every image the original, its prediction and the error, with the loss below.
-
-    Beneath the prediction is what predicting zero looks like, so that one sees what the model adds to it.
-    """
+    """Draw a PNG: each image, its prediction, what predicting zero looks like, and the error."""
     kind = "Masked" if look.config.mask_ratio is not None else "Next"
     predicted = "prediction of\nmasked blocks" if kind == "Masked" else "next-block\nprediction"
     panels = {"original": look.originals, predicted: look.pictures}
     if look.zero is not None:
         panels["predicting\nzero"] = look.zero
-    # The absolute error of each grey panel, of RGB the mean over channels, in colours whose scale leaves out
-    # the largest errors.
+    # The absolute error of each channel, or the mean of RGB. The scale ends below the largest errors.
     error = (look.pictures - look.originals).abs()
     error = error.mean(1, keepdim=True) if error.shape[1] == 3 else error
     largest = float(np.quantile(error[..., look.predicted].numpy(), 0.995))
@@ -208,36 +195,32 @@ def draw_sheet(look: Look, path: Path, names: Sequence[str] | None) -> None:
 
 
 def _caption(look: Look) -> str:
-    """What is seen, in a few sentences."""
     config = look.config
-    size = f"block of {config.block_px[0]} x {config.block_px[1]} px"
+    block = f"block of {config.block_px[0]} x {config.block_px[1]} px"
     shown = "hatched" if look.unpredicted == "hatch" else "in mean colour"
-    position = config.steps(config.distances[look.distance - 1]).position
+    skipped = config.steps(config.distances[look.distance - 1]).position
+    order = "row by row" if config.order == "raster" else f"order {config.order}"
+    ahead = "" if look.distance == 1 else f"{look.distance} blocks ahead, "
     if config.mask_ratio is not None:
-        first = f"Each masked {size} is predicted from the visible blocks, which are {shown}."
+        sentences = [f"Each masked {block} is predicted from the visible blocks, which are {shown}."]
     else:
-        order = "row by row" if config.order == "raster" else "in another order than row by row"
-        if config.order == "per_image":
-            order = "in one random order (training draws another for each image)"
-        if position == 0:
-            alone = "the first one is predicted from a class token alone"
-        elif look.distance == 1:
-            alone = f"the first one ({shown}) has none before it and is not predicted"
+        sentences = [f"Each {block} is predicted {ahead}from the true blocks before it ({order})."]
+        if skipped:
+            first = f"first {counted(skipped, 'block')}" if skipped > 1 else "first block"
+            sentences.append(f"The {first} ({shown}) cannot be predicted.")
         else:
-            alone = f"the first {counted(position, 'block')} ({shown}) cannot be predicted"
-        ahead = "" if look.distance == 1 else f"{look.distance} blocks ahead, "
-        first = f"Each {size} is predicted {ahead}from the true blocks before it, {order}; {alone}."
-    sentences = [first, *make_targets(config).words]
+            sentences.append("The first block is predicted from a class token alone.")
+    sentences += make_targets(config).words
     if look.zero is not None:
         colours = " and colours" if config.in_chans > 1 else ""
         mean = f"each true block's mean over pixels{colours}, which is given"
         what = mean if config.norm_pixels else "data.mean"
-        sentences.append(f"Predicting zero shows {what}; all else comes from the model.")
+        sentences.append(f"Predicting zero shows {what}; everything else comes from the model.")
     return " ".join([*sentences, *channel_words(config.in_chans)])
 
 
 class PredictionMonitor:
-    """Draws the same images at each call, RUN/pictures/step_00001000.png, and logs their mean loss."""
+    """Draws the same images at each call to RUN/pictures/step_00001000.png, and logs their mean loss."""
 
     def __init__(
         self, images: UInt8[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float], every: str
@@ -245,7 +228,7 @@ class PredictionMonitor:
         self.images, self.mean, self.std, self.every = images, tuple(mean), tuple(std), every
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
-        """Draw the images as they are predicted at this step."""
+        """Draw the predictions at this step."""
         images = normalize(self.images.to(event.device), self.mean, self.std)
         look = look_at(model, images, self.mean, self.std)
         with event.group.together():
@@ -260,10 +243,7 @@ class PredictionMonitor:
 def some_images(
     source: Source, data: DataConfig, image_size: Size, count: int
 ) -> tuple[UInt8[Tensor, "b c h w"], list[str], tuple[BadSample, ...]]:
-    """Up to `count` images evenly spaced over a source, their names, and those that cannot be read.
-
-    So the classes of a sorted source differ, and the images are the same every time.
-    """
+    """Up to `count` images evenly spaced over a source, so classes differ; their names; unreadable ones."""
     batches = list(eval_batches(source, data, image_size, count, evenly_spaced(len(source), count)))
     bad = tuple(sample for batch in batches for sample in batch.bad)
     images = torch.cat([batch.images for batch in batches])
@@ -274,6 +254,6 @@ def some_images(
 
 
 def evenly_spaced(images: int, count: int) -> Int64[np.ndarray, " n"]:
-    """Up to `count` numbers of images, one from the middle of each of as many equal parts."""
+    """Numbers of up to `count` images: the middle of each of as many equal parts."""
     parts = min(images, count)
     return (2 * np.arange(parts, dtype=np.int64) + 1) * images // (2 * parts)

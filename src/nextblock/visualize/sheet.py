@@ -1,6 +1,6 @@
-"""The contact sheet that commands draw: rows of pictures with words above, below and beside them.
+"""A sheet of pictures: rows with text above, below and beside them.
 
-Laid out in inches, so that the same sheet serves eight images of 32 px and one of 256 px.
+The layout is in inches, so that it fits eight images of 32 px as well as one of 256 px.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nextblock.visualize.figure import INK, MUTED, axes_at, save_png, text_at, w
 
 MAX_PICTURE_BYTES = 1_500_000
 MAX_CHANNELS = 6
-"""So many channels of an image are drawn, if it is neither grey nor RGB."""
+"""The most channels that are drawn of an image that is neither grey nor RGB."""
 ERROR_COLOURS = colormaps["magma"]
 MARK = "#f2b705"
 GAP_IN, LINE_IN = 0.08, 0.14
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
     words: str = ""
     """Lines below it."""
     mark: tuple[float, float, float, float] | None = None
-    """A rectangle in it: its top, left, height and width as shares of the picture."""
+    """A rectangle: its top, left, height and width as shares of the picture."""
     above: str = ""
     """Lines above it."""
 
@@ -55,7 +55,7 @@ def banded(
     *,
     most: int = 8,
 ) -> tuple[list[list[Cell]], list[str]]:
-    """Rows of up to `most` images, a row for each panel, and the rows' names; words are below the last."""
+    """Rows of up to `most` images, one per panel, and their names; `words` are below the last panel."""
     images = len(words)
     columns = -(-images // -(-images // most))
     rows = []
@@ -79,10 +79,10 @@ def draw_cells(
     blocks_of: ModelConfig | None = None,
     bar: tuple[int, Normalize] | None = None,
 ) -> None:
-    """Write rows of pictures as a PNG of at most `MAX_PICTURE_BYTES`, in as many dots an inch as that allows.
+    """Write rows of pictures as a PNG of at most `MAX_PICTURE_BYTES`, at the highest resolution that fits.
 
-    A row is as high as its first picture asks for, and `names` are those of rows. Lines between blocks are
-    drawn if a model is given, a bar of `ERROR_COLOURS` beside the row of that number.
+    The first picture of a row sets its height; `names` are those of rows. `blocks_of` draws the lines between
+    blocks, `bar` a scale of `ERROR_COLOURS` beside the row with that number.
     """
     columns, left_in = max(map(len, rows)), 0.95 if names else 0.2
     height_px, width_px = rows[0][0].picture.shape[:2]
@@ -140,14 +140,14 @@ def _lines(words: str) -> int:
 
 
 def _draw_block_lines(axes: Axes, shape_px: tuple[int, ...], config: ModelConfig) -> None:
-    """Draw the lines between blocks in a picture of an image, or of a panel for each of its channels."""
+    """Draw the lines between blocks in an image, or in each panel if channels have their own."""
     (rows, columns), block_px = config.block_grid, config.block_px
     height, width = rows * block_px[0], columns * block_px[1]
     line = {"color": "#8c959f", "linewidth": 0.5 if max(rows, columns) <= 8 else 0.25, "alpha": 0.7}
     gap = panel_gap(width)
     for panel in range(1 if shape_px[1] == width else min(config.in_chans, MAX_CHANNELS)):
         down, along = divmod(panel, (shape_px[1] + gap) // (width + gap))
-        # In shares of the picture: the ends of the panel, and where its blocks end.
+        # The ends of the panel and of its blocks, as shares of the picture.
         y = (down * (height + gap) + block_px[0] * np.arange(rows + 1)) / shape_px[0]
         x = (along * (width + gap) + block_px[1] * np.arange(columns + 1)) / shape_px[1]
         axes.hlines(y[1:-1], x[0], x[-1], **line)
@@ -158,12 +158,12 @@ def _draw_block_lines(axes: Axes, shape_px: tuple[int, ...], config: ModelConfig
 
 
 def pictures_of(images: Shaped[Tensor, "b shown h w"]) -> Shaped[np.ndarray, "b h2 w2 c"]:
-    """Images, bytes or floats in [0, 1], as cells hold them: of channels that are no colours, panels."""
+    """Images (bytes, or floats in [0, 1]) as pictures of cells; unless grey or RGB, a panel per channel."""
     return rearrange(side_by_side(images[:, :MAX_CHANNELS]), "b c h w -> b h w c").numpy()
 
 
 def side_by_side(pictures: Shaped[Tensor, "b shown h w"]) -> Shaped[Tensor, "b c h2 w2"]:
-    """Pictures with one channel or three as they are; of others each channel as a grey panel of its own."""
+    """Pictures of one or three channels unchanged; of others, each channel as a grey panel."""
     shown, width = pictures.shape[1], pictures.shape[3]
     if shown in (1, 3):
         return pictures
@@ -181,13 +181,13 @@ def panel_gap(width_px: int) -> int:
 
 
 def channel_words(channels: int) -> list[str]:
-    """A sentence for a caption about what `pictures_of` does with so many channels, if it does anything."""
+    """A sentence for a caption if `pictures_of` draws panels."""
     few = f"the first {MAX_CHANNELS} of {channels}" if channels > MAX_CHANNELS else f"all {channels}"
-    return [] if channels in (1, 3) else [f"Grey panels: {few} channels, each by itself."]
+    return [] if channels in (1, 3) else [f"Grey panels: {few} channels."]
 
 
 def shown_channels(channels: int) -> int:
-    """How many channels one RGB or grey picture shows: three if there are as many, else one."""
+    """How many channels one RGB or grey picture shows."""
     return 3 if channels >= 3 else 1
 
 
@@ -198,7 +198,7 @@ def pixels_of_blocks(blocks: Shaped[Tensor, "*b k"], config: ModelConfig) -> Sha
 
 
 def hatch(config: ModelConfig) -> Float[Tensor, "h w"]:
-    """Diagonal stripes of two greys over the whole image."""
+    """Diagonal stripes of two greys, over the whole image."""
     height, width = config.block_grid[0] * config.block_px[0], config.block_grid[1] * config.block_px[1]
     stripe_px = max(2, min(config.block_px) // 16)
     diagonal = torch.arange(height)[:, None] + torch.arange(width)[None]
@@ -214,7 +214,7 @@ def coloured(
 
 
 def shortened(name: str, letters: int) -> str:
-    """A name that fits: its middle left out, letters that the font lacks as a question mark."""
+    """Shorten a name in its middle, and replace letters that the font lacks by question marks."""
     font = get_font(findfont("DejaVu Sans"))
     drawable = "".join(letter if font.get_char_index(ord(letter)) else "?" for letter in name)
     if len(drawable) <= letters:

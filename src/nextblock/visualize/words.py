@@ -1,4 +1,4 @@
-"""What tables and pictures call the losses that a run is compared with; quick to import."""
+"""Names of the reference losses in tables and pictures; quick to import."""
 
 from __future__ import annotations
 
@@ -12,5 +12,4 @@ BASELINE_WORDS = {
     "initial_mean": "predicting the mean vector, before training",
     "initial_copy_previous": "copying the previous block, before training",
 }
-"""None of them needs a model. Pixels: the first two; tokens: the next two; classes: chance; vectors: mean and
-copy_previous."""
+"""For pixels (zero, copy_previous), tokens (uniform, frequency), classes (chance), vectors (the others)."""
