@@ -212,13 +212,18 @@ def warnings(found: Comparison) -> Iterator[str]:
         yield f"Not finished: {listed(unfinished)}."
 
 
+def relation_words(found: Comparison) -> list[str]:
+    """The correlations of validation loss and accuracies; if there is none, why not."""
+    known = [one for one in found.relations if one.runs >= MIN_RUNS] or found.relations[:1]
+    return [f"validation loss and {one.accuracy}: {one.words}" for one in known]
+
+
 def comparison_group(found: Comparison) -> Group:
     """The comparison for a terminal: print it with a `rich.console.Console`."""
     from rich.console import Group
     from rich.text import Text
 
-    known = [one for one in found.relations if one.runs >= MIN_RUNS] or found.relations[:1]
-    relations = [Text(f"validation loss and {one.accuracy}: {one.words}") for one in known]
+    relations = [Text(one) for one in relation_words(found)]
     notes = [Text(one, style="italic") for one in warnings(found)]
     return Group(comparison_table(found).rich(), *relations, *notes)
 
@@ -229,13 +234,7 @@ def comparison_page(found: Comparison) -> str:
     charts, lacking = _relation_charts(found)
     relations = "".join(f"<p>Accuracy: {text(one)}.</p>\n" for one in [*found.measures][:1])
     relations += '<div id="relations" class="charts pairs"></div>\n'
-    if found.relations:
-        cells = [
-            [one.accuracy, str(one.runs), *("-" if r is None else f"{r:+.2f}" for r in one[2:])]
-            for one in found.relations
-        ]
-        relations += "<p>Correlation of the validation loss with each accuracy:</p>\n"
-        relations += table("correlations", ["accuracy", "runs", "Pearson r", SPEARMAN], cells)
+    relations += "".join(f"<p>Correlation of {text(one)}.</p>\n" for one in relation_words(found))
     settings = "<p>None: all runs have the same settings.</p>\n"
     if found.differing:
         cells = [[name, *map(shown, values)] for name, values in found.differing.items()]

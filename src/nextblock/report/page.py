@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +38,7 @@ from nextblock.version import __version__
 
 MAX_PICTURES = 40
 MAX_PICTURE_BYTES = 9_000_000
-"""Of all pictures by step together; in base64 they take a third more, and the page stays below 15 MB."""
+"""Of all pictures by step; base64 takes a third more, so the page stays below 15 MB."""
 SHOWN_UNREADABLE = 10
 
 CURVES = {
@@ -81,6 +80,7 @@ def page_values(summary: RunSummary, *, pictures: bool = True) -> dict[str, Any]
         known = [one for one in series if one["x"]]
         if known:
             charts.append({"title": title, "x": "step", "series": known, "marks": marks, **options[title]})
+    paths = _shown_pictures(summary) if pictures else []
     return finite(
         {
             "run": summary.name,
@@ -88,34 +88,22 @@ def page_values(summary: RunSummary, *, pictures: bool = True) -> dict[str, Any]
             "step": summary.step,
             "total_steps": summary.heartbeat.get("total_steps"),
             "charts": charts,
-            "pictures": _pictures(summary.pictures) if pictures else [],
+            "pictures": [{"step": int(path.stem[5:]), "src": data_url(path)} for path in paths],
         }
     )
 
 
-def _pictures(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Pictures by step as data: URLs, evenly spaced if there are many, and smaller if they are large."""
-    chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), MAX_PICTURES)).round().astype(int))
-    limit = MAX_PICTURE_BYTES // max(1, len(chosen))
-    return [
-        {"step": int(path.stem.partition("_")[2]), "src": data_url(path.read_bytes(), limit)}
-        for path in (paths[number] for number in chosen)
-    ]
+def _shown_pictures(summary: RunSummary) -> list[Path]:
+    """The pictures by step; if they are too many or too large for a page, evenly spaced ones."""
+    paths = summary.pictures
+    largest = max((path.stat().st_size for path in paths), default=1)
+    most = min(len(paths), MAX_PICTURES, max(2, MAX_PICTURE_BYTES // max(1, largest)))
+    return [paths[number] for number in np.linspace(0, len(paths) - 1, most).round().astype(int)]
 
 
-def data_url(content: bytes, max_bytes: int | None = None) -> str:
-    """A PNG as a data: URL; one above `max_bytes` as a JPEG, halved in size until it fits."""
-    if max_bytes is None or len(content) <= max_bytes:
-        return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as picture:
-        picture = picture.convert("RGB")
-    while len(content) > max_bytes and min(picture.size) > 16:
-        written = io.BytesIO()
-        picture.save(written, "JPEG", quality=85)
-        content, picture = written.getvalue(), picture.reduce(2)
-    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+def data_url(png: Path) -> str:
+    """A PNG as a data: URL."""
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
 
 
 # ------------------------------------------------------------------------------------------------------ HTML
@@ -226,11 +214,12 @@ def _predictions(summary: RunSummary) -> str:
         + scroll("picture", '<img alt="">')
         + "</figure>\n"
     )
-    if len(summary.pictures) > MAX_PICTURES:
-        content += f"<p class=muted>{MAX_PICTURES} of {len(summary.pictures)} pictures, evenly spaced.</p>\n"
+    shown, all_ = len(_shown_pictures(summary)), len(summary.pictures)
+    if shown < all_:
+        content += f"<p class=muted>{shown} of {all_} pictures, evenly spaced.</p>\n"
     if summary.drawn:
         name = text(summary.drawn.relative_to(summary.run_dir))
-        image = f'<img alt="Originals, predictions and errors" src="{data_url(summary.drawn.read_bytes())}">'
+        image = f'<img alt="Originals, predictions and errors" src="{data_url(summary.drawn)}">'
         caption, image = f"Drawn by nextblock predict: {name}", scroll("picture drawn by predict", image)
         content += f"<figure><figcaption>{caption}</figcaption>{image}</figure>\n"
     if not summary.picture:

@@ -229,10 +229,11 @@ def plot_losses(summary: RunSummary, path: Path) -> None:
     for name, value in summary.baselines.items():
         # Two lines may be close together, so their labels are at different places.
         is_plain = name in ("zero", "uniform", "chance")
-        style, x, side = ("--", 1.0, "right") if is_plain else (":", 0.5, "center")
-        losses.axhline(value, color=MUTED, linewidth=1.1, linestyle=style)
-        words, place = f"{baseline_words(name)}: {value:.3f}", losses.get_yaxis_transform()
-        losses.text(x, value, words, transform=place, ha=side, va="bottom", fontsize=8, color=MUTED)
+        dashes, x, side = ("--", 1.0, "right") if is_plain else (":", 0.5, "center")
+        losses.axhline(value, color=MUTED, linewidth=1.1, linestyle=dashes)
+        place, at = (x, value), losses.get_yaxis_transform()
+        words, style = f"{baseline_words(name)}: {value:.3f}", {"ha": side, "va": "bottom", "fontsize": 8}
+        losses.annotate(words, place, (0, 2), at, "offset points", color=MUTED, **style)
     losses.margins(y=0.08)
     losses.set_ylabel("loss")
     losses.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)

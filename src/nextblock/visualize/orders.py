@@ -182,32 +182,27 @@ def _draw_mask(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
 
 def _caption(config: ModelConfig, shown: Geometry, unit: str, units: str, *, is_full: bool) -> str:
     said = [f"Left: the order of the {units}, from light to dark."]
-    if config.order in ("random", "per_image"):
-        each = (
-            f"step one of {config.num_blocks}" if config.order == "random" else "image and visit another one"
-        )
-        said.append(f"This is one random order; training draws for each {each}.")
+    if config.order == "random":
+        said.append(f"This is the first of {config.num_blocks} random orders; each training step draws one.")
+    elif config.order == "per_image":
+        said.append("This is one random order; training draws another for each image and visit.")
     if shown.masked:
         which = f"The last {shown.masked} of {config.num_blocks} {units} (grey)"
         said.append(f"{which} are masked and predicted from the others. All patches attend to all.")
     elif is_full:
-        said.append(
-            "All patches attend to all, so the model would see what it predicts: it cannot be trained."
-        )
+        said.append("All patches attend to all. Such a model cannot be trained: it sees what it predicts.")
     else:
         own = "itself" if unit == "patch" else "its own block"
         said.append(f"Right: a patch (row) attends to {own} and all earlier {units} (columns).")
+        first = f"first {counted(shown.prefix, unit, units)}" if shown.prefix > 1 else f"first {unit}"
         if shown.prefix:
-            prefix = counted(shown.prefix, unit, units)
-            said.append(f"All patches attend to the prefix (yellow), the first {prefix} of the order.")
+            said.append(f"All patches attend to the prefix (yellow), the {first} of the order.")
         if shown.prefix and config.prefix:
-            said.append("In training its length is drawn for each image.")
+            said.append("In training, its length is drawn for each image.")
         if config.class_token:
-            said.append(f"The class token sees only itself; the first {unit} is predicted from it.")
+            said.append(f"The class token sees only itself; the {first} is predicted from it.")
         else:
-            said.append(
-                f"The first {counted(max(1, shown.prefix), unit, units)} of the order: not predicted."
-            )
+            said.append(f"The model does not predict the {first}.")
     if config.predictor_attention != "native":
         said.append(f"The predictor has its own mask: {config.predictor_attention}.")
     if config.feature_attention == "full" and not is_full:
