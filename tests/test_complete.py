@@ -243,7 +243,7 @@ def test_errors_are_those_of_hidden_pixels_beside_two_fillings(file, tmp_path):
         (["--given", "4"], "hide at least one"),
         (["--given", "0"], "no block is given"),
         (["--given_blocks", "1,4"], "an image's blocks are 0 to 3"),
-        (["--given_rows", "0.4"], "gives 0 of 2 rows of blocks; use 0.5 to 0.5"),
+        (["--given_rows", "0.4"], "gives 0 of 2 rows of blocks; choose another share"),
         (["--order", "spirals"], "did you mean spiral?"),
     ],
 )

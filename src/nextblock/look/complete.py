@@ -78,8 +78,8 @@ def _given_blocks(
     """Which blocks the settings give, in raster order."""
     k, (rows, columns) = config.num_blocks, config.block_grid
     if settings.given_blocks is not None:
-        wrong = [block for block in settings.given_blocks if block >= k]
-        require(not wrong, f"given_blocks has {wrong[0] if wrong else 0}; an image's blocks are 0 to {k - 1}")
+        largest = max(settings.given_blocks, default=0)
+        require(largest < k, f"given_blocks has {largest}, but an image's blocks are 0 to {k - 1}")
         chosen = torch.tensor(settings.given_blocks, dtype=torch.int64)
     elif settings.given is not None:
         require(settings.given < k, f"given is {settings.given} of {k} blocks; hide at least one")
@@ -87,11 +87,8 @@ def _given_blocks(
     else:
         share = 0.5 if settings.given_rows is None else settings.given_rows
         above = int(share * rows + 1e-6)
-        require(
-            0 < above < rows,
-            f"given_rows {share:g} gives {above} of {rows} rows of blocks; "
-            + (f"use {1 / rows:.2g} to {1 - 1 / rows:.2g}" if rows > 1 else "use given or given_blocks"),
-        )
+        what = f"given_rows {share:g} gives {above} of {rows} rows of blocks"
+        require(0 < above < rows, f"{what}; choose another share, or use given or given_blocks")
         chosen = torch.arange(above * columns)
     return torch.isin(torch.arange(k), chosen)
 

@@ -22,7 +22,7 @@ from nextblock.visualize.sheet import panel_gap, pictures_of
 def predict(**settings: Any) -> LookResult:
     """Draw predictions as `nextblock predict` does; `settings` are the fields of `PredictSettings`.
 
-    OUT/predictions.json has the losses. With `each_image` every image is also in OUT/images.
+    OUT/predictions.json has the losses. With `each_image`, OUT/images has each image at full size.
     """
     config = from_dict(PredictSettings, settings)
     opened = open_look(config)
@@ -47,7 +47,7 @@ def predict(**settings: Any) -> LookResult:
 
 
 def _write_each(look: Look, names: Sequence[str], folder: Path) -> None:
-    """Write each original, and at its right what is predicted, pixel for pixel; replace what is there."""
+    """Write each original next to its prediction, pixel for pixel; replace an earlier folder."""
     originals, predicted = (pictures_of(pictures) for pictures in (look.originals, look.pictures))
     gap = np.ones((*originals.shape[:2], panel_gap(originals.shape[2]), originals.shape[3]))
     both = np.concatenate([originals, gap, predicted], axis=2).repeat(3 // originals.shape[3], axis=3)
@@ -55,7 +55,7 @@ def _write_each(look: Look, names: Sequence[str], folder: Path) -> None:
         aside.mkdir()
         mark_output(aside)
         for number, (name, picture) in enumerate(zip(names, both, strict=True), start=1):
-            # Names may hold folders and whatever no file may; the number keeps two of them apart.
+            # Names may contain folders and characters that files cannot; the number keeps them distinct.
             plain = re.sub(r"[^\w.-]+", "_", name.removesuffix(Path(name).suffix))[-100:].strip("_.")
             pixels = (picture * 255).round().astype(np.uint8)
             Image.fromarray(pixels).save(aside / f"{number:0{len(str(len(names)))}d}_{plain}.png")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def distinguished(*runs: Sequence[Measured]) -> list[list[Measured]]:
-    """Drop the labels if all results have the same, and the file where nothing else is the same."""
+    """Drop the labels if all results have the same, and the file if something else differs."""
     differ = len({one.labels for run in runs for one in run} - {None}) > 1
     kept = [[one if differ else one._replace(labels=None) for one in run] for run in runs]
 

@@ -56,7 +56,7 @@ from nextblock.visualize.words import BASELINE_WORDS
 
 log = logging.getLogger(__name__)
 
-KEPT_IMAGES, MAX_NEAREST, THUMBNAIL_PX = 64, 100, 128
+KEPT_IMAGES, NEAREST, THUMBNAIL_PX = 64, 18, 128
 
 
 class Session:
@@ -198,20 +198,21 @@ class Session:
         colours = torch.from_numpy(PatchColours.fit(tokens).colours(tokens))
         return {"picture": _url(rearrange(colours, "(i j) c -> c i j", i=rows))}
 
-    def nearest(self, image: Any, top: Any = 12) -> dict[str, Any]:
+    def nearest(self, image: Any) -> dict[str, Any]:
         """The most similar images of --data among those encoded so far, without the image itself."""
         source, table, images = self._source(), self.table, self._normalized(image)
         require(not self.search_failed, self.search_failed)
-        top, rows = _number("top", top, MAX_NEAREST + 1), []
-        # The table has rows once its first batch is encoded.
-        numbers = table.readable() if table is not None and self.encoded else np.empty(0, dtype=np.int64)
-        if table is not None and len(numbers):
+        assert table is not None, "made with its source"
+        rows = []
+        # The table can be read once its first batch is encoded.
+        numbers = table.readable() if self.encoded else np.empty(0, dtype=np.int64)
+        if len(numbers):
             with torch.no_grad():
                 (asked,) = self.extract(images)
             known = F.normalize(table.read(numbers).to(self.device), dim=-1)
             own = np.flatnonzero(numbers == self.images[int(image)][1])
             itself = torch.from_numpy(own).to(self.device) if len(own) else None
-            found = nearest_neighbours(asked, known, top, itself=itself)
+            found = nearest_neighbours(asked, known, NEAREST, itself=itself)
             rows = [
                 {**about_image(source, int(numbers[row])), "similarity": similarity}
                 for similarity, row in zip(found.similarity[0].tolist(), found.rows[0].tolist(), strict=True)

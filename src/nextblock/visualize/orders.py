@@ -181,30 +181,34 @@ def _draw_mask(axes: Axes, config: ModelConfig, shown: Geometry) -> None:
 
 
 def _caption(config: ModelConfig, shown: Geometry, unit: str, units: str, *, is_full: bool) -> str:
-    said = [f"Left: the order of the {units}, from light to dark."]
+    sentences = [f"Left: the order of the {units}, from light to dark."]
     if config.order == "random":
-        said.append(f"This is the first of {config.num_blocks} random orders; each training step draws one.")
+        sentences.append(
+            f"This is the first of {config.num_blocks} random orders; each training step draws one."
+        )
     elif config.order == "per_image":
-        said.append("This is one random order; training draws another for each image and visit.")
+        sentences.append("This is one random order; training draws another for each image and visit.")
     if shown.masked:
         which = f"The last {shown.masked} of {config.num_blocks} {units} (grey)"
-        said.append(f"{which} are masked and predicted from the others. All patches attend to all.")
+        sentences.append(f"{which} are masked and predicted from the others. All patches attend to all.")
     elif is_full:
-        said.append("All patches attend to all. Such a model cannot be trained: it sees what it predicts.")
+        sentences.append(
+            "All patches attend to all. Such a model cannot be trained: it sees what it predicts."
+        )
     else:
         own = "itself" if unit == "patch" else "its own block"
-        said.append(f"Right: a patch (row) attends to {own} and all earlier {units} (columns).")
+        sentences.append(f"Right: a patch (row) attends to {own} and all earlier {units} (columns).")
         first = f"first {counted(shown.prefix, unit, units)}" if shown.prefix > 1 else f"first {unit}"
         if shown.prefix:
-            said.append(f"All patches attend to the prefix (yellow), the {first} of the order.")
+            sentences.append(f"All patches attend to the prefix (yellow), the {first} of the order.")
         if shown.prefix and config.prefix:
-            said.append("In training, its length is drawn for each image.")
+            sentences.append("In training, its length is drawn for each image.")
         if config.class_token:
-            said.append(f"The class token sees only itself; the {first} is predicted from it.")
+            sentences.append(f"The class token sees only itself; the {first} is predicted from it.")
         else:
-            said.append(f"The model does not predict the {first}.")
+            sentences.append(f"The model does not predict the {first}.")
     if config.predictor_attention != "native":
-        said.append(f"The predictor has its own mask: {config.predictor_attention}.")
+        sentences.append(f"The predictor has its own mask: {config.predictor_attention}.")
     if config.feature_attention == "full" and not is_full:
-        said.append("This is the mask of training; features are computed without a mask.")
-    return " ".join(said)
+        sentences.append("This is the mask of training; features are computed without a mask.")
+    return " ".join(sentences)

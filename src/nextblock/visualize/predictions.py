@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int64, UInt8
 from matplotlib.colors import Normalize
 from torch import Tensor
@@ -73,17 +73,15 @@ def joined(
     config: ModelConfig,
     mean: Sequence[float],
     std: Sequence[float],
-    others: Float[Tensor, "*b h w"] | None = None,
+    background: Float[Tensor, "*b h w"],
 ) -> Float[Tensor, "b shown h w"]:
-    """Put blocks at their places (raster numbers) as images in [0, 1]; the rest is `others`, or a hatch."""
+    """Put blocks at their places (raster numbers) on a background, as images in [0, 1]."""
     whole = blocks.new_zeros(len(blocks), config.num_blocks, blocks.shape[2])
     whole[:, places] = blocks
     pictures = visible(unpatchify(whole, config.block_grid, config.block_px), mean, std)[:, :MAX_CHANNELS]
     is_known = torch.zeros(config.num_blocks, dtype=torch.bool)
     is_known[places] = True
-    return torch.where(
-        pixels_of_blocks(is_known, config), pictures, hatch(config) if others is None else others
-    )
+    return torch.where(pixels_of_blocks(is_known, config), pictures, background)
 
 
 def visible(
@@ -138,14 +136,14 @@ def look_at(
     images = images.float().cpu()
     true = patchify(images, config.block_px)[:, places]
     originals = visible(images, mean, std)[:, :MAX_CHANNELS]
-    others = None
+    background = hatch(config)
     if unpredicted == "mean":  # each block in its mean colour
         height, width = config.block_px
-        others = reduce(originals, "b c (r h) (q w) -> b c r q", "mean", h=height, w=width)
-        others = repeat(others, "b c r q -> b c (r h) (q w)", h=height, w=width)
+        means = reduce(originals, "b c (r h) (q w) -> b c (r q)", "mean", h=height, w=width)
+        background = pixels_of_blocks(means, config)
 
     def drawn(outputs: Tensor) -> Tensor:
-        return joined(to_pixels(outputs, wanted, true), places, config, mean, std, others)
+        return joined(to_pixels(outputs, wanted, true), places, config, mean, std, background)
 
     return Look(
         config=config,
