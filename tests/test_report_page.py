@@ -226,13 +226,8 @@ def test_correlations_are_those_of_numpy_and_equal_values_share_their_ranks():
         assert comparing.correlation(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
         places = [np.flatnonzero(np.sort(x) == one).mean() + 1 for one in x]
         assert comparing.ranks(x) == places
-
-
-@pytest.mark.parametrize(
-    ("x", "y"), [([1, 2], [2, 1]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [4, 4, 4]), ([], [])]
-)
-def test_too_few_or_equal_values_have_no_correlation(x, y):
-    assert comparing.correlation(x, y) is None
+    for x, y in (([1, 2], [2, 1]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [4, 4, 4]), ([], [])):
+        assert comparing.correlation(x, y) is None, "too few, or equal"
 
 
 def test_runs_are_compared(runs):
@@ -349,12 +344,7 @@ def test_report_of_several_runs_writes_one_page_beside_them_again_and_again(cli,
 
 
 @pytest.mark.parametrize(
-    ("out", "why"),
-    [
-        ("x.txt", "must be a file, FILE.html"),
-        ("no/x.html", "there is no directory"),
-        ("d.html", "must be a file"),
-    ],
+    ("out", "why"), [("x.txt", "FILE.html"), ("no/x.html", "there is no directory"), ("d.html", "FILE.html")]
 )
 def test_a_place_that_is_no_page_is_refused(cli, tmp_path, out, why):
     (tmp_path / "d.html").mkdir()

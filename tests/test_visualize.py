@@ -110,23 +110,6 @@ def test_prediction_is_put_together_as_a_loop_over_pixels_does(config):
                 torch.testing.assert_close(seen.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("config", GEOMETRIES)
-@pytest.mark.parametrize("in_order", ["raster", "random"])
-def test_targets_as_predictions_give_the_picture_back_outside_the_first_block(config, in_order):
-    images = random_images(config)
-    order = torch.arange(config.num_blocks) if in_order == "raster" else random_order(config)
-    targets = PixelTargets(config).of_blocks(images, order)[:, 1:]
-    pictures = predicted_image(targets, images, config, order)
-
-    original = (images * 0.25 + 0.5)[:, : pictures.shape[1]]
-    row, column = divmod(int(order[0]), config.block_grid[1])
-    height, width = config.block_px
-    first = torch.zeros(images.shape[2:], dtype=torch.bool)
-    first[row * height : (row + 1) * height, column * width : (column + 1) * width] = True
-    torch.testing.assert_close(pictures[:, :, ~first], original[:, :, ~first], atol=1e-5, rtol=0)
-    assert sorted({round(value, 2) for value in pictures[:, :, first].flatten().tolist()}) == [0.78, 0.86]
-
-
 def test_predictions_that_are_no_numbers_are_shown_black():
     config = small_config()
     images, order = random_images(config), torch.arange(config.num_blocks)
