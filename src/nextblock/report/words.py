@@ -147,9 +147,8 @@ def warnings(summary: RunSummary) -> list[str]:
     for what, lines, name in (("loss", summary.train, "loss"), ("validation loss", summary.val, "val_loss")):
         steps = [f"{line['step']:,}" for line in lines if name in line and not is_number(line[name])]
         if steps:
-            found.append(
-                f"NaN or infinite {what} at step {', '.join(steps[:5])}{', ...' * (len(steps) > 5)}."
-            )
+            more = ", ..." if len(steps) > 5 else ""
+            found.append(f"NaN or infinite {what} at step {', '.join(steps[:5])}{more}.")
     return found
 
 
