@@ -184,7 +184,7 @@ def test_an_image_size_that_the_patches_or_the_positions_do_not_make_is_refused(
     with pytest.raises(CheckpointError, match=r"18-px patches, which do not make an image of 224x224 px"):
         read(wider)
     assert read(wider, image_size=36).config.grid == (2, 2)
-    with pytest.raises(CheckpointError, match=r"grid of 16x16 patches .*, \(1, 16, 48\)\); .* give image_size="):
+    with pytest.raises(CheckpointError, match=r"grid of 16x16 patches .* give image_size="):
         read(whole, image_size=224)
 
 
