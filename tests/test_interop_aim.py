@@ -108,19 +108,8 @@ def test_a_whole_model_is_read_with_the_settings_of_the_training_code(whole):
     assert (trunk.config.predictor, trunk.config.image_size) == (None, 56)
 
 
-def test_weights_are_found_in_their_wrappers(whole, backbone):
-    for weights in (whole, backbone):
-        for wrapped in (
-            {"model": weights, "iteration": 9},
-            {"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}},
-            as_the_training_code_names(weights),
-        ):
-            assert same_weights(read(wrapped), read(weights))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_cast_to_fp32_and_its_rounded_positions_are_accepted(dtype, whole):
-    model = read({n: w.to(dtype) for n, w in whole.items()})
+def test_half_precision_is_cast_to_fp32_and_its_rounded_positions_are_accepted(whole):
+    model = read({n: w.to(torch.bfloat16) for n, w in whole.items()})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 

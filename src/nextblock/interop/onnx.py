@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.atomic import write_aside
-from nextblock.checkpoint import CheckpointError, refuse_non_finite
+from nextblock.checkpoint import CheckpointError
 from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
 from nextblock.interop.timm import data_at, encoder_at
@@ -73,8 +73,6 @@ def write_onnx(
     settings and the normalisation. Above torch's limit for one file, weights are in `NAME.onnx.data`. Raises
     `OnnxError` if a package is missing or the outputs differ.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; name the file to write")
     try:
         for package in PACKAGES:
             importlib.import_module(package)
@@ -88,9 +86,7 @@ def write_onnx(
             f"attention {attention}: this classifier's head is made for {own!r}; leave it out",
         )
         attention = own
-    if not isinstance(source, NextBlockModel):
-        raise OnnxError("timm encoders cannot be written as ONNX; use timm's own export")
-    refuse_non_finite(model.state_dict(), "the model", "nothing was written; take an earlier checkpoint")
+    assert isinstance(source, NextBlockModel)
     layers, depth = tuple(layers or ()), source.config.depth
     require(
         len(set(layers)) == len(layers) and all(0 <= layer < depth for layer in layers),
