@@ -130,9 +130,9 @@ def test_a_file_is_read_once_however_much_it_does_not_tell(golden_dir, tmp_path,
     model = tiny_model(image_size=56, patch_size=14, embed_dim=48, depth=4, block_size=1)
     initialize(model, tmp_path / "both.pth")
     assert len(read) == 1
-    for given, missing in (({}, "how many attention heads"), ({"num_heads": 3}, "layers its head averages")):
+    for heads, missing in ((None, "how many attention heads"), (3, "which layers its head averages")):
         with pytest.raises(MissingSettingError, match=missing):
-            load(tmp_path / "both.pth", **given)
+            load(tmp_path / "both.pth", num_heads=heads)
 
 
 def test_a_path_without_one_model_is_refused_with_what_was_looked_for_and_found(tmp_path):
