@@ -45,7 +45,7 @@ def info(argv: Sequence[str]) -> int:
     try:
         found = read(classifier_directory(options.file), LoadOptions(**known, fallback=STAND_INS))
     except UnknownFormatError as error:
-        values = _tensors(error.content, str(error))
+        values = _tensors(error.path, error.content, str(error))
         shapes = values.get("tensors", {}).items()
         facts = [("what", values["kind"]), ("why", values["why"])]
         facts += [(name, "x".join(map(str, shape)) or "a number") for name, shape in shapes]
@@ -157,17 +157,21 @@ def _model(found: Found, src: str) -> tuple[dict[str, Any], list[tuple[str, str]
     return values, facts + [(f"{name}?", why) for name, why in assumed.items()]
 
 
-def _tensors(content: Any, why: str) -> dict[str, Any]:
+def _tensors(path: Path, content: Any, why: str) -> dict[str, Any]:
     """Describe a file of tensors that is not a model, such as the head of a classifier."""
+    from nextblock.checkpoint import is_safetensors, read_metadata
     from nextblock.interop.aim import is_aim_head
+    from nextblock.interop.files import unwrapped
 
     if not isinstance(content, Mapping):
         return {"kind": "no weights", "why": why}
-    kind = "head of an AIM classifier" if is_aim_head(content) else "tensors"
     shapes = {name: list(value.shape) for name, value in content.items() if hasattr(value, "shape")}
-    values: dict[str, Any] = {"kind": kind, "why": why, "tensors": dict([*shapes.items()][:MAX_TENSORS])}
+    kind = "head of an AIM classifier" if is_aim_head(unwrapped(content)) else "tensors"
+    values: dict[str, Any] = {"kind": kind, "why": why, "tensors": dict(list(shapes.items())[:MAX_TENSORS])}
     if len(shapes) > MAX_TENSORS:
         values["further_tensors"] = len(shapes) - MAX_TENSORS
+    if path.is_file() and is_safetensors(path) and read_metadata(path):
+        values["metadata"] = read_metadata(path)
     return values
 
 
