@@ -218,6 +218,14 @@ def test_what_names_no_repository_is_refused(spec, hub):
         fetch(spec)
 
 
+def test_only_whole_directories_are_pushed_to_the_main_branch(model_file):
+    for spec in ("hf:me/vit/x.bin", "hf:me/vit@v1"):
+        with pytest.raises(ValueError, match="whole directories are pushed, to the main branch: hf:me/vit"):
+            push(model_file, spec)
+    with pytest.raises(ValueError, match="only nextblock and timm go to the hub"):
+        convert(model_file, "hf:me/vit", to="onnx")
+
+
 def test_a_model_that_is_pushed_is_the_same_when_it_is_pulled(hub, tmp_path, model_file):
     convert(model_file, "hf:me/whole")
     assert 'nextblock.load("hf:me/whole")' in hub.repos["me/whole"]["README.md"].decode()

@@ -147,6 +147,12 @@ def test_a_path_without_one_model_is_refused_with_what_was_looked_for_and_found(
         load(tmp_path)
 
 
+def test_a_file_that_lost_its_settings_is_told_from_one_in_no_known_format(tmp_path):
+    save_file(tiny_model().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(UnknownFormatError, match="lost its settings"):
+        load(tmp_path)
+
+
 LOOPED: dict = {"epoch": 3}
 LOOPED["model"] = LOOPED
 
