@@ -20,7 +20,7 @@ from nextblock.cli.weights import convert as run
 from nextblock.config import DataConfig
 from nextblock.interop import load, load_model
 from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
-from nextblock.interop.convert import Converted, convert, target_of
+from nextblock.interop.convert import convert, target_of
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
@@ -155,17 +155,14 @@ def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
         ("v1.5", None, "nextblock"),
         ("v1.5", "timm", "timm"),
         ("hf:me/x.onnx", None, "nextblock"),
-        ("v1.onx", "timm", "timm"),
         ("x.onnx", "timm", None),
         ("x.ckpt", None, None),
         ("x.pth", "onnx", None),
-        ("x.onx", None, None),
-        ("x.safetensor", None, None),
     ],
 )
 def test_the_suffix_tells_the_format_unless_one_is_given_and_must_not_contradict_it(dst, to, expected):
     if expected is None:
-        with pytest.raises(ValueError, match=r"needs an? .*; name a|misspelt \.(onnx|safetensors);"):
+        with pytest.raises(ValueError, match=r"needs an? .*; name a"):
             target_of(dst, to)
     else:
         assert target_of(dst, to) == expected
@@ -230,24 +227,3 @@ def test_the_command_writes_onnx_in_a_process_of_its_own(golden_dir, tmp_path):
     line, told = done.stdout.splitlines()
     assert "onnxruntime within" in line
     assert 0 < json.loads(told)["difference"] < 1e-4
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """What the command asks of `convert`, which writes nothing."""
-    calls = []
-
-    def record(src, dst, to, **settings):
-        calls.append({"src": src, **settings})
-        return Converted(target_of(dst, to), dst, 0, None)
-
-    monkeypatch.setattr("nextblock.interop.convert.convert", record)
-    return calls
-
-
-@pytest.mark.parametrize(("words", "layers"), [(["last"], "last"), (["1", "--probe_layers", "2"], (1, 2))])
-def test_probe_layers_are_names_or_numbers(words, layers, asked):
-    assert run(["src", "dst", "--probe_layers", *words]) == 0
-    assert asked[0]["probe_layers"] == layers
-    with pytest.raises(ValueError, match="probe_layers is 'lost'; did you mean last"):
-        run(["src", "dst", "--probe_layers", "lost"])

@@ -147,9 +147,9 @@ def test_without_network_the_cache_is_read_and_nothing_else(monkeypatch, tmp_pat
     assert fetch("hf:me/vit") == fetch(f"hf:me/vit@{REVISION}") == snapshot
     found = load("hf:me/vit")
     assert torch.equal(found(tiny_images()).loss, tiny_model()(tiny_images()).loss)
-    with pytest.raises(HubError, match=r"hf:me/other is not in the cache.*unset HF_HUB_OFFLINE"):
+    with pytest.raises(HubError, match=r"hf:me/other could not be reached.*unset HF_HUB_OFFLINE"):
         fetch("hf:me/other")
-    with pytest.raises(HubError, match="hf:me/vit cannot be pushed to without a network: connect"):
+    with pytest.raises(HubError, match=r"hf:me/vit could not be reached.*give a path"):
         push(tmp_path, "hf:me/vit")
 
 
@@ -163,7 +163,6 @@ WANTED = ["README.md", "config.json", "model.safetensors"]
         (["best.pt"], ["best.pt"]),
         (["a.bin", "a.safetensors"], ["a.safetensors"]),
         (["backbone.pth", "head.pth"], ["backbone.pth", "head.pth"]),
-        ([f"checkpoints/step_0000000{i}/model.safetensors" for i in (1, 2)], ["model.safetensors"]),
     ],
 )
 def test_what_is_the_model_of_a_repository_is_fetched_and_nothing_else(names, fetched, hub):
@@ -198,9 +197,9 @@ def test_a_named_backbone_and_its_head_make_a_classifier(hub, golden_dir):
         ("hf:me/none", None, r"hf:me/none is not on the hub, or is private: .*hf auth login"),
         ("hf:me/vit@v9", None, "no such revision"),
         ("hf:me/vit", (403, "GatedRepo"), "is gated: accept its terms"),
-        ("push", (403, "Forbidden"), r"refuses hf:me/vit \(status 403\): log in"),
-        ("push", (500, "Oops"), r"failed for hf:me/vit .*500.*try it again"),
-        ("hf:me/vit", "no hub", "not in the cache, and the hub could not be reached"),
+        ("push", (403, "Forbidden"), r"hf:me/vit is refused by the hub \(status 403\): log in"),
+        ("push", (500, "Oops"), r"hf:me/vit failed .*500.*try it again"),
+        ("hf:me/vit", "no hub", "could not be reached, and is not in the cache"),
     ],
 )
 def test_every_failure_of_the_hub_is_told_by_its_cause(spec, status, words, hub, monkeypatch, tmp_path):
@@ -219,17 +218,12 @@ def test_what_names_no_repository_is_refused(spec, hub):
         fetch(spec)
 
 
-@pytest.mark.parametrize(
-    ("do", "words"),
-    [
-        (lambda src: push(src, "hf:me/vit/x.bin"), "names a file; whole directories are pushed: hf:me/vit"),
-        (lambda src: push(src, "hf:me/vit@v1"), "pushed to the main branch"),
-        (lambda src: convert(src, "hf:me/vit", to="onnx"), "only nextblock and timm go to the hub"),
-    ],
-)
-def test_a_file_a_revision_and_a_graph_are_no_places_to_push_to(do, words, model_file):
-    with pytest.raises(ValueError, match=words):
-        do(model_file)
+def test_only_whole_directories_are_pushed_to_the_main_branch(model_file):
+    for spec in ("hf:me/vit/x.bin", "hf:me/vit@v1"):
+        with pytest.raises(ValueError, match="whole directories are pushed, to the main branch: hf:me/vit"):
+            push(model_file, spec)
+    with pytest.raises(ValueError, match="only nextblock and timm go to the hub"):
+        convert(model_file, "hf:me/vit", to="onnx")
 
 
 def test_a_model_that_is_pushed_is_the_same_when_it_is_pulled(hub, tmp_path, model_file):
@@ -248,15 +242,3 @@ def test_a_model_that_is_pushed_is_the_same_when_it_is_pulled(hub, tmp_path, mod
     assert torch.equal(load_model("hf:me/vit").encode(images).tokens, expected)
     vit: Any = timm.create_model("hf-hub:me/vit", pretrained=True, cache_dir=tmp_path / "timm").eval()
     assert torch.equal(vit.forward_features(images), expected)
-
-
-def test_a_source_on_the_hub_is_asked_for_once_and_fetched_once(hub, tmp_path, model_file):
-    hub.repos["me/vit"] = {"model.safetensors": model_file.read_bytes()}
-    fetch("hf:me/vit")
-    hub.log.clear()
-    fetch("hf:me/vit")
-    once = list(hub.log)
-    assert not [line for line in once if "resolve" in line]
-    hub.log.clear()
-    convert("hf:me/vit", tmp_path / "out")
-    assert hub.log == once

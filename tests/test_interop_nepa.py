@@ -15,6 +15,7 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.cli import main
 from nextblock.interop import load, load_model
 from nextblock.interop.convert import convert
+from nextblock.interop.files import LoadOptions
 from nextblock.interop.load import recorded_data
 from nextblock.interop.nepa import read_nepa
 from nextblock.models import NextBlockModel
@@ -120,7 +121,7 @@ def saved(directory, weights, **settings):
 
 
 def read(weights, **settings) -> Any:
-    return read_nepa(weights, {**CONFIG, **settings}, "FILE")
+    return read_nepa(weights, {**CONFIG, **settings}, "FILE", LoadOptions())
 
 
 def same(found, expected):
@@ -196,10 +197,10 @@ def test_commands_take_it_as_any_other_model(tmp_path, capsys):
     [
         (f"{LAYER}1.output.dense.weight", None, "missing: encoder.blocks.1.mlp.fc2.weight"),
         (f"{LAYER}1.layer_scale.lambda1", None, "missing: encoder.blocks.1.gamma_1"),
-        (f"{ATTENTION}key.bias", None, f"lacks '{ATTENTION}key.bias'"),
+        (f"{ATTENTION}key.bias", None, "lacks 'encoder.blocks.1.attn.key.bias'"),
         (f"{ATTENTION}q_norm.weight", (8,), "unexpected: encoder.blocks.1.attn.q_norm.weight"),
         (f"{ATTENTION}q_norm.bias", (8,), "unexpected: encoder.blocks.1.attn.q_norm.bias"),
-        ("vit_nepa.pooler.weight", (DIM, DIM), "'vit_nepa.pooler.weight', which is not in the NEPA layout"),
+        ("vit_nepa.pooler.weight", (DIM, DIM), "'pooler.weight', which is not in the NEPA layout"),
         (f"{LAYER}0.intermediate.gate_proj.weight", (48, DIM), "a gated MLP (gate_proj)"),
         ("classifier.weight", (CLASSES, DIM), "a classifier of the last token (no fc_norm)"),
     ],

@@ -24,11 +24,12 @@ from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
 from nextblock.interop import initialize, load, load_model
 from nextblock.interop.cards import Provenance
+from nextblock.interop.convert import write_timm
 from nextblock.interop.files import LoadOptions
 from nextblock.interop.load import recorded_data
-from nextblock.interop.timm import from_timm, is_timm_directory, read_timm, read_timm_weights, write_timm
+from nextblock.interop.timm import from_timm, is_timm_directory, read_timm, read_timm_weights
 from nextblock.interop.timm_models import NextBlockViT
-from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_model, timm_provenance
+from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_model, timm_settings
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import positions_of, resample_positions
 from nextblock.settings import to_dict
@@ -91,7 +92,8 @@ def masked_vit(**changes) -> Any:
 
 
 def written(model, directory, data=DATA, **settings):
-    write_timm(model, directory, data=data, provenance=FROM_TEST, **settings)
+    address = f"local-dir:{directory.name}"
+    write_timm(model, directory, address=address, data=data, provenance=FROM_TEST, **settings)
     return directory
 
 
@@ -232,18 +234,9 @@ def test_images_are_cut_and_normalised_in_timm_as_in_the_run(tmp_path):
         assert read_timm_data(directory) == data
         assert read_timm_data(directory / "model.safetensors") == data
         assert read_data(directory / "model.safetensors") == data
-    for resize_px in range(16, 60):  # timm rounds
+    for resize_px in range(16, 60, 3):  # timm rounds
         data = replace(DATA, val_resize_px=resize_px)
         assert read_timm_data(written(model, tmp_path / f"{resize_px}", data)) == data
-
-
-def test_weights_with_nan_are_not_written(tmp_path):
-    model = encoder(XTRA)
-    with torch.no_grad():
-        model.get_parameter("encoder.blocks.1.norm1.bias")[3] = torch.nan
-    with pytest.raises(CheckpointError, match=r"NaN or inf in 1 tensor \(blocks\.1\.norm1\.bias\)"):
-        written(model, tmp_path / "out")
-    assert not any(tmp_path.iterdir())
 
 
 def test_other_image_sizes_are_those_of_the_model(case, tmp_path):
@@ -346,7 +339,7 @@ def test_a_directory_that_timm_wrote_and_its_files_are_the_same_function(tmp_pat
     data = recorded_data(tmp_path / file)
     assert data is not None
     assert data.mean == (0.5, 0.5, 0.5)
-    assert timm_provenance(tmp_path).license == "apache-2.0"
+    assert timm_settings(tmp_path)["license"] == "apache-2.0"
 
 
 @pytest.mark.parametrize(
@@ -364,7 +357,7 @@ def test_tokens_beside_the_patches_are_refused_or_left_out_and_listed(changes, t
     with caplog.at_level(logging.INFO):
         model = from_timm(vit, "timm", drop_prefix_tokens=True)
     assert f"left out of timm: {tokens}" in caplog.text
-    bare = read_timm_weights(vit.state_dict(), "file", num_heads=3, drop_prefix_tokens=True)
+    bare = read_timm_weights(vit.state_dict(), "file", LoadOptions(num_heads=3, drop_prefix_tokens=True))
     for found in (model, bare):
         assert torch.equal(positions_of(found.encoder), vit.pos_embed[:, positions:])
 
@@ -401,7 +394,6 @@ def test_names_of_timm_are_read(caplog):
     data = read_timm_data(f"{fresh},img_size=80")
     assert data is not None
     assert (data.std, data.val_resize_px) == ((0.5, 0.5, 0.5), 84)
-    assert timm_provenance("timm:test_vit.r160_in1k").origin == "timm's test_vit.r160_in1k"
     for name, words in (("test_vit", r"cls_token.*as model\.init"), ("test_resnet", "timm ResNet; only")):
         with pytest.raises(CheckpointError, match=words):
             load(f"timm:{name},pretrained=false")
@@ -416,21 +408,24 @@ def test_a_bare_state_dict_is_the_same_function_and_needs_its_heads(tmp_path, ca
     assert_same(model.encode(SQUARE).tokens, vit.forward_features(SQUARE))
     assert "no mask recorded; loaded as a timm ViT with full attention" in caplog.text
     official = tiny_vit(embed_dim=192, depth=12)
-    assert read_timm_weights(official.state_dict(), "vit.pth").config.num_heads == 3
+    assert read_timm_weights(official.state_dict(), "vit.pth", LoadOptions()).config.num_heads == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mask_token": torch.zeros(1, 24)}, "unexpected: mask_token"),
-        ({"norm.weight": None}, r"lacks 'norm\.weight'"),
+        ({"mask_token": torch.zeros(1, 24)}, "unexpected: encoder.mask_token"),
+        ({"norm.weight": None}, r"missing: encoder\.norm\.weight"),
         ({"pos_embed": torch.zeros(1, 15, 24)}, "no square grid"),
-        ({"blocks.1.norm1.bias": None}, r"missing: blocks\.1\.norm1\.bias"),
-        ({"blocks.1.mlp.fc2.bias": None}, r"missing: blocks\.1\.mlp\.fc2\.bias"),
-        ({"blocks.0.ls1.gamma": torch.ones(24), "blocks.0.attn.proj.weight": None}, r"cted: blocks\.0\.ls1"),
-        ({"blocks.0.ls1.gamma": torch.ones(7)}, r"unexpected: blocks\.0\.ls1"),
+        ({"blocks.1.norm1.bias": None}, r"missing: encoder\.blocks\.1\.norm1\.bias"),
+        ({"blocks.1.mlp.fc2.bias": None}, r"missing: encoder\.blocks\.1\.mlp\.fc2\.bias"),
+        (
+            {"blocks.0.ls1.gamma": torch.ones(24), "blocks.0.attn.proj.weight": None},
+            r"cted: .*0\.ls1",
+        ),
+        ({"blocks.0.ls1.gamma": torch.ones(7)}, r"unexpected: encoder\.blocks\.0\.ls1"),
         ({"patch_embed.proj.weight": torch.zeros(24, 48)}, r"of shape \(24, 48\), not of 4"),
-        ({"norm.bias": torch.full((24,), torch.inf)}, r"NaN or inf in 1 tensor \(norm\.bias\)"),
+        ({"norm.bias": torch.full((24,), torch.inf)}, r"NaN or inf in 1 tensor \(encoder\.norm\.bias\)"),
         ({"epoch": 3}, r"holds 'epoch' of type int"),
     ],
 )
@@ -480,7 +475,7 @@ def test_damaged_and_contradicting_settings_are_refused(config, metadata, words,
 def test_damaged_missing_and_strange_weights_are_refused(tmp_path):
     directory = written(encoder(XTRA), tmp_path / "out")
     file = directory / "model.safetensors"
-    with pytest.raises(CheckpointError, match="holds a nextblock_vit with attention causal; give the file"):
+    with pytest.raises(UsageError, match=r"nextblock wrote .*; give the file alone"):
         timm_model(f"timm:vit_tiny_patch16_224,checkpoint={file}")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="not complete"):

@@ -22,7 +22,6 @@ LAYOUTS = {
     "attentive Lightning": ("attentive.ckpt", XTRA, {}, (73, 64)),
     "linear Lightning": ("linear.ckpt", XTRA, {}, (73, 64)),
     "DeepSpeed": ("deepspeed", XTRA, {}, (73, 64)),
-    "AIM, layers": ("backbone.pth", [*AIM, "1,2"], {"head": "head.pth", "probe_layers": (1, 2)}, (256, 224)),
     "AIM, last": ("backbone.pth", [*AIM, "last"], {"head": "head.pth", "probe_layers": "last"}, (256, 224)),
     "AIM, best": ("backbone.pth", [*AIM, "best"], {"head": "head.pth", "probe_layers": "best"}, (256, 224)),
 }

@@ -161,11 +161,12 @@ def _tensors(path: Path, content: Any, why: str) -> dict[str, Any]:
     """Describe a file of tensors that is not a model, such as the head of a classifier."""
     from nextblock.checkpoint import is_safetensors, read_metadata
     from nextblock.interop.aim import is_aim_head
+    from nextblock.interop.files import unwrapped
 
     if not isinstance(content, Mapping):
         return {"kind": "no weights", "why": why}
     shapes = {name: list(value.shape) for name, value in content.items() if hasattr(value, "shape")}
-    kind = "head of an AIM classifier" if is_aim_head(content) else "tensors"
+    kind = "head of an AIM classifier" if is_aim_head(unwrapped(content)) else "tensors"
     values: dict[str, Any] = {"kind": kind, "why": why, "tensors": dict(list(shapes.items())[:MAX_TENSORS])}
     if len(shapes) > MAX_TENSORS:
         values["further_tensors"] = len(shapes) - MAX_TENSORS

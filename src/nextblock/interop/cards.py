@@ -22,13 +22,7 @@ KNOWN_LICENSES = (
     "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
     "cc-by-nc-nd-4.0", "openrail", "apple-ascl", "apple-amlr", "unknown",
 )  # fmt: skip
-"""Licence names that the hub knows; it lists any other as "other" with a name."""
-OFFICIAL_LICENSES = {
-    "official AIM": "Apple's own licence, if these are the weights that Apple released; see their origin",
-    "official NEPA": "apache-2.0, if these are the weights that SixAILab released; see their origin",
-    "official XTRA": "none is stated for the official XTRA weights, if these are they; ask their authors",
-}
-"""Licences by the format that `load` detects. Other people's weights may have these layouts too."""
+"""Licence names that the hub knows; it refuses any other, so these become "other" with a name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +47,14 @@ def read_provenance(directory: Path, *, origin: str) -> Provenance | None:
     # text in weights_license, which wins. "other" says least and comes last.
     known = head.get("license")
     known = ", ".join(map(str, known)) if isinstance(known, list) else known
-    named = head.get("weights_license") or (known != "other" and known) or head.get("license_name") or known
-    if not named and not head.get("weights_origin"):
+    text = head.get("weights_license") or (known != "other" and known) or head.get("license_name") or known
+    if not text and not head.get("weights_origin"):
         return None
     name, link = (head.get(key) and str(head[key]) for key in ("license_name", "license_link"))
     return Provenance(
         origin=str(head.get("weights_origin") or origin),
-        license=str(named or UNSPECIFIED),
-        license_name=None if named and name == _slug(str(named)) else name,
+        license=str(text or UNSPECIFIED),
+        license_name=None if text and name == _slug(str(text)) else name,
         license_link=link,
     )
 
@@ -76,7 +70,6 @@ def model_card(
     notes: Sequence[str] = (),
 ) -> str:
     """Write a card in Markdown; `opening` is code that loads the weights, `notes` are bullet points."""
-    # The hub refuses cards with unknown licences, so these become "other" with a name.
     licence: dict[str, Any] = {}
     if provenance.license.lower() in KNOWN_LICENSES:
         licence = {"license": provenance.license.lower()}
@@ -132,6 +125,4 @@ Licence of the weights: {provenance.license}{link}.
 
 def _slug(text: str) -> str:
     """Licence name as the hub accepts it ("apple-s-own-licence"), at most 60 characters."""
-    # Cut between words if possible.
-    slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
-    return (slug if len(slug) <= 60 else slug[:61].rpartition("-")[0] or slug[:60]).strip("-.")
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower())[:60].strip("-.")

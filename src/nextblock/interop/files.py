@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, ClassVar, Literal
@@ -64,9 +64,7 @@ def choose_weights(names: Iterable[str], where: str, *, as_named: str) -> tuple[
     if tuple(files) == AIM_FILES:
         return AIM_FILES
     if len({PurePosixPath(name).stem for name in files}) > 1:
-        more = [f"and {len(files) - NAMES_SHOWN} more"] if len(files) > NAMES_SHOWN else []
-        listed = ", ".join(files[:NAMES_SHOWN] + more)
-        named = as_named.format(files[0])
+        listed, named = ", ".join(files[:NAMES_SHOWN]), as_named.format(files[0])
         raise CheckpointError(f"{where} contains several weight files ({listed}); name one of them: {named}")
     # The same model in several formats: safetensors comes first, as it runs no code and is memory-mapped.
     return tuple(sorted(files, key=lambda name: WEIGHT_SUFFIXES.index(PurePosixPath(name).suffix))[:1])
@@ -94,7 +92,8 @@ def read_content(path: Path) -> Any:
         SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,
         TypeError, AttributeError, ArithmeticError, MemoryError,
     ) as error:  # fmt: skip
-        raise CheckpointError(_why_unreadable(path, str(error), type(error).__name__)) from error
+        why = _why_unreadable(path, str(error), type(error).__name__)
+        raise CheckpointError(f"{path} {why}") from error
 
 
 class _Inert:
@@ -189,27 +188,26 @@ def _why_unreadable(path: Path, message: str, kind: str) -> str:
     # Check the bytes first, as they explain more than torch's message.
     start = b""
     if path.is_file():
-        if path.stat().st_size == 0:
-            return f"{path} cannot be read as a weight file: the file is empty; take the original again"
         with path.open("rb") as file:
-            start = file.read(100).lstrip()
+            start = file.read(100)
+        if not start:
+            return "cannot be read as a weight file: the file is empty; take the original again"
     if path.suffix == ".onnx" or ONNX_START.match(start):
-        return f"{path} is an ONNX file, which cannot be loaded; give the run or file that it was made from"
-    forbidden = re.search(r"GLOBAL (\S+)", message)
+        return "is an ONNX file, which cannot be loaded; give the run or file that it was made from"
     if start.startswith(b"version https://git-lfs"):
-        return f"{path} is a Git LFS pointer to the file; fetch it by `git lfs pull`"
-    if start.startswith(b"<"):
-        return f"{path} is an HTML page, not a weight file; download it again from the file's own address"
-    if forbidden is not None:
+        return "is a Git LFS pointer to the file; fetch it by `git lfs pull`"
+    if start.lstrip().startswith(b"<"):
+        return "is an HTML page, not a weight file; download it again from the file's own address"
+    if forbidden := re.search(r"GLOBAL (\S+)", message):
         return (
-            f"{path} is a pickle with more than tensors and plain values ({forbidden[1]}), and reading "
-            "it could run code. If you trust its origin, save only its state_dict, elsewhere"
+            f"is a pickle with more than tensors and plain values ({forbidden[1]}), and reading it could run "
+            "code. If you trust its origin, save only its state_dict, elsewhere"
         )
     # Only the first sentence of torch's message, without its advice.
     reason = message.split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(". ")[0]
     return (
-        f"{path} cannot be read as a weight file: it is of another kind, or not complete; "
-        f"compare its size with the original's ({kind}: {reason})"
+        "cannot be read as a weight file: it is of another kind, or not complete; compare its size with the "
+        f"original's ({kind}: {reason})"
     )
 
 
@@ -228,7 +226,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def unwrapped(content: Any) -> Mapping[str, Any]:
     """Weights in a file's content, without wrappers, under their plain names; {} if there are none."""
-    *_, weights = {}, *_wrappings(content)
+    weights = next(reversed(_wrappings(content)), {})
     if not weights or not all(isinstance(name, str) for name in weights):
         return {}
     # Wrappers nest in any order, so remove prefixes as long as all names share one. A prefix of only some
@@ -243,24 +241,23 @@ def beside_weights(content: Any, key: str) -> Any:
     return next((wrapping[key] for wrapping in _wrappings(content) if key in wrapping), None)
 
 
-def _wrappings(content: Any) -> Iterator[Mapping[Any, Any]]:
+def _wrappings(content: Any) -> list[Mapping[Any, Any]]:
     """A file's content and the mappings nested in it under wrapper keys, from the outside in."""
     # Checkpoints wrap their weights one to three levels deep. The limit guards against a dict in itself.
-    for _ in range(MAX_WRAPPERS):
-        if isinstance(content, Mapping):
-            yield content
-            content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    found: list[Mapping[Any, Any]] = []
+    while isinstance(content, Mapping) and len(found) < MAX_WRAPPERS:
+        found.append(content)
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    return found
 
 
-def make_parent(path: Path) -> None:
-    """Create the parent directory of a path."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: the directory {path.parent} cannot be created ({error.strerror}); "
-            "choose another place"
-        ) from error
+def only_tensors(weights: Mapping[str, Any], origin: str) -> Mapping[str, Tensor]:
+    """Return the same weights; `CheckpointError` if any is not a tensor."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{origin} holds {name!r} of type {kind}; take the original file")
+    return weights
 
 
 # ------------------------------------------------------------------------------------ settings by the caller
@@ -301,13 +298,7 @@ class LoadOptions:
         )
 
     @property
-    def given(self) -> list[str]:
-        """Names of the settings that the caller gave."""
+    def given(self) -> dict[str, Any]:
+        """The settings that the caller gave."""
         names = ("head", "num_heads", "probe_layers", "image_size", "norm_eps")
-        return [name for name in names if getattr(self, name) is not None]
-
-    def refuse_aims(self, origin: str) -> None:
-        """Refuse settings that only AIM's files need, as every other format records them."""
-        for name in self.given:
-            value = getattr(self, name)
-            require(name == "num_heads", f"{origin} does not use {name}={value!r}; leave it out")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import glob
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -22,8 +22,6 @@ from nextblock.logs import muted
 HUB_SPEC = "hf:"
 # Files fetched with every weight file: its settings, and its card for the licence.
 BESIDE = ("config.json", "README.md")
-# Model of a checkpoint in a run directory.
-CHECKPOINT = re.compile(r"checkpoints/step_(\d+)/model\.safetensors")
 
 
 class HubError(RuntimeError):
@@ -54,9 +52,6 @@ def fetch(spec: str) -> Path:
         if file is None:
             at = "" if revision is None else f"@{revision}"
             wanted = choose_weights(names, spec, as_named=f"{HUB_SPEC}{repo}/{{}}{at}")
-            # Sorted by number, not by name: step_100000000 comes after step_99999999.
-            steps = sorted((int(match[1]), match[0]) for match in map(CHECKPOINT.fullmatch, names) if match)
-            wanted = wanted or tuple(name for _, name in steps[-1:])  # the latest checkpoint of a run
         elif file in names:
             wanted = (file,)
         else:
@@ -71,11 +66,9 @@ def fetch(spec: str) -> Path:
 def push(folder: Path, spec: str) -> str:
     """Upload a folder as one commit to a model repository, created if necessary; return its address."""
     repo, file, revision = _parts(spec)
-    if file is not None:
-        raise UsageError(f"{spec} names a file; whole directories are pushed: hf:{repo}")
-    if revision is not None:
-        raise UsageError(f"{spec} names a revision; weights are pushed to the main branch: hf:{repo}")
-    with hub_errors(spec, pushing=True):
+    if file is not None or revision is not None:
+        raise UsageError(f"{spec}: whole directories are pushed, to the main branch: hf:{repo}")
+    with hub_errors(spec, instead="a path to write to"):
         api = HfApi()
         address = api.create_repo(repo, exist_ok=True)
         api.upload_folder(
@@ -85,7 +78,7 @@ def push(folder: Path, spec: str) -> str:
 
 
 @contextmanager
-def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of a copy") -> Iterator[None]:
+def hub_errors(spec: str, *, instead: str = "the path of a copy") -> Iterator[None]:
     """Turn errors of the hub's client into one line with a cause and a remedy.
 
     `instead` is what the user can give without a network.
@@ -100,24 +93,23 @@ def hub_errors(spec: str, *, pushing: bool = False, instead: str = "the path of 
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         # The client's error classes inherit from each other: a gated repository is also "not found", offline
         # mode also an OSError. So special classes come before general ones.
+        offline = "could not be reached, and is not in the cache: connect to the network and unset "
+        offline += f"HF_HUB_OFFLINE, or give {instead}"
+        reasons: tuple[tuple[Any, str], ...] = (
+            (errors.GatedRepoError, f"is gated: accept its terms on huggingface.co, then {log_in}"),
+            (
+                errors.RepositoryNotFoundError,
+                f"is not on the hub, or is private: check its name; if it is private, {log_in}",
+            ),
+            (errors.RevisionNotFoundError, "has no such revision: check what follows the @"),
+            ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), offline),
+        )
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, errors.GatedRepoError):
-            why = f"{spec} is gated: accept its terms on huggingface.co, then {log_in}"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            why = f"{spec} is not on the hub, or is private: check its name; if it is private, {log_in}"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            why = f"{spec} has no such revision: check what follows the @"
-        elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            what = "is not in the cache, and the hub could not be reached"
-            what = "cannot be pushed to without a network" if pushing else what
-            why = f"{spec} {what}: connect to the network and unset HF_HUB_OFFLINE"
-            why += "" if pushing else f", or give {instead}"
-        elif status in (401, 403):
-            why = f"the hub refuses {spec} (status {status}): {log_in}, with write access"
-        else:
-            reason = " ".join(str(error).split())[:200]
-            why = f"the hub failed for {spec} ({type(error).__name__}: {reason}); try it again"
-        raise HubError(why) from error
+        why = f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}); try it again"
+        if status in (401, 403):
+            why = f"is refused by the hub (status {status}): {log_in}, with write access"
+        why = next((reason for kind, reason in reasons if isinstance(error, kind)), why)
+        raise HubError(f"{spec} {why}") from error
 
 
 def _parts(spec: str) -> tuple[str, str | None, str | None]:

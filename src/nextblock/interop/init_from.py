@@ -6,7 +6,6 @@ All other tensors stay fresh. A report lists every tensor, and settings that cha
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +59,9 @@ def initialize(model: NextBlockModel, src: str | Path) -> InitReport:
     register tokens of a timm model are dropped.
     """
     config = model.config
-    # Initial weights need not be exact, so settings that a file does not record come from this model. A
-    # head's layers do not matter, as only the encoder is used.
-    fallback = {"num_heads": config.num_heads, "probe_layers": (0,), "image_size": config.image_size}
+    # Initial weights need not be exact, so heads that a file does not record come from this model. A head's
+    # layers do not matter, as only the encoder is used.
+    fallback = {"num_heads": config.num_heads, "probe_layers": (0,)}
     found = read(src, LoadOptions(fallback=fallback, drop_prefix_tokens=True))
     if "num_heads" in found.assumed:
         log.warning(
@@ -164,15 +163,13 @@ def initialize_from(model: NextBlockModel, other: NextBlockModel, origin: str) -
 def in_groups(names: Sequence[str]) -> dict[str, int]:
     """Count tensors by part of the model: {"encoder.blocks.0-11": 144, "predictor.norm": 2}."""
     # A part is the first two words of a name, plus the lowest and highest number of numbered layers.
-    layers: dict[str, list[int]] = {}
-    counts: dict[str, int] = {}
+    layers: dict[str, list[str]] = {}
     for name in names:
-        part = ".".join(name.split(".")[:2])
-        counts[part] = counts.get(part, 0) + 1
-        number = re.match(r"\d+", name.removeprefix(f"{part}."))
-        layers.setdefault(part, []).extend([] if number is None else [int(number[0])])
+        words = name.split(".")
+        layers.setdefault(".".join(words[:2]), []).append("".join(words[2:3]))
     groups = {}
     for part, numbers in layers.items():
-        ends = sorted({min(numbers), max(numbers)}) if numbers else []
-        groups[".".join([part, *(["-".join(map(str, ends))] if ends else [])])] = counts[part]
+        ends = sorted({int(number) for number in numbers if number.isdecimal()})
+        ends = ends if len(ends) < 2 else [ends[0], ends[-1]]
+        groups[".".join([part, *["-".join(map(str, ends))] * bool(ends)])] = len(numbers)
     return groups

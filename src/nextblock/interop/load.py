@@ -31,14 +31,15 @@ from nextblock.checkpoint import (
 )
 from nextblock.config import DataConfig, Size, pair
 from nextblock.errors import UsageError
-from nextblock.interop.aim import hub_settings, is_aim, is_aim_head, read_aim, stores_positions
+from nextblock.interop.aim import IMAGE_SIZE_PX, is_aim, is_aim_head, read_aim
 from nextblock.interop.files import (
-    AIM_FILES,
     WEIGHT_SUFFIXES,
     LoadOptions,
     ProbeLayers,
+    beside_weights,
     choose_weights,
     is_distributed,
+    only_tensors,
     read_content,
     read_json,
     unwrapped,
@@ -46,13 +47,7 @@ from nextblock.interop.files import (
 from nextblock.interop.hub import fetch, is_hub_spec
 from nextblock.interop.nepa import is_nepa, nepa_data, read_nepa
 from nextblock.interop.timm import from_timm, is_timm_directory, is_timm_weights, read_timm
-from nextblock.interop.timm_spec import (
-    TIMM_SPEC,
-    open_timm_encoder,
-    parse_timm_spec,
-    read_timm_data,
-    timm_model,
-)
+from nextblock.interop.timm_spec import TIMM_SPEC, open_timm_encoder, read_timm_data, timm_model
 from nextblock.interop.xtra import is_xtra, read_xtra
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
 from nextblock.models.heads import ImageClassifier
@@ -67,6 +62,16 @@ OWN_WEIGHTS = {f"{prefix}encoder.patch_embed.proj.weight" for prefix in ("", "en
 KNOWN = (
     "a run, a checkpoint, official XTRA, AIM and NEPA files, timm directories and ViTs, hf:USER/NAME, "
     "timm:NAME"
+)
+
+
+XTRA = "official XTRA"
+# Official formats, recognised by names of tensors. Their prefixes are unique, so they come before timm, whose
+# bare names (blocks.0.attn ...) are widely used.
+OFFICIAL = (
+    ("official AIM", is_aim, read_aim),
+    (XTRA, is_xtra, read_xtra),
+    ("official NEPA", is_nepa, read_nepa),
 )
 
 
@@ -128,11 +133,10 @@ def load_classifier(src: str | Path, head: str | Path | None = None, **settings:
 def open_encoder(src: str | Path, *, num_heads: int | None = None) -> EncoderModel:
     """Load an encoder for evaluation: ours, or any timm transformer; from a classifier, its encoder.
 
-    "timm:NAME" keeps its class and register tokens. `nextblock_vit`, our own encoder registered with timm, is
-    returned as a `NextBlockModel`.
+    "timm:NAME" keeps its class and register tokens.
     """
     spec = str(src)
-    if not spec.startswith(TIMM_SPEC) or parse_timm_spec(spec).name.startswith("nextblock_vit"):
+    if not spec.startswith(TIMM_SPEC):
         return read(src, LoadOptions(num_heads=num_heads)).encoder_model
     if num_heads is not None:
         raise UsageError(f"{spec} records its attention heads; leave num_heads out")
@@ -149,103 +153,83 @@ def as_model(found: Found, origin: str, *, drop_prefix_tokens: bool = False) -> 
 
 def read(src: str | Path, options: LoadOptions) -> Found:
     """Load `src` on the CPU, in fp32 and evaluation mode; `CheckpointError` if it cannot be loaded."""
-    require(
-        str(src) not in PRESETS or Path(src).exists(),
-        f"{src} is a preset, not a model; train it first: nextblock pretrain --preset {src} --data.train DIR "
-        "--out RUN, and then give RUN",
-    )
-    if not str(src).startswith(TIMM_SPEC) and not is_hub_spec(str(src)):
-        _check_exists(Path(src))
-    named = str(src).startswith(TIMM_SPEC)  # an unknown name is the caller's mistake, not a damaged file
-    # Errors in reading are blamed on the file. But if the caller gave settings, a ValueError is about them.
-    with blame(src, values_of_caller=named or bool(options.given)):
-        found = _read(src, options)
-    if found.format != "official AIM":
-        options.refuse_aims(str(src))
-    config = found.encoder_model.config
-    heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
-    if options.num_heads not in (None, heads):
-        raise UsageError(
-            f"{src} records {heads} attention heads, not {options.num_heads}; leave num_heads out"
+    origin, path = str(src), Path(src)
+    is_named = origin.startswith(TIMM_SPEC)
+    if not is_named and not is_hub_spec(origin) and not path.exists():
+        require(
+            origin not in PRESETS,
+            f"{src} is a preset, not a model; train it first: nextblock pretrain --preset {src} --data.train "
+            "DIR --out RUN, and then give RUN",
         )
-    return found
-
-
-def _check_exists(path: Path) -> None:
-    if not path.exists():
         beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
         near = [str(path.with_name(one)) for one in difflib.get_close_matches(path.name, beside, 1)]
         near = near or difflib.get_close_matches(path.name, [*PRESETS], 1, 0.8)
-        raise UsageError(
-            f"{path} does not exist; " + (f"did you mean {near[0]}?" if near else f"known: {KNOWN}")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"known: {KNOWN}"
+        raise UsageError(f"{path} does not exist; {hint}")
+    # Errors in reading are blamed on the file. But if the caller gave a name or settings, a ValueError is
+    # about them.
+    with blame(src, values_of_caller=is_named or bool(options.given)):
+        found = _read(origin, options)
+    config = found.encoder_model.config
+    heads = "its own" if isinstance(config, TimmConfig) else config.num_heads
+    for name, value in options.given.items():
+        if name == "num_heads":
+            message = f"{src} records {heads} attention heads, not {value}; leave num_heads out"
+            require(value == heads, message)
+        else:
+            # Every format but AIM's records these.
+            message = f"{src} does not use {name}={value!r}; leave it out"
+            require(found.format == "official AIM", message)
+    return found
 
 
-def _read(src: str | Path, options: LoadOptions) -> Found:
-    origin = str(src)
+def _read(origin: str, options: LoadOptions) -> Found:
     # Cheap checks come first: a name, a directory's config.json, the metadata of our own file. Only foreign
     # files are read in full to detect their format.
     if origin.startswith(TIMM_SPEC):
-        options.refuse_aims(origin)
         model = from_timm(timm_model(origin), origin, drop_prefix_tokens=options.drop_prefix_tokens)
         return Found(model, "timm model", None)
-    path = fetch(origin) if is_hub_spec(src) else Path(src)
+    path = fetch(origin) if is_hub_spec(origin) else Path(origin)
     if is_timm_directory(path):
         return Found(read_timm(path, options), "timm directory", path)
     own = own_file(path)
     if own is not None:
         return Found(read_model(own), "nextblock", path)
-    files = _weight_files(path, origin)
-    if len(files) == len(AIM_FILES):
-        options = replace(options, head=options.head or files[1])
-    return _read_foreign(files[0], path, origin, options)
-
-
-def _read_foreign(file: Path, path: Path, origin: str, options: LoadOptions) -> Found:
-    """Load a file that this package did not write, reading its content once."""
+    file, *head = _weight_files(path, origin)
+    if head and options.head is None:
+        options = replace(options, head=head[0])
     content = read_content(file)
+    weights = unwrapped(content)
+    format_, official = next(((name, read) for name, is_it, read in OFFICIAL if is_it(weights)), ("", None))
     build: Callable[[LoadOptions], NextBlockModel | ImageClassifier]
-    assumed: dict[str, str] = {}
-    # Detected by tensor names only. AIM and XTRA have unique prefixes, so they come before timm, whose bare
-    # names (blocks.0.attn ...) are widely used.
-    if is_aim_head(content):
-        why = (
-            f"{origin} is an AIM classifier's head alone; give its backbone, and this file as head= (--head)"
+    if official is not None:
+        settings = (
+            read_json(file.parent / "config.json")
+            if format_ != XTRA
+            else beside_weights(content, "hyper_parameters")
         )
-        raise UnknownFormatError(why, file, content)
-    if is_aim(content):
-        format_, head = "official AIM", options.head
-        if head is not None:
-            head = read_content(fetch(str(head)) if is_hub_spec(head) else Path(head))
-        # A config.json from the hub records heads and layers, which tensors do not; the caller's values win.
-        beside = hub_settings(read_json(file.parent / "config.json"), content)
-        options = replace(options, **{name: beside[name] for name in beside.keys() - set(options.given)})
-        if options.image_size is None and not stores_positions(content):
-            assumed["image_size"] = "Apple's; the file records none, and the encoder takes any (--image_size)"
-        build = partial(read_aim, content, origin, head=head)
-    elif is_xtra(content):
-        format_, build = "official XTRA", partial(read_xtra, content, origin)
-    elif is_nepa(content):
-        settings = read_json(file.parent / "config.json")
-        format_, build = "official NEPA", lambda _: read_nepa(content, settings, origin)
-    elif is_timm_weights(unwrapped(content)):
+        build = partial(official, only_tensors(weights, origin), settings, origin)
+    elif is_timm_weights(weights):
         # The file's metadata and config.json provide what the tensors do not show: mask, epsilon, heads.
-        format_, build = "timm state dict", partial(read_timm, file, weights=unwrapped(content))
+        format_, build = "timm state dict", partial(read_timm, file, weights=weights)
     else:
         held = list(content)[:5] if isinstance(content, Mapping) else [type(content).__name__]
-        why = f"{origin} is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}"
-        if isinstance(content, Mapping) and OWN_WEIGHTS & content.keys():
-            why = f"{origin} has lost its settings (safetensors' metadata); use the file that nextblock wrote"
-        raise UnknownFormatError(why, file, content)
-    try:
-        model = build(options)
-    except MissingSettingError as error:
-        if not error.reasons.keys() <= options.fallback.keys():
-            raise
-        # The caller has fallback values, which are good enough as initial weights. Report them as assumed.
-        assumed |= error.reasons
-        model = build(replace(options, **{name: options.fallback[name] for name in error.reasons}))
-    return Found(model, format_, path, assumed)
+        why = f"is in no known format (it holds: {', '.join(map(str, held))}); known: {KNOWN}"
+        if is_aim_head(weights):
+            why = "is an AIM classifier's head alone; give its backbone, and this file as head= (--head)"
+        elif OWN_WEIGHTS & weights.keys():
+            why = "has lost its settings (safetensors' metadata); use the file that nextblock wrote"
+        raise UnknownFormatError(f"{origin} {why}", file, content)
+    # Settings that neither the caller nor the file gives have a fallback, which is reported, or are refused.
+    fallback, assumed = {"image_size": IMAGE_SIZE_PX, **options.fallback}, {}
+    while True:
+        try:
+            return Found(build(options), format_, path, assumed)
+        except MissingSettingError as error:
+            if not error.reasons.keys() <= fallback.keys():
+                raise
+            assumed |= error.reasons
+            options = replace(options, **{name: fallback[name] for name in error.reasons})
 
 
 def _weight_files(path: Path, origin: str) -> list[Path]:
@@ -258,10 +242,10 @@ def _weight_files(path: Path, origin: str) -> list[Path]:
     files = [file.name for file in path.iterdir() if file.is_file()]
     chosen = choose_weights(files, origin, as_named=f"{path}/{{}}")
     if not chosen:
-        listed = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        suffixes = ", ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)
         raise CheckpointError(
             f"{path} holds no model: looked for {MODEL_FILE}, checkpoints/step_*/{MODEL_FILE}, a timm "
-            f"config.json and {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)}, found {listed}"
+            f"config.json and {suffixes}, found {', '.join(sorted(files)[:8]) or 'nothing'}"
         )
     return [path / name for name in chosen]
 

@@ -15,10 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextblock.atomic import write_aside
-from nextblock.checkpoint import CheckpointError, refuse_non_finite
+from nextblock.checkpoint import CheckpointError
 from nextblock.config import Attention, DataConfig, Size, pair
 from nextblock.interop.cards import Provenance
-from nextblock.interop.files import make_parent
 from nextblock.interop.timm import data_at, encoder_at
 from nextblock.logs import muted
 from nextblock.models import NextBlockModel
@@ -74,8 +73,6 @@ def write_onnx(
     settings and the normalisation. Above torch's limit for one file, weights are in `NAME.onnx.data`. Raises
     `OnnxError` if a package is missing or the outputs differ.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; name the file to write")
     try:
         for package in PACKAGES:
             importlib.import_module(package)
@@ -89,9 +86,7 @@ def write_onnx(
             f"attention {attention}: this classifier's head is made for {own!r}; leave it out",
         )
         attention = own
-    if not isinstance(source, NextBlockModel):
-        raise OnnxError("timm encoders cannot be written as ONNX; use timm's own export")
-    refuse_non_finite(model.state_dict(), "the model", "nothing was written; take an earlier checkpoint")
+    assert isinstance(source, NextBlockModel)
     layers, depth = tuple(layers or ()), source.config.depth
     require(
         len(set(layers)) == len(layers) and all(0 <= layer < depth for layer in layers),
@@ -100,13 +95,9 @@ def write_onnx(
     # The image size is fixed, so positions and mask are computed for it and become constants.
     graph = _Graph(encoder_at(source, image_size, attention), layers, classifier).eval()
     config = graph.encoder.config
-    data = data_at(data, source.config, config)
     # Three batch sizes: the first is traced, the others verify that the batch size is really free.
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        torch.randn(b, config.in_chans, *pair(config.image_size), generator=generator) for b in (2, 1, 3)
-    ]
-    make_parent(path)
+    generator, shape = torch.Generator().manual_seed(0), (config.in_chans, *pair(config.image_size))
+    batches = [torch.randn(b, *shape, generator=generator) for b in (2, 1, 3)]
     # Users cannot act on the exporter's notes and warnings; its errors are raised.
     with muted(logging.ERROR, *TALKATIVE), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -127,6 +118,7 @@ def write_onnx(
             raise OnnxError(f"torch cannot export this model as ONNX: {reason}") from error
         assert program is not None
         # Users of the graph may have only this file, so it records crop, normalisation, origin and licence.
+        data = data_at(data, source.config, config)
         program.model.metadata_props.update(
             producer="nextblock",
             mean=json.dumps(list(data.mean)),

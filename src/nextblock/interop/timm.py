@@ -1,9 +1,7 @@
-"""Reading and writing timm's format: a directory of config.json and model.safetensors, or a weight file.
+"""Reading timm's format: a directory of config.json and weights, or a weight file.
 
-An encoder under full attention with timm's epsilon, or with a class token, rotary positions, normed queries
-or LayerScale, is written as one of timm's own architectures with all arguments given. Any other is written as
-`nextblock_vit` (see `timm_models`). Both config.json and the weight file's metadata contain our settings, so
-either is enough to rebuild the same encoder.
+Both config.json and the metadata of a weight file that `write_timm` wrote contain our settings, so either is
+enough to rebuild the same encoder.
 """
 
 from __future__ import annotations
@@ -27,27 +25,30 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from nextblock.atomic import write_aside
 from nextblock.checkpoint import (
-    RECORDED_DATA,
     CheckpointError,
-    MissingSettingError,
+    build_model,
     is_safetensors,
     load_strictly,
     read_metadata,
-    write_safetensors,
 )
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
-from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card
-from nextblock.interop.files import MAIN_FILES, LoadOptions, make_parent, read_content, read_json, unwrapped
+from nextblock.interop.files import (
+    MAIN_FILES,
+    LoadOptions,
+    only_tensors,
+    read_content,
+    read_json,
+    unwrapped,
+)
 from nextblock.interop.hub import HubError
-from nextblock.interop.names import count_numbered, needed, only_tensors, patch_shape, ratio_of, unknown_heads
+from nextblock.interop.names import encoder_sizes, known_heads, needed
 from nextblock.interop.timm_models import TIMM_EPS, NextBlockViT, as_timm_has, timm_architecture
 from nextblock.interop.xtra import NUM_HEADS_OF_SIZE
 from nextblock.model_config import nearest_sizes
-from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
-from nextblock.models.vit import positions_on
-from nextblock.settings import from_dict, require, to_dict
+from nextblock.models import NextBlockModel
+from nextblock.models.vit import build_encoder, positions_on
+from nextblock.settings import from_dict, require
 
 log = logging.getLogger(__name__)
 
@@ -65,152 +66,7 @@ SCALED_MAPS = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
 WITHOUT_EFFECT = ("drop", "head", "attn_pool", "fc_norm", "ls1", "ls2")
 
 
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def write_timm(
-    model: EncoderModel,
-    directory: Path,
-    *,
-    data: DataConfig,
-    provenance: Provenance,
-    image_size: Size | None = None,
-    attention: Attention = "native",
-    address: str | None = None,
-) -> None:
-    """Write an encoder as a directory that `timm.create_model("local-dir:DIRECTORY")` opens.
-
-    `data` has its crop and normalisation. `image_size` and `attention` write one of our encoders at that size
-    and with that mask, with the positions that `encode` would use. The predictor is left out. `address` is
-    the address for the card, in timm's form ("hf-hub:USER/NAME").
-    """
-    if isinstance(model, NextBlockModel):
-        whole, model = model, encoder_at(model, image_size, attention)
-        data = data_at(data, whole.config, model.config)
-    config = model.config
-    size = pair(config.image_size)
-    # timm stores a fraction of the image instead of a size, and rounds down to whole pixels. If that loses a
-    # pixel, half a pixel more in the divisor gives the right size.
-    resize_px = data.resize_px(config.image_size)
-    crop_pct = min(size) / resize_px
-    if math.floor(min(size) / crop_pct) != resize_px:
-        crop_pct = min(size) / (resize_px + 0.5)
-    pretrained_cfg = {
-        "num_classes": 0,
-        "input_size": [config.in_chans, *size],
-        "fixed_input_size": True,
-        "pool_size": None,
-        "interpolation": "bicubic",
-        "crop_pct": crop_pct,
-        "crop_mode": data.val_crop,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **({"license": provenance.license} if provenance.license != UNSPECIFIED else {}),
-    }
-    # timm builds from its arguments in config.json. They lack some of our settings, so we build from
-    # "nextblock". It is in both files, as one may be copied without the other.
-    described: dict[str, Any] = {"num_classes": 0, "num_features": config.embed_dim}
-    metadata = {"format": "pt", "data": json.dumps({name: getattr(data, name) for name in RECORDED_DATA})}
-    weights = model.encoder.state_dict()
-    if isinstance(config, ModelConfig):
-        scaled = config.qk_scale is not None
-        require(not scaled, "timm does not support model.qk_scale; write to nextblock or onnx")
-        architecture, arguments = timm_architecture(config)
-        weights = as_timm_has(weights, config)
-        own = {"format_version": FORMAT_VERSION, "model": to_dict(config)}
-        described |= {"global_pool": "avg", "nextblock": own}
-        metadata["nextblock"] = json.dumps(own)
-    else:
-        architecture, arguments = config.architecture.partition(".")[0], dict(config.arguments)
-        settings: Any = model.encoder.pretrained_cfg
-        pretrained_cfg |= {n: settings.get(n) for n in ("fixed_input_size", "first_conv", "classifier")}
-    described |= {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained_cfg}
-    make_parent(directory)
-    card = _card(model, architecture, address or f"local-dir:{directory.name}", data, provenance)
-    with write_aside(directory) as aside:
-        aside.mkdir()
-        (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(aside / MAIN_FILES[0], weights, metadata)
-        (aside / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def _card(
-    model: EncoderModel, architecture: str, address: str, data: DataConfig, provenance: Provenance
-) -> str:
-    place = address.partition(":")[2]
-    register, notes = "", []
-    if isinstance(model, TimmEncoder):
-        notes.append(f"Commands of nextblock accept it as `--model timm:{address}`.")
-    else:
-        notes.append(f'`transformers.AutoModel.from_pretrained("{place}")` and `nextblock.load` open it too.')
-        if architecture == "nextblock_vit":
-            register = "import nextblock.interop.timm_models  # registers nextblock_vit\n"
-            notes.append(
-                "timm and transformers need the second line above (`pip install nextblock`), which registers "
-                "`nextblock_vit` with its block mask and its epsilon."
-            )
-        if model.config.norm_eps < TIMM_EPS and architecture != "nextblock_vit":
-            notes.append(
-                "timm's norms have a larger epsilon than this encoder's. Its tokens are therefore scaled by "
-                "a power of two up to the last norm. This changes the outputs of single layers, and fp16 may "
-                "overflow."
-            )
-        elif model.config.positions == "sincos":
-            notes.append(
-                "At another `img_size=` timm resamples the fixed positions instead of recomputing them: "
-                "convert again with `--image_size`."
-            )
-    opening = (
-        f'import timm\n{register}model = timm.create_model("{address}", pretrained=True).eval()\n'
-        "features = model.forward_features(images)  # (b n d), model(images) pools them"
-    )
-    return model_card(
-        model.config,
-        title=place.rpartition("/")[2],
-        library="timm",
-        data=data,
-        provenance=provenance,
-        opening=opening,
-        notes=notes,
-    )
-
-
-def encoder_at(
-    model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
-) -> NextBlockModel:
-    """Return the encoder without predictor, at another image size or with another attention if given."""
-    config = model.config.encoder_alone()
-    if attention != "native":
-        config = replace(config, feature_attention=attention)
-    if image_size is not None and pair(image_size) != pair(config.image_size):
-        # The block size matters only under a mask; without one, any grid of patches is allowed.
-        is_causal = config.feature_attention == "causal"
-        block_size = config.block_size if is_causal else 1
-        (rows, columns), unit = pair(image_size), [n * config.patch_size for n in pair(block_size)]
-        near = nearest_sizes((rows, columns), (unit[0], unit[1]))
-        require(
-            not near,
-            f"an image of {rows}x{columns} px cannot be cut into "
-            f"{'blocks' if is_causal else 'patches'} of {unit[0]}x{unit[1]} px; "
-            f"use image_size {near}" + ", or attention full" * is_causal,
-        )
-        config = replace(config, image_size=image_size, block_size=block_size)
-    # Fixed positions are recomputed for the new grid and learned ones resampled, as in `encode`.
-    weights = dict(model.encoder.state_dict())
-    if "pos_embed" in weights:
-        weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
-    return _encoder(config, weights, "the model")
-
-
-def data_at(data: DataConfig, old: ModelConfig, new: ModelConfig) -> DataConfig:
-    """Adapt the resize so that the crop keeps its share of the image at another image size."""
-    sizes = [max(pair(config.image_size)) for config in (old, new)]
-    return replace(data, val_resize_px=round(data.resize_px(old.image_size) * sizes[1] / sizes[0]))
-
-
-# ---------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------- directories and weight files
 
 
 def is_timm_directory(path: Path) -> bool:
@@ -219,12 +75,12 @@ def is_timm_directory(path: Path) -> bool:
 
 
 def is_timm_weights(weights: Mapping[str, Any]) -> bool:
-    """Whether a file's content is the bare state dict of a timm VisionTransformer."""
+    """Whether weights are the bare state dict of a timm VisionTransformer."""
     return "patch_embed.proj.weight" in weights and "blocks.0.attn.qkv.weight" in weights
 
 
 def read_timm(
-    path: Path, options: LoadOptions | None = None, weights: Mapping[str, Tensor] | None = None
+    path: Path, options: LoadOptions | None = None, weights: Mapping[str, Any] | None = None
 ) -> NextBlockModel:
     """Build the encoder of a timm directory or weight file.
 
@@ -233,7 +89,6 @@ def read_timm(
     them: fine for initialisation, but the features differ.
     """
     origin, file, options = str(path), _weight_file(path), options or LoadOptions()
-    drop = options.drop_prefix_tokens
     if file is None:
         names = ", ".join(MAIN_FILES)
         raise CheckpointError(f"{path} holds no weights beside its config.json: looked for {names}; add one")
@@ -243,7 +98,7 @@ def read_timm(
         return _encoder(config, as_timm_has(weights, config, back=True), origin)
     if not described:
         log.warning("%s: no mask recorded; loaded as a timm ViT with full attention", origin)
-        return read_timm_weights(weights, origin, num_heads=options.num_heads, drop_prefix_tokens=drop)
+        return read_timm_weights(weights, origin, options)
     directory = path if path.is_dir() else path.parent
     # Without our settings, timm builds what config.json describes. timm would load matching weights and leave
     # the rest random, so weights are not loaded by timm.
@@ -251,7 +106,7 @@ def read_timm(
         vit = timm.create_model(f"local-dir:{directory}", pretrained=False, num_classes=0)
     # They are loaded strictly here, without the head, so the number of classes does not matter.
     load_strictly(vit, {name: w for name, w in weights.items() if not name.startswith("head.")}, origin)
-    return from_timm(vit, origin, drop_prefix_tokens=drop)
+    return from_timm(vit, origin, drop_prefix_tokens=options.drop_prefix_tokens)
 
 
 @contextmanager
@@ -279,8 +134,7 @@ def described_at(path: Path) -> dict[str, Any]:
     content = read_json(file)
     if "architecture" not in content:
         return {}
-    kinds = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "nextblock": dict}
-    for name, kind in kinds.items():
+    for name, kind in (("architecture", str), ("model_args", dict), ("pretrained_cfg", dict)):
         value = content.get(name, kind())
         if not isinstance(value, kind):
             raise CheckpointError(f"{file} is damaged: {name} is a {type(value).__name__}; take the original")
@@ -328,6 +182,46 @@ def own_config(path: Path) -> ModelConfig | None:
     return config
 
 
+def encoder_at(
+    model: NextBlockModel, image_size: Size | None = None, attention: Attention = "native"
+) -> NextBlockModel:
+    """Return the encoder without predictor, at another image size or with another attention if given."""
+    config = model.config.encoder_alone()
+    if attention != "native":
+        config = replace(config, feature_attention=attention)
+    if image_size is not None and pair(image_size) != pair(config.image_size):
+        # The block size matters only under a mask; without one, any grid of patches is allowed.
+        is_causal = config.feature_attention == "causal"
+        block_size = config.block_size if is_causal else 1
+        (rows, columns), unit = pair(image_size), [n * config.patch_size for n in pair(block_size)]
+        near = nearest_sizes((rows, columns), (unit[0], unit[1]))
+        require(
+            not near,
+            f"an image of {rows}x{columns} px cannot be cut into "
+            f"{'blocks' if is_causal else 'patches'} of {unit[0]}x{unit[1]} px; "
+            f"use image_size {near}" + ", or attention full" * is_causal,
+        )
+        config = replace(config, image_size=image_size, block_size=block_size)
+    # Fixed positions are recomputed for the new grid and learned ones resampled, as in `encode`.
+    weights = dict(model.encoder.state_dict())
+    if "pos_embed" in weights:
+        weights["pos_embed"] = positions_on(config.grid, weights["pos_embed"], model.config)
+    return _encoder(config, weights, "the model")
+
+
+def data_at(data: DataConfig, old: ModelConfig, new: ModelConfig) -> DataConfig:
+    """Adapt the resize so that the crop keeps its share of the image at another image size."""
+    sizes = [max(pair(config.image_size)) for config in (old, new)]
+    return replace(data, val_resize_px=round(data.resize_px(old.image_size) * sizes[1] / sizes[0]))
+
+
+def _encoder(config: ModelConfig, weights: Mapping[str, Tensor], origin: str) -> NextBlockModel:
+    """Build a model without a predictor from weights under timm's names."""
+    model = build_model(config, {f"encoder.{name}": weight for name, weight in weights.items()}, origin)
+    assert isinstance(model, NextBlockModel)
+    return model
+
+
 # ---------------------------------------------------------------------------------- from a timm ViT to ours
 
 
@@ -342,33 +236,30 @@ def from_timm(vit: nn.Module, origin: str, *, drop_prefix_tokens: bool = False) 
         raise CheckpointError(
             f"{origin} is a timm {kind.__name__}; only its VisionTransformer of plain Blocks is supported"
         )
-    return read_timm_weights(vit.state_dict(), origin, like=vit, drop_prefix_tokens=drop_prefix_tokens)
+    return read_timm_weights(
+        vit.state_dict(), origin, LoadOptions(drop_prefix_tokens=drop_prefix_tokens), vit
+    )
 
 
 def read_timm_weights(
-    weights: Mapping[str, Tensor],
-    origin: str,
-    *,
-    num_heads: int | None = None,
-    like: Any = None,
-    drop_prefix_tokens: bool = False,
+    weights: Mapping[str, Tensor], origin: str, options: LoadOptions, like: Any = None
 ) -> NextBlockModel:
     """Build the encoder of a timm ViT's state dict, under full attention.
 
     `like` is the timm ViT, which provides what the tensors do not show.
     """
-    width, in_chans, patch_size = patch_shape(weights, "patch_embed.proj.weight", origin)
-    depth = count_numbered(weights, "blocks.", origin)
     # Head, pooling, class and register tokens are not part of the encoder.
     kept = {n: w for n, w in weights.items() if n not in PREFIX_TOKENS and not n.startswith(HEADS)}
-    places = needed(kept, "pos_embed", origin).shape[1]
+    sizes = encoder_sizes({f"encoder.{name}": weight for name, weight in kept.items()}, origin)
+    width, depth, patch_size = sizes["embed_dim"], sizes["depth"], sizes["patch_size"]
 
     # Class and register tokens come first, and so do their positions, if they have any. Without `like`, a
     # number of positions that is not a square shows that they have.
+    places = needed(kept, "pos_embed", origin).shape[1]
     tokens = [name for name in PREFIX_TOKENS if name in weights]
     count = sum(weights[name].shape[1] for name in tokens)
     have_places = math.isqrt(places) ** 2 != places if like is None else not like.no_embed_class
-    if tokens and not drop_prefix_tokens:
+    if tokens and not options.drop_prefix_tokens:
         raise CheckpointError(
             f"{origin} has tokens beside the patches ({', '.join(tokens)}), to which all patches attend: "
             "its features would be different without them. You can still use it as model.init"
@@ -380,22 +271,15 @@ def read_timm_weights(
         positions_too = f", and the positions of {count} of them" if tokens and have_places else ""
         log.info("left out of %s: %s%s", origin, ", ".join(left_out), positions_too)
 
-    # Without `like`, assume timm's plain ViT: a square image, GELU, one epsilon. Only heads must be given.
-    if like is None:
-        needed(kept, "norm.weight", origin)
-        heads = num_heads or NUM_HEADS_OF_SIZE.get((width, depth))
-        if heads is None:
-            raise MissingSettingError(num_heads=unknown_heads((width, depth), origin))
-        patches = kept["pos_embed"].shape[1]
+    if like is None:  # timm's plain ViT is assumed: a square image, GELU, one epsilon
+        heads = known_heads(options.num_heads or NUM_HEADS_OF_SIZE.get((width, depth)), sizes, origin)
+        patches, eps = kept["pos_embed"].shape[1], TIMM_EPS
         rows = columns = math.isqrt(patches) * patch_size
-        eps = TIMM_EPS
         if rows * columns != patches * patch_size**2:
             raise CheckpointError(
                 f"{origin} has {patches} patches, which are no square grid; put timm's config.json beside it"
             )
-    else:
-        # timm's module provides what its tensors do not show. `_encoder` verifies that all norms have one
-        # epsilon.
+    else:  # `_refuse_other_modules` verifies that all norms have one epsilon
         heads, (rows, columns) = like.blocks[0].attn.num_heads, like.patch_embed.img_size
         eps = getattr(like.blocks[0].norm1, "eps", TIMM_EPS)
 
@@ -403,14 +287,14 @@ def read_timm_weights(
     # layer, including its bias: gamma * (W x + b) = (gamma W) x + gamma b.
     for name in [name for name in kept if name.endswith(tuple(SCALED_MAPS))]:
         last_map = name[:-10] + SCALED_MAPS[name[-10:]]
-        if kept[name].shape == (width,) and f"{last_map}.weight" in kept:  # else `_encoder` refuses the name
+        if kept[name].shape == (width,) and f"{last_map}.weight" in kept:  # else the name is refused below
             gamma = kept.pop(name)
             kept[f"{last_map}.weight"] = gamma[:, None] * kept[f"{last_map}.weight"]
             if f"{last_map}.bias" in kept:
                 kept[f"{last_map}.bias"] = gamma * kept[f"{last_map}.bias"]
 
     # Our encoder has biases in all kinds of linear layers or in none. A kind without biases gets zeros, which
-    # is exact. If only some of a kind are missing, the file is damaged, and `_encoder` lists them.
+    # is exact. If only some of a kind are missing, the file is damaged, and loading lists them.
     biases = {kind: [f"blocks.{i}.{kind}.bias" for i in range(depth)] for kind in MAPS}
     without = [kind for kind, names in biases.items() if not any(name in kept for name in names)]
     for kind in without if len(without) < len(MAPS) else []:
@@ -418,56 +302,43 @@ def read_timm_weights(
             weight = kept.get(f"{name[:-5]}.weight")
             kept |= {} if weight is None else {name: weight.new_zeros(len(weight))}
 
-    try:
-        config = ModelConfig(
-            image_size=rows if rows == columns else (rows, columns),
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            mlp_ratio=ratio_of(len(kept.get("blocks.0.mlp.fc1.weight", range(4 * width))), width),
-            norm_eps=eps,
-            bias=len(without) < len(MAPS),
-            patch_norm="patch_embed.norm.weight" in kept,
-            block_size=1,
-            predictor=None,
-            feature_attention="full",
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{origin} is no encoder of this kind: {error}") from error
-    return _encoder(config, kept, origin, like)
-
-
-def _encoder(
-    config: ModelConfig, weights: Mapping[str, Tensor], origin: str, like: nn.Module | None = None
-) -> NextBlockModel:
-    """Build a model without a predictor from weights; `like` must consist of the same modules."""
-    # On the meta device nothing is drawn or allocated; the file's tensors become the parameters.
-    with torch.device("meta"):
-        model = NextBlockModel(config)
+    config = ModelConfig(
+        **sizes,
+        image_size=rows if rows == columns else (rows, columns),
+        num_heads=heads,
+        norm_eps=eps,
+        bias=len(without) < len(MAPS),
+        patch_norm="patch_embed.norm.weight" in kept,
+        block_size=1,
+        predictor=None,
+        feature_attention="full",
+    )
     if like is not None:
-        # Names and shapes do not show everything: another activation, epsilon or order of norms has the same
-        # weights. So compare the class and arguments of every module.
-        theirs, ours = _modules(like), _modules(model.encoder)
-        unlike = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
-        if unlike:
-            named = (f"{n} is {theirs.get(n)}, here {ours.get(n)}" for n in sorted(unlike)[:3])
-            raise CheckpointError(
-                f"{origin} is no encoder of this kind: {'; '.join(named)}. Evaluation commands "
-                "accept any timm transformer unchanged, as --model timm:NAME"
+        _refuse_other_modules(like, config, origin)
+    return _encoder(config, kept, origin)
+
+
+def _refuse_other_modules(vit: nn.Module, config: ModelConfig, origin: str) -> None:
+    """Refuse a timm ViT unless it consists of the same modules as our encoder."""
+    # Names and shapes do not show everything: another activation, epsilon or order of norms has the same
+    # weights. So compare the class and arguments of every module, ignoring biases: a missing one is zero.
+    with torch.device("meta"):
+        encoders = vit, build_encoder(config)
+    theirs, ours = (
+        {
+            # Our `Layer` is timm's `Block` except for drop path, which has no effect here.
+            name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})").replace(
+                "Layer()", "Block()"
             )
-    load_strictly(model.encoder, weights, origin)
-    return model.eval()
-
-
-def _modules(vit: nn.Module) -> dict[str, str]:
-    """Class and arguments of every module that has an effect, ignoring biases: a missing one is zero."""
-    return {
-        # Our `Layer` is timm's `Block` except for drop path, which has no effect here.
-        name: re.sub(r", bias=\w+", "", f"{type(module).__name__}({module.extra_repr()})").replace(
-            "Layer()", "Block()"
+            for name, module in encoder.named_modules()
+            if name and not any(part in name for part in WITHOUT_EFFECT)
+        }
+        for encoder in encoders
+    )
+    unlike = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if unlike:
+        named = "; ".join(f"{name} is {theirs.get(name)}, here {ours.get(name)}" for name in unlike[:3])
+        raise CheckpointError(
+            f"{origin} is no encoder of this kind: {named}. Evaluation commands accept any timm transformer "
+            "unchanged, as --model timm:NAME"
         )
-        for name, module in vit.named_modules()
-        if name and not any(part in name for part in WITHOUT_EFFECT)
-    }

@@ -28,6 +28,7 @@ from nextblock.checkpoint import CheckpointError
 from nextblock.config import ModelConfig, pair
 from nextblock.errors import UsageError
 from nextblock.models.vit import ROPE_BASE, fresh_positions, positions_of, positions_on, vit_arguments
+from nextblock.settings import require
 
 # timm architectures used with all arguments given explicitly; ROPE has rotary positions.
 STOCK, ROPE = "vit_base_patch16_224", "eva_giant_patch14_224"
@@ -121,9 +122,7 @@ class NextBlockViT(VisionTransformer):
         """Change the image size; learned positions are resampled, fixed ones and the mask recomputed."""
         if patch_size is not None and patch_size != pair(self.block_config.patch_size):
             own = self.block_config.patch_size
-            raise UsageError(
-                f"patch_size {patch_size}: the blocks are made for patches of {own} px; leave it out"
-            )
+            raise UsageError(f"the blocks are made for patches of {own} px; leave patch_size out")
         if img_size is not None:
             config = replace(self.block_config, image_size=_hashable(img_size))
             # timm resamples the positions; `_set_config` then recomputes fixed ones and the mask.
@@ -140,33 +139,25 @@ class NextBlockViT(VisionTransformer):
         self, x: Float[Tensor, "b c h w"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b n d"]:
         """Tokens after the final norm, in raster order."""
-        _refuse_mask(attn_mask, is_causal)
-        # timm passes the mask to every layer.
-        return super().forward_features(x, attn_mask=self.order_mask)
+        return super().forward_features(x, **self._own_mask(attn_mask, is_causal))
 
     def forward_intermediates(
         self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any
     ) -> Any:
         """Outputs of chosen layers, with the arguments of timm's method."""
-        _refuse_mask(attn_mask, is_causal)
-        return super().forward_intermediates(x, *args, attn_mask=self.order_mask, **kwargs)
+        return super().forward_intermediates(x, *args, **self._own_mask(attn_mask, is_causal), **kwargs)
 
-
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise UsageError("this model has its own mask; leave out attn_mask and is_causal")
+    def _own_mask(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+        require(
+            attn_mask is None and not is_causal,
+            "this model has its own mask; leave out attn_mask and is_causal",
+        )
+        return {"attn_mask": self.order_mask}  # timm passes it to every layer
 
 
 def _hashable(value: Any) -> Any:
     """Convert lists from JSON or timm to tuples."""
     return value if isinstance(value, int | float | str) else tuple(value)
-
-
-def model_args(config: ModelConfig) -> dict[str, Any]:
-    """Arguments with which `nextblock_vit` builds the encoder of these settings, ready for JSON."""
-    arguments = {name: getattr(config, field) for name, field in ARGUMENTS.items()}
-    sizes = {name: list(pair(arguments[name])) for name in ("img_size", "block_size")}
-    return {**arguments, **sizes, "global_pool": "avg"}
 
 
 def _fit(weights: Mapping[str, Tensor], model: NextBlockViT) -> dict[str, Tensor]:
@@ -203,7 +194,9 @@ def timm_architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     # timm's class has no mask and one epsilon; any other encoder under its name would silently compute
     # something else. nextblock_vit has none of the newer parts.
     if not _has_newer_parts(config) and (config.feature_attention == "causal" or config.norm_eps != TIMM_EPS):
-        return "nextblock_vit", model_args(config)
+        arguments = {name: getattr(config, field) for name, field in ARGUMENTS.items()}
+        sizes = {name: list(pair(arguments[name])) for name in ("img_size", "block_size")}
+        return "nextblock_vit", {**arguments, **sizes, "global_pool": "avg"}
     if config.feature_attention == "causal":
         raise UsageError(
             "timm has no mask for an encoder with rotary positions, a class token, normed queries or "

@@ -20,12 +20,10 @@ from torch import nn
 from nextblock.checkpoint import CheckpointError, is_safetensors, read_data, refuse_non_finite
 from nextblock.config import DataConfig, pair
 from nextblock.errors import UsageError
-from nextblock.interop.cards import UNSPECIFIED, Provenance
 from nextblock.interop.hub import hub_errors
 from nextblock.interop.timm import building, described_at, own_config
-from nextblock.interop.timm_models import timm_architecture
-from nextblock.models.timm_encoder import TimmEncoder
-from nextblock.settings import nearest_name
+from nextblock.models import TimmEncoder
+from nextblock.settings import nearest_name, require
 
 log = logging.getLogger(__name__)
 
@@ -80,18 +78,15 @@ def timm_model(spec: str) -> nn.Module:
         # The overlay makes timm read this file instead of the hub's, and adapt it to `img_size` and
         # `in_chans` in the same way.
         arguments["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
-        own = own_config(checkpoint)
-        if own is not None and timm_architecture(own)[0] != name.partition(".")[0]:
-            held = f"{timm_architecture(own)[0]} with attention {own.feature_attention}"
-            raise CheckpointError(f"{spec}: {checkpoint} holds a {held}; give the file alone, --model FILE")
+        # Only timm's own weights: an encoder of ours may have a mask, which no shape shows.
+        is_own = own_config(checkpoint) is not None
+        require(not is_own, f"{spec}: nextblock wrote {checkpoint}; give the file alone: --model FILE")
     has_weights = pretrained or checkpoint is not None
     create = partial(timm.create_model, name, pretrained=has_weights, **arguments)
-    instead = "the path of a copy: timm:local-dir:DIR"
-    if not kind:
-        instead = f"its weights, {spec},checkpoint=FILE, or leave them fresh, {spec},pretrained=false"
     # hub_errors treats every OSError as the hub's, so use it only if the hub is contacted.
     is_local = kind == "local-dir" or checkpoint is not None
-    asking = nullcontext() if is_local else hub_errors(spec, instead=instead)
+    copy = f"a copy: timm:local-dir:DIR or {spec},checkpoint=FILE, or leave it fresh: {spec},pretrained=false"
+    asking = nullcontext() if is_local else hub_errors(spec, instead=copy)
     with building(spec, "give whole weights of this architecture, under timm's names"), asking:
         model = _whole_model(create, spec) if has_weights else create(num_classes=0)
     if has_weights:
@@ -138,8 +133,7 @@ def open_timm_encoder(spec: str) -> TimmEncoder:
         raise CheckpointError(f"{spec}: {error}") from error
     if ":" in name:
         # Saved heads rebuild the network from its architecture's name. But a config.json (local-dir: or
-        # hf-hub:) may change an architecture's tensors. Then the name builds another network, and nothing
-        # saved with this one could be opened again.
+        # hf-hub:) may change an architecture's tensors. Then nothing saved with it could be opened again.
         with building(model.config.architecture, "give an architecture that timm knows by name"):
             fresh = TimmEncoder.fresh(model.config)
         ours, again = ({n: t.shape for n, t in one.state_dict().items()} for one in (model, fresh))
@@ -156,22 +150,22 @@ def open_timm_encoder(spec: str) -> TimmEncoder:
     return model.eval()
 
 
-def timm_settings(src: str | Path) -> tuple[str, dict[str, Any]]:
-    """Name of a spec, directory or weight file, and its settings in timm; {} if unknown."""
+def timm_settings(src: str | Path) -> dict[str, Any]:
+    """Settings in timm of a spec, directory or weight file; {} if unknown."""
     if not str(src).startswith(TIMM_SPEC):
         described = described_at(Path(src))
-        return f"{src}, a timm directory", {**described, **described.get("pretrained_cfg", {})}
+        return {**described, **described.get("pretrained_cfg", {})}
     spec = parse_timm_spec(str(src))
     cfg = timm.get_pretrained_cfg(spec.name)
     settings = {} if cfg is None else cfg.to_dict()
     if "img_size" in spec.arguments:
         settings["input_size"] = (3, *pair(spec.arguments["img_size"]))
-    return f"timm's {spec.name}", settings
+    return settings
 
 
 def read_timm_data(src: str | Path) -> DataConfig | None:
     """Crop and normalisation for a spec, directory or weight file; None if none are recorded."""
-    _, settings = timm_settings(src)
+    settings = timm_settings(src)
     if not {"mean", "std", "crop_pct", "input_size"} <= settings.keys():
         is_file = Path(src).is_file() and is_safetensors(Path(src))
         return read_data(Path(src)) if is_file else None
@@ -186,9 +180,3 @@ def read_timm_data(src: str | Path) -> DataConfig | None:
     except (TypeError, ValueError, ArithmeticError) as error:
         why = f"has a damaged mean, std, crop or input_size ({error})"
         raise CheckpointError(f"the config.json of {src} {why}; take the original file") from error
-
-
-def timm_provenance(src: str | Path) -> Provenance:
-    """Origin of a directory or spec, and its licence in timm's settings."""
-    origin, settings = timm_settings(src)
-    return Provenance(origin=origin, license=settings.get("license") or UNSPECIFIED)

@@ -13,17 +13,19 @@ from typing import Any
 
 from torch import Tensor
 
-from nextblock.checkpoint import CheckpointError, MissingSettingError, build_model
+from nextblock.checkpoint import CheckpointError
 from nextblock.config import ModelConfig
-from nextblock.interop.files import LoadOptions, beside_weights, unwrapped
+from nextblock.interop.files import LoadOptions
 from nextblock.interop.names import (
+    build,
     count_numbered,
-    only_tensors,
-    patch_shape,
-    ratio_of,
+    encoder_sizes,
+    known_heads,
+    layer_sizes,
+    refuse,
     renamed,
     shape_of,
-    unknown_heads,
+    unlike,
 )
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
@@ -39,14 +41,11 @@ DEFAULT_HEADS = 12
 
 # Official encoder and predictor also use timm's blocks, with q, k and v in one layer in timm's order. There
 # is one pixel map per predicted distance.
-MODEL_NAMES = {
+NAMES = {
     r"enc\.": "encoder.",
     r"proj\.mlp\.": "predictor.projection.",
     r"predictor\.": "predictor.",
     r"aim_proj\.(\d+)\.mlp\.": r"predictor.block_mlps.\1.",
-}
-CLASSIFIER_NAMES = {
-    r"enc\.": "encoder_model.encoder.",
     r"classifier\.cls_token$": "head.query",
     r"classifier\.k\.": "head.key.",
     r"classifier\.v\.": "head.value.",
@@ -70,38 +69,36 @@ FIXED = {
 }
 
 
-def is_xtra(content: Any) -> bool:
-    """Whether a file's content has the layout of an official XTRA checkpoint."""
-    weights = unwrapped(content)
+def is_xtra(weights: Mapping[str, Any]) -> bool:
+    """Whether weights have the names of an official XTRA checkpoint."""
     return "enc.pos_embed" in weights and "enc.patch_embed.proj.weight" in weights
 
 
 def read_xtra(
-    content: Mapping[str, Any], origin: str, options: LoadOptions
+    weights: Mapping[str, Tensor], recorded: Any, origin: str, options: LoadOptions
 ) -> NextBlockModel | ImageClassifier:
-    """Build the model or classifier in an official file; refuses files that lack settings."""
-    weights, recorded = only_tensors(unwrapped(content), origin), beside_weights(content, "hyper_parameters")
+    """Build the model or classifier of an official file; `recorded` are its hyper_parameters."""
     if not recorded or not isinstance(recorded, Mapping):
         raise CheckpointError(
             f"{origin} is an XTRA model without hyper_parameters, which hold its block size and heads; give "
             "the original checkpoint"
         )
     settings = {name: value for name, value in recorded.items() if value is not None}
-    is_classifier = any(name.startswith("classifier.") for name in weights)
-    with_predictor = not is_classifier and any(name.startswith("predictor.") for name in weights)
-    _refuse_other_functions(settings, weights, origin, is_classifier, with_predictor)
+    ours = renamed(weights, NAMES, "XTRA", origin)
+    is_classifier = any(name.startswith("head.") for name in ours)
+    with_predictor = not is_classifier and any(name.startswith("predictor.") for name in ours)
+    _refuse_other_functions(settings, ours, origin, is_classifier, with_predictor)
 
-    # Shapes do not show the number of heads: any divisor of the width would load but compute something else.
-    # So it comes from the caller, the file's settings, its architecture's name or the official sizes.
-    width, in_chans, patch_size = patch_shape(weights, "enc.patch_embed.proj.weight", origin)
-    size = width, count_numbered(weights, "enc.blocks.", origin)
+    # The number of heads comes from the caller, the file's settings, its architecture's name or its size.
+    sizes = encoder_sizes(ours, origin)
     of_arch = NUM_HEADS_OF_ARCH.get(str(settings.get("enc_arch")))
-    heads = options.num_heads or settings.get("enc_num_heads") or of_arch or NUM_HEADS_OF_SIZE.get(size)
-    if heads is None:
-        raise MissingSettingError(num_heads=unknown_heads(size, origin))
+    of_size = NUM_HEADS_OF_SIZE.get((sizes["embed_dim"], sizes["depth"]))
+    heads = known_heads(
+        options.num_heads or settings.get("enc_num_heads") or of_arch or of_size, sizes, origin
+    )
 
     # If training continued at another size, enc_img_size is outdated, so the stored positions decide.
-    num_patches = shape_of(weights, "enc.pos_embed", 3, origin)[1]
+    num_patches, patch_size = shape_of(ours, "encoder.pos_embed", 3, origin)[1], sizes["patch_size"]
     given = settings.get("enc_img_size") or [0]
     sides = [int(side) for side in (given if isinstance(given, list | tuple) else [given])]
     if (sides[0] // patch_size) * (sides[-1] // patch_size) != num_patches:
@@ -109,13 +106,9 @@ def read_xtra(
 
     block_size = _mask(settings, "enc")
     config = ModelConfig(
+        **sizes,
         image_size=sides[0] if sides[0] == sides[-1] else (sides[0], sides[-1]),
-        patch_size=patch_size,
-        in_chans=in_chans,
-        embed_dim=width,
-        depth=size[1],
-        num_heads=int(heads),
-        mlp_ratio=ratio_of(shape_of(weights, "enc.blocks.0.mlp.fc1.weight", 2, origin)[0], width),
+        num_heads=heads,
         block_size=block_size or 1,
         feature_attention="full" if block_size is None else "causal",
         qk_scale=_qk_scale(settings, "enc"),
@@ -123,18 +116,16 @@ def read_xtra(
         resample_antialias=False,
         predictor=None,
     )
-    # A classifier uses its encoder under the pre-training mask.
-    if is_classifier:
-        return _classifier(weights, settings, config, origin)
     if with_predictor:
-        config = replace(config, **_predictor_settings(weights, settings, origin))
-    ours = renamed(weights, MODEL_NAMES, "XTRA", origin)
-    return build_model(config, ours, origin)
+        config = replace(config, **_predictor_settings(ours, settings, origin))
+    # A classifier uses its encoder under the pre-training mask.
+    head = _head(ours, settings, config, origin) if is_classifier else None
+    return build(config, ours, origin, head)
 
 
 def _refuse_other_functions(
     settings: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
     origin: str,
     is_classifier: bool,
     with_predictor: bool,
@@ -142,11 +133,7 @@ def _refuse_other_functions(
     """Refuse settings under which the weights compute something that is not implemented."""
     # Only settings of existing parts count: a classifier still has the settings of its pre-training.
     parts = "enc_", *["attentive_"] * is_classifier, *["proj_", "predictor_", "aim_"] * with_predictor
-    wrong = [
-        f"{name} is {settings[name]!r}, only {value!r} is known"
-        for name, value in FIXED.items()
-        if name.startswith(parts) and settings.get(name, value) != value
-    ]
+    wrong = unlike(settings, {name: value for name, value in FIXED.items() if name.startswith(parts)})
     if with_predictor:
         # Here encoder and predictor share one scale. A predictor's own mask is defined in raster order only,
         # as the official code permutes only the encoder's mask.
@@ -156,13 +143,9 @@ def _refuse_other_functions(
             wrong.append("a predictor without a mask (neither enc_is_block_causal nor enc_is_causal)")
         if settings.get("aim_pseudo_random") and _mask(settings, "predictor") != _mask(settings, "enc"):
             wrong.append("a predictor with a mask of its own under aim_pseudo_random")
-    is_linear = is_classifier and "classifier.cls_token" not in weights
-    if is_linear and not settings.get("cls_avgpool_patchtokens"):
+    if is_classifier and "head.query" not in ours and not settings.get("cls_avgpool_patchtokens"):
         wrong.append("cls_avgpool_patchtokens is not set, so a linear head would classify every patch")
-    if wrong:
-        raise CheckpointError(
-            f"{origin} is an XTRA model of a kind that is not implemented: {'; '.join(wrong)}"
-        )
+    refuse(wrong, "an XTRA", origin)
 
 
 def _qk_scale(settings: Mapping[str, Any], part: str) -> float | None:
@@ -181,25 +164,24 @@ def _mask(settings: Mapping[str, Any], part: str) -> int | None:
 
 
 def _predictor_settings(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any], origin: str
+    ours: Mapping[str, Tensor], settings: Mapping[str, Any], origin: str
 ) -> dict[str, Any]:
     # "native" means the encoder's mask. Any other mask is named, a block-causal one with its own size.
     mask = _mask(settings, "predictor")
     named = {None: "full", 1: "causal"}.get(mask, "block_causal")
     attention = "native" if mask == _mask(settings, "enc") else named
-    width = shape_of(weights, "predictor.pos_embed", 3, origin)[-1]
-    hidden = shape_of(weights, "predictor.blocks.0.mlp.fc1.weight", 2, origin)[0]
+    width, depth, mlp_ratio = layer_sizes(ours, "predictor", origin)
     return {
         "predictor": "transformer",
         "predictor_attention": attention,
         "predictor_block_size": mask if attention == "block_causal" else None,
-        "projection_dim": shape_of(weights, "proj.mlp.0.weight", 2, origin)[0],
+        "projection_dim": shape_of(ours, "predictor.projection.0.weight", 2, origin)[0],
         "predictor_dim": width,
-        "predictor_depth": count_numbered(weights, "predictor.blocks.", origin),
+        "predictor_depth": depth,
         "predictor_heads": int(settings.get("predictor_num_heads", DEFAULT_HEADS)),
-        "predictor_mlp_ratio": ratio_of(hidden, width),
-        "block_mlp_dim": shape_of(weights, "aim_proj.0.mlp.0.weight", 2, origin)[0],
-        "num_predicted_blocks": count_numbered(weights, "aim_proj.", origin),
+        "predictor_mlp_ratio": mlp_ratio,
+        "block_mlp_dim": shape_of(ours, "predictor.block_mlps.0.0.weight", 2, origin)[0],
+        "num_predicted_blocks": count_numbered(ours, "predictor.block_mlps."),
         "norm_pixels": bool(settings.get("aim_norm_pix_loss", False)),
         "loss": "l1" if settings.get("aim_l1_loss") else "mse",
         "order": "random" if settings.get("aim_pseudo_random") else "raster",
@@ -207,12 +189,12 @@ def _predictor_settings(
     }
 
 
-def _classifier(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
-) -> NextBlockModel | ImageClassifier:
+def _head(
+    ours: dict[str, Tensor], settings: Mapping[str, Any], config: ModelConfig, origin: str
+) -> HeadConfig:
+    """Settings of a classifier's head; scales the keys in `ours` if the file has a scale of its own."""
     # An attentive head has a learned query, a linear head averages patches. Both use the last layers,
     # concatenated unless the settings say that they are averaged.
-    ours = renamed(weights, CLASSIFIER_NAMES, "XTRA", origin)
     attentive = "head.query" in ours
     last = int(settings.get("cls_n_last_blocks", 1))
     head = HeadConfig(
@@ -232,4 +214,4 @@ def _classifier(
         # Scaling the keys by the ratio keeps every score the same.
         key = ours["head.key.weight"].float()
         ours["head.key.weight"] = key * (float(scale) * math.sqrt(key.shape[0] / head.num_heads))
-    return build_model(config, ours, origin, head)
+    return head
