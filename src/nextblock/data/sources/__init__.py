@@ -18,16 +18,15 @@ A path is a path: a keyword counts only if nothing of that name exists.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import Damage, DataError, EncodedSource, Labels, Source, read_file
-from nextblock.data.sources.datasets import DigitsSource, TorchvisionSource
-from nextblock.data.sources.folder import FilesSource, FolderSource, local_path
-from nextblock.data.sources.huggingface import HF_OPTIONS, HuggingFaceSource
+from nextblock.data.sources.base import DataError, Source
+from nextblock.data.sources.datasets import HF_OPTIONS, DigitsSource, HuggingFaceSource, TorchvisionSource
+from nextblock.data.sources.folder import FilesSource, FolderSource, local_path, open_list
 from nextblock.data.sources.names import EXTENSIONS
-from nextblock.data.sources.remote import RemoteTarSource
 from nextblock.data.sources.subset import ConcatSource, SubsetSource, read_subset_list
 from nextblock.data.sources.tar import TarSource, open_class_tars, open_tars
 from nextblock.data.sources.zip import ZipSource
@@ -36,16 +35,12 @@ from nextblock.settings import nearest_name
 
 __all__ = [
     "ConcatSource",
-    "Damage",
     "DataError",
-    "EncodedSource",
-    "Labels",
     "Source",
     "SubsetSource",
     "absolute_spec",
     "open_source",
     "open_sources",
-    "read_file",
 ]
 
 log = logging.getLogger(__name__)
@@ -84,7 +79,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
         if ending == ".tar":
             return TarSource(spec, [path], data)
         if ending.encode() in EXTENSIONS:
-            return FilesSource.of_one(spec, path, data)
+            return FilesSource(spec, path.parent, [os.fsencode(path.name)], [], data)
         problem = f"it is a file; give the directory that contains it, or files:{spec} if it lists images"
     else:
         # There is no such path, so it is a keyword, an address, or shards in braces.
@@ -96,10 +91,12 @@ def open_source(spec: str, data: DataConfig) -> Source:
         if kind == "hf":
             return HuggingFaceSource(spec, name, read_options(spec, options, HF_OPTIONS), data)
         if kind == "files":
-            return FilesSource(spec, local_path(rest), data)
+            return open_list(spec, local_path(rest), data)
         if kind == "subset":
             return _open_subset(spec, data)
         if _URL.match(spec):
+            from nextblock.data.sources.remote import RemoteTarSource
+
             return RemoteTarSource(spec, data)
         if spec.lower().endswith(".tar") and not _KEYWORD.match(spec):
             return open_tars(spec, data)

@@ -18,7 +18,6 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, Reduce, decode_image
 from nextblock.data.sources.names import Names, text
-from nextblock.errors import UsageError
 from nextblock.logs import counted
 
 # The class of every image, int64 (n,), and the classes' names.
@@ -45,7 +44,10 @@ class Damage(NamedTuple):
 
 
 class Source(ABC):
-    """A numbered list of images, always in the same order. An image is opened only when it is read."""
+    """A numbered list of images, always in the same order. An image is opened only when it is read.
+
+    A subclass defines `_path` if its images are files, `_content` if they are parts of files, else `_read`.
+    """
 
     spec: str
     """The name it was opened by."""
@@ -53,26 +55,31 @@ class Source(ABC):
     """Whether reading an image is so cheap that worker processes would not help."""
     damage: tuple[Damage, ...] = ()
     """Incomplete archives of this source."""
+    _data: DataConfig
+    """How to decode files."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
-    def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:  # noqa: ARG002
+    def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:
         """The image's upright pixels; raises `BadImageError`. `reduce` may shrink a JPEG."""
-        self._check(index)
-        return self._read(index)
+        source, number = self._locate(index)
+        content = source._content(number)
+        return source._read(number) if content is None else decode(content, source._data, reduce)
 
-    def content(self, index: int) -> bytes | None:  # noqa: ARG002 - sources of files override it
+    def content(self, index: int) -> bytes | None:
         """The encoded file, or None if images are not files; raises `BadImageError`."""
-        return None
+        source, number = self._locate(index)
+        return source._content(number)
 
-    def path(self, index: int) -> Path | None:  # noqa: ARG002 - folders override it
+    def path(self, index: int) -> Path | None:
         """The path of the image's own file; None if it has none."""
-        return None
+        source, number = self._locate(index)
+        return source._path(number)
 
     def name(self, index: int) -> str:
         """The image's printable name for messages: its path below the directory, or its number."""
-        self._check(index)
+        self._locate(index)
         return self._name(index)
 
     @property
@@ -80,10 +87,14 @@ class Source(ABC):
         """The sources of a mixture; otherwise the source itself."""
         return (self,)
 
-    @property
+    # Labels are searched on first use: an unlabelled folder is an error only if labels are needed.
+    @cached_property
     def has_labels(self) -> bool:
         """Whether there are labels."""
-        return not isinstance(self._labels_or_error, ValueError)
+        try:
+            return bool(self._labels)
+        except ValueError:
+            return False
 
     @property
     def labels(self) -> np.ndarray:
@@ -95,6 +106,10 @@ class Source(ABC):
         """Names of the classes by number; raises `ValueError` like `labels`."""
         return self._labels[1]
 
+    @cached_property
+    def _labels(self) -> Labels:
+        return self._find_labels()
+
     def empty_classes(self) -> list[str]:
         """Folders that look like classes but contain no image."""
         return []
@@ -104,8 +119,22 @@ class Source(ABC):
         """Identifies the list: the number of images and a hash of their names, not of their pixels."""
         return self._make_fingerprint()
 
-    @abstractmethod
-    def _read(self, index: int) -> Tensor: ...
+    def _locate(self, index: int) -> tuple[Source, int]:
+        """The source that stores the image, and the image's number there."""
+        # A negative number would count from the end of an array, and silently be another image.
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}; the numbers are 0 to {len(self) - 1}")
+        return self, index
+
+    def _path(self, index: int) -> Path | None:  # noqa: ARG002
+        return None
+
+    def _content(self, index: int) -> bytes | None:
+        path = self._path(index)
+        return None if path is None else read_file(path, self._data)
+
+    def _read(self, index: int) -> Tensor:
+        raise NotImplementedError
 
     @abstractmethod
     def _name(self, index: int) -> str: ...
@@ -116,55 +145,17 @@ class Source(ABC):
     @abstractmethod
     def _make_fingerprint(self) -> str: ...
 
-    # Labels are searched on first use: an unlabelled folder is an error only if labels are needed. The error
-    # is cached too, because `has_labels` may be called for every image.
-    @cached_property
-    def _labels_or_error(self) -> Labels | ValueError:
-        try:
-            return self._find_labels()
-        except ValueError as error:
-            return error
 
-    @property
-    def _labels(self) -> Labels:
-        if isinstance(self._labels_or_error, ValueError):
-            raise UsageError(str(self._labels_or_error))
-        return self._labels_or_error
-
-    def _check(self, index: int) -> None:
-        # A negative number would count from the end of an array, and silently be another image.
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}; the numbers are 0 to {len(self) - 1}")
-
-
-class EncodedSource(Source):
-    """A source of encoded files. A subclass defines `_content`, which must call `check_size`.
-
-    If it sets `_names`, and `_prefix` for the fingerprint, first-level folders are the classes.
-    """
+class NamedSource(Source):
+    """Files with names, whose first-level folders are the classes."""
 
     # Workers get a copy of the source, by fork or pickle, so it should hold few and compact objects.
-    _data: DataConfig
     _names: Names
     _prefix: str
+    """Begins the fingerprint."""
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
-        """The image's upright pixels; raises `BadImageError`."""
-        return decode(self.content(index), self._data, reduce)
-
-    def content(self, index: int) -> bytes:
-        """The encoded file; raises `BadImageError`."""
-        self._check(index)
-        return self._content(index)
-
-    def _read(self, index: int) -> Tensor:
-        return self.read(index)
-
-    @abstractmethod
-    def _content(self, index: int) -> bytes: ...
 
     def _name(self, index: int) -> str:
         return text(self._names[index])
@@ -207,14 +198,6 @@ def open_file(path: Path) -> io.BufferedReader:
         file.close()
         raise OSError("it is no regular file")
     return file
-
-
-def open_encoded(source: Source, index: int) -> io.BufferedIOBase | None:
-    """Open an image's file of any size; None if images are not files. Raises `OSError`."""
-    if path := source.path(index):
-        return open_file(path)
-    content = source.content(index)
-    return None if content is None else io.BytesIO(content)
 
 
 def read_file(path: Path, data: DataConfig) -> bytes:

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from nextblock.data.decode import Reduce
 from nextblock.data.sources.base import Labels, Source
 from nextblock.errors import UsageError
 
 
-class _Derived(Source):
-    """A source whose images belong to other sources, which read them."""
-
-    @abstractmethod
-    def _locate(self, index: int) -> tuple[Source, int]:
-        """The image's source, and its number there."""
-
-    # Override `read` rather than `_read`, so that `reduce` reaches the source that decodes.
-    def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
-        """Read the image from its source."""
-        source, number = self._locate(index)
-        return source.read(number, reduce)
-
-    def content(self, index: int) -> bytes | None:
-        """The encoded file in its source."""
-        source, number = self._locate(index)
-        return source.content(number)
-
-    def path(self, index: int) -> Path | None:
-        """The file's path in its source."""
-        source, number = self._locate(index)
-        return source.path(number)
-
-    def _read(self, index: int) -> Tensor:
-        return self.read(index)
-
-
-class SubsetSource(_Derived):
+class SubsetSource(Source):
     """Some images of the source `of`, in the order of `numbers`; classes keep their numbers and names."""
 
     def __init__(self, spec: str, of: Source, numbers: np.ndarray, fingerprint: str | None = None) -> None:
@@ -50,8 +21,7 @@ class SubsetSource(_Derived):
         if fingerprint is not None and fingerprint != of.fingerprint:
             remedy = "name the source as it was by of=SPEC, or draw the list again"
             raise UsageError(f"{spec!r}: {of.spec!r} is not what the list was drawn from; {remedy}")
-        largest = numbers.max()
-        if largest >= len(of):
+        if (largest := numbers.max()) >= len(of):
             raise UsageError(
                 f"{spec!r}: the list names image {largest}, but {of.spec!r} has {len(of)}, from 0"
             )
@@ -64,14 +34,14 @@ class SubsetSource(_Derived):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @property
+    @cached_property
     def has_labels(self) -> bool:
         """Whether the other source has labels."""
         return self.of.has_labels
 
     def _locate(self, index: int) -> tuple[Source, int]:
-        self._check(index)
-        return self.of, int(self._numbers[index])
+        super()._locate(index)
+        return self.of._locate(int(self._numbers[index]))
 
     def _name(self, index: int) -> str:
         return self.of.name(int(self._numbers[index]))
@@ -96,9 +66,9 @@ def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]
     head: dict[str, str] = {}
     numbers = []
     for place, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        key, _, value = line.removeprefix("#").partition(":")
         number = line.partition("\t")[0].strip()  # the image's name may follow
         if line.startswith("#"):
+            key, _, value = line.removeprefix("#").partition(":")
             head[key.strip()] = value.strip()
         elif number.isdecimal():
             numbers.append(int(number))
@@ -110,11 +80,10 @@ def read_subset_list(spec: str, path: Path) -> tuple[dict[str, str], np.ndarray]
     return head, np.array(numbers, dtype=np.int64)
 
 
-class ConcatSource(_Derived):
+class ConcatSource(Source):
     """The images of several sources; image i of a part has number i plus the sizes of earlier parts."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
-        assert len(parts) >= 2
         self._parts = tuple(parts)
         self.spec = " + ".join(part.spec for part in parts)
         self.in_memory = all(part.in_memory for part in parts)
@@ -130,35 +99,30 @@ class ConcatSource(_Derived):
         """The sources, in their order."""
         return self._parts
 
-    @property
-    def has_labels(self) -> bool:
-        """Whether every part has labels, with the same classes."""
-        return all(part.has_labels for part in self.parts) and len(self._classes()) == 1
-
-    def _classes(self) -> set[tuple[str, ...]]:
-        return {part.class_names for part in self.parts}
-
     def empty_classes(self) -> list[str]:
         """Empty folders of any part that no other part fills."""
         empty = {name for part in self.parts for name in part.empty_classes()}
         return sorted(empty - set(self.class_names))
 
-    def _locate(self, index: int) -> tuple[Source, int]:
-        self._check(index)
+    def _part_of(self, index: int) -> tuple[Source, int]:
         # The part is the last one whose start is not above the number.
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part], index - int(self._starts[part])
 
+    def _locate(self, index: int) -> tuple[Source, int]:
+        super()._locate(index)
+        part, number = self._part_of(index)
+        return part._locate(number)
+
     def _name(self, index: int) -> str:
-        part, within = self._locate(index)
-        return f"{part.spec}: {part.name(within)}"
+        part, number = self._part_of(index)
+        return f"{part.spec}: {part.name(number)}"
 
     def _find_labels(self) -> Labels:
         # Labels can be joined only if equal numbers mean equal classes in all sources.
-        without = next((part.spec for part in self.parts if not part.has_labels), None)
-        if without is not None:
-            raise UsageError(f"{self.spec!r} has no labels, because {without!r} has none")
-        if len(self._classes()) > 1:
+        if without := [part.spec for part in self.parts if not part.has_labels]:
+            raise UsageError(f"{self.spec!r} has no labels, because {without[0]!r} has none")
+        if len({part.class_names for part in self.parts}) > 1:
             raise UsageError(f"{self.spec!r} has no labels: its sources have different classes")
         return np.concatenate([part.labels for part in self.parts]), self.parts[0].class_names
 
