@@ -388,23 +388,6 @@ def test_what_cannot_be_opened_is_refused_in_one_line(cats, tmp_path, spec, erro
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    ("raised", "error"),
-    [
-        (ConnectionError("reset\nby peer"), DataError),
-        (OSError(28, "No space left"), DataError),
-        (FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub."), ValueError),
-    ],
-)
-def test_failures_of_the_hub_are_told_from_wrong_names(monkeypatch, raised, error) -> None:
-    def fail(*args, **kwargs):
-        raise raised
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(error, match="hf:a/b,split=train"):
-        open_source("hf:a/b,split=train", DATA)
-
-
 def test_without_the_package_the_extra_is_named(cats, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install datasets"):
