@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import subprocess
@@ -23,23 +22,11 @@ from datasets import config
 
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, DataError, eval_batches, open_source
+from test_data_tar import picture as png
+from test_data_tar import reds
 
 DATA = DataConfig(workers=0, val_resize_px=8)
 IMAGE, LABEL = datasets.Image(), datasets.ClassLabel(names=["cat", "dog"])
-
-
-def picture(value: int) -> Image.Image:
-    return Image.new("RGB", (6, 4), (value, 100, 200))
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    picture(value).save(file, "PNG")
-    return file.getvalue()
-
-
-def first_values(source) -> list[int]:
-    return [int(source.read(index)[0, 0, 0]) for index in range(len(source))]
 
 
 # -------------------------------------------------------------------------------------------------- digits
@@ -128,7 +115,7 @@ def test_labels_that_are_not_stated_are_read_with_the_images(monkeypatch) -> Non
     source = open_source("torchvision:FakeData,size=5,num_classes=3", DATA)
     assert (source.has_labels, len(source.labels)) == (True, 5)
     assert source.class_names == tuple("012")[: source.labels.max() + 1]
-    monkeypatch.setattr(FakeData, "__getitem__", lambda self, index: (picture(1), [1, 2]))
+    monkeypatch.setattr(FakeData, "__getitem__", lambda self, index: (Image.new("RGB", (6, 4)), [1, 2]))
     source = open_source("torchvision:FakeData", DATA)
     assert not source.has_labels
     with pytest.raises(ValueError, match="has no labels"):
@@ -230,25 +217,25 @@ def test_parquet_is_read_as_one_file_or_as_a_folder_of_them(tmp_path) -> None:
     ]
     for spec, values in ((files[1], [41]), (f"hf:{files[1]}", [41]), (f"hf:{folder},split=train", [40, 41])):
         source = open_source(spec, DATA)
-        assert first_values(source) == values
+        assert reds(source) == values
         assert source.class_names == tuple(map(str, values))
 
 
 def test_a_folder_of_pictures_in_the_librarys_layout_is_read_also_through_a_link(tmp_path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
-        picture(50).save(tmp_path / "photos" / "train" / name / "1.png")
+        (tmp_path / "photos" / "train" / name / "1.png").write_bytes(png(50))
     (tmp_path / "link").symlink_to("photos")
     for folder in ("photos", "link"):
         source = open_source(f"hf:{tmp_path / folder},split=train", DATA)
         assert (source.class_names, source.labels.tolist()) == (("cat", "dog"), [0, 1])
-        assert first_values(source) == [50, 50]
+        assert reds(source) == [50, 50]
 
 
 def test_rows_may_name_files_of_the_dataset_and_no_others(tmp_path) -> None:
     (tmp_path / "d").mkdir()
     for path in (tmp_path / "secret.png", tmp_path / "d" / "7.png"):
-        picture(7).save(path)
+        path.write_bytes(png(7))
     inside = str(tmp_path / "d" / "7.png")
     rows = [
         "7.png",

@@ -361,8 +361,8 @@ class HuggingFaceSource(Source):
 
 def _kind(feature: Any) -> str:
     """The kind of a column; bytes, alone or with a path, are "binary"."""
-    if isinstance(feature, dict) and _kind(feature.get("bytes")) == "binary":
-        return "binary"
+    if isinstance(feature, dict):
+        return "binary" if _kind(feature.get("bytes")) == "binary" else "dict"
     name = type(feature).__name__
     return str(feature.dtype).removeprefix("large_") if name == "Value" else name
 
