@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import http.server
-import io
 import os
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from nextblock.config import DataConfig
 from nextblock.data.sources import Source, open_source, remote
 from nextblock.data.sources.remote import RemoteError
+from test_data_tar import write
 
 pytest.importorskip("aiohttp")
 
@@ -96,13 +95,11 @@ def data(tmp_path):
 def write_shards(folder: Path, number: int) -> None:
     """Shards s-0.tar, ... of images of four pixels, and labels."""
     for shard in range(number):
-        with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
-            for key in range(4):
-                pixels = bytes([shard, key, 0] * 4)
-                for ending, content in (("ppm", b"P6 2 2 255 " + pixels), ("cls", b"ab"[key % 2 :][:1])):
-                    member = tarfile.TarInfo(f"{key:03d}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        members = {}
+        for key in range(4):
+            members[f"{key:03d}.ppm"] = b"P6 2 2 255 " + bytes([shard, key, 0] * 4)
+            members[f"{key:03d}.cls"] = b"ab"[key % 2 :][:1]
+        write(folder / f"s-{shard}.tar", members)
 
 
 def pixels(source: Source) -> list[tuple[int, ...]]:

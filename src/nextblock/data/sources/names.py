@@ -94,7 +94,7 @@ def report_others(spec: str, num_images: int, others: Counter[str]) -> None:
     """Log the files of a source that are not images, by kind; raises `ValueError` if there is no image."""
     hidden, ignored = others.pop("hidden", 0), []
     if others:
-        kinds = ", ".join(kind for kind, _ in others.most_common(8))
+        kinds = ", ".join(sorted(others, key=lambda kind: (-others[kind], kind))[:8])
         ignored.append(f"{counted(others.total(), 'file')}, none with an image's extension ({kinds})")
     if hidden:
         ignored.append(f"{hidden:,} hidden (beginning with a dot)")
