@@ -240,8 +240,7 @@ def test_in_a_directory_of_tars_each_is_a_class(tmp_path):
         ({"a": {"1.png": "", "1.cls": "x"}, "b": {"2.png": "", "2.cls": "y"}}, ["x", "y"]),
         ({"a": {"cat/1.png": ""}, "b": {"dog/2.png": ""}}, ["cat", "dog"]),
         ({"a": {"all/1.png": ""}, "b": {"all/2.png": ""}}, ["a", "b"]),
-        ({"shard-000000": {"1.png": ""}, "train_003": {"2.png": ""}}, None),
-        ({"00000": {"1.png": ""}, "00001": {"2.png": ""}}, None),
+        ({"shard-000000": {"1.png": ""}, "train_003": {"2.png": ""}, "00001": {"2.png": ""}}, None),
         ({"only": {"1.png": ""}}, None),
     ],
 )

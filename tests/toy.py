@@ -47,10 +47,6 @@ class ToySource(Source):
     def __len__(self):
         return len(self.images)
 
-    @property
-    def has_labels(self):
-        return True
-
     def _read(self, index):
         self.reads += 1
         if index in self.bad:

@@ -18,17 +18,17 @@ A path is a path: a keyword counts only if nothing of that name exists.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import Damage, DataError, EncodedSource, Labels, Source, read_file
-from nextblock.data.sources.datasets import DigitsSource, TorchvisionSource
-from nextblock.data.sources.folder import FilesSource, FolderSource, local_path
-from nextblock.data.sources.huggingface import HF_OPTIONS, HuggingFaceSource
+from nextblock.data.sources.base import ConcatSource, DataError, Source, SubsetSource
+from nextblock.data.sources.datasets import HF_OPTIONS, DigitsSource, HuggingFaceSource, TorchvisionSource
+from nextblock.data.sources.folder import FilesSource, FolderSource, local_path, open_list
 from nextblock.data.sources.names import EXTENSIONS
-from nextblock.data.sources.remote import RemoteTarSource
-from nextblock.data.sources.subset import ConcatSource, SubsetSource, read_subset_list
 from nextblock.data.sources.tar import TarSource, open_class_tars, open_tars
 from nextblock.data.sources.zip import ZipSource
 from nextblock.errors import UsageError
@@ -36,16 +36,12 @@ from nextblock.settings import nearest_name
 
 __all__ = [
     "ConcatSource",
-    "Damage",
     "DataError",
-    "EncodedSource",
-    "Labels",
     "Source",
     "SubsetSource",
     "absolute_spec",
     "open_source",
     "open_sources",
-    "read_file",
 ]
 
 log = logging.getLogger(__name__)
@@ -84,7 +80,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
         if ending == ".tar":
             return TarSource(spec, [path], data)
         if ending.encode() in EXTENSIONS:
-            return FilesSource.of_one(spec, path, data)
+            return FilesSource(spec, path.parent, [os.fsencode(path.name)], [], data)
         problem = f"it is a file; give the directory that contains it, or files:{spec} if it lists images"
     else:
         # There is no such path, so it is a keyword, an address, or shards in braces.
@@ -96,10 +92,12 @@ def open_source(spec: str, data: DataConfig) -> Source:
         if kind == "hf":
             return HuggingFaceSource(spec, name, read_options(spec, options, HF_OPTIONS), data)
         if kind == "files":
-            return FilesSource(spec, local_path(rest), data)
+            return open_list(spec, local_path(rest), data)
         if kind == "subset":
             return _open_subset(spec, data)
         if _URL.match(spec):
+            from nextblock.data.sources.remote import RemoteTarSource
+
             return RemoteTarSource(spec, data)
         if spec.lower().endswith(".tar") and not _KEYWORD.match(spec):
             return open_tars(spec, data)
@@ -115,18 +113,34 @@ def open_source(spec: str, data: DataConfig) -> Source:
 def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
     """Open `subset:LIST.txt` or `subset:LIST.txt,of=SPEC`; the rest after `of=` is the other source."""
     # The first ,of= is this list's; any others belong to the other source.
-    text, _, of = spec.removeprefix("subset:").partition(",of=")
-    path = local_path(text)
-    head, numbers = read_subset_list(spec, path)
+    name, _, of = spec.removeprefix("subset:").partition(",of=")
+    path = local_path(name)
+    if not path.is_file():
+        raise UsageError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
+    # Lines of the head are "# key: value"; the first describes the file, and its key is ignored.
+    head: dict[str, str] = {}
+    numbers = []
+    for place, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        number = line.partition("\t")[0].strip()  # the image's name may follow
+        if line.startswith("#"):
+            key, _, value = line.removeprefix("#").partition(":")
+            head[key.strip()] = value.strip()
+        elif number.isdecimal():
+            numbers.append(int(number))
+        elif number:
+            begin = f"line {place} of the list begins with {number[:40]!r}, not with the number of an image"
+            raise UsageError(f"{spec!r}: {begin}; a list of paths is read as files:LIST.txt")
+    if not numbers:
+        raise UsageError(f"{spec!r}: the list names no image")
     of = of or head.get("of", "")
     if not of:
-        raise UsageError(f"{spec!r}: the list names no source; write subset:{text},of=SPEC")
+        raise UsageError(f"{spec!r}: the list names no source; write subset:{name},of=SPEC")
     try:
         source = open_source(of, data)
     except ValueError as error:
-        remedy = f"if the list's source has moved, write subset:{text},of=SPEC"
+        remedy = f"if the list's source has moved, write subset:{name},of=SPEC"
         raise UsageError(f"{spec!r}: {error}; {remedy}") from error
-    return SubsetSource(spec, source, numbers, head.get("fingerprint"))
+    return SubsetSource(spec, source, np.array(numbers, dtype=np.int64), head.get("fingerprint"))
 
 
 def open_sources(specs: Sequence[str], data: DataConfig) -> Source:

@@ -1,12 +1,17 @@
-"""The base of all sources: a numbered list of images with names and, if there are any, labels."""
+"""The base of all sources: a numbered list of images with names and, if there are any, labels.
+
+Also sources built from others: some images of one (`subset:LIST.txt`), or all of several (a mixture).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +50,10 @@ class Damage(NamedTuple):
 
 
 class Source(ABC):
-    """A numbered list of images, always in the same order. An image is opened only when it is read."""
+    """A numbered list of images, always in the same order. An image is opened only when it is read.
+
+    A subclass defines `_path` if its images are files, `_content` if they are parts of files, else `_read`.
+    """
 
     spec: str
     """The name it was opened by."""
@@ -53,26 +61,31 @@ class Source(ABC):
     """Whether reading an image is so cheap that worker processes would not help."""
     damage: tuple[Damage, ...] = ()
     """Incomplete archives of this source."""
+    _data: DataConfig
+    """How to decode files."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
-    def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:  # noqa: ARG002
+    def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:
         """The image's upright pixels; raises `BadImageError`. `reduce` may shrink a JPEG."""
-        self._check(index)
-        return self._read(index)
+        source, number = self._locate(index)
+        content = source._content(number)
+        return source._read(number) if content is None else decode(content, source._data, reduce)
 
-    def content(self, index: int) -> bytes | None:  # noqa: ARG002 - sources of files override it
+    def content(self, index: int) -> bytes | None:
         """The encoded file, or None if images are not files; raises `BadImageError`."""
-        return None
+        source, number = self._locate(index)
+        return source._content(number)
 
-    def path(self, index: int) -> Path | None:  # noqa: ARG002 - folders override it
+    def path(self, index: int) -> Path | None:
         """The path of the image's own file; None if it has none."""
-        return None
+        source, number = self._locate(index)
+        return source._path(number)
 
     def name(self, index: int) -> str:
         """The image's printable name for messages: its path below the directory, or its number."""
-        self._check(index)
+        self._locate(index)
         return self._name(index)
 
     @property
@@ -80,10 +93,14 @@ class Source(ABC):
         """The sources of a mixture; otherwise the source itself."""
         return (self,)
 
-    @property
+    # Labels are searched on first use: an unlabelled folder is an error only if labels are needed.
+    @cached_property
     def has_labels(self) -> bool:
         """Whether there are labels."""
-        return not isinstance(self._labels_or_error, ValueError)
+        try:
+            return bool(self._labels)
+        except ValueError:
+            return False
 
     @property
     def labels(self) -> np.ndarray:
@@ -95,6 +112,10 @@ class Source(ABC):
         """Names of the classes by number; raises `ValueError` like `labels`."""
         return self._labels[1]
 
+    @cached_property
+    def _labels(self) -> Labels:
+        return self._find_labels()
+
     def empty_classes(self) -> list[str]:
         """Folders that look like classes but contain no image."""
         return []
@@ -104,8 +125,22 @@ class Source(ABC):
         """Identifies the list: the number of images and a hash of their names, not of their pixels."""
         return self._make_fingerprint()
 
-    @abstractmethod
-    def _read(self, index: int) -> Tensor: ...
+    def _locate(self, index: int) -> tuple[Source, int]:
+        """The source that stores the image, and the image's number there."""
+        # A negative number would count from the end of an array, and silently be another image.
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}; the numbers are 0 to {len(self) - 1}")
+        return self, index
+
+    def _path(self, index: int) -> Path | None:  # noqa: ARG002
+        return None
+
+    def _content(self, index: int) -> bytes | None:
+        path = self._path(index)
+        return None if path is None else read_file(path, self._data)
+
+    def _read(self, index: int) -> Tensor:
+        raise NotImplementedError
 
     @abstractmethod
     def _name(self, index: int) -> str: ...
@@ -116,55 +151,17 @@ class Source(ABC):
     @abstractmethod
     def _make_fingerprint(self) -> str: ...
 
-    # Labels are searched on first use: an unlabelled folder is an error only if labels are needed. The error
-    # is cached too, because `has_labels` may be called for every image.
-    @cached_property
-    def _labels_or_error(self) -> Labels | ValueError:
-        try:
-            return self._find_labels()
-        except ValueError as error:
-            return error
 
-    @property
-    def _labels(self) -> Labels:
-        if isinstance(self._labels_or_error, ValueError):
-            raise UsageError(str(self._labels_or_error))
-        return self._labels_or_error
-
-    def _check(self, index: int) -> None:
-        # A negative number would count from the end of an array, and silently be another image.
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}; the numbers are 0 to {len(self) - 1}")
-
-
-class EncodedSource(Source):
-    """A source of encoded files. A subclass defines `_content`, which must call `check_size`.
-
-    If it sets `_names`, and `_prefix` for the fingerprint, first-level folders are the classes.
-    """
+class NamedSource(Source):
+    """Files with names, whose first-level folders are the classes."""
 
     # Workers get a copy of the source, by fork or pickle, so it should hold few and compact objects.
-    _data: DataConfig
     _names: Names
     _prefix: str
+    """Begins the fingerprint."""
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
-        """The image's upright pixels; raises `BadImageError`."""
-        return decode(self.content(index), self._data, reduce)
-
-    def content(self, index: int) -> bytes:
-        """The encoded file; raises `BadImageError`."""
-        self._check(index)
-        return self._content(index)
-
-    def _read(self, index: int) -> Tensor:
-        return self.read(index)
-
-    @abstractmethod
-    def _content(self, index: int) -> bytes: ...
 
     def _name(self, index: int) -> str:
         return text(self._names[index])
@@ -174,6 +171,103 @@ class EncodedSource(Source):
 
     def _make_fingerprint(self) -> str:
         return f"{self._prefix}-{len(self)}-{self._names.digest()}"
+
+
+class SubsetSource(Source):
+    """Some images of the source `of`, in the order of `numbers`; classes keep their numbers and names."""
+
+    def __init__(self, spec: str, of: Source, numbers: np.ndarray, fingerprint: str | None = None) -> None:
+        # Numbers are meaningless in another list of images, so raise instead of using wrong images.
+        if fingerprint is not None and fingerprint != of.fingerprint:
+            remedy = "name the source as it was by of=SPEC, or draw the list again"
+            raise UsageError(f"{spec!r}: {of.spec!r} is not what the list was drawn from; {remedy}")
+        if (largest := numbers.max()) >= len(of):
+            raise UsageError(
+                f"{spec!r}: the list names image {largest}, but {of.spec!r} has {len(of)}, from 0"
+            )
+        # A repeated image would count twice in every epoch and every accuracy.
+        if len(np.unique(numbers)) < len(numbers):
+            raise UsageError(f"{spec!r}: the list names an image twice; name each once")
+        self.spec, self.of, self._numbers = spec, of, numbers
+        self.in_memory, self.damage = of.in_memory, of.damage
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether the other source has labels."""
+        return self.of.has_labels
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        super()._locate(index)
+        return self.of._locate(int(self._numbers[index]))
+
+    def _name(self, index: int) -> str:
+        return self.of.name(int(self._numbers[index]))
+
+    def _find_labels(self) -> Labels:
+        # Keep all classes of the other source, even without an image here, so that a classifier's outputs
+        # keep their meaning.
+        return self.of.labels[self._numbers], self.of.class_names
+
+    def _make_fingerprint(self) -> str:
+        # Another order is another source, because runs visit images by number.
+        digest = hashlib.blake2b(self.of.fingerprint.encode(), digest_size=16)
+        digest.update(self._numbers.astype("<i8").tobytes())
+        return f"subset-{len(self)}-{digest.hexdigest()}"
+
+
+class ConcatSource(Source):
+    """The images of several sources; image i of a part has number i plus the sizes of earlier parts."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self._parts = tuple(parts)
+        self.spec = " + ".join(part.spec for part in parts)
+        self.in_memory = all(part.in_memory for part in parts)
+        self.damage = tuple(damage for part in parts for damage in part.damage)
+        # Image i of part p has number starts[p] + i; the last entry is the total.
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The sources, in their order."""
+        return self._parts
+
+    def empty_classes(self) -> list[str]:
+        """Empty folders of any part that no other part fills."""
+        empty = {name for part in self.parts for name in part.empty_classes()}
+        return sorted(empty - set(self.class_names))
+
+    def _part_of(self, index: int) -> tuple[Source, int]:
+        # The part is the last one whose start is not above the number.
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[part], index - int(self._starts[part])
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        super()._locate(index)
+        part, number = self._part_of(index)
+        return part._locate(number)
+
+    def _name(self, index: int) -> str:
+        part, number = self._part_of(index)
+        return f"{part.spec}: {part.name(number)}"
+
+    def _find_labels(self) -> Labels:
+        # Labels can be joined only if equal numbers mean equal classes in all sources.
+        if without := [part.spec for part in self.parts if not part.has_labels]:
+            raise UsageError(f"{self.spec!r} has no labels, because {without[0]!r} has none")
+        if len({part.class_names for part in self.parts}) > 1:
+            raise UsageError(f"{self.spec!r} has no labels: its sources have different classes")
+        return np.concatenate([part.labels for part in self.parts]), self.parts[0].class_names
+
+    def _make_fingerprint(self) -> str:
+        # In the order of the parts, which determines the images' numbers.
+        parts = "\n".join(part.fingerprint for part in self.parts)
+        return f"mixture-{len(self)}-{hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()}"
 
 
 def decode(content: bytes, data: DataConfig, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:
@@ -207,14 +301,6 @@ def open_file(path: Path) -> io.BufferedReader:
         file.close()
         raise OSError("it is no regular file")
     return file
-
-
-def open_encoded(source: Source, index: int) -> io.BufferedIOBase | None:
-    """Open an image's file of any size; None if images are not files. Raises `OSError`."""
-    if path := source.path(index):
-        return open_file(path)
-    content = source.content(index)
-    return None if content is None else io.BytesIO(content)
 
 
 def read_file(path: Path, data: DataConfig) -> bytes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import EncodedSource, Labels, read_file
+from nextblock.data.sources.base import Labels, NamedSource
 from nextblock.data.sources.names import Names, in_class_order, kind_of, report_others, text
 from nextblock.errors import UsageError
 
@@ -18,7 +18,7 @@ from nextblock.errors import UsageError
 SUBSET_HEADER = b"# images of a source of nextblock; read it as subset:THIS_FILE"
 
 
-class FolderSource(EncodedSource):
+class FolderSource(NamedSource):
     """The images below a directory, sorted by the parts of their paths. Classes: its first-level folders."""
 
     _prefix = "folder"
@@ -30,11 +30,6 @@ class FolderSource(EncodedSource):
         report_others(text(self._root), len(images), others)
         self._names = Names.of(images)
 
-    def path(self, index: int) -> Path:
-        """The file's path."""
-        self._check(index)
-        return Path(os.fsdecode(self._root + b"/" + self._names[index]))
-
     def empty_classes(self) -> list[str]:
         """First-level folders without an image."""
         with os.scandir(self._root) as entries:
@@ -43,8 +38,8 @@ class FolderSource(EncodedSource):
         names = {text(name) for name in folders if not name.startswith(b".")}
         return sorted(names - set(self.class_names))
 
-    def _content(self, index: int) -> bytes:
-        return read_file(self.path(index), self._data)
+    def _path(self, index: int) -> Path:
+        return Path(os.fsdecode(self._root + b"/" + self._names[index]))
 
 
 def _images_below(
@@ -86,72 +81,64 @@ def _images_below(
             others["links or special files" if kind == "image" else kind] += 1
 
 
-class FilesSource(EncodedSource):
-    """The files of a list, in its order.
+class FilesSource(NamedSource):
+    """Files named by paths below `root`, or absolute ones, in this order; `labels` are their classes, if any.
 
-    One path per line, absolute or relative to the list's folder, with an optional class after a tab. Blank
-    lines and lines that start with # are skipped. A missing file is reported when it is read.
+    A missing file is reported when it is read.
     """
 
     _prefix = "files"
 
-    def __init__(self, spec: str, list_path: Path, data: DataConfig) -> None:
-        self.spec, self._data = spec, data
-        self._root = os.fsencode(list_path.parent.absolute())
-        try:
-            lines = list_path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        except OSError as error:
-            raise UsageError(f"cannot read {spec!r}: {error.strerror} ({list_path.absolute()})") from error
-        # A dictionary finds repeated names, and keeps the order of the list.
-        first_line: dict[bytes, int] = {}
-        labels: list[str] = []
-        for number, ended in enumerate(lines, start=1):
-            line, problem = ended.rstrip(b"\r"), ""
-            if line == SUBSET_HEADER:
-                subset = spec.replace("files:", "subset:", 1)
-                raise UsageError(f"{spec!r} is a list of image numbers; read it as {subset}")
-            if not line.strip() or line.startswith(b"#"):
-                continue
-            name, _, label = line.partition(b"\t")
-            label = label.strip()
-            if b"\0" in line:
-                problem = "a zero byte; a list is text in UTF-8, one path a line"
-            elif not name.strip() or b"\t" in label:
-                problem = "write PATH, or PATH, one tab and its class"
-            elif name in first_line:
-                problem = f"{text(name)!r} is already in line {first_line[name]}; list each file once"
-            elif first_line and bool(label) != bool(labels):
-                problem = "some lines have a class after a tab, others none; give every line one, or none"
-            if problem:
-                raise UsageError(f"{spec!r}, line {number}: {problem}")
-            first_line[name] = number
-            if label:
-                labels.append(text(label))
-        if not first_line:
-            raise UsageError(f"{spec!r} lists no images: every line is blank or a comment")
-        self._names = Names.of(list(first_line))
-        self._listed = in_class_order(labels)
+    def __init__(
+        self, spec: str, root: Path, names: Sequence[bytes], labels: Sequence[str], data: DataConfig
+    ) -> None:
+        self.spec, self._data, self._root = spec, data, os.fsencode(root.absolute())
+        self._names, self._listed = Names.of(names), in_class_order(labels)
 
-    @classmethod
-    def of_one(cls, spec: str, path: Path, data: DataConfig) -> FilesSource:
-        """Open a single image file."""
-        one = cls.__new__(cls)
-        one.spec, one._data, one._root = spec, data, os.fsencode(path.parent.absolute())
-        one._names, one._listed = Names.of([os.fsencode(path.name)]), in_class_order([])
-        return one
-
-    def path(self, index: int) -> Path:
-        """The file's absolute path."""
-        self._check(index)
+    def _path(self, index: int) -> Path:
         return any_unicode_form(Path(os.fsdecode(os.path.join(self._root, self._names[index]))))  # noqa: PTH118
-
-    def _content(self, index: int) -> bytes:
-        return read_file(self.path(index), self._data)
 
     def _find_labels(self) -> Labels:
         if not self._listed[1]:
             raise UsageError(f"{self.spec!r} has no labels; add a tab and a class to every line")
         return self._listed
+
+
+def open_list(spec: str, list_path: Path, data: DataConfig) -> FilesSource:
+    """Open a list: one path per line, absolute or relative to the list's folder, and a class after a tab.
+
+    Every line has a class, or none has. Blank lines and lines that start with # are skipped.
+    """
+    try:
+        lines = list_path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UsageError(f"cannot read {spec!r}: {error.strerror} ({list_path.absolute()})") from error
+    # A dictionary finds repeated names, and keeps the order of the list.
+    first_line: dict[bytes, int] = {}
+    labels: list[str] = []
+    for number, ended in enumerate(lines, start=1):
+        line, problem = ended.rstrip(b"\r"), ""
+        if line == SUBSET_HEADER:
+            subset = spec.replace("files:", "subset:", 1)
+            raise UsageError(f"{spec!r} is a list of image numbers; read it as {subset}")
+        if not line.strip() or line.startswith(b"#"):
+            continue
+        name, _, label = line.partition(b"\t")
+        label = label.strip()
+        if not name.strip() or b"\t" in label or b"\0" in line:
+            problem = "write PATH, or PATH, one tab and its class, in UTF-8"
+        elif name in first_line:
+            problem = f"{text(name)!r} is already in line {first_line[name]}; list each file once"
+        elif first_line and bool(label) != bool(labels):
+            problem = "some lines have a class after a tab, others none; give every line one, or none"
+        if problem:
+            raise UsageError(f"{spec!r}, line {number}: {problem}")
+        first_line[name] = number
+        if label:
+            labels.append(text(label))
+    if not first_line:
+        raise UsageError(f"{spec!r} lists no images: every line is blank or a comment")
+    return FilesSource(spec, list_path.parent, list(first_line), labels, data)
 
 
 def local_path(text: str) -> Path:

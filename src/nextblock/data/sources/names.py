@@ -13,6 +13,7 @@ from decimal import Decimal
 import numpy as np
 
 from nextblock.errors import UsageError
+from nextblock.logs import counted
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +47,14 @@ class Names:
 
         Raises `ValueError`, which names the source `spec`, if a path has no folder.
         """
-        # A name's folder ends at the first slash after its start. If that slash is beyond the name's end, or
-        # there is none (the sentinel), the name has no folder.
-        slashes = np.append(
-            np.flatnonzero(np.frombuffer(self.joined, dtype=np.uint8) == ord("/")), len(self.joined)
-        )
-        starts = self._offsets[:-1]
-        ends = slashes[np.searchsorted(slashes, starts)]
-        in_root = int(np.count_nonzero(ends >= self._offsets[1:]))
-        if in_root:
-            where = f"{in_root} of its {len(self)} images are in no folder"
-            raise UsageError(f"{spec!r} has no labels: {where}; put every image into a folder of its class")
         folders: dict[bytes, int] = {}
-        places = zip(starts.tolist(), ends.tolist(), strict=True)
-        numbers = [folders.setdefault(self.joined[start:end], len(folders)) for start, end in places]
+        numbers = np.empty(len(self), dtype=np.int64)
+        for index in range(len(self)):
+            folder, slash, _ = self[index].partition(b"/")
+            if not slash:
+                problem = f"{text(folder)!r} is in no folder; put every image into a folder of its class"
+                raise UsageError(f"{spec!r} has no labels: {problem}")
+            numbers[index] = folders.setdefault(folder, len(folders))
         rank, classes = in_class_order([text(folder) for folder in folders])
         return rank[numbers], classes
 
@@ -85,38 +80,33 @@ def text(name: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
 
-def extension(path: bytes) -> bytes:
-    """The end of a file's name from its last dot, in lower case; empty if nothing follows a dot."""
-    start, dot, end = path.rpartition(b"/")[2].rpartition(b".")
-    return dot + end.lower() if start and end else b""
-
-
 def kind_of(path: bytes) -> str:
     """A file's kind by its name: "image", "hidden" (itself or a folder), or another extension."""
     if path.startswith(b".") or b"/." in path:
         return "hidden"
-    ending = extension(path)
-    return "image" if ending in EXTENSIONS else text(ending) or "no extension"
+    start, dot, end = path.rpartition(b"/")[2].lower().rpartition(b".")
+    if not start or not end:
+        return "no extension"
+    return "image" if dot + end in EXTENSIONS else text(dot + end)
 
 
 def report_others(spec: str, num_images: int, others: Counter[str]) -> None:
     """Log the files of a source that are not images, by kind; raises `ValueError` if there is no image."""
-    number, parts = others.total() - others["hidden"], []
-    if number:
-        kinds = sorted(set(others) - {"hidden"}, key=lambda kind: (-others[kind], kind))
-        plural, listed = "s" * (number != 1), ", ".join(kinds[:8])
-        parts.append(f"{number:,} file{plural}, none with an image's extension ({listed})")
-    if others["hidden"]:
-        parts.append(f"{others['hidden']:,} hidden (beginning with a dot)")
-    ignored = " and ".join(parts)
+    hidden, ignored = others.pop("hidden", 0), []
+    if others:
+        kinds = ", ".join(sorted(others, key=lambda kind: (-others[kind], kind))[:8])
+        ignored.append(f"{counted(others.total(), 'file')}, none with an image's extension ({kinds})")
+    if hidden:
+        ignored.append(f"{hidden:,} hidden (beginning with a dot)")
     if not num_images:
-        remedy = "name tars by X.tar or shards-{000..999}.tar, and unpack a tar of tars"
-        if ".tar" not in others:
-            remedy = f"an image's name ends in {b' '.join(EXTENSIONS).decode()}"
-        raise UsageError(f"no images in {spec!r} and its folders: {ignored or 'it is empty'}; {remedy}")
+        found = " and ".join(ignored) or "it is empty"
+        remedy = f"an image's name ends in {b' '.join(EXTENSIONS).decode()}"
+        if ".tar" in others:
+            remedy = "name tars by X.tar or shards-{000..999}.tar, and unpack a tar of tars"
+        raise UsageError(f"no images in {spec!r} and its folders: {found}; {remedy}")
     if ignored:
         level = logging.WARNING if ".tar" in others else logging.INFO
-        log.log(level, "%s: %d images; ignored %s", spec, num_images, ignored)
+        log.log(level, "%s: %d images; ignored %s", spec, num_images, " and ".join(ignored))
 
 
 def member_names(names: Sequence[bytes]) -> list[bytes]:

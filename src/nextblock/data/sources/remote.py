@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from nextblock.config import DataConfig
 from nextblock.data.sources import tar
 from nextblock.data.sources.base import DataError, OpenFile
@@ -25,13 +27,15 @@ from nextblock.logs import muted
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# A file's size, and the server's tag of its content if there is one.
+State = tuple[int, str | None]
 
 # Pauses between attempts to reach a server.
 RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 _FINAL_STATUS = (400, 401, 403, 404, 405, 410)
 _TAGS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "updated", "mtime")
-# Loggers that report every place where credentials were found.
-_TALKATIVE = ("botocore", "aiobotocore")
+# These loggers report every place where credentials were found.
+_muted = muted(logging.WARNING, "botocore", "aiobotocore")
 
 
 class RemoteError(DataError):
@@ -41,9 +45,11 @@ class RemoteError(DataError):
 class RemoteTarSource(tar.TarSource):
     """The images of remote shards, copied here as needed; raises `RemoteError` if the server fails."""
 
+    @_muted
     def __init__(self, spec: str, data: DataConfig) -> None:
         self._urls = urls = tar.expand_braces(spec)
-        if not urlsplit(urls[0]).path.endswith(".tar"):
+        names = [PurePosixPath(urlsplit(url).path).name for url in urls]
+        if not names[0].endswith(".tar"):
             raise UsageError(f"{spec!r}: only tar shards are read from a server, such as https://HOST/x.tar")
         try:
             _file_system(urls[0])
@@ -53,22 +59,19 @@ class RemoteTarSource(tar.TarSource):
         folder = tar.cache_dir(data, "remote")
         with suppress(OSError):  # reported on the first copy; stored indexes may be enough
             folder.mkdir(parents=True, exist_ok=True)
-        with muted(logging.WARNING, *_TALKATIVE):
-            self._states = tar.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
-            total_gb = sum(size for size, _ in self._states) / 1e9
-            if total_gb > data.cache_gb:
-                log.warning(
-                    "%s takes %.4g GB, so shards will be fetched over and over; set data.cache_gb to %.4g",
-                    *(spec, total_gb, total_gb * 1.01),
-                )
-            names = [PurePosixPath(urlsplit(url).path).name for url in urls]
-            # A shard that changes on the server gets a new name in the cache, and so a new index.
-            keys = [
-                tar.digest(json.dumps([url, *state]).encode())
-                for url, state in zip(urls, self._states, strict=True)
-            ]
-            paths = [folder / f"{name[-44:-4]}-{key}.tar" for name, key in zip(names, keys, strict=True)]
-            super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
+        self._states = tar.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
+        total_gb = sum(size for size, _ in self._states) / 1e9
+        if total_gb > data.cache_gb:
+            log.warning(
+                "%s takes %.4g GB, so shards will be fetched over and over; set data.cache_gb to %.4g",
+                *(spec, total_gb, total_gb * 1.01),
+            )
+        # A shard that changes on the server gets a new name in the cache, and so a new index.
+        paths = []
+        for url, name, state in zip(urls, names, self._states, strict=True):
+            key = tar.digest(json.dumps([url, *state]).encode())
+            paths.append(folder / f"{name[-44:-4]}-{key}.tar")
+        super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
 
     def _index(self, shard: int) -> tar.TarIndex:
         """A shard's index: from the cache, or from beside the shard on the server, or built from a copy."""
@@ -87,20 +90,18 @@ class RemoteTarSource(tar.TarSource):
             tar.write_index(cached, index, [size])
         return index
 
+    @_muted
     def _open(self, shard: int) -> OpenFile:
         if shard not in self._files:
             # A removed copy takes disk space as long as it is open.
             for other in [n for n, file in self._files.items() if os.fstat(file.number).st_nlink == 0]:
                 del self._files[other]
-            with muted(logging.WARNING, *_TALKATIVE):
-                self._files[shard] = self._open_copy(shard)
+            self._files[shard] = self._open_copy(shard)
         os.utime(self._files[shard].number)  # the least recently used copies are removed first
         return super()._open(shard)
 
     def _open_copy(self, shard: int) -> OpenFile:
         """Open a shard's copy, fetching it if necessary; it stays readable when removed to make room."""
-        from filelock import FileLock
-
         url, path = self._urls[shard], self._paths[shard]
         try:
             # The system releases the lock when its process ends, for whatever reason.
@@ -113,7 +114,7 @@ class RemoteTarSource(tar.TarSource):
             raise RemoteError(f"{url}: {reason}; set data.cache_dir to a writable folder") from error
 
 
-def _fetch(url: str, state: tuple[int, str | None], path: Path, limit: int) -> None:
+def _fetch(url: str, state: State, path: Path, limit: int) -> None:
     """Copy a shard to `path`, whole or not at all, within `limit` bytes of copies."""
     size, part = state[0], path.with_suffix(".part")
     if size > limit:
@@ -128,36 +129,36 @@ def _fetch(url: str, state: tuple[int, str | None], path: Path, limit: int) -> N
         if part.stat().st_size != size:
             raise ConnectionError(f"received {part.stat().st_size:,} of {size:,} bytes")
 
+    # One process at a time makes room: two would both count the same space as free.
+    room = FileLock(path.parent / "lock")
     try:
-        _make_room(size, limit, path.parent)
+        with room:
+            _make_room(size, limit, path.parent)
         _attempt(url, fetch)
         # Flush before renaming: after a power cut a copy is whole or absent.
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        _make_room(size, limit, path.parent)  # again, as other copies may have arrived meanwhile
-        part.replace(path)
+        with room:  # again, as other copies may have arrived meanwhile
+            _make_room(size, limit, path.parent)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _make_room(needed: int, limit: int, folder: Path) -> None:
     """Remove the least recently used copies, unless being opened, until `needed` bytes fit the limit."""
-    from filelock import FileLock, Timeout
-
-    # One process at a time: two would both count the same space as free.
-    with FileLock(folder / "lock"):
-        stats = [(path.stat(), path) for path in folder.glob("*.tar")]
-        total = needed + sum(status.st_size for status, _ in stats)
-        for status, path in sorted(stats, key=lambda one: one[0].st_mtime_ns):
-            if total <= limit:
-                break
-            # A held lock means that the copy is being opened; waiting for it could deadlock.
-            with suppress(Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
-                path.unlink()
-                total -= status.st_size
+    stats = [(path.stat(), path) for path in folder.glob("*.tar")]
+    total = needed + sum(status.st_size for status, _ in stats)
+    for status, path in sorted(stats, key=lambda one: one[0].st_mtime_ns):
+        if total <= limit:
+            break
+        # A held lock means that the copy is being opened; waiting for it could deadlock.
+        with suppress(Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
+            path.unlink()
+            total -= status.st_size
 
 
-def _state(url: str) -> tuple[int, str | None]:
+def _state(url: str) -> State:
     """A file's size and the server's first tag (ETag or similar), which change with the file."""
     files, path = _file_system(url)
     files.invalidate_cache()  # fsspec caches earlier answers

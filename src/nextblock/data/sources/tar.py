@@ -26,17 +26,9 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.sources.base import Damage, EncodedSource, Labels, OpenFile, check_size
+from nextblock.data.sources.base import Damage, Labels, NamedSource, OpenFile, check_size
 from nextblock.data.sources.folder import local_path
-from nextblock.data.sources.names import (
-    Names,
-    extension,
-    in_class_order,
-    kind_of,
-    member_names,
-    report_others,
-    text,
-)
+from nextblock.data.sources.names import Names, in_class_order, kind_of, member_names, report_others, text
 from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -45,17 +37,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 INDEX_ENDING = ".nextblock-index"
-THREADS = 16
 _VERSION = 4
-_BLOCK = 512
 _MAX_HEADER_BYTES = _MAX_LABEL_BYTES = 2**20
+# What `tarfile` raises for damaged headers.
+_DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
 # Shards that a process keeps open; systems allow 1024 open files or fewer.
 MAX_OPEN = 64
 # Names of tars that are parts of a dataset: train_003, 00012. Any other name may be a class.
 _SHARD_STEM = re.compile(r".*[-_.]\d+|\d{4,6}|train|val|test")
 
 
-class TarSource(EncodedSource):
+class TarSource(NamedSource):
     """The images of tar shards, in the order of shards and members; the last of equal names counts.
 
     `stems`, if given, are the classes of shards whose images have no labels.
@@ -73,7 +65,7 @@ class TarSource(EncodedSource):
         names = list(names) or [text(os.fsencode(path.name)) for path in paths]
         # Shards with the same name in several folders are named by their paths.
         self._shard_names = names if len(set(names)) == len(paths) else [str(path) for path in paths]
-        self._files: dict[int, OpenFile] = {}
+        self._files: dict[int, OpenFile] = {}  # in order of last use
         heads, joined, tables = zip(*in_threads(self._index, range(len(paths))), strict=True)
         lengths, self._offsets, self._sizes, numbers = np.hstack(tables)
         report_others(spec, len(lengths), sum((Counter(head["others"]) for head in heads), Counter()))
@@ -85,9 +77,8 @@ class TarSource(EncodedSource):
         classes = [name for head in heads for name in head["classes"]]
         starts = np.cumsum([0, *(len(head["classes"]) for head in heads)])[:-1]
         rank, self._classes = in_class_order(classes)
-        self._numbers = np.append(rank, -1)[
-            np.where(numbers < 0, -1, numbers + np.repeat(starts, self._counts))
-        ]
+        numbers = np.where(numbers < 0, -1, numbers + np.repeat(starts, self._counts))
+        self._numbers = np.append(rank, -1)[numbers]
         named = list(zip(self._shard_names, heads, strict=True))
         self._unusable = [f"{name}/{head['unusable']}" for name, head in named if head["unusable"]]
         self.damage = tuple(Damage(name, *head["damage"]) for name, head in named if head["damage"])
@@ -96,8 +87,8 @@ class TarSource(EncodedSource):
 
     def empty_classes(self) -> list[str]:
         """Tars without images, if tars are the classes."""
-        are_classes = self.has_labels and set(self.class_names) <= set(self._stems)
-        return sorted(set(self._stems) - set(self.class_names)) if are_classes else []
+        classes, stems = set(self.class_names), set(self._stems)
+        return sorted(stems - classes) if classes <= stems else []
 
     def _content(self, index: int) -> bytes:
         offset, size = int(self._offsets[index]), int(self._sizes[index])
@@ -113,7 +104,6 @@ class TarSource(EncodedSource):
         return content
 
     def _open(self, shard: int) -> OpenFile:
-        # The dictionary is in order of last use, so the first file is closed.
         self._files[shard] = file = self._files.pop(shard, None) or OpenFile(self._paths[shard])
         if len(self._files) > MAX_OPEN:
             self._files.pop(next(iter(self._files)), None)
@@ -129,16 +119,13 @@ class TarSource(EncodedSource):
     def _find_labels(self) -> Labels:
         """Labels of members; if there are none, first-level folders, or tars named after classes."""
         if self._unusable:
-            first = self._unusable[0]
-            raise UsageError(f"{self.spec!r} has an unusable label: {first}; use text or numbers")
+            raise UsageError(f"{self.spec!r} has an unusable label: {self._unusable[0]}; use text or numbers")
         without = np.flatnonzero(self._numbers < 0)
-        if 0 < len(without) < len(self):
-            number, first = f"{len(without)} of its {len(self)} images", self.name(int(without[0]))
-            raise UsageError(
-                f"{self.spec!r} has no labels for {number}, the first {first!r}; add .cls members"
-            )
         if not len(without):
             return self._numbers, self._classes
+        if len(without) < len(self):
+            which = f"{len(without)} of its {len(self)} images, the first {self.name(int(without[0]))!r}"
+            raise UsageError(f"{self.spec!r} has no labels for {which}; add .cls members")
         # A tar of one class may have its images in a folder, named the same in all tars, or like the class.
         # So folders are the classes only if there are several; otherwise the tars are.
         with suppress(ValueError):
@@ -246,7 +233,7 @@ def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
     console = Console(stderr=True)
     hide = len(items) < 2 or not console.is_terminal
-    with ThreadPoolExecutor(min(THREADS, len(items))) as threads:
+    with ThreadPoolExecutor(min(16, len(items))) as threads:
         # After an error `map` cancels the items that have not started.
         results = threads.map(function, items)
         shown = track(results, "indexing", len(items), console=console, transient=True, disable=hide)
@@ -277,11 +264,8 @@ def read_index(path: Path, stamp: object = None) -> TarIndex | None:
         names = body[numbers.nbytes :]
         if head["check"] == digest(body):
             return TarIndex(head, names, numbers.reshape(4, -1))
-    except OSError:
-        return None
-    except (ValueError, LookupError, TypeError):  # not JSON, or not an index
+    except (OSError, ValueError, LookupError, TypeError):  # missing, not JSON, or not an index
         pass
-    log.info("%s is damaged and will be rebuilt", path)
     return None
 
 
@@ -314,7 +298,7 @@ def build_index(file: OpenFile, origin: str) -> TarIndex:
             images[name] = offset, size
         elif kind not in labels or offset < 0:
             others[kind] += 1
-        elif label := _label(name, file.read(min(size, _MAX_LABEL_BYTES), offset)):
+        elif label := _label(name, kind, file.read(min(size, _MAX_LABEL_BYTES), offset)):
             labels[kind][name[: -len(kind)]] = label
     of_key = labels[".json"] | labels[".cls"]  # .cls wins
     classes: dict[str, int] = {}
@@ -333,9 +317,9 @@ def build_index(file: OpenFile, origin: str) -> TarIndex:
     return TarIndex(head, b"".join(images), np.array(rows, dtype=np.int64).reshape(-1, 4).T)
 
 
-def _label(member: bytes, content: bytes) -> str | ValueError:
+def _label(member: bytes, kind: str, content: bytes) -> str | ValueError:
     """The label in a .cls or .json member; empty if it has none, an error if it is invalid."""
-    if extension(member) == b".cls":
+    if kind == ".cls":
         return text(content.strip())
     try:
         values = json.loads(content)
@@ -358,7 +342,7 @@ def _label(member: bytes, content: bytes) -> str | ValueError:
 class _HeaderFile(io.FileIO):
     """A tar of which only `left` bytes may be read, so that no forged header fills the memory."""
 
-    left = 0
+    left = _MAX_HEADER_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.left -= size or 0
@@ -373,29 +357,33 @@ def _members(file: OpenFile, origin: str) -> tuple[list[tuple[bytes, int, int]],
     position, end, has_end_mark = 0, os.fstat(file.number).st_size, False
     if not end:
         raise UsageError(f"{origin!r} is empty (0 bytes); fetch or pack it again")
-    # Read only headers, each of which gives the position and size of its member's content. `tarfile` handles
-    # the long names and sizes that precede it in extra headers.
     with _HeaderFile(file.number, closefd=False) as reader:
-        while block := file.read(_BLOCK, position):
+        reader.seek(0)
+        try:
+            tar = tarfile.TarFile(fileobj=reader, encoding="utf-8")
+        except _DAMAGE as error:
+            begin = f"it starts with {repr(file.read(8, 0))[1:]}"
+            raise UsageError(
+                f"{origin!r} is not a plain tar ({begin}); unpack it if it is compressed"
+            ) from error
+        # Read only headers, each of which gives the position and size of its member's content. `tarfile`
+        # handles the long names and sizes that precede it in extra headers. Its iterator is not used, because
+        # it takes damage for a normal end, and stops at the first end mark.
+        while block := file.read(tarfile.BLOCKSIZE, position):
             if not any(block):
                 # Blocks of zeros end a tar; another may follow them (cat a.tar b.tar).
                 chunk = file.read(2**20, position)
                 zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-                position, has_end_mark = position + max(_BLOCK, zeros // _BLOCK * _BLOCK), True
+                position, has_end_mark = position + max(512, zeros // 512 * 512), True
                 continue
-            # Use a new TarFile per member: one that continues would report damage as a normal end.
             reader.seek(position)
             reader.left = _MAX_HEADER_BYTES
             try:
-                tar = tarfile.TarFile("", fileobj=reader, encoding="utf-8")
-                member, following = tar.next(), tar.offset
-            except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError):
-                member, following = None, 0
-            if position == 0 and member is None:
-                begin = f"it starts with {repr(block[:8])[1:]}"
-                raise UsageError(f"{origin!r} is not a plain tar ({begin}); unpack it if it is compressed")
+                member = tarfile.TarInfo.fromtarfile(tar)
+            except _DAMAGE:
+                member = None
             # A damaged header may point backwards, and reading would never end.
-            if member is None or member.size < 0 or following <= position:
+            if member is None or member.size < 0 or tar.offset <= position:
                 cut = f"the header at byte {position:,} is cut off or damaged"
                 return members, others, "" if has_end_mark else cut
             # A header after the end mark starts another tar, which needs its own mark.
@@ -404,10 +392,10 @@ def _members(file: OpenFile, origin: str) -> tuple[list[tuple[bytes, int, int]],
                 name = member.name.encode("utf-8", "surrogateescape")
                 # A sparse file takes less space than its size, any other file up to a block more. So the
                 # smaller of the two ends is beyond the file only if content is missing.
-                if min(following, member.offset_data + member.size) > end:
+                if min(tar.offset, member.offset_data + member.size) > end:
                     return members, others, f"the file ends within {text(name)!r}"
                 members.append((name, -1 if member.issparse() else member.offset_data, member.size))
             elif not member.isdir():
                 others["links or special files"] += 1
-            position = following
+            position = tar.offset
     return members, others, "" if has_end_mark else "the file ends without the mark of a tar's end"

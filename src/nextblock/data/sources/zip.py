@@ -13,18 +13,18 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.sources.base import EncodedSource, OpenFile, check_size
+from nextblock.data.sources.base import NamedSource, OpenFile, check_size
 from nextblock.data.sources.names import Names, kind_of, member_names, report_others, text
 from nextblock.errors import UsageError
 
 
-class ZipSource(EncodedSource):
+class ZipSource(NamedSource):
     """The images of a zip in the order of its directory; the last of equal names counts."""
 
     _prefix = "zip"
 
     def __init__(self, spec: str, path: Path, data: DataConfig) -> None:
-        self.spec, self._data, self._path = spec, data, path
+        self.spec, self._data, self._zip = spec, data, path
         try:
             # Keep only names, positions and sizes: `zipfile` takes 1 KB per member, which forks cannot share.
             with zipfile.ZipFile(path) as file:
@@ -38,17 +38,17 @@ class ZipSource(EncodedSource):
         names = member_names([member.filename.encode("utf-8", "surrogateescape") for member in members])
         for name, member in zip(names, members, strict=True):
             kind = kind_of(name)
-            if kind == "image":
-                images[name] = member
-            elif name and not name.endswith(b"/"):
-                others[kind] += 1
-        report_others(spec, len(images), others)
-        for name, member in images.items():
+            if kind != "image":
+                if name and not name.endswith(b"/"):
+                    others[kind] += 1
+                continue
             # Bits 0 and 6 mark encryption. Only these two methods unpack in bounded memory.
             is_known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             if member.flag_bits & 0x41 or not is_known:
                 how = "is encrypted or not packed by deflate; pack it again by zip -0"
                 raise UsageError(f"{spec!r}: {text(name)!r} {how}")
+            images[name] = member
+        report_others(spec, len(images), others)
         self._names = Names.of(list(images))
         places = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in images.values()
@@ -62,7 +62,7 @@ class ZipSource(EncodedSource):
         offset, packed_size, size, checksum, method = self._places[index].tolist()
         check_size(max(size, packed_size), self._data)
         try:
-            self._file = file = self._file or OpenFile(self._path)
+            self._file = file = self._file or OpenFile(self._zip)
             # The content follows the member's own header, whose name and extra field vary in length.
             name_size, extra_size = struct.unpack("<26xHH", file.read(30, offset))
             content = file.read(packed_size, offset + 30 + name_size + extra_size)
@@ -79,7 +79,7 @@ class ZipSource(EncodedSource):
         return content
 
     def _name(self, index: int) -> str:
-        return f"{text(os.fsencode(self._path.name))}/{text(self._names[index])}"
+        return f"{text(os.fsencode(self._zip.name))}/{text(self._names[index])}"
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}  # each process opens its own
