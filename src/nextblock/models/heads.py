@@ -312,12 +312,17 @@ def _batch_norm(dim: int) -> nn.BatchNorm1d:
 class ImageClassifier(nn.Module):
     """An encoder with a head: the result of probes and fine-tuning, and of loading official classifier files.
 
-    `class_names`, if known, follow the order of the logits. The head's weights come from torch's global
-    generator.
+    `class_names`, if known, follow the order of the logits. Without `head`, a new one is made; its weights
+    come from torch's global generator.
     """
 
     def __init__(
-        self, encoder_model: EncoderModel, head_config: HeadConfig, class_names: Sequence[str] | None = None
+        self,
+        encoder_model: EncoderModel,
+        head_config: HeadConfig,
+        class_names: Sequence[str] | None = None,
+        *,
+        head: Head | None = None,
     ) -> None:
         super().__init__()
         config, num_classes = encoder_model.config, head_config.num_classes
@@ -330,7 +335,7 @@ class ImageClassifier(nn.Module):
         self.encoder_model = encoder_model
         self.head_config = head_config
         self.class_names = None if class_names is None else tuple(class_names)
-        self.head = create_head(head_config, config.embed_dim)
+        self.head = create_head(head_config, config.embed_dim) if head is None else head
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *patches f"]:
         """Compute the head's input, before its batch norm: (b f) for a linear head, else (b n f)."""

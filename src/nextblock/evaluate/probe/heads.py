@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from nextblock.config import Attention, ModelConfig
+from nextblock.config import Attention
 from nextblock.data import keyed_seed
 from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
@@ -116,11 +116,8 @@ def _attention_heads(config: ProbeSettings, model: EncoderModel) -> int:
         heads.check_attention_heads(width, config.attentive_heads)
         return config.attentive_heads
     if config.resolved().encoder_heads:
-        if isinstance(model.config, ModelConfig):
-            wanted = model.config.num_heads
-        else:
-            numbers = (getattr(module, "num_heads", None) for module in model.encoder.modules())
-            wanted = next((number for number in numbers if isinstance(number, int)), wanted)
+        numbers = (getattr(module, "num_heads", None) for module in model.encoder.modules())
+        wanted = next((number for number in numbers if isinstance(number, int)), wanted)
     fitting = fitting_heads(width, wanted)
     if fitting != wanted:
         log.info("width %d is not divisible by %d: attentive heads use %d", width, wanted, fitting)
@@ -222,8 +219,10 @@ class Trained:
 
     candidate: Candidate
     head: Head
-    is_diverged: bool
     score: Measures | None = None
+
+    def __post_init__(self) -> None:
+        self.is_diverged = not all(tensor.isfinite().all() for tensor in self.head.state_dict().values())
 
 
 def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
@@ -232,8 +231,7 @@ def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
     Raises `UsageError` if all heads of a kind diverged.
     """
     best: dict[HeadName, int] = {}
-    kinds: list[HeadName] = list(dict.fromkeys(item.candidate.head for item in trained))
-    for kind in kinds:
+    for kind in dict.fromkeys(item.candidate.head for item in trained):
         of_kind = [i for i, item in enumerate(trained) if item.candidate.head == kind]
         finite = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
         if not finite:
