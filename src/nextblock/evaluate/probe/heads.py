@@ -63,9 +63,9 @@ class Candidate:
     def create(self, dim: int, num_classes: int, seed: int) -> Head:
         """Create a head for features of width `dim`; its weights depend on seed, kind and size."""
         with seeded(keyed_seed(seed, "probe head", get_args(heads.HeadName).index(self.head))):
-            if self.config is None:
-                return heads.LinearHead(dim, num_classes)
-            return heads.create_head(self.config, dim)
+            if self.config is not None:
+                return heads.create_head(self.config, dim)
+            return heads.LinearHead(dim, HeadConfig(kind="linear", num_classes=num_classes, layers=(0,)))
 
 
 def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: int) -> tuple[Candidate, ...]:
@@ -209,9 +209,6 @@ class Grid(nn.Module):
 
 # -------------------------------------------------------------------------------------------- the best heads
 
-STEP_OUT = 2.0
-"""Factor between learning rates that extend a grid."""
-
 
 @dataclass
 class Trained:
@@ -253,14 +250,13 @@ def beyond(
     further = []
     for kind, i in winners.items() if config.lr is None else ():
         best, score = trained[i].candidate, trained[i].score
-        rates = sorted({item.candidate.lr for item in trained if item.candidate.head == kind})
         if score is None or score.top1 == 1:  # nothing to choose by, or nothing to improve
             continue
-        if best.lr == rates[-1]:
-            further += [replace(best, lr=best.lr * factor) for factor in (STEP_OUT, STEP_OUT**2)]
-        elif best.lr == rates[0]:
-            lower = [best.lr / factor for factor in (STEP_OUT, STEP_OUT**2)]
-            further += [replace(best, lr=lr) for lr in lower if lr > config.end_lr]
+        rates = [item.candidate.lr for item in trained if item.candidate.head == kind]
+        if best.lr == max(rates):
+            further += [replace(best, lr=best.lr * factor) for factor in (2, 4)]
+        elif best.lr == min(rates):
+            further += [replace(best, lr=lr) for lr in (best.lr / 2, best.lr / 4) if lr > config.end_lr]
     return further
 
 

@@ -68,7 +68,7 @@ from nextblock.evaluate.table import (
 )
 from nextblock.logs import counted
 from nextblock.models.heads import ImageClassifier, layer_words
-from nextblock.settings import Duration, from_dict, require
+from nextblock.settings import from_dict, require
 from nextblock.tables import Column, lead, number, share, write_csv
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ MEASURED = 128
 """Images of a feature table to measure at a time."""
 MAX_WRITTEN_CLASSES = 100
 """Confusions of more classes are drawn but not written."""
-REPORT_EVERY_S = 30.0
+REPORT_EVERY_S, SAVE_EVERY_S = 30.0, 600.0
 DRAWN = 4
 
 
@@ -318,10 +318,6 @@ class _Probe:
                 with write_aside(path) as aside:
                     torch.save(state, aside)
 
-        every = Duration.parse(config.save_every, allow=("min", "ep"))
-        is_timed = every.unit == "minutes"
-        save_s = 60 * every.value if is_timed else math.inf
-        save_steps = plan.steps + 1 if is_timed else max(1, round(every.value * plan.steps_per_epoch))
         saved_s = shown_s = time.monotonic()
         log.info("%s: training %s, %s", encoder, counted(len(heads), "head"), counted(plan.steps, "step"))
         labels = torch.from_numpy(self.sources["train"].labels)
@@ -335,7 +331,7 @@ class _Probe:
                 if now_s - shown_s >= REPORT_EVERY_S:
                     shown_s = now_s
                     log.info("%s: step %d of %d", encoder, step, plan.steps)
-                if now_s - saved_s >= save_s or step % save_steps == 0:
+                if now_s - saved_s >= SAVE_EVERY_S:
                     saved_s = now_s
                     save()
         except Stopped:
