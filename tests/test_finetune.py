@@ -236,12 +236,6 @@ def test_a_diverging_run_stops_with_advice_in_this_commands_words(tmp_path):
         run(tmp_path, replace(QUICK, lr=1e30))
 
 
-def test_a_size_that_the_blocks_do_not_divide_is_refused_with_what_would_do(tmp_path):
-    with pytest.raises(ValueError, match=r"20x20 px .* image_size 16 or 24, or attention full$"):
-        run(tmp_path, replace(QUICK, image_size=20))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -228,8 +228,9 @@ def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
     Raises `UsageError` if all heads of a kind diverged.
     """
     best: dict[HeadName, int] = {}
-    for kind in dict.fromkeys(item.candidate.head for item in trained):
-        of_kind = [i for i, item in enumerate(trained) if item.candidate.head == kind]
+    kinds: list[HeadName] = [item.candidate.head for item in trained]
+    for kind in dict.fromkeys(kinds):
+        of_kind = [i for i in range(len(kinds)) if kinds[i] == kind]
         finite = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
         if not finite:
             raise UsageError(diverged(encoder, [trained[i].candidate for i in of_kind]))
