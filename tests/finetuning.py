@@ -9,18 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import nextblock
 import tiny_runs
 from nextblock.data import Source
-from nextblock.evaluate.evaluation import Evaluation, Result
-from nextblock.evaluate.finetune.run import tune
+from nextblock.evaluate import evaluation, splits
+from nextblock.evaluate.evaluation import Result
 from nextblock.evaluate.finetune.settings import FinetuneSettings, LoraSettings
-from nextblock.evaluate.splits import Labelled
 from nextblock.interop import load
-from nextblock.launch import find_world
-from nextblock.train.distributed import ALONE, Group, process_group
-from nextblock.train.runtime import StopRequest
 from toy import DATA, ToySource, toy_model
 
 CPU = torch.device("cpu")
@@ -58,27 +56,25 @@ def run(
     config: FinetuneSettings = QUICK,
     *,
     reporter: Quiet | None = None,
-    sources: Mapping[str, Source | Labelled] | None = None,
+    sources: Mapping[str, Source] | None = None,
     model: Any = None,
     data: Any = DATA,
-    group: Group = ALONE,
 ) -> Result:
-    """Fine-tune on 96 toy pictures and measure on 48 others."""
-    config = replace(config, out=str(out))
-    model = (model or toy_model()).eval().requires_grad_(requires_grad=False)
+    """Fine-tune on 96 toy pictures and measure on 48 others; `sources` are by purpose."""
     given = {"train": ToySource(96), **(sources or {"test": ToySource(48, seed=1)})}
-    labelled = {
-        purpose: one if isinstance(one, Labelled) else Labelled(one, one.labels)
-        for purpose, one in given.items()
-    }
-    opened = Evaluation(config, model, data, CPU, group, StopRequest())
-    return tune(opened, config, labelled, reporter or Quiet())
+    specs = {purpose: getattr(config, purpose) or purpose for purpose in given}
+    known = {specs[purpose]: source for purpose, source in given.items()}
+    encoder = (model or toy_model()).eval()
+    settings = {**vars(config), "test": None, **specs, "out": str(out)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "open_source", lambda spec, _: known[spec])
+        patch.setattr(evaluation, "open_model", lambda *_: (encoder, data))
+        return nextblock.finetune(**settings, reporter=reporter or Quiet())
 
 
 def run_as_rank(out: Path, config: FinetuneSettings, sources: Mapping[str, Source]) -> dict[str, Any]:
     """The same as one rank of however many the environment says."""
-    with process_group(find_world(), CPU) as group:
-        return run(out, config, sources=sources, group=group).as_dict()
+    return run(out, config, sources=sources).as_dict()
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -70,14 +70,6 @@ def cifar10(root: Path) -> None:
     write(root / "cifar-10-batches-py" / "batches.meta", pickle.dumps(meta))
 
 
-def food101(root: Path) -> None:
-    for split, numbers in (("train", (1, 2)), ("test", (3,))):
-        names = {f"dish_{label}": [f"dish_{label}/{n}" for n in numbers] for label in range(3)}
-        write(root / "food-101" / "meta" / f"{split}.json", json.dumps(names))
-        pictures = {f"{name}.jpg": label for label, many in enumerate(names.values()) for name in many}
-        write_pictures(root / "food-101" / "images", pictures)
-
-
 def dtd(root: Path, classes: int = 3) -> None:
     """One image a class in each of the three splits, and other splits in the second of the ten divisions."""
     folder = root / "dtd" / "dtd"

@@ -160,7 +160,7 @@ def test_a_rerun_removes_the_pictures_that_are_not_asked_for_again(places, tmp_p
 @pytest.mark.parametrize("queries", [1, 2])
 def test_attention_of_an_attentive_head_is_the_softmax_of_queries_and_keys(queries):
     torch.manual_seed(0)
-    head = AttentiveHead(24, 3, num_heads=4, num_queries=queries).eval()
+    head = AttentiveHead(24, HeadConfig(num_classes=3, layers=(0,), num_heads=4, num_queries=queries)).eval()
     tokens = torch.randn(2, 6, 24)
     found = head.attention(tokens)
     keys = head.key(tokens * (1 + 1e-6) ** -0.5)  # batch norm of fresh statistics

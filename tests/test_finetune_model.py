@@ -12,9 +12,9 @@ from timm.optim import param_groups_layer_decay
 
 from finetuning import CPU, LORA, QUICK
 from nextblock.data import TrainLoader
+from nextblock.errors import UsageError
 from nextblock.evaluate.finetune.model import (
     KeyedDropPath,
-    MissingPeftError,
     add_lora,
     build_classifier,
     merge_lora,
@@ -111,7 +111,7 @@ def test_what_an_encoder_has_no_place_for_is_refused():
     del classifier.encoder_model.encoder.blocks
     with pytest.raises(ValueError, match=r"layer_decay is 0\.5.*set layer_decay 1"):
         tuning_groups(classifier, replace(PLAIN, layer_decay=0.5))
-    with pytest.raises(ValueError, match=r"drop_path is 0\.1.*set drop_path 0"):
+    with pytest.raises(ValueError, match=r"set drop_path 0, not 0\.1"):
         set_drop_path(torch.nn.Sequential(), 0.1)
     with pytest.raises(ValueError, match="no class token; use patches"):
         build_classifier(toy_model(), replace(PLAIN, tokens="class"), NAMES)
@@ -135,24 +135,6 @@ def test_a_step_is_adamws_on_the_mean_smoothed_cross_entropy():
     optimizer.step()
     assert outcome.loss == pytest.approx(loss.item(), abs=1e-6)
     assert torch.allclose(vector(one.model), vector(plain.model), atol=1e-6)
-
-
-def test_a_loss_that_is_not_finite_changes_no_weight():
-    one = tuner(replace(PLAIN, ema_decay=0.5))
-    (step,) = steps(one)
-    nan = step.micro_batches[0]._replace(images=torch.full((12, 3, 16, 16), torch.nan))
-    before, average = vector(one.model), vector(one.tuned)
-    assert not one.is_fine(one.train_step(step._replace(micro_batches=iter([nan])), 1e-3))
-    assert torch.equal(vector(one.model), before)
-    assert torch.equal(vector(one.tuned), average)
-
-
-def test_batch_norm_skips_a_batch_of_one_readable_image():
-    one = tuner(replace(PLAIN, head_norm="batch"))
-    (step,) = steps(one, source=ToySource(12, bad=range(11)))
-    before = one.model.state_dict()["head.norm.running_mean"].clone()
-    assert one.train_step(step, 1e-3).loss == 0
-    assert torch.equal(one.model.state_dict()["head.norm.running_mean"], before)
 
 
 def test_activation_checkpointing_changes_no_weight():
@@ -200,14 +182,6 @@ def mixed(seed=0, pairs=(0, 0, 1, 1, 2, 2), **changes: Any):
     settings = replace(PLAIN, **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.0, **changes})
     labels = torch.arange(len(pairs)) % 4
     return images, mix(images, labels, list(pairs), settings, num_classes=4, seed=seed)
-
-
-def test_without_mixing_labels_are_smoothed_and_images_are_themselves():
-    images, found = mixed(mixup=0.0, cutmix=0.0, label_smoothing=0.1)
-    assert found.images is images
-    expected = torch.full((6, 4), 0.1 / 4)
-    expected[range(6), torch.arange(6) % 4] += 0.9
-    assert torch.allclose(found.targets, expected)
 
 
 def test_mixup_is_a_weighted_mean_with_the_partner_and_leaves_an_image_without_one_alone():
@@ -291,7 +265,7 @@ def test_attention_whose_qkv_is_no_layer_of_its_own_is_refused():
 
 def test_without_peft_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingPeftError, match="pip install peft"):
+    with pytest.raises(UsageError, match="pip install peft"):
         add_lora(toy_model().encoder, LORA)
 
 

@@ -16,11 +16,15 @@ from nextblock.settings import from_dict, to_dict
 from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
 
 
+def head_config(num_classes, **changes):
+    return HeadConfig(num_classes=num_classes, layers=(0,), **changes)
+
+
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_attentive_head_is_attention_over_keys_and_values_of_every_patch(num_queries, bias):
     torch.manual_seed(0)
-    head = AttentiveHead(12, 5, num_heads=3, num_queries=num_queries, bias=bias)
+    head = AttentiveHead(12, head_config(5, num_heads=3, num_queries=num_queries, bias=bias))
     torch.nn.init.normal_(head.query)
     tokens = torch.randn(4, 7, 12)
     mean = tokens.flatten(0, 1).mean(0)
@@ -40,7 +44,7 @@ def test_attentive_head_is_attention_over_keys_and_values_of_every_patch(num_que
 
 def test_ep_head_is_one_attention_a_query_over_tokens_and_its_own_part_of_the_values():
     torch.manual_seed(0)
-    head = EfficientHead(12, 5, num_queries=3).eval()
+    head = EfficientHead(12, head_config(5, num_queries=3)).eval()
     torch.nn.init.normal_(head.query)
     tokens = torch.randn(4, 7, 12)
     maps, expected = torch.zeros(4, 3, 7), torch.zeros(4, 5)
@@ -57,7 +61,11 @@ def test_ep_head_is_one_attention_a_query_over_tokens_and_its_own_part_of_the_va
 
 
 @pytest.mark.parametrize(
-    "head", [AttentiveHead(8, 3, num_heads=2), EfficientHead(8, 3, num_queries=2), LinearHead(8, 3)]
+    "head",
+    [
+        kind(8, head_config(3, num_heads=2, num_queries=2))
+        for kind in (AttentiveHead, EfficientHead, LinearHead)
+    ],
 )
 def test_batch_norm_uses_running_statistics_only_in_evaluation(head):
     features = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) + 4
@@ -100,8 +108,11 @@ def linear_classifier(layer, class_names=None):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: AttentiveHead(32, 10, num_heads=5), "32 channels cannot have 5 attention heads"),
-        (lambda: EfficientHead(32, 10, num_queries=5), "32 channels cannot have 5 queries"),
+        (
+            lambda: AttentiveHead(32, head_config(10, num_heads=5)),
+            "32 channels cannot have 5 attention heads",
+        ),
+        (lambda: EfficientHead(32, head_config(10, num_queries=5)), "32 channels cannot have 5 queries"),
         (lambda: HeadConfig(num_classes=0, layers=(1,)), "num_classes is 0"),
         (lambda: HeadConfig(num_classes=2, layers=()), "at least one encoder layer"),
         (lambda: linear_classifier(2), r"layers \[2\] of an encoder with 2"),

@@ -14,7 +14,6 @@ from nextblock.evaluate.probe.settings import ProbeSettings
 from nextblock.interop import open_encoder
 from nextblock.models.next_block import NextBlockModel
 from nextblock.optim import lr_at, parameter_groups
-from nextblock.settings import from_dict
 from toy import CONFIG, one_thread, toy_model  # noqa: F401 - a fixture
 
 DEEP = {"image_size": 16, "patch_size": 4, "block_size": 2, "predictor": None}
@@ -125,10 +124,6 @@ def test_epochs_and_batches_follow_the_number_of_images(images, batch, steps, ep
     plan = settings().schedule(images)
     assert (plan.batch_size, plan.steps_per_epoch, plan.epochs) == (batch, steps, epochs)
     assert plan.warmup_steps == round(epochs / 10 * steps)
-
-
-def test_one_number_stands_for_a_list_of_it():
-    assert from_dict(ProbeSettings, {"model": "R", "train": "T", "lr": 1e-3}).lr == (1e-3,)
 
 
 def test_what_is_given_stays():

@@ -153,22 +153,12 @@ class HeadConfig(FeatureConfig):
 
 
 class LinearHead(nn.Module):
-    """Batch norm without affine, or a LayerNorm with epsilon `pooled_norm`; then one linear layer."""
+    """A norm and one linear layer, on features of width `dim`."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        *,
-        batch_norm: bool = True,
-        bias: bool = True,
-        pooled_norm: float | None = None,
-    ) -> None:
+    def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
-        self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
-        if pooled_norm is not None:
-            self.norm = nn.LayerNorm(dim, eps=pooled_norm)
-        self.linear = nn.Linear(dim, num_classes, bias=bias)
+        self.norm = _norm(dim, config)
+        self.linear = nn.Linear(dim, config.num_classes, bias=config.bias)
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
         """Logits of the classes."""
@@ -178,25 +168,16 @@ class LinearHead(nn.Module):
 class AttentiveHead(nn.Module):
     """Learned queries that attend to all patches, averaged, then one linear layer (AIM, equation 4)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        *,
-        num_heads: int = 16,
-        num_queries: int = 1,
-        batch_norm: bool = True,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
-        check_attention_heads(dim, num_heads)
-        self.num_heads = num_heads
-        self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
-        self.query = nn.Parameter(torch.empty(1, num_queries, dim))
+        check_attention_heads(dim, config.num_heads)
+        self.num_heads = config.num_heads
+        self.norm = _norm(dim, config)
+        self.query = nn.Parameter(torch.empty(1, config.num_queries, dim))
         nn.init.normal_(self.query, std=QUERY_STD)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
-        self.linear = nn.Linear(dim, num_classes, bias=bias)
+        self.linear = nn.Linear(dim, config.num_classes, bias=config.bias)
 
     def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b qh n"]:
         """Attention weights of each head of each query over the tokens, grouped by query; rows sum to 1."""
@@ -230,20 +211,19 @@ class EfficientHead(nn.Module):
     as all heads here do.
     """
 
-    def __init__(
-        self, dim: int, num_classes: int, *, num_queries: int = 32, batch_norm: bool = True, bias: bool = True
-    ) -> None:
+    def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
-        if dim % num_queries:
+        queries = config.num_queries
+        if dim % queries:
             raise UsageError(
-                f"an ep head of {dim} channels cannot have {num_queries} queries; use a divisor, such as "
-                f"{fitting_heads(dim, num_queries)}"
+                f"an ep head of {dim} channels cannot have {queries} queries; use a divisor, such as "
+                f"{fitting_heads(dim, queries)}"
             )
-        self.norm = _batch_norm(dim) if batch_norm else nn.Identity()
-        self.query = nn.Parameter(torch.empty(num_queries, dim))
+        self.norm = _norm(dim, config)
+        self.query = nn.Parameter(torch.empty(queries, dim))
         nn.init.normal_(self.query, std=QUERY_STD)
         self.value = nn.Linear(dim, dim, bias=False)
-        self.linear = nn.Linear(dim, num_classes, bias=bias)
+        self.linear = nn.Linear(dim, config.num_classes, bias=config.bias)
 
     def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b q n"]:
         """Attention weights of each query over the tokens; rows sum to 1."""
@@ -291,19 +271,15 @@ def check_attention_heads(dim: int, num_heads: int) -> None:
 
 def create_head(config: HeadConfig, embed_dim: int) -> Head:
     """Build a head for an encoder of width `embed_dim`; its weights come from torch's global generator."""
-    width = config.width(embed_dim)
-    common = {"batch_norm": config.batch_norm, "bias": config.bias}
-    if config.kind == "attentive":
-        attention = {"num_heads": config.num_heads, "num_queries": config.num_queries}
-        return AttentiveHead(width, config.num_classes, **attention, **common)
-    if config.kind == "ep":
-        return EfficientHead(width, config.num_classes, num_queries=config.num_queries, **common)
-    return LinearHead(width, config.num_classes, pooled_norm=config.pooled_norm, **common)
+    kinds = {"linear": LinearHead, "attentive": AttentiveHead, "ep": EfficientHead}
+    return kinds[config.kind](config.width(embed_dim), config)
 
 
-def _batch_norm(dim: int) -> nn.BatchNorm1d:
+def _norm(dim: int, config: HeadConfig) -> nn.Module:
+    if config.pooled_norm is not None:
+        return nn.LayerNorm(dim, eps=config.pooled_norm)
     # Without scale and shift, as the linear layer after it has both.
-    return nn.BatchNorm1d(dim, affine=False, eps=BATCH_NORM_EPS)
+    return nn.BatchNorm1d(dim, affine=False, eps=BATCH_NORM_EPS) if config.batch_norm else nn.Identity()
 
 
 # --------------------------------------------------------------------------------------------- classifier
@@ -312,12 +288,17 @@ def _batch_norm(dim: int) -> nn.BatchNorm1d:
 class ImageClassifier(nn.Module):
     """An encoder with a head: the result of probes and fine-tuning, and of loading official classifier files.
 
-    `class_names`, if known, follow the order of the logits. The head's weights come from torch's global
-    generator.
+    `class_names`, if known, follow the order of the logits. Without `head`, a new one is made; its weights
+    come from torch's global generator.
     """
 
     def __init__(
-        self, encoder_model: EncoderModel, head_config: HeadConfig, class_names: Sequence[str] | None = None
+        self,
+        encoder_model: EncoderModel,
+        head_config: HeadConfig,
+        class_names: Sequence[str] | None = None,
+        *,
+        head: Head | None = None,
     ) -> None:
         super().__init__()
         config, num_classes = encoder_model.config, head_config.num_classes
@@ -330,7 +311,7 @@ class ImageClassifier(nn.Module):
         self.encoder_model = encoder_model
         self.head_config = head_config
         self.class_names = None if class_names is None else tuple(class_names)
-        self.head = create_head(head_config, config.embed_dim)
+        self.head = create_head(head_config, config.embed_dim) if head is None else head
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *patches f"]:
         """Compute the head's input, before its batch norm: (b f) for a linear head, else (b n f)."""

@@ -96,15 +96,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def seed_device(seed: int, device: torch.device) -> None:
-    """Seed the global generators of the CPU and this device; `torch.manual_seed` would seed every backend."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
 # ----------------------------------------------------------------------------------- process-wide settings
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nextblock.config import pair
 from nextblock.data import keyed_seed
+from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
 from nextblock.evaluate.finetune.settings import LAYERS, FinetuneSettings
 from nextblock.interop.timm import encoder_at
@@ -27,10 +28,6 @@ from nextblock.settings import require
 
 ADAPTED = r"blocks\.\d+\.attn\.(qkv|proj)"
 """Names of the adapted layers; a bare "proj" would also match the patch embedding."""
-
-
-class MissingPeftError(RuntimeError):
-    """LoRA needs peft, which is not installed."""
 
 
 class KeyedDropPath(nn.Module):
@@ -67,14 +64,11 @@ def build_classifier(
         model = encoder_at(model, settings.image_size, settings.attention)
     else:
         name, size = model.config.architecture, model.config.image_size
-        require(
-            settings.attention != "causal",
-            f"{name} was not trained with a causal mask; use attention native or full",
-        )
+        is_causal = settings.attention == "causal"
+        require(not is_causal, f"{name} was not trained with a causal mask; use attention native or full")
         require(
             settings.image_size is None or pair(settings.image_size) == size,
-            f"image_size is {settings.image_size}, but timm builds {name} at {size}; give the size with the "
-            "name: timm:NAME,img_size=N",
+            f"timm builds {name} at {size}; give another size with the name: timm:NAME,img_size=N",
         )
     model.requires_grad_(requires_grad=True)
     depth = model.config.depth
@@ -82,8 +76,8 @@ def build_classifier(
         kind=settings.head,
         num_classes=len(class_names),
         layers=last_layers(min(settings.layers or LAYERS[settings.head], depth), depth),
-        norm_layers=settings.head_norm == "layer",
-        batch_norm=settings.head_norm == "batch",
+        norm_layers=True,
+        batch_norm=False,
         num_heads=settings.attentive_heads or 16,
         tokens=settings.tokens,
     )
@@ -105,14 +99,12 @@ def set_drop_path(encoder: nn.Module, rate: float) -> None:
     """
     blocks: list[Any] = list(getattr(encoder, "blocks", ()))
     names = ("drop_path1", "drop_path2")
-    if not blocks or not all(hasattr(block, name) for block in blocks for name in names):
-        require(
-            not rate,
-            f"drop_path is {rate:g}, but the layers of this {type(encoder).__name__} do not support it; set "
-            "drop_path 0",
-        )
-        return
-    for i, block in enumerate(blocks):
+    has_paths = bool(blocks) and all(hasattr(block, name) for block in blocks for name in names)
+    require(
+        has_paths or not rate,
+        f"the layers of this {type(encoder).__name__} have no drop path; set drop_path 0, not {rate:g}",
+    )
+    for i, block in enumerate(blocks if has_paths else ()):
         block_rate = rate * i / max(1, len(blocks) - 1)
         for name in names:
             setattr(block, name, KeyedDropPath(block_rate) if block_rate else nn.Identity())
@@ -123,10 +115,8 @@ def tuning_groups(classifier: ImageClassifier, settings: FinetuneSettings) -> li
     depth = classifier.encoder_model.config.depth
     blocks: Any = getattr(classifier.encoder_model.encoder, "blocks", ())
     decay, _ = settings.decay_and_drop_path
-    require(
-        decay == 1 or len(blocks) == depth,
-        f"layer_decay is {decay:g}, but this encoder does not name its layers blocks; set layer_decay 1",
-    )
+    has_layers = decay == 1 or len(blocks) == depth
+    require(has_layers, f"layer_decay is {decay:g}, but this encoder has no `blocks`; set layer_decay 1")
 
     def layer_of(name: str) -> int:
         part = name.removeprefix("encoder_model.encoder.")
@@ -144,29 +134,27 @@ def tuning_groups(classifier: ImageClassifier, settings: FinetuneSettings) -> li
 def add_lora(encoder: nn.Module, settings: FinetuneSettings) -> None:
     """Add adapters to a timm encoder's attention in place, and freeze everything else.
 
-    New adapters add nothing to the output. Raises `UsageError` for other kinds of attention, which may use
-    the weights of `qkv` without calling it, and `MissingPeftError` if peft is not installed.
+    New adapters add nothing to the output. Raises `UsageError` if peft is not installed, and for other kinds
+    of attention, which may use the weights of `qkv` without calling it.
     """
     try:
         import peft
     except ImportError as error:
-        raise MissingPeftError(
-            f"lora.rank needs peft, which cannot be imported ({error}); "
-            "pip install peft, or train the whole network (lora.rank 0)"
+        raise UsageError(
+            f"lora.rank needs peft ({error}): pip install peft, or train the whole network (lora.rank 0)"
         ) from error
     blocks: Any = getattr(encoder, "blocks", ())
     attention = [getattr(block, "attn", None) for block in blocks]
     known = [isinstance(module, Attention | AttentionRope) and module.qkv is not None for module in attention]
     require(
         bool(known) and all(known),
-        f"LoRA is for the attention of timm's VisionTransformer, but this {type(encoder).__name__} has "
-        "another kind; train the whole network (lora.rank 0)",
+        f"LoRA is for the attention of timm's VisionTransformer; this {type(encoder).__name__} has another "
+        "kind: train the whole network (lora.rank 0)",
     )
     rank, alpha = settings.lora.rank or 0, settings.lora.alpha
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type] # a float works too
-        lora_dropout=settings.lora.dropout,
         target_modules=ADAPTED,
     )
     with seeded(keyed_seed(settings.seed, "adapters")):

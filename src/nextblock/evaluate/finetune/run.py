@@ -30,8 +30,7 @@ from nextblock.checkpoint import MODEL_FILE, save_classifier
 from nextblock.config import pair
 from nextblock.data import BadSample, Batch, QuarantineLog, Step, eval_batches, keyed_seed, resolve_workers
 from nextblock.data.sources import SubsetSource
-from nextblock.data.transforms import EvalCrop, TimmCrop, seeded_globally
-from nextblock.errors import UsageError
+from nextblock.data.transforms import EvalCrop, TimmCrop, TrainCrop, seeded_globally
 from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, labelled_evaluation
 from nextblock.evaluate.features import untrained
 from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups
@@ -49,7 +48,7 @@ from nextblock.train import Reporter, train
 from nextblock.train.distributed import Group
 from nextblock.train.learner import Learner
 from nextblock.train.run_dir import recorded_config
-from nextblock.train.runtime import autocast, seed_device
+from nextblock.train.runtime import autocast
 from nextblock.train.state import OPTIMIZER_FILE
 
 SCRATCH = "from scratch"
@@ -78,11 +77,6 @@ class FineTuner(Learner):
     ) -> None:
         settings = self.settings = config.finetune
         with group.together():
-            if group.size > 1 and settings.head_norm == "batch":
-                raise UsageError(
-                    "head_norm batch would take its statistics from each process's part of the batch; use "
-                    "head_norm layer, or one process"
-                )
             model = make()
             stored = {} if checkpoint is None else load_file(checkpoint / MODEL_FILE)
             model.load_state_dict(stored or model.state_dict())
@@ -97,10 +91,9 @@ class FineTuner(Learner):
         blocks: Any = getattr(model.encoder_model.encoder, "blocks", ())
         paths = [getattr(block, name, None) for block in blocks for name in ("drop_path1", "drop_path2")]
         self._paths = [(i, path) for i, path in enumerate(paths) if isinstance(path, KeyedDropPath)]
-        crop = {"none": EvalCrop, "timm": TimmCrop}.get(settings.augment)
-        size = config.model.image_size
+        crop = {"none": EvalCrop, "crop": TrainCrop, "timm": TimmCrop}[settings.augment]
         self.loader_options = {
-            "crop": crop and crop(data=config.data, image_size=size, seed=config.seed),
+            "crop": crop(data=config.data, image_size=config.model.image_size, seed=config.seed),
             "drop_path_draws": len(paths) if self._paths else 0,
             "unit": 2 if settings.mixes else 1,  # mixed pairs must share a rank and a micro-batch
         }
@@ -122,11 +115,10 @@ class FineTuner(Learner):
     def describe(self) -> tuple[str, str]:
         """Describe the network and its input for the log."""
         (rows, columns), head = pair(self.config.model.image_size), self.model.head_config
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        what = f"adapters of rank {self.settings.lora.rank}" if self.settings.lora.rank else "whole network"
+        sizes = [(p.numel() / 1e6, p.requires_grad) for p in self.model.parameters()]
+        whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         return (
-            f"{what} and {head.kind} head, {trained / 1e6:.2f} of {parameters / 1e6:.2f} M parameters",
+            f"{self.settings.trained} and {head.kind} head, {trained:.2f} of {whole:.2f} M parameters",
             f"image {rows}x{columns} px -> {counted(head.num_classes, 'class', 'classes')}",
         )
 
@@ -136,26 +128,22 @@ class FineTuner(Learner):
         return [len(samples)]
 
     def _loss(self, batch: Batch, drawn: Step, divisors: list[int]) -> Float[Tensor, ""]:
-        images, settings = batch.images, self.settings
-        # A batch norm cannot normalise a single image, so such a batch contributes zero gradients.
-        if self.model.head_config.batch_norm and len(images) == 1:
-            return 0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)  # type: ignore[return-value]
+        images = batch.images
         # timm's crops are floats and already normalised.
         images = images.to(self.device) if images.is_floating_point() else self.to_model(images)
         labels = self.labels["train"][batch.samples].to(self.device)
         # Neighbours in the global batch form pairs, so pairs depend neither on ranks nor on micro-batches.
         pairs = {sample: place // 2 for place, sample in enumerate(drawn.keys.samples.tolist())}
-        mixed = mix(images, labels, [pairs[sample] for sample in batch.samples.tolist()], settings,
+        mixed = mix(
+            images,
+            labels,
+            [pairs[sample] for sample in batch.samples.tolist()],
+            self.settings,
             num_classes=self.model.head_config.num_classes,
             seed=keyed_seed(self.config.seed, "mixing", drawn.index),
-        )  # fmt: skip
+        )
         for place, path in self._paths:
             path.draws = batch.drop_path[mixed.order, place].to(self.device)
-        if settings.lora.dropout:
-            # peft's dropout draws from the global generator, so it depends on how the batch is split, unlike
-            # everything else. The training loop restores the generator when it ends.
-            first = int(batch.samples[0])
-            seed_device(keyed_seed(self.config.seed, "dropout", drawn.index, first), self.device)
         with self.autocast:
             logits = self._forward(mixed.images)
         return F.cross_entropy(logits.float(), mixed.targets, reduction="sum") / divisors[0]
@@ -279,25 +267,17 @@ def finetune(*, reporter: Reporter | None = None, **settings: Any) -> Result:
     """
     config = from_dict(FinetuneSettings, settings)
     with labelled_evaluation(config) as (opened, sources):
-        return tune(opened, config, sources, reporter)
-
-
-def tune(
-    opened: Evaluation,
-    config: FinetuneSettings,
-    sources: dict[str, Labelled],
-    reporter: Reporter | None = None,
-) -> Result:
-    """Fine-tune an open model on open sources."""
-    # Check the encoder and the device before anything is written.
-    autocast(opened.device, config.precision)
-    tuning_groups(build_classifier(opened.model, config, sources["train"].source.class_names), config)
-    reporter = reporter or Reporter(is_quiet=not opened.group.is_main)
-    result = opened.result("finetune", sources, COLUMNS, lambda: _measure(opened, config, sources, reporter))
-    if opened.group.is_main:
-        for name in RUNS.values():
-            remove(Path(config.out) / name / "checkpoints")
-    return result
+        # Check the encoder and the device before anything is written.
+        autocast(opened.device, config.precision)
+        tuning_groups(build_classifier(opened.model, config, sources["train"].source.class_names), config)
+        report = reporter or Reporter(is_quiet=not opened.group.is_main)
+        result = opened.result(
+            "finetune", sources, COLUMNS, lambda: _measure(opened, config, sources, report)
+        )
+        if opened.group.is_main:
+            for name in RUNS.values():
+                remove(Path(config.out) / name / "checkpoints")
+        return result
 
 
 def _measure(
@@ -309,22 +289,24 @@ def _measure(
         if group.is_main and config.overwrite and (out / "finetune.json").is_file():
             for name in ("finetune.json", "classifier", *RUNS.values()):
                 remove(out / name)
-    train_on, val = sources["train"], sources.get("val")
-    split = "test" if "test" in sources else "val" if val else "held-out"
+    # Training sees only `given`.
+    given = {purpose: labelled for purpose, labelled in sources.items() if purpose != "test"}
+    split = "test" if "test" in sources else "val" if "val" in sources else "held-out"
     measured = sources.get(split)
     if measured is None:
-        kept, held = hold_out(train_on.labels, config.seed)
-        require(len(held) > 0, f"no class of {config.train} has two images, so none is held out; give --test")
-        train_on, measured = (
-            Labelled(SubsetSource(config.train, train_on.source, part), train_on.labels[part])
-            for part in (kept, held)
+        whole, labels, *_ = sources["train"]
+        given["train"], measured = (
+            Labelled(SubsetSource(config.train, whole, part), labels[part])
+            for part in hold_out(labels, config.seed)
         )
-        notes.append(f"Measured on {counted(len(held), 'image')} of train, a tenth of each class, held out.")
+        images = len(measured.labels)
+        require(images > 0, f"no class of {config.train} has two images, so none is held out; give --test")
+        notes.append(f"Measured on {counted(images, 'image')} of train, a tenth of each class, held out.")
     elif split == "val":
         notes.append(
             "The epoch was chosen on the images it is measured on: for an unbiased number give --test."
         )
-    names, rows, rights, facts = train_on.source.class_names, [], [], {}
+    train_on, rows, rights, facts = given["train"].source, [], [], {}
     for encoder, place in RUNS.items() if config.baselines else [(MODEL, RUNS[MODEL])]:
         model, settings = opened.model, config
         if encoder == SCRATCH:
@@ -333,30 +315,34 @@ def _measure(
             settings = replace(config, layer_decay=1.0)
             frozen = ", frozen except for the adapters" if config.lora.rank else ""
             notes.append(f"{encoder}: fresh weights{frozen}, trained the same way with layer_decay 1.")
-        tuner, epoch = _train(opened, model, settings, out / place, train_on, val, reporter)
-        data, batch_size = tuner.config.data, config.encode_batch_size or 128
+        tuner, epoch = _train(opened, model, settings, out / place, given, reporter)
+        data, at_once = tuner.config.data, config.encode_batch_size or 128
         if config.lora.rank:
             merge_lora(tuner.tuned.encoder_model.encoder)
         size, workers = tuner.config.model.image_size, resolve_workers(data.workers, measured.source)
-        batches = eval_batches(measured.source, data, size, batch_size, None, workers, group.rank, group.size)
+        batches = eval_batches(measured.source, data, size, at_once, None, workers, group.rank, group.size)
         outcome = tuner.measure(batches, torch.from_numpy(measured.labels), opened.check_stop)
         assert outcome is not None, "check_stop raises"
         measures, bad = outcome
         check_bad(bad, measured.source, data)
-        bad_train = QuarantineLog(out / place / "quarantine.jsonl", len(train_on.source), 1.0).bad
-        opened.bad |= {"train": (train_on.source, bad_train), split: (measured.source, tuple(bad))}
+        bad_train = QuarantineLog(out / place / "quarantine.jsonl", len(train_on), 1.0).bad
+        opened.bad |= {"train": (train_on, bad_train), split: (measured.source, tuple(bad))}
         rows.append({"encoder": encoder, "split": split, **measures.row(), "epoch": epoch})
         rights.append(measures.right)
         if encoder == MODEL:
-            trained = f"adapters of rank {config.lora.rank}" if config.lora.rank else "the whole network"
-            chosen = f"epoch {epoch} was the best on val." if val else "the last epoch was measured."
-            notes.insert(
-                0,
-                f"Trained: {trained} and a {config.head} head, {counted(config.epochs, 'epoch')} of "
-                f"{counted(len(train_on.source), 'image')} of {config.train}; {chosen}",
+            chosen = f"epoch {epoch} was the best on val" if "val" in given else "the last epoch was measured"
+            about = (
+                f"Trained: {config.trained} and a {config.head} head, {counted(config.epochs, 'epoch')} of "
+                f"{counted(len(train_on), 'image')} of {config.train}; {chosen}."
             )
-            facts = {"class_names": names, "per_class": measures.per_class, "confusion": measures.confusion}
-            facts |= {"train_images": len(train_on.source), "num_classes": len(names)}
+            notes.insert(0, about)
+            facts = {
+                "class_names": train_on.class_names,
+                "per_class": measures.per_class,
+                "confusion": measures.confusion,
+                "train_images": len(train_on),
+                "num_classes": len(train_on.class_names),
+            }
             with group.together():
                 if group.is_main:
                     save_classifier(out / "classifier", tuner.tuned.eval(), data=data)
@@ -370,33 +356,30 @@ def _train(
     model: EncoderModel,
     settings: FinetuneSettings,
     place: Path,
-    train_on: Labelled,
-    val: Labelled | None,
+    given: dict[str, Labelled],
     reporter: Reporter,
 ) -> tuple[FineTuner, int]:
     """Train or resume; return the tuner of the last epoch, or of the best on val, and that epoch."""
-    given = {"train": train_on, **({} if val is None else {"val": val})}
+    sources = {purpose: labelled.source for purpose, labelled in given.items()}
     old, group = model.config.image_size, opened.group
     size = settings.image_size or old
     # Scale the resize with the image size, so that the crop covers the same share of the image.
     resize_px = round(opened.data.resize_px(old) * max(pair(size)) / max(pair(old)))
-    names = train_on.source.class_names
     tuned = TunedModel(
         image_size=size,
         in_chans=model.config.in_chans,
         weights=digest_of(model.encoder),
-        labels=labels_digest(train_on.source),
+        labels=labels_digest(sources["train"]),
     )
     config = TuneConfig.of(settings, tuned, replace(opened.data, val_resize_px=resize_px))
     learner: Any = partial(
         FineTuner,
-        make=partial(build_classifier, model, settings, names),
+        make=partial(build_classifier, model, settings, sources["train"].class_names),
         labels={purpose: labelled.labels for purpose, labelled in given.items()},
     )
     # Repeating an interrupted command, which may include --overwrite, must resume the run and not delete it.
     stored = recorded_config(place, TuneConfig)
     overwrite = group.broadcast(settings.overwrite and (stored is None or bool(config.differences(stored))))
-    sources = {purpose: labelled.source for purpose, labelled in given.items()}
     result = train(
         config, place, sources, reporter=reporter, overwrite=overwrite, group=group, learner=learner
     )

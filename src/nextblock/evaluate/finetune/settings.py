@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from nextblock.config import (
@@ -51,15 +51,10 @@ class LoraSettings:
     """Rank of the adapters, such as 8; none or 0: no adapters, the whole network is trained."""
     alpha: Positive | None = None
     """Adapter outputs are multiplied by alpha / rank; none: the rank, so by 1."""
-    dropout: Rate = 0.0
-    """Dropout rate of an adapter's inputs."""
 
     def __post_init__(self) -> None:
         check_types(self, "lora")
-        require(
-            bool(self.rank) or (self.alpha is None and not self.dropout),
-            "lora.alpha and lora.dropout need adapters, e.g. --lora.rank 8",
-        )
+        require(bool(self.rank) or self.alpha is None, "lora.alpha needs adapters, e.g. --lora.rank 8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +78,10 @@ class FinetuneSettings(EvalSettings):
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Train only low-rank adapters and the head."""
     head: Kind = "linear"
-    """linear: a linear layer on the mean patch; attentive: one on patches pooled by a learned query."""
+    """linear: a linear layer on the mean patch; attentive: one on patches pooled by a learned query. Both
+    follow the encoder's final norm."""
     layers: Count | None = None
     """Number of last layers that the head averages; none: 1 for the linear head, 6 for the attentive one."""
-    head_norm: Literal["layer", "batch"] = "layer"
-    """Norm of the head's input: the encoder's final norm, or a batch norm as in probes."""
     attentive_heads: Count | None = None
     """Attention heads of the attentive head, which must divide the encoder's width; none: 16."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
@@ -148,17 +142,8 @@ class FinetuneSettings(EvalSettings):
         super().__post_init__()
         micro = self.micro_batch_size
         require(self.end_lr <= self.lr, f"end_lr {self.end_lr} is above lr {self.lr}; lower it")
-        require(
-            self.attentive_heads is None or self.head == "attentive", "attentive_heads needs --head attentive"
-        )
-        require(
-            self.head_norm == "layer" or micro is None or micro >= self.batch_size,
-            f"head_norm batch would take its statistics from micro-batches of {micro}, not the batch of "
-            f"{self.batch_size}; use head_norm layer, or micro_batch_size none",
-        )
-        require(
-            self.head_norm == "layer" or self.batch_size >= 2, "head_norm batch needs batch_size 2 or more"
-        )
+        has_heads = self.head == "attentive" or self.attentive_heads is None
+        require(has_heads, "attentive_heads needs --head attentive")
         require(
             not self.mixes or micro is None or micro % 2 == 0,
             f"micro_batch_size is {micro}, but mixup and cutmix mix pairs; use an even number",
@@ -172,6 +157,11 @@ class FinetuneSettings(EvalSettings):
     def mixes(self) -> bool:
         """Whether images are mixed, in pairs."""
         return bool(self.mixup or self.cutmix)
+
+    @property
+    def trained(self) -> str:
+        """What is trained besides the head, in words."""
+        return f"adapters of rank {self.lora.rank}" if self.lora.rank else "the whole network"
 
     @property
     def decay_and_drop_path(self) -> tuple[float, float]:
@@ -213,14 +203,6 @@ class TuneConfig(RunConfig):
     @classmethod
     def of(cls, settings: FinetuneSettings, model: TunedModel, data: DataConfig) -> TuneConfig:
         """Make the configuration; `data` says how the model's images are cropped for evaluation."""
-        data = replace(
-            data,
-            crop_scale=settings.crop_scale or CROP_SCALE,
-            crop_ratio=CROP_RATIO,
-            flip=data.flip if settings.flip is None else settings.flip,
-            **dict.fromkeys(("train", "val", "weights", "epoch_samples")),
-            normalize="given",
-        )
 
         def same(*names: str) -> dict[str, Any]:
             return {name: getattr(settings, name) for name in names}
@@ -228,7 +210,14 @@ class TuneConfig(RunConfig):
         return cls(
             seed=settings.seed,
             model=model,
-            data=data,
+            data=replace(
+                data,
+                crop_scale=settings.crop_scale or CROP_SCALE,
+                crop_ratio=CROP_RATIO,
+                flip=data.flip if settings.flip is None else settings.flip,
+                **dict.fromkeys(("train", "val", "weights", "epoch_samples")),
+                normalize="given",
+            ),
             optim=OptimConfig(
                 start_lr=settings.end_lr,
                 **same("lr", "end_lr", "warmup", "weight_decay", "betas", "clip_grad"),
@@ -259,10 +248,8 @@ class TuneConfig(RunConfig):
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that make two configurations different runs: {name: (own, other's)}."""
-        changed = {name.removeprefix("finetune."): pair for name, pair in super().differences(other).items()}
-        relevant = {f.name for f in fields(FinetuneSettings)} - FREE
         return {
-            n: pair
-            for n, pair in changed.items()
-            if n.partition(".")[0] in relevant or n.startswith(("data.", "model."))
+            name.removeprefix("finetune."): values
+            for name, values in super().differences(other).items()
+            if name.startswith(("data.", "model.", "finetune.")) and name.split(".")[1] not in FREE
         }

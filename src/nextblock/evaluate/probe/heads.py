@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from nextblock.config import Attention, ModelConfig
+from nextblock.config import Attention
 from nextblock.data import keyed_seed
 from nextblock.errors import UsageError
 from nextblock.evaluate.features import seeded
@@ -63,9 +63,9 @@ class Candidate:
     def create(self, dim: int, num_classes: int, seed: int) -> Head:
         """Create a head for features of width `dim`; its weights depend on seed, kind and size."""
         with seeded(keyed_seed(seed, "probe head", get_args(heads.HeadName).index(self.head))):
-            if self.config is None:
-                return heads.LinearHead(dim, num_classes)
-            return heads.create_head(self.config, dim)
+            if self.config is not None:
+                return heads.create_head(self.config, dim)
+            return heads.LinearHead(dim, HeadConfig(kind="linear", num_classes=num_classes, layers=(0,)))
 
 
 def encoder_candidates(config: ProbeSettings, model: EncoderModel, num_classes: int) -> tuple[Candidate, ...]:
@@ -116,11 +116,8 @@ def _attention_heads(config: ProbeSettings, model: EncoderModel) -> int:
         heads.check_attention_heads(width, config.attentive_heads)
         return config.attentive_heads
     if config.resolved().encoder_heads:
-        if isinstance(model.config, ModelConfig):
-            wanted = model.config.num_heads
-        else:
-            numbers = (getattr(module, "num_heads", None) for module in model.encoder.modules())
-            wanted = next((number for number in numbers if isinstance(number, int)), wanted)
+        numbers = (getattr(module, "num_heads", None) for module in model.encoder.modules())
+        wanted = next((number for number in numbers if isinstance(number, int)), wanted)
     fitting = fitting_heads(width, wanted)
     if fitting != wanted:
         log.info("width %d is not divisible by %d: attentive heads use %d", width, wanted, fitting)
@@ -212,9 +209,6 @@ class Grid(nn.Module):
 
 # -------------------------------------------------------------------------------------------- the best heads
 
-STEP_OUT = 2.0
-"""Factor between learning rates that extend a grid."""
-
 
 @dataclass
 class Trained:
@@ -222,8 +216,10 @@ class Trained:
 
     candidate: Candidate
     head: Head
-    is_diverged: bool
     score: Measures | None = None
+
+    def __post_init__(self) -> None:
+        self.is_diverged = not all(tensor.isfinite().all() for tensor in self.head.state_dict().values())
 
 
 def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
@@ -232,9 +228,9 @@ def choose(encoder: str, trained: Sequence[Trained]) -> dict[HeadName, int]:
     Raises `UsageError` if all heads of a kind diverged.
     """
     best: dict[HeadName, int] = {}
-    kinds: list[HeadName] = list(dict.fromkeys(item.candidate.head for item in trained))
-    for kind in kinds:
-        of_kind = [i for i, item in enumerate(trained) if item.candidate.head == kind]
+    kinds: list[HeadName] = [item.candidate.head for item in trained]
+    for kind in dict.fromkeys(kinds):
+        of_kind = [i for i in range(len(kinds)) if kinds[i] == kind]
         finite = {i: trained[i].score for i in of_kind if not trained[i].is_diverged}
         if not finite:
             raise UsageError(diverged(encoder, [trained[i].candidate for i in of_kind]))
@@ -255,14 +251,13 @@ def beyond(
     further = []
     for kind, i in winners.items() if config.lr is None else ():
         best, score = trained[i].candidate, trained[i].score
-        rates = sorted({item.candidate.lr for item in trained if item.candidate.head == kind})
         if score is None or score.top1 == 1:  # nothing to choose by, or nothing to improve
             continue
-        if best.lr == rates[-1]:
-            further += [replace(best, lr=best.lr * factor) for factor in (STEP_OUT, STEP_OUT**2)]
-        elif best.lr == rates[0]:
-            lower = [best.lr / factor for factor in (STEP_OUT, STEP_OUT**2)]
-            further += [replace(best, lr=lr) for lr in lower if lr > config.end_lr]
+        rates = [item.candidate.lr for item in trained if item.candidate.head == kind]
+        if best.lr == max(rates):
+            further += [replace(best, lr=best.lr * factor) for factor in (2, 4)]
+        elif best.lr == min(rates):
+            further += [replace(best, lr=lr) for lr in (best.lr / 2, best.lr / 4) if lr > config.end_lr]
     return further
 
 

@@ -27,15 +27,7 @@ from torch import Tensor
 
 from nextblock.atomic import write_aside, write_text
 from nextblock.checkpoint import save_classifier
-from nextblock.data import (
-    BadSample,
-    Batch,
-    TrainLoader,
-    eval_batches,
-    keyed_seed,
-    normalize,
-    resolve_workers,
-)
+from nextblock.data import BadSample, Batch, TrainLoader, eval_batches, keyed_seed, normalize, resolve_workers
 from nextblock.data.order import VisitOrder
 from nextblock.data.sources import SubsetSource
 from nextblock.data.transforms import TimmCrop
@@ -50,7 +42,7 @@ from nextblock.evaluate.evaluation import (
     add_leads,
     labelled_evaluation,
 )
-from nextblock.evaluate.features import attention_maps, seeded
+from nextblock.evaluate.features import attention_maps
 from nextblock.evaluate.metrics import Measures, Tally
 from nextblock.evaluate.probe.heads import (
     Candidate,
@@ -75,8 +67,8 @@ from nextblock.evaluate.table import (
     non_finite,
 )
 from nextblock.logs import counted
-from nextblock.models.heads import FeatureConfig, Head, ImageClassifier, layer_words
-from nextblock.settings import Duration, from_dict
+from nextblock.models.heads import ImageClassifier, layer_words
+from nextblock.settings import from_dict, require
 from nextblock.tables import Column, lead, number, share, write_csv
 
 log = logging.getLogger(__name__)
@@ -100,7 +92,7 @@ MEASURED = 128
 """Images of a feature table to measure at a time."""
 MAX_WRITTEN_CLASSES = 100
 """Confusions of more classes are drawn but not written."""
-REPORT_EVERY_S = 30.0
+REPORT_EVERY_S, SAVE_EVERY_S = 30.0, 600.0
 DRAWN = 4
 
 
@@ -139,6 +131,7 @@ class _Probe:
     def __init__(self, opened: Evaluation, config: ProbeSettings, sources: dict[str, Labelled]) -> None:
         self.opened, self.config, self.sources = opened, config, sources
         self.class_names = sources["train"].source.class_names
+        self.image_size = opened.model.config.image_size
         self.candidates = encoder_candidates(config, opened.model, len(self.class_names))
         self.train, self.choice, self.measured = self._parts()
         self.parts = [part for part in (self.train, self.choice, self.measured) if part is not None]
@@ -146,6 +139,8 @@ class _Probe:
         self.states = None if config.out is None else Path(config.out) / "heads"
         self.winners: dict[HeadName, tuple[Trained, Measures]] = {}
         self.grid: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.rights: list[Bool[np.ndarray, " n"]] = []
 
     def _parts(self) -> tuple[_Part, _Part | None, _Part]:
         """Images to train on, to choose on, and to measure on; held out of train only if necessary."""
@@ -157,10 +152,10 @@ class _Probe:
             if purpose in self.sources:
                 return _Part(purpose, purpose, np.arange(len(self.sources[purpose].labels)))
             kept, held = hold_out(labels[numbers], seed, share=share)
-            if not len(held):
-                raise UsageError(
-                    f"{config.train} has no class of two images to hold one out; give --test and --val"
-                )
+            require(
+                len(held) > 0,
+                f"{config.train} has no class of two images to hold one out; give --test and --val",
+            )
             numbers, held = numbers[kept], numbers[held]
             return _Part(name, "train", held)
 
@@ -176,50 +171,61 @@ class _Probe:
     # ------------------------------------------------------------------------------------------- the features
 
     def _start(self, encoder: str, candidates: Sequence[Candidate]) -> None:
-        """Prepare to extract the features that the candidates see, from this encoder or baseline."""
-        self.columns = list(dict.fromkeys(candidate.features for candidate in candidates))
-        wanted: list[FeatureConfig] = [column for column in self.columns if column is not None]
-        self.extract, self.origins = self.opened.extract(encoder, wanted, self.config.seed)
-        size = self.opened.model.config.image_size
-        self.shapes = feature_shapes(self.extract, self.opened.data, size, self.opened.device)
-        self.tables: dict[str, FeatureTable] = {}
+        """Prepare the features that the candidates see, from this encoder or baseline.
 
-    def _from_table(self, part: _Part, batches: Iterable[np.ndarray]) -> Iterator[FeatureBatch]:
-        """Read the features of batches of indices; the first call encodes the source for all parts."""
-        if part.purpose not in self.tables:
-            needed = np.concatenate([other.numbers for other in self.parts if other.purpose == part.purpose])
-            source, indices = self.sources[part.purpose].source, np.sort(needed)
-            table = self.opened.fill(part.purpose, source, self.extract, self.origins, indices)
-            self.tables[part.purpose] = table
-        table, device = self.tables[part.purpose], self.opened.device
+        With augment none, all images are encoded now; otherwise each batch is encoded when it is needed.
+        """
+        opened, config = self.opened, self.config
+        self.columns = list(dict.fromkeys(candidate.features for candidate in candidates))
+        wanted = [column for column in self.columns if column is not None]
+        self.extract, origins = opened.extract(encoder, wanted, config.seed)
+        self.shapes = feature_shapes(self.extract, opened.data, self.image_size, opened.device)
+        self.tables: dict[str, FeatureTable] = {}
+        if config.augment != "none":
+            return
+        images = sum(len(self.sources[purpose].labels) for purpose in {part.purpose for part in self.parts})
+        gb = 4e-9 * images * sum(map(math.prod, self.shapes)) * (1 + config.baselines)
+        require(
+            encoder != MODEL or gb <= config.cache_gb,
+            f"the features of {counted(images, 'image')} take {gb:.3g} GB, more than cache_gb "
+            f"{config.cache_gb:g}; use --augment crop, which encodes images again in every epoch, or "
+            "--heads linear, or raise --cache_gb",
+        )
+        for purpose, labelled in self.sources.items():
+            if needed := [part.numbers for part in self.parts if part.purpose == purpose]:
+                indices = np.sort(np.concatenate(needed))
+                self.tables[purpose] = opened.fill(purpose, labelled.source, self.extract, origins, indices)
+
+    def _read(self, purpose: str, batches: Iterable[np.ndarray]) -> Iterator[FeatureBatch]:
+        """Read the features of batches of indices from a table, without unreadable images."""
+        table = self.tables[purpose]
         for batch in batches:
             self.opened.check_stop()
             some = table.readable(batch)
-            yield tuple(table.read(some, kind).to(device) for kind in range(len(self.columns))), some
+            kinds = range(len(self.columns))
+            yield tuple(table.read(some, kind).to(self.opened.device) for kind in kinds), some
 
-    def _encoded(
+    def _encode(
         self, purpose: str, batches: Iterable[Batch], numbers: Int64[np.ndarray, " n"]
     ) -> Iterator[FeatureBatch]:
-        """Encode each rank's share of the batches without a table, and give all ranks all features.
+        """Encode each rank's share of the batches, and give all ranks all features.
 
         `numbers` maps the batches' sample numbers to indices in the source.
         """
         opened, group = self.opened, self.opened.group
         for batch in batches:
             opened.check_stop()
-            size = opened.model.config.image_size
-            features = features_of_batch(batch, self.extract, opened.data, opened.device, size)
+            features = features_of_batch(batch, self.extract, opened.data, opened.device, self.image_size)
             features = [kind[: len(batch.samples)] for kind in features]
             shares = group.gather((batch.samples, batch.bad, non_finite(tuple(features), batch)))
             if failures := [failure for _, _, failure in shares if failure]:
                 raise NonFiniteFeaturesError(failures[0])
             if group.size > 1:
+                lengths = [len(samples) for samples, *_ in shares]
                 for kind, own in enumerate(features):
                     # Broadcast rank by rank: shares differ in size, which not all backends can gather.
-                    features[kind] = whole = own.new_empty(
-                        sum(len(samples) for samples, *_ in shares), *own.shape[1:]
-                    )
-                    for rank, rows in enumerate(whole.split([len(samples) for samples, *_ in shares])):
+                    features[kind] = whole = own.new_empty(sum(lengths), *own.shape[1:])
+                    for rank, rows in enumerate(whole.split(lengths)):
                         if rank == group.rank:
                             rows.copy_(own)
                         if len(rows):
@@ -236,84 +242,82 @@ class _Probe:
         self.opened.bad[purpose] = (source, merged)
 
     def _train_batches(self, start: int) -> Iterator[FeatureBatch]:
-        """Training batches from step `start`, without unreadable images."""
+        """Training batches from step `start`."""
         opened, plan, numbers, seed = self.opened, self.schedule, self.train.numbers, self.config.seed
-        if self.config.augment == "none":
+        if self.tables:
             order = VisitOrder(len(numbers), seed=seed, batch_size=plan.batch_size)
-            batches = (numbers[order.keys(step).samples] for step in range(start, plan.steps))
-            return self._from_table(self.train, batches)
-        source, size = self.sources["train"].source, opened.model.config.image_size
+            return self._read("train", (numbers[order.keys(s).samples] for s in range(start, plan.steps)))
+        source, group = self.sources["train"].source, opened.group
         if len(numbers) < len(source):
             source = SubsetSource(source.spec, source, numbers)
         data = replace(opened.data, crop_scale=CROP_SCALE, crop_ratio=CROP_RATIO)
+        is_timm = self.config.augment == "timm"
         loader = TrainLoader(
             source,
             data,
-            image_size=size,
+            image_size=self.image_size,
             seed=seed,
             batch_size=plan.batch_size,
             start_step=start,
-            workers=resolve_workers(data.workers, source, opened.group.sharing_cores),
-            rank=opened.group.rank,
-            world_size=opened.group.size,
-            crop=TimmCrop(data=data, image_size=size, seed=seed) if self.config.augment == "timm" else None,
+            workers=resolve_workers(data.workers, source, group.sharing_cores),
+            rank=group.rank,
+            world_size=group.size,
+            crop=TimmCrop(data=data, image_size=self.image_size, seed=seed) if is_timm else None,
         )
         steps = islice(loader, plan.steps - start)
-        return self._encoded("train", (next(step.micro_batches) for step in steps), numbers)
+        return self._encode("train", (next(step.micro_batches) for step in steps), numbers)
 
     def _centre_crops(self, part: _Part) -> Iterator[FeatureBatch]:
-        """Batches of all readable images of a part, centre-cropped."""
+        """Batches of all images of a part, centre-cropped."""
         opened, source, numbers = self.opened, self.sources[part.purpose].source, part.numbers
-        if self.config.augment == "none":
-            return self._from_table(part, np.split(numbers, range(MEASURED, len(numbers), MEASURED)))
-        data, group, size = opened.data, opened.group, opened.model.config.image_size
-        at_once, workers = opened.settings.images_at_once(opened.device.type), opened.data.workers
-        workers = resolve_workers(workers, source, group.sharing_cores)
-        batches = eval_batches(source, data, size, at_once, numbers, workers, group.rank, group.size)
-        return self._encoded(part.purpose, batches, np.arange(len(source)))
+        if self.tables:
+            return self._read(part.purpose, np.split(numbers, range(MEASURED, len(numbers), MEASURED)))
+        data, group = opened.data, opened.group
+        at_once = opened.settings.images_at_once(opened.device.type)
+        workers = resolve_workers(data.workers, source, group.sharing_cores)
+        batches = eval_batches(
+            source, data, self.image_size, at_once, numbers, workers, group.rank, group.size
+        )
+        return self._encode(part.purpose, batches, np.arange(len(source)))
 
     # ---------------------------------------------------------------------------------------------- the heads
 
-    def _train(self, encoder: str, candidates: Sequence[Candidate]) -> list[Head]:
+    def _train(self, encoder: str, candidates: Sequence[Candidate]) -> list[Trained]:
         """Train heads side by side, resuming from a saved state."""
-        opened, config, plan = self.opened, self.config, self.schedule
+        opened, config, plan, group = self.opened, self.config, self.schedule, self.opened.group
         columns = [self.columns.index(candidate.features) for candidate in candidates]
         heads = [
             candidate.create(self.shapes[column][-1], len(self.class_names), config.seed).to(opened.device)
             for candidate, column in zip(candidates, columns, strict=True)
         ]
-        grid, place, state, step = Grid(heads, candidates, columns, config, plan), None, None, 0
-        if self.states is not None and opened.group.is_main:
+        grid, path, state, step = Grid(heads, candidates, columns, config, plan), None, None, 0
+        if self.states is not None and group.is_main:
             # The file name is a hash of everything that these heads depend on.
-            key = json.dumps(
-                [opened.identity(self.sources), encoder, [c.row() for c in candidates]], sort_keys=True
-            )
-            place = self.states / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.pt"
-        with opened.group.together():
-            if place is not None and place.is_file():
-                state = torch.load(place, map_location="cpu", weights_only=True)
-        state = opened.group.broadcast(state)
+            key = [opened.identity(self.sources), encoder, [c.row() for c in candidates]]
+            text = json.dumps(key, sort_keys=True).encode()
+            path = self.states / f"{hashlib.blake2b(text, digest_size=8).hexdigest()}.pt"
+        with group.together():
+            if path is not None and path.is_file():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        state = group.broadcast(state)
         if state is not None:
             step = state["step"]
             grid.load_state_dict(state["heads"])
-            if "optimizer" in state:
-                grid.optimizer.load_state_dict(state["optimizer"])
+            grid.optimizer.load_state_dict(state["optimizer"])
             self._note_bad("train", (BadSample(*values) for values in state["bad"]))
 
         def save() -> None:
-            if place is not None and step:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                bad = [tuple(sample) for sample in opened.bad.get("train", (None, ()))[1]]
-                checkpoint = {"heads": grid.state_dict(), "step": step, "bad": bad}
-                if step < plan.steps:
-                    checkpoint["optimizer"] = grid.optimizer.state_dict()
-                with write_aside(place) as aside:
-                    torch.save(checkpoint, aside)
+            if path is not None and step:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                state = {
+                    "step": step,
+                    "heads": grid.state_dict(),
+                    "optimizer": grid.optimizer.state_dict(),
+                    "bad": [tuple(sample) for sample in opened.bad.get("train", (None, ()))[1]],
+                }
+                with write_aside(path) as aside:
+                    torch.save(state, aside)
 
-        every = Duration.parse(config.save_every, allow=("min", "ep"))
-        is_timed = every.unit == "minutes"
-        save_s = 60 * every.value if is_timed else math.inf
-        save_steps = plan.steps + 1 if is_timed else max(1, round(every.value * plan.steps_per_epoch))
         saved_s = shown_s = time.monotonic()
         log.info("%s: training %s, %s", encoder, counted(len(heads), "head"), counted(plan.steps, "step"))
         labels = torch.from_numpy(self.sources["train"].labels)
@@ -327,7 +331,7 @@ class _Probe:
                 if now_s - shown_s >= REPORT_EVERY_S:
                     shown_s = now_s
                     log.info("%s: step %d of %d", encoder, step, plan.steps)
-                if now_s - saved_s >= save_s or step % save_steps == 0:
+                if now_s - saved_s >= SAVE_EVERY_S:
                     saved_s = now_s
                     save()
         except Stopped:
@@ -335,7 +339,7 @@ class _Probe:
             raise
         save()
         grid.finish()
-        return heads
+        return [Trained(candidate, head) for candidate, head in zip(candidates, heads, strict=True)]
 
     def _measure(
         self, part: _Part, trained: Sequence[Trained], *, confusion: bool = False
@@ -357,20 +361,18 @@ class _Probe:
                         tallies[i] = None
         return [tally and tally.measures() for tally in tallies]
 
-    def _encoder(self, encoder: str) -> tuple[list[dict[str, Any]], list[Measures]]:
-        """Train the heads of one encoder, choose the best and measure them; return rows and measures."""
+    def _compete(self, encoder: str) -> None:
+        """Train the heads of one encoder or baseline, choose the best of each kind, and measure these."""
         started_s, config = time.monotonic(), self.config
         new = self.candidates if encoder in (MODEL, UNTRAINED) else baseline_candidates(config)
         self._start(encoder, new)
         trained: list[Trained] = []
         winners: dict[HeadName, int] = {}
         for _ in range(ROUNDS + 1):  # the grid, then its extensions
-            heads = self._train(encoder, new)
-            finite = [all(t.isfinite().all() for t in head.state_dict().values()) for head in heads]
-            more = [Trained(c, head, not ok) for c, head, ok in zip(new, heads, finite, strict=True)]
+            more = self._train(encoder, new)
             if self.choice is not None:
-                scores = self._measure(self.choice, more)
-                more = [replace(a, score=b, is_diverged=b is None) for a, b in zip(more, scores, strict=True)]
+                for item, score in zip(more, self._measure(self.choice, more), strict=True):
+                    item.score, item.is_diverged = score, score is None
             trained += more
             # GPUs of several ranks may round differently: rank 0 chooses for all.
             winners = self.opened.group.broadcast(choose(encoder, trained))
@@ -384,40 +386,26 @@ class _Probe:
         best = [trained[i] for i in winners.values()]
         # Confusions are only drawn for the model.
         measured = self._measure(self.measured, best, confusion=encoder == MODEL)
-        rows, sound = [], []
         for winner, found in zip(best, measured, strict=True):
             if found is None:
                 raise UsageError(diverged(encoder, [winner.candidate]))
             log.info("%s, %s: top-1 %.1f %%", encoder, winner.candidate.head, 100 * found.top1)
             row = {"encoder": encoder, **winner.candidate.row(), "split": self.measured.name, **found.row()}
-            rows.append({**row, "epochs": self.schedule.epochs, "elapsed_s": time.monotonic() - started_s})
-            sound.append(found)
+            row |= {"epochs": self.schedule.epochs, "elapsed_s": time.monotonic() - started_s}
+            self.rows.append(row)
+            self.rights.append(found.right)
             if encoder == MODEL:
                 self.winners[winner.candidate.head] = (winner, found)
-        return rows, sound
 
     # --------------------------------------------------------------------------------------------- the result
 
     def measure(self) -> Result:
         """Probe the model and its baselines."""
-        config, plan, opened = self.config, self.schedule, self.opened
-        self._start(MODEL, self.candidates)
-        images = sum(len(self.sources[purpose].labels) for purpose in {part.purpose for part in self.parts})
-        gb = 4e-9 * images * sum(map(math.prod, self.shapes)) * (1 + config.baselines)
-        if config.augment == "none" and gb > config.cache_gb:
-            raise UsageError(
-                f"the features of {counted(images, 'image')} take {gb:.3g} GB, more than cache_gb "
-                f"{config.cache_gb:g}; use --augment crop, which encodes images again in every epoch, or "
-                "--heads linear, or raise --cache_gb"
-            )
-        rows: list[dict[str, Any]] = []
-        rights: list[Bool[np.ndarray, " n"]] = []
-        baselines = [baseline for baseline in BASELINES if baseline == UNTRAINED or "linear" in config.heads]
-        for encoder in (MODEL, *(baselines if config.baselines else ())):
-            new_rows, measured = self._encoder(encoder)
-            rows += new_rows
-            rights += [measures.right for measures in measured]
-        verdict = add_leads(rows, rights, match=("head",))
+        config, plan = self.config, self.schedule
+        for encoder in (MODEL, *(BASELINES if config.baselines else ())):
+            if encoder in (MODEL, UNTRAINED) or "linear" in config.heads:
+                self._compete(encoder)
+        verdict = add_leads(self.rows, self.rights, match=("head",))
         counts = {part.name: len(self._readable(part)) for part in self.parts}
 
         def images_of(part: _Part) -> str:
@@ -436,7 +424,7 @@ class _Probe:
             "num_classes": len(self.class_names),
             "class_names": list(self.class_names),
             "split_images": counts,
-            "bad_images": opened.bad_counts(),
+            "bad_images": self.opened.bad_counts(),
             "chosen_on": self.choice and self.choice.name,
             "schedule": {**plan._asdict(), "betas": list(config.resolved().betas)},
             "attentive_heads": attentive[0] if attentive else None,
@@ -445,7 +433,7 @@ class _Probe:
             "grid": self.grid,
         }
         notes = (about, *verdict, *rate_notes(self.grid, config.resolved().lr), *source_notes(self.sources))
-        return Result(verb="probe", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
+        return Result(verb="probe", rows=tuple(self.rows), notes=notes, facts=facts, rights=self.rights)
 
     def _readable(self, part: _Part) -> Int64[np.ndarray, " n"]:
         bad = [sample.sample for sample in self.opened.bad.get(part.purpose, (None, ()))[1]]
@@ -455,36 +443,25 @@ class _Probe:
         """Write the winners as classifiers, all candidates to grid.csv, and the pictures."""
         from nextblock.visualize.evaluation import draw_attention, draw_confusion, draw_grid
 
-        drawn, data = out / "figures", self.opened.data
+        opened, figures = self.opened, out / "figures"
         for name in ("figures", *get_args(HeadName)):  # delete those of a replaced result
             shutil.rmtree(out / name, ignore_errors=True)
         write_text(out / "grid.csv", write_csv(self.grid))
-        draw_grid(self.grid, result.facts["chosen_on"], drawn / "probe.png")
+        draw_grid(self.grid, result.facts["chosen_on"], figures / "probe.png")
         for name, (winner, found) in self.winners.items():
-            assert winner.candidate.config is not None
-            with seeded(0):  # the new head is replaced on the next line
-                classifier = ImageClassifier(self.opened.model, winner.candidate.config, self.class_names)
-            classifier.head = winner.head
-            classifier.eval()
-            save_classifier(out / name, classifier, data=data)
+            config = winner.candidate.config
+            assert config is not None, "only baselines have none"
+            classifier = ImageClassifier(opened.model, config, self.class_names, head=winner.head).eval()
+            save_classifier(out / name, classifier, data=opened.data)
             if found.confusion is not None:
                 title = f"{name} head, {self.measured.name}: top-1 {found.top1:.1%}"
-                draw_confusion(found.confusion, self.class_names, title, drawn / f"confusion-{name}.png")
+                draw_confusion(found.confusion, self.class_names, title, figures / f"confusion-{name}.png")
             if name == "ep":
-                images, maps, names = self._attention(classifier)
-                draw_attention(images, maps, drawn / "attention-ep.png", names=names)
-
-    def _attention(self, classifier: ImageClassifier) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images (b h w c), the attention maps of the ep head's queries (b q rows columns), class names."""
-        data, size, readable = (
-            self.opened.data,
-            self.opened.model.config.image_size,
-            self._readable(self.measured),
-        )
-        source = self.sources[self.measured.purpose].source
-        chosen = readable[np.linspace(0, len(readable) - 1, min(DRAWN, len(readable)), dtype=int)]
-        (batch,) = eval_batches(source, data, size, DRAWN, chosen)
-        images = batch.images.to(self.opened.device)
-        maps = attention_maps(classifier, normalize(images, data.mean, data.std))
-        names = [source.class_names[source.labels[index]] for index in batch.samples.tolist()]
-        return images.permute(0, 2, 3, 1).cpu().numpy(), maps.cpu().numpy(), names
+                source, readable = self.sources[self.measured.purpose].source, self._readable(self.measured)
+                drawn = readable[np.linspace(0, len(readable) - 1, min(DRAWN, len(readable)), dtype=int)]
+                (batch,) = eval_batches(source, opened.data, self.image_size, DRAWN, drawn)
+                images = batch.images.to(opened.device)
+                maps = attention_maps(classifier, normalize(images, opened.data.mean, opened.data.std))
+                names = [source.class_names[source.labels[index]] for index in batch.samples.tolist()]
+                pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+                draw_attention(pictures, maps.cpu().numpy(), figures / "attention-ep.png", names=names)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 from nextblock.config import Attention
 from nextblock.evaluate.layers import check_layers
 from nextblock.evaluate.settings import EvalSettings, check_distinct
-from nextblock.settings import Amount, Auto, Count, Natural, Positive, Rule, duration, require
+from nextblock.settings import Amount, Auto, Count, Natural, Positive, Rule, require
 
 HeadName = Literal["linear", "attentive", "ep"]
 MIN_STEPS, MIN_BATCH, MAX_BATCH, EPOCHS, MIN_STEPS_PER_EPOCH = 2_000, 16, 1024, 100, 20
@@ -132,8 +132,6 @@ class ProbeSettings(EvalSettings):
     """Seed of heads, order, crops, held-out images and the untrained encoder."""
     cache_gb: Amount = 16.0
     """With augment none: refuse if the features take more gigabytes than this."""
-    save_every: Annotated[str, duration("min", "ep")] = "10min"
-    """How often to save the heads, in minutes or epochs (5ep)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,19 +15,24 @@ from nextblock.config import DataConfig
 from nextblock.data import open_source
 from nextblock.data.sources import absolute_spec
 from nextblock.data.sources.folder import SUBSET_HEADER
-from nextblock.data.subsets import draw
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import MODEL, Result, Stopped, evaluation, read_result
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.results import identity_of
-from nextblock.evaluate.suite.benchmarks import BENCHMARKS, EPOCHS, FIFTEEN, PUBLISHED, Benchmark, chosen
-from nextblock.evaluate.suite.settings import SuiteSettings
+from nextblock.evaluate.suite.settings import (
+    BENCHMARKS,
+    FIFTEEN,
+    PUBLISHED,
+    Benchmark,
+    SuiteSettings,
+    chosen,
+)
 from nextblock.launch import LaunchError
 from nextblock.logs import counted
 from nextblock.settings import from_dict, require, typed
 from nextblock.tables import Column, Table, number, share
 from nextblock.train.runtime import native_precision
-from nextblock.visualize.suite import draw_suite
+from nextblock.visualize.evaluation import draw_suite
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,8 @@ LIST_COLUMNS = (
     Column("found", "found", lambda found, _: {True: "yes", False: "no"}.get(found, "")),
 )
 DRAWN = ("MAE H/14", "AIM-0.6B", "DINOv2 g/14", "XTRA H/14", "XTRA B/16")
+"""Published models in the picture and in the terminal."""
+OF_THE_PROBE = ("top1", "top1_se", "top5", "lr", "weight_decay", "layers", "elapsed_s")
 
 
 def suite(**settings: Any) -> Result:
@@ -66,9 +73,9 @@ def suite(**settings: Any) -> Result:
         with evaluation(config) as opened:
             if config.precision == "auto":
                 config = replace(config, precision=native_precision(opened.device))
-            identity = identity_of(config, opened.model, opened.data, {})
+            identity, is_main = identity_of(config, opened.model, opened.data, {}), opened.group.is_main
             with opened.group.together():
-                if opened.group.is_main:
+                if is_main:
                     stored = read_result(out, "suite", identity, overwrite=config.overwrite)
                     stack.enter_context(exclusive(out))
                     old_rows = stored.rows if stored else ()
@@ -78,23 +85,32 @@ def suite(**settings: Any) -> Result:
                             (out / bench.name / "probe.json").unlink(missing_ok=True)
                         if bench.name not in rows:
                             try:
-                                sources[bench.name] = sources_of(bench, config.root, out / "lists", config)
+                                sources[bench.name] = sources_of(bench, config.root, out / "lists")
                             except (ValueError, OSError) as error:
                                 rows[bench.name] = _problem(bench, error)
             rows, sources = opened.group.broadcast((rows, sources))
-            place = out if opened.group.is_main else None
             del opened  # each probe opens the model again; two copies need not be in memory
-        result = _result(config, identity, rows, place)
+        result = _result(config, identity, rows, out if is_main else None)
         wanted = [bench for bench in config.benchmarks if bench.name in sources]
         for i, bench in enumerate(wanted, start=1):
             log.info("%s, %d of %d", bench.title, i, len(wanted))
             try:
-                rows[bench.name] = _measured(probe(**config.probe(bench, *sources[bench.name])))
+                probed = probe(**config.probe(bench, *sources[bench.name]))
             except (Stopped, LaunchError):
                 raise
             except (ValueError, RuntimeError, OSError) as error:
                 rows[bench.name] = _problem(bench, error)
-            result = _result(config, identity, rows, place)
+            else:
+                row, images = probed.row(encoder=MODEL), probed.identity["sources"]
+                rows[bench.name] = {
+                    "status": MEASURED,
+                    **{name: row[name] for name in OF_THE_PROBE},
+                    "classes": probed.facts["num_classes"],
+                    "train_images": images["train"]["images"],
+                    "test_images": images["test"]["images"],
+                    "bad_images": sum(probed.facts["bad_images"].values()),
+                }
+            result = _result(config, identity, rows, out if is_main else None)
     return result
 
 
@@ -105,22 +121,7 @@ def _problem(bench: Benchmark, error: Exception) -> dict[str, Any]:
     return {"status": status, "why": why}
 
 
-def _measured(result: Result) -> dict[str, Any]:
-    row, sources = result.row(encoder=MODEL), result.identity["sources"]
-    names = ("top1", "top1_se", "top5", "lr", "weight_decay", "layers", "elapsed_s")
-    return {
-        "status": MEASURED,
-        **{name: row[name] for name in names},
-        "classes": result.facts["num_classes"],
-        "train_images": sources["train"]["images"],
-        "test_images": sources["test"]["images"],
-        "bad_images": sum(result.facts["bad_images"].values()),
-    }
-
-
-def sources_of(
-    bench: Benchmark, root: str, lists: Path, config: SuiteSettings | None = None
-) -> tuple[str, str]:
+def sources_of(bench: Benchmark, root: str, lists: Path) -> list[str]:
     """Sources of a benchmark's training and test images; lists of images are written to `lists`.
 
     Raises `FileNotFoundError` if the folder does not exist, `UsageError` if annotations cannot be read.
@@ -129,36 +130,28 @@ def sources_of(
     folder, how = place / bench.at, bench.how_to_get(str(place))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}; {how}")
-    lists.mkdir(parents=True, exist_ok=True)
-
-    def subset(purpose: str, of: str, numbers: list[int]) -> str:
-        lines = (SUBSET_HEADER.decode(), f"# of: {absolute_spec(of)}", *map(str, numbers))
-        write_text(lists / f"{bench.name}-{purpose}.txt", "\n".join(lines))
-        return f"subset:{lists / bench.name}-{purpose}.txt"
-
     if isinstance(bench.source, str):
-        specs = [bench.source.format(root=place, split=s) for s in (bench.train, bench.test)]
-    else:
-        try:
-            images = list(bench.source(folder))
-            missing = {*bench.train.split("+"), bench.test} - {split for split, _, _ in images}
-            require(not missing, f"no image of {', '.join(sorted(missing))}")
-        except (OSError, LookupError, ValueError, TypeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise UsageError(f"cannot read the annotations in {folder} ({why}); {how}") from error
-        # Splits are subsets of one list of all images, so that train and test have the same classes.
-        everything = lists / f"{bench.name}.txt"
-        write_text(everything, "".join(f"{folder}/{path}\t{label}\n" for _, path, label in images))
-        specs = []
-        for purpose, splits in (("train", bench.train.split("+")), ("test", (bench.test,))):
-            numbers = [i for i, (split, _, _) in enumerate(images) if split in splits]
-            specs.append(subset(purpose, f"files:{everything}", numbers))
-    if config is not None and config.max_images is not None:
-        for i, purpose in enumerate(("train", "test")):
-            source = open_source(specs[i], DataConfig(workers=0))
-            numbers = draw(source, min(config.max_images, len(source)), config.seed)
-            specs[i] = subset(f"{purpose}-drawn", specs[i], numbers.tolist())
-    return specs[0], specs[1]
+        return [bench.source.format(root=place, split=split) for split in (bench.train, bench.test)]
+    train = bench.train.split("+")
+    try:
+        images = list(bench.source(folder))
+        missing = {*train, bench.test} - {split for split, _, _ in images}
+        require(not missing, f"no image of {', '.join(sorted(missing))}")
+    except (OSError, LookupError, ValueError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"cannot read the annotations in {folder} ({why}); {how}") from error
+    # Splits are subsets of one list of all images, so that train and test have the same classes.
+    lists.mkdir(parents=True, exist_ok=True)
+    everything = lists / f"{bench.name}.txt"
+    write_text(everything, "".join(f"{folder}/{path}\t{label}\n" for _, path, label in images))
+    specs = []
+    for purpose, splits in (("train", train), ("test", (bench.test,))):
+        numbers = (str(i) for i, (split, _, _) in enumerate(images) if split in splits)
+        lines = (SUBSET_HEADER.decode(), f"# of: {absolute_spec(f'files:{everything}')}", *numbers)
+        subset = lists / f"{bench.name}-{purpose}.txt"
+        write_text(subset, "\n".join(lines))
+        specs.append(f"subset:{subset}")
+    return specs
 
 
 def _result(
@@ -198,19 +191,18 @@ def _notes(config: SuiteSettings, rows: Mapping[str, dict[str, Any]]) -> list[st
         row = rows.get(bench.name, {})
         if "why" in row:
             notes.append(f"{bench.title} {'is ' * (row['status'] == MISSING)}{row['status']}: {row['why']}")
-        elif row and config.max_images is None:
-            notes.append(
-                bench.unlike_the_papers(row["classes"], row["train_images"], row["test_images"]) or ""
-            )
+        elif row:
+            notes += bench.unlike_the_papers(row["classes"], row["train_images"], row["test_images"])
         if row.get("bad_images"):
             notes.append(f"{bench.title}: {counted(row['bad_images'], 'unreadable image')} skipped.")
-    official = {"augment": "official", "epochs": EPOCHS, "attention": ("native",)}
-    official |= dict.fromkeys(("lr", "layers", "max_images"))
-    changed = {name: getattr(config, name) for name, usual in official.items()}
-    words = [f"{name} {typed(value)}" for name, value in changed.items() if value != official[name]]
+    changed = [
+        f"{name} {typed(value)}"
+        for name in ("augment", "epochs", "attention", "lr", "layers")
+        if (value := getattr(config, name)) != getattr(SuiteSettings, name)
+    ]
     return [
-        *filter(None, notes),
-        *([f"Not official: {', '.join(words)}."] if words else []),
+        *notes,
+        *([f"Not official: {', '.join(changed)}."] if changed else []),
         "The best learning rate is chosen on a tenth of train, held out; test is measured once. It is not "
         "known which rate and epoch XTRA's paper reports, nor how AIM trained its heads.",
         f"Precision: encoder {config.precision}, heads fp32; officially both bf16-mixed.",
@@ -238,7 +230,7 @@ def list_benchmarks(root: str | None, only: tuple[str, ...] | None) -> Result:
                     train, test = (open_source(spec, DataConfig(workers=0)) for spec in specs)
                     # PCAM's labels are only known by reading its images.
                     classes = None if bench.name == "pcam" else len(train.class_names)
-                    notes.append(bench.unlike_the_papers(classes, len(train), len(test)) or "")
+                    notes += bench.unlike_the_papers(classes, len(train), len(test))
                 except (ValueError, RuntimeError, OSError) as error:
                     notes.append(f"{bench.name}: {error}")
-    return Result(verb="suite", rows=tuple(rows), notes=tuple(filter(None, notes)), columns=LIST_COLUMNS)
+    return Result(verb="suite", rows=tuple(rows), notes=tuple(notes), columns=LIST_COLUMNS)
