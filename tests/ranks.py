@@ -27,7 +27,7 @@ from toy import ToySource
 # A process that has imported torch and is forked for each rank: a rank starts in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ("pretraining", "evaluate.monitors", "evaluate.compare", "evaluate.finetune.run")
-CONTEXT.set_forkserver_preload(["ranks", *(f"nextblock.{name}" for name in PRELOADED)])
+CONTEXT.set_forkserver_preload(["ranks", "torchcodec.decoders", *(f"nextblock.{name}" for name in PRELOADED)])
 
 
 class RankFailed(Exception):  # noqa: N818 - it says what happened

@@ -99,10 +99,6 @@ def test_at_most_so_many_images_are_read_chosen_by_the_seed():
     assert len({one["knn/top1"] for one in found}) > 1
 
 
-def test_unreadable_images_are_left_out():
-    assert measured(ToySource(96, bad={0, 1}), ToySource(48, seed=1, bad={3}))["knn/top1"] > 0.95
-
-
 def test_the_monitor_looks_at_the_model_as_it_is_now_and_draws_no_random_number():
     model, before = toy_model(), torch.random.get_rng_state()
     sources = ToySource(96), ToySource(48, seed=1)
@@ -140,13 +136,10 @@ def test_a_run_that_is_asked_to_stop_stops_after_a_batch():
 
 
 def test_impossible_settings_are_refused():
-    sources = ToySource(8), ToySource(8, seed=1)
-    with pytest.raises(ValueError, match="k is 0"):
-        monitor_of(*sources, k=0)
     with pytest.raises(ValueError, match="'often' is not a duration"):
-        monitor_of(*sources, every="often")
+        monitor_of(ToySource(8), ToySource(8, seed=1), every="often")
     with pytest.raises(ValueError, match="no class in common"):
-        monitor_of(sources[0], ToySource(8, class_names=("e", "f", "g", "h")))
+        monitor_of(ToySource(8), ToySource(8, class_names=("e", "f", "g", "h")))
 
 
 # ------------------------------------------------------------------------------------------- several ranks

@@ -211,26 +211,14 @@ def build_model(
     class_names: Sequence[str] | None = None,
 ) -> NextBlockModel | ImageClassifier:
     """Build a model, or a classifier with this head, around the weights of a file, in evaluation mode."""
-    # A classifier's encoder is one level deeper than a model's.
-    prefix = "" if head is None else "encoder_model."
     # Even on the meta device, time and memory grow with these sizes: damaged settings must not build a
-    # billion layers before the weights are compared.
-    positions, sizes = weights.get(f"{prefix}encoder.pos_embed"), {}
-    if config.positions != "rope":
-        sizes["patches"] = (config.num_patches, 0 if positions is None else positions.shape[1])
-    parts = {"layers": ("encoder.blocks", config.depth)}
-    if config.predictor not in (None, "identity"):
-        parts["predicted blocks"] = ("predictor.block_mlps", len(config.distances))
-        if config.predictor != "linear":
-            parts["predictor layers"] = ("predictor.blocks", config.predictor_depth)
-    for what, (part, configured) in parts.items():
-        pattern = re.compile(rf"{re.escape(prefix + part)}\.(\d+)\.")
-        numbers = {match[1] for name in weights if (match := pattern.match(name))}
-        sizes[what] = (configured, len(numbers))
-    wrong = [f"{said} {what}, the weights {has}" for what, (said, has) in sizes.items() if said != has]
-    if wrong:
+    # billion layers before the names and shapes of weights are compared.
+    layers = max(config.depth, config.predictor_depth, config.num_predicted_blocks)
+    numbers = sum(weight.numel() for weight in weights.values())
+    if layers > 100 + len(weights) or config.num_patches > numbers:
         raise CheckpointError(
-            f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
+            f"the settings of {origin} contradict its weights: {layers} layers and {config.num_patches} "
+            f"patches, but {counted(len(weights), 'tensor')} of {numbers:,} numbers; {_remedy(origin)}"
         )
     # On the meta device tensors have shapes but no data: building costs no memory and draws no random
     # numbers. The file's tensors then replace the empty ones.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nextblock.config import ModelConfig, RunConfig
@@ -25,7 +26,7 @@ from nextblock.optim import set_lr
 from nextblock.plan import activation_bytes
 from nextblock.train.distributed import Group
 from nextblock.train.logging import StepOutcome, Window
-from nextblock.train.parallel import Strategy, local_part, replicate, synchronised, whole
+from nextblock.train.parallel import Strategy, local_part, replicate, synchronised
 from nextblock.train.runtime import autocast, device_name, free_memory
 from nextblock.train.state import Snapshot, load_state, take_snapshot
 
@@ -220,7 +221,8 @@ class Learner(ABC):
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_([local_part(grad) for grad in grads], sums.scale)
         limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         # A gradient scaler skips the step itself if a gradient is infinite, and `update` then lowers the
         # scale. So its `step` must be called in that case too.
         if math.isfinite(sums.loss) and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
