@@ -33,8 +33,8 @@ from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
 from nextblock.settings import to_dict
-from nextblock.train.state import load_state, save_checkpoint
-from tiny_runs import same
+from nextblock.train.state import load_state
+from tiny_runs import same, save_checkpoint
 from toy import tiny_images, tiny_model
 
 STATE = {"step": 3, "scaler": {}}

@@ -23,7 +23,7 @@ from nextblock.config import ModelConfig, RunConfig
 from nextblock.data import BadSample, Batch, Source, Step, TrainLoader, normalize
 from nextblock.logs import counted
 from nextblock.optim import set_lr
-from nextblock.plan import activation_bytes
+from nextblock.plan import image_bytes
 from nextblock.train.distributed import Group
 from nextblock.train.logging import StepOutcome, Window
 from nextblock.train.parallel import Strategy, local_part, replicate, synchronised
@@ -260,27 +260,19 @@ class Learner(ABC):
     def largest_micro_batch(self, share: int) -> int:
         """Largest micro-batch that fits, at most this process's `share` of a batch; the same on all ranks.
 
-        Estimated from the layers' shapes (`plan.activation_bytes`). On a GPU, unless the model is sharded,
+        Estimated from the layers' shapes (`plan.image_bytes`). On a GPU, unless the model is sharded,
         the estimate is then tried and halved until it fits.
         """
-        config, device, group = self.config, self.device, self.group
-        one, two = (
-            activation_bytes(
-                config.model,
-                images,
-                config.train.precision,  # type: ignore[arg-type] # "auto" is resolved
-                predictor_fp32=config.train.predictor_fp32,
-                recompute=config.train.activation_checkpointing,
-            )
-            for images in (1, 2)
-        )
+        device, group, recompute = self.device, self.group, self.config.train.activation_checkpointing
+        precision: Any = self.config.train.precision  # "auto" is resolved
+        masks, image = image_bytes(self.config, precision, recompute=recompute)
         if device.type == "cuda":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             trained //= group.size if self.strategy == "fsdp" else 1
             free = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] - BYTES_PER_TRAINED * trained)
         else:
             free = CPU_SHARE * free_memory() / group.on_this_host
-        limit = min(group.gather(max(1, int((free - one) / (two - one)) + 1)))
+        limit = min(group.gather(max(1, int((free - masks - image) / image) + 1)))
         while True:
             # Parts of equal size, at most `limit`.
             images = math.ceil(share / math.ceil(share / limit))

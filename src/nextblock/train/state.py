@@ -68,7 +68,7 @@ class Snapshot(NamedTuple):
 
 def take_snapshot(
     model: Any,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     kept: Mapping[str, Tensor],
     *,
@@ -77,7 +77,7 @@ def take_snapshot(
     """Take the tensors of a model and its optimizer, or CPU copies of them. All ranks must call this."""
     weights, moments = full_weights(model), dict(kept)
     # By parameter name, not by parameter order, so that a checkpoint fits any strategy.
-    for name, parameter in model.named_parameters() if optimizer is not None else ():
+    for name, parameter in model.named_parameters():
         moments |= {f"{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
     if copied:
         weights, moments = (
@@ -119,19 +119,6 @@ class Saver:
         self._thread, error, self._error = None, self._error, None
         if error is not None:
             raise error
-
-
-def save_checkpoint(
-    directory: Path,
-    model: NextBlockModel,
-    state: Mapping[str, Any],
-    step: int,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    data: DataConfig | None = None,
-) -> Path:
-    """Write `directory/step_XXXXXXXX` from a single process; see `write_snapshot`."""
-    return write_snapshot(directory, take_snapshot(model, optimizer, state, {}), step, ALONE, data=data)
 
 
 def write_snapshot(
