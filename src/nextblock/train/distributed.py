@@ -92,9 +92,7 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
 class Group:
     """The ranks of a run and their collective operations. All ranks must make the same calls."""
 
-    def __init__(
-        self, world: World, peers: Sequence[dict[str, Any]] = (), processes: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, world: World, peers: Sequence[dict[str, Any]] = (), processes: Any = None) -> None:
         self.processes = processes
         """torch's process group; None: the default one."""
         self.world, self.rank, self.size, self._peers = world, world.rank, world.size, peers
