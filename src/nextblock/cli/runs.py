@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextblock.atomic import RUN_FILES, write_text
 from nextblock.cli.arguments import Parser
@@ -14,6 +14,9 @@ from nextblock.cli.output import end_with_json
 from nextblock.errors import UsageError
 from nextblock.logs import clock, printable
 from nextblock.settings import Auto, require
+
+if TYPE_CHECKING:
+    from nextblock.report import RunSummary
 
 log = logging.getLogger(__name__)
 
@@ -115,20 +118,7 @@ def runs(argv: Sequence[str]) -> int:
         try:
             summary = read_run(path)
             file = "heartbeat.json"
-            status, beat = summary.status, summary.heartbeat
-            loss, step = summary.final_loss or (None, 0)
-            rows.append(
-                {
-                    "run": name,
-                    "status": status.word,
-                    "message": status.message,
-                    "step": beat.get("step", step),
-                    "total_steps": beat.get("total_steps"),
-                    "loss": loss,
-                    "best_knn": max(summary.series("knn/top1")[1], default=None),
-                    "heartbeat_age_s": status.age_s,
-                }
-            )
+            rows.append({"run": name, **_values(summary)})
         except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
             # The error for invalid JSON names the file; other errors come from values of the wrong type.
             why = str(error) if isinstance(error, UsageError) else f"{path / file} is damaged; remove it"
@@ -157,3 +147,18 @@ def runs(argv: Sequence[str]) -> int:
     if options.json:
         end_with_json(rows)
     return 0
+
+
+def _values(summary: RunSummary) -> dict[str, Any]:
+    """Values of a run's row, ready for JSON."""
+    loss, step = summary.final_loss or (None, 0)
+    status = summary.status
+    return {
+        "status": status.word,
+        "message": status.message,
+        "step": summary.heartbeat.get("step", step),
+        "total_steps": summary.heartbeat.get("total_steps"),
+        "loss": loss,
+        "best_knn": max(summary.series("knn/top1")[1], default=None),
+        "heartbeat_age_s": status.age_s,
+    }

@@ -70,6 +70,18 @@ def device_use(
     return {"memory_gb": memory / 1e9, "tflops": tflops, **share}
 
 
+def free_memory() -> int:
+    """Free memory in bytes of this machine, or of its container if that has less."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError, ValueError):  # "max" if there is no limit
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{one}").read_text()) for one in ("max", "current"))
+        free = min(free, limit - used)
+    return free
+
+
 def is_native(precision: str, device: torch.device) -> bool:
     """Whether the device supports this precision; if not, torch emulates it, up to 48x slower on a CPU."""
     if precision == "fp32" or device.type == "mps":
@@ -95,18 +107,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
         raise UsageError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def free_memory() -> int:
-    """Free memory in bytes of this machine, or of its container if that has less."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    with suppress(OSError, ValueError):  # "max" if there is no limit
-        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{one}").read_text()) for one in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 def seed_device(seed: int, device: torch.device) -> None:

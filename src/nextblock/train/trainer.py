@@ -33,7 +33,13 @@ from nextblock.kmeans import KMeansTokenizer
 from nextblock.models import NextBlockModel
 from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import build_optimizer
-from nextblock.targets import combine, count_kept_rows, draw_orders, draw_prefix_lengths, spread
+from nextblock.targets import (
+    combine,
+    count_kept_rows,
+    draw_orders,
+    draw_prefix_lengths,
+    spread,
+)
 from nextblock.train.distributed import ALONE, Group
 from nextblock.train.learner import Learner
 from nextblock.train.monitors import rankme
