@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from toy import ToySource
 # A process that has imported torch and is forked for each rank: a rank starts in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ("pretraining", "evaluate.monitors", "evaluate.compare", "evaluate.finetune.run")
-CONTEXT.set_forkserver_preload(["ranks", *(f"nextblock.{name}" for name in PRELOADED)])
+CONTEXT.set_forkserver_preload(["ranks", "torchcodec.decoders", *(f"nextblock.{name}" for name in PRELOADED)])
 
 
 class RankFailed(Exception):  # noqa: N818 - it says what happened
@@ -102,16 +102,22 @@ def train_together(
     monitors: tuple[Any, ...] = (),
 ) -> TrainResult:
     """Train the tiny model as one rank of however many the environment says."""
+    return train_in_turn([(out, monitors)], changes, sources)[0]
+
+
+def train_in_turn(
+    turns: Sequence[tuple[Path, tuple[Any, ...]]],
+    changes: Mapping[str, Any] | None = None,
+    sources: Mapping[str, Any] | None = None,
+) -> list[TrainResult]:
+    """The same for several directories and their monitors, in one group: starting it takes the longest."""
     config = settings(changes)
     with process_group(find_world(), CPU, needed=config.train.strategy == "fsdp") as group:
-        return train(
-            config,
-            out,
-            dict(sources or {"train": ToySource(40)}),
-            monitors=monitors,
-            reporter=Quiet(),
-            group=group,
-        )
+        given = dict(sources or {"train": ToySource(40)})
+        return [
+            train(config, out, given, monitors=monitors, reporter=Quiet(), group=group)
+            for out, monitors in turns
+        ]
 
 
 class SignalRank:
@@ -173,6 +179,7 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     """Train with rank 1 in some way unlike the others."""
     changes, sources, monitors = {"train.batch_size": 10}, {"train": ToySource(40)}, ()
     is_odd = find_world().rank == 1
+    distributed.BEAT_S = 1.0 if what == "bug" else 0.2  # how long a rank waits for others to notice
     if what == "version" and is_odd:
         distributed.__version__ = "0.0.1"
     elif what == "size" and is_odd:

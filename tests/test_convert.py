@@ -24,7 +24,7 @@ from nextblock.interop.convert import convert, target_of
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
-from nextblock.train.state import save_checkpoint
+from tiny_runs import save_checkpoint
 from toy import tiny_images, tiny_model
 
 DATA = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), val_resize_px=31)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 from itertools import product
@@ -22,6 +23,7 @@ from ranks import (
     run_ranks,
     train_and_die,
     train_and_draw,
+    train_in_turn,
     train_otherwise,
     train_together,
 )
@@ -45,15 +47,7 @@ KINDS |= {
     "features": {"model.predict_visible": True},
     "masked": MASKED,
 }
-QUICK = {("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("embedding", 2, "fsdp"), ("features", 2, "ddp")}
-
-
-def worlds(quick):
-    """Every kind on 2, 3 and 4 processes; those that are not quick are for the slow tests."""
-    return [
-        pytest.param(*case, marks=() if case in quick else pytest.mark.slow)
-        for case in product(KINDS, (2, 3, 4), ("ddp", "fsdp"))
-    ]
+QUICK = [("xtra", 2, "ddp"), ("aim", 3, "fsdp"), ("embedding", 2, "fsdp"), ("features", 2, "ddp")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,24 +60,37 @@ def sources() -> dict[str, ToySource]:
     return {"train": ToySource(40, bad=[7]), "val": ToySource(11, seed=1)}
 
 
-def together(world, strategy, out, kind, monitors=()):
+def together(world, strategy, kind, *turns):
+    """Train in the directories of `turns`, each with its monitors; gives the last result of each rank."""
     changes = {**BASE, **KINDS[kind], "train.strategy": strategy}
-    results = run_ranks(world, train_together, out, changes, sources(), monitors)
+    if world == 1:
+        return [train_in_turn(turns, changes, sources())[-1]]
+    results = run_ranks(world, train_in_turn, turns, changes, sources())
     assert not [one for one in results if isinstance(one, RankFailed | int)], results
-    return results
+    return [turned[-1] for turned in results]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """`whole(kind, world, strategy)`: a run that was not interrupted."""
-    runs = {}
+def runs(tmp_path_factory):
+    """`runs(kind, world, strategy)`: a folder of runs made once.
+
+    `whole` was not interrupted; of several ranks, `cut` was stopped by a signal to the last one, and resumed.
+    """
+    made = {}
 
     def make(kind: str, world: int = 1, strategy: str = "auto") -> Path:
         key = (kind, world, strategy)
-        if key not in runs:
-            runs[key] = tmp_path_factory.mktemp(f"{kind}-{world}-{strategy}") / "run"
-            together(world, strategy, runs[key], kind)
-        return runs[key]
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{kind}-{world}-{strategy}")
+            whole, cut = made[key] / "whole", made[key] / "cut"
+            if world == 1:
+                together(world, strategy, kind, (whole, ()))
+            else:
+                stop = SignalRank(3, rank=world - 1, number=signal.SIGUSR1)
+                stopped = together(world, strategy, kind, (whole, ()), (cut, (stop,)))
+                assert [(one.step, one.stopped_by) for one in stopped] == [(3, "SIGUSR1")] * world
+                together(world, strategy, kind, (cut, ()))
+        return made[key]
 
     return make
 
@@ -93,41 +100,39 @@ def curve(run: Path) -> list[float]:
     return [line[name] for line in lines for name in ("loss", "val_loss") if name in line]
 
 
-@pytest.mark.parametrize(("kind", "world", "strategy"), worlds(QUICK))
-def test_losses_are_those_of_one_process(kind, world, strategy, whole):
-    assert curve(whole(kind, world, strategy)) == pytest.approx(curve(whole(kind)), abs=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "world", "strategy"), worlds(QUICK - {("embedding", 2, "fsdp")}))
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_resumes_exactly(
-    kind, world, strategy, whole, tmp_path
+@pytest.mark.parametrize(
+    ("kind", "world", "strategy"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product(KINDS, (2, 3, 4), ("ddp", "fsdp"))
+    ],
+)
+def test_several_ranks_have_the_losses_of_one_and_resume_exactly_after_a_signal_to_one_of_them(
+    kind, world, strategy, runs
 ):
-    run = tmp_path / "run"
-    stop = SignalRank(3, rank=world - 1, number=signal.SIGUSR1)
-    stopped = together(world, strategy, run, kind, (stop,))
-    assert [(one.step, one.stopped_by) for one in stopped] == [(3, "SIGUSR1")] * world
-    together(world, strategy, run, kind)
-    expected = whole(kind, world, strategy)
-    assert same(weights(run, 7), weights(expected, 7))
-    assert loss_lines(run) == loss_lines(expected)
+    several, alone = runs(kind, world, strategy), runs(kind) / "whole"
+    whole, cut = several / "whole", several / "cut"
+    assert curve(whole) == pytest.approx(curve(alone), abs=1e-6)
+    if kind == "xtra":
+        assert (whole / "baselines.json").read_bytes() == (alone / "baselines.json").read_bytes()
+    assert same(weights(cut, 7), weights(whole, 7))
+    assert loss_lines(cut) == loss_lines(whole)
 
 
 @pytest.mark.parametrize(
-    ("first", "then"),
+    "worlds",
     [
-        ((2, "ddp"), (3, "fsdp")),
-        ((3, "fsdp"), (1, "auto")),
-        pytest.param((1, "auto"), (4, "fsdp"), marks=pytest.mark.slow),
-        pytest.param((4, "fsdp"), (2, "ddp"), marks=pytest.mark.slow),
-        pytest.param((3, "fsdp"), (2, "fsdp"), marks=pytest.mark.slow),
+        [(2, "ddp"), (3, "fsdp"), (1, "auto")],
+        pytest.param([(1, "auto"), (4, "fsdp"), (2, "ddp")], marks=pytest.mark.slow),
+        pytest.param([(3, "fsdp"), (2, "fsdp")], marks=pytest.mark.slow),
     ],
 )
-def test_a_run_resumes_on_another_world_and_strategy_with_the_same_samples(first, then, whole, tmp_path):
-    run = tmp_path / "run"
-    (world, strategy), (next_world, next_strategy) = first, then
-    together(world, strategy, run, "xtra", (SignalRank(3, rank=0, number=signal.SIGTERM),))
-    together(next_world, next_strategy, run, "xtra")
-    assert curve(run) == pytest.approx(curve(whole("xtra")), abs=1e-6)
+def test_a_run_resumes_on_another_world_and_strategy_with_the_same_samples(worlds, runs, tmp_path):
+    *earlier, last = worlds
+    for step, world in zip((2, 4), earlier, strict=False):
+        together(*world, "xtra", (tmp_path / "run", (SignalRank(step, rank=0, number=signal.SIGTERM),)))
+    together(*last, "xtra", (tmp_path / "run", ()))
+    assert curve(tmp_path / "run") == pytest.approx(curve(runs("xtra") / "whole"), abs=1e-6)
 
 
 PLACES = {
@@ -138,27 +143,31 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("trials", "seed"), [(2, 32), pytest.param(50, 1, marks=pytest.mark.slow)])
-def test_killed_anywhere_the_run_ends_as_if_it_had_not_been(trials, seed, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("trials", "seed", "cases"),
+    [
+        (2, 29, QUICK[:2]),
+        pytest.param(50, 1, [*product(["xtra"], (2, 3), ("ddp", "fsdp"))], marks=pytest.mark.slow),
+    ],
+)
+def test_killed_anywhere_the_run_ends_as_if_it_had_not_been(trials, seed, cases, runs, tmp_path):
     draw, killed = random.Random(seed), 0
     for trial in range(trials):
-        strategy, place = draw.choice(["ddp", "fsdp"]), list(PLACES)[trial % len(PLACES)]
-        world = draw.choice([2, 3])
-        expected = whole("xtra", world, strategy)
-        run = tmp_path / f"{trial}"
-        changes = {**BASE, **KINDS["xtra"], "train.strategy": strategy, "checkpoint.every": "2st"}
+        (kind, world, strategy), place = draw.choice(cases), list(PLACES)[trial % len(PLACES)]
+        expected, run = runs(kind, world, strategy) / "whole", tmp_path / f"{trial}"
+        changes = {**BASE, **KINDS[kind], "train.strategy": strategy, "checkpoint.every": "2st"}
         victims = draw.choice([-1, draw.randrange(world)])
         changes["checkpoint.in_background"] = draw.random() < 0.5
         if is_resume := place == "inside a resume":
-            together(world, strategy, run, "xtra", (SignalRank(3, rank=0, number=signal.SIGINT),))
+            together(world, strategy, kind, (run, (SignalRank(3, rank=0, number=signal.SIGINT),)))
         after = 1 if is_resume else draw.randrange(1, 9)
         results = run_ranks(world, train_and_die, run, changes, sources(), PLACES[place], victims, after)
-        described = (trial, place, world, strategy, victims, after, results)
+        described = (trial, place, kind, world, strategy, victims, after, results)
         # A place that is on another rank, or not visited so often, kills nobody.
         if not all(isinstance(one, TrainResult) for one in results):
             assert -signal.SIGKILL in results, described
             killed += 1
-            together(world, strategy, run, "xtra")
+            together(world, strategy, kind, (run, ()))
         assert same(weights(run, 7), weights(expected, 7)), described
         # An unreadable image that was listed before the kill stays listed: its count is ahead of the curve.
         curves = ([{**line, "bad": 0} for line in loss_lines(one)] for one in (run, expected))
@@ -202,13 +211,6 @@ def test_ranks_of_other_settings_are_refused(changes, message, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
-def test_the_reference_losses_do_not_depend_on_ranks_or_micro_batches(tmp_path):
-    changes = {"train.batch_size": 10, "train.duration": "1st"}
-    alone, *_ = run_ranks(1, train_together, tmp_path / "alone", changes)
-    divided, *_ = run_ranks(3, train_together, tmp_path / "ranks", {**changes, "train.micro_batch_size": 2})
-    assert alone.baselines == divided.baselines
-
-
 def test_pictures_are_drawn_by_one_rank(tmp_path):
     first, second = run_ranks(2, train_and_draw, tmp_path / "run")
     assert first == [f"step_{step:08d}.png" for step in (0, 2, 4)]
@@ -223,21 +225,13 @@ def test_a_rank_that_is_killed_is_named_by_the_others(tmp_path):
         assert re.search(r"rank 1 on \S+ died or hangs; it was last heard of in step \d", str(results[rank]))
 
 
-def test_a_missing_part_of_a_checkpoint_is_named_and_the_one_before_used(whole, tmp_path, caplog):
-    run = tmp_path / "run"
-    changes = {
-        **BASE,
-        **KINDS["xtra"],
-        "train.strategy": "fsdp",
-        "checkpoint.every": "3st",
-        "optim.warmup": "9st",
-    }
-    run_ranks(3, train_together, run, changes, sources(), (SignalRank(5, rank=0, number=signal.SIGINT),))
-    (run / "checkpoints" / "step_00000005" / "optimizer" / "__2_0.distcp").unlink()
+def test_a_missing_part_of_a_checkpoint_is_named_and_the_one_before_used(runs, tmp_path, caplog):
+    run = shutil.copytree(runs("aim", 3, "fsdp") / "cut", tmp_path / "run")
+    (run / "checkpoints" / "step_00000007" / "optimizer" / "__2_0.distcp").unlink()
     with caplog.at_level("WARNING"):
         assert find_intact(run / "checkpoints") == run / "checkpoints" / "step_00000003"
     assert "__2_0.distcp" in caplog.text
-    assert (run / "checkpoints" / "damaged_step_00000005").is_dir()
+    assert (run / "checkpoints" / "damaged_step_00000007").is_dir()
 
 
 def test_a_port_in_use_is_told_with_the_remedy(tmp_path):

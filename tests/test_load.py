@@ -21,8 +21,8 @@ from nextblock.errors import UsageError
 from nextblock.interop import create_model, initialize, load, load_model
 from nextblock.interop.files import LoadOptions
 from nextblock.models import NextBlockModel
-from nextblock.train.state import save_checkpoint
 from test_checkpoint import same_weights
+from tiny_runs import save_checkpoint
 from toy import tiny_images, tiny_model
 
 

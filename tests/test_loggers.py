@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections import defaultdict
-from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+import uuid
+from collections import namedtuple
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,91 +20,35 @@ from nextblock.train.loggers import LoggerError
 from tiny_runs import checkpoints, crash_toy, run_toy
 
 NAMES = ("wandb", "mlflow", "trackio")
-
-
-class Told:
-    """What a service was told of a run."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.values: dict[str, Any] = {}
-        self.config: dict[str, Any] = {}
-        self.endings: list[Any] = []
-
-    def log(self, values, step):
-        if not isinstance(next(iter(values.values())), Picture):
-            self.steps.append(step)
-        self.values |= values
-
-    def finish(self, **how):
-        self.endings.append(how)
-
-
-class Picture(str):
-    """W&B's Image."""
-
-    __slots__ = ()
-
-
-class Pair(NamedTuple):
-    """MLflow's Metric and Param."""
-
-    key: str
-    value: Any
-    timestamp: int = 0
-    step: int = 0
-
-
-class Client:
-    """MLflow's, as far as it is used."""
-
-    def __init__(self, runs):
-        self.runs = runs
-
-    def get_experiment_by_name(self, name):
-        return None
-
-    def create_experiment(self, name):
-        return name
-
-    def create_run(self, experiment_id, run_name):
-        return SimpleNamespace(info=SimpleNamespace(run_id=f"{experiment_id}/{run_name}/{len(self.runs)}"))
-
-    def update_run(self, run_id, status):
-        assert run_id in self.runs
-
-    def log_batch(self, run_id, metrics=(), params=()):
-        assert len(params) <= 100
-        self.runs[run_id].config |= {param.key: param.value for param in params}
-        if metrics:
-            self.runs[run_id].log({metric.key: metric.value for metric in metrics}, metrics[0].step)
-
-    def set_terminated(self, run_id, status):
-        self.runs[run_id].finish(status=status)
+GONE = ConnectionError("the network\nis gone")
 
 
 @pytest.fixture
 def services(monkeypatch):
-    """Stand-ins of the three packages: what each was told, by the run's id there."""
-    services = {name: defaultdict[str, Told](Told) for name in NAMES}
-
-    def start(name):
-        def init(project="", *, name="", id="", config=(), resume="", **_):  # noqa: A002
-            assert resume == "allow"
-            run = runs[id or name]
-            run.config |= dict(config)
-            return run
-
-        runs = services[name]
-        return init
-
+    """Stand-ins of the three packages, which note what they are told."""
+    services = SimpleNamespace(**{name: MagicMock() for name in NAMES})
     for name in NAMES:
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["wandb"].__dict__.update(init=start("wandb"), Settings=dict, Image=Picture)
-    sys.modules["trackio"].__dict__.update(init=start("trackio"))
-    entities = SimpleNamespace(Metric=Pair, Param=Pair)
-    sys.modules["mlflow"].__dict__.update(MlflowClient=lambda: Client(services["mlflow"]), entities=entities)
+        monkeypatch.setitem(sys.modules, name, getattr(services, name))
+    services.wandb.Image = str
+    services.client = services.mlflow.MlflowClient.return_value
+    services.client.get_experiment_by_name.return_value = None
+    services.client.create_run.side_effect = lambda *_, **__: SimpleNamespace(
+        info=SimpleNamespace(run_id=uuid.uuid4().hex)
+    )
+    entities = services.mlflow.entities
+    entities.Metric = entities.Param = namedtuple("Entity", "key value timestamp step", defaults=(0, 0))
     return services
+
+
+def told(services, name):
+    """The steps of which a service was told, and the last values."""
+    if name == "mlflow":
+        calls = [call.kwargs.get("metrics") for call in services.client.log_batch.call_args_list]
+        sent = [({one.key: one.value for one in metrics}, metrics[0].step) for metrics in calls if metrics]
+    else:
+        calls = getattr(services, name).init.return_value.log.call_args_list
+        sent = [(call.args[0], call.kwargs["step"]) for call in calls]
+    return [step for _, step in sent], {name: value for values, _ in sent for name, value in values.items()}
 
 
 def test_a_resumed_run_continues_its_curves_and_sends_no_step_twice(services, tmp_path):
@@ -112,16 +57,24 @@ def test_a_resumed_run_continues_its_curves_and_sends_no_step_twice(services, tm
     crash_toy(tmp_path, 5, changes)
     run_toy(tmp_path, changes)
     ids = json.loads((tmp_path / "loggers.json").read_text())
-    for name, runs in services.items():
-        assert list(runs) == [ids[name]]
-        told = runs[ids[name]]
-        assert told.steps == [1, 2, 3, 4, 5, 6, 7]
-        assert {"train/loss", "train/lr"} < set(told.values)
-        assert float(told.config["optim.lr"]) == 1e-3
-    endings = services["mlflow"][ids["mlflow"]].endings
-    assert [ending["status"] for ending in endings] == ["FINISHED", "FAILED", "FINISHED"]
+    for name in NAMES:
+        steps, values = told(services, name)
+        assert steps == [1, 2, 3, 4, 5, 6, 7]
+        assert {"train/loss", "train/lr"} < set(values)
+    for name, key in (("wandb", "id"), ("trackio", "name")):
+        starts = [call.kwargs for call in getattr(services, name).init.call_args_list]
+        assert [(start[key], start["resume"]) for start in starts] == [(ids[name], "allow")] * 3
+        assert starts[0]["config"]["optim.lr"] == 1e-3
+    client = services.client
+    assert [call.args[0] for call in client.update_run.call_args_list] == [ids["mlflow"]] * 2
+    params = [call.kwargs["params"] for call in client.log_batch.call_args_list if "params" in call.kwargs]
+    assert max(map(len, params)) <= 100
+    assert {param.key: param.value for some in params for param in some}["optim.lr"] == "0.001"
+    endings = [call.args for call in client.set_terminated.call_args_list]
+    assert endings == [(ids["mlflow"], how) for how in ("FINISHED", "FAILED", "FINISHED")]
     run_toy(tmp_path, changes, overwrite=True)
-    assert all(len(runs) == 2 for runs in services.values()), "another run has another curve"
+    other = json.loads((tmp_path / "loggers.json").read_text())
+    assert not set(other.values()) & set(ids.values()), "another run has another curve"
 
 
 class Draws:
@@ -149,31 +102,31 @@ def test_pictures_and_settings_reach_tensorboard_and_wandb(services, tmp_path):
             assert np.array_equal(np.asarray(picture), np.full((2, 3, 3), 10 * one.step))
     (text,) = {one.tensor_proto.string_val[0] for one in events.Tensors("settings/text_summary")}
     assert "\n      lr: 0.001\n" in text.decode()
-    (told,) = services["wandb"].values()
-    assert told.values["pictures/grey"] == str(tmp_path / "grey.png")
-    assert told.values["pictures/level"] == 70
+    _, values = told(services, "wandb")
+    assert values["pictures/grey"] == str(tmp_path / "grey.png")
+    assert values["pictures/level"] == 70
 
 
-def test_a_logger_that_fails_is_reported_once_and_dropped(services, tmp_path, monkeypatch, caplog):
-    def fail(*_, **__):
-        raise ConnectionError("the network\nis gone")
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.name == "nextblock.train.loggers"]
 
-    monkeypatch.setattr(Client, "log_batch", fail)
+
+def test_a_logger_that_fails_is_reported_once_and_dropped(services, tmp_path, caplog):
+    services.client.log_batch.side_effect = GONE
     run_toy(tmp_path / "run", {"monitor.loggers": ("wandb",)}, stop=2)
     # New to a run that resumes: even its start fails nothing.
-    result = run_toy(tmp_path / "run", {"monitor.loggers": ("mlflow", "wandb")})
-    assert result.step == 7
-    assert [told.steps for told in services["wandb"].values()] == [[1, 2, 3, 4, 5, 6, 7]]
-    warnings = [record.message for record in caplog.records if record.name == "nextblock.train.loggers"]
-    assert len(warnings) == 1
-    assert "ConnectionError: the network is gone" in warnings[0]
-    monkeypatch.setattr(Told, "log", fail)
+    assert run_toy(tmp_path / "run", {"monitor.loggers": ("mlflow", "wandb")}).step == 7
+    assert told(services, "wandb")[0] == [1, 2, 3, 4, 5, 6, 7]
+    (warning,) = warnings(caplog)
+    assert "ConnectionError: the network is gone" in warning
+    for name in ("wandb", "trackio"):
+        getattr(services, name).init.return_value.log.side_effect = GONE
     assert run_toy(tmp_path / "other", {"monitor.loggers": ("wandb", "trackio")}).step == 7
-    assert len([record for record in caplog.records if record.name == "nextblock.train.loggers"]) == 3
+    assert len(warnings(caplog)) == 3
 
 
 def test_a_logger_that_cannot_start_refuses_a_new_run(services, tmp_path):
-    del sys.modules["wandb"].init  # type: ignore[attr-defined]
+    services.wandb.init.side_effect = GONE
     with pytest.raises(LoggerError, match="wandb cannot start"):
         run_toy(tmp_path, {"monitor.loggers": ("wandb",)})
     assert checkpoints(tmp_path) == []
@@ -198,7 +151,7 @@ def test_the_real_package_continues_a_run_offline(name, tmp_path, monkeypatch, c
     ids = (tmp_path / "run" / "loggers.json").read_text()
     run_toy(tmp_path / "run", {"monitor.loggers": (name,)})
     assert (tmp_path / "run" / "loggers.json").read_text() == ids
-    assert not [record for record in caplog.records if record.name == "nextblock.train.loggers"]
+    assert not warnings(caplog)
     if name == "mlflow":
         client = sys.modules["mlflow"].MlflowClient()
         history = client.get_metric_history(json.loads(ids)["mlflow"], "train/loss")

@@ -46,19 +46,11 @@ def test_frozen_parameters_are_in_no_group():
     assert all(name.startswith("predictor.") for name in names)
 
 
-def test_the_optimizer_is_adamw_of_the_settings():
-    optimizer = build_optimizer(tiny_model(), OptimConfig(betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3))
-    set_lr(optimizer, 2e-4)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
-        found = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
-        assert found == (2e-4, (0.8, 0.9), 1e-7, decay)
-
-
 def test_a_step_is_that_of_adamws_definition():
     model = torch.nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5, betas=(0.9, 0.95), eps=1e-8))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.5, betas=(0.9, 0.95), eps=1e-8))
+    set_lr(optimizer, 0.1)
     model(torch.ones(1, 3)).square().sum().backward()
     optimizer.step()
     for name, parameter in model.named_parameters():

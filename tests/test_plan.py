@@ -15,15 +15,12 @@ from nextblock.models import NextBlockModel
 from nextblock.optim import parameter_groups
 from nextblock.plan import (
     GPUS,
-    RESERVE,
     activation_bytes,
     count_parameters,
     forward_flops,
     images_per_s,
     memory,
     peak_tflops,
-    plan,
-    stacks,
     step_flops,
 )
 from nextblock.presets import get_preset, list_presets, model_config
@@ -37,7 +34,6 @@ MODELS = {
     "xtra, patches": replace(XTRA, block_size=1, projection_dim=None, block_mlp_dim=None),
     "xtra with a prefix": replace(XTRA, prefix=True, num_predicted_blocks=2),
     "aim": AIM,
-    "aim, causal": replace(AIM, prefix=False),
     "aim, linear": replace(AIM, predictor="linear"),
     "aim, blocks": replace(AIM, block_size=(2, 4), predictor_extra_norm=False, patch_norm=False),
     "aim, tokens": replace(AIM, target="tokens", vocab_size=32),
@@ -105,8 +101,7 @@ def test_aim_7b_needs_what_its_parameters_tell():
 # ----------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize(("precision", "batch"), [("fp32", 2), ("bf16", 3)])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_activations_are_those_that_autograd_keeps(name, recompute, batch, precision):
@@ -123,20 +118,6 @@ def test_activations_are_those_that_autograd_keeps(name, recompute, batch, preci
     narrow = is_bf16 * config.patch_norm * 2 * len(arguments[0]) * config.num_patches * config.embed_dim
     planned = activation_bytes(config, len(arguments[0]), precision, recompute=recompute)
     assert kept - copies + narrow == pytest.approx(planned, rel=0.02)
-
-
-@pytest.mark.parametrize("name", ["xtra", "aim"])
-def test_a_layer_that_is_run_again_keeps_what_is_planned(name):
-    config = MODELS[name]
-    model, _ = made(config, 1)
-    assert model.predictor is not None
-    for layer, stack in zip(
-        (model.encoder.blocks[0], model.predictor.blocks[0]), stacks(config), strict=True
-    ):
-        tokens = torch.rand(2, round(stack.tokens), stack.width, requires_grad=True)
-        assert saved_bytes(lambda: layer(tokens), layer) == pytest.approx(  # noqa: B023
-            2 * stack.saved_bytes(4) * tokens.shape[1] / stack.tokens, rel=0.01
-        )
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -162,31 +143,17 @@ def test_fsdp_shards_all_but_the_copies_and_the_layers_at_work():
     assert shards["exchange"] < whole["exchange"] / 8
 
 
-def test_the_largest_micro_batch_fills_the_gpu():
-    for way in plan(get_preset("xtra-b16").config, GPUS["a100-40gb"], 4, mfu=0.4)["layouts"]:
-        free = 40e9 * (1 - RESERVE) - (way["total"] - 32 * way["image"])
-        assert way["largest_micro_batch"] == free // way["image"] > 100
-
-
 # ------------------------------------------------------------------------------------------------- GPUs, time
 
 
 @pytest.mark.parametrize(
     ("device", "tflops"),
     [
-        ("NVIDIA H200", 989.4),
         ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756.5),
         ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("Tesla V100-SXM2-32GB", 125),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA GeForce RTX 4090", 165.2),
         ("AMD Instinct MI300X", 1307.4),
         ("NVIDIA H100 NVL", None),
-        ("NVIDIA L40", None),
-        ("NVIDIA GB200", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )

@@ -6,13 +6,12 @@ import json
 import shutil
 import time
 from datetime import UTC, datetime, timedelta
-from functools import partial
 
 import pytest
 
 from nextblock.atomic import exclusive
 from nextblock.train import run_dir
-from tiny_runs import After, call_cli, crash_toy, run_toy
+from tiny_runs import After, call_cli, crash_toy, refused, run_toy
 
 
 @pytest.fixture
@@ -106,9 +105,7 @@ def test_a_run_that_holds_its_lock_is_running(silent, runs):
     assert runs(run.parent)[1]["run"]["status"] == "stopped"
 
 
-@pytest.mark.parametrize(
-    "content", ["", '{"time": "x"}', '{"time": 3}', '{"time": "2026-01-01T00:00:00+00:00"}']
-)
+@pytest.mark.parametrize("content", ["", '{"time": 3}', '{"time": "2026-01-01T00:00:00+00:00"}'])
 def test_a_damaged_heartbeat_hides_no_other_run(content, silent, runs):
     run = silent(0)
     shutil.copytree(run, run.parent / ("x" * 100))
@@ -136,7 +133,6 @@ def test_a_run_beats_while_it_trains_and_a_finished_one_is_left_alone(tmp_path, 
     assert not list((tmp_path / "run").glob(".writing*"))
 
 
-def test_runs_refuses_what_is_no_directory_and_finds_none_in_an_empty_one(capsys, tmp_path):
-    call = partial(call_cli, capsys, "runs")
-    assert call(tmp_path / "none")[0] == 2
-    assert json.loads(call(tmp_path, "--json")[1].splitlines()[-1]) == []
+def test_runs_refuses_what_is_no_directory_and_finds_none_in_an_empty_one(capsys, runs, tmp_path):
+    refused(call_cli(capsys, "runs", tmp_path / "none"))
+    assert runs(tmp_path)[1] == {}

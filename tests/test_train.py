@@ -188,6 +188,7 @@ def test_a_checkpoint_every_so_many_minutes_goes_by_the_clock(tmp_path, monkeypa
     assert checkpoints(tmp_path) == [f"step_{step:08d}" for step in (3, 6, 7)]
 
 
+@pytest.mark.usefixtures("coarse_pictures")
 def test_pictures_and_knn_come_before_the_first_step_at_their_cadence_and_at_the_end(tmp_path):
     changes = {"data.train": "digits:split=train", "data.val": "digits:split=test", "train.duration": "3st"}
     changes |= {"monitor.pictures": 1, "monitor.pictures_every": "2st", "monitor.val_every": "100st"}

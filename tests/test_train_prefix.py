@@ -32,10 +32,9 @@ def loader(source: ToySource, micro_batch_size: int | None, **options: Any) -> T
 class Recording(Trainer):
     """Keeps the gradient of a step, before clipping."""
 
-    def _update(self, sums, lr):
-        if sums.images:
-            self.gradient = sums.scale * gradient(self.model)
-        return super()._update(sums, lr)
+    def _update(self, sums):
+        self.gradient = sums.scale * gradient(self.model)
+        return super()._update(sums)
 
 
 def gradient(model: NextBlockModel) -> Tensor:
@@ -102,10 +101,8 @@ def test_a_batch_without_a_readable_image_changes_nothing():
 def test_the_validation_loss_is_over_all_kept_blocks_with_the_prefixes_of_visit_0():
     changes = {**PREFIX, "model.num_predicted_blocks": 2, "model.norm_pixels": False}
     trainer, source = Trainer(settings(changes), CPU, None), ToySource(13, seed=1, bad=[4])
-    measured = [
-        trainer.validation_loss(eval_batches(source, trainer.config.data, 16, size)) for size in (13, 5, 1)
-    ]
-    losses = [one[0] for one in measured if one is not None]
+    measured = [trainer.validate(eval_batches(source, trainer.config.data, 16, size)) for size in (13, 5, 1)]
+    losses = [one[0]["val_loss"] for one in measured if one is not None]
     samples = [sample for sample in range(13) if sample != 4]
     pixels = trainer.to_model(torch.stack([source.images[sample] for sample in samples]))
     with trainer.evaluating() as model, torch.no_grad():

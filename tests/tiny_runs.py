@@ -24,8 +24,11 @@ from nextblock.cli import main
 from nextblock.config import CheckpointConfig, DataConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
 from nextblock.data import Source
 from nextblock.models import NextBlockModel
+from nextblock.optim import build_optimizer
 from nextblock.presets import resolve
 from nextblock.train import Monitor, MonitorEvent, Reporter, Tick, TrainResult, train
+from nextblock.train.distributed import ALONE
+from nextblock.train.state import take_snapshot, write_snapshot
 from toy import ToySource, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -192,6 +195,20 @@ def write_teacher(path: Path, seed: int = 0, **changes: Any) -> dict[str, Any]:
     model = tiny_model(seed, **{"image_size": 8, "embed_dim": 12, "num_heads": 2, **changes})
     save_model(path, model, data=DataConfig(val_resize_px=8))
     return {"model.target": "features", "model.teacher": str(path), "model.teacher_dim": 12}
+
+
+def save_checkpoint(
+    directory: Path,
+    model: NextBlockModel,
+    state: Mapping[str, Any],
+    step: int,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    data: DataConfig | None = None,
+) -> Path:
+    """Write `directory/step_XXXXXXXX` from a single process."""
+    snapshot = take_snapshot(model, optimizer or build_optimizer(model, OptimConfig()), state, {})
+    return write_snapshot(directory, snapshot, step, ALONE, data=data)
 
 
 def call_cli(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

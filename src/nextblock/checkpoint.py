@@ -17,7 +17,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from nextblock.logs import counted
 from nextblock.models import NextBlockModel, TimmEncoder
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.models.timm_encoder import TimmConfig
-from nextblock.settings import UnknownSettingError, from_dict, to_dict
+from nextblock.settings import from_dict, to_dict
 from nextblock.version import __version__
 
 log = logging.getLogger(__name__)
@@ -84,22 +84,9 @@ def blame(origin: str | Path, *, values_of_caller: bool = False) -> Iterator[Non
         if named or (values_of_caller and isinstance(error, ValueError)):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        why = f"is damaged, or is not what it says it is ({reason}); {_remedy(origin)}"
-        writer = _newer_writer(origin, error)
-        if writer is not None:
-            why = f"was written by {writer}, this is {__version__}; upgrade nextblock ({reason})"
-        raise CheckpointError(f"{origin} {why}") from error
-
-
-def _newer_writer(origin: str | Path, error: Exception) -> str | None:
-    """The newer release that wrote a file, by its metadata or an unknown setting; else None."""
-    version = None
-    with suppress(CheckpointError, OSError):
-        version = read_metadata(Path(origin)).get("nextblock_version")
-    if version is None:  # files from before 0.1.0 lack it, and others may
-        return "a newer release of nextblock" if isinstance(error, UnknownSettingError) else None
-    writer, own = ([int(part) for part in re.findall(r"\d+", text)] for text in (version, __version__))
-    return f"nextblock {version}" if writer > own else None
+        raise CheckpointError(
+            f"{origin} is damaged, or newer than nextblock {__version__} ({reason}); {_remedy(origin)}"
+        ) from error
 
 
 def _remedy(origin: str | Path) -> str:
@@ -146,16 +133,11 @@ def save_model(
 
 
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors from any device, with the file mode of the umask; NaN and inf are refused."""
+    """Write tensors from any device, inside `write_aside`; NaN and inf are refused."""
     # Check before writing: the file to be replaced may be the last good one.
     remedy = "it was not saved; an earlier checkpoint may be finite"
     refuse_non_finite(weights, f"the model for {path}", remedy)
-    # safetensors creates a file that only its owner can read, so an empty file first shows the mode that the
-    # umask gives.
-    path.touch()
-    mode = path.stat().st_mode
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path, dict(metadata))
-    path.chmod(mode)
 
 
 def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataConfig | None = None) -> None:
@@ -229,26 +211,14 @@ def build_model(
     class_names: Sequence[str] | None = None,
 ) -> NextBlockModel | ImageClassifier:
     """Build a model, or a classifier with this head, around the weights of a file, in evaluation mode."""
-    # A classifier's encoder is one level deeper than a model's.
-    prefix = "" if head is None else "encoder_model."
     # Even on the meta device, time and memory grow with these sizes: damaged settings must not build a
-    # billion layers before the weights are compared.
-    positions, sizes = weights.get(f"{prefix}encoder.pos_embed"), {}
-    if config.positions != "rope":
-        sizes["patches"] = (config.num_patches, 0 if positions is None else positions.shape[1])
-    parts = {"layers": ("encoder.blocks", config.depth)}
-    if config.predictor not in (None, "identity"):
-        parts["predicted blocks"] = ("predictor.block_mlps", len(config.distances))
-        if config.predictor != "linear":
-            parts["predictor layers"] = ("predictor.blocks", config.predictor_depth)
-    for what, (part, configured) in parts.items():
-        pattern = re.compile(rf"{re.escape(prefix + part)}\.(\d+)\.")
-        numbers = {match[1] for name in weights if (match := pattern.match(name))}
-        sizes[what] = (configured, len(numbers))
-    wrong = [f"{said} {what}, the weights {has}" for what, (said, has) in sizes.items() if said != has]
-    if wrong:
+    # billion layers before the names and shapes of weights are compared.
+    layers = max(config.depth, config.predictor_depth, config.num_predicted_blocks)
+    numbers = sum(weight.numel() for weight in weights.values())
+    if layers > 100 + len(weights) or config.num_patches > numbers:
         raise CheckpointError(
-            f"the settings of {origin} contradict its weights: they say {'; '.join(wrong)}; {_remedy(origin)}"
+            f"the settings of {origin} contradict its weights: {layers} layers and {config.num_patches} "
+            f"patches, but {counted(len(weights), 'tensor')} of {numbers:,} numbers; {_remedy(origin)}"
         )
     # On the meta device tensors have shapes but no data: building costs no memory and draws no random
     # numbers. The file's tensors then replace the empty ones.

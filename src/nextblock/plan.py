@@ -277,16 +277,24 @@ def activation_bytes(
     return batch * (image + masks) if config.prefix else batch * image + masks
 
 
+def image_bytes(config: RunConfig, precision: Precision, *, recompute: bool) -> tuple[float, float]:
+    """Bytes of activations that the images of a batch share (masks), and bytes of each image."""
+    one, two = (
+        activation_bytes(
+            config.model, batch, precision, predictor_fp32=config.train.predictor_fp32, recompute=recompute
+        )
+        for batch in (1, 2)
+    )
+    return 2 * one - two, two - one
+
+
 def memory(
     config: RunConfig, precision: Precision, gpus: int, *, sharded: bool, recompute: bool
 ) -> dict[str, float]:
     """Bytes per GPU, under FSDP2 if `sharded`, else DDP; "image" is per image of the micro-batch."""
     count, fp32 = count_parameters(config.model), config.train.predictor_fp32
     share = gpus if sharded else 1
-    one, two = (
-        activation_bytes(config.model, batch, precision, predictor_fp32=fp32, recompute=recompute)
-        for batch in (1, 2)
-    )
+    masks, image = image_bytes(config, precision, recompute=recompute)
     # In the backward pass one checkpointed layer at a time has all its tensors.
     encoder, predictor = stacks(config.model)
     factor = 4 if precision == "fp32" else 2
@@ -300,8 +308,8 @@ def memory(
         # DDP copies gradients into buckets. FSDP2 holds gathered weights and unscattered gradients of the
         # current and the next layer, and throughout of parameters outside all layers.
         "exchange": 8 * (count.outside + 2 * count.layer) if sharded else 4 * count.trained * (gpus > 1),
-        "masks": 2 * one - two,
-        "image": two - one + layer * recompute,
+        "masks": masks,
+        "image": image + layer * recompute,
     }
 
 

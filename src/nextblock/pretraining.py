@@ -74,17 +74,15 @@ def pretrain(
                 reporter.note(hint)
             if config.data.val is not None:
                 sources["val"] = open_source(config.data.val, config.data)
-                shared = shared_images(sources["train"], sources["val"]) if group.is_main else None
+            for name, pair in {"": sources, "monitor.knn_val: ": labelled if is_new else {}}.items():
+                shared = shared_images(*pair.values()) if len(pair) == 2 and group.is_main else None
                 if shared is not None:
-                    reporter.note(f"WARNING: {shared}")
-            shared = shared_images(*labelled.values()) if labelled and is_new and group.is_main else None
-            if shared is not None:
-                reporter.note(f"WARNING: monitor.knn_val: {shared}")
+                    reporter.note(f"WARNING: {name}{shared}")
+            recorded = None if overwrite or not group.is_main else recorded_config(Path(out))
             if config.data.normalize == "auto" and group.is_main:
-                earlier = None if overwrite else Path(out)
-                config = _with_statistics(config, sources["train"], earlier, reporter)
+                config, origin = _with_statistics(config, sources["train"], recorded)
+                reporter.note(f"data.normalize auto: {origin}")
             if config.model.teacher is not None and group.is_main:
-                recorded = None if overwrite else recorded_config(Path(out))
                 # A resumed run has recorded the hash of its teacher's weights.
                 digest = config.model.teacher_digest or (recorded and recorded.model.teacher_digest)
                 config = replace(config, model=with_teacher(replace(config.model, teacher_digest=digest)))
@@ -110,18 +108,17 @@ def pretrain(
     return result
 
 
-def _with_statistics(config: RunConfig, source: Source, out: Path | None, reporter: Reporter) -> RunConfig:
-    """Fill in data.mean and data.std: as recorded by the run in `out`, else measured on a sample."""
+def _with_statistics(config: RunConfig, source: Source, recorded: RunConfig | None) -> tuple[RunConfig, str]:
+    """Fill in data.mean and data.std: as a run recorded them, else measured on a sample; and say which."""
     # A resumed run keeps its numbers: measured again, they could differ in the last digit.
-    recorded = None if out is None else recorded_config(out)
     if recorded and recorded.data.normalize == "auto" and len(recorded.data.mean) == config.data.channels:
-        mean, std, origin = recorded.data.mean, recorded.data.std, f"as recorded in {out}"
+        mean, std, origin = recorded.data.mean, recorded.data.std, "as recorded in the run"
     else:
         measured = measure_pixels(source, config.data, config.model.image_size, config.seed)
         mean, std, origin = measured.mean, measured.std, f"measured on {counted(measured.images, 'image')}"
     words = (" ".join(f"{number:g}" for number in numbers) for numbers in (mean, std))
-    reporter.note("data.normalize auto: mean {}, deviation {}, {}".format(*words, origin))
-    return replace(config, data=replace(config.data, mean=mean, std=std))
+    config = replace(config, data=replace(config.data, mean=mean, std=std))
+    return config, "mean {}, deviation {}, {}".format(*words, origin)
 
 
 def _hints(config: RunConfig, images: int) -> Iterator[str]:

@@ -23,7 +23,6 @@ from nextblock.launch import find_world
 from nextblock.models import NextBlockModel
 from nextblock.train import train
 from nextblock.train.distributed import find_device, process_group
-from nextblock.train.memory import _runs, largest_micro_batch
 from nextblock.train.runtime import autocast, choose_device, is_native
 from nextblock.train.trainer import Trainer
 from ranks import RankFailed, run_ranks
@@ -293,10 +292,10 @@ def test_auto_micro_batch_runs_and_four_times_as_many_images_do_not(share, recom
     torch.cuda.set_per_process_memory_fraction(share)
     try:
         trainer = Trainer(config, torch.device("cuda"), None)
-        images = largest_micro_batch(trainer, 10**6)
-        assert _runs(trainer, images)
-        assert not _runs(trainer, 4 * images)
-        assert _runs(trainer, images), "a failed try leaves memory behind"
+        images = trainer.largest_micro_batch(10**6)
+        assert trainer.fits(images)
+        assert not trainer.fits(4 * images)
+        assert trainer.fits(images), "a failed try leaves memory behind"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -310,7 +309,7 @@ def test_peak_memory_of_a_step_is_about_what_plan_counts():
     peaks = []
     for images in (256, 512):
         torch.cuda.reset_peak_memory_stats()
-        trainer.run_empty(images)
+        trainer._touch(trainer.model, images).backward()
         trainer.optimizer.zero_grad()
         peaks.append(torch.cuda.max_memory_allocated())
     counted = 256 * memory(config, "bf16", 1, sharded=False, recompute=False)["image"]

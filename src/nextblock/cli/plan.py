@@ -71,39 +71,25 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _facts(config: RunConfig, planned: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    counts = {
-        name: f"{planned['parameters'][name] / 1e6:,.1f} M" for name in ("encoder", "predictor", "trained")
-    }
-    yield (
-        "parameters",
-        "encoder {encoder}, predictor {predictor}, together {trained}".format(**counts),
-    )
+    names = ("encoder", "predictor", "trained")
+    encoder, predictor, trained = (f"{planned['parameters'][name] / 1e6:,.1f} M" for name in names)
+    yield "parameters", f"encoder {encoder}, predictor {predictor}, together {trained}"
     forward = planned["forward_flops"]
     whole = sum(forward.values())
-    parts = ", ".join(
-        f"{name} {flops / whole:.0%}" for name, flops in forward.items() if flops >= whole / 200
-    )
-    work = [f"{flop / 1e9:,.1f}" for flop in (whole, planned["step_flops"], planned["step_flops_recomputed"])]
-    yield (
-        "arithmetic",
-        f"{work[0]} GFLOP per image forward ({parts}); {work[1]} with the backward pass, "
-        f"{work[2]} if layers are recomputed",
-    )
-    if planned["steps"] is None:
-        yield (
-            "length",
-            f"{config.train.duration}; steps depend on the images: give --images N or --data.train DIR",
-        )
-    else:
-        epochs = "" if planned["epochs"] is None else f", {planned['epochs']:,.4g} epochs"
-        steps, samples = counted(planned["steps"], "step"), counted(planned["samples"], "sample")
-        yield "length", f"{steps}, {samples}{epochs}"
-    model, optimizer, kept = planned["model_bytes"], planned["optimizer_bytes"], config.checkpoint.keep
-    yield (
-        "checkpoint",
-        f"{(model + optimizer) / 1e9:.3g} GB (model {model / 1e9:.3g}, optimizer {optimizer / 1e9:.3g}); "
-        f"the latest {kept} take {kept * (model + optimizer) / 1e9:.3g} GB",
-    )
+    parts = ", ".join(f"{name} {flop / whole:.0%}" for name, flop in forward.items() if flop >= whole / 200)
+    flops = (whole, planned["step_flops"], planned["step_flops_recomputed"])
+    once, step, again = (f"{flop / 1e9:,.1f}" for flop in flops)
+    work = f"{once} GFLOP per image forward ({parts}); {step} with the backward pass"
+    yield "arithmetic", f"{work}, {again} if layers are recomputed"
+    length = f"{config.train.duration}; steps depend on the images: give --images N or --data.train DIR"
+    if planned["steps"] is not None:
+        length = f"{counted(planned['steps'], 'step')}, {counted(planned['samples'], 'sample')}"
+        length += "" if planned["epochs"] is None else f", {planned['epochs']:,.4g} epochs"
+    yield "length", length
+    model, optimizer = (planned[f"{name}_bytes"] / 1e9 for name in ("model", "optimizer"))
+    kept = config.checkpoint.keep
+    size = f"{model + optimizer:.3g} GB (model {model:.3g}, optimizer {optimizer:.3g})"
+    yield "checkpoint", f"{size}; the latest {kept} take {kept * (model + optimizer):.3g} GB"
 
 
 def _rows(planned: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[str]]:
@@ -121,22 +107,17 @@ def _rows(planned: dict[str, Any], gpus: int, per_node: int) -> Iterator[list[st
     for name, key in sizes.items():
         if any(way[key] for way in ways):
             yield [name, *(f"{way[key] / 1e9:.{digits}f}" for way in ways)]
-    yield [
-        "largest micro-batch",
-        *(f"{way['largest_micro_batch']:,}" if way["largest_micro_batch"] else "none" for way in ways),
-    ]
+    largest = [way["largest_micro_batch"] for way in ways]
+    yield ["largest micro-batch", *(f"{images:,}" if images else "none" for images in largest)]
     # No speed is shown for a layout that does not fit.
     rates = [way["images_per_s"] if way["largest_micro_batch"] else None for way in ways]
-    shares = {"images/s": 1.0} | (
-        {"images/s per GPU": 1 / gpus, "images/s per node": per_node / gpus} if gpus > 1 else {}
-    )
+    shares = {"images/s": 1.0}
+    if gpus > 1:
+        shares |= {"images/s per GPU": 1 / gpus, "images/s per node": per_node / gpus}
     for name, share in shares.items():
         yield [name, *("-" if rate is None else f"{rate * share:,.0f}" for rate in rates)]
-    if planned["steps"] is not None:
-        yield [
-            "days",
-            *("-" if rate is None else f"{planned['samples'] / rate / 86400:,.3g}" for rate in rates),
-        ]
+    if (samples := planned["samples"]) is not None:
+        yield ["days", *("-" if rate is None else f"{samples / rate / 86400:,.3g}" for rate in rates)]
 
 
 def _assumptions(config: RunConfig, planned: dict[str, Any], gpu: Gpu, mfu: float) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +105,14 @@ def runs(argv: Sequence[str]) -> int:
 
     from nextblock.report import read_run
 
+    found = []
+    for folder, folders, files in os.walk(top):
+        folders.sort()
+        if set(RUN_FILES) <= set(files):
+            folders.clear()  # what a run contains is no run
+            found.append(Path(folder))
     rows: list[dict[str, Any]] = []
-    for path in _find_runs(top):
+    for path in found:
         name = top.resolve().name if path == top else str(path.relative_to(top))
         file = "metrics.jsonl"
         try:
@@ -122,7 +128,16 @@ def runs(argv: Sequence[str]) -> int:
     for title in ("status", "step", "loss", "best kNN", "heartbeat"):
         table.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, (printable(row["run"]), row["status"], *_cells(row))))
+        cells = ["-"] * 4
+        if "step" in row:
+            total, age_s = row["total_steps"], row["heartbeat_age_s"]
+            cells = [
+                f"{row['step']:,}" if total is None else f"{row['step']:,}/{total:,}",
+                "-" if row["loss"] is None else f"{row['loss']:.4f}",
+                "-" if row["best_knn"] is None else f"{row['best_knn']:.1%}",
+                "-" if age_s is None else " ".join([*clock(age_s).split()[:2], "ago"]),  # the largest unit
+            ]
+        table.add_row(*map(Text, (printable(row["run"]), row["status"], *cells)))
     console = Console()
     console.print(table if rows else f"no runs below {printable(str(top))}", markup=False, highlight=False)
     for row in rows:
@@ -132,15 +147,6 @@ def runs(argv: Sequence[str]) -> int:
     if options.json:
         end_with_json(rows)
     return 0
-
-
-def _find_runs(top: Path) -> Iterator[Path]:
-    """Yield the runs below a directory, sorted by name; does not search inside runs."""
-    for folder, folders, files in os.walk(top):
-        folders.sort()
-        if set(RUN_FILES) <= set(files):
-            folders.clear()
-            yield Path(folder)
 
 
 def _values(summary: RunSummary) -> dict[str, Any]:
@@ -156,21 +162,3 @@ def _values(summary: RunSummary) -> dict[str, Any]:
         "best_knn": max(summary.series("knn/top1")[1], default=None),
         "heartbeat_age_s": status.age_s,
     }
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    """Numbers of a row as text, "-" if unknown."""
-    if "step" not in row:
-        return ["-"] * 4
-    step, total, age_s = row["step"], row["total_steps"], row["heartbeat_age_s"]
-    return [
-        f"{step:,}" if total is None else f"{step:,}/{total:,}",
-        "-" if row["loss"] is None else f"{row['loss']:.4f}",
-        "-" if row["best_knn"] is None else f"{row['best_knn']:.1%}",
-        "-" if age_s is None else f"{_about(age_s)} ago",
-    ]
-
-
-def _about(seconds: float) -> str:
-    """Format a duration in its largest unit: "2 h"."""
-    return " ".join(clock(seconds).split()[:2])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from nextblock.train.distributed import DistributedError
 from nextblock.train.logging import Reporter, Tick
-from nextblock.train.loop import NonFiniteError, TrainResult, train
-from nextblock.train.messages import CollapseError
+from nextblock.train.loop import CollapseError, NonFiniteError, TrainResult, train
 from nextblock.train.monitors import Monitor, MonitorEvent
 from nextblock.train.run_dir import DamagedRunError, RunDir, RunDirError
 

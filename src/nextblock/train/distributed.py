@@ -92,20 +92,14 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
 class Group:
     """The ranks of a run and their collective operations. All ranks must make the same calls."""
 
-    def __init__(
-        self, world: World, store: Any, peers: Sequence[dict[str, Any]], processes: Any = None
-    ) -> None:
+    def __init__(self, world: World, peers: Sequence[dict[str, Any]] = (), processes: Any = None) -> None:
         self.processes = processes
         """torch's process group; None: the default one."""
-        self.world, self.rank, self.size = world, world.rank, world.size
-        self.host = socket.gethostname()
-        self._store, self._peers = store, peers
+        self.world, self.rank, self.size, self._peers = world, world.rank, world.size, peers
         # Ranks allowed on the same cores share them. A scheduler may instead bind each rank to its own cores.
-        mine = peers[self.rank] if peers else None
-        self.sharing_cores = sum(
-            peer["host"] == self.host and peer["cores"] == mine["cores"] for peer in peers if mine
-        ) or 1  # fmt: skip
-        self.on_this_host = sum(peer["host"] == self.host for peer in peers) or 1
+        nearby = [peer["cores"] for peer in peers if peer["host"] == peers[self.rank]["host"]]
+        self.on_this_host = len(nearby) or 1
+        self.sharing_cores = nearby.count(peers[self.rank]["cores"]) if peers else 1
         self.step = 0
         """The current step, named in the message if a rank fails."""
 
@@ -113,11 +107,6 @@ class Group:
     def is_main(self) -> bool:
         """Whether this is rank 0, the only rank that prints and writes."""
         return self.rank == 0
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether there is a torch process group, even for one process."""
-        return self._store is not None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over ranks, in fp64 and in rank order, so all ranks get identical bits."""
@@ -154,7 +143,7 @@ class Group:
         """The same ranks with separate connections, for another thread. All ranks must call this."""
         if self.size == 1:
             return self
-        return Group(self.world, self._store, self._peers, dist.new_group(backend="gloo"))
+        return Group(self.world, self._peers, dist.new_group(backend="gloo"))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -162,15 +151,14 @@ class Group:
 
         Ranks must not wait for each other inside the block, as they would wait for a failed one.
         """
+        if self.size == 1:
+            yield
+            return
         mine: Exception | None = None
         try:
             yield
         except Exception as error:
-            if self.size == 1:
-                raise
             mine = error
-        if self.size == 1:
-            return
         errors = self.gather(None if mine is None else str(mine) or type(mine).__name__)
         failed = next((rank for rank, message in enumerate(errors) if message is not None), None)
         if failed is not None:
@@ -183,14 +171,13 @@ class Group:
         for rank, others in enumerate(rest, start=1):
             for name, value in first.items():
                 if others.get(name) != value:
-                    error = DistributedError(
-                        f"{self.name(rank)} has {name} {others.get(name)!r}, {self.name(0)} has {value!r}; "
-                        "all processes of a run need the same"
+                    problem = (
+                        f"{self.name(rank)} has {name} {others.get(name)!r}, {self.name(0)} has {value!r}"
                     )
-                    raise _reported(error)
+                    raise _reported(DistributedError(f"{problem}; all processes of a run need the same"))
 
 
-ALONE = Group(World(), None, ())
+ALONE = Group(World())
 """The group of a single-process run."""
 
 
@@ -208,19 +195,18 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
         return
     if dist.is_initialized():
         raise DistributedError("this process already is in a torch process group; leave it first")
-    store = _Store(world)
-    peers = store.meet()
+    store, peers = _meet(world)
     # gloo for agreement between ranks, on the CPU; NCCL for gradients on GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("torch", store.store),  # nested in the prefix of this meeting
+        store=dist.PrefixStore("torch", store),  # nested in the prefix of this meeting
         rank=world.rank,
         world_size=world.size,
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    group = Group(world, store, peers)
+    group = Group(world, peers)
     watch = _Watch(group, store)
     watch.start()
     try:
@@ -254,97 +240,71 @@ def _tcp_store(host: str, port: int, *, is_master: bool) -> dist.Store:
     return dist.TCPStore(host, port, is_master=is_master, timeout=JOIN_TIMEOUT, wait_for_workers=False)
 
 
-class _Store:
-    """The store where ranks meet before they have a process group, and which outlives a broken group."""
+def _meet(world: World) -> tuple[dist.Store, list[dict[str, Any]]]:
+    """Wait for all ranks in a store, which outlives a broken process group; refuse different versions.
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        host, port, launch = _meeting_point(world, os.environ)
-        self.where = f"{host}:{port}"
-        try:
-            socket.getaddrinfo(host, port)
-        except OSError as error:
-            raise DistributedError(
-                f"rank {world.rank} on {socket.gethostname()} does not know the host {host}, where the "
-                "processes of this run meet; set MASTER_ADDR to a name or address of the host of rank 0"
-            ) from error
-        # torchrun's agent already hosts a store.
-        is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        try:
-            tcp = _tcp_store(host, port, is_master=is_master)
-        except (RuntimeError, ValueError) as error:
-            busy = "EADDRINUSE" in str(error) or "address already in use" in str(error)
-            if busy:
-                raise DistributedError(
-                    f"port {port} of {host} is in use, perhaps by another run; set MASTER_PORT to another"
-                ) from error
-            raise DistributedError(
-                f"rank {world.rank} on {socket.gethostname()} cannot reach {self.where}, where the processes "
-                f"of this run meet: {str(error).splitlines()[0]}"
-            ) from error
-        # A command may join its processes several times: each meeting has its own prefix.
-        self.store = dist.PrefixStore(f"nextblock/{launch}/{next(_MEETINGS)}", tcp)
-
-    def meet(self) -> list[dict[str, Any]]:
-        """Wait for all ranks and return what each reports about itself; refuse different versions."""
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        hello = {
-            "host": socket.gethostname(),
-            "cores": cores,
-            "versions": {
-                "nextblock": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "size": self.world.size,
-        }
-        self.store.set(f"hello/{self.world.rank}", json.dumps(hello))
-        peers: list[dict[str, Any]] = []
-        for rank in range(self.world.size):
-            self._wait_for(rank)
-            peers.append(json.loads(self.store.get(f"hello/{rank}")))
-            problem = self._mismatch(rank, peers[-1], peers[0]) or self._mismatch(
-                self.world.rank, hello, peers[0]
+    Returns the store, and what each rank reports about itself.
+    """
+    host, port, launch = _meeting_point(world, os.environ)
+    here, where = socket.gethostname(), f"{host}:{port}"
+    # torchrun's agent already hosts a store.
+    is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        socket.getaddrinfo(host, port)  # torch would try again for minutes
+        tcp = _tcp_store(host, port, is_master=is_master)
+    except (RuntimeError, ValueError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            problem = f"port {port} of {host} is in use, perhaps by another run; set MASTER_PORT to another"
+        else:
+            problem = (
+                f"rank {world.rank} on {here} cannot reach {where}, where the processes of this run meet "
+                f"({str(error).splitlines()[0]}); set MASTER_ADDR to the host of rank 0"
             )
-            if problem is not None:
-                # Others find it as well, unless the store ends with this process too early.
-                time.sleep(3 * BEAT_S)
-                raise DistributedError(problem)
-        return peers
-
-    def _wait_for(self, rank: int) -> None:
-        """Wait until a rank has joined; warn if that takes long."""
-        name, deadline_s = f"hello/{rank}", time.monotonic() + JOIN_TIMEOUT.seconds
-        while not self.store.check([name]):
+        raise DistributedError(problem) from error
+    # A command may join its processes several times: each meeting has its own prefix.
+    store = dist.PrefixStore(f"nextblock/{launch}/{next(_MEETINGS)}", tcp)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {"nextblock": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    hello = {"host": here, "cores": cores, "versions": versions, "size": world.size}
+    store.set(f"hello/{world.rank}", json.dumps(hello))
+    peers: list[dict[str, Any]] = []
+    deadline_s = time.monotonic() + JOIN_TIMEOUT.seconds
+    for rank in range(world.size):
+        while not store.check([f"hello/{rank}"]):
             try:
-                self.store.wait([name], WAIT_NOTICE)
+                store.wait([f"hello/{rank}"], WAIT_NOTICE)
             except dist.DistStoreError:
-                who = f"rank {rank} of {self.world.size}"
+                who = f"rank {rank} of {world.size}"
                 if time.monotonic() > deadline_s:
                     raise DistributedError(
-                        f"{who} did not join at {self.where} within {JOIN_TIMEOUT.seconds // 60} minutes; "
+                        f"{who} did not join at {where} within {JOIN_TIMEOUT.seconds // 60} minutes; "
                         "check its log and the number of processes"
                     ) from None
-                if self.world.rank == 0:
-                    log.warning("waiting for %s at %s", who, self.where)
+                if world.rank == 0:
+                    log.warning("waiting for %s at %s", who, where)
+        peers.append(json.loads(store.get(f"hello/{rank}")))
+        problem = _mismatch(rank, peers[-1], peers[0]) or _mismatch(world.rank, hello, peers[0])
+        if problem is not None:
+            # Others find it as well, unless the store ends with this process too early.
+            time.sleep(3 * BEAT_S)
+            raise DistributedError(problem)
+    return store, peers
 
-    def _mismatch(self, rank: int, peer: dict[str, Any], first: dict[str, Any]) -> str | None:
-        if peer["size"] != first["size"]:
+
+def _mismatch(rank: int, peer: dict[str, Any], first: dict[str, Any]) -> str | None:
+    """Why a rank cannot train with rank 0, or None."""
+    if peer["size"] != first["size"]:
+        return (
+            f"rank {rank} on {peer['host']} was started as one of {peer['size']} processes, rank 0 "
+            f"on {first['host']} as one of {first['size']}; is another run meeting at the same port?"
+        )
+    for name, version in peer["versions"].items():
+        if version != first["versions"][name]:
             return (
-                f"rank {rank} on {peer['host']} was started as one of {peer['size']} processes, rank 0 "
-                f"on {first['host']} as one of {first['size']}; is another run meeting at {self.where}?"
+                f"rank {rank} on {peer['host']} has {name} {version}, rank 0 on {first['host']} has "
+                f"{first['versions'][name]}; install the same everywhere"
             )
-        for name, version in peer["versions"].items():
-            if version != first["versions"][name]:
-                return (
-                    f"rank {rank} on {peer['host']} has {name} {version}, rank 0 on {first['host']} has "
-                    f"{first['versions'][name]}; install the same everywhere"
-                )
-        return None
-
-    def own_connection(self) -> dist.Store:
-        """A second connection, as a thread that waits on a connection blocks it."""
-        return self.store.clone()
+    return None
 
 
 def is_lost(error: BaseException) -> bool:
@@ -360,9 +320,10 @@ def _is_reporter(group: Group, problem: str) -> bool:
 class _Watch(threading.Thread):
     """Sends a heartbeat once a second, and ends the process if another rank has died."""
 
-    def __init__(self, group: Group, store: _Store) -> None:
+    def __init__(self, group: Group, store: dist.Store) -> None:
         super().__init__(daemon=True)
-        self._group, self._store = group, store.own_connection()
+        # A second connection, as a thread that waits on a connection blocks it.
+        self._group, self._store = group, store.clone()
         self._ended = threading.Event()
         self._problem: str | None = None
         self._beats = 0

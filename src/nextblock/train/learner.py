@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +16,26 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nextblock.config import ModelConfig, RunConfig
-from nextblock.data import BadSample, Batch, Source, Step, normalize
+from nextblock.data import BadSample, Batch, Source, Step, TrainLoader, normalize
+from nextblock.logs import counted
 from nextblock.optim import set_lr
+from nextblock.plan import image_bytes
 from nextblock.train.distributed import Group
 from nextblock.train.logging import StepOutcome, Window
-from nextblock.train.parallel import Strategy, local_part, replicate, synchronised, whole
-from nextblock.train.runtime import autocast
-from nextblock.train.state import Snapshot, load_state
+from nextblock.train.parallel import Strategy, local_part, replicate, synchronised
+from nextblock.train.runtime import autocast, device_name, free_memory
+from nextblock.train.state import Snapshot, load_state, take_snapshot
+
+CPU_SHARE = 0.5
+"""Share of a machine's free memory that activations may use, over all its processes."""
+GPU_SHARE = 0.8
+"""Share of a GPU's memory for activations, after weights, gradients and moments."""
+BYTES_PER_TRAINED = 12
+"""Gradient and AdamW's two moments, fp32; not allocated before the first step."""
 
 
 class Sums(NamedTuple):
@@ -76,16 +86,15 @@ class Learner(ABC):
         """Load the training state of a checkpoint; the model already has its weights."""
         if checkpoint is not None:
             state = load_state(checkpoint, self.model, self.optimizer, self.group)
-            self.step = state["step"]
+            self.step, self.interrupted = state["step"], state["cut_short"]
             self.scaler.load_state_dict(state["scaler"])
             self.window = Window(**state["window"])
-            self.interrupted = state["cut_short"]
 
-    def snapshot(self, interrupted: Sequence[str], *, copied: bool) -> Snapshot:
+    def snapshot(self, interrupted: Iterable[str], *, copied: bool) -> Snapshot:
         """Content of a checkpoint. All ranks must call this."""
         state = {"step": self.step, "scaler": self.scaler.state_dict(), "window": dict(vars(self.window))}
-        state["cut_short"] = list(interrupted)
-        return Snapshot.take(self.model, self.optimizer, state, kept=self.kept(), copied=copied)
+        state["cut_short"] = sorted(interrupted)
+        return take_snapshot(self.model, self.optimizer, state, self.kept(), copied=copied)
 
     # --------------------------------------------------------------------------- defined by subclasses
 
@@ -155,7 +164,11 @@ class Learner(ABC):
         """
         sums = self._accumulate(step, notes)
         check(sums)
-        return self._update(sums, lr)
+        self.step += 1
+        set_lr(self.optimizer, lr)
+        outcome = self._update(sums) if sums.images else StepOutcome(0.0, 0.0, 0)
+        self.optimizer.zero_grad(set_to_none=True)
+        return outcome
 
     def _accumulate(self, step: Step, notes: Callable[[], Sequence[float]]) -> Sums:
         """Run the micro-batches forward and backward as they arrive, then sum over ranks.
@@ -176,9 +189,7 @@ class Learner(ABC):
             # One factor at the end could not correct several divisors: read all images first.
             batches = list(batches)
             actual = [self._counts(batch.visits.tolist(), batch.samples.tolist()) for batch in batches]
-            planned = [
-                int(number) for number in group.sum([sum(numbers) for numbers in zip(*actual, strict=True)])
-            ]
+            planned = [int(number) for number in group.sum([*map(sum, zip(*actual, strict=True))])]
         drawn = self._draw(step)
         # Summed on the device, and read once after the last micro-batch, as reading waits for the GPU.
         loss = torch.zeros((), device=self.device)
@@ -203,31 +214,22 @@ class Learner(ABC):
             self.scaler.scale(shared).backward()
         return loss.detach()
 
-    def _update(self, sums: Sums, lr: float) -> StepOutcome:
+    def _update(self, sums: Sums) -> StepOutcome:
         """Rescale and clip the gradient, then step if loss and gradient are finite."""
-        self.step += 1
-        set_lr(self.optimizer, lr)
-        if not sums.images:
-            self.optimizer.zero_grad(set_to_none=True)
-            return StepOutcome(0.0, 0.0, 0)
         self.scaler.unscale_(self.optimizer)
         if sums.scale != 1:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_([local_part(grad) for grad in grads], sums.scale)
         limit = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         # A gradient scaler skips the step itself if a gradient is infinite, and `update` then lowers the
         # scale. So its `step` must be called in that case too.
         if math.isfinite(sums.loss) and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
             self.scaler.step(self.optimizer)
             self._stepped()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return StepOutcome(sums.loss, grad_norm, sums.images)
-
-    def run_empty(self, count: int) -> None:
-        """Run a forward and backward pass on `count` black images, on this rank only."""
-        self._touch(self.model, count).backward()
 
     def is_fine(self, outcome: StepOutcome) -> bool:
         """Whether a step was finite, or the gradient scaler is still lowering its scale."""
@@ -252,6 +254,64 @@ class Learner(ABC):
             # unsharded, without gradients. Without `reshard`, a step after this would lose its gradient.
             if self.strategy == "fsdp":
                 self.model.reshard()
+
+    # ---------------------------------------------------------------------------------- before the first step
+
+    def largest_micro_batch(self, share: int) -> int:
+        """Largest micro-batch that fits, at most this process's `share` of a batch; the same on all ranks.
+
+        Estimated from the layers' shapes (`plan.image_bytes`). On a GPU, unless the model is sharded,
+        the estimate is then tried and halved until it fits.
+        """
+        device, group, recompute = self.device, self.group, self.config.train.activation_checkpointing
+        precision: Any = self.config.train.precision  # "auto" is resolved
+        masks, image = image_bytes(self.config, precision, recompute=recompute)
+        if device.type == "cuda":
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            trained //= group.size if self.strategy == "fsdp" else 1
+            free = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] - BYTES_PER_TRAINED * trained)
+        else:
+            free = CPU_SHARE * free_memory() / group.on_this_host
+        limit = min(group.gather(max(1, int((free - masks - image) / image) + 1)))
+        while True:
+            # Parts of equal size, at most `limit`.
+            images = math.ceil(share / math.ceil(share / limit))
+            can_try = device.type == "cuda" and self.strategy != "fsdp" and images > 1
+            if not can_try or all(group.gather(self.fits(images))):
+                return images
+            limit = images // 2
+
+    def fits(self, images: int) -> bool:
+        """Whether a forward and backward pass of this many black images fits into the GPU's memory."""
+        try:
+            self._touch(self.model, images).backward()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        return True
+
+    def opening_lines(
+        self, loader: TrainLoader, micro: int | None, images: int, total_steps: int, checkpoints: Path
+    ) -> list[str]:
+        """Summarise in a few lines what a run will do."""
+        batch_size, group, saving = loader.batch_size, self.group, self.config.checkpoint
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
+        moments = 8 * sum(p.numel() for p in self.model.parameters() if p.requires_grad)  # AdamW's two, fp32
+        in_parts = f" (micro-batches of {micro})" if micro is not None and micro < batch_size else ""
+        processes = f"{group.size} processes ({self.strategy}), each on " if group.size > 1 else ""
+        parts, image = self.describe()
+        lines = [
+            f"{processes}{device_name(self.device)} · {self.config.train.precision} · {parts}",
+            image,
+            f"{counted(images, 'image')}, batch {batch_size:,}{in_parts} -> "
+            f"{counted(loader.steps_per_epoch, 'step')} an epoch, "
+            f"{counted(total_steps, 'step')} in {total_steps / loader.steps_per_epoch:,.4g} epochs",
+            f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {saving.every} in {checkpoints}, "
+            f"keeping the latest {saving.keep}",
+        ]
+        return [*lines, f"resuming at step {self.step:,}"] if self.step else lines
 
 
 MakeLearner = Callable[[RunConfig, torch.device, Path | None, Group], Learner]

@@ -1,4 +1,4 @@
-"""Loggers that receive a run's numbers and pictures: TensorBoard, W&B, MLflow and Trackio.
+"""The numbers and pictures of a run: metrics.jsonl, TensorBoard, W&B, MLflow and Trackio.
 
 RUN/loggers.json stores each logger's id of the run, so that a resumed run continues its curves.
 """
@@ -9,19 +9,21 @@ import contextlib
 import importlib
 import json
 import logging
+import math
+import os
 import sys
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import indent
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
 from PIL import Image
 
-from nextblock.atomic import write_text
+from nextblock.atomic import WriteError, write_text, writing
 from nextblock.config import RunConfig
 from nextblock.errors import UsageError
 from nextblock.settings import flatten, to_dict
@@ -35,18 +37,6 @@ MAX_PARAMS, MAX_PARAM_LETTERS = 100, 500
 
 class LoggerError(RuntimeError):
     """A logger of a new run cannot start."""
-
-
-class RunInfo(NamedTuple):
-    """What a logger needs to know about the run."""
-
-    run_id: str | None
-    """The logger's id of the run; None for a new run."""
-    project: str
-    name: str
-    config: dict[str, Any]
-    """All settings, by dotted name."""
-    out: Path
 
 
 class Logger(Protocol):
@@ -65,12 +55,13 @@ class Logger(Protocol):
 class TensorBoard:
     """Events in RUN/tensorboard; events after `start_step` are hidden, as those steps run again."""
 
-    def __init__(self, directory: Path, start_step: int, settings: str) -> None:
+    def __init__(self, config: RunConfig, out: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
         # TensorBoard renders Markdown; indented lines are shown verbatim.
-        self._writer.add_text("settings", indent(settings, "    "), start_step)
+        settings = indent(yaml.safe_dump(to_dict(config), sort_keys=False), "    ")
+        self._writer.add_text("settings", settings, start_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one event per value."""
@@ -90,16 +81,16 @@ class TensorBoard:
 class WandB:
     """Weights & Biases; with WANDB_MODE=offline it writes to RUN/wandb, for `wandb sync`."""
 
-    def __init__(self, info: RunInfo) -> None:
+    def __init__(self, run_id: str | None, config: RunConfig, out: Path) -> None:
         wandb = importlib.import_module("wandb")
-        self.run_id = info.run_id or uuid.uuid4().hex[:8]
+        self.run_id = run_id or uuid.uuid4().hex[:8]
         self._run = wandb.init(
-            project=info.project,
-            name=info.name,
+            project=config.monitor.project,
+            name=out.name,
             id=self.run_id,
             resume="allow",
-            dir=str(info.out),
-            config=info.config,
+            dir=str(out),
+            config=flatten(to_dict(config)),
             allow_val_change=True,  # settings such as data.workers may change when a run resumes
             settings=wandb.Settings(console="off"),  # else W&B captures the terminal's output
         )
@@ -120,20 +111,21 @@ class WandB:
 class MLflow:
     """MLflow at MLFLOW_TRACKING_URI; a project becomes an experiment."""
 
-    def __init__(self, info: RunInfo) -> None:
+    def __init__(self, run_id: str | None, config: RunConfig, out: Path) -> None:
         # Not mlflow.start_run, which keeps one global current run per process.
         mlflow = importlib.import_module("mlflow")
         self._client, self._metric = mlflow.MlflowClient(), mlflow.entities.Metric
-        if info.run_id is not None:
-            self.run_id = info.run_id
-            self._client.update_run(self.run_id, status="RUNNING")
+        if run_id is not None:
+            self.run_id = run_id
+            self._client.update_run(run_id, status="RUNNING")
             return
-        experiment = self._client.get_experiment_by_name(info.project)
-        place = experiment.experiment_id if experiment else self._client.create_experiment(info.project)
-        self.run_id = str(self._client.create_run(place, run_name=info.name).info.run_id)
+        project = config.monitor.project
+        experiment = self._client.get_experiment_by_name(project)
+        place = experiment.experiment_id if experiment else self._client.create_experiment(project)
+        self.run_id = str(self._client.create_run(place, run_name=out.name).info.run_id)
         # Only at the first start, as MLflow refuses to change a parameter.
-        param = mlflow.entities.Param
-        params = [param(name, str(value)[:MAX_PARAM_LETTERS]) for name, value in info.config.items()]
+        settings, param = flatten(to_dict(config)), mlflow.entities.Param
+        params = [param(name, str(value)[:MAX_PARAM_LETTERS]) for name, value in settings.items()]
         for at in range(0, len(params), MAX_PARAMS):
             self._client.log_batch(self.run_id, params=params[at : at + MAX_PARAMS])
 
@@ -151,14 +143,13 @@ class MLflow:
 class Trackio:
     """Trackio, on this machine or in the Space named by TRACKIO_SPACE_ID."""
 
-    def __init__(self, info: RunInfo) -> None:
+    def __init__(self, run_id: str | None, config: RunConfig, out: Path) -> None:
         trackio = importlib.import_module("trackio")
         # Trackio identifies a run by its name only, so the name must be unique.
-        self.run_id = info.run_id or f"{info.name}-{uuid.uuid4().hex[:8]}"
+        self.run_id = run_id or f"{out.name}-{uuid.uuid4().hex[:8]}"
+        project, settings = config.monitor.project, flatten(to_dict(config))
         with contextlib.redirect_stdout(sys.stderr):
-            self._run = trackio.init(
-                info.project, name=self.run_id, config=info.config, resume="allow", embed=False
-            )
+            self._run = trackio.init(project, name=self.run_id, config=settings, resume="allow", embed=False)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the values; Trackio writes them from another thread."""
@@ -184,61 +175,84 @@ def require_packages(names: tuple[str, ...]) -> None:
             raise UsageError(f"{need}: pip install {name}") from error
 
 
-class Loggers:
-    """All loggers of a run. A logger that fails during training is reported once and dropped."""
+class Metrics:
+    """Appends to metrics.jsonl, flushed line by line, and sends the numbers to the loggers.
+
+    A logger that fails during training is reported once and dropped.
+    """
 
     def __init__(self, config: RunConfig, run: RunDir, start_step: int) -> None:
-        self._loggers: dict[str, Logger] = {}
-        self._last_steps: dict[str, Mapping[str, int]] = {}
+        self._path, self._loggers = run.metrics, dict[str, Logger]()
+        self._sent: dict[str, Mapping[str, int]] = {}
+        """Last step of each kind of line that a logger already has."""
+        # Resolved, as loggers name a run after its directory and may be used from another one.
+        out, file, ids = run.path.resolve(), run.path / "loggers.json", dict[str, str]()
         if config.monitor.tensorboard:
-            settings = yaml.safe_dump(to_dict(config), sort_keys=False)
-            self._loggers["tensorboard"] = TensorBoard(run.path / "tensorboard", start_step, settings)
-        file, ids = run.path / "loggers.json", dict[str, str]()
+            self._loggers["tensorboard"] = TensorBoard(config, out, start_step)
         try:
             if file.is_file():
                 ids = {**json.loads(file.read_text(encoding="utf-8"))}
         except (ValueError, TypeError) as error:
             raise DamagedRunError(f"{file} is damaged; remove it: loggers then begin new curves") from error
-        name, values = run.path.resolve().name, flatten(to_dict(config))
-        for kind in dict.fromkeys(config.monitor.loggers):
-            known = ids.get(kind)
+        for name in dict.fromkeys(config.monitor.loggers):
+            known = ids.get(name)
             try:
-                logger = OPTIONAL[kind](RunInfo(known, config.monitor.project, name, values, run.path))
+                logger = OPTIONAL[name](known, config, out)
             except Exception as error:
                 # At the start of a run a user can fix this. A run that resumes continues without the logger.
                 if start_step == 0 and known is None:
                     raise LoggerError(
-                        f"{kind} cannot start ({_cause(error)}); fix it, or leave it out of monitor.loggers"
+                        f"{name} cannot start ({_cause(error)}); fix it, or leave it out of monitor.loggers"
                     ) from error
-                self._drop(kind, error, f"; to start a new curve, remove {file}" if known else "")
+                self._drop(name, error, f"; to start a new curve, remove {file}" if known else "")
                 continue
-            self._loggers[kind], ids[kind] = logger, logger.run_id
+            self._loggers[name], ids[name] = logger, logger.run_id
             # Steps that a killed process lost run again with the same numbers. The curve already has them.
-            self._last_steps[kind] = run.last_steps if known else {}
+            self._sent[name] = run.last_steps if known else {}
             write_text(file, json.dumps(ids, indent=1))
+        with writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
 
-    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Send the values of a line of metrics, named "train/loss" unless a name contains a slash."""
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._file.close()
+        for name in list(self._loggers):
+            self._call(name, "close", failed=error is not None)
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Write one line of `kind` ("train", "val", "monitor"); non-finite values are written as null.
+
+        Loggers get names such as "train/loss", unless a name already contains a slash.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with writing(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+            self._file.flush()
         named = {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}
-        self._send(kind, step, "log", named)
+        self._send(kind, "log", step, named)
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Send a monitor's picture to the loggers that accept pictures."""
-        self._send("monitor", step, "image", name, path)
+        self._send("monitor", "image", step, name, path)
 
-    def _send(self, kind: str, step: int, method: str, *what: Any) -> None:
-        for name, logger in list(self._loggers.items()):
-            if step > self._last_steps.get(name, {}).get(kind, -1) and hasattr(logger, method):
-                try:
-                    getattr(logger, method)(step, *what)
-                except Exception as error:
-                    self._drop(name, error)
+    def sync(self) -> None:
+        """Flush all lines to disk; call it before a checkpoint gets its name, or a power cut leaves a gap."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise WriteError(f"{self._path} was removed while the run wrote to it; its content is lost")
 
-    def close(self, *, failed: bool) -> None:
-        """Close all loggers."""
-        for name, logger in list(self._loggers.items()):
+    def _send(self, kind: str, method: str, step: int, *what: Any) -> None:
+        for name in list(self._loggers):
+            if step > self._sent.get(name, {}).get(kind, -1):
+                self._call(name, method, step, *what)
+
+    def _call(self, name: str, method: str, *what: Any, **options: Any) -> None:
+        if hasattr(self._loggers[name], method):
             try:
-                logger.close(failed=failed)
+                getattr(self._loggers[name], method)(*what, **options)
             except Exception as error:
                 self._drop(name, error)
 

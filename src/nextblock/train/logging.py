@@ -1,11 +1,9 @@
-"""Records and display of a run: averages over steps, metrics.jsonl and loggers, progress."""
+"""Display of a run: averages over steps, progress, log files of other ranks."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,9 +17,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from nextblock.atomic import WriteError, writing
 from nextblock.logs import clock, printable
-from nextblock.train.loggers import Loggers
 
 # --------------------------------------------------------------------------------------- steps and windows
 
@@ -78,47 +74,6 @@ class Window:
 
 def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-# ------------------------------------------------------------------------------------------------- metrics
-
-
-class MetricsLog:
-    """Appends to `metrics.jsonl`, flushed line by line, and forwards the numbers to the loggers."""
-
-    def __init__(self, path: Path, loggers: Loggers | None) -> None:
-        self._path, self._loggers = path, loggers
-        with writing(path):
-            self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._file.close()
-        if self._loggers is not None:
-            self._loggers.close(failed=error is not None)
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Write one line of `kind` ("train", "val", "monitor"); non-finite values are written as null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with writing(self._path):
-            self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
-            self._file.flush()
-        if self._loggers is not None:
-            self._loggers.log(kind, step, values)
-
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Send a picture to the loggers that accept pictures."""
-        if self._loggers is not None:
-            self._loggers.image(step, name, path)
-
-    def sync(self) -> None:
-        """Flush all lines to disk; call it before a checkpoint gets its name, or a power cut leaves a gap."""
-        with writing(self._path):
-            os.fsync(self._file.fileno())
-        if os.fstat(self._file.fileno()).st_nlink == 0:
-            raise WriteError(f"{self._path} was removed while the run wrote to it; its content is lost")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from nextblock.atomic import writing
-from nextblock.checkpoint import prune_checkpoints
+from nextblock.checkpoint import checkpoints, latest_checkpoint, prune_checkpoints
 from nextblock.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from nextblock.data import (
     BadSample,
@@ -36,14 +36,11 @@ from nextblock.data.loader import NO_IMAGES
 from nextblock.errors import UsageError
 from nextblock.optim import lr_at
 from nextblock.settings import Duration, require
-from nextblock.train.best import EARLY_STOP, Best, read_bests
 from nextblock.train.distributed import ALONE, DistributedError, Group, find_device
 from nextblock.train.learner import MakeLearner, Sums
-from nextblock.train.loggers import Loggers, require_packages
-from nextblock.train.logging import MetricsLog, Reporter, Tick, Window, log_to_file
-from nextblock.train.memory import largest_micro_batch
-from nextblock.train.messages import not_learned, opening_lines, refuse_collapse, remedy
-from nextblock.train.monitors import Monitor, MonitorEvent
+from nextblock.train.loggers import Metrics, require_packages
+from nextblock.train.logging import Reporter, Tick, Window, log_to_file
+from nextblock.train.monitors import EARLY_STOP, Best, Monitor, MonitorEvent, collapsed, not_learned
 from nextblock.train.parallel import local_part
 from nextblock.train.run_dir import RunDir
 from nextblock.train.runtime import (
@@ -68,6 +65,10 @@ SHOWN = ("loss", "loss_next", "mean_loss", "val_loss", "knn/top1", "top1")
 
 class NonFiniteError(RuntimeError):
     """Weights are not finite, or loss or gradient were not finite for several steps in a row."""
+
+
+class CollapseError(RuntimeError):
+    """All targets are nearly the same vector, which is easy to predict and teaches nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def train(
         micro = config.train.micro_batch_size
         if micro == "auto":
             share = -(-min(config.train.batch_size, len(source)) // group.size)
-            micro = largest_micro_batch(trainer, share)
+            micro = trainer.largest_micro_batch(share)
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
         loader = TrainLoader(
             source,
@@ -205,6 +206,13 @@ def train(
         def is_over() -> bool:
             return trainer.step == total or stopping.since >= config.monitor.patience
 
+        def remedy() -> str:
+            """What to do if numbers are not finite."""
+            latest = latest_checkpoint(run.checkpoints)
+            saved = f"The last checkpoint, {latest}, is intact" if latest else "No checkpoint was written yet"
+            lr, warmup, precision = map(config.flag, ("optim.lr", "optim.warmup", "train.precision"))
+            return f"{saved}. Try a lower {lr}, a longer {warmup}, {precision} bf16 or fp32"
+
         with group.together():
             require(
                 group.size <= loader.batch_size,
@@ -213,31 +221,33 @@ def train(
             )
             latest, metrics, quarantine = dict[str, float](), None, None
             if group.is_main:
-                read_bests(run, trainer.step, keeping, stopping)
-                if not is_over():  # a finished run is not changed
-                    run.begin(config, sources, device, trainer.step, group=group, overwrite=overwrite)
-                    for line in opening_lines(config, micro, trainer, loader, len(source), total, run):
-                        reporter.note(line)
                 # Lines after the checkpoint are dropped, as their steps run again; in a new run, also those
                 # of step 0.
-                latest = run.cut_metrics(trainer.step or -1)
+                lines = [] if starts_over else run.read_metrics(trainer.step or -1)
+                at_checkpoint = checkpoints(run.checkpoints)
+                for line in lines:
+                    latest |= {name: value for name, value in line.items() if isinstance(value, int | float)}
+                    stopping.add(line["step"], line)
+                    # checkpoint.keep_best may be new to this run: only steps with a checkpoint can be kept.
+                    if line["step"] in at_checkpoint:
+                        keeping.add(line["step"], line)
+                if not is_over():  # a finished run is not changed
+                    run.begin(config, sources, device, trainer.step, group, overwrite=overwrite)
+                    for text in trainer.opening_lines(loader, micro, len(source), total, run.checkpoints):
+                        reporter.note(text)
+                    run.write_metrics(lines)
+                    stack.enter_context(run.heartbeat(lambda: trainer.step, total))
+                    metrics = stack.enter_context(Metrics(config, run, trainer.step))
                 setting = config.flag("data.max_bad_fraction")
                 quarantine = QuarantineLog(run.quarantine, len(source), data.max_bad_fraction, setting)
-                loggers = None
-                if not is_over():
-                    stack.enter_context(run.heartbeat(lambda: trainer.step, total))
-                    loggers = Loggers(config, run, trainer.step)
-                metrics = stack.enter_context(MetricsLog(run.metrics, loggers))
-            baselines = run.baselines() if group.is_main else {}
+            baselines = run.read_baselines() if group.is_main else {}
         latest, keeping, stopping, baselines = group.broadcast((latest, keeping, stopping, baselines))
-        first_images: list[Tensor] = []
         if not group.is_main:
             stack.enter_context(log_to_file(run.logs / f"rank_{group.rank:04d}.log"))
 
         waited_s, nonfinite, has_warned, is_time_to_save, is_best = 0.0, 0, False, False, False
         failure: DataError | None = None
-        unreadable: list[BadSample] = []
-        interrupted: set[str] = set()
+        first_images, unreadable, interrupted = list[Tensor](), list[BadSample](), set[str]()
         saver = Saver(group, in_background=config.checkpoint.in_background)
         saved_step = -1 if is_fitted_now else trainer.step
         saved_at_s = time.monotonic()
@@ -280,7 +290,7 @@ def train(
                 baselines = trainer.reference_losses(first_images, BASELINE_IMAGES)
                 first_images.clear()
                 if group.is_main:
-                    run.write_baselines(baselines)
+                    run.write("baselines.json", baselines)
             is_time_to_save, is_failing, num_unreadable = map(bool, sums.notes)
             if not num_unreadable and not is_failing:
                 return
@@ -361,9 +371,7 @@ def train(
             # saved, so they cannot replace the last good checkpoint.
             weights = trainer.model.state_dict().values()
             if group.any(not all(local_part(tensor).isfinite().all() for tensor in weights)):
-                raise NonFiniteError(
-                    f"weights are not finite after step {trainer.step}. {remedy(run, config)}"
-                )
+                raise NonFiniteError(f"weights are not finite after step {trainer.step}. {remedy()}")
             reporter.busy_with = f"the checkpoint of step {trainer.step}"
             with group.together():
                 if metrics is not None:
@@ -373,13 +381,13 @@ def train(
                     metrics.sync()
             step, best, best_step = trainer.step, keeping.record(), keeping.step
             saver.wait()
-            snapshot = trainer.snapshot(sorted(interrupted), copied=saver.in_background)
+            snapshot = trainer.snapshot(interrupted, copied=saver.in_background)
 
             def write(group: Group) -> None:
                 write_snapshot(run.checkpoints, snapshot, step, group, data=data)
                 if group.is_main:
                     if best_step:
-                        run.write_best(best)
+                        run.write("best.json", best)
                     prune_checkpoints(run.checkpoints, config.checkpoint.keep, keep_every, best=best_step)
 
             saver.save(write)
@@ -396,14 +404,13 @@ def train(
                 observe(at_start=True)
             elif not is_over():
                 # Repeat the measurements that the last signal interrupted.
-                again = set(trainer.interrupted)
-                if val is not None and "val" in again:
+                if val is not None and "val" in trainer.interrupted:
                     validate()
-                if "monitor" in again:
+                if "monitor" in trainer.interrupted:
                     observe()
                 is_best = False  # a best found here already has a checkpoint: the one resumed from
             if group.is_main and keeping.step:  # a kill may have come between the checkpoint and best.json
-                run.write_best(keeping.record())
+                run.write("best.json", keeping.record())
             reporter.begin(trainer.step, total)  # the remaining time is estimated from here on
             step_iterator = iter(loader)
             is_stopping = group.any(stop)
@@ -433,7 +440,7 @@ def train(
                     raise NonFiniteError(
                         f"loss {outcome.loss} and gradient norm {outcome.grad_norm} for {nonfinite} steps in "
                         f"a row, the last of them step {step.index}, whose first samples are {names}. "
-                        f"{remedy(run, config)}, or look at those images"
+                        f"{remedy()}, or look at those images"
                     )
                 elapsed_s = time.perf_counter() - started_s
                 trainer.window.add(outcome, waited_s=waited_s, elapsed_s=elapsed_s)
@@ -443,17 +450,8 @@ def train(
                 values = trainer.window.values()
                 epoch = trainer.step / loader.steps_per_epoch
                 num_bad = quarantine.count if quarantine is not None else 0
-                reporter.update(
-                    Tick(
-                        step=trainer.step,
-                        epoch=epoch,
-                        lr=lr,
-                        values=values,
-                        num_bad=num_bad,
-                        baselines=baselines,
-                        latest={name: latest[name] for name in SHOWN[1:] if name in latest},
-                    )
-                )
+                measured = {name: latest[name] for name in SHOWN[1:] if name in latest}
+                reporter.update(Tick(trainer.step, epoch, lr, values, num_bad, baselines, measured))
                 if is_time(log_every):
                     seen = loader.order.seen(trainer.step) if len(source.parts) > 1 else ()
                     parts = zip(source.parts, seen, strict=False)
@@ -461,8 +459,10 @@ def train(
                     shown = {"epoch": epoch, "lr": lr, **values, "bad": num_bad, **seen_by_part}
                     used = device_use(device, values["images_per_s"], trainer.counted, group.size)
                     record("train", shown | used | (health := trainer.health()))
-                    refuse_collapse(health, trainer.step, run, config)
                     trainer.window = Window()
+                    if (problem := collapsed(health, config)) is not None:
+                        saved = f"the checkpoints in {run.checkpoints} are of earlier steps"
+                        raise CollapseError(f"step {trainer.step}: {problem}; {saved}")
                     # Warn once until the loss falls below, and not during warm-up.
                     warning = not_learned({**values, **health}, baselines) if trainer.step > warmup else None
                     if warning is not None and not has_warned:

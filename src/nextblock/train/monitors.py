@@ -1,15 +1,18 @@
-"""Monitors: measurements of a model during training."""
+"""Monitors: measurements of a model during training, and what follows from their values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nextblock.config import RunConfig
 from nextblock.models.next_block import NextBlockModel
 from nextblock.train.distributed import ALONE, Group
 
@@ -59,3 +62,83 @@ class Monitor(Protocol):
     every: str
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]: ...  # noqa: D102
+
+
+# ------------------------------------------------------------------------------- what the values mean
+
+EARLY_STOP = "early stop"
+"""`TrainResult.stopped_by` of a run whose metric stopped improving."""
+
+NAMES: dict[str, tuple[str, int]] = {
+    "knn": ("knn/top1", 1),
+    "rankme": ("rankme", 1),
+    "val_loss": ("val_loss", -1),
+    "top1": ("top1", 1),
+}
+"""Name of each metric in metrics.jsonl, and whether higher (1) or lower (-1) is better."""
+
+
+@dataclass
+class Best:
+    """The best value of a metric after at least one training step."""
+
+    metric: str | None
+    """Metric to compare; None disables the comparison."""
+    value: float = math.nan
+    step: int = 0
+    """Step of the best value; 0 if there is none yet."""
+    since: int = 0
+    """Number of measurements since then without improvement."""
+    last_step: int = 0
+    """Step of the latest measurement."""
+
+    def add(self, step: int, values: Mapping[str, Any]) -> bool:
+        """Add the values measured after a step; return whether they are a new best."""
+        name, sign = NAMES[self.metric] if self.metric else ("", 0)
+        value = values.get(name)
+        # A run that was stopped while measuring measures the same step again after resuming: count it once.
+        if step <= self.last_step or value is None or not math.isfinite(value):
+            return False
+        self.last_step = step
+        if self.step and sign * value <= sign * self.value:
+            self.since += 1
+            return False
+        self.value, self.step, self.since = value, step, 0
+        return True
+
+    def record(self) -> dict[str, Any]:
+        """Content of best.json."""
+        return {"metric": self.metric, "value": self.value, "step": self.step}
+
+    def __str__(self) -> str:
+        name, sign = NAMES[self.metric] if self.metric else ("", 0)
+        improved = "risen above" if sign > 0 else "fallen below"
+        best = f"{self.value:.4g}, that of step {self.step}"
+        return f"{name} has not {improved} {best}, in {self.since} measurements (monitor.patience)"
+
+
+def not_learned(losses: dict[str, float], references: dict[str, float]) -> str | None:
+    """Cause and remedy if the loss is not below that of a constant prediction; else None."""
+    # Visible blocks have another loss, so compare the next-block loss. If targets change, so does their mean.
+    loss = losses.get("loss_next", losses.get("loss", math.nan))
+    references = references | ({"mean": losses["mean_loss"]} if "mean_loss" in losses else {})
+    words = {"zero": "zero", "uniform": "all alike", "chance": "all classes alike", "mean": "the mean vector"}
+    known = [(value, words[name]) for name, value in references.items() if name in words]
+    if not known or loss < known[0][0]:
+        return None
+    return (
+        f"the loss {loss:.4f} is not below {known[0][0]:.4f}, that of predicting {known[0][1]}: nothing is "
+        "learned so far. Train longer, try another learning rate, or look at the images"
+    )
+
+
+def collapsed(health: dict[str, float], config: RunConfig) -> str | None:
+    """Cause and remedy if the targets have become nearly the same vector; else None."""
+    variance, limit = health.get("target_variance", math.inf), config.monitor.collapse
+    if limit is None or not variance < limit:  # NaN is left to the check of the loss
+        return None
+    return (
+        f"the targets have collapsed. Their variance {variance:.2g} is below monitor.collapse {limit:g}: "
+        f"patch embeddings are nearly on one line, so the low loss means nothing. Try a lower "
+        f"{config.flag('optim.lr')}, a longer {config.flag('optim.warmup')}, or model.target pixels"
+    )

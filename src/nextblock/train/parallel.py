@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nextblock.config import RunConfig
 from nextblock.models import NextBlockModel
+from nextblock.plan import count_parameters
 from nextblock.train.distributed import Group
 
 Strategy = Literal["single", "ddp", "fsdp"]
@@ -39,10 +40,8 @@ def choose_strategy(config: RunConfig, group: Group, device: torch.device) -> St
         return "single"
     if config.train.strategy == "ddp" or device.type != "cuda":
         return "ddp"
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in NextBlockModel(config.model).parameters())
     memory = torch.cuda.get_device_properties(device).total_memory
-    fits = BYTES_PER_PARAMETER * parameters <= REPLICATED_SHARE * memory
+    fits = BYTES_PER_PARAMETER * count_parameters(config.model).trained <= REPLICATED_SHARE * memory
     return "ddp" if all(group.gather(fits)) else "fsdp"
 
 
@@ -109,11 +108,6 @@ def full_weights(model: nn.Module) -> Mapping[str, Any]:
 def local_part(tensor: Tensor) -> Tensor:
     """Part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered if it is distributed."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from nextblock.config import RunConfig
 from nextblock.data import Source, jpeg_decoder
 from nextblock.errors import UsageError
 from nextblock.settings import from_dict, to_dict, typed
-from nextblock.train.distributed import ALONE, Group, is_lost
+from nextblock.train.distributed import Group, is_lost
 from nextblock.train.runtime import device_name
 
 T = TypeVar("T", bound=RunConfig)
@@ -86,8 +86,7 @@ class RunDir:
         self.starts_over = False
         """Whether `begin` will remove the existing run."""
         self.last_steps: dict[str, int] = {}
-        """Last step of each kind of metrics, including lines that `cut_metrics` dropped."""
-        self._starts: list[dict[str, Any]] = []
+        """Last step of each kind of metrics that was ever written, by `read_metrics`."""
 
     def is_run(self) -> bool:
         """Whether the directory contains a run."""
@@ -102,14 +101,7 @@ class RunDir:
         # Checked before locking, as that creates the directory and files in it.
         is_new = not self.path.exists()
         if not is_new and not self.is_run() and not self._is_free():
-            if self.path == Path():  # also for ""
-                raise RunDirError("--out is empty, or this directory, which is not a run; name another")
             raise RunDirError(f"{self.path} exists and is not a run; choose another --out, or empty it")
-        if is_new and self.path.is_symlink():
-            raise RunDirError(
-                f"{self.path} is a link to nothing ({self.path.readlink()}); make that directory, or choose "
-                "another --out"
-            )
         with ExitStack() as stack:
             # Only errors from locking concern the directory, not those raised by the run inside.
             try:
@@ -149,27 +141,26 @@ class RunDir:
         # Nothing is removed before `begin`, as the new run may still be refused.
         try:
             config_here = self._checked(config, sources)
-            self._starts = self._read_starts()
+            starts = self._read_starts()
         except (RunDirError, DamagedRunError):
             self.starts_over = True
             return config
-        self.starts_over = not self._starts[0].get("overwrite") or bool(self._starts[-1].get("complete"))
+        self.starts_over = not starts[0].get("overwrite") or bool(starts[-1].get("complete"))
         return config if self.starts_over else config_here
 
     def _checked(self, config: RunConfig, sources: dict[str, Source]) -> RunConfig:
-        with self._reading("config.yaml", LOST) as text:
-            settings = _mapping(yaml.safe_load(text))
+        settings = self._read("config.yaml", LOST, lambda text: _mapping(text, yaml.safe_load))
         try:
             recorded_here = from_dict(type(config), settings)
         except ValueError as error:
             raise RunDirError(
                 f"{self.path}/config.yaml is not of this version of nextblock: {error}; choose another --out"
             ) from error
-        if config.train.precision == "auto":  # a run keeps its first precision, on any device
-            config = replace(config, train=replace(config.train, precision=recorded_here.train.precision))
-        if config.train.micro_batch_size == "auto":  # and its first micro-batch size
-            micro = recorded_here.train.micro_batch_size
-            config = replace(config, train=replace(config.train, micro_batch_size=micro))
+        # A run keeps what "auto" was at its first start, on any device.
+        for name in ("precision", "micro_batch_size"):
+            if getattr(config.train, name) == "auto":
+                kept = {name: getattr(recorded_here.train, name)}
+                config = replace(config, train=replace(config.train, **kept))
         # Settings that do not affect the weights, such as workers and paths, are not compared.
         if differences := config.differences(recorded_here):
             listed = "; ".join(
@@ -186,8 +177,7 @@ class RunDir:
                 f"resume, or --overwrite to start over{longer}"
             )
         # The run also depends on the list of images, for their order, and on the decoder, for their pixels.
-        with self._reading("source.json", LOST) as text:
-            recorded = _mapping(json.loads(text))
+        recorded = self._read("source.json", LOST, _mapping)
         decoder = jpeg_decoder(config.data.decoder)
         if recorded.get("decoder", decoder) != decoder:
             raise RunDirError(
@@ -224,9 +214,9 @@ class RunDir:
         sources: dict[str, Source],
         device: torch.device,
         step: int,
+        group: Group,
         *,
-        group: Group = ALONE,
-        overwrite: bool = False,
+        overwrite: bool,
     ) -> None:
         """Record the run and its start from `step`; with `overwrite`, remove the existing run first."""
         if self.starts_over:  # by --overwrite
@@ -235,33 +225,29 @@ class RunDir:
                 remove(self.path / name)
             self.starts_over = False
         # config.yaml is written last: without it the directory is not a run, so a kill leaves it free.
-        self._starts = self._read_starts() if self.is_run() else []
+        starts = self._read_starts() if self.is_run() else []
         processes = {"processes": group.size, "launcher": group.world.launcher}
-        self._starts.append(
+        starts.append(
             {**_environment(device), **processes, "step": step, "overwrite": overwrite, "complete": False}
         )
         described: dict[str, Any] = {kind: _describe(source) for kind, source in sources.items()}
         described["decoder"] = jpeg_decoder(config.data.decoder)
-        write_text(self.path / "source.json", json.dumps(described, indent=1))
-        self._write_starts()
+        self.write("source.json", described)
+        self.write("environment.json", starts)
         write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
 
     def complete(self) -> None:
         """Record that the run is complete."""
         # If a command with --overwrite is repeated, it resumes an incomplete run and replaces a complete one.
-        self._starts = self._read_starts()
-        if not self._starts[-1].get("complete"):
-            self._starts[-1]["complete"] = True
-            self._write_starts()
+        starts = self._read_starts()
+        if not starts[-1].get("complete"):
+            starts[-1]["complete"] = True
+            self.write("environment.json", starts)
 
     def _read_starts(self) -> list[dict[str, Any]]:
-        with self._reading("environment.json", "remove it and put an empty list, [], in its place") as text:
-            starts = json.loads(text)
+        starts = self._read("environment.json", "remove it and put an empty list, [], in its place")
         # Before 0.1.0 this was a dict, as only the first start was recorded.
         return [starts] if isinstance(starts, dict) else starts or [{}]
-
-    def _write_starts(self) -> None:
-        write_text(self.path / "environment.json", json.dumps(self._starts, indent=1))
 
     def check_present(self) -> None:
         """Raise `WriteError` if the run was removed during training: a checkpoint alone cannot be resumed."""
@@ -271,45 +257,39 @@ class RunDir:
                 "Run the same command again to start over"
             )
 
-    def metrics_until(self, step: int) -> list[tuple[str, dict[str, Any]]]:
-        """Lines of metrics up to `step` with their values, without an incomplete last line."""
-        kept: list[tuple[str, dict[str, Any]]] = []
-        if not self.metrics.exists():
-            return kept
-        with self._reading(self.metrics.name, "move it away to resume without the loss curve so far") as text:
-            for line in text.splitlines(keepends=True):
-                if not line.endswith("\n"):  # incomplete after a kill
-                    break
-                values = _mapping(json.loads(line))
-                self.last_steps[values["kind"]] = values["step"]
-                if values["step"] <= step:  # later lines will be written again
-                    kept.append((line, values))
-        return kept
+    def read_metrics(self, last_step: int) -> list[dict[str, Any]]:
+        """Lines of metrics up to a step, without an incomplete last line."""
 
-    def cut_metrics(self, step: int) -> dict[str, float]:
-        """Drop the lines of metrics after `step`; return the last value of every name in the others."""
-        latest: dict[str, float] = {}
-        kept = self.metrics_until(step)
-        for _, values in kept:
-            latest |= {name: value for name, value in values.items() if isinstance(value, int | float)}
+        def parse(text: str) -> list[dict[str, Any]]:
+            lines = [_mapping(line) for line in text.split("\n")[:-1]]  # an incomplete one has no line end
+            self.last_steps = {line["kind"]: line["step"] for line in lines}
+            return [line for line in lines if line["step"] <= last_step]
+
+        remedy = "move it away to resume without the loss curve so far"
+        return self._read(self.metrics.name, remedy, parse) if self.metrics.exists() else []
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace the lines of metrics, if there are any."""
         if self.metrics.exists():
-            write_text(self.metrics, "".join(line for line, _ in kept))
-        return latest
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def write_best(self, record: dict[str, Any]) -> None:
-        """Record the best checkpoint so far."""
-        write_text(self.path / "best.json", json.dumps(record))
-
-    def baselines(self) -> dict[str, float]:
+    def read_baselines(self) -> dict[str, float]:
         """Reference losses measured in the first step; empty before."""
-        if not (self.path / "baselines.json").exists():
-            return {}
-        with self._reading("baselines.json", "remove it: it is then measured again") as text:
-            return _mapping(json.loads(text))
+        name, remedy = "baselines.json", "remove it: it is then measured again"
+        return self._read(name, remedy, _mapping) if (self.path / name).exists() else {}
 
-    def write_baselines(self, values: dict[str, float]) -> None:
-        """Store the baselines for later starts and reports."""
-        write_text(self.path / "baselines.json", json.dumps(values, indent=1))
+    def write(self, name: str, values: Any) -> None:
+        """Write a record as JSON."""
+        write_text(self.path / name, json.dumps(values, indent=1))
+
+    def _read(self, name: str, remedy: str, parse: Callable[[str], Any] = json.loads) -> Any:
+        """Read a file of the run; errors in reading or parsing it become a `DamagedRunError`."""
+        path = self.path / name
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+            cause = " ".join(str(error).split())
+            raise DamagedRunError(f"{path} is damaged ({cause}); {remedy}") from error
 
     @contextmanager
     def heartbeat(self, step: Callable[[], int], total_steps: int) -> Iterator[None]:
@@ -354,18 +334,9 @@ class RunDir:
             thread.join()
             beat(status, message)
 
-    @contextmanager
-    def _reading(self, name: str, remedy: str) -> Iterator[str]:
-        """Yield a file's text; turn errors in reading or parsing it into a `DamagedRunError`."""
-        path = self.path / name
-        try:
-            yield path.read_text(encoding="utf-8")
-        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-            cause = " ".join(str(error).split())
-            raise DamagedRunError(f"{path} is damaged ({cause}); {remedy}") from error
 
-
-def _mapping(values: Any) -> dict[str, Any]:
+def _mapping(text: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    values = parse(text)
     if not isinstance(values, dict):
         raise TypeError(f"{str(values)[:40]!r} is not a mapping of names to values")
     return values
@@ -376,7 +347,7 @@ def recorded_config(path: Path, kind: type[T] = RunConfig) -> T | None:
     if not RunDir(path).is_run():
         return None
     try:
-        return from_dict(kind, _mapping(yaml.safe_load((path / "config.yaml").read_text("utf-8"))))
+        return from_dict(kind, _mapping((path / "config.yaml").read_text("utf-8"), yaml.safe_load))
     except (ValueError, TypeError, yaml.YAMLError):
         return None  # `RunDir.check` reports the error
 
@@ -390,19 +361,14 @@ def _describe(source: Source) -> dict[str, Any]:
 
 def _environment(device: torch.device) -> dict[str, Any]:
     """Time, host, versions, device, git commit of the working directory, and command of a start."""
-    versions = {}
+    versions = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    try:
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-        commit = git.stdout.strip() if git.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -67,6 +68,18 @@ def device_use(
     tflops = images_per_s * step_flops(model) / 1e12
     share = {} if peak is None else {"mfu": tflops / (processes * peak)}
     return {"memory_gb": memory / 1e9, "tflops": tflops, **share}
+
+
+def free_memory() -> int:
+    """Free memory in bytes of this machine, or of its container if that has less."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError, ValueError):  # "max" if there is no limit
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{one}").read_text()) for one in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def is_native(precision: str, device: torch.device) -> bool:

@@ -61,29 +61,30 @@ class Snapshot(NamedTuple):
     """Used for its settings."""
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
-    """AdamW's state by parameter, and `Learner.kept`."""
+    """AdamW's state by parameter and kind ("encoder.norm.weight/exp_avg"), and `Learner.kept`."""
     state: Mapping[str, Any]
     """Serialisable as JSON."""
 
-    @classmethod
-    def take(
-        cls,
-        model: NextBlockModel | ImageClassifier,
-        optimizer: torch.optim.Optimizer | None,
-        state: Mapping[str, Any],
-        *,
-        kept: Mapping[str, Tensor] | None = None,
-        copied: bool = False,
-    ) -> Snapshot:
-        """Take the tensors of a model and its optimizer, or CPU copies of them. All ranks must call this."""
-        weights = full_weights(model)
-        moments = {} if optimizer is None else {**optimizer_tensors(model, optimizer), **(kept or {})}
-        if copied:
-            weights, moments = (
-                {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
-                for tensors in (weights, moments)
-            )
-        return cls(model, weights, moments, state)
+
+def take_snapshot(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    kept: Mapping[str, Tensor],
+    *,
+    copied: bool = False,
+) -> Snapshot:
+    """Take the tensors of a model and its optimizer, or CPU copies of them. All ranks must call this."""
+    weights, moments = full_weights(model), dict(kept)
+    # By parameter name, not by parameter order, so that a checkpoint fits any strategy.
+    for name, parameter in model.named_parameters():
+        moments |= {f"{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    if copied:
+        weights, moments = (
+            {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
+            for tensors in (weights, moments)
+        )
+    return Snapshot(model, weights, moments, state)
 
 
 class Saver:
@@ -97,8 +98,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, write: Callable[[Group], None]) -> None:
-        """Wait for the previous checkpoint, then call `write` with its group, now or in the background."""
-        self.wait()
+        """Call `write` with its group, now or in the background; call `wait` before."""
         if not self.in_background:
             write(self._group)
             return
@@ -119,19 +119,6 @@ class Saver:
         self._thread, error, self._error = None, self._error, None
         if error is not None:
             raise error
-
-
-def save_checkpoint(
-    directory: Path,
-    model: NextBlockModel,
-    state: Mapping[str, Any],
-    step: int,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    data: DataConfig | None = None,
-) -> Path:
-    """Write `directory/step_XXXXXXXX` from a single process; see `write_snapshot`."""
-    return write_snapshot(directory, Snapshot.take(model, optimizer, state), step, ALONE, data=data)
 
 
 def write_snapshot(
@@ -190,10 +177,16 @@ def load_state(
             f"resume; train on from its weights: --model.init {checkpoint} with another --out"
         )
     directory, whole_file = checkpoint / OPTIMIZER_DIR, checkpoint / OPTIMIZER_FILE
-    with group.together(), _readable(checkpoint):
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        reader = distributed_reader(directory) if directory.is_dir() else None
-        stored = load_file(whole_file) if reader is None else reader.read_metadata().state_dict_metadata
+    with group.together():
+        try:
+            state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            reader = distributed_reader(directory) if directory.is_dir() else None
+            stored = load_file(whole_file) if reader is None else reader.read_metadata().state_dict_metadata
+        except (OSError, ValueError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"cannot resume from {checkpoint} ({' '.join(str(error).split())}); remove it to resume from "
+                "the one before"
+            ) from error
     loaded: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for kind in KINDS:
@@ -247,27 +240,6 @@ def find_intact(directory: Path, group: Group = ALONE) -> Path | None:
         remove(aside)
         path.rename(aside)
     return intact
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter and kind ("encoder.norm.weight/exp_avg"), not by parameter order."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-@contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
-    """Turn errors in reading a checkpoint's files into a `CheckpointError`."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"cannot resume from {checkpoint} ({' '.join(str(error).split())}); remove it to resume from "
-            "the one before"
-        ) from error
 
 
 @contextmanager

@@ -63,7 +63,19 @@ class Trainer(Learner):
         strategy = choose_strategy(config, group, device)
 
         def make() -> NextBlockModel:
-            return _fresh_model(config) if checkpoint is None else read_run_model(checkpoint)
+            """A model on the CPU: that of the checkpoint, or weights f(seed), or those of `model.init`."""
+            if checkpoint is not None:
+                model = read_model(checkpoint / MODEL_FILE)
+                if isinstance(model, NextBlockModel):
+                    return model
+                raise CheckpointError(f"{checkpoint} contains a classifier, not a pre-training run's model")
+            # Not `torch.manual_seed`, as that would reseed the caller's GPUs as well.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(keyed_seed(config.seed, "weights"))
+                model = NextBlockModel(config.model)
+            if config.model.init is not None:
+                initialize(model, config.model.init)
+            return model
 
         if strategy == "fsdp":
             model = shard(make, config, device, group)
@@ -100,13 +112,12 @@ class Trainer(Learner):
         return self._orders[int(order_index)], scale
 
     def _loss(self, batch: Batch, drawn: tuple[Any, Any], divisors: list[int]) -> Float[Tensor, ""]:
-        images = self.to_model(batch.images)
         order, rope_scale = drawn
         with self.autocast:
             draws = batch.drop_path if self.config.model.drop_path else None
-            own = self._orders_of(batch)
-            prefix = self._prefix_lengths(batch)
-            out = self._forward(images, order if own is None else own, prefix, draws, rope_scale)
+            own, prefix = self._drawn_per_image(batch)
+            order = order if own is None else own
+            out = self._forward(self.to_model(batch.images), order, prefix, draws, rope_scale)
         if self._may_collapse or self.config.model.predict_visible:
             losses = [(part.block_loss.detach(), part.kept) for part in out.distances]
             self._last = [(out.targets, out.kept), *losses]
@@ -122,19 +133,14 @@ class Trainer(Learner):
         with self.autocast:
             return 0 * forward(images, self.model.orders[0].cpu(), prefix, draws).loss
 
-    def _orders_of(self, batch: Batch) -> Int64[Tensor, "b k"] | None:
-        """Block orders per image; None if all images share one."""
-        if self.config.model.order != "per_image":
-            return None
-        visits, samples = batch.visits.tolist(), batch.samples.tolist()
-        return draw_orders(self.config.seed, visits, samples, self.config.model.num_blocks)
-
-    def _prefix_lengths(self, batch: Batch) -> Int64[Tensor, " b"] | None:
-        """Prefix length of each image in blocks; None if the model has no prefix."""
-        if not self.config.model.prefix:
-            return None
-        visits, samples = batch.visits.tolist(), batch.samples.tolist()
-        return draw_prefix_lengths(self.config.seed, visits, samples, self.config.model.num_blocks)
+    def _drawn_per_image(
+        self, batch: Batch
+    ) -> tuple[Int64[Tensor, "b k"] | None, Int64[Tensor, " b"] | None]:
+        """Block order and prefix length in blocks of each image; None if images share one, or have none."""
+        seed, model = self.config.seed, self.config.model
+        keys = batch.visits.tolist(), batch.samples.tolist()
+        orders = draw_orders(seed, *keys, model.num_blocks) if model.order == "per_image" else None
+        return orders, draw_prefix_lengths(seed, *keys, model.num_blocks) if model.prefix else None
 
     def _counts(self, visits: list[int], samples: list[int]) -> list[int]:
         """Number of predicted blocks in these images, for each distance."""
@@ -164,9 +170,9 @@ class Trainer(Learner):
             when = "initial_" if self._may_collapse else ""
             return {f"{when}{name}": loss.mean().item() for name, loss in losses.items()}
 
-    def validation_loss(
+    def validate(
         self, batches: Iterator[Batch], should_stop: Callable[[], object] = bool
-    ) -> tuple[float, list[BadSample]] | None:
+    ) -> tuple[dict[str, float], list[BadSample]] | None:
         """Mean loss over all images under the first order (NaN if there are none), and unreadable images.
 
         Prefixes and orders per image are always those of visit 0. Returns None if asked to stop.
@@ -181,22 +187,14 @@ class Trainer(Learner):
                 if self.group.any(should_stop()):
                     return None
                 if len(batch.images):
-                    order, prefix = self._orders_of(batch), self._prefix_lengths(batch)
-                    out = model(self.to_model(batch.images), order, prefix).distances
+                    out = model(self.to_model(batch.images), *self._drawn_per_image(batch)).distances
                     totals[0] += torch.stack([part.block_loss.cpu().double().sum() for part in out])
                     totals[1] += torch.stack([part.kept.cpu().sum() for part in out])
                 elif self.strategy == "fsdp":
                     self._touch(model)
         sums, counts = torch.tensor(self.group.sum(totals.flatten().tolist())).view(2, distances)
         bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
-        return float((sums / counts).mean()), bad
-
-    def validate(
-        self, batches: Iterator[Batch], should_stop: Callable[[], object]
-    ) -> tuple[dict[str, float], list[BadSample]] | None:
-        """The validation loss."""
-        measured = self.validation_loss(batches, should_stop)
-        return None if measured is None else ({"val_loss": measured[0]}, measured[1])
+        return {"val_loss": float((sums / counts).mean())}, bad
 
     def health(self) -> dict[str, float]:
         """Similarity of targets and parts of the loss in the last micro-batch, averaged over ranks."""
@@ -289,22 +287,3 @@ def sample_patches(
             "model.target tokens on; give images that can be read"
         )
     return torch.cat(sampled)
-
-
-def read_run_model(checkpoint: Path) -> NextBlockModel:
-    """Read the model of a pre-training run's checkpoint."""
-    model = read_model(checkpoint / MODEL_FILE)
-    if not isinstance(model, NextBlockModel):
-        raise CheckpointError(f"{checkpoint} contains a classifier, not the model of a pre-training run")
-    return model
-
-
-def _fresh_model(config: RunConfig) -> NextBlockModel:
-    """Build a model with weights f(seed), or with those of `model.init`."""
-    # Built on the CPU. Not `torch.manual_seed`, as that would reseed the caller's GPUs as well.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(keyed_seed(config.seed, "weights"))
-        model = NextBlockModel(config.model)
-    if config.model.init is not None:
-        initialize(model, config.model.init)
-    return model
