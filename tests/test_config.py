@@ -15,7 +15,7 @@ import nextblock.config
 import nextblock.model_config
 from nextblock.config import CheckpointConfig, DataConfig, ModelConfig, MonitorConfig, RunConfig
 from nextblock.presets import resolve
-from nextblock.settings import Duration, flatten, from_dict, nearest_name, to_dict, typed
+from nextblock.settings import Duration, flatten, from_dict, to_dict, typed
 
 
 def refuses(changes, *parts):
@@ -242,11 +242,6 @@ def test_a_config_comes_back_from_yaml_and_from_dotted_names(config):
 def test_keys_that_are_left_out_keep_their_defaults_and_a_retired_one_is_skipped():
     older = {"model": {"depth": 3, "token_px": None}}
     assert from_dict(RunConfig, older) == RunConfig(model=ModelConfig(depth=3))
-
-
-def test_an_unknown_name_is_answered_with_the_nearest_or_else_with_all():
-    assert nearest_name("blok_size", ["loss", "block_size"]) == "did you mean 'block_size'?"
-    assert nearest_name("zzz", ["alpha", "beta"]) == "known: alpha, beta"
 
 
 def test_what_decides_the_weights_makes_another_run():

@@ -182,9 +182,5 @@ def test_an_import_against_the_order_is_found(statement, name, package, is_wrong
     assert len(imports_against_the_order(ast.parse(statement), name, package)) == is_wrong
 
 
-def test_a_heavy_import_is_noticed() -> None:
-    assert "matplotlib" in heavy_modules_after("import matplotlib")
-
-
 def test_a_missing_package_is_named_itself_as_no_index_has_the_extras():
     assert not [path.name for path in source_files() if "nextblock[" in path.read_text(encoding="utf-8")]

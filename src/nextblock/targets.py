@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,8 @@ from nextblock.errors import UsageError
 from nextblock.kmeans import MAX_DISTANCES, KMeansTokenizer, fit_kmeans
 
 
-class PixelTargets:
-    """A block's pixels as (c h w), normalised or raw (`config.norm_pixels`), by MSE or L1 (`config.loss`).
-
-    Another kind of target needs the same attributes and methods. `*p` below are the axes of a prediction,
-    `*t` those of a target; here both are p pixel values.
-    """
+class _BaseTargets:
+    """What all kinds have. `*p` below are the axes of a prediction, `*t` those of a target."""
 
     needs_fit = False
     """Whether `fit` must be called before targets can be made."""
@@ -37,25 +34,35 @@ class PixelTargets:
     """Whether training could make all targets alike."""
     are_pixels = True
     """Whether a prediction can be turned into pixels, so that an image can be continued."""
-    tokenizer = None
+    tokenizer: Any = None
     """The module that makes the targets; saved with the model."""
     flops = 0
     """Operations to make the targets of an image."""
+    outputs: int
+    """Numbers that the predictor outputs per block."""
+    facts: dict[str, object]
+    """Describes the loss, ready for JSON."""
+    words: list[str]
+    """Sentences for the caption of a picture: the loss, and what is drawn for a prediction."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.outputs = config.block_values
-        """Numbers that the predictor outputs per block."""
-        self.facts: dict[str, object] = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
-        """Describes the loss, ready for JSON."""
-        error, pixels = "squared" if config.loss == "mse" else "absolute", "block-normalised"
-        self.words = [f"Loss: {error} error of {pixels if config.norm_pixels else 'raw'} pixels."]
-        """Sentences for the caption of a picture: the loss, and what is drawn for a prediction."""
-        if config.norm_pixels:
-            self.words += ["Predicted blocks are un-normalised with the mean and deviation of the true ones."]
 
     def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
-        """Fit to normalised patches of training images; the result is f(patches, seed). Not for pixels."""
+        """Fit to normalised patches of training images, if `needs_fit`; the result is f(patches, seed)."""
+
+
+class PixelTargets(_BaseTargets):
+    """A block's pixels as (c h w), normalised or raw (`config.norm_pixels`), by MSE or L1 (`config.loss`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.outputs = config.block_values
+        self.facts = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
+        error, pixels = "squared" if config.loss == "mse" else "absolute", "block-normalised"
+        self.words = [f"Loss: {error} error of {pixels if config.norm_pixels else 'raw'} pixels."]
+        if config.norm_pixels:
+            self.words += ["Predicted blocks are un-normalised with the mean and deviation of the true ones."]
 
     def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps *p"]:
         """Shape the predictor's outputs as predictions."""
@@ -103,13 +110,13 @@ class PixelTargets:
         return denormalize_blocks(pixels, true) if self.config.norm_pixels else pixels
 
 
-class TokenTargets:
+class TokenTargets(_BaseTargets):
     """The k-means token of each patch of a block, by cross-entropy (AIM, section 4.1)."""
 
-    may_collapse, are_pixels = False, True
+    tokenizer: KMeansTokenizer
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.tokenizer = KMeansTokenizer(config.vocab_size, config.in_chans, config.patch_size)
         self.outputs = config.patches_per_block * config.vocab_size
         values = config.num_patches * config.in_chans * config.patch_size**2
@@ -160,10 +167,7 @@ class TokenTargets:
         # Predicting each token by its frequency costs the entropy of the frequencies.
         shares = targets.cpu().flatten().bincount().double() / targets.numel()
         costs = {"uniform": math.log(self.config.vocab_size), "frequency": -torch.xlogy(shares, shares).sum()}
-        return {
-            name: torch.full((len(targets),), float(cost), dtype=torch.float64)
-            for name, cost in costs.items()
-        }
+        return {name: shares.new_full((len(targets),), float(cost)) for name, cost in costs.items()}
 
     def to_pixels(
         self,
@@ -178,7 +182,7 @@ class TokenTargets:
         return join_patches(denormalize_blocks(patches, patches_in(true, self.config)), self.config)
 
 
-class EmbeddingTargets:
+class EmbeddingTargets(_BaseTargets):
     """The encoder's own input embeddings of a block's patches, by cosine (NEPA, arXiv 2512.16922).
 
     They are the output of the patch projection before positions are added: the position of a patch is known
@@ -186,13 +190,11 @@ class EmbeddingTargets:
     embeddings from becoming one vector.
     """
 
-    needs_fit, may_collapse, are_pixels = False, True, False
-    tokenizer = None
-    flops = 0
+    may_collapse, are_pixels = True, False
     scale, loss_name, name = 1, "1 - cosine", "patch embeddings"
 
     def __init__(self, config: ModelConfig, width: int | None = None) -> None:
-        self.config = config
+        super().__init__(config)
         self.width = config.embed_dim if width is None else width
         self.outputs = config.patches_per_block * self.width
         self.facts = {"loss_function": "cosine", "target": config.target, "teacher": config.teacher}
@@ -200,9 +202,6 @@ class EmbeddingTargets:
             f"Loss: {self.loss_name} of {self.name}.",
             "A predicted vector is shown as the patch of these images with the nearest vector.",
         ]
-
-    def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
-        """Embeddings need no fit."""
 
     def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps m e"]:
         """A vector for each patch of a block."""
@@ -281,11 +280,8 @@ class FeatureTargets(EmbeddingTargets):
 Targets = PixelTargets | TokenTargets | EmbeddingTargets
 
 KINDS: dict[str, type[Targets]] = {
-    "pixels": PixelTargets,
-    "tokens": TokenTargets,
-    "embedding": EmbeddingTargets,
-    "features": FeatureTargets,
-}
+    "pixels": PixelTargets, "tokens": TokenTargets, "embedding": EmbeddingTargets, "features": FeatureTargets,
+}  # fmt: skip
 
 
 def make_targets(config: ModelConfig) -> Targets:
