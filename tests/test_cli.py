@@ -229,19 +229,6 @@ def test_info_tells_what_an_official_file_is_and_what_it_does_not_tell(cli, gold
     assert "num_heads" not in told["assumed"]
 
 
-def test_info_tells_the_head_of_an_aim_classifier_and_joins_it_with_its_backbone(cli, golden_dir):
-    code, out, _ = cli("info", golden_dir / "aim_nano_head.pth", "--json")
-    told = json.loads(out)
-    assert (code, told["kind"]) == (0, "head of an AIM classifier")
-    assert told["tensors"]["head.linear.weight"] == [10, 48]
-    backbone, head = golden_dir / "aim_nano_backbone.pth", golden_dir / "aim_nano_head.pth"
-    code, out, _ = cli("info", backbone, "--head", head, "--json")
-    told = json.loads(out)
-    assert (code, told["kind"]) == (0, "classifier")
-    assert told["head"]["layers"] is None
-    assert "probe_layers" in told["assumed"]["probe_layers"]
-
-
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [

@@ -122,7 +122,7 @@ OWN = {"predictor_attention": "block_causal"}
                 ({**MASKED, "feature_attention": "causal"}, "needs model.feature_attention full"),
             )
         ),
-        ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is 0.5,0.3; give smallest,largest"),
+        ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is 0.5,0.3; it must be smallest,largest"),
         ({"data.crop_scale": (0.0, 1.0)}, "above 0"),
         ({"data.mean": (0.5,)}, "1 channel and data.std 3"),
         ({"data.train": ()}, "data.train or data.weights is empty"),

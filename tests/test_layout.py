@@ -23,7 +23,7 @@ ORDER: Sequence[str] = """
     data.augment data.sources.names data.sources.base data.sources.folder data.sources.tar
     data.sources.zip data.sources.remote data.sources.datasets data.sources.huggingface
     data.sources.subset data.sources data.order data.transforms data.workers data.loader data.statistics
-    data.subsets data.doctor data.advice data.pack data blocks kmeans targets models plan optim checkpoint
+    data.subsets data.doctor data.advice data.pack data blocks targets models plan optim checkpoint
     interop train visualize report evaluate look serve pretraining cli __main__
 """.split()  # noqa: SIM905 - one entry a line would take two screens
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextblock import kmeans
 from nextblock.blocks import normalize_blocks
-from nextblock.kmeans import fit_kmeans, nearest_centroids
 from nextblock.targets import (
     TokenTargets,
     combine,
     count_kept_rows,
     draw_prefix_lengths,
+    fit_kmeans,
     kept_rows,
     make_targets,
+    nearest_centroids,
     spread,
 )
 from toy import tiny_config
@@ -208,7 +208,7 @@ def test_the_nearest_centroid_is_the_first_at_the_least_distance(max_distances):
 def algorithm(request, monkeypatch):
     """Both ways to fit, whatever the size."""
     if request.param == "batches":
-        monkeypatch.setattr(kmeans, "MAX_LLOYD_PRODUCTS", 0)
+        monkeypatch.setattr("nextblock.targets.MAX_LLOYD_PRODUCTS", 0)
     return request.param
 
 

@@ -407,11 +407,3 @@ def require(holds: bool, message: str) -> None:
     """Raise `UsageError` with this message unless the condition holds."""
     if not holds:
         raise UsageError(message)
-
-
-def require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
-    """Raise unless the bounds are (smallest, largest), above `low` and up to `high`."""
-    require(
-        low < bounds[0] <= bounds[1] <= high,
-        f"{name} is {typed(bounds)}; give smallest,largest above {low} and up to {high}",
-    )

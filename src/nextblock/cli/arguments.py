@@ -364,10 +364,9 @@ def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
             if setting in known:
                 example = re.sub("[0-9]+", value, example) if value.isdigit() else example
                 return f"{setting} {example or value}".rstrip()
-    # Later entries win in `leaves`, so a setting of the same section does. Swapped letters and the start of a
-    # name match too.
+    # Later entries win in `leaves`, so a setting of the same section does. The start of a name matches too.
     ranked = sorted(known, key=lambda candidate: candidate.startswith(f"{section}."))
     leaves = {candidate.rpartition(".")[2]: candidate for candidate in ranked}
-    near = [leaf for leaf in leaves if sorted(leaf) == sorted(last) or leaf.startswith(f"{last}_")]
+    near = [leaf for leaf in leaves if leaf == last or leaf.startswith(f"{last}_")]
     near += difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
     return leaves[near[0]] if near else None
