@@ -290,11 +290,12 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
-        # JSON and YAML have no tuples. The config itself checks types.
-        if is_dataclass(hints[name]) and isinstance(value, Mapping):
+        if not isinstance(value, Mapping):
+            # Lists become tuples, paths text. What cannot be read is left for the config to refuse.
+            with contextlib.suppress(ValueError):
+                given[name] = _read(value, hints[name])
+        elif is_dataclass(hints[name]):
             given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            given[name] = tuple(value)
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
     missing = [name for name in required if name not in given]
     require(not missing, f"{listed(missing)} must be given")

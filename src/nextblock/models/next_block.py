@@ -212,14 +212,15 @@ class NextBlockModel(nn.Module):
             # positions are the same for all images, row r of (b k) is block r mod k of the sequence.
             if positions is not None:
                 positions = rearrange(positions, "b (k m) d -> b k m d", m=m)
-            if positions is not None and rows is not None:
-                positions = positions.flatten(0, 1)
-                positions = positions.index_select(0, rows % len(positions))
+                if rows is not None:
+                    positions = positions.flatten(0, 1)
+                    positions = positions.index_select(0, rows % len(positions))
             blocks = predictor(blocks, positions, **settings)
         joined = join_blocks(blocks)
 
         # Each distance has its own output map on the same joined tokens.
-        all_targets, distances = self.targets.of_blocks(images, order, embedded), list[Further]()
+        all_targets = self.targets.of_blocks(images, order, embedded)
+        distances: list[Further] = []
         for distance, block_mlp in zip(config.distances, predictor.block_mlps, strict=True):
             row, position, steps = config.steps(distance)
             targets = all_targets[:, position : position + steps]
