@@ -215,6 +215,7 @@ def describe_type(hint: Any) -> str:
     return words.get(hint) or hint.__name__
 
 
+@functools.cache
 def kinds_of(hint: Any) -> list[Any]:
     """The types that a hint allows, without their bounds: `Count | None` -> [int, NoneType]."""
     if get_origin(hint) is Annotated:
@@ -290,12 +291,13 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
-        if not isinstance(value, Mapping):
+        if isinstance(value, Mapping):
+            if is_dataclass(hints[name]):
+                given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
+        elif type(value) not in (tuple, *kinds_of(hints[name])):
             # Lists become tuples, paths text. What cannot be read is left for the config to refuse.
             with contextlib.suppress(ValueError):
                 given[name] = _read(value, hints[name])
-        elif is_dataclass(hints[name]):
-            given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
     missing = [name for name in required if name not in given]
     require(not missing, f"{listed(missing)} must be given")
