@@ -288,18 +288,6 @@ def test_predict_in_python_takes_paths_and_refuses_unknown_and_missing_names(run
         nextblock.predict(model=run, data="digits")
 
 
-def test_a_probes_head_knows_how_its_runs_images_were_cut(cli, run, tmp_path):
-    words = ("--train", "digits:split=test", "--heads", "[linear]", "--baselines", "false", "--device", "cpu")
-    words = (*words, "--epochs", "1", "--batch_size", "16", "--workers", "0")
-    assert cli("probe", "--model", run, "--out", tmp_path / "p", *words)[0] == 0
-    assert cli("probe", "--model", tmp_path / "p" / "linear", "--out", tmp_path / "again", *words)[0] == 0
-    first, again = (json.loads((tmp_path / d / "probe.json").read_text()) for d in ("p", "again"))
-    for name in ("mean", "std", "val_resize_px"):
-        assert again["images"][name] == first["images"][name]
-    assert again["images"]["val_resize_px"] == 16
-    assert again["rows"][0]["top1"] == first["rows"][0]["top1"]
-
-
 def test_python_and_the_command_line_make_the_same_run(run, tmp_path):
     written = yaml.safe_load((run / "config.yaml").read_text())
     nextblock.pretrain("xtra-tiny", out=tmp_path / "run", reporter=Quiet(), **written)
