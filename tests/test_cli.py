@@ -100,25 +100,6 @@ def test_wrong_usage_is_told_with_code_2(cli, words, message):
 # --------------------------------------------------------------------------------------------- wrong material
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (None, "there is no such directory"),
-        ([], "it is empty"),
-        (["notes.txt", "table.csv"], "2 files, none with an image's extension (.csv, .txt)"),
-    ],
-)
-def test_a_folder_without_images_is_told_and_nothing_is_begun(tiny, tmp_path, files, message):
-    if files is not None:
-        (tmp_path / "images").mkdir()
-    for name in files or []:
-        (tmp_path / "images" / name).write_text("words")
-    told = refused(tiny("--data.train", tmp_path / "images"))
-    assert str(tmp_path / "images") in told
-    assert message in told
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_device_that_is_not_there_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = refused(tiny("--train.device", "cuda"))
@@ -126,36 +107,7 @@ def test_a_device_that_is_not_there_is_refused(tiny, monkeypatch):
     assert "available: cpu" in told
 
 
-def test_weights_to_start_from_that_are_not_there_fail_and_the_corrected_command_runs(tiny, run):
-    assert "does not exist" in refused(tiny("--model.init", "nowhere"), code=2)
-    code, _, _ = tiny("--model.init", run)
-    assert code == 0
-
-
-def test_another_run_in_the_place_is_refused_and_overwrite_begins_anew(tiny, tmp_path):
-    assert tiny()[0] == 0
-    told = refused(tiny("--optim.lr", "0.5"))
-    assert "optim.lr: 0.002 there, 0.5 now" in told
-    assert tiny("--optim.lr", "0.5", "--overwrite")[0] == 0
-    assert metrics(tmp_path / "run")[-1]["step"] == 3
-
-
 # -------------------------------------------------------------------------------------------- broken pictures
-
-
-def test_a_few_broken_pictures_are_left_out_listed_and_counted(tiny, tmp_path):
-    write_images(tmp_path / "images", 200, broken=2)
-    (tmp_path / "images" / "notes.txt").write_text("words")
-    flags = ("--train.batch_size", "101", "--train.micro_batch_size", "50", "--train.duration", "1ep")
-    code, out, err = tiny("--data.train", tmp_path / "images", *flags, "--json")
-    assert code == 0
-    assert json.loads(out.splitlines()[-1])["num_bad"] == 2
-    assert "unreadable images: 2, see quarantine.jsonl" in err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
-    listed = {line["name"]: line["reason"] for line in lines}
-    assert set(listed) == {"broken_00.png", "broken_01.png"}
-    assert listed["broken_01.png"] == "the file is empty (0 bytes)"
-    assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
 def test_too_many_broken_pictures_stop_the_run_with_the_first_ten(tiny, tmp_path):
@@ -277,28 +229,6 @@ def test_info_tells_what_an_official_file_is_and_what_it_does_not_tell(cli, gold
     assert "num_heads" not in told["assumed"]
 
 
-def test_info_tells_the_head_of_an_aim_classifier_and_joins_it_with_its_backbone(cli, golden_dir):
-    code, out, _ = cli("info", golden_dir / "aim_nano_head.pth", "--json")
-    told = json.loads(out)
-    assert (code, told["kind"]) == (0, "head of an AIM classifier")
-    assert told["tensors"]["head.linear.weight"] == [10, 48]
-    backbone, head = golden_dir / "aim_nano_backbone.pth", golden_dir / "aim_nano_head.pth"
-    code, out, _ = cli("info", backbone, "--head", head, "--json")
-    told = json.loads(out)
-    assert (code, told["kind"]) == (0, "classifier")
-    assert told["head"]["layers"] is None
-    assert "probe_layers" in told["assumed"]["probe_layers"]
-
-
-def test_info_lists_the_tensors_of_a_file_that_is_no_model(cli, golden_dir):
-    code, out, _ = cli("info", golden_dir / "aim_nano.safetensors", "--json")
-    told = json.loads(out)
-    assert (code, told["kind"]) == (0, "tensors")
-    assert told["tensors"]["images"] == [2, 3, 56, 56]
-    assert "probe_layers" in told["metadata"]["config"]
-    assert "no known format" in told["why"]
-
-
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
@@ -349,13 +279,6 @@ def test_predict_draws_a_runs_predictions_and_says_which_images_it_skipped(cli, 
     assert values["bad"][0]["reason"]
 
 
-def test_predict_takes_the_number_of_heads_that_a_file_does_not_tell(cli, golden_dir, tmp_path):
-    words = ("--model", golden_dir / "xtra_k2.ckpt", "--data", "digits", "--num_images", "1")
-    words = (*words, "--device", "cpu", "--out", tmp_path / "p")
-    assert "num_heads" in refused(cli("predict", *words))
-    assert cli("predict", *words, "--num_heads", "3")[0] == 0
-
-
 def test_predict_in_python_takes_paths_and_refuses_unknown_and_missing_names(run, tmp_path):
     result = nextblock.predict(model=run, data="digits", out=tmp_path / "p", num_images=1, device="cpu")
     assert result.picture.is_file()
@@ -363,18 +286,6 @@ def test_predict_in_python_takes_paths_and_refuses_unknown_and_missing_names(run
         nextblock.predict(model=run, data="digits", out="p", images=1)
     with pytest.raises(ValueError, match=r"^out must be given$"):
         nextblock.predict(model=run, data="digits")
-
-
-def test_a_probes_head_knows_how_its_runs_images_were_cut(cli, run, tmp_path):
-    words = ("--train", "digits:split=test", "--heads", "[linear]", "--baselines", "false", "--device", "cpu")
-    words = (*words, "--epochs", "1", "--batch_size", "16", "--workers", "0")
-    assert cli("probe", "--model", run, "--out", tmp_path / "p", *words)[0] == 0
-    assert cli("probe", "--model", tmp_path / "p" / "linear", "--out", tmp_path / "again", *words)[0] == 0
-    first, again = (json.loads((tmp_path / d / "probe.json").read_text()) for d in ("p", "again"))
-    for name in ("mean", "std", "val_resize_px"):
-        assert again["images"][name] == first["images"][name]
-    assert again["images"]["val_resize_px"] == 16
-    assert again["rows"][0]["top1"] == first["rows"][0]["top1"]
 
 
 def test_python_and_the_command_line_make_the_same_run(run, tmp_path):
@@ -419,13 +330,3 @@ def test_report_sums_up_a_run_and_ends_with_a_line_of_json(cli, run):
     assert set(values["baselines"]) == {"zero", "copy_previous"}
     assert (run / "report.md").is_file()
     assert (run / "losses.png").is_file()
-
-
-def test_report_of_a_run_stopped_before_its_first_logged_line(cli, tmp_path):
-    (tmp_path / "config.yaml").touch()
-    code, out, err = cli("report", tmp_path, "--json")
-    assert (code, err) == (0, "")
-    assert "not logged yet" in out
-    assert json.loads(out.splitlines()[-1])["final_loss"] is None
-    assert (tmp_path / "report.md").is_file()
-    assert not (tmp_path / "losses.png").exists()

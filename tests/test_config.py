@@ -15,7 +15,7 @@ import nextblock.config
 import nextblock.model_config
 from nextblock.config import CheckpointConfig, DataConfig, ModelConfig, MonitorConfig, RunConfig
 from nextblock.presets import resolve
-from nextblock.settings import Duration, flatten, from_dict, nearest_name, to_dict, typed
+from nextblock.settings import Duration, flatten, from_dict, to_dict, typed
 
 
 def refuses(changes, *parts):
@@ -68,68 +68,61 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_it_must_be(name, value,
 
 
 FEATURES = {"target": "features", "teacher": "timm:NAME"}
+IDENTITY = {"target": "embedding", "predictor": "identity"}
 MASKED = {"mask_ratio": 0.5, "order": "per_image", "feature_attention": "full"}
-
-
-def of_model(**changes):
-    return {f"model.{name}": value for name, value in changes.items()}
+OWN = {"predictor_attention": "block_causal"}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (of_model(image_size=224), "blocks of 4x4 patches of 16 px; use model.image_size 192 or 256,"),
-        (of_model(image_size=(128, 200), patch_size=8, block_size=(4, 2)), "image_size 128x192 or 128x208,"),
-        (of_model(image_size=32), "use model.image_size 64,"),
-        (of_model(image_size=100), "100x100 px cannot be cut into 16-px patches; use model.image_size 96"),
-        (of_model(embed_dim=100, num_heads=3), "embed_dim 100 is not divisible by model.num_heads 3"),
-        (of_model(predictor_heads=5), "predictor_dim 768 is not divisible by model.predictor_heads 5"),
-        (of_model(num_predicted_blocks=16), "only 16 blocks; predict at most 15"),
-        (of_model(predictor_block_size=4), "needs model.predictor_attention block_causal"),
-        (of_model(predictor_attention="block_causal", predictor_block_size=3), "not divide a grid of 16x16"),
-        (of_model(predictor_attention="full", prefix=True), "no model.prefix"),
-        (of_model(predictor_attention="causal", predictor="mlp"), "a predictor mlp has no attention"),
-        (of_model(encoder_attention="full"), "needs model.feature_attention full"),
-        (of_model(positions="sincos", embed_dim=90, num_heads=3), "model.embed_dim 90 cannot be divided"),
-        (of_model(positions="sincos", predictor_dim=90, predictor="mlp"), "use 88 or 92"),
-        (of_model(target="tokens", loss="l1"), "model.loss are for target pixels"),
-        (of_model(target="tokens", norm_pixels=False), "norm_pixels and model.loss are for target pixels"),
         *(
-            (of_model(**changes), message)
+            ({f"model.{name}": value for name, value in changes.items()}, message)
             for changes, message in (
+                ({"image_size": 224}, "blocks of 4x4 patches of 16 px; use model.image_size 192 or 256,"),
+                ({"image_size": (128, 200), "patch_size": 8}, "image_size 128x192 or 128x224,"),
+                ({"image_size": 32}, "use model.image_size 64,"),
+                ({"image_size": 100}, "100x100 px cannot be cut into 16-px patches; use model.image_size 96"),
+                ({"embed_dim": 100, "num_heads": 3}, "embed_dim 100 is not divisible by model.num_heads 3"),
+                ({"predictor_heads": 5}, "predictor_dim 768 is not divisible by model.predictor_heads 5"),
+                ({"positions": "sincos", "embed_dim": 90, "num_heads": 3}, "embed_dim 90 cannot be divided"),
+                ({"positions": "sincos", "predictor_dim": 90, "predictor": "mlp"}, "use 88 or 92"),
                 ({"positions": "rope", "embed_dim": 60, "num_heads": 6}, "head width divisible by 4, not 10"),
-                ({"positions": "rope", "bias": False}, "model.positions rope needs model.bias true"),
-                ({"positions": "rope", "patch_norm": True}, "rope excludes model.patch_norm"),
-                ({"rope_rescale": 2.0}, "model.rope_rescale needs model.positions rope"),
-                ({"qk_scale": 0.5, "qk_norm": "plain"}, "model.qk_scale excludes model.qk_norm and rope"),
-                ({"class_token": True, "prefix": True}, "class_token and model.prefix exclude each other"),
-                ({"class_token": True, **MASKED}, "model.mask_ratio excludes model.class_token"),
-                (
-                    {"class_token": True, "predictor_attention": "full"},
-                    "class_token excludes custom",
-                ),
+                ({"num_predicted_blocks": 16}, "only 16 blocks; predict at most 15"),
+                ({**OWN, "predictor_block_size": 3}, "does not divide a grid of 16x16"),
                 ({"target": "features"}, "model.target features needs model.teacher"),
                 ({"teacher": "timm:NAME"}, "model.target features needs model.teacher"),
-                ({"predict_visible": True}, "model.predict_visible needs model.target features"),
-                ({**FEATURES, "predict_visible": True, "prefix": True}, "predict_visible and model.prefix"),
-                ({"predictor": "identity"}, "identity needs model.target embedding"),
-                (
-                    {"predictor": "identity", "target": "embedding", "num_predicted_blocks": 2},
-                    "and model.num_predicted_blocks 1",
-                ),
+                ({**MASKED, "mask_ratio": 1.0}, "above 0, below 1"),
+                ({"encoder_attention": "full"}, "full needs model.feature_attention full, not causal"),
+                ({"positions": "rope", "bias": False}, "rope needs model.bias true, not false"),
+                ({"positions": "rope", "patch_norm": True}, "needs model.patch_norm false, not true"),
+                ({"positions": "rope", "qk_scale": 0.5}, "needs model.qk_scale none, not 0.5"),
+                ({"rope_rescale": 2.0}, "model.rope_rescale 2.0 needs model.positions rope, not learned"),
+                ({"qk_scale": 0.5, "qk_norm": "plain"}, "model.qk_scale 0.5 needs model.qk_norm none"),
+                ({"class_token": True, "prefix": True}, "model.class_token true needs model.prefix false"),
+                ({"class_token": True, **MASKED}, "model.class_token true needs model.mask_ratio none"),
+                ({"class_token": True, **OWN}, "true needs model.predictor_attention native"),
+                ({"predictor_block_size": 4}, "4 needs model.predictor_attention block_causal, not native"),
+                ({"predictor_attention": "full", "prefix": True}, "needs model.prefix false"),
+                ({"predictor_attention": "causal", "predictor": "mlp"}, "predictor transformer, not mlp"),
+                ({"target": "tokens", "loss": "l1"}, "model.target tokens needs model.loss mse, not l1"),
+                ({"target": "tokens", "norm_pixels": False}, "needs model.norm_pixels true"),
+                ({"predictor": "identity"}, "identity needs model.target embedding, not pixels"),
+                ({**IDENTITY, "num_predicted_blocks": 2}, "needs model.num_predicted_blocks 1, not 2"),
                 ({"target_positions": True, "predictor": "linear"}, "transformer or mlp, not linear"),
                 ({"target_positions": True, "num_predicted_blocks": 2}, "needs model.num_predicted_blocks 1"),
-                ({"target_positions": True, "predictor_attention": "full"}, "no custom attention masks"),
-                ({**MASKED, "prefix": True}, "model.mask_ratio excludes model.prefix"),
-                ({**MASKED, "target_positions": True}, "model.mask_ratio excludes"),
-                ({**MASKED, **FEATURES, "predict_visible": True}, "model.mask_ratio excludes"),
-                ({**MASKED, "order": "random"}, "model.mask_ratio needs model.order per_image"),
-                ({**MASKED, "num_predicted_blocks": 2}, "and model.num_predicted_blocks 1"),
-                ({**MASKED, "feature_attention": "causal"}, "set model.feature_attention full"),
-                ({**MASKED, "mask_ratio": 1.0}, "above 0, below 1"),
+                ({"target_positions": True, **OWN}, "needs model.predictor_attention native"),
+                ({"predict_visible": True}, "predict_visible true needs model.target features, not pixels"),
+                ({**FEATURES, "predict_visible": True, "prefix": True}, "needs model.prefix false"),
+                ({**MASKED, "prefix": True}, "model.mask_ratio 0.5 needs model.prefix false, not true"),
+                ({**MASKED, "target_positions": True}, "needs model.target_positions false"),
+                ({**MASKED, **FEATURES, "predict_visible": True}, "needs model.predict_visible false"),
+                ({**MASKED, "order": "random"}, "needs model.order per_image, not random"),
+                ({**MASKED, "num_predicted_blocks": 2}, "needs model.num_predicted_blocks 1"),
+                ({**MASKED, "feature_attention": "causal"}, "needs model.feature_attention full"),
             )
         ),
-        ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is 0.5,0.3; give smallest,largest"),
+        ({"data.crop_scale": (0.5, 0.3)}, "data.crop_scale is 0.5,0.3; it must be smallest,largest"),
         ({"data.crop_scale": (0.0, 1.0)}, "above 0"),
         ({"data.mean": (0.5,)}, "1 channel and data.std 3"),
         ({"data.train": ()}, "data.train or data.weights is empty"),
@@ -249,11 +242,6 @@ def test_a_config_comes_back_from_yaml_and_from_dotted_names(config):
 def test_keys_that_are_left_out_keep_their_defaults_and_a_retired_one_is_skipped():
     older = {"model": {"depth": 3, "token_px": None}}
     assert from_dict(RunConfig, older) == RunConfig(model=ModelConfig(depth=3))
-
-
-def test_an_unknown_name_is_answered_with_the_nearest_or_else_with_all():
-    assert nearest_name("blok_size", ["loss", "block_size"]) == "did you mean 'block_size'?"
-    assert nearest_name("zzz", ["alpha", "beta"]) == "known: alpha, beta"
 
 
 def test_what_decides_the_weights_makes_another_run():

@@ -11,7 +11,6 @@ import nextblock
 from nextblock.blocks import block_orders, may_attend
 from nextblock.config import pair
 from nextblock.errors import UsageError
-from nextblock.models import NextBlockModel
 from nextblock.visualize.orders import EARLIER, OWN, PREFIX, geometry
 from tiny_runs import call_cli, refused
 from toy import tiny_config
@@ -49,15 +48,6 @@ def test_order_and_mask_are_those_of_the_slow_definition(name):
     prefixes = torch.tensor([length]) if length else None
     allowed = may_attend(torch.tensor(sequence), prefixes).view(len(sequence), -1)
     assert ((shown.attends > 0) == allowed.numpy()).all()
-
-
-@pytest.mark.parametrize("name", ["raster", "class token"])
-def test_the_drawn_mask_is_the_models_but_for_its_last_block(name):
-    config, _ = CONFIGS[name]
-    mask = NextBlockModel(config).mask
-    assert mask is not None
-    m = config.patches_per_block
-    assert ((geometry(config).attends > 0)[:-m, :-m] == mask.numpy()).all()
 
 
 def test_masked_blocks_are_the_last_of_the_order_and_all_attend_to_all():

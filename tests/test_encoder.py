@@ -53,12 +53,6 @@ def test_weights_and_positions_have_deviation_002_biases_are_zero_and_norms_begi
         assert not norm.bias.any()
 
 
-def test_the_patch_projection_is_kaiming_normal_by_its_inputs(fresh):
-    projection = fresh.encoder.patch_embed.proj
-    assert projection.weight.std().item() == pytest.approx(math.sqrt(2 / (3 * 8 * 8)), rel=0.03)
-    assert not projection.bias.any()
-
-
 def test_aims_weights_are_xavier_uniform_by_the_width_of_each_map(aim):
     parts = [aim.encoder.patch_embed.proj.weight.flatten(1)]  # a linear map of pixels
     for name, module in modules_of(aim, nn.Linear).items():

@@ -10,8 +10,8 @@ import torch
 from nextblock.checkpoint import CheckpointError, save_model
 from nextblock.interop import create_model, initialize
 from nextblock.interop.init_from import in_groups, initialize_from
-from nextblock.kmeans import KMeansTokenizer
 from nextblock.models.vit import resample_positions, sincos_positions
+from nextblock.targets import KMeansTokenizer
 from test_checkpoint import STATE, same_weights
 from tiny_runs import save_checkpoint
 from toy import tiny_images, tiny_model

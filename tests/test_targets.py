@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextblock import kmeans
 from nextblock.blocks import normalize_blocks
-from nextblock.config import ModelConfig
-from nextblock.kmeans import KMeansTokenizer, fit_kmeans, nearest_centroids
 from nextblock.targets import (
     TokenTargets,
     combine,
     count_kept_rows,
     draw_prefix_lengths,
+    fit_kmeans,
     kept_rows,
     make_targets,
+    nearest_centroids,
     spread,
 )
 from toy import tiny_config
@@ -150,11 +149,6 @@ def test_tokens_are_drawn_as_centroids_with_the_mean_and_deviation_of_the_true_p
             torch.testing.assert_close(drawn[0, step, :, row : row + 4, column : column + 4], expected)
 
 
-def test_outputs_of_a_block_are_its_pixel_values_or_its_tokens_logits():
-    assert make_targets(ModelConfig(block_size=2)).outputs == 3 * 32 * 32
-    assert make_targets(ModelConfig(block_size=2, target="tokens", vocab_size=100)).outputs == 400
-
-
 def draw(seed, samples, num_blocks, visit=0):
     return draw_prefix_lengths(seed, [visit] * len(samples), samples, num_blocks)
 
@@ -214,7 +208,7 @@ def test_the_nearest_centroid_is_the_first_at_the_least_distance(max_distances):
 def algorithm(request, monkeypatch):
     """Both ways to fit, whatever the size."""
     if request.param == "batches":
-        monkeypatch.setattr(kmeans, "MAX_LLOYD_PRODUCTS", 0)
+        monkeypatch.setattr("nextblock.targets.MAX_LLOYD_PRODUCTS", 0)
     return request.param
 
 
@@ -248,15 +242,6 @@ def test_as_many_tokens_as_distinct_patches_are_the_patches_and_more_are_refused
     torch.testing.assert_close(centroids[nearest_centroids(points, centroids)], points, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"71 patches contain only 8 distinct ones, .* at most 8"):
         fit_kmeans(points, 9, seed=0)
-
-
-def test_flat_patches_have_one_token_whatever_their_grey():
-    tokenizer = KMeansTokenizer(vocab_size=2, in_chans=1, patch_size=2)
-    images = torch.tensor([0.3, 0.7, 0.3, 0.9]).view(4, 1, 1, 1).expand(4, 1, 2, 2).clone()
-    images[3, 0, 0, 0] = 5.0
-    tokenizer.centroids.copy_(fit_kmeans(tokenizer.patches(images).flatten(0, 1), 2, seed=0))
-    first, second, third, odd = tokenizer(images).flatten().tolist()
-    assert first == second == third != odd
 
 
 def test_targets_that_need_a_fit_say_so_and_are_refused_before():

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import nextblock
 from nextblock.checkpoint import CHECKSUMS_FILE, read_metadata, write_safetensors
 from nextblock.data import normalize
-from nextblock.kmeans import KMeansTokenizer
 from nextblock.report import read_run, report_markdown
+from nextblock.targets import KMeansTokenizer
 from nextblock.train.trainer import Trainer, sample_patches
 from tiny_runs import CPU, Quiet, checkpoints, crash_toy, metrics, run_toy, same, settings, weights
 from toy import ToySource

@@ -25,7 +25,6 @@ from nextblock.settings import (
     duration,
     flatten,
     require,
-    require_range,
     to_dict,
     typed,
 )
@@ -39,6 +38,12 @@ ValCrop = Literal["center", "squash", "border"]
 Pixel = Annotated[float, Rule(lambda x: 0 <= x <= 1, "from 0 to 1 (divide values of bytes by 255)")]
 Deviation = Annotated[
     float, Rule(lambda x: 0 < x <= 1, "above 0 and up to 1 (divide values of bytes by 255)")
+]
+CropScale = Annotated[
+    tuple[float, float], Rule(lambda x: 0 < x[0] <= x[1] <= 1, "smallest,largest above 0 and up to 1")
+]
+CropRatio = Annotated[
+    tuple[float, float], Rule(lambda x: 0 < x[0] <= x[1] <= 1e6, "smallest,largest above 0")
 ]
 Jitter = Annotated[
     tuple[Share, Share, Share, Share],
@@ -59,9 +64,9 @@ class DataConfig(Section):
     """Samples per epoch; auto: the number of images."""
     val: str | None = None
     """Images to validate on, in the same grammar."""
-    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_scale: CropScale = (0.3, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest; drawn uniformly."""
-    crop_ratio: tuple[float, float] = (0.75, 1.5)
+    crop_ratio: CropRatio = (0.75, 1.5)
     """Width over height of a training crop, smallest and largest; drawn log-uniformly."""
     flip: Share = 0.5
     """Probability of a horizontal flip; use 0 when left and right differ, as in text."""
@@ -113,8 +118,6 @@ class DataConfig(Section):
             self.color_jitter is None or self.channels in (1, 3),
             f"data.color_jitter changes colours, but data.channels is {self.channels}; set it to none",
         )
-        require_range("data.crop_scale", self.crop_scale, 0, 1)
-        require_range("data.crop_ratio", self.crop_ratio, 0, 1e6)
         require(
             self.val_crop != "border" or self.normalize == "given",
             "data.val_crop border fills with data.mean, which data.normalize auto measures on such crops; "

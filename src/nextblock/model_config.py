@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from nextblock.settings import Auto, Count, Positive, Rule, check_types, require
+from nextblock.settings import Auto, Count, Positive, Rule, check_types, listed, require, typed
 
 Attention = Literal["native", "causal", "full"]
 """Attention mask used for features: native (as trained for), causal (as in pre-training), or full."""
@@ -171,22 +172,80 @@ class ModelConfig(Section):
                 f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
                 f"use model.image_size {near}, or another patch_size or block_size",
             )
-        is_possible = self.encoder_attention == "block_causal" or self.feature_attention == "full"
-        require(is_possible, "model.encoder_attention full needs model.feature_attention full")
         self._check_widths("embed_dim", "num_heads")
-        self._check_encoder()
+        head_dim = self.embed_dim // self.num_heads
+        require(
+            self.positions != "rope" or head_dim % 4 == 0,
+            f"model.positions rope needs a head width divisible by 4, not {head_dim}",
+        )
+        for name, is_used, needs in self._requirements():
+            for other, wanted in needs.items():
+                value, allowed = getattr(self, other), wanted if isinstance(wanted, tuple) else (wanted,)
+                require(
+                    not is_used or value in allowed,
+                    f"model.{name} {typed(getattr(self, name))} needs model.{other} "
+                    f"{listed([typed(word) for word in allowed], 'or')}, not {typed(value)}",
+                )
         if self.predictor is None:
             return
-        if self.predictor == "transformer":
-            self._check_widths("predictor_dim", "predictor_heads")
-        elif self.predictor == "mlp":
-            self._check_widths("predictor_dim")
-        self._check_own_mask()
-        self._check_target()
+        if self.predictor in ("transformer", "mlp"):
+            self._check_widths("predictor_dim", "predictor_heads" if self.predictor == "transformer" else "")
+        require(
+            (self.target == "features") == (self.teacher is not None),
+            "model.target features needs model.teacher, e.g. timm:NAME, and model.teacher needs "
+            "model.target features",
+        )
+        own = pair(self.predictor_block_size or 1)
+        require(
+            not (self.grid[0] % own[0] or self.grid[1] % own[1]),
+            f"model.predictor_block_size {self.predictor_block_size} does not divide a grid of "
+            f"{self.grid[0]}x{self.grid[1]}",
+        )
         require(
             self.num_blocks == 1 or self.num_predicted_blocks < self.num_blocks,
             f"model.num_predicted_blocks is {self.num_predicted_blocks}, but an image has only "
             f"{self.num_blocks} blocks; predict at most {self.num_blocks - 1} ahead",
+        )
+
+    def _requirements(self) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+        """Yield (setting, whether it is in use, the values that it needs of other settings)."""
+        is_rope, is_masked = self.positions == "rope", self.mask_ratio is not None
+        is_full, has_own_mask = self.encoder_attention == "full", self.predictor_attention != "native"
+        yield "encoder_attention", is_full, {"feature_attention": "full"}
+        yield "positions", is_rope, {"bias": True, "patch_norm": False, "qk_scale": None}
+        yield "rope_rescale", self.rope_rescale != 1, {"positions": "rope"}
+        yield "qk_scale", self.qk_scale is not None, {"qk_norm": None}
+        yield "class_token", self.class_token, {"prefix": False, "mask_ratio": None}
+        if self.predictor is None:
+            return
+        # Other masks assume raster order without a prefix; in any other order, targets would be visible.
+        raster = {"order": "raster", "prefix": False}
+        has_own_blocks = self.predictor_block_size is not None
+        yield "predictor_block_size", has_own_blocks, {"predictor_attention": "block_causal"}
+        yield "encoder_attention", is_full, raster
+        yield "predictor_attention", has_own_mask, {"predictor": "transformer", **raster}
+        native = {"encoder_attention": "block_causal", "predictor_attention": "native"}
+        one_ahead = {"num_predicted_blocks": 1}
+        yield "class_token", self.class_token, native
+        yield "target", self.target != "pixels", {"norm_pixels": True, "loss": "mse"}
+        yield "predictor", self.predictor == "identity", {"target": "embedding", **one_ahead}
+        yield "target_positions", self.target_positions, {
+            "predictor": ("transformer", "mlp"), **one_ahead, **native,
+        }  # fmt: skip
+        yield "predict_visible", self.predict_visible, {"target": "features", "prefix": False}
+        yield "mask_ratio", is_masked, {
+            "order": "per_image", "prefix": False, "target_positions": False, "predict_visible": False,
+            "feature_attention": "full", **one_ahead, **native,
+        }  # fmt: skip
+
+    def _check_widths(self, width: str, heads: str) -> None:
+        dim, number = getattr(self, width), getattr(self, heads, 1)
+        require(dim % number == 0, f"model.{width} {dim} is not divisible by model.{heads} {number}")
+        # Sines and cosines of row and column take a quarter of the width each.
+        quarters = dim // 4 * 4
+        require(
+            self.positions != "sincos" or dim % 4 == 0,
+            f"model.{width} {dim} cannot be divided by 4 (sincos); use {quarters or 4} or {quarters + 4}",
         )
 
     def check_predicts(self) -> None:
@@ -198,122 +257,6 @@ class ModelConfig(Section):
         require(
             self.num_blocks > 1,
             "the whole image is one block, so there is no next block; use a smaller model.block_size",
-        )
-
-    def _check_widths(self, width: str, heads: str = "") -> None:
-        dim, number = getattr(self, width), getattr(self, heads, 1)
-        require(dim % number == 0, f"model.{width} {dim} is not divisible by model.{heads} {number}")
-        # Sines and cosines of row and column take a quarter of the width each.
-        quarters = dim // 4 * 4
-        require(
-            self.positions != "sincos" or dim % 4 == 0,
-            f"model.{width} {dim} cannot be divided by 4 (sincos); use {quarters or 4} or {quarters + 4}",
-        )
-
-    def _check_encoder(self) -> None:
-        """Refuse options of the encoder that exclude each other."""
-        head_dim = self.embed_dim // self.num_heads
-        is_rope = self.positions == "rope"
-        for is_wrong, what in (
-            (
-                is_rope and head_dim % 4,
-                f"model.positions rope needs a head width divisible by 4, not {head_dim}",
-            ),
-            (is_rope and not self.bias, "model.positions rope needs model.bias true"),
-            (is_rope and self.patch_norm, "model.positions rope excludes model.patch_norm; leave it out"),
-            (
-                self.rope_rescale != 1 and not is_rope,
-                "model.rope_rescale needs model.positions rope; set model.rope_rescale 1",
-            ),
-            (self.qk_scale and (self.qk_norm or is_rope), "model.qk_scale excludes model.qk_norm and rope"),
-            (
-                self.class_token and self.prefix,
-                "model.class_token and model.prefix exclude each other; set one of them to false",
-            ),
-            (
-                self.class_token and self.mask_ratio,
-                "model.mask_ratio excludes model.class_token; set it to false",
-            ),
-        ):
-            require(not is_wrong, what)
-
-    def _check_target(self) -> None:
-        """Refuse options that do not fit the target, or the way it is predicted."""
-        target = self.target
-        is_plain = self.encoder_attention == "block_causal" and self.predictor_attention == "native"
-        for is_wrong, what in (
-            (
-                target != "pixels" and not (self.norm_pixels and self.loss == "mse"),
-                f"model.norm_pixels and model.loss are for target pixels, not {target}; leave them out",
-            ),
-            (
-                (target == "features") != (self.teacher is not None),
-                "model.target features needs model.teacher, e.g. timm:NAME, and model.teacher needs "
-                "model.target features",
-            ),
-            (
-                self.predict_visible and target != "features",
-                "model.predict_visible needs model.target features",
-            ),
-            (
-                self.predict_visible and self.prefix,
-                "model.predict_visible and model.prefix exclude each other",
-            ),
-            (
-                self.predictor == "identity" and (target != "embedding" or self.num_predicted_blocks > 1),
-                "model.predictor identity needs model.target embedding and model.num_predicted_blocks 1",
-            ),
-            (
-                self.target_positions and self.predictor not in ("transformer", "mlp"),
-                f"model.target_positions needs model.predictor transformer or mlp, not {self.predictor}",
-            ),
-            (
-                self.target_positions and (self.num_predicted_blocks > 1 or not is_plain),
-                "model.target_positions needs model.num_predicted_blocks 1, and no custom attention masks",
-            ),
-            (
-                self.class_token and not is_plain,
-                "model.class_token excludes custom attention masks",
-            ),
-            (
-                self.mask_ratio
-                and (self.prefix or self.target_positions or self.predict_visible or not is_plain),
-                "model.mask_ratio excludes model.prefix, target_positions, predict_visible and custom masks",
-            ),
-            (
-                self.mask_ratio and (self.order != "per_image" or self.num_predicted_blocks > 1),
-                "model.mask_ratio needs model.order per_image and model.num_predicted_blocks 1",
-            ),
-            (
-                self.mask_ratio and self.feature_attention == "causal",
-                "model.mask_ratio trains with full attention; set model.feature_attention full",
-            ),
-        ):
-            require(not is_wrong, what)
-
-    def _check_own_mask(self) -> None:
-        """Refuse custom attention masks that contradict other settings."""
-        own, block = self.predictor_attention, self.predictor_block_size
-        require(
-            block is None or own == "block_causal",
-            f"model.predictor_block_size {block} needs model.predictor_attention block_causal",
-        )
-        if own == "native" and self.encoder_attention == "block_causal":
-            return
-        # These masks assume raster order without a prefix; in any other order, targets would be visible.
-        require(
-            self.order == "raster" and not self.prefix,
-            f"model.encoder_attention {self.encoder_attention} and model.predictor_attention {own} need "
-            "model.order raster and no model.prefix",
-        )
-        require(
-            own == "native" or self.predictor == "transformer",
-            f"a predictor {self.predictor} has no attention; leave model.predictor_attention native",
-        )
-        rows, columns = pair(block or 1)
-        require(
-            self.grid[0] % rows == 0 and self.grid[1] % columns == 0,
-            f"model.predictor_block_size {block} does not divide a grid of {self.grid[0]}x{self.grid[1]}",
         )
 
     def encoder_alone(self) -> ModelConfig:

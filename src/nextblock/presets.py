@@ -106,6 +106,11 @@ class Preset:
         return f"nextblock pretrain --preset {self.name} {named} --out RUN"
 
 
+def _set(text: str) -> dict[str, str]:
+    """Settings as on a command line: "depth=4 lr=2e-3"; their types read the text."""
+    return dict(word.split("=", 1) for word in text.split())
+
+
 def _size(name: str, images: str, base: str | None = None, **changes: Any) -> Preset:
     about = "A size with defaults for any folder of images. The defaults are ours, not a published recipe."
     return Preset(name, "size", images, about, changes, base)
@@ -124,22 +129,19 @@ def _ablation(
 
 # ------------------------------------------------------------------------------------------------------- XTRA
 
-_224 = {"image_size": 224, "val_resize_px": 256}
-_PATCH14 = {"patch_size": 14, **_224}
-_XTRA = {"batch_size": 2088, "micro_batch_size": 29, "precision": "fp16", "predictor_fp32": True}
-_TINY = {
-    **{"image_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
-    **{"predictor_dim": 128, "predictor_heads": 4, "flip": 0.0, "val_resize_px": 32},
-    **{"lr": 2e-3, "warmup": "3ep", "duration": "24ep", "batch_size": 64, "precision": "fp32"},
-    **{"pictures_every": "8ep", "knn_every": "8ep"},
-}
+_224 = _set("image_size=224 val_resize_px=256")
+_PATCH14 = _set("patch_size=14") | _224
+_XTRA = _set("batch_size=2088 micro_batch_size=29 precision=fp16 predictor_fp32=true")
+_TINY = _set("""
+    image_size=32 patch_size=4 embed_dim=128 depth=4 num_heads=4 predictor_dim=128 predictor_heads=4 flip=0
+    val_resize_px=32 lr=2e-3 warmup=3ep duration=24ep batch_size=64 precision=fp32
+    pictures_every=8ep knn_every=8ep
+""")
 
 
 def _width(dim: int, heads: int, projection: int, predictor: int, predictor_heads: int) -> dict[str, int]:
-    return {
-        **{"embed_dim": dim, "num_heads": heads, "projection_dim": projection},
-        **{"predictor_dim": predictor, "predictor_heads": predictor_heads},
-    }
+    encoder = {"embed_dim": dim, "num_heads": heads, "projection_dim": projection}
+    return encoder | {"predictor_dim": predictor, "predictor_heads": predictor_heads}
 
 
 # b16 and h14 were released. The other encoders are defined by the official code and used by no released run:
@@ -155,11 +157,10 @@ _XTRA_SIZES = [
     _size("xtra-g14", "10 million", "xtra-h14", **_G14),
 ]
 
-_SMALL = {
-    **{"embed_dim": 192, "depth": 6, "num_heads": 3, "block_size": 2, "projection_dim": 384},
-    **{"predictor_depth": 2, "block_mlp_dim": 384, "normalize": "auto", "warmup": "10%"},
-    **{"duration": "250000sa", "batch_size": 32, "precision": "fp32"},
-}
+_SMALL = _set("""
+    embed_dim=192 depth=6 num_heads=3 block_size=2 projection_dim=384 predictor_depth=2 block_mlp_dim=384
+    normalize=auto warmup=10% duration=250000sa batch_size=32 precision=fp32
+""")
 _SMALL_ABOUT = (
     "For folders of 1,000 to 50,000 images; about an hour on two CPU cores (an estimate). This project's "
     "own: docs/results/small_folders.md says what was measured, and what was not."
@@ -169,19 +170,18 @@ _XTRA_RUNS = [
     Preset(
         *("xtra-small-64", "small", "1,000"),
         about=_SMALL_ABOUT,
-        changes={**_SMALL, "image_size": 64, "val_resize_px": 64, "patch_size": 8}
-        | {"predictor_dim": 192, "predictor_heads": 3},
+        changes=_SMALL
+        | _set("image_size=64 val_resize_px=64 patch_size=8 predictor_dim=192 predictor_heads=3"),
     ),
     Preset(
         *("xtra-small-128", "small", "1,000"),
         about=f"{_SMALL_ABOUT} Costs as much as xtra-small-64, with patches of 16 px; for larger images.",
-        changes=_SMALL
-        | {"image_size": 128, "val_resize_px": 128, "predictor_dim": 128, "predictor_heads": 2},
+        changes=_SMALL | _set("image_size=128 val_resize_px=128 predictor_dim=128 predictor_heads=2"),
     ),
     Preset(
         *("xtra-tiny", "small", "digits"),
         about="A few minutes on two CPU cores; for the demo and the tests. This project's own.",
-        changes=_TINY | {"block_size": 2, "projection_dim": 256, "predictor_depth": 2, "block_mlp_dim": 256},
+        changes=_TINY | _set("block_size=2 projection_dim=256 predictor_depth=2 block_mlp_dim=256"),
     ),
     Preset(
         *("xtra-b16-in1k", "recipe", "ImageNet-1k"),
@@ -191,7 +191,7 @@ _XTRA_RUNS = [
         "images x 72 GPUs (derived; the official job script asks for 96). Validation: resized to 300 px, "
         "then the centre is cut.",
         base="xtra-b16",
-        changes=_XTRA | {"drop_path": 0.1, "warmup": "15ep", "duration": "800ep"},
+        changes=_XTRA | _set("drop_path=0.1 warmup=15ep duration=800ep"),
         published="76.8 % attentive probe on ImageNet-1k (official README)",
     ),
     Preset(
@@ -199,7 +199,7 @@ _XTRA_RUNS = [
         about="XTRA ViT-H/14 on ImageNet-21k (winter 2021, 13.1 million images as the authors prepared it). "
         "Batch 2088 = 29 x 72 GPUs (derived).",
         base="xtra-h14",
-        changes=_XTRA | {"drop_path": 0.2, "warmup": "3ep", "duration": "100ep"},
+        changes=_XTRA | _set("drop_path=0.2 warmup=3ep duration=100ep"),
         published="80.9 % attentive probe on ImageNet-1k (official README)",
     ),
     Preset(
@@ -208,8 +208,7 @@ _XTRA_RUNS = [
         " Officially 114 images a GPU on an unknown number of GPUs; 2088 is assumed. "
         "No confirmed result is published.",
         base="xtra-b16",
-        changes=_XTRA
-        | {"predictor_dim": 384, "warmup": "10ep", "duration": "100ep", "micro_batch_size": 116},
+        changes=_XTRA | _set("predictor_dim=384 warmup=10ep duration=100ep micro_batch_size=116"),
     ),
 ]
 
@@ -231,26 +230,21 @@ _XTRA_ABLATIONS = [
 # -------------------------------------------------------------------------------------------------------- AIM
 
 # norm_eps and the head's extra residual come from the training code.
-_AIM_MODEL = {
-    **{"bias": False, "norm_eps": 1e-5, "patch_norm": True, "positions": "sincos"},
-    **{"weight_init": "xavier_uniform", "block_size": 1, "prefix": True, "predictor": "mlp"},
-    **{"projection_dim": None, "predictor_extra_norm": True, "block_mlp_dim": None},
-    "feature_attention": "full",
-}
-_AIM = {
-    **{"batch_size": 4096, "micro_batch_size": 64, "precision": "bf16", "log_every": "50st"},
-    **{"val_every": "5000st", "pictures_every": "5000st", "knn_every": "20000st"},
-}
+_AIM_MODEL = _set("""
+    bias=false norm_eps=1e-5 patch_norm=true positions=sincos weight_init=xavier_uniform block_size=1
+    prefix=true predictor=mlp projection_dim=none predictor_extra_norm=true block_mlp_dim=none
+    feature_attention=full
+""")
+_AIM = _set("""
+    batch_size=4096 micro_batch_size=64 precision=bf16 log_every=50st
+    val_every=5000st pictures_every=5000st knn_every=20000st
+""")
+_AIM_600M = _set("""
+    embed_dim=1536 depth=24 num_heads=12 predictor_dim=2048 predictor_depth=12 predictor_heads=16
+    crop_scale=0.4,1 micro_batch_size=32 start_lr=1e-6 end_lr=0 warmup=2.5%
+""")
 _AIM_SIZES = [
-    _size(
-        *("aim-600m", "10 million"),
-        **_PATCH14,
-        **_AIM_MODEL,
-        **{"embed_dim": 1536, "depth": 24, "num_heads": 12},
-        **{"predictor_dim": 2048, "predictor_depth": 12, "predictor_heads": 16},
-        **{"crop_scale": (0.4, 1.0), "crop_ratio": (3 / 4, 4 / 3), "micro_batch_size": 32},
-        **{"start_lr": 1e-6, "end_lr": 0.0, "warmup": "2.5%"},
-    ),
+    _size("aim-600m", "10 million", **_PATCH14, **_AIM_MODEL, **_AIM_600M, crop_ratio=(3 / 4, 4 / 3)),
     _size("aim-1b", "100 million", "aim-600m", embed_dim=2048, num_heads=16),
     _size("aim-3b", "1 billion", "aim-600m", embed_dim=3072, num_heads=24),
     _size("aim-7b", "1 billion", "aim-600m", embed_dim=4096, num_heads=32, depth=32),
@@ -265,7 +259,7 @@ def _dfn(size: str, steps: int, last: float, best: float) -> Preset:
         "decay, clipping, warm-up share and final rate as in the training code's ImageNet example; an "
         "epoch of 1,000 steps is ours.",
         base=f"aim-{size}",
-        changes=_AIM | {"weights": (0.8, 0.2), "epoch_samples": 4_096_000, "duration": f"{steps}st"},
+        changes=_AIM | _set(f"weights=0.8,0.2 epoch_samples=4096000 duration={steps}st"),
         published=f"{last} % attentive probe on ImageNet-1k, {best} % with the best layers (AIM, Table 7)",
     )
 
@@ -278,7 +272,7 @@ _AIM_RUNS = [
     Preset(
         *("aim-tiny", "small", "digits"),
         about="A few minutes on two CPU cores; same budget as xtra-tiny. This project's own.",
-        changes=_TINY | _AIM_MODEL | {"predictor_depth": 4},
+        changes=_TINY | _AIM_MODEL | _set("predictor_depth=4"),
     ),
     Preset(
         *("aim-600m-in1k", "recipe", "ImageNet-1k"),
@@ -286,8 +280,7 @@ _AIM_RUNS = [
         "images a GPU on an unknown number of GPUs; the paper's batch of 4096 is assumed. The accuracies "
         "are of the paper's own ImageNet run; its length and use of colour jitter are not known.",
         base="aim-600m",
-        changes=_AIM
-        | {"color_jitter": (0.4, 0.4, 0.2, 0.1), "duration": "125000st", "micro_batch_size": 256},
+        changes=_AIM | _set("color_jitter=0.4,0.4,0.2,0.1 duration=125000st micro_batch_size=256"),
         published=_both(78.2, 70.0),
     ),
     _dfn("600m", 500_000, 78.5, 79.4),
@@ -333,12 +326,14 @@ _AIM_ABLATIONS = [
 
 # ----------------------------------------------------------------------------------------------- NEPA, D-iGPT
 
-_NEPA_MODEL = {
-    **{"block_size": 1, "positions": "rope", "rope_rescale": 2.0, "class_token": True, "qk_norm": "plain"},
-    **{"layer_scale": 1e-5, "norm_eps": 1e-12, "weight_init": "trunc_normal_all", "target": "embedding"},
-    **{"predictor": "identity", "feature_attention": "full"},
-}
-_HALF = (0.5, 0.5, 0.5)
+_NEPA_MODEL = _set("""
+    block_size=1 positions=rope rope_rescale=2 class_token=true qk_norm=plain layer_scale=1e-5 norm_eps=1e-12
+    weight_init=trunc_normal_all target=embedding predictor=identity feature_attention=full
+""")
+_NEPA = _set("""
+    batch_size=4096 micro_batch_size=64 precision=bf16 duration=1600ep lr=4.8e-3 start_lr=0 end_lr=0
+    warmup=2.5% mean=0.5,0.5,0.5 std=0.5,0.5,0.5 crop_scale=0.08,1
+""")
 _NEPA_SIZES = [
     _size("nepa-b14", "1 million", micro_batch_size=32, **_PATCH14, **_NEPA_MODEL),
     _size("nepa-l14", "1 million", "nepa-b14", embed_dim=1024, depth=24, num_heads=16, qk_norm="scale"),
@@ -355,9 +350,7 @@ def _nepa(size: str, tuned: float) -> Preset:
         "is kept (EMA 0.9999, which plays no part in the official loss). How validation images are resized "
         "is not published.",
         base=f"nepa-{size}14",
-        changes={"batch_size": 4096, "micro_batch_size": 64, "precision": "bf16", "duration": "1600ep"}
-        | {"lr": 4.8e-3, "start_lr": 0.0, "end_lr": 0.0, "warmup": "2.5%", "mean": _HALF, "std": _HALF}
-        | {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)},
+        changes={**_NEPA, "crop_ratio": (3 / 4, 4 / 3)},
         published=f"{tuned} % fine-tuned on ImageNet-1k (arXiv 2512.16922)",
     )
 
@@ -379,11 +372,14 @@ _OTHER_RUNS = [
         "class token too; here a self-attending predictor reads the last layer and predicts the teacher's "
         "1280 features of patches. Its sizes, warm-up, crops and the attention of features are ours.",
         base="xtra-b16",
-        changes={**_224, "block_size": 7, "order": "per_image", "class_token": True, "target": "features"}
-        | {"teacher": "timm:vit_huge_patch14_clip_224.laion2b", "teacher_dim": 1280}
-        | {"predict_visible": True, "target_positions": True, "feature_attention": "full"}
-        | {"predictor_dim": 512, "predictor_depth": 4, "predictor_heads": 8, "block_mlp_dim": 1024}
-        | {"batch_size": 4096, "micro_batch_size": 64, "lr": 2.4e-3, "duration": "300ep"},
+        changes=_224
+        | _set("""
+            block_size=7 order=per_image class_token=true target=features predict_visible=true
+            teacher=timm:vit_huge_patch14_clip_224.laion2b teacher_dim=1280
+            target_positions=true feature_attention=full
+            predictor_dim=512 predictor_depth=4 predictor_heads=8 block_mlp_dim=1024
+            batch_size=4096 micro_batch_size=64 lr=2.4e-3 duration=300ep
+        """),
         published="86.2 % fine-tuned on ImageNet-1k by the official code (arXiv 2312.02147)",
     ),
 ]

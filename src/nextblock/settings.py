@@ -158,6 +158,8 @@ def _read(value: Any, hint: Any) -> Any:
             return value
     elif origin is tuple:
         parts = value if text is None else split_list(text, args[0])
+        if args[-1] is Ellipsis and isinstance(value, int | float | Path):
+            parts = [value]
         if isinstance(parts, list | tuple):
             kinds = args[:1] * len(parts) if args[-1] is Ellipsis else args
             return tuple(_read(part, kind) for part, kind in zip(parts, kinds, strict=True))
@@ -190,7 +192,7 @@ def split_list(text: str, kind: Any) -> list[Any]:
     if text[:1] + text[-1:] in ("[]", "()"):
         try:
             # Parse YAML instead of splitting at commas: parts may be quoted, or lists.
-            return _plain_yaml(f"[{text[1:-1]}]")
+            return _value_of(_compose(f"[{text[1:-1]}]"), "a value")
         except ValueError:
             return [text]  # unchanged: a file name, or for the error message
     return [text] if kinds_of(kind) == [str] else re.split(r" *, *|(?<=[0-9]) *x *(?=[0-9])", text)
@@ -213,6 +215,7 @@ def describe_type(hint: Any) -> str:
     return words.get(hint) or hint.__name__
 
 
+@functools.cache
 def kinds_of(hint: Any) -> list[Any]:
     """The types that a hint allows, without their bounds: `Count | None` -> [int, NoneType]."""
     if get_origin(hint) is Annotated:
@@ -288,20 +291,13 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
-        # JSON and YAML have no tuples, and Python callers give paths. The config itself checks types.
-        if is_dataclass(hints[name]) and isinstance(value, Mapping):
-            given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            given[name] = tuple(value)
-        elif isinstance(value, Path):
-            given[name] = str(value)
-        elif isinstance(value, int | float | str) and all(
-            kind is type(None) or (get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis)
-            for kind in kinds_of(hints[name])
-        ):
-            # A single value becomes a list of one; text is parsed by its type.
-            is_text = isinstance(value, str)
-            given[name] = read_value(name, value, hints[name]) if is_text else (value,)
+        if isinstance(value, Mapping):
+            if is_dataclass(hints[name]):
+                given[name] = from_dict(hints[name], value)  # type: ignore[arg-type]
+        elif type(value) not in (tuple, *kinds_of(hints[name])):
+            # Lists become tuples, paths text. What cannot be read is left for the config to refuse.
+            with contextlib.suppress(ValueError):
+                given[name] = _read(value, hints[name])
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
     missing = [name for name in required if name not in given]
     require(not missing, f"{listed(missing)} must be given")
@@ -337,61 +333,62 @@ def read_yaml(path: str) -> dict[str, tuple[Any, str]]:
             f'{path}, line {line}: an odd space (U+{code}); type a plain one, or write "\\u{code}" in quotes'
         )
     found: dict[str, tuple[Any, str]] = {}
+
+    def collect(node: Any, prefix: str) -> None:
+        for key, value in node.value:
+            name, line = f"{prefix}{key.value}", _line(key)
+            if value.id == "mapping":
+                collect(value, f"{name}.")
+            elif name in found:  # YAML's own loader would keep the last
+                raise UsageError(f"{line}: {name} is given twice (also {found[name][1]}); keep one")
+            else:
+                found[name] = _value_of(value, name), line
+
     try:
-        content = _plain_yaml(text, found)
+        root = _compose(text)
+        if root is not None and root.id == "mapping":
+            collect(root, "")
     except ValueError as error:
         raise UsageError(f"{path}, {error}") from None
-    if content is not None or not found:
-        raise UsageError(f"{path} has no settings; write lines such as `seed: 1`, or see --print_config")
+    require(bool(found), f"{path} has no settings; write lines such as `seed: 1`, or see --print_config")
     return {name: (value, f"{path}, {line}") for name, (value, line) in found.items()}
 
 
-def _plain_yaml(text: str, found: dict[str, tuple[Any, str]] | None = None) -> Any:
-    """Parse YAML to lists and text; a top-level mapping fills `found` by dotted name, and returns None."""
+def _compose(text: str) -> Any:
+    """Parse YAML to a tree of nodes, in which every scalar is still the typed text; None if it is empty."""
+    # The setting's type decides what a text means: no value becomes a date, an octal number or an object.
     import yaml
-
-    def at(node: Any) -> str:
-        return f"line {node.start_mark.line + 1}"
-
-    def value_of(node: Any, name: str) -> Any:
-        if isinstance(node, yaml.SequenceNode):
-            return [value_of(item, name) for item in node.value]
-        if isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{at(node)}: {name} cannot hold `name: value`")
-        if node.style is not None:  # quoted: text, whatever it says
-            return node.value
-        # An empty value is often a forgotten one, or `#` in a path; `~` is often a home folder. Neither is
-        # read as YAML's null.
-        if node.value in ("", "~"):
-            why = "is ~" if node.value else "has no value (# begins a comment)"
-            raise UsageError(f"{at(node)}: {name} {why}; write none, or put text in quotes")
-        return None if node.value.lower() in NONE_WORDS else node.value
-
-    def collect(node: Any, prefix: str, found: dict[str, tuple[Any, str]]) -> None:
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if isinstance(value, yaml.MappingNode):
-                collect(value, f"{name}.", found)
-            elif name in found:  # YAML's own loader would keep the last
-                raise UsageError(f"{at(key)}: {name} is given twice (also {found[name][1]}); keep one")
-            else:
-                found[name] = value_of(value, name), at(key)
 
     try:
         # Aliases can grow without bound, and tags can name Python objects. Neither is needed here.
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise UsageError(f"{at(event)}: a value cannot begin with &, * or !; put it in quotes")
-        # compose stops before it constructs values, so every scalar is still the typed text. The setting's
-        # type decides its meaning, and no value becomes a date, an octal number or a Python object.
-        node = yaml.compose(text, yaml.SafeLoader)
+                raise UsageError(f"{_line(event)}: a value cannot begin with &, * or !; put it in quotes")
+        return yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise UsageError(f"{where}not YAML: {problem or error}; indent with spaces, `name: value`") from None
-    if isinstance(node, yaml.MappingNode) and found is not None:
-        return collect(node, "", found)
-    return None if node is None else value_of(node, "a value")
+
+
+def _line(node: Any) -> str:
+    return f"line {node.start_mark.line + 1}"
+
+
+def _value_of(node: Any, name: str) -> Any:
+    """A node of YAML as text, None, or a list of these."""
+    if node.id == "sequence":
+        return [_value_of(item, name) for item in node.value]
+    if node.id == "mapping":
+        raise UsageError(f"{_line(node)}: {name} cannot hold `name: value`")
+    if node.style is not None:  # quoted: text, whatever it says
+        return node.value
+    # An empty value is often a forgotten one, or `#` in a path; `~` is often a home folder. Neither is read
+    # as YAML's null.
+    if node.value in ("", "~"):
+        why = "is ~" if node.value else "has no value (# begins a comment)"
+        raise UsageError(f"{_line(node)}: {name} {why}; write none, or put text in quotes")
+    return None if node.value.lower() in NONE_WORDS else node.value
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -413,11 +410,3 @@ def require(holds: bool, message: str) -> None:
     """Raise `UsageError` with this message unless the condition holds."""
     if not holds:
         raise UsageError(message)
-
-
-def require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
-    """Raise unless the bounds are (smallest, largest), above `low` and up to `high`."""
-    require(
-        low < bounds[0] <= bounds[1] <= high,
-        f"{name} is {typed(bounds)}; give smallest,largest above {low} and up to {high}",
-    )

@@ -8,28 +8,31 @@ because the loss over micro-batches and processes is a sum divided by the count 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, embedding, interpolate, normalize
 
 from nextblock.blocks import denormalize_blocks, normalize_blocks, patchify, take, unpatchify
 from nextblock.config import ModelConfig, pair
 from nextblock.data.random import keyed_permutation, keyed_seed
 from nextblock.errors import UsageError
-from nextblock.kmeans import MAX_DISTANCES, KMeansTokenizer, fit_kmeans
+from nextblock.settings import require
+
+MAX_DISTANCES = 2**24
+"""Distances in memory at once when searching the nearest centroids: 64 MiB of fp32."""
+MAX_LLOYD_PRODUCTS = 2 * 10**10
+"""Patches x clusters x values up to which Lloyd's algorithm is used: about a minute on a core."""
 
 
-class PixelTargets:
-    """A block's pixels as (c h w), normalised or raw (`config.norm_pixels`), by MSE or L1 (`config.loss`).
-
-    Another kind of target needs the same attributes and methods. `*p` below are the axes of a prediction,
-    `*t` those of a target; here both are p pixel values.
-    """
+class _BaseTargets:
+    """What all kinds have. `*p` below are the axes of a prediction, `*t` those of a target."""
 
     needs_fit = False
     """Whether `fit` must be called before targets can be made."""
@@ -37,25 +40,35 @@ class PixelTargets:
     """Whether training could make all targets alike."""
     are_pixels = True
     """Whether a prediction can be turned into pixels, so that an image can be continued."""
-    tokenizer = None
+    tokenizer: Any = None
     """The module that makes the targets; saved with the model."""
     flops = 0
     """Operations to make the targets of an image."""
+    outputs: int
+    """Numbers that the predictor outputs per block."""
+    facts: dict[str, object]
+    """Describes the loss, ready for JSON."""
+    words: list[str]
+    """Sentences for the caption of a picture: the loss, and what is drawn for a prediction."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.outputs = config.block_values
-        """Numbers that the predictor outputs per block."""
-        self.facts: dict[str, object] = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
-        """Describes the loss, ready for JSON."""
-        error, pixels = "squared" if config.loss == "mse" else "absolute", "block-normalised"
-        self.words = [f"Loss: {error} error of {pixels if config.norm_pixels else 'raw'} pixels."]
-        """Sentences for the caption of a picture: the loss, and what is drawn for a prediction."""
-        if config.norm_pixels:
-            self.words += ["Predicted blocks are un-normalised with the mean and deviation of the true ones."]
 
     def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
-        """Fit to normalised patches of training images; the result is f(patches, seed). Not for pixels."""
+        """Fit to normalised patches of training images, if `needs_fit`; the result is f(patches, seed)."""
+
+
+class PixelTargets(_BaseTargets):
+    """A block's pixels as (c h w), normalised or raw (`config.norm_pixels`), by MSE or L1 (`config.loss`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.outputs = config.block_values
+        self.facts = {"loss_function": config.loss, "norm_pixels": config.norm_pixels}
+        error, pixels = "squared" if config.loss == "mse" else "absolute", "block-normalised"
+        self.words = [f"Loss: {error} error of {pixels if config.norm_pixels else 'raw'} pixels."]
+        if config.norm_pixels:
+            self.words += ["Predicted blocks are un-normalised with the mean and deviation of the true ones."]
 
     def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps *p"]:
         """Shape the predictor's outputs as predictions."""
@@ -103,13 +116,13 @@ class PixelTargets:
         return denormalize_blocks(pixels, true) if self.config.norm_pixels else pixels
 
 
-class TokenTargets:
+class TokenTargets(_BaseTargets):
     """The k-means token of each patch of a block, by cross-entropy (AIM, section 4.1)."""
 
-    may_collapse, are_pixels = False, True
+    tokenizer: KMeansTokenizer
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.tokenizer = KMeansTokenizer(config.vocab_size, config.in_chans, config.patch_size)
         self.outputs = config.patches_per_block * config.vocab_size
         values = config.num_patches * config.in_chans * config.patch_size**2
@@ -160,10 +173,7 @@ class TokenTargets:
         # Predicting each token by its frequency costs the entropy of the frequencies.
         shares = targets.cpu().flatten().bincount().double() / targets.numel()
         costs = {"uniform": math.log(self.config.vocab_size), "frequency": -torch.xlogy(shares, shares).sum()}
-        return {
-            name: torch.full((len(targets),), float(cost), dtype=torch.float64)
-            for name, cost in costs.items()
-        }
+        return {name: shares.new_full((len(targets),), float(cost)) for name, cost in costs.items()}
 
     def to_pixels(
         self,
@@ -178,7 +188,7 @@ class TokenTargets:
         return join_patches(denormalize_blocks(patches, patches_in(true, self.config)), self.config)
 
 
-class EmbeddingTargets:
+class EmbeddingTargets(_BaseTargets):
     """The encoder's own input embeddings of a block's patches, by cosine (NEPA, arXiv 2512.16922).
 
     They are the output of the patch projection before positions are added: the position of a patch is known
@@ -186,13 +196,11 @@ class EmbeddingTargets:
     embeddings from becoming one vector.
     """
 
-    needs_fit, may_collapse, are_pixels = False, True, False
-    tokenizer = None
-    flops = 0
+    may_collapse, are_pixels = True, False
     scale, loss_name, name = 1, "1 - cosine", "patch embeddings"
 
     def __init__(self, config: ModelConfig, width: int | None = None) -> None:
-        self.config = config
+        super().__init__(config)
         self.width = config.embed_dim if width is None else width
         self.outputs = config.patches_per_block * self.width
         self.facts = {"loss_function": "cosine", "target": config.target, "teacher": config.teacher}
@@ -200,9 +208,6 @@ class EmbeddingTargets:
             f"Loss: {self.loss_name} of {self.name}.",
             "A predicted vector is shown as the patch of these images with the nearest vector.",
         ]
-
-    def fit(self, patches: Float[Tensor, "r p"], seed: int) -> None:
-        """Embeddings need no fit."""
 
     def shaped(self, outputs: Float[Tensor, "b steps o"]) -> Float[Tensor, "b steps m e"]:
         """A vector for each patch of a block."""
@@ -281,11 +286,8 @@ class FeatureTargets(EmbeddingTargets):
 Targets = PixelTargets | TokenTargets | EmbeddingTargets
 
 KINDS: dict[str, type[Targets]] = {
-    "pixels": PixelTargets,
-    "tokens": TokenTargets,
-    "embedding": EmbeddingTargets,
-    "features": FeatureTargets,
-}
+    "pixels": PixelTargets, "tokens": TokenTargets, "embedding": EmbeddingTargets, "features": FeatureTargets,
+}  # fmt: skip
 
 
 def make_targets(config: ModelConfig) -> Targets:
@@ -311,6 +313,102 @@ def spread(vectors: Float[Tensor, "*r e"]) -> float:
     # The squared entries of the second-moment matrix add up to the mean of cosine² over all pairs.
     units = normalize(vectors.float(), dim=-1).flatten(0, -2)
     return 1 - float((units.T @ units / len(units)).square().sum())
+
+
+# ------------------------------------------------------------------------------------------- k-means tokens
+
+
+class KMeansTokenizer(nn.Module):
+    """Tokens are the nearest of `vocab_size` centroids to each patch's normalised pixels.
+
+    The centroids are a buffer, so model files contain them; they are zero until a fit or a file fills them.
+    """
+
+    centroids: Float[Tensor, "v p"]
+
+    def __init__(self, vocab_size: int, in_chans: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        values = in_chans * patch_size**2
+        # A buffer: saved and moved with the model, and never changed by an optimizer.
+        self.register_buffer("centroids", torch.zeros(vocab_size, values, dtype=torch.float32))
+        self._seen_fitted = False
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether centroids are set; waits for the device."""
+        return bool(self.centroids.any())
+
+    def patches(self, images: Float[Tensor, "b c h w"]) -> Float32[Tensor, "b n p"]:
+        """Normalised patches in raster order, the points to cluster."""
+        return normalize_blocks(patchify(images.float(), (self.patch_size, self.patch_size)))
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Int64[Tensor, "b i j"]:
+        """The tokens of images; raises `ValueError` if centroids are not set."""
+        # Reading the buffer waits for a GPU and breaks a compiled graph, so check only once; a training run
+        # fits before it compiles.
+        if not torch.compiler.is_compiling() and not self._seen_fitted:
+            self._seen_fitted = self.is_fitted
+            require(
+                self._seen_fitted,
+                "the k-means tokenizer has no centroids yet; fit it on patches of the training images, "
+                "or load a model that was trained with one",
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            patches = rearrange(self.patches(images), "b n p -> (b n) p")
+            tokens = nearest_centroids(patches, self.centroids.float())
+        rows, columns = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        return rearrange(tokens, "(b i j) -> b i j", i=rows, j=columns)
+
+
+def nearest_centroids(
+    points: Float[Tensor, "r p"], centroids: Float[Tensor, "v p"], max_distances: int = MAX_DISTANCES
+) -> Int64[Tensor, " r"]:
+    """The index of the centroid nearest to each point; the lowest in a tie."""
+    # |x - c|² = |x|² - 2 x·c + |c|², whose first term is the same for all centroids. addmm makes one matrix
+    # of distances instead of three, and splitting the points limits it to `max_distances`.
+    offsets = centroids.square().sum(1)
+    size = max(1, max_distances // len(centroids))
+    nearest = [torch.addmm(offsets, part, centroids.T, alpha=-2).argmin(1) for part in points.split(size)]
+    return torch.cat(nearest)
+
+
+def fit_kmeans(patches: Float[Tensor, "r p"], vocab_size: int, seed: int) -> Float32[Tensor, "v p"]:
+    """Cluster a sample of patches: Lloyd's algorithm if that is affordable, else mini-batches.
+
+    The same patches and seed give the same centroids on the same machine. Raises `ValueError` if there are
+    too few distinct patches.
+    """
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second, needed only here
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    points = patches.detach().to("cpu", torch.float32).numpy()
+    # Clusters start at distinct patches in random order: many patches are flat, hence equal, and clusters
+    # that start at the same point stay empty.
+    shuffled = points[np.random.default_rng(seed % 2**32).permutation(len(points))]
+    _, distinct = np.unique(shuffled, axis=0, return_index=True)
+    require(
+        len(distinct) >= vocab_size,
+        f"{len(points)} patches contain only {len(distinct)} distinct ones, too few for {vocab_size} tokens; "
+        f"set model.vocab_size to at most {len(distinct)}, or use more images",
+    )
+    start = shuffled[np.sort(distinct)[:vocab_size]]
+    common: dict[str, Any] = {"init": start, "n_init": 1, "random_state": seed % 2**32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # an unused token does no harm
+        if points.size * vocab_size <= MAX_LLOYD_PRODUCTS:
+            # One thread: several would add their sums in any order, and the last digits would vary.
+            with threadpool_limits(1):
+                centroids = KMeans(vocab_size, max_iter=25, **common).fit(points).cluster_centers_
+        else:
+            # A fixed number of passes, as early stopping would depend on such a sum. No reassignment: it
+            # moves rare clusters to random, mostly flat patches, which leaves few tokens in use.
+            common |= {"max_iter": 5, "max_no_improvement": None, "reassignment_ratio": 0.0}
+            batches = MiniBatchKMeans(vocab_size, batch_size=max(1024, vocab_size), **common)
+            centroids = batches.fit(points).cluster_centers_
+    return torch.from_numpy(np.asarray(centroids)).float().to(patches.device)
 
 
 # ------------------------------------------------------------------------------------- patches within a block

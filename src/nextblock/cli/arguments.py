@@ -17,11 +17,11 @@ import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from nextblock.cli.verbs import VERBS, Verb
+from nextblock.cli.verbs import VERBS
 from nextblock.config import RunConfig
 from nextblock.errors import UsageError
 from nextblock.logs import quote
@@ -57,15 +57,16 @@ _SLIPS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser of one command, in which every flag has a type that decides how `parse` reads its text."""
+    """Parser of one command, in which every flag has a type that decides how `parse` reads its text.
 
-    def __init__(self, verb: str, about: str = "") -> None:
-        # The help comes from the command's row in VERBS; `about` is for a command without one.
-        self.verb = VERBS.get(verb, Verb(about, ()))
+    argparse keeps the flags and formats their help. It does not parse: it takes a value such as "-1e-3" for a
+    flag, and explains unknown words poorly.
+    """
+
+    def __init__(self, verb: str) -> None:
+        self.verb = VERBS[verb]
         self.hints: dict[str, Any] = {}
-        self.defaults: dict[str, Any] = {}
         self.described: list[tuple[argparse.Action, Setting]] = []
-        self.before: dict[str, str] = {}  # maps each positional word to the word before it
         super().__init__(
             prog=f"nextblock {verb}", allow_abbrev=False, add_help=False, conflict_handler="resolve"
         )
@@ -73,16 +74,13 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         """Add an argument as in argparse, but `type` may be any annotation, such as `int | None`."""
-        # argparse only collects the texts of a flag. `parse` converts them once all are known, and fills in
-        # defaults.
-        hint, default = options.pop("type", None), options.get("default")
-        if not names[0].startswith("--"):
-            options |= {"metavar": names[0].upper()}
-        elif hint is not None:
-            options |= {"action": "append", "default": None, "metavar": _metavar(hint)}
+        hint = options.pop("type", None)
+        if hint is not None:
+            metavar = _metavar(hint) if names[0].startswith("--") else names[0].upper()
+            options = {"metavar": metavar, **options}
         action = super().add_argument(*names, **options)
         if hint is not None:
-            self.hints[action.dest], self.defaults[action.dest] = hint, default
+            self.hints[action.dest] = hint
         return action
 
     def add_settings(self, cls: type, section: str = "", skip: Collection[str] = ()) -> dict[str, Any]:
@@ -92,38 +90,25 @@ class Parser(argparse.ArgumentParser):
             if setting.name.rpartition(".")[2] in skip:
                 continue
             # No defaults: a flag that is not given must not override a config file.
-            action = super().add_argument(
-                f"--{setting.name}",
-                action="append",
-                default=argparse.SUPPRESS,
-                metavar=_metavar(setting.hint),
-            )
+            action = self.add_argument(f"--{setting.name}", type=setting.hint, default=argparse.SUPPRESS)
             self.described.append((action, setting))
             hints[setting.name] = setting.hint
-        self.hints |= hints
         return hints
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse words, and convert each flag's text to its type."""
+        """Collect all texts of each flag, then convert them to its type."""
         if {"-h", "--help", "--help-all"} & set(argv):
             sys.stdout.write(self.help(is_whole="--help-all" in argv))
             raise SystemExit(0)
         flags = {name: action for action in self._actions for name in action.option_strings}
         known = [name.removeprefix("--") for name in flags]
-        has_positional = any(not action.option_strings for action in self._actions)
-        words: list[str] = []
-        # argparse mistakes a value such as "-1e-3" for a flag, and explains unknown words poorly. So each
-        # flag is looked up here, and joined with its value by "=", before argparse sees it.
-        remaining = iter(argv)
+        texts: dict[str, list[str]] = {}
+        words: list[tuple[str, str]] = []  # each word that belongs to no flag, and the "--flag=value" before
+        before, remaining = "", iter(argv)
         for word in remaining:
             name, has_value, value = word.partition("=")
             if not name.startswith("--"):
-                if not has_positional:
-                    rest = [word, *takewhile(lambda text: not text.startswith("-"), remaining)]
-                    meant = self._meant_by_words(rest, words[-1] if words else "", known)
-                    raise UsageError(f"{word!r} is unexpected; {meant}")
-                self.before.setdefault(word, words[-1] if words else "")
-                words.append(word)
+                words.append((word, before))
                 continue
             # Accept `--batch-size` for `--batch_size`.
             name = name if name in flags else name.replace("-", "_").replace("__", "--", 1)
@@ -139,29 +124,39 @@ class Parser(argparse.ArgumentParser):
                 # A value never starts with "--", so a flag after a flag means that the value is missing.
                 value = next(remaining, "--")
                 require(not value.startswith("--"), f"{name} needs a value")
-            words.append(name if is_switch else f"{name}={value}")
-        options = self.parse_args(words)
-        # All texts of a flag are known now: a list takes them all, other settings take the last.
-        for name, texts in list(vars(options).items()):
-            if name not in self.hints:
-                continue
-            hint = self.hints[name]
-            if texts is None:
-                value = self.defaults[name]
-            elif f"--{name}" in flags:
-                value = _from_texts(name, texts, hint)
+            texts.setdefault(flags[name].dest, []).append(value)
+            before = f"{name}={value}"
+        options, missing = argparse.Namespace(), []
+        for action in self._actions:
+            name, value = action.dest, action.default
+            if action.option_strings:
+                if name in texts:
+                    value = action.nargs == 0 or _from_texts(name, texts[name], self.hints[name])
+                elif action.required:
+                    missing.append(f"--{name}")
+            elif words or action.nargs == "?":
+                count = len(words) if action.nargs == "+" else 1
+                taken, words = [word for word, _ in words[:count]], words[count:]
+                hint = self.hints[name]
+                if action.nargs == "+":
+                    value = read_value(name, taken, tuple[hint, ...])
+                elif taken:
+                    value = read_value(name, taken[0], hint)
             else:
-                value = read_value(name, texts, hint if isinstance(texts, str) else tuple[hint, ...])
-            setattr(options, name, value)
+                missing.append(name.upper())
+            if value is not argparse.SUPPRESS:
+                setattr(options, name, value)
+        if words:
+            together = [word for word, flag in words if flag == words[0][1]]
+            meant = self._meant_by_words(together, words[0][1], known)
+            raise UsageError(f"{together[0]!r} is unexpected; {meant}")
+        require(not missing, f"{listed(missing)} must be given; see {self.prog} --help")
         return options
 
     def _meant_by_words(self, words: Sequence[str], before: str, known: Sequence[str]) -> str:
-        """Suggest what to type instead of words without a flag; `before` is the word before them."""
+        """Suggest what to type instead of words without a flag; `before` is the flag before them."""
         word, path = words[0], Path(words[0])
         flag, _, value = before.removeprefix("--").partition("=")
-        flags = sorted((name for name in known if name.startswith(word.lstrip("-"))), key=len)
-        if word.startswith("-"):
-            return f"did you mean --{flags[0]}?" if flags else f"see {self.prog} --help"
         hint, values = self.hints.get(flag, str), [quote(text) for text in (value, *words)]
         element, joined = _element(hint), f"--{flag} {','.join(values)}"
         if element is not None:
@@ -215,16 +210,6 @@ class Parser(argparse.ArgumentParser):
         end = "" if is_whole else f"\nall settings: {self.prog} --help-all\n"
         return f"{self.verb.about}.\n\n{examples}\n{formatter.format_help()}{end}"
 
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
-        what, _, names = message.partition(": ")
-        if what == "the following arguments are required":
-            message = f"{listed(names.split(', '))} must be given; see {self.prog} --help"
-        elif what == "unrecognized arguments":
-            meant = self._meant_by_words(names.split(), self.before.get(names.split()[0], ""), ())
-            message = f"{names} is unexpected; {meant}"
-        raise UsageError(message)
-
 
 def _element(hint: Any) -> Any:
     """The type of a list's elements; None if the setting is not a list, such as a number or pair."""
@@ -239,10 +224,8 @@ def _from_texts(name: str, texts: Sequence[str], hint: Any) -> Any:
     nones = NONE_WORDS + ("auto",) * (Auto in get_args(hint)) if type(None) in kinds else ()
     # For a list setting, texts add up. But "none" and a whole "[A, B]" replace the texts before them, and the
     # next text replaces them in turn. For any other setting, the last text counts.
-    kept: list[str] = []
-    for text in texts:
-        extends = element is not None and not any(part[:1] == "[" or part in nones for part in (text, *kept))
-        kept = [*kept, text] if extends else [text]
+    wholes = [i for i, text in enumerate(texts) if text[:1] == "[" or text in nones or element is None]
+    kept = texts[max(wholes, default=-1) + 1 :] or texts[-1:]
     if kept[0] in nones:
         is_file = str in kinds and Path(kept[0]).exists()
         require(not is_file, f"{name} {kept[0]} means no value; write ./{kept[0]} for the file of that name")
@@ -331,7 +314,8 @@ def _layers(
     parser: Parser, hints: Mapping[str, Any], argv: Sequence[str]
 ) -> tuple[list[dict[str, Any]], argparse.Namespace]:
     """Return the settings of each --config file in order, then those of the flags; and all options."""
-    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; repeatable")
+    several = tuple[str, ...]
+    parser.add_argument("--config", type=several, metavar="FILE", help="YAML file of settings; repeatable")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
     options = parser.parse(argv)
     others = vars(options).keys() - hints.keys()
@@ -380,10 +364,9 @@ def suggestion(name: str, known: Sequence[str], value: str = "") -> str | None:
             if setting in known:
                 example = re.sub("[0-9]+", value, example) if value.isdigit() else example
                 return f"{setting} {example or value}".rstrip()
-    # Later entries win in `leaves`, so a setting of the same section does. Swapped letters and the start of a
-    # name match too.
+    # Later entries win in `leaves`, so a setting of the same section does. The start of a name matches too.
     ranked = sorted(known, key=lambda candidate: candidate.startswith(f"{section}."))
     leaves = {candidate.rpartition(".")[2]: candidate for candidate in ranked}
-    near = [leaf for leaf in leaves if sorted(leaf) == sorted(last) or leaf.startswith(f"{last}_")]
+    near = [leaf for leaf in leaves if leaf == last or leaf.startswith(f"{last}_")]
     near += difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
     return leaves[near[0]] if near else None

@@ -1,4 +1,4 @@
-"""The commands that draw: words to settings, a call, a table, and where the pictures are."""
+"""The commands that draw, and the page: words to settings, a call, a table, and where the pictures are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nextblock.cli.arguments import Parser, parse_settings
 from nextblock.cli.output import end_with_json, print_table, say
 from nextblock.logs import counted
-from nextblock.look.settings import CompleteSettings, FeaturesSettings, PredictSettings
+from nextblock.look.settings import CompleteSettings, FeaturesSettings, PredictSettings, ServeSettings
 from nextblock.tables import Column, Table, end_of, number
 
 if TYPE_CHECKING:
@@ -75,4 +75,21 @@ def _end(result: LookResult, unreadable: str, *, is_json: bool) -> int:
         say(f"{unreadable} could not be read: " + "; ".join(named + more))
     if is_json:
         end_with_json(result.as_dict())
+    return 0
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Load the model and serve its page until a signal ends it."""
+    # The model may come first, without its flag.
+    argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
+    values, is_json = parse_settings(Parser("serve"), ServeSettings, argv)
+
+    from nextblock.serve.server import serve as serve_page
+
+    def tell(url: str) -> None:
+        say(f"Open {url} in a browser. Ctrl-C ends.")
+        if is_json:
+            end_with_json({"url": url})
+
+    serve_page(ServeSettings(**values), tell)
     return 0

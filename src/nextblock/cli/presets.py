@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +36,13 @@ def run(argv: Sequence[str]) -> int:
     if options.draw is not None:
         require(options.name is not None, "--draw needs a preset: nextblock presets NAME --draw FILE.png")
         require(options.draw.endswith(".png"), f"--draw {options.draw} must be a name that ends in .png")
-        return _draw(resolve(chosen[0].config, changes), options)
+        from nextblock.visualize.orders import draw_order
+
+        config = resolve(chosen[0].config, changes)
+        say(f"picture: {draw_order(config, options.draw, options.prefix)}")
+        if options.json:
+            end_with_json({"picture": options.draw})
+        return 0
     for_draw = [f"--{name}" for name in changes] + ["--prefix"] * (options.prefix is not None)
     require(not for_draw, f"give --draw FILE.png with {listed(for_draw)}")
     if options.json:
@@ -52,15 +57,6 @@ def run(argv: Sequence[str]) -> int:
             "params M: millions, with the predictor. step GB: an estimate, one micro-batch.",
             "nextblock presets NAME shows one with its command; --all adds the ablations.",
         )
-    return 0
-
-
-def _draw(config: RunConfig, options: Namespace) -> int:
-    from nextblock.visualize.orders import draw_order
-
-    say(f"picture: {draw_order(config, options.draw, options.prefix)}")
-    if options.json:
-        end_with_json({"picture": options.draw})
     return 0
 
 

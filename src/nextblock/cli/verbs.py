@@ -165,6 +165,7 @@ VERBS = {
             "RUN --port 0                  # any free port",
         ),
         "model data port open",
+        run="look:serve",
     ),
     "runs": Verb(
         "List the runs below a directory and their status",

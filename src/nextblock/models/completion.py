@@ -7,6 +7,7 @@ tokens. A model that predicts masked blocks predicts all hidden blocks at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from nextblock.blocks import block_orders, check_order, may_attend, patches_of_b
 from nextblock.config import ModelConfig, pair
 from nextblock.models.next_block import NextBlockModel
 from nextblock.models.predictor import join_blocks
-from nextblock.models.vit import RopeLayer, embed_patches, positions_of, positions_on, rotary_positions
+from nextblock.models.vit import embed_patches, positions_of, positions_on, rotary_positions
 from nextblock.settings import require
 from nextblock.targets import KINDS
 
@@ -67,15 +68,13 @@ def complete(
     check_order(order := order.cpu(), k)
     order = torch.cat([order[given[order]], order[~given[order]]])
     canvas, was_training = _Canvas(model, images, config, given), model.training
+    predictions = _cached if cached else _recomputed
     model.eval()
     try:
         with torch.no_grad():
-            predict = (_Cached if cached else _Recomputed)(model, config, order.to(images.device), count)
-            position = count
-            while position < k:  # one block at a time, or all at once if the model predicts masked blocks
-                for prediction in predict(canvas.images, position).unbind(1):
-                    canvas.fill(int(order[position]), prediction)
-                    position += 1
+            found = predictions(model, canvas, config, order.to(images.device), count)
+            for block, prediction in zip(order[count:].tolist(), found, strict=True):
+                canvas.fill(block, prediction)
     finally:
         model.train(was_training)
     return Completion(canvas.images, order.to(images.device), count)
@@ -169,109 +168,95 @@ class _Canvas:
         return mean[..., None] + deviation[..., None] * pixels
 
 
-# ----------------------------------------------------------------------------------------- predicting a block
+# ---------------------------------------------------------------------------------- predicting block by block
+
+# Both generators yield the predictions of the hidden blocks in order. Before each, they read the image
+# completed so far; masked blocks are predicted all at once.
 
 
-class _Recomputed:
-    """Predictions from the model's `forward` on the image completed so far."""
-
-    def __init__(
-        self, model: NextBlockModel, config: ModelConfig, order: Int64[Tensor, " k"], given: int
-    ) -> None:
-        self.model, self.config, self.order, self.given = model, config, order, given
+def _recomputed(
+    model: NextBlockModel, canvas: _Canvas, config: ModelConfig, order: Int64[Tensor, " k"], given: int
+) -> Iterator[Tensor]:
+    """Predict each block by the model's `forward`."""
+    lengths = torch.full((len(canvas.images),), given) if config.prefix else None
+    if config.mask_ratio is not None:
         hidden, trained = len(order) - given, config.steps(0).number
         require(
-            config.mask_ratio is None or hidden == trained,
+            hidden == trained,
             f"model.mask_ratio {config.mask_ratio} predicts {trained} blocks, not {hidden}; omit cached",
         )
-
-    def __call__(self, images: Float[Tensor, "b c h w"], position: int) -> Float[Tensor, "b steps *p"]:
-        """The prediction of the block at a position of the order, or of all masked blocks."""
-        lengths = torch.full((len(images),), self.given) if self.config.prefix else None
-        predictions = self.model(images, self.order, lengths).predictions
-        if self.config.mask_ratio is not None:
-            return predictions
-        row = position - self.config.steps(1).position
-        return predictions[:, row : row + 1]
+        yield from model(canvas.images, order, lengths).predictions.unbind(1)
+        return
+    for position in range(given, len(order)):
+        row = position - config.steps(1).position
+        yield model(canvas.images, order, lengths).predictions[:, row]
 
 
-class _Cached:
+def _cached(
+    model: NextBlockModel, canvas: _Canvas, config: ModelConfig, order: Int64[Tensor, " k"], given: int
+) -> Iterator[Tensor]:
     """The same predictions with cached keys and values: each block passes through the model once."""
-
-    def __init__(
-        self, model: NextBlockModel, config: ModelConfig, order: Int64[Tensor, " k"], given: int
-    ) -> None:
-        self.model, self.config, self.order, self.given = model, config, order, given
-        assert model.predictor is not None
-        self.predictor = model.predictor
-        table = patches_of_blocks(config.grid, pair(config.block_size)).to(order.device)
-        m, behind, patches = config.patches_per_block, int(config.class_token), table[order].flatten()
-        # Positions along the sequence. The class token has none: it is not rotated (sine 0, cosine 1), or its
-        # position embedding is zero. The predictor treats it as a block.
-        self.rope, self.positions = None, None
-        if config.positions == "rope":
-            rope = rotary_positions(config.grid, config.embed_dim // config.num_heads).to(order.device)
-            unrotated = rope.new_tensor([0.0, 1.0]).repeat_interleave(rope.shape[1] // 2)
-            self.rope = torch.cat([unrotated.expand(behind, -1), rope[patches]])
-        else:
-            own = positions_on(config.grid, positions_of(model.encoder), model.config)
-            self.positions = pad(own[:, patches], (0, 0, behind, 0))
-        own = None
-        if self.predictor.pos_embed is not None:
-            own = positions_on(config.grid, self.predictor.pos_embed, model.config)
-            own = pad(own[:, patches], (0, 0, behind * m, 0))
-        if own is not None and self.predictor.target_embed is not None:
-            # A row predicts the next block; the last row predicts none.
-            ahead = positions_on(config.grid, self.predictor.target_embed, model.config)
-            own = own + pad(ahead[:, patches[(1 - behind) * m :]], (0, 0, 0, m))
-        self.predictor_positions = own
-        self.entered, self.place = 0, slice(0, 0)
-        """Number of blocks processed so far, and the slice of the sequence that the last call added."""
-        self.kept: list[Kept | None] = [None] * len(model.encoder.blocks)
-        self.predictor_kept: list[Kept | None] = [None] * len(self.predictor.blocks)
-
-    def __call__(self, images: Float[Tensor, "b c h w"], position: int) -> Float[Tensor, "b steps *p"]:
-        """The prediction of the block at a position of the order, or of all masked blocks."""
-        model, config, predictor, m = self.model, self.config, self.predictor, self.config.patches_per_block
-        encoder, first, new = model.encoder, self.place.stop == 0, position - self.entered
-        behind = int(config.class_token and first)
-        # Blocks that became known since the last call are embedded, each as a small image.
-        pixels = patchify(images, config.block_px)[:, self.order[self.entered : position]]
+    encoder, predictor, targets = model.encoder, model.predictor, model.targets
+    assert predictor is not None
+    assert targets is not None
+    k, m, batch, front = len(order), config.patches_per_block, len(canvas.images), int(config.class_token)
+    patches = patches_of_blocks(config.grid, pair(config.block_size)).to(order.device)[order].flatten()
+    # Positions along the sequence. The class token has none: it is not rotated (sine 0, cosine 1), or its
+    # position embedding is zero. The predictor treats it as a block.
+    rope = positions = own = None
+    if config.positions == "rope":
+        table = rotary_positions(config.grid, config.embed_dim // config.num_heads).to(order.device)
+        unrotated = table.new_tensor([0.0, 1.0]).repeat_interleave(table.shape[1] // 2)
+        rope = torch.cat([unrotated.expand(front, -1), table[patches]])
+    else:
+        positions = positions_on(config.grid, positions_of(encoder), model.config)
+        positions = pad(positions[:, patches], (0, 0, front, 0))
+    if predictor.pos_embed is not None:
+        own = positions_on(config.grid, predictor.pos_embed, model.config)
+        own = pad(own[:, patches], (0, 0, front * m, 0))
+    if own is not None and predictor.target_embed is not None:
+        # A row predicts the next block; the last row predicts none.
+        ahead = positions_on(config.grid, predictor.target_embed, model.config)
+        own = own + pad(ahead[:, patches[(1 - front) * m :]], (0, 0, 0, m))
+    keys: list[Kept | None] = [None] * len(encoder.blocks)
+    predictor_keys: list[Kept | None] = [None] * len(predictor.blocks)
+    masked = 0 if model.mask_token is None else k - given
+    done, stop = 0, 0  # blocks and tokens that have passed through the model
+    for position in (given,) if masked else range(given, k):
+        # Blocks that became known since the last round are embedded, each as a small image.
+        pixels = patchify(canvas.images, config.block_px)[:, order[done:position]]
         blocks = rearrange(pixels, "b s (c h w) -> (b s) c h w", c=config.in_chans, h=config.block_px[0])
-        tokens = rearrange(embed_patches(encoder, blocks), "(b s) m d -> b (s m) d", b=len(images))
-        steps = 1
+        tokens = rearrange(embed_patches(encoder, blocks), "(b s) m d -> b (s m) d", b=batch)
         if model.mask_token is not None:
-            steps = len(self.order) - self.given
-            tokens = torch.cat([tokens, model.mask_token.expand(len(images), steps * m, -1)], dim=1)
+            tokens = torch.cat([tokens, model.mask_token.expand(batch, masked * m, -1)], dim=1)
+        start, behind = stop, front if stop == 0 else 0
         if behind and encoder.cls_token is not None:
-            tokens = torch.cat([encoder.cls_token.expand(len(images), -1, -1), tokens], dim=1)
-        # Only the first call needs masks, among given blocks: later tokens attend to all tokens before them.
+            tokens = torch.cat([encoder.cls_token.expand(batch, -1, -1), tokens], dim=1)
+        # Only the first round needs masks, among given blocks: later tokens attend to all tokens before them.
         mask = predictor_mask = None
-        if first and not config.prefix and model.mask_token is None:
-            places = torch.arange(-behind, new, device=images.device).repeat_interleave(m)
+        if start == 0 and not config.prefix and not masked:
+            places = torch.arange(-behind, position, device=order.device).repeat_interleave(m)
             predictor_mask = may_attend(places)
             mask = may_attend(places[behind * (m - 1) :])
-        place = self.place = slice(self.place.stop, self.place.stop + tokens.shape[1])
-        rope = None if self.rope is None else self.rope[place]
-        tokens = tokens if self.positions is None else tokens + self.positions[:, place]
-        tokens = encoder.norm(_attend(encoder.blocks, tokens, self.kept, mask, rope))
+        stop = start + tokens.shape[1]
+        tokens = tokens if positions is None else tokens + positions[:, start:stop]
+        tokens = _attend(encoder.blocks, tokens, keys, mask, None if rope is None else rope[start:stop])
+        tokens = encoder.norm(tokens)
         if behind:
             tokens = torch.cat([tokens[:, :1].expand(-1, m - 1, -1), tokens], dim=1)
         # The predictor's sequence ends at the same block. Without attention it needs predicting tokens only.
-        tokens = tokens if predictor.mixes_tokens else tokens[:, -steps * m :]
-        stop = place.stop + config.class_token * (m - 1)
-        place = slice(stop - tokens.shape[1], stop)
-        tokens = predictor.projection(tokens)
-        if self.predictor_positions is not None:
-            tokens = tokens + self.predictor_positions[:, place]
+        last = (masked or 1) * m
+        tokens = predictor.projection(tokens if predictor.mixes_tokens else tokens[:, -last:])
+        if own is not None:
+            end = stop + front * (m - 1)
+            tokens = tokens + own[:, end - tokens.shape[1] : end]
         if predictor.mixes_tokens:
-            tokens = _attend(predictor.blocks, tokens, self.predictor_kept, predictor_mask)
+            tokens = _attend(predictor.blocks, tokens, predictor_keys, predictor_mask)
         else:
             tokens = predictor.blocks(tokens)
-        self.entered = position
-        last = rearrange(predictor.norm(tokens[:, -steps * m :]), "b (s m) d -> b s m d", m=m)
-        assert model.targets is not None
-        return model.targets.shaped(predictor.block_mlps[0](join_blocks(last)))
+        done = position
+        joined = join_blocks(rearrange(predictor.norm(tokens[:, -last:]), "b (s m) d -> b s m d", m=m))
+        yield from targets.shaped(predictor.block_mlps[0](joined)).unbind(1)
 
 
 Kept = tuple[Float[Tensor, "b heads _ e"], Float[Tensor, "b heads _ e"]]
@@ -299,10 +284,7 @@ def _attend(
         kept[number] = (k, v)
         attended = rearrange(scaled_dot_product_attention(q, k, v, mask), "b h n e -> b n (h e)")
         attended = attention.proj(attention.norm(attended))
-        if isinstance(layer, RopeLayer):
-            factors = [1 if gamma is None else gamma for gamma in (layer.gamma_1, layer.gamma_2)]
-        else:  # LayerScale is a module here, or an Identity
-            factors = [getattr(scale, "gamma", 1) for scale in (layer.ls1, layer.ls2)]
-        tokens = tokens + factors[0] * attended
-        tokens = tokens + factors[1] * layer.mlp(layer.norm2(tokens))
+        first, second = layer.factors
+        tokens = tokens + first * attended
+        tokens = tokens + second * layer.mlp(layer.norm2(tokens))
     return tokens

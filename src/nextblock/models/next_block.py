@@ -20,7 +20,6 @@ from nextblock.blocks import block_orders, check_order, may_attend, patches_of_b
 from nextblock.config import Attention, ModelConfig, pair
 from nextblock.errors import UsageError
 from nextblock.logs import counted
-from nextblock.model_config import Steps
 from nextblock.models.predictor import Predictor, join_blocks
 from nextblock.models.vit import (
     INIT_STD,
@@ -152,11 +151,12 @@ class NextBlockModel(nn.Module):
         assert self.predictor is not None
         self._check_arguments(config, len(images), block_order, prefix_lengths, drop_path)
         # Tables and masks for the size of these images; at the model's own size, its buffers.
-        geometry, k, m = self._geometry_at(config, leaks=leaks), config.num_blocks, config.patches_per_block
+        geometry, device = self._geometry_at(config, leaks=leaks), images.device
+        k, m, front = config.num_blocks, config.patches_per_block, int(config.class_token)
         hidden = config.steps(0).number if self.mask_token is not None else 0
         # Validation and pictures pass no order and always get the same one, so their numbers are comparable.
         order = geometry.orders[0] if block_order is None else block_order
-        order = order.to(images.device, non_blocking=True)
+        order = order.to(device, non_blocking=True)
 
         # The last block is skipped: no earlier token attends to it and nothing is predicted from it. The loss
         # is the same and 1/k of the work is saved. Only leaking masks (in some official files) need it.
@@ -169,48 +169,74 @@ class NextBlockModel(nn.Module):
             # Computed on the device of the lengths: on the CPU, nonzero does not wait for a GPU. Row i is
             # needed if its farthest target, at position i + num_predicted_blocks, comes after the prefix.
             needed = kept_rows(k - 1, config.num_predicted_blocks, prefix_lengths)
-            rows = needed.flatten().nonzero().flatten().to(images.device, non_blocking=True)
-            prefix = prefix_lengths.to(images.device, non_blocking=True)
-            positions = torch.arange(k - 1, device=images.device).repeat_interleave(m)
-            mask = may_attend(positions, prefix)
-        predictor_mask = mask
-        # The predictor's own mask is in raster order. Indexing with patches as a column and as a row permutes
-        # its rows and columns to the order of the sequence.
-        if geometry.predictor_mask is not None:
-            predictor_mask = geometry.predictor_mask[patches[:, None], patches]
+            rows = needed.flatten().nonzero().flatten().to(device, non_blocking=True)
+            prefix = prefix_lengths.to(device, non_blocking=True)
+            mask = may_attend(torch.arange(k - 1, device=device).repeat_interleave(m), prefix)
 
         # Each token carries its position, so the sequence can be permuted: attention treats it as a set, and
         # only the mask defines what comes first.
         embedded = embed_patches(self.encoder, images)
-        tokens, rope = take(embedded, patches), None
+        tokens = take(embedded, patches)
         if self.mask_token is not None:
             masked = self.mask_token.to(tokens.dtype).expand(len(images), hidden * m, -1)
             tokens = torch.cat([tokens[:, : (k - hidden) * m], masked], dim=1)
-        if config.positions == "rope":
-            table = self._rotary(config, 1.0 if rope_scale is None else rope_scale)
-            rope = table[patches] if patches.ndim == 1 else table[patches][:, None]
-        else:
-            tokens = tokens + take(
-                positions_on(config.grid, positions_of(self.encoder), self.config), patches
-            )
-        tokens = self._with_class_token(tokens)
-        drop_path = None if drop_path is None else drop_path.to(images.device, non_blocking=True)
-        tokens = layer_outputs(
-            self.encoder.blocks, tokens, mask, recompute=self.recompute, drop_path=drop_path, rope=rope
-        )[-1]
+        tokens = self._run_encoder(tokens, config, mask, patches, drop_path, rope_scale)[-1]
         tokens = self.encoder.norm(tokens)
+
+        predictor, positions, predictor_mask = self.predictor, None, mask
+        # The predictor's own mask is in raster order. Indexing with patches as a column and as a row permutes
+        # its rows and columns to the order of the sequence.
+        if geometry.predictor_mask is not None:
+            predictor_mask = geometry.predictor_mask[patches[:, None], patches]
         # The predictor treats the class token as a block before the first, so it is repeated m times.
-        if config.class_token and m > 1:
+        if front and m > 1:
             tokens = torch.cat([tokens[:, :1].expand(-1, m, -1), tokens[:, 1:]], dim=1)
-            predictor_mask = may_attend(torch.arange(k, device=images.device).repeat_interleave(m))
-        joined = self._decode(tokens, config, order, geometry.patches_of_blocks, predictor_mask, rows)
+            predictor_mask = may_attend(torch.arange(k, device=device).repeat_interleave(m))
+        # The predictor adds its own positions, as the encoder has mixed the tokens it receives.
+        if predictor.pos_embed is not None:
+            own = positions_on(config.grid, predictor.pos_embed, self.config)
+            positions = pad(take(own, patches), (0, 0, front * m, 0))
+        # A row predicts the next block of the order, so target positions are shifted by one block.
+        if predictor.target_embed is not None and positions is not None:
+            ahead = positions_on(config.grid, predictor.target_embed, self.config)
+            ahead = take(ahead, geometry.patches_of_blocks[order[..., 1 - front :]].flatten(-2))
+            positions = positions + ahead
+        settings = {"fp32": self.predictor_fp32, "recompute": self.recompute}
+        if predictor.mixes_tokens:
+            tokens = predictor(tokens, positions, predictor_mask, **settings)
+        # Rows are picked after the last attention, as every token is a key there. `rows` index (b k).
+        blocks = rearrange(tokens, "b (k m) d -> b k m d", m=m)
+        blocks = blocks if rows is None else blocks.flatten(0, 1).index_select(0, rows)
+        if not predictor.mixes_tokens:
+            # Without attention each token is computed separately, so the layers need only the picked ones. If
+            # positions are the same for all images, row r of (b k) is block r mod k of the sequence.
+            if positions is not None:
+                positions = rearrange(positions, "b (k m) d -> b k m d", m=m)
+                if rows is not None:
+                    positions = positions.flatten(0, 1)
+                    positions = positions.index_select(0, rows % len(positions))
+            blocks = predictor(blocks, positions, **settings)
+        joined = join_blocks(blocks)
 
         # Each distance has its own output map on the same joined tokens.
-        targets = self.targets.of_blocks(images, order, embedded)
-        distances = [
-            self._predict(mlp, joined, targets, config.steps(distance), distance, rows, prefix)
-            for distance, mlp in zip(config.distances, self.predictor.block_mlps, strict=True)
-        ]
+        all_targets = self.targets.of_blocks(images, order, embedded)
+        distances: list[Further] = []
+        for distance, block_mlp in zip(config.distances, predictor.block_mlps, strict=True):
+            row, position, steps = config.steps(distance)
+            targets = all_targets[:, position : position + steps]
+            if rows is None or prefix is None:
+                outputs = block_mlp(joined[:, row : row + steps])
+                kept = torch.ones(len(images), steps, dtype=torch.bool, device=device)
+            else:
+                # The MLP sees only the picked rows; its outputs are scattered back to (b k-1). A row that
+                # only another distance needs is zeroed: its own target is in the prefix or past the end.
+                picked, kept = block_mlp(joined), kept_rows(steps, distance, prefix)
+                outputs = picked.new_zeros(len(images) * (k - 1), picked.shape[-1])
+                outputs = rearrange(outputs.index_copy(0, rows, picked), "(b k) p -> b k p", k=k - 1)
+                outputs, targets = _zero_unless(kept, outputs[:, :steps]), _zero_unless(kept, targets)
+            predictions = self.targets.shaped(outputs)
+            losses = _zero_unless(kept, self.targets.losses(predictions, targets))
+            distances.append(Further(predictions, targets, losses, kept))
         # Means over this batch. Training divides the same block losses by the counts of the global batch.
         counts = [part.kept.sum().float() for part in distances]
         loss = combine([part.block_loss for part in distances], counts)
@@ -223,88 +249,37 @@ class NextBlockModel(nn.Module):
         assert self.targets is not None, "a model without a predictor has no targets"
         return self.targets.of_blocks(images, order, embed_patches(self.encoder, images))
 
-    def _rotary(self, config: ModelConfig, scale: Tensor | float) -> Float[Tensor, "n r"]:
-        with torch.autocast(self._device.type, enabled=False):
-            table = rotary_positions(config.grid, config.embed_dim // config.num_heads, scale)
-        return table.to(self._device, non_blocking=True)
-
-    def _with_class_token(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n2 d"]:
-        # The residual stream is fp32. Under autocast, patches are not, unless learned positions were added.
-        tokens, token = tokens.to(self.encoder.patch_embed.proj.weight.dtype), self.encoder.cls_token
-        if token is None:
-            return tokens
-        return torch.cat([token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
-
-    def _decode(
+    def _run_encoder(
         self,
-        tokens: Float[Tensor, "b s e"],
+        tokens: Float[Tensor, "b n d"],
         config: ModelConfig,
-        order: Int64[Tensor, "... k"],
-        table: Int64[Tensor, "k m"],
         mask: Bool[Tensor, "*b s s"] | None,
-        rows: Int64[Tensor, " r"] | None,
-    ) -> Float[Tensor, "*joined dm"]:
-        """Each block's tokens as one vector: (b k dm), or (r dm) for `rows`, which index (b k) flattened.
-
-        Rows are picked after the last attention, as every token is a key there.
-        """
-        predictor, positions, m = self.predictor, None, config.patches_per_block
-        assert predictor is not None
-        # The predictor adds its own positions, as the encoder has mixed the tokens it receives.
-        behind, seen = int(config.class_token), tokens.shape[1] // m - int(config.class_token)
-        if predictor.pos_embed is not None:
-            own = positions_on(config.grid, predictor.pos_embed, self.config)
-            positions = pad(take(own, table[order[..., :seen]].flatten(-2)), (0, 0, behind * m, 0))
-        # A row predicts the next block of the order, so target positions are shifted by one block.
-        if predictor.target_embed is not None and positions is not None:
-            ahead = positions_on(config.grid, predictor.target_embed, self.config)
-            positions = positions + take(ahead, table[order[..., 1 - behind :]].flatten(-2))
-
-        def pick(by_token: Tensor) -> Tensor:
-            if rows is None:
-                return rearrange(by_token, "b (k m) d -> b k m d", m=m)
-            return rearrange(by_token, "b (k m) d -> (b k) m d", m=m).index_select(0, rows)
-
-        settings = {"fp32": self.predictor_fp32, "recompute": self.recompute}
-        if predictor.mixes_tokens:
-            return join_blocks(pick(predictor(tokens, positions, mask, **settings)))
-        # Without attention each token is computed separately, so the layers need only the picked ones. If
-        # positions are the same for all images, row r of (b k) is block r mod k of the sequence.
-        if positions is not None:
-            positions = rearrange(positions, "b (k m) d -> b k m d", m=m)
-            if rows is not None:
-                positions = positions.flatten(0, 1)
-                positions = positions.index_select(0, rows % len(positions))
-        return join_blocks(predictor(pick(tokens), positions, **settings))
-
-    def _predict(
-        self,
-        mlp: nn.Module,
-        joined: Float[Tensor, "*joined dm"],
-        all_targets: Shaped[Tensor, "b k *t"],
-        which: Steps,
-        distance: int,
-        rows: Int64[Tensor, " r"] | None,
-        prefix: Int64[Tensor, " b"] | None,
-    ) -> Further:
-        """Predictions, targets and losses of the rows `which`, `distance` blocks ahead."""
-        assert self.targets is not None
-        targets = all_targets[:, which.position : which.position + which.number]
-        batch, steps = targets.shape[:2]
-        if rows is None or prefix is None:
-            kept = torch.ones(batch, steps, dtype=torch.bool, device=targets.device)
-            predictions = self.targets.shaped(mlp(joined[:, which.row : which.row + steps]))
+        patches: Int64[Tensor, "... n"] | None = None,
+        drop_path: Float[Tensor, "b draws"] | None = None,
+        rope_scale: Tensor | float | None = None,
+    ) -> tuple[Float[Tensor, "b s d"], ...]:
+        """Each layer's output for embedded patches, in raster order unless their indices are given."""
+        device, rope = tokens.device, None
+        if config.positions == "rope":
+            with torch.autocast(device.type, enabled=False):
+                scale = 1.0 if rope_scale is None else rope_scale
+                rope = rotary_positions(config.grid, config.embed_dim // config.num_heads, scale)
+            rope = rope.to(device, non_blocking=True)
+            if patches is not None:
+                rope = rope[patches] if patches.ndim == 1 else rope[patches][:, None]
         else:
-            # The MLP sees only the picked rows; its outputs are scattered back to (b k-1). A row that only
-            # another distance needs is zeroed: its own target is in the prefix or past the end.
-            kept = kept_rows(steps, distance, prefix)
-            picked = mlp(joined)
-            in_place = picked.new_zeros(batch * (all_targets.shape[1] - 1), picked.shape[-1])
-            in_place = rearrange(in_place.index_copy(0, rows, picked), "(b k) p -> b k p", b=batch)
-            predictions = self.targets.shaped(_zero_unless(kept, in_place[:, :steps]))
-            targets = _zero_unless(kept, targets)
-        losses = _zero_unless(kept, self.targets.losses(predictions, targets))
-        return Further(predictions, targets, losses, kept)
+            own = positions_on(config.grid, positions_of(self.encoder), self.config)
+            tokens = tokens + (own if patches is None else take(own, patches))
+        # The residual stream is fp32. Under autocast, patches are not, unless learned positions were added.
+        tokens = tokens.to(self.encoder.patch_embed.proj.weight.dtype)
+        if self.encoder.cls_token is not None:
+            first = self.encoder.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+            tokens = torch.cat([first, tokens], dim=1)
+        if drop_path is not None:
+            drop_path = drop_path.to(device, non_blocking=True)
+        return layer_outputs(
+            self.encoder.blocks, tokens, mask, recompute=self.recompute, drop_path=drop_path, rope=rope
+        )
 
     def encode(self, images: Float[Tensor, "b c h w"], attention: Attention = "native") -> Encoded:
         """Encode images of any size that blocks divide; tokens and layers are in raster order.
@@ -317,20 +292,14 @@ class NextBlockModel(nn.Module):
             raise UsageError(f"attention is {attention!r}; it must be 'native', 'causal' or 'full'")
         config = self._config_at(images, predicting=False, blocks_matter=kind == "causal")
         # Features are returned in raster order, so the mask is permuted instead of the tokens.
-        mask, rope, q = None, None, int(config.class_token)
+        mask, q = None, int(config.class_token)
         if kind == "causal" and config.encoder_attention == "block_causal":
             geometry = self._geometry_at(config, leaks=False)
             mask = raster_mask(geometry.patches_of_blocks, geometry.orders[0])
             # All tokens see the class token, which sees only itself.
             mask = pad(pad(mask, (0, 0, q, 0), value=False), (q, 0), value=True)
         # The patch projection returns a transposed view; copied once here, it is not copied in every norm.
-        tokens = embed_patches(self.encoder, images).contiguous()
-        if config.positions == "rope":
-            rope = self._rotary(config, 1.0)
-        else:
-            tokens = tokens + positions_on(config.grid, positions_of(self.encoder), self.config)
-        tokens = self._with_class_token(tokens)
-        layers = layer_outputs(self.encoder.blocks, tokens, mask, recompute=self.recompute, rope=rope)
+        layers = self._run_encoder(embed_patches(self.encoder, images).contiguous(), config, mask)
         patches = tuple(layer[:, q:] for layer in layers)
         prefix = tuple(layer[:, :q] for layer in layers) if q else ()
         return Encoded(self.encoder.norm(patches[-1]), patches, prefix, has_class_token=bool(q))
@@ -382,18 +351,16 @@ class NextBlockModel(nn.Module):
         if order is not None:
             check_order(order, k, batch)
         if lengths is not None:
-            if lengths.shape != (batch,):
-                shape = tuple(lengths.shape)
-                raise UsageError(f"prefix_lengths has shape {shape}; give one length per image, ({batch},)")
             is_plain = config.encoder_attention == "block_causal" and config.predictor_attention == "native"
             if not is_plain or config.class_token or config.mask_ratio or config.predict_visible:
                 raise UsageError("the attention masks of this model have no prefix; leave prefix_lengths out")
             # Values are checked only if that neither waits for a GPU nor breaks a compiled graph.
             visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
-            if visible and not all(0 <= length < k for length in lengths.tolist()):
+            values = lengths.tolist() if visible else []
+            if lengths.shape != (batch,) or not all(0 <= length < k for length in values):
                 raise UsageError(
-                    f"prefix_lengths must be in 0..{k - 1} (an image has {k} blocks and the last one must "
-                    f"be predicted), got {lengths.tolist()}"
+                    f"prefix_lengths must be one number in 0..{k - 1} for each of {counted(batch, 'image')} "
+                    f"(an image has {k} blocks), got {values or tuple(lengths.shape)}"
                 )
         if drop_path is not None and drop_path.shape != (batch, 2 * config.depth):
             shape, wanted = tuple(drop_path.shape), (batch, 2 * config.depth)

@@ -56,6 +56,11 @@ class Layer(Block):
             attention: Any = self.attn
             attention.q_norm = _Scale(qk_scale * attention.head_dim**0.5)
 
+    @property
+    def factors(self) -> list[Any]:
+        """LayerScale's factors on attention and MLP; 1 without it."""
+        return [getattr(scale, "gamma", 1) for scale in (self.ls1, self.ls2)]
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],
@@ -76,6 +81,11 @@ class Layer(Block):
 class RopeLayer(EvaBlock):
     """timm's layer with rotary positions; `drop_path` as in `Layer`."""
 
+    @property
+    def factors(self) -> list[Any]:
+        """LayerScale's factors on attention and MLP; 1 without it."""
+        return [1 if gamma is None else gamma for gamma in (self.gamma_1, self.gamma_2)]
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],
@@ -87,10 +97,10 @@ class RopeLayer(EvaBlock):
         """Attention, then an MLP, each with a residual connection; `rope` does not rotate the class token."""
         if drop_path is None or not self.training:
             return super().forward(x, rope, attn_mask, is_causal)
-        factors = [1 if gamma is None else gamma for gamma in (self.gamma_1, self.gamma_2)]
+        first, second = self.factors
         attended = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        x = x + _drop(factors[0] * attended, self.drop_path1, drop_path[:, 0])
-        return x + _drop(factors[1] * self.mlp(self.norm2(x)), self.drop_path2, drop_path[:, 1])
+        x = x + _drop(first * attended, self.drop_path1, drop_path[:, 0])
+        return x + _drop(second * self.mlp(self.norm2(x)), self.drop_path2, drop_path[:, 1])
 
 
 class _Scale(nn.Module):

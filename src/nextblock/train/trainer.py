@@ -29,11 +29,11 @@ from nextblock.data import (
 )
 from nextblock.errors import UsageError
 from nextblock.interop import attach_teacher, initialize
-from nextblock.kmeans import KMeansTokenizer
 from nextblock.models import NextBlockModel
 from nextblock.models.next_block import check_predicts, masks_leak
 from nextblock.optim import build_optimizer
 from nextblock.targets import (
+    KMeansTokenizer,
     combine,
     count_kept_rows,
     draw_orders,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from nextblock.config import (
     Attention,
     CheckpointConfig,
+    CropScale,
     DataConfig,
     MonitorConfig,
     OptimConfig,
@@ -27,7 +28,6 @@ from nextblock.settings import (
     check_types,
     duration,
     require,
-    require_range,
 )
 
 Kind = Literal["linear", "attentive"]
@@ -114,7 +114,7 @@ class FinetuneSettings(EvalSettings):
     """Drop-path rate of the last layer, growing linearly from 0 at the first; none: 0.1, and 0 with LoRA."""
     augment: Literal["none", "crop", "timm"] = "crop"
     """none: the centre crop; crop: a random crop and flip; timm: also RandAugment and random erasing."""
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: CropScale | None = None
     """augment crop: range of the crop's share of the image area, drawn uniformly; none: 0.08 to 1."""
     flip: Share | None = None
     """augment crop, timm: probability of a horizontal flip; none: that of the model's run, else 0.5."""
@@ -148,7 +148,6 @@ class FinetuneSettings(EvalSettings):
             not self.mixes or micro is None or micro % 2 == 0,
             f"micro_batch_size is {micro}, but mixup and cutmix mix pairs; use an even number",
         )
-        require_range("crop_scale", self.crop_scale or CROP_SCALE, 0, 1)
         require(self.crop_scale is None or self.augment == "crop", "crop_scale needs --augment crop")
         require(self.flip is None or self.augment != "none", "flip needs --augment crop or timm")
         require(self.cache is None, "fine-tuning keeps no features; leave out --cache")
