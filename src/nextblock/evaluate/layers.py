@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 from nextblock.errors import UsageError
 
-__all__ = ["check_layers", "layer_choices"]
-
 log = logging.getLogger(__name__)
 
 WORDS = re.compile(r"last([1-9]\d*)?|[1-9]\d*|layer\d+|\d+(\+\d+)+|each|best")

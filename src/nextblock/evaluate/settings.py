@@ -9,13 +9,18 @@ from typing import Annotated, Literal, NamedTuple
 from nextblock.config import Attention
 from nextblock.errors import UsageError
 from nextblock.evaluate.layers import check_layers
-from nextblock.settings import Count, Natural, Positive, Rule, Share, check_types, require
+from nextblock.settings import Count, Natural, Positive, Rule, Share, check_types, listed, require
 
 CPU_BATCH, GPU_BATCH = 16, 128
 """Larger batches on a CPU gain a few percent of speed and cost half a gigabyte; a GPU needs large ones."""
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (0.75, 1.333)
 """Training crops of probes and fine-tuning, as in the official linear probe."""
+
+
+def ends_in(*suffixes: str) -> Rule:
+    """Return the rule of a file's name that ends in one of these."""
+    return Rule(lambda name: name.endswith(suffixes), f"a file that ends in {listed(suffixes, 'or')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +57,34 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenSettings(EvalSettings):
-    """Settings of evaluations that use one vector per image, and compare with baselines."""
+class FeatureSettings(EvalSettings):
+    """Settings that select the features of an image."""
 
-    train: str
-    """Labelled images to learn from."""
     layers: str = "last"
     """Encoder layers, averaged after the final norm: last, last6, layer7 or 3+4+5 (from 0)."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
     """Mean patch, class token, both joined, or the mean of all tokens."""
     attention: Attention = "native"
     """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
+
+    more_layer_words = ()
+    """What `layers` may be besides the usual words; a subclass may set it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers((self.layers,), several=self.more_layer_words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenSettings(FeatureSettings):
+    """Settings of evaluations that use one vector per image, and compare with baselines."""
+
+    train: str
+    """Labelled images to learn from."""
     baselines: bool = True
     """Also measure the same encoder untrained, images of 16x16 px, and a colour histogram."""
     seed: Natural = 0
     """Seed of the untrained encoder and of all random choices."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers((self.layers,), several=())
 
 
 DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07
@@ -115,35 +129,28 @@ class FewshotSettings(FrozenSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedSettings(EvalSettings):
+class EmbedSettings(FeatureSettings):
     """Settings of `embed`, which writes features of images to a file."""
 
     data: str
     """Images: a directory, an image file, `torchvision:CIFAR10,root=DIR`, or `digits`."""
-    out: str = field()  # required
+    out: Annotated[str, ends_in(".parquet", ".npz")] = field()  # required
     """File to write: .parquet, or .npz for NumPy."""
     layers: str = "last"
     """last, last6 (or any number), layer7 or 3+4+5 (from 0), averaged; each: every layer separately."""
-    tokens: Literal["patches", "class", "joined", "all"] = "patches"
-    """Patches, class token, class token and mean patch joined, or all tokens."""
     pool: Literal["mean", "none"] = "mean"
     """mean: the mean over tokens, one vector per image; none: every token."""
     norm: bool = True
     """Apply the encoder's final norm to each layer's output first."""
-    attention: Attention = "native"
-    """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
     neighbors: Natural = 10
     """parquet: number of nearest images to list for each image; 0: none."""
     thumbnail_px: Natural = 96
     """parquet: longer side of the thumbnails; 0: none."""
 
+    more_layer_words = ("each",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers((self.layers,), several=("each",))
-        require(
-            self.out.endswith((".parquet", ".npz")),
-            f"out is {self.out}; name a file that ends in .parquet or .npz",
-        )
         require(
             self.pool == "mean" or self.tokens in ("patches", "all"),
             f"tokens {self.tokens} is one vector per image; pool none needs tokens patches or all",
@@ -151,7 +158,7 @@ class EmbedSettings(EvalSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings(EvalSettings):
+class SearchSettings(FeatureSettings):
     """Settings of `search`, which finds similar images."""
 
     data: str
@@ -160,16 +167,6 @@ class SearchSettings(EvalSettings):
     """An image file, or a source of up to 64 images; search for images similar to these."""
     top: Count = 12
     """Images to find for each query."""
-    layers: str = "last"
-    """Encoder layers, averaged after the final norm: last, last6, layer7 or 3+4+5 (from 0)."""
-    tokens: Literal["patches", "class", "joined", "all"] = "patches"
-    """Mean patch, class token, both joined, or the mean of all tokens."""
-    attention: Attention = "native"
-    """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers((self.layers,), several=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,17 +225,10 @@ class ClassifySettings(ScoreSettings):
 
     data: str
     """Images: a directory, an image file, or any other source; they need no labels."""
-    out: str | None = None
+    out: Annotated[str, ends_in(".csv", ".json", ".parquet")] | None = None
     """File to write: .csv, .json or .parquet; none: print only."""
     top: Count = 5
     """Number of likeliest classes per image."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.out is None or self.out.endswith((".csv", ".json", ".parquet")),
-            f"out is {self.out}; its name must end in .csv, .json or .parquet",
-        )
 
 
 class Shots(NamedTuple):
