@@ -14,10 +14,11 @@ from nextblock.cli import main
 from nextblock.data import TooManyBadImages
 from nextblock.errors import UsageError
 from nextblock.evaluate import evaluation
-from nextblock.evaluate.evaluation import SATURATED, Stopped
+from nextblock.evaluate.evaluation import Stopped
 from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.heads import Grid
 from nextblock.evaluate.probe.settings import RECIPES, ProbeSettings
+from nextblock.evaluate.results import SATURATED
 from nextblock.models.heads import ImageClassifier
 from probing import QUICK, know, known, run, scores  # noqa: F401 - a fixture
 from ranks import run_ranks

@@ -24,9 +24,9 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from nextblock.atomic import write_aside
-from nextblock.data import Source, open_source
+from nextblock.data import Source
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import MODEL, Evaluation, evaluation
+from nextblock.evaluate.evaluation import MODEL, evaluation
 from nextblock.evaluate.files import about_parquet, pyarrow, write_parquet
 from nextblock.evaluate.knn import nearest_neighbours
 from nextblock.evaluate.layers import layer_choices
@@ -66,7 +66,7 @@ def embed(**settings: Any) -> Embeddings:
     if out.suffix == ".parquet":
         pyarrow()
     with evaluation(config) as opened:
-        source = open_source(config.data, opened.data)
+        source = opened.open_source(config.data)
         identity = opened.identity({"data": source})
         with opened.group.together():
             is_written = out.exists() and not config.overwrite
@@ -77,63 +77,48 @@ def embed(**settings: Any) -> Embeddings:
                 )
         if is_written:
             log.info("%s has these features already", out)
-        else:
-            _write(opened, config, source, identity, out)
+            return read_embeddings(out)
+        with opened.locked():
+            wanted = [
+                FeatureConfig(
+                    layers=layers,
+                    norm_layers=config.norm,
+                    tokens=config.tokens,
+                    pooled=config.pool == "mean",
+                    attention=config.attention,
+                )
+                for layers in layer_choices(config.layers, opened.model.config.depth)
+            ]
+            table = opened.table("data", source, MODEL, wanted)
+            with opened.group.together():
+                if opened.group.is_main:
+                    opened.report_bad(None)
+                    indices = table.readable()
+                    kinds = [table.read(indices, kind).numpy() for kind in range(len(wanted))]
+                    features = np.stack(kinds, axis=1) if config.layers == "each" else kinds[0]
+                    shape, names = list(features.shape[1:]), source.class_names if source.has_labels else None
+                    about = {**identity, "shape": shape, "class_names": names, "bad": len(table.bad)}
+                    write = _write_npz if out.suffix == ".npz" else _write_parquet
+                    write(config, features, indices, source, about)
+                    opened.forget_features()
         return read_embeddings(out)
-
-
-def _write(
-    opened: Evaluation, config: EmbedSettings, source: Source, identity: dict[str, Any], out: Path
-) -> None:
-    wanted = [
-        FeatureConfig(
-            layers=layers,
-            norm_layers=config.norm,
-            tokens=config.tokens,
-            pooled=config.pool == "mean",
-            attention=config.attention,
-        )
-        for layers in layer_choices(config.layers, opened.model.config.depth)
-    ]
-    with opened.working(out) as finish:
-        table = opened.table("data", source, MODEL, wanted)
-        indices = table.readable()
-
-        def features(chosen: Int64[np.ndarray, " b"]) -> Float[np.ndarray, "b ..."]:
-            kinds = [table.read(chosen, kind).numpy() for kind in range(len(wanted))]
-            return np.stack(kinds, axis=1) if config.layers == "each" else kinds[0]
-
-        shape = list(features(indices[:1]).shape[1:])
-        names = list(source.class_names) if source.has_labels else None
-        about = {**identity, "shape": shape, "class_names": names, "bad": len(table.bad)}
-        with opened.group.together():
-            if opened.group.is_main:
-                opened.report_bad(None)
-                if out.suffix == ".npz":
-                    _write_npz(out, features(indices), indices, source, about)
-                else:
-                    extra = _map(features(indices).reshape(len(indices), -1), config.neighbors)
-                    parts = _parquet(features, indices, source, extra, config.thumbnail_px)
-                    write_parquet(out, parts, about)
-                finish()
 
 
 def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.ndarray]:
     """Project images to two dimensions with UMAP, or PCA if it is not installed; find nearest images."""
-    normed = F.normalize(torch.from_numpy(features), dim=-1)
     try:
         from umap import UMAP  # type: ignore[import-not-found]
-
-        plane = UMAP(random_state=0, n_jobs=1).fit_transform(features) if len(features) > 3 else None
     except ImportError:
-        plane = None
-    if plane is None:
-        plane = np.zeros((len(features), 2))
-        if len(features) > 1:
-            some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
-            plane[:, : some.shape[1]] = some
-    columns = {"projection_x": plane[:, 0], "projection_y": plane[:, 1]}
+        UMAP = None  # noqa: N806 - a class
+    plane = np.zeros((len(features), 2))
+    if UMAP is not None and len(features) > 3:
+        plane = UMAP(random_state=0, n_jobs=1).fit_transform(features)
+    elif len(features) > 1:
+        some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
+        plane[:, : some.shape[1]] = some
+    columns = {"projection_x": plane[:, 0].astype("f4"), "projection_y": plane[:, 1].astype("f4")}
     if neighbors and len(features) > 1:
+        normed = F.normalize(torch.from_numpy(features), dim=-1)
         parts = [
             nearest_neighbours(normed[rows], normed, neighbors, itself=rows)
             for rows in torch.arange(len(features)).split(ROWS)
@@ -143,37 +128,39 @@ def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.nda
     return columns
 
 
-def _parquet(
-    features: Any,
+def _write_parquet(
+    config: EmbedSettings,
+    features: Float[np.ndarray, "n ..."],
     indices: Int64[np.ndarray, " n"],
     source: Source,
-    extra: Mapping[str, np.ndarray],
-    thumbnail_px: int,
-) -> Iterator[Any]:
-    """Yield the file's rows as pyarrow tables."""
-    pa = pyarrow()
-    for start in range(0, len(indices), ROWS):
-        rows = slice(start, start + ROWS)
-        chosen = indices[rows]
-        flat = features(chosen).reshape(len(chosen), -1)
-        columns: dict[str, Any] = {
-            "index": pa.array(chosen),
-            "name": pa.array([source.name(index) for index in chosen.tolist()]),
-        }
-        if source.has_labels:
-            labels = source.labels[chosen]
-            columns["label"] = pa.array(labels)
-            columns["class"] = pa.array([source.class_names[label] for label in labels])
-        columns["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
-        for name in ("projection_x", "projection_y"):
-            columns[name] = pa.array(extra[name][rows].astype("f4"))
-        if "ids" in extra:
-            pairs = zip(extra["ids"][rows].tolist(), extra["distances"][rows].tolist(), strict=True)
-            columns["neighbors"] = pa.array([{"ids": ids, "distances": values} for ids, values in pairs])
-        if thumbnail_px:
-            pictures = (thumbnail(source, index, thumbnail_px) for index in chosen.tolist())
-            columns["thumbnail"] = pa.array([{"bytes": picture} for picture in pictures])
-        yield pa.table(columns)
+    about: Mapping[str, Any],
+) -> None:
+    pa, flat = pyarrow(), features.reshape(len(indices), -1)
+    extra = _map(flat, config.neighbors)
+
+    def tables() -> Iterator[Any]:
+        for start in range(0, len(indices), ROWS):
+            rows = slice(start, start + ROWS)
+            chosen = indices[rows]
+            columns: dict[str, Any] = {
+                "index": chosen,
+                "name": [source.name(index) for index in chosen.tolist()],
+            }
+            if source.has_labels:
+                columns["label"] = source.labels[chosen]
+                columns["class"] = [source.class_names[label] for label in columns["label"]]
+            values = pa.array(flat[rows].ravel())
+            columns["feature"] = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
+            columns |= {name: extra[name][rows] for name in ("projection_x", "projection_y")}
+            if "ids" in extra:
+                pairs = zip(extra["ids"][rows].tolist(), extra["distances"][rows].tolist(), strict=True)
+                columns["neighbors"] = [{"ids": ids, "distances": distances} for ids, distances in pairs]
+            if config.thumbnail_px:
+                pictures = (thumbnail(source, index, config.thumbnail_px) for index in chosen.tolist())
+                columns["thumbnail"] = [{"bytes": picture} for picture in pictures]
+            yield pa.table(columns)
+
+    write_parquet(Path(config.out), tables(), about)
 
 
 def thumbnail(source: Source, index: int, longer_px: int) -> bytes:
@@ -188,13 +175,12 @@ def thumbnail(source: Source, index: int, longer_px: int) -> bytes:
 
 
 def _write_npz(
-    out: Path,
-    features: np.ndarray,
+    config: EmbedSettings,
+    features: Float[np.ndarray, "n ..."],
     indices: Int64[np.ndarray, " n"],
     source: Source,
     about: Mapping[str, Any],
 ) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     values: dict[str, Shaped[np.ndarray, ...]] = {
         "index": indices,
         "name": np.array([source.name(index) for index in indices.tolist()]),
@@ -203,7 +189,7 @@ def _write_npz(
     }
     if source.has_labels:
         values["label"] = source.labels[indices]
-    with write_aside(out) as aside, aside.open("wb") as file:
+    with write_aside(Path(config.out)) as aside, aside.open("wb") as file:
         np.savez(file, **values)  # type: ignore[arg-type]
 
 
@@ -231,7 +217,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
             features, indices, names = file["feature"], file["index"], file["name"].tolist()
             labels = file.get("label")
     else:
-        table = pyarrow().parquet.read_table(path, columns=None)
+        table = pyarrow().parquet.read_table(path)
         flat = table["feature"].combine_chunks().flatten().to_numpy()
         features = flat.reshape(len(table), *about["shape"])
         indices, names = table["index"].to_numpy(), table["name"].to_pylist()

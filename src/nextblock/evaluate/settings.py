@@ -48,6 +48,9 @@ class EvalSettings:
     overwrite: bool = False
     """Replace another result in out."""
 
+    out_is_file = False
+    """Whether `out` is a file, not a directory."""
+
     def __post_init__(self) -> None:
         check_types(self)
 
@@ -147,6 +150,7 @@ class EmbedSettings(FeatureSettings):
     thumbnail_px: Natural = 96
     """parquet: longer side of the thumbnails; 0: none."""
 
+    out_is_file = True
     more_layer_words = ("each",)
 
     def __post_init__(self) -> None:
@@ -229,6 +233,8 @@ class ClassifySettings(ScoreSettings):
     """File to write: .csv, .json or .parquet; none: print only."""
     top: Count = 5
     """Number of likeliest classes per image."""
+
+    out_is_file = True
 
 
 class Shots(NamedTuple):
