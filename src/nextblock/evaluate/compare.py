@@ -178,7 +178,7 @@ def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
         num_classes = classifier.head_config.num_classes
         labels = classifier_labels(source, classifier.class_names, num_classes, config.classes)
         measures = measure_logits(opened.logits("test", source), labels, num_classes)
-        opened.report_bad(None)
+        opened.report_bad()
     if config.cache is None:
         shutil.rmtree(out, ignore_errors=True)  # it contains only features
     row = {"encoder": MODEL, "method": "its own classifier", **measures.row()}

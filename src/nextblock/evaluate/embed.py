@@ -27,9 +27,9 @@ from nextblock.atomic import write_aside
 from nextblock.data import Source
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import MODEL, evaluation
+from nextblock.evaluate.features import layer_choices
 from nextblock.evaluate.files import about_parquet, pyarrow, write_parquet
 from nextblock.evaluate.knn import nearest_neighbours
-from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import differences
 from nextblock.evaluate.settings import EmbedSettings
 from nextblock.models.heads import FeatureConfig
@@ -92,7 +92,7 @@ def embed(**settings: Any) -> Embeddings:
             table = opened.table("data", source, MODEL, wanted)
             with opened.group.together():
                 if opened.group.is_main:
-                    opened.report_bad(None)
+                    opened.report_bad()
                     indices = table.readable()
                     kinds = [table.read(indices, kind).numpy() for kind in range(len(wanted))]
                     features = np.stack(kinds, axis=1) if config.layers == "each" else kinds[0]

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from nextblock.atomic import exclusive, write_text
+from nextblock.atomic import exclusive, remove, write_text
 from nextblock.checkpoint import digest_of
 from nextblock.config import DataConfig, pair
 from nextblock.data import BadSample, Source, keyed_seed, open_source
@@ -48,7 +48,7 @@ from nextblock.evaluate.results import (
     identity_of,
     images_digest,
     read_result,
-    stored_result,
+    result_file,
 )
 from nextblock.evaluate.settings import EvalSettings, FrozenSettings, ScoreSettings
 from nextblock.evaluate.splits import Labelled, open_labelled
@@ -58,7 +58,7 @@ from nextblock.launch import find_world
 from nextblock.logs import counted
 from nextblock.models import EncoderModel
 from nextblock.models.heads import FeatureConfig, ImageClassifier
-from nextblock.settings import require, to_dict
+from nextblock.settings import to_dict
 from nextblock.tables import Column
 from nextblock.train.distributed import Group, find_device, process_group
 from nextblock.train.runtime import StopRequest, autocast, choose_device, stop_on_signals
@@ -99,12 +99,11 @@ class Evaluation:
     def __post_init__(self) -> None:
         self._weights = encoder_of(self.model)
         self.out = None if self.settings.out is None else Path(self.settings.out)
-        self._scratch = None
-        if self.out is not None:
-            is_file = self.settings.out_is_file
-            self._scratch = (
-                self.out.with_name(f".{self.out.name}.features") if is_file else self.out / "features"
-            )
+        is_file = self.settings.out_is_file
+        self._directory = None if is_file else self.out
+        self._scratch = self.out and self.out / "features"
+        if self.out is not None and is_file:
+            self._scratch = self.out.with_name(f".{self.out.name}.features")
         self.features_dir = self._scratch if self.settings.cache is None else Path(self.settings.cache)
         """Directory of the feature tables; None: in memory."""
 
@@ -239,16 +238,13 @@ class Evaluation:
         if out is None:
             result = measure()
             if group.is_main:
-                self.report_bad(None)
+                self.report_bad()
             return replace(result, identity=identity, columns=columns)
-        about, overwrite = out.with_name(f"{out.name}.about.json"), self.settings.overwrite
         stored = None
         with group.together():
-            if group.is_main and not is_file:
-                stored = read_result(out, verb, identity, overwrite=overwrite)
-            elif group.is_main and out.exists() and not overwrite:
-                require(about.is_file(), f"{out} exists; choose another --out, or give --overwrite")
-                stored = stored_result(about, verb, identity)
+            if group.is_main:
+                overwrite = self.settings.overwrite
+                stored = read_result(out, verb, identity, overwrite=overwrite, is_file=is_file)
         stored = group.broadcast(stored)
         if stored is not None:
             log.info("%s has this result already", out)
@@ -257,22 +253,19 @@ class Evaluation:
             result = replace(measure(), identity=identity, columns=columns)
             with group.together():
                 if group.is_main:
-                    self.report_bad(None if is_file else out)
-                    if is_file:
-                        about.unlink(missing_ok=True)  # it describes the file that is replaced
+                    self.report_bad()
+                    # It describes the files that are replaced.
+                    result_file(out, verb, is_file=is_file).unlink(missing_ok=True)
                     if save is not None:
                         save(out, result)
-                    if is_file:
-                        result.write_json(about)
-                    else:
-                        result.write(out)
+                    result.write(out, is_file=is_file)
                     self.forget_features()
         return result
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock `out`, or the directory beside it if it is a single file."""
-        place = self._scratch if self.settings.out_is_file else self.out
+        """Lock `out`, or the directory of features beside it if it is a single file."""
+        place = self._directory or self._scratch
         with ExitStack() as stack:
             with self.group.together():  # if another command holds the lock, all ranks raise
                 if self.group.is_main and place is not None:
@@ -284,9 +277,9 @@ class Evaluation:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def report_bad(self, out: Path | None) -> None:
-        """Report unreadable images: a few in the log, all in quarantine.jsonl."""
-        lines = []
+    def report_bad(self) -> None:
+        """Report unreadable images: a few in the log, all in OUT/quarantine.jsonl."""
+        lines: list[str] = []
         for purpose, (source, bad) in self.bad.items():
             lines += [json.dumps({"source": purpose, **sample._asdict()}) for sample in bad]
             if bad:
@@ -295,10 +288,10 @@ class Evaluation:
                     "%s of %s (%s) skipped, unreadable: %s%s",
                     counted(len(bad), "image"), source.spec, purpose, names, "; …" * (len(bad) > SHOWN_BAD),
                 )  # fmt: skip
-        if out is not None and lines:
-            write_text(out / QUARANTINE, "\n".join(lines) + "\n")
-        elif out is not None:
-            (out / QUARANTINE).unlink(missing_ok=True)
+        if self._directory is not None:
+            remove(self._directory / QUARANTINE)
+            if lines:
+                write_text(self._directory / QUARANTINE, "\n".join(lines) + "\n")
 
     def bad_counts(self) -> dict[str, int]:
         """Numbers of unreadable images by the purpose of their source."""

@@ -5,6 +5,7 @@ One pass through the encoder serves all heads. The module also opens models, cla
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig
-from nextblock.evaluate.layers import layer_choices
+from nextblock.errors import UsageError
 from nextblock.evaluate.probe.settings import HeadName
 from nextblock.evaluate.settings import EvalSettings, FeatureSettings
 from nextblock.evaluate.table import Extract
@@ -38,6 +39,32 @@ from nextblock.train.runtime import autocast
 log = logging.getLogger(__name__)
 
 # -------------------------------------------------------------------------------------- images to features
+
+
+@functools.lru_cache  # so that a note on layers comes once, not once for each head
+def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
+    """Resolve a word to layers, counted from 0; only "each" gives several choices.
+
+    A bare number n means the last n layers, or all if there are fewer. `best` are the layers for "best".
+    Raises `UsageError` for layers that the encoder lacks.
+    """
+    if word == "each":
+        return tuple((layer,) for layer in range(depth))
+    if word == "best":
+        assert best is not None, "callers accept `best` only if they know the layers"
+        return (best,)
+    if word.startswith("layer") or "+" in word:
+        chosen = sorted(int(number) for number in word.removeprefix("layer").split("+"))
+        if chosen[-1] >= depth or len(set(chosen)) < len(chosen):
+            raise UsageError(
+                f"layers is {word}, but the encoder has {depth} layers; name each once, among 0 to "
+                f"{depth - 1}"
+            )
+        return (tuple(chosen),)
+    count = int(word.removeprefix("last") or 1)
+    if count > depth:
+        log.info("the encoder has %d layers: using all of them, not %d", depth, count)
+    return (tuple(range(max(0, depth - count), depth)),)
 
 
 def pooled(settings: FeatureSettings, depth: int) -> FeatureConfig:

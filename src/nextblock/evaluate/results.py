@@ -1,6 +1,7 @@
 """Results: rows and notes, the leads over baselines, and what identifies a result.
 
-Files: OUT/VERB.json (everything), VERB.md (the table), VERB.csv (all rows).
+Files: OUT/VERB.json (everything), VERB.md (the table), VERB.csv (all rows). If OUT is itself a file, the JSON
+is OUT.about.json.
 """
 
 from __future__ import annotations
@@ -109,18 +110,21 @@ class Result(Shown):
         title = model if isinstance(model, str) else ", ".join(model)
         return f"# {self.verb} of {escape_markdown(title)}\n\n{self.table.markdown()}{notes}"
 
-    def write(self, out: Path) -> None:
-        """Write VERB.csv, VERB.md and, last, VERB.json; also `rights`, if there are any."""
-        if self.rights:
-            with write_aside(out / RIGHTS) as aside, aside.open("wb") as file:
-                np.savez_compressed(file, *self.rights)
-        write_text(out / f"{self.verb}.csv", write_csv(self.all_rows or self.rows))
-        write_text(out / f"{self.verb}.md", self.markdown())
-        self.write_json(out / f"{self.verb}.json")
+    def write(self, out: Path, *, is_file: bool = False) -> None:
+        """Write VERB.csv, VERB.md, `rights` and, last, VERB.json; only OUT.about.json if `out` is a file."""
+        if not is_file:
+            write_text(out / f"{self.verb}.csv", write_csv(self.all_rows or self.rows))
+            write_text(out / f"{self.verb}.md", self.markdown())
+            if self.rights:
+                with write_aside(out / RIGHTS) as aside, aside.open("wb") as file:
+                    np.savez_compressed(file, *self.rights)
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
+        write_text(result_file(out, self.verb, is_file=is_file), text)
 
-    def write_json(self, path: Path) -> None:
-        """Write all values."""
-        write_text(path, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+
+def result_file(out: Path, verb: str, *, is_file: bool = False) -> Path:
+    """The JSON file of a result whose `out` is a directory or a single file."""
+    return out.with_name(f"{out.name}.about.json") if is_file else out / f"{verb}.json"
 
 
 def add_leads(
@@ -249,27 +253,21 @@ def differences(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> list[
     ]
 
 
-def read_result(out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool) -> Result | None:
+def read_result(
+    out: Path, verb: str, identity: Mapping[str, Any], *, overwrite: bool, is_file: bool = False
+) -> Result | None:
     """Read this evaluation's result from `out`, or None; `UsageError` if `out` contains anything else."""
-    path = out / f"{verb}.json"
+    path = result_file(out, verb, is_file=is_file)
     if any((out / name).is_file() for name in RUN_FILES):
         raise UsageError(f"{out} is a training run; choose another --out, such as {out / verb}")
     if not path.is_file() and out.is_dir() and not (out / OUTPUT_MARK).is_file():
         foreign = sorted(path.name for path in out.iterdir())
         if foreign:
             raise UsageError(f"{out} holds other files ({', '.join(foreign[:3])}); choose another --out")
-    if overwrite or not path.is_file():
+    if overwrite or not (out if is_file else path).exists():
         return None
-    stored = stored_result(path, verb, identity)
-    rights: list[np.ndarray] = []
-    if (out / RIGHTS).is_file():
-        with np.load(out / RIGHTS, allow_pickle=False) as file:
-            rights = [file[name] for name in file.files]
-    return replace(stored, rights=rights)
-
-
-def stored_result(path: Path, verb: str, identity: Mapping[str, Any]) -> Result:
-    """Read a result from a JSON file; `UsageError` if it is damaged or from another evaluation."""
+    if not path.is_file():
+        raise UsageError(f"{out} exists; choose another --out, or give --overwrite")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         different = differences(values, identity)
@@ -281,4 +279,8 @@ def stored_result(path: Path, verb: str, identity: Mapping[str, Any]) -> Result:
             f"{path} holds another result ({'; '.join(different[:3])}); choose another --out, or --overwrite"
         )
     facts = {name: value for name, value in values.items() if name not in {*identity, *own}}
-    return Result(**own, facts=facts, identity=dict(identity))
+    rights: list[np.ndarray] = []
+    if not is_file and (out / RIGHTS).is_file():
+        with np.load(out / RIGHTS, allow_pickle=False) as file:
+            rights = [file[name] for name in file.files]
+    return Result(**own, facts=facts, identity=dict(identity), rights=rights)

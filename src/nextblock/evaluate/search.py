@@ -51,7 +51,7 @@ def search(**settings: Any) -> Result:
             )
 
         def draw(out: Path, result: Result) -> None:
-            from nextblock.visualize.contact_sheet import draw_contact_sheet
+            from nextblock.visualize.evaluation import draw_contact_sheet
 
             draw_contact_sheet(result.rows, sources["query"], sources["data"], out / SHEET)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from nextblock.config import Attention
 from nextblock.errors import UsageError
-from nextblock.evaluate.layers import check_layers
 from nextblock.settings import Count, Natural, Positive, Rule, Share, check_types, listed, require
 
 CPU_BATCH, GPU_BATCH = 16, 128
@@ -16,6 +16,19 @@ CPU_BATCH, GPU_BATCH = 16, 128
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (0.75, 1.333)
 """Training crops of probes and fine-tuning, as in the official linear probe."""
+
+LAYERS = re.compile(r"last([1-9]\d*)?|[1-9]\d*|layer\d+|\d+(\+\d+)+")
+ONE_CHOICE = "last, last6 (or any number), layer7 or 3+4+5 (counted from 0)"
+
+
+def check_layers(words: Sequence[str], *, several: Sequence[str] = ("each", "best")) -> None:
+    """Raise `UsageError` for a word that does not name layers; `layer_choices` checks the encoder's depth.
+
+    `several` are the words that the caller accepts besides those of `ONE_CHOICE`.
+    """
+    for word in words:
+        known = ", ".join([ONE_CHOICE, *several])
+        require(word in several or LAYERS.fullmatch(word) is not None, f"layers is {word!r}; use {known}")
 
 
 def ends_in(*suffixes: str) -> Rule:
@@ -183,6 +196,9 @@ class ScoreSettings(EvalSettings):
     """Layers that an official AIM head averages, if its file lacks them: last, best, or numbers from 0."""
 
 
+Method = Literal["knn", "fewshot", "linear", "attentive", "ep"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(ScoreSettings):
     """Settings of `compare`, which measures one model or several in several ways."""
@@ -193,13 +209,7 @@ class CompareSettings(ScoreSettings):
     """Labelled images to learn from; none: the model is a classifier, and nothing is trained."""
     test: str
     """Labelled images to measure on."""
-    methods: tuple[Literal["knn", "fewshot", "linear", "attentive", "ep"], ...] = (
-        "knn",
-        "fewshot",
-        "linear",
-        "attentive",
-        "ep",
-    )
+    methods: tuple[Method, ...] = get_args(Method)
     """knn: 20 nearest neighbours; fewshot: logistic regression on few labels; the others: trained heads."""
     shots: str = "5"
     """Labels of fewshot: a number of images per class, or a share of each class, such as 1%."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.layers import check_layers
-from nextblock.evaluate.settings import EvalSettings
+from nextblock.evaluate.settings import EvalSettings, check_layers
 from nextblock.settings import Auto, Count, Natural, Share, check_types, require
 
 

@@ -1,4 +1,4 @@
-"""Pictures of evaluations: heads by learning rate and layer, confused classes, where a head looks.
+"""Pictures of evaluations: heads by learning rate, confused classes, where a head looks, a search.
 
 They take plain rows and arrays.
 """
@@ -6,6 +6,7 @@ They take plain rows and arrays.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch.nn.functional import pad
 
+from nextblock.data import Source
 from nextblock.models.heads import layer_words
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
-from nextblock.visualize.sheet import Cell, draw_cells, shown_channels
+from nextblock.visualize.sheet import Cell, draw_cells, pictures_of, shown_channels
 
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
@@ -27,6 +30,8 @@ MAX_NAMED_LINES = 8
 DRAWN_QUERIES = 8
 FAINT = 0.1
 """The weight of the image beneath a map of attention."""
+MAX_COLUMNS = 7
+"""Images found by a search in one line of its sheet."""
 
 HEAD_COLOURS = {"attentive": "#0969da", "linear": "#c2410c", "ep": "#1a7f37"}
 STYLES = {"model": "-", "untrained": "--", "pixels 16x16": ":", "colour histogram": "-."}
@@ -203,3 +208,33 @@ def draw_attention(
         "value is on the left. All maps of a row have this scale. The image is faint beneath them."
     )
     draw_cells(cells, path, title="Attention of a head over the patches", caption=caption, names=labels)
+
+
+def draw_contact_sheet(
+    rows: Sequence[Mapping[str, Any]], queries: Source, source: Source, path: Path
+) -> None:
+    """Draw the rows of a search as a PNG; channels that are no colours are drawn each by itself."""
+
+    def cell(images: Source, index: int, words: str, *, is_query: bool) -> Cell:
+        pixels = images.read(index)
+        height, width = pixels.shape[1:]
+        # White at two sides makes any image a square.
+        square = pad(pixels, (0, max(0, height - width), 0, max(0, width - height)), value=255)
+        return Cell(pictures_of(square[None])[0], words, (0, 0, 1, 1) if is_query else None)
+
+    lines: list[list[Cell]] = []
+    for query, group in groupby(rows, key=lambda row: row["query_index"]):
+        found = [
+            cell(
+                source,
+                row["index"],
+                f"{row['similarity']:.3f}\n{row['class'] or row['name']}",
+                is_query=row["is_query"],
+            )
+            for row in group
+        ]
+        for start in range(0, len(found), MAX_COLUMNS):
+            first = cell(queries, query, f"query\n{queries.name(query)}", is_query=False)
+            lines.append([first, *found[start : start + MAX_COLUMNS]])
+    caption = "Below each image: its cosine similarity, its class or name. Framed: the query itself."
+    draw_cells(lines, path, title="Nearest images", caption=caption)
