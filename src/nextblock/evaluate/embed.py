@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from einops import rearrange
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from PIL import Image
 from sklearn.decomposition import PCA
 
@@ -98,69 +98,60 @@ def embed(**settings: Any) -> Embeddings:
                     features = np.stack(kinds, axis=1) if config.layers == "each" else kinds[0]
                     shape, names = list(features.shape[1:]), source.class_names if source.has_labels else None
                     about = {**identity, "shape": shape, "class_names": names, "bad": len(table.bad)}
-                    write = _write_npz if out.suffix == ".npz" else _write_parquet
-                    write(config, features, indices, source, about)
+                    columns = {
+                        "index": indices,
+                        "name": np.array([source.name(index) for index in indices.tolist()]),
+                        **({"label": source.labels[indices]} if source.has_labels else {}),
+                    }
+                    if out.suffix == ".parquet":
+                        write_parquet(out, _parquet(config, source, columns, features), about)
+                    else:
+                        columns |= {"feature": features, "about": np.array(json.dumps(about))}
+                        with write_aside(out) as aside, aside.open("wb") as file:
+                            np.savez(file, **columns)
                     opened.forget_features()
         return read_embeddings(out)
 
 
-def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.ndarray]:
-    """Project images to two dimensions with UMAP, or PCA if it is not installed; find nearest images."""
+def _plane(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
+    """Project images to two dimensions with UMAP, or PCA if it is not installed."""
+    plane = np.zeros((len(features), 2), dtype=np.float32)
     try:
         from umap import UMAP  # type: ignore[import-not-found]
     except ImportError:
         UMAP = None  # noqa: N806 - a class
-    plane = np.zeros((len(features), 2))
     if UMAP is not None and len(features) > 3:
-        plane = UMAP(random_state=0, n_jobs=1).fit_transform(features)
+        plane[:] = UMAP(random_state=0, n_jobs=1).fit_transform(features)
     elif len(features) > 1:
         some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
         plane[:, : some.shape[1]] = some
-    columns = {"projection_x": plane[:, 0].astype("f4"), "projection_y": plane[:, 1].astype("f4")}
-    if neighbors and len(features) > 1:
-        normed = F.normalize(torch.from_numpy(features), dim=-1)
-        parts = [
-            nearest_neighbours(normed[rows], normed, neighbors, itself=rows)
-            for rows in torch.arange(len(features)).split(ROWS)
-        ]
-        columns["ids"] = torch.cat([part.rows for part in parts]).numpy()
-        columns["distances"] = 1 - torch.cat([part.similarity for part in parts]).numpy()
-    return columns
+    return plane
 
 
-def _write_parquet(
+def _parquet(
     config: EmbedSettings,
-    features: Float[np.ndarray, "n ..."],
-    indices: Int64[np.ndarray, " n"],
     source: Source,
-    about: Mapping[str, Any],
-) -> None:
-    pa, flat = pyarrow(), features.reshape(len(indices), -1)
-    extra = _map(flat, config.neighbors)
-
-    def tables() -> Iterator[Any]:
-        for start in range(0, len(indices), ROWS):
-            rows = slice(start, start + ROWS)
-            chosen = indices[rows]
-            columns: dict[str, Any] = {
-                "index": chosen,
-                "name": [source.name(index) for index in chosen.tolist()],
-            }
-            if source.has_labels:
-                columns["label"] = source.labels[chosen]
-                columns["class"] = [source.class_names[label] for label in columns["label"]]
-            values = pa.array(flat[rows].ravel())
-            columns["feature"] = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
-            columns |= {name: extra[name][rows] for name in ("projection_x", "projection_y")}
-            if "ids" in extra:
-                pairs = zip(extra["ids"][rows].tolist(), extra["distances"][rows].tolist(), strict=True)
-                columns["neighbors"] = [{"ids": ids, "distances": distances} for ids, distances in pairs]
-            if config.thumbnail_px:
-                pictures = (thumbnail(source, index, config.thumbnail_px) for index in chosen.tolist())
-                columns["thumbnail"] = [{"bytes": picture} for picture in pictures]
-            yield pa.table(columns)
-
-    write_parquet(Path(config.out), tables(), about)
+    columns: Mapping[str, np.ndarray],
+    features: Float[np.ndarray, "n ..."],
+) -> Iterator[Any]:
+    """Yield the rows of the file as pyarrow tables."""
+    pa, flat = pyarrow(), features.reshape(len(features), -1)
+    plane, normed = _plane(flat), F.normalize(torch.from_numpy(flat), dim=-1)
+    for rows in np.split(np.arange(len(flat)), range(ROWS, len(flat), ROWS)):
+        some: dict[str, Any] = {name: values[rows] for name, values in columns.items()}
+        if "label" in some:
+            some["class"] = [source.class_names[label] for label in some["label"]]
+        some["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(flat[rows].ravel()), flat.shape[1])
+        some |= {"projection_x": plane[rows, 0], "projection_y": plane[rows, 1]}
+        if config.neighbors and len(flat) > 1:
+            itself = torch.from_numpy(rows)
+            found = nearest_neighbours(normed[itself], normed, config.neighbors, itself=itself)
+            pairs = zip(found.rows.tolist(), (1 - found.similarity).tolist(), strict=True)
+            some["neighbors"] = [{"ids": ids, "distances": distances} for ids, distances in pairs]
+        if config.thumbnail_px:
+            pictures = (thumbnail(source, index, config.thumbnail_px) for index in some["index"].tolist())
+            some["thumbnail"] = [{"bytes": picture} for picture in pictures]
+        yield pa.table(some)
 
 
 def thumbnail(source: Source, index: int, longer_px: int) -> bytes:
@@ -172,25 +163,6 @@ def thumbnail(source: Source, index: int, longer_px: int) -> bytes:
     with io.BytesIO() as file:
         picture.save(file, "png")
         return file.getvalue()
-
-
-def _write_npz(
-    config: EmbedSettings,
-    features: Float[np.ndarray, "n ..."],
-    indices: Int64[np.ndarray, " n"],
-    source: Source,
-    about: Mapping[str, Any],
-) -> None:
-    values: dict[str, Shaped[np.ndarray, ...]] = {
-        "index": indices,
-        "name": np.array([source.name(index) for index in indices.tolist()]),
-        "feature": features,
-        "about": np.array(json.dumps(about)),
-    }
-    if source.has_labels:
-        values["label"] = source.labels[indices]
-    with write_aside(Path(config.out)) as aside, aside.open("wb") as file:
-        np.savez(file, **values)  # type: ignore[arg-type]
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -203,16 +203,13 @@ class Evaluation:
         )
         started_s = shown_s = time.monotonic()
 
-        def show(done: int, images: int) -> None:
+        def show(done: int, total: int) -> None:
             nonlocal shown_s
             now_s = time.monotonic()
             if done and now_s - shown_s >= PROGRESS_EVERY_S and self.group.is_main:
                 shown_s, speed = now_s, done / (now_s - started_s)
-                left_s = (images - done) / speed
-                log.info(
-                    "%s: %d of %s encoded, %.0f images/s, %.0f s left",
-                    purpose, done, counted(images, "image"), speed, left_s,
-                )  # fmt: skip
+                words = "%s: %d of %s encoded, %.0f images/s, %.0f s left"
+                log.info(words, purpose, done, counted(total, "image"), speed, (total - done) / speed)
 
         if not table.fill(indices, should_stop=lambda: self.group.any(self.stop), progress=show):
             self.check_stop()
@@ -284,10 +281,9 @@ class Evaluation:
             lines += [json.dumps({"source": purpose, **sample._asdict()}) for sample in bad]
             if bad:
                 names = "; ".join(" ".join(f"{s.name}: {s.reason}".split()) for s in bad[:SHOWN_BAD])
-                log.warning(
-                    "%s of %s (%s) skipped, unreadable: %s%s",
-                    counted(len(bad), "image"), source.spec, purpose, names, "; …" * (len(bad) > SHOWN_BAD),
-                )  # fmt: skip
+                more = "; …" if len(bad) > SHOWN_BAD else ""
+                which = f"{counted(len(bad), 'image')} of {source.spec} ({purpose})"
+                log.warning("%s skipped, unreadable: %s%s", which, names, more)
         if self._directory is not None:
             remove(self._directory / QUARANTINE)
             if lines:

@@ -43,9 +43,6 @@ from nextblock.train.distributed import ALONE, Group
 Extract = Callable[[Tensor], tuple[Tensor, ...]]
 """Maps normalised images (b c h w) to features, each (b n d) or (b d)."""
 
-Progress = Callable[[int, int], None]
-"""Called with the number of images encoded and the total."""
-
 FLUSH_EVERY_S = 5.0
 """A kill loses at most this much work."""
 
@@ -98,8 +95,6 @@ class FeatureTable:
         self._bad: dict[int, BadSample] = {}
         self._kinds: tuple[_Kind, ...] = ()
 
-    # ------------------------------------------------------------------------------------------------- read
-
     @property
     def bad(self) -> tuple[BadSample, ...]:
         """Unreadable images found so far, in the source's order."""
@@ -117,21 +112,20 @@ class FeatureTable:
         """Read the features of encoded images into main memory, in the order of `indices`."""
         return torch.from_numpy(self._kinds[kind].rows[indices])
 
-    # ------------------------------------------------------------------------------------------------- fill
-
     def fill(
         self,
         indices: Int64[np.ndarray, " n"] | None = None,
         *,
         should_stop: Callable[[], bool] = bool,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> bool:
         """Encode the given images, or all, that are not encoded yet; a collective call.
 
         Each rank encodes its share and can then read all rows. Every rank calls `extract` once per batch, on
         zeros when its share is done, because the model may be sharded over ranks. Returns False if
-        `should_stop`, which is called once per batch and must agree on all ranks. Raises
-        `NonFiniteFeaturesError`, `NoFeaturesError` and `TooManyBadImages` on all ranks.
+        `should_stop`, which is called once per batch and must agree on all ranks. `progress` is called with
+        the number of images encoded and the total. Raises `NonFiniteFeaturesError`, `NoFeaturesError` and
+        `TooManyBadImages` on all ranks.
         """
         group = self.group
         if not self._kinds:
@@ -153,7 +147,10 @@ class FeatureTable:
         return True
 
     def _encode(
-        self, missing: Int64[np.ndarray, " n"], should_stop: Callable[[], bool], progress: Progress | None
+        self,
+        missing: Int64[np.ndarray, " n"],
+        should_stop: Callable[[], bool],
+        progress: Callable[[int, int], None] | None,
     ) -> bool:
         """Encode this rank's share of the missing images; False if stopped."""
         group, data = self.group, self._data
@@ -216,8 +213,6 @@ class FeatureTable:
                     dist.broadcast(rows, src=rank, group=group.processes)
                     dist.broadcast(state, src=rank, group=group.processes)
                 kind.rows[share], kind.state[share] = rows.numpy(), state.numpy()
-
-    # ------------------------------------------------------------------------------------------------- open
 
     def _open(self) -> tuple[_Kind, ...]:
         shapes = feature_shapes(self.extract, self._data, self._image_size, self._device)

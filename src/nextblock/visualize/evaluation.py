@@ -74,28 +74,26 @@ def draw_grid(rows: Sequence[Mapping[str, Any]], chosen_on: str | None, path: Pa
 
 def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each choice of features, the winners' in front; of baselines the best at each rate."""
-
-    def line_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        is_ours = row["encoder"] == "model"
-        return tuple(str(row[name]) for name in (LINE if is_ours else LINE[:2]))
-
-    lines = list(dict.fromkeys(map(line_of, rows)))
-    winning = {line_of(row): row["top1"] for row in rows if row["is_winner"]}
+    lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        names = LINE if row["encoder"] == "model" else LINE[:2]
+        lines.setdefault(tuple(str(row[name]) for name in names), []).append(row)
     of_ours = [line for line in lines if line[0] == "model"]
-    for line in lines:
-        members = [row for row in rows if line_of(row) == line]
-        encoder, head = members[0]["encoder"], members[0]["head"]
-        siblings = [one for one in of_ours if one[1] == head]
-        words = [head] if encoder == "model" else [f"{encoder}, {head}"]
+    for line, members in lines.items():
+        encoder, head = line[:2]
+        is_ours = encoder == "model"
+        label = head if is_ours else f"{encoder}, {head}"
         # Only what distinguishes a line from its head's others.
+        siblings = [one for one in of_ours if one[1] == head]
         for i, name in enumerate(LINE):
-            if i > 1 and encoder == "model" and len({one[i] for one in siblings}) > 1:
+            if i > 1 and is_ours and len({one[i] for one in siblings}) > 1:
                 value = members[0][name]
-                words.append(f"{name.replace('_', ' ')} {layer_words(value) if name == 'layers' else value}")
-        in_front = encoder == "model" and line in winning
-        if line in winning and winning[line] is not None:
-            words[-1] += f": {100 * winning[line]:.1f}"
-        is_named = in_front or encoder != "model" or len(of_ours) <= MAX_NAMED_LINES
+                label += f", {name.replace('_', ' ')} {layer_words(value) if name == 'layers' else value}"
+        winner = next((row for row in members if row["is_winner"]), None)
+        if winner is not None and winner["top1"] is not None:
+            label += f": {100 * winner['top1']:.1f}"
+        in_front = is_ours and winner is not None
+        is_named = in_front or not is_ours or len(of_ours) <= MAX_NAMED_LINES
         rates = sorted({row["lr"] for row in members})
         alive = [row for row in members if row["top1"] is not None]
         # A gap if all heads of a rate diverged.
@@ -109,7 +107,7 @@ def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             alpha=1 if in_front else 0.5,
             marker="o",
             markersize=3.5 if in_front else 2,
-            label=", ".join(words) if is_named else None,
+            label=label if is_named else None,
         )
     diverged = sorted({row["lr"] for row in rows if row["encoder"] == "model" and row["is_diverged"]})
     if diverged:
