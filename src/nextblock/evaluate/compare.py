@@ -10,7 +10,6 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -64,9 +63,10 @@ def compare(**settings: Any) -> Result:
         "several processes share features through files; give --out on a disk that all of them see",
     )
     rows: list[dict[str, Any]] = []
-    rights: list[np.ndarray] = []
+    verdicts: list[str] = []
     notes: list[str] = []
     num_classes = 0
+    first: dict[str, np.ndarray] = {}  # by method, how the first model does on each image
     with ExitStack() as stack:
         is_main = find_world().rank == 0
         if config.out is not None and is_main:
@@ -82,18 +82,26 @@ def compare(**settings: Any) -> Result:
                 if config.out is None and config.cache is None:  # scratch does not last
                     raise Stopped(error.signal, f"stopped by {error.signal.name}; {NOT_SAVED}") from error
                 raise
+            own = [row for result in results for row in result.rows]
+            rights = [right for result in results for right in result.rights]
+            for row, right in zip(own, rights, strict=True):
+                if row["encoder"] == MODEL:
+                    other = first.setdefault(row["method"], right)
+                    if other is not right and len(other) == len(right):
+                        row["to_first"], row["to_first_se"] = paired(right, other)
+            verdict = _verdict(own)
+            if len(config.model) > 1:
+                own = [{"model": model, **row} for row in own]
+                verdict = [note.replace("The model", model, 1) for note in verdict]
+            rows += own
+            verdicts += verdict
             for result in results:
                 num_classes = max(num_classes, result.facts.get("num_classes", 0))
-                names = {"model": model} if len(config.model) > 1 else {}
-                rows += [{**names, **row} for row in result.rows]
-                rights += result.rights
                 notes += [note for note in result.notes if not note.startswith((NOT_BETTER, SATURATED))]
-        _compare_with_first(rows, rights, config.model[0])
-        notes = [*_not_better(rows), *notes]
         result = Result(
             verb="eval",
             rows=tuple(rows),
-            notes=tuple(dict.fromkeys(notes)),
+            notes=tuple(dict.fromkeys([*verdicts, *notes])),
             facts={"num_classes": num_classes},
             identity={"settings": to_dict(config)},
             columns=COLUMNS,
@@ -101,6 +109,16 @@ def compare(**settings: Any) -> Result:
         if config.out is not None and is_main:
             result.write(Path(config.out))
     return result
+
+
+def _verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """The sentence about baselines that a model does not beat by two standard errors, if there are any."""
+    unbeaten: dict[str, str] = {}
+    for row in rows:
+        if "lead" in row and row["lead"] <= 2 * row["lead_se"]:
+            before = f"{unbeaten[row['encoder']]}, " if row["encoder"] in unbeaten else ""
+            unbeaten[row["encoder"]] = f"{before}{row['method']} {100 * row['lead']:+.1f}"
+    return not_better(unbeaten, is_saturated=all(row["top1"] == 1 for row in rows))
 
 
 def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
@@ -190,26 +208,3 @@ def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
     )
     facts = {"num_classes": num_classes}
     return [Result(verb="eval", rows=(row,), notes=(note,), facts=facts, rights=(measures.right,))]
-
-
-def _not_better(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield a sentence per model about the baselines that it does not beat by two standard errors."""
-    for model in dict.fromkeys(row.get("model") for row in rows):
-        own = [row for row in rows if row.get("model") == model]
-        unbeaten: dict[str, str] = {}
-        for row in own:
-            if "lead" in row and row["lead"] <= 2 * row["lead_se"]:
-                before = f"{unbeaten[row['encoder']]}, " if row["encoder"] in unbeaten else ""
-                unbeaten[row["encoder"]] = f"{before}{row['method']} {100 * row['lead']:+.1f}"
-        for note in not_better(unbeaten, is_saturated=all(row["top1"] == 1 for row in own)):
-            yield note if model is None else note.replace("The model", model, 1)
-
-
-def _compare_with_first(rows: list[dict[str, Any]], rights: list[np.ndarray], first: str) -> None:
-    """Add each model's paired difference to the first model with the same method to its rows."""
-    models = [(row, right) for row, right in zip(rows, rights, strict=True) if row["encoder"] == MODEL]
-    reference = {row["method"]: right for row, right in models if row.get("model", first) == first}
-    for row, right in models:
-        other = reference.get(row["method"])
-        if row.get("model", first) != first and other is not None and len(other) == len(right):
-            row["to_first"], row["to_first_se"] = paired(right, other)
