@@ -99,11 +99,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         self._weights = encoder_of(self.model)
         self.out = None if self.settings.out is None else Path(self.settings.out)
-        is_file = self.settings.out_is_file
-        self._directory = None if is_file else self.out
-        self._scratch = self.out and self.out / "features"
-        if self.out is not None and is_file:
-            self._scratch = self.out.with_name(f".{self.out.name}.features")
+        self._directory, self._scratch = self.out, self.out and self.out / "features"
+        """`out`, if it is a directory; where features are kept until the result is written."""
+        if self.out is not None and self.settings.out_is_file:
+            self._directory, self._scratch = None, self.out.with_name(f".{self.out.name}.features")
         self.features_dir = self._scratch if self.settings.cache is None else Path(self.settings.cache)
         """Directory of the feature tables; None: in memory."""
 
@@ -231,15 +230,9 @@ class Evaluation:
         `made_from` extends the identity, ready for JSON. Raises `UsageError` if `out` has another result.
         """
         out, group, is_file = self.out, self.group, self.settings.out_is_file
-        identity = {**self.identity(sources), **(made_from or {})}
-        if out is None:
-            result = measure()
-            if group.is_main:
-                self.report_bad()
-            return replace(result, identity=identity, columns=columns)
-        stored = None
+        identity, stored = {**self.identity(sources), **(made_from or {})}, None
         with group.together():
-            if group.is_main:
+            if group.is_main and out is not None:
                 overwrite = self.settings.overwrite
                 stored = read_result(out, verb, identity, overwrite=overwrite, is_file=is_file)
         stored = group.broadcast(stored)
@@ -251,7 +244,8 @@ class Evaluation:
             with group.together():
                 if group.is_main:
                     self.report_bad()
-                    # It describes the files that are replaced.
+                if group.is_main and out is not None:
+                    # The old JSON describes files that are now replaced.
                     result_file(out, verb, is_file=is_file).unlink(missing_ok=True)
                     if save is not None:
                         save(out, result)

@@ -23,7 +23,7 @@ from nextblock.data import Source, keyed_seed
 from nextblock.data.subsets import draw_per_class, split
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation, frozen_tables, labelled_evaluation
-from nextblock.evaluate.knn import accuracies
+from nextblock.evaluate.metrics import accuracies
 from nextblock.evaluate.results import Result, add_leads
 from nextblock.evaluate.settings import FewshotSettings, Shots
 from nextblock.evaluate.splits import Labelled, count_classes, some, source_notes

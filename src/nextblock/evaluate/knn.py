@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation, frozen_tables, labelled_evaluation
-from nextblock.evaluate.metrics import standard_error
+from nextblock.evaluate.metrics import accuracies
 from nextblock.evaluate.results import Result, add_leads
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
 from nextblock.evaluate.splits import Labelled, source_notes
@@ -158,11 +157,3 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
     facts = {"num_classes": len(names), "num_images": images, "bad_images": opened.bad_counts()}
     notes = (about, *verdict, *source_notes(sources))
     return Result(verb="knn", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
-
-
-def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) -> dict[str, float]:
-    """Compute top-1 accuracy with its standard error, and the mean accuracy of the classes with images."""
-    images = np.bincount(truth)
-    of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
-    top1 = int(right.sum()) / len(right)
-    return {"top1": top1, "top1_se": standard_error(top1, len(right)), "balanced": float(of_class.mean())}

@@ -51,6 +51,14 @@ def standard_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
+def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) -> dict[str, float]:
+    """Compute top-1 accuracy with its standard error, and the mean accuracy of the classes with images."""
+    images = np.bincount(truth)
+    of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
+    top1 = int(right.sum()) / len(right)
+    return {"top1": top1, "top1_se": standard_error(top1, len(right)), "balanced": float(of_class.mean())}
+
+
 def paired(
     one: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
     other: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],

@@ -41,10 +41,7 @@ def search(**settings: Any) -> Result:
     """
     config = from_dict(SearchSettings, settings)
     with evaluation(config) as opened:
-        sources = {
-            "data": opened.open_source(config.data),
-            "query": opened.open_source(config.query),
-        }
+        sources = {name: opened.open_source(getattr(config, name)) for name in ("data", "query")}
         if len(sources["query"]) > MAX_QUERIES:
             raise UsageError(
                 f"{config.query} has {counted(len(sources['query']), 'image')}; give at most {MAX_QUERIES}"
