@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, verb: str, about: str = "") -> None:
         # The help comes from the command's row in VERBS; `about` is for a command without one.
-        self.verb = VERBS.get(verb, Verb(about, ()))
+        self.verb = VERBS.get(verb, Verb(about))
         self.hints: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.described: list[tuple[argparse.Action, Setting]] = []

@@ -10,11 +10,11 @@ class Verb(NamedTuple):
 
     about: str
     """One sentence, without its full stop."""
-    run: str
+    run: str = ""
     """MODULE:FUNCTION below `nextblock.cli`."""
-    usual: str
+    usual: str = ""
     """Settings that --help shows besides positional words; if empty, all."""
-    examples: tuple[str, ...]
+    examples: tuple[str, ...] = ()
     """Words after the command's name."""
 
 

@@ -108,7 +108,7 @@ def embed(**settings: Any) -> Embeddings:
                     else:
                         columns |= {"feature": features, "about": np.array(json.dumps(about))}
                         with write_aside(out) as aside, aside.open("wb") as file:
-                            np.savez(file, **columns)
+                            np.savez(file, **columns)  # type: ignore[arg-type]
                     opened.forget_features()
         return read_embeddings(out)
 

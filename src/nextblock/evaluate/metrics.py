@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -124,7 +125,7 @@ class Tally:
         known = [accuracy for accuracy in per_class if accuracy is not None]
         # Per bin: right images minus the sum of confidences, so images x (accuracy - mean confidence).
         bins = (np.ceil(confidence * CONFIDENCE_BINS) - 1).clip(0, CONFIDENCE_BINS - 1).astype(np.int64)
-        excess = np.bincount(bins, weights=right - confidence)
+        excess = torch.from_numpy(np.bincount(bins, right - confidence, minlength=CONFIDENCE_BINS))
         confusion = None
         if self._confusion and classes <= MAX_CONFUSION_CLASSES:
             cells = np.bincount(truth * classes + guess, minlength=classes**2)
@@ -134,7 +135,7 @@ class Tally:
             top1=int(right.sum()) / images,
             top5=int(in_top5.sum()) / images,
             balanced=sum(known) / len(known),
-            calibration_error=float(np.abs(excess).sum()) / images,
+            calibration_error=float(excess.abs().sum()) / images,
             loss=sum(losses) / images,
             per_class=per_class,
             confusion=confusion,
