@@ -12,7 +12,10 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 Row = Mapping[str, Any]
 
@@ -90,10 +93,9 @@ class Table(NamedTuple):
         rows = ("".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in cells) for tag, cells in lines)
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
-    def print(self) -> None:
-        """Print the table: one line per row, at full width, since truncated numbers would be useless."""
+    def rich(self) -> RichTable:
+        """The table for the terminal: one line per row, never truncated."""
         from rich.box import SIMPLE
-        from rich.console import Console
         from rich.markup import escape
         from rich.table import Table as RichTable
 
@@ -102,7 +104,13 @@ class Table(NamedTuple):
             table.add_column(escape(title), no_wrap=True, overflow="ignore")
         for row in self.cells():
             table.add_row(*map(escape, row))
-        console = Console()
+        return table
+
+    def print(self) -> None:
+        """Print the table at full width: truncated numbers would be useless."""
+        from rich.console import Console
+
+        console, table = Console(), self.rich()
         console.width = max(console.width, Console(width=500).measure(table).maximum)
         console.print(table)
 
