@@ -31,7 +31,7 @@ from nextblock.cli import main
 from nextblock.config import DataConfig, ModelConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig, pair
 from nextblock.data import open_source
 from nextblock.evaluate import features as ft
-from nextblock.evaluate.knn import knn_predict
+from nextblock.evaluate.knn import predict_all
 from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import FeatureConfig
@@ -136,9 +136,9 @@ def measure(root: Path, encoder: NextBlockModel | Extract, data: DataConfig, row
             table.fill()
             x.append(table.read(table.readable()).numpy())
             y.append(source.labels[table.readable()])
-        predicted = knn_predict(
-            torch.from_numpy(x[1]), torch.from_numpy(x[0]), torch.from_numpy(y[0]), len(source.class_names)
-        )
+        features = torch.from_numpy(x[1]), torch.from_numpy(x[0])
+        labels, classes = torch.from_numpy(y[0]), len(source.class_names)
+        (predicted,) = predict_all(*features, labels, classes, [(20, 0.07)], CPU)
         row[f"{name} knn"] = float((predicted.numpy() == y[1]).mean())
         if extract is _pixels:  # 12,288 numbers an image: 256 components keep nearly all of it
             pca = PCA(256, random_state=0).fit(x[0])

@@ -17,7 +17,7 @@ from toy import DATA, ToySource, toy_model
 CPU = torch.device("cpu")
 MEAN_PATCH = FeatureConfig(layers=(1,), norm_layers=True)
 EVERY_TOKEN = FeatureConfig(layers=(0,), norm_layers=True, pooled=False)
-OPENERS = ("splits", "embed", "search", "classify", "compare")
+OPENERS = ("splits", "evaluation")
 
 
 def toy_extract(*wanted):

@@ -161,7 +161,11 @@ def test_too_many_unreadable_images_and_models_without_a_head_are_refused(classi
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"out": "x.txt"}, "must end in .csv"), ({"top": 0}, "top"), ({"encode_batch_size": 0}, "encode_batch")],
+    [
+        ({"out": "x.txt"}, "a file that ends in .csv, .json or .parquet"),
+        ({"top": 0}, "top"),
+        ({"encode_batch_size": 0}, "encode_batch"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(classify, changes, message):
     with pytest.raises(UsageError, match=message):

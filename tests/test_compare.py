@@ -11,7 +11,8 @@ from nextblock.checkpoint import save_classifier, save_model
 from nextblock.cli import main
 from nextblock.errors import UsageError
 from nextblock.evaluate import compare
-from nextblock.evaluate.evaluation import SATURATED, Stopped
+from nextblock.evaluate.evaluation import Stopped
+from nextblock.evaluate.results import SATURATED
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from ranks import run_ranks

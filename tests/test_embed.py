@@ -179,7 +179,7 @@ def test_another_table_or_array_is_no_file_of_features(embed, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": "x.npy"}, "out is x.npy; name a file that ends in .parquet or .npz"),
+        ({"out": "x.npy"}, "out is 'x.npy'; it must be a file that ends in .parquet or .npz"),
         ({"tokens": "class", "pool": "none"}, "pool none needs tokens patches or all"),
         ({"layers": "best"}, "layers is 'best'"),
         ({"layers": "layer2"}, "the encoder has 2 layers"),

@@ -15,8 +15,8 @@ from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.errors import UsageError
 from nextblock.evaluate import fewshot
-from nextblock.evaluate.evaluation import Result, Stopped
-from nextblock.evaluate.results import differences, identity_of
+from nextblock.evaluate.evaluation import Stopped
+from nextblock.evaluate.results import Result, differences, identity_of
 from nextblock.evaluate.settings import KnnSettings
 from nextblock.evaluate.table import NonFiniteFeaturesError
 from nextblock.models.next_block import NextBlockModel

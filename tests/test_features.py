@@ -86,16 +86,6 @@ def test_histograms_are_those_of_the_slow_definition(channels):
     assert sorted(found[1].unique().tolist()) == [0, 1]
 
 
-def test_the_dot_product_of_histograms_is_their_overlap():
-    images = torch.full((3, 3, 4, 4), 250, dtype=torch.uint8)
-    images[0, :, :2] = 10  # half black, half white; all white; all black
-    images[2] = 10
-    (found,) = histogram_extract(DATA)(normalize(images, DATA.mean, DATA.std))
-    overlap = found @ found.T / 4  # a joint part, and three of the channels
-    expected = torch.tensor([[1, 0.5**0.5, 0.5**0.5], [0.5**0.5, 1, 0], [0.5**0.5, 0, 1]])
-    torch.testing.assert_close(overlap, expected)
-
-
 def test_untrained_is_the_same_network_with_weights_from_the_seed_alone():
     model = toy_model()
     before = torch.random.get_rng_state()

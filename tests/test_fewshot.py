@@ -60,12 +60,6 @@ def test_folds_are_as_many_as_the_smallest_class_has_images_and_with_one_the_pen
         assert fit["logisticregression"].get_params()["C"] == c
 
 
-def test_a_constant_channel_is_no_obstacle():
-    features, labels = some_classes(12, 4)
-    features[:, 0] = 7
-    assert np.isfinite(regress(features, labels, 3, seed=0).predict_proba(features + 1)).all()
-
-
 # ------------------------------------------------------------------------------------------------ the draws
 
 

@@ -14,10 +14,10 @@ import ranks
 from evaluating import toy_table, toy_verb, written  # noqa: F401 - a fixture
 from nextblock.cli import main
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import BASELINES, MODEL, SATURATED, add_leads
 from nextblock.evaluate.features import small_pixels_extract
-from nextblock.evaluate.knn import knn_predict, nearest_neighbours, predict_all
+from nextblock.evaluate.knn import nearest_neighbours, predict_all
 from nextblock.evaluate.metrics import paired
+from nextblock.evaluate.results import BASELINES, MODEL, SATURATED, add_leads
 from toy import ToySource, one_thread  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -25,6 +25,12 @@ CPU = torch.device("cpu")
 
 def some_vectors(count, seed=0, width=6):
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def knn_predict(queries, neighbours, labels, num_classes, *, k=20, temperature=0.07):
+    """The classes that one setting gives."""
+    (found,) = predict_all(queries, neighbours, labels, num_classes, [(k, temperature)], CPU)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ the vote

@@ -13,10 +13,11 @@ import nextblock
 from nextblock.data import TooManyBadImages
 from nextblock.errors import UsageError
 from nextblock.evaluate import evaluation, splits
-from nextblock.evaluate.evaluation import SATURATED, Stopped
+from nextblock.evaluate.evaluation import Stopped
 from nextblock.evaluate.probe import run as probe_module
 from nextblock.evaluate.probe.heads import Grid
 from nextblock.evaluate.probe.settings import RECIPES, ProbeSettings
+from nextblock.evaluate.results import SATURATED
 from nextblock.models.heads import ImageClassifier
 from ranks import run_ranks
 from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture

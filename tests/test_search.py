@@ -10,7 +10,7 @@ from PIL import Image
 from evaluating import toy_table, toy_verb, written  # noqa: F401 - a fixture
 from nextblock.cli import main
 from nextblock.errors import UsageError
-from nextblock.visualize.contact_sheet import draw_contact_sheet
+from nextblock.visualize.evaluation import draw_contact_sheet
 from toy import ToySource, one_thread  # noqa: F401 - a fixture
 
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.captureWarnings(capture=True)
     # Errors become messages; --debug shows the traceback.
     try:
-        module, _, name = (VERBS[verb].run or f"{verb}:run").partition(":")
+        module, _, name = VERBS[verb].run.partition(":")
         function = getattr(importlib.import_module(f"nextblock.cli.{module}"), name)
         return function([word for word in rest if word != "--debug"])
     except SystemExit as stop:  # --help, --print_config

@@ -1,4 +1,4 @@
-"""The commands as data: description, three examples, usual settings, function."""
+"""The commands as data: description, function, usual settings, three examples."""
 
 from __future__ import annotations
 
@@ -10,242 +10,227 @@ class Verb(NamedTuple):
 
     about: str
     """One sentence, without its full stop."""
-    examples: tuple[str, ...]
-    """Words after the command's name."""
+    run: str = ""
+    """MODULE:FUNCTION below `nextblock.cli`."""
     usual: str = ""
     """Settings that --help shows besides positional words; if empty, all."""
-    run: str = ""
-    """MODULE:FUNCTION below `nextblock.cli`; if empty, `run` in the module of the command's name."""
+    examples: tuple[str, ...] = ()
+    """Words after the command's name."""
+
+
+def verb(about: str, run: str, usual: str, *examples: str) -> Verb:
+    """Describe a command; the arguments are the fields of `Verb`."""
+    return Verb(about, run, usual, examples)
 
 
 VERBS = {
-    "pretrain": Verb(
+    "pretrain": verb(
         "Pre-train a vision transformer on any images, or resume a run",
-        (
-            "--data.train DIR --out RUN",
-            "--preset xtra-small-64 --data.train DIR --data.val DIR2 --out RUN",
-            "--out RUN                     # resume",
-        ),
+        "pretrain:run",
         "data.train out preset data.val train.duration train.batch_size devices",
+        "--data.train DIR --out RUN",
+        "--preset xtra-small-64 --data.train DIR --data.val DIR2 --out RUN",
+        "--out RUN                     # resume",
     ),
-    "eval": Verb(
+    "eval": verb(
         "Measure models in several ways, or a classifier, in one table",
-        (
-            "--model RUN --train TRAIN --test TEST --out RUN/eval",
-            "--model RUN --model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
-            "--model CLASSIFIER --test TEST",
-        ),
+        "evaluations:compare",
         "model train test methods out",
-        run="evaluations:compare",
+        "--model RUN --train TRAIN --test TEST --out RUN/eval",
+        "--model RUN --model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
+        "--model CLASSIFIER --test TEST",
     ),
-    "probe": Verb(
+    "probe": verb(
         "Train heads on a frozen encoder's features; measure their accuracy",
-        (
-            "--model RUN --train TRAIN --test TEST --out RUN/probe",
-            "--model RUN --train TRAIN --out RUN/probe --heads linear --epochs 10",
-            "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST --out mae",
-        ),
+        "evaluations:probe",
         "model train test out heads epochs",
-        run="evaluations:probe",
+        "--model RUN --train TRAIN --test TEST --out RUN/probe",
+        "--model RUN --train TRAIN --out RUN/probe --heads linear --epochs 10",
+        "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST --out mae",
     ),
-    "knn": Verb(
+    "knn": verb(
         "Measure a frozen encoder's features by nearest neighbours",
-        (
-            "--model RUN --train TRAIN",
-            "--model RUN --train TRAIN --test TEST --k 1,20",
-            "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
-        ),
+        "evaluations:knn",
         "model train test k out",
-        run="evaluations:knn",
+        "--model RUN --train TRAIN",
+        "--model RUN --train TRAIN --test TEST --k 1,20",
+        "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
     ),
-    "fewshot": Verb(
+    "fewshot": verb(
         "Measure a frozen encoder's features with few labels",
-        (
-            "--model RUN --train TRAIN --test TEST",
-            "--model RUN --train TRAIN --test TEST --shots 1,5,10",
-            "--model RUN --train TRAIN --test TEST --out RUN/fewshot",
-        ),
+        "evaluations:fewshot",
         "model train test shots out",
-        run="evaluations:fewshot",
+        "--model RUN --train TRAIN --test TEST",
+        "--model RUN --train TRAIN --test TEST --shots 1,5,10",
+        "--model RUN --train TRAIN --test TEST --out RUN/fewshot",
     ),
-    "finetune": Verb(
+    "finetune": verb(
         "Train encoder and head together, fully or with LoRA",
-        (
-            "--model RUN --train TRAIN --test TEST --out RUN/finetuned",
-            "--model RUN --train TRAIN --test TEST --out RUN/lora --lora.rank 8",
-            "--model CHECKPOINT --train TRAIN --out OUT --epochs 50 --lr 5e-4",
-        ),
+        "evaluations:finetune",
         "model train test out epochs lr lora.rank",
-        run="evaluations:finetune",
+        "--model RUN --train TRAIN --test TEST --out RUN/finetuned",
+        "--model RUN --train TRAIN --test TEST --out RUN/lora --lora.rank 8",
+        "--model CHECKPOINT --train TRAIN --out OUT --epochs 50 --lr 5e-4",
     ),
-    "suite": Verb(
+    "suite": verb(
         "Probe the fifteen benchmarks of the AIM and XTRA papers",
-        (
-            "--list --root DIR             # which are found, how to get the others",
-            "--model RUN --root DIR --out RUN/suite",
-            "--model RUN --root DIR --out quick --only cifar10 --augment none --epochs 10",
-        ),
+        "evaluations:suite",
         "model root out only augment list",
-        run="evaluations:suite",
+        "--list --root DIR             # which are found, how to get the others",
+        "--model RUN --root DIR --out RUN/suite",
+        "--model RUN --root DIR --out quick --only cifar10 --augment none --epochs 10",
     ),
-    "classify": Verb(
+    "classify": verb(
         "Name the classes of images with a trained head",
-        (
-            "--model RUN/probe/attentive --data IMAGE",
-            "--model RUN/finetuned --data DIR --out classes.csv --top 1",
-            "--model backbone.pth --head head.pth --data DIR --out classes.csv",
-        ),
+        "evaluations:classify",
         "model data out head top",
-        run="evaluations:classify",
+        "--model RUN/probe/attentive --data IMAGE",
+        "--model RUN/finetuned --data DIR --out classes.csv --top 1",
+        "--model backbone.pth --head head.pth --data DIR --out classes.csv",
     ),
-    "embed": Verb(
+    "embed": verb(
         "Write the features of images to a file",
-        (
-            "--model RUN --data DIR --out features.npz",
-            "--model RUN --data DIR --out features.parquet",
-            "--model timm:vit_base_patch16_224.mae --data DIR --out features.npz",
-        ),
+        "evaluations:embed",
         "model data out layers pool",
-        run="evaluations:embed",
+        "--model RUN --data DIR --out features.npz",
+        "--model RUN --data DIR --out features.parquet",
+        "--model timm:vit_base_patch16_224.mae --data DIR --out features.npz",
     ),
-    "search": Verb(
+    "search": verb(
         "Find the images nearest to one, and draw them",
-        (
-            "--model RUN --data DIR --query IMAGE",
-            "--model RUN --data DIR --query IMAGE --out nearest --top 20",
-            "--model RUN --data DIR --query QUERIES --out nearest --layers last6",
-        ),
+        "evaluations:search",
         "model data query out top",
-        run="evaluations:search",
+        "--model RUN --data DIR --query IMAGE",
+        "--model RUN --data DIR --query IMAGE --out nearest --top 20",
+        "--model RUN --data DIR --query QUERIES --out nearest --layers last6",
     ),
-    "predict": Verb(
+    "predict": verb(
         "Draw how a model predicts the next blocks of images",
-        (
-            "--model RUN --data DIR --out RUN/predictions",
-            "--model RUN --data digits:split=test --out RUN/predictions --num_images 16",
-            "--model xtra.ckpt --num_heads 12 --data DIR --out predictions",
-        ),
-        run="look:predict",
+        "look:predict",
+        "",
+        "--model RUN --data DIR --out RUN/predictions",
+        "--model RUN --data digits:split=test --out RUN/predictions --num_images 16",
+        "--model xtra.ckpt --num_heads 12 --data DIR --out predictions",
     ),
-    "complete": Verb(
+    "complete": verb(
         "Give a model parts of images, and draw how it continues them",
-        (
-            "--model RUN --data DIR --out RUN/completions",
-            "--model RUN --data IMAGE --out completed --given_rows 0.25",
-            "--model RUN --data DIR --out completed --given_blocks 0,1,5 --order spiral",
-        ),
+        "look:complete",
         "model data out given_rows given given_blocks order num_images",
-        run="look:complete",
+        "--model RUN --data DIR --out RUN/completions",
+        "--model RUN --data IMAGE --out completed --given_rows 0.25",
+        "--model RUN --data DIR --out completed --given_blocks 0,1,5 --order spiral",
     ),
-    "surprise": Verb(
+    "surprise": verb(
         "Rank images by how badly their blocks are predicted",
-        (
-            "--model RUN --data DIR --out RUN/surprise",
-            "--model RUN --data DIR --out odd --score largest --num_images 16",
-            "--model RUN --data DIR        # only print",
-        ),
+        "evaluations:surprise",
         "model data out score num_images",
-        run="evaluations:surprise",
+        "--model RUN --data DIR --out RUN/surprise",
+        "--model RUN --data DIR --out odd --score largest --num_images 16",
+        "--model RUN --data DIR        # only print",
     ),
-    "features": Verb(
+    "features": verb(
         "Draw patch features as colours, nearest patches, where a head looks",
-        (
-            "--model RUN --data DIR --out RUN/features",
-            "--model RUN --data DIR --out RUN/features --head RUN/probe/ep",
-            "--model timm:vit_base_patch16_224.mae --data DIR --out mae --query IMAGE --patch 3,5",
-        ),
+        "look:features",
         "model data out num_images head query patch",
-        run="look:features",
+        "--model RUN --data DIR --out RUN/features",
+        "--model RUN --data DIR --out RUN/features --head RUN/probe/ep",
+        "--model timm:vit_base_patch16_224.mae --data DIR --out mae --query IMAGE --patch 3,5",
     ),
-    "serve": Verb(
+    "serve": verb(
         "Show on a local page what a model does with an image you drop",
-        (
-            "RUN --data digits:split=test",
-            "timm:vit_base_patch16_224.mae --data DIR --open true",
-            "RUN --port 0                  # any free port",
-        ),
+        "look:serve",
         "model data port open",
-        run="look:serve",
+        "RUN --data digits:split=test",
+        "timm:vit_base_patch16_224.mae --data DIR --open true",
+        "RUN --port 0                  # any free port",
     ),
-    "runs": Verb(
+    "runs": verb(
         "List the runs below a directory and their status",
-        ("DIR", "RUN", "DIR --json"),
-        run="runs:runs",
+        "runs:runs",
+        "",
+        "DIR",
+        "RUN",
+        "DIR --json",
     ),
-    "report": Verb(
+    "report": verb(
         "Sum up a run as text and as a page, or compare several",
-        (
-            "RUN                           # writes RUN/report.html too",
-            "RUNS/* --out runs.html",
-            "RUN --json",
-        ),
-        run="runs:report",
+        "runs:report",
+        "",
+        "RUN                           # writes RUN/report.html too",
+        "RUNS/* --out runs.html",
+        "RUN --json",
     ),
-    "convert": Verb(
+    "convert": verb(
         "Write a model in another format, or push it to the Hugging Face hub",
-        ("RUN ENCODER --to timm", "RUN encoder.onnx", "xtra.ckpt hf:USER/NAME --num_heads 12"),
+        "weights:convert",
         "to num_heads image_size head license",
-        run="weights:convert",
+        "RUN ENCODER --to timm",
+        "RUN encoder.onnx",
+        "xtra.ckpt hf:USER/NAME --num_heads 12",
     ),
-    "info": Verb(
+    "info": verb(
         "Show what a run or a weight file contains",
-        ("RUN", "xtra.ckpt --num_heads 12", "backbone.pth --head head.pth"),
-        run="weights:info",
+        "weights:info",
+        "",
+        "RUN",
+        "xtra.ckpt --num_heads 12",
+        "backbone.pth --head head.pth",
     ),
-    "doctor": Verb(
+    "doctor": verb(
         "Examine images before training",
-        ("DIR", "DIR --val DIR2 --out found.json", "DIR --model xtra-small-64 --samples 1000"),
+        "data:doctor",
         "val model samples images_per_s out",
-        run="data:doctor",
+        "DIR",
+        "DIR --val DIR2 --out found.json",
+        "DIR --model xtra-small-64 --samples 1000",
     ),
-    "data": Verb(
+    "data": verb(
         "Pack images into shards, draw and split subsets",
-        (
-            "pack DIR SHARDS",
-            "sample DIR few.txt --fraction 0.01",
-            "split DIR --parts train=0.8,val=0.2 --out LISTS",
-        ),
-        run="data:data",
+        "data:data",
+        "",
+        "pack DIR SHARDS",
+        "sample DIR few.txt --fraction 0.01",
+        "split DIR --parts train=0.8,val=0.2 --out LISTS",
     ),
-    "plan": Verb(
+    "plan": verb(
         "Estimate a training's memory and time without running it",
-        (
-            "--gpu h100",
-            "--preset aim-7b-dfn2b+ --gpus 64 --gpu h100",
-            "--preset xtra-l16 --data.train DIR --gpu_memory_gb 80 --gpu_tflops 300",
-        ),
+        "plan:run",
         "preset gpu gpus images data.train train.batch_size",
+        "--gpu h100",
+        "--preset aim-7b-dfn2b+ --gpus 64 --gpu h100",
+        "--preset xtra-l16 --data.train DIR --gpu_memory_gb 80 --gpu_tflops 300",
     ),
-    "presets": Verb(
+    "presets": verb(
         "List the named runs and model sizes",
-        ("", "xtra-b16-in1k", "aim-600m --draw order.png --prefix 20 --model.image_size 112"),
+        "presets:run",
         "all draw prefix model.image_size model.block_size",
+        "",
+        "xtra-b16-in1k",
+        "aim-600m --draw order.png --prefix 20 --model.image_size 112",
     ),
-    "data pack": Verb(
+    "data pack": verb(
         "Write the images of a source as tar shards, with an index beside each",
-        (
-            "DIR SHARDS                    # again: resume",
-            "DIR SHARDS --resize_px 512 --quality 90",
-            "SCENES TILES --tile_px 1024",
-        ),
+        "data:pack",
         "resize_px tile_px format quality workers",
-        run="data:pack",
+        "DIR SHARDS                    # again: resume",
+        "DIR SHARDS --resize_px 512 --quality 90",
+        "SCENES TILES --tile_px 1024",
     ),
-    "data sample": Verb(
+    "data sample": verb(
         "Draw some images of a source, and write them as a list",
-        ("DIR few.txt --fraction 0.01", "DIR few.txt --count 1000 --seed 1", "DIR few.txt --per_class 5"),
+        "data:sample",
         "fraction count per_class seed",
-        run="data:sample",
+        "DIR few.txt --fraction 0.01",
+        "DIR few.txt --count 1000 --seed 1",
+        "DIR few.txt --per_class 5",
     ),
-    "data split": Verb(
+    "data split": verb(
         "Split a source into parts, and write each as a list",
-        (
-            "DIR --parts train=0.8,val=0.2 --out LISTS",
-            "DIR --parts train=0.8,val=0.2 --out LISTS --stratify",
-            "DIR --parts train=0.5 --out LISTS --seed 1",
-        ),
+        "data:split",
         "parts out stratify seed",
-        run="data:split",
+        "DIR --parts train=0.8,val=0.2 --out LISTS",
+        "DIR --parts train=0.8,val=0.2 --out LISTS --stratify",
+        "DIR --parts train=0.5 --out LISTS --seed 1",
     ),
 }
 """Commands by name; the list of commands omits names of two words."""

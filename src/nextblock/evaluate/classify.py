@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,23 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from nextblock.atomic import write_aside, write_text
+from nextblock.atomic import write_aside
 from nextblock.checkpoint import digest_of
-from nextblock.data import Source, open_source
-from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import TOP, Result, evaluation, stored_result
+from nextblock.evaluate.evaluation import evaluation
 from nextblock.evaluate.files import pyarrow, write_parquet
-from nextblock.evaluate.metrics import Tally
+from nextblock.evaluate.metrics import Measures, Tally
+from nextblock.evaluate.results import TOP, Result
 from nextblock.evaluate.settings import ClassifySettings
+from nextblock.evaluate.splits import match_classes
 from nextblock.evaluate.table import FeatureTable
 from nextblock.logs import counted
-from nextblock.models.heads import ImageClassifier
 from nextblock.settings import from_dict
-from nextblock.tables import Column, end_of, percent, safe_cell
-
-log = logging.getLogger(__name__)
+from nextblock.tables import Column, Row, end_of, percent, safe_cell
 
 CHUNK = 4096
-SHOWN, SHOWN_CLASSES, NAME_LETTERS = 10, 3, 60
+"""Images whose logits are read at a time."""
+SHOWN, NAME_LETTERS = 10, 60
+PLACES = ("likeliest", "second", "third")
 
 
 def classify(**settings: Any) -> Result:
@@ -43,116 +42,80 @@ def classify(**settings: Any) -> Result:
     same call reads it. Raises `UsageError` if `out` is another file.
     """
     config = from_dict(ClassifySettings, settings)
-    with evaluation(config, classifier=True) as opened:
-        source = open_source(config.data, opened.data)
-        classifier = opened.classifier
+    with evaluation(config) as opened:
+        source, classifier = opened.open_source(config.data), opened.classifier
         assert classifier is not None
-        out = None if config.out is None else Path(config.out)
-        identity = opened.identity({"data": source}) | {"classifier": digest_of(classifier)}
-        if out is not None and out.exists() and not config.overwrite:
-            about = _about(out)
-            with opened.group.together():
-                if not about.is_file():
-                    raise UsageError(f"{out} exists; choose another --out, or give --overwrite")
-                result = stored_result(about, "classify", identity)
-            log.info("%s has these classes already", out)
-            return replace(result, columns=_columns(len(result.rows[0]["classes"])))
-        with opened.working(out) as finish:
-            table = opened.logits("data", source)
-            indices = table.readable()
-            rows = _Rows(table, classifier, source, config.top)
-            truth = classes_of(source, classifier.class_names)
-            num_classes = classifier.head_config.num_classes
+        num_classes = classifier.head_config.num_classes
+        names = classifier.class_names or tuple(map(str, range(num_classes)))
+        top = min(config.top, num_classes)
+        logits = cache(lambda: opened.logits("data", source))
+
+        def rows() -> Iterator[dict[str, Any]]:
+            indices = logits().readable()
+            for chosen in np.split(indices, range(CHUNK, len(indices), CHUNK)):
+                likeliest = logits().read(chosen).softmax(dim=-1).topk(top, dim=-1)
+                pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+                for index, (numbers, probabilities) in zip(chosen.tolist(), pairs, strict=True):
+                    yield {
+                        "index": index,
+                        "name": source.name(index),
+                        "classes": [names[number] for number in numbers],
+                        "probabilities": probabilities,
+                        "true_class": source.class_names[source.labels[index]] if source.has_labels else None,
+                    }
+
+        def measure() -> Result:
             facts = {
                 "num_classes": num_classes,
-                "num_images": len(indices),
+                "num_images": len(logits().readable()),
                 "bad_images": opened.bad_counts(),
                 "measures": None,
             }
-            if truth is not None:
-                tally = Tally(num_classes, confusion=False)
-                for chosen in np.array_split(indices, -(-len(indices) // CHUNK)):
-                    tally.add(table.read(chosen), torch.from_numpy(truth[chosen]))
-                facts["measures"] = tally.measures().row()
-            result = Result(
-                verb="classify",
-                rows=tuple(rows.of(indices[:SHOWN])),
-                notes=tuple(_notes(config, facts, has_labels=source.has_labels)),
-                facts=facts,
-                identity=identity,
-                columns=_columns(rows.top),
-            )
-            with opened.group.together():
-                if opened.group.is_main:
-                    opened.report_bad(None)
-                    if out is not None:
-                        _about(out).unlink(missing_ok=True)  # it describes the file that is replaced
-                        _write(out, rows, indices)
-                        write_text(_about(out), json.dumps(result.as_dict(), indent=1) + "\n")
-                    finish()
-            return result
+            if source.has_labels and classifier.class_names is not None:
+                labels, unknown = match_classes(source, classifier.class_names)
+                if not unknown:
+                    facts["measures"] = measure_logits(logits(), labels, num_classes).row()
+            notes = tuple(_notes(config, facts, has_labels=source.has_labels))
+            return Result(verb="classify", rows=tuple(islice(rows(), SHOWN)), notes=notes, facts=facts)
+
+        return opened.result(
+            "classify",
+            {"data": source},
+            _columns(top),
+            measure,
+            save=lambda out, _: _write(out, rows(), top),
+            made_from={"classifier": digest_of(classifier)},
+        )
 
 
-def _about(out: Path) -> Path:
-    """The JSON file that records how `out` was made, its first rows and the accuracies."""
-    return out.with_name(f"{out.name}.about.json")
-
-
-def classes_of(source: Source, names: Sequence[str] | None) -> Int64[np.ndarray, " n"] | None:
-    """Labels as indices of the classifier's classes; None if it does not know all classes by name."""
-    if names is None or not source.has_labels or not set(source.class_names) <= set(names):
-        return None
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers[name] for name in source.class_names], dtype=np.int64)[source.labels]
-
-
-class _Rows:
-    """The rows of images, made lazily."""
-
-    def __init__(self, table: FeatureTable, classifier: ImageClassifier, source: Source, top: int) -> None:
-        self._table, self._source = table, source
-        self._names = classifier.class_names or tuple(map(str, range(classifier.head_config.num_classes)))
-        self.top = min(top, len(self._names))
-
-    def of(self, indices: Int64[np.ndarray, " n"]) -> Iterator[dict[str, Any]]:
-        source = self._source
-        for chosen in np.split(indices, range(CHUNK, len(indices), CHUNK)):
-            likeliest = self._table.read(chosen).softmax(dim=-1).topk(self.top, dim=-1)
-            pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-            for index, (numbers, probabilities) in zip(chosen.tolist(), pairs, strict=True):
-                true = source.class_names[source.labels[index]] if source.has_labels else None
-                yield {
-                    "index": index,
-                    "name": source.name(index),
-                    "classes": [self._names[number] for number in numbers],
-                    "probabilities": probabilities,
-                    "true_class": true,
-                }
+def measure_logits(table: FeatureTable, labels: Int64[np.ndarray, " n"], num_classes: int) -> Measures:
+    """Measure a table of logits on its readable images; `labels` are those of all images."""
+    tally, indices = Tally(num_classes, confusion=False), table.readable()
+    for chosen in np.split(indices, range(CHUNK, len(indices), CHUNK)):
+        tally.add(table.read(chosen), torch.from_numpy(labels[chosen]))
+    return tally.measures()
 
 
 def _columns(top: int) -> tuple[Column, ...]:
-    def likeliest(place: int, title: str) -> Column:
-        return Column(
-            "classes",
-            title,
-            lambda names, row: f"{names[place]} {percent(row['probabilities'][place], {})} %",
-        )
+    def likeliest(place: int) -> Column:
+        def show(names: list[str], row: Row) -> str:
+            return f"{names[place]} {percent(row['probabilities'][place], {})} %"
 
-    titles = ("likeliest", "second", "third")[: min(top, SHOWN_CLASSES)]
+        return Column("classes", PLACES[place], show)
+
     return (
         Column("name", "image", lambda name, _: end_of(name, NAME_LETTERS)),
-        *(likeliest(place, title) for place, title in enumerate(titles)),
+        *map(likeliest, range(min(top, len(PLACES)))),
         Column("true_class", "true class"),
     )
 
 
 def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool) -> Iterator[str]:
-    more = facts["num_images"] - SHOWN
+    images, measures = facts["num_images"], facts["measures"]
     if config.out is not None:
-        yield f"All {counted(facts['num_images'], 'image')}: {config.out}"
-    elif more > 0:
-        yield f"{counted(more, 'more image')}; --out FILE.csv writes all"
-    measures = facts["measures"]
+        yield f"All {counted(images, 'image')}: {config.out}"
+    elif images > SHOWN:
+        yield f"{counted(images - SHOWN, 'more image')}; --out FILE.csv writes all"
     if measures is not None:
         top5 = f"top-5 {percent(measures['top5'], {})} %, " if facts["num_classes"] > TOP else ""
         yield (
@@ -163,23 +126,22 @@ def _notes(config: ClassifySettings, facts: dict[str, Any], *, has_labels: bool)
         yield "No accuracy: the classifier does not know all of these images' classes."
 
 
-def _write(out: Path, rows: _Rows, indices: Int64[np.ndarray, " n"]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
+def _write(out: Path, rows: Iterator[dict[str, Any]], top: int) -> None:
     if out.suffix == ".parquet":
         pa = pyarrow()
-        chunks = np.split(indices, range(CHUNK, len(indices), CHUNK))
-        write_parquet(out, (pa.Table.from_pylist(list(rows.of(chunk))) for chunk in chunks), {})
+        chunks = iter(lambda: list(islice(rows, CHUNK)), [])
+        write_parquet(out, map(pa.Table.from_pylist, chunks), {})
         return
     with write_aside(out) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         if out.suffix == ".json":
-            for number, row in enumerate(rows.of(indices)):
-                file.write(("[\n" if not number else ",\n") + json.dumps(row))
+            for number, row in enumerate(rows):
+                file.write((",\n" if number else "[\n") + json.dumps(row))
             file.write("\n]\n")
             return
         writer = csv.writer(file, lineterminator="\n")
-        places = [f"{what}_{place}" for place in range(1, rows.top + 1) for what in ("class", "probability")]
+        places = [f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")]
         writer.writerow(["index", "name", *places, "true_class"])
-        for row in rows.of(indices):
+        for row in rows:
             pairs = zip(row["classes"], row["probabilities"], strict=True)
             ranked = [value for name, p in pairs for value in (safe_cell(name), f"{p:.6f}")]
             writer.writerow(

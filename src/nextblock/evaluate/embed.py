@@ -19,17 +19,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from einops import rearrange
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from nextblock.atomic import write_aside
-from nextblock.data import Source, open_source
+from nextblock.data import Source
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import MODEL, Evaluation, evaluation
+from nextblock.evaluate.evaluation import MODEL, evaluation
+from nextblock.evaluate.features import layer_choices
 from nextblock.evaluate.files import about_parquet, pyarrow, write_parquet
 from nextblock.evaluate.knn import nearest_neighbours
-from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import differences
 from nextblock.evaluate.settings import EmbedSettings
 from nextblock.models.heads import FeatureConfig
@@ -66,7 +66,7 @@ def embed(**settings: Any) -> Embeddings:
     if out.suffix == ".parquet":
         pyarrow()
     with evaluation(config) as opened:
-        source = open_source(config.data, opened.data)
+        source = opened.open_source(config.data)
         identity = opened.identity({"data": source})
         with opened.group.together():
             is_written = out.exists() and not config.overwrite
@@ -77,103 +77,81 @@ def embed(**settings: Any) -> Embeddings:
                 )
         if is_written:
             log.info("%s has these features already", out)
-        else:
-            _write(opened, config, source, identity, out)
+            return read_embeddings(out)
+        with opened.locked():
+            wanted = [
+                FeatureConfig(
+                    layers=layers,
+                    norm_layers=config.norm,
+                    tokens=config.tokens,
+                    pooled=config.pool == "mean",
+                    attention=config.attention,
+                )
+                for layers in layer_choices(config.layers, opened.model.config.depth)
+            ]
+            table = opened.table("data", source, MODEL, wanted)
+            with opened.group.together():
+                if opened.group.is_main:
+                    opened.report_bad()
+                    indices = table.readable()
+                    kinds = [table.read(indices, kind).numpy() for kind in range(len(wanted))]
+                    features = np.stack(kinds, axis=1) if config.layers == "each" else kinds[0]
+                    shape, names = list(features.shape[1:]), source.class_names if source.has_labels else None
+                    about = {**identity, "shape": shape, "class_names": names, "bad": len(table.bad)}
+                    columns = {
+                        "index": indices,
+                        "name": np.array([source.name(index) for index in indices.tolist()]),
+                        **({"label": source.labels[indices]} if source.has_labels else {}),
+                    }
+                    if out.suffix == ".parquet":
+                        write_parquet(out, _parquet(config, source, columns, features), about)
+                    else:
+                        columns |= {"feature": features, "about": np.array(json.dumps(about))}
+                        with write_aside(out) as aside, aside.open("wb") as file:
+                            np.savez(file, **columns)  # type: ignore[arg-type]
+                    opened.forget_features()
         return read_embeddings(out)
 
 
-def _write(
-    opened: Evaluation, config: EmbedSettings, source: Source, identity: dict[str, Any], out: Path
-) -> None:
-    wanted = [
-        FeatureConfig(
-            layers=layers,
-            norm_layers=config.norm,
-            tokens=config.tokens,
-            pooled=config.pool == "mean",
-            attention=config.attention,
-        )
-        for layers in layer_choices(config.layers, opened.model.config.depth)
-    ]
-    with opened.working(out) as finish:
-        table = opened.table("data", source, MODEL, wanted)
-        indices = table.readable()
-
-        def features(chosen: Int64[np.ndarray, " b"]) -> Float[np.ndarray, "b ..."]:
-            kinds = [table.read(chosen, kind).numpy() for kind in range(len(wanted))]
-            return np.stack(kinds, axis=1) if config.layers == "each" else kinds[0]
-
-        shape = list(features(indices[:1]).shape[1:])
-        names = list(source.class_names) if source.has_labels else None
-        about = {**identity, "shape": shape, "class_names": names, "bad": len(table.bad)}
-        with opened.group.together():
-            if opened.group.is_main:
-                opened.report_bad(None)
-                if out.suffix == ".npz":
-                    _write_npz(out, features(indices), indices, source, about)
-                else:
-                    extra = _map(features(indices).reshape(len(indices), -1), config.neighbors)
-                    parts = _parquet(features, indices, source, extra, config.thumbnail_px)
-                    write_parquet(out, parts, about)
-                finish()
-
-
-def _map(features: Float[np.ndarray, "n d"], neighbors: int) -> dict[str, np.ndarray]:
-    """Project images to two dimensions with UMAP, or PCA if it is not installed; find nearest images."""
-    normed = F.normalize(torch.from_numpy(features), dim=-1)
+def _plane(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
+    """Project images to two dimensions with UMAP, or PCA if it is not installed."""
+    plane = np.zeros((len(features), 2), dtype=np.float32)
     try:
         from umap import UMAP  # type: ignore[import-not-found]
-
-        plane = UMAP(random_state=0, n_jobs=1).fit_transform(features) if len(features) > 3 else None
     except ImportError:
-        plane = None
-    if plane is None:
-        plane = np.zeros((len(features), 2))
-        if len(features) > 1:
-            some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
-            plane[:, : some.shape[1]] = some
-    columns = {"projection_x": plane[:, 0], "projection_y": plane[:, 1]}
-    if neighbors and len(features) > 1:
-        parts = [
-            nearest_neighbours(normed[rows], normed, neighbors, itself=rows)
-            for rows in torch.arange(len(features)).split(ROWS)
-        ]
-        columns["ids"] = torch.cat([part.rows for part in parts]).numpy()
-        columns["distances"] = 1 - torch.cat([part.similarity for part in parts]).numpy()
-    return columns
+        UMAP = None  # noqa: N806 - a class
+    if UMAP is not None and len(features) > 3:
+        plane[:] = UMAP(random_state=0, n_jobs=1).fit_transform(features)
+    elif len(features) > 1:
+        some = PCA(min(2, *features.shape), random_state=0).fit_transform(features)
+        plane[:, : some.shape[1]] = some
+    return plane
 
 
 def _parquet(
-    features: Any,
-    indices: Int64[np.ndarray, " n"],
+    config: EmbedSettings,
     source: Source,
-    extra: Mapping[str, np.ndarray],
-    thumbnail_px: int,
+    columns: Mapping[str, np.ndarray],
+    features: Float[np.ndarray, "n ..."],
 ) -> Iterator[Any]:
-    """Yield the file's rows as pyarrow tables."""
-    pa = pyarrow()
-    for start in range(0, len(indices), ROWS):
-        rows = slice(start, start + ROWS)
-        chosen = indices[rows]
-        flat = features(chosen).reshape(len(chosen), -1)
-        columns: dict[str, Any] = {
-            "index": pa.array(chosen),
-            "name": pa.array([source.name(index) for index in chosen.tolist()]),
-        }
-        if source.has_labels:
-            labels = source.labels[chosen]
-            columns["label"] = pa.array(labels)
-            columns["class"] = pa.array([source.class_names[label] for label in labels])
-        columns["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
-        for name in ("projection_x", "projection_y"):
-            columns[name] = pa.array(extra[name][rows].astype("f4"))
-        if "ids" in extra:
-            pairs = zip(extra["ids"][rows].tolist(), extra["distances"][rows].tolist(), strict=True)
-            columns["neighbors"] = pa.array([{"ids": ids, "distances": values} for ids, values in pairs])
-        if thumbnail_px:
-            pictures = (thumbnail(source, index, thumbnail_px) for index in chosen.tolist())
-            columns["thumbnail"] = pa.array([{"bytes": picture} for picture in pictures])
-        yield pa.table(columns)
+    """Yield the rows of the file as pyarrow tables."""
+    pa, flat = pyarrow(), features.reshape(len(features), -1)
+    plane, normed = _plane(flat), F.normalize(torch.from_numpy(flat), dim=-1)
+    for rows in np.split(np.arange(len(flat)), range(ROWS, len(flat), ROWS)):
+        some: dict[str, Any] = {name: values[rows] for name, values in columns.items()}
+        if "label" in some:
+            some["class"] = [source.class_names[label] for label in some["label"]]
+        some["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(flat[rows].ravel()), flat.shape[1])
+        some |= {"projection_x": plane[rows, 0], "projection_y": plane[rows, 1]}
+        if config.neighbors and len(flat) > 1:
+            itself = torch.from_numpy(rows)
+            found = nearest_neighbours(normed[itself], normed, config.neighbors, itself=itself)
+            pairs = zip(found.rows.tolist(), (1 - found.similarity).tolist(), strict=True)
+            some["neighbors"] = [{"ids": ids, "distances": distances} for ids, distances in pairs]
+        if config.thumbnail_px:
+            pictures = (thumbnail(source, index, config.thumbnail_px) for index in some["index"].tolist())
+            some["thumbnail"] = [{"bytes": picture} for picture in pictures]
+        yield pa.table(some)
 
 
 def thumbnail(source: Source, index: int, longer_px: int) -> bytes:
@@ -185,26 +163,6 @@ def thumbnail(source: Source, index: int, longer_px: int) -> bytes:
     with io.BytesIO() as file:
         picture.save(file, "png")
         return file.getvalue()
-
-
-def _write_npz(
-    out: Path,
-    features: np.ndarray,
-    indices: Int64[np.ndarray, " n"],
-    source: Source,
-    about: Mapping[str, Any],
-) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    values: dict[str, Shaped[np.ndarray, ...]] = {
-        "index": indices,
-        "name": np.array([source.name(index) for index in indices.tolist()]),
-        "feature": features,
-        "about": np.array(json.dumps(about)),
-    }
-    if source.has_labels:
-        values["label"] = source.labels[indices]
-    with write_aside(out) as aside, aside.open("wb") as file:
-        np.savez(file, **values)  # type: ignore[arg-type]
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -231,7 +189,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
             features, indices, names = file["feature"], file["index"], file["name"].tolist()
             labels = file.get("label")
     else:
-        table = pyarrow().parquet.read_table(path, columns=None)
+        table = pyarrow().parquet.read_table(path)
         flat = table["feature"].combine_chunks().flatten().to_numpy()
         features = flat.reshape(len(table), *about["shape"])
         indices, names = table["index"].to_numpy(), table["name"].to_pylist()

@@ -5,14 +5,14 @@ One pass through the encoder serves all heads. The module also opens models, cla
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import yaml
@@ -23,11 +23,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from nextblock.checkpoint import MODEL_FILE
 from nextblock.config import Attention, DataConfig, ModelConfig, RunConfig
-from nextblock.evaluate.layers import layer_choices
+from nextblock.errors import UsageError
 from nextblock.evaluate.probe.settings import HeadName
-from nextblock.evaluate.settings import EvalSettings, FrozenSettings, SearchSettings
+from nextblock.evaluate.settings import EvalSettings, FeatureSettings
 from nextblock.evaluate.table import Extract
-from nextblock.interop import load_classifier, open_encoder
+from nextblock.interop import open_encoder
 from nextblock.interop.load import official_data, recorded_data
 from nextblock.interop.timm_spec import TIMM_SPEC
 from nextblock.models import EncoderModel, NextBlockModel, TimmEncoder
@@ -38,13 +38,36 @@ from nextblock.train.runtime import autocast
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
 # -------------------------------------------------------------------------------------- images to features
 
 
-def pooled(settings: FrozenSettings | SearchSettings, depth: int) -> FeatureConfig:
+@functools.lru_cache  # so that a note on layers comes once, not once for each head
+def layer_choices(word: str, depth: int, best: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], ...]:
+    """Resolve a word to layers, counted from 0; only "each" gives several choices.
+
+    A bare number n means the last n layers, or all if there are fewer. `best` are the layers for "best".
+    Raises `UsageError` for layers that the encoder lacks.
+    """
+    if word == "each":
+        return tuple((layer,) for layer in range(depth))
+    if word == "best":
+        assert best is not None, "callers accept `best` only if they know the layers"
+        return (best,)
+    if word.startswith("layer") or "+" in word:
+        chosen = sorted(int(number) for number in word.removeprefix("layer").split("+"))
+        if chosen[-1] >= depth or len(set(chosen)) < len(chosen):
+            raise UsageError(
+                f"layers is {word}, but the encoder has {depth} layers; name each once, among 0 to "
+                f"{depth - 1}"
+            )
+        return (tuple(chosen),)
+    count = int(word.removeprefix("last") or 1)
+    if count > depth:
+        log.info("the encoder has %d layers: using all of them, not %d", depth, count)
+    return (tuple(range(max(0, depth - count), depth)),)
+
+
+def pooled(settings: FeatureSettings, depth: int) -> FeatureConfig:
     """Features with one vector per image, from the settings and the encoder's depth."""
     (layers,) = layer_choices(settings.layers, depth)
     return FeatureConfig(
@@ -56,7 +79,7 @@ def encoder_extract(
     model: EncoderModel,
     wanted: Sequence[FeatureConfig],
     *,
-    precision: Precision = "fp32",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     chunk: int = 128,
 ) -> Extract:
     """Make an extract of the `wanted` features of a model, with one pass per kind of attention.
@@ -64,25 +87,18 @@ def encoder_extract(
     Put the model in evaluation mode first. The encoder sees `chunk` images at a time, so that all layers of a
     large batch are never in memory together.
     """
-    return partial(_encoder_features, model=model, wanted=tuple(wanted), precision=precision, chunk=chunk)
+    kinds: list[Attention] = sorted({spec.attention for spec in wanted})
 
+    def extract(images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
+        parts = []
+        for some in images.split(chunk):
+            with autocast(images.device, precision):
+                encoded = {kind: model.encode(some, attention=kind) for kind in kinds}
+                norm = model.final_norm
+                parts.append([pool_features(encoded[one.attention], one, norm).float() for one in wanted])
+        return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
 
-def _encoder_features(
-    images: Float[Tensor, "b c h w"],
-    *,
-    model: EncoderModel,
-    wanted: tuple[FeatureConfig, ...],
-    precision: Precision,
-    chunk: int,
-) -> tuple[Tensor, ...]:
-    parts = []
-    for some in images.split(chunk):
-        with autocast(images.device, precision):
-            kinds: set[Attention] = {spec.attention for spec in wanted}
-            encoded = {kind: model.encode(some, attention=kind) for kind in sorted(kinds)}
-            norm = model.final_norm
-            parts.append([pool_features(encoded[spec.attention], spec, norm).float() for spec in wanted])
-    return tuple(torch.cat(of_one) for of_one in zip(*parts, strict=True))
+    return extract
 
 
 def attention_maps(
@@ -167,20 +183,10 @@ def open_model(
     """Open the model of a config, or take the classifier's, with the settings of its images."""
     spec = classifier_directory(config.model)
     model = classifier.encoder_model if classifier else open_encoder(spec, num_heads=config.num_heads)
-    return model, evaluation_data(
-        spec, model.config, workers=config.workers, max_bad_fraction=config.max_bad_fraction
-    )
-
-
-def open_classifier(config: Any) -> ImageClassifier:
-    """Open the classifier of a config; `CheckpointError` if it is a model without a head."""
-    check_one_head(config.model, "model")
-    return load_classifier(
-        classifier_directory(config.model),
-        config.head,
-        num_heads=config.num_heads,
-        probe_layers=config.probe_layers,
-    )
+    data = evaluation_data(spec, model.config, workers=config.workers)
+    if config.max_bad_fraction is not None:
+        data = replace(data, max_bad_fraction=config.max_bad_fraction)
+    return model, data
 
 
 def check_one_head(spec: str, setting: str) -> None:
@@ -197,58 +203,40 @@ def classifier_directory(spec: str) -> str:
 
 
 def evaluation_data(
-    model_spec: str,
-    config: ModelConfig | TimmConfig,
-    *,
-    workers: int | None = None,
-    max_bad_fraction: float | None = None,
+    model_spec: str, config: ModelConfig | TimmConfig, *, workers: int | None = None
 ) -> DataConfig:
     """How to crop and normalise images for a model: as recorded in its run or file, else the official way.
 
-    `workers` and `max_bad_fraction` override the run's.
+    `workers` overrides the run's.
     """
     data = _recorded_data(model_spec, config)
-    workers = data.workers if workers is None else workers
-    most = data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
-    return replace(data, workers=workers, max_bad_fraction=most)
+    return data if workers is None else replace(data, workers=workers)
 
 
 def _recorded_data(model_spec: str, config: ModelConfig | TimmConfig) -> DataConfig:
     path = Path(model_spec).absolute()
-    settings = _run_dir(path) / "config.yaml"
+    # The run directory of a checkpoint, or of the model file in one.
+    checkpoint = path.parent if path.name == MODEL_FILE else path
+    is_of_run = checkpoint.parent.name == "checkpoints" and checkpoint.name.startswith("step_")
+    settings = (checkpoint.parents[1] if is_of_run else path) / "config.yaml"
     if settings.is_file():
         run = from_dict(RunConfig, yaml.safe_load(settings.read_text(encoding="utf-8")))
         return replace(run.data, train=None, val=None)
     if model_spec.startswith(TIMM_SPEC) and isinstance(config, TimmConfig):
-        recorded = _timm_data(config)
+        recorded = None
+        if config.mean is not None and config.std is not None and config.crop_pct is not None:
+            recorded = DataConfig(
+                mean=config.mean,
+                std=config.std,
+                val_resize_px=math.floor(min(config.image_size) / config.crop_pct),
+                val_crop=config.crop_mode,
+                channels=config.in_chans,
+            )
     else:
         recorded = recorded_data(model_spec)
     if recorded is not None:
         return replace(recorded, channels=config.in_chans)  # timm's files do not record the channels
     official = official_data(config.image_size, config.in_chans)
-    log.info(
-        "%s has no preprocessing metadata; resizing the shorter side to %d px",
-        model_spec,
-        official.val_resize_px,
-    )
+    words = "%s has no preprocessing metadata; resizing the shorter side to %d px"
+    log.info(words, model_spec, official.val_resize_px)
     return official
-
-
-def _timm_data(config: TimmConfig) -> DataConfig | None:
-    if config.mean is None or config.std is None or config.crop_pct is None:
-        return None
-    resize_px = math.floor(min(config.image_size) / config.crop_pct)
-    return DataConfig(
-        mean=config.mean,
-        std=config.std,
-        val_resize_px=resize_px,
-        val_crop=config.crop_mode,
-        channels=config.in_chans,
-    )
-
-
-def _run_dir(path: Path) -> Path:
-    """The run directory of a checkpoint or of the model file in one; else the path itself."""
-    checkpoint = path.parent if path.name == MODEL_FILE else path
-    is_of_run = checkpoint.parent.name == "checkpoints" and checkpoint.name.startswith("step_")
-    return checkpoint.parents[1] if is_of_run else path

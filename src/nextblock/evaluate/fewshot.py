@@ -22,10 +22,11 @@ from sklearn.preprocessing import StandardScaler
 from nextblock.data import Source, keyed_seed
 from nextblock.data.subsets import draw_per_class, split
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
-from nextblock.evaluate.knn import accuracies
+from nextblock.evaluate.evaluation import Evaluation, frozen_tables, labelled_evaluation
+from nextblock.evaluate.metrics import accuracies
+from nextblock.evaluate.results import Result, add_leads
 from nextblock.evaluate.settings import FewshotSettings, Shots
-from nextblock.evaluate.splits import Labelled, source_notes
+from nextblock.evaluate.splits import Labelled, count_classes, some, source_notes
 from nextblock.logs import counted
 from nextblock.settings import from_dict
 from nextblock.tables import Column, lead, number, share
@@ -75,14 +76,20 @@ def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n
         return draw_per_class(source, shots.per_class, seed)
     assert shots.share is not None
     drawn = split(source, {"few": shots.share}, seed, stratify=True)["few"]
-    counts = np.bincount(source.labels[drawn], minlength=len(source.class_names))
-    missing = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
+    missing = _missing_classes(source, drawn)
     if missing:
         raise UsageError(
-            f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(counts)} classes without "
-            f"an image ({', '.join(missing[:3])}); use a larger share, or images of every class, such as 1"
+            f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(source.class_names)} "
+            f"classes without an image ({some(missing, 3)}); use a larger share, or images of every class, "
+            "such as 1"
         )
     return drawn
+
+
+def _missing_classes(source: Source, drawn: Int64[np.ndarray, " n"]) -> list[str]:
+    """Names of the classes without an image among those drawn."""
+    present = set(source.labels[drawn].tolist())
+    return [name for number, name in enumerate(source.class_names) if number not in present]
 
 
 def fewshot(**settings: Any) -> Result:
@@ -94,11 +101,10 @@ def fewshot(**settings: Any) -> Result:
     """
     config = from_dict(FewshotSettings, settings)
     with labelled_evaluation(config) as (opened, sources):
-        return opened.result("fewshot", sources, COLUMNS, lambda: measure_fewshot(opened, config, sources))
+        return opened.result("fewshot", sources, COLUMNS, lambda: _measure(opened, config, sources))
 
 
-def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, Labelled]) -> Result:
-    """Measure an open model on open sources, "train" and "test"."""
+def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, Labelled]) -> Result:
     train, test = sources["train"], sources["test"]
     seeds = [keyed_seed(config.seed, "few-shot draw", number) for number in range(config.draws)]
     draws, lacking = {}, []
@@ -120,7 +126,12 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
             for draw, indices in enumerate(of_shots):
                 opened.check_stop()
                 few = train_table.readable(indices)
-                _check_classes(train.labels[few], train.source, text)
+                if missing := _missing_classes(train.source, few):
+                    raise UsageError(
+                        f"labels {text}: no drawn image of {count_classes(missing)} of {config.train} is "
+                        f"readable ({some(missing, 3)}); repair or remove unreadable images, use more "
+                        "labels, or another --seed"
+                    )
                 seed = keyed_seed(config.seed, "folds", draw) % 2**32
                 fit = regress(train_table.read(few).double().numpy(), train.labels[few], config.folds, seed)
                 fits.append(fit[-1])
@@ -146,33 +157,18 @@ def measure_fewshot(opened: Evaluation, config: FewshotSettings, sources: Mappin
                 }
             )
     verdict = add_leads(rows, rights, match=("shots",))
+    spread = f"mean of {config.draws} draws ± its standard error" if config.draws > 1 else "one draw"
+    unconverged = sum(row["unconverged"] for row in rows)
+    about = (
+        f"Logistic regression: {spread}, on {counted(images, 'test image')}. The L2 penalty is chosen by "
+        "cross-validation within the labelled images"
+        + (f"; with one image per class, C is {DEFAULT_C:g}." if "1" in draws else ".")
+        + (f" {counted(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
+    )
     facts = {
         "num_classes": len(train.source.class_names),
         "num_images": {"test": images},
         "bad_images": opened.bad_counts(),
     }
-    notes = (_about(rows, images, config.draws), *verdict, *lacking, *source_notes(sources))
+    notes = (about, *verdict, *lacking, *source_notes(sources))
     return Result(verb="fewshot", rows=tuple(rows), notes=notes, facts=facts, rights=rights)
-
-
-def _check_classes(labels: Int64[np.ndarray, " n"], source: Source, shots: str) -> None:
-    """Raise `UsageError` if a draw has no readable image of some class."""
-    missing = sorted(set(range(len(source.class_names))) - set(labels.tolist()))
-    if missing:
-        names = ", ".join(source.class_names[label] for label in missing[:3])
-        raise UsageError(
-            f"labels {shots}: no drawn image of {counted(len(missing), 'class', 'classes')} of {source.spec} "
-            f"is readable ({names}); repair or remove unreadable images, use more labels, or another --seed"
-        )
-
-
-def _about(rows: list[dict[str, Any]], images: int, draws: int) -> str:
-    spread = f"mean of {counted(draws, 'draw')} ± its standard error" if draws > 1 else "one draw"
-    fixed = sorted({row["shots"] for row in rows if row["shots"] == "1"})
-    unconverged = sum(row["unconverged"] for row in rows)
-    return (
-        f"Logistic regression: {spread}, on {counted(images, 'test image')}. The L2 penalty is chosen by "
-        "cross-validation within the labelled images"
-        + (f"; with one image per class, C is {DEFAULT_C:g}." if fixed else ".")
-        + (f" {counted(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
-    )

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import Evaluation, Result, add_leads, frozen_tables, labelled_evaluation
-from nextblock.evaluate.metrics import standard_error
+from nextblock.evaluate.evaluation import Evaluation, frozen_tables, labelled_evaluation
+from nextblock.evaluate.metrics import accuracies
+from nextblock.evaluate.results import Result, add_leads
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE, KnnSettings
 from nextblock.evaluate.splits import Labelled, source_notes
 from nextblock.logs import counted
@@ -27,9 +27,6 @@ from nextblock.tables import Column, lead, number, share
 
 QUERIES, NEIGHBOURS = 1024, 65_536
 """Queries and training images per matrix of similarities, which takes a quarter of a gigabyte."""
-
-
-# ------------------------------------------------------------------------------------------------ the vote
 
 
 class Nearest(NamedTuple):
@@ -67,31 +64,6 @@ def nearest_neighbours(
     return best
 
 
-def _vote(
-    nearest: Nearest, labels: Int64[Tensor, " n"], num_classes: int, k: int, temperature: float
-) -> Int64[Tensor, " q"]:
-    """Predict the class with the largest sum of the k nearest neighbours' weights."""
-    similarity, rows = nearest.similarity[:, :k], nearest.rows[:, :k]
-    votes = similarity.new_zeros(len(similarity), num_classes)
-    # Subtracting the largest similarity scales all weights alike, and avoids overflow at low temperatures.
-    votes.scatter_add_(1, labels[rows], ((similarity - similarity[:, :1]) / temperature).exp())
-    return votes.argmax(dim=-1)
-
-
-def knn_predict(
-    queries: Float[Tensor, "q d"],
-    neighbours: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    num_classes: int,
-    *,
-    k: int = DEFAULT_K,
-    temperature: float = DEFAULT_TEMPERATURE,
-) -> Int64[Tensor, " q"]:
-    """Predict a class for each query from its k nearest neighbours, or from all if there are fewer."""
-    nearest = nearest_neighbours(queries, F.normalize(neighbours, dim=-1), k)
-    return _vote(nearest, labels, num_classes, k, temperature)
-
-
 def predict_all(
     queries: Float[Tensor, "q d"] | None,
     features: Float[Tensor, "n d"],
@@ -102,7 +74,8 @@ def predict_all(
 ) -> list[Int64[Tensor, " q"]]:
     """Predict classes for every (k, temperature), on the CPU, from one search for all settings.
 
-    Without queries, each of `features` is classified by the others (leave-one-out).
+    A prediction is the class with the largest sum of the k nearest neighbours' weights, or of all if there
+    are fewer. Without queries, each of `features` is classified by the others (leave-one-out).
     """
     neighbours, labels = F.normalize(features.to(device), dim=-1), labels.to(device)
     most = max(k for k, _ in settings)
@@ -113,11 +86,15 @@ def predict_all(
         chunk = neighbours[some] if queries is None else queries[some].to(device)
         nearest = nearest_neighbours(chunk, neighbours, most, itself=None if rows is None else rows[some])
         for part, (k, temperature) in zip(parts, settings, strict=True):
-            part.append(_vote(nearest, labels, num_classes, k, temperature).cpu())
+            similarity = nearest.similarity[:, :k]
+            votes = similarity.new_zeros(len(similarity), num_classes)
+            # Subtracting the largest similarity scales all weights alike, and avoids overflow at low
+            # temperatures.
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
+            votes.scatter_add_(1, labels[nearest.rows[:, :k]], weights)
+            part.append(votes.argmax(dim=-1).cpu())
     return [torch.cat(part) for part in parts]
 
-
-# ------------------------------------------------------------------------------------------- the evaluation
 
 COLUMNS = (
     Column("encoder", "features"),
@@ -143,26 +120,19 @@ def knn(**settings: Any) -> Result:
 
 def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelled]) -> Result:
     train, settings = sources["train"], list(product(config.k, config.temperature))
-    rows, rights, images = [], [], {}
+    names, rows, rights = train.source.class_names, [], []
+    images: dict[str, int] = {}
     for encoder, tables in frozen_tables(opened, config, sources):
         chosen = tables["train"].readable()
-        truth, queries = train.labels[chosen], None
-        images = {"train": len(chosen), "test": len(chosen)}
+        queries, truth = None, train.labels[chosen]
+        features, labels = tables["train"].read(chosen), torch.from_numpy(truth)
         if "test" in sources:
             numbers = tables["test"].readable()
-            truth, queries = sources["test"].labels[numbers], tables["test"].read(numbers)
-            images["test"] = len(numbers)
+            queries, truth = tables["test"].read(numbers), sources["test"].labels[numbers]
         elif len(chosen) < 2:
             raise UsageError(f"{config.train} has one readable image, so it has no neighbour; give --test")
-        labels = torch.from_numpy(train.labels[chosen])
-        predictions = predict_all(
-            queries,
-            tables["train"].read(chosen),
-            labels,
-            len(train.source.class_names),
-            settings,
-            opened.device,
-        )
+        images = {"train": len(chosen), "test": len(truth)}
+        predictions = predict_all(queries, features, labels, len(names), settings, opened.device)
         for (k, temperature), predicted in zip(settings, predictions, strict=True):
             rights.append(predicted.numpy() == truth)
             rows.append(
@@ -174,34 +144,16 @@ def _measure(opened: Evaluation, config: KnnSettings, sources: dict[str, Labelle
                     "is_default": (k, temperature) == (DEFAULT_K, DEFAULT_TEMPERATURE),
                 }
             )
-    among = (
-        f"{counted(images['test'], 'test image')}, classified by {images['train']:,} training images."
-        if "test" in sources
-        else f"{counted(images['train'], 'training image')}, each classified by the others (leave-one-out)."
-    )
+    train_images = counted(images["train"], "training image")
+    about = f"{train_images}, each classified by the others (leave-one-out)."
+    if "test" in sources:
+        about = f"{counted(images['test'], 'test image')}, classified by {train_images}."
     default = f"k {DEFAULT_K}, temperature {DEFAULT_TEMPERATURE:g}"
     if any(row["is_default"] for row in rows):
-        about = f"{among} Report the row marked * ({default}): it was fixed before anything was measured."
+        about += f" Report the row marked * ({default}): it was fixed before anything was measured."
     else:
-        about = f"{among} The setting fixed beforehand, {default}, is not among these."
+        about += f" The setting fixed beforehand, {default}, is not among these."
     verdict = add_leads(rows, rights, match=("k", "temperature"))
-    facts = {
-        "num_classes": len(train.source.class_names),
-        "num_images": images,
-        "bad_images": opened.bad_counts(),
-    }
-    return Result(
-        verb="knn",
-        rows=tuple(rows),
-        notes=(about, *verdict, *source_notes(sources)),
-        facts=facts,
-        rights=rights,
-    )
-
-
-def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) -> dict[str, float]:
-    """Compute top-1 accuracy with its standard error, and the mean accuracy of the classes with images."""
-    images = np.bincount(truth)
-    of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
-    top1 = int(right.sum()) / len(right)
-    return {"top1": top1, "top1_se": standard_error(top1, len(right)), "balanced": float(of_class.mean())}
+    facts = {"num_classes": len(names), "num_images": images, "bad_images": opened.bad_counts()}
+    notes = (about, *verdict, *source_notes(sources))
+    return Result(verb="knn", rows=tuple(rows), notes=notes, facts=facts, rights=rights)

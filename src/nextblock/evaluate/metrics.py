@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nextblock.errors import UsageError
-
-__all__ = ["CONFIDENCE_BINS", "MAX_CONFUSION_CLASSES", "Measures", "Tally"]
 
 CONFIDENCE_BINS = 15
 MAX_CONFUSION_CLASSES = 1_000
@@ -55,6 +52,14 @@ def standard_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
+def accuracies(right: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]) -> dict[str, float]:
+    """Compute top-1 accuracy with its standard error, and the mean accuracy of the classes with images."""
+    images = np.bincount(truth)
+    of_class = np.bincount(truth, weights=right)[images > 0] / images[images > 0]
+    top1 = int(right.sum()) / len(right)
+    return {"top1": top1, "top1_se": standard_error(top1, len(right)), "balanced": float(of_class.mean())}
+
+
 def paired(
     one: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
     other: Bool[np.ndarray, " n"] | Float[np.ndarray, " n"],
@@ -72,44 +77,23 @@ class Tally:
     """Accumulates measures on the CPU, batch by batch; logits may be on any device."""
 
     def __init__(self, num_classes: int, *, confusion: bool = True) -> None:
-        if num_classes < 1:
-            raise UsageError(f"num_classes is {num_classes}; use at least 1")
-        self.num_classes = num_classes
-        keep_confusion = confusion and num_classes <= MAX_CONFUSION_CLASSES
-        self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64) if keep_confusion else None
-        self._class_images = torch.zeros(num_classes, dtype=torch.int64)
-        self._class_right = torch.zeros(num_classes, dtype=torch.int64)
-        self._top5_right = 0
-        self._loss = 0.0
-        # Per bin: right images minus the sum of confidences, so images x (accuracy - mean confidence).
-        self._excess = torch.zeros(CONFIDENCE_BINS, dtype=torch.float64)
-        self._right: list[np.ndarray] = []
+        self.num_classes, self._confusion = num_classes, confusion
+        # Per batch: labels, likeliest classes, whether the label is among the top five, confidences, sum of
+        # losses.
+        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]] = []
 
     @classmethod
     def joined(cls, tallies: Sequence[Tally]) -> Tally:
         """Join tallies, such as those of several processes, in this order."""
-        whole = cls(tallies[0].num_classes, confusion=tallies[0]._confusion is not None)
-        for tally in tallies:
-            for name, value in vars(tally).items():
-                if name != "num_classes" and value is not None:
-                    setattr(whole, name, getattr(whole, name) + value)  # sums, and a list that grows
+        whole = cls(tallies[0].num_classes, confusion=tallies[0]._confusion)
+        whole._batches = [batch for tally in tallies for batch in tally._batches]
         return whole
 
     def add(self, logits: Float[Tensor, "b c"], labels: Int64[Tensor, " b"]) -> None:
-        """Add a batch.
-
-        Raises `UsageError` if the number of logits is not that of the classes, a label is out of range, or
-        logits are NaN or infinite because the model diverged.
-        """
-        if logits.shape[1] != self.num_classes:
-            raise UsageError(f"{logits.shape[1]} logits per image for {self.num_classes} classes")
+        """Add a batch; `UsageError` if logits are NaN or infinite because the model diverged."""
         if not len(labels):
             return
         truth = labels.cpu()
-        if truth.min() < 0 or truth.max() >= self.num_classes:
-            raise UsageError(
-                f"labels from {int(truth.min())} to {int(truth.max())} for {self.num_classes} classes"
-            )
         log_p = logits.detach().float().log_softmax(dim=-1)
         top = log_p.topk(min(5, self.num_classes))
         likeliest, ranked = top.values[:, 0].cpu().double(), top.indices.cpu()
@@ -119,40 +103,41 @@ class Tally:
                 "encoder diverged; train with a lower learning rate, encode in fp32, or check the encoder's "
                 "weights"
             )
-        self._loss -= float(log_p.cpu().double().gather(1, rearrange(truth, "b -> b 1")).sum())
-        self._count(truth, ranked, likeliest.exp())
-
-    def _count(
-        self, truth: Int64[Tensor, " b"], ranked: Int64[Tensor, "b five"], confidence: Float[Tensor, " b"]
-    ) -> None:
-        """Add the counts; `ranked` are the likeliest classes, and `confidence` is the first one's."""
-        right = ranked[:, 0] == truth
-        self._right.append(right.numpy())
-        self._class_images += torch.bincount(truth, minlength=self.num_classes)
-        self._class_right += torch.bincount(truth[right], minlength=self.num_classes)
-        self._top5_right += int((ranked == rearrange(truth, "b -> b 1")).sum())
-        bins = (confidence * CONFIDENCE_BINS).ceil().long().sub(1).clamp(0, CONFIDENCE_BINS - 1)
-        self._excess.index_add_(0, bins, right.double() - confidence)
-        if self._confusion is not None:
-            cells = torch.bincount(truth * self.num_classes + ranked[:, 0], minlength=self.num_classes**2)
-            self._confusion += rearrange(cells, "(truth guess) -> truth guess", guess=self.num_classes)
+        loss = -float(log_p.cpu().double().gather(1, truth[:, None]).sum())
+        in_top5 = (ranked == truth[:, None]).any(dim=1)
+        self._batches.append(
+            (truth.numpy(), ranked[:, 0].numpy(), in_top5.numpy(), likeliest.exp().numpy(), loss)
+        )
 
     def measures(self) -> Measures:
         """Measures of all images added; `UsageError` if there are none."""
-        images = int(self._class_images.sum())
-        if not images:
+        if not self._batches:
             raise UsageError("no image was measured; give a source with readable, labelled images")
-        counts = zip(self._class_right.tolist(), self._class_images.tolist(), strict=True)
-        per_class = tuple(right / number if number else None for right, number in counts)
+        *arrays, losses = zip(*self._batches, strict=True)
+        truth, guess, in_top5, confidence = map(np.concatenate, arrays)
+        classes, images, right = self.num_classes, len(truth), truth == guess
+        class_images = np.bincount(truth, minlength=classes)
+        class_right = np.bincount(truth[right], minlength=classes)
+        per_class = tuple(
+            of_right / of_all if of_all else None
+            for of_right, of_all in zip(class_right.tolist(), class_images.tolist(), strict=True)
+        )
         known = [accuracy for accuracy in per_class if accuracy is not None]
+        # Per bin: right images minus the sum of confidences, so images x (accuracy - mean confidence).
+        bins = (np.ceil(confidence * CONFIDENCE_BINS) - 1).clip(0, CONFIDENCE_BINS - 1).astype(np.int64)
+        excess = torch.from_numpy(np.bincount(bins, right - confidence, minlength=CONFIDENCE_BINS))
+        confusion = None
+        if self._confusion and classes <= MAX_CONFUSION_CLASSES:
+            cells = np.bincount(truth * classes + guess, minlength=classes**2)
+            confusion = tuple(map(tuple, cells.reshape(classes, classes).tolist()))
         return Measures(
             images=images,
-            top1=int(self._class_right.sum()) / images,
-            top5=self._top5_right / images,
+            top1=int(right.sum()) / images,
+            top5=int(in_top5.sum()) / images,
             balanced=sum(known) / len(known),
-            calibration_error=float(self._excess.abs().sum()) / images,
-            loss=self._loss / images,
+            calibration_error=float(excess.abs().sum()) / images,
+            loss=sum(losses) / images,
             per_class=per_class,
-            confusion=None if self._confusion is None else tuple(map(tuple, self._confusion.tolist())),
-            right=np.concatenate(self._right),
+            confusion=confusion,
+            right=right,
         )

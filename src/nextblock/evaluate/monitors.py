@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from einops import reduce
+from torch import Tensor
 
 from nextblock.config import DataConfig, Size
 from nextblock.data import Source
@@ -15,6 +16,7 @@ from nextblock.data.random import keyed_permutation
 from nextblock.errors import UsageError
 from nextblock.evaluate.knn import predict_all
 from nextblock.evaluate.settings import DEFAULT_K, DEFAULT_TEMPERATURE
+from nextblock.evaluate.splits import match_classes
 from nextblock.evaluate.table import FeatureTable, NoFeaturesError, NonFiniteFeaturesError
 from nextblock.models.next_block import NextBlockModel
 from nextblock.settings import Duration, require
@@ -60,7 +62,7 @@ class FeatureMonitor:
 
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
         """Measure the model now; empty if its features cannot be used, or if the run should stop."""
-        tables: list[tuple[Source, FeatureTable, np.ndarray]] = []
+        found: list[tuple[Tensor, np.ndarray]] = []  # features and indices of the images of each source
         for source, purpose in ((self._source, "knn val"), (self._train, "knn train")):
             if source is None:
                 continue
@@ -80,23 +82,18 @@ class FeatureMonitor:
             except (NonFiniteFeaturesError, NoFeaturesError) as error:
                 log.warning("kNN and RankMe are not measured at step %d: %s", event.step, error)
                 return {}
-            tables.append((source, table, table.readable(indices)))
+            readable = table.readable(indices)
+            found.append((table.read(readable), readable))
         if not event.group.is_main:
             return {}
-        features = [table.read(indices) for _, table, indices in tables]
-        values = {"rankme": rankme(features[0])}
+        (queries, asked), *others = found
+        values = {"rankme": rankme(queries)}
         if self._train is not None:
-            val_labels, train_labels = (source.labels[indices] for source, _, indices in tables)
-            numbers = {name: number for number, name in enumerate(self._train.class_names)}
+            ((features, known),) = others
             # -1 matches no prediction: an image of a class that train lacks counts as wrong.
-            to_train = np.array([numbers.get(name, -1) for name in self._source.class_names])
-            (guess,) = predict_all(
-                features[0],
-                features[1],
-                torch.from_numpy(train_labels),
-                len(numbers),
-                [(self._k, DEFAULT_TEMPERATURE)],
-                event.device,
-            )
-            values["knn/top1"] = float((guess.numpy() == to_train[val_labels]).mean())
+            truth, _ = match_classes(self._source, self._train.class_names)
+            labels, classes = torch.from_numpy(self._train.labels[known]), len(self._train.class_names)
+            settings = [(self._k, DEFAULT_TEMPERATURE)]
+            (guess,) = predict_all(queries, features, labels, classes, settings, event.device)
+            values["knn/top1"] = float((guess.numpy() == truth[asked]).mean())
         return values

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 
-from nextblock.data import Source, open_source
+from nextblock.data import Source
 from nextblock.errors import UsageError
-from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, evaluation
+from nextblock.evaluate.evaluation import MODEL, Evaluation, evaluation
 from nextblock.evaluate.features import pooled
 from nextblock.evaluate.knn import nearest_neighbours
+from nextblock.evaluate.results import Result
 from nextblock.evaluate.settings import SearchSettings
 from nextblock.logs import counted
 from nextblock.settings import from_dict
@@ -40,17 +41,14 @@ def search(**settings: Any) -> Result:
     """
     config = from_dict(SearchSettings, settings)
     with evaluation(config) as opened:
-        sources = {
-            "data": open_source(config.data, opened.data),
-            "query": open_source(config.query, opened.data),
-        }
+        sources = {name: opened.open_source(getattr(config, name)) for name in ("data", "query")}
         if len(sources["query"]) > MAX_QUERIES:
             raise UsageError(
                 f"{config.query} has {counted(len(sources['query']), 'image')}; give at most {MAX_QUERIES}"
             )
 
         def draw(out: Path, result: Result) -> None:
-            from nextblock.visualize.contact_sheet import draw_contact_sheet
+            from nextblock.visualize.evaluation import draw_contact_sheet
 
             draw_contact_sheet(result.rows, sources["query"], sources["data"], out / SHEET)
 

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from nextblock.config import Attention
 from nextblock.errors import UsageError
-from nextblock.evaluate.layers import check_layers
-from nextblock.settings import Count, Natural, Positive, Rule, Share, check_types, require
+from nextblock.settings import Count, Natural, Positive, Rule, Share, check_types, listed, require
 
 CPU_BATCH, GPU_BATCH = 16, 128
 """Larger batches on a CPU gain a few percent of speed and cost half a gigabyte; a GPU needs large ones."""
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (0.75, 1.333)
 """Training crops of probes and fine-tuning, as in the official linear probe."""
+
+LAYERS = re.compile(r"last([1-9]\d*)?|[1-9]\d*|layer\d+|\d+(\+\d+)+")
+ONE_CHOICE = "last, last6 (or any number), layer7 or 3+4+5 (counted from 0)"
+
+
+def check_layers(words: Sequence[str], *, several: Sequence[str] = ("each", "best")) -> None:
+    """Raise `UsageError` for a word that does not name layers; `layer_choices` checks the encoder's depth.
+
+    `several` are the words that the caller accepts besides those of `ONE_CHOICE`.
+    """
+    for word in words:
+        known = ", ".join([ONE_CHOICE, *several])
+        require(word in several or LAYERS.fullmatch(word) is not None, f"layers is {word!r}; use {known}")
+
+
+def ends_in(*suffixes: str) -> Rule:
+    """Return the rule of a file's name that ends in one of these."""
+    return Rule(lambda name: name.endswith(suffixes), f"a file that ends in {listed(suffixes, 'or')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +61,9 @@ class EvalSettings:
     overwrite: bool = False
     """Replace another result in out."""
 
+    out_is_file = False
+    """Whether `out` is a file, not a directory."""
+
     def __post_init__(self) -> None:
         check_types(self)
 
@@ -52,25 +73,34 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenSettings(EvalSettings):
-    """Settings of evaluations that use one vector per image, and compare with baselines."""
+class FeatureSettings(EvalSettings):
+    """Settings that select the features of an image."""
 
-    train: str
-    """Labelled images to learn from."""
     layers: str = "last"
     """Encoder layers, averaged after the final norm: last, last6, layer7 or 3+4+5 (from 0)."""
     tokens: Literal["patches", "class", "joined", "all"] = "patches"
     """Mean patch, class token, both joined, or the mean of all tokens."""
     attention: Attention = "native"
     """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
+
+    more_layer_words = ()
+    """What `layers` may be besides the usual words; a subclass may set it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers((self.layers,), several=self.more_layer_words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenSettings(FeatureSettings):
+    """Settings of evaluations that use one vector per image, and compare with baselines."""
+
+    train: str
+    """Labelled images to learn from."""
     baselines: bool = True
     """Also measure the same encoder untrained, images of 16x16 px, and a colour histogram."""
     seed: Natural = 0
     """Seed of the untrained encoder and of all random choices."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers((self.layers,), several=())
 
 
 DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07
@@ -115,35 +145,29 @@ class FewshotSettings(FrozenSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedSettings(EvalSettings):
+class EmbedSettings(FeatureSettings):
     """Settings of `embed`, which writes features of images to a file."""
 
     data: str
     """Images: a directory, an image file, `torchvision:CIFAR10,root=DIR`, or `digits`."""
-    out: str = field()  # required
+    out: Annotated[str, ends_in(".parquet", ".npz")] = field()  # required
     """File to write: .parquet, or .npz for NumPy."""
     layers: str = "last"
     """last, last6 (or any number), layer7 or 3+4+5 (from 0), averaged; each: every layer separately."""
-    tokens: Literal["patches", "class", "joined", "all"] = "patches"
-    """Patches, class token, class token and mean patch joined, or all tokens."""
     pool: Literal["mean", "none"] = "mean"
     """mean: the mean over tokens, one vector per image; none: every token."""
     norm: bool = True
     """Apply the encoder's final norm to each layer's output first."""
-    attention: Attention = "native"
-    """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
     neighbors: Natural = 10
     """parquet: number of nearest images to list for each image; 0: none."""
     thumbnail_px: Natural = 96
     """parquet: longer side of the thumbnails; 0: none."""
 
+    out_is_file = True
+    more_layer_words = ("each",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers((self.layers,), several=("each",))
-        require(
-            self.out.endswith((".parquet", ".npz")),
-            f"out is {self.out}; name a file that ends in .parquet or .npz",
-        )
         require(
             self.pool == "mean" or self.tokens in ("patches", "all"),
             f"tokens {self.tokens} is one vector per image; pool none needs tokens patches or all",
@@ -151,7 +175,7 @@ class EmbedSettings(EvalSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings(EvalSettings):
+class SearchSettings(FeatureSettings):
     """Settings of `search`, which finds similar images."""
 
     data: str
@@ -160,16 +184,6 @@ class SearchSettings(EvalSettings):
     """An image file, or a source of up to 64 images; search for images similar to these."""
     top: Count = 12
     """Images to find for each query."""
-    layers: str = "last"
-    """Encoder layers, averaged after the final norm: last, last6, layer7 or 3+4+5 (from 0)."""
-    tokens: Literal["patches", "class", "joined", "all"] = "patches"
-    """Mean patch, class token, both joined, or the mean of all tokens."""
-    attention: Attention = "native"
-    """native: as the checkpoint records; causal: the mask of pre-training; full: no mask."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers((self.layers,), several=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +196,9 @@ class ScoreSettings(EvalSettings):
     """Layers that an official AIM head averages, if its file lacks them: last, best, or numbers from 0."""
 
 
+Method = Literal["knn", "fewshot", "linear", "attentive", "ep"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(ScoreSettings):
     """Settings of `compare`, which measures one model or several in several ways."""
@@ -192,13 +209,7 @@ class CompareSettings(ScoreSettings):
     """Labelled images to learn from; none: the model is a classifier, and nothing is trained."""
     test: str
     """Labelled images to measure on."""
-    methods: tuple[Literal["knn", "fewshot", "linear", "attentive", "ep"], ...] = (
-        "knn",
-        "fewshot",
-        "linear",
-        "attentive",
-        "ep",
-    )
+    methods: tuple[Method, ...] = get_args(Method)
     """knn: 20 nearest neighbours; fewshot: logistic regression on few labels; the others: trained heads."""
     shots: str = "5"
     """Labels of fewshot: a number of images per class, or a share of each class, such as 1%."""
@@ -228,17 +239,12 @@ class ClassifySettings(ScoreSettings):
 
     data: str
     """Images: a directory, an image file, or any other source; they need no labels."""
-    out: str | None = None
+    out: Annotated[str, ends_in(".csv", ".json", ".parquet")] | None = None
     """File to write: .csv, .json or .parquet; none: print only."""
     top: Count = 5
     """Number of likeliest classes per image."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.out is None or self.out.endswith((".csv", ".json", ".parquet")),
-            f"out is {self.out}; its name must end in .csv, .json or .parquet",
-        )
+    out_is_file = True
 
 
 class Shots(NamedTuple):

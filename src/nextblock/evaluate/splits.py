@@ -34,10 +34,8 @@ class Labelled(NamedTuple):
 
     source: Source
     labels: Int64[np.ndarray, " n"]
-    missing: tuple[str, ...] = ()
-    """Classes of train that have no image here."""
-    overlaps: tuple[str, ...] = ()
-    """Sentences about images that are also in other sources."""
+    notes: tuple[str, ...] = ()
+    """Sentences on images that are in other sources too, and on classes of train without images here."""
 
 
 def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str, Labelled]:
@@ -47,47 +45,56 @@ def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str
     class that train lacks.
     """
     sources = {purpose: open_source(spec, data) for purpose, spec in specs.items() if spec is not None}
-    train = sources["train"]
-    names = train.class_names
+    train = sources["train"].spec
+    names = sources["train"].class_names
     if len(names) == 1:
-        raise UsageError(f"{train.spec} has only one class ({names[0]}); give images of at least two classes")
-    labelled = {purpose: _matched(train, source) for purpose, source in sources.items()}
-    purposes = list(sources)
-    for i, purpose in enumerate(purposes):
-        for other in purposes[:i]:
-            shared = shared_images(sources[other], sources[purpose])
+        raise UsageError(f"{train} has only one class ({names[0]}); give images of at least two classes")
+    labelled: dict[str, Labelled] = {}
+    for purpose, source in sources.items():
+        labels, unknown = match_classes(source, names)
+        if unknown:
+            raise UsageError(
+                f"{source.spec} has {count_classes(unknown)} that {train} lacks: {some(unknown, 5)}; remove "
+                "these images, or add some to train"
+            )
+        notes = []
+        for other in labelled:
+            shared = shared_images(sources[other], source)
             if shared is not None:
-                which = (
-                    f"{len(shared.pairs)} of {counted(shared.num_compared, 'image')} compared"
-                    if shared.pairs
-                    else "all images"
+                compared = f"{len(shared.pairs)} of {counted(shared.num_compared, 'image')} compared"
+                notes.append(
+                    f"{compared if shared.pairs else 'all images'} of {purpose} {source.spec} are also in "
+                    f"{other}: accuracy on them says nothing about new images."
                 )
-                note = (
-                    f"{which} of {purpose} {sources[purpose].spec} are also in {other}: accuracy on them "
-                    "says nothing about new images."
-                )
-                warn_once(note)
-                labelled[purpose] = labelled[purpose]._replace(overlaps=(*labelled[purpose].overlaps, note))
+                warn_once(notes[-1])
+        missing = [names[number] for number in np.setdiff1d(np.arange(len(names)), labels)]
+        if missing:
+            notes.append(
+                f"{source.spec} has no image of {count_classes(missing)} of train: {some(missing, 8)}"
+            )
+        labelled[purpose] = Labelled(source, labels, tuple(notes))
     return labelled
 
 
-def _matched(train: Source, other: Source) -> Labelled:
-    """Match the classes of a source to those of train by name."""
-    numbers = {name: number for number, name in enumerate(train.class_names)}
-    present = [other.class_names[number] for number in np.unique(other.labels)]
-    unknown = [name for name in present if name not in numbers]
-    if unknown:
-        some = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
-        raise UsageError(
-            f"{other.spec} has {counted(len(unknown), 'class', 'classes')} that {train.spec} lacks: {some}; "
-            "remove these images, or add some to train"
-        )
-    to_train = np.array([numbers.get(name, -1) for name in other.class_names], dtype=np.int64)
-    with_images = set(present)
-    return Labelled(other, to_train[other.labels], tuple(name for name in numbers if name not in with_images))
+def match_classes(source: Source, names: Sequence[str]) -> tuple[Int64[np.ndarray, " n"], list[str]]:
+    """Labels of a source as indices of `names`, and its classes with images that `names` lack (label -1)."""
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = np.array([numbers.get(name, -1) for name in source.class_names], dtype=np.int64)[source.labels]
+    unknown = np.unique(source.labels[labels < 0])
+    return labels, [source.class_names[number] for number in unknown]
 
 
-def numbered(
+def some(names: Sequence[str], most: int) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def count_classes(names: Sequence[str]) -> str:
+    """Format the number of some classes."""
+    return counted(len(names), "class", "classes")
+
+
+def classifier_labels(
     source: Source, names: Sequence[str] | None, num_classes: int, names_file: str | None = None
 ) -> Int64[np.ndarray, " n"]:
     """Labels of a source as indices of a classifier's classes, matched by name if the names are known.
@@ -97,39 +104,32 @@ def numbered(
     """
     if names_file is not None:
         require(Path(names_file).is_file(), f"classes: {names_file} is not a file; give one name per line")
-        names = Path(names_file).read_text(encoding="utf-8").split("\n")
-        names = [name.strip() for name in names if name.strip()]
-        if len(names) != num_classes:
-            raise UsageError(
-                f"{names_file} has {counted(len(names), 'name')}, the classifier "
-                f"{counted(num_classes, 'class', 'classes')}; {AS_LOGITS}"
-            )
-    if names is None:
-        if len(source.class_names) != num_classes:
-            raise UsageError(
-                f"{source.spec} has {counted(len(source.class_names), 'class', 'classes')}, the classifier "
-                f"{num_classes} without names; {AS_LOGITS}"
-            )
-        return source.labels
-    numbers = {name: number for number, name in enumerate(names)}
-    unknown = [name for name in source.class_names if name not in numbers]
-    if unknown:
-        raise UsageError(
-            f"the classifier does not know {counted(len(unknown), 'class', 'classes')} of {source.spec}: "
-            f"{', '.join(unknown[:5])}{', …' * (len(unknown) > 5)}; {AS_LOGITS}"
+        lines = Path(names_file).read_text(encoding="utf-8").split("\n")
+        names = [line.strip() for line in lines if line.strip()]
+        require(
+            len(names) == num_classes,
+            f"{names_file} has {counted(len(names), 'name')}, the classifier {num_classes} classes; "
+            f"{AS_LOGITS}",
         )
-    return np.array([numbers[name] for name in source.class_names], dtype=np.int64)[source.labels]
+    if names is None:
+        require(
+            len(source.class_names) == num_classes,
+            f"{source.spec} has {count_classes(source.class_names)}, the classifier {num_classes} without "
+            f"names; {AS_LOGITS}",
+        )
+        return source.labels
+    labels, unknown = match_classes(source, names)
+    require(
+        not unknown,
+        f"the classifier does not know {count_classes(unknown)} of {source.spec}: {some(unknown, 5)}; "
+        f"{AS_LOGITS}",
+    )
+    return labels
 
 
 def source_notes(labelled: Mapping[str, Labelled]) -> list[str]:
-    """Sentences about images in two sources, and about classes of train without images in another source."""
-    return [note for split in labelled.values() for note in split.overlaps] + [
-        f"{split.source.spec} has no image of {counted(len(split.missing), 'class', 'classes')} of train: "
-        + ", ".join(split.missing[:8])
-        + (", …" if len(split.missing) > 8 else "")
-        for split in labelled.values()
-        if split.missing
-    ]
+    """The notes of all sources."""
+    return [note for split in labelled.values() for note in split.notes]
 
 
 def hold_out(

@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +43,6 @@ from nextblock.train.distributed import ALONE, Group
 
 Extract = Callable[[Tensor], tuple[Tensor, ...]]
 """Maps normalised images (b c h w) to features, each (b n d) or (b d)."""
-
-Progress = Callable[[int, int], None]
-"""Called with the number of images encoded and the total."""
 
 FLUSH_EVERY_S = 5.0
 """A kill loses at most this much work."""
@@ -72,6 +70,7 @@ class _Kind(NamedTuple):
                 array.flush()
 
 
+@dataclass(eq=False)
 class FeatureTable:
     """Features of the images of a source, of one kind or several, indexed by image.
 
@@ -79,26 +78,20 @@ class FeatureTable:
     the table is in memory. `image_size` is the encoder's.
     """
 
-    def __init__(
-        self,
-        extract: Extract,
-        source: Source,
-        data: DataConfig,
-        image_size: Size,
-        *,
-        batch_size: int,
-        device: torch.device,
-        group: Group = ALONE,
-        directory: Path | None = None,
-        keys: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        self.source, self.extract, self.group = source, extract, group
-        self._data, self._image_size, self._batch_size = data, image_size, batch_size
-        self._device, self._directory, self._keys = device, directory, keys
+    extract: Extract
+    source: Source
+    data: DataConfig
+    image_size: Size
+    _: KW_ONLY
+    batch_size: int
+    device: torch.device
+    group: Group = ALONE
+    directory: Path | None = None
+    keys: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
         self._bad: dict[int, BadSample] = {}
         self._kinds: tuple[_Kind, ...] = ()
-
-    # ------------------------------------------------------------------------------------------------- read
 
     @property
     def bad(self) -> tuple[BadSample, ...]:
@@ -117,21 +110,20 @@ class FeatureTable:
         """Read the features of encoded images into main memory, in the order of `indices`."""
         return torch.from_numpy(self._kinds[kind].rows[indices])
 
-    # ------------------------------------------------------------------------------------------------- fill
-
     def fill(
         self,
         indices: Int64[np.ndarray, " n"] | None = None,
         *,
         should_stop: Callable[[], bool] = bool,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> bool:
         """Encode the given images, or all, that are not encoded yet; a collective call.
 
         Each rank encodes its share and can then read all rows. Every rank calls `extract` once per batch, on
         zeros when its share is done, because the model may be sharded over ranks. Returns False if
-        `should_stop`, which is called once per batch and must agree on all ranks. Raises
-        `NonFiniteFeaturesError`, `NoFeaturesError` and `TooManyBadImages` on all ranks.
+        `should_stop`, which is called once per batch and must agree on all ranks. `progress` is called with
+        the number of images encoded and the total. Raises `NonFiniteFeaturesError`, `NoFeaturesError` and
+        `TooManyBadImages` on all ranks.
         """
         group = self.group
         if not self._kinds:
@@ -144,7 +136,7 @@ class FeatureTable:
                 return False
             self._exchange(missing)
         with group.together():
-            check_bad(self.bad, self.source, self._data)
+            check_bad(self.bad, self.source, self.data)
             if len(wanted) and not len(self.readable(wanted)):
                 first = self._bad[int(wanted[0])]
                 raise NoFeaturesError(
@@ -153,10 +145,13 @@ class FeatureTable:
         return True
 
     def _encode(
-        self, missing: Int64[np.ndarray, " n"], should_stop: Callable[[], bool], progress: Progress | None
+        self,
+        missing: Int64[np.ndarray, " n"],
+        should_stop: Callable[[], bool],
+        progress: Callable[[int, int], None] | None,
     ) -> bool:
         """Encode this rank's share of the missing images; False if stopped."""
-        group, data = self.group, self._data
+        group, data = self.group, self.data
         workers = resolve_workers(data.workers, self.source, group.sharing_cores)
         done: list[np.ndarray] = []
 
@@ -170,12 +165,12 @@ class FeatureTable:
         failure: str | None = None
         flushed_s, count, is_stopped = time.monotonic(), 0, False
         for batch in eval_batches(
-            self.source, data, self._image_size, self._batch_size, missing, workers, group.rank, group.size
+            self.source, data, self.image_size, self.batch_size, missing, workers, group.rank, group.size
         ):
             if should_stop():
                 is_stopped = True
                 break
-            features = features_of_batch(batch, self.extract, data, self._device, self._image_size)
+            features = features_of_batch(batch, self.extract, data, self.device, self.image_size)
             failure = failure or non_finite(features, batch)
             samples = batch.samples.numpy()
             for kind, values in zip(self._kinds, features, strict=True):
@@ -203,7 +198,7 @@ class FeatureTable:
         if group.size == 1:
             return
         self._bad |= {sample.sample: sample for bad in group.gather(self.bad) for sample in bad}
-        if self._directory is not None:  # all ranks map the same files; mapping again drops stale pages
+        if self.directory is not None:  # all ranks map the same files; mapping again drops stale pages
             self._kinds = self._open()
             return
         for rank in range(group.size):
@@ -217,18 +212,16 @@ class FeatureTable:
                     dist.broadcast(state, src=rank, group=group.processes)
                 kind.rows[share], kind.state[share] = rows.numpy(), state.numpy()
 
-    # ------------------------------------------------------------------------------------------------- open
-
     def _open(self) -> tuple[_Kind, ...]:
-        shapes = feature_shapes(self.extract, self._data, self._image_size, self._device)
+        shapes = feature_shapes(self.extract, self.data, self.image_size, self.device)
         n = len(self.source)
-        if self._directory is None:
+        if self.directory is None:
             # np.zeros allocates pages only when they are written, so rows that are never filled cost nothing.
             return tuple(_Kind(np.zeros((n, *s), "f4"), np.zeros(n, "u1")) for s in shapes)
-        texts = [json.dumps(key, sort_keys=True).encode() for key in self._keys]
-        paths = [self._directory / hashlib.blake2b(text, digest_size=8).hexdigest() for text in texts]
+        texts = [json.dumps(key, sort_keys=True).encode() for key in self.keys]
+        paths = [self.directory / hashlib.blake2b(text, digest_size=8).hexdigest() for text in texts]
         with self.group.together():
-            for path, key, shape in zip(paths, self._keys, shapes, strict=True):
+            for path, key, shape in zip(paths, self.keys, shapes, strict=True):
                 if self.group.is_main:
                     _make(path, key, (n, *shape))
         with self.group.together():

@@ -22,9 +22,9 @@ from nextblock.evaluate.features import (
     check_one_head,
     classifier_directory,
     encoder_extract,
+    layer_choices,
     patch_grid,
 )
-from nextblock.evaluate.layers import layer_choices
 from nextblock.evaluate.results import encoder_of
 from nextblock.evaluate.table import Extract, FeatureTable
 from nextblock.interop import load_classifier

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nextblock.config import Attention
-from nextblock.evaluate.layers import check_layers
-from nextblock.evaluate.settings import EvalSettings
+from nextblock.evaluate.settings import EvalSettings, check_layers
 from nextblock.settings import Auto, Count, Natural, Positive, Rule, Share, check_types, require
 
 Port = Annotated[int, Rule(lambda n: 0 <= n <= 65_535, "from 0 to 65535")]

@@ -1,4 +1,4 @@
-"""Pictures of evaluations: heads by learning rate and layer, confused classes, where a head looks, the suite.
+"""Pictures of evaluations: heads by learning rate, confused classes, where a head looks, a search, the suite.
 
 They take plain rows and arrays.
 """
@@ -6,6 +6,7 @@ They take plain rows and arrays.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch.nn.functional import pad
 
+from nextblock.data import Source
 from nextblock.models.heads import layer_words
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
-from nextblock.visualize.sheet import Cell, draw_cells, shown_channels
+from nextblock.visualize.sheet import Cell, draw_cells, pictures_of, shown_channels
 
 MAX_LABELLED_CLASSES = 40
 MAX_NAMED_LINES = 8
@@ -27,6 +30,8 @@ MAX_NAMED_LINES = 8
 DRAWN_QUERIES = 8
 FAINT = 0.1
 """The weight of the image beneath a map of attention."""
+MAX_COLUMNS = 7
+"""Images found by a search in one line of its sheet."""
 
 HEAD_COLOURS = {"attentive": "#0969da", "linear": "#c2410c", "ep": "#1a7f37"}
 STYLES = {"model": "-", "untrained": "--", "pixels 16x16": ":", "colour histogram": "-."}
@@ -69,28 +74,26 @@ def draw_grid(rows: Sequence[Mapping[str, Any]], chosen_on: str | None, path: Pa
 
 def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each choice of features, the winners' in front; of baselines the best at each rate."""
-
-    def line_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        is_ours = row["encoder"] == "model"
-        return tuple(str(row[name]) for name in (LINE if is_ours else LINE[:2]))
-
-    lines = list(dict.fromkeys(map(line_of, rows)))
-    winning = {line_of(row): row["top1"] for row in rows if row["is_winner"]}
+    lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        names = LINE if row["encoder"] == "model" else LINE[:2]
+        lines.setdefault(tuple(str(row[name]) for name in names), []).append(row)
     of_ours = [line for line in lines if line[0] == "model"]
-    for line in lines:
-        members = [row for row in rows if line_of(row) == line]
-        encoder, head = members[0]["encoder"], members[0]["head"]
-        siblings = [one for one in of_ours if one[1] == head]
-        words = [head] if encoder == "model" else [f"{encoder}, {head}"]
+    for line, members in lines.items():
+        encoder, head = line[:2]
+        is_ours = encoder == "model"
+        label = head if is_ours else f"{encoder}, {head}"
         # Only what distinguishes a line from its head's others.
+        siblings = [one for one in of_ours if one[1] == head]
         for i, name in enumerate(LINE):
-            if i > 1 and encoder == "model" and len({one[i] for one in siblings}) > 1:
+            if i > 1 and is_ours and len({one[i] for one in siblings}) > 1:
                 value = members[0][name]
-                words.append(f"{name.replace('_', ' ')} {layer_words(value) if name == 'layers' else value}")
-        in_front = encoder == "model" and line in winning
-        if line in winning and winning[line] is not None:
-            words[-1] += f": {100 * winning[line]:.1f}"
-        is_named = in_front or encoder != "model" or len(of_ours) <= MAX_NAMED_LINES
+                label += f", {name.replace('_', ' ')} {layer_words(value) if name == 'layers' else value}"
+        winner = next((row for row in members if row["is_winner"]), None)
+        if winner is not None and winner["top1"] is not None:
+            label += f": {100 * winner['top1']:.1f}"
+        in_front = is_ours and winner is not None
+        is_named = in_front or not is_ours or len(of_ours) <= MAX_NAMED_LINES
         rates = sorted({row["lr"] for row in members})
         alive = [row for row in members if row["top1"] is not None]
         # A gap if all heads of a rate diverged.
@@ -104,7 +107,7 @@ def _draw_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             alpha=1 if in_front else 0.5,
             marker="o",
             markersize=3.5 if in_front else 2,
-            label=", ".join(words) if is_named else None,
+            label=label if is_named else None,
         )
     diverged = sorted({row["lr"] for row in rows if row["encoder"] == "model" and row["is_diverged"]})
     if diverged:
@@ -237,3 +240,33 @@ def draw_suite(titles: Sequence[str], top1: Mapping[str, Sequence[float | None]]
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     save_png(figure, path)
     return figure
+
+
+def draw_contact_sheet(
+    rows: Sequence[Mapping[str, Any]], queries: Source, source: Source, path: Path
+) -> None:
+    """Draw the rows of a search as a PNG; channels that are no colours are drawn each by itself."""
+
+    def cell(images: Source, index: int, words: str, *, is_query: bool) -> Cell:
+        pixels = images.read(index)
+        height, width = pixels.shape[1:]
+        # White at two sides makes any image a square.
+        square = pad(pixels, (0, max(0, height - width), 0, max(0, width - height)), value=255)
+        return Cell(pictures_of(square[None])[0], words, (0, 0, 1, 1) if is_query else None)
+
+    lines: list[list[Cell]] = []
+    for query, group in groupby(rows, key=lambda row: row["query_index"]):
+        found = [
+            cell(
+                source,
+                row["index"],
+                f"{row['similarity']:.3f}\n{row['class'] or row['name']}",
+                is_query=row["is_query"],
+            )
+            for row in group
+        ]
+        for start in range(0, len(found), MAX_COLUMNS):
+            first = cell(queries, query, f"query\n{queries.name(query)}", is_query=False)
+            lines.append([first, *found[start : start + MAX_COLUMNS]])
+    caption = "Below each image: its cosine similarity, its class or name. Framed: the query itself."
+    draw_cells(lines, path, title="Nearest images", caption=caption)

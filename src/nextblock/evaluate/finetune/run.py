@@ -31,12 +31,12 @@ from nextblock.config import pair
 from nextblock.data import BadSample, Batch, QuarantineLog, Step, eval_batches, keyed_seed, resolve_workers
 from nextblock.data.sources import SubsetSource
 from nextblock.data.transforms import EvalCrop, TimmCrop, TrainCrop, seeded_globally
-from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, add_leads, labelled_evaluation
+from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, labelled_evaluation
 from nextblock.evaluate.features import untrained
 from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups
 from nextblock.evaluate.finetune.settings import FinetuneSettings, TuneConfig, TunedModel
 from nextblock.evaluate.metrics import Measures, Tally
-from nextblock.evaluate.results import digest_of, labels_digest
+from nextblock.evaluate.results import add_leads, digest_of, labels_digest
 from nextblock.evaluate.splits import Labelled, hold_out, source_notes
 from nextblock.evaluate.table import check_bad
 from nextblock.logs import counted

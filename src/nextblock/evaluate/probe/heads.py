@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from nextblock.config import Attention
 from nextblock.data import keyed_seed
 from nextblock.errors import UsageError
-from nextblock.evaluate.features import seeded
-from nextblock.evaluate.layers import layer_choices
+from nextblock.evaluate.features import layer_choices, seeded
 from nextblock.evaluate.metrics import Measures
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings, Schedule
 from nextblock.interop.aim import BEST_LAYERS_OF_SIZE

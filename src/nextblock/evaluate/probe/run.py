@@ -39,7 +39,6 @@ from nextblock.evaluate.evaluation import (
     Evaluation,
     Result,
     Stopped,
-    add_leads,
     labelled_evaluation,
 )
 from nextblock.evaluate.features import attention_maps
@@ -56,6 +55,7 @@ from nextblock.evaluate.probe.heads import (
     rate_notes,
 )
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings
+from nextblock.evaluate.results import add_leads
 from nextblock.evaluate.settings import CROP_RATIO, CROP_SCALE
 from nextblock.evaluate.splits import Labelled, hold_out, source_notes
 from nextblock.evaluate.table import (

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 from nextblock.config import Attention
-from nextblock.evaluate.layers import check_layers
-from nextblock.evaluate.settings import EvalSettings, check_distinct
+from nextblock.evaluate.settings import EvalSettings, check_distinct, check_layers
 from nextblock.settings import Amount, Auto, Count, Natural, Positive, Rule, require
 
 HeadName = Literal["linear", "attentive", "ep"]
