@@ -114,14 +114,9 @@ def run_cases(cases: int) -> dict[str, object]:
     for name, content in damaged(whole, cases):
         for channels, decoder in routes:
             count = counts.setdefault(name, [0, 0])
+            options = {"decoder": decoder, "max_pixels": MAX_PIXELS, "channels": channels}
             try:
-                pixels = decode_image(
-                    content,
-                    decoder=decoder,
-                    max_pixels=MAX_PIXELS,
-                    channels=channels,
-                    reduce=lambda *_: 2,
-                )
+                pixels = decode_image(content, reduce=lambda *_: 2, **options)
                 assert pixels.shape[0] == channels
                 assert pixels.shape[1] * pixels.shape[2] <= MAX_PIXELS
                 count[0] += 1

@@ -36,9 +36,9 @@ from nextblock.data import (
     normalize,
     resolve_workers,
 )
+from nextblock.data.augment import TimmCrop
 from nextblock.data.order import VisitOrder
 from nextblock.data.sources import SubsetSource
-from nextblock.data.transforms import TimmCrop
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import (
     BASELINES,
