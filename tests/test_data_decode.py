@@ -335,21 +335,41 @@ from nextblock.data.decode import decode_image
 content = Path(sys.argv[1]).read_bytes()
 decode_image(content)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2_000_000, resource.RLIM_INFINITY))
+room = int(float(sys.argv[2]) * 1e6)
+resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
 try:
-    decode_image(content)
+    print(decode_image(content).shape)
 except MemoryError as error:
     print(error)
 """
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+    ("kind", "room_mb", "expected"),
+    [
+        ("JPEG", 2, "not enough memory to decode 4000 x 3000 pixels"),
+        ("PNG", 2, "not enough memory to decode 4000 x 3000 pixels"),
+        # At most 20 bytes a pixel, besides the file and the result.
+        ("PNG 16", 80, "torch.Size([3, 2000, 2000])"),
+        ("TIFF 16", 80, "torch.Size([3, 2000, 2000])"),
+    ],
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_too_little_memory_is_said_and_no_fault_of_the_file(kind, tmp_path) -> None:
-    (tmp_path / "x").write_bytes(encode(photo(3000, 4000), kind))
-    command = [sys.executable, "-c", MEMORY, str(tmp_path / "x")]
+def test_memory_is_bounded_and_too_little_is_no_fault_of_the_file(kind, room_mb, expected, tmp_path) -> None:
+    values = np.zeros((2000, 2000, 4), np.uint16)
+    content = {
+        "PNG 16": lambda: png_16(values),
+        "TIFF 16": lambda: tiff(values, photometric=2, extra=(2,), rows=100, deflate=True),
+    }.get(kind, lambda: encode(photo(3000, 4000), kind))()
+    (tmp_path / "x").write_bytes(content)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "x"), str(room_mb)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert "not enough memory to decode 4000 x 3000 pixels" in done.stdout
+    assert expected in done.stdout
+
+
+def test_a_damaged_exif_block_does_not_spoil_the_picture() -> None:
+    content = encode(photo(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage")
+    assert torch.equal(decode_image(content), pixels(photo()))
 
 
 # ------------------------------------------------------------------------------------------- decoder "fast"
