@@ -75,7 +75,7 @@ def examine(
         if progress is not None:
             progress(len(rows) + len(bad))
     images = np.array(rows, IMAGE)
-    sides = zip(("shorter", "longer"), np.sort(images["size"], axis=1).T, strict=True)
+    sides = dict(zip(("shorter", "longer"), np.sort(images["size"], axis=1).T, strict=True)) if rows else {}
     # The variance is the mean square minus the squared mean; rounding may make it negative.
     mean, square = sums / max(1, len(images))
     # Equal digests get equal numbers; only numbers that occur several times form groups.
@@ -93,9 +93,7 @@ def examine(
         "bad": [one._asdict() for one in bad],
         "damaged_shards": [damage._asdict() for damage in source.damage],
         "kinds": kinds,
-        "sides_px": {k: (float(px.min()), float(np.median(px)), float(px.max())) for k, px in sides}
-        if rows
-        else {},
+        "sides_px": {k: np.quantile(px, (0, 0.5, 1)).tolist() for k, px in sides.items()},
         "class_counts": dict(zip(classes, in_class, strict=True)),
         "mean_std": [mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()],
         "duplicates": list(groups.values()),
