@@ -27,7 +27,7 @@ from torchvision import transforms
 from common import Row, median_of, now_s, parse, report, take_turns
 from nextblock.config import DataConfig
 from nextblock.data import Batch, TrainLoader, jpeg_decoder, normalize, open_source
-from nextblock.data.transforms import Crop
+from nextblock.data.augment import Crop
 
 SIZES = {"500x375": (500, 375), "2000x1500": (2000, 1500)}
 QUICK_SIZES = {"40x30": (40, 30), "80x60": (80, 60)}

@@ -22,17 +22,6 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def test_sample_of_a_directory_is_a_list_of_files_with_their_classes(capsys, folder, tmp_path):
-    out = tmp_path / "half.txt"
-    code, told, _ = call_cli(capsys, "data", "sample", folder, out, "--per_class", "3", "--json")
-    assert code == 0
-    assert json.loads(told.splitlines()[-1]) == {"spec": f"files:{out}", "images": 6, "of": 12}
-    source = open_source(f"files:{out}", DATA)
-    assert source.class_names == ("cat", "dog")
-    assert source.labels.tolist() == [0] * 3 + [1] * 3
-    assert source.read(0).shape == (3, 20, 16)
-
-
 def test_split_writes_a_list_of_each_part(capsys, folder, tmp_path):
     words = ("data", "split", folder, "--parts", "train=0.5,val=0.25", "--out", tmp_path / "parts", "--json")
     code, told, _ = call_cli(capsys, *words, "--stratify")
@@ -61,10 +50,12 @@ def test_paths_may_begin_with_the_home_folder(capsys, folder, tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     assert call_cli(capsys, "data", "pack", "~/in", "~/out", "--workers", "0")[0] == 0
     assert (tmp_path / "out" / "shard-000000.tar").exists()
-    assert call_cli(capsys, "data", "sample", "~/in", "~/l.txt", "--count", "3")[0] == 0
     assert call_cli(capsys, "data", "split", "~/in", "--parts", "a=0.5", "--out", "~/p")[0] == 0
-    assert (tmp_path / "l.txt").exists()
     assert (tmp_path / "p" / "a.txt").exists()
+    code, told, _ = call_cli(capsys, "data", "sample", "~/in", "~/l.txt", "--per_class", "3", "--json")
+    spec = f"files:{tmp_path / 'l.txt'}"
+    assert (code, json.loads(told.splitlines()[-1])) == (0, {"spec": spec, "images": 6, "of": 12})
+    assert open_source(spec, DATA).labels.tolist() == [0] * 3 + [1] * 3
 
 
 def test_names_that_are_no_text_are_printed_escaped(capsys, tmp_path):
@@ -80,20 +71,11 @@ def test_names_that_are_no_text_are_printed_escaped(capsys, tmp_path):
     [
         (("pakc",), "unknown command 'pakc'; did you mean 'pack'?"),
         (("pack", "digits"), "DST must be given"),
-        (("pack", "nowhere", "{tmp}/out"), "there is no such directory"),
         (("pack", "digits", "{tmp}/out", "--tile", "5"), "unknown setting --tile; did you mean --tile_px?"),
-        (("pack", "digits", "{tmp}/out", "--format", "gif"), "format is 'gif'; it must be"),
-        (
-            ("pack", "digits", "{tmp}/out", "--quality", "0"),
-            "quality is '0'; it must be",
-        ),
         (("pack", "digits", "{tmp}/out", "--resize_px", "8", "--tile_px", "8"), "either resize_px or tile"),
         (("sample", "digits", "{tmp}/l.txt"), "give one of --fraction, --count and --per_class"),
         (("sample", "digits", "{tmp}/l.txt", "--count", "0"), "cannot draw 0 of 1,797 images"),
-        (
-            ("sample", "digits", "{tmp}/l.txt", "--fraction", "10"),
-            "fraction is '10'; it must be",
-        ),
+        (("sample", "digits", "{tmp}/l.txt", "--fraction", "10"), "fraction is '10'; it must be"),
         (("sample", "digits", "{tmp}/there.txt", "--count", "3"), "there.txt exists already; remove it"),
         (("split", "digits", "--out", "{tmp}/p"), "--parts must be given"),
         (("split", "digits", "--out", "{tmp}/p", "--parts", "a/b=0.5"), "'a/b=0.5' is wrong"),

@@ -1,26 +1,34 @@
-"""Crops and flips are torchvision's, pixel for pixel, and drawn as often as they should be."""
+"""Crops and flips are torchvision's, pixel for pixel; timm's augmentation is timm's."""
 
 from __future__ import annotations
 
+import pickle
+import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_transform
 from timm.data.transforms import center_crop_or_pad
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from nextblock.config import DataConfig
-from nextblock.data import keyed_rng, normalize
+from nextblock.data import TrainLoader, keyed_rng, keyed_seed, normalize
 from nextblock.data.augment import (
+    TimmCrop,
     color_jitter,
     eval_crop,
     random_resized_crop_box,
+    seeded_globally,
     train_crop,
     val_crop,
 )
+from toy import ToySource
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 
@@ -41,17 +49,6 @@ def boxes(height: int, width: int, number: int, **data: Any) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------- the crop's box
-
-
-def test_boxes_lie_inside_the_image_and_within_scale_and_ratio() -> None:
-    top, left, height, width = boxes(200, 300, 2000, crop_scale=(0.1, 0.9), crop_ratio=(0.5, 2.0)).T
-    assert min(top.min(), left.min()) >= 0
-    assert max((top + height - 200).max(), (left + width - 300).max()) <= 0
-    share = height * width / (200 * 300)
-    assert 0.1 - 0.01 < share.min() < 0.12
-    assert 0.85 < share.max() < 0.9 + 0.01
-    assert (width / height).min() > 0.5 - 0.02
-    assert (width / height).max() < 2 + 0.04
 
 
 def test_boxes_are_distributed_like_torchvisions() -> None:
@@ -79,14 +76,10 @@ def test_a_strip_falls_back_to_its_centre(height, width, expected) -> None:
 # ---------------------------------------------------------------------------------------- training crops
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (32, 32), (75, 100), (300, 200)])
+@pytest.mark.parametrize("shape", [(8, 8), (75, 100), (300, 200)])
 @pytest.mark.parametrize("size", [32, (48, 64)])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_training_crop_is_torchvisions_resized_crop(shape, size, channels_last) -> None:
-    picture = image(*shape)
-    if channels_last:
-        picture = picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    data = DataConfig(flip=0)
+def test_a_training_crop_is_torchvisions_resized_crop(shape, size) -> None:
+    picture, data = image(*shape), DataConfig(flip=0)
     rng = keyed_rng(3, "crop")
     rng.random()  # decides on the flip
     top, left, rows, columns = random_resized_crop_box(
@@ -104,21 +97,10 @@ def test_a_flip_mirrors_the_same_crop() -> None:
     assert torch.equal(flipped, plain.flip(-1))
 
 
-def test_flips_come_as_often_as_asked() -> None:
-    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    picture[..., :4] = 255  # bright on the left
-    data = DataConfig(flip=0.25, crop_scale=(1, 1), crop_ratio=(1, 1))
-    flipped = [
-        bool(train_crop(picture, 8, data, keyed_rng(0, "flip", number))[0, 0, 0] == 0)
-        for number in range(2000)
-    ]
-    assert abs(np.mean(flipped) - 0.25) < 0.03
-
-
 # -------------------------------------------------------------------------------------- evaluation crops
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (75, 100), (100, 75), (121, 83), (300, 300)])
+@pytest.mark.parametrize("shape", [(8, 8), (100, 75), (121, 83)])
 @pytest.mark.parametrize("size", [32, 33, (30, 31)])
 def test_an_evaluation_crop_is_torchvisions_resize_and_centre_crop(shape, size) -> None:
     picture = image(*shape)
@@ -155,8 +137,8 @@ def test_a_squashed_crop_is_the_centre_of_the_whole_picture_in_another_shape(sha
     assert torch.equal(val_crop(picture, size, DataConfig(val_resize_px=37, val_crop="squash")), expected)
 
 
-@pytest.mark.parametrize("resize_px", [32, 37, 60])
-@pytest.mark.parametrize("shape", [(8, 8), (75, 100), (121, 83), (33, 200)])
+@pytest.mark.parametrize("resize_px", [32, 60])
+@pytest.mark.parametrize("shape", [(8, 8), (121, 83), (33, 200)])
 def test_a_bordered_crop_is_the_whole_picture_on_its_mean_colour(shape, resize_px) -> None:
     picture, data = image(*shape), DataConfig(val_resize_px=resize_px, val_crop="border")
     longest = max(shape)
@@ -214,3 +196,77 @@ def test_crop_and_flip_are_the_same_with_and_without_changed_colours() -> None:
         for data in (never, unchanged):
             assert torch.equal(train_crop(picture, 16, data, keyed_rng(seed, "crop")), expected)
         assert not torch.equal(train_crop(picture, 16, always, keyed_rng(seed, "crop")), expected)
+
+
+# ------------------------------------------------------------------------------------------------- timm's
+
+CROP = TimmCrop(data=DataConfig(), image_size=16, seed=5)
+
+
+def global_states() -> tuple:
+    numpy = pickle.dumps(np.random.get_state())  # noqa: NPY002
+    return random.getstate(), numpy, torch.get_rng_state().tolist()
+
+
+def test_it_is_timms_own_transform_under_the_same_seeds() -> None:
+    theirs: Any = create_transform(
+        16,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
+    for number in range(40):
+        picture = image(40, 50, number)
+        seed = keyed_seed(5, "timm", 2, number)
+        before = global_states()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+        expected = theirs(Image.fromarray(picture.permute(1, 2, 0).numpy()))
+        random.setstate(before[0])
+        assert torch.equal(CROP(picture, (2, number)), expected)
+
+
+@pytest.mark.parametrize(("magnitude", "mask"), [(0.0, 0xF0), (9.0, 0x80), (10.0, 0)])
+def test_posterizing_keeps_the_highest_bits_of_each_colour_down_to_none(magnitude: float, mask: int) -> None:
+    policy = next(part for part in replace(CROP)._transform.transforms if hasattr(part, "ops"))
+    (posterize,) = (one for one in policy.ops if one.name == "PosterizeIncreasing")
+    posterize.prob, posterize.magnitude, posterize.magnitude_std = 1.0, magnitude, 0.0
+    pixels = image(40, 50).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(posterize(Image.fromarray(pixels))), pixels & mask)
+
+
+def test_the_global_generators_are_left_as_they_were_even_after_an_error() -> None:
+    before = global_states()
+    with seeded_globally(3):
+        inside = random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+    assert global_states() == before
+    with pytest.raises(RuntimeError), seeded_globally(3):
+        assert (random.random(), np.random.rand(), float(torch.rand(()))) == inside  # noqa: NPY002
+        raise RuntimeError
+    assert global_states() == before
+
+
+def test_batches_are_normalised_floats_and_do_not_depend_on_workers() -> None:
+    source = ToySource(12)
+    batches = []
+    for workers in (0, 2):
+        loader = TrainLoader(
+            source, DataConfig(), image_size=16, seed=5, batch_size=8, workers=workers, crop=CROP
+        )
+        batches.append(list(next(iter(loader)).micro_batches))
+    for alone, divided in zip(*batches, strict=True):
+        assert alone.images.dtype == torch.float32
+        assert torch.equal(alone.images, divided.images)
+    first = batches[0][0]
+    key = (int(first.visits[0]), int(first.samples[0]))
+    assert torch.equal(first.images[0], CROP(source.read(key[1]), key))
+
+
+def test_other_than_colour_is_refused() -> None:
+    data = DataConfig(channels=1, mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match=r"data.channels is 1; use augment crop"):
+        TimmCrop(data=data, image_size=16, seed=0)

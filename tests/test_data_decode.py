@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, decode_image, jpeg_decoder, open_source
 from nextblock.data import decode as decode_module
-from nextblock.data.transforms import TrainCrop
+from nextblock.data.augment import TrainCrop
 from tiff_files import bands, tiff
 from tiny_runs import run_toy
 
@@ -166,12 +165,6 @@ def test_heic_is_turned_once_and_pillow_stays_as_it_was(options, upright) -> Non
     decoded = decode_image(heic(photo(), quality=-1, chroma=444, **options))
     assert (decoded.float() - pixels(upright).float()).abs().mean() < 1
     assert "HEIF" not in Image.OPEN
-
-
-def test_without_pillow_heif_the_reason_names_the_package(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(BadImageError, match=r"HEIC needs pillow-heif: pip install pillow-heif"):
-        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40))
 
 
 # ------------------------------------------------------------------------------------------------ alpha
@@ -341,46 +334,37 @@ from pathlib import Path
 from nextblock.data.decode import decode_image
 content = Path(sys.argv[1]).read_bytes()
 decode_image(content)
-if sys.argv[2] == "limited":
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2_000_000, resource.RLIM_INFINITY))
-    try:
-        decode_image(content)
-    except MemoryError as error:
-        print(error)
-else:
-    Path("/proc/self/clear_refs").write_text("5")
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    decode_image(content)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    print((peak - before) / 4_000_000)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+room = int(float(sys.argv[2]) * 1e6)
+resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+try:
+    print(decode_image(content).shape)
+except MemoryError as error:
+    print(error)
 """
 
 
-def in_a_process(content: bytes, path: Path, word: str) -> str:
-    path.write_bytes(content)
-    command = [sys.executable, "-c", MEMORY, str(path), word]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(
+    ("kind", "room_mb", "expected"),
+    [
+        ("JPEG", 2, "not enough memory to decode 4000 x 3000 pixels"),
+        ("PNG", 2, "not enough memory to decode 4000 x 3000 pixels"),
+        # At most 20 bytes a pixel, besides the file and the result.
+        ("PNG 16", 80, "torch.Size([3, 2000, 2000])"),
+        ("TIFF 16", 80, "torch.Size([3, 2000, 2000])"),
+    ],
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_16_bits_and_alpha_take_at_most_20_bytes_a_pixel(kind, tmp_path) -> None:
+def test_memory_is_bounded_and_too_little_is_no_fault_of_the_file(kind, room_mb, expected, tmp_path) -> None:
     values = np.zeros((2000, 2000, 4), np.uint16)
-    content = (
-        png_16(values) if kind == "PNG" else tiff(values, photometric=2, extra=(2,), rows=100, deflate=True)
-    )
-    assert float(in_a_process(content, tmp_path / "x", "peak")) < 20
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_too_little_memory_is_said_and_no_fault_of_the_file(kind, tmp_path) -> None:
-    content = encode(photo(3000, 4000), kind)
-    assert "not enough memory to decode 4000 x 3000 pixels" in in_a_process(
-        content, tmp_path / "x", "limited"
-    )
+    content = {
+        "PNG 16": lambda: png_16(values),
+        "TIFF 16": lambda: tiff(values, photometric=2, extra=(2,), rows=100, deflate=True),
+    }.get(kind, lambda: encode(photo(3000, 4000), kind))()
+    (tmp_path / "x").write_bytes(content)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "x"), str(room_mb)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert expected in done.stdout
 
 
 def test_a_damaged_exif_block_does_not_spoil_the_picture() -> None:
@@ -396,7 +380,7 @@ def true_photo() -> Image.Image:
     return Image.fromarray(load_sample_images().images[0]).crop((0, 0, 640, 424))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
 def test_a_reduced_decoding_is_the_upright_picture_averaged(true_photo, factor, orientation) -> None:
     content = encode(true_photo, "JPEG", quality=90, exif=exif(orientation))

@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,14 +115,9 @@ def run_cases(cases: int) -> dict[str, object]:
     for name, content in damaged(whole, cases):
         for channels, decoder in routes:
             count = counts.setdefault(name, [0, 0])
+            options: dict[str, Any] = {"decoder": decoder, "max_pixels": MAX_PIXELS, "channels": channels}
             try:
-                pixels = decode_image(
-                    content,
-                    decoder=decoder,
-                    max_pixels=MAX_PIXELS,
-                    channels=channels,
-                    reduce=lambda *_: 2,
-                )
+                pixels = decode_image(content, reduce=lambda *_: 2, **options)
                 assert pixels.shape[0] == channels
                 assert pixels.shape[1] * pixels.shape[2] <= MAX_PIXELS
                 count[0] += 1

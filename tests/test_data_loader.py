@@ -39,7 +39,7 @@ from nextblock.data import (
 )
 from nextblock.data import loader as loader_module
 from nextblock.data.augment import eval_crop, train_crop
-from nextblock.data.workers import WorkerError, _sigchld_gate
+from nextblock.data.workers import WorkerError
 from toy import ToySource, joined, take
 
 # A machine with few cores is warned of more workers than cores, which is what some tests want.
@@ -67,10 +67,8 @@ def of_world(kind: str, world_size: int, number: int, start: int = 0, **options:
     """The next `number` steps of every rank; each rank opens the source by itself."""
     ranks = []
     for rank in range(world_size):
-        source, data = case(kind)
-        ranks.append(
-            take(loader(source, data, rank=rank, world_size=world_size, start_step=start, **options), number)
-        )
+        place = {"rank": rank, "world_size": world_size, "start_step": start}
+        ranks.append(take(loader(*case(kind), **place, **options), number))
     return [list(step) for step in zip(*ranks, strict=True)]
 
 
@@ -124,8 +122,7 @@ def test_a_run_stopped_anywhere_and_resumed_by_any_number_of_ranks_sees_the_same
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "workers", "start"),
-    [("one source", 1, 3, 0), ("one source", 2, 2, 4), ("mixture", 3, 1, 5)],
+    ("kind", "world_size", "workers", "start"), [("one source", 1, 3, 0), ("mixture", 2, 1, 5)]
 )
 def test_the_number_of_workers_and_of_chunks_changes_nothing(
     kind, world_size, workers, start, uninterrupted, monkeypatch
@@ -135,13 +132,8 @@ def test_the_number_of_workers_and_of_chunks_changes_nothing(
     assert_same(seen, uninterrupted[kind][start:])
 
 
-def test_a_rank_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank is 2 of 2; ranks run from 0 to 1"):
-        loader(ToySource(9), rank=2, world_size=2)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
-@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 5, 100])
+@pytest.mark.parametrize("world_size", [1, 3, 9])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 100])
 def test_ranks_share_a_batch_evenly_in_equally_many_micro_batches(world_size, micro_batch_size) -> None:
     options = {"world_size": world_size, "micro_batch_size": micro_batch_size}
     ranks = [take(loader(ToySource(25), rank=rank, **options), 1)[0] for rank in range(world_size)]
@@ -162,10 +154,9 @@ def test_a_rank_without_a_sample_gets_an_empty_micro_batch_of_the_right_shape(wo
     assert (empty.bad, len(empty.visits), empty.drop_path.shape) == ((), 0, (0, 3))
 
 
-@pytest.mark.parametrize("start", [0, 4, 10**9])
-def test_starting_at_any_step_reads_that_steps_images_only(start) -> None:
+def test_starting_at_any_step_reads_that_steps_images_only() -> None:
     source = ToySource(25)
-    take(loader(source, rank=1, world_size=3, start_step=start), 1)
+    take(loader(source, rank=1, world_size=3, start_step=10**9), 1)
     assert source.reads == 2
 
 
@@ -176,8 +167,9 @@ def test_micro_batches_are_handed_out_as_they_arrive_and_those_left_are_skipped(
     assert source.reads == 0
     next(first.micro_batches)
     assert source.reads == 2
-    assert joined(next(steps)._replace(micro_batches=list(next(steps).micro_batches))).samples.tolist() == (
-        VisitOrder(25, seed=SEED, batch_size=BATCH).keys(2).samples.tolist()
+    second = next(steps)
+    assert joined(second._replace(micro_batches=list(second.micro_batches))).samples.tolist() == (
+        VisitOrder(25, seed=SEED, batch_size=BATCH).keys(1).samples.tolist()
     )
 
 
@@ -241,10 +233,10 @@ def test_evaluation_goes_in_order_with_centre_crops_and_keeps_the_last_batch(wor
             assert torch.equal(image, eval_crop(source.images[sample], 16, 18))
 
 
-@pytest.mark.parametrize("indices", [[7, 2, 2, 0], np.array([7, 2, 2, 0]), []])
+@pytest.mark.parametrize("indices", [[7, 2, 2, 0], []])
 def test_evaluation_of_some_images_goes_in_the_order_asked_for(indices) -> None:
     batches = eval_batches(ToySource(9), DATA, (16, 12), 3, indices=indices)
-    assert [sample for batch in batches for sample in batch.samples.tolist()] == list(indices)
+    assert [sample for batch in batches for sample in batch.samples.tolist()] == indices
 
 
 # ----------------------------------------------------------------------------------------- holes, quarantine
@@ -269,6 +261,9 @@ def test_every_bad_file_is_listed_once_over_epochs_and_restarts(tmp_path) -> Non
     again.add(second)
     assert again.bad == (first, second)
     assert [json.loads(line)["sample"] for line in path.read_text().splitlines()] == [3, 5]
+    path.write_text("nonsense\n")
+    with pytest.raises(ValueError, match=r"line 1, is damaged .* delete that file"):
+        QuarantineLog(path, 100, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +278,7 @@ def test_too_many_bad_files_stop_a_run_but_one_is_allowed_unless_none_is(
     if allowed < num_files:
         with pytest.raises(TooManyBadImages, match=f"{allowed + 1} of {num_files} files cannot be read") as e:
             quarantine.add(BadSample(allowed, "last.png", "empty"))
-        assert "raise data.max_bad_fraction" in str(e.value)
         assert ("reason 9" in str(e.value)) == (allowed > 9)
-
-
-def test_a_damaged_list_is_refused_with_the_line(tmp_path) -> None:
-    (tmp_path / "q.jsonl").write_text("nonsense\n")
-    with pytest.raises(ValueError, match=r"line 1, is damaged .* delete that file"):
-        QuarantineLog(tmp_path / "q.jsonl", 100, 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------- workers
@@ -299,7 +287,7 @@ def test_a_damaged_list_is_refused_with_the_line(tmp_path) -> None:
 def test_workers_are_as_asked_or_none_in_memory_or_the_cores_but_one(tmp_path, monkeypatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     folder, memory = open_source(str(tmp_path), DATA), open_source("digits", DATA)
-    assert resolve_workers(3, memory) == resolve_workers(3, folder) == 3
+    assert resolve_workers(3, memory) == 3
     assert resolve_workers(0, folder) == resolve_workers(None, memory) == 0
     for cores, expected in ((1, 0), (4, 3), (64, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
@@ -316,66 +304,55 @@ class Failing(ToySource):
     def _read(self, index: int) -> Tensor:
         if index == 3 and self.how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if index == 3 and self.how == "memory":
-            raise MemoryError("4000 x 3000 pixels")
         if index == 3:
-            raise RuntimeError("the disk is gone")
+            raise MemoryError("4000 x 3000 pixels") if self.how == "memory" else RuntimeError("no disk")
         return self.images[index]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_that_is_no_images_fault_surfaces_and_leaves_no_worker(workers) -> None:
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("otherwise", RuntimeError, "no disk"),
+        ("memory", DataError, r"not enough memory to read toy-0\[3\] \(4000 x 3000 pixels\)"),
+        ("killed", WorkerError, r"killed by SIGKILL while it read toy-0\[3\].*ran out of memory"),
+    ],
+)
+def test_an_error_that_is_no_images_fault_surfaces_and_leaves_no_worker(how, error, message, workers) -> None:
+    if how == "killed" and not workers:
+        return  # it would end the tests
     before = set(multiprocessing.active_children())
     gc.disable()  # it ends them too late
     try:
-        with pytest.raises(RuntimeError, match="the disk is gone"):
-            take(loader(Failing("otherwise"), workers=workers, micro_batch_size=2), 2)
+        with pytest.raises(error, match=message):
+            take(loader(Failing(how), workers=workers, micro_batch_size=2), 2)
         assert set(multiprocessing.active_children()) <= before
     finally:
         gc.enable()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_short_memory_is_told_as_that_with_the_image_and_is_no_hole(workers) -> None:
-    with pytest.raises(DataError, match=r"not enough memory to read toy-0\[3\] \(4000 x 3000 pixels\)"):
-        take(loader(Failing("memory"), workers=workers), 2)
-
-
-def test_a_killed_worker_ends_the_loader_naming_the_image_and_the_signal() -> None:
-    with pytest.raises(WorkerError, match=r"killed by SIGKILL while it read toy-0\[3\].*ran out of memory"):
-        take(loader(Failing("killed"), workers=2, micro_batch_size=2), 2)
-
-
 def test_a_worker_that_dies_while_a_step_computes_interrupts_no_code_of_the_step() -> None:
-    steps = iter(loader(ToySource(96), workers=1, batch_size=4))
-    list(next(steps).micro_batches)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid or 0, signal.SIGKILL)
-    worker.join(20)
-    for _ in range(1000):  # the signal of its death has arrived by now
-        torch.ones(2).sum()
-    with pytest.raises(WorkerError, match="killed by SIGKILL"):
-        list(next(steps).micro_batches)
-
-
-def test_the_death_of_a_worker_is_heard_while_any_of_two_loaders_waits_and_at_no_other_time() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
     try:
-        with _sigchld_gate() as training, _sigchld_gate() as validation:
-            signal.raise_signal(signal.SIGCHLD)
-            assert not heard
-            for gate in (training, validation):
-                with gate.opened():
-                    signal.raise_signal(signal.SIGCHLD)
-        assert len(heard) == 2
+        steps = iter(loader(ToySource(96), workers=1, batch_size=4))
+        validation = eval_batches(ToySource(96), DATA, 16, 2, workers=1)
+        list(next(steps).micro_batches)
+        (worker,) = multiprocessing.active_children()
+        next(validation)
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        worker.join(20)
+        for _ in range(1000):  # the signal of its death has arrived by now
+            torch.ones(2).sum()
+        assert heard  # by the handler of others
+        next(validation)  # its own worker lives
+        with pytest.raises(WorkerError, match="killed by SIGKILL"):
+            list(next(steps).micro_batches)
     finally:
         signal.signal(signal.SIGCHLD, before)
 
 
-@pytest.mark.skipif(not Path("/proc").exists() or os.getuid() != 0, reason="needs a mount namespace")
-def test_images_go_through_pipes_if_shared_memory_is_full(tmp_path) -> None:
-    code = """
+PIPES = """
 import logging
 logging.basicConfig()
 from nextblock.config import DataConfig
@@ -387,10 +364,13 @@ for _ in range(4):
     (alone,), (divided,) = (list(next(each).micro_batches) for each in steps)
     assert (alone.images == divided.images).all()
 """
-    script = f"mount -t tmpfs -o size=4m tmpfs /dev/shm || exit 77; exec {sys.executable} -c '{code}'"
-    done = subprocess.run(
-        ["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
+
+
+@pytest.mark.skipif(not Path("/proc").exists() or os.getuid() != 0, reason="needs a mount namespace")
+def test_images_go_through_pipes_if_shared_memory_is_full() -> None:
+    script = f"mount -t tmpfs -o size=4m tmpfs /dev/shm || exit 77; exec {sys.executable} -c '{PIPES}'"
+    command = ["unshare", "-m", "bash", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode == 77 or "unshare" in done.stderr[:20]:
         pytest.skip("no mount namespace here")
     assert done.returncode == 0, done.stderr
@@ -428,8 +408,7 @@ for ending in sys.argv[1:]:
 
 @pytest.mark.parametrize("endings", [("close", "leave"), ("terminate",)])
 def test_workers_outlive_the_signals_of_others_and_end_with_the_loader(endings) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *endings], timeout=60, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", PROGRAM, *endings]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

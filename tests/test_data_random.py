@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nextblock.data import MixtureOrder, VisitOrder
+from nextblock.data import VisitOrder
 from nextblock.data import random as keyed
 from nextblock.data.random import Permutation, keyed_permutation, keyed_rng, keyed_seed
 
@@ -21,10 +21,6 @@ def whole(length, seed=3, visit=0):
 @pytest.fixture
 def no_tables(monkeypatch):
     monkeypatch.setattr(keyed, "MAX_TABLE", 0)
-
-
-def test_a_short_one_is_the_tables():
-    assert np.array_equal(whole(1000), keyed_permutation(3, 1000, "order", 0))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 1000, 4096, 4097, 70_000])
@@ -60,13 +56,6 @@ def test_a_step_of_two_billion_images_is_drawn_without_a_table():
     assert len(set(samples.tolist())) == 4096
     assert samples.min() >= 0
     assert samples.max() < 2_000_000_000
-
-
-def test_a_mixture_with_two_billion_images_is_drawn_without_a_table():
-    mixture = MixtureOrder((2_000_000_000, 1000), (800, 200), seed=0, batch_size=100)
-    samples = np.concatenate([mixture.keys(step).samples for step in range(10)])
-    assert (samples >= 2_000_000_000).sum() == 200
-    assert len(set(samples.tolist())) == 1000
 
 
 # ------------------------------------------------------------------------------------------ numbers by name

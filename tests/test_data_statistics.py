@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from nextblock.data import eval_batches, open_source
 from nextblock.data.statistics import measure_pixels
 from nextblock.evaluate.features import evaluation_data
 from nextblock.pretraining import pretrain
-from nextblock.train import train
 from tiny_runs import TINY, Quiet
 
 
@@ -115,14 +113,3 @@ def test_auto_beside_given_numbers_is_refused_and_a_runs_own_settings_are_not(fo
         run([*words, "--data.std=[0.5,0.5,0.5]"])
     train_on(folder, tmp_path / "run")
     assert run(["--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "run")]) == 0
-
-
-def test_training_without_pretrain_refuses_numbers_that_were_not_measured(folder, tmp_path) -> None:
-    config = replace(TINY, data=replace(TINY.data, normalize="auto"))
-    sources = {"train": open_source(str(folder), config.data)}
-    with pytest.raises(ValueError, match=r"data.mean and data.std were not measured; nextblock.pretrain"):
-        train(config, tmp_path / "run", sources, reporter=Quiet())
-    assert not (tmp_path / "run").exists()
-    data = replace(config.data, mean=(0.2, 0.5, 0.8), std=(0.1, 0.1, 0.1))
-    config = replace(config, data=data, train=replace(TINY.train, duration="1st"))
-    assert train(config, tmp_path / "run", sources, reporter=Quiet()).step == 1

@@ -9,8 +9,7 @@ from typing import Any
 
 from nextblock.config import RunConfig
 from nextblock.data import Source, open_source, open_sources
-from nextblock.data.advice import WHEN_IT_PAYS
-from nextblock.data.doctor import shared_images
+from nextblock.data.doctor import WHEN_IT_PAYS, shared_images
 from nextblock.data.statistics import measure_pixels
 from nextblock.data.subsets import named
 from nextblock.errors import UsageError

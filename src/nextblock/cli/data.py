@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from nextblock.cli.arguments import Parser, built
 from nextblock.cli.output import end_with_json, say
 from nextblock.cli.verbs import VERBS
-from nextblock.config import DataConfig, PackConfig, Size, pair
+from nextblock.config import DataConfig, ModelConfig, PackConfig, Size, pair
 from nextblock.errors import UsageError
 from nextblock.logs import counted
 from nextblock.presets import model_config
@@ -24,7 +23,6 @@ from nextblock.settings import Auto, Count, Natural, Positive, Rule, check_types
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from nextblock.data.advice import Checkup
     from nextblock.data.doctor import Examination
 
 Fraction = Annotated[float, Rule(lambda share: 0 < share <= 1, "above 0 and up to 1")]
@@ -45,10 +43,9 @@ def data(argv: Sequence[str]) -> int:
     }
     if argv and argv[0] not in ("-h", "--help", "--help-all"):
         raise UsageError(f"unknown command {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
-    examples = "".join(f"  nextblock data {example}\n" for example in VERBS["data"].examples)
-    listed = "".join(f"  {name:<8}{about}\n" for name, about in commands.items())
-    end = "nextblock data COMMAND --help explains one.\n"
-    sys.stdout.write(f"{VERBS['data'].about}.\n\n{examples}\ncommands:\n{listed}\n{end}")
+    lines = [f"{VERBS['data'].about}.", "", *(f"  nextblock data {each}" for each in VERBS["data"].examples)]
+    lines += ["", "commands:", *(f"  {name:<8}{about}" for name, about in commands.items())]
+    say(*lines, "", "nextblock data COMMAND --help explains one.")
     return 0
 
 
@@ -149,28 +146,23 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Namespace, DataConfig]:
 
 
 def _say(*lines: str) -> None:
-    """Print lines; undecodable bytes of a path are escaped."""
+    """Print lines; control characters and undecodable bytes of a path are escaped."""
     from nextblock.data.sources.names import text
 
     say(*(text(os.fsencode(line)) for line in lines))
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on a terminal; yields a function of the numbers of done and unreadable files."""
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal; yields a function of the number of images done."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def update(done: int, bad: int = 0) -> None:
-            unreadable = f", {bad:,} unreadable" if bad else ""
-            bar.update(task, completed=done, description=escape(what) + unreadable)
-
-        yield update
+        task = bar.add_task(escape(what), total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 # ----------------------------------------------------------------------------------------------------- doctor
@@ -220,22 +212,8 @@ def doctor(argv: Sequence[str]) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
 
     from nextblock.atomic import write_text
-
-    checkup = _examine(config, settings, options.src)
-    say(*_lines(checkup, config.model))
-    report = checkup.report()
-    if out is not None:
-        write_text(out, json.dumps(report, indent=1) + "\n")
-    if options.json:
-        end_with_json(report)
-    return 0 if report["fit"] else 1
-
-
-def _examine(config: DoctorConfig, data: DataConfig, src: Sequence[str]) -> Checkup:
-    """Examine the sources and measure decoding speed, which takes time."""
     from nextblock.data import open_source, open_sources, resolve_workers
-    from nextblock.data.advice import Checkup
-    from nextblock.data.doctor import crops_per_core_s, examine
+    from nextblock.data.doctor import check, crops_per_core_s, examine
 
     model, size_problem = model_config(config.model), None
     given = {name: getattr(config, name) for name in ("image_size", "patch_size", "block_size")}
@@ -243,63 +221,68 @@ def _examine(config: DoctorConfig, data: DataConfig, src: Sequence[str]) -> Chec
         model = replace(model, **{name: value for name, value in given.items() if value is not None})
     except UsageError as error:
         size_problem = str(error)
-    train = open_sources(src, data)
+    sources = [open_sources(options.src, settings)]
+    sources += [] if config.val is None else [open_source(config.val, settings)]
     examined: list[Examination] = []
-    for source in [train] if config.val is None else [train, open_source(config.val, data)]:
+    for source in sources:
         workers = resolve_workers(config.workers, source)
         with _progress(source.spec, min(len(source), config.samples or len(source))) as progress:
-            examined.append(examine(source, data, samples=config.samples, workers=workers, progress=progress))
-    return Checkup(
-        train=examined[0],
-        val=examined[1] if len(examined) > 1 else None,
-        data=data,
-        model=model,
+            examined.append(examine(source, settings, config.samples, workers, progress))
+    train, val, *_ = *examined, None
+    report = check(
+        train,
+        val,
+        settings,
+        model,
         size_problem=size_problem,
-        per_core_s=crops_per_core_s(train, data, model.image_size) if len(examined[0].images) else None,
+        per_core_s=crops_per_core_s(train.source, settings, model.image_size) if len(train.images) else None,
         images_per_s=config.images_per_s,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
+    _say(*_lines(report, config.model, None if size_problem else model))
+    if out is not None:
+        write_text(out, json.dumps(report, indent=1) + "\n")
+    if options.json:
+        end_with_json(report)
+    return 0 if report["fit"] else 1
 
 
-def _lines(checkup: Checkup, name: str) -> Iterator[str]:
+def _lines(report: dict[str, Any], name: str, model: ModelConfig | None) -> Iterator[str]:
     """Lines of the report: summary, findings, advice, verdict."""
-    yield from _summary("training", checkup.train)
-    if checkup.per_core_s is not None:
-        cores = counted(checkup.cores, "core")
-        yield f"  speed       {checkup.per_core_s:,.0f} training crops/s per core; {cores}"
-    if checkup.size_problem is None:
-        model = checkup.model
+    yield from _summary("training", report["train"])
+    if report["per_core_s"] is not None:
+        cores = counted(report["cores"], "core")
+        yield f"  speed       {report['per_core_s']:,.0f} training crops/s per core; {cores}"
+    if model is not None:
         sides = (model.image_size, model.grid, model.block_size)
         size, grid, block = ("x".join(map(str, pair(side))) for side in sides)
         blocks = f"{counted(model.num_blocks, 'block')} of {block}"
         yield f"  model       {name}, {size} px, {grid} patches of {model.patch_size} px in {blocks}"
-    if checkup.val is not None:
-        yield from _summary("validation", checkup.val)
-    yield from (f"{finding.severity}: {finding.what}: {finding.text}" for finding in checkup.findings)
-    if checkup.advice:
-        yield "\nadvice for nextblock pretrain:"
-        width = max(map(len, checkup.advice))
-        yield from (f"  {flags:<{width}}  # {why}" for flags, why in checkup.advice.items())
-    yield f"\n{checkup.verdict}"
+    if report["val"] is not None:
+        yield from _summary("validation", report["val"])
+    yield from ("{severity}: {what}: {text}".format(**finding) for finding in report["findings"])
+    if report["advice"]:
+        yield from ("", "advice for nextblock pretrain:")
+        width = max(map(len, report["advice"]))
+        yield from (f"  {flags:<{width}}  # {why}" for flags, why in report["advice"].items())
+    yield from ("", report["verdict"])
 
 
-def _summary(name: str, found: Examination) -> Iterator[str]:
-    bad = found.bad
-    yield f"{name}: {found.spec}"
-    yield f"  images      {found.examined:,} of {len(found.source):,} examined, {len(bad):,} unreadable"
-    yield from (" ".join(f"    {it.name}: {it.reason}".split("\n")) for it in bad[:FIRST_BAD])
+def _summary(name: str, found: dict[str, Any]) -> Iterator[str]:
+    bad, examined = found["bad"], found["examined"]
+    yield f"{name}: {found['spec']}"
+    yield f"  images      {examined:,} of {found['images']:,} examined, {len(bad):,} unreadable"
+    yield from ("    {name}: {reason}".format(**sample) for sample in bad[:FIRST_BAD])
     if len(bad) > FIRST_BAD:
         yield f"    ... and {len(bad) - FIRST_BAD:,} more; --out FILE.json lists all"
-    if not len(found.images):
+    if len(bad) == examined:
         return
-    yield f"  kinds       {', '.join(f'{kind} {count:,}' for kind, count in found.kinds.most_common())}"
-    for side, (low, median, high) in found.sides_px.items():
+    yield f"  kinds       {', '.join(f'{kind} {count:,}' for kind, count in found['kinds'].most_common())}"
+    for side, (low, median, high) in found["sides_px"].items():
         yield f"  {side.removesuffix('er') + ' side':<12}{low:,.0f} to {high:,.0f} px, median {median:,.0f}"
-    if found.class_counts:
-        counts = found.class_counts.values()
+    if counts := found["class_counts"].values():
         each = " to ".join(f"{number:,}" for number in sorted({min(counts), max(counts)}))
         images = "image" if max(counts) == 1 else "images"
         yield f"  classes     {len(counts):,}, with {each} {images} each"
-    yield f"  duplicates  {sum(len(group) - 1 for group in found.duplicates):,}"
-    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in found.mean_std)
+    yield f"  duplicates  {sum(len(group) - 1 for group in found['duplicates']):,}"
+    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in found["mean_std"])
     yield f"  pixels      mean {mean}; deviation {std}"

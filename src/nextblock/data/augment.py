@@ -1,26 +1,172 @@
-"""Crops, flips and colour jitter of uint8 images: pure functions of an image and a generator.
+"""Crops of one image for a batch, as functions of the image and of (seed, visit, sample).
 
-The crop is torchvision's random resized crop and the pixels are those of its v2 functions (bicubic,
+The training crop is torchvision's random resized crop and the pixels are those of its v2 functions (bicubic,
 antialiased, on uint8). The kernel is called directly, because torchvision takes seconds to import; only
-colour jitter imports it.
+colour jitter and timm's transform import it.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+from einops import rearrange
 from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nextblock.config import DataConfig, Size, pair
+from nextblock.data.random import keyed_rng, keyed_seed
+from nextblock.data.sources.base import Source
 from nextblock.errors import UsageError
 
-# Top, left, height and width, in pixels.
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # top, left, height and width, in pixels
+Key = tuple[int, int]  # (visit, sample)
+
+# timm's name of the RandAugment policy that official XTRA probes with.
+POLICY = "rand-m9-mstd0.5-inc1"
+
+# ------------------------------------------------------------------------------------- crops of a source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop(ABC):
+    """Turns a source's image into an image of a batch."""
+
+    data: DataConfig
+    image_size: Size
+    seed: int = 0
+    dtype: ClassVar[torch.dtype] = torch.uint8
+
+    @abstractmethod
+    def __call__(self, image: Tensor, key: Key) -> Tensor:
+        """Crop an image's pixels."""
+
+    def read(self, source: Source, key: Key) -> Tensor:
+        """Read and crop a source's image; raises `BadImageError` if it cannot be read."""
+        return self(source.read(key[1]), key)
+
+
+class EvalCrop(Crop):
+    """The crop for validation and evaluation, without randomness."""
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], key: Key) -> Tensor:  # noqa: ARG002
+        """Crop an image's pixels."""
+        return val_crop(image, self.image_size, self.data)
+
+
+class TrainCrop(Crop):
+    """The training augmentation: `train_crop` with the generator of (seed, visit, sample)."""
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], key: Key) -> Tensor:
+        """Crop an image's pixels."""
+        return train_crop(image, self.image_size, self.data, keyed_rng(self.seed, "augment", *key))
+
+    def read(self, source: Source, key: Key) -> Tensor:
+        """Read and crop; if `data.decoder` is fast, a JPEG is decoded no larger than the crop needs."""
+        # Draw the crop in the full picture, whose size is in the header, exactly as without reduction. Then
+        # decode at the largest reduction that leaves the crop at least as large as its target.
+        rng, size = keyed_rng(self.seed, "augment", *key), pair(self.image_size)
+        drawn: list[tuple[bool, Box]] = []
+
+        def reduce(height: int, width: int, flips: tuple[int, ...]) -> int:
+            flip, box = _draw_crop(height, width, self.data, rng)
+            factor = reduction(box, size)
+            # A side that the factor does not divide is padded at the stored right and bottom. A flip moves
+            # the padding to the left and top, and thereby the crop.
+            top = box[0] + (-height % factor if -2 in flips else 0)
+            left = box[1] + (-width % factor if -1 in flips else 0)
+            # Round corners, not sides: a box that reaches the edge of the picture still does.
+            corners = (top, left, top + box[2], left + box[3])
+            top, left, bottom, right = (round(corner / factor) for corner in corners)
+            drawn.append((flip, (top, left, bottom - top, right - left)))
+            return factor
+
+        pixels = source.read(key[1], reduce if self.data.decoder == "fast" else None)
+        if not drawn:  # `reduce` was not called: the picture is no JPEG, or the decoder is exact
+            return self(pixels, key)
+        # From here on as without reduction: the generator has drawn the crop, but not yet the colours.
+        return _finish_crop(pixels, *drawn[0], size, self.data, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmCrop(Crop):
+    """timm's training transform for classifiers, as official XTRA probes with it; normalised floats.
+
+    RandAugment (`POLICY`), random erasing of a quarter of the images with noise, crops of 8 % to 100 % of the
+    area, width over height from 3/4 to 4/3 (timm's defaults), and flips with probability `data.flip`.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.data.channels != 3:
+            raise UsageError(
+                f"augment timm changes colours, but data.channels is {self.data.channels}; use augment crop"
+            )
+
+    def __call__(self, image: UInt8[Tensor, "3 h w"], key: Key) -> Float[Tensor, "3 rows columns"]:
+        """Crop an image's pixels."""
+        # timm works on Pillow images.
+        picture = Image.fromarray(np.ascontiguousarray(rearrange(image, "c h w -> h w c").numpy()))
+        with seeded_globally(keyed_seed(self.seed, "timm", *key)):
+            return self._transform(picture)
+
+    @cached_property
+    def _transform(self) -> Any:
+        from timm.data.auto_augment import RandAugment
+        from timm.data.transforms_factory import create_transform
+
+        transform: Any = create_transform(
+            (3, *pair(self.image_size)),
+            is_training=True,
+            hflip=self.data.flip,
+            auto_augment=POLICY,
+            interpolation="bicubic",
+            mean=self.data.mean,
+            std=self.data.std,
+            re_prob=0.25,
+            re_mode="pixel",
+            re_count=1,
+        )
+        # Replaced in this transform only; the timm module is unchanged.
+        (policy,) = (part for part in transform.transforms if isinstance(part, RandAugment))
+        for operation in policy.ops:
+            if operation.name == "PosterizeIncreasing":
+                operation.aug_fn = _posterize
+        return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    # timm's strongest keeps 0 bits of each colour, which is black, and Pillow 13 refuses it.
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+@contextmanager
+def seeded_globally(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, numpy and torch (CPU), then restore them."""
+    # Third-party augmentation draws from these. Seeding per image makes it independent of worker processes,
+    # and of everything else in this process.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is meant
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
 
 # ------------------------------------------------------------------------------------------------- training
 
@@ -32,26 +178,19 @@ def train_crop(
 
     With `data.color_jitter`, its colours change with probability `data.color_jitter_prob`.
     """
-    # Drawing and cutting are separate: the box is drawn in the full image, but may be cut from a reduced one.
-    flip, box = draw_crop(image.shape[-2], image.shape[-1], data, rng)
-    return finish_crop(image, flip, box, pair(size), data, rng)
+    flip, box = _draw_crop(image.shape[-2], image.shape[-1], data, rng)
+    return _finish_crop(image, flip, box, pair(size), data, rng)
 
 
-def draw_crop(height: int, width: int, data: DataConfig, rng: np.random.Generator) -> tuple[bool, Box]:
-    """Whether an image of this size is flipped, and the crop's box in it."""
+# Drawing and cutting are separate: the box is drawn in the full image, but may be cut from a reduced one.
+def _draw_crop(height: int, width: int, data: DataConfig, rng: np.random.Generator) -> tuple[bool, Box]:
     flip = rng.random() < data.flip
     return flip, random_resized_crop_box(height, width, data.crop_scale, data.crop_ratio, rng)
 
 
-def finish_crop(
-    image: UInt8[Tensor, "c h w"],
-    flip: bool,
-    box: Box,
-    size: tuple[int, int],
-    data: DataConfig,
-    rng: np.random.Generator,
-) -> UInt8[Tensor, "c rows columns"]:
-    """Cut out the drawn box, resize and flip it; with `data.color_jitter`, change its colours."""
+def _finish_crop(
+    image: Tensor, flip: bool, box: Box, size: tuple[int, int], data: DataConfig, rng: np.random.Generator
+) -> Tensor:
     top, left, rows, columns = box
     crop = resize(image[:, top : top + rows, left : left + columns], size)
     crop = crop.flip(-1) if flip else crop
@@ -92,14 +231,6 @@ def reduction(box: Box, target: tuple[int, int]) -> int:
     # A crop that is enlarged afterwards would be blurred where full decoding is sharp.
     fitting = [f for f in (2, 4, 8) if box[2] >= f * target[0] and box[3] >= f * target[1]]
     return max(fitting, default=1)
-
-
-def reduced_box(box: Box, size: tuple[int, int], factor: int) -> Box:
-    """The box in a picture reduced to `size` (height, width), rounded to whole pixels."""
-    # Round corners, not sides: a box that reaches the edge of the picture still does.
-    top, left = round(box[0] / factor), round(box[1] / factor)
-    bottom, right = round((box[0] + box[2]) / factor), round((box[1] + box[3]) / factor)
-    return top, left, min(bottom, size[0]) - top, min(right, size[1]) - left
 
 
 def color_jitter(

@@ -1,133 +1,109 @@
-"""Examine the content of sources: `examine` reads all images, `shared_images` a few."""
+"""Examine sources before training: `examine` reads all images, `check` draws the conclusions.
+
+`shared_images` searches quickly for validation images in the training data.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nextblock.config import DataConfig, Size
+from nextblock.config import DataConfig, ModelConfig, Size, pair
 from nextblock.data.decode import BadImageError, open_image, orientation_of, pillow_errors
 from nextblock.data.loader import BadSample, TrainLoader
 from nextblock.data.random import keyed_permutation, keyed_rng
 from nextblock.data.sources import Source
 from nextblock.data.sources.base import decode
-from nextblock.data.sources.names import text
 from nextblock.data.subsets import named
-from nextblock.data.workers import Note, run_in_workers
+from nextblock.data.workers import Note, available_cores, run_in_workers
 from nextblock.logs import counted
 
 # A readable image: its number in the source, a hash of its content, (height, width) of the upright picture.
 # Among 13 million different images, the probability of any two equal 64-bit hashes is 1 in 200,000.
 IMAGE = np.dtype([("index", "i8"), ("digest", "u8"), ("size", "i4", (2,)), ("is_blank", "?")])
 
+IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
+WHEN_IT_PAYS = "docs/guides/when_it_pays.md"
+# Presets for fewer images than this; above, xtra-h14. Rules of thumb, not a published result.
+PRESETS_BELOW = {50_000: "xtra-small", 100_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
 
-class Examination:
-    """Findings about a source's images; `images` are the readable ones, ascending, of dtype `IMAGE`."""
+# ------------------------------------------------------------------------------------------------- examining
 
-    def __init__(self, source: Source, channels: int) -> None:
-        self.source = source
-        self.spec = text(os.fsencode(source.spec))
-        self.images = np.zeros(0, IMAGE)
-        self.bad: list[BadSample] = []
-        self.kinds = Counter[str]()  # formats and special properties
-        self.sums = np.zeros((2, channels))
 
-    @property
-    def examined(self) -> int:
-        """Number of images examined, including unreadable ones."""
-        return len(self.images) + len(self.bad)
+class Examination(NamedTuple):
+    """What was found in a source: readable `images`, ascending, of dtype `IMAGE`; a report for JSON."""
 
-    @property
-    def mean_std(self) -> np.ndarray:
-        """Mean and deviation of each channel, for pixels in [0, 1]; images have equal weight."""
-        # The variance is the mean square minus the squared mean; rounding may make it negative.
-        mean, square = self.sums / max(1, len(self.images))
-        return np.array([mean, np.sqrt(np.maximum(square - mean**2, 0))])
-
-    def names(self, images: np.ndarray) -> list[str]:
-        """Names of some of `images`."""
-        return [self.source.name(index) for index in images["index"].tolist()]
-
-    @cached_property
-    def class_counts(self) -> dict[str, int]:
-        """Readable images of each class; empty if there are no labels."""
-        if not self.source.has_labels:
-            return {}
-        names = [text(os.fsencode(name)) for name in self.source.class_names]
-        labels = self.source.labels[self.images["index"]]
-        return dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
-
-    @property
-    def sides_px(self) -> dict[str, tuple[float, float, float]]:
-        """Smallest, median and largest shorter and longer side; empty without images."""
-        if not len(self.images):
-            return {}
-        sides = zip(("shorter", "longer"), np.sort(self.images["size"], axis=1).T, strict=True)
-        return {name: (float(px.min()), float(np.median(px)), float(px.max())) for name, px in sides}
-
-    @cached_property
-    def duplicates(self) -> list[np.ndarray]:
-        """Groups of images with the same content, ordered by their first image."""
-        # Equal digests get equal numbers; only numbers that occur several times form groups.
-        _, numbers, counts = np.unique(self.images["digest"], return_inverse=True, return_counts=True)
-        groups = defaultdict[int, list[int]](list)
-        for place in np.flatnonzero(counts[numbers] > 1).tolist():
-            groups[numbers[place]].append(place)
-        return [self.images[places] for places in groups.values()]
-
-    def report(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        names = ("spec", "examined", "kinds", "sides_px", "class_counts")
-        return {name: getattr(self, name) for name in names} | {
-            "images": len(self.source),
-            "bad": [bad._asdict() for bad in self.bad],
-            "damaged_shards": [damage._asdict() for damage in self.source.damage],
-            "mean_std": self.mean_std.tolist(),
-            "duplicates": [self.names(group) for group in self.duplicates],
-            "blank": self.names(self.images[self.images["is_blank"]]),
-        }
+    source: Source
+    images: np.ndarray
+    report: dict[str, Any]
 
 
 def examine(
     source: Source,
     data: DataConfig,
-    *,
     samples: int | None = None,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Examination:
     """Decode all images as training does, or always the same `samples` of them.
 
-    `progress` is called with the numbers of examined and of unreadable images.
+    `progress` is called with the number of images done.
     """
     # Sorted, because archives are read fastest from front to back.
-    indices = np.arange(len(source))
-    if samples is not None and samples < len(source):
-        indices = np.sort(keyed_permutation(0, len(source), "doctor")[:samples])
-    examination, images = Examination(source, data.channels), []
+    indices = np.sort(keyed_permutation(0, len(source), "doctor")[:samples])
+    rows, bad, kinds = list[tuple[Any, ...]](), list[BadSample](), Counter[str]()
+    sums = np.zeros((2, data.channels))
     for look in run_in_workers(partial(_look_at, source, data), map(int, indices), source, workers, ahead=32):
         if isinstance(look, BadSample):
-            examination.bad.append(look)
+            bad.append(look)
         else:
-            image, kinds, moments = look
-            images.append(image)
-            examination.kinds.update(kinds)
-            examination.sums += moments
+            row, kinds_of_image, moments = look
+            rows.append(row)
+            kinds.update(kinds_of_image)
+            sums += moments
         if progress is not None:
-            progress(len(images) + len(examination.bad), len(examination.bad))
-    examination.images = np.array(images, IMAGE)
-    return examination
+            progress(len(rows) + len(bad))
+    images = np.array(rows, IMAGE)
+    sides = dict(zip(("shorter", "longer"), np.sort(images["size"], axis=1).T, strict=True)) if rows else {}
+    # The variance is the mean square minus the squared mean; rounding may make it negative.
+    mean, square = sums / max(1, len(images))
+    # Equal digests get equal numbers; only numbers that occur several times form groups.
+    _, numbers, counts = np.unique(images["digest"], return_inverse=True, return_counts=True)
+    groups = defaultdict[int, list[str]](list)
+    for place in np.flatnonzero(counts[numbers] > 1).tolist():
+        groups[numbers[place]].append(source.name(int(images["index"][place])))
+    classes = source.class_names if source.has_labels else ()
+    labels = source.labels[images["index"]] if source.has_labels else np.zeros(0, np.int64)
+    in_class = np.bincount(labels, minlength=len(classes)).tolist()
+    report = {
+        "spec": source.spec,
+        "images": len(source),
+        "examined": len(indices),
+        "bad": [one._asdict() for one in bad],
+        "damaged_shards": [damage._asdict() for damage in source.damage],
+        "kinds": kinds,
+        "sides_px": {k: np.quantile(px, (0, 0.5, 1)).tolist() for k, px in sides.items()},
+        "class_counts": dict(zip(classes, in_class, strict=True)),
+        "mean_std": [mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()],
+        "duplicates": list(groups.values()),
+        "blank": _names(source, images[images["is_blank"]]),
+    }
+    return Examination(source, images, report)
+
+
+def _names(source: Source, images: np.ndarray) -> list[str]:
+    return [source.name(index) for index in images["index"].tolist()]
 
 
 def _look_at(
@@ -200,6 +176,162 @@ def crops_per_core_s(source: Source, data: DataConfig, image_size: Size) -> floa
         torch.set_num_threads(threads)
 
 
+# ------------------------------------------------------------------------------------------------ conclusions
+
+
+def check(
+    train: Examination,
+    val: Examination | None,
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    size_problem: str | None = None,
+    per_core_s: float | None = None,
+    images_per_s: float | None = None,
+    cores: int | None = None,
+) -> dict[str, Any]:
+    """What was found, what is wrong, which flags suit, and a verdict: the whole report, for JSON.
+
+    `size_problem` says why the model cannot have the requested sizes. `per_core_s` are training crops per
+    core and second, `images_per_s` those that the GPU trains on.
+    """
+    cores = cores or available_cores()
+    needed = math.ceil(images_per_s / per_core_s) if images_per_s and per_core_s else None
+    shared = None if val is None else _shared(train, val)
+    findings = _findings(train, val, data, model, shared, size_problem)
+    # The main process needs one core.
+    if needed is not None and needed > max(1, cores - 1):
+        what = f"{images_per_s:,.0f} images/s need {needed:,} workers, more than {cores} cores"
+        remedy = "shrink the images: nextblock data pack --resize_px N"
+        findings.append(Finding("warning", "slow decoding", f"{what}; {remedy}"))
+    findings.sort(key=lambda finding: finding.severity != "problem")
+    problems = dict.fromkeys(finding.what for finding in findings if finding.severity == "problem")
+    examined, images = train.report["examined"], len(train.source)
+    verdict = "healthy" if examined == images else f"healthy, judging by {examined:,} of {images:,} images"
+    if findings:
+        verdict = f"fit for training, but read the warnings first ({len(findings)})"
+    if problems:
+        verdict = f"not fit for training: {', '.join(problems)}"
+    workers = min(max(1, cores - 1), needed or cores)
+    return {
+        "verdict": verdict,
+        "advice": _advice(train, data, findings, per_core_s, workers) if len(train.images) else {},
+        "per_core_s": per_core_s,
+        "images_per_s": images_per_s,
+        "workers_needed": needed,
+        "cores": cores,
+        "healthy": not findings,
+        "fit": not problems,
+        "findings": [finding._asdict() for finding in findings],
+        "train": train.report,
+        "val": None if val is None else val.report,
+        "leakage": [] if shared is None else shared.pairs,
+    }
+
+
+class Finding(NamedTuple):
+    """A problem would stop a run or spoil its results; a warning is worth reading before a run."""
+
+    severity: Literal["problem", "warning"]
+    what: str
+    text: str
+
+
+def _findings(
+    train: Examination,
+    val: Examination | None,
+    data: DataConfig,
+    model: ModelConfig,
+    shared: Shared | None,
+    size_problem: str | None,
+) -> list[Finding]:
+    """What was found and is wrong; each text says what, why and what to do."""
+    found: list[Finding] = []
+
+    def problem(what: str, text: str) -> None:
+        found.append(Finding("problem", what, text))
+
+    def warning(what: str, text: str) -> None:
+        found.append(Finding("warning", what, text))
+
+    for source, _, report in (train,) if val is None else (train, val):
+        bad, examined, most = len(report["bad"]), report["examined"], data.max_bad_fraction
+        what = f"{bad:,} of {examined:,} in {source.spec}"
+        # The rule of a run: one unreadable file is always allowed, unless the setting is 0.
+        if bad > (max(1, most * examined) if most else 0) or bad == examined:
+            remedy = f"repair or remove them (data.max_bad_fraction is {most:g})"
+            problem("too many unreadable files", f"{what}; {remedy}")
+        elif bad:
+            warning("unreadable files", f"{what}; a run skips them")
+        if source.damage:
+            what = named(list(map(str, source.damage)), 5)
+            problem("damaged archives", f"{what}; download or pack again")
+    if size_problem is not None:
+        problem("image size", size_problem)
+    if shared is not None:
+        problem("leakage", str(shared))
+    images, report = train.images, train.report
+    if not len(images):
+        return found
+
+    if groups := report["duplicates"]:
+        repeated = sum(len(group) - 1 for group in groups)
+        twins = named([" = ".join(group[:3]) for group in groups], 5)
+        what = f"{repeated:,} of {len(images):,} images repeat another exactly ({twins}); keep one of each"
+        # A few twins waste time. Many give images too much weight, and end up in both splits.
+        (problem if repeated > len(images) / 10 else warning)("duplicates", what)
+    crop = np.array(pair(model.image_size))
+    if (np.median(images["size"], axis=0) < crop).any():
+        small = (images["size"] < crop).any(axis=1).sum()
+        what = f"{small:,} of {len(images):,} will be enlarged to {crop[1]}x{crop[0]} px"
+        warning("small images", f"{what}; use the size advised below")
+    if blank := report["blank"]:
+        what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove what is no picture"
+        warning("blank images", what)
+    mean, std = np.array(report["mean_std"])
+    if data.normalize == "given" and len(data.mean) != len(mean):
+        what = f"{counted(len(mean), 'channel')}, but data.mean has {len(data.mean)}"
+        problem("normalisation", f"{what}; use --data.normalize auto")
+    elif data.normalize == "given":
+        # Ordinary photographs differ less from ImageNet.
+        ratio = np.exp(np.abs(np.log((std + 1e-9) / data.std)))
+        if np.abs(mean - data.mean).max() > 0.1 or ratio.max() > 1.5:
+            what = "data.mean and data.std are far from those of the images; use --data.normalize auto"
+            warning("normalisation", what)
+    return found
+
+
+def _advice(
+    train: Examination, data: DataConfig, findings: list[Finding], per_core_s: float | None, workers: int
+) -> dict[str, str]:
+    """Flags of `nextblock pretrain` that suit the images, with the reason."""
+    images, report = len(train.source), train.report
+    preset = next((name for most, name in PRESETS_BELOW.items() if images < most), "xtra-h14")
+    side, is_small = report["sides_px"]["shorter"][1], preset == "xtra-small"
+    # xtra-h14 has patches of at most 14 px; in a small preset larger images cost too much.
+    most = 128 if is_small else 224 if preset == "xtra-h14" else 256
+    size = next((size for size in IMAGE_SIZES if size <= min(side, most)), IMAGE_SIZES[-1])
+    if is_small:
+        preset = "xtra-small-128" if size > 64 else "xtra-small-64"
+    # 4 x 4 blocks at every size, as in XTRA; blocks of 2 x 2 patches in the small presets.
+    patch, block = (size // 16, 4) if size >= 64 and not is_small else (size // 8, 2)
+    flags = f"--model.image_size {size} --model.patch_size {patch} --model.block_size {block}"
+    advice = {f"--preset {preset}": f"{counted(images, 'image')}; see {WHEN_IT_PAYS}"}
+    if not (is_small and preset.endswith(f"-{size}")):
+        advice[flags] = f"median shorter side {side:,.0f} px"
+    if data.channels != 3:
+        advice[f"--data.channels {data.channels}"] = "as examined"
+    if per_core_s is not None and not train.source.in_memory:
+        advice[f"--data.workers {workers}"] = f"{per_core_s:,.0f} crops/s each"
+    # Only JPEG can be decoded smaller, which pays if a crop is still large enough at half the size.
+    if report["kinds"]["JPEG"] > len(train.images) / 2 and side >= 2 * size and data.decoder == "auto":
+        advice["--data.decoder fast"] = f"the photos are {side / size:.1f} times the image size"
+    # A constant channel cannot be normalised, and would be refused.
+    if any(finding.what == "normalisation" for finding in findings) and min(report["mean_std"][1]) > 1e-6:
+        advice["--data.normalize auto"] = "measures your images"
+    return advice
+
+
 # -------------------------------------------------------------------------------------------------- leakage
 
 
@@ -242,6 +374,16 @@ def shared_images(train: Source, val: Source, *, most: int = 200, others: int = 
             twins.setdefault(wanted[digest], index)
     pairs = [(val.name(index), train.name(twin)) for index, twin in sorted(twins.items())]
     return Shared(pairs, len(wanted)) if pairs else None
+
+
+def _shared(train: Examination, val: Examination) -> Shared | None:
+    """The images of `val` whose content is also in `train`; None if there are none."""
+    # Map each training digest to its first image, to name only one twin.
+    digests, first = np.unique(train.images["digest"], return_index=True)
+    copies = val.images[np.isin(val.images["digest"], digests)]
+    twins = train.images[first[np.searchsorted(digests, copies["digest"])]]
+    pairs = list(zip(_names(val.source, copies), _names(train.source, twins), strict=True))
+    return Shared(pairs, len(val.images)) if pairs else None
 
 
 def _drawn(length: int, most: int) -> list[int]:

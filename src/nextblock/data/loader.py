@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from nextblock.config import DataConfig, Size, pair
+from nextblock.data.augment import Crop, EvalCrop, Key, TrainCrop
 from nextblock.data.decode import BadImageError
 from nextblock.data.order import StepKeys, sample_order
 from nextblock.data.random import keyed_rng
 from nextblock.data.sources.base import DataError, Source
-from nextblock.data.transforms import Crop, EvalCrop, Key, TrainCrop
 from nextblock.data.workers import Note, run_in_workers
 from nextblock.errors import UsageError
 
@@ -59,13 +59,8 @@ class Batch(NamedTuple):
     """Uniform in [0, 1), f(seed, visit, sample); drop path compares them with its rate."""
 
 
-NO_IMAGES = Batch(
-    torch.empty(0),
-    torch.empty(0, dtype=torch.int64),
-    (),
-    torch.empty(0, dtype=torch.int64),
-    torch.empty(0, 0),
-)
+_NONE = torch.empty(0, dtype=torch.int64)
+NO_IMAGES = Batch(images=torch.empty(0), samples=_NONE, bad=(), visits=_NONE, drop_path=torch.empty(0, 0))
 """The input of a rank that has no images left or has failed: other ranks wait for it in every pass."""
 
 
@@ -114,16 +109,17 @@ class TrainLoader:
         self.order = sample_order(source, data, seed=seed, batch_size=batch_size)
         self.batch_size, self.steps_per_epoch = self.order.batch_size, self.order.steps_per_epoch
         crop = crop or TrainCrop(data=data, image_size=image_size, seed=seed)
-        self._read = _Reader(source, crop, seed, drop_path_draws)
-        self._start_step, self._workers, self._pin_memory = start_step, workers, pin_memory
+        self._start_step, self._pin_memory = start_step, pin_memory
         micro = micro_batch_size or batch_size
         chunk = CHUNK if workers else micro
         self._micro_batches = _share(self.batch_size, micro, chunk, rank, world_size, unit)
+        read = partial(_read, source, crop, seed, drop_path_draws)
+        self._chunks = partial(_chunks, read, source, workers, len(self._micro_batches[0]))
 
     def __iter__(self) -> Iterator[Step]:
         # Workers run ahead of this loop, but return chunks in the order of _keys. So the next chunks always
         # belong to the next micro-batch.
-        chunks = self._read.chunks(self._keys(), self._workers, len(self._micro_batches[0]))
+        chunks = self._chunks(self._keys())
         for index in count(self._start_step):
             # A generator: a micro-batch is yielded as soon as its chunks arrive, while workers decode the
             # following ones.
@@ -160,8 +156,8 @@ def eval_batches(
     chunk = min(batch_size, CHUNK) if workers else batch_size
     batches = _share(len(chosen), batch_size, chunk, rank, world_size)
     keys = ([(0, sample) for sample in chosen[part].tolist()] for parts in batches for part in parts)
-    read = _Reader(source, EvalCrop(data=data, image_size=image_size))
-    chunks = read.chunks(keys, workers, -(-batch_size // chunk))
+    read = partial(_read, source, EvalCrop(data=data, image_size=image_size), 0, 0)
+    chunks = _chunks(read, source, workers, -(-batch_size // chunk), keys)
     return (_join(chunks, parts, pin_memory=False) for parts in batches)
 
 
@@ -177,48 +173,48 @@ class _Chunk(NamedTuple):
     drop_path: np.ndarray
 
 
-class _Reader:
-    """The function that workers run: from keys to a chunk of crops."""
+def _chunks(
+    read: Callable[[list[Key], Note], _Chunk],
+    source: Source,
+    workers: int,
+    per_micro_batch: int,
+    keys: Iterable[list[Key]],
+) -> Iterator[_Chunk]:
+    """Chunks in the order of their keys; `per_micro_batch` of them make a micro-batch."""
+    # Workers prefetch a whole micro-batch while the step computes on the previous one. Whatever its size, the
+    # step then waits only if decoding is slower than computing.
+    ahead = max(2, 1 + -(-per_micro_batch // max(1, workers)))
+    return run_in_workers(read, keys, source, workers, ahead=ahead)
 
-    def __init__(self, source: Source, crop: Crop, seed: int = 0, drop_path_draws: int = 0) -> None:
-        self._source, self._crop, self._seed, self._draws = source, crop, seed, drop_path_draws
 
-    def chunks(
-        self, keys: Iterable[list[Key]], workers: int, chunks_per_micro_batch: int
-    ) -> Iterator[_Chunk]:
-        """Chunks in the order of their keys."""
-        # Workers prefetch a whole micro-batch while the step computes on the previous one. Whatever its size,
-        # the step then waits only if decoding is slower than computing.
-        ahead = max(2, 1 + -(-chunks_per_micro_batch // max(1, workers)))
-        return run_in_workers(self, keys, self._source, workers, ahead=ahead)
-
-    def __call__(self, keys: list[Key], note: Note) -> _Chunk:
-        crop, read = self._crop, list[Key]()
-        images = torch.empty((len(keys), crop.data.channels, *pair(crop.image_size)), dtype=crop.dtype)
-        drop_path = np.empty((len(keys), self._draws), dtype=np.float32)
-        bad: list[BadSample] = []
-        # An unreadable image takes no row: later images move up, and the tensors are cut at the end. Crops
-        # and drop path are functions of the image's key, so a hole does not change the other images.
-        for key in keys:
-            note(key[1])  # before reading: if that kills the process, the note remains
-            try:
-                image = crop.read(self._source, key)
-            except BadImageError as error:
-                bad.append(BadSample(key[1], self._source.name(key[1]), str(error)))
-                continue
-            assert image.shape == images.shape[1:], f"a crop of {tuple(image.shape)}"
-            images[len(read)] = image
-            drop_path[len(read)] = keyed_rng(self._seed, "drop-path", *key).random(self._draws)
-            read.append(key)
-        images = images[: len(read)]
-        if get_worker_info() is not None:
-            # By default torch moves images to shared memory on sending, in a thread whose failure nobody
-            # notices: the main process would wait forever. If it is full, send bytes through a pipe.
-            try:
-                images.share_memory_()
-            except RuntimeError:
-                return _Chunk(images.numpy(), read, bad, drop_path[: len(read)])
-        return _Chunk(images, read, bad, drop_path[: len(read)])
+def _read(source: Source, crop: Crop, seed: int, drop_path_draws: int, keys: list[Key], note: Note) -> _Chunk:
+    """Read, crop and draw drop path for these images; this is what workers run."""
+    read = list[Key]()
+    images = torch.empty((len(keys), crop.data.channels, *pair(crop.image_size)), dtype=crop.dtype)
+    drop_path = np.empty((len(keys), drop_path_draws), dtype=np.float32)
+    bad: list[BadSample] = []
+    # An unreadable image takes no row: later images move up, and the tensors are cut at the end. Crops
+    # and drop path are functions of the image's key, so a hole does not change the other images.
+    for key in keys:
+        note(key[1])  # before reading: if that kills the process, the note remains
+        try:
+            image = crop.read(source, key)
+        except BadImageError as error:
+            bad.append(BadSample(key[1], source.name(key[1]), str(error)))
+            continue
+        assert image.shape == images.shape[1:], f"a crop of {tuple(image.shape)}"
+        images[len(read)] = image
+        drop_path[len(read)] = keyed_rng(seed, "drop-path", *key).random(drop_path_draws)
+        read.append(key)
+    images = images[: len(read)]
+    if get_worker_info() is not None:
+        # By default torch moves images to shared memory on sending, in a thread whose failure nobody
+        # notices: the main process would wait forever. If it is full, send bytes through a pipe.
+        try:
+            images.share_memory_()
+        except RuntimeError:
+            return _Chunk(images.numpy(), read, bad, drop_path[: len(read)])
+    return _Chunk(images, read, bad, drop_path[: len(read)])
 
 
 def _join(chunks: Iterator[_Chunk], parts: list[slice], pin_memory: bool) -> Batch:
@@ -236,10 +232,10 @@ def _join(chunks: Iterator[_Chunk], parts: list[slice], pin_memory: bool) -> Bat
         arrived = torch.as_tensor(chunk.images)
         if len(parts) == 1 and not pin_memory:
             images = arrived
-        elif place == 0:
-            size = parts[-1].stop - parts[0].start
-            images = torch.empty((size, *arrived.shape[1:]), dtype=arrived.dtype, pin_memory=pin_memory)
-        if images is not arrived:
+        else:
+            if place == 0:
+                size = parts[-1].stop - parts[0].start
+                images = torch.empty((size, *arrived.shape[1:]), dtype=arrived.dtype, pin_memory=pin_memory)
             images[end : end + len(arrived)] = arrived
         end += len(arrived)
         keys += chunk.keys
@@ -264,15 +260,13 @@ def _share(
     # Rounding the borders down makes shares without gaps that differ by at most one unit.
     units = -(-total // unit)
     start, stop = (min(total, unit * (units * number // world_size)) for number in (rank, rank + 1))
-    # The largest share determines the number of batches: on other ranks the last may be short or empty.
-    begins = range(start, start + unit * -(-units // world_size), batch_size)
-    return [_slices(min(begin, stop), min(begin + batch_size, stop), chunk) for begin in begins]
-
-
-def _slices(start: int, stop: int, size: int) -> list[slice]:
-    """Slices of at most `size`; one empty slice for an empty range."""
-    # A rank without samples needs an empty micro-batch.
-    return [slice(begin, min(begin + size, stop)) for begin in range(start, max(stop, start + 1), size)]
+    # The largest share determines the number of batches: on other ranks the last may be short or empty. An
+    # empty one is one empty slice.
+    batches = []
+    for place in range(start, start + unit * -(-units // world_size), batch_size):
+        begin, end = min(place, stop), min(place + batch_size, stop)
+        batches.append([slice(i, min(i + chunk, end)) for i in range(begin, max(end, begin + 1), chunk)])
+    return batches
 
 
 # ----------------------------------------------------------------------------------------------- quarantine

@@ -3,7 +3,7 @@
     DST/shard-000000.tar    KEY.jpg and, if there are labels, KEY.cls (the class's name); its index beside it
     DST/names.tsv           KEY and the image's name in the source
     DST/manifest.json       counts, classes, the source, the settings, and the finished shards
-    DST/quarantine.jsonl    unreadable images, and shards of the source that end early, if any
+    DST/quarantine.jsonl    unreadable images, if any
 
 The shards depend only on the source and the settings, not on the number of workers. Each appears whole or
 not at all, and is then recorded in the manifest, so interrupted packing resumes after the last finished one.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -136,7 +135,7 @@ def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progre
     # An interrupted call may have recorded bad images of an unfinished shard. They are read again.
     if bad.exists():
         noted = bad.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-        write_text(bad, "".join(f"{line}\n" for line in noted if 0 <= json.loads(line)["sample"] < start))
+        write_text(bad, "".join(f"{line}\n" for line in noted if json.loads(line)["sample"] < start))
     quarantine = QuarantineLog(bad, len(source), data.max_bad_fraction)
 
     def finish_shard(members: list[Member], following: int) -> None:
@@ -177,7 +176,7 @@ def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progre
 
 
 def _finish(source: Source, dst: Path, manifest: dict[str, Any], data: DataConfig) -> None:
-    """Write names.tsv, complete manifest and quarantine list, and warn about classes without an image."""
+    """Write names.tsv, complete the manifest, and warn about classes without an image."""
     if not manifest["shards"]:
         raise UsageError(f"{source.spec!r}: none of its {len(source)} images can be read")
     # Read the numbers of the packed images from the shards: an earlier call may have written some.
@@ -186,11 +185,7 @@ def _finish(source: Source, dst: Path, manifest: dict[str, Any], data: DataConfi
     write_text(
         dst / "names.tsv", "".join(f"{key}\t{source.name(int(key.partition('_')[0]))}\n" for key in keys)
     )
-    # No limit: too many bad images have already raised an error.
-    quarantine = QuarantineLog(dst / "quarantine.jsonl", len(source), math.inf)
-    bad = [sample.sample for sample in quarantine.bad]
-    for number, damage in enumerate(source.damage):  # negative numbers, which no image has
-        quarantine.add(BadSample(-1 - number, damage.shard, damage.reason))
+    bad = [sample.sample for sample in QuarantineLog(dst / "quarantine.jsonl", len(source), 1).bad]
     warn_of_absent_classes(str(dst), source, np.delete(np.arange(len(source)), bad))
     classes = source.class_names if source.has_labels else ()
     manifest |= {"finished": True, "source": source.spec, "classes": classes, "images": len(source)}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from nextblock.atomic import WriteError, write_aside
+from nextblock.atomic import write_aside, writing
 from nextblock.data.random import keyed_permutation
 from nextblock.data.sources import Source, absolute_spec
 from nextblock.data.sources.folder import SUBSET_HEADER
@@ -164,14 +164,13 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     content = b"\n".join(lines) + b"\n"
     if path.is_file() and path.read_bytes() == content:  # the same command, repeated
         return spec
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Only one of several processes creates the file. The list then replaces the empty file, whole.
-        path.touch(exist_ok=False)
-    except FileExistsError as error:
-        raise UsageError(f"{shown} exists already; remove it, or write to another file") from error
-    except OSError as error:
-        raise WriteError(f"cannot write {shown}: {error.strerror}; choose another place") from error
+        try:
+            # Only one of several processes creates the file. The list then replaces the empty file, whole.
+            path.touch(exist_ok=False)
+        except FileExistsError as error:
+            raise UsageError(f"{shown} exists already; remove it, or write to another file") from error
     try:
         with write_aside(path) as aside:
             aside.write_bytes(content)

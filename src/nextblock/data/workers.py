@@ -11,13 +11,14 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing import connection
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from nextblock.data.sources.base import DataError, Source
 
@@ -41,9 +42,12 @@ def resolve_workers(workers: int | None, source: Source, sharing: int = 1) -> in
         return workers
     if source.in_memory:
         return 0
-    # The cores that this process may use: containers and schedulers often limit them.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(0, cores // sharing - 1))
+    return min(8, max(0, available_cores() // sharing - 1))
+
+
+def available_cores() -> int:
+    """The cores that this process may use: containers and schedulers often limit them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_workers(
@@ -68,40 +72,72 @@ def run_in_workers(
         generator=torch.Generator(),  # without its own it draws from the global one
     )
     iterator: Any = iter(loader)
-    with _sigchld_gate() as gate:
-        while True:
-            try:
-                with gate.opened():
-                    # It died while nobody waited: its results may be half sent, so do not wait for them.
-                    if workers and _killed_workers(iterator):
-                        raise RuntimeError("a worker has been killed")  # noqa: TRY301
-                    result = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                # torch's frames, which re-raise a worker's error, hold the iterator. Left to the garbage
-                # collector, the workers would be stopped late, after a wait of 5 s each.
-                traceback.clear_frames(error.__traceback__)
-                if not workers:
-                    raise
-                if isinstance(error, OSError | EOFError):
-                    # Fetching shared memory from a worker that is just dying failed: wait a little.
-                    sentinels = {worker.sentinel: worker for worker in iterator._workers}
-                    for sentinel in connection.wait(list(sentinels), timeout=5):
-                        sentinels[sentinel].join(5)  # it closes its files before it has an exit code
-                killed = _killed_workers(iterator)
-                if not killed:
-                    raise
-                (worker, code), cause = killed[0], "most likely the machine ran out of memory: use"
-                if -code == signal.SIGBUS:  # raised by a write when shared memory is full
-                    cause = "shared memory (/dev/shm) is full: give more (docker run --shm-size=2g), or use"
-                sample = int(reading[worker])
-                where = f" while it read {source.name(sample)}" if sample >= 0 else ""
-                raise WorkerError(
-                    f"a data worker was killed by {signal.Signals(-code).name}{where}; {cause} fewer "
-                    "--data.workers or a lower --data.max_pixels"
-                ) from None
-            yield result
+    if workers:
+        # torch's SIGCHLD handler would raise anywhere in the main thread, even within the optimizer's step,
+        # and leave the weights half updated. So it must not watch these workers; `_noticing_deaths` does.
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    while True:
+        try:
+            with _noticing_deaths(iterator) if workers else nullcontext():
+                result = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            # torch's frames, which re-raise a worker's error, hold the iterator. Left to the garbage
+            # collector, the workers would be stopped late, after a wait of 5 s each.
+            traceback.clear_frames(error.__traceback__)
+            if not workers:
+                raise
+            if isinstance(error, OSError | EOFError):
+                # Fetching shared memory from a worker that is just dying failed: wait a little.
+                sentinels = {worker.sentinel: worker for worker in iterator._workers}
+                for sentinel in connection.wait(list(sentinels), timeout=5):
+                    sentinels[sentinel].join(5)  # it closes its files before it has an exit code
+            killed = _killed_workers(iterator)
+            if not killed:
+                raise
+            (worker, code), cause = killed[0], "most likely the machine ran out of memory: use"
+            if -code == signal.SIGBUS:  # raised by a write when shared memory is full
+                cause = "shared memory (/dev/shm) is full: give more (docker run --shm-size=2g), or use"
+            sample = int(reading[worker])
+            where = f" while it read {source.name(sample)}" if sample >= 0 else ""
+            raise WorkerError(
+                f"a data worker was killed by {signal.Signals(-code).name}{where}; {cause} fewer "
+                "--data.workers or a lower --data.max_pixels"
+            ) from None
+        yield result
+
+
+@contextmanager
+def _noticing_deaths(iterator: Any) -> Iterator[None]:
+    """While we wait for a result, raise as soon as a worker is killed."""
+    # If a worker is killed while it sends a large result, the rest of the message never arrives, and reading
+    # it would wait forever.
+    outer: Any = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+
+    def notice(number: int, frame: Any) -> None:
+        if callable(outer):
+            outer(number, frame)
+        if _killed_workers(iterator):
+            raise RuntimeError("a worker was killed")
+
+    is_main = threading.current_thread() is threading.main_thread()  # only it may have handlers
+    if is_main:
+        signal.signal(signal.SIGCHLD, notice)
+    try:
+        # One that died while nobody waited may have left half a message too.
+        if _killed_workers(iterator):
+            raise RuntimeError("a worker was killed")
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGCHLD, outer)
+
+
+def _killed_workers(iterator: Any) -> list[tuple[int, int]]:
+    """Number and exit code of every worker killed by a signal."""
+    return [(n, w.exitcode) for n, w in enumerate(iterator._workers) if (w.exitcode or 0) < 0]
 
 
 class _Work(Dataset):
@@ -144,50 +180,3 @@ def _obey(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-# ------------------------------------------------------------------------------------------ killed workers
-
-
-class _Gate:
-    """A SIGCHLD handler that calls torch's, which raises, only while the gate is open."""
-
-    def __init__(self, handler: Any) -> None:
-        self._handler, self._is_open = handler, False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self._is_open:
-            self._handler(number, frame)
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        self._is_open = True
-        try:
-            yield
-        finally:
-            self._is_open = False
-
-
-@contextmanager
-def _sigchld_gate() -> Iterator[_Gate]:
-    """Let torch notice a worker's death only while we wait for a result."""
-    # torch's handler could raise anywhere in the main thread, even within the optimizer's step, and leave the
-    # weights half updated. It must raise while we wait: if a worker is killed while it sends a large result,
-    # the rest of the message never arrives.
-    outer: Any = signal.getsignal(signal.SIGCHLD)
-    # A validation loader shares the gate of the training loader: either may wait.
-    gate = outer if isinstance(outer, _Gate) else _Gate(outer)
-    is_main = threading.current_thread() is threading.main_thread()
-    is_ours = gate is not outer and callable(outer) and is_main
-    if is_ours:
-        signal.signal(signal.SIGCHLD, gate)
-    try:
-        yield gate
-    finally:
-        if is_ours:
-            signal.signal(signal.SIGCHLD, outer)
-
-
-def _killed_workers(iterator: Any) -> list[tuple[int, int]]:
-    """Number and exit code of every worker killed by a signal."""
-    return [(n, w.exitcode) for n, w in enumerate(iterator._workers) if (w.exitcode or 0) < 0]

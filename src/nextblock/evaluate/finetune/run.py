@@ -29,8 +29,8 @@ from nextblock.atomic import remove
 from nextblock.checkpoint import MODEL_FILE, save_classifier
 from nextblock.config import pair
 from nextblock.data import BadSample, Batch, QuarantineLog, Step, eval_batches, keyed_seed, resolve_workers
+from nextblock.data.augment import EvalCrop, TimmCrop, TrainCrop, seeded_globally
 from nextblock.data.sources import SubsetSource
-from nextblock.data.transforms import EvalCrop, TimmCrop, TrainCrop, seeded_globally
 from nextblock.evaluate.evaluation import MODEL, Evaluation, Result, Stopped, labelled_evaluation
 from nextblock.evaluate.features import untrained
 from nextblock.evaluate.finetune.model import KeyedDropPath, build_classifier, merge_lora, tuning_groups

@@ -28,9 +28,9 @@ from torch import Tensor
 from nextblock.atomic import write_aside, write_text
 from nextblock.checkpoint import save_classifier
 from nextblock.data import BadSample, Batch, TrainLoader, eval_batches, keyed_seed, normalize, resolve_workers
+from nextblock.data.augment import TimmCrop
 from nextblock.data.order import VisitOrder
 from nextblock.data.sources import SubsetSource
-from nextblock.data.transforms import TimmCrop
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import (
     BASELINES,
