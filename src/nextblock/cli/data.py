@@ -45,7 +45,7 @@ def data(argv: Sequence[str]) -> int:
         raise UsageError(f"unknown command {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
     lines = [f"{VERBS['data'].about}.", "", *(f"  nextblock data {each}" for each in VERBS["data"].examples)]
     lines += ["", "commands:", *(f"  {name:<8}{about}" for name, about in commands.items())]
-    say(*lines, "", "nextblock data COMMAND --help explains one.")
+    print(*lines, "", "nextblock data COMMAND --help explains one.", sep="\n")  # noqa: T201 - without rich
     return 0
 
 
