@@ -18,9 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from nextblock.checkpoint import CheckpointError, read_data, save_model
 from nextblock.cli.weights import convert as run
 from nextblock.config import DataConfig
+from nextblock.errors import UsageError
 from nextblock.interop import load, load_model
 from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
-from nextblock.interop.convert import convert, target_of
+from nextblock.interop.convert import Converted, convert, target_of
 from nextblock.interop.timm_spec import read_timm_data
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
@@ -227,3 +228,18 @@ def test_the_command_writes_onnx_in_a_process_of_its_own(golden_dir, tmp_path):
     line, told = done.stdout.splitlines()
     assert "onnxruntime within" in line
     assert 0 < json.loads(told)["difference"] < 1e-4
+
+
+@pytest.mark.parametrize(("words", "layers"), [(["last"], "last"), (["1", "--probe_layers", "2"], (1, 2))])
+def test_probe_layers_are_names_or_numbers(words, layers, monkeypatch):
+    asked = []
+
+    def record(src, dst, to, **settings):
+        asked.append(settings["probe_layers"])
+        return Converted(target_of(dst, to), dst, 0, None)
+
+    monkeypatch.setattr("nextblock.interop.convert.convert", record)
+    assert run(["src", "dst", "--probe_layers", *words]) == 0
+    assert asked == [layers]
+    with pytest.raises(UsageError, match="probe_layers is 'lost'; did you mean last"):
+        run(["src", "dst", "--probe_layers", "lost"])

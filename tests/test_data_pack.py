@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from nextblock.atomic import WriteError
 from nextblock.config import DataConfig, PackConfig
 from nextblock.data import Source, TooManyBadImages, open_source
 from nextblock.data import pack as packing
 from nextblock.data.pack import pack
+from tiff_files import tiff
 from tiny_runs import write_images
 
 CONFIG = PackConfig(workers=0)
@@ -215,3 +217,34 @@ def test_a_folder_of_something_else_is_refused(folder, data):
     with pytest.raises(ValueError, match="contains something else; give a new folder"):
         pack(open_source("digits", data), folder, CONFIG, data)
     assert sorted(path.name for path in folder.iterdir()) == ["cat", "dog"]  # nor is it marked as output
+
+
+def test_a_scene_beyond_max_pixels_or_cut_off_is_unreadable_and_nothing_of_it_is_packed(tmp_path, data):
+    (tmp_path / "in").mkdir()
+    whole = tiff(noise(70, 90), photometric=2, rows=8, deflate=True)
+    (tmp_path / "in" / "a.tif").write_bytes(whole[:-2000])
+    (tmp_path / "in" / "b.tif").write_bytes(whole)
+    Image.fromarray(noise(100, 100)).save(tmp_path / "in" / "c.png")
+    data = replace(data, max_pixels=6300, max_bad_fraction=1.0)
+    done = pack(open_source(str(tmp_path / "in"), data), tmp_path / "out", replace(CONFIG, tile_px=24), data)
+    assert (done.bad, done.samples) == (2, 3 * 4)
+    assert "100 x 100 = 10,000 pixels, more than" in (tmp_path / "out" / "quarantine.jsonl").read_text()
+
+
+def test_a_full_disk_keeps_whole_shards(folder, tmp_path, data, monkeypatch):
+    source, config = open_source(str(folder), data), replace(CONFIG, shard_mb=0.004)
+    add = packing.tarfile.TarFile.addfile
+
+    def add_until_full(tar, head, file):
+        if head.name.startswith("000000003"):
+            raise OSError(28, "No space left on device")
+        add(tar, head, file)
+
+    monkeypatch.setattr(packing.tarfile.TarFile, "addfile", add_until_full)
+    with pytest.raises(WriteError, match=r"No space left on device.*run the same command again"):
+        pack(source, tmp_path / "out", config, data)
+    kept = shards(tmp_path / "out")
+    assert kept
+    monkeypatch.undo()
+    pack(source, tmp_path / "out", config, data)
+    assert shards(tmp_path / "out")[: len(kept)] == kept

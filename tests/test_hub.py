@@ -242,3 +242,15 @@ def test_a_model_that_is_pushed_is_the_same_when_it_is_pulled(hub, tmp_path, mod
     assert torch.equal(load_model("hf:me/vit").encode(images).tokens, expected)
     vit: Any = timm.create_model("hf-hub:me/vit", pretrained=True, cache_dir=tmp_path / "timm").eval()
     assert torch.equal(vit.forward_features(images), expected)
+
+
+def test_a_source_on_the_hub_is_asked_for_once_and_fetched_once(hub, tmp_path, model_file):
+    hub.repos["me/vit"] = {"model.safetensors": model_file.read_bytes()}
+    fetch("hf:me/vit")
+    hub.log.clear()
+    fetch("hf:me/vit")
+    once = list(hub.log)
+    assert not [line for line in once if "resolve" in line]
+    hub.log.clear()
+    convert("hf:me/vit", tmp_path / "out")
+    assert hub.log == once
