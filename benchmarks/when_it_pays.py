@@ -155,9 +155,7 @@ def curve(root: Path, name: str, seed: int, methods: list[str]) -> None:
     for images in (last // 2**i for i in range((last // EVERY).bit_length())):
         spec = str(out / "checkpoints" / f"step_{images // BATCH:08d}")
         row = {"encoder": "nextblock", "seed": seed, "images": images}
-        # ep takes the longest: only at the end.
-        quick = [one for one in methods if one != "ep" or images == last]
-        measure(root, name, spec, row, quick, baselines=images == last)
+        measure(root, name, spec, row, methods, baselines=images == last)
 
 
 # ------------------------------------------------------------------------------------------------- the rivals
@@ -326,9 +324,9 @@ def draw(root: Path, file: str) -> None:
     from matplotlib import pyplot as plt
 
     found, names = cells(root), ("solar", "digits", "stamps")
-    figure, grid = plt.subplots(2, 3, figsize=(10, 6), sharex=True, layout="constrained")
+    figure, grid = plt.subplots(3, 3, figsize=(10, 8.5), sharex=True, layout="constrained")
     for name, column in zip(names, grid.T, strict=True):
-        for (short, method), axes in zip(METHODS.items(), column, strict=False):  # ep has no curve
+        for method, axes in zip(METHODS.values(), column, strict=True):
             line = sorted(
                 (images, values) for (one, encoder, images, what), values in found.items()
                 if (one, encoder, what) == (name, "nextblock", method)
@@ -351,7 +349,7 @@ def draw(root: Path, file: str) -> None:
             axes.set_xscale("log")
             axes.set_xticks([EVERY * 2**i for i in range(6)], [f"{2**i}k" for i in range(6)])
             axes.minorticks_off()
-            axes.set_title(f"{name}: {short}", fontsize=9)
+            axes.set_title(f"{name}: {method}", fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("images seen")
     for axes in grid[:, 0]:
