@@ -26,7 +26,8 @@ from nextblock.data.random import keyed_permutation, keyed_rng
 from nextblock.data.sources import Source
 from nextblock.data.sources.base import decode
 from nextblock.data.subsets import named
-from nextblock.data.workers import Note, available_cores, run_in_workers
+from nextblock.data.workers import Note, run_in_workers
+from nextblock.launch import available_cores
 from nextblock.logs import counted
 
 # A readable image: its number in the source, a hash of its content, (height, width) of the upright picture.
