@@ -63,7 +63,7 @@ class DataConfig(Section):
     epoch_samples: Count | Auto = None
     """Samples per epoch; auto: the number of images."""
     val: str | None = None
-    """Images to validate on, in the same grammar."""
+    """Images to validate on, named as in data.train."""
     crop_scale: CropScale = (0.3, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest; drawn uniformly."""
     crop_ratio: CropRatio = (0.75, 1.5)

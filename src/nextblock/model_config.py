@@ -146,7 +146,7 @@ class ModelConfig(Section):
     vocab_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] = 8192
     """Number of k-means tokens."""
     teacher: str | None = None
-    """Encoder whose features are predicted: timm:NAME, a run, or a weights file."""
+    """Encoder whose features are predicted: timm:NAME, a run, or a weight file."""
     teacher_dim: Count | Auto = None
     """Width of the teacher's features; auto: read from the teacher when training starts."""
     teacher_digest: str | Auto = None
