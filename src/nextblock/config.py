@@ -221,7 +221,7 @@ class CheckpointConfig(Section):
     """When to save, and how many to keep."""
 
     every: Annotated[str, duration("ep", "st", "sa", "min")] = "30min"
-    """Save this often: 30min, 1ep, 500st or 10000sa. The end of the run, ctrl-C and SIGTERM save as well."""
+    """Save this often: 30min, 1ep, 500st or 10000sa. The end of the run, Ctrl-C and SIGTERM save as well."""
     in_background: bool = False
     """Keep training while a checkpoint is written; copies weights and moments to main memory."""
     keep: Count = 2
