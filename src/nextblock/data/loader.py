@@ -1,9 +1,8 @@
 """Batches in an order that depends on the seed alone, decoded while the previous step computes.
 
 A step's samples are f(seed, step), see `order`; an image's crop is f(seed, visit, sample), see `augment`.
-So neither depends on the number of workers, the micro-batch size, or where a run was interrupted, and
-starting at step one million costs as much as starting at step zero. An unreadable image leaves a hole in its
-batch.
+So neither depends on the number of workers, the micro-batch size, or where a run was interrupted. Starting at
+step one million costs as much as starting at step zero. An unreadable image leaves a hole in its batch.
 """
 
 from __future__ import annotations

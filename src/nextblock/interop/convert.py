@@ -231,10 +231,10 @@ def write_timm(
 ) -> None:
     """Write an encoder as a directory that `timm.create_model(address)` opens.
 
-    An encoder under full attention with timm's epsilon, or with a class token, rotary positions, normed
-    queries or LayerScale, becomes one of timm's own architectures with all arguments given. Any other becomes
-    `nextblock_vit` (see `timm_models`). `image_size` and `attention` write one of our encoders at that size
-    and with that mask. The predictor is left out.
+    An encoder under full attention with timm's epsilon becomes one of timm's own architectures, with all
+    arguments given. So does one with a class token, rotary positions, normed queries or LayerScale. Any other
+    becomes `nextblock_vit` (see `timm_models`). `image_size` and `attention` write one of our encoders at
+    that size and with that mask. The predictor is left out.
     """
     if isinstance(model, NextBlockModel):
         whole, model = model, encoder_at(model, image_size, attention)
