@@ -77,11 +77,11 @@ def describe_machine(options: Options, emit: Emit) -> None:
     if options.device == "cuda" and torch.cuda.is_available():
         fields = "driver_version,memory.total,power.limit"
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
-            told = subprocess.run(
+            printed = subprocess.run(
                 ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
                 capture_output=True, text=True, check=True, timeout=15,
             ).stdout  # fmt: skip
-            values = [value.strip() for value in told.splitlines()[0].split(",")]
+            values = [value.strip() for value in printed.splitlines()[0].split(",")]
             found |= zip(("driver", "memory", "power_limit"), values, strict=True)
         found |= {"card": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
         capability = torch.cuda.get_device_capability()
@@ -104,8 +104,8 @@ def run_tests(options: Options, emit: Emit) -> None:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             # A test counts once: its own phase, or the first one that did not go well.
             if report.when == "call" or report.outcome != "passed":
-                told = str(report.longrepr or "").splitlines()[-1:] if report.failed else []
-                emit("test", name=report.nodeid, outcome=report.outcome, seconds=report.duration, why=told)
+                why = str(report.longrepr or "").splitlines()[-1:] if report.failed else []
+                emit("test", name=report.nodeid, outcome=report.outcome, seconds=report.duration, why=why)
 
     os.environ["GPU_TESTS_DEVICE"] = options.device
     few = ["-k", "fused or tables or waits"] if options.quick else []
@@ -258,8 +258,8 @@ def measure_data(options: Options, emit: Emit) -> None:
         for image_size in (256, 224):
             laps_s = time_crops(Path(folder), SIZES, "auto", image_size, 2 if options.quick else 8)
             for size in SIZES:
-                told = {"crop_px": image_size, "files_px": size, "decoder": jpeg_decoder("auto")}
-                emit("data", images_per_s_per_core=PHOTOS / median(laps_s[size]), **told)
+                what = {"crop_px": image_size, "files_px": size, "decoder": jpeg_decoder("auto")}
+                emit("data", images_per_s_per_core=PHOTOS / median(laps_s[size]), **what)
             if options.quick:
                 return
 

@@ -33,9 +33,9 @@ CONTEXT.set_forkserver_preload(["ranks", "torchcodec.decoders", *(f"nextblock.{n
 class RankFailed(Exception):  # noqa: N818 - it says what happened
     """A rank raised this; the command says so unless another rank does."""
 
-    def __init__(self, message: str, *, is_told: bool = False) -> None:
+    def __init__(self, message: str, *, is_reported: bool = False) -> None:
         super().__init__(message)
-        self.is_told = is_told
+        self.is_reported = is_reported
 
 
 def free_port() -> int:
@@ -89,8 +89,8 @@ def _run(pipe: Connection, env: dict[str, str], function: Callable[..., Any], ar
         result = function(*args)
     except BaseException as error:
         traceback.print_exc()
-        told = getattr(error, "is_told", False)
-        result = RankFailed(f"{type(error).__name__}: {error}", is_told=told)
+        is_reported = getattr(error, "is_reported", False)
+        result = RankFailed(f"{type(error).__name__}: {error}", is_reported=is_reported)
     pipe.send(result)
     pipe.close()
 

@@ -192,8 +192,8 @@ def test_what_is_wrong_with_one_rank_ends_all_and_names_it(what, message, saved,
     assert re.search(message, str(results[0]))
     assert [path.name for path in tmp_path.glob("run/checkpoints/step_*")] == saved
     # The launcher may end rank 0 before it has spoken: a rank with an error of its own speaks for itself.
-    assert results[2].is_told == (what not in ("version", "size"))
-    assert what != "bug" or not results[1].is_told
+    assert results[2].is_reported == (what not in ("version", "size"))
+    assert what != "bug" or not results[1].is_reported
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_ranks_of_other_settings_are_refused(changes, message, tmp_path):
     write_images(tmp_path / "images", 8)
     results = run_ranks(2, pretrain_otherwise, tmp_path / "images", changes, tmp_path)
     assert re.search(message, str(results[0]))
-    assert results[1].is_told
+    assert results[1].is_reported
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 

@@ -254,4 +254,4 @@ def test_rows_are_the_same_of_several_processes(tmp_path, on_disk, world, images
 def test_too_many_unreadable_images_stop_all_processes_and_rank_0_reports(tmp_path):
     data = replace(DATA, max_bad_fraction=0.2)
     found = ranks.run_ranks(2, fill_together, ToySource(10, bad={3, 8, 9}), tmp_path, data)
-    assert all("TooManyBadImages: 3 of the 10 images" in str(error) and error.is_told for error in found)
+    assert all("TooManyBadImages: 3 of the 10 images" in str(error) and error.is_reported for error in found)

@@ -20,7 +20,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
 from nextblock.cli import main
-from nextblock.cli.arguments import Parser, _sentences
+from nextblock.cli.arguments import Parser, sentences
 from nextblock.cli.verbs import VERBS
 from nextblock.config import RunConfig
 from nextblock.plan import count_parameters
@@ -36,7 +36,7 @@ GENERAL = {"json", "config", "print_config", "overwrite", "devices"}
 
 def described(setting: Setting) -> str:
     """What a setting does, as its dataclass says; its type and default."""
-    sentence = marked(_sentences(setting.owner).get(setting.name.rpartition(".")[2], ""))
+    sentence = marked(sentences(setting.owner).get(setting.name.rpartition(".")[2], ""))
     is_auto = setting.default is None and Auto in get_args(setting.hint)
     default = "auto" if is_auto else typed(setting.default) or "[]"
     end = "required" if setting.default is MISSING else f"default `{default}`"

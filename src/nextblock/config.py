@@ -63,7 +63,7 @@ class DataConfig(Section):
     epoch_samples: Count | Auto = None
     """Samples per epoch; auto: the number of images."""
     val: str | None = None
-    """Images to validate on, in the same grammar."""
+    """Images to validate on, named as in data.train."""
     crop_scale: CropScale = (0.3, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest; drawn uniformly."""
     crop_ratio: CropRatio = (0.75, 1.5)
@@ -221,7 +221,7 @@ class CheckpointConfig(Section):
     """When to save, and how many to keep."""
 
     every: Annotated[str, duration("ep", "st", "sa", "min")] = "30min"
-    """Save this often: 30min, 1ep, 500st or 10000sa. The end of the run, ctrl-C and SIGTERM save as well."""
+    """Save this often: 30min, 1ep, 500st or 10000sa. The end of the run, Ctrl-C and SIGTERM save as well."""
     in_background: bool = False
     """Keep training while a checkpoint is written; copies weights and moments to main memory."""
     keep: Count = 2

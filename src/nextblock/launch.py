@@ -64,6 +64,11 @@ def find_world(env: Mapping[str, str] = os.environ) -> World:
     return World()
 
 
+def available_cores() -> int:
+    """The cores that this process may use: containers and schedulers often limit them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 SHUTDOWN_TIMEOUT_S = 24 * 3600
 """A rank that is asked to stop finishes its step first, however long that takes; a second signal ends it."""
@@ -89,7 +94,7 @@ def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
     from torch.distributed.run import get_args_parser, run
 
     is_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     limit, unit = (torch.cuda.device_count(), "GPU") if is_cuda else (cores, "CPU core")
     if devices > limit:
         raise UsageError(

@@ -101,9 +101,9 @@ class ModelConfig(Section):
         "raster", "reverse", "column", "reverse_column", "spiral", "checkerboard",
         "fixed_random", "random", "per_image",
     ] = "raster"  # fmt: skip
-    """Order of the blocks: row by row, the same backwards, column by column, the same backwards, from the
-    centre out, every other block first, one random order; random: one of a fixed set, drawn per step;
-    per_image: a new random order for every image and visit."""
+    """raster: row by row; column: column by column; reverse, reverse_column: these backwards; spiral: from
+    the centre out; checkerboard: every other block first; fixed_random: one random order; random: one of a
+    fixed set, drawn per step; per_image: a new random order for every image and visit."""
     order_seed: int = 0
     """Seed of the random orders."""
     prefix: bool = False
@@ -146,7 +146,7 @@ class ModelConfig(Section):
     vocab_size: Annotated[int, Rule(lambda n: n >= 2, "from 2")] = 8192
     """Number of k-means tokens."""
     teacher: str | None = None
-    """Encoder whose features are predicted: timm:NAME, a run, or a weights file."""
+    """Encoder whose features are predicted: timm:NAME, a run, or a weight file."""
     teacher_dim: Count | Auto = None
     """Width of the teacher's features; auto: read from the teacher when training starts."""
     teacher_digest: str | Auto = None

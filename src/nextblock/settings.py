@@ -270,10 +270,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     )
 
 
-class UnknownSettingError(UsageError):
-    """Settings contain a name that this release does not know."""
-
-
 def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
     """Build a config from `to_dict`'s output, dotted names or keywords; reject unknown and missing keys."""
     # Dotted names become nested dicts first: "model.depth" and {"model": {"depth": 1}} are the same, and each
@@ -288,7 +284,7 @@ def from_dict(cls: Callable[..., T], values: Mapping[str, Any]) -> T:
             name, section, value = "target", "target", "tokens"
         # Raise instead of dropping it: a misspelt setting would silently keep its default.
         if section not in known:
-            raise UnknownSettingError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
+            raise UsageError(f"unknown setting {name!r}; {nearest_name(name, sorted(known))}")
         given[section] = {**given.get(section, {}), rest: value} if rest else value
     for name, value in given.items():
         if isinstance(value, Mapping):

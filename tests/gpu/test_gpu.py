@@ -309,7 +309,7 @@ def test_peak_memory_of_a_step_is_about_what_plan_counts():
     peaks = []
     for images in (256, 512):
         torch.cuda.reset_peak_memory_stats()
-        trainer._touch(trainer.model, images).backward()
+        trainer._zero_loss(trainer.model, images).backward()
         trainer.optimizer.zero_grad()
         peaks.append(torch.cuda.max_memory_allocated())
     counted = 256 * memory(config, "bf16", 1, sharded=False, recompute=False)["image"]

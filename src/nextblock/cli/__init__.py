@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         code = USAGE_ERROR if isinstance(error, UsageError) else FAILURE
         code = code if stopped_by is None else 128 + stopped_by
-        is_on_all = getattr(error, "is_told", False) or stopped_by is not None
+        is_on_all = getattr(error, "is_reported", False) or stopped_by is not None
         # Rank 0 prints errors that all ranks raise, the first rank of each host prints usage errors.
         if world.rank and (is_on_all or (code == USAGE_ERROR and world.local_rank)):
             return code

@@ -186,7 +186,7 @@ class Parser(argparse.ArgumentParser):
         for action, (name, hint, default, owner) in self.described:
             words = "auto" if default is None and Auto in get_args(hint) else typed(default) or "[]"
             words = "required" if default is MISSING else f"default: {words}"
-            sentence = _sentences(owner).get(name.rpartition(".")[2], "")
+            sentence = sentences(owner).get(name.rpartition(".")[2], "")
             action.help = f"{sentence} ({words})".replace("%", "%%")
         self.described.clear()
         shared = ("json", "overwrite", "config", "print_config")
@@ -257,7 +257,7 @@ def _metavar(hint: Any) -> str:
 
 
 @functools.cache
-def _sentences(cls: type) -> dict[str, str]:
+def sentences(cls: type) -> dict[str, str]:
     """Read the docstring below each field of a dataclass and of its base classes."""
     # Python discards docstrings of fields, so they are read from the source. Base classes come first, so that
     # a redeclared field gets its newest docstring.

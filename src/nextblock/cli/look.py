@@ -86,10 +86,10 @@ def serve(argv: Sequence[str]) -> int:
 
     from nextblock.serve.server import serve as serve_page
 
-    def tell(url: str) -> None:
+    def announce(url: str) -> None:
         say(f"Open {url} in a browser. Ctrl-C ends.")
         if is_json:
             end_with_json({"url": url})
 
-    serve_page(ServeSettings(**values), tell)
+    serve_page(ServeSettings(**values), announce)
     return 0

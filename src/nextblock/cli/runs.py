@@ -29,7 +29,7 @@ def report(argv: Sequence[str]) -> int:
         "--out",
         type=str | Auto,
         metavar="FILE.html",
-        help="page to write (default: report.html in the run, of several in the folder that holds them)",
+        help="page to write (default: report.html in the run, or in the folder of several runs)",
     )
     options = parser.parse(argv)
 

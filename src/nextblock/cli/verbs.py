@@ -107,7 +107,7 @@ VERBS = {
     "predict": verb(
         "Draw how a model predicts the next blocks of images",
         "look:predict",
-        "",
+        "model data out num_images distance",
         "--model RUN --data DIR --out RUN/predictions",
         "--model RUN --data digits:split=test --out RUN/predictions --num_images 16",
         "--model xtra.ckpt --num_heads 12 --data DIR --out predictions",
@@ -129,7 +129,7 @@ VERBS = {
         "--model RUN --data DIR        # only print",
     ),
     "features": verb(
-        "Draw patch features as colours, nearest patches, where a head looks",
+        "Draw patch features as colours, nearest patches, a head's attention",
         "look:features",
         "model data out num_images head query patch",
         "--model RUN --data DIR --out RUN/features",

@@ -1,4 +1,4 @@
-"""Images from sources to batches: sources, decode, transforms, order, loader."""
+"""Images from sources to batches: sources, decode, order, augment, loader."""
 
 from nextblock.data.augment import normalize
 from nextblock.data.decode import BadImageError, decode_image, jpeg_decoder

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from nextblock.config import DataConfig, ModelConfig, Size, pair
 from nextblock.data.decode import BadImageError, open_image, orientation_of, pillow_errors
-from nextblock.data.loader import BadSample, TrainLoader
+from nextblock.data.loader import BadSample, TrainLoader, most_bad
 from nextblock.data.random import keyed_permutation, keyed_rng
 from nextblock.data.sources import Source
 from nextblock.data.sources.base import decode
 from nextblock.data.subsets import named
-from nextblock.data.workers import Note, available_cores, run_in_workers
+from nextblock.data.workers import Note, run_in_workers
+from nextblock.launch import available_cores
 from nextblock.logs import counted
 
 # A readable image: its number in the source, a hash of its content, (height, width) of the upright picture.
@@ -257,8 +258,7 @@ def _findings(
     for source, _, report in (train,) if val is None else (train, val):
         bad, examined, most = len(report["bad"]), report["examined"], data.max_bad_fraction
         what = f"{bad:,} of {examined:,} in {source.spec}"
-        # The rule of a run: one unreadable file is always allowed, unless the setting is 0.
-        if bad > (max(1, most * examined) if most else 0) or bad == examined:
+        if bad > most_bad(most, examined) or bad == examined:
             remedy = f"repair or remove them (data.max_bad_fraction is {most:g})"
             problem("too many unreadable files", f"{what}; {remedy}")
         elif bad:

@@ -1,9 +1,8 @@
 """Batches in an order that depends on the seed alone, decoded while the previous step computes.
 
-A step's samples are f(seed, step), see `order`; an image's crop is f(seed, visit, sample), see `transforms`.
-So neither depends on the number of workers, the micro-batch size, or where a run was interrupted, and
-starting at step one million costs as much as starting at step zero. An unreadable image leaves a hole in its
-batch.
+A step's samples are f(seed, step), see `order`; an image's crop is f(seed, visit, sample), see `augment`.
+So neither depends on the number of workers, the micro-batch size, or where a run was interrupted. Starting at
+step one million costs as much as starting at step zero. An unreadable image leaves a hole in its batch.
 """
 
 from __future__ import annotations
@@ -276,6 +275,12 @@ class TooManyBadImages(DataError):  # noqa: N818 - says what happened
     """More files are unreadable than `data.max_bad_fraction` allows."""
 
 
+def most_bad(max_bad_fraction: float, num_files: int) -> float:
+    """The number of unreadable files to accept: a share, but at least one, unless the share is 0."""
+    # A share of a small folder may be less than one file, and one bad file must not stop a run.
+    return max(1, max_bad_fraction * num_files) if max_bad_fraction else 0
+
+
 class QuarantineLog:
     """One JSON line per unreadable file, however often it is read, restarts included."""
 
@@ -317,9 +322,7 @@ class QuarantineLog:
             line = json.dumps({"name": bad.name, "sample": bad.sample, "reason": bad.reason})
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        # A share of a small folder may be less than one file, and one bad file must not stop a run.
-        allowed = max(1, self._max_bad_fraction * self._num_files) if self._max_bad_fraction else 0
-        if self.count > allowed:
+        if self.count > most_bad(self._max_bad_fraction, self._num_files):
             first = "".join(f"\n  {bad.name}: {bad.reason}" for bad in self.bad[:10])
             raise TooManyBadImages(
                 f"{self.count} of {self._num_files} files cannot be read, more than {self._setting} "

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from nextblock.data.sources.base import DataError, Source
+from nextblock.launch import available_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,11 +44,6 @@ def resolve_workers(workers: int | None, source: Source, sharing: int = 1) -> in
     if source.in_memory:
         return 0
     return min(8, max(0, available_cores() // sharing - 1))
-
-
-def available_cores() -> int:
-    """The cores that this process may use: containers and schedulers often limit them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_workers(

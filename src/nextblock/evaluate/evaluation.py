@@ -74,7 +74,7 @@ PROGRESS_EVERY_S = 10.0
 class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
     """A signal stopped an evaluation; encoded features are kept if it has a directory."""
 
-    is_told = True
+    is_reported = True
     """All ranks raise it, and only rank 0 prints it."""
 
     def __init__(self, by: signal.Signals, message: str) -> None:

@@ -20,13 +20,13 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from nextblock.data import Source, keyed_seed
-from nextblock.data.subsets import draw_per_class, split
+from nextblock.data.subsets import draw_per_class, named, split
 from nextblock.errors import UsageError
 from nextblock.evaluate.evaluation import Evaluation, frozen_tables, labelled_evaluation
 from nextblock.evaluate.metrics import accuracies
 from nextblock.evaluate.results import Result, add_leads
 from nextblock.evaluate.settings import FewshotSettings, Shots
-from nextblock.evaluate.splits import Labelled, count_classes, some, source_notes
+from nextblock.evaluate.splits import Labelled, count_classes, source_notes
 from nextblock.logs import counted
 from nextblock.settings import from_dict
 from nextblock.tables import Column, lead, number, share
@@ -80,7 +80,7 @@ def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n
     if missing:
         raise UsageError(
             f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(source.class_names)} "
-            f"classes without an image ({some(missing, 3)}); use a larger share, or images of every class, "
+            f"classes without an image ({named(missing, 3)}); use a larger share, or images of every class, "
             "such as 1"
         )
     return drawn
@@ -129,7 +129,7 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
                 if missing := _missing_classes(train.source, few):
                     raise UsageError(
                         f"labels {text}: no drawn image of {count_classes(missing)} of {config.train} is "
-                        f"readable ({some(missing, 3)}); repair or remove unreadable images, use more "
+                        f"readable ({named(missing, 3)}); repair or remove unreadable images, use more "
                         "labels, or another --seed"
                     )
                 seed = keyed_seed(config.seed, "folds", draw) % 2**32

@@ -18,6 +18,7 @@ from nextblock.config import DataConfig
 from nextblock.data import Source, open_source
 from nextblock.data.doctor import shared_images
 from nextblock.data.random import keyed_permutation
+from nextblock.data.subsets import named
 from nextblock.errors import UsageError
 from nextblock.logs import counted
 from nextblock.settings import require
@@ -54,7 +55,7 @@ def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str
         labels, unknown = match_classes(source, names)
         if unknown:
             raise UsageError(
-                f"{source.spec} has {count_classes(unknown)} that {train} lacks: {some(unknown, 5)}; remove "
+                f"{source.spec} has {count_classes(unknown)} that {train} lacks: {named(unknown, 5)}; remove "
                 "these images, or add some to train"
             )
         notes = []
@@ -70,7 +71,7 @@ def open_labelled(specs: Mapping[str, str | None], data: DataConfig) -> dict[str
         missing = [names[number] for number in np.setdiff1d(np.arange(len(names)), labels)]
         if missing:
             notes.append(
-                f"{source.spec} has no image of {count_classes(missing)} of train: {some(missing, 8)}"
+                f"{source.spec} has no image of {count_classes(missing)} of train: {named(missing, 8)}"
             )
         labelled[purpose] = Labelled(source, labels, tuple(notes))
     return labelled
@@ -82,11 +83,6 @@ def match_classes(source: Source, names: Sequence[str]) -> tuple[Int64[np.ndarra
     labels = np.array([numbers.get(name, -1) for name in source.class_names], dtype=np.int64)[source.labels]
     unknown = np.unique(source.labels[labels < 0])
     return labels, [source.class_names[number] for number in unknown]
-
-
-def some(names: Sequence[str], most: int) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def count_classes(names: Sequence[str]) -> str:
@@ -121,7 +117,7 @@ def classifier_labels(
     labels, unknown = match_classes(source, names)
     require(
         not unknown,
-        f"the classifier does not know {count_classes(unknown)} of {source.spec}: {some(unknown, 5)}; "
+        f"the classifier does not know {count_classes(unknown)} of {source.spec}: {named(unknown, 5)}; "
         f"{AS_LOGITS}",
     )
     return labels

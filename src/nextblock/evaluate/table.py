@@ -39,6 +39,7 @@ from nextblock.data import (
     normalize,
     resolve_workers,
 )
+from nextblock.data.loader import most_bad
 from nextblock.train.distributed import ALONE, Group
 
 Extract = Callable[[Tensor], tuple[Tensor, ...]]
@@ -269,8 +270,7 @@ def non_finite(features: tuple[Tensor, ...], batch: Batch) -> str | None:
 
 def check_bad(bad: Sequence[BadSample], source: Source, data: DataConfig) -> None:
     """Raise `TooManyBadImages` if more images are unreadable than `data.max_bad_fraction` allows."""
-    allowed = data.max_bad_fraction * len(source)
-    if len(bad) <= max(allowed, 1 if allowed else 0):
+    if len(bad) <= most_bad(data.max_bad_fraction, len(source)):
         return
     first = "".join(f"\n  {sample.name}: {sample.reason}" for sample in bad[:10])
     raise TooManyBadImages(

@@ -95,14 +95,14 @@ def is_aim_head(weights: Mapping[str, Any]) -> bool:
 
 def read_aim(
     weights: Mapping[str, Tensor],
-    beside: Mapping[str, Any],
+    settings: Mapping[str, Any],
     origin: str,
     options: LoadOptions,
 ) -> NextBlockModel | ImageClassifier:
     """Build the encoder, classifier (a backbone and its head) or whole model in official files.
 
-    `beside` is the config.json of Apple's files on the hub; {} without one. Refuses other architectures, and
-    settings that neither the caller nor config.json gives.
+    `settings` is the config.json of Apple's files on the hub; {} without one. Refuses other architectures,
+    and files whose settings neither the caller nor config.json gives.
     """
     if options.head is not None:
         place = fetch(str(options.head)) if is_hub_spec(options.head) else Path(options.head)
@@ -124,17 +124,17 @@ def read_aim(
     ours = fused(ours, ("q_proj", "k_proj", "v_proj"), origin)
     sizes = encoder_sizes(ours, origin)
     size, patch_size = (sizes["embed_dim"], sizes["depth"]), sizes["patch_size"]
-    if (beside.get("embed_dim"), beside.get("num_blocks")) != size:
-        beside = {}  # of another model
+    if (settings.get("embed_dim"), settings.get("num_blocks")) != size:
+        settings = {}  # of another model
 
-    heads = options.num_heads or beside.get("num_heads") or NUM_HEADS_OF_SIZE.get(size)
+    heads = options.num_heads or settings.get("num_heads") or NUM_HEADS_OF_SIZE.get(size)
     heads = known_heads(heads, sizes, origin)
     layers = None
     if "head.query" in ours:
         # Apple's heads on the last and on the best layers differ only in their file name.
-        given = beside.get("probe_layers", "last" if beside else None)
+        given = settings.get("probe_layers", "last" if settings else None)
         layers = _probe_layers(given if options.probe_layers is None else options.probe_layers, size, origin)
-    image_size = options.image_size or beside.get("img_size")
+    image_size = options.image_size or settings.get("img_size")
     if image_size is None:
         if "encoder.pos_embed" not in ours:
             raise MissingSettingError(

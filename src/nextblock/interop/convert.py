@@ -96,7 +96,7 @@ def convert(
         provenance = Provenance(origin=provenance.origin, license=license)
     recorded = recorded_data(str(src) if found.path is None else found.path)
     data = recorded or official_data(config.image_size, config.in_chans)
-    told: dict[str, Any] = {"data": data, "provenance": provenance}
+    shared: dict[str, Any] = {"data": data, "provenance": provenance}
     other: dict[str, Any] = {"image_size": image_size, "attention": attention or "native"}
     head = None if isinstance(found.model, NextBlockModel) else found.model.head_config
     if to == "timm" and head is not None:
@@ -109,9 +109,9 @@ def convert(
         with tempfile.TemporaryDirectory() as aside:
             folder = Path(aside) / repo.rpartition("/")[2]
             if to == "timm":
-                write_timm(encoder, folder, address=f"hf-hub:{repo}", **told, **other)
+                write_timm(encoder, folder, address=f"hf-hub:{repo}", **shared, **other)
             else:
-                _write_own(found, folder, address=str(dst), **told)
+                _write_own(found, folder, address=str(dst), **shared)
             return Converted(to, push(folder, str(dst)), _num_bytes(folder), None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +122,11 @@ def convert(
         ) from error
     difference = None
     if to == "onnx":
-        difference = write_onnx(found.model, path, layers=layers, **told, **other)
+        difference = write_onnx(found.model, path, layers=layers, **shared, **other)
     elif to == "timm":
-        write_timm(encoder, path, address=f"local-dir:{path.name}", **told, **other)
+        write_timm(encoder, path, address=f"local-dir:{path.name}", **shared, **other)
     else:
-        _write_own(found, path, address=path.name, **told)
+        _write_own(found, path, address=path.name, **shared)
     return Converted(to, str(path), _num_bytes(path), difference)
 
 
@@ -231,10 +231,10 @@ def write_timm(
 ) -> None:
     """Write an encoder as a directory that `timm.create_model(address)` opens.
 
-    An encoder under full attention with timm's epsilon, or with a class token, rotary positions, normed
-    queries or LayerScale, becomes one of timm's own architectures with all arguments given. Any other becomes
-    `nextblock_vit` (see `timm_models`). `image_size` and `attention` write one of our encoders at that size
-    and with that mask. The predictor is left out.
+    An encoder under full attention with timm's epsilon becomes one of timm's own architectures, with all
+    arguments given. So does one with a class token, rotary positions, normed queries or LayerScale. Any other
+    becomes `nextblock_vit` (see `timm_models`). `image_size` and `attention` write one of our encoders at
+    that size and with that mask. The predictor is left out.
     """
     if isinstance(model, NextBlockModel):
         whole, model = model, encoder_at(model, image_size, attention)

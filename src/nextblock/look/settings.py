@@ -27,7 +27,7 @@ class LookSettings:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto: CUDA, then MPS, then CPU."""
     workers: Natural | None = None
-    """Processes that decode; auto: as in pre-training."""
+    """Processes that decode images; none: as many as in pre-training."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -88,7 +88,7 @@ class FeaturesSettings(LookSettings):
     """What `features` draws."""
 
     model: str
-    """A run directory, a file of weights, hf:USER/NAME, or timm:NAME."""
+    """A run directory, a weight file, hf:USER/NAME, or timm:NAME."""
     num_images: Count = 8
     """Number of images, evenly spaced over the source."""
     fit_images: Count = 256

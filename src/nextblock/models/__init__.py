@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from nextblock.models.heads import EncoderModel, ImageClassifier
-from nextblock.models.next_block import Further, NextBlockModel, Prediction
+from nextblock.models.heads import EncoderModel
+from nextblock.models.next_block import NextBlockModel
 from nextblock.models.timm_encoder import TimmEncoder
-from nextblock.models.vit import Encoded
 
-__all__ = [
-    "Encoded",
-    "EncoderModel",
-    "Further",
-    "ImageClassifier",
-    "NextBlockModel",
-    "Prediction",
-    "TimmEncoder",
-]
+__all__ = ["EncoderModel", "NextBlockModel", "TimmEncoder"]

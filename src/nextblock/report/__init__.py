@@ -4,7 +4,7 @@ Importing it loads neither torch nor matplotlib, so that a report starts quickly
 """
 
 from nextblock.report.compare import Comparison, comparison_group, comparison_page
-from nextblock.report.page import page_values, run_page, run_sections
+from nextblock.report.page import page_values, run_page
 from nextblock.report.read import RunSummary, read_run
 from nextblock.report.words import plot_losses, report_markdown, report_table, report_values
 
@@ -20,5 +20,4 @@ __all__ = [
     "report_table",
     "report_values",
     "run_page",
-    "run_sections",
 ]

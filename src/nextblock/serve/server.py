@@ -184,15 +184,15 @@ class Handler(BaseHTTPRequestHandler):
         """Log no single requests."""
 
 
-def serve(settings: ServeSettings, tell: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C, which raises KeyboardInterrupt; `tell` is called with its address.
+def serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C, which raises KeyboardInterrupt; `announce` gets its address.
 
     Each request has its own thread; the main thread encodes the images of --data.
     """
     with Server(settings.host, settings.port) as server:  # first, because loading a model takes longer
         server.session = session = Session(settings)
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        tell(server.url)
+        announce(server.url)
         if settings.open:
             webbrowser.open(server.url)
         try:

@@ -29,6 +29,7 @@ from nextblock.data import BadImageError, Source, normalize, open_source
 from nextblock.data.augment import val_crop
 from nextblock.data.sources.base import decode
 from nextblock.errors import UsageError
+from nextblock.evaluate.embed import thumbnail
 from nextblock.evaluate.features import (
     classifier_directory,
     encoder_extract,
@@ -133,15 +134,14 @@ class Session:
 
     def choose(self, index: Any) -> dict[str, Any]:
         """Keep an image of --data."""
-        return self._keep(self._read(index), int(index))
+        source = self._source()
+        number = _number("index", index, len(source))
+        return self._keep(source.read(number), number)
 
     def thumbnail(self, index: Any) -> bytes:
         """A small picture of an image of --data."""
-        return _png(self._read(index), THUMBNAIL_PX)
-
-    def _read(self, index: Any) -> UInt8[Tensor, "c h w"]:
         source = self._source()
-        return source.read(_number("index", index, len(source)))
+        return thumbnail(source, _number("index", index, len(source)), THUMBNAIL_PX)
 
     def _source(self) -> Source:
         if self.source is None:
@@ -283,19 +283,12 @@ def _number(name: str, value: Any, below: float) -> int:
     return int(value)
 
 
-def _png(pixels: Shaped[Tensor, "c h w"], max_px: int | None = None) -> bytes:
-    """A PNG of bytes, or of floats in [0, 1]; of many channels, the first three."""
+def _url(pixels: Shaped[Tensor, "c h w"]) -> str:
+    """A picture as a data: URL, from bytes or floats in [0, 1]; of many channels, the first three."""
     if pixels.is_floating_point():
         pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     shown = pixels[: shown_channels(len(pixels))].expand(3, -1, -1)
     picture = Image.fromarray(np.ascontiguousarray(rearrange(shown, "c h w -> h w c").numpy()))
-    if max_px is not None:
-        picture.thumbnail((max_px, max_px))
     file = io.BytesIO()
     picture.save(file, "PNG")
-    return file.getvalue()
-
-
-def _url(pixels: Shaped[Tensor, "c h w"]) -> str:
-    """A picture as a data: URL."""
-    return "data:image/png;base64," + base64.b64encode(_png(pixels)).decode()
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from nextblock.train.distributed import DistributedError
 from nextblock.train.logging import Reporter, Tick
 from nextblock.train.loop import CollapseError, NonFiniteError, TrainResult, train
 from nextblock.train.monitors import Monitor, MonitorEvent
@@ -11,7 +10,6 @@ from nextblock.train.run_dir import DamagedRunError, RunDir, RunDirError
 __all__ = [
     "CollapseError",
     "DamagedRunError",
-    "DistributedError",
     "Monitor",
     "MonitorEvent",
     "NonFiniteError",

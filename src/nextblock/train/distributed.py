@@ -50,7 +50,7 @@ class DistributedError(LaunchError):
 
 def _reported(error: Exception) -> Exception:
     """Mark an error as reported by rank 0, so that other ranks stay silent."""
-    error.is_told = True  # type: ignore[attr-defined]
+    error.is_reported = True  # type: ignore[attr-defined]
     return error
 
 
@@ -212,7 +212,7 @@ def process_group(world: World, device: torch.device, *, needed: bool = False) -
     try:
         yield group
     except Exception as error:
-        if getattr(error, "is_told", False):
+        if getattr(error, "is_reported", False):
             if not group.is_main:
                 time.sleep(BEAT_S)  # a launcher ends all ranks when the first exits: let rank 0 report first
             raise

@@ -52,7 +52,7 @@ class Sums(NamedTuple):
 class Learner(ABC):
     """A model in training. With several processes, each has a copy or a shard, and all make the same calls.
 
-    A subclass builds the model, calls `resume`, and defines its loss in `_counts`, `_loss` and `_touch`.
+    A subclass builds the model, calls `resume`, and defines its loss in `_counts`, `_loss` and `_zero_loss`.
     """
 
     holes_differ = False
@@ -107,7 +107,7 @@ class Learner(ABC):
         """Contribution of a micro-batch to the loss of the batch; `drawn` is the step's result of `_draw`."""
 
     @abstractmethod
-    def _touch(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
+    def _zero_loss(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
         """Zero loss that depends on every parameter, for ranks without an image: the others wait for them."""
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Learner(ABC):
         """Random numbers that all micro-batches of a step share, f(seed, step)."""
         return step
 
-    def _stepped(self) -> None:  # noqa: B027 - optional
+    def _after_step(self) -> None:  # noqa: B027 - optional
         """Hook after a step that changed the weights."""
 
     def health(self) -> dict[str, float]:
@@ -179,7 +179,7 @@ class Learner(ABC):
         group = self.group
         # Wrapped at the first step and not earlier, as targets may have to be fitted first.
         if self.strategy == "ddp" and not isinstance(self._forward, DistributedDataParallel):
-            self._forward = replicate(self.model, self._forward, self.device, self._touch)
+            self._forward = replicate(self.model, self._forward, self.device, self._zero_loss)
         batches, visits, samples = step.micro_batches, step.keys.visits.tolist(), step.keys.samples.tolist()
         # The divisors follow from the keys of the global batch, so they are known before any image is read.
         # Unreadable images make them too large. Loss and gradient are linear in 1 / divisor, so they are
@@ -208,7 +208,7 @@ class Learner(ABC):
     def _backward(self, batch: Batch, drawn: Any, divisors: list[int], *, is_last: bool) -> Float[Tensor, ""]:
         with synchronised(self._forward, is_last=is_last):
             has_images = len(batch.images) > 0
-            loss = self._loss(batch, drawn, divisors) if has_images else self._touch(self._forward)
+            loss = self._loss(batch, drawn, divisors) if has_images else self._zero_loss(self._forward)
             # DDP and FSDP2 average over ranks, but the divisor already counts all ranks.
             shared = loss if self.group.size == 1 else loss * self.group.size
             self.scaler.scale(shared).backward()
@@ -227,7 +227,7 @@ class Learner(ABC):
         # scale. So its `step` must be called in that case too.
         if math.isfinite(sums.loss) and (self.scaler.is_enabled() or math.isfinite(grad_norm)):
             self.scaler.step(self.optimizer)
-            self._stepped()
+            self._after_step()
         self.scaler.update()
         return StepOutcome(sums.loss, grad_norm, sums.images)
 
@@ -284,7 +284,7 @@ class Learner(ABC):
     def fits(self, images: int) -> bool:
         """Whether a forward and backward pass of this many black images fits into the GPU's memory."""
         try:
-            self._touch(self.model, images).backward()
+            self._zero_loss(self.model, images).backward()
         except torch.OutOfMemoryError:
             return False
         finally:

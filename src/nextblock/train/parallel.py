@@ -46,11 +46,11 @@ def choose_strategy(config: RunConfig, group: Group, device: torch.device) -> St
 
 
 def replicate(
-    model: nn.Module, forward: Any, device: torch.device, touch: Callable[[nn.Module], Tensor]
+    model: nn.Module, forward: Any, device: torch.device, zero_loss: Callable[[nn.Module], Tensor]
 ) -> DistributedDataParallel:
     """Wrap a model for DDP so that its first step sums gradients in the same order as every later step.
 
-    `touch` returns a zero loss that depends on every parameter.
+    `zero_loss` returns a loss of 0 that depends on every parameter.
     """
     # Ranks have equal buffers: tables and fixed centroids. The option's name depends on torch's version.
     known = signature(DistributedDataParallel).parameters
@@ -63,7 +63,7 @@ def replicate(
     # depend on the buckets. A resumed run starts with another step, so it would differ in the last digit.
     # Two empty passes in every run make all steps use the final buckets.
     for _ in range(2):
-        touch(replicas).backward()
+        zero_loss(replicas).backward()
     model.zero_grad(set_to_none=True)
     return replicas
 

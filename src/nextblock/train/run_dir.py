@@ -245,9 +245,7 @@ class RunDir:
             self.write("environment.json", starts)
 
     def _read_starts(self) -> list[dict[str, Any]]:
-        starts = self._read("environment.json", "remove it and put an empty list, [], in its place")
-        # Before 0.1.0 this was a dict, as only the first start was recorded.
-        return [starts] if isinstance(starts, dict) else starts or [{}]
+        return self._read("environment.json", "remove it and put an empty list, [], in its place") or [{}]
 
     def check_present(self) -> None:
         """Raise `WriteError` if the run was removed during training: a checkpoint alone cannot be resumed."""

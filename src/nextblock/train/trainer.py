@@ -124,7 +124,7 @@ class Trainer(Learner):
         # Divided by the counts of the global batch, so gradients of micro-batches sum to the batch's.
         return combine([part.block_loss for part in out.distances], divisors)
 
-    def _touch(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
+    def _zero_loss(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
         config = self.model.config
         rows, columns = (side * config.patch_size for side in config.grid)
         images = torch.zeros(count, config.in_chans, rows, columns, device=self.device)
@@ -191,7 +191,7 @@ class Trainer(Learner):
                     totals[0] += torch.stack([part.block_loss.cpu().double().sum() for part in out])
                     totals[1] += torch.stack([part.kept.cpu().sum() for part in out])
                 elif self.strategy == "fsdp":
-                    self._touch(model)
+                    self._zero_loss(model)
         sums, counts = torch.tensor(self.group.sum(totals.flatten().tolist())).view(2, distances)
         bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
         return {"val_loss": float((sums / counts).mean())}, bad

@@ -148,7 +148,7 @@ class FineTuner(Learner):
             logits = self._forward(mixed.images)
         return F.cross_entropy(logits.float(), mixed.targets, reduction="sum") / divisors[0]
 
-    def _touch(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
+    def _zero_loss(self, forward: Callable[..., Any], count: int = 1) -> Float[Tensor, ""]:
         model = self.config.model
         images = torch.zeros(count, model.in_chans, *pair(model.image_size), device=self.device)
         for _, path in self._paths:
@@ -156,7 +156,7 @@ class FineTuner(Learner):
         with self.autocast:
             return 0 * forward(images).float().sum()
 
-    def _stepped(self) -> None:
+    def _after_step(self) -> None:
         if self.averaged is not None:
             self.averaged.update(self.model, self.step)
 
