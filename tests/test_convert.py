@@ -156,14 +156,16 @@ def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
         ("v1.5", None, "nextblock"),
         ("v1.5", "timm", "timm"),
         ("hf:me/x.onnx", None, "nextblock"),
+        ("v1.onx", "timm", "timm"),
         ("x.onnx", "timm", None),
         ("x.ckpt", None, None),
         ("x.pth", "onnx", None),
+        ("x.onx", None, None),
     ],
 )
 def test_the_suffix_tells_the_format_unless_one_is_given_and_must_not_contradict_it(dst, to, expected):
     if expected is None:
-        with pytest.raises(ValueError, match=r"needs an? .*; name a"):
+        with pytest.raises(ValueError, match=r"needs an? .*; name a|misspelt \.onnx;"):
             target_of(dst, to)
     else:
         assert target_of(dst, to) == expected

@@ -104,12 +104,13 @@ def test_all_planted_faults_are_found_and_named_whatever_the_number_of_workers(t
         "duplicates": ("2 of 31", "cats/000.png = cats/twin.png = rare/one.png"),
         "small images": ("31 of 31 will be enlarged to 48x48 px",),
         "blank images": ("1 with one colour only (cats/blank.png)",),
+        "empty classes": ("1 without a readable image (void)",),
         "slow decoding": ("need 20 workers, more than 4 cores",),
     }
     assert list(severities(report)) == list(expected)
     for finding in report["findings"]:
         assert all(part in finding["text"] for part in expected[finding["what"]]), finding
-    assert list(severities(report).values()) == ["problem"] * 3 + ["warning"] * 4
+    assert list(severities(report).values()) == ["problem"] * 3 + ["warning"] * 5
     assert report["verdict"] == "not fit for training: too many unreadable files, image size, leakage"
     reasons = {bad["name"]: bad["reason"] for bad in report["train"]["bad"]}
     assert set(reasons) == set(BROKEN)

@@ -288,6 +288,14 @@ def _findings(
     if blank := report["blank"]:
         what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove what is no picture"
         warning("blank images", what)
+    # Folders without an image are no classes of the source, but may have been meant as such. A sample of the
+    # images misses small classes, so it says nothing about them.
+    empty = train.source.empty_classes() if report["class_counts"] else []
+    if report["examined"] == report["images"]:
+        empty += [name for name, count in report["class_counts"].items() if not count]
+    if empty:
+        what = f"{len(empty):,} without a readable image ({named(empty, 5)}); fill or remove them"
+        warning("empty classes", what)
     mean, std = np.array(report["mean_std"])
     if data.normalize == "given" and len(data.mean) != len(mean):
         what = f"{counted(len(mean), 'channel')}, but data.mean has {len(data.mean)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
@@ -133,6 +134,11 @@ def convert(
 def target_of(dst: str | Path, to: Target | None) -> Target:
     """Format to write: `to`, or the format of the suffix; refuses contradictions."""
     suffix = "" if is_hub_spec(dst) else Path(dst).suffix.lower()
+    # Without --to, an almost correct suffix is a typo ("x.onx"), but "v1.2" is the name of a directory.
+    known = (ONNX_SUFFIX, *WEIGHT_SUFFIXES)
+    near = [] if to or suffix in known else difflib.get_close_matches(suffix, known, n=1, cutoff=0.8)
+    typo = f"{dst}: {suffix} looks like a misspelt {''.join(near)}"
+    require(not near, f"{typo}; fix it, or give the format (--to) if this names a directory")
     is_onnx = suffix == ONNX_SUFFIX
     to = to or ("onnx" if is_onnx else "nextblock")
     require(to in ("nextblock", "timm", "onnx"), f"to is {to!r}; it must be nextblock, timm or onnx")
