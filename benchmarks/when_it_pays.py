@@ -1,6 +1,7 @@
 """When pre-training pays: accuracy against images seen, beside SimCLR and DINO at equal CPU time.
 
     python benchmarks/when_it_pays.py DIR solar    # our curve on solar cells, then the rivals
+    python benchmarks/when_it_pays.py DIR longer   # ours and the tuned rivals, four times as long
     python benchmarks/when_it_pays.py DIR curves   # our curves on digits and stamps
     python benchmarks/when_it_pays.py DIR scaling  # other widths, targets and blocks on digits
     python benchmarks/when_it_pays.py DIR solar knn linear  # some measures now, the others another time
@@ -41,6 +42,8 @@ SEEDS, BATCH, EVERY, SHORT = (0, 1, 2), 32, 1024, 4_096
 LENGTHS = {"solar": 32_768, "digits": 32_768, "stamps": 32_768}
 RIVALS_AT = 16_384
 """Rivals have the CPU time of so many of our images, half of our run on solar cells."""
+LONGER = 4
+"""Times that, in whole schedules."""
 METHODS = {"knn": "kNN, k 20", "linear": "linear", "ep": "ep"}
 BASELINES = ("untrained", "pixels 16x16", "colour histogram")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -165,7 +168,7 @@ def train_rival(root: Path, label: str, seed: int, steps: int, **given: Any) -> 
     """Train by lightly-train, and put the weights into a model file that `nextblock` reads."""
     rate = f"-{given['lr']:g}" if "lr" in given else ""
     out = root / "rivals" / f"{label.replace(' ', '-')}{rate}-{steps}-{seed}"
-    ours = root / "runs" / f"solar-as-above-{LENGTHS['solar']}-{SEEDS[0]}"
+    ours = pretrain(root, "solar", 99, EVERY)  # for its settings, mean and deviation
     model = nextblock.load(ours)
     assert isinstance(model, NextBlockModel)
     data = evaluation_data(str(ours), model.config, workers=0)
@@ -231,18 +234,34 @@ def tuned_rate(root: Path, label: str, steps: int) -> float:
     return float(max(trials, key=trials.get))
 
 
+def rival(root: Path, label: str, seed: int, times: int, methods: list[str]) -> None:
+    """Train a rival for so many times our CPU time, and measure it."""
+    steps = steps_of(root)[label]
+    given = {"lr": 8 * tuned_rate(root, label, steps // 3)} if "tuned" in label else {}
+    spec, facts = train_rival(root, label, seed, times * steps, **given)
+    row = {"encoder": label, "seed": seed, "images": facts["steps"] * facts["batch"], **facts}
+    measure(root, "solar", spec, row, methods, has_loss=False)
+
+
 def solar(root: Path, methods: list[str]) -> None:
     """Our curves on solar cells, then the rivals."""
     for seed in SEEDS:
         curve(root, "solar", seed, methods)
-    steps = steps_of(root)
     for seed in SEEDS:
         for label in RIVALS:
-            is_tuned = "tuned" in label
-            given = {"lr": 8 * tuned_rate(root, label, steps[label] // 3)} if is_tuned else {}
-            spec, facts = train_rival(root, label, seed, steps[label], **given)
-            row = {"encoder": label, "seed": seed, "images": facts["steps"] * facts["batch"], **facts}
-            measure(root, "solar", spec, row, methods, has_loss=False)
+            rival(root, label, seed, 1, methods)
+
+
+def longer(root: Path, methods: list[str]) -> None:
+    """Ours and the tuned rivals on solar cells, each in a longer schedule."""
+    for seed in SEEDS:
+        images = LONGER * RIVALS_AT
+        spec = str(pretrain(root, "solar", seed, images))
+        row = {"encoder": "nextblock, longer", "seed": seed, "images": images}
+        measure(root, "solar", spec, row, methods, baselines=True)
+        for label in RIVALS:
+            if "tuned" in label:
+                rival(root, label, seed, LONGER, methods)
 
 
 def curves(root: Path, methods: list[str]) -> None:
@@ -370,4 +389,6 @@ if __name__ == "__main__":
     else:
         if not (place / "stamps-split").is_dir():
             small_folders.prepare(place)
-        {"solar": solar, "curves": curves, "scaling": scaling}[command](place, rest or list(METHODS))
+        {"solar": solar, "longer": longer, "curves": curves, "scaling": scaling}[command](
+            place, rest or list(METHODS)
+        )

@@ -195,6 +195,7 @@ class ModelConfig(Section):
             "model.target features needs model.teacher, e.g. timm:NAME, and model.teacher needs "
             "model.target features",
         )
+        # The predictor's own mask may have other blocks than those that are predicted.
         own = pair(self.predictor_block_size or 1)
         require(
             not (self.grid[0] % own[0] or self.grid[1] % own[1]),
@@ -202,6 +203,7 @@ class ModelConfig(Section):
             f"{self.grid[0]}x{self.grid[1]}",
         )
         require(
+            # One block is allowed here, as such a model still encodes.
             self.num_blocks == 1 or self.num_predicted_blocks < self.num_blocks,
             f"model.num_predicted_blocks is {self.num_predicted_blocks}, but an image has only "
             f"{self.num_blocks} blocks; predict at most {self.num_blocks - 1} ahead",
@@ -239,6 +241,7 @@ class ModelConfig(Section):
         }  # fmt: skip
 
     def _check_widths(self, width: str, heads: str) -> None:
+        # Without a setting for the number of heads it counts as 1.
         dim, number = getattr(self, width), getattr(self, heads, 1)
         require(dim % number == 0, f"model.{width} {dim} is not divisible by model.{heads} {number}")
         # Sines and cosines of row and column take a quarter of the width each.

@@ -58,7 +58,8 @@ def pretrain(
     world = find_world()
     device = find_device(choose_device(config.train.device), world)
     with process_group(world, device, needed=config.train.strategy == "fsdp") as group:
-        # Otherwise rank 0's settings would silently win.
+        # Joined before any file is read, so that an error on one rank ends all of them.
+        # Without this comparison rank 0's settings would silently win.
         group.check_same({"--out": str(out), **flatten(to_dict(config))})
         reporter = reporter or Reporter(is_quiet=not group.is_main)
         with group.together():
@@ -74,6 +75,7 @@ def pretrain(
             if config.data.val is not None:
                 sources["val"] = open_source(config.data.val, config.data)
             for name, pair in {"": sources, "monitor.knn_val: ": labelled if is_new else {}}.items():
+                # Only rank 0 compares them, as this reads images.
                 shared = shared_images(*pair.values()) if len(pair) == 2 and group.is_main else None
                 if shared is not None:
                     reporter.note(f"WARNING: {name}{shared}")

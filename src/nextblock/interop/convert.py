@@ -242,6 +242,7 @@ def write_timm(
     becomes `nextblock_vit` (see `timm_models`). `image_size` and `attention` write one of our encoders at
     that size and with that mask. The predictor is left out.
     """
+    # At another size, positions are resampled, and the size that images are resized to scales along.
     if isinstance(model, NextBlockModel):
         whole, model = model, encoder_at(model, image_size, attention)
         data = data_at(data, whole.config, model.config)

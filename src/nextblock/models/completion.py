@@ -66,6 +66,7 @@ def complete(
     if order is None:
         order = block_orders(config.order, config.block_grid, config.order_seed)[0]
     check_order(order := order.cpu(), k)
+    # Each block is predicted from those before it, so the given blocks come first.
     order = torch.cat([order[given[order]], order[~given[order]]])
     canvas, was_training = _Canvas(model, images, config, given), model.training
     predictions = _cached if cached else _recomputed
@@ -147,6 +148,7 @@ class _Canvas:
     def _with_statistics(self, piece: int, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         known, across = self.known.nonzero().flatten(), self.grid[1]
         rows, columns = known // across - piece // across, known % across - piece % across
+        # Squared, counted in pieces: 1 for those that share an edge. All of the nearest count alike.
         distance = rows.square() + columns.square()
         near = distance == distance.min()
         deviations, theirs, ours = [], [], []
@@ -242,12 +244,12 @@ def _cached(
         tokens = tokens if positions is None else tokens + positions[:, start:stop]
         tokens = _attend(encoder.blocks, tokens, keys, mask, None if rope is None else rope[start:stop])
         tokens = encoder.norm(tokens)
-        if behind:
+        if behind:  # m copies of the class token are the predictor's first block
             tokens = torch.cat([tokens[:, :1].expand(-1, m - 1, -1), tokens], dim=1)
         # The predictor's sequence ends at the same block. Without attention it needs predicting tokens only.
         last = (masked or 1) * m
         tokens = predictor.projection(tokens if predictor.mixes_tokens else tokens[:, -last:])
-        if own is not None:
+        if own is not None:  # the predictor's positions of the same tokens, ending where they end
             end = stop + front * (m - 1)
             tokens = tokens + own[:, end - tokens.shape[1] : end]
         if predictor.mixes_tokens:

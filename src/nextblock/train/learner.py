@@ -272,6 +272,7 @@ class Learner(ABC):
             free = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] - BYTES_PER_TRAINED * trained)
         else:
             free = CPU_SHARE * free_memory() / group.on_this_host
+        # The first image costs also what does not grow with their number: the masks.
         limit = min(group.gather(max(1, int((free - masks - image) / image) + 1)))
         while True:
             # Parts of equal size, at most `limit`.

@@ -185,6 +185,7 @@ class Reporter:
 
     def begin(self, step: int, total_steps: int) -> None:
         """Show the bar."""
+        # A resumed run estimates the time left from its own steps, not from those of earlier starts.
         self._first, self._done, self._total = step, step, total_steps
         self._began_s = self._step_began_s = time.monotonic()
         # A notebook is not a terminal, but shows a bar if ipywidgets is installed.
@@ -233,13 +234,14 @@ class Reporter:
         done, now_s = self._done - self._first, time.monotonic()
         if done <= 0:
             return f"{step} (its duration is not known yet; {clock(now_s - self._began_s)} so far)"
+        # A mean step, less the time that this one has taken already.
         a_step_s = (now_s - self._began_s) / done
         return f"{step}, about {clock(max(1.0, a_step_s - (now_s - self._step_began_s)))}"
 
     def _show(self, *, is_last: bool = False) -> None:
         now_s, done = time.monotonic(), self._done - self._first
         left = clock((now_s - self._began_s) / done * (self._total - self._done)) if done > 0 else "?"
-        step, share = math.floor(self._done), self._done % 1
+        step, share = math.floor(self._done), self._done % 1  # finished steps, and the part of the next
         if self._bar is not None:
             shown = f"{self._done:,.2f}" if share else f"{step:,}"
             self._bar.update(self._task, completed=self._done, text=self._text, step=shown, left=left)
@@ -257,7 +259,7 @@ class Reporter:
         try:
             write(*args, **kwargs)
         except OSError:
-            self._bar = None
+            self._bar = None  # the terminal is gone; the run goes on without it
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -319,6 +319,7 @@ class RunDir:
         thread = threading.Thread(target=keep_beating, name="heartbeat", daemon=True)
         beat("running")
         thread.start()
+        # "failed" also if the process is leaving by an exception that is none of ours, such as SystemExit.
         status, message = "failed", None
         try:
             yield

@@ -107,7 +107,7 @@ class Saver:
             try:
                 write(self._group)
             except BaseException as error:
-                self._error = error
+                self._error = error  # raised by `wait`, in the thread that trains
 
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
@@ -127,6 +127,8 @@ def write_snapshot(
     """Write `directory/step_XXXXXXXX` atomically. All ranks must call this and see the same disk."""
     model, weights, moments, state = snapshot
     target = directory / f"step_{step:08d}"
+    # Rank 0 keeps the temporary directory open while all ranks write into it. Closing the stack moves it into
+    # place; an error on any rank leaves the block instead, and removes it.
     with ExitStack() as stack:
         aside = None
         with group.together():
@@ -145,6 +147,7 @@ def write_snapshot(
         # size with wrong bytes.
         sums: dict[str, Any] = {}
         if isinstance(model, FSDPModule):
+            # Each rank writes its own shards, and rank 0 also their index, ".metadata".
             with writing(target), _one_failure(group):
                 writer = dcp.FileSystemWriter(aside / OPTIMIZER_DIR)
                 dcp.save(dict(moments), storage_writer=writer, process_group=group.processes)
@@ -180,6 +183,7 @@ def load_state(
     with group.together():
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            # Of a sharded state only the index is read here; `dcp.load` below reads the tensors.
             reader = distributed_reader(directory) if directory.is_dir() else None
             stored = load_file(whole_file) if reader is None else reader.read_metadata().state_dict_metadata
         except (OSError, ValueError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
@@ -198,6 +202,7 @@ def load_state(
             if reader is not None:
                 loaded[key] = torch.zeros_like(like)
             elif isinstance(like, DTensor):
+                # Every rank has read the whole file, so each takes its part without asking another.
                 loaded[key] = distribute_tensor(
                     stored[key].to(like.device), like.device_mesh, like.placements, src_data_rank=None
                 )
@@ -206,6 +211,7 @@ def load_state(
     if reader is not None:
         with _one_failure(group):
             dcp.load(loaded, storage_reader=reader, no_dist=group.size == 1)  # type: ignore[arg-type]
+    # Not `optimizer.load_state_dict`, which matches parameters by their position instead of their name.
     for name, parameter in model.named_parameters():
         own = {kind: loaded[f"{name}/{kind}"] for kind in KINDS if f"{name}/{kind}" in loaded}
         if own:

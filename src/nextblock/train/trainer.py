@@ -107,7 +107,7 @@ class Trainer(Learner):
         seed, limit = self.config.seed, self.config.model.rope_rescale
         order_index = keyed_rng(seed, "block-order", step.index).integers(len(self._orders))
         scale = None
-        if limit != 1:
+        if limit != 1:  # between 1 / limit and limit, uniform in its logarithm
             scale = torch.tensor(limit ** (2 * keyed_rng(seed, "rope", step.index).random() - 1))
         return self._orders[int(order_index)], scale
 
@@ -130,6 +130,7 @@ class Trainer(Learner):
         images = torch.zeros(count, config.in_chans, rows, columns, device=self.device)
         prefix = torch.zeros(count, dtype=torch.int64) if config.prefix else None
         draws = torch.ones(count, 2 * config.depth) if config.drop_path else None
+        # Every parameter takes part, with a gradient of zero. Drop path keeps all, so nothing is drawn.
         with self.autocast:
             return 0 * forward(images, self.model.orders[0].cpu(), prefix, draws).loss
 
@@ -190,7 +191,7 @@ class Trainer(Learner):
                     out = model(self.to_model(batch.images), *self._drawn_per_image(batch)).distances
                     totals[0] += torch.stack([part.block_loss.cpu().double().sum() for part in out])
                     totals[1] += torch.stack([part.kept.cpu().sum() for part in out])
-                elif self.strategy == "fsdp":
+                elif self.strategy == "fsdp":  # the other ranks wait for this one's shards
                     self._zero_loss(model)
         sums, counts = torch.tensor(self.group.sum(totals.flatten().tolist())).view(2, distances)
         bad = [one for of_rank in self.group.gather(bad) for one in of_rank]
