@@ -34,7 +34,7 @@ NOT_RUN = {
     r"timm:vit_(base|small)": "timm's weights are not fetched",
     r"(xtra|backbone)[\w-]*\.(ckpt|pth)": "official files; run by test_official_classifiers",
     r" suite (?!--list)": "the papers' data sets; small copies are run by test_suite",
-    r"solar|subset:": "a package's photographs; run by test_solar_cells",
+    r"solar|files:train": "a package's photographs; run by test_solar_cells",
 }
 """Commands of nextblock that are only read by its parser, and why."""
 OF_OTHERS = {

@@ -37,11 +37,11 @@ def test_the_list_of_the_document_has_the_classes_that_it_tells(cells):
 def test_pre_training_helps_the_linear_probe_on_solar_cells(cells, capsys):
     main(["data", "split", "files:solar.txt", "--parts", "train=0.8,test=0.2", "--stratify", "--out", "."])
     model = "--model.image_size 64 --model.patch_size 8 --model.in_chans 1 --data.channels 1"
-    data = "--data.normalize auto --data.flip 0.5 --data.val_resize_px 64 --data.train subset:train.txt"
+    data = "--data.normalize auto --data.flip 0.5 --data.val_resize_px 64 --data.train files:train.txt"
     short = "--train.duration 10ep --monitor.knn_every null --out run"
     assert main(f"pretrain --preset xtra-tiny {model} {data} {short}".split()) == 0
     heads = "--heads linear --lr 1e-2 --epochs 30 --batch_size 128"
-    sources = "--train subset:train.txt --test subset:test.txt"
+    sources = "--train files:train.txt --test files:test.txt"
     assert main(f"probe --model run {sources} {heads} --out probe".split()) == 0
     rows = json.loads((cells / "probe" / "probe.json").read_text())["rows"]
     top1 = {row["encoder"]: row["top1"] for row in rows}
