@@ -121,7 +121,8 @@ class ServeSettings:
     """What `serve` shows, and its address."""
 
     model: str
-    """A run (finished or still training), a checkpoint or weight file, hf:USER/NAME, or timm:NAME."""
+    """A run (finished or still training), a checkpoint or weight file, hf:USER/NAME, or timm:NAME. May be the
+    first word, without --model."""
     data: str | None = None
     """Images to choose from and to search for the nearest: a directory, `digits` or any other source."""
     host: str = "127.0.0.1"
