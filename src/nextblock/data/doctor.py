@@ -286,7 +286,7 @@ def _findings(
         what = f"{small:,} of {len(images):,} will be enlarged to {crop[1]}x{crop[0]} px"
         warning("small images", f"{what}; use the size advised below")
     if blank := report["blank"]:
-        what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove what is no picture"
+        what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove those that are not pictures"
         warning("blank images", what)
     # Folders without an image are no classes of the source, but may have been meant as such. A sample of the
     # images misses small classes, so it says nothing about them.

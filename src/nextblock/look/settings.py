@@ -126,7 +126,8 @@ class ServeSettings:
     data: str | None = None
     """Images to choose from and to search for the nearest: a directory, `digits` or any other source."""
     host: str = "127.0.0.1"
-    """Address to listen on. With another one, whoever reaches it can use the page: there is no password."""
+    """Address to listen on. The page has no password: with another address, everyone who reaches it can use
+    it."""
     port: Port = 8000
     """Port of the page; 0: any free one."""
     open: bool = False
