@@ -3,7 +3,7 @@
 # PYTHON  the interpreter that .venv is made with (3.11 or newer):  make install PYTHON=python3.12
 # TORCH   what pip installs for torch, options and all. To take CPU wheels, or those of another CUDA, name the
 #         index that carries them:  make demo TORCH="torch torchvision --index-url https://INDEX/cpu"
-#         It counts when .venv is filled: after a change of mind, remove .venv and install again.
+#         It is read when .venv is filled; to change it later, remove .venv and install again.
 # PYTEST_ARGS  what pytest gets:  make test PYTEST_ARGS="tests/test_blocks.py -x"
 # BENCH_ARGS   what the benchmarks get:  make bench BENCH_ARGS="--rounds 1"
 
@@ -57,7 +57,7 @@ lint: .venv/.installed-test ## ruff (rules and format) and pyright
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m pyright
 
-format: .venv/.installed-test ## sort imports, mend what ruff can, format
+format: .venv/.installed-test ## fix what ruff can fix, and format
 	$(VENV_PYTHON) -m ruff check --fix
 	$(VENV_PYTHON) -m ruff format
 

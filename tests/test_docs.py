@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_every_link_inside_leads_somewhere(site, pages):
 def test_links_between_the_sources_work_where_they_are_read_as_files():
     links = {
         (path, link)
-        for path in SOURCES
+        for path in [*SOURCES, DOCS / "first_hour.ipynb"]
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text())
     }
     assert len(links) > 50
@@ -127,6 +128,12 @@ def test_every_command_setting_and_public_name_has_an_entry(site, pages):
     assert "cmdoption-nextblock-probe-lr" in ids
     python = html.unescape(re.sub(r"<[^>]+>", "", pages[site / "reference" / "python.html"]))
     assert "images: Float[Tensor, 'b c h w']" in python
+
+
+def test_every_extra_is_described():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = [line for line in (DOCS / "quickstart.md").read_text().splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])} == set(extras)
 
 
 def test_settings_that_the_pages_name_exist():

@@ -161,14 +161,13 @@ def test_unreadable_files_are_a_problem_only_beyond_the_limit_of_a_run(count, fr
     assert bool(report["advice"]) == (count < 40)
 
 
-def test_another_brightness_or_number_of_channels_than_the_settings_say_is_found(tmp_path):
+def test_another_brightness_than_the_settings_say_is_found(tmp_path):
     dark = {f"{i}.png": encode(Image.eval(picture(i), lambda value: value // 4)) for i in range(3)}
     source = opened(tmp_path, dark)
     report = checked(source)
     assert severities(report) == {"normalisation": "warning"}
     assert "--data.normalize auto" in report["advice"]
     assert checked(source, AUTO)["findings"] == []
-    assert severities(checked(source, replace(DATA, mean=(0.5,), std=(0.2,)))) == {"normalisation": "problem"}
 
 
 def test_the_quick_look_finds_equal_lists_and_reads_nothing_from_a_server():
@@ -251,6 +250,14 @@ def test_a_run_starts_with_the_advised_flags(cli, images, tmp_path):
     more = ("--data.train", images, "--out", tmp_path / "run", "--train.duration", "1st", "--data.workers", 0)
     quiet = ("--monitor.tensorboard", "false", "--monitor.pictures_every", "null", "--train.device", "cpu")
     assert cli("pretrain", *flags, *more, *quiet)[0] == 0
+
+
+def test_preset_and_channels_set_the_normalisation_as_in_pretraining(cli, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encode(Image.new("RGB", (64, 64), (i, 9, 9))))
+    assert "warning: normalisation" in cli("doctor", tmp_path, "--workers", 0)[1]
+    assert "normalisation" not in cli("doctor", tmp_path, "--workers", 0, "--model", "xtra-small-64")[1]
+    assert cli("doctor", tmp_path, "--workers", 0, "--data.channels", 1)[0] == 0
 
 
 def test_too_many_unreadable_files_end_with_code_1_and_all_are_written(cli, tmp_path):

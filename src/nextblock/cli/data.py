@@ -17,7 +17,7 @@ from nextblock.cli.verbs import VERBS
 from nextblock.config import DataConfig, ModelConfig, PackConfig, Size, pair
 from nextblock.errors import UsageError
 from nextblock.logs import counted
-from nextblock.presets import model_config
+from nextblock.presets import get_preset, resolve
 from nextblock.settings import Auto, Count, Natural, Positive, Rule, check_types, nearest_name, require
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class DoctorConfig:
     val: str | None = None
     """Validation images, to examine and to compare with the training images."""
     model: str = "xtra-b16"
-    """Model size or preset whose image size, patches and blocks are checked."""
+    """Model size or preset to check the images for: its image size, patches, blocks and data settings."""
     image_size: Size | Auto = None
     """Image size in pixels: 64 (square), or rows and columns as 32,64 or 32x64; auto: the model's."""
     patch_size: Count | Auto = None
@@ -202,7 +202,11 @@ def doctor(argv: Sequence[str]) -> int:
     parser.add_settings(DoctorConfig)
     parser.add_settings(DataConfig, "data", skip=NOT_OF_DOCTOR)
     options = parser.parse(argv)
-    config, settings = built(DoctorConfig, options), built(DataConfig, options, "data")
+    config = built(DoctorConfig, options)
+    # As in `pretrain`: the preset's data settings, and what follows from the given ones.
+    given = {name: value for name, value in vars(options).items() if name.startswith("data.")}
+    run = resolve(get_preset(config.model).config, given)
+    settings, model, size_problem = run.data, run.model, None
     out = None if config.out is None else Path(config.out).expanduser()
     if out is not None:
         # Refuse a bad path now, not after hours of reading.
@@ -215,10 +219,9 @@ def doctor(argv: Sequence[str]) -> int:
     from nextblock.data import open_source, open_sources, resolve_workers
     from nextblock.data.doctor import check, crops_per_core_s, examine
 
-    model, size_problem = model_config(config.model), None
-    given = {name: getattr(config, name) for name in ("image_size", "patch_size", "block_size")}
+    sides = {name: getattr(config, name) for name in ("image_size", "patch_size", "block_size")}
     try:
-        model = replace(model, **{name: value for name, value in given.items() if value is not None})
+        model = replace(model, **{name: value for name, value in sides.items() if value is not None})
     except UsageError as error:
         size_problem = str(error)
     sources = [open_sources(options.src, settings)]

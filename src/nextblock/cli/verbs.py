@@ -81,7 +81,7 @@ VERBS = {
         "--model RUN --root DIR --out quick --only cifar10 --augment none --epochs 10",
     ),
     "classify": verb(
-        "Name the classes of images with a trained head",
+        "Classify images with a trained head",
         "evaluations:classify",
         "model data out head top",
         "--model RUN/probe/attentive --data IMAGE",

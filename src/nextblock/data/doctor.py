@@ -286,7 +286,7 @@ def _findings(
         what = f"{small:,} of {len(images):,} will be enlarged to {crop[1]}x{crop[0]} px"
         warning("small images", f"{what}; use the size advised below")
     if blank := report["blank"]:
-        what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove what is no picture"
+        what = f"{len(blank):,} with one colour only ({named(blank, 5)}); remove those that are not pictures"
         warning("blank images", what)
     # Folders without an image are no classes of the source, but may have been meant as such. A sample of the
     # images misses small classes, so it says nothing about them.
@@ -296,11 +296,8 @@ def _findings(
     if empty:
         what = f"{len(empty):,} without a readable image ({named(empty, 5)}); fill or remove them"
         warning("empty classes", what)
-    mean, std = np.array(report["mean_std"])
-    if data.normalize == "given" and len(data.mean) != len(mean):
-        what = f"{counted(len(mean), 'channel')}, but data.mean has {len(data.mean)}"
-        problem("normalisation", f"{what}; use --data.normalize auto")
-    elif data.normalize == "given":
+    if data.normalize == "given":
+        mean, std = np.array(report["mean_std"])
         # Ordinary photographs differ less from ImageNet.
         ratio = np.exp(np.abs(np.log((std + 1e-9) / data.std)))
         if np.abs(mean - data.mean).max() > 0.1 or ratio.max() > 1.5:

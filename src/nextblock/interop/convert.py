@@ -285,7 +285,7 @@ def write_timm(
         notes = [f'`transformers.AutoModel.from_pretrained("{place}")` and `nextblock.load` open it too.']
         if architecture == "nextblock_vit":
             register = "import nextblock.interop.timm_models  # registers nextblock_vit\n"
-            notes.append("timm and transformers need the second line above (`pip install nextblock`).")
+            notes.append("timm and transformers need the second line above, and nextblock installed.")
         elif config.norm_eps < TIMM_EPS:
             notes.append(
                 "timm's norms have a larger epsilon, so the tokens are scaled by a power of two up to the "

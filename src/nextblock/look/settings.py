@@ -121,11 +121,13 @@ class ServeSettings:
     """What `serve` shows, and its address."""
 
     model: str
-    """A run (finished or still training), a checkpoint or weight file, hf:USER/NAME, or timm:NAME."""
+    """A run (finished or still training), a checkpoint or weight file, hf:USER/NAME, or timm:NAME. May be the
+    first word, without --model."""
     data: str | None = None
     """Images to choose from and to search for the nearest: a directory, `digits` or any other source."""
     host: str = "127.0.0.1"
-    """Address to listen on. With another one, whoever reaches it can use the page: there is no password."""
+    """Address to listen on. The page has no password: with another address, everyone who reaches it can use
+    it."""
     port: Port = 8000
     """Port of the page; 0: any free one."""
     open: bool = False

@@ -259,7 +259,7 @@ class Reporter:
         try:
             write(*args, **kwargs)
         except OSError:
-            self._bar = None  # the terminal is gone; the run goes on without it
+            self._bar = None  # the terminal is gone; the run continues without it
 
 
 def _wrapped(text: str, width: int) -> str:
