@@ -54,7 +54,7 @@ def _reported(error: Exception) -> Exception:
     return error
 
 
-def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
+def meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
     """Host and port of the store, and a name that tells this launch from others on the same port."""
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     # Ranks started by hand share no other name: even the program's path may differ between hosts.
@@ -245,7 +245,7 @@ def _meet(world: World) -> tuple[dist.Store, list[dict[str, Any]]]:
 
     Returns the store, and what each rank reports about itself.
     """
-    host, port, launch = _meeting_point(world, os.environ)
+    host, port, launch = meeting_point(world, os.environ)
     here, where = socket.gethostname(), f"{host}:{port}"
     # torchrun's agent already hosts a store.
     is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
