@@ -97,6 +97,8 @@ def test_processes_meet_on_the_host_of_rank_0(env, host) -> None:
 def test_without_a_known_host_of_rank_0_it_is_asked_for() -> None:
     with pytest.raises(DistributedError, match="MASTER_ADDR"):
         meeting_point(find_world(MPI), MPI)
+    with pytest.raises(DistributedError, match="MASTER_PORT is 'any'; set it to the number"):
+        meeting_point(find_world(MPI), {**MPI, "MASTER_ADDR": "here", "MASTER_PORT": "any"})
 
 
 @pytest.mark.parametrize(

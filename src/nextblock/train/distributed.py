@@ -84,6 +84,8 @@ def meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
             f"{world.size} processes were started, but MASTER_ADDR does not say where they meet; set it to "
             "the host of rank 0, or start through torchrun"
         )
+    if port is not None and not port.isdecimal():
+        raise DistributedError(f"MASTER_PORT is {port!r}; set it to the number of a free port")
     # Every rank derives the same port from the launch's name. Linux uses ports from 32768 on for outgoing
     # connections, so they are avoided.
     return host, int(port) if port else random.Random(launch).randint(20_000, 32_000), launch
