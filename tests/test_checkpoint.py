@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_listed_by_name():
     with pytest.raises(CheckpointError) as caught:
         load_strictly(model, weights, "FILE")
     assert str(caught.value).splitlines() == [
-        "the weights of FILE do not fit the model:",
+        "the weights of FILE do not fit the model; take an intact copy of it:",
         "  missing: encoder.norm.bias",
         "  unexpected: encoder.cls_token",
         "  shape of encoder.norm.weight: (25,) in the file, (24,) in the model",

@@ -8,6 +8,7 @@ import inspect
 from dataclasses import fields, replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import yaml
 
@@ -162,6 +163,9 @@ def test_what_can_encode_but_not_train_is_refused_for_training_alone(changes, me
         ("model.block_size", "2x4", (2, 4)),
         ("optim.lr", "1e-3", 0.001),
         ("optim.lr", 1, 1),
+        ("optim.lr", np.float64(0.001), 0.001),
+        ("model.depth", np.int64(2), 2),
+        ("data.mean", np.full(3, 0.5), (0.5, 0.5, 0.5)),
         ("optim.betas", "0.8,0.9", (0.8, 0.9)),
         ("data.max_pixels", "1_000_000", 1_000_000),
         *(("train.compile", given, True) for given in ("yes", "on", "true", "True", True)),

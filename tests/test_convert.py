@@ -100,11 +100,12 @@ def test_the_card_of_a_run_names_the_run_and_no_licence_until_one_is_given(run_d
     head = head_of(tmp_path / "given")
     assert (head["license"], head["weights_origin"]) == ("apache-2.0", "our hospital's X-rays")
     assert head["weights_license"] == "Apache-2.0"
-    model = tiny_model()
+    model = tiny_model(target="features", teacher="timm:someones", teacher_dim=8)
     model.config = replace(model.config, init="hf:someone/model")
     save_model(tmp_path / "model.safetensors", model)
     convert(tmp_path / "model.safetensors", tmp_path / "started")
-    assert "started from hf:someone/model" in head_of(tmp_path / "started")["weights_origin"]
+    trained = "pre-trained with nextblock on features of timm:someones, started from hf:someone/model"
+    assert trained in head_of(tmp_path / "started")["weights_origin"]
 
 
 def test_origin_and_licence_stay_through_further_conversions(golden_dir, run_dir, tmp_path):

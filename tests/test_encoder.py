@@ -1,7 +1,6 @@
 """Encoder and predictor: initial weights, recomputed layers, precision, attention and other image sizes."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 from nextblock.evaluate.features import seeded
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import resample_positions, sincos_positions
-from nextblock.presets import SIZES
+from nextblock.presets import model_config
 from test_next_block import DRAWS, IMAGES, OBLONG, ORDER, PREFIX, slow_encoding
 from toy import tiny_config, tiny_images, tiny_model
 
@@ -30,7 +29,7 @@ def fresh():
 def aim():
     changes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "predictor_depth": 2}
     with seeded(0):
-        return NextBlockModel(replace(SIZES["aim-600m"], **changes))
+        return NextBlockModel(model_config("aim-600m", **changes))
 
 
 def modules_of(model, kind):

@@ -18,7 +18,7 @@ from nextblock.interop import aim, load, load_model
 from nextblock.interop.aim import read_aim
 from nextblock.interop.files import LoadOptions, unwrapped
 from nextblock.models.heads import ImageClassifier
-from nextblock.presets import SIZES
+from nextblock.presets import model_config
 from test_checkpoint import same_weights
 from test_load import Malicious
 from toy import tiny_images
@@ -156,7 +156,7 @@ def test_settings_of_omegaconf_beside_the_weights_are_not_imported(whole, tmp_pa
 
 
 def test_the_tables_of_official_sizes_are_used_if_the_caller_says_no_more(backbone, head, monkeypatch):
-    sizes = [SIZES[name] for name in ("aim-600m", "aim-1b", "aim-3b", "aim-7b")]
+    sizes = [model_config(name) for name in ("aim-600m", "aim-1b", "aim-3b", "aim-7b")]
     best = [aim.BEST_LAYERS_OF_SIZE[size.embed_dim, size.depth] for size in sizes]
     assert best == [tuple(range(first, first + 6)) for first in (14, 12, 12, 14)]
     monkeypatch.setitem(aim.NUM_HEADS_OF_SIZE, (48, 4), 6)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nextblock.launch import LaunchError, World, find_world, requeue_job
-from nextblock.train.distributed import DistributedError, _meeting_point
+from nextblock.train.distributed import DistributedError, meeting_point
 from ranks import run_ranks
 from tiny_runs import After, Quiet, settings, write_images
 
@@ -91,12 +91,14 @@ def test_numbers_that_contradict_each_other_are_refused(env) -> None:
     ],
 )
 def test_processes_meet_on_the_host_of_rank_0(env, host) -> None:
-    assert _meeting_point(find_world(env), env)[0] == host
+    assert meeting_point(find_world(env), env)[0] == host
 
 
 def test_without_a_known_host_of_rank_0_it_is_asked_for() -> None:
     with pytest.raises(DistributedError, match="MASTER_ADDR"):
-        _meeting_point(find_world(MPI), MPI)
+        meeting_point(find_world(MPI), MPI)
+    with pytest.raises(DistributedError, match="MASTER_PORT is 'any'; set it to the number"):
+        meeting_point(find_world(MPI), {**MPI, "MASTER_ADDR": "here", "MASTER_PORT": "any"})
 
 
 @pytest.mark.parametrize(
@@ -109,11 +111,11 @@ def test_without_a_known_host_of_rank_0_it_is_asked_for() -> None:
 )
 def test_ranks_agree_on_a_port_that_another_launch_does_not_take(env, change) -> None:
     world = find_world(env)
-    _, port, name = _meeting_point(world, env)
-    assert _meeting_point(world._replace(rank=0, local_rank=0), env)[1:] == (port, name)
-    assert port not in (other := _meeting_point(world, {**env, **change}))
+    _, port, name = meeting_point(world, env)
+    assert meeting_point(world._replace(rank=0, local_rank=0), env)[1:] == (port, name)
+    assert port not in (other := meeting_point(world, {**env, **change}))
     assert name not in other
-    assert _meeting_point(world, {**env, "MASTER_PORT": "29500"})[1] == 29500
+    assert meeting_point(world, {**env, "MASTER_PORT": "29500"})[1] == 29500
 
 
 # ------------------------------------------------------------------------------------------ back in the queue

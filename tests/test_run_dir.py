@@ -92,7 +92,7 @@ def test_other_images_are_refused_with_their_numbers(stopped):
         open_with(stopped, sources={"train": ToySource(41)})
     with pytest.raises(RunDirError, match="40 images then, 40 now, or other names"):
         open_with(stopped, sources={"train": ToySource(40, seed=1)})
-    with pytest.raises(RunDirError, match=r"data\.val .*None images then, 9 now"):
+    with pytest.raises(RunDirError, match=r"was started without data\.val; leave it out to resume"):
         open_with(stopped, sources={"train": ToySource(40), "val": ToySource(9)})
 
 
@@ -161,14 +161,32 @@ def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(run):
     [
         ("config.yaml", "a: [", "--model.init RUN"),
         ("source.json", "{", "--model.init RUN"),
+        ("source.json", "{}", "--model.init RUN"),
+        ("source.json", '{"train": 5}', "--model.init RUN"),
+        (
+            "source.json",
+            '{"train": {"spec": "a", "num_images": 1, "fingerprint": "", "parts": [{}]}}',
+            "init",
+        ),
         ("environment.json", "", "empty list"),
+        ("environment.json", "5", "empty list"),
+        ("environment.json", '{"host": "a"}', "empty list"),
         ("baselines.json", "", "remove it"),
+        ("baselines.json", '{"zero": null}', "remove it"),
         ("metrics.jsonl", "x\n", "move it away"),
     ],
 )
 def test_a_damaged_file_is_named_with_cause_and_remedy(run, name, content, remedy):
     (run / name).write_text(content)
     with pytest.raises(DamagedRunError, match=rf"run/{name} is damaged \(.+\); .*{remedy}"):
+        run_toy(run)
+
+
+def test_a_run_that_lacks_a_file_is_not_told_to_be_emptied(run):
+    (run / "config.yaml").unlink()
+    with pytest.raises(
+        DamagedRunError, match=r"is a run that lacks config.yaml; restore .* --model.init RUN"
+    ):
         run_toy(run)
 
 

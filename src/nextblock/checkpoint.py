@@ -249,7 +249,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], origin: str) 
     ]
     if problems:
         listed = _listed(problems, "\n  ")
-        raise CheckpointError(f"the weights of {origin} do not fit the model:\n  {listed}")
+        raise CheckpointError(f"the weights of {origin} do not fit the model; {_remedy(origin)}:\n  {listed}")
     # Convert, then assign: the tensors themselves become the parameters, without a second copy. A model on
     # the meta device has no memory to copy into.
     in_fp32 = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}

@@ -394,9 +394,6 @@ PRESETS: dict[str, Preset] = {
         *(*_OTHER_RUNS, *_NEPA_SIZES),
     )
 }
-SIZES: dict[str, ModelConfig] = {
-    name: preset.config.model for name, preset in PRESETS.items() if preset.group == "size"
-}
 
 
 def list_presets() -> list[str]:
@@ -414,6 +411,12 @@ def get_preset(name: str) -> Preset:
             meant = "it is a file: --config takes settings, --model.init weights"
         raise UsageError(f"unknown preset {name!r}; {meant}")
     return PRESETS[name]
+
+
+def heads_of_sizes(family: str) -> dict[tuple[int, int], int]:
+    """Number of attention heads by (width, depth) of the sizes of a family ("xtra-", "aim-")."""
+    sizes = [p.config.model for p in PRESETS.values() if p.group == "size" and p.name.startswith(family)]
+    return {(size.embed_dim, size.depth): size.num_heads for size in sizes}
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:

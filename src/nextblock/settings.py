@@ -134,6 +134,7 @@ def typed(value: Any) -> str:
 
 
 def _read(value: Any, hint: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's numbers and arrays
     origin, args = get_origin(hint), get_args(hint)
     # Text comes from the command line or YAML and is parsed by the hint. Anything else comes from Python and
     # must have the right type already, except that an int passes for a float.

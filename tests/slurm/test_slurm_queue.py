@@ -185,8 +185,8 @@ world = find_world()
 if world.launcher is None:
     print(world.rank, world.size)
 else:
-    from nextblock.train.distributed import _meeting_point
-    print(world.rank, world.size, *_meeting_point(world, os.environ))
+    from nextblock.train.distributed import meeting_point
+    print(world.rank, world.size, *meeting_point(world, os.environ))
 """
 
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
 
+class Verb:
+    """A command: a row of `VERBS`."""
 
-class Verb(NamedTuple):
-    """A command."""
-
-    about: str
-    """One sentence, without its full stop."""
-    run: str = ""
-    """MODULE:FUNCTION below `nextblock.cli`."""
-    usual: str = ""
-    """Settings that --help shows besides positional words; if empty, all."""
-    examples: tuple[str, ...] = ()
-    """Words after the command's name."""
-
-
-def verb(about: str, run: str, usual: str, *examples: str) -> Verb:
-    """Describe a command; the arguments are the fields of `Verb`."""
-    return Verb(about, run, usual, examples)
+    def __init__(self, about: str, run: str, usual: str, *examples: str) -> None:
+        self.about = about
+        """One sentence, without its full stop."""
+        self.run = run
+        """MODULE:FUNCTION below `nextblock.cli`."""
+        self.usual = usual
+        """Settings that --help shows besides positional words; if empty, all."""
+        self.examples = examples
+        """Words after the command's name."""
 
 
 VERBS = {
-    "pretrain": verb(
+    "pretrain": Verb(
         "Pre-train a vision transformer on any images, or resume a run",
         "pretrain:run",
         "data.train out preset data.val train.duration train.batch_size devices",
@@ -32,7 +26,7 @@ VERBS = {
         "--preset xtra-small-64 --data.train DIR --data.val DIR2 --out RUN",
         "--out RUN                     # resume",
     ),
-    "eval": verb(
+    "eval": Verb(
         "Measure models in several ways, or a classifier, in one table",
         "evaluations:compare",
         "model train test methods out",
@@ -40,7 +34,7 @@ VERBS = {
         "--model RUN --model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
         "--model CLASSIFIER --test TEST",
     ),
-    "probe": verb(
+    "probe": Verb(
         "Train heads on a frozen encoder's features; measure their accuracy",
         "evaluations:probe",
         "model train test out heads epochs",
@@ -48,7 +42,7 @@ VERBS = {
         "--model RUN --train TRAIN --out RUN/probe --heads linear --epochs 10",
         "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST --out mae",
     ),
-    "knn": verb(
+    "knn": Verb(
         "Measure a frozen encoder's features by nearest neighbours",
         "evaluations:knn",
         "model train test k out",
@@ -56,7 +50,7 @@ VERBS = {
         "--model RUN --train TRAIN --test TEST --k 1,20",
         "--model timm:vit_base_patch16_224.mae --train TRAIN --test TEST",
     ),
-    "fewshot": verb(
+    "fewshot": Verb(
         "Measure a frozen encoder's features with few labels",
         "evaluations:fewshot",
         "model train test shots out",
@@ -64,7 +58,7 @@ VERBS = {
         "--model RUN --train TRAIN --test TEST --shots 1,5,10",
         "--model RUN --train TRAIN --test TEST --out RUN/fewshot",
     ),
-    "finetune": verb(
+    "finetune": Verb(
         "Train encoder and head together, fully or with LoRA",
         "evaluations:finetune",
         "model train test out epochs lr lora.rank",
@@ -72,7 +66,7 @@ VERBS = {
         "--model RUN --train TRAIN --test TEST --out RUN/lora --lora.rank 8",
         "--model CHECKPOINT --train TRAIN --out OUT --epochs 50 --lr 5e-4",
     ),
-    "suite": verb(
+    "suite": Verb(
         "Probe the fifteen benchmarks of the AIM and XTRA papers",
         "evaluations:suite",
         "model root out only augment list",
@@ -80,7 +74,7 @@ VERBS = {
         "--model RUN --root DIR --out RUN/suite",
         "--model RUN --root DIR --out quick --only cifar10 --augment none --epochs 10",
     ),
-    "classify": verb(
+    "classify": Verb(
         "Classify images with a trained head",
         "evaluations:classify",
         "model data out head top",
@@ -88,7 +82,7 @@ VERBS = {
         "--model RUN/finetuned --data DIR --out classes.csv --top 1",
         "--model backbone.pth --head head.pth --data DIR --out classes.csv",
     ),
-    "embed": verb(
+    "embed": Verb(
         "Write the features of images to a file",
         "evaluations:embed",
         "model data out layers pool",
@@ -96,7 +90,7 @@ VERBS = {
         "--model RUN --data DIR --out features.parquet",
         "--model timm:vit_base_patch16_224.mae --data DIR --out features.npz",
     ),
-    "search": verb(
+    "search": Verb(
         "Find the images nearest to one, and draw them",
         "evaluations:search",
         "model data query out top",
@@ -104,7 +98,7 @@ VERBS = {
         "--model RUN --data DIR --query IMAGE --out nearest --top 20",
         "--model RUN --data DIR --query QUERIES --out nearest --layers last6",
     ),
-    "predict": verb(
+    "predict": Verb(
         "Draw how a model predicts the next blocks of images",
         "look:predict",
         "model data out num_images distance",
@@ -112,7 +106,7 @@ VERBS = {
         "--model RUN --data digits:split=test --out RUN/predictions --num_images 16",
         "--model xtra.ckpt --num_heads 12 --data DIR --out predictions",
     ),
-    "complete": verb(
+    "complete": Verb(
         "Give a model parts of images, and draw how it continues them",
         "look:complete",
         "model data out given_rows given given_blocks order num_images",
@@ -120,7 +114,7 @@ VERBS = {
         "--model RUN --data IMAGE --out completed --given_rows 0.25",
         "--model RUN --data DIR --out completed --given_blocks 0,1,5 --order spiral",
     ),
-    "surprise": verb(
+    "surprise": Verb(
         "Rank images by how badly their blocks are predicted",
         "evaluations:surprise",
         "model data out score num_images",
@@ -128,7 +122,7 @@ VERBS = {
         "--model RUN --data DIR --out odd --score largest --num_images 16",
         "--model RUN --data DIR        # only print",
     ),
-    "features": verb(
+    "features": Verb(
         "Draw patch features as colours, nearest patches, a head's attention",
         "look:features",
         "model data out num_images head query patch",
@@ -136,7 +130,7 @@ VERBS = {
         "--model RUN --data DIR --out RUN/features --head RUN/probe/ep",
         "--model timm:vit_base_patch16_224.mae --data DIR --out mae --query IMAGE --patch 3,5",
     ),
-    "serve": verb(
+    "serve": Verb(
         "Show on a local page what a model does with an image you drop",
         "look:serve",
         "model data port open",
@@ -144,7 +138,7 @@ VERBS = {
         "timm:vit_base_patch16_224.mae --data DIR --open true",
         "RUN --port 0                  # any free port",
     ),
-    "runs": verb(
+    "runs": Verb(
         "List the runs below a directory and their status",
         "runs:runs",
         "",
@@ -152,7 +146,7 @@ VERBS = {
         "RUN",
         "DIR --json",
     ),
-    "report": verb(
+    "report": Verb(
         "Sum up a run as text and as a page, or compare several",
         "runs:report",
         "",
@@ -160,7 +154,7 @@ VERBS = {
         "RUNS/* --out runs.html",
         "RUN --json",
     ),
-    "convert": verb(
+    "convert": Verb(
         "Write a model in another format, or push it to the Hugging Face hub",
         "weights:convert",
         "to num_heads image_size head license",
@@ -168,7 +162,7 @@ VERBS = {
         "RUN encoder.onnx",
         "xtra.ckpt hf:USER/NAME --num_heads 12",
     ),
-    "info": verb(
+    "info": Verb(
         "Show what a run or a weight file contains",
         "weights:info",
         "",
@@ -176,7 +170,7 @@ VERBS = {
         "xtra.ckpt --num_heads 12",
         "backbone.pth --head head.pth",
     ),
-    "doctor": verb(
+    "doctor": Verb(
         "Examine images before training",
         "data:doctor",
         "val model samples images_per_s out",
@@ -184,7 +178,7 @@ VERBS = {
         "DIR --val DIR2 --out found.json",
         "DIR --model xtra-small-64 --samples 1000",
     ),
-    "data": verb(
+    "data": Verb(
         "Pack images into shards, draw and split subsets",
         "data:data",
         "",
@@ -192,7 +186,7 @@ VERBS = {
         "sample DIR few.txt --fraction 0.01",
         "split DIR --parts train=0.8,val=0.2 --out LISTS",
     ),
-    "plan": verb(
+    "plan": Verb(
         "Estimate a training's memory and time without running it",
         "plan:run",
         "preset gpu gpus images data.train train.batch_size",
@@ -200,7 +194,7 @@ VERBS = {
         "--preset aim-7b-dfn2b+ --gpus 64 --gpu h100",
         "--preset xtra-l16 --data.train DIR --gpu_memory_gb 80 --gpu_tflops 300",
     ),
-    "presets": verb(
+    "presets": Verb(
         "List the named runs and model sizes",
         "presets:run",
         "all draw prefix model.image_size model.block_size",
@@ -208,7 +202,7 @@ VERBS = {
         "xtra-b16-in1k",
         "aim-600m --draw order.png --prefix 20 --model.image_size 112",
     ),
-    "data pack": verb(
+    "data pack": Verb(
         "Write the images of a source as tar shards, with an index beside each",
         "data:pack",
         "resize_px tile_px format quality workers",
@@ -216,7 +210,7 @@ VERBS = {
         "DIR SHARDS --resize_px 512 --quality 90",
         "SCENES TILES --tile_px 1024",
     ),
-    "data sample": verb(
+    "data sample": Verb(
         "Draw some images of a source, and write them as a list",
         "data:sample",
         "fraction count per_class seed",
@@ -224,7 +218,7 @@ VERBS = {
         "DIR few.txt --count 1000 --seed 1",
         "DIR few.txt --per_class 5",
     ),
-    "data split": verb(
+    "data split": Verb(
         "Split a source into parts, and write each as a list",
         "data:split",
         "parts out stratify seed",

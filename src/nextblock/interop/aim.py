@@ -38,10 +38,10 @@ from nextblock.interop.names import (
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier, last_layers
 from nextblock.models.vit import sincos_positions
-from nextblock.presets import SIZES
+from nextblock.presets import heads_of_sizes
 
 # Number of attention heads by official (width, depth).
-NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("aim-")}
+NUM_HEADS_OF_SIZE = heads_of_sizes("aim-")
 # Layers, counted from 0, that Apple's "best" heads average, by official (width, depth). They are six layers
 # in the middle of the encoder; no file records them.
 BEST_LAYERS_OF_SIZE = {
@@ -173,7 +173,7 @@ def read_aim(
             projection_dim=None,
             predictor_dim=width,
             predictor_depth=depth,
-            predictor_heads=SIZES["aim-600m"].predictor_heads,  # not used
+            predictor_heads=16,  # not used
             predictor_mlp_ratio=mlp_ratio,
             predictor_extra_norm="predictor.blocks.0.norm1.weight" in ours,
             block_mlp_dim=None,

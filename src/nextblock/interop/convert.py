@@ -188,8 +188,9 @@ def provenance_of(found: Found, src: str) -> Provenance:
     elif isinstance(config, TimmConfig):
         known = Provenance(origin=f"{name}, trained with nextblock on timm's {config.architecture}")
     elif kind == "nextblock":
+        teacher = "" if config.teacher is None else f" on features of {config.teacher}"
         started = "" if config.init is None else f", started from {config.init}"
-        known = Provenance(origin=f"{name}, pre-trained with nextblock{started}")
+        known = Provenance(origin=f"{name}, pre-trained with nextblock{teacher}{started}")
     else:
         known = Provenance(origin=f"{name}, a {kind}")
     if path is None:

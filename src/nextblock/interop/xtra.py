@@ -29,10 +29,10 @@ from nextblock.interop.names import (
 )
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
-from nextblock.presets import SIZES
+from nextblock.presets import heads_of_sizes
 
 # Number of attention heads by official (width, depth).
-NUM_HEADS_OF_SIZE = {(c.embed_dim, c.depth): c.num_heads for n, c in SIZES.items() if n.startswith("xtra-")}
+NUM_HEADS_OF_SIZE = heads_of_sizes("xtra-")
 NUM_HEADS_OF_ARCH = {
     "vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16, "vit_giant": 16
 }  # fmt: skip

@@ -54,7 +54,7 @@ def _reported(error: Exception) -> Exception:
     return error
 
 
-def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
+def meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]:
     """Host and port of the store, and a name that tells this launch from others on the same port."""
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     # Ranks started by hand share no other name: even the program's path may differ between hosts.
@@ -84,6 +84,8 @@ def _meeting_point(world: World, env: Mapping[str, str]) -> tuple[str, int, str]
             f"{world.size} processes were started, but MASTER_ADDR does not say where they meet; set it to "
             "the host of rank 0, or start through torchrun"
         )
+    if port is not None and not port.isdecimal():
+        raise DistributedError(f"MASTER_PORT is {port!r}; set it to the number of a free port")
     # Every rank derives the same port from the launch's name. Linux uses ports from 32768 on for outgoing
     # connections, so they are avoided.
     return host, int(port) if port else random.Random(launch).randint(20_000, 32_000), launch
@@ -245,7 +247,7 @@ def _meet(world: World) -> tuple[dist.Store, list[dict[str, Any]]]:
 
     Returns the store, and what each rank reports about itself.
     """
-    host, port, launch = _meeting_point(world, os.environ)
+    host, port, launch = meeting_point(world, os.environ)
     here, where = socket.gethostname(), f"{host}:{port}"
     # torchrun's agent already hosts a store.
     is_master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -101,6 +101,9 @@ class RunDir:
         # Checked before locking, as that creates the directory and files in it.
         is_new = not self.path.exists()
         if not is_new and not self.is_run() and not self._is_free():
+            missing = [name for name in RUN_FILES if not (self.path / name).is_file()]
+            if self.checkpoints.is_dir() and len(missing) < len(RUN_FILES):
+                raise DamagedRunError(f"{self.path} is a run that lacks {', '.join(missing)}; {LOST}")
             raise RunDirError(f"{self.path} exists and is not a run; choose another --out, or empty it")
         with ExitStack() as stack:
             # Only errors from locking concern the directory, not those raised by the run inside.
@@ -149,7 +152,7 @@ class RunDir:
         return config if self.starts_over else config_here
 
     def _checked(self, config: RunConfig, sources: dict[str, Source]) -> RunConfig:
-        settings = self._read("config.yaml", LOST, lambda text: _mapping(text, yaml.safe_load))
+        settings = self._read("config.yaml", LOST, lambda text: _mapping(yaml.safe_load(text)))
         try:
             recorded_here = from_dict(type(config), settings)
         except ValueError as error:
@@ -177,7 +180,7 @@ class RunDir:
                 f"resume, or --overwrite to start over{longer}"
             )
         # The run also depends on the list of images, for their order, and on the decoder, for their pixels.
-        recorded = self._read("source.json", LOST, _mapping)
+        recorded = self._read("source.json", LOST, _sources)
         decoder = jpeg_decoder(config.data.decoder)
         if recorded.get("decoder", decoder) != decoder:
             raise RunDirError(
@@ -191,8 +194,13 @@ class RunDir:
                 f"--{config.flag('data.val')}"
             )
         for kind, source in sources.items():
-            then = recorded.get(kind, {})
-            if then.get("fingerprint") == source.fingerprint:
+            then = recorded.get(kind)
+            if then is None:
+                raise RunDirError(
+                    f"{self.path} was started without {config.flag(f'data.{kind}')}; leave it out to "
+                    "resume, or start a new run with another --out"
+                )
+            if then["fingerprint"] == source.fingerprint:
                 continue
             # In a mixture, name the first part that changed; if none did, the number of parts changed.
             parts = zip(source.parts, then.get("parts", []), strict=False)
@@ -245,7 +253,8 @@ class RunDir:
             self.write("environment.json", starts)
 
     def _read_starts(self) -> list[dict[str, Any]]:
-        return self._read("environment.json", "remove it and put an empty list, [], in its place") or [{}]
+        remedy = "remove it and put an empty list, [], in its place"
+        return self._read("environment.json", remedy, lambda text: [*map(_mapping, json.loads(text))]) or [{}]
 
     def check_present(self) -> None:
         """Raise `WriteError` if the run was removed during training: a checkpoint alone cannot be resumed."""
@@ -259,7 +268,9 @@ class RunDir:
         """Lines of metrics up to a step, without an incomplete last line."""
 
         def parse(text: str) -> list[dict[str, Any]]:
-            lines = [_mapping(line) for line in text.split("\n")[:-1]]  # an incomplete one has no line end
+            lines = [
+                _mapping(json.loads(line)) for line in text.split("\n")[:-1]
+            ]  # an incomplete one has no line end
             self.last_steps = {line["kind"]: line["step"] for line in lines}
             return [line for line in lines if line["step"] <= last_step]
 
@@ -273,19 +284,23 @@ class RunDir:
 
     def read_baselines(self) -> dict[str, float]:
         """Reference losses measured in the first step; empty before."""
+
+        def parse(text: str) -> dict[str, float]:
+            return {name: float(value) for name, value in _mapping(json.loads(text)).items()}
+
         name, remedy = "baselines.json", "remove it: it is then measured again"
-        return self._read(name, remedy, _mapping) if (self.path / name).exists() else {}
+        return self._read(name, remedy, parse) if (self.path / name).exists() else {}
 
     def write(self, name: str, values: Any) -> None:
         """Write a record as JSON."""
         write_text(self.path / name, json.dumps(values, indent=1))
 
-    def _read(self, name: str, remedy: str, parse: Callable[[str], Any] = json.loads) -> Any:
+    def _read(self, name: str, remedy: str, parse: Callable[[str], Any]) -> Any:
         """Read a file of the run; errors in reading or parsing it become a `DamagedRunError`."""
         path = self.path / name
         try:
             return parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
             cause = " ".join(str(error).split())
             raise DamagedRunError(f"{path} is damaged ({cause}); {remedy}") from error
 
@@ -334,11 +349,20 @@ class RunDir:
             beat(status, message)
 
 
-def _mapping(text: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-    values = parse(text)
+def _mapping(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TypeError(f"{str(values)[:40]!r} is not a mapping of names to values")
     return values
+
+
+def _sources(text: str) -> dict[str, Any]:
+    """Content of source.json, if it has the form that `RunDir.begin` writes."""
+    recorded = _mapping(json.loads(text))
+    for kind in {"train", "val"} & {"train", *recorded}:
+        for part in (recorded[kind], *_mapping(recorded[kind]).get("parts", ())):
+            if not {"spec", "num_images", "fingerprint"} <= _mapping(part).keys():
+                raise ValueError(f"{kind} is not described")
+    return recorded
 
 
 def recorded_config(path: Path, kind: type[T] = RunConfig) -> T | None:
@@ -346,7 +370,7 @@ def recorded_config(path: Path, kind: type[T] = RunConfig) -> T | None:
     if not RunDir(path).is_run():
         return None
     try:
-        return from_dict(kind, _mapping((path / "config.yaml").read_text("utf-8"), yaml.safe_load))
+        return from_dict(kind, _mapping(yaml.safe_load((path / "config.yaml").read_text("utf-8"))))
     except (ValueError, TypeError, yaml.YAMLError):
         return None  # `RunDir.check` reports the error
 
