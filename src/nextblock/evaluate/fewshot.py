@@ -157,12 +157,13 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
                 }
             )
     verdict = add_leads(rows, rights, match=("shots",))
+    has_single = any(1 in np.bincount(train.labels[some]) for of_shots in draws.values() for some in of_shots)
     spread = f"mean of {config.draws} draws ± its standard error" if config.draws > 1 else "one draw"
     unconverged = sum(row["unconverged"] for row in rows)
     about = (
         f"Logistic regression: {spread}, on {counted(images, 'test image')}. The L2 penalty is chosen by "
         "cross-validation within the labelled images"
-        + (f"; with one image per class, C is {DEFAULT_C:g}." if "1" in draws else ".")
+        + (f"; if a class has only one, C is {DEFAULT_C:g}." if has_single else ".")
         + (f" {counted(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
     )
     facts = {
