@@ -78,7 +78,7 @@ def test_several_shots_may_be_one_list_as_the_help_shows_it():
 
 
 def test_a_share_that_leaves_a_class_empty_is_refused():
-    with pytest.raises(UsageError, match=r"1.0000% of toy-0 leaves 3 of its 4 classes without an image"):
+    with pytest.raises(UsageError, match=r"1% of toy-0 leaves 3 of its 4 classes without an image"):
         draw_shots(ToySource(96), Shots.parse("1%"), seed=0)
 
 

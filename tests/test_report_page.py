@@ -256,7 +256,7 @@ def test_the_measure_that_most_runs_have_comes_first_and_is_drawn(runs):
         "linear on digits:split=test",
         "kNN while training on digits:split=test",
     ]
-    assert "no correlation of 1 runs" in found.relations[0].words
+    assert "no correlation of 1 run;" in found.relations[0].words
 
 
 def test_the_accuracy_of_step_0_is_none_of_a_trained_model(tmp_path):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nextblock.logs import counted
 from nextblock.report.page import notes, page, section, shown, table, text, what_to_type
 from nextblock.report.read import Measured, RunSummary, thinned
 from nextblock.report.words import distinguished, how_to_measure
@@ -57,7 +58,8 @@ class Relation(NamedTuple):
     def words(self) -> str:
         """The correlation, or why there is none."""
         if self.pearson is None or self.spearman is None:
-            return f"no correlation of {self.runs} runs; at least {MIN_RUNS} that differ are needed"
+            known = counted(self.runs, "run")
+            return f"no correlation of {known}; at least {MIN_RUNS} that differ are needed"
         return f"Pearson r {self.pearson:+.2f}, {SPEARMAN} {self.spearman:+.2f}, {self.runs} runs"
 
 
