@@ -242,7 +242,7 @@ def plot_losses(summary: RunSummary, path: Path) -> None:
     losses.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
     steps, values = summary.series("lr")
     rates.plot(steps, values, color=MUTED, linewidth=1.2, marker="" if steps[1:] else "o", markersize=3)
-    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     rates.set_ylim(bottom=0)
     rates.set_ylabel("lr")
     rates.set_xlabel("step")
