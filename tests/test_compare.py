@@ -30,7 +30,7 @@ def other_model(path):
 
 def test_all_methods_stand_in_one_table_as_each_gives_alone(run, tmp_path):
     found = run("compare", **QUICK, out=str(tmp_path / "eval"))
-    methods = ["kNN, k 20", "1 labels a class", "linear", "attentive", "ep"]
+    methods = ["kNN, k 20", "1 label a class", "linear", "attentive", "ep"]
     assert list(dict.fromkeys(row["method"] for row in found.rows)) == methods
     alone = run("knn", train="toy-0", test="toy-1", k=(20,))
     for encoder in ("model", "untrained", "pixels 16x16", "colour histogram"):
@@ -100,7 +100,44 @@ def test_a_stop_without_a_directory_says_that_nothing_was_saved(run, monkeypatch
         run("compare", **QUICK, methods=("knn",), baselines=False)
 
 
+@pytest.mark.parametrize("changes", [{"methods": ("linear",)}, {"model": 3}, {"test": "toy-2"}])
+def test_another_command_with_the_same_directory_is_refused_before_anything_is_measured(
+    run, tmp_path, changes
+):
+    run.sources["toy-2"] = ToySource(24, seed=2)
+    usual = {**QUICK, "methods": ("knn",), "baselines": False, "out": str(tmp_path / "eval")}
+    first = run("compare", **usual)
+    assert run("compare", **usual).rows == first.rows
+    if "model" in changes:
+        changes = {"model": (other_model(tmp_path / "other.safetensors"),)}
+    with pytest.raises(UsageError, match="holds another result"):
+        run("compare", **usual | changes)
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"] == list(first.rows)
+
+
+def test_a_directory_of_other_files_is_refused(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UsageError, match="holds other files"):
+        run("compare", **QUICK, methods=("knn",), out=str(tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
 # ------------------------------------------------------------------------------------------- a classifier
+
+
+def test_the_score_of_a_classifier_is_read_again_and_another_one_is_refused(run, tmp_path, monkeypatch):
+    usual = {"model": (classifier(tmp_path / "c", None),), "test": "toy-1", "out": str(tmp_path / "eval")}
+    first = run("compare", **usual)
+    monkeypatch.setattr(compare, "measure_logits", None)  # nothing is measured again
+    assert run("compare", **usual).rows == first.rows
+    (tmp_path / "classes.txt").write_text("b\na\nc\nd\n")
+    for changes in ({"test": "toy-0"}, {"classes": str(tmp_path / "classes.txt")}):
+        with pytest.raises(UsageError, match="holds another result"):
+            run("compare", **usual | changes)
+    classifier(tmp_path / "c", ("d", "c", "b", "a"))  # another file in the same place
+    with pytest.raises(UsageError, match="holds another result"):
+        run("compare", **usual)
 
 
 def classifier(path, names):

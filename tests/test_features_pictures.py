@@ -126,6 +126,12 @@ def test_all_images_are_drawn_in_the_colours_of_the_whole_folder(places, cells):
         np.testing.assert_allclose(picture, expected, atol=1e-4)
 
 
+def test_many_unreadable_images_are_left_out_and_named(places, tmp_path):
+    write_images(tmp_path / "half", 4, broken=4)
+    found = nextblock.features(**{**places, "data": str(tmp_path / "half"), "query": "0"})
+    assert (found.facts["fitted_on"], len(found.bad), len(found.rows)) == (4, 4, 3)
+
+
 def test_the_nearest_patches_are_those_of_the_slow_definition(places, cells):
     result = nextblock.features(**places, query="5", patch=(2, 3), top=15, per_image=2)
     patches = torch.nn.functional.normalize(patches_of(places), dim=-1)

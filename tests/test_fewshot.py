@@ -78,7 +78,7 @@ def test_several_shots_may_be_one_list_as_the_help_shows_it():
 
 
 def test_a_share_that_leaves_a_class_empty_is_refused():
-    with pytest.raises(UsageError, match=r"1.0000% of toy-0 leaves 3 of its 4 classes without an image"):
+    with pytest.raises(UsageError, match=r"1% of toy-0 leaves 3 of its 4 classes without an image"):
         draw_shots(ToySource(96), Shots.parse("1%"), seed=0)
 
 
@@ -124,7 +124,7 @@ def test_baselines_learn_from_the_same_few_images_and_no_others_are_encoded(run,
     row = found.rows[0]
     assert (row["top1_se"], row["top1_std"], row["c"]) == (None, None, [DEFAULT_C])
     assert "one draw" in found.notes[0]
-    assert "with one image per class, C is 1." in found.notes[0]
+    assert "; if a class has only one, C is 1." in found.notes[0]
 
 
 def test_a_draw_without_a_readable_image_of_a_class_is_refused(run):

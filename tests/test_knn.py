@@ -138,6 +138,7 @@ def test_the_paired_error_is_that_of_a_bootstrap_and_smaller_than_of_two_indepen
     draws = rng.integers(0, 400, (4000, 400))
     assert error == pytest.approx((one[draws].mean(1) - other[draws].mean(1)).std(), rel=0.05)
     assert error < 0.6 * np.sqrt(one.var() / 400 + other.var() / 400)
+    assert paired(np.array([True]), np.array([False])) == (1, 1), "one image proves nothing"
 
 
 def test_leads_compare_equal_settings_and_baselines_that_are_as_good_are_named():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
 from nextblock.errors import UsageError
 from nextblock.presets import get_preset, resolve
@@ -206,7 +207,8 @@ def test_a_page_names_results_settings_starts_and_unreadable_images(tmp_path):
     (run / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html = run_page(read_run(run))
     assert "<tr><td>linear</td><td>digits:split=test</td><td class=n>95.1 ± 1.2</td></tr>" in html
-    assert f"probe/probe.json: {note}" in html
+    accuracy = html.split('<section id="accuracy">')[1].split("</section>")[0]
+    assert f"probe/probe.json: {note}" in accuracy
     assert "<dt>training loss</dt><dd>0.0167 at step 60 (without a model: predicting zero 0.9948" in html
     assert "<dt>validation loss</dt><dd>0.0183 at step 60</dd>" in html
     assert "<tr><td>optim.lr</td><td>0.002</td><td>0.5</td></tr>" in html
@@ -254,7 +256,35 @@ def test_the_measure_that_most_runs_have_comes_first_and_is_drawn(runs):
         "linear on digits:split=test",
         "kNN while training on digits:split=test",
     ]
-    assert "no correlation of 1 runs" in found.relations[0].words
+    assert "no correlation of 1 run;" in found.relations[0].words
+
+
+def test_the_accuracy_of_step_0_is_none_of_a_trained_model(tmp_path):
+    runs = [write_run(tmp_path / name, scale=i + 1) for i, name in enumerate("ab")]
+    lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["kind"] != "monitor"]
+    first = json.dumps({"kind": "monitor", "step": 0, "knn/top1": 0.1})
+    (runs[0] / "metrics.jsonl").write_text("\n".join([first, *kept]) + "\n")
+    ((_, values),) = Comparison([read_run(run) for run in runs]).measures.items()
+    assert values[0] is None
+    assert values[1] is not None
+
+
+def test_runs_of_one_size_are_not_drawn_by_size(tmp_path):
+    runs = [write_run(tmp_path / name, scale=i + 1) for i, name in enumerate("abc")]
+    weights = {"encoder.a": np.zeros(2, np.float32)}
+    for number, run in enumerate(runs):
+        (run / "checkpoints" / "step_00000060").mkdir(parents=True)
+        more = {"encoder.b": np.zeros(1, np.float32)} if number == 2 else {}
+        save_file(weights | more, run / "checkpoints" / "step_00000060" / "model.safetensors")
+    # The run of another size has no accuracy.
+    lines = (runs[2] / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["kind"] != "monitor"]
+    (runs[2] / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    charts, _ = comparing._relation_charts(Comparison([read_run(run) for run in runs]))
+    titles = [chart["title"] for chart in charts]
+    assert "Validation loss by encoder parameters" in titles
+    assert "Accuracy by encoder parameters" not in titles
 
 
 def test_losses_of_different_targets_are_not_taken_for_comparable(tmp_path):
@@ -438,7 +468,7 @@ def test_hostile_names_are_text_and_nothing_else(opened, tmp_path):
     assert page.evaluate("document.querySelectorAll('td b, img[src=x]').length") == 0
     assert "\\x1b[2J\\ud800.png" in page.locator("#unreadable-images").inner_text()
     assert ODD in page.locator("#charts").inner_text()
-    other = write_run(tmp_path / "other")
+    other = write_run(tmp_path / "other", scale=2)
     page = opened(comparison_page(Comparison([read_run(run), read_run(other)])))
     assert name in page.locator("#relations").inner_html().replace("&lt;", "<").replace("&gt;", ">")
 

@@ -17,7 +17,7 @@ from nextblock.models.completion import complete
 from nextblock.serve import session as session_module
 from nextblock.serve.session import Session
 from serving import DATA, ask, call, pixels_of, png, save_tiny, served
-from tiny_runs import contents, refused, run_toy
+from tiny_runs import contents, refused, run_toy, write_images
 from toy import one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -210,6 +210,13 @@ def test_the_nearest_are_those_of_search_and_the_image_itself_is_left_out(server
     status, thumbnail = ask(server, "GET", "/api/thumbnail?index=8")
     assert status == 200
     assert thumbnail.startswith(b"\x89PNG")
+
+
+def test_images_are_searched_though_many_others_cannot_be_read(paths, tmp_path):
+    write_images(tmp_path, 4, broken=4)
+    with served(model=paths[0], data=str(tmp_path)) as server:
+        found = call(server, "nearest", image=call(server, "choose", index=0)["image"])
+    assert (len(found["rows"]), found["searched"], found["is_done"]) == (3, 4, True)
 
 
 def test_before_the_first_batch_is_encoded_nothing_is_found_yet(paths):

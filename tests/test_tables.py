@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nextblock.logs import counted
+from nextblock.logs import counted, label_words
 from nextblock.tables import (
     Column,
     Table,
@@ -84,5 +84,8 @@ def test_counts_and_ends():
         "2 classes",
         "12,345 images",
     ]
+    words = ["1 label a class", "5 labels a class", "1% of the labels"]
+    assert [label_words(shots) for shots in ("1", "5", "1%")] == words
+    assert [counted(1.0, "epoch"), counted(2.5, "epoch")] == ["1 epoch", "2.5 epochs"]
     assert end_of("abcdef", 6) == "abcdef"
     assert end_of("abcdef", 4) == "…def"

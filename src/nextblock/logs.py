@@ -40,9 +40,15 @@ def quote(word: str) -> str:
     return f"$'{''.join(letters)}'"
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """Format a count with its noun: "1 image", "1,797 images"; give `plural` if adding s is wrong."""
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+def counted(count: float, noun: str, plural: str = "") -> str:
+    """Format a number with its noun: "1 image", "1,797 images"; give `plural` if adding s is wrong."""
+    number = f"{count:,.4g}" if isinstance(count, float) else f"{count:,}"
+    return f"{number} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def label_words(shots: str) -> str:
+    """Describe the labels of few-shot evaluation: "5 labels a class", "1% of the labels"."""
+    return f"{shots} of the labels" if "%" in shots else f"{counted(int(shots), 'label')} a class"
 
 
 def clock(seconds: float) -> str:

@@ -39,6 +39,11 @@ def percent(value: float | None, row: Row, key: str = "") -> str:
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
+def image(name: str, _: Row) -> str:
+    """The end of an image's name, which is long if it has folders."""
+    return end_of(name, 60)
+
+
 def share(key: str, title: str) -> Column:
     """A column of shares in percent, with standard errors."""
     return Column(key, title, lambda value, row: percent(value, row, key))

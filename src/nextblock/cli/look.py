@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nextblock.cli.arguments import Parser, parse_settings
-from nextblock.cli.output import end_with_json, print_table, say
+from nextblock.cli.output import end_with_json, say
 from nextblock.logs import counted
 from nextblock.look.settings import CompleteSettings, FeaturesSettings, PredictSettings, ServeSettings
-from nextblock.tables import Column, Table, end_of, number
+from nextblock.tables import Column, Table, image, number
 
 if TYPE_CHECKING:
     from nextblock.look.opened import LookResult
@@ -37,9 +37,8 @@ def complete(argv: Sequence[str]) -> int:
 
 def _show(result: LookResult, words: Mapping[str, str], digits: int, *, is_json: bool) -> int:
     """Print a table of losses, where the picture is, and what could not be read."""
-    kinds = [name for name in result.rows[0] if name != "name"]
-    rows = [[row["name"], *(f"{row[kind]:.{digits}f}" for kind in kinds)] for row in result.rows]
-    print_table(["image", *(words[kind] for kind in kinds)], rows)
+    losses = [number(kind, words[kind], f".{digits}f") for kind in result.rows[0] if kind != "name"]
+    Table(result.rows, [Column("name", "image", image), *losses]).print()
     chosen = counted(len(result.rows) + len(result.bad), "image")
     return _end(result, f"{len(result.bad)} of {chosen}", is_json=is_json)
 
@@ -49,16 +48,16 @@ def features(argv: Sequence[str]) -> int:
     values, is_json = parse_settings(Parser("features"), FeaturesSettings, argv)
 
     from nextblock.look.features import features as look
-    from nextblock.look.surprise import NAME_LETTERS
 
     result = look(**values)
-    shares = (f"{100 * share:.1f}" for share in result.facts["explained"])
-    print_table(["colour", "variance %"], zip(("red", "green", "blue"), shares, strict=False))
+    shares = zip(("red", "green", "blue"), result.facts["explained"], strict=False)
+    rows = [{"colour": colour, "variance": 100 * share} for colour, share in shares]
+    Table(rows, [Column("colour", "colour"), number("variance", "variance %", ".1f")]).print()
     if result.rows:
         columns = (
             Column("rank", "rank"),
             number("similarity", "similarity", ".4f"),
-            Column("name", "image", lambda name, _: end_of(name, NAME_LETTERS)),
+            Column("name", "image", image),
             Column("class", "class"),
             Column("patch", "patch", lambda patch, _: f"{patch[0]},{patch[1]}"),
         )

@@ -84,7 +84,7 @@ def _facts(config: RunConfig, planned: dict[str, Any]) -> Iterator[tuple[str, st
     length = f"{config.train.duration}; steps depend on the images: give --images N or --data.train DIR"
     if planned["steps"] is not None:
         length = f"{counted(planned['steps'], 'step')}, {counted(planned['samples'], 'sample')}"
-        length += "" if planned["epochs"] is None else f", {planned['epochs']:,.4g} epochs"
+        length += "" if planned["epochs"] is None else f", {counted(planned['epochs'], 'epoch')}"
     yield "length", length
     model, optimizer = (planned[f"{name}_bytes"] / 1e9 for name in ("model", "optimizer"))
     kept = config.checkpoint.keep

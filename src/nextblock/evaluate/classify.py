@@ -25,11 +25,11 @@ from nextblock.evaluate.splits import match_classes
 from nextblock.evaluate.table import FeatureTable
 from nextblock.logs import counted
 from nextblock.settings import from_dict
-from nextblock.tables import Column, Row, end_of, percent, safe_cell
+from nextblock.tables import Column, Row, image, percent, safe_cell
 
 CHUNK = 4096
 """Images whose logits are read at a time."""
-SHOWN, NAME_LETTERS = 10, 60
+SHOWN = 10
 PLACES = ("likeliest", "second", "third")
 
 
@@ -104,7 +104,7 @@ def _columns(top: int) -> tuple[Column, ...]:
         return Column("classes", PLACES[place], show)
 
     return (
-        Column("name", "image", lambda name, _: end_of(name, NAME_LETTERS)),
+        Column("name", "image", image),
         *map(likeliest, range(min(top, len(PLACES)))),
         Column("true_class", "true class"),
     )

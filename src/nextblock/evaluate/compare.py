@@ -1,11 +1,12 @@
 """Measure one model or several with kNN, few labels and trained heads, in one table.
 
 For each model, each source is encoded once for all methods. With `out`, each method has its own directory,
-OUT/MODEL/knn and so on, which repeating the command reads.
+OUT/MODEL/knn and so on (OUT/MODEL/score for a classifier), which repeating the command reads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, get_args
 import numpy as np
 
 from nextblock.atomic import exclusive
+from nextblock.checkpoint import digest_of
 from nextblock.config import pair
 from nextblock.evaluate.classify import measure_logits
 from nextblock.evaluate.evaluation import NOT_SAVED, Stopped, evaluation, labelled_evaluation
@@ -27,11 +29,21 @@ from nextblock.evaluate.metrics import paired
 from nextblock.evaluate.probe.heads import encoder_candidates
 from nextblock.evaluate.probe.run import probe
 from nextblock.evaluate.probe.settings import HeadName, ProbeSettings
-from nextblock.evaluate.results import MODEL, NOT_BETTER, SATURATED, UNTRAINED, Result, not_better
+from nextblock.evaluate.results import (
+    FORMAT_VERSION,
+    FREE_SETTINGS,
+    MODEL,
+    NOT_BETTER,
+    SATURATED,
+    UNTRAINED,
+    Result,
+    not_better,
+    read_result,
+)
 from nextblock.evaluate.settings import DEFAULT_K, CompareSettings, EvalSettings, KnnSettings, ScoreSettings
 from nextblock.evaluate.splits import classifier_labels
 from nextblock.launch import find_world
-from nextblock.logs import counted
+from nextblock.logs import counted, label_words
 from nextblock.settings import from_dict, require, to_dict, typed
 from nextblock.tables import Column, difference, end_of, lead, share
 
@@ -62,6 +74,16 @@ def compare(**settings: Any) -> Result:
         config.train is None or config.out is not None or find_world().size == 1,
         "several processes share features through files; give --out on a disk that all of them see",
     )
+    # The number keeps two models with the same last name apart.
+    names = [
+        f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', Path(model).name)}"
+        for number, model in enumerate(config.model)
+    ]
+    # Each method checks weights and images in its own directory, so names and settings suffice here.
+    settings = {name: value for name, value in to_dict(config).items() if name not in FREE_SETTINGS}
+    identity = {"format_version": FORMAT_VERSION, "settings": settings, "models": names}
+    if config.out is not None:
+        read_result(Path(config.out), "eval", identity, overwrite=config.overwrite)
     rows: list[dict[str, Any]] = []
     verdicts: list[str] = []
     notes: list[str] = []
@@ -72,9 +94,7 @@ def compare(**settings: Any) -> Result:
         if config.out is not None and is_main:
             stack.enter_context(exclusive(Path(config.out)))
         scratch = config.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="nextblock-"))
-        for number, model in enumerate(config.model):
-            # The number keeps two models with the same last name apart.
-            name = f"{number}-{re.sub('[^A-Za-z0-9._-]+', '-', Path(model).name)}"
+        for model, name in zip(config.model, names, strict=True):
             measure = _score if config.train is None else _measure
             try:
                 results = measure(config, model, Path(scratch) / name)
@@ -103,7 +123,7 @@ def compare(**settings: Any) -> Result:
             rows=tuple(rows),
             notes=tuple(dict.fromkeys([*verdicts, *notes])),
             facts={"num_classes": num_classes},
-            identity={"settings": to_dict(config)},
+            identity=identity,
             columns=COLUMNS,
         )
         if config.out is not None and is_main:
@@ -149,7 +169,7 @@ def _measure(config: CompareSettings, model: str, out: Path) -> list[Result]:
                     raise
                 results.append(Result(verb=method, rows=(), notes=(str(error),)))
                 continue
-            names = [f"{row['shots']} labels a class" for row in result.rows]
+            names = [label_words(row["shots"]) for row in result.rows]
         else:
             result = probe(**common, heads=heads, epochs=config.epochs)
             names = [row["head"] for row in result.rows]
@@ -188,23 +208,26 @@ def _encode(common: dict[str, Any], heads: tuple[Any, ...]) -> None:
 
 def _score(config: CompareSettings, model: str, out: Path) -> list[Result]:
     """Measure the accuracy of a trained classifier."""
-    common = {name: getattr(config, name) for name in (*SHARED, "head", "probe_layers")}
-    cache = config.cache or (config.out and str(out / "features"))
-    with evaluation(ScoreSettings(**common, model=model, cache=cache)) as opened:
+    common = {name: getattr(config, name) for name in (*SHARED, "head", "probe_layers", "cache")}
+    place = config.out and str(out / "score")
+    with evaluation(ScoreSettings(**common, model=model, out=place)) as opened:
         source, classifier = opened.open_source(config.test), opened.classifier
         assert classifier is not None, "score settings open one"
         num_classes = classifier.head_config.num_classes
         labels = classifier_labels(source, classifier.class_names, num_classes, config.classes)
-        measures = measure_logits(opened.logits("test", source), labels, num_classes)
-        opened.report_bad()
-    if config.cache is None:
-        shutil.rmtree(out, ignore_errors=True)  # it contains only features
-    row = {"encoder": MODEL, "method": "its own classifier", **measures.row()}
-    size, cut = pair(opened.model.config.image_size), opened.data
-    note = (
-        f"{counted(measures.images, 'image')} of {source.spec}; nothing was trained. Preprocessing: resize "
-        f"to {cut.resize_px(size)} px (bicubic), {cut.val_crop} crop {size[0]}x{size[1]} px, mean "
-        f"{typed(cut.mean)}, std {typed(cut.std)}."
-    )
-    facts = {"num_classes": num_classes}
-    return [Result(verb="eval", rows=(row,), notes=(note,), facts=facts, rights=(measures.right,))]
+
+        def measure() -> Result:
+            measures = measure_logits(opened.logits("test", source), labels, num_classes)
+            row = {"encoder": MODEL, "method": "its own classifier", **measures.row()}
+            size, cut = pair(opened.model.config.image_size), opened.data
+            note = (
+                f"{counted(measures.images, 'image')} of {source.spec}; nothing was trained. Preprocessing: "
+                f"resize to {cut.resize_px(size)} px (bicubic), {cut.val_crop} crop {size[0]}x{size[1]} px, "
+                f"mean {typed(cut.mean)}, std {typed(cut.std)}."
+            )
+            facts = {"num_classes": num_classes}
+            return Result(verb="score", rows=(row,), notes=(note,), facts=facts, rights=(measures.right,))
+
+        classes = hashlib.sha256(labels.tobytes()).hexdigest()[:16]
+        made_from = {"classifier": digest_of(classifier), "classes": classes}
+        return [opened.result("score", {"test": source}, COLUMNS, measure, made_from=made_from)]

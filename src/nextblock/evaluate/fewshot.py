@@ -79,7 +79,7 @@ def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n
     missing = _missing_classes(source, drawn)
     if missing:
         raise UsageError(
-            f"{shots.share:.4%} of {source.spec} leaves {len(missing)} of its {len(source.class_names)} "
+            f"{100 * shots.share:g}% of {source.spec} leaves {len(missing)} of its {len(source.class_names)} "
             f"classes without an image ({named(missing, 3)}); use a larger share, or images of every class, "
             "such as 1"
         )
@@ -112,7 +112,8 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
         try:
             draws[text] = [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds]
         except UsageError as error:
-            lacking.append(f"Labels {text} not measured: {error} (--shots {np.bincount(train.labels).min()})")
+            most = "" if "%" in text else f" (--shots {np.bincount(train.labels).min()})"
+            lacking.append(f"Labels {text} not measured: {error}{most}")
     if not draws:
         raise TooFewImagesError("; ".join(lacking))
     drawn = np.unique(np.concatenate([indices for of_shots in draws.values() for indices in of_shots]))
@@ -157,12 +158,13 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
                 }
             )
     verdict = add_leads(rows, rights, match=("shots",))
+    has_single = any(1 in np.bincount(train.labels[some]) for of_shots in draws.values() for some in of_shots)
     spread = f"mean of {config.draws} draws ± its standard error" if config.draws > 1 else "one draw"
     unconverged = sum(row["unconverged"] for row in rows)
     about = (
         f"Logistic regression: {spread}, on {counted(images, 'test image')}. The L2 penalty is chosen by "
         "cross-validation within the labelled images"
-        + (f"; with one image per class, C is {DEFAULT_C:g}." if "1" in draws else ".")
+        + (f"; if a class has only one, C is {DEFAULT_C:g}." if has_single else ".")
         + (f" {counted(unconverged, 'fit')} stopped at {MAX_ITERATIONS:,} iterations." if unconverged else "")
     )
     facts = {

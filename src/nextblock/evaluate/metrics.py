@@ -67,9 +67,10 @@ def paired(
     """Difference of two accuracies on the same images, and its paired standard error.
 
     Two classifiers err on many of the same images, so this error is smaller than for independent accuracies.
+    One image has no standard deviation; its error is the largest possible, 1.
     """
     difference = one.astype(float) - other.astype(float)
-    error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 1.0
     return float(difference.mean()), error
 
 

@@ -47,7 +47,7 @@ FREE_SETTINGS = {
 }
 """Settings that do not change a result."""
 
-_PATHS = ("model", "train", "val", "test", "data", "features", "query")
+_PATHS = ("model", "train", "val", "test", "data", "features", "query", "classes")
 
 CUT_SETTINGS = ("mean", "std", "channels", "val_resize_px", "val_crop", "decoder", "max_pixels")
 """Settings of images that decide the pixels an encoder sees, and which images can be read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from nextblock.atomic import write_text
 from nextblock.config import DataConfig
 from nextblock.data import BadSample, Source, normalize, open_source
-from nextblock.evaluate.features import evaluation_data
+from nextblock.evaluate.features import classifier_directory, evaluation_data
 from nextblock.interop import attach_teacher, load_model, open_encoder
 from nextblock.look.settings import LookSettings
 from nextblock.models import NextBlockModel
@@ -40,8 +40,10 @@ class Opened(NamedTuple):
 
 def open_look(config: LookSettings, *, predicts: bool = True) -> Opened:
     """Load a model and open its images; attach the teacher if the model predicts one's features."""
-    model = (load_model if predicts else open_encoder)(config.model, num_heads=config.num_heads)
-    data = evaluation_data(config.model, model.config, workers=config.workers)
+    spec = classifier_directory(config.model)
+    model = (load_model if predicts else open_encoder)(spec, num_heads=config.num_heads)
+    # A picture needs only some images; the commands name those that are unreadable.
+    data = replace(evaluation_data(spec, model.config, workers=config.workers), max_bad_fraction=1.0)
     source, device = open_source(config.data, data), choose_device(config.device)
     if isinstance(model, NextBlockModel) and predicts:
         attach_teacher(model, data.mean, data.std, device)

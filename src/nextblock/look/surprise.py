@@ -27,7 +27,7 @@ from nextblock.look.opened import about_image
 from nextblock.look.settings import SurpriseSettings
 from nextblock.models import NextBlockModel
 from nextblock.settings import from_dict, require
-from nextblock.tables import Column, end_of, number
+from nextblock.tables import Column, image, number
 from nextblock.targets import make_targets
 from nextblock.train.runtime import autocast
 from nextblock.visualize.predictions import predicted_blocks
@@ -45,12 +45,11 @@ PREDICTING = ("predictor", "target", "mask_ratio", "teacher_digest")
 """Settings that the encoder's identity leaves out."""
 QUANTILES = (0.01, 0.99)
 """The ends of the colour scale, among the losses of all blocks."""
-NAME_LETTERS = 60
 
 COLUMNS = (
     Column("group", "score"),
     number("rank", "rank"),
-    Column("name", "image", lambda name, _: end_of(name, NAME_LETTERS)),
+    Column("name", "image", image),
     Column("class", "class"),
     number("mean_loss", "mean loss", ".3f"),
     number("largest_loss", "largest", ".3f"),

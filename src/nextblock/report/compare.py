@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nextblock.report.page import page, section, shown, table, text, what_to_type
+from nextblock.logs import counted
+from nextblock.report.page import notes, page, section, shown, table, text, what_to_type
 from nextblock.report.read import Measured, RunSummary, thinned
 from nextblock.report.words import distinguished, how_to_measure
 from nextblock.settings import listed
@@ -57,7 +58,8 @@ class Relation(NamedTuple):
     def words(self) -> str:
         """The correlation, or why there is none."""
         if self.pearson is None or self.spearman is None:
-            return f"no correlation of {self.runs} runs; at least {MIN_RUNS} that differ are needed"
+            known = counted(self.runs, "run")
+            return f"no correlation of {known}; at least {MIN_RUNS} that differ are needed"
         return f"Pearson r {self.pearson:+.2f}, {SPEARMAN} {self.spearman:+.2f}, {self.runs} runs"
 
 
@@ -85,7 +87,9 @@ class Comparison:
         found: dict[str, list[Measured | None]] = {}
         own = distinguished(*([one for one in run.results if one.encoder == "model"] for run in self.runs))
         for i, results in enumerate(zip(own, self.monitored, strict=True)):
-            for one in (*results[0], *results[1]):
+            last = self.runs[i].last("knn/top1")
+            while_training = results[1] if last and last[1] else []  # at step 0, nothing is trained
+            for one in (*results[0], *while_training):
                 found.setdefault(f"{one.method} {one.where}", [None] * len(self.runs))[i] = one
         return dict(sorted(found.items(), key=lambda item: item[1].count(None)))
 
@@ -242,7 +246,7 @@ def comparison_page(found: Comparison) -> str:
     title = f"{len(found.runs)} runs compared"
     body = [
         f"<header><h1>{title}</h1>\n<p class=muted>{text(', '.join(found.names))}</p></header>\n",
-        *(f"<p class=note>{text(one)}</p>\n" for one in warnings(found)),
+        notes(warnings(found)),
         section(
             "Results",
             "<p>Accuracies are top-1 in percent ± one standard error.</p>\n",
@@ -287,7 +291,7 @@ def _relation_charts(found: Comparison) -> tuple[list[dict[str, Any]], list[tupl
             continue
         for y, title in {"val_loss": "Validation loss", measure: "Accuracy"}.items():
             pairs = found.pairs(x, y) if y and x != y else []
-            if len(pairs) > 1:
+            if len({one for _, one, _ in pairs}) > 1:  # points above each other show no relation
                 points = [{"name": found.names[i], "x": a, "y": b, "colour": i} for i, a, b in pairs]
                 own = {"note": found.relations[0].words, "wide": True} if x == "val_loss" else {}
                 kind = {"x": words, "log": x in COSTS, "share": y == measure}

@@ -25,12 +25,12 @@ from nextblock.report.words import (
     baseline_words,
     distinguished,
     facts,
+    gaps,
     how_to_draw,
     how_to_measure,
     missing,
     next_commands,
     results_table,
-    warnings,
 )
 from nextblock.settings import typed
 from nextblock.tables import finite
@@ -147,6 +147,11 @@ def what_to_type(rows: Iterable[tuple[str, str]]) -> str:
     )
 
 
+def notes(sentences: Iterable[str]) -> str:
+    """Warnings, each a paragraph with a mark."""
+    return "".join(f"<p class=note>{text(one)}</p>\n" for one in sentences)
+
+
 def shown(value: Any) -> str:
     """A setting as people type it."""
     return typed(value) if value != "" else '""'
@@ -193,7 +198,7 @@ def _accuracy(summary: RunSummary) -> str:
     return (
         "<p>Top-1 in percent ± one standard error, measured on the images named in the row.</p>\n"
         f"{table('accuracies', found.head, found.cells())}"
-        f"<p class=muted>{text(learned)}All numbers: {text(files)}.</p>\n"
+        f"<p class=muted>{text(learned)}All numbers: {text(files)}.</p>\n{notes(summary.notes)}"
     )
 
 
@@ -202,9 +207,10 @@ def _curves(summary: RunSummary) -> str:
     note += "values behind each point. ▲ marks where the run resumed."
     if not summary.train:
         note = "Nothing is logged yet; the first line comes after monitor.log_every."
-    notes = "".join(f"<p class=note>{text(one)}</p>\n" for one in warnings(summary))
     lacking = what_to_type(missing(summary))
-    return f'<p class=muted>{note}</p>\n{notes}<div id="charts" class="charts"></div>\n{lacking}'
+    return (
+        f'<p class=muted>{note}</p>\n{notes(gaps(summary))}<div id="charts" class="charts"></div>\n{lacking}'
+    )
 
 
 def _predictions(summary: RunSummary) -> str:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from nextblock.atomic import is_locked
 from nextblock.config import MonitorConfig
 from nextblock.errors import UsageError
-from nextblock.logs import clock
+from nextblock.logs import clock, label_words
 from nextblock.presets import DEFAULT_PRESET, PRESETS
 from nextblock.settings import flatten, to_dict, typed
 
@@ -367,7 +367,7 @@ def _measured(run_dir: Path, path: Path, values: dict[str, Any]) -> Iterator[Mea
         for row in values["rows"]:
             method = row.get("head") or row.get("method") or verb
             if verb == "fewshot":
-                method = row["shots"] + (" of the labels" if "%" in row["shots"] else " labels a class")
+                method = label_words(row["shots"])
             elif verb == "knn":
                 if not row["is_default"]:
                     continue
@@ -378,7 +378,7 @@ def _measured(run_dir: Path, path: Path, values: dict[str, Any]) -> Iterator[Mea
                 if other is not None:
                     encoder = other if encoder == "model" else f"{encoder} {other}"
             yield Measured(method, on, encoder, float(row["top1"]), row.get("top1_se"), labels, file)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is damaged or of an older release ({error!r}); measure again") from error
 
 

@@ -141,15 +141,18 @@ def facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
         yield "picture", str(picture or f"none yet: {how_to_draw(summary)}")
 
 
-def warnings(summary: RunSummary) -> list[str]:
-    """The notes of results, and a sentence on logged losses that are NaN or infinite: no curve shows them."""
-    found = list(summary.notes)
+def gaps(summary: RunSummary) -> Iterator[str]:
+    """Sentences on logged losses that are NaN or infinite, which no curve shows."""
     for what, lines, name in (("loss", summary.train, "loss"), ("validation loss", summary.val, "val_loss")):
         steps = [f"{line['step']:,}" for line in lines if name in line and not is_number(line[name])]
         if steps:
             more = ", ..." if len(steps) > 5 else ""
-            found.append(f"NaN or infinite {what} at step {', '.join(steps[:5])}{more}.")
-    return found
+            yield f"NaN or infinite {what} at step {', '.join(steps[:5])}{more}."
+
+
+def warnings(summary: RunSummary) -> list[str]:
+    """The notes of results, and gaps in the losses."""
+    return [*summary.notes, *gaps(summary)]
 
 
 def report_table(summary: RunSummary) -> Group:
@@ -211,6 +214,7 @@ def report_values(summary: RunSummary) -> dict[str, Any]:
 def plot_losses(summary: RunSummary, path: Path) -> None:
     """Draw a PNG of the losses by step with their references as horizontal lines, and the learning rate."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from nextblock.visualize.figure import MUTED, save_png
 
@@ -221,7 +225,7 @@ def plot_losses(summary: RunSummary, path: Path) -> None:
     for name, label, colour in (("loss", "training", "#0969da"), ("val_loss", "validation", "#bc4c00")):
         line = thinned(*summary.series(name))
         if line["x"]:
-            marker = "o" if name == "val_loss" else ""
+            marker = "o" if name == "val_loss" or len(line["x"]) == 1 else ""  # a point makes no line
             losses.plot(line["x"], line["y"], color=colour, marker=marker, markersize=3, label=label)
         if "low" in line:
             losses.fill_between(line["x"], line["low"], line["high"], color=colour, alpha=0.2, linewidth=0)
@@ -236,7 +240,9 @@ def plot_losses(summary: RunSummary, path: Path) -> None:
     losses.margins(y=0.08)
     losses.set_ylabel("loss")
     losses.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
-    rates.plot(*summary.series("lr"), color=MUTED, linewidth=1.2)
+    steps, values = summary.series("lr")
+    rates.plot(steps, values, color=MUTED, linewidth=1.2, marker="" if steps[1:] else "o", markersize=3)
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     rates.set_ylim(bottom=0)
     rates.set_ylabel("lr")
     rates.set_xlabel("step")

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ class Session:
                 return
             spec, self.step = str(newest), _step_of(newest)
         model = open_encoder(spec, num_heads=settings.num_heads)
-        self.data = evaluation_data(spec, model.config, workers=settings.workers)
+        data = evaluation_data(spec, model.config, workers=settings.workers)
+        self.data = replace(data, max_bad_fraction=1.0)  # the others can be searched
         self.device = choose_device(settings.device)
         self.model = model = model.to(self.device).eval().requires_grad_(requires_grad=False)
         try:

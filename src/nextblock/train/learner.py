@@ -308,7 +308,7 @@ class Learner(ABC):
             image,
             f"{counted(images, 'image')}, batch {batch_size:,}{in_parts} -> "
             f"{counted(loader.steps_per_epoch, 'step')} an epoch, "
-            f"{counted(total_steps, 'step')} in {total_steps / loader.steps_per_epoch:,.4g} epochs",
+            f"{counted(total_steps, 'step')} in {counted(total_steps / loader.steps_per_epoch, 'epoch')}",
             f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {saving.every} in {checkpoints}, "
             f"keeping the latest {saving.keep}",
         ]

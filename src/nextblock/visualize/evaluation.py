@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from torch.nn.functional import pad
 
 from nextblock.data import Source
+from nextblock.logs import counted
 from nextblock.models.heads import layer_words
 from nextblock.visualize.figure import INK, MUTED, save_png, wrapped
 from nextblock.visualize.sheet import Cell, draw_cells, pictures_of, shown_channels
@@ -161,7 +162,7 @@ def draw_confusion(
     bar.ax.tick_params(labelsize=8)
     axes.set_xlabel("predicted class", color=INK)
     axes.set_ylabel("true class", color=INK)
-    title = f"{title}, {classes} classes, {counts.sum()} images"
+    title = f"{title}, {counted(classes, 'class', 'classes')}, {counted(int(counts.sum()), 'image')}"
     axes.set_title(wrapped(title, width_in - 0.5, 10), fontsize=10, loc="left", color=INK, parse_math=False)
     axes.tick_params(labelsize=8)
     if is_labelled:
