@@ -338,9 +338,10 @@ def test_cut_and_damaged_headers_are_refused_by_name_or_give_whole_images(tmp_pa
     [
         (b"", r"is empty \(0 bytes\); fetch or pack it again"),
         (gzip.compress(END, mtime=0), "unpack it if it is compressed"),
-        (b"<html>" * 200, r"is not a plain tar \(it starts with '<html><h'\)"),
+        (b"<html>" * 200, r"is not a plain tar, or cut off \(it starts with '<html><h'\)"),
         (END, "no images in .*: it is empty"),
         (member("n01.tar", b"x") + END, "no images in .*unpack a tar of tars"),
+        (member("1.png", bytes(9000))[:5000], "the file ends within '1.png'; 0 images .* pack it again"),
     ],
 )
 def test_what_is_no_plain_tar_of_images_is_refused_with_a_remedy(tmp_path, content, message):

@@ -142,7 +142,7 @@ def warn_of_absent_classes(place: str, source: Source, numbers: Numbers) -> None
     absent = [name for label, name in enumerate(source.class_names) if label not in present]
     absent += source.empty_classes()
     if absent:
-        log.warning("%s: no image of %d classes: %s", place, len(absent), named(absent))
+        log.warning("%s: no image of %s: %s", place, counted(len(absent), "class", "classes"), named(absent))
 
 
 def write_subset(path: Path, source: Source, numbers: Numbers) -> str:

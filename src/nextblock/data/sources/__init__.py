@@ -51,7 +51,7 @@ KNOWN = (
     "X.zip, torchvision:NAME,root=DIR,split=train, hf:NAME,split=train, X.parquet, subset:LIST.txt, digits, "
     "digits:split=train"
 )
-_KINDS = ("files", "torchvision", "hf", "digits", "subset", "https", "s3", "gs")
+_KINDS = ["files", "torchvision", "hf", "digits", "subset", "https", "s3", "gs"]
 # Compression of a tar as a whole: reading its last image means unpacking all of it.
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _URL = re.compile(r"(https?|s3|gs)://")
@@ -103,8 +103,9 @@ def open_source(spec: str, data: DataConfig) -> Source:
             return open_tars(spec, data)
         problem = f"there is no such directory or file (searched {path.absolute()})"
         if _KEYWORD.match(spec):
-            nearest = nearest_name(kind, list(_KINDS))
-            problem = f"there is no such path and no kind of source {kind!r}; {nearest}"
+            problem = f"there is no such path and no kind of source {kind!r}; {nearest_name(kind, _KINDS)}"
+            if kind in _KINDS:
+                problem = f"there is no such path; write an address as {kind}://HOST/X.tar"
     if _COMPRESSED_TAR.search(spec):
         problem = "images in a compressed tar cannot be read in random order; unpack it"
     raise UsageError(f"{spec!r}: {problem}; known sources: {KNOWN}")

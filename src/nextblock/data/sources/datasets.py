@@ -379,7 +379,7 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
     # A string that cannot be a hub name is a path, and is never looked up there.
     is_name = re.fullmatch(r"(?i)[a-z0-9_][a-z0-9_.-]*(/[a-z0-9_.-]+)?(?<!\.parquet)", name)
     if not name or not (path.exists() or is_name):
-        raise UsageError("write hf:NAME,split=train or hf:PATH,split=train")
+        raise UsageError("neither a path nor a name on the hub; write hf:NAME-OR-PATH,split=train")
     # Images that the library fetched are in its caches. Allow each folder with and without links resolved, as
     # the library uses both forms.
     place, folders = name, [library.HF_DATASETS_CACHE, Path(HF_HUB_CACHE)]

@@ -32,10 +32,13 @@ class FolderSource(NamedSource):
 
     def empty_classes(self) -> list[str]:
         """First-level folders without an image."""
-        with os.scandir(self._root) as entries:
-            # Skip links: they were either followed, and are classes, or lead back up.
-            folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        names = {text(name) for name in folders if not name.startswith(b".")}
+        root = Path(os.fsdecode(self._root))
+        # Skip links: they were either followed, and are classes, or lead back up. Skip what nextblock wrote.
+        names = {
+            text(os.fsencode(path.name))
+            for path in root.glob("[!.]*")
+            if path.is_dir() and not path.is_symlink() and not (path / OUTPUT_MARK).exists()
+        }
         return sorted(names - set(self.class_names))
 
     def _path(self, index: int) -> Path:

@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 # Endings of image files, in lower or upper case.
 EXTENSIONS = b".avif .bmp .gif .heic .heif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 
+# What to do about a folder that has no images, but such files.
+_CONTAINERS = {
+    ".tar": "name tars by X.tar or shards-{000..999}.tar, and unpack a tar of tars",
+    ".parquet": "read a folder of parquet files as hf:DIR,split=train",
+    ".zip": "name one zip by X.zip, or unpack them",
+}
+
 
 class Names:
     """Many names, concatenated in the bytes `joined`.
@@ -101,12 +108,11 @@ def report_others(spec: str, num_images: int, others: Counter[str]) -> None:
     if not num_images:
         found = " and ".join(ignored) or "it is empty"
         remedy = f"an image's name ends in {b' '.join(EXTENSIONS).decode()}"
-        if ".tar" in others:
-            remedy = "name tars by X.tar or shards-{000..999}.tar, and unpack a tar of tars"
+        remedy = next((how for kind, how in _CONTAINERS.items() if kind in others), remedy)
         raise UsageError(f"no images in {spec!r} and its folders: {found}; {remedy}")
     if ignored:
         level = logging.WARNING if ".tar" in others else logging.INFO
-        log.log(level, "%s: %d images; ignored %s", spec, num_images, " and ".join(ignored))
+        log.log(level, "%s: %s; ignored %s", spec, counted(num_images, "image"), " and ".join(ignored))
 
 
 def member_names(names: Sequence[bytes]) -> list[bytes]:

@@ -68,6 +68,10 @@ class TarSource(NamedSource):
         self._files: dict[int, OpenFile] = {}  # in order of last use
         heads, joined, tables = zip(*in_threads(self._index, range(len(paths))), strict=True)
         lengths, self._offsets, self._sizes, numbers = np.hstack(tables)
+        named = list(zip(self._shard_names, heads, strict=True))
+        self.damage = tuple(Damage(name, *head["damage"]) for name, head in named if head["damage"])
+        if self.damage and not len(lengths):
+            raise UsageError(f"{spec!r} has no images: {self.damage[0]}; download or pack it again")
         report_others(spec, len(lengths), sum((Counter(head["others"]) for head in heads), Counter()))
         self._names = Names(b"".join(joined), lengths)
         self._counts = np.array([table.shape[1] for table in tables])
@@ -79,9 +83,7 @@ class TarSource(NamedSource):
         rank, self._classes = in_class_order(classes)
         numbers = np.where(numbers < 0, -1, numbers + np.repeat(starts, self._counts))
         self._numbers = np.append(rank, -1)[numbers]
-        named = list(zip(self._shard_names, heads, strict=True))
         self._unusable = [f"{name}/{head['unusable']}" for name, head in named if head["unusable"]]
-        self.damage = tuple(Damage(name, *head["damage"]) for name, head in named if head["damage"])
         for damage in self.damage:
             log.warning("%s", damage)
 
@@ -364,7 +366,7 @@ def _members(file: OpenFile, origin: str) -> tuple[list[tuple[bytes, int, int]],
         except _DAMAGE as error:
             begin = f"it starts with {repr(file.read(8, 0))[1:]}"
             raise UsageError(
-                f"{origin!r} is not a plain tar ({begin}); unpack it if it is compressed"
+                f"{origin!r} is not a plain tar, or cut off ({begin}); unpack it if it is compressed"
             ) from error
         # Read only headers, each of which gives the position and size of its member's content. `tarfile`
         # handles the long names and sizes that precede it in extra headers. Its iterator is not used, because
