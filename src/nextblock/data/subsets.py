@@ -19,8 +19,8 @@ from jaxtyping import Int64
 from nextblock.atomic import write_aside, writing
 from nextblock.data.random import keyed_permutation
 from nextblock.data.sources import Source, absolute_spec
+from nextblock.data.sources.base import text
 from nextblock.data.sources.folder import SUBSET_HEADER
-from nextblock.data.sources.names import text
 from nextblock.errors import UsageError
 from nextblock.logs import counted
 

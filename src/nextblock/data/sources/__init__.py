@@ -25,12 +25,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import ConcatSource, DataError, Source, SubsetSource
+from nextblock.data.sources.archives import TarSource, ZipSource, open_class_tars, open_tars
+from nextblock.data.sources.base import EXTENSIONS, ConcatSource, DataError, Source, SubsetSource
 from nextblock.data.sources.datasets import HF_OPTIONS, DigitsSource, HuggingFaceSource, TorchvisionSource
 from nextblock.data.sources.folder import FilesSource, FolderSource, local_path, open_list
-from nextblock.data.sources.names import EXTENSIONS
-from nextblock.data.sources.tar import TarSource, open_class_tars, open_tars
-from nextblock.data.sources.zip import ZipSource
 from nextblock.errors import UsageError
 from nextblock.settings import nearest_name
 

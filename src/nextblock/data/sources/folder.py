@@ -10,8 +10,15 @@ from pathlib import Path
 
 from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import Labels, NamedSource
-from nextblock.data.sources.names import Names, in_class_order, kind_of, report_others, text
+from nextblock.data.sources.base import (
+    Labels,
+    NamedSource,
+    Names,
+    in_class_order,
+    kind_of,
+    report_others,
+    text,
+)
 from nextblock.errors import UsageError
 
 # The first line of a list of numbers, which distinguishes it from a list of files.
