@@ -125,7 +125,7 @@ def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
             key, _, value = line.removeprefix("#").partition(":")
             head[key.strip()] = value.strip()
         elif number.isdecimal():
-            numbers.append(int(number))
+            numbers.append(min(int(number), 2**63 - 1))  # numpy's largest; refused as too large
         elif number:
             begin = f"line {place} of the list begins with {number[:40]!r}, not with the number of an image"
             raise UsageError(f"{spec!r}: {begin}; a list of paths is read as files:LIST.txt")
