@@ -6,7 +6,6 @@ cache folder if that place is not writable. A zip has a directory of its own.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -36,6 +35,7 @@ from nextblock.data.sources.base import (
     Names,
     OpenFile,
     check_size,
+    digest,
     in_class_order,
     kind_of,
     member_names,
@@ -260,11 +260,6 @@ def cache_dir(data: DataConfig, part: str) -> Path:
     """The folder `part` of data.cache_dir, else of $XDG_CACHE_HOME/nextblock or ~/.cache/nextblock."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nextblock"
     return Path(data.cache_dir or default).expanduser() / part
-
-
-def digest(content: bytes) -> str:
-    """A hash of the content."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_index(path: Path, stamp: object = None) -> TarIndex | None:

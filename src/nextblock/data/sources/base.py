@@ -79,6 +79,8 @@ class Source(ABC):
     """Incomplete archives of this source."""
     _data: DataConfig
     """How to decode files."""
+    _parts: tuple[Source, ...] = ()
+    """The sources of a mixture."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -106,8 +108,8 @@ class Source(ABC):
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        """The sources of a mixture; otherwise the source itself."""
-        return (self,)
+        """The sources of a mixture, in their order; otherwise the source itself."""
+        return self._parts or (self,)
 
     # Labels are searched on first use: an unlabelled folder is an error only if labels are needed.
     @cached_property
@@ -231,9 +233,8 @@ class SubsetSource(Source):
 
     def _make_fingerprint(self) -> str:
         # Another order is another source, because runs visit images by number.
-        digest = hashlib.blake2b(self.of.fingerprint.encode(), digest_size=16)
-        digest.update(self._numbers.astype("<i8").tobytes())
-        return f"subset-{len(self)}-{digest.hexdigest()}"
+        numbers = self._numbers.astype("<i8").tobytes()
+        return f"subset-{len(self)}-{digest(self.of.fingerprint.encode(), numbers)}"
 
 
 class ConcatSource(Source):
@@ -249,11 +250,6 @@ class ConcatSource(Source):
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    @property
-    def parts(self) -> tuple[Source, ...]:
-        """The sources, in their order."""
-        return self._parts
 
     def empty_classes(self) -> list[str]:
         """Empty folders of any part that no other part fills."""
@@ -285,19 +281,13 @@ class ConcatSource(Source):
     def _make_fingerprint(self) -> str:
         # In the order of the parts, which determines the images' numbers.
         parts = "\n".join(part.fingerprint for part in self.parts)
-        return f"mixture-{len(self)}-{hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()}"
+        return f"mixture-{len(self)}-{digest(parts.encode())}"
 
 
 def decode(content: bytes, data: DataConfig, reduce: Reduce | None = None) -> UInt8[Tensor, "c h w"]:
     """Decode a file with the settings of a run; see `decode_image`."""
-    return decode_image(
-        content,
-        decoder=data.decoder,
-        max_pixels=data.max_pixels,
-        channels=data.channels,
-        background=data.background,
-        reduce=reduce,
-    )
+    settings = {name: getattr(data, name) for name in ("decoder", "max_pixels", "channels", "background")}
+    return decode_image(content, reduce=reduce, **settings)
 
 
 def check_size(num_bytes: int, data: DataConfig) -> None:
@@ -390,11 +380,17 @@ class Names:
         """A hash of all names, and of more numbers if given."""
         # Include the offsets: ("ab", "c") is not ("a", "bc"). This hash identifies runs, so use little-endian
         # int64, which is the same on every machine.
-        digest = hashlib.blake2b(self._offsets.astype("<i8", copy=False).tobytes(), digest_size=16)
-        digest.update(self.joined)
-        for numbers in more:
-            digest.update(numbers.astype("<i8", copy=False).tobytes())
-        return digest.hexdigest()
+        offsets, *others = (numbers.astype("<i8", copy=False).tobytes() for numbers in (self._offsets, *more))
+        return digest(offsets, self.joined, *others)
+
+
+def digest(*parts: bytes) -> str:
+    """A hash of the parts, one after the other."""
+    # Not joined first: the names of millions of files take hundreds of megabytes.
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
 
 
 def text(name: bytes) -> str:

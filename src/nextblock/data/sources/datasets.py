@@ -27,6 +27,7 @@ from nextblock.data.sources.base import (
     Source,
     check_size,
     decode,
+    digest,
     in_class_order,
     read_file,
     text,
@@ -330,8 +331,8 @@ class HuggingFaceSource(Source):
     def _make_fingerprint(self) -> str:
         rows = self._rows
         stated = [rows.info.config_name, rows.split, rows.column_names, self._image, self._version()]
-        digest = hashlib.blake2b("\n".join(map(str, stated)).encode(), digest_size=16)
-        return f"hf-{len(self)}-{digest.hexdigest()}"
+        hashed = digest("\n".join(map(str, stated)).encode())
+        return f"hf-{len(self)}-{hashed}"
 
     def _version(self) -> str:
         """Identifies this state of the dataset, wherever it is stored and whichever process asks."""
@@ -352,12 +353,12 @@ class HuggingFaceSource(Source):
                 else:
                     for value in values.to_pylist():
                         names.update((value or "").rpartition("/")[2].encode() + b"\0")
-        digest = hashlib.blake2b(sizes.digest() + names.digest(), digest_size=16)
+        parts = [sizes.digest(), names.digest()]
         for index in sorted({len(self) * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
             value = self._images[index][self._image]
             value = value.get("bytes") if isinstance(value, dict) else value
-            digest.update(hashlib.blake2b(value).digest() if isinstance(value, bytes) else b"none")
-        return f"{split.num_examples}, {digest.hexdigest()}"
+            parts.append(hashlib.blake2b(value).digest() if isinstance(value, bytes) else b"none")
+        return f"{split.num_examples}, {digest(*parts)}"
 
 
 def _kind(feature: Any) -> str:

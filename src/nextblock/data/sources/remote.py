@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from nextblock.config import DataConfig
 from nextblock.data.sources import archives
-from nextblock.data.sources.base import DataError, OpenFile
+from nextblock.data.sources.base import DataError, OpenFile, digest
 from nextblock.errors import UsageError
 from nextblock.logs import muted
 
@@ -69,7 +69,7 @@ class RemoteTarSource(archives.TarSource):
         # A shard that changes on the server gets a new name in the cache, and so a new index.
         paths = []
         for url, name, state in zip(urls, names, self._states, strict=True):
-            key = archives.digest(json.dumps([url, *state]).encode())
+            key = digest(json.dumps([url, *state]).encode())
             paths.append(folder / f"{name[-44:-4]}-{key}.tar")
         super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
 
