@@ -26,7 +26,7 @@ from torchvision import transforms
 
 from common import Row, median_of, now_s, parse, report, take_turns
 from nextblock.config import DataConfig
-from nextblock.data import Batch, TrainLoader, jpeg_decoder, normalize, open_source
+from nextblock.data import Batch, Source, TrainLoader, jpeg_decoder, normalize, open_source
 from nextblock.data.augment import Crop
 
 SIZES = {"500x375": (500, 375), "2000x1500": (2000, 1500)}
@@ -110,7 +110,7 @@ def pixel_difference(folder: Path, decoder: Decoder, image_size: int) -> float:
 class Pause(Crop):
     """Grey images, each of which takes some milliseconds."""
 
-    def __call__(self, image: Tensor, key: object) -> Tensor:  # noqa: ARG002
+    def read(self, source: Source, key: object) -> Tensor:  # noqa: ARG002
         """Sleep instead of decoding."""
         time.sleep(DECODE_S)
         return torch.zeros(3, 32, 32, dtype=torch.uint8)

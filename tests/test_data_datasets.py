@@ -22,6 +22,7 @@ from datasets import config
 
 from nextblock.config import DataConfig
 from nextblock.data import BadImageError, DataError, eval_batches, open_source
+from nextblock.errors import UsageError
 from test_data_tar import picture as png
 from test_data_tar import reds
 
@@ -136,7 +137,7 @@ def test_labels_that_are_not_stated_are_read_with_the_images(monkeypatch) -> Non
 def test_a_torchvision_dataset_that_cannot_be_opened_is_refused(tmp_path, spec, message) -> None:
     (tmp_path / "MovingMNIST").mkdir()
     np.save(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", np.zeros((20, 2, 4, 4), np.uint8))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         open_source("torchvision:" + spec.format(tmp=tmp_path), DATA)
 
 
@@ -203,7 +204,7 @@ def test_a_split_is_chosen_by_name_or_by_being_the_only_one(tmp_path) -> None:
     datasets.DatasetDict({"only": one}).save_to_disk(tmp_path / "one")
     assert len(open_source(f"hf:{tmp_path / 'two'},split=test", DATA)) == 1
     assert len(open_source(f"hf:{tmp_path / 'one'}", DATA)) == 1
-    with pytest.raises(ValueError, match=r"several splits \(train, test\); choose one by split=NAME"):
+    with pytest.raises(UsageError, match=r"several splits \(train, test\); choose one by split=NAME"):
         open_source(f"hf:{tmp_path / 'two'}", DATA)
     with pytest.raises(ValueError, match="no split 'tset'; did you mean 'test'"):
         open_source(f"hf:{tmp_path / 'two'},split=tset", DATA)
@@ -352,15 +353,15 @@ def test_other_rows_orders_splits_and_columns_have_another_fingerprint(tmp_path)
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("hf:", ValueError, "write hf:NAME,split=train"),
-        ("hf:my folder,split=train", ValueError, "there is no file or folder /.*my folder$"),
-        ("hf:data/train.parquet", ValueError, "there is no file or folder /.*data/train.parquet$"),
-        ("{cats},spilt=train", ValueError, "no option 'spilt'; did you mean 'split'"),
-        ("{cats},config=plain", ValueError, "no config or revision"),
-        ("{cats}/dataset_info.json", ValueError, "dataset_info.json is no parquet file"),
-        ("hf:{tmp}/a-train.parquet,split=test", ValueError, "does not say test; leave split= out"),
-        ("{tmp}/damaged.parquet", ValueError, r"damaged\.parquet': .*corrupted"),
-        ("hf:{tmp}/p,split=tset", ValueError, "Unknown split"),
+        ("hf:", UsageError, "no path and no name .*write hf:NAME,split=train"),
+        ("hf:my folder,split=train", UsageError, "there is no file or folder /.*my folder$"),
+        ("hf:data/train.parquet", UsageError, "there is no file or folder /.*data/train.parquet$"),
+        ("{cats},spilt=train", UsageError, "no option 'spilt'; did you mean 'split'"),
+        ("{cats},config=plain", UsageError, "no config or revision"),
+        ("{cats}/dataset_info.json", UsageError, "dataset_info.json is no parquet file"),
+        ("hf:{tmp}/a-train.parquet,split=test", UsageError, "does not say test; leave split= out"),
+        ("{tmp}/damaged.parquet", UsageError, r"damaged\.parquet': .*corrupted"),
+        ("hf:{tmp}/p,split=tset", UsageError, "Unknown split"),
         ("hf:nobody/nothing,split=train", DataError, "Couldn't reach 'nobody/nothing'"),
     ],
 )

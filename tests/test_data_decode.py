@@ -282,6 +282,9 @@ def test_pillows_own_limit_neither_matters_nor_changes(monkeypatch, limit) -> No
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     for kind in ("PNG", "JPEG", "GIF"):
         assert decode_image(encode(photo(), kind)).shape == (3, HEIGHT, WIDTH)
+    if limit == 100:
+        with pytest.raises(BadImageError, match=r"^more pixels than Pillow reads: Image size"):
+            decode_image(encode(photo(), "WEBP"))  # its header cannot be read without the check
     assert limit == Image.MAX_IMAGE_PIXELS
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 

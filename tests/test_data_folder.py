@@ -99,6 +99,8 @@ def test_classes_are_first_level_folders_alike_in_both_unicode_forms_and_empty_o
     for form in (NFC, NFD):
         (tmp_path / form / "empty").mkdir(parents=True)
         (tmp_path / form / "self").symlink_to(".")
+        (tmp_path / form / "run").mkdir()
+        mark_output(tmp_path / form / "run")
         source = opened(make_images(tmp_path / form, [f"{form}/1.png", "b/x/1.png"]))
         assert (source.class_names, source.empty_classes()) == (("b", NFC), ["empty"])
         assert [source.class_names[label] for label in source.labels] == [
@@ -163,14 +165,16 @@ def test_a_tilde_and_the_other_unicode_form_lead_to_a_path(tmp_path, monkeypatch
         ("x.rar", r"is a file; give the directory that contains it, or files:x.rar"),
         ("x.tar.gz", "in a compressed tar cannot be read in random order; unpack it"),
         ("torchvison:CIFAR10", "no kind of source 'torchvison'; did you mean 'torchvision'"),
+        ("s3:x.tar", "no such path; write an address as s3://HOST/X.tar"),
+        ("tables", "2 files, none .*parquet.*; read a folder of parquet files as hf:DIR"),
         ("digits:splt=train", "no option 'splt'; did you mean 'split'"),
     ],
 )
 def test_a_spec_that_names_nothing_is_refused_with_the_remedy(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "other/a"):
+    for folder in ("empty", "other/a", "tables"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("x.rar", "other/a/1.txt", "other/2.csv"):
+    for name in ("x.rar", "other/a/1.txt", "other/2.csv", "tables/1.parquet", "tables/2.md"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=message):
         opened(spec)

@@ -13,7 +13,7 @@ from PIL import Image
 from nextblock.cli.pretrain import run
 from nextblock.config import DataConfig
 from nextblock.data import eval_batches, open_source
-from nextblock.data.statistics import measure_pixels
+from nextblock.data.loader import measure_pixels
 from nextblock.evaluate.features import evaluation_data
 from nextblock.pretraining import pretrain
 from tiny_runs import TINY, Quiet

@@ -152,6 +152,7 @@ def test_of_many_that_write_a_list_at_once_one_does(digits, tmp_path):
         ("1\n", "", "the list names no source; write subset:.*,of=SPEC"),
         ("# of: digits\na.jpg\n", "", "line 2 of the list begins with 'a.jpg', not with the number of"),
         ("# of: digits\n1797\n", "", "the list names image 1797, but 'digits' has 1797, from 0"),
+        (f"# of: digits\n{10**30}\n", "", "the list names image 9223372036854775807, but 'digits' has 1797"),
         ("# of: digits\n5\n5\n", "", "the list names an image twice"),
         ("# of: digits\n# fingerprint: other\n5\n", "", "'digits' is not what the list was drawn from"),
     ],

@@ -17,7 +17,7 @@ from PIL import Image
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.sources import Source, open_source, tar
+from nextblock.data.sources import Source, archives, open_source
 
 DATA = DataConfig()
 END = bytes(1024)
@@ -149,11 +149,11 @@ def test_shards_are_read_in_the_order_of_braces_and_a_file_named_with_braces_is_
 
 
 def test_few_shards_are_open_at_once_and_other_processes_open_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar, "MAX_OPEN", 2)
+    monkeypatch.setattr(archives, "MAX_OPEN", 2)
     for number in range(4):
         write(tmp_path / f"{number}.tar", {"1.png": picture(number)})
     source = opened(f"{tmp_path}/{{0..3}}.tar")
-    assert isinstance(source, tar.TarSource)
+    assert isinstance(source, archives.TarSource)
     assert [int(source.read(i)[0, 0, 0]) for i in (0, 1, 0, 2, 0, 3)] == [0, 1, 0, 2, 0, 3]
     assert list(source._files) == [0, 3]
     with get_context("fork").Pool(2) as pool:
@@ -259,7 +259,7 @@ def test_the_index_is_kept_while_the_tar_is_the_same_and_a_damaged_one_is_rebuil
     first = opened(path)
     index = tmp_path / "x.tar.nextblock-index"
     with monkeypatch.context() as patch:
-        patch.setattr(tar, "build_index", None)
+        patch.setattr(archives, "build_index", None)
         again = opened(path)
     assert (again.fingerprint, names(again), classes(again)) == (first.fingerprint, ["1.png"], ["7"])
     whole = index.read_bytes()
@@ -278,7 +278,7 @@ def test_without_a_place_beside_the_tar_the_index_lies_in_the_cache_or_nowhere(t
     assert reds(opened(path, DataConfig(cache_dir=str(tmp_path / "file")))) == [1]
     data = DataConfig(cache_dir=str(tmp_path / "cache"))
     opened(path, data)
-    monkeypatch.setattr(tar, "build_index", None)
+    monkeypatch.setattr(archives, "build_index", None)
     assert reds(opened(path, data)) == [1]
 
 
@@ -338,9 +338,10 @@ def test_cut_and_damaged_headers_are_refused_by_name_or_give_whole_images(tmp_pa
     [
         (b"", r"is empty \(0 bytes\); fetch or pack it again"),
         (gzip.compress(END, mtime=0), "unpack it if it is compressed"),
-        (b"<html>" * 200, r"is not a plain tar \(it starts with '<html><h'\)"),
+        (b"<html>" * 200, r"is not a plain tar, or cut off \(it starts with '<html><h'\)"),
         (END, "no images in .*: it is empty"),
         (member("n01.tar", b"x") + END, "no images in .*unpack a tar of tars"),
+        (member("1.png", bytes(9000))[:5000], "the file ends within '1.png'; 0 images .* pack it again"),
     ],
 )
 def test_what_is_no_plain_tar_of_images_is_refused_with_a_remedy(tmp_path, content, message):

@@ -20,9 +20,8 @@ SRC = Path(__file__).parents[1] / "src" / "nextblock"
 # have no entry of their own.
 ORDER: Sequence[str] = """
     version errors logs launch atomic tables settings model_config config presets data.random data.decode
-    data.sources.names data.sources.base data.sources.folder data.sources.tar
-    data.sources.zip data.sources.remote data.sources.datasets
-    data.sources data.order data.augment data.workers data.loader data.statistics
+    data.sources.base data.sources.folder data.sources.archives data.sources.remote data.sources.datasets
+    data.sources data.order data.augment data.workers data.loader
     data.subsets data.doctor data.pack data blocks targets models plan optim checkpoint
     interop train visualize report evaluate look serve pretraining cli __main__
 """.split()  # noqa: SIM905 - one entry a line would take two screens

@@ -10,7 +10,7 @@ from typing import Any
 from nextblock.config import RunConfig
 from nextblock.data import Source, open_source, open_sources
 from nextblock.data.doctor import WHEN_IT_PAYS, shared_images
-from nextblock.data.statistics import measure_pixels
+from nextblock.data.loader import measure_pixels
 from nextblock.data.subsets import named
 from nextblock.errors import UsageError
 from nextblock.evaluate.monitors import FeatureMonitor, missing_classes

@@ -147,7 +147,7 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Namespace, DataConfig]:
 
 def _say(*lines: str) -> None:
     """Print lines; control characters and undecodable bytes of a path are escaped."""
-    from nextblock.data.sources.names import text
+    from nextblock.data.sources.base import text
 
     say(*(text(os.fsencode(line)) for line in lines))
 

@@ -48,39 +48,33 @@ class Crop(ABC):
     dtype: ClassVar[torch.dtype] = torch.uint8
 
     @abstractmethod
-    def __call__(self, image: Tensor, key: Key) -> Tensor:
-        """Crop an image's pixels."""
-
     def read(self, source: Source, key: Key) -> Tensor:
         """Read and crop a source's image; raises `BadImageError` if it cannot be read."""
-        return self(source.read(key[1]), key)
 
 
 class EvalCrop(Crop):
     """The crop for validation and evaluation, without randomness."""
 
-    def __call__(self, image: UInt8[Tensor, "c h w"], key: Key) -> Tensor:  # noqa: ARG002
-        """Crop an image's pixels."""
-        return val_crop(image, self.image_size, self.data)
+    def read(self, source: Source, key: Key) -> Tensor:
+        """Read and crop a source's image."""
+        return val_crop(source.read(key[1]), self.image_size, self.data)
 
 
 class TrainCrop(Crop):
     """The training augmentation: `train_crop` with the generator of (seed, visit, sample)."""
 
-    def __call__(self, image: UInt8[Tensor, "c h w"], key: Key) -> Tensor:
-        """Crop an image's pixels."""
-        return train_crop(image, self.image_size, self.data, keyed_rng(self.seed, "augment", *key))
-
     def read(self, source: Source, key: Key) -> Tensor:
         """Read and crop; if `data.decoder` is fast, a JPEG is decoded no larger than the crop needs."""
         # Draw the crop in the full picture, whose size is in the header, exactly as without reduction. Then
-        # decode at the largest reduction that leaves the crop at least as large as its target.
+        # decode at the largest reduction that leaves the crop at least as large as its target: a crop that is
+        # enlarged afterwards would be blurred where full decoding is sharp.
         rng, size = keyed_rng(self.seed, "augment", *key), pair(self.image_size)
         drawn: list[tuple[bool, Box]] = []
 
         def reduce(height: int, width: int, flips: tuple[int, ...]) -> int:
             flip, box = _draw_crop(height, width, self.data, rng)
-            factor = reduction(box, size)
+            fitting = [f for f in (2, 4, 8) if box[2] >= f * size[0] and box[3] >= f * size[1]]
+            factor = max(fitting, default=1)
             # A side that the factor does not divide is padded at the stored right and bottom. A flip moves
             # the padding to the left and top, and thereby the crop.
             top = box[0] + (-height % factor if -2 in flips else 0)
@@ -93,7 +87,7 @@ class TrainCrop(Crop):
 
         pixels = source.read(key[1], reduce if self.data.decoder == "fast" else None)
         if not drawn:  # `reduce` was not called: the picture is no JPEG, or the decoder is exact
-            return self(pixels, key)
+            return train_crop(pixels, size, self.data, rng)
         # From here on as without reduction: the generator has drawn the crop, but not yet the colours.
         return _finish_crop(pixels, *drawn[0], size, self.data, rng)
 
@@ -114,10 +108,11 @@ class TimmCrop(Crop):
                 f"augment timm changes colours, but data.channels is {self.data.channels}; use augment crop"
             )
 
-    def __call__(self, image: UInt8[Tensor, "3 h w"], key: Key) -> Float[Tensor, "3 rows columns"]:
-        """Crop an image's pixels."""
+    def read(self, source: Source, key: Key) -> Float[Tensor, "3 rows columns"]:
+        """Read and transform a source's image."""
         # timm works on Pillow images.
-        picture = Image.fromarray(np.ascontiguousarray(rearrange(image, "c h w -> h w c").numpy()))
+        pixels = rearrange(source.read(key[1]), "c h w -> h w c")
+        picture = Image.fromarray(np.ascontiguousarray(pixels.numpy()))
         with seeded_globally(keyed_seed(self.seed, "timm", *key)):
             return self._transform(picture)
 
@@ -224,13 +219,6 @@ def random_resized_crop_box(
     elif width / height > ratio[1]:
         crop_width = max(1, min(width, round(height * ratio[1])))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def reduction(box: Box, target: tuple[int, int]) -> int:
-    """The largest of 1, 2, 4, 8 by which the box can shrink without becoming smaller than the target."""
-    # A crop that is enlarged afterwards would be blurred where full decoding is sharp.
-    fitting = [f for f in (2, 4, 8) if box[2] >= f * target[0] and box[3] >= f * target[1]]
-    return max(fitting, default=1)
 
 
 def color_jitter(

@@ -118,6 +118,8 @@ def pillow_errors(size: tuple[int, int] | None = None) -> Iterator[None]:
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
             text = f"not enough memory to decode {size[0]} x {size[1]} pixels" if size else text
             raise MemoryError(text) from error
+        if isinstance(error, Image.DecompressionBombError):  # WebP: Pillow checks while it reads the header
+            raise BadImageError(f"more pixels than Pillow reads: {text}") from error
         if isinstance(error, OSError) and error.strerror:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
         raise BadImageError(f"truncated or corrupt: {text}") from error
@@ -309,12 +311,14 @@ def _decode_jpeg(
     if decode is None:
         return image_to_tensor(image, channels)
     # Unlike Pillow, torchcodec rotates images itself, so remove EXIF and XMP first.
-    plain = content
+    parts, end = [], 0
     for name, data in image.applist:
-        if name == "APP1":
-            plain = plain.replace(b"\xff\xe1" + (len(data) + 2).to_bytes(2) + data, b"", 1)
+        segment = b"\xff\xe1" + (len(data) + 2).to_bytes(2) + data
+        if name == "APP1" and (place := content.find(segment, end)) >= 0:
+            parts.append(content[end:place])
+            end = place + len(segment)
     try:
-        pixels = _upright(decode(plain), orientation)
+        pixels = _upright(decode(b"".join([*parts, content[end:]])), orientation)
     except RuntimeError as error:
         log.debug("torchcodec failed, Pillow decodes the image: %s", error)
         return image_to_tensor(image, channels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -26,9 +27,9 @@ from nextblock.config import DataConfig, Size, pair
 from nextblock.data.augment import Crop, EvalCrop, Key, TrainCrop
 from nextblock.data.decode import BadImageError
 from nextblock.data.order import StepKeys, sample_order
-from nextblock.data.random import keyed_rng
+from nextblock.data.random import keyed_permutation, keyed_rng
 from nextblock.data.sources.base import DataError, Source
-from nextblock.data.workers import Note, run_in_workers
+from nextblock.data.workers import Note, resolve_workers, run_in_workers
 from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -266,6 +267,57 @@ def _share(
         begin, end = min(place, stop), min(place + batch_size, stop)
         batches.append([slice(i, min(i + chunk, end)) for i in range(begin, max(end, begin + 1), chunk)])
     return batches
+
+
+# --------------------------------------------------------------------------------- mean and deviation
+
+
+class PixelStatistics(NamedTuple):
+    """Mean and deviation of each channel to six digits, for pixels in [0, 1], and the number of images."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int
+
+
+def measure_pixels(
+    source: Source, data: DataConfig, image_size: Size, seed: int, *, most: int = 1000
+) -> PixelStatistics:
+    """Measure the validation crops of up to `most` images drawn by the seed.
+
+    Raises `ValueError` if no image of the sample can be read, or if a channel is the same everywhere.
+    """
+    # Drawn by the seed, so that a restarted run measures the same.
+    chosen = np.sort(keyed_permutation(seed, len(source), "statistics")[:most])
+    workers = resolve_workers(data.workers, source)
+    # Integer sums are exact, so the result does not depend on workers or batches.
+    totals = np.zeros((2, data.channels), dtype=np.int64)
+    images, bad = 0, []
+    for batch in eval_batches(source, data, image_size, 50, chosen, workers=workers):
+        values = batch.images.numpy().astype(np.int64)
+        totals += np.stack([values.sum(axis=(0, 2, 3)), (values**2).sum(axis=(0, 2, 3))])
+        images += len(batch.samples)
+        bad += batch.bad
+    if not images:
+        raise UsageError(
+            f"data.normalize auto: none of {len(chosen)} images of {source.spec} can be read, such as "
+            f"{bad[0].name}: {bad[0].reason}; repair them, or give data.mean and data.std"
+        )
+    # Computed in Python's unbounded integers, up to one division at the end.
+    pixels = images * math.prod(pair(image_size))
+    mean, std = [], []
+    for channel, (total, squares) in enumerate(totals.T.tolist()):
+        # pixels * squares - total² is pixels² times the variance, an exact integer: nothing cancels.
+        deviation = math.sqrt(pixels * squares - total**2) / pixels / 255
+        if round(deviation, 6) == 0:
+            raise UsageError(
+                f"data.normalize auto: channel {channel} of {data.channels} has the same value everywhere in "
+                f"{images} images of {source.spec}; leave that channel out of the files, or give data.mean "
+                "and data.std with data.normalize given"
+            )
+        mean.append(round(total / pixels / 255, 6))
+        std.append(round(deviation, 6))
+    return PixelStatistics(tuple(mean), tuple(std), images)
 
 
 # ----------------------------------------------------------------------------------------------- quarantine

@@ -33,8 +33,8 @@ from nextblock.config import DataConfig, PackConfig
 from nextblock.data.decode import TIFF_STARTS, BadImageError
 from nextblock.data.loader import BadSample, QuarantineLog
 from nextblock.data.sources import Source
+from nextblock.data.sources.archives import TarSource, tar_index
 from nextblock.data.sources.base import decode
-from nextblock.data.sources.tar import TarSource, tar_index
 from nextblock.data.subsets import warn_of_absent_classes
 from nextblock.data.workers import Note, resolve_workers, run_in_workers
 from nextblock.errors import UsageError

@@ -19,8 +19,8 @@ from jaxtyping import Int64
 from nextblock.atomic import write_aside, writing
 from nextblock.data.random import keyed_permutation
 from nextblock.data.sources import Source, absolute_spec
+from nextblock.data.sources.base import text
 from nextblock.data.sources.folder import SUBSET_HEADER
-from nextblock.data.sources.names import text
 from nextblock.errors import UsageError
 from nextblock.logs import counted
 
@@ -142,7 +142,7 @@ def warn_of_absent_classes(place: str, source: Source, numbers: Numbers) -> None
     absent = [name for label, name in enumerate(source.class_names) if label not in present]
     absent += source.empty_classes()
     if absent:
-        log.warning("%s: no image of %d classes: %s", place, len(absent), named(absent))
+        log.warning("%s: no image of %s: %s", place, counted(len(absent), "class", "classes"), named(absent))
 
 
 def write_subset(path: Path, source: Source, numbers: Numbers) -> str:

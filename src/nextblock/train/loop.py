@@ -125,7 +125,7 @@ def train(
     if data.normalize == "auto" and (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD):
         raise UsageError(
             "data.normalize is auto, but data.mean and data.std were not measured; nextblock.pretrain does "
-            "that, or set them to those of nextblock.data.statistics.measure_pixels"
+            "that, or set them to those of nextblock.data.loader.measure_pixels"
         )
     device = find_device(choose_device(config.train.device), group.world)
     autocast(device, config.train.precision)  # refuses what the device cannot do

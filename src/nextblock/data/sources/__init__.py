@@ -25,12 +25,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import ConcatSource, DataError, Source, SubsetSource
+from nextblock.data.sources.archives import TarSource, ZipSource, open_class_tars, open_tars
+from nextblock.data.sources.base import EXTENSIONS, ConcatSource, DataError, Source, SubsetSource
 from nextblock.data.sources.datasets import HF_OPTIONS, DigitsSource, HuggingFaceSource, TorchvisionSource
 from nextblock.data.sources.folder import FilesSource, FolderSource, local_path, open_list
-from nextblock.data.sources.names import EXTENSIONS
-from nextblock.data.sources.tar import TarSource, open_class_tars, open_tars
-from nextblock.data.sources.zip import ZipSource
 from nextblock.errors import UsageError
 from nextblock.settings import nearest_name
 
@@ -51,7 +49,7 @@ KNOWN = (
     "X.zip, torchvision:NAME,root=DIR,split=train, hf:NAME,split=train, X.parquet, subset:LIST.txt, digits, "
     "digits:split=train"
 )
-_KINDS = ("files", "torchvision", "hf", "digits", "subset", "https", "s3", "gs")
+_KINDS = ["files", "torchvision", "hf", "digits", "subset", "https", "s3", "gs"]
 # Compression of a tar as a whole: reading its last image means unpacking all of it.
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _URL = re.compile(r"(https?|s3|gs)://")
@@ -103,8 +101,9 @@ def open_source(spec: str, data: DataConfig) -> Source:
             return open_tars(spec, data)
         problem = f"there is no such directory or file (searched {path.absolute()})"
         if _KEYWORD.match(spec):
-            nearest = nearest_name(kind, list(_KINDS))
-            problem = f"there is no such path and no kind of source {kind!r}; {nearest}"
+            problem = f"there is no such path and no kind of source {kind!r}; {nearest_name(kind, _KINDS)}"
+            if kind in _KINDS:
+                problem = f"there is no such path; write an address as {kind}://HOST/X.tar"
     if _COMPRESSED_TAR.search(spec):
         problem = "images in a compressed tar cannot be read in random order; unpack it"
     raise UsageError(f"{spec!r}: {problem}; known sources: {KNOWN}")
@@ -126,7 +125,7 @@ def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
             key, _, value = line.removeprefix("#").partition(":")
             head[key.strip()] = value.strip()
         elif number.isdecimal():
-            numbers.append(int(number))
+            numbers.append(min(int(number), 2**63 - 1))  # numpy's largest; refused as too large
         elif number:
             begin = f"line {place} of the list begins with {number[:40]!r}, not with the number of an image"
             raise UsageError(f"{spec!r}: {begin}; a list of paths is read as files:LIST.txt")

@@ -21,9 +21,18 @@ from torch import Tensor
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError, check_pixels, image_to_tensor, pillow_errors
 from nextblock.data.random import keyed_permutation
-from nextblock.data.sources.base import DataError, Labels, Source, check_size, decode, read_file
+from nextblock.data.sources.base import (
+    DataError,
+    Labels,
+    Source,
+    check_size,
+    decode,
+    digest,
+    in_class_order,
+    read_file,
+    text,
+)
 from nextblock.data.sources.folder import local_path
-from nextblock.data.sources.names import in_class_order, text
 from nextblock.errors import UsageError
 from nextblock.logs import muted
 from nextblock.settings import nearest_name
@@ -107,9 +116,7 @@ class TorchvisionSource(Source):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    @cached_property
-    def has_labels(self) -> bool:
-        """Whether the dataset stores or yields one class number per image."""
+    def _search_labels(self) -> bool:
         # Judge by the first image: checking all would decode the whole dataset.
         first = self._first_label
         return self._stated_labels is not None or (isinstance(first, int | np.integer) and int(first) >= 0)
@@ -198,7 +205,7 @@ def _open_torchvision(spec: str, name: str, options: dict[str, str]) -> Any:
     except Exception as error:
         # A download can fail for the network or the disk. Otherwise something is missing or misspelt.
         is_failure = arguments.get("download") and isinstance(error, RuntimeError | OSError)
-        raise (DataError if is_failure else ValueError)(f"{spec!r}: {error}") from error
+        raise (DataError if is_failure else UsageError)(f"{spec!r}: {error}") from error
     if not length:
         raise UsageError(f"{spec!r}: the dataset has no images")
     return dataset
@@ -226,7 +233,7 @@ class HuggingFaceSource(Source):
             # Wrong names and damaged files are the user's mistakes. Other errors, such as a lost connection
             # or a full disk, are failures.
             is_mistake = isinstance(cause, ValueError | TypeError | KeyError | FileNotFoundError)
-            raise (ValueError if is_mistake else DataError)(reason) from error
+            raise (UsageError if is_mistake else DataError)(reason) from error
         if not len(self):
             raise UsageError(f"{spec!r}: the dataset has no rows")
         self._kinds = {column: _kind(feature) for column, feature in self._rows.features.items()}
@@ -254,13 +261,8 @@ class HuggingFaceSource(Source):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @cached_property
-    def has_labels(self) -> bool:
-        """Whether one column contains labels; reading them raises if a row has none."""
-        try:
-            return bool(self._label)
-        except ValueError:
-            return False
+    def _search_labels(self) -> str:
+        return self._label  # reading them raises if a row has none
 
     def _content(self, index: int) -> bytes:
         value = self._images[index][self._image]
@@ -329,8 +331,8 @@ class HuggingFaceSource(Source):
     def _make_fingerprint(self) -> str:
         rows = self._rows
         stated = [rows.info.config_name, rows.split, rows.column_names, self._image, self._version()]
-        digest = hashlib.blake2b("\n".join(map(str, stated)).encode(), digest_size=16)
-        return f"hf-{len(self)}-{digest.hexdigest()}"
+        hashed = digest("\n".join(map(str, stated)).encode())
+        return f"hf-{len(self)}-{hashed}"
 
     def _version(self) -> str:
         """Identifies this state of the dataset, wherever it is stored and whichever process asks."""
@@ -351,12 +353,12 @@ class HuggingFaceSource(Source):
                 else:
                     for value in values.to_pylist():
                         names.update((value or "").rpartition("/")[2].encode() + b"\0")
-        digest = hashlib.blake2b(sizes.digest() + names.digest(), digest_size=16)
+        parts = [sizes.digest(), names.digest()]
         for index in sorted({len(self) * i // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}):
             value = self._images[index][self._image]
             value = value.get("bytes") if isinstance(value, dict) else value
-            digest.update(hashlib.blake2b(value).digest() if isinstance(value, bytes) else b"none")
-        return f"{split.num_examples}, {digest.hexdigest()}"
+            parts.append(hashlib.blake2b(value).digest() if isinstance(value, bytes) else b"none")
+        return f"{split.num_examples}, {digest(*parts)}"
 
 
 def _kind(feature: Any) -> str:
@@ -379,7 +381,7 @@ def _load(name: str, path: Path, options: dict[str, str]) -> tuple[Any, list[Pat
     # A string that cannot be a hub name is a path, and is never looked up there.
     is_name = re.fullmatch(r"(?i)[a-z0-9_][a-z0-9_.-]*(/[a-z0-9_.-]+)?(?<!\.parquet)", name)
     if not name or not (path.exists() or is_name):
-        raise UsageError("write hf:NAME,split=train or hf:PATH,split=train")
+        raise UsageError("no path and no name of a dataset; write hf:NAME,split=train or hf:PATH,split=train")
     # Images that the library fetched are in its caches. Allow each folder with and without links resolved, as
     # the library uses both forms.
     place, folders = name, [library.HF_DATASETS_CACHE, Path(HF_HUB_CACHE)]

@@ -10,8 +10,15 @@ from pathlib import Path
 
 from nextblock.atomic import OUTPUT_MARK
 from nextblock.config import DataConfig
-from nextblock.data.sources.base import Labels, NamedSource
-from nextblock.data.sources.names import Names, in_class_order, kind_of, report_others, text
+from nextblock.data.sources.base import (
+    Labels,
+    NamedSource,
+    Names,
+    in_class_order,
+    kind_of,
+    report_others,
+    text,
+)
 from nextblock.errors import UsageError
 
 # The first line of a list of numbers, which distinguishes it from a list of files.
@@ -32,10 +39,13 @@ class FolderSource(NamedSource):
 
     def empty_classes(self) -> list[str]:
         """First-level folders without an image."""
-        with os.scandir(self._root) as entries:
-            # Skip links: they were either followed, and are classes, or lead back up.
-            folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        names = {text(name) for name in folders if not name.startswith(b".")}
+        root = Path(os.fsdecode(self._root))
+        # Skip links: they were either followed, and are classes, or lead back up. Skip what nextblock wrote.
+        names = {
+            text(os.fsencode(path.name))
+            for path in root.glob("[!.]*")
+            if path.is_dir() and not path.is_symlink() and not (path / OUTPUT_MARK).exists()
+        }
         return sorted(names - set(self.class_names))
 
     def _path(self, index: int) -> Path:

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from nextblock.config import DataConfig
-from nextblock.data.sources import tar
-from nextblock.data.sources.base import DataError, OpenFile
+from nextblock.data.sources import archives
+from nextblock.data.sources.base import DataError, OpenFile, digest
 from nextblock.errors import UsageError
 from nextblock.logs import muted
 
@@ -42,12 +42,12 @@ class RemoteError(DataError):
     """A shard on a server cannot be fetched, and no image is at fault: a run saves and stops."""
 
 
-class RemoteTarSource(tar.TarSource):
+class RemoteTarSource(archives.TarSource):
     """The images of remote shards, copied here as needed; raises `RemoteError` if the server fails."""
 
     @_muted
     def __init__(self, spec: str, data: DataConfig) -> None:
-        self._urls = urls = tar.expand_braces(spec)
+        self._urls = urls = archives.expand_braces(spec)
         names = [PurePosixPath(urlsplit(url).path).name for url in urls]
         if not names[0].endswith(".tar"):
             raise UsageError(f"{spec!r}: only tar shards are read from a server, such as https://HOST/x.tar")
@@ -56,10 +56,10 @@ class RemoteTarSource(tar.TarSource):
         except ImportError as error:
             package = "gcsfs" if spec.startswith("gs:") else "fsspec aiohttp s3fs"
             raise UsageError(f"{spec!r} needs a package ({error}): pip install {package}") from error
-        folder = tar.cache_dir(data, "remote")
+        folder = archives.cache_dir(data, "remote")
         with suppress(OSError):  # reported on the first copy; stored indexes may be enough
             folder.mkdir(parents=True, exist_ok=True)
-        self._states = tar.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
+        self._states = archives.in_threads(lambda url: _attempt(url, lambda: _state(url)), urls)
         total_gb = sum(size for size, _ in self._states) / 1e9
         if total_gb > data.cache_gb:
             log.warning(
@@ -69,25 +69,25 @@ class RemoteTarSource(tar.TarSource):
         # A shard that changes on the server gets a new name in the cache, and so a new index.
         paths = []
         for url, name, state in zip(urls, names, self._states, strict=True):
-            key = tar.digest(json.dumps([url, *state]).encode())
+            key = digest(json.dumps([url, *state]).encode())
             paths.append(folder / f"{name[-44:-4]}-{key}.tar")
         super().__init__(spec, paths, data, names=names if len(set(names)) == len(urls) else urls)
 
-    def _index(self, shard: int) -> tar.TarIndex:
+    def _index(self, shard: int) -> archives.TarIndex:
         """A shard's index: from the cache, or from beside the shard on the server, or built from a copy."""
         url, (size, _) = self._urls[shard], self._states[shard]
-        cached = self._paths[shard].with_suffix(tar.INDEX_ENDING)
-        index = tar.read_index(cached)
+        cached = self._paths[shard].with_suffix(archives.INDEX_ENDING)
+        index = archives.read_index(cached)
         if index is None:
             parts = urlsplit(url)  # keep the query (a signature, say)
-            address = parts._replace(path=parts.path + tar.INDEX_ENDING).geturl()
+            address = parts._replace(path=parts.path + archives.INDEX_ENDING).geturl()
             with suppress(RemoteError, OSError):
                 _attempt(address, lambda: _download(address, cached))
-                index = tar.read_index(cached)
+                index = archives.read_index(cached)
         # An index from the server belongs to this shard if the size agrees. Uploading changes the time.
         if index is None or index.head["stamp"][0] != size:
-            index = tar.build_index(self._open_copy(shard), url)
-            tar.write_index(cached, index, [size])
+            index = archives.build_index(self._open_copy(shard), url)
+            archives.write_index(cached, index, [size])
         return index
 
     @_muted

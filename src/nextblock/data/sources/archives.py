@@ -1,19 +1,21 @@
-"""Tar shards in WebDataset's layout: every image member is a sample, read in any order.
+"""Archives: tar shards in WebDataset's layout (every image member is a sample), and zips.
 
 An index is built from a tar's headers once, and stored as `X.tar.nextblock-index` beside the tar, or in the
-cache folder if that place is not writable.
+cache folder if that place is not writable. A zip has a directory of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
 import math
 import os
 import re
+import struct
 import tarfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +28,21 @@ import numpy as np
 
 from nextblock.config import DataConfig
 from nextblock.data.decode import BadImageError
-from nextblock.data.sources.base import Damage, Labels, NamedSource, OpenFile, check_size
+from nextblock.data.sources.base import (
+    Damage,
+    Labels,
+    NamedSource,
+    Names,
+    OpenFile,
+    check_size,
+    digest,
+    in_class_order,
+    kind_of,
+    member_names,
+    report_others,
+    text,
+)
 from nextblock.data.sources.folder import local_path
-from nextblock.data.sources.names import Names, in_class_order, kind_of, member_names, report_others, text
 from nextblock.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -68,6 +82,10 @@ class TarSource(NamedSource):
         self._files: dict[int, OpenFile] = {}  # in order of last use
         heads, joined, tables = zip(*in_threads(self._index, range(len(paths))), strict=True)
         lengths, self._offsets, self._sizes, numbers = np.hstack(tables)
+        named = list(zip(self._shard_names, heads, strict=True))
+        self.damage = tuple(Damage(name, *head["damage"]) for name, head in named if head["damage"])
+        if self.damage and not len(lengths):
+            raise UsageError(f"{spec!r} has no images: {self.damage[0]}; download or pack it again")
         report_others(spec, len(lengths), sum((Counter(head["others"]) for head in heads), Counter()))
         self._names = Names(b"".join(joined), lengths)
         self._counts = np.array([table.shape[1] for table in tables])
@@ -79,9 +97,7 @@ class TarSource(NamedSource):
         rank, self._classes = in_class_order(classes)
         numbers = np.where(numbers < 0, -1, numbers + np.repeat(starts, self._counts))
         self._numbers = np.append(rank, -1)[numbers]
-        named = list(zip(self._shard_names, heads, strict=True))
         self._unusable = [f"{name}/{head['unusable']}" for name, head in named if head["unusable"]]
-        self.damage = tuple(Damage(name, *head["damage"]) for name, head in named if head["damage"])
         for damage in self.damage:
             log.warning("%s", damage)
 
@@ -246,11 +262,6 @@ def cache_dir(data: DataConfig, part: str) -> Path:
     return Path(data.cache_dir or default).expanduser() / part
 
 
-def digest(content: bytes) -> str:
-    """A hash of the content."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 def read_index(path: Path, stamp: object = None) -> TarIndex | None:
     """Read an index; None if it is missing, damaged, or has another stamp (None accepts any)."""
     # A line of JSON, the table, the names. Every start reads one such file per shard, and ImageNet-21k has
@@ -364,7 +375,7 @@ def _members(file: OpenFile, origin: str) -> tuple[list[tuple[bytes, int, int]],
         except _DAMAGE as error:
             begin = f"it starts with {repr(file.read(8, 0))[1:]}"
             raise UsageError(
-                f"{origin!r} is not a plain tar ({begin}); unpack it if it is compressed"
+                f"{origin!r} is not a plain tar, or cut off ({begin}); unpack it if it is compressed"
             ) from error
         # Read only headers, each of which gives the position and size of its member's content. `tarfile`
         # handles the long names and sizes that precede it in extra headers. Its iterator is not used, because
@@ -399,3 +410,73 @@ def _members(file: OpenFile, origin: str) -> tuple[list[tuple[bytes, int, int]],
                 others["links or special files"] += 1
             position = tar.offset
     return members, others, "" if has_end_mark else "the file ends without the mark of a tar's end"
+
+
+# --------------------------------------------------------------------------------------------------- zips
+
+
+class ZipSource(NamedSource):
+    """The images of a zip in the order of its directory; the last of equal names counts."""
+
+    _prefix = "zip"
+
+    def __init__(self, spec: str, path: Path, data: DataConfig) -> None:
+        self.spec, self._data, self._zip = spec, data, path
+        try:
+            # Keep only names, positions and sizes: `zipfile` takes 1 KB per member, which forks cannot share.
+            with zipfile.ZipFile(path) as file:
+                members = file.infolist()
+        except OSError as error:
+            raise UsageError(f"cannot read {spec!r}: {error.strerror or error}") from error
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            raise UsageError(f"{spec!r} is not a zip, or damaged: {error}; fetch or pack it again") from error
+        images: dict[bytes, zipfile.ZipInfo] = {}
+        others = Counter[str]()
+        names = member_names([member.filename.encode("utf-8", "surrogateescape") for member in members])
+        for name, member in zip(names, members, strict=True):
+            kind = kind_of(name)
+            if kind != "image":
+                if name and not name.endswith(b"/"):
+                    others[kind] += 1
+                continue
+            # Bits 0 and 6 mark encryption. Only these two methods unpack in bounded memory.
+            is_known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if member.flag_bits & 0x41 or not is_known:
+                how = "is encrypted or not packed by deflate; pack it again by zip -0"
+                raise UsageError(f"{spec!r}: {text(name)!r} {how}")
+            images[name] = member
+        report_others(spec, len(images), others)
+        self._names = Names.of(list(images))
+        places = [
+            (m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in images.values()
+        ]
+        # The directory at the zip's end has all positions, so members need not be opened here. A damaged one
+        # may have sizes beyond int64.
+        self._places = np.array([[min(n, 2**63 - 1) for n in place] for place in places], dtype=np.int64)
+        self._file: OpenFile | None = None
+
+    def _content(self, index: int) -> bytes:
+        offset, packed_size, size, checksum, method = self._places[index].tolist()
+        check_size(max(size, packed_size), self._data)
+        try:
+            self._file = file = self._file or OpenFile(self._zip)
+            # The content follows the member's own header, whose name and extra field vary in length.
+            name_size, extra_size = struct.unpack("<26xHH", file.read(30, offset))
+            content = file.read(packed_size, offset + 30 + name_size + extra_size)
+            if method == zipfile.ZIP_DEFLATED:
+                # One byte more than stated reveals a false size without unpacking a bomb.
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+        except OSError as error:
+            raise BadImageError(f"its zip cannot be read: {error.strerror or error}") from error
+        except (zlib.error, struct.error) as error:
+            raise BadImageError(f"the zip is damaged here: {error}") from error
+        # Check the bytes every time: a damaged image may still decode, to wrong pixels.
+        if len(content) != size or zlib.crc32(content) != checksum:
+            raise BadImageError("the zip is damaged here: length or checksum is wrong")
+        return content
+
+    def _name(self, index: int) -> str:
+        return f"{text(os.fsencode(self._zip.name))}/{text(self._names[index])}"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_file": None}  # each process opens its own
