@@ -9,7 +9,6 @@ from typing import Any
 from nextblock.cli.arguments import Parser
 from nextblock.cli.output import end_with_json, say
 from nextblock.config import ModelConfig, RunConfig, pair
-from nextblock.logs import counted
 from nextblock.presets import PRESETS, Preset, get_preset, resolve
 from nextblock.settings import Natural, flatten, listed, require, to_dict, typed
 
@@ -85,7 +84,7 @@ def _print_one(preset: Preset) -> None:
         f"published:  {preset.published or 'no confirmed result'}",
         f"parameters: encoder {values['encoder_params_m']} M, with predictor {values['total_params_m']} M",
         f"memory:     about {values['estimated_step_gb']:.1f} GB for a step of "
-        f"{counted(train.micro_batch_size or train.batch_size, 'image')} (an estimate)",
+        f"{train.micro_batch_size or train.batch_size} images (an estimate)",
         "",
         "Settings that differ from the defaults (all: add --print_config to the command):",
     )
