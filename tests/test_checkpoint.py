@@ -338,6 +338,15 @@ def test_a_training_state_that_is_not_complete_is_refused_with_what_to_remove(le
         load_state(path, model, optimizer)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "3"])
+def test_a_training_state_of_another_shape_is_refused(content, tmp_path):
+    model = tiny_model()
+    path = save_checkpoint(tmp_path, model, STATE, 3)
+    (path / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"step_00000003 \(state.json is no training state\); remove"):
+        load_state(path, model, build_optimizer(model, OptimConfig()))
+
+
 def test_what_does_not_fit_is_listed_by_name():
     model = tiny_model()
     weights = dict(model.state_dict())

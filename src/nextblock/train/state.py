@@ -42,6 +42,7 @@ from nextblock.config import DataConfig
 from nextblock.interop.files import distributed_reader
 from nextblock.models import NextBlockModel
 from nextblock.models.heads import ImageClassifier
+from nextblock.settings import require
 from nextblock.train.distributed import ALONE, Group
 from nextblock.train.parallel import full_weights
 
@@ -183,6 +184,7 @@ def load_state(
     with group.together():
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            require(isinstance(state, dict) and "step" in state, f"{STATE_FILE} is no training state")
             # Of a sharded state only the index is read here; `dcp.load` below reads the tensors.
             reader = distributed_reader(directory) if directory.is_dir() else None
             stored = load_file(whole_file) if reader is None else reader.read_metadata().state_dict_metadata
