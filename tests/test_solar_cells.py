@@ -45,4 +45,4 @@ def test_pre_training_helps_the_linear_probe_on_solar_cells(cells, capsys):
     assert main(f"probe --model run {sources} {heads} --out probe".split()) == 0
     rows = json.loads((cells / "probe" / "probe.json").read_text())["rows"]
     top1 = {row["encoder"]: row["top1"] for row in rows}
-    assert top1["trained"] > top1["untrained"] + 0.05
+    assert top1["model"] > top1["untrained"] + 0.05
