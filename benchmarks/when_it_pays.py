@@ -45,7 +45,7 @@ RIVALS_AT = 16_384
 LONGER = 3
 """Times that, in whole schedules."""
 LONGER_RATE = 3e-4
-"""Of the tuned rivals then; at 1e-3, its best in the short schedule, SimCLR collapsed (seed 0)."""
+"""Of the tuned rivals then; at 1e-3, its best in the short schedule, SimCLR learned nothing (seed 0)."""
 METHODS = {"knn": "kNN, k 20", "linear": "linear", "ep": "ep"}
 BASELINES = ("untrained", "pixels 16x16", "colour histogram")
 VARIANTS: dict[str, dict[str, Any]] = {
