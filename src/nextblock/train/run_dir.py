@@ -268,9 +268,8 @@ class RunDir:
         """Lines of metrics up to a step, without an incomplete last line."""
 
         def parse(text: str) -> list[dict[str, Any]]:
-            lines = [
-                _mapping(json.loads(line)) for line in text.split("\n")[:-1]
-            ]  # an incomplete one has no line end
+            whole = text.split("\n")[:-1]  # an incomplete line has no line end
+            lines = [_mapping(json.loads(line)) for line in whole]
             self.last_steps = {line["kind"]: line["step"] for line in lines}
             return [line for line in lines if line["step"] <= last_step]
 
@@ -334,7 +333,7 @@ class RunDir:
         thread = threading.Thread(target=keep_beating, name="heartbeat", daemon=True)
         beat("running")
         thread.start()
-        # "failed" also if the process is leaving by an exception that is none of ours, such as SystemExit.
+        # Stays "failed" for every exception, also SystemExit and KeyboardInterrupt.
         status, message = "failed", None
         try:
             yield
