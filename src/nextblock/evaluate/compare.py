@@ -106,6 +106,7 @@ def compare(**settings: Any) -> Result:
             rights = [right for result in results for right in result.rights]
             for row, right in zip(own, rights, strict=True):
                 if row["encoder"] == MODEL:
+                    # The first model is entered here; each later one is compared with it.
                     other = first.setdefault(row["method"], right)
                     if other is not right and len(other) == len(right):
                         row["to_first"], row["to_first_se"] = paired(right, other)

@@ -136,6 +136,7 @@ def _parquet(
 ) -> Iterator[Any]:
     """Yield the rows of the file as pyarrow tables."""
     pa, flat = pyarrow(), features.reshape(len(features), -1)
+    # Cosine distances, as in kNN; the projection sees the features as they are.
     plane, normed = _plane(flat), F.normalize(torch.from_numpy(flat), dim=-1)
     for rows in np.split(np.arange(len(flat)), range(ROWS, len(flat), ROWS)):
         some: dict[str, Any] = {name: values[rows] for name, values in columns.items()}

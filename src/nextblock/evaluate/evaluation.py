@@ -134,6 +134,7 @@ class Evaluation:
         model, origin = self.model, self._weights
         if encoder == UNTRAINED:
             model = untrained(model, keyed_seed(seed, "untrained encoder"))
+            # Its weights follow from architecture and seed, so all models of an architecture share its table.
             origin = {"untrained": seed, "encoder": self._weights["encoder"]}
         chunk = self.settings.images_at_once(self.device.type)
         function = encoder_extract(model, wanted, precision=self.settings.precision, chunk=chunk)
@@ -183,6 +184,8 @@ class Evaluation:
         indices: Any = None,
     ) -> FeatureTable:
         """Fill a table with the outputs of `extract`; `origins` are their identities, in the same order."""
+        # Features are keyed by all that they depend on, so a cache never gives those of other weights or
+        # pixels.
         images = {
             "source": source.fingerprint,
             "sample": images_digest(source),
@@ -239,6 +242,7 @@ class Evaluation:
         if stored is not None:
             log.info("%s has this result already", out)
             return replace(stored, columns=columns)
+        # Locked from here on only: reading a finished result needs no lock.
         with self.locked():
             result = replace(measure(), identity=identity, columns=columns)
             with group.together():

@@ -65,6 +65,7 @@ def regress(
         warnings.simplefilter("ignore", ConvergenceWarning)  # the caller counts these
         if fewest < 2:
             return model.fit(features, labels)
+        # Each fold needs an image of every class. The search then fits the best C once more, on all images.
         parts = StratifiedKFold(min(folds, fewest), shuffle=True, random_state=seed)
         search = GridSearchCV(model, {"logisticregression__C": list(C_GRID)}, cv=parts)
         return search.fit(features, labels).best_estimator_
@@ -133,6 +134,7 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
                         f"readable ({named(missing, 3)}); repair or remove unreadable images, use more "
                         "labels, or another --seed"
                     )
+                # scikit-learn takes seeds of 32 bits.
                 seed = keyed_seed(config.seed, "folds", draw) % 2**32
                 fit = regress(train_table.read(few).double().numpy(), train.labels[few], config.folds, seed)
                 fits.append(fit[-1])
@@ -142,6 +144,7 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
             top1 = [of_draw["top1"] for of_draw in measured]
             spread = statistics.stdev(top1) if len(top1) > 1 else None
             log.info("%s, labels %s: top-1 %.1f %%", encoder, text, 100 * statistics.fmean(top1))
+            # Averaged over draws before they are paired, as the draws share their test images.
             rights.append(np.mean(right, axis=0))
             rows.append(
                 {
@@ -149,6 +152,7 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
                     "shots": text,
                     "train_images": statistics.mean(learned),
                     "top1": statistics.fmean(top1),
+                    # Of the choice of labelled images; the test images are the same in all draws.
                     "top1_se": None if spread is None else spread / len(top1) ** 0.5,
                     "top1_std": spread,
                     "balanced": statistics.fmean(of_draw["balanced"] for of_draw in measured),

@@ -58,6 +58,7 @@ def nearest_neighbours(
             (here,) = torch.where((itself >= start) & (itself < start + chunk))
             similarity[here, itself[here] - start] = -math.inf
         values, rows = similarity.topk(min(k, similarity.shape[1]), dim=-1)
+        # The best of all rows so far are among the best before and the best of this chunk.
         together = torch.cat([best.similarity, values], dim=1)
         kept = together.topk(min(k, together.shape[1]), dim=-1)
         best = Nearest(kept.values, torch.cat([best.rows, rows + start], dim=1).gather(1, kept.indices))

@@ -95,6 +95,8 @@ class Tally:
         if not len(labels):
             return
         truth = labels.cpu()
+        # Of a batch only what the measures need is kept, never its logits: they may have thousands of
+        # classes.
         log_p = logits.detach().float().log_softmax(dim=-1)
         top = log_p.topk(min(5, self.num_classes))
         likeliest, ranked = top.values[:, 0].cpu().double(), top.indices.cpu()
@@ -125,6 +127,7 @@ class Tally:
         )
         known = [accuracy for accuracy in per_class if accuracy is not None]
         # Per bin: right images minus the sum of confidences, so images x (accuracy - mean confidence).
+        # A bin contains its upper end, as in the paper: (0, 1/15], (1/15, 2/15], ...
         bins = (np.ceil(confidence * CONFIDENCE_BINS) - 1).clip(0, CONFIDENCE_BINS - 1).astype(np.int64)
         excess = torch.from_numpy(np.bincount(bins, right - confidence, minlength=CONFIDENCE_BINS))
         confusion = None

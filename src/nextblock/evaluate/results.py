@@ -152,6 +152,8 @@ def add_leads(
         row["lead"], row["lead_se"] = paired(ours[key(row)], right)
         if is_marked and not row["is_default"]:
             continue
+        # The row in which the lead is clearest counts: a baseline is unbeaten only if no row shows a clear
+        # lead.
         lead = (row["lead"] - 2 * row["lead_se"], row["lead"], row["lead_se"])
         best[row["encoder"]] = max(lead, best.get(row["encoder"], lead))
     unbeaten = {
@@ -242,6 +244,7 @@ def differences(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> list[
 
     Paths of models and images are ignored: digests and fingerprints identify them.
     """
+    # Through JSON and back, as the stored one was: tuples become lists.
     old, new = flatten(stored), flatten(json.loads(json.dumps(identity)))
     if old.get("format_version") != new.get("format_version", old.get("format_version")):
         return ["written by another version of nextblock"]
@@ -258,6 +261,7 @@ def read_result(
 ) -> Result | None:
     """Read this evaluation's result from `out`, or None; `UsageError` if `out` contains anything else."""
     path = result_file(out, verb, is_file=is_file)
+    # The refusals protect files of others, so they come first and hold with overwrite too.
     if any((out / name).is_file() for name in RUN_FILES):
         raise UsageError(f"{out} is a training run; choose another --out, such as {out / verb}")
     if not path.is_file() and out.is_dir() and not (out / OUTPUT_MARK).is_file():

@@ -105,6 +105,7 @@ def surprise(**settings: Any) -> Result:
         source = open_source(config.data, opened.data)
         settings = {name: getattr(model.config, name) for name in PREDICTING}
         predictor = {"predictor": {"weights": digest_of(model), **settings}}
+        # Measured once, for the result and for its files; not at all if the result exists.
         measured = cache(lambda: _measure(opened, model, source, predictor))
 
         def save(out: Path, result: Result) -> None:
@@ -152,6 +153,7 @@ def _result(
         for place in ranked
     ]
     count = config.num_images
+    # Half as many of the lowest. If there are few images, none is in both groups.
     lowest = max(count, len(rows) - (count + 1) // 2)
     shown = [
         {"group": "highest" if rank <= count else "lowest", "rank": rank, **row}

@@ -73,6 +73,7 @@ class Comparison:
     def names(self) -> list[str]:
         """The name of each run: its path below the directory that contains all runs."""
         paths = [run.run_dir.resolve() for run in self.runs]
+        # Two runs may have the same last name: a/run, b/run.
         common = os.path.commonpath([path.parent for path in paths])
         return [str(path.relative_to(common)) for path in paths]
 

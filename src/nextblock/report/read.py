@@ -222,6 +222,7 @@ class RunSummary:
     @property
     def flops(self) -> float | None:
         """Operations of the model for all images so far, without recomputation; None if not logged."""
+        # TFLOP/s and images/s are logged together, so their quotient is free of the speed at that time.
         per_image = [
             1e12 * line["tflops"] / line["images_per_s"]
             for line in self.train
@@ -342,6 +343,7 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> dict[str, list[float]]:
     """A curve's points; if there are more than `MAX_POINTS`, the means and the range of as many parts."""
     if len(x) <= MAX_POINTS:
         return {"x": list(x), "y": list(y)}
+    # Parts of equal length, to within one point; none is empty, as there are more points than parts.
     bounds = [len(x) * part // MAX_POINTS for part in range(MAX_POINTS + 1)]
     parts = [slice(*pair) for pair in pairwise(bounds)]
     return {

@@ -29,6 +29,7 @@ def distinguished(*runs: Sequence[Measured]) -> list[list[Measured]]:
         return one.method, one.on, one.labels
 
     files = [Counter(key for key, _ in {(about(one), one.file) for one in run}) for run in kept]
+    # Only results that look the same otherwise need their file named.
     shared = {key for counts in files for key, count in counts.items() if count > 1}
     return [[one if about(one) in shared else one._replace(file="") for one in run] for run in kept]
 

@@ -317,6 +317,7 @@ def _measure(
             notes.append(f"{encoder}: fresh weights{frozen}, trained the same way with layer_decay 1.")
         tuner, epoch = _train(opened, model, settings, out / place, given, reporter)
         data, at_once = tuner.config.data, config.encode_batch_size or 128
+        # Merged into the weights, an adapter costs nothing more, and the saved classifier is a plain one.
         if config.lora.rank:
             merge_lora(tuner.tuned.encoder_model.encoder)
         size, workers = tuner.config.model.image_size, resolve_workers(data.workers, measured.source)

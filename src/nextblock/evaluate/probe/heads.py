@@ -252,6 +252,7 @@ def beyond(
         best, score = trained[i].candidate, trained[i].score
         if score is None or score.top1 == 1:  # nothing to choose by, or nothing to improve
             continue
+        # The grid is extended at one end by two rates at once, as heads train together at little more cost.
         rates = [item.candidate.lr for item in trained if item.candidate.head == kind]
         if best.lr == max(rates):
             further += [replace(best, lr=best.lr * factor) for factor in (2, 4)]
@@ -274,6 +275,7 @@ def rate_notes(grid: Sequence[Mapping[str, Any]], given: Sequence[float]) -> lis
         if len(rates) > len(given):
             extended.append(f"{encoder} {head} {rates[0]:g} … {rates[-1]:g}")
         top1 = max(row["top1"] or 0 for row in rows)
+        # A rate inside the grid that is as good shows that the end is no limit.
         is_inside = any(row["top1"] == top1 and rates[0] < row["lr"] < rates[-1] for row in rows)
         if len(rates) > 1 and best in (rates[0], rates[-1]) and not is_inside:
             at_end.append(f"{encoder} {head} {best:g}")

@@ -161,6 +161,7 @@ class _Probe:
 
         measured, choice = part("test", "held-out", config.seed, 0.1), None
         kinds = [candidate.head for candidate in self.candidates]
+        # A single candidate of each kind needs no choice, so no images are held out for it.
         if len(set(kinds)) < len(kinds):
             share = 0.1 if "test" in self.sources else 1 / 9  # of the remaining 90 %, so a tenth of all
             choice = part("val", "choice", keyed_seed(config.seed, "probe choice"), share)
@@ -184,6 +185,7 @@ class _Probe:
         if config.augment != "none":
             return
         images = sum(len(self.sources[purpose].labels) for purpose in {part.purpose for part in self.parts})
+        # The untrained encoder's features take as much again.
         gb = 4e-9 * images * sum(map(math.prod, self.shapes)) * (1 + config.baselines)
         require(
             encoder != MODEL or gb <= config.cache_gb,
@@ -436,6 +438,7 @@ class _Probe:
         return Result(verb="probe", rows=tuple(self.rows), notes=notes, facts=facts, rights=self.rights)
 
     def _readable(self, part: _Part) -> Int64[np.ndarray, " n"]:
+        # A part may be some of the images of its source, which the unreadable ones are numbered in.
         bad = [sample.sample for sample in self.opened.bad.get(part.purpose, (None, ()))[1]]
         return part.numbers[~np.isin(part.numbers, bad)]
 
