@@ -32,9 +32,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _recorded_settings(argv: Sequence[str]) -> list[str]:
-    """Words that load the run's own settings, for `--out RUN` without a preset, file or source."""
+    """Words that load the settings of the run in --out; the other flags override them."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if "--out" not in words[:-1] or {"--preset", "--config", "--data.train"} & set(words):
+    if "--out" not in words[:-1] or {"--preset", "--config"} & set(words):
         return []
-    config = Path(words[words.index("--out") + 1]) / "config.yaml"
-    return ["--config", str(config)] if config.is_file() else []
+    out = Path(words[words.index("--out") + 1])
+    if "--data.train" in words:  # the run's images, perhaps moved, or a new run
+        from nextblock.train.run_dir import recorded_config
+
+        if "--overwrite" in words or recorded_config(out) is None:
+            return []
+    return ["--config", str(out / "config.yaml")] if (out / "config.yaml").is_file() else []
