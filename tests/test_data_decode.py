@@ -144,6 +144,7 @@ def test_any_integer_in_exif_xmp_and_texts_turns_a_picture_whatever_the_decoder(
         chunk(b"iCCP", b"icc\0\0" + MUCH),
         chunk(b"zTXt", b"Raw profile type exif\0\0no zlib"),
         chunk(b"eXIf", b"II*\0\xff\xff\xff\x7fgarbage"),
+        chunk(b"eXIf", b"garbage"),
     ],
     ids=without_content,
 )

@@ -169,16 +169,27 @@ def test_only_what_is_asked_for_is_read_and_micro_batches_are_handed_out_as_they
     assert joined(second).samples.tolist() == expected.tolist()
 
 
-def test_a_worker_holds_a_whole_micro_batch_ready_while_a_step_computes() -> None:
-    source: Any = ToySource(640)
-    source.reads = torch.zeros((), dtype=torch.int64).share_memory_()  # counts in the worker too
-    steps = iter(loader(source, batch_size=640, workers=1))
+class Counted(ToySource):
+    """Counts the reads of each image, those of workers too."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.counts = torch.zeros(count, dtype=torch.int64).share_memory_()
+
+    def _read(self, index: int) -> Tensor:
+        self.counts[index] += 1
+        return self.images[index]
+
+
+def test_workers_hold_a_whole_micro_batch_ready_while_a_step_computes() -> None:
+    source = Counted(640)
+    steps = iter(loader(source, batch_size=640, workers=2))
     list(next(steps).micro_batches)
     for _ in range(600):
-        if source.reads >= 2 * 640:
+        if source.counts.sum() >= 2 * 640:
             break
         time.sleep(0.05)
-    assert 2 * 640 <= source.reads < 3 * 640
+    assert 2 * 640 <= source.counts.sum() < 3 * 640
 
 
 UNTOUCHED = """

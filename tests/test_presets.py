@@ -70,12 +70,14 @@ def test_a_model_is_named_by_size_or_preset_and_any_field_may_change():
         model_config("xtra-b16", drop_paths=0.1)
 
 
-def test_a_run_or_a_file_instead_of_a_preset_is_told_apart(tmp_path):
+def test_a_run_a_file_or_an_unknown_name_instead_of_a_preset_is_told_apart(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UsageError, match="it is a run: --out"):
         get_preset(str(tmp_path))
     with pytest.raises(UsageError, match="--config takes settings"):
         get_preset(str(tmp_path / "config.yaml"))
+    with pytest.raises(UsageError, match="unknown preset 'xtra_h14'; did you mean 'xtra-h14'"):
+        get_preset("xtra_h14")
 
 
 def millions(*parts):
