@@ -74,10 +74,12 @@ def test_a_strip_falls_back_to_its_centre(height, width, expected) -> None:
 @pytest.mark.parametrize("shape", [(8, 8), (75, 100), (300, 200)])
 @pytest.mark.parametrize("size", [32, (48, 64)])
 def test_a_training_crop_is_torchvisions_resized_crop_and_a_flip_mirrors_it(shape, size) -> None:
-    picture, data, rng = image(*shape), DataConfig(flip=0), keyed_rng(3, "crop")
+    (height, width), data, rng = shape, DataConfig(flip=0), keyed_rng(3, "crop")
+    picture = image(height, width)
     rng.random()  # decides on the flip
-    box = random_resized_crop_box(*shape, data.crop_scale, data.crop_ratio, rng)
-    expected = reference.resized_crop(picture, *box, list(pair(size)), BICUBIC, antialias=True)
+    top, left, rows, columns = random_resized_crop_box(height, width, data.crop_scale, data.crop_ratio, rng)
+    target = list(pair(size))
+    expected = reference.resized_crop(picture, top, left, rows, columns, target, BICUBIC, antialias=True)
     assert torch.equal(train_crop(picture, size, data, keyed_rng(3, "crop")), expected)
     flipped = train_crop(picture, size, DataConfig(flip=1), keyed_rng(3, "crop"))
     assert torch.equal(flipped, expected.flip(-1))
