@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from nextblock.config import DataConfig
+from nextblock.config import DataConfig, pair
 from nextblock.data import TrainLoader, keyed_rng, keyed_seed, normalize
 from nextblock.data.augment import (
     TimmCrop,
@@ -39,16 +39,14 @@ def image(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def boxes(height: int, width: int, number: int, **data: Any) -> np.ndarray:
-    config = DataConfig(**data)
-    rng = keyed_rng(0, "boxes")
-    drawn = [
-        random_resized_crop_box(height, width, config.crop_scale, config.crop_ratio, rng)
-        for _ in range(number)
-    ]
-    return np.array(drawn)
+    config, rng = DataConfig(**data), keyed_rng(0, "boxes")
+    limits = config.crop_scale, config.crop_ratio
+    return np.array([random_resized_crop_box(height, width, *limits, rng) for _ in range(number)])
 
 
-# ---------------------------------------------------------------------------------------- the crop's box
+def resized(picture: Tensor, *size: int) -> Tensor:
+    """By torchvision, to rows and columns, or to a shorter side."""
+    return reference.resize(picture, list(size), interpolation=BICUBIC, antialias=True)
 
 
 def test_boxes_are_distributed_like_torchvisions() -> None:
@@ -73,49 +71,30 @@ def test_a_strip_falls_back_to_its_centre(height, width, expected) -> None:
     assert tuple(boxes(height, width, number=1)[0]) == expected
 
 
-# ---------------------------------------------------------------------------------------- training crops
-
-
 @pytest.mark.parametrize("shape", [(8, 8), (75, 100), (300, 200)])
 @pytest.mark.parametrize("size", [32, (48, 64)])
-def test_a_training_crop_is_torchvisions_resized_crop(shape, size) -> None:
-    picture, data = image(*shape), DataConfig(flip=0)
-    rng = keyed_rng(3, "crop")
+def test_a_training_crop_is_torchvisions_resized_crop_and_a_flip_mirrors_it(shape, size) -> None:
+    (height, width), data, rng = shape, DataConfig(flip=0), keyed_rng(3, "crop")
+    picture = image(height, width)
     rng.random()  # decides on the flip
-    top, left, rows, columns = random_resized_crop_box(
-        shape[0], shape[1], data.crop_scale, data.crop_ratio, rng
-    )
-    target = [size, size] if isinstance(size, int) else list(size)
+    top, left, rows, columns = random_resized_crop_box(height, width, data.crop_scale, data.crop_ratio, rng)
+    target = list(pair(size))
     expected = reference.resized_crop(picture, top, left, rows, columns, target, BICUBIC, antialias=True)
     assert torch.equal(train_crop(picture, size, data, keyed_rng(3, "crop")), expected)
-
-
-def test_a_flip_mirrors_the_same_crop() -> None:
-    picture = image(60, 50)
-    plain = train_crop(picture, 32, DataConfig(flip=0), keyed_rng(0, "crop"))
-    flipped = train_crop(picture, 32, DataConfig(flip=1), keyed_rng(0, "crop"))
-    assert torch.equal(flipped, plain.flip(-1))
-
-
-# -------------------------------------------------------------------------------------- evaluation crops
+    flipped = train_crop(picture, size, DataConfig(flip=1), keyed_rng(3, "crop"))
+    assert torch.equal(flipped, expected.flip(-1))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (100, 75), (121, 83)])
 @pytest.mark.parametrize("size", [32, 33, (30, 31)])
 def test_an_evaluation_crop_is_torchvisions_resize_and_centre_crop(shape, size) -> None:
-    picture = image(*shape)
-    expected = reference.center_crop(
-        reference.resize(picture, [37], interpolation=BICUBIC, antialias=True),
-        [size, size] if isinstance(size, int) else list(size),
-    )
-    assert torch.equal(eval_crop(picture, size, 37), expected)
+    expected = reference.center_crop(resized(image(*shape), 37), list(pair(size)))
+    assert torch.equal(eval_crop(image(*shape), size, 37), expected)
 
 
 def test_a_picture_that_would_not_cover_the_crop_is_enlarged() -> None:
-    picture = image(40, 50)
-    crop = eval_crop(picture, (20, 60), 20)  # 20 x 25 would leave 35 columns empty
-    resized = reference.resize(picture, [48, 60], interpolation=BICUBIC, antialias=True)
-    assert torch.equal(crop, resized[:, 14:34])
+    picture = image(40, 50)  # 20 x 25 would leave 35 columns empty
+    assert torch.equal(eval_crop(picture, (20, 60), 20), resized(picture, 48, 60)[:, 14:34])
 
 
 @pytest.mark.parametrize("shape", [(1, 4000), (4000, 2), (1, 1), (1, 5), (7, 1)])
@@ -131,9 +110,7 @@ def test_strips_and_dots_are_cropped_too(shape) -> None:
 @pytest.mark.parametrize("size", [32, (30, 40)])
 def test_a_squashed_crop_is_the_centre_of_the_whole_picture_in_another_shape(shape, size) -> None:
     picture = image(*shape)
-    frame = [37, 37] if size == 32 else [37, 49]
-    resized = reference.resize(picture, frame, interpolation=BICUBIC, antialias=True)
-    expected = reference.center_crop(resized, [size, size] if isinstance(size, int) else list(size))
+    expected = reference.center_crop(resized(picture, 37, 37 if size == 32 else 49), list(pair(size)))
     assert torch.equal(val_crop(picture, size, DataConfig(val_resize_px=37, val_crop="squash")), expected)
 
 
@@ -141,15 +118,10 @@ def test_a_squashed_crop_is_the_centre_of_the_whole_picture_in_another_shape(sha
 @pytest.mark.parametrize("shape", [(8, 8), (121, 83), (33, 200)])
 def test_a_bordered_crop_is_the_whole_picture_on_its_mean_colour(shape, resize_px) -> None:
     picture, data = image(*shape), DataConfig(val_resize_px=resize_px, val_crop="border")
-    longest = max(shape)
-    inside = [round(side * resize_px / longest) for side in shape]
-    resized = reference.resize(picture, inside, interpolation=BICUBIC, antialias=True)
+    inside = resized(picture, *(round(side * resize_px / max(shape)) for side in shape))
     fill: Any = tuple(round(255 * part) for part in data.mean)
-    expected = center_crop_or_pad(reference.to_pil_image(resized), [32, 32], fill=fill)
+    expected = center_crop_or_pad(reference.to_pil_image(inside), [32, 32], fill=fill)
     assert torch.equal(val_crop(picture, 32, data), reference.pil_to_tensor(expected))
-
-
-# ------------------------------------------------------------------------------------------- normalising
 
 
 def test_normalize_is_torchvisions() -> None:
@@ -164,8 +136,6 @@ def test_another_number_of_channels_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"3 channels, data.mean has 1 and data.std 1; give one number per"):
         normalize(image(4, 4)[None], (0.5,), (0.5,))
 
-
-# ---------------------------------------------------------------------------------------- colours
 
 JITTER = (0.4, 0.3, 0.2, 0.1)
 CHANGES = ("brightness", "contrast", "saturation", "hue")
@@ -198,8 +168,6 @@ def test_crop_and_flip_are_the_same_with_and_without_changed_colours() -> None:
         assert not torch.equal(train_crop(picture, 16, always, keyed_rng(seed, "crop")), expected)
 
 
-# ------------------------------------------------------------------------------------------------- timm's
-
 CROP = TimmCrop(data=DataConfig(), image_size=16, seed=5)
 
 
@@ -209,15 +177,9 @@ def global_states() -> tuple:
 
 
 def test_it_is_timms_own_transform_under_the_same_seeds() -> None:
-    theirs: Any = create_transform(
-        16,
-        is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation="bicubic",
-        re_prob=0.25,
-        re_mode="pixel",
-        re_count=1,
-    )
+    policy: dict[str, Any] = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
+    erasing: dict[str, Any] = {"re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
+    theirs: Any = create_transform(16, is_training=True, **policy, **erasing)
     for number in range(40):
         picture = image(40, 50, number)
         seed = keyed_seed(5, "timm", 2, number)
@@ -252,20 +214,13 @@ def test_the_global_generators_are_left_as_they_were_even_after_an_error() -> No
     assert global_states() == before
 
 
-def test_batches_are_normalised_floats_and_do_not_depend_on_workers() -> None:
+def test_batches_of_workers_are_its_floats() -> None:
     source = ToySource(12)
-    batches = []
-    for workers in (0, 2):
-        loader = TrainLoader(
-            source, DataConfig(), image_size=16, seed=5, batch_size=8, workers=workers, crop=CROP
-        )
-        batches.append(list(next(iter(loader)).micro_batches))
-    for alone, divided in zip(*batches, strict=True):
-        assert alone.images.dtype == torch.float32
-        assert torch.equal(alone.images, divided.images)
-    first = batches[0][0]
-    key = (int(first.visits[0]), int(first.samples[0]))
-    assert torch.equal(first.images[0], CROP.read(source, key))
+    options: dict[str, Any] = {"image_size": 16, "seed": 5, "batch_size": 8, "crop": CROP}
+    (batch,) = next(iter(TrainLoader(source, DataConfig(), workers=2, **options))).micro_batches
+    assert batch.images.dtype == torch.float32
+    for image, *key in zip(batch.images, batch.visits.tolist(), batch.samples.tolist(), strict=True):
+        assert torch.equal(image, CROP.read(source, (key[0], key[1])))
 
 
 def test_other_than_colour_is_refused() -> None:

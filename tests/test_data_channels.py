@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nextblock.data import BadImageError, decode_image
+from nextblock.data import decode_image
 from nextblock.evaluate.evaluation import BASELINES
 from nextblock.evaluate.probe.run import probe
 from nextblock.presets import resolve
@@ -26,9 +24,6 @@ def as_bytes(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
 
-# ------------------------------------------------------------------------------------------------------- grey
-
-
 @pytest.mark.parametrize("decoder", ["auto", "pillow"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_grey_of_a_colour_picture_is_its_luma(kind, decoder) -> None:
@@ -38,38 +33,16 @@ def test_grey_of_a_colour_picture_is_its_luma(kind, decoder) -> None:
     assert torch.equal(decode_image(content, decoder=decoder, channels=1).long(), expected)
 
 
-# --------------------------------------------------------------------------------- alpha as a further channel
-
-
-def test_alpha_is_the_fourth_channel_where_four_are_asked_for() -> None:
+def test_alpha_is_a_further_channel_if_asked_for_and_not_composited() -> None:
     image = photo()
     image.putalpha(photo(seed=1).convert("L"))
     for kind, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True, "exact": True})):
         found = decode_image(encode(image, kind, **options), channels=4)
         assert torch.equal(found, as_bytes(np.array(image)))
+    for channels in (2, 4):
+        values = sixteen_bits(9, 11, channels)
+        assert torch.equal(decode_image(png_16(values), channels=channels), as_bytes(values))
 
-
-@pytest.mark.parametrize("channels", [2, 4])
-def test_16_bit_alpha_is_a_channel_too_and_not_composited(channels) -> None:
-    values = sixteen_bits(9, 11, channels)
-    assert torch.equal(decode_image(png_16(values), channels=channels), as_bytes(values))
-
-
-@pytest.mark.parametrize(
-    ("content", "found", "wanted"),
-    [
-        (encode(photo()), 3, 4),
-        (encode(photo().convert("L")), 1, 4),
-        (png_16(sixteen_bits(4, 4, 2)), 2, 4),
-        *((tiff(bands(5)), 5, wanted) for wanted in (1, 3, 4)),
-    ],
-)
-def test_another_number_of_channels_is_a_bad_image_with_both_numbers(content, found, wanted) -> None:
-    with pytest.raises(BadImageError, match=rf"has {found} channels?, data.channels is {wanted}"):
-        decode_image(content, channels=wanted)
-
-
-# ---------------------------------------------------------------------------------------------- bands of TIFF
 
 LAYOUTS = {
     "one strip": {},
@@ -119,38 +92,11 @@ def test_of_rgb_with_further_bands_three_channels_are_the_rgb(number) -> None:
     assert torch.equal(decode_image(content, channels=number), as_bytes(values))
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (tiff(bands(5), sample_format=2), "8-bit samples of type int8 have no fixed range"),
-        (tiff(bands(5).astype(np.uint32)), "32-bit samples of type uint32 have no fixed range"),
-        (tiff(bands(5), photometric=5), "photometric 5"),
-        (tiff(bands(5), predictor=2), r"compression \(1, 2\)"),
-        (tiff(bands(5))[:3000], "truncated|corrupt|missing"),
-        (tiff(bands(5), order=">", big=True), "big-endian BigTIFF"),
-    ],
-)
-def test_a_layout_that_is_not_read_is_a_bad_image_that_says_so(content, reason) -> None:
-    with pytest.raises(BadImageError, match=reason):
-        decode_image(content, channels=5)
-
-
 def test_white_is_zero_and_inks_of_16_bits_are_as_those_of_8() -> None:
     grey, inks = bands(1, 16), bands(4, 16)
     assert torch.equal(decode_image(tiff(grey, photometric=0), channels=1), 255 - as_bytes(grey))
     eight = Image.fromarray(np.rint(inks / 257).astype(np.uint8), "CMYK")
     assert torch.equal(decode_image(tiff(inks, photometric=5)), pixels(eight))
-
-
-def test_strips_that_list_the_same_bytes_again_and_again_are_refused() -> None:
-    content = tiff(bands(5, 8, 400, 300), rows=1) + bytes(100_000)
-    counts, more = (struct.pack("<400I", *[count] * 400) for count in (1500, 100_000))
-    assert counts in content
-    with pytest.raises(BadImageError, match="missing or too long"):
-        decode_image(content.replace(counts, more), channels=5)
-
-
-# -------------------------------------------------------------------------------- through the whole programme
 
 
 def test_bands_train_and_are_probed(tmp_path) -> None:
@@ -167,13 +113,6 @@ def test_bands_train_and_are_probed(tmp_path) -> None:
     result = pretrain(resolve(TINY, changes), out=tmp_path / "run", reporter=Quiet())
     assert result.num_bad == 1
     assert "has 4 channels, data.channels is 5" in (tmp_path / "run" / "quarantine.jsonl").read_text()
-    found = probe(
-        model=str(tmp_path / "run"),
-        train=str(images),
-        out=str(tmp_path / "probe"),
-        epochs=2,
-        batch_size=8,
-        attentive_heads=4,
-        device="cpu",
-    )
+    heads: dict = {"epochs": 2, "batch_size": 8, "attentive_heads": 4, "device": "cpu"}
+    found = probe(model=str(tmp_path / "run"), train=str(images), out=str(tmp_path / "probe"), **heads)
     assert {row["encoder"] for row in found.rows} == {"model", *BASELINES}

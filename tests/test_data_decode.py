@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from nextblock.data import BadImageError, decode_image, jpeg_decoder, open_sourc
 from nextblock.data import decode as decode_module
 from nextblock.data.augment import TrainCrop
 from tiff_files import bands, tiff
-from tiny_runs import run_toy
 
 HEIGHT, WIDTH = 37, 53
 ORIENTATION = 0x112
@@ -74,7 +72,17 @@ def sixteen_bits(*shape: int) -> np.ndarray:
     return values
 
 
-# ------------------------------------------------------------------------------------------------- JPEG
+def heic(image: Image.Image, **options) -> bytes:
+    import pillow_heif
+
+    file = io.BytesIO()
+    pillow_heif.from_pillow(image).save(file, **options)
+    return file.getvalue()
+
+
+def without_content(value: object) -> str | None:
+    """In a test's name, no file's bytes."""
+    return "file" if isinstance(value, bytes) else None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -96,30 +104,52 @@ def test_every_format_is_turned_as_its_exif_says_whatever_the_decoder(kind, orie
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 LONG_TAG = b"Exif\0\0MM\0*" + struct.pack(">IHHHIII", 8, 1, ORIENTATION, 4, 1, 6, 0)
+RAW_EXIF = b"\nexif\n 26\n" + exif(6).tobytes().hex().encode()
+MUCH = zlib.compress(bytes(3_000_000))
+NOTE = chunk(b"zTXt", b"note\0\0" + MUCH)
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pillow", "fast"])
-@pytest.mark.parametrize("options", [{"xmp": XMP}, {"exif": LONG_TAG}, {"exif": exif(6), "xmp": XMP[:9]}])
-def test_any_integer_in_exif_and_xmp_turn_a_jpeg_whatever_the_decoder(decoder, options) -> None:
-    content = encode(photo(), "JPEG", **options)
-    upright = Image.open(io.BytesIO(encode(photo(), "JPEG"))).transpose(Image.Transpose.ROTATE_270)
-    assert torch.equal(decode_image(content, decoder=decoder), pixels(upright))
+def with_chunks(*chunks: bytes, place: int = 33) -> bytes:
+    """A PNG with more chunks after its header, or at another place."""
+    content = encode(photo())
+    return content[:place] + b"".join(chunks) + content[place:]
 
 
-@pytest.mark.parametrize("decoder", ["auto", "pillow"])
-def test_a_jpeg_of_thousands_of_scans_is_refused(decoder) -> None:
-    content = encode(photo(), "JPEG", progressive=True)
-    last = content[content.rindex(b"\xff\xda") : -2]
-    with pytest.raises(BadImageError, match="more than 100 scans"):
-        decode_image(content[:-2] + 3000 * last + b"\xff\xd9", decoder=decoder)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(encode(photo(), "JPEG", **options) for options in ({"xmp": XMP}, {"exif": LONG_TAG})),
+        encode(photo(), "JPEG", exif=exif(6), xmp=XMP[:9]),
+        with_chunks(NOTE, chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
+        with_chunks(NOTE, chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP))),
+        with_chunks(NOTE, chunk(b"tEXt", b"Raw profile type exif\0" + RAW_EXIF)),
+        with_chunks(NOTE, chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_EXIF))),
+    ],
+    ids=without_content,
+)
+def test_any_integer_in_exif_xmp_and_texts_turns_a_picture_whatever_the_decoder(content) -> None:
+    plain = encode(photo(), "JPEG") if content[:2] == b"\xff\xd8" else encode(photo())
+    upright = pixels(Image.open(io.BytesIO(plain)).transpose(Image.Transpose.ROTATE_270))
+    for decoder in ("auto", "pillow", "fast"):
+        assert torch.equal(decode_image(content, decoder=decoder), upright)
 
 
-def test_bytes_that_look_like_scans_after_the_end_or_in_metadata_are_none() -> None:
-    content = encode(photo(), "JPEG", progressive=True)
-    metadata = b"\xff\xef\x27\x10" + b"\xff\xd9\xff\xda" * 2499 + b"\0\0"
-    odd = content[:2] + metadata + content[2:] + b"\xff\xda" * 5000
-    for decoder in ("auto", "pillow"):
-        assert torch.equal(decode_image(odd, decoder=decoder), decode_image(content))
+@pytest.mark.parametrize("place", [33, -12])
+@pytest.mark.parametrize(
+    "more",
+    [
+        NOTE,
+        chunk(b"iTXt", b"note\0\1\0\0\0" + MUCH),
+        chunk(b"tEXt", b"note\0" + b"y" * 3_000_000),
+        chunk(b"iCCP", b"icc\0\0" + MUCH),
+        chunk(b"zTXt", b"Raw profile type exif\0\0no zlib"),
+        chunk(b"eXIf", b"II*\0\xff\xff\xff\x7fgarbage"),
+        chunk(b"eXIf", b"garbage"),
+    ],
+    ids=without_content,
+)
+def test_much_text_and_damaged_exif_do_not_spoil_a_png(more, place) -> None:
+    assert torch.equal(decode_image(with_chunks(more, place=place)), pixels(photo()))
 
 
 @pytest.mark.parametrize("kind", ["MPO", "GIF", "WEBP", "PNG", "TIFF"])
@@ -129,9 +159,6 @@ def test_of_several_pictures_the_first_is_taken(kind) -> None:
     content = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     first = decode_image(encode(frames[0], "JPEG")) if kind == "MPO" else pixels(frames[0])
     assert torch.equal(decode_image(content), first)
-
-
-# ---------------------------------------------------------------------------------------- other formats
 
 
 @pytest.mark.parametrize(
@@ -149,14 +176,6 @@ def test_lossless_formats_and_modes_give_back_their_pixels(kind, mode, options) 
     assert torch.equal(decode_image(encode(image, kind, **options)), pixels(image))
 
 
-def heic(image: Image.Image, **options) -> bytes:
-    import pillow_heif
-
-    file = io.BytesIO()
-    pillow_heif.from_pillow(image).save(file, **options)
-    return file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("options", "upright"),
     [({}, photo()), ({"exif": exif(6).tobytes()}, photo().transpose(Image.Transpose.ROTATE_270))],
@@ -166,8 +185,6 @@ def test_heic_is_turned_once_and_pillow_stays_as_it_was(options, upright) -> Non
     assert (decoded.float() - pixels(upright).float()).abs().mean() < 1
     assert "HEIF" not in Image.OPEN
 
-
-# ------------------------------------------------------------------------------------------------ alpha
 
 BEHIND = {"white": 255, "grey": 128, "black": 0}
 
@@ -185,41 +202,25 @@ def test_alpha_is_composited_over_the_background(mode, background) -> None:
     assert (found.double() - expected).abs().max() <= 0.51
 
 
-def transparent(kind: str) -> bytes:
-    image = Image.new("RGBA", (16, 16), (10, 20, 30, 0))
-    if kind == "HEIC":
-        return heic(image)
-    if kind == "TIFF 16":
-        return tiff(np.zeros((16, 16, 4), np.uint16), photometric=2, extra=(2,))
-    if kind == "PNG 16":
-        return png_16(np.zeros((16, 16, 4), np.uint16))
-    if kind == "PNG 16 by a colour":
-        return png_16(np.full((16, 16, 1), 515, np.uint16), transparent=(515,))
-    if kind == "PNG by a colour":
-        return encode(image.convert("RGB"), "PNG", transparency=(10, 20, 30))
-    if kind == "PNG palette":
-        palette = Image.new("P", (16, 16))
-        palette.putpalette([10, 20, 30])
-        return encode(palette, "PNG", transparency=0)
-    return encode(image, kind)
+CLEAR = Image.new("RGBA", (16, 16), (10, 20, 30, 0))
+TRANSPARENT = {
+    "PNG by a colour": encode(CLEAR.convert("RGB"), "PNG", transparency=(10, 20, 30)),
+    "PNG palette": encode(CLEAR.convert("RGB").quantize(1), "PNG", transparency=0),
+    "PNG 16": png_16(np.zeros((16, 16, 4), np.uint16)),
+    "PNG 16 by a colour": png_16(np.full((16, 16, 1), 515, np.uint16), transparent=(515,)),
+    "TIFF 16": tiff(np.zeros((16, 16, 4), np.uint16), photometric=2, extra=(2,)),
+    **{kind: encode(CLEAR, kind) for kind in ("PNG", "TIFF", "GIF", "WEBP", "AVIF", "JPEG2000")},
+    "HEIC": heic(CLEAR),
+}
 
 
 @pytest.mark.parametrize("background", BEHIND)
-@pytest.mark.parametrize(
-    "kind",
-    (
-        *("PNG", "PNG by a colour", "PNG palette", "PNG 16", "PNG 16 by a colour", "TIFF", "TIFF 16"),
-        *("GIF", "WEBP", "AVIF", "JPEG2000", "HEIC"),
-    ),
-)
+@pytest.mark.parametrize("kind", TRANSPARENT)
 def test_what_is_wholly_transparent_is_the_background_in_every_format(kind, background) -> None:
     for decoder in ("auto", "pillow"):
         for channels in (1, 3):
-            found = decode_image(transparent(kind), decoder=decoder, channels=channels, background=background)
+            found = decode_image(TRANSPARENT[kind], decoder=decoder, channels=channels, background=background)
             assert (found.int() - BEHIND[background]).abs().max() <= 4  # AVIF and HEIC lose some
-
-
-# ---------------------------------------------------------------------------------------------- 16 bits
 
 
 @pytest.mark.parametrize("kind", ["<u2", ">u2", "PGM"])
@@ -249,24 +250,56 @@ def test_16_bits_are_composited_then_rounded_in_parts_of_any_size(channels, orie
         assert np.array_equal(decode_image(content).permute(1, 2, 0).numpy(), expected)
 
 
-# -------------------------------------------------------------------------------------------- bad input
+PROGRESSIVE = encode(photo(), "JPEG", progressive=True)
+LAST_SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+HUGE_TILES = {"photometric": 2, "tile": (16, 16), "claimed_tile": (65536, 65536)}
+NO_RANGE = "have no fixed range"
+
+
+def of_the_same_strip() -> bytes:
+    """A TIFF whose strips list the same bytes again and again."""
+    content = tiff(bands(5, 8, 400, 300), rows=1) + bytes(100_000)
+    counts, more = (struct.pack("<400I", *[count] * 400) for count in (1500, 100_000))
+    assert counts in content
+    return content.replace(counts, more)
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "channels", "reason"),
     [
-        (b"", "empty"),
-        (b"<html>404 not found</html>", r"not an image of a known format \(it starts with '<html>40'\)"),
-        (encode(photo(), "JPEG")[:-200], "truncated"),
-        (encode(photo())[:-300], "truncated"),
-        (b"\x89PNG\r\n\x1a\n", "truncated or corrupt"),
-        (encode(photo().convert("L").convert("F"), "TIFF"), "32-bit pixels .* have no fixed range"),
+        (b"", 3, "empty"),
+        (b"<html>404 not found</html>", 3, r"not an image of a known format \(it starts with '<html>40'\)"),
+        (encode(photo(), "JPEG")[:-200], 3, "truncated"),
+        (encode(photo())[:-300], 3, "truncated"),
+        (b"\x89PNG\r\n\x1a\n", 3, "truncated or corrupt"),
+        (encode(photo().convert("L").convert("F"), "TIFF"), 3, f"32-bit pixels .* {NO_RANGE}"),
+        (PROGRESSIVE[:-2] + 3000 * LAST_SCAN + b"\xff\xd9", 3, "more than 100 scans"),
+        *((tiff(bands(3, bits), **HUGE_TILES), 3, "too many pixels") for bits in (8, 16)),
+        (of_the_same_strip(), 5, "missing or too long"),
+        (tiff(bands(5), sample_format=2), 5, f"8-bit samples of type int8 {NO_RANGE}"),
+        (tiff(bands(5).astype(np.uint32)), 5, f"32-bit samples of type uint32 {NO_RANGE}"),
+        (tiff(bands(5), photometric=5), 5, "photometric 5"),
+        (tiff(bands(5), predictor=2), 5, r"compression \(1, 2\)"),
+        (tiff(bands(5))[:3000], 5, "truncated|corrupt|missing"),
+        (tiff(bands(5), order=">", big=True), 5, "big-endian BigTIFF"),
+        (encode(photo()), 4, "has 3 channels, data.channels is 4"),
+        (encode(photo().convert("L")), 4, "has 1 channel, data.channels is 4"),
+        (png_16(sixteen_bits(4, 4, 2)), 4, "has 2 channels, data.channels is 4"),
+        *((tiff(bands(5)), wanted, f"has 5 channels, data.channels is {wanted}") for wanted in (1, 3, 4)),
     ],
+    ids=without_content,
 )
-def test_what_is_no_readable_image_gets_a_reason_from_every_decoder(content, reason) -> None:
+def test_what_is_no_readable_image_gets_a_reason_from_every_decoder(content, channels, reason) -> None:
     for decoder in ("auto", "pillow"):
         with pytest.raises(BadImageError, match=reason):
-            decode_image(content, decoder=decoder)
+            decode_image(content, decoder=decoder, channels=channels)
+
+
+def test_bytes_that_look_like_scans_after_the_end_or_in_metadata_are_none() -> None:
+    metadata = b"\xff\xef\x27\x10" + b"\xff\xd9\xff\xda" * 2499 + b"\0\0"
+    odd = PROGRESSIVE[:2] + metadata + PROGRESSIVE[2:] + b"\xff\xda" * 5000
+    for decoder in ("auto", "pillow"):
+        assert torch.equal(decode_image(odd, decoder=decoder), decode_image(PROGRESSIVE))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -289,48 +322,6 @@ def test_pillows_own_limit_neither_matters_nor_changes(monkeypatch, limit) -> No
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
-# ----------------------------------------------------------------------------------------- bounded resources
-
-MUCH = zlib.compress(bytes(3_000_000))
-TEXTS = {
-    "zTXt": chunk(b"zTXt", b"note\0\0" + MUCH),
-    "iTXt": chunk(b"iTXt", b"note\0\1\0\0\0" + MUCH),
-    "tEXt": chunk(b"tEXt", b"note\0" + b"y" * 3_000_000),
-    "iCCP": chunk(b"iCCP", b"icc\0\0" + MUCH),
-    "damaged": chunk(b"zTXt", b"Raw profile type exif\0\0no zlib"),
-}
-
-
-@pytest.mark.parametrize("place", [33, -12])
-@pytest.mark.parametrize("case", TEXTS)
-def test_a_png_with_much_text_is_read(case, place) -> None:
-    content = encode(photo())
-    assert torch.equal(decode_image(content[:place] + TEXTS[case] + content[place:]), pixels(photo()))
-
-
-RAW_EXIF = b"\nexif\n 26\n" + exif(6).tobytes().hex().encode()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
-        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
-        chunk(b"tEXt", b"Raw profile type exif\0" + RAW_EXIF),
-        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_EXIF)),
-    ],
-)
-def test_a_text_that_turns_a_png_is_kept(text) -> None:
-    content = encode(photo())
-    assert decode_image(content[:33] + TEXTS["zTXt"] + text + content[33:]).shape == (3, WIDTH, HEIGHT)
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_tiles_that_claim_to_be_huge_are_refused(bits) -> None:
-    with pytest.raises(BadImageError, match="too many pixels"):
-        decode_image(tiff(bands(3, bits), photometric=2, tile=(16, 16), claimed_tile=(65536, 65536)))
-
-
 MEMORY = """
 import resource, sys
 from pathlib import Path
@@ -347,35 +338,27 @@ except MemoryError as error:
 """
 
 
+TOO_LITTLE = "not enough memory to decode 4000 x 3000 pixels"
+LARGE = np.zeros((2000, 2000, 4), np.uint16)
+
+
 @pytest.mark.parametrize(
-    ("kind", "room_mb", "expected"),
+    ("make", "room_mb", "expected"),
     [
-        ("JPEG", 2, "not enough memory to decode 4000 x 3000 pixels"),
-        ("PNG", 2, "not enough memory to decode 4000 x 3000 pixels"),
+        (lambda: encode(photo(3000, 4000), "JPEG"), 2, TOO_LITTLE),
+        (lambda: encode(photo(3000, 4000), "PNG"), 2, TOO_LITTLE),
         # At most 20 bytes a pixel, besides the file and the result.
-        ("PNG 16", 80, "torch.Size([3, 2000, 2000])"),
-        ("TIFF 16", 80, "torch.Size([3, 2000, 2000])"),
+        (lambda: png_16(LARGE), 80, "[3, 2000, 2000]"),
+        (lambda: tiff(LARGE, photometric=2, extra=(2,), rows=100, deflate=True), 80, "[3, 2000, 2000]"),
     ],
+    ids=["JPEG", "PNG", "PNG 16", "TIFF 16"],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_bounded_and_too_little_is_no_fault_of_the_file(kind, room_mb, expected, tmp_path) -> None:
-    values = np.zeros((2000, 2000, 4), np.uint16)
-    content = {
-        "PNG 16": lambda: png_16(values),
-        "TIFF 16": lambda: tiff(values, photometric=2, extra=(2,), rows=100, deflate=True),
-    }.get(kind, lambda: encode(photo(3000, 4000), kind))()
-    (tmp_path / "x").write_bytes(content)
+def test_memory_is_bounded_and_too_little_is_no_fault_of_the_file(make, room_mb, expected, tmp_path) -> None:
+    (tmp_path / "x").write_bytes(make())
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "x"), str(room_mb)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert expected in done.stdout
-
-
-def test_a_damaged_exif_block_does_not_spoil_the_picture() -> None:
-    content = encode(photo(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage")
-    assert torch.equal(decode_image(content), pixels(photo()))
-
-
-# ------------------------------------------------------------------------------------------- decoder "fast"
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +371,7 @@ def true_photo() -> Image.Image:
 def test_a_reduced_decoding_is_the_upright_picture_averaged(true_photo, factor, orientation) -> None:
     content = encode(true_photo, "JPEG", quality=90, exif=exif(orientation))
     full, asked = decode_image(content), []
+    assert jpeg_decoder("fast") == "pillow-draft"
     small = decode_image(content, decoder="fast", reduce=lambda *size: asked.append(size) or factor)
     assert [size[:2] for size in asked] == [full.shape[1:]]
     mean = torch.nn.functional.avg_pool2d(full.float(), factor)
@@ -418,22 +402,3 @@ def test_only_jpeg_in_colour_or_grey_is_reduced_and_only_if_fast(kind, mode, dec
     found = decode_image(content, decoder=decoder, reduce=lambda *size: asked.append(size) or 2)
     assert torch.equal(found, decode_image(content))
     assert not asked
-
-
-def test_a_run_records_the_decoder_and_resumes_with_no_other(true_photo, tmp_path) -> None:
-    (tmp_path / "in").mkdir()
-    for number in range(4):
-        true_photo.resize((320, 212)).rotate(20 * number).save(tmp_path / "in" / f"{number}.jpg")
-    changes = {"data.decoder": "fast", "train.duration": "1st"}
-
-    def start() -> None:
-        sources = {"train": open_source(str(tmp_path / "in"), DataConfig(decoder="fast"))}
-        run_toy(tmp_path / "run", changes, sources=sources)
-
-    start()
-    recorded = tmp_path / "run" / "source.json"
-    assert json.loads(recorded.read_text())["decoder"] == jpeg_decoder("fast") == "pillow-draft"
-    start()
-    recorded.write_text(recorded.read_text().replace("pillow-draft", "torchcodec"))
-    with pytest.raises(ValueError, match=r"torchcodec, .* pillow-draft"):
-        start()

@@ -19,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from nextblock.config import DataConfig
 from nextblock.data import (
@@ -88,22 +87,24 @@ def uninterrupted() -> dict[str, list[list[Step]]]:
     return {kind: of_world(kind, 1, 9) for kind in KINDS}
 
 
-# ------------------------------------------------------------------------------------------ what a step holds
-
-
-def test_a_step_holds_the_samples_of_its_order_cropped_by_seed_visit_and_sample() -> None:
-    source, order = ToySource(25), VisitOrder(25, seed=SEED, batch_size=BATCH)
+def test_a_step_holds_the_samples_of_its_order_cropped_by_seed_visit_and_sample_except_for_the_bad() -> None:
+    source, order = ToySource(25, bad=(4, 20)), VisitOrder(25, seed=SEED, batch_size=BATCH)
+    bad = set()
     for step in take(loader(source), 7):
         epoch, visits, samples = order.keys(step.index)
         assert (step.keys.epoch, step.keys.samples.tolist()) == (epoch, samples.tolist())
+        keys = [key for key in zip(visits.tolist(), samples.tolist(), strict=True) if key[1] not in (4, 20)]
         batch = joined(step)
-        assert (batch.samples.tolist(), batch.visits.tolist()) == (samples.tolist(), visits.tolist())
+        assert list(zip(batch.visits.tolist(), batch.samples.tolist(), strict=True)) == keys
         assert batch.images.dtype == torch.uint8
-        for place, key in enumerate(zip(visits.tolist(), samples.tolist(), strict=True)):
+        for place, key in enumerate(keys):
             crop = train_crop(source.images[key[1]], 8, DATA, keyed_rng(SEED, "augment", *key))
             assert torch.equal(batch.images[place], crop)
             drawn = keyed_rng(SEED, "drop-path", *key).random(3).astype(np.float32)
             assert batch.drop_path[place].tolist() == drawn.tolist()
+        assert len(batch.bad) == len(samples) - len(keys)
+        bad |= set(batch.bad)
+    assert bad == {BadSample(4, "toy-0[4]", "truncated"), BadSample(20, "toy-0[20]", "truncated")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,35 +155,29 @@ def test_a_rank_without_a_sample_gets_an_empty_micro_batch_of_the_right_shape(wo
     assert (empty.bad, len(empty.visits), empty.drop_path.shape) == ((), 0, (0, 3))
 
 
-def test_starting_at_any_step_reads_that_steps_images_only() -> None:
+def test_only_what_is_asked_for_is_read_and_micro_batches_are_handed_out_as_they_arrive() -> None:
     source = ToySource(25)
     take(loader(source, rank=1, world_size=3, start_step=10**9), 1)
     assert source.reads == 2
-
-
-def test_micro_batches_are_handed_out_as_they_arrive_and_those_left_are_skipped() -> None:
-    source = ToySource(25)
     steps = iter(loader(source, micro_batch_size=2))
     first = next(steps)
-    assert source.reads == 0
-    next(first.micro_batches)
     assert source.reads == 2
-    second = next(steps)
-    assert joined(second._replace(micro_batches=list(second.micro_batches))).samples.tolist() == (
-        VisitOrder(25, seed=SEED, batch_size=BATCH).keys(1).samples.tolist()
-    )
+    next(first.micro_batches)
+    assert source.reads == 4
+    (second,) = take(steps, 1)  # what the first left is skipped
+    expected = VisitOrder(25, seed=SEED, batch_size=BATCH).keys(1).samples
+    assert joined(second).samples.tolist() == expected.tolist()
 
 
 class Counted(ToySource):
-    """Counts reads over all processes."""
+    """Counts the reads of each image, those of workers too."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
-        self.total = torch.zeros(2, dtype=torch.int64).share_memory_()  # one number a worker
+        self.counts = torch.zeros(count, dtype=torch.int64).share_memory_()
 
     def _read(self, index: int) -> Tensor:
-        worker = get_worker_info()
-        self.total[0 if worker is None else worker.id] += 1
+        self.counts[index] += 1
         return self.images[index]
 
 
@@ -191,10 +186,10 @@ def test_workers_hold_a_whole_micro_batch_ready_while_a_step_computes() -> None:
     steps = iter(loader(source, batch_size=640, workers=2))
     list(next(steps).micro_batches)
     for _ in range(600):
-        if source.total.sum() >= 2 * 640:
+        if source.counts.sum() >= 2 * 640:
             break
         time.sleep(0.05)
-    assert 2 * 640 <= source.total.sum() < 3 * 640
+    assert 2 * 640 <= source.counts.sum() < 3 * 640
 
 
 UNTOUCHED = """
@@ -218,11 +213,10 @@ def test_no_global_generator_is_touched() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", UNTOUCHED], check=True)
 
 
-# ------------------------------------------------------------------------------------------------- evaluation
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_goes_in_order_with_centre_crops_and_keeps_the_last_batch(workers) -> None:
+def test_evaluation_goes_in_order_or_that_asked_for_with_centre_crops_and_keeps_the_last_batch(
+    workers,
+) -> None:
     source = ToySource(11, bad=(4,))
     batches = list(eval_batches(source, DATA, 16, 4, workers=workers))
     assert [batch.samples.tolist() for batch in batches] == [[0, 1, 2, 3], [5, 6, 7], [8, 9, 10]]
@@ -231,22 +225,9 @@ def test_evaluation_goes_in_order_with_centre_crops_and_keeps_the_last_batch(wor
         assert batch.visits.tolist() == [0] * len(batch.samples)
         for image, sample in zip(batch.images, batch.samples.tolist(), strict=True):
             assert torch.equal(image, eval_crop(source.images[sample], 16, 18))
-
-
-@pytest.mark.parametrize("indices", [[7, 2, 2, 0], []])
-def test_evaluation_of_some_images_goes_in_the_order_asked_for(indices) -> None:
-    batches = eval_batches(ToySource(9), DATA, (16, 12), 3, indices=indices)
-    assert [sample for batch in batches for sample in batch.samples.tolist()] == indices
-
-
-# ----------------------------------------------------------------------------------------- holes, quarantine
-
-
-def test_the_other_images_of_a_batch_are_what_they_would_be_without_the_hole() -> None:
-    whole, holed = (joined(*take(loader(ToySource(8, bad=bad), batch_size=8), 1)) for bad in ((), (1, 6)))
-    keep = [sample not in (1, 6) for sample in whole.samples.tolist()]
-    assert torch.equal(whole.images[keep], holed.images)
-    assert sorted(holed.bad) == [BadSample(1, "toy-0[1]", "truncated"), BadSample(6, "toy-0[6]", "truncated")]
+    for indices in ([7, 2, 2, 0], []):
+        some = eval_batches(source, DATA, (16, 12), 3, indices=indices, workers=workers)
+        assert [sample for batch in some for sample in batch.samples.tolist()] == indices
 
 
 def test_every_bad_file_is_listed_once_over_epochs_and_restarts(tmp_path) -> None:
@@ -281,9 +262,6 @@ def test_too_many_bad_files_stop_a_run_but_one_is_allowed_unless_none_is(
         assert ("reason 9" in str(e.value)) == (allowed > 9)
 
 
-# ---------------------------------------------------------------------------------------------------- workers
-
-
 def test_workers_are_as_asked_or_none_in_memory_or_the_cores_but_one(tmp_path, monkeypatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     folder, memory = open_source(str(tmp_path), DATA), open_source("digits", DATA)
@@ -297,30 +275,32 @@ def test_workers_are_as_asked_or_none_in_memory_or_the_cores_but_one(tmp_path, m
 class Failing(ToySource):
     """Image 3 fails in a way that is not its own fault."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: Exception | None) -> None:
         super().__init__(12)
         self.how = how
 
     def _read(self, index: int) -> Tensor:
-        if index == 3 and self.how == "killed":
+        if index == 3 and self.how is None:
             os.kill(os.getpid(), signal.SIGKILL)
-        if index == 3:
-            raise MemoryError("4000 x 3000 pixels") if self.how == "memory" else RuntimeError("no disk")
+        if index == 3 and self.how is not None:
+            raise self.how
         return self.images[index]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+NO_MEMORY = MemoryError("4000 x 3000 pixels")
+NO_ROOM = r"not enough memory to read toy-0\[3\] \(4000 x 3000 pixels\)"
+KILLED = r"killed by SIGKILL while it read toy-0\[3\].*ran out of memory"
+
+
 @pytest.mark.parametrize(
-    ("how", "error", "message"),
+    ("how", "workers", "error", "message"),
     [
-        ("otherwise", RuntimeError, "no disk"),
-        ("memory", DataError, r"not enough memory to read toy-0\[3\] \(4000 x 3000 pixels\)"),
-        ("killed", WorkerError, r"killed by SIGKILL while it read toy-0\[3\].*ran out of memory"),
+        *((RuntimeError("no disk"), workers, RuntimeError, "no disk") for workers in (0, 2)),
+        *((NO_MEMORY, workers, DataError, NO_ROOM) for workers in (0, 2)),
+        (None, 2, WorkerError, KILLED),
     ],
 )
-def test_an_error_that_is_no_images_fault_surfaces_and_leaves_no_worker(how, error, message, workers) -> None:
-    if how == "killed" and not workers:
-        return  # it would end the tests
+def test_an_error_that_is_no_images_fault_surfaces_and_leaves_no_worker(how, workers, error, message) -> None:
     before = set(multiprocessing.active_children())
     gc.disable()  # it ends them too late
     try:

@@ -13,37 +13,26 @@ from nextblock.optim import build_optimizer, lr_at, parameter_groups, set_lr
 from toy import tiny_model
 
 
-def names_of(model, parameters):
-    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [by_id[id(parameter)] for parameter in parameters]
-
-
-def test_weights_and_learned_positions_decay_biases_and_norms_do_not():
+def test_matrices_and_learned_positions_decay_biases_and_norms_do_not_and_what_is_frozen_is_left_out():
     model = tiny_model()
-    groups = parameter_groups(model, 0.05)
-    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
-    decayed, rest = (names_of(model, group["params"]) for group in groups)
-    names = [name for name, _ in model.named_parameters()]
-    is_rest = {name: name.endswith("bias") or "norm" in name for name in names}
-    assert sorted(decayed) == sorted(name for name in names if not is_rest[name])
-    assert sorted(rest) == sorted(name for name in names if is_rest[name])
+    model.register_parameter("relative_bias", torch.nn.Parameter(torch.zeros(3, 3)))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def grouped():
+        groups = parameter_groups(model, 0.05)
+        assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+        return [sorted(names[id(parameter)] for parameter in group["params"]) for group in groups]
+
+    decayed, rest = grouped()
+    is_rest = {name: name.endswith("bias") or "norm" in name for name in names.values()}
+    assert decayed == sorted(name for name in is_rest if not is_rest[name])
+    assert rest == sorted(name for name in is_rest if is_rest[name])
     assert {"encoder.pos_embed", "predictor.pos_embed", "encoder.patch_embed.proj.weight"} <= set(decayed)
     assert {"encoder.norm.weight", "encoder.blocks.1.norm2.weight", "predictor.norm.bias"} <= set(rest)
-
-
-def test_a_matrix_with_bias_in_its_name_does_not_decay():
-    model = torch.nn.ParameterDict({"relative_bias": torch.zeros(3, 3), "weight": torch.zeros(3, 3)})
-    decayed, rest = (names_of(model, group["params"]) for group in parameter_groups(model, 0.1))
-    assert (decayed, rest) == (["weight"], ["relative_bias"])
-
-
-def test_frozen_parameters_are_in_no_group():
-    model = tiny_model()
     model.encoder.requires_grad_(False)
-    groups = parameter_groups(model, 0.05)
-    names = names_of(model, [p for group in groups for p in group["params"]])
-    assert names
-    assert all(name.startswith("predictor.") for name in names)
+    assert grouped() == [
+        [name for name in part if not name.startswith("encoder.")] for part in (decayed, rest)
+    ]
 
 
 def test_a_step_is_that_of_adamws_definition():

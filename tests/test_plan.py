@@ -68,9 +68,6 @@ def saved_bytes(call, model):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-# ------------------------------------------------------------------------------------------------- arithmetic
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_of_torchs_counter(name, recompute):
@@ -96,9 +93,6 @@ def test_aim_7b_needs_what_its_parameters_tell():
     encoder = 6 * 6.445e9 * tokens + 12 * 32 * 4096 * tokens**2
     head = 6 * 0.411e9 * (tokens + 1) / 2
     assert step_flops(config) == pytest.approx(encoder + head, rel=0.002)
-
-
-# ----------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize(("precision", "batch"), [("fp32", 2), ("bf16", 3)])
@@ -141,9 +135,6 @@ def test_fsdp_shards_all_but_the_copies_and_the_layers_at_work():
         assert (whole[name], shards[name]) == (bytes_ * count.trained, bytes_ * count.trained / 64)
     assert whole["copies"] == shards["copies"] == pytest.approx(2 * count.trained, rel=0.001)
     assert shards["exchange"] < whole["exchange"] / 8
-
-
-# ------------------------------------------------------------------------------------------------- GPUs, time
 
 
 @pytest.mark.parametrize(
