@@ -1,7 +1,5 @@
 """The command line: how runs and errors end, and what every command prints."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -118,7 +116,7 @@ def test_another_batch_size_than_the_presets_is_reported_with_the_rate_in_propor
     assert "never scaled" not in tiny("--train.batch_size", "16", "--optim.lr", "0.001", "--overwrite")[2]
 
 
-def test_info_on_a_run(cli, run):
+def test_info_and_report_tell_of_a_run(cli, run):
     code, out, _ = cli("info", run, "--json")
     told = json.loads(out)
     assert (code, told["kind"], told["grid"], told["blocks"]) == (0, "model", [4, 4], 4)
@@ -130,9 +128,6 @@ def test_info_on_a_run(cli, run):
     assert code == 0
     assert "16 wide, 1 layer, 2 heads" in out
     assert "3 steps of 3 on digits:split=train" in out
-
-
-def test_report_ends_with_a_line_of_json(cli, run):
     values = json.loads(cli("report", run, "--json")[1].splitlines()[-1])
     assert (values["final_step"], set(values["baselines"])) == (3, {"zero", "copy_previous"})
 

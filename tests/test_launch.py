@@ -1,7 +1,5 @@
 """What launchers tell a process, where processes meet, and a job that goes back into its queue."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

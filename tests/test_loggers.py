@@ -1,7 +1,5 @@
 """Loggers: a resumed run continues its curve, and no logger ends a run."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,11 +1,10 @@
 """kNN and RankMe while a model is trained, on one process and several; the best checkpoint; early stop."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -92,15 +91,9 @@ def test_features_that_are_no_numbers_or_missing_are_told_and_the_run_goes_on(ca
 
 
 def test_a_run_that_is_asked_to_stop_stops_after_a_batch():
-    asked = []
-
-    def should_stop():
-        asked.append(True)
-        return len(asked) == 4
-
-    train, val = ToySource(96), ToySource(20)
+    should_stop, train, val = Mock(side_effect=[False, False, False, True]), ToySource(96), ToySource(20)
     assert measured(train, val, batch_size=10, event=EVENT._replace(should_stop=should_stop)) == {}
-    assert (len(asked), val.reads) == (4, 20)
+    assert (should_stop.call_count, val.reads) == (4, 20)
     assert train.reads < 96
 
 

@@ -1,7 +1,5 @@
 """What a run shows on a terminal and off it, how it answers signals, and that it keeps freed memory."""
 
-from __future__ import annotations
-
 import ctypes
 import io
 import logging
@@ -24,24 +22,12 @@ from nextblock.train import runtime
 from nextblock.train.logging import Reporter, StepOutcome, Tick, Window, log_to_file
 from nextblock.train.runtime import stop_on_signals
 
-TICK = Tick(
-    step=12_345,
-    epoch=1.5,
-    lr=1.5e-3,
-    values={"loss": 0.8125, "images_per_s": 12_345.0, "data_wait": 0.12},
-    num_bad=7,
-    baselines={"zero": 0.984, "copy_previous": 1.5},
-    latest={"val_loss": 0.79, "knn/top1": 0.512},
-)
+REFERENCES, LATEST = {"zero": 0.984, "copy_previous": 1.5}, {"val_loss": 0.79, "knn/top1": 0.512}
+VALUES = {"loss": 0.8125, "images_per_s": 12_345.0, "data_wait": 0.12}
+TICK = Tick(12_345, 1.5, 1.5e-3, VALUES, num_bad=7, baselines=REFERENCES, latest=LATEST)
 SHOWN = (
-    "epoch 1.5",
-    "loss 0.8125 (zero 0.98, copy 1.50)",
-    "val 0.7900",
-    "kNN 51.2%",
-    "lr 1.5e-03",
-    "12,345 images/s",
-    "data wait 12%",
-    "7 unreadable",
+    "epoch 1.5 · loss 0.8125 (zero 0.98, copy 1.50) · val 0.7900 · kNN 51.2% · lr 1.5e-03 · "
+    "12,345 images/s · data wait 12% · 7 unreadable"
 )
 
 
@@ -67,7 +53,7 @@ def test_the_bar_loses_nothing_at_any_usual_width(width):
     drawn = next(at for at in reversed(range(len(lines))) if lines[at].startswith("step"))
     assert re.fullmatch(r"step 12,345/100,000 \S+ \d:\d\d:\d\d \d+ s left", lines[drawn])
     parts = [part for line in lines[drawn + 1 :] for part in line.split(" · ")]
-    assert parts == list(SHOWN), "none broken in two"
+    assert " · ".join(parts) == SHOWN, "none broken in two"
 
 
 def test_log_records_come_out_above_the_bar_and_handlers_are_restored_after_a_failure():
@@ -113,7 +99,7 @@ def test_off_a_terminal_a_step_is_told_whole_within_80_columns_and_only_a_long_o
     assert all(len(line) <= 80 for line in lines)
     assert all(line.startswith("  ") for line in lines[1:])
     parts = [part for line in lines for part in line.strip().split(" · ")]
-    assert parts == ["step 100000/100000", "0 s left", *SHOWN], "none broken in two"
+    assert " · ".join(parts) == f"step 100000/100000 · 0 s left · {SHOWN}", "none broken in two"
 
 
 def test_what_is_being_finished_is_told_with_about_how_long_it_takes():

@@ -1,7 +1,5 @@
 """Several runs compared, and pages in a browser: names do no harm in them, and they work offline."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from safetensors.numpy import save_file
 
 from nextblock.report import Comparison, comparison_page, read_run, run_page
 from nextblock.report import compare as comparing
-from serving import browser  # noqa: F401 - a fixture
+from serving import browser_fixture, page_fixture  # noqa: F401
 from test_report import probe_row, write_lines, write_result, write_run
 from tiny_runs import call_cli
 
@@ -136,26 +134,15 @@ def test_report_of_several_runs_writes_one_page_beside_them_again_and_again(caps
 
 
 @pytest.fixture
-def opened(browser, tmp_path):  # noqa: F811
-    """`opened(html)` -> the page in a browser; nothing may be fetched, and nothing may go wrong in it."""
-    page, wrong = browser.new_page(), []
-
-    def look(request) -> None:
-        wrong.extend([request.url] if request.url[:5] not in ("file:", "data:") else [])
-
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("dialog", lambda dialog: wrong.append(dialog.message))
-    page.on("request", look)
+def opened(page, tmp_path):
+    """`opened(html)` -> the page in a browser."""
 
     def open_(html: str):
         (tmp_path / "page.html").write_text(html, encoding="utf-8")
         page.goto(f"file://{tmp_path / 'page.html'}")
         return page
 
-    yield open_
-    page.close()
-    assert wrong == []
+    return open_
 
 
 def check_layout(page) -> None:
@@ -194,9 +181,8 @@ def test_the_slider_changes_the_picture_and_charts_tell_their_values(opened, tmp
 
 
 def test_more_than_ten_runs_differ_in_colour(opened, tmp_path):
-    page = opened(
-        comparison_page(compared(*(write_run(tmp_path / str(i), steps=20 + 10 * i) for i in range(11))))
-    )
+    runs = [write_run(tmp_path / str(i), steps=20 + 10 * i) for i in range(11)]
+    page = opened(comparison_page(compared(*runs)))
     for marks in ("#charts figure:first-child .curve", "#relations figure:first-child svg > circle"):
         look = "one.getAttribute('stroke') ?? one.getAttribute('fill')"
         looks = page.locator(marks).evaluate_all(f"all => all.map(one => {look})")

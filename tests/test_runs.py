@@ -1,7 +1,5 @@
 """The heartbeat of a run, and the table that `nextblock runs` makes of it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,4 +1,4 @@
-"""The page's server: who may ask, what is refused, and that every answer is what the library gives."""
+"""The served page: who may ask, what is refused, that answers are those of the library; and in a browser."""
 
 import shutil
 from dataclasses import replace
@@ -16,7 +16,7 @@ from nextblock.look.surprise import block_surprise
 from nextblock.models.completion import complete
 from nextblock.serve import session as session_module
 from nextblock.serve.session import Session
-from serving import DATA, ask, call, pixels_of, png, save_tiny, served
+from serving import DATA, ask, browser_fixture, call, page_fixture, pixels_of, png, save_tiny, served  # noqa: F401
 from tiny_runs import call_cli, contents, refused, run_toy, write_images
 from toy import one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
 
@@ -162,16 +162,13 @@ def test_predictions_are_those_of_predict(server, paths, tmp_path):
 
 
 @pytest.mark.parametrize("given", ["111000", "100000", "010101", "111111"])
-def test_completions_are_those_of_the_library_and_given_blocks_stay(server, kept, given):
+def test_completions_and_surprise_are_those_of_the_library(server, kept, given):
     _, images = seen()
     blocks = [one == "1" for one in given]
     completed = images if all(blocks) else complete(tiny_model(), images, torch.tensor(blocks)).images
     found = call(server, "complete", image=kept, given=blocks)
     assert (pixels_of(found["picture"]) == shown(completed)).all()
-
-
-def test_surprise_is_that_of_the_library(server, kept):
-    losses = block_surprise(tiny_model(), seen()[1])[0].tolist()
+    losses = block_surprise(tiny_model(), images)[0].tolist()
     assert call(server, "surprise", image=kept)["losses"] == [None, *map(pytest.approx, losses[1:])]
 
 
@@ -253,3 +250,65 @@ def test_the_command_tells_its_address_ends_at_ctrl_c_and_names_a_port_in_use(
     assert "Open http://127.0.0.1:" in out
     told = call_cli(capsys, "serve", paths[0], "--port", server.server_port)
     assert "choose another --port" in refused(told)
+
+
+READY = "#cards:not([hidden]):not(:has(.busy))"
+
+
+def upload(page, server):
+    page.goto(server.url)
+    page.set_input_files("#file", {"name": "noise.png", "mimeType": "image/png", "buffer": png(NOISE)})
+    page.wait_for_selector(READY)
+
+
+def test_an_image_is_shown_with_all_that_the_model_makes_of_it(page, tmp_path):
+    path, data = save_tiny(tmp_path)
+    with served(model=path, data=data) as server:
+        upload(page, server)
+        assert page.locator(".card .error:not(:empty)").count() == 0
+        assert page.locator("#predict dt").all_inner_texts()[0] == "loss of the model"
+        assert page.locator("#surprise .grid span").count() == 6
+        assert page.locator("#complete button[aria-pressed]").count() == 6
+        assert page.locator("#nearest .thumbs button").count() == 9
+        assert page.evaluate("document.documentElement.scrollWidth") == 400
+        # A block is taken away with a click, and given again with the keyboard.
+        completed = page.locator("#complete img.out")
+        first, block = completed.get_attribute("src"), page.get_by_label("row 1, column 3")
+        assert block.get_attribute("aria-pressed") == "true"
+        with page.expect_response("**/api/complete"):
+            block.click()
+        page.wait_for_selector(READY)
+        assert block.get_attribute("aria-pressed") == "false"
+        assert completed.get_attribute("src") != first
+        page.get_by_label("row 1, column 2").focus()
+        with page.expect_response("**/api/complete"):
+            page.keyboard.press("ArrowRight")
+            page.keyboard.press("Enter")
+        page.wait_for_selector(READY)
+        assert completed.get_attribute("src") == first
+        # A picture of --data is looked at next.
+        with page.expect_response("**/api/predict"):
+            page.locator("#nearest .thumbs button").first.click()
+        page.wait_for_selector(READY)
+        assert page.locator("#nearest .thumbs button").count() == 8
+
+
+def test_what_an_encoder_alone_cannot_do_is_said_where_it_would_be(page, tmp_path):
+    path, data = save_tiny(tmp_path, toy_model())
+    with served(model=path, data=data) as server:
+        upload(page, server)
+        for card in ("predict", "complete", "surprise"):
+            page.locator(f"#{card} .error").filter(has_text="encoder alone").wait_for()
+            assert not page.locator(f"#{card} .body").is_visible()
+        page.locator("#features .out").wait_for()
+        page.locator("#nearest .thumbs button").nth(8).wait_for()
+
+
+def test_a_file_that_is_no_image_or_too_large_is_refused_in_a_sentence(page, tmp_path):
+    path, _ = save_tiny(tmp_path)
+    with served(model=path, max_upload_mb=0.01) as server:
+        page.goto(server.url)
+        refused = {b"<b>no picture</b>": "cannot be read as an image", b"x" * 20_000: "larger than 0.01 MB"}
+        for content, why in refused.items():
+            page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": content})
+            page.get_by_role("alert").filter(has_text=why).wait_for()
