@@ -87,12 +87,10 @@ def ask(server, method, path, body=None, **headers) -> tuple[int, Any]:
     content = answer.read()
     connection.close()
     assert b"Traceback" not in content
-    assert answer.headers["Content-Security-Policy"].startswith(
-        "default-src 'self' 'unsafe-inline' data: blob:"
-    )
-    return answer.status, json.loads(content) if answer.headers[
-        "Content-Type"
-    ] == "application/json" else content
+    policy = "default-src 'self' 'unsafe-inline' data: blob:"
+    assert answer.headers["Content-Security-Policy"].startswith(policy)
+    is_json = answer.headers["Content-Type"] == "application/json"
+    return answer.status, json.loads(content) if is_json else content
 
 
 def call(server, name, **values):

@@ -132,7 +132,7 @@ def test_info_and_report_tell_of_a_run(cli, run):
     assert (values["final_step"], set(values["baselines"])) == (3, {"zero", "copy_previous"})
 
 
-@pytest.mark.parametrize("word", ["plain", "it's two", "a\nb", "tab\t'\\x", "\x1b[2J", "\udcff\u200b"])
+@pytest.mark.parametrize("word", ["plain", "it's two", "a\nb", "tab\t'\\n", "\x1b[2J", "\udcff\u200b"])
 def test_a_quoted_word_can_be_pasted(word):
     assert quote(word).isprintable()
     told = subprocess.run(["bash", "-c", f"printf %s {quote(word)}"], capture_output=True, check=True)

@@ -5,7 +5,6 @@ import json
 import sys
 import uuid
 from collections import namedtuple
-from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
 import numpy as np
@@ -25,7 +24,7 @@ GONE = ConnectionError("the network\nis gone")
 @pytest.fixture
 def services(monkeypatch):
     """Stand-ins of the three packages, which note what they are told."""
-    services = SimpleNamespace(**{name: MagicMock() for name in NAMES})
+    services = MagicMock()
     for name in NAMES:
         monkeypatch.setitem(sys.modules, name, getattr(services, name))
     services.wandb.Image = str

@@ -32,10 +32,9 @@ def write_classes(folder, words):
         write_images(folder / name, 8)
 
 
-def pretrain(tmp_path, reporter=None, *, val=True, **overrides):
-    data = {name: str(tmp_path / name) for name in ("train", "val") if val or name == "train"}
-    config, out = resolve(TINY, overrides), tmp_path / "my run"
-    return nextblock.pretrain(config, out=out, reporter=reporter or Quiet(), data=data)
+def pretrain(tmp_path, reporter=None, changes=None, *, sources=("train", "val")):
+    config, data = resolve(TINY, changes or {}), {name: str(tmp_path / name) for name in sources}
+    return nextblock.pretrain(config, out=tmp_path / "my run", reporter=reporter or Quiet(), data=data)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, 
     write_classes(tmp_path / "train", train)
     write_classes(tmp_path / "val", val)
     reporter = Quiet()
-    pretrain(tmp_path, reporter, **{"monitor.knn_every": "1ep"})
+    pretrain(tmp_path, reporter, {"monitor.knn_every": "1ep"})
     assert any("knn/top1" in line for line in metrics(tmp_path / "my run", "monitor")) == (reason is None)
     told = [note for note in reporter.notes if "kNN is not measured" in note]
     assert len(told) == (reason is not None)
@@ -61,10 +60,10 @@ def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, 
 
 def test_a_complete_run_ends_with_its_losses_and_commands_that_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 9.0})
+    folder, reporter = tmp_path / "my images", Quiet()
     for name in ("train", "val"):
-        write_classes(tmp_path / name, "cat dog")
-    reporter, out = Quiet(), tmp_path / "my run"
-    result = pretrain(tmp_path, reporter)
+        write_classes(folder / name, "cat dog")
+    result, out = pretrain(folder, reporter), folder / "my run"
     ended = reporter.notes.index(f"complete: 7 steps, in {out}")
     losses, where, *commands = reporter.notes[ended + 1 :]
     assert losses == f"loss {result.losses['loss']:.4f} (zero 9.00) · val {result.losses['val_loss']:.4f}"
@@ -79,7 +78,7 @@ def test_a_run_that_learned_nothing_does_not_end_as_complete(tmp_path, monkeypat
     monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 0.0})
     write_images(tmp_path / "train", 8)
     reporter, run = Quiet(), tmp_path / "my run"
-    pretrain(tmp_path, reporter, val=False, **{"monitor.knn_every": "1ep"})
+    pretrain(tmp_path, reporter, {"monitor.knn_every": "1ep"}, sources=("train",))
     ended = reporter.notes.index(f"ended without learning: 7 steps, in {run}")
     assert "is not below 0.0000, that of predicting zero" in reporter.notes[ended + 1]
     assert all(line.keys() == {"kind", "step", "rankme"} for line in metrics(run, "monitor")), "no kNN"
@@ -112,7 +111,7 @@ def test_a_run_stopped_before_its_first_step_claims_no_checkpoint(tmp_path, monk
     monkeypatch.setattr(Quiet, "begin", lambda *_: signal.raise_signal(signal.SIGINT))
     write_images(tmp_path / "train", 8)
     reporter = Quiet()
-    result = pretrain(tmp_path, reporter, val=False)
+    result = pretrain(tmp_path, reporter, sources=("train",))
     assert (result.step, result.stopped_by) == (0, "SIGINT")
     assert reporter.notes[-1] == "stopped by SIGINT before the first step: nothing to save yet"
 

@@ -49,7 +49,7 @@ PROBED = [
 
 
 def write_result(
-    path: Path, verb: str, rows: list[dict], *, train="digits", test="digits:split=test", **more: Any
+    path: Path, verb: str, rows: list[dict], *, train="digits", test: Any = "digits:split=test", **more: Any
 ) -> None:
     """A result as evaluations write it."""
     path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def write_run(
     (run / "baselines.json").write_text(json.dumps(BASELINES))
     beat = {"status": "finished", "step": steps, "total_steps": steps, "host": "here", "message": None}
     (run / "heartbeat.json").write_text(json.dumps({**beat, "time": datetime.now(UTC).isoformat()}))
-    start = {"started": "2026-11-30T04:27:28+0000", "host": "here", "device": "a GPU"}
+    start: dict[str, Any] = {"started": "2026-11-30T04:27:28+0000", "host": "here", "device": "a GPU"}
     start["command"] = ["nextblock"]
     (run / "environment.json").write_text(json.dumps([{**start, "step": 0}, {**start, "step": 20}]))
     lines, more = [], {"grad_norm": 1.0, "data_wait": 0.02, "tflops": 0.01, "memory_gb": 2}
@@ -145,13 +145,12 @@ def test_every_result_is_shown_with_the_images_it_was_measured_on(run):
     few = [{"encoder": "model", "shots": shots, "top1": 0.3} for shots in ("5", "1%")]
     write_result(run / "few", "fewshot", few)
     lines = markdown(run).splitlines()
-    assert {
-        "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |",
-        "| linear | CIFAR-10 | 50.0 ± 1.2 | - | - |",
-        "| kNN, k 20 | digits, each by the others | 20.0 | - | - |",
-        "| 5 labels a class | digits:split=test | 30.0 | - | - |",
-        "| 1% of the labels | digits:split=test | 30.0 | - | - |",
-    } <= {*lines}
+    assert "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |" in lines
+    assert "| linear | CIFAR-10 | 50.0 ± 1.2 | - | - |" in lines
+    assert "| kNN, k 20 | digits, each by the others | 20.0 | - | - |" in lines
+    assert "| 5 labels a class | digits:split=test | 30.0 | - | - |" in lines
+    assert "| 1% of the labels | digits:split=test | 30.0 | - | - |" in lines
+    assert sum(line.startswith("| kNN") for line in lines) == 1, "of the k that was fixed beforehand"
 
 
 def test_results_of_other_labels_or_other_files_have_rows_of_their_own(run):
