@@ -22,8 +22,8 @@ from toy import tiny_model
 DATA = DataConfig(val_resize_px=16, workers=0)
 
 
-@pytest.fixture(scope="module")
-def browser():
+@pytest.fixture(scope="module", name="browser")
+def browser_fixture():
     """Chromium; without it a test is skipped."""
     playwright = pytest.importorskip("playwright.sync_api")
     args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -34,6 +34,24 @@ def browser():
             pytest.skip(f"no browser: {str(error).splitlines()[0]}")
         yield browser
         browser.close()
+
+
+@pytest.fixture(name="page")
+def page_fixture(browser):
+    """A narrow page; it may ask no other host, and nothing may go wrong in it."""
+    page, wrong = browser.new_page(viewport={"width": 400, "height": 800}), []
+
+    def look(request) -> None:
+        wrong.extend([] if request.url.startswith(("file:", "data:", "http://127.")) else [request.url])
+
+    page.on("request", look)
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    yield page
+    page.close()
+    # The browser itself tells of a refused question.
+    assert [text for text in wrong if "status of 400" not in text] == []
 
 
 def save_tiny(folder, model=None):
@@ -69,12 +87,10 @@ def ask(server, method, path, body=None, **headers) -> tuple[int, Any]:
     content = answer.read()
     connection.close()
     assert b"Traceback" not in content
-    assert answer.headers["Content-Security-Policy"].startswith(
-        "default-src 'self' 'unsafe-inline' data: blob:"
-    )
-    return answer.status, json.loads(content) if answer.headers[
-        "Content-Type"
-    ] == "application/json" else content
+    policy = "default-src 'self' 'unsafe-inline' data: blob:"
+    assert answer.headers["Content-Security-Policy"].startswith(policy)
+    is_json = answer.headers["Content-Type"] == "application/json"
+    return answer.status, json.loads(content) if is_json else content
 
 
 def call(server, name, **values):

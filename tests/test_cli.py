@@ -1,6 +1,4 @@
-"""The command line: what wins over what, what is refused and how, and what every command prints."""
-
-from __future__ import annotations
+"""The command line: how runs and errors end, and what every command prints."""
 
 import json
 import os
@@ -17,7 +15,7 @@ import torch
 import yaml
 
 import nextblock
-from nextblock.cli import VERBS, main
+from nextblock.cli import main
 from nextblock.logs import quote
 from nextblock.presets import PRESETS
 from tiny_runs import (
@@ -43,16 +41,8 @@ def cli(capsys):
 
 @pytest.fixture
 def tiny(cli, tmp_path):
-    """`tiny(...)` pre-trains a tiny model for three steps, into tmp_path/run, with flags added.
-
-    On digits, unless the flags name something else.
-    """
-
-    def call(*words: str):
-        source = () if "--data.train" in words else ("--data.train", "digits")
-        return cli("pretrain", *TINY_FLAGS, *source, "--out", str(tmp_path / "run"), *words)
-
-    return call
+    """`tiny(...)` pre-trains a tiny model on digits for three steps, into tmp_path/run, with flags added."""
+    return partial(cli, "pretrain", *TINY_FLAGS, "--data.train", "digits", "--out", tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -64,56 +54,10 @@ def run(tmp_path_factory):
     return out
 
 
-# ------------------------------------------------------------------------------------------------ wrong usage
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["pretrian"], "unknown command 'pretrian'; did you mean 'pretrain'?"),
-        (["xyz"], "unknown command 'xyz'; known: pretrain, eval, probe, "),
-        (["pretrain"], "--out must be given"),
-        (["pretrain", "--out", "x", "--preset", "xtra-tny"], "'xtra-tny'; did you mean 'xtra-tiny'?"),
-        (["pretrain", "--out", "x", "--optim.lr", "-1e-3"], "optim.lr is '-1e-3'; it must be a number from"),
-        (["info"], "FILE must be given"),
-        (["info", "x", "--num_head", "3"], "--num_head; did you mean --num_heads?"),
-        (
-            ["info", "x", "--num_heads", "three"],
-            "num_heads is 'three'; it must be a whole number",
-        ),
-        (["presets", "xtra-b16-in1kk"], "unknown preset 'xtra-b16-in1kk'; did you mean 'xtra-b16-in1k'?"),
-        (["probe", "--model", "x"], "--train must be given"),
-        (["finetune", "--head", "linear"], "--model, --out and --train must be given"),
-        (["eval", "--model", "x", "--train", "digits"], "--test must be given"),
-        (["embed", "--model", "x", "--data", "digits"], "--out must be given"),
-        (["knn", "--device", "gpu"], "device is 'gpu'; did you mean cuda?"),
-        (["plan", "H100"], "did you mean --gpu H100?"),
-        (["report", "nowhere"], "nowhere does not exist"),
-    ],
-)
-def test_wrong_usage_is_told_with_code_2(cli, words, message):
-    told = refused(cli(*words))
-    assert message in told
-    assert told.startswith(f"nextblock {words[0]}: " if words[0] in VERBS else "nextblock: ")
-
-
-# --------------------------------------------------------------------------------------------- wrong material
-
-
-def test_a_device_that_is_not_there_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    told = refused(tiny("--train.device", "cuda"))
-    assert "device 'cuda' is not available to this torch" in told
-    assert "available: cpu" in told
-
-
-# -------------------------------------------------------------------------------------------- broken pictures
-
-
-def test_too_many_broken_pictures_stop_the_run_with_the_first_ten(tiny, tmp_path):
+def test_too_many_broken_pictures_stop_the_run_with_the_first_ten(cli, tmp_path):
     write_images(tmp_path / "images", 200, broken=30)
-    flags = ("--train.batch_size", "230", "--data.max_bad_fraction", "0.05")
-    code, out, err = tiny("--data.train", tmp_path / "images", *flags)
+    words = ("pretrain", *TINY_FLAGS, "--data.train", tmp_path / "images", "--out", tmp_path / "run")
+    code, out, err = cli(*words, "--train.batch_size", "230", "--data.max_bad_fraction", "0.05")
     assert (code, out) == (1, "")
     assert "Traceback" not in err
     assert "12 of 230 files cannot be read, more than data.max_bad_fraction 0.05 allows" in err
@@ -121,25 +65,21 @@ def test_too_many_broken_pictures_stop_the_run_with_the_first_ten(tiny, tmp_path
     assert "delete that list, or raise data.max_bad_fraction" in err
 
 
-# ------------------------------------------------------------------------------------------------- exit codes
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_stopped_by_a_signal_is_saved_and_says_so(tiny, tmp_path, monkeypatch, number, code):
     monkeypatch.setattr("nextblock.pretraining._monitors", lambda *_: [SignalAt(2, number)])
     stopped, out, err = tiny("--json")
-    assert stopped == code
-    assert json.loads(out)["stopped_by"] == number.name
+    assert (stopped, json.loads(out)["stopped_by"]) == (code, number.name)
     assert f"stopped by {number.name} after step 2 of 3, saved; the same command resumes" in err
-    assert checkpoints(tmp_path / "run") == ["step_00000002"]
+    run = tmp_path / "run"
+    assert checkpoints(run) == ["step_00000002"]
     finished, out, err = tiny("--json")
+    expected = {"run_dir": str(run), "step": 3, "total_steps": 3, "stopped_by": None, "num_bad": 0}
+    expected |= {"losses": {"loss": metrics(run)[-1]["loss"]}}
+    expected |= {"baselines": json.loads((run / "baselines.json").read_text())}
     assert finished == 0
-    result = json.loads(out)
-    last, baselines = metrics(tmp_path / "run")[-1], json.loads((tmp_path / "run/baselines.json").read_text())
-    assert (result["run_dir"], result["step"], result["total_steps"]) == (str(tmp_path / "run"), 3, 3)
-    assert (result["stopped_by"], result["num_bad"]) == (None, 0)
-    assert (result["losses"], result["baselines"]) == ({"loss": last["loss"]}, baselines)
-    assert f"3 steps, in {tmp_path / 'run'}" in err
+    assert expected.items() <= json.loads(out).items()
+    assert f"3 steps, in {run}" in err
 
 
 class Stopped(RuntimeError):  # noqa: N818 - the name that users see
@@ -168,9 +108,6 @@ def test_debug_shows_where_an_error_comes_from(cli):
         cli("pretrain", "--out", "x", "--optim.lrr", "1", "--debug")
 
 
-# ------------------------------------------------------------------------------------------------------ hints
-
-
 def test_another_batch_size_than_the_presets_is_reported_with_the_rate_in_proportion(tiny):
     _, _, err = tiny("--train.batch_size", "16")
     assert "batch 16 instead of 64: optim.lr stays 0.002. It is never scaled for you" in err
@@ -179,15 +116,10 @@ def test_another_batch_size_than_the_presets_is_reported_with_the_rate_in_propor
     assert "never scaled" not in tiny("--train.batch_size", "16", "--optim.lr", "0.001", "--overwrite")[2]
 
 
-# ----------------------------------------------------------------------------------------- the other commands
-
-
-def test_info_on_a_run(cli, run):
+def test_info_and_report_tell_of_a_run(cli, run):
     code, out, _ = cli("info", run, "--json")
     told = json.loads(out)
-    assert code == 0
-    assert told["kind"] == "model"
-    assert (told["grid"], told["blocks"]) == ([4, 4], 4)
+    assert (code, told["kind"], told["grid"], told["blocks"]) == (0, "model", [4, 4], 4)
     assert told["total_params"] == sum(tensor.numel() for tensor in weights(run, 3).values())
     assert (told["steps"], told["config"]["depth"]) == (3, 1)
     first = json.loads(cli("info", run / "checkpoints" / "step_00000003", "--json")[1])
@@ -196,36 +128,35 @@ def test_info_on_a_run(cli, run):
     assert code == 0
     assert "16 wide, 1 layer, 2 heads" in out
     assert "3 steps of 3 on digits:split=train" in out
+    values = json.loads(cli("report", run, "--json")[1].splitlines()[-1])
+    assert (values["final_step"], set(values["baselines"])) == (3, {"zero", "copy_previous"})
 
 
-@pytest.mark.parametrize("word", ["plain", "it's two", "a\nb", "tab\t'\\x", "\x1b[2J", "\udcff\u200b"])
+@pytest.mark.parametrize("word", ["plain", "it's two", "a\nb", "tab\t'\\n", "\x1b[2J", "\udcff\u200b"])
 def test_a_quoted_word_can_be_pasted(word):
     assert quote(word).isprintable()
     told = subprocess.run(["bash", "-c", f"printf %s {quote(word)}"], capture_output=True, check=True)
     assert os.fsdecode(told.stdout) == word
 
 
-GOLDEN = {
-    "xtra_k2.ckpt": ("model", "official XTRA"),
-    "causal_k1.ckpt": ("model", "official XTRA"),
-    "attentive_probe.ckpt": ("classifier", "official XTRA"),
-    "linear_probe.ckpt": ("classifier", "official XTRA"),
-    "aim_nano_backbone.pth": ("encoder", "official AIM"),
-    "aim_pretrain_nano_weights.safetensors": ("model", "official AIM"),
-}
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_info_tells_what_an_official_file_is_and_what_it_does_not_tell(cli, golden_dir, name):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("xtra_k2.ckpt", "model, official XTRA"),
+        ("causal_k1.ckpt", "model, official XTRA"),
+        ("attentive_probe.ckpt", "classifier, official XTRA"),
+        ("linear_probe.ckpt", "classifier, official XTRA"),
+        ("aim_nano_backbone.pth", "encoder, official AIM"),
+        ("aim_pretrain_nano_weights.safetensors", "model, official AIM"),
+    ],
+)
+def test_info_tells_what_an_official_file_is_and_what_it_does_not_tell(cli, golden_dir, name, kind):
     code, out, _ = cli("info", golden_dir / name, "--json")
     told = json.loads(out)
-    assert code == 0
-    assert (told["kind"], told["format"]) == GOLDEN[name]
-    assert told["config"]["num_heads"] is None
+    assert (code, f"{told['kind']}, {told['format']}", told["config"]["num_heads"]) == (0, kind, None)
     assert "give them: num_heads=" in told["assumed"]["num_heads"]
-    code, out, _ = cli("info", golden_dir / name, "--num_heads", "3", "--json")
-    told = json.loads(out)
-    assert (code, told["config"]["num_heads"]) == (0, 3)
+    told = json.loads(cli("info", golden_dir / name, "--num_heads", "3", "--json")[1])
+    assert told["config"]["num_heads"] == 3
     assert "num_heads" not in told["assumed"]
 
 
@@ -244,18 +175,13 @@ def test_info_fails_on_what_holds_no_tensors(cli, tmp_path, name, code, message)
     assert message in refused(cli("info", tmp_path / name), code=code)
 
 
-def test_presets_are_listed(cli):
-    code, out, _ = cli("presets", "--json")
-    assert code == 0
-    assert [preset["name"] for preset in json.loads(out)] == list(PRESETS)
+def test_presets_are_listed_and_one_is_told_with_command_result_and_settings(cli):
+    assert [preset["name"] for preset in json.loads(cli("presets", "--json")[1])] == list(PRESETS)
     code, out, _ = cli("presets", "--all")
     assert code == 0
     assert all(f"  {name}  " in out for name in PRESETS)
     assert max(map(len, out.splitlines())) <= 80
     assert len(cli("presets")[1].splitlines()) < 40
-
-
-def test_a_preset_is_told_with_command_result_and_settings(cli):
     code, out, _ = cli("presets", "xtra-b16-in1k")
     assert code == 0
     assert "nextblock pretrain --preset xtra-b16-in1k --data.train DIR --out RUN" in out
@@ -268,13 +194,11 @@ def test_predict_draws_a_runs_predictions_and_says_which_images_it_skipped(cli, 
     write_images(tmp_path / "images", 2, broken=1)
     words = ("--data", tmp_path / "images", "--device", "cpu", "--json")
     code, out, _ = cli("predict", "--model", run, "--out", tmp_path / "p", *words)
-    assert code == 0
     values = json.loads(out.splitlines()[-1])
-    assert len(values["rows"]) == 2
+    assert (code, len(values["rows"])) == (0, 2)
     assert Path(values["picture"]).is_file()
     (line,) = [line for line in out.splitlines() if "could not be read" in line]
-    assert line.startswith("1 of 3 images could not be read: ")
-    assert "broken_00.png" in line
+    assert re.match(r"1 of 3 images could not be read: .*broken_00\.png", line)
     assert "broken_00.png" in values["bad"][0]["name"]
     assert values["bad"][0]["reason"]
 
@@ -296,9 +220,6 @@ def test_python_and_the_command_line_make_the_same_run(run, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-# ---------------------------------------------------------------------------------------------- processes
-
-
 def test_sigterm_ends_a_process_with_143_after_saving(tmp_path):
     out = tmp_path / "run"
     words = ("--data.train", "digits", "--out", out, "--train.duration", "1000000st")
@@ -313,20 +234,4 @@ def test_sigterm_ends_a_process_with_143_after_saving(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "stopped by SIGTERM" in err
-    last = metrics(out)[-1]["step"]
-    assert checkpoints(out) == [f"step_{last:08d}"]
-
-
-# ---------------------------------------------------------------------------------------------------- report
-
-
-def test_report_sums_up_a_run_and_ends_with_a_line_of_json(cli, run):
-    code, out, _ = cli("report", run, "--json")
-    assert code == 0
-    assert "validation loss" in out
-    values = json.loads(out.splitlines()[-1])
-    assert values["final_step"] == 3
-    assert values["val_loss"] > 0
-    assert set(values["baselines"]) == {"zero", "copy_previous"}
-    assert (run / "report.md").is_file()
-    assert (run / "losses.png").is_file()
+    assert checkpoints(out) == [f"step_{metrics(out)[-1]['step']:08d}"]

@@ -1,7 +1,5 @@
 """What launchers tell a process, where processes meet, and a job that goes back into its queue."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path
@@ -13,84 +11,64 @@ from nextblock.train.distributed import DistributedError, meeting_point
 from ranks import run_ranks
 from tiny_runs import After, Quiet, settings, write_images
 
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "MASTER_ADDR": "node1",
-    "MASTER_PORT": "29500",
-    "TORCHELASTIC_RUN_ID": "none",
-}
-ALLOCATION = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_JOB_NODELIST": "gpu[07-09]",
-    "SLURM_NTASKS": "6",
-    "SLURM_PROCID": "0",
-}
-STEP = {
-    **ALLOCATION,
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "6",
-    "SLURM_STEP_NODELIST": "gpu[07-09]",
-}
-MPI = {
-    "OMPI_COMM_WORLD_RANK": "2",
-    "OMPI_COMM_WORLD_SIZE": "8",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "2",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-    "PMIX_NAMESPACE": "334299137",
-}
+
+def variables(words: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words.split())
+
+
+TORCHRUN = variables(
+    "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 MASTER_ADDR=node1 MASTER_PORT=29500 TORCHELASTIC_RUN_ID=none"
+)
+ALLOCATION = variables("SLURM_JOB_ID=7 SLURM_JOB_NODELIST=gpu[07-09] SLURM_NTASKS=6 SLURM_PROCID=0")
+STEP = ALLOCATION | variables(
+    "SLURM_PROCID=5 SLURM_LOCALID=1 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=6 SLURM_STEP_NODELIST=gpu[07-09]"
+)
+RANK_2_OF_8 = "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_RANK=2"
+MPI = variables(f"{RANK_2_OF_8} OMPI_COMM_WORLD_LOCAL_SIZE=4 PMIX_NAMESPACE=334299137")
 LSF = {**MPI, "LSB_JOBID": "9", "LSB_MCPU_HOSTS": "batch5 1 c1 4 c2 4"}
 
 
 @pytest.mark.parametrize(
-    ("env", "world"),
+    ("env", "changes", "world"),
     [
-        ({}, World()),
-        (TORCHRUN, World(3, 4, 1, "torchrun")),
-        ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, World(0, 1, 0, "torchrun")),
-        ({"RANK": "3"}, World()),
-        (STEP, World(5, 6, 1, "slurm")),
-        (ALLOCATION, World()),  # a shell of sbatch or salloc
-        ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, World()),  # srun -n1
-        ({**STEP, **TORCHRUN}, World(3, 4, 1, "torchrun")),
-        (MPI, World(2, 8, 2, "mpi")),
-        ({**STEP, **MPI}, World(2, 8, 2, "mpi")),  # mpirun's daemon on another node is a step's task
-        ({**MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, World()),
+        ({}, "", World()),
+        (TORCHRUN, "", World(3, 4, 1, "torchrun")),
+        (TORCHRUN, "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0", World(0, 1, 0, "torchrun")),
+        ({}, "RANK=3", World()),
+        (STEP, "", World(5, 6, 1, "slurm")),
+        (ALLOCATION, "", World()),  # a shell of sbatch or salloc
+        (STEP, "SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", World()),  # srun -n1
+        (STEP | TORCHRUN, "", World(3, 4, 1, "torchrun")),
+        (MPI, "", World(2, 8, 2, "mpi")),
+        (STEP | MPI, "", World(2, 8, 2, "mpi")),  # mpirun's daemon on another node is a step's task
+        (MPI, "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1", World()),
     ],
 )
-def test_the_world_is_what_the_innermost_launcher_says(env, world) -> None:
-    assert find_world(env) == world
+def test_the_world_is_what_the_innermost_launcher_says(env, changes, world) -> None:
+    assert find_world(env | variables(changes)) == world
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        {"RANK": "2", "WORLD_SIZE": "2"},
-        {"RANK": "", "WORLD_SIZE": "2"},
-    ],
-)
-def test_numbers_that_contradict_each_other_are_refused(env) -> None:
+@pytest.mark.parametrize("rank", ["2", ""])
+def test_numbers_that_contradict_each_other_are_refused(rank) -> None:
     with pytest.raises(LaunchError):
-        find_world(env)
+        find_world({"RANK": rank, "WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(
-    ("env", "host"),
+    ("env", "changes", "host"),
     [
-        (TORCHRUN, "node1"),
-        (STEP, "gpu07"),
-        ({**STEP, "SLURM_STEP_NODELIST": "big1,gpu[07-09]"}, "big1"),
-        ({**STEP, "SLURM_STEP_NODELIST": "rack[0-1]node[0-3]"}, "rack0node0"),
-        ({**STEP, "MASTER_ADDR": "10.0.0.1"}, "10.0.0.1"),
-        (LSF, "batch5"),
-        ({**LSF, "JSM_NAMESPACE_RANK": "2"}, "c1"),
-        ({**MPI, "OMPI_COMM_WORLD_SIZE": "4"}, "localhost"),
+        (TORCHRUN, "", "node1"),
+        (STEP, "", "gpu07"),
+        (STEP, "SLURM_STEP_NODELIST=big1,gpu[07-09]", "big1"),
+        (STEP, "SLURM_STEP_NODELIST=rack[0-1]node[0-3]", "rack0node0"),
+        (STEP, "MASTER_ADDR=10.0.0.1", "10.0.0.1"),
+        (LSF, "", "batch5"),
+        (LSF, "JSM_NAMESPACE_RANK=2", "c1"),
+        (MPI, "OMPI_COMM_WORLD_SIZE=4", "localhost"),
     ],
 )
-def test_processes_meet_on_the_host_of_rank_0(env, host) -> None:
+def test_processes_meet_on_the_host_of_rank_0(env, changes, host) -> None:
+    env = env | variables(changes)
     assert meeting_point(find_world(env), env)[0] == host
 
 
@@ -103,22 +81,14 @@ def test_without_a_known_host_of_rank_0_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("env", "change"),
-    [
-        (STEP, {"SLURM_STEP_ID": "1"}),
-        (STEP, {"SLURM_RESTART_COUNT": "1"}),
-        (LSF, {"PMIX_NAMESPACE": "334299138"}),
-    ],
+    [(STEP, "SLURM_STEP_ID=1"), (STEP, "SLURM_RESTART_COUNT=1"), (LSF, "PMIX_NAMESPACE=334299138")],
 )
 def test_ranks_agree_on_a_port_that_another_launch_does_not_take(env, change) -> None:
     world = find_world(env)
     _, port, name = meeting_point(world, env)
     assert meeting_point(world._replace(rank=0, local_rank=0), env)[1:] == (port, name)
-    assert port not in (other := meeting_point(world, {**env, **change}))
-    assert name not in other
+    assert not {port, name} & {*meeting_point(world, env | variables(change))}
     assert meeting_point(world, {**env, "MASTER_PORT": "29500"})[1] == 29500
-
-
-# ------------------------------------------------------------------------------------------ back in the queue
 
 
 @pytest.fixture
@@ -141,11 +111,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("state", "is_requeued"),
-    [
-        ("RUNNING None", True),
-        ("COMPLETING TimeLimit", True),
-        ("COMPLETING None", False),  # scancel JOB, which must end it
-    ],
+    [("RUNNING None", True), ("COMPLETING TimeLimit", True), ("COMPLETING None", False)],  # the last: scancel
 )
 def test_a_job_is_requeued_unless_it_was_cancelled(slurm, state, is_requeued) -> None:
     (slurm / "state").write_text(f"{state}\n")

@@ -1,14 +1,11 @@
 """Loggers: a resumed run continues its curve, and no logger ends a run."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
 import uuid
 from collections import namedtuple
-from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -20,21 +17,20 @@ from nextblock.train.loggers import LoggerError
 from tiny_runs import checkpoints, crash_toy, run_toy
 
 NAMES = ("wandb", "mlflow", "trackio")
+STEPS = [1, 2, 3, 4, 5, 6, 7]
 GONE = ConnectionError("the network\nis gone")
 
 
 @pytest.fixture
 def services(monkeypatch):
     """Stand-ins of the three packages, which note what they are told."""
-    services = SimpleNamespace(**{name: MagicMock() for name in NAMES})
+    services = MagicMock()
     for name in NAMES:
         monkeypatch.setitem(sys.modules, name, getattr(services, name))
     services.wandb.Image = str
     services.client = services.mlflow.MlflowClient.return_value
     services.client.get_experiment_by_name.return_value = None
-    services.client.create_run.side_effect = lambda *_, **__: SimpleNamespace(
-        info=SimpleNamespace(run_id=uuid.uuid4().hex)
-    )
+    services.client.create_run.side_effect = lambda *_, **__: Mock(info=Mock(run_id=uuid.uuid4().hex))
     entities = services.mlflow.entities
     entities.Metric = entities.Param = namedtuple("Entity", "key value timestamp step", defaults=(0, 0))
     return services
@@ -59,7 +55,7 @@ def test_a_resumed_run_continues_its_curves_and_sends_no_step_twice(services, tm
     ids = json.loads((tmp_path / "loggers.json").read_text())
     for name in NAMES:
         steps, values = told(services, name)
-        assert steps == [1, 2, 3, 4, 5, 6, 7]
+        assert steps == STEPS
         assert {"train/loss", "train/lr"} < set(values)
     for name, key in (("wandb", "id"), ("trackio", "name")):
         starts = [call.kwargs for call in getattr(services, name).init.call_args_list]
@@ -116,7 +112,7 @@ def test_a_logger_that_fails_is_reported_once_and_dropped(services, tmp_path, ca
     run_toy(tmp_path / "run", {"monitor.loggers": ("wandb",)}, stop=2)
     # New to a run that resumes: even its start fails nothing.
     assert run_toy(tmp_path / "run", {"monitor.loggers": ("mlflow", "wandb")}).step == 7
-    assert told(services, "wandb")[0] == [1, 2, 3, 4, 5, 6, 7]
+    assert told(services, "wandb")[0] == STEPS
     (warning,) = warnings(caplog)
     assert "ConnectionError: the network is gone" in warning
     for name in ("wandb", "trackio"):
@@ -125,18 +121,15 @@ def test_a_logger_that_fails_is_reported_once_and_dropped(services, tmp_path, ca
     assert len(warnings(caplog)) == 3
 
 
-def test_a_logger_that_cannot_start_refuses_a_new_run(services, tmp_path):
+def test_a_new_run_whose_logger_cannot_start_is_refused(services, tmp_path, monkeypatch):
     services.wandb.init.side_effect = GONE
     with pytest.raises(LoggerError, match="wandb cannot start"):
         run_toy(tmp_path, {"monitor.loggers": ("wandb",)})
     assert checkpoints(tmp_path) == []
-
-
-def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ValueError, match="pip install trackio"):
         run_toy(tmp_path / "run", {"monitor.loggers": ("trackio",)})
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists(), "nothing is written"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -155,4 +148,4 @@ def test_the_real_package_continues_a_run_offline(name, tmp_path, monkeypatch, c
     if name == "mlflow":
         client = sys.modules["mlflow"].MlflowClient()
         history = client.get_metric_history(json.loads(ids)["mlflow"], "train/loss")
-        assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6, 7]
+        assert [metric.step for metric in history] == STEPS

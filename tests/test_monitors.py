@@ -1,11 +1,10 @@
 """kNN and RankMe while a model is trained, on one process and several; the best checkpoint; early stop."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,16 +16,7 @@ from nextblock.plan import step_flops
 from nextblock.train import MonitorEvent
 from nextblock.train.runtime import device_use
 from ranks import in_group, run_ranks, train_in_turn, train_together
-from tiny_runs import (
-    TINY,
-    Quiet,
-    assert_same_end,
-    checkpoints,
-    crash_toy,
-    metrics,
-    run_toy,
-    write_images,
-)
+from tiny_runs import TINY, Quiet, assert_same_end, checkpoints, crash_toy, metrics, run_toy, write_images
 from toy import DATA, ToySource, one_thread, tiny_config, toy_model  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -42,50 +32,28 @@ def measured(train, val, *, model=None, event=EVENT, **changes):
         return monitor_of(train, val, **changes)(model or toy_model(), event)
 
 
-# ----------------------------------------------------------------------------------------------- RankMe
-
-
-def random_features(rows, columns):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-
-
 def test_rankme_is_exp_of_the_entropy_of_normalised_singular_values():
-    features = random_features(30, 8)
+    features = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     squares = torch.linalg.eigvalsh(features.double().T @ features.double())
     values = [math.sqrt(square) for square in squares.tolist()]
     shares = [value / sum(values) + 1e-7 for value in values]
     assert rankme(features) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-9)
+    assert rankme(torch.outer(features[0], features[1])) == pytest.approx(1, abs=1e-4), "one direction"
+    assert rankme(7 * torch.linalg.qr(features).Q) == pytest.approx(8, abs=1e-4), "all directions alike"
 
 
-def test_rankme_of_one_direction_is_1_and_of_orthonormal_features_their_number():
-    one = torch.outer(random_features(1, 20)[0], random_features(1, 8)[0])
-    assert rankme(one) == pytest.approx(1, abs=1e-4)
-    orthonormal = torch.linalg.qr(random_features(20, 8)).Q.T
-    assert rankme(orthonormal) == pytest.approx(8, abs=1e-4)
-    assert rankme(7 * orthonormal) == pytest.approx(8, abs=1e-4)
-
-
-# ------------------------------------------------------------------------------------------ kNN and RankMe
-
-
-def test_colours_are_told_apart_and_shuffled_labels_are_not():
+def test_colours_are_told_apart_shuffled_labels_are_not_and_without_labels_there_is_rankme_alone():
     found = measured(ToySource(96), ToySource(48, seed=1), batch_size=20)
     assert found["knn/top1"] > 0.95
     assert 1 < found["rankme"] < 32
     assert measured(ToySource(200, shuffled=True), ToySource(100, seed=1))["knn/top1"] < 0.45
+    assert measured(None, ToySource(48, seed=1), batch_size=20) == {"rankme": found["rankme"]}
 
 
-def test_classes_are_matched_by_name_and_those_that_train_lacks_count_as_wrong():
-    train = ToySource(96)
-    renumbered = ToySource(48, seed=1, class_names=("b", "a", "c", "d"))
-    assert measured(train, renumbered)["knn/top1"] == pytest.approx(0.5, abs=0.05)
-    unknown = ToySource(48, seed=1, class_names=("a", "b", "c", "other"))
-    assert measured(train, unknown)["knn/top1"] == pytest.approx(0.75, abs=0.05)
-
-
-def test_without_labels_rankme_alone_is_measured():
-    found = measured(None, ToySource(48, seed=1))
-    assert found == {"rankme": measured(ToySource(96), ToySource(48, seed=1))["rankme"]}
+@pytest.mark.parametrize(("names", "top1"), [(("b", "a", "c", "d"), 0.5), (("a", "b", "c", "other"), 0.75)])
+def test_classes_are_matched_by_name_and_those_that_train_lacks_count_as_wrong(names, top1):
+    found = measured(ToySource(96), ToySource(48, seed=1, class_names=names))
+    assert found["knn/top1"] == pytest.approx(top1, abs=0.05)
 
 
 def test_at_most_so_many_images_are_read_chosen_by_the_seed():
@@ -123,15 +91,9 @@ def test_features_that_are_no_numbers_or_missing_are_told_and_the_run_goes_on(ca
 
 
 def test_a_run_that_is_asked_to_stop_stops_after_a_batch():
-    asked = []
-
-    def should_stop():
-        asked.append(True)
-        return len(asked) == 4
-
-    train, val = ToySource(96), ToySource(20)
+    should_stop, train, val = Mock(side_effect=[False, False, False, True]), ToySource(96), ToySource(20)
     assert measured(train, val, batch_size=10, event=EVENT._replace(should_stop=should_stop)) == {}
-    assert (len(asked), val.reads) == (4, 20)
+    assert (should_stop.call_count, val.reads) == (4, 20)
     assert train.reads < 96
 
 
@@ -142,29 +104,21 @@ def test_impossible_settings_are_refused():
         monitor_of(ToySource(8), ToySource(8, class_names=("e", "f", "g", "h")))
 
 
-# ------------------------------------------------------------------------------------------- several ranks
-
-
 CASES = [(11, (0, 1, 2, 3, 9)), (11, ()), (2, ())]
 """Numbers of images, and which of them cannot be read."""
 
 
 def filled_here(cases=CASES):
     """Tables of features of all cases, filled by the ranks together."""
-    found = []
+    found, data = [], replace(DATA, max_bad_fraction=1.0)
+
+    def both(images):
+        return images.mean((2, 3)), images.flatten(2)
 
     def fill(group):
         for count, bad in cases:
             source = ToySource(count, bad=bad)
-            table = FeatureTable(
-                lambda images: (images.mean((2, 3)), images.flatten(2)),
-                source,
-                replace(DATA, max_bad_fraction=1.0),
-                16,
-                batch_size=2,
-                device=CPU,
-                group=group,
-            )
+            table = FeatureTable(both, source, data, 16, batch_size=2, device=CPU, group=group)
             table.fill()
             rows = table.readable()
             features = [table.read(rows, kind).numpy() for kind in (0, 1)]
@@ -208,25 +162,16 @@ def test_knn_and_rankme_are_the_same_on_any_number_of_ranks(tmp_path):
             assert mine["knn/top1"] == pytest.approx(theirs["knn/top1"], abs=1e-6)
 
 
-# --------------------------------------------------------------------------------- which images are taken
-
-
-def write_classes(folder, names):
-    for name in names.split():
-        write_images(folder / name, 4)
-
-
-def pretrain(tmp_path, monitor, **changes):
-    reporter, data = Quiet(), {"train": str(tmp_path / "train")}
-    changes = {"data": {**data, **changes}, "monitor": {"knn_every": "7st", **monitor}}
-    nextblock.pretrain(TINY, out=tmp_path / "run", reporter=reporter, **changes)
+def pretrain(tmp_path, monitor, **more):
+    reporter, monitor = Quiet(), {"knn_every": "7st", **monitor}
+    train = {"train": str(tmp_path / "train")}
+    nextblock.pretrain(TINY, out=tmp_path / "run", reporter=reporter, data=train, monitor=monitor, **more)
     return reporter.notes
 
 
 def test_knn_may_have_labelled_images_of_its_own(tmp_path):
-    write_classes(tmp_path / "train", ".")
-    write_classes(tmp_path / "known", "cat dog")
-    write_classes(tmp_path / "asked", "cat emu fox")
+    for name in ("train", "known/cat", "known/dog", "asked/cat", "asked/emu", "asked/fox"):
+        write_images(tmp_path / name, 4)
     notes = pretrain(tmp_path, {"knn_train": str(tmp_path / "known"), "knn_val": str(tmp_path / "asked")})
     assert all({"knn/top1", "rankme"} <= line.keys() for line in metrics(tmp_path / "run", "monitor"))
     (note,) = [note for note in notes if "classes" in note]
@@ -248,18 +193,8 @@ def test_knn_may_have_labelled_images_of_its_own(tmp_path):
 def test_what_cannot_be_measured_decides_nothing(tmp_path, monitor, checkpoint, message):
     write_images(tmp_path / "train", 8)
     with pytest.raises(ValueError, match=message):
-        nextblock.pretrain(
-            TINY,
-            out=tmp_path / "run",
-            reporter=Quiet(),
-            data={"train": str(tmp_path / "train")},
-            monitor={"knn_every": "1st", **monitor},
-            checkpoint=checkpoint,
-        )
+        pretrain(tmp_path, monitor, checkpoint=checkpoint)
     assert not (tmp_path / "run").exists()
-
-
-# ------------------------------------------------------------------------- the best checkpoint, early stop
 
 
 class Scripted:
@@ -278,20 +213,19 @@ VALUES = [0.9, 0.1, 0.5, 0.2, 0.3, 0.5, 0.1, 0.2]
 """After steps 0 to 7: the best of a trained model is that after step 2."""
 MONITORED = {"monitor.knn_every": "1st", "checkpoint.keep": 1}
 KEEP = {**MONITORED, "checkpoint.keep_best": "knn"}
+EARLY = {**MONITORED, "monitor.early_stop": "knn", "monitor.patience": 2}
 
 
 def best(run):
     return json.loads((run / "best.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("metric", "name", "values"),
-    [("knn", "knn/top1", VALUES), ("val_loss", "val_loss", [-value for value in VALUES])],
-)
-def test_the_best_checkpoint_is_kept_besides_the_latest(tmp_path, metric, name, values):
-    run_toy(tmp_path, {**KEEP, "checkpoint.keep_best": metric}, monitors=[Scripted(values, name)])
+@pytest.mark.parametrize(("metric", "name", "sign"), [("knn", "knn/top1", 1), ("val_loss", "val_loss", -1)])
+def test_the_best_checkpoint_is_kept_besides_the_latest(tmp_path, metric, name, sign):
+    scripted = Scripted([sign * value for value in VALUES], name)
+    run_toy(tmp_path, {**KEEP, "checkpoint.keep_best": metric}, monitors=[scripted])
     assert checkpoints(tmp_path) == ["step_00000002", "step_00000007"]
-    assert best(tmp_path) == {"metric": metric, "value": values[2], "step": 2}
+    assert best(tmp_path) == {"metric": metric, "value": sign * VALUES[2], "step": 2}
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -312,9 +246,6 @@ def test_of_a_run_that_kept_none_the_best_that_is_left_counts(tmp_path):
     run_toy(tmp_path, KEEP, monitors=[Scripted([*VALUES[:5], 0.25, 0.1, 0.2])])
     assert best(tmp_path) == {"metric": "knn", "value": 0.3, "step": 4}
     assert checkpoints(tmp_path) == ["step_00000004", "step_00000007"]
-
-
-EARLY = {**MONITORED, "monitor.early_stop": "knn", "monitor.patience": 2}
 
 
 @pytest.mark.parametrize("stop", [None, 3])
@@ -341,9 +272,6 @@ def test_all_ranks_keep_the_best_and_end_early_together(tmp_path):
     assert [[(one.step, one.stopped_by) for one in turns] for turns in found] == [[(4, "early stop")] * 2] * 2
     assert checkpoints(tmp_path) == ["step_00000002", "step_00000004"]
     assert best(tmp_path)["step"] == 2
-
-
-# ------------------------------------------------------------------------------------------ what it takes
 
 
 def test_a_cpu_has_a_memory_and_a_speed_and_a_known_gpu_a_share_of_its_peak(monkeypatch):

@@ -1,7 +1,5 @@
 """What `nextblock.pretrain` makes of sources and settings before and around the loop."""
 
-from __future__ import annotations
-
 import logging
 import shlex
 import shutil
@@ -12,7 +10,6 @@ import pytest
 import torch
 
 import nextblock
-from nextblock.cli import main
 from nextblock.interop import load_model
 from nextblock.presets import resolve
 from tiny_runs import (
@@ -30,16 +27,14 @@ from tiny_runs import (
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 
 
-def write_classes(folder, names):
-    for name in names:
+def write_classes(folder, words):
+    for name in words.split():
         write_images(folder / name, 8)
 
 
-def pretrain(tmp_path, reporter=None, **overrides):
-    data = {"train": str(tmp_path / "train"), "val": str(tmp_path / "val")}
-    return nextblock.pretrain(
-        TINY, out=tmp_path / "run", reporter=reporter or Quiet(), data=data, **overrides
-    )
+def pretrain(tmp_path, reporter=None, changes=None, *, sources=("train", "val")):
+    config, data = resolve(TINY, changes or {}), {name: str(tmp_path / name) for name in sources}
+    return nextblock.pretrain(config, out=tmp_path / "my run", reporter=reporter or Quiet(), data=data)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +48,11 @@ def pretrain(tmp_path, reporter=None, **overrides):
     ],
 )
 def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, train, val, reason):
-    write_classes(tmp_path / "train", train.split())
-    write_classes(tmp_path / "val", val.split())
+    write_classes(tmp_path / "train", train)
+    write_classes(tmp_path / "val", val)
     reporter = Quiet()
-    pretrain(tmp_path, reporter, **{"monitor.knn_every": "1ep"})
-    assert any("knn/top1" in line for line in metrics(tmp_path / "run", "monitor")) == (reason is None)
+    pretrain(tmp_path, reporter, {"monitor.knn_every": "1ep"})
+    assert any("knn/top1" in line for line in metrics(tmp_path / "my run", "monitor")) == (reason is None)
     told = [note for note in reporter.notes if "kNN is not measured" in note]
     assert len(told) == (reason is not None)
     assert not told or told[0].endswith(reason)
@@ -65,26 +60,25 @@ def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, 
 
 def test_a_complete_run_ends_with_its_losses_and_commands_that_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 9.0})
+    folder, reporter = tmp_path / "my images", Quiet()
     for name in ("train", "val"):
-        write_classes(tmp_path / "my images" / name, ["cat", "dog"])
-    data = {name: str(tmp_path / "my images" / name) for name in ("train", "val")}
-    reporter, out = Quiet(), tmp_path / "my run"
-    result = nextblock.pretrain(TINY, out=out, reporter=reporter, data=data)
+        write_classes(folder / name, "cat dog")
+    result, out = pretrain(folder, reporter), folder / "my run"
     ended = reporter.notes.index(f"complete: 7 steps, in {out}")
     losses, where, *commands = reporter.notes[ended + 1 :]
     assert losses == f"loss {result.losses['loss']:.4f} (zero 9.00) · val {result.losses['val_loss']:.4f}"
     assert where == f"weights: {out}/checkpoints/step_00000007/model.safetensors; next:"
     assert [shlex.split(command)[1] for command in commands] == ["knn", "predict", "convert"]
     for command in commands:
-        assert main([*shlex.split(command)[1:]]) == 0, capsys.readouterr().err
+        code, _, err = call_cli(capsys, *shlex.split(command)[1:])
+        assert code == 0, err
 
 
 def test_a_run_that_learned_nothing_does_not_end_as_complete(tmp_path, monkeypatch):
     monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 0.0})
     write_images(tmp_path / "train", 8)
-    reporter, run, data = Quiet(), tmp_path / "run", {"train": str(tmp_path / "train")}
-    config = resolve(TINY, {"monitor.knn_every": "1ep"})
-    nextblock.pretrain(config, out=run, reporter=reporter, data=data)
+    reporter, run = Quiet(), tmp_path / "my run"
+    pretrain(tmp_path, reporter, {"monitor.knn_every": "1ep"}, sources=("train",))
     ended = reporter.notes.index(f"ended without learning: 7 steps, in {run}")
     assert "is not below 0.0000, that of predicting zero" in reporter.notes[ended + 1]
     assert all(line.keys() == {"kind", "step", "rankme"} for line in metrics(run, "monitor")), "no kNN"
@@ -113,16 +107,11 @@ def test_a_micro_batch_larger_than_the_batch_is_the_whole_batch_and_a_long_warm_
     assert "optim.warmup 3st is 3 steps, train.duration 3st only 3: the rate never reaches" in caplog.text
 
 
-def test_a_run_stopped_before_its_first_step_claims_no_checkpoint(tmp_path):
-    write_classes(tmp_path / "train", ["cat"])
-    write_classes(tmp_path / "val", ["cat"])
-
-    class Stopping(Quiet):
-        def begin(self, step: int, total_steps: int) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    reporter = Stopping()
-    result = pretrain(tmp_path, reporter)
+def test_a_run_stopped_before_its_first_step_claims_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(Quiet, "begin", lambda *_: signal.raise_signal(signal.SIGINT))
+    write_images(tmp_path / "train", 8)
+    reporter = Quiet()
+    result = pretrain(tmp_path, reporter, sources=("train",))
     assert (result.step, result.stopped_by) == (0, "SIGINT")
     assert reporter.notes[-1] == "stopped by SIGINT before the first step: nothing to save yet"
 
@@ -132,7 +121,7 @@ def test_a_validation_set_without_a_readable_image_has_no_loss(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "1.png").touch()
     pretrain(tmp_path)
-    assert {line["val_loss"] for line in metrics(tmp_path / "run", "val")} == {None}
+    assert {line["val_loss"] for line in metrics(tmp_path / "my run", "val")} == {None}
 
 
 def test_pretraining_goes_on_from_an_official_xtra_file(golden_dir, tmp_path, caplog):

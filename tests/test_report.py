@@ -1,288 +1,385 @@
+"""The report of a run: what is read from its files, what is said of it, and the page that works offline."""
+
 import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 
-from nextblock.report import plot_losses, read_run, report_markdown, report_table, report_values
+from nextblock.checkpoint import save_model
+from nextblock.errors import UsageError
+from nextblock.plan import count_parameters
+from nextblock.presets import get_preset, resolve
+from nextblock.report import page as paging
+from nextblock.report import (
+    page_values,
+    plot_losses,
+    read,
+    read_run,
+    report_markdown,
+    report_table,
+    report_values,
+    run_page,
+)
+from nextblock.settings import to_dict
+from tiny_runs import call_cli
+from toy import tiny_model
+
+BASELINES = {"zero": 0.9948, "copy_previous": 1.9202}
 
 
 def probe_row(head: str, encoder: str, top1: float) -> dict:
     return {"head": head, "encoder": encoder, "top1": top1, "top1_se": 0.012, "top5": 1.0, "lr": 1e-3}
 
 
+PROBED = [
+    *(probe_row("attentive", "model", 0.97), probe_row("linear", "model", 0.9512)),
+    *(probe_row("attentive", "untrained", 0.71), probe_row("linear", "untrained", 0.605)),
+    probe_row("linear", "pixels 16x16", 0.90),
+]
+
+
 def write_result(
-    path: Path,
-    verb: str,
-    rows: list[dict],
-    *,
-    train: str = "digits",
-    test: str | None = "digits:split=test",
-    notes: Any = (),
+    path: Path, verb: str, rows: list[dict], *, train="digits", test: Any = "digits:split=test", **more: Any
 ) -> None:
     """A result as evaluations write it."""
     path.mkdir(parents=True, exist_ok=True)
     sources = {"train": {"spec": train}, **({"test": {"spec": test}} if test else {})}
-    result = {"verb": verb, "rows": rows, "notes": list(notes), "sources": sources}
+    result = {"verb": verb, "rows": rows, "notes": [], "sources": sources, **more}
     (path / f"{verb}.json").write_text(json.dumps(result))
 
 
-def write_lines(path: Path, lines: list[dict]) -> None:
-    (path.parent / "config.yaml").touch()
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def write_lines(path: Path, lines: list[dict], mode: str = "w") -> None:
+    with path.open(mode) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def train_line(step: int, loss: float, images_per_s: float = 100.0) -> dict:
-    return {"kind": "train", "step": step, "epoch": 0, "loss": loss, "lr": 1e-3, "images_per_s": images_per_s}
-
-
-@pytest.fixture
-def run_dir(tmp_path) -> Path:
-    """A finished run: three logged steps, one validation, kNN twice, a probe, pictures."""
-    run = tmp_path / "run [red]"
-    run.mkdir()
-    lines = [
-        train_line(10, 1.1, 100.0),
-        {"kind": "monitor", "step": 10, "knn/top1": 0.5},
-        train_line(20, 0.9, 900.0),
-        train_line(30, 0.8125, 110.0),
-        {"kind": "val", "step": 30, "val_loss": 0.75},
-        {"kind": "monitor", "step": 30, "knn/top1": 0.625, "pictures/loss": 0.7},
-    ]
+def write_run(
+    run: Path, *, scale: float = 1.0, steps: int = 60, pictures: int = 0, changes: dict | None = None
+) -> Path:
+    """A finished run with all that a page shows but results and pictures, unless asked for."""
+    run.mkdir(parents=True)
+    sources = {"data.train": "digits", "data.val": "digits:split=test"}
+    config = resolve(get_preset("xtra-tiny").config, sources, changes or {})
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (run / "source.json").write_text(json.dumps({"train": {"num_images": 1437}}))
+    (run / "baselines.json").write_text(json.dumps(BASELINES))
+    beat = {"status": "finished", "step": steps, "total_steps": steps, "host": "here", "message": None}
+    (run / "heartbeat.json").write_text(json.dumps({**beat, "time": datetime.now(UTC).isoformat()}))
+    start: dict[str, Any] = {"started": "2026-11-30T04:27:28+0000", "host": "here", "device": "a GPU"}
+    start["command"] = ["nextblock"]
+    (run / "environment.json").write_text(json.dumps([{**start, "step": 0}, {**start, "step": 20}]))
+    lines, more = [], {"grad_norm": 1.0, "data_wait": 0.02, "tflops": 0.01, "memory_gb": 2}
+    for step in range(10, steps + 1, 10):
+        more["images_per_s"] = 900.0 if step == 20 else 50.0
+        lines.append({"kind": "train", "step": step, "epoch": 0, "loss": scale / step, "lr": 1e-3, **more})
+        lines.append({"kind": "val", "step": step, "val_loss": 1.1 * scale / step})
+        lines.append({"kind": "monitor", "step": step, "knn/top1": 0.9 - scale / 10, "rankme": 5.5})
     write_lines(run / "metrics.jsonl", lines)
-    (run / "baselines.json").write_text('{"zero": 0.984375, "copy_previous": 1.5}')
-    (run / "environment.json").write_text('[{"device": "a GPU"}]')
-    rows = [
-        probe_row("attentive", "model", 0.97),
-        probe_row("linear", "model", 0.9512),
-        probe_row("attentive", "untrained", 0.71),
-        probe_row("linear", "untrained", 0.605),
-        probe_row("linear", "pixels 16x16", 0.90),
-    ]
-    write_result(run / "probe", "probe", rows)
-    (run / "pictures").mkdir()
-    for step in (9, 30):
-        (run / "pictures" / f"step_{step:08d}.png").write_bytes(b"")
+    for number in range(pictures):
+        (run / "pictures").mkdir(exist_ok=True)
+        pixels = np.full((30, 60, 3), 20 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(run / "pictures" / f"step_{10 * number:08d}.png")
     return run
 
 
-def rendered(run: Path, width: int = 400) -> str:
-    console = Console(width=width, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115 - closed with the test
-    console.print(report_table(read_run(run)))
-    console.file.close()
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A finished run of 60 steps with two pictures and a probe."""
+    run = write_run(tmp_path / "run [red]", pictures=2)
+    write_result(run / "probe", "probe", PROBED)
+    return run
+
+
+def rendered(run: Path) -> str:
+    with Path(os.devnull).open("w") as file:
+        console = Console(width=400, record=True, file=file)
+        console.print(report_table(read_run(run)))
     return console.export_text()
 
 
-# ------------------------------------------------------------------------------- reading
+def markdown(run: Path) -> str:
+    return report_markdown(read_run(run))
 
 
-def test_a_run_is_read_from_its_files(run_dir):
-    summary = read_run(run_dir)
-    assert [line["step"] for line in summary.train] == [10, 20, 30]
-    assert summary.last("loss") == (0.8125, 30)
-    assert summary.images_per_s == 110.0, "the median, not the mean"
-    assert summary.baselines == {"zero": 0.984375, "copy_previous": 1.5}
-    assert summary.environment == {"device": "a GPU"}
-    assert summary.picture == run_dir / "pictures" / "step_00000030.png"
-    assert len(summary.results) == 5
-    assert summary.notes == ()
+def page_of(run: Path) -> str:
+    return run_page(read_run(run))
 
 
-def test_copies_of_pictures_are_ignored_and_drawn_predictions_come_first(run_dir):
-    (run_dir / "pictures" / "step_50_copy.png").write_bytes(b"")
-    assert [path.stem for path in read_run(run_dir).pictures] == ["step_00000009", "step_00000030"]
-    (run_dir / "predict-val").mkdir()
-    (run_dir / "predict-val" / "predictions.png").write_bytes(b"")
-    assert read_run(run_dir).picture == run_dir / "predict-val" / "predictions.png"
-
-
-def test_every_result_is_shown_with_the_images_it_was_measured_on(run_dir):
-    write_result(run_dir / "suite" / "cifar", "probe", [probe_row("linear", "model", 0.5)], test="CIFAR-10")
-    knn = [{"encoder": "model", "k": k, "top1": k / 100, "is_default": k == 20} for k in (5, 20)]
-    write_result(run_dir / "knn", "knn", knn, test=None)
-    few = [{"encoder": "model", "shots": shots, "top1": 0.3} for shots in ("5", "1%")]
-    write_result(run_dir / "few", "fewshot", few)
-    lines = report_markdown(read_run(run_dir)).splitlines()
-    assert "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |" in lines
-    assert "| linear | CIFAR-10 | 50.0 ± 1.2 | - | - |" in lines
-    assert "| kNN, k 20 | digits, each by the others | 20.0 | - | - |" in lines
-    assert "| 5 labels a class | digits:split=test | 30.0 | - | - |" in lines
-    assert "| 1% of the labels | digits:split=test | 30.0 | - | - |" in lines
-
-
-def test_results_of_other_labels_or_other_files_have_rows_of_their_own(run_dir):
-    ten = [probe_row("linear", "model", 0.5), probe_row("linear", "pixels 16x16", 0.3)]
-    write_result(run_dir / "probe_b", "probe", ten, train="TEN")
-    write_result(run_dir / "probe_c", "probe", ten[:1], train="TEN")
-    lines = report_markdown(read_run(run_dir)).splitlines()
-    on = "| linear | digits:split=test"
-    assert f"{on} | digits |  | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |" in lines
-    assert f"{on} | TEN | probe_b/probe.json | 50.0 ± 1.2 | - | 30.0 ± 1.2 |" in lines
-    assert f"{on} | TEN | probe_c/probe.json | 50.0 ± 1.2 | - | - |" in lines
-
-
-def test_what_a_result_says_of_its_baselines_is_repeated_and_nothing_is_excused(run_dir):
-    rows = [probe_row("linear", "model", 0.28), probe_row("linear", "pixels 16x16", 0.30)]
-    note = "The model is not clearly better than pixels 16x16 (-2.0 ± 1.1 points)"
-    write_result(run_dir / "probe", "probe", rows, notes=["400 images of test.", note])
-    for text in (rendered(run_dir), report_markdown(read_run(run_dir))):
-        assert f"probe/probe.json: {note}" in text
-        assert "400 images" not in text
-
-
-def test_a_line_that_is_being_written_is_left_out(run_dir):
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')
-    assert len(read_run(run_dir).train) == 3
-
-
-def test_losses_that_are_no_numbers_are_not_the_final_loss(run_dir):
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(train_line(40, float("nan"))) + "\n")
-        file.write(json.dumps({**train_line(50, 0.0), "loss": None}) + "\n")
-        file.write(json.dumps({"kind": "val", "step": 40, "val_loss": None}) + "\n")
-    summary = read_run(run_dir)
-    assert summary.last("loss") == (0.8125, 30)
-    assert "0.8125 at step 30" in report_markdown(summary)
-    for text in (rendered(run_dir), report_markdown(summary)):
-        assert "NaN or infinite loss at step 40, 50." in text
-        assert "NaN or infinite validation loss at step 40." in text
-    assert "- validation loss: 0.7500 at step 30\n" in report_markdown(summary)
-
-
-# ------------------------------------------------------------------------------- what is said
-
-
-def test_the_table_holds_accuracies_speed_losses_and_the_picture(run_dir):
-    text = rendered(run_dir)
-    assert str(run_dir) in text, "brackets are no markup"
-    rows = [line.split() for line in text.splitlines()]
-    assert ["top-1", "%", "measured", "on", "model", "untrained", "pixels", "16x16"] in rows
-    assert ["attentive", "digits:split=test", "97.0", "±", "1.2", "71.0", "±", "1.2", "-"] in rows
-    for words in (
-        "110 images/s on a GPU",
-        "0.8125 at step 30",
-        "predicting zero 0.9844",
-        "0.7500 at step 30",
-        "62.5%",
-    ):
-        assert words in text
-    assert "step_00000030.png" in text
-
-
-def test_a_failure_is_said_with_its_message(run_dir):
-    beat = {
-        "status": "failed",
-        "message": "the disk is full",
-        "step": 30,
-        "time": "2026-11-30T04:27:28+00:00",
-    }
-    (run_dir / "heartbeat.json").write_text(json.dumps(beat))
-    assert "- status: failed: the disk is full\n" in report_markdown(read_run(run_dir))
-    assert "failed: the disk is full" in rendered(run_dir)
-    assert report_values(read_run(run_dir))["message"] == "the disk is full"
-
-
-def test_commands_name_the_run_wherever_they_are_typed(run_dir, monkeypatch):
-    monkeypatch.chdir(run_dir)
-    text = report_markdown(read_run(Path()), losses=Path("losses.png"))
-    assert text.startswith(f"# Report of {run_dir}\n")
-    assert "![Loss by step](losses.png)" in text
-
-
-def test_a_fine_tuning_is_compared_with_chance_and_not_with_tokens(run_dir):
-    (run_dir / "baselines.json").write_text('{"chance": 1.3863}')
-    assert "(without a model: all classes equally likely 1.3863)" in report_markdown(read_run(run_dir))
-
-
-def test_missing_pieces_are_said_with_the_command_that_makes_them(tmp_path):
-    (tmp_path / "config.yaml").touch()
-    for text in (rendered(tmp_path), report_markdown(read_run(tmp_path))):
-        assert f"nextblock eval --model {tmp_path}" in text
-        assert f"nextblock predict --model {tmp_path}" in text
-        assert text.count("not logged yet") == 2
-    values = report_values(read_run(tmp_path))
-    assert not any(value for name, value in values.items() if name not in ("run", "status"))
-    assert values["final_loss"] is None
-
-
-def test_the_values_for_programs_are_those_of_the_report(run_dir):
-    values = report_values(read_run(run_dir))
+def test_the_values_for_programs_are_those_of_the_files(run):
+    values = report_values(read_run(run))
     linear = {"method": "linear", "on": "digits:split=test", "top1_se": 0.012, "labels": "digits"}
     linear["file"] = "probe/probe.json"
     assert {**linear, "encoder": "model", "top1": 0.9512} in values["results"]
     assert len(values.pop("results")) == 5
     assert values == {
-        "run": str(run_dir),
-        "status": "stopped",
-        "message": None,
-        "notes": [],
-        "final_loss": 0.8125,
-        "final_step": 30,
-        "baselines": {"zero": 0.984375, "copy_previous": 1.5},
-        "val_loss": 0.75,
-        "val_step": 30,
-        "images_per_s": 110.0,
-        "knn": {"top1": 0.625},
-        "picture": str(run_dir / "pictures" / "step_00000030.png"),
+        **{"run": str(run), "status": "finished", "message": None, "notes": [], "baselines": BASELINES},
+        **{"final_loss": 1 / 60, "final_step": 60, "val_loss": 1.1 / 60, "val_step": 60},
+        "images_per_s": 50.0,  # the median, not the mean
+        "knn": {"top1": 0.8},
+        "picture": str(run / "pictures" / "step_00000010.png"),
     }
 
 
-# ------------------------------------------------------------------------------- the curve
+def test_copies_of_pictures_are_ignored_and_drawn_predictions_come_first(run):
+    (run / "pictures" / "step_50_copy.png").write_bytes(b"")
+    assert [path.stem for path in read_run(run).pictures] == ["step_00000000", "step_00000010"]
+    (run / "predict-val").mkdir()
+    (run / "predict-val" / "predictions.png").write_bytes(b"")
+    assert read_run(run).picture == run / "predict-val" / "predictions.png"
 
 
-def test_the_curve_is_drawn_with_baselines_and_without(run_dir, tmp_path):
+def test_every_result_is_shown_with_the_images_it_was_measured_on(run):
+    write_result(run / "suite" / "cifar", "probe", [probe_row("linear", "model", 0.5)], test="CIFAR-10")
+    knn = [{"encoder": "model", "k": k, "top1": k / 100, "is_default": k == 20} for k in (5, 20)]
+    write_result(run / "knn", "knn", knn, test=None)
+    few = [{"encoder": "model", "shots": shots, "top1": 0.3} for shots in ("5", "1%")]
+    write_result(run / "few", "fewshot", few)
+    lines = markdown(run).splitlines()
+    assert "| linear | digits:split=test | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |" in lines
+    assert "| linear | CIFAR-10 | 50.0 ± 1.2 | - | - |" in lines
+    assert "| kNN, k 20 | digits, each by the others | 20.0 | - | - |" in lines
+    assert "| 5 labels a class | digits:split=test | 30.0 | - | - |" in lines
+    assert "| 1% of the labels | digits:split=test | 30.0 | - | - |" in lines
+    assert sum(line.startswith("| kNN") for line in lines) == 1, "of the k that was fixed beforehand"
+
+
+def test_results_of_other_labels_or_other_files_have_rows_of_their_own(run):
+    ten = [probe_row("linear", "model", 0.5), probe_row("linear", "pixels 16x16", 0.3)]
+    write_result(run / "probe_b", "probe", ten, train="TEN")
+    write_result(run / "probe_c", "probe", ten[:1], train="TEN")
+    lines, on = markdown(run).splitlines(), "| linear | digits:split=test"
+    assert f"{on} | digits |  | 95.1 ± 1.2 | 60.5 ± 1.2 | 90.0 ± 1.2 |" in lines
+    assert f"{on} | TEN | probe_b/probe.json | 50.0 ± 1.2 | - | 30.0 ± 1.2 |" in lines
+    assert f"{on} | TEN | probe_c/probe.json | 50.0 ± 1.2 | - | - |" in lines
+
+
+def test_another_model_that_was_measured_below_a_run_keeps_its_own_name(run, tmp_path):
+    (run / "probe" / "probe.json").unlink()
+    names = {"timm:vit": "timm:vit", "moved/away": "model", str(tmp_path): str(tmp_path)}
+    names |= {str(run): "model", str(run / "pictures"): "pictures"}
+    for i, model in enumerate(names):
+        rows = [probe_row("linear", "model", 0.5)]
+        write_result(run / f"{i}", "probe", rows, settings={"model": model})
+    assert [one.encoder for one in read_run(run).results] == list(names.values())
+
+
+def test_what_eval_measured_is_read_once_and_a_scored_classifier_as_well(tmp_path):
+    run = write_run(tmp_path / "run")
+    row = {"encoder": "model", "method": "its own classifier", "top1": 0.75, "top1_se": 0.01}
+    settings = {"model": [str(run)], "test": "PHOTOS"}
+    write_result(run / "eval", "eval", [row], settings=settings, sources={})
+    assert [one[:4] for one in read_run(run).results] == [("its own classifier", "PHOTOS", "model", 0.75)]
+    write_result(run / "eval" / "0-run" / "probe", "probe", [probe_row("linear", "model", 0.5)])
+    assert [one.method for one in read_run(run).results] == ["linear"]
+
+
+def test_a_fine_tuning_is_reported_by_the_directory_it_was_written_to(tmp_path):
+    out = tmp_path / "tuned"
+    write_run(out / "model")
+    with pytest.raises(UsageError, match="tuned is not a run"):
+        read_run(out)
+    with (out / "model" / "config.yaml").open("a") as file:
+        file.write("finetune:\n  epochs: 3\n")
+    (out / "model" / "baselines.json").write_text('{"chance": 1.3863}')
+    rows = [{"encoder": name, "top1": top1} for name, top1 in (("model", 0.9), ("from scratch", 0.6))]
+    write_result(out, "finetune", rows)
+    summary = read_run(out)
+    assert summary.last("loss") == (1 / 60, 60)
+    assert [(one.encoder, one.top1) for one in summary.results] == [("model", 0.9), ("from scratch", 0.6)]
+    assert "(without a model: all classes equally likely 1.3863)" in report_markdown(summary)
+    html = run_page(summary)
+    assert "nextblock classify --model" in html
+    assert "<h2>Predictions</h2>" not in html
+
+
+def test_a_run_knows_its_changed_settings_and_its_cost(tmp_path):
+    run = write_run(tmp_path / "run", changes={"optim.lr": 0.5, "model.depth": 2})
+    summary = read_run(run)
+    sources = {"data.train": (None, "digits"), "data.val": (None, "digits:split=test")}
+    assert summary.changed == {"model.depth": (4, 2), **sources, "optim.lr": (2e-3, 0.5)}
+    assert (summary.step, summary.batch_size) == (60, 64)
+    assert summary.flops == pytest.approx(1e12 * 0.01 / 50 * 60 * 64)
+    (run / "source.json").write_text('{"train": {"num_images": 20}}')
+    assert read_run(run).batch_size == 20, "a batch is no larger than its source"
+
+
+def test_the_encoders_parameters_are_counted_in_the_head_of_its_file(run):
+    model = tiny_model()
+    assert read_run(run).encoder_parameters is None
+    for step in (10, 60):
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        save_model(folder / "model.safetensors", model)
+    assert read_run(run).encoder_parameters == count_parameters(model.config).encoder
+    (folder / "model.safetensors").write_bytes(b"cut")
+    assert read_run(run).encoder_parameters == count_parameters(model.config).encoder, "of the one before"
+
+
+def test_losses_that_are_no_numbers_are_not_the_final_loss_and_a_half_line_is_left_out(run):
+    lines = [{"kind": "train", "step": 70, "loss": float("nan")}, {"kind": "train", "step": 80, "loss": None}]
+    write_lines(run / "metrics.jsonl", [*lines, {"kind": "val", "step": 70, "val_loss": None}], "a")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert [line["step"] for line in read_run(run).train] == [10, 20, 30, 40, 50, 60, 70, 80]
+    for text in (rendered(run), markdown(run), page_of(run)):
+        assert "0.0167 at step 60" in text
+        assert "0.0183 at step 60" in text
+        assert "NaN or infinite loss at step 70, 80." in text
+        assert "NaN or infinite validation loss at step 70." in text
+
+
+def test_the_table_holds_accuracies_speed_losses_and_the_picture(run):
+    text = rendered(run)
+    assert str(run) in text, "brackets are no markup"
+    rows = [line.split() for line in text.splitlines()]
+    assert ["top-1", "%", "measured", "on", "model", "untrained", "pixels", "16x16"] in rows
+    assert ["attentive", "digits:split=test", "97.0", "±", "1.2", "71.0", "±", "1.2", "-"] in rows
+    for words in ("50 images/s on a GPU", "predicting zero 0.9948", "80.0%", "step_00000010.png"):
+        assert words in text
+
+
+def test_what_a_result_says_of_its_baselines_is_repeated_and_nothing_is_excused(run):
+    note = "The model is not clearly better than pixels 16x16 (-2.0 ± 1.1 points)"
+    write_result(run / "probe", "probe", PROBED, notes=["400 images of test.", note])
+    accuracy = page_of(run).split('<section id="accuracy">')[1].split("</section>")[0]
+    for text in (rendered(run), markdown(run), accuracy):
+        assert f"probe/probe.json: {note}" in text
+        assert "400 images" not in text
+
+
+def test_a_failure_is_said_with_its_message(run):
+    beat = json.loads((run / "heartbeat.json").read_text())
+    (run / "heartbeat.json").write_text(
+        json.dumps({**beat, "status": "failed", "message": "the disk is full"})
+    )
+    assert "- status: failed: the disk is full\n" in markdown(run)
+    assert "failed: the disk is full" in rendered(run)
+    assert report_values(read_run(run))["message"] == "the disk is full"
+
+
+def test_commands_name_the_run_wherever_they_are_typed(run, monkeypatch):
+    monkeypatch.chdir(run)
+    text = report_markdown(read_run(Path()), losses=Path("losses.png"))
+    assert text.startswith(f"# Report of {run}\n")
+    assert "![Loss by step](losses.png)" in text
+
+
+def test_what_is_missing_is_said_with_the_command_that_makes_it(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    html = page_of(tmp_path)
+    for text in (rendered(tmp_path), markdown(tmp_path), html):
+        assert f"nextblock eval --model {tmp_path} --train TRAIN" in text
+        assert f"nextblock predict --model {tmp_path} --data SOURCE" in text
+        assert text.count("not logged yet") == 2
+    for words in (
+        f"nextblock pretrain --out {tmp_path}<",
+        "--data.val DIR2",
+        "--monitor.knn_every 5ep",
+        "Nothing is logged yet",
+        "None: every image could be read so far.",
+    ):
+        assert words in html
+    values = report_values(read_run(tmp_path))
+    assert not any(value for name, value in values.items() if name not in ("run", "status"))
+    assert (values["status"], values["final_loss"]) == ("stopped", None)
+
+
+def test_a_page_names_settings_starts_and_unreadable_images(tmp_path):
+    run = write_run(tmp_path / "run", changes={"optim.lr": 0.5})
+    write_result(run / "probe", "probe", [probe_row("linear", "model", 0.9512)])
+    rows = [{"name": f"{i}.png", "sample": i, "reason": "cut off"} for i in range(12)]
+    write_lines(run / "quarantine.jsonl", rows)
+    html = page_of(run)
+    assert "<tr><td>linear</td><td>digits:split=test</td><td class=n>95.1 ± 1.2</td></tr>" in html
+    assert "<dt>training loss</dt><dd>0.0167 at step 60 (without a model: predicting zero 0.9948" in html
+    assert "<tr><td>optim.lr</td><td>0.002</td><td>0.5</td></tr>" in html
+    assert "12 images in quarantine.jsonl, the first 10:" in html
+    assert ("9.png" in html, "10.png" in html) == (True, False)
+    assert "<tr><td class=n>20</td><td>2026-11-30T04:27:28+0000</td><td>here</td>" in html
+
+
+def test_a_pages_values_are_the_logged_numbers(run):
+    values = page_values(read_run(run))
+    charts = {chart["title"]: chart for chart in values["charts"]}
+    training, validation = charts["Loss"]["series"]
+    assert (training["name"], validation["name"]) == ("training", "validation")
+    assert training["x"] == [10, 20, 30, 40, 50, 60]
+    assert training["y"] == [1 / step for step in training["x"]]
+    assert charts["Loss"]["references"][0] == {"name": "predicting zero", "value": 0.9948}
+    assert charts["Loss"]["marks"] == [20], "where it resumed"
+    assert charts["kNN accuracy on digits:split=test"]["share"]
+    assert charts["Time spent waiting for images"]["series"][0]["y"] == [0.02] * 6
+    assert [one["step"] for one in values["pictures"]] == [0, 10]
+    assert page_values(read_run(run), pictures=False)["pictures"] == []
+
+
+def test_a_long_curve_keeps_its_means_and_its_extremes():
+    y = np.random.default_rng(0).standard_normal(3 * read.MAX_POINTS)
+    one = read.thinned(list(range(len(y))), y.tolist())
+    by_three = y.reshape(-1, 3)
+    np.testing.assert_allclose(one["y"], by_three.mean(1))
+    assert (one["low"], one["high"]) == (by_three.min(1).tolist(), by_three.max(1).tolist())
+    assert one["x"] == list(range(2, len(y), 3))
+
+
+def test_of_many_or_large_pictures_some_are_shown_evenly_spaced(tmp_path, monkeypatch):
+    summary = read_run(write_run(tmp_path / "run", pictures=9))
+    largest = max(path.stat().st_size for path in summary.pictures)
+    few, three = [0, 20, 40, 60, 80], [0, 40, 80]
+    for name, most, steps in (("MAX_PICTURES", 5, few), ("MAX_PICTURE_BYTES", 3 * largest, three)):
+        monkeypatch.setattr(paging, name, most)
+        assert [one["step"] for one in page_values(summary)["pictures"]] == steps
+    assert "3 of 9 pictures, evenly spaced." in run_page(summary)
+
+
+def test_the_curve_is_drawn_with_baselines_and_without_and_may_have_holes(run, tmp_path):
     pictures = []
     for name in ("with.png", "without.png"):
-        plot_losses(read_run(run_dir), tmp_path / "out" / name)
+        plot_losses(read_run(run), tmp_path / "out" / name)
         with Image.open(tmp_path / "out" / name) as picture:
             pictures.append(np.asarray(picture.convert("RGB")))
-        (run_dir / "baselines.json").unlink(missing_ok=True)
+        (run / "baselines.json").unlink(missing_ok=True)
     assert not np.array_equal(*pictures)
-    blue = (pictures[0] == [0x09, 0x69, 0xDA]).all(-1)
-    assert blue.sum() > 100, "the training loss"
-
-
-def test_a_long_curve_may_have_holes_and_one_without_steps_is_refused(tmp_path):
-    lines = [train_line(step, float("nan") if step == 70 else 1 / step) for step in range(1, 900)]
-    write_lines(tmp_path / "metrics.jsonl", lines)
-    plot_losses(read_run(tmp_path), tmp_path / "curve.png")
+    assert (pictures[0] == [0x09, 0x69, 0xDA]).all(-1).sum() > 100, "the training loss is blue"
+    losses = [float("nan") if step == 70 else 1 / step for step in range(1, 900)]
+    lines = [{"kind": "train", "step": i, "loss": loss, "lr": 1e-3} for i, loss in enumerate(losses, 1)]
+    write_lines(run / "metrics.jsonl", lines)
+    plot_losses(read_run(run), tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
-    write_lines(tmp_path / "metrics.jsonl", [])
+    write_lines(run / "metrics.jsonl", [])
     with pytest.raises(ValueError, match="no training step"):
-        plot_losses(read_run(tmp_path), tmp_path / "curve.png")
+        plot_losses(read_run(run), tmp_path / "curve.png")
 
 
-# ------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", '{"kind": "train"}\n{"step": \n', r"metrics\.jsonl, line 2, is not JSON"),
+        ("probe/probe.json", "{", "not JSON"),
+        ("probe/probe.json", '{"rows": [{"head": "linear"}]}', r"damaged or of an older .*measure again"),
+    ],
+)
+def test_damaged_files_are_refused(run, file, content, message):
+    (run / file).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_run(run)
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is not a run: it has no config\.yaml"):
+    with pytest.raises(UsageError, match=r"is not a run: it has no config\.yaml"):
         read_run(tmp_path)
-    with pytest.raises(ValueError, match="nowhere does not exist"):
+    with pytest.raises(UsageError, match="nowhere does not exist"):
         read_run(tmp_path / "nowhere")
-
-
-def test_a_damaged_line_is_refused_by_its_number(run_dir):
-    text = (run_dir / "metrics.jsonl").read_text()
-    (run_dir / "metrics.jsonl").write_text(text.replace('"step": 20', '"step": '))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3, is not JSON"):
-        read_run(run_dir)
-
-
-def test_damaged_side_files_are_refused(run_dir):
-    (run_dir / "probe" / "probe.json").write_text(json.dumps({"rows": [{"head": "linear"}]}))
-    with pytest.raises(ValueError, match=r"probe\.json is damaged or of an older release .*measure again"):
-        read_run(run_dir)
-    (run_dir / "probe" / "probe.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        read_run(run_dir)
 
 
 def test_the_report_does_not_wait_for_torch():
@@ -291,3 +388,38 @@ def test_the_report_does_not_wait_for_torch():
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def cli(capsys):
+    return partial(call_cli, capsys)
+
+
+def test_report_of_one_run_writes_a_page_into_it_or_leaves_the_run_alone(cli, run, tmp_path):
+    before = sorted(run.iterdir())
+    code, out, _ = cli("report", run, "--out", tmp_path / "x.html", "--json")
+    values = json.loads(out.splitlines()[-1])
+    assert (code, values["page"], values["final_step"]) == (0, str(tmp_path / "x.html"), 60)
+    assert sorted(run.iterdir()) == before
+    assert cli("report", run)[0] == 0
+    names = {path.name for path in set(run.iterdir()) - set(before)}
+    assert names == {"report.md", "report.html", "losses.png"}
+    assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_report_that_cannot_be_made_leaves_the_last_one(cli, run):
+    (run / "report.md").write_text("the last")
+    (run / "quarantine.jsonl").write_text("damaged\n")
+    assert cli("report", run)[0] == 2
+    assert (run / "report.md").read_text() == "the last"
+    assert not (run / "losses.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "why"), [("x.txt", "FILE.html"), ("no/x.html", "there is no directory"), ("d.html", "FILE.html")]
+)
+def test_a_place_that_is_no_page_is_refused(cli, run, tmp_path, out, why):
+    (tmp_path / "d.html").mkdir()
+    code, _, err = cli("report", run, "--out", tmp_path / out)
+    assert code == 2
+    assert why in err

@@ -1,6 +1,7 @@
-"""The page's server: who may ask, what is refused, and that every answer is what the library gives."""
+"""The served page: who may ask, what is refused, that answers are those of the library; and in a browser."""
 
 import shutil
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -9,15 +10,14 @@ import torch
 from einops import rearrange
 
 import nextblock
-from nextblock.cli import main
 from nextblock.data import normalize
 from nextblock.data.augment import val_crop
 from nextblock.look.surprise import block_surprise
 from nextblock.models.completion import complete
 from nextblock.serve import session as session_module
 from nextblock.serve.session import Session
-from serving import DATA, ask, call, pixels_of, png, save_tiny, served
-from tiny_runs import contents, refused, run_toy, write_images
+from serving import DATA, ask, browser_fixture, call, page_fixture, pixels_of, png, save_tiny, served  # noqa: F401
+from tiny_runs import call_cli, contents, refused, run_toy, write_images
 from toy import one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -41,31 +41,24 @@ def kept(server):
     return found["image"]
 
 
-# ------------------------------------------------------------------------------------------ who may ask what
+FOREIGN = {
+    "Host": ["evil.example:PORT", "127.0.0.1.evil.example:PORT", "127.0.0.1:1", "127.0.0.1", "", "[::1"],
+    "Origin": ["http://evil.example", "null", "https://127.0.0.1:PORT", "http://localhost:1"],
+    "Sec_Fetch_Site": ["cross-site", "same-site"],
+}
 
 
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({}, 200),
-        ({"Host": "localhost:{port}", "Origin": "http://localhost:{port}"}, 200),
+        ({"Host": "localhost:PORT", "Origin": "http://localhost:PORT"}, 200),
         ({"Sec_Fetch_Site": "same-origin"}, 200),
-        ({"Host": "evil.example:{port}"}, 403),
-        ({"Host": "127.0.0.1.evil.example:{port}"}, 403),
-        ({"Host": "127.0.0.1:1"}, 403),
-        ({"Host": "127.0.0.1"}, 403),
-        ({"Host": ""}, 403),
-        ({"Host": "[::1"}, 403),
-        ({"Origin": "http://evil.example"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": "https://127.0.0.1:{port}"}, 403),
-        ({"Origin": "http://localhost:1"}, 403),
-        ({"Sec_Fetch_Site": "cross-site"}, 403),
-        ({"Sec_Fetch_Site": "same-site"}, 403),
+        *(({name: value}, 403) for name, values in FOREIGN.items() for value in values),
     ],
 )
 def test_only_the_page_itself_may_ask(server, headers, status):
-    headers = {name: value.format(port=server.server_port) for name, value in headers.items()}
+    headers = {name: value.replace("PORT", str(server.server_port)) for name, value in headers.items()}
     assert ask(server, "GET", "/api/about", **headers)[0] == status
     assert ask(server, "POST", "/api/nearest", {"image": 99}, **headers)[0] == (400 if status == 200 else 403)
 
@@ -110,25 +103,20 @@ def test_a_wrong_request_is_answered_by_a_sentence(server, method, path, body, s
     assert words in content["error"]
 
 
-def test_an_unforeseen_error_tells_the_page_only_its_kind(server, kept, monkeypatch, caplog):
-    def fail(*_):
-        raise OSError("/home/user/secret.png")
-
-    monkeypatch.setattr(session_module, "block_surprise", fail)
-    assert ask(server, "POST", "/api/surprise", {"image": kept}) == (
-        500,
-        {"error": "This failed (OSError); the terminal says more."},
-    )
-    assert "secret" in caplog.text
-
-
 def test_a_body_without_a_length_is_refused(server):
     status, found = ask(server, "POST", "/api/upload", Transfer_Encoding="chunked")
     assert (status, found["error"]) == (411, "The request does not state its length.")
 
 
+def test_an_unforeseen_error_tells_the_page_only_its_kind(server, kept, monkeypatch, caplog):
+    monkeypatch.setattr(session_module, "block_surprise", Mock(side_effect=OSError("/home/user/secret.png")))
+    status, found = ask(server, "POST", "/api/surprise", {"image": kept})
+    assert (status, found["error"]) == (500, "This failed (OSError); the terminal says more.")
+    assert "secret" in caplog.text
+
+
 def test_more_pixels_than_the_decoder_allows_are_refused(server, monkeypatch):
-    monkeypatch.setattr(server.session, "data", DATA.__class__(val_resize_px=16, max_pixels=599))
+    monkeypatch.setattr(server.session, "data", replace(DATA, max_pixels=599))
     status, found = ask(server, "POST", "/api/upload", png(NOISE))
     assert status == 400
     assert "more than data.max_pixels (599)" in found["error"]
@@ -140,9 +128,6 @@ def test_the_oldest_images_are_dropped(server, kept, monkeypatch):
     call(server, "choose", index=0)
     assert oldest not in server.session.images
     assert "no longer kept" in ask(server, "POST", "/api/features", {"image": oldest})[1]["error"]
-
-
-# ------------------------------------------------------------------------------------------------ the answers
 
 
 def seen(pixels=NOISE):
@@ -169,27 +154,22 @@ def test_about_and_the_kept_image_are_those_of_the_model(server, paths):
 def test_predictions_are_those_of_predict(server, paths, tmp_path):
     image = {"data": f"{paths[1]}/b/8.png", "out": str(tmp_path)}
     (row,) = nextblock.predict(model=paths[0], **image, device="cpu", workers=0).rows
-    found = call(server, "predict", **{"image": call(server, "choose", index=8)["image"]})
+    found = call(server, "predict", image=call(server, "choose", index=8)["image"])
     losses = [found["loss"], *found["references"].values()]
     assert losses == pytest.approx([*row.values()][1:], rel=1e-6)
     assert found["words"][0] == "Loss: squared error of block-normalised pixels."
     assert pixels_of(found["picture"]).shape == (16, 24, 3)
 
 
-@pytest.mark.parametrize("given", ["111000", "100000", "010101"])
+@pytest.mark.parametrize("given", ["111000", "100000", "010101", "111111"])
 def test_completions_and_surprise_are_those_of_the_library(server, kept, given):
     _, images = seen()
     blocks = [one == "1" for one in given]
+    completed = images if all(blocks) else complete(tiny_model(), images, torch.tensor(blocks)).images
     found = call(server, "complete", image=kept, given=blocks)
-    completed = shown(complete(tiny_model(), images, torch.tensor(blocks)).images)
-    assert (pixels_of(found["picture"]) == completed).all()
+    assert (pixels_of(found["picture"]) == shown(completed)).all()
     losses = block_surprise(tiny_model(), images)[0].tolist()
     assert call(server, "surprise", image=kept)["losses"] == [None, *map(pytest.approx, losses[1:])]
-
-
-def test_an_image_whose_blocks_are_all_given_is_itself(server, kept):
-    found = call(server, "complete", image=kept, given=[True] * 6)
-    assert (pixels_of(found["picture"]) == shown(seen()[1])).all()
 
 
 def test_blocks_that_are_not_the_models_are_refused(server, kept):
@@ -228,25 +208,11 @@ def test_before_the_first_batch_is_encoded_nothing_is_found_yet(paths):
         assert len(call(server, "nearest", image=image)["rows"]) == 8
 
 
-def test_an_encoder_alone_says_why_it_predicts_nothing_and_does_the_rest(tmp_path):
-    path, data = save_tiny(tmp_path, toy_model())
-    with served(model=path, data=data) as server:
-        image = ask(server, "POST", "/api/upload", png(NOISE))[1]["image"]
-        for name, more in (("predict", {}), ("surprise", {}), ("complete", {"given": [True] * 4})):
-            status, found = ask(server, "POST", f"/api/{name}", {"image": image, **more})
-            assert (status, found["error"][:29]) == (400, "this is an encoder alone (mod")
-        assert len(call(server, "nearest", image=image)["rows"]) == 9
-        assert pixels_of(call(server, "features", image=image)["picture"]).shape == (4, 4, 3)
-
-
 def test_without_data_the_rest_works(paths):
     with served(model=paths[0]) as server:
         image = ask(server, "POST", "/api/upload", png(NOISE))[1]["image"]
         assert "--data SOURCE" in ask(server, "POST", "/api/nearest", {"image": image})[1]["error"]
         assert pixels_of(call(server, "features", image=image)["picture"]).shape == (4, 6, 3)
-
-
-# --------------------------------------------------------------------------------------- a run, the command
 
 
 def test_a_run_is_followed_and_nothing_is_written(tmp_path):
@@ -278,13 +244,71 @@ def test_a_run_is_followed_and_nothing_is_written(tmp_path):
 def test_the_command_tells_its_address_ends_at_ctrl_c_and_names_a_port_in_use(
     paths, capsys, server, monkeypatch
 ):
-    # As by Ctrl-C, once the page is up.
-    monkeypatch.setattr(Session, "index", Mock(side_effect=KeyboardInterrupt))
-    code = main(["serve", paths[0], "--port", "0", "--device", "cpu", "--json"])
-    told = capsys.readouterr()
-    assert told.err == "nextblock serve: interrupted\n"
-    assert code == 130
-    assert "Open http://127.0.0.1:" in told.out
-    code = main(["serve", paths[0], "--port", str(server.server_port)])
-    told = capsys.readouterr()
-    assert "choose another --port" in refused((code, told.out, told.err))
+    monkeypatch.setattr(Session, "index", Mock(side_effect=KeyboardInterrupt))  # once the page is up
+    code, out, err = call_cli(capsys, "serve", paths[0], "--port", "0", "--device", "cpu", "--json")
+    assert (code, err) == (130, "nextblock serve: interrupted\n")
+    assert "Open http://127.0.0.1:" in out
+    told = call_cli(capsys, "serve", paths[0], "--port", server.server_port)
+    assert "choose another --port" in refused(told)
+
+
+READY = "#cards:not([hidden]):not(:has(.busy))"
+
+
+def upload(page, server):
+    page.goto(server.url)
+    page.set_input_files("#file", {"name": "noise.png", "mimeType": "image/png", "buffer": png(NOISE)})
+    page.wait_for_selector(READY)
+
+
+def test_an_image_is_shown_with_all_that_the_model_makes_of_it(page, tmp_path):
+    path, data = save_tiny(tmp_path)
+    with served(model=path, data=data) as server:
+        upload(page, server)
+        assert page.locator(".card .error:not(:empty)").count() == 0
+        assert page.locator("#predict dt").all_inner_texts()[0] == "loss of the model"
+        assert page.locator("#surprise .grid span").count() == 6
+        assert page.locator("#complete button[aria-pressed]").count() == 6
+        assert page.locator("#nearest .thumbs button").count() == 9
+        assert page.evaluate("document.documentElement.scrollWidth") == 400
+        # A block is taken away with a click, and given again with the keyboard.
+        completed = page.locator("#complete img.out")
+        first, block = completed.get_attribute("src"), page.get_by_label("row 1, column 3")
+        assert block.get_attribute("aria-pressed") == "true"
+        with page.expect_response("**/api/complete"):
+            block.click()
+        page.wait_for_selector(READY)
+        assert block.get_attribute("aria-pressed") == "false"
+        assert completed.get_attribute("src") != first
+        page.get_by_label("row 1, column 2").focus()
+        with page.expect_response("**/api/complete"):
+            page.keyboard.press("ArrowRight")
+            page.keyboard.press("Enter")
+        page.wait_for_selector(READY)
+        assert completed.get_attribute("src") == first
+        # A picture of --data is looked at next.
+        with page.expect_response("**/api/predict"):
+            page.locator("#nearest .thumbs button").first.click()
+        page.wait_for_selector(READY)
+        assert page.locator("#nearest .thumbs button").count() == 8
+
+
+def test_what_an_encoder_alone_cannot_do_is_said_where_it_would_be(page, tmp_path):
+    path, data = save_tiny(tmp_path, toy_model())
+    with served(model=path, data=data) as server:
+        upload(page, server)
+        for card in ("predict", "complete", "surprise"):
+            page.locator(f"#{card} .error").filter(has_text="encoder alone").wait_for()
+            assert not page.locator(f"#{card} .body").is_visible()
+        page.locator("#features .out").wait_for()
+        page.locator("#nearest .thumbs button").nth(8).wait_for()
+
+
+def test_a_file_that_is_no_image_or_too_large_is_refused_in_a_sentence(page, tmp_path):
+    path, _ = save_tiny(tmp_path)
+    with served(model=path, max_upload_mb=0.01) as server:
+        page.goto(server.url)
+        refused = {b"<b>no picture</b>": "cannot be read as an image", b"x" * 20_000: "larger than 0.01 MB"}
+        for content, why in refused.items():
+            page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": content})
+            page.get_by_role("alert").filter(has_text=why).wait_for()
