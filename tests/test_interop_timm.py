@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
-from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
@@ -31,7 +30,7 @@ from nextblock.interop.timm import from_timm, is_timm_directory, read_timm, read
 from nextblock.interop.timm_models import NextBlockViT
 from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_model, timm_settings
 from nextblock.models import NextBlockModel
-from nextblock.models.vit import positions_of, resample_positions
+from nextblock.models.vit import positions_of
 from nextblock.settings import to_dict
 from test_checkpoint import same_weights
 from toy import tiny_images, tiny_model
@@ -104,7 +103,7 @@ def opened(directory, **settings) -> Any:
 def saved_by_timm(directory, **changes) -> Any:
     """A directory as timm's users write it."""
     with seeded(2):
-        vit = timm.create_model("vit_base_patch16_224", **{**PLAIN, **changes}).eval()
+        vit = randomly_changed(timm.create_model("vit_base_patch16_224", **{**PLAIN, **changes}))
     save_for_hf(vit, directory, model_args={**PLAIN, **changes}, safe_serialization="both")
     return vit
 
@@ -124,7 +123,7 @@ def case(request, tmp_path_factory):
     return request.param, model, written(model, tmp_path_factory.mktemp("timm") / "out")
 
 
-def test_what_is_written_opens_in_timm_as_the_same_encoder(case):
+def test_what_is_written_opens_in_timm_as_the_same_encoder_whose_head_and_channels_can_change(case):
     kind, model, directory = case
     vit, expected = opened(directory), model.encode(IMAGES)
     assert (type(vit) is VisionTransformer) == (kind in STOCK)
@@ -133,6 +132,13 @@ def test_what_is_written_opens_in_timm_as_the_same_encoder(case):
     assert_same([final, *layers], [expected.tokens, *expected.layers])
     # transformers gives num_classes itself, so it must not stand among the arguments
     assert "num_classes" not in json.loads((directory / "config.json").read_text())["model_args"]
+    vit = opened(directory, num_classes=10)
+    assert vit(IMAGES).shape == (2, 10)
+    vit.reset_classifier(num_classes=5)
+    assert vit(IMAGES).shape == (2, 5)
+    maps = opened(directory, features_only=True, out_indices=[0, 2])(IMAGES)
+    assert [m.shape for m in maps] == [(2, 24, 4, 6)] * 2
+    assert opened(directory, in_chans=1).forward_features(IMAGES[:, :1]).shape == (2, 24, 24)
 
 
 def test_it_comes_back_from_its_directory_or_a_weight_file_alone(case, tmp_path):
@@ -211,17 +217,6 @@ def test_the_golden_tokens_of_official_xtra_come_out_of_timm(golden_dir, golden,
     assert_same(vit.forward_features(tensors["images"]), tensors["encoder_tokens"], 1e-4)
 
 
-def test_heads_and_channels_are_changed_as_in_any_timm_model(case):
-    *_, directory = case
-    vit = opened(directory, num_classes=10)
-    assert vit(IMAGES).shape == (2, 10)
-    vit.reset_classifier(num_classes=5)
-    assert vit(IMAGES).shape == (2, 5)
-    maps = opened(directory, features_only=True, out_indices=[0, 2])(IMAGES)
-    assert [m.shape for m in maps] == [(2, 24, 4, 6)] * 2
-    assert opened(directory, in_chans=1).forward_features(IMAGES[:, :1]).shape == (2, 24, 24)
-
-
 def test_images_are_cut_and_normalised_in_timm_as_in_the_run(tmp_path):
     model = encoder(replace(XTRA, image_size=16, depth=1))
     for crop in ("center", "squash"):
@@ -229,11 +224,11 @@ def test_images_are_cut_and_normalised_in_timm_as_in_the_run(tmp_path):
         settings = resolve_model_data_config(opened(written(model, directory, data)))
         assert (tuple(settings["mean"]), tuple(settings["std"])) == (DATA.mean, DATA.std)
         assert settings["crop_mode"] == crop
-        if crop == "center":
-            assert "Resize(size=19, interpolation=bicubic" in str(create_transform(**settings))
-        assert read_timm_data(directory) == data
-        assert read_timm_data(directory / "model.safetensors") == data
-        assert read_data(directory / "model.safetensors") == data
+        assert ("Resize(size=19, interpolation=bicubic" in str(create_transform(**settings))) == (
+            crop == "center"
+        )
+        weights = directory / "model.safetensors"
+        assert read_timm_data(directory) == read_timm_data(weights) == read_data(weights) == data
     for resize_px in range(16, 60, 3):  # timm rounds
         data = replace(DATA, val_resize_px=resize_px)
         assert read_timm_data(written(model, tmp_path / f"{resize_px}", data)) == data
@@ -255,27 +250,19 @@ def test_other_image_sizes_are_those_of_the_model(case, tmp_path):
     assert data.val_resize_px == 38
 
 
-def test_learned_positions_are_resampled_as_timm_does():
-    own = positions_of(encoder(XTRA).encoder)
-    theirs = resample_abs_pos_embed(own, [8, 12], [4, 6], num_prefix_tokens=0)
-    assert torch.equal(resample_positions(own, (4, 6), (8, 12)), theirs)
-
-
-def test_an_image_size_that_the_blocks_do_not_divide_is_refused(tmp_path):
+def test_other_sizes_masks_and_arguments_of_a_masked_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="blocks of 8x8 px; use image_size 16x24 or 16x32, or att"):
         written(encoder(XTRA), tmp_path / "out", image_size=(16, 28))
     assert not (tmp_path / "out").exists()
+    vit = masked_vit()
     with pytest.raises(ValueError, match="cannot be cut into blocks of 2x2"):
-        masked_vit().set_input_size(img_size=(16, 28))
-
-
-def test_no_later_block_reaches_an_earlier_one():
-    images, vit = SQUARE.clone().requires_grad_(), masked_vit(order="spiral")
-    first = vit.order_mask.sum(dim=1).argmin()  # a patch of the first block
-    vit.forward_features(images)[:, first].square().sum().backward()
-    assert images.grad is not None
-    reached = images.grad.abs().sum(dim=(0, 1)) > 0
-    assert reached.sum() == 8 * 8  # its own block, 2x2 patches of 4x4 px
+        vit.set_input_size(img_size=(16, 28))
+    with pytest.raises(ValueError, match="made for patches of 4 px"):
+        vit.set_input_size(img_size=(16, 16), patch_size=(8, 8))
+    with pytest.raises(ValueError, match="has its own mask"):
+        vit(SQUARE, attn_mask=torch.ones(16, 16, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"no argument \['qk_norm'\]"):
+        masked_vit(qk_norm=True)
 
 
 def test_activation_checkpointing_recomputes_every_layer_and_changes_no_gradient():
@@ -291,16 +278,6 @@ def test_activation_checkpointing_recomputes_every_layer_and_changes_no_gradient
         gradients.append(vit.patch_embed.proj.weight.grad)
     assert calls == [2, 4]
     assert_same(gradients[0], gradients[1], 1e-6)
-
-
-def test_another_mask_patch_size_or_argument_is_refused():
-    vit = masked_vit()
-    with pytest.raises(ValueError, match="has its own mask"):
-        vit(SQUARE, attn_mask=torch.ones(16, 16, dtype=torch.bool))
-    with pytest.raises(ValueError, match="made for patches of 4 px"):
-        vit.set_input_size(img_size=(16, 16), patch_size=(8, 8))
-    with pytest.raises(TypeError, match=r"no argument \['qk_norm'\]"):
-        masked_vit(qk_norm=True)
 
 
 def test_a_masked_model_that_timm_saved_comes_back_with_its_mask(tmp_path):
@@ -322,23 +299,17 @@ def test_a_masked_model_that_timm_saved_comes_back_with_its_mask(tmp_path):
         {"global_pool": "map"},
     ],
 )
-def test_a_timm_vit_without_class_token_is_the_same_function(changes):
-    vit = tiny_vit(**changes)
+def test_a_directory_that_timm_wrote_and_its_files_are_the_same_function(changes, tmp_path):
+    vit = saved_by_timm(tmp_path, **changes)
     images = tiny_images(size=vit.patch_embed.img_size)
-    encoded = from_timm(vit, "timm").encode(images)
     final, layers = vit.forward_intermediates(images, output_fmt="NLC")
-    assert_same([encoded.tokens, *encoded.layers], [final, *layers])
-
-
-@pytest.mark.parametrize("file", ["", "model.safetensors", "pytorch_model.bin"])
-def test_a_directory_that_timm_wrote_and_its_files_are_the_same_function(tmp_path, file):
-    vit = saved_by_timm(tmp_path, num_classes=7, init_values=0.1)
-    model = load_model(tmp_path / file)  # by config.json, which lies beside a file too
-    assert model.config.feature_attention == "full"
-    assert_same(model.encode(SQUARE).tokens, vit.forward_features(SQUARE))
-    data = recorded_data(tmp_path / file)
-    assert data is not None
-    assert data.mean == (0.5, 0.5, 0.5)
+    for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"):
+        model, data = load_model(path), recorded_data(path)  # by config.json, which lies beside a file too
+        encoded = model.encode(images)
+        assert_same([encoded.tokens, *encoded.layers], [final, *layers])
+        assert model.config.feature_attention == "full"
+        assert data is not None
+        assert data.mean == (0.5, 0.5, 0.5)
     assert timm_settings(tmp_path)["license"] == "apache-2.0"
 
 
