@@ -32,7 +32,6 @@ from nextblock.interop.timm_spec import open_timm_encoder, read_timm_data, timm_
 from nextblock.models import NextBlockModel
 from nextblock.models.vit import positions_of
 from nextblock.settings import to_dict
-from test_checkpoint import same_weights
 from toy import tiny_images, tiny_model
 
 XTRA = ModelConfig(
@@ -116,20 +115,27 @@ def assert_same(found, expected, tolerance=1e-5):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, *NEWER])
 def case(request, tmp_path_factory):
-    """Each kind's name, a model of it, and where it is written without its predictor."""
-    model = encoder(replace(CONFIGS[request.param], **PREDICTOR))
-    return request.param, model, written(model, tmp_path_factory.mktemp("timm") / "out")
+    """A model of each kind, its class in timm, and where it is written without its predictor."""
+    kind = request.param
+    config = NEWER[kind] if kind in NEWER else replace(CONFIGS[kind], **PREDICTOR)
+    timms = Eva if config.positions == "rope" else VisionTransformer
+    model = encoder(config)
+    directory = written(model, tmp_path_factory.mktemp("timm") / "out")
+    return model, timms if kind in (*STOCK, *NEWER) else NextBlockViT, directory
 
 
 def test_what_is_written_opens_in_timm_as_the_same_encoder_whose_head_and_channels_can_change(case):
-    kind, model, directory = case
-    vit, expected = opened(directory), model.encode(IMAGES)
-    assert (type(vit) is VisionTransformer) == (kind in STOCK)
+    model, timms, directory = case
+    vit, expected, q = opened(directory), model.encode(IMAGES), int(model.config.class_token)
+    assert type(vit) is timms
+    assert_same(vit.forward_features(IMAGES)[:, q:], expected.tokens)
     assert_same(vit(IMAGES), expected.tokens.mean(dim=1))
-    final, layers = vit.forward_intermediates(IMAGES, output_fmt="NLC")
-    assert_same([final, *layers], [expected.tokens, *expected.layers])
+    # timm's epsilon is 1e-6: for a smaller one, tokens are larger by a power of two until the last norm.
+    scale = 1024 if model.config.norm_eps < 1e-6 else 1
+    layers = vit.forward_intermediates(IMAGES, output_fmt="NLC", intermediates_only=True)
+    assert_same([torch.as_tensor(layer) / scale for layer in layers], list(expected.layers))
     # transformers gives num_classes itself, so it must not stand among the arguments
     assert "num_classes" not in json.loads((directory / "config.json").read_text())["model_args"]
     vit = opened(directory, num_classes=10)
@@ -138,44 +144,24 @@ def test_what_is_written_opens_in_timm_as_the_same_encoder_whose_head_and_channe
     assert vit(IMAGES).shape == (2, 5)
     maps = opened(directory, features_only=True, out_indices=[0, 2])(IMAGES)
     assert [m.shape for m in maps] == [(2, 24, 4, 6)] * 2
-    assert opened(directory, in_chans=1).forward_features(IMAGES[:, :1]).shape == (2, 24, 24)
+    assert opened(directory, in_chans=1).forward_features(IMAGES[:, :1]).shape == (2, q + 24, 24)
 
 
 def test_it_comes_back_from_its_directory_or_a_weight_file_alone(case, tmp_path):
-    _, model, directory = case
+    model, _, directory = case
     alone, pickled = tmp_path / "alone.safetensors", tmp_path / "pickled"
     shutil.copy(directory / "model.safetensors", alone)
     pickled.mkdir()  # has no metadata, but the settings lie beside it
     shutil.copy(directory / "config.json", pickled)
-    torch.save(model.encoder.state_dict(), pickled / "pytorch_model.bin")
+    torch.save(load_file(alone), pickled / "pytorch_model.bin")
     assert is_timm_directory(directory)
     for src in (directory, directory / "model.safetensors", alone, pickled, pickled / "pytorch_model.bin"):
         found = load_model(src)
         assert found.config == replace(model.config, predictor=None)
+        weights = zip(found.encoder.state_dict().items(), model.encoder.state_dict().items(), strict=True)
+        assert all(one == other and torch.equal(w, v) for (one, w), (other, v) in weights)
         assert torch.equal(found.encode(IMAGES).tokens, model.encode(IMAGES).tokens)
     assert recorded_data(alone) == DATA
-
-
-@pytest.mark.parametrize("name", NEWER)
-def test_newer_parts_leave_as_timms_own_architectures_and_come_back_bit_for_bit(name, tmp_path):
-    config = NEWER[name]
-    model, q = encoder(config), int(config.class_token)
-    vit, expected = opened(written(model, tmp_path / "out")), model.encode(IMAGES)
-    assert type(vit) is (Eva if config.positions == "rope" else VisionTransformer)
-    assert_same(vit.forward_features(IMAGES)[:, q:], expected.tokens)
-    assert_same(vit(IMAGES), expected.tokens.mean(dim=1))
-    # timm's epsilon is 1e-6: for a smaller one, tokens are larger by a power of two until the last norm.
-    scale = 1024 if config.norm_eps < 1e-6 else 1
-    layers = vit.forward_intermediates(IMAGES, output_fmt="NLC", intermediates_only=True)
-    assert_same([torch.as_tensor(layer) / scale for layer in layers], list(expected.layers))
-    shutil.copy(tmp_path / "out" / "model.safetensors", tmp_path / "alone.safetensors")
-    for src in (tmp_path / "out", tmp_path / "alone.safetensors"):
-        found = load_model(src)
-        assert found.config == config
-        assert same_weights(found, model)
-    larger = tiny_images(size=LARGER)
-    resized = written(load_model(tmp_path / "out"), tmp_path / "larger", image_size=LARGER)
-    assert_same(opened(resized).forward_features(larger)[:, q:], model.encode(larger).tokens)
 
 
 def test_newer_parts_that_timm_cannot_have_are_refused(tmp_path):
@@ -235,14 +221,14 @@ def test_images_are_cut_and_normalised_in_timm_as_in_the_run(tmp_path):
 
 
 def test_other_image_sizes_are_those_of_the_model(case, tmp_path):
-    kind, model, directory = case
+    model, timms, directory = case
     images, resized, larger = tiny_images(size=LARGER), opened(directory), tmp_path / "larger"
     vits, expected = [opened(written(model, larger, image_size=LARGER))], model.encode(images).tokens
-    if kind not in STOCK:  # timm 1.0.26 takes every grid for square when it resamples
+    if timms is NextBlockViT:  # timm 1.0.26 takes every grid for square when it resamples
         resized.set_input_size(img_size=LARGER)
         vits += [resized, opened(directory, img_size=LARGER)]
     for vit in vits:
-        assert_same(vit.forward_features(images), expected)
+        assert_same(vit.forward_features(images)[:, int(model.config.class_token) :], expected)
     back, data = read_timm(larger), read_timm_data(larger)
     assert pair(back.config.image_size) == LARGER
     assert_same(back.encode(images).tokens, expected)
