@@ -15,6 +15,9 @@ UNFUSED = {f"{part}_{name}": value for part in ("enc", "predictor") for name, va
 RANDOM = {"aim_pseudo_random": True, "seed": 3}
 CAUSAL = {"enc_is_block_causal": False, "enc_is_causal": True}
 CAUSAL |= {"predictor_is_block_causal": False, "predictor_is_causal": True}
+SIZES = {"image_size": 64, "patch_size": 8, "block_size": 2, "embed_dim": 48, "depth": 4, "mlp_ratio": 4.0}
+SIZES |= {"projection_dim": 96, "predictor_dim": 36, "block_mlp_dim": 128, "predictor_depth": 2}
+SIZES |= {"num_heads": 3, "predictor_heads": 3, "num_predicted_blocks": 1}
 IMAGES = tiny_images(size=(64, 64))
 
 
@@ -40,7 +43,8 @@ def mask(attention, block_size=None):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"resample_antialias": False, **mask("native")}),
+        ({}, {**SIZES, "resample_antialias": False, **mask("native")}),
+        ({"name": "causal_k1"}, {"block_size": 1}),  # though enc_block_size says 2
         ({"num_heads": None, "enc_arch": "vit_tiny"}, {"num_heads": 3}),
         ({"num_heads": None, "enc_arch": "vit_base"}, {"num_heads": 12}),
         ({"num_heads": None, "enc_arch": "vit_huge"}, {"num_heads": 16}),

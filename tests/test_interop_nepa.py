@@ -185,7 +185,6 @@ def test_commands_take_it_as_any_other_model(tmp_path, capsys):
         (f"{LAYER}1.layer_scale.lambda1", None, "missing: encoder.blocks.1.gamma_1"),
         (f"{ATTENTION}key.bias", None, "lacks 'encoder.blocks.1.attn.key.bias'"),
         (f"{ATTENTION}q_norm.weight", (8,), "unexpected: encoder.blocks.1.attn.q_norm.weight"),
-        (f"{ATTENTION}q_norm.bias", (8,), "unexpected: encoder.blocks.1.attn.q_norm.bias"),
         ("vit_nepa.pooler.weight", (DIM, DIM), "'pooler.weight', which is not in the NEPA layout"),
         (f"{LAYER}0.intermediate.gate_proj.weight", (48, DIM), "a gated MLP (gate_proj)"),
         ("classifier.weight", (CLASSES, DIM), "a classifier of the last token (no fc_norm)"),

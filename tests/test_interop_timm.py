@@ -332,7 +332,6 @@ def test_tokens_beside_the_patches_are_refused_or_left_out_and_listed(changes, t
         ({"mlp_layer": timm.layers.SwiGLU}, r"blocks\.0\.mlp is SwiGLU"),
         ({"attn_layer": "diff"}, "attn is DiffAttention"),
         ({"block_fn": ResPostBlock}, "timm ResPostBlock"),
-        ({"patch_size": (4, 8)}, "must be square"),
     ],
 )
 def test_what_the_encoder_cannot_do_is_refused_by_name(changes, words):
@@ -374,15 +373,9 @@ def test_a_bare_state_dict_is_the_same_function_and_needs_its_heads(tmp_path, ca
         ({"mask_token": torch.zeros(1, 24)}, "unexpected: encoder.mask_token"),
         ({"norm.weight": None}, r"missing: encoder\.norm\.weight"),
         ({"pos_embed": torch.zeros(1, 15, 24)}, "no square grid"),
-        ({"blocks.1.norm1.bias": None}, r"missing: encoder\.blocks\.1\.norm1\.bias"),
         ({"blocks.1.mlp.fc2.bias": None}, r"missing: encoder\.blocks\.1\.mlp\.fc2\.bias"),
-        (
-            {"blocks.0.ls1.gamma": torch.ones(24), "blocks.0.attn.proj.weight": None},
-            r"cted: .*0\.ls1",
-        ),
+        ({"blocks.0.ls1.gamma": torch.ones(24), "blocks.0.attn.proj.weight": None}, r"cted: .*0\.ls1"),
         ({"blocks.0.ls1.gamma": torch.ones(7)}, r"unexpected: encoder\.blocks\.0\.ls1"),
-        ({"patch_embed.proj.weight": torch.zeros(24, 48)}, r"of shape \(24, 48\), not of 4"),
-        ({"norm.bias": torch.full((24,), torch.inf)}, r"NaN or inf in 1 tensor \(encoder\.norm\.bias\)"),
         ({"epoch": 3}, r"holds 'epoch' of type int"),
     ],
 )
@@ -442,11 +435,6 @@ def test_damaged_missing_and_strange_weights_are_refused(tmp_path):
         load(directory)
     (directory / "config.json").write_text('{"architectures": ["ViTModel"]}')  # not timm's
     assert not is_timm_directory(directory)
-    weights = saved_by_timm(tmp_path).state_dict()
-    del weights["norm.bias"]
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing: norm\.bias$"):
-        read_timm(tmp_path)
 
 
 NO_CROP = {"mean": [0.5], "std": [0.5], "crop_pct": 0, "input_size": [3, 16, 16]}
@@ -457,6 +445,7 @@ NO_CROP = {"mean": [0.5], "std": [0.5], "crop_pct": 0, "input_size": [3, 16, 16]
     [
         ({"architecture": "vit_of_tomorrow"}, r"Unknown model .vit_of_tomorrow.*upgrade timm"),
         ({"model_args": {**PLAIN, "depth": "two"}}, "timm cannot give"),
+        ({"model_args": {**PLAIN, "depth": 3}}, r"missing: blocks\.2\.norm1\.weight"),
         ({"pretrained_cfg": NO_CROP}, "damaged mean"),
     ],
 )
