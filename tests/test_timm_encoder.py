@@ -178,7 +178,7 @@ def saved_by_timm(directory, cut=None, **settings):
 
 
 def test_a_size_that_only_a_directory_tells_is_kept(tmp_path):
-    spec, built = saved_by_timm(tmp_path / "net")
+    spec, built = saved_by_timm(tmp_path / "net", {"crop_pct": 0.8})
     model = open_encoder(spec)
     assert isinstance(model, TimmEncoder)
     assert (model.config.architecture, model.config.image_size) == ("test_vit", (32, 32))
