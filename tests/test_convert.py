@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,6 @@ from nextblock.interop import load, load_model
 from nextblock.interop.cards import UNSPECIFIED, Provenance, model_card, read_provenance
 from nextblock.interop.convert import Converted, convert, target_of
 from nextblock.interop.timm_spec import read_timm_data
-from nextblock.models import NextBlockModel
-from nextblock.models.heads import ImageClassifier
 from tiny_runs import save_checkpoint
 from toy import tiny_images, tiny_model
 
@@ -52,19 +51,19 @@ def test_a_run_goes_to_timm_and_back_with_its_features_its_data_and_the_umasks_m
         convert(tmp_path / "timm", tmp_path / "back")
     finally:
         os.umask(before)
-    assert (done.to, done.place) == ("timm", str(tmp_path / "timm"))
-    assert done.num_bytes == sum(path.stat().st_size for path in (tmp_path / "timm").iterdir())
+    files = [*(tmp_path / "timm").iterdir()]
+    size = sum(path.stat().st_size for path in files)
+    assert (done.to, done.place, done.num_bytes) == ("timm", str(tmp_path / "timm"), size)
+    assert {path.stat().st_mode & 0o777 for path in [*files, *(tmp_path / "back").iterdir()]} == {0o640}
     assert read_timm_data(tmp_path / "timm") == read_data(tmp_path / "back" / "model.safetensors") == DATA
     for name in ("timm", "back"):
         found = load_model(tmp_path / name).encode(tiny_images())
         assert_same(found.tokens, tiny_model().encode(tiny_images()).tokens)
-        assert {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()} == {0o640}
 
 
 def test_an_official_file_becomes_a_whole_model_that_cuts_as_officially(golden, golden_dir, tmp_path):
     convert(golden_dir / "xtra_k2.ckpt", tmp_path / "whole", num_heads=3)
     tensors, found = golden("xtra_k2"), load(tmp_path / "whole")
-    assert isinstance(found, NextBlockModel)
     assert_same(found(tensors["images"]).loss, tensors["loss"].squeeze())
     assert read_data(tmp_path / "whole" / "model.safetensors") == DataConfig(val_resize_px=73)  # 8/7 of 64
 
@@ -75,8 +74,7 @@ def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(golden_dir, gol
     head = golden_dir / "aim_nano_head.pth"
     told = {"head": head, "num_heads": 3, "probe_layers": (1, 2), "image_size": 56}
     convert(src, own, **told)
-    found = load(own)
-    assert isinstance(found, ImageClassifier)
+    found: Any = load(own)
     assert_same(found(tensors["images"]), tensors["logits"], 1e-4)
     assert load_model(own).config.image_size == 56
     card = (own / "README.md").read_text()
@@ -92,42 +90,40 @@ def test_a_classifier_keeps_its_head_or_says_that_it_is_left_out(golden_dir, gol
     assert "Apple's own licence" in head_of(tmp_path / "timm")["weights_license"]
 
 
-def test_the_card_of_a_run_names_the_run_and_no_licence_until_one_is_given(run_dir, tmp_path):
-    convert(run_dir, tmp_path / "out")
-    assert head_of(tmp_path / "out")["weights_origin"] == "my-run, pre-trained with nextblock"
-    assert "license" not in head_of(tmp_path / "out")
-    convert(run_dir, tmp_path / "given", license="Apache-2.0", origin="our hospital's X-rays")
-    head = head_of(tmp_path / "given")
-    assert (head["license"], head["weights_origin"]) == ("apache-2.0", "our hospital's X-rays")
-    assert head["weights_license"] == "Apache-2.0"
+def test_the_card_tells_origin_and_licence_as_given_or_found_through_further_conversions(
+    golden_dir, run_dir, tmp_path
+):
+    words = {"license": "other", "license_name": "a-b", "license_link": "https://x.org/l"}
+    of_run = {"weights_origin": "my-run, pre-trained with nextblock"}
+    given = {"license": "apache-2.0", "weights_license": "Apache-2.0", "weights_origin": "our X-rays"}
+    official = {"weights_origin": "xtra_k2.ckpt, in the layout of official XTRA files"}
+    convert(run_dir, tmp_path / "unsaid")
+    assert head_of(tmp_path / "unsaid").items() >= of_run.items()
+    assert "license" not in head_of(tmp_path / "unsaid")
+    convert(run_dir, tmp_path / "given", license="Apache-2.0", origin="our X-rays")
+    assert head_of(tmp_path / "given").items() >= given.items()
+    (run_dir / "README.md").write_text(f"---\n{yaml.safe_dump(words)}---\n")
+    for src, told in ((golden_dir / "xtra_k2.ckpt", official), (run_dir, of_run | words)):
+        one, two, three = (tmp_path / f"{src.stem}-{number}" for number in (1, 2, 3))
+        convert(src, one, to="timm", num_heads=3)
+        convert(one, two)
+        convert(two / "model.safetensors", three, to="timm")
+        for head in map(head_of, (one, two, three)):
+            assert head.items() >= told.items()
+            stated = "none is stated for the official XTRA weights" in head["weights_license"]
+            assert stated == (src != run_dir)
+    convert(run_dir, tmp_path / "other", license="mit")
+    assert head_of(tmp_path / "other")["license"] == "mit"
+    assert words["license_link"] not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_the_origin_names_the_teacher_and_the_weights_that_a_run_started_from(tmp_path):
     model = tiny_model(target="features", teacher="timm:someones", teacher_dim=8)
     model.config = replace(model.config, init="hf:someone/model")
     save_model(tmp_path / "model.safetensors", model)
     convert(tmp_path / "model.safetensors", tmp_path / "started")
     trained = "pre-trained with nextblock on features of timm:someones, started from hf:someone/model"
     assert trained in head_of(tmp_path / "started")["weights_origin"]
-
-
-def test_origin_and_licence_stay_through_further_conversions(golden_dir, run_dir, tmp_path):
-    words = {"license": "other", "license_name": "a-b", "license_link": "https://x.org/l"}
-    (run_dir / "README.md").write_text(f"---\n{yaml.safe_dump(words)}---\n")
-    for src, origin, licence in (
-        (golden_dir / "xtra_k2.ckpt", "xtra_k2.ckpt, in the layout of official XTRA files", None),
-        (run_dir, "my-run, pre-trained with nextblock", words),
-    ):
-        one, two, three = (tmp_path / f"{src.stem}-{number}" for number in (1, 2, 3))
-        convert(src, one, to="timm", num_heads=3)
-        convert(one, two)
-        convert(two / "model.safetensors", three, to="timm")
-        for head in map(head_of, (one, two, three)):
-            assert head["weights_origin"] == origin
-            if licence is None:
-                assert "none is stated for the official XTRA weights" in head["weights_license"]
-            else:
-                assert head.items() >= licence.items()
-    convert(run_dir, tmp_path / "other", license="mit")
-    assert head_of(tmp_path / "other")["license"] == "mit"
-    assert "license_link" not in head_of(tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["no head", "---\n: :\n---\n", "---\ntags: [a]\n---\n", ""])
@@ -158,56 +154,45 @@ def test_a_card_is_read_as_it_was_written(license_text, tmp_path):
         ("v1.5", "timm", "timm"),
         ("hf:me/x.onnx", None, "nextblock"),
         ("v1.onx", "timm", "timm"),
-        ("x.onnx", "timm", None),
-        ("x.ckpt", None, None),
-        ("x.pth", "onnx", None),
-        ("x.onx", None, None),
+        ("x.onnx", "timm", r"needs a directory, not \.onnx; name a"),
+        ("x.ckpt", None, r"needs a directory, not \.ckpt; name a"),
+        ("x.pth", "onnx", r"needs an \.onnx file, not \.pth; name an"),
+        ("x.onx", None, r"misspelt \.onnx;"),
     ],
 )
 def test_the_suffix_tells_the_format_unless_one_is_given_and_must_not_contradict_it(dst, to, expected):
-    if expected is None:
-        with pytest.raises(ValueError, match=r"needs an? .*; name a|misspelt \.onnx;"):
-            target_of(dst, to)
-    else:
+    if expected in ("nextblock", "timm", "onnx"):
         assert target_of(dst, to) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            target_of(dst, to)
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("place", "settings", "words"),
     [
-        ({"to": "timm", "layers": [1]}, "layers does not apply to the format timm, only to onnx"),
-        ({"to": "nextblock", "attention": "full"}, "attention does not apply to the format nextblock"),
-        ({"image_size": 32}, r"keeps its image size of \(16, 24\) px.*to timm or onnx"),
+        ("out", {"to": "timm", "layers": [1]}, "layers does not apply to the format timm, only to onnx"),
+        ("out", {"to": "nextblock", "attention": "full"}, "attention does not apply to the format nextblock"),
+        ("out", {"image_size": 32}, r"keeps its image size of \(16, 24\) px.*to timm or onnx"),
+        (".", {}, "exists already; name a new place"),
+        ("photo.jpg", {}, "exists already; name a new place"),
+        ("my-run", {}, "exists already; name a new place"),
+        ("empty", {"to": "onnx"}, "exists already; name a new place"),
+        ("photo.jpg/out", {"to": "timm"}, r"photo\.jpg is a file; name a place in a directory"),
+        ("/proc/a/out", {"to": "timm"}, r"/proc/a cannot be created .*; choose another place"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, words, run_dir, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        convert(run_dir, tmp_path / "out", **settings)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_place_that_is_taken_or_cannot_be_written_is_refused(run_dir, tmp_path, monkeypatch):
-    taken, empty = tmp_path / "taken", tmp_path / "empty"
-    taken.mkdir()
-    empty.mkdir()
-    (taken / "photo.jpg").touch()
-    monkeypatch.chdir(taken)
-    exists, photo = "exists already; name a new place", taken / "photo.jpg"
-    places: Any = (
-        (taken, None, ValueError, exists),
-        (photo, None, ValueError, exists),
-        (run_dir, None, ValueError, exists),
-        (".", None, ValueError, exists),
-        (empty, "onnx", ValueError, exists),
-        (photo / "out", "timm", ValueError, r"photo\.jpg is a file; name a place in a directory"),
-        ("/proc/a/out", "timm", CheckpointError, r"/proc/a cannot be created .*; choose another place"),
-    )
-    for place, to, error, words in places:
-        with pytest.raises(error, match=words):
-            convert(run_dir, place, to=to)
-    assert [path.name for path in taken.iterdir()] == ["photo.jpg"]
-    convert(run_dir, empty)
-    assert (empty / "model.safetensors").is_file()
+def test_meaningless_settings_and_taken_or_impossible_places_are_refused(
+    place, settings, words, run_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").touch()
+    Path("empty").mkdir()
+    with pytest.raises(CheckpointError if place.startswith("/proc") else ValueError, match=words):
+        convert(run_dir, place, **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "my-run", "photo.jpg"]
+    convert(run_dir, "empty")
+    assert Path("empty/model.safetensors").is_file()
 
 
 def test_the_command_writes_and_tells_what_it_wrote(run_dir, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Encoder and predictor: initial weights, recomputed layers, precision, attention and other image sizes."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,6 @@ from toy import tiny_config, tiny_images, tiny_model
 
 
 @pytest.fixture(scope="module")
-def fresh():
-    """Wide enough for statistics."""
-    sizes = {"projection_dim": 256, "predictor_dim": 128, "predictor_heads": 2, "block_mlp_dim": 96}
-    images = {"image_size": 64, "patch_size": 8, "num_predicted_blocks": 2}
-    with seeded(0):
-        return NextBlockModel(tiny_config(embed_dim=192, **sizes, **images))
-
-
-@pytest.fixture(scope="module")
 def aim():
     changes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "predictor_depth": 2}
     with seeded(0):
@@ -36,7 +28,12 @@ def modules_of(model, kind):
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
-def test_weights_and_positions_have_deviation_002_biases_are_zero_and_norms_begin_as_the_identity(fresh):
+def test_weights_and_positions_have_deviation_002_biases_are_zero_and_norms_begin_as_the_identity():
+    # Wide enough for statistics.
+    sizes = {"embed_dim": 192, "projection_dim": 256, "predictor_dim": 128, "predictor_heads": 2}
+    sizes |= {"block_mlp_dim": 96, "image_size": 64, "patch_size": 8, "num_predicted_blocks": 2}
+    with seeded(0):
+        fresh = NextBlockModel(tiny_config(**sizes))
     linear, norms = (list(modules_of(fresh, kind).values()) for kind in (nn.Linear, nn.LayerNorm))
     assert (len(linear), len(norms)) == (2 * 4 + 2 * 4 + 2 + 2 * 2, 2 * (2 * 2 + 1))
     for module in linear:
@@ -52,7 +49,7 @@ def test_weights_and_positions_have_deviation_002_biases_are_zero_and_norms_begi
         assert not norm.bias.any()
 
 
-def test_aims_weights_are_xavier_uniform_by_the_width_of_each_map(aim):
+def test_aims_weights_are_xavier_uniform_and_its_few_biases_zero(aim):
     parts = [aim.encoder.patch_embed.proj.weight.flatten(1)]  # a linear map of pixels
     for name, module in modules_of(aim, nn.Linear).items():
         parts += module.weight.chunk(3) if name.endswith("qkv") else [module.weight]
@@ -60,9 +57,6 @@ def test_aims_weights_are_xavier_uniform_by_the_width_of_each_map(aim):
         bound = math.sqrt(6 / (part.shape[0] + part.shape[1]))
         assert bound * 0.999 < part.abs().max().item() <= bound * 1.001
         assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
-
-
-def test_aim_has_biases_of_zero_in_its_norms_patch_projection_and_the_heads_ends_alone(aim):
     biases = {name: tensor for name, tensor in aim.state_dict().items() if name.endswith(".bias")}
     norms = modules_of(aim, nn.LayerNorm)
     ends = {"encoder.patch_embed.proj", "predictor.projection", "predictor.block_mlps.0"}
@@ -87,28 +81,20 @@ def test_fixed_positions_are_sines_and_cosines_of_column_then_row_and_are_not_tr
     assert not aim.predictor.pos_embed.requires_grad
 
 
-def run(model, *, recompute):
-    """Loss, gradients, and the layers that ran."""
-    model.set_grad_checkpointing(recompute)
-    model.zero_grad(set_to_none=True)
-    calls = []
-    hooks = [
-        layer.attn.register_forward_pre_hook(lambda module, _: calls.append(module))
-        for layer in (*model.encoder.blocks, *model.predictor.blocks)
-    ]
-    loss = model(IMAGES, ORDER, PREFIX, DRAWS[:2]).loss
-    loss.backward()
-    for hook in hooks:
-        hook.remove()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return loss.detach(), gradients, calls
-
-
 def test_recomputing_runs_every_layer_twice_and_changes_nothing():
-    model = tiny_model(depth=4, drop_path=0.6).train()
-    loss, gradients, calls = run(model, recompute=False)
-    other_loss, other_gradients, more_calls = run(model, recompute=True)
-    assert [more_calls.count(layer) for layer in calls] == [2] * 6
+    model: Any = tiny_model(depth=4, drop_path=0.6).train()
+    layers, calls, runs = (*model.encoder.blocks, *model.predictor.blocks), [], []
+    for layer in layers:
+        layer.attn.register_forward_pre_hook(lambda module, _: calls.append(module))
+    for recompute in (False, True):
+        model.set_grad_checkpointing(recompute)
+        model.zero_grad(set_to_none=True)
+        calls.clear()
+        loss = model(IMAGES, ORDER, PREFIX, DRAWS[:2]).loss
+        loss.backward()
+        assert [calls.count(layer.attn) for layer in layers] == [1 + recompute] * 6
+        runs.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (loss, gradients), (other_loss, other_gradients) = runs
     assert torch.equal(loss, other_loss)
     assert None not in gradients.values()
     assert_close(other_gradients, gradients)

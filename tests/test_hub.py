@@ -1,8 +1,4 @@
-"""The hub: real requests of huggingface_hub against a small server that speaks its protocol; a cache by hand.
-
-The server keeps what is pushed to it and gives it back, so a push and a pull go the whole way but for the
-machine at the other end.
-"""
+"""The hub: real requests of huggingface_hub against a small server that keeps and returns what is pushed."""
 
 from __future__ import annotations
 
@@ -109,13 +105,9 @@ def hub(monkeypatch, tmp_path):
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in {
-        "ENDPOINT": server.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-    }.items():
+    constants = {"ENDPOINT": server.address, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
+    constants["HUGGINGFACE_CO_URL_TEMPLATE"] = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
     yield server
@@ -131,22 +123,22 @@ def model_file(tmp_path_factory):
     return path
 
 
-def files_in(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def test_without_network_the_cache_is_read_and_nothing_else(monkeypatch, tmp_path):
-    repo = tmp_path / "cache" / "models--me--vit"
-    snapshot = repo / "snapshots" / REVISION
-    snapshot.mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(REVISION)
-    save_model(snapshot / "model.safetensors", tiny_model())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+def test_a_source_is_asked_for_and_fetched_once_and_read_from_the_cache_without_network(
+    hub, tmp_path, model_file, monkeypatch
+):
+    hub.repos["me/vit"] = {"model.safetensors": model_file.read_bytes()}
+    snapshot = fetch("hf:me/vit")
+    hub.log.clear()
+    fetch("hf:me/vit")
+    once = list(hub.log)
+    assert not [line for line in once if "resolve" in line]
+    hub.log.clear()
+    convert("hf:me/vit", tmp_path / "out")
+    assert hub.log == once
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert fetch("hf:me/vit") == fetch(f"hf:me/vit@{REVISION}") == snapshot
-    found = load("hf:me/vit")
-    assert torch.equal(found(tiny_images()).loss, tiny_model()(tiny_images()).loss)
+    assert torch.equal(load("hf:me/vit")(tiny_images()).loss, tiny_model()(tiny_images()).loss)
+    assert hub.log == once
     with pytest.raises(HubError, match=r"hf:me/other could not be reached.*unset HF_HUB_OFFLINE"):
         fetch("hf:me/other")
     with pytest.raises(HubError, match=r"hf:me/vit could not be reached.*give a path"):
@@ -167,7 +159,7 @@ WANTED = ["README.md", "config.json", "model.safetensors"]
 )
 def test_what_is_the_model_of_a_repository_is_fetched_and_nothing_else(names, fetched, hub):
     hub.repos["me/vit"] = dict.fromkeys(names, b"content")
-    assert files_in(fetch("hf:me/vit")) == fetched
+    assert sorted(path.name for path in fetch("hf:me/vit").iterdir()) == fetched
 
 
 def test_of_several_weight_files_none_is_fetched_until_one_is_named(hub):
@@ -178,7 +170,7 @@ def test_of_several_weight_files_none_is_fetched_until_one_is_named(hub):
         fetch("hf:me/aim")
     assert not [line for line in hub.log if "resolve" in line]
     file = fetch("hf:me/aim/600m_backbone.pth")
-    assert set(files_in(file.parent)) == set(names) - {"1b_backbone.pth"}
+    assert {path.name for path in file.parent.iterdir()} == set(names) - {"1b_backbone.pth"}
     assert fetch(f"hf:me/aim/1b_backbone.pth@{REVISION}").read_bytes() == b"content"
     with pytest.raises(HubError, match=r"no file 3b\.pth in it.*weight files are: 600m_backbone\.pth, 1b"):
         fetch("hf:me/aim/3b.pth")
@@ -242,15 +234,3 @@ def test_a_model_that_is_pushed_is_the_same_when_it_is_pulled(hub, tmp_path, mod
     assert torch.equal(load_model("hf:me/vit").encode(images).tokens, expected)
     vit: Any = timm.create_model("hf-hub:me/vit", pretrained=True, cache_dir=tmp_path / "timm").eval()
     assert torch.equal(vit.forward_features(images), expected)
-
-
-def test_a_source_on_the_hub_is_asked_for_once_and_fetched_once(hub, tmp_path, model_file):
-    hub.repos["me/vit"] = {"model.safetensors": model_file.read_bytes()}
-    fetch("hf:me/vit")
-    hub.log.clear()
-    fetch("hf:me/vit")
-    once = list(hub.log)
-    assert not [line for line in once if "resolve" in line]
-    hub.log.clear()
-    convert("hf:me/vit", tmp_path / "out")
-    assert hub.log == once

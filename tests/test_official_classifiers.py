@@ -21,7 +21,8 @@ AIM = ["--num_heads", "3", "--head", "head.pth", "--probe_layers"]
 LAYOUTS = {
     "attentive Lightning": ("attentive.ckpt", XTRA, {}, (73, 64)),
     "linear Lightning": ("linear.ckpt", XTRA, {}, (73, 64)),
-    "DeepSpeed": ("deepspeed", XTRA, {}, (73, 64)),
+    "DeepSpeed": ("deepspeed/checkpoint", XTRA, {}, (73, 64)),
+    "Lightning with DeepSpeed": ("deepspeed", XTRA, {}, (73, 64)),
     "AIM, last": ("backbone.pth", [*AIM, "last"], {"head": "head.pth", "probe_layers": "last"}, (256, 224)),
     "AIM, best": ("backbone.pth", [*AIM, "best"], {"head": "head.pth", "probe_layers": "best"}, (256, 224)),
 }
@@ -61,7 +62,8 @@ def files(golden_dir, tmp_path, monkeypatch):
         torch.save(content, f"{kind}.ckpt")
     (tmp_path / "deepspeed" / "checkpoint").mkdir(parents=True)
     deepspeed = {"module": content["state_dict"], "hyper_parameters": content["hyper_parameters"]}
-    torch.save(deepspeed, "deepspeed/checkpoint/mp_rank_00_model_states.pt")
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save(deepspeed, f"deepspeed/checkpoint/{name}")
     shutil.copy(golden_dir / "aim_nano_backbone.pth", "backbone.pth")
     head = torch.load(golden_dir / "aim_nano_head.pth", weights_only=True)
     spread(head, "head.linear.weight")
@@ -78,23 +80,19 @@ def score(capsys, *words):
 def test_top_1_and_top_5_are_those_of_the_slow_definition(layout, files, images, capsys):
     name, words, settings, (resized_px, cut_px) = LAYOUTS[layout]
     row, note = score(capsys, "--model", name, *words)
-    cut = v2.Compose(
-        [
-            v2.PILToTensor(),
-            v2.Resize(resized_px, v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(cut_px),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
+    resize = v2.Resize(resized_px, v2.InterpolationMode.BICUBIC, antialias=True)
+    scaled = v2.Compose(
+        [v2.PILToTensor(), resize, v2.CenterCrop(cut_px), v2.ToDtype(torch.float32, scale=True)]
     )
+    cut = v2.Compose([scaled, v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     classifier = nextblock.load(name, num_heads=3, **settings)
     with torch.no_grad():
         logits = classifier(torch.stack([cut(image) for image, _ in images]))
     ranked = [sorted(range(10), key=lambda label: -one[label])[:5] for one in logits.tolist()]
     assert len({first for first, *_ in ranked}) >= 3, "the classes differ from image to image"
     labels = [label for _, label in images]
-    assert row["images"] == 20
     pairs = list(zip(ranked, labels, strict=True))
+    assert row["images"] == 20
     assert row["top1"] == sum(five[0] == label for five, label in pairs) / 20
     assert row["top5"] == sum(label in five for five, label in pairs) / 20
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
@@ -109,30 +107,24 @@ def test_top_1_and_top_5_are_those_of_the_slow_definition(layout, files, images,
     assert by_name["top1"] == sum(five[0] == 9 - label for five, label in pairs) / 20
 
 
-@pytest.mark.parametrize(
-    ("layout", "name"), [("attentive Lightning", "attentive.ckpt"), ("AIM, best", "backbone.pth")]
-)
-def test_another_number_of_classes_needs_their_names(layout, name, files, images, tmp_path, capsys):
+@pytest.mark.parametrize("layout", ["attentive Lightning", "AIM, best"])
+def test_another_number_of_classes_needs_their_names(layout, files, images, tmp_path, capsys):
     shutil.rmtree(tmp_path / "val" / CLASSES[3])
-    words = ["eval", "--model", name, *LAYOUTS[layout][1], "--test", "val", "--workers", "0"]
-    assert main(words) == 2
+    words = ["--model", *LAYOUTS[layout][:1], *LAYOUTS[layout][1]]
+    assert main(["eval", *words, "--test", "val", "--workers", "0"]) == 2
     error = capsys.readouterr().err
     assert "val has 9 classes, the classifier 10 without names" in error
     assert "--classes FILE" in error
     (tmp_path / "names.txt").write_text("\n".join(CLASSES))
-    row, _ = score(capsys, *words[1:5], *LAYOUTS[layout][1], "--classes", "names.txt")
+    row, _ = score(capsys, *words, "--classes", "names.txt")
     assert row["images"] == 18
 
 
-def test_a_backbone_without_its_head_asks_for_it(files, images, capsys):
+def test_a_missing_head_is_asked_for_and_one_of_another_width_refused_with_both(files, images, capsys):
     assert main(["eval", "--model", "backbone.pth", "--num_heads", "3", "--test", "val"]) == 1
     assert "backbone.pth holds no classification head; give AIM's head" in capsys.readouterr().err
-
-
-def test_a_head_for_another_width_is_refused_with_both(files, images, capsys):
     head = torch.load("head.pth", weights_only=True)
     narrow = {name: w[..., :24] if w.ndim and "linear" not in name else w for name, w in head.items()}
     torch.save({**narrow, "head.linear.weight": head["head.linear.weight"][:, :24]}, "head.pth")
     assert main(["eval", "--model", "backbone.pth", *AIM, "last", "--test", "val"]) == 1
-    error = capsys.readouterr().err
-    assert "of width 24, but backbone.pth has width 48" in error
+    assert "of width 24, but backbone.pth has width 48" in capsys.readouterr().err
