@@ -56,12 +56,11 @@ def histogram(pixels):
     """Slowly, of pixels from 0 to 255, (c h w): 4 levels of three channels jointly, 32 of each channel."""
     channels, height, width = pixels.shape
     joint, alone = np.zeros(4 ** min(3, channels)), np.zeros((channels, 32))
-    for y in range(height):
-        for x in range(width):
-            levels = [float(value) / 255 * (1 - 1e-9) for value in pixels[:, y, x]]
-            joint[sum(int(4 * level) * 4**c for c, level in enumerate(levels[:3]))] += 1
-            for c, level in enumerate(levels):
-                alone[c, int(32 * level)] += 1
+    for y, x in np.ndindex(height, width):
+        levels = [float(value) / 255 * (1 - 1e-9) for value in pixels[:, y, x]]
+        joint[sum(int(4 * level) * 4**c for c, level in enumerate(levels[:3]))] += 1
+        for c, level in enumerate(levels):
+            alone[c, int(32 * level)] += 1
     return np.sqrt(np.concatenate([joint, alone.ravel()]) / (height * width))
 
 

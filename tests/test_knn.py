@@ -1,6 +1,7 @@
 """kNN: against loops over all pairs and scikit-learn, its limits, and its leads over the baselines."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -33,9 +34,6 @@ def knn_predict(queries, neighbours, labels, num_classes, *, k=20, temperature=0
     return found
 
 
-# ------------------------------------------------------------------------------------------------ the vote
-
-
 def test_prediction_is_the_class_with_the_most_weight_among_the_nearest():
     queries, neighbours, labels = some_vectors(20), some_vectors(50, seed=1), torch.arange(50) % 3
     predicted = knn_predict(queries, neighbours, labels, 3, k=7, temperature=0.5)
@@ -61,20 +59,18 @@ def test_a_low_temperature_does_not_overflow():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
-def test_the_nearest_do_not_depend_on_how_many_are_compared_at_a_time(chunk):
-    queries, neighbours = some_vectors(9), F.normalize(some_vectors(50, seed=1), dim=-1)
-    found = nearest_neighbours(queries, neighbours, 12, chunk=chunk)
-    similarity = F.normalize(queries, dim=-1) @ neighbours.T
-    assert torch.equal(found.rows, similarity.argsort(dim=-1, descending=True)[:, :12])
-    torch.testing.assert_close(found.similarity, similarity.sort(dim=-1, descending=True).values[:, :12])
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_a_query_among_the_neighbours_does_not_find_itself(chunk):
-    vectors, rows = F.normalize(some_vectors(20), dim=-1), torch.tensor([3, 19, 0])
-    found = nearest_neighbours(vectors[rows], vectors, 100, itself=rows, chunk=chunk)
-    for row, others in zip(rows.tolist(), found.rows.tolist(), strict=True):
-        assert sorted([row, *others]) == list(range(20))
+def test_the_nearest_come_first_however_many_are_compared_at_a_time_and_no_query_finds_itself(chunk):
+    neighbours, rows = F.normalize(some_vectors(50, seed=1), dim=-1), torch.tensor([3, 49, 0])
+    for queries, most, itself in ((some_vectors(9), 12, None), (neighbours[rows], 49, rows)):
+        similarity = F.normalize(queries, dim=-1) @ neighbours.T
+        if itself is not None:
+            similarity[range(3), itself] = -np.inf
+        best = similarity.sort(dim=-1, descending=True)
+        found = nearest_neighbours(
+            queries, neighbours, 12 if itself is None else 100, itself=itself, chunk=chunk
+        )
+        assert torch.equal(found.rows, best.indices[:, :most])
+        torch.testing.assert_close(found.similarity, best.values[:, :most])
 
 
 def test_with_nothing_asked_each_image_is_predicted_by_all_others(monkeypatch):
@@ -89,9 +85,6 @@ def test_with_nothing_asked_each_image_is_predicted_by_all_others(monkeypatch):
             assert predicted[row] == knn_predict(vectors[[row]], *known, k=k, temperature=temperature)
 
 
-# ------------------------------------------------------------------------------------------- the evaluation
-
-
 def test_every_row_is_what_its_setting_gives_alone(run):
     run.sources |= {"toy-0": ToySource(48, shuffled=True), "toy-1": ToySource(32, seed=1, bad={3})}
     found = run("knn", train="toy-0", test="toy-1", k=(1, 3, 20), temperature=(0.07, 1.0))
@@ -102,23 +95,20 @@ def test_every_row_is_what_its_setting_gives_alone(run):
         asked.fill()
         chosen = asked.readable()
         truth = run.sources["toy-1"].labels[chosen]
-        for k in (1, 3, 20):
-            for temperature in (0.07, 1.0):
-                predicted = knn_predict(
-                    asked.read(chosen), known.read(known.readable()),
-                    torch.from_numpy(run.sources["toy-0"].labels), 4, k=k, temperature=temperature,
-                ).numpy()  # fmt: skip
-                row = found.row(encoder=encoder, k=k, temperature=temperature)
-                top1 = (predicted == truth).mean()
-                assert row["top1"] == top1
-                assert row["top1_se"] == pytest.approx(np.sqrt(top1 * (1 - top1) / 31))
-                assert row["balanced"] == pytest.approx(balanced_accuracy_score(truth, predicted))
-                assert row["is_default"] == ((k, temperature) == (20, 0.07))
+        labels = torch.from_numpy(run.sources["toy-0"].labels)
+        for k, temperature in product((1, 3, 20), (0.07, 1.0)):
+            given = (asked.read(chosen), known.read(known.readable()), labels, 4)
+            predicted = knn_predict(*given, k=k, temperature=temperature).numpy()
+            row = found.row(encoder=encoder, k=k, temperature=temperature)
+            top1 = (predicted == truth).mean()
+            assert row["top1"] == top1
+            assert row["top1_se"] == pytest.approx(np.sqrt(top1 * (1 - top1) / 31))
+            assert row["balanced"] == pytest.approx(balanced_accuracy_score(truth, predicted))
+            assert row["is_default"] == ((k, temperature) == (20, 0.07))
     assert found.facts["num_images"] == {"train": 48, "test": 31}
     assert found.facts["bad_images"] == {"train": 0, "test": 1}
-    assert found.notes[0].startswith(
-        "31 test images, classified by 48 training images. Report the row marked *"
-    )
+    about = "31 test images, classified by 48 training images. Report the row marked *"
+    assert found.notes[0].startswith(about)
 
 
 def test_without_test_each_image_is_left_out_and_the_fixed_setting_is_named(run):
@@ -157,30 +147,20 @@ def test_leads_compare_equal_settings_and_baselines_that_are_as_good_are_named()
     assert add_leads(rows[::2], [np.ones(8, dtype=bool)] * 3, match=("k",)) == [SATURATED]
 
 
-def test_one_readable_image_has_no_neighbour(run):
-    run.sources["toy-0"] = ToySource(2, bad={0})
-    with pytest.raises(UsageError, match="toy-0 has one readable image, so it has no neighbour; give --test"):
-        run("knn", train="toy-0")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"k": (0,)}, "k"),
         ({"k": ()}, "k is empty; name at least one"),
-        ({"k": (5, 5)}, "k is 5, 5; name at least one, each once"),
-        ({"temperature": (0.0,)}, "temperature"),
+        ({"temperature": (1.0, 1.0)}, "temperature is 1.0, 1.0; name at least one, each once"),
         ({"layers": "best"}, "layers is 'best'; use last, last6"),
-        ({"encode_batch_size": 0}, "encode_batch_size"),
-        ({"val": "toy-1"}, "val"),
+        ({"train": "single"}, "single has one readable image, so it has no neighbour; give --test"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(run, changes, message):
+def test_settings_that_cannot_be_and_a_single_image_are_refused(run, changes, message):
+    run.sources["single"] = ToySource(2, bad={0})
     with pytest.raises(UsageError, match=message):
-        run("knn", train="toy-0", **changes)
-
-
-# ----------------------------------------------------------------------------------------------- processes
+        run("knn", **{"train": "toy-0", **changes})
 
 
 def test_the_command_prints_a_table_and_finds_the_same_on_two_processes(run, tmp_path, capsys):
