@@ -1,6 +1,5 @@
 """kNN and few labels: against slow definitions and scikit-learn, their limits, and leads over baselines."""
 
-import json
 import statistics
 from itertools import product
 
@@ -8,16 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-import ranks
-from evaluating import toy_table, toy_verb, written  # noqa: F401 - a fixture
-from nextblock.cli import main
+from evaluating import toy_table, toy_verb  # noqa: F401 - a fixture
 from nextblock.data import keyed_seed
 from nextblock.errors import UsageError
 from nextblock.evaluate import splits
@@ -120,6 +116,7 @@ def test_every_row_is_what_its_setting_gives_alone(run):
     assert found.facts["bad_images"] == {"train": 0, "test": 1}
     about = "31 test images, classified by 48 training images. Report the row marked *"
     assert found.notes[0].startswith(about)
+    assert "| 20 * |" in found.markdown()
 
 
 def test_without_test_each_image_is_left_out_and_the_fixed_setting_is_named(run):
@@ -128,30 +125,6 @@ def test_without_test_each_image_is_left_out_and_the_fixed_setting_is_named(run)
     (note,) = found.notes
     assert "48 training images, each classified by the others" in note
     assert "The setting fixed beforehand, k 20, temperature 0.07, is not among these" in note
-
-
-def test_the_command_prints_a_table_and_finds_the_same_on_two_processes(run, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(("cat", "dog")):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(7):
-            image = rng.integers(0, 200, (16, 16, 3), dtype=np.uint8)
-            image[..., number] += 40
-            Image.fromarray(image).save(tmp_path / "data" / name / f"{i}.png")
-    (tmp_path / "data" / "cat" / "broken.png").write_bytes(b"no picture")
-    words = ["knn", "--model", str(tmp_path / "model.safetensors"), "--train", str(tmp_path / "data")]
-    words += ["--k", "1", "--k", "20", "--device", "cpu", "--workers", "0", "--max_bad_fraction", "0.1"]
-    assert main([*words, "--out", str(tmp_path / "one"), "--json"]) == 0
-    printed = capsys.readouterr().out
-    assert "top-1 %" in printed
-    assert "20 *" in printed
-    assert json.loads(printed.splitlines()[-1])["rows"] == written(tmp_path / "one" / "knn.json")["rows"]
-    assert ranks.run_ranks(2, main, [*words, "--out", str(tmp_path / "two")]) == [0, 0]
-    one, two = (written(tmp_path / name / "knn.json") for name in ("one", "two"))
-    assert one == two
-    assert one["bad_images"] == {"train": 1}
-    files = {path.name for path in (tmp_path / "two").iterdir() if path.name[0] != "."}
-    assert files == {"knn.csv", "knn.json", "knn.md", "quarantine.jsonl", "right.npz"}
 
 
 def some_classes(count, width, classes=3, seed=0):
