@@ -1,7 +1,6 @@
 """Fine-tuning as a whole: what it learns, measures, writes and refuses; resumed, divided, from scratch."""
 
 import json
-import logging
 import signal
 from dataclasses import replace
 from typing import Any
@@ -31,18 +30,8 @@ from toy import DATA, ToySource, one_thread, tiny_model, toy_model  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 TIMM = "timm:test_vit,pretrained=false,img_size=32"
-QUICK = FinetuneSettings(
-    model="RUN",
-    train="toy-0",
-    out="OUT",
-    baselines=False,
-    epochs=2,
-    batch_size=16,
-    lr=1e-2,
-    layer_decay=0.9,
-    crop_scale=(0.5, 1.0),
-    device="cpu",
-)
+FAST = {"epochs": 2, "batch_size": 16, "lr": 1e-2, "crop_scale": (0.5, 1.0), "device": "cpu"}
+QUICK = FinetuneSettings(model="RUN", train="toy-0", out="OUT", baselines=False, layer_decay=0.9, **FAST)
 LORA = replace(QUICK, lora=LoraSettings(rank=2))
 ALL_RANDOM = replace(QUICK, val="toy-2", ema_decay=0.9, drop_path=0.3, mixup=0.8, cutmix=1.0)
 
@@ -183,11 +172,13 @@ def numbers(values):
     return {name: value for name, value in values.items() if not isinstance(value, str)}
 
 
-@pytest.mark.parametrize(("bad", "world"), [((), 2), ((3, 4, 50), 3)], ids=["all readable", "holes"])
-def test_micro_batches_and_ranks_change_no_number(tmp_path, bad, world):
-    """Also under drop path, mixing and averaging, and with unreadable images; but for rounding."""
-    sources = {"train": ToySource(96, bad=bad), "val": ToySource(22, seed=2), "test": ToySource(48, seed=1)}
+@pytest.mark.parametrize(("bad", "world"), [((), 2), ((3, 4, 40), 3)], ids=["all readable", "holes"])
+def test_micro_batches_and_ranks_change_no_number_and_list_unreadable_images(tmp_path, bad, world, caplog):
+    """Also under drop path, mixing and averaging; but for rounding."""
+    val, test = ToySource(22, seed=2), ToySource(48, seed=1, bad=bad[:1])
+    sources = {"train": ToySource(96, bad=bad), "val": val, "test": test}
     whole = run(tmp_path / "whole", ALL_RANDOM, sources=sources)
+    assert ("3 images of toy-0 (train) skipped" in caplog.text) == bool(bad)
     parts = run(tmp_path / "parts", replace(ALL_RANDOM, micro_batch_size=6), sources=sources)
     first, *others = run_ranks(world, run_as_rank, tmp_path / "ranks", ALL_RANDOM, sources)
     assert all(one == first for one in others), (first, others)
@@ -195,7 +186,12 @@ def test_micro_batches_and_ranks_change_no_number(tmp_path, bad, world):
         expected = [*metrics(tmp_path / "whole"), whole.rows[0]]
         for line, other in zip(expected, [*metrics(out), result["rows"][0]], strict=True):
             assert numbers(other) == pytest.approx(numbers(line), rel=1e-4, abs=1e-5)
-        assert result["bad_images"] == {"train": len(bad), "test": 0}
+        assert result["bad_images"] == {"train": len(bad), "test": len(bad[:1])}
+        assert result["rows"][0]["images"] == 48 - len(bad[:1])
+        if bad:
+            lines = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+            found = {(line["source"], line["name"]) for line in lines}
+            assert found == {*(("train", f"toy-0[{i}]") for i in bad), ("test", "toy-1[3]")}
 
 
 @pytest.mark.parametrize(
@@ -243,18 +239,6 @@ def test_a_finished_result_is_read_another_is_refused_and_overwrite_replaces_it(
     run(tmp_path, replace(other, overwrite=True), reporter=again)
     assert again.began_at == (3, 6)
     assert not list(tmp_path.rglob("step_*"))
-
-
-def test_unreadable_images_are_left_out_counted_and_listed(tmp_path, caplog):
-    sources = {"train": ToySource(96, bad={3, 50}), "test": ToySource(48, seed=1, bad={7})}
-    with caplog.at_level(logging.WARNING):
-        result = run(tmp_path, replace(QUICK, epochs=1), sources=sources)
-    assert result.facts["bad_images"] == {"train": 2, "test": 1}
-    assert result.rows[0]["images"] == 47
-    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    found = {(line["source"], line["name"]) for line in lines}
-    assert found == {("train", "toy-0[3]"), ("train", "toy-0[50]"), ("test", "toy-1[7]")}
-    assert "2 images of toy-0 (train) skipped" in caplog.text
 
 
 @pytest.mark.parametrize("purpose", ["train", "test"])

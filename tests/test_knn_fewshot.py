@@ -72,14 +72,12 @@ def test_a_low_temperature_does_not_overflow():
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
 def test_the_nearest_come_first_however_many_are_compared_at_a_time_and_no_query_finds_itself(chunk):
     neighbours, rows = F.normalize(some_vectors(50, seed=1), dim=-1), torch.tensor([3, 49, 0])
-    for queries, most, itself in ((some_vectors(9), 12, None), (neighbours[rows], 49, rows)):
+    for queries, k, most, itself in ((some_vectors(9), 12, 12, None), (neighbours[rows], 100, 49, rows)):
         similarity = F.normalize(queries, dim=-1) @ neighbours.T
         if itself is not None:
             similarity[range(3), itself] = -np.inf
         best = similarity.sort(dim=-1, descending=True)
-        found = nearest_neighbours(
-            queries, neighbours, 12 if itself is None else 100, itself=itself, chunk=chunk
-        )
+        found = nearest_neighbours(queries, neighbours, k, itself=itself, chunk=chunk)
         assert torch.equal(found.rows, best.indices[:, :most])
         torch.testing.assert_close(found.similarity, best.values[:, :most])
 
@@ -171,14 +169,11 @@ def test_folds_are_as_many_as_the_smallest_class_has_images_and_with_one_the_pen
 
 def test_shots_are_images_of_every_class_or_a_share_of_each():
     source = ToySource(96)  # four classes of 24
-    few, again, other, share = (
-        draw_shots(source, Shots.parse(text), seed)
-        for text, seed in (("3", 0), ("3", 0), ("3", 1), ("25%", 0))
-    )
-    assert np.bincount(source.labels[few]).tolist() == [3, 3, 3, 3]
-    assert np.bincount(source.labels[share]).tolist() == [6, 6, 6, 6]
-    assert np.array_equal(few, again)
-    assert not np.array_equal(few, other)
+    for text, images in (("3", 3), ("25%", 6)):
+        drawn, again, other = (draw_shots(source, Shots.parse(text), seed) for seed in (0, 0, 1))
+        assert np.bincount(source.labels[drawn]).tolist() == [images] * 4
+        assert np.array_equal(drawn, again)
+        assert not np.array_equal(drawn, other)
 
 
 def test_several_shots_may_be_one_list_as_the_help_shows_it():
