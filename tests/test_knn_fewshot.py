@@ -1,5 +1,6 @@
 """kNN and few labels: against slow definitions and scikit-learn, their limits, and leads over baselines."""
 
+import shutil
 import statistics
 from itertools import product
 
@@ -23,6 +24,7 @@ from nextblock.evaluate.knn import nearest_neighbours, predict_all
 from nextblock.evaluate.metrics import paired
 from nextblock.evaluate.results import BASELINES, MODEL, SATURATED, add_leads
 from nextblock.evaluate.settings import FewshotSettings, Shots
+from tiny_runs import write_images
 from toy import ToySource, one_thread  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -123,6 +125,16 @@ def test_without_test_each_image_is_left_out_and_the_fixed_setting_is_named(run)
     (note,) = found.notes
     assert "48 training images, each classified by the others" in note
     assert "The setting fixed beforehand, k 20, temperature 0.07, is not among these" in note
+
+
+def test_other_images_under_the_same_names_are_another_result(run, tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "data" / name, 3, broken=1)
+    settings = {"train": str(tmp_path / "data"), "out": str(tmp_path / "out"), "k": (1,), "baselines": False}
+    assert run("knn", **settings).facts["num_images"]["train"] == 6
+    shutil.copy(tmp_path / "data/cat/0001.png", tmp_path / "data/dog/0000.png")
+    with pytest.raises(UsageError, match=r"holds another result \(sources\.train\.sample"):
+        run("knn", **settings)
 
 
 def some_classes(count, width, classes=3, seed=0):
