@@ -1,6 +1,7 @@
 """Features: what heads see, the cheap baselines against slow definitions, and how images are cut."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 
 from nextblock.checkpoint import save_classifier, save_model
-from nextblock.config import DataConfig, ModelConfig, RunConfig
+from nextblock.config import DataConfig, RunConfig
 from nextblock.data import normalize
 from nextblock.evaluate.features import (
     encoder_extract,
@@ -19,57 +20,47 @@ from nextblock.evaluate.features import (
 )
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.settings import to_dict
+from tiny_runs import same
 from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
 
 ATTENTIVE = HeadConfig(num_classes=4, layers=(0, 1), num_heads=4)
 LINEAR = HeadConfig(kind="linear", num_classes=4, layers=(1,))
 
 
-@pytest.mark.parametrize("chunk", [2, 100])
-def test_features_are_what_each_head_sees_of_each_image(chunk):
+@pytest.mark.parametrize(("chunk", "passes"), [(2, 3), (100, 1)])
+def test_features_are_what_each_head_sees_and_heads_of_one_attention_share_a_pass(chunk, passes, monkeypatch):
     model, images = toy_model(), normalize(ToySource(5).images, DATA.mean, DATA.std)
+    heads = [ATTENTIVE, LINEAR, replace(LINEAR, attention="full"), replace(ATTENTIVE, layers=(0,))]
+    encode = Mock(side_effect=model.encode)
     with torch.no_grad():
-        found = encoder_extract(model, [ATTENTIVE.features, LINEAR.features], chunk=chunk)(images)
-        for features, config in zip(found, (ATTENTIVE, LINEAR), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "encode", encode)
+            found = encoder_extract(model, [head.features for head in heads], chunk=chunk)(images)
+        asked = [call.kwargs["attention"] for call in encode.mock_calls]
+        assert sorted(asked) == ["full"] * passes + ["native"] * passes
+        for features, config in zip(found, heads, strict=True):
             for sample in range(5):
                 expected = ImageClassifier(model, config).features(images[[sample]])[0]
                 torch.testing.assert_close(features[sample], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_heads_of_one_attention_share_one_pass(monkeypatch):
-    model, asked = toy_model(), []
-    encode = model.encode
-    monkeypatch.setattr(
-        model, "encode", lambda images, attention: asked.append(attention) or encode(images, attention)
-    )
-    heads = [ATTENTIVE, LINEAR, replace(LINEAR, attention="full"), replace(ATTENTIVE, layers=(0,))]
-    encoder_extract(model, [head.features for head in heads])(torch.randn(3, 3, 16, 16))
-    assert sorted(asked) == ["full", "native"]
-
-
 def test_small_pixels_are_means_of_areas():
     images = torch.randn(2, 3, 32, 48)
     (found,) = small_pixels_extract(images)
-    for image, vector in zip(images.numpy(), found.numpy(), strict=True):
-        areas = [
-            image[c, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3].mean()
-            for c in range(3)
-            for y in range(16)
-            for x in range(16)
-        ]
-        np.testing.assert_allclose(vector, areas, atol=1e-6)
+    for place, (c, y, x) in enumerate(np.ndindex(3, 16, 16)):
+        areas = images[:, c, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3].mean(dim=(1, 2))
+        torch.testing.assert_close(found[:, place], areas, atol=1e-6, rtol=1e-7)
 
 
 def histogram(pixels):
     """Slowly, of pixels from 0 to 255, (c h w): 4 levels of three channels jointly, 32 of each channel."""
     channels, height, width = pixels.shape
     joint, alone = np.zeros(4 ** min(3, channels)), np.zeros((channels, 32))
-    for y in range(height):
-        for x in range(width):
-            levels = [float(value) / 255 * (1 - 1e-9) for value in pixels[:, y, x]]
-            joint[sum(int(4 * level) * 4**c for c, level in enumerate(levels[:3]))] += 1
-            for c, level in enumerate(levels):
-                alone[c, int(32 * level)] += 1
+    for y, x in np.ndindex(height, width):
+        levels = [float(value) / 255 * (1 - 1e-9) for value in pixels[:, y, x]]
+        joint[sum(int(4 * level) * 4**c for c, level in enumerate(levels[:3]))] += 1
+        for c, level in enumerate(levels):
+            alone[c, int(32 * level)] += 1
     return np.sqrt(np.concatenate([joint, alone.ravel()]) / (height * width))
 
 
@@ -87,13 +78,11 @@ def test_histograms_are_those_of_the_slow_definition(channels):
 
 
 def test_untrained_is_the_same_network_with_weights_from_the_seed_alone():
-    model = toy_model()
-    before = torch.random.get_rng_state()
-    first, again, other = untrained(model, 1), untrained(model, 1), untrained(model, 2)
+    model, before = toy_model(), torch.random.get_rng_state()
+    first, again, other = (untrained(model, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
-    for name, weight in first.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name])
-        assert weight.shape == model.state_dict()[name].shape
+    assert same(first.state_dict(), again.state_dict())
+    assert [w.shape for w in first.state_dict().values()] == [w.shape for w in model.state_dict().values()]
     for another in (other, model):
         name = "encoder.pos_embed"
         assert not torch.equal(first.state_dict()[name], another.state_dict()[name])
@@ -118,13 +107,12 @@ def test_images_are_cut_as_a_file_alone_says(tmp_path):
     for place in (directory, directory / "model.safetensors"):
         found = evaluation_data(str(place), CONFIG)
         assert (found.mean, found.std, found.val_resize_px) == (said.mean, said.std, 20)
-    save_model(tmp_path / "silent.safetensors", toy_model())
-    assert evaluation_data(str(tmp_path / "silent.safetensors"), CONFIG).val_resize_px == 18
 
 
-@pytest.mark.parametrize(("image_size", "resize_px"), [(256, 300), (224, 256), (56, 64)])
+@pytest.mark.parametrize(("image_size", "resize_px"), [(256, 300), (224, 256), (56, 64), (16, 18)])
 def test_images_of_a_bare_file_of_weights_are_cut_as_officially(tmp_path, image_size, resize_px):
-    config = ModelConfig(image_size=image_size, patch_size=14 if image_size % 14 == 0 else 16, predictor=None)
-    found = evaluation_data(str(tmp_path / "weights.ckpt"), config)
-    assert found.val_resize_px == resize_px
-    assert found.mean == (0.485, 0.456, 0.406)
+    config = replace(CONFIG, image_size=image_size)
+    save_model(tmp_path / "silent.safetensors", toy_model())
+    for name in ("weights.ckpt", "silent.safetensors"):
+        found = evaluation_data(str(tmp_path / name), config)
+        assert (found.val_resize_px, found.mean) == (resize_px, (0.485, 0.456, 0.406))

@@ -1,16 +1,11 @@
-"""Measures of a classifier: against scikit-learn, against a slow definition, and by batches."""
+"""Measures of a classifier: against scikit-learn and a slow definition, and at their limits."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import (
-    balanced_accuracy_score,
-    confusion_matrix,
-    log_loss,
-    top_k_accuracy_score,
-)
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 from nextblock.errors import UsageError
 from nextblock.evaluate.metrics import Tally
@@ -25,9 +20,11 @@ def some_logits(count=200, classes=7, seed=0):
     return logits, labels
 
 
-def measured(logits, labels, **settings):
+def measured(logits, labels, batch_size=10_000, **settings):
     tally = Tally(logits.shape[1], **settings)
-    tally.add(logits, labels)
+    for some, of_them in zip(logits.split(batch_size), labels.split(batch_size), strict=True):
+        tally.add(some, of_them)
+    tally.add(logits[:0], labels[:0])
     return tally.measures()
 
 
@@ -44,66 +41,33 @@ def slow_calibration_error(logits, labels, bins=15):
     return error
 
 
-def test_accuracies_loss_and_confusion_are_scikit_learns():
-    logits, labels = some_logits()
-    found = measured(logits, labels)
+@pytest.mark.parametrize(("seed", "batch_size"), [(0, 200), (1, 33), (2, 1)])
+def test_measures_are_those_of_scikit_learn_and_of_the_slow_definition_however_batched(seed, batch_size):
+    logits, labels = some_logits(seed=seed)
+    logits *= 2
+    found = measured(logits, labels, batch_size)
     truth, predicted, classes = labels.numpy(), logits.argmax(dim=-1).numpy(), np.arange(7)
     confusion = confusion_matrix(truth, predicted, labels=classes)
     assert found.images == 200
     assert np.array_equal(np.array(found.confusion), confusion)
+    assert found.per_class == (*(confusion.diagonal() / confusion.sum(1).clip(1))[:6].tolist(), None)
+    assert np.array_equal(found.right, truth == predicted)
     assert found.top1 == pytest.approx(float((truth == predicted).mean()))
     assert found.top5 == pytest.approx(top_k_accuracy_score(truth, logits.numpy(), k=5, labels=classes))
     # scikit-learn warns of classes that are predicted only: another wrong one stands for the last
     known = np.where(predicted == 6, (truth + 1) % 6, predicted)
     assert found.balanced == pytest.approx(balanced_accuracy_score(truth, known))
-    assert found.loss == pytest.approx(
-        log_loss(truth, logits.double().softmax(dim=-1).numpy(), labels=classes), rel=1e-5
-    )
+    loss = log_loss(truth, logits.double().softmax(dim=-1).numpy(), labels=classes)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert found.calibration_error == pytest.approx(slow_calibration_error(logits, labels), abs=1e-6)
+    assert found.calibration_error > 0.01
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_calibration_error_equals_its_slow_definition(seed):
-    logits, labels = some_logits(seed=seed)
-    found = measured(logits * 2, labels).calibration_error
-    assert found == pytest.approx(slow_calibration_error(logits * 2, labels), abs=1e-6)
-    assert found > 0.01
-
-
-def test_several_batches_equal_one():
-    logits, labels = some_logits()
-    tally = Tally(7)
-    for some, of_them in zip(logits.split(33), labels.split(33), strict=True):
-        tally.add(some, of_them)
-    tally.add(logits[:0], labels[:0])
-    batches, whole = tally.measures(), measured(logits, labels)
-    assert batches.confusion == whole.confusion
-    assert batches.per_class == whole.per_class
-    for name in ("images", "top1", "top5", "balanced", "calibration_error", "loss"):
-        assert getattr(batches, name) == pytest.approx(getattr(whole, name), rel=1e-9), name
-
-
-def test_a_class_without_images_has_no_accuracy_and_no_part_in_the_balanced_one():
-    logits = torch.tensor([[5.0, 0, 0], [5, 0, 0], [5, 0, 0], [0, 5, 0], [5, 0, 0]])
-    found = measured(logits, torch.tensor([0, 0, 0, 1, 1]))
-    assert found.per_class == (1.0, 0.5, None)
-    assert found.balanced == 0.75
-    assert found.top1 == 0.8
-    assert found.confusion == ((3, 0, 0), (1, 1, 0), (0, 0, 0))
-
-
-def test_sure_and_right_is_calibrated_and_sure_and_wrong_is_not():
+def test_sure_logits_have_no_loss_if_right_and_the_full_calibration_error_if_wrong():
     logits = torch.eye(4) * 1000
-    right = measured(logits, torch.arange(4))
+    right, wrong = measured(logits, torch.arange(4)), measured(logits, (torch.arange(4) + 1) % 4)
     assert (right.calibration_error, right.loss, right.top1) == (0, 0, 1)
-    wrong = measured(logits, (torch.arange(4) + 1) % 4)
-    assert (wrong.calibration_error, wrong.top1) == (1, 0)
-
-
-def test_even_logits_of_all_classes_alike_cost_the_logarithm_of_their_number():
-    found = measured(torch.zeros(8, 4), torch.arange(8) % 4)
-    assert found.loss == pytest.approx(math.log(4))
-    assert found.calibration_error == pytest.approx(0, abs=1e-6)
-    assert found.top5 == 1  # all of fewer than five classes
+    assert (wrong.calibration_error, wrong.top1, wrong.top5) == (1, 0, 1)  # five are all of four classes
 
 
 def test_half_precision_is_summed_in_full():
@@ -114,18 +78,15 @@ def test_half_precision_is_summed_in_full():
 def test_confusion_is_left_out_beyond_a_thousand_classes_or_unasked():
     logits, labels = some_logits(count=20)
     assert measured(logits, labels, confusion=False).confusion is None
-    many = measured(torch.randn(4, 1001, generator=torch.Generator().manual_seed(0)), torch.arange(4))
+    many = measured(torch.zeros(4, 1001), torch.arange(4))
     assert many.confusion is None
     assert len(many.per_class) == 1001
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_refused(odd):
-    logits = torch.tensor([[0.0, 1, 2, odd], [0, 1, 2, 3]])
+def test_logits_that_are_no_numbers_and_no_images_at_all_are_refused(odd):
+    tally = Tally(4)
     with pytest.raises(UsageError, match="1 of 2 images have NaN logits: the head or the encoder diverged"):
-        Tally(4).add(logits, torch.tensor([0, 1]))
-
-
-def test_nothing_is_refused():
+        tally.add(torch.tensor([[0.0, 1, 2, odd], [0, 1, 2, 3]]), torch.tensor([0, 1]))
     with pytest.raises(UsageError, match="no image was measured"):
-        Tally(3).measures()
+        tally.measures()
