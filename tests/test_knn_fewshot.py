@@ -268,6 +268,7 @@ def test_leads_compare_equal_settings_and_baselines_that_are_as_good_are_named()
         ("knn", {"train": "one"}, "one has one readable image, so it has no neighbour; give --test"),
         ("fewshot", {"shots": ("13",)}, r"\(--shots 12\)"),
         ("fewshot", {"shots": ("2%",)}, "2% of toy-0 leaves 3 of its 4 classes without an image"),
+        ("fewshot", {"shots": ("0.1%",)}, "no image of 'toy-0' is left for 0.1%; give larger shares"),
         ("fewshot", {"train": "holes"}, r"labels 1: no drawn image of 1 class of holes is readable \(b\)"),
     ],
 )

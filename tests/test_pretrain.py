@@ -84,7 +84,9 @@ def test_a_run_that_learned_nothing_does_not_end_as_complete(tmp_path, monkeypat
     assert all(line.keys() == {"kind", "step", "rankme"} for line in metrics(run, "monitor")), "no kNN"
 
 
-def test_out_alone_resumes_a_run_from_its_own_settings_and_those_that_are_free(tmp_path, capsys):
+def test_a_run_resumes_from_its_own_settings_with_those_given_and_with_images_that_have_moved(
+    tmp_path, capsys
+):
     write_images(tmp_path / "train", 8)
     run = tmp_path / "exp[lr=3]"
     words = ("pretrain", *TINY_FLAGS, "--out", run, "--data.train", tmp_path / "train")
@@ -93,8 +95,12 @@ def test_out_alone_resumes_a_run_from_its_own_settings_and_those_that_are_free(t
     code, _, err = call_cli(capsys, "pretrain", f"--out={run}", "--data.max_bad_fraction", "0.5")
     assert (code, metrics(run)[-1]["step"]) == (0, 3)
     assert f"3 steps, in {run}" in err
-    longer = refused(call_cli(capsys, "pretrain", "--out", run, "--train.duration", "4st"))
-    assert "--model.init" in longer
+    (tmp_path / "train").rename(tmp_path / "moved")
+    words = ("pretrain", "--data.train", tmp_path / "moved", "--out", run)
+    assert call_cli(capsys, *words)[0] == 0
+    error = refused(call_cli(capsys, *words, "--train.duration", "4st"))
+    assert "another run (train.duration: 3st there, 4st now); choose" in error, "all others are the run's own"
+    assert "--model.init" in error
 
 
 def test_a_micro_batch_larger_than_the_batch_is_the_whole_batch_and_a_long_warm_up_is_pointed_out(

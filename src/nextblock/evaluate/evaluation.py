@@ -275,7 +275,8 @@ class Evaluation:
     def report_bad(self) -> None:
         """Report unreadable images: a few in the log, all in OUT/quarantine.jsonl."""
         lines: list[str] = []
-        for purpose, (source, bad) in self.bad.items():
+        for purpose, (source, found) in self.bad.items():
+            bad = sorted(found)  # training finds them in the order of its batches
             lines += [json.dumps({"source": purpose, **sample._asdict()}) for sample in bad]
             if bad:
                 names = "; ".join(" ".join(f"{s.name}: {s.reason}".split()) for s in bad[:SHOWN_BAD])

@@ -76,13 +76,13 @@ def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n
     if shots.per_class is not None:
         return draw_per_class(source, shots.per_class, seed)
     assert shots.share is not None
-    drawn = split(source, {"few": shots.share}, seed, stratify=True)["few"]
+    part = f"{100 * shots.share:g}%"
+    drawn = split(source, {part: shots.share}, seed, stratify=True)[part]
     missing = _missing_classes(source, drawn)
     if missing:
         raise UsageError(
-            f"{100 * shots.share:g}% of {source.spec} leaves {len(missing)} of its {len(source.class_names)} "
-            f"classes without an image ({named(missing, 3)}); use a larger share, or images of every class, "
-            "such as 1"
+            f"{part} of {source.spec} leaves {len(missing)} of its {len(source.class_names)} classes without "
+            f"an image ({named(missing, 3)}); use a larger share, or images of every class, such as 1"
         )
     return drawn
 
