@@ -33,11 +33,12 @@ from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
 from nextblock.settings import to_dict
-from nextblock.train.state import load_state
+from nextblock.train.state import find_intact, load_state
 from tiny_runs import same, save_checkpoint
 from toy import tiny_images, tiny_model
 
 STATE = {"step": 3, "scaler": {}}
+EMBEDDING = {"target": "embedding", "positions": "rope", "class_token": True}
 
 
 def same_weights(first, second):
@@ -72,10 +73,7 @@ def rewrite(path, change: Callable[[dict], dict] = dict, **metadata):
         {"num_predicted_blocks": 2, "order": "random", "order_seed": 3, "drop_path": 0.1, "loss": "l1"},
         {"image_size": (24, 16), "block_size": (3, 1), "positions": "sincos"},
         {"mask_ratio": 0.5, "order": "per_image", "feature_attention": "full", "target": "embedding"},
-        {
-            **{"positions": "rope", "num_heads": 2, "qk_norm": "scale", "layer_scale": 0.1},
-            **{"class_token": True, "target": "embedding", "predictor": "identity"},
-        },
+        {**EMBEDDING, "num_heads": 2, "qk_norm": "scale", "layer_scale": 0.1, "predictor": "identity"},
     ],
     ids=str,
 )
@@ -93,11 +91,9 @@ def test_a_model_comes_back_with_its_settings_and_weights_drawn_by_nobody(change
     assert torch.equal(found.encode(images).tokens, model.encode(images).tokens)
     if model.predictor is not None:
         assert torch.equal(found(images).predictions, model(images).predictions)
-    assert not any(t.is_meta for t in (*found.parameters(), *found.buffers()))
     assert all(torch.equal(found.get_buffer(name), table) for name, table in model.named_buffers())
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     assert {name: p.requires_grad for name, p in found.named_parameters()} == wanted
-    assert all(wanted.values()) == (model.config.positions != "sincos")
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.add_(1)
@@ -163,49 +159,27 @@ def test_a_checkpoint_comes_back_with_model_and_training_state(tmp_path):
     assert same(other.state_dict(), optimizer.state_dict())
 
 
-def test_half_precision_weights_are_read_as_fp32(path):
-    rewrite(path, lambda weights: {name: w.bfloat16() for name, w in weights.items()})
-    found = read_model(path)
-    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
-    assert torch.equal(found.state_dict()["encoder.norm.weight"], torch.ones(24))
-
-
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(("place", "step"), [("os.fsync", 1), ("nextblock.checkpoint.save_file", 2)])
-def test_a_full_disk_leaves_the_checkpoints_as_they_were_and_says_so(place, step, tmp_path, monkeypatch):
-    before = tiny_model(seed=1)
-    save_checkpoint(tmp_path, before, STATE, 1)
-    files = files_in(tmp_path)
-    with monkeypatch.context() as broken:
-        broken.setattr(place, full_disk)
-        with pytest.raises(WriteError) as caught:
-            save_checkpoint(tmp_path, tiny_model(seed=2), STATE, step)
-    for part in (f"step_0000000{step}", "No space left on device", "before is intact", "make room"):
-        assert part in str(caught.value)
-    assert files_in(tmp_path) == files
-    intact = tmp_path / "step_00000001"
-    assert latest_checkpoint(tmp_path) == intact
-    assert same_weights(read_model(intact / "model.safetensors"), before)
-    assert json.loads((intact / "state.json").read_text())["step"] == 3
-
-
-def test_a_checkpoint_of_the_same_step_is_replaced_or_comes_back_if_the_last_rename_fails(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("place", ["os.fsync", "nextblock.checkpoint.save_file", "pathlib.Path.replace"])
+def test_a_full_disk_leaves_the_checkpoint_of_the_same_step_as_it_was_and_says_so(
+    place, tmp_path, monkeypatch
 ):
-    for seed in (1, 2):
+    for seed in (1, 2):  # the second replaces the first
         path = save_checkpoint(tmp_path, tiny_model(seed), STATE, 1)
-    move = Path.replace
+    files, move = files_in(tmp_path), Path.replace
 
-    def fails_for_the_new(self, target):
-        return full_disk() if self.name.startswith(".writing-") else move(self, target)
+    def fails(*arguments, **_):
+        if place.endswith("replace") and arguments[0] == path:
+            return move(*arguments)  # the old one moves away, and comes back when the new name fails
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "replace", fails_for_the_new)
-    with pytest.raises(WriteError, match="before is intact"):
+    monkeypatch.setattr(place, fails)
+    with pytest.raises(
+        WriteError, match=r"step_00000001.*No space left on device.*before is intact; make room"
+    ):
         save_checkpoint(tmp_path, tiny_model(seed=3), STATE, 1)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert files_in(tmp_path) == files
+    assert find_intact(tmp_path) == path
     assert same_weights(read_model(path / "model.safetensors"), tiny_model(2))
 
 
@@ -225,19 +199,6 @@ def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
     with pytest.raises(UsageError, match="mine is a directory; name a file"):
         write_text(tmp_path / "mine", "a picture")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
-
-
-def test_all_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    flushed, fsync = [], os.fsync
-
-    def note(descriptor):
-        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", note)
-    path = save_checkpoint(tmp_path, tiny_model(), STATE, 1)
-    assert set(flushed[:-1]) == {f".writing-{path.name}", *files_in(path)}
-    assert flushed[-1] == tmp_path.name  # the new name itself
 
 
 def test_what_a_killed_process_left_half_written_is_not_seen_and_cleared_by_the_next(tmp_path):
@@ -317,34 +278,39 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, path, t
         read_model(path)
 
 
-def test_large_finite_weights_are_taken_though_their_sum_is_infinite(tmp_path):
-    model, path = tiny_model(), tmp_path / "model.safetensors"
-    model.state_dict()["encoder.norm.bias"].fill_(3e38)
-    save_model(path, model)
-    assert same_weights(read_model(path), model)
+def test_half_precision_and_large_finite_weights_are_read_as_fp32(path):
+    def change(weights):
+        weights["encoder.norm.bias"].fill_(3e38)  # the sum is infinite
+        return {name: weight.bfloat16() for name, weight in weights.items()}
+
+    rewrite(path, change)
+    found = read_model(path)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+    assert torch.equal(found.state_dict()["encoder.norm.weight"], torch.ones(24))
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("length", [None, 0, -1])
-def test_a_training_state_that_is_not_complete_is_refused_with_what_to_remove(length, name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        *(
+            ("optimizer.safetensors", content, "remove it to resume from the one")
+            for content in (None, 0, -1)
+        ),
+        ("state.json", None, "earlier version of nextblock.*--model.init"),
+        *(("state.json", content, "remove it to resume from the one") for content in (0, -1)),
+        *(("state.json", text, "is no training state.*remove it") for text in ("{}", "[]", "3")),
+    ],
+)
+def test_a_training_state_that_is_damaged_is_refused_with_what_to_do(name, content, words, tmp_path):
     model = tiny_model()
     optimizer = build_optimizer(model, OptimConfig())
     path = save_checkpoint(tmp_path, model, STATE, 3, optimizer=optimizer)
-    content = (path / name).read_bytes()
+    whole = (path / name).read_text()
     (path / name).unlink()
-    if length is not None:
-        (path / name).write_bytes(content[:length])
-    with pytest.raises(CheckpointError, match=r"step_00000003.*(remove|earlier version)"):
+    if content is not None:
+        (path / name).write_text(content if isinstance(content, str) else whole[:content])
+    with pytest.raises(CheckpointError, match=f"step_00000003.*{words}"):
         load_state(path, model, optimizer)
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "3"])
-def test_a_training_state_of_another_shape_is_refused(content, tmp_path):
-    model = tiny_model()
-    path = save_checkpoint(tmp_path, model, STATE, 3)
-    (path / "state.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"step_00000003 \(state.json is no training state\); remove"):
-        load_state(path, model, build_optimizer(model, OptimConfig()))
 
 
 def test_what_does_not_fit_is_listed_by_name():

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import yaml
 from nextblock import pretrain
 from nextblock.atomic import InUseError, WriteError, exclusive
 from nextblock.config import RunConfig
+from nextblock.data import ConcatSource
 from nextblock.settings import from_dict
 from nextblock.train import DamagedRunError, RunDir, RunDirError
 from tiny_runs import (
@@ -32,6 +32,9 @@ from tiny_runs import (
     write_images,
 )
 from toy import ToySource
+
+TOY = {"train": ToySource(40)}
+MIXED = {"data.train": ("toy-0", "toy-1"), "data.weights": (0.75, 0.25)}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,9 @@ def read_yaml(run):
     return yaml.safe_load((run / "config.yaml").read_text())
 
 
-def open_with(run, changes=None, sources=None, *, overwrite=False):
+def open_with(run, changes=None, sources=None):
     directory = RunDir(run)
-    directory.check(settings(changes), sources or {"train": ToySource(40)}, overwrite=overwrite)
+    directory.check(settings(changes), sources or TOY, overwrite=False)
     return directory
 
 
@@ -87,30 +90,44 @@ def test_another_setting_is_another_run_and_both_values_are_listed(stopped, chan
     assert ("--model.init" in str(raised.value)) == ("train.duration" in changes), "how to train longer"
 
 
-def test_other_images_are_refused_with_their_numbers(stopped):
-    with pytest.raises(RunDirError, match="40 images then, 41 now"):
-        open_with(stopped, sources={"train": ToySource(41)})
-    with pytest.raises(RunDirError, match="40 images then, 40 now, or other names"):
-        open_with(stopped, sources={"train": ToySource(40, seed=1)})
-    with pytest.raises(RunDirError, match=r"was started without data\.val; leave it out to resume"):
-        open_with(stopped, sources={"train": ToySource(40), "val": ToySource(9)})
+def mixture(first=30, second=5):
+    return {"train": ConcatSource([ToySource(first), ToySource(second, seed=1)])}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A run on two sources, with validation."""
+    run = tmp_path_factory.mktemp("mixed")
+    run_toy(run, MIXED, sources={**mixture(), "val": ToySource(9, seed=2)}, stop=0)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"train": ToySource(41)}, "40 images then, 41 now"),
+        ({"train": ToySource(40, seed=1)}, "40 images then, 40 now, or other names"),
+        ({**TOY, "val": ToySource(9)}, r"was started without data\.val; leave it out to resume"),
+        (mixture(), r"validates on 'toy-2'; name these images again: --data\.val"),
+        ({**mixture(30, 6), "val": ToySource(9, seed=2)}, r"'toy-1' has changed .*: 5 images then, 6 now"),
+        ({**mixture(29, 6), "val": ToySource(9, seed=2)}, r"'toy-0' has changed .*: 30 images then, 29 now"),
+    ],
+)
+def test_other_images_are_refused_with_their_numbers(stopped, mixed, sources, message):
+    is_mixed = isinstance(sources["train"], ConcatSource)
+    with pytest.raises(RunDirError, match=message):
+        open_with(*((mixed, MIXED) if is_mixed else (stopped, {})), sources)
 
 
 def test_images_may_move_between_two_starts(tmp_path, monkeypatch):
     write_images(tmp_path / "here", 10)
     monkeypatch.setattr("nextblock.pretraining._monitors", lambda *_: [SignalAt(2, signal.SIGINT)])
-    config, reporter = settings({"train.duration": "4st"}), Quiet()
+    reporter = Quiet()
     for place, stop in (("here", 2), ("there", 4)):
         (tmp_path / "here").rename(tmp_path / place)
-        there = replace(config, data=replace(config.data, train=str(tmp_path / place)))
-        assert pretrain(there, out=tmp_path / "run", reporter=reporter).step == stop
+        config = settings({"train.duration": "4st", "data.train": str(tmp_path / place)})
+        assert pretrain(config, out=tmp_path / "run", reporter=reporter).step == stop
     assert reporter.began_at == (2, 4)
-
-
-def test_validation_images_cannot_silently_be_left_out(tmp_path):
-    run_toy(tmp_path, sources={"train": ToySource(40), "val": ToySource(9, seed=1)}, stop=0)
-    with pytest.raises(RunDirError, match=r"validates on 'toy-1'; name these images again: --data.val"):
-        run_toy(tmp_path)
 
 
 def test_records_tell_the_settings_the_images_and_the_decoder_without_which_it_is_refused(
@@ -125,7 +142,7 @@ def test_records_tell_the_settings_the_images_and_the_decoder_without_which_it_i
         run_toy(stopped)
 
 
-def test_going_on_records_the_settings_of_now(run):
+def test_resuming_records_the_settings_of_now(run):
     run_toy(run, {"monitor.log_every": "2st", "checkpoint.keep": 1})
     written = read_yaml(run)
     assert (written["monitor"]["log_every"], written["checkpoint"]["keep"]) == ("2st", 1)
@@ -134,17 +151,15 @@ def test_going_on_records_the_settings_of_now(run):
 
 
 def test_a_run_records_the_precision_that_auto_stood_for_and_keeps_it(tmp_path, monkeypatch):
-    auto = {"train.precision": "auto"}
-    monkeypatch.setattr("nextblock.train.loop.native_precision", lambda _: "bf16")
-    run_toy(tmp_path / "run", auto, stop=3)
-    monkeypatch.setattr("nextblock.train.loop.native_precision", lambda _: "fp32")
-    run_toy(tmp_path / "run", auto)
+    for native, stop in (("bf16", 3), ("fp32", None)):
+        monkeypatch.setattr("nextblock.train.loop.native_precision", lambda _, native=native: native)
+        run_toy(tmp_path / "run", {"train.precision": "auto"}, stop=stop)
     assert read_yaml(tmp_path / "run")["train"]["precision"] == "bf16"
     run_toy(tmp_path / "whole", {"train.precision": "bf16"})
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(run):
+def test_a_run_from_before_a_setting_resumes_where_that_has_its_default(run):
     told = read_yaml(run)
     del told["data"]["val_crop"]
     (run / "config.yaml").write_text(yaml.safe_dump(told))
@@ -156,23 +171,16 @@ def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(run):
         open_with(run)
 
 
+PART = '{"train": {"spec": "a", "num_images": 1, "fingerprint": "", "parts": [{}]}}'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "remedy"),
     [
         ("config.yaml", "a: [", "--model.init RUN"),
-        ("source.json", "{", "--model.init RUN"),
-        ("source.json", "{}", "--model.init RUN"),
-        ("source.json", '{"train": 5}', "--model.init RUN"),
-        (
-            "source.json",
-            '{"train": {"spec": "a", "num_images": 1, "fingerprint": "", "parts": [{}]}}',
-            "init",
-        ),
-        ("environment.json", "", "empty list"),
-        ("environment.json", "5", "empty list"),
-        ("environment.json", '{"host": "a"}', "empty list"),
-        ("baselines.json", "", "remove it"),
-        ("baselines.json", '{"zero": null}', "remove it"),
+        *(("source.json", content, "--model.init RUN") for content in ("{", "{}", '{"train": 5}', PART)),
+        *(("environment.json", content, "empty list") for content in ("", "5", '{"host": "a"}')),
+        *(("baselines.json", content, "remove it") for content in ("", '{"zero": null}')),
         ("metrics.jsonl", "x\n", "move it away"),
     ],
 )
@@ -184,9 +192,7 @@ def test_a_damaged_file_is_named_with_cause_and_remedy(run, name, content, remed
 
 def test_a_run_that_lacks_a_file_is_not_told_to_be_emptied(run):
     (run / "config.yaml").unlink()
-    with pytest.raises(
-        DamagedRunError, match=r"is a run that lacks config.yaml; restore .* --model.init RUN"
-    ):
+    with pytest.raises(DamagedRunError, match=r"a run that lacks config.yaml; restore .* --model.init RUN"):
         run_toy(run)
 
 
@@ -217,11 +223,7 @@ def test_a_run_is_locked_while_it_trains(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
-    [
-        ("", "run was removed or emptied"),
-        ("metrics.jsonl", "metrics.jsonl was removed"),
-    ],
+    ("what", "told"), [("", "run was removed or emptied"), ("metrics.jsonl", "metrics.jsonl was removed")]
 )
 def test_a_run_deleted_under_way_ends_at_the_next_checkpoint_with_an_error(tmp_path, what, told):
     def delete(_, event):
@@ -233,12 +235,9 @@ def test_a_run_deleted_under_way_ends_at_the_next_checkpoint_with_an_error(tmp_p
     assert not checkpoints(tmp_path / "run")
 
 
-def test_log_files_and_what_a_killed_start_left_do_not_occupy_a_directory_and_logs_survive(
-    tmp_path,
-):
-    for name in ("slurm-123.out", "train.log", "err.err", ".writing-environment.json"):
+def test_log_files_and_what_a_killed_start_left_do_not_occupy_a_directory_and_logs_survive(tmp_path):
+    for name in ("slurm-123.out", "train.log", "err.err", ".writing-environment.json", "source.json"):
         (tmp_path / name).write_text("words")
-    (tmp_path / "source.json").write_text("{}")
     assert run_toy(tmp_path, {"train.duration": "1st"}).step == 1
     run_toy(tmp_path, {"seed": 1, "train.duration": "1st"}, overwrite=True)
     assert (tmp_path / "slurm-123.out").read_text() == "words"
@@ -250,39 +249,32 @@ def test_a_directory_with_other_files_is_refused_even_with_overwrite(tmp_path, n
     for overwrite in (False, True):
         with pytest.raises(RunDirError, match="exists and is not a run; choose another --out, or empty it"):
             run_toy(tmp_path, overwrite=overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == [name], "not even a lock"
-    assert (tmp_path / name).read_text() == "years: of work"
+    assert contents(tmp_path) == {tmp_path / name: b"years: of work"}, "not even a lock"
 
 
 def test_a_file_in_the_place_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="exists and is not a run"):
-        run_toy(tmp_path / "file")
+    (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    for path in (tmp_path / "file" / "run", tmp_path / "link"):
-        with pytest.raises(RunDirError, match=r"cannot make or write the directory .*; choose"):
-            run_toy(path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunDirError, match="exists and is not a run"):
-        run_toy(Path())
+    not_a_run, cannot = "exists and is not a run", r"cannot make or write the directory .*; choose"
+    for path, message in (("file", not_a_run), (".", not_a_run), ("file/run", cannot), ("link", cannot)):
+        with pytest.raises(RunDirError, match=message):
+            run_toy(Path(path))
 
 
 def test_an_overwritten_run_begins_anew_and_if_stopped_is_resumed_by_the_same_command(run, tmp_path):
     begun, changes = [], {"optim.lr": 0.5, "train.duration": "4st"}
-
-    def again(stop=None):
+    for stop in (2, None, None):
         reporter = Quiet()
         result = run_toy(run, changes, overwrite=True, reporter=reporter, stop=stop)
-        begun.append((*reporter.began_at, result.step))
-
-    again(stop=2)
-    assert checkpoints(run) == ["step_00000002"]
-    assert logged_steps(run) == [1, 2]
-    again()
+        begun.append((*reporter.began_at, result.step, checkpoints(run), logged_steps(run)))
+    assert begun == [
+        (0, 4, 2, ["step_00000002"], [1, 2]),
+        (2, 4, 4, ["step_00000002", "step_00000004"], [1, 2, 3, 4]),
+        (0, 4, 4, ["step_00000004"], [1, 2, 3, 4]),  # a complete run is trained again
+    ]
     run_toy(tmp_path / "a" / "whole", changes)  # missing parents are made
     assert_same_end(run, tmp_path / "a" / "whole", 4)
-    again()
-    assert begun == [(0, 4, 2), (2, 4, 4), (0, 4, 4)], "a complete run is trained again"
 
 
 def test_overwrite_replaces_a_run_through_a_link_but_nothing_that_links_in_it_lead_to(run, tmp_path):

@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 from functools import cache
-from itertools import chain, pairwise
+from itertools import pairwise
 from multiprocessing import get_context
 
 import pytest
 import torch
 
 from nextblock.data import ConcatSource
-from nextblock.models import NextBlockModel
 from nextblock.targets import TokenTargets
 from tiny_runs import (
     ALL_RANDOM,
@@ -65,8 +64,7 @@ def sources(case):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """`whole("bf16")` -> a run of seven steps that nothing stopped, without workers, monitors, validation."""
-    assert settings().data.flip > 0, "else the settings do not draw all there is to draw"
-    assert settings().data.crop_scale[0] < 1
+    assert settings().data.flip > 0 and settings().data.crop_scale[0] < 1, "else nothing is drawn"
 
     @cache
     def make(case):
@@ -78,31 +76,34 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("case", "steps"),
+    ("case", "workers", "steps"),
     [
-        ("fp32", (0, 1, 3, 6)),
-        ("bf16", (0, 4)),
-        *((one, (4,)) for one in ("tokens", "embedding", "features", "masked")),
+        ("fp32", 0, (0, 1, 3, 6)),
+        ("bf16", 0, (0, 4)),
+        *((case, 0, (4,)) for case in ("tokens", "embedding", "features", "masked")),
+        *((case, workers, (4,)) for case, workers in (("fp32", 1), ("mlp", 2), ("mixture", 2))),
     ],
 )
-def test_a_run_stopped_by_signals_goes_on_bit_for_bit(whole, tmp_path, case, steps):
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_run_stopped_by_signals_resumes_bit_for_bit_with_any_workers(whole, tmp_path, case, workers, steps):
+    changes, given = {**CASES[case], "data.workers": workers}, sources(case)
     for last, step in pairwise([0, *steps]):
         number = (signal.SIGINT, signal.SIGTERM)[step % 2]
         before, reporter, stop = signal.getsignal(number), Quiet(), SignalAt(step, number)
-        result = run_toy(tmp_path, CASES[case], monitors=[stop], reporter=reporter)
+        result = run_toy(tmp_path, changes, monitors=[stop], reporter=reporter, sources=given)
         assert (result.step, result.total_steps, result.stopped_by) == (step, 7, number.name)
         assert signal.getsignal(number) is before
         assert reporter.began_at == (last, 7)
         assert checkpoints(tmp_path)[-1:] == ([f"step_{step:08d}"] if step else [])
-    finished = run_toy(tmp_path, CASES[case])
+    finished = run_toy(tmp_path, changes, sources=given)
     assert (finished.step, finished.stopped_by) == (7, None)
     assert_same_end(tmp_path, whole(case))
 
 
-def kill_toy(out, step, changes, **options):
-    options["monitors"] = [*options["monitors"], SignalAt(step, signal.SIGKILL)]
+def kill_toy(out, step, changes, *, monitors):
+    kwargs = {"monitors": [*monitors, SignalAt(step, signal.SIGKILL)]}
     # Forked, as importing everything anew takes ten times as long as the run.
-    process = get_context("fork").Process(target=run_toy, args=(out, changes), kwargs=options)
+    process = get_context("fork").Process(target=run_toy, args=(out, changes), kwargs=kwargs)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -141,77 +142,19 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint_and_leaves_no_line_tw
 
 def test_a_finished_run_started_again_does_nothing(whole):
     before, reporter = contents(whole("fp32")), Quiet()
-    result = run_toy(whole("fp32"), ALL_RANDOM, reporter=reporter, stop=7)
+    result = run_toy(whole("fp32"), ALL_RANDOM, reporter=reporter)
     assert (result.step, result.total_steps, result.stopped_by) == (7, 7, None)
     assert reporter.ticks == []
     assert contents(whole("fp32")) == before
 
 
-@pytest.mark.parametrize(("case", "workers"), [("fp32", 1), ("mlp", 2), ("mixture", 2)])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_do_not_change_a_bit_also_of_a_stopped_run(whole, tmp_path, case, workers):
-    changes = {**CASES[case], "data.workers": workers}
-    assert run_toy(tmp_path, changes, sources=sources(case), stop=4).step == 4
-    run_toy(tmp_path, changes, sources=sources(case))
-    assert_same_end(tmp_path, whole(case))
-
-
 def test_neither_monitors_that_reseed_every_generator_nor_validation_change_a_bit(whole, tmp_path):
     torch.manual_seed(12345)
-    val, changes = (
-        {**sources("fp32"), "val": ToySource(20, seed=1)},
-        {**ALL_RANDOM, "monitor.val_every": "2st"},
-    )
-    run_toy(tmp_path, changes, sources=val, monitors=[Meddle(), Remember()])
+    changes, given = {**ALL_RANDOM, "monitor.val_every": "2st"}, sources("fp32")
+    given["val"] = ToySource(20, seed=1)
+    run_toy(tmp_path, changes, sources=given, monitors=[Meddle(), Remember()])
     assert_same_end(tmp_path, whole("fp32"))
     assert logged_steps(tmp_path, "val") == [2, 4, 6, 7]
-
-
-@pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """`drawn(duration, **changes)`: the block orders and rotary scales of all training forward passes."""
-    seen, forward = [], NextBlockModel.forward
-
-    def remember(self, images, block_order=None, *rest):
-        if self.training and block_order is not None:
-            seen.append((block_order.tolist(), rest[-1] and rest[-1].item()))
-        return forward(self, images, block_order, *rest)
-
-    monkeypatch.setattr(NextBlockModel, "forward", remember)
-
-    def call(duration, **changes):
-        seen.clear()
-        run_toy(tmp_path / str(len(list(tmp_path.iterdir()))), {**changes, "train.duration": duration})
-        return [order for order, _ in seen], [scale for _, scale in seen]
-
-    return call
-
-
-def test_a_steps_block_order_is_drawn_from_the_models_set_by_seed_and_step(drawn):
-    changes = {"model.order": "random", "train.batch_size": 2}
-    (first, _), (other, _) = drawn("40st", **changes), drawn("40st", **changes, seed=1)
-    twice = [order for order in first[:5] for _ in range(2)]
-    again, _ = drawn("5st", **changes, **{"train.micro_batch_size": 1})
-    assert again == twice, "a step's micro-batches share it"
-    assert other != first
-    the_set = NextBlockModel(settings({"model.order": "random"}).model).orders.tolist()
-    assert set(map(tuple, first)) == set(map(tuple, other)) == set(map(tuple, the_set))
-    raster, _ = drawn("7st")
-    assert raster == [[0, 1, 2, 3]] * 7
-
-
-def test_a_steps_scale_of_rotary_coordinates_and_an_images_order_are_drawn_by_the_seed(drawn):
-    orders, scales = drawn("10st", **EMBEDDING)
-    again, each = drawn("10st", **EMBEDDING, **{"train.micro_batch_size": 4})
-    assert each == [scale for scale in scales for _ in range(2)]
-    assert [*chain(*again)] == [*chain(*orders)]
-    assert all(0.5 <= scale <= 2 for scale in scales)
-    assert min(scales) < 0.9 < 1.1 < max(scales)
-    assert len(set(scales)) == 10
-    assert len(set(map(tuple, chain(*orders)))) > 15, "of 24, for 80 draws: every image and visit has its own"
-    other_orders, other_scales = drawn("10st", **EMBEDDING, seed=1)
-    assert set(other_scales).isdisjoint(scales)
-    assert other_orders != orders
 
 
 @pytest.mark.slow

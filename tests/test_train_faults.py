@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
-from nextblock.data import DataError, TooManyBadImages, VisitOrder
+from nextblock.data import ConcatSource, DataError, TooManyBadImages, VisitOrder
 from nextblock.models import NextBlockModel
 from nextblock.train import CollapseError, NonFiniteError
 from tiny_runs import (
@@ -64,15 +64,18 @@ def spoil(monkeypatch):
     return apply
 
 
-def test_one_step_that_is_not_finite_changes_no_weight_and_the_run_goes_on(tmp_path, spoil, caplog):
-    spoil({2}, factor=math.inf)
-    seen = Remember()
-    assert run_toy(tmp_path, monitors=[seen]).step == 7
-    assert same(seen.weights[3], seen.weights[2])
-    assert all(not same(seen.weights[step], seen.weights[step - 1]) for step in (1, 2, 4, 5, 6, 7))
-    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 7).values())
-    assert [line["skipped"] for line in metrics(tmp_path)] == [0, 0, 1, 0, 0, 0, 0]
-    assert "step 2: loss" in caplog.text
+def test_steps_that_are_not_finite_change_no_weight_and_count_only_in_a_row(tmp_path, spoil, caplog):
+    spoil({0, 1, 3, 4, 6}, factor=math.inf)
+    seen, reporter = Remember(), Quiet()
+    changes = {"train.nonfinite_limit": 3, "checkpoint.every": "1st"}
+    assert run_toy(tmp_path, changes, monitors=[seen]).step == 7
+    skipped = [line["skipped"] for line in metrics(tmp_path)]
+    assert skipped == [1, 1, 0, 1, 1, 0, 1]
+    assert [same(seen.weights[step + 1], seen.weights[step]) for step in range(7)] == list(map(bool, skipped))
+    assert "step 3: loss" in caplog.text
+    assert checkpoints(tmp_path)[-1] == "step_00000007", "a run that ends on one is complete"
+    run_toy(tmp_path, changes, reporter=reporter)
+    assert reporter.began_at == (7, 7)
 
 
 def test_steps_that_are_not_finite_stop_the_run_and_it_goes_on_from_its_last_checkpoint(
@@ -83,11 +86,11 @@ def test_steps_that_are_not_finite_stop_the_run_and_it_goes_on_from_its_last_che
     changes = {"train.nonfinite_limit": 3, "checkpoint.every": "1st", "checkpoint.keep": 2}
     with pytest.raises(NonFiniteError) as raised:
         run_toy(tmp_path, changes, monitors=[seen])
-    message = str(raised.value)
-    assert "3 steps in a row, the last of them step 5" in message
-    assert "toy-0[" in message, "names samples"
-    assert "step_00000003, is intact" in message
-    assert "Try a lower optim.lr" in message
+    for words in (
+        *("3 steps in a row, the last of them step 5", "toy-0["),
+        *("step_00000003, is intact", "Try a lower optim.lr"),
+    ):
+        assert words in str(raised.value)
     assert checkpoints(tmp_path) == ["step_00000002", "step_00000003"]
     assert same(weights(tmp_path, 3), seen.weights[3])
     assert same(seen.weights[5], seen.weights[3])
@@ -102,17 +105,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(NonFiniteError, match=message):
         run_toy(tmp_path, {"checkpoint.every": "1st"}, monitors=[overflow])
     assert checkpoints(tmp_path) == ["step_00000002", "step_00000003"]
-
-
-def test_steps_that_are_not_finite_count_only_in_a_row_and_a_run_that_ends_on_one_is_complete(
-    tmp_path, spoil
-):
-    spoil({0, 1, 3, 4, 6}, factor=math.nan)
-    changes, reporter = {"train.nonfinite_limit": 3, "checkpoint.every": "1st"}, Quiet()
-    run_toy(tmp_path, changes)
-    assert checkpoints(tmp_path)[-1] == "step_00000007"
-    run_toy(tmp_path, changes, reporter=reporter)
-    assert reporter.began_at == (7, 7)
 
 
 @pytest.fixture
@@ -180,7 +172,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used_unless_all_are
         run_toy(both)
 
 
-def test_the_loss_curve_is_on_the_disk_before_its_checkpoint_has_a_name(tmp_path, monkeypatch):
+def test_a_checkpoint_and_the_loss_curve_are_on_the_disk_before_it_has_a_name(tmp_path, monkeypatch):
     events, fsync, move = [], os.fsync, Path.replace
 
     def note_fsync(descriptor):
@@ -194,9 +186,12 @@ def test_the_loss_curve_is_on_the_disk_before_its_checkpoint_has_a_name(tmp_path
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "replace", note_move)
     run_toy(tmp_path, {"checkpoint.every": "3st"})
+    files = {"metrics.jsonl", "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"}
     named = [at for at, event in enumerate(events) if event.startswith("step_")]
     assert len(named) == 3
-    assert all("metrics.jsonl" in events[last + 1 : at] for last, at in pairwise([-1, *named]))
+    for last, at in pairwise([-1, *named]):
+        assert {*files, f".writing-{events[at]}"} <= set(events[last + 1 : at])
+        assert events[at + 1] == "checkpoints", "the new name itself is flushed"
 
 
 def test_files_have_the_mode_that_the_umask_gives(tmp_path):
@@ -209,28 +204,25 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
-def test_unreadable_images_are_listed_once_and_counted_and_their_limit_may_be_raised(tmp_path):
-    source = {"train": ToySource(40, bad=[1, 2, 17])}
-    with pytest.raises(TooManyBadImages):
-        run_toy(tmp_path, {"train.duration": "3ep"}, sources=source)
-    changes = {"train.duration": "3ep", "data.max_bad_fraction": 0.1}
-    result = run_toy(tmp_path, changes, sources=source)
+def test_unreadable_images_are_listed_once_with_their_source_and_their_limit_may_be_raised(tmp_path):
+    source = ConcatSource([ToySource(35, bad=[1, 2]), ToySource(5, seed=1, bad=[3])])
+    changes = {"data.train": ("toy-0", "toy-1"), "train.duration": "3ep", "data.max_bad_fraction": 0.05}
+    with pytest.raises(TooManyBadImages, match="3 of 40 files cannot be read"):
+        run_toy(tmp_path, changes, sources={"train": source})
+    result = run_toy(tmp_path, {**changes, "data.max_bad_fraction": 0.1}, sources={"train": source})
     assert (result.step, result.num_bad) == (15, 3)
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert sorted(line["sample"] for line in lines) == [1, 2, 17]
-    assert {line["reason"] for line in lines} == {"truncated"}
+    listed = sorted((line["sample"], line["name"], line["reason"]) for line in lines)
+    names = {1: "toy-0: toy-0[1]", 2: "toy-0: toy-0[2]", 38: "toy-1: toy-1[3]"}
+    assert listed == [(sample, name, "truncated") for sample, name in names.items()]
     assert metrics(tmp_path)[-1]["bad"] == 3
 
 
 class Fatal(ToySource):
-    """Reading one of its images kills the worker process."""
-
-    def __init__(self, fatal: int) -> None:
-        super().__init__(40)
-        self.fatal = fatal
+    """Reading one of its `bad` images kills the worker process."""
 
     def _read(self, index):
-        if index == self.fatal and get_worker_info() is not None:
+        if index in self.bad and get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.images[index]
 
@@ -238,10 +230,11 @@ class Fatal(ToySource):
 def test_a_killed_worker_ends_the_run_and_the_steps_done_are_saved(whole, tmp_path):
     fatal = int(VisitOrder(40, seed=settings().seed, batch_size=8).keys(3).samples[5])
     message = rf"killed by SIGKILL while it read toy-0\[{fatal}\].*fewer --data.workers"
+    sources = {"train": Fatal(40, bad=[fatal])}
     with pytest.raises(DataError, match=message):
-        run_toy(tmp_path, {"data.workers": 1}, sources={"train": Fatal(fatal)})
+        run_toy(tmp_path, {"data.workers": 1}, sources=sources)
     assert checkpoints(tmp_path)
-    run_toy(tmp_path, sources={"train": Fatal(fatal)})
+    run_toy(tmp_path, sources=sources)
     assert_same_end(tmp_path, whole)
 
 
@@ -297,33 +290,27 @@ def make_constant(model, _):
     model.encoder.patch_embed.proj.bias.fill_(1)
 
 
-@pytest.mark.parametrize("limit", [0.01, None])
-def test_a_run_whose_targets_become_alike_stops_unless_it_may_go_on(tmp_path, limit):
-    changes = {"model.target": "embedding", "optim.lr": 1e-5, "monitor.collapse": limit}
+PREFIX = {"model.prefix": True, "model.predictor": "mlp"}
+
+
+@pytest.mark.parametrize(("changes", "limit"), [({}, 0.01), ({}, None), (PREFIX, 0.01)])
+def test_a_run_whose_targets_become_alike_stops_unless_it_may_go_on(tmp_path, changes, limit):
+    changes = {**changes, "model.target": "embedding", "optim.lr": 1e-5, "monitor.collapse": limit}
     monitors = [After(3, make_constant)]
     if limit is None:
         assert run_toy(tmp_path, changes, monitors=monitors).is_finished
     else:
         with pytest.raises(CollapseError, match=r"step 4: .* collapsed.* Try a lower optim.lr, .*pixels"):
             run_toy(tmp_path, changes, monitors=monitors)
-    variances = [line["target_variance"] for line in metrics(tmp_path)]
-    assert min(variances[:3]) > 0.1
-    assert max(variances[3:]) < 0.01
-    ranks = [line["target_rankme"] for line in metrics(tmp_path)]
+    variances, ranks = zip(
+        *((line["target_variance"], line["target_rankme"]) for line in metrics(tmp_path)), strict=True
+    )
+    assert max(variances[3:]) < 0.01 < 0.1 < min(variances[:3])
     assert max(ranks[3:]) < 1.5 < min(ranks[:3])
 
 
-def test_a_prefix_hides_no_collapse(tmp_path):
-    changes = {"model.target": "embedding", "model.prefix": True, "model.predictor": "mlp"}
-    with pytest.raises(CollapseError, match="step 4"):
-        run_toy(tmp_path, {**changes, "optim.lr": 1e-5}, monitors=[After(3, make_constant)])
-
-
 def test_targets_that_are_not_finite_are_left_to_the_check_of_the_loss(tmp_path):
-    @torch.no_grad()
-    def spoil(model, _):
-        model.encoder.patch_embed.proj.bias.fill_(math.nan)
-
+    spoil = After(2, lambda model, _: model.encoder.patch_embed.proj.bias.data.fill_(math.nan))
     with pytest.raises(NonFiniteError):
-        run_toy(tmp_path, {"model.target": "embedding"}, monitors=[After(2, spoil)])
+        run_toy(tmp_path, {"model.target": "embedding"}, monitors=[spoil])
     assert [line["target_variance"] is None for line in metrics(tmp_path)][:3] == [False, False, True]

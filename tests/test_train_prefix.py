@@ -1,8 +1,9 @@
-"""Prefix lengths: drawn for each image by seed, visit and sample, and known to the divisors of the loss."""
+"""What a step draws (orders, prefix lengths, rotary scales), and the divisors of its loss that follow."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from nextblock.data import Step, TrainLoader, eval_batches
 from nextblock.models import NextBlockModel
 from nextblock.targets import draw_prefix_lengths
 from nextblock.train.trainer import Trainer
-from tiny_runs import CPU, run_toy, same, settings
+from tiny_runs import CPU, EMBEDDING, run_toy, same, settings
 from toy import ToySource, take
 
 PREFIX = {"model.prefix": True, "model.block_size": 1}
@@ -112,30 +113,59 @@ def test_the_validation_loss_is_over_all_kept_blocks_with_the_prefixes_of_visit_
     assert abs(without - expected) > 1e-4
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_the_workers(
-    tmp_path, monkeypatch, workers
-):
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """`drawn(duration, changes)`: block orders, prefix lengths and rotary scales of all training passes."""
     seen, forward = [], NextBlockModel.forward
 
-    def remember(self, images, block_order=None, prefix_lengths=None, *others):
+    def remember(self, images, order=None, prefix=None, *others):
         if self.training:
-            seen.append([] if prefix_lengths is None else prefix_lengths.tolist())
-        return forward(self, images, block_order, prefix_lengths, *others)
+            seen.append([None if one is None else one.tolist() for one in (order, prefix, others[-1])])
+        return forward(self, images, order, prefix, *others)
 
     monkeypatch.setattr(NextBlockModel, "forward", remember)
-    run_toy(tmp_path, {**PREFIX, "data.workers": workers, "train.micro_batch_size": 3})
+
+    def call(duration, changes):
+        seen.clear()
+        run_toy(tmp_path / str(len(list(tmp_path.iterdir()))), {**changes, "train.duration": duration})
+        return zip(*seen, strict=True)
+
+    return call
+
+
+def test_a_steps_block_order_is_drawn_from_the_models_set_by_seed_and_step(drawn):
+    changes = {"model.order": "random", "train.batch_size": 2}
+    (first, *_), (other, *_) = drawn("40st", changes), drawn("40st", {**changes, "seed": 1})
+    again, *_ = drawn("5st", {**changes, "train.micro_batch_size": 1})
+    assert [*again] == [order for order in first[:5] for _ in range(2)], "a step's micro-batches share it"
+    assert other != first
+    the_set = NextBlockModel(settings({"model.order": "random"}).model).orders.tolist()
+    assert set(map(tuple, first)) == set(map(tuple, other)) == set(map(tuple, the_set))
+    raster, *_ = drawn("7st", {})
+    assert [*raster] == [[0, 1, 2, 3]] * 7
+
+
+def test_a_steps_scale_of_rotary_coordinates_and_an_images_order_are_drawn_by_the_seed(drawn):
+    orders, _, scales = drawn("10st", EMBEDDING)
+    again, _, each = drawn("10st", {**EMBEDDING, "train.micro_batch_size": 4})
+    assert [*each] == [scale for scale in scales for _ in range(2)]
+    assert [*chain(*again)] == [*chain(*orders)]
+    assert 0.5 <= min(scales) < 0.9 < 1.1 < max(scales) <= 2
+    assert len(set(scales)) == 10
+    assert len(set(map(tuple, chain(*orders)))) > 15, "of 24, for 80 draws: every image and visit has its own"
+    other_orders, _, other_scales = drawn("10st", {**EMBEDDING, "seed": 1})
+    assert set(other_scales).isdisjoint(scales)
+    assert other_orders != orders
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_every_image_of_a_run_has_the_prefix_of_its_visit_and_sample_whatever_the_workers(drawn, workers):
+    _, seen, _ = drawn("7st", {**PREFIX, "data.workers": workers, "train.micro_batch_size": 3})
     steps = take(loader(ToySource(40), micro_batch_size=3), 7)
-    batches = [batch for step in steps for batch in step.micro_batches]
-    assert seen == [
-        draw_prefix_lengths(0, batch.visits.tolist(), batch.samples.tolist(), 16).tolist()
-        for batch in batches
-    ]
+    keys = [(batch.visits.tolist(), batch.samples.tolist()) for step in steps for batch in step.micro_batches]
+    assert [*seen] == [draw_prefix_lengths(0, *of_batch, 16).tolist() for of_batch in keys]
     assert len({(*seen[at], *seen[at + 1]) for at in range(0, 21, 3)}) == 7, "no step repeats another's"
-    of_image = Counter(
-        (sample, length)
-        for batch, lengths in zip(batches, seen, strict=True)
-        for sample, length in zip(batch.samples.tolist(), lengths, strict=True)
-    )
+    samples = chain(*(samples for _, samples in keys))
+    of_image = set(zip(samples, chain(*seen), strict=True))
     assert max(Counter(sample for sample, _ in of_image).values()) == 2, "another length at another visit"

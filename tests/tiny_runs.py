@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from torch import Tensor
 from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.config import CheckpointConfig, DataConfig, MonitorConfig, OptimConfig, RunConfig, TrainConfig
-from nextblock.data import Source
+from nextblock.data import Source, normalize
 from nextblock.models import NextBlockModel
 from nextblock.optim import build_optimizer
 from nextblock.presets import resolve
@@ -67,6 +68,7 @@ EMBEDDING = {
     "model.positions": "rope",
     "model.rope_rescale": 2.0,
 }
+TOKENS = {"model.target": "tokens", "model.vocab_size": 6}
 MASKED = {"model.mask_ratio": 0.5, "model.order": "per_image", "model.feature_attention": "full"}
 
 TINY_FLAGS = (
@@ -195,6 +197,13 @@ def write_teacher(path: Path, seed: int = 0, **changes: Any) -> dict[str, Any]:
     model = tiny_model(seed, **{"image_size": 8, "embed_dim": 12, "num_heads": 2, **changes})
     save_model(path, model, data=DataConfig(val_resize_px=8))
     return {"model.target": "features", "model.teacher": str(path), "model.teacher_dim": 12}
+
+
+def blocks_of(source: ToySource, side_px: int) -> Tensor:
+    """The blocks of all images in raster order, each normalised: [images, blocks, values]."""
+    images = normalize(source.images, TINY.data.mean, TINY.data.std)
+    blocks = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=side_px, q=side_px)
+    return (blocks - blocks.mean(-1, keepdim=True)) / blocks.std(-1, keepdim=True)
 
 
 def save_checkpoint(
