@@ -38,12 +38,6 @@ class RankFailed(Exception):  # noqa: N818 - it says what happened
         self.is_reported = is_reported
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def run_ranks(
     world: int,
     function: Callable[..., Any],
@@ -52,17 +46,14 @@ def run_ranks(
     timeout: float = 120,
 ) -> list[Any]:
     """What `function(*args)` returns on each rank, or the exception it raised (`RankFailed`), or -signal."""
-    port, started = free_port(), {}
+    with socket.socket() as listener:  # a free port
+        listener.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    started = {}
     for rank in range(world):
         here, there = CONTEXT.Pipe(duplex=False)
-        own = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            **(env or {}),
-        }
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        own = {**place, **meeting, **(env or {})}
         process = CONTEXT.Process(target=_run, args=(there, own, function, args))
         process.start()
         there.close()
@@ -180,6 +171,12 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     changes, sources, monitors = {"train.batch_size": 10}, {"train": ToySource(40)}, ()
     is_odd = find_world().rank == 1
     distributed.BEAT_S = 1.0 if what == "bug" else 0.2  # how long a rank waits for others to notice
+    if what in ("settings", "out"):
+        lr = 1.0 if is_odd and what == "settings" else 0.001
+        place = out.with_name("other") if is_odd and what == "out" else out
+        return nextblock.pretrain(
+            TINY, out=place, data={"train": "digits"}, optim={"lr": lr}, reporter=Quiet()
+        )
     if what == "version" and is_odd:
         distributed.__version__ = "0.0.1"
     elif what == "size" and is_odd:
@@ -188,10 +185,8 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
         sources = {"train": ToySource(40, seed=5)}
     elif what == "disk":
         sources = {"train": FailingSource(40, rank=1, after=12)}
-    elif what == "bug" and is_odd:
-        monitors = (After(3, lambda *_: {}["surprise"]),)
     elif what == "bug":
-        monitors = (After(3, lambda *_: None),)
+        monitors = (After(3, lambda *_: {}["surprise"] if is_odd else None),)
     elif what == "batch":
         changes = {"train.batch_size": 2}
     return train_together(out, changes, sources, monitors)
@@ -205,10 +200,3 @@ def train_and_draw(out: Path) -> list[str]:
     monitor = predictions.PredictionMonitor(images, [0.5] * 3, [0.5] * 3, every="2st")
     train_together(out, {"train.batch_size": 10, "train.duration": "4st"}, monitors=(monitor,))
     return drawn
-
-
-def pretrain_otherwise(folder: Path, changes: Mapping[str, Any], out: Path) -> TrainResult:
-    """Pre-train by the public function; rank 1 with changed settings."""
-    own = {"optim.lr": 1.0} if find_world().rank == 1 and not changes else changes
-    name = "other" if find_world().rank == 1 and changes else "run"
-    return nextblock.pretrain(TINY, out=out / name, reporter=Quiet(), **{"data.train": str(folder), **own})
