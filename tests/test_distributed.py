@@ -1,7 +1,5 @@
 """Several processes train one model: the same losses on any world, exact resume, and an end for all."""
 
-from __future__ import annotations
-
 import random
 import re
 import shutil

@@ -1,9 +1,8 @@
 """What may train in a directory: the same run, known by its settings and its images, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,21 +55,14 @@ def read_yaml(run):
 
 
 def open_with(run, changes=None, sources=None):
-    directory = RunDir(run)
-    directory.check(settings(changes), sources or TOY, overwrite=False)
-    return directory
+    RunDir(run).check(settings(changes), sources or TOY, overwrite=False)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"data.workers": 2, "data.max_bad_fraction": 0.5, "data.train": "elsewhere", "data.val": None},
-        {"train.device": "auto", "train.precision": "auto", "preset": "xtra-tiny"},
-        {"checkpoint.every": "1st", "checkpoint.keep": 5, "monitor.log_every": "5st"},
-    ],
-)
-def test_what_does_not_touch_the_weights_may_change(stopped, changes):
-    assert not open_with(stopped, changes).starts_over
+def test_what_does_not_touch_the_weights_may_change(stopped):
+    changes = {"data.workers": 2, "data.max_bad_fraction": 0.5, "data.train": "elsewhere", "data.val": None}
+    changes |= {"train.device": "auto", "train.precision": "auto", "preset": "xtra-tiny"}
+    changes |= {"checkpoint.every": "1st", "checkpoint.keep": 5, "monitor.log_every": "5st"}
+    open_with(stopped, changes)
 
 
 @pytest.mark.parametrize(
@@ -80,26 +72,19 @@ def test_what_does_not_touch_the_weights_may_change(stopped, changes):
         ({"train.duration": "9st"}, "train.duration: 7st there, 9st now"),
         ({"train.micro_batch_size": 4}, "train.micro_batch_size: none there, 4 now"),
         ({"data.crop_scale": (0.5, 1.0)}, "data.crop_scale: 0.3,1.0 there, 0.5,1.0 now"),
+        (MIXED, "data.weights: none there, 0.75,0.25 now"),
     ],
 )
 def test_another_setting_is_another_run_and_both_values_are_listed(stopped, changes, listed):
-    with pytest.raises(RunDirError) as raised:
+    message = f"holds another run ({listed}); choose another --out"
+    with pytest.raises(RunDirError, match=rf"{re.escape(message)}.*--overwrite to start over") as raised:
         open_with(stopped, changes)
-    assert f"holds another run ({listed}); choose another --out" in str(raised.value)
-    assert "--overwrite to start over" in str(raised.value)
     assert ("--model.init" in str(raised.value)) == ("train.duration" in changes), "how to train longer"
 
 
 def mixture(first=30, second=5):
-    return {"train": ConcatSource([ToySource(first), ToySource(second, seed=1)])}
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """A run on two sources, with validation."""
-    run = tmp_path_factory.mktemp("mixed")
-    run_toy(run, MIXED, sources={**mixture(), "val": ToySource(9, seed=2)}, stop=0)
-    return run
+    sources = [ToySource(first), ToySource(second, seed=1)]
+    return {"train": ConcatSource(sources), "val": ToySource(9, seed=2)}
 
 
 @pytest.mark.parametrize(
@@ -108,15 +93,23 @@ def mixed(tmp_path_factory):
         ({"train": ToySource(41)}, "40 images then, 41 now"),
         ({"train": ToySource(40, seed=1)}, "40 images then, 40 now, or other names"),
         ({**TOY, "val": ToySource(9)}, r"was started without data\.val; leave it out to resume"),
-        (mixture(), r"validates on 'toy-2'; name these images again: --data\.val"),
-        ({**mixture(30, 6), "val": ToySource(9, seed=2)}, r"'toy-1' has changed .*: 5 images then, 6 now"),
-        ({**mixture(29, 6), "val": ToySource(9, seed=2)}, r"'toy-0' has changed .*: 30 images then, 29 now"),
     ],
 )
-def test_other_images_are_refused_with_their_numbers(stopped, mixed, sources, message):
-    is_mixed = isinstance(sources["train"], ConcatSource)
+def test_other_images_are_refused_with_their_numbers(stopped, sources, message):
     with pytest.raises(RunDirError, match=message):
-        open_with(*((mixed, MIXED) if is_mixed else (stopped, {})), sources)
+        open_with(stopped, sources=sources)
+
+
+def test_the_changed_source_of_a_mixture_is_named_and_images_for_validation_are_not_left_out(tmp_path):
+    run_toy(tmp_path, MIXED, sources=mixture(), stop=0)
+    open_with(tmp_path, MIXED, mixture())
+    for sources, message in (
+        (mixture(30, 6), "'toy-1' has changed .*: 5 images then, 6 now"),
+        (mixture(29, 6), "'toy-0' has changed .*: 30 images then, 29 now"),
+        ({"train": mixture()["train"]}, r"validates on 'toy-2'; name these images again: --data\.val"),
+    ):
+        with pytest.raises(RunDirError, match=message):
+            open_with(tmp_path, MIXED, sources)
 
 
 def test_images_may_move_between_two_starts(tmp_path, monkeypatch):
@@ -160,40 +153,40 @@ def test_a_run_records_the_precision_that_auto_stood_for_and_keeps_it(tmp_path, 
 
 
 def test_a_run_from_before_a_setting_resumes_where_that_has_its_default(run):
-    told = read_yaml(run)
+    told, config = read_yaml(run), run / "config.yaml"
     del told["data"]["val_crop"]
-    (run / "config.yaml").write_text(yaml.safe_dump(told))
+    config.write_text(yaml.safe_dump(told))
     open_with(run)
     with pytest.raises(RunDirError, match=r"data.val_crop: center there, squash now"):
         open_with(run, {"data.val_crop": "squash"})
-    (run / "config.yaml").write_text(yaml.safe_dump({**told, "dream": 1}))
+    config.write_text(yaml.safe_dump({**told, "dream": 1}))
     with pytest.raises(RunDirError, match=r"config.yaml is not of this version .* unknown setting 'dream'"):
         open_with(run)
 
 
 PART = '{"train": {"spec": "a", "num_images": 1, "fingerprint": "", "parts": [{}]}}'
+WEIGHTS = "--model.init RUN with another --out"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "remedy"),
+    ("name", "content", "message"),
     [
-        ("config.yaml", "a: [", "--model.init RUN"),
-        *(("source.json", content, "--model.init RUN") for content in ("{", "{}", '{"train": 5}', PART)),
-        *(("environment.json", content, "empty list") for content in ("", "5", '{"host": "a"}')),
-        *(("baselines.json", content, "remove it") for content in ("", '{"zero": null}')),
-        ("metrics.jsonl", "x\n", "move it away"),
+        ("config.yaml", None, f"is a run that lacks config.yaml; restore it .*{WEIGHTS}"),
+        ("config.yaml", "a: [", rf"is damaged \(.+\); .*{WEIGHTS}"),
+        *(
+            ("source.json", text, rf"is damaged \(.+\); .*{WEIGHTS}")
+            for text in ("{", "{}", '{"train": 5}', PART)
+        ),
+        *(("environment.json", text, "is damaged .* empty list") for text in ("", "5", '{"host": "a"}')),
+        *(("baselines.json", text, "is damaged .*; remove it") for text in ("", '{"zero": null}')),
+        ("metrics.jsonl", "x\n", r"is damaged \(.+\); move it away"),
     ],
 )
-def test_a_damaged_file_is_named_with_cause_and_remedy(run, name, content, remedy):
-    (run / name).write_text(content)
-    with pytest.raises(DamagedRunError, match=rf"run/{name} is damaged \(.+\); .*{remedy}"):
+def test_a_damaged_file_is_named_with_cause_and_remedy(run, name, content, message):
+    (run / name).unlink() if content is None else (run / name).write_text(content)
+    with pytest.raises(DamagedRunError, match=message) as raised:
         run_toy(run)
-
-
-def test_a_run_that_lacks_a_file_is_not_told_to_be_emptied(run):
-    (run / "config.yaml").unlink()
-    with pytest.raises(DamagedRunError, match=r"a run that lacks config.yaml; restore .* --model.init RUN"):
-        run_toy(run)
+    assert name in str(raised.value)
 
 
 def test_a_second_process_is_refused_at_once_and_changes_nothing(run):

@@ -1,7 +1,5 @@
 """What a run does and leaves behind: it learns, keeps records, draws, measures, starts from other weights."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
@@ -213,9 +211,6 @@ def test_pictures_and_knn_come_before_the_first_step_at_their_cadence_and_at_the
         assert all(0 <= value <= most for value in values.values())
 
 
-# ------------------------------------------------------------------------------------------- another start
-
-
 def test_a_run_starts_from_another_runs_weights_but_not_again_when_it_resumes(tmp_path, caplog):
     first, start, resumed = tmp_path / "first", Remember(), Remember()
     run_toy(first)
@@ -265,9 +260,6 @@ def test_runs_of_the_release_before_load_and_resume(tmp_path, changes):
     assert nextblock.load(file).config == settings(changes).model
     run_toy(run, changes)
     assert same(weights(run, 7), weights(whole, 7))
-
-
-# ------------------------------------------------------------------------------------ tokens, and mixtures
 
 
 def sample(source, changes=None, **limits):

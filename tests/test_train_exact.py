@@ -1,7 +1,5 @@
 """A run's course is a function of its settings: cut or whole, watched or not, however its work is divided."""
 
-from __future__ import annotations
-
 import signal
 from collections import Counter
 from functools import cache
@@ -175,9 +173,6 @@ def test_a_deterministic_run_on_a_cpu_is_the_plain_one_and_a_compiled_one_nearly
         assert isinstance(results[0], TrainResult), results
         losses.append([line["loss"] for line in metrics(tmp_path / str(value))])
     assert losses[1] == pytest.approx(losses[0], rel=0, abs=tolerance)
-
-
-# ------------------------------------------------------------------------------------ a step and its batch
 
 
 MANY_BLOCKS = {"model.prefix": True, "model.block_size": 1}

@@ -1,7 +1,5 @@
 """What a run does when something goes wrong: numbers that are not finite, full disks, unreadable images."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
