@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import traceback
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -130,20 +132,15 @@ def train_and_die(
 ) -> TrainResult:
     """Train; one rank, or all for -1, is killed at a place: the call number `after` of a function."""
     distributed.BEAT_S = 0.2  # so that others notice sooner
-    calls = 0
-    module, _, name = place.rpartition(".")
-    owner = importlib.import_module(module)
-    function = getattr(owner, name)
+    function, calls = pkgutil.resolve_name(place), itertools.count(1)
 
     def killing(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == after and rank in (-1, find_world().rank):
+        if next(calls) == after and rank in (-1, find_world().rank):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **options)
 
-    setattr(owner, name, killing)
-    return train_together(out, changes, sources)
+    with patch(place, killing):
+        return train_together(out, changes, sources)
 
 
 def in_group(function: Callable[[Group], Any]) -> Any:
@@ -153,15 +150,10 @@ def in_group(function: Callable[[Group], Any]) -> Any:
 
 
 class FailingSource(ToySource):
-    """Cannot be read on at all by one rank, after so many images."""
-
-    def __init__(self, *args: Any, rank: int, after: int, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.rank, self.left = rank, after
+    """Of which rank 1 can read no more than twelve images."""
 
     def _read(self, index: int) -> Any:
-        self.left -= 1
-        if self.left < 0 and find_world().rank == self.rank:
+        if self.reads == 12 and find_world().rank == 1:
             raise DataError("the disk is gone")
         return super()._read(index)
 
@@ -172,11 +164,9 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     is_odd = find_world().rank == 1
     distributed.BEAT_S = 1.0 if what == "bug" else 0.2  # how long a rank waits for others to notice
     if what in ("settings", "out"):
-        lr = 1.0 if is_odd and what == "settings" else 0.001
+        own = {"optim.lr": 1.0} if is_odd and what == "settings" else {}
         place = out.with_name("other") if is_odd and what == "out" else out
-        return nextblock.pretrain(
-            TINY, out=place, data={"train": "digits"}, optim={"lr": lr}, reporter=Quiet()
-        )
+        return nextblock.pretrain(TINY, out=place, reporter=Quiet(), **{"data.train": "digits", **own})
     if what == "version" and is_odd:
         distributed.__version__ = "0.0.1"
     elif what == "size" and is_odd:
@@ -184,7 +174,7 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     elif what == "images" and is_odd:
         sources = {"train": ToySource(40, seed=5)}
     elif what == "disk":
-        sources = {"train": FailingSource(40, rank=1, after=12)}
+        sources = {"train": FailingSource(40)}
     elif what == "bug":
         monitors = (After(3, lambda *_: {}["surprise"] if is_odd else None),)
     elif what == "batch":
