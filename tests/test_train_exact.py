@@ -4,7 +4,6 @@ import signal
 from collections import Counter
 from functools import cache
 from itertools import chain, pairwise
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from nextblock.models import NextBlockModel
 from nextblock.targets import TokenTargets, draw_prefix_lengths
 from nextblock.train import TrainResult
 from nextblock.train.trainer import Trainer
-from ranks import run_ranks, train_together
+from ranks import SignalRank, run_ranks, train_together
 from tiny_runs import (
     ALL_RANDOM,
     CPU,
@@ -103,12 +102,8 @@ def test_a_run_stopped_by_signals_resumes_bit_for_bit_with_any_workers(whole, tm
 
 
 def kill_toy(out, step, changes, *, monitors):
-    kwargs = {"monitors": [*monitors, SignalAt(step, signal.SIGKILL)]}
-    # Forked, as importing everything anew takes ten times as long as the run.
-    process = get_context("fork").Process(target=run_toy, args=(out, changes), kwargs=kwargs)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    killer = SignalRank(step, rank=0, number=signal.SIGKILL)
+    assert run_ranks(1, train_together, out, changes, None, (*monitors, killer)) == [-signal.SIGKILL]
 
 
 @pytest.mark.parametrize(

@@ -46,26 +46,20 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def spoil(monkeypatch):
-    """`spoil({2, 3}, factor=nan)`: multiply the losses of these steps (from 0)."""
+def spoil(monkeypatch, steps, factor):
+    """Multiply the losses of these steps (from 0)."""
+    forward, calls = NextBlockModel.forward, itertools.count()
 
-    def apply(steps, *, factor):
-        forward, calls = NextBlockModel.forward, itertools.count()
+    def spoilt(self, images, *arguments):
+        out = forward(self, images, *arguments)
+        is_spoilt = self.training and next(calls) in steps
+        return out._replace(block_loss=out.block_loss * factor) if is_spoilt else out
 
-        def spoilt(self, images, *arguments):
-            out = forward(self, images, *arguments)
-            if self.training and next(calls) in steps:
-                out = out._replace(block_loss=out.block_loss * factor)
-            return out
-
-        monkeypatch.setattr(NextBlockModel, "forward", spoilt)
-
-    return apply
+    monkeypatch.setattr(NextBlockModel, "forward", spoilt)
 
 
-def test_steps_that_are_not_finite_change_no_weight_and_count_only_in_a_row(tmp_path, spoil, caplog):
-    spoil({0, 1, 3, 4, 6}, factor=math.inf)
+def test_steps_that_are_not_finite_change_no_weight_and_count_only_in_a_row(tmp_path, monkeypatch, caplog):
+    spoil(monkeypatch, {0, 1, 3, 4, 6}, math.inf)
     seen, reporter = Remember(), Quiet()
     changes = {"train.nonfinite_limit": 3, "checkpoint.every": "1st"}
     assert run_toy(tmp_path, changes, monitors=[seen]).step == 7
@@ -79,9 +73,9 @@ def test_steps_that_are_not_finite_change_no_weight_and_count_only_in_a_row(tmp_
 
 
 def test_steps_that_are_not_finite_stop_the_run_and_it_resumes_from_its_last_checkpoint(
-    whole, tmp_path, spoil, monkeypatch
+    whole, tmp_path, monkeypatch
 ):
-    spoil(range(3, 100), factor=math.nan)
+    spoil(monkeypatch, range(3, 100), math.nan)
     seen = Remember()
     changes = {"train.nonfinite_limit": 3, "checkpoint.every": "1st", "checkpoint.keep": 2}
     message = r"3 steps in a row, .* step 5, .* toy-0\[.*step_00000003, is intact. Try a lower optim.lr"
@@ -304,7 +298,7 @@ def test_a_run_whose_targets_become_alike_stops_unless_it_may_go_on(tmp_path, ch
 
 
 def test_targets_that_are_not_finite_are_left_to_the_check_of_the_loss(tmp_path):
-    spoil = After(2, lambda model, _: model.encoder.patch_embed.proj.bias.data.fill_(math.nan))
+    broken = After(2, lambda model, _: model.encoder.patch_embed.proj.bias.data.fill_(math.nan))
     with pytest.raises(NonFiniteError):
-        run_toy(tmp_path, {"model.target": "embedding"}, monitors=[spoil])
+        run_toy(tmp_path, {"model.target": "embedding"}, monitors=[broken])
     assert [line["target_variance"] is None for line in metrics(tmp_path)][:3] == [False, False, True]
