@@ -186,7 +186,6 @@ def own_settings(**changes):
 DAMAGED = {
     "newer": ({"format_version": "2"}, "format version 2, this release reads up to 1; upgrade"),
     "of another maker": ({"format": "x"}, "was not written by nextblock"),
-    "no version": ({"format_version": None}, "KeyError: 'format_version'"),
     "unknown kind": ({"kind": "x"}, "kind 'x'"),
     "no settings": ({"config": None}, "KeyError: 'config'"),
     "a list": ({"config": "[]"}, "is damaged"),
@@ -263,14 +262,13 @@ BEFORE = "remove it to resume from the one"
 )
 def test_a_training_state_that_is_damaged_is_refused_with_what_to_do(name, content, words, tmp_path):
     model = tiny_model()
-    optimizer = build_optimizer(model, OptimConfig())
-    path = save_checkpoint(tmp_path, model, STATE, 3, optimizer=optimizer)
+    path = save_checkpoint(tmp_path, model, STATE, 3)
     whole = (path / name).read_text()
     (path / name).unlink()
     if content is not None:
         (path / name).write_text(content if isinstance(content, str) else whole[:content])
     with pytest.raises(CheckpointError, match=f"step_00000003.*{words}"):
-        load_state(path, model, optimizer)
+        load_state(path, model, build_optimizer(model, OptimConfig()))
 
 
 def test_what_does_not_fit_is_listed_by_name():

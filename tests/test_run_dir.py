@@ -263,6 +263,6 @@ def test_overwrite_replaces_a_run_through_a_link_but_nothing_that_links_in_it_le
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "precious").touch()
     (run / "pictures").symlink_to(tmp_path / "disk")
-    assert run_toy(tmp_path / "link", {"train.duration": "2st"}, overwrite=True).step == 2
+    assert run_toy(tmp_path / "link", overwrite=True, stop=2).step == 2, "not that of step 3 resumed"
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "precious").exists()
