@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def path(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-def rewrite(path, change=dict, **metadata):
+def rewrite(path, change: Callable[[dict], dict] = dict, **metadata):
     """Write a model file again with its weights changed, or what it says of itself; None: not said."""
     with safe_open(path, framework="pt") as file:
         told = {**file.metadata(), **metadata}

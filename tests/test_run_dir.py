@@ -32,7 +32,6 @@ from tiny_runs import (
 )
 from toy import ToySource
 
-TOY = {"train": ToySource(40)}
 MIXED = {"data.train": ("toy-0", "toy-1"), "data.weights": (0.75, 0.25)}
 
 
@@ -55,7 +54,7 @@ def read_yaml(run):
 
 
 def open_with(run, changes=None, sources=None):
-    RunDir(run).check(settings(changes), sources or TOY, overwrite=False)
+    RunDir(run).check(settings(changes), sources or {"train": ToySource(40)}, overwrite=False)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,10 @@ def mixture(first=30, second=5):
     [
         ({"train": ToySource(41)}, "40 images then, 41 now"),
         ({"train": ToySource(40, seed=1)}, "40 images then, 40 now, or other names"),
-        ({**TOY, "val": ToySource(9)}, r"was started without data\.val; leave it out to resume"),
+        (
+            {"train": ToySource(40), "val": ToySource(9)},
+            r"was started without data\.val; leave it out to resume",
+        ),
     ],
 )
 def test_other_images_are_refused_with_their_numbers(stopped, sources, message):

@@ -156,6 +156,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used_unless_all_are
     assert f"{name} " in caplog.text or f"{name}'" in caplog.text
     assert "resuming from the checkpoint before it; renamed to damaged_step_00000004" in caplog.text
     assert reporter.began_at == (3, 7)
+    assert "damaged_step_00000004" in checkpoints(run)
     assert_same_end(run, whole)
     damage(both / "checkpoints" / "step_00000003" / name)
     with pytest.raises(CheckpointError, match=rf"all checkpoints in .* are damaged: .*{name}"):
@@ -215,6 +216,7 @@ class Fatal(ToySource):
     def _read(self, index):
         assert get_worker_info() is not None
         os.kill(os.getpid(), signal.SIGKILL)
+        return super()._read(index)
 
 
 def test_a_killed_worker_ends_the_run(tmp_path):
@@ -298,7 +300,7 @@ def test_a_run_whose_targets_become_alike_stops_unless_it_may_go_on(tmp_path, ch
 
 
 def test_targets_that_are_not_finite_are_left_to_the_check_of_the_loss(tmp_path):
-    broken = After(2, lambda model, _: model.encoder.patch_embed.proj.bias.data.fill_(math.nan))
+    broken = After(2, lambda model, _: model.encoder.patch_embed.proj.weight.data.fill_(math.nan))
     with pytest.raises(NonFiniteError):
         run_toy(tmp_path, {"model.target": "embedding"}, monitors=[broken])
     assert [line["target_variance"] is None for line in metrics(tmp_path)][:3] == [False, False, True]
