@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import traceback
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -38,12 +40,6 @@ class RankFailed(Exception):  # noqa: N818 - it says what happened
         self.is_reported = is_reported
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def run_ranks(
     world: int,
     function: Callable[..., Any],
@@ -52,17 +48,14 @@ def run_ranks(
     timeout: float = 120,
 ) -> list[Any]:
     """What `function(*args)` returns on each rank, or the exception it raised (`RankFailed`), or -signal."""
-    port, started = free_port(), {}
+    with socket.socket() as listener:  # a free port
+        listener.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    started = {}
     for rank in range(world):
         here, there = CONTEXT.Pipe(duplex=False)
-        own = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            **(env or {}),
-        }
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        own = {**place, **meeting, **(env or {})}
         process = CONTEXT.Process(target=_run, args=(there, own, function, args))
         process.start()
         there.close()
@@ -139,20 +132,15 @@ def train_and_die(
 ) -> TrainResult:
     """Train; one rank, or all for -1, is killed at a place: the call number `after` of a function."""
     distributed.BEAT_S = 0.2  # so that others notice sooner
-    calls = 0
-    module, _, name = place.rpartition(".")
-    owner = importlib.import_module(module)
-    function = getattr(owner, name)
+    function, calls = pkgutil.resolve_name(place), itertools.count(1)
 
     def killing(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == after and rank in (-1, find_world().rank):
+        if next(calls) == after and rank in (-1, find_world().rank):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **options)
 
-    setattr(owner, name, killing)
-    return train_together(out, changes, sources)
+    with patch(place, killing):
+        return train_together(out, changes, sources)
 
 
 def in_group(function: Callable[[Group], Any]) -> Any:
@@ -162,15 +150,10 @@ def in_group(function: Callable[[Group], Any]) -> Any:
 
 
 class FailingSource(ToySource):
-    """Cannot be read on at all by one rank, after so many images."""
-
-    def __init__(self, *args: Any, rank: int, after: int, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.rank, self.left = rank, after
+    """Of which rank 1 can read no more than twelve images."""
 
     def _read(self, index: int) -> Any:
-        self.left -= 1
-        if self.left < 0 and find_world().rank == self.rank:
+        if self.reads == 12 and find_world().rank == 1:
             raise DataError("the disk is gone")
         return super()._read(index)
 
@@ -180,6 +163,10 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     changes, sources, monitors = {"train.batch_size": 10}, {"train": ToySource(40)}, ()
     is_odd = find_world().rank == 1
     distributed.BEAT_S = 1.0 if what == "bug" else 0.2  # how long a rank waits for others to notice
+    if what in ("settings", "out"):
+        own = {"optim.lr": 1.0} if is_odd and what == "settings" else {}
+        place = out.with_name("other") if is_odd and what == "out" else out
+        return nextblock.pretrain(TINY, out=place, reporter=Quiet(), **{"data.train": "digits", **own})
     if what == "version" and is_odd:
         distributed.__version__ = "0.0.1"
     elif what == "size" and is_odd:
@@ -187,11 +174,9 @@ def train_otherwise(out: Path, what: str) -> TrainResult:
     elif what == "images" and is_odd:
         sources = {"train": ToySource(40, seed=5)}
     elif what == "disk":
-        sources = {"train": FailingSource(40, rank=1, after=12)}
-    elif what == "bug" and is_odd:
-        monitors = (After(3, lambda *_: {}["surprise"]),)
+        sources = {"train": FailingSource(40)}
     elif what == "bug":
-        monitors = (After(3, lambda *_: None),)
+        monitors = (After(3, lambda *_: {}["surprise"] if is_odd else None),)
     elif what == "batch":
         changes = {"train.batch_size": 2}
     return train_together(out, changes, sources, monitors)
@@ -205,10 +190,3 @@ def train_and_draw(out: Path) -> list[str]:
     monitor = predictions.PredictionMonitor(images, [0.5] * 3, [0.5] * 3, every="2st")
     train_together(out, {"train.batch_size": 10, "train.duration": "4st"}, monitors=(monitor,))
     return drawn
-
-
-def pretrain_otherwise(folder: Path, changes: Mapping[str, Any], out: Path) -> TrainResult:
-    """Pre-train by the public function; rank 1 with changed settings."""
-    own = {"optim.lr": 1.0} if find_world().rank == 1 and not changes else changes
-    name = "other" if find_world().rank == 1 and changes else "run"
-    return nextblock.pretrain(TINY, out=out / name, reporter=Quiet(), **{"data.train": str(folder), **own})

@@ -1,7 +1,5 @@
 """Files: what is written comes back, whole or not at all; what fits is taken over, what does not is named."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -19,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from nextblock.atomic import WriteError, write_aside, write_text
 from nextblock.checkpoint import (
     CheckpointError,
-    is_safetensors,
     latest_checkpoint,
     load_strictly,
     read_data,
@@ -33,11 +30,12 @@ from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.optim import build_optimizer
 from nextblock.settings import to_dict
-from nextblock.train.state import load_state
-from tiny_runs import same, save_checkpoint
+from nextblock.train.state import find_intact, load_state
+from tiny_runs import save_checkpoint
 from toy import tiny_images, tiny_model
 
 STATE = {"step": 3, "scaler": {}}
+EMBEDDING = {"target": "embedding", "positions": "rope", "class_token": True}
 
 
 def same_weights(first, second):
@@ -72,18 +70,15 @@ def rewrite(path, change: Callable[[dict], dict] = dict, **metadata):
         {"num_predicted_blocks": 2, "order": "random", "order_seed": 3, "drop_path": 0.1, "loss": "l1"},
         {"image_size": (24, 16), "block_size": (3, 1), "positions": "sincos"},
         {"mask_ratio": 0.5, "order": "per_image", "feature_attention": "full", "target": "embedding"},
-        {
-            **{"positions": "rope", "num_heads": 2, "qk_norm": "scale", "layer_scale": 0.1},
-            **{"class_token": True, "target": "embedding", "predictor": "identity"},
-        },
+        {**EMBEDDING, "num_heads": 2, "qk_norm": "scale", "layer_scale": 0.1, "predictor": "identity"},
     ],
     ids=str,
 )
 def test_a_model_comes_back_with_its_settings_and_weights_drawn_by_nobody(changes, tmp_path):
-    model = tiny_model(**changes)
-    save_model(tmp_path / "model.safetensors", model)
-    content, state = (tmp_path / "model.safetensors").read_bytes(), torch.get_rng_state()
-    found = read_model(tmp_path / "model.safetensors")
+    model, path = tiny_model(**changes), tmp_path / "model.safetensors"
+    save_model(path, model)
+    content, state = path.read_bytes(), torch.get_rng_state()
+    found = read_model(path)
     assert isinstance(found, NextBlockModel)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.config == model.config
@@ -93,15 +88,13 @@ def test_a_model_comes_back_with_its_settings_and_weights_drawn_by_nobody(change
     assert torch.equal(found.encode(images).tokens, model.encode(images).tokens)
     if model.predictor is not None:
         assert torch.equal(found(images).predictions, model(images).predictions)
-    assert not any(t.is_meta for t in (*found.parameters(), *found.buffers()))
     assert all(torch.equal(found.get_buffer(name), table) for name, table in model.named_buffers())
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    assert {name: p.requires_grad for name, p in found.named_parameters()} == wanted
-    assert all(wanted.values()) == (model.config.positions != "sincos")
+    trained, trained_before = ([p.requires_grad for p in one.parameters()] for one in (found, model))
+    assert trained == trained_before
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.add_(1)
-    assert (tmp_path / "model.safetensors").read_bytes() == content
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(("kind", "class_names"), [("linear", None), ("attentive", ("cat", "dog", "cow"))])
@@ -111,7 +104,7 @@ def test_a_classifier_comes_back_with_its_head_and_class_names(kind, class_names
     classifier(tiny_images(4))  # moves the running statistics
     classifier.eval()
     save_classifier(tmp_path / "heads" / "best", classifier)
-    assert files_in(tmp_path / "heads") == ["best", "best/model.safetensors"]
+    assert files_in(tmp_path) == ["heads", "heads/best", "heads/best/model.safetensors"]
     found = read_model(tmp_path / "heads" / "best" / "model.safetensors")
     assert isinstance(found, ImageClassifier)
     assert (found.head_config, found.class_names) == (head, class_names)
@@ -134,122 +127,54 @@ def test_a_model_file_says_what_it_is_and_how_its_images_are_cut_where_that_is_k
     for directory in (tmp_path, checkpoint, tmp_path / "head"):
         assert read_data(directory / "model.safetensors") == recorded
         read_model(directory / "model.safetensors")
-    # as before there was another crop
-    rewrite(path, data=json.dumps({"mean": [0.5], "std": [0.25], "val_resize_px": 32}))
-    assert read_data(path) == replace(recorded, val_crop="center")
-    rewrite(path, data=None)
-    assert read_data(path) is None
+    before = json.dumps({"mean": [0.5], "std": [0.25], "val_resize_px": 32})  # there was another crop
+    for told, expected in ((before, replace(recorded, val_crop="center")), (None, None)):
+        rewrite(path, data=told)
+        assert read_data(path) == expected
 
 
-def test_safetensors_are_told_by_their_content(path, tmp_path):
-    (tmp_path / "text.safetensors").write_text("not tensors at all")
-    (tmp_path / "empty.safetensors").touch()
-    found = [is_safetensors(file) for file in sorted(tmp_path.iterdir())]
-    assert found == [False, True, False]
-
-
-def test_a_checkpoint_comes_back_with_model_and_training_state(tmp_path):
-    model = tiny_model()
-    optimizer = build_optimizer(model, OptimConfig())
-    model(tiny_images()).loss.backward()
-    optimizer.step()
-    path = save_checkpoint(tmp_path, model, {"step": 7}, 7, optimizer=optimizer)
-    assert path == tmp_path / "step_00000007"
-    names = ("checksums.json", "model.safetensors", "optimizer.safetensors", "state.json")
-    assert files_in(tmp_path) == [path.name, *(f"{path.name}/{name}" for name in names)]
-    assert same_weights(read_model(path / "model.safetensors"), model)
-    other = build_optimizer(model, OptimConfig())
-    assert load_state(path, model, other) == {"step": 7}
-    assert same(other.state_dict(), optimizer.state_dict())
-
-
-def test_half_precision_weights_are_read_as_fp32(path):
-    rewrite(path, lambda weights: {name: w.bfloat16() for name, w in weights.items()})
-    found = read_model(path)
-    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
-    assert torch.equal(found.state_dict()["encoder.norm.weight"], torch.ones(24))
-
-
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(("place", "step"), [("os.fsync", 1), ("nextblock.checkpoint.save_file", 2)])
-def test_a_full_disk_leaves_the_checkpoints_as_they_were_and_says_so(place, step, tmp_path, monkeypatch):
-    before = tiny_model(seed=1)
-    save_checkpoint(tmp_path, before, STATE, 1)
-    files = files_in(tmp_path)
-    with monkeypatch.context() as broken:
-        broken.setattr(place, full_disk)
-        with pytest.raises(WriteError) as caught:
-            save_checkpoint(tmp_path, tiny_model(seed=2), STATE, step)
-    for part in (f"step_0000000{step}", "No space left on device", "before is intact", "make room"):
-        assert part in str(caught.value)
-    assert files_in(tmp_path) == files
-    intact = tmp_path / "step_00000001"
-    assert latest_checkpoint(tmp_path) == intact
-    assert same_weights(read_model(intact / "model.safetensors"), before)
-    assert json.loads((intact / "state.json").read_text())["step"] == 3
-
-
-def test_a_checkpoint_of_the_same_step_is_replaced_or_comes_back_if_the_last_rename_fails(
-    tmp_path, monkeypatch
-):
-    for seed in (1, 2):
+@pytest.mark.parametrize("place", ["os.fsync", "nextblock.checkpoint.save_file", "pathlib.Path.replace"])
+def test_a_full_disk_leaves_the_checkpoint_of_the_same_step_as_it_was(place, tmp_path, monkeypatch):
+    for seed in (1, 2):  # the second replaces the first
         path = save_checkpoint(tmp_path, tiny_model(seed), STATE, 1)
-    move = Path.replace
+    files, move = files_in(tmp_path), Path.replace
 
-    def fails_for_the_new(self, target):
-        return full_disk() if self.name.startswith(".writing-") else move(self, target)
+    def fails(*arguments, **_):
+        if place.endswith("replace") and arguments[0] == path:
+            return move(*arguments)  # the old one moves away, and comes back when the new name fails
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "replace", fails_for_the_new)
-    with pytest.raises(WriteError, match="before is intact"):
+    monkeypatch.setattr(place, fails)
+    with pytest.raises(WriteError, match=r"step_00000001.*No space left.*before is intact; make room"):
         save_checkpoint(tmp_path, tiny_model(seed=3), STATE, 1)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert files_in(tmp_path) == files
+    assert find_intact(tmp_path) == path
     assert same_weights(read_model(path / "model.safetensors"), tiny_model(2))
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
-    target = tmp_path / "config.yaml"
-    target.write_text("before")
+def test_an_interrupted_write_leaves_nothing_behind_and_no_file_replaces_a_directory(tmp_path):
+    target = tmp_path / "mine" / "thesis.txt"
+    target.parent.mkdir()
+    target.write_text("years")
     with pytest.raises(KeyboardInterrupt), write_aside(target) as aside:
         aside.write_text("half of wh")
         raise KeyboardInterrupt
-    assert files_in(tmp_path) == ["config.yaml"]
-    assert target.read_text() == "before"
-
-
-def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(UsageError, match="mine is a directory; name a file"):
-        write_text(tmp_path / "mine", "a picture")
-    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
-
-
-def test_all_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    flushed, fsync = [], os.fsync
-
-    def note(descriptor):
-        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", note)
-    path = save_checkpoint(tmp_path, tiny_model(), STATE, 1)
-    assert set(flushed[:-1]) == {f".writing-{path.name}", *files_in(path)}
-    assert flushed[-1] == tmp_path.name  # the new name itself
+        write_text(target.parent, "a picture")
+    assert files_in(tmp_path) == ["mine", "mine/thesis.txt"]
+    assert target.read_text() == "years"
 
 
 def test_what_a_killed_process_left_half_written_is_not_seen_and_cleared_by_the_next(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "nowhere") is None
     left = tmp_path / ".writing-step_00000002"
     left.mkdir()
     (left / "junk").write_bytes(b"half")
     assert latest_checkpoint(tmp_path) is None
     path = save_checkpoint(tmp_path, tiny_model(), STATE, 2)
-    assert files_in(path) == ["checksums.json", "model.safetensors", "optimizer.safetensors", "state.json"]
-    assert not left.exists()
+    names = ("checksums.json", "model.safetensors", "optimizer.safetensors", "state.json")
+    assert files_in(tmp_path) == [path.name, *(f"{path.name}/{name}" for name in names)]
     for name in ("step_00000009", "step_100000000", "step_99999999", "step_x", "other"):
         shutil.copytree(path, tmp_path / name)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_100000000"
@@ -262,7 +187,6 @@ def own_settings(**changes):
 DAMAGED = {
     "newer": ({"format_version": "2"}, "format version 2, this release reads up to 1; upgrade"),
     "of another maker": ({"format": "x"}, "was not written by nextblock"),
-    "no version": ({"format_version": None}, "KeyError: 'format_version'"),
     "unknown kind": ({"kind": "x"}, "kind 'x'"),
     "no settings": ({"config": None}, "KeyError: 'config'"),
     "a list": ({"config": "[]"}, "is damaged"),
@@ -289,11 +213,8 @@ def test_a_damaged_model_file_is_refused_with_its_name_and_the_cause(changes, wo
 def test_a_model_file_that_is_not_complete_is_refused(share, path, tmp_path):
     content = path.read_bytes()[: int(share * path.stat().st_size)]
     checkpoint = save_checkpoint(tmp_path, tiny_model(), STATE, 3)
-    remedies = {
-        path: "take an intact copy",
-        checkpoint / path.name: f"remove {checkpoint} to resume from the",
-    }
-    for file, remedy in remedies.items():
+    earlier = f"remove {checkpoint} to resume from the"
+    for file, remedy in {path: "take an intact copy", checkpoint / path.name: earlier}.items():
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=f"the file is not complete: {remedy}"):
             read_model(file)
@@ -317,33 +238,37 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value, path, t
         read_model(path)
 
 
-def test_large_finite_weights_are_taken_though_their_sum_is_infinite(tmp_path):
-    model, path = tiny_model(), tmp_path / "model.safetensors"
-    model.state_dict()["encoder.norm.bias"].fill_(3e38)
-    save_model(path, model)
-    assert same_weights(read_model(path), model)
+def test_half_precision_and_large_finite_weights_are_read_as_fp32(path):
+    def change(weights):
+        weights["encoder.norm.bias"].fill_(3e38)  # the sum is infinite
+        return {name: weight.bfloat16() for name, weight in weights.items()}
+
+    rewrite(path, change)
+    found = read_model(path)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+    assert torch.equal(found.state_dict()["encoder.norm.weight"], torch.ones(24))
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("length", [None, 0, -1])
-def test_a_training_state_that_is_not_complete_is_refused_with_what_to_remove(length, name, tmp_path):
-    model = tiny_model()
-    optimizer = build_optimizer(model, OptimConfig())
-    path = save_checkpoint(tmp_path, model, STATE, 3, optimizer=optimizer)
-    content = (path / name).read_bytes()
-    (path / name).unlink()
-    if length is not None:
-        (path / name).write_bytes(content[:length])
-    with pytest.raises(CheckpointError, match=r"step_00000003.*(remove|earlier version)"):
-        load_state(path, model, optimizer)
+BEFORE = "remove it to resume from the one"
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "3"])
-def test_a_training_state_of_another_shape_is_refused(content, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        *(("optimizer.safetensors", content, BEFORE) for content in (None, 0, -1)),
+        ("state.json", None, "earlier version of nextblock.*--model.init"),
+        *(("state.json", content, BEFORE) for content in (0, -1)),
+        *(("state.json", text, f"is no training state.*{BEFORE}") for text in ("{}", "[]", "3")),
+    ],
+)
+def test_a_training_state_that_is_damaged_is_refused_with_what_to_do(name, content, words, tmp_path):
     model = tiny_model()
     path = save_checkpoint(tmp_path, model, STATE, 3)
-    (path / "state.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"step_00000003 \(state.json is no training state\); remove"):
+    whole = (path / name).read_text()
+    (path / name).unlink()
+    if content is not None:
+        (path / name).write_text(content if isinstance(content, str) else whole[:content])
+    with pytest.raises(CheckpointError, match=f"step_00000003.*{words}"):
         load_state(path, model, build_optimizer(model, OptimConfig()))
 
 

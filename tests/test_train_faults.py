@@ -1,7 +1,5 @@
 """What a run does when something goes wrong: numbers that are not finite, full disks, unreadable images."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -10,6 +8,7 @@ import resource
 import shutil
 import signal
 import stat
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,20 +18,21 @@ from torch.utils.data import get_worker_info
 
 from nextblock.atomic import WriteError
 from nextblock.checkpoint import CheckpointError
-from nextblock.data import DataError, TooManyBadImages, VisitOrder
+from nextblock.data import ConcatSource, DataError, TooManyBadImages
 from nextblock.models import NextBlockModel
 from nextblock.train import CollapseError, NonFiniteError
 from tiny_runs import (
+    TOKENS,
     After,
     Quiet,
     Remember,
     assert_same_end,
     checkpoints,
+    contents,
     crash_toy,
     metrics,
     run_toy,
     same,
-    settings,
     weights,
 )
 from toy import ToySource
@@ -46,48 +46,41 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def spoil(monkeypatch):
-    """`spoil({2, 3}, factor=nan)`: multiply the losses of these steps (from 0)."""
+def spoil(monkeypatch, steps, factor):
+    """Multiply the losses of these steps (from 0)."""
+    forward, calls = NextBlockModel.forward, itertools.count()
 
-    def apply(steps, *, factor):
-        forward, calls = NextBlockModel.forward, itertools.count()
+    def spoilt(self, images, *arguments):
+        out = forward(self, images, *arguments)
+        is_spoilt = self.training and next(calls) in steps
+        return out._replace(block_loss=out.block_loss * factor) if is_spoilt else out
 
-        def spoilt(self, images, *arguments):
-            out = forward(self, images, *arguments)
-            if self.training and next(calls) in steps:
-                out = out._replace(block_loss=out.block_loss * factor)
-            return out
-
-        monkeypatch.setattr(NextBlockModel, "forward", spoilt)
-
-    return apply
+    monkeypatch.setattr(NextBlockModel, "forward", spoilt)
 
 
-def test_one_step_that_is_not_finite_changes_no_weight_and_the_run_goes_on(tmp_path, spoil, caplog):
-    spoil({2}, factor=math.inf)
-    seen = Remember()
-    assert run_toy(tmp_path, monitors=[seen]).step == 7
-    assert same(seen.weights[3], seen.weights[2])
-    assert all(not same(seen.weights[step], seen.weights[step - 1]) for step in (1, 2, 4, 5, 6, 7))
-    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 7).values())
-    assert [line["skipped"] for line in metrics(tmp_path)] == [0, 0, 1, 0, 0, 0, 0]
-    assert "step 2: loss" in caplog.text
+def test_steps_that_are_not_finite_change_no_weight_and_count_only_in_a_row(tmp_path, monkeypatch, caplog):
+    spoil(monkeypatch, {0, 1, 3, 4, 6}, math.inf)
+    seen, reporter = Remember(), Quiet()
+    changes = {"train.nonfinite_limit": 3, "checkpoint.every": "1st"}
+    assert run_toy(tmp_path, changes, monitors=[seen]).step == 7
+    skipped = [line["skipped"] for line in metrics(tmp_path)]
+    assert skipped == [1, 1, 0, 1, 1, 0, 1]
+    assert [same(seen.weights[step + 1], seen.weights[step]) for step in range(7)] == list(map(bool, skipped))
+    assert "step 3: loss" in caplog.text
+    assert checkpoints(tmp_path)[-1] == "step_00000007", "a run that ends on one is complete"
+    run_toy(tmp_path, changes, reporter=reporter)
+    assert reporter.began_at == (7, 7)
 
 
-def test_steps_that_are_not_finite_stop_the_run_and_it_goes_on_from_its_last_checkpoint(
-    whole, tmp_path, spoil, monkeypatch
+def test_steps_that_are_not_finite_stop_the_run_and_it_resumes_from_its_last_checkpoint(
+    whole, tmp_path, monkeypatch
 ):
-    spoil(range(3, 100), factor=math.nan)
+    spoil(monkeypatch, range(3, 100), math.nan)
     seen = Remember()
     changes = {"train.nonfinite_limit": 3, "checkpoint.every": "1st", "checkpoint.keep": 2}
-    with pytest.raises(NonFiniteError) as raised:
+    message = r"3 steps in a row, .* step 5, .* toy-0\[.*step_00000003, is intact. Try a lower optim.lr"
+    with pytest.raises(NonFiniteError, match=message):
         run_toy(tmp_path, changes, monitors=[seen])
-    message = str(raised.value)
-    assert "3 steps in a row, the last of them step 5" in message
-    assert "toy-0[" in message, "names samples"
-    assert "step_00000003, is intact" in message
-    assert "Try a lower optim.lr" in message
     assert checkpoints(tmp_path) == ["step_00000002", "step_00000003"]
     assert same(weights(tmp_path, 3), seen.weights[3])
     assert same(seen.weights[5], seen.weights[3])
@@ -102,17 +95,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(NonFiniteError, match=message):
         run_toy(tmp_path, {"checkpoint.every": "1st"}, monitors=[overflow])
     assert checkpoints(tmp_path) == ["step_00000002", "step_00000003"]
-
-
-def test_steps_that_are_not_finite_count_only_in_a_row_and_a_run_that_ends_on_one_is_complete(
-    tmp_path, spoil
-):
-    spoil({0, 1, 3, 4, 6}, factor=math.nan)
-    changes, reporter = {"train.nonfinite_limit": 3, "checkpoint.every": "1st"}, Quiet()
-    run_toy(tmp_path, changes)
-    assert checkpoints(tmp_path)[-1] == "step_00000007"
-    run_toy(tmp_path, changes, reporter=reporter)
-    assert reporter.began_at == (7, 7)
 
 
 @pytest.fixture
@@ -174,13 +156,14 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used_unless_all_are
     assert f"{name} " in caplog.text or f"{name}'" in caplog.text
     assert "resuming from the checkpoint before it; renamed to damaged_step_00000004" in caplog.text
     assert reporter.began_at == (3, 7)
+    assert "damaged_step_00000004" in checkpoints(run)
     assert_same_end(run, whole)
     damage(both / "checkpoints" / "step_00000003" / name)
     with pytest.raises(CheckpointError, match=rf"all checkpoints in .* are damaged: .*{name}"):
         run_toy(both)
 
 
-def test_the_loss_curve_is_on_the_disk_before_its_checkpoint_has_a_name(tmp_path, monkeypatch):
+def test_a_checkpoint_and_the_loss_curve_are_on_the_disk_before_it_has_a_name(tmp_path, monkeypatch):
     events, fsync, move = [], os.fsync, Path.replace
 
     def note_fsync(descriptor):
@@ -194,9 +177,12 @@ def test_the_loss_curve_is_on_the_disk_before_its_checkpoint_has_a_name(tmp_path
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "replace", note_move)
     run_toy(tmp_path, {"checkpoint.every": "3st"})
+    files = {"metrics.jsonl", "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"}
     named = [at for at, event in enumerate(events) if event.startswith("step_")]
     assert len(named) == 3
-    assert all("metrics.jsonl" in events[last + 1 : at] for last, at in pairwise([-1, *named]))
+    for last, at in pairwise([-1, *named]):
+        assert {*files, f".writing-{events[at]}"} <= set(events[last + 1 : at])
+        assert events[at + 1] == "checkpoints", "the new name itself is flushed"
 
 
 def test_files_have_the_mode_that_the_umask_gives(tmp_path):
@@ -209,59 +195,52 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
-def test_unreadable_images_are_listed_once_and_counted_and_their_limit_may_be_raised(tmp_path):
-    source = {"train": ToySource(40, bad=[1, 2, 17])}
-    with pytest.raises(TooManyBadImages):
-        run_toy(tmp_path, {"train.duration": "3ep"}, sources=source)
-    changes = {"train.duration": "3ep", "data.max_bad_fraction": 0.1}
-    result = run_toy(tmp_path, changes, sources=source)
+def test_unreadable_images_are_listed_once_with_their_source_and_their_limit_may_be_raised(tmp_path):
+    source = ConcatSource([ToySource(35, bad=[1, 2]), ToySource(5, seed=1, bad=[3])])
+    changes = {"data.train": ("toy-0", "toy-1"), "train.duration": "3ep", "data.max_bad_fraction": 0.05}
+    with pytest.raises(TooManyBadImages, match="3 of 40 files cannot be read"):
+        run_toy(tmp_path, changes, sources={"train": source})
+    assert checkpoints(tmp_path), "the steps done are saved"
+    result = run_toy(tmp_path, {**changes, "data.max_bad_fraction": 0.1}, sources={"train": source})
     assert (result.step, result.num_bad) == (15, 3)
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert sorted(line["sample"] for line in lines) == [1, 2, 17]
-    assert {line["reason"] for line in lines} == {"truncated"}
+    listed = sorted((line["sample"], line["name"], line["reason"]) for line in lines)
+    names = {1: "toy-0: toy-0[1]", 2: "toy-0: toy-0[2]", 38: "toy-1: toy-1[3]"}
+    assert listed == [(sample, name, "truncated") for sample, name in names.items()]
     assert metrics(tmp_path)[-1]["bad"] == 3
 
 
 class Fatal(ToySource):
-    """Reading one of its images kills the worker process."""
-
-    def __init__(self, fatal: int) -> None:
-        super().__init__(40)
-        self.fatal = fatal
+    """Reading an image kills the worker process."""
 
     def _read(self, index):
-        if index == self.fatal and get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.images[index]
+        assert get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super()._read(index)
 
 
-def test_a_killed_worker_ends_the_run_and_the_steps_done_are_saved(whole, tmp_path):
-    fatal = int(VisitOrder(40, seed=settings().seed, batch_size=8).keys(3).samples[5])
-    message = rf"killed by SIGKILL while it read toy-0\[{fatal}\].*fewer --data.workers"
-    with pytest.raises(DataError, match=message):
-        run_toy(tmp_path, {"data.workers": 1}, sources={"train": Fatal(fatal)})
-    assert checkpoints(tmp_path)
-    run_toy(tmp_path, sources={"train": Fatal(fatal)})
-    assert_same_end(tmp_path, whole)
+def test_a_killed_worker_ends_the_run(tmp_path):
+    with pytest.raises(DataError, match=r"killed by SIGKILL while it read toy-0\[.*fewer --data.workers"):
+        run_toy(tmp_path, {"data.workers": 1}, sources={"train": Fatal(40)})
 
 
 def test_a_failed_call_leaves_the_process_as_it_found_it(tmp_path, monkeypatch):
+    def process_settings():
+        return (
+            *(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+            *("CUBLAS_WORKSPACE_CONFIG" in os.environ, torch.random.get_rng_state().tolist()),
+            *(signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        )
+
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    signals = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(7)
-    expected, told = torch.rand(3), []
-    torch.manual_seed(7)
-    look = After(1, lambda *_: told.append(torch.are_deterministic_algorithms_enabled()))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before, within = process_settings(), []
     with monkeypatch.context() as patch:
         patch.setattr(torch, "manual_seed", None)  # it would reseed GPUs
+        look = After(1, lambda *_: within.append(process_settings()))
         crash_toy(tmp_path, 2, {"train.deterministic": True}, monitors=[look])
-    assert told == [True]
-    assert torch.equal(torch.rand(3), expected)
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.backends.cudnn.benchmark
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == signals
+    assert within[0][:3] == (True, False, True)
+    assert process_settings() == before
 
 
 @pytest.mark.parametrize(("precision", "kept"), [("bf16", "bf16"), ("auto", "fp32")])
@@ -283,12 +262,20 @@ def test_an_emulated_precision_is_pointed_out(tmp_path, monkeypatch, caplog, pre
         ({"train.device": "mps"}, "device 'mps' is not available .* available: .*cpu"),
         ({"model.init": "nowhere"}, "nowhere does not exist"),
         ({"model.in_chans": 1, "data.channels": 3}, "data.channels is 3, model.in_chans is 1; give one"),
+        ({**TOKENS, "model.vocab_size": 700}, "640 patches contain only 640 distinct ones, too few for 700"),
+        ({"data.epoch_samples": 3}, "less than one batch"),
     ],
 )
-def test_an_impossible_run_is_refused_and_leaves_no_directory(tmp_path, changes, message):
-    with pytest.raises((ValueError, CheckpointError), match=message):
-        run_toy(tmp_path / "run", changes)
-    assert not (tmp_path / "run").exists()
+def test_an_impossible_run_is_refused_and_leaves_no_directory_and_the_old_run(
+    saved, tmp_path, changes, message
+):
+    old = shutil.copytree(saved, tmp_path / "old")
+    before = contents(old)
+    for run, overwrite in ((tmp_path / "new", False), (old, True)):
+        with pytest.raises((ValueError, CheckpointError), match=message):
+            run_toy(run, changes, overwrite=overwrite)
+    assert not (tmp_path / "new").exists()
+    assert contents(old) == before
 
 
 @torch.no_grad()
@@ -297,33 +284,23 @@ def make_constant(model, _):
     model.encoder.patch_embed.proj.bias.fill_(1)
 
 
-@pytest.mark.parametrize("limit", [0.01, None])
-def test_a_run_whose_targets_become_alike_stops_unless_it_may_go_on(tmp_path, limit):
-    changes = {"model.target": "embedding", "optim.lr": 1e-5, "monitor.collapse": limit}
-    monitors = [After(3, make_constant)]
-    if limit is None:
-        assert run_toy(tmp_path, changes, monitors=monitors).is_finished
-    else:
-        with pytest.raises(CollapseError, match=r"step 4: .* collapsed.* Try a lower optim.lr, .*pixels"):
-            run_toy(tmp_path, changes, monitors=monitors)
-    variances = [line["target_variance"] for line in metrics(tmp_path)]
-    assert min(variances[:3]) > 0.1
-    assert max(variances[3:]) < 0.01
-    ranks = [line["target_rankme"] for line in metrics(tmp_path)]
-    assert max(ranks[3:]) < 1.5 < min(ranks[:3])
+PREFIX = {"model.prefix": True, "model.predictor": "mlp"}
 
 
-def test_a_prefix_hides_no_collapse(tmp_path):
-    changes = {"model.target": "embedding", "model.prefix": True, "model.predictor": "mlp"}
-    with pytest.raises(CollapseError, match="step 4"):
-        run_toy(tmp_path, {**changes, "optim.lr": 1e-5}, monitors=[After(3, make_constant)])
+@pytest.mark.parametrize(("changes", "limit"), [({}, 0.01), ({}, None), (PREFIX, 0.01)])
+def test_a_run_whose_targets_become_alike_stops_unless_it_may_go_on(tmp_path, changes, limit):
+    changes = {**changes, "model.target": "embedding", "optim.lr": 1e-5, "monitor.collapse": limit}
+    message = r"step 4: .* collapsed.* Try a lower optim.lr, .*pixels"
+    with pytest.raises(CollapseError, match=message) if limit else nullcontext():
+        run_toy(tmp_path, changes, monitors=[After(3, make_constant)])
+    values = [(line["target_variance"], line["target_rankme"]) for line in metrics(tmp_path)]
+    assert len(values) == (4 if limit else 7)
+    assert all(variance > 0.1 and rank > 1.5 for variance, rank in values[:3])
+    assert all(variance < 0.01 and rank < 1.5 for variance, rank in values[3:])
 
 
 def test_targets_that_are_not_finite_are_left_to_the_check_of_the_loss(tmp_path):
-    @torch.no_grad()
-    def spoil(model, _):
-        model.encoder.patch_embed.proj.bias.fill_(math.nan)
-
+    broken = After(2, lambda model, _: model.encoder.patch_embed.proj.weight.data.fill_(math.nan))
     with pytest.raises(NonFiniteError):
-        run_toy(tmp_path, {"model.target": "embedding"}, monitors=[After(2, spoil)])
+        run_toy(tmp_path, {"model.target": "embedding"}, monitors=[broken])
     assert [line["target_variance"] is None for line in metrics(tmp_path)][:3] == [False, False, True]

@@ -271,7 +271,7 @@ def train(
                     batch, failure = NO_IMAGES, error
                 waited_s += time.perf_counter() - started_s
                 unreadable.extend(batch.bad)
-                if not baselines and sum(map(len, first_images)) < BASELINE_IMAGES:
+                if len(batch.images) and not baselines and sum(map(len, first_images)) < BASELINE_IMAGES:
                     first_images.append(batch.images)
                 yield batch
                 samples += len(batch.images) + len(batch.bad)
