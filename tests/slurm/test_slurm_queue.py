@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,6 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from ranks import free_port
 from tiny_runs import TINY_FLAGS, checkpoints, logged_steps, same, weights
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
@@ -63,6 +63,12 @@ SlurmdPidFile={folder}/slurmd.pid
 NodeName=localhost CPUs=2 RealMemory=1000 State=UNKNOWN
 PartitionName=all Nodes=localhost Default=YES State=UP
 """
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = 300) -> None:
