@@ -59,17 +59,14 @@ def test_a_zip64_behind_other_bytes_is_read(tmp_path, monkeypatch):
     assert reds(opened(archive(path, members, zipfile.ZIP_DEFLATED, mode="a"))) == [0, 1, 2]
 
 
-def test_a_later_member_of_a_name_replaces_the_first(tmp_path):
-    path = archive(tmp_path / "x.tar", {"k.left.png": png(1), "k.right.png": png(2)})
-    assert reds(opened(archive(path, {"k.left.png": png(9)}, mode="a"))) == [9, 2]
-
-
-def test_tars_joined_by_cat_are_read_to_the_last(tmp_path):
-    parts = [archive(tmp_path / f"{n}.tar", {f"{n}.png": png(n), f"{n}.cls": str(n)}) for n in range(3)]
-    path = tmp_path / "x.tar"
-    path.write_bytes(b"".join(part.read_bytes() for part in parts) + b"what follows is no tar" * 50)
-    source = opened(path)
-    assert (reds(source), classes(source), source.damage) == ([0, 1, 2], ["0", "1", "2"], ())
+def test_tars_joined_by_cat_are_read_to_the_last_whose_member_of_a_name_counts(tmp_path):
+    content = b""
+    for n in range(3):
+        members = {f"{n}.png": png(n), f"{n}.cls": str(n), "k.left.png": png(10 + n), "k.cls": str(n)}
+        content += archive(tmp_path / f"{n}.tar", members).read_bytes()
+    (tmp_path / "x.tar").write_bytes(content + b"what follows is no tar" * 50)
+    source = opened(tmp_path / "x.tar")
+    assert (reds(source), classes(source), source.damage) == ([0, 12, 1, 2], ["0", "2", "1", "2"], ())
 
 
 @pytest.mark.parametrize("form", ["gnu", "posix"])
@@ -138,11 +135,8 @@ def test_few_shards_are_open_at_once_and_other_processes_open_their_own(tmp_path
     assert isinstance(source, archives.TarSource)
     assert [int(source.read(i)[0, 0, 0]) for i in (0, 1, 0, 2, 0, 3)] == [0, 1, 0, 2, 0, 3]
     assert list(source._files) == [0, 3]
-    zipped = opened(archive(tmp_path / "x.zip", {f"{i}.png": png(i) for i in range(20)}))
-    assert reds(zipped) == list(range(20))
     with get_context("fork").Pool(4) as pool:
         assert pool.map(reds, [source] * 8) == [[0, 1, 2, 3]] * 8
-        assert pool.map(reds, [zipped] * 8) == [list(range(20))] * 8
 
 
 @pytest.mark.parametrize(
@@ -150,16 +144,13 @@ def test_few_shards_are_open_at_once_and_other_processes_open_their_own(tmp_path
     [("tar", "tar-2-3bba02540a5bf8882a87d3058684ecc5"), ("zip", "zip-2-6c018492f718655911258cb140414fe6")],
 )
 def test_the_fingerprint_is_of_the_names_and_in_a_tar_of_the_sizes(tmp_path, kind, golden):
-    images = [
-        {"1.png": "123", "2.png": "45"},
-        {"1.png": "321", "2.png": "54"},
-        {"1.png": "123", "2.png": "456"},
-        {"0.png": "123", "2.png": "45"},
-        {"2.png": "123", "1.png": "45"},
-    ]
-    paths = [archive(tmp_path / f"{n}.{kind}", {"1.txt": "!", **each}) for n, each in enumerate(images)]
-    is_golden = [opened(path).fingerprint == golden for path in paths]
-    assert is_golden == [True, True, kind == "zip", False, False]
+    for name, content, is_golden in (
+        ("2.png", "45", True),
+        ("2.png", "456", kind == "zip"),
+        ("0.png", "45", False),
+    ):
+        path = archive(tmp_path / f"{name}{content}.{kind}", {"1.txt": "!", "1.png": "123", name: content})
+        assert (opened(path).fingerprint == golden) == is_golden
 
 
 def sample(key: str, **labels: str) -> dict[str, str]:

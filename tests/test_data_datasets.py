@@ -54,26 +54,18 @@ def test_the_digits_splits_are_disjoint_whole_stratified_and_never_change() -> N
     assert train.fingerprint == "digits-train-1437-7a84af1c3e21a699"
 
 
-@pytest.mark.parametrize(
-    ("split", "labels", "number", "pixels"),
-    [
-        ("train", [*range(10)] * 5, 13, picture(3, 103, 32)),
-        ("test", [*np.arange(20) // 2], 5, picture(2, 505, 32)),
-    ],
-)
-def test_cifar10_is_read_with_its_split_labels_and_classes(
-    tmp_path, monkeypatch, split, labels, number, pixels
-) -> None:
+@pytest.mark.parametrize(("split", "labels"), [("train", [*range(10)] * 5), ("test", [*np.arange(20) // 2])])
+def test_cifar10_is_read_with_its_split_labels_and_classes(tmp_path, monkeypatch, split, labels) -> None:
     trust_cifar(monkeypatch)
     cifar10(tmp_path)
     spec = f"torchvision:CIFAR10,root={tmp_path},split={split}"
     source = opened(spec)
-    assert np.array_equal(source.read(number).permute(1, 2, 0).numpy(), pixels)
+    first = 0 if split == "train" else 500
+    expected = [picture(label, first + number, 32) for number, label in enumerate(labels[:10])]
+    assert np.array_equal([source.read(i).permute(1, 2, 0).numpy() for i in range(10)], expected)
     assert source.labels.tolist() == labels
-    assert source.class_names[3] == "class 3"
-    assert source.in_memory
+    assert (source.class_names[3], source.name(0), source.in_memory) == ("class 3", "CIFAR10[0]", True)
     assert source.fingerprint == f"torchvision-CIFAR10-{split}-{len(labels)}"
-    assert source.name(0) == "CIFAR10[0]"
     with pytest.raises(BadImageError, match=r"more than data.max_pixels \(1,000\)"):
         opened(spec, max_pixels=1000).read(0)
 
@@ -150,25 +142,33 @@ def parquet(path: Path, columns: dict) -> str:
     return str(path)
 
 
-@pytest.fixture
-def cats(tmp_path) -> str:
-    rows = [
-        *({"bytes": png(value), "path": None} for value in (10, 20)),
-        {"bytes": b"\x89PNG\r\n\x1a\nbroken", "path": "x.png"},
-        None,
-        {"bytes": png(30), "path": "y.png"},
-    ]
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    """Saved datasets of no split, one and two, parquet files, and a folder of pictures with a link to it."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    rows = [{"bytes": png(value), "path": f"{value}.png"} for value in (10, 20, 30)]
+    rows[2:2] = [{"bytes": b"\x89PNG\r\n\x1a\nbroken", "path": "x.png"}, None]
     features = {"image": datasets.Image(decode=False), "label": LABEL}
-    return saved(tmp_path / "cats", {"image": rows, "label": [0, 1, 1, 0, 1]}, features)
+    saved(shelf / "cats", {"image": rows, "label": [0, 1, 1, 0, 1]}, features)
+    one = datasets.Dataset.from_dict({"image": rows[:1], "label": [0]}, features=datasets.Features(features))
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(shelf / "two")
+    datasets.DatasetDict({"only": one}).save_to_disk(shelf / "one")
+    (shelf / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
+    for label, name in enumerate(("cat", "dog")):
+        row = {"image": [{"bytes": png(40 + label), "path": None}], "label": [40 + label]}
+        parquet(shelf / "p" / f"train-[{40 + label}].parquet", row)
+        (shelf / "photos" / "train" / name).mkdir(parents=True)
+        (shelf / "photos" / "train" / name / "1.png").write_bytes(png(50 + label))
+    (shelf / "link").symlink_to("photos")
+    return shelf
 
 
-def test_a_saved_dataset_yields_pictures_labels_names_and_holes(cats) -> None:
-    source = opened(cats)
+def test_a_saved_dataset_yields_pictures_labels_names_and_holes(shelf) -> None:
+    source = opened(f"hf:{shelf}/cats")
     assert (len(source), source.in_memory, source.content(4)) == (5, False, png(30))
     assert source.read(1)[:, 0, 0].tolist() == [20, 100, 200]
     assert source.name(4) == "cats[all][4]"
     assert source.labels.tolist() == [0, 1, 1, 0, 1]
-    assert source.class_names == ("cat", "dog")
     data = DataConfig(val_resize_px=8)
     batches = [next(iter(eval_batches(source, data, 8, batch_size=5, workers=n))) for n in (0, 2)]
     assert batches[0].samples.tolist() == [0, 1, 4]
@@ -177,41 +177,22 @@ def test_a_saved_dataset_yields_pictures_labels_names_and_holes(cats) -> None:
     assert torch.equal(batches[0].images, batches[1].images)
 
 
-def test_a_split_is_chosen_by_name_or_by_being_the_only_one(tmp_path) -> None:
-    rows = {"image": [{"bytes": png(9), "path": None}]}
-    one = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": IMAGE}))
-    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "two")
-    datasets.DatasetDict({"only": one}).save_to_disk(tmp_path / "one")
-    for options in ("two,split=test", "one"):
-        assert reds(opened(f"hf:{tmp_path}/{options}")) == [9]
-    with pytest.raises(UsageError, match=r"several splits \(train, test\); choose one by split=NAME"):
-        opened(f"hf:{tmp_path}/two")
-    with pytest.raises(ValueError, match="no split 'tset'; did you mean 'test'"):
-        opened(f"hf:{tmp_path}/two,split=tset")
-
-
-def test_parquet_is_read_as_one_file_or_as_a_folder_of_them(tmp_path) -> None:
-    for value in (40, 41):
-        row = {"image": [{"bytes": png(value), "path": None}], "label": [value]}
-        file = parquet(tmp_path / f"train-[{value}].parquet", row)
-    for spec, values in ((file, [41]), (f"hf:{file}", [41]), (f"hf:{tmp_path},split=train", [40, 41])):
-        source = opened(spec)
-        assert reds(source) == values
-        assert source.class_names == tuple(map(str, values))
-
-
-def test_a_folder_of_pictures_in_the_librarys_layout_is_read_also_through_a_link(tmp_path) -> None:
-    for name in ("cat", "dog"):
-        (tmp_path / "photos" / "train" / name).mkdir(parents=True)
-        (tmp_path / "photos" / "train" / name / "1.png").write_bytes(png(50))
-    (tmp_path / "link").symlink_to("photos")
-    for folder in ("photos", "link"):
-        source = opened(f"hf:{tmp_path / folder},split=train")
-        assert (source.class_names, source.labels.tolist(), reds(source)) == (
-            ("cat", "dog"),
-            [0, 1],
-            [50, 50],
-        )
+@pytest.mark.parametrize(
+    ("spec", "values", "class_names"),
+    [
+        ("hf:{shelf}/two,split=test", [10], ("cat", "dog")),
+        ("hf:{shelf}/one", [10], ("cat", "dog")),
+        ("{shelf}/p/train-[41].parquet", [41], ("41",)),
+        ("hf:{shelf}/p/train-[41].parquet", [41], ("41",)),
+        ("hf:{shelf}/p,split=train", [40, 41], ("40", "41")),
+        ("hf:{shelf}/photos,split=train", [50, 51], ("cat", "dog")),
+        ("hf:{shelf}/link,split=train", [50, 51], ("cat", "dog")),
+    ],
+)
+def test_a_split_parquet_and_a_folder_of_pictures_are_read(shelf, spec, values, class_names) -> None:
+    source = opened(spec.format(shelf=shelf))
+    assert (reds(source), source.class_names) == (values, class_names)
+    assert source.labels.tolist() == list(range(len(values)))
 
 
 def test_rows_may_name_files_of_the_dataset_and_no_others(tmp_path) -> None:
@@ -229,55 +210,47 @@ def test_rows_may_name_files_of_the_dataset_and_no_others(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "options", "message"),
+    ("columns", "options", "has_labels", "message"),
     [
-        ({"a": [b"x"], "b": [b"x"]}, "", r"\(a, b could hold it\); choose by image=COLUMN"),
-        ({"a": [b"x"]}, ",image=b", r"image=b does not fit.* the columns are a \(binary\)"),
-        ({"text": ["a"]}, "", r"none could hold it.* the columns are text \(string\)"),
-        ({"l": [[b"x"]]}, ",image=l", r"image=l does not fit.*l \(List\)"),
-        ({"s": [{"a": 1, "b": 2}]}, ",image=s", r"s \(dict\)"),
-        ({"i": [b"x"], "label": [0.5]}, ",label=label", r"label=label does not fit.*label \(float64\)"),
-        ({"i": [b"x"], "tags": [[1]]}, ",label=tags", r"tags \(List\)"),
+        ({"a": [b"x"], "b": [b"x"]}, "", None, r"\(a, b could hold it\); choose by image=COLUMN"),
+        ({"a": [b"x"]}, ",image=b", None, r"image=b does not fit.* the columns are a \(binary\)"),
+        ({"text": ["a"]}, "", None, r"none could hold it.* the columns are text \(string\)"),
+        ({"l": [[b"x"]]}, ",image=l", None, r"image=l does not fit.*l \(List\)"),
+        ({"s": [{"a": 1, "b": 2}]}, ",image=s", None, r"s \(dict\)"),
+        ({"i": [b"x"], "label": [0.5]}, ",label=label", None, r"label=label does not fit.*label \(float64\)"),
+        ({"i": [b"x"], "tags": [[1]]}, ",label=tags", None, r"tags \(List\)"),
+        ({"i": [b"x"], "species": ["a"]}, "", False, r"choose by label=COLUMN.*species \(string\)"),
+        ({"i": [b"x"] * 2, "label": [0.5, 1.0]}, "", False, r"label \(float64\)"),
+        ({"i": [b"x"], "label": [[1]]}, "", False, r"label \(List\)"),
+        ({"i": [b"x"] * 2, "label": [0, None]}, "", True, "1 of 2 rows have no label"),
+        ({"i": [b"x"] * 2, "label": [0.0, float("nan")]}, "", True, "1 of 2 rows have no label"),
+        ({"i": [b"x"], "label": [0], "target": [0]}, "", False, "label, target could hold it"),
     ],
 )
-def test_a_column_that_cannot_be_meant_is_refused_at_opening(tmp_path, columns, options, message) -> None:
+def test_a_column_that_cannot_be_meant_is_refused_and_one_of_labels_only_when_asked_for(
+    tmp_path, columns, options, has_labels, message
+) -> None:
     path = parquet(tmp_path / "x.parquet", columns)
     with pytest.raises(ValueError, match=message):
-        opened(f"hf:{path}{options}")
+        source = opened(f"hf:{path}{options}")
+        assert source.has_labels is has_labels  # not None, which is refused at opening
+        _ = source.labels
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "labels", "names"),
+    ("column", "values", "class_names"),
     [
-        ("Class", ["owl", "bee", "owl"], [1, 0, 1], ("bee", "owl")),
-        ("label", [10, 9, 10], [1, 0, 1], ("9", "10")),
-        ("label", ["10", "9", "10"], [1, 0, 1], ("9", "10")),
-        ("target", [10.0, 9.0, 10.0], [1, 0, 1], ("9", "10")),
-        ("label", [True, False, True], [1, 0, 1], ("False", "True")),
+        ("Class", ["owl", "bee", "owl"], ("bee", "owl")),
+        ("label", [10, 9, 10], ("9", "10")),
+        ("label", ["10", "9", "10"], ("9", "10")),
+        ("target", [10.0, 9.0, 10.0], ("9", "10")),
+        ("label", [True, False, True], ("False", "True")),
     ],
 )
-def test_distinct_values_of_a_label_column_are_its_classes(tmp_path, column, values, labels, names) -> None:
+def test_distinct_values_of_a_label_column_are_its_classes(tmp_path, column, values, class_names) -> None:
     source = opened(parquet(tmp_path / "x.parquet", {"image": [png(1)] * 3, column: values}))
     assert source.has_labels
-    assert (source.labels.tolist(), source.class_names) == (labels, names)
-
-
-@pytest.mark.parametrize(
-    ("columns", "has_labels", "message"),
-    [
-        ({"species": ["a", "b"]}, False, r"choose by label=COLUMN.*species \(string\)"),
-        ({"label": [0.5, 1.0]}, False, r"label \(float64\)"),
-        ({"label": [[1], [2]]}, False, r"label \(List\)"),
-        ({"label": [0, None]}, True, "1 of 2 rows have no label"),
-        ({"label": [0.0, float("nan")]}, True, "1 of 2 rows have no label"),
-        ({"label": [0, 1], "target": [0, 1]}, False, "label, target could hold it"),
-    ],
-)
-def test_labels_that_cannot_be_read_say_what_is_there(tmp_path, columns, has_labels, message) -> None:
-    source = opened(parquet(tmp_path / "x.parquet", {"image": [png(1), png(2)], **columns}))
-    assert source.has_labels == has_labels
-    with pytest.raises(ValueError, match=message):
-        _ = source.labels
+    assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], class_names)
 
 
 def test_of_two_columns_of_class_labels_one_is_chosen_and_minus_one_is_no_class(tmp_path) -> None:
@@ -290,20 +263,18 @@ def test_of_two_columns_of_class_labels_one_is_chosen_and_minus_one_is_no_class(
         _ = opened(f"{spec},label=fine_label").labels
 
 
-def test_a_fingerprint_is_the_same_in_another_process_cache_and_place(cats, tmp_path) -> None:
-    original = parquet(tmp_path / "x.parquet", {"image": [png(1)], "label": [0]})
-    copy = tmp_path / "elsewhere" / "y.parquet"
-    copy.parent.mkdir()
-    copy.write_bytes(Path(original).read_bytes())
+def test_a_fingerprint_is_the_same_in_another_process_cache_and_place(shelf, tmp_path) -> None:
+    file, copy = shelf / "p" / "train-[40].parquet", tmp_path / "y.parquet"
+    copy.write_bytes(file.read_bytes())
     code = (
         "import sys, datasets; datasets.disable_progress_bars(); "
         "from nextblock.config import DataConfig; from nextblock.data import open_source; "
         "print(*(open_source(spec, DataConfig()).fingerprint for spec in sys.argv[1:]))"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "another")}
-    command = [sys.executable, "-c", code, cats, str(copy)]
+    command = [sys.executable, "-c", code, f"hf:{shelf}/cats", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == [opened(spec).fingerprint for spec in (cats, original)]
+    assert done.stdout.split() == [opened(spec).fingerprint for spec in (f"hf:{shelf}/cats", file)]
 
 
 def test_other_rows_orders_splits_and_columns_have_another_fingerprint(tmp_path) -> None:
@@ -324,27 +295,26 @@ def test_other_rows_orders_splits_and_columns_have_another_fingerprint(tmp_path)
         ("hf:", UsageError, "no path and no name .*write hf:NAME,split=train"),
         ("hf:my folder,split=train", UsageError, "there is no file or folder /.*my folder$"),
         ("hf:data/train.parquet", UsageError, "there is no file or folder /.*data/train.parquet$"),
-        ("{cats},spilt=train", UsageError, "no option 'spilt'; did you mean 'split'"),
-        ("{cats},config=plain", UsageError, "no config or revision"),
-        ("{cats}/dataset_info.json", UsageError, "dataset_info.json is no parquet file"),
-        ("hf:{tmp}/a-train.parquet,split=test", UsageError, "does not say test; leave split= out"),
-        ("{tmp}/damaged.parquet", UsageError, r"damaged\.parquet': .*corrupted"),
-        ("hf:{tmp}/p,split=tset", UsageError, "Unknown split"),
+        ("hf:{shelf}/two", UsageError, r"several splits \(train, test\); choose one by split=NAME"),
+        ("hf:{shelf}/two,split=tset", UsageError, "no split 'tset'; did you mean 'test'"),
+        ("hf:{shelf}/cats,spilt=train", UsageError, "no option 'spilt'; did you mean 'split'"),
+        ("hf:{shelf}/cats,config=plain", UsageError, "no config or revision"),
+        ("hf:{shelf}/cats/dataset_info.json", UsageError, "dataset_info.json is no parquet file"),
+        ("hf:{shelf}/p/train-[40].parquet,split=test", UsageError, "does not say test; leave split= out"),
+        ("{shelf}/damaged.parquet", UsageError, r"damaged\.parquet': .*corrupted"),
+        ("hf:{shelf}/p,split=tset", UsageError, "Unknown split"),
         ("hf:nobody/nothing,split=train", DataError, "Couldn't reach 'nobody/nothing'"),
     ],
 )
-def test_what_cannot_be_opened_is_refused_in_one_line(cats, tmp_path, spec, error, message, caplog) -> None:
-    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
-    for name in ("a-train.parquet", "p/train.parquet"):
-        parquet(tmp_path / name, {"image": [png(1)]})
+def test_what_cannot_be_opened_is_refused_in_one_line(shelf, spec, error, message, caplog) -> None:
     with pytest.raises(error, match=message) as told:
-        opened(spec.format(cats=cats, tmp=tmp_path))
+        opened(spec.format(shelf=shelf))
     assert "\n" not in str(told.value)
     assert "hub" not in str(told.value).lower() or error is DataError
     assert not caplog.records
 
 
-def test_without_the_package_the_extra_is_named(cats, monkeypatch) -> None:
+def test_without_the_package_the_extra_is_named(shelf, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
-        opened(cats)
+        opened(f"hf:{shelf}/cats")
