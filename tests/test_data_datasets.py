@@ -97,30 +97,28 @@ def test_labels_that_are_not_stated_are_read_with_the_images(monkeypatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "error", "message"),
     [
-        ("CIFAR1O,root=x", "no dataset 'CIFAR1O'; did you mean 'CIFAR10'"),
-        ("CIFAR10", "missing 1 required positional argument: 'root'"),
-        ("CIFAR10,root=x,split=val", "no split 'val'; known: train, test"),
-        ("CIFAR10,root=x,splt=train", "unexpected keyword argument 'splt'"),
-        ("CIFAR10,root={tmp},split=train", "not found.*download"),
-        ("MovingMNIST,root={tmp}", "yields no pictures but Tensor"),
+        ("CIFAR1O,root=x", UsageError, "no dataset 'CIFAR1O'; did you mean 'CIFAR10'"),
+        ("CIFAR10", UsageError, "missing 1 required positional argument: 'root'"),
+        ("CIFAR10,root=x,split=val", UsageError, "no split 'val'; known: train, test"),
+        ("CIFAR10,root=x,splt=train", UsageError, "unexpected keyword argument 'splt'"),
+        ("CIFAR10,root={tmp},split=train", UsageError, "not found.*download"),
+        ("CIFAR10,root={tmp},download=true", DataError, "download=true': x"),
+        ("MovingMNIST,root={tmp}", UsageError, "yields no pictures but Tensor"),
     ],
 )
-def test_a_torchvision_dataset_that_cannot_be_opened_is_refused(tmp_path, spec, message) -> None:
-    (tmp_path / "MovingMNIST").mkdir()
-    np.save(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", np.zeros((20, 2, 4, 4), np.uint8))
-    with pytest.raises(UsageError, match=message):
-        opened("torchvision:" + spec.format(tmp=tmp_path))
-
-
-def test_a_failed_download_is_no_mistake_of_the_user(tmp_path, monkeypatch) -> None:
+def test_a_torchvision_dataset_that_cannot_be_opened_is_refused(
+    tmp_path, monkeypatch, spec, error, message
+) -> None:
     def download(_: object) -> None:
         raise OSError("x")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
-    with pytest.raises(DataError, match="download=true': x"):
-        opened(f"torchvision:CIFAR10,root={tmp_path},download=true")
+    (tmp_path / "MovingMNIST").mkdir()
+    np.save(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", np.zeros((20, 2, 4, 4), np.uint8))
+    with pytest.raises(error, match=message):
+        opened("torchvision:" + spec.format(tmp=tmp_path))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +37,8 @@ def packed(spec: object, out: Path, data: DataConfig = DATA, **settings: Any) ->
     return pack(open_source(str(spec), data), out, PackConfig(**{"workers": 0, **settings}), data)
 
 
-def noise(height: int, width: int, *, seed: int = 0, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def saved(path: Path, pixels: np.ndarray) -> None:
@@ -73,14 +72,16 @@ def test_packed_images_keep_their_bytes_order_labels_and_names(capsys, folder, t
     assert [line["name"] for line in bad] == [f"dog/broken_0{n}.png" for n in range(3)]
 
 
-def test_images_are_shrunk_to_the_shorter_side_and_small_ones_keep_their_bytes(tmp_path):
+def test_images_are_shrunk_to_the_shorter_side_and_small_ones_keep_their_bytes(capsys, tmp_path):
     saved(tmp_path / "in" / "a.png", noise(60, 90))
     saved(tmp_path / "in" / "b.png", noise(20, 90))
     shrunk = open_source(packed(tmp_path / "in", tmp_path / "out", resize_px=30).spec, DATA)
     assert shrunk.read(0).shape == (3, 30, 45)
     assert (shrunk.content(0) or b"")[:2] == b"\xff\xd8"
     assert shrunk.content(1) == (tmp_path / "in" / "b.png").read_bytes()
-    webp = open_source(packed(tmp_path / "in", tmp_path / "webp", format="webp", quality=70).spec, DATA)
+    words = ("data", "pack", tmp_path / "in", tmp_path / "webp", "--format", "webp", "--quality", "70")
+    assert call_cli(capsys, *words, "--workers", "0")[0] == 0
+    webp = open_source(str(tmp_path / "webp" / "shard-000000.tar"), DATA)
     assert [(webp.content(index) or b"")[:4] for index in range(2)] == [b"RIFF"] * 2
 
 
@@ -117,25 +118,33 @@ def test_shards_stay_within_their_size_and_are_the_same_bytes_whatever_the_numbe
 
 
 @pytest.mark.parametrize("tile_px", [None, 8])
-def test_packing_that_is_interrupted_continues_and_ends_with_the_same_bytes(
-    folder, tmp_path, tile_px, monkeypatch
+@pytest.mark.parametrize("fault", [ArithmeticError(), OSError(28, "No space left on device")])
+def test_packing_that_is_interrupted_or_fills_the_disk_continues_and_ends_with_the_same_bytes(
+    folder, tmp_path, tile_px, fault, monkeypatch
 ):
     packed(folder, tmp_path / "whole", shard_mb=SMALL, tile_px=tile_px)
-    encode = packing._Encoder.__call__
-    for most in range(1, 8):
+    is_full = isinstance(fault, OSError)
+    place, name = (packing.tarfile.TarFile, "addfile") if is_full else (packing._Encoder, "__call__")
+    call, told = getattr(place, name), []
+    for most in range(1, 20):
         left = iter(range(most))
 
-        def encode_and_stop(*arguments, left=left):
+        def call_or_fail(*arguments, left=left):
             if next(left, None) is None:
-                raise ArithmeticError
-            return encode(*arguments)
+                raise fault
+            return call(*arguments)
 
-        monkeypatch.setattr(packing._Encoder, "__call__", encode_and_stop)
-        with contextlib.suppress(ArithmeticError):
+        monkeypatch.setattr(place, name, call_or_fail)
+        try:
             packed(folder, tmp_path / "cut", shard_mb=SMALL, tile_px=tile_px)
+        except (ArithmeticError, WriteError) as error:
+            told.append(str(error))
+    assert len(told) > 2
+    if is_full:
+        assert all("No space left" in one and "run the same command again" in one for one in told)
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
-    for name in ("names.tsv", "quarantine.jsonl", "manifest.json"):
-        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    for file in ("names.tsv", "quarantine.jsonl", "manifest.json"):
+        assert (tmp_path / "cut" / file).read_text() == (tmp_path / "whole" / file).read_text()
     assert not list((tmp_path / "cut").glob(".writing*"))
 
 
@@ -200,21 +209,3 @@ def test_a_scene_beyond_max_pixels_or_cut_off_is_unreadable_and_nothing_of_it_is
     done = packed(tmp_path / "in", tmp_path / "out", data, tile_px=24)
     assert (done.bad, done.samples) == (2, 3 * 4)
     assert "100 x 100 = 10,000 pixels, more than" in (tmp_path / "out" / "quarantine.jsonl").read_text()
-
-
-def test_a_full_disk_keeps_whole_shards(folder, tmp_path, monkeypatch):
-    add = packing.tarfile.TarFile.addfile
-
-    def add_until_full(tar, head, file):
-        if head.name.startswith("000000003"):
-            raise OSError(28, "No space left on device")
-        add(tar, head, file)
-
-    monkeypatch.setattr(packing.tarfile.TarFile, "addfile", add_until_full)
-    with pytest.raises(WriteError, match=r"No space left on device.*run the same command again"):
-        packed(folder, tmp_path / "out", shard_mb=SMALL)
-    kept = shards(tmp_path / "out")
-    assert kept
-    monkeypatch.undo()
-    packed(folder, tmp_path / "out", shard_mb=SMALL)
-    assert shards(tmp_path / "out")[: len(kept)] == kept

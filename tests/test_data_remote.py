@@ -54,18 +54,11 @@ def server(tmp_path, monkeypatch):
         def copyfile(self, source, outputfile):
             outputfile.write(source.read(1000 if self.fault == "cut" else -1))
 
-        def log_message(self, format, *words):  # noqa: A002 - the base class's name
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root)))
-    monkeypatch.setattr(running, "handle_error", lambda *_: None)  # a client that goes away is wanted here
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{running.server_port}"
-    yield SimpleNamespace(root=root, asked=asked, faults=faults, url=url, spec=url + "/s-{0..1}.tar")
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root))) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{running.server_port}"
+        yield SimpleNamespace(root=root, asked=asked, faults=faults, url=url, spec=url + "/s-{0..1}.tar")
+        running.shutdown()
 
 
 @pytest.fixture
