@@ -7,7 +7,7 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
@@ -22,12 +22,7 @@ def png(red: int = 0) -> bytes:
     return content.getvalue()
 
 
-def archive(
-    path: Path,
-    members: Mapping[str, bytes | str],
-    form: int | None = None,
-    mode: Literal["w", "a"] = "w",
-) -> Path:
+def archive(path: Path, members: Mapping[str, bytes | str], form: int | None = None, mode: Any = "w") -> Path:
     """Write a tar or a zip, whichever the name says; `form` is a tar's format or a zip's method."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, mode, form or zipfile.ZIP_STORED) as file:

@@ -25,7 +25,7 @@ from nextblock.errors import UsageError
 from sources import names, opened, png, reds
 from suite_copies import cifar10, picture, trust_cifar
 
-IMAGE, LABEL = datasets.Image(), datasets.ClassLabel(names=["cat", "dog"])
+LABEL = datasets.ClassLabel(names=["cat", "dog"])
 
 
 def test_digits_are_the_1797_scaled_to_bytes_and_grey() -> None:
@@ -108,9 +108,7 @@ def test_labels_that_are_not_stated_are_read_with_the_images(monkeypatch) -> Non
         ("MovingMNIST,root={tmp}", UsageError, "yields no pictures but Tensor"),
     ],
 )
-def test_a_torchvision_dataset_that_cannot_be_opened_is_refused(
-    tmp_path, monkeypatch, spec, error, message
-) -> None:
+def test_what_torchvision_cannot_open_is_refused(tmp_path, monkeypatch, spec, error, message) -> None:
     def download(_: object) -> None:
         raise OSError("x")
 
@@ -127,10 +125,10 @@ def _cache(tmp_path_factory, monkeypatch) -> None:
     datasets.disable_progress_bars()
 
 
-def saved(folder: Path, columns: dict, features: dict) -> str:
-    """A dataset as `save_to_disk` writes it."""
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder)
-    return f"hf:{folder}"
+def dataset(images: list, feature: datasets.Image | None = None, **labels: list[int]) -> datasets.Dataset:
+    """Images, and columns of cats and dogs."""
+    features = datasets.Features({"image": feature or datasets.Image(), **dict.fromkeys(labels, LABEL)})
+    return datasets.Dataset.from_dict({"image": images, **labels}, features=features)
 
 
 def parquet(path: Path, columns: dict) -> str:
@@ -146,9 +144,9 @@ def shelf(tmp_path_factory) -> Path:
     shelf = tmp_path_factory.mktemp("shelf")
     rows = [{"bytes": png(value), "path": f"{value}.png"} for value in (10, 20, 30)]
     rows[2:2] = [{"bytes": b"\x89PNG\r\n\x1a\nbroken", "path": "x.png"}, None]
-    features = {"image": datasets.Image(decode=False), "label": LABEL}
-    saved(shelf / "cats", {"image": rows, "label": [0, 1, 1, 0, 1]}, features)
-    one = datasets.Dataset.from_dict({"image": rows[:1], "label": [0]}, features=datasets.Features(features))
+    dataset(rows, datasets.Image(decode=False), label=[0, 1, 1, 0, 1]).save_to_disk(shelf / "cats")
+    dataset(rows[:2], fine_label=[-1, 1], coarse=[0, 1]).save_to_disk(shelf / "fine")
+    one = dataset(rows[:1], label=[0])
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(shelf / "two")
     datasets.DatasetDict({"only": one}).save_to_disk(shelf / "one")
     (shelf / "damaged.parquet").write_bytes(b"PAR1 and nothing else")
@@ -225,9 +223,7 @@ def test_rows_may_name_files_of_the_dataset_and_no_others(tmp_path) -> None:
         ({"i": [b"x"], "label": [0], "target": [0]}, "", False, "label, target could hold it"),
     ],
 )
-def test_a_column_that_cannot_be_meant_is_refused_and_one_of_labels_only_when_asked_for(
-    tmp_path, columns, options, has_labels, message
-) -> None:
+def test_a_column_that_cannot_be_meant_is_refused(tmp_path, columns, options, has_labels, message) -> None:
     path = parquet(tmp_path / "x.parquet", columns)
     with pytest.raises(ValueError, match=message):
         source = opened(f"hf:{path}{options}")
@@ -251,14 +247,11 @@ def test_distinct_values_of_a_label_column_are_its_classes(tmp_path, column, val
     assert (source.labels.tolist(), source.class_names) == ([1, 0, 1], class_names)
 
 
-def test_of_two_columns_of_class_labels_one_is_chosen_and_minus_one_is_no_class(tmp_path) -> None:
-    row = {"bytes": png(1), "path": None}
-    columns = {"image": [row, row], "fine_label": [-1, 1], "coarse": [0, 1]}
-    spec = saved(tmp_path / "t", columns, {"image": IMAGE, "fine_label": LABEL, "coarse": LABEL})
-    assert not opened(spec).has_labels
-    assert opened(f"{spec},label=coarse").labels.tolist() == [0, 1]
+def test_of_two_columns_of_class_labels_one_is_chosen_and_minus_one_is_no_class(shelf) -> None:
+    assert not opened(f"hf:{shelf}/fine").has_labels
+    assert opened(f"hf:{shelf}/fine,label=coarse").labels.tolist() == [0, 1]
     with pytest.raises(ValueError, match="1 of 2 rows have fine_label -1, which is no class"):
-        _ = opened(f"{spec},label=fine_label").labels
+        _ = opened(f"hf:{shelf}/fine,label=fine_label").labels
 
 
 def test_a_fingerprint_is_the_same_in_another_process_cache_and_place(shelf, tmp_path) -> None:

@@ -121,9 +121,7 @@ def check_cases(cases: int) -> None:
             except BadImageError as error:
                 assert str(error)
                 bad[name] += 1
-    assert {bad[f"{name}: {damage}"] > 0 for name in whole for damage in ("truncated", "mislabelled")} == {
-        True
-    }
+    assert all(bad[f"{name}: {damage}"] for name in whole for damage in ("truncated", "mislabelled")), bad
     assert good.total() > 4 * cases  # so the damage was not all at the door
     for name, content in bombs(whole):
         for channels in (3, 4):

@@ -119,9 +119,7 @@ def test_shards_stay_within_their_size_and_are_the_same_bytes_whatever_the_numbe
 
 @pytest.mark.parametrize("tile_px", [None, 8])
 @pytest.mark.parametrize("fault", [ArithmeticError(), OSError(28, "No space left on device")])
-def test_packing_that_is_interrupted_or_fills_the_disk_continues_and_ends_with_the_same_bytes(
-    folder, tmp_path, tile_px, fault, monkeypatch
-):
+def test_interrupted_packing_ends_with_the_same_bytes(folder, tmp_path, tile_px, fault, monkeypatch):
     packed(folder, tmp_path / "whole", shard_mb=SMALL, tile_px=tile_px)
     is_full = isinstance(fault, OSError)
     place, name = (packing.tarfile.TarFile, "addfile") if is_full else (packing._Encoder, "__call__")

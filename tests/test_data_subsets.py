@@ -165,9 +165,7 @@ def test_sources_on_this_machine_are_named_by_absolute_paths(tmp_path, monkeypat
     assert absolute_spec(spec) == absolute.replace("{here}", str(tmp_path))
 
 
-def test_sample_and_split_write_lists_whose_paths_may_begin_with_the_home_folder(
-    capsys, tmp_path, monkeypatch
-):
+def test_sample_and_split_write_lists_also_below_the_home_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_images(tmp_path / "in" / "cat", 8)
     write_images(tmp_path / "in" / "dog", 4)
@@ -183,6 +181,7 @@ def test_sample_and_split_write_lists_whose_paths_may_begin_with_the_home_folder
     train, val = (opened(part["spec"]) for part in result["parts"])
     assert [classes(train).count("dog"), classes(val).count("dog")] == [2, 1]
     assert not set(names(train)) & set(names(val))
+    assert (tmp_path / "parts" / "train.txt").exists()
     assert "already" in refused(call_cli(capsys, *words))
     assert call_cli(capsys, "data", "split", "~/in", "--parts", "all=1", "--out", "~/parts")[0] == 0
 
