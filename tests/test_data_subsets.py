@@ -186,12 +186,15 @@ def test_sample_and_split_write_lists_also_below_the_home_folder(capsys, tmp_pat
     assert call_cli(capsys, "data", "split", "~/in", "--parts", "all=1", "--out", "~/parts")[0] == 0
 
 
-def test_names_that_are_no_text_are_printed_escaped(capsys, tmp_path):
+def test_names_that_are_no_text_are_printed_escaped_and_a_tilde_may_begin_one(capsys, tmp_path, monkeypatch):
     out = tmp_path / os.fsdecode(b"l\xff\n.txt")
     code, told, _ = call_cli(capsys, "data", "sample", "digits", out, "--count", "3", "--json")
     assert code == 0
     assert told.splitlines()[0].endswith(r"l\xff\n.txt")
     assert json.loads(told.splitlines()[1])["spec"] == f"subset:{out}"
+    monkeypatch.chdir(tmp_path)
+    assert call_cli(capsys, "data", "sample", "digits", "~x.txt", "--count", "3")[0] == 0
+    assert (tmp_path / "~x.txt").exists()
 
 
 @pytest.mark.parametrize(
