@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from nextblock.atomic import mark_output
-from nextblock.config import DataConfig
-from nextblock.data import BadImageError, Source, open_source
+from nextblock.data import BadImageError, Source
 from nextblock.data.sources import absolute_spec
+from sources import classes, names, opened, png, reds
 
-DATA = DataConfig()
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 
 
@@ -25,39 +23,30 @@ def make_images(root: Path, names: Iterable[str | bytes]) -> Path:
     for number, name in enumerate(names):
         path = root / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            Image.new("RGB", (6, 4), (number, 100, 200)).save(file, "PNG")
+        path.write_bytes(png(number))
     return root
 
 
-def opened(spec: object) -> Source:
-    return open_source(str(spec), DATA)
-
-
-def listed(folder: Path, content: str | bytes) -> Source:
-    (folder / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+def listed(folder: Path, content: str) -> Source:
+    (folder / "list.txt").write_bytes(content.encode())
     return opened(f"files:{folder / 'list.txt'}")
-
-
-def names(source: Source) -> list[str]:
-    return [source.name(index) for index in range(len(source))]
-
-
-# ------------------------------------------------------------------------------------------------ directories
 
 
 def test_a_directory_is_searched_in_the_order_of_its_paths_parts_and_the_rest_is_counted(tmp_path, caplog):
     make_images(tmp_path, ["b/1.png", "a/z/1.JPG", "a-b/1.png", "a/2.webp", "c.png", "a/10.png", ".x/1.png"])
     for name in ("a/a.txt", "b.txt", "README", "a/.hidden.png"):
         (tmp_path / name).touch()
+    make_images(tmp_path / "run", ["pictures/1.png"])
+    mark_output(tmp_path / "run")
     with caplog.at_level(logging.INFO, logger="nextblock"):
         source = opened(tmp_path)
     assert names(source) == ["a/10.png", "a/2.webp", "a/z/1.JPG", "a-b/1.png", "b/1.png", "c.png"]
-    assert "6 images; ignored 3 files, none with an image's extension (.txt, no extension)" in caplog.text
-    assert "2 hidden" in caplog.text
+    kinds = ".txt, no extension, written by nextblock"
+    assert f"6 images; ignored 4 files, none with an image's extension ({kinds}) and 2 hidden" in caplog.text
     assert not source.has_labels
     with pytest.raises(ValueError, match=r"'c\.png' is in no folder"):
         _ = source.labels
+    assert names(opened(tmp_path / "run")) == ["pictures/1.png"]
 
 
 def test_links_are_followed_but_no_loop_and_broken_ones_are_unreadable(tmp_path):
@@ -73,39 +62,22 @@ def test_links_are_followed_but_no_loop_and_broken_ones_are_unreadable(tmp_path)
             source.read(index)
 
 
-def test_directories_that_nextblock_wrote_are_passed_by_unless_they_are_named(tmp_path):
-    make_images(tmp_path, ["1.png", "run/pictures/2.png"])
+def test_odd_names_are_read_and_shown_printable(tmp_path):
+    odd = ["a b [/bold] ~x.png", NFD + ".png", "line\nend\x1b[31m\t.png", b"\xff\xe9.png"]
+    source = opened(make_images(tmp_path, odd))
+    assert names(source) == [odd[0], NFC + ".png", "line\\nend\\x1b[31m\\t.png", "\\xff\\xe9.png"]
+    assert reds(source) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("form", [NFC, NFD])
+def test_classes_are_first_level_folders_alike_in_both_unicode_forms_and_empty_ones_are_none(tmp_path, form):
+    source = opened(make_images(tmp_path, [f"{form}/1.png", "b/x/1.png"]))
+    for empty in ("empty", "run"):
+        (tmp_path / empty).mkdir()
     mark_output(tmp_path / "run")
-    assert names(opened(tmp_path)) == ["1.png"]
-    assert names(opened(tmp_path / "run")) == ["pictures/2.png"]
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("a b [/bold] ~x.png", "a b [/bold] ~x.png"),
-        ("line\nend\x1b[31m\t.png", "line\\nend\\x1b[31m\\t.png"),
-        (b"\xff\xe9.png", "\\xff\\xe9.png"),
-        (NFD + ".png", NFC + ".png"),
-    ],
-)
-def test_odd_names_are_read_and_shown_printable(tmp_path, name, shown):
-    source = opened(make_images(tmp_path, [name]))
-    assert names(source) == [shown]
-    assert source.read(0).shape == (3, 4, 6)
-
-
-def test_classes_are_first_level_folders_alike_in_both_unicode_forms_and_empty_ones_are_none(tmp_path):
-    for form in (NFC, NFD):
-        (tmp_path / form / "empty").mkdir(parents=True)
-        (tmp_path / form / "self").symlink_to(".")
-        (tmp_path / form / "run").mkdir()
-        mark_output(tmp_path / form / "run")
-        source = opened(make_images(tmp_path / form, [f"{form}/1.png", "b/x/1.png"]))
-        assert (source.class_names, source.empty_classes()) == (("b", NFC), ["empty"])
-        assert [source.class_names[label] for label in source.labels] == [
-            n.split("/")[0] for n in names(source)
-        ]
+    (tmp_path / "self").symlink_to(".")
+    assert (classes(source), source.class_names) == (["b", NFC], ("b", NFC))
+    assert source.empty_classes() == ["empty"]
 
 
 def test_the_fingerprint_depends_on_the_names_only_and_travels_to_a_worker(tmp_path):
@@ -124,17 +96,6 @@ def test_an_image_file_is_a_source_of_one_image_without_a_label(tmp_path, name):
     assert (len(source), source.has_labels) == (1, False)
     assert travelled.read(0)[:, 0, 0].tolist() == [1, 100, 200]
     assert travelled.fingerprint == source.fingerprint != opened(tmp_path).fingerprint
-
-
-def test_a_file_larger_than_any_image_is_unreadable_and_is_not_read(tmp_path):
-    make_images(tmp_path, ["1.png"])
-    with (tmp_path / "2.tif").open("wb") as file:
-        file.truncate(1 << 40)
-    with pytest.raises(BadImageError, match=r"1,099,511,627,776 bytes, more than data\.max_pixels"):
-        opened(tmp_path).read(1)
-
-
-# ------------------------------------------------------------------------------------------------------ specs
 
 
 @pytest.mark.parametrize("name", ["digits", "hf"])
@@ -180,9 +141,6 @@ def test_a_spec_that_names_nothing_is_refused_with_the_remedy(tmp_path, monkeypa
         opened(spec)
 
 
-# ------------------------------------------------------------------------------------------------------ lists
-
-
 def test_a_list_has_paths_relative_to_its_folder_or_absolute_with_classes_after_a_tab(tmp_path):
     make_images(tmp_path, ["lists/b/2.dat", "far/1.png", f"lists/{NFD}.png"])
     far = tmp_path / "far" / "1.png"
@@ -206,7 +164,7 @@ def test_a_list_has_paths_relative_to_its_folder_or_absolute_with_classes_after_
         ("1.png\n2.png\n1.png\n", r"line 3: '1.png' is already in line 1"),
         ("1.png\ta\n2.png\n", "line 2: some lines have a class after a tab, others none"),
         ("1.png\ta\tb\n", "line 1: write PATH, or PATH, one tab and its class"),
-        (b"a\0b.png\n", "line 1: write PATH"),
+        ("a\0b.png\n", "line 1: write PATH"),
         ("# images of a source of nextblock; read it as subset:THIS_FILE\n4\t1.png\n", "read it as subset:"),
     ],
 )

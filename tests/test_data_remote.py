@@ -2,89 +2,63 @@
 
 from __future__ import annotations
 
-import http.server
 import os
+import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from nextblock.config import DataConfig
 from nextblock.data.sources import Source, open_source, remote
 from nextblock.data.sources.remote import RemoteError
-from test_data_tar import write
+from sources import archive
 
 pytest.importorskip("aiohttp")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Files of the folder `root` at `url`; `faults` say what goes wrong, `asked` counts requests but HEAD."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(root)))
-        self.root, self.url = root, f"http://127.0.0.1:{self.server_port}"
-        self.asked, self.guard = Counter[str](), threading.Lock()
-        self.faults: dict[str, list[str]] = {}
-        self.states_length = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is wanted here."""
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Answers, or fails as it is told."""
-
-    def do_HEAD(self):
-        assert isinstance(self.server, Server)
-        if self.server.states_length:
-            super().do_HEAD()
-        else:
-            self.send_response(200)
-            self.end_headers()
-
-    def do_GET(self):
-        server, name = self.server, self.path.rpartition("/")[2]
-        assert isinstance(server, Server)
-        with server.guard:
-            server.asked[name] += 1
-            fault = server.faults[name].pop(0) if server.faults.get(name) else None
-        path = server.root / name
-        if fault and fault.isdigit():
-            self.send_error(int(fault))
-        elif path.exists() and (fault == "cut" or not server.states_length):
-            self.send_response(200)
-            if fault == "cut":
-                self.send_header("Content-Length", str(path.stat().st_size))
-            self.end_headers()
-            self.wfile.write(path.read_bytes()[:1000])
-            self.close_connection = True
-        else:
-            super().do_GET()
-
-    def log_message(self, format, *words):  # noqa: A002 - the base class's name
-        pass
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of two shards that fails on demand; between attempts to reach it next to no time passes."""
+    """Files of `root` at `url`; `faults` of a name happen one after the other; `asked` counts but for HEAD.
+
+    It states no length of unknown.tar. Between attempts to reach it next to no time passes.
+    """
     monkeypatch.setattr(remote, "RETRY_AFTER_S", (0.01, 0.01, 0.01))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    root = tmp_path / "served"
+    root, asked, faults, guard = tmp_path / "served", Counter(), defaultdict(list), threading.Lock()
     root.mkdir()
     write_shards(root, 2)
-    running = Server(root)
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    (root / "unknown.tar").touch()
+    (root / "page.tar").write_bytes(b"<html>" * 200)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path[1:]
+            with guard:
+                asked[name] += 1
+                self.fault = faults[name].pop(0) if faults[name] else ""
+            return self.send_error(int(self.fault)) if self.fault.isdigit() else super().do_GET()
+
+        def send_header(self, keyword, value):
+            if (self.path, keyword) != ("/unknown.tar", "Content-Length"):
+                super().send_header(keyword, value)
+
+        def copyfile(self, source, outputfile):
+            outputfile.write(source.read(1000 if self.fault == "cut" else -1))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root))) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{running.server_port}"
+        yield SimpleNamespace(root=root, asked=asked, faults=faults, url=url, spec=url + "/s-{0..1}.tar")
+        running.shutdown()
 
 
 @pytest.fixture
@@ -95,60 +69,52 @@ def data(tmp_path):
 def write_shards(folder: Path, number: int) -> None:
     """Shards s-0.tar, ... of images of four pixels, and labels."""
     for shard in range(number):
-        members = {}
-        for key in range(4):
-            members[f"{key:03d}.ppm"] = b"P6 2 2 255 " + bytes([shard, key, 0] * 4)
-            members[f"{key:03d}.cls"] = b"ab"[key % 2 :][:1]
-        write(folder / f"s-{shard}.tar", members)
+        images = {f"00{key}.ppm": b"P6 2 2 255 " + bytes([shard, key, 0] * 4) for key in range(4)}
+        archive(folder / f"s-{shard}.tar", images | {f"00{key}.cls": "abab"[key] for key in range(4)})
 
 
 def pixels(source: Source) -> list[tuple[int, ...]]:
     return [tuple(source.read(index)[:2, 0, 0].tolist()) for index in range(len(source))]
 
 
-def copies(data: DataConfig) -> list[str]:
-    return sorted(path.name[:3] for path in Path(str(data.cache_dir)).glob("remote/*.tar"))
+def copies(data: DataConfig) -> dict[str, Path]:
+    return {path.name[:3]: path for path in sorted(Path(str(data.cache_dir)).glob("remote/*.tar"))}
 
 
 def lose_copies(data: DataConfig) -> None:
-    for path in Path(str(data.cache_dir)).glob("remote/*.tar"):
+    for path in copies(data).values():
         path.unlink()
 
 
 def test_remote_shards_are_the_source_that_the_local_ones_are_and_a_second_start_fetches_none(server, data):
-    spec = f"{server.url}/s-{{0..1}}.tar"
-    there, here = open_source(spec, data), open_source(str(server.root / "s-{0..1}.tar"), data)
+    there, here = open_source(server.spec, data), open_source(str(server.root / "s-{0..1}.tar"), data)
     assert pixels(there) == pixels(here) == [(shard, key) for shard in range(2) for key in range(4)]
     assert there.labels.tolist() == here.labels.tolist() == [0, 1] * 4
     assert there.fingerprint == here.fingerprint
     assert there.name(5) == here.name(5) == "s-1.tar/001.ppm"
     assert (server.asked["s-0.tar"], server.asked["s-1.tar"]) == (1, 1)
     lose_copies(data)
-    again = open_source(spec, data)
+    again = open_source(server.spec, data)
     assert again.fingerprint == here.fingerprint
     again.read(7)  # fetches only its shard
     assert (server.asked["s-0.tar"], server.asked["s-1.tar"]) == (1, 2)
 
 
-def test_an_index_beside_a_shard_on_the_server_saves_the_first_fetch(server, data):
+def test_an_index_beside_a_shard_on_the_server_saves_the_first_fetch_if_it_is_of_its_size(server, data):
     here = open_source(str(server.root / "s-{0..1}.tar"), data)  # it leaves an index beside each shard
     os.utime(server.root / "s-0.tar", (1e9, 1e9))  # as it is after an upload
-    there = open_source(f"{server.url}/s-{{0..1}}.tar", data)
+    there = open_source(server.spec, data)
     assert there.fingerprint == here.fingerprint
     assert server.asked["s-0.tar"] == server.asked["s-1.tar"] == 0
     assert pixels(there) == pixels(here)
-
-
-def test_an_index_of_a_shard_of_another_size_is_not_used(server, data):
-    shard = server.root / "s-0.tar"
-    open_source(str(shard), data)
-    shard.write_bytes(shard.read_bytes() + bytes(512))
-    assert len(open_source(f"{server.url}/s-0.tar", data)) == 4
-    assert copies(data) == ["s-0"]
+    with (server.root / "s-1.tar").open("ab") as file:
+        file.write(bytes(512))
+    assert len(open_source(f"{server.url}/s-1.tar", data)) == 4
+    assert server.asked["s-1.tar"] == 2
 
 
 def test_processes_that_need_a_shard_at_once_fetch_it_once(server, data):
-    source = open_source(f"{server.url}/s-{{0..1}}.tar", data)
+    source = open_source(server.spec, data)
     lose_copies(data)
     with get_context("fork").Pool(4) as pool:
         assert pool.map(pixels, [source] * 4) == [pixels(source)] * 4
@@ -165,18 +131,8 @@ def test_copies_stay_within_the_bound_and_those_used_longest_ago_go_first(server
         source.read(index)
         assert kept in copies(small)
         time.sleep(0.02)  # the clock of files is coarse
-    assert copies(small) == ["s-0", "s-2"]
+    assert [*copies(small)] == ["s-0", "s-2"]
     assert pixels(source) == [(shard, key) for shard in range(3) for key in range(4)]
-
-
-def test_no_shard_larger_than_the_cache_or_of_unknown_length_is_fetched(server, data):
-    with pytest.raises(RemoteError, match=r"is larger than data\.cache_gb 5e-07; raise it"):
-        open_source(f"{server.url}/s-0.tar", DataConfig(cache_dir=data.cache_dir, cache_gb=500e-9))
-    assert server.asked["s-0.tar"] == 0
-    server.states_length = False
-    with pytest.raises(RemoteError, match=r"s-0\.tar: the server states no length"):
-        open_source(f"{server.url}/s-0.tar", data)
-    assert copies(data) == []
 
 
 @pytest.mark.parametrize("fault", ["503", "cut"])
@@ -187,82 +143,66 @@ def test_a_server_that_fails_twice_is_asked_again_until_the_shard_is_whole(serve
     assert caplog.text.count("next attempt in") == 2
 
 
-@pytest.mark.parametrize("status", ["403", "404"])
-def test_what_may_not_be_read_or_a_server_that_is_not_there_is_told_as_such(server, data, status):
-    server.faults["s-0.tar"] = [status] * 9
-    with pytest.raises(RemoteError, match=r"s-0\.tar cannot be read: .*; check the address and access"):
-        open_source(f"{server.url}/s-0.tar", data)
-    assert server.asked["s-0.tar"] == 1
-    with pytest.raises(RemoteError, match=r"cannot be fetched: .*Cannot connect.*; try again later"):
-        open_source("http://127.0.0.1:1/s-0.tar", data)
-
-
-class Images(Dataset):
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, index: int) -> object:
-        return self.source.read(index)
+@pytest.mark.parametrize(
+    ("spec", "fault", "settings", "asked", "message"),
+    [
+        ("{url}/s-0.tar", "", {"cache_gb": 500e-9}, 0, r"is larger than data\.cache_gb 5e-07; raise it"),
+        ("{url}/unknown.tar", "", {}, 1, r"unknown\.tar: the server states no length"),
+        ("{url}/s-0.tar", "403", {}, 1, r"s-0\.tar cannot be read: .*; check the address and access"),
+        ("{url}/s-0.tar", "404", {}, 1, r"s-0\.tar cannot be read: .*; check the address and access"),
+        ("http://127.0.0.1:1/s-0.tar", "", {}, 0, "cannot be fetched: .*Cannot connect.*; try again later"),
+        ("{url}/s-0.tar", "", {"cache_dir": "/dev/null"}, 0, "no copy can be kept .*; set data.cache_dir"),
+        ("{url}/page.tar", "", {}, 1, r"^'http://[^ ]*/page\.tar' is not a plain tar"),
+        ("{url}/x.zip", "", {}, 0, "only tar shards are read from a server"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_a_remedy(server, data, spec, fault, settings, asked, message):
+    server.faults["s-0.tar"] = [fault] * 9
+    with pytest.raises((RemoteError, ValueError), match=message):
+        open_source(spec.format(url=server.url), replace(data, **settings))
+    assert server.asked[spec.rpartition("/")[2]] == asked
+    assert "s-0" not in copies(data)
 
 
 def test_a_shard_that_changes_or_cannot_be_had_stops_a_worker_with_one_line(server, data):
-    source = open_source(f"{server.url}/s-{{0..1}}.tar", data)
+    source = open_source(server.spec, data)
     lose_copies(data)
     server.faults["s-0.tar"] = ["503"] * 9
     os.utime(server.root / "s-1.tar", (1e9, 1e9))
     for index, message in ((0, "cannot be fetched"), (4, "has changed on the server")):
         with pytest.raises(RemoteError, match=rf"^http.*/s-.\.tar {message}.*$") as caught:
-            list(DataLoader(Images(source), sampler=[index], num_workers=1))
+            list(DataLoader([index], num_workers=1, collate_fn=lambda found: source.read(*found)))
         assert "\n" not in str(caught.value)
-    assert copies(data) == []
+    assert not copies(data)
     again = open_source(f"{server.url}/s-1.tar", data)  # the changed one is another shard
     assert pixels(again) == [(1, key) for key in range(4)]
 
 
-def test_a_cache_that_cannot_be_written_and_what_is_no_tar_are_refused_with_a_remedy(server, data, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(RemoteError, match=r"no copy can be kept in .*; set data\.cache_dir"):
-        open_source(f"{server.url}/s-0.tar", DataConfig(cache_dir=str(tmp_path / "file")))
-    (server.root / "page.tar").write_bytes(b"<html>" * 200)
-    with pytest.raises(ValueError, match=r"^'http://[^ ]*/page\.tar' is not a plain tar"):
-        open_source(f"{server.url}/page.tar", data)
-    with pytest.raises(ValueError, match="only tar shards are read from a server"):
-        open_source(f"{server.url}/x.zip", data)
-
-
 def test_a_missing_package_is_named_with_what_to_type(monkeypatch, data):
-    monkeypatch.setitem(__import__("sys").modules, "aiohttp", None)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(ValueError, match=r"needs a package .*: pip install fsspec aiohttp s3fs"):
         open_source("https://localhost/x.tar", data)
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """An s3-compatible server with one bucket, and how to put a file into it."""
-    moto_server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
+def test_shards_of_s3_are_read_like_local_ones_by_workers_too(data, tmp_path, monkeypatch, request, caplog):
+    moto_server, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
     pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # it remembers the server of an address
     running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
+    request.addfinalizer(running.stop)
     host, port = running.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "DEFAULT_REGION": "us-east-1"}
+    for name, value in (settings | dict.fromkeys(("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"), "test")).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(remote, "RETRY_AFTER_S", (0.01,))
     client = boto3.client("s3")
+    request.addfinalizer(client.close)
     client.create_bucket(Bucket="pictures")
-    yield lambda name, content: client.put_object(Bucket="pictures", Key=name, Body=content)
-    client.close()
-    running.stop()
-
-
-def test_shards_of_s3_are_read_like_local_ones_by_workers_too(bucket, data, tmp_path, caplog):
-    caplog.set_level("INFO")
     write_shards(tmp_path, 2)
-    for shard in range(2):
-        bucket(f"deep/s-{shard}.tar", (tmp_path / f"s-{shard}.tar").read_bytes())
+    for name in ("s-0.tar", "s-1.tar"):
+        client.upload_file(str(tmp_path / name), "pictures", f"deep/{name}")
+    caplog.set_level("INFO")
     there = open_source("s3://pictures/deep/s-{0..1}.tar", data)
     here = open_source(str(tmp_path / "s-{0..1}.tar"), data)
     lose_copies(data)

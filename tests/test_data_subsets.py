@@ -1,40 +1,28 @@
-"""Drawing and dividing by a seed; lists of images that are written once and read back."""
+"""Drawing and dividing by a seed; lists of images that are written once and read back; their commands."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 
 from nextblock.atomic import WriteError
-from nextblock.config import DataConfig
-from nextblock.data import open_source
 from nextblock.data.sources import absolute_spec
 from nextblock.data.subsets import draw, draw_per_class, split, write_subset
-from tiny_runs import write_images
+from sources import archive, classes, names, opened, png
+from tiny_runs import call_cli, refused, write_images
 from toy import ToySource
 
-DATA = DataConfig(workers=0)
 THREE = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return open_source("digits", DATA)
-
-
-class Classes(ToySource):
-    """Images of classes of the given sizes."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(sum(sizes), class_names=tuple(f"c{n}" for n in range(len(sizes))))
-        self.toy_labels = np.repeat(np.arange(len(sizes)), sizes)
-
-
-# --------------------------------------------------------------------------------------------- drawing
+    return opened("digits")
 
 
 def test_what_is_drawn_is_a_function_of_the_seed_on_every_platform(digits):
@@ -47,48 +35,36 @@ def test_what_is_drawn_is_a_function_of_the_seed_on_every_platform(digits):
 
 
 @pytest.mark.parametrize("stratify", [False, True])
-def test_parts_hold_every_image_once_and_their_shares_of_it(digits, stratify):
+def test_parts_hold_every_image_once_and_their_shares_and_impossible_ones_are_refused(digits, stratify):
     parts = split(digits, THREE, seed=0, stratify=stratify)
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(digits)))
-    for name, share in THREE.items():
-        assert abs(len(parts[name]) - share * len(digits)) <= 1
-        if stratify:
-            of_class = np.bincount(digits.labels[parts[name]])
-            assert np.abs(of_class - share * np.bincount(digits.labels)).max() <= 2
+    assert all(abs(len(parts[name]) - share * len(digits)) <= 1 for name, share in THREE.items())
+    halves = split(digits, {"a": 0.25, "b": 0.25}, seed=0, stratify=stratify)
+    assert abs(len(halves["a"]) + len(halves["b"]) - len(digits) / 2) <= 1
+    with pytest.raises(ValueError, match="add up to at most 1"):
+        split(digits, {"a": 0.75, "b": 0.5}, seed=0, stratify=stratify)
+    with pytest.raises(ValueError, match="is left for b; give larger shares"):
+        split(digits, {"a": 0.5, "b": 0.0001}, seed=0)
 
 
 @pytest.mark.parametrize("shares", [(0.8, 0.1, 0.1), (0.98, 0.01, 0.01), (0.5, 0.2, 0.1), (0.9, 0.05)])
 def test_every_class_with_enough_images_has_one_in_every_part_and_others_are_named(shares, caplog):
     sizes = [2, 3, 4, 5, 8, 9, 10, 12, 30, 3, 3]
-    source = Classes(*sizes)
+    source = ToySource(sum(sizes), class_names=tuple(f"c{n}" for n in range(len(sizes))))
+    source.toy_labels = np.repeat(np.arange(len(sizes)), sizes)
     parts = split(source, {str(n): share for n, share in enumerate(shares)}, seed=0, stratify=True)
     counts = np.stack([np.bincount(source.labels[part], minlength=len(sizes)) for part in parts.values()])
-    enough = np.array(sizes) >= len(shares)
-    assert counts[:, enough].min() >= 1
+    assert counts[:, np.array(sizes) >= len(shares)].min() >= 1
     assert (np.abs(counts - np.outer(shares, sizes)) <= 2).all()
-    together = np.concatenate(list(parts.values()))
-    assert len(set(together.tolist())) == len(together)
-    assert ("fewer images than the 3 parts, and are missing from some: c0 (2)" in caplog.text) == (
-        len(shares) == 3
-    )
-
-
-def test_shares_below_one_leave_images_out_and_impossible_ones_are_refused(digits):
-    parts = split(digits, {"a": 0.25, "b": 0.25}, seed=0)
-    assert abs(len(parts["a"]) + len(parts["b"]) - len(digits) / 2) <= 1
-    with pytest.raises(ValueError, match="add up to at most 1"):
-        split(digits, {"a": 0.75, "b": 0.5}, seed=0)
-    with pytest.raises(ValueError, match="is left for b; give larger shares"):
-        split(digits, {"a": 0.5, "b": 0.0001}, seed=0)
-
-
-# ----------------------------------------------------------------------------------------------- lists
+    together = np.concatenate(list(parts.values())).tolist()
+    assert len(set(together)) == len(together)
+    is_told = "fewer images than the 3 parts, and are missing from some: c0 (2)" in caplog.text
+    assert is_told == (len(shares) == 3)
 
 
 def test_a_subset_is_the_images_that_its_list_names(digits, tmp_path):
     numbers = draw_per_class(digits, 2, seed=0)
-    spec = write_subset(tmp_path / "few.txt", digits, numbers)
-    subset = open_source(spec, DATA)
+    subset = opened(write_subset(tmp_path / "few.txt", digits, numbers))
     assert (len(subset), subset.class_names, subset.in_memory) == (20, digits.class_names, True)
     assert subset.labels.tolist() == digits.labels[numbers].tolist()
     assert torch.equal(subset.read(3), digits.read(int(numbers[3])))
@@ -101,13 +77,10 @@ def test_lists_of_oddly_named_folders_and_tars_are_read_back(tmp_path, folder):
     place = tmp_path / folder
     write_images(place / "cat ", 2)
     write_images(place / "cat", 1)
-    with tarfile.open(place / "x.tar", "w") as tar:
-        tar.add(place / "cat", "cat")
-    for number, of in enumerate((place, place / "x.tar")):
-        source = open_source(str(of), DATA)
-        read = open_source(write_subset(tmp_path / f"{number}.txt", source, np.array([0])), DATA)
-        assert read.content(0) == source.content(0)
-        assert read.class_names[read.labels[0]] == source.class_names[source.labels[0]]
+    for number, of in enumerate((place, archive(place / "x.tar", {"cat/1.png": png()}))):
+        source = opened(of)
+        read = opened(write_subset(tmp_path / f"{number}.txt", source, np.array([0])))
+        assert (read.content(0), classes(read)) == (source.content(0), classes(source)[:1])
 
 
 def test_a_list_is_written_once_and_whole_or_not_at_all(digits, tmp_path, monkeypatch):
@@ -129,16 +102,13 @@ def test_a_list_is_written_once_and_whole_or_not_at_all(digits, tmp_path, monkey
 
 
 def test_of_many_that_write_a_list_at_once_one_does(digits, tmp_path):
-    path, codes = tmp_path / "l.txt", []
-    children = []
+    path, children = tmp_path / "l.txt", []
     for number in range(6):
-        child = os.fork()
-        if child == 0:
-            try:
+        if not (child := os.fork()):
+            with contextlib.suppress(ValueError):
                 write_subset(path, digits, np.full(100, number))
                 os._exit(0)
-            except ValueError:
-                os._exit(2)
+            os._exit(2)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert sorted(codes) == [0, 2, 2, 2, 2, 2]
@@ -147,38 +117,35 @@ def test_of_many_that_write_a_list_at_once_one_does(digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "of", "message"),
+    ("text", "message"),
     [
-        ("1\n", "", "the list names no source; write subset:.*,of=SPEC"),
-        ("# of: digits\na.jpg\n", "", "line 2 of the list begins with 'a.jpg', not with the number of"),
-        ("# of: digits\n1797\n", "", "the list names image 1797, but 'digits' has 1797, from 0"),
-        (f"# of: digits\n{10**30}\n", "", "the list names image 9223372036854775807, but 'digits' has 1797"),
-        ("# of: digits\n5\n5\n", "", "the list names an image twice"),
-        ("# of: digits\n# fingerprint: other\n5\n", "", "'digits' is not what the list was drawn from"),
+        ("1\n", "the list names no source; write subset:.*,of=SPEC"),
+        ("# of: digits\na.jpg\n", "line 2 of the list begins with 'a.jpg', not with the number of"),
+        ("# of: digits\n1797\n", "the list names image 1797, but 'digits' has 1797, from 0"),
+        (f"# of: digits\n{10**30}\n", "the list names image 9223372036854775807, but 'digits' has 1797"),
+        ("# of: digits\n5\n5\n", "the list names an image twice"),
+        ("# of: digits\n# fingerprint: other\n5\n", "'digits' is not what the list was drawn from"),
     ],
 )
-def test_a_list_that_does_not_fit_is_refused(tmp_path, text, of, message):
+def test_a_list_that_does_not_fit_is_refused(tmp_path, text, message):
     (tmp_path / "few.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_source(f"subset:{tmp_path / 'few.txt'}{of}", DATA)
+        opened(f"subset:{tmp_path / 'few.txt'}")
 
 
 def test_a_list_holds_from_any_directory_and_names_the_source_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "in", 2)
-    with tarfile.open("x.tar", "w") as tar:
-        tar.add("in")
-    write_subset(tmp_path / "l.txt", open_source("x.tar", DATA), np.array([1]))
+    archive(tmp_path / "x.tar", {"1.png": png(1), "2.png": png(2)})
+    write_subset(tmp_path / "l.txt", opened("x.tar"), np.array([1]))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     spec = f"subset:{tmp_path / 'l.txt'}"
-    assert len(open_source(spec, DATA)) == 1
+    assert names(opened(spec)) == ["x.tar/2.png"]
     (tmp_path / "x.tar").rename("y.tar")
-    with pytest.raises(
-        ValueError, match=r"1 of 1 shards are missing: .*source has moved, write subset:.*l\.txt,of=SPEC$"
-    ):
-        open_source(spec, DATA)
-    assert len(open_source(f"{spec},of=y.tar", DATA)) == 1
+    remedy = r"1 of 1 shards are missing: .*source has moved, write subset:.*l\.txt,of=SPEC$"
+    with pytest.raises(ValueError, match=remedy):
+        opened(spec)
+    assert names(opened(f"{spec},of=y.tar")) == ["y.tar/2.png"]
 
 
 @pytest.mark.parametrize(
@@ -196,3 +163,52 @@ def test_sources_on_this_machine_are_named_by_absolute_paths(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     assert absolute_spec(spec) == absolute.replace("{here}", str(tmp_path))
+
+
+def test_sample_and_split_write_lists_also_below_the_home_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_images(tmp_path / "in" / "cat", 8)
+    write_images(tmp_path / "in" / "dog", 4)
+    code, told, _ = call_cli(capsys, "data", "sample", "~/in", "~/l.txt", "--per_class", "3", "--json")
+    spec = f"files:{tmp_path / 'l.txt'}"
+    assert (code, json.loads(told.splitlines()[-1])) == (0, {"spec": spec, "images": 6, "of": 12})
+    assert classes(opened(spec)) == ["cat"] * 3 + ["dog"] * 3
+    words = ("data", "split", "~/in", "--parts", "train=0.5,val=0.25", "--out", "~/parts", "--json")
+    code, told, _ = call_cli(capsys, *words, "--stratify")
+    result = json.loads(told.splitlines()[-1])
+    assert (code, result["of"], result["left_out"]) == (0, 12, 3)
+    assert [(part["part"], part["images"]) for part in result["parts"]] == [("train", 6), ("val", 3)]
+    train, val = (opened(part["spec"]) for part in result["parts"])
+    assert [classes(train).count("dog"), classes(val).count("dog")] == [2, 1]
+    assert not set(names(train)) & set(names(val))
+    assert (tmp_path / "parts" / "train.txt").exists()
+    assert "already" in refused(call_cli(capsys, *words))
+    assert call_cli(capsys, "data", "split", "~/in", "--parts", "all=1", "--out", "~/parts")[0] == 0
+
+
+def test_names_that_are_no_text_are_printed_escaped_and_a_tilde_may_begin_one(capsys, tmp_path, monkeypatch):
+    out = tmp_path / os.fsdecode(b"l\xff\n.txt")
+    code, told, _ = call_cli(capsys, "data", "sample", "digits", out, "--count", "3", "--json")
+    assert code == 0
+    assert told.splitlines()[0].endswith(r"l\xff\n.txt")
+    assert json.loads(told.splitlines()[1])["spec"] == f"subset:{out}"
+    monkeypatch.chdir(tmp_path)
+    assert call_cli(capsys, "data", "sample", "digits", "~x.txt", "--count", "3")[0] == 0
+    assert (tmp_path / "~x.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("pakc", "unknown command 'pakc'; did you mean 'pack'?"),
+        ("pack digits {tmp}/out --resize_px 8 --tile_px 8", "give either resize_px or tile_px, not both"),
+        ("sample digits {tmp}/l.txt", "give one of --fraction, --count and --per_class"),
+        ("sample digits {tmp}/l.txt --count 0", "cannot draw 0 of 1,797 images"),
+        ("sample digits {tmp}/l.txt --fraction 10", "fraction is '10'; it must be"),
+        ("split digits --out {tmp}/p --parts a/b=0.5", "'a/b=0.5' is wrong"),
+        ("split digits --out {tmp}/p --parts a=0.5,a=0.5", "'a=0.5' is wrong"),
+    ],
+)
+def test_wrong_usage_is_refused_in_one_line_and_nothing_is_written(capsys, tmp_path, words, message):
+    assert message in refused(call_cli(capsys, "data", *words.format(tmp=tmp_path).split()))
+    assert not list(tmp_path.iterdir())

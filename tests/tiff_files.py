@@ -29,7 +29,6 @@ def tiff(
     sample_format: int = 1,
     claimed_tile: tuple[int, int] | None = None,
 ) -> bytes:
-    """A TIFF file written by hand, of every layout that Pillow does not write."""
     height, width, channels = values.shape
     high, wide = tile or (rows or height, width)
     planes = [values[..., i : i + 1] for i in range(channels)] if planar else [values]

@@ -63,7 +63,7 @@ def pack(argv: Sequence[str]) -> int:
 
     source = open_source(options.src, settings)
     with _progress(source.spec, len(source)) as progress:
-        done = pack_images(source, Path(options.dst).expanduser(), config, settings, progress)
+        done = pack_images(source, Path(options.dst), config, settings, progress)
     size = f"{counted(done.shards, 'shard')}, {done.num_bytes / 1e6:.2f} MB"
     _say(f"{counted(done.samples, 'image')} in {size}: {done.spec}")
     if done.bad:
@@ -97,7 +97,7 @@ def sample(argv: Sequence[str]) -> int:
     else:
         count = count if fraction is None else max(1, round(fraction * len(source)))
         numbers = draw(source, count, options.seed)
-    spec = write_subset(Path(options.out).expanduser(), source, numbers)
+    spec = write_subset(Path(options.out), source, numbers)
     _say(f"{len(numbers)} of {counted(len(source), 'image')}: {spec}")
     if options.json:
         end_with_json({"spec": spec, "images": len(numbers), "of": len(source)})
@@ -127,7 +127,7 @@ def split(argv: Sequence[str]) -> int:
     source = open_source(options.src, settings)
     written, whole = [], counted(len(source), "image")
     for name, numbers in subsets.split(source, parts, options.seed, stratify=options.stratify).items():
-        spec = subsets.write_subset(Path(options.out).expanduser() / f"{name}.txt", source, numbers)
+        spec = subsets.write_subset(Path(options.out) / f"{name}.txt", source, numbers)
         written.append({"part": name, "spec": spec, "images": len(numbers)})
         _say(f"{name}: {len(numbers)} of {whole}: {spec}")
     left_out = len(source) - sum(part["images"] for part in written)
@@ -207,7 +207,7 @@ def doctor(argv: Sequence[str]) -> int:
     given = {name: value for name, value in vars(options).items() if name.startswith("data.")}
     run = resolve(get_preset(config.model).config, given)
     settings, model, size_problem = run.data, run.model, None
-    out = None if config.out is None else Path(config.out).expanduser()
+    out = None if config.out is None else Path(config.out)
     if out is not None:
         # Refuse a bad path now, not after hours of reading.
         existing = next(path for path in (out, *out.parents) if path.exists())
